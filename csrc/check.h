@@ -1,0 +1,118 @@
+#pragma once
+// Second line of defence: Python refuses bad arguments in a sentence (forwardpass/<op>/__init__.py); whoever calls
+// torch.ops directly meets these. Also allocation of outputs, and the one way to launch.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/params.h"
+#include "library.h"
+
+namespace forwardpass {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
+  switch (t) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Char: return Dtype::i8;
+    case ScalarType::Float8_e4m3fn: return Dtype::e4m3;
+    case ScalarType::Int: return Dtype::i32;
+    default: STD_TORCH_CHECK(false, op, ": unsupported dtype of ", name);
+  }
+}
+
+inline bool is_float(Dtype t) { return t == Dtype::f32 || t == Dtype::f16 || t == Dtype::bf16; }
+
+// x [..., K] as a matrix: throws unless the last stride is 1 and the leading dimensions collapse into one row stride.
+inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
+  const int64_t n = x.dim();
+  STD_TORCH_CHECK(n >= 1, op, ": ", name, " needs at least one dimension");
+  Matrix m{x.const_data_ptr(), dtype_of(x.scalar_type(), op, name), 1, x.size(n - 1), x.size(n - 1)};
+  STD_TORCH_CHECK(m.columns <= 1 || x.stride(n - 1) == 1, op, ": the last dimension of ", name, " must have stride 1");
+  bool first = true;
+  for (int64_t d = n - 2; d >= 0; --d) {
+    if (x.size(d) == 1) continue;
+    if (first) m.stride = x.stride(d);
+    STD_TORCH_CHECK(x.numel() == 0 || first || x.stride(d) == m.stride * m.rows, op, ": the leading dimensions of ", name,
+                    " must collapse into one row stride");
+    first = false;
+    m.rows *= x.size(d);
+  }
+  if (x.numel() == 0) m.rows = m.columns ? 0 : m.rows;
+  return m;
+}
+
+// An optional fp32/int32 vector of `size` elements on x's device.
+template <class T>
+const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
+  if (!v) return nullptr;
+  STD_TORCH_CHECK(v->scalar_type() == type, op, ": wrong dtype of ", name);
+  STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size, " elements");
+  STD_TORCH_CHECK(v->is_cpu() == x.is_cpu() && v->get_device_index() == x.get_device_index(), op, ": ", name,
+                  " is on another device than the input");
+  return static_cast<const T*>(v->const_data_ptr());
+}
+
+inline const float* floats(const OptionalTensor& v, int64_t size, const Tensor& x, const char* op, const char* name) {
+  return vector<float>(v, size, ScalarType::Float, x, op, name);
+}
+inline const int32_t* ints(const OptionalTensor& v, int64_t size, const Tensor& x, const char* op, const char* name) {
+  return vector<int32_t>(v, size, ScalarType::Int, x, op, name);
+}
+
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type, const Tensor& like) {
+  AtenTensorHandle handle;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// [lead..., columns] with rows padded to 16 bytes and the leading dimensions collapsible.
+inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  int64_t stride = round_up(sizes.back(), 16 / element_size);
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  return empty_strided(sizes, strides, type, like);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& x) {
+  auto s = x.sizes();
+  return std::vector<int64_t>(s.begin(), s.end());
+}
+
+// The one way to a kernel: a function of csrc/cpu, or the extern "C" launcher forwardpass_<op> of a kernel library.
+template <class Params>
+void launch(Backend backend, const Params& p, const Tensor& x, const char* op, void (*cpu)(const Params&)) {
+  if (backend == Backend::cpu) return cpu(p);
+  using Launch = int(const Params*, void*);
+  static Launch* cached[3];  // one set a Params type, so one an op; a race writes the same value twice
+  Launch*& f = cached[static_cast<int>(backend)];
+  if (!f) f = reinterpret_cast<Launch*>(launcher(backend, (std::string("forwardpass_") + op).c_str()));
+  if (backend == Backend::interpreted) return check_launch(backend, op, f(&p, nullptr));
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_launch(backend, op, f(&p, current_stream(x.get_device_index())));
+}
+
+}  // namespace forwardpass

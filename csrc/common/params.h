@@ -1,0 +1,35 @@
+#pragma once
+// What the torch side and the kernels share: plain structs, no torch header, no CUDA header.
+#include <cstdint>
+
+namespace forwardpass {
+
+enum class Dtype : int32_t { f32, f16, bf16, i8, e4m3, i32 };
+
+// A matrix in memory: rows of `columns` elements with last stride 1, rows `stride` elements apart.
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  int64_t rows, columns, stride;
+};
+
+// How rows of fp32 values are quantised, and where to: the second half of every op that ends in a quantisation.
+// A segment is what has one scale: a whole row (group == columns), or one group of it.
+struct QuantizedRows {
+  void* q;                         // [rows, columns] i8 or e4m3, rows q_stride elements apart
+  Dtype dtype;                     //
+  int64_t q_stride;                //
+  int64_t columns, group;          //
+  float* scale;                    // [rows, groups], groups scale_stride apart, rows contiguous; null: static
+  int32_t* zero_point;             // as scale; null: symmetric or static
+  int64_t scale_stride;            //
+  const float* channel_scale;      // [columns], multiplies first; null: ones
+  const float* static_scale;       // [1]; null: dynamic
+  const int32_t* static_zero_point;  // [1]; null: symmetric
+  bool symmetric;
+};
+
+// Rows of zeros: a scale below this would make its reciprocal overflow. 2^-100, exact in fp32; fp16's least value is 2^-24.
+constexpr float kLeastRange = 0x1p-100f;
+
+}  // namespace forwardpass

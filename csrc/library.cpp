@@ -1,0 +1,58 @@
+#include "library.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <mutex>
+
+namespace forwardpass {
+namespace {
+
+struct Library {
+  std::string path;
+  void* handle = nullptr;
+  std::mutex mutex;
+};
+Library libraries[2];  // [interpreted]
+
+}  // namespace
+
+void set_library(int64_t interpreted, std::string path) { libraries[interpreted != 0].path = std::move(path); }
+
+void* launcher(Backend backend, const char* name) {
+  Library& library = libraries[backend == Backend::interpreted];
+  std::lock_guard lock(library.mutex);
+  if (!library.handle) {
+    STD_TORCH_CHECK(!library.path.empty(), backend == Backend::interpreted
+                                               ? "CPU tensors reach CUDA kernels through the interpreter only, and it is not enabled"
+                                               : "this build has no CUDA kernels; `forwardpass doctor` says why");
+    // RTLD_LOCAL: both libraries may be open at once and export the same names.
+    library.handle = dlopen(library.path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    STD_TORCH_CHECK(library.handle, "cannot load ", library.path, ": ", dlerror());
+  }
+  void* f = dlsym(library.handle, name);
+  STD_TORCH_CHECK(f, name, " is not in ", library.path);
+  return f;
+}
+
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError(int32_t, void**);
+  static auto get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+    return torch_cuda ? reinterpret_cast<Get*>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get, "this torch has no CUDA (libtorch_cuda.so is not loaded)");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "no current CUDA stream on device ", device);
+  return stream;
+}
+
+void check_launch(Backend backend, const char* op, int error) {
+  if (error == 0) return;
+  using Text = const char*(int);
+  auto text = reinterpret_cast<Text*>(launcher(backend, "forwardpass_error_string"));
+  STD_TORCH_CHECK(false, op, ": CUDA error ", error, " (", text(error), ")");
+}
+
+}  // namespace forwardpass

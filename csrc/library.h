@@ -1,0 +1,24 @@
+#pragma once
+// Kernel libraries: opened on first use, apart from each other, and never linked to the torch side.
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+namespace forwardpass {
+
+// cpu: the functions of csrc/cpu. cuda: _kernels.so on the tensor's device and its current stream. interpreted: the same
+// objects in _kernels_interpreted.so on CPU tensors, stream 0.
+enum class Backend { cpu, cuda, interpreted };
+
+void set_library(int64_t interpreted, std::string path);
+
+// The launcher `name` (extern "C") of a kernel library; throws with the reason where there is none.
+void* launcher(Backend backend, const char* name);
+
+// The current stream of a CUDA device, looked up in the libtorch_cuda that the process already has.
+void* current_stream(int32_t device);
+
+// Throws "op: CUDA error N (text)" unless error is 0.
+void check_launch(Backend backend, const char* op, int error);
+
+}  // namespace forwardpass

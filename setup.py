@@ -1,0 +1,253 @@
+"""Builds forwardpass: g++ for the torch side and the CPU kernels, nvcc for the CUDA kernels, ninja to drive both.
+
+No GPU is needed, and any torch >= 2.11 serves (CPU or CUDA). torch's CUDAExtension is not used: it wants a CUDA torch
+and guesses CUDA_HOME. Environment:
+
+FORWARDPASS_BUILD_CUDA  auto (default): CUDA kernels where there is an nvcc; 1: required; 0: none, earlier ones removed
+TORCH_CUDA_ARCH_LIST    default "8.0 8.9 9.0a"; "+PTX" after an entry adds its PTX to every file
+CUDA_HOME, MAX_JOBS     as everywhere
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+NEEDED = {"setuptools": "70.1", "ninja": "1.10", "torch": "2.11"}
+
+
+def release(text):
+    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def require_build_tools():
+    """pip's --no-build-isolation checks nothing, and its users see the first ImportError: say all of it at once."""
+    found = {}
+    for name in NEEDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    bad = {n: v for n, v in found.items() if v is None or release(v) < release(NEEDED[n])}
+    if bad:
+        has = ", ".join(f"{n} {v or 'is missing'}" for n, v in bad.items())
+        fix = " ".join(f"'{n}>={NEEDED[n]}'" for n in bad)
+        sys.exit(f"forwardpass: the build needs {', '.join(f'{n} >= {v}' for n, v in NEEDED.items())}; here {has}. "
+                 f"Run: {sys.executable} -m pip install {fix}")  # fmt: skip
+
+
+BUILDING = not {"egg_info", "sdist", "dist_info", "toolchain", "--version", "--help"} & set(sys.argv[1:])
+if BUILDING:
+    require_build_tools()
+
+from setuptools import Command, Extension, setup  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel  # setuptools >= 70.1
+except ImportError:  # only metadata is asked for; a build was refused above
+    bdist_wheel = Command
+
+WANT_CUDA = os.environ.get("FORWARDPASS_BUILD_CUDA", "auto")
+if WANT_CUDA not in ("auto", "0", "1"):
+    sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA is auto, 0 or 1, not {WANT_CUDA!r}")
+
+
+def torch_cuda_major():
+    """The CUDA major of the torch we build beside, None for a CPU torch: its driver must be able to run our kernels."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    text = pathlib.Path(spec.submodule_search_locations[0], "version.py").read_text()
+    cuda = re.search(r"^cuda(?:: .*)? = '(\d+)", text, re.M)
+    return int(cuda[1]) if cuda else None
+
+
+# nvcc with everything that it calls, no more; the cu12 names are those of CUDA 12
+TOOLCHAINS = {
+    13: ["nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-cuda-runtime==13.0.96",
+         "nvidia-nvvm==13.0.88", "nvidia-cuda-cccl==13.0.85"],
+    12: ["nvidia-cuda-nvcc-cu12>=12.8,<13", "nvidia-cuda-runtime-cu12>=12.8,<13", "nvidia-cuda-cccl-cu12>=12.8,<13"],
+}  # fmt: skip
+TOOLCHAIN = TOOLCHAINS.get(torch_cuda_major() or 13, TOOLCHAINS[13])
+
+
+@functools.cache
+def cuda_home():
+    """The toolkit root as nvcc itself reports it (a wrapper script on PATH fools a guess), else the PyPI one, else None."""
+    env = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(f"{env}/bin/nvcc" if env else "nvcc")
+    if nvcc:
+        dry = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
+        if top := re.search(r"^#\$ TOP=(.*)$", subprocess.run(dry, capture_output=True, text=True).stderr, re.M):
+            return pathlib.Path(top[1]).resolve()
+    spec = importlib.util.find_spec("nvidia")
+    for base in spec.submodule_search_locations if spec else ():
+        for name in ("cu13", "cuda_nvcc"):
+            if (home := pathlib.Path(base, name)).joinpath("bin/nvcc").exists():
+                return home
+    return None
+
+
+def nvcc_release(home):
+    text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def why_no_cuda():
+    """None, or the sentence that says why this build has no CUDA kernels; with FORWARDPASS_BUILD_CUDA=1 it is fatal."""
+    if WANT_CUDA == "0":
+        return "FORWARDPASS_BUILD_CUDA=0"
+    if cuda_home() is None:
+        return f"there is no nvcc: set CUDA_HOME, or run {sys.executable} -m pip install {' '.join(TOOLCHAIN)}"
+    major, torch_major = int(nvcc_release(cuda_home()).split(".")[0]), torch_cuda_major()
+    if torch_major and major != torch_major:
+        return (f"nvcc in {cuda_home()} is CUDA {major}, torch was built for CUDA {torch_major}, and its driver may not run "
+                f"the other's kernels: set CUDA_HOME to a CUDA {torch_major} toolkit")  # fmt: skip
+    return None
+
+
+def arches():
+    """[("80", ptx?)] from TORCH_CUDA_ARCH_LIST."""
+    found = []
+    for entry in re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a"):
+        m = re.fullmatch(r"(\d+)\.(\d)(a|f)?(\+PTX)?", entry)
+        if not m:
+            sys.exit(f"forwardpass: TORCH_CUDA_ARCH_LIST entries look like 8.0, 9.0a or 8.9+PTX, not {entry!r}")
+        found.append((m[1] + m[2] + (m[3] or ""), bool(m[4])))
+    if min(int(a.rstrip("af")) for a, _ in found) < 80:
+        sys.exit("forwardpass: the kernels need compute capability 8.0 (A100) or later; remove older TORCH_CUDA_ARCH_LIST entries")
+    return found
+
+
+def gencode(source):
+    """-gencode flags of one file: its name says the lowest architecture that runs it (…_sm80.cu; …_sm90a.cu: that one only).
+
+    A file without an "a" is portable: built for the plain architectures, and with the highest one's PTX, from which the
+    driver makes code for GPUs that came later (Blackwell).
+    """
+    minimum = re.search(r"_sm(\d+a?)\.cu$", source.name)[1]
+    if minimum.endswith("a"):
+        mine = [(a, ptx) for a, ptx in arches() if a == minimum]
+    else:
+        plain = sorted({int(a.rstrip("af")): ptx for a, ptx in arches() if int(a.rstrip("af")) >= int(minimum)}.items())
+        mine = [(str(a), ptx or a == plain[-1][0]) for a, ptx in plain]
+    return [f"-gencode=arch=compute_{a},code=[sm_{a}{f',compute_{a}' if ptx else ''}]" for a, ptx in mine]
+
+
+def jobs(sources):
+    """One g++ or nvcc process needs about 1.5 GB here (measured: 0.9 for a stable-ABI file, 0.6 for a kernel)."""
+    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    free, cores = pages * size / 2**30, len(os.sched_getaffinity(0))
+    wanted = int(os.environ.get("MAX_JOBS") or cores)
+    n = max(1, min(wanted, int(free * 0.8 / 1.5), sources))
+    print(f"forwardpass: {n} jobs = min({wanted} {'MAX_JOBS' if os.environ.get('MAX_JOBS') else 'cores'}, "
+          f"0.8 * {free:.1f} GiB free / 1.5 GiB a job, {sources} files)", flush=True)  # fmt: skip
+    return n
+
+
+class Build(build_ext):
+    """Writes build.ninja and runs it: _ops.so always, _kernels.so where there is an nvcc, _build.json for `doctor`."""
+
+    def run(self):
+        out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
+        obj = pathlib.Path(self.build_temp).resolve()
+        skipped = why_no_cuda()
+        if skipped and WANT_CUDA == "1":
+            sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {skipped}")
+        for folder in (out, obj):
+            folder.mkdir(parents=True, exist_ok=True)
+        if skipped:  # pip builds in the tree: an earlier build's kernels would be shipped
+            out.joinpath("_kernels.so").unlink(missing_ok=True)
+            print(f"forwardpass: building without CUDA kernels: {skipped}", flush=True)
+        rules, count = self.ninja(out, None if skipped else cuda_home())
+        obj.joinpath("build.ninja").write_text(rules)
+        import ninja
+
+        subprocess.check_call([pathlib.Path(ninja.BIN_DIR, "ninja"), "-C", obj, f"-j{jobs(count)}"])
+        import torch
+
+        info = {"version": self.distribution.get_version(), "torch": torch.__version__, "cuda_skipped": skipped,
+                "nvcc": None if skipped else nvcc_release(cuda_home()),
+                "arches": [] if skipped else [f"sm_{a}" for a, _ in arches()]}  # fmt: skip
+        out.joinpath("_build.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def ninja(self, out, home):
+        import torch
+
+        t = pathlib.Path(torch.__file__).parent
+        common = f"-std=c++17 -I{ROOT}/csrc"
+        # Error messages carry __FILE__; contraction is off because the formulas say where an fma is.
+        cxx = (f"-O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -ffile-prefix-map={ROOT}/= "
+               f"-fno-math-errno -fno-trapping-math -ffp-contract=off "
+               f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {t}/include")  # fmt: skip
+        text = [
+            "ninja_required_version = 1.8",
+            f"rule cxx\n command = g++ -MD -MF $out.d {common} {cxx} -c $in -o $out\n depfile = $out.d\n deps = gcc\n description = g++ $in",
+            "rule link\n command = g++ -shared $in $flags -o $out\n description = link $out",
+        ]
+
+        def objects(rule, sources, flags=lambda s: ""):
+            made = []
+            for s in sources:
+                made.append(str(s.relative_to(ROOT / "csrc")).replace("/", ".") + ".o")
+                text.append(f"build {made[-1]}: {rule} {s}\n flags = {flags(s)}")
+            return " ".join(made)
+
+        cpp = sorted(p for p in ROOT.glob("csrc/**/*.cpp") if "interpreter" not in p.parts)
+        text.append(f"build {out}/_ops.so: link {objects('cxx', cpp)}\n flags = -L{t}/lib -ltorch_cpu -ldl -Wl,-z,defs -lc10")
+        if home:
+            cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))
+            lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
+            # Any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
+            nvcc = (f"{home}/bin/nvcc -MD -MF $out.d {common} -O3 -lineinfo --compress-mode=size -Werror all-warnings "
+                    f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror "
+                    f"-Xcompiler -fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}/= $flags -c $in -o $out")  # fmt: skip
+            text.append(
+                f"rule nvcc\n command = ({nvcc}) > $out.log 2>&1 && ! grep -q 'C75[0-9][0-9]' $out.log || (cat $out.log; rm -f $out; false)\n"
+                " depfile = $out.d\n deps = gcc\n description = nvcc $in"
+            )
+            # cudart's names must never be dynamic symbols: a CUDA torch has libcudart in the global scope and would win.
+            # -z defs: a runtime call that is missing is a link error that names it. The third library,
+            # _kernels_interpreted.so, links the same objects against the interpreter's stand-in for cudart.
+            hide = "-Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs"
+            kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)).replace(",", ","))
+            text.append(f"build {out}/_kernels.so: link {kernels}\n flags = {hide} -L{lib} -lcudart_static -ldl -lrt -lpthread")
+            cpp += cu
+        return "\n".join(text) + "\n", len(cpp)
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):  # no Python C API in any library: every Python 3 (free-threaded too), this platform
+        return "py3", "none", super().get_tag()[2]
+
+
+class Toolchain(Command):
+    """`python setup.py toolchain` prints what to pip install for an nvcc, or nothing where there is one."""
+
+    description, user_options = "print the PyPI packages that make an nvcc, where there is none", []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        if WANT_CUDA != "0" and cuda_home() is None:
+            print(*TOOLCHAIN)
+
+
+setup(
+    ext_modules=[Extension("forwardpass._ops", [])],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "toolchain": Toolchain},
+    # read by build isolation only: a machine with no toolkit gets one for the build
+    setup_requires=TOOLCHAIN if WANT_CUDA != "0" and "toolchain" not in sys.argv and cuda_home() is None else [],
+)
