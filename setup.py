@@ -185,7 +185,7 @@ class Build(build_ext):
         t = pathlib.Path(torch.__file__).parent
         common = f"-std=c++17 -I{ROOT}/csrc"
         # Error messages carry __FILE__; contraction is off because the formulas say where an fma is.
-        cxx = (f"-O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -ffile-prefix-map={ROOT}/= "
+        cxx = (f"-O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi -ffile-prefix-map={ROOT}/= "
                f"-fno-math-errno -fno-trapping-math -ffp-contract=off "
                f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {t}/include")  # fmt: skip
         text = [

@@ -1,18 +1,17 @@
+#include "quantize/quantize.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/quantize_rows.h"
-#include "quantize/quantize.h"
 
 namespace forwardpass {
 namespace {
 
 template <Dtype D>
 INLINE void rows(const QuantizeParams& p, int64_t first, int64_t last) {
-  using T = typename cpu::Type<D>::type;
   for (int64_t row = first; row < last; ++row) {
-    auto x = static_cast<const T*>(p.x.data) + row * p.x.stride;
-    for (int64_t group = 0; group * p.out.group < p.out.columns; ++group)
-      cpu::quantize_segment(p.out, row, group, [x](int64_t c) __attribute__((always_inline)) { return cpu::to_float(x[c]); });
+    const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * (D == Dtype::f32 ? 4 : 2);
+    cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<D>(x, c, n); });
   }
 }
 

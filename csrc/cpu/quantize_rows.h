@@ -4,45 +4,55 @@
 
 namespace forwardpass::cpu {
 
-// v(c) is the value at column c of the row, before channel_scale; it must be INLINE and is evaluated twice.
+// value(c, n): the row's fp32 values at columns [c, c + 16), zero from c + n on, channel_scale applied. Evaluated twice, INLINE.
 template <class Value>
-INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t group, Value v) {
+INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t group, Value value) {
   const int64_t begin = group * out.group, end = begin + out.group < out.columns ? begin + out.group : out.columns;
-  const float* channel_scale = out.channel_scale;
-  const bool e4m3 = out.dtype == Dtype::e4m3;
+  const bool e4m3 = out.dtype == Dtype::e4m3, symmetric = out.symmetric;
   float inverse;
   int32_t zero_point = 0;
   if (out.static_scale) {
     inverse = 1.0f / *out.static_scale;
     if (out.static_zero_point) zero_point = *out.static_zero_point;
   } else {
-    // Integers order as the floats' magnitudes do, with infinity and NaN on top: a NaN makes the scale NaN, never disappears.
-    uint32_t high = 0, low = 0;  // largest |v| among v >= 0 and among v < 0
-    for (int64_t c = begin; c < end; ++c) {
-      const uint32_t b = bits<uint32_t>(v(c) * (channel_scale ? channel_scale[c] : 1.0f)), a = b & 0x7fffffff;
-      const uint32_t positive = b >> 31 ? 0 : a, negative = b >> 31 ? a : 0;
-      high = high > positive ? high : positive;
-      low = low > negative ? low : negative;
-    }
-    const uint32_t most = high > low ? high : low;
-    // a NaN on either side makes the sum NaN
-    float range = out.symmetric ? bits<float>(most) : bits<float>(high) + bits<float>(low);
+    // As integers, magnitudes order as the floats do, with infinity and NaN on top: a NaN makes the scale NaN, never disappears.
+    u32x16 highs{}, lows{};  // of the values >= 0, and of those < 0
+    for_each_vector(begin, end, VECTOR_BODY(&) {
+      const u32x16 b = bits<u32x16>(value(c, n)), a = b & 0x7fffffff, negative = bits<u32x16>(bits<i32x16>(b) >> 31);
+      highs = max(highs, a & ~negative);
+      lows = max(lows, a & negative);
+    });
+    const uint32_t high = largest(highs), low = largest(lows);
+    float range = symmetric ? bits<float>(high > low ? high : low) : bits<float>(high) + bits<float>(low);
     range = range < kLeastRange ? kLeastRange : range;
-    const float steps = e4m3 ? 448.0f : out.symmetric ? 127.0f : 255.0f;
+    const float steps = e4m3 ? 448.0f : symmetric ? 127.0f : 255.0f;
     inverse = steps / range;
     out.scale[row + group * out.scale_stride] = range / steps;
     if (out.zero_point) {
-      zero_point = -128 + to_int(bits<float>(low) * inverse, 0.0f, 255.0f);
+      zero_point = -128 + static_cast<int32_t>(__builtin_rintf(std::isnan(range) ? 0.0f : bits<float>(low) * inverse));
       out.zero_point[row + group * out.scale_stride] = zero_point;
     }
   }
   auto q = static_cast<uint8_t*>(out.q) + row * out.q_stride;
   if (e4m3) {
-    for (int64_t c = begin; c < end; ++c) q[c] = to_e4m3(v(c) * (channel_scale ? channel_scale[c] : 1.0f) * inverse);
-  } else {
-    const float least = out.symmetric ? -127.0f : -128.0f - zero_point, greatest = out.symmetric ? 127.0f : 127.0f - zero_point;
-    for (int64_t c = begin; c < end; ++c)
-      q[c] = static_cast<uint8_t>(to_int(v(c) * (channel_scale ? channel_scale[c] : 1.0f) * inverse, least, greatest) + zero_point);
+    for_each_vector(begin, end, VECTOR_BODY(&) { store_bits(to_e4m3(value(c, n) * inverse), q + c, n); });
+  } else {  // clamping first gives the same as clamping the rounded value, and keeps to_int in its range
+    const float low = (symmetric ? -127 : -128) - zero_point, high = 127 - zero_point;
+    for_each_vector(begin, end, VECTOR_BODY(&) {
+      store_bits(__builtin_convertvector(to_int(value(c, n) * inverse, low, high) + zero_point, i8x16), q + c, n);
+    });
+  }
+}
+
+// Every group of a row whose values, before channel_scale, are value(c, n).
+template <class Value>
+INLINE void quantize_row(const QuantizedRows& out, int64_t row, Value value) {
+  for (int64_t group = 0; group * out.group < out.columns; ++group) {
+    if (const float* s = out.channel_scale) {
+      quantize_segment(out, row, group, VECTOR_BODY(&) { return value(c, n) * load<Dtype::f32>(s, c, n); });
+    } else {
+      quantize_segment(out, row, group, value);
+    }
   }
 }
 
