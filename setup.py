@@ -158,7 +158,7 @@ class Build(build_ext):
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
-        obj = pathlib.Path(self.build_temp).resolve()
+        obj = ROOT / "build" / "ninja"  # not build_temp: pip makes a new one each time, and nothing would be incremental
         skipped = why_no_cuda()
         if skipped and WANT_CUDA == "1":
             sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {skipped}")

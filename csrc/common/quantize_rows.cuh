@@ -1,0 +1,157 @@
+#pragma once
+// The kernel half of every op that ends in a quantisation: a segment (a row, or one group of it) is read once into the registers
+// of the threads that share it, reduced to its range, and written as int8 or e4m3. Bound by memory: per element 2 or 4 bytes in
+// and 1 out, and about 8 instructions, of the 20 that an H100 has time for.
+#include "common/vec.cuh"
+
+namespace forwardpass {
+
+struct RowsConfig {
+  static constexpr int kVecs = 4;            // vectors of 8 in registers a thread: 32 floats, 64 bytes of fp16 loads in flight
+  static constexpr int kMaxWidth = 512;      // threads that share a segment: 16384 columns are read once, longer rows twice (1024 spill: 64 registers)
+  static constexpr int kBlock = 128;         // threads of a block that holds several segments
+};
+
+// How a launch maps segments to threads: `width` consecutive threads, a power of two, share a segment.
+struct RowsLaunch {
+  int width, block;
+  int64_t segments, groups;
+  unsigned grid() const { return static_cast<unsigned>((segments * width + block - 1) / block); }
+};
+
+inline RowsLaunch rows_launch(int64_t rows, const QuantizedRows& out) {
+  const int64_t vectors = (out.group + kVec - 1) / kVec;
+  RowsLaunch l{};
+  l.groups = (out.columns + out.group - 1) / out.group;
+  l.segments = rows * l.groups;
+  l.width = 1;  // as few threads as hold the segment: the registers bind; unmeasured
+  while (l.width < RowsConfig::kMaxWidth && l.width * RowsConfig::kVecs < vectors) l.width *= 2;
+  l.block = l.width > RowsConfig::kBlock ? l.width : RowsConfig::kBlock;
+  return l;
+}
+
+inline bool aligned16(const void* p, int64_t stride_bytes, int64_t group_bytes, int64_t groups) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_bytes % 16 == 0 && (groups == 1 || group_bytes % 16 == 0);
+}
+
+// Where this thread stands: lane `lane` of the `width` threads of segment (row, group), columns [begin, begin + length).
+struct Segment {
+  int64_t row, group, begin;
+  int length, lane, width;
+  bool active;
+
+  __device__ Segment(const RowsLaunch& l, const QuantizedRows& out) {
+    const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, index = thread / l.width;
+    active = index < l.segments;  // idle threads of the last block still take part in barriers and shuffles
+    row = index / l.groups;
+    group = index % l.groups;
+    begin = group * out.group;
+    length = active ? static_cast<int>(min(out.group, out.columns - begin)) : 0;
+    lane = threadIdx.x % l.width;
+    width = l.width;
+  }
+};
+
+// op over the segment's threads; every thread gets the result. Within a warp by shuffles, beyond it through shared memory:
+// then the block is the segment. `slot` is 32 values of its own in shared memory.
+template <class T, class Op>
+__device__ T reduce_segment(T v, const Segment& s, T* slot, Op op) {
+  for (int offset = min(s.width, 32) / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  if (s.width > 32) {
+    if (threadIdx.x % 32 == 0) slot[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = slot[0];
+    for (int i = 1; i < s.width / 32; ++i) v = op(v, slot[i]);
+    __syncthreads();  // the slot may be used again
+  }
+  return v;
+}
+
+// A segment's values, 8 at a time, kept in registers where they fit. load(column, n, float (&)[8]) reads n values from the
+// segment's column on, the rest 0.
+template <class Load>
+struct SegmentValues {
+  Load load;
+  const Segment& s;
+  float v[RowsConfig::kVecs][kVec];
+  bool loaded = false;
+
+  __device__ SegmentValues(const Segment& segment, Load l) : load(l), s(segment) {}
+
+  __device__ bool resident() const { return s.length <= s.width * RowsConfig::kVecs * kVec; }
+
+  // f(column, n, float (&)[8]) for each of this thread's vectors. What f writes is kept only where the segment is resident.
+  template <class F>
+  __device__ void for_each(F f) {
+    for (int base = s.lane * kVec; base < s.length; base += s.width * kVec * RowsConfig::kVecs) {
+#pragma unroll
+      for (int i = 0; i < RowsConfig::kVecs; ++i) {
+        const int column = base + i * s.width * kVec, n = min(kVec, s.length - column);
+        if (n <= 0) break;
+        if (!loaded || !resident()) load(column, n, v[i]);
+        f(column, n, v[i]);
+      }
+    }
+    loaded = true;
+  }
+};
+
+// Range -> scale and zero point -> q. The formula is that of forwardpass.quantized_rows.quantize_values, operation by operation:
+// _rn intrinsics, so that no multiplication and addition become one.
+template <class Values>
+__device__ void quantize_segment(Values& values, const Segment& s, const QuantizedRows& out) {
+  __shared__ float slots[2][32];
+  const bool e4m3 = out.dtype == Dtype::e4m3;
+  const float* channel_scale = out.channel_scale ? out.channel_scale + s.begin : nullptr;
+  auto scaled = [&](int column, int i, int n, float v) { return channel_scale && i < n ? __fmul_rn(v, channel_scale[column + i]) : v; };
+
+  float inverse;
+  int zero_point = 0;
+  if (out.static_scale) {
+    inverse = __fdiv_rn(1.0f, *out.static_scale);
+    if (out.static_zero_point) zero_point = *out.static_zero_point;
+  } else {
+    float high = 0, low = 0;  // a NaN becomes both, and then the scale
+    values.for_each([&](int column, int n, float(&v)[kVec]) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const float x = scaled(column, i, n, v[i]);
+        high = ptx::max_nan(high, x);
+        low = ptx::min_nan(low, x);
+      }
+    });
+    high = reduce_segment(high, s, slots[0], ptx::max_nan);
+    low = -reduce_segment(low, s, slots[1], ptx::min_nan);
+    float range = out.symmetric ? ptx::max_nan(high, low) : __fadd_rn(high, low);
+    range = range < kLeastRange ? kLeastRange : range;
+    const float steps = e4m3 ? 448.0f : out.symmetric ? 127.0f : 255.0f;
+    inverse = __fdiv_rn(steps, range);
+    if (!out.symmetric) zero_point = __float2int_rn(__fmul_rn(low, inverse)) - 128;
+    if (s.active && s.lane == 0) {
+      out.scale[s.row + s.group * out.scale_stride] = __fdiv_rn(range, steps);
+      if (out.zero_point) out.zero_point[s.row + s.group * out.scale_stride] = zero_point;
+    }
+  }
+
+  auto q = static_cast<uint8_t*>(out.q) + s.row * out.q_stride + s.begin;
+  const bool aligned = out.group % kVec == 0 || out.group == out.columns;  // q's rows are ours: 16-byte aligned
+  const int least = out.symmetric ? -127 : -128;
+  values.for_each([&](int column, int n, float(&v)[kVec]) {
+    Vec<uint8_t> packed;
+#pragma unroll
+    for (int i = 0; i < kVec; i += 2) {
+      const float a = __fmul_rn(scaled(column, i, n, v[i]), inverse), b = __fmul_rn(scaled(column, i + 1, n, v[i + 1]), inverse);
+      if (e4m3) {
+        const uint16_t pair = to_e4m3x2(b, a);
+        packed.e[i] = pair & 0xff;
+        packed.e[i + 1] = pair >> 8;
+      } else {  // __float2int_rn saturates at 2^31, so the zero point is added to a clamped value
+        packed.e[i] = max(least, min(127, max(-512, min(512, __float2int_rn(a))) + zero_point));
+        packed.e[i + 1] = max(least, min(127, max(-512, min(512, __float2int_rn(b))) + zero_point));
+      }
+    }
+    store_vec(packed, q + column, n, aligned);
+  });
+}
+
+}  // namespace forwardpass

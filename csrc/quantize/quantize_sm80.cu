@@ -1,0 +1,27 @@
+// quantize: bytes per element 2 or 4 in, 1 out; see common/quantize_rows.cuh.
+#include "common/dispatch.h"
+#include "common/quantize_rows.cuh"
+#include "quantize/quantize.h"
+
+namespace forwardpass {
+
+template <Dtype D>
+__global__ void __launch_bounds__(RowsConfig::kMaxWidth) quantize_kernel(QuantizeParams p, RowsLaunch l, bool aligned) {
+  const Segment s(l, p.out);
+  auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride + s.begin;  // [length]
+  SegmentValues values(s, [=](int column, int n, float(&v)[kVec]) { load_floats(v, x + column, n, aligned); });
+  quantize_segment(values, s, p.out);
+}
+
+}  // namespace forwardpass
+
+int forwardpass_quantize(const forwardpass::QuantizeParams* p, void* stream) {
+  using namespace forwardpass;
+  const RowsLaunch l = rows_launch(p->x.rows, p->out);
+  const int size = p->x.dtype == Dtype::f32 ? 4 : 2;
+  const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups);
+  dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
+    quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+  });
+  return cudaGetLastError();
+}

@@ -1,0 +1,284 @@
+"""Which implementation of an operation runs, and why the others do not.
+
+Every operation has the same ordered table: `cuda`, `triton`, `cpu`, `reference`. `auto` (the default) takes the first that
+can run these arguments; a backend asked for by name that cannot raises `Unsupported` with its reason. Nothing falls back
+without a trace: `explain` prints the table for a call, and FORWARDPASS_LOG=dispatch logs the choice once per new shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+operations: dict[str, Operation] = {}
+
+#: The architecture ("sm_90a") whose kernels CPU tensors take; set by the interpreter, its only seam with the rest.
+interpreted: str | None = None
+
+_log = logging.getLogger("forwardpass.dispatch")
+if "dispatch" in os.environ.get("FORWARDPASS_LOG", "").split(","):
+    _handler = logging.StreamHandler(sys.stderr)
+    _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    _log.addHandler(_handler)
+    _log.setLevel(logging.INFO)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something is not done: a stable code to test for, a sentence, and what to do about it."""
+
+    code: str
+    text: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.fix}" if self.fix else self.text
+
+
+class Unsupported(RuntimeError):
+    """No implementation that was allowed can run these arguments. `reasons` maps each backend to its Reason."""
+
+    def __init__(self, message: str, reasons: dict[str, Reason]):
+        super().__init__(message)
+        self.reasons = reasons
+
+
+class _Choice(threading.local):
+    backend = "auto"
+
+
+_choice = _Choice()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block and this thread, operations run on `name`: "cuda", "triton", "cpu", "reference" or "auto".
+
+    A backend that cannot run a call raises `Unsupported` with the reason. Inside `torch.compile` the choice that is in force
+    when a function is first compiled stays with its graph.
+    """
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"use_backend takes one of {', '.join((*BACKENDS, 'auto'))}, not {name!r}")
+    before, _choice.backend = _choice.backend, name
+    try:
+        yield
+    finally:
+        _choice.backend = before
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """None, or why Triton cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except Exception as e:
+        return f"Triton does not import: {e}"
+    return library.why_no_ops()
+
+
+def _why_not_gpu(x: Tensor, what: str) -> Reason | None:
+    if x.device.type == "cuda" or (x.device.type == "cpu" and interpreted):
+        return None
+    return Reason("device", f"the {what} kernels take CUDA tensors, and this one is on {x.device.type}", "move it to a GPU")
+
+
+def _why_not_cuda(x: Tensor) -> Reason | None:
+    if reason := _why_not_gpu(x, "CUDA"):
+        return reason
+    if x.device.type == "cpu":
+        return None
+    if problem := library.why_no_kernels():
+        return Reason("not_built", problem, "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")
+    if not library.runs_on(capability := _capability(x.device.index)):
+        major, minor = capability
+        return Reason("arch", f"built for {', '.join(library.build_info['arches'])}, and this GPU is sm_{major}{minor}",
+                      f"reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}")  # fmt: skip
+    return None
+
+
+def _why_not_triton(x: Tensor) -> Reason | None:
+    if reason := _why_not_gpu(x, "Triton"):
+        return reason
+    if problem := why_no_triton():
+        return Reason("not_installed", problem, "pip install 'forwardpass[triton]'")
+    if x.device.type == "cuda" and _capability(x.device.index) < (8, 0):
+        return Reason("arch", "the Triton kernels need compute capability 8.0", "use a GPU from A100 or RTX 30 on")
+    return None
+
+
+def _why_not_cpu(x: Tensor) -> Reason | None:
+    if x.device.type != "cpu":
+        return Reason("device", f"the cpu kernels take CPU tensors, and this one is on {x.device.type}", "move it to the CPU")
+    if problem := library.why_no_ops():
+        return Reason("not_built", problem, "reinstall forwardpass for this torch")
+    return None
+
+
+_WHY_NOT: dict[str, Callable[[Tensor], Reason | None]] = {
+    "cuda": _why_not_cuda,
+    "triton": _why_not_triton,
+    "cpu": _why_not_cpu,
+    "reference": lambda x: None,
+}
+
+
+class Operation:
+    """One operation: its public function, its argument check, and its implementations in the order they are preferred.
+
+    Args:
+        function: the public function; its parameters, in order, are the schema's.
+        check: takes the same arguments by position; raises TypeError or ValueError in one sentence.
+        reference: the specification in plain torch, same arguments, same returns.
+        fake: shapes, dtypes and strides of what the compiled implementations return.
+        backends: the compiled ones that exist; "triton" is registered by `<package>.triton_kernel`, imported on first use.
+        why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`.
+        notes: f(*args) -> sentences on what the op does besides its kernel (a copy of an unaligned operand, its bytes).
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        check: Callable[..., None],
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        backends: tuple[str, ...] = ("cuda", "triton", "cpu"),
+        why_not: dict[str, Callable[..., Reason | None]] | None = None,
+        notes: Callable[..., list[str]] | None = None,
+    ):
+        self.name = function.__name__
+        self.signature = inspect.signature(function)
+        self.package = function.__module__
+        self.check, self.fake, self.notes = check, fake, notes
+        self.limits = why_not or {}
+        self.runs: dict[str, Callable[..., Any]] = {"reference": reference}
+        for backend in backends if library.load_error is None else ():
+            # as in csrc/ops.cpp; the reference needs no schema, torch.compile sees through it
+            self.runs[backend] = getattr(torch.ops.forwardpass, f"{self.name}_{backend}").default
+            torch.library.register_fake(f"forwardpass::{self.name}_{backend}", fake)
+        self.compiled = backends
+        self._hits: dict[Any, Callable[..., Any]] = {}
+        operations[self.name] = self
+
+    def why_not(self, backend: str, *args: Any) -> Reason | None:
+        """None where `backend` can run these arguments, else the reason."""
+        if backend != "reference" and backend not in self.compiled:
+            return Reason("not_written", f"{self.name} has no {backend} implementation", "use another backend")
+        reason = _WHY_NOT[backend](args[0])
+        limit = self.limits.get(backend)
+        return reason or (limit(*args) if limit else None)
+
+    def choose(self, *args: Any) -> str:
+        """The backend that runs these arguments; raises Unsupported with every reason where there is none."""
+        wanted = BACKENDS if _choice.backend == "auto" else (_choice.backend,)
+        for backend in wanted:
+            if self.why_not(backend, *args) is None:
+                return backend
+        reasons = {b: r for b in wanted if (r := self.why_not(b, *args))}
+        raise Unsupported(f"{self.name}: " + "; ".join(f"{b}: {r}" for b, r in reasons.items()), reasons)
+
+    def _bind(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        self.check(*args)
+        backend = self.choose(*args)
+        if backend == "triton":
+            importlib.import_module(f"{self.package}.triton_kernel")  # registers itself
+        return self.runs[backend]
+
+    def __call__(self, *args: Any) -> Any:
+        grad = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            if grad and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                self._refuse_grad()
+            return self._bind(args)(*args)
+        # One pass over the arguments makes the key of this call; a key seen before was checked before.
+        key: list[Any] = [_choice.backend, interpreted]
+        for a in args:
+            kind = type(a)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                if grad and a.requires_grad:
+                    self._refuse_grad()
+                key += (a.shape, a.stride(), a.dtype, a.device)
+            elif isinstance(a, Tensor):  # a subclass, fake or wrapping: its shapes may be symbols
+                return self._bind(args)(*args)
+            else:
+                key.append(a)
+        hit = tuple(key)
+        run = self._hits.get(hit)
+        if run is None:
+            run = self._bind(args)
+            if len(self._hits) > 4096:
+                self._hits.clear()
+            self._hits[hit] = run
+            if _log.isEnabledFor(logging.INFO):
+                _log.info("%s -> %s", self.describe(args), self.choose(*args))
+        return run(*args)
+
+    def _refuse_grad(self) -> None:
+        raise RuntimeError(f"forwardpass.ops.{self.name} is for inference and has no backward: "
+                           "call it under torch.inference_mode(), or detach its inputs")  # fmt: skip
+
+    def describe(self, args: tuple[Any, ...]) -> str:
+        """`name(x=float16[2, 384], …)`, and the notes on these arguments."""
+
+        def one(a: Any) -> str:
+            return f"{str(a.dtype)[6:]}{list(a.shape)}" if isinstance(a, Tensor) else repr(a)
+
+        text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.signature.parameters, args) if a is not None)
+        notes = self.notes(*args) if self.notes else []
+        return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
+
+    def arguments(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The public function's arguments, in the schema's order, with defaults."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
+
+
+class Explanation(dict[str, "Reason | None"]):
+    """Backend -> Reason, or None where it can run; prints as a table."""
+
+    def __init__(self, call: str, chosen: str | None, table: dict[str, Reason | None]):
+        super().__init__(table)
+        self.call, self.chosen = call, chosen
+
+    def __str__(self) -> str:
+        mark = {True: "->", False: "  "}
+        return "\n".join([self.call, *(f"{mark[b == self.chosen]} {b:<10}{r or 'can run'}" for b, r in self.items())])
+
+
+def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which implementation of `fp.ops.<name>(*args, **kwargs)` would run, and why each other one would not.
+
+    Raises what the call itself would raise on arguments that no implementation takes (TypeError, ValueError), and KeyError
+    for an unknown name. Nothing is run.
+    """
+    if name not in operations:
+        raise KeyError(f"there is no operation {name!r}; there are {', '.join(sorted(operations))}")
+    op = operations[name]
+    call = op.arguments(*args, **kwargs)
+    op.check(*call)
+    table = {b: op.why_not(b, *call) for b in BACKENDS}
+    wanted = BACKENDS if _choice.backend == "auto" else (_choice.backend,)
+    return Explanation(op.describe(call), next((b for b in wanted if table[b] is None), None), table)
