@@ -39,7 +39,7 @@ inline bool is_float(Dtype t) { return t == Dtype::f32 || t == Dtype::f16 || t =
 // x [..., K] as a matrix: throws unless the last stride is 1 and the leading dimensions collapse into one row stride.
 inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
   const int64_t n = x.dim();
-  STD_TORCH_CHECK(n >= 1, op, ": ", name, " needs at least one dimension");
+  STD_TORCH_CHECK(n >= 1 && x.size(n - 1) >= 1, op, ": ", name, " needs a last dimension that is not empty");
   Matrix m{x.const_data_ptr(), dtype_of(x.scalar_type(), op, name), 1, x.size(n - 1), x.size(n - 1)};
   STD_TORCH_CHECK(m.columns <= 1 || x.stride(n - 1) == 1, op, ": the last dimension of ", name, " must have stride 1");
   bool first = true;
@@ -51,7 +51,6 @@ inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
     first = false;
     m.rows *= x.size(d);
   }
-  if (x.numel() == 0) m.rows = m.columns ? 0 : m.rows;
   return m;
 }
 

@@ -24,7 +24,7 @@ inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int6
   r.group = o.group_size.value_or(r.columns);
   r.symmetric = o.symmetric;
   STD_TORCH_CHECK(r.dtype == Dtype::i8 || (r.dtype == Dtype::e4m3 && o.symmetric), op, ": dtype must be int8, or float8_e4m3fn (symmetric)");
-  STD_TORCH_CHECK(r.group >= 1 || r.columns == 0, op, ": group_size must be at least 1");
+  STD_TORCH_CHECK(r.group >= 1, op, ": group_size must be at least 1");
   STD_TORCH_CHECK(!o.scale || !o.group_size, op, ": a static scale has no groups");
   STD_TORCH_CHECK(o.zero_point.has_value() == (o.scale.has_value() && !o.symmetric), op, ": zero_point goes with a static asymmetric scale");
   r.channel_scale = floats(o.channel_scale, r.columns, x, op, "channel_scale");

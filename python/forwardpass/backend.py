@@ -225,7 +225,10 @@ class Operation:
             else:
                 key.append(a)
         hit = tuple(key)
-        run = self._hits.get(hit)
+        try:
+            run = self._hits.get(hit)
+        except TypeError:  # an unhashable argument: the check says what should have been there
+            return self._bind(args)(*args)
         if run is None:
             run = self._bind(args)
             if len(self._hits) > 4096:

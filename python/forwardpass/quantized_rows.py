@@ -36,16 +36,15 @@ def quantize_values(
     k, e4m3 = v.shape[-1], dtype is E4M3
     if channel_scale is not None:
         v = v * channel_scale
-    group = group_size or max(k, 1)
+    group = group_size or k
     groups = -(-k // group)
-    g = F.pad(v, (0, groups * group - k)).unflatten(-1, (groups, group)) if k else v.unsqueeze(-2)[..., :0, :]
+    g = F.pad(v, (0, groups * group - k)).unflatten(-1, (groups, group))
     if scale is not None:
         inverse = (1.0 / scale).reshape(())
         shift = zero_point.reshape(()) if zero_point is not None else torch.zeros((), dtype=torch.int32, device=v.device)
         s, z = v.new_empty(0), v.new_empty(0, dtype=torch.int32)
     else:
-        high = g.clamp(min=0).amax(-1) if k else g.new_zeros(g.shape[:-1])
-        low = (-g).clamp(min=0).amax(-1) if k else high
+        high, low = g.clamp(min=0).amax(-1), (-g).clamp(min=0).amax(-1)
         span = torch.maximum(high, low) if symmetric else high + low
         span = torch.where(span < LEAST_RANGE, LEAST_RANGE, span)
         # a tensor, as torch computes number / tensor as number * reciprocal, which rounds twice
@@ -55,11 +54,11 @@ def quantize_values(
         shift = torch.zeros_like(z).unsqueeze(-1) if symmetric else z.unsqueeze(-1)
         inverse = inverse.unsqueeze(-1)
         s, z = scales_layout(s, group_size), scales_layout(z, group_size) if not symmetric else z.new_empty(0)
-    scaled = (g * inverse).flatten(-2)[..., :k] if k else v
+    scaled = (g * inverse).flatten(-2)[..., :k]
     if e4m3:
         q = scaled.clamp(-448, 448).to(E4M3)
     else:
-        shift = shift.expand(g.shape).flatten(-2)[..., :k] if k else shift
+        shift = shift.expand(g.shape).flatten(-2)[..., :k]
         low_q = -127 if symmetric else -128
         q = (scaled.nan_to_num(0).clamp(-1e6, 1e6).round().to(torch.int32) + shift).clamp(low_q, 127).to(torch.int8)
     return pad_rows(q), s, z
@@ -101,7 +100,7 @@ def empty_scales(x: Tensor, lead: tuple[int, ...], groups: int | None, dtype: to
 def scales_layout(s: Tensor, group_size: int | None) -> Tensor:
     """s [..., groups] in the layout of `empty_scales`; [...] where there is one segment a row."""
     if group_size is None:
-        return s.squeeze(-1) if s.shape[-1] else s.sum(-1)
+        return s.squeeze(-1)
     return empty_scales(s, tuple(s.shape[:-1]), s.shape[-1], s.dtype).copy_(s)
 
 
@@ -131,6 +130,8 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
     """The layout that all kernels take; the fix is always .contiguous()."""
     if x.dim() < 1:
         raise ValueError(f"{op}: {name} must have at least one dimension, and is a scalar: use {name}.reshape(1)")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{op}: the last dimension of {name} must not be empty, and {name} has shape {tuple(x.shape)}")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{op}: the last dimension of {name} must have stride 1, not {x.stride(-1)}: pass {name}.contiguous()")
     expected = None
@@ -147,7 +148,7 @@ def matrix_shape(x: Tensor) -> tuple[int, int, int]:
     """(rows, columns, row stride) of a tensor that `check_rows` accepts."""
     columns = x.shape[-1]
     strides = [x.stride(d) for d in range(x.dim() - 1) if x.shape[d] != 1]
-    return (x.numel() // columns if columns else 0), columns, (strides[-1] if strides else columns)
+    return x.numel() // columns, columns, (strides[-1] if strides else columns)
 
 
 def check_vector(op: str, name: str, v: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:

@@ -64,7 +64,7 @@ def quantize(
         x, tuple(x.shape), dtype, scale, zero_point, group_size, symmetric, channel_scale
     )
     rows, columns, stride = matrix_shape(x)
-    if rows and columns:
+    if rows:
         with torch.cuda.device_of(x):
             quantize_kernel[(rows * arguments["groups"],)](
                 x, stride, **arguments, **triton_rows.segments(columns, group_size), enable_fp_fusion=False

@@ -1,0 +1,135 @@
+"""What tests and benchmarks share: cases, awkward data, poisoned memory, and comparisons that say where they failed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: [..., K] shapes that break kernels: single elements, single columns, non-multiples of every vector, block and tile.
+AWKWARD_SHAPES = ((1,), (1, 1), (239, 1), (799, 3), (113, 203), (2, 5, 130), (3, 4097), (2, 16391))
+EMPTY_SHAPES = ((0, 7), (2, 0, 16))
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A small list of combinations in which every pair of values of two factors occurs: greedy and deterministic."""
+    names = list(factors)
+    uncovered = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+    rows = []
+    while uncovered:
+        a, i, b, j = min(uncovered)
+        row = {a: i, b: j}
+        for n in names:
+            if n not in row:  # the value that covers most pairs with what is already chosen
+
+                def gain(v: int, n: str = n, row: dict[str, int] = row) -> int:
+                    pairs = ((n, v, m, w) if names.index(n) < names.index(m) else (m, w, n, v) for m, w in row.items())
+                    return sum(p in uncovered for p in pairs)
+
+                row[n] = max(range(len(factors[n])), key=lambda v, gain=gain: (gain(v), -v))  # type: ignore[misc]
+        uncovered -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
+        rows.append({n: factors[n][row[n]] for n in names})
+    return rows
+
+
+def awkward(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu") -> Tensor:
+    """Random values [..., K] with what breaks quantisation: an outlier column, a biased one, rows of zeros, of denormals, of
+    extremes. Its rows stand apart in memory, and every byte between them is NaN: whoever reads beyond a row shows it."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tuple(shape), generator=g)
+    rows = x.reshape(-1, shape[-1]) if x.numel() else x
+    if x.numel():
+        rows[:, rows.shape[1] // 3] *= 37.0
+        rows[:, rows.shape[1] // 2] += 5.0
+        for at, value in ((1, 0.0), (2, 3e-7), (3, 6e4)):
+            if rows.shape[0] > at + 1:
+                rows[at] = rows[at].clamp(-1, 1) * value
+    return apart(x.to(dtype), device)
+
+
+def apart(x: Tensor, device: str | torch.device = "cpu", padding: int = 5) -> Tensor:
+    """A copy of x [..., K] whose rows stand `padding` elements apart, with NaN (or the largest integer) between them."""
+    if x.dim() < 2:
+        return x.to(device)
+    filler = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max
+    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(max(1, x[..., :1].numel()), x.shape[-1])
+    wide = torch.full((flat.shape[0], flat.shape[1] + padding), filler, dtype=torch.float32 if x.is_floating_point() else x.dtype)
+    wide = wide.to(x.dtype)
+    wide[:, : flat.shape[1]].view(x.dtype).copy_(flat)
+    wide = wide.to(device)
+    strides = [1] * x.dim()
+    step = wide.shape[1]
+    for d in range(x.dim() - 2, -1, -1):
+        strides[d] = step
+        step *= max(1, x.shape[d])
+    return wide.as_strided(x.shape, strides)
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Within it torch.empty and its kin hand out NaN and largest integers: an element that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+
+
+def _report(what: str, got: Tensor, expected: Tensor, wrong: Tensor) -> None:
+    if not bool(wrong.any()):
+        return
+    at = tuple(wrong.nonzero()[0].tolist())
+    raise AssertionError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {at}: "
+                         f"got {got[at].item()}, expected {expected[at].item()}")  # fmt: skip
+
+
+def assert_equal(got: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Same shape, strides, dtype and values; NaN equals NaN."""
+    for name, a, b in (("shape", tuple(got.shape), tuple(expected.shape)), ("dtype", got.dtype, expected.dtype),
+                       ("strides", got.stride(), expected.stride())):  # fmt: skip
+        if a != b:
+            raise AssertionError(f"{what}: {name} {a}, expected {b}")
+    g, e = (t.cpu().double() if t.dtype.is_floating_point else t.cpu() for t in (got, expected))
+    _report(what, g, e, (g != e) & ~((g != g) & (e != e)))
+
+
+def assert_close(got: Tensor, expected: Tensor, bound: Tensor, what: str = "result") -> None:
+    """|got - expected| <= bound element by element, expected and bound in fp64; NaN only where expected has one."""
+    if got.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    g, e = got.cpu().double(), expected.cpu().double()
+    ok = ((g - e).abs() <= bound.cpu().double()) | (g == e) | ((g != g) & (e != e))
+    _report(what, g, e, ~ok)
+
+
+def assert_quantized_close(
+    got: Tensor, values: Tensor, bound: Tensor, scale: Tensor, what: str = "q", zero_point: Tensor | None = None
+) -> None:
+    """got quantises `values` (fp64, broadcast against scale) by the scale that came with it: each element is the nearest step
+    of the value or of one within `bound` of it, so it differs by one step only where the value is that close to a tie."""
+    s = scale.cpu().double()
+    shift = zero_point.cpu().double() if zero_point is not None else torch.zeros((), dtype=torch.float64)
+    g, v = got.cpu().double(), values.cpu().double()
+    if got.dtype == torch.int8:
+        least = -127.0 if zero_point is None else -128.0
+        steps = [((v + d) / s).round() + shift for d in (-bound.cpu().double(), bound.cpu().double())]
+        low, high = (t.clamp(least, 127.0) for t in steps)
+        wrong = (g < low) | (g > high)
+    else:
+        ends = [((v + d) / s).clamp(-448, 448).float().to(got.dtype).double() for d in (-bound.cpu().double(), bound.cpu().double())]
+        wrong = (g < ends[0]) | (g > ends[1])
+    _report(what, g, v / s + shift, wrong)
+
+
