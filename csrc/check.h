@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -80,7 +81,9 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor t(handle);
+  if (poison()) torch::stable::fill_(t, is_float(dtype_of(type, "poison", "output")) || type == ScalarType::Float8_e4m3fn ? NAN : -1);
+  return t;
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

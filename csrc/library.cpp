@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <mutex>
 
 namespace forwardpass {
@@ -15,10 +16,14 @@ struct Library {
   std::mutex mutex;
 };
 Library libraries[2];  // [interpreted]
+std::atomic<bool> poisoned{false};
 
 }  // namespace
 
 void set_library(int64_t interpreted, std::string path) { libraries[interpreted != 0].path = std::move(path); }
+
+void set_poison(bool on) { poisoned = on; }
+bool poison() { return poisoned.load(std::memory_order_relaxed); }
 
 void* launcher(Backend backend, const char* name) {
   Library& library = libraries[backend == Backend::interpreted];

@@ -12,6 +12,10 @@ enum class Backend { cpu, cuda, interpreted };
 
 void set_library(int64_t interpreted, std::string path);
 
+// For tests: outputs are filled with NaN or -1 before a kernel sees them, so that an element nobody wrote shows.
+void set_poison(bool on);
+bool poison();
+
 // The launcher `name` (extern "C") of a kernel library; throws with the reason where there is none.
 void* launcher(Backend backend, const char* name);
 

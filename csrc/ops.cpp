@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   m.def(#name "_cuda" schema);
   FOR_EACH_OP(DEFINE)
   m.def("_set_library(int interpreted, str path) -> ()");
+  m.def("_set_poison(bool on) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
 #define ON_CPU(name, schema)                                               \
@@ -43,4 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
 #define ON_CUDA(name, schema) m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::cuda>::call)));
   FOR_EACH_OP(ON_CUDA)
 }
-STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) { m.impl("_set_library", TORCH_BOX(&set_library)); }
+STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {
+  m.impl("_set_library", TORCH_BOX(&set_library));
+  m.impl("_set_poison", TORCH_BOX(&set_poison));
+}
