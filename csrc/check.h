@@ -88,15 +88,21 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// [lead..., columns] with rows padded to 16 bytes and the leading dimensions collapsible.
-inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size, const Tensor& like) {
+// [lead..., columns], rows `stride` elements apart, leading dimensions collapsible.
+inline Tensor empty_rows(const std::vector<int64_t>& sizes, int64_t stride, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  int64_t stride = round_up(sizes.back(), 16 / element_size);
   for (int64_t d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   return empty_strided(sizes, strides, type, like);
+}
+inline Tensor contiguous_rows(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  return empty_rows(sizes, sizes.back(), type, like);
+}
+// Rows padded to 16 bytes: what the main loops of the GEMMs need.
+inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size, const Tensor& like) {
+  return empty_rows(sizes, round_up(sizes.back(), 16 / element_size), type, like);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& x) {

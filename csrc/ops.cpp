@@ -22,8 +22,21 @@ using namespace forwardpass;
 
 #define QUANTIZE_OPTIONS "bool symmetric, Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point"
 
+#define EPILOGUE_OPTIONS "Tensor? bias, str? activation, ScalarType out_dtype, "
+
+// with kernels on every backend
 #define FOR_EACH_OP(X) \
   X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")")
+
+// on the CPU only, so far
+#define FOR_EACH_CPU_OP(X)                                                                                                      \
+  X(dequant_activation, "(Tensor acc, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                                        \
+                        "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                                    \
+  X(int8_gemm, "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                                         \
+               "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                                             \
+  X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                                  \
+                 "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor")          \
+  X(w8a16_gemm, "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor")
 
 STABLE_TORCH_LIBRARY(forwardpass, m) {
 #define DEFINE(name, schema)        \
@@ -31,6 +44,8 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   m.def(#name "_triton" schema);    \
   m.def(#name "_cuda" schema);
   FOR_EACH_OP(DEFINE)
+#define DEFINE_CPU(name, schema) m.def(#name "_cpu" schema);
+  FOR_EACH_CPU_OP(DEFINE_CPU)
   m.def("_set_library(int interpreted, str path) -> ()");
   m.def("_set_poison(bool on) -> ()");
 }
@@ -39,6 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call)));       \
   m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::interpreted>::call)));
   FOR_EACH_OP(ON_CPU)
+#define ON_CPU_ONLY(name, schema) m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call)));
+  FOR_EACH_CPU_OP(ON_CPU_ONLY)
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
 #define ON_CUDA(name, schema) m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::cuda>::call)));

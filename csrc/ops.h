@@ -9,4 +9,19 @@ using Quantized = std::tuple<Tensor, Tensor, Tensor>;  // q, scale, zero_point; 
 Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, OptionalTensor scale, OptionalTensor zero_point,
                    std::optional<int64_t> group_size, bool symmetric, OptionalTensor channel_scale);
 
+Tensor dequant_activation(Backend backend, const Tensor& acc, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
+                          std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale,
+                          OptionalTensor a_zero_point, OptionalTensor b_sum);
+
+Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
+                 std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale, OptionalTensor a_zero_point,
+                 OptionalTensor b_sum);
+
+Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
+                   std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale, OptionalTensor zero_point,
+                   bool symmetric, OptionalTensor channel_scale, OptionalTensor w_sum);
+
+Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, OptionalTensor bias,
+                  std::optional<std::string> activation);
+
 }  // namespace forwardpass

@@ -6,6 +6,12 @@ namespace forwardpass {
 
 enum class Dtype : int32_t { f32, f16, bf16, i8, e4m3, i32 };
 
+constexpr int64_t size_of(Dtype t) { return t == Dtype::f32 || t == Dtype::i32 ? 4 : t == Dtype::f16 || t == Dtype::bf16 ? 2 : 1; }
+
+enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul, gelu_tanh_mul };
+
+constexpr bool is_gated(Activation a) { return a >= Activation::silu_mul; }
+
 // A matrix in memory: rows of `columns` elements with last stride 1, rows `stride` elements apart.
 struct Matrix {
   const void* data;
@@ -27,6 +33,24 @@ struct QuantizedRows {
   const float* static_scale;       // [1]; null: dynamic
   const int32_t* static_zero_point;  // [1]; null: symmetric
   bool symmetric;
+};
+
+// From accumulators acc [rows, columns] to the output, for the GEMMs and for dequant_activation:
+//   y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias)    each operation rounded once to fp32
+//   out = activation(y), gated: activation(gate) * up, gates and ups in blocks of 8 columns each, [rows, columns / 2]
+//   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
+struct Epilogue {
+  const float* a_scale;         // [rows] or [1]
+  const float* b_scale;         // [columns] or [1]
+  const void* bias;             // [columns] or null
+  const int32_t* zero_point;    // [rows] or [1], or null
+  const int32_t* b_sum;         // [columns]; goes with zero_point
+  const float* out_scale;       // [out columns] or [1]; goes with an i8 or e4m3 output
+  void* out;                    // rows out_stride elements apart
+  int64_t out_stride;           //
+  Dtype bias_dtype, out_dtype;  //
+  Activation activation;        //
+  bool a_scale_per_row, b_scale_per_column, zero_point_per_row, out_scale_per_column;
 };
 
 // Rows of zeros: a scale below this would make its reciprocal overflow. 2^-100, exact in fp32; fp16's least value is 2^-24.

@@ -94,14 +94,22 @@ INLINE u16x16 float_to_bfloat(f32x16 v) {
   return __builtin_convertvector((b & 0x7fffffff) > 0x7f800000 ? nan : rounded, u16x16);
 }
 
+INLINE f32x16 e4m3_to_float(u8x16 v) {  // exact; the multiplication re-biases the exponent and takes care of denormals
+  const u32x16 w = __builtin_convertvector(v, u32x16), a = w & 0x7f;
+  const u32x16 finite = bits<u32x16>(bits<f32x16>(a << 20) * 0x1p120f);
+  return bits<f32x16>((a == 0x7f ? u32x16{} + 0x7fc00000 : finite) | (w & 0x80) << 24);
+}
+
 template <Dtype D>
 INLINE f32x16 load(const void* row, int64_t column, int n = kLanes) {
   if constexpr (D == Dtype::f32) return load_bits<f32x16>(static_cast<const float*>(row) + column, n);
   if constexpr (D == Dtype::i32)
     return __builtin_convertvector(load_bits<i32x16>(static_cast<const int32_t*>(row) + column, n), f32x16);
-  const u16x16 h = load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n);
-  if constexpr (D == Dtype::f16) return half_to_float(h);
-  return bits<f32x16>(__builtin_convertvector(h, u32x16) << 16);
+  if constexpr (D == Dtype::i8) return __builtin_convertvector(load_bits<i8x16>(static_cast<const int8_t*>(row) + column, n), f32x16);
+  if constexpr (D == Dtype::e4m3) return e4m3_to_float(load_bits<u8x16>(static_cast<const uint8_t*>(row) + column, n));
+  if constexpr (D == Dtype::f16) return half_to_float(load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n));
+  if constexpr (D == Dtype::bf16)
+    return bits<f32x16>(__builtin_convertvector(load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n), u32x16) << 16);
 }
 
 template <Dtype D>

@@ -1,0 +1,27 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/epilogue.h"
+#include "dequant_activation/dequant_activation.h"
+
+namespace forwardpass {
+namespace {
+
+CLONES void dequant_activation_rows(const DequantActivationParams& p, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    auto acc = static_cast<const int32_t*>(p.acc.data) + row * p.acc.stride;  // 4-byte elements, whichever they are
+    if (p.acc.dtype == Dtype::i32) {
+      cpu::epilogue_row<Dtype::i32>(p.epilogue, acc, row, p.acc.columns);
+    } else {
+      cpu::epilogue_row<Dtype::f32>(p.epilogue, acc, row, p.acc.columns);
+    }
+  }
+}
+
+}  // namespace
+
+void dequant_activation_cpu(const DequantActivationParams& p) {
+  torch::stable::parallel_for(0, p.acc.rows, cpu::grain(p.acc.columns),
+                              [&](int64_t first, int64_t last) { dequant_activation_rows(p, first, last); });
+}
+
+}  // namespace forwardpass

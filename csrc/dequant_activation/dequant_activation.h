@@ -1,0 +1,17 @@
+#pragma once
+#include "common/params.h"
+
+namespace forwardpass {
+
+struct DequantActivationParams {
+  Matrix acc;  // i32 or f32
+  Epilogue epilogue;
+};
+
+void dequant_activation_cpu(const DequantActivationParams& p);
+
+}  // namespace forwardpass
+
+// returns a cudaError_t; stream is a cudaStream_t
+extern "C" __attribute__((visibility("default"))) int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p,
+                                                                                     void* stream);

@@ -1,0 +1,34 @@
+#include "epilogue.h"
+#include "int8_gemm/int8_gemm.h"
+#include "quantized_rows.h"
+#include "torch_ops.h"
+
+namespace forwardpass {
+
+Tensor int8_linear(Backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
+                   std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale, OptionalTensor zero_point,
+                   bool symmetric, OptionalTensor channel_scale, OptionalTensor w_sum) {
+  const char* op = "int8_linear";
+  QuantizeParams q{};
+  q.x = matrix(x, op, "x");
+  const Matrix w = int8_operand(weight, op, "weight");
+  STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(weight.dim() == 2 && w.columns == q.x.columns, op, ": weight must be [N, ", q.x.columns, "]");
+  STD_TORCH_CHECK(w_sum.has_value() == !symmetric, op, ": w_sum goes with symmetric=False, and only with it");
+  check_int8_depth(w.columns, !symmetric, op);
+
+  Quantized operands;
+  std::tie(operands, q.out) =
+      quantized_rows({q.x.rows, q.x.columns}, {ScalarType::Char, scale, zero_point, std::nullopt, symmetric, channel_scale}, x, op);
+  auto& [a, a_scale, a_zero_point] = operands;
+  if (scale) a_scale = *scale;
+  if (zero_point) a_zero_point = *zero_point;
+  const OptionalTensor none, shift = symmetric ? none : OptionalTensor(a_zero_point);
+  auto sizes = sizes_of(x);
+  sizes.back() = w.rows;
+  auto [out, e] = epilogue(sizes, q.x.rows, {a_scale, w_scale, bias, activation, out_dtype, none, shift, w_sum}, x, op);
+  if (q.x.rows) int8_gemm_cpu(a, as_matrix(weight, w), e, &q);
+  return out;
+}
+
+}  // namespace forwardpass
