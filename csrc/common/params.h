@@ -6,6 +6,10 @@ namespace forwardpass {
 
 enum class Dtype : int32_t { f32, f16, bf16, i8, e4m3, i32 };
 
+// Gated ones, from silu_mul on, are activation(gate) * up.
+enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul, gelu_tanh_mul };
+constexpr bool is_gated(Activation a) { return a >= Activation::silu_mul; }
+
 // A matrix in memory: rows of `columns` elements with last stride 1, rows `stride` elements apart.
 struct Matrix {
   const void* data;
