@@ -37,6 +37,15 @@ inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
 
 inline bool is_float(Dtype t) { return t == Dtype::f32 || t == Dtype::f16 || t == Dtype::bf16; }
 
+// An activation by its name in Python (forwardpass/activations.py); None is none.
+inline Activation activation_of(const std::optional<std::string>& name, const char* op) {
+  static const char* names[] = {"relu", "gelu", "gelu_tanh", "silu", "silu_mul", "gelu_mul", "gelu_tanh_mul"};
+  if (!name) return Activation::none;
+  for (int i = 0; i < 7; ++i)
+    if (*name == names[i]) return static_cast<Activation>(i + 1);
+  STD_TORCH_CHECK(false, op, ": there is no activation ", *name);
+}
+
 // x [..., K] as a matrix: throws unless the last stride is 1 and the leading dimensions collapse into one row stride.
 inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
   const int64_t n = x.dim();

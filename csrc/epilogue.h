@@ -50,7 +50,7 @@ inline std::pair<Tensor, Epilogue> epilogue(std::vector<int64_t> sizes, int64_t 
     e.bias = vector<void>(o.bias, columns, o.bias->scalar_type(), x, op, "bias");
   }
   if (is_gated(e.activation)) {
-    STD_TORCH_CHECK(columns % 2 == 0, op, ": a gated activation needs an even number of columns");
+    STD_TORCH_CHECK(columns % 16 == 0, op, ": a gated activation needs a multiple of 16 columns, 8 of gate beside 8 of up");
     sizes.back() = columns / 2;
   }
   e.out_dtype = dtype_of(o.out_dtype, op, "out");

@@ -8,8 +8,8 @@ enum class Dtype : int32_t { f32, f16, bf16, i8, e4m3, i32 };
 
 constexpr int64_t size_of(Dtype t) { return t == Dtype::f32 || t == Dtype::i32 ? 4 : t == Dtype::f16 || t == Dtype::bf16 ? 2 : 1; }
 
+// Gated ones, from silu_mul on, are activation(gate) * up.
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul, gelu_tanh_mul };
-
 constexpr bool is_gated(Activation a) { return a >= Activation::silu_mul; }
 
 // A matrix in memory: rows of `columns` elements with last stride 1, rows `stride` elements apart.

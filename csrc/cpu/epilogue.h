@@ -44,12 +44,9 @@ INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_
     const f32x16 b_scale = e.b_scale_per_column ? load<Dtype::f32>(e.b_scale, c, n) : splat(*e.b_scale);
     const f32x16 y = fma(v, a_scale * b_scale, load_bias(e, c, n));
     if (!is_gated(e.activation)) return store_output(e, activate(e.activation, y), row, c, n);
-    f32x16 gate{}, up{};  // 8 and 8, or, in the last block of a row, half and half
-    for (int i = 0; i < kLanes / 2; ++i) {
-      gate[i] = y[i];
-      up[i] = n == kLanes ? y[i + kLanes / 2] : y[(i + n / 2) % kLanes];
-    }
-    store_output(e, activate(e.activation, gate, up), row, c / 2, n / 2);
+    f32x16 gate{}, up{};  // columns are a multiple of 16: 8 of gate, 8 of up
+    for (int i = 0; i < kLanes / 2; ++i) gate[i] = y[i], up[i] = y[i + kLanes / 2];
+    store_output(e, activate(e.activation, gate) * up, row, c / 2, kLanes / 2);
   });
 }
 

@@ -1,0 +1,103 @@
+"""The activations of every op that has one: their names, the formulas in plain torch, how exact the kernels are, and the
+layouts of a gate beside its up projection.
+
+In C++: csrc/cpu/activation.h and csrc/common/activation.cuh; in Triton: triton_activations.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PLAIN = ("relu", "gelu", "gelu_tanh", "silu")
+#: activation(gate) * up
+GATED = ("silu_mul", "gelu_mul", "gelu_tanh_mul")
+LAYOUTS = ("halves", "interleaved8")
+
+_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+#: The steepest slope of any of them (GELU's, at sqrt 2): an error of the input grows by this at most.
+LIPSCHITZ = 1.13
+
+
+def is_gated(name: str | None) -> bool:
+    return name in GATED
+
+
+def check_activation(op: str, name: str | None, allowed: Sequence[str | None] = (None, *PLAIN, *GATED)) -> None:
+    if name not in allowed:
+        raise ValueError(f"{op}: activation must be one of {', '.join(map(str, allowed))}, not {name!r}")
+
+
+def activate(name: str | None, x: Tensor, up: Tensor | None = None) -> Tensor:
+    """The activation of x, times `up` where it is gated, in x's dtype: fp64 makes it the reference."""
+    y = x if name is None else _FORMULAS[name.removesuffix("_mul")](x)
+    return y if up is None else y * up
+
+
+def element_bound(
+    name: str | None,
+    x: Tensor,
+    up: Tensor | None = None,
+    x_error: Tensor | float = 0.0,
+    up_error: Tensor | float = 0.0,
+) -> Tensor:
+    """How far a kernel's fp32 activation may be from the fp64 one, element by element, its inputs off by these errors.
+
+    2^-21 |x| is above the bounds that csrc/common/activation.cuh states, product and final rounding included; ReLU and
+    None round nothing of their own.
+    """
+    x, plain = x.double(), name in (None, "relu")
+    error = (1.0 if plain else LIPSCHITZ) * x_error + (0.0 if plain else 2.0**-21) * x.abs() + 2.0**-149
+    if up is None:
+        return error
+    up = up.double()
+    return error * (up.abs() + up_error) + activate(name, x).abs() * up_error
+
+
+def interleave_gate_up(gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
+    """The layout "interleaved8" along `dim`: 8 slices of gate, 8 of up, and so on.
+
+    The gated epilogue of a GEMM wants the rows of its weight (and bias, scales, row sums) this way: a thread that holds
+    an element of gate then holds the same element of up.
+
+    Args:
+        gate, up: same shape and dtype, `dim` of a multiple of 8.
+
+    Returns:
+        A new tensor, twice as long along `dim`. `separate_gate_up` is the inverse.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"interleave_gate_up: gate and up must have one shape and dtype, not {tuple(gate.shape)} "
+                         f"{gate.dtype} and {tuple(up.shape)} {up.dtype}")  # fmt: skip
+    if gate.dim() == 0 or gate.shape[dim] % 8:
+        raise ValueError(f"interleave_gate_up: dimension {dim} must be a multiple of 8, and gate has shape "
+                         f"{tuple(gate.shape)}: pad both")  # fmt: skip
+    dim %= gate.dim()
+    blocks = [t.unflatten(dim, (t.shape[dim] // 8, 8)) for t in (gate, up)]
+    return torch.stack(blocks, dim + 1).flatten(dim, dim + 2)
+
+
+def separate_gate_up(x: Tensor, dim: int = 0, layout: str = "interleaved8") -> tuple[Tensor, Tensor]:
+    """(gate, up) from x, twice as long along `dim`: "interleaved8" (a multiple of 16) or "halves" (views)."""
+    of = {"interleaved8": 16, "halves": 2}
+    if layout not in of:
+        raise ValueError(f"separate_gate_up: layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    if x.dim() == 0 or x.shape[dim] % of[layout]:
+        raise ValueError(f"separate_gate_up: dimension {dim} must be a multiple of {of[layout]} for {layout!r}, and x has "
+                         f"shape {tuple(x.shape)}")  # fmt: skip
+    if layout == "halves":
+        gate, up = x.chunk(2, dim)
+        return gate, up
+    dim %= x.dim()
+    gate, up = x.unflatten(dim, (x.shape[dim] // 16, 2, 8)).unbind(dim + 1)
+    return gate.flatten(dim, dim + 1), up.flatten(dim, dim + 1)
