@@ -15,17 +15,6 @@ struct EpilogueOptions {
   const OptionalTensor& b_sum;
 };
 
-inline Activation activation_of(const std::optional<std::string>& name, const char* op) {
-  if (!name) return Activation::none;
-  static const std::pair<const char*, Activation> names[] = {
-      {"relu", Activation::relu},         {"gelu", Activation::gelu},         {"gelu_tanh", Activation::gelu_tanh},
-      {"silu", Activation::silu},         {"silu_mul", Activation::silu_mul}, {"gelu_mul", Activation::gelu_mul},
-      {"gelu_tanh_mul", Activation::gelu_tanh_mul}};
-  for (auto& [text, value] : names)
-    if (*name == text) return value;
-  STD_TORCH_CHECK(false, op, ": unknown activation ", *name);
-}
-
 // One element for all, or one for each of n.
 template <class T>
 const T* one_or_each(const OptionalTensor& v, int64_t n, ScalarType type, const Tensor& x, bool& each, const char* op, const char* name) {

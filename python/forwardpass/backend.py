@@ -60,7 +60,7 @@ class Unsupported(RuntimeError):
 
 
 class _Choice(threading.local):
-    backend = "auto"
+    backend: str | _Explain = "auto"
 
 
 _choice = _Choice()
@@ -168,8 +168,8 @@ class Operation:
         why_not: dict[str, Callable[..., Reason | None]] | None = None,
         notes: Callable[..., list[str]] | None = None,
     ):
-        self.name = function.__name__
-        self.signature = inspect.signature(function)
+        self.name, self.function = function.__name__, function
+        self.parameters = tuple(inspect.signature(function).parameters)
         self.package = function.__module__
         self.check, self.fake, self.notes = check, fake, notes
         self.limits = why_not or {}
@@ -192,6 +192,7 @@ class Operation:
 
     def choose(self, *args: Any) -> str:
         """The backend that runs these arguments; raises Unsupported with every reason where there is none."""
+        assert isinstance(_choice.backend, str)
         wanted = BACKENDS if _choice.backend == "auto" else (_choice.backend,)
         for backend in wanted:
             if self.why_not(backend, *args) is None:
@@ -201,6 +202,8 @@ class Operation:
 
     def _bind(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         self.check(*args)
+        if isinstance(_choice.backend, _Explain):
+            raise self._explain(args, _choice.backend)
         backend = self.choose(*args)
         if backend == "triton":
             importlib.import_module(f"{self.package}.triton_kernel")  # registers itself
@@ -238,6 +241,13 @@ class Operation:
                 _log.info("%s -> %s", self.describe(args), self.choose(*args))
         return run(*args)
 
+    def _explain(self, args: tuple[Any, ...], asked: _Explain) -> _Explain:
+        table = {b: self.why_not(b, *args) for b in BACKENDS}
+        wanted = BACKENDS if asked.wanted == "auto" else (asked.wanted,)
+        chosen = next((b for b in wanted if table[b] is None), None)
+        asked.explanation = Explanation(self.describe(args), chosen, table)
+        return asked
+
     def _refuse_grad(self) -> None:
         raise RuntimeError(f"forwardpass.ops.{self.name} is for inference and has no backward: "
                            "call it under torch.inference_mode(), or detach its inputs")  # fmt: skip
@@ -248,15 +258,9 @@ class Operation:
         def one(a: Any) -> str:
             return f"{str(a.dtype)[6:]}{list(a.shape)}" if isinstance(a, Tensor) else repr(a)
 
-        text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.signature.parameters, args) if a is not None)
+        text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.parameters, args) if a is not None)
         notes = self.notes(*args) if self.notes else []
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
-
-    def arguments(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The public function's arguments, in the schema's order, with defaults."""
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return tuple(bound.arguments.values())
 
 
 class Explanation(dict[str, "Reason | None"]):
@@ -271,6 +275,15 @@ class Explanation(dict[str, "Reason | None"]):
         return "\n".join([self.call, *(f"{mark[b == self.chosen]} {b:<10}{r or 'can run'}" for b, r in self.items())])
 
 
+class _Explain(Exception):
+    """In the place of a backend's name: the next operation explains itself, by raising this, and runs nothing."""
+
+    def __init__(self, wanted: str):
+        super().__init__()
+        self.wanted = wanted
+        self.explanation: Explanation | None = None
+
+
 def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which implementation of `fp.ops.<name>(*args, **kwargs)` would run, and why each other one would not.
 
@@ -279,9 +292,12 @@ def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     if name not in operations:
         raise KeyError(f"there is no operation {name!r}; there are {', '.join(sorted(operations))}")
-    op = operations[name]
-    call = op.arguments(*args, **kwargs)
-    op.check(*call)
-    table = {b: op.why_not(b, *call) for b in BACKENDS}
-    wanted = BACKENDS if _choice.backend == "auto" else (_choice.backend,)
-    return Explanation(op.describe(call), next((b for b in wanted if table[b] is None), None), table)
+    before, _choice.backend = _choice.backend, _Explain(_choice.backend)
+    try:
+        operations[name].function(*args, **kwargs)
+    except _Explain as e:
+        assert e.explanation is not None
+        return e.explanation
+    finally:
+        _choice.backend = before
+    raise AssertionError(f"{name} called no operation")

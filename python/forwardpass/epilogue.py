@@ -1,0 +1,108 @@
+"""From accumulators to output: what dequant_activation and every GEMM share. The rule in plain torch, its argument checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import activate, check_activation, is_gated, separate_gate_up
+from .quantized_rows import E4M3, FLOATS, check_vector, empty_q, pad_rows
+
+
+def apply_epilogue(
+    acc: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None = None,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
+) -> Tensor:
+    """acc [..., N], exact (int64 or fp64) or fp32, to the output: the formula that every backend follows::
+
+        y = fma(fp32(acc - a_zero_point * b_sum), fp32(a_scale * b_scale), bias)      one rounding each, to fp32
+        out = activation(y) in fp32, gated activation(gate) * up                      then one rounding to out_dtype
+        int8, e4m3: sat(rne(fp32(out / out_scale))), int8 in -127..127
+
+    The fma is computed in fp64 and rounded: the product of two fp32 is exact there, and the sum is off by less than 2^-52,
+    which moves the fp32 result once in some 10^8 elements. Activations other than None and relu are computed in fp64.
+    """
+    if a_zero_point is not None and b_sum is not None:
+        acc = acc.long() - a_zero_point.long().reshape(_per_row(a_zero_point, acc)) * b_sum.long()
+    scale = a_scale.reshape(_per_row(a_scale, acc)) * b_scale
+    y = acc.float().double() * scale.double()
+    if bias is not None:
+        y = y + bias.double()
+    y = y.float().double()
+    if is_gated(activation):
+        gate, up = separate_gate_up(y, -1)
+        y = activate(activation, gate, up)
+    else:
+        y = activate(activation, y)
+    if out_scale is None:
+        return y.to(out_dtype)
+    scaled = y.float() / out_scale
+    if out_dtype is E4M3:
+        return pad_rows(scaled.clamp(-448, 448).to(E4M3))
+    return pad_rows(scaled.nan_to_num(-127.0).round().clamp(-127, 127).to(torch.int8))
+
+
+def _per_row(v: Tensor, acc: Tensor) -> tuple[int, ...]:
+    return (1,) if v.numel() == 1 else (*acc.shape[:-1], 1)
+
+
+def fake_output(x: Tensor, shape: tuple[int, ...], activation: str | None, out_dtype: torch.dtype) -> Tensor:
+    """shape [..., N] is that of the accumulators."""
+    if is_gated(activation):
+        shape = (*shape[:-1], shape[-1] // 2)
+    return x.new_empty(shape, dtype=out_dtype) if out_dtype in FLOATS else empty_q(x, shape, out_dtype)
+
+
+def check_epilogue(
+    op: str,
+    x: Tensor,
+    lead: tuple[int, ...],
+    columns: int,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    a_zero_point: Tensor | None,
+    b_sum: Tensor | None,
+) -> None:
+    """The epilogue's arguments for accumulators [*lead, columns] on x's device."""
+    rows = 1
+    for n in lead:
+        rows = rows * n
+
+    def one_or_each(name: str, v: Tensor | None, n: int, dtype: torch.dtype) -> None:
+        if v is not None:
+            many = isinstance(v, Tensor) and v.numel() != 1
+            check_vector(op, name, v, n if many else 1, dtype, x)
+
+    check_activation(op, activation)
+    if is_gated(activation) and columns % 16:
+        raise ValueError(f"{op}: {activation} needs N to be a multiple of 16, rows of b interleaved by fp.ops.interleave_gate_up, "
+                         f"and N is {columns}")  # fmt: skip
+    for name, v in (("a_scale", a_scale), ("b_scale", b_scale)):
+        if not isinstance(v, Tensor):
+            raise TypeError(f"{op}: {name} must be a float32 tensor, not {type(v).__name__}")
+    one_or_each("a_scale", a_scale, rows, torch.float32)
+    one_or_each("b_scale", b_scale, columns, torch.float32)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
+            raise TypeError(f"{op}: bias must be a float32, float16 or bfloat16 tensor, not {getattr(bias, 'dtype', type(bias).__name__)}")
+        check_vector(op, "bias", bias, columns, bias.dtype, x)
+    if out_dtype not in (*FLOATS, torch.int8, E4M3):
+        raise TypeError(f"{op}: out_dtype must be float32, float16, bfloat16, int8 or float8_e4m3fn, not {out_dtype}")
+    if (out_scale is not None) != (out_dtype not in FLOATS):
+        raise ValueError(f"{op}: out_scale goes with out_dtype int8 or float8_e4m3fn, and only with them")
+    one_or_each("out_scale", out_scale, columns // 2 if is_gated(activation) else columns, torch.float32)
+    one_or_each("a_zero_point", a_zero_point, rows, torch.int32)
+    check_vector(op, "b_sum", b_sum, columns, torch.int32, x)
+    if b_sum is not None and a_zero_point is None:
+        raise ValueError(f"{op}: b_sum is used with a_zero_point only: pass both or neither")
