@@ -1,7 +1,7 @@
 """forwardpass: fused inference kernels in drop-in modules, held to numerical parity with plain torch."""
 
-from . import ops
+from . import nn, ops
 from .backend import Reason, Unsupported, explain, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["Reason", "Unsupported", "explain", "ops", "use_backend"]
+__all__ = ["Reason", "Unsupported", "explain", "nn", "ops", "use_backend"]

@@ -1,0 +1,142 @@
+"""Int8Linear: a drop-in for nn.Linear with int8 weights and int8 activations (W8A8)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..int8_gemm import MAX_K_ZERO_POINT
+from ..ops import int8_linear
+from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+
+
+class Int8Linear(QuantizedLinear):
+    """`y = x W^T + b` with W in int8, one scale an output channel, and x quantised to int8 on the way in.
+
+    Activations are quantised per token as they come (dynamic), or by one scale for all (static); asymmetric by default, which
+    costs one multiplication an output and keeps about half of the error of one-sided activations (after GELU or ReLU). With
+    `channel_scale` x is multiplied by it first and the weight has been divided by it (SmoothQuant, arXiv 2211.10438).
+
+    Made by `from_torch`; the constructor makes an empty layer of the same form, for `load_state_dict`.
+
+    Args:
+        in_features, out_features, bias: as in nn.Linear.
+        dtype: of the bias; outputs have the dtype of the input.
+        symmetric, static, channel_scale: which buffers there are, see above.
+
+    Shapes: input [..., in_features], output [..., out_features]. Buffers: weight int8 [N, K], weight_scale fp32 [N], bias [N] or
+    None, weight_sum int32 [N] (asymmetric), channel_scale fp32 [K] or None, input_scale fp32 [1] and input_zero_point int32 [1]
+    (static).
+
+    Inference only: raises under grad when the input requires it.
+    """
+
+    keep_float32: ClassVar[tuple[str, ...]] = ("weight_scale", "channel_scale", "input_scale")
+    max_in_features: ClassVar[int | None] = MAX_K_ZERO_POINT
+
+    weight_sum: Tensor | None
+    channel_scale: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        symmetric: bool = False,
+        static: bool = False,
+        channel_scale: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, as_dtype(dtype), device)
+        self.symmetric = symmetric
+
+        def buffer(name: str, present: bool, size: int, kind: torch.dtype) -> None:
+            self.register_buffer(name, torch.empty(size, dtype=kind, device=device) if present else None)
+
+        buffer("weight_sum", not symmetric, out_features, torch.int32)
+        buffer("channel_scale", channel_scale, in_features, torch.float32)
+        buffer("input_scale", static, 1, torch.float32)
+        buffer("input_zero_point", static and not symmetric, 1, torch.int32)
+
+    @classmethod
+    def from_torch(
+        cls,
+        module: nn.Module,
+        *,
+        symmetric: bool = False,
+        channel_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+        quantized: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+    ) -> Int8Linear:
+        """The int8 form of an nn.Linear or a transformers Conv1D, on its device.
+
+        Args:
+            module: its weight is read, not kept and not changed.
+            symmetric: how activations are quantised.
+            channel_scale: fp32 [K], what x is multiplied by; the weight is divided by it here.
+            input_scale, input_zero_point: fp32 [1] and (asymmetric) int32 [1] for static activations, of the scaled x.
+            quantized: (int8 [N, K], fp32 [N]) in place of nearest rounding, for a weight already divided by channel_scale.
+            bias: in place of the module's own, as a correction of the mean error leaves it.
+
+        Raises:
+            ValueError: the module or an argument does not fit, and how.
+        """
+        cls._refuse(module)
+        weight = linear_weight(module)
+        n, k = weight.shape
+        own_bias = module.bias if bias is None else bias
+        for name, v, size in (("channel_scale", channel_scale, k), ("input_scale", input_scale, 1), ("bias", bias, n)):
+            if v is not None and v.numel() != size:
+                raise ValueError(f"Int8Linear.from_torch: {name} must have {size} elements, and has {v.numel()}")
+        if (input_zero_point is not None) != (input_scale is not None and not symmetric):
+            raise ValueError("Int8Linear.from_torch: input_zero_point goes with input_scale and symmetric=False, and only with them")
+        if quantized is None:
+            quantized = quantize_weight(weight.float() if channel_scale is None else weight.float() / channel_scale)
+        elif quantized[0].shape != weight.shape or quantized[0].dtype != torch.int8 or quantized[1].shape != (n,):
+            raise ValueError(f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}]")
+        layer = cls(k, n, own_bias is not None, symmetric=symmetric, static=input_scale is not None,
+                    channel_scale=channel_scale is not None, device="meta")  # fmt: skip
+        assert own_bias is None or isinstance(own_bias, Tensor)
+        layer._fill(*quantized, own_bias)
+        if not symmetric:
+            layer.weight_sum = layer.weight.sum(1, dtype=torch.int32)
+        for name, v, kind in (
+            ("channel_scale", channel_scale, torch.float32),
+            ("input_scale", input_scale, torch.float32),
+            ("input_zero_point", input_zero_point, torch.int32),
+        ):
+            if v is not None:
+                setattr(layer, name, v.detach().to(weight.device, kind).reshape(-1).clone())
+        return layer.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(
+            rows(x),
+            self.weight,
+            self.weight_scale,
+            bias=self.bias,
+            scale=self.input_scale,
+            zero_point=self.input_zero_point,
+            symmetric=self.symmetric,
+            channel_scale=self.channel_scale,
+            w_sum=self.weight_sum,
+        )
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "symmetric": self.symmetric,
+            "static": self.input_scale is not None,
+            "channel_scale": self.channel_scale is not None,
+        }
+
+    def extra_repr(self) -> str:
+        how = f"{'symmetric' if self.symmetric else 'asymmetric'} {'dynamic' if self.input_scale is None else 'static'}"
+        return f"{super().extra_repr()}, activations=int8 {how}{', smoothed' if self.channel_scale is not None else ''}"
