@@ -4,12 +4,18 @@
 
 namespace forwardpass {
 
-// x [..., K] as the matrix m of it: [rows, columns] with m's row stride, sharing its memory.
-inline Tensor as_matrix(const Tensor& x, const Matrix& m) {
-  const int64_t sizes[2] = {m.rows, m.columns}, strides[2] = {m.stride, 1};
+inline Tensor view(const Tensor& x, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, 0, &handle));
   return Tensor(handle);
+}
+
+// x [..., K], whose matrix is m, as [rows, columns], and transposed; both share its memory.
+inline Tensor as_matrix(const Tensor& x, const Matrix& m) { return view(x, m.rows, m.columns, m.stride, 1); }
+inline Tensor transposed(const Tensor& x, const Matrix& m) {
+  // One row has any stride; of 1 and 1, _int_mm on the CPU takes the wrong one for the leading dimension (torch 2.13).
+  return view(x, m.columns, m.rows, m.columns == 1 ? m.rows * m.stride : 1, m.stride);
 }
 
 template <class... Args>
@@ -18,8 +24,5 @@ Tensor call(const char* name, const Args&... args) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
-
-// fp32 [M, K] and [N, K] -> fp32 [M, N] = a b^T.
-inline Tensor float_product(const Tensor& a, const Tensor& b) { return call("aten::mm", a, torch::stable::transpose(b, 0, 1)); }
 
 }  // namespace forwardpass

@@ -27,7 +27,7 @@ Tensor int8_linear(Backend, const Tensor& x, const Tensor& weight, const Tensor&
   auto sizes = sizes_of(x);
   sizes.back() = w.rows;
   auto [out, e] = epilogue(sizes, q.x.rows, {a_scale, w_scale, bias, activation, out_dtype, none, shift, w_sum}, x, op);
-  if (q.x.rows) int8_gemm_cpu(a, as_matrix(weight, w), e, &q);
+  if (q.x.rows) int8_gemm_cpu(a, transposed(weight, w), e, &q);
   return out;
 }
 

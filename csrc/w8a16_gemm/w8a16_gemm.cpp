@@ -39,7 +39,8 @@ Tensor w8a16_gemm(Backend, const Tensor& x, const Tensor& w, const Tensor& w_sca
     q.last = std::min(q.first + kRows, n);
     dequantize_weight_cpu(q);
     Tensor columns = torch::stable::narrow(acc, 1, q.first, q.last - q.first);
-    torch::stable::copy_(columns, float_product(a, torch::stable::narrow(widened, 0, 0, q.last - q.first)));
+    const Matrix rows{q.out, Dtype::f32, q.last - q.first, xm.columns, xm.columns};
+    torch::stable::copy_(columns, call("aten::mm", a, transposed(widened, rows)));
   }
   d.acc = matrix(acc, op, "acc");
   dequant_activation_cpu(d);

@@ -1,0 +1,110 @@
+"""Shapes and options of the epilogue, for tests and benchmarks; the GEMMs' cases use them too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import GATED, PLAIN, is_gated
+from ..quantized_rows import E4M3, FLOATS
+from ..testing import apart, pairwise
+
+
+@dataclass(frozen=True)
+class EpilogueCase:
+    """Options of an epilogue, without the accumulators."""
+
+    a_scale: str = "row"  # or "tensor"
+    b_scale: str = "column"  # or "tensor"
+    bias: torch.dtype | None = torch.float32
+    activation: str | None = None
+    out_dtype: torch.dtype = torch.float32
+    out_scale: str = "tensor"  # or "column"; with 8-bit outputs
+    zero_point: str | None = None  # None, "row" or "tensor"
+
+    def arguments(self, lead: tuple[int, ...], columns: int, step: float, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Everything but the accumulators and b_sum; `step` is about what one accumulator unit is worth: outputs are then O(1)."""
+        g = torch.Generator().manual_seed(seed + 2)
+
+        def positive(*shape: int) -> Tensor:
+            return (torch.rand(shape, generator=g) + 0.5).to(device)
+
+        outputs = columns // 2 if is_gated(self.activation) else columns
+        zero_shape = {None: None, "row": lead, "tensor": (1,)}[self.zero_point]
+        return {
+            "a_scale": positive(*(lead if self.a_scale == "row" else (1,))) * step,
+            "b_scale": positive(*((columns,) if self.b_scale == "column" else (1,))),
+            "bias": None if self.bias is None else torch.randn(columns, generator=g).to(device, self.bias),
+            "activation": self.activation,
+            "out_dtype": self.out_dtype,
+            "out_scale": None if self.out_dtype in FLOATS else positive(*((outputs,) if self.out_scale == "column" else (1,))) / 40,
+            "a_zero_point": None if zero_shape is None else torch.randint(-128, 128, zero_shape, generator=g, dtype=torch.int32).to(device),
+        }
+
+
+def epilogue_factors(zero_points: tuple[str | None, ...] = (None, "row", "tensor")) -> dict[str, tuple[Any, ...]]:
+    return {
+        "a_scale": ("row", "tensor"),
+        "b_scale": ("column", "tensor"),
+        "bias": (None, torch.float32, torch.float16, torch.bfloat16),
+        "activation": (None, *PLAIN, *GATED),
+        "out_dtype": (*FLOATS, torch.int8, E4M3),
+        "out_scale": ("tensor", "column"),
+        "zero_point": zero_points,
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, ...]
+    acc_dtype: torch.dtype = torch.int32
+    epilogue: EpilogueCase = EpilogueCase()
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        """In the schema's order. Accumulators up to 2^24 and beyond: some are not exact in fp32."""
+        g = torch.Generator().manual_seed(seed)
+        acc = torch.randint(-(2**15), 2**15, self.shape, generator=g, dtype=torch.int32)
+        if acc.numel():
+            acc.view(-1)[::7] *= 2**11
+        acc = acc if self.acc_dtype == torch.int32 else acc.float() + 0.37
+        lead, n = self.shape[:-1], self.shape[-1]
+        e = self.epilogue.arguments(lead, n, 2.0**-14, device, seed)
+        b_sum = None
+        if e["a_zero_point"] is not None:
+            b_sum = torch.randint(-9000, 9000, (n,), generator=g, dtype=torch.int32).to(device)
+        return (apart(acc, device), e["a_scale"], e["b_scale"], e["bias"], e["activation"], e["out_dtype"], e["out_scale"],
+                e["a_zero_point"], b_sum)  # fmt: skip
+
+    def bytes(self) -> int:
+        """Accumulators once, outputs once."""
+        n = 1
+        for d in self.shape:
+            n *= d
+        return 4 * n + n * self.epilogue.out_dtype.itemsize // (2 if is_gated(self.epilogue.activation) else 1)
+
+
+def cases() -> Iterator[Case]:
+    """Every pair of options at some awkward shape; gated ones at the nearest that the contract takes."""
+    factors = {
+        "shape": ((1,), (1, 1), (239, 1), (799, 3), (113, 203), (2, 5, 130), (3, 1040), (0, 7), (2, 0, 16)),
+        "acc_dtype": (torch.int32, torch.float32),
+        **epilogue_factors(),
+    }
+    for row in pairwise(factors):
+        shape, acc_dtype = row.pop("shape"), row.pop("acc_dtype")
+        if is_gated(row["activation"]):
+            shape = (*shape[:-1], -(-shape[-1] // 16) * 16)
+        if acc_dtype != torch.int32:
+            row["zero_point"] = None
+        yield Case(shape, acc_dtype, EpilogueCase(**row))
+
+
+BENCHMARK_CASES = tuple(
+    Case(shape, epilogue=EpilogueCase(activation=activation, out_dtype=dtype, zero_point="row"))
+    for shape in ((1024, 384), (1024, 1536), (4096, 4096))
+    for activation, dtype in ((None, torch.float32), ("gelu", torch.bfloat16))
+)

@@ -1,0 +1,64 @@
+"""Shapes and options of int8_gemm, for tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..activations import is_gated
+from ..dequant_activation.cases import EpilogueCase, epilogue_factors
+from ..testing import apart, pairwise
+
+
+@dataclass(frozen=True)
+class Case:
+    m: int
+    n: int
+    k: int
+    epilogue: EpilogueCase = EpilogueCase()
+    padding: int = 5  # elements between rows
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        """In the schema's order; operands over all of int8, -128 among them, rows of zeros and of extremes."""
+        g = torch.Generator().manual_seed(seed)
+        a = torch.randint(-128, 128, (self.m, self.k), generator=g, dtype=torch.int8)
+        b = torch.randint(-128, 128, (self.n, self.k), generator=g, dtype=torch.int8)
+        if self.m > 2:
+            a[1], a[2] = 0, -128
+        if self.n > 2:
+            b[1], b[2] = 0, -128
+        e = self.epilogue.arguments((self.m,), self.n, 1 / (5000 * self.k**0.5), device, seed)
+        b_sum = b.sum(1, dtype=torch.int32).to(device) if e["a_zero_point"] is not None else None
+        return (apart(a, device, self.padding), apart(b, device, self.padding), e["a_scale"], e["b_scale"], e["bias"], e["activation"], e["out_dtype"],
+                e["out_scale"], e["a_zero_point"], b_sum)  # fmt: skip
+
+    def bytes(self) -> int:
+        outputs = self.m * self.n // (2 if is_gated(self.epilogue.activation) else 1)
+        return self.m * self.k + self.n * self.k + outputs * self.epilogue.out_dtype.itemsize
+
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+
+def cases() -> Iterator[Case]:
+    """Every pair of options; sizes that are multiples of no tile, and 600 rows: the threads' own chunks on the CPU."""
+    factors = {
+        "m": (1, 2, 3, 17, 64, 200, 600),
+        "n": (1, 16, 33, 130, 208),
+        "k": (1, 7, 64, 130, 515),
+        "padding": (5, 0),
+        **epilogue_factors(),
+    }
+    for row in pairwise(factors):
+        m, n, k, padding = row.pop("m"), row.pop("n"), row.pop("k"), row.pop("padding")
+        if is_gated(row["activation"]):
+            n = -(-n // 16) * 16
+        yield Case(m, n, k, EpilogueCase(**row), padding)
+
+
+#: tokens x out x in: MiniLM at 8 x 128, BERT-large, Llama-8B's projections at 16 and 512 tokens
+BENCHMARK_SHAPES = ((1024, 384, 384), (1024, 1536, 384), (1024, 384, 1536), (512, 4096, 1024), (16, 4096, 4096), (512, 4096, 4096))
+BENCHMARK_CASES = tuple(Case(m, n, k, EpilogueCase(zero_point="row")) for m, n, k in BENCHMARK_SHAPES)

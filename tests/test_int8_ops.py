@@ -1,0 +1,151 @@
+"""dequant_activation, int8_gemm and int8_linear on the CPU: the reference's bits, and within a bound behind an activation."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import dequant_activation, int8_gemm, int8_linear
+from forwardpass.activations import element_bound, is_gated, separate_gate_up
+from forwardpass.dequant_activation import cases as dequant_cases
+from forwardpass.int8_gemm import cases as gemm_cases
+from forwardpass.int8_linear import cases as linear_cases
+from forwardpass.testing import assert_close, assert_equal, assert_quantized_close, poisoned_outputs
+
+OPS = {
+    "dequant_activation": (dequant_activation.reference.dequant_activation, list(dequant_cases.cases())),
+    "int8_gemm": (int8_gemm.reference.int8_gemm, list(gemm_cases.cases())),
+    "int8_linear": (int8_linear.reference.int8_linear, list(linear_cases.cases())),
+}
+ALL = [pytest.param(op, case, id=f"{op}-{case}") for op, (_, cases) in OPS.items() for case in cases]
+ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def options(case):
+    """(activation, out_dtype) of any of the three ops' cases."""
+    e = getattr(case, "epilogue", case)
+    return e.activation, e.out_dtype
+
+
+@pytest.mark.parametrize(("op", "case"), ALL)
+def test_cpu_against_reference(op, case):
+    reference, args = OPS[op][0], case.arguments()
+    names = fp.backend.operations[op].parameters
+    with poisoned_outputs():
+        got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)
+    expected = reference(*args)
+    activation, out_dtype = options(case)
+    if activation in (None, "relu"):
+        return assert_equal(got, expected)
+    assert got.stride() == expected.stride()
+    # the fp32 values before the activation are equal bit for bit, so only the activation and the last rounding are off
+    named = dict(zip(names, args)) | {"activation": None, "out_dtype": torch.float32}
+    if "out_scale" in named:
+        named["out_scale"] = None
+    y = reference(*named.values())
+    gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
+    exact = reference(*(named | {"activation": activation, "out_dtype": torch.float64}).values())
+    bound = element_bound(activation, gate, up)
+    if out_dtype in ULP:
+        least = {torch.float16: 2.0**-25}.get(out_dtype, 0.0)
+        return assert_close(got, exact, bound * (1 + ULP[out_dtype]) + ULP[out_dtype] * exact.abs() + least)
+    out_scale = dict(zip(names, args))["out_scale"]
+    assert_quantized_close(got, exact, bound + 2.0**-23 * exact.abs(), out_scale)
+
+
+def test_int8_gemm_by_hand():
+    a = torch.tensor([[1, -2, 3]], dtype=torch.int8)
+    b = torch.tensor([[4, 5, 6], [-1, 0, 1]], dtype=torch.int8)
+    one = torch.ones(1)
+    y = fp.ops.int8_gemm(a, b, one * 0.5, torch.tensor([1.0, 2.0]), bias=torch.tensor([0.0, 10.0]), out_dtype=torch.float32)
+    assert y.tolist() == [[6.0, 12.0]]
+    z = torch.tensor([1], dtype=torch.int32)
+    y = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32, a_zero_point=z)  # b_sum is computed
+    assert y.tolist() == [[12.0 - 15.0, 2.0 - 0.0]]
+
+
+def test_accumulators_are_exact_at_the_greatest_depth():
+    k = fp.int8_gemm.MAX_K_ZERO_POINT
+    a = torch.full((1, k), -128, dtype=torch.int8)
+    b = torch.full((2, k), 127, dtype=torch.int8)
+    b[1, 1] = -127
+    one, z = torch.ones(1), torch.tensor([127], dtype=torch.int32)
+    y = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32, a_zero_point=z)
+    exact = (a.double() - 127) @ b.double().t()
+    assert torch.equal(y, exact.float())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    for case in OPS[op][1][::9]:
+        torch.library.opcheck(getattr(torch.ops.forwardpass, f"{op}_cpu").default, case.arguments())
+
+
+def test_linear_is_quantize_then_gemm():
+    x, w = torch.randn(5, 70), torch.randn(9, 70)
+    wq, ws, _ = fp.ops.quantize(w, torch.int8)
+    w_sum = wq.sum(1, dtype=torch.int32)
+    q, s, z = fp.ops.quantize(x, torch.int8, symmetric=False)
+    two = fp.ops.int8_gemm(q, wq, s, ws, out_dtype=torch.float32, a_zero_point=z, b_sum=w_sum)
+    assert torch.equal(fp.ops.int8_linear(x, wq, ws, symmetric=False, w_sum=w_sum), two)
+
+
+def test_bits_do_not_depend_on_the_batch():
+    x, w = torch.randn(700, 130), torch.randn(33, 130)
+    wq, ws, _ = fp.ops.quantize(w, torch.int8)
+    whole = fp.ops.int8_linear(x, wq, ws)
+    assert torch.equal(torch.cat([fp.ops.int8_linear(x[:1], wq, ws), fp.ops.int8_linear(x[1:], wq, ws)]), whole)
+
+
+def test_nan_stays():
+    x = torch.randn(3, 64)
+    x[1, 5] = float("nan")
+    wq, ws, _ = fp.ops.quantize(torch.randn(9, 64), torch.int8)
+    for symmetric in (True, False):
+        y = fp.ops.int8_linear(x, wq, ws, symmetric=symmetric, w_sum=None if symmetric else wq.sum(1, dtype=torch.int32))
+        assert y.isnan().all(1).tolist() == [False, True, False]
+
+
+def test_compiles_whole():
+    x, w = torch.randn(5, 70), torch.randn(9, 70)
+    wq, ws, _ = fp.ops.quantize(w, torch.int8)
+
+    def f(t):
+        return fp.ops.int8_linear(t, wq, ws, activation="gelu") * 2
+
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+X, W, ONE = torch.ones(2, 32), torch.ones(16, 32, dtype=torch.int8), torch.ones(1)
+SUM, ZERO = torch.ones(16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: fp.ops.int8_linear(X, W.float(), ONE), TypeError, "weight must be an int8 tensor"),
+        (lambda: fp.ops.int8_linear(X[:, :31], W, ONE), ValueError, r"must be \[N, 31\]"),
+        (lambda: fp.ops.int8_linear(X, W, ONE, symmetric=False), ValueError, "w_sum"),
+        (lambda: fp.ops.int8_linear(X, W, ONE, w_sum=SUM), ValueError, "w_sum"),
+        (lambda: fp.ops.int8_linear(X, W, ONE, bias=torch.ones(3)), ValueError, "16 elements"),
+        (lambda: fp.ops.int8_linear(X, W, ONE, activation="swish"), ValueError, "silu"),
+        (lambda: fp.ops.int8_linear(X, W[:10], ONE, activation="silu_mul"), ValueError, "multiple of 16"),
+        (lambda: fp.ops.int8_linear(X, W, ONE, out_dtype=torch.int8), TypeError, "int8_gemm"),
+        (lambda: fp.ops.int8_linear(X, W, ONE.half()), TypeError, "float32"),
+        (lambda: fp.ops.int8_linear(X.to("meta"), W, ONE), ValueError, "is on cpu and x on meta"),
+        (lambda: fp.ops.int8_gemm(W, W, ONE, ONE, out_dtype=torch.int8), ValueError, "out_scale"),
+        (lambda: fp.ops.int8_gemm(W, W, ONE, ONE, out_dtype=torch.float32, out_scale=ONE), ValueError, "out_scale"),
+        (lambda: fp.ops.int8_gemm(W, W, ONE, ONE, out_dtype=torch.float32, b_sum=SUM), ValueError, "a_zero_point"),
+        (lambda: fp.ops.int8_gemm(X, W, ONE, ONE, out_dtype=torch.float32), TypeError, "a must be an int8"),
+        (lambda: fp.ops.int8_gemm(torch.ones(1, 131073, dtype=torch.int8), torch.ones(1, 131073, dtype=torch.int8), ONE, ONE,
+                                  out_dtype=torch.float32), ValueError, "split K"),
+        (lambda: fp.ops.dequant_activation(W, ONE, ONE, out_dtype=torch.float32), TypeError, "int32 or float32"),
+        (lambda: fp.ops.dequant_activation(X, ONE, ONE, out_dtype=torch.float32, a_zero_point=ZERO, b_sum=SUM), ValueError, "int32"),
+        (lambda: fp.ops.dequant_activation(W.int(), ONE, ONE, out_dtype=torch.float32, a_zero_point=ZERO), ValueError, "b_sum"),
+        (lambda: fp.ops.w8a16_gemm(X, X, ONE), TypeError, "int8 or float8"),
+        (lambda: fp.ops.w8a16_gemm(X, W, torch.ones(16, 2)), ValueError, r"\[16, 1\]"),
+    ],
+)  # fmt: skip
+def test_refusals(call, error, words):
+    with pytest.raises(error, match=words) as e:
+        call()
+    assert "\n" not in str(e.value)
