@@ -1,0 +1,190 @@
+"""fp.nn: drop-in layers keep nn.Linear's manners."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import forwardpass as fp
+from forwardpass.nn import Int8Linear, W8A16Linear
+
+SIZES = [(1, 1), (3, 5), (64, 48), (130, 33)]
+
+
+def linear(k, n, bias=True, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(k, n, bias=bias, dtype=dtype).eval()
+
+
+def variants(m):
+    k = m.in_features
+    yield W8A16Linear.from_torch(m)
+    yield Int8Linear.from_torch(m)
+    yield Int8Linear.from_torch(m, symmetric=True)
+    yield Int8Linear.from_torch(m, channel_scale=torch.rand(k) + 0.5)
+    yield Int8Linear.from_torch(m, input_scale=torch.tensor([0.05]), input_zero_point=torch.tensor([3], dtype=torch.int32))
+    yield Int8Linear.from_torch(m, symmetric=True, input_scale=torch.tensor([0.05]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.inference_mode()
+def test_close_to_the_linear_it_came_from(size, bias):
+    m = linear(*size, bias)
+    x = torch.randn(2, 7, size[0])
+    y = m(x)
+    for layer in variants(m):
+        error = (layer(x) - y).norm() / y.norm()
+        assert layer(x).shape == y.shape
+        assert error < 0.06, layer  # 8 bits; the static ones saturate at 6.4
+        assert f"in_features={size[0]}" in repr(layer)
+
+
+@torch.inference_mode()
+def test_smoothing_changes_the_quantisation_only():
+    m = linear(64, 32)
+    x = torch.randn(50, 64)
+    x[:, 3] *= 60  # an outlier channel, which costs the others their steps
+    channel = torch.ones(64)
+    channel[3] = 1 / 8
+    plain, smooth = Int8Linear.from_torch(m), Int8Linear.from_torch(m, channel_scale=channel)
+    error = [(layer(x) - m(x)).norm().item() for layer in (plain, smooth)]
+    assert error[1] < 0.5 * error[0]
+
+
+def test_from_torch_leaves_the_module_as_it_was():
+    m = linear(16, 8)
+    before = {k: (v.data_ptr(), v.clone()) for k, v in m.state_dict().items()}
+    layer = Int8Linear.from_torch(m)
+    layer.bias.zero_()
+    for k, v in m.state_dict().items():
+        assert v.data_ptr() == before[k][0]
+        assert torch.equal(v, before[k][1])
+
+
+@torch.inference_mode()
+def test_state_dict_deepcopy_pickle_give_the_same_bits():
+    m = linear(33, 9)
+    x = torch.randn(5, 33)
+    for layer in variants(m):
+        y = layer(x)
+        assert layer.weight.stride(0) % 16 == 0
+        empty = type(layer)(**layer.config())
+        assert empty.load_state_dict(layer.state_dict(), strict=True)
+        assert empty.weight.stride(0) % 16 == 0
+        buffer = io.BytesIO()
+        torch.save(layer.state_dict(), buffer)
+        for other in (empty, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(x), y)
+            assert other.config() == layer.config()
+        assert not list(layer.parameters())
+
+
+@torch.inference_mode()
+def test_casting_keeps_scales_and_integers():
+    m = linear(33, 9)
+    for layer in variants(m):
+        y = layer(torch.ones(2, 33))
+        for dtype in (torch.bfloat16, torch.float16):
+            cast = copy.deepcopy(layer).to(dtype)
+            for name, buffer in cast.named_buffers():
+                expected = dtype if name == "bias" else getattr(layer, name).dtype
+                assert buffer.dtype == expected, name
+                if name != "bias":
+                    assert torch.equal(buffer, getattr(layer, name)), name
+            got = cast(torch.ones(2, 33, dtype=dtype))
+            assert got.dtype == dtype
+            assert torch.allclose(got.float(), y, atol=0.02)
+        assert torch.equal(copy.deepcopy(layer).double().float()(torch.ones(2, 33)), y)
+
+
+@torch.inference_mode()
+def test_any_layout_and_any_shape():
+    layer = Int8Linear.from_torch(linear(16, 8))
+    for x in (torch.randn(16), torch.randn(0, 16), torch.randn(2, 3, 4, 16), torch.randn(16, 5).t(), torch.randn(4, 6, 16).transpose(0, 1),
+              torch.randn(4, 32)[:, ::2], torch.randn(4, 32)[:, :16], torch.randn(1, 16).expand(5, 16)):  # fmt: skip
+        y = layer(x)
+        assert y.shape == (*x.shape[:-1], 8)
+        assert torch.equal(y, layer(x.contiguous()))
+
+
+def test_meta_and_back():
+    layer = Int8Linear.from_torch(linear(33, 9))
+    empty = Int8Linear(**layer.config(), device="meta")
+    assert empty.weight.is_meta
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(empty(torch.ones(2, 33)), layer(torch.ones(2, 33)))
+
+
+def test_refuses_grad_and_says_how():
+    layer = Int8Linear.from_torch(linear(16, 8))
+    with pytest.raises(RuntimeError, match="inference_mode"):
+        layer(torch.ones(2, 16, requires_grad=True))
+    layer(torch.ones(2, 16))  # grad mode alone is no reason
+
+
+def test_threads():
+    layer = Int8Linear.from_torch(linear(64, 48))
+    x = torch.randn(20, 64)
+    expected, wrong = layer(x), []
+
+    def work():
+        for _ in range(50):
+            if not torch.equal(layer(x), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+@torch.inference_mode()
+def test_compiles_whole():
+    x = torch.randn(5, 33)
+    for layer in variants(linear(33, 9)):
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Int8Linear.from_torch(nn.Conv2d(1, 1, 1)), "Conv2d, not an nn.Linear"),
+        (lambda: Int8Linear.from_torch(nn.Linear(4, 4, device="meta")), "meta device"),
+        (lambda: Int8Linear.from_torch(nn.Linear(4, 4, dtype=torch.float64)), "float64"),
+        (lambda: Int8Linear.from_torch(nn.Linear(65537, 1)), "overflow"),
+        (lambda: Int8Linear.from_torch(nn.Linear(4, 4), channel_scale=torch.ones(3)), "4 elements"),
+        (lambda: Int8Linear.from_torch(nn.Linear(4, 4), input_scale=torch.ones(1)), "input_zero_point"),
+        (lambda: Int8Linear.from_torch(nn.Linear(4, 4), quantized=(torch.ones(4, 3, dtype=torch.int8), torch.ones(4))), r"int8 \[4, 4\]"),
+        (lambda: Int8Linear(4, 4, dtype="flat16"), "flat16"),
+    ],
+)
+def test_refusals(call, words):
+    with pytest.raises(ValueError, match=words) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+def test_conv1d_is_a_transposed_linear():
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    conv = transformers.pytorch_utils.Conv1D(8, 16)  # 16 in, 8 out
+    with torch.inference_mode():
+        x = torch.randn(5, 16)
+        for cls in (Int8Linear, W8A16Linear):
+            layer = cls.from_torch(conv)
+            assert (layer.in_features, layer.out_features) == (16, 8)
+            assert (layer(x) - conv(x)).norm() / conv(x).norm() < 0.03
+
+
+def test_w8a16_dtype_follows_the_input():
+    with torch.inference_mode():
+        layer = fp.nn.W8A16Linear.from_torch(linear(16, 8, dtype=torch.bfloat16))
+        assert layer.bias.dtype == torch.bfloat16
+        assert layer(torch.ones(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
