@@ -23,6 +23,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The shim's calls return an error code; torch's macro for it has another name from one release to the next.
+inline void check_shim(AOTITorchError error) { STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a call into libtorch failed"); }
+
 inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
   switch (t) {
     case ScalarType::Float: return Dtype::f32;
@@ -85,10 +88,10 @@ inline const int32_t* ints(const OptionalTensor& v, int64_t size, const Tensor& 
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type, const Tensor& like) {
   AtenTensorHandle handle;
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  check_shim(aoti_torch_get_device_type(like.get(), &device_type));
+  check_shim(aoti_torch_get_device_index(like.get(), &device_index));
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          device_type, device_index, &handle));
   Tensor t(handle);
   if (poison()) torch::stable::fill_(t, is_float(dtype_of(type, "poison", "output")) || type == ScalarType::Float8_e4m3fn ? NAN : -1);

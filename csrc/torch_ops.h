@@ -7,7 +7,7 @@ namespace forwardpass {
 inline Tensor view(const Tensor& x, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, 0, &handle));
+  check_shim(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, 0, &handle));
   return Tensor(handle);
 }
 
@@ -21,7 +21,7 @@ inline Tensor transposed(const Tensor& x, const Matrix& m) {
 template <class... Args>
 Tensor call(const char* name, const Args&... args) {
   StableIValue stack[] = {torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  check_shim(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
