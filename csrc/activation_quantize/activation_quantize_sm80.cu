@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
 
   // Columns [c, c + n) of x, or of its gate; from `x + to_up` the same ones of up.
   auto load = [&](float(&v)[kVec], const cuda_t<D>* from, int64_t c, int n) {
-    auto at = [&](int64_t column) { return p.interleaved ? column + column / 8 * 8 : column; };
+    auto at = [&](int64_t column) { return p.interleaved ? column + (column & ~int64_t{7}) : column; };
     if (aligned || !p.interleaved) return load_floats(v, from + at(c), n, aligned);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) v[i] = i < n ? to_float(from[at(c + i)]) : 0.0f;
