@@ -26,7 +26,8 @@ using namespace forwardpass;
 
 // with kernels on every backend
 #define FOR_EACH_OP(X) \
-  X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")")
+  X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")") \
+  X(activation_quantize, "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")")
 
 // on the CPU only, so far
 #define FOR_EACH_CPU_OP(X)                                                                                                      \

@@ -9,6 +9,9 @@ using Quantized = std::tuple<Tensor, Tensor, Tensor>;  // q, scale, zero_point; 
 Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, OptionalTensor scale, OptionalTensor zero_point,
                    std::optional<int64_t> group_size, bool symmetric, OptionalTensor channel_scale);
 
+Quantized activation_quantize(Backend backend, const Tensor& x, std::string activation, ScalarType dtype,
+                              std::optional<int64_t> group_size, std::string layout, bool symmetric, OptionalTensor channel_scale);
+
 Tensor dequant_activation(Backend backend, const Tensor& acc, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
                           std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale,
                           OptionalTensor a_zero_point, OptionalTensor b_sum);

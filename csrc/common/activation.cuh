@@ -19,21 +19,26 @@ __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.707
 
 __device__ inline float relu(float x) { return x < 0 ? 0.0f : x; }
 
-// The activation, or that of the gate.
-__device__ inline float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return relu(x);
-    case Activation::gelu:
-    case Activation::gelu_mul: return gelu(x);
-    case Activation::gelu_tanh:
-    case Activation::gelu_tanh_mul: return gelu_tanh(x);
-    case Activation::silu:
-    case Activation::silu_mul: return silu(x);
-  }
-  return x;
+// v = f(v) for each of N values.
+template <int N, class F>
+__device__ inline void apply(float (&v)[N], F f) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = f(v[i]);
 }
 
-__device__ inline float activate(Activation activation, float gate, float up) { return __fmul_rn(activate(activation, gate), up); }
+// The activation of each value, or that of a gate. The branch is around the loop: in it, the values would wait for one another.
+template <int N>
+__device__ inline void activate(Activation activation, float (&v)[N]) {
+  switch (activation) {
+    case Activation::none: return;
+    case Activation::relu: return apply(v, relu);
+    case Activation::gelu:
+    case Activation::gelu_mul: return apply(v, gelu);
+    case Activation::gelu_tanh:
+    case Activation::gelu_tanh_mul: return apply(v, gelu_tanh);
+    case Activation::silu:
+    case Activation::silu_mul: return apply(v, silu);
+  }
+}
 
 }  // namespace forwardpass

@@ -2,6 +2,12 @@
 // What the torch side and the kernels share: plain structs, no torch header, no CUDA header.
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 namespace forwardpass {
 
 enum class Dtype : int32_t { f32, f16, bf16, i8, e4m3, i32 };
@@ -10,7 +16,7 @@ constexpr int64_t size_of(Dtype t) { return t == Dtype::f32 || t == Dtype::i32 ?
 
 // Gated ones, from silu_mul on, are activation(gate) * up.
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul, gelu_tanh_mul };
-constexpr bool is_gated(Activation a) { return a >= Activation::silu_mul; }
+HOST_DEVICE constexpr bool is_gated(Activation a) { return a >= Activation::silu_mul; }
 
 // A matrix in memory: rows of `columns` elements with last stride 1, rows `stride` elements apart.
 struct Matrix {

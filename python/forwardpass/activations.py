@@ -1,4 +1,4 @@
-"""The activations of every op that has one: their names, the formulas in plain torch, how exact the kernels are, and the
+"""The activations of every op that has one: their names, the formulas in plain torch, how exact kernels are; and the
 layouts of a gate beside its up projection.
 
 In C++: csrc/cpu/activation.h and csrc/common/activation.cuh; in Triton: triton_activations.py.
@@ -93,8 +93,8 @@ def separate_gate_up(x: Tensor, dim: int = 0, layout: str = "interleaved8") -> t
     if layout not in of:
         raise ValueError(f"separate_gate_up: layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     if x.dim() == 0 or x.shape[dim] % of[layout]:
-        raise ValueError(f"separate_gate_up: dimension {dim} must be a multiple of {of[layout]} for {layout!r}, and x has "
-                         f"shape {tuple(x.shape)}")  # fmt: skip
+        raise ValueError(f"separate_gate_up: dimension {dim} must be a multiple of {of[layout]} in {layout!r}, and "
+                         f"x has shape {tuple(x.shape)}")  # fmt: skip
     if layout == "halves":
         gate, up = x.chunk(2, dim)
         return gate, up

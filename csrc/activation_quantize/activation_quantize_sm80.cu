@@ -1,0 +1,50 @@
+// activation_quantize: bytes per element of q 2 or 4 in, or twice that where gated, 1 out; see common/quantize_rows.cuh.
+#include "activation_quantize/activation_quantize.h"
+#include "common/activation.cuh"
+#include "common/dispatch.h"
+#include "common/quantize_rows.cuh"
+
+namespace forwardpass {
+
+template <Dtype D>
+__global__ void __launch_bounds__(RowsConfig::kMaxWidth)
+    activation_quantize_kernel(ActivationQuantizeParams p, RowsLaunch l, bool aligned) {
+  const Segment s(l, p.out);
+  auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride;  // [columns] or [2 columns]
+  const bool gated = is_gated(p.activation);
+  const int64_t to_up = p.interleaved ? 8 : p.out.columns;
+
+  // Columns [c, c + n) of x, or of its gate; from `x + to_up` the same ones of up.
+  auto load = [&](float(&v)[kVec], const cuda_t<D>* from, int64_t c, int n) {
+    auto at = [&](int64_t column) { return p.interleaved ? column + (column & ~int64_t{7}) : column; };
+    if (aligned || !p.interleaved) return load_floats(v, from + at(c), n, aligned);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) v[i] = i < n ? to_float(from[at(c + i)]) : 0.0f;
+  };
+  SegmentValues values(s, [&](int column, int n, float(&v)[kVec]) {
+    float up[kVec];
+    load(v, x, s.begin + column, n);
+    if (gated) load(up, x + to_up, s.begin + column, n);
+    activate(p.activation, v);
+    if (gated) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(v[i], up[i]);
+    }
+  });
+  quantize_segment(values, s, p.out);
+}
+
+}  // namespace forwardpass
+
+int forwardpass_activation_quantize(const forwardpass::ActivationQuantizeParams* p, void* stream) {
+  using namespace forwardpass;
+  const RowsLaunch l = rows_launch(p->x.rows, p->out);
+  const int size = p->x.dtype == Dtype::f32 ? 4 : 2;
+  const bool whole = l.groups == 1 || p->out.group % kVec == 0;  // no vector crosses from one block of 8 to the next
+  const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups) &&
+                       (p->interleaved ? whole : !is_gated(p->activation) || p->out.columns * size % 16 == 0);
+  dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
+    activation_quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+  });
+  return cudaGetLastError();
+}
