@@ -55,14 +55,17 @@ inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
   return m;
 }
 
-// An optional fp32/int32 vector of `size` elements on x's device.
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// An optional contiguous vector of `size` elements on x's device.
 template <class T>
 const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
   if (!v) return nullptr;
   STD_TORCH_CHECK(v->scalar_type() == type, op, ": wrong dtype of ", name);
   STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size, " elements");
-  STD_TORCH_CHECK(v->is_cpu() == x.is_cpu() && v->get_device_index() == x.get_device_index(), op, ": ", name,
-                  " is on another device than the input");
+  STD_TORCH_CHECK(same_device(*v, x), op, ": ", name, " is on another device than the input");
   return static_cast<const T*>(v->const_data_ptr());
 }
 
@@ -88,15 +91,22 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// [lead..., columns] with rows padded to 16 bytes and the leading dimensions collapsible.
-inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size, const Tensor& like) {
+// [lead..., columns] with rows `stride` elements apart and the leading dimensions collapsible.
+inline Tensor empty_rows(const std::vector<int64_t>& sizes, int64_t stride, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  int64_t stride = round_up(sizes.back(), 16 / element_size);
   for (int64_t d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   return empty_strided(sizes, strides, type, like);
+}
+
+// The same, contiguous; and with rows padded to 16 bytes.
+inline Tensor contiguous_rows(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  return empty_rows(sizes, sizes.back(), type, like);
+}
+inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size, const Tensor& like) {
+  return empty_rows(sizes, round_up(sizes.back(), 16 / element_size), type, like);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& x) {

@@ -21,9 +21,12 @@ struct on<F, B, R (*)(Backend, Args...)> {
 using namespace forwardpass;
 
 #define QUANTIZE_OPTIONS "bool symmetric, Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point"
+#define NORM_OPTIONS "Tensor? weight, float eps, ScalarType dtype, str kind, Tensor? bias, "
 
 #define FOR_EACH_OP(X) \
-  X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")")
+  X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")") \
+  X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")") \
+  X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)")
 
 STABLE_TORCH_LIBRARY(forwardpass, m) {
 #define DEFINE(name, schema)        \
