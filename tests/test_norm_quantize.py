@@ -33,7 +33,8 @@ def check(case, args, got):
     assert_quantized_close(q, values, bound, s, "q", z)
     if not symmetric:
         low = (-values).clamp(min=0).amax(-1)
-        assert_close(zero_point + 128, low / scale, 0.5 + (worst + slack * low) / scale, "zero_point")
+        tie = torch.where(scale.isnan(), torch.inf, 0.5 + (worst + slack * low) / scale)  # beside a NaN it is unspecified
+        assert_close(zero_point + 128, (low / scale).nan_to_num(0), tie, "zero_point")
 
 
 def run(name, args):
@@ -111,7 +112,8 @@ def test_special_rows(backend, dtype, symmetric):
             assert scale.isnan().all()
 
 
-@pytest.mark.parametrize("case", CASES[::5], ids=str)
+# opcheck takes NaN for a difference, and in fp16 the residual's row of extremes overflows
+@pytest.mark.parametrize("case", [c for c in CASES if c.x_dtype is not torch.float16 or not c.residual][::4], ids=str)
 def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.forwardpass, f"{case.op}_cpu").default, case.arguments())
 

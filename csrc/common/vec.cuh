@@ -53,7 +53,7 @@ __device__ inline Vec<T> load_vec(const T* p, int n, bool aligned) {
     v = *reinterpret_cast<const Vec<T>*>(p);
   } else {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) v.e[i] = i < n ? p[i] : T(0);
+    for (int i = 0; i < kVec; ++i) v.e[i] = i < n ? p[i] : T{};
   }
   return v;
 }
