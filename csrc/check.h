@@ -67,14 +67,17 @@ inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
   return m;
 }
 
-// An optional fp32/int32 vector of `size` elements on x's device.
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// An optional contiguous vector of `size` elements on x's device.
 template <class T>
 const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
   if (!v) return nullptr;
   STD_TORCH_CHECK(v->scalar_type() == type, op, ": wrong dtype of ", name);
   STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size, " elements");
-  STD_TORCH_CHECK(v->is_cpu() == x.is_cpu() && v->get_device_index() == x.get_device_index(), op, ": ", name,
-                  " is on another device than the input");
+  STD_TORCH_CHECK(same_device(*v, x), op, ": ", name, " is on another device than the input");
   return static_cast<const T*>(v->const_data_ptr());
 }
 

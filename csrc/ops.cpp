@@ -21,13 +21,16 @@ struct on<F, B, R (*)(Backend, Args...)> {
 using namespace forwardpass;
 
 #define QUANTIZE_OPTIONS "bool symmetric, Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point"
+#define NORM_OPTIONS "Tensor? weight, float eps, ScalarType dtype, str kind, Tensor? bias, "
 
 #define EPILOGUE_OPTIONS "Tensor? bias, str? activation, ScalarType out_dtype, "
 
 // with kernels on every backend
 #define FOR_EACH_OP(X) \
   X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")") \
-  X(activation_quantize, "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")")
+  X(activation_quantize, "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")") \
+  X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")") \
+  X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)")
 
 // on the CPU only, so far
 #define FOR_EACH_CPU_OP(X)                                                                                                      \

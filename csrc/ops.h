@@ -27,4 +27,11 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, OptionalTensor bias,
                   std::optional<std::string> activation);
 
+Quantized norm_quantize(Backend backend, const Tensor& x, OptionalTensor weight, double eps, ScalarType dtype, std::string kind,
+                        OptionalTensor bias, bool symmetric, OptionalTensor channel_scale);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, const Tensor& x, const Tensor& residual, OptionalTensor weight,
+                                                             double eps, ScalarType dtype, std::string kind, OptionalTensor bias,
+                                                             bool symmetric, OptionalTensor channel_scale);
+
 }  // namespace forwardpass

@@ -4,8 +4,6 @@
 
 namespace forwardpass {
 
-
-
 struct QuantizeOptions {
   ScalarType dtype;
   const OptionalTensor& scale;

@@ -53,7 +53,7 @@ struct Segment {
 };
 
 // op over the segment's threads; every thread gets the result. Within a warp by shuffles, beyond it through shared memory:
-// then the block is the segment. `slot` is 32 values of its own in shared memory.
+// then the block is the segment. `slot` is 32 values in shared memory, of each call its own: nothing guards them afterwards.
 template <class T, class Op>
 __device__ T reduce_segment(T v, const Segment& s, T* slot, Op op) {
   for (int offset = min(s.width, 32) / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, offset));
@@ -62,7 +62,6 @@ __device__ T reduce_segment(T v, const Segment& s, T* slot, Op op) {
     __syncthreads();
     v = slot[0];
     for (int i = 1; i < s.width / 32; ++i) v = op(v, slot[i]);
-    __syncthreads();  // the slot may be used again
   }
   return v;
 }

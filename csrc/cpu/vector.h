@@ -101,6 +101,12 @@ INLINE f32x16 e4m3_to_float(u8x16 v) {  // exact; the multiplication re-biases t
   return bits<f32x16>((a == 0x7f ? u32x16{} + 0x7fc00000 : finite) | (w & 0x80) << 24);
 }
 
+// The first n lanes, the others zero.
+INLINE f32x16 first(f32x16 v, int n) {
+  constexpr i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return n == kLanes ? v : bits<f32x16>(bits<i32x16>(v) & (lane < n));
+}
+
 template <Dtype D>
 INLINE f32x16 load(const void* row, int64_t column, int n = kLanes) {
   if constexpr (D == Dtype::f32) return load_bits<f32x16>(static_cast<const float*>(row) + column, n);

@@ -1,19 +1,22 @@
-"""`fp.ops.<name>`: every operation. Each lives in the package of its own name."""
+"""`fp.ops.<name>`: every operation. Each lives in the package of its own name, or of its family's."""
 
 from .activation_quantize import activation_quantize
 from .activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
 from .int8_gemm import int8_gemm
 from .int8_linear import int8_linear
+from .norm_quantize import add_norm_quantize, norm_quantize
 from .quantize import quantize
 from .w8a16_gemm import w8a16_gemm
 
 __all__ = [
     "activation_quantize",
+    "add_norm_quantize",
     "dequant_activation",
     "int8_gemm",
     "int8_linear",
     "interleave_gate_up",
+    "norm_quantize",
     "quantize",
     "separate_gate_up",
     "w8a16_gemm",

@@ -99,9 +99,10 @@ def empty_scales(x: Tensor, lead: tuple[int, ...], groups: int | None, dtype: to
 
 def scales_layout(s: Tensor, group_size: int | None) -> Tensor:
     """s [..., groups] in the layout of `empty_scales`; [...] where there is one segment a row."""
+    lead, groups = tuple(s.shape[:-1]), s.shape[-1]
     if group_size is None:
-        return s.squeeze(-1)
-    return empty_scales(s, tuple(s.shape[:-1]), s.shape[-1], s.dtype).copy_(s)
+        return empty_scales(s, lead, None, s.dtype).copy_(s.squeeze(-1))
+    return empty_scales(s, lead, groups, s.dtype).copy_(s)
 
 
 def fake_quantized(
@@ -138,7 +139,7 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
     for d in range(x.dim() - 2, -1, -1):
         if x.shape[d] == 1:
             continue
-        if expected is not None and x.stride(d) != expected:
+        if expected is not None and x.stride(d) != expected and x.numel():
             raise ValueError(f"{op}: the leading dimensions of {name}, shape {tuple(x.shape)} and strides {x.stride()}, must "
                              f"collapse into rows of one stride: pass {name}.contiguous()")  # fmt: skip
         expected = x.stride(d) * x.shape[d]
@@ -151,12 +152,16 @@ def matrix_shape(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // columns, columns, (strides[-1] if strides else columns)
 
 
-def check_vector(op: str, name: str, v: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:
-    """An optional contiguous vector of `size` elements on x's device."""
+def check_vector(
+    op: str, name: str, v: Tensor | None, size: int, dtype: torch.dtype | tuple[torch.dtype, ...], x: Tensor
+) -> None:
+    """An optional contiguous vector of `size` elements on x's device, of one of the dtypes."""
     if v is None:
         return
-    if not isinstance(v, Tensor) or v.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be a tensor of {dtype}, not {getattr(v, 'dtype', type(v).__name__)}")
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if not isinstance(v, Tensor) or v.dtype not in dtypes:
+        wanted = " or ".join(map(str, dict.fromkeys(dtypes)))
+        raise TypeError(f"{op}: {name} must be a tensor of {wanted}, not {getattr(v, 'dtype', type(v).__name__)}")
     if v.numel() != size or not v.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous with {size} elements, and has shape {tuple(v.shape)}")
     if v.device != x.device:

@@ -109,7 +109,8 @@ def assert_close(got: Tensor, expected: Tensor, bound: Tensor, what: str = "resu
     if got.shape != expected.shape:
         raise AssertionError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
     g, e, b = got.cpu().double(), expected.cpu().double(), bound.cpu().double()
-    overflow = g.isinf() & (g.sign() == e.sign()) & (e.abs() + b >= torch.finfo(got.dtype).max)
+    most = torch.finfo(got.dtype).max if got.dtype.is_floating_point else torch.inf
+    overflow = g.isinf() & (g.sign() == e.sign()) & (e.abs() + b >= most)
     ok = ((g - e).abs() <= b) | (g == e) | ((g != g) & (e != e)) | overflow
     _report(what, g, e, ~ok)
 

@@ -1,0 +1,83 @@
+#include "norm_quantize/norm_quantize.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "cpu/quantize_rows.h"
+
+namespace forwardpass {
+namespace {
+
+using cpu::f32x16;
+
+template <Dtype D>
+INLINE f32x16 load_affine(const Affine& a, int64_t c, int n) {
+  return a.dtype == Dtype::f32 ? cpu::load<Dtype::f32>(a.data, c, n) : cpu::load<D>(a.data, c, n);
+}
+
+// v: [columns] floats for the row at hand. It stays in the cache through the passes, so 16-bit values are converted once.
+template <Dtype D>
+INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
+  constexpr int64_t kSize = D == Dtype::f32 ? 4 : 2;
+  const int64_t columns = p.x.columns;
+  for (int64_t row = first; row < last; ++row) {
+    const void* x = static_cast<const char*>(p.x.data) + row * p.x.stride * kSize;
+    if (p.residual.data) {
+      const void* residual = static_cast<const char*>(p.residual.data) + row * p.residual.stride * kSize;
+      void* sum = static_cast<char*>(p.residual_out) + row * columns * kSize;
+      cpu::for_each_vector(0, columns, VECTOR_BODY(&) { cpu::store<D>(cpu::load<D>(x, c, n) + cpu::load<D>(residual, c, n), sum, c, n); });
+      x = sum;
+    }
+
+    // A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common offset
+    // costs no accuracy, and a constant row has variance 0 exactly.
+    float mean = 0;
+    if (p.kind == Norm::layer) {
+      const float pivot = cpu::load<D>(x, 0, 1)[0];
+      f32x16 sums{};
+      cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
+        const f32x16 shifted = cpu::first(cpu::load<D>(x, c, n) - pivot, n);
+        cpu::store<Dtype::f32>(shifted, v, c, n);
+        sums += shifted;
+      });
+      mean = cpu::sum(sums) / columns;
+    } else {
+      cpu::for_each_vector(0, columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(x, c, n), v, c, n); });
+    }
+    f32x16 squares{};  // of the centred values: E[x^2] - E[x]^2 cancels
+    cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
+      const f32x16 d = cpu::first(cpu::load<Dtype::f32>(v, c, n) - mean, n);
+      squares = cpu::fma(d, d, squares);
+    });
+    const float total = cpu::sum(squares);
+    // total * 0: squares that overflow show as NaN, not as values of 0
+    const float inverse = 1.0f / std::sqrt(total / columns + p.eps) + total * 0.0f;
+    cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
+      f32x16 y = (cpu::load<Dtype::f32>(v, c, n) - mean) * inverse;
+      if (p.weight.data) y *= load_affine<D>(p.weight, c, n);
+      if (p.bias.data) y += load_affine<D>(p.bias, c, n);
+      cpu::store<Dtype::f32>(y, v, c, n);
+    });
+    cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<Dtype::f32>(v, c, n); });
+  }
+}
+
+CLONES void norm_quantize_rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
+  switch (p.x.dtype) {
+    case Dtype::f32: return rows<Dtype::f32>(p, v, first, last);
+    case Dtype::f16: return rows<Dtype::f16>(p, v, first, last);
+    default: return rows<Dtype::bf16>(p, v, first, last);
+  }
+}
+
+}  // namespace
+
+void norm_quantize_cpu(const NormQuantizeParams& p) {
+  torch::stable::parallel_for(0, p.x.rows, cpu::grain(p.x.columns), [&](int64_t first, int64_t last) {
+    std::vector<float> v(p.x.columns);
+    norm_quantize_rows(p, v.data(), first, last);
+  });
+}
+
+}  // namespace forwardpass
