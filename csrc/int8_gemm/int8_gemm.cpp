@@ -44,10 +44,13 @@ void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& 
     dequant_activation_cpu({matrix(acc, "int8_gemm", "acc"), rows_from(epilogue, first)});
   };
   // With rows enough for every thread, a thread takes some of them through all three passes while they are in its cache. oneDNN
-  // packs b on each call, which 256 rows hide for a small b and 512 for a large one (one EPYC 9005 core: 0.50 of 0.51 TMAC/s at
-  // 384 x 1536, 0.45 at 4096 x 4096). With fewer rows the threads share each pass.
-  const int64_t chunk = n * k <= (1 << 21) ? 256 : 512;
-  if (m < chunk * static_cast<int64_t>(torch::stable::get_num_threads())) return rows(0, m);
+  // packs b on each call, and each call costs some 20 us, which 128 rows hide for a small b and 512 for a large one (one EPYC 9005
+  // core: 0.47 of 0.51 TMAC/s at 384 x 1536, 0.45 at 4096 x 4096). With fewer rows the threads share each pass. All 36 products
+  // of MiniLM at 8 x 128 tokens, two threads: 16.2 ms in chunks of 256 rows, 15.4 of 512.
+  const int64_t threads = torch::stable::get_num_threads(), share = (m + threads - 1) / threads;
+  constexpr int64_t kMost = 512;
+  if (share < (n * k <= (1 << 21) ? 128 : kMost)) return rows(0, m);
+  const int64_t each = (share + kMost - 1) / kMost, chunk = (share + each - 1) / each;
   torch::stable::parallel_for(0, (m + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) rows(c * chunk, std::min(chunk, m - c * chunk));
   });
