@@ -41,10 +41,11 @@ clean:
 	rm -f python/forwardpass/_*.so python/forwardpass/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Triton is named because a CPU build of torch brings none; 3.6 is the one of torch 2.11.
 # pip is asked again whenever a source changed: ninja then compiles what has to be, and the rest is a few seconds.
 .venv/built: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install 'torch>=2.11' 'setuptools>=77' ninja
+	$(BIN)/pip install 'torch>=2.11' 'triton==3.6.*' 'setuptools>=77' ninja
 	$(BIN)/python setup.py toolchain | xargs -r $(BIN)/pip install
 	$(BIN)/pip install --no-build-isolation -e '.[dev]'
 	touch $@
