@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from . import backend, environment, library
 from .backend import BACKENDS, Operation, Reason
+from .testing import benchmark_cases
 
 #: Relative L2 error beside the reference: int8 rounds to the other side now and then, a broken kernel is far off.
 PARITY_BOUND = 1e-2
@@ -103,8 +103,7 @@ def _kernel(op: Operation, name: str) -> dict[str, Any]:
 @torch.inference_mode()
 def _parity(op: Operation, name: str, device: torch.device) -> dict[str, Any]:
     """The op's smallest benchmark case on this backend, beside the reference on the same device."""
-    cases = importlib.import_module(f"{op.package}.cases").BENCHMARK_CASES
-    args = min(cases, key=lambda c: c.bytes()).arguments(str(device))
+    args = min(benchmark_cases(op), key=lambda c: c.bytes()).arguments(str(device))
     with backend.use_backend(name):
         got = op(*args)
     expected = op.runs["reference"](*args)
