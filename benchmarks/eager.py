@@ -16,7 +16,7 @@ ACTIVATIONS = {
 
 
 def activate(v: Tensor, activation: str | None, layout: str = "halves") -> Tensor:
-    """activation(v), or activation(gate) * up, where both are halves of each row, or alternate in blocks of 8 columns."""
+    """activation(v), or activation(gate) * up: both are halves of each row, or alternate in blocks of 8 columns."""
     if activation is None or not activation.endswith("_mul"):
         return ACTIVATIONS[activation](v)
     if layout == "halves":
@@ -50,10 +50,16 @@ def dequantize(
     out_dtype: torch.dtype,
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    """int32 [M, N] -> activation((acc - zero point * sum of b) * scales + bias)."""
+    """int32 [..., N] -> activation((acc - zero point * sum of b) * scales + bias), to out_dtype or in steps of out_scale."""
     if a_zero_point is not None:
         assert b_sum is not None
-        acc = acc - a_zero_point.reshape(-1, 1) * b_sum
-    v = acc.float() * (a_scale.reshape(-1, 1) * b_scale)
-    return activate(v if bias is None else v + bias, activation, "interleaved8").to(out_dtype)
+        acc = acc - a_zero_point.unsqueeze(-1) * b_sum
+    v = acc.float() * (a_scale.unsqueeze(-1) * b_scale)
+    v = activate(v if bias is None else v + bias, activation, "interleaved8")
+    if out_scale is None:
+        return v.to(out_dtype)
+    most = 127 if out_dtype == torch.int8 else 448
+    v = (v / out_scale).clamp(-most, most)
+    return v.round().to(out_dtype) if out_dtype == torch.int8 else v.to(out_dtype)
