@@ -50,8 +50,9 @@ clean:
 	$(BIN)/pip install --no-build-isolation -e '.[dev]'
 	touch $@
 
+# build/lib keeps modules that no longer exist, and they would be shipped.
 dist/built: .venv/built $(shell find python -name '*.py' -o -name '*.json')
-	rm -rf dist
+	rm -rf dist build/lib* build/bdist*
 	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 	touch $@
 
