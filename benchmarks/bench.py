@@ -81,7 +81,7 @@ def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str
     """Milliseconds, GB/s and ratios of one case."""
     # rows as a layer has them, one after the other: those of the tests stand apart
     call = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case.arguments(device))
-    named = dict(zip(op.signature.parameters, call))
+    named = dict(zip(op.parameters, call))
     torch.compiler.reset()
     compiled = torch.compile(baseline, dynamic=False)
     ours = [b for b in BACKENDS if b != "reference" and op.why_not(b, *call) is None]

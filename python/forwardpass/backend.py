@@ -200,7 +200,7 @@ class Operation:
     def why_not_on(self, backend: str, device: torch.device) -> Reason | None:
         """None where `backend` can run this operation on `device`, else the reason; a call's arguments may bring others."""
         if backend != "reference" and backend not in self.compiled:
-            return Reason("not_written", f"{self.name} has no {backend} implementation", "use another backend")
+            return Reason("not_written", "it has no such implementation", "use another backend")
         return _WHY_NOT[backend](device)
 
     def why_not(self, backend: str, *args: Any) -> Reason | None:
