@@ -229,25 +229,16 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-class Toolchain(Command):
-    """`python setup.py toolchain` prints what to pip install for an nvcc, or nothing where there is one."""
-
-    description, user_options = "print the PyPI packages that make an nvcc, where there is none", []
-
-    def initialize_options(self):
-        pass
-
-    def finalize_options(self):
-        pass
-
-    def run(self):
-        if WANT_CUDA != "0" and cuda_home() is None:
-            print(*TOOLCHAIN)
-
+if sys.argv[1:] == ["toolchain"]:
+    # `python setup.py toolchain | xargs -r pip install`: what makes an nvcc, or nothing where there is one. Not a setuptools
+    # command: those print "running toolchain" first, and pip would install a stranger's package called running.
+    if WANT_CUDA != "0" and cuda_home() is None:
+        print(*TOOLCHAIN)
+    sys.exit()
 
 setup(
     ext_modules=[Extension("forwardpass._ops", [])],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "toolchain": Toolchain},
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     # read by build isolation only: a machine with no toolkit gets one for the build
-    setup_requires=TOOLCHAIN if WANT_CUDA != "0" and "toolchain" not in sys.argv and cuda_home() is None else [],
+    setup_requires=TOOLCHAIN if WANT_CUDA != "0" and cuda_home() is None else [],
 )

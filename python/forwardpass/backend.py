@@ -99,49 +99,64 @@ def why_no_triton() -> str | None:
     return library.why_no_ops()
 
 
-def _why_not_gpu(x: Tensor, what: str) -> Reason | None:
-    if x.device.type == "cuda" or (x.device.type == "cpu" and interpreted):
+def _why_not_gpu(device: torch.device, what: str) -> Reason | None:
+    if device.type == "cuda" or (device.type == "cpu" and interpreted):
         return None
-    return Reason("device", f"the {what} kernels take CUDA tensors, and this one is on {x.device.type}", "move it to a GPU")
+    return Reason("device", f"the {what} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU")
 
 
-def _why_not_cuda(x: Tensor) -> Reason | None:
-    if reason := _why_not_gpu(x, "CUDA"):
+def _why_no_gpu() -> Reason | None:
+    """For `doctor`, and for fake CUDA tensors: a real one proves that there is a GPU."""
+    if torch.version.cuda is None:
+        return Reason("no_gpu", "this torch was built without CUDA", "install a CUDA build of torch")
+    if not torch.cuda.is_available():
+        return Reason("no_gpu", "torch finds no GPU", "run it where nvidia-smi lists one")
+    return None
+
+
+def _why_not_cuda(device: torch.device) -> Reason | None:
+    if reason := _why_not_gpu(device, "CUDA"):
         return reason
-    if x.device.type == "cpu":
+    if device.type == "cpu":
         return None
     if problem := library.why_no_kernels():
         return Reason("not_built", problem, "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")
-    if not library.runs_on(capability := _capability(x.device.index)):
+    if reason := _why_no_gpu():
+        return reason
+    if not library.runs_on(capability := _capability(device.index)):
         major, minor = capability
         return Reason("arch", f"built for {', '.join(library.build_info['arches'])}, and this GPU is sm_{major}{minor}",
                       f"reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}")  # fmt: skip
     return None
 
 
-def _why_not_triton(x: Tensor) -> Reason | None:
-    if reason := _why_not_gpu(x, "Triton"):
+def _why_not_triton(device: torch.device) -> Reason | None:
+    if reason := _why_not_gpu(device, "Triton"):
         return reason
     if problem := why_no_triton():
         return Reason("not_installed", problem, "pip install 'forwardpass[triton]'")
-    if x.device.type == "cuda" and _capability(x.device.index) < (8, 0):
+    if device.type == "cpu":
+        return None
+    if reason := _why_no_gpu():
+        return reason
+    if _capability(device.index) < (8, 0):
         return Reason("arch", "the Triton kernels need compute capability 8.0", "use a GPU from A100 or RTX 30 on")
     return None
 
 
-def _why_not_cpu(x: Tensor) -> Reason | None:
-    if x.device.type != "cpu":
-        return Reason("device", f"the cpu kernels take CPU tensors, and this one is on {x.device.type}", "move it to the CPU")
+def _why_not_cpu(device: torch.device) -> Reason | None:
+    if device.type != "cpu":
+        return Reason("device", f"the cpu kernels take CPU tensors, and this one is on {device.type}", "move it to the CPU")
     if problem := library.why_no_ops():
         return Reason("not_built", problem, "reinstall forwardpass for this torch")
     return None
 
 
-_WHY_NOT: dict[str, Callable[[Tensor], Reason | None]] = {
+_WHY_NOT: dict[str, Callable[[torch.device], Reason | None]] = {
     "cuda": _why_not_cuda,
     "triton": _why_not_triton,
     "cpu": _why_not_cpu,
-    "reference": lambda x: None,
+    "reference": lambda device: None,
 }
 
 
@@ -182,13 +197,16 @@ class Operation:
         self._hits: dict[Any, Callable[..., Any]] = {}
         operations[self.name] = self
 
+    def why_not_on(self, backend: str, device: torch.device) -> Reason | None:
+        """None where `backend` can run this operation on `device`, else the reason; a call's arguments may bring others."""
+        if backend != "reference" and backend not in self.compiled:
+            return Reason("not_written", "it has no such implementation", "use another backend")
+        return _WHY_NOT[backend](device)
+
     def why_not(self, backend: str, *args: Any) -> Reason | None:
         """None where `backend` can run these arguments, else the reason."""
-        if backend != "reference" and backend not in self.compiled:
-            return Reason("not_written", f"{self.name} has no {backend} implementation", "use another backend")
-        reason = _WHY_NOT[backend](args[0])
         limit = self.limits.get(backend)
-        return reason or (limit(*args) if limit else None)
+        return self.why_not_on(backend, args[0].device) or (limit(*args) if limit else None)
 
     def choose(self, *args: Any) -> str:
         """The backend that runs these arguments; raises Unsupported with every reason where there is none."""

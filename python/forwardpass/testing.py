@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .backend import Operation
 
 #: [..., K] shapes that break kernels: single elements, single columns, non-multiples of every vector, block and tile.
 AWKWARD_SHAPES = ((1,), (1, 1), (239, 1), (799, 3), (113, 203), (2, 5, 130), (3, 4097), (2, 16391))
@@ -73,6 +76,12 @@ def apart(x: Tensor, device: str | torch.device = "cpu", padding: int = 5) -> Te
         strides[d] = step
         step *= max(1, x.shape[d])
     return wide.as_strided(x.shape, strides)
+
+
+def benchmark_cases(op: Operation) -> list[Any]:
+    """An operation's BENCHMARK_CASES; where a package has several operations, a case's `op` names its own."""
+    cases = importlib.import_module(f"{op.package}.cases").BENCHMARK_CASES
+    return [c for c in cases if getattr(c, "op", op.name) == op.name]
 
 
 @contextmanager

@@ -1,0 +1,64 @@
+# Every target is a few commands that also work without make; README.md has the set-up ones under "From a checkout".
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+DEMO := $(BIN)/forwardpass swap minilm --precision int8 --batch 8 --length 128 --json demo.json
+
+.PHONY: demo test test-all test-cuda-torch lint gates bench clean
+
+demo: .venv/built
+	$(BIN)/forwardpass doctor
+	$(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+# The same suite on the wheel, under the oldest torch we support, built with CUDA (about 3 GB; needs no GPU).
+test-cuda-torch: .venv-cuda/built
+	.venv-cuda/bin/python -m pytest -m "not slow"
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+gates: dist/built
+	$(BIN)/python tests/gates.py dist/forwardpass-*.whl
+
+bench: .venv/built
+	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_linear w8a16_gemm; do \
+		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
+	$(BIN)/pip install -e '.[bench]' --no-build-isolation
+	$(BIN)/python -m benchmarks.models --model minilm --json benchmarks/results/models.json
+
+clean:
+	rm -rf .venv .venv-cuda build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -f python/forwardpass/_*.so python/forwardpass/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Triton is named because a CPU build of torch brings none; 3.6 is the one of torch 2.11.
+# pip is asked again whenever a source changed: ninja then compiles what has to be, and the rest is a few seconds.
+.venv/built: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install 'torch>=2.11' 'triton==3.6.*' 'setuptools>=77' ninja
+	$(BIN)/python setup.py toolchain | xargs -r $(BIN)/pip install
+	$(BIN)/pip install --no-build-isolation -e '.[dev]'
+	touch $@
+
+# build/lib keeps modules that no longer exist, and they would be shipped.
+dist/built: .venv/built $(shell find python -name '*.py' -o -name '*.json')
+	rm -rf dist build/lib* build/bdist*
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+	touch $@
+
+.venv-cuda/built: dist/built
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install 'torch==2.11.0'
+	.venv-cuda/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
+	.venv-cuda/bin/pip install "$$(echo dist/forwardpass-*.whl)[dev]"
+	touch $@

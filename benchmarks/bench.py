@@ -1,0 +1,143 @@
+"""Runs one operation's benchmark cases beside plain torch code and torch.compile of it; prints a table and writes JSON.
+
+python -m benchmarks.quantize [--device cpu|cuda] [--rounds N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forwardpass import environment
+from forwardpass.backend import BACKENDS, Operation, use_backend
+from forwardpass.testing import benchmark_cases
+from forwardpass.timing import interleave
+
+#: Relative L2 error beside the baseline, as a guard that both do the same work; the tests have the real bounds.
+SAME_WORK = 2e-2
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--rounds", type=int, default=15, help="timed samples of each candidate")
+    p.add_argument("--json", metavar="FILE", help="also write the result to this file")
+    return p
+
+
+def header(schema: str, device: str, measured: list[str]) -> dict[str, Any]:
+    """What every result file starts with."""
+    return {
+        "schema": f"forwardpass.{schema}/1",
+        "versions": environment.versions(),
+        "device": environment.device(device),
+        "commit": commit(),
+        "measured": measured,
+    }
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "+changes" where files differ from it; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        root = pathlib.Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(result: dict[str, Any], file: str | None) -> None:
+    if file:
+        pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(file).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(operations: dict[Operation, Callable[..., Any]], doc: str | None) -> None:
+    """Benchmarks operations, each beside a baseline that takes the operation's arguments by name."""
+    args = parser(doc).parse_args()
+    result = header("benchmark", args.device, ["results"])
+    result["results"] = []
+    for op, baseline in operations.items():
+        for case in benchmark_cases(op):
+            row = run_case(op, case, baseline, args.device, args.rounds)
+            result["results"].append(row)
+            print(table_row(row), flush=True)
+    write(result, args.json)
+
+
+@torch.inference_mode()
+def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds, GB/s and ratios of one case."""
+    # rows as a layer has them, one after the other: those of the tests stand apart
+    call = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case.arguments(device))
+    named = dict(zip(op.parameters, call))
+    torch.compiler.reset()
+    compiled = torch.compile(baseline, dynamic=False)
+    ours = [b for b in BACKENDS if b != "reference" and op.why_not(b, *call) is None]
+    calls: dict[str, Callable[[], Any]] = {b: on_backend(op, b, call) for b in ours}
+    calls["torch eager"] = lambda: baseline(**named)
+    calls["torch.compile"] = lambda: compiled(**named)
+    expected = calls["torch eager"]()
+    for name in (*ours, "torch.compile"):
+        check_same_work(f"{name} of {op.describe(call)}", calls[name](), expected)
+    timings = interleave(calls, device, rounds=rounds)
+    peers = {p: timings[p].median for p in ("torch eager", "torch.compile")}
+    return {
+        "operation": op.name,
+        "case": op.describe(call),
+        "bytes": case.bytes(),
+        "timings": {
+            name: {
+                **t.to_json(),
+                "gb_per_s": case.bytes() / t.median / 1e6,
+                "times_as_fast_as": ratios(t.median, peers),
+            }
+            for name, t in timings.items()
+        },
+    }
+
+
+def on_backend(op: Operation, backend: str, call: tuple[Any, ...]) -> Callable[[], Any]:
+    def run() -> Any:
+        with use_backend(backend):
+            return op(*call)
+
+    return run
+
+
+def ratios(median: float, peers: dict[str, float]) -> dict[str, float]:
+    return {name: p / median for name, p in peers.items()}
+
+
+def check_same_work(what: str, got: Any, expected: Any) -> None:
+    pairs = [(g, e) for g, e in zip(tensors(got), tensors(expected)) if e.numel()]
+    for g, e in pairs:
+        g, e = g.double().nan_to_num(), e.double().nan_to_num()
+        error = ((g - e).norm() / e.norm().clamp(min=1e-30)).item()
+        if not error <= SAME_WORK:
+            sys.exit(f"{what} does other work than the baseline: relative error {error:.1e}")
+
+
+def tensors(result: Any) -> Iterator[Tensor]:
+    return iter((result,) if isinstance(result, Tensor) else result)
+
+
+def table_row(row: dict[str, Any]) -> str:
+    lines = [f"{row['case']}, {row['bytes'] / 1e6:.2f} MB"]
+    for name, t in row["timings"].items():
+        beside = ", ".join(f"{r:.2f} x {peer}" for peer, r in t["times_as_fast_as"].items() if peer != name)
+        lines.append(
+            f"  {name:<14}{t['median']:9.4f} ms [{t['low']:.4f}, {t['high']:.4f}]  {t['gb_per_s']:7.1f} GB/s  {beside}"
+        )
+    return "\n".join(lines)

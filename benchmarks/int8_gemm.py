@@ -1,0 +1,18 @@
+"""int8_gemm beside plain torch code around torch._int_mm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench, eager
+from forwardpass.int8_gemm import OPERATION
+
+
+def baseline(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, **epilogue: Any) -> Tensor:
+    acc = torch._int_mm(a.flatten(0, -2), b.t()).unflatten(0, a.shape[:-1])
+    return eager.dequantize(acc, a_scale, b_scale, **epilogue)
+
+
+if __name__ == "__main__":
+    bench.main({OPERATION: baseline}, __doc__)

@@ -1,0 +1,26 @@
+"""int8_linear beside plain torch code around torch._int_mm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench, eager
+from benchmarks.int8_gemm import baseline as int8_gemm
+from forwardpass.int8_linear import OPERATION
+
+
+def baseline(
+    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
+    symmetric: bool, channel_scale: Tensor | None, w_sum: Tensor | None, **rest: Any,
+) -> Tensor:  # fmt: skip
+    v = x.float() if channel_scale is None else x.float() * channel_scale
+    q, scale, zero_point = eager.quantize_rows(v, torch.int8, symmetric)
+    epilogue = {"bias": bias, "activation": activation, "out_dtype": out_dtype}
+    if not symmetric:
+        epilogue |= {"a_zero_point": zero_point, "b_sum": w_sum}
+    return int8_gemm(q, weight, scale, w_scale, **epilogue)
+
+
+if __name__ == "__main__":
+    bench.main({OPERATION: baseline}, __doc__)

@@ -1,0 +1,18 @@
+"""quantize beside plain torch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench, eager
+from forwardpass.quantize import OPERATION
+
+
+def baseline(x: Tensor, dtype: torch.dtype, symmetric: bool, channel_scale: Tensor | None, **rest: Any) -> Any:
+    v = x.float() if channel_scale is None else x.float() * channel_scale
+    return eager.quantize_rows(v, dtype, symmetric)
+
+
+if __name__ == "__main__":
+    bench.main({OPERATION: baseline}, __doc__)

@@ -1,0 +1,18 @@
+"""w8a16_gemm beside torch's linear on weights that are widened first."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import bench, eager
+from forwardpass.w8a16_gemm import OPERATION
+
+
+def baseline(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    scale = w_scale.repeat_interleave(128, -1)[:, : w.shape[1]] if w_scale.dim() == 2 else w_scale.reshape(-1, 1)
+    weight = (w.to(scale.dtype) * scale).to(x.dtype)
+    bias = bias if bias is None else bias.to(x.dtype)
+    return eager.activate(F.linear(x, weight, bias), activation, "interleaved8")
+
+
+if __name__ == "__main__":
+    bench.main({OPERATION: baseline}, __doc__)

@@ -1,0 +1,69 @@
+"""What a result was obtained with: versions, device, driver, compiler. Every JSON that we write carries it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+#: the lowest Linux driver for each CUDA major version (NVIDIA, "CUDA compatibility", minor version compatibility)
+DRIVERS = {12: 525, 13: 580}
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> version, None where it is not installed."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    packages = ("forwardpass", "torch", "triton", "transformers")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "cuda": torch.version.cuda}
+
+
+def device(where: torch.device | str = "cpu") -> dict[str, Any]:
+    """Type and name of a device; of a CPU also the vector instructions and threads that torch uses."""
+    where = torch.device(where)
+    if where.type == "cuda":
+        p = torch.cuda.get_device_properties(where)
+        return {"type": "cuda", "name": p.name, "arch": f"sm_{p.major}{p.minor}", "memory_bytes": p.total_memory}
+    try:
+        info = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    capability, cores = torch.backends.cpu.get_cpu_capability(), len(os.sched_getaffinity(0))
+    name = names[0] if names else platform.machine()
+    return {"type": "cpu", "name": name, "capability": capability, "threads": torch.get_num_threads(), "cores": cores}
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version as its management library says it, None where there is no driver."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(96)
+    if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, 96):
+        return None
+    nvml.nvmlShutdown()
+    return text.value.decode()
+
+
+def nvcc() -> str | None:
+    """Path and version of the nvcc that a build would take, None where CUDA_HOME and PATH have none."""
+    home = os.environ.get("CUDA_HOME")
+    path = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if path is None:
+        return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.split("release ")
+    return f"{path} ({said[1].split(',')[0] if len(said) > 1 else 'version unknown'})"

@@ -1,0 +1,76 @@
+"""Timing that can be repeated: candidates take turns in one process, so what slows the machine slows them all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+#: A sample lasts at least this long: calls are repeated within it, and the clock and the loop cost nothing beside them.
+LEAST_SAMPLE_MS = 2.0
+#: Larger than any L2 cache so far (H100 50 MiB, B200 126): written before each sample, so that inputs come from memory.
+FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call: median and quartiles over `rounds` samples."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _cpu_sample(call: Callable[[], object], repeats: int) -> float:
+    """An untimed call first: caches and threads are then this candidate's own, as in a stream of requests."""
+    call()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) * 1e3 / repeats
+
+
+def _cuda_sample(call: Callable[[], object], flush: torch.Tensor) -> float:
+    """One call from cold L2; the write before it keeps the GPU busy while the host launches."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    *,
+    rounds: int = 15,
+    warmup: int = 3,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Times each call once a round, in turn, after `warmup` untimed rounds; `on_round` is told after every round."""
+    cuda = torch.device(device).type == "cuda"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda else torch.empty(0)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    for n in range(-warmup, rounds):
+        for name, call in calls.items():
+            took = _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name])
+            if n >= 0:
+                samples[name].append(took)
+            elif not cuda:
+                repeats[name] = max(1, min(1000, round(LEAST_SAMPLE_MS / max(took, 1e-6))))
+        on_round()
+    timings = {}
+    for name, taken in samples.items():
+        low, median, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
+        timings[name] = Timing(median, low, high, rounds)
+    return timings

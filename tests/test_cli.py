@@ -1,0 +1,256 @@
+"""The command line: what it prints, what it writes, what it refuses and with which exit code."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import forwardpass as fp
+from forwardpass import cli, comparison, doctor, embedding
+
+
+class Report:
+    def to_json(self):
+        return {
+            "swapped": [{"fqn": "a"}],
+            "skipped": [{"fqn": "b", "code": "too_small", "text": "it is small", "fix": ""}],
+            "warnings": ["mind the gap"],
+            "weight_bytes": {"before": 4, "after": 1, "kept": 4},
+        }
+
+
+@pytest.fixture
+def stub_swap(monkeypatch):
+    """fp.swap that multiplies weights by the factor it is told, and remembers its arguments."""
+    seen = {}
+
+    def swap(model, **kwargs):
+        seen.update(kwargs)
+        with torch.no_grad():
+            for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+                layer.weight.mul_(seen.get("factor", 1.0))
+        return Report()
+
+    monkeypatch.setattr(fp, "swap", swap, raising=False)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT of random weights with MiniLM's tokenizer, as save_pretrained writes it."""
+    transformers = pytest.importorskip("transformers")
+    made = tmp_path_factory.mktemp("model")
+    source = embedding.find_model("minilm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+    )
+    transformers.BertModel(config).save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    return made
+
+
+def run(*args):
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+def refused(result, words):
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stdout.count("\n") <= 1  # at most the model that was chosen
+
+
+def test_doctor_json():
+    result = run("doctor", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0, found["problems"]
+    assert found["schema"] == "forwardpass.doctor/1"
+    assert {"versions", "device", "gpus", "build", "driver", "nvcc", "kernels", "measured", "problems"} <= set(found)
+    assert found["versions"]["torch"] == torch.__version__
+    rows = {(k["operation"], k["backend"]): k for k in found["kernels"]}
+    assert set(rows) == {(o, b) for o in fp.backend.operations for b in fp.backend.BACKENDS}
+    for k in rows.values():
+        assert (k["code"] is None) == (k["text"] is None) == (k["fix"] is None)
+    assert rows["quantize", "cpu"]["parity"]["ok"]
+    assert rows["quantize", "reference"]["code"] is None
+    if not torch.cuda.is_available():
+        assert rows["quantize", "cuda"]["code"] in ("no_gpu", "not_built")
+
+
+def test_doctor_table():
+    result = run("doctor")
+    assert result.exit_code == 0
+    for operation in fp.backend.operations:
+        assert operation in result.stdout
+
+
+def test_doctor_finds_a_kernel_that_is_wrong(monkeypatch):
+    op = fp.backend.operations["quantize"]
+    right = op.runs["cpu"]
+    monkeypatch.setitem(op.runs, "cpu", lambda *args: tuple(r * 2 for r in right(*args)))
+    op._hits.clear()
+    result = run("doctor", "--json")
+    op._hits.clear()
+    assert result.exit_code == 1
+    assert "quantize on cpu differs" in json.loads(result.stdout)["problems"][0]
+
+
+def test_doctor_finds_a_kernel_that_raises(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("an illegal\n instruction")
+
+    op = fp.backend.operations["quantize"]
+    monkeypatch.setitem(op.runs, "cpu", broken)
+    op._hits.clear()
+    result = run("doctor")
+    op._hits.clear()
+    assert result.exit_code == 1
+    assert "RuntimeError: an illegal instruction" in " ".join(result.stdout.split())
+
+
+def test_doctor_knows_an_old_driver(monkeypatch):
+    monkeypatch.setitem(fp.library.build_info, "nvcc", "13.0")
+    monkeypatch.setattr(fp.environment, "driver", lambda: "550.54.15")
+    assert "550.54.15" in doctor.examine()["problems"][0]
+    monkeypatch.setattr(fp.environment, "driver", lambda: "580.65.06")
+    assert doctor.examine()["problems"] == []
+
+
+def test_swap_json(folder, stub_swap, tmp_path):
+    out = tmp_path / "out.json"
+    result = run("swap", folder, "--precision", "int8", "--batch", 2, "--length", 16, "--json", out)
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert written["schema"] == "forwardpass.swap/1"
+    assert {"versions", "device", "measured", "speedup", "swapped"} <= set(written)
+    assert [set(s) for s in written["skipped"]] == [{"fqn", "code", "text", "fix"}]
+    assert {"cosine_min", "relative_error"} <= set(written["parity"])
+    assert written["parity"]["texts"] == 288
+    assert set(written["latency_ms"]) == {"before", "after", "torch_dynamic_int8"}
+    assert written["latency_ms"]["torch_dynamic_int8"] or written["reasons"]["latency_ms.torch_dynamic_int8"]
+    assert written["speedup"] == pytest.approx(written["latency_ms"]["before"] / written["latency_ms"]["after"])
+    assert set(written["weight_bytes"]) == {"before", "after", "kept"}
+    assert str(folder) in result.stdout
+    assert "too_small" in result.stdout
+    assert "mind the gap" in result.stdout
+    assert stub_swap["precision"] == "int8"
+    assert sum(len(b["input_ids"]) for b in stub_swap["calibrate"]) == 64
+
+
+def test_swap_json_to_stdout_is_alone_there(folder, stub_swap):
+    result = run("swap", folder, "--precision", "w8a16", "--batch", 1, "--length", 8, "--json", "-")
+    assert json.loads(result.stdout)["precision"] == "w8a16"
+    assert stub_swap["calibrate"] is None
+    assert str(folder) in result.stderr
+
+
+def test_a_failed_check_is_1_and_says_which(folder, stub_swap):
+    stub_swap["factor"] = -30.0
+    args = ("swap", folder, "--precision", "int8", "--batch", 1, "--length", 8, "--calibrate", "none")
+    result = run(*args)
+    assert result.exit_code == 1
+    assert "cosine_min >= 0.999" in result.stderr
+    assert run(*args, "--min-cosine", -1).exit_code == 0
+
+
+def test_swap_reads_texts(folder, stub_swap, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one text\n\nanother, in German: Grüße\n", encoding="utf-8")
+    args = ("--text", texts, "--calibrate", texts, "--batch", 1, "--length", 8, "--json", "-")
+    result = run("swap", folder, "--precision", "int8", *args)
+    assert json.loads(result.stdout)["parity"]["texts"] == 2
+    assert [b["input_ids"].shape[0] for b in stub_swap["calibrate"]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["/no/such/folder", "--precision", "int8"], "neither a folder"),
+        (["../minilm", "--precision", "int8"], "neither a folder"),
+        ([".", "--precision", "int8"], "config.json"),
+        (["minilm"], "either --precision or --plan"),
+        (["minilm", "--precision", "int8", "--plan", "x.json"], "either --precision or --plan"),
+        (["minilm", "--precision", "int3"], "int8, w8a16, not 'int3'"),
+        (["minilm", "--plan", "missing.json"], "no plan file missing.json"),
+        (["minilm", "--precision", "int8", "--text", "missing.txt"], "cannot read missing.txt: No such file"),
+        (["minilm", "--precision", "int8", "--text", "/"], "cannot read /: Is a directory"),
+        (["minilm", "--precision", "int8", "--calibrate", "missing.txt"], "cannot read missing.txt"),
+        (["minilm", "--precision", "int8", "--json", "/no/such/folder/x.json"], "cannot write"),
+        (["minilm", "--precision", "int8", "--device", "tpu"], "cpu or cuda, not 'tpu'"),
+        (["minilm", "--precision", "int8", "--length", "4096"], "4096 tokens"),
+    ],
+)
+def test_refusals(args, words):
+    refused(run("swap", *args), words)
+
+
+def test_refuses_text_that_is_not_utf8_or_empty_or_too_long(folder, tmp_path):
+    file = tmp_path / "texts.txt"
+    for content, words in (
+        (b"caf\xe9", "not UTF-8 at byte 3"),
+        (b"\n \n", "has no text"),
+        (b"long " * 600, "602 tokens"),
+    ):
+        file.write_bytes(content)
+        refused(run("swap", folder, "--precision", "int8", "--text", file), words)
+
+
+def test_refuses_what_swap_refuses(folder, monkeypatch):
+    def swap(model, **kwargs):
+        raise ValueError("the plan is for\nanother model")
+
+    monkeypatch.setattr(fp, "swap", swap, raising=False)
+    refused(run("swap", folder, "--precision", "int8"), "the plan is for another model")
+
+
+def test_refuses_a_broken_or_wrong_model(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\xff" * 100)
+    refused(run("swap", broken, "--precision", "int8"), "cannot load")
+    (broken / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+    refused(run("swap", broken, "--precision", "int8"), "encoder-decoder")
+
+
+def test_refuses_a_minilm_that_is_another(monkeypatch):
+    monkeypatch.setattr(embedding, "MINILM_SHA256", "0" * 64)
+    refused(run("swap", "minilm", "--precision", "int8"), "is not all-MiniLM-L6-v2")
+
+
+def test_minilm_is_found_without_importing_its_package():
+    assert embedding.find_model("minilm").chosen.startswith("all-MiniLM-L6-v2")
+    assert embedding.MINILM_PACKAGE.replace("-", "_") not in sys.modules
+
+
+def test_torch_dynamic_int8_says_why_it_is_missing(monkeypatch):
+    quantized, reason = comparison.torch_dynamic_int8(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+    assert (quantized is None) != (reason is None)
+    monkeypatch.setitem(sys.modules, "torch.ao.quantization", None)
+    assert "quantize_dynamic" in comparison.torch_dynamic_int8(torch.nn.Linear(8, 8))[1]
+
+
+def test_without_the_extra_it_prints_the_pip_line():
+    code = (
+        "import sys; sys.modules['typer'] = None\n"
+        "from forwardpass.__main__ import main; sys.argv = ['forwardpass', 'doctor']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "forwardpass: the command line needs typer: pip install 'forwardpass[cli]'\n"
+
+
+def test_the_command_itself():
+    done = subprocess.run([sys.executable, "-m", "forwardpass", "doctor", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["problems"] == []
+    done = subprocess.run(
+        [sys.executable, "-m", "forwardpass", "swap", "minilm", "--batch", "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
