@@ -2,7 +2,10 @@
 
 from . import nn, ops
 from .backend import Reason, Unsupported, explain, use_backend
-from .swap import Plan, Report, restore, swap
+from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "Reason", "Report", "Unsupported", "explain", "nn", "ops", "restore", "swap", "use_backend"]
+__all__ = [
+    "Plan", "Reason", "Report", "Unsupported", "explain", "load_pretrained", "nn", "ops", "restore", "save_pretrained", "swap",
+    "use_backend",
+]  # fmt: skip
