@@ -65,19 +65,21 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 
 def padding_mask(batch: Any, lead: Sequence[int], fqn: str = "") -> Tensor | None:
-    """Which of the tokens with leading dimensions `lead`, [B, S, …] or flattened [B * S, …], are real: bool, in that shape.
+    """Which of the tokens of a tensor [*lead, n] are real: bool [*lead]; None where the batch does not say.
 
-    None where the batch has no attention_mask of such a shape: then all are. Inside a decoder beside an encoder (`fqn`), and
-    for its output, the decoder_attention_mask counts.
+    It says so by an attention_mask [B, S], for lead [B, S, ...] or flattened [B * S]. Inside a decoder that stands beside an
+    encoder (`fqn`), and for its output (no `fqn`), the decoder_attention_mask counts.
     """
     if not isinstance(batch, Mapping):
         return None
-    decoder = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels")) and (
+    decoder = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds")) and (
         not fqn or "decoder" in fqn.split(".")
     )
     mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    if tuple(lead[:2]) == tuple(mask.shape):
-        return mask.bool()
-    return mask.bool().flatten() if lead and lead[0] == mask.numel() else None
+    if tuple(lead) == (mask.numel(),):
+        return mask.bool().flatten()
+    if tuple(lead[:2]) != tuple(mask.shape):
+        return None
+    return mask.bool().reshape(*mask.shape, *(1,) * (len(lead) - 2)).expand(lead)

@@ -150,7 +150,7 @@ def parity(
         if got.shape != expected.shape:
             raise ValueError(f"the outputs have different shapes, {tuple(got.shape)} and {tuple(expected.shape)}: pass output=fn(result) "
                              "that gives tensors to compare")  # fmt: skip
-        mask = padding_mask(batch, expected.shape)
+        mask = padding_mask(batch, expected.shape[:-1])
         result.output.add(_samples(got, mask), _samples(expected.to(got.device), mask))
         result.batches += 1
     if not result.batches:
@@ -161,7 +161,7 @@ def parity(
 def _samples(t: Tensor, mask: Tensor | None) -> Tensor:
     """[samples, n]: the first dimension counts samples; what is padding is zero on both sides and so adds nothing."""
     if mask is not None:
-        t = torch.where(mask.to(t.device).reshape(*mask.shape, *(1,) * (t.dim() - mask.dim())), t, 0)
+        t = torch.where(mask.to(t.device).unsqueeze(-1), t, 0)
     return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .precision import MODULES
+from ..nn import QuantizedLinear
 from .walker import plain_module
 
 
@@ -139,9 +139,9 @@ def restore(model: nn.Module) -> None:
                       "register them again on the restored layers", stacklevel=2)  # fmt: skip
 
 
-def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantised_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The modules of forwardpass.nn in a model, by name."""
-    return {fqn: m for fqn, m in model.named_modules() if type(m) in MODULES.values()}
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def _why_nothing(model: nn.Module) -> str:

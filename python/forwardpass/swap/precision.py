@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
-from ..nn import Int8Linear, W8A16Linear
+from ..nn import Int8Linear, QuantizedLinear, W8A16Linear
 
 
 @dataclass(frozen=True)
@@ -17,7 +15,7 @@ class Precision:
 
     name: str
     version: int
-    module: type[nn.Module]
+    module: type[QuantizedLinear]
     options: Mapping[str, Any] = field(default_factory=dict)  #: arguments of `module.from_torch`
     calibrates: bool = False  #: whether calibration batches change the result
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import Reason
+from ..nn.layer import is_conv1d
 from ..quantized_rows import FLOATS
 from .patterns import Pattern
 from .precision import Precision
-from .walker import Leaf, conv1d_class
+from .walker import Leaf
 
 #: Weights with fewer elements than this stay: the quantisation of the input costs more than the smaller product saves.
 TOO_SMALL = 64 * 64
@@ -137,7 +138,7 @@ def parametrized(leaf: Leaf, context: Context) -> Finding | None:
 
 def subclass(leaf: Leaf, context: Context) -> Finding | None:
     cls = type(leaf.module)
-    if cls not in (nn.Linear, conv1d_class()):
+    if cls is not nn.Linear and not is_conv1d(leaf.module):
         return (f"{cls.__module__}.{cls.__qualname__} derives from Linear and may compute something else",
                 "replace it by a plain nn.Linear if it does not")  # fmt: skip
     return None

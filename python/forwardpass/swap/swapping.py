@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import Reason, Unsupported
+from ..nn.layer import linear_weight
 from . import originals
 from .patterns import patterns
 from .plan import Plan, PlannedLayer
@@ -169,7 +170,7 @@ def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: l
 def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.Module:
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its precision."""
     try:
-        new: nn.Module = precision.module.from_torch(leaf.module, **precision.options, **arguments)  # type: ignore[attr-defined,operator]
+        new: nn.Module = precision.module.from_torch(leaf.module, **precision.options, **arguments)  # type: ignore[attr-defined]
     except Exception as e:
         if hasattr(e, "add_note"):
             e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
@@ -182,9 +183,11 @@ def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn
 
 def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
     """A replacement without values, for its size."""
-    options = dict(precision.options, **({"channel_scale": True} if calibrated and precision.calibrates else {}))
-    dtype = leaf.module.weight.dtype
-    return precision.module(leaf.in_features, leaf.out_features, bias=leaf.has_bias, dtype=dtype, device="meta", **options)
+    corrected = calibrated and precision.calibrates  # see calibrate: a smoothing scale, and a bias that takes up the mean error
+    options = dict(precision.options, **({"channel_scale": True} if corrected else {}))
+    dtype = linear_weight(leaf.module).dtype
+    bias = leaf.has_bias or corrected
+    return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
 
 
 def _install(model: nn.Module, leaves: list[Leaf], replacements: list[nn.Module], keep: str | bool) -> originals.Originals:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,14 +44,9 @@ def plain_module(caller: str, model: nn.Module) -> nn.Module:
     return model if inner is None else inner
 
 
-def conv1d_class() -> type[nn.Module] | None:
-    """Hugging Face's Conv1D, where transformers is loaded: a model that has one has loaded it."""
-    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-
-
 def is_conv1d(module: nn.Module) -> bool:
-    cls = conv1d_class()
-    return cls is not None and isinstance(module, cls)
+    """Whether it is Hugging Face's Conv1D or derives from it; transformers need not be imported to tell."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
 def linear_like(model: nn.Module) -> list[Leaf]:
