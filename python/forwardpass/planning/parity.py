@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Forward, Output, evaluating, main_output, padding_mask, run
-from ..nn import Int8Linear
+from ..nn import Int8Linear, QuantizedLinear
 from ..quantize.reference import quantize
 from ..swap import originals
 from ..swap.report import table
@@ -38,7 +38,7 @@ class Comparison:
         error, got_norm, norm = (t.square().sum(1) for t in (got - expected, got, expected))
         # 1 where both are zero, 0 where one is
         cosine = torch.where((norm == 0) & (got_norm == 0), 1.0, (got * expected).sum(1) / (norm * got_norm).sqrt().clamp_min(1e-300))
-        relative = (error.sum() / norm.sum()).sqrt().item() if norm.sum() != 0 else math.inf if error.sum() != 0 else 0.0
+        relative = (error.sum() / norm.sum()).sqrt().item() if error.sum() != 0 else 0.0  # NaN / 0 is NaN, 1 / 0 infinite
         self.samples += len(expected)
         self.cosine_min = -_largest(-self.cosine_min, -cosine.min().item())
         self.relative_error = _largest(self.relative_error, relative)
@@ -102,7 +102,7 @@ class ParityReport:
         cosine, relative, largest = self.output.cells()
         head = f"output over {self.output.samples} samples in {self.batches} batches: lowest cosine {cosine}, " \
                f"relative error {relative}, largest {largest}"  # fmt: skip
-        rows = [("layer", "precision", "rows", "lowest cosine", "relative error", "largest", "quantisation", "kernel")]
+        rows: list[tuple[str, ...]] = [("layer", "precision", "rows", "lowest cosine", "relative error", "largest", "quantisation", "kernel")]
         for x in self.layers:
             q, k = x.quantisation.cells()[1], x.kernel.cells()[1]
             rows.append((x.fqn, x.precision, str(x.total.samples), *x.total.cells(), q, k))
@@ -165,7 +165,7 @@ def _samples(t: Tensor, mask: Tensor | None) -> Tensor:
     return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
 
 
-def _originals(model: nn.Module, layers: dict[str, nn.Module], reference: nn.Module | None) -> dict[str, nn.Module]:
+def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.Module | None) -> dict[str, nn.Module]:
     """The original of every swapped layer."""
     if reference is not None:
         reference = plain_module("parity", reference)
@@ -187,11 +187,11 @@ def _originals(model: nn.Module, layers: dict[str, nn.Module], reference: nn.Mod
 
 @contextmanager
 def _compared(
-    layers: dict[str, nn.Module], pairs: dict[str, nn.Module], found: dict[str, LayerParity], batch: Any
+    layers: Mapping[str, QuantizedLinear], pairs: Mapping[str, nn.Module], found: dict[str, LayerParity], batch: Any
 ) -> Iterator[None]:
     """Within it every call of a swapped layer is compared with its original, on the same input."""
 
-    def compare(fqn: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def compare(fqn: str, module: QuantizedLinear, x: Tensor, y: Tensor) -> None:
         with _on_device(pairs[fqn], x.device):
             expected = pairs[fqn](x)
         exact = _exact(module, x)
@@ -204,7 +204,7 @@ def _compared(
     with ExitStack() as stack:
         for fqn, module in layers.items():
 
-            def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, fqn: str = fqn) -> None:
+            def hook(m: QuantizedLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, fqn: str = fqn) -> None:
                 compare(fqn, m, args[0] if args else next(iter(kwargs.values())), y)
 
             handle = module.register_forward_hook(hook, with_kwargs=True)
@@ -216,19 +216,18 @@ def _rows(t: Tensor, mask: Tensor | None) -> Tensor:
     return (t if mask is None else t[mask.to(t.device)]).reshape(-1, t.shape[-1])
 
 
-def _exact(layer: nn.Module, x: Tensor) -> Tensor:
+def _exact(layer: QuantizedLinear, x: Tensor) -> Tensor:
     """The layer's result in fp64 on the operands it quantises to. int8 products are exact in fp64."""
-    weight = layer.weight.double()  # type: ignore[operator]
+    a = x.double()
     if isinstance(layer, Int8Linear):
-        q, scale, zero = quantize(x, torch.int8, layer.input_scale, layer.input_zero_point, None, layer.symmetric, layer.channel_scale)
-        scale = (scale if layer.input_scale is None else layer.input_scale).double()
-        zero = zero if layer.input_zero_point is None else layer.input_zero_point
-        a = q.double() - (zero.unsqueeze(-1) if zero.dim() else zero) if zero.numel() else q.double()
-        y = (a @ weight.t()) * (scale.unsqueeze(-1) if layer.input_scale is None else scale)
-    else:
-        y = x.double() @ weight.t()
-    y = y * layer.weight_scale.double()  # type: ignore[operator]
-    return y if layer.bias is None else y + layer.bias.double()  # type: ignore[operator]
+        fixed, zero = layer.input_scale, layer.input_zero_point
+        q, scale, zero_points = quantize(x, torch.int8, fixed, zero, None, layer.symmetric, layer.channel_scale)
+        a = q.double()
+        if not layer.symmetric:
+            a = a - (zero_points.unsqueeze(-1) if zero is None else zero)
+        a = a * (scale.unsqueeze(-1) if fixed is None else fixed).double()
+    y = (a @ layer.weight.double().t()) * layer.weight_scale.double()
+    return y if layer.bias is None else y + layer.bias.double()
 
 
 @contextmanager

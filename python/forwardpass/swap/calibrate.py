@@ -41,7 +41,7 @@ def calibration_arguments(
         else:
             arguments[leaf.fqn] = _arguments(leaf.module, seen)
     return arguments, [
-        f"calibration {what} {len(names)} layers ({names[0]}, …), which are rounded to nearest without it"
+        f"calibration {what} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest without it"
         for what, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
         if names
     ]

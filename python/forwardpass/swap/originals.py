@@ -6,6 +6,7 @@ replacements alone. The table holds models weakly: a model that is dropped takes
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ class Originals:
     kept: bool
 
 
+_exchanging = threading.Lock()  #: two threads that swap one model: the second finds it changed
 _swapped: dict[int, tuple[weakref.ref[nn.Module], Originals]] = {}
 
 
@@ -56,23 +58,24 @@ def find(model: nn.Module) -> Originals | None:
 def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
     """Puts `new` in the place of `old` for every (fqn, old, new); all of them, or none and an exception."""
     edges = []
-    for fqn, old, new in layers:
-        path, _, name = fqn.rpartition(".")
+    with _exchanging:
+        for fqn, old, new in layers:
+            path, _, name = fqn.rpartition(".")
+            try:
+                parent = model.get_submodule(path)
+            except AttributeError:
+                parent = None
+            if parent is None or parent._modules.get(name) is not old:
+                raise RuntimeError(f"{fqn} is no longer the {type(old).__name__} that was there when the model was looked at: "
+                                   "undo what replaced it, and call again")  # fmt: skip
+            edges.append((parent, name, old, new))
         try:
-            parent = model.get_submodule(path)
-        except AttributeError:
-            parent = None
-        if parent is None or parent._modules.get(name) is not old:
-            raise RuntimeError(f"{fqn} is no longer the {type(old).__name__} that was there when the model was looked at: "
-                               "undo what replaced it, and call again")  # fmt: skip
-        edges.append((parent, name, old, new))
-    try:
-        for parent, name, _, new in edges:
-            parent._modules[name] = new
-    except BaseException:  # an interrupt is all that can come here
-        for parent, name, old, _ in edges:
-            parent._modules[name] = old
-        raise
+            for parent, name, _, new in edges:
+                parent._modules[name] = new
+        except BaseException:  # an interrupt is all that can come here
+            for parent, name, old, _ in edges:
+                parent._modules[name] = old
+            raise
 
 
 class Moved:

@@ -67,11 +67,17 @@ class Report:
     plan: Plan
     dry_run: bool = False
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
-    _originals: weakref.ref[originals.Originals] | None = field(default=None, repr=False, compare=False)
+    _swap: weakref.ref[originals.Originals] | None = field(default=None, repr=False, compare=False)
 
     def attach(self, model: nn.Module, swapped: originals.Originals) -> None:
         """Ties the report to the swap that it describes. Weakly: a report keeps no model and no weights alive."""
-        self._model, self._originals = weakref.ref(model), weakref.ref(swapped)
+        self._model, self._swap = weakref.ref(model), weakref.ref(swapped)
+
+    def _current(self) -> tuple[nn.Module, originals.Originals] | None:
+        """The model and its swap, while this report still describes it: not restored since, perhaps swapped again."""
+        model = self._model() if self._model else None
+        swap = self._swap() if self._swap else None
+        return (model, swap) if model is not None and swap is not None and originals.find(model) is swap else None
 
     def save_plan(self, path: str) -> None:
         """Writes the plan as JSON; `fp.swap(model, plan=path)` replays it."""
@@ -91,25 +97,23 @@ class Report:
         }
 
     def __enter__(self) -> Report:
-        held = self._originals and self._originals()
-        if held is not None and not held.kept:
+        current = self._current()
+        if current and not current[1].kept:
             raise RuntimeError("with fp.swap(…) restores the model on exit, and keep=False let the originals go: "
                                "call fp.swap without `with`, or use another keep")  # fmt: skip
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        model = self._model and self._model()
-        # restored inside the block, perhaps swapped again: then that is no longer this report's swap
-        if model is not None and originals.find(model) is (self._originals and self._originals()):
-            originals.restore(model)
+        if current := self._current():
+            originals.restore(current[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_model": None, "_originals": None}
+        return {**vars(self), "_model": None, "_swap": None}
 
     def __str__(self) -> str:
         lines = [self._headline()]
         if self.swapped:
-            rows = [("swapped", "precision", "in", "out", "bytes")]
+            rows: list[tuple[str, ...]] = [("swapped", "precision", "in", "out", "bytes")]
             rows += [
                 (s.fqn, f"{s.precision} v{s.version}", str(s.in_features), str(s.out_features),
                  f"{s.bytes_before:,} -> {s.bytes_after:,}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -74,8 +74,8 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _extent(t: Tensor) -> tuple[int, int, int]:
     """(storage, first byte, byte after the last)."""
-    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) if t.numel() else -1
-    begin = t.storage_offset() * t.element_size()
+    last = sum((int(n) - 1) * int(stride) for n, stride in zip(t.shape, t.stride())) if t.numel() else -1
+    begin = int(t.storage_offset()) * t.element_size()
     return t.untyped_storage()._cdata, begin, begin + (last + 1) * t.element_size()
 
 
@@ -191,10 +191,10 @@ def weight_read(leaf: Leaf, context: Context) -> Finding | None:
 
 
 @lru_cache(maxsize=256)
-def _forward_source(cls: type) -> str:
+def _forward_source(cls: Hashable) -> str:
     try:
-        return inspect.getsource(cls.forward)  # type: ignore[attr-defined]
-    except (OSError, TypeError, AttributeError):  # no source at hand: nothing is known, nothing is said
+        return inspect.getsource(getattr(cls, "forward", None))  # type: ignore[arg-type]
+    except (OSError, TypeError):  # no source at hand: nothing is known, nothing is said
         return ""
 
 
@@ -239,7 +239,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
             continue
         if finding := rule.ask(leaf, context):
             return Reason(rule.code, *finding)
-    return precision.module.why_not(leaf.module)  # type: ignore[attr-defined,no-any-return,operator]
+    return precision.module.why_not(leaf.module)
 
 
 def fused_experts(context: Context) -> Iterator[tuple[str, Reason]]:

@@ -69,12 +69,11 @@ def swap(
     leaves = linear_like(model)
     _refuse_model(model, leaves)
     chosen, skipped = _decide(context, leaves, precision, Plan.load(plan) if plan is not None else None, calibrate is not None)
-    experts = [] if plan is not None else [(fqn, reason) for fqn, reason in fused_experts(context)
-                                           if not any(p.matches(fqn) for p in context.exclude)]  # fmt: skip
-    skipped += [Skipped(*e) for e in experts]
+    experts = dict(fused_experts(context)) if plan is None else {}
+    skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
     if strict:
         _refuse_skips(skipped)
-    notes = _warnings(context, leaves, chosen, [fqn for fqn, _ in experts])
+    notes = _warnings(context, leaves, chosen, experts)
 
     calibrated = calibrate is not None
     arguments: dict[str, dict[str, Any]] = {}
@@ -150,8 +149,8 @@ def _refuse_skips(skipped: list[Skipped]) -> None:
         raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", own)
 
 
-def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: list[str]) -> list[str]:
-    names = [leaf.fqn for leaf in leaves] + others
+def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: Iterable[str]) -> list[str]:
+    names = [*(leaf.fqn for leaf in leaves), *others]
     notes = [
         f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
         for argument, given in (("include", context.include), ("exclude", context.exclude))
