@@ -28,8 +28,12 @@ def test_architectures(name, precision):
     assert 0 < report.output.relative_error < 0.05
     if "attention_mask" not in batches[0]:
         got = [outputs(model, b) for b in batches]
-        assert report.output.relative_error == pytest.approx(max(float((g - e).norm() / e.norm()) for g, e in zip(got, exact)), rel=1e-4)
-        assert report.output.max_abs_error == pytest.approx(max(float((g - e).abs().max()) for g, e in zip(got, exact)), rel=1e-4)
+        assert report.output.relative_error == pytest.approx(
+            max(float((g - e).norm() / e.norm()) for g, e in zip(got, exact)), rel=1e-4
+        )
+        assert report.output.max_abs_error == pytest.approx(
+            max(float((g - e).abs().max()) for g, e in zip(got, exact)), rel=1e-4
+        )
     for layer in report.layers:
         assert layer.total.samples
         assert layer.kernel.relative_error < 1e-6
@@ -91,7 +95,9 @@ def test_a_reference_gives_the_same():
 def test_without_originals_a_reference_is_needed(tmp_path):
     model, x = block(), torch.randn(9, 64)
     fp.swap(model, "int8", keep=False)
-    with pytest.raises(ValueError, match="swapped with keep=False and has no originals to compare with: pass reference="):
+    with pytest.raises(
+        ValueError, match="swapped with keep=False and has no originals to compare with: pass reference="
+    ):
         fp.parity(model, [x])
     assert fp.parity(model, [x], block()).output.samples == 9
     fp.save_pretrained(model, tmp_path)

@@ -46,12 +46,18 @@ def test_bits_are_equal(tmp_path, name, precision):
     for other in (loaded, filled):
         assert other.state_dict().keys() == model.state_dict().keys()
         ties = {n for n, p in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
-        assert ties == {n for n, p in other.named_parameters(remove_duplicate=False)} - {n for n, _ in other.named_parameters()}
+        assert ties == {n for n, p in other.named_parameters(remove_duplicate=False)} - {
+            n for n, _ in other.named_parameters()
+        }
     with pytest.raises(RuntimeError, match="no originals"):
         fp.restore(loaded)
     fp.save_pretrained(loaded, tmp_path / "again")
-    assert (tmp_path / "again" / "forwardpass.json").read_text() == (tmp_path / "checkpoint" / "forwardpass.json").read_text()
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "forwardpass.json").read_text() == (
+        tmp_path / "checkpoint" / "forwardpass.json"
+    ).read_text()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "checkpoint" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -86,7 +92,9 @@ with torch.inference_mode():
     assert torch.equal(model(**inputs)[0], expected)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -97,7 +105,9 @@ def test_a_model_of_ones_own(saved):
         model.head.weight.zero_()
     fp.load_pretrained(folder, model=model)
     assert torch.equal(outputs(model, x), expected)
-    with pytest.raises(ValueError, match="holds a Block, which is no class of transformers: build it and pass it as model="):
+    with pytest.raises(
+        ValueError, match="holds a Block, which is no class of transformers: build it and pass it as model="
+    ):
         fp.load_pretrained(folder)
     with pytest.raises(ValueError, match="fills a model that is not swapped"):
         fp.load_pretrained(folder, model=model)
@@ -139,11 +149,11 @@ def test_what_cannot_be_stored(tmp_path):
 
     model = nn.Sequential(nn.Linear(64, 64), Extra(2, 2)).eval()
     fp.swap(model, "int8")
-    with pytest.raises(ValueError, match="1 .Extra. has extra state"):
+    with pytest.raises(ValueError, match=r"1 \(Extra\) has extra state"):
         fp.save_pretrained(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     model[1] = nn.Linear(2, 2, device="meta")
-    with pytest.raises(ValueError, match="1.weight is on the meta device"):
+    with pytest.raises(ValueError, match=r"1\.weight is on the meta device"):
         fp.save_pretrained(model, tmp_path / "none")
 
 
@@ -190,44 +200,106 @@ DAMAGE = {
     "truncated": (truncated, ValueError, "damaged or no safetensors file"),
     "empty": (written("model.safetensors", b""), ValueError, "damaged or no safetensors file"),
     "pickle": (written("model.safetensors", pickle.dumps({"a": 1})), ValueError, "damaged or no safetensors file"),
-    "huge header": (written("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}"), ValueError, "damaged or no safetensors file"),
-    "beyond its end": (header({"first.weight": {"dtype": "I8", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 1 << 60]}}),
-                       ValueError, "damaged or no safetensors file"),
-    "missing tensor": (lambda f: tensors(f, lambda t: t.pop("head.bias")), ValueError, "head.bias is missing from the file"),
-    "extra tensor": (lambda f: tensors(f, lambda t: t.update({"../../etc": torch.ones(1)})), ValueError,
-                     r"\.\./\.\./etc has no place in the model"),
-    "shape": (lambda f: tensors(f, lambda t: t.update({"head.bias": torch.ones(4)})), ValueError, r"head.bias has the shape \(4,\)"),
-    "shape of a layer": (lambda f: tensors(f, lambda t: t.update({"first.weight": torch.ones(2, 2, dtype=torch.int8)})), ValueError,
-                         r"first.weight has the shape \(2, 2\)"),
-    "dtype": (lambda f: tensors(f, lambda t: t.update({"head.bias": torch.ones(3, dtype=torch.int32)})), ValueError,
-              "head.bias is torch.int32"),
-    "dtype of a layer": (lambda f: tensors(f, lambda t: t.update({"first.weight_scale": torch.ones(128).half()})), ValueError,
-                         "first.weight_scale is torch.float16 in the file, not torch.float32"),
+    "huge header": (
+        written("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}"),
+        ValueError,
+        "damaged or no safetensors file",
+    ),
+    "beyond its end": (
+        header({"first.weight": {"dtype": "I8", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 1 << 60]}}),
+        ValueError,
+        "damaged or no safetensors file",
+    ),
+    "missing tensor": (
+        lambda f: tensors(f, lambda t: t.pop("head.bias")),
+        ValueError,
+        "'head.bias' is missing from the file",
+    ),
+    "extra tensor": (
+        lambda f: tensors(f, lambda t: t.update({"../../etc": torch.ones(1)})),
+        ValueError,
+        r"'\.\./\.\./etc' has no place in the model",
+    ),
+    "shape": (
+        lambda f: tensors(f, lambda t: t.update({"head.bias": torch.ones(4)})),
+        ValueError,
+        r"head.bias has the shape \(4,\)",
+    ),
+    "shape of a layer": (
+        lambda f: tensors(f, lambda t: t.update({"first.weight": torch.ones(2, 2, dtype=torch.int8)})),
+        ValueError,
+        r"first.weight in the file is \(2, 2\)",
+    ),
+    "dtype": (
+        lambda f: tensors(f, lambda t: t.update({"head.bias": torch.ones(3, dtype=torch.int32)})),
+        ValueError,
+        "head.bias is torch.int32",
+    ),
+    "dtype of a layer": (
+        lambda f: tensors(f, lambda t: t.update({"first.weight_scale": torch.ones(128).half()})),
+        ValueError,
+        "first.weight_scale is torch.float16 in the file, not torch.float32",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors"),
     "no record": (lambda f: (f / "forwardpass.json").unlink(), FileNotFoundError, "no checkpoint of forwardpass"),
     "not json": (written("forwardpass.json", b"{"), ValueError, "not a checkpoint"),
     "deep json": (written("forwardpass.json", b"[" * 500_000), ValueError, "not a checkpoint"),
-    "schema": (lambda f: edit(f, lambda r: r.update(schema="forwardpass.checkpoint/7")), ValueError, "this version reads"),
+    "schema": (
+        lambda f: edit(f, lambda r: r.update(schema="forwardpass.checkpoint/7")),
+        ValueError,
+        "this version reads",
+    ),
     "entries": (lambda f: edit(f, lambda r: r.pop("aliases")), ValueError, "damaged"),
     "types": (lambda f: edit(f, lambda r: r.update(layers={})), ValueError, "damaged"),
     "layer entries": (lambda f: edit(f, lambda r: r["layers"][0].pop("config")), ValueError, "layer 0"),
-    "unknown module": (lambda f: edit(f, lambda r: r["layers"][0].update(module="os.system")), ValueError, "unknown module"),
-    "module that is no name": (lambda f: edit(f, lambda r: r["layers"][0].update(module=[])), ValueError, "unknown module"),
+    "unknown module": (
+        lambda f: edit(f, lambda r: r["layers"][0].update(module="os.system")),
+        ValueError,
+        "unknown module",
+    ),
+    "module that is no name": (lambda f: edit(f, lambda r: r["layers"][0].update(module=[])), ValueError, "layer 0"),
     "layer twice": (lambda f: edit(f, lambda r: r["layers"].append(r["layers"][0])), ValueError, "twice"),
-    "unknown layer": (lambda f: edit(f, lambda r: r["layers"][0].update(fqn="../x")), ValueError, r"no Linear layer \.\./x"),
-    "absurd size": (lambda f: edit(f, lambda r: r["layers"][0]["config"].update(in_features=10**15)), ValueError,
-                    "recorded with"),
-    "unknown option": (lambda f: edit(f, lambda r: r["layers"][0]["config"].update(device="cuda")), ValueError,
-                       "the configuration of first"),
-    "dtype of a bias": (lambda f: edit(f, lambda r: r["layers"][0]["config"].update(dtype="__builtins__")), ValueError,
-                        "the configuration of first"),
-    "bias that is a list": (lambda f: edit(f, lambda r: r["layers"][0]["config"].update(dtype=[1])), ValueError,
-                            "the configuration of first"),
-    "alias": (lambda f: edit(f, lambda r: r["aliases"].update({"first.weight": "nowhere"})), ValueError, "no tensor nowhere"),
-    "alias of another shape": (lambda f: edit(f, lambda r: r["aliases"].update({"head.weight": "head.bias"})), ValueError,
-                               "head.weight"),
-    "alias that is a number": (lambda f: edit(f, lambda r: r["aliases"].update({"head.weight": 3})), ValueError, "damaged"),
-}  # fmt: skip
+    "unknown layer": (
+        lambda f: edit(f, lambda r: r["layers"][0].update(fqn="../x")),
+        ValueError,
+        r"no Linear layer '\.\./x'",
+    ),
+    "absurd size": (
+        lambda f: edit(f, lambda r: r["layers"][0]["config"].update(in_features=10**15)),
+        ValueError,
+        "recorded as",
+    ),
+    "unknown option": (
+        lambda f: edit(f, lambda r: r["layers"][0]["config"].update(device="cuda")),
+        ValueError,
+        "the configuration of first",
+    ),
+    "dtype of a bias": (
+        lambda f: edit(f, lambda r: r["layers"][0]["config"].update(dtype="__builtins__")),
+        ValueError,
+        "the configuration of first",
+    ),
+    "bias that is a list": (
+        lambda f: edit(f, lambda r: r["layers"][0]["config"].update(dtype=[1])),
+        ValueError,
+        "the configuration of first",
+    ),
+    "alias": (
+        lambda f: edit(f, lambda r: r["aliases"].update({"first.weight": "nowhere"})),
+        ValueError,
+        "no tensor 'nowhere'",
+    ),
+    "alias of another shape": (
+        lambda f: edit(f, lambda r: r["aliases"].update({"head.weight": "head.bias"})),
+        ValueError,
+        "head.weight",
+    ),
+    "alias that is a number": (
+        lambda f: edit(f, lambda r: r["aliases"].update({"head.weight": 3})),
+        ValueError,
+        "damaged",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -247,12 +319,12 @@ def test_damaged_files_are_refused(saved, case):
 
 def test_another_model_is_refused(saved):
     folder, _, _ = saved
-    for model, words in ((block(width=96), "recorded with"), (nn.Sequential(block()), "no Linear layer first")):
+    for model, words in ((block(width=96), "recorded as"), (nn.Sequential(block()), "no Linear layer 'first'")):
         before = objects(model)
         with pytest.raises(ValueError, match=words):
             fp.load_pretrained(folder, model=model)
         assert_same_objects(model, before)
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         fp.load_pretrained(folder / "nowhere", model=block())
 
 
@@ -273,10 +345,14 @@ HUGGINGFACE_DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
     "layers": (config(lambda c: c.update(num_hidden_layers=10**9)), ValueError, "num_hidden_layers=1000000000"),
     "labels": (config(lambda c: c.update(num_labels=10**9)), ValueError, "num_labels=1000000000"),
-    "width": (config(lambda c: c.update(hidden_size=128)), ValueError, "recorded with|has the shape"),
+    "width": (config(lambda c: c.update(hidden_size=128)), ValueError, "recorded as|has the shape"),
     "absurd width": (config(lambda c: c.update(vocab_size=10**12)), ValueError, "has the shape|cannot build"),
     "nonsense": (config(lambda c: c.update(hidden_size="wide")), ValueError, "cannot build"),
-    "remote code": (config(lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.Mine"})), ValueError, "cannot build"),
+    "remote code": (
+        config(lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.Mine"})),
+        ValueError,
+        "cannot build",
+    ),
     "class": (model_class("os"), ValueError, "has no model class 'os'"),
     "class that is none": (model_class("AutoTokenizer"), ValueError, "has no model class 'AutoTokenizer'"),
     "class of another type": (model_class(["BertModel"]), ValueError, "has no model class"),

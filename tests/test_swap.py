@@ -55,7 +55,8 @@ def test_report_has_everything_in_words_and_in_json():
     assert "too small to gain" in text
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert content["schema"] == "forwardpass.report/1"
-    assert content["skipped"] == [{"fqn": "head", "code": "too_small", "text": "3 x 64 is too small to gain, below 4096 weights",
+    assert content["skipped"] == [{"fqn": "head", "code": "too_small", "text": "3 x 64 is too small to gain, below "
+                                                                               "4096 weights",
                                    "fix": "add 'head' to include to swap it all the same"}]  # fmt: skip
     assert content["swapped"][0]["precision"] == "int8"
     assert content["swapped"][0]["version"] == 1
@@ -164,14 +165,18 @@ SKIPS = {
     "nan": (lambda: changed(lambda m: m.weight[3, 5].fill_(float("nan"))), {"0": "not_finite"}),
     "inf bias": (lambda: changed(lambda m: m.bias[3].fill_(-float("inf"))), {"0": "not_finite"}),
     "float64": (lambda: sequential(nn.Linear(64, 64).double()), {"0": "dtype"}),
-    "tensor class": (lambda: changed(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(64, 64).as_subclass(Wrapped)))),
-                     {"0": "tensor_class"}),
+    "tensor class": (
+        lambda: changed(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(64, 64).as_subclass(Wrapped)))),
+        {"0": "tensor_class"},
+    ),
     "lm_head": (Head, {"lm_head": "lm_head"}),
     "moe_router": (Router, {"gate": "moe_router"}),
     "weight_read": (Reads, {"inner": "weight_read"}),
-    "encoder": (lambda: nn.TransformerEncoderLayer(64, 4, 64),
-                {"self_attn.out_proj": "subclass", "linear1": "weight_read", "linear2": "weight_read"}),
-}  # fmt: skip
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(64, 4, 64),
+        {"self_attn.out_proj": "subclass", "linear1": "weight_read", "linear2": "weight_read"},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", SKIPS)
@@ -245,8 +250,16 @@ def test_a_user_exclude_does_not_erase_the_default_skips():
 
 def test_a_name_spelled_out_overrides_the_default_skips():
     assert names(fp.swap(Head().eval(), "int8", include=["*", "lm_head"])) == ["body", "lm_head"]
-    assert names(fp.swap(Router().eval(), "int8", include="*.gate")) == ["experts.0.gate"]  # a group, not this very layer
+    assert names(fp.swap(Router().eval(), "int8", include="*.gate")) == [
+        "experts.0.gate"
+    ]  # a group, not this very layer
     assert "gate" in names(fp.swap(Router().eval(), "int8", include=["*", "gate"]))
+
+
+def test_a_tied_head_stays_even_when_it_is_spelled_out():
+    report = fp.swap(build("llama_tied"), "int8", include=["*", "lm_head"])
+    assert codes(report)["lm_head"] == "tied"
+    assert "lm_head" in names(fp.swap(build("llama"), "int8", include=["*", "lm_head"]))
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
@@ -464,7 +477,16 @@ def test_a_plan_that_does_not_fit_is_refused(case):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 100_000, b'{"schema": NaN}', b'{"schema": ' + b"9" * 10_000 + b"}"],
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"schema": NaN}',
+        b'{"schema": ' + b"9" * 10_000 + b"}",
+    ],
     ids=range(8),
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, content):

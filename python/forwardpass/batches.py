@@ -1,8 +1,9 @@
 """How batches go into a model and what comes out: the conventions of everything that takes `batches`.
 
-A mapping is `model(**batch)`, a tuple or list `model(*batch)`, a tensor `model(batch)`; anything else needs `forward(model, batch)`,
-which is used for all where it is given. The output that is compared is `output(result)`, by default the logits, else the
-last_hidden_state, else the first floating tensor. Padding is left out where the batch has an attention_mask.
+A mapping is `model(**batch)`, a tuple or list `model(*batch)`, a tensor `model(batch)`; anything else needs
+`forward(model, batch)`, which is used for all where it is given. The output that is compared is `output(result)`, by
+default the logits, else the last_hidden_state, else the first floating tensor. Padding is left out where the batch
+has an attention_mask.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
         return model(*batch)
     if isinstance(batch, Tensor):
         return model(batch)
-    raise TypeError(f"a batch is a mapping, a tuple, a list or a tensor, not {type(batch).__name__}: pass forward=fn(model, batch)")
+    raise TypeError(
+        f"a batch is a mapping, a tuple, a list or a tensor, not {type(batch).__name__}: pass forward=fn(model, batch)"
+    )
 
 
 @contextmanager
@@ -53,7 +56,9 @@ def main_output(result: Any) -> Tensor:
     for value in _tensors(result):
         if value.is_floating_point():
             return value
-    raise TypeError(f"the model's result, a {type(result).__name__}, holds no floating tensor to compare: pass output=fn(result)")
+    raise TypeError(
+        f"the model's result, a {type(result).__name__}, holds no floating tensor to compare: pass output=fn(result)"
+    )
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
@@ -67,8 +72,8 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 def padding_mask(batch: Any, lead: Sequence[int], fqn: str = "") -> Tensor | None:
     """Which of the tokens of a tensor [*lead, n] are real: bool [*lead]; None where the batch does not say.
 
-    It says so by an attention_mask [B, S], for lead [B, S, ...] or flattened [B * S]. Inside a decoder that stands beside an
-    encoder (`fqn`), and for its output (no `fqn`), the decoder_attention_mask counts.
+    It says so by an attention_mask [B, S], for lead [B, S, ...] or flattened [B * S]. Inside a decoder that stands
+    beside an encoder (`fqn`), and for its output (no `fqn`), the decoder_attention_mask counts.
     """
     if not isinstance(batch, Mapping):
         return None

@@ -23,7 +23,9 @@ SCHEMA = "forwardpass.parity/1"
 
 @dataclass
 class Comparison:
-    """Errors of a tensor against its reference, gathered over batches in fp64. A NaN on either side makes all of them NaN."""
+    """Errors of a tensor against its reference, gathered over batches in fp64. A NaN on either side makes all of them
+    NaN.
+    """
 
     samples: int = 0
     cosine_min: float = math.inf  #: lowest of the samples
@@ -37,8 +39,11 @@ class Comparison:
         got, expected = got.double(), expected.double()
         error, got_norm, norm = (t.square().sum(1) for t in (got - expected, got, expected))
         # 1 where both are zero, 0 where one is
-        cosine = torch.where((norm == 0) & (got_norm == 0), 1.0, (got * expected).sum(1) / (norm * got_norm).sqrt().clamp_min(1e-300))
-        relative = (error.sum() / norm.sum()).sqrt().item() if error.sum() != 0 else 0.0  # NaN / 0 is NaN, 1 / 0 infinite
+        cosine = torch.where(
+            (norm == 0) & (got_norm == 0), 1.0, (got * expected).sum(1) / (norm * got_norm).sqrt().clamp_min(1e-300)
+        )
+        # 1 / 0 is infinite, NaN / 0 is NaN
+        relative = (error.sum() / norm.sum()).sqrt().item() if error.sum() != 0 else 0.0
         self.samples += len(expected)
         self.cosine_min = -_largest(-self.cosine_min, -cosine.min().item())
         self.relative_error = _largest(self.relative_error, relative)
@@ -46,7 +51,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, float | int | None]:
         """NaN and infinity, which JSON has not, are null; so is everything where nothing was compared."""
-        return {k: v if self.samples and math.isfinite(v) else v if k == "samples" else None for k, v in vars(self).items()}
+        return {k: v if k == "samples" or (self.samples and math.isfinite(v)) else None for k, v in vars(self).items()}
 
     def cells(self) -> tuple[str, str, str]:
         if not self.samples:
@@ -62,8 +67,9 @@ def _largest(a: float, b: float) -> float:
 class LayerParity:
     """One swapped layer, all three on the very input that it gets in the swapped model; a sample is a row (a token).
 
-    `total` compares the layer with the original, `kernel` with the exact product of the same quantised operands (fp64), and
-    `quantisation` that exact product with the original. No batch reached the layer where they have no samples.
+    `total` compares the layer with the original, `kernel` with the exact product of the same quantised operands
+    (fp64), and `quantisation` that exact product with the original. No batch reached the layer where they have no
+    samples.
     """
 
     fqn: str
@@ -100,9 +106,11 @@ class ParityReport:
 
     def __str__(self) -> str:
         cosine, relative, largest = self.output.cells()
-        head = f"output over {self.output.samples} samples in {self.batches} batches: lowest cosine {cosine}, " \
-               f"relative error {relative}, largest {largest}"  # fmt: skip
-        rows: list[tuple[str, ...]] = [("layer", "precision", "rows", "lowest cosine", "relative error", "largest", "quantisation", "kernel")]
+        head = f"output over {self.output.samples} samples in {self.batches} batches: lowest cosine {cosine}, "
+        head += f"relative error {relative}, largest {largest}"
+        rows: list[tuple[str, ...]] = [
+            ("layer", "precision", "rows", "lowest cosine", "relative error", "largest", "quantisation", "kernel")
+        ]
         for x in self.layers:
             q, k = x.quantisation.cells()[1], x.kernel.cells()[1]
             rows.append((x.fqn, x.precision, str(x.total.samples), *x.total.cells(), q, k))
@@ -117,13 +125,14 @@ def parity(
     forward: Forward | None = None,
     output: Output | None = None,
 ) -> ParityReport:
-    """Compares a swapped model with the original on `batches` (see `forwardpass.batches`), at its output and in every layer.
+    """Compares a swapped model with the original on `batches` (see `forwardpass.batches`), at its output and in every
+    layer.
 
     Args:
         model: a swapped model. It runs in eval mode, uncompiled; its flags are put back.
-        reference: the original model, where the swap did not keep it (keep=False, a loaded checkpoint). None: the originals that
-            the swap kept, put in the layers' places for a second pass over each batch; where they wait on another device they
-            visit one layer at a time, so that no second model is ever in memory.
+        reference: the original model, where the swap did not keep it (keep=False, a loaded checkpoint). None: the
+            originals that the swap kept, put in the layers' places for a second pass over each batch; where they wait
+            on another device they visit one layer at a time, so that no second model is ever in memory.
         forward, output: forward(model, batch) and output(result), where the defaults do not fit.
 
     Raises:
@@ -132,7 +141,9 @@ def parity(
     model = plain_module("parity", model)
     layers = originals.quantised_layers(model)
     if not layers:
-        raise ValueError("parity compares a swapped model with its original, and this one is not swapped: call fp.swap first")
+        raise ValueError(
+            "parity compares a swapped model with its original, and this one is not swapped: call fp.swap first"
+        )
     pairs = _originals(model, layers, reference)
     found = {fqn: LayerParity(fqn, str(vars(m).get("precision", type(m).__name__))) for fqn, m in layers.items()}
     result = ParityReport(Comparison(), list(found.values()), 0, str(originals.device_of(next(iter(layers.values())))))
@@ -148,13 +159,15 @@ def parity(
             with evaluating(reference):
                 expected = select(run(reference, batch, forward))
         if got.shape != expected.shape:
-            raise ValueError(f"the outputs have different shapes, {tuple(got.shape)} and {tuple(expected.shape)}: pass output=fn(result) "
-                             "that gives tensors to compare")  # fmt: skip
+            raise ValueError(f"the outputs have different shapes, {tuple(got.shape)} and {tuple(expected.shape)}: pass "
+                             f"output=fn(result) that gives tensors to compare")  # fmt: skip
         mask = padding_mask(batch, expected.shape[:-1])
         result.output.add(_samples(got, mask), _samples(expected.to(got.device), mask))
         result.batches += 1
     if not result.batches:
-        raise ValueError("parity was given no batch: pass a non-empty iterable (a generator that was read before is empty)")
+        raise ValueError(
+            "parity was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
+        )
     return result
 
 
@@ -173,7 +186,9 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
             raise ValueError("the reference is itself swapped: pass the original model")
         names = dict(reference.named_modules())
         if missing := [fqn for fqn in layers if fqn not in names]:
-            raise ValueError(f"the reference has no layer {missing[0]}: pass the model that was swapped, as it was before")
+            raise ValueError(
+                f"the reference has no layer {missing[0]}: pass the model that was swapped, as it was before"
+            )
         return {fqn: names[fqn] for fqn in layers}
     swapped = originals.find(model)
     if swapped is None or not swapped.kept:
@@ -181,7 +196,9 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
         raise ValueError(f"this model {why} and has no originals to compare with: pass reference=, the original model")
     kept = {x.fqn: x.original for x in swapped.layers}
     if missing := [fqn for fqn in layers if fqn not in kept]:
-        raise ValueError(f"{missing[0]} was not put there by fp.swap and has no original: pass reference=, the original model")
+        raise ValueError(
+            f"{missing[0]} was not put there by fp.swap and has no original: pass reference=, the original model"
+        )
     return kept
 
 
@@ -204,7 +221,9 @@ def _compared(
     with ExitStack() as stack:
         for fqn, module in layers.items():
 
-            def hook(m: QuantizedLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, fqn: str = fqn) -> None:
+            def hook(
+                m: QuantizedLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, fqn: str = fqn
+            ) -> None:
                 compare(fqn, m, args[0] if args else next(iter(kwargs.values())), y)
 
             handle = module.register_forward_hook(hook, with_kwargs=True)
@@ -241,7 +260,9 @@ def _on_device(original: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _originals_in_place(model: nn.Module) -> Iterator[None]:
-    """Within it the model computes with its originals; one that is kept elsewhere is on the device only while it is called."""
+    """Within it the model computes with its originals; one that is kept elsewhere is on the device only while it is
+    called.
+    """
     swapped = originals.find(model)
     assert swapped is not None
     with ExitStack() as stack:
@@ -250,7 +271,9 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
             if originals.device_of(layer.original) != device:
                 moved = originals.Moved((), device)
                 stack.callback(moved.undo)  # where a forward fails half-way
-                before = layer.original.register_forward_pre_hook(lambda m, _, moved=moved, device=device: moved.add(m, device))
+                before = layer.original.register_forward_pre_hook(
+                    lambda m, _, moved=moved, device=device: moved.add(m, device)
+                )
                 after = layer.original.register_forward_hook(lambda m, _, y, moved=moved: moved.undo())
                 stack.callback(before.remove)
                 stack.callback(after.remove)

@@ -1,9 +1,10 @@
 """Runs calibration batches through a model and turns what its layers are fed into the arguments of `from_torch`.
 
-The maths is in `calibration`; here are the hooks, the masks and the memory. Every chosen layer has its own statistics, on the
-host: 4 K^2 bytes each for K inputs, all at the same time (BERT-large 1.1 GB, a Llama of 8 billion about 40 GB: swap such
-a model in parts, with include). Layers that share an input (q, k, v) each gather their own: which layers do is not known before
-they are called, and inference tensors carry no version that would tell whether an input was changed in between.
+The maths is in `calibration`; here are the hooks, the masks and the memory. Every chosen layer has its own
+statistics, on the host: 4 K^2 bytes each for K inputs, all at the same time (BERT-large 1.1 GB, a Llama of 8 billion
+about 40 GB: swap such a model in parts, with include). Layers that share an input (q, k, v) each gather their own:
+which layers do is not known before they are called, and inference tensors carry no version that would tell whether an
+input was changed in between.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..batches import Forward, evaluating, padding_mask, run
@@ -26,8 +26,8 @@ def calibration_arguments(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """For every leaf that was reached, arguments of `Int8Linear.from_torch`; and notes on those that were not.
 
-    Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed and every
-    module's training flag put back.
+    Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed
+    and every module's training flag put back.
     """
     statistics = observe(model, leaves, batches, forward)
     arguments: dict[str, dict[str, Any]] = {}
@@ -41,7 +41,8 @@ def calibration_arguments(
         else:
             arguments[leaf.fqn] = _arguments(leaf.module, seen)
     return arguments, [
-        f"calibration {what} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest without it"
+        f"calibration {what} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
+        f"without it"
         for what, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
         if names
     ]
@@ -55,7 +56,8 @@ def observe(
     batch: Any = None
 
     def watch(leaf: Leaf, x: Tensor) -> None:
-        here = LayerStatistics(leaf.in_features, x.device)  # the products where the activations are, the sums on the host
+        # the products where the activations are, the sums on the host
+        here = LayerStatistics(leaf.in_features, x.device)
         statistics[leaf.fqn].merge(here.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
 
     count = 0
@@ -71,7 +73,9 @@ def observe(
             run(model, batch, forward)
             count += 1
     if not count:
-        raise ValueError("calibrate was given no batch: pass a non-empty iterable (a generator that was read before is empty)")
+        raise ValueError(
+            "calibrate was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
+        )
     return statistics
 
 

@@ -17,7 +17,9 @@ def read_json(path: str | os.PathLike[str], what: str, fix: str) -> dict[str, An
     if not path.is_file():
         raise FileNotFoundError(f"there is no {what} at {path}: {fix}")
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than any {what} ({path.stat().st_size} bytes, at most {MAX_JSON_BYTES}): {fix}")
+        raise ValueError(
+            f"{path} is larger than any {what} ({path.stat().st_size} bytes, at most {MAX_JSON_BYTES}): {fix}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as e:  # RecursionError: a million brackets

@@ -1,7 +1,7 @@
 """The modules that a swap replaced, and how they come back.
 
-They stand in a table beside the models, so that parameters(), state_dict(), pickles and deepcopies of a swapped model hold the
-replacements alone. The table holds models weakly: a model that is dropped takes its originals with it.
+They stand in a table beside the models, so that parameters(), state_dict(), pickles and deepcopies of a swapped model
+hold the replacements alone. The table holds models weakly: a model that is dropped takes its originals with it.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]
             except AttributeError:
                 parent = None
             if parent is None or parent._modules.get(name) is not old:
-                raise RuntimeError(f"{fqn} is no longer the {type(old).__name__} that was there when the model was looked at: "
-                                   "undo what replaced it, and call again")  # fmt: skip
+                raise RuntimeError(f"{fqn} is no longer the {type(old).__name__} that was there when the model was "
+                                   f"looked at: undo what replaced it, and call again")  # fmt: skip
             edges.append((parent, name, old, new))
         try:
             for parent, name, _, new in edges:
@@ -79,7 +79,9 @@ def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]
 
 
 class Moved:
-    """Parameters and buffers of modules on another device: the same objects, their data moved. `undo` takes them back."""
+    """Parameters and buffers of modules on another device: the same objects, their data moved. `undo` takes them
+    back.
+    """
 
     def __init__(self, modules: Iterable[nn.Module], device: torch.device):
         self._before: list[tuple[Tensor, Tensor]] = []
@@ -110,19 +112,21 @@ def device_of(module: nn.Module) -> torch.device:
 def restore(model: nn.Module) -> None:
     """Puts the original modules back: the same Module and Parameter objects, values and dtypes bit for bit.
 
-    They arrive on the device that the model is on now, with the training flags that it has now; requires_grad, gradients and
-    dtype are as they were. Hooks and attributes that were set on the replacements go with them.
+    They arrive on the device that the model is on now, with the training flags that it has now; requires_grad,
+    gradients and dtype are as they were. Hooks and attributes that were set on the replacements go with them.
 
     Raises:
-        RuntimeError: the model is not swapped, is a copy of a swapped one, or was swapped with keep=False; or a layer was
-            replaced since. The model stays as it is.
+        RuntimeError: the model is not swapped, is a copy of a swapped one, or was swapped with keep=False; or a layer
+            was replaced since. The model stays as it is.
     """
     model = plain_module("restore", model)
     swapped = find(model)
     if swapped is None:
         raise RuntimeError(_why_nothing(model))
     if not swapped.kept:
-        raise RuntimeError("this model was swapped with keep=False, so its originals are gone: load the original model again")
+        raise RuntimeError(
+            "this model was swapped with keep=False, so its originals are gone: load the original model again"
+        )
     moved = Moved((), torch.device("cpu"))
     try:
         for layer in swapped.layers:
@@ -154,5 +158,5 @@ def _why_nothing(model: nn.Module) -> str:
     for fqn, submodule in model.named_modules():
         if fqn and find(submodule) is not None:
             return f"only its submodule {fqn} was swapped: restore that one, fp.restore(model.get_submodule({fqn!r}))"
-    return (f"this model holds {len(layers)} quantised layers and no originals, being a copy of a swapped model or loaded from a "
-            "file: restore the model that was swapped, or load the original model again")  # fmt: skip
+    return (f"this model holds {len(layers)} quantised layers and no originals, being a copy of a swapped model or "
+            f"loaded from a file: restore the model that was swapped, or load the original model again")  # fmt: skip

@@ -1,7 +1,8 @@
 """Patterns that name layers: globs over whole components of a fully qualified name, or regular expressions.
 
-`layer.1` names `encoder.layer.1` and everything in it, and not `layer.11`: a pattern matches where it covers a run of whole
-components. `*` and `?` stay within a component, `**` crosses dots. `re:` starts a regular expression, held to the same rule.
+`layer.1` names `encoder.layer.1` and everything in it, and not `layer.11`: a pattern matches where it covers a run of
+whole components. `*` and `?` stay within a component, `**` crosses dots. `re:` starts a regular expression, held to
+the same rule.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Pattern:
         if not isinstance(text, str) or not text:
             raise TypeError(f"a pattern is a string such as 'encoder.*.output' or 're:…', not {text!r}")
         self.text = text
-        #: The last component where it is spelled out: `lm_head`, `*.gate`; it overrides the default skips of such a layer.
+        #: The last component where it is spelled out: `lm_head`, `*.gate`; it overrides the default skips of such a
+        #: layer.
         self.spelled_out: str | None = None
         if text.startswith("re:"):
             body = text[3:]
@@ -33,7 +35,9 @@ class Pattern:
         try:
             self._match = re.compile(rf"(?:^|\.)(?:{body})(?=\.|$)").search
         except re.error as e:
-            raise ValueError(f"the pattern {text!r} is not a regular expression ({e}): correct it, or use a glob") from None
+            raise ValueError(
+                f"the pattern {text!r} is not a regular expression ({e}): correct it, or use a glob"
+            ) from None
 
     def matches(self, fqn: str) -> bool:
         return self._match(fqn) is not None

@@ -31,8 +31,8 @@ class PlannedLayer:
 class Plan:
     """Which layer runs at which precision; layers that it does not name stay as they are.
 
-    `calibrated`: the layers were calibrated on batches. The batches' effect is not in the file (a checkpoint holds it), so
-    replaying such a plan takes `calibrate=` again.
+    `calibrated`: the layers were calibrated on batches. The batches' effect is not in the file (a checkpoint holds
+    it), so replaying such a plan takes `calibrate=` again.
     """
 
     model: str  #: the class of the model, for messages
@@ -56,7 +56,9 @@ class Plan:
         def fields(cls: type, given: Any, where: str, **special: Any) -> dict[str, Any]:
             if not isinstance(given, Mapping):
                 raise fail(f"{where} is not an object")
-            expected = {n: special.get(n) or {"str": str, "int": int, "bool": bool}[t] for n, t in cls.__annotations__.items()}
+            expected = {
+                n: special.get(n) or {"str": str, "int": int, "bool": bool}[t] for n, t in cls.__annotations__.items()
+            }
             if set(given) != set(expected):
                 raise fail(f"{where} has the entries {_few(given)}, not {_few(expected)}")
             for name, kind in expected.items():
@@ -67,8 +69,8 @@ class Plan:
         if not isinstance(content, Mapping) or "schema" not in content:
             raise fail("it has no schema")
         if content["schema"] != SCHEMA:
-            raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads {SCHEMA!r}: "
-                             "make the plan again, or install the version that wrote it")  # fmt: skip
+            raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
+                             f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
         plan = fields(Plan, {k: v for k, v in content.items() if k != "schema"}, "the plan", layers=list)
         layers = tuple(PlannedLayer(**fields(PlannedLayer, x, f"layer {i}")) for i, x in enumerate(plan["layers"]))
         names = {layer.fqn for layer in layers}
@@ -101,7 +103,9 @@ class Plan:
                                           f"{(layer.in_features, layer.out_features, layer.bias)}")  # fmt: skip
 
     def _misfit(self, model: str, text: str) -> ValueError:
-        return ValueError(f"the plan is for another model ({self.model}) than this {model}: {text}; plan this model instead")
+        return ValueError(
+            f"the plan is for another model ({self.model}) than this {model}: {text}; plan this model instead"
+        )
 
 
 def _few(names: Any) -> str:

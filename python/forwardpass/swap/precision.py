@@ -32,7 +32,9 @@ MODULES = {p.module.__name__: p.module for p in PRECISIONS}
 
 
 def find_precision(name: str, version: int | None = None) -> Precision:
-    """The preset of this name, its newest version where none is given; ValueError in one sentence where there is none."""
+    """The preset of this name, its newest version where none is given; ValueError in one sentence where there is
+    none.
+    """
     known = [p for p in PRECISIONS if p.name == name and version in (None, p.version)]
     if not known:
         wanted = repr(name) if version is None else f"{name!r} version {version}"

@@ -43,8 +43,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of parameters and buffers. `after` is the model's own, `kept` what the originals take beside it, `peak` the most
-    that stood at any one time: originals are let go, or moved, only after every replacement is built and in its place."""
+    """Bytes of parameters and buffers. `after` is the model's own, `kept` what the originals take beside it, `peak`
+    the most that stood at any one time: originals are let go, or moved, only after every replacement is built and in
+    its place.
+    """
 
     before: int
     after: int
@@ -99,11 +101,13 @@ class Report:
     def __enter__(self) -> Report:
         current = self._current()
         if current and not current[1].kept:
-            raise RuntimeError("with fp.swap(…) restores the model on exit, and keep=False let the originals go: "
-                               "call fp.swap without `with`, or use another keep")  # fmt: skip
+            raise RuntimeError("with fp.swap(…) restores the model on exit, and keep=False let the originals go: call "
+                               "fp.swap without `with`, or use another keep")  # fmt: skip
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if current := self._current():
             originals.restore(current[0])
 
@@ -121,7 +125,15 @@ class Report:
             ]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3, 4))]
         if self.skipped:
-            lines += ["", *table([("skipped", "code", "why; what to do"), *((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped)])]
+            lines += [
+                "",
+                *table(
+                    [
+                        ("skipped", "code", "why; what to do"),
+                        *((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped),
+                    ]
+                ),
+            ]
         lines += [f"warning: {w}" for w in self.warnings]
         return "\n".join(lines)
 
@@ -138,11 +150,17 @@ def megabytes(count: int) -> str:
 
 
 def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Rows as aligned lines of text, the first one a heading; `right`: columns of numbers. The last column is not padded."""
+    """Rows as aligned lines of text, the first one a heading; `right`: columns of numbers. The last column is not
+    padded.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: tuple[str, ...]) -> str:
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
         return "  ".join(cells).rstrip()
 
-    return [line(rows[0]), "  ".join("-" * w for w in widths[:-1]) + "  " + "-" * len(rows[0][-1]), *map(line, rows[1:])]
+    return [
+        line(rows[0]),
+        "  ".join("-" * w for w in widths[:-1]) + "  " + "-" * len(rows[0][-1]),
+        *map(line, rows[1:]),
+    ]

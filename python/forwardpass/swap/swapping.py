@@ -41,34 +41,39 @@ def swap(
     Args:
         precision: a preset, "int8" or "w8a16"; or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
-        include, exclude: patterns of layer names: globs over whole components ("layer.1" is not "layer.11"; "**" crosses
+        include, exclude: patterns of layer names: globs over whole components ("layer.1" is not "layer.11"; "**"
+            crosses
             dots) or "re:…". A name spelled out under include ("lm_head") overrides the default skips of that layer.
-        strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude or the
-            defaults (lm_head, MoE routers, too small) give.
+        strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
+            or the defaults (lm_head, MoE routers, too small) give.
         dry_run: report what would be done, change nothing. Batches are not read.
-        calibrate: batches (see `forwardpass.batches`) to calibrate on, "int8" only: a few dozen samples of real input. They
+        calibrate: batches (see `forwardpass.batches`) to calibrate on, "int8" only: a few dozen samples of real
+            input. They
             run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs.
-        keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: let go once all is
-            in place, and `fp.restore` cannot bring them back.
+        keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: let go
+            once all is in place, and `fp.restore` cannot bring them back.
         forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
 
     Returns:
         the report; `with fp.swap(…) as report:` restores the model at the end of the block.
 
     Raises:
-        TypeError, ValueError, RuntimeError, Unsupported, FileNotFoundError: what was required, what was given, what to do. After
-        any exception, an interrupt included, the model is as it was.
+        TypeError, ValueError, RuntimeError, Unsupported, FileNotFoundError: what was required, what was given, what
+        to do. After any exception, an interrupt included, the model is as it was.
     """
     model = plain_module("swap", model)
     if keep not in KEEP or keep is True:
         raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
     if (precision is None) == (plan is None):
-        raise ValueError(f"swap takes either precision= or plan=, and {'both were' if plan is not None else 'neither was'} given: "
-                         "pass one, e.g. precision=\"int8\"")  # fmt: skip
+        raise ValueError(f"swap takes either precision= or plan=, and "
+                         f"{'both were' if plan is not None else 'neither was'} given: pass one, e.g. "
+                         "precision=\"int8\"")  # fmt: skip
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
     leaves = linear_like(model)
     _refuse_model(model, leaves)
-    chosen, skipped = _decide(context, leaves, precision, Plan.load(plan) if plan is not None else None, calibrate is not None)
+    chosen, skipped = _decide(
+        context, leaves, precision, Plan.load(plan) if plan is not None else None, calibrate is not None
+    )
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
     if strict:
@@ -84,7 +89,9 @@ def swap(
         notes += found
     replacements: list[nn.Module] = []
     for leaf, preset in chosen:
-        replacements.append(_empty(leaf, preset, calibrated) if dry_run else _build(leaf, preset, arguments.get(leaf.fqn, {})))
+        replacements.append(
+            _empty(leaf, preset, calibrated) if dry_run else _build(leaf, preset, arguments.get(leaf.fqn, {}))
+        )
     report = Report(
         [_swapped(leaf, preset, new) for (leaf, preset), new in zip(chosen, replacements)],
         skipped,
@@ -102,14 +109,15 @@ def swap(
 
 def _refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
     if isinstance(model, nn.Linear):
-        raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: wrap it in "
-                         "nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
+        raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
+                         "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
     if swapped := originals.quantised_layers(model):
         fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
         raise RuntimeError(f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …): {fix}")
     if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
-        raise ValueError("every Linear layer of this model is on the meta device, without values: load its weights first, or fill "
-                         "it from a checkpoint with fp.load_pretrained(folder, model=model)")  # fmt: skip
+        raise ValueError("every Linear layer of this model is on the meta device, without values: load its weights "
+                         "first, or fill it from a checkpoint with fp.load_pretrained(folder, "
+                         "model=model)")  # fmt: skip
 
 
 def _decide(
@@ -120,18 +128,22 @@ def _decide(
     if plan is not None:
         plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
         if plan.calibrated != calibrated:
-            raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint that holds its effect"
-                             if plan.calibrated else "the plan was made without calibration: drop calibrate=, or plan again")  # fmt: skip
+            raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint that "
+                             "holds its effect"
+                             if plan.calibrated else "the plan was made without calibration: drop calibrate=, or plan "
+                                                     "again")  # fmt: skip
         presets = {layer.fqn: find_precision(layer.precision, layer.version) for layer in plan.layers}
     else:
         preset = find_precision(precision)  # type: ignore[arg-type]
         presets = {leaf.fqn: preset for leaf in leaves}
     if calibrated and not any(p.calibrates for p in presets.values()):
-        raise ValueError(f"{precision or 'this plan'} takes no calibration: drop calibrate=, or use precision=\"int8\"")
+        raise ValueError(f'{precision or "this plan"} takes no calibration: drop calibrate=, or use precision="int8"')
     chosen, skipped = [], []
     for leaf in leaves:
         if leaf.fqn not in presets:
-            skipped.append(Skipped(leaf.fqn, Reason("not_planned", "the plan leaves it as it is", "plan again to change that")))
+            skipped.append(
+                Skipped(leaf.fqn, Reason("not_planned", "the plan leaves it as it is", "plan again to change that"))
+            )
         elif reason := why_skip(leaf, context, presets[leaf.fqn], defaults=plan is None):
             if plan is not None and KINDS.get(reason.code) != "user":
                 raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
@@ -142,7 +154,11 @@ def _decide(
 
 
 def _refuse_skips(skipped: list[Skipped]) -> None:
-    own = {s.fqn: s.reason for s in skipped if KINDS.get(s.reason.code, "model") == "model" and s.reason.code != "not_planned"}
+    own = {
+        s.fqn: s.reason
+        for s in skipped
+        if KINDS.get(s.reason.code, "model") == "model" and s.reason.code != "not_planned"
+    }
     if own:
         fqn, reason = next(iter(own.items()))
         more = f" (and {len(own) - 1} more layers)" if len(own) > 1 else ""
@@ -167,7 +183,9 @@ def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: I
 
 
 def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.Module:
-    """The replacement of one layer, with what users set on the original: attributes, the training flag, its precision."""
+    """The replacement of one layer, with what users set on the original: attributes, the training flag, its
+    precision.
+    """
     try:
         new: nn.Module = precision.module.from_torch(leaf.module, **precision.options, **arguments)  # type: ignore[attr-defined]
     except Exception as e:
@@ -182,14 +200,18 @@ def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn
 
 def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
     """A replacement without values, for its size."""
-    corrected = calibrated and precision.calibrates  # see calibrate: a smoothing scale, and a bias that takes up the mean error
+    corrected = (
+        calibrated and precision.calibrates
+    )  # see calibrate: a smoothing scale, and a bias that takes up the mean error
     options = dict(precision.options, **({"channel_scale": True} if corrected else {}))
     dtype = linear_weight(leaf.module).dtype
     bias = leaf.has_bias or corrected
     return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
 
 
-def _install(model: nn.Module, leaves: list[Leaf], replacements: list[nn.Module], keep: str | bool) -> originals.Originals:
+def _install(
+    model: nn.Module, leaves: list[Leaf], replacements: list[nn.Module], keep: str | bool
+) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
     layers = tuple(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in zip(leaves, replacements))
     swapped = originals.Originals(layers if keep else (), bool(keep))
@@ -242,5 +264,8 @@ def _swapped(leaf: Leaf, precision: Precision, new: nn.Module) -> Swapped:
 def _plan(model: nn.Module, chosen: list[tuple[Leaf, Precision]], calibrated: bool) -> Plan:
     from .. import __version__
 
-    layers = (PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version) for leaf, p in chosen)
+    layers = (
+        PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version)
+        for leaf, p in chosen
+    )
     return Plan(type(model).__name__, tuple(layers), calibrated, __version__)
