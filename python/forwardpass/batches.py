@@ -1,0 +1,90 @@
+"""How batches go into a model and what comes out: the conventions of everything that takes `batches`.
+
+A mapping is `model(**batch)`, a tuple or list `model(*batch)`, a tensor `model(batch)`; anything else needs
+`forward(model, batch)`, which is used for all where it is given. The output that is compared is `output(result)`, by
+default the logits, else the last_hidden_state, else the first floating tensor. Padding is left out where the batch
+has an attention_mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], Any]
+Output = Callable[[Any], Tensor]
+
+
+def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """What the model returns for one batch."""
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise TypeError(
+        f"a batch is a mapping, a tuple, a list or a tensor, not {type(batch).__name__}: pass forward=fn(model, batch)"
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inference mode, eval mode, and no compiled code, which would not see hooks; every module's flag is put back."""
+    flags = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def main_output(result: Any) -> Tensor:
+    """The tensor that stands for a model's result."""
+    for name in ("logits", "last_hidden_state"):
+        value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+        if isinstance(value, Tensor):
+            return value
+    for value in _tensors(result):
+        if value.is_floating_point():
+            return value
+    raise TypeError(
+        f"the model's result, a {type(result).__name__}, holds no floating tensor to compare: pass output=fn(result)"
+    )
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping | Sequence) and not isinstance(result, str | bytes):
+        for value in result.values() if isinstance(result, Mapping) else result:
+            yield from _tensors(value)
+
+
+def padding_mask(batch: Any, lead: Sequence[int], fqn: str = "") -> Tensor | None:
+    """Which of the tokens of a tensor [*lead, n] are real: bool [*lead]; None where the batch does not say.
+
+    It says so by an attention_mask [B, S], for lead [B, S, ...] or flattened [B * S]. Inside a decoder that stands
+    beside an encoder (`fqn`), and for its output (no `fqn`), the decoder_attention_mask counts.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    decoder = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds")) and (
+        not fqn or "decoder" in fqn.split(".")
+    )
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if tuple(lead) == (mask.numel(),):
+        return mask.bool().flatten()
+    if tuple(lead[:2]) != tuple(mask.shape):
+        return None
+    return mask.bool().reshape(*mask.shape, *(1,) * (len(lead) - 2)).expand(lead)

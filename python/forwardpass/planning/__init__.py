@@ -1,0 +1,1 @@
+"""What a model loses and gains: parity with the original."""

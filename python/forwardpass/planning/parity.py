@@ -1,0 +1,282 @@
+"""How far a swapped model is from the original: at its output, and layer by layer with the kernel's error apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Forward, Output, evaluating, main_output, padding_mask, run
+from ..nn import Int8Linear, QuantizedLinear
+from ..quantize.reference import quantize
+from ..swap import originals
+from ..swap.report import table
+from ..swap.walker import plain_module
+
+SCHEMA = "forwardpass.parity/1"
+
+
+@dataclass
+class Comparison:
+    """Errors of a tensor against its reference, gathered over batches in fp64. A NaN on either side makes all of them
+    NaN.
+    """
+
+    samples: int = 0
+    cosine_min: float = math.inf  #: lowest of the samples
+    relative_error: float = 0.0  #: L2 norm of the error over that of the reference, worst of the batches
+    max_abs_error: float = 0.0
+
+    def add(self, got: Tensor, expected: Tensor) -> None:
+        """got and expected [samples, n] of one batch."""
+        if not expected.numel():
+            return
+        got, expected = got.double(), expected.double()
+        error, got_norm, norm = (t.square().sum(1) for t in (got - expected, got, expected))
+        # 1 where both are zero, 0 where one is
+        cosine = torch.where(
+            (norm == 0) & (got_norm == 0), 1.0, (got * expected).sum(1) / (norm * got_norm).sqrt().clamp_min(1e-300)
+        )
+        # 1 / 0 is infinite, NaN / 0 is NaN
+        relative = (error.sum() / norm.sum()).sqrt().item() if error.sum() != 0 else 0.0
+        self.samples += len(expected)
+        self.cosine_min = -_largest(-self.cosine_min, -cosine.min().item())
+        self.relative_error = _largest(self.relative_error, relative)
+        self.max_abs_error = _largest(self.max_abs_error, (got - expected).abs().max().item())
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """NaN and infinity, which JSON has not, are null; so is everything where nothing was compared."""
+        return {k: v if k == "samples" or (self.samples and math.isfinite(v)) else None for k, v in vars(self).items()}
+
+    def cells(self) -> tuple[str, str, str]:
+        if not self.samples:
+            return ("-", "-", "-")
+        return f"{self.cosine_min:.6f}", f"{self.relative_error:.2e}", f"{self.max_abs_error:.2e}"
+
+
+def _largest(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+@dataclass
+class LayerParity:
+    """One swapped layer, all three on the very input that it gets in the swapped model; a sample is a row (a token).
+
+    `total` compares the layer with the original, `kernel` with the exact product of the same quantised operands
+    (fp64), and `quantisation` that exact product with the original. No batch reached the layer where they have no
+    samples.
+    """
+
+    fqn: str
+    precision: str
+    total: Comparison = field(default_factory=Comparison)
+    quantisation: Comparison = field(default_factory=Comparison)
+    kernel: Comparison = field(default_factory=Comparison)
+
+
+@dataclass
+class ParityReport:
+    """What `fp.parity` found. `print` shows a table."""
+
+    output: Comparison
+    layers: list[LayerParity]
+    batches: int
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        from .. import __version__
+
+        return {
+            "schema": SCHEMA,
+            "versions": {"forwardpass": __version__, "torch": torch.__version__},
+            "device": self.device,
+            "batches": self.batches,
+            **self.output.to_json(),
+            "layers": [
+                {"fqn": x.fqn, "precision": x.precision, **x.total.to_json(),
+                 "quantisation": x.quantisation.to_json(), "kernel": x.kernel.to_json()}
+                for x in self.layers
+            ],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        cosine, relative, largest = self.output.cells()
+        head = f"output over {self.output.samples} samples in {self.batches} batches: lowest cosine {cosine}, "
+        head += f"relative error {relative}, largest {largest}"
+        rows: list[tuple[str, ...]] = [
+            ("layer", "precision", "rows", "lowest cosine", "relative error", "largest", "quantisation", "kernel")
+        ]
+        for x in self.layers:
+            q, k = x.quantisation.cells()[1], x.kernel.cells()[1]
+            rows.append((x.fqn, x.precision, str(x.total.samples), *x.total.cells(), q, k))
+        return "\n".join([head, "", *table(rows, right=(2, 3, 4, 5, 6, 7))])
+
+
+def parity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    reference: nn.Module | None = None,
+    *,
+    forward: Forward | None = None,
+    output: Output | None = None,
+) -> ParityReport:
+    """Compares a swapped model with the original on `batches` (see `forwardpass.batches`), at its output and in every
+    layer.
+
+    Args:
+        model: a swapped model. It runs in eval mode, uncompiled; its flags are put back.
+        reference: the original model, where the swap did not keep it (keep=False, a loaded checkpoint). None: the
+            originals that the swap kept, put in the layers' places for a second pass over each batch; where they wait
+            on another device they visit one layer at a time, so that no second model is ever in memory.
+        forward, output: forward(model, batch) and output(result), where the defaults do not fit.
+
+    Raises:
+        ValueError: there is no batch, or nothing to compare with. TypeError: what a batch or result is instead.
+    """
+    model = plain_module("parity", model)
+    layers = originals.quantised_layers(model)
+    if not layers:
+        raise ValueError(
+            "parity compares a swapped model with its original, and this one is not swapped: call fp.swap first"
+        )
+    pairs = _originals(model, layers, reference)
+    found = {fqn: LayerParity(fqn, str(vars(m).get("precision", type(m).__name__))) for fqn, m in layers.items()}
+    result = ParityReport(Comparison(), list(found.values()), 0, str(originals.device_of(next(iter(layers.values())))))
+    select = output or main_output
+    for batch in batches:
+        with evaluating(model):
+            with _compared(layers, pairs, found, batch):
+                got = select(run(model, batch, forward))
+            if reference is None:
+                with _originals_in_place(model):
+                    expected = select(run(model, batch, forward))
+        if reference is not None:
+            with evaluating(reference):
+                expected = select(run(reference, batch, forward))
+        if got.shape != expected.shape:
+            raise ValueError(f"the outputs have different shapes, {tuple(got.shape)} and {tuple(expected.shape)}: pass "
+                             f"output=fn(result) that gives tensors to compare")  # fmt: skip
+        mask = padding_mask(batch, expected.shape[:-1])
+        result.output.add(_samples(got, mask), _samples(expected.to(got.device), mask))
+        result.batches += 1
+    if not result.batches:
+        raise ValueError(
+            "parity was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
+        )
+    return result
+
+
+def _samples(t: Tensor, mask: Tensor | None) -> Tensor:
+    """[samples, n]: the first dimension counts samples; what is padding is zero on both sides and so adds nothing."""
+    if mask is not None:
+        t = torch.where(mask.to(t.device).unsqueeze(-1), t, 0)
+    return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
+
+
+def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.Module | None) -> dict[str, nn.Module]:
+    """The original of every swapped layer."""
+    if reference is not None:
+        reference = plain_module("parity", reference)
+        if originals.quantised_layers(reference):
+            raise ValueError("the reference is itself swapped: pass the original model")
+        names = dict(reference.named_modules())
+        if missing := [fqn for fqn in layers if fqn not in names]:
+            raise ValueError(
+                f"the reference has no layer {missing[0]}: pass the model that was swapped, as it was before"
+            )
+        return {fqn: names[fqn] for fqn in layers}
+    swapped = originals.find(model)
+    if swapped is None or not swapped.kept:
+        why = "was loaded or copied" if swapped is None else "was swapped with keep=False"
+        raise ValueError(f"this model {why} and has no originals to compare with: pass reference=, the original model")
+    kept = {x.fqn: x.original for x in swapped.layers}
+    if missing := [fqn for fqn in layers if fqn not in kept]:
+        raise ValueError(
+            f"{missing[0]} was not put there by fp.swap and has no original: pass reference=, the original model"
+        )
+    return kept
+
+
+@contextmanager
+def _compared(
+    layers: Mapping[str, QuantizedLinear], pairs: Mapping[str, nn.Module], found: dict[str, LayerParity], batch: Any
+) -> Iterator[None]:
+    """Within it every call of a swapped layer is compared with its original, on the same input."""
+
+    def compare(fqn: str, module: QuantizedLinear, x: Tensor, y: Tensor) -> None:
+        with _on_device(pairs[fqn], x.device):
+            expected = pairs[fqn](x)
+        exact = _exact(module, x)
+        mask = padding_mask(batch, x.shape[:-1], fqn)
+        y, expected, exact = (_rows(t, mask) for t in (y, expected, exact))
+        found[fqn].total.add(y, expected)
+        found[fqn].quantisation.add(exact, expected)
+        found[fqn].kernel.add(y, exact)
+
+    with ExitStack() as stack:
+        for fqn, module in layers.items():
+
+            def hook(
+                m: QuantizedLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, fqn: str = fqn
+            ) -> None:
+                compare(fqn, m, args[0] if args else next(iter(kwargs.values())), y)
+
+            handle = module.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _rows(t: Tensor, mask: Tensor | None) -> Tensor:
+    return (t if mask is None else t[mask.to(t.device)]).reshape(-1, t.shape[-1])
+
+
+def _exact(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """The layer's result in fp64 on the operands it quantises to. int8 products are exact in fp64."""
+    a = x.double()
+    if isinstance(layer, Int8Linear):
+        fixed, zero = layer.input_scale, layer.input_zero_point
+        q, scale, zero_points = quantize(x, torch.int8, fixed, zero, None, layer.symmetric, layer.channel_scale)
+        a = q.double()
+        if not layer.symmetric:
+            a = a - (zero_points.unsqueeze(-1) if zero is None else zero)
+        a = a * (scale.unsqueeze(-1) if fixed is None else fixed).double()
+    y = (a @ layer.weight.double().t()) * layer.weight_scale.double()
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+@contextmanager
+def _on_device(original: nn.Module, device: torch.device) -> Iterator[None]:
+    moved = originals.Moved([original], device)
+    try:
+        yield
+    finally:
+        moved.undo()
+
+
+@contextmanager
+def _originals_in_place(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes with its originals; one that is kept elsewhere is on the device only while it is
+    called.
+    """
+    swapped = originals.find(model)
+    assert swapped is not None
+    with ExitStack() as stack:
+        for layer in swapped.layers:
+            device = originals.device_of(layer.replacement)
+            if originals.device_of(layer.original) != device:
+                moved = originals.Moved((), device)
+                stack.callback(moved.undo)  # where a forward fails half-way
+                before = layer.original.register_forward_pre_hook(
+                    lambda m, _, moved=moved, device=device: moved.add(m, device)
+                )
+                after = layer.original.register_forward_hook(lambda m, _, y, moved=moved: moved.undo())
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+        originals.exchange(model, [(x.fqn, x.replacement, x.original) for x in swapped.layers])
+        stack.callback(originals.exchange, model, [(x.fqn, x.original, x.replacement) for x in swapped.layers])
+        yield

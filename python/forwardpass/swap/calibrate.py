@@ -1,0 +1,93 @@
+"""Runs calibration batches through a model and turns what its layers are fed into the arguments of `from_torch`.
+
+The maths is in `calibration`; here are the hooks, the masks and the memory. Every chosen layer has its own
+statistics, on the host: 4 K^2 bytes each for K inputs, all at the same time (BERT-large 1.1 GB, a Llama of 8 billion
+about 40 GB: swap such a model in parts, with include). Layers that share an input (q, k, v) each gather their own:
+which layers do is not known before they are called, and inference tensors carry no version that would tell whether an
+input was changed in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..batches import Forward, evaluating, padding_mask, run
+from ..nn.layer import linear_weight
+from .calibration import LayerStatistics, bias_correction, round_weight, smoothing_scale
+from .walker import Leaf
+
+
+def calibration_arguments(
+    model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """For every leaf that was reached, arguments of `Int8Linear.from_torch`; and notes on those that were not.
+
+    Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed
+    and every module's training flag put back.
+    """
+    statistics = observe(model, leaves, batches, forward)
+    arguments: dict[str, dict[str, Any]] = {}
+    unseen, broken = [], []
+    for leaf in leaves:
+        seen = statistics.pop(leaf.fqn)  # gone as soon as it is used
+        if seen.rows == 0:
+            unseen.append(leaf.fqn)
+        elif not (seen.mean.isfinite().all() and seen.second_moment.isfinite().all()):
+            broken.append(leaf.fqn)
+        else:
+            arguments[leaf.fqn] = _arguments(leaf.module, seen)
+    return arguments, [
+        f"calibration {what} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
+        f"without it"
+        for what, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
+        if names
+    ]
+
+
+def observe(
+    model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
+) -> dict[str, LayerStatistics]:
+    """What each leaf is fed, padding left out."""
+    statistics = {leaf.fqn: LayerStatistics(leaf.in_features) for leaf in leaves}
+    batch: Any = None
+
+    def watch(leaf: Leaf, x: Tensor) -> None:
+        # the products where the activations are, the sums on the host
+        here = LayerStatistics(leaf.in_features, x.device)
+        statistics[leaf.fqn].merge(here.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
+
+    count = 0
+    with ExitStack() as stack:
+        for leaf in leaves:
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Leaf = leaf) -> None:
+                watch(leaf, args[0] if args else next(iter(kwargs.values())))
+
+            stack.callback(leaf.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(evaluating(model))
+        for batch in batches:
+            run(model, batch, forward)
+            count += 1
+    if not count:
+        raise ValueError(
+            "calibrate was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
+        )
+    return statistics
+
+
+def _arguments(layer: nn.Module, seen: LayerStatistics) -> dict[str, Any]:
+    weight = linear_weight(layer).float()
+    channel_scale = smoothing_scale(seen, weight)
+    smoothed, channel_scale = seen.scaled(channel_scale), channel_scale.to(weight.device)
+    weight = weight / channel_scale
+    q, scale = round_weight(weight, smoothed.second_moment)
+    bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
+    return {
+        "channel_scale": channel_scale,
+        "quantized": (q, scale),
+        "bias": bias_correction(weight, q, scale, smoothed.mean, bias=bias).to(layer.weight.dtype),  # type: ignore[arg-type]
+    }

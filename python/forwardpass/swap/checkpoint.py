@@ -1,0 +1,326 @@
+"""A swapped model on disk: safetensors, `forwardpass.json`, and Hugging Face's config.json where the model has one.
+
+The original weights are neither stored nor needed: a model is built without values (Hugging Face's on the meta device),
+its quantised layers are made empty from their stored configuration, and every tensor is read into its place.
+Nothing in a checkpoint is executed: no pickle, no remote code, no path from a file.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import QuantizedLinear
+from ..nn.layer import linear_weight
+from . import originals
+from .files import read_json, write_json
+from .precision import MODULES
+from .walker import linear_like, plain_module
+
+SCHEMA = "forwardpass.checkpoint/1"
+WEIGHTS, RECORD = "model.safetensors", "forwardpass.json"
+_FIX = "save it again with fp.save_pretrained(model, folder)"
+#: Those that need no download; another one is left to the class's default.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+_RECORD = {"schema": str, "forwardpass": str, "model": dict, "layers": list, "aliases": dict}
+_LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter or buffer is held."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.name in self.module._parameters
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        return self.module._parameters if self.is_parameter else self.module._buffers
+
+
+def _slots(model: nn.Module, instead: Mapping[int, nn.Module]) -> Iterator[tuple[str, Slot]]:
+    """Every parameter and buffer under every name; buffers that state_dict leaves out (rotary frequencies) too, as a
+    model built without values cannot compute them. `instead`: modules that stand for others, by id.
+    """
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        module = instead.get(id(module), module)
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    yield f"{fqn}.{name}" if fqn else name, Slot(module, name, tensor)
+
+
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes a swapped model to `folder` (made where it is missing); `load_pretrained` reads it without the originals.
+
+    Tied tensors are stored once. A Hugging Face model's config.json and generation_config.json are written beside it.
+
+    Raises:
+        ValueError: the model is not swapped, or holds what safetensors cannot. ImportError: safetensors is missing.
+    """
+    model = plain_module("save_pretrained", model)
+    layers = originals.quantised_layers(model)
+    if not layers:
+        raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
+                         "first, or use the model's own save method")  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    stored: dict[Any, str] = {}
+    storages: set[int] = set()
+    for fqn, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{fqn} ({type(module).__name__}) has extra state that is no tensor, which safetensors "
+                             f"cannot hold: save that model with its own method")  # fmt: skip
+    for name, slot in _slots(model, {}):
+        t = slot.tensor.detach()
+        if type(t) is not Tensor or t.is_meta:
+            raise ValueError(f"{name} is {'on the meta device' if t.is_meta else f'a {type(t).__name__}'}, and only "
+                             f"plain tensors with values can be saved: load or gather it first")  # fmt: skip
+        key = (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype)
+        if t.numel() and key in stored:
+            aliases[name] = stored[key]
+            continue
+        stored[key] = name
+        alone = t.untyped_storage().nbytes() == t.nbytes and t.untyped_storage()._cdata not in storages
+        storages.add(t.untyped_storage()._cdata)
+        tensors[name] = t.cpu().contiguous() if alone else t.cpu().clone(memory_format=torch.contiguous_format)
+
+    from .. import __version__
+
+    huggingface = _huggingface_class(type(model).__name__) is type(model)
+    record = {
+        "schema": SCHEMA,
+        "forwardpass": __version__,
+        "model": {"class": type(model).__name__, "huggingface": huggingface,
+                  "attention": getattr(getattr(model, "config", None), "_attn_implementation", None)},
+        "layers": [
+            {"fqn": fqn, "module": type(m).__name__, "precision": vars(m).get("precision"),
+             "version": vars(m).get("precision_version"), "config": m.config()}
+            for fqn, m in layers.items()
+        ],
+        "aliases": aliases,
+    }  # fmt: skip
+    safetensors = _safetensors()
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (WEIGHTS + ".partial")
+    safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS)
+    if huggingface:
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]  # type: ignore[union-attr]
+        config.save_pretrained(folder)  # type: ignore[union-attr,operator]
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr,operator]
+    write_json(folder / RECORD, record)
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Reads a model that `save_pretrained` wrote; its outputs are those of the model that was saved, bit for bit.
+
+    Args:
+        folder: what was given to save_pretrained.
+        model: a model of the same structure, not swapped, to be filled in place; it may be on the meta device. Its
+            parameters are replaced, not written to. None: Hugging Face's class is built from config.json, in eval mode.
+        device: where tensors go that have no place yet: those of a model on meta, or of one built here.
+
+    Returns:
+        the model. It has no originals: `fp.restore` says so.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is no checkpoint, is damaged, or is for another model; a given model
+            is then as it was. ImportError: safetensors or transformers is missing.
+    """
+    folder = pathlib.Path(folder)
+    record = _read_record(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"there is no {WEIGHTS} in {folder}: {_FIX}")
+    safetensors = _safetensors()
+    try:
+        file = safetensors.safe_open(folder / WEIGHTS, framework="pt")
+    except (safetensors.SafetensorError, OSError) as e:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or no safetensors file ({e}): {_FIX}") from None
+    with file:
+        if model is None:
+            model = _build_huggingface(folder, record["model"], len(file.keys()))
+        else:
+            model = plain_module("load_pretrained", model)
+            if originals.quantised_layers(model):
+                raise ValueError(
+                    "load_pretrained fills a model that is not swapped: call fp.restore(model) first, or build it anew"
+                )
+        _fill(model, record, file, torch.device(device), str(folder))
+    return model
+
+
+def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.device, source: str) -> None:
+    """Checks everything, reads everything, and only then changes the model."""
+
+    def fail(text: str) -> ValueError:
+        return ValueError(
+            f"{source} does not fit this {type(model).__name__}: {text}; load it into the model it was saved from"
+        )
+
+    def place(tensor: Tensor) -> torch.device:
+        return device if tensor.is_meta else tensor.device
+
+    leaves = {leaf.fqn: leaf for leaf in linear_like(model)}
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no dict
+    made: dict[int, QuantizedLinear] = {}
+    for layer in record["layers"]:
+        leaf = leaves.get(layer["fqn"])
+        if leaf is None:
+            raise fail(f"it has no Linear layer {layer['fqn'][:80]!r}")
+        size = (leaf.out_features, leaf.in_features)
+        recorded = (layer["config"].get("out_features"), layer["config"].get("in_features"))
+        in_file = shapes.get(f"{leaf.fqn}.weight", size)
+        if not size == recorded == in_file:  # before memory of that size is asked for
+            raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.weight in the file is {in_file}")
+        made[id(leaf.module)] = _empty_layer(layer, place(linear_weight(leaf.module)), fail).train(leaf.module.training)
+    slots = dict(_slots(model, made))
+    aliases = record["aliases"]
+    if unknown := [name for name in (*aliases, *aliases.values()) if name not in slots]:
+        raise fail(f"it has no tensor {unknown[0][:80]!r}")
+    needed = {aliases.get(name, name) for name in slots}
+    missing, extra = sorted(needed - shapes.keys()), sorted(shapes.keys() - needed)
+    for names, what in ((missing, "is missing from the file"), (extra, "has no place in the model")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise fail(f"{names[0][:80]!r}{more} {what}")
+    for name, slot in slots.items():
+        if (shape := shapes[aliases.get(name, name)]) != tuple(slot.tensor.shape):
+            raise fail(f"{name} has the shape {shape} in the file and {tuple(slot.tensor.shape)} in the model")
+    for fqn, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise fail(f"{fqn}.{name} is a plain attribute on the meta device, which no checkpoint fills")
+
+    values: dict[tuple[str, bool], Tensor] = {}  # what is tied is one object
+    assignments: list[tuple[dict[str, Any], str, Tensor]] = []
+    for name, slot in slots.items():
+        ours, key = isinstance(slot.module, QuantizedLinear), (aliases.get(name, name), slot.is_parameter)
+        if ours or key not in values:
+            value, expected = file.get_tensor(key[0]), slot.tensor.dtype
+            if value.dtype != expected and (ours or not (value.is_floating_point() and expected.is_floating_point)):
+                raise fail(f"{name} is {value.dtype} in the file, not {expected}")
+            if ours:  # into the padded rows that are there
+                slot.tensor.copy_(value)
+                continue
+            value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later
+            values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
+        assignments.append((slot.holder, slot.name, values[key]))
+    layers = [leaves[layer["fqn"]] for layer in record["layers"]]
+    originals.exchange(model, [(leaf.fqn, leaf.module, made[id(leaf.module)]) for leaf in layers])
+    for holder, name, value in assignments:
+        holder[name] = value
+
+
+def _empty_layer(layer: Mapping[str, Any], device: torch.device, fail: Callable[[str], ValueError]) -> QuantizedLinear:
+    """The quantised layer, without values."""
+    try:
+        new = MODULES[layer["module"]](**layer["config"], device=device)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise fail(f"the configuration of {layer['fqn']} is not one of {layer['module']} ({e})") from None
+    if layer["precision"] is not None:
+        vars(new).update(precision=layer["precision"], precision_version=layer["version"])
+    return new
+
+
+def _read_record(folder: pathlib.Path) -> dict[str, Any]:
+    """forwardpass.json, every entry of the type that `save_pretrained` writes."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: give load_pretrained a folder that fp.save_pretrained wrote"
+        )
+    path = folder / RECORD
+    record = read_json(path, "checkpoint of forwardpass", _FIX)
+    if record.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"
+        )
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"{path} is damaged ({what}): {_FIX}")
+
+    require(
+        set(record) == set(_RECORD) and all(isinstance(record[k], t) for k, t in _RECORD.items()),
+        "its entries are not those of a checkpoint",
+    )
+    require(all(isinstance(v, str) for v in record["aliases"].values()), "an alias is no name")
+    seen = set()
+    for i, layer in enumerate(record["layers"]):
+        require(isinstance(layer, dict) and set(layer) == set(_LAYER), f"layer {i}")
+        require(all(isinstance(layer[name], kind) for name, kind in _LAYER.items()), f"layer {i}")
+        require(layer["module"] in MODULES, f"layer {i} is of an unknown module")
+        require(layer["fqn"] not in seen, f"layer {i} is there twice")
+        seen.add(layer["fqn"])
+    return record
+
+
+def _huggingface_class(name: Any) -> type[nn.Module] | None:
+    """The model class of that name in transformers, where transformers is loaded."""
+    transformers = sys.modules.get("transformers")
+    cls = getattr(transformers, name, None) if transformers and isinstance(name, str) and name.isidentifier() else None
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None  # type: ignore[union-attr]
+
+
+def _build_huggingface(folder: pathlib.Path, model: Mapping[str, Any], tensors: int) -> nn.Module:
+    """The model of config.json on the meta device."""
+    if not model.get("huggingface"):
+        raise ValueError(f"{folder} holds a {str(model.get('class'))[:60]}, which is no class of transformers: build "
+                         f"it and pass it as model=, it may be on the meta device")  # fmt: skip
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("this checkpoint needs transformers: pip install 'forwardpass[hf]'")
+    import transformers
+
+    content = read_json(folder / "config.json", "config.json of Hugging Face", _FIX)
+    for key, value in content.items():  # a model of a billion layers would be built before it is seen not to fit
+        counts = isinstance(value, int) and re.search(r"(^|_)(layers?|blocks?|depth|labels)$", key)
+        if counts and value > max(10_000, tensors):
+            path = folder / "config.json"
+            raise ValueError(f"{path} asks for {key}={value}, and the file holds {tensors} tensors: {_FIX}")
+    cls = _huggingface_class(model.get("class"))
+    if cls is None:
+        raise ValueError(f"transformers {transformers.__version__} has no model class "
+                         f"{str(model.get('class'))[:60]!r}: install the version it was saved with, or build the model "
+                         "and pass it as model=")  # fmt: skip
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if model.get("attention") in _ATTENTION:
+            config._attn_implementation = model["attention"]
+        with torch.device("meta"):
+            built = cls(config)
+        if (folder / "generation_config.json").is_file():
+            settings = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+            built.generation_config = settings  # type: ignore[assignment]
+    except Exception as e:  # transformers raises many kinds
+        why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
+        raise ValueError(f"transformers cannot build the model of {folder / 'config.json'} ({why}): {_FIX}, or build "
+                         "the model and pass it as model=") from None  # fmt: skip
+    return built.eval()
+
+
+def _safetensors() -> Any:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError("checkpoints need safetensors: pip install 'forwardpass[hf]'")
+    import safetensors.torch
+
+    return safetensors

@@ -1,0 +1,162 @@
+"""The modules that a swap replaced, and how they come back.
+
+They stand in a table beside the models, so that parameters(), state_dict(), pickles and deepcopies of a swapped model
+hold the replacements alone. The table holds models weakly: a model that is dropped takes its originals with it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import QuantizedLinear
+from .walker import plain_module
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One layer: the module that was there, and the one that is there now."""
+
+    fqn: str
+    original: nn.Module
+    replacement: nn.Module
+
+
+@dataclass(eq=False)
+class Originals:
+    """What one swap replaced; `kept` is False where the originals were let go (then `layers` is empty)."""
+
+    layers: tuple[Replaced, ...]
+    kept: bool
+
+
+_exchanging = threading.Lock()  #: two threads that swap one model: the second finds it changed
+_swapped: dict[int, tuple[weakref.ref[nn.Module], Originals]] = {}
+
+
+def remember(model: nn.Module, swapped: Originals) -> None:
+    key = id(model)  # not a WeakKeyDictionary: a model may define __eq__ and then has no hash
+    _swapped[key] = weakref.ref(model, lambda _: _swapped.pop(key, None)), swapped
+
+
+def forget(model: nn.Module) -> None:
+    _swapped.pop(id(model), None)
+
+
+def find(model: nn.Module) -> Originals | None:
+    """What was replaced in this model, or None: never swapped, restored, a copy, or loaded."""
+    entry = _swapped.get(id(model))
+    return entry[1] if entry else None
+
+
+def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
+    """Puts `new` in the place of `old` for every (fqn, old, new); all of them, or none and an exception."""
+    edges = []
+    with _exchanging:
+        for fqn, old, new in layers:
+            path, _, name = fqn.rpartition(".")
+            try:
+                parent = model.get_submodule(path)
+            except AttributeError:
+                parent = None
+            if parent is None or parent._modules.get(name) is not old:
+                raise RuntimeError(f"{fqn} is no longer the {type(old).__name__} that was there when the model was "
+                                   f"looked at: undo what replaced it, and call again")  # fmt: skip
+            edges.append((parent, name, old, new))
+        try:
+            for parent, name, _, new in edges:
+                parent._modules[name] = new
+        except BaseException:  # an interrupt is all that can come here
+            for parent, name, old, _ in edges:
+                parent._modules[name] = old
+            raise
+
+
+class Moved:
+    """Parameters and buffers of modules on another device: the same objects, their data moved. `undo` takes them
+    back.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device):
+        self._before: list[tuple[Tensor, Tensor]] = []
+        try:
+            for module in modules:
+                self.add(module, device)
+        except BaseException:  # out of memory, an interrupt
+            self.undo()
+            raise
+
+    def add(self, module: nn.Module, device: torch.device) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            for t in (tensor, tensor.grad):
+                if t is not None and t.device != device:
+                    self._before.append((t, t.data))
+                    t.data = t.data.to(device)
+
+    def undo(self) -> None:
+        for tensor, data in self._before:
+            tensor.data = data
+        self._before.clear()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(t.device for t in (*module.parameters(), *module.buffers()))
+
+
+def restore(model: nn.Module) -> None:
+    """Puts the original modules back: the same Module and Parameter objects, values and dtypes bit for bit.
+
+    They arrive on the device that the model is on now, with the training flags that it has now; requires_grad,
+    gradients and dtype are as they were. Hooks and attributes that were set on the replacements go with them.
+
+    Raises:
+        RuntimeError: the model is not swapped, is a copy of a swapped one, or was swapped with keep=False; or a layer
+            was replaced since. The model stays as it is.
+    """
+    model = plain_module("restore", model)
+    swapped = find(model)
+    if swapped is None:
+        raise RuntimeError(_why_nothing(model))
+    if not swapped.kept:
+        raise RuntimeError(
+            "this model was swapped with keep=False, so its originals are gone: load the original model again"
+        )
+    moved = Moved((), torch.device("cpu"))
+    try:
+        for layer in swapped.layers:
+            device = device_of(layer.replacement)
+            if device.type != "meta":  # there is nothing there to be restored to
+                moved.add(layer.original, device)
+        exchange(model, [(layer.fqn, layer.replacement, layer.original) for layer in swapped.layers])
+    except BaseException:
+        moved.undo()
+        raise
+    forget(model)
+    for layer in swapped.layers:
+        layer.original.train(layer.replacement.training)
+    hooked = [x.fqn for x in swapped.layers if x.replacement._forward_hooks or x.replacement._forward_pre_hooks]
+    if hooked:
+        warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
+                      "register them again on the restored layers", stacklevel=2)  # fmt: skip
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The modules of forwardpass.nn in a model, by name."""
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def _why_nothing(model: nn.Module) -> str:
+    layers = quantised_layers(model)
+    if not layers:
+        return "this model is not swapped: there is nothing to restore"
+    for fqn, submodule in model.named_modules():
+        if fqn and find(submodule) is not None:
+            return f"only its submodule {fqn} was swapped: restore that one, fp.restore(model.get_submodule({fqn!r}))"
+    return (f"this model holds {len(layers)} quantised layers and no originals, being a copy of a swapped model or "
+            f"loaded from a file: restore the model that was swapped, or load the original model again")  # fmt: skip

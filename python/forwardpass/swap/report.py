@@ -1,0 +1,166 @@
+"""What a swap did, what it left alone, and why."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backend import Reason
+from . import originals
+from .plan import Plan
+
+SCHEMA = "forwardpass.report/1"
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A layer that was replaced."""
+
+    fqn: str
+    precision: str
+    version: int
+    in_features: int
+    out_features: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that was left as it is."""
+
+    fqn: str
+    reason: Reason
+
+    def to_json(self) -> dict[str, str]:
+        return {"fqn": self.fqn, "code": self.reason.code, "text": self.reason.text, "fix": self.reason.fix}
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of parameters and buffers. `after` is the model's own, `kept` what the originals take beside it, `peak`
+    the most that stood at any one time: originals are let go, or moved, only after every replacement is built and in
+    its place.
+    """
+
+    before: int
+    after: int
+    kept: int
+    kept_on: str | None
+    peak: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class Report:
+    """The result of `fp.swap`. As a context manager it restores the model on exit. `print(report)` shows a table."""
+
+    swapped: list[Swapped]
+    skipped: list[Skipped]
+    warnings: list[str]
+    weight_bytes: WeightBytes
+    plan: Plan
+    dry_run: bool = False
+    _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
+    _swap: weakref.ref[originals.Originals] | None = field(default=None, repr=False, compare=False)
+
+    def attach(self, model: nn.Module, swapped: originals.Originals) -> None:
+        """Ties the report to the swap that it describes. Weakly: a report keeps no model and no weights alive."""
+        self._model, self._swap = weakref.ref(model), weakref.ref(swapped)
+
+    def _current(self) -> tuple[nn.Module, originals.Originals] | None:
+        """The model and its swap, while this report still describes it: not restored since, perhaps swapped again."""
+        model = self._model() if self._model else None
+        swap = self._swap() if self._swap else None
+        return (model, swap) if model is not None and swap is not None and originals.find(model) is swap else None
+
+    def save_plan(self, path: str) -> None:
+        """Writes the plan as JSON; `fp.swap(model, plan=path)` replays it."""
+        self.plan.save(path)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types, with `schema`, versions, and the plan."""
+        return {
+            "schema": SCHEMA,
+            "versions": {"forwardpass": self.plan.forwardpass, "torch": torch.__version__},
+            "dry_run": self.dry_run,
+            "swapped": [dict(vars(s)) for s in self.swapped],
+            "skipped": [s.to_json() for s in self.skipped],
+            "warnings": list(self.warnings),
+            "weight_bytes": self.weight_bytes.to_json(),
+            "plan": self.plan.to_json(),
+        }
+
+    def __enter__(self) -> Report:
+        current = self._current()
+        if current and not current[1].kept:
+            raise RuntimeError("with fp.swap(…) restores the model on exit, and keep=False let the originals go: call "
+                               "fp.swap without `with`, or use another keep")  # fmt: skip
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if current := self._current():
+            originals.restore(current[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None, "_swap": None}
+
+    def __str__(self) -> str:
+        lines = [self._headline()]
+        if self.swapped:
+            rows: list[tuple[str, ...]] = [("swapped", "precision", "in", "out", "bytes")]
+            rows += [
+                (s.fqn, f"{s.precision} v{s.version}", str(s.in_features), str(s.out_features),
+                 f"{s.bytes_before:,} -> {s.bytes_after:,}")
+                for s in self.swapped
+            ]  # fmt: skip
+            lines += ["", *table(rows, right=(2, 3, 4))]
+        if self.skipped:
+            lines += [
+                "",
+                *table(
+                    [
+                        ("skipped", "code", "why; what to do"),
+                        *((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped),
+                    ]
+                ),
+            ]
+        lines += [f"warning: {w}" for w in self.warnings]
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        b = self.weight_bytes
+        verb = "would be swapped" if self.dry_run else "swapped"
+        kept = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
+        return (f"{len(self.swapped)} layers {verb}, {len(self.skipped)} skipped; weights {megabytes(b.before)} -> "
+                f"{megabytes(b.after)}{kept}, peak {megabytes(b.peak)}")  # fmt: skip
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+    """Rows as aligned lines of text, the first one a heading; `right`: columns of numbers. The last column is not
+    padded.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        return "  ".join(cells).rstrip()
+
+    return [
+        line(rows[0]),
+        "  ".join("-" * w for w in widths[:-1]) + "  " + "-" * len(rows[0][-1]),
+        *map(line, rows[1:]),
+    ]

@@ -1,0 +1,276 @@
+"""Which Linear-like layers are left alone, and why: one small function a rule, in the order they are asked.
+
+A rule returns None, or (what is in the way, what to do about it). "user" rules are what include= and exclude= say,
+"default" rules what is better left alone unless it is named under include=, "model" rules what cannot be replaced as
+it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import Reason
+from ..nn.layer import is_conv1d
+from ..quantized_rows import FLOATS
+from .patterns import Pattern
+from .precision import Precision
+from .walker import Leaf
+
+#: Weights with fewer elements than this stay: quantising the input costs more than the smaller product saves. One
+#: core with AVX-512 VNNI, fp32 over int8 time at 1024 tokens: 48 x 48 0.9, 64 x 64 1.3, 96 x 96 4.9; at 128 tokens
+#: 0.6, 0.4, 2.7.
+TOO_SMALL = 64 * 64
+
+Finding = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where in memory a parameter or buffer lies, and whose it is."""
+
+    owner: nn.Module
+    name: str
+    begin: int
+    end: int
+
+
+@dataclass
+class Context:
+    """What the rules know of the model beside the layer, gathered once."""
+
+    model: nn.Module
+    include: tuple[Pattern, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
+    memory: dict[int, list[Memory]] = field(init=False)
+    output_layers: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = {}
+        self.output_layers = set()
+        for fqn, module in self.model.named_modules():
+            for name, tensor in _own_tensors(module):
+                storage, begin, end = _extent(tensor)
+                path = f"{fqn}.{name}" if fqn else name
+                self.memory.setdefault(storage, []).append(Memory(module, path, begin, end))
+            get = getattr(module, "get_output_embeddings", None)
+            try:
+                head = get() if callable(get) else None
+            except Exception:  # a model class may leave it unimplemented, each with its own exception
+                head = None
+            if head is not None:
+                self.output_layers.add(id(head))
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
+                yield name, tensor
+
+
+def _extent(t: Tensor) -> tuple[int, int, int]:
+    """(storage, first byte, byte after the last)."""
+    last = sum((int(n) - 1) * int(stride) for n, stride in zip(t.shape, t.stride())) if t.numel() else -1
+    begin = int(t.storage_offset()) * t.element_size()
+    return t.untyped_storage()._cdata, begin, begin + (last + 1) * t.element_size()
+
+
+def excluded(leaf: Leaf, context: Context) -> Finding | None:
+    for pattern in context.exclude:
+        if pattern.matches(leaf.fqn):
+            return f"exclude={pattern.text!r} names it", "drop that pattern to swap it"
+    return None
+
+
+def not_included(leaf: Leaf, context: Context) -> Finding | None:
+    if context.include and not any(p.matches(leaf.fqn) for p in context.include):
+        return "no include pattern names it", f"add {leaf.fqn!r} to include"
+    return None
+
+
+def lm_head(leaf: Leaf, context: Context) -> Finding | None:
+    if leaf.name == "lm_head" or id(leaf.module) in context.output_layers:
+        return ("its outputs are the logits, where the error of 8 bits shows most",
+                f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+    return None
+
+
+def moe_router(leaf: Leaf, context: Context) -> Finding | None:
+    names = [name for name, _ in leaf.ancestors[1:]] + [leaf.name]
+    for (_, ancestor), below in zip(leaf.ancestors, names):
+        if "experts" in ancestor._modules and re.search(r"(^|_)(gate|router)$", below):
+            return ("it routes tokens to experts, where a small error sends a token elsewhere",
+                    f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+    return None
+
+
+def too_small(leaf: Leaf, context: Context) -> Finding | None:
+    if leaf.in_features * leaf.out_features < TOO_SMALL:
+        return (f"{leaf.out_features} x {leaf.in_features} is too small to gain, below {TOO_SMALL} weights",
+                f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+    return None
+
+
+def shared(leaf: Leaf, context: Context) -> Finding | None:
+    if len(leaf.places) > 1:
+        return (
+            f"one module stands in {len(leaf.places)} places, {', '.join(leaf.places[:3])}",
+            "give each place its own copy",
+        )
+    return None
+
+
+def lora(leaf: Leaf, context: Context) -> Finding | None:
+    path = [name for name, _ in leaf.ancestors] + [leaf.name]
+    beside = [*leaf.parent._modules, *leaf.parent._parameters]
+    if any(n == "base_layer" or n.startswith("lora_") for n in path) or any(n.startswith("lora_") for n in beside):
+        return "a LoRA adapter wraps it", "merge the adapter first (peft: model.merge_and_unload())"
+    return None
+
+
+def parametrized(leaf: Leaf, context: Context) -> Finding | None:
+    if hasattr(leaf.module, "parametrizations") or "weight" not in leaf.module._parameters:
+        return ("its weight is computed on each call (a parametrisation, weight or spectral norm, pruning)",
+                "remove it, keeping the value (torch.nn.utils.parametrize.remove_parametrizations, …)")  # fmt: skip
+    return None
+
+
+def subclass(leaf: Leaf, context: Context) -> Finding | None:
+    cls = type(leaf.module)
+    if cls is not nn.Linear and not is_conv1d(leaf.module):
+        return (f"{cls.__module__}.{cls.__qualname__} derives from Linear and may compute something else",
+                "replace it by a plain nn.Linear if it does not")  # fmt: skip
+    return None
+
+
+def tensor_class(leaf: Leaf, context: Context) -> Finding | None:
+    for name, p in leaf.module._parameters.items():
+        if p is not None and (type(p) is not nn.Parameter or type(p.data) is not Tensor):
+            return (f"its {name} is a {type(p).__name__} of {type(p.data).__name__}, not a plain tensor",
+                    "swap before the model is sharded or quantised by another library")  # fmt: skip
+    return None
+
+
+def meta(leaf: Leaf, context: Context) -> Finding | None:
+    if any(p.is_meta for p in leaf.module.parameters()):
+        return "its weight is on the meta device and has no values", "load the weights first, or use fp.load_pretrained"
+    return None
+
+
+def hooks(leaf: Leaf, context: Context) -> Finding | None:
+    m = leaf.module
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return (
+            "hooks are registered on it, and would no longer be called",
+            "remove them, and register them after the swap",
+        )
+    if "forward" in vars(m):
+        return (
+            "its forward was replaced on the instance (accelerate, a patch)",
+            "remove that first (accelerate: remove_hook_from_module)",
+        )
+    return None
+
+
+def tied(leaf: Leaf, context: Context) -> Finding | None:
+    for name, tensor in _own_tensors(leaf.module):
+        storage, begin, end = _extent(tensor)
+        for other in context.memory.get(storage, ()):
+            if other.owner is not leaf.module and other.begin < end and begin < other.end:
+                return (f"its {name} is tied to {other.name}, which needs it as it is",
+                        "untie them (give the layer its own copy of the weight)")  # fmt: skip
+    return None
+
+
+def weight_read(leaf: Leaf, context: Context) -> Finding | None:
+    source = _forward_source(type(leaf.parent).forward)
+    if not re.search(rf"\bself\.{re.escape(leaf.name)}\.(weight|bias)\b", source):
+        return None
+    if f"self.{leaf.name}.weight.dtype != torch.int8" in source:  # T5 and its kin make way for 8-bit weights themselves
+        return None
+    fix = "have it call the layer instead"
+    if isinstance(leaf.parent, nn.TransformerEncoderLayer):  # in its fast path
+        if not torch.backends.mha.get_fastpath_enabled():
+            return None
+        fix = "call torch.backends.mha.set_fastpath_enabled(False) first"
+    return f"the forward of {type(leaf.parent).__name__} reads its weight or bias itself", fix
+
+
+@lru_cache(maxsize=256)
+def _forward_source(forward: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(forward)
+    except (OSError, TypeError):  # no source at hand: nothing is known, nothing is said
+        return ""
+
+
+def dtype(leaf: Leaf, context: Context) -> Finding | None:
+    for name, p in leaf.module._parameters.items():
+        if p is not None and p.dtype not in FLOATS:
+            return (
+                f"its {name} is {p.dtype}, not float32, float16 or bfloat16",
+                "convert the model with .to(torch.float32)",
+            )
+    return None
+
+
+def not_finite(leaf: Leaf, context: Context) -> Finding | None:
+    for name, p in leaf.module._parameters.items():
+        if p is not None and p.numel() and not all(torch.isfinite(x) for x in torch.aminmax(p.detach())):
+            return f"its {name} holds NaN or infinity", "repair the weights: such a row has no scale"
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    kind: str
+    ask: Callable[[Leaf, Context], Finding | None]
+
+    @property
+    def code(self) -> str:
+        return self.ask.__name__
+
+
+_USER = (excluded, not_included)
+_DEFAULT = (lm_head, moe_router, too_small)
+#: The last one reads the weight.
+_MODEL = (shared, lora, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
+RULES = tuple(
+    Rule(kind, ask) for kind, rules in (("user", _USER), ("default", _DEFAULT), ("model", _MODEL)) for ask in rules
+)
+KINDS = {rule.code: rule.kind for rule in RULES}
+
+
+def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool) -> Reason | None:
+    """The first reason to leave a layer alone, or None. `defaults`: whether the default rules are asked; a plan
+    decides itself.
+    """
+    named = any(p.spells_out(leaf.fqn) for p in context.include)
+    for rule in RULES:
+        if rule.kind == "default" and (named or not defaults):
+            continue
+        if finding := rule.ask(leaf, context):
+            return Reason(rule.code, *finding)
+    return precision.module.why_not(leaf.module)
+
+
+def fused_experts(context: Context) -> Iterator[tuple[str, Reason]]:
+    """Expert weights that are 3-D parameters of one module (transformers 5): most of such a model, and no Linear
+    layer.
+    """
+    for fqn, module in context.model.named_modules():
+        if fqn.rpartition(".")[2] != "experts" and not type(module).__name__.endswith("Experts"):
+            continue
+        for name, p in module._parameters.items():
+            if p is not None and p.dim() == 3 and p.is_floating_point():
+                text = f"{type(module).__name__} holds its experts' weights as one parameter, {list(p.shape)}"
+                fix = "it stays as it is; exclude it to say that this is meant"
+                yield f"{fqn}.{name}", Reason("fused_experts", text, fix)

@@ -1,0 +1,271 @@
+"""`fp.swap`: decides about every Linear-like layer, builds the replacements, and puts them in place all at once."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import Reason, Unsupported
+from ..nn.layer import linear_weight
+from . import originals
+from .patterns import patterns
+from .plan import Plan, PlannedLayer
+from .precision import Precision, find_precision
+from .report import Report, Skipped, Swapped, WeightBytes
+from .rules import KINDS, Context, fused_experts, why_skip
+from .walker import Leaf, linear_like, plain_module
+
+KEEP = ("auto", "device", "cpu", False)
+
+
+def swap(
+    model: nn.Module,
+    precision: str | None = None,
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    strict: bool = False,
+    dry_run: bool = False,
+    calibrate: Iterable[Any] | None = None,
+    keep: str | bool = "auto",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Report:
+    """Replaces the Linear-like layers of `model` in place by faster ones, and reports on every one of them.
+
+    Args:
+        precision: a preset, "int8" or "w8a16"; or
+        plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
+        include, exclude: patterns of layer names: globs over whole components ("layer.1" is not "layer.11"; "**"
+            crosses
+            dots) or "re:…". A name spelled out under include ("lm_head") overrides the default skips of that layer.
+        strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
+            or the defaults (lm_head, MoE routers, too small) give.
+        dry_run: report what would be done, change nothing. Batches are not read.
+        calibrate: batches (see `forwardpass.batches`) to calibrate on, "int8" only: a few dozen samples of real
+            input. They
+            run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs.
+        keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: let go
+            once all is in place, and `fp.restore` cannot bring them back.
+        forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
+
+    Returns:
+        the report; `with fp.swap(…) as report:` restores the model at the end of the block.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, Unsupported, FileNotFoundError: what was required, what was given, what
+        to do. After any exception, an interrupt included, the model is as it was.
+    """
+    model = plain_module("swap", model)
+    if keep not in KEEP or keep is True:
+        raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
+    if (precision is None) == (plan is None):
+        raise ValueError(f"swap takes either precision= or plan=, and "
+                         f"{'both were' if plan is not None else 'neither was'} given: pass one, e.g. "
+                         "precision=\"int8\"")  # fmt: skip
+    context = Context(model, patterns("include", include), patterns("exclude", exclude))
+    leaves = linear_like(model)
+    _refuse_model(model, leaves)
+    chosen, skipped = _decide(
+        context, leaves, precision, Plan.load(plan) if plan is not None else None, calibrate is not None
+    )
+    experts = dict(fused_experts(context)) if plan is None else {}
+    skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
+    if strict:
+        _refuse_skips(skipped)
+    notes = _warnings(context, leaves, chosen, experts)
+
+    calibrated = calibrate is not None
+    arguments: dict[str, dict[str, Any]] = {}
+    if calibrate is not None and not dry_run:
+        from .calibrate import calibration_arguments
+
+        arguments, found = calibration_arguments(model, [leaf for leaf, _ in chosen], calibrate, forward)
+        notes += found
+    replacements: list[nn.Module] = []
+    for leaf, preset in chosen:
+        replacements.append(
+            _empty(leaf, preset, calibrated) if dry_run else _build(leaf, preset, arguments.get(leaf.fqn, {}))
+        )
+    report = Report(
+        [_swapped(leaf, preset, new) for (leaf, preset), new in zip(chosen, replacements)],
+        skipped,
+        notes,
+        _weight_bytes(model, chosen, replacements, keep),
+        _plan(model, chosen, calibrated),
+        dry_run,
+    )
+    if not dry_run:
+        report.attach(model, _install(model, [leaf for leaf, _ in chosen], replacements, keep))
+    for note in notes:
+        warnings.warn(f"swap: {note}", stacklevel=2)
+    return report
+
+
+def _refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
+    if isinstance(model, nn.Linear):
+        raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
+                         "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
+    if swapped := originals.quantised_layers(model):
+        fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
+        raise RuntimeError(f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …): {fix}")
+    if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
+        raise ValueError("every Linear layer of this model is on the meta device, without values: load its weights "
+                         "first, or fill it from a checkpoint with fp.load_pretrained(folder, "
+                         "model=model)")  # fmt: skip
+
+
+def _decide(
+    context: Context, leaves: list[Leaf], precision: str | None, plan: Plan | None, calibrated: bool
+) -> tuple[list[tuple[Leaf, Precision]], list[Skipped]]:
+    """For each leaf, the precision it gets or the reason it stays."""
+    name = type(context.model).__name__
+    if plan is not None:
+        plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
+        if plan.calibrated != calibrated:
+            raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint that "
+                             "holds its effect"
+                             if plan.calibrated else "the plan was made without calibration: drop calibrate=, or plan "
+                                                     "again")  # fmt: skip
+        presets = {layer.fqn: find_precision(layer.precision, layer.version) for layer in plan.layers}
+    else:
+        preset = find_precision(precision)  # type: ignore[arg-type]
+        presets = {leaf.fqn: preset for leaf in leaves}
+    if calibrated and not any(p.calibrates for p in presets.values()):
+        raise ValueError(f'{precision or "this plan"} takes no calibration: drop calibrate=, or use precision="int8"')
+    chosen, skipped = [], []
+    for leaf in leaves:
+        if leaf.fqn not in presets:
+            skipped.append(
+                Skipped(leaf.fqn, Reason("not_planned", "the plan leaves it as it is", "plan again to change that"))
+            )
+        elif reason := why_skip(leaf, context, presets[leaf.fqn], defaults=plan is None):
+            if plan is not None and KINDS.get(reason.code) != "user":
+                raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
+            skipped.append(Skipped(leaf.fqn, reason))
+        else:
+            chosen.append((leaf, presets[leaf.fqn]))
+    return chosen, skipped
+
+
+def _refuse_skips(skipped: list[Skipped]) -> None:
+    own = {
+        s.fqn: s.reason
+        for s in skipped
+        if KINDS.get(s.reason.code, "model") == "model" and s.reason.code != "not_planned"
+    }
+    if own:
+        fqn, reason = next(iter(own.items()))
+        more = f" (and {len(own) - 1} more layers)" if len(own) > 1 else ""
+        raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", own)
+
+
+def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: Iterable[str]) -> list[str]:
+    names = [*(leaf.fqn for leaf in leaves), *others]
+    notes = [
+        f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
+        for argument, given in (("include", context.include), ("exclude", context.exclude))
+        for pattern in given
+        if not any(pattern.matches(fqn) for fqn in names)
+    ]
+    if not leaves:
+        notes.append("the model has no Linear layer, so nothing is swapped")
+    elif not chosen:
+        notes.append("no layer is swapped; the report has each one's reason")
+    if chosen and context.model.training:
+        notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
+    return notes
+
+
+def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.Module:
+    """The replacement of one layer, with what users set on the original: attributes, the training flag, its
+    precision.
+    """
+    try:
+        new: nn.Module = precision.module.from_torch(leaf.module, **precision.options, **arguments)  # type: ignore[attr-defined]
+    except Exception as e:
+        if hasattr(e, "add_note"):
+            e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
+        raise
+    for name, value in vars(leaf.module).items():
+        vars(new).setdefault(name, value)
+    vars(new).update(precision=precision.name, precision_version=precision.version)
+    return new.train(leaf.module.training)
+
+
+def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
+    """A replacement without values, for its size."""
+    corrected = (
+        calibrated and precision.calibrates
+    )  # see calibrate: a smoothing scale, and a bias that takes up the mean error
+    options = dict(precision.options, **({"channel_scale": True} if corrected else {}))
+    dtype = linear_weight(leaf.module).dtype
+    bias = leaf.has_bias or corrected
+    return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
+
+
+def _install(
+    model: nn.Module, leaves: list[Leaf], replacements: list[nn.Module], keep: str | bool
+) -> originals.Originals:
+    """The only step that changes the model: all replacements, or none."""
+    layers = tuple(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in zip(leaves, replacements))
+    swapped = originals.Originals(layers if keep else (), bool(keep))
+    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in layers])
+    try:
+        originals.remember(model, swapped)
+        originals.Moved([x.original for x in layers if _kept_on(x.original, keep) == "cpu"], torch.device("cpu"))
+    except BaseException:
+        originals.exchange(model, [(x.fqn, x.replacement, x.original) for x in layers])
+        originals.forget(model)
+        raise
+    return swapped
+
+
+def _kept_on(original: nn.Module, keep: str | bool) -> str | None:
+    device = originals.device_of(original).type
+    return None if keep is False else device if keep == "device" or (keep == "auto" and device == "cpu") else "cpu"
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    """Of the storages of parameters and buffers, each counted once."""
+    sizes: dict[Any, int] = {}
+    for module in modules:
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is None:
+                continue
+            if type(t) in (Tensor, nn.Parameter):
+                sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            else:  # a wrapper, e.g. a DTensor, has no storage of its own
+                sizes[id(t)] = t.numel() * t.element_size()
+    return sum(sizes.values())
+
+
+def _weight_bytes(
+    model: nn.Module, chosen: list[tuple[Leaf, Precision]], replacements: list[nn.Module], keep: str | bool
+) -> WeightBytes:
+    gone = {id(leaf.module) for leaf, _ in chosen}
+    before, new = _bytes(model.modules()), _bytes(replacements)
+    after = _bytes(m for m in model.modules() if id(m) not in gone) + new
+    on = {_kept_on(leaf.module, keep) for leaf, _ in chosen} - {None}
+    kept = _bytes(leaf.module for leaf, _ in chosen) if on else 0
+    return WeightBytes(before, after, kept, ", ".join(sorted(map(str, on))) or None, before + new)
+
+
+def _swapped(leaf: Leaf, precision: Precision, new: nn.Module) -> Swapped:
+    return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
+                   _bytes([leaf.module]), _bytes([new]))  # fmt: skip
+
+
+def _plan(model: nn.Module, chosen: list[tuple[Leaf, Precision]], calibrated: bool) -> Plan:
+    from .. import __version__
+
+    layers = (
+        PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version)
+        for leaf, p in chosen
+    )
+    return Plan(type(model).__name__, tuple(layers), calibrated, __version__)

@@ -1,0 +1,74 @@
+"""Finds the Linear-like leaves of a model: `nn.Linear`, Hugging Face's `Conv1D` (GPT-2), and what derives from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A Linear-like module and where it is."""
+
+    fqn: str
+    module: nn.Module
+    parent: nn.Module
+    name: str
+    ancestors: tuple[tuple[str, nn.Module], ...]  #: from the root, (name in its parent, module); the root's name is ""
+    places: tuple[str, ...]  #: every name of the module; more than one where it is shared
+
+    @property
+    def in_features(self) -> int:
+        return self.module.nx if is_conv1d(self.module) else self.module.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.module.nf if is_conv1d(self.module) else self.module.out_features  # type: ignore[return-value]
+
+    @property
+    def has_bias(self) -> bool:
+        return self.module.bias is not None
+
+
+def plain_module(caller: str, model: nn.Module) -> nn.Module:
+    """The module that is worked on: what `torch.compile` wrapped. TypeError, in one sentence, where there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} takes a torch.nn.Module, not {type(model).__name__}: pass the model itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{caller} cannot look into a TorchScript module: pass the eager model it was made from")
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's Conv1D or derives from it; transformers need not be imported to tell."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def linear_like(model: nn.Module) -> list[Leaf]:
+    """Every Linear-like module below `model`, once, under its first name, in the model's order."""
+    found: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
+    places: dict[int, list[str]] = {}
+    for fqn, name, module, parent, ancestors in _walk("", model, (("", model),), set()):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            found.setdefault(id(module), (fqn, module, parent, name, ancestors))
+            places.setdefault(id(module), []).append(fqn)
+    return [Leaf(*leaf, tuple(places[key])) for key, leaf in found.items()]
+
+
+def _walk(
+    prefix: str, module: nn.Module, ancestors: tuple[tuple[str, nn.Module], ...], seen: set[int]
+) -> Iterator[tuple[str, str, nn.Module, nn.Module, tuple[tuple[str, nn.Module], ...]]]:
+    """(fqn, name, child, parent, ancestors) of every edge of the module tree; what is below a shared module, once."""
+    seen.add(id(module))
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        fqn = f"{prefix}.{name}" if prefix else name
+        yield fqn, name, child, module, ancestors
+        if id(child) not in seen:
+            yield from _walk(fqn, child, (*ancestors, (name, child)), seen)

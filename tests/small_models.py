@@ -1,0 +1,132 @@
+"""Tiny models with random weights, of the architectures that people swap, and a batch for each."""
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+_DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "bert": ("BertModel", "BertConfig", _DECODER),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64, **_SPECIAL},
+    ),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**_DECODER, "num_key_value_heads": 4}),
+    "llama_tied": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**_DECODER, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100},
+    ),
+    "vit": (
+        "ViTModel",
+        "ViTConfig",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    ),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_DECODER, "num_key_value_heads": 4, "num_local_experts": 4}),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "vocab_size": 100,
+            "num_mel_bins": 16,
+            "max_source_positions": 16,
+            "max_target_positions": 32,
+            "decoder_start_token_id": 1,
+            **_SPECIAL,
+        },
+    ),
+}
+
+
+def build(name):
+    model, config, options = CONFIGS[name]
+    torch.manual_seed(0)
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def batch(name, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 100, (2, 10), generator=g)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=g)}
+    if name == "whisper":
+        return {"input_features": torch.randn(2, 16, 32, generator=g), "decoder_input_ids": ids}
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask, **({"decoder_input_ids": ids[:, :7]} if name == "t5" else {})}
+
+
+@torch.inference_mode()
+def outputs(model, inputs):
+    """The first output of a Hugging Face model, or what another model returns."""
+    result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+class Block(nn.Module):
+    """A plain model: two layers that can be swapped, a head that is too small."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.first = nn.Linear(width, 2 * width)
+        self.second = nn.Linear(2 * width, width, bias=False)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def block(width=64):
+    torch.manual_seed(0)
+    return Block(width).eval()
+
+
+def objects(model):
+    """What must not change: every module, parameter and buffer, by identity, and what they hold."""
+    modules = {name: id(m) for name, m in model.named_modules(remove_duplicate=False)}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return modules, {n: (id(t), t.dtype, t.requires_grad, t.detach().clone()) for n, t in tensors.items()}
+
+
+def bits(t):
+    return t.reshape(-1).view(torch.uint8)  # NaN equals itself
+
+
+def assert_same_objects(model, before):
+    modules, tensors = objects(model)
+    assert modules == before[0]
+    assert tensors.keys() == before[1].keys()
+    for name, (*identity, values) in tensors.items():
+        assert identity == list(before[1][name][:3]), name
+        assert torch.equal(bits(values), bits(before[1][name][3])), name

@@ -1,0 +1,236 @@
+"""parity: errors that are known beforehand come out; the kernel's error is apart; the model is as it was."""
+
+import json
+import math
+
+import pytest
+import torch
+from small_models import CONFIGS, assert_same_objects, batch, block, build, objects, outputs
+from torch import nn
+
+import forwardpass as fp
+from forwardpass.planning.parity import Comparison
+from forwardpass.swap import originals
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("precision", ["int8", "w8a16"])
+def test_architectures(name, precision):
+    model, batches = build(name), [batch(name, 1), batch(name, 2)]
+    exact = [outputs(model, b) for b in batches]
+    fp.swap(model, precision)
+    before = objects(model)
+    report = fp.parity(model, batches)
+    assert_same_objects(model, before)
+    assert report.batches == 2
+    assert report.output.samples == 4
+    assert 0.99 < report.output.cosine_min < 1
+    assert 0 < report.output.relative_error < 0.05
+    if "attention_mask" not in batches[0]:
+        got = [outputs(model, b) for b in batches]
+        assert report.output.relative_error == pytest.approx(
+            max(float((g - e).norm() / e.norm()) for g, e in zip(got, exact)), rel=1e-4
+        )
+        assert report.output.max_abs_error == pytest.approx(
+            max(float((g - e).abs().max()) for g, e in zip(got, exact)), rel=1e-4
+        )
+    for layer in report.layers:
+        assert layer.total.samples
+        assert layer.kernel.relative_error < 1e-6
+        assert 1e-4 < layer.quantisation.relative_error < 0.03
+        assert layer.total.relative_error == pytest.approx(layer.quantisation.relative_error, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["static", "static symmetric", "symmetric", "smoothed", "16 bits"])
+def test_the_kernel_error_is_apart_in_every_form_of_the_layer(kind):
+    model, x = block(), torch.randn(9, 64)
+    fp.swap(model, "int8")
+    swapped, original = model.first, originals.find(model).layers[0].original
+    options = {"input_scale": torch.tensor([0.04])} if "static" in kind else {}
+    if kind == "static":
+        options["input_zero_point"] = torch.tensor([-3], dtype=torch.int32)
+    if kind == "smoothed":
+        options["channel_scale"] = torch.rand(64) + 0.5
+    model.first = swapped.from_torch(original, symmetric="symmetric" in kind, **options)
+    if kind == "16 bits":
+        model.half()
+        x = x.half()
+        report = fp.parity(model, [x], reference=block().half())
+        assert report.layers[0].kernel.relative_error < 5e-4
+    else:
+        report = fp.parity(model, [x], reference=block())
+        assert report.layers[0].kernel.relative_error < 1e-6
+    assert 1e-3 < report.layers[0].quantisation.relative_error < 0.05
+
+
+def test_a_wrong_kernel_shows_as_kernel_error():
+    model, x = block(), torch.randn(9, 64)
+    fp.swap(model, "int8")
+    good = fp.parity(model, [x])
+    real = type(model.first).forward
+    model.first.forward = lambda x: real(model.first, x) * 1.01
+    bad = fp.parity(model, [x])
+    assert good.layers[0].kernel.relative_error < 1e-6
+    assert bad.layers[0].kernel.relative_error == pytest.approx(0.01, rel=1e-3)
+    assert bad.layers[0].quantisation.relative_error == good.layers[0].quantisation.relative_error
+    assert bad.layers[1].kernel.relative_error < 1e-6
+
+
+def test_a_wrong_weight_shows_as_quantisation_error():
+    model, x = block(), torch.randn(9, 64)
+    fp.swap(model, "int8")
+    model.first.weight_scale *= 1.05
+    bad = fp.parity(model, [x])
+    assert bad.layers[0].kernel.relative_error < 1e-6
+    assert bad.layers[0].quantisation.relative_error == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_reference_gives_the_same():
+    model, x = block(), torch.randn(9, 64)
+    fp.swap(model, "int8")
+    kept, given = fp.parity(model, [x]), fp.parity(model, [x], block())
+    assert kept.to_json() == given.to_json()
+
+
+def test_without_originals_a_reference_is_needed(tmp_path):
+    model, x = block(), torch.randn(9, 64)
+    fp.swap(model, "int8", keep=False)
+    with pytest.raises(
+        ValueError, match="swapped with keep=False and has no originals to compare with: pass reference="
+    ):
+        fp.parity(model, [x])
+    assert fp.parity(model, [x], block()).output.samples == 9
+    fp.save_pretrained(model, tmp_path)
+    loaded = fp.load_pretrained(tmp_path, model=block())
+    with pytest.raises(ValueError, match="was loaded or copied"):
+        fp.parity(loaded, [x])
+    with pytest.raises(ValueError, match="the reference is itself swapped"):
+        fp.parity(loaded, [x], model)
+    with pytest.raises(ValueError, match="the reference has no layer first"):
+        fp.parity(loaded, [x], nn.Sequential(block()))
+
+
+def test_padding_is_left_out():
+    model, inputs = build("bert"), batch("bert")
+    fp.swap(model, "int8")
+    a = fp.parity(model, [inputs])
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 77
+    b = fp.parity(model, [inputs])
+    assert a.to_json() == b.to_json()
+    assert {x.total.samples for x in a.layers if "pooler" not in x.fqn} == {16}
+    del inputs["attention_mask"]
+    assert {x.total.samples for x in fp.parity(model, [inputs]).layers if "pooler" not in x.fqn} == {20}
+
+
+def test_batches_and_outputs():
+    model, x = block(), torch.randn(6, 64)
+    fp.swap(model, "int8")
+    expected = fp.parity(model, [x]).to_json()
+    for batches in ([(x,)], [[x]], [{"x": x}], iter([x])):
+        assert fp.parity(model, batches).to_json() == expected
+    assert fp.parity(model, [3], forward=lambda m, b: m(x)).to_json() == expected
+    half = fp.parity(model, [x], output=lambda y: y[:3])
+    assert half.output.samples == 3
+    assert fp.parity(model, [x], output=lambda y: y.sum()).output.samples == 1
+    with pytest.raises(TypeError, match="pass forward="):
+        fp.parity(model, [3])
+    with pytest.raises(TypeError, match="pass output="):
+        fp.parity(model, [3], forward=lambda m, b: "text")
+    with pytest.raises(ValueError, match="no batch"):
+        fp.parity(model, [])
+
+
+def test_flags_and_hooks_are_put_back_after_an_error():
+    model = block()
+    fp.swap(model, "int8")
+    model.first.train()
+    before, calls = objects(model), []
+
+    def forward(model, batch):
+        model(batch)
+        calls.append(type(model.first))
+        if len(calls) == 2:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fp.parity(model, [torch.randn(2, 64)], forward=forward, output=lambda r: torch.ones(1))
+    assert calls == [fp.nn.Int8Linear, nn.Linear]
+    assert_same_objects(model, before)
+    assert model.first.training
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_originals_that_wait_elsewhere_visit_one_at_a_time(monkeypatch):
+    model, x = block(), torch.randn(5, 64)
+    fp.swap(model, "int8")
+    expected = fp.parity(model, [x]).to_json()
+    kept = {id(layer.original) for layer in originals.find(model).layers}
+    away, most = set(), []
+
+    class Counted(originals.Moved):
+        def add(self, module, device):
+            assert id(module) in kept
+            away.add(module)
+            most.append(len(away))
+
+        def undo(self):
+            away.clear()
+
+    monkeypatch.setattr(originals, "device_of", lambda m: torch.device("meta" if id(m) in kept else "cpu"))
+    monkeypatch.setattr(originals, "Moved", Counted)
+    assert fp.parity(model, [x]).to_json() == expected
+    assert most == [1] * 4  # two layers, compared and then in place
+    assert not away
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_compiled_model():
+    model, x = block(), torch.randn(5, 64)
+    compiled = torch.compile(model, backend="aot_eager")
+    fp.swap(compiled, "int8")
+    outputs(compiled, x)
+    expected = fp.parity(model, [x]).to_json()
+    assert fp.parity(compiled, [x]).to_json() == expected
+    model.compile(backend="aot_eager")
+    assert fp.parity(model, [x]).to_json() == expected
+
+
+def test_layers_that_no_batch_reaches():
+    model, x = block(), torch.randn(5, 64)
+    model.unused = nn.Linear(64, 64)
+    fp.swap(model, "int8")
+    report = fp.parity(model, [x])
+    assert report.layers[-1].total.samples == 0
+    assert report.to_json()["layers"][-1]["cosine_min"] is None
+    assert str(report).splitlines()[-1].split() == ["unused", "int8", "0", "-", "-", "-", "-", "-"]
+
+
+def test_the_report_in_words_and_in_json():
+    model = block()
+    fp.swap(model, "int8")
+    report = fp.parity(model, [torch.randn(5, 64)])
+    content = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert content["schema"] == "forwardpass.parity/1"
+    assert content["cosine_min"] == report.output.cosine_min
+    assert content["layers"][0]["fqn"] == "first"
+    assert str(report).startswith("output over 5 samples in 1 batches: lowest cosine 0.99")
+
+
+def test_comparison():
+    c = Comparison()
+    c.add(torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[1.0, 0], [2, 0]]))
+    assert c.cosine_min == 0
+    assert c.relative_error == pytest.approx(math.sqrt(8 / 5))
+    assert c.max_abs_error == 2
+    c.add(torch.tensor([[-1.0, 0]]), torch.tensor([[1.0, 0]]))
+    assert c.cosine_min == -1
+    assert c.relative_error == 2
+    assert c.samples == 3
+    c = Comparison()
+    c.add(torch.zeros(2, 3), torch.zeros(2, 3))
+    assert (c.cosine_min, c.relative_error, c.max_abs_error) == (1, 0, 0)
+    c.add(torch.ones(1, 3), torch.zeros(1, 3))
+    assert (c.cosine_min, c.relative_error) == (0, math.inf)
+    c.add(torch.full((1, 3), float("nan")), torch.zeros(1, 3))
+    assert all(math.isnan(v) for v in (c.cosine_min, c.relative_error, c.max_abs_error))
+    assert c.to_json() == {"samples": 4, "cosine_min": None, "relative_error": None, "max_abs_error": None}

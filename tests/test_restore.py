@@ -1,0 +1,231 @@
+"""restore: the same Module and Parameter objects, bit for bit; and a sentence where there is nothing to restore."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from small_models import CONFIGS, assert_same_objects, batch, block, build, objects, outputs
+from torch import nn
+
+import forwardpass as fp
+from forwardpass.swap import originals
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("keep", ["auto", "device", "cpu"])
+def test_the_same_objects_and_outputs(name, keep):
+    model, inputs = build(name), batch(name)
+    before, exact = objects(model), outputs(model, inputs)
+    fp.swap(model, "int8", keep=keep)
+    assert not torch.equal(outputs(model, inputs), exact)
+    fp.restore(model)
+    assert_same_objects(model, before)
+    assert torch.equal(outputs(model, inputs), exact)
+    fp.swap(model, "w8a16")  # and again
+    fp.restore(model)
+    assert_same_objects(model, before)
+
+
+def test_gradients_flags_and_hooks_of_the_originals():
+    model = block().train()
+    model.first.weight.requires_grad_(False)
+    model(torch.randn(2, 64)).sum().backward()
+    grad = model.second.weight.grad
+    before = objects(model)
+    with pytest.warns(UserWarning, match="training mode"):
+        fp.swap(model, "int8", keep="cpu")
+    model.eval()
+    fp.restore(model)
+    assert_same_objects(model, before)
+    assert model.second.weight.grad is grad
+    assert not any(m.training for m in model.modules())  # as the model is now
+
+
+def test_originals_are_outside_the_model():
+    model = block()
+    fp.swap(model, "int8")
+    assert [n for n, _ in model.named_parameters()] == ["head.weight", "head.bias"]
+    assert sum(t.nbytes for t in model.state_dict().values()) < 4 * 64 * 128
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert len(file.getvalue()) < 4 * 64 * 128
+    assert len(pickle.dumps(copy.deepcopy(model))) < 4 * 64 * 128
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_works_and_cannot_be_restored(how):
+    model, x = block(), torch.randn(3, 64)
+    exact = outputs(model, x)
+    fp.swap(model, "int8")
+    other = how(model)
+    assert torch.equal(outputs(other, x), outputs(model, x))
+    with pytest.raises(RuntimeError, match="2 quantised layers and no originals, being a copy"):
+        fp.restore(other)
+    fp.restore(model)
+    assert not torch.equal(outputs(other, x), exact)  # still swapped
+    with pytest.raises(RuntimeError, match="not swapped: there is nothing to restore"):
+        fp.restore(model)
+
+
+def test_a_copy_of_the_original_is_swapped_by_itself():
+    model, x = block(), torch.randn(3, 64)
+    exact, other = outputs(model, x), copy.deepcopy(model)
+    fp.swap(other, "int8")
+    assert torch.equal(outputs(model, x), exact)
+    fp.restore(other)
+    assert torch.equal(outputs(other, x), exact)
+
+
+def test_a_swapped_submodule():
+    model = nn.Sequential(block(), block())
+    fp.swap(model[1], "int8")
+    with pytest.raises(RuntimeError, match=r"only its submodule 1 was swapped: .*get_submodule\('1'\)"):
+        fp.restore(model)
+    fp.restore(model.get_submodule("1"))
+
+
+def test_keep_false_lets_the_originals_go():
+    model = block()
+    gone = weakref.ref(model.first)
+    report = fp.swap(model, "int8", keep=False)
+    gc.collect()
+    assert gone() is None
+    assert report.weight_bytes.kept == 0
+    assert report.weight_bytes.kept_on is None
+    assert "originals not kept" in str(report)
+    with pytest.raises(RuntimeError, match="keep=False, so its originals are gone"):
+        fp.restore(model)
+    with pytest.raises(RuntimeError, match="keep=False let the originals go"):
+        report.__enter__()
+
+
+def test_a_dropped_model_takes_its_originals_with_it():
+    model = block()
+    original = weakref.ref(model.first)
+    report = fp.swap(model, "int8")
+    gone, entries = weakref.ref(model), len(originals._swapped)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert original() is None
+    assert len(originals._swapped) == entries - 1
+    with report:  # has nothing to restore any more
+        pass
+
+
+def test_the_report_restores():
+    model, x = block(), torch.randn(3, 64)
+    before, exact = objects(model), outputs(model, x)
+    with fp.swap(model, "int8") as report:
+        assert len(report.swapped) == 2
+        assert not torch.equal(outputs(model, x), exact)
+    assert_same_objects(model, before)
+    with pytest.raises(KeyError, match="mine"), fp.swap(model, "int8"):
+        raise KeyError("mine")
+    assert_same_objects(model, before)
+    with fp.swap(model, "int8"):
+        fp.restore(model)  # inside: then the exit has nothing to do
+    with fp.swap(model, "int8"):
+        fp.restore(model)
+        fp.swap(model, "w8a16")  # another swap, which is not this block's
+    assert isinstance(model.first, fp.nn.W8A16Linear)
+    fp.restore(model)
+    assert_same_objects(model, before)
+
+
+def test_a_report_pickles():
+    report = fp.swap(block(), "int8")
+    assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_dtype_and_layers_that_were_replaced_since():
+    model = block()
+    before = objects(model)
+    fp.swap(model, "int8")
+    model.half()
+    swapped = model.second
+    model.second = nn.Linear(128, 64)
+    with pytest.raises(RuntimeError, match="second is no longer the Int8Linear"):
+        fp.restore(model)
+    assert isinstance(model.first, fp.nn.Int8Linear)  # all or none
+    model.second = swapped
+    fp.restore(model)
+    assert model.first.weight.dtype == torch.float32  # as it was
+    assert model.head.weight.dtype == torch.float16
+    model.float()
+    assert id(model.first.weight) == before[1]["first.weight"][0]
+
+
+def test_hooks_on_replacements_are_spoken_of():
+    model = block()
+    fp.swap(model, "int8")
+    model.first.register_forward_hook(lambda *a: None)
+    with pytest.warns(UserWarning, match="hooks registered on 1 replaced layers"):
+        fp.restore(model)
+
+
+def test_a_model_that_defines_equality():
+    class Equal(nn.Sequential):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    a, b = Equal(block()).eval(), Equal(block()).eval()
+    fp.swap(a[0], "int8")
+    fp.swap(b[0], "w8a16")
+    fp.restore(a[0])
+    assert isinstance(b[0].first, fp.nn.W8A16Linear)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.parametrize("keep", ["auto", "device"])
+def test_on_a_gpu(keep):
+    model, x = block().cuda(), torch.randn(3, 64, device="cuda")
+    before, exact = objects(model), outputs(model, x)
+    report = fp.swap(model, "int8", keep=keep)
+    kept = originals.find(model).layers[0].original
+    assert kept.weight.device.type == ("cpu" if keep == "auto" else "cuda") == report.weight_bytes.kept_on
+    assert fp.parity(model, [x]).output.cosine_min > 0.99
+    assert kept.weight.device.type == report.weight_bytes.kept_on
+    model.cpu()
+    fp.restore(model)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    model.cuda()
+    assert_same_objects(model, before)
+    assert torch.equal(outputs(model, x), exact)
+
+
+def test_moved_data_comes_back_after_a_failure():
+    """To "cpu:0", which is not equal to "cpu": the move takes its whole path, and the data stays where it is."""
+    model = block()
+    before, data = objects(model), [p.data_ptr() for p in model.parameters()]
+    there = torch.device("cpu", 0)
+
+    def modules():
+        yield model.first
+        raise MemoryError("here")
+
+    with pytest.raises(MemoryError, match="here"):
+        originals.Moved(modules(), there)
+    moved = originals.Moved([model.first, model.second], there)
+    with torch.no_grad():
+        for p in model.first.parameters():
+            p.data = p.data + 1
+    moved.undo()
+    assert_same_objects(model, before)
+    assert [p.data_ptr() for p in model.parameters()] == data
+
+
+def test_a_model_moved_to_meta_restores_to_where_the_originals_are():
+    model = block()
+    before = objects(model)
+    fp.swap(model, "int8")
+    for name in ("first", "second"):
+        getattr(model, name).to("meta")
+    fp.restore(model)
+    assert_same_objects(model, before)

@@ -1,0 +1,638 @@
+"""swap: every Linear-like layer is replaced, or left with a reason; after an exception the model is as it was."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from small_models import CONFIGS, Block, assert_same_objects, batch, block, build, objects, outputs
+from torch import nn
+from torch.nn.utils import prune
+
+import forwardpass as fp
+from forwardpass.nn import QuantizedLinear
+from forwardpass.swap.patterns import Pattern
+
+
+def codes(report):
+    return {s.fqn: s.reason.code for s in report.skipped}
+
+
+def names(report):
+    return [s.fqn for s in report.swapped]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("precision", ["int8", "w8a16"])
+def test_architectures(name, precision):
+    model, inputs = build(name), batch(name)
+    before = outputs(model, inputs)
+    leaves = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    report = fp.swap(model, precision)
+    after = outputs(model, inputs)
+    fused = {n for n, c in codes(report).items() if c == "fused_experts"}
+    assert set(names(report)) | set(codes(report)) - fused == leaves
+    assert not set(names(report)) & set(codes(report))
+    assert len(names(report)) >= 4
+    for swapped in report.swapped:
+        layer = model.get_submodule(swapped.fqn)
+        assert isinstance(layer, QuantizedLinear)
+        assert (layer.in_features, layer.out_features) == (swapped.in_features, swapped.out_features)
+    assert 0 < (after - before).norm() / before.norm() < 0.04
+    assert bool(fused) == (name == "mixtral")
+    if name not in ("bert", "vit"):  # a head that makes logits, whatever it is called
+        assert codes(report)["proj_out" if name == "whisper" else "lm_head"] == "lm_head"
+
+
+def test_report_has_everything_in_words_and_in_json():
+    report = fp.swap(block(), "int8")
+    text = str(report)
+    assert "2 layers swapped, 1 skipped" in text
+    assert "first" in text
+    assert "too small to gain" in text
+    content = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert content["schema"] == "forwardpass.report/1"
+    assert content["skipped"] == [{"fqn": "head", "code": "too_small", "text": "3 x 64 is too small to gain, below "
+                                                                               "4096 weights",
+                                   "fix": "add 'head' to include to swap it all the same"}]  # fmt: skip
+    assert content["swapped"][0]["precision"] == "int8"
+    assert content["swapped"][0]["version"] == 1
+
+
+def test_weight_bytes():
+    model = block()
+    report = fp.swap(model, "int8")
+    first, second, head = 64 * 128, 128 * 64, 64 * 3
+    quantised = first + second + (128 + 64) * 8 + 128 * 4  # weights; scale and sum a row; bias
+    before = 4 * (first + 128 + second + head + 3)
+    b = report.weight_bytes
+    assert b.before == before
+    assert b.after == quantised + 4 * (head + 3) == sum(t.nbytes for t in model.state_dict().values())
+    assert b.kept == 4 * (first + 128 + second)
+    assert b.peak == before + quantised
+    assert (b.kept_on, report.to_json()["weight_bytes"]["kept_on"]) == ("cpu", "cpu")
+
+
+# ---- why a layer is left alone
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(64, 64)
+        self.lm_head = nn.Linear(64, 100)
+
+
+class Special(nn.Linear):
+    pass
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(100, 64)
+        self.out = nn.Linear(64, 100, bias=False)
+        self.out.weight = self.embedding.weight
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(64, 64)
+        self.shared_expert = nn.ModuleDict({"gate_proj": nn.Linear(64, 64)})
+        self.experts = nn.ModuleList([nn.ModuleDict({"gate": nn.Linear(64, 64)})])
+
+
+class Lora(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(64, 64)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(64, 64)})
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.weight) + self.inner.bias
+
+
+def sequential(layer):
+    return nn.Sequential(layer, nn.Linear(64, 64))
+
+
+def changed(change):
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        change(layer)
+    return sequential(layer)
+
+
+def shared():
+    layer = nn.Linear(64, 64)
+    return nn.Sequential(layer, nn.Sequential(layer), nn.Linear(64, 64))
+
+
+def overlapping():
+    memory, model = torch.randn(96, 64), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].weight, model[1].weight = nn.Parameter(memory[:64]), nn.Parameter(memory[32:])
+    return model
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+SKIPS = {
+    "subclass": (lambda: sequential(Special(64, 64)), {"0": "subclass"}),
+    "shared": (shared, {"0": "shared"}),
+    "tied": (Tied, {"out": "tied"}),
+    "overlapping": (overlapping, {"0": "tied", "1": "tied"}),
+    "hooks": (lambda: changed(lambda m: m.register_forward_hook(lambda *a: None)), {"0": "hooks"}),
+    "pre-hooks": (lambda: changed(lambda m: m.register_forward_pre_hook(lambda *a: None)), {"0": "hooks"}),
+    "patched": (lambda: changed(lambda m: setattr(m, "forward", lambda x: x)), {"0": "hooks"}),
+    "parametrize": (lambda: sequential(nn.utils.parametrizations.orthogonal(nn.Linear(64, 64))), {"0": "parametrized"}),
+    "weight_norm": (lambda: changed(lambda m: nn.utils.parametrizations.weight_norm(m)), {"0": "parametrized"}),
+    "pruning": (lambda: changed(lambda m: prune.l1_unstructured(m, "weight", 0.5)), {"0": "parametrized"}),
+    "lora": (Lora, {"base_layer": "lora", "lora_A.default": "lora"}),
+    "meta": (lambda: sequential(nn.Linear(64, 64, device="meta")), {"0": "meta"}),
+    "too_small": (lambda: sequential(nn.Linear(64, 63)), {"0": "too_small"}),
+    "nan": (lambda: changed(lambda m: m.weight[3, 5].fill_(float("nan"))), {"0": "not_finite"}),
+    "inf bias": (lambda: changed(lambda m: m.bias[3].fill_(-float("inf"))), {"0": "not_finite"}),
+    "float64": (lambda: sequential(nn.Linear(64, 64).double()), {"0": "dtype"}),
+    "tensor class": (
+        lambda: changed(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(64, 64).as_subclass(Wrapped)))),
+        {"0": "tensor_class"},
+    ),
+    "lm_head": (Head, {"lm_head": "lm_head"}),
+    "moe_router": (Router, {"gate": "moe_router"}),
+    "weight_read": (Reads, {"inner": "weight_read"}),
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(64, 4, 64),
+        {"self_attn.out_proj": "subclass", "linear1": "weight_read", "linear2": "weight_read"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SKIPS)
+@pytest.mark.filterwarnings("ignore")
+def test_skips(case):
+    make, expected = SKIPS[case]
+    report = fp.swap(make().eval(), "int8")
+    assert codes(report) == expected
+    for skipped in report.skipped:
+        assert skipped.reason.text
+        assert skipped.reason.fix
+        assert "\n" not in str(skipped.reason)
+
+
+def test_a_transformer_encoder_layer_runs_swapped_without_its_fast_path():
+    layer = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 64)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        before = outputs(layer, x)
+        assert names(fp.swap(layer, "int8")) == ["linear1", "linear2"]
+        assert (outputs(layer, x) - before).norm() / before.norm() < 0.02
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def test_a_half_that_is_on_meta_stays():
+    model = block()
+    model.second = nn.Linear(128, 64, bias=False, device="meta")
+    assert names(fp.swap(model, "int8")) == ["first"]
+
+
+# ---- patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fqn", "matches"),
+    [
+        ("layer.1", "encoder.layer.1.output", True),
+        ("layer.1", "encoder.layer.11.output", False),
+        ("encoder", "encoder.layer.1", True),
+        ("encoder", "my_encoder.layer.1", False),
+        ("layer.*.output", "encoder.layer.1.output.dense", True),
+        ("encoder.*.dense", "encoder.layer.1.output.dense", False),
+        ("encoder.**.dense", "encoder.layer.1.output.dense", True),
+        ("*", "encoder.layer.1", True),
+        ("layer.[01]", "encoder.layer.1.x", True),
+        ("layer.[!01]", "encoder.layer.1.x", False),
+        ("q?", "a.q1", True),
+        ("re:layer\\.(0|1)", "encoder.layer.1.x", True),
+        ("re:layer\\.(0|1)", "encoder.layer.10.x", False),
+        ("re:.*dense", "encoder.dense", True),
+        ("a+b", "aab", False),
+    ],
+)
+def test_patterns_match_whole_components(pattern, fqn, matches):
+    assert Pattern(pattern).matches(fqn) is matches
+
+
+def test_include_and_exclude():
+    report = fp.swap(block(), "int8", include=["first", "second"], exclude="second")
+    assert names(report) == ["first"]
+    assert codes(report) == {"second": "excluded", "head": "not_included"}
+
+
+def test_a_user_exclude_does_not_erase_the_default_skips():
+    assert codes(fp.swap(Head().eval(), "int8", exclude="body")) == {"body": "excluded", "lm_head": "lm_head"}
+    assert "lm_head" in codes(fp.swap(Head().eval(), "int8", include="*"))
+
+
+def test_a_name_spelled_out_overrides_the_default_skips():
+    assert names(fp.swap(Head().eval(), "int8", include=["*", "lm_head"])) == ["body", "lm_head"]
+    assert names(fp.swap(Router().eval(), "int8", include="*.gate")) == [
+        "experts.0.gate"
+    ]  # a group, not this very layer
+    assert "gate" in names(fp.swap(Router().eval(), "int8", include=["*", "gate"]))
+
+
+def test_a_tied_head_stays_even_when_it_is_spelled_out():
+    report = fp.swap(build("llama_tied"), "int8", include=["*", "lm_head"])
+    assert codes(report)["lm_head"] == "tied"
+    assert "lm_head" in names(fp.swap(build("llama"), "int8", include=["*", "lm_head"]))
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_a_warning(argument):
+    with pytest.warns(UserWarning, match=f"{argument}='firts' matches none of the 3 Linear layers"):
+        report = fp.swap(block(), "int8", **{argument: ["firts", "first"]})
+    assert any("firts" in w for w in report.warnings)
+
+
+# ---- refusals: one sentence, and the model untouched
+
+REFUSALS = [
+    (lambda m: fp.swap(m, "int4"), ValueError, "no precision 'int4': use one of 'int8' .* 'w8a16'"),
+    (lambda m: fp.swap(m), ValueError, "neither was given"),
+    (lambda m: fp.swap(m, "int8", {}), ValueError, "both were given"),
+    (lambda m: fp.swap(m, "int8", keep="disk"), ValueError, "keep is one of"),
+    (lambda m: fp.swap(m, "int8", keep=True), ValueError, "keep is one of"),
+    (lambda m: fp.swap(m, "int8", exclude="re:("), ValueError, "not a regular expression"),
+    (lambda m: fp.swap(m, "int8", exclude=[1]), TypeError, "exclude: a pattern is a string"),
+    (lambda m: fp.swap(m, "int8", calibrate=[]), ValueError, "no batch"),
+    (lambda m: fp.swap(m, "int8", calibrate=[1]), TypeError, "pass forward="),
+    (lambda m: fp.swap(m, "w8a16", calibrate=[torch.ones(1, 64)]), ValueError, "takes no calibration"),
+    (lambda m: fp.swap(m, plan="/nowhere/plan.json"), FileNotFoundError, "no plan at /nowhere/plan.json: write one"),
+    (lambda m: fp.swap(m, plan=3), TypeError, "a Plan, a dict or a path"),
+    (lambda m: fp.swap(lambda x: x, "int8"), TypeError, "takes a torch.nn.Module, not function"),
+    (lambda m: fp.swap(nn.Linear(64, 64), "int8"), ValueError, "itself a Linear"),
+    (lambda m: fp.swap(torch.jit.trace(m, torch.ones(1, 64)), "int8"), TypeError, "TorchScript"),
+    (lambda m: fp.swap(Block().to("meta"), "int8"), ValueError, "on the meta device"),
+    (lambda m: fp.restore(m), RuntimeError, "not swapped"),
+    (lambda m: fp.save_pretrained(m, "/nowhere"), ValueError, "call fp.swap first"),
+    (lambda m: fp.parity(m, []), ValueError, "call fp.swap first"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSALS)))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_refusals(case):
+    call, error, words = REFUSALS[case]
+    model = block()
+    before = objects(model)
+    with pytest.raises(error, match=words) as e:
+        call(model)
+    assert "\n" not in str(e.value)
+    assert_same_objects(model, before)
+
+
+def test_a_second_swap_is_refused():
+    model = nn.Sequential(block(), block()).eval()
+    fp.swap(model[0], "int8")
+    before = objects(model)
+    for again in (model, model[0]):
+        with pytest.raises(RuntimeError, match="already holds 2 swapped layers"):
+            fp.swap(again, "int8")
+    assert_same_objects(model, before)
+
+
+def test_a_swapped_model_refuses_gradients():
+    model = block()
+    fp.swap(model, "int8")
+    with pytest.raises(RuntimeError, match="inference_mode"):
+        model(torch.ones(1, 64, requires_grad=True))
+
+
+def test_strict():
+    model = changed(lambda m: m.register_forward_hook(lambda *a: None)).eval()
+    before = objects(model)
+    with pytest.raises(fp.Unsupported, match="would skip 0: hooks are registered") as e:
+        fp.swap(model, "int8", strict=True)
+    assert e.value.reasons["0"].code == "hooks"
+    assert_same_objects(model, before)
+    assert names(fp.swap(model, "int8", strict=True, exclude="0")) == ["1"]
+    assert codes(fp.swap(Head().eval(), "int8", strict=True)) == {"lm_head": "lm_head"}
+
+
+def test_strict_speaks_of_fused_experts():
+    model = build("mixtral")
+    with pytest.raises(fp.Unsupported, match="holds its experts' weights as one parameter"):
+        fp.swap(model, "int8", strict=True)
+    report = fp.swap(model, "int8", strict=True, exclude="experts")
+    assert not report.warnings
+    assert "fused_experts" not in codes(report).values()
+
+
+@pytest.mark.parametrize("calibrate", [None, [torch.randn(9, 64)]])
+def test_dry_run_reports_the_same_and_changes_nothing(calibrate):
+    model = block()
+    before = objects(model)
+    dry = fp.swap(model, "int8", dry_run=True, calibrate=calibrate)
+    assert_same_objects(model, before)
+    report = fp.swap(model, "int8", calibrate=calibrate)
+    dry.dry_run = False
+    assert dry == report
+    with fp.swap(block(), "int8", dry_run=True):  # nothing to restore on exit
+        pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["build", "install", "keep"])
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch, error, where):
+    model = nn.Sequential(block(), block()).eval()
+    before = objects(model)
+
+    def fail_at(count, real):
+        calls = iter(range(1000))
+
+        def call(*args, **kwargs):
+            if next(calls) == count:
+                raise error("here")
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as m:
+        if where == "build":
+            m.setattr(fp.nn.Int8Linear, "from_torch", fail_at(3, fp.nn.Int8Linear.from_torch))
+        elif where == "install":
+            m.setattr(fp.swap.__globals__["originals"], "remember", fail_at(0, None))
+        else:
+            m.setattr(fp.swap.__globals__["originals"].Moved, "add", fail_at(2, lambda *a: None))
+        with pytest.raises(error, match="here"):
+            fp.swap(model, "int8", keep="cpu")
+    assert_same_objects(model, before)
+    assert len(fp.swap(model, "int8").swapped) == 4
+
+
+def test_a_model_that_changes_meanwhile_is_not_touched():
+    model = block()
+
+    def forward(model, batch):
+        model.second = nn.Linear(128, 64)
+        return model(batch)
+
+    with pytest.raises(RuntimeError, match="second is no longer the Linear"):
+        fp.swap(model, "int8", calibrate=[torch.randn(2, 64)], forward=forward)
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+
+
+def test_training_mode_is_a_warning():
+    with pytest.warns(UserWarning, match=r"call model.eval\(\)"):
+        fp.swap(block().train(), "int8")
+
+
+def test_what_users_set_on_a_layer_is_on_its_replacement():
+    model = block()
+    model.first.tag = "mine"
+    model.first.train()
+    fp.swap(model, "int8")
+    assert model.first.tag == "mine"
+    assert model.first.training
+    assert not model.second.training
+
+
+# ---- plans
+
+
+def test_a_plan_replays(tmp_path):
+    model, x = block(), torch.randn(4, 64)
+    report = fp.swap(model, "int8", exclude="second")
+    expected = outputs(model, x)
+    report.save_plan(tmp_path / "plan.json")
+    for plan in (tmp_path / "plan.json", str(tmp_path / "plan.json"), report.plan, report.plan.to_json()):
+        again = block()
+        replayed = fp.swap(again, plan=plan)
+        assert codes(replayed) == {"second": "not_planned", "head": "not_planned"}
+        assert replayed.plan == report.plan
+        assert torch.equal(outputs(again, x), expected)
+
+
+def test_a_plan_overrules_the_defaults_but_not_the_user():
+    plan = fp.swap(block(), "int8", include=["first", "head"], dry_run=True).plan
+    assert names(fp.swap(block(), plan=plan)) == ["first", "head"]
+    assert names(fp.swap(block(), plan=plan, exclude="first")) == ["head"]
+
+
+def edited(**changes):
+    def edit():
+        plan = fp.swap(block(), "int8", dry_run=True).plan.to_json()
+        for path, value in changes.items():
+            if path in plan["layers"][0]:
+                plan["layers"][0][path] = value
+            else:
+                plan[path] = value
+        return plan
+
+    return edit
+
+
+BAD_PLANS = [
+    (edited(fqn="nowhere"), "another model .*no Linear layer nowhere"),
+    (edited(in_features=65), r"first has \(in_features, out_features, bias\) \(64, 128, True\)"),
+    (edited(bias=False), "another model"),
+    (edited(schema="forwardpass.plan/9"), "schema 'forwardpass.plan/9', and this version reads"),
+    (edited(version=2), "no precision 'int8' version 2"),
+    (edited(precision="int3"), "no precision 'int3'"),
+    (edited(in_features=True), "in_features of layer 0"),
+    (edited(extra=1), "has the entries"),
+    (edited(layers={}), "layers of the plan"),
+    (edited(layers=[3]), "layer 0 is not an object"),
+    (edited(fqn="second"), "names a layer twice"),
+    (edited(calibrated=True), "made with calibration"),
+    (dict, "no schema"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD_PLANS)))
+def test_a_plan_that_does_not_fit_is_refused(case):
+    make, words = BAD_PLANS[case]
+    model = block()
+    before = objects(model)
+    with pytest.raises(ValueError, match=words) as e:
+        fp.swap(model, plan=make())
+    assert "\n" not in str(e.value)
+    assert_same_objects(model, before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"schema": NaN}',
+        b'{"schema": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=range(8),
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(ValueError, match="plan") as e:
+        fp.swap(block(), plan=tmp_path / "plan.json")
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 400
+
+
+def test_a_plan_for_a_layer_that_has_hooks_now_is_refused():
+    plan, model = fp.swap(block(), "int8", dry_run=True).plan, block()
+    model.first.register_forward_hook(lambda *a: None)
+    with pytest.raises(ValueError, match="does not fit this Block: it names first, and hooks are registered"):
+        fp.swap(model, plan=plan)
+
+
+# ---- calibration
+
+
+def data(rows=256, seed=2):
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))
+    x[:, 7] *= 30
+    return x
+
+
+def test_calibration_lowers_the_error():
+    x, model = data(seed=3), block()
+    exact = outputs(model, x)
+    errors = []
+    for calibrate in (None, [data(), data(64, 5)]):
+        with fp.swap(model, "int8", calibrate=calibrate):
+            errors.append((outputs(model, x) - exact).norm())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_calibration_leaves_padding_out():
+    def run(filler):
+        model, ids = build("bert"), batch("bert")
+        ids["input_ids"][ids["attention_mask"] == 0] = filler
+        fp.swap(model, "int8", calibrate=[ids])
+        return model.state_dict()
+
+    a, b = run(5), run(77)
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_calibration_puts_hooks_and_flags_back():
+    model = block()
+    model.first.train()
+    before = objects(model), [m.training for m in model.modules()]
+
+    def forward(model, batch):
+        assert not model.first.training
+        assert torch.is_inference_mode_enabled()
+        model(batch)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fp.swap(model, "int8", calibrate=[data()], forward=forward)
+    assert_same_objects(model, before[0])
+    assert [m.training for m in model.modules()] == before[1]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    fp.swap(model, "int8", calibrate=iter([(data(),)]))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_calibration_says_what_it_could_not_calibrate(bad):
+    model, x = block(), data()
+    x[3, 3] = bad
+    model.unused = nn.Linear(64, 64)
+    with pytest.warns(UserWarning, match="NaN or infinity") as found:
+        report = fp.swap(model, "int8", calibrate=[x])
+    assert any("never reached 1 of 3 layers (unused" in w for w in report.warnings)
+    assert len(found) == 2
+    assert model.first.channel_scale is None
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+# ---- where models run
+
+
+def test_under_compile():
+    model, x = block(), torch.randn(3, 64)
+    exact = outputs(model, x)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.allclose(outputs(compiled, x), exact)
+    with fp.swap(compiled, "int8") as report:
+        assert names(report) == ["first", "second"]
+        assert not torch.equal(outputs(model, x), exact)
+        assert torch.equal(outputs(compiled, x), outputs(model, x))
+        assert torch.equal(outputs(torch.compile(model, backend="aot_eager", fullgraph=True), x), outputs(model, x))
+    assert torch.allclose(outputs(compiled, x), exact)
+    assert torch.equal(outputs(model, x), exact)
+
+
+def test_in_threads():
+    model, x = block(), torch.randn(3, 64)
+    exact = outputs(model, x)
+    results, errors = [], []
+    start = threading.Barrier(4)
+
+    def swap():
+        start.wait()
+        try:
+            results.append(fp.swap(model, "int8"))
+        except RuntimeError as e:
+            errors.append(str(e))
+
+    threads = [threading.Thread(target=swap) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 1
+    assert len(errors) == 3
+    swapped = outputs(model, x)
+    seen = []
+    threads = [threading.Thread(target=lambda: seen.extend(outputs(model, x) for _ in range(20))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(seen) == 80
+    assert all(torch.equal(s, swapped) for s in seen)
+    fp.restore(model)
+    assert torch.equal(outputs(model, x), exact)
+
+
+def test_after_fork():
+    script = """
+import os, torch
+from small_models import block, outputs
+import forwardpass as fp
+model, x = block(), torch.randn(3, 64)
+exact = outputs(model, x)
+fp.swap(model, "int8")
+swapped = outputs(model, x)
+if (child := os.fork()) == 0:
+    same = torch.equal(outputs(model, x), swapped)
+    fp.restore(model)
+    os._exit(0 if same and torch.equal(outputs(model, x), exact) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(outputs(model, x), swapped)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
