@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..batches import Forward, evaluating, padding_mask, run
 from ..nn.layer import linear_weight
-from .calibration import LayerStatistics, bias_correction, round_weight, smoothing_scale
+from .calibration import LayerStatistics, round_weight, smoothing_scale
 from .walker import Leaf
 
 
@@ -36,7 +36,7 @@ def calibration_arguments(
         seen = statistics.pop(leaf.fqn)  # gone as soon as it is used
         if seen.rows == 0:
             unseen.append(leaf.fqn)
-        elif not (seen.mean.isfinite().all() and seen.second_moment.isfinite().all()):
+        elif not (seen.absmax.isfinite().all() and seen.second_moment.isfinite().all()):
             broken.append(leaf.fqn)
         else:
             arguments[leaf.fqn] = _arguments(leaf.module, seen)
@@ -84,10 +84,4 @@ def _arguments(layer: nn.Module, seen: LayerStatistics) -> dict[str, Any]:
     channel_scale = smoothing_scale(seen, weight)
     smoothed, channel_scale = seen.scaled(channel_scale), channel_scale.to(weight.device)
     weight = weight / channel_scale
-    q, scale = round_weight(weight, smoothed.second_moment)
-    bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
-    return {
-        "channel_scale": channel_scale,
-        "quantized": (q, scale),
-        "bias": bias_correction(weight, q, scale, smoothed.mean, bias=bias).to(layer.weight.dtype),  # type: ignore[arg-type]
-    }
+    return {"channel_scale": channel_scale, "quantized": round_weight(weight, smoothed.second_moment)}
