@@ -6,7 +6,21 @@
 
 namespace forwardpass {
 
-// On the CPU: rows of the weight are widened to fp32 some at a time, so that they stay in the cache until oneDNN has used them.
+namespace {
+
+// The epilogue of rows from `row` and columns from `column`, a multiple of 16, on.
+Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
+  if (e.b_scale_per_column) e.b_scale += column;
+  if (e.bias) e.bias = static_cast<const char*>(e.bias) + column * size_of(e.bias_dtype);
+  const int64_t at = row * e.out_stride + (is_gated(e.activation) ? column / 2 : column);
+  e.out = static_cast<char*>(e.out) + at * size_of(e.out_dtype);
+  return e;
+}
+
+}  // namespace
+
+// On the CPU a thread takes some rows of the weight (some columns of the output) at a time: widened to fp32 they stay in its cache
+// while oneDNN multiplies by them, and so does the product until the epilogue has read it.
 Tensor w8a16_gemm(Backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, OptionalTensor bias,
                   std::optional<std::string> activation) {
   const char* op = "w8a16_gemm";
@@ -23,27 +37,30 @@ Tensor w8a16_gemm(Backend, const Tensor& x, const Tensor& w, const Tensor& w_sca
   sizes.back() = n;
   Tensor one = contiguous_rows({1}, ScalarType::Float, x);
   torch::stable::fill_(one, 1.0);
-  DequantActivationParams d{};
-  OptionalTensor none;
-  Tensor out;
-  std::tie(out, d.epilogue) =
+  const OptionalTensor none;
+  auto [output, epilogue_of] =
       epilogue(sizes, xm.rows, {one, blocks ? one : w_scale, bias, activation, x.scalar_type(), none, none, none}, x, op);
+  const Tensor out = output;  // C++17 lambdas capture no structured bindings
+  const Epilogue e = epilogue_of;
   if (xm.rows == 0) return out;
 
   const Tensor a = torch::stable::to(as_matrix(x, xm), ScalarType::Float);
-  Tensor acc = contiguous_rows({xm.rows, n}, ScalarType::Float, x);
-  constexpr int64_t kRows = 256;  // 256 rows of K = 1536 in fp32 are 1.5 MB: the second-level caches of two cores
-  Tensor widened = contiguous_rows({std::min(kRows, n), xm.columns}, ScalarType::Float, x);
-  q.out = static_cast<float*>(widened.mutable_data_ptr());
-  for (q.first = 0; q.first < n; q.first = q.last) {
-    q.last = std::min(q.first + kRows, n);
-    dequantize_weight_cpu(q);
-    Tensor columns = torch::stable::narrow(acc, 1, q.first, q.last - q.first);
-    const Matrix rows{q.out, Dtype::f32, q.last - q.first, xm.columns, xm.columns};
-    torch::stable::copy_(columns, call("aten::mm", a, transposed(widened, rows)));
-  }
-  d.acc = matrix(acc, op, "acc");
-  dequant_activation_cpu(d);
+  const int64_t threads = torch::stable::get_num_threads();
+  constexpr int64_t kMostColumns = 256, kMostRows = 1024;  // the product of one thread: 1 MB of fp32, its second-level cache
+  const int64_t chunk = std::min(kMostColumns, round_up((n + threads - 1) / threads, 16));
+  torch::stable::parallel_for(0, (n + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+    Tensor widened = contiguous_rows({chunk, xm.columns}, ScalarType::Float, x), rows = a;
+    for (int64_t column = begin * chunk; column < std::min(end * chunk, n); column += chunk) {
+      const int64_t columns = std::min(chunk, n - column);
+      auto out_rows = static_cast<float*>(widened.mutable_data_ptr());
+      dequantize_weight_cpu({q.w, q.block_scale, column, column + columns, out_rows});
+      const Tensor b = transposed(widened, {out_rows, Dtype::f32, columns, xm.columns, xm.columns});
+      for (int64_t row = 0; row < xm.rows; row += kMostRows) {
+        Tensor acc = call("aten::mm", torch::stable::narrow(rows, 0, row, std::min(kMostRows, xm.rows - row)), b);
+        dequant_activation_cpu({matrix(acc, op, "acc"), part_from(e, row, column)});
+      }
+    }
+  });
   return out;
 }
 
