@@ -30,12 +30,12 @@ using namespace forwardpass;
   X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")") \
   X(activation_quantize, "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")") \
   X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")") \
-  X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)")
+  X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)") \
+  X(dequant_activation, "(Tensor acc, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS \
+                        "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")
 
 // on the CPU only, so far
 #define FOR_EACH_CPU_OP(X)                                                                                                      \
-  X(dequant_activation, "(Tensor acc, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                                        \
-                        "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                                    \
   X(int8_gemm, "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                                         \
                "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                                             \
   X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                                  \

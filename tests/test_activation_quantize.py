@@ -72,7 +72,7 @@ def test_interleaves_the_rows_of_a_weight():
 
 @pytest.mark.parametrize("activation", PLAIN)
 def test_cpu_activation_within_its_own_bound(activation):
-    """2^-22.5 |x|, tighter than the bound of all backends, over every sign and exponent: one column a row leaves |value|
+    """2^-22.5 |x|, tighter than what all backends keep, over every sign and exponent; one column a row leaves |value|
     in the scale."""
     bits = torch.arange(0, 2**32, 4093, dtype=torch.int64).to(torch.int32)  # a prime step
     x = bits.view(torch.float32)

@@ -31,7 +31,7 @@ inline RowsLaunch rows_launch(int64_t rows, const QuantizedRows& out) {
 }
 
 inline bool aligned16(const void* p, int64_t stride_bytes, int64_t group_bytes, int64_t groups) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_bytes % 16 == 0 && (groups == 1 || group_bytes % 16 == 0);
+  return is_aligned(p) && stride_bytes % 16 == 0 && (groups == 1 || group_bytes % 16 == 0);
 }
 
 // Where this thread stands: lane `lane` of the `width` threads of segment (row, group), columns [begin, begin + length).

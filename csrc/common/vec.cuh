@@ -10,6 +10,8 @@ namespace forwardpass {
 
 constexpr int kVec = 8;
 
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 template <Dtype D>
 struct CudaType;
 template <>

@@ -37,13 +37,14 @@ def allocate(
     """What the op returns, and the kernel arguments that describe it (those of `quantize_segment`)."""
     q, s, z = result = fake_quantized(x, shape, dtype, scale is not None, group_size, symmetric)
     groups = s.shape[-1] if group_size and scale is None else 1
+    q_ptr = q.view(torch.uint8) if dtype is E4M3 else q  # Triton refuses a pointer to e4m3 before sm_89
     arguments = {
-        "q_ptr": q.view(torch.uint8) if dtype is E4M3 else q,
+        "q_ptr": q_ptr,
         "q_stride": -(-shape[-1] // 16) * 16,
         "scale_ptr": s if scale is None else scale,
         "zero_ptr": z if zero_point is None else zero_point,
         "scale_stride": s.stride(-1) if groups > 1 else 0,
-        "channel_ptr": channel_scale if channel_scale is not None else q,
+        "channel_ptr": channel_scale if channel_scale is not None else q_ptr,
         "columns": shape[-1],
         "group": group_size or shape[-1],
         "groups": groups,

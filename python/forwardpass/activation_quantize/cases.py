@@ -78,7 +78,7 @@ def assert_matches(got: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) ->
     if not symmetric:
         z = zero_point if group_size else zero_point.unsqueeze(-1)
         at = largest_of((-values).clamp(min=0)) / s - 128  # before it was rounded
-        assert_close(z, at, 0.5 + largest / s * 1.001, "zero_point")
+        assert_close(z.double(), at, 0.5 + largest / s * 1.001, "zero_point")
         z = z[..., index]
     assert_quantized_close(q, values, bound, s[..., index], zero_point=z)
     for name, g, e in zip(("q", "scale", "zero_point"), got, expected):

@@ -74,4 +74,4 @@ def _fake(
     return fake_output(acc, tuple(acc.shape), activation, out_dtype)
 
 
-OPERATION = Operation(dequant_activation, _check, reference.dequant_activation, _fake, backends=("cpu",))
+OPERATION = Operation(dequant_activation, _check, reference.dequant_activation, _fake)

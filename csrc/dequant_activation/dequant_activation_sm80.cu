@@ -1,0 +1,45 @@
+// dequant_activation: bytes per element 4 in and 1 to 4 out. A thread makes eight consecutive outputs; what belongs to columns
+// comes from L1 or L2 (12 bytes an element at most, beside 6 from memory, where L1 delivers eight times what memory does).
+#include "common/dispatch.h"
+#include "common/epilogue.cuh"
+#include "dequant_activation/dequant_activation.h"
+
+namespace forwardpass {
+
+constexpr int kThreads = 256;
+
+template <Dtype D>
+__global__ void __launch_bounds__(kThreads)
+    dequant_activation_kernel(DequantActivationParams p, int64_t vectors, EpilogueAccess access, bool aligned) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / vectors, out_column = index % vectors * kVec;
+  if (row >= p.acc.rows) return;
+  const Epilogue& e = p.epilogue;
+  const bool gated = is_gated(e.activation);
+  const int64_t column = gated ? 2 * out_column : out_column;  // gated: 8 of gate, then 8 of up
+  const int n = static_cast<int>(min(int64_t{kVec}, p.acc.columns - column));
+
+  auto acc = static_cast<const cuda_t<D>*>(p.acc.data) + row * p.acc.stride + column;
+  const auto first = load_vec(acc, n, aligned);
+  float y[kVec], up[kVec];
+  if (gated) dequantize(up, load_vec(acc + kVec, n, aligned), e, access, row, column + kVec, n);
+  dequantize(y, first, e, access, row, column, n);
+  activate(e.activation, y);
+  if (gated) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) y[i] = __fmul_rn(y[i], up[i]);
+  }
+  store_output(y, e, access, row, out_column, n);
+}
+
+}  // namespace forwardpass
+
+int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p, void* stream) {
+  using namespace forwardpass;
+  const int64_t vectors = (p->acc.columns / (is_gated(p->epilogue.activation) ? 2 : 1) + kVec - 1) / kVec;
+  const unsigned grid = static_cast<unsigned>((p->acc.rows * vectors + kThreads - 1) / kThreads);
+  const bool aligned = is_aligned(p->acc.data) && p->acc.stride % 4 == 0;
+  dispatch<Dtype::i32, Dtype::f32>(p->acc.dtype, [&](auto D) {
+    dequant_activation_kernel<D()><<<grid, kThreads, 0, cudaStream_t(stream)>>>(*p, vectors, EpilogueAccess(p->epilogue), aligned);
+  });
+  return cudaGetLastError();
+}
