@@ -78,6 +78,14 @@ __device__ inline void load_floats(float (&f)[kVec], const T* p, int n, bool ali
   for (int i = 0; i < kVec; ++i) f[i] = to_float(v.e[i]);
 }
 
+// Zeros from n on. One branch a vector: a test of each element would cost every vector what only a row's last one needs.
+__device__ inline void trim(float (&f)[kVec], int n) {
+  if (n >= kVec) return;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i)
+    if (i >= n) f[i] = 0;
+}
+
 // Two fp32 -> two e4m3, to nearest even, saturating. Before sm_89 there is no instruction: the same rounding on the bits.
 __device__ inline uint8_t to_e4m3_bits(float v) {
   const uint32_t b = __float_as_uint(v), sign = (b >> 24) & 0x80, a = b & 0x7fffffff;
@@ -94,6 +102,12 @@ __device__ inline uint16_t to_e4m3x2(float high, float low) {
 #else
   return to_e4m3_bits(high) << 8 | to_e4m3_bits(low);
 #endif
+}
+
+// Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN gives low.
+// cvt.rni.s32.f32 would do it too, at a quarter of the rate.
+__device__ inline int to_int(float v, float low, float high) {
+  return __float_as_int(__fadd_rn(fminf(fmaxf(v, low), high), 0x1.8p23f)) - __float_as_int(0x1.8p23f);
 }
 
 }  // namespace forwardpass

@@ -1,18 +1,23 @@
 // norm_quantize, add_norm_quantize: bytes per element 2 or 4 in (twice that with a residual, and as much out), 1 out; a row is
-// a segment of common/quantize_rows.cuh. The norm itself takes some 10 more instructions an element.
+// a segment of common/quantize_rows.cuh.
 #include "common/dispatch.h"
 #include "common/quantize_rows.cuh"
 #include "norm_quantize/norm_quantize.h"
 
 namespace forwardpass {
 
-template <class T>
-__device__ inline void load_affine(float (&f)[kVec], const Affine& a, int column, int n, bool aligned) {
+// f(value, weight or bias) for each value of a vector.
+template <class T, class F>
+__device__ inline void for_each_affine(float (&v)[kVec], const Affine& a, int column, int n, bool aligned, F f) {
+  if (!a.data) return;
+  float c[kVec];
   if (a.dtype == Dtype::f32) {
-    load_floats(f, static_cast<const float*>(a.data) + column, n, aligned);
+    load_floats(c, static_cast<const float*>(a.data) + column, n, aligned);
   } else {
-    load_floats(f, static_cast<const T*>(a.data) + column, n, aligned);
+    load_floats(c, static_cast<const T*>(a.data) + column, n, aligned);
   }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) v[i] = f(v[i], c[i]);
 }
 
 template <Dtype D>
@@ -35,34 +40,36 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth) norm_quantize_kernel(No
   float pivot = 0, mean = 0, inverse = 1;
   if (p.kind == Norm::layer && s.active) pivot = add ? to_float(rounded_sum(to_float(*x), to_float(*residual))) : to_float(*x);
 
-  auto normalize = [&](int column, int n, float(&v)[kVec]) {
-    float w[kVec], b[kVec];
-    if (p.weight.data) load_affine<T>(w, p.weight, column, n, aligned);
-    if (p.bias.data) load_affine<T>(b, p.bias, column, n, aligned);
+  const auto plus = [](float a, float b) { return __fadd_rn(a, b); };
+  const auto times = [](float a, float b) { return __fmul_rn(a, b); };
+  const auto normalize = [&](int column, int n, float(&v)[kVec]) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      v[i] = i < n ? __fmul_rn(__fsub_rn(v[i], mean), inverse) : 0;
-      if (p.weight.data) v[i] = __fmul_rn(v[i], w[i]);
-      if (p.bias.data) v[i] = __fadd_rn(v[i], b[i]);
-    }
+    for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(__fsub_rn(v[i], mean), inverse);
+    for_each_affine<T>(v, p.weight, column, n, aligned, times);
+    for_each_affine<T>(v, p.bias, column, n, aligned, plus);
+    trim(v, n);
   };
   bool normalized = false;  // whether a value that is read again, where the row is not resident, is wanted normalised
-  SegmentValues values(s, [&](int column, int n, float(&v)[kVec]) {
-    load_floats(v, x + column, n, aligned);
+  SegmentValues values(s, [&](int base, Chunk& v) {
+    load_chunk(v, x, s, base, aligned);
     if (add) {
-      float r[kVec];
-      load_floats(r, residual + column, n, aligned);
-      Vec<T> sum;
+      Chunk r;
+      load_chunk(r, residual, s, base, aligned);
+      for_each_vector(s, base, [&](int i, int column, int n) {
+        Vec<T> sum;
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) v[i] = to_float(sum.e[i] = rounded_sum(v[i], r[i]));
-      store_vec(sum, residual_out + column, n, aligned);
+        for (int j = 0; j < kVec; ++j) v[i][j] = to_float(sum.e[j] = rounded_sum(v[i][j], r[i][j]));
+        store_vec(sum, residual_out + column, n, aligned);
+      });
     }
+    for_each_vector(s, base, [&](int i, int column, int n) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) v[i] = i < n ? __fsub_rn(v[i], pivot) : 0;
-    if (normalized) normalize(column, n, v);
+      for (int j = 0; j < kVec; ++j) v[i][j] = __fsub_rn(v[i][j], pivot);
+      trim(v[i], n);
+      if (normalized) normalize(column, n, v[i]);
+    });
   });
 
-  const auto plus = [](float a, float b) { return __fadd_rn(a, b); };
   if (p.kind == Norm::layer) {
     float sum = 0;
     values.for_each([&](int, int, float(&v)[kVec]) {
@@ -73,11 +80,12 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth) norm_quantize_kernel(No
   }
   float squares = 0;  // of the centred values: E[x^2] - E[x]^2 cancels
   values.for_each([&](int, int n, float(&v)[kVec]) {
+    float d[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const float d = i < n ? __fsub_rn(v[i], mean) : 0;
-      squares = __fmaf_rn(d, d, squares);
-    }
+    for (int i = 0; i < kVec; ++i) d[i] = __fsub_rn(v[i], mean);
+    trim(d, n);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) squares = __fmaf_rn(d[i], d[i], squares);
   });
   squares = reduce_segment(squares, s, slots[1], plus);
   inverse = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(squares, p.x.columns), p.eps)));

@@ -9,7 +9,7 @@ template <Dtype D>
 __global__ void __launch_bounds__(RowsConfig::kMaxWidth) quantize_kernel(QuantizeParams p, RowsLaunch l, bool aligned) {
   const Segment s(l, p.out);
   auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride + s.begin;  // [length]
-  SegmentValues values(s, [=](int column, int n, float(&v)[kVec]) { load_floats(v, x + column, n, aligned); });
+  SegmentValues values(s, [&](int base, Chunk& v) { load_chunk(v, x, s, base, aligned); });
   quantize_segment(values, s, p.out);
 }
 
