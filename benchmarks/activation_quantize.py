@@ -17,5 +17,7 @@ def baseline(
     return eager.quantize_rows(v if channel_scale is None else v * channel_scale, dtype, symmetric)
 
 
+BASELINES = {OPERATION: baseline}
+
 if __name__ == "__main__":
-    bench.main({OPERATION: baseline}, __doc__)
+    bench.main(BASELINES, __doc__)
