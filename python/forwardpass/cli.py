@@ -217,8 +217,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     passed = "passes" if check["ok"] else "FAILS"
     table.add_row("parity", f"lowest cosine {parity['cosine_min']:.5f} over {parity['texts']} texts, "
                             f"{passed} >= {check['least']}; relative error {parity['relative_error']:.1e}")  # fmt: skip
-    table.add_row("latency", f"{latency['before']:.1f} ms before, {latency['after']:.1f} ms after: "
-                             f"{result['speedup']:.2f} times as fast, {result['batch']} x {result['length']}")  # fmt: skip
+    size, times = f"{result['batch']} x {result['length']} tokens", f"{result['speedup']:.2f} times as fast"
+    table.add_row("latency", f"{latency['before']:.1f} ms before, {latency['after']:.1f} ms after: {times}, {size}")
     why = result["reasons"].get("latency_ms.torch_dynamic_int8")
     table.add_row("", f"torch's own dynamic INT8: {why or '{:.1f} ms'.format(latency['torch_dynamic_int8'])}")
     table.add_row("weights", f"{weights['before'] / 1e6:.1f} MB before, {weights['after'] / 1e6:.1f} MB after; "
