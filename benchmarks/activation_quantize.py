@@ -10,11 +10,14 @@ from forwardpass.activation_quantize import OPERATION
 
 
 def baseline(
-    x: Tensor, activation: str, dtype: torch.dtype, layout: str, symmetric: bool, channel_scale: Tensor | None, **rest: Any
+    x: Tensor, activation: str, dtype: torch.dtype, layout: str, symmetric: bool, channel_scale: Tensor | None,
+    **rest: Any,
 ) -> Any:  # fmt: skip
     v = eager.activate(x, activation, layout).float()
     return eager.quantize_rows(v if channel_scale is None else v * channel_scale, dtype, symmetric)
 
 
+BASELINES = {OPERATION: baseline}
+
 if __name__ == "__main__":
-    bench.main({OPERATION: baseline}, __doc__)
+    bench.main(BASELINES, __doc__)

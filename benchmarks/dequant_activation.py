@@ -3,5 +3,7 @@
 from benchmarks import bench, eager
 from forwardpass.dequant_activation import OPERATION
 
+BASELINES = {OPERATION: eager.dequantize}
+
 if __name__ == "__main__":
-    bench.main({OPERATION: eager.dequantize}, __doc__)
+    bench.main(BASELINES, __doc__)

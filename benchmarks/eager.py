@@ -52,7 +52,7 @@ def dequantize(
     b_sum: Tensor | None = None,
     out_scale: Tensor | None = None,
 ) -> Tensor:
-    """int32 [..., N] -> activation((acc - zero point * sum of b) * scales + bias), to out_dtype or in steps of out_scale."""
+    """int32 [..., N] -> activation((acc - zero point * sum of b) * scales + bias), maybe in steps of out_scale."""
     if a_zero_point is not None:
         assert b_sum is not None
         acc = acc - a_zero_point.unsqueeze(-1) * b_sum

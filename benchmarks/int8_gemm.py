@@ -14,5 +14,7 @@ def baseline(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, **epilogue:
     return eager.dequantize(acc, a_scale, b_scale, **epilogue)
 
 
+BASELINES = {OPERATION: baseline}
+
 if __name__ == "__main__":
-    bench.main({OPERATION: baseline}, __doc__)
+    bench.main(BASELINES, __doc__)

@@ -22,5 +22,7 @@ def baseline(
     return int8_gemm(q, weight, scale, w_scale, **epilogue)
 
 
+BASELINES = {OPERATION: baseline}
+
 if __name__ == "__main__":
-    bench.main({OPERATION: baseline}, __doc__)
+    bench.main(BASELINES, __doc__)

@@ -14,5 +14,7 @@ def baseline(x: Tensor, dtype: torch.dtype, symmetric: bool, channel_scale: Tens
     return eager.quantize_rows(v, dtype, symmetric)
 
 
+BASELINES = {OPERATION: baseline}
+
 if __name__ == "__main__":
-    bench.main({OPERATION: baseline}, __doc__)
+    bench.main(BASELINES, __doc__)

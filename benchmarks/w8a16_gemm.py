@@ -14,5 +14,7 @@ def baseline(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activat
     return eager.activate(F.linear(x, weight, bias), activation, "interleaved8")
 
 
+BASELINES = {OPERATION: baseline}
+
 if __name__ == "__main__":
-    bench.main({OPERATION: baseline}, __doc__)
+    bench.main(BASELINES, __doc__)

@@ -35,7 +35,7 @@ def stub_swap(monkeypatch):
                 layer.weight.mul_(seen.get("factor", 1.0))
         return Report()
 
-    monkeypatch.setattr(fp, "swap", swap, raising=False)
+    monkeypatch.setattr(fp, "swap", swap)
     return seen
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192
     )
     transformers.BertModel(config).save_pretrained(made)
     tokenizer.save_pretrained(made)
@@ -123,6 +123,34 @@ def test_doctor_knows_an_old_driver(monkeypatch):
     assert doctor.examine()["problems"] == []
 
 
+def test_swap_plan_and_save(folder, tmp_path):
+    args = ("swap", folder, "--calibrate", "none", "--batch", 2, "--length", 16, "--min-cosine", 0.99, "--json", "-")
+    done = run(*args, "--precision", "int8", "--save", tmp_path / "saved")
+    assert done.exit_code == 0, done.output
+    written = json.loads(done.stdout)
+    assert len(written["swapped"]) == 13
+    assert written["weight_bytes"]["after"] < written["weight_bytes"]["before"]
+    assert 0.99 < written["parity"]["cosine_min"] < 1
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModel.from_pretrained(folder)
+    plan = tmp_path / "plan.json"
+    fp.swap(model, precision="int8", exclude="pooler.dense").save_plan(plan)
+    replayed = run(*args, "--plan", plan)
+    assert replayed.exit_code == 0, replayed.output
+    written = json.loads(replayed.stdout)
+    assert len(written["swapped"]) == 12
+    assert [s["fqn"] for s in written["skipped"]] == ["pooler.dense"]
+    assert any((tmp_path / "saved").iterdir())
+
+
+def test_minilm_int8_keeps_its_embeddings(tmp_path):
+    done = run("swap", "minilm", "--precision", "int8", "--batch", 1, "--length", 16, "--json", tmp_path / "out.json")
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert len(written["swapped"]) >= 36
+    assert written["parity"]["cosine_min"] >= 0.999
+
+
 def test_swap_json(folder, stub_swap, tmp_path):
     out = tmp_path / "out.json"
     result = run("swap", folder, "--precision", "int8", "--batch", 2, "--length", 16, "--json", out)
@@ -178,7 +206,7 @@ def test_swap_reads_texts(folder, stub_swap, tmp_path):
         (["minilm"], "either --precision or --plan"),
         (["minilm", "--precision", "int8", "--plan", "x.json"], "either --precision or --plan"),
         (["minilm", "--precision", "int3"], "int8, w8a16, not 'int3'"),
-        (["minilm", "--plan", "missing.json"], "no plan file missing.json"),
+        (["minilm", "--plan", "missing.json"], "missing.json"),
         (["minilm", "--precision", "int8", "--text", "missing.txt"], "cannot read missing.txt: No such file"),
         (["minilm", "--precision", "int8", "--text", "/"], "cannot read /: Is a directory"),
         (["minilm", "--precision", "int8", "--calibrate", "missing.txt"], "cannot read missing.txt"),
@@ -206,7 +234,7 @@ def test_refuses_what_swap_refuses(folder, monkeypatch):
     def swap(model, **kwargs):
         raise ValueError("the plan is for\nanother model")
 
-    monkeypatch.setattr(fp, "swap", swap, raising=False)
+    monkeypatch.setattr(fp, "swap", swap)
     refused(run("swap", folder, "--precision", "int8"), "the plan is for another model")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import pathlib
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NoReturn
@@ -23,6 +24,7 @@ import forwardpass as fp
 
 from . import comparison, embedding, environment
 from .doctor import examine
+from .swap.precision import PRECISIONS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Faster inference of PyTorch models: what works here, and a trial on a real model.",
 )
-PRECISIONS = ("int8", "w8a16")
+#: name -> whether calibration texts change the result
+CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
 
 
 def refuse(message: str) -> NoReturn:
@@ -109,11 +112,11 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
 @app.command()
 def swap(
     model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
-    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")] = None,
     plan: Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")] = None,
     text: Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Texts to calibrate with: a file, builtin or none; "
-                                                  "default: builtin for int8, none for w8a16.")] = None,
+                                                  "default: builtin for what is calibrated.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each of its rows.")] = 128,
     min_cosine: Annotated[float, typer.Option(help="The lowest cosine over the texts that passes.")] = 0.999,
@@ -125,10 +128,8 @@ def swap(
     console = Console(stderr=json == "-")
     if (precision is None) == (plan is None):
         refuse("pass either --precision or --plan")
-    if precision is not None and precision not in PRECISIONS:
-        refuse(f"--precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if plan is not None and not pathlib.Path(plan).is_file():
-        refuse(f"there is no plan file {plan}: check the path")
+    if precision is not None and precision not in CALIBRATES:
+        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
     if json not in (None, "-") and not pathlib.Path(json).parent.is_dir():
         refuse(f"cannot write {json}: its folder does not exist")
     if device not in (None, "cpu", "cuda"):
@@ -136,9 +137,11 @@ def swap(
     if device == "cuda" and not torch.cuda.is_available():
         refuse("torch finds no GPU here: drop --device cuda")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with refusing(ValueError):
+    with refusing(ValueError, OSError):
+        planned = fp.Plan.load(plan) if plan else None
+        calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
         texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-        calibration = calibration_texts(calibrate or ("none" if precision == "w8a16" else "builtin"))
+        calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
         source = embedding.find_model(model)
         console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
         original, tokenizer = embedding.load(source, where)
@@ -148,18 +151,19 @@ def swap(
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
 
-        def track(what: str, steps: int) -> Callable[[], object]:
+        def track(what: str, steps: int | None) -> Callable[[], object]:
             task = progress.add_task(what, total=steps)
             return lambda: progress.advance(task)
 
-        done = track("swapping", 1)
-        with refusing(ValueError, TypeError, OSError, fp.Unsupported):
+        track("swapping", None)
+        with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the report has them too
             report = fp.swap(
                 swapped,
-                **({"precision": precision} if precision else {"plan": plan}),
+                precision=precision,
+                plan=planned,
                 calibrate=embedding.tokenize(tokenizer, calibration, original, where) or None,
             )
-        done()
         compared = comparison.compare(original, swapped, batches, timed, track)
     if save:
         with refusing(ValueError, OSError):
@@ -213,8 +217,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     passed = "passes" if check["ok"] else "FAILS"
     table.add_row("parity", f"lowest cosine {parity['cosine_min']:.5f} over {parity['texts']} texts, "
                             f"{passed} >= {check['least']}; relative error {parity['relative_error']:.1e}")  # fmt: skip
-    table.add_row("latency", f"{latency['before']:.1f} ms before, {latency['after']:.1f} ms after at {result['batch']} x "
-                             f"{result['length']} tokens: {result['speedup']:.2f} times as fast")  # fmt: skip
+    size, times = f"{result['batch']} x {result['length']} tokens", f"{result['speedup']:.2f} times as fast"
+    table.add_row("latency", f"{latency['before']:.1f} ms before, {latency['after']:.1f} ms after: {times}, {size}")
     why = result["reasons"].get("latency_ms.torch_dynamic_int8")
     table.add_row("", f"torch's own dynamic INT8: {why or '{:.1f} ms'.format(latency['torch_dynamic_int8'])}")
     table.add_row("weights", f"{weights['before'] / 1e6:.1f} MB before, {weights['after'] / 1e6:.1f} MB after; "

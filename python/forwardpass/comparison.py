@@ -15,8 +15,8 @@ from .embedding import Batch
 from .timing import interleave
 
 T = TypeVar("T")
-#: (what is being done, steps) -> called after each step
-Track = Callable[[str, int], Callable[[], object]]
+#: (what is being done, steps if known) -> called after each step
+Track = Callable[[str, int | None], Callable[[], object]]
 
 
 def compare(
@@ -43,7 +43,7 @@ def compare(
     if dynamic is not None:
         models["torch_dynamic_int8"] = dynamic
     calls = {name: _forward(model, timed) for name, model in models.items()}
-    rounds, warmup = 15, 3
+    rounds, warmup = 11, 2
     device = timed["input_ids"].device
     with torch.inference_mode():
         timings = interleave(calls, device, rounds=rounds, warmup=warmup, on_round=track("timing", rounds + warmup))

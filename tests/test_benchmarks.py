@@ -1,0 +1,62 @@
+"""Every benchmark's baseline does the work of its operation, and the timing tells fast from slow."""
+
+import importlib
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from forwardpass import backend
+from forwardpass.testing import benchmark_cases
+from forwardpass.timing import interleave
+
+bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
+MODULES = (
+    "quantize",
+    "norm_quantize",
+    "activation_quantize",
+    "dequant_activation",
+    "int8_gemm",
+    "int8_linear",
+    "w8a16_gemm",
+)
+BASELINES = {op: b for m in MODULES for op, b in importlib.import_module(f"benchmarks.{m}").BASELINES.items()}
+
+
+def test_every_operation_has_a_benchmark():
+    assert set(BASELINES) == set(backend.operations.values())
+
+
+@pytest.mark.parametrize("op", BASELINES, ids=lambda op: op.name)
+def test_baseline_does_the_same_work(op):
+    case = min(benchmark_cases(op), key=lambda c: c.bytes())
+    call = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case.arguments())
+    expected = BASELINES[op](**dict(zip(op.parameters, call)))
+    bench.check_same_work(op.name, op(*call), expected)
+    with pytest.raises(SystemExit, match="other work"):
+        bench.check_same_work(op.name, [t.double() * 2 + 1 for t in bench.tensors(op(*call))], expected)
+
+
+def test_a_row_has_every_figure():
+    op = backend.operations["quantize"]
+    case = min(benchmark_cases(op), key=lambda c: c.bytes())
+    row = bench.run_case(op, case, BASELINES[op], "cpu", rounds=2)
+    assert {"cpu", "torch eager", "torch.compile"} <= set(row["timings"])
+    for t in row["timings"].values():
+        assert t["low"] <= t["median"] <= t["high"]
+        assert t["gb_per_s"] == pytest.approx(row["bytes"] / t["median"] / 1e6)
+        assert set(t["times_as_fast_as"]) == {"torch eager", "torch.compile"}
+    assert row["case"] in bench.table_row(row)
+
+
+def test_timing_tells_fast_from_slow():
+    told = []
+    timings = interleave(
+        {"slow": lambda: time.sleep(0.01), "fast": lambda: torch.ones(4).sum()},
+        rounds=3,
+        warmup=1,
+        on_round=lambda: told.append(1),
+    )
+    assert timings["fast"].median < 5 < 9 < timings["slow"].median
+    assert len(told) == 4
