@@ -21,15 +21,17 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
 #pragma unroll
     for (int i = 0; i < kVec; ++i) v[i] = i < n ? to_float(from[at(c + i)]) : 0.0f;
   };
-  SegmentValues values(s, [&](int column, int n, float(&v)[kVec]) {
-    float up[kVec];
-    load(v, x, s.begin + column, n);
-    if (gated) load(up, x + to_up, s.begin + column, n);
-    activate(p.activation, v);
-    if (gated) {
+  SegmentValues values(s, [&](int base, Chunk& v) {
+    for_each_vector(s, base, [&](int i, int column, int n) {
+      float up[kVec];
+      load(v[i], x, s.begin + column, n);
+      if (gated) load(up, x + to_up, s.begin + column, n);
+      activate(p.activation, v[i]);
+      if (gated) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(v[i], up[i]);
-    }
+        for (int j = 0; j < kVec; ++j) v[i][j] = __fmul_rn(v[i][j], up[j]);
+      }
+    });
   });
   quantize_segment(values, s, p.out);
 }

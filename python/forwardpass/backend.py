@@ -191,7 +191,11 @@ class Operation:
         self.runs: dict[str, Callable[..., Any]] = {"reference": reference}
         for backend in backends if library.load_error is None else ():
             # as in csrc/ops.cpp; the reference needs no schema, torch.compile sees through it
-            self.runs[backend] = getattr(torch.ops.forwardpass, f"{self.name}_{backend}").default
+            try:
+                self.runs[backend] = getattr(torch.ops.forwardpass, f"{self.name}_{backend}").default
+            except AttributeError as e:
+                library.load_error = RuntimeError(f"_ops.so is of another version than these files ({e}): reinstall forwardpass")
+                break
             torch.library.register_fake(f"forwardpass::{self.name}_{backend}", fake)
         self.compiled = backends
         self._hits: dict[Any, Callable[..., Any]] = {}

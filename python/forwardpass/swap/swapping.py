@@ -200,13 +200,11 @@ def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn
 
 def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
     """A replacement without values, for its size."""
-    corrected = (
-        calibrated and precision.calibrates
-    )  # see calibrate: a smoothing scale, and a bias that takes up the mean error
-    options = dict(precision.options, **({"channel_scale": True} if corrected else {}))
+    options = dict(precision.options, **({"channel_scale": True} if calibrated and precision.calibrates else {}))
     dtype = linear_weight(leaf.module).dtype
-    bias = leaf.has_bias or corrected
-    return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
+    return precision.module(
+        leaf.in_features, leaf.out_features, bias=leaf.has_bias, dtype=dtype, device="meta", **options
+    )
 
 
 def _install(
