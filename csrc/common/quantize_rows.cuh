@@ -81,25 +81,32 @@ __device__ void for_each_vector(const Segment& s, int base, F f) {
   }
 }
 
-// p: the segment's columns. Beyond its end a vector that begins within it gets 0, the others anything. All loads are
-// issued before the first is used: with one at a time, the 768 threads that an SM holds at 80 registers ask for 12 KB,
-// and 3.35 TB/s (H100) for some 600 ns are 15 KB an SM.
-template <class T>
-__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned) {
+// A chunk of a segment whose column c is p[at(c)], where a vector's columns lie together. Beyond the segment's end a vector
+// that begins within it gets 0, the others anything. All loads are issued before the first is used: with one at a time,
+// the 768 threads that an SM holds at 80 registers ask for 12 KB, and 3.35 TB/s (H100) for some 600 ns are 15 KB an SM.
+template <class T, class At>
+__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned, At at) {
   if (aligned && s.length % kVec == 0) {
     Vec<T> raw[RowsConfig::kVecs];
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i) {
       const int column = base + i * s.width * kVec;
-      raw[i] = *reinterpret_cast<const Vec<T>*>(p + (column < s.length ? column : base));  // no branch between loads
+      raw[i] = *reinterpret_cast<const Vec<T>*>(p + at(column < s.length ? column : base));  // no branch between loads
     }
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i)
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[i][j] = to_float(raw[i].e[j]);
   } else {
-    for_each_vector(s, base, [&](int i, int column, int n) { load_floats(v[i], p + column, n, false); });
+    for_each_vector(s, base, [&](int i, int column, int n) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) v[i][j] = j < n ? to_float(p[at(column + j)]) : 0;
+    });
   }
+}
+template <class T>
+__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned) {
+  load_chunk(v, p, s, base, aligned, [](int column) { return column; });
 }
 
 // A segment's values, a chunk at a time, kept in registers where they fit: load(base, Chunk&) reads a chunk.
