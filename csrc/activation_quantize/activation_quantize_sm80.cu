@@ -13,23 +13,19 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
   auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride;  // [columns] or [2 columns]
   const bool gated = is_gated(p.activation);
   const int64_t to_up = p.interleaved ? 8 : p.out.columns;
-
-  // Columns [c, c + n) of x, or of its gate; from `x + to_up` the same ones of up.
-  auto load = [&](float(&v)[kVec], const cuda_t<D>* from, int64_t c, int n) {
-    auto at = [&](int64_t column) { return p.interleaved ? column + (column & ~int64_t{7}) : column; };
-    if (aligned || !p.interleaved) return load_floats(v, from + at(c), n, aligned);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) v[i] = i < n ? to_float(from[at(c + i)]) : 0.0f;
+  const auto at = [&](int column) {  // of x, or of its gate; from `x + to_up` the same column of up
+    const int64_t c = s.begin + column;
+    return p.interleaved ? c + (c & ~int64_t{7}) : c;
   };
   SegmentValues values(s, [&](int base, Chunk& v) {
-    for_each_vector(s, base, [&](int i, int column, int n) {
-      float up[kVec];
-      load(v[i], x, s.begin + column, n);
-      if (gated) load(up, x + to_up, s.begin + column, n);
+    Chunk up;
+    load_chunk(v, x, s, base, aligned, at);
+    if (gated) load_chunk(up, x + to_up, s, base, aligned, at);
+    for_each_vector(s, base, [&](int i, int, int) {
       activate(p.activation, v[i]);
       if (gated) {
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) v[i][j] = __fmul_rn(v[i][j], up[j]);
+        for (int j = 0; j < kVec; ++j) v[i][j] = __fmul_rn(v[i][j], up[i][j]);
       }
     });
   });

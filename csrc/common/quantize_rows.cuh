@@ -1,15 +1,16 @@
 #pragma once
-// The kernel half of every op that ends in a quantisation: a segment (a row, or one group of it) is read once into the registers
-// of the threads that share it, reduced to its range, and written as int8 or e4m3. Bound by memory: for bf16 to int8 the aligned
-// path takes about 12 instructions an element (counted in the SASS), of the 26 that an H100 issues while 3 bytes move.
+// The kernel half of every op that ends in a quantisation: a segment (a row, or one group of it) is read once into the
+// registers of the threads that share it, reduced to its range, and written as int8 or e4m3. Bound by memory: for bf16
+// to int8 the aligned path takes about 12 instructions an element (counted in the SASS for sm_90), of the 26 that an
+// H100 issues while 3 bytes move.
 #include "common/vec.cuh"
 
 namespace forwardpass {
 
 struct RowsConfig {
-  static constexpr int kVecs = 4;            // vectors of 8 in registers a thread: 32 floats, 64 bytes of fp16 loads in flight
-  static constexpr int kMaxWidth = 512;      // threads that share a segment: 16384 columns are read once, longer rows twice (1024 spill: 64 registers)
-  static constexpr int kBlock = 128;         // threads of a block that holds several segments
+  static constexpr int kVecs = 4;        // vectors of 8 in registers a thread: 32 floats, 64 bytes of fp16 in flight
+  static constexpr int kMaxWidth = 512;  // threads that share a segment: 16384 columns are read once (1024 spill)
+  static constexpr int kBlock = 128;     // threads of a block that holds several segments
 };
 
 // How a launch maps segments to threads: `width` consecutive threads, a power of two, share a segment.
@@ -34,7 +35,7 @@ inline bool aligned16(const void* p, int64_t stride_bytes, int64_t group_bytes, 
   return is_aligned(p) && stride_bytes % 16 == 0 && (groups == 1 || group_bytes % 16 == 0);
 }
 
-// Where this thread stands: lane `lane` of the `width` threads of segment (row, group), columns [begin, begin + length).
+// Where this thread stands: `lane` of the `width` threads of segment (row, group), columns [begin, begin + length).
 struct Segment {
   int64_t row, group, begin;
   int length, lane, width;
@@ -52,8 +53,8 @@ struct Segment {
   }
 };
 
-// op over the segment's threads; every thread gets the result. Within a warp by shuffles, beyond it through shared memory:
-// then the block is the segment. `slot` is 32 values in shared memory, of each call its own: nothing guards them afterwards.
+// op over the segment's threads; every thread gets the result. Within a warp by shuffles, beyond it through shared
+// memory: then the block is the segment. `slot` is 32 values there, each call's own: nothing guards them afterwards.
 template <class T, class Op>
 __device__ T reduce_segment(T v, const Segment& s, T* slot, Op op) {
   for (int offset = min(s.width, 32) / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, offset));
@@ -66,7 +67,7 @@ __device__ T reduce_segment(T v, const Segment& s, T* slot, Op op) {
   return v;
 }
 
-// What a thread holds of a segment at a time: vectors of 8 columns, `width` vectors apart; the first begins at column `base`.
+// What a thread holds of a segment at a time: vectors of 8 columns, `width` vectors apart, the first at column `base`.
 using Chunk = float[RowsConfig::kVecs][kVec];
 
 // f(i, column, n) for each vector of a chunk that begins within the segment; n of its columns do.
@@ -80,25 +81,32 @@ __device__ void for_each_vector(const Segment& s, int base, F f) {
   }
 }
 
-// p: the segment's columns. Beyond its end a vector that begins within it gets 0, the others anything. All loads are issued
-// before the first is used: one at a time, the 768 threads of an SM at 80 registers ask for 12 KB, and H100's 3.35 TB/s times
-// some 600 ns is 15 KB an SM.
-template <class T>
-__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned) {
+// A chunk of a segment whose column c is p[at(c)], where a vector's columns lie together. Beyond the segment's end a vector
+// that begins within it gets 0, the others anything. All loads are issued before the first is used: with one at a time,
+// the 768 threads that an SM holds at 80 registers ask for 12 KB, and 3.35 TB/s (H100) for some 600 ns are 15 KB an SM.
+template <class T, class At>
+__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned, At at) {
   if (aligned && s.length % kVec == 0) {
     Vec<T> raw[RowsConfig::kVecs];
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i) {
       const int column = base + i * s.width * kVec;
-      raw[i] = *reinterpret_cast<const Vec<T>*>(p + (column < s.length ? column : base));  // no branch between loads
+      raw[i] = *reinterpret_cast<const Vec<T>*>(p + at(column < s.length ? column : base));  // no branch between loads
     }
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i)
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[i][j] = to_float(raw[i].e[j]);
   } else {
-    for_each_vector(s, base, [&](int i, int column, int n) { load_floats(v[i], p + column, n, false); });
+    for_each_vector(s, base, [&](int i, int column, int n) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) v[i][j] = j < n ? to_float(p[at(column + j)]) : 0;
+    });
   }
+}
+template <class T>
+__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned) {
+  load_chunk(v, p, s, base, aligned, [](int column) { return column; });
 }
 
 // A segment's values, a chunk at a time, kept in registers where they fit: load(base, Chunk&) reads a chunk.
@@ -113,8 +121,8 @@ struct SegmentValues {
 
   __device__ bool resident() const { return s.length <= s.width * RowsConfig::kVecs * kVec; }
 
-  // f(column, n, float (&)[8]) for each of this thread's vectors, of which n columns are the segment's. What f writes is kept
-  // only where the segment is resident.
+  // f(column, n, float (&)[8]) for each of this thread's vectors, of which n columns are the segment's. What f writes is
+  // kept only where the segment is resident.
   template <class F>
   __device__ void for_each(F f) {
     for (int base = s.lane * kVec; base < s.length; base += s.width * kVec * RowsConfig::kVecs) {
@@ -125,8 +133,8 @@ struct SegmentValues {
   }
 };
 
-// Range -> scale and zero point -> q. The formula is that of forwardpass.quantized_rows.quantize_values, operation by operation:
-// _rn intrinsics, so that no multiplication and addition become one.
+// Range -> scale and zero point -> q. The formula is that of forwardpass.quantized_rows.quantize_values, operation by
+// operation: _rn intrinsics, so that no multiplication and addition become one.
 template <class Values>
 __device__ void quantize_segment(Values& values, const Segment& s, const QuantizedRows& out) {
   __shared__ float slots[2][32];

@@ -1,5 +1,5 @@
 #pragma once
-// Eight elements at a time: 16-byte accesses where the pointer allows, element by element where it does not or at a row's end.
+// Eight elements at a time: 16-byte accesses where the pointer allows, element by element elsewhere and at a row's end.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -47,7 +47,7 @@ struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec {
   T e[kVec];
 };
 
-// n of 8 elements at p, the others zero. `aligned`: p is a multiple of alignof(Vec<T>), the same for all threads of a kernel.
+// n of 8 elements at p, the others zero. `aligned`: p is a multiple of alignof(Vec<T>), the same for all threads.
 template <class T>
 __device__ inline Vec<T> load_vec(const T* p, int n, bool aligned) {
   Vec<T> v;
@@ -78,7 +78,7 @@ __device__ inline void load_floats(float (&f)[kVec], const T* p, int n, bool ali
   for (int i = 0; i < kVec; ++i) f[i] = to_float(v.e[i]);
 }
 
-// Zeros from n on. One branch a vector: a test of each element would cost every vector what only a row's last one needs.
+// Zeros from n on. One branch a vector: testing each element would cost every vector what only a row's last one needs.
 __device__ inline void trim(float (&f)[kVec], int n) {
   if (n >= kVec) return;
 #pragma unroll
@@ -86,10 +86,11 @@ __device__ inline void trim(float (&f)[kVec], int n) {
     if (i >= n) f[i] = 0;
 }
 
-// Two fp32 -> two e4m3, to nearest even, saturating. Before sm_89 there is no instruction: the same rounding on the bits.
+// Two fp32 -> two e4m3, to nearest even, saturating. Before sm_89 there is no instruction: the rounding on the bits.
 __device__ inline uint8_t to_e4m3_bits(float v) {
   const uint32_t b = __float_as_uint(v), sign = (b >> 24) & 0x80, a = b & 0x7fffffff;
-  // normal, from 2^-6: round the mantissa to 3 bits, re-bias 127 -> 7; below, the step is 2^-9: adding 2^14 rounds to it in fp32
+  // normal, from 2^-6: round the mantissa to 3 bits, re-bias 127 -> 7; below, the step is 2^-9, and adding 2^14 rounds
+  // to it in fp32
   const uint32_t normal = ((a + 0x7ffff + ((a >> 20) & 1)) >> 20) - (120 << 3);
   const uint32_t subnormal = __float_as_uint(__fadd_rn(__uint_as_float(a), 0x1p14f)) - __float_as_uint(0x1p14f);
   uint32_t q = a < 0x3c800000 ? subnormal : normal;
@@ -104,8 +105,8 @@ __device__ inline uint16_t to_e4m3x2(float high, float low) {
 #endif
 }
 
-// Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN gives low.
-// cvt.rni.s32.f32 would do it too, at a quarter of the rate.
+// Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN
+// gives low. cvt.rni.s32.f32 saturates at 2^31 only, so with it the zero point needs clamps on both sides of its addition.
 __device__ inline int to_int(float v, float low, float high) {
   return __float_as_int(__fadd_rn(fminf(fmaxf(v, low), high), 0x1.8p23f)) - __float_as_int(0x1.8p23f);
 }

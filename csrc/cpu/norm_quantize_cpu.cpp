@@ -16,7 +16,7 @@ INLINE f32x16 load_affine(const Affine& a, int64_t c, int n) {
   return a.dtype == Dtype::f32 ? cpu::load<Dtype::f32>(a.data, c, n) : cpu::load<D>(a.data, c, n);
 }
 
-// v: [columns] floats for the row at hand. It stays in the cache through the passes, so 16-bit values are converted once.
+// v: [columns] floats for the row at hand, which stays in the cache: 16-bit values are converted once.
 template <Dtype D>
 INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
   constexpr int64_t kSize = D == Dtype::f32 ? 4 : 2;
@@ -26,12 +26,14 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
     if (p.residual.data) {
       const void* residual = static_cast<const char*>(p.residual.data) + row * p.residual.stride * kSize;
       void* sum = static_cast<char*>(p.residual_out) + row * columns * kSize;
-      cpu::for_each_vector(0, columns, VECTOR_BODY(&) { cpu::store<D>(cpu::load<D>(x, c, n) + cpu::load<D>(residual, c, n), sum, c, n); });
+      cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
+        cpu::store<D>(cpu::load<D>(x, c, n) + cpu::load<D>(residual, c, n), sum, c, n);
+      });
       x = sum;
     }
 
-    // A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common offset
-    // costs no accuracy, and a constant row has variance 0 exactly.
+    // A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common
+    // offset costs no accuracy, and a constant row has variance 0 exactly.
     float mean = 0;
     if (p.kind == Norm::layer) {
       const float pivot = cpu::load<D>(x, 0, 1)[0];

@@ -14,9 +14,9 @@ Affine affine(const OptionalTensor& v, const Matrix& x, const Tensor& like, cons
 }
 
 // residual and residual_out: both or neither.
-Quantized run(Backend backend, const char* op, const Tensor& x, const Tensor* residual, Tensor* residual_out, const OptionalTensor& weight,
-              double eps, ScalarType dtype, const std::string& kind, const OptionalTensor& bias, bool symmetric,
-              const OptionalTensor& channel_scale) {
+Quantized run(Backend backend, const char* op, const Tensor& x, const Tensor* residual, Tensor* residual_out,
+              const OptionalTensor& weight, double eps, ScalarType dtype, const std::string& kind,
+              const OptionalTensor& bias, bool symmetric, const OptionalTensor& channel_scale) {
   NormQuantizeParams p{};
   p.x = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(p.x.dtype), op, ": x must be float32, float16 or bfloat16");
@@ -28,7 +28,8 @@ Quantized run(Backend backend, const char* op, const Tensor& x, const Tensor* re
   p.eps = static_cast<float>(eps);
   if (residual) {
     p.residual = matrix(*residual, op, "residual");
-    STD_TORCH_CHECK(p.residual.dtype == p.x.dtype && sizes_of(*residual) == sizes_of(x), op, ": residual must have the dtype and shape of x");
+    STD_TORCH_CHECK(p.residual.dtype == p.x.dtype && sizes_of(*residual) == sizes_of(x), op,
+                    ": residual must have the dtype and shape of x");
     STD_TORCH_CHECK(same_device(*residual, x), op, ": residual is on another device than x");
     *residual_out = contiguous_rows(sizes_of(x), x.scalar_type(), x);
     p.residual_out = residual_out->mutable_data_ptr();
@@ -41,17 +42,18 @@ Quantized run(Backend backend, const char* op, const Tensor& x, const Tensor* re
 
 }  // namespace
 
-Quantized norm_quantize(Backend backend, const Tensor& x, OptionalTensor weight, double eps, ScalarType dtype, std::string kind,
-                        OptionalTensor bias, bool symmetric, OptionalTensor channel_scale) {
+Quantized norm_quantize(Backend backend, const Tensor& x, OptionalTensor weight, double eps, ScalarType dtype,
+                        std::string kind, OptionalTensor bias, bool symmetric, OptionalTensor channel_scale) {
   return run(backend, "norm_quantize", x, nullptr, nullptr, weight, eps, dtype, kind, bias, symmetric, channel_scale);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, const Tensor& x, const Tensor& residual, OptionalTensor weight,
-                                                             double eps, ScalarType dtype, std::string kind, OptionalTensor bias,
-                                                             bool symmetric, OptionalTensor channel_scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, const Tensor& x, const Tensor& residual,
+                                                             OptionalTensor weight, double eps, ScalarType dtype,
+                                                             std::string kind, OptionalTensor bias, bool symmetric,
+                                                             OptionalTensor channel_scale) {
   Tensor residual_out;
-  auto [q, scale, zero_point] =
-      run(backend, "add_norm_quantize", x, &residual, &residual_out, weight, eps, dtype, kind, bias, symmetric, channel_scale);
+  auto [q, scale, zero_point] = run(backend, "add_norm_quantize", x, &residual, &residual_out, weight, eps, dtype, kind,
+                                    bias, symmetric, channel_scale);
   return {q, scale, zero_point, residual_out};
 }
 

@@ -27,4 +27,5 @@ void norm_quantize_cpu(const NormQuantizeParams& p);
 }  // namespace forwardpass
 
 // returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_norm_quantize(const forwardpass::NormQuantizeParams* p, void* stream);
+extern "C" __attribute__((visibility("default"))) int forwardpass_norm_quantize(
+    const forwardpass::NormQuantizeParams* p, void* stream);

@@ -1,5 +1,5 @@
-// norm_quantize, add_norm_quantize: bytes per element 2 or 4 in (twice that with a residual, and as much out), 1 out; a row is
-// a segment of common/quantize_rows.cuh.
+// norm_quantize, add_norm_quantize: bytes per element 2 or 4 in (twice that with a residual, and as much out), 1 out; a
+// row is a segment of common/quantize_rows.cuh.
 #include "common/dispatch.h"
 #include "common/quantize_rows.cuh"
 #include "norm_quantize/norm_quantize.h"
@@ -21,7 +21,8 @@ __device__ inline void for_each_affine(float (&v)[kVec], const Affine& a, int co
 }
 
 template <Dtype D>
-__global__ void __launch_bounds__(RowsConfig::kMaxWidth) norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
+__global__ void __launch_bounds__(RowsConfig::kMaxWidth)
+    norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
   using T = cuda_t<D>;
   __shared__ float slots[2][32];
   const Segment s(l, p.out);
@@ -35,14 +36,15 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth) norm_quantize_kernel(No
     return sum;
   };
 
-  // A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common offset
-  // costs no accuracy, and a constant row has variance 0 exactly.
+  // A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common
+  // offset costs no accuracy, and a constant row has variance 0 exactly.
   float pivot = 0, mean = 0, inverse = 1;
-  if (p.kind == Norm::layer && s.active) pivot = add ? to_float(rounded_sum(to_float(*x), to_float(*residual))) : to_float(*x);
+  if (p.kind == Norm::layer && s.active)
+    pivot = add ? to_float(rounded_sum(to_float(*x), to_float(*residual))) : to_float(*x);
 
   const auto plus = [](float a, float b) { return __fadd_rn(a, b); };
   const auto times = [](float a, float b) { return __fmul_rn(a, b); };
-  const auto normalize = [&](int column, int n, float(&v)[kVec]) {
+  const auto normalize = [&](int column, int n, float (&v)[kVec]) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(__fsub_rn(v[i], mean), inverse);
     for_each_affine<T>(v, p.weight, column, n, aligned, times);
@@ -72,14 +74,14 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth) norm_quantize_kernel(No
 
   if (p.kind == Norm::layer) {
     float sum = 0;
-    values.for_each([&](int, int, float(&v)[kVec]) {
+    values.for_each([&](int, int, float (&v)[kVec]) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum = __fadd_rn(sum, v[i]);
     });
     mean = __fdiv_rn(reduce_segment(sum, s, slots[0], plus), p.x.columns);
   }
   float squares = 0;  // of the centred values: E[x^2] - E[x]^2 cancels
-  values.for_each([&](int, int n, float(&v)[kVec]) {
+  values.for_each([&](int, int n, float (&v)[kVec]) {
     float d[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) d[i] = __fsub_rn(v[i], mean);
@@ -105,8 +107,8 @@ int forwardpass_norm_quantize(const forwardpass::NormQuantizeParams* p, void* st
   const int size = p->x.dtype == Dtype::f32 ? 4 : 2;
   const auto rows_aligned = [&](const void* data, int64_t stride) { return aligned16(data, stride * size, 0, 1); };
   const bool aligned = rows_aligned(p->x.data, p->x.stride) && rows_aligned(p->residual.data, p->residual.stride) &&
-                       rows_aligned(p->residual_out, p->residual_out ? p->x.columns : 0) && aligned16(p->weight.data, 0, 0, 1) &&
-                       aligned16(p->bias.data, 0, 0, 1);
+                       rows_aligned(p->residual_out, p->residual_out ? p->x.columns : 0) &&
+                       aligned16(p->weight.data, 0, 0, 1) && aligned16(p->bias.data, 0, 0, 1);
   dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
     norm_quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
   });

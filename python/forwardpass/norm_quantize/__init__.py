@@ -1,5 +1,7 @@
-"""norm_quantize and add_norm_quantize: a norm and the quantisation of its result in one pass. The contracts; the rule itself
-is in reference.py."""
+"""norm_quantize and add_norm_quantize: a norm and the quantisation of its result in one pass.
+
+The contracts; the rule itself is in reference.py.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,15 @@ def norm_quantize(
         x: float32, float16 or bfloat16; last stride 1, any row stride.
         weight: [K] in x's dtype or float32, multiplies the normalised value; None: ones.
         eps: added to the mean square before its root; at least 0.
-        dtype: torch.int8 (symmetric -127..127, asymmetric -128..127) or torch.float8_e4m3fn (-448..448), both saturating.
-        kind: "rms", x / sqrt(mean(x^2) + eps) (arXiv 1910.07467), or "layer", the same of x - mean(x) (arXiv 1607.06450).
+        dtype: torch.int8 (symmetric -127..127, asymmetric -128..127) or torch.float8_e4m3fn (-448..448), saturating.
+        kind: "rms": x / sqrt(mean(x^2) + eps), arXiv 1910.07467; "layer": the same of x - mean(x), arXiv 1607.06450.
         bias: [K] in x's dtype or float32, added last; with kind="layer" only.
         symmetric: False adds a zero point; int8 only.
         channel_scale: float32 [K], multiplies the normalised columns (the smoothing of SmoothQuant, arXiv 2211.10438).
 
     Returns:
-        q [..., K] of dtype, its rows padded to 16 bytes; scale, float32 [...]; zero_point, int32 [...], or empty when symmetric.
-        A row with a NaN or an infinity, or whose sum of squares is beyond float32, has a scale that is NaN.
+        q [..., K] of dtype, its rows padded to 16 bytes; scale, float32 [...]; zero_point, int32 [...], or empty when
+        symmetric. A row with a NaN or an infinity, or whose sum of squares is beyond float32, has a scale that is NaN.
 
     Raises:
         TypeError, ValueError: what was required, what was given, what to do.

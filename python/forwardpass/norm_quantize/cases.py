@@ -1,5 +1,5 @@
-"""Shapes and options of norm_quantize and add_norm_quantize, for tests (awkward) and benchmarks (real layers), with the bytes a
-call must move and the error that fp32 allows it."""
+"""Shapes and options of norm_quantize and add_norm_quantize, for tests (awkward) and benchmarks (real layers), with the
+bytes a call must move and the error that fp32 allows it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Case:
         g = torch.Generator().manual_seed(seed + 1)
 
         def vector(dtype: torch.dtype | None, offset: float) -> Tensor | None:
-            return None if dtype is None else (torch.randn(self.shape[-1], generator=g) * 0.5 + offset).to(dtype).to(device)
+            if dtype is None:
+                return None
+            return (torch.randn(self.shape[-1], generator=g) / 2 + offset).to(device, dtype)
 
         x = awkward(self.shape, self.x_dtype, seed, device)
         if x.numel() and x.dim() > 1:
@@ -47,7 +49,8 @@ class Case:
                 x[5] = 2000 + torch.randn(x[5].shape, generator=g).to(x)
         sources = (x, awkward(self.shape, self.x_dtype, seed + 7, device)) if self.residual else (x,)
         channel = (torch.rand(self.shape[-1], generator=g) / 2 + 0.25).to(device) if self.channel_scale else None
-        return (*sources, vector(self.weight, 1), self.eps, self.dtype, self.kind, vector(self.bias, 0), self.symmetric, channel)
+        weight, bias = vector(self.weight, 1), vector(self.bias, 0)
+        return (*sources, weight, self.eps, self.dtype, self.kind, bias, self.symmetric, channel)
 
     def bytes(self) -> int:
         """Read once, written once."""
@@ -62,11 +65,11 @@ def expected_values(
 ) -> tuple[Tensor, Tensor]:
     """What norm_quantize quantises, in fp64, and how far an implementation in fp32 may be from each of the values.
 
-    With u = 2^-24, to first order: a sum of K terms is off by at most depth * u * sum|terms|, where depth is its longest chain
-    of additions, K / 16 + 32 here (the CPU's 16 lanes, which then are added up; the GPU's chains are shorter). So the inverse
-    root of the mean square is off by a relative r = (depth / 2 + 5) u. A layer norm's centred values are off by
-    e = (depth + 3) u mean|x - x_0| + 2 u |x - x_0| as they are taken from the row's first value on, and, by the triangle
-    inequality, its standard deviation by rms(e). Four roundings follow.
+    With u = 2^-24, to first order: a sum of K terms is off by at most depth * u * sum|terms|, where depth is its
+    longest chain of additions, K / 16 + 32 here (the CPU's 16 lanes, which then are added up; the GPU's chains are
+    shorter). So the inverse root of the mean square is off by a relative r = (depth / 2 + 5) u. A layer norm's centred
+    values are off by e = (depth + 3) u mean|x - x_0| + 2 u |x - x_0|, as they are taken from the row's first value on,
+    and, by the triangle inequality, its standard deviation by rms(e). Four roundings follow.
     """
     u, v, k = 2.0**-24, x.double(), x.shape[-1]
     depth = k / 16 + 32
@@ -92,7 +95,13 @@ def cases() -> Iterator[Case]:
         "shape": (*AWKWARD_SHAPES, *EMPTY_SHAPES),
         "x_dtype": (torch.float32, torch.float16, torch.bfloat16),
         "quantization": ((torch.int8, True), (torch.int8, False), (torch.float8_e4m3fn, True)),
-        "norm": (("rms", None, None), ("rms", "x", None), ("layer", "float32", "x"), ("layer", "x", "float32"), ("layer", None, None)),
+        "norm": (
+            ("rms", None, None),
+            ("rms", "x", None),
+            ("layer", "float32", "x"),
+            ("layer", "x", "float32"),
+            ("layer", None, None),
+        ),
         "channel_scale": (False, True),
         "residual": (False, True),
         "eps": (1e-5, 1e-12),
@@ -100,9 +109,9 @@ def cases() -> Iterator[Case]:
     # Beyond the row's end a thread has the outlier that its first column is, and no weight of 0 to hide it.
     yield Case((113, 203), torch.float32, kind="layer", weight=None, channel_scale=True)
     for row in pairwise(factors):
-        (dtype, symmetric), (kind, *vectors) = row["quantization"], row["norm"]
+        (dtype, symmetric), (kind, *vectors) = row.pop("quantization"), row.pop("norm")
         weight, bias = ({"x": row["x_dtype"], "float32": torch.float32}.get(v) for v in vectors)
-        yield Case(row["shape"], row["x_dtype"], dtype, symmetric, kind, weight, bias, row["channel_scale"], row["residual"], row["eps"])
+        yield Case(**row, dtype=dtype, symmetric=symmetric, kind=kind, weight=weight, bias=bias)
 
 
 #: the norms of real models: MiniLM (8 x 128 tokens; layer norm with residual), BERT-large, Llama-8B, Llama-70B

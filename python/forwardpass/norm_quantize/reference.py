@@ -1,5 +1,7 @@
-"""norm_quantize in plain torch: the specification. The norm is taken in fp64; the other backends sum in fp32, so their values
-are within the bound of cases.py of these."""
+"""norm_quantize in plain torch: the specification.
+
+The norm is taken in fp64; the other backends sum in fp32, so their values are within the bound of cases.py of these.
+"""
 
 from __future__ import annotations
 

@@ -26,9 +26,10 @@ def load_rounded_sum(x_ptr, residual_ptr, at, mask, RESIDUAL: tl.constexpr):
 
 @triton.jit
 def load_values(
-    x_ptr, residual_ptr, residual_out_ptr, pivot, start, columns, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, STORE: tl.constexpr
+    x_ptr, residual_ptr, residual_out_ptr, pivot, start, columns, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
+    STORE: tl.constexpr,
 ):  # fmt: skip
-    """fp32 values [BLOCK] of a row from column `start` on, less the pivot; 0 beyond its end. STORE keeps x + residual."""
+    """fp32 values [BLOCK] from column `start` of a row on, less the pivot, 0 beyond its end; STORE keeps the sum."""
     c = start + tl.arange(0, BLOCK)
     v = load_rounded_sum(x_ptr, residual_ptr, c, c < columns, RESIDUAL)
     if STORE:
@@ -61,9 +62,10 @@ def normalize(
 
 @triton.jit(do_not_specialize=["scale_stride"])
 def norm_quantize_kernel(
-    x_ptr, x_stride, residual_ptr, residual_stride, residual_out_ptr, weight_ptr, bias_ptr, eps, q_ptr, q_stride, scale_ptr,
-    zero_ptr, scale_stride, channel_ptr, columns, LAYER: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, x_stride, residual_ptr, residual_stride, residual_out_ptr, weight_ptr, bias_ptr, eps, q_ptr, q_stride,
+    scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, LAYER: tl.constexpr, RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -72,11 +74,11 @@ def norm_quantize_kernel(
     q_ptr += row * q_stride
     count = columns * 1.0
 
-    # A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common offset
-    # costs no accuracy, and a constant row has variance 0 exactly.
+    # A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common
+    # offset costs no accuracy, and a constant row has variance 0 exactly.
     pivot, mean = 0.0, 0.0
     if LAYER:
-        pivot = load_rounded_sum(x_ptr, residual_ptr, 0, None, RESIDUAL).to(tl.float32)
+        pivot = load_rounded_sum(x_ptr, residual_ptr, 0, True, RESIDUAL).to(tl.float32)
     first = load_values(x_ptr, residual_ptr, out_ptr, pivot, 0, columns, BLOCK, RESIDUAL, RESIDUAL)
     if LAYER:
         sums = first
@@ -91,11 +93,15 @@ def norm_quantize_kernel(
     inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.math.div_rn(total, count) + eps))
     inverse += total * 0.0  # squares that overflow show as NaN, not as values of 0
 
-    first = normalize(first, mean, inverse, weight_ptr, bias_ptr, channel_ptr, 0, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE)
+    first = normalize(
+        first, mean, inverse, weight_ptr, bias_ptr, channel_ptr, 0, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE
+    )
     high, low = magnitudes(first)
     for start in range(BLOCK, columns, BLOCK):
         v = load_values(x_ptr, residual_ptr, out_ptr, pivot, start, columns, BLOCK, RESIDUAL, False)
-        v = normalize(v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE)
+        v = normalize(
+            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE
+        )
         h, n = magnitudes(v)
         high, low = tl.maximum(high, h), tl.maximum(low, n)
     scale, zero_point = segment_scale(
@@ -105,7 +111,9 @@ def norm_quantize_kernel(
     store_quantized(first, q_ptr + c, c < columns, scale, zero_point, E4M3, SYMMETRIC)
     for start in range(BLOCK, columns, BLOCK):
         v = load_values(x_ptr, residual_ptr, out_ptr, pivot, start, columns, BLOCK, RESIDUAL, False)
-        v = normalize(v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE)
+        v = normalize(
+            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE
+        )
         store_quantized(v, q_ptr + start + c, start + c < columns, scale, zero_point, E4M3, SYMMETRIC)
 
 
@@ -139,7 +147,13 @@ def _run(
     if rows:
         with torch.cuda.device_of(x):
             norm_quantize_kernel[(rows,)](
-                x, stride, eps=eps, **options, **arguments, **triton_rows.segments(columns, None), enable_fp_fusion=False
+                x,
+                stride,
+                eps=eps,
+                **options,
+                **arguments,
+                **triton_rows.segments(columns, None),
+                enable_fp_fusion=False,
             )
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,6 +13,7 @@ from ..testing import AWKWARD_SHAPES, EMPTY_SHAPES, awkward, pairwise
 
 @dataclass(frozen=True)
 class Case:
+    op: ClassVar[str] = "quantize"
     shape: tuple[int, ...]
     x_dtype: torch.dtype = torch.float16
     dtype: torch.dtype = torch.int8

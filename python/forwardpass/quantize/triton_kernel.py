@@ -22,7 +22,7 @@ def load_values(x_ptr, channel_ptr, start, length, BLOCK: tl.constexpr, CHANNEL_
     return v
 
 
-@triton.jit(do_not_specialize=["columns", "group", "groups", "scale_stride", "x_stride"])
+@triton.jit(do_not_specialize=["scale_stride"])
 def quantize_kernel(
     x_ptr, x_stride, q_ptr, q_stride, scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, group, groups,
     CHANNEL_SCALE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,0 +1,169 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for every architecture.
+
+Each in a process of its own, as TRITON_INTERPRET is read when triton is first imported. The interpreter computes with
+numpy: sums go in another order than on a GPU, and it does not round to bf16 as a GPU does, so no case here needs that.
+"""
+
+import dataclasses
+import importlib.util
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import test_norm_quantize
+import test_quantize
+import torch
+
+from forwardpass import backend
+from forwardpass.norm_quantize import cases as norm_quantize
+from forwardpass.quantize import cases as quantize
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+MODULES = {"quantize": test_quantize, "norm_quantize": test_norm_quantize}
+ARCHITECTURES = (80, 89, 90)
+
+
+def few_rows(case):
+    """A program takes a row: nine of them show what 799 do."""
+    return dataclasses.replace(case, shape=(*(min(n, 9) for n in case.shape[:-1]), case.shape[-1]))
+
+
+def rounds_to_bf16(case):
+    return case.x_dtype is torch.bfloat16 and getattr(case, "residual", False)
+
+
+SAMPLE = [
+    (name, few_rows(case))
+    for name, module in MODULES.items()
+    for case in random.Random(0).sample([c for c in module.CASES if not rounds_to_bf16(c)], 24)
+]
+
+
+def run(case, args):
+    with backend.use_backend("triton"):
+        return backend.operations[case.op](*args)
+
+
+# What runs in the other processes.
+
+
+def start_interpreting():
+    os.environ["TRITON_INTERPRET"] = "1"
+    backend.interpreted = "sm_80"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN: what no kernel wrote shows
+
+
+def interpret(name, case):
+    args = case.arguments()
+    MODULES[name].check(case, args, run(case, args))
+
+
+def start_compiling():
+    """Launches compile for the chosen architecture, and start nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction
+    from triton.runtime.driver import driver
+
+    class Utils:
+        def get_device_properties(self, device):
+            return {"max_shared_mem": 99 << 10, "multiprocessor_count": 108, "warpSize": 32}
+
+        def load_binary(self, name, kernel, shared, device):
+            return object(), object(), 0, 0, 1024  # module, function, registers, spills, threads
+
+    class Launcher:
+        def __init__(self, src, metadata):
+            pass
+
+        def __call__(self, *args):
+            pass
+
+    class Driver:
+        architecture, utils, launcher_cls = 80, Utils(), Launcher
+
+        def get_current_target(self):
+            return GPUTarget("cuda", self.architecture, 32)
+
+        def get_current_device(self):  # what the caches of compiled kernels go by
+            return self.architecture
+
+        def get_current_stream(self, device):
+            return 0
+
+    def launch(self, *args, **kwargs):
+        compiled.append(original(self, *args, **kwargs))
+        return compiled[-1]
+
+    original, JITFunction.run = JITFunction.run, launch
+    driver.set_active(Driver())
+    backend.interpreted = "sm_80"
+
+
+compiled = []
+
+
+def compile_for(architecture, case):
+    """(PTX, stack frame in bytes) of the kernel that the case launches, on rows that are contiguous."""
+    import triton
+    from triton.runtime.driver import driver
+
+    driver.active.architecture = architecture
+    compiled.clear()
+    run(case, [a.contiguous() if isinstance(a, torch.Tensor) else a for a in case.arguments()])
+    (kernel,) = compiled
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    cubin = pathlib.Path(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return kernel.asm["ptx"], int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def process(start):
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=start)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with process(start_interpreting) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    os.environ.setdefault("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    with process(start_compiling) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("name", "case"), SAMPLE, ids=str)
+def test_interpreted(interpreter, name, case):
+    interpreter.submit(interpret, name, case).result()
+
+
+COMPILED = [
+    quantize.Case((2, 384), torch.bfloat16),
+    quantize.Case((2, 203), torch.float16, symmetric=False, channel_scale=True),
+    quantize.Case((2, 384), torch.float32, torch.float8_e4m3fn, group_size=128),
+    quantize.Case((2, 32768), torch.bfloat16, symmetric=False, static=True),
+    norm_quantize.Case((2, 384), torch.bfloat16, kind="layer", bias=torch.bfloat16, residual=True),
+    norm_quantize.Case((2, 203), torch.float16, torch.float8_e4m3fn, channel_scale=True),
+    norm_quantize.Case((2, 16384), torch.float32, symmetric=False, kind="layer", bias=torch.float32, residual=True),
+    norm_quantize.Case((2, 32768), torch.bfloat16, weight=None),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiles_without_spills(compiler, case, architecture):
+    ptx, stack = compiler.submit(compile_for, architecture, case).result()
+    assert f".target sm_{architecture}" in ptx
+    assert stack == 0
+    if case.shape[-1] % 16 == 0:  # moved 16 bytes at a time, but for the scale, the zero point, a layer norm's pivots
+        assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 4
