@@ -200,12 +200,10 @@ def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn
 
 def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
     """A replacement without values, for its size."""
-    corrected = (
-        calibrated and precision.calibrates
-    )  # see calibrate: a smoothing scale, and a bias that takes up the mean error
-    options = dict(precision.options, **({"channel_scale": True} if corrected else {}))
-    dtype = linear_weight(leaf.module).dtype
-    bias = leaf.has_bias or corrected
+    options = dict(precision.options)
+    if calibrated and precision.calibrates:
+        options["channel_scale"] = True
+    dtype, bias = linear_weight(leaf.module).dtype, leaf.has_bias
     return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
 
 
