@@ -200,6 +200,21 @@ def test_on_a_gpu(keep):
     assert torch.equal(outputs(model, x), exact)
 
 
+def test_an_interrupt_amid_the_exchange_undoes_it():
+    class Interrupted(dict):
+        def __setitem__(self, name, module):
+            if name == "second" and isinstance(module, fp.nn.Int8Linear):
+                raise KeyboardInterrupt
+            super().__setitem__(name, module)
+
+    model = block()
+    vars(model)["_modules"] = Interrupted(model._modules)
+    before = objects(model)
+    with pytest.raises(KeyboardInterrupt):
+        fp.swap(model, "int8")
+    assert_same_objects(model, before)
+
+
 def test_moved_data_comes_back_after_a_failure():
     """To "cpu:0", which is not equal to "cpu": the move takes its whole path, and the data stays where it is."""
     model = block()

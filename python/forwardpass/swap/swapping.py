@@ -200,11 +200,11 @@ def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn
 
 def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
     """A replacement without values, for its size."""
-    options = dict(precision.options, **({"channel_scale": True} if calibrated and precision.calibrates else {}))
-    dtype = linear_weight(leaf.module).dtype
-    return precision.module(
-        leaf.in_features, leaf.out_features, bias=leaf.has_bias, dtype=dtype, device="meta", **options
-    )
+    options = dict(precision.options)
+    if calibrated and precision.calibrates:
+        options["channel_scale"] = True
+    dtype, bias = linear_weight(leaf.module).dtype, leaf.has_bias
+    return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
 
 
 def _install(
