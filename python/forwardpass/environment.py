@@ -26,8 +26,8 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("forwardpass", "torch", "triton", "transformers")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "cuda": torch.version.cuda}
+    packages = {p: version(p) for p in ("forwardpass", "triton", "transformers")}
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, **packages}
 
 
 def device(where: torch.device | str = "cpu") -> dict[str, Any]:
