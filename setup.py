@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,9 @@ def arches():
             sys.exit(f"forwardpass: TORCH_CUDA_ARCH_LIST entries look like 8.0, 9.0a or 8.9+PTX, not {entry!r}")
         found.append((m[1] + m[2] + (m[3] or ""), bool(m[4])))
     if min(int(a.rstrip("af")) for a, _ in found) < 80:
-        sys.exit("forwardpass: the kernels need compute capability 8.0 (A100) or later; remove older TORCH_CUDA_ARCH_LIST entries")
+        sys.exit(
+            "forwardpass: the kernels need compute capability 8.0 (A100) or later; remove older TORCH_CUDA_ARCH_LIST entries"
+        )
     return found
 
 
@@ -158,7 +161,9 @@ class Build(build_ext):
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
-        obj = ROOT / "build" / "ninja"  # not build_temp: pip makes a new one each time, and nothing would be incremental
+        obj = (
+            ROOT / "build" / "ninja"
+        )  # not build_temp: pip makes a new one each time, and nothing would be incremental
         skipped = why_no_cuda()
         if skipped and WANT_CUDA == "1":
             sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {skipped}")
@@ -180,48 +185,57 @@ class Build(build_ext):
         out.joinpath("_build.json").write_text(json.dumps(info, indent=1) + "\n")
 
     def ninja(self, out, home):
+        """(the text of build.ninja, the number of files it compiles)"""
         import torch
 
+        q = shlex.quote  # for the shell; ninja quotes $in and $out itself
         t = pathlib.Path(torch.__file__).parent
-        common = f"-std=c++17 -I{ROOT}/csrc"
-        # Error messages carry __FILE__; contraction is off because the formulas say where an fma is.
-        cxx = (f"-O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi -ffile-prefix-map={ROOT}/= "
-               f"-fno-math-errno -fno-trapping-math -ffp-contract=off "
-               f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {t}/include")  # fmt: skip
+        common = f"-MD -MF $out.d -std=c++17 -I{q(f'{ROOT}/csrc')}"
+        here = q(f"-ffile-prefix-map={ROOT}/=")  # error messages carry __FILE__
+        # -ffp-contract=off, because the formulas say where an fma is
+        cxx = (f"g++ {common} -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi {here} -fno-math-errno "
+               f"-fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
+               f"-isystem {q(f'{t}/include')} -c $in -o $out")  # fmt: skip
+        depfile = " depfile = $out.d\n deps = gcc\n"
         text = [
             "ninja_required_version = 1.8",
-            f"rule cxx\n command = g++ -MD -MF $out.d {common} {cxx} -c $in -o $out\n depfile = $out.d\n deps = gcc\n description = g++ $in",
+            f"rule cxx\n command = {cxx}\n{depfile} description = g++ $in",
             "rule link\n command = g++ -shared $in $flags -o $out\n description = link $out",
         ]
+
+        def path(p):
+            return re.sub(r"([$ :])", r"$\1", str(p))
 
         def objects(rule, sources, flags=lambda s: ""):
             made = []
             for s in sources:
                 made.append(str(s.relative_to(ROOT / "csrc")).replace("/", ".") + ".o")
-                text.append(f"build {made[-1]}: {rule} {s}\n flags = {flags(s)}")
+                text.append(f"build {made[-1]}: {rule} {path(s)}\n flags = {flags(s)}")
             return " ".join(made)
 
         cpp = sorted(p for p in ROOT.glob("csrc/**/*.cpp") if "interpreter" not in p.parts)
-        text.append(f"build {out}/_ops.so: link {objects('cxx', cpp)}\n flags = -L{t}/lib -ltorch_cpu -ldl -Wl,-z,defs -lc10")
+        flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
+        text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
+        cu = []
         if home:
             cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))
             lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
             # Any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
-            nvcc = (f"{home}/bin/nvcc -MD -MF $out.d {common} -O3 -lineinfo --compress-mode=size -Werror all-warnings "
-                    f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror "
-                    f"-Xcompiler -fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}/= $flags -c $in -o $out")  # fmt: skip
-            text.append(
-                f"rule nvcc\n command = ({nvcc}) > $out.log 2>&1 && ! grep -q 'C75[0-9][0-9]' $out.log || (cat $out.log; rm -f $out; false)\n"
-                " depfile = $out.d\n deps = gcc\n description = nvcc $in"
+            nvcc = (f"{q(f'{home}/bin/nvcc')} {common} -O3 -lineinfo --compress-mode=size -Werror all-warnings "
+                    f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Xcompiler -fPIC,-fvisibility=hidden,{here} "
+                    f"$flags -c $in -o $out")  # fmt: skip
+            checked = (
+                f"({nvcc}) > $out.log 2>&1 && ! grep -q 'C75[0-9][0-9]' $out.log || (cat $out.log; rm -f $out; false)"
             )
+            text.append(f"rule nvcc\n command = {checked}\n{depfile} description = nvcc $in")
             # cudart's names must never be dynamic symbols: a CUDA torch has libcudart in the global scope and would win.
             # -z defs: a runtime call that is missing is a link error that names it. The third library,
             # _kernels_interpreted.so, links the same objects against the interpreter's stand-in for cudart.
             hide = "-Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs"
-            kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)).replace(",", ","))
-            text.append(f"build {out}/_kernels.so: link {kernels}\n flags = {hide} -L{lib} -lcudart_static -ldl -lrt -lpthread")
-            cpp += cu
-        return "\n".join(text) + "\n", len(cpp)
+            kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)))
+            flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
+            text.append(f"build {path(out / '_kernels.so')}: link {kernels}\n flags = {flags}")
+        return "\n".join(text) + "\n", len(cpp) + len(cu)
 
 
 class Wheel(bdist_wheel):

@@ -56,7 +56,9 @@ def test_int8_gemm_by_hand():
     a = torch.tensor([[1, -2, 3]], dtype=torch.int8)
     b = torch.tensor([[4, 5, 6], [-1, 0, 1]], dtype=torch.int8)
     one = torch.ones(1)
-    y = fp.ops.int8_gemm(a, b, one * 0.5, torch.tensor([1.0, 2.0]), bias=torch.tensor([0.0, 10.0]), out_dtype=torch.float32)
+    y = fp.ops.int8_gemm(
+        a, b, one * 0.5, torch.tensor([1.0, 2.0]), bias=torch.tensor([0.0, 10.0]), out_dtype=torch.float32
+    )
     assert y.tolist() == [[6.0, 12.0]]
     z = torch.tensor([1], dtype=torch.int32)
     y = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32, a_zero_point=z)  # b_sum is computed
@@ -101,7 +103,9 @@ def test_nan_stays():
     x[1, 5] = float("nan")
     wq, ws, _ = fp.ops.quantize(torch.randn(9, 64), torch.int8)
     for symmetric in (True, False):
-        y = fp.ops.int8_linear(x, wq, ws, symmetric=symmetric, w_sum=None if symmetric else wq.sum(1, dtype=torch.int32))
+        y = fp.ops.int8_linear(
+            x, wq, ws, symmetric=symmetric, w_sum=None if symmetric else wq.sum(1, dtype=torch.int32)
+        )
         assert y.isnan().all(1).tolist() == [False, True, False]
 
 
@@ -139,7 +143,8 @@ SUM, ZERO = torch.ones(16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         (lambda: fp.ops.int8_gemm(torch.ones(1, 131073, dtype=torch.int8), torch.ones(1, 131073, dtype=torch.int8), ONE, ONE,
                                   out_dtype=torch.float32), ValueError, "split K"),
         (lambda: fp.ops.dequant_activation(W, ONE, ONE, out_dtype=torch.float32), TypeError, "int32 or float32"),
-        (lambda: fp.ops.dequant_activation(X, ONE, ONE, out_dtype=torch.float32, a_zero_point=ZERO, b_sum=SUM), ValueError, "int32"),
+        (lambda: fp.ops.dequant_activation(X, ONE, ONE, out_dtype=torch.float32, a_zero_point=ZERO, b_sum=SUM),
+         ValueError, "int32"),
         (lambda: fp.ops.dequant_activation(W.int(), ONE, ONE, out_dtype=torch.float32, a_zero_point=ZERO), ValueError, "b_sum"),
         (lambda: fp.ops.w8a16_gemm(X, X, ONE), TypeError, "int8 or float8"),
         (lambda: fp.ops.w8a16_gemm(X, W, torch.ones(16, 2)), ValueError, r"\[16, 1\]"),

@@ -26,7 +26,9 @@ def variants(m):
     yield Int8Linear.from_torch(m)
     yield Int8Linear.from_torch(m, symmetric=True)
     yield Int8Linear.from_torch(m, channel_scale=torch.rand(k) + 0.5)
-    yield Int8Linear.from_torch(m, input_scale=torch.tensor([0.05]), input_zero_point=torch.tensor([3], dtype=torch.int32))
+    yield Int8Linear.from_torch(
+        m, input_scale=torch.tensor([0.05]), input_zero_point=torch.tensor([3], dtype=torch.int32)
+    )
     yield Int8Linear.from_torch(m, symmetric=True, input_scale=torch.tensor([0.05]))
 
 
@@ -105,8 +107,17 @@ def test_casting_keeps_scales_and_integers():
 @torch.inference_mode()
 def test_any_layout_and_any_shape():
     layer = Int8Linear.from_torch(linear(16, 8))
-    for x in (torch.randn(16), torch.randn(0, 16), torch.randn(2, 3, 4, 16), torch.randn(16, 5).t(), torch.randn(4, 6, 16).transpose(0, 1),
-              torch.randn(4, 32)[:, ::2], torch.randn(4, 32)[:, :16], torch.randn(1, 16).expand(5, 16)):  # fmt: skip
+    layouts = (
+        torch.randn(16),
+        torch.randn(0, 16),
+        torch.randn(2, 3, 4, 16),
+        torch.randn(16, 5).t(),
+        torch.randn(4, 6, 16).transpose(0, 1),
+        torch.randn(4, 32)[:, ::2],
+        torch.randn(4, 32)[:, :16],
+        torch.randn(1, 16).expand(5, 16),
+    )
+    for x in layouts:
         y = layer(x)
         assert y.shape == (*x.shape[:-1], 8)
         assert torch.equal(y, layer(x.contiguous()))
@@ -162,7 +173,12 @@ def test_compiles_whole():
         (lambda: Int8Linear.from_torch(nn.Linear(65537, 1)), "overflow"),
         (lambda: Int8Linear.from_torch(nn.Linear(4, 4), channel_scale=torch.ones(3)), "4 elements"),
         (lambda: Int8Linear.from_torch(nn.Linear(4, 4), input_scale=torch.ones(1)), "input_zero_point"),
-        (lambda: Int8Linear.from_torch(nn.Linear(4, 4), quantized=(torch.ones(4, 3, dtype=torch.int8), torch.ones(4))), r"int8 \[4, 4\]"),
+        (
+            lambda: Int8Linear.from_torch(
+                nn.Linear(4, 4), quantized=(torch.ones(4, 3, dtype=torch.int8), torch.ones(4))
+            ),
+            r"int8 \[4, 4\]",
+        ),
         (lambda: Int8Linear(4, 4, dtype="flat16"), "flat16"),
     ],
 )

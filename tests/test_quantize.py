@@ -64,7 +64,12 @@ def test_compiles_whole():
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "words"),
     [
-        ((torch.ones(2, 3, dtype=torch.float64), torch.int8), {}, TypeError, "float32, float16 or bfloat16, not torch.float64"),
+        (
+            (torch.ones(2, 3, dtype=torch.float64), torch.int8),
+            {},
+            TypeError,
+            "float32, float16 or bfloat16, not torch.float64",
+        ),
         ((torch.ones(2, 3), torch.uint8), {}, TypeError, "torch.int8 or torch.float8_e4m3fn, not torch.uint8"),
         (([1.0], torch.int8), {}, TypeError, "must be a tensor, not list"),
         ((torch.ones(()), torch.int8), {}, ValueError, "reshape"),

@@ -31,5 +31,7 @@ def test_cpu_against_reference(case):
 
 
 def test_opcheck():
-    for case in [c for c in CASES if c.w_dtype == torch.int8][::7]:  # opcheck compares its inputs, and torch cannot compare e4m3
+    for case in [c for c in CASES if c.w_dtype == torch.int8][
+        ::7
+    ]:  # opcheck compares its inputs, and torch cannot compare e4m3
         torch.library.opcheck(torch.ops.forwardpass.w8a16_gemm_cpu.default, case.arguments())

@@ -102,7 +102,9 @@ def why_no_triton() -> str | None:
 def _why_not_gpu(device: torch.device, what: str) -> Reason | None:
     if device.type == "cuda" or (device.type == "cpu" and interpreted):
         return None
-    return Reason("device", f"the {what} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU")
+    return Reason(
+        "device", f"the {what} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU"
+    )
 
 
 def _why_no_gpu() -> Reason | None:
@@ -120,7 +122,9 @@ def _why_not_cuda(device: torch.device) -> Reason | None:
     if device.type == "cpu":
         return None
     if problem := library.why_no_kernels():
-        return Reason("not_built", problem, "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")
+        return Reason(
+            "not_built", problem, "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error"
+        )
     if reason := _why_no_gpu():
         return reason
     if not library.runs_on(capability := _capability(device.index)):
@@ -146,7 +150,9 @@ def _why_not_triton(device: torch.device) -> Reason | None:
 
 def _why_not_cpu(device: torch.device) -> Reason | None:
     if device.type != "cpu":
-        return Reason("device", f"the cpu kernels take CPU tensors, and this one is on {device.type}", "move it to the CPU")
+        return Reason(
+            "device", f"the cpu kernels take CPU tensors, and this one is on {device.type}", "move it to the CPU"
+        )
     if problem := library.why_no_ops():
         return Reason("not_built", problem, "reinstall forwardpass for this torch")
     return None
@@ -194,7 +200,9 @@ class Operation:
             try:
                 self.runs[backend] = getattr(torch.ops.forwardpass, f"{self.name}_{backend}").default
             except AttributeError as e:
-                library.load_error = RuntimeError(f"_ops.so is of another version than these files ({e}): reinstall forwardpass")
+                library.load_error = RuntimeError(
+                    f"_ops.so is of another version than these files ({e}): reinstall forwardpass"
+                )
                 break
             torch.library.register_fake(f"forwardpass::{self.name}_{backend}", fake)
         self.compiled = backends
@@ -314,12 +322,13 @@ def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     if name not in operations:
         raise KeyError(f"there is no operation {name!r}; there are {', '.join(sorted(operations))}")
-    before, _choice.backend = _choice.backend, _Explain(_choice.backend)
+    wanted = _choice.backend
+    assert isinstance(wanted, str)
+    _choice.backend = _Explain(wanted)
     try:
         operations[name].function(*args, **kwargs)
     except _Explain as e:
-        assert e.explanation is not None
-        return e.explanation
+        return e.explanation or Explanation(name, None, {})
     finally:
-        _choice.backend = before
+        _choice.backend = wanted
     raise AssertionError(f"{name} called no operation")

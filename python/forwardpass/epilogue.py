@@ -95,7 +95,9 @@ def check_epilogue(
     one_or_each("b_scale", b_scale, columns, torch.float32)
     if bias is not None:
         if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
-            raise TypeError(f"{op}: bias must be a float32, float16 or bfloat16 tensor, not {getattr(bias, 'dtype', type(bias).__name__)}")
+            raise TypeError(
+                f"{op}: bias must be a float32, float16 or bfloat16 tensor, not {getattr(bias, 'dtype', type(bias).__name__)}"
+            )
         check_vector(op, "bias", bias, columns, bias.dtype, x)
     if out_dtype not in (*FLOATS, torch.int8, E4M3):
         raise TypeError(f"{op}: out_dtype must be float32, float16, bfloat16, int8 or float8_e4m3fn, not {out_dtype}")

@@ -21,7 +21,9 @@ def _build_info() -> dict[str, Any]:
     try:
         return json.loads((FOLDER / "_build.json").read_text())
     except (OSError, ValueError) as e:
-        return {"cuda_skipped": f"_build.json is missing or broken ({e}): install forwardpass, do not import it from its source folder"}
+        return {
+            "cuda_skipped": f"_build.json is missing or broken ({e}): install forwardpass, do not import it from its source folder"
+        }
 
 
 #: what the build wrote about itself: version, torch, nvcc, arches, cuda_skipped (None, or the reason for having no CUDA kernels)
@@ -55,4 +57,6 @@ def runs_on(capability: tuple[int, int]) -> bool:
     Machine code runs on its own major version from its minor on; PTX of the highest plain architecture on anything later.
     """
     built = [(int(a[3:].rstrip("af")[:-1]), int(a[3:].rstrip("af")[-1])) for a in build_info.get("arches", ())]
-    return any(b[0] == capability[0] and b[1] <= capability[1] for b in built) or (bool(built) and max(built) <= capability)
+    return any(b[0] == capability[0] and b[1] <= capability[1] for b in built) or (
+        bool(built) and max(built) <= capability
+    )

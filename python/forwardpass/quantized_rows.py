@@ -41,7 +41,9 @@ def quantize_values(
     g = F.pad(v, (0, groups * group - k)).unflatten(-1, (groups, group))
     if scale is not None:
         inverse = (1.0 / scale).reshape(())
-        shift = zero_point.reshape(()) if zero_point is not None else torch.zeros((), dtype=torch.int32, device=v.device)
+        shift = (
+            zero_point.reshape(()) if zero_point is not None else torch.zeros((), dtype=torch.int32, device=v.device)
+        )
         s, z = v.new_empty(0), v.new_empty(0, dtype=torch.int32)
     else:
         high, low = g.clamp(min=0).amax(-1), (-g).clamp(min=0).amax(-1)
@@ -123,7 +125,9 @@ def check_float_rows(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, not {type(x).__name__}")
     if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, not {x.dtype}: convert it with .to(torch.float16)")
+        raise TypeError(
+            f"{op}: {name} must be float32, float16 or bfloat16, not {x.dtype}: convert it with .to(torch.float16)"
+        )
     check_rows(op, name, x)
 
 
@@ -134,7 +138,9 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: the last dimension of {name} must not be empty, and {name} has shape {tuple(x.shape)}")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{op}: the last dimension of {name} must have stride 1, not {x.stride(-1)}: pass {name}.contiguous()")
+        raise ValueError(
+            f"{op}: the last dimension of {name} must have stride 1, not {x.stride(-1)}: pass {name}.contiguous()"
+        )
     expected = None
     for d in range(x.dim() - 2, -1, -1):
         if x.shape[d] == 1:

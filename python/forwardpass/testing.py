@@ -27,18 +27,21 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         for i in range(len(factors[a]))
         for j in range(len(factors[b]))
     }
+
+    def gain(row: dict[str, int], name: str, value: int) -> int:
+        """How many uncovered pairs `value` makes with what the row has."""
+        pairs = (
+            (name, value, m, w) if names.index(name) < names.index(m) else (m, w, name, value) for m, w in row.items()
+        )
+        return sum(p in uncovered for p in pairs)
+
     rows = []
     while uncovered:
         a, i, b, j = min(uncovered)
         row = {a: i, b: j}
         for n in names:
-            if n not in row:  # the value that covers most pairs with what is already chosen
-
-                def gain(v: int, n: str = n, row: dict[str, int] = row) -> int:
-                    pairs = ((n, v, m, w) if names.index(n) < names.index(m) else (m, w, n, v) for m, w in row.items())
-                    return sum(p in uncovered for p in pairs)
-
-                row[n] = max(range(len(factors[n])), key=lambda v, gain=gain: (gain(v), -v))  # type: ignore[misc]
+            if n not in row:
+                row[n] = max((gain(row, n, v), -v) for v in range(len(factors[n])))[1] * -1
         uncovered -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
         rows.append({n: factors[n][row[n]] for n in names})
     return rows
@@ -66,7 +69,9 @@ def apart(x: Tensor, device: str | torch.device = "cpu", padding: int = 5) -> Te
         return x.to(device)
     filler = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max
     flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(max(1, x[..., :1].numel()), x.shape[-1])
-    wide = torch.full((flat.shape[0], flat.shape[1] + padding), filler, dtype=torch.float32 if x.is_floating_point() else x.dtype)
+    wide = torch.full(
+        (flat.shape[0], flat.shape[1] + padding), filler, dtype=torch.float32 if x.is_floating_point() else x.dtype
+    )
     wide = wide.to(x.dtype)
     wide[:, : flat.shape[1]].view(x.dtype).copy_(flat)
     wide = wide.to(device)
@@ -138,8 +143,9 @@ def assert_quantized_close(
         low, high = (t.clamp(least, 127.0) for t in steps)
         wrong = (g < low) | (g > high)
     else:
-        ends = [((v + d) / s).clamp(-448, 448).float().to(got.dtype).double() for d in (-bound.cpu().double(), bound.cpu().double())]
+        ends = [
+            ((v + d) / s).clamp(-448, 448).float().to(got.dtype).double()
+            for d in (-bound.cpu().double(), bound.cpu().double())
+        ]
         wrong = (g < ends[0]) | (g > ends[1])
     _report(what, g, v / s + shift, wrong)
-
-

@@ -58,19 +58,29 @@ def _check(
 ) -> None:
     op = "dequant_activation"
     if not isinstance(acc, Tensor) or acc.dtype not in (torch.int32, torch.float32):
-        raise TypeError(f"{op}: acc must be an int32 or float32 tensor, not {getattr(acc, 'dtype', type(acc).__name__)}")
+        raise TypeError(
+            f"{op}: acc must be an int32 or float32 tensor, not {getattr(acc, 'dtype', type(acc).__name__)}"
+        )
     check_rows(op, "acc", acc)
     if a_zero_point is not None and acc.dtype != torch.int32:
         raise ValueError(f"{op}: a_zero_point goes with int32 accumulators, and these are {acc.dtype}")
     if a_zero_point is not None and b_sum is None:
         raise ValueError(f"{op}: a_zero_point needs b_sum, the row sums of b: pass b.sum(1, dtype=torch.int32)")
     lead, columns = tuple(acc.shape[:-1]), acc.shape[-1]
-    check_epilogue(op, acc, lead, columns, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    check_epilogue(
+        op, acc, lead, columns, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum
+    )
 
 
 def _fake(
-    acc: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype, *rest: Tensor | None
-) -> Tensor:  # fmt: skip
+    acc: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    *rest: Tensor | None,
+) -> Tensor:
     return fake_output(acc, tuple(acc.shape), activation, out_dtype)
 
 

@@ -26,7 +26,9 @@ class EpilogueCase:
     out_scale: str = "tensor"  # or "column"; with 8-bit outputs
     zero_point: str | None = None  # None, "row" or "tensor"
 
-    def arguments(self, lead: tuple[int, ...], columns: int, step: float, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    def arguments(
+        self, lead: tuple[int, ...], columns: int, step: float, device: str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
         """Everything but the accumulators and b_sum; `step` is about what one accumulator unit is worth: outputs are then O(1)."""
         g = torch.Generator().manual_seed(seed + 2)
 
@@ -41,8 +43,12 @@ class EpilogueCase:
             "bias": None if self.bias is None else torch.randn(columns, generator=g).to(device, self.bias),
             "activation": self.activation,
             "out_dtype": self.out_dtype,
-            "out_scale": None if self.out_dtype in FLOATS else positive(*((outputs,) if self.out_scale == "column" else (1,))) / 40,
-            "a_zero_point": None if zero_shape is None else torch.randint(-128, 128, zero_shape, generator=g, dtype=torch.int32).to(device),
+            "out_scale": None
+            if self.out_dtype in FLOATS
+            else positive(*((outputs,) if self.out_scale == "column" else (1,))) / 40,
+            "a_zero_point": None
+            if zero_shape is None
+            else torch.randint(-128, 128, zero_shape, generator=g, dtype=torch.int32).to(device),
         }
 
 

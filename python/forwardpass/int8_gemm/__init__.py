@@ -50,16 +50,22 @@ def int8_gemm(
 def check_int8_weight(op: str, name: str, b: Tensor, x_name: str, x: Tensor, zero_point: bool) -> None:
     """b is int8 [N, K] for an x [..., K] of a depth that int32 accumulators hold, on its device."""
     if not isinstance(b, Tensor) or b.dtype != torch.int8:
-        raise TypeError(f"{op}: {name} must be an int8 tensor, not {getattr(b, 'dtype', type(b).__name__)}: see fp.ops.quantize")
+        raise TypeError(
+            f"{op}: {name} must be an int8 tensor, not {getattr(b, 'dtype', type(b).__name__)}: see fp.ops.quantize"
+        )
     check_rows(op, x_name, x)
     check_rows(op, name, b)
     if b.dim() != 2 or b.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: {name} must be [N, {x.shape[-1]}] for {x_name} {tuple(x.shape)}, and has shape {tuple(b.shape)}")
+        raise ValueError(
+            f"{op}: {name} must be [N, {x.shape[-1]}] for {x_name} {tuple(x.shape)}, and has shape {tuple(b.shape)}"
+        )
     if b.device != x.device:
         raise ValueError(f"{op}: {name} is on {b.device} and {x_name} on {x.device}: move one of them")
     limit = MAX_K_ZERO_POINT if zero_point else MAX_K
     if b.shape[1] > limit:
-        raise ValueError(f"{op}: K must be at most {limit}, so that int32 accumulators cannot overflow, and is {b.shape[1]}: split K")
+        raise ValueError(
+            f"{op}: K must be at most {limit}, so that int32 accumulators cannot overflow, and is {b.shape[1]}: split K"
+        )
 
 
 def _check(
@@ -76,7 +82,9 @@ def _check(
 ) -> None:
     op = "int8_gemm"
     if not isinstance(a, Tensor) or a.dtype != torch.int8:
-        raise TypeError(f"{op}: a must be an int8 tensor, not {getattr(a, 'dtype', type(a).__name__)}: see fp.ops.quantize")
+        raise TypeError(
+            f"{op}: a must be an int8 tensor, not {getattr(a, 'dtype', type(a).__name__)}: see fp.ops.quantize"
+        )
     check_int8_weight(op, "b", b, "a", a, a_zero_point is not None)
     lead, n = tuple(a.shape[:-1]), b.shape[0]
     check_epilogue(op, a, lead, n, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
@@ -92,7 +100,9 @@ def _fake(
 def _notes(*args: object) -> list[str]:
     a_zero_point, b = args[8], args[1]
     assert isinstance(b, Tensor)
-    return [f"b_sum: {b.numel()} bytes of b are read once more where it is not given"] if a_zero_point is not None else []
+    return (
+        [f"b_sum: {b.numel()} bytes of b are read once more where it is not given"] if a_zero_point is not None else []
+    )
 
 
 OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, _fake, backends=("cpu",), notes=_notes)

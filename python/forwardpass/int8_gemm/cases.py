@@ -32,8 +32,9 @@ class Case:
             b[1], b[2] = 0, -128
         e = self.epilogue.arguments((self.m,), self.n, 1 / (5000 * self.k**0.5), device, seed)
         b_sum = b.sum(1, dtype=torch.int32).to(device) if e["a_zero_point"] is not None else None
-        return (apart(a, device, self.padding), apart(b, device, self.padding), e["a_scale"], e["b_scale"], e["bias"], e["activation"], e["out_dtype"],
-                e["out_scale"], e["a_zero_point"], b_sum)  # fmt: skip
+        a, b = apart(a, device, self.padding), apart(b, device, self.padding)
+        return (a, b, e["a_scale"], e["b_scale"], e["bias"], e["activation"], e["out_dtype"], e["out_scale"],
+                e["a_zero_point"], b_sum)  # fmt: skip
 
     def bytes(self) -> int:
         outputs = self.m * self.n // (2 if is_gated(self.epilogue.activation) else 1)
@@ -60,5 +61,12 @@ def cases() -> Iterator[Case]:
 
 
 #: tokens x out x in: MiniLM at 8 x 128, BERT-large, Llama-8B's projections at 16 and 512 tokens
-BENCHMARK_SHAPES = ((1024, 384, 384), (1024, 1536, 384), (1024, 384, 1536), (512, 4096, 1024), (16, 4096, 4096), (512, 4096, 4096))
+BENCHMARK_SHAPES = (
+    (1024, 384, 384),
+    (1024, 1536, 384),
+    (1024, 384, 1536),
+    (512, 4096, 1024),
+    (16, 4096, 4096),
+    (512, 4096, 4096),
+)
 BENCHMARK_CASES = tuple(Case(m, n, k, EpilogueCase(zero_point="row")) for m, n, k in BENCHMARK_SHAPES)

@@ -67,7 +67,9 @@ def _check(
     if (w_sum is not None) == symmetric:
         raise ValueError(f"{op}: w_sum, weight.sum(1, dtype=torch.int32), goes with symmetric=False, and only with it")
     if out_dtype not in FLOATS:
-        raise TypeError(f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm")
+        raise TypeError(
+            f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm"
+        )
     if not isinstance(w_scale, Tensor):
         raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
     lead, n, one = tuple(x.shape[:-1]), weight.shape[0], w_scale.new_empty(1, dtype=torch.float32, device=x.device)

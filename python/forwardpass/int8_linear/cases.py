@@ -34,7 +34,9 @@ class Case:
         w_scale = (torch.rand(self.n, generator=g) + 0.5) / 2000
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
         scale = torch.full((1,), 0.04, device=device) if self.static else None
-        zero_point = torch.full((1,), -11, dtype=torch.int32, device=device) if self.static and not self.symmetric else None
+        zero_point = (
+            torch.full((1,), -11, dtype=torch.int32, device=device) if self.static and not self.symmetric else None
+        )
         channel = (torch.rand(self.k, generator=g) + 0.25).to(device) if self.channel_scale else None
         w_sum = None if self.symmetric else weight.sum(1, dtype=torch.int32).to(device)
         x = awkward((*self.lead, self.k), self.x_dtype, seed, device)

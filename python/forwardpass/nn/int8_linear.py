@@ -97,7 +97,9 @@ class Int8Linear(QuantizedLinear):
             if v is not None and v.numel() != size:
                 raise ValueError(f"Int8Linear.from_torch: {name} must have {size} elements, and has {v.numel()}")
         if (input_zero_point is not None) != (input_scale is not None and not symmetric):
-            raise ValueError("Int8Linear.from_torch: input_zero_point goes with input_scale and symmetric=False, and only with them")
+            raise ValueError(
+                "Int8Linear.from_torch: input_zero_point goes with input_scale and symmetric=False, and only with them"
+            )
         if quantized is None:
             quantized = quantize_weight(weight.float() if channel_scale is None else weight.float() / channel_scale)
         elif quantized[0].shape != weight.shape or quantized[0].dtype != torch.int8 or quantized[1].shape != (n,):

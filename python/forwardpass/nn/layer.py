@@ -60,7 +60,11 @@ class QuantizedLinear(nn.Module):
     def why_not(cls, module: nn.Module) -> Reason | None:
         """None where `from_torch` takes this module, else the reason."""
         if type(module) is not nn.Linear and not is_conv1d(module):
-            return Reason("subclass", f"it is a {type(module).__name__}, not an nn.Linear", "swap it by hand if its forward is Linear's")
+            return Reason(
+                "subclass",
+                f"it is a {type(module).__name__}, not an nn.Linear",
+                "swap it by hand if its forward is Linear's",
+            )
         weight = linear_weight(module)
         if weight.is_meta:
             return Reason("meta", "its weight is on the meta device", "load the weights first")
@@ -70,7 +74,9 @@ class QuantizedLinear(nn.Module):
         if n == 0 or k == 0:
             return Reason("empty", f"its weight is {n} x {k}", "nothing is to be gained")
         if cls.max_in_features and k > cls.max_in_features:
-            return Reason("too_deep", f"K = {k} could overflow int32 accumulators, the limit is {cls.max_in_features}", "leave it")
+            return Reason(
+                "too_deep", f"K = {k} could overflow int32 accumulators, the limit is {cls.max_in_features}", "leave it"
+            )
         return None
 
     @classmethod

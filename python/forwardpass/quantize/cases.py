@@ -26,7 +26,9 @@ class Case:
         """In the schema's order."""
         g = torch.Generator().manual_seed(seed + 1)
         scale = torch.full((1,), 0.07, device=device) if self.static else None
-        zero_point = torch.full((1,), -9, dtype=torch.int32, device=device) if self.static and not self.symmetric else None
+        zero_point = (
+            torch.full((1,), -9, dtype=torch.int32, device=device) if self.static and not self.symmetric else None
+        )
         channel = (torch.rand(self.shape[-1], generator=g) + 0.25).to(device) if self.channel_scale else None
         x = awkward(self.shape, self.x_dtype, seed, device)
         return x, self.dtype, scale, zero_point, self.group_size, self.symmetric, channel

@@ -11,7 +11,9 @@ from ..quantized_rows import E4M3, check_float_rows, check_rows, check_vector
 from . import reference
 
 
-def w8a16_gemm(x: Tensor, w: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def w8a16_gemm(
+    x: Tensor, w: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
     """`activation(x @ (w * w_scale).T + bias)`: weights are read as 8 bits and widened on the way.
 
     Args:
@@ -48,7 +50,9 @@ def _check(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activatio
         if tuple(w_scale.shape) != (n, groups):
             raise ValueError(f"{op}: w_scale of blocks must be [{n}, {groups}], and has shape {tuple(w_scale.shape)}")
         check_vector(op, "w_scale", w_scale, n * groups, torch.float32, x)
-    check_epilogue(op, x, tuple(x.shape[:-1]), n, one, one if blocks else w_scale, bias, activation, x.dtype, None, None, None)
+    check_epilogue(
+        op, x, tuple(x.shape[:-1]), n, one, one if blocks else w_scale, bias, activation, x.dtype, None, None, None
+    )
 
 
 def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -34,7 +34,13 @@ class Case:
         shape = {"tensor": (1,), "column": (self.n,), "block": (self.n, -(-self.k // 128))}[self.scales]
         w_scale = ((torch.rand(shape, generator=g) + 0.5) / 2000).to(device)
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
-        return awkward((*self.lead, self.k), self.x_dtype, seed, device), apart(w, device), w_scale, bias, self.activation
+        return (
+            awkward((*self.lead, self.k), self.x_dtype, seed, device),
+            apart(w, device),
+            w_scale,
+            bias,
+            self.activation,
+        )
 
     def bytes(self) -> int:
         m = 1
