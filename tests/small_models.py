@@ -112,6 +112,13 @@ def block(width=64):
     return Block(width).eval()
 
 
+def inputs(rows=256, seed=2):
+    """For a block: an outlier channel, as activations have."""
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))
+    x[:, 7] *= 30
+    return x
+
+
 def objects(model):
     """What must not change: every module, parameter and buffer, by identity, and what they hold."""
     modules = {name: id(m) for name, m in model.named_modules(remove_duplicate=False)}
@@ -130,3 +137,11 @@ def assert_same_objects(model, before):
     for name, (*identity, values) in tensors.items():
         assert identity == list(before[1][name][:3]), name
         assert torch.equal(bits(values), bits(before[1][name][3])), name
+
+
+def codes(report):
+    return {s.fqn: s.reason.code for s in report.skipped}
+
+
+def names(report):
+    return [s.fqn for s in report.swapped]

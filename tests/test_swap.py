@@ -5,24 +5,17 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
-from small_models import CONFIGS, Block, assert_same_objects, batch, block, build, objects, outputs
+from small_models import CONFIGS, Block, assert_same_objects, batch, block, build, codes, names, objects, outputs
 from torch import nn
 from torch.nn.utils import prune
 
 import forwardpass as fp
 from forwardpass.nn import QuantizedLinear
 from forwardpass.swap.patterns import Pattern
-
-
-def codes(report):
-    return {s.fqn: s.reason.code for s in report.skipped}
-
-
-def names(report):
-    return [s.fqn for s in report.swapped]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -402,6 +395,16 @@ def test_training_mode_is_a_warning():
         fp.swap(block().train(), "int8")
 
 
+def test_warnings_as_errors_leave_the_model_as_it_was():
+    model = block().train()
+    before = objects(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="training mode"):
+            fp.swap(model, "int8")
+    assert_same_objects(model, before)
+
+
 def test_what_users_set_on_a_layer_is_on_its_replacement():
     model = block()
     model.first.tag = "mine"
@@ -410,161 +413,6 @@ def test_what_users_set_on_a_layer_is_on_its_replacement():
     assert model.first.tag == "mine"
     assert model.first.training
     assert not model.second.training
-
-
-# ---- plans
-
-
-def test_a_plan_replays(tmp_path):
-    model, x = block(), torch.randn(4, 64)
-    report = fp.swap(model, "int8", exclude="second")
-    expected = outputs(model, x)
-    report.save_plan(tmp_path / "plan.json")
-    for plan in (tmp_path / "plan.json", str(tmp_path / "plan.json"), report.plan, report.plan.to_json()):
-        again = block()
-        replayed = fp.swap(again, plan=plan)
-        assert codes(replayed) == {"second": "not_planned", "head": "not_planned"}
-        assert replayed.plan == report.plan
-        assert torch.equal(outputs(again, x), expected)
-
-
-def test_a_plan_overrules_the_defaults_but_not_the_user():
-    plan = fp.swap(block(), "int8", include=["first", "head"], dry_run=True).plan
-    assert names(fp.swap(block(), plan=plan)) == ["first", "head"]
-    assert names(fp.swap(block(), plan=plan, exclude="first")) == ["head"]
-
-
-def edited(**changes):
-    def edit():
-        plan = fp.swap(block(), "int8", dry_run=True).plan.to_json()
-        for path, value in changes.items():
-            if path in plan["layers"][0]:
-                plan["layers"][0][path] = value
-            else:
-                plan[path] = value
-        return plan
-
-    return edit
-
-
-BAD_PLANS = [
-    (edited(fqn="nowhere"), "another model .*no Linear layer nowhere"),
-    (edited(in_features=65), r"first has \(in_features, out_features, bias\) \(64, 128, True\)"),
-    (edited(bias=False), "another model"),
-    (edited(schema="forwardpass.plan/9"), "schema 'forwardpass.plan/9', and this version reads"),
-    (edited(version=2), "no precision 'int8' version 2"),
-    (edited(precision="int3"), "no precision 'int3'"),
-    (edited(in_features=True), "in_features of layer 0"),
-    (edited(extra=1), "has the entries"),
-    (edited(layers={}), "layers of the plan"),
-    (edited(layers=[3]), "layer 0 is not an object"),
-    (edited(fqn="second"), "names a layer twice"),
-    (edited(calibrated=True), "made with calibration"),
-    (dict, "no schema"),
-]
-
-
-@pytest.mark.parametrize("case", range(len(BAD_PLANS)))
-def test_a_plan_that_does_not_fit_is_refused(case):
-    make, words = BAD_PLANS[case]
-    model = block()
-    before = objects(model)
-    with pytest.raises(ValueError, match=words) as e:
-        fp.swap(model, plan=make())
-    assert "\n" not in str(e.value)
-    assert_same_objects(model, before)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"{",
-        b"\xff\xfe",
-        b"[" * 200_000,
-        b'{"a":' * 100_000,
-        b'{"schema": NaN}',
-        b'{"schema": ' + b"9" * 10_000 + b"}",
-    ],
-    ids=range(8),
-)
-def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
-    (tmp_path / "plan.json").write_bytes(content)
-    with pytest.raises(ValueError, match="plan") as e:
-        fp.swap(block(), plan=tmp_path / "plan.json")
-    assert "\n" not in str(e.value)
-    assert len(str(e.value)) < 400
-
-
-def test_a_plan_for_a_layer_that_has_hooks_now_is_refused():
-    plan, model = fp.swap(block(), "int8", dry_run=True).plan, block()
-    model.first.register_forward_hook(lambda *a: None)
-    with pytest.raises(ValueError, match="does not fit this Block: it names first, and hooks are registered"):
-        fp.swap(model, plan=plan)
-
-
-# ---- calibration
-
-
-def data(rows=256, seed=2):
-    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))
-    x[:, 7] *= 30
-    return x
-
-
-def test_calibration_lowers_the_error():
-    x, model = data(seed=3), block()
-    exact = outputs(model, x)
-    errors = []
-    for calibrate in (None, [data(), data(64, 5)]):
-        with fp.swap(model, "int8", calibrate=calibrate):
-            errors.append((outputs(model, x) - exact).norm())
-    assert errors[1] < 0.7 * errors[0]
-
-
-def test_calibration_leaves_padding_out():
-    def run(filler):
-        model, ids = build("bert"), batch("bert")
-        ids["input_ids"][ids["attention_mask"] == 0] = filler
-        fp.swap(model, "int8", calibrate=[ids])
-        return model.state_dict()
-
-    a, b = run(5), run(77)
-    assert all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-def test_calibration_puts_hooks_and_flags_back():
-    model = block()
-    model.first.train()
-    before = objects(model), [m.training for m in model.modules()]
-
-    def forward(model, batch):
-        assert not model.first.training
-        assert torch.is_inference_mode_enabled()
-        model(batch)
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        fp.swap(model, "int8", calibrate=[data()], forward=forward)
-    assert_same_objects(model, before[0])
-    assert [m.training for m in model.modules()] == before[1]
-    assert not any(m._forward_pre_hooks for m in model.modules())
-    fp.swap(model, "int8", calibrate=iter([(data(),)]))
-    assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_calibration_says_what_it_could_not_calibrate(bad):
-    model, x = block(), data()
-    x[3, 3] = bad
-    model.unused = nn.Linear(64, 64)
-    with pytest.warns(UserWarning, match="NaN or infinity") as found:
-        report = fp.swap(model, "int8", calibrate=[x])
-    assert any("never reached 1 of 3 layers (unused" in w for w in report.warnings)
-    assert len(found) == 2
-    assert model.first.channel_scale is None
-    assert all(t.isfinite().all() for t in model.state_dict().values())
 
 
 # ---- where models run

@@ -18,7 +18,7 @@ from .plan import Plan, PlannedLayer
 from .precision import Precision, find_precision
 from .report import Report, Skipped, Swapped, WeightBytes
 from .rules import KINDS, Context, fused_experts, why_skip
-from .walker import Leaf, linear_like, plain_module
+from .walker import Leaf, is_conv1d, linear_like, plain_module
 
 KEEP = ("auto", "device", "cpu", False)
 
@@ -42,14 +42,12 @@ def swap(
         precision: a preset, "int8" or "w8a16"; or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
         include, exclude: patterns of layer names: globs over whole components ("layer.1" is not "layer.11"; "**"
-            crosses
-            dots) or "re:…". A name spelled out under include ("lm_head") overrides the default skips of that layer.
+            crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that layer's default skips.
         strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
             or the defaults (lm_head, MoE routers, too small) give.
         dry_run: report what would be done, change nothing. Batches are not read.
-        calibrate: batches (see `forwardpass.batches`) to calibrate on, "int8" only: a few dozen samples of real
-            input. They
-            run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs.
+        calibrate: batches (see `forwardpass.batches`) to calibrate on, "int8" only: a few dozen samples of real input.
+            They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs.
         keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: let go
             once all is in place, and `fp.restore` cannot bring them back.
         forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
@@ -65,33 +63,29 @@ def swap(
     if keep not in KEEP or keep is True:
         raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
     if (precision is None) == (plan is None):
-        raise ValueError(f"swap takes either precision= or plan=, and "
-                         f"{'both were' if plan is not None else 'neither was'} given: pass one, e.g. "
-                         "precision=\"int8\"")  # fmt: skip
+        given = "neither was" if plan is None else "both were"
+        raise ValueError(f'swap takes either precision= or plan=, and {given} given: pass one, e.g. precision="int8"')
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
-    leaves = linear_like(model)
+    leaves, calibrated = linear_like(model), calibrate is not None
     _refuse_model(model, leaves)
-    chosen, skipped = _decide(
-        context, leaves, precision, Plan.load(plan) if plan is not None else None, calibrate is not None
-    )
+    loaded = Plan.load(plan) if plan is not None else None
+    chosen, skipped = _decide(context, leaves, precision, loaded, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
     if strict:
         _refuse_skips(skipped)
     notes = _warnings(context, leaves, chosen, experts)
 
-    calibrated = calibrate is not None
     arguments: dict[str, dict[str, Any]] = {}
     if calibrate is not None and not dry_run:
         from .calibrate import calibration_arguments
 
-        arguments, found = calibration_arguments(model, [leaf for leaf, _ in chosen], calibrate, forward)
+        arguments, found = calibration_arguments(model, [x for x, p in chosen if p.calibrates], calibrate, forward)
         notes += found
-    replacements: list[nn.Module] = []
-    for leaf, preset in chosen:
-        replacements.append(
-            _empty(leaf, preset, calibrated) if dry_run else _build(leaf, preset, arguments.get(leaf.fqn, {}))
-        )
+    if dry_run:
+        replacements = [_empty(leaf, preset, calibrated) for leaf, preset in chosen]
+    else:
+        replacements = [_build(leaf, preset, arguments.get(leaf.fqn, {})) for leaf, preset in chosen]
     report = Report(
         [_swapped(leaf, preset, new) for (leaf, preset), new in zip(chosen, replacements)],
         skipped,
@@ -100,15 +94,15 @@ def swap(
         _plan(model, chosen, calibrated),
         dry_run,
     )
+    for note in notes:  # before the model is touched: a filter may turn them into errors
+        warnings.warn(f"swap: {note}", stacklevel=2)
     if not dry_run:
         report.attach(model, _install(model, [leaf for leaf, _ in chosen], replacements, keep))
-    for note in notes:
-        warnings.warn(f"swap: {note}", stacklevel=2)
     return report
 
 
 def _refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
-    if isinstance(model, nn.Linear):
+    if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
                          "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
     if swapped := originals.quantised_layers(model):
@@ -128,10 +122,9 @@ def _decide(
     if plan is not None:
         plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
         if plan.calibrated != calibrated:
-            raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint that "
-                             "holds its effect"
-                             if plan.calibrated else "the plan was made without calibration: drop calibrate=, or plan "
-                                                     "again")  # fmt: skip
+            if plan.calibrated:
+                raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint")
+            raise ValueError("the plan was made without calibration: drop calibrate=, or plan again")
         presets = {layer.fqn: find_precision(layer.precision, layer.version) for layer in plan.layers}
     else:
         preset = find_precision(precision)  # type: ignore[arg-type]

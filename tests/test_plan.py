@@ -1,0 +1,106 @@
+"""Plans: they replay, and a plan that does not fit is refused before anything is changed."""
+
+import pytest
+import torch
+from small_models import assert_same_objects, block, codes, inputs, names, objects, outputs
+
+import forwardpass as fp
+
+
+def test_a_plan_replays(tmp_path):
+    model, x = block(), torch.randn(4, 64)
+    report = fp.swap(model, "int8", exclude="second")
+    expected = outputs(model, x)
+    report.save_plan(tmp_path / "plan.json")
+    for plan in (tmp_path / "plan.json", str(tmp_path / "plan.json"), report.plan, report.plan.to_json()):
+        again = block()
+        replayed = fp.swap(again, plan=plan)
+        assert codes(replayed) == {"second": "not_planned", "head": "not_planned"}
+        assert replayed.plan == report.plan
+        assert torch.equal(outputs(again, x), expected)
+
+
+def test_a_plan_overrules_the_defaults_but_not_the_user():
+    plan = fp.swap(block(), "int8", include=["first", "head"], dry_run=True).plan
+    assert names(fp.swap(block(), plan=plan)) == ["first", "head"]
+    assert names(fp.swap(block(), plan=plan, exclude="first")) == ["head"]
+
+
+def test_a_plan_of_two_precisions_calibrates_those_that_take_it():
+    plan = fp.swap(block(), "int8", calibrate=[inputs()], dry_run=True).plan.to_json()
+    plan["layers"][1].update(precision="w8a16")
+    model = block()
+    report = fp.swap(model, plan=plan, calibrate=[inputs()])
+    assert [s.precision for s in report.swapped] == ["int8", "w8a16"]
+    assert model.first.channel_scale is not None
+    assert report.to_json()["plan"] == plan
+
+
+def edited(**changes):
+    def edit():
+        plan = fp.swap(block(), "int8", dry_run=True).plan.to_json()
+        for path, value in changes.items():
+            if path in plan["layers"][0]:
+                plan["layers"][0][path] = value
+            else:
+                plan[path] = value
+        return plan
+
+    return edit
+
+
+BAD_PLANS = [
+    (edited(fqn="nowhere"), "another model .*no Linear layer nowhere"),
+    (edited(in_features=65), r"first has \(in_features, out_features, bias\) \(64, 128, True\)"),
+    (edited(bias=False), "another model"),
+    (edited(schema="forwardpass.plan/9"), "schema 'forwardpass.plan/9', and this version reads"),
+    (edited(version=2), "no precision 'int8' version 2"),
+    (edited(precision="int3"), "no precision 'int3'"),
+    (edited(in_features=True), "in_features of layer 0"),
+    (edited(extra=1), "has the entries"),
+    (edited(layers={}), "layers of the plan"),
+    (edited(layers=[3]), "layer 0 is not an object"),
+    (edited(fqn="second"), "names a layer twice"),
+    (edited(calibrated=True), "made with calibration"),
+    (dict, "no schema"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD_PLANS)))
+def test_a_plan_that_does_not_fit_is_refused(case):
+    make, words = BAD_PLANS[case]
+    model = block()
+    before = objects(model)
+    with pytest.raises(ValueError, match=words) as e:
+        fp.swap(model, plan=make())
+    assert "\n" not in str(e.value)
+    assert_same_objects(model, before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"schema": NaN}',
+        b'{"schema": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=range(8),
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(ValueError, match="plan") as e:
+        fp.swap(block(), plan=tmp_path / "plan.json")
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 400
+
+
+def test_a_plan_for_a_layer_that_has_hooks_now_is_refused():
+    plan, model = fp.swap(block(), "int8", dry_run=True).plan, block()
+    model.first.register_forward_hook(lambda *a: None)
+    with pytest.raises(ValueError, match="does not fit this Block: it names first, and hooks are registered"):
+        fp.swap(model, plan=plan)
