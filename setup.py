@@ -161,9 +161,7 @@ class Build(build_ext):
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
-        obj = (
-            ROOT / "build" / "ninja"
-        )  # not build_temp: pip makes a new one each time, and nothing would be incremental
+        obj = ROOT / "build" / "ninja"  # build_temp is new with each pip: nothing would be incremental
         skipped = why_no_cuda()
         if skipped and WANT_CUDA == "1":
             sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {skipped}")
@@ -176,7 +174,9 @@ class Build(build_ext):
         obj.joinpath("build.ninja").write_text(rules)
         import ninja
 
-        subprocess.check_call([pathlib.Path(ninja.BIN_DIR, "ninja"), "-C", obj, f"-j{jobs(count)}"])
+        subprocess.check_call(
+            [pathlib.Path(ninja.BIN_DIR, "ninja"), "-f", obj / "build.ninja", f"-j{jobs(count)}"], cwd=ROOT
+        )
         import torch
 
         info = {"version": self.distribution.get_version(), "torch": torch.__version__, "cuda_skipped": skipped,
@@ -190,15 +190,16 @@ class Build(build_ext):
 
         q = shlex.quote  # for the shell; ninja quotes $in and $out itself
         t = pathlib.Path(torch.__file__).parent
-        common = f"-MD -MF $out.d -std=c++17 -I{q(f'{ROOT}/csrc')}"
-        here = q(f"-ffile-prefix-map={ROOT}/=")  # error messages carry __FILE__
+        # Everything is compiled from the root by its relative name: messages, line tables and depfiles name no folder of ours.
+        common = "-MD -MF $out.d -std=c++17 -Icsrc"
+        include = f"{t}/include"  # torch's headers put __FILE__ into messages too
         # -ffp-contract=off, because the formulas say where an fma is
-        cxx = (f"g++ {common} -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi {here} -fno-math-errno "
+        cxx = (f"g++ {common} -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi -fno-math-errno "
                f"-fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
-               f"-isystem {q(f'{t}/include')} -c $in -o $out")  # fmt: skip
+               f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} -c $in -o $out")  # fmt: skip
         depfile = " depfile = $out.d\n deps = gcc\n"
         text = [
-            "ninja_required_version = 1.8",
+            "ninja_required_version = 1.8\nbuilddir = build/ninja",
             f"rule cxx\n command = {cxx}\n{depfile} description = g++ $in",
             "rule link\n command = g++ -shared $in $flags -o $out\n description = link $out",
         ]
@@ -209,8 +210,9 @@ class Build(build_ext):
         def objects(rule, sources, flags=lambda s: ""):
             made = []
             for s in sources:
-                made.append(str(s.relative_to(ROOT / "csrc")).replace("/", ".") + ".o")
-                text.append(f"build {made[-1]}: {rule} {path(s)}\n flags = {flags(s)}")
+                s = s.relative_to(ROOT)
+                made.append(f"build/ninja/{str(s).replace('/', '.')}.o")
+                text.append(f"build {made[-1]}: {rule} {s}\n flags = {flags(s)}")
             return " ".join(made)
 
         cpp = sorted(p for p in ROOT.glob("csrc/**/*.cpp") if "interpreter" not in p.parts)
@@ -222,7 +224,7 @@ class Build(build_ext):
             lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
             # Any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
             nvcc = (f"{q(f'{home}/bin/nvcc')} {common} -O3 -lineinfo --compress-mode=size -Werror all-warnings "
-                    f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Xcompiler -fPIC,-fvisibility=hidden,{here} "
+                    f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Xcompiler -fPIC,-fvisibility=hidden "
                     f"$flags -c $in -o $out")  # fmt: skip
             checked = (
                 f"({nvcc}) > $out.log 2>&1 && ! grep -q 'C75[0-9][0-9]' $out.log || (cat $out.log; rm -f $out; false)"
