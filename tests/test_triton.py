@@ -15,17 +15,23 @@ import subprocess
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-import test_norm_quantize
-import test_quantize
 import torch
 
 from forwardpass import backend
+from forwardpass.activation_quantize import cases as activation_quantize
+from forwardpass.dequant_activation import cases as dequant_activation
 from forwardpass.norm_quantize import cases as norm_quantize
 from forwardpass.quantize import cases as quantize
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-MODULES = {"quantize": test_quantize, "norm_quantize": test_norm_quantize}
+CASES = {
+    "activation_quantize": activation_quantize,
+    "dequant_activation": dequant_activation,
+    "norm_quantize": norm_quantize,
+    "quantize": quantize,
+}
+INTERPRETED = ("activation_quantize", "norm_quantize", "quantize")  # its fma rounds twice: not dequant_activation
 ARCHITECTURES = (80, 89, 90)
 
 
@@ -40,14 +46,14 @@ def rounds_to_bf16(case):
 
 SAMPLE = [
     (name, few_rows(case))
-    for name, module in MODULES.items()
-    for case in random.Random(0).sample([c for c in module.CASES if not rounds_to_bf16(c)], 24)
+    for name in INTERPRETED
+    for case in random.Random(0).sample([c for c in CASES[name].cases() if not rounds_to_bf16(c)], 20)
 ]
 
 
-def run(case, args):
+def run(name, case, args):
     with backend.use_backend("triton"):
-        return backend.operations[case.op](*args)
+        return backend.operations[getattr(case, "op", name)](*args)
 
 
 # What runs in the other processes.
@@ -62,7 +68,7 @@ def start_interpreting():
 
 def interpret(name, case):
     args = case.arguments()
-    MODULES[name].check(case, args, run(case, args))
+    CASES[name].assert_matches(run(name, case, args), args)
 
 
 def start_compiling():
@@ -109,14 +115,14 @@ def start_compiling():
 compiled = []
 
 
-def compile_for(architecture, case):
+def compile_for(architecture, name, case):
     """(PTX, stack frame in bytes) of the kernel that the case launches, on rows that are contiguous."""
     import triton
     from triton.runtime.driver import driver
 
     driver.active.architecture = architecture
     compiled.clear()
-    run(case, [a.contiguous() if isinstance(a, torch.Tensor) else a for a in case.arguments()])
+    run(name, case, [a.contiguous() if isinstance(a, torch.Tensor) else a for a in case.arguments()])
     (kernel,) = compiled
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = pathlib.Path(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
@@ -147,22 +153,43 @@ def test_interpreted(interpreter, name, case):
     interpreter.submit(interpret, name, case).result()
 
 
-COMPILED = [
-    quantize.Case((2, 384), torch.bfloat16),
-    quantize.Case((2, 203), torch.float16, symmetric=False, channel_scale=True),
-    quantize.Case((2, 384), torch.float32, torch.float8_e4m3fn, group_size=128),
-    quantize.Case((2, 32768), torch.bfloat16, symmetric=False, static=True),
-    norm_quantize.Case((2, 384), torch.bfloat16, kind="layer", bias=torch.bfloat16, residual=True),
-    norm_quantize.Case((2, 203), torch.float16, torch.float8_e4m3fn, channel_scale=True),
-    norm_quantize.Case((2, 16384), torch.float32, symmetric=False, kind="layer", bias=torch.float32, residual=True),
-    norm_quantize.Case((2, 32768), torch.bfloat16, weight=None),
-]
+COMPILED = {
+    "quantize": [
+        quantize.Case((2, 384), torch.bfloat16),
+        quantize.Case((2, 203), torch.float16, symmetric=False, channel_scale=True),
+        quantize.Case((2, 384), torch.float32, torch.float8_e4m3fn, group_size=128),
+        quantize.Case((2, 32768), torch.bfloat16, symmetric=False, static=True),
+    ],
+    "norm_quantize": [
+        norm_quantize.Case((2, 384), torch.bfloat16, kind="layer", bias=torch.bfloat16, residual=True),
+        norm_quantize.Case((2, 203), torch.float16, torch.float8_e4m3fn, channel_scale=True),
+        norm_quantize.Case((2, 16384), torch.float32, symmetric=False, kind="layer", bias=torch.float32, residual=True),
+        norm_quantize.Case((2, 32768), torch.bfloat16, weight=None),
+    ],
+    "activation_quantize": [
+        activation_quantize.Case((2, 384), "silu_mul", "halves", torch.bfloat16),
+        activation_quantize.Case(
+            (2, 1024), "gelu_mul", "interleaved8", torch.float16, torch.float8_e4m3fn, group_size=128
+        ),
+        activation_quantize.Case((2, 203), "relu", "halves", torch.float32, symmetric=False, channel_scale=True),
+        activation_quantize.Case((2, 32768), "gelu", "halves", torch.bfloat16, symmetric=False),
+    ],
+    "dequant_activation": [
+        dequant_activation.Case((2, 384)),
+        dequant_activation.Case(
+            (2, 4096), epilogue=dequant_activation.EpilogueCase(activation="gelu", zero_point="row")
+        ),
+        dequant_activation.Case((2, 416), torch.float32, dequant_activation.EpilogueCase(activation="silu_mul")),
+    ],
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("case", COMPILED, ids=str)
-def test_compiles_without_spills(compiler, case, architecture):
-    ptx, stack = compiler.submit(compile_for, architecture, case).result()
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, cases in COMPILED.items() for case in cases], ids=str
+)
+def test_compiles_without_spills(compiler, name, case, architecture):
+    ptx, stack = compiler.submit(compile_for, architecture, name, case).result()
     assert f".target sm_{architecture}" in ptx
     assert stack == 0
     if case.shape[-1] % 16 == 0:  # moved 16 bytes at a time, but for the scale, the zero point, a layer norm's pivots

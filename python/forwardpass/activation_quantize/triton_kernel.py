@@ -16,7 +16,7 @@ from ..triton_rows import magnitudes, segment_scale, store_quantized
 
 @triton.jit
 def load_values(
-    x_ptr, to_up, channel_ptr, begin, start, length, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, columns, channel_ptr, begin, start, length, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, CHANNEL_SCALE: tl.constexpr,
 ):  # fmt: skip
     """fp32 values [BLOCK] of a segment from column `start` of it on, activated and smoothed; 0 beyond its end."""
@@ -27,15 +27,15 @@ def load_values(
         x_ptr += column // 8 * 8
     v = activate(tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
-        v = v * tl.load(x_ptr + column + to_up, mask=mask, other=0.0).to(tl.float32)
+        v = v * tl.load(x_ptr + column + (8 if INTERLEAVED else columns), mask=mask, other=0.0).to(tl.float32)
     if CHANNEL_SCALE:
         v = v * tl.load(channel_ptr + column, mask=mask, other=0.0)
     return v
 
 
-@triton.jit(do_not_specialize=["columns", "group", "groups", "scale_stride", "x_stride", "to_up"])
+@triton.jit(do_not_specialize=["scale_stride"])
 def activation_quantize_kernel(
-    x_ptr, x_stride, to_up, q_ptr, q_stride, scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, group, groups,
+    x_ptr, x_stride, q_ptr, q_stride, scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, group, groups,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     CHANNEL_SCALE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -47,13 +47,13 @@ def activation_quantize_kernel(
     q_ptr += row * q_stride + begin
 
     first = load_values(
-        x_ptr, to_up, channel_ptr, begin, 0, length, ACTIVATION, GATED, INTERLEAVED, BLOCK, CHANNEL_SCALE
+        x_ptr, columns, channel_ptr, begin, 0, length, ACTIVATION, GATED, INTERLEAVED, BLOCK, CHANNEL_SCALE
     )
     high, low = magnitudes(first)
     for start in range(BLOCK, length, BLOCK):
         h, n = magnitudes(
             load_values(
-                x_ptr, to_up, channel_ptr, begin, start, length, ACTIVATION, GATED, INTERLEAVED, BLOCK, CHANNEL_SCALE
+                x_ptr, columns, channel_ptr, begin, start, length, ACTIVATION, GATED, INTERLEAVED, BLOCK, CHANNEL_SCALE
             )
         )
         high, low = tl.maximum(high, h), tl.maximum(low, n)
@@ -64,7 +64,7 @@ def activation_quantize_kernel(
     store_quantized(first, q_ptr + c, c < length, inverse, zero_point, E4M3, SYMMETRIC)
     for start in range(BLOCK, length, BLOCK):
         v = load_values(
-            x_ptr, to_up, channel_ptr, begin, start, length, ACTIVATION, GATED, INTERLEAVED, BLOCK, CHANNEL_SCALE
+            x_ptr, columns, channel_ptr, begin, start, length, ACTIVATION, GATED, INTERLEAVED, BLOCK, CHANNEL_SCALE
         )
         store_quantized(v, q_ptr + start + c, start + c < length, inverse, zero_point, E4M3, SYMMETRIC)
 
@@ -87,7 +87,7 @@ def activation_quantize(
     if rows:
         with torch.cuda.device_of(x):
             activation_quantize_kernel[(rows * arguments["groups"],)](
-                x, stride, 8 if layout == "interleaved8" else columns, **arguments,
+                x, stride, **arguments,
                 ACTIVATION=activation, GATED=gated, INTERLEAVED=layout == "interleaved8",
                 **triton_rows.segments(columns, group_size), enable_fp_fusion=False,
             )  # fmt: skip

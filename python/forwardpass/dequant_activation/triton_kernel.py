@@ -34,7 +34,7 @@ def dequantize(
     return tl.fma(y, tl.broadcast_to(a_scale * b_scale, y.shape), bias)
 
 
-@triton.jit(do_not_specialize=["acc_stride", "out_stride", "columns", "blocks"])
+@triton.jit
 def dequant_activation_kernel(
     acc_ptr, acc_stride, a_scale_ptr, b_scale_ptr, bias_ptr, zero_ptr, b_sum_ptr, out_scale_ptr, out_ptr, out_stride,
     columns, blocks, A_SCALE_PER_ROW: tl.constexpr, B_SCALE_PER_COLUMN: tl.constexpr, BIAS: tl.constexpr,

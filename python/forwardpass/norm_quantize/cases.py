@@ -1,5 +1,6 @@
-"""Shapes and options of norm_quantize and add_norm_quantize, for tests (awkward) and benchmarks (real layers), with the
-bytes a call must move and the error that fp32 allows it."""
+"""Shapes and options of norm_quantize and add_norm_quantize, for tests (awkward) and benchmarks (real layers), with
+the bytes a call must move, and how close a backend has to come.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..testing import AWKWARD_SHAPES, EMPTY_SHAPES, awkward, pairwise
-from .reference import normalize
+from ..testing import (
+    AWKWARD_SHAPES,
+    EMPTY_SHAPES,
+    assert_close,
+    assert_equal,
+    assert_quantized_close,
+    awkward,
+    pairwise,
+)
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,40 @@ def expected_values(
     r = (depth / 2 + 5) * u + e.square().mean(-1, keepdim=True).sqrt() * inverse
     gain = torch.ones(k, dtype=torch.float64, device=x.device) if weight is None else weight.double().abs()
     bound = gain * inverse * (e + v.abs() * (r + 2 * u))
-    values = normalize(x, weight, eps, kind, bias)
+    values = reference.normalize(x, weight, eps, kind, bias)
     bound = bound + 2 * u * values.abs()
     if channel_scale is not None:
         values, bound = values * channel_scale, bound * channel_scale
     return values, bound
+
+
+def assert_matches(got: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
+    """got is what a backend may return for args, those of norm_quantize or of add_norm_quantize: residual_out equal to
+    the reference's; scale and zero point within the bound of its, and by them each q the step of a value within it."""
+    args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
+    q, scale, zero_point, *residual_out = (t.cpu() for t in got)
+    expected: tuple[Tensor, ...] = (reference.add_norm_quantize if residual_out else reference.norm_quantize)(*args)
+    for name, g, e in zip(("q", "scale", "zero_point", "residual_out"), got, expected):
+        if (g.shape, g.dtype, g.stride()) != (e.shape, e.dtype, e.stride()):
+            raise AssertionError(f"{name}: {g.dtype} {g.shape} {g.stride()}, expected {e.dtype} {e.shape} {e.stride()}")
+    if residual_out:
+        assert_equal(residual_out[0], expected[3], "residual_out")
+        args = (expected[3], *args[2:])
+    x, weight, eps, dtype, kind, bias, symmetric, channel_scale = args
+    if x.numel() == 0:
+        return
+    values, bound = expected_values(x, weight, eps, kind, bias, channel_scale)
+    steps = 448 if dtype is torch.float8_e4m3fn else 127 if symmetric else 255
+    worst = bound.amax(-1)  # of the range; that of an asymmetric one is the sum of two
+    slack = 2.0**-22  # multiplying by the reciprocal, rounded, is not dividing by the scale
+    assert_close(scale, expected[1], worst * (1 if symmetric else 2) / steps + slack * expected[1], "scale")
+    shift = None if symmetric else zero_point.unsqueeze(-1)
+    assert_quantized_close(q, values, bound + slack * values.abs(), scale.unsqueeze(-1), "q", shift)
+    if not symmetric:
+        low = (-values).clamp(min=0).amax(-1)
+        tie = 0.5 + (worst + slack * low) / scale
+        tie = torch.where(scale.isnan(), torch.inf, tie)  # unspecified there
+        assert_close(zero_point + 128, (low / scale).nan_to_num(0), tie, "zero_point")
 
 
 def cases() -> Iterator[Case]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..testing import AWKWARD_SHAPES, EMPTY_SHAPES, awkward, pairwise
+from ..testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_equal, awkward, pairwise
+from . import reference
 
 
 @dataclass(frozen=True)
 class Case:
-    op: ClassVar[str] = "quantize"
     shape: tuple[int, ...]
     x_dtype: torch.dtype = torch.float16
     dtype: torch.dtype = torch.int8
@@ -40,6 +41,14 @@ class Case:
             n *= d
         segments = n // self.shape[-1] * -(-self.shape[-1] // (self.group_size or self.shape[-1]))
         return n * (self.x_dtype.itemsize + 1) + segments * (0 if self.static else 4 if self.symmetric else 8)
+
+
+def assert_matches(got: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) -> None:
+    """got is what every backend returns for args: the reference's bits."""
+    args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
+    expected = reference.quantize(*args)
+    for name, g, e in zip(("q", "scale", "zero_point"), got, expected):
+        assert_equal(g, e, name)
 
 
 def cases() -> Iterator[Case]:
