@@ -45,10 +45,12 @@ def eager(model: nn.Module, example: Batch, calibration: list[Batch]) -> Run:
     return embedding.hidden_states(model)
 
 
-def forwardpass(model: nn.Module, example: Batch, calibration: list[Batch], precision: str) -> Run:
+def forwardpass(
+    model: nn.Module, example: Batch, calibration: list[Batch], precision: str, compiled: bool = False
+) -> Run:
     swapped = copy.deepcopy(model)
     fp.swap(swapped, precision=precision, calibrate=calibration if precision == "int8" else None, keep=False)
-    return embedding.hidden_states(swapped)
+    return embedding.hidden_states(torch.compile(swapped) if compiled else swapped)
 
 
 def torch_dynamic_int8(model: nn.Module, example: Batch, calibration: list[Batch]) -> Run:
@@ -110,6 +112,7 @@ class Hidden(nn.Module):
 PEERS = {
     "eager": eager,
     "forwardpass int8": partial(forwardpass, precision="int8"),
+    "forwardpass int8 compiled": partial(forwardpass, precision="int8", compiled=True),
     "forwardpass w8a16": partial(forwardpass, precision="w8a16"),
     "torch_dynamic_int8": torch_dynamic_int8,
     "torchao": torchao,
