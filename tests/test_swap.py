@@ -484,3 +484,14 @@ assert torch.equal(outputs(model, x), swapped)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_device_without_kernels_is_said(monkeypatch):
+    reason = fp.Reason("device", "no kernel", "")
+    monkeypatch.setattr(
+        fp.backend.operations["int8_linear"], "why_not_on", lambda b, d: None if b == "reference" else reason
+    )
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    with pytest.warns(UserWarning, match="int8_linear has no kernel for cpu"):
+        report = fp.swap(model, precision="int8")
+    assert any("plain-torch reference" in note for note in report.warnings)

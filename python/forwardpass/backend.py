@@ -293,6 +293,12 @@ class Operation:
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
 
 
+def only_reference_on(operation: str, device: torch.device) -> bool:
+    """Whether on this device the operation has nothing faster than its plain-torch reference."""
+    op = operations[operation]
+    return all(op.why_not_on(b, device) for b in BACKENDS if b != "reference")
+
+
 class Explanation(dict[str, "Reason | None"]):
     """Backend -> Reason, or None where it can run; prints as a table."""
 

@@ -33,6 +33,7 @@ class Int8Linear(QuantizedLinear):
     Inference only: raises under grad when the input requires it.
     """
 
+    operation: ClassVar[str] = "int8_linear"
     keep_float32: ClassVar[tuple[str, ...]] = ("weight_scale", "channel_scale", "input_scale")
     max_in_features: ClassVar[int | None] = MAX_K_ZERO_POINT
 

@@ -39,6 +39,8 @@ class QuantizedLinear(nn.Module):
     """
 
     keep_float32: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    #: the operation that its forward calls
+    operation: ClassVar[str]
     #: the deepest K that the layer's kernels take
     max_in_features: ClassVar[int | None] = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ class W8A16Linear(QuantizedLinear):
     constructor makes an empty layer of the same form, for `load_state_dict`. Buffers: weight int8 [N, K], weight_scale fp32
     [N], bias [N] or None. Inference only: raises under grad when the input requires it.
     """
+
+    operation: ClassVar[str] = "w8a16_gemm"
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import Reason, Unsupported
+from ..backend import Reason, Unsupported, only_reference_on
 from ..nn.layer import linear_weight
 from . import originals
 from .patterns import patterns
@@ -172,6 +172,10 @@ def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: I
         notes.append("no layer is swapped; the report has each one's reason")
     if chosen and context.model.training:
         notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
+    for operation, device in sorted({(p.module.operation, str(leaf.module.weight.device)) for leaf, p in chosen}):
+        if only_reference_on(operation, torch.device(device)):
+            notes.append(f"{operation} has no kernel for {device} in this installation, so its layers run through the "
+                         "plain-torch reference, slower than what they replace: see `forwardpass doctor`")  # fmt: skip
     return notes
 
 
