@@ -1,0 +1,74 @@
+"""Dispatch: who runs a call, who is asked for by name, and what is said about it."""
+
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import forwardpass as fp
+
+X = torch.randn(3, 40)
+
+
+def chosen():
+    return fp.explain("quantize", X, torch.int8).chosen
+
+
+def test_auto_takes_the_first_that_can():
+    assert chosen() == "cpu"
+    with fp.use_backend("reference"):
+        assert chosen() == "reference"
+        with fp.use_backend("auto"):
+            assert chosen() == "cpu"
+    assert chosen() == "cpu"
+
+
+def test_a_choice_is_of_its_thread():
+    seen = []
+    with fp.use_backend("reference"):
+        t = threading.Thread(target=lambda: seen.append(chosen()))
+        t.start()
+        t.join()
+    assert seen == ["cpu"]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="cuda, triton, cpu, reference, auto, not 'gpu'"), fp.use_backend("gpu"):
+        pass
+    with pytest.raises(KeyError, match="no operation 'quantise'"):
+        fp.explain("quantise")
+
+
+def test_explain_runs_nothing_and_checks_everything():
+    table = fp.explain("int8_linear", X, torch.zeros(8, 40, dtype=torch.int8), torch.ones(8))
+    assert list(table) == ["cuda", "triton", "cpu", "reference"]
+    assert table["cpu"] is None
+    assert table["cuda"].code == "not_written"
+    assert "int8_linear(x=float32[3, 40]" in str(table)
+    assert "-> cpu" in str(table)
+    with pytest.raises(ValueError, match="w_sum"):
+        fp.explain("int8_linear", X, torch.zeros(8, 40, dtype=torch.int8), torch.ones(8), symmetric=False)
+    assert chosen() == "cpu"  # after an error too
+
+
+def test_a_call_checked_once_is_checked_again_for_another_shape():
+    fp.ops.quantize(X, torch.int8, channel_scale=torch.ones(40))
+    with pytest.raises(ValueError, match="40 elements"):
+        fp.ops.quantize(X, torch.int8, channel_scale=torch.ones(39))
+
+
+def test_dispatch_is_logged_once_a_shape():
+    code = """
+import torch, forwardpass as fp
+for n in (8, 8, 9):
+    fp.ops.quantize(torch.ones(2, n), torch.int8)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={"FORWARDPASS_LOG": "dispatch", "PATH": "", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    lines = [line for line in run.stderr.splitlines() if "forwardpass.dispatch" in line]
+    assert len(lines) == 2
+    assert lines[0].endswith("-> cpu")
+    assert logging.getLogger("forwardpass.dispatch").handlers == []

@@ -1,0 +1,59 @@
+"""`import forwardpass`: cheap, quiet, and not prevented by a broken library."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import forwardpass as fp
+
+
+def python(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **kwargs).stdout
+
+
+def test_costs_less_than_three_tenths_of_a_second_and_no_cuda():
+    code = """
+import time, torch
+before = time.perf_counter()
+import forwardpass
+took = time.perf_counter() - before
+print(took, torch.cuda.is_initialized())
+"""
+    took, initialized = min((python(code).split() for _ in range(3)), key=lambda r: float(r[0]))
+    assert float(took) < 0.3
+    assert initialized == "False"
+
+
+def test_imports_nothing_but_torch():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import forwardpass
+new = {m.partition(".")[0] for m in set(sys.modules) - before}
+print(*(new & {"transformers", "safetensors", "typer", "rich", "triton", "numpy", "huggingface_hub"}))
+"""
+    assert python(code).strip() == ""
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_a_library_that_does_not_load_is_said_when_it_is_needed(tmp_path, damage):
+    package = tmp_path / "forwardpass"
+    shutil.copytree(fp.library.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if damage == "broken":
+        (package / "_ops.so").write_bytes(b"not a library")
+    code = """
+import torch, forwardpass as fp
+x = torch.ones(2, 8)
+q, scale, _ = fp.ops.quantize(x, torch.int8)   # the reference needs no library
+print(int(q[0, 0]))
+try:
+    with fp.use_backend("cpu"):
+        fp.ops.quantize(x, torch.int8)
+except fp.Unsupported as e:
+    print(e)
+"""
+    first, second = python(code, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": ""}).splitlines()
+    assert first == "127"
+    assert "op library did not load" in second

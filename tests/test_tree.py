@@ -1,0 +1,51 @@
+"""The rules that make the tree findable, and those that keep its layers apart."""
+
+import pathlib
+import re
+
+import pytest
+
+from forwardpass.backend import operations
+
+ROOT = pathlib.Path(__file__).parents[1]
+CSRC, PYTHON = ROOT / "csrc", ROOT / "python/forwardpass"
+KERNEL_FILES = [p for p in CSRC.rglob("*") if p.suffix in (".cu", ".cuh")]
+
+
+def family(op):
+    """The folder an operation lives in: its own name, or that of the family it shares a kernel with."""
+    return operations[op].package.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("op", operations)
+def test_an_operation_has_its_files_at_every_layer(op):
+    name, compiled = family(op), operations[op].compiled
+    files = ["__init__.py", "reference.py", "cases.py"] + ["triton_kernel.py"] * ("triton" in compiled)
+    assert not [f for f in files if not (PYTHON / name / f).exists()]
+    assert (CSRC / name / f"{name}.cpp").exists()
+    if "cuda" in compiled:
+        assert (CSRC / name / f"{name}.h").exists()
+        assert list((CSRC / name).glob(f"{name}_sm*.cu"))
+        assert (CSRC / "cpu" / f"{name}_cpu.cpp").exists()
+    assert (ROOT / "benchmarks" / f"{name}.py").exists()
+    assert any(
+        re.search(rf"\b{op}\b", p.read_text()) for p in (ROOT / "tests").glob("test_*.py") if p.name != "test_tree.py"
+    )
+
+
+def test_kernels_see_no_torch_and_the_torch_side_no_cuda():
+    assert KERNEL_FILES
+    assert not [p for p in KERNEL_FILES if re.search(r"#include <(torch|ATen|c10)/", p.read_text())]
+    assert not [p for p in CSRC.rglob("*.cpp") if "cuda_runtime" in p.read_text()]
+
+
+def test_assembly_is_in_common_only():
+    assert not [
+        p for p in CSRC.rglob("*") if p.is_file() and p.parent.name != "common" and re.search(r"\basm\b", p.read_text())
+    ]
+
+
+def test_files_do_one_job():
+    sources = [p for d in ("csrc", "python", "tests", "benchmarks") for p in (ROOT / d).rglob("*") if p.suffix in
+               (".py", ".cpp", ".h", ".cu", ".cuh")]  # fmt: skip
+    assert not [p for p in sources if len(p.read_text().splitlines()) > 600]
