@@ -81,9 +81,10 @@ __device__ void for_each_vector(const Segment& s, int base, F f) {
   }
 }
 
-// A chunk of a segment whose column c is p[at(c)], where a vector's columns lie together. Beyond the segment's end a vector
-// that begins within it gets 0, the others anything. All loads are issued before the first is used: with one at a time,
-// the 768 threads that an SM holds at 80 registers ask for 12 KB, and 3.35 TB/s (H100) for some 600 ns are 15 KB an SM.
+// A chunk of a segment whose column c is p[at(c)], where a vector's columns lie together. Beyond the segment's end a
+// vector that begins within it gets 0, the others anything. All loads are issued before the first is used: with one at a
+// time, the 640 threads that fit an SM at 89 registers ask for 10 KB, and 3.35 TB/s (H100) at an assumed latency of
+// 600 ns are 15 KB an SM.
 template <class T, class At>
 __device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned, At at) {
   if (aligned && s.length % kVec == 0) {
