@@ -24,17 +24,26 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The shim's calls return an error code; torch's macro for it has another name from one release to the next.
-inline void check_shim(AOTITorchError error) { STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a call into libtorch failed"); }
+inline void check_shim(AOTITorchError error) {
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a call into libtorch failed");
+}
 
 inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
   switch (t) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Char: return Dtype::i8;
-    case ScalarType::Float8_e4m3fn: return Dtype::e4m3;
-    case ScalarType::Int: return Dtype::i32;
-    default: STD_TORCH_CHECK(false, op, ": unsupported dtype of ", name);
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Char:
+      return Dtype::i8;
+    case ScalarType::Float8_e4m3fn:
+      return Dtype::e4m3;
+    case ScalarType::Int:
+      return Dtype::i32;
+    default:
+      STD_TORCH_CHECK(false, op, ": unsupported dtype of ", name);
   }
 }
 
@@ -59,8 +68,8 @@ inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
   for (int64_t d = n - 2; d >= 0; --d) {
     if (x.size(d) == 1) continue;
     if (first) m.stride = x.stride(d);
-    STD_TORCH_CHECK(x.numel() == 0 || first || x.stride(d) == m.stride * m.rows, op, ": the leading dimensions of ", name,
-                    " must collapse into one row stride");
+    STD_TORCH_CHECK(x.numel() == 0 || first || x.stride(d) == m.stride * m.rows, op, ": the leading dimensions of ",
+                    name, " must collapse into one row stride");
     first = false;
     m.rows *= x.size(d);
   }
@@ -73,10 +82,12 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 
 // An optional contiguous vector of `size` elements on x's device.
 template <class T>
-const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
+const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op,
+                const char* name) {
   if (!v) return nullptr;
   STD_TORCH_CHECK(v->scalar_type() == type, op, ": wrong dtype of ", name);
-  STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size, " elements");
+  STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size,
+                  " elements");
   STD_TORCH_CHECK(same_device(*v, x), op, ": ", name, " is on another device than the input");
   return static_cast<const T*>(v->const_data_ptr());
 }
@@ -88,16 +99,19 @@ inline const int32_t* ints(const OptionalTensor& v, int64_t size, const Tensor& 
   return vector<int32_t>(v, size, ScalarType::Int, x, op, name);
 }
 
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type, const Tensor& like) {
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                            const Tensor& like) {
   AtenTensorHandle handle;
   int32_t device_type, device_index;
   check_shim(aoti_torch_get_device_type(like.get(), &device_type));
   check_shim(aoti_torch_get_device_index(like.get(), &device_index));
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   check_shim(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
+                                      device_type, device_index, &handle));
   Tensor t(handle);
-  if (poison()) torch::stable::fill_(t, is_float(dtype_of(type, "poison", "output")) || type == ScalarType::Float8_e4m3fn ? NAN : -1);
+  if (poison())
+    torch::stable::fill_(t,
+                         is_float(dtype_of(type, "poison", "output")) || type == ScalarType::Float8_e4m3fn ? NAN : -1);
   return t;
 }
 
@@ -116,7 +130,8 @@ inline Tensor contiguous_rows(const std::vector<int64_t>& sizes, ScalarType type
   return empty_rows(sizes, sizes.back(), type, like);
 }
 // Rows padded to 16 bytes: what the main loops of the GEMMs need.
-inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size, const Tensor& like) {
+inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size,
+                          const Tensor& like) {
   return empty_rows(sizes, round_up(sizes.back(), 16 / element_size), type, like);
 }
 

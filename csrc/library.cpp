@@ -29,9 +29,10 @@ void* launcher(Backend backend, const char* name) {
   Library& library = libraries[backend == Backend::interpreted];
   std::lock_guard lock(library.mutex);
   if (!library.handle) {
-    STD_TORCH_CHECK(!library.path.empty(), backend == Backend::interpreted
-                                               ? "CPU tensors reach CUDA kernels through the interpreter only, and it is not enabled"
-                                               : "this build has no CUDA kernels; `forwardpass doctor` says why");
+    STD_TORCH_CHECK(!library.path.empty(),
+                    backend == Backend::interpreted
+                        ? "CPU tensors reach CUDA kernels through the interpreter only, and it is not enabled"
+                        : "this build has no CUDA kernels; `forwardpass doctor` says why");
     // RTLD_LOCAL: both libraries may be open at once and export the same names.
     library.handle = dlopen(library.path.c_str(), RTLD_NOW | RTLD_LOCAL);
     STD_TORCH_CHECK(library.handle, "cannot load ", library.path, ": ", dlerror());

@@ -6,8 +6,8 @@
 
 namespace forwardpass {
 
-// cpu: the functions of csrc/cpu. cuda: _kernels.so on the tensor's device and its current stream. interpreted: the same
-// objects in _kernels_interpreted.so on CPU tensors, stream 0.
+// cpu: the functions of csrc/cpu. cuda: _kernels.so on the tensor's device and its current stream. interpreted: the
+// same objects in _kernels_interpreted.so on CPU tensors, stream 0.
 enum class Backend { cpu, cuda, interpreted };
 
 void set_library(int64_t interpreted, std::string path);

@@ -1,5 +1,5 @@
-// Every schema and every registration, on one screen. <name>_cpu: csrc/cpu. <name>_cuda: the CUDA kernels; on CPU tensors the
-// same kernels, interpreted. <name>_triton: python/forwardpass/<name>/triton_kernel.py, registered there.
+// Every schema and every registration, on one screen. <name>_cpu: csrc/cpu. <name>_cuda: the CUDA kernels; on CPU
+// tensors the same kernels, interpreted. <name>_triton: python/forwardpass/<name>/triton_kernel.py, registered there.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -26,26 +26,28 @@ using namespace forwardpass;
 #define EPILOGUE_OPTIONS "Tensor? bias, str? activation, ScalarType out_dtype, "
 
 // with kernels on every backend
-#define FOR_EACH_OP(X) \
-  X(quantize, "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")") \
-  X(activation_quantize, "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")") \
-  X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")") \
+#define FOR_EACH_OP(X)                                                                                        \
+  X(quantize,                                                                                                 \
+    "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")") \
+  X(activation_quantize,                                                                                      \
+    "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")")        \
+  X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")")                                           \
   X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)") \
-  X(dequant_activation, "(Tensor acc, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS \
+  X(dequant_activation, "(Tensor acc, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                      \
                         "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")
 
 // on the CPU only, so far
-#define FOR_EACH_CPU_OP(X)                                                                                                      \
-  X(int8_gemm, "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                                         \
-               "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                                             \
-  X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                                  \
-                 "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor")          \
+#define FOR_EACH_CPU_OP(X)                                                                                             \
+  X(int8_gemm, "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                                \
+               "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                                    \
+  X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                         \
+                 "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor") \
   X(w8a16_gemm, "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor")
 
 STABLE_TORCH_LIBRARY(forwardpass, m) {
-#define DEFINE(name, schema)        \
-  m.def(#name "_cpu" schema);       \
-  m.def(#name "_triton" schema);    \
+#define DEFINE(name, schema)     \
+  m.def(#name "_cpu" schema);    \
+  m.def(#name "_triton" schema); \
   m.def(#name "_cuda" schema);
   FOR_EACH_OP(DEFINE)
 #define DEFINE_CPU(name, schema) m.def(#name "_cpu" schema);
@@ -54,8 +56,8 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   m.def("_set_poison(bool on) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
-#define ON_CPU(name, schema)                                               \
-  m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call)));       \
+#define ON_CPU(name, schema)                                         \
+  m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call))); \
   m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::interpreted>::call)));
   FOR_EACH_OP(ON_CPU)
 #define ON_CPU_ONLY(name, schema) m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call)));

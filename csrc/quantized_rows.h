@@ -14,17 +14,19 @@ struct QuantizeOptions {
 };
 
 // sizes: [lead..., columns] of q.
-inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int64_t>& sizes, const QuantizeOptions& o, const Tensor& x,
-                                                          const char* op) {
+inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int64_t>& sizes, const QuantizeOptions& o,
+                                                          const Tensor& x, const char* op) {
   QuantizedRows r{};
   r.dtype = dtype_of(o.dtype, op, "q");
   r.columns = sizes.back();
   r.group = o.group_size.value_or(r.columns);
   r.symmetric = o.symmetric;
-  STD_TORCH_CHECK(r.dtype == Dtype::i8 || (r.dtype == Dtype::e4m3 && o.symmetric), op, ": dtype must be int8, or float8_e4m3fn (symmetric)");
+  STD_TORCH_CHECK(r.dtype == Dtype::i8 || (r.dtype == Dtype::e4m3 && o.symmetric), op,
+                  ": dtype must be int8, or float8_e4m3fn (symmetric)");
   STD_TORCH_CHECK(r.group >= 1, op, ": group_size must be at least 1");
   STD_TORCH_CHECK(!o.scale || !o.group_size, op, ": a static scale has no groups");
-  STD_TORCH_CHECK(o.zero_point.has_value() == (o.scale.has_value() && !o.symmetric), op, ": zero_point goes with a static asymmetric scale");
+  STD_TORCH_CHECK(o.zero_point.has_value() == (o.scale.has_value() && !o.symmetric), op,
+                  ": zero_point goes with a static asymmetric scale");
   r.channel_scale = floats(o.channel_scale, r.columns, x, op, "channel_scale");
   r.static_scale = floats(o.scale, 1, x, op, "scale");
   r.static_zero_point = ints(o.zero_point, 1, x, op, "zero_point");

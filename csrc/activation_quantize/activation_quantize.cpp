@@ -6,7 +6,8 @@
 namespace forwardpass {
 
 Quantized activation_quantize(Backend backend, const Tensor& x, std::string activation, ScalarType dtype,
-                              std::optional<int64_t> group_size, std::string layout, bool symmetric, OptionalTensor channel_scale) {
+                              std::optional<int64_t> group_size, std::string layout, bool symmetric,
+                              OptionalTensor channel_scale) {
   const char* op = "activation_quantize";
   ActivationQuantizeParams p{};
   p.x = matrix(x, op, "x");
@@ -14,9 +15,10 @@ Quantized activation_quantize(Backend backend, const Tensor& x, std::string acti
   p.interleaved = layout == "interleaved8";
   const bool gated = is_gated(p.activation);
   STD_TORCH_CHECK(is_float(p.x.dtype), op, ": x must be float32, float16 or bfloat16");
-  STD_TORCH_CHECK(p.interleaved ? gated : layout == "halves", op, ": layout must be halves, or, for a gated activation, interleaved8");
-  STD_TORCH_CHECK(!gated || p.x.columns % (p.interleaved ? 16 : 2) == 0, op, ": the last dimension of x must be a multiple of ",
-                  p.interleaved ? 16 : 2);
+  STD_TORCH_CHECK(p.interleaved ? gated : layout == "halves", op,
+                  ": layout must be halves, or, for a gated activation, interleaved8");
+  STD_TORCH_CHECK(!gated || p.x.columns % (p.interleaved ? 16 : 2) == 0, op,
+                  ": the last dimension of x must be a multiple of ", p.interleaved ? 16 : 2);
   std::vector<int64_t> sizes = sizes_of(x);
   if (gated) sizes.back() /= 2;
   Quantized result;

@@ -1,4 +1,5 @@
-// activation_quantize: bytes per element of q 2 or 4 in, or twice that where gated, 1 out; see common/quantize_rows.cuh.
+// activation_quantize: bytes per element of q 2 or 4 in, or twice that where gated, 1 out; see
+// common/quantize_rows.cuh.
 #include "activation_quantize/activation_quantize.h"
 #include "common/activation.cuh"
 #include "common/dispatch.h"

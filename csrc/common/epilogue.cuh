@@ -1,6 +1,7 @@
 #pragma once
-// The epilogue of dequant_activation and the GEMMs on the GPU, for eight consecutive columns of a row at a time: the formula of
-// Epilogue (params.h), operation by operation. Its options are branches that all threads of a launch take alike.
+// The epilogue of dequant_activation and the GEMMs on the GPU, for eight consecutive columns of a row at a time: the
+// formula of Epilogue (params.h), operation by operation. Its options are branches that all threads of a launch take
+// alike.
 #include "common/activation.cuh"
 #include "common/vec.cuh"
 
@@ -15,7 +16,8 @@ struct EpilogueAccess {
 };
 
 // n of 8 values from `column` on, or the one value there is.
-__device__ inline void load_scales(float (&v)[kVec], const float* p, bool per_column, int64_t column, int n, bool aligned) {
+__device__ inline void load_scales(float (&v)[kVec], const float* p, bool per_column, int64_t column, int n,
+                                   bool aligned) {
   if (per_column) return load_floats(v, p + column, n, aligned);
   const float one = *p;
   apply(v, [=](float) { return one; });
@@ -23,16 +25,19 @@ __device__ inline void load_scales(float (&v)[kVec], const float* p, bool per_co
 
 __device__ inline void load_bias(float (&v)[kVec], const Epilogue& e, int64_t column, int n, bool aligned) {
   switch (e.bias_dtype) {
-    case Dtype::f32: return load_floats(v, static_cast<const float*>(e.bias) + column, n, aligned);
-    case Dtype::f16: return load_floats(v, static_cast<const __half*>(e.bias) + column, n, aligned);
-    default: return load_floats(v, static_cast<const __nv_bfloat16*>(e.bias) + column, n, aligned);
+    case Dtype::f32:
+      return load_floats(v, static_cast<const float*>(e.bias) + column, n, aligned);
+    case Dtype::f16:
+      return load_floats(v, static_cast<const __half*>(e.bias) + column, n, aligned);
+    default:
+      return load_floats(v, static_cast<const __nv_bfloat16*>(e.bias) + column, n, aligned);
   }
 }
 
 // y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias); Acc is int32_t or float.
 template <class Acc>
-__device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue& e, const EpilogueAccess& access, int64_t row,
-                                  int64_t column, int n) {
+__device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue& e, const EpilogueAccess& access,
+                                  int64_t row, int64_t column, int n) {
   if (e.zero_point) {  // with integers only
     const int32_t zero_point = e.zero_point[e.zero_point_per_row ? row : 0];
     const Vec<int32_t> b_sum = load_vec(e.b_sum + column, n, access.columns);
@@ -55,15 +60,20 @@ __device__ inline void store_floats(const float (&y)[kVec], T* p, int n, bool al
   store_vec(v, p, n, aligned);
 }
 
-// One rounding to the output's type, or to the nearest step of out_scale, at columns [column, column + n) of the output.
-__device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row, int64_t column,
-                                    int n) {
+// One rounding to the output's type, or to the nearest step of out_scale, at columns [column, column + n) of the
+// output.
+__device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
+                                    int64_t column, int n) {
   const int64_t at = row * e.out_stride + column;
   switch (e.out_dtype) {
-    case Dtype::f32: return store_floats(y, static_cast<float*>(e.out) + at, n, access.out);
-    case Dtype::f16: return store_floats(y, static_cast<__half*>(e.out) + at, n, access.out);
-    case Dtype::bf16: return store_floats(y, static_cast<__nv_bfloat16*>(e.out) + at, n, access.out);
-    default: break;
+    case Dtype::f32:
+      return store_floats(y, static_cast<float*>(e.out) + at, n, access.out);
+    case Dtype::f16:
+      return store_floats(y, static_cast<__half*>(e.out) + at, n, access.out);
+    case Dtype::bf16:
+      return store_floats(y, static_cast<__nv_bfloat16*>(e.out) + at, n, access.out);
+    default:
+      break;
   }
   float scale[kVec];
   load_scales(scale, e.out_scale, e.out_scale_per_column, column, n, access.out);

@@ -12,7 +12,9 @@ namespace forwardpass {
 
 enum class Dtype : int32_t { f32, f16, bf16, i8, e4m3, i32 };
 
-constexpr int64_t size_of(Dtype t) { return t == Dtype::f32 || t == Dtype::i32 ? 4 : t == Dtype::f16 || t == Dtype::bf16 ? 2 : 1; }
+constexpr int64_t size_of(Dtype t) {
+  return t == Dtype::f32 || t == Dtype::i32 ? 4 : t == Dtype::f16 || t == Dtype::bf16 ? 2 : 1;
+}
 
 // Gated ones, from silu_mul on, are activation(gate) * up.
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul, gelu_tanh_mul };
@@ -28,15 +30,15 @@ struct Matrix {
 // How rows of fp32 values are quantised, and where to: the second half of every op that ends in a quantisation.
 // A segment is what has one scale: a whole row (group == columns), or one group of it.
 struct QuantizedRows {
-  void* q;                         // [rows, columns] i8 or e4m3, rows q_stride elements apart
-  Dtype dtype;                     //
-  int64_t q_stride;                //
-  int64_t columns, group;          //
-  float* scale;                    // [rows, groups], groups scale_stride apart, rows contiguous; null: static
-  int32_t* zero_point;             // as scale; null: symmetric or static
-  int64_t scale_stride;            //
-  const float* channel_scale;      // [columns], multiplies first; null: ones
-  const float* static_scale;       // [1]; null: dynamic
+  void* q;                           // [rows, columns] i8 or e4m3, rows q_stride elements apart
+  Dtype dtype;                       //
+  int64_t q_stride;                  //
+  int64_t columns, group;            //
+  float* scale;                      // [rows, groups], groups scale_stride apart, rows contiguous; null: static
+  int32_t* zero_point;               // as scale; null: symmetric or static
+  int64_t scale_stride;              //
+  const float* channel_scale;        // [columns], multiplies first; null: ones
+  const float* static_scale;         // [1]; null: dynamic
   const int32_t* static_zero_point;  // [1]; null: symmetric
   bool symmetric;
 };
@@ -59,7 +61,8 @@ struct Epilogue {
   bool a_scale_per_row, b_scale_per_column, zero_point_per_row, out_scale_per_column;
 };
 
-// Rows of zeros: a scale below this would make its reciprocal overflow. 2^-100, exact in fp32; fp16's least value is 2^-24.
+// Rows of zeros: a scale below this would make its reciprocal overflow. 2^-100, exact in fp32; fp16's least value is
+// 2^-24.
 constexpr float kLeastRange = 0x1p-100f;
 
 }  // namespace forwardpass

@@ -82,8 +82,8 @@ __device__ void for_each_vector(const Segment& s, int base, F f) {
 }
 
 // A chunk of a segment whose column c is p[at(c)], where a vector's columns lie together. Beyond the segment's end a
-// vector that begins within it gets 0, the others anything. All loads are issued before the first is used: with one at a
-// time, the 640 threads that fit an SM at 89 registers ask for 10 KB, and 3.35 TB/s (H100) at an assumed latency of
+// vector that begins within it gets 0, the others anything. All loads are issued before the first is used: with one at
+// a time, the 640 threads that fit an SM at 89 registers ask for 10 KB, and 3.35 TB/s (H100) at an assumed latency of
 // 600 ns are 15 KB an SM.
 template <class T, class At>
 __device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned, At at) {
@@ -122,8 +122,8 @@ struct SegmentValues {
 
   __device__ bool resident() const { return s.length <= s.width * RowsConfig::kVecs * kVec; }
 
-  // f(column, n, float (&)[8]) for each of this thread's vectors, of which n columns are the segment's. What f writes is
-  // kept only where the segment is resident.
+  // f(column, n, float (&)[8]) for each of this thread's vectors, of which n columns are the segment's. What f writes
+  // is kept only where the segment is resident.
   template <class F>
   __device__ void for_each(F f) {
     for (int base = s.lane * kVec; base < s.length; base += s.width * kVec * RowsConfig::kVecs) {
@@ -144,7 +144,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
   const bool whole_vectors = out.group % kVec == 0 || out.group == out.columns;  // a group begins where a vector may
   const bool channel_aligned = whole_vectors && reinterpret_cast<uintptr_t>(out.channel_scale) % 16 == 0;
   const auto for_each_scaled = [&](auto f) {  // f(column, n, const float (&)[8])
-    values.for_each([&](int column, int n, float(&v)[kVec]) {
+    values.for_each([&](int column, int n, float (&v)[kVec]) {
       if (!channel_scale) return f(column, n, v);
       float scaled[kVec];
       load_floats(scaled, channel_scale + column, n, channel_aligned);
@@ -161,7 +161,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
     if (out.static_zero_point) zero_point = *out.static_zero_point;
   } else {
     float high = 0, low = 0;  // a NaN becomes both, and then the scale
-    for_each_scaled([&](int, int, const float(&v)[kVec]) {
+    for_each_scaled([&](int, int, const float (&v)[kVec]) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         high = ptx::max_nan(high, v[i]);
@@ -183,7 +183,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
 
   auto q = static_cast<uint8_t*>(out.q) + s.row * out.q_stride + s.begin;  // its rows are ours: 16-byte aligned
   const float least = (out.symmetric ? -127 : -128) - zero_point, most = 127 - zero_point;
-  for_each_scaled([&](int column, int n, const float(&v)[kVec]) {
+  for_each_scaled([&](int column, int n, const float (&v)[kVec]) {
     Vec<uint8_t> packed;
     if (e4m3) {
 #pragma unroll

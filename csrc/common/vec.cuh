@@ -106,7 +106,8 @@ __device__ inline uint16_t to_e4m3x2(float high, float low) {
 }
 
 // Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN
-// gives low. cvt.rni.s32.f32 saturates at 2^31 only, so with it the zero point needs clamps on both sides of its addition.
+// gives low. cvt.rni.s32.f32 saturates at 2^31 only, so with it the zero point needs clamps on both sides of its
+// addition.
 __device__ inline int to_int(float v, float low, float high) {
   return __float_as_int(__fadd_rn(fminf(fmaxf(v, low), high), 0x1.8p23f)) - __float_as_int(0x1.8p23f);
 }

@@ -1,8 +1,9 @@
 #pragma once
-// Activations on 16 fp32 lanes, without branches on the values. The polynomials are minimax fits in relative error, made for these
-// intervals by reweighted least squares. Measured on every 97th float against fp64: the error is at most 2^-22.7 |x| for gelu,
-// gelu_tanh and silu (1.2 ulp of x; a result near x is rounded to half of one). With AVX-512: 0.23, 0.18 and 0.13 ns an element.
-// NaN gives NaN, +infinity itself, -infinity NaN, as torch's fp64 formulas do (infinity * 0), and relu(-infinity) 0.
+// Activations on 16 fp32 lanes, without branches on the values. The polynomials are minimax fits in relative error,
+// made for these intervals by reweighted least squares. Measured on every 97th float against fp64: the error is at most
+// 2^-22.7 |x| for gelu, gelu_tanh and silu (1.2 ulp of x; a result near x is rounded to half of one). With AVX-512:
+// 0.23, 0.18 and 0.13 ns an element. NaN gives NaN, +infinity itself, -infinity NaN, as torch's fp64 formulas do
+// (infinity * 0), and relu(-infinity) 0.
 #include "cpu/vector.h"
 
 namespace forwardpass::cpu {
@@ -18,12 +19,14 @@ INLINE f32x16 polynomial(f32x16 x, float leading, C... rest) {
 // 2^y for y <= 0; 0 below -126, so no denormals. Adding 1.5 * 2^23 rounds y to an integer, left in the sum's low bits.
 INLINE f32x16 exp2_negative(f32x16 y) {
   const f32x16 shifted = y + 0x1.8p23f, r = y - (shifted - 0x1.8p23f);  // r in [-1/2, 1/2], exact
-  const f32x16 p = polynomial(r, 0.00015353362f, 0.0013398875f, 0.00961843692f, 0.0555033237f, 0.240226477f, 0.693147182f, 1.0f);  // to 2^-28.9
+  const f32x16 p = polynomial(r, 0.00015353362f, 0.0013398875f, 0.00961843692f, 0.0555033237f, 0.240226477f,
+                              0.693147182f, 1.0f);  // to 2^-28.9
   const f32x16 power = bits<f32x16>((bits<i32x16>(shifted) + 127) << 23);
   return y < -126.0f ? f32x16{} : p * power;
 }
 
-// x / (1 + e^-z), where z has the sign of x. From e^-|z|, which cannot overflow: where it did, -infinity / infinity would be NaN.
+// x / (1 + e^-z), where z has the sign of x. From e^-|z|, which cannot overflow: where it did, -infinity / infinity
+// would be NaN.
 INLINE f32x16 times_sigmoid(f32x16 x, f32x16 z) {
   const f32x16 e = exp2_negative(abs(z) * -1.44269504f);
   return x * ((x < 0 ? e : splat(1)) / (1 + e));
@@ -34,9 +37,9 @@ INLINE f32x16 silu(f32x16 x) { return times_sigmoid(x, x); }
 // 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 INLINE f32x16 gelu_tanh(f32x16 x) { return times_sigmoid(x, x * fma(x * x, splat(0.0713548163f), splat(1.59576912f))); }
 
-// x Phi(x) with Phi(-a) = e^(-a^2 / 2) M(a), M a fraction of polynomials with positive coefficients (to 2^-27.6 for a < 13.4), so
-// nothing cancels, and the negative tail keeps its own scale where 1 + erf(x / sqrt 2) would not. A polynomial in 1 / (1 + 0.27 a)
-// was tried first: as fast, and twice the error. Beyond 14 the power is 0.
+// x Phi(x) with Phi(-a) = e^(-a^2 / 2) M(a), M a fraction of polynomials with positive coefficients (to 2^-27.6 for a
+// < 13.4), so nothing cancels, and the negative tail keeps its own scale where 1 + erf(x / sqrt 2) would not. A
+// polynomial in 1 / (1 + 0.27 a) was tried first: as fast, and twice the error. Beyond 14 the power is 0.
 INLINE f32x16 gelu(f32x16 x) {
   const f32x16 a = min(abs(x), splat(14));
   const f32x16 m = polynomial(a, 0.00402866583f, 0.0400416292f, 0.18147786f, 0.43591848f, 0.5f) /
@@ -50,14 +53,19 @@ INLINE f32x16 relu(f32x16 x) { return x < 0 ? f32x16{} : x; }
 // The activation, or that of the gate.
 INLINE f32x16 activate(Activation activation, f32x16 x) {
   switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return relu(x);
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return relu(x);
     case Activation::gelu:
-    case Activation::gelu_mul: return gelu(x);
+    case Activation::gelu_mul:
+      return gelu(x);
     case Activation::gelu_tanh:
-    case Activation::gelu_tanh_mul: return gelu_tanh(x);
+    case Activation::gelu_tanh_mul:
+      return gelu_tanh(x);
     case Activation::silu:
-    case Activation::silu_mul: return silu(x);
+    case Activation::silu_mul:
+      return silu(x);
   }
   return x;
 }

@@ -1,10 +1,9 @@
-#include "norm_quantize/norm_quantize.h"
-
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
 #include "cpu/quantize_rows.h"
+#include "norm_quantize/norm_quantize.h"
 
 namespace forwardpass {
 namespace {
@@ -26,9 +25,9 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
     if (p.residual.data) {
       const void* residual = static_cast<const char*>(p.residual.data) + row * p.residual.stride * kSize;
       void* sum = static_cast<char*>(p.residual_out) + row * columns * kSize;
-      cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
-        cpu::store<D>(cpu::load<D>(x, c, n) + cpu::load<D>(residual, c, n), sum, c, n);
-      });
+      cpu::for_each_vector(
+          0, columns,
+          VECTOR_BODY(&) { cpu::store<D>(cpu::load<D>(x, c, n) + cpu::load<D>(residual, c, n), sum, c, n); });
       x = sum;
     }
 
@@ -38,38 +37,44 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
     if (p.kind == Norm::layer) {
       const float pivot = cpu::load<D>(x, 0, 1)[0];
       f32x16 sums{};
-      cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
-        const f32x16 shifted = cpu::first(cpu::load<D>(x, c, n) - pivot, n);
-        cpu::store<Dtype::f32>(shifted, v, c, n);
-        sums += shifted;
-      });
+      cpu::for_each_vector(
+          0, columns, VECTOR_BODY(&) {
+            const f32x16 shifted = cpu::first(cpu::load<D>(x, c, n) - pivot, n);
+            cpu::store<Dtype::f32>(shifted, v, c, n);
+            sums += shifted;
+          });
       mean = cpu::sum(sums) / columns;
     } else {
       cpu::for_each_vector(0, columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(x, c, n), v, c, n); });
     }
     f32x16 squares{};  // of the centred values: E[x^2] - E[x]^2 cancels
-    cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
-      const f32x16 d = cpu::first(cpu::load<Dtype::f32>(v, c, n) - mean, n);
-      squares = cpu::fma(d, d, squares);
-    });
+    cpu::for_each_vector(
+        0, columns, VECTOR_BODY(&) {
+          const f32x16 d = cpu::first(cpu::load<Dtype::f32>(v, c, n) - mean, n);
+          squares = cpu::fma(d, d, squares);
+        });
     const float total = cpu::sum(squares);
     // total * 0: squares that overflow show as NaN, not as values of 0
     const float inverse = 1.0f / std::sqrt(total / columns + p.eps) + total * 0.0f;
-    cpu::for_each_vector(0, columns, VECTOR_BODY(&) {
-      f32x16 y = (cpu::load<Dtype::f32>(v, c, n) - mean) * inverse;
-      if (p.weight.data) y *= load_affine<D>(p.weight, c, n);
-      if (p.bias.data) y += load_affine<D>(p.bias, c, n);
-      cpu::store<Dtype::f32>(y, v, c, n);
-    });
+    cpu::for_each_vector(
+        0, columns, VECTOR_BODY(&) {
+          f32x16 y = (cpu::load<Dtype::f32>(v, c, n) - mean) * inverse;
+          if (p.weight.data) y *= load_affine<D>(p.weight, c, n);
+          if (p.bias.data) y += load_affine<D>(p.bias, c, n);
+          cpu::store<Dtype::f32>(y, v, c, n);
+        });
     cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<Dtype::f32>(v, c, n); });
   }
 }
 
 CLONES void norm_quantize_rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
   switch (p.x.dtype) {
-    case Dtype::f32: return rows<Dtype::f32>(p, v, first, last);
-    case Dtype::f16: return rows<Dtype::f16>(p, v, first, last);
-    default: return rows<Dtype::bf16>(p, v, first, last);
+    case Dtype::f32:
+      return rows<Dtype::f32>(p, v, first, last);
+    case Dtype::f16:
+      return rows<Dtype::f16>(p, v, first, last);
+    default:
+      return rows<Dtype::bf16>(p, v, first, last);
   }
 }
 

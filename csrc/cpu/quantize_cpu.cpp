@@ -1,8 +1,7 @@
-#include "quantize/quantize.h"
-
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/quantize_rows.h"
+#include "quantize/quantize.h"
 
 namespace forwardpass {
 namespace {
@@ -17,16 +16,20 @@ INLINE void rows(const QuantizeParams& p, int64_t first, int64_t last) {
 
 CLONES void quantize_rows(const QuantizeParams& p, int64_t first, int64_t last) {
   switch (p.x.dtype) {
-    case Dtype::f32: return rows<Dtype::f32>(p, first, last);
-    case Dtype::f16: return rows<Dtype::f16>(p, first, last);
-    default: return rows<Dtype::bf16>(p, first, last);
+    case Dtype::f32:
+      return rows<Dtype::f32>(p, first, last);
+    case Dtype::f16:
+      return rows<Dtype::f16>(p, first, last);
+    default:
+      return rows<Dtype::bf16>(p, first, last);
   }
 }
 
 }  // namespace
 
 void quantize_cpu(const QuantizeParams& p) {
-  torch::stable::parallel_for(0, p.x.rows, cpu::grain(p.x.columns), [&](int64_t first, int64_t last) { quantize_rows(p, first, last); });
+  torch::stable::parallel_for(0, p.x.rows, cpu::grain(p.x.columns),
+                              [&](int64_t first, int64_t last) { quantize_rows(p, first, last); });
 }
 
 }  // namespace forwardpass

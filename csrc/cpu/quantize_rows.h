@@ -1,10 +1,12 @@
 #pragma once
-// The second half of every quantising op on the CPU: a segment of fp32 values (a row, or one group of it) -> q, scale, zero_point.
+// The second half of every quantising op on the CPU: a segment of fp32 values (a row, or one group of it) -> q, scale,
+// zero_point.
 #include "cpu/vector.h"
 
 namespace forwardpass::cpu {
 
-// value(c, n): the row's fp32 values at columns [c, c + 16), zero from c + n on, channel_scale applied. Evaluated twice, INLINE.
+// value(c, n): the row's fp32 values at columns [c, c + 16), zero from c + n on, channel_scale applied. Evaluated
+// twice, INLINE.
 template <class Value>
 INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t group, Value value) {
   const int64_t begin = group * out.group, end = begin + out.group < out.columns ? begin + out.group : out.columns;
@@ -15,13 +17,16 @@ INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t grou
     inverse = 1.0f / *out.static_scale;
     if (out.static_zero_point) zero_point = *out.static_zero_point;
   } else {
-    // As integers, magnitudes order as the floats do, with infinity and NaN on top: a NaN makes the scale NaN, never disappears.
+    // As integers, magnitudes order as the floats do, with infinity and NaN on top: a NaN makes the scale NaN, never
+    // disappears.
     u32x16 highs{}, lows{};  // of the values >= 0, and of those < 0
-    for_each_vector(begin, end, VECTOR_BODY(&) {
-      const u32x16 b = bits<u32x16>(value(c, n)), a = b & 0x7fffffff, negative = bits<u32x16>(bits<i32x16>(b) >> 31);
-      highs = max(highs, a & ~negative);
-      lows = max(lows, a & negative);
-    });
+    for_each_vector(
+        begin, end, VECTOR_BODY(&) {
+          const u32x16 b = bits<u32x16>(value(c, n)), a = b & 0x7fffffff,
+                       negative = bits<u32x16>(bits<i32x16>(b) >> 31);
+          highs = max(highs, a & ~negative);
+          lows = max(lows, a & negative);
+        });
     const uint32_t high = largest(highs), low = largest(lows);
     float range = symmetric ? bits<float>(high > low ? high : low) : bits<float>(high) + bits<float>(low);
     range = range < kLeastRange ? kLeastRange : range;
@@ -38,9 +43,10 @@ INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t grou
     for_each_vector(begin, end, VECTOR_BODY(&) { store_bits(to_e4m3(value(c, n) * inverse), q + c, n); });
   } else {  // clamping first gives the same as clamping the rounded value, and keeps to_int in its range
     const float low = (symmetric ? -127 : -128) - zero_point, high = 127 - zero_point;
-    for_each_vector(begin, end, VECTOR_BODY(&) {
-      store_bits(__builtin_convertvector(to_int(value(c, n) * inverse, low, high) + zero_point, i8x16), q + c, n);
-    });
+    for_each_vector(
+        begin, end, VECTOR_BODY(&) {
+          store_bits(__builtin_convertvector(to_int(value(c, n) * inverse, low, high) + zero_point, i8x16), q + c, n);
+        });
   }
 }
 

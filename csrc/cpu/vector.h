@@ -1,7 +1,8 @@
 #pragma once
-// What the CPU kernels share: 16 fp32 lanes as a g++ vector type. A kernel's outer function is marked CLONES and is compiled three
-// times (AVX-512: one register; AVX2: two; baseline: four) and chosen at load time; all that it calls must be INLINE to be
-// compiled with it. Loops left to the auto-vectoriser were tried first: it gave up on most of them, at 3.4 ns an element.
+// What the CPU kernels share: 16 fp32 lanes as a g++ vector type. A kernel's outer function is marked CLONES and is
+// compiled three times (AVX-512: one register; AVX2: two; baseline: four) and chosen at load time; all that it calls
+// must be INLINE to be compiled with it. Loops left to the auto-vectoriser were tried first: it gave up on most of
+// them, at 3.4 ns an element.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -76,7 +77,8 @@ INLINE void store_bits(V v, T* p, int n) {
   }
 }
 
-INLINE f32x16 half_to_float(u16x16 h) {  // exact; the exponent is re-biased by a multiplication, which takes care of denormals
+INLINE f32x16
+half_to_float(u16x16 h) {  // exact; the exponent is re-biased by a multiplication, which takes care of denormals
   const u32x16 w = __builtin_convertvector(h, u32x16), a = w & 0x7fff, sign = (w & 0x8000) << 16;
   const u32x16 finite = bits<u32x16>(bits<f32x16>(a << 13) * 0x1p112f), special = (a << 13) | 0x7f800000;
   return bits<f32x16>((a >= 0x7c00 ? special : finite) | sign);
@@ -84,7 +86,8 @@ INLINE f32x16 half_to_float(u16x16 h) {  // exact; the exponent is re-biased by 
 INLINE u16x16 float_to_half(f32x16 v) {  // round to nearest even, overflow to infinity, NaN stays NaN
   const u32x16 b = bits<u32x16>(v), a = b & 0x7fffffff, sign = (b >> 16) & 0x8000;
   const u32x16 normal = (a + 0xfff + ((a >> 13) & 1) - (112u << 23)) >> 13;
-  const u32x16 subnormal = bits<u32x16>(bits<f32x16>(a) + 0.5f) - bits<uint32_t>(0.5f);  // the step is 2^-24: fp32 rounds to it
+  const u32x16 subnormal =
+      bits<u32x16>(bits<f32x16>(a) + 0.5f) - bits<uint32_t>(0.5f);  // the step is 2^-24: fp32 rounds to it
   u32x16 h = a < (113u << 23) ? subnormal : normal;
   h = a >= 0x477ff000 ? u32x16{} + 0x7c00 : h;  // from 65520
   h = a > 0x7f800000 ? u32x16{} + 0x7e00 : h;
@@ -112,11 +115,13 @@ INLINE f32x16 load(const void* row, int64_t column, int n = kLanes) {
   if constexpr (D == Dtype::f32) return load_bits<f32x16>(static_cast<const float*>(row) + column, n);
   if constexpr (D == Dtype::i32)
     return __builtin_convertvector(load_bits<i32x16>(static_cast<const int32_t*>(row) + column, n), f32x16);
-  if constexpr (D == Dtype::i8) return __builtin_convertvector(load_bits<i8x16>(static_cast<const int8_t*>(row) + column, n), f32x16);
+  if constexpr (D == Dtype::i8)
+    return __builtin_convertvector(load_bits<i8x16>(static_cast<const int8_t*>(row) + column, n), f32x16);
   if constexpr (D == Dtype::e4m3) return e4m3_to_float(load_bits<u8x16>(static_cast<const uint8_t*>(row) + column, n));
   if constexpr (D == Dtype::f16) return half_to_float(load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n));
   if constexpr (D == Dtype::bf16)
-    return bits<f32x16>(__builtin_convertvector(load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n), u32x16) << 16);
+    return bits<f32x16>(
+        __builtin_convertvector(load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n), u32x16) << 16);
 }
 
 template <Dtype D>
@@ -129,7 +134,8 @@ INLINE void store(f32x16 v, void* row, int64_t column, int n = kLanes) {
 // fp32 -> e4m3 (1, 4, 3; bias 7; 448 largest; no infinity), round to nearest even, saturating; NaN stays NaN.
 INLINE u8x16 to_e4m3(f32x16 v) {
   const u32x16 b = bits<u32x16>(v), sign = (b >> 24) & 0x80, a = b & 0x7fffffff;
-  // normal, from 2^-6: round the mantissa to 3 bits, re-bias 127 -> 7; below, the step is 2^-9: adding 2^14 rounds to it in fp32
+  // normal, from 2^-6: round the mantissa to 3 bits, re-bias 127 -> 7; below, the step is 2^-9: adding 2^14 rounds to
+  // it in fp32
   const u32x16 normal = ((a + 0x7ffff + ((a >> 20) & 1)) >> 20) - (120 << 3);
   const u32x16 subnormal = bits<u32x16>(bits<f32x16>(a) + 0x1p14f) - bits<uint32_t>(0x1p14f);
   u32x16 q = a < bits<uint32_t>(0x1p-6f) ? subnormal : normal;
@@ -138,7 +144,8 @@ INLINE u8x16 to_e4m3(f32x16 v) {
   return __builtin_convertvector(sign | q, u8x16);
 }
 
-// Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN gives low.
+// Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN
+// gives low.
 INLINE i32x16 to_int(f32x16 v, float low, float high) {
   return bits<i32x16>(min(max(v, splat(low)), splat(high)) + 0x1.8p23f) - bits<int32_t>(0x1.8p23f);
 }

@@ -15,7 +15,8 @@ INLINE void rows(const DequantizeWeightParams& p, int64_t first, int64_t last) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = group * kScaleBlock, end = begin + kScaleBlock < k ? begin + kScaleBlock : k;
       const float scale = p.block_scale ? p.block_scale[row * groups + group] : 1.0f;
-      cpu::for_each_vector(begin, end, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(w, c, n) * scale, out, c, n); });
+      cpu::for_each_vector(
+          begin, end, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(w, c, n) * scale, out, c, n); });
     }
   }
 }

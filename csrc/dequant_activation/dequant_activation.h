@@ -13,5 +13,5 @@ void dequant_activation_cpu(const DequantActivationParams& p);
 }  // namespace forwardpass
 
 // returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p,
-                                                                                     void* stream);
+extern "C" __attribute__((visibility("default"))) int forwardpass_dequant_activation(
+    const forwardpass::DequantActivationParams* p, void* stream);

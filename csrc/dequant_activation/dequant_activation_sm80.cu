@@ -1,5 +1,6 @@
-// dequant_activation: bytes per element 4 in and 1 to 4 out. A thread makes eight consecutive outputs; what belongs to columns
-// comes from L1 or L2 (12 bytes an element at most, beside 6 from memory, where L1 delivers eight times what memory does).
+// dequant_activation: bytes per element 4 in and 1 to 4 out. A thread makes eight consecutive outputs; what belongs to
+// columns comes from L1 or L2 (12 bytes an element at most, beside 6 from memory, where L1 delivers eight times what
+// memory does).
 #include "common/dispatch.h"
 #include "common/epilogue.cuh"
 #include "dequant_activation/dequant_activation.h"
@@ -11,7 +12,8 @@ constexpr int kThreads = 256;
 template <Dtype D>
 __global__ void __launch_bounds__(kThreads)
     dequant_activation_kernel(DequantActivationParams p, int64_t vectors, EpilogueAccess access, bool aligned) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / vectors, out_column = index % vectors * kVec;
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / vectors,
+                out_column = index % vectors * kVec;
   if (row >= p.acc.rows) return;
   const Epilogue& e = p.epilogue;
   const bool gated = is_gated(e.activation);
@@ -39,7 +41,8 @@ int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p
   const unsigned grid = static_cast<unsigned>((p->acc.rows * vectors + kThreads - 1) / kThreads);
   const bool aligned = is_aligned(p->acc.data) && p->acc.stride % 4 == 0;
   dispatch<Dtype::i32, Dtype::f32>(p->acc.dtype, [&](auto D) {
-    dequant_activation_kernel<D()><<<grid, kThreads, 0, cudaStream_t(stream)>>>(*p, vectors, EpilogueAccess(p->epilogue), aligned);
+    dequant_activation_kernel<D()>
+        <<<grid, kThreads, 0, cudaStream_t(stream)>>>(*p, vectors, EpilogueAccess(p->epilogue), aligned);
   });
   return cudaGetLastError();
 }

@@ -11,6 +11,7 @@ Matrix int8_operand(const Tensor& t, const char* op, const char* name);
 void check_int8_depth(int64_t k, bool zero_point, const char* op);
 
 // int8 a [M, K] times b transposed [K, N], then the epilogue. With `quantize`, a is first computed from quantize->x.
-void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue, const QuantizeParams* quantize);
+void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
+                   const QuantizeParams* quantize);
 
 }  // namespace forwardpass

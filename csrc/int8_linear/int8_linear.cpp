@@ -6,8 +6,8 @@
 namespace forwardpass {
 
 Tensor int8_linear(Backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
-                   std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale, OptionalTensor zero_point,
-                   bool symmetric, OptionalTensor channel_scale, OptionalTensor w_sum) {
+                   std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale,
+                   OptionalTensor zero_point, bool symmetric, OptionalTensor channel_scale, OptionalTensor w_sum) {
   const char* op = "int8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -18,8 +18,8 @@ Tensor int8_linear(Backend, const Tensor& x, const Tensor& weight, const Tensor&
   check_int8_depth(w.columns, !symmetric, op);
 
   Quantized operands;
-  std::tie(operands, q.out) =
-      quantized_rows({q.x.rows, q.x.columns}, {ScalarType::Char, scale, zero_point, std::nullopt, symmetric, channel_scale}, x, op);
+  std::tie(operands, q.out) = quantized_rows(
+      {q.x.rows, q.x.columns}, {ScalarType::Char, scale, zero_point, std::nullopt, symmetric, channel_scale}, x, op);
   auto& [a, a_scale, a_zero_point] = operands;
   if (scale) a_scale = *scale;
   if (zero_point) a_zero_point = *zero_point;

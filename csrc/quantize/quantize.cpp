@@ -11,7 +11,8 @@ Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, OptionalT
   p.x = matrix(x, "quantize", "x");
   STD_TORCH_CHECK(is_float(p.x.dtype), "quantize: x must be float32, float16 or bfloat16");
   Quantized result;
-  std::tie(result, p.out) = quantized_rows(sizes_of(x), {dtype, scale, zero_point, group_size, symmetric, channel_scale}, x, "quantize");
+  std::tie(result, p.out) =
+      quantized_rows(sizes_of(x), {dtype, scale, zero_point, group_size, symmetric, channel_scale}, x, "quantize");
   if (x.numel()) launch(backend, p, x, "quantize", quantize_cpu);
   return result;
 }

@@ -19,8 +19,8 @@ Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
 
 }  // namespace
 
-// On the CPU a thread takes some rows of the weight (some columns of the output) at a time: widened to fp32 they stay in its cache
-// while oneDNN multiplies by them, and so does the product until the epilogue has read it.
+// On the CPU a thread takes some rows of the weight (some columns of the output) at a time: widened to fp32 they stay
+// in its cache while oneDNN multiplies by them, and so does the product until the epilogue has read it.
 Tensor w8a16_gemm(Backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, OptionalTensor bias,
                   std::optional<std::string> activation) {
   const char* op = "w8a16_gemm";
@@ -38,15 +38,16 @@ Tensor w8a16_gemm(Backend, const Tensor& x, const Tensor& w, const Tensor& w_sca
   Tensor one = contiguous_rows({1}, ScalarType::Float, x);
   torch::stable::fill_(one, 1.0);
   const OptionalTensor none;
-  auto [output, epilogue_of] =
-      epilogue(sizes, xm.rows, {one, blocks ? one : w_scale, bias, activation, x.scalar_type(), none, none, none}, x, op);
+  auto [output, epilogue_of] = epilogue(
+      sizes, xm.rows, {one, blocks ? one : w_scale, bias, activation, x.scalar_type(), none, none, none}, x, op);
   const Tensor out = output;  // C++17 lambdas capture no structured bindings
   const Epilogue e = epilogue_of;
   if (xm.rows == 0) return out;
 
   const Tensor a = torch::stable::to(as_matrix(x, xm), ScalarType::Float);
   const int64_t threads = torch::stable::get_num_threads();
-  constexpr int64_t kMostColumns = 256, kMostRows = 1024;  // the product of one thread: 1 MB of fp32, its second-level cache
+  constexpr int64_t kMostColumns = 256,
+                    kMostRows = 1024;  // the product of one thread: 1 MB of fp32, its second-level cache
   const int64_t chunk = std::min(kMostColumns, round_up((n + threads - 1) / threads, 16));
   torch::stable::parallel_for(0, (n + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
     Tensor widened = contiguous_rows({chunk, xm.columns}, ScalarType::Float, x), rows = a;
