@@ -25,7 +25,7 @@ import forwardpass as fp
 from benchmarks import bench
 from forwardpass import comparison, embedding
 from forwardpass.embedding import Batch
-from forwardpass.timing import interleave
+from forwardpass.timing import interleave, keep_freed_memory
 
 Run = Callable[[Batch], Tensor]  #: batch -> last hidden states
 
@@ -164,7 +164,7 @@ def main() -> None:
     sizes = [int(b) for b in args.batch.split(",")]
     timed = {b: embedding.full_batch(tokenizer, texts, b, args.length, model, args.device) for b in sizes}
 
-    result = bench.header("models", args.device, ["peers"])
+    result = bench.header("models", args.device, ["peers"]) | {"allocator": keep_freed_memory()}
     with torch.inference_mode():
         built, missing = build(names, model, timed[sizes[0]], calibration)
         timings = {
@@ -182,12 +182,12 @@ def main() -> None:
         for n in built
     }
     print(f"{source.chosen}; {result['device']['name']}, {torch.get_num_threads()} threads; {len(texts)} texts")
-    print(f"{'':<20}{'lowest cosine':>14}" + "".join(f"{f'{b} x {args.length}':>28}" for b in sizes))
+    print(f"{'':<28}{'lowest cosine':>14}" + "".join(f"{f'{b} x {args.length}':>28}" for b in sizes))
     for n, peer in result["peers"].items():
         cells = (f"{t['median']:.1f} ms [{t['low']:.0f}, {t['high']:.0f}]" for t in peer["latency_ms"].values())
-        print(f"{n:<20}{peer['cosine_min']:>14.5f}" + "".join(f"{c:>28}" for c in cells))
+        print(f"{n:<28}{peer['cosine_min']:>14.5f}" + "".join(f"{c:>28}" for c in cells))
     for n, why in missing.items():
-        print(f"{n:<20}not run: {why}")
+        print(f"{n:<28}not run: {why}")
     bench.write(result, args.json)
 
 

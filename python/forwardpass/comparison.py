@@ -12,7 +12,7 @@ import torch
 
 from . import embedding
 from .embedding import Batch
-from .timing import interleave
+from .timing import interleave, keep_freed_memory
 
 T = TypeVar("T")
 #: (what is being done, steps if known) -> called after each step
@@ -45,6 +45,7 @@ def compare(
     calls = {name: _forward(model, timed) for name, model in models.items()}
     rounds, warmup = 11, 2
     device = timed["input_ids"].device
+    allocator = keep_freed_memory()
     with torch.inference_mode():
         timings = interleave(calls, device, rounds=rounds, warmup=warmup, on_round=track("timing", rounds + warmup))
     medians = {name: t.median for name, t in timings.items()}
@@ -52,6 +53,7 @@ def compare(
         "parity": {**embedding.parity(after, before), "texts": len(before)},
         "latency_ms": {"torch_dynamic_int8": None, **medians},
         "latency_quartiles_ms": {name: [t.low, t.high] for name, t in timings.items()},
+        "allocator": allocator,
         "speedup": medians["before"] / medians["after"],
         "reasons": {"latency_ms.torch_dynamic_int8": reason} if reason else {},
     }
