@@ -21,7 +21,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parent.resolve()
-NEEDED = {"setuptools": "70.1", "ninja": "1.10", "torch": "2.11"}
+# setuptools before 77 cannot read this pyproject.toml; for metadata and an sdist it is all that is needed
+NEEDED = {"setuptools": "77", "ninja": "1.10", "torch": "2.11"}
+BUILDING = not {"egg_info", "sdist", "dist_info", "toolchain", "--version", "--help"} & set(sys.argv[1:])
 
 
 def release(text):
@@ -37,24 +39,19 @@ def require_build_tools():
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     bad = {n: v for n, v in found.items() if v is None or release(v) < release(NEEDED[n])}
-    if bad:
+    if (BUILDING and bad) or "setuptools" in bad:
         has = ", ".join(f"{n} {v or 'is missing'}" for n, v in bad.items())
         fix = " ".join(f"'{n}>={NEEDED[n]}'" for n in bad)
         sys.exit(f"forwardpass: the build needs {', '.join(f'{n} >= {v}' for n, v in NEEDED.items())}; here {has}. "
                  f"Run: {sys.executable} -m pip install {fix}")  # fmt: skip
 
 
-BUILDING = not {"egg_info", "sdist", "dist_info", "toolchain", "--version", "--help"} & set(sys.argv[1:])
-if BUILDING:
+if "toolchain" not in sys.argv:  # asked before there is a setuptools
     require_build_tools()
 
-from setuptools import Command, Extension, setup  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel  # setuptools >= 70.1
-except ImportError:  # only metadata is asked for; a build was refused above
-    bdist_wheel = Command
 
 WANT_CUDA = os.environ.get("FORWARDPASS_BUILD_CUDA", "auto")
 if WANT_CUDA not in ("auto", "0", "1"):
