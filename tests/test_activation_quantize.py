@@ -13,8 +13,8 @@ CASES = list(cases.cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu_matches_reference(case):
-    args = case.arguments()
+def test_cpu_matches_reference(case, seed):
+    args = case.arguments(seed=seed)
     with poisoned_outputs():
         got = torch.ops.forwardpass.activation_quantize_cpu(*args)
     cases.assert_matches(got, args)

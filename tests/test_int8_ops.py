@@ -27,8 +27,8 @@ def options(case):
 
 
 @pytest.mark.parametrize(("op", "case"), ALL)
-def test_cpu_against_reference(op, case):
-    reference, args = OPS[op][0], case.arguments()
+def test_cpu_against_reference(op, case, seed):
+    reference, args = OPS[op][0], case.arguments(seed=seed)
     names = fp.backend.operations[op].parameters
     with poisoned_outputs():
         got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)

@@ -16,8 +16,8 @@ def run(name, args):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu_is_within_fp32_of_the_reference(case):
-    args = case.arguments()
+def test_cpu_is_within_fp32_of_the_reference(case, seed):
+    args = case.arguments(seed=seed)
     cases.assert_matches(run(f"{case.op}_cpu", args), args)
 
 

@@ -11,8 +11,8 @@ CASES = list(cases.cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu_equals_reference(case):
-    args = case.arguments()
+def test_cpu_equals_reference(case, seed):
+    args = case.arguments(seed=seed)
     with poisoned_outputs():
         cases.assert_matches(torch.ops.forwardpass.quantize_cpu(*args), args)
 

@@ -12,8 +12,8 @@ ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu_against_reference(case):
-    x, w, w_scale, bias, activation = case.arguments()
+def test_cpu_against_reference(case, seed):
+    x, w, w_scale, bias, activation = case.arguments(seed=seed)
     with poisoned_outputs():
         got = torch.ops.forwardpass.w8a16_gemm_cpu(x, w, w_scale, bias, activation)
     assert got.dtype == x.dtype
