@@ -20,12 +20,10 @@ def test_cpu_matches_reference(case, seed):
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("case", CASES[::7], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES[::7] if 0 not in c.shape], ids=str)
 def test_the_comparison_can_fail(case):
     """A step or two more in the least elements, and a scale or a zero point that is off by little, are all seen."""
     args = case.arguments()
-    if not args[0].numel():
-        pytest.skip("nothing to get wrong")
     q, scale, zero_point = reference.activation_quantize(*args)
     cases.assert_matches((q, scale, zero_point), args)
     values = q.float()
