@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
 int forwardpass_activation_quantize(const forwardpass::ActivationQuantizeParams* p, void* stream) {
   using namespace forwardpass;
   const RowsLaunch l = rows_launch(p->x.rows, p->out);
-  const int size = p->x.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t size = size_of(p->x.dtype);
   const bool whole = l.groups == 1 || p->out.group % kVec == 0;  // no vector crosses from one block of 8 to the next
   const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups) &&
                        (p->interleaved ? whole : !is_gated(p->activation) || p->out.columns * size % 16 == 0);

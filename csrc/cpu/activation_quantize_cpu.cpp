@@ -29,7 +29,7 @@ INLINE void rows(const ActivationQuantizeParams& p, int64_t first, int64_t last)
   std::vector<float> kept(p.out.columns);
   float* y = kept.data();
   for (int64_t row = first; row < last; ++row) {
-    const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * (D == Dtype::f32 ? 4 : 2);
+    const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * size_of(D);
     cpu::for_each_vector(
         0, p.out.columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(activated<D>(p, x, c, n), y, c, n); });
     cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<Dtype::f32>(y, c, n); });
@@ -37,14 +37,7 @@ INLINE void rows(const ActivationQuantizeParams& p, int64_t first, int64_t last)
 }
 
 CLONES void activation_quantize_rows(const ActivationQuantizeParams& p, int64_t first, int64_t last) {
-  switch (p.x.dtype) {
-    case Dtype::f32:
-      return rows<Dtype::f32>(p, first, last);
-    case Dtype::f16:
-      return rows<Dtype::f16>(p, first, last);
-    default:
-      return rows<Dtype::bf16>(p, first, last);
-  }
+  cpu::with_float_dtype(p.x.dtype, [&](auto D) __attribute__((always_inline)) { rows<D()>(p, first, last); });
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ INLINE f32x16 load_affine(const Affine& a, int64_t c, int n) {
 // v: [columns] floats for the row at hand, which stays in the cache: 16-bit values are converted once.
 template <Dtype D>
 INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
-  constexpr int64_t kSize = D == Dtype::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   const int64_t columns = p.x.columns;
   for (int64_t row = first; row < last; ++row) {
     const void* x = static_cast<const char*>(p.x.data) + row * p.x.stride * kSize;
@@ -68,14 +68,7 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
 }
 
 CLONES void norm_quantize_rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
-  switch (p.x.dtype) {
-    case Dtype::f32:
-      return rows<Dtype::f32>(p, v, first, last);
-    case Dtype::f16:
-      return rows<Dtype::f16>(p, v, first, last);
-    default:
-      return rows<Dtype::bf16>(p, v, first, last);
-  }
+  cpu::with_float_dtype(p.x.dtype, [&](auto D) __attribute__((always_inline)) { rows<D()>(p, v, first, last); });
 }
 
 }  // namespace

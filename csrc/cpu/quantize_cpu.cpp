@@ -9,20 +9,13 @@ namespace {
 template <Dtype D>
 INLINE void rows(const QuantizeParams& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
-    const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * (D == Dtype::f32 ? 4 : 2);
+    const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * size_of(D);
     cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<D>(x, c, n); });
   }
 }
 
 CLONES void quantize_rows(const QuantizeParams& p, int64_t first, int64_t last) {
-  switch (p.x.dtype) {
-    case Dtype::f32:
-      return rows<Dtype::f32>(p, first, last);
-    case Dtype::f16:
-      return rows<Dtype::f16>(p, first, last);
-    default:
-      return rows<Dtype::bf16>(p, first, last);
-  }
+  cpu::with_float_dtype(p.x.dtype, [&](auto D) __attribute__((always_inline)) { rows<D()>(p, first, last); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/params.h"
 
@@ -148,6 +149,20 @@ INLINE u8x16 to_e4m3(f32x16 v) {
 // gives low.
 INLINE i32x16 to_int(f32x16 v, float low, float high) {
   return bits<i32x16>(min(max(v, splat(low)), splat(high)) + 0x1.8p23f) - bits<int32_t>(0x1.8p23f);
+}
+
+// f(constant of the dtype), which must be INLINE: dispatch.h's would leave the clone that calls it. Once a call: around
+// the epilogue's load of a bias it kept g++ from moving the switch out of the loop, at 1.7 times the time.
+template <class F>
+INLINE void with_float_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(std::integral_constant<Dtype, Dtype::f32>{});
+    case Dtype::f16:
+      return f(std::integral_constant<Dtype, Dtype::f16>{});
+    default:
+      return f(std::integral_constant<Dtype, Dtype::bf16>{});
+  }
 }
 
 // f(column, n) for every 16 columns of [begin, end); n is the literal 16 but for the last, shorter one.

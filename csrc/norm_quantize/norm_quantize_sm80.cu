@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
 int forwardpass_norm_quantize(const forwardpass::NormQuantizeParams* p, void* stream) {
   using namespace forwardpass;
   const RowsLaunch l = rows_launch(p->x.rows, p->out);
-  const int size = p->x.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t size = size_of(p->x.dtype);
   const auto rows_aligned = [&](const void* data, int64_t stride) { return aligned16(data, stride * size, 0, 1); };
   const bool aligned = rows_aligned(p->x.data, p->x.stride) && rows_aligned(p->residual.data, p->residual.stride) &&
                        rows_aligned(p->residual_out, p->residual_out ? p->x.columns : 0) &&

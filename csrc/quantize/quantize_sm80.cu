@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth) quantize_kernel(Quantiz
 int forwardpass_quantize(const forwardpass::QuantizeParams* p, void* stream) {
   using namespace forwardpass;
   const RowsLaunch l = rows_launch(p->x.rows, p->out);
-  const int size = p->x.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t size = size_of(p->x.dtype);
   const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups);
   dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
     quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
