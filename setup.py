@@ -193,7 +193,7 @@ class Build(build_ext):
         # -ffp-contract=off, because the formulas say where an fma is
         cxx = (f"g++ {common} -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi -fno-math-errno "
                f"-fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
-               f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} -c $in -o $out")  # fmt: skip
+               f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} $flags -c $in -o $out")  # fmt: skip
         depfile = " depfile = $out.d\n deps = gcc\n"
         text = [
             "ninja_required_version = 1.8\nbuilddir = build/ninja",
@@ -215,6 +215,11 @@ class Build(build_ext):
         cpp = sorted(p for p in ROOT.glob("csrc/**/*.cpp") if "interpreter" not in p.parts)
         flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
         text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
+        # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
+        core = sorted(p for p in ROOT.glob("csrc/interpreter/**/*.cpp") if "standin" not in p.parts)
+        core_flags = "-march=x86-64-v3 -mtune=generic"
+        flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
+        text.append(f"build {path(out / '_interpreter.so')}: link {objects('cxx', core, lambda s: core_flags)}\n flags = {flags}")
         cu = []
         if home:
             cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))
@@ -234,7 +239,7 @@ class Build(build_ext):
             kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)))
             flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
             text.append(f"build {path(out / '_kernels.so')}: link {kernels}\n flags = {flags}")
-        return "\n".join(text) + "\n", len(cpp) + len(cu)
+        return "\n".join(text) + "\n", len(cpp) + len(core) + len(cu)
 
 
 class Wheel(bdist_wheel):

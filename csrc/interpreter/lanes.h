@@ -1,0 +1,40 @@
+#pragma once
+// The loop over lanes: whole warps vectorise, the rest goes lane by lane.
+#include "machine.h"
+
+namespace forwardpass::interpreter {
+
+template <class F>
+inline void each_lane(Mask mask, F f) {
+  if (mask == kAllLanes) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) f(lane);
+  } else {
+    for (Mask rest = mask; rest; rest &= rest - 1) f(__builtin_ctz(rest));
+  }
+}
+
+// d = f(a, b, ...) by lane, on registers of the C++ types D and S; operand 0 is the destination.
+template <class D, class S, class F>
+inline Step map(Warp& w, const Instruction& i, Mask mask, F f) {
+  D* d = w.operand<D>(i, 0);
+  const S* a = w.operand<S>(i, 1);
+  each_lane(mask, [&](int l) { d[l] = f(a[l]); });
+  return Step::next;
+}
+template <class D, class S, class F>
+inline Step map2(Warp& w, const Instruction& i, Mask mask, F f) {
+  D* d = w.operand<D>(i, 0);
+  const S *a = w.operand<S>(i, 1), *b = w.operand<S>(i, 2);
+  each_lane(mask, [&](int l) { d[l] = f(a[l], b[l]); });
+  return Step::next;
+}
+template <class D, class S, class F>
+inline Step map3(Warp& w, const Instruction& i, Mask mask, F f) {
+  D* d = w.operand<D>(i, 0);
+  const S *a = w.operand<S>(i, 1), *b = w.operand<S>(i, 2), *c = w.operand<S>(i, 3);
+  each_lane(mask, [&](int l) { d[l] = f(a[l], b[l], c[l]); });
+  return Step::next;
+}
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,99 @@
+#pragma once
+// A kernel ready to run: every instruction a handler and the places of its operands.
+//
+// A frame holds one function's registers for the 32 lanes of a warp, lane by lane: a predicate is one 32-bit mask,
+// 8- and 16-bit registers are uint16_t[32], 32-bit ones uint32_t[32], 64-bit ones uint64_t[32], 128-bit ones
+// [2][32] x uint64_t. Immediates and special registers are registers too, filled when a frame or a CTA begins, so
+// that a handler sees nothing but offsets.
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ptx.h"
+
+namespace forwardpass::interpreter {
+
+using ptx::Operand;
+using ptx::Statement;
+using ptx::Type;
+
+using Mask = uint32_t;
+constexpr int kLanes = 32;
+constexpr Mask kAllLanes = ~Mask{0};
+
+struct Warp;
+struct Instruction;
+
+enum class Step : uint8_t {
+  next,     // go on with the next instruction
+  jumped,   // the handler moved the strand (branch, call, return, exit)
+  blocked,  // nothing happened; again when something else has (Cta::events)
+  yielded,  // done and go on, but let others run first (a failed try_wait, nanosleep)
+};
+using Handler = Step (*)(Warp&, const Instruction&, Mask);
+
+using Offset = uint32_t;  // bytes into a frame
+constexpr Offset kSink = ~Offset{0};     // destination `_`
+constexpr Offset kAlwaysTrue = 0;        // a predicate of ones, the guard of unguarded instructions
+
+struct Instruction {
+  Handler run = nullptr;
+  const Offset* operand = nullptr;  // destinations first, then sources, in the order that the row's bind added them
+  uint16_t destinations = 0, sources = 0;
+  Offset guard = kAlwaysTrue;
+  Mask guard_flip = 0;      // ones: @!p
+  uint32_t option = 0;      // row specific, as are the next two
+  uint64_t immediate = 0;
+  const void* data = nullptr;
+  uint32_t index = 0;       // of itself within Code
+  bool collective = false;  // .sync/.aligned: waits until the warp has converged (Warp::converge)
+};
+
+// A register that gets its value when a frame or a CTA begins.
+struct Preset {
+  enum class Kind : uint8_t { immediate, special };
+  Kind kind;
+  Type type;
+  Offset offset;
+  uint64_t bits = 0;    // immediate, broadcast
+  std::string special;  // "%tid.x"
+};
+
+struct Code {
+  std::string name;
+  const ptx::Function* source = nullptr;
+  std::vector<Instruction> instructions;
+  std::vector<const Statement*> statements;  // by instruction index
+  std::vector<Preset> presets;
+  std::vector<Type> registers;                // by offset order, see register_at
+  std::vector<Offset> offset_of;              // by PTX register id
+  uint32_t frame_bytes = 0;
+  std::deque<std::vector<Offset>> operand_lists;
+  std::deque<std::shared_ptr<void>> data;     // what Instruction::data points to
+  int64_t local_bytes = 0;                    // depot of one thread
+  std::map<std::string, int64_t> local_offset, param_offset;  // .local variables; parameters, returns, call parameters
+  int64_t param_bytes = 0;                    // of the frame's parameter area: own parameters first
+  struct Parameter { int64_t offset, bytes; };
+  std::vector<Parameter> parameters;          // in order
+};
+
+struct Module {
+  ptx::Module source;
+  std::string arch;
+  std::map<std::string, Code> functions;
+  std::map<std::string, int64_t> shared_offset;  // static .shared variables
+  std::string extern_shared;                     // the name of the dynamic one
+  int64_t shared_bytes = 0;                      // static, before alignment to 128
+  struct Global { std::string name; uint8_t* address; int64_t bytes; bool constant; };
+  std::map<std::string, Global> globals;         // .global and .const, alive as long as the module
+  std::vector<std::unique_ptr<uint8_t[]>> storage;
+  std::string text;                              // the PTX itself, which messages quote
+};
+
+// Parses and decodes; throws Finding (kind unsupported or illegal) naming the line and its text.
+std::unique_ptr<Module> load(std::string text);
+
+}  // namespace forwardpass::interpreter
