@@ -37,10 +37,15 @@ struct Options {
 struct Frame {
   const Code* code;
   Frame* caller = nullptr;
-  uint32_t return_to = 0;
-  Mask inside = 0;             // lanes that have not returned
+  const Instruction* call = nullptr;  // in the caller
+  std::vector<Code::Parameter> results;  // where the caller wants what it returns, in its own .param space
+  int depth = 0;
+  Mask inside = 0;              // lanes that have not returned
   uint8_t* registers = nullptr;
-  uint8_t* parameters = nullptr;  // Code::param_bytes per lane for a function; the launch's own for the entry
+  // .param space, [lane][Code::param_bytes]. An entry's own parameters are the launch's (Launch::parameters), which
+  // hold the first bytes of the space for every lane.
+  std::unique_ptr<uint8_t[]> parameters;
+  int64_t local_base = 0;       // where its .local variables begin in each lane's local memory
   std::unique_ptr<uint8_t[]> memory;
 };
 
@@ -48,6 +53,8 @@ struct Strand {
   Frame* frame;
   uint32_t pc;
   Mask mask;
+  bool waiting = false;   // at a collective instruction, for the other strands of the warp
+  uint64_t ticket = 0;    // of a blocked instruction that has done its first half (a barrier's arrival)
 };
 
 // Something that the hardware does later. The scheduler completes what is pending at seeded moments in a seeded order;
@@ -79,6 +86,9 @@ struct alignas(64) Warp {
   uint64_t blocked_at = ~uint64_t{0};  // Cta::events when it last found itself blocked
   Knowledge knowledge;
   uint64_t random_state = 0;
+  std::vector<std::unique_ptr<Frame>> frames;  // alive
+  std::vector<uint8_t> local[kLanes];          // .local memory, grown by the frames that need it
+  int turn = 0;                                // steps of the running strand since another one ran
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
   // nothing is under way. Reading or writing one is a finding; a plain mov is deferred (Wgmma::defer).
@@ -98,6 +108,12 @@ struct alignas(64) Warp {
   // Lane addresses: base + displacement, zero-extended where the base is 32 bits wide.
   void addresses(const Instruction&, int operand, int64_t displacement, bool wide, uint64_t out[kLanes]) const;
 
+  Strand& strand() { return strands[running]; }
+  Frame* enter(const Code&, Frame* caller, const Instruction* call, Mask lanes);
+  void leave(Mask lanes, bool exit);           // return, or exit, of the running strand's lanes
+  void return_values(Mask lanes);              // from the running frame's .param space to the caller's
+  void branch(Mask taken, uint32_t target);    // lanes of the running strand that jump; the others fall through
+
   Actor actor(Proxy p = Proxy::generic) const { return {id, knowledge.seen.at[id], &knowledge, p}; }
   void release() { ++knowledge.seen.at[id]; }  // after giving away what it knows
   uint32_t random();                            // seeded, one stream per warp
@@ -113,22 +129,24 @@ struct Cta {
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;  // static, then dynamic
   Shadow shadow;
+  int next_async = 0;
   uint64_t events = 1;          // grows whenever something happened that a blocked warp may wait for
   std::vector<std::shared_ptr<Pending>> pending;
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
   Knowledge async[kAsyncAgents];  // what the operations under way know; agent kMaxWarps + i
   int live_warps = 0;
 
-  struct NamedBarrier {
-    unsigned expected = 0, arrived = 0;  // threads
-    uint64_t generation = 0;
-    Mask participants = 0;               // warps, this generation
-    bool reduce_and = true, reduce_or = false;
-    unsigned reduce_count = 0;
-    struct { bool all, any; unsigned count; } result;
-    Knowledge knowledge;
+  struct NamedBarrier {  // rows/barrier.cpp
+    unsigned expected = 0;           // threads; 0: every thread that lives
+    unsigned arrived = 0, trues = 0; // threads, and those of them with a true predicate (barrier.red)
+    uint64_t generation = 1;
+    unsigned last_arrived = 0, last_trues = 0;
+    Knowledge gathering, last;
   } barriers[16];
-  unsigned threads() const;
+  unsigned threads() const;          // of the block
+  unsigned live_threads() const;
+  void settle_barriers();            // after lanes have exited
+  void finish(NamedBarrier&);        // everybody has arrived
 
   // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
   int async_agent(const Warp& issuer);
@@ -140,6 +158,21 @@ struct Cta {
 
   // Runs until every warp has exited (true) or `budget` warp instructions are used up (false). Throws Finding.
   bool run(uint64_t budget);
+  void begin(Launch&, const unsigned index[3], uint64_t number);  // of the CTA within the grid
+  const Warp* running() const { return running_; }
+  // Fills in where a finding was made: the instruction that a warp is at, or one of a pending operation.
+  void place(Finding&, const Warp&) const;
+  void place(Finding&, const Code&, uint32_t pc) const;
+
+ private:
+  Warp* pick();
+  [[noreturn]] void deadlock();
+  enum class Completion : uint8_t { late, early, mixed } completion_ = Completion::mixed;
+  enum class Order : uint8_t { fair, ahead, behind } order_ = Order::fair;
+  int favourite_ = 0;
+  Warp* running_ = nullptr;
+  uint64_t random_state_ = 0;
+  uint32_t random();
 };
 
 struct Launch {
@@ -152,12 +185,16 @@ struct Launch {
   uint64_t number = 0;                 // of launches so far: seeds, and PDL
   uint64_t first_concurrent = 0;       // the lowest launch that may still be running: what it wrote needs the wait
   Options options;
-  const Memory* memory;                // storage intervals
-  struct Counters { std::atomic<uint64_t> warp_instructions{0}, matrix_ns{0}, matrix_macs{0}; } *counters = nullptr;
+  const Memory* memory = nullptr;      // storage intervals
+  struct Counters {
+    std::atomic<uint64_t> launches{0}, warp_instructions{0}, matrix_ns{0}, matrix_macs{0};
+  }* counters = nullptr;
+  int resident = 1;                    // CTAs that the device holds at once: they may wait for each other
 
   // Runs the grid on Options::threads threads, CTAs in order, as many resident as the device holds where they wait for
   // each other. Throws the finding of the lowest CTA.
   void run();
+  uint64_t grid_size() const { return static_cast<uint64_t>(grid[0]) * grid[1] * grid[2]; }
 };
 
 // One instruction while registers are in flight (rows/wgmma.cpp): a finding when it touches one, deferred when it is a

@@ -9,7 +9,9 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ptx.h"
@@ -52,14 +54,12 @@ struct Instruction {
   bool collective = false;  // .sync/.aligned: waits until the warp has converged (Warp::converge)
 };
 
-// A register that gets its value when a frame or a CTA begins.
+// A register that gets its value when a frame begins. Immediates need none: they are part of Code::image.
 struct Preset {
-  enum class Kind : uint8_t { immediate, special };
-  Kind kind;
-  Type type;
   Offset offset;
-  uint64_t bits = 0;    // immediate, broadcast
-  std::string special;  // "%tid.x"
+  int bytes;                                    // 4 or 8
+  uint64_t (*special)(const Warp&, int lane);   // %tid.x and the like; null: the frame's local memory + bits
+  uint64_t bits = 0;
 };
 
 struct Code {
@@ -68,16 +68,19 @@ struct Code {
   std::vector<Instruction> instructions;
   std::vector<const Statement*> statements;  // by instruction index
   std::vector<Preset> presets;
-  std::vector<Type> registers;                // by offset order, see register_at
+  std::vector<uint8_t> image;                 // what a new frame holds: immediates, the rest poison
   std::vector<Offset> offset_of;              // by PTX register id
-  uint32_t frame_bytes = 0;
+  std::map<std::pair<int, uint64_t>, Offset> immediates;        // by bytes and bits
+  bool decoded = false;
   std::deque<std::vector<Offset>> operand_lists;
   std::deque<std::shared_ptr<void>> data;     // what Instruction::data points to
   int64_t local_bytes = 0;                    // depot of one thread
   std::map<std::string, int64_t> local_offset, param_offset;  // .local variables; parameters, returns, call parameters
-  int64_t param_bytes = 0;                    // of the frame's parameter area: own parameters first
+  int64_t param_bytes = 0;                    // of the parameter space: own parameters, then returns, then call parameters
+  int64_t own_param_bytes = 0;                // of its own parameters alone
   struct Parameter { int64_t offset, bytes; };
-  std::vector<Parameter> parameters;          // in order
+  std::vector<Parameter> parameters, returns;  // in order
+  bool calls = false;                          // other functions
 };
 
 struct Module {
@@ -85,15 +88,22 @@ struct Module {
   std::string arch;
   std::map<std::string, Code> functions;
   std::map<std::string, int64_t> shared_offset;  // static .shared variables
-  std::string extern_shared;                     // the name of the dynamic one
-  int64_t shared_bytes = 0;                      // static, before alignment to 128
+  std::vector<std::string> extern_shared;        // names of the dynamic one
+  int64_t extern_alignment = 0;
+  int64_t shared_bytes = 0;                      // static; the dynamic part begins there
   struct Global { std::string name; uint8_t* address; int64_t bytes; bool constant; };
   std::map<std::string, Global> globals;         // .global and .const, alive as long as the module
   std::vector<std::unique_ptr<uint8_t[]>> storage;
   std::string text;                              // the PTX itself, which messages quote
+  std::mutex mutex;                              // of the decoding
+  std::string_view line(int n) const;            // from 1, without its indentation
 };
 
-// Parses and decodes; throws Finding (kind unsupported or illegal) naming the line and its text.
+// Parses and lays out the variables; throws a Finding naming the line and its text.
 std::unique_ptr<Module> load(std::string text);
+
+// A function, decoded on its first use together with those it calls, so that what an image holds besides costs nothing.
+// Throws a Finding naming an instruction that no row of the table knows; null: there is no such function.
+const Code* function(Module&, const std::string& name);
 
 }  // namespace forwardpass::interpreter

@@ -88,14 +88,12 @@ class Bind {
   Instruction& instruction;
 
  private:
-  Offset preset(Type type, uint64_t bits);
-  Offset preset_special(const std::string& name);
+  Offset value(const Operand& o, Type type, bool relaxed, int* bytes);
   void add(Offset offset, bool destination);
   std::vector<std::string_view> slots_;
-  std::vector<Offset> offsets_;
-  friend void decode(Module&, Code&, const ptx::Function&);
 };
 
-// Calls f with a value of the C++ type of a PTX type: with(Type::s32, [&](auto t) { b.run(&add<decltype(t)>); }).
-// b8...b64 are unsigned; f16 and bf16 are Half and BFloat16 of formats.h.
+// The row of an opcode with its slots, or null.
+const Row* find_row(std::string_view opcode, std::vector<std::string_view>& slots);
+
 }  // namespace forwardpass::interpreter

@@ -1,0 +1,168 @@
+// From the operands of a statement to offsets into a frame.
+#include <cstring>
+
+#include "finding.h"
+#include "special.h"
+#include "table.h"
+
+namespace forwardpass::interpreter {
+
+Bind::Bind(Module& module, Code& code, const Statement& statement, Instruction& instruction,
+           std::vector<std::string_view> slots)
+    : module(module), code(code), statement(statement), instruction(instruction), slots_(std::move(slots)) {
+  code.operand_lists.emplace_back();
+}
+
+void Bind::refuse(const std::string& why) const {
+  Finding f;
+  f.kind = Kind::unsupported;
+  f.message = why;
+  f.ptx_line = statement.line;
+  f.instruction = module.line(statement.line);
+  f.kernel = code.name;
+  throw f;
+}
+
+bool Bind::has(std::string_view modifier) const {
+  for (const auto s : slots_)
+    if (s == modifier) return true;
+  return false;
+}
+
+Type Bind::type(int i) const {
+  const Type t = ptx::type_of(slots_[i]);
+  if (t == Type::none) refuse("expected a type, found ." + std::string(slots_[i]));
+  return t;
+}
+
+void Bind::add(Offset offset, bool destination) {
+  auto& list = code.operand_lists.back();
+  if (destination && instruction.sources) refuse("internal: a destination was bound after a source");
+  list.push_back(offset);
+  instruction.operand = list.data();
+  ++(destination ? instruction.destinations : instruction.sources);
+}
+
+namespace {
+// Bytes that a register of this type takes for one lane; 8-bit ones are kept in 16.
+int stored_bytes(Type t) { return std::max(2, ptx::size_of(t)); }
+
+uint64_t immediate_bits(const Operand& o, Type t) {
+  const bool literal64 = o.kind == Operand::Kind::f64;
+  double d;
+  std::memcpy(&d, &o.bits, 8);
+  if (literal64 && t == Type::f32) {
+    const float f = static_cast<float>(d);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    return bits;
+  }
+  if (t == Type::pred) return o.bits ? kAllLanes : 0;
+  const int size = ptx::size_of(t);
+  return size >= 8 ? o.bits : o.bits & ((uint64_t{1} << (8 * size)) - 1);
+}
+
+template <class T>
+void broadcast(uint8_t* at, uint64_t bits) {
+  const T v = static_cast<T>(bits);
+  for (int l = 0; l < kLanes; ++l) std::memcpy(at + l * sizeof(T), &v, sizeof(T));
+}
+}  // namespace
+
+Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
+  if (bytes) *bytes = type == Type::pred ? 4 : stored_bytes(type);
+  const auto preset = [&](uint64_t (*special)(const Warp&, int), uint64_t bits) {
+    const int size = stored_bytes(type);
+    const Offset at = static_cast<Offset>(code.image.size());
+    code.image.resize(at + size * kLanes);
+    code.presets.push_back({at, size, special, bits});
+    return at;
+  };
+  const auto immediate = [&](uint64_t bits) {
+    const int size = type == Type::pred ? 4 : stored_bytes(type);
+    auto [it, fresh] = code.immediates.try_emplace({type == Type::pred ? 0 : size, bits}, 0);
+    if (fresh) {
+      it->second = static_cast<Offset>(code.image.size());
+      code.image.resize((it->second + size * (type == Type::pred ? 1 : kLanes) + 63) / 64 * 64);
+      uint8_t* at = code.image.data() + it->second;
+      if (size == 2) broadcast<uint16_t>(at, bits);
+      if (size == 4 && type != Type::pred) broadcast<uint32_t>(at, bits);
+      if (size == 8) broadcast<uint64_t>(at, bits);
+      if (type == Type::pred) std::memcpy(at, &bits, 4);
+    }
+    return it->second;
+  };
+  switch (o.kind) {
+    case Operand::Kind::reg: {
+      const Type own = code.source->registers[o.id];
+      const bool fits = (own == Type::pred) == (type == Type::pred) &&
+                        (ptx::size_of(own) == ptx::size_of(type) || (relaxed && ptx::size_of(own) > ptx::size_of(type)));
+      if (!fits) refuse("a register's size does not fit the instruction's type");
+      if (bytes) *bytes = own == Type::pred ? 4 : stored_bytes(own);
+      return code.offset_of[o.id];
+    }
+    case Operand::Kind::special:
+      if (const SpecialRegister* s = special_register(o.name)) return preset(s->value, 0);
+      refuse("special register " + o.name + " is not known");
+    case Operand::Kind::symbol: {
+      if (auto i = code.local_offset.find(o.name); i != code.local_offset.end()) return preset(nullptr, i->second);
+      if (auto i = code.param_offset.find(o.name); i != code.param_offset.end()) return immediate(i->second);
+      if (auto i = module.shared_offset.find(o.name); i != module.shared_offset.end()) return immediate(i->second);
+      if (auto i = module.globals.find(o.name); i != module.globals.end()) {
+        return immediate(reinterpret_cast<uint64_t>(i->second.address));
+      }
+      if (auto i = module.functions.find(o.name); i != module.functions.end()) {
+        return immediate(reinterpret_cast<uint64_t>(&i->second));
+      }
+      refuse("symbol " + o.name + " is not declared");
+    }
+    case Operand::Kind::integer:
+    case Operand::Kind::f32:
+    case Operand::Kind::f64:
+      return immediate(immediate_bits(o, type));
+    default:
+      refuse("an operand has a form that this instruction does not take");
+  }
+}
+
+void Bind::destination(const Operand& o, Type type) {
+  if (o.kind == Operand::Kind::sink) return add(kSink, true);
+  if (o.kind != Operand::Kind::reg) refuse("the destination must be a register");
+  add(value(o, type, false, nullptr), true);
+}
+
+int Bind::destination_relaxed(const Operand& o, Type type) {
+  if (o.kind == Operand::Kind::sink) return add(kSink, true), 0;
+  if (o.kind != Operand::Kind::reg) refuse("the destination must be a register");
+  int bytes;
+  add(value(o, type, true, &bytes), true);
+  return bytes;
+}
+
+void Bind::source(const Operand& o, Type type) { add(value(o, type, false, nullptr), false); }
+
+int Bind::source_relaxed(const Operand& o, Type type) {
+  int bytes;
+  add(value(o, type, true, &bytes), false);
+  return bytes;
+}
+
+bool Bind::predicate(const Operand& o) {
+  add(value(o, Type::pred, false, nullptr), false);
+  return o.negated;
+}
+
+int64_t Bind::address(const Operand& o, bool* wide) {
+  if (o.kind != Operand::Kind::address) refuse("expected an address in brackets");
+  const Operand& base = o.parts[0];
+  *wide = base.kind != Operand::Kind::reg || ptx::size_of(code.source->registers[base.id]) == 8;
+  add(value(base, *wide ? Type::b64 : Type::b32, false, nullptr), false);
+  return o.offset;
+}
+
+int64_t Bind::constant(const Operand& o) const {
+  if (o.kind != Operand::Kind::integer) refuse("expected an integer constant");
+  return static_cast<int64_t>(o.bits);
+}
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,233 @@
+#include "core.h"
+
+#include <cstring>
+#include <mutex>
+
+#include "device.h"
+#include "table.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+// The values of cudaError_t that a launch gives; the numbers are part of CUDA's ABI.
+constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kNoDevice = 100, kLaunchFailure = 719,
+              kNotSupported = 801, kInvalidClusterSize = 912;
+
+struct State {
+  Options options;
+  Memory memory;
+  std::vector<std::vector<const void*>> scopes;
+  std::atomic<uint64_t> launches{0};
+  uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
+  Launch::Counters counters;
+  std::mutex mutex;
+};
+State& state() {
+  static State s;
+  return s;
+}
+
+thread_local std::string finding_text, finding_json;
+
+}  // namespace
+
+Memory& storage() { return state().memory; }
+
+int report(const Finding& f) {
+  finding_text = f.text();
+  finding_json = f.json();
+  return kLaunchFailure;
+}
+
+int launch(const Module& module, const Code& code, const fpi_launch_config& config, std::vector<uint8_t> parameters) {
+  const Device* device = current_device();
+  if (!device) return kNoDevice;
+  const uint64_t threads = static_cast<uint64_t>(config.block[0]) * config.block[1] * config.block[2];
+  const auto& source = *code.source;
+  for (int d = 0; d < 3; ++d) {
+    if (!config.grid[d] || !config.block[d] || config.grid[d] > (d ? 65535u : 0x7fffffffu)) return kInvalidConfiguration;
+    if (config.block[d] > (d == 2 ? 64u : 1024u)) return kInvalidConfiguration;
+    if (source.required_threads[0] && config.block[d] != std::max(1u, source.required_threads[d])) return kInvalidValue;
+  }
+  const uint64_t most = source.max_threads[0] ? static_cast<uint64_t>(source.max_threads[0]) *
+                                                    std::max(1u, source.max_threads[1]) * std::max(1u, source.max_threads[2])
+                                              : 1024;
+  if (threads > 1024) return kInvalidConfiguration;
+  if (threads > most) return kInvalidValue;
+  if (config.dynamic_shared < 0 || module.shared_bytes + config.dynamic_shared > device->shared_per_block_optin) {
+    return kInvalidValue;
+  }
+  if (static_cast<int64_t>(parameters.size()) < code.own_param_bytes) return kInvalidValue;
+  const uint64_t cluster = static_cast<uint64_t>(config.cluster[0]) * config.cluster[1] * config.cluster[2];
+  if (cluster > 1 || source.cluster[0] > 1 || source.cluster[1] > 1 || source.cluster[2] > 1) {
+    if (!device->clusters) return kInvalidClusterSize;
+    Finding f;
+    f.kind = Kind::unsupported;
+    f.message = "launches with clusters of more than one CTA are not supported yet";
+    f.kernel = code.name;
+    report(f);
+    return kNotSupported;
+  }
+
+  State& s = state();
+  Launch l;
+  {
+    const std::lock_guard lock(s.mutex);
+    l.options = s.options;
+    l.number = ++s.launches;
+    if (!config.programmatic) s.first_concurrent = l.number;
+    l.first_concurrent = config.programmatic && l.number > 1 ? std::min(s.first_concurrent, l.number - 1) : l.number;
+  }
+  l.module = &module;
+  l.code = &code;
+  std::copy(config.grid, config.grid + 3, l.grid);
+  std::copy(config.block, config.block + 3, l.block);
+  l.dynamic_shared = config.dynamic_shared;
+  l.parameters = std::move(parameters);
+  l.programmatic = config.programmatic;
+  l.memory = &s.memory;
+  l.counters = &s.counters;
+  l.resident = std::max(1, resident_blocks(*device, code, static_cast<int>(threads), module.shared_bytes + l.dynamic_shared)) *
+               device->multiprocessors;
+  try {
+    l.run();
+  } catch (Finding& f) {
+    f.arch = device->arch;
+    return report(f);
+  }
+  return kSuccess;
+}
+
+}  // namespace forwardpass::interpreter
+
+using namespace forwardpass::interpreter;
+
+extern "C" {
+
+void fpi_set_options(const fpi_options* o) {
+  const std::lock_guard lock(state().mutex);
+  Options& options = state().options;
+  options.seed = o->seed;
+  options.checks = o->checks != 0;
+  options.truncating = o->truncating != 0;
+  options.approximate = o->approximate != 0;
+  options.threads = o->threads;
+  options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
+}
+
+void fpi_get_options(fpi_options* o) {
+  const std::lock_guard lock(state().mutex);
+  const Options& options = state().options;
+  *o = {options.seed, options.checks, options.truncating, options.approximate, options.threads, options.step_limit};
+}
+
+void fpi_storage_enter() {
+  const std::lock_guard lock(state().mutex);
+  state().scopes.emplace_back();
+}
+
+void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only) {
+  const std::lock_guard lock(state().mutex);
+  state().memory.add(begin, bytes, name, read_only != 0);
+  if (!state().scopes.empty()) state().scopes.back().push_back(begin);
+}
+
+void fpi_storage_remove(const void* begin) {
+  const std::lock_guard lock(state().mutex);
+  state().memory.remove(begin);
+}
+
+void fpi_storage_leave() {
+  const std::lock_guard lock(state().mutex);
+  if (state().scopes.empty()) return;
+  for (const void* begin : state().scopes.back()) state().memory.remove(begin);
+  state().scopes.pop_back();
+}
+
+void* fpi_module_load(const char* ptx) {
+  try {
+    return load(ptx).release();
+  } catch (const Finding& f) {
+    report(f);
+    return nullptr;
+  }
+}
+
+void fpi_module_unload(void* module) { delete static_cast<Module*>(module); }
+
+const char* fpi_module_json(void* handle) {
+  thread_local std::string json;
+  const auto& m = *static_cast<Module*>(handle);
+  json = "{\"arch\":\"" + m.arch + "\",\"shared_bytes\":" + std::to_string(m.shared_bytes) + ",\"kernels\":{";
+  bool first = true;
+  for (const auto& f : m.source.functions) {
+    if (!f.entry) continue;
+    json += (first ? "\"" : ",\"") + f.name + "\":[";
+    first = false;
+    int64_t end = 0;
+    for (size_t k = 0; k < f.parameters.size(); ++k) {
+      const auto& p = f.parameters[k];
+      const int64_t a = std::max(p.alignment, 1), at = (end + a - 1) / a * a;
+      end = at + p.bytes;
+      json += (k ? ",[" : "[") + std::to_string(at) + "," + std::to_string(p.bytes) + "]";
+    }
+    json += "]";
+  }
+  json += "}}";
+  return json.c_str();
+}
+
+int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], const unsigned block[3],
+                      const unsigned cluster[3], int64_t dynamic_shared, const void* parameters, int64_t parameter_bytes,
+                      int programmatic) {
+  auto& m = *static_cast<Module*>(handle);
+  std::string name = kernel ? kernel : "";
+  if (!kernel) {
+    for (const auto& f : m.source.functions)
+      if (f.entry) name = name.empty() ? f.name : "";
+  }
+  try {
+    const Code* code = function(m, name);
+    if (!code || !code->source->entry) return kInvalidValue;
+    fpi_launch_config c{};
+    std::copy(grid, grid + 3, c.grid);
+    std::copy(block, block + 3, c.block);
+    std::copy(cluster, cluster + 3, c.cluster);
+    c.dynamic_shared = dynamic_shared;
+    c.programmatic = programmatic;
+    const auto* bytes = static_cast<const uint8_t*>(parameters);
+    return launch(m, *code, c, std::vector<uint8_t>(bytes, bytes + parameter_bytes));
+  } catch (const Finding& f) {
+    return report(f);
+  }
+}
+
+const char* fpi_finding() { return finding_text.c_str(); }
+const char* fpi_finding_json() { return finding_json.c_str(); }
+void fpi_finding_clear() {
+  finding_text.clear();
+  finding_json.clear();
+}
+
+void fpi_counters_read(fpi_counters* c) {
+  const auto& k = state().counters;
+  *c = {k.launches, k.warp_instructions, k.matrix_ns, k.matrix_macs};
+}
+
+void fpi_counters_reset() {
+  auto& k = state().counters;
+  k.launches = k.warp_instructions = k.matrix_ns = k.matrix_macs = 0;
+}
+
+const char* fpi_rows_json() {
+  static const std::string json = [] {
+    std::string s = "[";
+    for (const Row* r : all_rows()) {
+      s += std::string(s.size() > 1 ? "," : "") + "{\"pattern\":\"" + r->pattern + "\",\"section\":\"" + r->section + "\"}";
+    }
+    return s + "]";
+  }();
+  return json.c_str();
+}
+
+}  // extern "C"

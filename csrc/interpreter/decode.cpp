@@ -1,0 +1,180 @@
+// From the syntax tree to code: where variables and registers live, and a handler for every statement.
+#include <cstring>
+
+#include "finding.h"
+#include "table.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+[[noreturn]] void refuse(const Module& m, int line, const std::string& kernel, Kind kind, const std::string& why) {
+  Finding f;
+  f.kind = kind;
+  f.message = why;
+  f.ptx_line = line;
+  f.instruction = m.line(line);
+  f.kernel = kernel;
+  throw f;
+}
+
+int64_t place(int64_t& end, const ptx::Variable& v) {
+  const int64_t at = round_up(end, std::max(v.alignment, 1));
+  end = at + v.bytes;
+  return at;
+}
+
+void place_shared(Module& m, const ptx::Variable& v) {
+  if (v.is_extern || v.bytes == 0) {
+    m.extern_shared.push_back(v.name);
+    m.extern_alignment = std::max<int64_t>(m.extern_alignment, v.alignment);
+  } else {
+    m.shared_offset[v.name] = place(m.shared_bytes, v);
+  }
+}
+
+void place_global(Module& m, const ptx::Variable& v) {
+  const int64_t alignment = std::max(v.alignment, 16);
+  m.storage.push_back(std::make_unique<uint8_t[]>(v.bytes + alignment));
+  const auto raw = reinterpret_cast<uint64_t>(m.storage.back().get());
+  auto* at = reinterpret_cast<uint8_t*>(round_up(static_cast<int64_t>(raw), alignment));
+  if (!v.initial.empty()) std::memcpy(at, v.initial.data(), v.initial.size());
+  m.globals[v.name] = {v.name, at, v.bytes, v.space == ptx::Space::constant};
+}
+
+void resolve_references(Module& m, const ptx::Variable& v) {
+  for (const auto& r : v.references) {
+    uint64_t target;
+    if (auto g = m.globals.find(r.symbol); g != m.globals.end()) {
+      target = reinterpret_cast<uint64_t>(g->second.address);
+    } else if (auto f = m.functions.find(r.symbol); f != m.functions.end()) {
+      target = reinterpret_cast<uint64_t>(&f->second);
+    } else {
+      refuse(m, 0, "", Kind::unsupported, "variable " + v.name + " holds the address of " + r.symbol + ", unknown");
+    }
+    target += static_cast<uint64_t>(r.addend);
+    std::memcpy(m.globals[v.name].address + r.offset, &target, 8);
+  }
+}
+
+// Registers and parameters; immediates follow as the statements ask for them.
+void lay_out(Code& code) {
+  const ptx::Function& f = *code.source;
+  for (const auto& v : f.parameters) {
+    code.param_offset[v.name] = place(code.param_bytes, v);
+    code.parameters.push_back({code.param_offset[v.name], v.bytes});
+  }
+  code.own_param_bytes = code.param_bytes;
+  for (const auto& v : f.returns) {
+    code.param_offset[v.name] = place(code.param_bytes, v);
+    code.returns.push_back({code.param_offset[v.name], v.bytes});
+  }
+  for (const auto& v : f.variables) {
+    if (v.space == ptx::Space::param) code.param_offset[v.name] = place(code.param_bytes, v);
+    if (v.space == ptx::Space::local) code.local_offset[v.name] = place(code.local_bytes, v);
+  }
+  code.param_bytes = round_up(code.param_bytes, 16);
+  code.local_bytes = round_up(code.local_bytes, 16);
+
+  code.image.assign(64, 0xff);  // kAlwaysTrue
+  for (const Type t : f.registers) {
+    code.offset_of.push_back(static_cast<Offset>(code.image.size()));
+    const int64_t bytes = t == Type::pred ? 4 : std::max(2, ptx::size_of(t)) * kLanes;
+    code.image.resize(round_up(static_cast<int64_t>(code.image.size()) + bytes, 64), 0xff);  // poison: NaN, -1
+  }
+}
+
+void decode(Module& m, Code& code) {
+  code.decoded = true;
+  lay_out(code);
+  const auto& body = code.source->body;
+  code.instructions.resize(body.size() + 1);
+  std::vector<std::string_view> slots;
+  for (size_t k = 0; k <= body.size(); ++k) {
+    static const Statement end = [] {
+      Statement s;
+      s.opcode = "ret";
+      return s;
+    }();
+    const Statement& s = k < body.size() ? body[k] : end;
+    Instruction& i = code.instructions[k];
+    i.index = static_cast<uint32_t>(k);
+    code.statements.push_back(&s);
+    const Row* row = find_row(s.opcode, slots);
+    if (!row) {
+      refuse(m, s.line, code.name, Kind::unsupported, "instruction " + s.opcode + " is not known to the interpreter");
+    }
+    Bind b(m, code, s, i, slots);
+    row->bind(b);
+    if (!i.run) b.refuse("internal: the table has a row but no handler for " + s.opcode);
+    if (s.guard >= 0) {
+      i.guard = code.offset_of[s.guard];
+      i.guard_flip = s.guard_negated ? kAllLanes : 0;
+    }
+  }
+}
+
+}  // namespace
+
+std::string_view Module::line(int n) const {
+  std::string_view rest = text;
+  for (int k = 1; k < n; ++k) {
+    const size_t end = rest.find('\n');
+    if (end == std::string_view::npos) return {};
+    rest.remove_prefix(end + 1);
+  }
+  rest = n > 0 ? rest.substr(0, rest.find('\n')) : std::string_view();
+  rest.remove_prefix(std::min(rest.find_first_not_of(" \t"), rest.size()));
+  return rest;
+}
+
+std::unique_ptr<Module> load(std::string text) {
+  auto m = std::make_unique<Module>();
+  m->text = std::move(text);
+  try {
+    m->source = ptx::parse(m->text);
+  } catch (const ptx::SyntaxError& e) {
+    refuse(*m, e.line, "", Kind::unsupported, "the PTX does not parse: " + e.message);
+  }
+  m->arch = m->source.target;
+  for (const auto& f : m->source.functions) {
+    Code& code = m->functions[f.name];
+    if (code.source && f.declared_only) continue;
+    code.name = f.name;
+    code.source = &f;
+    for (const auto& v : f.variables)
+      if (v.space == ptx::Space::shared) place_shared(*m, v);
+  }
+  for (const auto& v : m->source.variables) {
+    if (v.space == ptx::Space::shared) {
+      place_shared(*m, v);
+    } else if (!v.is_extern) {
+      place_global(*m, v);
+    }
+  }
+  for (const auto& v : m->source.variables) resolve_references(*m, v);
+  m->shared_bytes = round_up(m->shared_bytes, std::max<int64_t>(m->extern_alignment, 16));
+  for (const auto& name : m->extern_shared) m->shared_offset[name] = m->shared_bytes;
+  return m;
+}
+
+const Code* function(Module& m, const std::string& name) {
+  const std::lock_guard lock(m.mutex);
+  const auto found = m.functions.find(name);
+  if (found == m.functions.end()) return nullptr;
+  if (!found->second.decoded) decode(m, found->second);
+  // A function's address may be taken and called: so everything that has a body, if anything is called at all.
+  bool again = found->second.calls;
+  while (again) {
+    again = false;
+    for (auto& [other, code] : m.functions) {
+      if (code.decoded || code.source->declared_only || code.source->entry) continue;
+      decode(m, code);
+      again = true;
+    }
+  }
+  return &found->second;
+}
+
+}  // namespace forwardpass::interpreter

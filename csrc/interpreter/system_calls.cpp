@@ -1,0 +1,58 @@
+#include "system_calls.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "core.h"
+#include "device_printf.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+// Host pointer to what a lane's generic address names; nothing is checked but that it is not shared memory.
+const uint8_t* host_pointer(Warp& w, int lane, uint64_t address) {
+  if (address & kSharedWindow) return w.cta->shared.data() + (address & ~kSharedWindow);
+  if (address & kLocalWindow) return w.local[lane].data() + (address & ~kLocalWindow);
+  return reinterpret_cast<const uint8_t*>(address);
+}
+
+uint64_t vprintf(Warp& w, int lane, const uint64_t* a) {
+  const auto* format = reinterpret_cast<const char*>(host_pointer(w, lane, a[0]));
+  const std::string text = device_printf(format, a[1] ? host_pointer(w, lane, a[1]) : nullptr);
+  std::fputs(text.c_str(), stdout);
+  return text.size();
+}
+
+// message, file, line, function, character size
+uint64_t assertion(Warp& w, int lane, const uint64_t* a) {
+  const auto text = [&](uint64_t p) { return std::string(reinterpret_cast<const char*>(host_pointer(w, lane, p))); };
+  w.fail(Kind::assertion,
+         text(a[1]) + ":" + std::to_string(static_cast<uint32_t>(a[2])) + ": " + text(a[3]) + ": Assertion `" + text(a[0]) +
+             "` failed",
+         lane);
+}
+
+uint64_t allocate(Warp&, int, const uint64_t* a) {
+  void* p = std::malloc(a[0]);
+  if (p) storage().add(p, static_cast<int64_t>(a[0]), "device malloc");
+  return reinterpret_cast<uint64_t>(p);
+}
+
+uint64_t release(Warp&, int, const uint64_t* a) {
+  void* p = reinterpret_cast<void*>(a[0]);
+  if (p) storage().remove(p);
+  std::free(p);
+  return 0;
+}
+
+}  // namespace
+
+SystemCall system_call(std::string_view name) {
+  if (name == "vprintf") return vprintf;
+  if (name == "__assertfail") return assertion;
+  if (name == "malloc") return allocate;
+  if (name == "free") return release;
+  return nullptr;
+}
+
+}  // namespace forwardpass::interpreter
