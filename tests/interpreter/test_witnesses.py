@@ -192,12 +192,13 @@ def sum_by_the_last(kernels, generator):
     assert torch.equal(y, x.sum((0, 1)))
 
 
+SEEDS = [pytest.param([0], id="0"), pytest.param(range(1, 20), id="1-19", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize(
-    "seeds", [pytest.param([0], id="0"), pytest.param(range(1, 20), id="1-19", marks=pytest.mark.slow)]
+    ("name", "architecture"), [(name, a) for name, (_, supported) in CASES.items() for a in supported]
 )
-@pytest.mark.parametrize(
-    ("name", "architecture"), [(name, architecture) for name, (_, supported) in CASES.items() for architecture in supported]
-)  # fmt: skip
 def test_witness(kernels, name, architecture, seeds):
     for seed in seeds:
         with fp.interpret(architecture, seed=seed):

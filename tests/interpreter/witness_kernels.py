@@ -15,11 +15,11 @@ def matmul(
     acc = tl.zeros((BM, BN), ACC)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(A + rows[:, None] * stride_am + k[None, :], (rows[:, None] < M) & (k[None, :] < K), other=0)
+        a = tl.load(A + rows[:, None] * stride_am + k[None, :], (rows[:, None] < M) & (k[None, :] < K), other=0.0)
         b = tl.load(
             B + k[:, None] * stride_bk + columns[None, :] * stride_bn,
             (k[:, None] < K) & (columns[None, :] < N),
-            other=0,
+            other=0.0,
         )
         acc = tl.dot(a, b, acc, out_dtype=ACC)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
