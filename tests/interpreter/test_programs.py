@@ -66,7 +66,7 @@ def test_a_finding_is_the_exit_code(programs, architecture):
     found = re.search(r"missing_syncthreads\.cu:(\d+)", done.stderr)
     assert found, done.stderr
     assert "// HAZARD" in source[int(found[1]) - 1]
-    assert "race" in done.stderr
+    assert re.search("race|uninitialised", done.stderr)  # as the schedule has it
     assert "reverse" in done.stderr
 
 

@@ -1,5 +1,5 @@
 // cp.async.wait_group orders a thread's own copies, not those of other threads: they need a barrier as well.
-// Reports: race or in_flight
+// Reports: race or in_flight or uninitialised
 // Needs: sm_80
 #include "hazard.cuh"
 

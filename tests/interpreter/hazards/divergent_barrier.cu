@@ -3,9 +3,11 @@
 // Needs: sm_80
 #include "hazard.cuh"
 
-extern "C" __global__ void divergent_barrier(const float* x, float* y) {  // y[64] = the halves of x exchanged
+extern "C" __global__ void divergent_barrier(const float* x, float* y) {  // y[64] = the halves of x exchanged, 48 on: 0
   __shared__ float s[64];
   s[threadIdx.x] = x[threadIdx.x];
   if (!BROKEN || threadIdx.x < 48) __syncthreads();  // HAZARD
-  y[threadIdx.x] = s[threadIdx.x ^ 32];
+  float other = threadIdx.x < 48 ? s[threadIdx.x ^ 32] : 0;
+  __syncthreads();  // HAZARD: where the rest of the warp waits
+  y[threadIdx.x] = other;
 }

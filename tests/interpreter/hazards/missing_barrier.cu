@@ -1,5 +1,5 @@
 // A value that one warp stores to shared memory and another loads needs a barrier in between.
-// Reports: race
+// Reports: race or uninitialised
 // Needs: sm_80
 #include "hazard.cuh"
 

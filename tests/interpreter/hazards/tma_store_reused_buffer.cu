@@ -11,7 +11,7 @@ extern "C" __global__ void tma_store_reused_buffer(const float* x,
     fence_proxy_async();
     __syncthreads();
     if (threadIdx.x == 0) {
-      tma_store(y, 0, tile * 8, s);
+      tma_store(y, 0, tile * 8, s);  // HAZARD: where it was read after that
       bulk_commit();
       bulk_wait_read<BROKEN>();
     }

@@ -13,7 +13,7 @@ extern "C" __global__ void wgmma_reused_operand(const uint16_t* a, const uint16_
     fence_proxy_async();
     __syncthreads();
     wgmma_fence();
-    wgmma_m64n8k16(d, descriptor(sa), descriptor(sb));
+    wgmma_m64n8k16(d, descriptor(sa), descriptor(sb));  // HAZARD: where it was read after that
     wgmma_commit();
     wgmma_wait<BROKEN>();
     __syncthreads();
