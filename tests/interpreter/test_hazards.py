@@ -1,0 +1,308 @@
+"""A deliberately broken kernel of each kind is reported at its source line; the right twin of each is silent.
+
+hazards/<name>.cu holds the kernel, what must be reported and, as "// HAZARD", where; here is how each is launched and
+what the right one computes. All are small enough that what is wrong does not depend on the schedule: happens-before
+and the state of asynchronous operations say so at every seed, so every seed must report it. 20 seeds without a false
+alarm.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import forwardpass as fp
+
+interpreter = pytest.importorskip("forwardpass.interpreter")
+NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
+pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
+
+FOLDER = pathlib.Path(__file__).parent / "hazards"
+CACHE = pathlib.Path(__file__).parents[2] / "build/hazards"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+SEEDS, BROKEN_SEEDS = 20, 10
+RUNS = {}
+
+
+class Source:
+    """A hazard's file: what its comments promise."""
+
+    def __init__(self, path):
+        text = path.read_text()
+        self.path = path
+        self.kinds = re.search(r"^// Reports: (.*)$", text, re.M)[1].split(" or ")
+        needs = re.search(r"^// Needs: (.*)$", text, re.M)[1]
+        self.architectures = ARCHITECTURES[ARCHITECTURES.index(needs) :]
+        self.lines = [i for i, line in enumerate(text.splitlines(), 1) if "// HAZARD" in line]
+
+    def module(self, broken, architecture):
+        """Compiled once for each content of the sources."""
+        command = [NVCC, "-ptx", "-lineinfo", "-std=c++17", "-Werror", "all-warnings"]
+        command += [f"-arch={architecture}", f"-DBROKEN={broken}", str(self.path)]
+        content = self.path.read_bytes() + (FOLDER / "hazard.cuh").read_bytes() + repr(command).encode()
+        ptx = CACHE / f"{self.path.stem}-{hashlib.sha256(content).hexdigest()[:16]}.ptx"
+        if not ptx.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            partial = ptx.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-o", partial], check=True)
+            partial.replace(ptx)
+        return interpreter.Module(ptx.read_text(), arch=architecture)
+
+
+SOURCES = {path.stem: Source(path) for path in sorted(FOLDER.glob("*.cu"))}
+CASES = [
+    pytest.param(name, architecture, marks=[pytest.mark.slow] if i else [], id=f"{name}-{architecture}")
+    for name, source in SOURCES.items()
+    for i, architecture in enumerate(source.architectures)  # the others in test-all: what nvcc emits hardly differs
+]
+
+
+def run(function):
+    RUNS[function.__name__] = function
+    return function
+
+
+def integers(*shape, dtype=torch.float32):
+    """Small enough that every sum and product is exact."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def poisoned(*shape):
+    return torch.full(shape, float("nan"))
+
+
+def from_row(kernel, x, y, *args, block=None, grid=1, shared=0):
+    """x, y and scalars in global memory is all that most of them take."""
+    kernel.launch(grid=(grid, 1, 1), block=(block or y.numel(), 1, 1), args=[x, y, *args], shared=shared)
+    return y
+
+
+def tiles(tensor):
+    """TMA in boxes of 8 rows of 32 floats."""
+    return interpreter.tensor_map(tensor, box=(8, 32))
+
+
+# What follows: a hazard's launch, then (what it wrote, what it has to be).
+
+
+@run
+def missing_barrier(module):
+    x = integers(128)
+    return from_row(module["missing_barrier"], x, poisoned(128)), x.flip(0)
+
+
+@run
+def reused_buffer(module):
+    x = integers(4, 128)
+    return from_row(module["reused_buffer"], x, poisoned(128)), x.sum(0).flip(0)
+
+
+@run
+def cp_async_weak_wait(module):
+    x = integers(2, 32, 4)
+    return from_row(module["cp_async_weak_wait"], x, poisoned(32, 4), block=32), x.sum(0)
+
+
+@run
+def cp_async_uncommitted(module):
+    x = integers(32, 4)
+    return from_row(module["cp_async_uncommitted"], x, poisoned(32, 4), block=32), x
+
+
+@run
+def cp_async_missing_barrier(module):
+    x = integers(64, 4)
+    return from_row(module["cp_async_missing_barrier"], x, poisoned(64, 4), block=64), x.flip(0)
+
+
+@run
+def cp_async_reused_buffer(module):
+    x = integers(2, 64, 4)
+    return from_row(module["cp_async_reused_buffer"], x, poisoned(64)), x.sum((0, 2))
+
+
+@run
+def out_of_bounds_global(module):
+    x = integers(100)
+    y = from_row(module["out_of_bounds_global"], x, poisoned(100), 100, block=64, grid=2)
+    return y, torch.cat([x.diff(), x.new_zeros(1)])
+
+
+@run
+def out_of_bounds_shared(module):
+    x = integers(64)
+    return from_row(module["out_of_bounds_shared"], x, poisoned(64)), x.flip(0)
+
+
+@run
+def out_of_bounds_dynamic_shared(module):
+    x = integers(64)
+    y = from_row(module["out_of_bounds_dynamic_shared"], x, poisoned(64), shared=64 * 4)
+    return y, torch.cat([x[1:], x.new_zeros(1)])
+
+
+@run
+def misaligned(module):
+    x = integers(68)
+    return from_row(module["misaligned"], x, poisoned(64), block=16), x[4:]
+
+
+@run
+def misaligned_cp_async(module):
+    x = integers(128)
+    return from_row(module["misaligned_cp_async"], x, poisoned(128), block=32), x
+
+
+@run
+def uninitialised_shared(module):
+    x = integers(50)
+    return from_row(module["uninitialised_shared"], x, poisoned(64), 50), torch.cat([x, x.new_zeros(14)]).flip(0)
+
+
+@run
+def named_barrier_count(module):
+    x = integers(2, 32)
+    return from_row(module["named_barrier_count"], x, poisoned(32), block=128), x.sum(0)
+
+
+@run
+def named_barrier_order(module):
+    x = integers(64)
+    return from_row(module["named_barrier_order"], x, poisoned(64)), x.flip(0)
+
+
+@run
+def divergent_barrier(module):
+    x = integers(64)
+    return from_row(module["divergent_barrier"], x, poisoned(64)), torch.cat([x.roll(32)[:48], x.new_zeros(16)])
+
+
+@run
+def tma_weak_wait(module):
+    x = integers(16, 32)
+    return from_row(module["tma_weak_wait"], tiles(x), poisoned(8, 32)), x[:8] + x[8:]
+
+
+@run
+def tma_missing_wait(module):
+    x = integers(8, 32)
+    return from_row(module["tma_missing_wait"], tiles(x), poisoned(8, 32)), x
+
+
+@run
+def tma_reused_buffer(module):
+    x = integers(16, 32)
+    return from_row(module["tma_reused_buffer"], tiles(x), poisoned(8, 32), block=288), x[:8] + x[8:]
+
+
+@run
+def tma_store_missing_fence(module):
+    x, y = integers(8, 32), poisoned(8, 32)
+    module["tma_store_missing_fence"].launch(grid=(1, 1, 1), block=(256, 1, 1), args=[x, tiles(y)])
+    return y, x
+
+
+@run
+def tma_store_reused_buffer(module):
+    x, y = integers(16, 32), poisoned(16, 32)
+    module["tma_store_reused_buffer"].launch(grid=(1, 1, 1), block=(256, 1, 1), args=[x, tiles(y)])
+    return y, x
+
+
+@run
+def mbarrier_wrong_phase(module):
+    x = integers(16, 32)
+    return from_row(module["mbarrier_wrong_phase"], tiles(x), poisoned(8, 32)), x[:8] + x[8:]
+
+
+@run
+def mbarrier_arrivals(module):
+    x = integers(128)
+    return from_row(module["mbarrier_arrivals"], x, poisoned(128)), x.flip(0)
+
+
+@run
+def mbarrier_expect_tx(module):
+    x = integers(8, 32)
+    return from_row(module["mbarrier_expect_tx"], tiles(x), poisoned(8, 32)), x
+
+
+@run
+def mbarrier_before_init(module):
+    x = integers(128)
+    return from_row(module["mbarrier_before_init"], x, poisoned(128)), x.flip(0)
+
+
+def product(module, name, y, tiles):
+    """Of a [64, 16] and `tiles` times b [8, 16], by a warpgroup, into y."""
+    a, b = integers(64, 16, dtype=torch.float16), integers(tiles, 8, 16, dtype=torch.float16)
+    module[name].launch(grid=(1, 1, 1), block=(128, 1, 1), args=[a, b, y])
+    return y, a.float() @ b.float().mT  # [tiles, 64, 8]
+
+
+@run
+def wgmma_missing_fence(module):
+    y, (expected,) = product(module, "wgmma_missing_fence", poisoned(64, 8), 1)
+    return y, expected
+
+
+@run
+def wgmma_weak_wait(module):
+    before = integers(2, 64, 8)
+    y, expected = product(module, "wgmma_weak_wait", before.clone(), 2)
+    return y, before + expected
+
+
+@run
+def wgmma_uncommitted(module):
+    y, (expected,) = product(module, "wgmma_uncommitted", poisoned(64, 8), 1)
+    return y, expected
+
+
+@run
+def wgmma_reused_operand(module):
+    y, expected = product(module, "wgmma_reused_operand", poisoned(64, 8), 2)
+    return y, expected.sum(0)
+
+
+@run
+def missing_griddepcontrol_wait(module):
+    x, y, z = integers(256), poisoned(256), poisoned(256)
+    module["producer"].launch(grid=(2, 1, 1), block=(128, 1, 1), args=[x, y])
+    module["missing_griddepcontrol_wait"].launch(grid=(2, 1, 1), block=(128, 1, 1), args=[y, z], programmatic=True)
+    return z, 2 * x.flip(0)
+
+
+def test_every_hazard_is_run():
+    assert set(RUNS) == set(SOURCES)
+    assert all(source.lines for source in SOURCES.values())
+
+
+@pytest.mark.parametrize(("name", "architecture"), CASES)
+def test_broken(name, architecture):
+    source = SOURCES[name]
+    for seed in range(BROKEN_SEEDS):
+        with pytest.raises(fp.InterpreterFinding) as raised, fp.interpret(architecture, seed=seed):
+            RUNS[name](source.module(1, architecture))
+        finding = raised.value
+        assert finding.kind in source.kinds, f"seed {seed}: {finding}"
+        assert pathlib.Path(finding.file).name == source.path.name, f"seed {seed}: {finding}"
+        assert finding.line in source.lines, f"seed {seed}: {finding}"
+        assert finding.kernel == name
+        assert (finding.seed, finding.arch) == (seed, architecture)  # what repeats it
+        assert f"{source.path.name}:{finding.line}" in str(finding)
+
+
+@pytest.mark.parametrize(("name", "architecture"), CASES)
+def test_right(name, architecture):
+    source = SOURCES[name]
+    for seed in range(SEEDS):
+        with fp.interpret(architecture, seed=seed):
+            got, expected = RUNS[name](source.module(0, architecture))
+        differ = (got != expected).nonzero()  # NaN, never written, differs
+        assert not len(differ), f"seed {seed}: {len(differ)} differ, the first at {differ[0].tolist()}"

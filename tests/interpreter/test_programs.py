@@ -1,0 +1,84 @@
+"""CUDA programs that know nothing of the interpreter, built by it with nvcc and run on each architecture."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+interpreter = pytest.importorskip("forwardpass.interpreter")
+NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
+pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
+
+FOLDER = pathlib.Path(__file__).parent / "programs"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+
+
+def build(folder, name):
+    """Once for all architectures; the flags are nvcc's."""
+    program = folder / name
+    command = [sys.executable, "-m", "forwardpass.interpreter", "build", FOLDER / f"{name}.cu"]
+    built = subprocess.run([*command, "-std=c++17", "-lineinfo", "-O3", "-o", program], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return program
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    return {path.stem: build(folder, path.stem) for path in sorted(FOLDER.glob("*.cu"))}
+
+
+def execute(program, *arguments, architecture="sm_80"):
+    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture}
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_features(programs, architecture):
+    done = execute(programs["features"], architecture=architecture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    features = len(re.findall(r'^ +\{"', (FOLDER / "features.cu").read_text(), re.M))
+    assert features and sum(line.endswith(": PASS") for line in lines) == features
+    assert lines[-1] == "PASS"
+    assert re.search(rf"^device: .+, {architecture.removesuffix('a')}, \d+ SMs$", done.stdout, re.M)
+    spoken = sorted(line for line in lines if line.startswith("block"))
+    assert spoken == [f"block {b} warp {w}: hello  1.50 1099511627776 x %" for b in (0, 1) for w in (0, 1)]
+    assert done.stdout.index("block 0") < done.stdout.index("printf: PASS")  # out by the time of the synchronisation
+
+
+def test_a_failed_assert_is_an_error_of_the_program(programs):
+    done = execute(programs["features"], "assert")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "cudaErrorAssert\n"
+    assert re.search(r"features\.cu:\d+: .*block: \[0,0,0\], thread: \[31,0,0\] Assertion `.*` failed", done.stderr)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_finding_is_the_exit_code(programs, architecture):
+    done = execute(programs["missing_syncthreads"], architecture=architecture)
+    assert done.returncode != 0
+    source = (FOLDER / "missing_syncthreads.cu").read_text().splitlines()
+    found = re.search(r"missing_syncthreads\.cu:(\d+)", done.stderr)
+    assert found, done.stderr
+    assert "// HAZARD" in source[int(found[1]) - 1]
+    assert re.search("race|uninitialised", done.stderr)  # as the schedule has it
+    assert "reverse" in done.stderr
+
+
+def test_textures_are_refused(programs):
+    done = execute(programs["textures"])
+    assert done.returncode != 0
+    assert "sampled" not in done.stdout
+    assert re.search("texture.*not supported", done.stdout + done.stderr, re.I)
+
+
+def test_the_architecture_has_to_be_one_that_is_known(programs):
+    done = execute(programs["missing_syncthreads"], architecture="sm_75")
+    assert done.returncode != 0
+    assert "sm_75" in done.stderr
+    assert all(architecture in done.stderr for architecture in ARCHITECTURES)  # what to say instead
