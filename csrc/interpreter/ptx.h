@@ -8,10 +8,12 @@
 
 namespace forwardpass::ptx {
 
+// clang-format off
 enum class Type : uint8_t {
   none, pred, b8, u8, s8, b16, u16, s16, f16, bf16, b32, u32, s32, f32, f16x2, bf16x2, tf32, b64, u64, s64, f64, f32x2,
   b128, e4m3, e5m2, e4m3x2, e5m2x2,
-};  // clang-format keeps this as one list
+};
+// clang-format on
 
 Type type_of(std::string_view name);  // "u32" -> Type::u32; Type::none for anything else
 int size_of(Type);                    // bytes; a predicate counts as 4, as it is one mask for a warp
@@ -24,12 +26,12 @@ struct Operand {
   enum class Kind : uint8_t {
     reg,      // id
     special,  // name: "%tid.x"
-    symbol,   // name of a variable, function or label; label: id is the index of the statement
+    symbol,   // name + offset of a variable, function or label; label: id is the index of the statement, else -1
     integer,  // bits, two's complement
     f32,      // bits of the literal (0f3F800000); a decimal point literal is f64
     f64,      // bits of the double (0d..., 1.5)
     vector,   // {parts}
-    address,  // [parts[0] + offset], parts[0] a register, symbol or integer; further parts: [a, {b, c}] and the like
+    address,  // [parts[0] + offset], parts[0] a register, symbol (offset 0) or integer; further parts: [a, {b, c}]
     pair,     // parts[0] | parts[1], as of setp, shfl, elect
     sink,     // _
   };
@@ -48,10 +50,16 @@ struct Statement {
   bool guard_negated = false;
   std::vector<Operand> operands;
   // call (retval), target, (params), prototype: operands are [vector of returns, target symbol or register, vector of
-  // arguments, prototype symbol]; an absent list is an empty vector. brx.idx: [index, label list as a vector].
-  int line = 0;         // of the PTX text, from 1
-  int file = 0;         // .file index, 0: none
-  int source_line = 0;  // of .loc
+  // arguments, prototype symbol]; an absent list is an empty vector, an absent prototype is not there. brx.idx: [index,
+  // label list as a vector].
+  int line = 0;      // of the PTX text, from 1
+  int location = 0;  // into Module::locations
+};
+
+// Of .loc: a line of source, and where that was inlined.
+struct Location {
+  int file = 0, line = 0;  // file: index of .file, 0: none
+  int inlined_at = 0;      // another location, 0: nowhere
 };
 
 // A variable: .shared, .global, .const, .local of a function, a parameter or a return value, a call's .param.
@@ -60,27 +68,36 @@ struct Variable {
   Space space = Space::none;
   Type type = Type::none;
   int alignment = 1;
-  int64_t bytes = 0;           // 0: extern shared, sized at the launch
+  int64_t bytes = 0;  // 0: extern shared, sized at the launch
   bool is_extern = false;
-  std::vector<uint8_t> initial;                             // empty: zeros
-  struct Reference { int64_t offset; std::string symbol; int64_t addend; bool generic; };
-  std::vector<Reference> references;                        // addresses within the initialiser
+  std::vector<uint8_t> initial;  // empty: zeros
+  struct Reference {
+    int64_t offset;
+    std::string symbol;
+    int64_t addend;
+    bool generic;
+  };
+  std::vector<Reference> references;  // addresses within the initialiser
 };
 
 struct Function {
   std::string name;
   bool entry = false;
-  bool declared_only = false;      // a prototype: vprintf, __assertfail
-  std::vector<Variable> parameters, returns, variables;  // variables: .local, .shared, .param within the body; unique names
-  std::vector<Type> registers;     // by id
+  bool declared_only = false;  // a prototype: vprintf, __assertfail
+  std::vector<Variable> parameters, returns,
+      variables;                // variables: .local, .shared, .param within the body; unique names
+  std::vector<Type> registers;  // by id
   std::vector<Statement> body;
   unsigned max_threads[3] = {0, 0, 0}, required_threads[3] = {0, 0, 0}, cluster[3] = {0, 0, 0};  // 0: not given
+  unsigned max_registers = 0, min_ctas = 0, max_cluster_rank = 0;                                // 0: not given
+  bool explicit_cluster = false;  // may only be launched with a cluster
   int line = 0;
 };
 
 struct Module {
-  std::string version, target;     // "9.0", "sm_90a"
-  std::vector<std::string> files;  // by .file index; [0] is empty
+  std::string version, target;      // "9.0", "sm_90a"
+  std::vector<std::string> files;   // by .file index; [0] is empty
+  std::vector<Location> locations;  // [0]: none
   std::vector<Variable> variables;
   std::vector<Function> functions;
 };
