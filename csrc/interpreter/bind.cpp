@@ -105,15 +105,13 @@ Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
       if (const SpecialRegister* s = special_register(o.name)) return preset(s->value, 0);
       refuse("special register " + o.name + " is not known");
     case Operand::Kind::symbol: {
-      if (auto i = code.local_offset.find(o.name); i != code.local_offset.end()) return preset(nullptr, i->second);
-      if (auto i = code.param_offset.find(o.name); i != code.param_offset.end()) return immediate(i->second);
-      if (auto i = module.shared_offset.find(o.name); i != module.shared_offset.end()) return immediate(i->second);
-      if (auto i = module.globals.find(o.name); i != module.globals.end()) {
-        return immediate(reinterpret_cast<uint64_t>(i->second.address));
-      }
-      if (auto i = module.functions.find(o.name); i != module.functions.end()) {
-        return immediate(reinterpret_cast<uint64_t>(&i->second));
-      }
+      const auto found = [&](const auto& map) { return map.find(o.name) != map.end(); };
+      const uint64_t more = static_cast<uint64_t>(o.offset);
+      if (found(code.local_offset)) return preset(nullptr, code.local_offset.at(o.name) + more);
+      if (found(code.param_offset)) return immediate(code.param_offset.at(o.name) + more);
+      if (found(module.shared_offset)) return immediate(module.shared_offset.at(o.name) + more);
+      if (found(module.globals)) return immediate(reinterpret_cast<uint64_t>(module.globals.at(o.name).address) + more);
+      if (found(module.functions)) return immediate(reinterpret_cast<uint64_t>(&module.functions.at(o.name)));
       refuse("symbol " + o.name + " is not declared");
     }
     case Operand::Kind::integer:

@@ -52,7 +52,7 @@ void Warp::fail_at(Kind kind, std::string message, int lane, uint64_t address) c
 }
 
 Frame* Warp::enter(const Code& code, Frame* caller, const Instruction* call, Mask lanes) {
-  auto f = std::make_unique<Frame>();
+  std::unique_ptr<Frame> f = cta->spare_frame(code);
   f->code = &code;
   f->caller = caller;
   f->call = call;
@@ -60,17 +60,13 @@ Frame* Warp::enter(const Code& code, Frame* caller, const Instruction* call, Mas
   f->inside = lanes;
   f->local_base = caller ? caller->local_base + caller->code->local_bytes : 0;
   if (f->depth > 1000) fail(Kind::illegal, "calls nest deeper than 1000");
-  const size_t bytes = code.image.size();
-  f->memory.reset(new uint8_t[bytes + 64]);
-  f->registers = reinterpret_cast<uint8_t*>((reinterpret_cast<uint64_t>(f->memory.get()) + 63) / 64 * 64);
-  std::memcpy(f->registers, code.image.data(), bytes);
+  std::memcpy(f->registers, code.image.data(), code.image.size());
   for (const Preset& p : code.presets) {
     for (int l = 0; l < kLanes; ++l) {
       const uint64_t v = p.special ? p.special(*this, l) : f->local_base + p.bits;
       std::memcpy(f->registers + p.offset + l * p.bytes, &v, p.bytes);
     }
   }
-  if (code.param_bytes) f->parameters.reset(new uint8_t[code.param_bytes * kLanes]);
   if (code.local_bytes) {
     const size_t needed = f->local_base + code.local_bytes;
     for (auto& lane : local)
@@ -107,6 +103,7 @@ void Warp::leave(Mask lanes, bool exit) {
     if (frames[k]->inside || frames[k]->depth == 0) {
       ++k;
     } else {
+      cta->spare_frames.push_back(std::move(frames[k]));
       frames.erase(frames.begin() + k);
     }
   }
@@ -259,6 +256,21 @@ unsigned Cta::live_threads() const {
   return n;
 }
 
+std::unique_ptr<Frame> Cta::spare_frame(const Code& code) {
+  for (auto& spare : spare_frames) {
+    if (spare->code != &code) continue;
+    std::unique_ptr<Frame> f = std::move(spare);
+    spare = std::move(spare_frames.back());
+    spare_frames.pop_back();
+    return f;
+  }
+  auto f = std::make_unique<Frame>();
+  f->memory.reset(new uint8_t[code.image.size() + 64]);
+  f->registers = reinterpret_cast<uint8_t*>((reinterpret_cast<uint64_t>(f->memory.get()) + 63) / 64 * 64);
+  if (code.param_bytes) f->parameters.reset(new uint8_t[code.param_bytes * kLanes]);
+  return f;
+}
+
 uint32_t Cta::random() { return next(random_state_); }
 
 void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
@@ -282,6 +294,8 @@ void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
   for (auto& a : async) a = start;
   for (int a = 0; a < kAsyncAgents; ++a) async[a].seen.at[kMaxWarps + a] = base;
   live_warps = static_cast<int>(count);
+  for (Warp& w : warps)
+    for (auto& f : w.frames) spare_frames.push_back(std::move(f));
   warps.clear();
   warps.resize(count);
   for (unsigned k = 0; k < count; ++k) {
@@ -417,9 +431,11 @@ void Cta::deadlock() {
     if (!first) first = &w;
     for (const Strand& s : w.strands) {
       if (++named > 8) break;
-      const Statement* at = s.frame->code->statements[s.pc];
+      Finding there;
+      place(there, *s.frame->code, s.pc);
       f.message += " warp " + std::to_string(w.id) + " at line " +
-                   std::to_string(at->source_line ? at->source_line : at->line) + " (" + at->opcode + ");";
+                   std::to_string(there.line ? there.line : there.ptx_line) + " (" +
+                   s.frame->code->statements[s.pc]->opcode + ");";
     }
   }
   if (named > 8) f.message += " and more";
@@ -436,9 +452,13 @@ void Cta::place(Finding& f, const Warp& w) const {
 
 void Cta::place(Finding& f, const Code& code, uint32_t pc) const {
   const Statement& at = *code.statements[pc];
-  const auto& files = launch->module->source.files;
-  if (at.file > 0 && at.file < static_cast<int>(files.size())) f.file = files[at.file];
-  f.line = at.source_line;
+  const ptx::Module& source = launch->module->source;
+  // The outermost caller: a line of the kernel itself, where a wrapper around one instruction was inlined.
+  int location = at.location;
+  while (source.locations[location].inlined_at) location = source.locations[location].inlined_at;
+  const auto [file, line, unused] = source.locations[location];
+  if (file > 0 && file < static_cast<int>(source.files.size())) f.file = source.files[file];
+  f.line = line;
   f.ptx_line = at.line;
   f.instruction = launch->module->line(at.line);
 }
