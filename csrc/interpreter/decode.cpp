@@ -1,6 +1,7 @@
 // From the syntax tree to code: where variables and registers live, and a handler for every statement.
 #include <cstring>
 
+#include "decode.h"
 #include "finding.h"
 #include "table.h"
 
@@ -80,8 +81,7 @@ void lay_out(Code& code) {
   code.image.assign(64, 0xff);  // kAlwaysTrue
   for (const Type t : f.registers) {
     code.offset_of.push_back(static_cast<Offset>(code.image.size()));
-    const int64_t bytes = t == Type::pred ? 4 : std::max(2, ptx::size_of(t)) * kLanes;
-    code.image.resize(round_up(static_cast<int64_t>(code.image.size()) + bytes, 64), 0xff);  // poison: NaN, -1
+    code.image.resize(code.image.size() + frame_bytes(t), 0xff);  // poison: NaN, -1
   }
 }
 
@@ -113,9 +113,20 @@ void decode(Module& m, Code& code) {
       i.guard_flip = s.guard_negated ? kAllLanes : 0;
     }
   }
+  share_registers(code);
 }
 
 }  // namespace
+
+uint32_t frame_bytes(Type t) {
+  return static_cast<uint32_t>(t == Type::pred ? 64 : std::max(2, ptx::size_of(t)) * kLanes);
+}
+
+std::vector<uint32_t> branch_targets(const Instruction& i) {
+  if (i.flow == Flow::branch) return {i.option};
+  if (i.flow == Flow::table) return *static_cast<const std::vector<uint32_t>*>(i.data);
+  return {};
+}
 
 std::string_view Module::line(int n) const {
   std::string_view rest = text;

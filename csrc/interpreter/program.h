@@ -41,6 +41,9 @@ using Offset = uint32_t;  // bytes into a frame
 constexpr Offset kSink = ~Offset{0};     // destination `_`
 constexpr Offset kAlwaysTrue = 0;        // a predicate of ones, the guard of unguarded instructions
 
+// Where an instruction may lead, besides on: branch to Instruction::option, table to data's std::vector<uint32_t>.
+enum class Flow : uint8_t { next, branch, table, end };
+
 struct Instruction {
   Handler run = nullptr;
   const Offset* operand = nullptr;  // destinations first, then sources, in the order that the row's bind added them
@@ -51,7 +54,11 @@ struct Instruction {
   uint64_t immediate = 0;
   const void* data = nullptr;
   uint32_t index = 0;       // of itself within Code
-  bool collective = false;  // .sync/.aligned: waits until the warp has converged (Warp::converge)
+  bool collective = false;    // .sync/.aligned: waits until the warp has converged
+  bool updates = false;       // may leave a destination's old value in a lane that it runs for
+  bool asynchronous = false;  // may write its registers later (wgmma)
+  bool is_mov = false;        // a plain register-to-register mov
+  Flow flow = Flow::next;
 };
 
 // A register that gets its value when a frame begins. Immediates need none: they are part of Code::image.
@@ -63,6 +70,7 @@ struct Preset {
 };
 
 struct Code {
+  // No Offset is kept anywhere but in operand lists, guards, presets and immediates: share_registers rewrites them.
   std::string name;
   const ptx::Function* source = nullptr;
   std::vector<Instruction> instructions;

@@ -154,21 +154,26 @@ const Row rows[] = {
     {"bra.uni?", "9.7.12.3",
      [](Bind& b) {
        b.instruction.option = label(b, b.operand(0));
+       b.instruction.flow = Flow::branch;
        b.run(bra);
      }},
     {"brx.idx.uni?", "9.7.12.4",
      [](Bind& b) {
        b.source(0, Type::u32);
-       for (const Operand& o : b.operand(1).parts) {
-         if (!b.instruction.data) b.data<std::vector<uint32_t>>();
-         static_cast<std::vector<uint32_t>*>(const_cast<void*>(b.instruction.data))->push_back(label(b, o));
-       }
-       if (!b.instruction.data) b.refuse("brx.idx needs a list of targets");
+       auto& targets = b.data<std::vector<uint32_t>>();
+       for (const Operand& o : b.operand(1).parts) targets.push_back(label(b, o));
+       b.instruction.flow = Flow::table;
        b.run(brx);
      }},
     {"call.uni?", "9.7.12.5", bind_call},
-    {"ret.uni?", "9.7.12.6", [](Bind& b) { b.run(ret); }},
-    {"exit", "9.7.12.7", [](Bind& b) { b.run(exit); }},
+    {"ret.uni?", "9.7.12.6", [](Bind& b) {
+       b.instruction.flow = Flow::end;
+       b.run(ret);
+     }},
+    {"exit", "9.7.12.7", [](Bind& b) {
+       b.instruction.flow = Flow::end;
+       b.run(exit);
+     }},
 };
 const Register registered(rows);
 
