@@ -11,9 +11,8 @@ import struct
 import subprocess
 import tempfile
 
-import triton
-
 import sass
+import triton
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -37,7 +36,9 @@ class Limits:
         a_warp = -(-registers * 32 // 256) * 256
         warps_by_registers = self.REGISTERS // self.PARTITIONS // a_warp * self.PARTITIONS
         block_shared = -(-(shared + self.RESERVED) // 128) * 128
-        return min(self.blocks, self.threads // 32 // warps, warps_by_registers // warps, self.sm_shared // block_shared)
+        return min(
+            self.blocks, self.threads // 32 // warps, warps_by_registers // warps, self.sm_shared // block_shared
+        )
 
 
 LIMITS = {
@@ -50,7 +51,9 @@ LIMITS = {
 def limits(arch: str) -> Limits:
     number = int(re.sub(r"\D", "", arch))
     if number not in LIMITS:
-        raise ValueError(f"{arch}: the limits are known of sm_{', sm_'.join(map(str, LIMITS))}; add its own to cubin.py")
+        raise ValueError(
+            f"{arch}: the limits are known of sm_{', sm_'.join(map(str, LIMITS))}; add its own to cubin.py"
+        )
     return LIMITS[number]
 
 

@@ -24,29 +24,35 @@ BUDGETS = {"compiled instances": 190, "compile time, core seconds": 600, "wheel,
 SHIPPED = ("80", "89", "90")  # of portable files; a file of one architecture is built for that one
 COMPILE_ONLY = ("100a", "120a")  # these run the portable files' PTX: the assembler has to accept it without a message
 
-# What the main loop of a kernel has to contain, by the kernel's name: each of these, as mma.sync or as wgmma. The first
-# pattern that matches counts; a kernel that matches none is bound by memory and needs none.
+# What the main loop of a kernel has to contain, by the kernel's name and architecture: the operand kinds of mma.sync or
+# wgmma, each of them. The first entry that matches counts, one with [] exempts; a kernel that matches none is bound by
+# memory and needs none.
 TENSOR_CORE = [
-    (r"int8_(gemm|linear)", ["I"]),
-    (r"fp8_(gemm|linear)", ["Q"]),
-    (r"w8a16_gemm", ["H"]),
-    (r"attention_8bit", ["I", "[QH]"]),
-    (r"attention", ["H"]),
+    (r"int8_gemm", r"", ["I"]),
+    (r"fp8_gemm", r"sm_90$", ["H"]),  # has no mma.sync of fp8: ptxas makes conversions and HMMA of it
+    (r"fp8_gemm", r"", ["Q"]),
+    (r"w8a16_gemm", r"", ["H"]),
+    (r"attention_8bit", r"", ["I", "[QH]"]),
+    (r"attention", r"", ["H"]),
 ]
 
 
-def tensor_core(name: str) -> list[str]:
+def tensor_core(name: str, arch: str) -> list[str]:
     """Patterns of the opcodes."""
-    kinds = next((kinds for pattern, kinds in TENSOR_CORE if re.match(pattern, name)), [])
+    kinds = next(
+        (kinds for names, arches, kinds in TENSOR_CORE if re.match(names, name) and re.match(arches, arch)), []
+    )
     return [rf"{kind}G?MMA\b" for kind in kinds]
 
 
 def failures(k: cubin.Kernel) -> list[str]:
     """Sentences, without the kernel's name."""
     said = []
-    loop, expected = k.code.main_loop, tensor_core(k.name)
+    loop, expected = k.code.main_loop, tensor_core(k.name, k.arch)
     if k.local:
-        said.append(f"{k.local} bytes of local memory a thread: registers were spilled, or an array is indexed at run time")
+        said.append(
+            f"{k.local} bytes of local memory a thread: registers were spilled, or an array is indexed at run time"
+        )
     if loop and loop.local:
         said.append(f"local memory in the main loop: {mix(loop.local)}")
     if k.shared > k.limits.block_shared:
@@ -66,13 +72,25 @@ def mix(opcodes: collections.Counter) -> str:
 
 def table(found: list[cubin.Kernel]) -> str:
     """A loop's instructions are those of all its branches; what it calls (a division's slow path) is not in the count."""
-    rows = [("kernel", "arch", "registers", "shared memory", "CTAs/SM", "loop instructions", "MMA of the loop, or its loads")]
+    rows = [
+        (
+            "kernel",
+            "arch",
+            "registers",
+            "shared memory",
+            "CTAs/SM",
+            "loop instructions",
+            "MMA of the loop, or its loads",
+        )
+    ]
     for k in sorted(found, key=lambda k: (k.name, k.arch)):
         loop = k.code.main_loop
         shared = f"{k.static_shared} + {k.dynamic_shared}" if k.dynamic_shared else f"{k.static_shared}"
-        blocks = f"{k.blocks_per_sm} of {k.threads}" if k.threads else "no launch bounds"
+        blocks = f"{k.blocks_per_sm} of {k.threads} threads" if k.threads else "no launch bounds"
         count = f"{len(loop.instructions)}{f' + {loop.calls} calls' if loop.calls else ''}" if loop else "no loop"
-        rows.append((k.name, k.arch, str(k.registers), shared, blocks, count, mix(loop.mma or loop.loads) if loop else ""))
+        rows.append(
+            (k.name, k.arch, str(k.registers), shared, blocks, count, mix(loop.mma or loop.loads) if loop else "")
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -99,12 +117,16 @@ def compile_commands() -> list[dict[str, str]]:
     """Of every kernel file, as the build ran it: {file, output, command}."""
     rules = ROOT / "build/ninja/build.ninja"
     if not rules.exists():
-        sys.exit("there is no build/ninja/build.ninja: build the kernels here first (python setup.py build_ext --inplace)")
+        sys.exit(
+            "there is no build/ninja/build.ninja: build the kernels here first (python setup.py build_ext --inplace)"
+        )
     command = [pathlib.Path(ninja.BIN_DIR, "ninja"), "-f", rules, "-t", "compdb", "nvcc"]
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
-def compile_again(entry: dict[str, str], arches, output: pathlib.Path, source: pathlib.Path | None = None) -> str | None:
+def compile_again(
+    entry: dict[str, str], arches, output: pathlib.Path, source: pathlib.Path | None = None
+) -> str | None:
     """What the build would say, None where nothing, had it these architectures (and another source)."""
     flags = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches)
     command = re.sub(r"-gencode=\S+( -gencode=\S+)*", flags, entry["command"]).replace(entry["output"], str(output))

@@ -1,7 +1,7 @@
 """Machine code as nvdisasm prints it: functions, their loops, and of those the main one.
 
-Loops are natural loops of the control-flow graph: of an edge back to a block that dominates it. A backward branch alone
-is not a loop: the slow path of a wait stands behind the kernel and branches back into the middle of the main loop.
+A loop is the natural loop of a back edge, an edge to a block that dominates its own. A backward branch alone is none: the
+slow path of a wait stands behind the kernel and branches back into the middle of the main loop.
 """
 
 import collections
@@ -169,23 +169,24 @@ class Function:
                 b = above[b]
             return a == b
 
-        tails = collections.defaultdict(list)
-        for block, after in self.successors.items():
-            for head in after:
-                if dominates(head, block):
-                    tails[head].append(block)
-        return [self.loop(head, ends, predecessors) for head, ends in sorted(tails.items())]
+        edges = sorted(
+            (head, tail) for tail, heads in self.successors.items() for head in heads if dominates(head, tail)
+        )
+        return [self.loop(head, tail, predecessors) for head, tail in edges]
 
-    def loop(self, head: int, tails: list[int], predecessors: dict[int, list[int]]) -> Loop:
-        """Its instructions are those from the target to the back edge, so without what was put out of line; no NOPs."""
-        blocks, todo = {head}, list(tails)
+    def loop(self, head: int, tail: int, predecessors: dict[int, list[int]]) -> Loop:
+        """Its instructions are those from the target to the back edge, so without what was put out of line; no NOPs.
+
+        One for each back edge: loops that begin together, and the branches of one that each end in a jump to its head,
+        are told apart.
+        """
+        blocks, todo = {head}, [tail]
         while todo:
             block = todo.pop()
             if block not in blocks:
                 blocks.add(block)
                 todo += predecessors[block]
-        last = max(tails)
-        inline = [b for b in sorted(blocks) if head <= b <= last or last < head]  # last < head: a rotated loop
+        inline = [b for b in sorted(blocks) if head <= b <= tail or tail < head]  # tail < head: a rotated loop
         return Loop(frozenset(blocks), [i for b in inline for i in self.body(b) if i.name != "NOP"])
 
     @property
