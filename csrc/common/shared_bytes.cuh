@@ -5,8 +5,8 @@
 //   __global__ void __launch_bounds__(Config::kThreads) gemm_kernel(GemmParams p);
 //   gemm_kernel<Config><<<grid, Config::kThreads, sizeof(typename Config::SharedStorage), stream>>>(p);
 //
-// A cubin has no other place for what a launch adds. From the name tests/gates.py takes the kernel's shared memory and its
-// blocks per SM; profilers show it too.
+// A cubin has no other place for what a launch adds. From the name tests/gates.py takes the kernel's shared memory and
+// its blocks per SM; profilers show it too.
 
 namespace forwardpass {
 
