@@ -100,6 +100,24 @@ def test_what_is_read_of_a_kernel(bad):
     assert re.search(r"int8_gemm_kernel .* 4 IMMA.16832.S8.S8$", table, re.M)
 
 
+def test_dynamic_shared_memory_in_a_function_that_is_not_inlined():
+    ptx = """
+.extern .shared .align 16 .b8 bytes[];
+.func (.param .b32 a) helper()
+{ mov.u32 %r1, bytes; }
+.visible .entry first(.param .u64 p)
+{ ret; }
+.entry second()
+{ mov.u32 %r1, bytes_of_another; }
+"""
+    sections = {".nv_debug_ptx_txt": ptx.encode()}
+    assert cubin.users_of_dynamic_shared(sections) == {"first", "second"}, "either may call it"
+    sections[".nv_debug_ptx_txt"] = ptx.replace("%r1, bytes; }", "%r1, 0; }").encode()
+    assert cubin.users_of_dynamic_shared(sections) == set()
+    with pytest.raises(ValueError, match="compile with -lineinfo"):
+        cubin.users_of_dynamic_shared({})
+
+
 # Of the CUDA occupancy calculator's rules, worked out by hand: the limit that binds is named.
 @pytest.mark.parametrize(
     ("arch", "threads", "registers", "shared", "blocks"),

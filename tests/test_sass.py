@@ -60,12 +60,18 @@ def test_a_slow_path_behind_the_kernel_is_no_loop_and_not_in_the_count():
 
 def test_bsync_continues_where_bssy_says():
     f = function(
-        ".L_main:", "BSSY B0, `(.L_after)", "@P0 BRA `(.L_else)", "LDG.E R4, [R2.64]", "BSYNC B0",
-        ".L_else:", "LDL R4, [R1]", "BSYNC B0", ".L_after:", "@P1 BRA P2, `(.L_main)", "EXIT",
+        ".L_main:", "BSSY B0, `(.L_after)", "@P0 BRA `(.L_else)", "LDG.E R4, [R2.64]", "BSYNC B0", ".L_out:", "EXIT",
+        ".L_else:", "LDL R4, [R1]", "BSYNC B0", ".L_after:", "@P1 BRA P2, `(.L_main)", "BRA `(.L_out)",
     )  # fmt: skip
     (loop,) = f.loops
-    assert len(loop.instructions) == 7
     assert loop.local == {"LDL": 1} and loop.loads == {"LDG.E": 1}
+    assert len(loop.instructions) == 7
+
+
+@pytest.mark.parametrize("branch", ["@P0 BRA", "BRA P0,", "BRA.DIV UR4,"])
+def test_a_conditional_branch_falls_through(branch):
+    (loop,) = function(".L_main:", f"{branch} `(.L_out)", "LDL R4, [R1]", "BRA `(.L_main)", ".L_out:", "EXIT").loops
+    assert len(loop.instructions) == 3
 
 
 def test_a_rotated_loop_counts_whole():
