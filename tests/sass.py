@@ -14,7 +14,8 @@ LABEL = re.compile(r"^([.$\w]+):$")
 MMA = re.compile(r"(?:UTC)?[A-Z]G?MMA(?=\.|$)")
 GLOBAL_LOAD = re.compile(r"(?:LDG|LD|LDGSTS|UBLKCP|UTMALDG)(?=\.|$)")
 LOCAL = re.compile(r"(?:LDL|STL)(?=\.|$)")
-ENDS_BLOCK = {"BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU", "EXIT", "RET", "KILL", "BSYNC"}
+JUMPS = {"BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU"}
+ENDS = {"EXIT", "RET", "KILL"}
 
 
 @dataclasses.dataclass
@@ -33,7 +34,18 @@ class Instruction:
         return re.findall(r"\.L\w+", self.operands)
 
     @property
+    def is_jump(self) -> bool:
+        """A call of a label in the function is one: ptxas leaves some loops by it, and what it leads to does not return."""
+        return self.name in JUMPS or (self.name == "CALL" and bool(self.labels))
+
+    @property
+    def ends_block(self) -> bool:
+        return self.is_jump or self.name in ENDS or self.name == "BSYNC"
+
+    @property
     def may_fall_through(self) -> bool:
+        if not self.ends_block or self.name == "CALL":
+            return True
         if self.name in ("BRA", "JMP"):  # a second predicate may be an operand: @P0 BRA P1, `(.L_x_1)
             return self.guard is not None or not re.fullmatch(r"`\(\S+\)", self.operands)
         return self.guard is not None
@@ -74,14 +86,14 @@ class Loop:
     @property
     def calls(self) -> int:
         """What is called is elsewhere, and not in the count."""
-        return sum(i.name == "CALL" for i in self.instructions)
+        return sum(i.name == "CALL" and not i.is_jump for i in self.instructions)
 
 
 class Function:
     def __init__(self, instructions: list[Instruction], labels: dict[str, int]):
         self.instructions = instructions
         starts = {0, *(i for i in labels.values() if i < len(instructions))}
-        starts |= {i + 1 for i, x in enumerate(instructions[:-1]) if x.name in ENDS_BLOCK}
+        starts |= {i + 1 for i, x in enumerate(instructions[:-1]) if x.ends_block}
         self.starts = sorted(starts)
         self.ends = [*self.starts[1:], len(instructions)]
         block_at = {start: block for block, start in enumerate(self.starts)}
@@ -104,11 +116,11 @@ class Function:
                 if i.name == "BSSY":
                     converge[i.operands.split(",")[0]] = i.labels[0]
             last = self.body(block)[-1]
-            targets, falls = [], last.name not in ENDS_BLOCK or last.may_fall_through
+            targets, falls = [], last.may_fall_through
             if last.name == "BSYNC":
                 where = converge.get(last.operands)
                 targets, falls = ([where] if where else []), falls or where is None
-            elif last.name in ENDS_BLOCK - {"EXIT", "RET", "KILL"}:
+            elif last.is_jump:
                 targets = last.labels
                 if not targets:
                     raise ValueError(f"{last.opcode} {last.operands}: no label says where this branch leads")

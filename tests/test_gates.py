@@ -4,6 +4,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import zipfile
 
 import pytest
 
@@ -26,19 +27,26 @@ def commands():
     return found
 
 
-@pytest.fixture(scope="module")
-def bad(commands, tmp_path_factory):
-    """{(kernel, architecture): Kernel} of gate_kernels_*.cu, compiled without the build's own checks."""
+def compiled(commands, output, *arches):
+    """gate_kernels_*.cu of these architectures, without the build's own checks."""
     nvcc = shlex.split(commands[0]["command"].lstrip("("))[0]
-    found = {}
-    for arches in (["80", "89"], ["90a"]):
-        output = tmp_path_factory.mktemp("gates") / "kernels.o"
-        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches]
-        source = HERE / f"gate_kernels_sm{arches[0]}.cu"
-        subprocess.run([nvcc, "-std=c++17", "-lineinfo", "-Icsrc", *flags, "-c", source, "-o", output],
-                       cwd=gates.ROOT, check=True)  # fmt: skip
-        found |= {(k.name.split("<")[0], k.arch): k for k in cubin.kernels(output)}
-    return found
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches]
+    source = HERE / f"gate_kernels_sm{arches[0]}.cu"
+    subprocess.run([nvcc, "-std=c++17", "-lineinfo", "-Icsrc", *flags, "-c", source, "-o", output],
+                   cwd=gates.ROOT, check=True)  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="module")
+def bad_object(commands, tmp_path_factory):
+    return compiled(commands, tmp_path_factory.mktemp("gates") / "sm80.o", "80", "89")
+
+
+@pytest.fixture(scope="module")
+def bad(commands, bad_object, tmp_path_factory):
+    """{(kernel, architecture): Kernel}"""
+    objects = bad_object, compiled(commands, tmp_path_factory.mktemp("gates") / "sm90a.o", "90a")
+    return {(k.name.split("<")[0], k.arch): k for o in objects for k in cubin.kernels(o)}
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="this build has no CUDA kernels")
@@ -48,6 +56,36 @@ def test_the_built_kernels_pass():
     assert not [f"{k.name} on {k.arch}: {sentence}" for k in kernels for sentence in gates.failures(k)]
     assert all(k.threads for k in kernels), "a kernel without launch bounds"
     assert len(gates.table(kernels).splitlines()) == 1 + len(kernels)
+
+    for k in kernels:
+        functions = [block for label, block in k.code.block_of.items() if label.startswith("$")]
+        own = range(min(functions, default=len(k.code.starts)))
+        lost = [k.code.body(block)[0] for block in own if block not in k.code.successors]
+        padding = {"BRA", "NOP"}
+        assert {i.name for i in lost} <= padding, (
+            f"{k.name} on {k.arch}: code that no branch seems to reach, {lost[:3]}"
+        )
+
+
+def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gates, "assembler_messages", lambda commands: ["x.cu: C7510"])
+    wheel = tmp_path / "forwardpass.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.write(bad_object, "forwardpass/_kernels.so")
+    assert gates.main(str(wheel)) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"^kernel +arch +registers", printed, re.M) and re.search(
+        r"compiled instances +14.0 of +190", printed
+    )
+    for sentence in (
+        "int8_gemm_dp4a_kernel on sm_80: no loop",
+        "spilling_kernel: not compiled for sm_90",
+        "x.cu: C7510",
+    ):
+        assert f"FAILS  {sentence}" in printed
+    zipfile.ZipFile(wheel, "w").close()
+    with pytest.raises(SystemExit, match="has no CUDA kernels"):
+        gates.main(str(wheel))
 
 
 @pytest.mark.parametrize(

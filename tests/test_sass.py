@@ -74,6 +74,22 @@ def test_a_conditional_branch_falls_through(branch):
     assert len(loop.instructions) == 3
 
 
+def test_a_call_of_a_label_leads_out_of_a_loop_and_a_call_of_a_function_does_not():
+    f = function(
+        ".L_first:", "LDG.E R4, [R2.64]", "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64)",
+        "@P0 CALL.REL.NOINC `(.L_out)", "BRA `(.L_first)",
+        ".L_out:", ".L_second:", "LDG.E.128 R4, [R2.64]", "@P0 BRA `(.L_second)", "EXIT",
+    )  # fmt: skip
+    assert [(len(loop.instructions), loop.calls) for loop in f.loops] == [(4, 1), (2, 0)]
+
+
+def test_every_target_of_an_indirect_branch():
+    targets = '(*"BRANCH_TARGETS .L_one,.L_two"*)'
+    f = function(".L_main:", f"BRX R4 -0x1a0    {targets}", ".L_one:", "LDL R4, [R1]", "@P0 BRA `(.L_main)", "EXIT",
+                 ".L_two:", "STL [R1], R4", "BRA `(.L_main)")  # fmt: skip
+    assert [loop.local for loop in f.loops] == [{"LDL": 1}, {"STL": 1}]
+
+
 def test_a_rotated_loop_counts_whole():
     """Entered by its condition, which stands at the end: there the back edge falls into the head from above."""
     f = function("BRA `(.L_test)", ".L_body:", "LDG.E.64 R4, [R2.64]", ".L_test:", "ISETP.NE.AND P0, PT, R1, RZ, PT",
