@@ -1,9 +1,14 @@
-"""Static budgets of the compiled kernels: python tests/gates.py WHEEL. Prints every figure, exits 1 above a budget.
+"""Static gates of the compiled kernels: python tests/gates.py WHEEL, after a build here. Prints the figures, exits 1 if any fails.
 
-An instance is one kernel template on one architecture's machine code. Registers and local memory are what the assembler
-reports; local memory is spilled registers, and none is allowed. Compile time is that of the last build of each file.
+An instance is one kernel template on one architecture's machine code. Gated: no local memory (spills or a stack), shared
+memory within the architecture's limit and declared, a main loop with the tensor-core instruction that it should have, no
+message of the assembler, on Blackwell too, and the budgets. Compile time is that of the last build of each file.
 """
 
+import collections
+import concurrent.futures
+import json
+import os
 import pathlib
 import re
 import subprocess
@@ -11,29 +16,141 @@ import sys
 import tempfile
 import zipfile
 
-import triton
+import cubin
+import ninja
 
 ROOT = pathlib.Path(__file__).parents[1]
-BUDGETS = {"compiled instances": 190, "compile time, core seconds": 600, "wheel, MB": 25, "bytes of local memory": 0}
+BUDGETS = {"compiled instances": 190, "compile time, core seconds": 600, "wheel, MB": 25}
+SHIPPED = ("80", "89", "90")  # of portable files; a file of one architecture is built for that one
+COMPILE_ONLY = ("100a", "120a")  # these run the portable files' PTX: the assembler has to accept it without a message
+
+# What the main loop of a kernel has to contain, by the kernel's name and architecture: the operand kinds of mma.sync or
+# wgmma, each of them. The first entry that matches counts, one with [] exempts; a kernel that matches none is bound by
+# memory and needs none.
+TENSOR_CORE = [
+    (r"int8_gemm", r"", ["I"]),
+    (r"fp8_gemm", r"sm_90$", ["H"]),  # has no mma.sync of fp8: ptxas makes conversions and HMMA of it
+    (r"fp8_gemm", r"", ["Q"]),
+    (r"w8a16_gemm", r"", ["H"]),
+    (r"attention_8bit", r"", ["I", "[QH]"]),
+    (r"attention", r"", ["H"]),
+]
 
 
-def kernels(library: pathlib.Path) -> list[tuple[str, str, int, int]]:
-    """(architecture, kernel, registers, bytes of stack and local memory) of each instance in a library."""
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    dump = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True
-    ).stdout
-    names = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout
-    found, arch = [], ""
-    for line, usage in zip(names.splitlines(), names.splitlines()[1:]):
-        if m := re.match(r"arch = (\w+)", line):
-            arch = m[1]
-        elif m := re.match(r" Function (.*):$", line):
-            use = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-            found.append(
-                (arch, re.sub(r"\([^()]*\)$|^void |forwardpass::", "", m[1]), use["REG"], use["STACK"] + use["LOCAL"])
-            )
-    return found
+def tensor_core(name: str, arch: str) -> list[str]:
+    """Patterns of the opcodes."""
+    kinds = next(
+        (kinds for names, arches, kinds in TENSOR_CORE if re.match(names, name) and re.match(arches, arch)), []
+    )
+    return [rf"{kind}G?MMA\b" for kind in kinds]
+
+
+def failures(k: cubin.Kernel) -> list[str]:
+    """Sentences, without the kernel's name."""
+    said = []
+    loop, expected = k.code.main_loop, tensor_core(k.name, k.arch)
+    if k.local:
+        said.append(
+            f"{k.local} bytes of local memory a thread: registers were spilled, or an array is indexed at run time"
+        )
+    if loop and loop.local:
+        said.append(f"local memory in the main loop: {mix(loop.local)}")
+    if k.shared > k.limits.block_shared:
+        said.append(f"{k.shared} bytes of shared memory, a block has at most {k.limits.block_shared}")
+    if k.uses_dynamic_shared and k.dynamic_shared is None:
+        said.append("dynamic shared memory of a size that nothing states: see csrc/common/shared_bytes.cuh")
+    if expected and not (loop and loop.mma):
+        said.append(f"no loop with a tensor-core instruction, {' and '.join(expected)} expected")
+    elif missing := [e for e in expected if not any(re.match(e, opcode) for opcode in loop.mma)]:
+        said.append(f"no {' and no '.join(missing)} in the main loop, which has {mix(loop.mma)}")
+    return said
+
+
+def mix(opcodes: collections.Counter) -> str:
+    return ", ".join(f"{n} {opcode}" for opcode, n in opcodes.most_common())
+
+
+def table(found: list[cubin.Kernel]) -> str:
+    """A loop's instructions are those of all its branches; what it calls (a division's slow path) is not in the count."""
+    rows = [
+        (
+            "kernel",
+            "arch",
+            "registers",
+            "shared memory",
+            "CTAs/SM",
+            "loop instructions",
+            "MMA of the loop, or its loads",
+        )
+    ]
+    for k in sorted(found, key=lambda k: (k.name, k.arch)):
+        loop = k.code.main_loop
+        shared = f"{k.static_shared} + {k.dynamic_shared}" if k.dynamic_shared else f"{k.static_shared}"
+        blocks = f"{k.blocks_per_sm} of {k.threads} threads" if k.threads else "no launch bounds"
+        count = f"{len(loop.instructions)}{f' + {loop.calls} calls' if loop.calls else ''}" if loop else "no loop"
+        rows.append(
+            (k.name, k.arch, str(k.registers), shared, blocks, count, mix(loop.mma or loop.loads) if loop else "")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def missing_architectures(found: list[cubin.Kernel]) -> list[str]:
+    built = collections.defaultdict(set)
+    for k in found:
+        built[k.source, k.name].add(k.arch)
+    said = []
+    for (source, name), arches in sorted(built.items()):
+        minimum = lowest_architecture(source)
+        wanted = [minimum] if minimum.endswith("a") else [a for a in SHIPPED if int(a) >= int(minimum)]
+        if missing := [f"sm_{a}" for a in wanted if f"sm_{a}" not in arches]:
+            said.append(f"{name}: not compiled for {', '.join(missing)}")
+    return said
+
+
+def lowest_architecture(source: str) -> str:
+    """From a kernel file's name: 80, or 90a of a file for that architecture alone."""
+    return re.search(r"_sm(\d+a?)\.cu$", source)[1]
+
+
+def compile_commands() -> list[dict[str, str]]:
+    """Of every kernel file, as the build ran it: {file, output, command}."""
+    rules = ROOT / "build/ninja/build.ninja"
+    if not rules.exists():
+        sys.exit(
+            "there is no build/ninja/build.ninja: build the kernels here first (python setup.py build_ext --inplace)"
+        )
+    command = [pathlib.Path(ninja.BIN_DIR, "ninja"), "-f", rules, "-t", "compdb", "nvcc"]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def compile_again(
+    entry: dict[str, str], arches, output: pathlib.Path, source: pathlib.Path | None = None
+) -> str | None:
+    """What the build would say, None where nothing, had it these architectures (and another source)."""
+    flags = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches)
+    command = re.sub(r"-gencode=\S+( -gencode=\S+)*", flags, entry["command"]).replace(entry["output"], str(output))
+    if source:
+        command = command.replace(entry["file"], str(source))
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    return (done.stdout + done.stderr or "it failed without a message") if done.returncode else None
+
+
+def assembler_messages(commands: list[dict[str, str]]) -> list[str]:
+    """From the logs of the build, then of a compilation for the architectures that are not shipped."""
+    said = []
+    for entry in commands:
+        log = ROOT / (entry["output"] + ".log")
+        text = log.read_text() if log.exists() else "no log of its compilation: build it here"
+        if re.search(r"C75\d\d|warning|no log", text):
+            said.append(f"{entry['file']}: {text.strip()}")
+    portable = [entry for entry in commands if not lowest_architecture(entry["file"]).endswith("a")]
+    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        outputs = [pathlib.Path(folder, f"{i}.o") for i in range(len(portable))]
+        told = pool.map(lambda entry, output: compile_again(entry, COMPILE_ONLY, output), portable, outputs)
+        said += [f"{entry['file']} for {', '.join(COMPILE_ONLY)}: {t.strip()}" for entry, t in zip(portable, told) if t]
+    return said
 
 
 def compile_seconds(log: pathlib.Path) -> float:
@@ -50,20 +167,22 @@ def main(wheel: str) -> int:
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as z:
         if "forwardpass/_kernels.so" not in z.namelist():
             sys.exit(f"{wheel} has no CUDA kernels: build it where there is an nvcc")
-        found = kernels(pathlib.Path(z.extract("forwardpass/_kernels.so", folder)))
-    for arch, name, registers, local in sorted(found):
-        print(f"{arch:<8}{registers:>4} registers {local:>5} B local  {name}")
+        found = cubin.kernels(pathlib.Path(z.extract("forwardpass/_kernels.so", folder)))
+    if not found:
+        sys.exit("no kernel was found: the gates measured nothing")
+    commands = compile_commands()
+    print(table(found), end="\n\n")
     figures = {
         "compiled instances": len(found),
         "compile time, core seconds": compile_seconds(ROOT / "build/ninja/.ninja_log"),
         "wheel, MB": pathlib.Path(wheel).stat().st_size / 1e6,
-        "bytes of local memory": sum(local for *_, local in found),
     }
-    failed = [name for name, n in figures.items() if n > BUDGETS[name]]
     for name, n in figures.items():
-        print(f"{name:<28}{n:>8.1f} of {BUDGETS[name]:>4}  {'FAILS' if name in failed else 'ok'}")
-    if not found:
-        sys.exit("no kernel was found: the gates measured nothing")
+        print(f"{name:<28}{n:>8.1f} of {BUDGETS[name]:>4}")
+    failed = [f"{k.name} on {k.arch}: {sentence}" for k in found for sentence in failures(k)]
+    failed += missing_architectures(found) + assembler_messages(commands)
+    failed += [f"{name}: {n:.1f}, the budget is {BUDGETS[name]}" for name, n in figures.items() if n > BUDGETS[name]]
+    print("", *(f"FAILS  {sentence}" for sentence in failed), f"{len(failed)} gates failed", sep="\n")
     return 1 if failed else 0
 
 

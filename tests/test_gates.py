@@ -1,0 +1,220 @@
+"""The gates on the kernels of this build, and every gate on a kernel that it has to stop."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import zipfile
+
+import pytest
+
+pytest.importorskip("triton")
+
+import cubin
+import gates
+
+import forwardpass
+
+LIBRARY = pathlib.Path(forwardpass.__file__).parent / "_kernels.so"
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def commands():
+    found = gates.compile_commands() if (gates.ROOT / "build/ninja/build.ninja").exists() else []
+    if not found:
+        pytest.skip("the kernels were not built in this checkout, so there is no nvcc command to repeat")
+    return found
+
+
+def compiled(commands, output, *arches):
+    """gate_kernels_*.cu of these architectures, without the build's own checks."""
+    nvcc = shlex.split(commands[0]["command"].lstrip("("))[0]
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches]
+    source = HERE / f"gate_kernels_sm{arches[0]}.cu"
+    subprocess.run([nvcc, "-std=c++17", "-lineinfo", "-Icsrc", *flags, "-c", source, "-o", output],
+                   cwd=gates.ROOT, check=True)  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="module")
+def bad_object(commands, tmp_path_factory):
+    return compiled(commands, tmp_path_factory.mktemp("gates") / "sm80.o", "80", "89")
+
+
+@pytest.fixture(scope="module")
+def bad(commands, bad_object, tmp_path_factory):
+    """{(kernel, architecture): Kernel}"""
+    objects = bad_object, compiled(commands, tmp_path_factory.mktemp("gates") / "sm90a.o", "90a")
+    return {(k.name.split("<")[0], k.arch): k for o in objects for k in cubin.kernels(o)}
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="this build has no CUDA kernels")
+def test_the_built_kernels_pass():
+    kernels = cubin.kernels(LIBRARY)
+    assert {"quantize_kernel", "norm_quantize_kernel"} <= {k.name.split("<")[0] for k in kernels}
+    assert not [f"{k.name} on {k.arch}: {sentence}" for k in kernels for sentence in gates.failures(k)]
+    assert all(k.threads for k in kernels), "a kernel without launch bounds"
+    assert len(gates.table(kernels).splitlines()) == 1 + len(kernels)
+
+    for k in kernels:
+        functions = [block for label, block in k.code.block_of.items() if label.startswith("$")]
+        own = range(min(functions, default=len(k.code.starts)))
+        lost = [k.code.body(block)[0] for block in own if block not in k.code.successors]
+        padding = {"BRA", "NOP"}
+        assert {i.name for i in lost} <= padding, (
+            f"{k.name} on {k.arch}: code that no branch seems to reach, {lost[:3]}"
+        )
+
+
+def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gates, "assembler_messages", lambda commands: ["x.cu: C7510"])
+    wheel = tmp_path / "forwardpass.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.write(bad_object, "forwardpass/_kernels.so")
+    assert gates.main(str(wheel)) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"^kernel +arch +registers", printed, re.M) and re.search(
+        r"compiled instances +14.0 of +190", printed
+    )
+    for sentence in (
+        "int8_gemm_dp4a_kernel on sm_80: no loop",
+        "spilling_kernel: not compiled for sm_90",
+        "x.cu: C7510",
+    ):
+        assert f"FAILS  {sentence}" in printed
+    zipfile.ZipFile(wheel, "w").close()
+    with pytest.raises(SystemExit, match="has no CUDA kernels"):
+        gates.main(str(wheel))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch"),
+    [
+        ("int8_gemm_kernel", "sm_80"),
+        ("int8_gemm_kernel", "sm_89"),
+        ("attention_kernel", "sm_90a"),
+        ("declared_kernel", "sm_80"),
+    ],
+)
+def test_a_right_kernel_passes(bad, kernel, arch):
+    assert gates.failures(bad[kernel, arch]) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "sentences"),
+    [
+        (
+            "spilling_kernel",
+            "sm_80",
+            [r"\d+ bytes of local memory a thread", r"local memory in the main loop: \d+ (LDL|STL)"],
+        ),
+        ("declared_kernel", "sm_89", ["128256 bytes of shared memory, a block has at most 101376"]),
+        ("undeclared_kernel", "sm_80", ["dynamic shared memory of a size that nothing states"]),
+        ("int8_gemm_dp4a_kernel", "sm_80", ["no loop with a tensor-core instruction, IG.MMA.* expected"]),
+        ("int8_gemm_straight_kernel", "sm_80", ["no loop with a tensor-core instruction"]),
+        ("int8_gemm_f16_kernel", "sm_80", [r"no IG.MMA.* in the main loop, which has \d+ HMMA.16816.F32"]),
+    ],
+)
+def test_a_bad_kernel_fails(bad, kernel, arch, sentences):
+    found = gates.failures(bad[kernel, arch])
+    assert len(found) == len(sentences) and all(map(re.match, sentences, found)), found
+
+
+def test_what_is_read_of_a_kernel(bad):
+    k = bad["int8_gemm_kernel", "sm_80"]
+    assert len(k.code.loops) == 3 and k.code.main_loop.mma == {"IMMA.16832.S8.S8": 4}
+    assert k.threads == 128 and k.source.endswith("tests/gate_kernels_sm80.cu")
+    assert bad["attention_kernel", "sm_90a"].code.main_loop.mma == {"HGMMA.64x8x16.F32": 4}
+    assert bad["attention_kernel", "sm_90a"].static_shared == 16, "the system's 1024 bytes are no kernel's"
+    declared, undeclared = bad["declared_kernel", "sm_80"], bad["undeclared_kernel", "sm_80"]
+    assert (declared.static_shared, declared.dynamic_shared, declared.blocks_per_sm) == (256, 128000, 1)
+    assert declared.uses_dynamic_shared and undeclared.uses_dynamic_shared
+    assert undeclared.threads is None and undeclared.blocks_per_sm is None
+    assert not k.uses_dynamic_shared, "an array of the file that this kernel does not use"
+    table = gates.table(list(bad.values()))
+    assert re.search(r"declared_kernel<.*  sm_80 .* 256 \+ 128000 +1 of 256 threads ", table)
+    assert re.search(r"undeclared_kernel .* no launch bounds ", table)
+    assert re.search(r"int8_gemm_kernel .* 4 IMMA.16832.S8.S8$", table, re.M)
+
+
+def test_dynamic_shared_memory_in_a_function_that_is_not_inlined():
+    ptx = """
+.extern .shared .align 16 .b8 bytes[];
+.func (.param .b32 a) helper()
+{ mov.u32 %r1, bytes; }
+.visible .entry first(.param .u64 p)
+{ ret; }
+.entry second()
+{ mov.u32 %r1, bytes_of_another; }
+"""
+    sections = {".nv_debug_ptx_txt": ptx.encode()}
+    assert cubin.users_of_dynamic_shared(sections) == {"first", "second"}, "either may call it"
+    sections[".nv_debug_ptx_txt"] = ptx.replace("%r1, bytes; }", "%r1, 0; }").encode()
+    assert cubin.users_of_dynamic_shared(sections) == set()
+    with pytest.raises(ValueError, match="compile with -lineinfo"):
+        cubin.users_of_dynamic_shared({})
+
+
+# Of the CUDA occupancy calculator's rules, worked out by hand: the limit that binds is named.
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "blocks"),
+    [
+        ("sm_80", 128, 255, 0, 2),  # registers: 8 warps of 8192
+        ("sm_80", 256, 64, 0, 4),  # registers
+        ("sm_80", 256, 32, 0, 8),  # threads, 2048
+        ("sm_89", 256, 40, 0, 6),  # threads, 1536
+        ("sm_90", 32, 16, 0, 32),  # blocks
+        ("sm_89", 32, 16, 0, 24),  # blocks
+        ("sm_90", 128, 32, 227 * 1024, 1),  # shared memory
+        ("sm_80", 128, 32, 81 * 1024, 2),  # shared memory: 82 KB of 164 each, with the system's
+        ("sm_80", 128, 32, 81 * 1024 + 1, 1),
+        ("sm_90", 384, 168, 0, 1),  # registers: 12 warps of 5376, 12 an SM
+    ],
+)
+def test_blocks_per_sm(arch, threads, registers, shared, blocks):
+    assert cubin.limits(arch).blocks_per_sm(threads, registers, shared) == blocks
+
+
+def test_tensor_core_table():
+    assert gates.tensor_core("quantize_kernel<(Dtype)0>", "sm_80") == []
+    assert gates.tensor_core("fp8_gemm_kernel<Config>", "sm_90") == [r"HG?MMA\b"]
+    assert gates.tensor_core("fp8_gemm_kernel<Config>", "sm_90a") == [r"QG?MMA\b"]
+    assert len(gates.tensor_core("attention_8bit_kernel<Config>", "sm_89")) == 2
+
+
+def test_a_kernel_that_lacks_an_architecture_is_named(bad):
+    assert gates.missing_architectures([bad["attention_kernel", "sm_90a"]]) == []
+    (said,) = gates.missing_architectures([bad["spilling_kernel", "sm_80"], bad["spilling_kernel", "sm_89"]])
+    assert said == "spilling_kernel: not compiled for sm_90"
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="sm_75: the limits are known of sm_80, sm_89, sm_90"):
+        cubin.limits("sm_75")
+
+
+def test_the_assembler_s_messages_stop_the_build(commands, tmp_path):
+    entry = commands[0]
+    output = tmp_path / "kernels.o"
+    assert gates.compile_again(entry, ["90a"], output, HERE / "gate_kernels_sm90a.cu") is None
+    serialised = tmp_path / "serialised_sm90a.cu"
+    serialised.write_text("#define SERIALISED\n" + (HERE / "gate_kernels_sm90a.cu").read_text())
+    assert "C7514" in gates.compile_again(entry, ["90a"], output, serialised)
+    assert "spilling_kernel" in gates.compile_again(entry, ["100a"], output, HERE / "gate_kernels_sm80.cu")
+
+
+def test_the_assembler_s_messages_in_a_log_of_the_build(commands, monkeypatch, tmp_path):
+    output = tmp_path / "x.o"
+    monkeypatch.setattr(gates, "compile_again", lambda *args: None)
+    entries = [{**commands[0], "output": str(output)}]
+    assert "no log of its compilation" in gates.assembler_messages(entries)[0]
+    output.with_suffix(".o.log").write_text("")
+    assert gates.assembler_messages(entries) == []
+    output.with_suffix(".o.log").write_text("ptxas info : (C7510) wgmma serialized")
+    assert "C7510" in gates.assembler_messages(entries)[0]
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_the_architectures_that_are_not_shipped(commands):
+    assert gates.assembler_messages(commands) == []
