@@ -109,6 +109,7 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   check_shim(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                       device_type, device_index, &handle));
   Tensor t(handle);
+  report_storage(t);
   if (poison())
     torch::stable::fill_(t,
                          is_float(dtype_of(type, "poison", "output")) || type == ScalarType::Float8_e4m3fn ? NAN : -1);

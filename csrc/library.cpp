@@ -18,12 +18,22 @@ struct Library {
 Library libraries[2];  // [interpreted]
 std::atomic<bool> poisoned{false};
 
+using StorageHook = void(const void* data, int64_t bytes, const char* name, int read_only);
+thread_local StorageHook* storage_hook = nullptr;
+
 }  // namespace
 
 void set_library(int64_t interpreted, std::string path) { libraries[interpreted != 0].path = std::move(path); }
 
 void set_poison(bool on) { poisoned = on; }
 bool poison() { return poisoned.load(std::memory_order_relaxed); }
+
+void set_storage_hook(int64_t address) { storage_hook = reinterpret_cast<StorageHook*>(address); }
+void report_storage(const torch::stable::Tensor& t) {
+  int64_t bytes;
+  if (storage_hook && aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS)
+    storage_hook(t.const_data_ptr(), bytes, "output or workspace", 0);
+}
 
 void* launcher(Backend backend, const char* name) {
   Library& library = libraries[backend == Backend::interpreted];

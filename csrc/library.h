@@ -16,6 +16,11 @@ void set_library(int64_t interpreted, std::string path);
 void set_poison(bool on);
 bool poison();
 
+// The interpreter accepts pointers into storage that it knows: what this thread allocates is reported to the function at
+// this address, fpi_storage_add of interpreter/interpreter.h, until it is set to 0.
+void set_storage_hook(int64_t address);
+void report_storage(const torch::stable::Tensor&);
+
 // The launcher `name` (extern "C") of a kernel library; throws with the reason where there is none.
 void* launcher(Backend backend, const char* name);
 

@@ -54,6 +54,7 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   FOR_EACH_CPU_OP(DEFINE_CPU)
   m.def("_set_library(int interpreted, str path) -> ()");
   m.def("_set_poison(bool on) -> ()");
+  m.def("_set_storage_hook(int address) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
 #define ON_CPU(name, schema)                                         \
@@ -70,4 +71,5 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {
   m.impl("_set_library", TORCH_BOX(&set_library));
   m.impl("_set_poison", TORCH_BOX(&set_poison));
+  m.impl("_set_storage_hook", TORCH_BOX(&set_storage_hook));
 }

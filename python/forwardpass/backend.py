@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from . import library
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 operations: dict[str, Operation] = {}
-
-#: The architecture ("sm_90a") whose kernels CPU tensors take; set by the interpreter, its only seam with the rest.
-interpreted: str | None = None
 
 _log = logging.getLogger("forwardpass.dispatch")
 if "dispatch" in os.environ.get("FORWARDPASS_LOG", "").split(","):
@@ -59,11 +56,43 @@ class Unsupported(RuntimeError):
         self.reasons = reasons
 
 
+class Interpreter(Protocol):
+    """What runs the CUDA and Triton kernels on CPU tensors: the seam between forwardpass.interpreter and the rest."""
+
+    arch: str
+
+    def why_not(self, backend: str) -> Reason | None: ...
+
+    def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any: ...
+
+
 class _Choice(threading.local):
+    # What stands in the class is every thread's until it chooses for itself.
     backend: str | _Explain = "auto"
+    interpreter: Interpreter | None = None
 
 
 _choice = _Choice()
+
+
+def interpreter() -> Interpreter | None:
+    """This thread's, None where CUDA and Triton kernels take CUDA tensors alone."""
+    return _choice.interpreter
+
+
+def interpret_everywhere(chosen: Interpreter) -> None:
+    """In every thread, until it leaves a block of `interpreted_by`."""
+    _Choice.interpreter = chosen
+
+
+@contextlib.contextmanager
+def interpreted_by(chosen: Interpreter) -> Iterator[None]:
+    """Within the block and this thread, `chosen` runs the CUDA and Triton kernels."""
+    before, _choice.interpreter = _choice.interpreter, chosen
+    try:
+        yield
+    finally:
+        _choice.interpreter = before
 
 
 @contextlib.contextmanager
@@ -100,7 +129,7 @@ def why_no_triton() -> str | None:
 
 
 def _why_not_gpu(device: torch.device, what: str) -> Reason | None:
-    if device.type == "cuda" or (device.type == "cpu" and interpreted):
+    if device.type == "cuda" or (device.type == "cpu" and _choice.interpreter):
         return None
     return Reason(
         "device", f"the {what} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU"
@@ -120,7 +149,7 @@ def _why_not_cuda(device: torch.device) -> Reason | None:
     if reason := _why_not_gpu(device, "CUDA"):
         return reason
     if device.type == "cpu":
-        return None
+        return _choice.interpreter and _choice.interpreter.why_not("cuda")
     if problem := library.why_no_kernels():
         return Reason(
             "not_built", problem, "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error"
@@ -140,7 +169,7 @@ def _why_not_triton(device: torch.device) -> Reason | None:
     if problem := why_no_triton():
         return Reason("not_installed", problem, "pip install 'forwardpass[triton]'")
     if device.type == "cpu":
-        return None
+        return _choice.interpreter and _choice.interpreter.why_not("triton")
     if reason := _why_no_gpu():
         return reason
     if _capability(device.index) < (8, 0):
@@ -237,7 +266,10 @@ class Operation:
         backend = self.choose(*args)
         if backend == "triton":
             importlib.import_module(f"{self.package}.triton_kernel")  # registers itself
-        return self.runs[backend]
+        run = self.runs[backend]
+        if backend in ("cuda", "triton") and args[0].device.type == "cpu":
+            return functools.partial(_interpreted, self, run)
+        return run
 
     def __call__(self, *args: Any) -> Any:
         grad = torch.is_grad_enabled()
@@ -246,7 +278,7 @@ class Operation:
                 self._refuse_grad()
             return self._bind(args)(*args)
         # One pass over the arguments makes the key of this call; a key seen before was checked before.
-        key: list[Any] = [_choice.backend, interpreted]
+        key: list[Any] = [_choice.backend, _choice.interpreter and _choice.interpreter.arch]
         for a in args:
             kind = type(a)
             if kind is Tensor or kind is torch.nn.Parameter:
@@ -291,6 +323,11 @@ class Operation:
         text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.parameters, args) if a is not None)
         notes = self.notes(*args) if self.notes else []
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
+
+
+def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
+    assert _choice.interpreter  # else no GPU kernel takes CPU tensors
+    return _choice.interpreter.call(operation, run, args)
 
 
 def only_reference_on(operation: str, device: torch.device) -> bool:

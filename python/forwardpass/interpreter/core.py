@@ -1,0 +1,107 @@
+"""The C API of csrc/interpreter/interpreter.h, by ctypes: _interpreter.so is loaded here, once, on first use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import pathlib
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+from .. import library
+from ..backend import Reason
+from .finding import InterpreterFinding
+
+#: architecture -> the GPU that is modelled
+ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100"}
+LIBRARY = library.FOLDER / "_interpreter.so"
+#: the objects of _kernels.so, linked against the interpreter's stand-in for cudart
+KERNELS = library.FOLDER / "_kernels_interpreted.so"
+STANDIN = library.FOLDER / "_standin.a"
+
+Dim3 = c_uint32 * 3
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        ("seed", c_uint64), ("checks", c_int32), ("truncating", c_int32), ("approximate", c_int32), ("threads", c_int32),
+        ("step_limit", c_uint64),
+    ]  # fmt: skip
+
+
+class Counters(ctypes.Structure):
+    _fields_ = [(n, c_uint64) for n in ("launches", "warp_instructions", "matrix_ns", "matrix_macs")]
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "fpi_set_device": (c_int, [c_char_p]),
+    "fpi_set_options": (None, [POINTER(Options)]),
+    "fpi_storage_enter": (None, []),
+    "fpi_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
+    "fpi_storage_leave": (None, []),
+    "fpi_module_load": (c_void_p, [c_char_p]),
+    "fpi_module_unload": (None, [c_void_p]),
+    "fpi_module_json": (c_char_p, [c_void_p]),
+    "fpi_module_launch": (c_int, [c_void_p, c_char_p, Dim3, Dim3, Dim3, c_int64, c_char_p, c_int64, c_int]),
+    "fpi_tensor_map_encode_tiled": (
+        c_int,
+        [c_void_p, c_int, c_uint32, c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint32), POINTER(c_uint32),
+         c_int, c_int, c_int, c_int],
+    ),
+    "fpi_tensor_map_error": (c_char_p, []),
+    "fpi_finding_json": (c_char_p, []),
+    "fpi_finding_clear": (None, []),
+    "fpi_counters_read": (None, [POINTER(Counters)]),
+    "fpi_rows_json": (c_char_p, []),
+}  # fmt: skip
+
+
+@functools.cache
+def why_not() -> Reason | None:
+    """None where this machine can interpret."""
+    if not LIBRARY.exists():
+        return Reason("not_built", "this installation has no interpreter (_interpreter.so is missing)", "reinstall forwardpass")
+    try:
+        flags = set(pathlib.Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
+    except OSError as e:
+        return Reason("cpu", f"the interpreter needs an x86-64 CPU with AVX2, and this one is unknown: {e}", "")
+    if missing := {"avx2", "fma", "f16c", "bmi2"} - flags:  # what -march=x86-64-v3 takes for granted
+        return Reason(
+            "cpu", f"the interpreter needs an x86-64 CPU with AVX2, and this one lacks {', '.join(sorted(missing))}",
+            "run it on one from 2013 or later",
+        )  # fmt: skip
+    try:
+        ctypes.CDLL(str(LIBRARY))
+    except OSError as e:
+        return Reason("not_loaded", f"the interpreter does not load: {e}", "reinstall forwardpass")
+    return None
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    if reason := why_not():
+        raise RuntimeError(str(reason))
+    core = ctypes.CDLL(str(LIBRARY))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(core, name)
+        function.restype, function.argtypes = result, arguments
+    return core
+
+
+def finding() -> InterpreterFinding | None:
+    """The last of this thread."""
+    text = load().fpi_finding_json()
+    return InterpreterFinding.from_json(text.decode(errors="replace")) if text else None
+
+
+def rows() -> list[dict[str, str]]:
+    """The instruction table: every pattern with its section of the PTX ISA."""
+    return json.loads(load().fpi_rows_json())
+
+
+def counters() -> dict[str, int]:
+    """Of the process so far."""
+    read = Counters()
+    load().fpi_counters_read(ctypes.byref(read))
+    return {name: getattr(read, name) for name, _ in Counters._fields_}

@@ -1,0 +1,252 @@
+"""The interpreted GPU: what `fp.interpret` yields, and the one way in which calls get to the interpreter's core."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend, library
+from ..backend import Operation, Reason, Unsupported
+from . import core
+from .finding import InterpreterFinding
+from .guard import Guard
+from .storage import Scope, add_function
+
+#: the core has one device, one set of options and one set of intervals: a call at a time
+_lock = threading.RLock()
+_scopes: list[Scope] = []
+_installed: Device | None = None
+
+
+class Device:
+    """An interpreted GPU.
+
+    Attributes:
+        arch, seed: what `fp.interpret` was given.
+        counters: of its launches so far: launches, warp_instructions, matrix_ns and matrix_macs (time and
+            multiply-accumulates within mma and wgmma).
+        findings: every InterpreterFinding so far, in order.
+    """
+
+    def __init__(self, arch: str, options: core.Options, guard: bool):
+        self.arch, self.seed, self.guard = arch, int(options.seed), guard
+        self.counters = dict.fromkeys((name for name, _ in core.Counters._fields_), 0)
+        self.findings: list[InterpreterFinding] = []
+        self._options = options
+        self._registered: list[tuple[Tensor, str]] = []
+
+    def __repr__(self) -> str:
+        return f"<interpreted {core.ARCHITECTURES[self.arch]} ({self.arch}), seed {self.seed}>"
+
+    def register(self, tensor: Tensor, name: str) -> None:
+        """Lets every kernel touch this tensor's storage: for addresses that kernels read from memory (tables of pointers)."""
+        self._registered.append((tensor, name))
+
+    def why_not(self, name: str) -> Reason | None:
+        """None where the kernels of backend "cuda" or "triton" can be interpreted, else the reason."""
+        if name == "cuda" and not core.KERNELS.exists():
+            return Reason("not_built", f"built without CUDA kernels: {library.build_info.get('cuda_skipped') or 'there is no ' + core.KERNELS.name}",
+                          "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")  # fmt: skip
+        if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            return Reason("triton_interpret", "TRITON_INTERPRET gives the kernels to Triton's own interpreter", "unset it")
+        return None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Scope]:
+        """Within the block, what is launched runs on this device, and may touch what is added to the scope."""
+        with _lock:
+            api = core.load()
+            outermost = not _scopes
+            before = core.counters()
+            _install(self)
+            api.fpi_storage_enter()
+            _scopes.append(scope := Scope(_scopes[-1] if _scopes else None))
+            for tensor, name in self._registered:
+                scope.add_tensor(tensor, name)
+            try:
+                yield scope
+            finally:
+                _scopes.pop()
+                api.fpi_storage_leave()
+                if outermost:
+                    for name, n in core.counters().items():
+                        self.counters[name] += n - before[name]
+
+    def found(self, finding: InterpreterFinding) -> InterpreterFinding:
+        self.findings.append(finding)
+        return finding
+
+    def check(self, error: int, what: str) -> None:
+        """Raises the finding, or the CUDA error, with which a launch ended."""
+        if error:
+            finding = core.finding()
+            raise self.found(finding) if finding else RuntimeError(f"{what}: CUDA error {error} on {self!r}")
+
+    def finish(self, guard: Guard, kernel: str) -> None:
+        """Of guard mode, after a launch."""
+        if problem := guard.finish():
+            raise self.found(InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed))
+
+    def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """An operation of forwardpass on CPU tensors: the seam in backend.py leads here."""
+        if any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args):
+            return run(*args)  # a fake tensor has no data to interpret
+        with self.running() as scope:
+            names = [f"argument {n} of {operation.name}" for n in operation.parameters]
+            tensors = {n: a for n, a in zip(names, args) if isinstance(a, Tensor)}
+            guard = Guard(scope, read_only=True)
+            if self.guard:
+                copies = guard.rehome(tensors)
+                args = tuple(copies.get(n, a) for n, a in zip(names, args))
+            else:
+                for name, tensor in tensors.items():
+                    scope.add_tensor(tensor, name, read_only=True)
+            core.load().fpi_finding_clear()
+            torch.ops.forwardpass._set_storage_hook(add_function())
+            try:
+                result = run(*args)
+            except InterpreterFinding:  # from Triton's driver
+                raise
+            except RuntimeError as e:
+                if finding := core.finding():
+                    raise self.found(finding) from e
+                raise
+            finally:
+                torch.ops.forwardpass._set_storage_hook(0)
+            self.finish(guard, operation.name)
+            return result
+
+
+def _install(device: Device | None) -> None:
+    """Makes it the core's device, None for no device."""
+    global _installed
+    if device is _installed:
+        return
+    api = core.load()
+    api.fpi_set_device(device.arch.encode() if device else None)
+    if device:
+        api.fpi_set_options(ctypes.byref(device._options))
+    _installed = device
+
+
+def current() -> Device:
+    """This thread's device; raises where it has none."""
+    device = backend.interpreter()
+    if not isinstance(device, Device):
+        raise RuntimeError("no GPU is interpreted in this thread: launch within `with fp.interpret('sm_90a'):`")
+    return device
+
+
+def make(
+    arch: str,
+    *,
+    seed: int = 0,
+    checks: bool = True,
+    truncating: bool = False,
+    approximate: bool = True,
+    guard: bool = False,
+    threads: int = 0,
+) -> Device:
+    """A device, once everything that it needs is known to be there."""
+    if arch not in core.ARCHITECTURES:
+        raise ValueError(f"the interpreter knows {', '.join(core.ARCHITECTURES)}, not {arch!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed is an integer from 0 to 2**64 - 1, not {seed!r}")
+    if not isinstance(threads, int) or threads < 0:
+        raise ValueError(f"threads is a number of threads, or 0 for one a core, not {threads!r}")
+    if reason := core.why_not() or (library.load_error and Reason("not_built", library.why_no_ops() or "", "reinstall")):
+        raise Unsupported(str(reason), dict.fromkeys(("cuda", "triton"), reason))
+    options = core.Options(
+        seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0
+    )
+    if core.KERNELS.exists():
+        torch.ops.forwardpass._set_library(1, str(core.KERNELS))
+    return Device(arch, options, guard)
+
+
+@contextlib.contextmanager
+def interpret(
+    arch: str = "sm_90a",
+    *,
+    seed: int = 0,
+    checks: bool = True,
+    truncating: bool = False,
+    approximate: bool = True,
+    guard: bool = False,
+    threads: int = 0,
+) -> Iterator[Device]:
+    """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
+
+    Operations then have the backends "cuda" and "triton" (and prefer them) and plain Triton launches run on CPU tensors.
+    Blocks nest. The environment does the same for a whole process: FORWARDPASS_INTERPRET=sm_90a, and
+    FORWARDPASS_INTERPRET_SEED.
+
+    Args:
+        arch: the GPU: "sm_80" (A100), "sm_89" (L40S) or "sm_90a" (H100).
+        seed: of the schedule, of when asynchronous operations complete, and of what .approx instructions give.
+        checks: races, data in flight, uninitialised shared memory; without them it is faster. Bounds and alignment are
+            always checked.
+        truncating: FP8 products accumulate as Hopper's and Ada's tensor cores do, with 13 fractional bits.
+        approximate: .approx instructions err within the bound of the PTX ISA; False gives the exact results.
+        guard: kernels get padded, poisoned copies of their arguments, and nothing but the elements may be touched.
+        threads: of the interpreter, 0 for one a core.
+
+    Yields:
+        The `Device`: its counters, and its findings.
+
+    Raises:
+        InterpreterFinding: out of the block, by the call that launched the kernel.
+        Unsupported: this installation or this CPU cannot interpret.
+        ValueError: an unknown architecture, seed or number of threads.
+    """
+    device = make(
+        arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard, threads=threads
+    )
+    before = backend.interpreter()
+    _take_triton()
+    try:
+        with _lock:
+            _install(device)
+        with backend.interpreted_by(device):
+            yield device
+    finally:
+        _give_triton_back()
+        with _lock:
+            _install(before if isinstance(before, Device) else None)
+
+
+def interpret_process() -> None:
+    """What the environment asks for, from now on and in every thread; for `import forwardpass`."""
+    seed = os.environ.get("FORWARDPASS_INTERPRET_SEED", "0")
+    if not seed.isdecimal():
+        raise ValueError(f"FORWARDPASS_INTERPRET_SEED is an integer from 0 to 2**64 - 1, not {seed!r}")
+    try:
+        device = make(os.environ["FORWARDPASS_INTERPRET"], seed=int(seed))
+    except ValueError as e:
+        raise ValueError(f"FORWARDPASS_INTERPRET: {e}") from None
+    _take_triton()
+    with _lock:
+        _install(device)
+    backend.interpret_everywhere(device)
+
+
+def _take_triton() -> None:
+    if importlib.util.find_spec("triton"):
+        from . import triton_driver
+
+        triton_driver.install()
+
+
+def _give_triton_back() -> None:
+    if importlib.util.find_spec("triton"):
+        from . import triton_driver
+
+        triton_driver.uninstall()

@@ -1,0 +1,154 @@
+"""PTX modules, launched on the interpreted GPU: for tests, and for whoever has PTX and no launch code."""
+
+from __future__ import annotations
+
+import json
+import struct
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import core
+from .device import Device, current, make
+from .guard import Guard
+from .tensor_map import TensorMap
+
+
+class Module:
+    """PTX text, parsed; `module["name"]` is a kernel of it.
+
+    Args:
+        ptx: the text.
+        arch: launch on a GPU of its own; by default, and within a block of `fp.interpret`, on that one.
+    """
+
+    def __init__(self, ptx: str, arch: str | None = None):
+        api = core.load()
+        api.fpi_finding_clear()
+        self._own = make(arch) if arch else None
+        self.handle = api.fpi_module_load(ptx.encode())
+        if not self.handle:
+            raise core.finding() or RuntimeError("the PTX module did not load, and no reason was given")
+        weakref.finalize(self, api.fpi_module_unload, self.handle)
+        self.entries: dict[str, dict[str, Any]] = {
+            e["name"]: e for e in json.loads(api.fpi_module_json(self.handle))["entries"]
+        }
+
+    def __getitem__(self, name: str) -> Kernel:
+        if name not in self.entries:
+            raise KeyError(f"the module has no kernel {name!r}; it has {', '.join(self.entries)}")
+        return Kernel(self, name)
+
+    def device(self) -> Device:
+        from .. import backend
+
+        return self._own if self._own and backend.interpreter() is None else current()
+
+
+class Kernel:
+    """An entry of a module."""
+
+    def __init__(self, module: Module, name: str):
+        self.module, self.name = module, name
+        self.parameters: list[dict[str, Any]] = module.entries[name]["parameters"]
+
+    def launch(
+        self,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Iterable[Any],
+        shared: int = 0,
+        cluster: int | Sequence[int] = 1,
+        programmatic: bool = False,
+    ) -> None:
+        """Runs it to its end.
+
+        Args:
+            grid, block, cluster: one to three numbers.
+            args: in the order of the parameters: a tensor (its address; the kernel may touch its storage), a tensor map,
+                None (a null pointer), an int, a float (32 or 64 bits), or the bytes of anything else.
+            shared: bytes of dynamic shared memory.
+            programmatic: with programmatic stream serialisation (PDL): before the previous launch has ended.
+
+        Raises:
+            InterpreterFinding: what was wrong.
+        """
+        device = self.module.device()
+        args = list(args)
+        if len(args) != len(self.parameters):
+            raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, not {len(args)}")
+        with device.running() as scope:
+            tensors = {
+                f"argument {i} of {self.name}": a.tensor if isinstance(a, TensorMap) else a
+                for i, a in enumerate(args)
+                if isinstance(a, (Tensor, TensorMap))
+            }
+            guard = Guard(scope, read_only=False)
+            if device.guard:
+                tensors = guard.rehome(tensors)
+            values = [
+                _bytes(self.name, i, tensors.get(f"argument {i} of {self.name}"), a, p["size"])
+                for i, (a, p) in enumerate(zip(args, self.parameters))
+            ]
+            if not device.guard:
+                for name, tensor in tensors.items():
+                    scope.add_tensor(tensor, name)
+            self.launch_values(device, _three(grid), _three(block), values, shared, _three(cluster), programmatic)
+            device.finish(guard, self.name)
+
+    def launch_values(
+        self,
+        device: Device,
+        grid: Sequence[int],
+        block: Sequence[int],
+        values: list[bytes],
+        shared: int,
+        cluster: Sequence[int],
+        programmatic: bool,
+    ) -> None:
+        """With the bytes of each parameter, within `device.running()`."""
+        packed = bytearray(max((p["offset"] + p["size"] for p in self.parameters), default=0))
+        for p, value in zip(self.parameters, values):
+            packed[p["offset"] : p["offset"] + p["size"]] = value
+        api = core.load()
+        api.fpi_finding_clear()
+        error = api.fpi_module_launch(
+            self.module.handle, self.name.encode(), core.Dim3(*grid), core.Dim3(*block), core.Dim3(*cluster), shared,
+            bytes(packed), len(packed), programmatic,
+        )  # fmt: skip
+        device.check(error, self.name)
+
+
+def _three(n: int | Sequence[int]) -> tuple[int, int, int]:
+    given = (n,) if isinstance(n, int) else tuple(n)
+    if not 1 <= len(given) <= 3 or not all(0 <= d < 2**32 for d in given):
+        raise ValueError(f"grid, block and cluster are one to three numbers, not {n!r}")
+    x, y, z = (*given, 1, 1)[:3]
+    return x, y, z
+
+
+def _bytes(kernel: str, i: int, tensor: Tensor | None, value: Any, size: int) -> bytes:
+    """Of one argument, as wide as its parameter."""
+    if isinstance(value, TensorMap):
+        assert tensor is not None
+        made = value.encode(tensor)
+    elif tensor is not None:
+        made = tensor.data_ptr().to_bytes(8, "little")
+    elif value is None:
+        made = bytes(8)
+    elif isinstance(value, int):
+        if not -(2 ** (8 * size - 1)) <= value < 2 ** (8 * size):
+            raise OverflowError(f"argument {i} of {kernel} has {size} bytes, and {value} does not fit")
+        return (value % 2 ** (8 * size)).to_bytes(size, "little")
+    elif isinstance(value, float):
+        made = struct.pack("<f" if size == 4 else "<d", value)
+    elif isinstance(value, (bytes, bytearray)):
+        made = bytes(value)
+    else:
+        raise TypeError(f"argument {i} of {kernel} is a tensor, a tensor map, None, an int, a float or bytes, "
+                        f"not {type(value).__name__}")  # fmt: skip
+    if len(made) != size:
+        raise TypeError(f"argument {i} of {kernel} has {size} bytes, and a {type(value).__name__} of {len(made)} was given")
+    return made

@@ -1,0 +1,33 @@
+"""Which memory a kernel may touch: tensors' storages, under the names of the arguments that they came by."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from .core import load
+
+
+class Scope:
+    """The intervals of one operation or launch. What an enclosing one has registered keeps its name and its protection."""
+
+    def __init__(self, outer: Scope | None):
+        self._known = set(outer._known) if outer else set()
+
+    def add(self, begin: int, size: int, name: str, read_only: bool = False) -> None:
+        if size and (begin, size) not in self._known:
+            self._known.add((begin, size))
+            load().fpi_storage_add(begin, size, name.encode(), read_only)
+
+    def add_tensor(self, tensor: Tensor, name: str, read_only: bool = False) -> None:
+        """All of its storage: on a GPU, too, the kernel of a view can reach the rest of what it is a view of."""
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}, and the interpreter takes CPU tensors: move it to the CPU")
+        storage = tensor.untyped_storage()
+        self.add(storage.data_ptr(), storage.nbytes(), name, read_only)
+
+
+def add_function() -> int:
+    """The address of fpi_storage_add."""
+    return ctypes.cast(load().fpi_storage_add, ctypes.c_void_p).value or 0

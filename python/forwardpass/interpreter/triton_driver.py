@@ -1,0 +1,282 @@
+"""Triton's driver for the interpreted GPU: the compiler stops at PTX, launches go to the interpreter's core.
+
+While any thread interprets, Triton's active driver and its NVIDIA compiler are those below; in threads that do not
+interpret they are what they were.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends import Backend, backends
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import _allocation
+from triton.runtime.driver import driver as active
+
+from .. import backend
+from . import tensor_map
+from .device import Device, current
+from .guard import Guard
+from .module import Kernel, Module
+
+#: what Triton asks of a device before it launches: shared memory a block, multiprocessors
+PROPERTIES = {"sm_80": (163 << 10, 108), "sm_89": (99 << 10, 142), "sm_90a": (227 << 10, 132)}
+
+
+class PtxCompiler(CUDABackend):
+    """NVIDIA's, without ptxas."""
+
+    def __init__(self, target: GPUTarget):
+        super().__init__(target)
+        self.binary_ext = "ptx"
+
+    def add_stages(self, stages: dict[str, Any], *args: Any) -> None:
+        super().add_stages(stages, *args)
+        del stages["cubin"]
+
+    def hash(self) -> str:
+        return f"ptx-{super().hash()}"  # a key of Triton's cache on disk: the other compiler's entries have a cubin
+
+
+def _compiler(target: GPUTarget) -> CUDABackend:
+    return (PtxCompiler if backend.interpreter() else CUDABackend)(target)
+
+
+_compiler.supports_target = CUDABackend.supports_target  # type: ignore[attr-defined]
+
+
+class Driver:
+    """What Triton asks for is this thread's interpreted GPU, or what the driver before would have said."""
+
+    def __init__(self, before: Any):
+        self._before = before
+
+    def __getattr__(self, name: str) -> Any:
+        if backend.interpreter():
+            return getattr(_INTERPRETED, name)
+        return getattr(self._before or active.default, name)
+
+
+class InterpretedDriver:
+    """The part of Triton's driver interface that it calls for CUDA."""
+
+    def __init__(self) -> None:
+        self.utils, self.launcher_cls = Utils(), Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(re.sub(r"\D", "", current().arch)), 32)
+
+    def get_current_device(self) -> str:
+        return current().arch  # the key of the caches of compiled kernels: no real device has such a number
+
+    def get_device_capability(self, device: str) -> tuple[int, int]:
+        return divmod(self.get_current_target().arch, 10)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> type[Clock]:
+        return Clock
+
+    def get_benchmarker(self) -> Callable[..., Any]:
+        return count
+
+    def get_empty_cache_for_benchmark(self) -> None:
+        return None
+
+    def clear_cache(self, cache: None) -> None:
+        pass
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        from triton.backends.nvidia.driver import ty_to_cpp
+
+        return ty_to_cpp(ty)
+
+
+def count(call: Callable[[], Any], quantiles: Sequence[float] | None = None, **_: Any) -> Any:
+    """What autotuning compares: warp instructions of a call, which are the same each time. They are no time on a GPU."""
+    if not isinstance(device := backend.interpreter(), Device):  # autotuners keep their benchmarker
+        return active.active.get_benchmarker()(call, quantiles=quantiles, **_)
+    before = device.counters["warp_instructions"]
+    call()
+    counted = float(device.counters["warp_instructions"] - before)
+    return counted if quantiles is None else [counted] * len(quantiles)
+
+
+class Clock:
+    """As much of torch.cuda as triton.testing.do_bench needs; it measures the interpreter."""
+
+    class Event:
+        def __init__(self, enable_timing: bool = True):
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end: Clock.Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    @staticmethod
+    def synchronize() -> None:
+        pass
+
+
+class Utils:
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        shared, multiprocessors = PROPERTIES[device]
+        return {"max_shared_mem": shared, "max_num_regs": 65536, "multiprocessor_count": multiprocessors, "warpSize": 32}
+
+    def load_binary(self, name: str, ptx: bytes, shared: int, device: str) -> tuple[Module, Kernel, int, int, int]:
+        """module, function, registers and spills (ptxas would know), and the most threads of a block"""
+        module = Module(ptx.decode())
+        return module, module[name], 0, 0, 1024
+
+
+class Launcher:
+    """Made once for each compiled kernel."""
+
+    def __init__(self, src: Any, metadata: Any):
+        self.metadata = metadata
+        self.signature = list(src.signature.items())
+
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, kernel: Kernel, packed_metadata: Any, launch_metadata: Any,
+        enter_hook: Any, exit_hook: Any, *args: Any,
+    ) -> None:  # fmt: skip
+        device, m = current(), self.metadata
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        if x * y * z > 0:
+            with device.running() as scope:
+                given = list(self._given(args))
+                tensors = {name: t for _, name, v in given if isinstance(t := _tensor(v), Tensor)}
+                guard = Guard(scope, read_only=False)
+                if device.guard:
+                    tensors = guard.rehome(tensors)
+                else:
+                    for name, tensor in tensors.items():
+                        scope.add_tensor(tensor, f"argument {name} of {kernel.name}")
+                values = [value for type_, name, v in given for value in self._values(type_, v, tensors.get(name))]
+                for name in ("global", "profile")[: len(kernel.parameters) - len(values)]:
+                    buffer = self._scratch(name, x * y * z * m.num_ctas, stream)
+                    if isinstance(buffer, Tensor):
+                        scope.add_tensor(buffer, f"{name} scratch of {kernel.name}")
+                    values.append(_pointer(buffer))
+                cluster = (m.num_ctas, 1, 1)
+                kernel.launch_values(
+                    device, (x * m.num_ctas, y, z), (32 * m.num_warps, 1, 1), values, m.shared, cluster,
+                    bool(getattr(m, "launch_pdl", False)),
+                )  # fmt: skip
+                device.finish(guard, kernel.name)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+    def _given(self, args: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
+        """(type, name, value) of what the kernel takes at run time: tuples taken apart, constants left out."""
+        self._descriptors = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
+        for (name, type_), value in zip(self.signature, args):
+            yield from _flat(type_, str(name), value)
+
+    def _values(self, type_: str, value: Any, tensor: Tensor | None) -> Iterator[bytes]:
+        """The parameters that one argument becomes. Tensors come separately: they may be copies."""
+        if type_.startswith("*"):
+            yield _pointer(value if tensor is None else tensor)
+        elif type_.startswith("tensordesc"):
+            assert tensor is not None
+            yield from self._descriptor(value, tensor, next(self._descriptors, None))
+        else:
+            yield _scalar(type_, value)
+
+    def _descriptor(self, d: Any, base: Tensor, meta: dict[str, Any] | None) -> Iterator[bytes]:
+        """As make_tensordesc_arg of Triton's own driver."""
+        shape, strides = list(d.shape), list(d.strides)
+        if meta is None:  # lowered to pointers: before sm_90
+            yield _pointer(base)
+            yield from (_scalar("i64", n) for n in (*shape, *strides))
+            yield _scalar("i1", d.padding == "nan")
+        else:
+            if meta["fp4_padded"]:
+                shape[-1] *= 2
+            # Triton's numbers are the device's: the FTZ float32 has 8 there, and 10 in CUtensorMapDataType.
+            data_type = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
+            yield tensor_map.encode(
+                base.data_ptr(), data_type, shape, [n * meta["elem_size"] for n in strides], meta["block_size"],
+                meta["swizzle"], int(d.padding == "nan"),
+            )  # fmt: skip
+        yield from (_scalar("i32", n) for n in shape)
+        yield from (_scalar("i64", n) for n in strides)
+
+    def _scratch(self, name: str, programs: int, stream: int) -> Any:
+        """From the allocator that was given to Triton, which refuses where there is none."""
+        size = getattr(self.metadata, f"{name}_scratch_size")
+        allocator = _allocation._allocator.get() if name == "global" else _allocation._profile_allocator
+        return allocator(programs * size, getattr(self.metadata, f"{name}_scratch_align"), stream) if size else None
+
+
+def _flat(type_: Any, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    if isinstance(type_, tuple):
+        for i, (t, v) in enumerate(zip(type_, value)):
+            yield from _flat(t, f"{name}[{i}]", v)
+    elif type_ != "constexpr":
+        yield type_, name, value
+
+
+def _tensor(value: Any) -> Any:
+    """Of a tensor, a tensor seen as another type (triton.reinterpret) or a descriptor."""
+    while not isinstance(value, Tensor) and hasattr(value, "base"):
+        value = value.base
+    return value
+
+
+def _pointer(value: Any) -> bytes:
+    address = 0 if value is None else value if isinstance(value, int) else value.data_ptr()
+    return address.to_bytes(8, "little")
+
+
+def _scalar(type_: str, value: Any) -> bytes:
+    if type_ == "bf16":  # truncated, as Triton's own launcher does
+        return struct.pack("<f", value)[2:]
+    if floating := {"fp16": "<e", "fp32": "<f", "f32": "<f", "fp64": "<d"}.get(type_):
+        return struct.pack(floating, value)
+    size = max(int(type_[1:]) // 8, 1)
+    return int(value).to_bytes(size, "little", signed=type_[0] == "i")
+
+
+_INTERPRETED = InterpretedDriver()
+_lock = threading.Lock()
+_users = 0
+_before: tuple[Any, Backend]
+
+
+def install() -> None:
+    global _users, _before
+    with _lock:
+        if _users == 0:
+            try:
+                before = active.active
+            except RuntimeError:  # no GPU: there is no driver
+                before = None
+            _before = before, backends["nvidia"]
+            active.set_active(Driver(before))  # type: ignore[arg-type]
+            backends["nvidia"] = Backend(_compiler, backends["nvidia"].driver)  # type: ignore[arg-type]
+        _users += 1
+
+
+def uninstall() -> None:
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            before, backends["nvidia"] = _before
+            active.set_active(before)
