@@ -89,6 +89,7 @@ struct alignas(64) Warp {
   std::vector<std::unique_ptr<Frame>> frames;  // alive
   std::vector<uint8_t> local[kLanes];          // .local memory, grown by the frames that need it
   int turn = 0;                                // steps of the running strand since another one ran
+  Mask carry = 0;                              // CC.CF of each lane: add.cc, addc, ...
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
   // nothing is under way. Reading or writing one is a finding; a plain mov is deferred (Wgmma::defer).
