@@ -2,14 +2,29 @@
 // What is known of every byte of a CTA's shared memory: written or not, under way or not, who wrote and who read it last.
 //
 // State is kept per granule of 16 bytes, whole accesses of which are the rule; one that is touched in parts splits into
-// words, and into bytes if need be, so that neighbours never raise a false alarm.
+// smaller cells, down to bytes if need be, so that neighbours never raise a false alarm. A cell holds the epoch of its
+// last write and, in a row of its own, the clock of every agent's last read. A write is ordered after the reads before
+// it, so it starts the row anew.
+//
+// Clocks only ever grow, from one CTA of a thread to the next: what a former CTA left behind lies below base() and so in
+// everybody's past, and nothing but the masks needs clearing.
 #include <cstdint>
-#include <memory>
+#include <string>
 #include <vector>
 
 #include "clock.h"
+#include "finding.h"
 
 namespace forwardpass::interpreter {
+
+struct Module;
+
+// strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
+// constant: .nc, whose bytes must not change while the kernel runs.
+enum class Use : uint8_t { read, write, atomic, strong_read, strong_write, constant };
+constexpr bool is_read(Use u) { return u != Use::write && u != Use::strong_write; }
+constexpr bool is_write(Use u) { return u == Use::write || u == Use::strong_write || u == Use::atomic; }
+constexpr bool is_strong(Use u) { return u == Use::atomic || u == Use::strong_read || u == Use::strong_write; }
 
 enum class Proxy : uint8_t { generic, async };
 
@@ -18,33 +33,77 @@ struct Actor {
   Clock now;
   const Knowledge* knowledge;
   Proxy proxy;
+  uint32_t line = 0;  // of the PTX, for messages
 };
+
+// "file.cu:12" for a line of the PTX that .loc maps to a source, "PTX line 34" otherwise.
+std::string source_place(const Module&, uint32_t ptx_line);
+std::string hexadecimal(uint64_t);
 
 class Shadow {
  public:
-  // Everything not written, nobody knows of anything. The clocks of the agents must begin at base() or above, so that
-  // what a former CTA left behind is in the past: nothing needs clearing but the masks.
-  void reset(int64_t bytes, int agents);
+  // Everything not written, nobody knows of anything. The clocks of the agents must begin at base() or above.
+  void reset(int64_t bytes, int warps, const Module*);
   Clock base() const { return base_; }
-  void advance_base(Clock highest) { base_ = highest + 1; }
+  void advance_base(Clock highest);
 
   // Each throws a Finding (race, in_flight, uninitialised) that has kind, message and address; the caller's place is
   // filled in further up. The range lies within shared memory.
-  void read(const Actor&, uint32_t begin, uint32_t bytes);
-  void write(const Actor&, uint32_t begin, uint32_t bytes);
-  void atomic(const Actor&, uint32_t begin, uint32_t bytes);  // races with plain accesses, not with other atomics
+  void access(const Actor&, uint32_t begin, uint32_t bytes, Use);
+  void read(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::read); }
+  void write(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::write); }
+  void atomic(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::atomic); }
 
-  // An asynchronous operation will write the range: anybody's access until land() is a finding. `owner` is whose.
+  // An asynchronous operation will write the range: anybody's access until land() is a finding. To land counts as the
+  // write.
   void take_off(const Actor&, uint32_t begin, uint32_t bytes);
-  void land(const Actor&, uint32_t begin, uint32_t bytes);  // counts as the write
+  void land(const Actor&, uint32_t begin, uint32_t bytes);
 
   // An mbarrier object lives there (its 8 bytes are touched by mbarrier instructions only) or no more.
   void set_mbarrier(const Actor&, uint32_t begin, bool alive);
   void use_mbarrier(const Actor&, uint32_t begin);  // init must be ordered before it
 
  private:
-  struct Granule;
+  struct Cell {
+    Clock clock = 0;  // of the last write, by `writer`
+    uint32_t write_line = 0, read_line = 0;
+    uint32_t writer : 8, reader : 8, strong : 1, async : 1;  // the last two: of the write
+    Cell() : writer(0), reader(0), strong(0), async(0) {}
+  };
+  struct Granule {
+    uint16_t written = 0, flying = 0;  // bytes
+    uint8_t mbarriers = 0;             // halves
+    uint8_t shift = 4;                 // log2 of the bytes of a cell
+    uint8_t room = 4;                  // the smallest shift that cells_ has room for at `split`
+    uint32_t split = 0;
+  };
+  template <class F>
+  void each_granule(uint32_t begin, uint32_t bytes, F f);
+  template <Use>
+  void touch(const Actor&, uint32_t begin, uint32_t bytes);
+  template <Use>
+  void check(const Actor&, const Cell&, const Clock* row, uint32_t number, uint16_t mask) const;
+  bool reads_known(const Clock* row, const VectorClock& seen) const;
+  void forget_reads(Clock* row) const;
+  void record(const Actor&, uint32_t cell, bool strong);
+  void split(uint32_t number, int shift);
+  Clock* row(uint32_t cell) { return &reads_[static_cast<size_t>(cell) * columns_]; }
+  int column(int agent) const { return agent < kMaxWarps ? agent : agent - kMaxWarps + columns_ - kAsyncColumns; }
+
+  // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.
+  void check_state(const Actor&, const Granule&, uint32_t number, uint16_t mask, Use) const;
+  [[noreturn]] void fail_write(const Actor&, const Cell&, uint32_t number, uint16_t mask, Use, bool seen) const;
+  [[noreturn]] void fail_read(const Actor&, const Cell&, const Clock* row, uint32_t number, uint16_t mask, Use) const;
+  std::string agent_at(int agent, uint32_t line) const;
+
+  static constexpr int kAsyncColumns = 16;
   std::vector<Granule> granules_;
+  std::vector<Cell> cells_;    // one for every granule, then those of split ones
+  std::vector<Clock> reads_;   // [cell][columns_]: warps, a multiple of 8, then the asynchronous agents
+  uint32_t used_ = 0;          // of cells_, which never shrinks
+  int columns_ = 8 + kAsyncColumns;
+  bool async_reads_ = false;   // some in this CTA: otherwise their columns are not looked at
+  const Module* module_ = nullptr;
   Clock base_ = 1;
 };
 

@@ -1,0 +1,300 @@
+#include "shadow.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "program.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+constexpr uint32_t kGranule = 16;
+constexpr Clock kHighestBase = 0x80000000;
+
+uint16_t bytes_between(uint32_t low, uint32_t high) {
+  return static_cast<uint16_t>((0xffffu << low) & (0xffffu >> (kGranule - high)));
+}
+
+[[noreturn]] void fail(Kind kind, uint64_t address, std::string message) {
+  Finding f;
+  f.kind = kind;
+  f.message = std::move(message);
+  f.address = address;
+  f.has_address = true;
+  throw f;
+}
+
+std::string range(uint32_t begin, uint32_t bytes) {
+  return "shared " + hexadecimal(begin) + ".." + hexadecimal(begin + bytes);
+}
+
+const char* verb(Use use) { return use == Use::atomic ? "atomic" : is_write(use) ? "write" : "read"; }
+
+}  // namespace
+
+std::string hexadecimal(uint64_t n) {
+  char text[24];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(n));
+  return text;
+}
+
+std::string source_place(const Module& module, uint32_t ptx_line) {
+  for (const auto& f : module.source.functions) {
+    for (const Statement& s : f.body) {
+      if (s.line != static_cast<int>(ptx_line) || s.file <= 0 || !s.source_line) continue;
+      if (s.file >= static_cast<int>(module.source.files.size())) continue;
+      return module.source.files[s.file] + ":" + std::to_string(s.source_line);
+    }
+  }
+  return "PTX line " + std::to_string(ptx_line);
+}
+
+void Shadow::reset(int64_t bytes, int warps, const Module* module) {
+  module_ = module;
+  columns_ = (warps + 7) / 8 * 8 + kAsyncColumns;
+  async_reads_ = false;
+  granules_.assign((bytes + kGranule - 1) / kGranule, Granule());
+  used_ = static_cast<uint32_t>(granules_.size());
+  if (cells_.size() < used_) cells_.resize(used_);
+  if (reads_.size() < cells_.size() * columns_) reads_.resize(cells_.size() * columns_);
+}
+
+void Shadow::advance_base(Clock highest) {
+  base_ = highest + 1;
+  if (base_ < kHighestBase) return;
+  base_ = 1;
+  std::fill(cells_.begin(), cells_.end(), Cell());
+  std::fill(reads_.begin(), reads_.end(), 0);
+}
+
+// Gives the granule cells of 1 << shift bytes in place of larger ones, each with what its larger one knew.
+void Shadow::split(uint32_t number, int shift) {
+  Granule& g = granules_[number];
+  const int count = 1 << (4 - shift);
+  const uint32_t from = g.shift == 4 ? number : g.split;
+  if (g.room > shift) {
+    g.split = used_;
+    g.room = static_cast<uint8_t>(shift);
+    used_ += count;
+    if (cells_.size() < used_) cells_.resize(std::max<size_t>(used_, cells_.size() + cells_.size() / 2));
+    if (reads_.size() < cells_.size() * columns_) reads_.resize(cells_.size() * columns_);
+  }
+  for (int k = count - 1; k >= 0; --k) {  // backwards: from and split may be one place
+    const uint32_t source = from + (k >> (g.shift - shift)), target = g.split + k;
+    if (source == target) continue;
+    cells_[target] = cells_[source];
+    std::copy_n(row(source), columns_, row(target));
+  }
+  g.shift = static_cast<uint8_t>(shift);
+}
+
+// f(granule, its bytes, first cell, cells) for each granule of the range, split so that the cells are those bytes.
+template <class F>
+inline void Shadow::each_granule(uint32_t begin, uint32_t bytes, F f) {
+  const uint32_t end = begin + bytes;
+  for (uint32_t number = begin / kGranule, at = number * kGranule; at < end; ++number, at += kGranule) {
+    const uint32_t low = begin > at ? begin - at : 0, high = std::min(end - at, kGranule);
+    Granule& g = granules_[number];
+    const int shift = __builtin_ctz(low | high | kGranule);
+    if (g.shift > shift) split(number, shift);
+    const uint32_t first = g.shift == 4 ? number : g.split + (low >> g.shift);
+    f(g, number, bytes_between(low, high), first, (high - low) >> g.shift);
+  }
+}
+
+// Eight clocks at a time, by hand: gcc 12 vectorises loops over blocks the wrong way round, at four times the cost.
+inline bool Shadow::reads_known(const Clock* row, const VectorClock& seen) const {
+  const auto late = [](const Clock* read, const Clock* known) {
+    const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(read));
+    const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(known));
+    return _mm256_xor_si256(_mm256_max_epu32(r, k), k);
+  };
+  const int warps = columns_ - kAsyncColumns;
+  __m256i any = late(row, seen.at);
+  for (int block = 8; block < warps; block += 8) any = _mm256_or_si256(any, late(row + block, seen.at + block));
+  if (async_reads_) {
+    for (int i = 0; i < kAsyncColumns; i += 8) {
+      any = _mm256_or_si256(any, late(row + warps + i, seen.at + kMaxWarps + i));
+    }
+  }
+  return _mm256_testz_si256(any, any);
+}
+
+inline void Shadow::forget_reads(Clock* row) const {
+  const auto clear = [](Clock* at) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256());
+  };
+  const int end = async_reads_ ? columns_ : columns_ - kAsyncColumns;
+  clear(row);
+  for (int block = 8; block < end; block += 8) clear(row + block);
+}
+
+template <Use use>
+inline void Shadow::check(const Actor& actor, const Cell& cell, const Clock* row, uint32_t number, uint16_t mask) const {
+  const Knowledge& k = *actor.knowledge;
+  const bool seen = cell.clock <= k.seen.at[cell.writer] || (is_strong(use) && cell.strong);
+  const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.at[cell.writer];
+  if (__builtin_expect(!(seen && fenced), 0)) fail_write(actor, cell, number, mask, use, seen);
+  if constexpr (is_write(use)) {
+    if (__builtin_expect(!reads_known(row, k.seen), 0)) fail_read(actor, cell, row, number, mask, use);
+  }
+}
+
+inline void Shadow::record(const Actor& actor, uint32_t index, bool strong) {
+  Cell cell;
+  cell.clock = actor.now;
+  cell.writer = actor.agent;
+  cell.write_line = actor.line;
+  cell.strong = strong;
+  cell.async = actor.proxy == Proxy::async;
+  cells_[index] = cell;
+  forget_reads(row(index));
+}
+
+template <Use use>
+void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  const int mine = column(actor.agent);
+  each_granule(begin, bytes, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
+    // An exchange and the like read what was there, so an atomic counts as a read here.
+    const bool unwritten = is_read(use) && (mask & ~g.written);
+    if (__builtin_expect(unwritten || (mask & g.flying) || g.mbarriers, 0)) check_state(actor, g, number, mask, use);
+    for (uint32_t c = first; c < first + count; ++c) check<use>(actor, cells_[c], row(c), number, mask);
+    if constexpr (is_write(use)) {
+      g.written |= mask;
+      if (mask == 0xffff && g.shift != 4) {  // one writer of the whole: no need for parts any more
+        g.shift = 4;
+        first = number;
+        count = 1;
+      }
+      for (uint32_t c = first; c < first + count; ++c) record(actor, c, is_strong(use));
+    } else if (use != Use::strong_read) {  // which no strong write need be ordered after
+      for (uint32_t c = first; c < first + count; ++c) {
+        row(c)[mine] = actor.now;
+        cells_[c].read_line = actor.line;
+        cells_[c].reader = actor.agent;
+      }
+    }
+  });
+}
+
+void Shadow::access(const Actor& actor, uint32_t begin, uint32_t bytes, Use use) {
+  if (actor.agent >= kMaxWarps) async_reads_ = true;
+  switch (use) {
+    case Use::read:
+    case Use::constant:
+      return touch<Use::read>(actor, begin, bytes);
+    case Use::write:
+      return touch<Use::write>(actor, begin, bytes);
+    case Use::atomic:
+      return touch<Use::atomic>(actor, begin, bytes);
+    case Use::strong_read:
+      return touch<Use::strong_read>(actor, begin, bytes);
+    case Use::strong_write:
+      return touch<Use::strong_write>(actor, begin, bytes);
+  }
+}
+
+void Shadow::take_off(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  touch<Use::write>(actor, begin, bytes);
+  each_granule(begin, bytes, [](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { g.flying |= mask; });
+}
+
+void Shadow::land(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  each_granule(begin, bytes, [&](Granule& g, uint32_t, uint16_t mask, uint32_t first, uint32_t count) {
+    g.flying &= ~mask;
+    g.written |= mask;
+    for (uint32_t c = first; c < first + count; ++c) record(actor, c, false);
+  });
+}
+
+void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
+  each_granule(begin, 8, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
+    const uint8_t half = mask & 0xff ? 1 : 2;
+    g.mbarriers &= ~half;
+    if (mask & g.flying) check_state(actor, g, number, mask, Use::write);
+    for (uint32_t c = first; c < first + count; ++c) {
+      check<Use::write>(actor, cells_[c], row(c), number, mask);
+      record(actor, c, false);
+    }
+    g.written |= mask;
+    if (alive) g.mbarriers |= half;
+  });
+}
+
+void Shadow::use_mbarrier(const Actor& actor, uint32_t begin) {
+  if (actor.agent >= kMaxWarps) async_reads_ = true;
+  Actor generic = actor;
+  generic.proxy = Proxy::generic;  // complete_tx needs no proxy fence after the init
+  each_granule(begin, 8, [&](Granule&, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
+    for (uint32_t c = first; c < first + count; ++c) {
+      check<Use::read>(generic, cells_[c], row(c), number, mask);
+      row(c)[column(actor.agent)] = actor.now;
+      cells_[c].read_line = actor.line;
+      cells_[c].reader = actor.agent;
+    }
+  });
+}
+
+// ---- What to say ----
+
+std::string Shadow::agent_at(int agent, uint32_t line) const {
+  const std::string where = line && module_ ? " at " + source_place(*module_, line) : "";
+  return agent < kMaxWarps ? "warp " + std::to_string(agent) + where : "an asynchronous operation issued" + where;
+}
+
+void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, uint16_t mask, Use use) const {
+  const uint32_t at = number * kGranule;
+  const uint16_t barriers = (g.mbarriers & 1 ? 0x00ff : 0) | (g.mbarriers & 2 ? 0xff00 : 0);
+  const std::string who = agent_at(actor.agent, 0);
+  if (const uint16_t bad = mask & barriers) {
+    const uint32_t half = at + (bad & 0xff ? 0 : 8);
+    fail(Kind::mbarrier, half, std::string(verb(use)) + " by " + who + " of the mbarrier object at " +
+                                   hexadecimal(half) + ", which mbarrier.inval has not ended");
+  }
+  if (const uint16_t bad = mask & g.flying) {
+    const uint32_t byte = __builtin_ctz(bad);
+    const Cell& cell = cells_[g.shift == 4 ? number : g.split + (byte >> g.shift)];
+    fail(Kind::in_flight, at + byte, std::string(verb(use)) + " by " + who + " of " + range(at + byte, __builtin_popcount(bad)) +
+                                         ", which " + agent_at(cell.writer, cell.write_line) + " is still writing");
+  }
+  const uint16_t bad = is_read(use) ? mask & ~g.written : 0;
+  if (bad) {
+    const uint32_t byte = __builtin_ctz(bad);
+    fail(Kind::uninitialised, at + byte, std::string(verb(use)) + " by " + who + " of " +
+                                             range(at + byte, __builtin_popcount(bad)) + ", which nothing has written");
+  }
+}
+
+void Shadow::fail_write(const Actor& actor, const Cell& cell, uint32_t number, uint16_t mask, Use use, bool seen) const {
+  const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
+  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
+  const std::string other = agent_at(cell.writer, cell.write_line);
+  if (seen) {
+    fail(Kind::race, at, what + " through the async proxy: missing fence.proxy.async after the write by " + other);
+  }
+  if (cell.writer >= kMaxWarps) {
+    fail(Kind::in_flight, at, what + ", which " + other + " writes: nothing has waited for it");
+  }
+  fail(Kind::race, at, what + " is not ordered after the write by " + other);
+}
+
+void Shadow::fail_read(const Actor& actor, const Cell& cell, const Clock* row, uint32_t number, uint16_t mask,
+                       Use use) const {
+  const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
+  const int warps = columns_ - kAsyncColumns;
+  const auto agent_of = [&](int column) { return column < warps ? column : column - warps + kMaxWarps; };
+  int late = 0;
+  while (row[late] <= actor.knowledge->seen.at[agent_of(late)]) ++late;
+  const int agent = agent_of(late);
+  const uint32_t line = agent == cell.reader ? cell.read_line : 0;  // only the last reader's is known
+  const std::string other = agent_at(agent, line);
+  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
+  if (agent >= kMaxWarps) {
+    fail(Kind::in_flight, at, what + ", which " + other + " reads: nothing has waited for it");
+  }
+  fail(Kind::race, at, what + " is not ordered after the read by " + other);
+}
+
+}  // namespace forwardpass::interpreter
