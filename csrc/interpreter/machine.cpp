@@ -282,7 +282,7 @@ void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
   const unsigned n = threads(), count = (n + kLanes - 1) / kLanes;
   favourite_ = static_cast<int>(random() % count);
   shared.assign(l.module->shared_bytes + l.dynamic_shared, 0xff);
-  shadow.reset(static_cast<int64_t>(shared.size()), kMaxAgents);
+  shadow.reset(static_cast<int64_t>(shared.size()), static_cast<int>(count), l.module);
   pending.clear();
   mbarriers.clear();
   std::fill(std::begin(barriers), std::end(barriers), NamedBarrier());
@@ -453,12 +453,9 @@ void Cta::place(Finding& f, const Warp& w) const {
 void Cta::place(Finding& f, const Code& code, uint32_t pc) const {
   const Statement& at = *code.statements[pc];
   const ptx::Module& source = launch->module->source;
-  // The outermost caller: a line of the kernel itself, where a wrapper around one instruction was inlined.
-  int location = at.location;
-  while (source.locations[location].inlined_at) location = source.locations[location].inlined_at;
-  const auto [file, line, unused] = source.locations[location];
-  if (file > 0 && file < static_cast<int>(source.files.size())) f.file = source.files[file];
-  f.line = line;
+  const ptx::Location& l = source.outermost(at.location);
+  if (l.file) f.file = source.files[l.file];
+  f.line = l.line;
   f.ptx_line = at.line;
   f.instruction = launch->module->line(at.line);
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "program.h"
+#include "shadow.h"
 
 namespace forwardpass::interpreter {
 
@@ -33,8 +34,6 @@ class Memory {
  private:
   std::vector<Interval> sorted_;
 };
-
-enum class Use : uint8_t { read, write, atomic };
 
 // Host pointers for the active lanes' accesses of `bytes` each at `address` in a state space (none: generic), after
 // bounds, alignment, race and initialisation checks.

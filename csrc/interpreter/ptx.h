@@ -100,6 +100,12 @@ struct Module {
   std::vector<Location> locations;  // [0]: none
   std::vector<Variable> variables;
   std::vector<Function> functions;
+
+  // The line of the kernel itself where what is at `location` was inlined, however deep.
+  const Location& outermost(int location) const {
+    while (locations[location].inlined_at) location = locations[location].inlined_at;
+    return locations[location];
+  }
 };
 
 struct SyntaxError {

@@ -43,9 +43,9 @@ std::string hexadecimal(uint64_t n) {
 std::string source_place(const Module& module, uint32_t ptx_line) {
   for (const auto& f : module.source.functions) {
     for (const Statement& s : f.body) {
-      if (s.line != static_cast<int>(ptx_line) || s.file <= 0 || !s.source_line) continue;
-      if (s.file >= static_cast<int>(module.source.files.size())) continue;
-      return module.source.files[s.file] + ":" + std::to_string(s.source_line);
+      if (s.line != static_cast<int>(ptx_line)) continue;
+      const ptx::Location& l = module.source.outermost(s.location);
+      if (l.file) return module.source.files[l.file] + ":" + std::to_string(l.line);
     }
   }
   return "PTX line " + std::to_string(ptx_line);
