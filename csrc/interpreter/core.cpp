@@ -158,22 +158,22 @@ void fpi_module_unload(void* module) { delete static_cast<Module*>(module); }
 const char* fpi_module_json(void* handle) {
   thread_local std::string json;
   const auto& m = *static_cast<Module*>(handle);
-  json = "{\"arch\":\"" + m.arch + "\",\"shared_bytes\":" + std::to_string(m.shared_bytes) + ",\"kernels\":{";
+  json = "{\"arch\":\"" + m.arch + "\",\"shared_bytes\":" + std::to_string(m.shared_bytes) + ",\"entries\":[";
   bool first = true;
   for (const auto& f : m.source.functions) {
     if (!f.entry) continue;
-    json += (first ? "\"" : ",\"") + f.name + "\":[";
+    json += std::string(first ? "" : ",") + "{\"name\":\"" + f.name + "\",\"parameters\":[";
     first = false;
     int64_t end = 0;
     for (size_t k = 0; k < f.parameters.size(); ++k) {
       const auto& p = f.parameters[k];
       const int64_t a = std::max(p.alignment, 1), at = (end + a - 1) / a * a;
       end = at + p.bytes;
-      json += (k ? ",[" : "[") + std::to_string(at) + "," + std::to_string(p.bytes) + "]";
+      json += (k ? ",{\"offset\":" : "{\"offset\":") + std::to_string(at) + ",\"size\":" + std::to_string(p.bytes) + "}";
     }
-    json += "]";
+    json += "]}";
   }
-  json += "}}";
+  json += "]}";
   return json.c_str();
 }
 

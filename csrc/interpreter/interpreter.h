@@ -30,7 +30,7 @@ void fpi_storage_leave(void);
 // PTX modules (Triton, tests). Null on failure. `kernel` null: the only entry.
 void* fpi_module_load(const char* ptx);
 void fpi_module_unload(void* module);
-const char* fpi_module_json(void* module);  // entries, their parameters' offsets and sizes, shared memory, registers
+const char* fpi_module_json(void* module);  // {arch, shared_bytes, entries: [{name, parameters: [{offset, size}]}]}
 int fpi_module_launch(void* module, const char* kernel, const unsigned grid[3], const unsigned block[3],
                       const unsigned cluster[3], int64_t dynamic_shared, const void* parameters, int64_t parameter_bytes,
                       int programmatic);
