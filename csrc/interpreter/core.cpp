@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "device.h"
+#include "global_shadow.h"
 #include "table.h"
 
 namespace forwardpass::interpreter {
@@ -134,7 +135,8 @@ void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int rea
 
 void fpi_storage_remove(const void* begin) {
   const std::lock_guard lock(state().mutex);
-  state().memory.remove(begin);
+  const int64_t bytes = state().memory.remove(begin);
+  global_shadow().forget(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes));
 }
 
 void fpi_storage_leave() {

@@ -3,6 +3,7 @@
 #include <optional>
 #include <thread>
 
+#include "global_shadow.h"
 #include "machine.h"
 
 namespace forwardpass::interpreter {
@@ -47,8 +48,9 @@ bool turn(Grid& grid, Resident& r) {
   try {
     if (!cta.run(kTurnOfCta)) {
       if (steps(cta) < grid.launch.options.step_limit) return false;
-      cta.warps[0].fail(Kind::deadlock, "the CTA has not ended after " + std::to_string(steps(cta)) +
-                                            " warp instructions; a loop waits for what never comes, or the limit is low");
+      cta.warps[0].fail(Kind::deadlock,
+                        "the CTA has not ended after " + std::to_string(steps(cta)) +
+                            " warp instructions; a loop waits for what never comes, or the limit is low");
     }
   } catch (Finding& f) {
     if (!f.ptx_line) {
@@ -108,6 +110,7 @@ void work(Grid& grid) {
 }  // namespace
 
 void Launch::run() {
+  const GlobalShadow::Recording recording(global_shadow(), *this);
   Grid grid(*this);
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());
   const uint64_t wanted = std::min<uint64_t>(options.threads > 0 ? options.threads : hardware, grid.total);

@@ -283,6 +283,9 @@ void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
   favourite_ = static_cast<int>(random() % count);
   shared.assign(l.module->shared_bytes + l.dynamic_shared, 0xff);
   shadow.reset(static_cast<int64_t>(shared.size()), static_cast<int>(count), l.module);
+  sync_points.reset();
+  serial = l.first_serial + static_cast<uint32_t>(number);
+  acquired = false;
   pending.clear();
   mbarriers.clear();
   std::fill(std::begin(barriers), std::end(barriers), NamedBarrier());
@@ -319,10 +322,11 @@ int Cta::async_agent(const Warp& issuer) {
   // Only what the issuer knows: an agent that is handed out again is another operation.
   mine = issuer.knowledge;
   mine.seen.at[kMaxWarps + k] = now;
+  async_line[k] = issuer.line();
   return kMaxWarps + k;
 }
 Clock Cta::async_now(int agent) const { return async[agent - kMaxWarps].seen.at[agent]; }
-Actor Cta::async_actor(int agent, Proxy p) const { return {agent, async_now(agent), &async[agent - kMaxWarps], p}; }
+Actor Cta::async_actor(int agent, Proxy p) const { return {agent, async_now(agent), &async[agent - kMaxWarps], p, async_line[agent - kMaxWarps]}; }
 
 void Cta::add(std::shared_ptr<Pending> p) { pending.push_back(std::move(p)); }
 

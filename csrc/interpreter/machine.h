@@ -85,6 +85,7 @@ struct alignas(64) Warp {
   uint64_t steps = 0;           // warp instructions so far
   uint64_t blocked_at = ~uint64_t{0};  // Cta::events when it last found itself blocked
   Knowledge knowledge;
+  RegionCache regions;
   uint64_t random_state = 0;
   std::vector<std::unique_ptr<Frame>> frames;  // alive
   std::vector<uint8_t> local[kLanes];          // .local memory, grown by the frames that need it
@@ -115,7 +116,8 @@ struct alignas(64) Warp {
   void return_values(Mask lanes);              // from the running frame's .param space to the caller's
   void branch(Mask taken, uint32_t target);    // lanes of the running strand that jump; the others fall through
 
-  Actor actor(Proxy p = Proxy::generic) const { return {id, knowledge.seen.at[id], &knowledge, p}; }
+  Actor actor(Proxy p = Proxy::generic) const { return {id, knowledge.seen.at[id], &knowledge, p, line()}; }
+  uint32_t line() const { return frame->code->statements[strands[running].pc]->line; }
   void release() { ++knowledge.seen.at[id]; }  // after giving away what it knows
   uint32_t random();                            // seeded, one stream per warp
 
@@ -130,11 +132,15 @@ struct Cta {
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;  // static, then dynamic
   Shadow shadow;
+  SyncPoints sync_points;
+  uint32_t serial = 0;          // of all CTAs of all launches
+  bool acquired = false;        // a strong access to global memory or a fence might order it after other CTAs
   int next_async = 0;
   uint64_t events = 1;          // grows whenever something happened that a blocked warp may wait for
   std::vector<std::shared_ptr<Pending>> pending;
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
   Knowledge async[kAsyncAgents];  // what the operations under way know; agent kMaxWarps + i
+  uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   int live_warps = 0;
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);
@@ -192,6 +198,7 @@ struct Launch {
   struct Counters {
     std::atomic<uint64_t> launches{0}, warp_instructions{0}, matrix_ns{0}, matrix_macs{0};
   }* counters = nullptr;
+  uint32_t first_serial = 0, concurrent_serial = 0;  // of its own CTAs, and of those that may still be running
   int resident = 1;                    // CTAs that the device holds at once: they may wait for each other
 
   // Runs the grid on Options::threads threads, CTAs in order, as many resident as the device holds where they wait for

@@ -1,7 +1,9 @@
 #pragma once
 // Address spaces. Global memory is host memory; shared and local memory have windows of their own in generic addresses,
-// where no host pointer can lie (above 2^56).
+// where no host pointer can lie (above 2^56). Addresses within .shared, .local and .param are offsets.
+#include <atomic>
 #include <cstdint>
+#include <map>
 #include <shared_mutex>
 #include <string>
 #include <vector>
@@ -17,26 +19,60 @@ constexpr uint64_t kSharedWindow = uint64_t{1} << 56, kLocalWindow = uint64_t{1}
 constexpr uint64_t kWindowMask = kSharedWindow | kLocalWindow;
 
 // Which host memory kernels may touch. A pointer outside every interval is a finding; with no interval registered at
-// all there is nothing to compare with, and that is an error too.
+// all there is nothing to compare with, and that is an error too. Intervals may nest and overlap: what overlaps is one
+// region, read-only if all of it is. Kernels add and remove too (device malloc), while others look up.
 class Memory {
  public:
-  struct Interval {
-    uint64_t begin, end;
-    bool read_only;
-    std::string name;  // "argument x", "cudaMalloc", "__device__ table"
+  // A range that is known to be covered by one region, of a version of the whole.
+  struct Region {
+    uint64_t begin = 0, end = 0;
+    bool read_only = false;
+    bool covers(uint64_t address, uint64_t bytes) const {
+      return address >= begin && address < end && bytes <= end - address;
+    }
   };
   void add(const void* begin, int64_t bytes, std::string name, bool read_only = false);
-  void remove(const void* begin);
-  // The interval that has [address, address + bytes), or null. `hint` is a cache of the caller's, initially 0.
-  const Interval* find(uint64_t address, uint64_t bytes, size_t& hint) const;
+  int64_t remove(const void* begin);  // the last one added there; its bytes
+  bool find(uint64_t address, uint64_t bytes, Region*) const;
+  uint64_t version() const { return version_.load(std::memory_order_acquire); }
   std::string describe(uint64_t address) const;  // "12 bytes past the end of argument q (4096 bytes)"
 
  private:
-  std::vector<Interval> sorted_;
+  struct Interval {
+    uint64_t end;
+    bool read_only;
+    std::string name;  // "argument x", "cudaMalloc", "__device__ table"
+  };
+  void merge(uint64_t begin, uint64_t end);
+  mutable std::shared_mutex mutex_;
+  std::multimap<uint64_t, Interval> intervals_;  // as added, by begin
+  std::vector<Region> regions_;                  // sorted, apart from each other
+  std::atomic<uint64_t> version_{1};
 };
 
-// Host pointers for the active lanes' accesses of `bytes` each at `address` in a state space (none: generic), after
-// bounds, alignment, race and initialisation checks.
+// The regions that a warp touched last. Without it every access would take Memory's lock.
+struct RegionCache {
+  static constexpr int kEntries = 4;  // as many arguments as an inner loop touches
+  Memory::Region regions[kEntries];
+  uint64_t version = 0;
+  int next = 0;
+};
+
+// What strong accesses carry from warp to warp of a CTA. Each is taken to acquire and release whatever its semantics,
+// so that no order a program may rely on is missed; the price is that some races behind atomics go unnoticed. Knowledge
+// is kept by 128-byte line of the address; lines that share a slot hide a race more.
+class SyncPoints {
+ public:
+  void reset() { slots_.clear(); }
+  void meet(Knowledge&, uint64_t line);
+
+ private:
+  static constexpr size_t kSlots = 64;
+  std::vector<Knowledge> slots_;
+};
+
+// Host pointers for the active lanes' accesses of `bytes` each (a power of two) at `address` in a state space (none:
+// generic), after bounds, alignment, race and initialisation checks.
 void access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes, Use, Mask, uint8_t* host[kLanes]);
 // One global range, for bulk copies.
 uint8_t* access_global(Warp&, uint64_t address, uint64_t bytes, Use, int lane);

@@ -43,9 +43,10 @@ std::string hexadecimal(uint64_t n) {
 std::string source_place(const Module& module, uint32_t ptx_line) {
   for (const auto& f : module.source.functions) {
     for (const Statement& s : f.body) {
-      if (s.line != static_cast<int>(ptx_line)) continue;
       const ptx::Location& l = module.source.outermost(s.location);
-      if (l.file) return module.source.files[l.file] + ":" + std::to_string(l.line);
+      if (s.line == static_cast<int>(ptx_line) && l.file) {
+        return module.source.files[l.file] + ":" + std::to_string(l.line);
+      }
     }
   }
   return "PTX line " + std::to_string(ptx_line);
@@ -123,16 +124,15 @@ inline bool Shadow::reads_known(const Clock* row, const VectorClock& seen) const
 }
 
 inline void Shadow::forget_reads(Clock* row) const {
-  const auto clear = [](Clock* at) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256());
-  };
+  const auto clear = [](Clock* at) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256()); };
   const int end = async_reads_ ? columns_ : columns_ - kAsyncColumns;
   clear(row);
   for (int block = 8; block < end; block += 8) clear(row + block);
 }
 
 template <Use use>
-inline void Shadow::check(const Actor& actor, const Cell& cell, const Clock* row, uint32_t number, uint16_t mask) const {
+inline void Shadow::check(const Actor& actor, const Cell& cell, const Clock* row, uint32_t number,
+                          uint16_t mask) const {
   const Knowledge& k = *actor.knowledge;
   const bool seen = cell.clock <= k.seen.at[cell.writer] || (is_strong(use) && cell.strong);
   const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.at[cell.writer];
@@ -250,24 +250,28 @@ void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, 
   const std::string who = agent_at(actor.agent, 0);
   if (const uint16_t bad = mask & barriers) {
     const uint32_t half = at + (bad & 0xff ? 0 : 8);
-    fail(Kind::mbarrier, half, std::string(verb(use)) + " by " + who + " of the mbarrier object at " +
-                                   hexadecimal(half) + ", which mbarrier.inval has not ended");
+    fail(Kind::mbarrier, half,
+         std::string(verb(use)) + " by " + who + " of the mbarrier object at " + hexadecimal(half) +
+             ", which mbarrier.inval has not ended");
   }
   if (const uint16_t bad = mask & g.flying) {
     const uint32_t byte = __builtin_ctz(bad);
     const Cell& cell = cells_[g.shift == 4 ? number : g.split + (byte >> g.shift)];
-    fail(Kind::in_flight, at + byte, std::string(verb(use)) + " by " + who + " of " + range(at + byte, __builtin_popcount(bad)) +
-                                         ", which " + agent_at(cell.writer, cell.write_line) + " is still writing");
+    fail(Kind::in_flight, at + byte,
+         std::string(verb(use)) + " by " + who + " of " + range(at + byte, __builtin_popcount(bad)) + ", which " +
+             agent_at(cell.writer, cell.write_line) + " is still writing");
   }
   const uint16_t bad = is_read(use) ? mask & ~g.written : 0;
   if (bad) {
     const uint32_t byte = __builtin_ctz(bad);
-    fail(Kind::uninitialised, at + byte, std::string(verb(use)) + " by " + who + " of " +
-                                             range(at + byte, __builtin_popcount(bad)) + ", which nothing has written");
+    fail(Kind::uninitialised, at + byte,
+         std::string(verb(use)) + " by " + who + " of " + range(at + byte, __builtin_popcount(bad)) +
+             ", which nothing has written");
   }
 }
 
-void Shadow::fail_write(const Actor& actor, const Cell& cell, uint32_t number, uint16_t mask, Use use, bool seen) const {
+void Shadow::fail_write(const Actor& actor, const Cell& cell, uint32_t number, uint16_t mask, Use use,
+                        bool seen) const {
   const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
   const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
   const std::string other = agent_at(cell.writer, cell.write_line);

@@ -1,13 +1,14 @@
 #pragma once
-// What is known of every byte of a CTA's shared memory: written or not, under way or not, who wrote and who read it last.
+// What is known of every byte of a CTA's shared memory: written or not, under way or not, who wrote and who read it
+// last.
 //
 // State is kept per granule of 16 bytes, whole accesses of which are the rule; one that is touched in parts splits into
 // smaller cells, down to bytes if need be, so that neighbours never raise a false alarm. A cell holds the epoch of its
 // last write and, in a row of its own, the clock of every agent's last read. A write is ordered after the reads before
 // it, so it starts the row anew.
 //
-// Clocks only ever grow, from one CTA of a thread to the next: what a former CTA left behind lies below base() and so in
-// everybody's past, and nothing but the masks needs clearing.
+// Clocks only ever grow, from one CTA of a thread to the next: what a former CTA left behind lies below base() and so
+// in everybody's past, and nothing but the masks needs clearing.
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -98,11 +99,11 @@ class Shadow {
 
   static constexpr int kAsyncColumns = 16;
   std::vector<Granule> granules_;
-  std::vector<Cell> cells_;    // one for every granule, then those of split ones
-  std::vector<Clock> reads_;   // [cell][columns_]: warps, a multiple of 8, then the asynchronous agents
-  uint32_t used_ = 0;          // of cells_, which never shrinks
+  std::vector<Cell> cells_;   // one for every granule, then those of split ones
+  std::vector<Clock> reads_;  // [cell][columns_]: warps, a multiple of 8, then the asynchronous agents
+  uint32_t used_ = 0;         // of cells_, which never shrinks
   int columns_ = 8 + kAsyncColumns;
-  bool async_reads_ = false;   // some in this CTA: otherwise their columns are not looked at
+  bool async_reads_ = false;  // some in this CTA: otherwise their columns are not looked at
   const Module* module_ = nullptr;
   Clock base_ = 1;
 };

@@ -1,0 +1,184 @@
+#include "global_shadow.h"
+
+#include <sys/mman.h>
+
+#include <new>
+
+#include "machine.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+constexpr uint64_t kWord = 4, kPageBytes = 1 << 16;
+constexpr size_t kPast = 64;
+constexpr int64_t kManyPages = 4096;  // half a gigabyte of cells
+
+void* zeros(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return p;
+}
+
+}  // namespace
+
+// Both come from zeros(): no constructor runs, and what nobody touches takes no memory.
+struct GlobalShadow::Page {
+  std::atomic<Cell> cells[kPageBytes / kWord];
+};
+struct GlobalShadow::Leaf {
+  std::atomic<Page*> pages[size_t{1} << kLeafBits];
+};
+
+GlobalShadow& global_shadow() {
+  static GlobalShadow shadow;
+  return shadow;
+}
+
+GlobalShadow::Page* GlobalShadow::page(uint64_t address, bool make) {
+  const auto get = [&](auto& slot, auto* type) {
+    auto* found = slot.load(std::memory_order_acquire);
+    if (found || !make) return found;
+    auto* made = static_cast<decltype(type)>(zeros(sizeof *type));
+    if (slot.compare_exchange_strong(found, made, std::memory_order_acq_rel)) {
+      pages_ += std::is_same_v<decltype(made), Page*>;
+      return made;
+    }
+    munmap(made, sizeof *type);  // another thread was first
+    return found;
+  };
+  Leaf* leaf = get(leaves_[(address >> (kPageBits + kLeafBits)) % std::size(leaves_)], static_cast<Leaf*>(nullptr));
+  return leaf ? get(leaf->pages[(address >> kPageBits) % std::size(leaf->pages)], static_cast<Page*>(nullptr))
+              : nullptr;
+}
+
+GlobalShadow::Recording::Recording(GlobalShadow& shadow, Launch& l) : shadow_(shadow) {
+  const std::lock_guard lock(shadow.mutex_);
+  const uint64_t ctas = l.grid_size();
+  // An ordinary launch comes after everything before it.
+  const bool alone = !l.programmatic && !shadow.running_;
+  if (alone && (shadow.pages_ > kManyPages || shadow.next_serial_ + ctas > UINT32_MAX)) shadow.forget_everything();
+  auto& past = shadow.past_;
+  l.first_serial = l.concurrent_serial = shadow.next_serial_;
+  for (auto p = past.rbegin(); p != past.rend() && p->number >= l.first_concurrent; ++p) l.concurrent_serial = p->first;
+  past.push_back({l.number, l.first_serial, l.code->name});
+  if (past.size() > kPast) past.pop_front();
+  shadow.next_serial_ += static_cast<uint32_t>(ctas);
+  ++shadow.running_;
+}
+
+GlobalShadow::Recording::~Recording() {
+  const std::lock_guard lock(shadow_.mutex_);
+  --shadow_.running_;
+}
+
+void GlobalShadow::access(const Warp& w, uint64_t begin, uint64_t bytes, Use use) {
+  is_write(use) ? scan<true>(w, begin, bytes, use) : scan<false>(w, begin, bytes, use);
+}
+
+template <bool kWrite>
+void GlobalShadow::scan(const Warp& w, uint64_t begin, uint64_t bytes, Use use) {
+  const Cta& cta = *w.cta;
+  const Launch& l = *cta.launch;
+  const bool waited = w.knowledge.seen.at[kGridAgent] != 0;
+  const Cell oldest = Cell{waited ? l.first_serial : l.concurrent_serial} << kSerial;
+  const Cell me = Cell{cta.serial} << kSerial | static_cast<Cell>(w.id) << kWarp;
+  const Cell clock = w.knowledge.seen.at[w.id] - cta.shadow.base();
+  // Beyond its field a clock cannot be compared: such a writer leaves no trace.
+  const Cell mine = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
+  const uint64_t end = begin + bytes;
+  for (uint64_t at = begin; at < end;) {
+    const uint64_t page_end = std::min(end, (at | (kPageBytes - 1)) + 1);
+    Page* p = page(at, kWrite);
+    if (!p) {
+      at = page_end;
+      continue;
+    }
+    const auto touch = [&](Cell mask) {
+      std::atomic<Cell>& cell = p->cells[at % kPageBytes / kWord];
+      const Cell found = cell.load(std::memory_order_relaxed);
+      if (found >= oldest && (found & mask) && (found & kOwner) != me) check(w, found, at, mask, use);
+      if (kWrite) {
+        const bool same = (found ^ mine) >> kClock == 0;
+        cell.store(mine ? mine | mask | (same ? found & kAll : 0) : 0, std::memory_order_relaxed);
+      }
+    };
+    if (const uint64_t into = at % kWord) {
+      const uint64_t next = std::min(page_end, at - into + kWord);
+      touch((kAll << into) & (kAll >> (kWord - into - (next - at))));
+      at = next;
+    }
+    for (; at + kWord <= page_end; at += kWord) touch(kAll);
+    if (at < page_end) {
+      touch(kAll >> (kWord - (page_end - at)));
+      at = page_end;
+    }
+  }
+}
+
+void GlobalShadow::check(const Warp& w, Cell found, uint64_t address, Cell mask, Use use) const {
+  const Cta& cta = *w.cta;
+  const Launch& l = *cta.launch;
+  const auto serial = static_cast<uint32_t>(found >> kSerial);
+  const uint64_t number = serial - l.first_serial;  // of the block, if it is one of this launch
+  const uint64_t byte = address / kWord * kWord + __builtin_ctzll(found & mask);
+  const auto fail = [&](const std::string& why) {
+    const char* what = use == Use::atomic ? "atomic on " : is_write(use) ? "write to " : "read of ";
+    w.fail_at(Kind::race, what + l.memory->describe(byte) + ", which " + why, -1, byte);
+  };
+  const auto block = [&] {
+    const uint64_t x = l.grid[0], y = l.grid[1];
+    return "block (" + std::to_string(number % x) + ", " + std::to_string(number / x % y) + ", " +
+           std::to_string(number / x / y) + ") of this launch wrote: ";
+  };
+  if (serial < l.first_serial) {
+    std::string kernel = "an earlier kernel";
+    {
+      const std::lock_guard lock(mutex_);
+      for (const Past& p : past_)
+        if (p.first <= serial) kernel = "kernel " + p.name;
+    }
+    fail(kernel + " wrote, launched before this programmatic dependent launch: missing griddepcontrol.wait");
+  }
+  if (number >= l.grid_size()) return;  // another host thread launches at the same time
+  if (use == Use::constant) fail(block() + ".nc is for data that does not change while the kernel runs");
+  if (is_strong(use) && (found >> kStrong & 1)) return;
+  if (serial != cta.serial) {
+    if (!cta.acquired) fail(block() + "nothing orders the two");
+    return;
+  }
+  const int warp = static_cast<int>(found >> kWarp & (kMaxWarps - 1));
+  const Clock at = static_cast<Clock>(found >> kClock & (kClockLimit - 1)) + cta.shadow.base();
+  if (at > w.knowledge.seen.at[warp])
+    fail("warp " + std::to_string(warp) + " of this block wrote: nothing orders the two");
+}
+
+void GlobalShadow::forget(uint64_t begin, uint64_t bytes) {
+  const uint64_t end = begin + bytes;
+  for (uint64_t at = begin; at < end;) {
+    const uint64_t page_end = std::min(end, (at | (kPageBytes - 1)) + 1);
+    if (Page* p = page(at, false)) {
+      if (page_end - at == kPageBytes) {
+        madvise(p, sizeof *p, MADV_DONTNEED);  // zeros again, and their memory is free
+      } else {
+        for (uint64_t word = at / kWord; word * kWord < page_end; ++word) {
+          p->cells[word % std::size(p->cells)].store(0, std::memory_order_relaxed);
+        }
+      }
+    }
+    at = page_end;
+  }
+}
+
+void GlobalShadow::forget_everything() {
+  for (auto& slot : leaves_) {
+    Leaf* leaf = slot.load(std::memory_order_acquire);
+    if (!leaf) continue;
+    for (auto& p : leaf->pages)
+      if (Page* found = p.exchange(nullptr)) munmap(found, sizeof *found);
+  }
+  pages_ = 0;
+  past_.clear();
+  next_serial_ = 1;
+}
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,71 @@
+#pragma once
+// Who wrote global memory last, byte by byte, across CTAs and launches: one for the process.
+//
+// A cell per word of 4 bytes names the last writer and which of the bytes it wrote. Another writer of other bytes of
+// the word takes the cell over: what it forgets is never a false alarm. Cells are one atomic of 64 bits each, as CTAs
+// run on several threads, and lie in pages that the first write makes.
+//
+// Found: what a CTA reads or writes after another warp or another CTA of the launch wrote it, with nothing in between
+// (RAW, WAW), and what a programmatic dependent launch touches before its griddepcontrol.wait. Not found: writes after
+// reads, as reads leave no trace; and races between CTAs once the CTA has performed any strong access or fence, which
+// might be the one that orders them.
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <string>
+
+#include "shadow.h"
+
+namespace forwardpass::interpreter {
+
+struct Launch;
+struct Warp;
+
+class GlobalShadow {
+ public:
+  // For as long as a launch runs. Numbers its CTAs through all launches: sets first_serial and concurrent_serial.
+  class Recording {
+   public:
+    Recording(GlobalShadow&, Launch&);
+    ~Recording();
+    Recording(const Recording&) = delete;
+
+   private:
+    GlobalShadow& shadow_;
+  };
+  void access(const Warp&, uint64_t begin, uint64_t bytes, Use);
+  void forget(uint64_t begin, uint64_t bytes);
+
+ private:
+  struct Page;
+  struct Leaf;
+  // Of a cell: serial of the CTA 32 | strong 1 | warp 5 | clock since the CTA began 22 | bytes written 4.
+  using Cell = uint64_t;
+  static constexpr int kSerial = 32, kStrong = 31, kWarp = 26, kClock = 4;
+  static constexpr Cell kClockLimit = Cell{1} << (kWarp - kClock), kAll = 15;
+  static constexpr Cell kOwner = ~Cell{0} << kSerial | Cell{kMaxWarps - 1} << kWarp;
+
+  Page* page(uint64_t address, bool make);
+  void forget_everything();
+  void check(const Warp&, Cell found, uint64_t address, Cell mask, Use) const;
+  template <bool kWrite>
+  void scan(const Warp&, uint64_t begin, uint64_t bytes, Use);
+
+  static constexpr int kPageBits = 16, kLeafBits = 16;  // of 48-bit addresses
+  std::atomic<Leaf*> leaves_[size_t{1} << (48 - kPageBits - kLeafBits)] = {};
+  std::atomic<int64_t> pages_{0};
+  mutable std::mutex mutex_;  // of what follows
+  int running_ = 0;           // launches
+  uint32_t next_serial_ = 1;
+  struct Past {
+    uint64_t number;
+    uint32_t first;
+    std::string name;
+  };
+  std::deque<Past> past_;  // launches, the newest last
+};
+
+GlobalShadow& global_shadow();
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,300 @@
+#include "memory.h"
+
+#include <algorithm>
+#include <mutex>
+
+#include "global_shadow.h"
+#include "machine.h"
+
+namespace forwardpass::interpreter {
+
+// ---- Memory ----
+
+void Memory::add(const void* pointer, int64_t bytes, std::string name, bool read_only) {
+  if (bytes <= 0) return;
+  const std::unique_lock lock(mutex_);
+  const auto begin = reinterpret_cast<uint64_t>(pointer), end = begin + static_cast<uint64_t>(bytes);
+  intervals_.insert({begin, {end, read_only, std::move(name)}});
+  merge(begin, end);
+}
+
+int64_t Memory::remove(const void* pointer) {
+  const std::unique_lock lock(mutex_);
+  const auto begin = reinterpret_cast<uint64_t>(pointer);
+  auto last = intervals_.upper_bound(begin);
+  if (last == intervals_.begin() || (--last)->first != begin) return 0;
+  const uint64_t end = last->second.end;
+  intervals_.erase(last);
+  merge(begin, end);
+  return static_cast<int64_t>(end - begin);
+}
+
+// Makes the regions anew that [begin, end) overlaps, from the intervals that they consist of.
+void Memory::merge(uint64_t begin, uint64_t end) {
+  const auto low = std::partition_point(regions_.begin(), regions_.end(), [&](auto& r) { return r.end <= begin; });
+  const auto high = std::partition_point(low, regions_.end(), [&](auto& r) { return r.begin < end; });
+  if (low != high) {
+    begin = std::min(begin, low->begin);
+    end = std::max(end, (high - 1)->end);
+  }
+  std::vector<Region> made;
+  for (auto i = intervals_.lower_bound(begin); i != intervals_.end() && i->first < end; ++i) {
+    if (!made.empty() && i->first < made.back().end) {
+      made.back().end = std::max(made.back().end, i->second.end);
+      made.back().read_only &= i->second.read_only;
+    } else {
+      made.push_back({i->first, i->second.end, i->second.read_only});
+    }
+  }
+  regions_.insert(regions_.erase(low, high), made.begin(), made.end());
+  version_.fetch_add(1, std::memory_order_release);
+}
+
+bool Memory::find(uint64_t address, uint64_t bytes, Region* region) const {
+  const std::shared_lock lock(mutex_);
+  const auto r = std::partition_point(regions_.begin(), regions_.end(), [&](auto& r) { return r.end <= address; });
+  if (r == regions_.end() || !r->covers(address, bytes)) return false;
+  *region = *r;
+  return true;
+}
+
+std::string Memory::describe(uint64_t address) const {
+  const std::shared_lock lock(mutex_);
+  if (intervals_.empty()) return hexadecimal(address) + " (no storage is registered)";
+  uint64_t nearest = ~uint64_t{0};
+  std::string words;
+  for (const auto& [begin, i] : intervals_) {
+    const bool past = address >= i.end;
+    const uint64_t distance = past ? address - i.end + 1 : address < begin ? begin - address : 0;
+    if (distance >= nearest) continue;
+    nearest = distance;
+    const std::string of = i.name + " (" + std::to_string(i.end - begin) + " bytes)";
+    words = !distance ? "byte " + std::to_string(address - begin) + " of " + of
+            : past    ? std::to_string(address - i.end) + " bytes past the end of " + of
+                      : std::to_string(distance) + " bytes before " + of;
+  }
+  if (nearest > uint64_t{1} << 32) return hexadecimal(address) + ", far from everything registered";
+  return words;
+}
+
+void SyncPoints::meet(Knowledge& mine, uint64_t line) {
+  if (slots_.empty()) slots_.resize(kSlots);
+  Knowledge& slot = slots_[(line * 0x9e3779b97f4a7c15u) >> 58];
+  mine.join(slot);
+  slot = mine;
+}
+
+namespace {
+
+const char* name_of(Use use) { return use == Use::atomic ? "atomic" : is_write(use) ? "write" : "read"; }
+
+// ---- Global memory ----
+
+// What is global memory besides the registered storage: the module's variables, and the launch's parameters.
+bool find_own(const Launch& l, uint64_t address, uint64_t bytes, Memory::Region* region) {
+  const auto within = [&](const uint8_t* begin, uint64_t size, bool read_only) {
+    const auto at = reinterpret_cast<uint64_t>(begin);
+    *region = {at, at + size, read_only};
+    return region->covers(address, bytes);
+  };
+  if (within(l.parameters.data(), l.parameters.size(), true)) return true;
+  for (const auto& [name, g] : l.module->globals)
+    if (within(g.address, g.bytes, g.constant)) return true;
+  return false;
+}
+
+const Memory::Region& global_region(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
+  RegionCache& cache = w.regions;
+  const Launch& l = *w.cta->launch;
+  if (const uint64_t version = l.memory->version(); cache.version != version) {
+    cache = RegionCache();
+    cache.version = version;
+  }
+  for (const auto& r : cache.regions)
+    if (r.covers(address, bytes)) return r;
+  Memory::Region& r = cache.regions[cache.next++ % RegionCache::kEntries];
+  if (l.memory->find(address, bytes, &r) || find_own(l, address, bytes, &r)) return r;
+  const uint64_t last = address + bytes - 1;
+  const bool inside = l.memory->find(address, 1, &r) || find_own(l, address, 1, &r);
+  r = Memory::Region();
+  w.fail_at(Kind::out_of_bounds,
+            std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) + ": " +
+                l.memory->describe(inside ? last : address),
+            lane, address);
+}
+
+void check_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
+  const Memory::Region& r = global_region(w, address, bytes, use, lane);
+  if (is_write(use) && __builtin_expect(r.read_only, 0)) {
+    w.fail_at(Kind::illegal,
+              std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) +
+                  ", which is read-only: " + w.cta->launch->memory->describe(address),
+              lane, address);
+  }
+  if (w.cta->launch->options.checks) global_shadow().access(w, address, bytes, use);
+}
+
+// ---- All spaces ----
+
+// f(begin, bytes, a lane) for the ranges that neighbouring lanes make together.
+template <class F>
+inline void each_range(const uint64_t a[kLanes], int bytes, F f) {
+  uint64_t apart = 0;
+  for (int l = 0; l < kLanes; ++l) apart |= a[l] ^ (a[0] + static_cast<uint32_t>(l * bytes));
+  if (!apart) return f(a[0], static_cast<uint64_t>(bytes) * kLanes, 0);
+  uint64_t begin = a[0], end = begin + bytes;
+  int first = 0;
+  for (int l = 1; l < kLanes; ++l) {
+    if (a[l] == end) {
+      end += bytes;
+    } else if (a[l] < begin || a[l] + bytes > end) {
+      f(begin, end - begin, first);
+      begin = a[l];
+      end = begin + bytes;
+      first = l;
+    }
+  }
+  f(begin, end - begin, first);
+}
+
+[[noreturn]] void fail_bounds(const Warp& w, const char* space, uint64_t size, uint64_t address, int bytes, Use use,
+                              int lane) {
+  w.fail_at(Kind::out_of_bounds,
+            std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + space + " " +
+                hexadecimal(address) + ", of which there are " + std::to_string(size) + " bytes",
+            lane, address);
+}
+
+void access_shared(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_t* host[kLanes]) {
+  Cta& cta = *w.cta;
+  const bool checks = cta.launch->options.checks;
+  const Actor actor = w.actor();
+  each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) {
+    if (begin > cta.shared.size() || size > cta.shared.size() - begin) {
+      for (int l = lane; l < kLanes; ++l) {
+        if (a[l] > cta.shared.size() || bytes > static_cast<int64_t>(cta.shared.size() - a[l])) {
+          fail_bounds(w, "shared", cta.shared.size(), a[l], bytes, use, l);
+        }
+      }
+    }
+    if (checks) cta.shadow.access(actor, static_cast<uint32_t>(begin), static_cast<uint32_t>(size), use);
+  });
+  for (int l = 0; l < kLanes; ++l) host[l] = cta.shared.data() + a[l];
+}
+
+void access_local(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    const uint64_t size = w.local[l].size();
+    if (a[l] > size || static_cast<uint64_t>(bytes) > size - a[l]) fail_bounds(w, "local", size, a[l], bytes, use, l);
+    host[l] = w.local[l].data() + a[l];
+  }
+}
+
+// An entry's own parameters are the launch's, the rest of the space is the frame's.
+void access_param(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
+  const Code& code = *w.frame->code;
+  const auto& launched = w.cta->launch->parameters;
+  const uint64_t own = w.frame->caller ? 0 : code.own_param_bytes, size = std::max<uint64_t>(own, code.param_bytes);
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    if (a[l] > size || static_cast<uint64_t>(bytes) > size - a[l]) fail_bounds(w, "param", size, a[l], bytes, use, l);
+    host[l] = a[l] < own ? const_cast<uint8_t*>(launched.data()) + a[l]
+                         : w.frame->parameters.get() + l * code.param_bytes + a[l];
+    if (a[l] < own && is_write(use)) w.fail_at(Kind::illegal, "a kernel's parameters are read-only", l, a[l]);
+  }
+}
+
+void access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_t* host[kLanes]) {
+  each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) { check_global(w, begin, size, use, lane); });
+  for (int l = 0; l < kLanes; ++l) host[l] = reinterpret_cast<uint8_t*>(a[l]);
+}
+
+// What strong accesses to shared and global memory teach: before the access, as a release must not cover it.
+void synchronise(Warp& w, ptx::Space space, const uint64_t a[kLanes]) {
+  uint64_t last = ~uint64_t{0};
+  for (int l = 0; l < kLanes; ++l) {
+    const uint64_t line = a[l] >> 7 | (space == ptx::Space::shared ? uint64_t{1} << 60 : 0);
+    if (line != last) w.cta->sync_points.meet(w.knowledge, line);
+    last = line;
+  }
+  if (space != ptx::Space::shared) w.cta->acquired = true;
+}
+
+}  // namespace
+
+void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes, Use use, Mask mask,
+            uint8_t* host[kLanes]) {
+  using ptx::Space;
+  // Lanes that do not take part repeat the first that does.
+  uint64_t a[kLanes];
+  const uint64_t* lanes = address;
+  if (mask != kAllLanes) {
+    const uint64_t first = address[__builtin_ctz(mask)];
+    for (int l = 0; l < kLanes; ++l) a[l] = mask >> l & 1 ? address[l] : first;
+    lanes = a;
+  }
+  uint64_t ones = 0;
+  for (int l = 0; l < kLanes; ++l) ones |= lanes[l];
+  if (__builtin_expect(ones & (bytes - 1), 0)) {
+    for (Mask rest = mask; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      if (!(address[l] & (bytes - 1))) continue;
+      w.fail_at(Kind::misaligned,
+                std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address[l]) +
+                    " must be aligned to " + std::to_string(bytes),
+                l, address[l]);
+    }
+  }
+  if (space == Space::none) {
+    space = Space::global;
+    if (ones & kWindowMask) {
+      const uint64_t window = lanes[__builtin_ctz(mask)] & kWindowMask;
+      Mask here = 0;
+      for (int l = 0; l < kLanes; ++l) here |= Mask{(lanes[l] & kWindowMask) == window} << l;
+      if (here != kAllLanes) {  // lanes in different spaces
+        uint8_t* others[kLanes];
+        access(w, Space::none, address, bytes, use, mask & here, host);
+        access(w, Space::none, address, bytes, use, mask & ~here, others);
+        for (int l = 0; l < kLanes; ++l)
+          if (!(here >> l & 1)) host[l] = others[l];
+        return;
+      }
+      if (window != kWindowMask) {
+        space = window == kSharedWindow ? Space::shared : Space::local;
+        for (int l = 0; l < kLanes; ++l) a[l] = lanes[l] - window;
+        lanes = a;
+      }
+    }
+  }
+  if (space == Space::local) return access_local(w, lanes, bytes, use, mask, host);
+  if (space == Space::param) return access_param(w, lanes, bytes, use, mask, host);
+  if (is_strong(use)) synchronise(w, space, lanes);
+  try {
+    if (space == Space::shared) {
+      access_shared(w, lanes, bytes, use, host);
+    } else {
+      access_global(w, lanes, bytes, use, host);
+    }
+  } catch (Finding& f) {  // of a range: whose lane is it?
+    for (int l = kLanes - 1; l >= 0; --l)
+      if ((mask >> l & 1) && lanes[l] <= f.address && f.address < lanes[l] + bytes) f.lane = l;
+    throw;
+  }
+  if (is_strong(use)) w.release();
+}
+
+uint8_t* access_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
+  check_global(w, address, bytes, use, lane);
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+uint8_t* shared_range(Warp& w, uint64_t address, uint64_t bytes, int lane) {
+  const auto& shared = w.cta->shared;
+  if (address > shared.size() || bytes > shared.size() - address) {
+    fail_bounds(w, "shared", shared.size(), address, static_cast<int>(bytes), Use::read, lane);
+  }
+  return w.cta->shared.data() + address;
+}
+
+}  // namespace forwardpass::interpreter
