@@ -1,0 +1,211 @@
+#pragma once
+// The floating point formats of PTX below fp32 and their roundings (ISA 5.2.2, 9.7.9.22), and the C++ type of every
+// type.
+//
+// encode() and decode() have no branches, so that loops over them vectorise; both are exact for every input and mode.
+#include <cfenv>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "ptx.h"
+
+namespace forwardpass::interpreter {
+
+// rna: nearest, ties away from zero. rm and rp: towards minus and plus infinity.
+enum class Rounding : uint8_t { rn, rna, rz, rm, rp };
+
+// Sign, E bits of exponent, M of mantissa. IEEE formats have infinities; the others give up one code for NaN (e4m3).
+template <int E, int M, bool Ieee>
+struct Layout {
+  static constexpr int kExponent = E, kMantissa = M, kBias = (1 << (E - 1)) - 1;
+  static constexpr bool kIeee = Ieee;
+  static constexpr uint32_t kNan = (1u << (E + M)) - 1, kSign = 1u << (E + M);
+  static constexpr uint32_t kOverflow = Ieee ? ((1u << E) - 1) << M : kNan;  // infinity, if there is one
+  static constexpr uint32_t kLargest = kOverflow - 1;
+};
+using F16 = Layout<5, 10, true>;
+using Bf16 = Layout<8, 7, true>;
+using Tf32 = Layout<8, 10, true>;  // in the upper 19 bits of a 32-bit register
+using E4m3 = Layout<4, 3, false>;
+using E5m2 = Layout<5, 2, true>;
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
+constexpr uint32_t kNanF32 = 0x7fffffff;  // what fp32 instructions return for NaN
+
+template <class S>
+using Bits = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+
+// The code of x, a float or a double. saturate (.satfinite): beyond the largest number, infinity included, is that
+// number.
+template <class F, class S>
+inline uint32_t encode(S x, Rounding mode = Rounding::rn, bool saturate = false, bool relu = false) {
+  using U = Bits<S>;
+  constexpr int kMantissa = std::numeric_limits<S>::digits - 1, kWidth = sizeof(U) * 8;
+  constexpr int kDrop = kMantissa - F::kMantissa;
+  constexpr int kLeast = std::numeric_limits<S>::max_exponent - F::kBias;  // exponent field of the least normal number
+  constexpr U kImplicit = U{1} << kMantissa, kInfinity = ((U{1} << (kWidth - 1 - kMantissa)) - 1) << kMantissa;
+
+  const U bits = bit_cast<U>(x), magnitude = bits & ~(U{1} << (kWidth - 1));
+  const bool negative = bits >> (kWidth - 1);
+  const U exponent = magnitude >> kMantissa;
+  const bool subnormal = exponent < kLeast;
+  // A subnormal result drops as many bits more as its exponent falls short; beyond the significand, all of them.
+  const U field = exponent > 1 ? exponent : 1, shortfall = subnormal ? kLeast - field : 0;
+  const U drop = kDrop + shortfall < kWidth - 2 ? kDrop + shortfall : kWidth - 2;
+  const U fraction = (magnitude & (kImplicit - 1)) | (exponent ? kImplicit : 0);
+  const U significand = subnormal ? fraction : magnitude - (static_cast<U>(kLeast - 1) << kMantissa);
+  const U kept = significand >> drop, rest = significand & ((U{1} << drop) - 1), half = U{1} << (drop - 1);
+  U up = 0;
+  if (mode == Rounding::rn) up = rest + (kept & 1) > half;
+  if (mode == Rounding::rna) up = rest >= half;
+  if (mode == Rounding::rm) up = (rest != 0) & negative;
+  if (mode == Rounding::rp) up = (rest != 0) & !negative;
+  const U rounded = kept + up;
+  // What a directed mode does not round outwards stops at the largest number; an infinite x stays infinite.
+  const bool inwards =
+      mode == Rounding::rz || (mode == Rounding::rm && !negative) || (mode == Rounding::rp && negative);
+  const U limit = saturate || (inwards && magnitude < kInfinity) ? F::kLargest : F::kOverflow;
+  uint32_t code = static_cast<uint32_t>(rounded > F::kLargest ? limit : rounded);
+  code = relu && negative ? 0 : code | (negative ? F::kSign : 0);
+  return magnitude > kInfinity ? F::kNan : code;
+}
+
+// The number behind a code; NaN is kNanF32.
+template <class F>
+inline float decode(uint32_t code) {
+  constexpr int kDrop = 23 - F::kMantissa;
+  const uint32_t magnitude = code & (F::kSign - 1), sign = code & F::kSign ? 0x80000000 : 0;
+  uint32_t bits = magnitude << kDrop;
+  if constexpr (F::kExponent < 8) {  // the multiplication moves the exponent and normalises subnormals
+    bits = bit_cast<uint32_t>(bit_cast<float>(bits) * bit_cast<float>(static_cast<uint32_t>(254 - F::kBias) << 23));
+    if constexpr (F::kIeee) bits = magnitude >= F::kOverflow ? 0x7f800000 : bits;
+  }
+  const bool nan = F::kIeee ? magnitude > F::kOverflow : magnitude == F::kNan;
+  return bit_cast<float>(nan ? kNanF32 : bits | sign);
+}
+
+// tf32 as registers hold it: an fp32 number whose lower 13 bits are zero; NaN is kNanF32.
+inline uint32_t to_tf32(float x, Rounding mode = Rounding::rna, bool saturate = false, bool relu = false) {
+  return x != x ? kNanF32 : encode<Tf32>(x, mode, saturate, relu) << 13;
+}
+
+// A 16-bit value. Arithmetic converts first: no operators, so that every rounding is written out.
+template <class F>
+struct Short {
+  uint16_t bits;
+  Short() = default;
+  explicit Short(float x, Rounding mode = Rounding::rn) : bits(static_cast<uint16_t>(encode<F>(x, mode))) {}
+  explicit Short(double x, Rounding mode = Rounding::rn) : bits(static_cast<uint16_t>(encode<F>(x, mode))) {}
+  static Short from_bits(uint32_t bits) {
+    Short made;
+    made.bits = static_cast<uint16_t>(bits);
+    return made;
+  }
+  operator float() const { return decode<F>(bits); }
+};
+using Half = Short<F16>;
+using BFloat16 = Short<Bf16>;
+static_assert(sizeof(Half) == 2 && std::is_trivial_v<BFloat16>);
+
+template <class T>
+struct LayoutOf;
+template <class F>
+struct LayoutOf<Short<F>> {
+  using type = F;
+};
+template <class T>
+constexpr bool is_short = std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>;
+
+// .ftz: subnormal numbers become zeros of their sign.
+inline float flush(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return bit_cast<float>(bits & 0x7f800000 ? bits : bits & 0x80000000);
+}
+inline float canonical(float x) { return x == x ? x : bit_cast<float>(kNanF32); }
+
+// a + b rounded to odd: a second rounding, to any format of at most 51 bits, is then correct in every mode. Knuth's sum
+// gives the error; where it is not zero and the sum is even, the neighbour on its side is the odd one.
+inline double sum_to_odd(double a, double b) {
+  const double sum = a + b, part = sum - a, error = (a - (sum - part)) + (b - part);
+  const uint64_t bits = bit_cast<uint64_t>(sum), odd = bits + ((error > 0) == (sum > 0) ? 1 : -1);
+  const bool step = error != 0 && error == error && !(bits & 1);
+  return bit_cast<double>(step ? odd : bits);
+}
+
+// fp32 and fp64 arithmetic in a rounding mode other than rn: the processor's, for as long as this lives. What lies
+// between reads and writes registers of the frame, so the compiler cannot move it across the calls.
+class RoundingScope {
+ public:
+  explicit RoundingScope(Rounding mode) : before_(std::fegetround()) {
+    std::fesetround(mode == Rounding::rz   ? FE_TOWARDZERO
+                    : mode == Rounding::rm ? FE_DOWNWARD
+                    : mode == Rounding::rp ? FE_UPWARD
+                                           : FE_TONEAREST);
+  }
+  ~RoundingScope() { std::fesetround(before_); }
+  RoundingScope(const RoundingScope&) = delete;
+  RoundingScope& operator=(const RoundingScope&) = delete;
+
+ private:
+  int before_;
+};
+
+// Calls f with a value of the C++ type of a PTX type: with(Type::s32, [&](auto t) { b.run(&add<decltype(t)>); }).
+// b8 ... b64 are unsigned. Note that 8-bit values live in 16-bit registers.
+template <class F>
+auto with_integer(ptx::Type type, F f) {
+  using ptx::Type;
+  switch (type) {
+    case Type::b8:
+    case Type::u8:
+      return f(uint8_t{});
+    case Type::s8:
+      return f(int8_t{});
+    case Type::b16:
+    case Type::u16:
+      return f(uint16_t{});
+    case Type::s16:
+      return f(int16_t{});
+    case Type::b32:
+    case Type::u32:
+      return f(uint32_t{});
+    case Type::s32:
+      return f(int32_t{});
+    case Type::b64:
+    case Type::u64:
+      return f(uint64_t{});
+    case Type::s64:
+      return f(int64_t{});
+    default:
+      throw std::logic_error("with_integer: not an integer type");
+  }
+}
+template <class F>
+auto with_float(ptx::Type type, F f) {
+  using ptx::Type;
+  switch (type) {
+    case Type::f16:
+      return f(Half{});
+    case Type::bf16:
+      return f(BFloat16{});
+    case Type::f32:
+      return f(float{});
+    case Type::f64:
+      return f(double{});
+    default:
+      throw std::logic_error("with_float: not a floating point type");
+  }
+}
+template <class F>
+auto with(ptx::Type type, F f) {
+  return ptx::is_float(type) ? with_float(type, f) : with_integer(type, f);
+}
+
+}  // namespace forwardpass::interpreter
