@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "machine.h"
+#include "matrix.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -64,7 +65,11 @@ bool turn(Grid& grid, Resident& r) {
     f.seed = grid.launch.options.seed;
     grid.report(r.number, std::move(f));
   }
-  if (grid.launch.counters) grid.launch.counters->warp_instructions += steps(cta);
+  if (auto* counters = grid.launch.counters) {
+    counters->warp_instructions += steps(cta);
+    counters->matrix_ns += nanoseconds(cta.matrix_ticks);
+    counters->matrix_macs += cta.matrix_macs;
+  }
   return true;
 }
 

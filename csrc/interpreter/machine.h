@@ -135,6 +135,7 @@ struct Cta {
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
   Knowledge async[kAsyncAgents];  // what the operations under way know; agent kMaxWarps + i
   int live_warps = 0;
+  uint64_t matrix_ticks = 0, matrix_macs = 0;  // MatrixTimer's, for Launch::counters
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);
 
