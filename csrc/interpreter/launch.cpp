@@ -5,6 +5,7 @@
 
 #include "global_shadow.h"
 #include "machine.h"
+#include "matrix.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -66,7 +67,11 @@ bool turn(Grid& grid, Resident& r) {
     f.seed = grid.launch.options.seed;
     grid.report(r.number, std::move(f));
   }
-  if (grid.launch.counters) grid.launch.counters->warp_instructions += steps(cta);
+  if (auto* counters = grid.launch.counters) {
+    counters->warp_instructions += steps(cta);
+    counters->matrix_ns += nanoseconds(cta.matrix_ticks);
+    counters->matrix_macs += cta.matrix_macs;
+  }
   return true;
 }
 

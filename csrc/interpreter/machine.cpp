@@ -297,6 +297,7 @@ void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
   for (auto& a : async) a = start;
   for (int a = 0; a < kAsyncAgents; ++a) async[a].seen.at[kMaxWarps + a] = base;
   live_warps = static_cast<int>(count);
+  matrix_ticks = matrix_macs = 0;
   for (Warp& w : warps)
     for (auto& f : w.frames) spare_frames.push_back(std::move(f));
   warps.clear();

@@ -142,6 +142,7 @@ struct Cta {
   Knowledge async[kAsyncAgents];  // what the operations under way know; agent kMaxWarps + i
   uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   int live_warps = 0;
+  uint64_t matrix_ticks = 0, matrix_macs = 0;  // MatrixTimer's, for Launch::counters
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);
 

@@ -1,0 +1,231 @@
+#include "matrix.h"
+
+#include <immintrin.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#include "machine.h"
+#include "truncating.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+constexpr int kFloatElements = 5;  // those of Element that are floating point come first
+static_assert(static_cast<int>(Element::s8) == kFloatElements);
+
+struct Kernels {
+  void (*expand_a[kFloatElements])(Fragment const*, int halves, bool negate, PanelA&);
+  void (*expand_b[kFloatElements])(Fragment const*, int halves, int tiles, PanelB&);
+  void (*expand_integer_a)(Fragment const*, int halves, bool a_signed, bool b_signed, PanelA&);
+  void (*expand_integer_b)(Fragment const*, int halves, int tiles, bool a_signed, bool b_signed, PanelB&);
+  void (*multiply_floats)(const PanelA&, const PanelB&, int steps, int tiles, uint32_t*);
+  void (*multiply_integers)(const PanelA&, const PanelB&, int steps, int tiles, uint32_t*);
+  void (*unpack_halves)(const uint32_t*, int registers, uint32_t*);
+  void (*pack_halves)(const uint32_t*, int registers, uint32_t*);
+  int integer_planes;
+};
+
+namespace avx2 {
+
+constexpr int kLanesOfVector = 8;
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Integers __attribute__((vector_size(32)));
+using Eight = Integers;
+
+inline Integers load(const uint32_t* p) {
+  Integers v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(uint32_t* p, Integers v) { std::memcpy(p, &v, sizeof v); }
+template <int n>
+inline Integers shift_right(Integers x) {
+  return (Integers)_mm256_srli_epi32((__m256i)x, n);
+}
+template <int c>
+inline Integers splat(Integers x) {
+  return (Integers)_mm256_shuffle_epi32((__m256i)x, c * 0x55);
+}
+inline Integers broadcast(const uint32_t* p) {
+  return (Integers)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline Floats from_half(Integers x) {
+  const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+  return (Floats)_mm256_cvtph_ps(_mm_packus_epi32(low, high));
+}
+inline Integers to_half(Floats x) {
+  return (Integers)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// Pairs of 16-bit products: exact for 8-bit factors of any sign.
+constexpr bool kOffset = false;
+constexpr int kIntegerPlanes = 2;
+inline Integers dot(Integers sum, Integers a, Integers b) {
+  return sum + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+template <bool kIsA>
+inline Integers integer_plane(Integers x, int p, bool is_signed) {
+  const __m256i low = p ? (__m256i)x : _mm256_slli_epi16((__m256i)x, 8);
+  return (Integers)(is_signed ? _mm256_srai_epi16(low, 8) : _mm256_srli_epi16(low, 8));
+}
+inline Eight dot_eight(Eight sum, const uint32_t*) { return sum; }
+inline void store_eight(int32_t* p, Eight v) { std::memcpy(p, &v, sizeof v); }
+
+// The fragment's rows are columns n of B; lane pairs n and n + 1 share a vector, so that transposing within its halves
+// separates the even ones from the odd ones.
+inline void spread_columns(const Integers y[4], uint32_t* to, int stride) {
+  const __m256i a = _mm256_unpacklo_epi32((__m256i)y[0], (__m256i)y[1]);
+  const __m256i b = _mm256_unpackhi_epi32((__m256i)y[0], (__m256i)y[1]);
+  const __m256i c = _mm256_unpacklo_epi32((__m256i)y[2], (__m256i)y[3]);
+  const __m256i d = _mm256_unpackhi_epi32((__m256i)y[2], (__m256i)y[3]);
+  store(to, (Integers)_mm256_unpacklo_epi64(a, c));
+  store(to + stride, (Integers)_mm256_unpackhi_epi64(a, c));
+  store(to + 2 * stride, (Integers)_mm256_unpacklo_epi64(b, d));
+  store(to + 3 * stride, (Integers)_mm256_unpackhi_epi64(b, d));
+}
+
+#include "matrix_kernels.h"
+
+}  // namespace avx2
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+namespace avx512 {
+
+constexpr int kLanesOfVector = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef int32_t Eight __attribute__((vector_size(32)));
+
+inline Integers load(const uint32_t* p) { return (Integers)_mm512_loadu_si512(p); }
+inline void store(uint32_t* p, Integers v) { _mm512_storeu_si512(p, (__m512i)v); }
+template <int n>
+inline Integers shift_right(Integers x) {
+  return (Integers)_mm512_srli_epi32((__m512i)x, n);
+}
+template <int c>
+inline Integers splat(Integers x) {
+  return (Integers)_mm512_shuffle_epi32((__m512i)x, static_cast<_MM_PERM_ENUM>(c * 0x55));
+}
+inline Integers broadcast(const uint32_t* p) {
+  return (Integers)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Floats from_half(Integers x) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }
+inline Integers to_half(Floats x) {
+  return (Integers)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// VNNI: four products of an unsigned and a signed byte.
+constexpr bool kOffset = true;
+constexpr int kIntegerPlanes = 1;
+inline Integers dot(Integers sum, Integers a, Integers b) {
+  return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+template <bool kIsA>
+inline Integers integer_plane(Integers x, int, bool is_signed) {
+  return is_signed == kIsA ? x ^ static_cast<int32_t>(0x80808080) : x;
+}
+inline Eight dot_eight(Eight sum, const uint32_t* p) {  // 128 times the sum of the bytes
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Eight)_mm256_dpbusd_epi32((__m256i)sum, _mm256_set1_epi8(static_cast<char>(0x80)), bytes);
+}
+inline void store_eight(int32_t* p, Eight v) { std::memcpy(p, &v, sizeof v); }
+
+inline void spread_columns(const Integers y[2], uint32_t* to, int stride) {
+  const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28, 1, 9, 17, 25, 5, 13, 21, 29);
+  for (int c = 0; c < 4; c += 2) {
+    const __m512i two = _mm512_permutex2var_epi32((__m512i)y[0], first + _mm512_set1_epi32(c), (__m512i)y[1]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c * stride), _mm512_castsi512_si256(two));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (c + 1) * stride), _mm512_extracti64x4_epi64(two, 1));
+  }
+}
+
+#include "matrix_kernels.h"
+
+}  // namespace avx512
+
+#pragma GCC pop_options
+
+// FORWARDPASS_INTERPRET_ISA=avx2 takes the narrow kernels on any processor, for comparing the two.
+const Kernels& choose() {
+  const char* wanted = std::getenv("FORWARDPASS_INTERPRET_ISA");
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vnni");
+  return wide && !(wanted && std::strcmp(wanted, "avx2") == 0) ? avx512::kernels : avx2::kernels;
+}
+const Kernels& chosen = choose();
+
+bool is_float(Element e) { return static_cast<int>(e) < kFloatElements; }
+
+int steps_of(const Product& p) {
+  return p.halves * 4 * (is_float(p.a) ? avx2::planes_of(p.a) : chosen.integer_planes);
+}
+
+}  // namespace
+
+void expand_a(const Product& p, const Fragment* fragments, PanelA& panel) {
+  if (p.truncation.group) return truncating_expand_a(p, fragments, panel);
+  if (is_float(p.a)) return chosen.expand_a[static_cast<int>(p.a)](fragments, p.halves, p.negate, panel);
+  chosen.expand_integer_a(fragments, p.halves, p.a == Element::s8, p.b == Element::s8, panel);
+}
+
+void expand_b(const Product& p, const Fragment* fragments, int tiles, PanelB& panel) {
+  if (p.truncation.group) return truncating_expand_b(p, fragments, tiles, panel);
+  if (is_float(p.b)) return chosen.expand_b[static_cast<int>(p.b)](fragments, p.halves, tiles, panel);
+  chosen.expand_integer_b(fragments, p.halves, tiles, p.a == Element::s8, p.b == Element::s8, panel);
+}
+
+void multiply(const Product& p, const PanelA& a, const PanelB& b, int tiles, uint32_t* accumulators) {
+  const auto floats = [&](uint32_t* sums) {
+    if (p.truncation.group) {
+      truncating_multiply(p, a, b, tiles, sums);
+    } else {
+      chosen.multiply_floats(a, b, steps_of(p), tiles, sums);
+    }
+  };
+  alignas(64) static thread_local uint32_t wide[kMaxTiles * 128];
+  if (p.d == Accumulate::f32) {
+    floats(accumulators);
+  } else if (p.d == Accumulate::f16) {
+    chosen.unpack_halves(accumulators, tiles * 2, wide);
+    floats(wide);
+    chosen.pack_halves(wide, tiles * 2, accumulators);
+  } else if (!p.saturate) {
+    chosen.multiply_integers(a, b, steps_of(p), tiles, accumulators);
+  } else {  // the products' sum fits, adding the accumulator need not
+    std::memset(wide, 0, tiles * 512);
+    chosen.multiply_integers(a, b, steps_of(p), tiles, wide);
+    for (int k = 0; k < tiles * 128; ++k) {
+      const int64_t sum = int64_t{static_cast<int32_t>(accumulators[k])} + static_cast<int32_t>(wide[k]);
+      accumulators[k] = static_cast<uint32_t>(std::min<int64_t>(std::max<int64_t>(sum, INT32_MIN), INT32_MAX));
+    }
+  }
+}
+
+uint64_t nanoseconds(uint64_t ticks) {
+  // The counter's rate, from two readings beside the clock's, which are far apart when anybody asks.
+  using clock = std::chrono::steady_clock;
+  static const auto began = clock::now();
+  static const uint64_t began_ticks = __builtin_ia32_rdtsc();
+  if (!ticks) return 0;
+  const auto passed = std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - began).count();
+  return static_cast<uint64_t>(static_cast<double>(ticks) * passed / (__builtin_ia32_rdtsc() - began_ticks));
+}
+
+MatrixTimer::MatrixTimer(Cta& cta, uint64_t macs) : cta_(cta) {
+  if (!cta.launch->counters) return;
+  cta.matrix_macs += macs;
+  begin_ = __builtin_ia32_rdtsc();
+}
+MatrixTimer::~MatrixTimer() {
+  if (begin_) cta_.matrix_ticks += __builtin_ia32_rdtsc() - begin_;
+}
+
+}  // namespace forwardpass::interpreter

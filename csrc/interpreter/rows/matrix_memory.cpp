@@ -1,0 +1,136 @@
+// ldmatrix, stmatrix and movmatrix, PTX ISA 9.7.14.5.15 to 9.7.14.5.17.
+//
+// A register of the warp is a fragment (matrix.h): 8 rows of 16 bytes. Lanes 8 n to 8 n + 7 have the addresses of matrix
+// n's rows.
+#include <cstring>
+
+#include "matrix_rows.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+void transpose(const uint32_t from[kLanes], uint32_t to[kLanes]) {  // 8 x 8 elements of 16 bits
+  uint16_t a[8][8], b[8][8];
+  std::memcpy(a, from, sizeof a);
+  for (int r = 0; r < 8; ++r)
+    for (int c = 0; c < 8; ++c) b[c][r] = a[r][c];
+  std::memcpy(to, b, sizeof b);
+}
+
+struct Rows {
+  int matrices;
+  bool transposed, wide;
+  ptx::Space space;
+  int64_t displacement;
+};
+
+// Where the rows of every matrix are, after all checks.
+void find_rows(Warp& w, const Instruction& i, int address_operand, Use use, uint8_t* host[kLanes]) {
+  const Rows& how = *static_cast<const Rows*>(i.data);
+  const Mask lanes = how.matrices == 4 ? kAllLanes : (Mask{1} << how.matrices * 8) - 1;
+  uint64_t address[kLanes];
+  w.addresses(i, address_operand, how.displacement, how.wide, address);
+  if (how.space == ptx::Space::none) {
+    each_lane(lanes, [&](int l) {
+      if ((address[l] & kWindowMask) != kSharedWindow) {
+        w.fail_at(Kind::illegal, "ldmatrix and stmatrix access shared memory, and this generic address is elsewhere", l,
+                  address[l]);
+      }
+    });
+  }
+  access(w, how.space, address, 16, use, lanes, host);
+}
+
+Step ldmatrix(Warp& w, const Instruction& i, Mask mask) {
+  require_whole_warp(w, mask);
+  const Rows& how = *static_cast<const Rows*>(i.data);
+  uint8_t* host[kLanes];
+  find_rows(w, i, how.matrices, Use::read, host);
+  for (int n = 0; n < how.matrices; ++n) {
+    if (i.operand[n] == kSink) continue;
+    alignas(64) uint32_t rows[kLanes];
+    for (int r = 0; r < 8; ++r) std::memcpy(rows + r * 4, host[n * 8 + r], 16);
+    if (how.transposed) {
+      transpose(rows, w.operand<uint32_t>(i, n));
+    } else {
+      std::memcpy(w.operand<uint32_t>(i, n), rows, sizeof rows);
+    }
+  }
+  return Step::next;
+}
+
+Step stmatrix(Warp& w, const Instruction& i, Mask mask) {
+  require_whole_warp(w, mask);
+  const Rows& how = *static_cast<const Rows*>(i.data);
+  uint8_t* host[kLanes];
+  find_rows(w, i, 0, Use::write, host);
+  for (int n = 0; n < how.matrices; ++n) {
+    alignas(64) uint32_t turned[kLanes];
+    const uint32_t* rows = w.operand<uint32_t>(i, 1 + n);
+    if (how.transposed) {
+      transpose(rows, turned);
+      rows = turned;
+    }
+    for (int r = 0; r < 8; ++r) std::memcpy(host[n * 8 + r], rows + r * 4, 16);
+  }
+  return Step::next;
+}
+
+Step movmatrix(Warp& w, const Instruction& i, Mask mask) {
+  require_whole_warp(w, mask);
+  uint32_t turned[kLanes];
+  transpose(w.operand<uint32_t>(i, 1), turned);
+  std::memcpy(w.operand<uint32_t>(i, 0), turned, sizeof turned);
+  return Step::next;
+}
+
+Rows& bind_rows(Bind& b) {
+  require_operands(b, 2);
+  // ptxas takes the shape before or after .num and .trans; CUTLASS writes it after.
+  if (b.slot(3).empty() == b.slot(6).empty()) b.refuse(b.statement.opcode + " needs .m8n8 once");
+  Rows& how = b.data<Rows>();
+  how.matrices = b.slot(4)[1] - '0';
+  how.transposed = b.has("trans");
+  how.space = b.has("shared") || b.has("shared::cta") ? ptx::Space::shared : ptx::Space::none;
+  return how;
+}
+
+void bind_ldmatrix(Bind& b) {
+  Rows& how = bind_rows(b);
+  for (const Operand& o : registers_of(b, 0, how.matrices)) b.destination(o, Type::b32);
+  how.displacement = b.address(b.operand(1), &how.wide);
+  b.run(&ldmatrix);
+}
+
+void bind_stmatrix(Bind& b) {
+  require_capability(b, 90);
+  Rows& how = bind_rows(b);
+  how.displacement = b.address(b.operand(0), &how.wide);
+  for (const Operand& o : registers_of(b, 1, how.matrices)) b.source(o, Type::b32);
+  b.run(&stmatrix);
+}
+
+void bind_movmatrix(Bind& b) {
+  require_operands(b, 2);
+  b.destination(0, Type::b32);
+  b.source(1, Type::b32);
+  b.run(&movmatrix);
+}
+
+void refuse_narrow(Bind& b) {
+  b.refuse(b.statement.opcode + ": matrices of 8-bit elements and less need sm_100, which the interpreter does not know");
+}
+
+// Slots 3 and 6 are the shape's two places, 4 is .num.
+const Row rows[] = {
+    {"ldmatrix.sync.aligned.m8n8?.x1|x2|x4.trans?.m8n8?.shared|shared::cta?.b16", "9.7.14.5.15", bind_ldmatrix},
+    {"ldmatrix.sync.aligned.m8n16|m16n16.x1|x2|x4.trans?.shared|shared::cta?.b8x16?.b6x16_p32|b4x16_p64|b8", "9.7.14.5.15",
+     refuse_narrow},
+    {"stmatrix.sync.aligned.m8n8?.x1|x2|x4.trans?.m8n8?.shared|shared::cta?.b16", "9.7.14.5.16", bind_stmatrix},
+    {"stmatrix.sync.aligned.m16n8.x1|x2|x4.trans.shared|shared::cta?.b8", "9.7.14.5.16", refuse_narrow},
+    {"movmatrix.sync.aligned.m8n8.trans.b16", "9.7.14.5.17", bind_movmatrix},
+};
+const Register registered(rows);
+
+}  // namespace
+}  // namespace forwardpass::interpreter

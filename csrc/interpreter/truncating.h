@@ -1,0 +1,12 @@
+#pragma once
+// The truncating fp8 accumulator behind matrix.h's functions, with panels of its own: [element of K][row] for A and
+// [tile][element of K][column] for B, each entry a significand and an exponent.
+#include "matrix.h"
+
+namespace forwardpass::interpreter {
+
+void truncating_expand_a(const Product&, const Fragment* fragments, PanelA&);
+void truncating_expand_b(const Product&, const Fragment* fragments, int tiles, PanelB&);
+void truncating_multiply(const Product&, const PanelA&, const PanelB&, int tiles, uint32_t* sums);
+
+}  // namespace forwardpass::interpreter
