@@ -67,4 +67,8 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128, "a CUtensorMap has 128 bytes");
 
+struct Warp;
+// The map at a generic address, as an instruction for tensors of a rank needs it: a Finding for anything else.
+TensorMap read_tensor_map(Warp&, uint64_t address, int rank, int lane);
+
 }  // namespace forwardpass::interpreter
