@@ -1,6 +1,6 @@
 #pragma once
-// The mbarrier object (ISA 9.7.13.15): phases of expected arrivals and transaction bytes. Its state lives here and not in
-// the 8 bytes of shared memory, which the shadow reserves for it.
+// The mbarrier object (ISA 9.7.13.15): phases of expected arrivals and transaction bytes. Its state lives here and not
+// in the 8 bytes of shared memory, which the shadow reserves for it.
 #include <cstdint>
 
 #include "machine.h"

@@ -10,9 +10,9 @@ namespace {
 // By CUtensorMapDataType.
 struct Element {
   const char* name;
-  uint8_t bytes;       // 0: packed
-  uint32_t nan;        // the fill by NaN (the canonical one of PTX); 0: not a floating-point type
-  bool flush, tf32;    // what a load does to it
+  uint8_t bytes;     // 0: packed
+  uint32_t nan;      // the fill by NaN (the canonical one of PTX); 0: not a floating-point type
+  bool flush, tf32;  // what a load does to it
 };
 constexpr Element kElements[] = {
     {"UINT8", 1, 0, false, false},
@@ -78,8 +78,8 @@ std::string TensorMap::problem() const {
     if (box[d] < 1 || box[d] > 256) return of_dim("boxDim", d) + " must be 1 to 256, not " + number(box[d]);
     if (steps[d] < 1 || steps[d] > 8) return of_dim("elementStrides", d) + " must be 1 to 8, not " + number(steps[d]);
   }
-  // The documentation also builds each stride from the one before it. Drivers take any, and tensors whose dimensions are
-  // permuted or broadcast need that.
+  // The documentation also builds each stride from the one before it. Drivers take any, and tensors whose dimensions
+  // are permuted or broadcast need that.
   for (int d = 0; d + 1 < rank; ++d) {
     if (strides[d] % 16 || strides[d] >= uint64_t{1} << 40) {
       return of_dim("globalStrides", d) + " must be a multiple of 16 bytes below 2^40, not " + number(strides[d]);

@@ -30,15 +30,15 @@ struct alignas(64) TensorMap {
     for (int d = 1; d < rank; ++d) bytes *= box_elements(d);
     return bytes;
   }
-  // Where a byte of the box goes, by the bits of its address in shared memory: the index of a 16-byte chunk is exclusive-
-  // ored with the index of the 128-byte line, both within the pattern (ISA 5.5.6).
+  // Where a byte of the box goes, by the bits of its address in shared memory: the index of a 16-byte chunk is
+  // exclusive- ored with the index of the 128-byte line, both within the pattern (ISA 5.5.6).
   uint32_t swizzled(uint32_t address) const {
     const uint32_t bits = (1u << swizzle) - 1;  // none, 1, 2, 3 bits for 0, 32, 64 and 128 bytes
     return address ^ ((address >> 7 & bits) << 4);
   }
 
-  // The innermost rows of the box at a coordinate: f(offset within the box, begin and end of the bytes of the row that lie
-  // within the tensor, global address of the begin). A row outside has begin == end.
+  // The innermost rows of the box at a coordinate: f(offset within the box, begin and end of the bytes of the row that
+  // lie within the tensor, global address of the begin). A row outside has begin == end.
   template <class F>
   void each_row(const int32_t* at, F f) const {
     const uint32_t size = element_bytes(), bytes = row_bytes();

@@ -18,8 +18,8 @@ struct Transfer : Pending {
   TensorMap map;
   int32_t at[TensorMap::kMaxRank];
   int agent = 0;
-  uint32_t mbarrier = 0;      // load
-  Clock read_time = 0;        // store: of the shared memory that it reads
+  uint32_t mbarrier = 0;  // load
+  Clock read_time = 0;    // store: of the shared memory that it reads
   bool has_read = false;
   std::vector<uint8_t> data;  // store: what it has read, as rows of the box
 
@@ -59,9 +59,8 @@ struct Transfer : Pending {
       }
       std::memcpy(row.data() + begin, source, end - begin);
       map.finish_row(row.data(), begin, end);
-      pieces(offset, 0, row_bytes(), [&](uint32_t to, uint32_t from, uint32_t n) {
-        std::memcpy(memory + to, row.data() + from, n);
-      });
+      pieces(offset, 0, row_bytes(),
+             [&](uint32_t to, uint32_t from, uint32_t n) { std::memcpy(memory + to, row.data() + from, n); });
     });
     const Clock time = completion_time(cta, agent);
     if (checked(cta)) cta.shadow.land(cta.async_actor(agent), shared, bytes);
@@ -93,7 +92,7 @@ struct Transfer : Pending {
 
 }  // namespace
 
-// Bulk async-groups (ISA 9.7.9.25.2.1): the stores of each thread that it has not waited for.
+// Bulk async-groups (ISA 9.7.9.25.6): the stores of each thread that it has not waited for.
 struct Bulk {
   struct Entry {
     int lane;
@@ -116,7 +115,7 @@ enum class Direction : uint8_t { load, store, prefetch };
 struct Form {
   Direction direction = Direction::load;
   bool tensor = false;
-  int rank = 0, coordinates = 0;  // coordinates: operand of the first
+  int rank = 0, coordinates = 0;   // coordinates: operand of the first
   Place shared, global, mbarrier;  // global: the tensor map's, of a tensor
   int size = 0;                    // operand, of one that is not a tensor's
 };
@@ -163,9 +162,8 @@ void issue_store(Warp& w, Transfer& t, int lane) {
   check_global(w, t, Use::write, lane);
   if (!checked(cta)) return;
   t.each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t) {
-    t.pieces(offset, begin, end, [&](uint32_t from, uint32_t, uint32_t n) {
-      cta.shadow.read(cta.async_actor(t.agent), from, n);
-    });
+    t.pieces(offset, begin, end,
+             [&](uint32_t from, uint32_t, uint32_t n) { cta.shadow.read(cta.async_actor(t.agent), from, n); });
   });
 }
 
@@ -376,9 +374,9 @@ const Row rows[] = {
     {"cp.async.bulk.tensor." DIMENSIONS ".global.shared::cta." MODES ".bulk_group.L2::cache_hint?", "9.7.9.25.5.2",
      refuse_mode},
     {"cp.async.bulk.prefetch.tensor." DIMENSIONS ".L2.global." MODES ".L2::cache_hint?", "9.7.9.25.5.4", refuse_mode},
-    {"cp.async.bulk.commit_group", "9.7.9.25.2.1", [](Bind& b) { b.run(&commit_group); }},
-    {"cp.async.bulk.wait_group.read", "9.7.9.25.2.2", bind_wait<true>},
-    {"cp.async.bulk.wait_group", "9.7.9.25.2.2", bind_wait<false>},
+    {"cp.async.bulk.commit_group", "9.7.9.25.6.1", [](Bind& b) { b.run(&commit_group); }},
+    {"cp.async.bulk.wait_group.read", "9.7.9.25.6.2", bind_wait<true>},
+    {"cp.async.bulk.wait_group", "9.7.9.25.6.2", bind_wait<false>},
 };
 const Register registered(rows);
 

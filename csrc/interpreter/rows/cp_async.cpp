@@ -1,5 +1,5 @@
-// cp.async, its groups, and the mbarriers that follow it (ISA 9.7.9.25.3, 9.7.13.15.15). In the generic proxy: to the race
-// check a copy is a write of the warp that issued it, made when the copy is waited for.
+// cp.async, its groups, and the mbarriers that follow it (ISA 9.7.9.25.3, 9.7.13.15.15). In the generic proxy: to the
+// race check a copy is a write of the warp that issued it, made when the copy is waited for.
 #include <algorithm>
 
 #include "../mbarrier.h"
@@ -93,8 +93,8 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
     for (Mask rest = mask; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
       if (size[l] > form.bytes) {
-        w.fail(Kind::illegal, "src-size is " + std::to_string(size[l]) + ", more than cp-size, " +
-                                  std::to_string(form.bytes), l);
+        w.fail(Kind::illegal,
+               "src-size is " + std::to_string(size[l]) + ", more than cp-size, " + std::to_string(form.bytes), l);
       }
       all.read[l] = static_cast<uint8_t>(size[l]);
       if (size[l] != form.bytes) whole &= ~(Mask{1} << l);

@@ -1,5 +1,5 @@
-// Fences (ISA 9.7.13.4), the barrier of a cluster (9.7.13.4), programmatic dependent launches (9.7.13.14), setmaxnreg
-// (9.7.21.5). Memory is sequentially consistent here, so fences matter only where the async proxy is concerned.
+// Fences (ISA 9.7.13.4), the barrier of a cluster (9.7.13.3), programmatic dependent launches (9.7.13.13), setmaxnreg
+// (9.7.19.5). Memory is sequentially consistent here, so fences matter only where the async proxy is concerned.
 #include "../table.h"
 #include "async.h"
 
@@ -7,7 +7,7 @@ namespace forwardpass::interpreter {
 
 // Of a cluster of one CTA. A thread arrives and then waits; arrivals of a warp's lanes are kept as masks.
 struct ClusterBarrier {
-  Mask arrived[kMaxWarps] = {};  // in this phase
+  Mask arrived[kMaxWarps] = {};   // in this phase
   Mask released[kMaxWarps] = {};  // by the end of the phase before; they have not waited yet
   Knowledge gathering, completed;
 };
@@ -88,7 +88,8 @@ Step set_max_registers(Warp& w, const Instruction& i, Mask mask) {
   for (int k = first; k < last; ++k) {
     const auto& other = w.cta->warps[k].register_changes;
     if (other.size() >= n && other[n - 1] != &i) {
-      w.fail(Kind::barrier, "setmaxnreg differs within a warpgroup: warp " + std::to_string(k) + " has executed another");
+      w.fail(Kind::barrier,
+             "setmaxnreg differs within a warpgroup: warp " + std::to_string(k) + " has executed another");
     }
   }
   return Step::next;
@@ -132,9 +133,9 @@ const Row rows[] = {
        if (b.has("aligned")) b.collective();
        b.run(&cluster_wait);
      }},
-    {"griddepcontrol.launch_dependents", "9.7.13.14", bind_no_effect},
-    {"griddepcontrol.wait", "9.7.13.14", [](Bind& b) { b.run(&wait_for_grids); }},
-    {"setmaxnreg.inc|dec.sync.aligned.u32", "9.7.21.5",
+    {"griddepcontrol.launch_dependents", "9.7.13.13", bind_no_effect},
+    {"griddepcontrol.wait", "9.7.13.13", [](Bind& b) { b.run(&wait_for_grids); }},
+    {"setmaxnreg.inc|dec.sync.aligned.u32", "9.7.19.5",
      [](Bind& b) {
        const int64_t n = b.operands() == 1 ? b.constant(b.operand(0)) : 0;
        if (n < 24 || n > 256 || n % 8) b.refuse("the number of registers must be a multiple of 8 from 24 to 256");

@@ -22,8 +22,8 @@ void MBarrier::arrive(Cta& cta, uint32_t count, bool drop) {
   }
   if (count > pending) {
     fault(Kind::mbarrier,
-          "too many arrivals: the phase lacks " + std::to_string(pending) + " of " + std::to_string(expected) + ", and " +
-              std::to_string(count) + " arrive" +
+          "too many arrivals: the phase lacks " + std::to_string(pending) + " of " + std::to_string(expected) +
+              ", and " + std::to_string(count) + " arrive" +
               (pending || !transactions ? "" : " (it is waiting for " + std::to_string(transactions) + " bytes)"),
           address);
   }
@@ -316,7 +316,8 @@ const Row rows[] = {
      bind_arrive<Arrival::drop>},
     {"mbarrier.test_wait.parity?.acquire|relaxed?.cta|cluster?.shared|shared::cta?.b64", "9.7.13.15.16",
      bind_wait<false>},
-    {"mbarrier.try_wait.parity?.acquire|relaxed?.cta|cluster?.shared|shared::cta?.b64", "9.7.13.15.16", bind_wait<true>},
+    {"mbarrier.try_wait.parity?.acquire|relaxed?.cta|cluster?.shared|shared::cta?.b64", "9.7.13.15.16",
+     bind_wait<true>},
     {"mbarrier.pending_count.b64", "9.7.13.15.17",
      [](Bind& b) {
        if (b.operands() != 2) b.refuse("expected count, state");

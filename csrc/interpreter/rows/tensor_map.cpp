@@ -1,4 +1,4 @@
-// Tensor maps in memory, and the instructions that change and publish them (ISA 9.7.9.27, 9.7.9.28).
+// Tensor maps in memory, and the instructions that change and publish them (ISA 9.7.9.26, 9.7.13.16).
 #include "../tensor_map.h"
 
 #include "../table.h"
@@ -32,13 +32,15 @@ TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, int lane) {
     w.fail_at(Kind::illegal, "the tensor map is not valid: " + problem, lane, address);
   }
   if (map.rank != rank) {
-    w.fail_at(Kind::illegal, "the tensor map has rank " + std::to_string(map.rank) + ", the instruction " +
-                                 std::to_string(rank), lane, address);
+    w.fail_at(Kind::illegal,
+              "the tensor map has rank " + std::to_string(map.rank) + ", the instruction " + std::to_string(rank), lane,
+              address);
   }
   if (map.swizzle && map.row_bytes() < 16u << map.swizzle) {
-    w.fail_at(Kind::unsupported, "boxes narrower than their swizzle are not supported: box rows of " +
-                                     std::to_string(map.row_bytes()) + " bytes, swizzle of " +
-                                     std::to_string(16 << map.swizzle) + "; choose the swizzle that fits", lane, address);
+    w.fail_at(Kind::unsupported,
+              "boxes narrower than their swizzle are not supported: box rows of " + std::to_string(map.row_bytes()) +
+                  " bytes, swizzle of " + std::to_string(16 << map.swizzle) + "; choose the swizzle that fits",
+              lane, address);
   }
   return map;
 }
@@ -46,7 +48,15 @@ TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, int lane) {
 namespace {
 
 enum class Field : uint8_t {
-  global_address, rank, box_dim, global_dim, global_stride, element_stride, elemtype, interleave_layout, swizzle_mode,
+  global_address,
+  rank,
+  box_dim,
+  global_dim,
+  global_stride,
+  element_stride,
+  elemtype,
+  interleave_layout,
+  swizzle_mode,
   fill_mode,
 };
 constexpr std::string_view kFields[] = {"global_address", "rank",           "box_dim",  "global_dim",
@@ -57,7 +67,7 @@ struct Form {
   Place map, source;
   Field field = Field::rank;
   int ordinal = 0;
-  bool shared = false, wide = false;
+  bool shared = false, wide = false;  // the map, by the opcode; the value
 };
 
 // .elemtype's numbers as CUtensorMapDataType's: f32.ftz and f64, bf16 and the packed ones stand elsewhere there.
@@ -66,22 +76,44 @@ constexpr uint8_t kElementTypes[] = {0, 1, 2, 3, 4, 5, 6, 7, 10, 8, 9, 11, 12, 1
 void replace_field(Warp& w, const Form& form, TensorMap& map, uint64_t value, int lane) {
   const auto checked_value = [&](uint64_t limit) {
     if (value > limit) {
-      w.fail(Kind::illegal, "tensormap.replace: " + std::string(kFields[static_cast<int>(form.field)]) + " is at most " +
-                                std::to_string(limit) + ", not " + std::to_string(value), lane);
+      w.fail(Kind::illegal,
+             "tensormap.replace: " + std::string(kFields[static_cast<int>(form.field)]) + " is at most " +
+                 std::to_string(limit) + ", not " + std::to_string(value),
+             lane);
     }
     return value;
   };
   switch (form.field) {
-    case Field::global_address: map.address = value; break;
-    case Field::rank: map.rank = static_cast<uint8_t>(checked_value(4) + 1); break;
-    case Field::box_dim: map.box[form.ordinal] = static_cast<uint32_t>(value); break;
-    case Field::global_dim: map.dims[form.ordinal] = value; break;
-    case Field::global_stride: map.strides[form.ordinal] = value; break;
-    case Field::element_stride: map.steps[form.ordinal] = static_cast<uint16_t>(checked_value(8)); break;
-    case Field::elemtype: map.type = kElementTypes[checked_value(15)]; break;
-    case Field::interleave_layout: map.interleave = static_cast<uint8_t>(checked_value(2)); break;
-    case Field::swizzle_mode: map.swizzle = static_cast<uint8_t>(checked_value(3)); break;
-    case Field::fill_mode: map.fill = static_cast<uint8_t>(checked_value(1)); break;
+    case Field::global_address:
+      map.address = value;
+      break;
+    case Field::rank:
+      map.rank = static_cast<uint8_t>(checked_value(4) + 1);
+      break;
+    case Field::box_dim:
+      map.box[form.ordinal] = static_cast<uint32_t>(value);
+      break;
+    case Field::global_dim:
+      map.dims[form.ordinal] = value;
+      break;
+    case Field::global_stride:
+      map.strides[form.ordinal] = value;
+      break;
+    case Field::element_stride:
+      map.steps[form.ordinal] = static_cast<uint16_t>(checked_value(8));
+      break;
+    case Field::elemtype:
+      map.type = kElementTypes[checked_value(15)];
+      break;
+    case Field::interleave_layout:
+      map.interleave = static_cast<uint8_t>(checked_value(2));
+      break;
+    case Field::swizzle_mode:
+      map.swizzle = static_cast<uint8_t>(checked_value(3));
+      break;
+    case Field::fill_mode:
+      map.fill = static_cast<uint8_t>(checked_value(1));
+      break;
   }
 }
 
@@ -92,7 +124,7 @@ Step replace(Warp& w, const Instruction& i, Mask mask) {
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     uint8_t* bytes;
-    if (form.shared) {
+    if (form.shared || (form.map.generic && (address[l] & kWindowMask) == kSharedWindow)) {
       const uint32_t at = shared_offset(w, form.map, address[l], sizeof(TensorMap), 64, l, "a tensor map");
       if (checked(*w.cta)) {
         w.cta->shadow.read(w.actor(), at, sizeof(TensorMap));
@@ -136,8 +168,10 @@ void bind_replace(Bind& b) {
   const bool of_dimension = form.field >= Field::box_dim && form.field <= Field::element_stride;
   form.wide = form.field == Field::global_address || form.field == Field::global_stride;
   if (b.has("b64") != form.wide) b.refuse("the type of the new value does not fit the field");
-  if (b.operands() != (of_dimension ? 3 : 2)) b.refuse("expected [map], the ordinal of a dimension's field, and a value");
+  if (b.operands() != (of_dimension ? 3 : 2))
+    b.refuse("expected [map], the ordinal of a dimension's field, and a value");
   form.shared = b.has("shared::cta");
+  form.map.generic = !form.shared && !b.has("global");
   form.map.displacement = b.address(b.operand(0), &form.map.wide);
   if (of_dimension) {
     const int64_t ordinal = b.constant(b.operand(1));
@@ -162,10 +196,10 @@ void bind_copy(Bind& b) {
 
 const Row rows[] = {
     {"tensormap.replace.tile.global_address|rank|box_dim|global_dim|global_stride|element_stride|elemtype|"
-     "interleave_layout|swizzle_mode|fill_mode.global|shared::cta.b1024.b32|b64",
-     "9.7.9.27", bind_replace},
+     "interleave_layout|swizzle_mode|fill_mode.global|shared::cta?.b1024.b32|b64",
+     "9.7.9.26", bind_replace},
     {"tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.cta|cluster|gpu|sys.sync.aligned",
-     "9.7.9.28", bind_copy},
+     "9.7.13.16", bind_copy},
 };
 const Register registered(rows);
 
