@@ -47,6 +47,13 @@ struct fpi_launch_config {
 };
 int fpi_launch(const void* host, const struct fpi_launch_config*, void** args);
 
+// cuTensorMapEncodeTiled with its limits, for the 128 bytes that stand in for a CUtensorMap here. A CUresult; the reason
+// for any but 0 is fpi_tensor_map_error(), of this thread. strides_bytes has rank - 1 entries.
+int fpi_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
+                                const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
+                                int interleave, int swizzle, int l2_promotion, int oob_fill);
+const char* fpi_tensor_map_error(void);
+
 // The last finding of this thread as text and as JSON, empty if there was none since fpi_finding_clear().
 const char* fpi_finding(void);
 const char* fpi_finding_json(void);

@@ -288,6 +288,7 @@ void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
   acquired = false;
   pending.clear();
   mbarriers.clear();
+  cluster_barrier.reset();
   std::fill(std::begin(barriers), std::end(barriers), NamedBarrier());
   const Clock base = shadow.base();
   Knowledge start;

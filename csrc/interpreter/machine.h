@@ -73,6 +73,7 @@ struct Wgmma;    // rows/wgmma.cpp
 struct CpAsync;  // rows/cp_async.cpp
 struct Bulk;     // rows/bulk.cpp
 struct MBarrier; // mbarrier.h
+struct ClusterBarrier;  // rows/fence.cpp
 
 struct alignas(64) Warp {
   Cta* cta;
@@ -100,6 +101,7 @@ struct alignas(64) Warp {
   std::shared_ptr<CpAsync> cp_async;
   std::shared_ptr<Bulk> bulk;
   std::shared_ptr<Wgmma> wgmma;
+  std::vector<const Instruction*> register_changes;  // setmaxnreg so far
 
   template <class T>
   T* at(Offset o) const { return reinterpret_cast<T*>(frame->registers + o); }
@@ -139,6 +141,7 @@ struct Cta {
   uint64_t events = 1;          // grows whenever something happened that a blocked warp may wait for
   std::vector<std::shared_ptr<Pending>> pending;
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
+  std::shared_ptr<ClusterBarrier> cluster_barrier;
   Knowledge async[kAsyncAgents];  // what the operations under way know; agent kMaxWarps + i
   uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   int live_warps = 0;

@@ -1,0 +1,36 @@
+#pragma once
+// The mbarrier object (ISA 9.7.13.15): phases of expected arrivals and transaction bytes. Its state lives here and not
+// in the 8 bytes of shared memory, which the shadow reserves for it.
+#include <cstdint>
+
+#include "machine.h"
+
+namespace forwardpass::interpreter {
+
+struct MBarrier {
+  static constexpr int64_t kMaxCount = (1 << 20) - 1;  // of arrivals, and of transaction bytes in either direction
+
+  uint32_t address;
+  uint32_t expected;         // arrivals of a phase, from the next one on
+  uint32_t pending;          // arrivals that this phase still lacks
+  int64_t transactions = 0;  // bytes expected and not complete
+  uint64_t phase = 0;
+  Knowledge gathering, completed;  // what the arrivals of this phase, and of the one before it, knew
+  uint64_t polled_at = 0;          // Cta::events at the failed test_waits counted in `polls`
+  int polls = 0;
+
+  MBarrier(uint32_t address, uint32_t count) : address(address), expected(count), pending(count) {}
+
+  // Each throws a Finding of kind mbarrier where the ISA's limits are passed, and ends the phase where it is complete.
+  void arrive(Cta&, uint32_t count, bool drop = false);
+  void expect_transactions(Cta&, int64_t bytes);
+  void complete_transactions(Cta&, int64_t bytes);
+
+ private:
+  void settle(Cta&);
+};
+
+// The object at an offset of shared memory; a Finding where there is none.
+MBarrier& mbarrier_at(Cta&, uint32_t address);
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,66 @@
+#pragma once
+// What the instructions of asynchronous operations share.
+#include <cstring>
+#include <string>
+
+#include "../machine.h"
+
+namespace forwardpass::interpreter {
+
+// What bytes hold while an operation is on its way to write them: a NaN of every float format, -1 of every integer.
+constexpr int kPoison = 0xff;
+
+inline bool checked(const Cta& cta) { return cta.launch->options.checks; }
+
+// A finding of an operation that completes, when no instruction runs: Cta::complete knows the place.
+[[noreturn]] inline void fault(Kind kind, std::string message, uint64_t address) {
+  Finding f;
+  f.kind = kind;
+  f.message = std::move(message);
+  f.address = address;
+  f.has_address = true;
+  throw f;
+}
+
+// The address operand of a row, bound with Bind::address.
+struct Place {
+  int64_t displacement = 0;
+  bool wide = false, generic = false;  // generic: no state space in the opcode
+  int operand = 0;                     // of the instruction
+
+  void read(const Warp& w, const Instruction& i, uint64_t out[kLanes]) const {
+    w.addresses(i, operand, displacement, wide, out);
+  }
+};
+
+// The offset of a range of shared memory within bounds and aligned.
+inline uint32_t shared_offset(Warp& w, const Place& place, uint64_t address, uint64_t bytes, uint32_t alignment,
+                              int lane, const char* what) {
+  if (place.generic) {
+    if ((address & kWindowMask) != kSharedWindow) {
+      w.fail_at(Kind::illegal, std::string(what) + " must lie in shared memory; this generic address does not", lane,
+                address);
+    }
+    address -= kSharedWindow;
+  }
+  if (address % alignment) {
+    w.fail_at(Kind::misaligned, std::string(what) + " must be aligned to " + std::to_string(alignment) + " bytes", lane,
+              address);
+  }
+  return static_cast<uint32_t>(shared_range(w, address, bytes, lane) - w.cta->shared.data());
+}
+
+// Completion advances the agent's clock, so that operations which share an agent stay distinct: who has waited for one
+// does not know of those that complete after it.
+inline Clock completion_time(Cta& cta, int agent) { return ++cta.async[agent - kMaxWarps].seen.at[agent]; }
+
+// What waiting for an operation teaches: its own accesses up to then, and nothing of what its issuer knew. What the
+// async proxy did needs no proxy fence.
+inline Knowledge learnt(int agent, Clock time, Proxy proxy) {
+  Knowledge k;
+  k.seen.at[agent] = time;
+  if (proxy == Proxy::async) k.proxied.at[agent] = time;
+  return k;
+}
+
+}  // namespace forwardpass::interpreter

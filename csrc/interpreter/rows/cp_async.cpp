@@ -1,0 +1,281 @@
+// cp.async, its groups, and the mbarriers that follow it (ISA 9.7.9.25.3, 9.7.13.15.15). In the generic proxy: to the
+// race check a copy is a write of the warp that issued it, made when the copy is waited for.
+#include <algorithm>
+
+#include "../mbarrier.h"
+#include "../table.h"
+#include "async.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+// The copies of one instruction by lanes that have committed as many groups.
+struct Copy final : Pending {
+  Mask issued = 0;
+  uint64_t group = 0;  // of each of its lanes
+  uint32_t bytes = 0;
+  const uint8_t* from[kLanes];
+  uint32_t to[kLanes];
+  uint8_t read[kLanes];  // bytes; the rest is zeros
+  Mask in_flight = 0;    // lanes that have not waited
+
+  void complete(Cta& cta) override {
+    for (Mask rest = issued; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      uint8_t* out = cta.shared.data() + to[l];
+      if (read[l]) std::memcpy(out, from[l], read[l]);
+      std::memset(out + read[l], 0, bytes - read[l]);
+    }
+  }
+  // f(begin, bytes) over the destinations of some lanes, neighbours in one call.
+  template <class F>
+  void ranges(Mask lanes, F f) const {
+    while (lanes) {
+      const int first = __builtin_ctz(lanes);
+      int l = first;
+      for (lanes &= lanes - 1; lanes && __builtin_ctz(lanes) == l + 1 && to[l + 1] == to[l] + bytes; ++l) {
+        lanes &= lanes - 1;
+      }
+      f(to[first], (l - first + 1) * bytes);
+    }
+  }
+  void land(Cta& cta, const Actor& actor, Mask lanes) {
+    cta.complete(*this);
+    in_flight &= ~lanes;
+    if (checked(cta)) ranges(lanes, [&](uint32_t begin, uint32_t n) { cta.shadow.land(actor, begin, n); });
+  }
+};
+
+}  // namespace
+
+struct CpAsync {
+  uint64_t committed[kLanes] = {};            // groups of each lane
+  std::vector<std::shared_ptr<Copy>> copies;  // in flight, in order
+  Knowledge arrived;                          // of the copies whose mbarriers took them in
+
+  void forget() {
+    copies.erase(std::remove_if(copies.begin(), copies.end(), [](const auto& c) { return !c->in_flight; }),
+                 copies.end());
+  }
+};
+
+namespace {
+
+CpAsync& state_of(Warp& w) {
+  if (!w.cp_async) w.cp_async = std::make_shared<CpAsync>();
+  return *w.cp_async;
+}
+
+struct Form {
+  Place to, from;
+  uint32_t bytes = 0;
+  enum class Limit : uint8_t { none, size, ignore } limit = Limit::none;
+  Mask flip = 0;  // of the ignore-src predicate
+};
+
+Step copy(Warp& w, const Instruction& i, Mask mask) {
+  const auto& form = *static_cast<const Form*>(i.data);
+  Cta& cta = *w.cta;
+  uint64_t to[kLanes], from[kLanes];
+  form.to.read(w, i, to);
+  form.from.read(w, i, from);
+
+  Copy all;
+  all.bytes = form.bytes;
+  Mask whole = mask;  // lanes that read all of their source
+  std::fill(std::begin(all.read), std::end(all.read), static_cast<uint8_t>(form.bytes));
+  if (form.limit == Form::Limit::ignore) {
+    const Mask ignored = (w.predicate(i.operand[2]) ^ form.flip) & mask;
+    whole &= ~ignored;
+    for (Mask rest = ignored; rest; rest &= rest - 1) all.read[__builtin_ctz(rest)] = 0;
+  } else if (form.limit == Form::Limit::size) {
+    const auto* size = w.operand<uint32_t>(i, 2);
+    for (Mask rest = mask; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      if (size[l] > form.bytes) {
+        w.fail(Kind::illegal,
+               "src-size is " + std::to_string(size[l]) + ", more than cp-size, " + std::to_string(form.bytes), l);
+      }
+      all.read[l] = static_cast<uint8_t>(size[l]);
+      if (size[l] != form.bytes) whole &= ~(Mask{1} << l);
+    }
+  }
+  uint8_t* source[kLanes];
+  if (whole) access(w, ptx::Space::global, from, static_cast<int>(form.bytes), Use::read, whole, source);
+  for (Mask rest = mask & ~whole; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    if (!all.read[l]) continue;
+    if (from[l] % form.bytes) w.fail_at(Kind::misaligned, "the source must be aligned to cp-size", l, from[l]);
+    source[l] = access_global(w, from[l], all.read[l], Use::read, l);
+  }
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    all.from[l] = source[l];
+    all.to[l] = shared_offset(w, form.to, to[l], form.bytes, form.bytes, l, "the destination of cp.async");
+  }
+  if (checked(cta)) {
+    all.ranges(mask, [&](uint32_t begin, uint32_t n) {
+      cta.shadow.take_off(w.actor(), begin, n);
+      std::memset(cta.shared.data() + begin, kPoison, n);
+    });
+  }
+  CpAsync& state = state_of(w);
+  all.instruction = &i;
+  all.code = w.frame->code;
+  all.warp = w.id;
+  for (Mask rest = mask; rest;) {
+    const uint64_t group = state.committed[__builtin_ctz(rest)];
+    Mask same = 0;
+    for (Mask m = rest; m; m &= m - 1) {
+      const int l = __builtin_ctz(m);
+      if (state.committed[l] == group) same |= Mask{1} << l;
+    }
+    rest &= ~same;
+    auto one = std::make_shared<Copy>(all);
+    one->issued = one->in_flight = same;
+    one->group = group;
+    state.copies.push_back(one);
+    cta.add(std::move(one));
+  }
+  return Step::next;
+}
+
+Step commit_group(Warp& w, const Instruction&, Mask mask) {
+  CpAsync& state = state_of(w);
+  for (Mask rest = mask; rest; rest &= rest - 1) ++state.committed[__builtin_ctz(rest)];
+  return Step::next;
+}
+
+// Waits for all groups of each lane but the last `keep`.
+void wait(Warp& w, Mask mask, uint64_t keep) {
+  CpAsync& state = state_of(w);
+  for (const auto& c : state.copies) {
+    Mask landed = 0;
+    for (Mask rest = c->in_flight & mask; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      if (c->group + keep < state.committed[l]) landed |= Mask{1} << l;
+    }
+    if (landed) c->land(*w.cta, w.actor(), landed);
+  }
+  state.forget();
+  w.knowledge.join(state.arrived);
+}
+
+Step wait_group(Warp& w, const Instruction& i, Mask mask) {
+  wait(w, mask, i.immediate);
+  return Step::next;
+}
+
+// "equivalent to cp.async.commit_group; cp.async.wait_group 0"
+Step wait_all(Warp& w, const Instruction& i, Mask mask) {
+  commit_group(w, i, mask);
+  wait(w, mask, 0);
+  return Step::next;
+}
+
+// An arrival once all that its lanes have issued so far is there.
+struct Arrival final : Pending {
+  std::vector<std::shared_ptr<Copy>> copies;
+  Mask lanes = 0;
+  uint32_t mbarrier[kLanes];
+  int agent = 0;
+
+  void complete(Cta& cta) override {
+    CpAsync& state = *cta.warps[warp].cp_async;
+    const Knowledge own = learnt(agent, completion_time(cta, agent), Proxy::generic);
+    for (const auto& c : copies) {
+      if (const Mask landing = c->in_flight & lanes) c->land(cta, cta.async_actor(agent, Proxy::generic), landing);
+    }
+    state.forget();
+    state.arrived.join(own);
+    for (Mask rest = lanes; rest; rest &= rest - 1) {
+      MBarrier& b = mbarrier_at(cta, mbarrier[__builtin_ctz(rest)]);
+      b.gathering.join(own);
+      b.arrive(cta, 1);
+    }
+  }
+};
+
+template <bool noinc>
+Step arrive(Warp& w, const Instruction& i, Mask mask) {
+  const auto& place = *static_cast<const Place*>(i.data);
+  uint64_t address[kLanes];
+  place.read(w, i, address);
+  CpAsync& state = state_of(w);
+  auto a = std::make_shared<Arrival>();
+  a->instruction = &i;
+  a->code = w.frame->code;
+  a->warp = w.id;
+  a->lanes = mask;
+  a->copies = state.copies;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    a->mbarrier[l] = shared_offset(w, place, address[l], 8, 8, l, "an mbarrier");
+    MBarrier& b = mbarrier_at(*w.cta, a->mbarrier[l]);
+    if (checked(*w.cta)) w.cta->shadow.use_mbarrier(w.actor(), b.address);
+    if (!noinc && ++b.pending > MBarrier::kMaxCount) {
+      w.fail_at(Kind::mbarrier, "the pending count passes 2^20 - 1", l, b.address);
+    }
+  }
+  a->agent = w.cta->async_agent(w);
+  w.cta->add(std::move(a));
+  return Step::next;
+}
+
+template <bool noinc>
+void bind_arrive(Bind& b) {
+  if (b.operands() != 1) b.refuse("expected [address]");
+  auto& place = b.data<Place>();
+  place.displacement = b.address(b.operand(0), &place.wide);
+  place.generic = !b.has("shared") && !b.has("shared::cta");
+  b.run(&arrive<noinc>);
+}
+
+// [dst], [src], cp-size {, src-size or ignore-src} {, cache-policy}. The policy has no effect on what is copied.
+void bind_copy(Bind& b) {
+  const int policy = b.has("L2::cache_hint") ? 1 : 0, count = b.operands() - policy;
+  if (count != 3 && count != 4) {
+    b.refuse("expected [dst], [src], cp-size, maybe src-size or ignore-src, and with .L2::cache_hint a cache-policy");
+  }
+  auto& form = b.data<Form>();
+  form.to.operand = 0;
+  form.to.displacement = b.address(b.operand(0), &form.to.wide);
+  form.from.operand = 1;
+  form.from.displacement = b.address(b.operand(1), &form.from.wide);
+  const int64_t bytes = b.constant(b.operand(2));
+  if (bytes != 16 && (b.has("cg") || (bytes != 4 && bytes != 8))) {
+    b.refuse(b.has("cg") ? "cp.async.cg copies 16 bytes" : "cp.async.ca copies 4, 8 or 16 bytes");
+  }
+  form.bytes = static_cast<uint32_t>(bytes);
+  if (count == 4) {
+    const Operand& limit = b.operand(3);
+    if (limit.kind == Operand::Kind::reg && b.code.source->registers[limit.id] == Type::pred) {
+      form.limit = Form::Limit::ignore;
+      form.flip = b.predicate(limit) ? kAllLanes : 0;
+    } else {
+      form.limit = Form::Limit::size;
+      b.source(limit, Type::b32);
+    }
+  }
+  if (policy) b.source(b.operands() - 1, Type::b64);
+  b.run(&copy);
+}
+
+const Row rows[] = {
+    {"cp.async.ca|cg.shared|shared::cta.global.L2::cache_hint?.L2::64B|L2::128B|L2::256B?", "9.7.9.25.3.1", bind_copy},
+    {"cp.async.commit_group", "9.7.9.25.3.2", [](Bind& b) { b.run(&commit_group); }},
+    {"cp.async.wait_group", "9.7.9.25.3.3",
+     [](Bind& b) {
+       const int64_t n = b.operands() == 1 ? b.constant(b.operand(0)) : -1;
+       if (n < 0) b.refuse("expected the number of groups that may stay under way");
+       b.instruction.immediate = static_cast<uint64_t>(n);
+       b.run(&wait_group);
+     }},
+    {"cp.async.wait_all", "9.7.9.25.3.3", [](Bind& b) { b.run(&wait_all); }},
+    {"cp.async.mbarrier.arrive.noinc.shared|shared::cta?.b64", "9.7.13.15.15", bind_arrive<true>},
+    {"cp.async.mbarrier.arrive.shared|shared::cta?.b64", "9.7.13.15.15", bind_arrive<false>},
+};
+const Register registered(rows);
+
+}  // namespace
+}  // namespace forwardpass::interpreter

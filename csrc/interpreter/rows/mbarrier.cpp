@@ -1,0 +1,332 @@
+// mbarrier.* (ISA 9.7.13.15), but for cp.async.mbarrier.arrive, which is in cp_async.cpp.
+#include "../mbarrier.h"
+
+#include "../lanes.h"
+#include "../table.h"
+#include "async.h"
+
+namespace forwardpass::interpreter {
+
+void MBarrier::settle(Cta& cta) {
+  if (pending || transactions) return;
+  ++phase;
+  pending = expected;
+  completed = gathering;
+  gathering = Knowledge();
+  cta.happened();
+}
+
+void MBarrier::arrive(Cta& cta, uint32_t count, bool drop) {
+  if (count == 0 || count > kMaxCount) {
+    fault(Kind::mbarrier, "an arrival must count 1 to 2^20 - 1, this one counts " + std::to_string(count), address);
+  }
+  if (count > pending) {
+    fault(Kind::mbarrier,
+          "too many arrivals: the phase lacks " + std::to_string(pending) + " of " + std::to_string(expected) +
+              ", and " + std::to_string(count) + " arrive" +
+              (pending || !transactions ? "" : " (it is waiting for " + std::to_string(transactions) + " bytes)"),
+          address);
+  }
+  pending -= count;
+  if (drop) expected -= count;
+  settle(cta);
+}
+
+void MBarrier::expect_transactions(Cta& cta, int64_t bytes) {
+  transactions += bytes;
+  if (transactions > kMaxCount || transactions < -kMaxCount) {
+    fault(Kind::mbarrier, "the tx-count must stay within 2^20 - 1 bytes, this makes it " + std::to_string(transactions),
+          address);
+  }
+  if (bytes) settle(cta);
+}
+
+void MBarrier::complete_transactions(Cta& cta, int64_t bytes) { expect_transactions(cta, -bytes); }
+
+MBarrier& mbarrier_at(Cta& cta, uint32_t address) {
+  const auto found = cta.mbarriers.find(address);
+  if (found == cta.mbarriers.end()) {
+    fault(Kind::mbarrier, "there is no mbarrier here: mbarrier.init has not run, or mbarrier.inval has", address);
+  }
+  return *found->second;
+}
+
+namespace {
+
+struct Form {
+  Place place;
+  bool acquire_release = true;  // not .relaxed
+  bool parity = false;
+  bool counted = false;  // a count operand follows the address
+};
+
+// The mbarriers that the lanes of an instruction name, most often one.
+class Objects {
+ public:
+  Objects(Warp& w, const Instruction& i, const Place& place) : w_(w), place_(place) { place.read(w, i, addresses_); }
+
+  uint32_t offset(int lane) const { return shared_offset(w_, place_, addresses_[lane], 8, 8, lane, "an mbarrier"); }
+  // In use by the warp: its init must be ordered before.
+  MBarrier& operator[](int lane) {
+    if (!last_ || addresses_[lane] != last_address_) {
+      last_address_ = addresses_[lane];
+      last_ = &mbarrier_at(*w_.cta, offset(lane));
+      if (checked(*w_.cta)) w_.cta->shadow.use_mbarrier(w_.actor(), last_->address);
+    }
+    return *last_;
+  }
+
+ private:
+  Warp& w_;
+  const Place& place_;
+  uint64_t addresses_[kLanes];
+  uint64_t last_address_ = 0;
+  MBarrier* last_ = nullptr;
+};
+
+const Form& form_of(const Instruction& i) { return *static_cast<const Form*>(i.data); }
+
+// The state of an object as an opaque value: whose, of which phase, and the arrivals it lacked.
+constexpr uint64_t kStateTag = uint64_t{0x5} << 60;
+constexpr uint64_t kPhaseBits = 20;
+uint64_t state_of(const MBarrier& b) {
+  return kStateTag | (b.phase & ((1 << kPhaseBits) - 1)) << 40 | uint64_t{b.address / 8} << 20 | b.pending;
+}
+
+Step init(Warp& w, const Instruction& i, Mask mask) {
+  const Form& form = form_of(i);
+  const auto* count = w.operand<uint32_t>(i, form.place.operand + 1);
+  Objects objects(w, i, form.place);
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    const uint32_t at = objects.offset(l);
+    if (count[l] == 0 || count[l] > MBarrier::kMaxCount) {
+      w.fail_at(Kind::mbarrier, "mbarrier.init takes a count of 1 to 2^20 - 1, not " + std::to_string(count[l]), l, at);
+    }
+    auto& slot = w.cta->mbarriers[at];
+    if (slot && checked(*w.cta)) {
+      w.fail_at(Kind::mbarrier, "initialised again while it is in use: mbarrier.inval must come first", l, at);
+    }
+    slot = std::make_shared<MBarrier>(at, count[l]);
+    if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), at, true);
+  }
+  return Step::next;
+}
+
+Step inval(Warp& w, const Instruction& i, Mask mask) {
+  Objects objects(w, i, form_of(i).place);
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    const uint32_t at = objects.offset(l);
+    mbarrier_at(*w.cta, at);
+    if (checked(*w.cta)) {
+      w.cta->shadow.use_mbarrier(w.actor(), at);
+      w.cta->shadow.set_mbarrier(w.actor(), at, false);
+    }
+    w.cta->mbarriers.erase(at);
+  }
+  return Step::next;
+}
+
+enum class Arrival { plain, drop, no_complete, expect };
+
+// Two forms: the arrivals of one instruction share what their warp knows, so a phase takes it in once.
+template <Arrival kind, bool dropping = kind == Arrival::drop>
+Step arrive(Warp& w, const Instruction& i, Mask mask) {
+  const Form& form = form_of(i);
+  uint64_t* state = i.operand[0] == kSink ? nullptr : w.operand<uint64_t>(i, 0);
+  const auto* count = form.counted ? w.operand<uint32_t>(i, form.place.operand + 1) : nullptr;
+  Objects objects(w, i, form.place);
+  const MBarrier* joined = nullptr;
+  uint64_t phase = 0;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    MBarrier& b = objects[l];
+    if (form.acquire_release && (joined != &b || phase != b.phase)) {
+      b.gathering.join(w.knowledge);
+      joined = &b;
+      phase = b.phase;
+    }
+    if (kind == Arrival::expect) b.expect_transactions(*w.cta, count[l]);
+    const uint32_t arrivals = kind != Arrival::expect && count ? count[l] : 1;
+    if (kind == Arrival::no_complete && arrivals == b.pending && !b.transactions) {
+      w.fail_at(Kind::mbarrier, "mbarrier.arrive.noComplete completes the phase", l, b.address);
+    }
+    if (state) state[l] = state_of(b);
+    b.arrive(*w.cta, arrivals, dropping);
+  }
+  if (form.acquire_release) w.release();
+  return Step::next;
+}
+
+template <bool expect>
+Step transactions(Warp& w, const Instruction& i, Mask mask) {
+  const Form& form = form_of(i);
+  const auto* bytes = w.operand<uint32_t>(i, form.place.operand + 1);
+  Objects objects(w, i, form.place);
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    MBarrier& b = objects[l];
+    expect ? b.expect_transactions(*w.cta, bytes[l]) : b.complete_transactions(*w.cta, bytes[l]);
+  }
+  return Step::next;
+}
+
+bool phase_over(const Warp& w, const Form& form, const Instruction& i, const MBarrier& b, int l) {
+  if (form.parity) {
+    const uint32_t parity = w.operand<uint32_t>(i, form.place.operand + 1)[l];
+    if (parity > 1) w.fail(Kind::illegal, "the phase parity is 0 or 1, not " + std::to_string(parity), l);
+    return (b.phase & 1) != parity;
+  }
+  const uint64_t state = w.operand<uint64_t>(i, form.place.operand + 1)[l];
+  if ((state & ~(~uint64_t{0} >> 4)) != kStateTag || (state >> 20 & 0xfffff) != b.address / 8) {
+    w.fail_at(Kind::mbarrier, "the state is none that an arrival at this mbarrier returned", l, b.address);
+  }
+  const uint64_t behind = (b.phase - (state >> 40)) & ((1 << kPhaseBits) - 1);
+  if (behind > 1) w.fail_at(Kind::mbarrier, "the state is of a phase before the preceding one", l, b.address);
+  return behind == 1;
+}
+
+// A loop around a failing test makes no progress: after so many in a row with nothing happening it counts as a wait.
+constexpr int kPolls = 64;
+// try_wait suspends its thread up to a time limit, which passes once in so many looks.
+constexpr uint32_t kTimeout = 16;
+
+template <bool suspends>
+Step wait(Warp& w, const Instruction& i, Mask mask) {
+  const Form& form = form_of(i);
+  Objects objects(w, i, form.place);
+  Mask over = 0;
+  MBarrier* waited = nullptr;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    MBarrier& b = objects[l];
+    if (phase_over(w, form, i, b, l)) {
+      over |= Mask{1} << l;
+      if (form.acquire_release && waited != &b) w.knowledge.join(b.completed);
+      waited = &b;
+    }
+  }
+  if (!over) {
+    // Lanes that wait alone may be suspended, and look again when something has happened.
+    if (suspends) {
+      if (w.random() % kTimeout) return Step::blocked;
+    } else {
+      MBarrier& b = objects[__builtin_ctz(mask)];
+      if (b.polled_at != w.cta->events) b.polls = 0;
+      b.polled_at = w.cta->events;
+      if (++b.polls > kPolls) return Step::blocked;
+    }
+  }
+  if (i.operand[0] != kSink) {
+    Mask& result = *w.operand<Mask>(i, 0);
+    result = (result & ~mask) | over;
+  }
+  return over == mask ? Step::next : Step::yielded;
+}
+
+Step pending_count(Warp& w, const Instruction& i, Mask mask) {
+  return map<uint32_t, uint64_t>(w, i, mask, [](uint64_t state) { return static_cast<uint32_t>(state & 0xfffff); });
+}
+
+void address(Bind& b, Form& form, int operand) {
+  form.place.operand = b.instruction.destinations;
+  form.place.displacement = b.address(b.operand(operand), &form.place.wide);
+  form.place.generic = !b.has("shared") && !b.has("shared::cta") && !b.has("shared::cluster");
+  form.acquire_release = !b.has("relaxed");
+}
+
+// state, [address] {, count}
+template <Arrival kind, bool count_required = kind == Arrival::no_complete || kind == Arrival::expect>
+void bind_arrive(Bind& b) {
+  if (b.operands() != 3 && (count_required || b.operands() != 2)) {
+    b.refuse(count_required ? "expected state, [address], count" : "expected state, [address] and maybe a count");
+  }
+  auto& form = b.data<Form>();
+  b.destination(0, Type::b64);
+  address(b, form, 1);
+  form.counted = b.operands() == 3;
+  if (form.counted) b.source(2, Type::b32);
+  b.run(&arrive<kind>);
+}
+
+template <bool expect>
+void bind_transactions(Bind& b) {
+  if (b.operands() != 2) b.refuse("expected [address], bytes");
+  auto& form = b.data<Form>();
+  address(b, form, 0);
+  b.source(1, Type::b32);
+  b.run(&transactions<expect>);
+}
+
+// done, [address], state or parity {, time hint}
+template <bool suspends>
+void bind_wait(Bind& b) {
+  if (b.operands() != 3 && !(suspends && b.operands() == 4)) b.refuse("expected done, [address], state or parity");
+  auto& form = b.data<Form>();
+  b.destination(0, Type::pred);
+  address(b, form, 1);
+  form.parity = b.has("parity");
+  b.source(2, form.parity ? Type::b32 : Type::b64);
+  if (b.operands() == 4) b.source(3, Type::b32);
+  b.run(&wait<suspends>);
+}
+
+// The modifiers of semantics and scope come before the state space in the ISA; ptxas takes complete_tx's behind it too,
+// as CUTLASS writes them.
+const Row rows[] = {
+    {"mbarrier.init.shared|shared::cta?.b64", "9.7.13.15.9",
+     [](Bind& b) {
+       if (b.operands() != 2) b.refuse("expected [address], count");
+       auto& form = b.data<Form>();
+       address(b, form, 0);
+       b.source(1, Type::b32);
+       b.run(&init);
+     }},
+    {"mbarrier.inval.shared|shared::cta?.b64", "9.7.13.15.10",
+     [](Bind& b) {
+       if (b.operands() != 1) b.refuse("expected [address]");
+       address(b, b.data<Form>(), 0);
+       b.run(&inval);
+     }},
+    {"mbarrier.expect_tx.relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64", "9.7.13.15.11",
+     bind_transactions<true>},
+    {"mbarrier.complete_tx.relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64", "9.7.13.15.12",
+     bind_transactions<false>},
+    {"mbarrier.complete_tx.shared::cta|shared::cluster.relaxed.cta|cluster.b64", "9.7.13.15.12",
+     bind_transactions<false>},
+    {"mbarrier.arrive.expect_tx.release|relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64", "9.7.13.15.13",
+     bind_arrive<Arrival::expect>},
+    {"mbarrier.arrive.noComplete.release?.cta?.shared|shared::cta?.b64", "9.7.13.15.13",
+     bind_arrive<Arrival::no_complete>},
+    {"mbarrier.arrive.release|relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64", "9.7.13.15.13",
+     bind_arrive<Arrival::plain>},
+    {"mbarrier.arrive_drop.expect_tx.release|relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64",
+     "9.7.13.15.14",
+     [](Bind& b) {
+       bind_arrive<Arrival::expect>(b);
+       b.run(&arrive<Arrival::expect, true>);
+     }},
+    {"mbarrier.arrive_drop.noComplete.release?.cta?.shared|shared::cta?.b64", "9.7.13.15.14",
+     [](Bind& b) {
+       bind_arrive<Arrival::no_complete>(b);
+       b.run(&arrive<Arrival::no_complete, true>);
+     }},
+    {"mbarrier.arrive_drop.release|relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64", "9.7.13.15.14",
+     bind_arrive<Arrival::drop>},
+    {"mbarrier.test_wait.parity?.acquire|relaxed?.cta|cluster?.shared|shared::cta?.b64", "9.7.13.15.16",
+     bind_wait<false>},
+    {"mbarrier.try_wait.parity?.acquire|relaxed?.cta|cluster?.shared|shared::cta?.b64", "9.7.13.15.16",
+     bind_wait<true>},
+    {"mbarrier.pending_count.b64", "9.7.13.15.17",
+     [](Bind& b) {
+       if (b.operands() != 2) b.refuse("expected count, state");
+       b.destination(0, Type::b32);
+       b.source(1, Type::b64);
+       b.run(&pending_count);
+     }},
+};
+const Register registered(rows);
+
+}  // namespace
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,161 @@
+#include "tensor_map.h"
+
+#include <cstring>
+
+#include "interpreter.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+// By CUtensorMapDataType.
+struct Element {
+  const char* name;
+  uint8_t bytes;     // 0: packed
+  uint32_t nan;      // the fill by NaN (the canonical one of PTX); 0: not a floating-point type
+  bool flush, tf32;  // what a load does to it
+};
+constexpr Element kElements[] = {
+    {"UINT8", 1, 0, false, false},
+    {"UINT16", 2, 0, false, false},
+    {"UINT32", 4, 0, false, false},
+    {"INT32", 4, 0, false, false},
+    {"UINT64", 8, 0, false, false},
+    {"INT64", 8, 0, false, false},
+    {"FLOAT16", 2, 0x7fff, false, false},
+    {"FLOAT32", 4, 0x7fffffff, false, false},
+    {"FLOAT64", 8, 0x7fffffff, false, false},
+    {"BFLOAT16", 2, 0x7fff, false, false},
+    {"FLOAT32_FTZ", 4, 0x7fffffff, true, false},
+    {"TFLOAT32", 4, 0x7fffffff, false, true},
+    {"TFLOAT32_FTZ", 4, 0x7fffffff, true, true},
+    {"16U4_ALIGN8B", 0, 0, false, false},
+    {"16U4_ALIGN16B", 0, 0, false, false},
+    {"16U6_ALIGN16B", 0, 0, false, false},
+};
+constexpr uint8_t kTypes = sizeof kElements / sizeof *kElements;
+
+constexpr int kSuccess = 0, kInvalidValue = 1, kNotSupported = 801;  // CUresult
+thread_local std::string error;
+
+std::string number(uint64_t n) { return std::to_string(n); }
+std::string of_dim(const char* array, int d) { return std::string(array) + "[" + std::to_string(d) + "]"; }
+
+template <class T>
+T saturated(int64_t value) {  // what does not fit is out of every limit
+  const int64_t highest = static_cast<T>(~T{0});
+  return static_cast<T>(value < 0 || value > highest ? highest : value);
+}
+
+// What exists and is not modelled here.
+std::string not_supported(const TensorMap& m) {
+  if (m.type < kTypes && !kElements[m.type].bytes) {
+    return std::string("CU_TENSOR_MAP_DATA_TYPE_") + kElements[m.type].name +
+           ": packed 4- and 6-bit types are not supported; use UINT8 and unpack in the kernel";
+  }
+  if (m.interleave == 1 || m.interleave == 2) return "interleaved layouts are not supported; use INTERLEAVE_NONE";
+  if (m.swizzle >= 4 && m.swizzle <= 6) return "128-byte swizzles of 32- and 64-byte atoms are not supported";
+  return "";
+}
+
+}  // namespace
+
+uint32_t TensorMap::element_bytes() const { return kElements[type].bytes; }
+
+std::string TensorMap::problem() const {
+  if (type >= kTypes) return "tensorDataType " + number(type) + " is not a CUtensorMapDataType";
+  if (interleave > 2) return "interleave " + number(interleave) + " is not a CUtensorMapInterleave";
+  if (swizzle > 6) return "swizzle " + number(swizzle) + " is not a CUtensorMapSwizzle";
+  if (promotion > 3) return "l2Promotion " + number(promotion) + " is not a CUtensorMapL2promotion";
+  if (fill > 1) return "oobFill " + number(fill) + " is not a CUtensorMapFloatOOBfill";
+  if (rank < 1 || rank > kMaxRank) return "tensorRank must be 1 to 5, not " + number(rank);
+  if (std::string s = not_supported(*this); !s.empty()) return s;
+  const Element& element = kElements[type];
+  if (address % 16) return "globalAddress must be aligned to 16 bytes";
+  for (int d = 0; d < rank; ++d) {
+    if (dims[d] < 1 || dims[d] > uint64_t{1} << 32) {
+      return of_dim("globalDim", d) + " must be 1 to 2^32, not " + number(dims[d]);
+    }
+    if (box[d] < 1 || box[d] > 256) return of_dim("boxDim", d) + " must be 1 to 256, not " + number(box[d]);
+    if (steps[d] < 1 || steps[d] > 8) return of_dim("elementStrides", d) + " must be 1 to 8, not " + number(steps[d]);
+  }
+  // The documentation also builds each stride from the one before it. Drivers take any, and tensors whose dimensions
+  // are permuted or broadcast need that.
+  for (int d = 0; d + 1 < rank; ++d) {
+    if (strides[d] % 16 || strides[d] >= uint64_t{1} << 40) {
+      return of_dim("globalStrides", d) + " must be a multiple of 16 bytes below 2^40, not " + number(strides[d]);
+    }
+  }
+  if (row_bytes() % 16) {
+    return "boxDim[0] times the element's size must be a multiple of 16 bytes, not " + number(row_bytes());
+  }
+  if (swizzle && row_bytes() > 16u << swizzle) {
+    return "boxDim[0] times the element's size must be at most the swizzle's " + number(16u << swizzle) +
+           " bytes, not " + number(row_bytes());
+  }
+  if (fill && !element.nan) return "oobFill by NaN needs a floating-point tensorDataType";
+  return "";
+}
+
+void TensorMap::finish_row(uint8_t* row, uint32_t begin, uint32_t end) const {
+  const Element& element = kElements[type];
+  const uint32_t bytes = row_bytes();
+  if (element.flush || element.tf32) {
+    for (uint32_t at = begin; at < end; at += 4) {
+      uint32_t bits;
+      std::memcpy(&bits, row + at, 4);
+      const uint32_t exponent = bits >> 23 & 0xff;
+      if (element.flush && exponent == 0) bits &= 0x80000000;
+      // To nearest even, infinities and NaNs as they are: what hardware was seen to do, no document says it.
+      if (element.tf32 && exponent != 0xff) bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
+      std::memcpy(row + at, &bits, 4);
+    }
+  }
+  if (begin == 0 && end == bytes) return;
+  uint64_t value = 0;
+  if (fill) value = element.bytes == 8 ? uint64_t{element.nan} << 32 | 0xffffffff : element.nan;
+  for (uint32_t at = 0; at < bytes; at += element.bytes) {
+    if (at < begin || at >= end) std::memcpy(row + at, &value, element.bytes);
+  }
+}
+
+}  // namespace forwardpass::interpreter
+
+using namespace forwardpass::interpreter;
+
+extern "C" {
+
+int fpi_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
+                                const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
+                                int interleave, int swizzle, int l2_promotion, int oob_fill) {
+  error.clear();
+  TensorMap m{};
+  m.magic = TensorMap::kMagic;
+  m.address = reinterpret_cast<uint64_t>(address);
+  m.type = saturated<uint8_t>(data_type);
+  m.rank = saturated<uint8_t>(rank);
+  m.interleave = saturated<uint8_t>(interleave);
+  m.swizzle = saturated<uint8_t>(swizzle);
+  m.promotion = saturated<uint8_t>(l2_promotion);
+  m.fill = saturated<uint8_t>(oob_fill);
+  if (!map || reinterpret_cast<uint64_t>(map) % 64) {
+    error = "tensorMap must point to 128 bytes aligned to 64";
+  } else if (!address || !dims || !box || !element_strides || (rank > 1 && !strides_bytes)) {
+    error = "globalAddress, globalDim, globalStrides, boxDim and elementStrides must not be null";
+  } else {
+    for (int d = 0; d < std::min<int>(m.rank, TensorMap::kMaxRank); ++d) {
+      m.dims[d] = dims[d];
+      m.box[d] = box[d];
+      // "ignored since TMA doesn't support the stride for dimension zero", but its limits hold
+      m.steps[d] = saturated<uint16_t>(element_strides[d]);
+      if (d) m.strides[d - 1] = strides_bytes[d - 1];
+    }
+    error = m.problem();
+  }
+  if (!error.empty()) return not_supported(m).empty() ? kInvalidValue : kNotSupported;
+  std::memcpy(map, &m, sizeof m);
+  return kSuccess;
+}
+
+const char* fpi_tensor_map_error(void) { return error.c_str(); }
+
+}  // extern "C"
