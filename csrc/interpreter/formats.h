@@ -1,5 +1,5 @@
 #pragma once
-// The floating point formats of PTX below fp32 and their roundings (ISA 5.2.2, 9.7.9.22), and the C++ type of every
+// The floating point formats of PTX below fp32 and their roundings (ISA 5.2.2, 9.7.9.21), and the C++ type of every
 // type.
 //
 // encode() and decode() have no branches, so that loops over them vectorise; both are exact for every input and mode.

@@ -1,0 +1,272 @@
+// Comparison and selection (ISA 9.7.6, 9.7.7): setp, set, selp, slct.
+#include <immintrin.h>
+
+#include "interpreter/rows/floating.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+enum class Compare { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan };
+
+// Ordered comparisons are false with NaN, the others, with a u, true.
+template <Compare C, class T>
+bool holds(T a, T b) {
+  switch (C) {
+    case Compare::eq:
+      return a == b;
+    case Compare::ne:
+      return a < b || a > b;
+    case Compare::lt:
+      return a < b;
+    case Compare::le:
+      return a <= b;
+    case Compare::gt:
+      return a > b;
+    case Compare::ge:
+      return a >= b;
+    case Compare::equ:
+      return !(a < b || a > b);
+    case Compare::neu:
+      return !(a == b);
+    case Compare::ltu:
+      return !(a >= b);
+    case Compare::leu:
+      return !(a > b);
+    case Compare::gtu:
+      return !(a <= b);
+    case Compare::geu:
+      return !(a < b);
+    case Compare::num:
+      return a == a && b == b;
+    case Compare::nan:
+      return a != a || b != b;
+  }
+}
+
+// One bit a lane, of all of them: what the mask leaves out is dropped later.
+template <class F>
+Mask collect(F f) {
+  alignas(32) int32_t flags[kLanes];
+  for (int l = 0; l < kLanes; ++l) flags[l] = -static_cast<int32_t>(f(l));
+  Mask found = 0;
+  for (int l = 0; l < kLanes; l += 8)
+    found |= static_cast<Mask>(_mm256_movemask_ps(_mm256_load_ps(reinterpret_cast<const float*>(flags + l)))) << l;
+  return found;
+}
+
+// A comparison of two registers. Part 1: of the upper halves of 32-bit ones.
+using Comparison = Mask (*)(const uint8_t* a, const uint8_t* b);
+template <Compare C, class T, bool Ftz, class Held, int Part>
+Mask compare(const uint8_t* a, const uint8_t* b) {
+  const auto value = [](const uint8_t* at, int l) {
+    const Held held = reinterpret_cast<const Held*>(at)[l];
+    if constexpr (is_short<T>) {
+      const T x = T::from_bits(static_cast<uint32_t>(held) >> (16 * Part));
+      return static_cast<float>(Ftz ? flushed(x) : x);
+    } else {
+      return Ftz ? flushed(held) : held;
+    }
+  };
+  return collect([&](int l) { return holds<C>(value(a, l), value(b, l)); });
+}
+
+template <Compare C>
+Comparison comparison_of(Type type, bool ftz, int part) {
+  const auto of_short = [&](auto t) -> Comparison {
+    using T = decltype(t);
+    if (type == Type::f16 || type == Type::bf16) {
+      return ftz ? &compare<C, T, true, uint16_t, 0> : &compare<C, T, false, uint16_t, 0>;
+    }
+    if (ftz) return part ? &compare<C, T, true, uint32_t, 1> : &compare<C, T, true, uint32_t, 0>;
+    return part ? &compare<C, T, false, uint32_t, 1> : &compare<C, T, false, uint32_t, 0>;
+  };
+  if (type == Type::f16 || type == Type::f16x2) return of_short(Half{});
+  if (type == Type::bf16 || type == Type::bf16x2) return of_short(BFloat16{});
+  if (type == Type::f32) return ftz ? &compare<C, float, true, float, 0> : &compare<C, float, false, float, 0>;
+  if (type == Type::f64) return &compare<C, double, false, double, 0>;
+  if constexpr (C <= Compare::ge) {
+    return with_integer(type, [](auto t) -> Comparison {
+      using T = decltype(t);
+      if constexpr (sizeof(T) > 1) return &compare<C, T, false, T, 0>;
+      return nullptr;
+    });
+  }
+  return nullptr;
+}
+Comparison find_comparison(const Bind& b, Type type, int part) {
+  struct Name {
+    const char* name;
+    Comparison (*of)(Type, bool, int);
+  };
+  constexpr Name names[] = {
+      {"eq", comparison_of<Compare::eq>},   {"ne", comparison_of<Compare::ne>},   {"lt", comparison_of<Compare::lt>},
+      {"le", comparison_of<Compare::le>},   {"gt", comparison_of<Compare::gt>},   {"ge", comparison_of<Compare::ge>},
+      {"lo", comparison_of<Compare::lt>},   {"ls", comparison_of<Compare::le>},   {"hi", comparison_of<Compare::gt>},
+      {"hs", comparison_of<Compare::ge>},   {"equ", comparison_of<Compare::equ>}, {"neu", comparison_of<Compare::neu>},
+      {"ltu", comparison_of<Compare::ltu>}, {"leu", comparison_of<Compare::leu>}, {"gtu", comparison_of<Compare::gtu>},
+      {"geu", comparison_of<Compare::geu>}, {"num", comparison_of<Compare::num>}, {"nan", comparison_of<Compare::nan>},
+  };
+  for (const Name& n : names)
+    if (n.name == b.slot(1)) return n.of(type, b.has("ftz"), part);
+  b.refuse("comparison ." + std::string(b.slot(1)) + " is not known");
+}
+
+// What setp and set do with the comparison's outcome.
+enum class Combine { none, and_, or_, xor_ };
+struct Test {
+  Comparison low, high;  // high: of packed types
+  Combine combine;
+  bool negated;  // !c
+
+  Mask with(Mask t, Mask c) const {
+    if (negated) c = ~c;
+    return combine == Combine::and_ ? t & c : combine == Combine::or_ ? t | c : combine == Combine::xor_ ? t ^ c : t;
+  }
+};
+bool is_packed(Type t) { return t == Type::f16x2 || t == Type::bf16x2; }
+Type held_as(Type t) { return is_packed(t) ? Type::b32 : t == Type::f16 || t == Type::bf16 ? Type::b16 : t; }
+
+// Sources a, b and, with a Boolean operator, c.
+Test& bind_test(Bind& b, Type type) {
+  Test& t = b.data<Test>();
+  t.combine = b.has("and") ? Combine::and_ : b.has("or") ? Combine::or_ : b.has("xor") ? Combine::xor_ : Combine::none;
+  expect_operands(b, t.combine == Combine::none ? 3 : 4);
+  t.low = find_comparison(b, type, 0);
+  t.high = is_packed(type) ? find_comparison(b, type, 1) : nullptr;
+  b.source(1, held_as(type));
+  b.source(2, held_as(type));
+  t.negated = t.combine != Combine::none && b.predicate(b.operand(3));
+  return t;
+}
+Mask third(const Warp& w, const Instruction& i, const Test& t) {
+  return t.combine == Combine::none ? 0 : w.predicate(i.operand[i.destinations + 2]);
+}
+
+void put(Warp& w, Offset at, Mask value, Mask mask) {
+  if (at == kSink) return;
+  Mask& d = *w.at<Mask>(at);
+  d = (d & ~mask) | (value & mask);
+}
+// p[|q]: the outcome and its complement; of packed types, the outcomes of the lower and the upper halves.
+Step setp(Warp& w, const Instruction& i, Mask mask) {
+  const Test& t = *static_cast<const Test*>(i.data);
+  const auto *a = w.operand<uint8_t>(i, i.destinations), *b = w.operand<uint8_t>(i, i.destinations + 1);
+  const Mask c = third(w, i, t), outcome = t.low(a, b), other = t.high ? t.high(a, b) : ~outcome;
+  put(w, i.operand[0], t.with(outcome, c), mask);
+  if (i.destinations == 2) put(w, i.operand[1], t.with(other, c), mask);
+  return Step::next;
+}
+void bind_setp(Bind& b) {
+  const Type type = b.type(b.slots() - 1);
+  const Operand& d = b.operand(0);
+  if (d.kind == Operand::Kind::pair) {
+    b.destination(d.parts[0], Type::pred);
+    b.destination(d.parts[1], Type::pred);
+  } else {
+    if (is_packed(type)) b.refuse("packed types have two outcomes: its destination must be p|q");
+    destination(b, d, Type::pred);
+  }
+  bind_test(b, type);
+  b.run(setp);
+}
+
+// All ones, or 1 in the destination's format; packed ones in halves. immediate: the bits of true.
+template <class D>
+Step set(Warp& w, const Instruction& i, Mask mask) {
+  const Test& t = *static_cast<const Test*>(i.data);
+  const auto *a = w.operand<uint8_t>(i, 1), *b = w.operand<uint8_t>(i, 2);
+  const Mask c = third(w, i, t), low = t.with(t.low(a, b), c), high = t.high ? t.with(t.high(a, b), c) : 0;
+  const auto yes = static_cast<D>(i.immediate);
+  const bool packed = t.high;
+  D* d = w.operand<D>(i, 0);
+  each_lane(mask, [=](int l) {
+    const D ones = low >> l & 1 ? yes : 0;
+    d[l] = packed ? static_cast<D>(ones | (high >> l & 1 ? yes << 16 : 0)) : ones;
+  });
+  return Step::next;
+}
+void bind_set(Bind& b) {
+  const Type to = b.type(b.slots() - 2), from = b.type(b.slots() - 1);
+  destination(b, b.operand(0), held_as(to));
+  bind_test(b, from);
+  b.instruction.immediate = to == Type::f32                               ? 0x3f800000
+                            : to == Type::f16 || to == Type::f16x2        ? 0x3c00
+                            : to == Type::bf16 || to == Type::bf16x2      ? 0x3f80
+                            : is_packed(from) || ptx::size_of(to) == 2    ? 0xffff
+                                                                          : 0xffffffff;
+  b.run(ptx::size_of(held_as(to)) == 2 ? &set<uint16_t> : &set<uint32_t>);
+}
+
+template <class T>
+Step selp(Warp& w, const Instruction& i, Mask mask) {
+  const Mask p = w.predicate(i.operand[3]) ^ i.option;
+  const T *a = w.operand<T>(i, 1), *b = w.operand<T>(i, 2);
+  T* d = w.operand<T>(i, 0);
+  each_lane(mask, [=](int l) { d[l] = p >> l & 1 ? a[l] : b[l]; });
+  return Step::next;
+}
+template <class T, class C, bool Ftz>
+Step slct(Warp& w, const Instruction& i, Mask mask) {
+  const T *a = w.operand<T>(i, 1), *b = w.operand<T>(i, 2);
+  const C* c = w.operand<C>(i, 3);
+  T* d = w.operand<T>(i, 0);
+  each_lane(mask, [=](int l) { d[l] = (Ftz ? flushed(c[l]) : c[l]) >= 0 ? a[l] : b[l]; });
+  return Step::next;
+}
+template <class F>
+void by_width(int bytes, F f) {
+  bytes == 2 ? f(uint16_t{}) : bytes == 4 ? f(uint32_t{}) : f(uint64_t{});
+}
+void bind_selp(Bind& b) {
+  const Type type = b.type(1);
+  expect_operands(b, 4);
+  destination(b, b.operand(0), type);
+  b.source(1, type);
+  b.source(2, type);
+  b.instruction.option = b.predicate(b.operand(3)) ? kAllLanes : 0;
+  by_width(ptx::size_of(type), [&](auto t) { b.run(&selp<decltype(t)>); });
+}
+template <class C>
+void bind_slct(Bind& b) {
+  const Type type = b.type(b.slots() - 2);
+  expect_operands(b, 4);
+  destination(b, b.operand(0), type);
+  b.source(1, type);
+  b.source(2, type);
+  b.source(3, b.type(b.slots() - 1));
+  by_width(ptx::size_of(type), [&](auto t) {
+    using T = decltype(t);
+    b.run(b.has("ftz") ? &slct<T, C, true> : &slct<T, C, false>);
+  });
+}
+
+#define ANY_TYPE "b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64"
+#define ORDERED "eq|ne|lt|le|gt|ge"
+#define FLOATING ORDERED "|equ|neu|ltu|leu|gtu|geu|num|nan"
+#define COMBINED ".and|or|xor?"
+
+const Row rows[] = {
+    {"set.eq|ne" COMBINED ".u32|s32|f32|f16|bf16.b16|b32|b64", "9.7.6.1", bind_set},
+    {"set." ORDERED COMBINED ".u32|s32|f32|f16|bf16.u16|u32|u64|s16|s32|s64", "9.7.6.1", bind_set},
+    {"set.lo|ls|hi|hs" COMBINED ".u32|s32|f32|f16|bf16.u16|u32|u64", "9.7.6.1", bind_set},
+    {"set." FLOATING COMBINED ".ftz?.u32|s32|f32|f16|bf16.f32", "9.7.6.1", bind_set},
+    {"set." FLOATING COMBINED ".u32|s32|f32|f16|bf16.f64", "9.7.6.1", bind_set},
+    {"setp.eq|ne" COMBINED ".b16|b32|b64", "9.7.6.2", bind_setp},
+    {"setp." ORDERED COMBINED ".u16|u32|u64|s16|s32|s64", "9.7.6.2", bind_setp},
+    {"setp.lo|ls|hi|hs" COMBINED ".u16|u32|u64", "9.7.6.2", bind_setp},
+    {"setp." FLOATING COMBINED ".ftz?.f32", "9.7.6.2", bind_setp},
+    {"setp." FLOATING COMBINED ".f64", "9.7.6.2", bind_setp},
+    {"selp." ANY_TYPE, "9.7.6.3", bind_selp},
+    {"slct." ANY_TYPE ".s32", "9.7.6.4", bind_slct<int32_t>},
+    {"slct.ftz?." ANY_TYPE ".f32", "9.7.6.4", bind_slct<float>},
+    {"set." FLOATING COMBINED ".ftz?.u16|s16|u32|s32|f16.f16", "9.7.7.1", bind_set},
+    {"set." FLOATING COMBINED ".u16|s16|u32|s32|bf16.bf16", "9.7.7.1", bind_set},
+    {"set." FLOATING COMBINED ".ftz?.u32|s32|f16x2.f16x2", "9.7.7.1", bind_set},
+    {"set." FLOATING COMBINED ".u32|s32|bf16x2.bf16x2", "9.7.7.1", bind_set},
+    {"setp." FLOATING COMBINED ".ftz?.f16|f16x2", "9.7.7.2", bind_setp},
+    {"setp." FLOATING COMBINED ".bf16|bf16x2", "9.7.7.2", bind_setp},
+};
+const Register registered(rows);
+
+}  // namespace
+}  // namespace forwardpass::interpreter
