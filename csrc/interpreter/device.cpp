@@ -3,19 +3,65 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-
-#include "interpreter.h"
+#include <string>
 
 namespace forwardpass::interpreter {
 namespace {
 
-// CUDA C++ Programming Guide, "Compute Capabilities": technical specifications per compute capability.
-const Device devices[] = {
-    {"sm_80", "NVIDIA A100-SXM4-80GB (interpreted)", 8, 0, 108, 49152, 166912, 167936, 65536, 2048, 32, false},
-    {"sm_89", "NVIDIA L40S (interpreted)", 8, 9, 142, 49152, 101376, 102400, 65536, 1536, 24, false},
-    {"sm_90a", "NVIDIA H100 80GB HBM3 (interpreted)", 9, 0, 132, 49152, 232448, 233472, 65536, 2048, 32, true},
+constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20, kGiB = 1 << 30;
+
+// Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (8.0, 8.9, 9.0).
+// Multiprocessors, caches, memory: NVIDIA A100 Tensor Core GPU Architecture (A100 80GB SXM: 2039 GB/s), NVIDIA L40S
+// datasheet (864 GB/s), NVIDIA H100 Tensor Core GPU Architecture (SXM5: 3352 GB/s). The bandwidths are
+// 2 x memory_clock x memory_bus_bits / 8. Clocks are the boost clocks.
+constexpr Device devices[] = {
+    {"sm_80",    "NVIDIA A100-SXM4-80GB (interpreted)",
+     8,          0,
+     108,        48 * kKiB,
+     163 * kKiB, 164 * kKiB,
+     1 * kKiB,   65536,
+     65536,      kThreadsPerBlock,
+     2048,       32,
+     0,          80 * kGiB,
+     40 * kMiB,  30 * kMiB,
+     1410000,    1593000,
+     5120},
+    {"sm_89",   "NVIDIA L40S (interpreted)",
+     8,         9,
+     142,       48 * kKiB,
+     99 * kKiB, 100 * kKiB,
+     1 * kKiB,  65536,
+     65536,     kThreadsPerBlock,
+     1536,      24,
+     0,         48 * kGiB,
+     96 * kMiB, 66 * kMiB,
+     2520000,   9001000,
+     384},
+    {"sm_90a",   "NVIDIA H100 80GB HBM3 (interpreted)",
+     9,          0,
+     132,        48 * kKiB,
+     227 * kKiB, 228 * kKiB,
+     1 * kKiB,   65536,
+     65536,      kThreadsPerBlock,
+     2048,       32,
+     1,          80 * kGiB,
+     50 * kMiB,  32 * kMiB,
+     1980000,    2619000,
+     5120},
 };
 std::atomic<const Device*> current{nullptr};
+
+template <class T>
+T round_up(T n, T multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// "Register allocation unit size" and "granularity" per warp, the warps of a block spread over four schedulers, and the
+// unit of shared memory, of compute capabilities 8 and 9: CUDA's cuda_occupancy.h.
+constexpr int kRegisterUnit = 256, kSchedulers = 4;
+constexpr int64_t kSharedUnit = 128;
+
+unsigned product(const unsigned (&n)[3]) { return n[0] * std::max(n[1], 1u) * std::max(n[2], 1u); }
 
 }  // namespace
 
@@ -34,19 +80,50 @@ bool set_device(const char* arch) {
   return true;
 }
 
-int resident_blocks(const Device& d, const Code&, int threads, int64_t shared_bytes) {
+unsigned max_threads(const ptx::Function& f) {
+  if (f.required_threads[0]) return product(f.required_threads);
+  return f.max_threads[0] ? product(f.max_threads) : kThreadsPerBlock;
+}
+
+int assumed_registers(const Device& d, const ptx::Function& f) {
+  const int warps = (static_cast<int>(max_threads(f)) + 31) / 32, blocks = std::max(1u, f.min_ctas);
+  const int of_warp =
+      d.registers_per_multiprocessor / (round_up(warps, kSchedulers) * blocks) / kRegisterUnit * kRegisterUnit;
+  const int most = std::min(255, of_warp / 32);
+  if (f.max_registers) return std::min(static_cast<int>(f.max_registers), most);
+  return f.min_ctas ? most : std::min(64, most);
+}
+
+int resident_blocks(const Device& d, int registers, int threads, int64_t shared_bytes) {
   const int warps = (threads + 31) / 32;
-  const int by_threads = d.threads_per_multiprocessor / (warps * 32);
-  const int by_shared = static_cast<int>(d.shared_per_multiprocessor / (shared_bytes + 1024));
-  return std::max(0, std::min({by_threads, by_shared, d.blocks_per_multiprocessor}));
+  const int of_warp = round_up(std::max(registers, 1) * 32, kRegisterUnit);
+  const int warps_by_registers = d.registers_per_multiprocessor / kSchedulers / of_warp * kSchedulers;
+  const int64_t shared = round_up(shared_bytes + d.shared_reserved_per_block, kSharedUnit);
+  return std::min({d.threads_per_multiprocessor / 32 / warps, warps_by_registers / round_up(warps, kSchedulers),
+                   static_cast<int>(d.shared_per_multiprocessor / shared), d.blocks_per_multiprocessor});
+}
+
+int resident_blocks(const Device& d, const Code& code, int threads, int64_t shared_bytes) {
+  return resident_blocks(d, assumed_registers(d, *code.source), threads, shared_bytes);
+}
+
+int resident_clusters(const Device& d, int blocks_per_multiprocessor, int size) {
+  if (!d.clusters || size < 1) return 0;
+  // 132 multiprocessors are left of 8 GPCs of 18; which ones are missing differs from one H100 to the next: assumed are
+  // six GPCs of 16 and two of 18.
+  int clusters = 0;
+  for (int gpc = 0; gpc < 8; ++gpc) clusters += (gpc < 6 ? 16 : 18) * blocks_per_multiprocessor / size;
+  return clusters;
 }
 
 }  // namespace forwardpass::interpreter
 
-extern "C" int fpi_set_device(const char* arch) {
-  return forwardpass::interpreter::set_device(arch) ? 0 : 1;
-}
-extern "C" const char* fpi_device() {
-  const auto* d = forwardpass::interpreter::current_device();
-  return d ? d->arch : "";
-}
+using namespace forwardpass::interpreter;
+
+extern "C" {
+
+int fpi_set_device(const char* arch) { return set_device(arch) ? 0 : 1; }
+const char* fpi_device() { return current_device() ? current_device()->arch : ""; }
+const fpi_device_properties* fpi_device_get() { return current_device(); }
+
+}  // extern "C"

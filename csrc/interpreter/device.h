@@ -1,25 +1,29 @@
 #pragma once
-// The GPU that there is: what its driver would say about it, and the limits that launches are held to.
-#include <cstdint>
-
+// The GPU that there is: its properties (interpreter.h), and what fits into one of its multiprocessors.
+#include "interpreter.h"
 #include "program.h"
 
 namespace forwardpass::interpreter {
 
-struct Device {
-  const char* arch;  // "sm_80", "sm_89", "sm_90a"
-  const char* name;
-  int major, minor, multiprocessors;
-  int64_t shared_per_block, shared_per_block_optin, shared_per_multiprocessor;  // bytes
-  int registers_per_multiprocessor, threads_per_multiprocessor, blocks_per_multiprocessor;
-  bool clusters;
-};
+using Device = fpi_device_properties;
 
-const Device* current_device();                  // null: none is set
-const Device* find_device(const char* arch);     // null: unknown
-bool set_device(const char* arch);               // null: none
+const Device* current_device();               // null: none is set
+const Device* find_device(const char* arch);  // null: unknown
+bool set_device(const char* arch);            // null: none
 
-// CTAs of this kernel that one multiprocessor holds.
+constexpr int kThreadsPerBlock = 1024;
+unsigned max_threads(const ptx::Function&);  // of a block: .maxntid, .reqntid or the device's
+
+// Registers of a thread. PTX does not say how many ptxas will give, so this is an assumption: as many as .maxnreg or
+// .minnctapersm allow, 64 where neither is given, and never more than a block of the kernel's largest size can have.
+int assumed_registers(const Device&, const ptx::Function&);
+
+// CTAs of a kernel that one multiprocessor holds, by threads, registers and shared memory (the reserved part on top).
+int resident_blocks(const Device&, int registers, int threads, int64_t shared_bytes);
 int resident_blocks(const Device&, const Code&, int threads, int64_t shared_bytes);
+
+// Clusters of `size` CTAs that run at once: all CTAs of a cluster are in one GPC.
+int resident_clusters(const Device&, int blocks_per_multiprocessor, int size);
+constexpr int kPortableCluster = 8, kLargestCluster = 16;
 
 }  // namespace forwardpass::interpreter

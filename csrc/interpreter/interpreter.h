@@ -1,6 +1,6 @@
 #pragma once
-// The C API of the interpreter, one shared library per process (_interpreter.so): the stand-in for cudart, Triton's driver
-// and Python's ctypes meet here. Functions that can fail return a cudaError_t; fpi_finding() has the words.
+// The C API of the interpreter, one shared library per process (_interpreter.so): the stand-in for cudart, Triton's
+// driver and Python's ctypes meet here. Functions that can fail return a cudaError_t; fpi_finding() has the words.
 #include <cstddef>
 #include <cstdint>
 
@@ -9,9 +9,22 @@
 extern "C" {
 #endif
 
-// Which GPU there is: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100). Null: none; launches then return cudaErrorNoDevice.
+// Which GPU there is: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100). Null: none; launches then return
+// cudaErrorNoDevice.
 int fpi_set_device(const char* arch);
 const char* fpi_device(void);
+
+// What its driver would say about it, and the limits that launches are held to. Bytes, kHz, CTAs and threads.
+struct fpi_device_properties {
+  const char *arch, *name;
+  int32_t major, minor, multiprocessors;
+  int64_t shared_per_block, shared_per_block_optin, shared_per_multiprocessor, shared_reserved_per_block;
+  int32_t registers_per_block, registers_per_multiprocessor, threads_per_block, threads_per_multiprocessor;
+  int32_t blocks_per_multiprocessor, clusters;  // clusters: launches with them, and programmatic dependent launches
+  int64_t memory, l2_cache, persisting_l2_cache;
+  int32_t clock, memory_clock, memory_bus_bits;
+};
+const struct fpi_device_properties* fpi_device_get(void);  // null: none
 
 struct fpi_options {
   uint64_t seed;
@@ -26,26 +39,49 @@ void fpi_storage_enter(void);
 void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only);
 void fpi_storage_remove(const void* begin);
 void fpi_storage_leave(void);
+int fpi_storage_find(const void* begin, int64_t bytes);  // 1: within one of them, and may be written
+
+// Device memory, poisoned and registered; null: the device has no more. What there is around a pointer, or zero bytes.
+enum { fpi_memory_device, fpi_memory_host, fpi_memory_managed };
+void* fpi_allocate(int64_t bytes, int kind);
+int fpi_release(void* begin);  // 0: it is none of these
+int64_t fpi_allocation(const void* pointer, void** begin, int* kind);
+int64_t fpi_memory_free(void);
 
 // PTX modules (Triton, tests). Null on failure. `kernel` null: the only entry.
 void* fpi_module_load(const char* ptx);
 void fpi_module_unload(void* module);
 const char* fpi_module_json(void* module);  // {arch, shared_bytes, entries: [{name, parameters: [{offset, size}]}]}
 int fpi_module_launch(void* module, const char* kernel, const unsigned grid[3], const unsigned block[3],
-                      const unsigned cluster[3], int64_t dynamic_shared, const void* parameters, int64_t parameter_bytes,
-                      int programmatic);
+                      const unsigned cluster[3], int64_t dynamic_shared, const void* parameters,
+                      int64_t parameter_bytes, int programmatic);
 
-// Fat binaries, as nvcc's host code registers them (standin.cpp). A kernel is known by its host stub's address.
-void* fpi_image_register(const void* fat_binary);
+// Fat binaries, as nvcc's host code registers them (standin/). A kernel is known by its host stub's address.
+void* fpi_image_register(const void* wrapper);
 void fpi_image_unregister(void* image);
 void fpi_kernel_register(void* image, const void* host, const char* name);
-void fpi_variable_register(void* image, void* host, const char* name, int64_t bytes, int constant);
+void fpi_variable_register(void* image, const void* host, const char* name);
+int fpi_variable(const void* host, void** address, int64_t* bytes);
+
 struct fpi_launch_config {
   unsigned grid[3], block[3], cluster[3];
   int64_t dynamic_shared;
-  int programmatic;
+  int programmatic, cooperative;
 };
 int fpi_launch(const void* host, const struct fpi_launch_config*, void** args);
+
+struct fpi_kernel_properties {
+  const char* name;
+  int64_t static_shared, local, constant, max_dynamic_shared;
+  int32_t max_threads, registers, parameters, cluster[3], nonportable_clusters;  // registers: assumed, PTX has none
+};
+int fpi_kernel(const void* host, struct fpi_kernel_properties*);
+int fpi_kernel_parameter(const void* host, int index, int64_t* offset, int64_t* bytes);
+int fpi_kernel_allow_shared(const void* host, int64_t dynamic_bytes);
+int fpi_kernel_allow_nonportable_clusters(const void* host, int allow);
+int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks);  // of one multiprocessor
+// The largest cluster that fits, and how many of the config's size run at once.
+int fpi_cluster_occupancy(const void* host, const struct fpi_launch_config*, int* largest, int* clusters);
 
 // cuTensorMapEncodeTiled with its limits, for the 128 bytes that stand in for a CUtensorMap here. A CUresult; the reason
 // for any but 0 is fpi_tensor_map_error(), of this thread. strides_bytes has rank - 1 entries.
@@ -58,8 +94,10 @@ const char* fpi_tensor_map_error(void);
 const char* fpi_finding(void);
 const char* fpi_finding_json(void);
 void fpi_finding_clear(void);
+void fpi_on_finding(void (*)(const char* text, int error));  // called with each, and the cudaError_t that it becomes
 
-// Counters since the last reset: warp instructions, nanoseconds and multiply-accumulates within mma and wgmma, launches.
+// Counters since the last reset: warp instructions, nanoseconds and multiply-accumulates within mma and wgmma,
+// launches.
 struct fpi_counters {
   uint64_t launches, warp_instructions, matrix_ns, matrix_macs;
 };
