@@ -33,7 +33,10 @@ class Module:
             raise core.finding() or RuntimeError("the PTX module did not load, and no reason was given")
         weakref.finalize(self, api.fpi_module_unload, self.handle)
         #: kernel -> (offset, bytes) of each parameter
-        self.kernels: dict[str, list[tuple[int, int]]] = json.loads(api.fpi_module_json(self.handle))["kernels"]
+        self.kernels: dict[str, list[tuple[int, int]]] = {
+            e["name"]: [(p["offset"], p["size"]) for p in e["parameters"]]
+            for e in json.loads(api.fpi_module_json(self.handle))["entries"]
+        }
 
     def __getitem__(self, name: str) -> Kernel:
         if name not in self.kernels:
