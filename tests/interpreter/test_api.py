@@ -1,5 +1,6 @@
 """fp.interpret and what hangs on it: who is interpreted and who is not, what is refused, and what is restored."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -179,9 +180,6 @@ print(fp.backend.interpreter())
 def test_the_environment_is_refused_in_a_sentence(environment, words):
     done = python("import forwardpass", **environment)
     assert done.returncode == 1
-    pytest.raises(ValueError, match=words, matches=None) if False else None
-    import re
-
     assert re.search(words, done.stderr.splitlines()[-1])
 
 
