@@ -1,5 +1,8 @@
 """forwardpass: fused inference kernels in drop-in modules, held to numerical parity with plain torch."""
 
+import os as _os
+from typing import Any as _Any
+
 from . import nn, ops
 from .backend import Reason, Unsupported, explain, use_backend
 from .planning.parity import ParityReport, parity
@@ -7,6 +10,21 @@ from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
 
 __version__ = "0.1.0"
 __all__ = [
-    "ParityReport", "Plan", "Reason", "Report", "Unsupported", "explain", "load_pretrained", "nn", "ops", "parity", "restore",
-    "save_pretrained", "swap", "use_backend",
+    "InterpreterFinding", "ParityReport", "Plan", "Reason", "Report", "Unsupported", "explain", "interpret",
+    "load_pretrained", "nn", "ops", "parity", "restore", "save_pretrained", "swap", "use_backend",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> _Any:
+    """The interpreter is imported by whoever asks for it."""
+    if name in ("InterpreterFinding", "interpret"):
+        from . import interpreter
+
+        return getattr(interpreter, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if _os.environ.get("FORWARDPASS_INTERPRET"):
+    from .interpreter.device import interpret_process as _interpret_process
+
+    _interpret_process()

@@ -149,7 +149,7 @@ def _why_not_cuda(device: torch.device) -> Reason | None:
     if reason := _why_not_gpu(device, "CUDA"):
         return reason
     if device.type == "cpu":
-        return _choice.interpreter and _choice.interpreter.why_not("cuda")
+        return _choice.interpreter.why_not("cuda") if _choice.interpreter else None
     if problem := library.why_no_kernels():
         return Reason(
             "not_built", problem, "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error"
@@ -169,7 +169,7 @@ def _why_not_triton(device: torch.device) -> Reason | None:
     if problem := why_no_triton():
         return Reason("not_installed", problem, "pip install 'forwardpass[triton]'")
     if device.type == "cpu":
-        return _choice.interpreter and _choice.interpreter.why_not("triton")
+        return _choice.interpreter.why_not("triton") if _choice.interpreter else None
     if reason := _why_no_gpu():
         return reason
     if _capability(device.index) < (8, 0):

@@ -85,6 +85,7 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
     facts.add_row("driver", f"{driver['present'] or 'none'}; {needed}")
     facts.add_row("nvcc", found["nvcc"] or "none; only building the CUDA kernels needs one")
     facts.add_row("CPU", f"{cpu['name']}, {cpu['capability']}, {cpu['threads']} threads on {cpu['cores']} cores")
+    facts.add_row("interpreter", describe_interpreter(found["interpreter"]))
     for gpu in found["gpus"]:
         facts.add_row("GPU", f"{gpu['name']}, {gpu['arch']}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
     console.print(facts)
@@ -107,6 +108,19 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
         console.print(f"[red]problem[/red] {problem}")
     if not found["problems"]:
         console.print("everything that should work here does")
+
+
+def describe_interpreter(found: dict[str, Any]) -> str:
+    if found["problem"]:
+        return f"none: {found['problem']}"
+    gpus = ", ".join(f"{name} ({arch})" for arch, name in found["architectures"].items())
+    said = [f"stands in for {gpus}"]
+    for name in dict.fromkeys(k["backend"] for k in found["kernels"]):
+        mine = [k for k in found["kernels"] if k["backend"] == name]
+        if runs := [k["operation"] for k in mine if k["code"] is None]:
+            said.append(f"runs {name}: {', '.join(runs)}")
+        said += dict.fromkeys(f"no {name}: {k['text']}" for k in mine if k["code"] not in (None, "not_written"))
+    return "; ".join(said)
 
 
 @app.command()

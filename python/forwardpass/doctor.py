@@ -46,6 +46,7 @@ def examine() -> dict[str, Any]:
         "driver": driver,
         "nvcc": environment.nvcc(),
         "kernels": kernels,
+        "interpreter": _interpreter(),
         "measured": ["kernels.parity"],
         "problems": problems,
     }
@@ -60,6 +61,27 @@ def _kernels_do_not_load() -> str | None:
     except OSError as e:
         return f"the kernel library does not load: {e}; reinstall forwardpass"
     return None
+
+
+def _interpreter() -> dict[str, Any]:
+    """Whether kernels can be run without a GPU, for which architectures, and which; nothing is run here."""
+    from .interpreter import core, device
+
+    reason = core.why_not()
+    kernels = []
+    if reason is None and library.load_error is None:
+        with backend.interpreted_by(device.make("sm_90a")):
+            for op in backend.operations.values():
+                for name in ("cuda", "triton"):
+                    why = op.why_not_on(name, torch.device("cpu"))
+                    kernels.append({"operation": op.name, "backend": name, "code": why.code if why else None,
+                                    "text": why.text if why else None, "fix": why.fix if why else None})  # fmt: skip
+    return {
+        "library": str(core.LIBRARY) if core.LIBRARY.exists() else None,
+        "problem": str(reason) if reason else None,
+        "architectures": core.ARCHITECTURES,
+        "kernels": kernels,
+    }
 
 
 def _driver() -> dict[str, Any]:
@@ -77,7 +99,9 @@ def _driver() -> dict[str, Any]:
 
 def _kernel(op: Operation, name: str) -> dict[str, Any]:
     """One row: an implementation, the reason if it cannot run here, and how it compares with the reference."""
-    device = torch.device("cuda", 0) if name in ("cuda", "triton") and not backend.interpreter() else torch.device("cpu")
+    device = (
+        torch.device("cuda", 0) if name in ("cuda", "triton") and not backend.interpreter() else torch.device("cpu")
+    )
     reason = op.why_not_on(name, device)
     row: dict[str, Any] = {
         "operation": op.name,

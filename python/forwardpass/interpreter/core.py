@@ -30,8 +30,11 @@ class Options(ctypes.Structure):
     ]  # fmt: skip
 
 
+COUNTERS = ("launches", "warp_instructions", "matrix_ns", "matrix_macs")
+
+
 class Counters(ctypes.Structure):
-    _fields_ = [(n, c_uint64) for n in ("launches", "warp_instructions", "matrix_ns", "matrix_macs")]
+    _fields_ = [(name, c_uint64) for name in COUNTERS]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -61,7 +64,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 def why_not() -> Reason | None:
     """None where this machine can interpret."""
     if not LIBRARY.exists():
-        return Reason("not_built", "this installation has no interpreter (_interpreter.so is missing)", "reinstall forwardpass")
+        return Reason(
+            "not_built", "this installation has no interpreter (_interpreter.so is missing)", "reinstall forwardpass"
+        )
     try:
         flags = set(pathlib.Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
     except OSError as e:
@@ -104,4 +109,4 @@ def counters() -> dict[str, int]:
     """Of the process so far."""
     read = Counters()
     load().fpi_counters_read(ctypes.byref(read))
-    return {name: getattr(read, name) for name, _ in Counters._fields_}
+    return {name: getattr(read, name) for name in COUNTERS}

@@ -38,7 +38,7 @@ class Device:
 
     def __init__(self, arch: str, options: core.Options, guard: bool):
         self.arch, self.seed, self.guard = arch, int(options.seed), guard
-        self.counters = dict.fromkeys((name for name, _ in core.Counters._fields_), 0)
+        self.counters = dict.fromkeys(core.COUNTERS, 0)
         self.findings: list[InterpreterFinding] = []
         self._options = options
         self._registered: list[tuple[Tensor, str]] = []
@@ -53,10 +53,13 @@ class Device:
     def why_not(self, name: str) -> Reason | None:
         """None where the kernels of backend "cuda" or "triton" can be interpreted, else the reason."""
         if name == "cuda" and not core.KERNELS.exists():
-            return Reason("not_built", f"built without CUDA kernels: {library.build_info.get('cuda_skipped') or 'there is no ' + core.KERNELS.name}",
+            why = library.build_info.get("cuda_skipped") or f"there is no {core.KERNELS.name}"
+            return Reason("not_built", f"built without CUDA kernels: {why}",
                           "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")  # fmt: skip
         if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-            return Reason("triton_interpret", "TRITON_INTERPRET gives the kernels to Triton's own interpreter", "unset it")
+            return Reason(
+                "triton_interpret", "TRITON_INTERPRET gives the kernels to Triton's own interpreter", "unset it"
+            )
         return None
 
     @contextlib.contextmanager
@@ -93,7 +96,9 @@ class Device:
     def finish(self, guard: Guard, kernel: str) -> None:
         """Of guard mode, after a launch."""
         if problem := guard.finish():
-            raise self.found(InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed))
+            raise self.found(
+                InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed)
+            )
 
     def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """An operation of forwardpass on CPU tensors: the seam in backend.py leads here."""
@@ -162,7 +167,9 @@ def make(
         raise ValueError(f"seed is an integer from 0 to 2**64 - 1, not {seed!r}")
     if not isinstance(threads, int) or threads < 0:
         raise ValueError(f"threads is a number of threads, or 0 for one a core, not {threads!r}")
-    if reason := core.why_not() or (library.load_error and Reason("not_built", library.why_no_ops() or "", "reinstall")):
+    if reason := core.why_not() or (
+        library.load_error and Reason("not_built", library.why_no_ops() or "", "reinstall")
+    ):
         raise Unsupported(str(reason), dict.fromkeys(("cuda", "triton"), reason))
     options = core.Options(
         seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0

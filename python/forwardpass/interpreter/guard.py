@@ -86,7 +86,7 @@ def _span(t: Tensor) -> int:
 
 
 def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
-    whole = torch.empty(0, dtype=like.dtype).set_(buffer.untyped_storage())  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=like.dtype).set_(buffer.untyped_storage())
     return whole.as_strided(like.shape, like.stride(), offset // like.element_size())
 
 

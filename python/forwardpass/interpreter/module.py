@@ -32,13 +32,15 @@ class Module:
         if not self.handle:
             raise core.finding() or RuntimeError("the PTX module did not load, and no reason was given")
         weakref.finalize(self, api.fpi_module_unload, self.handle)
-        self.entries: dict[str, dict[str, Any]] = {
-            e["name"]: e for e in json.loads(api.fpi_module_json(self.handle))["entries"]
+        #: kernel -> (offset, bytes) of each parameter
+        self.kernels: dict[str, list[tuple[int, int]]] = {
+            e["name"]: [(p["offset"], p["size"]) for p in e["parameters"]]
+            for e in json.loads(api.fpi_module_json(self.handle))["entries"]
         }
 
     def __getitem__(self, name: str) -> Kernel:
-        if name not in self.entries:
-            raise KeyError(f"the module has no kernel {name!r}; it has {', '.join(self.entries)}")
+        if name not in self.kernels:
+            raise KeyError(f"the module has no kernel {name!r}; it has {', '.join(self.kernels)}")
         return Kernel(self, name)
 
     def device(self) -> Device:
@@ -52,7 +54,7 @@ class Kernel:
 
     def __init__(self, module: Module, name: str):
         self.module, self.name = module, name
-        self.parameters: list[dict[str, Any]] = module.entries[name]["parameters"]
+        self.parameters = module.kernels[name]
 
     def launch(
         self,
@@ -89,8 +91,8 @@ class Kernel:
             if device.guard:
                 tensors = guard.rehome(tensors)
             values = [
-                _bytes(self.name, i, tensors.get(f"argument {i} of {self.name}"), a, p["size"])
-                for i, (a, p) in enumerate(zip(args, self.parameters))
+                _bytes(self.name, i, tensors.get(f"argument {i} of {self.name}"), a, size)
+                for i, (a, (_, size)) in enumerate(zip(args, self.parameters))
             ]
             if not device.guard:
                 for name, tensor in tensors.items():
@@ -109,9 +111,10 @@ class Kernel:
         programmatic: bool,
     ) -> None:
         """With the bytes of each parameter, within `device.running()`."""
-        packed = bytearray(max((p["offset"] + p["size"] for p in self.parameters), default=0))
-        for p, value in zip(self.parameters, values):
-            packed[p["offset"] : p["offset"] + p["size"]] = value
+        packed = bytearray(max((offset + size for offset, size in self.parameters), default=0))
+        for (offset, size), value in zip(self.parameters, values):
+            assert len(value) == size
+            packed[offset : offset + size] = value
         api = core.load()
         api.fpi_finding_clear()
         error = api.fpi_module_launch(
@@ -150,5 +153,7 @@ def _bytes(kernel: str, i: int, tensor: Tensor | None, value: Any, size: int) ->
         raise TypeError(f"argument {i} of {kernel} is a tensor, a tensor map, None, an int, a float or bytes, "
                         f"not {type(value).__name__}")  # fmt: skip
     if len(made) != size:
-        raise TypeError(f"argument {i} of {kernel} has {size} bytes, and a {type(value).__name__} of {len(made)} was given")
+        raise TypeError(
+            f"argument {i} of {kernel} has {size} bytes, and a {type(value).__name__} of {len(made)} was given"
+        )
     return made

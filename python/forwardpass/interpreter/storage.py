@@ -13,7 +13,7 @@ class Scope:
     """The intervals of one operation or launch. What an enclosing one has registered keeps its name and its protection."""
 
     def __init__(self, outer: Scope | None):
-        self._known = set(outer._known) if outer else set()
+        self._known: set[tuple[int, int]] = set(outer._known) if outer else set()
 
     def add(self, begin: int, size: int, name: str, read_only: bool = False) -> None:
         if size and (begin, size) not in self._known:

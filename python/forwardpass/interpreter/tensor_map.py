@@ -49,7 +49,9 @@ def encode(
 class TensorMap:
     """A tensor and how TMA sees it; made by `tensor_map`. Kernels take it by value."""
 
-    def __init__(self, tensor: Tensor, box: Sequence[int], swizzle: int, fill: str, element_strides: Sequence[int] | None):
+    def __init__(
+        self, tensor: Tensor, box: Sequence[int], swizzle: int, fill: str, element_strides: Sequence[int] | None
+    ):
         self.tensor = tensor
         self._how = box, swizzle, fill, element_strides
         self.encode(tensor)
@@ -65,7 +67,11 @@ class TensorMap:
 
 
 def tensor_map(
-    tensor: Tensor, box: Sequence[int], swizzle: int = 0, fill: str = "zero", element_strides: Sequence[int] | None = None
+    tensor: Tensor,
+    box: Sequence[int],
+    swizzle: int = 0,
+    fill: str = "zero",
+    element_strides: Sequence[int] | None = None,
 ) -> TensorMap:
     """Describes a tensor to TMA, in boxes.
 
@@ -82,9 +88,13 @@ def tensor_map(
     if not isinstance(tensor, Tensor) or tensor.dtype not in DATA_TYPES:
         raise TypeError(f"there are no tensor maps of {getattr(tensor, 'dtype', type(tensor).__name__)}")
     if len(box) != tensor.dim() or (element_strides is not None and len(element_strides) != tensor.dim()):
-        raise ValueError(f"box and element_strides have one number for each of the {tensor.dim()} dimensions of the tensor")
+        raise ValueError(
+            f"box and element_strides have one number for each of the {tensor.dim()} dimensions of the tensor"
+        )
     if tensor.dim() and tensor.stride(-1) != 1:
         raise ValueError(f"the last dimension must have stride 1, not {tensor.stride(-1)}: make the tensor contiguous")
     if swizzle not in SWIZZLES or fill not in FILLS:
-        raise ValueError(f"swizzle is one of {list(SWIZZLES)} and fill one of {list(FILLS)}, not {swizzle!r} and {fill!r}")
+        raise ValueError(
+            f"swizzle is one of {list(SWIZZLES)} and fill one of {list(FILLS)}, not {swizzle!r} and {fill!r}"
+        )
     return TensorMap(tensor, tuple(box), swizzle, fill, element_strides)

@@ -135,7 +135,12 @@ class Clock:
 class Utils:
     def get_device_properties(self, device: str) -> dict[str, int]:
         shared, multiprocessors = PROPERTIES[device]
-        return {"max_shared_mem": shared, "max_num_regs": 65536, "multiprocessor_count": multiprocessors, "warpSize": 32}
+        return {
+            "max_shared_mem": shared,
+            "max_num_regs": 65536,
+            "multiprocessor_count": multiprocessors,
+            "warpSize": 32,
+        }
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: str) -> tuple[Module, Kernel, int, int, int]:
         """module, function, registers and spills (ptxas would know), and the most threads of a block"""
@@ -167,7 +172,10 @@ class Launcher:
                 else:
                     for name, tensor in tensors.items():
                         scope.add_tensor(tensor, f"argument {name} of {kernel.name}")
-                values = [value for type_, name, v in given for value in self._values(type_, v, tensors.get(name))]
+                descriptors = iter(getattr(m, "tensordesc_meta", None) or ())
+                values: list[bytes] = []
+                for type_, name, v in given:
+                    values += self._values(type_, v, tensors.get(name), descriptors)
                 for name in ("global", "profile")[: len(kernel.parameters) - len(values)]:
                     buffer = self._scratch(name, x * y * z * m.num_ctas, stream)
                     if isinstance(buffer, Tensor):
@@ -184,17 +192,18 @@ class Launcher:
 
     def _given(self, args: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
         """(type, name, value) of what the kernel takes at run time: tuples taken apart, constants left out."""
-        self._descriptors = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
         for (name, type_), value in zip(self.signature, args):
             yield from _flat(type_, str(name), value)
 
-    def _values(self, type_: str, value: Any, tensor: Tensor | None) -> Iterator[bytes]:
+    def _values(
+        self, type_: str, value: Any, tensor: Tensor | None, metas: Iterator[dict[str, Any]]
+    ) -> Iterator[bytes]:
         """The parameters that one argument becomes. Tensors come separately: they may be copies."""
         if type_.startswith("*"):
             yield _pointer(value if tensor is None else tensor)
         elif type_.startswith("tensordesc"):
             assert tensor is not None
-            yield from self._descriptor(value, tensor, next(self._descriptors, None))
+            yield from self._descriptor(value, tensor, next(metas, None))
         else:
             yield _scalar(type_, value)
 
@@ -268,8 +277,8 @@ def install() -> None:
             except RuntimeError:  # no GPU: there is no driver
                 before = None
             _before = before, backends["nvidia"]
-            active.set_active(Driver(before))  # type: ignore[arg-type]
-            backends["nvidia"] = Backend(_compiler, backends["nvidia"].driver)  # type: ignore[arg-type]
+            active.set_active(Driver(before))
+            backends["nvidia"] = Backend(_compiler, backends["nvidia"].driver)
         _users += 1
 
 

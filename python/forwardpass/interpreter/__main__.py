@@ -1,0 +1,36 @@
+"""`python -m forwardpass.interpreter`: builds CUDA programs for the interpreter, and prints what it knows."""
+
+from __future__ import annotations
+
+import sys
+
+from . import core
+from .build import build
+
+USAGE = """\
+usage: python -m forwardpass.interpreter build PROG.cu [nvcc flags] -o PROG
+           then FORWARDPASS_INTERPRET=sm_90a ./PROG runs it; FORWARDPASS_INTERPRET_SEED=N chooses another schedule
+       python -m forwardpass.interpreter rows
+           prints every instruction that it knows, with its section of the PTX ISA"""
+
+
+def main(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    try:
+        if command == "build":
+            return build(rest)
+        if command == "rows" and not rest:
+            rows = core.rows()
+            width = max(len(r["pattern"]) for r in rows)
+            for r in rows:
+                print(f"{r['pattern']:<{width}}  {r['section']}")
+            return 0
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f"forwardpass: {e}", file=sys.stderr)
+        return 2
+    print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+    return 0 if command in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""The package's own kernels, as compiled: every case of every operation, CUDA and Triton, on each architecture."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import backend
+from forwardpass.activation_quantize import cases as activation_quantize
+from forwardpass.dequant_activation import cases as dequant_activation
+from forwardpass.norm_quantize import cases as norm_quantize
+from forwardpass.quantize import cases as quantize
+from forwardpass.testing import poisoned_outputs
+
+pytestmark = pytest.mark.interpreted
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+CASES = [
+    (name, module, case)
+    for name, module in (
+        ("activation_quantize", activation_quantize),
+        ("dequant_activation", dequant_activation),
+        ("norm_quantize", norm_quantize),
+        ("quantize", quantize),
+    )
+    for case in module.cases()
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What no kernel writes is NaN or -1, in what C++ allocates and in what torch.empty returns."""
+    torch.use_deterministic_algorithms(True)
+    with poisoned_outputs():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "module", "case"), CASES, ids=lambda v: "" if v in ("",) else str(v))
+def test_kernel(name, module, case, implementation, arch, seed):
+    args = case.arguments(seed=seed)
+    operation = backend.operations[getattr(case, "op", name)]
+    with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
+        if reason := device.why_not(implementation):
+            pytest.skip(str(reason))
+        module.assert_matches(operation(*args), args)
+    assert device.findings == []
+    assert (device.counters["launches"] > 0) == (args[0].numel() > 0)
