@@ -1,0 +1,272 @@
+// atom and red (ISA 9.7.13.5 and 9.7.13.6), with the host's atomics, as CTAs run on several threads. Lanes go in an
+// order that the seed decides.
+#include <cstring>
+#include <limits>
+
+#include "interpreter/rows/addresses.h"
+#include "interpreter/rows/lanewise.h"
+
+#define SEMANTICS "relaxed|acquire|release|acq_rel"
+#define SCOPE "cta|cluster|gpu|sys"
+#define SPACE "global|shared|shared::cta|shared::cluster"
+// Triton writes the space and the scope before the semantics, and ptxas takes that too.
+#define ORDER SEMANTICS "?." SCOPE "?." SPACE "?." SCOPE "?." SEMANTICS "?."
+#define ATOM "atom|red." ORDER
+#define HINT "L2::cache_hint?."
+
+namespace forwardpass::interpreter {
+namespace {
+
+struct Atomic : AddressOperand {
+  int count = 1;        // of the vector
+  bool returns = true;  // atom; red has no destination
+};
+
+// Each gives what memory holds after it, from what it held before and the operands.
+struct And {
+  template <class T>
+  T operator()(T old, T b) const {
+    return old & b;
+  }
+};
+struct Or {
+  template <class T>
+  T operator()(T old, T b) const {
+    return old | b;
+  }
+};
+struct Xor {
+  template <class T>
+  T operator()(T old, T b) const {
+    return old ^ b;
+  }
+};
+struct Exchange {
+  template <class T>
+  T operator()(T, T b) const {
+    return b;
+  }
+};
+struct CompareAndSwap {
+  template <class T>
+  T operator()(T old, T b, T c) const {
+    return old == b ? c : old;
+  }
+};
+struct Increment {
+  uint32_t operator()(uint32_t old, uint32_t b) const { return old >= b ? 0 : old + 1; }
+};
+struct Decrement {
+  uint32_t operator()(uint32_t old, uint32_t b) const { return old == 0 || old > b ? b : old - 1; }
+};
+// min and max of floats: the number, if one is NaN; -0 below +0 (ISA 9.7.3.11).
+template <bool kMax>
+struct Extreme {
+  template <class T>
+  T operator()(T old, T b) const {
+    if constexpr (is_short<T>) {
+      const float x = old, y = b;
+      if (x != x && y != y) return T::from_bits(LayoutOf<T>::type::kNan);
+      if (x != x) return b;
+      if (y != y) return old;
+      if (x == y) return T::from_bits(kMax ? old.bits & b.bits : old.bits | b.bits);  // only the signs may differ
+      return (x > y) == kMax ? old : b;
+    } else {
+      return (old > b) == kMax ? old : b;
+    }
+  }
+};
+struct Add {
+  template <class T>
+  T operator()(T old, T b) const {
+    if constexpr (is_short<T>) {
+      return T(static_cast<float>(old) + static_cast<float>(b));  // 24 bits are enough for a correct second rounding
+    } else if constexpr (std::is_same_v<T, float>) {
+      return canonical(old + b);
+    } else {
+      return old + b;
+    }
+  }
+};
+// On global memory atom.add.f32 flushes subnormal inputs and results, on shared memory it does not (9.7.13.5). A
+// generic address counts as global.
+struct AddFlushed {
+  float operator()(float old, float b) const { return canonical(flush(flush(old) + flush(b))); }
+};
+
+template <class T>
+using Raw = std::conditional_t<
+    sizeof(T) == 2, uint16_t,
+    std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 8, uint64_t, unsigned __int128>>>;
+
+// What a register of type T looks like: 128-bit ones are two halves, 32 lanes apart.
+template <class T>
+T from_register(const void* base, int lane) {
+  T value;
+  if constexpr (sizeof(T) == 16) {
+    const auto* half = static_cast<const uint64_t*>(base);
+    value = static_cast<T>(half[kLanes + lane]) << 64 | half[lane];
+  } else {
+    std::memcpy(&value, static_cast<const uint8_t*>(base) + lane * sizeof(T), sizeof(T));
+  }
+  return value;
+}
+template <class T>
+void to_register(void* base, int lane, T value) {
+  if constexpr (sizeof(T) == 16) {
+    auto* half = static_cast<uint64_t*>(base);
+    half[lane] = static_cast<uint64_t>(value);
+    half[kLanes + lane] = static_cast<uint64_t>(value >> 64);
+  } else {
+    std::memcpy(static_cast<uint8_t*>(base) + lane * sizeof(T), &value, sizeof(T));
+  }
+}
+
+// Replaces what is at `at` by f of it; what it was before.
+template <class T, class F>
+T exchange(uint8_t* at, F f) {
+  auto* cell = reinterpret_cast<Raw<T>*>(at);
+  Raw<T> old = *const_cast<volatile Raw<T>*>(cell);
+  for (;;) {
+    T before;
+    std::memcpy(&before, &old, sizeof(T));
+    const T after = f(before);
+    Raw<T> wanted;
+    std::memcpy(&wanted, &after, sizeof(T));
+    // The older builtin, as the newer one calls libatomic for 16 bytes.
+    const Raw<T> found = __sync_val_compare_and_swap(cell, old, wanted);
+    if (found == old) return before;
+    old = found;
+  }
+}
+
+// f(lane) for the lanes of a mask, in one of the orders that a step and a start give.
+template <class F>
+void in_seeded_order(Warp& w, Mask mask, F f) {
+  const uint32_t random = w.random(), step = random | 1, start = random >> 8;
+  for (int k = 0; k < kLanes; ++k) {
+    const int l = static_cast<int>((start + k * step) % kLanes);
+    if (mask >> l & 1) f(l);
+  }
+}
+
+template <class Op, class T, int kSources, int kPacked = 1>
+Step atomic(Warp& w, const Instruction& i, Mask mask) {
+  const auto& a = *static_cast<const Atomic*>(i.data);
+  uint8_t* host[kLanes];
+  a.access(w, i, a.count * kPacked * static_cast<int>(sizeof(T)), Use::atomic, mask, host);
+  const int values = a.operand + 1;
+  in_seeded_order(w, mask, [&](int l) {
+    for (int k = 0; k < a.count; ++k) {
+      for (int p = 0; p < kPacked; ++p) {  // a pair of 16 bits each is two atomics: ISA 9.7.13.5
+        const int part = l * kPacked + p;
+        const auto source = [&](int n) {
+          return from_register<T>(w.operand<uint8_t>(i, values + n * a.count + k), part);
+        };
+        const T before = exchange<T>(host[l] + (k * kPacked + p) * sizeof(T), [&](T old) {
+          if constexpr (kSources == 2) {
+            return Op{}(old, source(0), source(1));
+          } else {
+            return Op{}(old, source(0));
+          }
+        });
+        if (a.returns && i.operand[k] != kSink) to_register(w.operand<uint8_t>(i, k), part, before);
+      }
+    }
+  });
+  return Step::next;
+}
+
+// Operands, for any type: atom has destinations, a vector has several of each.
+void bind_operands(Bind& b, Type type, int sources) {
+  auto& a = b.data<Atomic>();
+  a.returns = b.slot(0) == "atom";
+  a.count = b.has("v8") ? 8 : b.has("v4") ? 4 : b.has("v2") ? 2 : 1;
+  int scopes = 0, semantics = 0;
+  for (int s = 1; s < b.slots(); ++s) {
+    const auto is = [&](std::string_view names) {
+      return !b.slot(s).empty() &&
+             ("|" + std::string(names) + "|").find("|" + std::string(b.slot(s)) + "|") != std::string::npos;
+    };
+    scopes += is(SCOPE);
+    semantics += is(SEMANTICS);
+  }
+  if (scopes > 1 || semantics > 1) b.refuse("it has two scopes or two memory semantics");
+  if (!a.returns && (b.has("acquire") || b.has("acq_rel"))) b.refuse("red is relaxed or release: it reads nothing");
+  const int first = a.returns ? 1 : 0;
+  expect_operands(b, first + 1 + sources + (b.has("L2::cache_hint") ? 1 : 0));
+  const auto each = [&](const Operand& o, auto bind) {
+    if (a.count == 1) return bind(o);
+    if (o.kind != Operand::Kind::vector || static_cast<int>(o.parts.size()) != a.count) {
+      b.refuse("the vector must have " + std::to_string(a.count) + " registers");
+    }
+    for (const Operand& part : o.parts) bind(part);
+  };
+  if (a.count * ptx::size_of(type) > 16) b.refuse("vectors of more than 16 bytes do not exist");
+  if (a.returns) each(b.operand(0), [&](const Operand& o) { b.destination(o, type); });
+  a.bind(b, b.operand(first));
+  if (a.count > 1 && a.space != ptx::Space::global && a.space != ptx::Space::none)
+    b.refuse("vectors are for global memory");
+  for (int s = 0; s < sources; ++s) each(b.operand(first + 1 + s), [&](const Operand& o) { b.source(o, type); });
+  if (b.has("L2::cache_hint")) b.source(b.operands() - 1, Type::b64);
+}
+
+Type value_type(const Bind& b) { return b.type(b.slots() - 1); }
+
+template <class Op>
+void bind_bits(Bind& b) {
+  bind_operands(b, value_type(b), 1);
+  if (value_type(b) == Type::b128) return b.run(atomic<Op, unsigned __int128, 1>);
+  with_integer(value_type(b), [&](auto t) { b.run(atomic<Op, decltype(t), 1>); });
+}
+
+void bind_cas(Bind& b) {
+  bind_operands(b, value_type(b), 2);
+  if (value_type(b) == Type::b128) return b.run(atomic<CompareAndSwap, unsigned __int128, 2>);
+  with_integer(value_type(b), [&](auto t) { b.run(atomic<CompareAndSwap, decltype(t), 2>); });
+}
+
+template <class Op>
+void bind_halves(Bind& b) {
+  const Type type = value_type(b);
+  bind_operands(b, type, 1);
+  if (type == Type::f16) b.run(atomic<Op, Half, 1>);
+  if (type == Type::bf16) b.run(atomic<Op, BFloat16, 1>);
+  if (type == Type::f16x2) b.run(atomic<Op, Half, 1, 2>);
+  if (type == Type::bf16x2) b.run(atomic<Op, BFloat16, 1, 2>);
+}
+
+void bind_add(Bind& b) {
+  const Type type = value_type(b);
+  bind_operands(b, type, 1);
+  if (type == Type::f64) return b.run(atomic<Add, double, 1>);
+  if (type == Type::f32) {
+    const bool shared = static_cast<const Atomic*>(b.instruction.data)->space == ptx::Space::shared;
+    return b.run(shared ? atomic<Add, float, 1> : atomic<AddFlushed, float, 1>);
+  }
+  // Wrapping, whatever the sign.
+  b.run(ptx::size_of(type) == 8 ? atomic<Add, uint64_t, 1> : atomic<Add, uint32_t, 1>);
+}
+
+const Row rows[] = {
+    {"atom." ORDER "exch." HINT "b32|b64|b128", "9.7.13.5", bind_bits<Exchange>},
+    {"atom." ORDER "cas." HINT "b16|b32|b64|b128", "9.7.13.5", bind_cas},
+    {ATOM "and." HINT "b32|b64", "9.7.13.5", bind_bits<And>},
+    {ATOM "or." HINT "b32|b64", "9.7.13.5", bind_bits<Or>},
+    {ATOM "xor." HINT "b32|b64", "9.7.13.5", bind_bits<Xor>},
+    {ATOM "inc." HINT "u32", "9.7.13.5", bind_bits<Increment>},
+    {ATOM "dec." HINT "u32", "9.7.13.5", bind_bits<Decrement>},
+    {ATOM "min." HINT "u32|s32|u64|s64", "9.7.13.5", bind_bits<Extreme<false>>},
+    {ATOM "max." HINT "u32|s32|u64|s64", "9.7.13.5", bind_bits<Extreme<true>>},
+    {ATOM "add." HINT "u32|s32|u64|f32|f64", "9.7.13.5", bind_add},
+    {ATOM "add." HINT "v2|v4.f32", "9.7.13.5", bind_add},
+    {ATOM "add.noftz." HINT "v2|v4|v8?.f16|bf16|f16x2|bf16x2", "9.7.13.5", bind_halves<Add>},
+    {ATOM "min.noftz." HINT "v2|v4|v8.f16|bf16", "9.7.13.5", bind_halves<Extreme<false>>},
+    {ATOM "min.noftz." HINT "v2|v4.f16x2|bf16x2", "9.7.13.5", bind_halves<Extreme<false>>},
+    {ATOM "max.noftz." HINT "v2|v4|v8.f16|bf16", "9.7.13.5", bind_halves<Extreme<true>>},
+    {ATOM "max.noftz." HINT "v2|v4.f16x2|bf16x2", "9.7.13.5", bind_halves<Extreme<true>>},
+};
+const Register registered(rows);
+
+}  // namespace
+}  // namespace forwardpass::interpreter
