@@ -1,8 +1,8 @@
 // The approximate functions of fp32, f16 and bf16 (ISA 9.7.3, 9.7.4.9, 9.7.4.10) and the gross ones of fp64.
 //
-// Each is computed in fp64, to 1e-9 or better, and displaced by an error within the bound that the ISA states: a function
-// of the seed, the instruction and the bits of its operands, so that the same call gives the same result. Written so that
-// loops over lanes vectorise.
+// Each is computed in fp64, to 1e-9 or better, and displaced by an error within the bound that the ISA states: a
+// function of the seed, the instruction and the bits of its operands, so that the same call gives the same result.
+// Written so that loops over lanes vectorise.
 #include <cmath>
 
 #include "interpreter/rows/floating.h"
@@ -66,7 +66,9 @@ double tanh_of(double x) {
 
 // Half a unit in the last place of T, relative: what the final rounding takes from a relative bound.
 template <class T>
-constexpr double kRounding = std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
+constexpr double kRounding = std::is_same_v<T, float>  ? 0x1p-24
+                             : std::is_same_v<T, Half> ? 0x1p-11
+                                                       : 0x1p-8;
 
 template <class T>
 double relatively(double y, double noise, double bound) {
@@ -103,7 +105,7 @@ struct Ex2 {
   static double value(double x) { return exp2_of(x); }
   template <class T>
   static double displaced(double, double y, double noise) {
-    constexpr double kBound = std::is_same_v<T, float> ? 1.6858e-7   // 2^-22.5
+    constexpr double kBound = std::is_same_v<T, float>  ? 1.6858e-7  // 2^-22.5
                               : std::is_same_v<T, Half> ? 1.0466e-3  // 2^-9.9
                                                         : 0x1p-7;
     return relatively<T>(y, noise, kBound);
@@ -192,8 +194,7 @@ struct Divide {
   Noise noise;
   float operator()(float a, float b) const {
     if (Ftz) a = flush(a), b = flush(b);
-    const double reciprocal = !Full && std::fabs(b) > 0x1p126f ? 1 / bit_cast<double>(bit_cast<uint64_t>(
-                                  double{b}) & 0x8000000000000000 | 0x7ff0000000000000) : 1 / double{b};
+    const double reciprocal = std::fabs(b) > 0x1p126f ? std::copysign(0.0, b) : 1 / double{b};
     const double y = Full ? double{a} / b : a * reciprocal;
     const uint32_t bits = bit_cast<uint32_t>(a) * 0x9e3779b1 + bit_cast<uint32_t>(b);
     const float d = canonical(static_cast<float>(relatively<float>(y, noise(bits), 0x1p-23)));
@@ -203,7 +204,8 @@ struct Divide {
 template <bool Full>
 void bind_divide(Bind& b) {
   bind_operands(b, Type::f32, Type::f32, 2);
-  b.run(b.has("ftz") ? &displaced<Divide<Full, true>, 9, float, float> : &displaced<Divide<Full, false>, 9, float, float>);
+  b.run(b.has("ftz") ? &displaced<Divide<Full, true>, 9, float, float>
+                     : &displaced<Divide<Full, false>, 9, float, float>);
 }
 
 // fp64: on the upper half of the operand, into the upper half of the result.

@@ -189,11 +189,11 @@ void bind_set(Bind& b) {
   const Type to = b.type(b.slots() - 2), from = b.type(b.slots() - 1);
   destination(b, b.operand(0), held_as(to));
   bind_test(b, from);
-  b.instruction.immediate = to == Type::f32                               ? 0x3f800000
-                            : to == Type::f16 || to == Type::f16x2        ? 0x3c00
-                            : to == Type::bf16 || to == Type::bf16x2      ? 0x3f80
-                            : is_packed(from) || ptx::size_of(to) == 2    ? 0xffff
-                                                                          : 0xffffffff;
+  b.instruction.immediate = to == Type::f32                            ? 0x3f800000
+                            : to == Type::f16 || to == Type::f16x2     ? 0x3c00
+                            : to == Type::bf16 || to == Type::bf16x2   ? 0x3f80
+                            : is_packed(from) || ptx::size_of(to) == 2 ? 0xffff
+                                                                       : 0xffffffff;
   b.run(ptx::size_of(held_as(to)) == 2 ? &set<uint16_t> : &set<uint32_t>);
 }
 

@@ -1,13 +1,14 @@
 #pragma once
-// The operations behind the floating point rows, for fp32, fp64, f16 and bf16 alike, and what modifiers put around them.
+// The operations behind the floating point rows, for fp32, fp64, f16 and bf16 alike, and what modifiers put around
+// them.
 #include <cmath>
 
 #include "interpreter/rows/lanewise.h"
 
 namespace forwardpass::interpreter {
 
-// Each returns a number from which one rounding gives the result: for 16-bit types fp32 (its 24 bits are enough for sums)
-// or fp64, for the others themselves.
+// Each returns a number from which one rounding gives the result: for 16-bit types fp32 (its 24 bits are enough for
+// sums) or fp64, for the others themselves.
 struct Plus {
   template <class T>
   auto operator()(T a, T b) const {
@@ -59,9 +60,12 @@ T from_bits(U bits) {
   }
 }
 template <class T>
-constexpr auto kSignBit = static_cast<std::conditional_t<sizeof(T) == 2, uint16_t, Bits<T>>>(uint64_t{1} << (8 * sizeof(T) - 1));
+constexpr auto kSignBit =
+    static_cast<std::conditional_t<sizeof(T) == 2, uint16_t, Bits<T>>>(uint64_t{1} << (8 * sizeof(T) - 1));
 template <class T>
-constexpr uint64_t kNanOf = sizeof(T) == 8 ? 0x7ff8000000000000 : sizeof(T) == 4 ? kNanF32 : 0x7fff;
+constexpr uint64_t kNanOf = sizeof(T) == 8   ? 0x7ff8000000000000
+                            : sizeof(T) == 4 ? kNanF32
+                                             : 0x7fff;
 
 template <class T>
 T flushed(T x) {

@@ -1,0 +1,131 @@
+// Conversions to and from f16, bf16, tf32, e4m3 and e5m2, one or two at a time (ISA 9.7.9.21), and cvt.pack (9.7.9.22).
+#include <algorithm>
+
+#include "interpreter/rows/lanewise.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+// One number in format F, as everything that follows wants it.
+template <class F, Rounding R, bool Saturate, bool Relu>
+struct Encode {
+  static constexpr int kBits = 1 + F::kExponent + F::kMantissa;
+  uint32_t operator()(float x) const { return encode<F>(x, R, Saturate, Relu); }
+};
+template <Rounding R, bool Saturate, bool Relu>
+struct EncodeTf32 {
+  uint32_t operator()(float x) const { return to_tf32(x, R, Saturate, Relu); }
+};
+// Two: a in the upper half.
+template <class One>
+struct EncodeTwo {
+  uint32_t operator()(float a, float b) const { return One{}(a) << One::kBits | One{}(b); }
+};
+template <class One>
+struct HalvesTo8 {
+  uint16_t operator()(uint32_t a) const {
+    const uint32_t low = One{}(decode<F16>(a & 0xffff)), high = One{}(decode<F16>(a >> 16));
+    return static_cast<uint16_t>(high << 8 | low);
+  }
+};
+template <class F, bool Relu>  // exact: f16 has every number of either format
+struct From8 {
+  static uint32_t half(uint32_t code) { return encode<F16>(decode<F>(code), Rounding::rn, false, Relu); }
+  uint32_t operator()(uint16_t a) const { return half(a >> 8) << 16 | half(a & 0xff); }
+};
+
+// Calls f with an Encode for format F and the modifiers of the opcode.
+template <class F, class G>
+void with_encode(Bind& b, G f) {
+  choose(b.has("rz"), [&](auto rz) {
+    choose(b.has("satfinite"), [&](auto sat) {
+      choose(b.has("relu"), [&](auto relu) {
+        constexpr Rounding kMode = decltype(rz)::value ? Rounding::rz : Rounding::rn;
+        f(Encode<F, kMode, decltype(sat)::value, decltype(relu)::value>{});
+      });
+    });
+  });
+}
+template <class F>
+void bind_one(Bind& b) {
+  bind_operands(b, Type::b16, Type::f32, 1);
+  with_encode<F>(b, [&](auto one) { b.run(&lanewise<decltype(one), uint16_t, float>); });
+}
+template <class F, Type Held>
+void bind_two(Bind& b) {
+  bind_operands(b, Held, Type::f32, 2);
+  using D = std::conditional_t<Held == Type::b32, uint32_t, uint16_t>;
+  with_encode<F>(b, [&](auto one) { b.run(&lanewise<EncodeTwo<decltype(one)>, D, float, float>); });
+}
+template <class F>
+void bind_halves_to_8(Bind& b) {
+  bind_operands(b, Type::b16, Type::b32, 1);
+  with_encode<F>(b, [&](auto one) { b.run(&lanewise<HalvesTo8<decltype(one)>, uint16_t, uint32_t>); });
+}
+template <class F>
+void bind_from_8(Bind& b) {
+  bind_operands(b, Type::b32, Type::b16, 1);
+  choose(b.has("relu"), [&](auto relu) { b.run(&lanewise<From8<F, decltype(relu)::value>, uint32_t, uint16_t>); });
+}
+template <Rounding R>
+void bind_tf32(Bind& b) {
+  bind_operands(b, Type::b32, Type::f32, 1);
+  choose(b.has("satfinite"), [&](auto sat) {
+    choose(b.has("relu"), [&](auto relu) {
+      b.run(&lanewise<EncodeTf32<R, decltype(sat)::value, decltype(relu)::value>, uint32_t, float>);
+    });
+  });
+}
+
+// cvt.pack: two s32 clamped to Bits each; the form with c shifts them in below it.
+template <int Bits, bool Signed>
+struct Pack {
+  static uint32_t clamp(int32_t x) {
+    const int32_t least = Signed ? -(1 << (Bits - 1)) : 0, most = (1 << (Signed ? Bits - 1 : Bits)) - 1;
+    return static_cast<uint32_t>(std::clamp(x, least, most)) & ((1u << Bits) - 1);
+  }
+  uint32_t operator()(int32_t a, int32_t b) const { return clamp(a) << Bits | clamp(b); }
+  uint32_t operator()(int32_t a, int32_t b, int32_t c) const {
+    return static_cast<uint32_t>(c) << (2 * Bits) | (*this)(a, b);
+  }
+};
+void bind_pack(Bind& b) {
+  const auto to = b.slot(3);
+  const bool is_signed = to.front() == 's', chained = b.slots() == 6;
+  const int bits = std::stoi(std::string(to.substr(1)));
+  bind_operands(b, Type::b32, Type::b32, chained ? 3 : 2);
+  choose(is_signed, [&](auto s) {
+    constexpr bool kSigned = decltype(s)::value;
+    const auto run = [&](auto pack) { b.run(handler_of<decltype(pack), uint32_t, 3>(int32_t{})); };
+    bits == 16  ? b.run(handler_of<Pack<16, kSigned>, uint32_t, 2>(int32_t{}))
+    : bits == 8 ? run(Pack<8, kSigned>{})
+    : bits == 4 ? run(Pack<4, kSigned>{})
+                : run(Pack<2, kSigned>{});
+  });
+}
+
+const Row rows[] = {
+    {"cvt.rn|rz.relu?.satfinite?.f16.f32", "9.7.9.21", bind_one<F16>},
+    {"cvt.rn|rz.satfinite.relu.f16.f32", "9.7.9.21", bind_one<F16>},
+    {"cvt.rn|rz.relu?.satfinite?.bf16.f32", "9.7.9.21", bind_one<Bf16>},
+    {"cvt.rn|rz.satfinite.relu.bf16.f32", "9.7.9.21", bind_one<Bf16>},
+    {"cvt.rn|rz.relu?.satfinite?.f16x2.f32", "9.7.9.21", bind_two<F16, Type::b32>},
+    {"cvt.rn|rz.satfinite.relu.f16x2.f32", "9.7.9.21", bind_two<F16, Type::b32>},
+    {"cvt.rn|rz.relu?.satfinite?.bf16x2.f32", "9.7.9.21", bind_two<Bf16, Type::b32>},
+    {"cvt.rn|rz.satfinite.relu.bf16x2.f32", "9.7.9.21", bind_two<Bf16, Type::b32>},
+    {"cvt.rna.satfinite?.tf32.f32", "9.7.9.21", bind_tf32<Rounding::rna>},
+    {"cvt.rn.relu?.tf32.f32", "9.7.9.21", bind_tf32<Rounding::rn>},
+    {"cvt.rz.relu?.tf32.f32", "9.7.9.21", bind_tf32<Rounding::rz>},
+    {"cvt.rn.satfinite.relu?.e4m3x2.f32", "9.7.9.21", bind_two<E4m3, Type::b16>},
+    {"cvt.rn.satfinite.relu?.e5m2x2.f32", "9.7.9.21", bind_two<E5m2, Type::b16>},
+    {"cvt.rn.satfinite.relu?.e4m3x2.f16x2", "9.7.9.21", bind_halves_to_8<E4m3>},
+    {"cvt.rn.satfinite.relu?.e5m2x2.f16x2", "9.7.9.21", bind_halves_to_8<E5m2>},
+    {"cvt.rn.relu?.f16x2.e4m3x2", "9.7.9.21", bind_from_8<E4m3>},
+    {"cvt.rn.relu?.f16x2.e5m2x2", "9.7.9.21", bind_from_8<E5m2>},
+    {"cvt.pack.sat.u16|s16.s32", "9.7.9.22", bind_pack},
+    {"cvt.pack.sat.u8|s8|u4|s4|u2|s2.s32.b32", "9.7.9.22", bind_pack},
+};
+const Register registered(rows);
+
+}  // namespace
+}  // namespace forwardpass::interpreter
