@@ -311,10 +311,28 @@ DONE:
   bar.warp.sync 0xffff0000;
   bra.uni DONE;
 ELSE:
+  bar.warp.sync 0x000f0000;
+  bar.sync 0;
 DONE:
   mov.u32 %r0, 1;
 """, threads=32)
     assert f.kind == "barrier"
+
+
+def test_bar_warp_sync_meets_others_of_its_kind():
+    out = run("""
+  and.b32 %r1, %r60, 1;
+  setp.eq.u32 %p0, %r1, 0;
+  @%p0 bra EVEN;
+  mov.u32 %r0, 1;
+  bar.warp.sync 0xffffffff;
+  bra.uni DONE;
+EVEN:
+  mov.u32 %r0, 2;
+  bar.warp.sync 0xffffffff;
+DONE:
+""")
+    assert torch.equal(out, torch.tensor([2, 1] * 16, dtype=torch.int32))
 
 
 def test_a_spinning_strand_does_not_starve_its_warp():

@@ -5,10 +5,10 @@
 namespace forwardpass::interpreter {
 namespace {
 
-enum class Kind_ : uint8_t { sync, arrive, popc, all, any };
+enum class Verb : uint8_t { sync, arrive, popc, all, any };
 
 struct Barrier {
-  Kind_ kind = Kind_::sync;
+  Verb verb = Verb::sync;
   bool aligned = true, counted = false, negated = false;
 };
 
@@ -36,7 +36,7 @@ Step barrier(Warp& w, const Instruction& i, Mask mask) {
     b.expected = count;
     // A warp counts whole where the barrier is aligned, as on hardware: its lanes that have exited too.
     b.arrived += how.aligned && how.counted ? kLanes : __builtin_popcount(mask);
-    if (how.kind >= Kind_::popc) {
+    if (how.verb >= Verb::popc) {
       const Mask p = w.predicate(i.operand[i.destinations + i.sources - 1]) ^ (how.negated ? kAllLanes : 0);
       b.trues += __builtin_popcount(p & mask);
     }
@@ -48,7 +48,7 @@ Step barrier(Warp& w, const Instruction& i, Mask mask) {
     }
     s.ticket = b.generation;
     if (count ? b.arrived == count : b.arrived >= w.cta->live_threads()) w.cta->finish(b);
-    if (how.kind == Kind_::arrive) {
+    if (how.verb == Verb::arrive) {
       s.ticket = 0;
       return Step::next;
     }
@@ -56,10 +56,10 @@ Step barrier(Warp& w, const Instruction& i, Mask mask) {
   if (b.generation == s.ticket) return Step::blocked;
   s.ticket = 0;
   w.knowledge.join(b.last);
-  if (how.kind == Kind_::popc) {
+  if (how.verb == Verb::popc) {
     each_lane(mask, [d = w.operand<uint32_t>(i, 0), n = b.last_trues](int l) { d[l] = n; });
-  } else if (how.kind >= Kind_::all && i.operand[0] != kSink) {
-    const bool result = how.kind == Kind_::all ? b.last_trues == b.last_arrived : b.last_trues != 0;
+  } else if (how.verb >= Verb::all && i.operand[0] != kSink) {
+    const bool result = how.verb == Verb::all ? b.last_trues == b.last_arrived : b.last_trues != 0;
     Mask& d = *w.operand<Mask>(i, 0);
     d = (d & ~mask) | (result ? mask : 0);
   }
@@ -67,18 +67,15 @@ Step barrier(Warp& w, const Instruction& i, Mask mask) {
 }
 
 void bind_barrier(Bind& b) {
+  // bar|barrier . cta? . sync|arrive|red . op? . aligned? . type?
   Barrier& how = b.data<Barrier>();
-  const auto verb = b.slot(b.slot(1) == "cta" ? 2 : 1);
-  // Patterns: bar|barrier . cta? . verb . op? . aligned? . type?
-  const auto op = b.slot(3);
+  const auto name = b.slot(2), op = b.slot(3);
   how.aligned = b.slot(0) == "bar" || b.has("aligned");
-  (void)verb;
-  const auto name = b.slot(2);
-  how.kind = name == "sync"     ? Kind_::sync
-             : name == "arrive" ? Kind_::arrive
-             : op == "popc"     ? Kind_::popc
-             : op == "and"      ? Kind_::all
-                                : Kind_::any;
+  how.verb = name == "sync"     ? Verb::sync
+             : name == "arrive" ? Verb::arrive
+             : op == "popc"     ? Verb::popc
+             : op == "and"      ? Verb::all
+                                : Verb::any;
   int next = 0, last = b.operands();
   if (name == "red") {
     b.destination(next++, op == "popc" ? Type::u32 : Type::pred);
@@ -96,25 +93,35 @@ void bind_barrier(Bind& b) {
   b.run(barrier);
 }
 
-// The lanes of the mask meet; those that are elsewhere are waited for (the scheduler runs them first).
+// The lanes of the mask meet, at this instruction or at others of its kind. By the time that it runs, the scheduler has
+// let every strand go on that could.
 Step bar_warp_sync(Warp& w, const Instruction& i, Mask mask) {
   const auto* members = w.operand<uint32_t>(i, 0);
-  const int first = __builtin_ctz(mask);
-  const Mask wanted = members[first];
+  const Mask wanted = members[__builtin_ctz(mask)];
   each_lane(mask, [&](int l) {
     if (members[l] != wanted) w.fail(Kind::barrier, "bar.warp.sync with different masks in one warp", l);
     if (!(wanted >> l & 1)) w.fail(Kind::barrier, "bar.warp.sync by a lane that its mask leaves out", l);
   });
-  if (wanted & w.live & ~mask) {
-    w.fail(Kind::barrier, "bar.warp.sync waits for lanes that do not come", __builtin_ctz(wanted & w.live & ~mask));
+  const auto at_one = [](const Strand& s) {
+    return s.waiting && s.frame->code->instructions[s.pc].run == &bar_warp_sync;
+  };
+  Mask here = mask;
+  for (const Strand& s : w.strands)
+    if (at_one(s)) here |= s.mask;
+  if (const Mask missing = wanted & w.live & ~here) {
+    w.fail(Kind::barrier, "bar.warp.sync waits for lanes that do not come", __builtin_ctz(missing));
+  }
+  for (Strand& s : w.strands) {
+    if (&s == &w.strand() || !at_one(s) || (s.mask & ~wanted)) continue;
+    s.waiting = false;
+    ++s.pc;
   }
   return Step::next;
 }
 
 const Row rows[] = {
-    {"bar|barrier.cta?.sync|arrive.aligned?", "9.7.13.1",
-     [](Bind& b) { bind_barrier(b); }},
-    {"bar|barrier.cta?.red.popc|and|or.aligned?.u32|pred", "9.7.13.1", [](Bind& b) { bind_barrier(b); }},
+    {"bar|barrier.cta?.sync|arrive.aligned?", "9.7.13.1", bind_barrier},
+    {"bar|barrier.cta?.red.popc|and|or.aligned?.u32|pred", "9.7.13.1", bind_barrier},
     {"bar.warp.sync", "9.7.13.2",
      [](Bind& b) {
        b.source(0, Type::u32);
