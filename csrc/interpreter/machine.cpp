@@ -136,9 +136,9 @@ void Warp::branch(Mask taken, uint32_t target) {
 
 namespace {
 
-// Strands that stand in one place become one; then the one to run is chosen. False: each is blocked or, having done its
-// half of a barrier, waits. `forced` says that the chosen one goes through a collective instruction as it is.
-bool choose_strand(Warp& w, Mask blocked, bool* forced) {
+// Strands that stand in one place become one; then the one to run is chosen. `forced`: it goes through a collective
+// instruction as it is, since every other waits at one too. False: each is blocked, or (`refused`) was forced in vain.
+bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
   auto& all = w.strands;
   for (size_t a = 0; a < all.size(); ++a) {
     for (size_t b = a + 1; b < all.size();) {
@@ -155,20 +155,20 @@ bool choose_strand(Warp& w, Mask blocked, bool* forced) {
   *forced = false;
   if (all.size() == 1) {
     w.running = 0;
-    return !(blocked & all[0].mask);
+    return !((blocked | refused) & all[0].mask);
   }
   int best = -1;
+  const auto before = [&](int a, int b) {  // the deepest frame, then the lowest program counter
+    const Strand &x = all[a], &y = all[b];
+    return b < 0 || x.frame->depth > y.frame->depth || (x.frame->depth == y.frame->depth && x.pc < y.pc);
+  };
   bool any_blocked = false;
   for (int k = 0; k < static_cast<int>(all.size()); ++k) {
     if (blocked & all[k].mask) {
       any_blocked = true;
       continue;
     }
-    if (all[k].waiting) continue;
-    if (best < 0 || all[k].frame->depth > all[best].frame->depth ||
-        (all[k].frame->depth == all[best].frame->depth && all[k].pc < all[best].pc)) {
-      best = k;
-    }
+    if (!all[k].waiting && before(k, best)) best = k;
   }
   if (best >= 0 && w.turn > kTurn) {  // another one's turn, if there is one
     w.turn = 0;
@@ -182,13 +182,8 @@ bool choose_strand(Warp& w, Mask blocked, bool* forced) {
     }
   }
   if (best < 0 && !any_blocked) {
-    best = 0;
-    for (int k = 1; k < static_cast<int>(all.size()); ++k) {
-      if (all[k].frame->depth > all[best].frame->depth ||
-          (all[k].frame->depth == all[best].frame->depth && all[k].pc < all[best].pc)) {
-        best = k;
-      }
-    }
+    for (int k = 0; k < static_cast<int>(all.size()); ++k)
+      if (!(refused & all[k].mask) && before(k, best)) best = k;
     *forced = true;
   }
   if (best < 0) return false;
@@ -202,8 +197,8 @@ void run_warp(Warp& w, uint64_t slice) {
   const uint64_t end = w.steps + slice;
   while (w.live) {
     bool forced = false;
-    Mask blocked = 0;  // lanes of strands that found themselves blocked in this slice
-    if (w.strands.size() > 1) choose_strand(w, 0, &forced);
+    Mask blocked = 0, refused = 0;  // lanes of strands that found themselves blocked in this slice
+    if (w.strands.size() > 1) choose_strand(w, 0, 0, &forced);
     // One strand at a time; a warp with a single one stays in this loop.
     for (;;) {
       Strand& s = w.strands[w.running];
@@ -223,7 +218,7 @@ void run_warp(Warp& w, uint64_t slice) {
           now.waiting = false;
           if (step == Step::yielded) return;
         } else if (step == Step::blocked) {
-          blocked |= w.strands[w.running].mask;
+          (forced ? refused : blocked) |= w.strands[w.running].mask;
           if (w.strands.size() == 1) {
             w.blocked_at = w.cta->events;
             return;
@@ -234,7 +229,7 @@ void run_warp(Warp& w, uint64_t slice) {
         ++w.turn;
       }
       if (w.strands.size() > 1 || divided) {
-        if (!choose_strand(w, blocked, &forced)) {
+        if (!choose_strand(w, blocked, refused, &forced)) {
           w.blocked_at = w.cta->events;
           return;
         }

@@ -316,7 +316,7 @@ ELSE:
 DONE:
   mov.u32 %r0, 1;
 """, threads=32)
-    assert f.kind == "barrier"
+    assert f.kind == "barrier" and "bar.sync 0" in f.instruction
 
 
 def test_bar_warp_sync_meets_others_of_its_kind():
@@ -372,7 +372,7 @@ def test_ctas_that_wait_for_each_other_run_side_by_side():
   mov.u32 %r2, %tid.x;
   setp.ne.u32 %p0, %r2, 0;
   @%p0 ret;
-  atom.add.release.gpu.global.u32 %r3, [%rd0], 1;
+  atom.release.gpu.global.add.u32 %r3, [%rd0], 1;
 WAIT:
   ld.acquire.gpu.global.u32 %r4, [%rd0];
   setp.lt.u32 %p1, %r4, %r1;

@@ -102,15 +102,15 @@ Step bar_warp_sync(Warp& w, const Instruction& i, Mask mask) {
     if (members[l] != wanted) w.fail(Kind::barrier, "bar.warp.sync with different masks in one warp", l);
     if (!(wanted >> l & 1)) w.fail(Kind::barrier, "bar.warp.sync by a lane that its mask leaves out", l);
   });
-  const auto at_one = [](const Strand& s) {
-    return s.waiting && s.frame->code->instructions[s.pc].run == &bar_warp_sync;
+  const auto at_one = [&](const Strand& s) {
+    const Instruction& there = s.frame->code->instructions[s.pc];
+    return s.waiting && there.run == &bar_warp_sync &&
+           reinterpret_cast<const uint32_t*>(s.frame->registers + there.operand[0])[__builtin_ctz(s.mask)] == wanted;
   };
   Mask here = mask;
   for (const Strand& s : w.strands)
     if (at_one(s)) here |= s.mask;
-  if (const Mask missing = wanted & w.live & ~here) {
-    w.fail(Kind::barrier, "bar.warp.sync waits for lanes that do not come", __builtin_ctz(missing));
-  }
+  if (wanted & w.live & ~here) return Step::blocked;
   for (Strand& s : w.strands) {
     if (&s == &w.strand() || !at_one(s) || (s.mask & ~wanted)) continue;
     s.waiting = false;
