@@ -16,15 +16,30 @@ namespace {
 
 Step no_effect(Warp&, const Instruction&, Mask) { return Step::next; }
 
-// What the warp knows may be touched by the async proxy from here on.
-Step fence_proxy_async(Warp& w, const Instruction&, Mask) {
-  w.knowledge.proxied.join(w.knowledge.seen);
+// Might order the CTA after others, together with a strong access of either side.
+Step fence(Warp& w, const Instruction&, Mask) {
+  w.cta->acquired = true;
   return Step::next;
 }
 
-void bind_no_effect(Bind& b) {
+// What the warp knows may be touched by the async proxy from here on; what it writes after this may not.
+Step fence_proxy_async(Warp& w, const Instruction&, Mask) {
+  w.knowledge.proxied.join(w.knowledge.seen);
+  w.release();
+  return Step::next;
+}
+
+template <Handler handler>
+void bind_plain(Bind& b) {
   if (b.operands()) b.refuse("expected no operands");
-  b.run(&no_effect);
+  b.run(handler);
+}
+constexpr auto bind_no_effect = bind_plain<no_effect>;
+
+// Of the CTA alone it orders no other one.
+void bind_fence(Bind& b) {
+  if (b.has("cta")) return bind_no_effect(b);
+  bind_plain<fence>(b);
 }
 
 ClusterBarrier& state_of(Cta& cta) {
@@ -111,8 +126,8 @@ void bind_tensormap_acquire(Bind& b) {
 
 #define SCOPE "cta|cluster|gpu|sys"
 const Row rows[] = {
-    {"fence.sc|acq_rel|acquire|release?." SCOPE, "9.7.13.4", bind_no_effect},
-    {"membar.cta|gl|sys", "9.7.13.4", bind_no_effect},
+    {"fence.sc|acq_rel|acquire|release?." SCOPE, "9.7.13.4", bind_fence},
+    {"membar.cta|gl|sys", "9.7.13.4", bind_fence},
     {"fence.acquire.sync_restrict::shared::cluster.cluster", "9.7.13.4", bind_no_effect},
     {"fence.release.sync_restrict::shared::cta.cluster", "9.7.13.4", bind_no_effect},
     // Makes mbarrier.init visible; use of an mbarrier is checked against its init by warps alone.
