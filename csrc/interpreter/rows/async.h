@@ -54,6 +54,12 @@ inline uint32_t shared_offset(Warp& w, const Place& place, uint64_t address, uin
 // does not know of those that complete after it.
 inline Clock completion_time(Cta& cta, int agent) { return ++cta.async[agent - kMaxWarps].seen.at[agent]; }
 
+// The operation itself as it accesses memory now; messages name the line that issued it.
+inline Actor acting(const Pending& p, Actor actor) {
+  actor.line = static_cast<uint32_t>(p.code->statements[p.instruction->index]->line);
+  return actor;
+}
+
 // What waiting for an operation teaches: its own accesses up to then, and nothing of what its issuer knew. What the
 // async proxy did needs no proxy fence.
 inline Knowledge learnt(int agent, Clock time, Proxy proxy) {

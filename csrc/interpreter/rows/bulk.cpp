@@ -63,7 +63,7 @@ struct Transfer : Pending {
              [&](uint32_t to, uint32_t from, uint32_t n) { std::memcpy(memory + to, row.data() + from, n); });
     });
     const Clock time = completion_time(cta, agent);
-    if (checked(cta)) cta.shadow.land(cta.async_actor(agent), shared, bytes);
+    if (checked(cta)) cta.shadow.land(acting(*this, cta.async_actor(agent)), shared, bytes);
     MBarrier& b = mbarrier_at(cta, mbarrier);
     b.gathering.join(learnt(agent, time, Proxy::async));
     b.complete_transactions(cta, bytes);

@@ -42,7 +42,8 @@ struct Copy final : Pending {
   void land(Cta& cta, const Actor& actor, Mask lanes) {
     cta.complete(*this);
     in_flight &= ~lanes;
-    if (checked(cta)) ranges(lanes, [&](uint32_t begin, uint32_t n) { cta.shadow.land(actor, begin, n); });
+    if (!checked(cta)) return;
+    ranges(lanes, [&, a = acting(*this, actor)](uint32_t begin, uint32_t n) { cta.shadow.land(a, begin, n); });
   }
 };
 

@@ -1,0 +1,67 @@
+"""Small PTX kernels for the tests of instructions: a body, run by one block on the interpreted GPU."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+
+interpreter = pytest.importorskip("forwardpass.interpreter")
+
+REGISTERS = {"pred": "p", "b16": "h", "b32": "r", "b64": "rd", "f32": "f"}
+
+
+def kernel(body, args, arch="sm_90a", block=32, shared=4096):
+    """The text: %a0, %a1... hold the arguments (addresses of global memory, of a tensor map in the param space, or numbers),
+    %t is the thread, %s the address of `shared` bytes of shared memory."""
+    parameters, loads = [], []
+    for i, a in enumerate(args):
+        if isinstance(a, interpreter.TensorMap):
+            parameters.append(f".param .align 64 .b8 a{i}[128]")
+            loads.append(f"mov.b64 %a{i}, a{i};\ncvta.param.u64 %a{i}, %a{i};")
+        else:
+            parameters.append(f".param .u64 a{i}")
+            loads.append(f"ld.param.u64 %a{i}, [a{i}];")
+    registers = "\n".join(f".reg .{t} %{name}<40>;" for t, name in REGISTERS.items())
+    return f"""
+.version 8.7
+.target {arch}
+.address_size 64
+.shared .align 1024 .b8 memory[{shared}];
+.visible .entry k({", ".join(parameters)})
+.reqntid {block}
+{{
+{registers}
+.reg .b64 %a<{len(args) + 1}>;
+.reg .b32 %t, %s;
+{chr(10).join(loads)}
+mov.u32 %t, %tid.x;
+mov.u32 %s, memory;
+{body}
+ret;
+}}
+"""
+
+
+def run(body, *args, arch="sm_90a", block=32, shared=4096, seed=0, checks=True):
+    """Raises the InterpreterFinding, if there is one."""
+    text = kernel(body, args, arch, block, shared)
+    with fp.interpret(arch, seed=seed, checks=checks):
+        interpreter.Module(text)["k"].launch(1, block, args)
+
+
+def finding(body, *args, **options):
+    """The one that the kernel must end in."""
+    with pytest.raises(interpreter.InterpreterFinding) as caught:
+        run(body, *args, **options)
+    return caught.value
+
+
+def assert_refused(body, *args, **options):
+    """What it says; a refusal names the line that it is about."""
+    f = finding(body, *args, **options)
+    assert f.kind == "unsupported" and f.ptx_line > 0 and f.instruction, f
+    return f.message
+
+
+def integers(*shape, dtype=torch.int32, low=1, high=1 << 20):
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
