@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "finding.h"
+#include "machine.h"
 #include "special.h"
 #include "table.h"
 
@@ -62,6 +63,8 @@ uint64_t immediate_bits(const Operand& o, Type t) {
   return size >= 8 ? o.bits : o.bits & ((uint64_t{1} << (8 * size)) - 1);
 }
 
+uint64_t dynamic_shared(const Warp& w, int) { return static_cast<uint64_t>(w.cta->launch->code->shared_bytes); }
+
 template <class T>
 void broadcast(uint8_t* at, uint64_t bits) {
   const T v = static_cast<T>(bits);
@@ -109,6 +112,8 @@ Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
       const uint64_t more = static_cast<uint64_t>(o.offset);
       if (found(code.local_offset)) return preset(nullptr, code.local_offset.at(o.name) + more);
       if (found(code.param_offset)) return immediate(code.param_offset.at(o.name) + more);
+      if (found(code.shared_offset)) return immediate(code.shared_offset.at(o.name) + more);
+      if (module.extern_shared.count(o.name)) return preset(dynamic_shared, more);
       if (found(module.shared_offset)) return immediate(module.shared_offset.at(o.name) + more);
       if (found(module.globals)) return immediate(reinterpret_cast<uint64_t>(module.globals.at(o.name).address) + more);
       if (found(module.functions)) return immediate(reinterpret_cast<uint64_t>(&module.functions.at(o.name)));

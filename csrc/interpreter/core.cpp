@@ -10,9 +10,7 @@
 namespace forwardpass::interpreter {
 namespace {
 
-// The values of cudaError_t that a launch gives; the numbers are part of CUDA's ABI.
-constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kNoDevice = 100, kLaunchFailure = 719,
-              kNotSupported = 801, kInvalidClusterSize = 912;
+using namespace cuda;
 
 struct State {
   Options options;
@@ -21,6 +19,7 @@ struct State {
   std::atomic<uint64_t> launches{0};
   uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
   Launch::Counters counters;
+  std::atomic<void (*)(const char*, int)> listener{nullptr};
   std::mutex mutex;
 };
 State& state() {
@@ -34,10 +33,13 @@ thread_local std::string finding_text, finding_json;
 
 Memory& storage() { return state().memory; }
 
-int report(const Finding& f) {
+int report(const Finding& f) { return report(f, f.kind == Kind::assertion ? kAssert : kLaunchFailure); }
+
+int report(const Finding& f, int error) {
   finding_text = f.text();
   finding_json = f.json();
-  return kLaunchFailure;
+  if (const auto listener = state().listener.load()) listener(finding_text.c_str(), error);
+  return error;
 }
 
 int launch(const Module& module, const Code& code, const fpi_launch_config& config, std::vector<uint8_t> parameters) {
@@ -55,7 +57,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
                                               : 1024;
   if (threads > 1024) return kInvalidConfiguration;
   if (threads > most) return kInvalidValue;
-  if (config.dynamic_shared < 0 || module.shared_bytes + config.dynamic_shared > device->shared_per_block_optin) {
+  if (config.dynamic_shared < 0 || code.shared_bytes + config.dynamic_shared > device->shared_per_block_optin) {
     return kInvalidValue;
   }
   if (static_cast<int64_t>(parameters.size()) < code.own_param_bytes) return kInvalidValue;
@@ -66,8 +68,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
     f.kind = Kind::unsupported;
     f.message = "launches with clusters of more than one CTA are not supported yet";
     f.kernel = code.name;
-    report(f);
-    return kNotSupported;
+    return report(f, kNotSupported);
   }
 
   State& s = state();
@@ -88,7 +89,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.programmatic = config.programmatic;
   l.memory = &s.memory;
   l.counters = &s.counters;
-  l.resident = std::max(1, resident_blocks(*device, code, static_cast<int>(threads), module.shared_bytes + l.dynamic_shared)) *
+  l.resident = std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared)) *
                device->multiprocessors;
   try {
     l.run();
@@ -139,6 +140,12 @@ void fpi_storage_remove(const void* begin) {
   global_shadow().forget(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes));
 }
 
+int fpi_storage_find(const void* begin, int64_t bytes) {
+  const std::lock_guard lock(state().mutex);
+  size_t hint = 0;
+  return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), hint) != nullptr;
+}
+
 void fpi_storage_leave() {
   const std::lock_guard lock(state().mutex);
   if (state().scopes.empty()) return;
@@ -160,11 +167,12 @@ void fpi_module_unload(void* module) { delete static_cast<Module*>(module); }
 const char* fpi_module_json(void* handle) {
   thread_local std::string json;
   const auto& m = *static_cast<Module*>(handle);
-  json = "{\"arch\":\"" + m.arch + "\",\"shared_bytes\":" + std::to_string(m.shared_bytes) + ",\"entries\":[";
+  json = "{\"arch\":\"" + m.arch + "\",\"entries\":[";
   bool first = true;
   for (const auto& f : m.source.functions) {
     if (!f.entry) continue;
-    json += std::string(first ? "" : ",") + "{\"name\":\"" + f.name + "\",\"parameters\":[";
+    json += std::string(first ? "" : ",") + "{\"name\":\"" + f.name +
+            "\",\"shared_bytes\":" + std::to_string(m.functions.at(f.name).shared_bytes) + ",\"parameters\":[";
     first = false;
     int64_t end = 0;
     for (size_t k = 0; k < f.parameters.size(); ++k) {
@@ -210,6 +218,8 @@ void fpi_finding_clear() {
   finding_text.clear();
   finding_json.clear();
 }
+
+void fpi_on_finding(void (*listener)(const char*, int)) { state().listener = listener; }
 
 void fpi_counters_read(fpi_counters* c) {
   const auto& k = state().counters;

@@ -26,12 +26,12 @@ int64_t place(int64_t& end, const ptx::Variable& v) {
   return at;
 }
 
-void place_shared(Module& m, const ptx::Variable& v) {
+void place_shared(Module& m, const ptx::Variable& v, std::map<std::string, int64_t>& offsets, int64_t& end) {
   if (v.is_extern || v.bytes == 0) {
-    m.extern_shared.push_back(v.name);
+    m.extern_shared.insert(v.name);
     m.extern_alignment = std::max<int64_t>(m.extern_alignment, v.alignment);
   } else {
-    m.shared_offset[v.name] = place(m.shared_bytes, v);
+    offsets[v.name] = place(end, v);
   }
 }
 
@@ -154,19 +154,27 @@ std::unique_ptr<Module> load(std::string text) {
     if (code.source && f.declared_only) continue;
     code.name = f.name;
     code.source = &f;
-    for (const auto& v : f.variables)
-      if (v.space == ptx::Space::shared) place_shared(*m, v);
   }
   for (const auto& v : m->source.variables) {
     if (v.space == ptx::Space::shared) {
-      place_shared(*m, v);
+      place_shared(*m, v, m->shared_offset, m->shared_bytes);
     } else if (!v.is_extern) {
       place_global(*m, v);
     }
   }
   for (const auto& v : m->source.variables) resolve_references(*m, v);
-  m->shared_bytes = round_up(m->shared_bytes, std::max<int64_t>(m->extern_alignment, 16));
-  for (const auto& name : m->extern_shared) m->shared_offset[name] = m->shared_bytes;
+  // Kernels overlay theirs, as only one of them runs; what a device function has must be there beside any of them.
+  for (const bool entries : {false, true}) {
+    for (auto& [name, code] : m->functions) {
+      if (code.source->entry != entries) continue;
+      int64_t end = m->shared_bytes;
+      for (const auto& v : code.source->variables)
+        if (v.space == ptx::Space::shared) place_shared(*m, v, code.shared_offset, entries ? end : m->shared_bytes);
+      code.shared_bytes = end;
+    }
+  }
+  for (auto& [name, code] : m->functions)
+    code.shared_bytes = round_up(code.shared_bytes, std::max<int64_t>(m->extern_alignment, 16));
   return m;
 }
 

@@ -39,7 +39,7 @@ void fpi_storage_enter(void);
 void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only);
 void fpi_storage_remove(const void* begin);
 void fpi_storage_leave(void);
-int fpi_storage_find(const void* begin, int64_t bytes);  // 1: within one of them, and may be written
+int fpi_storage_find(const void* begin, int64_t bytes);  // 1: within one of them
 
 // Device memory, poisoned and registered; null: the device has no more. What there is around a pointer, or zero bytes.
 enum { fpi_memory_device, fpi_memory_host, fpi_memory_managed };
@@ -51,7 +51,7 @@ int64_t fpi_memory_free(void);
 // PTX modules (Triton, tests). Null on failure. `kernel` null: the only entry.
 void* fpi_module_load(const char* ptx);
 void fpi_module_unload(void* module);
-const char* fpi_module_json(void* module);  // {arch, shared_bytes, entries: [{name, parameters: [{offset, size}]}]}
+const char* fpi_module_json(void* module);  // {arch, entries: [{name, shared_bytes, parameters: [{offset, size}]}]}
 int fpi_module_launch(void* module, const char* kernel, const unsigned grid[3], const unsigned block[3],
                       const unsigned cluster[3], int64_t dynamic_shared, const void* parameters,
                       int64_t parameter_bytes, int programmatic);

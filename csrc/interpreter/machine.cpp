@@ -63,7 +63,7 @@ Frame* Warp::enter(const Code& code, Frame* caller, const Instruction* call, Mas
   std::memcpy(f->registers, code.image.data(), code.image.size());
   for (const Preset& p : code.presets) {
     for (int l = 0; l < kLanes; ++l) {
-      const uint64_t v = p.special ? p.special(*this, l) : f->local_base + p.bits;
+      const uint64_t v = (p.special ? p.special(*this, l) : f->local_base) + p.bits;
       std::memcpy(f->registers + p.offset + l * p.bytes, &v, p.bytes);
     }
   }
@@ -276,7 +276,7 @@ void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
   order_ = static_cast<Order>(random() % 3);
   const unsigned n = threads(), count = (n + kLanes - 1) / kLanes;
   favourite_ = static_cast<int>(random() % count);
-  shared.assign(l.module->shared_bytes + l.dynamic_shared, 0xff);
+  shared.assign(l.code->shared_bytes + l.dynamic_shared, 0xff);
   shadow.reset(static_cast<int64_t>(shared.size()), static_cast<int>(count), l.module);
   sync_points.reset();
   serial = l.first_serial + static_cast<uint32_t>(number);

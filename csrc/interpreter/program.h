@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -65,7 +66,7 @@ struct Instruction {
 struct Preset {
   Offset offset;
   int bytes;                                    // 4 or 8
-  uint64_t (*special)(const Warp&, int lane);   // %tid.x and the like; null: the frame's local memory + bits
+  uint64_t (*special)(const Warp&, int lane);   // %tid.x and the like; null: the frame's local memory; plus bits
   uint64_t bits = 0;
 };
 
@@ -83,6 +84,8 @@ struct Code {
   std::deque<std::vector<Offset>> operand_lists;
   std::deque<std::shared_ptr<void>> data;     // what Instruction::data points to
   int64_t local_bytes = 0;                    // depot of one thread
+  std::map<std::string, int64_t> shared_offset;                // .shared variables of its own
+  int64_t shared_bytes = 0;                    // of an entry, the module's included; the dynamic part begins there
   std::map<std::string, int64_t> local_offset, param_offset;  // .local variables; parameters, returns, call parameters
   int64_t param_bytes = 0;                    // of the parameter space: own parameters, then returns, then call parameters
   int64_t own_param_bytes = 0;                // of its own parameters alone
@@ -95,10 +98,10 @@ struct Module {
   ptx::Module source;
   std::string arch;
   std::map<std::string, Code> functions;
-  std::map<std::string, int64_t> shared_offset;  // static .shared variables
-  std::vector<std::string> extern_shared;        // names of the dynamic one
+  std::map<std::string, int64_t> shared_offset;  // static .shared variables that several functions may use
+  std::set<std::string> extern_shared;           // names of the dynamic one
   int64_t extern_alignment = 0;
-  int64_t shared_bytes = 0;                      // static; the dynamic part begins there
+  int64_t shared_bytes = 0;                      // of those
   struct Global { std::string name; uint8_t* address; int64_t bytes; bool constant; };
   std::map<std::string, Global> globals;         // .global and .const, alive as long as the module
   std::vector<std::unique_ptr<uint8_t[]>> storage;

@@ -17,8 +17,8 @@ const uint8_t* host_pointer(Warp& w, int lane, uint64_t address) {
 }
 
 uint64_t vprintf(Warp& w, int lane, const uint64_t* a) {
-  const auto* format = reinterpret_cast<const char*>(host_pointer(w, lane, a[0]));
-  const std::string text = device_printf(format, a[1] ? host_pointer(w, lane, a[1]) : nullptr);
+  const auto text_at = [&](uint64_t address) { return reinterpret_cast<const char*>(host_pointer(w, lane, address)); };
+  const std::string text = device_printf(text_at(a[0]), a[1] ? host_pointer(w, lane, a[1]) : nullptr, text_at);
   std::fputs(text.c_str(), stdout);
   return text.size();
 }
@@ -26,9 +26,15 @@ uint64_t vprintf(Warp& w, int lane, const uint64_t* a) {
 // message, file, line, function, character size
 uint64_t assertion(Warp& w, int lane, const uint64_t* a) {
   const auto text = [&](uint64_t p) { return std::string(reinterpret_cast<const char*>(host_pointer(w, lane, p))); };
-  w.fail(Kind::assertion,
-         text(a[1]) + ":" + std::to_string(static_cast<uint32_t>(a[2])) + ": " + text(a[3]) + ": Assertion `" + text(a[0]) +
-             "` failed",
+  const auto triple = [](uint64_t x, uint64_t y, uint64_t z) {
+    return "[" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + "]";
+  };
+  const unsigned *block = w.cta->index, *n = w.cta->launch->block;
+  const unsigned t = static_cast<unsigned>(w.id * kLanes + lane);
+  w.fail(Kind::assertion,  // the words of CUDA
+         text(a[1]) + ":" + std::to_string(static_cast<uint32_t>(a[2])) + ": " + text(a[3]) + ": block: " +
+             triple(block[0], block[1], block[2]) + ", thread: " + triple(t % n[0], t / n[0] % n[1], t / n[0] / n[1]) +
+             " Assertion `" + text(a[0]) + "` failed",
          lane);
 }
 

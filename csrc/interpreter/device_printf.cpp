@@ -1,0 +1,82 @@
+#include "device_printf.h"
+
+#include <cstdio>
+#include <cstring>
+
+namespace forwardpass::interpreter {
+namespace {
+
+// The packed arguments: each at its natural alignment, what C promotes to int or double as that.
+class Arguments {
+ public:
+  explicit Arguments(const uint8_t* buffer) : buffer_(buffer) {}
+  template <class T>
+  T next() {
+    at_ = (at_ + sizeof(T) - 1) / sizeof(T) * sizeof(T);
+    T value;
+    std::memcpy(&value, buffer_ + at_, sizeof value);
+    at_ += sizeof value;
+    return value;
+  }
+
+ private:
+  const uint8_t* buffer_;
+  size_t at_ = 0;
+};
+
+template <class T>
+std::string formatted(const std::string& conversion, T value) {
+  std::string text(static_cast<size_t>(std::snprintf(nullptr, 0, conversion.c_str(), value)), '\0');
+  std::snprintf(text.data(), text.size() + 1, conversion.c_str(), value);
+  return text;
+}
+
+}  // namespace
+
+// The conversions of the CUDA C++ Programming Guide, "Formatted Output". `*` takes an int argument.
+std::string device_printf(const char* format, const uint8_t* buffer,
+                          const std::function<const char*(uint64_t address)>& text_at) {
+  Arguments arguments(buffer);
+  std::string out;
+  for (const char* p = format; *p;) {
+    if (*p != '%') {
+      out += *p++;
+      continue;
+    }
+    const char* from = p++;
+    std::string conversion = "%";
+    for (; *p && std::strchr("-+ #0123456789.*", *p); ++p) {
+      if (*p == '*')
+        conversion += std::to_string(arguments.next<int32_t>());
+      else
+        conversion += *p;
+    }
+    int bytes = 4;
+    for (; *p && std::strchr("hlLqjzt", *p); ++p) bytes = *p == 'h' ? bytes / 2 : 8;
+    const int unused = 64 - 8 * bytes;
+    const char type = *p ? *p++ : '\0';
+    if (type && std::strchr("di", type)) {
+      const int64_t n = bytes == 8 ? arguments.next<int64_t>() : arguments.next<int32_t>();
+      out += formatted(conversion + "lld", static_cast<long long>(static_cast<uint64_t>(n) << unused) >> unused);
+    } else if (type && std::strchr("uoxX", type)) {
+      const uint64_t n = bytes == 8 ? arguments.next<uint64_t>() : arguments.next<uint32_t>();
+      out += formatted(conversion + "ll" + type, static_cast<unsigned long long>(n << unused >> unused));
+    } else if (type == 'c') {
+      out += formatted(conversion + type, arguments.next<int32_t>());
+    } else if (type == 'p') {
+      out += formatted(conversion + type, reinterpret_cast<void*>(arguments.next<uint64_t>()));
+    } else if (type == 's') {
+      const uint64_t address = arguments.next<uint64_t>();
+      out += formatted(conversion + type, address ? text_at(address) : "(null)");
+    } else if (type && std::strchr("fFeEgGaA", type)) {
+      out += formatted(conversion + type, arguments.next<double>());
+    } else if (type == '%') {
+      out += '%';
+    } else {
+      out.append(from, p);  // no conversion: as it stands
+    }
+  }
+  return out;
+}
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,316 @@
+// Images: fat binaries as nvcc's host code registers them, their kernels and variables by host address, and launches.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "core.h"
+#include "device.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+// The layout of fatbinary_section.h and of what fatbinary(1) writes.
+struct Wrapper {
+  uint32_t magic, version;  // version 2: linked device code
+  const uint8_t* data;
+  const void* names;
+};
+constexpr uint32_t kWrapperMagic = 0x466243b1, kMagic = 0xba55ed50;
+struct Header {
+  uint32_t magic;
+  uint16_t version, header_bytes;
+  uint64_t bytes;
+};
+struct Entry {
+  uint16_t kind, version;
+  uint32_t header_bytes;
+  uint64_t bytes;
+  uint32_t compressed_bytes, reserved;
+  uint16_t minor, major;
+  uint32_t arch;
+  uint64_t name, flags;
+};
+constexpr uint16_t kPtx = 1;
+constexpr uint64_t kSpecific = 0x100000, kCompressed = 0x2000 | 0x8000;  // sm_90a; LZ4 or Zstandard
+
+struct Ptx {
+  int arch;
+  bool specific, compressed;
+  std::string_view text;
+  std::string name() const { return std::to_string(arch) + (specific ? "a" : ""); }
+};
+
+struct Image {
+  std::vector<Ptx> ptx;
+  std::string holds;  // for messages: "sm_80, sm_90a, compute_80 (compressed)"
+  bool linked = false;
+  std::map<std::string, std::unique_ptr<Module>> modules;  // by the device's architecture, loaded at the first use
+};
+
+struct Kernel {
+  Image* image;
+  std::string name;
+  int64_t max_dynamic_shared = 0;  // 0: what is left of the 48 KB that need no permission
+  bool nonportable_clusters = false;
+};
+struct Variable {
+  Image* image;
+  std::string name;
+};
+
+struct Registry {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Image>> images;
+  std::unordered_map<const void*, Kernel> kernels;
+  std::unordered_map<const void*, Variable> variables;
+};
+Registry& registry() {
+  static auto* r = new Registry;  // never destroyed: images unregister themselves at exit
+  return *r;
+}
+
+void read(Image& image, const Wrapper& wrapper) {
+  image.linked = wrapper.version != 1;
+  Header header;
+  if (wrapper.magic != kWrapperMagic) return;
+  std::memcpy(&header, wrapper.data, sizeof header);
+  if (header.magic != kMagic) return;
+  const uint8_t *at = wrapper.data + header.header_bytes, *end = at + header.bytes;
+  while (at < end) {
+    Entry e;
+    std::memcpy(&e, at, sizeof e);
+    const Ptx p{static_cast<int>(e.arch),
+                (e.flags & kSpecific) != 0,
+                (e.flags & kCompressed) != 0,
+                {reinterpret_cast<const char*>(at + e.header_bytes), static_cast<size_t>(e.bytes)}};
+    if (e.kind == kPtx) image.ptx.push_back(p);
+    image.holds += (image.holds.empty() ? "" : ", ") + std::string(e.kind == kPtx ? "compute_" : "sm_") + p.name() +
+                   (e.kind == kPtx && p.compressed ? " (compressed)" : "");
+    at += e.header_bytes + e.bytes;
+  }
+}
+
+// The PTX that the driver would compile for the device if there were no cubin: its own, else the highest portable one.
+const Ptx* choose(const Image& image, const Device& device) {
+  const Ptx* best = nullptr;
+  for (const Ptx& p : image.ptx) {
+    if ("sm_" + p.name() == device.arch) return &p;
+    if (!p.specific && p.arch <= device.major * 10 + device.minor && (!best || p.arch > best->arch)) best = &p;
+  }
+  return best;
+}
+
+[[noreturn]] void refuse(const Image& image, const Device& device) {
+  const std::string arch = device.arch + 3;
+  Finding f;
+  f.kind = Kind::unsupported;
+  f.message = "the program holds no PTX that the interpreter can run on " + std::string(device.arch) + ", only " +
+              (image.holds.empty() ? "nothing" : image.holds) + "; compile it with -gencode=arch=compute_" + arch +
+              ",code=compute_" + arch + " --compress-mode=none" + (image.linked ? " and without -rdc=true" : "");
+  f.arch = device.arch;
+  throw f;
+}
+
+// Called with the registry locked. Throws a Finding.
+Module& module_for(Image& image, const Device& device) {
+  auto& module = image.modules[device.arch];
+  if (!module) {
+    const Ptx* ptx = choose(image, device);
+    if (!ptx || ptx->compressed) refuse(image, device);
+    module = load(std::string(ptx->text));
+    for (const auto& [name, g] : module->globals) storage().add(g.address, g.bytes, name, g.constant);
+  }
+  return *module;
+}
+
+void drop(Image& image) {
+  for (const auto& [arch, module] : image.modules)
+    for (const auto& [name, g] : module->globals) storage().remove(g.address);
+  image.modules.clear();
+}
+
+struct Found {
+  Kernel* kernel;
+  Module* module;
+  Code* code;
+  const Device* device;
+};
+
+// What is known of a kernel on the device; 0, or the error and an unfinished Found. Called with the registry locked.
+int find(const void* host, Found& found) {
+  const auto k = registry().kernels.find(host);
+  if (k == registry().kernels.end()) return cuda::kInvalidDeviceFunction;
+  found.kernel = &k->second;
+  found.device = current_device();
+  if (!found.device) return cuda::kNoDevice;
+  try {
+    found.module = &module_for(*found.kernel->image, *found.device);
+  } catch (const Finding& f) {
+    return report(f, cuda::kNoKernelImageForDevice);
+  }
+  const auto code = found.module->functions.find(found.kernel->name);
+  if (code == found.module->functions.end()) return cuda::kInvalidDeviceFunction;
+  found.code = &code->second;
+  return cuda::kSuccess;
+}
+
+int64_t max_dynamic_shared(const Found& f) {
+  return f.kernel->max_dynamic_shared ? f.kernel->max_dynamic_shared
+                                      : f.device->shared_per_block - f.code->shared_bytes;
+}
+
+int blocks_of(const Found& f, int threads, int64_t dynamic_shared) {
+  if (threads > static_cast<int>(max_threads(*f.code->source)) || dynamic_shared > max_dynamic_shared(f)) return 0;
+  return resident_blocks(*f.device, *f.code, threads, f.code->shared_bytes + dynamic_shared);
+}
+
+int threads_of(const fpi_launch_config& c) { return static_cast<int>(c.block[0] * c.block[1] * c.block[2]); }
+
+}  // namespace
+}  // namespace forwardpass::interpreter
+
+using namespace forwardpass;
+using namespace forwardpass::interpreter;
+
+extern "C" {
+
+void* fpi_image_register(const void* wrapper) {
+  auto image = std::make_unique<Image>();
+  read(*image, *static_cast<const Wrapper*>(wrapper));
+  const std::lock_guard lock(registry().mutex);
+  registry().images.push_back(std::move(image));
+  return registry().images.back().get();
+}
+
+void fpi_image_unregister(void* handle) {
+  Registry& r = registry();
+  const std::lock_guard lock(r.mutex);
+  const auto erase = [&](auto& map) {
+    for (auto i = map.begin(); i != map.end();) i = i->second.image == handle ? map.erase(i) : std::next(i);
+  };
+  erase(r.kernels);
+  erase(r.variables);
+  const auto image = std::find_if(r.images.begin(), r.images.end(), [&](const auto& i) { return i.get() == handle; });
+  if (image == r.images.end()) return;
+  drop(**image);
+  r.images.erase(image);
+}
+
+void fpi_kernel_register(void* image, const void* host, const char* name) {
+  const std::lock_guard lock(registry().mutex);
+  registry().kernels[host] = {static_cast<Image*>(image), name};
+}
+
+void fpi_variable_register(void* image, const void* host, const char* name) {
+  const std::lock_guard lock(registry().mutex);
+  registry().variables[host] = {static_cast<Image*>(image), name};
+}
+
+int fpi_variable(const void* host, void** address, int64_t* bytes) {
+  const std::lock_guard lock(registry().mutex);
+  const auto v = registry().variables.find(host);
+  if (v == registry().variables.end()) return cuda::kInvalidSymbol;
+  const Device* device = current_device();
+  if (!device) return cuda::kNoDevice;
+  try {
+    const Module& module = module_for(*v->second.image, *device);
+    const auto global = module.globals.find(v->second.name);
+    if (global == module.globals.end()) return cuda::kInvalidSymbol;
+    *address = global->second.address;
+    *bytes = global->second.bytes;
+  } catch (const Finding& f) {
+    return report(f, cuda::kNoKernelImageForDevice);
+  }
+  return cuda::kSuccess;
+}
+
+int fpi_kernel(const void* host, fpi_kernel_properties* p) {
+  const std::lock_guard lock(registry().mutex);
+  Found f{};
+  if (const int error = find(host, f)) return error;
+  const ptx::Function& source = *f.code->source;
+  *p = {};
+  p->name = f.kernel->name.c_str();
+  p->static_shared = f.code->shared_bytes;
+  for (const auto& v : source.variables) p->local += v.space == ptx::Space::local ? v.bytes : 0;
+  for (const auto& [name, g] : f.module->globals) p->constant += g.constant ? g.bytes : 0;
+  p->max_dynamic_shared = max_dynamic_shared(f);
+  p->max_threads = static_cast<int>(max_threads(source));
+  p->registers = assumed_registers(*f.device, source);
+  std::copy(source.cluster, source.cluster + 3, p->cluster);
+  p->nonportable_clusters = f.kernel->nonportable_clusters;
+  return cuda::kSuccess;
+}
+
+int fpi_kernel_allow_shared(const void* host, int64_t bytes) {
+  const std::lock_guard lock(registry().mutex);
+  Found f{};
+  if (const int error = find(host, f)) return error;
+  if (bytes < 0 || bytes + f.code->shared_bytes > f.device->shared_per_block_optin) return cuda::kInvalidValue;
+  f.kernel->max_dynamic_shared = bytes;
+  return cuda::kSuccess;
+}
+
+int fpi_kernel_allow_nonportable_clusters(const void* host, int allow) {
+  const std::lock_guard lock(registry().mutex);
+  Found f{};
+  if (const int error = find(host, f)) return error;
+  f.kernel->nonportable_clusters = allow != 0;
+  return cuda::kSuccess;
+}
+
+int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks) {
+  const std::lock_guard lock(registry().mutex);
+  Found f{};
+  if (const int error = find(host, f)) return error;
+  if (threads < 1 || dynamic_shared < 0) return cuda::kInvalidValue;
+  *blocks = blocks_of(f, threads, dynamic_shared);
+  return cuda::kSuccess;
+}
+
+int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* largest, int* clusters) {
+  const std::lock_guard lock(registry().mutex);
+  Found f{};
+  if (const int error = find(host, f)) return error;
+  const int blocks = blocks_of(f, threads_of(*c), c->dynamic_shared);
+  const int size = static_cast<int>(c->cluster[0] * c->cluster[1] * c->cluster[2]);
+  const int most = f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster;
+  *largest = 0;
+  for (int n = 1; n <= most; n *= 2)
+    if (resident_clusters(*f.device, blocks, n)) *largest = n;
+  if (size > most) return cuda::kInvalidClusterSize;
+  *clusters = resident_clusters(*f.device, blocks, size);
+  return cuda::kSuccess;
+}
+
+int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
+  const Code* code = nullptr;
+  Found f{};
+  {
+    const std::lock_guard lock(registry().mutex);
+    if (const int error = find(host, f)) return error;
+    if (config->dynamic_shared > std::max<int64_t>(0, max_dynamic_shared(f))) return cuda::kInvalidValue;
+    const uint64_t cluster = static_cast<uint64_t>(config->cluster[0]) * config->cluster[1] * config->cluster[2];
+    if (cluster > static_cast<uint64_t>(f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster))
+      return cuda::kInvalidClusterSize;
+    if (config->programmatic && !f.device->clusters) return cuda::kNotSupported;
+    const uint64_t grid = static_cast<uint64_t>(config->grid[0]) * config->grid[1] * config->grid[2];
+    if (config->cooperative && grid > static_cast<uint64_t>(f.device->multiprocessors) *
+                                          blocks_of(f, threads_of(*config), config->dynamic_shared))
+      return cuda::kCooperativeLaunchTooLarge;
+  }
+  try {
+    code = function(*f.module, f.code->name);
+  } catch (Finding& finding) {
+    finding.arch = f.device->arch;
+    return report(finding);
+  }
+  std::vector<uint8_t> parameters(code->own_param_bytes);
+  for (size_t k = 0; k < code->parameters.size(); ++k)
+    std::memcpy(&parameters[code->parameters[k].offset], args[k], code->parameters[k].bytes);
+  return launch(*f.module, *code, *config, std::move(parameters));
+}
+
+}  // extern "C"

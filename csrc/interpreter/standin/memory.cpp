@@ -1,0 +1,174 @@
+// Allocation, copies, fills and symbols. All memory is the host's, and every copy is done when its call returns.
+#include <cstring>
+
+#include "standin.h"
+
+using namespace forwardpass::standin;
+
+namespace {
+
+cudaError_t allocate(void** pointer, size_t bytes, int kind) {
+  *pointer = nullptr;
+  if (bytes == 0) return finish(cudaSuccess);
+  *pointer = fpi_allocate(static_cast<int64_t>(bytes), kind);
+  return finish(*pointer ? cudaSuccess : cudaErrorMemoryAllocation);
+}
+
+cudaError_t release(void* pointer) {
+  return finish(!pointer || fpi_release(pointer) ? cudaSuccess : cudaErrorInvalidValue);
+}
+
+bool on_device(const void* pointer, size_t bytes) { return fpi_storage_find(pointer, static_cast<int64_t>(bytes)); }
+
+// Rows of `width` bytes; one row is a plain copy.
+cudaError_t copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
+                 cudaMemcpyKind kind) {
+  if (width == 0 || rows == 0) return finish(cudaSuccess);
+  if (rows > 1 && (width > to_pitch || width > from_pitch)) return finish(cudaErrorInvalidPitchValue);
+  if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return finish(cudaErrorInvalidMemcpyDirection);
+  const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+  const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+  if (to_device && !on_device(to, to_pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
+  if (from_device && !on_device(from, from_pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
+  for (size_t r = 0; r < rows; ++r)
+    std::memmove(static_cast<char*>(to) + r * to_pitch, static_cast<const char*>(from) + r * from_pitch, width);
+  return finish(cudaSuccess);
+}
+
+cudaError_t fill(void* to, size_t pitch, int value, size_t width, size_t rows) {
+  if (width == 0 || rows == 0) return finish(cudaSuccess);
+  if (rows > 1 && width > pitch) return finish(cudaErrorInvalidPitchValue);
+  if (!on_device(to, pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
+  for (size_t r = 0; r < rows; ++r) std::memset(static_cast<char*>(to) + r * pitch, value, width);
+  return finish(cudaSuccess);
+}
+
+// `bytes` of a variable from `offset` on, or null with the error kept.
+char* symbol(const void* host, size_t offset, size_t bytes, cudaError_t* error) {
+  void* address = nullptr;
+  int64_t size = 0;
+  *error = finish(fpi_variable(host, &address, &size));
+  if (*error) return nullptr;
+  if (offset > static_cast<size_t>(size) || bytes > size - offset) *error = finish(cudaErrorInvalidValue);
+  return *error ? nullptr : static_cast<char*>(address) + offset;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaMalloc(void** p, size_t bytes) { return allocate(p, bytes, fpi_memory_device); }
+cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return allocate(p, bytes, fpi_memory_device); }
+cudaError_t cudaMallocHost(void** p, size_t bytes) { return allocate(p, bytes, fpi_memory_host); }
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return allocate(p, bytes, fpi_memory_host); }
+cudaError_t cudaMallocManaged(void** p, size_t bytes, unsigned) { return allocate(p, bytes, fpi_memory_managed); }
+cudaError_t cudaMallocPitch(void** p, size_t* pitch, size_t width, size_t height) {
+  *pitch = (width + 511) / 512 * 512;
+  return allocate(p, *pitch * height, fpi_memory_device);
+}
+cudaError_t cudaFree(void* p) { return release(p); }
+cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return release(p); }
+cudaError_t cudaFreeHost(void* p) { return release(p); }
+
+cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
+  fpi_storage_add(p, static_cast<int64_t>(bytes), "cudaHostRegister", 0);
+  return finish(cudaSuccess);
+}
+cudaError_t cudaHostUnregister(void* p) {
+  fpi_storage_remove(p);
+  return finish(cudaSuccess);
+}
+cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
+  *device = host;
+  return finish(on_device(host, 1) ? cudaSuccess : cudaErrorInvalidValue);
+}
+
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  const auto* device = fpi_device_get();
+  if (!device) return finish(cudaErrorNoDevice);
+  *free = static_cast<size_t>(fpi_memory_free());
+  *total = static_cast<size_t>(device->memory);
+  return finish(cudaSuccess);
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* pointer) {
+  void* begin;
+  int kind = fpi_memory_device;
+  *a = {};
+  if (fpi_allocation(pointer, &begin, &kind) == 0 && !on_device(pointer, 1)) return finish(cudaSuccess);
+  constexpr cudaMemoryType types[] = {cudaMemoryTypeDevice, cudaMemoryTypeHost, cudaMemoryTypeManaged};
+  a->type = types[kind];
+  a->devicePointer = const_cast<void*>(pointer);
+  a->hostPointer = kind == fpi_memory_device ? nullptr : const_cast<void*>(pointer);
+  return finish(cudaSuccess);
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  return copy(to, 0, from, 0, bytes, 1, kind);
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return copy(to, 0, from, 0, bytes, 1, kind);
+}
+cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
+                         cudaMemcpyKind kind) {
+  return copy(to, to_pitch, from, from_pitch, width, rows, kind);
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
+                              cudaMemcpyKind kind, cudaStream_t) {
+  return copy(to, to_pitch, from, from_pitch, width, rows, kind);
+}
+cudaError_t cudaMemset(void* to, int value, size_t bytes) { return fill(to, 0, value, bytes, 1); }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return fill(to, 0, value, bytes, 1); }
+cudaError_t cudaMemset2D(void* to, size_t pitch, int value, size_t width, size_t rows) {
+  return fill(to, pitch, value, width, rows);
+}
+cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t rows, cudaStream_t) {
+  return fill(to, pitch, value, width, rows);
+}
+
+cudaError_t cudaMemcpyToSymbol(const void* host, const void* from, size_t bytes, size_t offset, cudaMemcpyKind) {
+  cudaError_t error;
+  if (char* to = symbol(host, offset, bytes, &error)) std::memmove(to, from, bytes);
+  return error;
+}
+cudaError_t cudaMemcpyToSymbolAsync(const void* host, const void* from, size_t bytes, size_t offset,
+                                    cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpyToSymbol(host, from, bytes, offset, kind);
+}
+cudaError_t cudaMemcpyFromSymbol(void* to, const void* host, size_t bytes, size_t offset, cudaMemcpyKind) {
+  cudaError_t error;
+  if (const char* from = symbol(host, offset, bytes, &error)) std::memmove(to, from, bytes);
+  return error;
+}
+cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* host, size_t bytes, size_t offset, cudaMemcpyKind kind,
+                                      cudaStream_t) {
+  return cudaMemcpyFromSymbol(to, host, bytes, offset, kind);
+}
+cudaError_t cudaGetSymbolAddress(void** address, const void* host) {
+  int64_t bytes;
+  return finish(fpi_variable(host, address, &bytes));
+}
+cudaError_t cudaGetSymbolSize(size_t* size, const void* host) {
+  void* address;
+  int64_t bytes = 0;
+  const int error = fpi_variable(host, &address, &bytes);
+  *size = static_cast<size_t>(bytes);
+  return finish(error);
+}
+
+}  // extern "C"
+
+ALSO(cudaMallocAsync_ptsz, cudaMallocAsync);
+ALSO(cudaFreeAsync_ptsz, cudaFreeAsync);
+ALSO(cudaMemcpy_ptds, cudaMemcpy);
+ALSO(cudaMemcpyAsync_ptsz, cudaMemcpyAsync);
+ALSO(cudaMemcpy2D_ptds, cudaMemcpy2D);
+ALSO(cudaMemcpy2DAsync_ptsz, cudaMemcpy2DAsync);
+ALSO(cudaMemset_ptds, cudaMemset);
+ALSO(cudaMemsetAsync_ptsz, cudaMemsetAsync);
+ALSO(cudaMemset2D_ptds, cudaMemset2D);
+ALSO(cudaMemset2DAsync_ptsz, cudaMemset2DAsync);
+ALSO(cudaMemcpyToSymbol_ptds, cudaMemcpyToSymbol);
+ALSO(cudaMemcpyToSymbolAsync_ptsz, cudaMemcpyToSymbolAsync);
+ALSO(cudaMemcpyFromSymbol_ptds, cudaMemcpyFromSymbol);
+ALSO(cudaMemcpyFromSymbolAsync_ptsz, cudaMemcpyFromSymbolAsync);
