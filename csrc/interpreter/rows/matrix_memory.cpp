@@ -4,7 +4,8 @@
 // n's rows.
 #include <cstring>
 
-#include "matrix_rows.h"
+#include "interpreter/rows/addresses.h"
+#include "interpreter/rows/matrix_rows.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -19,18 +20,17 @@ void transpose(const uint32_t from[kLanes], uint32_t to[kLanes]) {  // 8 x 8 ele
 
 struct Rows {
   int matrices;
-  bool transposed, wide;
-  ptx::Space space;
-  int64_t displacement;
+  bool transposed;
+  AddressOperand place;
 };
 
 // Where the rows of every matrix are, after all checks.
-void find_rows(Warp& w, const Instruction& i, int address_operand, Use use, uint8_t* host[kLanes]) {
+void find_rows(Warp& w, const Instruction& i, Use use, uint8_t* host[kLanes]) {
   const Rows& how = *static_cast<const Rows*>(i.data);
   const Mask lanes = how.matrices == 4 ? kAllLanes : (Mask{1} << how.matrices * 8) - 1;
   uint64_t address[kLanes];
-  w.addresses(i, address_operand, how.displacement, how.wide, address);
-  if (how.space == ptx::Space::none) {
+  how.place.addresses(w, i, address);
+  if (how.place.space == ptx::Space::none) {
     each_lane(lanes, [&](int l) {
       if ((address[l] & kWindowMask) != kSharedWindow) {
         w.fail_at(Kind::illegal, "ldmatrix and stmatrix access shared memory, and this generic address is elsewhere", l,
@@ -38,14 +38,14 @@ void find_rows(Warp& w, const Instruction& i, int address_operand, Use use, uint
       }
     });
   }
-  access(w, how.space, address, 16, use, lanes, host);
+  access(w, how.place.space, address, 16, use, lanes, host);
 }
 
 Step ldmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  find_rows(w, i, how.matrices, Use::read, host);
+  find_rows(w, i, Use::read, host);
   for (int n = 0; n < how.matrices; ++n) {
     if (i.operand[n] == kSink) continue;
     alignas(64) uint32_t rows[kLanes];
@@ -63,7 +63,7 @@ Step stmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  find_rows(w, i, 0, Use::write, host);
+  find_rows(w, i, Use::write, host);
   for (int n = 0; n < how.matrices; ++n) {
     alignas(64) uint32_t turned[kLanes];
     const uint32_t* rows = w.operand<uint32_t>(i, 1 + n);
@@ -85,33 +85,32 @@ Step movmatrix(Warp& w, const Instruction& i, Mask mask) {
 }
 
 Rows& bind_rows(Bind& b) {
-  require_operands(b, 2);
+  expect_operands(b, 2);
   // ptxas takes the shape before or after .num and .trans; CUTLASS writes it after.
   if (b.slot(3).empty() == b.slot(6).empty()) b.refuse(b.statement.opcode + " needs .m8n8 once");
   Rows& how = b.data<Rows>();
   how.matrices = b.slot(4)[1] - '0';
   how.transposed = b.has("trans");
-  how.space = b.has("shared") || b.has("shared::cta") ? ptx::Space::shared : ptx::Space::none;
   return how;
 }
 
 void bind_ldmatrix(Bind& b) {
   Rows& how = bind_rows(b);
   for (const Operand& o : registers_of(b, 0, how.matrices)) b.destination(o, Type::b32);
-  how.displacement = b.address(b.operand(1), &how.wide);
+  how.place.bind(b, b.operand(1));
   b.run(&ldmatrix);
 }
 
 void bind_stmatrix(Bind& b) {
   require_capability(b, 90);
   Rows& how = bind_rows(b);
-  how.displacement = b.address(b.operand(0), &how.wide);
+  how.place.bind(b, b.operand(0));
   for (const Operand& o : registers_of(b, 1, how.matrices)) b.source(o, Type::b32);
   b.run(&stmatrix);
 }
 
 void bind_movmatrix(Bind& b) {
-  require_operands(b, 2);
+  expect_operands(b, 2);
   b.destination(0, Type::b32);
   b.source(1, Type::b32);
   b.run(&movmatrix);

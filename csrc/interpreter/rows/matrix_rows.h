@@ -1,8 +1,7 @@
 #pragma once
 // What the matrix instructions share: shapes, element types, and the demand for a whole warp.
-#include "../lanes.h"
-#include "../matrix.h"
-#include "../table.h"
+#include "interpreter/matrix.h"
+#include "interpreter/rows/lanewise.h"
 
 namespace forwardpass::interpreter {
 
@@ -67,12 +66,6 @@ inline std::vector<Operand> registers_of(const Bind& b, int operand, size_t coun
              " registers, and the shape needs " + std::to_string(count));
   }
   return parts;
-}
-
-inline void require_operands(const Bind& b, int count) {
-  if (b.operands() != count) {
-    b.refuse(b.statement.opcode + " has " + std::to_string(b.operands()) + " operands, and takes " + std::to_string(count));
-  }
 }
 
 inline void require_whole_warp(const Warp& w, Mask mask) {

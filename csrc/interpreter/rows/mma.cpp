@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "matrix_rows.h"
+#include "interpreter/rows/matrix_rows.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -45,7 +45,7 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
 }
 
 void bind_mma(Bind& b) {
-  require_operands(b, 4);
+  expect_operands(b, 4);
   const int last = b.slots() - 1;
   const Shape shape = shape_of(b.slot(3));
   Mma& m = b.data<Mma>();
@@ -103,7 +103,7 @@ Step mma_f64(Warp& w, const Instruction& i, Mask mask) {
 }
 
 void bind_mma_f64(Bind& b) {
-  require_operands(b, 4);
+  expect_operands(b, 4);
   const Shape shape = shape_of(b.slot(3));
   if (shape.m == 16) require_capability(b, 90);
   MmaF64& m = b.data<MmaF64>();

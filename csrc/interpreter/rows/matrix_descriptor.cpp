@@ -1,0 +1,99 @@
+#include "interpreter/rows/matrix_descriptor.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "interpreter/rows/async.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+constexpr uint32_t field(uint64_t bits, int at) { return static_cast<uint32_t>(bits >> at & 0x3fff) << 4; }
+
+// Shared memory as a sequence of 16-byte reads, each checked; neighbours are checked together. A swizzle exchanges the
+// two halves of 32 bytes in every other row, hence both directions.
+class Reader {
+ public:
+  Reader(Cta& cta, const Actor& actor) : cta_(cta), actor_(actor) {}
+  const uint8_t* operator()(uint32_t address) {
+    if (address + 16 > cta_.shared.size()) {
+      fault(Kind::out_of_bounds, "a matrix descriptor reaches beyond the block's " + std::to_string(cta_.shared.size()) +
+                                     " bytes of shared memory", address);
+    }
+    if (address == end_) {
+      end_ += 16;
+    } else if (address + 16 == begin_) {
+      begin_ = address;
+    } else {
+      check();
+      begin_ = address;
+      end_ = address + 16;
+    }
+    return cta_.shared.data() + address;
+  }
+  void check() {
+    if (end_ > begin_ && checked(cta_)) cta_.shadow.read(actor_, begin_, end_ - begin_);
+    begin_ = end_ = ~0u;
+  }
+
+ private:
+  Cta& cta_;
+  const Actor& actor_;
+  uint32_t begin_ = ~0u, end_ = ~0u;
+};
+
+}  // namespace
+
+MatrixDescriptor::MatrixDescriptor(uint64_t bits)
+    : start(field(bits, 0)),
+      leading(field(bits, 16)),
+      stride(field(bits, 32)),
+      base_offset(static_cast<uint32_t>(bits >> 49 & 7)) {
+  constexpr int kChunks[] = {1, 8, 4, 2};  // none, 128, 64, 32 bytes
+  chunks = kChunks[bits >> 62];
+}
+
+const char* illegal_descriptor(uint64_t bits) {
+  constexpr uint64_t kFields = 0xc00e3fff3fff3fff;
+  if (bits & ~kFields) {
+    return "bits are set outside its fields: encode addresses and offsets as (x & 0x3ffff) >> 4";
+  }
+  if (bits >> 62 == 0 && (bits >> 49 & 7)) return "a base offset needs a swizzle";
+  return nullptr;
+}
+
+void gather(Cta& cta, const MatrixDescriptor& d, bool transposed, int first, int count, const Actor& actor,
+            uint32_t (*fragments)[2][32]) {
+  Reader read(cta, actor);
+  const uint32_t phases = d.chunks - 1, row = d.chunks * 16;
+  const auto swizzled = [&](uint32_t address) {
+    return address ^ ((((address >> 7) - d.base_offset) & phases) << 4);
+  };
+  for (int t = 0; t < count; ++t) {
+    const int tile = first + t;
+    if (!transposed) {
+      const uint32_t half = d.chunks == 1 ? d.leading : 16;
+      for (int r = 0; r < 8; ++r) {
+        for (uint32_t h = 0; h < 2; ++h) {
+          std::memcpy(&fragments[t][h][r * 4], read(swizzled(d.start + tile * d.stride + r * row + h * half)), 16);
+        }
+      }
+      continue;
+    }
+    // Eight elements along M or N are 16 bytes, for one k; without a swizzle the two offsets change places.
+    const uint32_t across = d.chunks == 1 ? tile * d.stride : tile / d.chunks * d.leading + tile % d.chunks * 16;
+    const uint32_t along = d.chunks == 1 ? d.leading : d.stride;
+    for (uint32_t h = 0; h < 2; ++h) {
+      uint16_t block[8][8], turned[8][8];
+      for (uint32_t k = 0; k < 8; ++k) {
+        std::memcpy(block[k], read(swizzled(d.start + across + h * along + k * row)), 16);
+      }
+      for (int k = 0; k < 8; ++k)
+        for (int e = 0; e < 8; ++e) turned[e][k] = block[k][e];
+      std::memcpy(fragments[t][h], turned, sizeof turned);
+    }
+  }
+  read.check();
+}
+
+}  // namespace forwardpass::interpreter

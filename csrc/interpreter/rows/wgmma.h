@@ -1,0 +1,111 @@
+#pragma once
+// Warpgroup-level matrix products while they are under way, PTX ISA 9.7.15.
+//
+// Four warps issue one operation: the n-th wgmma.mma_async of each is the same operation, which can complete once all four
+// have issued it, and in order. Until a warp has waited for it, the registers of D and of A in registers are in flight
+// there: what D will be lives in an Accumulator, the registers themselves hold poison.
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "interpreter/machine.h"
+#include "interpreter/matrix.h"
+#include "interpreter/rows/matrix_descriptor.h"
+
+namespace forwardpass::interpreter {
+
+// An instruction, decoded.
+struct WgmmaShape {
+  Product exact, truncating;
+  int n, k, d_registers;
+  bool a_in_registers, a_transposed, b_transposed;
+  bool scale_d_negated;
+  const Statement* statement;  // for findings
+};
+
+std::string place_of(const Warp&, const WgmmaShape&);  // "wgmma.mma_async... of file.cu:12"
+
+// What the registers of D of one warp will hold. Later operations change it in place unless a moved register still
+// stands for the earlier value.
+struct Accumulator {
+  explicit Accumulator(const WgmmaShape& shape);
+  const WgmmaShape* shape;
+  uint64_t last = 0;   // number of the operation that makes it final
+  int references = 0;  // registers of the warp that stand for it
+  uint32_t* values;    // [register][lane]
+
+ private:
+  std::unique_ptr<uint32_t[]> storage_;
+};
+
+// The registers of one warp that are in flight.
+class RegistersInFlight {
+ public:
+  struct Entry {
+    Offset offset;
+    std::shared_ptr<Accumulator> value;  // null: a register of A, which keeps its value
+    int index;                           // within the accumulator
+    bool alias;                          // by a mov: no operation writes this register itself
+    uint64_t last;                       // of A: number of the last operation that reads it
+    const WgmmaShape* reader;            // of A
+  };
+  bool empty() const { return entries_.empty(); }
+  const Entry* find(Offset o) const {
+    const uint32_t n = o / 64 < where_.size() ? where_[o / 64] : 0;
+    return n ? &entries_[n - 1] : nullptr;
+  }
+  void reads(Offset, uint64_t operation, const WgmmaShape*);                             // as A
+  void stands_for(Offset, const std::shared_ptr<Accumulator>&, int index, bool alias);  // replaces what it stood for
+  void drop(Offset);
+  // Fills in the registers whose last operation is not after this one, which no longer are in flight then.
+  void land(uint64_t operation, uint8_t* registers);
+
+ private:
+  Entry& entry(Offset);
+  std::vector<Entry> entries_;
+  std::vector<uint16_t> where_;  // by offset / 64: 1 + position in entries_, 0: not in flight
+};
+
+struct Warpgroup;
+
+struct WgmmaOperation final : Pending {
+  struct Part {                              // of one warp: 16 rows of D
+    std::shared_ptr<Accumulator> from, to;   // null from: zeros
+    Knowledge knowledge;
+    alignas(64) uint32_t a[4][kLanes];       // its fragments, if A is in registers
+  } part[4];
+  const WgmmaShape* shape = nullptr;
+  uint64_t number = 0;
+  uint64_t a_descriptor = 0, b_descriptor = 0;
+  bool scale_d = false;
+  unsigned issued = 0;  // warps, one bit each
+  Warpgroup* group = nullptr;
+  int agent = 0;  // whose reads of shared memory these are
+  Clock now = 0;
+
+  bool ready(Cta&) const override;
+  void complete(Cta&) override;
+};
+
+struct Warpgroup {
+  int first_warp;
+  uint64_t completed = 0;                               // operations are numbered from 1
+  std::deque<std::shared_ptr<WgmmaOperation>> pending;  // operation completed + 1 first
+  int agent = 0;                                        // of the group that the operations issued last belong to
+  Clock now = 0;
+};
+
+struct Wgmma {  // of one warp
+  std::shared_ptr<Warpgroup> group;
+  RegistersInFlight flight;
+  Frame* frame = nullptr;  // whose registers are in flight
+  uint64_t issued = 0, committed = 0;
+  struct Group {           // wgmma-group: committed and not waited for
+    uint64_t last;         // operation
+    std::vector<std::pair<int, Clock>> agents;
+  };
+  std::deque<Group> groups;
+  std::vector<std::pair<int, Clock>> agents;  // of what is not committed
+};
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,124 @@
+// Registers in flight, and what other instructions may do with them.
+#include <algorithm>
+#include <cstring>
+
+#include "interpreter/rows/async.h"
+#include "interpreter/rows/mov.h"
+#include "interpreter/rows/wgmma.h"
+
+namespace forwardpass::interpreter {
+
+Accumulator::Accumulator(const WgmmaShape& s)
+    : shape(&s), storage_(new uint32_t[s.d_registers * kLanes + 16]) {
+  const auto raw = reinterpret_cast<uintptr_t>(storage_.get());
+  values = reinterpret_cast<uint32_t*>((raw + 63) / 64 * 64);
+}
+
+RegistersInFlight::Entry& RegistersInFlight::entry(Offset o) {
+  if (o / 64 >= where_.size()) where_.resize(o / 64 + 1);
+  uint16_t& n = where_[o / 64];
+  if (!n) {
+    entries_.push_back({o, nullptr, 0, false, 0, nullptr});
+    n = static_cast<uint16_t>(entries_.size());
+  }
+  return entries_[n - 1];
+}
+
+void RegistersInFlight::reads(Offset o, uint64_t operation, const WgmmaShape* reader) {
+  Entry& e = entry(o);
+  e.last = operation;
+  e.reader = reader;
+}
+
+void RegistersInFlight::stands_for(Offset o, const std::shared_ptr<Accumulator>& value, int index, bool alias) {
+  Entry& e = entry(o);
+  if (e.value) --e.value->references;
+  e.value = value;
+  e.index = index;
+  e.alias = alias;
+  ++value->references;
+}
+
+void RegistersInFlight::drop(Offset o) {
+  uint16_t& n = where_[o / 64];
+  Entry& e = entries_[n - 1];
+  if (e.value) --e.value->references;
+  if (&e != &entries_.back()) {
+    e = std::move(entries_.back());
+    where_[e.offset / 64] = n;
+  }
+  n = 0;
+  entries_.pop_back();
+}
+
+void RegistersInFlight::land(uint64_t operation, uint8_t* registers) {
+  for (size_t k = entries_.size(); k-- > 0;) {
+    const Entry& e = entries_[k];
+    if ((e.value ? e.value->last : e.last) > operation) continue;
+    if (e.value) std::memcpy(registers + e.offset, e.value->values + e.index * kLanes, kLanes * 4);
+    drop(e.offset);
+  }
+}
+
+std::string place_of(const Warp& w, const WgmmaShape& shape) {
+  return shape.statement->opcode + " of " + source_place(*w.cta->launch->module, shape.statement->line);
+}
+
+namespace {
+
+[[noreturn]] void touched(const Warp& w, const RegistersInFlight::Entry& e, bool writes) {
+  const char* verb = writes ? "writes" : "reads";
+  if (e.value) {
+    w.fail(Kind::in_flight, std::string(verb) + " an accumulator of " + place_of(w, *e.value->shape) +
+                                ", which is in flight until wgmma.wait_group has waited for it");
+  }
+  w.fail(Kind::in_flight, std::string(verb) + " a register of A of " + place_of(w, *e.reader) +
+                              ", which is in flight until wgmma.wait_group has waited for it");
+}
+
+}  // namespace
+
+Step run_watched(Warp& w, const Instruction& i, Mask mask) {
+  Wgmma& state = *w.wgmma;
+  if (w.frame != state.frame) return i.run(w, i, mask);
+  const Statement& statement = *w.frame->code->statements[i.index];
+  if (statement.opcode.compare(0, 15, "wgmma.mma_async") == 0) return i.run(w, i, mask);  // has rules of its own
+  RegistersInFlight& flight = state.flight;
+  const bool checks = checked(*w.cta);
+  const RegistersInFlight::Entry* moved = nullptr;
+  for (int n = i.destinations; n < i.destinations + i.sources; ++n) {
+    const auto* e = flight.find(i.operand[n]);
+    if (!e) continue;
+    if (is_move(i)) {
+      moved = e->value ? e : nullptr;  // A keeps its value: nothing to defer
+    } else if (checks) {
+      touched(w, *e, false);
+    }
+  }
+  if (moved) {  // a copy of what is not there yet: it is in flight as well, and no error until somebody uses it
+    if (mask != kAllLanes) {
+      w.fail(Kind::in_flight, "moves an accumulator of " + place_of(w, *moved->value->shape) +
+                                  " that is in flight, and only in some lanes");
+    }
+    if (i.operand[0] == kSink) return Step::next;
+    const auto* to = flight.find(i.operand[0]);
+    if (to && !to->value && checks) touched(w, *to, true);
+    if (to && to->value == moved->value && to->index == moved->index) return Step::next;
+    const auto value = moved->value;
+    flight.stands_for(i.operand[0], value, moved->index, true);
+    return Step::next;
+  }
+  for (int n = 0; n < i.destinations; ++n) {
+    const auto* e = i.operand[n] == kSink ? nullptr : flight.find(i.operand[n]);
+    if (!e) continue;
+    if (e->value && e->alias && mask == kAllLanes) {
+      flight.drop(i.operand[n]);  // the moved value is not wanted any more
+    } else if (checks) {
+      touched(w, *e, true);
+    }
+  }
+  if (flight.empty()) w.watched = false;
+  return i.run(w, i, mask);
+}
+
+}  // namespace forwardpass::interpreter
