@@ -4,7 +4,7 @@ No GPU is needed, and any torch >= 2.11 serves (CPU or CUDA). torch's CUDAExtens
 and guesses CUDA_HOME. Environment:
 
 FORWARDPASS_BUILD_CUDA  auto (default): CUDA kernels where there is an nvcc; 1: required; 0: none, earlier ones removed
-TORCH_CUDA_ARCH_LIST    default "8.0 8.9 9.0a"; "+PTX" after an entry adds its PTX to every file
+TORCH_CUDA_ARCH_LIST    default "8.0 8.9 9.0a"; every entry's PTX is there, with or without "+PTX"
 CUDA_HOME, MAX_JOBS     as everywhere
 """
 
@@ -113,14 +113,14 @@ def why_no_cuda():
 
 
 def arches():
-    """[("80", ptx?)] from TORCH_CUDA_ARCH_LIST."""
+    """["80"] from TORCH_CUDA_ARCH_LIST."""
     found = []
     for entry in re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a"):
-        m = re.fullmatch(r"(\d+)\.(\d)(a|f)?(\+PTX)?", entry)
+        m = re.fullmatch(r"(\d+)\.(\d)(a|f)?(?:\+PTX)?", entry)
         if not m:
             sys.exit(f"forwardpass: TORCH_CUDA_ARCH_LIST entries look like 8.0, 9.0a or 8.9+PTX, not {entry!r}")
-        found.append((m[1] + m[2] + (m[3] or ""), bool(m[4])))
-    if min(int(a.rstrip("af")) for a, _ in found) < 80:
+        found.append(m[1] + m[2] + (m[3] or ""))
+    if min(int(a.rstrip("af")) for a in found) < 80:
         sys.exit(
             "forwardpass: the kernels need compute capability 8.0 (A100) or later; remove older TORCH_CUDA_ARCH_LIST entries"
         )
@@ -130,16 +130,15 @@ def arches():
 def gencode(source):
     """-gencode flags of one file: its name says the lowest architecture that runs it (…_sm80.cu; …_sm90a.cu: that one only).
 
-    A file without an "a" is portable: built for the plain architectures, and with the highest one's PTX, from which the
-    driver makes code for GPUs that came later (Blackwell).
+    A file without an "a" is portable: built for the plain architectures. PTX comes with each: the interpreter runs it, and
+    of the highest plain one the driver makes code for GPUs that came later (Blackwell).
     """
     minimum = re.search(r"_sm(\d+a?)\.cu$", source.name)[1]
     if minimum.endswith("a"):
-        mine = [(a, ptx) for a, ptx in arches() if a == minimum]
+        mine = [a for a in arches() if a == minimum]
     else:
-        plain = sorted({int(a.rstrip("af")): ptx for a, ptx in arches() if int(a.rstrip("af")) >= int(minimum)}.items())
-        mine = [(str(a), ptx or a == plain[-1][0]) for a, ptx in plain]
-    return [f"-gencode=arch=compute_{a},code=[sm_{a}{f',compute_{a}' if ptx else ''}]" for a, ptx in mine]
+        mine = sorted({int(a.rstrip("af")) for a in arches() if int(a.rstrip("af")) >= int(minimum)})
+    return [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in mine]
 
 
 def jobs(sources):
@@ -154,7 +153,8 @@ def jobs(sources):
 
 
 class Build(build_ext):
-    """Writes build.ninja and runs it: _ops.so always, _kernels.so where there is an nvcc, _build.json for `doctor`."""
+    """Writes build.ninja and runs it: _ops.so and _interpreter.so always, where there is an nvcc the kernels, twice
+    (_kernels.so, _kernels_interpreted.so), and the stand-in for programs (_standin.a); _build.json for `doctor`."""
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
@@ -165,7 +165,8 @@ class Build(build_ext):
         for folder in (out, obj):
             folder.mkdir(parents=True, exist_ok=True)
         if skipped:  # pip builds in the tree: an earlier build's kernels would be shipped
-            out.joinpath("_kernels.so").unlink(missing_ok=True)
+            for name in ("_kernels.so", "_kernels_interpreted.so", "_standin.a"):
+                out.joinpath(name).unlink(missing_ok=True)
             print(f"forwardpass: building without CUDA kernels: {skipped}", flush=True)
         rules, count = self.ninja(out, None if skipped else cuda_home())
         obj.joinpath("build.ninja").write_text(rules)
@@ -178,7 +179,7 @@ class Build(build_ext):
 
         info = {"version": self.distribution.get_version(), "torch": torch.__version__, "cuda_skipped": skipped,
                 "nvcc": None if skipped else nvcc_release(cuda_home()),
-                "arches": [] if skipped else [f"sm_{a}" for a, _ in arches()]}  # fmt: skip
+                "arches": [] if skipped else [f"sm_{a}" for a in arches()]}  # fmt: skip
         out.joinpath("_build.json").write_text(json.dumps(info, indent=1) + "\n")
 
     def ninja(self, out, home):
@@ -199,6 +200,9 @@ class Build(build_ext):
             "ninja_required_version = 1.8\nbuilddir = build/ninja",
             f"rule cxx\n command = {cxx}\n{depfile} description = g++ $in",
             "rule link\n command = g++ -shared $in $flags -o $out\n description = link $out",
+            # One member, so that whoever needs a name of it gets what runs before main too.
+            "rule archive\n command = rm -f $out && g++ -r -nostdlib $in -o $flags && ar rcs $out $flags\n"
+            " description = archive $out",
         ]
 
         def path(p):
@@ -220,12 +224,12 @@ class Build(build_ext):
         core_flags = "-march=x86-64-v3 -mtune=generic"
         flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
         text.append(f"build {path(out / '_interpreter.so')}: link {objects('cxx', core, lambda s: core_flags)}\n flags = {flags}")
-        cu = []
+        cu, standin = [], []
         if home:
             cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))
             lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
             # Any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
-            nvcc = (f"{q(f'{home}/bin/nvcc')} {common} -O3 -lineinfo --compress-mode=size -Werror all-warnings "
+            nvcc = (f"{q(f'{home}/bin/nvcc')} {common} -O3 -lineinfo --compress-mode=none -Werror all-warnings "
                     f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Xcompiler -fPIC,-fvisibility=hidden "
                     f"$flags -c $in -o $out")  # fmt: skip
             checked = (
@@ -233,13 +237,23 @@ class Build(build_ext):
             )
             text.append(f"rule nvcc\n command = {checked}\n{depfile} description = nvcc $in")
             # cudart's names must never be dynamic symbols: a CUDA torch has libcudart in the global scope and would win.
-            # -z defs: a runtime call that is missing is a link error that names it. The third library,
-            # _kernels_interpreted.so, links the same objects against the interpreter's stand-in for cudart.
+            # -z defs: a runtime call that is missing is a link error that names it.
             hide = "-Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs"
             kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)))
             flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
             text.append(f"build {path(out / '_kernels.so')}: link {kernels}\n flags = {flags}")
-        return "\n".join(text) + "\n", len(cpp) + len(core) + len(cu)
+            # The same objects against the interpreter's stand-in for cudart; programs get it as an archive.
+            standin = sorted(ROOT.glob("csrc/interpreter/standin/*.cpp"))
+            cuda = f"-isystem {q(f'{home}/include')}"
+            program = objects("cxx", [p for p in standin if p.stem == "program"], lambda s: cuda)
+            cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
+            interpreter = path(out / "_interpreter.so")
+            flags = f"{hide} -Wl,-rpath,'$$ORIGIN'"
+            text.append(
+                f"build {path(out / '_kernels_interpreted.so')}: link {kernels} {cudart} {interpreter}\n flags = {flags}"
+            )
+            text.append(f"build {path(out / '_standin.a')}: archive {cudart} {program}\n flags = build/ninja/standin.o")
+        return "\n".join(text) + "\n", len(cpp) + len(core) + len(cu) + len(standin)
 
 
 class Wheel(bdist_wheel):
