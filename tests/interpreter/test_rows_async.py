@@ -22,13 +22,10 @@ add.u64 %rd0, %a0, %rd1;
 add.u64 %rd2, %a1, %rd1;
 add.u32 %r0, %s, %r1;
 """
-READ_BACK = "\n".join(
-    f"ld.shared.b32 %r3, [%r0+{at}];\nst.global.b32 [%rd2+{at}], %r3;" for at in range(0, 16, 4)
-)  # fmt: skip
 
 
 def read_back(size):
-    return "\n".join(READ_BACK.splitlines()[: size // 2])
+    return "\n".join(f"ld.shared.b32 %r3, [%r0+{at}];\nst.global.b32 [%rd2+{at}], %r3;" for at in range(0, size, 4))
 
 
 @pytest.mark.parametrize("space", ["shared", "shared::cta"])
@@ -37,10 +34,8 @@ def read_back(size):
 def test_cp_async(cache, size, hint, space):
     x, y = integers(32, size // 4), torch.zeros(32, size // 4, dtype=torch.int32)
     policy = ", %rd9" if "cache_hint" in hint else ""
-    prefix = "createpolicy.fractional.L2::evict_first.b64 %rd9, 1.0;" if policy else ""
-    if policy:
-        prefix = "mov.b64 %rd9, 0;"
-    body = f"""{PLACES.format(bytes=size)} {prefix}
+    body = f"""{PLACES.format(bytes=size)}
+    mov.b64 %rd9, 0;
     cp.async.{cache}.{space}.global{hint} [%r0], [%rd0], {size}{policy};
     cp.async.commit_group;
     cp.async.wait_group 0;
@@ -194,25 +189,23 @@ def test_cp_async_is_in_flight_for_the_others_too(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_cp_async_over_what_is_being_read(seed):
     body = """
-    st.shared.b32 [%s], 5;
+    setp.eq.u32 %p0, %t, 0;
+    @%p0 st.shared.b32 [%s], 5;
     bar.sync 0;
-    setp.lt.u32 %p1, %t, 32;
-    @%p1 bra copy;
-    ld.shared.b32 %r3, [%s];
-    copy:
+    setp.ge.u32 %p1, %t, 32;
+    @%p1 ld.shared.b32 %r3, [%s];
     {barrier}
-    setp.eq.u32 %p2, %t, 0;
-    @%p2 cp.async.ca.shared.global [%s], [%a0], 4;
+    @%p0 cp.async.ca.shared.global [%s], [%a0], 4;
     cp.async.wait_all;
-    """.replace("st.shared", "setp.eq.u32 %p3, %t, 0;\n@%p3 st.shared")
+    """
     run(body.format(barrier="bar.sync 0;"), integers(4), arch="sm_80", block=64, seed=seed)
     assert finding(body.format(barrier=""), integers(4), arch="sm_80", block=64, seed=seed).kind in ("race", "in_flight")
 
 
 def test_cp_async_that_is_never_waited_for():
     for seed in SEEDS:
-        run("@%p0 ret;\ncp.async.ca.shared.global [%s], [%a0], 4;".replace("@%p0 ret;", "setp.gt.u32 %p0, %t, 0;\n@%p0 ret;"),
-            integers(4), arch="sm_80", seed=seed)  # fmt: skip
+        body = "setp.eq.u32 %p0, %t, 0;\n@%p0 cp.async.ca.shared.global [%s], [%a0], 4;"
+        run(body, integers(4), arch="sm_80", seed=seed)
 
 
 COPY = "setp.eq.u32 %p0, %t, 3;\n@%p0 cp.async.{};"
@@ -273,8 +266,7 @@ def test_cp_async_mbarrier_arrive(noinc, seed):
     setp.ge.u32 %p1, %t, 32;
     @%p1 bra wait;
     cp.async.ca.shared.global [%r0+64], [%rd0], 4;
-    cp.async.mbarrier.arrive{noinc}.shared.b64 [%s];
-    {arrive}
+    cp.async.mbarrier.arrive.noinc.shared.b64 [%s];
     wait:
     mbarrier.try_wait.parity.shared.b64 %p2, [%s], {parity};
     @!%p2 bra wait;
@@ -283,13 +275,13 @@ def test_cp_async_mbarrier_arrive(noinc, seed):
     ld.shared.b32 %r3, [%r0+64];
     st.global.b32 [%rd2], %r3;
     """
-    arrive = "" if noinc else "mbarrier.arrive.shared.b64 %rd5, [%s];"
+    if not noinc:
+        body = body.replace(".noinc.shared.b64 [%s];", ".shared.b64 [%s];\nmbarrier.arrive.shared.b64 %rd5, [%s];")
     x, y = integers(32), torch.zeros(64, dtype=torch.int32)
-    made = {"noinc": ".noinc" * noinc, "arrive": arrive}
-    run(body.replace("{noinc}", made["noinc"]).replace("{arrive}", arrive).replace("{parity}", "0"), x, y, block=64, seed=seed)
+    run(body.replace("{parity}", "0"), x, y, block=64, seed=seed)
     assert torch.equal(y, torch.cat([x, x]))
-    wrong = body.replace("{noinc}", made["noinc"]).replace("{arrive}", arrive).replace("{parity}", "1")
-    assert finding(wrong, x, y, block=64, seed=seed).kind in ("in_flight", "race", "uninitialised")
+    wrong = finding(body.replace("{parity}", "1"), x, y, block=64, seed=seed)
+    assert wrong.kind in ("in_flight", "race", "uninitialised", "deadlock")
 
 
 def test_mbarrier_states():
@@ -316,7 +308,6 @@ def test_mbarrier_states():
             tests.format(form=".shared.b64", operand="%rd4", at=32),
             # The next phase expects two: one went with arrive_drop.
             "mbarrier.arrive.shared.b64 %rd5, [%s];\nmbarrier.pending_count.b64 %r1, %rd5;\nst.global.b32 [%a0+36], %r1;",
-            "mbarrier.arrive_drop.noComplete.shared.b64 %rd5, [%s], 1;" * 0,
             "mbarrier.arrive.shared.b64 %rd5, [%s];",
             tests.format(form=".shared.b64", operand="%rd5", at=40),
             "mbarrier.inval.shared::cta.b64 [%s];\nst.shared.b32 [%s], 7;\nmov.u32 %r1, 9;\nst.global.b32 [%a0+44], %r1;",
@@ -388,7 +379,9 @@ def test_mbarrier_hands_over(wait, hint, arrive, semantics, cta, seed):
     "wrong", [{"arrive": ".relaxed.cta"}, {"semantics": ".relaxed.cta"}, {"parity": 1}], ids=["arrive", "wait", "parity"]
 )
 def test_mbarrier_hands_nothing_over(wrong, seed):
-    assert finding(handover(**wrong), torch.zeros(32), block=64, seed=seed).kind in ("race", "uninitialised")
+    f = finding(handover(**wrong), torch.zeros(32), block=64, seed=seed)
+    # Who waits for the wrong parity passes too early, or comes too late and waits for a phase that never ends.
+    assert f.kind in (("race", "uninitialised", "deadlock") if "parity" in wrong else ("race",))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
