@@ -142,10 +142,12 @@ class Utils:
             "warpSize": 32,
         }
 
-    def load_binary(self, name: str, ptx: bytes, shared: int, device: str) -> tuple[Module, Kernel, int, int, int]:
-        """module, function, registers and spills (ptxas would know), and the most threads of a block"""
-        module = Module(ptx.decode())
-        return module, module[name], 0, 0, 1024
+    def load_binary(self, name: str, ptx: bytes, shared: int, device: str) -> tuple[None, Kernel, int, int, int]:
+        """module, function, registers and spills (ptxas would know), and the most threads of a block
+
+        No module: Triton 3.9 would ask the driver to unload it, and by then that may be another one.
+        """
+        return None, Module(ptx.decode())[name], 0, 0, 1024
 
 
 class Launcher:
@@ -214,14 +216,18 @@ class Launcher:
             yield _pointer(base)
             yield from (_scalar("i64", n) for n in (*shape, *strides))
             yield _scalar("i1", d.padding == "nan")
+            if hasattr(d, "round_f32_to_tf32"):  # since Triton 3.7
+                yield _scalar("i1", d.round_f32_to_tf32)
         else:
+            if meta.get("is_im2col"):
+                raise ValueError("the interpreter has no im2col tensor maps: use a tiled descriptor")
             if meta["fp4_padded"]:
                 shape[-1] *= 2
             # Triton's numbers are the device's: the FTZ float32 has 8 there, and 10 in CUtensorMapDataType.
             data_type = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
             yield tensor_map.encode(
-                base.data_ptr(), data_type, shape, [n * meta["elem_size"] for n in strides], meta["block_size"],
-                meta["swizzle"], int(d.padding == "nan"),
+                base.data_ptr(), 11 if getattr(d, "round_f32_to_tf32", False) else data_type, shape,
+                [n * meta["elem_size"] for n in strides], meta["block_size"], meta["swizzle"], int(d.padding == "nan"),
             )  # fmt: skip
         yield from (_scalar("i32", n) for n in shape)
         yield from (_scalar("i64", n) for n in strides)
