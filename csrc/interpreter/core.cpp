@@ -142,8 +142,8 @@ void fpi_storage_remove(const void* begin) {
 
 int fpi_storage_find(const void* begin, int64_t bytes) {
   const std::lock_guard lock(state().mutex);
-  size_t hint = 0;
-  return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), hint) != nullptr;
+  Memory::Region region;
+  return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), &region);
 }
 
 void fpi_storage_leave() {
