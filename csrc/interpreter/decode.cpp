@@ -86,7 +86,6 @@ void lay_out(Code& code) {
 }
 
 void decode(Module& m, Code& code) {
-  code.decoded = true;
   lay_out(code);
   const auto& body = code.source->body;
   code.instructions.resize(body.size() + 1);
@@ -114,6 +113,20 @@ void decode(Module& m, Code& code) {
     }
   }
   share_registers(code);
+  code.decoded = true;
+}
+
+// All or nothing: who asks again after a refusal gets the refusal again.
+void decode_whole(Module& m, Code& code) {
+  try {
+    decode(m, code);
+  } catch (...) {
+    const ptx::Function* source = code.source;
+    code = Code();
+    code.name = source->name;
+    code.source = source;
+    throw;
+  }
 }
 
 }  // namespace
@@ -182,14 +195,14 @@ const Code* function(Module& m, const std::string& name) {
   const std::lock_guard lock(m.mutex);
   const auto found = m.functions.find(name);
   if (found == m.functions.end()) return nullptr;
-  if (!found->second.decoded) decode(m, found->second);
+  if (!found->second.decoded) decode_whole(m, found->second);
   // A function's address may be taken and called: so everything that has a body, if anything is called at all.
   bool again = found->second.calls;
   while (again) {
     again = false;
     for (auto& [other, code] : m.functions) {
       if (code.decoded || code.source->declared_only || code.source->entry) continue;
-      decode(m, code);
+      decode_whole(m, code);
       again = true;
     }
   }

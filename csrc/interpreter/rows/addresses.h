@@ -1,6 +1,7 @@
 #pragma once
 // What rows that touch memory share: the address operand with its state space, and how strong the access is.
 #include <string_view>
+#include <utility>
 
 #include "interpreter/machine.h"
 #include "interpreter/table.h"
@@ -21,9 +22,36 @@ inline ptx::Space space_of(const Bind& b) {
   return ptx::Space::none;
 }
 
-// Without any of these an access is weak: it must not meet another one unordered (ISA 8.2).
-inline bool is_weak(const Bind& b) {
-  return !b.has("volatile") && !b.has("relaxed") && !b.has("acquire") && !b.has("release") && !b.has("acq_rel");
+// How strong an access is, and for whom. The ISA writes .sem.scope before the space, ptxas takes any order, and
+// programs make use of that (CUTLASS, libcu++, Triton): rows with these slots twice leave the counting to order().
+#define SCOPE "cta|cluster|gpu|sys"
+#define STATE_SPACE "shared|shared::cta|shared::cluster|global"
+
+enum class Order : uint8_t { weak, volatile_, relaxed, acquire, release, acq_rel };
+
+inline Order order(const Bind& b) {
+  static constexpr std::pair<std::string_view, Order> names[] = {
+      {"volatile", Order::volatile_}, {"relaxed", Order::relaxed}, {"acquire", Order::acquire},
+      {"release", Order::release},    {"acq_rel", Order::acq_rel},
+  };
+  Order found = Order::weak;
+  int orders = 0, scopes = 0, spaces = 0;
+  for (int i = 0; i < b.slots(); ++i) {
+    for (const auto& [word, o] : names) {
+      if (b.slot(i) != word) continue;
+      found = o;
+      ++orders;
+    }
+    if (b.slot(i) == "weak") ++orders;
+    for (const auto scope : {"cta", "cluster", "gpu", "sys"}) scopes += b.slot(i) == scope;
+    const std::string_view name = b.slot(i).substr(0, b.slot(i).find("::"));
+    for (const auto space : {"shared", "global", "const", "local", "param"}) spaces += name == space;
+  }
+  if (orders > 1 || scopes > 1 || spaces > 1) b.refuse("a modifier of its order, scope or state space is there twice");
+  if (scopes && found < Order::relaxed && b.slot(0) != "atom" && b.slot(0) != "red") {
+    b.refuse("a scope is for .relaxed, .acquire and .release");
+  }
+  return found;
 }
 
 // The address operand of a row.

@@ -7,12 +7,8 @@
 #include "interpreter/rows/lanewise.h"
 
 #define SEMANTICS "relaxed|acquire|release|acq_rel"
-#define SCOPE "cta|cluster|gpu|sys"
-#define SPACE "global|shared|shared::cta|shared::cluster"
-// Triton writes the space and the scope before the semantics, and ptxas takes that too.
-#define ORDER SEMANTICS "?." SCOPE "?." SPACE "?." SCOPE "?." SEMANTICS "?."
-#define ATOM "atom|red." ORDER
-#define HINT "L2::cache_hint?."
+#define BEFORE SEMANTICS "?." SCOPE "?." STATE_SPACE "?." SCOPE "?." SEMANTICS "?."
+#define AFTER "." SEMANTICS "?." SCOPE "?." STATE_SPACE "?.L2::cache_hint?."
 
 namespace forwardpass::interpreter {
 namespace {
@@ -182,17 +178,10 @@ void bind_operands(Bind& b, Type type, int sources) {
   auto& a = b.data<Atomic>();
   a.returns = b.slot(0) == "atom";
   a.count = b.has("v8") ? 8 : b.has("v4") ? 4 : b.has("v2") ? 2 : 1;
-  int scopes = 0, semantics = 0;
-  for (int s = 1; s < b.slots(); ++s) {
-    const auto is = [&](std::string_view names) {
-      return !b.slot(s).empty() &&
-             ("|" + std::string(names) + "|").find("|" + std::string(b.slot(s)) + "|") != std::string::npos;
-    };
-    scopes += is(SCOPE);
-    semantics += is(SEMANTICS);
+  const Order semantics = order(b);
+  if (!a.returns && (semantics == Order::acquire || semantics == Order::acq_rel)) {
+    b.refuse("red is .relaxed or .release: it reads nothing");
   }
-  if (scopes > 1 || semantics > 1) b.refuse("it has two scopes or two memory semantics");
-  if (!a.returns && (b.has("acquire") || b.has("acq_rel"))) b.refuse("red is relaxed or release: it reads nothing");
   const int first = a.returns ? 1 : 0;
   expect_operands(b, first + 1 + sources + (b.has("L2::cache_hint") ? 1 : 0));
   const auto each = [&](const Operand& o, auto bind) {
@@ -249,22 +238,22 @@ void bind_add(Bind& b) {
 }
 
 const Row rows[] = {
-    {"atom." ORDER "exch." HINT "b32|b64|b128", "9.7.13.5", bind_bits<Exchange>},
-    {"atom." ORDER "cas." HINT "b16|b32|b64|b128", "9.7.13.5", bind_cas},
-    {ATOM "and." HINT "b32|b64", "9.7.13.5", bind_bits<And>},
-    {ATOM "or." HINT "b32|b64", "9.7.13.5", bind_bits<Or>},
-    {ATOM "xor." HINT "b32|b64", "9.7.13.5", bind_bits<Xor>},
-    {ATOM "inc." HINT "u32", "9.7.13.5", bind_bits<Increment>},
-    {ATOM "dec." HINT "u32", "9.7.13.5", bind_bits<Decrement>},
-    {ATOM "min." HINT "u32|s32|u64|s64", "9.7.13.5", bind_bits<Extreme<false>>},
-    {ATOM "max." HINT "u32|s32|u64|s64", "9.7.13.5", bind_bits<Extreme<true>>},
-    {ATOM "add." HINT "u32|s32|u64|f32|f64", "9.7.13.5", bind_add},
-    {ATOM "add." HINT "v2|v4.f32", "9.7.13.5", bind_add},
-    {ATOM "add.noftz." HINT "v2|v4|v8?.f16|bf16|f16x2|bf16x2", "9.7.13.5", bind_halves<Add>},
-    {ATOM "min.noftz." HINT "v2|v4|v8.f16|bf16", "9.7.13.5", bind_halves<Extreme<false>>},
-    {ATOM "min.noftz." HINT "v2|v4.f16x2|bf16x2", "9.7.13.5", bind_halves<Extreme<false>>},
-    {ATOM "max.noftz." HINT "v2|v4|v8.f16|bf16", "9.7.13.5", bind_halves<Extreme<true>>},
-    {ATOM "max.noftz." HINT "v2|v4.f16x2|bf16x2", "9.7.13.5", bind_halves<Extreme<true>>},
+    {"atom." BEFORE "exch" AFTER "b32|b64|b128", "9.7.13.5", bind_bits<Exchange>},
+    {"atom." BEFORE "cas" AFTER "b16|b32|b64|b128", "9.7.13.5", bind_cas},
+    {"atom|red." BEFORE "and" AFTER "b32|b64", "9.7.13.5", bind_bits<And>},
+    {"atom|red." BEFORE "or" AFTER "b32|b64", "9.7.13.5", bind_bits<Or>},
+    {"atom|red." BEFORE "xor" AFTER "b32|b64", "9.7.13.5", bind_bits<Xor>},
+    {"atom|red." BEFORE "inc" AFTER "u32", "9.7.13.5", bind_bits<Increment>},
+    {"atom|red." BEFORE "dec" AFTER "u32", "9.7.13.5", bind_bits<Decrement>},
+    {"atom|red." BEFORE "min" AFTER "u32|s32|u64|s64", "9.7.13.5", bind_bits<Extreme<false>>},
+    {"atom|red." BEFORE "max" AFTER "u32|s32|u64|s64", "9.7.13.5", bind_bits<Extreme<true>>},
+    {"atom|red." BEFORE "add" AFTER "u32|s32|u64|f32|f64", "9.7.13.5", bind_add},
+    {"atom|red." BEFORE "add" AFTER "v2|v4.f32", "9.7.13.5", bind_add},
+    {"atom|red." BEFORE "add.noftz" AFTER "v2|v4|v8?.f16|bf16|f16x2|bf16x2", "9.7.13.5", bind_halves<Add>},
+    {"atom|red." BEFORE "min.noftz" AFTER "v2|v4|v8.f16|bf16", "9.7.13.5", bind_halves<Extreme<false>>},
+    {"atom|red." BEFORE "min.noftz" AFTER "v2|v4.f16x2|bf16x2", "9.7.13.5", bind_halves<Extreme<false>>},
+    {"atom|red." BEFORE "max.noftz" AFTER "v2|v4|v8.f16|bf16", "9.7.13.5", bind_halves<Extreme<true>>},
+    {"atom|red." BEFORE "max.noftz" AFTER "v2|v4.f16x2|bf16x2", "9.7.13.5", bind_halves<Extreme<true>>},
 };
 const Register registered(rows);
 

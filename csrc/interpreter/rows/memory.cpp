@@ -4,17 +4,17 @@
 #include "interpreter/rows/addresses.h"
 #include "interpreter/rows/lanewise.h"
 
-#define SCOPE "cta|cluster|gpu|sys"
 #define LEVEL1 "L1::evict_normal|L1::evict_unchanged|L1::evict_first|L1::evict_last|L1::no_allocate"
 #define PREFETCH "L2::64B|L2::128B|L2::256B"
 #define HINTS LEVEL1 "?.L2::cache_hint?." PREFETCH "?.v2|v4?."
 #define STORE_HINTS LEVEL1 "?.L2::cache_hint?.v2|v4?."
+#define LOAD_ORDER "weak|volatile|relaxed|acquire"
+#define STORE_ORDER "weak|volatile|relaxed|release"
 #define TYPES "b8|b16|b32|b64|b128|u8|u16|u32|u64|s8|s16|s32|s64|f32|f64"
-#define SHARED "shared|shared::cta|shared::cluster"
-#define LOADED SHARED "|global|const|local|param|param::entry|param::func"
+#define LOADED STATE_SPACE "|const|local|param|param::entry|param::func"
 #define PRIMARY "L2::evict_last|L2::evict_normal|L2::evict_first|L2::evict_unchanged"
 #define SECONDARY "L2::evict_first|L2::evict_unchanged"
-#define STORED SHARED "|global|local|param|param::func"
+#define STORED STATE_SPACE "|local|param|param::func"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -122,7 +122,7 @@ void bind_load(Bind& b) {
   const Type type = value_type(b);
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
-  t.use = b.has("nc") ? Use::constant : is_weak(b) ? Use::read : Use::strong_read;
+  t.use = b.has("nc") ? Use::constant : order(b) == Order::weak ? Use::read : Use::strong_read;
   const int bytes =
       bind_values(b, b.operand(0), type, t.count, [&](const Operand& o) { return b.destination_relaxed(o, type); });
   t.bind(b, b.operand(1));
@@ -136,7 +136,7 @@ void bind_store(Bind& b) {
   const Type type = value_type(b);
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
-  t.use = is_weak(b) ? Use::write : Use::strong_write;
+  t.use = order(b) == Order::weak ? Use::write : Use::strong_write;
   t.bind(b, b.operand(0));
   const int bytes =
       bind_values(b, b.operand(1), type, t.count, [&](const Operand& o) { return b.source_relaxed(o, type); });
@@ -266,20 +266,18 @@ void bind_touch_line(Bind& b, Use use) {
 }
 
 const Row rows[] = {
-    {"ld.weak?." LOADED "?.ca|cg|cs|lu|cv?." HINTS TYPES, "9.7.9.8", bind_load},
-    {"ld.volatile." LOADED "?." PREFETCH "?.v2|v4?." TYPES, "9.7.9.8", bind_load},
-    {"ld.relaxed|acquire." SCOPE "." LOADED "?." HINTS TYPES, "9.7.9.8", bind_load},
+    {"ld." LOAD_ORDER "?." SCOPE "?." LOADED "?." LOAD_ORDER "?." SCOPE "?.ca|cg|cs|lu|cv?." HINTS TYPES, "9.7.9.8",
+     bind_load},
     {"ld.mmio.relaxed.sys.global?." TYPES, "9.7.9.8", bind_load},
     {"ld.global.ca|cg|cs?.nc." HINTS TYPES, "9.7.9.9", bind_load},
     {"ldu.global?.v2|v4?." TYPES, "9.7.9.10", bind_load},
-    {"st.weak?." STORED "?.wb|cg|cs|wt?." STORE_HINTS TYPES, "9.7.9.11", bind_store},
-    {"st.volatile." STORED "?.v2|v4?." TYPES, "9.7.9.11", bind_store},
-    {"st.relaxed|release." SCOPE "." STORED "?." STORE_HINTS TYPES, "9.7.9.11", bind_store},
+    {"st." STORE_ORDER "?." SCOPE "?." STORED "?." STORE_ORDER "?." SCOPE "?.wb|cg|cs|wt?." STORE_HINTS TYPES,
+     "9.7.9.11", bind_store},
     {"st.mmio.relaxed.sys.global?." TYPES, "9.7.9.11", bind_store},
 
-    {"cvta." SHARED "|local|global|const|param|param::entry.u32|u64", "9.7.9.20", bind_cvta<false>},
-    {"cvta.to." SHARED "|local|global|const|param|param::entry.u32|u64", "9.7.9.20", bind_cvta<true>},
-    {"isspacep." SHARED "|local|global|const|param|param::entry", "9.7.9.19",
+    {"cvta." STATE_SPACE "|local|const|param|param::entry.u32|u64", "9.7.9.20", bind_cvta<false>},
+    {"cvta.to." STATE_SPACE "|local|const|param|param::entry.u32|u64", "9.7.9.20", bind_cvta<true>},
+    {"isspacep." STATE_SPACE "|local|const|param|param::entry", "9.7.9.19",
      [](Bind& b) {
        expect_operands(b, 2);
        destination(b, b.operand(0), Type::pred);
