@@ -1,0 +1,51 @@
+"""Every spelling of the rows that work by lane against its model, and no row of the table without a test."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import rows
+
+pytest.importorskip("forwardpass.interpreter")
+pytestmark = pytest.mark.interpreted
+rows.import_all()
+
+CASES = [(spec, rows.Opcode(op)) for spec in rows.lanewise for op in rows.spellings(spec.pattern)]
+
+
+@pytest.mark.parametrize("spec", rows.lanewise, ids=lambda s: s.pattern)
+def test_by_lane(spec):
+    for op in rows.spellings(spec.pattern):
+        rows.check(spec, rows.Opcode(op))
+
+
+def test_every_row_has_a_test():
+    from forwardpass.interpreter import core
+
+    table = {r["pattern"] for r in core.rows()}
+    assert not (table - rows.covered.keys()), "rows of the table that no test names"
+    assert not (rows.covered.keys() - table), "tests of rows that the table does not have"
+
+
+@pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas")
+def test_ptxas_knows_every_spelling(tmp_path):
+    """The table must not take what the assembler refuses."""
+    kernels = []
+    for n, (spec, op) in enumerate(CASES):
+        destination, sources = rows.types_of(spec, op)
+        inputs = {name: rows.DTYPES[t] for name, t in zip(rows.NAMES, sources)}
+        kernels.append(rows.kernel(rows.body_of(spec, op), inputs, {"d": rows.DTYPES[destination]}, f"k{n}"))
+    (tmp_path / "all.ptx").write_text(rows.module(*kernels))
+    made = subprocess.run(["ptxas", "-O0", "-arch=sm_90a", "-o", "/dev/null", tmp_path / "all.ptx"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+
+
+def test_divergence():
+    """A lane by lane loop runs where a warp is not whole: the same results, and the other lanes keep what they had."""
+    rng = np.random.default_rng(0)
+    a, b = rows.sample(["s32", "s32"], rng)
+    p = rng.integers(0, 2, len(a)).astype(bool)
+    result = rows.run("mov.u32 %d, 7; @%p add.s32 %d, %a, %b;", dict(a=a, b=b, p=p), {"d": np.dtype(np.int32)})["d"]
+    with np.errstate(over="ignore"):
+        assert np.array_equal(result, np.where(p, a + b, 7))
