@@ -97,9 +97,10 @@ int assumed_registers(const Device& d, const ptx::Function& f) {
 int resident_blocks(const Device& d, int registers, int threads, int64_t shared_bytes) {
   const int warps = (threads + 31) / 32;
   const int of_warp = round_up(std::max(registers, 1) * 32, kRegisterUnit);
+  if (of_warp * round_up(warps, kSchedulers) > d.registers_per_block) return 0;
   const int warps_by_registers = d.registers_per_multiprocessor / kSchedulers / of_warp * kSchedulers;
   const int64_t shared = round_up(shared_bytes + d.shared_reserved_per_block, kSharedUnit);
-  return std::min({d.threads_per_multiprocessor / 32 / warps, warps_by_registers / round_up(warps, kSchedulers),
+  return std::min({d.threads_per_multiprocessor / 32 / warps, warps_by_registers / warps,
                    static_cast<int>(d.shared_per_multiprocessor / shared), d.blocks_per_multiprocessor});
 }
 

@@ -72,11 +72,10 @@ cudaDeviceProp properties() {
 }
 
 // Attributes by what they say of the properties; those of textures and surfaces are not there.
-const std::map<int, long long>& attributes() {
-  thread_local std::map<int, long long> table;
+std::map<int, long long> attributes() {
   const cudaDeviceProp p = properties();
   const auto& d = *fpi_device_get();
-  table = {
+  return {
       {cudaDevAttrMaxThreadsPerBlock, p.maxThreadsPerBlock},
       {cudaDevAttrMaxBlockDimX, p.maxThreadsDim[0]},
       {cudaDevAttrMaxBlockDimY, p.maxThreadsDim[1]},
@@ -135,7 +134,6 @@ const std::map<int, long long>& attributes() {
       {cudaDevAttrMemoryPoolsSupported, p.memoryPoolsSupported},
       {cudaDevAttrClusterLaunch, p.clusterLaunch},
   };
-  return table;
 }
 
 // cuTensorMapEncodeTiled, the one function of the driver that kernels' hosts need.
@@ -182,8 +180,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (const cudaError_t error = check(device)) return error;
-  const auto found = attributes().find(attribute);
-  if (found == attributes().end())
+  const auto table = attributes();
+  const auto found = table.find(attribute);
+  if (found == table.end())
     return unsupported(("cudaDeviceGetAttribute of attribute " + std::to_string(attribute)).c_str());
   *value = static_cast<int>(found->second);
   return cudaSuccess;
