@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "decode.h"
+#include "rows/mov.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -135,14 +136,14 @@ class Liveness {
   std::vector<Block> blocks_;
 };
 
-// Registers that asynchronous operations write after their instruction, and those that a mov makes aliases of them.
+// Registers that asynchronous operations read or write after their instruction, and those that a mov makes aliases of them.
 std::vector<char> pinned(const Code& code, const Liveness& liveness) {
   std::vector<char> found(code.offset_of.size(), 0);
   for (bool again = true; again;) {
     again = false;
     for (const Instruction& i : code.instructions) {
       bool any = i.asynchronous;
-      if (i.is_mov) liveness.visit(i, [&](int id, bool) { any |= found[id] != 0; });
+      if (is_move(i)) liveness.visit(i, [&](int id, bool) { any |= found[id] != 0; });
       if (!any) continue;
       liveness.visit(i, [&](int id, bool) {
         again |= !found[id];

@@ -57,8 +57,7 @@ struct Instruction {
   uint32_t index = 0;       // of itself within Code
   bool collective = false;    // .sync/.aligned: waits until the warp has converged
   bool updates = false;       // may leave a destination's old value in a lane that it runs for
-  bool asynchronous = false;  // may write its registers later (wgmma)
-  bool is_mov = false;        // a plain register-to-register mov
+  bool asynchronous = false;  // reads or writes its registers later (wgmma)
   Flow flow = Flow::next;
 };
 

@@ -281,6 +281,7 @@ void bind_mma_async(Bind& b) {
   const bool integer = b.has("s32");
   const int d = integer ? 6 : 5;
   const Shape dimensions = shape_of(b.slot(4));
+  b.instruction.asynchronous = true;
   WgmmaShape& shape = b.data<WgmmaShape>();
   shape.n = dimensions.n;
   shape.k = dimensions.k;

@@ -22,7 +22,7 @@ from triton.runtime import _allocation
 from triton.runtime.driver import driver as active
 
 from .. import backend
-from . import tensor_map
+from .tensor_map import encode
 from .device import Device, current
 from .guard import Guard
 from .module import Kernel, Module
@@ -225,7 +225,7 @@ class Launcher:
                 shape[-1] *= 2
             # Triton's numbers are the device's: the FTZ float32 has 8 there, and 10 in CUtensorMapDataType.
             data_type = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
-            yield tensor_map.encode(
+            yield encode(
                 base.data_ptr(), 11 if getattr(d, "round_f32_to_tf32", False) else data_type, shape,
                 [n * meta["elem_size"] for n in strides], meta["block_size"], meta["swizzle"], int(d.padding == "nan"),
             )  # fmt: skip

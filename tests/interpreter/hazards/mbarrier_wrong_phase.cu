@@ -1,5 +1,6 @@
-// The parity of the phase before: the wait for the second tile is over before it began.
-// Reports: in_flight or race
+// The parity of the phase before: the wait for the second tile is over before it began, or, where the copy is fast enough
+// to end the phase before the wait, never.
+// Reports: in_flight or race or deadlock
 // Needs: sm_90a
 #include "hazard.cuh"
 
@@ -19,7 +20,7 @@ extern "C" __global__ void mbarrier_wrong_phase(const __grid_constant__ TensorMa
       tma_load(s, x, 0, tile * 8, &full);
     }
     __syncthreads();
-    mbarrier_wait(&full, BROKEN ? 0 : tile);
+    mbarrier_wait(&full, BROKEN ? 0 : tile);  // HAZARD
     sum += s[threadIdx.x];  // HAZARD
   }
   y[threadIdx.x] = sum;
