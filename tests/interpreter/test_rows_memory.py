@@ -50,7 +50,7 @@ def run_numpy(body, *arrays, **options):
 # ---- ld and st ----
 
 
-@pytest.mark.parametrize("kind, width", WIDTHS)
+@pytest.mark.parametrize(("kind", "width"), WIDTHS)
 def test_ld_extends_into_a_wider_register(kind, width):
     dtype = np.dtype(NUMPY[kind])
     x = randoms(32, dtype)
@@ -66,7 +66,7 @@ def test_ld_extends_into_a_wider_register(kind, width):
     np.testing.assert_array_equal(y, x.astype(wide))
 
 
-@pytest.mark.parametrize("kind, width", WIDTHS)
+@pytest.mark.parametrize(("kind", "width"), WIDTHS)
 def test_st_drops_the_rest_of_a_wider_register(kind, width):
     dtype = np.dtype(NUMPY[kind])
     x = randoms(32, f"u{width // 8}")
@@ -85,7 +85,7 @@ VECTORS = [(n, k) for n, k in itertools.product((2, 4), NUMPY) if n * np.dtype(N
 
 
 @pytest.mark.parametrize("space", ["global", "shared", "generic"])
-@pytest.mark.parametrize("count, kind", VECTORS)
+@pytest.mark.parametrize(("count", "kind"), VECTORS)
 def test_vectors(count, kind, space):
     size = np.dtype(NUMPY[kind]).itemsize
     x = randoms(32 * count, NUMPY[kind])
@@ -262,7 +262,7 @@ def test_isspacep(space):
     assert y.tolist() == [int(space.split("::")[0] == name) for name in spaces]
 
 
-@pytest.mark.parametrize("width, r, a", [("u32", "r", "%r0"), ("u64", "rd", "%rd3")])
+@pytest.mark.parametrize(("width", "r", "a"), [("u32", "r", "%r0"), ("u64", "rd", "%rd3")])
 def test_mapa_and_getctarank_in_a_cluster_of_one(width, r, a):
     y = torch.zeros(32, 2, dtype=torch.int32)
     run(f"""{PLACES.format(bytes=8).replace("%a1", "%a0")}
@@ -365,7 +365,7 @@ def test_shared_memory_ends(instruction):
 
 
 @pytest.mark.parametrize(
-    "opcode, values",
+    ("opcode", "values"),
     [("st.shared.u16", "%h1"), ("st.shared.u32", "%r2"), ("st.shared.u64", "%rd2"), ("st.shared.v2.u32", "{%r2, %r3}"),
      ("st.shared.v4.u32", "{%r2, %r3, %r4, %r5}"), ("st.shared.v4.u8", "{%h1, %h1, %h1, %h1}")],
 )  # fmt: skip
@@ -413,7 +413,7 @@ def atomic_body(opcode, size, r, space, returns=True, extra=""):
 
 
 @pytest.mark.parametrize("space", ["global", "shared", ""])
-@pytest.mark.parametrize("op, kind", CASES)
+@pytest.mark.parametrize(("op", "kind"), CASES)
 def test_integer_atomics(op, kind, space):
     dtype = np.dtype(NUMPY[kind])
     x, b = randoms(32, dtype, 1), randoms(32, dtype, 2)
@@ -448,7 +448,7 @@ def test_orders_of_the_modifiers(opcode):
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
-@pytest.mark.parametrize("kind, r", [("b16", "h"), ("b32", "r"), ("b64", "rd")])
+@pytest.mark.parametrize(("kind", "r"), [("b16", "h"), ("b32", "r"), ("b64", "rd")])
 def test_cas(kind, r, space):
     dtype = np.dtype(NUMPY[kind])
     x, c = randoms(32, dtype, 1), randoms(32, dtype, 2)
@@ -507,7 +507,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
-@pytest.mark.parametrize("dtype, r", [(torch.float32, "f"), (torch.float64, "rd")])
+@pytest.mark.parametrize(("dtype", "r"), [(torch.float32, "f"), (torch.float64, "rd")])
 def test_float_add(dtype, r, space):
     x, b = floats(dtype, 32, 1), floats(dtype, 32, 2)
     if dtype == torch.float32:
@@ -531,7 +531,7 @@ PACKED = [
 
 
 @pytest.mark.parametrize("head", ["atom", "red"])
-@pytest.mark.parametrize("op, kind, vector", PACKED)
+@pytest.mark.parametrize(("op", "kind", "vector"), PACKED)
 def test_half_atomics(op, kind, vector, head):
     dtype = torch.bfloat16 if kind.startswith("b") else torch.float16
     packed, count = 2 if "x2" in kind else 1, max(vector, 1)

@@ -122,7 +122,7 @@ def test_reuse_of_a_buffer_without_the_second_barrier():
 # ---- Shared memory: neighbours ----
 
 
-@pytest.mark.parametrize("kind, size, r", [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r"), ("u64", 8, "rd")])
+@pytest.mark.parametrize(("kind", "size", "r"), [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r"), ("u64", 8, "rd")])
 @pytest.mark.parametrize("warps", [2, 4, 16])
 def test_warps_write_to_neighbouring_parts_of_one_granule(kind, size, r, warps):
     # lane l of warp w touches part l * warps + w: whole first by all, so that the granules split while they are in use
@@ -142,7 +142,7 @@ def test_warps_write_to_neighbouring_parts_of_one_granule(kind, size, r, warps):
     silent(body, block=warps * 32, shared=8192)
 
 
-@pytest.mark.parametrize("kind, size, r", [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r")])
+@pytest.mark.parametrize(("kind", "size", "r"), [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r")])
 def test_one_part_of_a_granule_is_enough_for_a_race(kind, size, r):
     # warp 1 writes its own part, and one byte or word of warp 0's
     body = f"""mul.lo.u32 %r3, %r0, {size};
@@ -227,7 +227,7 @@ def test_a_warp_reads_what_another_wrote():
     silent("@%p0 st.global.u32 [%a0], %r0;\nbar.sync 0;\n@%p1 ld.global.u32 %r2, [%a0];", memory())
 
 
-@pytest.mark.parametrize("kind, size, r", [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r")])
+@pytest.mark.parametrize(("kind", "size", "r"), [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r")])
 def test_blocks_write_to_neighbouring_bytes(kind, size, r):
     body = f"""mov.u32 %r2, %ctaid.x;
     mad.lo.u32 %r2, %r2, 64, %t;
