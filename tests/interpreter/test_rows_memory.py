@@ -6,10 +6,41 @@ import numpy as np
 import pytest
 import torch
 from ptx import assert_refused, finding, integers, interpreter, kernel, run
+from rows import row
 
 import forwardpass as fp
 
 pytestmark = pytest.mark.interpreted
+
+# The slots of the table's patterns.
+SCOPE = "cta|cluster|gpu|sys"
+STATE_SPACE = "shared|shared::cta|shared::cluster|global"
+SPACES = f"{STATE_SPACE}|local|const|param|param::entry"
+TYPES = "b8|b16|b32|b64|b128|u8|u16|u32|u64|s8|s16|s32|s64|f32|f64"
+LEVEL1 = "L1::evict_normal|L1::evict_unchanged|L1::evict_first|L1::evict_last|L1::no_allocate"
+HINTS = f"{LEVEL1}?.L2::cache_hint?.L2::64B|L2::128B|L2::256B?.v2|v4?.{TYPES}"
+LOAD_ORDER, STORE_ORDER = "weak|volatile|relaxed|acquire", "weak|volatile|relaxed|release"
+LD = (
+    f"ld.{LOAD_ORDER}?.{SCOPE}?.{STATE_SPACE}|const|local|param|param::entry|param::func?"
+    f".{LOAD_ORDER}?.{SCOPE}?.ca|cg|cs|lu|cv?.{HINTS}"
+)
+LD_MMIO, LD_NC = f"ld.mmio.relaxed.sys.global?.{TYPES}", f"ld.global.ca|cg|cs?.nc.{HINTS}"
+LDU = f"ldu.global?.v2|v4?.{TYPES}"
+ST = (
+    f"st.{STORE_ORDER}?.{SCOPE}?.{STATE_SPACE}|local|param|param::func?.{STORE_ORDER}?.{SCOPE}?.wb|cg|cs|wt?"
+    f".{LEVEL1}?.L2::cache_hint?.v2|v4?.{TYPES}"
+)
+ST_MMIO = f"st.mmio.relaxed.sys.global?.{TYPES}"
+SEMANTICS = "relaxed|acquire|release|acq_rel"
+BEFORE = f"{SEMANTICS}?.{SCOPE}?.{STATE_SPACE}?.{SCOPE}?.{SEMANTICS}?"
+AFTER = f"{SEMANTICS}?.{SCOPE}?.{STATE_SPACE}?.L2::cache_hint?"
+PRIMARY = "L2::evict_last|L2::evict_normal|L2::evict_first|L2::evict_unchanged"
+SECONDARY = "L2::evict_first|L2::evict_unchanged?"
+
+
+def atomic_row(op, kinds, head="atom|red"):
+    return f"{head}.{BEFORE}.{op}.{AFTER}.{kinds}"
+
 
 # thread t: %rd0 = a0 + t * bytes, %rd1 = a1 + t * bytes, %r0 = memory + t * bytes
 PLACES = """
@@ -51,6 +82,7 @@ def run_numpy(body, *arrays, **options):
 
 
 @pytest.mark.parametrize(("kind", "width"), WIDTHS)
+@row(LD)
 def test_ld_extends_into_a_wider_register(kind, width):
     dtype = np.dtype(NUMPY[kind])
     x = randoms(32, dtype)
@@ -67,6 +99,7 @@ def test_ld_extends_into_a_wider_register(kind, width):
 
 
 @pytest.mark.parametrize(("kind", "width"), WIDTHS)
+@row(ST)
 def test_st_drops_the_rest_of_a_wider_register(kind, width):
     dtype = np.dtype(NUMPY[kind])
     x = randoms(32, f"u{width // 8}")
@@ -141,6 +174,7 @@ LOADS = [
 
 
 @pytest.mark.parametrize("opcode", LOADS)
+@row(LD, LD_MMIO, LD_NC, LDU)
 def test_every_spelling_of_ld(opcode):
     x, y = integers(32), torch.zeros(32, dtype=torch.int32)
     policy = ", %rd9" if "cache_hint" in opcode else ""
@@ -161,6 +195,7 @@ STORES = [
 
 
 @pytest.mark.parametrize("opcode", STORES)
+@row(ST, ST_MMIO)
 def test_every_spelling_of_st(opcode):
     x, y = integers(32), torch.zeros(32, dtype=torch.int32)
     policy = ", %rd9" if "cache_hint" in opcode else ""
@@ -199,6 +234,7 @@ def test_refusals(instruction):
 # ---- Address spaces ----
 
 
+@row(f"cvta.{SPACES}.u32|u64", f"cvta.to.{SPACES}.u32|u64")
 def test_local_memory_belongs_to_the_lane():
     y = torch.zeros(64, dtype=torch.int32)
     run(""".local .align 8 .b8 depot[16];
@@ -240,6 +276,7 @@ def test_lanes_of_one_instruction_in_different_spaces():
 @pytest.mark.parametrize(
     "space", ["shared", "shared::cta", "shared::cluster", "local", "global", "const", "param", "param::entry"]
 )
+@row(f"isspacep.{SPACES}")
 def test_isspacep(space):
     spaces = ["shared", "local", "global", "const", "param"]
     y = torch.zeros(len(spaces), dtype=torch.int32)
@@ -263,6 +300,7 @@ def test_isspacep(space):
 
 
 @pytest.mark.parametrize(("width", "r", "a"), [("u32", "r", "%r0"), ("u64", "rd", "%rd3")])
+@row("mapa.shared::cluster?.u32|u64", "getctarank.shared::cluster?.u32|u64")
 def test_mapa_and_getctarank_in_a_cluster_of_one(width, r, a):
     y = torch.zeros(32, 2, dtype=torch.int32)
     run(f"""{PLACES.format(bytes=8).replace("%a1", "%a0")}
@@ -310,6 +348,15 @@ def test_a_kernels_parameters_have_generic_addresses():
         "createpolicy.cvt.L2.b64 %rd7, %rd5;",
     ],
 )
+@row(
+    "prefetch.global|local?.L1|L2|L2::evict_last|L2::evict_normal",
+    "prefetch.const|param?.tensormap",
+    "prefetchu.L1",
+    "applypriority.global?.L2::evict_normal",
+    f"createpolicy.fractional.{PRIMARY}.{SECONDARY}.b64",
+    f"createpolicy.range.global?.{PRIMARY}.{SECONDARY}.b64",
+    "createpolicy.cvt.L2.b64",
+)
 def test_hints_change_nothing(hint):
     x = aligned(128)
     x.copy_(before := integers(32).view(torch.uint8))
@@ -322,6 +369,7 @@ def aligned(size, to=128):
     return whole[-whole.data_ptr() % to :][:size]
 
 
+@row("discard.global?.L2")
 def test_discard_leaves_nothing():
     x = aligned(256)
     x.fill_(1)
@@ -414,6 +462,11 @@ def atomic_body(opcode, size, r, space, returns=True, extra=""):
 
 @pytest.mark.parametrize("space", ["global", "shared", ""])
 @pytest.mark.parametrize(("op", "kind"), CASES)
+@row(
+    *(atomic_row(op, "|".join(kinds)) for op, (kinds, _) in INTEGER.items() if op not in ("exch", "add")),
+    atomic_row("exch", "b32|b64|b128", "atom"),
+    atomic_row("add", "u32|s32|u64|f32|f64"),
+)
 def test_integer_atomics(op, kind, space):
     dtype = np.dtype(NUMPY[kind])
     x, b = randoms(32, dtype, 1), randoms(32, dtype, 2)
@@ -449,6 +502,7 @@ def test_orders_of_the_modifiers(opcode):
 
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize(("kind", "r"), [("b16", "h"), ("b32", "r"), ("b64", "rd")])
+@row(atomic_row("cas", "b16|b32|b64|b128", "atom"))
 def test_cas(kind, r, space):
     dtype = np.dtype(NUMPY[kind])
     x, c = randoms(32, dtype, 1), randoms(32, dtype, 2)
@@ -508,6 +562,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize(("dtype", "r"), [(torch.float32, "f"), (torch.float64, "rd")])
+@row(atomic_row("add", "u32|s32|u64|f32|f64"))
 def test_float_add(dtype, r, space):
     x, b = floats(dtype, 32, 1), floats(dtype, 32, 2)
     if dtype == torch.float32:
@@ -532,6 +587,14 @@ PACKED = [
 
 @pytest.mark.parametrize("head", ["atom", "red"])
 @pytest.mark.parametrize(("op", "kind", "vector"), PACKED)
+@row(
+    atomic_row("add.noftz", "v2|v4|v8?.f16|bf16|f16x2|bf16x2"),
+    *(
+        atomic_row(f"{op}.noftz", kinds)
+        for op in ("min", "max")
+        for kinds in ("v2|v4|v8.f16|bf16", "v2|v4.f16x2|bf16x2")
+    ),
+)
 def test_half_atomics(op, kind, vector, head):
     dtype = torch.bfloat16 if kind.startswith("b") else torch.float16
     packed, count = 2 if "x2" in kind else 1, max(vector, 1)
@@ -562,6 +625,7 @@ def test_half_atomics(op, kind, vector, head):
 
 
 @pytest.mark.parametrize("vector", [2, 4])
+@row(atomic_row("add", "v2|v4.f32"))
 def test_vectors_of_float_add(vector):
     x, b = floats(torch.float32, 32 * vector, 1), floats(torch.float32, 32 * vector, 2)
     wanted = x + b
