@@ -85,6 +85,8 @@ void GlobalShadow::scan(const Warp& w, uint64_t begin, uint64_t bytes, Use use) 
   const Cell clock = w.knowledge.seen.at[w.id] - cta.shadow.base();
   // Beyond its field a clock cannot be compared: such a writer leaves no trace.
   const Cell mine = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
+  // A warp's own writes are in order before it, but for .nc nobody may have written.
+  const Cell exempt = use == Use::constant ? 0 : me;
   const uint64_t end = begin + bytes;
   for (uint64_t at = begin; at < end;) {
     const uint64_t page_end = std::min(end, (at | (kPageBytes - 1)) + 1);
@@ -96,7 +98,7 @@ void GlobalShadow::scan(const Warp& w, uint64_t begin, uint64_t bytes, Use use) 
     const auto touch = [&](Cell mask) {
       std::atomic<Cell>& cell = p->cells[at % kPageBytes / kWord];
       const Cell found = cell.load(std::memory_order_relaxed);
-      if (found >= oldest && (found & mask) && (found & kOwner) != me) check(w, found, at, mask, use);
+      if (found >= oldest && (found & mask) && (found & kOwner) != exempt) check(w, found, at, mask, use);
       if (kWrite) {
         const bool same = (found ^ mine) >> kClock == 0;
         cell.store(mine ? mine | mask | (same ? found & kAll : 0) : 0, std::memory_order_relaxed);

@@ -1,0 +1,656 @@
+"""Loads, stores, addresses and atomics: what they do against numpy or torch, and what is refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from ptx import assert_refused, finding, integers, interpreter, kernel, run
+from rows import row
+
+import forwardpass as fp
+
+pytestmark = pytest.mark.interpreted
+
+# The slots of the table's patterns.
+SCOPE = "cta|cluster|gpu|sys"
+STATE_SPACE = "shared|shared::cta|shared::cluster|global"
+SPACES = f"{STATE_SPACE}|local|const|param|param::entry"
+TYPES = "b8|b16|b32|b64|b128|u8|u16|u32|u64|s8|s16|s32|s64|f32|f64"
+LEVEL1 = "L1::evict_normal|L1::evict_unchanged|L1::evict_first|L1::evict_last|L1::no_allocate"
+HINTS = f"{LEVEL1}?.L2::cache_hint?.L2::64B|L2::128B|L2::256B?.v2|v4?.{TYPES}"
+LOAD_ORDER, STORE_ORDER = "weak|volatile|relaxed|acquire", "weak|volatile|relaxed|release"
+LD = (
+    f"ld.{LOAD_ORDER}?.{SCOPE}?.{STATE_SPACE}|const|local|param|param::entry|param::func?"
+    f".{LOAD_ORDER}?.{SCOPE}?.ca|cg|cs|lu|cv?.{HINTS}"
+)
+LD_MMIO, LD_NC = f"ld.mmio.relaxed.sys.global?.{TYPES}", f"ld.global.ca|cg|cs?.nc.{HINTS}"
+LDU = f"ldu.global?.v2|v4?.{TYPES}"
+ST = (
+    f"st.{STORE_ORDER}?.{SCOPE}?.{STATE_SPACE}|local|param|param::func?.{STORE_ORDER}?.{SCOPE}?.wb|cg|cs|wt?"
+    f".{LEVEL1}?.L2::cache_hint?.v2|v4?.{TYPES}"
+)
+ST_MMIO = f"st.mmio.relaxed.sys.global?.{TYPES}"
+SEMANTICS = "relaxed|acquire|release|acq_rel"
+BEFORE = f"{SEMANTICS}?.{SCOPE}?.{STATE_SPACE}?.{SCOPE}?.{SEMANTICS}?"
+AFTER = f"{SEMANTICS}?.{SCOPE}?.{STATE_SPACE}?.L2::cache_hint?"
+PRIMARY = "L2::evict_last|L2::evict_normal|L2::evict_first|L2::evict_unchanged"
+SECONDARY = "L2::evict_first|L2::evict_unchanged?"
+
+
+def atomic_row(op, kinds, head="atom|red"):
+    return f"{head}.{BEFORE}.{op}.{AFTER}.{kinds}"
+
+
+# thread t: %rd0 = a0 + t * bytes, %rd1 = a1 + t * bytes, %r0 = memory + t * bytes
+PLACES = """
+mul.wide.u32 %rd2, %t, {bytes};
+add.u64 %rd0, %a0, %rd2;
+add.u64 %rd1, %a1, %rd2;
+mad.lo.u32 %r0, %t, {bytes}, %s;
+"""
+NUMPY = {
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f32": np.uint32, "f64": np.uint64,
+}  # fmt: skip
+# registers are at least as wide as the type
+WIDTHS = [(k, w) for k, t in NUMPY.items() for w in (16, 32, 64) if np.dtype(t).itemsize * 8 <= w]
+REGISTER = {16: "h", 32: "r", 64: "rd"}
+
+
+def randoms(n, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, n * np.dtype(dtype).itemsize, dtype=np.uint8).view(dtype)
+
+
+def tensor(array):
+    return torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1).copy())
+
+
+def as_numpy(t, dtype):
+    return t.numpy().view(dtype)
+
+
+def run_numpy(body, *arrays, **options):
+    """Runs it on copies of the arrays, which it returns."""
+    tensors = [tensor(a) for a in arrays]
+    run(body, *tensors, **options)
+    return [as_numpy(t, a.dtype) for t, a in zip(tensors, arrays)]
+
+
+# ---- ld and st ----
+
+
+@pytest.mark.parametrize(("kind", "width"), WIDTHS)
+@row(LD)
+def test_ld_extends_into_a_wider_register(kind, width):
+    dtype = np.dtype(NUMPY[kind])
+    x = randoms(32, dtype)
+    wide = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{width // 8}")
+    r = f"%{REGISTER[width]}5"
+    body = f"""mul.wide.u32 %rd2, %t, {dtype.itemsize};
+    add.u64 %rd0, %a0, %rd2;
+    mul.wide.u32 %rd2, %t, {width // 8};
+    add.u64 %rd1, %a1, %rd2;
+    ld.global.{kind} {r}, [%rd0];
+    st.global.b{width} [%rd1], {r};"""
+    _, y = run_numpy(body, x, np.zeros(32, wide))
+    np.testing.assert_array_equal(y, x.astype(wide))
+
+
+@pytest.mark.parametrize(("kind", "width"), WIDTHS)
+@row(ST)
+def test_st_drops_the_rest_of_a_wider_register(kind, width):
+    dtype = np.dtype(NUMPY[kind])
+    x = randoms(32, f"u{width // 8}")
+    r = f"%{REGISTER[width]}5"
+    body = f"""mul.wide.u32 %rd2, %t, {width // 8};
+    add.u64 %rd0, %a0, %rd2;
+    mul.wide.u32 %rd2, %t, {dtype.itemsize};
+    add.u64 %rd1, %a1, %rd2;
+    ld.global.b{width} {r}, [%rd0];
+    st.global.{kind} [%rd1], {r};"""
+    _, y = run_numpy(body, x, np.zeros(32, dtype))
+    np.testing.assert_array_equal(y, x.astype(dtype))
+
+
+VECTORS = [(n, k) for n, k in itertools.product((2, 4), NUMPY) if n * np.dtype(NUMPY[k]).itemsize <= 16]
+
+
+@pytest.mark.parametrize("space", ["global", "shared", "generic"])
+@pytest.mark.parametrize(("count", "kind"), VECTORS)
+def test_vectors(count, kind, space):
+    size = np.dtype(NUMPY[kind]).itemsize
+    x = randoms(32 * count, NUMPY[kind])
+    r = REGISTER[max(16, size * 8)]
+    registers = "{" + ", ".join(f"%{r}{5 + k}" for k in range(count)) + "}"
+    other = "{" + ", ".join(f"%{r}{15 + k}" for k in range(count)) + "}"
+    through = {"global": "", "shared": ".shared", "generic": ""}[space]
+    at = {"global": "[%rd1]", "shared": "[%r0]", "generic": "[%rd4]"}[space]
+    body = f"""{PLACES.format(bytes=count * size)}
+    cvt.u64.u32 %rd3, %r0;
+    cvta.shared.u64 %rd4, %rd3;
+    ld.global.v{count}.{kind} {registers}, [%rd0];
+    st{through}.v{count}.{kind} {at}, {registers};
+    ld{through}.v{count}.{kind} {other}, {at};
+    st.global.v{count}.{kind} [%rd1], {other};"""
+    _, y = run_numpy(body, x, np.zeros_like(x))
+    np.testing.assert_array_equal(y, x)
+
+
+def test_a_sink_takes_the_place_of_an_element():
+    x = integers(128)
+    y = torch.zeros(32, dtype=torch.int32)
+    run("""mul.wide.u32 %rd2, %t, 16;
+    add.u64 %rd0, %a0, %rd2;
+    mul.wide.u32 %rd2, %t, 4;
+    add.u64 %rd1, %a1, %rd2;
+    ld.global.v4.b32 {_, _, %r5, _}, [%rd0];
+    st.global.b32 [%rd1], %r5;""", x, y)  # fmt: skip
+    assert torch.equal(y, x.view(32, 4)[:, 2])
+
+
+def test_128_bits():
+    x, y = integers(128), torch.zeros(128, dtype=torch.int32)
+    run(f""".reg .b128 %q<2>;
+    {PLACES.format(bytes=16)}
+    ld.global.b128 %q0, [%rd0];
+    st.shared.b128 [%r0], %q0;
+    ld.shared.b128 %q1, [%r0];
+    st.global.b128 [%rd1], %q1;""", x, y)  # fmt: skip
+    assert torch.equal(x, y)
+
+
+LOADS = [
+    *(f"ld{o}.global{c}" for o in ("", ".weak") for c in ("", ".ca", ".cg", ".cs", ".lu", ".cv")),
+    *(f"ld.global{a}{b}{c}" for a in ("", ".L1::evict_normal", ".L1::evict_unchanged", ".L1::evict_first",
+                                      ".L1::evict_last", ".L1::no_allocate")
+      for b in ("", ".L2::cache_hint") for c in ("", ".L2::64B", ".L2::128B", ".L2::256B")),
+    *(f"ld.{o}.{s}.global" for o in ("relaxed", "acquire") for s in ("cta", "cluster", "gpu", "sys")),
+    *(f"ld.global{c}.nc{h}" for c in ("", ".ca", ".cg", ".cs") for h in ("", ".L1::no_allocate.L2::128B")),
+    "ld", "ld.volatile", "ld.volatile.global", "ld.mmio.relaxed.sys.global", "ldu", "ldu.global", "ld.const",
+    "ld.global.acquire.gpu", "ld.acquire.global.gpu", "ld.global.volatile",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("opcode", LOADS)
+@row(LD, LD_MMIO, LD_NC, LDU)
+def test_every_spelling_of_ld(opcode):
+    x, y = integers(32), torch.zeros(32, dtype=torch.int32)
+    policy = ", %rd9" if "cache_hint" in opcode else ""
+    run(f"""{PLACES.format(bytes=4)}
+    createpolicy.fractional.L2::evict_first.b64 %rd9, 1.0;
+    {opcode}.u32 %r5, [%rd0]{policy};
+    st.global.u32 [%rd1], %r5;""", x, y)  # fmt: skip
+    assert torch.equal(x, y)
+
+
+STORES = [
+    *(f"st{o}.global{c}" for o in ("", ".weak") for c in ("", ".wb", ".cg", ".cs", ".wt")),
+    *(f"st.global{a}{b}" for a in ("", ".L1::evict_normal", ".L1::evict_unchanged", ".L1::evict_first",
+                                   ".L1::evict_last", ".L1::no_allocate") for b in ("", ".L2::cache_hint")),
+    *(f"st.{o}.{s}.global" for o in ("relaxed", "release") for s in ("cta", "cluster", "gpu", "sys")),
+    "st", "st.volatile", "st.volatile.global", "st.mmio.relaxed.sys.global", "st.global.release.gpu", "st.global.volatile",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("opcode", STORES)
+@row(ST, ST_MMIO)
+def test_every_spelling_of_st(opcode):
+    x, y = integers(32), torch.zeros(32, dtype=torch.int32)
+    policy = ", %rd9" if "cache_hint" in opcode else ""
+    run(f"""{PLACES.format(bytes=4)}
+    createpolicy.fractional.L2::evict_last.L2::evict_unchanged.b64 %rd9;
+    ld.global.u32 %r5, [%rd0];
+    {opcode}.u32 [%rd1], %r5{policy};""", x, y)  # fmt: skip
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "ld.global.v4.b64 {%rd5, %rd6, %rd7, %rd8}, [%rd0];",  # sm_100
+        "ld.global.v8.b32 {%r5, %r6, %r7, %r8, %r9, %r10, %r11, %r12}, [%rd0];",
+        "ld.global.v2.b32 {%r5, %rd6}, [%rd0];",
+        "ld.global.v2.b32 %r5, [%rd0];",
+        "ld.global.b32 %h5, [%rd0];",
+        "ld.global.gpu.b32 %r5, [%rd0];",
+        "ld.relaxed.gpu.global.gpu.b32 %r5, [%rd0];",
+        "ld.volatile.global.relaxed.b32 %r5, [%rd0];",
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r0], %r5, [%r6];",
+        "st.bulk.weak.shared::cta [%r0], 16, 0;",
+        "st.global.acquire.gpu.b32 [%rd0], %r5;",
+        "cvta.shared.u32 %r5, %r6;",
+        "red.acquire.gpu.global.add.u32 [%rd0], 1;",
+        "red.shared.add.v2.f32 [%r0], {%f1, %f2};",
+        "atom.global.add.v2.f32 %f1, [%rd0], {%f1, %f2};",
+        "discard.global.L2 [%rd0], 64;",
+    ],
+)
+def test_refusals(instruction):
+    assert_refused(instruction)
+
+
+# ---- Address spaces ----
+
+
+@row(f"cvta.{SPACES}.u32|u64", f"cvta.to.{SPACES}.u32|u64")
+def test_local_memory_belongs_to_the_lane():
+    y = torch.zeros(64, dtype=torch.int32)
+    run(""".local .align 8 .b8 depot[16];
+    mov.u64 %rd5, depot;
+    cvta.local.u64 %rd6, %rd5;
+    cvta.to.local.u64 %rd7, %rd6;
+    st.local.u32 [%rd5+4], %t;
+    add.u32 %r1, %t, 100;
+    st.u32 [%rd6+8], %r1;
+    ld.u32 %r2, [%rd6+4];
+    ld.local.u32 %r3, [%rd7+8];
+    mul.wide.u32 %rd1, %t, 8;
+    add.u64 %rd1, %a0, %rd1;
+    st.global.v2.u32 [%rd1], {%r2, %r3};""", y)  # fmt: skip
+    assert torch.equal(y.view(32, 2), torch.stack([torch.arange(32), torch.arange(100, 132)], 1).int())
+
+
+def test_lanes_of_one_instruction_in_different_spaces():
+    x, y = integers(32), torch.zeros(32, dtype=torch.int32)
+    run(f""".local .align 8 .b8 depot[16];
+    {PLACES.format(bytes=4)}
+    mov.u64 %rd5, depot;
+    st.local.u32 [%rd5], 7;
+    st.shared.u32 [%r0], %t;
+    cvta.local.u64 %rd6, %rd5;
+    cvt.u64.u32 %rd8, %r0;
+    cvta.shared.u64 %rd8, %rd8;
+    rem.u32 %r1, %t, 3;
+    setp.eq.u32 %p1, %r1, 0;
+    setp.eq.u32 %p2, %r1, 1;
+    selp.b64 %rd9, %rd6, %rd8, %p2;
+    selp.b64 %rd9, %rd0, %rd9, %p1;
+    ld.u32 %r2, [%rd9];
+    st.global.u32 [%rd1], %r2;""", x, y)  # fmt: skip
+    t = torch.arange(32).int()
+    assert torch.equal(y, torch.where(t % 3 == 0, x, torch.where(t % 3 == 1, 7, t)))
+
+
+@pytest.mark.parametrize(
+    "space", ["shared", "shared::cta", "shared::cluster", "local", "global", "const", "param", "param::entry"]
+)
+@row(f"isspacep.{SPACES}")
+def test_isspacep(space):
+    spaces = ["shared", "local", "global", "const", "param"]
+    y = torch.zeros(len(spaces), dtype=torch.int32)
+    tests = "\n".join(
+        f"cvta.{name}.u64 %rd1, %rd{k};\nisspacep.{space} %p1, %rd1;\nselp.u32 %r1, 1, 0, %p1;\nst.global.u32 [%a0+{4 * i}], %r1;"
+        for i, (name, k) in enumerate(zip(spaces, range(5, 10)))
+    )
+    body = f""".local .align 8 .b8 depot[16];
+    setp.ne.u32 %p0, %t, 0;
+    @%p0 ret;
+    cvt.u64.u32 %rd5, %s;
+    mov.u64 %rd6, depot;
+    mov.u64 %rd7, %a0;
+    mov.u64 %rd8, table;
+    mov.u64 %rd9, a0;
+    {tests}"""
+    text = kernel(body, (y,)).replace(".visible", ".const .align 4 .b8 table[16];\n.visible")
+    with fp.interpret("sm_90a"):
+        interpreter.Module(text)["k"].launch(1, 32, (y,))
+    assert y.tolist() == [int(space.split("::")[0] == name) for name in spaces]
+
+
+@pytest.mark.parametrize(("width", "r", "a"), [("u32", "r", "%r0"), ("u64", "rd", "%rd3")])
+@row("mapa.shared::cluster?.u32|u64", "getctarank.shared::cluster?.u32|u64")
+def test_mapa_and_getctarank_in_a_cluster_of_one(width, r, a):
+    y = torch.zeros(32, 2, dtype=torch.int32)
+    run(f"""{PLACES.format(bytes=8).replace("%a1", "%a0")}
+    cvt.u64.u32 %rd3, %r0;
+    cvta.shared.u64 %rd3, %rd3;
+    st.shared.u32 [%r0], %t;
+    mapa{".shared::cluster" if width == "u32" else ""}.{width} %{r}7, {a}, 0;
+    getctarank{".shared::cluster" if width == "u32" else ""}.{width} %r1, %{r}7;
+    ld{".shared::cluster" if width == "u32" else ""}.u32 %r2, [%{r}7];
+    st.global.v2.u32 [%rd1], {{%r1, %r2}};""", y)  # fmt: skip
+    assert torch.equal(y, torch.stack([torch.zeros(32), torch.arange(32)], 1).int())
+    assert finding("mapa.shared::cluster.u32 %r7, %s, 1;").kind == "illegal"
+
+
+def test_a_kernels_parameters_have_generic_addresses():
+    y = torch.zeros(1, dtype=torch.int64)
+    run("""mov.u64 %rd5, a0;
+    cvta.param.u64 %rd6, %rd5;
+    ld.u64 %rd7, [%rd6];
+    st.global.u64 [%a0], %rd7;""", y)  # fmt: skip
+    assert y.item() == y.data_ptr()
+    assert finding("mov.u64 %rd5, a0;\ncvta.param.u64 %rd6, %rd5;\nst.u64 [%rd6], %rd6;", y).kind == "illegal"
+
+
+# ---- Hints ----
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        *(f"prefetch{s}.{level} [%a0+4096];" for s in ("", ".global") for level in ("L1", "L2")),
+        "prefetch.local.L1 [%rd5];",
+        "prefetch.global.L2::evict_last [%a0];",
+        "prefetch.global.L2::evict_normal [%a0];",
+        "prefetch.tensormap [%a0];",
+        "prefetch.param.tensormap [%rd5];",
+        "prefetch.const.tensormap [%rd5];",
+        "prefetchu.L1 [%a0];",
+        "applypriority.global.L2::evict_normal [%a0], 128;",
+        "applypriority.L2::evict_normal [%a0], 128;",
+        "createpolicy.fractional.L2::evict_unchanged.b64 %rd7, 0.5;",
+        "createpolicy.fractional.L2::evict_first.L2::evict_first.b64 %rd7;",
+        "createpolicy.range.L2::evict_last.L2::evict_unchanged.b64 %rd7, [%a0], 64, 128;",
+        "createpolicy.range.global.L2::evict_normal.b64 %rd7, [%a0], 64, 128;",
+        "createpolicy.cvt.L2.b64 %rd7, %rd5;",
+    ],
+)
+@row(
+    "prefetch.global|local?.L1|L2|L2::evict_last|L2::evict_normal",
+    "prefetch.const|param?.tensormap",
+    "prefetchu.L1",
+    "applypriority.global?.L2::evict_normal",
+    f"createpolicy.fractional.{PRIMARY}.{SECONDARY}.b64",
+    f"createpolicy.range.global?.{PRIMARY}.{SECONDARY}.b64",
+    "createpolicy.cvt.L2.b64",
+)
+def test_hints_change_nothing(hint):
+    x = aligned(128)
+    x.copy_(before := integers(32).view(torch.uint8))
+    run(f"mov.u64 %rd5, 0;\n{hint}", x)
+    assert torch.equal(x, before)
+
+
+def aligned(size, to=128):
+    whole = torch.zeros(size + to, dtype=torch.uint8)
+    return whole[-whole.data_ptr() % to :][:size]
+
+
+@row("discard.global?.L2")
+def test_discard_leaves_nothing():
+    x = aligned(256)
+    x.fill_(1)
+    run("discard.global.L2 [%a0], 128;", x)
+    assert not (x[:128] == 1).any() and (x[128:] == 1).all()
+    assert finding("discard.L2 [%a0+64], 128;", x).kind == "misaligned"
+
+
+# ---- Bounds and alignment ----
+
+
+def test_out_of_bounds_names_what_is_near():
+    x = torch.zeros(32, dtype=torch.int32).clone()
+    f = finding(
+        "add.u32 %r1, %t, 1;\nmul.wide.u32 %rd1, %r1, 4;\nadd.u64 %rd1, %a0, %rd1;\nst.global.u32 [%rd1], %t;", x
+    )
+    assert f.kind == "out_of_bounds" and "past the end of argument 0 of k (128 bytes)" in f.message, f
+    f = finding("ld.global.u32 %r1, [%a0+-4];", x)
+    assert f.kind == "out_of_bounds" and "4 bytes before argument 0" in f.message, f
+    assert f.address == x.data_ptr() - 4 and f.lane == 0
+    f = finding("mov.u64 %rd1, 0;\nld.u32 %r1, [%rd1];", x)
+    assert f.kind == "out_of_bounds" and f.address == 0
+
+
+def test_the_lane_that_is_out_of_bounds():
+    x = torch.zeros(32, dtype=torch.int32)
+    f = finding("""mul.wide.u32 %rd1, %t, 4;
+    setp.eq.u32 %p1, %t, 13;
+    @%p1 add.u64 %rd1, %rd1, 0x1000;
+    add.u64 %rd1, %a0, %rd1;
+    ld.global.u32 %r1, [%rd1];""", x)  # fmt: skip
+    assert f.kind == "out_of_bounds" and f.lane == 13 and f.address == x.data_ptr() + 13 * 4 + 0x1000
+
+
+@pytest.mark.parametrize(
+    "instruction", ["st.shared.u32 [%r1], 1;", "ld.shared.u32 %r2, [%r1];", "atom.shared.inc.u32 %r2, [%r1], 1;"]
+)
+def test_shared_memory_ends(instruction):
+    f = finding(f"add.u32 %r1, %s, 4096;\n{instruction}")
+    assert f.kind == "out_of_bounds" and "4096 bytes" in f.message
+
+
+@pytest.mark.parametrize(
+    ("opcode", "values"),
+    [("st.shared.u16", "%h1"), ("st.shared.u32", "%r2"), ("st.shared.u64", "%rd2"), ("st.shared.v2.u32", "{%r2, %r3}"),
+     ("st.shared.v4.u32", "{%r2, %r3, %r4, %r5}"), ("st.shared.v4.u8", "{%h1, %h1, %h1, %h1}")],
+)  # fmt: skip
+def test_misaligned(opcode, values):
+    size = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}[opcode.split(".")[-1]] * (
+        int(opcode.split(".v")[1][0]) if ".v" in opcode else 1
+    )
+    place = f"mad.lo.u32 %r1, %t, {size}, %s;\nsetp.eq.u32 %p1, %t, 5;\n@%p1 add.u32 %r1, %r1, {size // 2};\n"
+    f = finding(f"{place}{opcode} [%r1], {values};")
+    assert f.kind == "misaligned" and f.lane == 5 and f"{size} bytes" in f.message
+
+
+# ---- atom and red ----
+
+ORDERS = ["", ".relaxed.gpu", ".acquire.cta", ".release.sys", ".acq_rel.cluster"]
+INTEGER = {
+    "and": (["b32", "b64"], lambda o, b: o & b),
+    "or": (["b32", "b64"], lambda o, b: o | b),
+    "xor": (["b32", "b64"], lambda o, b: o ^ b),
+    "exch": (["b32", "b64"], lambda o, b: b),
+    "add": (["u32", "s32", "u64"], lambda o, b: o + b),
+    "min": (["u32", "s32", "u64", "s64"], np.minimum),
+    "max": (["u32", "s32", "u64", "s64"], np.maximum),
+    "inc": (["u32"], lambda o, b: np.where(o >= b, 0, o + 1)),
+    "dec": (["u32"], lambda o, b: np.where((o == 0) | (o > b), b, o - 1)),
+}
+CASES = [(op, kind) for op, (kinds, _) in INTEGER.items() for kind in kinds]
+
+
+def atomic_body(opcode, size, r, space, returns=True, extra=""):
+    """Memory starts as a0, the operand is a1, the result goes to a1 and what memory held to a0."""
+    at = {"global": "[%rd0]", "shared": "[%r0]", "": "[%rd4]"}[space]
+    result = f"%{r}7, " if returns else ""
+    return f"""{PLACES.format(bytes=size)}
+    cvt.u64.u32 %rd4, %r0;
+    cvta.shared.u64 %rd4, %rd4;
+    ld.global.b{size * 8} %{r}5, [%rd0];
+    ld.global.b{size * 8} %{r}6, [%rd1];
+    st.shared.b{size * 8} [%r0], %{r}5;
+    mov.b{size * 8} %{r}7, 0;
+    {opcode} {result}{at}, %{r}6{extra};
+    {"" if space == "global" else f"ld.shared.b{size * 8} %{r}8, [%r0];"}
+    {"" if space == "global" else f"st.global.b{size * 8} [%rd0], %{r}8;"}
+    st.global.b{size * 8} [%rd1], %{r}7;"""
+
+
+@pytest.mark.parametrize("space", ["global", "shared", ""])
+@pytest.mark.parametrize(("op", "kind"), CASES)
+@row(
+    *(atomic_row(op, "|".join(kinds)) for op, (kinds, _) in INTEGER.items() if op not in ("exch", "add")),
+    atomic_row("exch", "b32|b64|b128", "atom"),
+    atomic_row("add", "u32|s32|u64|f32|f64"),
+)
+def test_integer_atomics(op, kind, space):
+    dtype = np.dtype(NUMPY[kind])
+    x, b = randoms(32, dtype, 1), randoms(32, dtype, 2)
+    x[:4], b[:4] = [0, 5, 9, b[3]], [0, 9, 5, b[3]]
+    dot = f".{space}" if space else ""
+    with np.errstate(over="ignore"):
+        wanted = INTEGER[op][1](x, b).astype(dtype)
+    for order in ORDERS:
+        opcode = f"atom{order}{dot}.{op}.{kind}"
+        memory, result = run_numpy(atomic_body(opcode, dtype.itemsize, REGISTER[dtype.itemsize * 8], space), x, b)
+        np.testing.assert_array_equal(result, x)
+        np.testing.assert_array_equal(memory, wanted)
+    if op != "exch":
+        for order in ("", ".relaxed.gpu", ".release.sys"):
+            opcode = f"red{order}{dot}.{op}.{kind}"
+            body = atomic_body(opcode, dtype.itemsize, REGISTER[dtype.itemsize * 8], space, returns=False)
+            memory, _ = run_numpy(body, x, b)
+            np.testing.assert_array_equal(memory, wanted)
+
+
+@pytest.mark.parametrize(
+    "opcode",
+    ["atom.global.gpu.acq_rel.add.u32", "atom.add.acq_rel.gpu.global.u32", "atom.global.add.u32", "atom.add.release.gpu.u32",
+     "atom.global.add.L2::cache_hint.u32"],
+)  # fmt: skip
+def test_orders_of_the_modifiers(opcode):
+    x, b = randoms(32, np.uint32, 1), randoms(32, np.uint32, 2)
+    extra = ", %rd4" if "hint" in opcode else ""
+    memory, result = run_numpy(atomic_body(opcode, 4, "r", "global", extra=extra), x, b)
+    np.testing.assert_array_equal(memory, x + b)
+    np.testing.assert_array_equal(result, x)
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize(("kind", "r"), [("b16", "h"), ("b32", "r"), ("b64", "rd")])
+@row(atomic_row("cas", "b16|b32|b64|b128", "atom"))
+def test_cas(kind, r, space):
+    dtype = np.dtype(NUMPY[kind])
+    x, c = randoms(32, dtype, 1), randoms(32, dtype, 2)
+    at = {"global": "[%rd0]", "shared": "[%r0]"}[space]
+    # odd lanes compare with what is there, even ones with something else
+    body = f"""{PLACES.format(bytes=dtype.itemsize)}
+    ld.global.{kind} %{r}5, [%rd0];
+    ld.global.{kind} %{r}6, [%rd1];
+    st.shared.{kind} [%r0], %{r}5;
+    and.b32 %r1, %t, 1;
+    setp.eq.u32 %p1, %r1, 1;
+    not.{kind} %{r}9, %{r}5;
+    selp.{kind} %{r}8, %{r}5, %{r}9, %p1;
+    atom.{space}.cas.{kind} %{r}7, {at}, %{r}8, %{r}6;
+    {"" if space == "global" else f"ld.shared.{kind} %{r}5, [%r0]; st.global.{kind} [%rd0], %{r}5;"}
+    st.global.{kind} [%rd1], %{r}7;"""
+    memory, result = run_numpy(body, x, c)
+    np.testing.assert_array_equal(result, x)
+    np.testing.assert_array_equal(memory, np.where(np.arange(32) % 2, c, x))
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_128_bit_atomics(space):
+    x, c = aligned(512, 16), aligned(512, 16)
+    x.copy_(before := tensor(randoms(512, np.uint8, 1)))
+    c.copy_(new := tensor(randoms(512, np.uint8, 2)))
+    at = {"global": "[%rd0]", "shared": "[%r0]"}[space]
+    back = "" if space == "global" else "ld.shared.b128 %q4, [%r0];\nst.global.b128 [%rd0], %q4;"
+    head = f""".reg .b128 %q<8>;
+    {PLACES.format(bytes=16)}
+    ld.global.b128 %q0, [%rd0];
+    ld.global.b128 %q1, [%rd1];
+    st.shared.b128 [%r0], %q0;"""
+    run(f"{head}\natom.{space}.exch.b128 %q3, {at}, %q1;\n{back}\nst.global.b128 [%rd1], %q3;", x, c)
+    assert torch.equal(x, new) and torch.equal(c, before)
+    run(f"{head}\natom.{space}.cas.b128 %q3, {at}, %q1, %q1;\n{back}\nst.global.b128 [%rd1], %q3;", x, c)
+    assert torch.equal(x, new) and torch.equal(c, new)
+    run(f"{head}\natom.{space}.cas.b128 %q3, {at}, %q0, %q1;\n{back}\nst.global.b128 [%rd1], %q3;", x, c)
+    assert torch.equal(x, new)
+
+
+SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.0, -2.5, 65504.0]
+
+
+def floats(dtype, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=g) * torch.exp2(torch.randint(-20, 15, (n,), generator=g).float())
+    x[: len(SPECIAL)] = torch.tensor(SPECIAL if seed % 2 else SPECIAL[::-1])
+    return x.to(dtype)
+
+
+def same(a, b):
+    """Bit by bit, but any NaN will do."""
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return bool(((a.view(ints) == b.view(ints)) | (a.isnan() & b.isnan())).all())
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize(("dtype", "r"), [(torch.float32, "f"), (torch.float64, "rd")])
+@row(atomic_row("add", "u32|s32|u64|f32|f64"))
+def test_float_add(dtype, r, space):
+    x, b = floats(dtype, 32, 1), floats(dtype, 32, 2)
+    if dtype == torch.float32:
+        x[-1], b[-1] = 1e-40, 2e-40  # flushed in global memory, not in shared
+    wanted, before, size = x + b, x.clone(), x.element_size()
+    if dtype == torch.float32 and space == "global":
+        wanted[-1] = 0
+    run(atomic_body(f"atom.{space}.add.f{size * 8}", size, r, space), x, b)
+    assert same(x, wanted)
+    if space == "shared":
+        assert same(b, before)
+
+
+PACKED = [
+    (op, kind, vector)
+    for op in ("add", "min", "max")
+    for kind in ("f16", "bf16", "f16x2", "bf16x2")
+    for vector in (0, 2, 4, 8)
+    if (vector or op == "add") and not (vector == 8 and "x2" in kind)
+]
+
+
+@pytest.mark.parametrize("head", ["atom", "red"])
+@pytest.mark.parametrize(("op", "kind", "vector"), PACKED)
+@row(
+    atomic_row("add.noftz", "v2|v4|v8?.f16|bf16|f16x2|bf16x2"),
+    *(
+        atomic_row(f"{op}.noftz", kinds)
+        for op in ("min", "max")
+        for kinds in ("v2|v4|v8.f16|bf16", "v2|v4.f16x2|bf16x2")
+    ),
+)
+def test_half_atomics(op, kind, vector, head):
+    dtype = torch.bfloat16 if kind.startswith("b") else torch.float16
+    packed, count = 2 if "x2" in kind else 1, max(vector, 1)
+    n = 32 * packed * count
+    x, b = floats(dtype, n, 1), floats(dtype, n, 2)
+    before = x.clone()
+    if op == "add":
+        wanted = (x.double() + b.double()).to(dtype)
+    else:
+        f = torch.fmin if op == "min" else torch.fmax
+        wanted = f(x.double(), b.double()).to(dtype)
+        zeros = (x == 0) & (b == 0)
+        sign = torch.signbit(x) | torch.signbit(b) if op == "min" else torch.signbit(x) & torch.signbit(b)
+        wanted = torch.where(zeros, torch.where(sign, -0.0, 0.0).to(dtype), wanted)
+    r, bits = ("r", 32) if packed == 2 else ("h", 16)
+    size = bits // 8
+    loads = "\n".join(f"ld.global.b{bits} %{r}{10 + k}, [%rd1+{k * size}];" for k in range(count))
+    stores = "\n".join(f"st.global.b{bits} [%rd1+{k * size}], %{r}{20 + k};" for k in range(count))
+    operand = "{" + ", ".join(f"%{r}{10 + k}" for k in range(count)) + "}" if vector else f"%{r}10"
+    result = "{" + ", ".join(f"%{r}{20 + k}" for k in range(count)) + "}" if vector else f"%{r}20"
+    dot = f".v{vector}" if vector else ""
+    opcode = f"{head}.global.{op}.noftz{dot}.{kind}"
+    body = f"{PLACES.format(bytes=size * count)}\n{loads}\n{opcode} {result + ', ' if head == 'atom' else ''}[%rd0], {operand};"
+    run(body + ("\n" + stores if head == "atom" else ""), x, b)
+    assert same(x, wanted)
+    if head == "atom":
+        assert same(b, before)
+
+
+@pytest.mark.parametrize("vector", [2, 4])
+@row(atomic_row("add", "v2|v4.f32"))
+def test_vectors_of_float_add(vector):
+    x, b = floats(torch.float32, 32 * vector, 1), floats(torch.float32, 32 * vector, 2)
+    wanted = x + b
+    registers = "{" + ", ".join(f"%f{k}" for k in range(vector)) + "}"
+    body = f"""{PLACES.format(bytes=4 * vector)}
+    ld.global.v{vector}.f32 {registers}, [%rd1];
+    red.relaxed.gpu.global.add.v{vector}.f32 [%rd0], {registers};"""
+    run(body, x, b)
+    assert same(x, wanted)
+
+
+def test_lanes_add_up_across_warps_and_blocks():
+    """To one address: every lane sees a different sum before its own, and threads of the host keep count."""
+    x, y = torch.zeros(1, dtype=torch.int32), torch.zeros(8 * 128, dtype=torch.int32)
+    text = kernel("""mov.u32 %r1, %ctaid.x;
+    mad.lo.u32 %r1, %r1, 128, %t;
+    mul.wide.u32 %rd1, %r1, 4;
+    add.u64 %rd1, %a1, %rd1;
+    atom.global.add.u32 %r2, [%a0], 1;
+    st.global.u32 [%rd1], %r2;""", (x, y), block=128)  # fmt: skip
+    orders = set()
+    for seed in range(4):
+        x.zero_()
+        with fp.interpret("sm_90a", seed=seed):
+            interpreter.Module(text)["k"].launch(8, 128, (x, y))
+        assert x.item() == 8 * 128 and torch.equal(y.sort().values, torch.arange(8 * 128).int())
+        orders.add(tuple(y[:32].tolist()))
+    assert len(orders) > 1

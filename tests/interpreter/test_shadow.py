@@ -1,0 +1,351 @@
+"""Races, initialisation and flight, as far as loads, stores and atomics go: each finding, and what must raise none.
+
+A block of two warps and more. Whatever is unordered is so in every schedule, but the message depends on who came first.
+"""
+
+import pytest
+import torch
+from ptx import integers, interpreter, kernel
+
+import forwardpass as fp
+
+pytestmark = pytest.mark.interpreted
+
+SEEDS = range(8)
+# %r0 = the warp, %r1 = the lane, %p0: warp 0, %p1: warp 1
+WARPS = """
+shr.u32 %r0, %t, 5;
+and.b32 %r1, %t, 31;
+setp.eq.u32 %p0, %r0, 0;
+setp.eq.u32 %p1, %r0, 1;
+"""
+
+
+def launch(body, *args, grid=1, block=64, seeds=SEEDS, shared=4096):
+    """The findings' kinds and messages over the seeds; empty where there was none."""
+    module = None
+    found = []
+    for seed in seeds:
+        with fp.interpret("sm_90a", seed=seed):
+            module = module or interpreter.Module(kernel(WARPS + body, args, block=block, shared=shared))
+            try:
+                module["k"].launch(grid, block, args)
+            except interpreter.InterpreterFinding as f:
+                found.append(f)
+    return found
+
+
+def silent(body, *args, **options):
+    found = launch(body, *args, **options)
+    assert not found, found[0]
+
+
+def always(kinds, body, *args, **options):
+    """A finding of one of the kinds with every seed, and each kind with some; the one of the first kind."""
+    found = launch(body, *args, **options)
+    assert len(found) == len(options.get("seeds", SEEDS)), "a seed found nothing"
+    assert {f.kind for f in found} == set(kinds.split()), [str(f) for f in found]
+    return next(f for f in found if f.kind == kinds.split()[0])
+
+
+INITIALISE = "shl.b32 %r9, %t, 2;\nadd.u32 %r9, %r9, %s;\nst.shared.u32 [%r9], 0;\nbar.sync 0;\n"
+
+
+# ---- Shared memory: what is not ordered ----
+
+
+def test_write_after_write():
+    f = always("race", "mov.u32 %r2, %s;\nst.shared.u32 [%r2], %r0;")
+    assert "write by warp" in f.message and "not ordered after the write by warp" in f.message
+    assert "PTX line" in f.message and f.warp in (0, 1)
+
+
+def test_read_after_write():
+    f = always("race", INITIALISE + "@%p0 st.shared.u32 [%s], 1;\n@%p1 ld.shared.u32 %r2, [%s];")
+    assert "not ordered after the" in f.message
+
+
+def test_write_after_read():
+    body = INITIALISE + "@%p1 ld.shared.u32 %r2, [%s];\n@%p0 st.shared.u32 [%s], 1;"
+    messages = {f.message for f in launch(body)}
+    assert any("write by warp 0" in m and "after the read by warp 1" in m for m in messages), messages
+
+
+def test_a_barrier_orders():
+    silent(
+        "@%p0 st.shared.u32 [%s], 1;\nbar.sync 0;\nld.shared.u32 %r2, [%s];\nbar.sync 0;\n@%p1 st.shared.u32 [%s], 2;"
+    )
+
+
+def test_a_barrier_of_others_does_not():
+    # warps 0 and 1 meet at barrier 1, warps 2 and 3 at barrier 2
+    body = """@%p0 st.shared.u32 [%s], 1;
+    shr.u32 %r2, %t, 6;
+    add.u32 %r2, %r2, 1;
+    bar.sync %r2, 64;
+    setp.eq.u32 %p2, %r0, {};
+    @%p2 ld.shared.u32 %r3, [%s];"""
+    silent(body.format(1), block=128)
+    always("race uninitialised", body.format(2), block=128)
+
+
+def test_reuse_of_a_buffer_between_barriers():
+    silent("""mov.u32 %r5, 0;
+    mad.lo.u32 %r2, %t, 16, %s;
+    xor.b32 %r3, %t, 32;
+    mad.lo.u32 %r3, %r3, 16, %s;
+    LOOP:
+    st.shared.v4.u32 [%r2], {%r5, %r5, %r5, %r5};
+    bar.sync 0;
+    ld.shared.v4.u32 {%r6, %r7, %r8, %r9}, [%r3];
+    bar.sync 0;
+    add.u32 %r5, %r5, 1;
+    setp.lt.u32 %p2, %r5, 20;
+    @%p2 bra LOOP;""")  # fmt: skip
+
+
+def test_reuse_of_a_buffer_without_the_second_barrier():
+    found = launch("""mov.u32 %r5, 0;
+    mad.lo.u32 %r2, %t, 16, %s;
+    xor.b32 %r3, %t, 32;
+    mad.lo.u32 %r3, %r3, 16, %s;
+    LOOP:
+    st.shared.v4.u32 [%r2], {%r5, %r5, %r5, %r5};
+    bar.sync 0;
+    ld.shared.v4.u32 {%r6, %r7, %r8, %r9}, [%r3];
+    add.u32 %r5, %r5, 1;
+    setp.lt.u32 %p2, %r5, 20;
+    @%p2 bra LOOP;""")  # fmt: skip
+    assert len(found) == len(SEEDS) and {f.kind for f in found} == {"race"}
+
+
+# ---- Shared memory: neighbours ----
+
+
+@pytest.mark.parametrize(("kind", "size", "r"), [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r"), ("u64", 8, "rd")])
+@pytest.mark.parametrize("warps", [2, 4, 16])
+def test_warps_write_to_neighbouring_parts_of_one_granule(kind, size, r, warps):
+    # lane l of warp w touches part l * warps + w: whole first by all, so that the granules split while they are in use
+    body = f"""mad.lo.u32 %r2, %t, 16, %s;
+    st.shared.v4.u32 [%r2], {{%r0, %r0, %r0, %r0}};
+    bar.sync 0;
+    mad.lo.u32 %r3, %r1, {warps}, %r0;
+    mad.lo.u32 %r3, %r3, {size}, %s;
+    mov.b{max(16, size * 8)} %{r}5, 1;
+    st.shared.{kind} [%r3], %{r}5;
+    ld.shared.{kind} %{r}6, [%r3];
+    bar.sync 0;
+    ld.shared.v4.u32 {{%r4, %r5, %r6, %r7}}, [%r2];
+    bar.sync 0;
+    st.shared.v4.u32 [%r2], {{%r0, %r0, %r0, %r0}};
+    st.shared.{kind} [%r2], %{r}5;"""
+    silent(body, block=warps * 32, shared=8192)
+
+
+@pytest.mark.parametrize(("kind", "size", "r"), [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r")])
+def test_one_part_of_a_granule_is_enough_for_a_race(kind, size, r):
+    # warp 1 writes its own part, and one byte or word of warp 0's
+    body = f"""mul.lo.u32 %r3, %r0, {size};
+    add.u32 %r3, %s, %r3;
+    mov.b16 %h5, 1;
+    mov.b32 %r5, 1;
+    st.shared.{kind} [%r3], %{r}5;
+    @%p1 st.shared.{kind} [%s], %{r}5;"""
+    f = always("race", body)
+    assert f"shared 0x0..{size:#x}" in f.message
+
+
+def test_a_read_of_one_word_and_a_write_to_the_next():
+    silent("""@%p0 st.shared.v4.u32 [%s], {%r0, %r0, %r0, %r0};
+    bar.sync 0;
+    @%p0 ld.shared.u32 %r2, [%s];
+    @%p1 st.shared.u32 [%s+4], 5;
+    @%p1 ld.shared.u16 %h1, [%s+8];
+    @%p0 st.shared.u16 [%s+10], %h1;""")  # fmt: skip
+
+
+# ---- Shared memory: initialisation ----
+
+
+@pytest.mark.parametrize("read", ["ld.shared.u8 %h1, [%s+15];", "ld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [%s];",
+                                  "atom.shared.add.u32 %r2, [%s+12], 1;", "ld.volatile.shared.u32 %r2, [%s+12];"])  # fmt: skip
+def test_uninitialised(read):
+    f = always("uninitialised", f"@%p1 ret;\nst.shared.v2.u32 [%s], {{%r0, %r0}};\nst.shared.u32 [%s+8], %r0;\n{read}")
+    assert "nothing has written" in f.message and f.address in (12, 15)
+
+
+def test_what_the_block_before_wrote_is_not_written():
+    # every block checks its own; the first one writes
+    body = "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p2, %r2, 0;\n@%p2 st.shared.u32 [%s], 1;\nld.shared.u32 %r3, [%s];"
+    f = always("uninitialised", body, grid=6, block=32)
+    assert f.block[0] == 1
+
+
+# ---- Shared memory: strong accesses ----
+
+
+def test_atomics_meet_atomics():
+    silent(INITIALISE + "atom.shared.add.u32 %r2, [%s], 1;\nred.shared.add.u32 [%s], 1;")
+
+
+def test_atomics_do_not_excuse_plain_accesses():
+    found = launch(INITIALISE + "@%p0 st.shared.u32 [%s], 1;\n@%p1 atom.shared.add.u32 %r2, [%s], 1;")
+    assert len(found) == len(SEEDS) and {f.kind for f in found} == {"race"}
+    found = launch(INITIALISE + "@%p0 ld.shared.u32 %r3, [%s];\n@%p1 atom.shared.add.u32 %r2, [%s], 1;")
+    assert len(found) == len(SEEDS) and {f.kind for f in found} == {"race"}
+
+
+def test_a_flag_in_shared_memory_orders():
+    silent(INITIALISE + """@%p1 bra WAIT;
+    st.shared.u32 [%s+64], 42;
+    st.release.cta.shared.u32 [%s], 1;
+    bra DONE;
+    WAIT:
+    ld.acquire.cta.shared.u32 %r2, [%s];
+    setp.eq.u32 %p2, %r2, 0;
+    @%p2 bra WAIT;
+    ld.shared.u32 %r3, [%s+64];
+    DONE:""")  # fmt: skip
+
+
+# ---- Global memory within a launch ----
+
+
+def memory(n=1024):
+    return torch.zeros(n, dtype=torch.int32)
+
+
+def test_two_warps_write_the_same_global_word():
+    f = always("race", "st.global.u32 [%a0], %r0;", memory())
+    assert "of this block wrote" in f.message and "argument 0" in f.message
+    silent("@%p0 st.global.u32 [%a0], %r0;\nbar.sync 0;\n@%p1 st.global.u32 [%a0], %r0;", memory())
+
+
+def test_a_warp_reads_what_another_wrote():
+    found = launch("@%p0 st.global.u32 [%a0], %r0;\n@%p1 ld.global.u32 %r2, [%a0];", memory())
+    assert found and {f.kind for f in found} == {"race"}  # the read first leaves no trace
+    silent("@%p0 st.global.u32 [%a0], %r0;\nbar.sync 0;\n@%p1 ld.global.u32 %r2, [%a0];", memory())
+
+
+@pytest.mark.parametrize(("kind", "size", "r"), [("u8", 1, "h"), ("u16", 2, "h"), ("u32", 4, "r")])
+def test_blocks_write_to_neighbouring_bytes(kind, size, r):
+    body = f"""mov.u32 %r2, %ctaid.x;
+    mad.lo.u32 %r2, %r2, 64, %t;
+    mad.lo.u32 %r2, %r2, {size}, 3;
+    and.b32 %r3, %r2, {~(size - 1)};
+    cvt.u64.u32 %rd1, %r3;
+    add.u64 %rd1, %a0, %rd1;
+    mov.b16 %h5, 1;
+    mov.b32 %r5, 1;
+    st.global.{kind} [%rd1], %{r}5;
+    ld.global.{kind} %{r}6, [%rd1];"""
+    silent(body, memory(), grid=8)
+
+
+def test_two_blocks_write_the_same_byte():
+    f = always("race", "mov.b16 %h5, 1;\n@%p1 ret;\nst.global.u8 [%a0+7], %h5;", memory(), grid=8)
+    assert "of this launch wrote" in f.message and "byte 7 of argument 0" in f.message
+
+
+def test_a_block_reads_what_another_wrote():
+    body = """mov.u32 %r2, %ctaid.x;
+    setp.eq.u32 %p2, %r2, 0;
+    @%p2 st.global.u32 [%a0], 1;
+    @%p2 ret;
+    {}
+    ld.global.u32 %r3, [%a0];"""
+    assert {f.kind for f in launch(body.format(""), memory(), grid=8, block=32)} == {"race"}
+    silent(body.format("membar.gl;"), memory(), grid=8, block=32)
+
+
+def test_read_only_loads_of_what_the_launch_wrote():
+    f = always("race", "@%p1 ret;\nst.global.u32 [%a0], 1;\nmembar.gl;\nld.global.nc.u32 %r2, [%a0];", memory())
+    assert ".nc" in f.message
+    silent("@%p1 ret;\nst.global.u32 [%a0], 1;\nmembar.gl;\nld.global.nc.u32 %r2, [%a0+4];", memory())
+
+
+def test_the_last_block_adds_up_what_the_others_wrote():
+    x, counter, y = memory(), memory(4), memory(4)
+    body = """mov.u32 %r2, %ctaid.x;
+    mul.wide.u32 %rd1, %r2, 4;
+    add.u64 %rd1, %a0, %rd1;
+    setp.ne.u32 %p2, %t, 0;
+    @%p2 ret;
+    add.u32 %r3, %r2, 1;
+    st.global.u32 [%rd1], %r3;
+    membar.gl;
+    atom.global.inc.u32 %r4, [%a1], 7;
+    setp.ne.u32 %p3, %r4, 7;
+    @%p3 ret;
+    membar.gl;
+    ld.global.v4.u32 {%r5, %r6, %r7, %r8}, [%a0];
+    ld.global.v4.u32 {%r9, %r10, %r11, %r12}, [%a0+16];
+    add.u32 %r5, %r5, %r6;
+    add.u32 %r7, %r7, %r8;
+    add.u32 %r9, %r9, %r10;
+    add.u32 %r11, %r11, %r12;
+    add.u32 %r5, %r5, %r7;
+    add.u32 %r9, %r9, %r11;
+    add.u32 %r5, %r5, %r9;
+    st.global.u32 [%a2], %r5;"""
+    silent(body, x, counter, y, grid=8)
+    assert y[0] == 36
+
+
+# ---- Global memory between launches ----
+
+WRITE = "@%p1 ret;\nst.global.u32 [%a0], 1;"
+READ = "ld.global.u32 %r2, [%a0];\n"
+
+
+def pair(first, second, *args, programmatic=True, between=lambda: None):
+    with fp.interpret("sm_90a"):
+        a, b = (interpreter.Module(kernel(WARPS + body, args, block=64)) for body in (first, second))
+        a["k"].launch(1, 64, args)
+        between()
+        b["k"].launch(1, 64, args, programmatic=programmatic)
+
+
+def test_a_programmatic_launch_waits_before_it_reads():
+    x = memory()
+    with pytest.raises(interpreter.InterpreterFinding, match=r"missing griddepcontrol\.wait") as caught:
+        pair(WRITE, READ, x)
+    assert caught.value.kind == "race" and caught.value.address == x.data_ptr()
+    with pytest.raises(interpreter.InterpreterFinding, match=r"missing griddepcontrol\.wait"):
+        pair(WRITE, READ + "griddepcontrol.wait;", x)
+    with pytest.raises(interpreter.InterpreterFinding, match=r"missing griddepcontrol\.wait"):
+        pair(WRITE, "@%p1 ret;\nst.global.u32 [%a0], 5;", x)
+    pair(WRITE, "griddepcontrol.wait;\n" + READ, x)
+    pair(WRITE, "griddepcontrol.wait;\n@%p1 ret;\nst.global.u32 [%a0], 5;", x)
+    pair(WRITE, "ld.global.u32 %r2, [%a0+4];", x)
+    pair(WRITE, READ, x, programmatic=False)
+
+
+def test_a_barrier_passes_the_wait_on():
+    x = memory()
+    pair(WRITE, "@%p0 griddepcontrol.wait;\nbar.sync 0;\n" + READ, x)
+    with pytest.raises(interpreter.InterpreterFinding, match=r"missing griddepcontrol\.wait"):
+        pair(WRITE, "@%p0 griddepcontrol.wait;\n" + READ, x)
+
+
+def test_what_came_before_an_ordinary_launch_is_over():
+    x, y = memory(), memory()
+    with fp.interpret("sm_90a"):
+        texts = [kernel(WARPS + body, (x, y), block=64) for body in (WRITE, WRITE.replace("%a0", "%a1"), READ)]
+        first, second, third = (interpreter.Module(t)["k"] for t in texts)
+        first.launch(1, 64, (x, y))
+        second.launch(1, 64, (x, y))
+        third.launch(1, 64, (x, y), programmatic=True)  # may overtake the second alone
+        first.launch(1, 64, (x, y))
+        second.launch(1, 64, (x, y), programmatic=True)
+        with pytest.raises(interpreter.InterpreterFinding, match=r"missing griddepcontrol\.wait"):
+            third.launch(1, 64, (x, y), programmatic=True)  # the second has not waited for the first
+
+
+def test_intervals_that_nest_and_overlap():
+    x = integers(64)
+    # the same tensor, a part of it, and one that crosses the part's end
+    args = (x[8:24], x, x[16:40], x[8:24])
+    silent("ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%a0+48];\nld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%a1+112];", *args)
+    found = launch("ld.global.u32 %r2, [%a1+256];", *args)
+    assert len(found) == len(SEEDS) and {f.kind for f in found} == {"out_of_bounds"}
