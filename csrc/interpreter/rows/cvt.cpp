@@ -71,7 +71,7 @@ D convert(S x, const How& how) {
   if constexpr (!is_real<D> && !is_real<S>) {
     return how.saturate ? clamp_integer<D>(x) : static_cast<D>(x);
   } else if constexpr (!is_real<D>) {
-    if (how.flush) x = flushed(x);
+    if (std::is_same_v<S, float> && how.flush) x = flushed(x);
     if constexpr (std::is_same_v<S, double>) {
       return to_integer<D>(round_integral(x, how.integral), true);
     } else {
@@ -82,7 +82,7 @@ D convert(S x, const How& how) {
       const double value = exactly(x);
       return D(how.saturate ? saturated(value) : value, how.rounding);
     } else {
-      if (how.flush) x = flushed(x);
+      if (std::is_same_v<S, float> && how.flush) x = flushed(x);
       using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
       const Wide value = round_integral(static_cast<Wide>(x), how.integral);
       return D(how.saturate ? saturated(value) : value, how.rounding);
@@ -90,7 +90,7 @@ D convert(S x, const How& how) {
   } else {
     D d;
     if constexpr (is_real<S>) {
-      if (how.flush) x = flushed(x);
+      if (std::is_same_v<S, float> && how.flush) x = flushed(x);
       d = static_cast<D>(round_integral(static_cast<std::conditional_t<is_short<S>, float, S>>(x), how.integral));
     } else {
       d = static_cast<D>(x);

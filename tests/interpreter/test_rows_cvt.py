@@ -1,0 +1,238 @@
+"""Conversions: every pair of types and every modifier; all codes of the narrow formats."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from floats import FORMATS, encode, flush, value
+from rows import DTYPES, Opcode, by_lane, row, run, sample, seed_of, spellings
+
+pytestmark = pytest.mark.interpreted
+
+FROM, TO = -1, -2
+INTEGERS = "u8|u16|u32|u64|s8|s16|s32|s64"
+INTEGERS_16 = "u16|u32|u64|s16|s32|s64"
+TO_INTEGRAL = "rni|rzi|rmi|rpi"
+ROUNDED = "rn|rz|rm|rp"
+CODES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def is_float(type):
+    return type in FORMATS
+
+
+def number(type, x):
+    """The Python number of an element."""
+    return value(x, FORMATS[type]) if is_float(type) else int(x)
+
+
+def integral(x, mode):
+    if not math.isfinite(x):
+        return x
+    n = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode](x)  # round: ties to even
+    return math.copysign(float(n), x)
+
+
+def limits(type):
+    n = int(type[1:])
+    return (-(2 ** (n - 1)), 2 ** (n - 1) - 1) if type[0] == "s" else (0, 2**n - 1)
+
+
+def convert(op, x):
+    """The code, or the integer, that cvt makes of a number."""
+    to, source = op.type(TO), op.type(FROM)
+    mode = op.one_of("rni", "rzi", "rmi", "rpi")
+    if is_float(source):
+        if op.has("ftz") and source == "f32":
+            x = flush(x, FORMATS["f32"])
+        if mode:
+            x = integral(x, mode)
+    if not is_float(to):
+        low, high = limits(to)
+        if is_float(source):
+            if math.isnan(x):
+                return (1 << int(to[1:]) - 1) - (1 << int(to[1:]) if low else 0) if source == "f64" or to[1:] == "64" else 0
+            return low if x < low else high if x > high else int(x)
+        if op.has("sat"):
+            return min(max(x, low), high)
+        x &= 2 ** int(to[1:]) - 1
+        return x - 2 ** int(to[1:]) if x > high else x
+    if op.has("sat"):
+        x = 0.0 if x != x or x <= 0 else min(x, 1)
+    f = FORMATS[to]
+    exact = x if isinstance(x, float) else Fraction(x)
+    code = encode(exact, f, op.one_of("rn", "rz", "rm", "rp", default="rn"))
+    if op.has("ftz") and to == "f32" and not code & 0x7F800000:
+        code &= 0x80000000
+    return code
+
+
+def cvt(op, a):
+    to, source = op.type(TO), op.type(FROM)
+    codes = a.view(CODES[a.dtype.itemsize]) if is_float(source) else a
+    made = [convert(op, number(source, x)) for x in codes.tolist()]
+    if not is_float(to):
+        return np.array(made, dtype=DTYPES[to])
+    return np.array(made, dtype=CODES[np.dtype(DTYPES[to]).itemsize]).view(DTYPES[to])
+
+
+def around_limits(op, rng):
+    """Numbers around the limits of the destination too."""
+    source, to = op.type(FROM), op.type(TO)
+    a = sample([source], rng, 640)[0]
+    if is_float(source) and not is_float(to):
+        near = [s * (2.0**k + d) for k in (7, 8, 15, 16, 31, 32, 63, 64) for d in (-1.5, -1, -0.5, 0, 0.5, 1, 1.5) for s in (1, -1)]
+        codes = [encode(x, FORMATS[source]) for x in near]
+        a.view(CODES[a.dtype.itemsize])[-len(codes) :] = codes
+    return [a]
+
+
+PATTERNS = [
+    f"cvt.{INTEGERS}.{INTEGERS}", f"cvt.{TO_INTEGRAL}.ftz?.sat?.{INTEGERS}.f32", f"cvt.{TO_INTEGRAL}.sat?.{INTEGERS}.f16|f64",
+    f"cvt.{TO_INTEGRAL}.{INTEGERS_16}.bf16", f"cvt.{ROUNDED}.ftz?.sat?.f32.{INTEGERS}",
+    f"cvt.{ROUNDED}.sat?.f16|f64.{INTEGERS}", f"cvt.{ROUNDED}.bf16.{INTEGERS_16}", "cvt.rm|rp.ftz?.sat?.f16.f32",
+    "cvt.rn|rz.ftz.sat?.f16.f32", "cvt.rn|rz.sat.f16.f32", "cvt.rm|rp.ftz?.bf16.f32", "cvt.rn|rz.ftz.bf16.f32",
+    f"cvt.{ROUNDED}.sat?.f16.f64", f"cvt.{ROUNDED}.bf16.f16|f64", f"cvt.{ROUNDED}.f16.bf16",
+    f"cvt.{ROUNDED}.ftz?.sat?.f32.f64", "cvt.ftz?.sat?.f32.f16", "cvt.ftz?.sat?.f64.f32", "cvt.sat?.f64.f16",
+    "cvt.ftz?.f32.bf16", "cvt.f64.bf16", f"cvt.{TO_INTEGRAL}?.ftz?.sat?.f32.f32", f"cvt.{TO_INTEGRAL}?.sat?.f64.f64",
+    f"cvt.{TO_INTEGRAL}?.sat?.f16.f16", f"cvt.{TO_INTEGRAL}?.bf16.bf16",
+]  # fmt: skip
+for pattern in PATTERNS:
+    by_lane(pattern, TO, [FROM], cvt, values=around_limits)
+
+
+@row(f"cvt.sat.{INTEGERS}.{INTEGERS}")
+@pytest.mark.parametrize("source", INTEGERS.split("|"))
+def test_saturating(source):
+    from forwardpass import interpreter
+
+    for to in INTEGERS.split("|"):
+        op = Opcode(f"cvt.sat.{to}.{source}")
+        a = around_limits(op, np.random.default_rng(seed_of(op)))[0]
+        arguments = f"{op} %d, %a;", dict(a=a), dict(d=np.dtype(DTYPES[to]))
+        (low, high), (least, most) = limits(to), limits(source)
+        if low <= least and most <= high:
+            with pytest.raises(interpreter.InterpreterFinding, match="has every number of the source"):
+                run(*arguments)
+        else:
+            assert np.array_equal(run(*arguments)["d"], cvt(op, a)), op
+
+
+@row(f"cvt.{INTEGERS}.{INTEGERS}", f"cvt.{TO_INTEGRAL}.ftz?.sat?.{INTEGERS}.f32")
+def test_wider_registers():
+    """A register may be wider than the type: the result fills it by its sign, and a source gives its lower bits."""
+    a = sample(["s64"], np.random.default_rng(0))[0]
+    x = sample(["f32"], np.random.default_rng(1))[0]
+    body = """cvt.s8.s64 %d, %a; cvt.u8.u64 %e, %a; cvt.s64.s8 %f, %a; cvt.rzi.s8.f32 %g, %x; cvt.rzi.u16.f32 %h, %x;
+    cvt.s16.u16 %i, %a;"""
+    i64, i32 = np.dtype(np.int64), np.dtype(np.int32)
+    result = run(body, dict(a=a, x=x), dict(d=i64, e=i64, f=i64, g=i32, h=i32, i=i64))
+    with np.errstate(invalid="ignore"):
+        whole = np.nan_to_num(np.trunc(x.astype(np.float64)), nan=0.0)
+    low8 = a.astype(np.int8)
+    expected = dict(d=low8, e=a.astype(np.uint8), f=low8, g=np.clip(whole, -128, 127), h=np.clip(whole, 0, 65535),
+                    i=a.astype(np.int16))  # fmt: skip
+    for name, e in expected.items():
+        assert np.array_equal(result[name], e.astype(result[name].dtype)), name
+
+
+# ---- f16, bf16, tf32, e4m3, e5m2 ----
+
+
+def narrow(op, name, column):
+    f = FORMATS[name]
+    mode = op.one_of("rn", "rz", "rna", default="rn")
+    made = [encode(x, f, mode, op.has("satfinite"), op.has("relu")) for x in column.astype(np.float64).tolist()]
+    return np.array(made, np.uint32)
+
+
+def interesting(name, rng, n=2048):
+    """fp32 numbers at, halfway between and just beside those of a format, and random ones."""
+    f = FORMATS[name]
+    codes = rng.integers(0, f.largest, n)
+    low, high = (np.array([value(c + k, f) for c in codes.tolist()], np.float64) for k in (0, 1))
+    at = ((low + high) / 2).astype(np.float32)
+    bits = at.view(np.uint32) + rng.integers(-1, 2, n).astype(np.uint32)
+    near = np.where(rng.random(n) < 0.2, low.astype(np.float32), bits.view(np.float32)) * rng.choice([-1, 1], n).astype(np.float32)
+    return np.concatenate([near, sample(["f32"], rng, 640)[0]]).astype(np.float32)
+
+
+def to_narrow(op, *columns):
+    name = op.type(TO).removesuffix("x2")
+    codes = [narrow(op, name, c) for c in columns]
+    if len(codes) == 2:
+        return codes[0] << (8 if name in ("e4m3", "e5m2") else 16) | codes[1]
+    if name == "tf32":
+        nan = np.isnan(columns[0])
+        return np.where(nan, np.uint32(0x7FFFFFFF), codes[0] << 13)
+    return codes[0]
+
+
+def narrow_values(count):
+    def values(op, rng):
+        a = interesting(op.type(TO).removesuffix("x2"), rng)
+        return [a, a[rng.permutation(len(a))]][:count]
+
+    return values
+
+
+for name in ("f16", "bf16"):
+    for modifier in ("relu?.satfinite?", "satfinite.relu"):
+        by_lane(f"cvt.rn|rz.{modifier}.{name}.f32", TO, ["f32"], to_narrow, values=narrow_values(1))
+        by_lane(f"cvt.rn|rz.{modifier}.{name}x2.f32", TO, ["f32", "f32"], to_narrow, values=narrow_values(2))
+by_lane("cvt.rna.satfinite?.tf32.f32", TO, ["f32"], to_narrow, values=narrow_values(1))
+by_lane("cvt.rn.relu?.tf32.f32", TO, ["f32"], to_narrow, values=narrow_values(1))
+by_lane("cvt.rz.relu?.tf32.f32", TO, ["f32"], to_narrow, values=narrow_values(1))
+
+
+def half_values(op, rng):
+    """All of f16, in both halves."""
+    codes = np.arange(65536, dtype=np.uint32)
+    return [codes | codes[::-1] << 16]
+
+
+def from_halves(op, a):
+    table = to_narrow(op, np.array([value(c, FORMATS["f16"]) for c in range(65536)]))
+    return table[a >> 16] << 8 | table[a & 0xFFFF]
+
+
+def from_8(op, a):
+    name = op.type(FROM).removesuffix("x2")
+
+    made = [encode(value(c, FORMATS[name]), FORMATS["f16"], relu=op.has("relu")) for c in range(256)]
+    table = np.array(made, np.uint32)
+    return table[a >> 8] << 16 | table[a & 0xFF]
+
+
+for name in ("e4m3x2", "e5m2x2"):
+    by_lane(f"cvt.rn.satfinite.relu?.{name}.f32", TO, ["f32", "f32"], to_narrow, values=narrow_values(2))
+    by_lane(f"cvt.rn.satfinite.relu?.{name}.f16x2", TO, [FROM], from_halves, values=half_values)
+    by_lane(f"cvt.rn.relu?.f16x2.{name}", TO, [FROM], from_8,
+            values=lambda op, rng: [np.arange(65536, dtype=np.uint16)])  # fmt: skip
+
+
+def test_e4m3_spot_values():
+    """Known by heart, not by the model: 448 is the largest, ties go to even, NaN is 0x7f, below 2^-10 is nothing."""
+    cases = {448.0: 0x7E, 1e9: 0x7E, -math.inf: 0xFE, 464.0: 0x7E, 1.0: 0x38, 1.0625: 0x38, 1.1875: 0x3A, 2**-9: 0x01,
+             2**-10: 0x00, 1.5 * 2**-10: 0x01, -0.0: 0x80, math.nan: 0x7F}  # fmt: skip
+    a = np.array(list(cases) + [0.0] * (32 - len(cases)), np.float32)
+    d = run("cvt.rn.satfinite.e4m3x2.f32 %d, %a, 0f00000000;", dict(a=a), dict(d=np.dtype(np.uint16)))["d"] >> 8
+    assert d[: len(cases)].tolist() == list(cases.values())
+
+
+# ---- cvt.pack ----
+
+
+def pack(op, a, b, c=None):
+    low, high = limits(op.type(3))
+    n = int(op.type(3)[1:])
+    mask = 2**n - 1
+    d = (np.clip(a, low, high).astype(np.int64) & mask) << n | np.clip(b, low, high).astype(np.int64) & mask
+    if c is not None:
+        d |= c.astype(np.int64) << 2 * n
+    return (d & 0xFFFFFFFF).astype(np.uint32)
+
+
+by_lane("cvt.pack.sat.u16|s16.s32", "u32", ["s32", "s32"], pack)
+by_lane("cvt.pack.sat.u8|s8|u4|s4|u2|s2.s32.b32", "u32", ["s32", "s32", "b32"], pack)

@@ -1,0 +1,279 @@
+"""fp32, fp64, f16 and bf16: arithmetic, signs, minima, approximations, comparison and selection.
+
+Results of one rounding are compared with exact rational arithmetic (floats.py), bit for bit.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from floats import FORMATS, compute, encode, flush, map_codes, value
+from rows import DTYPES, F16_EDGES, Opcode, by_lane, random_values, row, run, sample, seed_of, spellings
+
+pytestmark = pytest.mark.interpreted
+
+T = -1
+ROUNDINGS = ("rn", "rz", "rm", "rp")
+CODES = {"f32": np.uint32, "f64": np.uint64, "f16": np.uint16, "bf16": np.uint16}
+
+
+def one(type):  # f16x2 -> f16
+    return type.removesuffix("x2")
+
+
+def by_code(function, type=T):
+    """A model from a function (op, format, *codes) -> code, for one value to a register or two."""
+
+    def model(op, *columns):
+        name = op.type(type)
+        f = FORMATS[one(name)]
+        codes = CODES[one(name)]
+        if not name.endswith("x2"):
+            columns = [c.view(codes) for c in columns]
+            return map_codes(lambda *x: function(op, f, *x), *columns).astype(codes).view(DTYPES[name])
+        low = map_codes(lambda *x: function(op, f, *x), *(c & 0xFFFF for c in columns))
+        high = map_codes(lambda *x: function(op, f, *x), *(c >> 16 for c in columns))
+        return (low | high << np.uint64(16)).astype(np.uint32)
+
+    return model
+
+
+def modifiers(op):
+    return dict(mode=op.one_of(*ROUNDINGS, default="rn"), ftz=op.has("ftz"), sat=op.has("sat"), relu=op.has("relu"))
+
+
+def rounded(name):
+    return by_code(lambda op, f, *codes: compute(name, f, codes, **modifiers(op)))
+
+
+MODES = "rn|rz|rm|rp"
+for name, n in {"add": 2, "sub": 2, "mul": 2}.items():
+    by_lane(f"{name}.{MODES}?.ftz?.sat?.f32", T, [T] * n, rounded(name))
+    by_lane(f"{name}.{MODES}?.f64", T, [T] * n, rounded(name))
+    by_lane(f"{name}.rn?.ftz?.sat?.f16|f16x2", T, [T] * n, rounded(name))
+    by_lane(f"{name}.rn?.bf16|bf16x2", T, [T] * n, rounded(name))
+for name in ("fma", "mad"):
+    by_lane(f"{name}.{MODES}.ftz?.sat?.f32", T, [T] * 3, rounded("fma"))
+    by_lane(f"{name}.{MODES}.f64", T, [T] * 3, rounded("fma"))
+by_lane("fma.rn.ftz?.sat?.f16|f16x2", T, [T] * 3, rounded("fma"))
+by_lane("fma.rn.ftz?.relu.f16|f16x2", T, [T] * 3, rounded("fma"))
+by_lane("fma.rn.relu?.bf16|bf16x2", T, [T] * 3, rounded("fma"))
+for name, n in {"div": 2, "rcp": 1, "sqrt": 1}.items():
+    by_lane(f"{name}.{MODES}.ftz?.f32", T, [T] * n, rounded(name))
+    by_lane(f"{name}.{MODES}.f64", T, [T] * n, rounded(name))
+
+
+def out_of_bounds(op, f, a, b, c):
+    return 0 if 0xFFFF in (a, b) else compute("fma", f, (a, b, c), relu=op.has("relu"))
+
+
+def out_of_bounds_values(op, rng):
+    columns = sample([op.type()] * 3, rng)
+    for c in columns[:2]:
+        c[rng.random(len(c)) < 0.2] |= 0xFFFF
+    return columns
+
+
+by_lane("fma.rn.oob.relu?.f16|f16x2|bf16|bf16x2", T, [T] * 3, by_code(out_of_bounds), values=out_of_bounds_values)
+
+# ---- the hard cases of a fused multiply-add with 16-bit operands: a product halfway between two numbers, and a c that ----
+# ---- decides; also products that fp32 cannot hold                                                                    ----
+
+
+@row("fma.rn.relu?.bf16|bf16x2", "mul.rn?.bf16|bf16x2")
+@pytest.mark.parametrize("type", ["bf16", "f16"])
+def test_one_rounding(type):
+    f = FORMATS[type]
+    rng = np.random.default_rng(1)
+    a, b = (random_values(type, 4096, rng) for _ in range(2))
+    c = encode(1.0, f) ^ rng.integers(0, 2, 4096).astype(np.uint16) << 15  # of any size: from the least number up
+    c = np.where(rng.random(4096) < 0.7, rng.integers(0, 4, 4096).astype(np.uint16) | c & 0x8000, c)
+    a[:1024] = (a[:1024] & 0x807F) | encode(1.5, f) & 0x7F80
+    small = rng.random(4096) < 0.3
+    b = np.where(small, b & (0x87FF if type == "bf16" else 0x8BFF), b).astype(np.uint16)
+    body = f"fma.rn.{type} %d, %a, %b, %c; mul.rn.{type} %e, %a, %b;"
+    u16 = np.dtype(np.uint16)
+    result = run(body, dict(a=a, b=b, c=c.astype(np.uint16)), dict(d=u16, e=u16))
+    assert np.array_equal(result["d"], map_codes(lambda *x: compute("fma", f, x), a, b, c))
+    assert np.array_equal(result["e"], map_codes(lambda *x: compute("mul", f, x), a, b))
+
+
+# ---- signs, minima and maxima ----
+
+
+def sign_operation(op, f, a):
+    if op.has("ftz") and not math.isnan(value(a, f)):
+        a = encode(flush(value(a, f), f), f)
+    return a & ~f.sign() if op.parts[0] == "abs" else a ^ f.sign()
+
+
+def any_nan(op, result, expected, *values):
+    """Signs of NaN are left open."""
+    f = FORMATS[op.type()]
+    nan = np.array([math.isnan(value(v, f)) for v in values[0].view(CODES[op.type()]).tolist()])
+    return (result.view(CODES[op.type()]) == expected.view(CODES[op.type()])) | nan
+
+
+for name in ("abs", "neg"):
+    by_lane(f"{name}.ftz?.f32", T, [T], by_code(sign_operation), compare=any_nan)
+    by_lane(f"{name}.f64", T, [T], by_code(sign_operation))
+    by_lane(f"{name}.ftz?.f16|f16x2", T, [T], by_code(sign_operation))
+    by_lane(f"{name}.bf16|bf16x2", T, [T], by_code(sign_operation))
+
+
+def extreme(op, f, a, b):
+    x, y = value(a, f), value(b, f)
+    if op.has("ftz"):
+        x, y = (flush(v, f) for v in (x, y))
+    sign = (a ^ b) & f.sign()
+    if op.has("xorsign"):
+        x, y = abs(x), abs(y)
+    if math.isnan(x) and math.isnan(y) or op.has("NaN") and (math.isnan(x) or math.isnan(y)):
+        return f.nan
+    if math.isnan(x) or math.isnan(y):
+        d = y if math.isnan(x) else x
+    else:
+        d = (min if op.parts[0] == "min" else max)((x, y), key=lambda v: (v, math.copysign(1, v)))
+    return encode(d, f) | (sign if op.has("xorsign") else 0)
+
+
+for name in ("min", "max"):
+    by_lane(f"{name}.ftz?.NaN?.f32", T, [T, T], by_code(extreme))
+    by_lane(f"{name}.ftz?.NaN?.xorsign.abs.f32", T, [T, T], by_code(extreme))
+    by_lane(f"{name}.f64", T, [T, T], by_code(extreme))
+    by_lane(f"{name}.ftz?.NaN?.f16|f16x2", T, [T, T], by_code(extreme))
+    by_lane(f"{name}.ftz?.NaN?.xorsign.abs.f16|f16x2", T, [T, T], by_code(extreme))
+    by_lane(f"{name}.NaN?.bf16|bf16x2", T, [T, T], by_code(extreme))
+    by_lane(f"{name}.NaN?.xorsign.abs.bf16|bf16x2", T, [T, T], by_code(extreme))
+
+by_lane("copysign.f32|f64", T, [T, T], by_code(lambda op, f, a, b: a & f.sign() | b & ~f.sign()),
+        compare=lambda op, d, e, *_: d.view(CODES[op.type()]) == e.view(CODES[op.type()]))  # fmt: skip
+
+
+def has_property(op, a):
+    least = np.finfo(a.dtype).tiny
+    subnormal = (a != 0) & (np.abs(a) < least)
+    return {"finite": np.isfinite(a), "infinite": np.isinf(a), "number": ~np.isnan(a), "notanumber": np.isnan(a),
+            "normal": np.isfinite(a) & ~subnormal, "subnormal": subnormal}[op.type(1)]  # fmt: skip
+
+
+for name in ("finite", "infinite", "number", "notanumber", "normal", "subnormal"):
+    by_lane(f"testp.{name}.f32|f64", "pred", [T], has_property)
+
+# ---- approximations: exact to the final rounding without noise, within the ISA's bound with it ----
+
+# of each function: exact value, bound as (relative, absolute) of x and the exact value
+APPROXIMATE = {
+    "rcp": (lambda x: 1 / x, lambda x: (2**-23, 0)),
+    "sqrt": (np.sqrt, lambda x: (2**-23, 0)),
+    "rsqrt": (lambda x: 1 / np.sqrt(x), lambda x: (2**-22.9, 0)),
+    "sin": (np.sin, lambda x: (0, np.where(abs(x) <= 2 * np.pi, 2**-20.5, 2**-14.7))),
+    "cos": (np.cos, lambda x: (0, np.where(abs(x) <= 2 * np.pi, 2**-20.5, 2**-14.7))),
+    "lg2": (np.log2, lambda x: (np.where((x >= 0.5) & (x <= 2), 0, 2**-22), np.where((x >= 0.5) & (x <= 2), 2**-22.6, 0))),
+    "ex2": (np.exp2, lambda x: (2**-22.5, 0)),
+    "tanh": (np.tanh, lambda x: (2**-11, 0)),
+}
+BOUNDS_16 = {("ex2", "f16"): (2**-9.9, 0), ("ex2", "bf16"): (2**-7, 0), ("tanh", "f16"): (0, 2**-10.987),
+             ("tanh", "bf16"): (0, 2**-8)}  # fmt: skip
+PATTERNS = [
+    "rcp.approx.ftz?.f32", "sqrt.approx.ftz?.f32", "rsqrt.approx.ftz?.f32", "sin.approx.ftz?.f32", "cos.approx.ftz?.f32",
+    "lg2.approx.ftz?.f32", "ex2.approx.ftz?.f32", "tanh.approx.f32", "tanh.approx.f16|f16x2", "tanh.approx.bf16|bf16x2",
+    "ex2.approx.f16|f16x2", "ex2.approx.ftz.bf16|bf16x2",
+]  # fmt: skip
+
+
+def values_of(codes, f):
+    return np.array([value(c, f) for c in codes.tolist()])
+
+
+def assert_within(op, x, d, f, relative, absolute):
+    """d, numbers of format f, are the function of x within the bounds, beyond those of the format."""
+    function = APPROXIMATE[op.parts[0]][0]
+    with np.errstate(all="ignore"):
+        if op.has("ftz"):
+            x = np.array([flush(v, f) for v in x.tolist()])
+        y = function(x)
+        largest, least = value(f.largest, f), math.ldexp(1.0, 1 - f.bias)
+        margin = abs(y) * relative + absolute
+        # a subnormal result is rounded to its own steps, or flushed
+        step = math.ldexp(1.0, 1 - f.bias - f.mantissa)
+        margin = margin + np.where(abs(y) < least, step, 0)
+        flushed = op.has("ftz") & (d == 0) & (abs(y) <= least)
+        over = np.isinf(d) & (abs(y) * (1 + relative) > largest * (1 - 2.0 ** -(f.mantissa + 2)))
+        good = (abs(d - y) <= margin) | (d == y) | (np.isnan(d) & np.isnan(y)) | flushed
+        good |= over & (np.sign(d) == np.sign(y))
+    at = int(np.argmin(good))
+    assert np.all(good), f"{op} of {x[at]!r} gave {d[at]!r}, not {y[at]!r}"
+
+
+@row(*PATTERNS)
+@pytest.mark.parametrize("op", [Opcode(o) for p in PATTERNS for o in spellings(p)], ids=str)
+def test_approximate(op):
+    type = op.type()
+    f = FORMATS[one(type)]
+    rng = np.random.default_rng(seed_of(op))
+    if type == "f32":
+        a = np.concatenate([sample(["f32"], rng, 1024)[0], rng.uniform(-20, 20, 1024).astype(np.float32)])
+        relative, absolute = APPROXIMATE[op.parts[0]][1](a.astype(np.float64))
+    else:
+        a = np.arange(65536, dtype=np.uint16)
+        relative, absolute = BOUNDS_16[op.parts[0], one(type)]
+    held = (a.astype(np.uint32) | a.astype(np.uint32)[::-1] << 16) if type.endswith("x2") else a
+
+    def results(**options):
+        d = run(f"{op} %d, %a;", dict(a=held), dict(d=held.dtype), **options)["d"]
+        if type.endswith("x2"):
+            assert np.array_equal(d & 0xFFFF, d[::-1] >> 16)
+            d = (d & 0xFFFF).astype(np.uint16)
+        return d
+
+    x = a.astype(np.float64) if type == "f32" else values_of(a, f)
+
+    def numbers(d):
+        return d.astype(np.float64) if type == "f32" else values_of(d, f)
+
+    exact = results(approximate=False)
+    ulp = 2.0 ** -(f.mantissa + 1)
+    assert_within(op, x, numbers(exact), f, 1.01 * ulp, 2e-9 if op.parts[0] in ("lg2", "sin", "cos") else 0)
+    noisy = [results(approximate=True, seed=s) for s in (1, 2, 1)]
+    for d in noisy:
+        assert_within(op, x, numbers(d), f, relative, absolute)
+    same = [np.array_equal(n.view(np.uint8), noisy[0].view(np.uint8)) for n in noisy]
+    assert same == [True, False, True], "the error must follow from the seed"
+    assert not np.array_equal(exact.view(np.uint8), noisy[0].view(np.uint8))
+
+
+@row("div.full.ftz?.f32", "div.approx.ftz?.f32")
+@pytest.mark.parametrize("op", ["div.full.f32", "div.full.ftz.f32", "div.approx.f32", "div.approx.ftz.f32"])
+def test_divide(op):
+    op = Opcode(op)
+    rng = np.random.default_rng(seed_of(op))
+    a, b = sample(["f32", "f32"], rng, 4096)
+    noisy = [run(f"{op} %d, %a, %b;", dict(a=a, b=b), dict(d=a.dtype), approximate=s > 0, seed=s)["d"] for s in range(3)]
+    with np.errstate(all="ignore"):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        least = float(np.finfo(np.float32).tiny)
+        if op.has("ftz"):
+            x, y = (np.where(abs(v) < least, np.copysign(0, v), v) for v in (x, y))
+        q = x / y
+        huge = op.has("approx") & (abs(y) > 2.0**126) & np.isfinite(y)
+        q = np.where(huge, np.where(np.isfinite(x), np.copysign(0, q), np.nan), q)
+        for d in noisy:
+            d = d.astype(np.float64)
+            good = (abs(d - q) <= 2.0**-22 * abs(q) / 2) | (d == q) | np.isnan(d) & np.isnan(q)
+            good |= abs(q) < least * 1.001 if op.has("ftz") else (abs(q) < least) & (abs(d - q) <= 2.0**-149)
+            good |= np.isinf(d) & (abs(q) > 3.4e38) & (np.sign(d) == np.sign(q))
+            assert np.all(good), (op, a[np.argmin(good)], b[np.argmin(good)], d[np.argmin(good)])
+    assert not np.array_equal(noisy[1], noisy[2])
+
+
+def upper(x):
+    """fp64 without the lower half of its bits, and without subnormals."""
+    x = (x.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+    return np.where(abs(x) < np.finfo(np.float64).tiny, np.copysign(0, x), x)
+
+
+by_lane("rcp.approx.ftz.f64", T, [T], lambda op, a: upper(1 / upper(a)))
+by_lane("rsqrt.approx.ftz.f64", T, [T], lambda op, a: upper(1 / np.sqrt(upper(a))))
+by_lane("rsqrt.approx.f64", T, [T], lambda op, a: 1 / np.sqrt(a),
+        compare=lambda op, d, e, a: (abs(d - e) <= 2.0**-51 * abs(e)) | (d == e) | np.isnan(e) & np.isnan(d))  # fmt: skip
