@@ -135,7 +135,7 @@ const Row rows[] = {
     {"mma.sync.aligned.m16n8k16|m16n8k32.row.col.f32.e4m3|e5m2.e4m3|e5m2.f32", kSection, bind_mma},
     {"mma.sync.aligned.m16n8k16|m16n8k32.row.col.f16.e4m3|e5m2.e4m3|e5m2.f16", kSection, bind_mma},
     {"mma.sync.aligned.m8n8k16|m16n8k16|m16n8k32.row.col.satfinite?.s32.s8|u8.s8|u8.s32", kSection, bind_mma},
-    {"mma.sync.aligned.m8n8k4|m16n8k4|m16n8k8|m16n8k16.row.col.f64.f64.f64.f64", kSection, bind_mma_f64},
+    {"mma.sync.aligned.m8n8k4|m16n8k4|m16n8k8|m16n8k16.row.col.rn?.f64.f64.f64.f64", kSection, bind_mma_f64},
     {"mma.sync.aligned.m8n8k4.row|col.row|col.f16|f32.f16.f16.f16|f32", kSection, refuse<kVolta>},
     {"mma.sync.aligned.m8n8k32|m16n8k32|m16n8k64.row.col.satfinite?.s32.s4|u4.s4|u4.s32", kSection, refuse<kSubByte>},
     {"mma.sync.aligned.m8n8k128|m16n8k128|m16n8k256.row.col.s32.b1.b1.s32.xor|and.popc", kSection, refuse<kSubByte>},

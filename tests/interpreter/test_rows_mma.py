@@ -1,0 +1,170 @@
+"""mma.sync against matrices in numpy: every shape and type, exact where sums are exact, within the error of fp32 elsewhere."""
+
+import numpy as np
+import pytest
+import tensor_cores as tc
+from rows import row, run, seed_of, spellings
+
+import forwardpass as fp
+from forwardpass import interpreter
+
+pytestmark = pytest.mark.interpreted
+
+FLOATS = [
+    "mma.sync.aligned.m16n8k8|m16n8k16.row.col.f32.f16.f16.f32",
+    "mma.sync.aligned.m16n8k8|m16n8k16.row.col.f16.f16.f16.f16",
+    "mma.sync.aligned.m16n8k8|m16n8k16.row.col.f32.bf16.bf16.f32",
+    "mma.sync.aligned.m16n8k4|m16n8k8.row.col.f32.tf32.tf32.f32",
+    "mma.sync.aligned.m16n8k16|m16n8k32.row.col.f32.e4m3|e5m2.e4m3|e5m2.f32",
+    "mma.sync.aligned.m16n8k16|m16n8k32.row.col.f16.e4m3|e5m2.e4m3|e5m2.f16",
+    "mma.sync.aligned.m8n8k4|m16n8k4|m16n8k8|m16n8k16.row.col.rn?.f64.f64.f64.f64",
+]
+INTEGERS = ["mma.sync.aligned.m8n8k16|m16n8k16|m16n8k32.row.col.satfinite?.s32.s8|u8.s8|u8.s32"]
+REFUSED = [
+    "mma.sync.aligned.m8n8k4.row|col.row|col.f16|f32.f16.f16.f16|f32",
+    "mma.sync.aligned.m8n8k32|m16n8k32|m16n8k64.row.col.satfinite?.s32.s4|u4.s4|u4.s32",
+    "mma.sync.aligned.m8n8k128|m16n8k128|m16n8k256.row.col.s32.b1.b1.s32.xor|and.popc",
+    "mma.sp|sp::ordered_metadata.sync.aligned.m16n8k8|m16n8k16|m16n8k32|m16n8k64|m16n8k128.row.col.satfinite?."
+    "f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|f32|s32",
+]
+
+
+def shape_of(op):
+    m, rest = op.split(".")[3][1:].split("n")
+    n, k = rest.split("k")
+    return int(m), int(n), int(k)
+
+
+def mma(op, a, b, c, **options):
+    """The bits of D for warps of matrices of bits: a [warps][m][k] and so on."""
+    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    m, n, k = shape_of(op)
+    per_lane = {"a": m * k // 32, "b": k * n // 32, "c": m * n // 32}
+
+    def element(name):
+        if name == "a":
+            return lambda g, t, i: tc.a_element(m, k, a_type, g, t, i)
+        return (lambda g, t, i: tc.b_element(k, b_type, g, t, i)) if name == "b" else tc.c_element
+
+    inputs, lists = {}, {}
+    for name, type, matrices in (("a", a_type, a), ("b", b_type, b), ("c", d_type, c)):
+        registers = np.stack([tc.fragments(x, type, element(name), per_lane[name]) for x in matrices])
+        for r in range(registers.shape[1]):
+            inputs[f"{name}{r}"] = np.ascontiguousarray(registers[:, r].reshape(-1))
+        lists[name] = "{" + ", ".join(f"%{name}{r}" for r in range(registers.shape[1])) + "}"
+    outputs = {x.replace("c", "d"): t.dtype for x, t in inputs.items() if x[0] == "c"}
+    d = "{" + ", ".join(f"%{x}" for x in outputs) + "}"
+    got = run(f"{op} {d}, {lists['a']}, {lists['b']}, {lists['c']};", inputs, outputs, **options)
+    registers = np.stack([v.reshape(-1, 32) for v in got.values()], axis=1)
+    return np.stack([tc.matrix_of(x, d_type, tc.c_element, (m, n)) for x in registers])
+
+
+def operands(op, exact, warps=4):
+    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    m, n, k = shape_of(op)
+    rng = np.random.default_rng(seed_of(op))
+    a = [tc.encode(tc.random_matrix(rng, (m, k), a_type, exact), a_type) for _ in range(warps)]
+    b = [tc.encode(tc.random_matrix(rng, (k, n), b_type, exact), b_type) for _ in range(warps)]
+    c = [tc.encode(tc.random_matrix(rng, (m, n), d_type, exact), d_type) for _ in range(warps)]
+    if a_type == "tf32":  # bits that must not matter
+        a = [x | rng.integers(0, 1 << 13, x.shape, dtype=np.uint32) for x in a]
+    return a, b, c
+
+
+@row(*FLOATS)
+@pytest.mark.parametrize("op", [op for p in FLOATS for op in spellings(p)])
+def test_floats(op):
+    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    for exact in True, False:
+        a, b, c = operands(op, exact)
+        for got, x, y, z in zip(mma(op, a, b, c), a, b, c):
+            x, y, z = tc.decode(x, a_type), tc.decode(y, b_type), tc.decode(z, d_type)
+            if exact:
+                assert np.array_equal(got, tc.product(x, y, z, d_type))
+            else:
+                error = np.abs(tc.decode(got, d_type) - (x @ y + z))
+                bound = tc.error_bound(x, y, z, d_type) * (2.0**-29 if d_type == "f64" else 1)
+                assert (error <= bound).all(), (error / bound).max()
+
+
+@row(*INTEGERS)
+@pytest.mark.parametrize("op", spellings(INTEGERS[0]))
+def test_integers(op):
+    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    a, b, c = operands(op, exact=True)
+    m, n, k = shape_of(op)
+    # the largest and smallest sums that there are, on accumulators that they overflow
+    extreme = [("s8", -128), ("u8", 255)]
+    a.append(np.full((m, k), dict(extreme)[a_type]).astype(tc.INTEGERS[a_type]).view(np.uint8))
+    b.append(np.full((k, n), dict(extreme)[b_type]).astype(tc.INTEGERS[b_type]).view(np.uint8))
+    c.append(np.full((m, n), 2**31 - 5 if a_type == b_type else -(2**31) + 5).astype(np.int32).view(np.uint32))
+    for got, x, y, z in zip(mma(op, a, b, c, threads=32), a, b, c):
+        x, y, z = tc.decode(x, a_type), tc.decode(y, b_type), tc.decode(z, d_type)
+        assert np.array_equal(got, tc.product(x, y, z, d_type, "satfinite" in op))
+
+
+def test_nan_and_infinity():
+    op = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    a, b, c = operands(op, exact=True, warps=4)
+    a[0][3, 5], a[1][3, 5], b[1][5, :] = 0x7E00, 0x7C00, 0x3C00  # NaN; infinity times one
+    c[2][4, 4] = 0xFF800000
+    got = [tc.decode(x, "f32") for x in mma(op, a, b, c)]
+    assert np.isnan(got[0][3]).all() and np.isfinite(np.delete(got[0], 3, 0)).all()
+    assert (got[1][3] == np.inf).all() and got[2][4, 4] == -np.inf and np.isfinite(got[3]).all()
+
+
+def test_subnormal_elements_count():
+    for op, type in (("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "f16"),
+                     ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e5m2.f32", "e4m3"),
+                     ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "bf16")):  # fmt: skip
+        a, b, c = operands(op, exact=True)
+        rng = np.random.default_rng(1)
+        width = 8 * tc.BYTES[type]
+        a = [(rng.integers(0, 8, x.shape) | rng.integers(0, 2, x.shape) << width - 1).astype(x.dtype) for x in a]
+        c = [np.zeros_like(x) for x in c]
+        _, a_type, b_type, _ = op.split(".")[-4:]
+        for got, x, y in zip(mma(op, a, b, c), a, b):
+            expected = tc.decode(x, a_type) @ tc.decode(y, b_type)
+            assert np.array_equal(tc.decode(got, "f32"), expected) and np.abs(expected).any()
+
+
+def launch_error(body, arch="sm_90a", threads=32):
+    text = f""".version 8.7
+.target {arch}
+.address_size 64
+.visible .entry k()
+{{
+  .reg .b32 %r<40>; .reg .f32 %f<8>; .reg .b16 %h<8>; .reg .b64 %d<8>; .reg .pred %p;
+  {body}
+  ret;
+}}
+"""
+    with pytest.raises(interpreter.InterpreterFinding) as found, fp.interpret(arch):
+        interpreter.Module(text)["k"].launch(1, threads, [])
+    return found.value
+
+
+@row(*REFUSED)
+def test_refused():
+    rest = "{%r0}, {%r1}, {%r2}, {%r3};"
+    for op, why in (
+        ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32", "m16n8k16"),
+        ("mma.sync.aligned.m8n8k32.row.col.s32.s4.u4.s32", "4-bit"),
+        ("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.xor.popc", "1-bit"),
+        ("mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32", "sparse"),
+    ):
+        error = launch_error(f"{op} {rest}")
+        assert error.kind == "unsupported" and why in error.message and op in error.message
+    fp8 = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"
+    registers = "{%f0, %f1, %f2, %f3}, {%r0, %r1, %r2, %r3}, {%r4, %r5}, {%f0, %f1, %f2, %f3};"
+    error = launch_error(f"{fp8} {registers}", arch="sm_80")
+    assert error.kind == "unsupported" and "sm_89" in error.message and "sm_80" in error.message
+    error = launch_error(f"{fp8} {registers.replace(', %r3', '')}")
+    assert "has 3 registers" in error.message and "needs 4" in error.message
+
+
+def test_part_of_a_warp():
+    registers = "{%f0, %f1, %f2, %f3}, {%r0, %r1}, {%r2}, {%f0, %f1, %f2, %f3};"
+    op = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+    error = launch_error(f"mov.u32 %r9, %tid.x; setp.lt.u32 %p, %r9, 20; @%p {op} {registers}")
+    assert error.kind == "barrier" and "20 are here" in error.message
