@@ -22,10 +22,10 @@ from triton.runtime import _allocation
 from triton.runtime.driver import driver as active
 
 from .. import backend
-from . import tensor_map
 from .device import Device, current
 from .guard import Guard
 from .module import Kernel, Module
+from .tensor_map import encode
 
 #: what Triton asks of a device before it launches: shared memory a block, multiprocessors
 PROPERTIES = {"sm_80": (163 << 10, 108), "sm_89": (99 << 10, 142), "sm_90a": (227 << 10, 132)}
@@ -226,7 +226,7 @@ class Launcher:
                 shape[-1] *= 2
             # Triton's numbers are the device's: the FTZ float32 has 8 there, and 10 in CUtensorMapDataType.
             data_type = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
-            yield tensor_map.encode(
+            yield encode(
                 base.data_ptr(), 11 if getattr(d, "round_f32_to_tf32", False) else data_type, shape,
                 [n * meta["elem_size"] for n in strides], meta["block_size"], meta["swizzle"], int(d.padding == "nan"),
             )  # fmt: skip
