@@ -224,9 +224,16 @@ def test_what_launches_refuse(words):
             kernel.launch((1, 1, 1, 1), 32, [x, y, 0])
         with pytest.raises(RuntimeError, match="CUDA error 9"):
             kernel.launch(1, 2048, [x, y, 0])
-    with pytest.raises(fp.InterpreterFinding) as e:
-        Module(".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k() { bogus.u32 1; }")
-    assert e.value.kind == "unsupported"
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("bogus.u32 1;", "bogus.u32 is not known"), ("ld.param.u32 %r1, [no_such];", "no_such"), ("} ret;", "does not parse")],
+)
+def test_ptx_that_is_not_known_is_named(body, words):
+    ptx = f".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k() {{ .reg .b32 %r<2>;\n{body} }}"
+    with fp.interpret("sm_80"), pytest.raises(fp.InterpreterFinding, match=words) as e:
+        Module(ptx)["k"].launch(1, 32, [])
+    assert (e.value.kind, e.value.ptx_line) == ("unsupported", 5)
 
 
 def test_a_module_of_its_own_device(words):
@@ -296,7 +303,8 @@ def test_compiled_calls_are_interpreted_or_refused():
     with fp.interpret("sm_80") as device, fp.use_backend("cuda"):
         expected = f(X)
         launches = device.counters["launches"]
+        with pytest.raises(Exception, match="cannot be interpreted within a graph"):
+            torch.compile(f, backend="eager", fullgraph=True)(X)
+        torch.compiler.reset()
         assert torch.equal(torch.compile(f, backend="eager")(X), expected)
         assert device.counters["launches"] == launches + 1
-        with pytest.raises(Exception, match="interpret"):
-            torch.compile(f, backend="eager", fullgraph=True)(X)

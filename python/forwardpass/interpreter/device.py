@@ -41,6 +41,7 @@ class Device:
         self.counters = dict.fromkeys(core.COUNTERS, 0)
         self.findings: list[InterpreterFinding] = []
         self._options = options
+        self._why_not = {"cuda": _why_not_cuda(), "triton": _why_not_triton()}
         self._registered: list[tuple[Tensor, str]] = []
 
     def __repr__(self) -> str:
@@ -52,15 +53,7 @@ class Device:
 
     def why_not(self, name: str) -> Reason | None:
         """None where the kernels of backend "cuda" or "triton" can be interpreted, else the reason."""
-        if name == "cuda" and not core.KERNELS.exists():
-            why = library.build_info.get("cuda_skipped") or f"there is no {core.KERNELS.name}"
-            return Reason("not_built", f"built without CUDA kernels: {why}",
-                          "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")  # fmt: skip
-        if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-            return Reason(
-                "triton_interpret", "TRITON_INTERPRET gives the kernels to Triton's own interpreter", "unset it"
-            )
-        return None
+        return self._why_not[name]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Scope]:
@@ -128,6 +121,20 @@ class Device:
                 torch.ops.forwardpass._set_storage_hook(0)
             self.finish(guard, operation.name)
             return result
+
+
+def _why_not_cuda() -> Reason | None:
+    if core.KERNELS.exists():
+        return None
+    why = library.build_info.get("cuda_skipped") or f"there is no {core.KERNELS.name}"
+    return Reason("not_built", f"built without CUDA kernels: {why}",
+                  "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")  # fmt: skip
+
+
+def _why_not_triton() -> Reason | None:
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return None
+    return Reason("triton_interpret", "TRITON_INTERPRET gives the kernels to Triton's own interpreter", "unset it")
 
 
 def _install(device: Device | None) -> None:

@@ -22,28 +22,29 @@ from triton.runtime import _allocation
 from triton.runtime.driver import driver as active
 
 from .. import backend
-from .tensor_map import encode
 from .device import Device, current
 from .guard import Guard
 from .module import Kernel, Module
+from .tensor_map import encode
 
 #: what Triton asks of a device before it launches: shared memory a block, multiprocessors
 PROPERTIES = {"sm_80": (163 << 10, 108), "sm_89": (99 << 10, 142), "sm_90a": (227 << 10, 132)}
 
 
 class PtxCompiler(CUDABackend):
-    """NVIDIA's, without ptxas."""
+    """NVIDIA's, without ptxas: what is launched is the PTX."""
 
     def __init__(self, target: GPUTarget):
         super().__init__(target)
-        self.binary_ext = "ptx"
+        self.binary_ext = "interpreted"
 
     def add_stages(self, stages: dict[str, Any], *args: Any) -> None:
         super().add_stages(stages, *args)
         del stages["cubin"]
+        stages[self.binary_ext] = lambda ptx, metadata: ptx.encode()
 
     def hash(self) -> str:
-        return f"ptx-{super().hash()}"  # a key of Triton's cache on disk: the other compiler's entries have a cubin
+        return f"interpreted-{super().hash()}"  # part of the key of Triton's cache on disk
 
 
 def _compiler(target: GPUTarget) -> CUDABackend:
