@@ -179,8 +179,9 @@ class Launcher:
                 values: list[bytes] = []
                 for type_, name, v in given:
                     values += self._values(type_, v, tensors.get(name), descriptors)
+                buffers = []  # alive until the launch is over
                 for name in ("global", "profile")[: len(kernel.parameters) - len(values)]:
-                    buffer = self._scratch(name, x * y * z * m.num_ctas, stream)
+                    buffers.append(buffer := self._scratch(name, x * y * z * m.num_ctas, stream))
                     if isinstance(buffer, Tensor):
                         scope.add_tensor(buffer, f"{name} scratch of {kernel.name}")
                     values.append(_pointer(buffer))
