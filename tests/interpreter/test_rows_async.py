@@ -284,6 +284,32 @@ def test_cp_async_mbarrier_arrive(noinc, seed):
     assert wrong.kind in ("in_flight", "race", "uninitialised", "deadlock")
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_cp_async_waited_for_after_its_mbarrier_arrived(seed):
+    # The mbarrier may have taken the copies in before the thread waits for them itself.
+    body = INIT.format(count=32) + """
+    shl.b32 %r1, %t, 2;
+    cvt.u64.u32 %rd1, %r1;
+    add.u64 %rd0, %a0, %rd1;
+    add.u64 %rd2, %a1, %rd1;
+    add.u32 %r0, %s, %r1;
+    cp.async.ca.shared.global [%r0+64], [%rd0], 4;
+    cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%s];
+    mov.u32 %r5, 0;
+    linger:
+    add.u32 %r5, %r5, 1;
+    setp.lt.u32 %p1, %r5, 300;
+    @%p1 bra linger;
+    {wait}
+    ld.shared.b32 %r3, [%r0+64];
+    st.global.b32 [%rd2], %r3;
+    """
+    x, y = integers(32), torch.zeros(32, dtype=torch.int32)
+    run(body.replace("{wait}", "cp.async.wait_all;"), x, y, seed=seed)
+    assert torch.equal(x, y)
+    assert finding(body.replace("{wait}", ""), x, y, seed=seed).kind == "in_flight"
+
+
 def test_mbarrier_states():
     # One thread, a count of 3 for two arrivals of 1 and 2: pending counts, and what tests say of each phase.
     y = torch.zeros(16, dtype=torch.int32)

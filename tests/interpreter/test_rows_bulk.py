@@ -162,6 +162,47 @@ def test_bulk_load_is_in_flight(late, seed):
     assert finding(wrong, integers(4), y, seed=seed).kind in ("in_flight", "mbarrier")
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mbarrier_of_a_bulk_load_must_be_initialised_before(seed):
+    body = """
+    setp.eq.u32 %p0, %t, 0;
+    setp.eq.u32 %p1, %t, 32;
+    @%p0 mbarrier.init.shared::cta.b64 [%s], 1;
+    @%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%s+64], [%a0], 16, [%s];
+    """
+    assert finding(body, integers(4), block=64, seed=seed).kind in ("race", "mbarrier")
+
+
+def test_bulk_loads_that_share_an_agent():
+    # Sixteen are under way, one more than there are agents. Warp 0 waits for the last, and reads the first once warp 1 has
+    # waited for it and said so in a way that orders nothing. That goes unnoticed only where the first came before the last.
+    bulk = "@%p0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes"
+    wait = "{label}:\nmbarrier.try_wait.parity{semantics}.shared::cta.b64 %p1, [%s+{at}], 0;\n@!%p1 bra {label};\n"
+    body = "\n".join(
+        [
+            "setp.eq.u32 %p0, %t, 0;",
+            *[f"@%p0 mbarrier.init.shared::cta.b64 [%s+{8 * i}], 1;" for i in range(17)],
+            "bar.sync 0;",
+            *[f"@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%s+{8 * i}], 16;" for i in range(16)],
+            *[f"{bulk} [%s+{256 + 16 * i}], [%a0], 16, [%s+{8 * i}];" for i in range(16)],
+            "setp.ge.u32 %p2, %t, 32;\n@%p2 bra second;",
+            wait.format(label="last", semantics="", at=120),
+            wait.format(label="word", semantics=".relaxed.cta", at=128),
+            "@%p0 ld.shared.b32 %r1, [%s+256];\nret;\nsecond:",
+            wait.format(label="first", semantics="", at=0),
+            "setp.eq.u32 %p3, %t, 32;\n@%p3 mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%s+128];",
+        ]
+    )
+    found = 0
+    for seed in range(20):
+        try:
+            run(body, integers(4), block=64, seed=seed)
+        except interpreter.InterpreterFinding as f:
+            assert f.kind == "in_flight", f
+            found += 1
+    assert found >= 4, "chance finds half of them"
+
+
 BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 

@@ -60,12 +60,11 @@ inline Actor acting(const Pending& p, Actor actor) {
   return actor;
 }
 
-// What waiting for an operation teaches: its own accesses up to then, and nothing of what its issuer knew. What the
-// async proxy did needs no proxy fence.
-inline Knowledge learnt(int agent, Clock time, Proxy proxy) {
+// What waiting for an operation teaches: its own accesses up to then, and nothing of what its issuer knew. Those of the
+// async proxy need no proxy fence, which the shadow knows.
+inline Knowledge learnt(int agent, Clock time) {
   Knowledge k;
   k.seen.at[agent] = time;
-  if (proxy == Proxy::async) k.proxied.at[agent] = time;
   return k;
 }
 

@@ -65,7 +65,7 @@ struct Transfer : Pending {
     const Clock time = completion_time(cta, agent);
     if (checked(cta)) cta.shadow.land(acting(*this, cta.async_actor(agent)), shared, bytes);
     MBarrier& b = mbarrier_at(cta, mbarrier);
-    b.gathering.join(learnt(agent, time, Proxy::async));
+    b.gathering.join(learnt(agent, time));
     b.complete_transactions(cta, bytes);
   }
 
@@ -231,7 +231,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
     } else {
       w.cta->complete(*e.store);
     }
-    w.knowledge.join(learnt(e.store->agent, e.store->read_time, Proxy::async));
+    w.knowledge.join(learnt(e.store->agent, e.store->read_time));
     return e.store->done;  // one that is only read may be waited for again
   };
   entries.erase(std::remove_if(entries.begin(), entries.end(), over), entries.end());

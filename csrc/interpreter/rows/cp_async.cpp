@@ -187,7 +187,7 @@ struct Arrival final : Pending {
 
   void complete(Cta& cta) override {
     CpAsync& state = *cta.warps[warp].cp_async;
-    const Knowledge own = learnt(agent, completion_time(cta, agent), Proxy::generic);
+    const Knowledge own = learnt(agent, completion_time(cta, agent));
     for (const auto& c : copies) {
       if (const Mask landing = c->in_flight & lanes) c->land(cta, cta.async_actor(agent, Proxy::generic), landing);
     }

@@ -198,7 +198,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   }
   for (size_t g = 0; g < done; ++g) {
     for (const auto& [agent, now] : state.groups[g].agents) {
-      w.knowledge.join(learnt(agent, now, Proxy::async));
+      w.knowledge.join(learnt(agent, now));
     }
   }
   state.groups.erase(state.groups.begin(), state.groups.begin() + done);
