@@ -5,11 +5,10 @@ import torch
 
 import forwardpass as fp
 from forwardpass import dequant_activation, int8_gemm, int8_linear
-from forwardpass.activations import element_bound, is_gated, separate_gate_up
 from forwardpass.dequant_activation import cases as dequant_cases
 from forwardpass.int8_gemm import cases as gemm_cases
 from forwardpass.int8_linear import cases as linear_cases
-from forwardpass.testing import assert_close, assert_equal, assert_quantized_close, poisoned_outputs
+from forwardpass.testing import poisoned_outputs
 
 OPS = {
     "dequant_activation": (dequant_activation.reference.dequant_activation, list(dequant_cases.cases())),
@@ -17,39 +16,14 @@ OPS = {
     "int8_linear": (int8_linear.reference.int8_linear, list(linear_cases.cases())),
 }
 ALL = [pytest.param(op, case, id=f"{op}-{case}") for op, (_, cases) in OPS.items() for case in cases]
-ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-def options(case):
-    """(activation, out_dtype) of any of the three ops' cases."""
-    e = getattr(case, "epilogue", case)
-    return e.activation, e.out_dtype
 
 
 @pytest.mark.parametrize(("op", "case"), ALL)
 def test_cpu_against_reference(op, case, seed):
-    reference, args = OPS[op][0], case.arguments(seed=seed)
-    names = fp.backend.operations[op].parameters
+    args = case.arguments(seed=seed)
     with poisoned_outputs():
         got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)
-    expected = reference(*args)
-    activation, out_dtype = options(case)
-    if activation in (None, "relu"):
-        return assert_equal(got, expected)
-    assert got.stride() == expected.stride()
-    # the fp32 values before the activation are equal bit for bit, so only the activation and the last rounding are off
-    named = dict(zip(names, args)) | {"activation": None, "out_dtype": torch.float32}
-    if "out_scale" in named:
-        named["out_scale"] = None
-    y = reference(*named.values())
-    gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
-    exact = reference(*(named | {"activation": activation, "out_dtype": torch.float64}).values())
-    bound = element_bound(activation, gate, up)
-    if out_dtype in ULP:
-        least = {torch.float16: 2.0**-25}.get(out_dtype, 0.0)
-        return assert_close(got, exact, bound * (1 + ULP[out_dtype]) + ULP[out_dtype] * exact.abs() + least)
-    out_scale = dict(zip(names, args))["out_scale"]
-    assert_quantized_close(got, exact, bound + 2.0**-23 * exact.abs(), out_scale)
+    dequant_cases.assert_epilogue_matches(got, OPS[op][0], args)
 
 
 def test_int8_gemm_by_hand():

@@ -327,7 +327,9 @@ class Operation:
 
 def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
     if torch.compiler.is_compiling():  # a graph would have the kernel and not what is around it
-        raise RuntimeError(f"{operation.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile")
+        raise RuntimeError(
+            f"{operation.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
+        )
     assert _choice.interpreter  # else no GPU kernel takes CPU tensors
     return _choice.interpreter.call(operation, run, args)
 

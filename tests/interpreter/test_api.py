@@ -73,7 +73,13 @@ def test_a_finding_has_its_place_and_the_way_to_repeat_it(words):
         copy(x, y, shift=1)
     found = e.value
     assert device.findings == [found]
-    assert (found.kind, found.kernel, found.block, found.warp, found.lane) == ("out_of_bounds", "copy", (0, 0, 0), 0, 31)
+    assert (found.kind, found.kernel, found.block, found.warp, found.lane) == (
+        "out_of_bounds",
+        "copy",
+        (0, 0, 0),
+        0,
+        31,
+    )
     assert (found.arch, found.seed) == ("sm_89", 7)
     assert found.address == x.data_ptr() + 32 * 4
     assert "ld.global.u32" in found.instruction
@@ -225,9 +231,14 @@ def test_what_launches_refuse(words):
         with pytest.raises(RuntimeError, match="CUDA error 9"):
             kernel.launch(1, 2048, [x, y, 0])
 
+
 @pytest.mark.parametrize(
     ("body", "words"),
-    [("bogus.u32 1;", "bogus.u32 is not known"), ("ld.param.u32 %r1, [no_such];", "no_such"), ("} ret;", "does not parse")],
+    [
+        ("bogus.u32 1;", "bogus.u32 is not known"),
+        ("ld.param.u32 %r1, [no_such];", "no_such"),
+        ("} ret;", "does not parse"),
+    ],
 )
 def test_ptx_that_is_not_known_is_named(body, words):
     ptx = f".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k() {{ .reg .b32 %r<2>;\n{body} }}"

@@ -14,16 +14,13 @@ from forwardpass.testing import poisoned_outputs
 pytestmark = pytest.mark.interpreted
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
-CASES = [
-    (name, module, case)
-    for name, module in (
-        ("activation_quantize", activation_quantize),
-        ("dequant_activation", dequant_activation),
-        ("norm_quantize", norm_quantize),
-        ("quantize", quantize),
-    )
-    for case in module.cases()
-]
+MODULES = {
+    "activation_quantize": activation_quantize,
+    "dequant_activation": dequant_activation,
+    "norm_quantize": norm_quantize,
+    "quantize": quantize,
+}
+CASES = [(name, case) for name, module in MODULES.items() for case in module.cases()]
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +34,13 @@ def poisoned():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "module", "case"), CASES, ids=lambda v: "" if v in ("",) else str(v))
-def test_kernel(name, module, case, implementation, arch, seed):
+@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def test_kernel(name, case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     operation = backend.operations[getattr(case, "op", name)]
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
-        module.assert_matches(operation(*args), args)
+        MODULES[name].assert_matches(operation(*args), args)
     assert device.findings == []
     assert (device.counters["launches"] > 0) == (args[0].numel() > 0)

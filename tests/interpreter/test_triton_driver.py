@@ -117,7 +117,10 @@ def test_do_bench_measures_the_interpreter(x):
 
 
 def test_a_finding_is_raised_at_the_launch_with_its_argument_and_line(x):
-    with fp.interpret("sm_80", seed=3) as device, pytest.raises(fp.InterpreterFinding, match="argument x_ptr of add") as e:
+    with (
+        fp.interpret("sm_80", seed=3) as device,
+        pytest.raises(fp.InterpreterFinding, match="argument x_ptr of add") as e,
+    ):
         add[(1,)](x, x.clone(), torch.empty(128), 101, BLOCK=128)
     assert e.value.kind == "out_of_bounds"
     assert device.findings == [e.value]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..activations import GATED, PLAIN, is_gated
+from ..activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
 from ..quantized_rows import E4M3, FLOATS
-from ..testing import apart, pairwise
+from ..testing import apart, assert_close, assert_equal, assert_quantized_close, pairwise
+from . import reference
+
+ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,32 @@ class Case:
         for d in self.shape:
             n *= d
         return 4 * n + n * self.epilogue.out_dtype.itemsize // (2 if is_gated(self.epilogue.activation) else 1)
+
+
+def assert_epilogue_matches(got: Tensor, specification: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+    """Bit for bit without an activation and behind relu; behind another one within that one's bound and a rounding."""
+    args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
+    expected = specification(*args)
+    named = dict(zip(inspect.signature(specification).parameters, args))
+    activation, out_dtype = named["activation"], named["out_dtype"]
+    if activation in (None, "relu"):
+        return assert_equal(got, expected)
+    assert got.stride() == expected.stride()
+    # the fp32 values before the activation are equal bit for bit, so only the activation and the last rounding are off
+    plain = named | {"activation": None, "out_dtype": torch.float32} | ({"out_scale": None} if "out_scale" in named else {})
+    y = specification(*plain.values())
+    gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
+    exact = specification(*(plain | {"activation": activation, "out_dtype": torch.float64}).values())
+    bound = element_bound(activation, gate, up)
+    if out_dtype in ULP:
+        least = {torch.float16: 2.0**-25}.get(out_dtype, 0.0)
+        return assert_close(got, exact, bound * (1 + ULP[out_dtype]) + ULP[out_dtype] * exact.abs() + least)
+    assert_quantized_close(got, exact, bound + 2.0**-23 * exact.abs(), named["out_scale"])
+
+
+def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
+    """got is what every backend returns for args."""
+    assert_epilogue_matches(got, reference.dequant_activation, args)
 
 
 def cases() -> Iterator[Case]:
