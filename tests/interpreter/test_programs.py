@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import forwardpass
+
 interpreter = pytest.importorskip("forwardpass.interpreter")
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
@@ -51,6 +53,20 @@ def test_features(programs, architecture):
     assert done.stdout.index("block 0") < done.stdout.index("printf: PASS")  # out by the time of the synchronisation
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["runtime", "occupancy"])
+def test_verdicts(programs, name, architecture):
+    done = execute(programs[name], architecture=architecture)
+    assert done.returncode == 0 and done.stdout.endswith("\nPASS\n"), done.stdout + done.stderr
+
+
+def test_printf_is_that_of_the_host(programs):
+    host, device = execute(programs["printing"]), execute(programs["printing"], "device")
+    assert host.returncode == device.returncode == 0, host.stderr + device.stderr
+    assert host.stdout.count("\n") > 8
+    assert device.stdout == host.stdout
+
+
 def test_a_failed_assert_is_an_error_of_the_program(programs):
     done = execute(programs["features"], "assert")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,6 +84,26 @@ def test_a_finding_is_the_exit_code(programs, architecture):
     assert "// HAZARD" in source[int(found[1]) - 1]
     assert re.search("race|uninitialised", done.stderr)  # as the schedule has it
     assert "reverse" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "holds"),
+    [
+        (["-gencode=arch=compute_80,code=[sm_80,compute_80]"], "sm_80, compute_80 (compressed)"),
+        (["-gencode=arch=compute_80,code=sm_80", "--compress-mode=none"], "sm_80"),
+        (["-gencode=arch=compute_90a,code=compute_90a", "--compress-mode=none"], "compute_90a"),
+    ],
+    ids=["compressed", "no PTX", "for another"],
+)
+def test_a_program_without_ptx_for_the_device(tmp_path, flags, holds):
+    package = pathlib.Path(forwardpass.__file__).parent
+    program, library = tmp_path / "program", package / "_interpreter.so"
+    command = [NVCC, FOLDER / "missing_syncthreads.cu", "-o", program, "--cudart=none", *flags]
+    subprocess.run([*command, package / "_standin.a", library, "-Xlinker", f"-rpath={package}"], check=True)
+    done = execute(program, architecture="sm_89")
+    assert done.returncode != 0
+    assert f"only {holds};" in done.stderr
+    assert "-gencode=arch=compute_89,code=compute_89 --compress-mode=none" in done.stderr
 
 
 def test_textures_are_refused(programs):
