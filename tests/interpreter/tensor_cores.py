@@ -130,7 +130,8 @@ def fused_add(a, b, c, a_type, b_type, d_type, fraction, mantissa):
     units = sum(math.trunc(s * 2.0 ** (fraction + e - largest)) for s, e in terms)
     exact = units * 2.0 ** (largest - fraction)
     if d_type == "f16":
-        return float(np.float64(exact).astype(np.float16))
+        with np.errstate(over="ignore"):
+            return float(np.float64(exact).astype(np.float16))
     s, e = significand_and_exponent(exact, -126)
     return math.trunc(s * 2.0**mantissa) * 2.0 ** (e - mantissa) if exact else 0.0
 

@@ -64,12 +64,12 @@ def has_transposes(op):
     return parts_of(op)[3] in ("f16", "bf16")
 
 
-def instruction(op, register_a=False, scale_a=1, scale_b=1, transpose_a=0, transpose_b=0, d="acc", advance=""):
-    n, k, d_type, a_type, _ = parts_of(op)
+def instruction(op, register_a=False, scale_a=1, scale_b=1, transpose_a=0, transpose_b=0, d="acc"):
+    n, _, d_type, _, _ = parts_of(op)
     words = [
         braces(d, registers_of(n, d_type)),
-        braces("a", 4) if register_a else f"%a_desc{advance}",
-        f"%b_desc{advance}",
+        braces("a", 4) if register_a else "%a_desc",
+        "%b_desc",
         "%scale",
     ]
     if d_type != "s32":
