@@ -24,8 +24,9 @@ def test_every_row_has_a_test():
     from forwardpass.interpreter import core
 
     table = {r["pattern"] for r in core.rows()}
-    assert not (table - rows.covered.keys()), "rows of the table that no test names"
-    assert not (rows.covered.keys() - table), "tests of rows that the table does not have"
+    untested, unknown = sorted(table - rows.covered.keys()), sorted(rows.covered.keys() - table)
+    assert not untested, "rows of the table that no test names:\n" + "\n".join(untested)
+    assert not unknown, "tests of rows that the table does not have:\n" + "\n".join(unknown)
 
 
 @pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas")
