@@ -63,5 +63,44 @@ def assert_refused(body, *args, **options):
     return f.message
 
 
+def outcome(body, *args, **options):
+    """The kind of the finding, if there is one."""
+    try:
+        run(body, *args, **options)
+    except interpreter.InterpreterFinding as f:
+        return f.kind
+    return ""
+
+
 def integers(*shape, dtype=torch.int32, low=1, high=1 << 20):
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# ---- parts of kernels ----
+
+ONE = "setp.eq.u32 %p0, %t, 0;\n"
+MBARRIER = ONE + "@%p0 mbarrier.init.shared::cta.b64 [%s], 1;\nfence.mbarrier_init.release.cluster;\nbar.sync 0;\n"
+WAIT = "wait:\nmbarrier.try_wait.parity.shared::cta.b64 %p1, [%s], {};\n@!%p1 bra wait;\n"
+
+
+def copied(source, target, words, label):
+    """Thread by thread, 32 of them."""
+    load, store = ("shared", "global") if source.startswith("%s") else ("global", "shared")
+    width = {"shared": "r", "global": "rd"}
+    convert = "cvt.u64.u32 %rd20, %r21;" if "global" in (load, store) else ""
+    address = {"shared": "add.u32 %r22, {}, %r21;", "global": "add.u64 %rd22, {}, %rd20;"}
+    return f"""
+    mov.u32 %r20, %t;
+    {label}:
+    setp.ge.u32 %p9, %r20, {words};
+    @%p9 bra {label}_end;
+    shl.b32 %r21, %r20, 2;
+    {convert}
+    {address[load].format(source.split("+")[0])}
+    {address[store].format(target.split("+")[0])}
+    ld.{load}.b32 %r23, [%{width[load]}22+{source.partition("+")[2] or 0}];
+    st.{store}.b32 [%{width[store]}22+{target.partition("+")[2] or 0}], %r23;
+    add.u32 %r20, %r20, 32;
+    bra {label};
+    {label}_end:
+    """

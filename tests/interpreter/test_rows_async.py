@@ -29,8 +29,10 @@ def read_back(size):
 
 
 @pytest.mark.parametrize("space", ["shared", "shared::cta"])
-@pytest.mark.parametrize("cache, size", [("ca", 4), ("ca", 8), ("ca", 16), ("cg", 16)])
-@pytest.mark.parametrize("hint", ["", ".L2::64B", ".L2::128B", ".L2::256B", ".L2::cache_hint", ".L2::cache_hint.L2::128B"])
+@pytest.mark.parametrize(("cache", "size"), [("ca", 4), ("ca", 8), ("ca", 16), ("cg", 16)])
+@pytest.mark.parametrize(
+    "hint", ["", ".L2::64B", ".L2::128B", ".L2::256B", ".L2::cache_hint", ".L2::cache_hint.L2::128B"]
+)
 def test_cp_async(cache, size, hint, space):
     x, y = integers(32, size // 4), torch.zeros(32, size // 4, dtype=torch.int32)
     policy = ", %rd9" if "cache_hint" in hint else ""
@@ -46,7 +48,7 @@ def test_cp_async(cache, size, hint, space):
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
-@pytest.mark.parametrize("hint, policy", [("", ""), (".L2::cache_hint", ", %rd9")])
+@pytest.mark.parametrize(("hint", "policy"), [("", ""), (".L2::cache_hint", ", %rd9")])
 def test_cp_async_source_size(size, hint, policy):
     x, y = integers(32, size // 4), torch.zeros(32, size // 4, dtype=torch.int32)
     body = f"""{PLACES.format(bytes=size)}
@@ -111,7 +113,7 @@ COMMIT = "cp.async.commit_group;"
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    "commit, wait, first, second",
+    ("commit", "wait", "first", "second"),
     [
         (COMMIT, "cp.async.wait_group 0;", True, True),
         (COMMIT, "cp.async.wait_group 1;", True, False),
@@ -199,7 +201,10 @@ def test_cp_async_over_what_is_being_read(seed):
     cp.async.wait_all;
     """
     run(body.format(barrier="bar.sync 0;"), integers(4), arch="sm_80", block=64, seed=seed)
-    assert finding(body.format(barrier=""), integers(4), arch="sm_80", block=64, seed=seed).kind in ("race", "in_flight")
+    assert finding(body.format(barrier=""), integers(4), arch="sm_80", block=64, seed=seed).kind in (
+        "race",
+        "in_flight",
+    )
 
 
 def test_cp_async_that_is_never_waited_for():
@@ -212,7 +217,7 @@ COPY = "setp.eq.u32 %p0, %t, 3;\n@%p0 cp.async.{};"
 
 
 @pytest.mark.parametrize(
-    "copy, kind",
+    ("copy", "kind"),
     [
         ("cg.shared.global [%s+8], [%a0], 16", "misaligned"),
         ("cg.shared.global [%s], [%a0+4], 16", "misaligned"),
@@ -230,7 +235,7 @@ def test_cp_async_misused(copy, kind):
 
 
 @pytest.mark.parametrize(
-    "copy, why",
+    ("copy", "why"),
     [
         ("cp.async.cg.shared.global [%s], [%a0], 8;", "16 bytes"),
         ("cp.async.ca.shared.global [%s], [%a0], 12;", "4, 8 or 16"),
@@ -257,7 +262,9 @@ bar.sync 0;
 @pytest.mark.parametrize("seed", SEEDS)
 def test_cp_async_mbarrier_arrive(noinc, seed):
     # Warp 0 copies, both warps wait for the mbarrier. With noinc the 32 arrivals are counted, else they come on top.
-    body = INIT.format(count=32) + """
+    body = (
+        INIT.format(count=32)
+        + """
     shl.b32 %r1, %t, 2;
     cvt.u64.u32 %rd1, %r1;
     add.u64 %rd0, %a0, %rd1;
@@ -275,6 +282,7 @@ def test_cp_async_mbarrier_arrive(noinc, seed):
     ld.shared.b32 %r3, [%r0+64];
     st.global.b32 [%rd2], %r3;
     """
+    )
     if not noinc:
         body = body.replace(".noinc.shared.b64 [%s];", ".shared.b64 [%s];\nmbarrier.arrive.shared.b64 %rd5, [%s];")
     x, y = integers(32), torch.zeros(64, dtype=torch.int32)
@@ -287,7 +295,9 @@ def test_cp_async_mbarrier_arrive(noinc, seed):
 @pytest.mark.parametrize("seed", range(12))
 def test_cp_async_waited_for_after_its_mbarrier_arrived(seed):
     # The mbarrier may have taken the copies in before the thread waits for them itself.
-    body = INIT.format(count=32) + """
+    body = (
+        INIT.format(count=32)
+        + """
     shl.b32 %r1, %t, 2;
     cvt.u64.u32 %rd1, %r1;
     add.u64 %rd0, %a0, %rd1;
@@ -304,6 +314,7 @@ def test_cp_async_waited_for_after_its_mbarrier_arrived(seed):
     ld.shared.b32 %r3, [%r0+64];
     st.global.b32 [%rd2], %r3;
     """
+    )
     x, y = integers(32), torch.zeros(32, dtype=torch.int32)
     run(body.replace("{wait}", "cp.async.wait_all;"), x, y, seed=seed)
     assert torch.equal(x, y)
@@ -347,7 +358,9 @@ def test_mbarrier_states():
 def test_mbarrier_transactions():
     # The phase ends when the arrivals and the bytes are there, in either order.
     y = torch.zeros(8, dtype=torch.int32)
-    look = "mbarrier.test_wait.parity.shared.b64 %p1, [%s], {};\nselp.b32 %r1, 1, 0, %p1;\nst.global.b32 [%a0+{}], %r1;\n"
+    look = (
+        "mbarrier.test_wait.parity.shared.b64 %p1, [%s], {};\nselp.b32 %r1, 1, 0, %p1;\nst.global.b32 [%a0+{}], %r1;\n"
+    )
     body = "setp.ne.u32 %p0, %t, 0;\n@%p0 ret;\nmbarrier.init.shared.b64 [%s], 1;\n" + "".join(
         [
             "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%s], 48;\n", look.format(0, 0),
@@ -365,7 +378,9 @@ def test_mbarrier_transactions():
 
 
 # Warp 0 writes and arrives, warp 1 waits and reads.
-HANDOVER = INIT.format(count=32) + """
+HANDOVER = (
+    INIT.format(count=32)
+    + """
 shl.b32 %r1, %t, 2;
 and.b32 %r1, %r1, 127;
 add.u32 %r0, %s, %r1;
@@ -382,6 +397,7 @@ mbarrier.{wait}.parity{semantics}.shared{cta}.b64 %p2, [%s], {parity}{hint};
 ld.shared.b32 %r3, [%r0+64];
 st.global.b32 [%rd2], %r3;
 """
+)
 
 
 def handover(arrive="", wait="try_wait", semantics="", cta="", parity=0, hint=""):
@@ -389,9 +405,9 @@ def handover(arrive="", wait="try_wait", semantics="", cta="", parity=0, hint=""
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("wait, hint", [("try_wait", ""), ("try_wait", ", 1000"), ("test_wait", "")])
+@pytest.mark.parametrize(("wait", "hint"), [("try_wait", ""), ("try_wait", ", 1000"), ("test_wait", "")])
 @pytest.mark.parametrize(
-    "arrive, semantics, cta",
+    ("arrive", "semantics", "cta"),
     [("", "", ""), (".release.cta", ".acquire.cta", "::cta"), (".release.cluster", ".acquire.cluster", "::cta")],
 )
 def test_mbarrier_hands_over(wait, hint, arrive, semantics, cta, seed):
@@ -402,7 +418,9 @@ def test_mbarrier_hands_over(wait, hint, arrive, semantics, cta, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    "wrong", [{"arrive": ".relaxed.cta"}, {"semantics": ".relaxed.cta"}, {"parity": 1}], ids=["arrive", "wait", "parity"]
+    "wrong",
+    [{"arrive": ".relaxed.cta"}, {"semantics": ".relaxed.cta"}, {"parity": 1}],
+    ids=["arrive", "wait", "parity"],
 )
 def test_mbarrier_hands_nothing_over(wrong, seed):
     f = finding(handover(**wrong), torch.zeros(32), block=64, seed=seed)
@@ -428,7 +446,7 @@ START = ONE + "mbarrier.init.shared.b64 [%s], 2;\n"
 
 
 @pytest.mark.parametrize(
-    "body, kind, why",
+    ("body", "kind", "why"),
     [
         (ONE + "mbarrier.init.shared.b64 [%s], 0;", "mbarrier", "1 to 2^20 - 1"),
         (ONE + "mbarrier.init.shared.b64 [%s], 1048576;", "mbarrier", "1 to 2^20 - 1"),

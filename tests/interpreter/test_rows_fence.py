@@ -26,7 +26,7 @@ st.global.b32 [%rd1], %r3;
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    "arrive, wait",
+    ("arrive", "wait"),
     [("", ""), (".aligned", ".aligned"), (".release", ".acquire"), (".release.aligned", ".acquire.aligned")],
 )
 def test_cluster_barrier(arrive, wait, seed):
@@ -67,7 +67,7 @@ def test_cluster_barrier_does_not_wait_for_threads_that_exit(seed):
 
 
 @pytest.mark.parametrize(
-    "barrier, kind, why",
+    ("barrier", "kind", "why"),
     [
         ("barrier.cluster.wait;", "barrier", "no barrier.cluster.arrive"),
         ("barrier.cluster.arrive;\nbarrier.cluster.arrive;", "barrier", "second time"),
@@ -119,7 +119,7 @@ def test_setmaxnreg_belongs_to_a_warpgroup():
 
 
 @pytest.mark.parametrize(
-    "body, why",
+    ("body", "why"),
     [
         ("setmaxnreg.dec.sync.aligned.u32 16;", "24 to 256"),
         ("setmaxnreg.dec.sync.aligned.u32 264;", "24 to 256"),

@@ -299,7 +299,7 @@ const Row rows[] = {
      bind_transactions<false>},
     {"mbarrier.arrive.expect_tx.release|relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64", "9.7.13.15.13",
      bind_arrive<Arrival::expect>},
-    {"mbarrier.arrive.noComplete.release|relaxed?.cta|cluster?.shared|shared::cta?.b64", "9.7.13.15.13",
+    {"mbarrier.arrive.noComplete.release?.cta?.shared|shared::cta?.b64", "9.7.13.15.13",
      bind_arrive<Arrival::no_complete>},
     {"mbarrier.arrive.release|relaxed?.cta|cluster?.shared|shared::cta|shared::cluster?.b64", "9.7.13.15.13",
      bind_arrive<Arrival::plain>},
@@ -309,7 +309,7 @@ const Row rows[] = {
        bind_arrive<Arrival::expect>(b);
        b.run(&arrive<Arrival::expect, true>);
      }},
-    {"mbarrier.arrive_drop.noComplete.release|relaxed?.cta|cluster?.shared|shared::cta?.b64", "9.7.13.15.14",
+    {"mbarrier.arrive_drop.noComplete.release?.cta?.shared|shared::cta?.b64", "9.7.13.15.14",
      [](Bind& b) {
        bind_arrive<Arrival::no_complete>(b);
        b.run(&arrive<Arrival::no_complete, true>);
