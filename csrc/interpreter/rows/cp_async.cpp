@@ -43,8 +43,8 @@ struct Copy final : Pending {
     cta.complete(*this);
     in_flight &= ~lanes;
     if (!checked(cta)) return;
-    // What has landed counts as written by the async proxy, which wgmma and TMA may read without another fence: ISA 8 is
-    // silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
+    // What has landed counts as written by the async proxy, which wgmma and TMA may read without another fence: ISA 8
+    // is silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
     Actor a = acting(*this, actor);
     a.proxy = Proxy::async;
     ranges(lanes, [&](uint32_t begin, uint32_t n) { cta.shadow.land(a, begin, n); });
