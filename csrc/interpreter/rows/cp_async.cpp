@@ -20,11 +20,22 @@ struct Copy final : Pending {
   Mask in_flight = 0;    // lanes that have not waited
 
   void complete(Cta& cta) override {
+    uint8_t* memory = cta.shared.data();
+    if (bytes == 16) return copy<16>(memory);
+    if (bytes == 8) return copy<8>(memory);
+    copy<4>(memory);
+  }
+  template <uint32_t size>  // a constant: memcpy is one move
+  void copy(uint8_t* memory) const {
     for (Mask rest = issued; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
-      uint8_t* out = cta.shared.data() + to[l];
-      if (read[l]) std::memcpy(out, from[l], read[l]);
-      std::memset(out + read[l], 0, bytes - read[l]);
+      uint8_t* out = memory + to[l];
+      if (read[l] == size) {
+        std::memcpy(out, from[l], size);
+      } else {
+        std::memset(out, 0, size);
+        if (read[l]) std::memcpy(out, from[l], read[l]);
+      }
     }
   }
   // f(begin, bytes) over the destinations of some lanes, neighbours in one call.
