@@ -21,7 +21,8 @@ if importlib.util.find_spec("triton"):
         arguments,
         copy_by_descriptor,
         copy_by_descriptor_made_in_the_kernel,
-        scale_in_place,
+        scale_by_bfloat16,
+        scale_by_half,
         shared_sum,
         sum_of_pointers,
     )
@@ -46,12 +47,11 @@ def test_scalars_arrive_as_they_are(arch):
 
 
 def test_half_precision_scalars(x):
+    y = torch.full_like(x, float("nan"))
     with fp.interpret("sm_80"):
-        for dtype, value in (("fp16", 0.333251953125), ("bf16", 0.33203125)):
-            y = torch.zeros_like(x)
-            scale_in_place.warmup  # noqa: B018
-            kernel = scale_in_place if dtype == "fp32" else scale_in_place
-            kernel[(1,)](y.copy_(x), value, 100, BLOCK=128)
+        for kernel, type_, value in ((scale_by_half, "fp16", 0.333251953125), (scale_by_bfloat16, "bf16", 0.33203125)):
+            compiled = kernel[(1,)](y.copy_(x), value, 100, BLOCK=128)
+            assert compiled.src.signature["factor"] == type_
             assert torch.equal(y, x * value)
 
 
@@ -93,10 +93,7 @@ def test_the_driver_and_the_compiler_are_what_they_were(x):
 
 
 def test_autotuning_counts_and_is_the_same_each_time(x):
-    def prune(configs, named_args, **kwargs):
-        return configs
-
-    tuned = triton.autotune([triton.Config({"BLOCK": b}) for b in (32, 64, 128)], key=["n"])(add.fn and add)
+    tuned = triton.autotune([triton.Config({"BLOCK": b}) for b in (32, 64, 128)], key=["n"])(add)
     y = torch.empty_like(x)
     timings = []
     for arch in ("sm_80", "sm_90a", "sm_80"):
@@ -231,5 +228,5 @@ def test_other_devices_are_refused(x):
 def test_tensors_seen_as_another_type():
     bits = torch.arange(16, dtype=torch.int32)
     with fp.interpret("sm_80"):
-        scale_in_place[(1,)](triton.reinterpret(bits, tl.float32), 0.0, 16, BLOCK=16)
-    assert torch.equal(bits, torch.zeros(16, dtype=torch.int32))
+        scale_by_half[(1,)](triton.reinterpret(bits, tl.float32), 2.0, 16, BLOCK=128)
+    assert torch.equal(bits.view(torch.float32), 2 * torch.arange(16, dtype=torch.int32).view(torch.float32))

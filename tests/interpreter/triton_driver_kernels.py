@@ -33,12 +33,6 @@ def arguments(
 
 
 @triton.jit
-def scale_in_place(x_ptr, factor, n, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(x_ptr + i, tl.load(x_ptr + i, i < n) * factor, i < n)
-
-
-@triton.jit
 def scale_by_half(x_ptr, factor: tl.float16, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(x_ptr + i, tl.load(x_ptr + i, i < n) * factor.to(tl.float32), i < n)
