@@ -71,53 +71,62 @@ GlobalShadow::Recording::~Recording() {
   --shadow_.running_;
 }
 
-void GlobalShadow::access(const Warp& w, uint64_t begin, uint64_t bytes, Use use) {
-  is_write(use) ? scan<true>(w, begin, bytes, use) : scan<false>(w, begin, bytes, use);
+GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use)
+    : shadow_(shadow), warp_(w), use_(use), write_(is_write(use)) {
+  const Cta& cta = *w.cta;
+  const bool waited = w.knowledge.seen.at[kGridAgent] != 0;
+  oldest_ = Cell{waited ? cta.launch->first_serial : cta.launch->concurrent_serial} << kSerial;
+  const Cell me = Cell{cta.serial} << kSerial | static_cast<Cell>(w.id) << kWarp;
+  // A warp's own writes are in order before it, but for .nc nobody may have written.
+  exempt_ = use == Use::constant ? 0 : me;
+  const Cell clock = w.knowledge.seen.at[w.id] - cta.shadow.base();
+  // Beyond its field a clock cannot be compared: such a writer leaves no trace.
+  mine_ = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
 }
 
 template <bool kWrite>
-void GlobalShadow::scan(const Warp& w, uint64_t begin, uint64_t bytes, Use use) {
-  const Cta& cta = *w.cta;
-  const Launch& l = *cta.launch;
-  const bool waited = w.knowledge.seen.at[kGridAgent] != 0;
-  const Cell oldest = Cell{waited ? l.first_serial : l.concurrent_serial} << kSerial;
-  const Cell me = Cell{cta.serial} << kSerial | static_cast<Cell>(w.id) << kWarp;
-  const Cell clock = w.knowledge.seen.at[w.id] - cta.shadow.base();
-  // Beyond its field a clock cannot be compared: such a writer leaves no trace.
-  const Cell mine = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
-  // A warp's own writes are in order before it, but for .nc nobody may have written.
-  const Cell exempt = use == Use::constant ? 0 : me;
+void GlobalShadow::Access::scan(uint64_t begin, uint64_t bytes) const {
   const uint64_t end = begin + bytes;
   for (uint64_t at = begin; at < end;) {
     const uint64_t page_end = std::min(end, (at | (kPageBytes - 1)) + 1);
-    Page* p = page(at, kWrite);
+    Page* p = shadow_.page(at, kWrite);
     if (!p) {
       at = page_end;
       continue;
     }
-    const auto touch = [&](Cell mask) {
-      std::atomic<Cell>& cell = p->cells[at % kPageBytes / kWord];
-      const Cell found = cell.load(std::memory_order_relaxed);
-      if (found >= oldest && (found & mask) && (found & kOwner) != exempt) check(w, found, at, mask, use);
-      if (kWrite) {
-        const bool same = (found ^ mine) >> kClock == 0;
-        cell.store(mine ? mine | mask | (same ? found & kAll : 0) : 0, std::memory_order_relaxed);
-      }
+    std::atomic<Cell>* cell = &p->cells[at % kPageBytes / kWord];
+    const auto part = [&](Cell mask) {
+      const Cell found = cell->load(std::memory_order_relaxed);
+      if (found >= oldest_ && (found & mask) && (found & kOwner) != exempt_) check(found, at, mask);
+      const bool same = (found ^ mine_) >> kClock == 0;
+      if (kWrite) cell->store(mine_ ? mine_ | mask | (same ? found & kAll : 0) : 0, std::memory_order_relaxed);
+      ++cell;
     };
     if (const uint64_t into = at % kWord) {
       const uint64_t next = std::min(page_end, at - into + kWord);
-      touch((kAll << into) & (kAll >> (kWord - into - (next - at))));
+      part((kAll << into) & (kAll >> (kWord - into - (next - at))));
       at = next;
     }
-    for (; at + kWord <= page_end; at += kWord) touch(kAll);
+    const Cell whole = mine_ ? mine_ | kAll : 0;
+    for (; at + kWord <= page_end; at += kWord, ++cell) {
+      const Cell found = cell->load(std::memory_order_relaxed);
+      if (found >= oldest_ && (found & kOwner) != exempt_) check(found, at, kAll);
+      if (kWrite) cell->store(whole, std::memory_order_relaxed);
+    }
     if (at < page_end) {
-      touch(kAll >> (kWord - (page_end - at)));
+      part(kAll >> (kWord - (page_end - at)));
       at = page_end;
     }
   }
 }
 
-void GlobalShadow::check(const Warp& w, Cell found, uint64_t address, Cell mask, Use use) const {
+void GlobalShadow::Access::operator()(uint64_t begin, uint64_t bytes) const {
+  write_ ? scan<true>(begin, bytes) : scan<false>(begin, bytes);
+}
+
+void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const {
+  const Warp& w = warp_;
+  const Use use = use_;
   const Cta& cta = *w.cta;
   const Launch& l = *cta.launch;
   const auto serial = static_cast<uint32_t>(found >> kSerial);
@@ -135,8 +144,8 @@ void GlobalShadow::check(const Warp& w, Cell found, uint64_t address, Cell mask,
   if (serial < l.first_serial) {
     std::string kernel = "an earlier kernel";
     {
-      const std::lock_guard lock(mutex_);
-      for (const Past& p : past_)
+      const std::lock_guard lock(shadow_.mutex_);
+      for (const Past& p : shadow_.past_)
         if (p.first <= serial) kernel = "kernel " + p.name;
     }
     fail(kernel + " wrote, launched before this programmatic dependent launch: missing griddepcontrol.wait");

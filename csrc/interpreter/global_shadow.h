@@ -34,7 +34,6 @@ class GlobalShadow {
    private:
     GlobalShadow& shadow_;
   };
-  void access(const Warp&, uint64_t begin, uint64_t bytes, Use);
   void forget(uint64_t begin, uint64_t bytes);
 
  private:
@@ -46,12 +45,27 @@ class GlobalShadow {
   static constexpr Cell kClockLimit = Cell{1} << (kWarp - kClock), kAll = 15;
   static constexpr Cell kOwner = ~Cell{0} << kSerial | Cell{kMaxWarps - 1} << kWarp;
 
+ public:
+  // One instruction of a warp: every range that it touches. Throws a Finding.
+  class Access {
+   public:
+    Access(GlobalShadow&, const Warp&, Use);
+    void operator()(uint64_t begin, uint64_t bytes) const;
+
+   private:
+    template <bool kWrite>
+    void scan(uint64_t begin, uint64_t bytes) const;
+    void check(Cell found, uint64_t address, Cell mask) const;
+    GlobalShadow& shadow_;
+    const Warp& warp_;
+    const Use use_;
+    const bool write_;
+    Cell oldest_, exempt_, mine_;  // cells below oldest_ and of exempt_'s owner are no conflict
+  };
+
+ private:
   Page* page(uint64_t address, bool make);
   void forget_everything();
-  void check(const Warp&, Cell found, uint64_t address, Cell mask, Use) const;
-  template <bool kWrite>
-  void scan(const Warp&, uint64_t begin, uint64_t bytes, Use);
-
   static constexpr int kPageBits = 16, kLeafBits = 16;  // of 48-bit addresses
   std::atomic<Leaf*> leaves_[size_t{1} << (48 - kPageBits - kLeafBits)] = {};
   std::atomic<int64_t> pages_{0};

@@ -123,22 +123,33 @@ const Memory::Region& global_region(Warp& w, uint64_t address, uint64_t bytes, U
             lane, address);
 }
 
-void check_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
-  const Memory::Region& r = global_region(w, address, bytes, use, lane);
-  if (is_write(use) && __builtin_expect(r.read_only, 0)) {
-    w.fail_at(Kind::illegal,
-              std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) +
-                  ", which is read-only: " + w.cta->launch->memory->describe(address),
-              lane, address);
+// The ranges that one instruction touches.
+class GlobalCheck {
+ public:
+  GlobalCheck(Warp& w, Use use) : w_(w), use_(use), shadow_(global_shadow(), w, use) {}
+  void operator()(uint64_t address, uint64_t bytes, int lane) {
+    if (!region_.covers(address, bytes)) region_ = global_region(w_, address, bytes, use_, lane);
+    if (is_write(use_) && __builtin_expect(region_.read_only, 0)) {
+      w_.fail_at(Kind::illegal,
+                 std::string(name_of(use_)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) +
+                     ", which is read-only: " + w_.cta->launch->memory->describe(address),
+                 lane, address);
+    }
+    if (w_.cta->launch->options.checks) shadow_(address, bytes);
   }
-  if (w.cta->launch->options.checks) global_shadow().access(w, address, bytes, use);
-}
+
+ private:
+  Warp& w_;
+  const Use use_;
+  const GlobalShadow::Access shadow_;
+  Memory::Region region_;
+};
 
 // ---- All spaces ----
 
 // f(begin, bytes, a lane) for the ranges that neighbouring lanes make together.
 template <class F>
-inline void each_range(const uint64_t a[kLanes], int bytes, F f) {
+inline void each_range(const uint64_t a[kLanes], int bytes, F&& f) {
   uint64_t apart = 0;
   for (int l = 0; l < kLanes; ++l) apart |= a[l] ^ (a[0] + static_cast<uint32_t>(l * bytes));
   if (!apart) return f(a[0], static_cast<uint64_t>(bytes) * kLanes, 0);
@@ -206,7 +217,7 @@ void access_param(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask ma
 }
 
 void access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_t* host[kLanes]) {
-  each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) { check_global(w, begin, size, use, lane); });
+  each_range(a, bytes, GlobalCheck(w, use));
   for (int l = 0; l < kLanes; ++l) host[l] = reinterpret_cast<uint8_t*>(a[l]);
 }
 
@@ -289,7 +300,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
 }
 
 uint8_t* access_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
-  check_global(w, address, bytes, use, lane);
+  GlobalCheck(w, use)(address, bytes, lane);
   return reinterpret_cast<uint8_t*>(address);
 }
 

@@ -54,12 +54,20 @@ std::string source_place(const Module& module, uint32_t ptx_line) {
 
 void Shadow::reset(int64_t bytes, int warps, const Module* module) {
   module_ = module;
-  columns_ = (warps + 7) / 8 * 8 + kAsyncColumns;
-  async_reads_ = false;
+  warps_ = (warps + 7) / 8 * 8;
+  any_async_ = false;
   granules_.assign((bytes + kGranule - 1) / kGranule, Granule());
   used_ = static_cast<uint32_t>(granules_.size());
-  if (cells_.size() < used_) cells_.resize(used_);
-  if (reads_.size() < cells_.size() * columns_) reads_.resize(cells_.size() * columns_);
+  make_room();
+}
+
+// Neither what vectors held before nor where matters: it is all in the past.
+void Shadow::make_room() {
+  if (cells_.size() < used_) cells_.resize(used_ + (used_ - granules_.size()) / 2);
+  if (reads_.size() < cells_.size() * warps_) reads_.resize(cells_.size() * warps_);
+  if (any_async_ && async_reads_.size() < cells_.size() * kAsyncColumns) {
+    async_reads_.resize(cells_.size() * kAsyncColumns);
+  }
 }
 
 void Shadow::advance_base(Clock highest) {
@@ -68,6 +76,7 @@ void Shadow::advance_base(Clock highest) {
   base_ = 1;
   std::fill(cells_.begin(), cells_.end(), Cell());
   std::fill(reads_.begin(), reads_.end(), 0);
+  std::fill(async_reads_.begin(), async_reads_.end(), 0);
 }
 
 // Gives the granule cells of 1 << shift bytes in place of larger ones, each with what its larger one knew.
@@ -79,14 +88,17 @@ void Shadow::split(uint32_t number, int shift) {
     g.split = used_;
     g.room = static_cast<uint8_t>(shift);
     used_ += count;
-    if (cells_.size() < used_) cells_.resize(std::max<size_t>(used_, cells_.size() + cells_.size() / 2));
-    if (reads_.size() < cells_.size() * columns_) reads_.resize(cells_.size() * columns_);
+    make_room();
   }
+  const auto copy_row = [](std::vector<Clock>& rows, int columns, uint32_t source, uint32_t target) {
+    std::copy_n(&rows[static_cast<size_t>(source) * columns], columns, &rows[static_cast<size_t>(target) * columns]);
+  };
   for (int k = count - 1; k >= 0; --k) {  // backwards: from and split may be one place
     const uint32_t source = from + (k >> (g.shift - shift)), target = g.split + k;
     if (source == target) continue;
     cells_[target] = cells_[source];
-    std::copy_n(row(source), columns_, row(target));
+    copy_row(reads_, warps_, source, target);
+    if (any_async_) copy_row(async_reads_, kAsyncColumns, source, target);
   }
   g.shift = static_cast<uint8_t>(shift);
 }
@@ -106,43 +118,45 @@ inline void Shadow::each_granule(uint32_t begin, uint32_t bytes, F f) {
 }
 
 // Eight clocks at a time, by hand: gcc 12 vectorises loops over blocks the wrong way round, at four times the cost.
-inline bool Shadow::reads_known(const Clock* row, const VectorClock& seen) const {
+inline bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
   const auto late = [](const Clock* read, const Clock* known) {
     const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(read));
     const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(known));
     return _mm256_xor_si256(_mm256_max_epu32(r, k), k);
   };
-  const int warps = columns_ - kAsyncColumns;
+  const Clock* row = &reads_[static_cast<size_t>(cell) * warps_];
   __m256i any = late(row, seen.at);
-  for (int block = 8; block < warps; block += 8) any = _mm256_or_si256(any, late(row + block, seen.at + block));
-  if (async_reads_) {
-    for (int i = 0; i < kAsyncColumns; i += 8) {
-      any = _mm256_or_si256(any, late(row + warps + i, seen.at + kMaxWarps + i));
-    }
+  for (int block = 8; block < warps_; block += 8) any = _mm256_or_si256(any, late(row + block, seen.at + block));
+  if (any_async_) {
+    row = &async_reads_[static_cast<size_t>(cell) * kAsyncColumns];
+    for (int i = 0; i < kAsyncColumns; i += 8) any = _mm256_or_si256(any, late(row + i, seen.at + kMaxWarps + i));
   }
   return _mm256_testz_si256(any, any);
 }
 
-inline void Shadow::forget_reads(Clock* row) const {
-  const auto clear = [](Clock* at) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256()); };
-  const int end = async_reads_ ? columns_ : columns_ - kAsyncColumns;
-  clear(row);
-  for (int block = 8; block < end; block += 8) clear(row + block);
-}
-
 template <Use use>
-inline void Shadow::check(const Actor& actor, const Cell& cell, const Clock* row, uint32_t number,
-                          uint16_t mask) const {
+inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask) const {
+  const Cell& cell = cells_[index];
   const Knowledge& k = *actor.knowledge;
   const bool seen = cell.clock <= k.seen.at[cell.writer] || (is_strong(use) && cell.strong);
   const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.at[cell.writer];
-  if (__builtin_expect(!(seen && fenced), 0)) fail_write(actor, cell, number, mask, use, seen);
+  if (__builtin_expect(!(seen && fenced), 0)) fail_write(actor, index, number, mask, use, seen);
   if constexpr (is_write(use)) {
-    if (__builtin_expect(!reads_known(row, k.seen), 0)) fail_read(actor, cell, row, number, mask, use);
+    if (__builtin_expect(!reads_known(index, k.seen), 0)) fail_read(actor, index, number, mask, use);
   }
 }
 
-inline void Shadow::record(const Actor& actor, uint32_t index, bool strong) {
+inline void Shadow::record_read(const Actor& actor, uint32_t index) {
+  if (actor.agent < kMaxWarps) {
+    reads_[static_cast<size_t>(index) * warps_ + actor.agent] = actor.now;
+  } else {
+    async_reads_[static_cast<size_t>(index) * kAsyncColumns + actor.agent - kMaxWarps] = actor.now;
+  }
+  cells_[index].read_line = actor.line;
+  cells_[index].reader = actor.agent;
+}
+
+inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong) {
   Cell cell;
   cell.clock = actor.now;
   cell.writer = actor.agent;
@@ -150,17 +164,23 @@ inline void Shadow::record(const Actor& actor, uint32_t index, bool strong) {
   cell.strong = strong;
   cell.async = actor.proxy == Proxy::async;
   cells_[index] = cell;
-  forget_reads(row(index));
+  const auto clear = [](Clock* at) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256()); };
+  Clock* row = &reads_[static_cast<size_t>(index) * warps_];
+  clear(row);
+  for (int block = 8; block < warps_; block += 8) clear(row + block);
+  if (any_async_) {
+    row = &async_reads_[static_cast<size_t>(index) * kAsyncColumns];
+    for (int i = 0; i < kAsyncColumns; i += 8) clear(row + i);
+  }
 }
 
 template <Use use>
-void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
-  const int mine = column(actor.agent);
+void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
   each_granule(begin, bytes, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     // An exchange and the like read what was there, so an atomic counts as a read here.
     const bool unwritten = is_read(use) && (mask & ~g.written);
     if (__builtin_expect(unwritten || (mask & g.flying) || g.mbarriers, 0)) check_state(actor, g, number, mask, use);
-    for (uint32_t c = first; c < first + count; ++c) check<use>(actor, cells_[c], row(c), number, mask);
+    for (uint32_t c = first; c < first + count; ++c) check<use>(actor, c, number, mask);
     if constexpr (is_write(use)) {
       g.written |= mask;
       if (mask == 0xffff && g.shift != 4) {  // one writer of the whole: no need for parts any more
@@ -168,19 +188,41 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
         first = number;
         count = 1;
       }
-      for (uint32_t c = first; c < first + count; ++c) record(actor, c, is_strong(use));
+      for (uint32_t c = first; c < first + count; ++c) record_write(actor, c, is_strong(use));
     } else if (use != Use::strong_read) {  // which no strong write need be ordered after
-      for (uint32_t c = first; c < first + count; ++c) {
-        row(c)[mine] = actor.now;
-        cells_[c].read_line = actor.line;
-        cells_[c].reader = actor.agent;
-      }
+      for (uint32_t c = first; c < first + count; ++c) record_read(actor, c);
     }
   });
 }
 
+// Whole granules in one piece, with nothing out of the ordinary, are the rule and go first.
+template <Use use>
+void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  if ((begin | bytes) % kGranule) return touch_parts<use>(actor, begin, bytes);
+  const uint32_t end = (begin + bytes) / kGranule;
+  for (uint32_t number = begin / kGranule; number < end; ++number) {
+    Granule& g = granules_[number];
+    if (__builtin_expect(g.shift != 4 || g.written != 0xffff || g.flying || g.mbarriers, 0)) {
+      touch_parts<use>(actor, number * kGranule, kGranule);
+      continue;
+    }
+    check<use>(actor, number, number, 0xffff);
+    if constexpr (is_write(use)) {
+      record_write(actor, number, is_strong(use));
+    } else if (use != Use::strong_read) {
+      record_read(actor, number);
+    }
+  }
+}
+
+void Shadow::meet(const Actor& actor) {
+  if (actor.agent < kMaxWarps || any_async_) return;
+  any_async_ = true;
+  make_room();
+}
+
 void Shadow::access(const Actor& actor, uint32_t begin, uint32_t bytes, Use use) {
-  if (actor.agent >= kMaxWarps) async_reads_ = true;
+  if (is_read(use)) meet(actor);
   switch (use) {
     case Use::read:
     case Use::constant:
@@ -205,7 +247,7 @@ void Shadow::land(const Actor& actor, uint32_t begin, uint32_t bytes) {
   each_granule(begin, bytes, [&](Granule& g, uint32_t, uint16_t mask, uint32_t first, uint32_t count) {
     g.flying &= ~mask;
     g.written |= mask;
-    for (uint32_t c = first; c < first + count; ++c) record(actor, c, false);
+    for (uint32_t c = first; c < first + count; ++c) record_write(actor, c, false);
   });
 }
 
@@ -215,8 +257,8 @@ void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
     g.mbarriers &= ~half;
     if (mask & g.flying) check_state(actor, g, number, mask, Use::write);
     for (uint32_t c = first; c < first + count; ++c) {
-      check<Use::write>(actor, cells_[c], row(c), number, mask);
-      record(actor, c, false);
+      check<Use::write>(actor, c, number, mask);
+      record_write(actor, c, false);
     }
     g.written |= mask;
     if (alive) g.mbarriers |= half;
@@ -224,15 +266,13 @@ void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
 }
 
 void Shadow::use_mbarrier(const Actor& actor, uint32_t begin) {
-  if (actor.agent >= kMaxWarps) async_reads_ = true;
+  meet(actor);
   Actor generic = actor;
   generic.proxy = Proxy::generic;  // complete_tx needs no proxy fence after the init
   each_granule(begin, 8, [&](Granule&, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     for (uint32_t c = first; c < first + count; ++c) {
-      check<Use::read>(generic, cells_[c], row(c), number, mask);
-      row(c)[column(actor.agent)] = actor.now;
-      cells_[c].read_line = actor.line;
-      cells_[c].reader = actor.agent;
+      check<Use::read>(generic, c, number, mask);
+      record_read(actor, c);
     }
   });
 }
@@ -270,8 +310,8 @@ void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, 
   }
 }
 
-void Shadow::fail_write(const Actor& actor, const Cell& cell, uint32_t number, uint16_t mask, Use use,
-                        bool seen) const {
+void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool seen) const {
+  const Cell& cell = cells_[index];
   const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
   const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
   const std::string other = agent_at(cell.writer, cell.write_line);
@@ -284,14 +324,16 @@ void Shadow::fail_write(const Actor& actor, const Cell& cell, uint32_t number, u
   fail(Kind::race, at, what + " is not ordered after the write by " + other);
 }
 
-void Shadow::fail_read(const Actor& actor, const Cell& cell, const Clock* row, uint32_t number, uint16_t mask,
-                       Use use) const {
+Clock Shadow::last_read(uint32_t index, int agent) const {
+  if (agent >= kMaxWarps) return async_reads_[static_cast<size_t>(index) * kAsyncColumns + agent - kMaxWarps];
+  return agent < warps_ ? reads_[static_cast<size_t>(index) * warps_ + agent] : 0;
+}
+
+void Shadow::fail_read(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use) const {
   const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
-  const int warps = columns_ - kAsyncColumns;
-  const auto agent_of = [&](int column) { return column < warps ? column : column - warps + kMaxWarps; };
-  int late = 0;
-  while (row[late] <= actor.knowledge->seen.at[agent_of(late)]) ++late;
-  const int agent = agent_of(late);
+  int agent = 0;
+  while (last_read(index, agent) <= actor.knowledge->seen.at[agent]) ++agent;
+  const Cell& cell = cells_[index];
   const uint32_t line = agent == cell.reader ? cell.read_line : 0;  // only the last reader's is known
   const std::string other = agent_at(agent, line);
   const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);

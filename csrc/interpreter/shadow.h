@@ -83,27 +83,32 @@ class Shadow {
   template <Use>
   void touch(const Actor&, uint32_t begin, uint32_t bytes);
   template <Use>
-  void check(const Actor&, const Cell&, const Clock* row, uint32_t number, uint16_t mask) const;
-  bool reads_known(const Clock* row, const VectorClock& seen) const;
-  void forget_reads(Clock* row) const;
-  void record(const Actor&, uint32_t cell, bool strong);
+  void touch_parts(const Actor&, uint32_t begin, uint32_t bytes);
+  template <Use>
+  void check(const Actor&, uint32_t cell, uint32_t number, uint16_t mask) const;
+  bool reads_known(uint32_t cell, const VectorClock& seen) const;
+  void record_read(const Actor&, uint32_t cell);
+  void record_write(const Actor&, uint32_t cell, bool strong);
   void split(uint32_t number, int shift);
-  Clock* row(uint32_t cell) { return &reads_[static_cast<size_t>(cell) * columns_]; }
-  int column(int agent) const { return agent < kMaxWarps ? agent : agent - kMaxWarps + columns_ - kAsyncColumns; }
+  void make_room();
+  void meet(const Actor&);  // before it reads: an asynchronous agent might be the first
+  Clock last_read(uint32_t cell, int agent) const;
 
   // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.
   void check_state(const Actor&, const Granule&, uint32_t number, uint16_t mask, Use) const;
-  [[noreturn]] void fail_write(const Actor&, const Cell&, uint32_t number, uint16_t mask, Use, bool seen) const;
-  [[noreturn]] void fail_read(const Actor&, const Cell&, const Clock* row, uint32_t number, uint16_t mask, Use) const;
+  [[noreturn]] void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool seen) const;
+  [[noreturn]] void fail_read(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
   std::string agent_at(int agent, uint32_t line) const;
 
-  static constexpr int kAsyncColumns = 16;
   std::vector<Granule> granules_;
   std::vector<Cell> cells_;   // one for every granule, then those of split ones
-  std::vector<Clock> reads_;  // [cell][columns_]: warps, a multiple of 8, then the asynchronous agents
   uint32_t used_ = 0;         // of cells_, which never shrinks
-  int columns_ = 8 + kAsyncColumns;
-  bool async_reads_ = false;  // some in this CTA: otherwise their columns are not looked at
+  int warps_ = 8;             // rounded up to a multiple of 8
+  std::vector<Clock> reads_;  // [cell][warps_]
+  // Those of the asynchronous agents lie apart, as most kernels have none: [cell][kAsyncColumns].
+  static constexpr int kAsyncColumns = 16;
+  std::vector<Clock> async_reads_;
+  bool any_async_ = false;  // in this CTA; otherwise async_reads_ is not looked at
   const Module* module_ = nullptr;
   Clock base_ = 1;
 };

@@ -167,9 +167,9 @@ LOADS = [
                                       ".L1::evict_last", ".L1::no_allocate")
       for b in ("", ".L2::cache_hint") for c in ("", ".L2::64B", ".L2::128B", ".L2::256B")),
     *(f"ld.{o}.{s}.global" for o in ("relaxed", "acquire") for s in ("cta", "cluster", "gpu", "sys")),
-    *(f"ld.global{c}.nc{h}" for c in ("", ".ca", ".cg", ".cs") for h in ("", ".L1::no_allocate.L2::128B")),
+    *(f"ld.global{c}.nc{h}" for c in ("", ".ca", ".cg", ".cs") for h in ("", ".L2::128B")),
     "ld", "ld.volatile", "ld.volatile.global", "ld.mmio.relaxed.sys.global", "ldu", "ldu.global", "ld.const",
-    "ld.global.acquire.gpu", "ld.acquire.global.gpu", "ld.global.volatile",
+    "ld.global.nc.L1::no_allocate.L2::128B", "ld.global.acquire.gpu", "ld.acquire.global.gpu", "ld.global.volatile",
 ]  # fmt: skip
 
 
@@ -215,6 +215,8 @@ def test_every_spelling_of_st(opcode):
         "ld.global.v2.b32 %r5, [%rd0];",
         "ld.global.b32 %h5, [%rd0];",
         "ld.global.gpu.b32 %r5, [%rd0];",
+        "ld.global.cg.L1::no_allocate.b32 %r5, [%rd0];",
+        "ld.relaxed.gpu.global.cg.b32 %r5, [%rd0];",
         "ld.relaxed.gpu.global.gpu.b32 %r5, [%rd0];",
         "ld.volatile.global.relaxed.b32 %r5, [%rd0];",
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r0], %r5, [%r6];",

@@ -114,11 +114,23 @@ int bind_values(Bind& b, const Operand& o, Type type, int count, F f) {
   return bytes ? bytes : std::max(2, ptx::size_of(type));
 }
 
+// Of a load or store: hints that exclude each other.
+void check_hints(const Bind& b) {
+  bool cached = false, prioritised = false;
+  for (int i = 1; i < b.slots(); ++i) {
+    for (const auto cop : {"ca", "cg", "cs", "lu", "cv", "wb", "wt"}) cached |= b.slot(i) == cop;
+    prioritised |= b.slot(i).substr(0, 4) == "L1::";
+  }
+  if (cached && prioritised) b.refuse("a cache operator and an eviction priority exclude each other");
+  if (cached && order(b) != Order::weak) b.refuse("a cache operator is for weak accesses");
+}
+
 int vector_count(const Bind& b) { return b.has("v4") ? 4 : b.has("v2") ? 2 : 1; }
 Type value_type(const Bind& b) { return b.type(b.slots() - 1); }
 
 void bind_load(Bind& b) {
   expect_operands(b, b.has("L2::cache_hint") ? 3 : 2);
+  check_hints(b);
   const Type type = value_type(b);
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
@@ -133,6 +145,7 @@ void bind_load(Bind& b) {
 
 void bind_store(Bind& b) {
   expect_operands(b, b.has("L2::cache_hint") ? 3 : 2);
+  check_hints(b);
   const Type type = value_type(b);
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
