@@ -164,11 +164,22 @@ const Kernels& chosen = choose();
 
 bool is_float(Element e) { return static_cast<int>(e) < kFloatElements; }
 
-int steps_of(const Product& p) {
-  return p.halves * 4 * (is_float(p.a) ? avx2::planes_of(p.a) : chosen.integer_planes);
-}
+int steps_of(const Product& p) { return p.halves * 4 * (is_float(p.a) ? avx2::planes_of(p.a) : chosen.integer_planes); }
 
 }  // namespace
+
+void transpose(Fragment from, uint32_t to[32]) {
+  __m128i a[8], b[8];
+  std::memcpy(a, from, sizeof a);
+  for (int pass = 0; pass < 3; ++pass) {  // a perfect shuffle of the 64 elements each: three turn rows into columns
+    for (int r = 0; r < 4; ++r) {
+      b[2 * r] = _mm_unpacklo_epi16(a[r], a[r + 4]);
+      b[2 * r + 1] = _mm_unpackhi_epi16(a[r], a[r + 4]);
+    }
+    std::memcpy(a, b, sizeof a);
+  }
+  std::memcpy(to, a, sizeof a);
+}
 
 void expand_a(const Product& p, const Fragment* fragments, PanelA& panel) {
   if (p.truncation.group) return truncating_expand_a(p, fragments, panel);

@@ -5,11 +5,11 @@
 // l / 4. Registers of A and B (whose "rows" are columns of B) are fragments (ISA 9.7.14.5, 9.7.15.5.1), ldmatrix loads
 // them, and what a wgmma descriptor points at is gathered into them. The accumulators stay as D's registers have them:
 // tile by tile of 8 columns, lane l holding row l / 4 and columns 2 (l % 4), 2 (l % 4) + 1. So nothing is ever
-// rearranged but A and B, once, into panels: A's elements repeated for the four lanes of a row, B's for a step of K as the
-// even and the odd columns of a tile, which are broadcast.
+// rearranged but A and B, once, into panels: A's elements repeated for the four lanes of a row, B's for a step of K as
+// the even and the odd columns of a tile, which are broadcast.
 //
-// fp32 accumulation is one fused multiply-add per element, in the order of K; f16 accumulators are kept in fp32 within an
-// instruction and rounded once at its end. Hardware sums groups of products in its own order and truncates: only the
+// fp32 accumulation is one fused multiply-add per element, in the order of K; f16 accumulators are kept in fp32 within
+// an instruction and rounded once at its end. Hardware sums groups of products in its own order and truncates: only the
 // truncating accumulator below claims its bits.
 #include <cstdint>
 
@@ -21,8 +21,8 @@ enum class Element : uint8_t { f16, bf16, tf32, e4m3, e5m2, s8, u8 };
 enum class Accumulate : uint8_t { f32, f16, s32 };
 
 // How tensor cores add fp8 products (Xie et al., MMA-Sim, arXiv 2511.10909): the products of a group of K and the
-// accumulator are aligned to the largest exponent among them, cut towards zero after `fraction` bits, and added exactly;
-// the sum is cut to `mantissa` bits (f16 accumulators: rounded to nearest).
+// accumulator are aligned to the largest exponent among them, cut towards zero after `fraction` bits, and added
+// exactly; the sum is cut to `mantissa` bits (f16 accumulators: rounded to nearest).
 struct Truncation {
   int group = 0;  // elements of K; 0: not truncating
   int fraction = 0, mantissa = 0;
@@ -38,6 +38,9 @@ struct Product {
 };
 
 using Fragment = const uint32_t*;
+// Of a fragment's 8 x 8 elements of 16 bits; `to` may be `from`.
+void transpose(Fragment from, uint32_t to[32]);
+
 constexpr int kMaxTiles = 32, kMaxSteps = 32;
 
 // A step is what one vector instruction multiplies: an element of K, or four (VNNI) or two (AVX2) 8-bit integers.

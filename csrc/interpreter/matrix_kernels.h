@@ -7,10 +7,10 @@ constexpr int W = kLanesOfVector, kVectors = 32 / W;  // of a register of the wa
 constexpr uint32_t kSignBit = 0x80000000;
 
 constexpr int planes_of(Element e) {
-  return e == Element::tf32                            ? 1
-         : e == Element::f16 || e == Element::bf16     ? 2
+  return e == Element::tf32                         ? 1
+         : e == Element::f16 || e == Element::bf16  ? 2
          : e == Element::e4m3 || e == Element::e5m2 ? 4
-                                                       : kIntegerPlanes;
+                                                    : kIntegerPlanes;
 }
 
 // Element p of every dword.
@@ -54,9 +54,8 @@ void expand_a(Fragment const* fragments, int halves, bool negate, PanelA& panel)
     for (int r = 0; r < 2; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         const Integers x = load(fragments[h * 2 + r] + v * W);
-        each_plane<E>([&](auto p) {
-          store_splats(plane<E, p>(x) ^ flip, &panel.at[h * 4 * P + p][r * 32 + v * W], P * 64);
-        });
+        each_plane<E>(
+            [&](auto p) { store_splats(plane<E, p>(x) ^ flip, &panel.at[h * 4 * P + p][r * 32 + v * W], P * 64); });
       }
     }
   }
@@ -79,8 +78,8 @@ void expand_b(Fragment const* fragments, int halves, int tiles, PanelB& panel) {
   }
 }
 
-// 8-bit integers: A becomes the unsigned operand of dot and B the signed one. What that adds to a signed A and takes from
-// an unsigned B is known in advance:
+// 8-bit integers: A becomes the unsigned operand of dot and B the signed one. What that adds to a signed A and takes
+// from an unsigned B is known in advance:
 //   sum a b = sum (u - 128 [a signed]) (s + 128 [b unsigned])
 // so the panels carry it as a bias by row and by column. No offset, no bias, where dot takes 16-bit products.
 void expand_integer_a(Fragment const* fragments, int halves, bool a_signed, bool b_signed, PanelA& panel) {
@@ -139,7 +138,8 @@ struct IntegerStep {
 
 // T tiles by R x 8 rows at a time, as many sums as the register file holds.
 template <class S, int T, int R>
-inline void block(const PanelA& a, int row_block, const uint32_t* b, const int32_t (*b_bias)[8], int steps, uint32_t* acc) {
+inline void block(const PanelA& a, int row_block, const uint32_t* b, const int32_t (*b_bias)[8], int steps,
+                  uint32_t* acc) {
   constexpr int V = R * kVectors;  // vectors of A in a step
   typename S::Sum sum[T][2][V];
   const uint32_t* pa = &a.at[0][row_block * 32];

@@ -65,7 +65,8 @@ struct Sum {  // of one group, on top of an accumulator
     const double exact = std::ldexp(static_cast<double>(sum), largest - how.fraction);
     if (f16) return static_cast<float>(Half(exact));
     const int exponent = std::max(std::ilogb(exact), -126);
-    return static_cast<float>(std::ldexp(std::trunc(std::ldexp(exact, how.mantissa - exponent)), exponent - how.mantissa));
+    return static_cast<float>(
+        std::ldexp(std::trunc(std::ldexp(exact, how.mantissa - exponent)), exponent - how.mantissa));
   }
 
   // What IEEE arithmetic makes of NaN and infinity.

@@ -1,5 +1,9 @@
 """mma.sync against matrices in numpy: every shape and type, exact where sums are exact, within the error of fp32 elsewhere."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensor_cores as tc
@@ -168,3 +172,14 @@ def test_part_of_a_warp():
     op = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
     error = launch_error(f"mov.u32 %r9, %tid.x; setp.lt.u32 %p, %r9, 20; @%p {op} {registers}")
     assert error.kind == "barrier" and "20 are here" in error.message
+
+
+@pytest.mark.skipif("FORWARDPASS_INTERPRET_ISA" in os.environ, reason="is what that test runs")
+def test_the_kernels_for_avx2():
+    """Processors with AVX-512 do not take them of themselves; the choice falls when the library loads."""
+    pick = "test_floats or test_integers or test_subnormal"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", pick]
+    made = subprocess.run(
+        command, env={**os.environ, "FORWARDPASS_INTERPRET_ISA": "avx2"}, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stdout[-3000:]

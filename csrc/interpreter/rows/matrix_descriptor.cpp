@@ -10,35 +10,38 @@ namespace {
 
 constexpr uint32_t field(uint64_t bits, int at) { return static_cast<uint32_t>(bits >> at & 0x3fff) << 4; }
 
-// Shared memory as a sequence of 16-byte reads, each checked; neighbours are checked together. A swizzle exchanges the
-// two halves of 32 bytes in every other row, hence both directions.
+// Shared memory as a sequence of reads, each checked; neighbours are checked together. A swizzle exchanges the two
+// halves of 32 bytes in every other row, hence both directions.
 class Reader {
  public:
-  Reader(Cta& cta, const Actor& actor) : cta_(cta), actor_(actor) {}
-  const uint8_t* operator()(uint32_t address) {
-    if (address + 16 > cta_.shared.size()) {
-      fault(Kind::out_of_bounds, "a matrix descriptor reaches beyond the block's " + std::to_string(cta_.shared.size()) +
-                                     " bytes of shared memory", address);
+  Reader(Cta& cta, const Actor& actor) : cta_(cta), actor_(actor), checks_(checked(cta)) {}
+  const uint8_t* operator()(uint32_t address, uint32_t bytes) {
+    if (address + bytes > cta_.shared.size()) {
+      fault(Kind::out_of_bounds,
+            "a matrix descriptor reaches beyond the block's " + std::to_string(cta_.shared.size()) +
+                " bytes of shared memory",
+            address);
     }
     if (address == end_) {
-      end_ += 16;
-    } else if (address + 16 == begin_) {
+      end_ += bytes;
+    } else if (address + bytes == begin_) {
       begin_ = address;
     } else {
       check();
       begin_ = address;
-      end_ = address + 16;
+      end_ = address + bytes;
     }
     return cta_.shared.data() + address;
   }
   void check() {
-    if (end_ > begin_ && checked(cta_)) cta_.shadow.read(actor_, begin_, end_ - begin_);
+    if (end_ > begin_ && checks_) cta_.shadow.read(actor_, begin_, end_ - begin_);
     begin_ = end_ = ~0u;
   }
 
  private:
   Cta& cta_;
   const Actor& actor_;
+  const bool checks_;
   uint32_t begin_ = ~0u, end_ = ~0u;
 };
 
@@ -66,16 +69,23 @@ void gather(Cta& cta, const MatrixDescriptor& d, bool transposed, int first, int
             uint32_t (*fragments)[2][32]) {
   Reader read(cta, actor);
   const uint32_t phases = d.chunks - 1, row = d.chunks * 16;
-  const auto swizzled = [&](uint32_t address) {
-    return address ^ ((((address >> 7) - d.base_offset) & phases) << 4);
-  };
+  const auto swizzled = [&](uint32_t address) { return address ^ ((((address >> 7) - d.base_offset) & phases) << 4); };
   for (int t = 0; t < count; ++t) {
     const int tile = first + t;
+    if (!transposed && d.chunks > 1 && d.start % 32 == 0) {  // the swizzle keeps the two halves together
+      for (int r = 0; r < 8; ++r) {
+        const uint32_t address = swizzled(d.start + tile * d.stride + r * row), flip = address & 16;
+        const uint8_t* const both = read(address - flip, 32);
+        std::memcpy(&fragments[t][0][r * 4], both + flip, 16);
+        std::memcpy(&fragments[t][1][r * 4], both + (flip ^ 16), 16);
+      }
+      continue;
+    }
     if (!transposed) {
       const uint32_t half = d.chunks == 1 ? d.leading : 16;
       for (int r = 0; r < 8; ++r) {
         for (uint32_t h = 0; h < 2; ++h) {
-          std::memcpy(&fragments[t][h][r * 4], read(swizzled(d.start + tile * d.stride + r * row + h * half)), 16);
+          std::memcpy(&fragments[t][h][r * 4], read(swizzled(d.start + tile * d.stride + r * row + h * half), 16), 16);
         }
       }
       continue;
@@ -84,13 +94,11 @@ void gather(Cta& cta, const MatrixDescriptor& d, bool transposed, int first, int
     const uint32_t across = d.chunks == 1 ? tile * d.stride : tile / d.chunks * d.leading + tile % d.chunks * 16;
     const uint32_t along = d.chunks == 1 ? d.leading : d.stride;
     for (uint32_t h = 0; h < 2; ++h) {
-      uint16_t block[8][8], turned[8][8];
+      uint32_t block[32];
       for (uint32_t k = 0; k < 8; ++k) {
-        std::memcpy(block[k], read(swizzled(d.start + across + h * along + k * row)), 16);
+        std::memcpy(block + k * 4, read(swizzled(d.start + across + h * along + k * row), 16), 16);
       }
-      for (int k = 0; k < 8; ++k)
-        for (int e = 0; e < 8; ++e) turned[e][k] = block[k][e];
-      std::memcpy(fragments[t][h], turned, sizeof turned);
+      transpose(block, fragments[t][h]);
     }
   }
   read.check();

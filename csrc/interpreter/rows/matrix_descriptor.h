@@ -17,8 +17,8 @@ struct MatrixDescriptor {
 // What is wrong with the bits, or null.
 const char* illegal_descriptor(uint64_t bits);
 
-// Copies tiles [first, first + count) of 8 rows along M or N by 32 bytes along K into fragments [tile][half], reading as
-// `actor` does. transposed: M- or N-major, of 16-bit elements; else K-major.
+// Copies tiles [first, first + count) of 8 rows along M or N by 32 bytes along K into fragments [tile][half], reading
+// as `actor` does. transposed: M- or N-major, of 16-bit elements; else K-major.
 void gather(Cta&, const MatrixDescriptor&, bool transposed, int first, int count, const Actor& actor,
             uint32_t (*fragments)[2][32]);
 

@@ -1,7 +1,7 @@
 // ldmatrix, stmatrix and movmatrix, PTX ISA 9.7.14.5.15 to 9.7.14.5.17.
 //
-// A register of the warp is a fragment (matrix.h): 8 rows of 16 bytes. Lanes 8 n to 8 n + 7 have the addresses of matrix
-// n's rows.
+// A register of the warp is a fragment (matrix.h): 8 rows of 16 bytes. Lanes 8 n to 8 n + 7 have the addresses of
+// matrix n's rows.
 #include <cstring>
 
 #include "interpreter/rows/addresses.h"
@@ -9,14 +9,6 @@
 
 namespace forwardpass::interpreter {
 namespace {
-
-void transpose(const uint32_t from[kLanes], uint32_t to[kLanes]) {  // 8 x 8 elements of 16 bits
-  uint16_t a[8][8], b[8][8];
-  std::memcpy(a, from, sizeof a);
-  for (int r = 0; r < 8; ++r)
-    for (int c = 0; c < 8; ++c) b[c][r] = a[r][c];
-  std::memcpy(to, b, sizeof b);
-}
 
 struct Rows {
   int matrices;
@@ -117,14 +109,15 @@ void bind_movmatrix(Bind& b) {
 }
 
 void refuse_narrow(Bind& b) {
-  b.refuse(b.statement.opcode + ": matrices of 8-bit elements and less need sm_100, which the interpreter does not know");
+  b.refuse(b.statement.opcode +
+           ": matrices of 8-bit elements and less need sm_100, which the interpreter does not know");
 }
 
 // Slots 3 and 6 are the shape's two places, 4 is .num.
 const Row rows[] = {
     {"ldmatrix.sync.aligned.m8n8?.x1|x2|x4.trans?.m8n8?.shared|shared::cta?.b16", "9.7.14.5.15", bind_ldmatrix},
-    {"ldmatrix.sync.aligned.m8n16|m16n16.x1|x2|x4.trans?.shared|shared::cta?.b8x16?.b6x16_p32|b4x16_p64|b8", "9.7.14.5.15",
-     refuse_narrow},
+    {"ldmatrix.sync.aligned.m8n16|m16n16.x1|x2|x4.trans?.shared|shared::cta?.b8x16?.b6x16_p32|b4x16_p64|b8",
+     "9.7.14.5.15", refuse_narrow},
     {"stmatrix.sync.aligned.m8n8?.x1|x2|x4.trans?.m8n8?.shared|shared::cta?.b16", "9.7.14.5.16", bind_stmatrix},
     {"stmatrix.sync.aligned.m16n8.x1|x2|x4.trans.shared|shared::cta?.b8", "9.7.14.5.16", refuse_narrow},
     {"movmatrix.sync.aligned.m8n8.trans.b16", "9.7.14.5.17", bind_movmatrix},

@@ -53,8 +53,8 @@ inline Accumulate accumulate_of(const Bind& b, int slot) {
 inline int capability(const Module& m) { return std::atoi(m.arch.c_str() + m.arch.find('_') + 1); }
 inline void require_capability(const Bind& b, int least) {
   if (capability(b.module) >= least) return;
-  b.refuse(b.statement.opcode + " needs sm_" + std::to_string(least) + " or higher, and this PTX is for " + b.module.arch +
-           ": compile it for another target");
+  b.refuse(b.statement.opcode + " needs sm_" + std::to_string(least) + " or higher, and this PTX is for " +
+           b.module.arch + ": compile it for another target");
 }
 
 // The registers of {a, b, ...}; one alone may stand without braces.

@@ -109,7 +109,8 @@ void bind_mma_f64(Bind& b) {
   MmaF64& m = b.data<MmaF64>();
   m.halves = shape.m / 8;
   m.quarters = shape.k / 4;
-  const size_t counts[] = {size_t(m.halves) * 2, size_t(m.halves) * m.quarters, size_t(m.quarters), size_t(m.halves) * 2};
+  const size_t counts[] = {size_t(m.halves) * 2, size_t(m.halves) * m.quarters, size_t(m.quarters),
+                           size_t(m.halves) * 2};
   for (const Operand& o : registers_of(b, 0, counts[0])) b.destination(o, Type::f64);
   for (int k = 1; k < 4; ++k)
     for (const Operand& o : registers_of(b, k, counts[k])) b.source(o, Type::f64);
@@ -123,7 +124,6 @@ void refuse(Bind& b) {
 const char* const kVolta = "mma.m8n8k4 with f16 is for Volta and slow since; use m16n8k16";
 const char* const kSubByte = "products of 4-bit and 1-bit elements are not supported by the interpreter; use s8 or u8";
 const char* const kSparse = "sparse products are not supported by the interpreter; use mma.sync or wgmma.mma_async";
-
 
 constexpr char kSection[] = "9.7.14.5.14";
 

@@ -30,9 +30,9 @@ Wgmma& state_of(Warp& w) {
 
 template <class T>
 T uniform(const Warp& w, const T* lanes, const char* what) {
-  for (int l = 1; l < kLanes; ++l) {
-    if (lanes[l] != lanes[0]) w.fail(Kind::illegal, std::string(what) + " differs between the lanes of a warp", l);
-  }
+  T difference = 0;
+  for (int l = 1; l < kLanes; ++l) difference |= lanes[l] ^ lanes[0];
+  if (difference) w.fail(Kind::illegal, std::string(what) + " differs between the lanes of a warp");
   return lanes[0];
 }
 
@@ -69,9 +69,9 @@ WgmmaOperation& meet(Warp& w, Wgmma& state, const Instruction& i, const WgmmaSha
   }
   WgmmaOperation& op = *group.pending[at];
   if (op.instruction != &i) {
-    w.fail(Kind::illegal, "the warps of a warpgroup issue different operations: this is number " + std::to_string(number) +
-                              " of warp " + std::to_string(w.id) + ", and that of warp " + std::to_string(op.warp) +
-                              " was " + place_of(w, *op.shape));
+    w.fail(Kind::illegal, "the warps of a warpgroup issue different operations: this is number " +
+                              std::to_string(number) + " of warp " + std::to_string(w.id) + ", and that of warp " +
+                              std::to_string(op.warp) + " was " + place_of(w, *op.shape));
   }
   return op;
 }
@@ -81,35 +81,33 @@ void take_accumulators(Warp& w, Wgmma& state, const Instruction& i, const WgmmaS
                        WgmmaOperation::Part& part) {
   RegistersInFlight& flight = state.flight;
   const auto* first = flight.find(i.operand[0]);
-  std::shared_ptr<Accumulator> value = first ? first->value : nullptr;
-  for (int r = 0; r < shape.d_registers; ++r) {
+  Accumulator* const before = first ? first->value : nullptr;
+  const bool same_shape = !before || (before->shape->n == shape.n && before->shape->k == shape.k &&
+                                      before->shape->exact.d == shape.exact.d);
+  const bool known =
+      before && !before->moved && std::memcmp(before->registers, i.operand, shape.d_registers * sizeof(Offset)) == 0;
+  for (int r = 0; r < shape.d_registers && !(known && same_shape); ++r) {
     const auto* e = flight.find(i.operand[r]);
-    const bool fits = value ? e && e->value == value && e->index == r && value->shape->n == shape.n &&
-                                  value->shape->k == shape.k && value->shape->exact.d == shape.exact.d
-                            : !e;
-    if (!fits) {
-      w.fail(Kind::in_flight, "register " + std::to_string(r) +
-                                  " of D is in flight as something else: only operations of the same shape on the same "
-                                  "registers may follow each other without wgmma.wait_group");
-    }
+    if (same_shape && (before ? e && e->value == before && e->index == r : !e)) continue;
+    w.fail(Kind::in_flight, "register " + std::to_string(r) +
+                                " of D is in flight as something else: only operations of the same shape on the same "
+                                "registers may follow each other without wgmma.wait_group");
   }
-  const bool fresh = !value, shared = value && value->references != shape.d_registers;
-  if (op.scale_d) part.from = value;
-  if (fresh || shared) value = std::make_shared<Accumulator>(shape);
-  if (fresh && op.scale_d) {
-    for (int r = 0; r < shape.d_registers; ++r) {
-      std::memcpy(value->values + r * kLanes, w.at<uint32_t>(i.operand[r]), kLanes * 4);
-    }
-    part.from = value;
-  }
-  part.to = value;
-  value->last = op.number;
-  value->shape = &shape;
+  const bool fresh = !before, shared = before && before->references != shape.d_registers;
+  if (before) part.from = flight.share(before);
+  part.to = fresh || shared ? flight.make(shape, i.operand) : part.from;
   const uint32_t poison = 0x7fc00000 | (w.random() & 0x3fffff);
-  for (int r = 0; r < shape.d_registers; ++r) {
-    if (fresh || shared) flight.stands_for(i.operand[r], value, r, false);
-    if (fresh) std::fill_n(w.at<uint32_t>(i.operand[r]), kLanes, poison);
+  for (int r = 0; r < shape.d_registers && (fresh || shared); ++r) {
+    flight.stands_for(i.operand[r], part.to.get(), r, false);
+    if (!fresh) continue;
+    uint32_t* const lanes = w.at<uint32_t>(i.operand[r]);
+    if (op.scale_d) std::memcpy(part.to->values + r * kLanes, lanes, kLanes * 4);
+    std::fill_n(lanes, kLanes, poison);
   }
+  if (fresh) part.from = part.to;
+  if (!op.scale_d) part.from = nullptr;
+  part.to->last = op.number;
+  part.to->shape = &shape;
 }
 
 Step mma_async(Warp& w, const Instruction& i, Mask mask) {
@@ -125,8 +123,8 @@ Step mma_async(Warp& w, const Instruction& i, Mask mask) {
   const Offset* const b = a + a_registers;
   for (int k = 0; k <= a_registers; ++k) {  // A and the descriptors
     const auto* e = state.flight.find(a[k]);
-    if (e && e->value) w.fail(Kind::in_flight, "operand A or B reads an accumulator in flight of " +
-                                                   place_of(w, *e->value->shape));
+    if (e && e->value)
+      w.fail(Kind::in_flight, "operand A or B reads an accumulator in flight of " + place_of(w, *e->value->shape));
   }
   const uint64_t a_bits = shape.a_in_registers ? 0 : descriptor(w, *a, "a-desc"), b_bits = descriptor(w, *b, "b-desc");
   const Mask scale = w.predicate(b[1]) ^ (shape.scale_d_negated ? kAllLanes : 0);
@@ -215,7 +213,9 @@ void WgmmaOperation::complete(Cta& cta) {
   static thread_local PanelA panel_a;
   static thread_local PanelB panel_b;
   alignas(64) static thread_local uint32_t fragments[kMaxTiles][2][kLanes];
-  const auto actor = [&](const Knowledge& k) { return Actor{agent, now, &k, Proxy::async, static_cast<uint32_t>(shape->statement->line)}; };
+  const auto actor = [&](const Knowledge& k) {
+    return Actor{agent, now, &k, Proxy::async, static_cast<uint32_t>(shape->statement->line)};
+  };
 
   // Every warp reads B: what is written there must be known to all four. A warp's rows of A need be known to it alone.
   Knowledge common = part[0].knowledge;
@@ -274,8 +274,8 @@ void require_sm_90a(const Bind& b) {
   b.refuse(b.statement.opcode + " needs sm_90a, and this PTX is for " + b.module.arch + ": compile it for sm_90a");
 }
 
-// Operands: d, a-desc or {a}, b-desc, scale-d; floating point: imm-scale-a, imm-scale-b; 16-bit: imm-trans-a where A has a
-// descriptor, imm-trans-b.
+// Operands: d, a-desc or {a}, b-desc, scale-d; floating point: imm-scale-a, imm-scale-b; 16-bit: imm-trans-a where A
+// has a descriptor, imm-trans-b.
 void bind_mma_async(Bind& b) {
   require_sm_90a(b);
   const bool integer = b.has("s32");
@@ -328,8 +328,12 @@ void bind_wait_group(Bind& b) {
   b.run(&wait_group);
 }
 
-void refuse_binary(Bind& b) { b.refuse(b.statement.opcode + ": products of single bits are not supported; use s8 or u8"); }
-void refuse_sparse(Bind& b) { b.refuse(b.statement.opcode + ": sparse products are not supported; use wgmma.mma_async"); }
+void refuse_binary(Bind& b) {
+  b.refuse(b.statement.opcode + ": products of single bits are not supported; use s8 or u8");
+}
+void refuse_sparse(Bind& b) {
+  b.refuse(b.statement.opcode + ": sparse products are not supported; use wgmma.mma_async");
+}
 
 // clang-format off
 #define FORWARDPASS_N8_TO_32(k) "m64n8k" k "|m64n16k" k "|m64n24k" k "|m64n32k" k
@@ -348,11 +352,11 @@ const Row rows[] = {
     {"wgmma.mma_async.sync.aligned." FORWARDPASS_SHAPES("16") ".f32.bf16.bf16", kSection, bind_mma_async},
     {"wgmma.mma_async.sync.aligned." FORWARDPASS_SHAPES("8") ".f32.tf32.tf32", kSection, bind_mma_async},
     {"wgmma.mma_async.sync.aligned." FORWARDPASS_SHAPES("32") ".f16|f32.e4m3|e5m2.e4m3|e5m2", kSection, bind_mma_async},
-    {"wgmma.mma_async.sync.aligned." FORWARDPASS_INTEGER_SHAPES("32") ".satfinite?.s32.s8|u8.s8|u8.satfinite?", kSection,
-     bind_mma_async},
+    {"wgmma.mma_async.sync.aligned." FORWARDPASS_INTEGER_SHAPES("32") ".satfinite?.s32.s8|u8.s8|u8.satfinite?",
+     kSection, bind_mma_async},
     {"wgmma.mma_async.sync.aligned." FORWARDPASS_INTEGER_SHAPES("256") ".s32.b1.b1.and.popc", kSection, refuse_binary},
-    {"wgmma.mma_async.sp.sync.aligned." FORWARDPASS_SHAPES("16") "|" FORWARDPASS_SHAPES("32") "|" FORWARDPASS_SHAPES("64")
-     ".satfinite?.f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8.f16|bf16|tf32|e4m3|e5m2|s8|u8.satfinite?",
+    {"wgmma.mma_async.sp.sync.aligned." FORWARDPASS_SHAPES("16") "|" FORWARDPASS_SHAPES("32") "|" FORWARDPASS_SHAPES(
+         "64") ".satfinite?.f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8.f16|bf16|tf32|e4m3|e5m2|s8|u8.satfinite?",
      "9.7.15.6.3", refuse_sparse},
     {"wgmma.fence.sync.aligned", "9.7.15.7.1", bind_plain<fence>},
     {"wgmma.commit_group.sync.aligned", "9.7.15.7.2", bind_plain<commit_group>},

@@ -1,9 +1,9 @@
 #pragma once
 // Warpgroup-level matrix products while they are under way, PTX ISA 9.7.15.
 //
-// Four warps issue one operation: the n-th wgmma.mma_async of each is the same operation, which can complete once all four
-// have issued it, and in order. Until a warp has waited for it, the registers of D and of A in registers are in flight
-// there: what D will be lives in an Accumulator, the registers themselves hold poison.
+// Four warps issue one operation: the n-th wgmma.mma_async of each is the same operation, which can complete once all
+// four have issued it, and in order. Until a warp has waited for it, the registers of D and of A in registers are in
+// flight there: what D will be lives in an Accumulator, the registers themselves hold poison.
 #include <deque>
 #include <memory>
 #include <vector>
@@ -30,9 +30,11 @@ std::string place_of(const Warp&, const WgmmaShape&);  // "wgmma.mma_async... of
 struct Accumulator {
   explicit Accumulator(const WgmmaShape& shape);
   const WgmmaShape* shape;
-  uint64_t last = 0;   // number of the operation that makes it final
-  int references = 0;  // registers of the warp that stand for it
-  uint32_t* values;    // [register][lane]
+  const Offset* registers = nullptr;  // those of D that stand for it
+  bool moved = false;                 // not these alone, or not all of these any more
+  uint64_t last = 0;                  // number of the operation that makes it final
+  int references = 0;                 // registers of the warp that stand for it
+  uint32_t* values;                   // [register][lane]
 
  private:
   std::unique_ptr<uint32_t[]> storage_;
@@ -43,36 +45,40 @@ class RegistersInFlight {
  public:
   struct Entry {
     Offset offset;
-    std::shared_ptr<Accumulator> value;  // null: a register of A, which keeps its value
-    int index;                           // within the accumulator
-    bool alias;                          // by a mov: no operation writes this register itself
-    uint64_t last;                       // of A: number of the last operation that reads it
-    const WgmmaShape* reader;            // of A
+    Accumulator* value;        // null: a register of A, which keeps its value
+    int index;                 // within the accumulator
+    bool alias;                // by a mov: no operation writes this register itself
+    uint64_t last;             // of A: number of the last operation that reads it
+    const WgmmaShape* reader;  // of A
   };
   bool empty() const { return entries_.empty(); }
   const Entry* find(Offset o) const {
     const uint32_t n = o / 64 < where_.size() ? where_[o / 64] : 0;
     return n ? &entries_[n - 1] : nullptr;
   }
-  void reads(Offset, uint64_t operation, const WgmmaShape*);                             // as A
-  void stands_for(Offset, const std::shared_ptr<Accumulator>&, int index, bool alias);  // replaces what it stood for
+  void reads(Offset, uint64_t operation, const WgmmaShape*);     // as A
+  void stands_for(Offset, Accumulator*, int index, bool alias);  // replaces what it stood for
+  std::shared_ptr<Accumulator> make(const WgmmaShape&, const Offset* registers);
+  std::shared_ptr<Accumulator> share(const Accumulator*) const;
   void drop(Offset);
   // Fills in the registers whose last operation is not after this one, which no longer are in flight then.
   void land(uint64_t operation, uint8_t* registers);
 
  private:
   Entry& entry(Offset);
+  void release(Accumulator*);
   std::vector<Entry> entries_;
   std::vector<uint16_t> where_;  // by offset / 64: 1 + position in entries_, 0: not in flight
+  std::vector<std::shared_ptr<Accumulator>> values_;
 };
 
 struct Warpgroup;
 
 struct WgmmaOperation final : Pending {
-  struct Part {                              // of one warp: 16 rows of D
-    std::shared_ptr<Accumulator> from, to;   // null from: zeros
+  struct Part {                             // of one warp: 16 rows of D
+    std::shared_ptr<Accumulator> from, to;  // null from: zeros
     Knowledge knowledge;
-    alignas(64) uint32_t a[4][kLanes];       // its fragments, if A is in registers
+    alignas(64) uint32_t a[4][kLanes];  // its fragments, if A is in registers
   } part[4];
   const WgmmaShape* shape = nullptr;
   uint64_t number = 0;
@@ -100,8 +106,8 @@ struct Wgmma {  // of one warp
   RegistersInFlight flight;
   Frame* frame = nullptr;  // whose registers are in flight
   uint64_t issued = 0, committed = 0;
-  struct Group {           // wgmma-group: committed and not waited for
-    uint64_t last;         // operation
+  struct Group {    // wgmma-group: committed and not waited for
+    uint64_t last;  // operation
     std::vector<std::pair<int, Clock>> agents;
   };
   std::deque<Group> groups;

@@ -8,8 +8,7 @@
 
 namespace forwardpass::interpreter {
 
-Accumulator::Accumulator(const WgmmaShape& s)
-    : shape(&s), storage_(new uint32_t[s.d_registers * kLanes + 16]) {
+Accumulator::Accumulator(const WgmmaShape& s) : shape(&s), storage_(new uint32_t[s.d_registers * kLanes + 16]) {
   const auto raw = reinterpret_cast<uintptr_t>(storage_.get());
   values = reinterpret_cast<uint32_t*>((raw + 63) / 64 * 64);
 }
@@ -30,21 +29,41 @@ void RegistersInFlight::reads(Offset o, uint64_t operation, const WgmmaShape* re
   e.reader = reader;
 }
 
-void RegistersInFlight::stands_for(Offset o, const std::shared_ptr<Accumulator>& value, int index, bool alias) {
+std::shared_ptr<Accumulator> RegistersInFlight::make(const WgmmaShape& shape, const Offset* registers) {
+  values_.push_back(std::make_shared<Accumulator>(shape));
+  values_.back()->registers = registers;
+  return values_.back();
+}
+
+std::shared_ptr<Accumulator> RegistersInFlight::share(const Accumulator* value) const {
+  for (const auto& v : values_)
+    if (v.get() == value) return v;
+  return nullptr;
+}
+
+void RegistersInFlight::release(Accumulator* value) {
+  value->moved = true;
+  if (--value->references) return;
+  const auto gone = [value](const auto& v) { return v.get() == value; };
+  values_.erase(std::find_if(values_.begin(), values_.end(), gone));  // an operation may still have it
+}
+
+void RegistersInFlight::stands_for(Offset o, Accumulator* value, int index, bool alias) {
+  ++value->references;
+  value->moved |= alias;
   Entry& e = entry(o);
-  if (e.value) --e.value->references;
+  if (e.value) release(e.value);
   e.value = value;
   e.index = index;
   e.alias = alias;
-  ++value->references;
 }
 
 void RegistersInFlight::drop(Offset o) {
   uint16_t& n = where_[o / 64];
   Entry& e = entries_[n - 1];
-  if (e.value) --e.value->references;
+  if (e.value) release(e.value);
   if (&e != &entries_.back()) {
-    e = std::move(entries_.back());
+    e = entries_.back();
     where_[e.offset / 64] = n;
   }
   n = 0;
@@ -104,8 +123,7 @@ Step run_watched(Warp& w, const Instruction& i, Mask mask) {
     const auto* to = flight.find(i.operand[0]);
     if (to && !to->value && checks) touched(w, *to, true);
     if (to && to->value == moved->value && to->index == moved->index) return Step::next;
-    const auto value = moved->value;
-    flight.stands_for(i.operand[0], value, moved->index, true);
+    flight.stands_for(i.operand[0], moved->value, moved->index, true);
     return Step::next;
   }
   for (int n = 0; n < i.destinations; ++n) {
