@@ -43,38 +43,44 @@ template <class S>
 using Bits = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
 
 // The code of x, a float or a double. saturate (.satfinite): beyond the largest number, infinity included, is that
-// number.
+// number. The arithmetic is of one width, selects are few and shifts have a variable on their left: g++ 12 vectorises
+// this, and not what reads better.
 template <class F, class S>
 inline uint32_t encode(S x, Rounding mode = Rounding::rn, bool saturate = false, bool relu = false) {
   using U = Bits<S>;
   constexpr int kMantissa = std::numeric_limits<S>::digits - 1, kWidth = sizeof(U) * 8;
+  constexpr U kOne = U{1} << kMantissa;  // of the exponent field, which stays where it is
+  constexpr U kInfinity = ((U{1} << (kWidth - 1 - kMantissa)) - 1) * kOne;
+  constexpr U kLeast = (std::numeric_limits<S>::max_exponent - F::kBias) * kOne;  // exponent of the least normal number
   constexpr int kDrop = kMantissa - F::kMantissa;
-  constexpr int kLeast = std::numeric_limits<S>::max_exponent - F::kBias;  // exponent field of the least normal number
-  constexpr U kImplicit = U{1} << kMantissa, kInfinity = ((U{1} << (kWidth - 1 - kMantissa)) - 1) << kMantissa;
+  constexpr U kMost = (kWidth - 2 - kDrop) * kOne;
 
-  const U bits = bit_cast<U>(x), magnitude = bits & ~(U{1} << (kWidth - 1));
-  const bool negative = bits >> (kWidth - 1);
-  const U exponent = magnitude >> kMantissa;
-  const bool subnormal = exponent < kLeast;
-  // A subnormal result drops as many bits more as its exponent falls short; beyond the significand, all of them.
-  const U field = exponent > 1 ? exponent : 1, shortfall = subnormal ? kLeast - field : 0;
-  const U drop = kDrop + shortfall < kWidth - 2 ? kDrop + shortfall : kWidth - 2;
-  const U fraction = (magnitude & (kImplicit - 1)) | (exponent ? kImplicit : 0);
-  const U significand = subnormal ? fraction : magnitude - (static_cast<U>(kLeast - 1) << kMantissa);
-  const U kept = significand >> drop, rest = significand & ((U{1} << drop) - 1), half = U{1} << (drop - 1);
+  const U bits = bit_cast<U>(x), magnitude = bits & ~(U{1} << (kWidth - 1)), negative = bits >> (kWidth - 1);
+  // With `base` subtracted, dropping kDrop bits leaves the code. A subnormal result drops as many more as its exponent
+  // falls short, which beyond kMost makes no difference.
+  const U exponent = magnitude & ~(kOne - 1), above = exponent > kOne ? exponent : kOne;
+  const U base = above < kLeast ? above : kLeast, significand = magnitude - (base - kOne), shortfall = kLeast - base;
+  const U room = kMost - shortfall, beyond = U{0} - (room >> (kWidth - 1));
+  const U drop = (shortfall + (room & beyond) + (kDrop - 1) * kOne) >> kMantissa;
+  const U halves = significand >> drop, kept = halves >> 1, half = halves & 1;
+  const U rest = significand != halves << drop ? 1 : 0;
   U up = 0;
-  if (mode == Rounding::rn) up = rest + (kept & 1) > half;
-  if (mode == Rounding::rna) up = rest >= half;
-  if (mode == Rounding::rm) up = (rest != 0) & negative;
-  if (mode == Rounding::rp) up = (rest != 0) & !negative;
+  if (mode == Rounding::rn) up = half & (rest | kept);
+  if (mode == Rounding::rna) up = half;
+  if (mode == Rounding::rm) up = (half | rest) & negative;
+  if (mode == Rounding::rp) up = (half | rest) & ~negative;
   const U rounded = kept + up;
   // What a directed mode does not round outwards stops at the largest number; an infinite x stays infinite.
-  const bool inwards =
-      mode == Rounding::rz || (mode == Rounding::rm && !negative) || (mode == Rounding::rp && negative);
-  const U limit = saturate || (inwards && magnitude < kInfinity) ? F::kLargest : F::kOverflow;
-  uint32_t code = static_cast<uint32_t>(rounded > F::kLargest ? limit : rounded);
-  code = relu && negative ? 0 : code | (negative ? F::kSign : 0);
-  return magnitude > kInfinity ? F::kNan : code;
+  const U inwards = mode == Rounding::rz   ? 1
+                    : mode == Rounding::rm ? negative ^ 1
+                    : mode == Rounding::rp ? negative
+                                           : 0;
+  const U finite = magnitude < kInfinity ? 1 : 0;
+  const U limit = saturate ? F::kLargest : U{F::kOverflow} - (inwards & finite);
+  U code = rounded > F::kLargest ? limit : rounded;
+  code |= negative << (F::kExponent + F::kMantissa);
+  if (relu) code &= negative - 1;
+  return static_cast<uint32_t>(magnitude > kInfinity ? U{F::kNan} : code);
 }
 
 // The number behind a code; NaN is kNanF32.

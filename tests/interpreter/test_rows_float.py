@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from floats import FORMATS, compute, encode, flush, map_codes, value
-from rows import DTYPES, F16_EDGES, Opcode, by_lane, random_values, row, run, sample, seed_of, spellings
+from rows import DTYPES, Opcode, by_lane, random_values, row, run, sample, seed_of, spellings
 
 pytestmark = pytest.mark.interpreted
 
@@ -76,26 +76,34 @@ def out_of_bounds_values(op, rng):
 
 by_lane("fma.rn.oob.relu?.f16|f16x2|bf16|bf16x2", T, [T] * 3, by_code(out_of_bounds), values=out_of_bounds_values)
 
-# ---- the hard cases of a fused multiply-add with 16-bit operands: a product halfway between two numbers, and a c that ----
-# ---- decides; also products that fp32 cannot hold                                                                    ----
+# ---- what a second rounding would spoil ----
 
 
-@row("fma.rn.relu?.bf16|bf16x2", "mul.rn?.bf16|bf16x2")
-@pytest.mark.parametrize("type", ["bf16", "f16"])
-def test_one_rounding(type):
+@row("fma.rn.relu?.bf16|bf16x2", f"fma.{MODES}.ftz?.sat?.f32", f"fma.{MODES}.f64", "fma.rn.ftz?.sat?.f16|f16x2")
+@pytest.mark.parametrize("type", ["bf16", "f16", "f32", "f64"])
+def test_fma_rounds_once(type):
+    """Products halfway between two numbers, and a c too small to be seen next to them, which decides."""
     f = FORMATS[type]
     rng = np.random.default_rng(1)
-    a, b = (random_values(type, 4096, rng) for _ in range(2))
-    c = encode(1.0, f) ^ rng.integers(0, 2, 4096).astype(np.uint16) << 15  # of any size: from the least number up
-    c = np.where(rng.random(4096) < 0.7, rng.integers(0, 4, 4096).astype(np.uint16) | c & 0x8000, c)
-    a[:1024] = (a[:1024] & 0x807F) | encode(1.5, f) & 0x7F80
-    small = rng.random(4096) < 0.3
-    b = np.where(small, b & (0x87FF if type == "bf16" else 0x8BFF), b).astype(np.uint16)
-    body = f"fma.rn.{type} %d, %a, %b, %c; mul.rn.{type} %e, %a, %b;"
-    u16 = np.dtype(np.uint16)
-    result = run(body, dict(a=a, b=b, c=c.astype(np.uint16)), dict(d=u16, e=u16))
-    assert np.array_equal(result["d"], map_codes(lambda *x: compute("fma", f, x), a, b, c))
-    assert np.array_equal(result["e"], map_codes(lambda *x: compute("mul", f, x), a, b))
+    n, p = 2048, rng.integers(1, f.mantissa + 1, 2048)
+    # (1 + 2^-p)(1 + 2^-q) with p + q = mantissa + 1: its last bit is half a unit
+    scale = [math.ldexp(rng.choice([1.0, -1.0]), int(e)) for e in rng.integers(-3, 4, n)]
+    a = np.array([encode((1 + math.ldexp(1, -int(k))) * s, f) for k, s in zip(p, scale)])
+    b = np.array([encode(1 + math.ldexp(1, int(k) - f.mantissa - 1), f) for k in p])
+    c = np.array([int(x) | int(s) * f.sign() for x, s in zip(rng.integers(0, 4, n), rng.integers(0, 2, n))])
+    a, b, c = (x.astype(CODES[type]) for x in (a, b, c))
+    d = run(f"fma.rn.{type} %d, %a, %b, %c;", dict(a=a, b=b, c=c), dict(d=a.dtype))["d"]
+    assert np.array_equal(d, map_codes(lambda *x: compute("fma", f, x), a, b, c))
+
+
+@row("mul.rn?.bf16|bf16x2")
+def test_bf16_products_that_fp32_cannot_hold():
+    f = FORMATS["bf16"]
+    rng = np.random.default_rng(2)
+    a = (random_values("bf16", 4096, rng) & 0x807F | rng.integers(0, 130, 4096) << 7).astype(np.uint16)
+    b = (random_values("bf16", 4096, rng) & 0x807F | rng.integers(0, 130, 4096) << 7).astype(np.uint16)
+    d = run("mul.rn.bf16 %d, %a, %b;", dict(a=a, b=b), dict(d=a.dtype))["d"]
+    assert np.array_equal(d, map_codes(lambda *x: compute("mul", f, x), a, b))
 
 
 # ---- signs, minima and maxima ----

@@ -168,7 +168,7 @@ struct ApproximateBoth {
 };
 
 template <class Op, uint32_t Salt, class T, class... More>
-Step displaced(Warp& w, const Instruction& i, Mask mask) {
+[[gnu::flatten]] Step displaced(Warp& w, const Instruction& i, Mask mask) {
   lanewise_over<Op, T, T, More...>(w, i, mask, Op{Noise(w, Salt)}, std::index_sequence_for<T, More...>{});
   return Step::next;
 }

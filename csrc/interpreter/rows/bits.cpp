@@ -268,14 +268,13 @@ struct Shf {
 };
 
 // prmt: which of the eight bytes of {b, a} goes where. The modes are permutations chosen by the two lowest bits of c.
-uint32_t byte_of(uint64_t both, uint32_t n) { return static_cast<uint32_t>(both >> (8 * (n & 7))) & 0xff; }
+uint32_t byte_of(uint32_t a, uint32_t b, uint32_t n) { return (n & 4 ? b : a) >> (8 * (n & 3)) & 0xff; }
 struct Prmt {
   uint32_t operator()(uint32_t a, uint32_t b, uint32_t c) const {
-    const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
     uint32_t d = 0;
     for (int k = 0; k < 4; ++k) {
-      const uint32_t control = c >> (4 * k) & 15, byte = byte_of(both, control);
-      d |= (control & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << (8 * k);
+      const uint32_t control = c >> (4 * k) & 15, byte = byte_of(a, b, control), sign = byte & 0x80 ? 0xff : 0;
+      d |= (control & 8 ? sign : byte) << (8 * k);
     }
     return d;
   }
@@ -300,9 +299,8 @@ struct PrmtMode {
     }
   }
   uint32_t operator()(uint32_t a, uint32_t b, uint32_t c) const {
-    const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
     uint32_t d = 0;
-    for (uint32_t k = 0; k < 4; ++k) d |= byte_of(both, source(c & 3, k)) << (8 * k);
+    for (uint32_t k = 0; k < 4; ++k) d |= byte_of(a, b, source(c & 3, k)) << (8 * k);
     return d;
   }
 };

@@ -147,6 +147,31 @@ Step cvt(Warp& w, const Instruction& i, Mask mask) {
   return Step::next;
 }
 
+// The common conversions, without modifiers and between registers of the types' sizes, in one loop that vectorises.
+template <class D, Integral I>
+struct Plain {
+  template <class S>
+  D operator()(S x) const {
+    constexpr How kHow = [] {
+      How how;
+      how.integral = I;
+      return how;
+    }();
+    return convert<D>(x, kHow);
+  }
+};
+template <class D, class S>
+Handler plain_handler(const How& how) {
+  const bool plain = how.rounding == Rounding::rn && !how.saturate && !how.flush &&
+                     how.destination_bytes == sizeof(D) && how.source_bytes == sizeof(S);
+  if (!plain) return nullptr;
+  if constexpr (is_real<S>) {
+    if (how.integral == Integral::rni) return &lanewise<Plain<D, Integral::rni>, D, S>;
+    if (how.integral == Integral::rzi) return &lanewise<Plain<D, Integral::rzi>, D, S>;
+  }
+  return how.integral == Integral::none ? &lanewise<Plain<D, Integral::none>, D, S> : nullptr;
+}
+
 Integral integral_of(const Bind& b) {
   return b.has("rni")   ? Integral::rni
          : b.has("rzi") ? Integral::rzi
@@ -166,7 +191,12 @@ void bind_cvt(Bind& b) {
   if (b.operand(0).kind == Operand::Kind::sink) b.refuse("its destination must be a register, not _");
   how.destination_bytes = b.destination_relaxed(b.operand(0), to);
   how.source_bytes = b.source_relaxed(b.operand(1), from);
-  with(to, [&](auto d) { with(from, [&](auto s) { b.run(&cvt<decltype(d), decltype(s)>); }); });
+  with(to, [&](auto d) {
+    with(from, [&](auto s) {
+      const Handler plain = plain_handler<decltype(d), decltype(s)>(how);
+      b.run(plain ? plain : &cvt<decltype(d), decltype(s)>);
+    });
+  });
 }
 // .sat between integers: only where the source has numbers that the destination lacks.
 void bind_saturating(Bind& b) {

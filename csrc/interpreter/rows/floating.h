@@ -36,6 +36,8 @@ struct TimesPlus {
   auto operator()(T a, T b, T c) const {
     if constexpr (is_short<T>) {
       return sum_to_odd(double{a} * double{b}, double{c});
+    } else if constexpr (std::is_same_v<T, float>) {
+      return __builtin_fmaf(a, b, c);  // in fp64 it would round twice
     } else {
       return __builtin_fma(a, b, c);
     }

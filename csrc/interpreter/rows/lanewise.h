@@ -9,15 +9,36 @@
 
 namespace forwardpass::interpreter {
 
+// 16-bit numbers are loaded and stored as integers: a loop that copies structures does not vectorise.
+template <class T>
+using Stored = std::conditional_t<is_short<T>, uint16_t, T>;
+template <class T>
+inline T loaded(Stored<T> x) {
+  if constexpr (is_short<T>) {
+    return T::from_bits(x);
+  } else {
+    return x;
+  }
+}
+template <class T>
+inline Stored<T> stored(T x) {
+  if constexpr (is_short<T>) {
+    return x.bits;
+  } else {
+    return x;
+  }
+}
+
 template <class Op, class D, class... S, size_t... N>
 inline void lanewise_over(Warp& w, const Instruction& i, Mask mask, Op op, std::index_sequence<N...>) {
-  D* d = w.operand<D>(i, 0);
-  const std::tuple<const S*...> s{w.operand<S>(i, 1 + N)...};
-  each_lane(mask, [=](int l) { d[l] = op(std::get<N>(s)[l]...); });
+  auto* d = w.operand<Stored<D>>(i, 0);
+  const std::tuple<const Stored<S>*...> s{w.operand<Stored<S>>(i, 1 + N)...};
+  each_lane(mask, [=](int l) { d[l] = stored<D>(op(loaded<S>(std::get<N>(s)[l])...)); });
 }
-// Operand 0 is the destination; Op is a function object without state.
+// Operand 0 is the destination; Op is a function object without state. flatten: what is called within the loop must be
+// inlined for it to vectorise, and left alone the compiler stops at the larger ones.
 template <class Op, class D, class... S>
-Step lanewise(Warp& w, const Instruction& i, Mask mask) {
+[[gnu::flatten]] Step lanewise(Warp& w, const Instruction& i, Mask mask) {
   lanewise_over<Op, D, S...>(w, i, mask, Op{}, std::index_sequence_for<S...>{});
   return Step::next;
 }
