@@ -223,7 +223,9 @@ class Build(build_ext):
         core = sorted(p for p in ROOT.glob("csrc/interpreter/**/*.cpp") if "standin" not in p.parts)
         core_flags = "-march=x86-64-v3 -mtune=generic"
         flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
-        text.append(f"build {path(out / '_interpreter.so')}: link {objects('cxx', core, lambda s: core_flags)}\n flags = {flags}")
+        text.append(
+            f"build {path(out / '_interpreter.so')}: link {objects('cxx', core, lambda s: core_flags)}\n flags = {flags}"
+        )
         cu, standin = [], []
         if home:
             cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))

@@ -83,8 +83,8 @@ int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* bl
 // The largest cluster that fits, and how many of the config's size run at once.
 int fpi_cluster_occupancy(const void* host, const struct fpi_launch_config*, int* largest, int* clusters);
 
-// cuTensorMapEncodeTiled with its limits, for the 128 bytes that stand in for a CUtensorMap here. A CUresult; the reason
-// for any but 0 is fpi_tensor_map_error(), of this thread. strides_bytes has rank - 1 entries.
+// cuTensorMapEncodeTiled with its limits, for the 128 bytes that stand in for a CUtensorMap here. A CUresult; the
+// reason for any but 0 is fpi_tensor_map_error(), of this thread. strides_bytes has rank - 1 entries.
 int fpi_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
                                 const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int oob_fill);

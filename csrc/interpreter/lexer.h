@@ -143,7 +143,7 @@ class Lexer {
       }
     }
     if (n.kind == Operand::Kind::integer && (*at_ == 'U' || *at_ == 'u')) ++at_;
-    if (is(*at_, kBegins | kContinues)) fail("not a number");
+    if (is(*at_, kContinues)) fail("not a number");
     return n;
   }
 

@@ -363,7 +363,10 @@ class Parser : public Declarations {
       module_.target = identifier();
       while (accept(',')) identifier();
     } else if (what == "address_size") {
-      if (count() != 64) fail("only 64-bit addresses are supported");
+      if (peek('6') && at_[1] == '4')
+        at_ += 2;
+      else
+        fail("only 64-bit addresses are supported");
     } else if (what == "file") {
       const size_t index = count();
       if (index > 1'000'000) fail("a file index beyond all measure");

@@ -77,6 +77,7 @@ cudaError_t finish(int value) {
 
 cudaError_t unsupported(const char* what) {
   std::fprintf(stderr, "%s is not supported by the forwardpass interpreter\n", what);
+  fpi_finding_clear();  // which cudaGetErrorString would take for the reason
   return finish(cudaErrorNotSupported);
 }
 

@@ -28,7 +28,8 @@ void compare(void (*kernel)(float*)) {
       cudaOccDeviceState state;
       cudaOccResult expected;
       int blocks = -1;
-      cudaOccError status = cudaOccMaxActiveBlocksPerMultiprocessor(&expected, &device, &function, &state, threads, bytes);
+      cudaOccError status =
+          cudaOccMaxActiveBlocksPerMultiprocessor(&expected, &device, &function, &state, threads, bytes);
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes);
       ++comparisons;
       if (status == CUDA_OCC_SUCCESS && blocks == expected.activeBlocksPerMultiprocessor) continue;

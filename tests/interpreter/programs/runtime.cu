@@ -40,7 +40,9 @@ struct Large {
   double number;
   int* out;
 };
-__global__ void by_value(char first, Large large, short last) { *large.out = first + large.bytes[2] + int(large.number) + last; }
+__global__ void by_value(char first, Large large, short last) {
+  *large.out = first + large.bytes[2] + int(large.number) + last;
+}
 
 int major_version() {
   int major;
@@ -102,7 +104,8 @@ bool refused_launches() {
   CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, write, 128, 0));
   CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
   right &= blocks >= 4 && cudaLaunchCooperativeKernel(write, 1, 32, args) == cudaSuccess &&
-           cudaLaunchCooperativeKernel(write, blocks * multiprocessors + 1, 128, args) == cudaErrorCooperativeLaunchTooLarge &&
+           cudaLaunchCooperativeKernel(write, blocks * multiprocessors + 1, 128, args) ==
+               cudaErrorCooperativeLaunchTooLarge &&
            cudaGetLastError() == cudaErrorCooperativeLaunchTooLarge;
   CHECK(cudaFree(out));
   return right;
@@ -148,9 +151,11 @@ bool pitched_copies() {
   CHECK(cudaMemset2D(rows, pitch, 1, 10, 4));
   CHECK(cudaMemcpy2D(rows, pitch, from, 10, 10, 3, cudaMemcpyHostToDevice));
   CHECK(cudaMemcpy2D(to, 20, rows, pitch, 10, 4, cudaMemcpyDeviceToHost));
-  bool right = pitch >= 10 && cudaMemcpy2D(rows, 9, from, 10, 10, 4, cudaMemcpyHostToDevice) == cudaErrorInvalidPitchValue;
+  bool right =
+      pitch >= 10 && cudaMemcpy2D(rows, 9, from, 10, 10, 4, cudaMemcpyHostToDevice) == cudaErrorInvalidPitchValue;
   cudaGetLastError();
-  for (int r = 0; r < 4; ++r) right &= !std::memcmp(to[r], r < 3 ? from[r] : "\1\1\1\1\1\1\1\1\1\1", 10) && to[r][10] == 0;
+  for (int r = 0; r < 4; ++r)
+    right &= !std::memcmp(to[r], r < 3 ? from[r] : "\1\1\1\1\1\1\1\1\1\1", 10) && to[r][10] == 0;
   CHECK(cudaFree(rows));
   return right;
 }
@@ -222,8 +227,10 @@ bool tensor_maps() {
         &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, address, sizes, strides, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
-  const bool right = status == cudaDriverEntryPointSuccess && make(x) == CUDA_SUCCESS && make(x + 1) == CUDA_ERROR_INVALID_VALUE;
-  const cudaError_t refused = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2col", &unknown, 12000, cudaEnableDefault, &status);
+  const bool right =
+      status == cudaDriverEntryPointSuccess && make(x) == CUDA_SUCCESS && make(x + 1) == CUDA_ERROR_INVALID_VALUE;
+  const cudaError_t refused =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2col", &unknown, 12000, cudaEnableDefault, &status);
   CHECK(cudaFree(x));
   return right && refused == cudaErrorNotSupported && !unknown && cudaGetLastError() == cudaErrorNotSupported;
 }
@@ -233,14 +240,10 @@ int main() {
     const char* name;
     bool (*run)();
   } features[] = {
-      {"refused launches", refused_launches},
-      {"memory", memory},
-      {"pitched copies", pitched_copies},
-      {"variables", variables},
-      {"arguments by value", arguments_by_value},
-      {"attributes", attributes},
-      {"host functions", host_functions},
-      {"tensor maps", tensor_maps},
+      {"refused launches", refused_launches},     {"memory", memory},
+      {"pitched copies", pitched_copies},         {"variables", variables},
+      {"arguments by value", arguments_by_value}, {"attributes", attributes},
+      {"host functions", host_functions},         {"tensor maps", tensor_maps},
   };
   int failed = 0;
   for (const auto& feature : features) {
