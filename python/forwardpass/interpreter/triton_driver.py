@@ -6,6 +6,7 @@ interpret they are what they were.
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import threading
@@ -146,9 +147,15 @@ class Utils:
     def load_binary(self, name: str, ptx: bytes, shared: int, device: str) -> tuple[None, Kernel, int, int, int]:
         """module, function, registers and spills (ptxas would know), and the most threads of a block
 
-        No module: Triton 3.9 would ask the driver to unload it, and by then that may be another one.
+        No module: Triton 3.9 would ask the driver to unload it, and by then that may be another one. Without one, Triton
+        comes here again at each launch.
         """
-        return None, Module(ptx.decode())[name], 0, 0, 1024
+        return None, _kernel(name, ptx), 0, 0, 1024
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(name: str, ptx: bytes) -> Kernel:
+    return Module(ptx.decode())[name]
 
 
 class Launcher:
