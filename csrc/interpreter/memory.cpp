@@ -288,9 +288,9 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
       access_global(w, lanes, bytes, use, host);
     }
   } catch (Finding& f) {  // of a range: whose lane is it?
-    if (space == Space::global && f.kind == Kind::out_of_bounds) {
+    if (space != Space::shared && f.kind == Kind::out_of_bounds) {
       for (int l = 0; l < kLanes; ++l)
-        if (mask >> l & 1) check_global(w, lanes[l], bytes, use, l);
+        if (mask >> l & 1) global_region(w, lanes[l], bytes, use, l);
     }
     for (int l = kLanes - 1; l >= 0; --l)
       if ((mask >> l & 1) && lanes[l] <= f.address && f.address < lanes[l] + bytes) f.lane = l;

@@ -640,19 +640,31 @@ def test_vectors_of_float_add(vector):
 
 
 def test_lanes_add_up_across_warps_and_blocks():
-    """To one address: every lane sees a different sum before its own, and threads of the host keep count."""
+    """To one address, from several threads of the host: every lane sees a sum of its own."""
     x, y = torch.zeros(1, dtype=torch.int32), torch.zeros(8 * 128, dtype=torch.int32)
-    text = kernel("""mov.u32 %r1, %ctaid.x;
+    text = kernel(
+        """mov.u32 %r1, %ctaid.x;
     mad.lo.u32 %r1, %r1, 128, %t;
     mul.wide.u32 %rd1, %r1, 4;
     add.u64 %rd1, %a1, %rd1;
     atom.global.add.u32 %r2, [%a0], 1;
-    st.global.u32 [%rd1], %r2;""", (x, y), block=128)  # fmt: skip
-    orders = set()
+    st.global.u32 [%rd1], %r2;""",
+        (x, y),
+        block=128,
+    )
     for seed in range(4):
         x.zero_()
         with fp.interpret("sm_90a", seed=seed):
             interpreter.Module(text)["k"].launch(8, 128, (x, y))
         assert x.item() == 8 * 128 and torch.equal(y.sort().values, torch.arange(8 * 128).int())
-        orders.add(tuple(y[:32].tolist()))
-    assert len(orders) > 1
+
+
+def test_the_seed_decides_the_order_of_lanes():
+    x, y = torch.zeros(1, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    orders = []
+    for seed in (0, 1, 2, 3, 0):
+        body = "mul.wide.u32 %rd1, %t, 4;\nadd.u64 %rd1, %a1, %rd1;\natom.global.add.u32 %r2, [%a0], 1;\nst.global.u32 [%rd1], %r2;"
+        run(body, x.zero_(), y, seed=seed)
+        assert torch.equal(y.sort().values, torch.arange(32).int())
+        orders.append(tuple(y.tolist()))
+    assert len(set(orders)) > 1
