@@ -28,10 +28,20 @@ def build(folder, name):
     return program
 
 
+class Programs(dict):
+    """By name, built when first asked for."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, name):
+        self[name] = build(self.folder, name)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    return {path.stem: build(folder, path.stem) for path in sorted(FOLDER.glob("*.cu"))}
+    return Programs(tmp_path_factory.mktemp("programs"))
 
 
 def execute(program, *arguments, architecture="sm_80"):
@@ -54,7 +64,7 @@ def test_features(programs, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["runtime", "occupancy"])
+@pytest.mark.parametrize("name", ["runtime", "occupancy", pytest.param("cub", marks=pytest.mark.slow)])
 def test_verdicts(programs, name, architecture):
     done = execute(programs[name], architecture=architecture)
     assert done.returncode == 0 and done.stdout.endswith("\nPASS\n"), done.stdout + done.stderr

@@ -112,13 +112,13 @@ def test_lanes_that_have_exited():
     assert np.array_equal(result, np.where(LANES < 20, 2**20 - 1, 7))
 
 
-@row("vote.sync.all|any|uni.pred", "vote.sync.ballot.b32")
+@row("vote.sync.all|any|uni.pred", "vote.sync.ballot.b32", "vote.ballot.sync.b32")
 @pytest.mark.parametrize("which", range(8))
 def test_vote(which):
     rng = np.random.default_rng(which)
     a = [np.zeros(32, bool), np.ones(32, bool), LANES == 9, LANES != 9][which] if which < 4 else rng.random(32) < 0.5
     body = "".join(f"vote.sync.{m}.pred %{m}, %a, -1; vote.sync.{m}.pred %n{m}, !%a, -1;" for m in ("all", "any", "uni"))
-    body += "vote.sync.ballot.b32 %d, %a, -1; vote.sync.ballot.b32 %e, !%a, -1;"
+    body += "vote.sync.ballot.b32 %d, %a, -1; vote.ballot.sync.b32 %e, !%a, -1;"
     outputs = {**dict.fromkeys(["all", "any", "uni", "nall", "nany", "nuni"], BOOL), "d": U32, "e": U32}
     result = run(body, dict(a=a), outputs, threads=32)
     uniform = a.all() or not a.any()

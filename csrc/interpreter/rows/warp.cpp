@@ -247,6 +247,7 @@ const Row rows[] = {
     {"shfl.sync.up|down|bfly|idx.b32", "9.7.9.6", bind_shfl},
     {"vote.sync.all|any|uni.pred", "9.7.13.8", bind_vote},
     {"vote.sync.ballot.b32", "9.7.13.8", bind_vote},
+    {"vote.ballot.sync.b32", "9.7.13.8", bind_vote},  // as CUB spells it, and ptxas takes it
     {"match.any|all.sync.b32|b64", "9.7.13.9", bind_match},
     {"activemask.b32", "9.7.13.10",
      [](Bind& b) {
