@@ -231,7 +231,7 @@ class Build(build_ext):
             cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))
             lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
             # Any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
-            nvcc = (f"{q(f'{home}/bin/nvcc')} {common} -O3 -lineinfo --compress-mode=none -Werror all-warnings "
+            nvcc = (f"{q(f'{home}/bin/nvcc')} {common} -O3 -lineinfo --compress-mode=size -Werror all-warnings "
                     f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Xcompiler -fPIC,-fvisibility=hidden "
                     f"$flags -c $in -o $out")  # fmt: skip
             checked = (

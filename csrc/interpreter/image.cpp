@@ -7,6 +7,7 @@
 
 #include "core.h"
 #include "device.h"
+#include "zstandard.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -33,18 +34,18 @@ struct Entry {
   uint64_t name, flags;
 };
 constexpr uint16_t kPtx = 1;
-constexpr uint64_t kSpecific = 0x100000, kCompressed = 0x2000 | 0x8000;  // sm_90a; LZ4 or Zstandard
+constexpr uint64_t kSpecific = 0x100000, kLz4 = 0x2000, kZstandard = 0x8000;  // sm_90a; how it is compressed
 
 struct Ptx {
   int arch;
-  bool specific, compressed;
-  std::string_view text;
+  bool specific, lz4, zstandard;
+  std::string_view text;  // as it stands in the image, without the padding
   std::string name() const { return std::to_string(arch) + (specific ? "a" : ""); }
 };
 
 struct Image {
   std::vector<Ptx> ptx;
-  std::string holds;  // for messages: "sm_80, sm_90a, compute_80 (compressed)"
+  std::string holds;  // for messages: "sm_80, sm_90a, compute_80 (compressed by LZ4)"
   bool linked = false;
   std::map<std::string, std::unique_ptr<Module>> modules;  // by the device's architecture, loaded at the first use
 };
@@ -83,11 +84,13 @@ void read(Image& image, const Wrapper& wrapper) {
     std::memcpy(&e, at, sizeof e);
     const Ptx p{static_cast<int>(e.arch),
                 (e.flags & kSpecific) != 0,
-                (e.flags & kCompressed) != 0,
-                {reinterpret_cast<const char*>(at + e.header_bytes), static_cast<size_t>(e.bytes)}};
+                (e.flags & kLz4) != 0,
+                (e.flags & kZstandard) != 0,
+                {reinterpret_cast<const char*>(at + e.header_bytes),
+                 e.compressed_bytes ? e.compressed_bytes : static_cast<size_t>(e.bytes)}};
     if (e.kind == kPtx) image.ptx.push_back(p);
     image.holds += (image.holds.empty() ? "" : ", ") + std::string(e.kind == kPtx ? "compute_" : "sm_") + p.name() +
-                   (e.kind == kPtx && p.compressed ? " (compressed)" : "");
+                   (e.kind == kPtx && p.lz4 ? " (compressed by LZ4)" : "");
     at += e.header_bytes + e.bytes;
   }
 }
@@ -113,13 +116,24 @@ const Ptx* choose(const Image& image, const Device& device) {
   throw f;
 }
 
+std::string text_of(const Ptx& ptx, const Device& device) {
+  if (!ptx.zstandard) return std::string(ptx.text);
+  std::string problem;
+  if (auto text = decompress_zstandard(ptx.text, &problem)) return *std::move(text);
+  Finding f;
+  f.kind = Kind::unsupported;
+  f.message = "the program's PTX is compressed, and " + problem + ", or compile with --compress-mode=none";
+  f.arch = device.arch;
+  throw f;
+}
+
 // Called with the registry locked. Throws a Finding.
 Module& module_for(Image& image, const Device& device) {
   auto& module = image.modules[device.arch];
   if (!module) {
     const Ptx* ptx = choose(image, device);
-    if (!ptx || ptx->compressed) refuse(image, device);
-    module = load(std::string(ptx->text));
+    if (!ptx || ptx->lz4) refuse(image, device);
+    module = load(text_of(*ptx, device));
     for (const auto& [name, g] : module->globals) storage().add(g.address, g.bytes, name, g.constant);
   }
   return *module;

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from rows import row
+
 import forwardpass as fp
 
 interpreter = pytest.importorskip("forwardpass.interpreter")
@@ -39,6 +41,7 @@ def run(body, threads=32, grid=1, seed=0, functions=""):
     return out
 
 
+@row("bra.uni?", "ret.uni?")
 def test_divergent_branches_reconverge():
     # each lane takes tid & 3 of four ways; a warp-wide vote after the join sees all 32 lanes
     out = run("""
@@ -82,6 +85,7 @@ DONE:
     assert torch.equal(out, (n * (n + 1) // 2).to(torch.int32))
 
 
+@row("brx.idx.uni?")
 def test_brx_idx():
     out = run("""
   rem.u32 %r1, %r60, 3;
@@ -125,6 +129,7 @@ END:
 """
 
 
+@row("call.uni?")
 def test_recursion_by_lane():
     out = run("""
   and.b32 %r1, %r60, 7;
@@ -178,6 +183,7 @@ def test_indirect_calls_go_to_each_lanes_function():
     assert torch.equal(out, torch.where(n % 2 == 0, 2 * n, -n).to(torch.int32))
 
 
+@row("exit")
 def test_exit_of_some_lanes():
     out = run("""
   mov.u32 %r0, 5;
@@ -213,6 +219,7 @@ def test_a_barrier_orders_shared_memory(seed):
     assert torch.equal(out, (2 * n + 1000).to(torch.int32))
 
 
+@row("bar|barrier.cta?.sync|arrive.aligned?")
 @pytest.mark.parametrize("seed", range(10))
 def test_arrive_and_sync_are_a_one_way_barrier(seed):
     # warp 0 produces and goes on, warp 1 consumes
@@ -235,6 +242,7 @@ DONE:
     assert torch.equal(out, torch.cat([torch.full((32,), 7), torch.arange(32)]).to(torch.int32))
 
 
+@row("bar|barrier.cta?.red.popc|and|or.aligned?.u32|pred")
 @pytest.mark.parametrize(("op", "expected"), [("popc", 2 * 33), ("and", 0), ("or", 1)])
 def test_barrier_reductions(op, expected):
     destination = "%r0" if op == "popc" else "%p1"
@@ -276,8 +284,10 @@ SKIP:
 
 def test_counts_of_a_barrier_must_agree():
     f = finding("""
-  setp.lt.u32 %p0, %r60, 32;
+  setp.ge.u32 %p1, %r60, 64;
   mov.u32 %r0, 0;
+  @%p1 bra DONE;
+  setp.lt.u32 %p0, %r60, 32;
   @%p0 bra OTHER;
   bar.sync 1, 64;
   bra.uni DONE;
@@ -288,6 +298,7 @@ DONE:
     assert f.kind == "barrier"
 
 
+@row("bar.warp.sync")
 def test_bar_warp_sync_waits_for_the_lanes_of_its_mask():
     out = run("""
   setp.lt.u32 %p0, %r60, 16;
