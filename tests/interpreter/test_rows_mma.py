@@ -117,6 +117,19 @@ def test_nan_and_infinity():
     assert (got[1][3] == np.inf).all() and got[2][4, 4] == -np.inf and np.isfinite(got[3]).all()
 
 
+@pytest.mark.parametrize("type", ["e4m3", "e5m2", "bf16", "tf32"])
+def test_nan_of_other_types(type):
+    k = {1: 32, 2: 16, 4: 8}[tc.BYTES[type]]
+    op = f"mma.sync.aligned.m16n8k{k}.row.col.f32.{type}.{type}.f32"
+    a, b, c = operands(op, exact=True)
+    nan = {"e4m3": 0x7F, "e5m2": 0x7D, "bf16": 0x7FC0, "tf32": 0x7FC00000}[type]
+    sign = 1 << 8 * tc.BYTES[type] - 1
+    a[0][3, 5], a[1][3, 5], b[2][1, 7] = nan, nan | sign, nan
+    got = [tc.decode(x, "f32") for x in mma(op, a, b, c)]
+    assert np.isnan(got[0][3]).all() and np.isnan(got[1][3]).all() and np.isnan(got[2][:, 7]).all()
+    assert np.isfinite(np.delete(got[0], 3, 0)).all() and np.isfinite(got[2][:, :7]).all() and np.isfinite(got[3]).all()
+
+
 def test_subnormal_elements_count():
     for op, type in (("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "f16"),
                      ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e5m2.f32", "e4m3"),
