@@ -134,7 +134,7 @@ def test_shared_memory(seed):
     assert finding(f"{FENCE} {ONE} {COMMIT} {one_writes} {WAIT_ALL}", seed).kind in ("in_flight", "race")
     own_row = "setp.eq.u32 %p, %r0, 0; @%p st.shared.b32 [%base], %r0;"
     error = finding(f"fence.proxy.async; {FENCE} {ONE} {COMMIT} {own_row} {WAIT_ALL}", seed)
-    assert error.kind in ("in_flight", "race")
+    assert error.kind in ("in_flight", "race") and "fence" not in error.message  # none would help
     # one wait covers what all four warps read
     run(f"{FENCE} {ONE} {WAIT} {one_writes}", seed)
     assert finding(f"{FENCE} {ONE} {WAIT}", seed, a_desc=LEFT.descriptor() + (9000 >> 4)).kind == "uninitialised"
