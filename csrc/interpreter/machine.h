@@ -94,7 +94,7 @@ struct alignas(64) Warp {
   Mask carry = 0;                              // CC.CF of each lane: add.cc, addc, ...
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
-  // nothing is under way. Reading or writing one is a finding; a plain mov is deferred (Wgmma::defer).
+  // nothing is under way. Reading or writing one is a finding; a plain mov is deferred (run_watched).
   bool watched = false;  // some are: the loop calls run_watched in place of the handler
 
   // Per-warp state of the asynchronous instructions; each row file owns its own struct.

@@ -14,7 +14,14 @@ ORDERED = "eq|ne|lt|le|gt|ge"
 FLOATING = ORDERED + "|equ|neu|ltu|leu|gtu|geu|num|nan"
 COMBINED = ".and|or|xor?"
 UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARE = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
@@ -106,7 +113,15 @@ def test_setp(pattern):
 @row(*SET)
 @pytest.mark.parametrize("pattern", SET)
 def test_set(pattern):
-    ones = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80, "f16x2": 0x3C00, "bf16x2": 0x3F80, "u16": 0xFFFF, "s16": 0xFFFF}
+    ones = {
+        "f32": 0x3F800000,
+        "f16": 0x3C00,
+        "bf16": 0x3F80,
+        "f16x2": 0x3C00,
+        "bf16x2": 0x3F80,
+        "u16": 0xFFFF,
+        "s16": 0xFFFF,
+    }
     ops = [Opcode(o) for o in spellings(pattern)]
     for type in dict.fromkeys(op.type() for op in ops):
         rng = np.random.default_rng(seed_of(type))

@@ -31,6 +31,14 @@ REFUSED = [
     "mma.sp|sp::ordered_metadata.sync.aligned.m16n8k8|m16n8k16|m16n8k32|m16n8k64|m16n8k128.row.col.satfinite?."
     "f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|f32|s32",
 ]
+WMMA_SHAPES = "m16n16k16|m32n8k16|m8n32k16|m16n16k8|m8n8k4|m8n8k32|m8n8k128"
+WMMA_TYPES = "f16|bf16|tf32|f32|f64|s32|s8|u8|s4|u4|b1"
+REFUSED += [
+    f"wmma.load.a|b|c.sync.aligned.row|col.{WMMA_SHAPES}.global|shared|shared::cta?.{WMMA_TYPES}",
+    f"wmma.store.d.sync.aligned.row|col.{WMMA_SHAPES}.global|shared|shared::cta?.{WMMA_TYPES}",
+    f"wmma.mma.xor|and?.popc?.sync.aligned.row|col.row|col.rn|rz|rm|rp?.{WMMA_SHAPES}.{WMMA_TYPES}.{WMMA_TYPES}"
+    f".{WMMA_TYPES}?.{WMMA_TYPES}?.satfinite?",
+]
 
 
 def shape_of(op):
@@ -117,6 +125,19 @@ def test_nan_and_infinity():
     assert (got[1][3] == np.inf).all() and got[2][4, 4] == -np.inf and np.isfinite(got[3]).all()
 
 
+@pytest.mark.parametrize("type", ["e4m3", "e5m2", "bf16", "tf32"])
+def test_nan_of_other_types(type):
+    k = {1: 32, 2: 16, 4: 8}[tc.BYTES[type]]
+    op = f"mma.sync.aligned.m16n8k{k}.row.col.f32.{type}.{type}.f32"
+    a, b, c = operands(op, exact=True)
+    nan = {"e4m3": 0x7F, "e5m2": 0x7D, "bf16": 0x7FC0, "tf32": 0x7FC00000}[type]
+    sign = 1 << 8 * tc.BYTES[type] - 1
+    a[0][3, 5], a[1][3, 5], b[2][1, 7] = nan, nan | sign, nan
+    got = [tc.decode(x, "f32") for x in mma(op, a, b, c)]
+    assert np.isnan(got[0][3]).all() and np.isnan(got[1][3]).all() and np.isnan(got[2][:, 7]).all()
+    assert np.isfinite(np.delete(got[0], 3, 0)).all() and np.isfinite(got[2][:, :7]).all() and np.isfinite(got[3]).all()
+
+
 def test_subnormal_elements_count():
     for op, type in (("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "f16"),
                      ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e5m2.f32", "e4m3"),
@@ -156,6 +177,11 @@ def test_refused():
         ("mma.sync.aligned.m8n8k32.row.col.s32.s4.u4.s32", "4-bit"),
         ("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.xor.popc", "1-bit"),
         ("mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32", "sparse"),
+        ("wmma.load.a.sync.aligned.row.m16n16k16.global.f16", "ldmatrix"),
+        ("wmma.load.c.sync.aligned.col.m16n16k16.f32", "ldmatrix"),
+        ("wmma.store.d.sync.aligned.row.m16n16k16.shared.f32", "ldmatrix"),
+        ("wmma.mma.sync.aligned.row.col.m16n16k16.f32.f32", "mma.sync"),
+        ("wmma.mma.xor.popc.sync.aligned.row.col.m8n8k128.s32.b1.b1.s32", "mma.sync"),
     ):
         error = launch_error(f"{op} {rest}")
         assert error.kind == "unsupported" and why in error.message and op in error.message

@@ -131,6 +131,10 @@ def test_shared_memory(seed):
     run(f"{FENCE} {ONE} {WAIT} bar.sync 0; {one_writes}", seed)
     error = finding(f"{FENCE} {ONE} {COMMIT} bar.sync 0; {one_writes} {WAIT_ALL}", seed)
     assert error.kind in ("in_flight", "race")  # the operation's reads came first, or the write did
+    assert finding(f"{FENCE} {ONE} {COMMIT} {one_writes} {WAIT_ALL}", seed).kind in ("in_flight", "race")
+    own_row = "setp.eq.u32 %p, %r0, 0; @%p st.shared.b32 [%base], %r0;"
+    error = finding(f"fence.proxy.async; {FENCE} {ONE} {COMMIT} {own_row} {WAIT_ALL}", seed)
+    assert error.kind in ("in_flight", "race") and "fence" not in error.message  # none would help
     # one wait covers what all four warps read
     run(f"{FENCE} {ONE} {WAIT} {one_writes}", seed)
     assert finding(f"{FENCE} {ONE} {WAIT}", seed, a_desc=LEFT.descriptor() + (9000 >> 4)).kind == "uninitialised"
@@ -151,6 +155,24 @@ def test_a_warp_needs_to_know_of_its_own_rows_of_a_alone():
         only = "setp.lt.u32 %p, %r0, 16; @!%p bra SKIP;"
         error = finding(f"{only} {b.replace('bar.sync 0;', '')} SKIP: {fence} {FENCE} {ONE} {WAIT}", seed)
         assert error.kind == "race"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_warp_needs_to_know_of_b(seed):
+    # a bulk copy brings B again; its mbarrier is waited for by every warp, or by the first alone
+    copy = """{{ .reg .b64 %state; .reg .pred %done;
+      setp.ne.u32 %p, %r0, 0; @%p bra READY;
+      mbarrier.init.shared.b64 [%base + 8192], 1; fence.mbarrier_init.release.cluster; fence.proxy.async;
+      mbarrier.arrive.expect_tx.shared.b64 %state, [%base + 8192], 256;
+      ld.param.u64 %d3, [image]; add.u64 %d3, %d3, 4096; add.u32 %r5, %base, 4096; add.u32 %r6, %base, 8192;
+      cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5], [%d3], 256, [%r6];
+    READY: bar.sync 0; {who}
+    WAIT: mbarrier.try_wait.parity.shared.b64 %done, [%base + 8192], 0; @!%done bra WAIT;
+    GO: }}"""
+    everyone, first = copy.format(who=""), copy.format(who="setp.ge.u32 %p, %r0, 32; @%p bra GO;")
+    assert np.array_equal(run(f"{everyone} {FENCE} {ONE} {WAIT}", seed), PRODUCT + tc.decode(C, "f32"))
+    assert np.array_equal(run(f"{first} bar.sync 0; {FENCE} {ONE} {WAIT}", seed), PRODUCT + tc.decode(C, "f32"))
+    assert finding(f"{first} {FENCE} {ONE} {WAIT}", seed).kind in ("in_flight", "race")
 
 
 def test_warps_of_a_warpgroup():

@@ -124,7 +124,10 @@ void refuse(Bind& b) {
 const char* const kVolta = "mma.m8n8k4 with f16 is for Volta and slow since; use m16n8k16";
 const char* const kSubByte = "products of 4-bit and 1-bit elements are not supported by the interpreter; use s8 or u8";
 const char* const kSparse = "sparse products are not supported by the interpreter; use mma.sync or wgmma.mma_async";
+const char* const kWmma = "wmma is not supported by the interpreter; use ldmatrix and mma.sync";
 
+#define FORWARDPASS_WMMA_SHAPES "m16n16k16|m32n8k16|m8n32k16|m16n16k8|m8n8k4|m8n8k32|m8n8k128"
+#define FORWARDPASS_WMMA_TYPES "f16|bf16|tf32|f32|f64|s32|s8|u8|s4|u4|b1"
 constexpr char kSection[] = "9.7.14.5.14";
 
 const Row rows[] = {
@@ -142,6 +145,15 @@ const Row rows[] = {
     {"mma.sp|sp::ordered_metadata.sync.aligned.m16n8k8|m16n8k16|m16n8k32|m16n8k64|m16n8k128.row.col.satfinite?."
      "f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|f32|s32",
      "9.7.14.6.3", refuse<kSparse>},
+    {"wmma.load.a|b|c.sync.aligned.row|col." FORWARDPASS_WMMA_SHAPES
+     ".global|shared|shared::cta?." FORWARDPASS_WMMA_TYPES,
+     "9.7.14.4.3", refuse<kWmma>},
+    {"wmma.store.d.sync.aligned.row|col." FORWARDPASS_WMMA_SHAPES ".global|shared|shared::cta?." FORWARDPASS_WMMA_TYPES,
+     "9.7.14.4.4", refuse<kWmma>},
+    {"wmma.mma.xor|and?.popc?.sync.aligned.row|col.row|col.rn|rz|rm|rp?." FORWARDPASS_WMMA_SHAPES
+     "." FORWARDPASS_WMMA_TYPES "." FORWARDPASS_WMMA_TYPES "." FORWARDPASS_WMMA_TYPES "?." FORWARDPASS_WMMA_TYPES
+     "?.satfinite?",
+     "9.7.14.4.5", refuse<kWmma>},
 };
 const Register registered(rows);
 
