@@ -157,6 +157,8 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
     if (!cta.acquired) fail(block() + "nothing orders the two");
     return;
   }
+  // In place, a warp may load what its twin has stored already; it stores nothing and nobody sees the difference.
+  if (l.module->replicates && !is_write(use)) return;
   const int warp = static_cast<int>(found >> kWarp & (kMaxWarps - 1));
   const Clock at = static_cast<Clock>(found >> kClock & (kClockLimit - 1)) + cta.shadow.base();
   if (at > w.knowledge.seen.at[warp])
