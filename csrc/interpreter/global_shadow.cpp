@@ -134,7 +134,7 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
   const uint64_t byte = address / kWord * kWord + __builtin_ctzll(found & mask);
   const auto fail = [&](const std::string& why) {
     const char* what = use == Use::atomic ? "atomic on " : is_write(use) ? "write to " : "read of ";
-    w.fail_at(Kind::race, what + l.memory->describe(byte) + ", which " + why, -1, byte);
+    w.fail_at(Kind::race, what + describe(l, byte) + ", which " + why, -1, byte);
   };
   const auto block = [&] {
     const uint64_t x = l.grid[0], y = l.grid[1];
