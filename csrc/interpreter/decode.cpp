@@ -156,6 +156,7 @@ std::string_view Module::line(int n) const {
 std::unique_ptr<Module> load(std::string text) {
   auto m = std::make_unique<Module>();
   m->text = std::move(text);
+  m->replicates = m->text.substr(0, 256).find("LLVM NVPTX Back-End") != std::string::npos;
   try {
     m->source = ptx::parse(m->text);
   } catch (const ptx::SyntaxError& e) {

@@ -134,7 +134,7 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
   const uint64_t byte = address / kWord * kWord + __builtin_ctzll(found & mask);
   const auto fail = [&](const std::string& why) {
     const char* what = use == Use::atomic ? "atomic on " : is_write(use) ? "write to " : "read of ";
-    w.fail_at(Kind::race, what + l.memory->describe(byte) + ", which " + why, -1, byte);
+    w.fail_at(Kind::race, what + describe(l, byte) + ", which " + why, -1, byte);
   };
   const auto block = [&] {
     const uint64_t x = l.grid[0], y = l.grid[1];
@@ -157,6 +157,8 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
     if (!cta.acquired) fail(block() + "nothing orders the two");
     return;
   }
+  // In place, a warp may load what its twin has stored already; it stores nothing and nobody sees the difference.
+  if (l.module->replicates && !is_write(use)) return;
   const int warp = static_cast<int>(found >> kWarp & (kMaxWarps - 1));
   const Clock at = static_cast<Clock>(found >> kClock & (kClockLimit - 1)) + cta.shadow.base();
   if (at > w.knowledge.seen.at[warp])

@@ -7,8 +7,8 @@
 //
 // Found: what a CTA reads or writes after another warp or another CTA of the launch wrote it, with nothing in between
 // (RAW, WAW), and what a programmatic dependent launch touches before its griddepcontrol.wait. Not found: writes after
-// reads, as reads leave no trace; and races between CTAs once the CTA has performed any strong access or fence, which
-// might be the one that orders them.
+// reads, as reads leave no trace; races between CTAs once the CTA has performed any strong access or fence, which might
+// be the one that orders them; reads after writes between the warps of a CTA in PTX of LLVM's (Module::replicates).
 #include <atomic>
 #include <cstdint>
 #include <deque>

@@ -103,6 +103,20 @@ bool find_own(const Launch& l, uint64_t address, uint64_t bytes, Memory::Region*
   return false;
 }
 
+}  // namespace
+
+std::string describe(const Launch& l, uint64_t address) {
+  for (const auto& [name, g] : l.module->globals) {
+    const uint64_t at = address - reinterpret_cast<uint64_t>(g.address);
+    if (at < static_cast<uint64_t>(g.bytes)) return "byte " + std::to_string(at) + " of variable " + name;
+  }
+  const uint64_t at = address - reinterpret_cast<uint64_t>(l.parameters.data());
+  if (at < l.parameters.size()) return "byte " + std::to_string(at) + " of the kernel's parameters";
+  return l.memory->describe(address);
+}
+
+namespace {
+
 const Memory::Region& global_region(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
   RegionCache& cache = w.regions;
   const Launch& l = *w.cta->launch;
@@ -119,7 +133,7 @@ const Memory::Region& global_region(Warp& w, uint64_t address, uint64_t bytes, U
   r = Memory::Region();
   w.fail_at(Kind::out_of_bounds,
             std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) + ": " +
-                l.memory->describe(inside ? last : address),
+                describe(l, inside ? last : address),
             lane, address);
 }
 
@@ -132,7 +146,7 @@ class GlobalCheck {
     if (is_write(use_) && __builtin_expect(region_.read_only, 0)) {
       w_.fail_at(Kind::illegal,
                  std::string(name_of(use_)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) +
-                     ", which is read-only: " + w_.cta->launch->memory->describe(address),
+                     ", which is read-only: " + describe(*w_.cta->launch, address),
                  lane, address);
     }
     if (w_.cta->launch->options.checks) shadow_(address, bytes);

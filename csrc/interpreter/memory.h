@@ -13,7 +13,7 @@
 
 namespace forwardpass::interpreter {
 
-struct Cta;
+struct Launch;
 
 constexpr uint64_t kSharedWindow = uint64_t{1} << 56, kLocalWindow = uint64_t{1} << 57;
 constexpr uint64_t kWindowMask = kSharedWindow | kLocalWindow;
@@ -70,6 +70,9 @@ class SyncPoints {
   static constexpr size_t kSlots = 64;
   std::vector<Knowledge> slots_;
 };
+
+// Where an address of global memory lies, module variables and parameters included.
+std::string describe(const Launch&, uint64_t address);
 
 // Host pointers for the active lanes' accesses of `bytes` each (a power of two) at `address` in a state space (none:
 // generic), after bounds, alignment, race and initialisation checks.

@@ -5,6 +5,7 @@
 
 #include "core.h"
 #include "device_printf.h"
+#include "global_shadow.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -46,7 +47,7 @@ uint64_t allocate(Warp&, int, const uint64_t* a) {
 
 uint64_t release(Warp&, int, const uint64_t* a) {
   void* p = reinterpret_cast<void*>(a[0]);
-  if (p) storage().remove(p);
+  if (p) global_shadow().forget(a[0], static_cast<uint64_t>(storage().remove(p)));
   std::free(p);
   return 0;
 }

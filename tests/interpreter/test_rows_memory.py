@@ -668,3 +668,35 @@ def test_the_seed_decides_the_order_of_lanes():
         assert torch.equal(y.sort().values, torch.arange(32).int())
         orders.append(tuple(y.tolist()))
     assert len(set(orders)) > 1
+
+
+def test_variables_of_the_module_are_memory():
+    y = torch.zeros(32, dtype=torch.int32)
+    text = kernel(
+        """mul.wide.u32 %rd1, %t, 4;
+    add.u64 %rd2, %a0, %rd1;
+    mov.u64 %rd3, numbers;
+    add.u64 %rd3, %rd3, %rd1;
+    mov.u64 %rd4, constants;
+    ld.const.u32 %r1, [%rd4+4];
+    ld.global.u32 %r2, [%rd3];
+    add.u32 %r2, %r2, %r1;
+    st.global.u32 [%rd3], %r2;
+    st.global.u32 [%rd2], %r2;
+    """,
+        (y,),
+    ).replace(
+        ".visible", ".global .align 4 .b32 numbers[32];\n.const .align 4 .b32 constants[2] = {3, 5};\n.visible", 1
+    )
+    module = interpreter.Module(text, arch="sm_90a")
+    for launches in (1, 2):
+        module["k"].launch(1, 32, (y,))
+        assert (y == 5 * launches).all()
+    for change, kind, words in (
+        ("ld.global.u32 %r2, [%rd3]", "out_of_bounds", "bytes"),
+        ("ld.const.u32 %r1, [%rd4+4]", "illegal", "read-only: byte 4 of variable constants"),
+    ):
+        to = change.replace("%rd3]", "%rd3+16]") if kind == "out_of_bounds" else "st.global.u32 [%rd4+4], %t"
+        with pytest.raises(interpreter.InterpreterFinding, match=words) as caught:
+            interpreter.Module(text.replace(change, to), arch="sm_90a")["k"].launch(1, 32, (y,))
+        assert caught.value.kind == kind
