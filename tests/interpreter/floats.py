@@ -39,7 +39,7 @@ def value(code, f):
     code = int(code)
     sign = -1.0 if code & f.sign() else 1.0
     code &= f.sign() - 1
-    if not f.infinities and code == f.nan or f.infinities and code > f.largest + 1:
+    if code > f.largest + f.infinities:
         return math.nan
     if f.infinities and code == f.largest + 1:
         return sign * math.inf

@@ -65,7 +65,7 @@ class ByLane:
     model: Callable
     #: from an Opcode and the number of sources to their values, where random and edge values will not do
     values: Callable | None = None
-    body: str | None = None
+    #: from an Opcode, results, expected and the sources' values to which results are good; without it, equal bits are
     compare: Callable | None = None
 
 
@@ -82,8 +82,10 @@ DTYPES = {
     "bf16x2": np.uint32, "u16x2": np.uint32, "s16x2": np.uint32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
     "f64": np.float64, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "tf32": np.uint32, "pred": np.bool_,
 }  # fmt: skip
-F16_EDGES = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x7FFF, 0xFE01]  # fmt: skip
-BF16_EDGES = [0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x3F80, 0xBF80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0x7FFF, 0xFFC1]  # fmt: skip
+F16_EDGES = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00,
+             0x7FFF, 0xFE01]  # fmt: skip
+BF16_EDGES = [0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x3F80, 0xBF80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0,
+              0x7FFF, 0xFFC1]  # fmt: skip
 F32_EDGES = [0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x00800000, 0x80800000, 0x3F800000, 0xBF800000,
              0x3F7FFFFF, 0x3F800001, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00001, 0x4F000000,
              0xCF000000, 0x4F800000, 0x3F000000, 0x3FC00000, 0x40200000, 0x477FF000, 0x38800000, 0x33000000]  # fmt: skip
@@ -209,8 +211,6 @@ NAMES = "abcefg"
 
 
 def body_of(spec, op):
-    if spec.body:
-        return spec.body.format(op=op)
     return f"{op} %d, {', '.join('%' + n for n in NAMES[: len(spec.sources)])};"
 
 
@@ -250,7 +250,9 @@ def check(spec, op):
     if not np.all(good):
         at = int(np.argmin(good))
         shown = ", ".join(f"{n}={v[at]!r}" for n, v in inputs.items())
-        raise AssertionError(f"{op}: {shown} gave {result[at]!r}, not {expected[at]!r}; {np.sum(~good)} of {len(good)} differ")
+        raise AssertionError(
+            f"{op}: {shown} gave {result[at]!r}, not {expected[at]!r}; {np.sum(~good)} of {len(good)} differ"
+        )
 
 
 def import_all():

@@ -38,7 +38,9 @@ def test_ptxas_knows_every_spelling(tmp_path):
         inputs = {name: rows.DTYPES[t] for name, t in zip(rows.NAMES, sources)}
         kernels.append(rows.kernel(rows.body_of(spec, op), inputs, {"d": rows.DTYPES[destination]}, f"k{n}"))
     (tmp_path / "all.ptx").write_text(rows.module(*kernels))
-    made = subprocess.run(["ptxas", "-O0", "-arch=sm_90a", "-o", "/dev/null", tmp_path / "all.ptx"], capture_output=True, text=True)
+    made = subprocess.run(
+        ["ptxas", "-O0", "-arch=sm_90a", "-o", "/dev/null", tmp_path / "all.ptx"], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr[-3000:]
 
 

@@ -1,10 +1,10 @@
-"""Comparison and selection, mov, and the conversions between numbers that mov makes of vectors."""
+"""Comparison and selection; mov of registers, vectors, constants and clocks."""
 
-import math
+from functools import partial
 
 import numpy as np
 import pytest
-from floats import FORMATS, encode, flush, value
+from floats import FORMATS, flush, value
 from rows import DTYPES, Opcode, by_lane, random_values, row, run, sample, seed_of, spellings
 
 pytestmark = pytest.mark.interpreted
@@ -61,7 +61,7 @@ SET = [
     f"set.eq|ne{COMBINED}.u32|s32|f32|f16|bf16.b16|b32|b64",
     f"set.{ORDERED}{COMBINED}.u32|s32|f32|f16|bf16.u16|u32|u64|s16|s32|s64",
     f"set.lo|ls|hi|hs{COMBINED}.u32|s32|f32|f16|bf16.u16|u32|u64",
-    f"set.{FLOATING}{COMBINED}.ftz?.u32|s32|f32|f16|bf16.f32", f"set.{FLOATING}{COMBINED}.u32|s32|f32|f16|bf16.f64",
+    f"set.{FLOATING}{COMBINED}.ftz?.u32|s32|f32|f16.f32", f"set.{FLOATING}{COMBINED}.bf16.f32", f"set.{FLOATING}{COMBINED}.u32|s32|f32|f16|bf16.f64",
     f"set.{FLOATING}{COMBINED}.ftz?.u16|s16|u32|s32|f16.f16", f"set.{FLOATING}{COMBINED}.u16|s16|u32|s32|bf16.bf16",
     f"set.{FLOATING}{COMBINED}.ftz?.u32|s32|f16x2.f16x2", f"set.{FLOATING}{COMBINED}.u32|s32|bf16x2.bf16x2",
 ]  # fmt: skip
@@ -94,13 +94,17 @@ def test_setp(pattern):
         body, expected = [], {}
         for n, op in enumerate(o for o in ops if o.type() == type):
             boolean, packed = op.one_of(*COMBINE), type.endswith("x2")
-            low, high = of_halves(type, lambda x, y, op=op: outcome(op, type, x, y), a, b)
+            low, high = of_halves(type, partial(outcome, op, type), a, b)
             if not packed:
                 high = ~low
             for third, with_c in ((", %c", c), (", !%c", ~c)) if boolean else (("", c),):
                 p, q = f"p{n}{'n' if '!' in third else ''}", f"q{n}{'n' if '!' in third else ''}"
+                expected[p] = combined(op, low, with_c)
+                if type in ("f16", "bf16"):  # one outcome only
+                    body.append(f"{op} %{p}, %a, %b{third};")
+                    continue
                 body.append(f"{op} %{p}|%{q}, %a, %b{third};")
-                expected[p], expected[q] = combined(op, low, with_c), combined(op, high, with_c)
+                expected[q] = combined(op, high, with_c)
             if not packed:
                 body.append(f"{op} %s{n}, %a, %b{third};")
                 expected[f"s{n}"] = combined(op, low, with_c)
@@ -108,6 +112,24 @@ def test_setp(pattern):
         for name, e in expected.items():
             at = int(np.argmax(result[name] != e))
             assert np.array_equal(result[name], e), (name, body, a[at], b[at], c[at])
+
+
+def test_setp_refusals():
+    from forwardpass import interpreter
+
+    a = np.zeros(32, np.uint32)
+    for op, d, operands, why in (
+        ("setp.eq.f16", "%p|%q", "%h, %h", "one outcome"),
+        ("setp.eq.f16x2", "%p", "%a, %a", "two outcomes"),
+        ("setp.lt.b32", "%p", "%a, %a", "not known"),
+        ("setp.lo.s32", "%p", "%a, %a", "not known"),
+        ("setp.ltu.s32", "%p", "%a, %a", "not known"),
+        ("setp.lt.and.s32", "%p", "%a, %a", "operands"),
+        ("setp.lt.s32", "_", "%a, %a", "must be a register"),
+        ("setp.lt.s64", "%p", "%a, %a", "size"),
+    ):
+        with pytest.raises(interpreter.InterpreterFinding, match=why):
+            run(f".reg .pred %q; .reg .b16 %h; {op} {d}, {operands};", dict(a=a), dict(p=np.dtype(bool)))
 
 
 @row(*SET)
@@ -130,7 +152,8 @@ def test_set(pattern):
         body, expected = [], {}
         for n, op in enumerate(o for o in ops if o.type() == type):
             to = op.type(-2)
-            low, high = of_halves(type, lambda x, y, op=op: combined(op, outcome(op, type, x, y), c), a, b)
+            low, high = of_halves(type, partial(outcome, op, type), a, b)
+            low, high = combined(op, low, c), combined(op, high, c)
             yes = ones.get(to, 0xFFFF if type.endswith("x2") else 0xFFFFFFFF)
             d = np.where(low, yes, 0) | (np.where(high, yes << 16, 0) if type.endswith("x2") else 0)
             body.append(f"{op} %d{n}, %a, %b{', %c' if op.one_of(*COMBINE) else ''};")
@@ -176,7 +199,7 @@ def test_selp_negated():
 
 
 @row("mov.pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64", "mov.b128")
-@pytest.mark.parametrize("whole, parts", [(16, 2), (32, 2), (32, 4), (64, 2), (64, 4)])
+@pytest.mark.parametrize(("whole", "parts"), [(16, 2), (32, 2), (32, 4), (64, 2), (64, 4)])
 def test_mov_vectors(whole, parts):
     size = whole // parts
     rng = np.random.default_rng(whole + parts)
@@ -186,12 +209,14 @@ def test_mov_vectors(whole, parts):
     small = [f"%e{k}" for k in range(parts)] if size == 8 else [f"%{n}" for n in names]
     declare = "".join(f".reg .b8 {e};" for e in small) if size == 8 else ""
     spread = "".join(f"cvt.u16.u8 %{n}, {e};" for n, e in zip(names, small)) if size == 8 else ""
-    vector = "{" + ", ".join(small) + "}"
-    body = f"{declare} mov.b{whole} {vector}, %a; {spread} mov.b{whole} %w, {vector};"
+    vector, backwards = ("{" + ", ".join(v) + "}" for v in (small, small[::-1]))
+    body = f"{declare} mov.b{whole} {vector}, %a; {spread} mov.b{whole} %w, {backwards};"
     result = run(body, dict(a=a), {**dict.fromkeys(names, part), "w": dtype})
-    assert np.array_equal(result["w"], a)
-    for k, n in enumerate(names):
-        assert np.array_equal(result[n], a >> dtype.type(k * size) & dtype.type(2**size - 1)), n
+    elements = [a >> dtype.type(k * size) & dtype.type(2**size - 1) for k in range(parts)]
+    for e, n in zip(elements, names):
+        assert np.array_equal(result[n], e), n
+    packed = sum(e << dtype.type((parts - 1 - k) * size) for k, e in enumerate(elements))
+    assert np.array_equal(result["w"], packed.astype(dtype))
 
 
 def test_mov_sinks_and_swaps():
@@ -235,7 +260,9 @@ def test_mov_predicate():
     assert np.array_equal(result["e"], np.where(b, False, a))
 
 
-@pytest.mark.parametrize("name, size", [("clock", 32), ("clock64", 64), ("globaltimer", 64), ("globaltimer_lo", 32)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("clock", 32), ("clock64", 64), ("globaltimer", 64), ("globaltimer_lo", 32)]
+)
 def test_clocks(name, size):
     """Later is more, and a run repeats."""
     dtype = np.dtype(f"u{size // 8}")
@@ -245,7 +272,7 @@ def test_clocks(name, size):
     assert np.array_equal(first["d"], again["d"])
 
 
-@pytest.mark.parametrize("literal, type", [("0f40490FDB", "f32"), ("3.5", "f32"), ("0d400921FB54442D18", "f64"), ("-7", "s32"),
+@pytest.mark.parametrize(("literal", "type"), [("0f40490FDB", "f32"), ("3.5", "f32"), ("0d400921FB54442D18", "f64"), ("-7", "s32"),
                                            ("0x8000000000000000", "b64"), ("0x3C00", "b16")])  # fmt: skip
 def test_immediates(literal, type):
     bits_of = {"0f40490FDB": 0x40490FDB, "3.5": 0x40600000, "0d400921FB54442D18": 0x400921FB54442D18, "-7": 2**32 - 7}

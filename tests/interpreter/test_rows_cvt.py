@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from floats import FORMATS, encode, flush, value
-from rows import DTYPES, Opcode, by_lane, row, run, sample, seed_of, spellings
+from rows import DTYPES, Opcode, by_lane, row, run, sample, seed_of
 
 pytestmark = pytest.mark.interpreted
 
@@ -52,7 +52,8 @@ def convert(op, x):
         low, high = limits(to)
         if is_float(source):
             if math.isnan(x):
-                return (1 << int(to[1:]) - 1) - (1 << int(to[1:]) if low else 0) if source == "f64" or to[1:] == "64" else 0
+                wide = source == "f64" or to[1:] == "64"
+                return 0 if not wide else low or 2 ** (int(to[1:]) - 1)
             return low if x < low else high if x > high else int(x)
         if op.has("sat"):
             return min(max(x, low), high)
@@ -82,7 +83,12 @@ def around_limits(op, rng):
     source, to = op.type(FROM), op.type(TO)
     a = sample([source], rng, 640)[0]
     if is_float(source) and not is_float(to):
-        near = [s * (2.0**k + d) for k in (7, 8, 15, 16, 31, 32, 63, 64) for d in (-1.5, -1, -0.5, 0, 0.5, 1, 1.5) for s in (1, -1)]
+        near = [
+            s * (2.0**k + d)
+            for k in (7, 8, 15, 16, 31, 32, 63, 64)
+            for d in (-1.5, -1, -0.5, 0, 0.5, 1, 1.5)
+            for s in (1, -1)
+        ]
         codes = [encode(x, FORMATS[source]) for x in near]
         a.view(CODES[a.dtype.itemsize])[-len(codes) :] = codes
     return [a]
@@ -154,7 +160,9 @@ def interesting(name, rng, n=2048):
     low, high = (np.array([value(c + k, f) for c in codes.tolist()], np.float64) for k in (0, 1))
     at = ((low + high) / 2).astype(np.float32)
     bits = at.view(np.uint32) + rng.integers(-1, 2, n).astype(np.uint32)
-    near = np.where(rng.random(n) < 0.2, low.astype(np.float32), bits.view(np.float32)) * rng.choice([-1, 1], n).astype(np.float32)
+    near = np.where(rng.random(n) < 0.2, low.astype(np.float32), bits.view(np.float32)) * rng.choice([-1, 1], n).astype(
+        np.float32
+    )
     return np.concatenate([near, sample(["f32"], rng, 640)[0]]).astype(np.float32)
 
 

@@ -136,9 +136,10 @@ def extreme(op, f, a, b):
     sign = (a ^ b) & f.sign()
     if op.has("xorsign"):
         x, y = abs(x), abs(y)
-    if math.isnan(x) and math.isnan(y) or op.has("NaN") and (math.isnan(x) or math.isnan(y)):
+    nans = math.isnan(x) + math.isnan(y)
+    if nans == 2 or (nans and op.has("NaN")):
         return f.nan
-    if math.isnan(x) or math.isnan(y):
+    if nans:
         d = y if math.isnan(x) else x
     else:
         d = (min if op.parts[0] == "min" else max)((x, y), key=lambda v: (v, math.copysign(1, v)))
@@ -177,7 +178,10 @@ APPROXIMATE = {
     "rsqrt": (lambda x: 1 / np.sqrt(x), lambda x: (2**-22.9, 0)),
     "sin": (np.sin, lambda x: (0, np.where(abs(x) <= 2 * np.pi, 2**-20.5, 2**-14.7))),
     "cos": (np.cos, lambda x: (0, np.where(abs(x) <= 2 * np.pi, 2**-20.5, 2**-14.7))),
-    "lg2": (np.log2, lambda x: (np.where((x >= 0.5) & (x <= 2), 0, 2**-22), np.where((x >= 0.5) & (x <= 2), 2**-22.6, 0))),
+    "lg2": (
+        np.log2,
+        lambda x: (np.where((x >= 0.5) & (x <= 2), 0, 2**-22), np.where((x >= 0.5) & (x <= 2), 2**-22.6, 0)),
+    ),
     "ex2": (np.exp2, lambda x: (2**-22.5, 0)),
     "tanh": (np.tanh, lambda x: (2**-11, 0)),
 }
@@ -257,7 +261,9 @@ def test_divide(op):
     op = Opcode(op)
     rng = np.random.default_rng(seed_of(op))
     a, b = sample(["f32", "f32"], rng, 4096)
-    noisy = [run(f"{op} %d, %a, %b;", dict(a=a, b=b), dict(d=a.dtype), approximate=s > 0, seed=s)["d"] for s in range(3)]
+    noisy = [
+        run(f"{op} %d, %a, %b;", dict(a=a, b=b), dict(d=a.dtype), approximate=s > 0, seed=s)["d"] for s in range(3)
+    ]
     with np.errstate(all="ignore"):
         x, y = a.astype(np.float64), b.astype(np.float64)
         least = float(np.finfo(np.float32).tiny)

@@ -41,8 +41,8 @@ def halves(function):
     def model(op, *columns):
         type = op.type()[:3]
         out = []
-        for row in zip(*(c.tolist() for c in columns)):
-            low, high = ([wrap(x >> shift, type) for x in row] for shift in (0, 16))
+        for values in zip(*(c.tolist() for c in columns)):
+            low, high = ([wrap(x >> shift, type) for x in values] for shift in (0, 16))
             out.append(function(op, *low) & 0xFFFF | (function(op, *high) & 0xFFFF) << 16)
         return np.array(out, np.uint32)
 
@@ -151,15 +151,15 @@ def test_extended(op):
     """Takes the carry of e + f where it takes one, and passes on its own, or that of e + f without .cc."""
     type, n = op.type(), bits(op.type())
     mad, minus = op.parts[0].startswith("mad"), op.parts[0].startswith("sub")
-    a, b, c, e, f = sample([type] * 5, np.random.default_rng(seed_of(op)))
+    inputs = dict(zip("abcef", sample([type] * 5, np.random.default_rng(seed_of(op)))))
     result = run(
         f"""add.cc.u{n} %e, %e, %f;
         {op} %d, %a, %b{", %c" if mad else ""};
         addc.u32 %carry, 0, 0;""",
-        dict(a=a, b=b, c=c, e=e, f=f), {"d": a.dtype, "carry": np.dtype(np.uint32)},
+        inputs, {"d": np.dtype(DTYPES[type]), "carry": np.dtype(np.uint32)},
     )  # fmt: skip
     mask = 2**n - 1
-    for i, (a, b, c, e, f) in enumerate(zip(*(x.tolist() for x in (a, b, c, e, f)))):
+    for i, (a, b, c, e, f) in enumerate(zip(*(x.tolist() for x in inputs.values()))):
         before = (e & mask) + (f & mask) >> n
         taken = before if op.parts[0].endswith("c") else 0
         if mad:

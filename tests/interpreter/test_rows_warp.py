@@ -1,5 +1,7 @@
 """shfl, vote, match, redux, elect, activemask, and what makes a thread wait or stop."""
 
+import re
+
 import numpy as np
 import pytest
 from rows import row, run
@@ -85,7 +87,10 @@ def test_shfl_findings():
     # half of the lanes that the membermask names are predicated off
     assert_found(kind("@%p shfl.sync.bfly.b32 %d, %a, 1, 31, 0xffffffff;"), "names lane 16")
     # or are on another path
-    assert_found(kind("@%p bra LOW; bra END; LOW: shfl.sync.bfly.b32 %d, %a, 1, 31, 0xffffffff; END: bar.sync 0;"), "names lane 16")
+    assert_found(
+        kind("@%p bra LOW; bra END; LOW: shfl.sync.bfly.b32 %d, %a, 1, 31, 0xffffffff; END: bar.sync 0;"),
+        "names lane 16",
+    )
     # the lower half reads the upper one, which does not take part
     assert_found(kind("@%p shfl.sync.bfly.b32 %d, %a, 16, 31, 0x0000ffff;"), "reads lane 16")
     # a lane executes it that the membermask leaves out
@@ -98,8 +103,6 @@ def test_shfl_findings():
 
 
 def assert_found(kind_and_text, words):
-    import re
-
     kind, text = kind_and_text
     assert kind == "barrier" and re.search(words, text), text
 
@@ -117,12 +120,21 @@ def test_lanes_that_have_exited():
 def test_vote(which):
     rng = np.random.default_rng(which)
     a = [np.zeros(32, bool), np.ones(32, bool), LANES == 9, LANES != 9][which] if which < 4 else rng.random(32) < 0.5
-    body = "".join(f"vote.sync.{m}.pred %{m}, %a, -1; vote.sync.{m}.pred %n{m}, !%a, -1;" for m in ("all", "any", "uni"))
+    body = "".join(
+        f"vote.sync.{m}.pred %{m}, %a, -1; vote.sync.{m}.pred %n{m}, !%a, -1;" for m in ("all", "any", "uni")
+    )
     body += "vote.sync.ballot.b32 %d, %a, -1; vote.ballot.sync.b32 %e, !%a, -1;"
     outputs = {**dict.fromkeys(["all", "any", "uni", "nall", "nany", "nuni"], BOOL), "d": U32, "e": U32}
     result = run(body, dict(a=a), outputs, threads=32)
     uniform = a.all() or not a.any()
-    expected = {"all": a.all(), "any": a.any(), "uni": uniform, "nall": not a.any(), "nany": not a.all(), "nuni": uniform}
+    expected = {
+        "all": a.all(),
+        "any": a.any(),
+        "uni": uniform,
+        "nall": not a.any(),
+        "nany": not a.all(),
+        "nuni": uniform,
+    }
     for name, e in expected.items():
         assert np.all(result[name] == e), name
     ballot = sum(1 << i for i in range(32) if a[i])
@@ -147,7 +159,9 @@ def test_match(size, distinct):
     rng = np.random.default_rng(distinct)
     # 64-bit values that differ in their upper halves only
     a = (rng.integers(0, distinct, 32).astype(f"u{size // 8}") << (size - 8)) | 3
-    body = f"match.any.sync.b{size} %d, %a, -1; match.all.sync.b{size} %e|%p, %a, -1; match.all.sync.b{size} %f, %a, -1;"
+    body = (
+        f"match.any.sync.b{size} %d, %a, -1; match.all.sync.b{size} %e|%p, %a, -1; match.all.sync.b{size} %f, %a, -1;"
+    )
     result = run(body, dict(a=a), dict(d=U32, e=U32, p=BOOL, f=U32), threads=32)
     any_of = [sum(1 << k for k in range(32) if a[k] == x) for x in a]
     all_same = len(set(a.tolist())) == 1
@@ -183,19 +197,24 @@ def test_elect():
     body = """.reg .pred %q; setp.ge.u32 %q, %lane, 3; mov.b32 %e, 99; mov.pred %r, 0;
     elect.sync %d|%p, 0xffffffff; @%q elect.sync %e|%r, 0xfffffff8; elect.sync _|%s, -1;"""
     result = run(body, dict(a=np.zeros(32, np.uint32)), dict(d=U32, p=BOOL, e=U32, r=BOOL, s=BOOL), threads=32)
-    assert np.all(result["d"] == 0) and np.array_equal(result["p"], LANES == 0) and np.array_equal(result["s"], LANES == 0)
+    assert (
+        np.all(result["d"] == 0) and np.array_equal(result["p"], LANES == 0) and np.array_equal(result["s"], LANES == 0)
+    )
     assert np.array_equal(result["e"], np.where(LANES >= 3, 3, 99)) and np.array_equal(result["r"], LANES == 3)
 
 
 @row("nanosleep.u32", "pmevent.mask?")
 def test_nothing_much():
     a = np.arange(32, dtype=np.uint32)
-    result = run("nanosleep.u32 100; nanosleep.u32 %a; pmevent 3; pmevent.mask 5; mov.b32 %d, %a;", dict(a=a), dict(d=U32))
+    result = run(
+        "nanosleep.u32 100; nanosleep.u32 %a; pmevent 3; pmevent.mask 5; mov.b32 %d, %a;", dict(a=a), dict(d=U32)
+    )
     assert np.array_equal(result["d"], a)
 
 
 @row("trap", "brkpt")
-@pytest.mark.parametrize("op, word", [("trap", "trap"), ("brkpt", "breakpoint")])
+@pytest.mark.parametrize(("op", "word"), [("trap", "trap"), ("brkpt", "breakpoint")])
 def test_stops(op, word):
-    found = finding(f".reg .pred %p; setp.eq.u32 %p, %lane, 5; mov.b32 %d, 0; @%p {op};", dict(a=np.zeros(32, np.uint32)), dict(d=U32))
+    body = f".reg .pred %p; setp.eq.u32 %p, %lane, 5; mov.b32 %d, 0; @%p {op};"
+    found = finding(body, dict(a=np.zeros(32, np.uint32)), dict(d=U32))
     assert found.kind == "illegal" and word in str(found) and found.lane == 5

@@ -160,6 +160,7 @@ void bind_setp(Bind& b) {
   const Type type = b.type(b.slots() - 1);
   const Operand& d = b.operand(0);
   if (d.kind == Operand::Kind::pair) {
+    if (type == Type::f16 || type == Type::bf16) b.refuse("16-bit types have one outcome: its destination must be p");
     b.destination(d.parts[0], Type::pred);
     b.destination(d.parts[1], Type::pred);
   } else {
@@ -249,7 +250,8 @@ const Row rows[] = {
     {"set.eq|ne" COMBINED ".u32|s32|f32|f16|bf16.b16|b32|b64", "9.7.6.1", bind_set},
     {"set." ORDERED COMBINED ".u32|s32|f32|f16|bf16.u16|u32|u64|s16|s32|s64", "9.7.6.1", bind_set},
     {"set.lo|ls|hi|hs" COMBINED ".u32|s32|f32|f16|bf16.u16|u32|u64", "9.7.6.1", bind_set},
-    {"set." FLOATING COMBINED ".ftz?.u32|s32|f32|f16|bf16.f32", "9.7.6.1", bind_set},
+    {"set." FLOATING COMBINED ".ftz?.u32|s32|f32|f16.f32", "9.7.6.1", bind_set},
+    {"set." FLOATING COMBINED ".bf16.f32", "9.7.6.1", bind_set},
     {"set." FLOATING COMBINED ".u32|s32|f32|f16|bf16.f64", "9.7.6.1", bind_set},
     {"setp.eq|ne" COMBINED ".b16|b32|b64", "9.7.6.2", bind_setp},
     {"setp." ORDERED COMBINED ".u16|u32|u64|s16|s32|s64", "9.7.6.2", bind_setp},

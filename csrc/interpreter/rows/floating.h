@@ -46,7 +46,7 @@ struct TimesPlus {
 
 // Numbers as registers hold them: the sign bit is the top one of the register's bits.
 template <class T>
-auto bits_of(T x) {
+Bits<T> bits_of(T x) {
   if constexpr (is_short<T>) {
     return x.bits;
   } else {
@@ -62,8 +62,7 @@ T from_bits(U bits) {
   }
 }
 template <class T>
-constexpr auto kSignBit =
-    static_cast<std::conditional_t<sizeof(T) == 2, uint16_t, Bits<T>>>(uint64_t{1} << (8 * sizeof(T) - 1));
+constexpr auto kSignBit = static_cast<Bits<T>>(uint64_t{1} << (8 * sizeof(T) - 1));
 template <class T>
 constexpr uint64_t kNanOf = sizeof(T) == 8   ? 0x7ff8000000000000
                             : sizeof(T) == 4 ? kNanF32
