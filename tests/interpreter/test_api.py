@@ -1,5 +1,6 @@
 """fp.interpret and what hangs on it: who is interpreted and who is not, what is refused, and what is restored."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -85,6 +86,8 @@ def test_a_finding_has_its_place_and_the_way_to_repeat_it(words):
     assert "ld.global.u32" in found.instruction
     assert COPY.splitlines()[found.ptx_line - 1].strip().startswith("ld.global.u32")
     assert "seed 7" in str(found)
+    again = pickle.loads(pickle.dumps(found))
+    assert (type(again), str(again), again.__dict__) == (type(found), str(found), found.__dict__)
 
 
 def test_storage_is_known_for_one_launch_only(words):
