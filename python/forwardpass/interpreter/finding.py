@@ -54,5 +54,8 @@ class InterpreterFinding(RuntimeError):
         return _made, ({**self.__dict__, "text": str(self)},)
 
 
+InterpreterFinding.__module__ = "forwardpass"  # where users find it, and what a traceback shows
+
+
 def _made(fields: dict[str, Any]) -> InterpreterFinding:
     return InterpreterFinding(**fields)
