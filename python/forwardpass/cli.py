@@ -115,11 +115,16 @@ def describe_interpreter(found: dict[str, Any]) -> str:
         return f"none: {found['problem']}"
     gpus = ", ".join(f"{name} ({arch})" for arch, name in found["architectures"].items())
     said = [f"stands in for {gpus}"]
-    for name in dict.fromkeys(k["backend"] for k in found["kernels"]):
-        mine = [k for k in found["kernels"] if k["backend"] == name]
-        if runs := [k["operation"] for k in mine if k["code"] is None]:
-            said.append(f"runs {name}: {', '.join(runs)}")
-        said += dict.fromkeys(f"no {name}: {k['text']}" for k in mine if k["code"] not in (None, "not_written"))
+    runs = defaultdict(list)
+    for k in found["kernels"]:
+        if k["code"] is None:
+            runs[k["operation"]].append(k["backend"])
+    for backends in dict.fromkeys(map(tuple, runs.values())):
+        said.append(
+            f"runs the {' and '.join(backends)} kernels of {', '.join(o for o in runs if tuple(runs[o]) == backends)}"
+        )
+    said += dict.fromkeys(f"no {k['backend']} kernels: {k['text']}" for k in found["kernels"]
+                          if k["code"] not in (None, "not_written"))  # fmt: skip
     return "; ".join(said)
 
 

@@ -1,5 +1,6 @@
 """fp.interpret and what hangs on it: who is interpreted and who is not, what is refused, and what is restored."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -85,6 +86,8 @@ def test_a_finding_has_its_place_and_the_way_to_repeat_it(words):
     assert "ld.global.u32" in found.instruction
     assert COPY.splitlines()[found.ptx_line - 1].strip().startswith("ld.global.u32")
     assert "seed 7" in str(found)
+    again = pickle.loads(pickle.dumps(found))
+    assert (type(again), str(again), again.__dict__) == (type(found), str(found), found.__dict__)
 
 
 def test_storage_is_known_for_one_launch_only(words):
@@ -143,7 +146,7 @@ def test_threads_have_devices_of_their_own(words):
                 try:
                     copy(x, y, shift=1)
                 except fp.InterpreterFinding as e:
-                    found.setdefault(threading.get_ident(), set()).add((e.arch, e.seed))
+                    found.setdefault((arch, seed), set()).add((e.arch, e.seed))
 
     jobs = [("sm_80", 1), ("sm_89", 2), ("sm_90a", 3)]
     threads = [threading.Thread(target=launch, args=job) for job in jobs]
@@ -151,7 +154,7 @@ def test_threads_have_devices_of_their_own(words):
         t.start()
     for t in threads:
         t.join()
-    assert sorted(found.values(), key=str) == [{job} for job in jobs]
+    assert found == {job: {job} for job in jobs}
 
 
 def python(code, **environment):

@@ -107,7 +107,9 @@ def assert_epilogue_matches(got: Tensor, specification: Callable[..., Tensor], a
         return assert_equal(got, expected)
     assert got.stride() == expected.stride()
     # the fp32 values before the activation are equal bit for bit, so only the activation and the last rounding are off
-    plain = named | {"activation": None, "out_dtype": torch.float32} | ({"out_scale": None} if "out_scale" in named else {})
+    plain = (
+        named | {"activation": None, "out_dtype": torch.float32} | ({"out_scale": None} if "out_scale" in named else {})
+    )
     y = specification(*plain.values())
     gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
     exact = specification(*(plain | {"activation": activation, "out_dtype": torch.float64}).values())

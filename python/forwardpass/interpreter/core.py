@@ -97,7 +97,7 @@ def load() -> ctypes.CDLL:
 def finding() -> InterpreterFinding | None:
     """The last of this thread."""
     text = load().fpi_finding_json()
-    return InterpreterFinding.from_json(text.decode(errors="replace")) if text else None
+    return InterpreterFinding(**json.loads(text.decode(errors="replace"))) if text else None
 
 
 def rows() -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
 #: what can be found, as csrc/interpreter/finding.h has it
@@ -35,7 +35,7 @@ class InterpreterFinding(RuntimeError):
         line: int = 0,
         instruction: str = "",
         ptx_line: int = 0,
-        block: tuple[int, ...] = (0, 0, 0),
+        block: Sequence[int] = (0, 0, 0),
         warp: int = -1,
         lane: int = -1,
         address: int | None = None,
@@ -43,14 +43,19 @@ class InterpreterFinding(RuntimeError):
         seed: int = 0,
         text: str = "",
     ):
-        super().__init__(text or f"{kind}: {message}")
+        super().__init__(text or f"{kind}: {message}\n  kernel {kernel}\n  repeat with arch {arch}, seed {seed}")
         self.kind, self.message = kind, message
         self.kernel, self.file, self.line = kernel, file, line
         self.instruction, self.ptx_line = instruction, ptx_line
         self.block, self.warp, self.lane, self.address = tuple(block), warp, lane, address
         self.arch, self.seed = arch, seed
 
-    @classmethod
-    def from_json(cls, text: str) -> InterpreterFinding:
-        fields: dict[str, Any] = json.loads(text)
-        return cls(**fields)
+    def __reduce__(self) -> tuple[Any, ...]:  # to cross processes: exceptions are made anew from their text alone
+        return _made, ({**self.__dict__, "text": str(self)},)
+
+
+InterpreterFinding.__module__ = "forwardpass"  # where users find it, and what a traceback shows
+
+
+def _made(fields: dict[str, Any]) -> InterpreterFinding:
+    return InterpreterFinding(**fields)
