@@ -27,7 +27,7 @@ inline RowsLaunch rows_launch(int64_t rows, const QuantizedRows& out) {
   l.segments = rows * l.groups;
   l.width = 1;  // as few threads as hold the segment: the registers bind; unmeasured
   while (l.width < RowsConfig::kMaxWidth && l.width * RowsConfig::kVecs < vectors) l.width *= 2;
-  l.block = l.width > RowsConfig::kBlock ? l.width : RowsConfig::kBlock;
+  l.block = l.width > 32 ? l.width : RowsConfig::kBlock;  // reduce_segment: warps of a block share its slots
   return l;
 }
 
