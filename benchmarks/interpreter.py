@@ -42,7 +42,9 @@ ATTENTION_1024_SECONDS = 0.08
 def attention(dtype: torch.dtype, n: int = 1024) -> Callable[[], Any]:
     q, k, v = torch.randn(3, 1, n, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     out = torch.empty_like(q)
-    return lambda: kernels.attention[(n // 128, 1)](q, k, v, out, 0.088, n, n * 128, 128, D=128, BM=128, BN=64, num_warps=8)
+    return lambda: kernels.attention[(n // 128, 1)](
+        q, k, v, out, 0.088, n, n * 128, 128, D=128, BM=128, BN=64, num_warps=8
+    )
 
 
 def matmul(dtype: torch.dtype) -> Callable[[], Any]:
@@ -94,7 +96,9 @@ def measure(call: Callable[[], Any], arch: str, rounds: int, **options: Any) -> 
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
-            samples.append([seconds, *(device.counters[n] - before[n] for n in ("warp_instructions", "matrix_ns", "matrix_macs"))])
+            samples.append(
+                [seconds, *(device.counters[n] - before[n] for n in ("warp_instructions", "matrix_ns", "matrix_macs"))]
+            )
     seconds, instructions, matrix_ns, macs = (statistics.median(column) for column in zip(*samples))
     return {"seconds": seconds, "instructions": instructions, "matrix_seconds": matrix_ns / 1e9, "macs": macs}
 

@@ -109,7 +109,8 @@ class Liveness {
     std::vector<int> block_of(code.size());
     for (size_t k = 0; k < code.size(); ++k) {
       if (leader[k]) {
-        blocks_.push_back({static_cast<int>(k), 0, {}, Bits(registers), Bits(registers), Bits(registers), Bits(registers)});
+        blocks_.push_back(
+            {static_cast<int>(k), 0, {}, Bits(registers), Bits(registers), Bits(registers), Bits(registers)});
       }
       block_of[k] = static_cast<int>(blocks_.size()) - 1;
       Block& b = blocks_.back();
@@ -136,7 +137,8 @@ class Liveness {
   std::vector<Block> blocks_;
 };
 
-// Registers that asynchronous operations read or write after their instruction, and those that a mov makes aliases of them.
+// Registers that asynchronous operations read or write after their instruction, and those that a mov makes aliases of
+// them.
 std::vector<char> pinned(const Code& code, const Liveness& liveness) {
   std::vector<char> found(code.offset_of.size(), 0);
   for (bool again = true; again;) {

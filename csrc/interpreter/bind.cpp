@@ -98,8 +98,9 @@ Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
   switch (o.kind) {
     case Operand::Kind::reg: {
       const Type own = code.source->registers[o.id];
-      const bool fits = (own == Type::pred) == (type == Type::pred) &&
-                        (ptx::size_of(own) == ptx::size_of(type) || (relaxed && ptx::size_of(own) > ptx::size_of(type)));
+      const bool fits =
+          (own == Type::pred) == (type == Type::pred) &&
+          (ptx::size_of(own) == ptx::size_of(type) || (relaxed && ptx::size_of(own) > ptx::size_of(type)));
       if (!fits) refuse("a register's size does not fit the instruction's type");
       if (bytes) *bytes = own == Type::pred ? 4 : stored_bytes(own);
       return code.offset_of[o.id];

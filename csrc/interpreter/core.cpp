@@ -48,13 +48,15 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   const uint64_t threads = static_cast<uint64_t>(config.block[0]) * config.block[1] * config.block[2];
   const auto& source = *code.source;
   for (int d = 0; d < 3; ++d) {
-    if (!config.grid[d] || !config.block[d] || config.grid[d] > (d ? 65535u : 0x7fffffffu)) return kInvalidConfiguration;
+    if (!config.grid[d] || !config.block[d] || config.grid[d] > (d ? 65535u : 0x7fffffffu))
+      return kInvalidConfiguration;
     if (config.block[d] > (d == 2 ? 64u : 1024u)) return kInvalidConfiguration;
     if (source.required_threads[0] && config.block[d] != std::max(1u, source.required_threads[d])) return kInvalidValue;
   }
-  const uint64_t most = source.max_threads[0] ? static_cast<uint64_t>(source.max_threads[0]) *
-                                                    std::max(1u, source.max_threads[1]) * std::max(1u, source.max_threads[2])
-                                              : 1024;
+  const uint64_t most = source.max_threads[0]
+                            ? static_cast<uint64_t>(source.max_threads[0]) * std::max(1u, source.max_threads[1]) *
+                                  std::max(1u, source.max_threads[2])
+                            : 1024;
   if (threads > 1024) return kInvalidConfiguration;
   if (threads > most) return kInvalidValue;
   if (config.dynamic_shared < 0 || code.shared_bytes + config.dynamic_shared > device->shared_per_block_optin) {
@@ -89,8 +91,9 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.programmatic = config.programmatic;
   l.memory = &s.memory;
   l.counters = &s.counters;
-  l.resident = std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared)) *
-               device->multiprocessors;
+  l.resident =
+      std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared)) *
+      device->multiprocessors;
   try {
     l.run();
   } catch (Finding& f) {
@@ -178,7 +181,8 @@ const char* fpi_module_json(void* handle) {
       const auto& p = f.parameters[k];
       const int64_t a = std::max(p.alignment, 1), at = (end + a - 1) / a * a;
       end = at + p.bytes;
-      json += (k ? ",{\"offset\":" : "{\"offset\":") + std::to_string(at) + ",\"size\":" + std::to_string(p.bytes) + "}";
+      json +=
+          (k ? ",{\"offset\":" : "{\"offset\":") + std::to_string(at) + ",\"size\":" + std::to_string(p.bytes) + "}";
     }
     json += "]}";
   }
@@ -187,8 +191,8 @@ const char* fpi_module_json(void* handle) {
 }
 
 int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], const unsigned block[3],
-                      const unsigned cluster[3], int64_t dynamic_shared, const void* parameters, int64_t parameter_bytes,
-                      int programmatic) {
+                      const unsigned cluster[3], int64_t dynamic_shared, const void* parameters,
+                      int64_t parameter_bytes, int programmatic) {
   auto& m = *static_cast<Module*>(handle);
   std::string name = kernel ? kernel : "";
   if (!kernel) {
@@ -234,7 +238,8 @@ const char* fpi_rows_json() {
   static const std::string json = [] {
     std::string s = "[";
     for (const Row* r : all_rows()) {
-      s += std::string(s.size() > 1 ? "," : "") + "{\"pattern\":\"" + r->pattern + "\",\"section\":\"" + r->section + "\"}";
+      s += std::string(s.size() > 1 ? "," : "") + "{\"pattern\":\"" + r->pattern + "\",\"section\":\"" + r->section +
+           "\"}";
     }
     return s + "]";
   }();

@@ -10,9 +10,9 @@ namespace forwardpass::interpreter {
 
 // Values of cudaError_t, which are part of CUDA's ABI.
 namespace cuda {
-constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kInvalidSymbol = 13, kInvalidDeviceFunction = 98,
-              kNoDevice = 100, kNoKernelImageForDevice = 209, kAssert = 710, kLaunchFailure = 719,
-              kCooperativeLaunchTooLarge = 720, kNotSupported = 801, kInvalidClusterSize = 912;
+constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kInvalidSymbol = 13,
+              kInvalidDeviceFunction = 98, kNoDevice = 100, kNoKernelImageForDevice = 209, kAssert = 710,
+              kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720, kNotSupported = 801, kInvalidClusterSize = 912;
 }
 
 // A cudaError_t. Checks the configuration against the device as a launch does, runs the grid, keeps a finding for

@@ -1,7 +1,8 @@
 // From the syntax tree to code: where variables and registers live, and a handler for every statement.
+#include "decode.h"
+
 #include <cstring>
 
-#include "decode.h"
 #include "finding.h"
 #include "table.h"
 

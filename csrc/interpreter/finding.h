@@ -14,8 +14,8 @@ enum class Kind : uint8_t {
   deadlock,     // every warp waits and nothing is under way
   barrier,      // wrong thread counts, lanes missing at an aligned or .sync instruction
   mbarrier,     // uninitialised, too many arrivals, overwritten
-  illegal,        // what the ISA forbids: bad descriptor, bad operand value, trap
-  assertion,      // the kernel's own assert
+  illegal,      // what the ISA forbids: bad descriptor, bad operand value, trap
+  assertion,    // the kernel's own assert
   unsupported,  // an instruction, modifier or feature that the interpreter does not know
 };
 const char* name_of(Kind);

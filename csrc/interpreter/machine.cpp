@@ -323,7 +323,9 @@ int Cta::async_agent(const Warp& issuer) {
   return kMaxWarps + k;
 }
 Clock Cta::async_now(int agent) const { return async[agent - kMaxWarps].seen.at[agent]; }
-Actor Cta::async_actor(int agent, Proxy p) const { return {agent, async_now(agent), &async[agent - kMaxWarps], p, async_line[agent - kMaxWarps]}; }
+Actor Cta::async_actor(int agent, Proxy p) const {
+  return {agent, async_now(agent), &async[agent - kMaxWarps], p, async_line[agent - kMaxWarps]};
+}
 
 void Cta::add(std::shared_ptr<Pending> p) { pending.push_back(std::move(p)); }
 

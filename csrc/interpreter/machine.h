@@ -1,9 +1,9 @@
 #pragma once
 // The machine: a launch is a grid of CTAs, a CTA is warps and shared memory, a warp is 32 lanes in one or more strands.
 //
-// A strand is a set of lanes with one program counter. A divergent branch splits a strand, strands that meet in the same
-// frame at the same instruction merge; the deepest frame and then the lowest program counter goes first, so that lanes
-// reconverge where the compiler laid out their join, and a turn is taken after a while, so that none starves
+// A strand is a set of lanes with one program counter. A divergent branch splits a strand, strands that meet in the
+// same frame at the same instruction merge; the deepest frame and then the lowest program counter goes first, so that
+// lanes reconverge where the compiler laid out their join, and a turn is taken after a while, so that none starves
 // (independent thread scheduling, ISA 3.1). A collective instruction waits until its lanes have merged.
 #include <atomic>
 #include <cstdint>
@@ -26,26 +26,26 @@ struct Launch;
 
 struct Options {
   uint64_t seed = 0;
-  bool checks = true;         // races, flight, initialisation; bounds and alignment are always checked
-  bool truncating = false;    // the FP8 accumulator of Hopper and Ada, 13 fractional bits
-  bool approximate = true;    // displace .approx results within the ISA's bound
-  bool guard = false;         // arguments re-homed into padded, poisoned copies (Python's side)
-  int threads = 0;            // 0: one per core
+  bool checks = true;                   // races, flight, initialisation; bounds and alignment are always checked
+  bool truncating = false;              // the FP8 accumulator of Hopper and Ada, 13 fractional bits
+  bool approximate = true;              // displace .approx results within the ISA's bound
+  bool guard = false;                   // arguments re-homed into padded, poisoned copies (Python's side)
+  int threads = 0;                      // 0: one per core
   uint64_t step_limit = 4'000'000'000;  // warp instructions of one CTA
 };
 
 struct Frame {
   const Code* code;
   Frame* caller = nullptr;
-  const Instruction* call = nullptr;  // in the caller
+  const Instruction* call = nullptr;     // in the caller
   std::vector<Code::Parameter> results;  // where the caller wants what it returns, in its own .param space
   int depth = 0;
-  Mask inside = 0;              // lanes that have not returned
+  Mask inside = 0;  // lanes that have not returned
   uint8_t* registers = nullptr;
   // .param space, [lane][Code::param_bytes]. An entry's own parameters are the launch's (Launch::parameters), which
   // hold the first bytes of the space for every lane.
   std::unique_ptr<uint8_t[]> parameters;
-  int64_t local_base = 0;       // where its .local variables begin in each lane's local memory
+  int64_t local_base = 0;  // where its .local variables begin in each lane's local memory
   std::unique_ptr<uint8_t[]> memory;
 };
 
@@ -53,8 +53,8 @@ struct Strand {
   Frame* frame;
   uint32_t pc;
   Mask mask;
-  bool waiting = false;   // at a collective instruction, for the other strands of the warp
-  uint64_t ticket = 0;    // of a blocked instruction that has done its first half (a barrier's arrival)
+  bool waiting = false;  // at a collective instruction, for the other strands of the warp
+  uint64_t ticket = 0;   // of a blocked instruction that has done its first half (a barrier's arrival)
 };
 
 // Something that the hardware does later. The scheduler completes what is pending at seeded moments in a seeded order;
@@ -69,10 +69,10 @@ struct Pending {
   bool done = false;
 };
 
-struct Wgmma;    // rows/wgmma.cpp
-struct CpAsync;  // rows/cp_async.cpp
-struct Bulk;     // rows/bulk.cpp
-struct MBarrier; // mbarrier.h
+struct Wgmma;           // rows/wgmma.cpp
+struct CpAsync;         // rows/cp_async.cpp
+struct Bulk;            // rows/bulk.cpp
+struct MBarrier;        // mbarrier.h
 struct ClusterBarrier;  // rows/fence.cpp
 
 struct alignas(64) Warp {
@@ -81,9 +81,9 @@ struct alignas(64) Warp {
   Frame* frame = nullptr;       // of the running strand
   std::vector<Strand> strands;  // [running] is the one that runs
   int running = 0;
-  Mask live = 0;                // lanes that have not exited
-  Mask exists = 0;              // lanes of the block: the last warp may have fewer than 32
-  uint64_t steps = 0;           // warp instructions so far
+  Mask live = 0;                       // lanes that have not exited
+  Mask exists = 0;                     // lanes of the block: the last warp may have fewer than 32
+  uint64_t steps = 0;                  // warp instructions so far
   uint64_t blocked_at = ~uint64_t{0};  // Cta::events when it last found itself blocked
   Knowledge knowledge;
   RegionCache regions;
@@ -104,9 +104,13 @@ struct alignas(64) Warp {
   std::vector<const Instruction*> register_changes;  // setmaxnreg so far
 
   template <class T>
-  T* at(Offset o) const { return reinterpret_cast<T*>(frame->registers + o); }
+  T* at(Offset o) const {
+    return reinterpret_cast<T*>(frame->registers + o);
+  }
   template <class T>
-  T* operand(const Instruction& i, int n) const { return at<T>(i.operand[n]); }
+  T* operand(const Instruction& i, int n) const {
+    return at<T>(i.operand[n]);
+  }
   Mask predicate(Offset o) const { return *at<Mask>(o); }
 
   // Lane addresses: base + displacement, zero-extended where the base is 32 bits wide.
@@ -114,14 +118,14 @@ struct alignas(64) Warp {
 
   Strand& strand() { return strands[running]; }
   Frame* enter(const Code&, Frame* caller, const Instruction* call, Mask lanes);
-  void leave(Mask lanes, bool exit);           // return, or exit, of the running strand's lanes
-  void return_values(Mask lanes);              // from the running frame's .param space to the caller's
-  void branch(Mask taken, uint32_t target);    // lanes of the running strand that jump; the others fall through
+  void leave(Mask lanes, bool exit);         // return, or exit, of the running strand's lanes
+  void return_values(Mask lanes);            // from the running frame's .param space to the caller's
+  void branch(Mask taken, uint32_t target);  // lanes of the running strand that jump; the others fall through
 
   Actor actor(Proxy p = Proxy::generic) const { return {id, knowledge.seen.at[id], &knowledge, p, line()}; }
   uint32_t line() const { return frame->code->statements[strands[running].pc]->line; }
   void release() { ++knowledge.seen.at[id]; }  // after giving away what it knows
-  uint32_t random();                            // seeded, one stream per warp
+  uint32_t random();                           // seeded, one stream per warp
 
   // A finding at the instruction that runs: file, line, kernel, block, warp are filled in by whoever catches it.
   [[noreturn]] void fail(Kind, std::string message, int lane = -1) const;
@@ -135,38 +139,38 @@ struct Cta {
   std::vector<uint8_t> shared;  // static, then dynamic
   Shadow shadow;
   SyncPoints sync_points;
-  uint32_t serial = 0;          // of all CTAs of all launches
-  bool acquired = false;        // a strong access to global memory or a fence might order it after other CTAs
+  uint32_t serial = 0;    // of all CTAs of all launches
+  bool acquired = false;  // a strong access to global memory or a fence might order it after other CTAs
   int next_async = 0;
-  uint64_t events = 1;          // grows whenever something happened that a blocked warp may wait for
+  uint64_t events = 1;  // grows whenever something happened that a blocked warp may wait for
   std::vector<std::shared_ptr<Pending>> pending;
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
   std::shared_ptr<ClusterBarrier> cluster_barrier;
-  Knowledge async[kAsyncAgents];  // what the operations under way know; agent kMaxWarps + i
+  Knowledge async[kAsyncAgents];           // what the operations under way know; agent kMaxWarps + i
   uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   int live_warps = 0;
-  uint64_t matrix_ticks = 0, matrix_macs = 0;  // MatrixTimer's, for Launch::counters
+  uint64_t matrix_ticks = 0, matrix_macs = 0;        // MatrixTimer's, for Launch::counters
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);
 
-  struct NamedBarrier {  // rows/barrier.cpp
-    unsigned expected = 0;           // threads; 0: every thread that lives
-    unsigned arrived = 0, trues = 0; // threads, and those of them with a true predicate (barrier.red)
+  struct NamedBarrier {               // rows/barrier.cpp
+    unsigned expected = 0;            // threads; 0: every thread that lives
+    unsigned arrived = 0, trues = 0;  // threads, and those of them with a true predicate (barrier.red)
     uint64_t generation = 1;
     unsigned last_arrived = 0, last_trues = 0;
     Knowledge gathering, last;
   } barriers[16];
-  unsigned threads() const;          // of the block
+  unsigned threads() const;  // of the block
   unsigned live_threads() const;
-  void settle_barriers();            // after lanes have exited
-  void finish(NamedBarrier&);        // everybody has arrived
+  void settle_barriers();      // after lanes have exited
+  void finish(NamedBarrier&);  // everybody has arrived
 
   // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
   int async_agent(const Warp& issuer);
   Clock async_now(int agent) const;
   Actor async_actor(int agent, Proxy p = Proxy::async) const;
-  void add(std::shared_ptr<Pending>);      // under way from now on
-  void complete(Pending&);                 // at once; no-op when done
+  void add(std::shared_ptr<Pending>);  // under way from now on
+  void complete(Pending&);             // at once; no-op when done
   void happened() { ++events; }
 
   // Runs until every warp has exited (true) or `budget` warp instructions are used up (false). Throws Finding.
@@ -193,17 +197,17 @@ struct Launch {
   const Code* code;
   unsigned grid[3], block[3], cluster[3] = {1, 1, 1};
   int64_t dynamic_shared = 0;
-  std::vector<uint8_t> parameters;     // as the kernel's .param area
-  bool programmatic = false;           // the PDL attribute: may begin before the previous launch has ended
-  uint64_t number = 0;                 // of launches so far: seeds, and PDL
-  uint64_t first_concurrent = 0;       // the lowest launch that may still be running: what it wrote needs the wait
+  std::vector<uint8_t> parameters;  // as the kernel's .param area
+  bool programmatic = false;        // the PDL attribute: may begin before the previous launch has ended
+  uint64_t number = 0;              // of launches so far: seeds, and PDL
+  uint64_t first_concurrent = 0;    // the lowest launch that may still be running: what it wrote needs the wait
   Options options;
-  const Memory* memory = nullptr;      // storage intervals
+  const Memory* memory = nullptr;  // storage intervals
   struct Counters {
     std::atomic<uint64_t> launches{0}, warp_instructions{0}, matrix_ns{0}, matrix_macs{0};
   }* counters = nullptr;
   uint32_t first_serial = 0, concurrent_serial = 0;  // of its own CTAs, and of those that may still be running
-  int resident = 1;                    // CTAs that the device holds at once: they may wait for each other
+  int resident = 1;                                  // CTAs that the device holds at once: they may wait for each other
 
   // Runs the grid on Options::threads threads, CTAs in order, as many resident as the device holds where they wait for
   // each other. Throws the finding of the lowest CTA.

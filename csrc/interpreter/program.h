@@ -38,9 +38,9 @@ enum class Step : uint8_t {
 };
 using Handler = Step (*)(Warp&, const Instruction&, Mask);
 
-using Offset = uint32_t;  // bytes into a frame
-constexpr Offset kSink = ~Offset{0};     // destination `_`
-constexpr Offset kAlwaysTrue = 0;        // a predicate of ones, the guard of unguarded instructions
+using Offset = uint32_t;              // bytes into a frame
+constexpr Offset kSink = ~Offset{0};  // destination `_`
+constexpr Offset kAlwaysTrue = 0;     // a predicate of ones, the guard of unguarded instructions
 
 // Where an instruction may lead, besides on: branch to Instruction::option, table to data's std::vector<uint32_t>.
 enum class Flow : uint8_t { next, branch, table, end };
@@ -50,11 +50,11 @@ struct Instruction {
   const Offset* operand = nullptr;  // destinations first, then sources, in the order that the row's bind added them
   uint16_t destinations = 0, sources = 0;
   Offset guard = kAlwaysTrue;
-  Mask guard_flip = 0;      // ones: @!p
-  uint32_t option = 0;      // row specific, as are the next two
+  Mask guard_flip = 0;  // ones: @!p
+  uint32_t option = 0;  // row specific, as are the next two
   uint64_t immediate = 0;
   const void* data = nullptr;
-  uint32_t index = 0;       // of itself within Code
+  uint32_t index = 0;         // of itself within Code
   bool collective = false;    // .sync/.aligned: waits until the warp has converged
   bool updates = false;       // may leave a destination's old value in a lane that it runs for
   bool asynchronous = false;  // reads or writes its registers later (wgmma)
@@ -64,8 +64,8 @@ struct Instruction {
 // A register that gets its value when a frame begins. Immediates need none: they are part of Code::image.
 struct Preset {
   Offset offset;
-  int bytes;                                    // 4 or 8
-  uint64_t (*special)(const Warp&, int lane);   // %tid.x and the like; null: the frame's local memory; plus bits
+  int bytes;                                   // 4 or 8
+  uint64_t (*special)(const Warp&, int lane);  // %tid.x and the like; null: the frame's local memory; plus bits
   uint64_t bits = 0;
 };
 
@@ -76,19 +76,21 @@ struct Code {
   std::vector<Instruction> instructions;
   std::vector<const Statement*> statements;  // by instruction index
   std::vector<Preset> presets;
-  std::vector<uint8_t> image;                 // what a new frame holds: immediates, the rest poison
-  std::vector<Offset> offset_of;              // by PTX register id
-  std::map<std::pair<int, uint64_t>, Offset> immediates;        // by bytes and bits
+  std::vector<uint8_t> image;                             // what a new frame holds: immediates, the rest poison
+  std::vector<Offset> offset_of;                          // by PTX register id
+  std::map<std::pair<int, uint64_t>, Offset> immediates;  // by bytes and bits
   bool decoded = false;
   std::deque<std::vector<Offset>> operand_lists;
-  std::deque<std::shared_ptr<void>> data;     // what Instruction::data points to
-  int64_t local_bytes = 0;                    // depot of one thread
-  std::map<std::string, int64_t> shared_offset;                // .shared variables of its own
-  int64_t shared_bytes = 0;                    // of an entry, the module's included; the dynamic part begins there
+  std::deque<std::shared_ptr<void>> data;        // what Instruction::data points to
+  int64_t local_bytes = 0;                       // depot of one thread
+  std::map<std::string, int64_t> shared_offset;  // .shared variables of its own
+  int64_t shared_bytes = 0;                      // of an entry, the module's included; the dynamic part begins there
   std::map<std::string, int64_t> local_offset, param_offset;  // .local variables; parameters, returns, call parameters
-  int64_t param_bytes = 0;                    // of the parameter space: own parameters, then returns, then call parameters
-  int64_t own_param_bytes = 0;                // of its own parameters alone
-  struct Parameter { int64_t offset, bytes; };
+  int64_t param_bytes = 0;      // of the parameter space: own parameters, then returns, then call parameters
+  int64_t own_param_bytes = 0;  // of its own parameters alone
+  struct Parameter {
+    int64_t offset, bytes;
+  };
   std::vector<Parameter> parameters, returns;  // in order
   bool calls = false;                          // other functions
 };
@@ -100,14 +102,19 @@ struct Module {
   std::map<std::string, int64_t> shared_offset;  // static .shared variables that several functions may use
   std::set<std::string> extern_shared;           // names of the dynamic one
   int64_t extern_alignment = 0;
-  int64_t shared_bytes = 0;                      // of those
-  struct Global { std::string name; uint8_t* address; int64_t bytes; bool constant; };
-  std::map<std::string, Global> globals;         // .global and .const, alive as long as the module
+  int64_t shared_bytes = 0;  // of those
+  struct Global {
+    std::string name;
+    uint8_t* address;
+    int64_t bytes;
+    bool constant;
+  };
+  std::map<std::string, Global> globals;  // .global and .const, alive as long as the module
   std::vector<std::unique_ptr<uint8_t[]>> storage;
-  std::string text;                              // the PTX itself, which messages quote
-  bool replicates = false;                       // Triton's: warps may share elements, all of them load and one stores
-  std::mutex mutex;                              // of the decoding
-  std::string_view line(int n) const;            // from 1, without its indentation
+  std::string text;                    // the PTX itself, which messages quote
+  bool replicates = false;             // Triton's: warps may share elements, all of them load and one stores
+  std::mutex mutex;                    // of the decoding
+  std::string_view line(int n) const;  // from 1, without its indentation
 };
 
 // Parses and lays out the variables; throws a Finding naming the line and its text.

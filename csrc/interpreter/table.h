@@ -54,8 +54,8 @@ class Bind {
   Type type(int i) const;                     // of the slot, which must be a type
   int slots() const { return static_cast<int>(slots_.size()); }
 
-  // The operands, checked against the type: registers must have its size (relaxed: at least its size, as of ld, st, cvt;
-  // the true size comes back). Each adds one Offset to Instruction::operand.
+  // The operands, checked against the type: registers must have its size (relaxed: at least its size, as of ld, st,
+  // cvt; the true size comes back). Each adds one Offset to Instruction::operand.
   int operands() const { return static_cast<int>(statement.operands.size()); }
   const Operand& operand(int i) const { return statement.operands[i]; }
   void destination(int i, Type type) { destination(operand(i), type); }

@@ -99,7 +99,10 @@ def test_a_finding_is_the_exit_code(programs, architecture):
 @pytest.mark.parametrize(
     ("flags", "holds"),
     [
-        (["-gencode=arch=compute_80,code=[sm_80,compute_80]", "--compress-mode=speed"], "sm_80, compute_80 (compressed by LZ4)"),
+        (
+            ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "--compress-mode=speed"],
+            "sm_80, compute_80 (compressed by LZ4)",
+        ),
         (["-gencode=arch=compute_80,code=sm_80", "--compress-mode=none"], "sm_80"),
         (["-gencode=arch=compute_90a,code=compute_90a", "--compress-mode=none"], "compute_90a"),
     ],

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from rows import row
 
 import forwardpass as fp
@@ -185,19 +184,23 @@ def test_indirect_calls_go_to_each_lanes_function():
 
 @row("exit")
 def test_exit_of_some_lanes():
-    out = run("""
+    out = run(
+        """
   mov.u32 %r0, 5;
   setp.gt.u32 %p0, %r60, 40;
   @%p0 exit;
   bar.sync 0;
-""", threads=64)
+""",
+        threads=64,
+    )
     assert torch.equal(out, torch.where(torch.arange(64) > 40, -1, 5).to(torch.int32))
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_barrier_orders_shared_memory(seed):
     # thread t reads what thread t + 37 (mod 128) wrote, twice over the same place
-    out = run("""
+    out = run(
+        """
   mov.u32 %r1, scratch;
   shl.b32 %r2, %r60, 2;
   add.u32 %r3, %r1, %r2;
@@ -214,7 +217,10 @@ def test_a_barrier_orders_shared_memory(seed):
   barrier.sync 1, 128;
   ld.shared.u32 %r7, [%r4];
   add.u32 %r0, %r5, %r7;
-""", threads=128, seed=seed)
+""",
+        threads=128,
+        seed=seed,
+    )
     n = (torch.arange(128) + 37) % 128
     assert torch.equal(out, (2 * n + 1000).to(torch.int32))
 
@@ -223,7 +229,8 @@ def test_a_barrier_orders_shared_memory(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_arrive_and_sync_are_a_one_way_barrier(seed):
     # warp 0 produces and goes on, warp 1 consumes
-    out = run("""
+    out = run(
+        """
   mov.u32 %r1, scratch;
   and.b32 %r2, %r60, 31;
   shl.b32 %r2, %r2, 2;
@@ -238,7 +245,10 @@ CONSUMER:
   bar.sync 3, 64;
   ld.shared.u32 %r0, [%r3];
 DONE:
-""", threads=64, seed=seed)
+""",
+        threads=64,
+        seed=seed,
+    )
     assert torch.equal(out, torch.cat([torch.full((32,), 7), torch.arange(32)]).to(torch.int32))
 
 
@@ -247,11 +257,14 @@ DONE:
 def test_barrier_reductions(op, expected):
     destination = "%r0" if op == "popc" else "%p1"
     tail = "  add.u32 %r0, %r0, %r0;" if op == "popc" else "  selp.u32 %r0, 1, 0, %p1;"
-    out = run(f"""
+    out = run(
+        f"""
   setp.lt.u32 %p0, %r60, 33;
   barrier.red.{op}.{"u32" if op == "popc" else "pred"} {destination}, 0, %p0;
 {tail}
-""", threads=96)
+""",
+        threads=96,
+    )
     assert torch.equal(out, torch.full((96,), expected, dtype=torch.int32))
 
 
@@ -262,12 +275,15 @@ def finding(body, threads=64, seed=0):
 
 
 def test_an_aligned_barrier_needs_the_whole_warp():
-    f = finding("""
+    f = finding(
+        """
   and.b32 %r1, %r60, 1;
   setp.eq.u32 %p0, %r1, 0;
   mov.u32 %r0, 0;
   @%p0 bar.sync 0;
-""", threads=32)
+""",
+        threads=32,
+    )
     assert f.kind == "barrier" and "aligned" in f.message
 
 
@@ -283,7 +299,8 @@ SKIP:
 
 
 def test_counts_of_a_barrier_must_agree():
-    f = finding("""
+    f = finding(
+        """
   setp.ge.u32 %p1, %r60, 64;
   mov.u32 %r0, 0;
   @%p1 bra DONE;
@@ -294,7 +311,9 @@ def test_counts_of_a_barrier_must_agree():
 OTHER:
   bar.sync 1, 96;
 DONE:
-""", threads=96)
+""",
+        threads=96,
+    )
     assert f.kind == "barrier"
 
 
@@ -313,7 +332,8 @@ LOW:
 DONE:
 """)
     assert torch.equal(out, torch.tensor([2] * 16 + [1] * 16, dtype=torch.int32))
-    f = finding("""
+    f = finding(
+        """
   setp.lt.u32 %p0, %r60, 16;
   mov.u32 %r0, 0;
   @%p0 exit;
@@ -326,7 +346,9 @@ ELSE:
   bar.sync 0;
 DONE:
   mov.u32 %r0, 1;
-""", threads=32)
+""",
+        threads=32,
+    )
     assert f.kind == "barrier" and "bar.sync 0" in f.instruction
 
 
@@ -371,7 +393,9 @@ DONE:
 
 
 def test_ctas_that_wait_for_each_other_run_side_by_side():
-    module = interpreter.Module(HEAD + """
+    module = interpreter.Module(
+        HEAD
+        + """
 .visible .entry k(.param .u64 flags)
 {
   .reg .pred %p<4>;
@@ -390,7 +414,9 @@ WAIT:
   @%p1 bra WAIT;
   ret;
 }
-""", arch="sm_90a")
+""",
+        arch="sm_90a",
+    )
     flags = torch.zeros(1, dtype=torch.int32)
     module["k"].launch(7, 32, [flags])
     assert flags.item() == 7

@@ -1,6 +1,7 @@
 """Plain Triton launches on CPU tensors: every kind of argument, caches, autotuning, hooks; and nothing of it afterwards."""
 
 import importlib.util
+import pathlib
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_a_finding_is_raised_at_the_launch_with_its_argument_and_line(x):
     assert device.findings == [e.value]
     source = add.fn.__code__
     assert e.value.file.endswith("triton_driver_kernels.py")
-    assert "tl.load(x_ptr" in open(source.co_filename).read().splitlines()[e.value.line - 1]
+    assert "tl.load(x_ptr" in pathlib.Path(source.co_filename).read_text().splitlines()[e.value.line - 1]
 
 
 def test_guard_mode_gives_results_back_and_sees_more(x):
@@ -131,7 +132,7 @@ def test_guard_mode_gives_results_back_and_sees_more(x):
     with fp.interpret("sm_80", guard=True):
         add[(1,)](x, x, wide[1], 100, BLOCK=128)
         assert torch.equal(wide, torch.stack([torch.zeros(100), 2 * x]))
-        with pytest.raises(fp.InterpreterFinding, match="argument out_ptr|out_ptr") as e:
+        with pytest.raises(fp.InterpreterFinding, match="out_ptr") as e:
             add[(1,)](x, x, wide[0, :99], 100, BLOCK=128)
     assert e.value.kind == "out_of_bounds"
 

@@ -21,8 +21,8 @@ Step brx(Warp& w, const Instruction& i, Mask mask) {
     const int lane = __builtin_ctz(rest);
     const uint32_t n = index[lane];
     if (n >= targets.size()) {
-      w.fail(Kind::illegal, "brx.idx with index " + std::to_string(n) + " into " + std::to_string(targets.size()) + " targets",
-             lane);
+      w.fail(Kind::illegal,
+             "brx.idx with index " + std::to_string(n) + " into " + std::to_string(targets.size()) + " targets", lane);
     }
     Mask same = 0;
     for (Mask r = rest; r; r &= r - 1)
@@ -166,11 +166,13 @@ const Row rows[] = {
        b.run(brx);
      }},
     {"call.uni?", "9.7.12.5", bind_call},
-    {"ret.uni?", "9.7.12.6", [](Bind& b) {
+    {"ret.uni?", "9.7.12.6",
+     [](Bind& b) {
        b.instruction.flow = Flow::end;
        b.run(ret);
      }},
-    {"exit", "9.7.12.7", [](Bind& b) {
+    {"exit", "9.7.12.7",
+     [](Bind& b) {
        b.instruction.flow = Flow::end;
        b.run(exit);
      }},

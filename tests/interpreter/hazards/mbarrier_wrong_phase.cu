@@ -1,7 +1,5 @@
-// The parity of the phase before: the wait for the second tile is over before it began, or, where the copy is fast enough
-// to end the phase before the wait, never.
-// Reports: in_flight or race or deadlock
-// Needs: sm_90a
+// The parity of the phase before: the wait for the second tile is over before it began, or, where the copy is fast
+// enough to end the phase before the wait, never. Reports: in_flight or race or deadlock Needs: sm_90a
 #include "hazard.cuh"
 
 extern "C" __global__ void mbarrier_wrong_phase(const __grid_constant__ TensorMap x,
@@ -21,7 +19,7 @@ extern "C" __global__ void mbarrier_wrong_phase(const __grid_constant__ TensorMa
     }
     __syncthreads();
     mbarrier_wait(&full, BROKEN ? 0 : tile);  // HAZARD
-    sum += s[threadIdx.x];  // HAZARD
+    sum += s[threadIdx.x];                    // HAZARD
   }
   y[threadIdx.x] = sum;
 }
