@@ -61,7 +61,8 @@ SET = [
     f"set.eq|ne{COMBINED}.u32|s32|f32|f16|bf16.b16|b32|b64",
     f"set.{ORDERED}{COMBINED}.u32|s32|f32|f16|bf16.u16|u32|u64|s16|s32|s64",
     f"set.lo|ls|hi|hs{COMBINED}.u32|s32|f32|f16|bf16.u16|u32|u64",
-    f"set.{FLOATING}{COMBINED}.ftz?.u32|s32|f32|f16.f32", f"set.{FLOATING}{COMBINED}.bf16.f32", f"set.{FLOATING}{COMBINED}.u32|s32|f32|f16|bf16.f64",
+    f"set.{FLOATING}{COMBINED}.ftz?.u32|s32|f32|f16.f32", f"set.{FLOATING}{COMBINED}.bf16.f32",
+    f"set.{FLOATING}{COMBINED}.u32|s32|f32|f16|bf16.f64",
     f"set.{FLOATING}{COMBINED}.ftz?.u16|s16|u32|s32|f16.f16", f"set.{FLOATING}{COMBINED}.u16|s16|u32|s32|bf16.bf16",
     f"set.{FLOATING}{COMBINED}.ftz?.u32|s32|f16x2.f16x2", f"set.{FLOATING}{COMBINED}.u32|s32|bf16x2.bf16x2",
 ]  # fmt: skip
