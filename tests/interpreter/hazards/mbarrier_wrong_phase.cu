@@ -1,5 +1,6 @@
-// The parity of the phase before: the wait for the second tile is over before it began, or never where the copy was
-// fast. Reports: in_flight or race or deadlock Needs: sm_90a
+// The parity of the phase before: the wait for the second tile is over before it began, or never if the copy was fast.
+// Reports: in_flight or race or deadlock
+// Needs: sm_90a
 #include "hazard.cuh"
 
 extern "C" __global__ void mbarrier_wrong_phase(const __grid_constant__ TensorMap x,
