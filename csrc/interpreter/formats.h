@@ -163,6 +163,22 @@ class RoundingScope {
   int before_;
 };
 
+// Nearest even and subnormal numbers, for as long as this lives: threads inherit their maker's settings, and torch has
+// set_flush_denormal.
+class PlainFloats {
+ public:
+  PlainFloats() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~PlainFloats() { std::fesetenv(&before_); }
+  PlainFloats(const PlainFloats&) = delete;
+  PlainFloats& operator=(const PlainFloats&) = delete;
+
+ private:
+  std::fenv_t before_;
+};
+
 // Calls f with a value of the C++ type of a PTX type: with(Type::s32, [&](auto t) { b.run(&add<decltype(t)>); }).
 // b8 ... b64 are unsigned. Note that 8-bit values live in 16-bit registers.
 template <class F>

@@ -3,6 +3,7 @@
 #include <optional>
 #include <thread>
 
+#include "formats.h"
 #include "global_shadow.h"
 #include "machine.h"
 #include "matrix.h"
@@ -76,6 +77,7 @@ bool turn(Grid& grid, Resident& r) {
 }
 
 void work(Grid& grid) {
+  const PlainFloats plain;
   std::deque<Resident> mine;
   std::vector<std::unique_ptr<Cta>> spare;  // their shared memory and shadow serve again
   const Launch& l = grid.launch;

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from floats import FORMATS, compute, encode, flush, map_codes, value
 from rows import DTYPES, Opcode, by_lane, random_values, row, run, sample, seed_of, spellings
 
@@ -104,6 +105,18 @@ def test_bf16_products_that_fp32_cannot_hold():
     b = (random_values("bf16", 4096, rng) & 0x807F | rng.integers(0, 130, 4096) << 7).astype(np.uint16)
     d = run("mul.rn.bf16 %d, %a, %b;", dict(a=a, b=b), dict(d=a.dtype))["d"]
     assert np.array_equal(d, map_codes(lambda *x: compute("mul", f, x), a, b))
+
+
+def test_subnormals_whatever_the_caller_does_with_them():
+    a = np.full(512, 1e-40, np.float32)
+    torch.set_flush_denormal(True)
+    try:
+        d = run("add.f32 %d, %a, %a;", dict(a=a), dict(d=a.dtype))["d"]
+        kept = (torch.full((1,), 2.0**-126) / 2).item()
+    finally:
+        torch.set_flush_denormal(False)
+    assert d.view(np.uint32).tolist() == [2 * int(a.view(np.uint32)[0])] * 512
+    assert kept == 0, "the caller's setting must outlive the launch"
 
 
 # ---- signs, minima and maxima ----
