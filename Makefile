@@ -38,7 +38,8 @@ bench: .venv/built
 
 clean:
 	rm -rf .venv .venv-cuda build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
-	rm -f python/forwardpass/_*.so python/forwardpass/_build.json
+	rm -f python/forwardpass/_*.so python/forwardpass/_standin.a python/forwardpass/_build.json
+	rm -f python/forwardpass/interpreter/_host*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Triton is named because a CPU build of torch brings none; 3.6 is the one of torch 2.11.
@@ -47,7 +48,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install 'torch>=2.11' 'triton==3.6.*' 'setuptools>=77' ninja
 	$(BIN)/python setup.py toolchain | xargs -r $(BIN)/pip install
-	$(BIN)/pip install --no-build-isolation -e '.[dev]'
+	FORWARDPASS_BUILD_INTERPRETER=1 $(BIN)/pip install --no-build-isolation -e '.[dev]'
 	touch $@
 
 # build/lib keeps modules that no longer exist, and they would be shipped.
