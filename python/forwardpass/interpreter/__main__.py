@@ -20,10 +20,8 @@ def main(arguments: list[str]) -> int:
         if command == "build":
             return build(rest)
         if command == "rows" and not rest:
-            rows = core.rows()
-            width = max(len(r["pattern"]) for r in rows)
-            for r in rows:
-                print(f"{r['pattern']:<{width}}  {r['section']}")
+            for r in core.rows():
+                print(f"{r['section']:<16}{r['pattern']}")
             return 0
     except (ValueError, OSError, RuntimeError) as e:
         print(f"forwardpass: {e}", file=sys.stderr)

@@ -113,9 +113,9 @@ class Device:
                 result = run(*args)
             except InterpreterFinding:  # from Triton's driver
                 raise
-            except RuntimeError as e:
+            except RuntimeError:
                 if finding := core.finding():
-                    raise self.found(finding) from e
+                    raise self.found(finding) from None
                 raise
             finally:
                 torch.ops.forwardpass._set_storage_hook(0)
