@@ -66,10 +66,10 @@ constexpr Entry kTable[] = {
     {"9.7.13.15", "", "mbarrier"},
     {"9.7.13.16", "", "TMA"},
     {"9.7.13", "", "shuffle and vote"},  // vote, match, activemask, redux
-    {"9.7.14.5.14", "", "mma"},
     {"9.7.14.5.17", "", "shuffle and vote"},  // movmatrix
     {"9.7.14.5.15", "", "ldmatrix"},
     {"9.7.14.5.16", "", "stmatrix"},
+    {"9.7.14", "", "mma"},
     {"9.7.15.7", "", "wgmma wait"},  // its fence and groups
     {"9.7.15", "", "wgmma"},
     {"9.7.19", "", "control"},

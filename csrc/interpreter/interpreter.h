@@ -105,10 +105,10 @@ struct fpi_counters {
 void fpi_counters_read(struct fpi_counters*);
 void fpi_counters_reset(void);
 
-// What has been counted under a name, a record for each kernel and shape of launch with what each of its instructions did:
+// What has been counted under a name, a record for each kernel and shape of launch with what each instruction did:
 // [{kernel, arch, multiprocessors, resident, grid, block, cluster, shared_bytes, launches, footprint_read,
-// footprint_written, instructions: [{opcode, class, file, line, inner_file, inner_line, ptx_line, ...}]}]. file and line
-// are the kernel's own, inner_ those of the function that was inlined there. The environment's
+// footprint_written, instructions: [{opcode, class, file, line, inner_file, inner_line, ptx_line, ...}]}]. file and
+// line are the kernel's own, inner_ those of the function that was inlined there. The environment's
 // FORWARDPASS_INTERPRET_COUNTERS=FILE counts every launch of a process, and writes all that to the file at exit.
 const char* fpi_profile_json(uint64_t name);
 void fpi_profile_forget(uint64_t name);

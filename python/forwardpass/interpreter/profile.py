@@ -119,7 +119,8 @@ class KernelProfile:
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> KernelProfile:
-        return cls(**{k: tuple(v) if k in ("grid", "block", "cluster") else v for k, v in record.items()})
+        shape: dict[str, Any] = {name: tuple(record[name]) for name in ("grid", "block", "cluster")}
+        return cls(**{**record, **shape})
 
     @property
     def counts(self) -> Counts:
