@@ -124,8 +124,8 @@ void fpi_set_options(const fpi_options* o) {
 void fpi_get_options(fpi_options* o) {
   const std::lock_guard lock(state().mutex);
   const Options& options = state().options;
-  *o = {options.seed, options.checks, options.truncating, options.approximate, options.threads, options.step_limit,
-        options.counters};
+  *o = {options.seed,    options.checks,     options.truncating, options.approximate,
+        options.threads, options.step_limit, options.counters};
 }
 
 void fpi_storage_enter() {

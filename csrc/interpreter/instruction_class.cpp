@@ -65,7 +65,7 @@ constexpr Entry kTable[] = {
     {"9.7.13.13", "", "control"},  // griddepcontrol; elect, which costs as little
     {"9.7.13.15", "", "mbarrier"},
     {"9.7.13.16", "", "TMA"},
-    {"9.7.13", "", "shuffle and vote"},  // vote, match, activemask, redux
+    {"9.7.13", "", "shuffle and vote"},       // vote, match, activemask, redux
     {"9.7.14.5.17", "", "shuffle and vote"},  // movmatrix
     {"9.7.14.5.15", "", "ldmatrix"},
     {"9.7.14.5.16", "", "stmatrix"},
