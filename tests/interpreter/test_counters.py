@@ -387,7 +387,7 @@ def test_model_of_a_copy():
     # 128 warps with 2 loads of parameters, mad, shl, cvt, 2 adds, 2 accesses, ret; 32 CTAs on 108 multiprocessors.
     assert m.terms["issue"] == pytest.approx(2 * 4 * 10 / 4 / 1410e6)
     assert m.terms["integer"] == pytest.approx(2 * 4 * 4 * 32 / 64 / 1410e6)
-    assert m.terms["shared memory"] == pytest.approx(2 * 4 * 2 * 512 / 128 / 1410e6)
+    assert m.terms["shared memory and L1"] == pytest.approx(2 * 4 * 2 * 512 / 128 / 1410e6)
     assert (m.binding, m.seconds) == ("DRAM", m.terms["DRAM"])
     assert str(m).startswith("modelled ") and "bound by DRAM" in str(m)
 
@@ -402,10 +402,10 @@ def test_model_terms_add_up():
     one, full, more = device.model()
     for m in (one, full, more):
         assert m.seconds == max(m.terms.values()) == m.terms[m.binding]
-        assert set(m.terms) == {*PIPES, "issue", "tensor cores", "shared memory", "L2", "DRAM"}
+        assert set(m.terms) == {*PIPES, "issue", "tensor cores", "shared memory and L1", "L2", "DRAM"}
         assert all(s >= 0 and math.isfinite(s) for s in m.terms.values())
     # (32 + 32 * 32) wavefronts of 128 bytes, and 64 requests of four sectors, at 128 bytes a clock
-    assert one.binding == "shared memory"
+    assert one.binding == "shared memory and L1"
     assert one.seconds == pytest.approx((32 + 32 * 32 + 64) / 1830e6)
     # A multiprocessor for each CTA, and then one with two.
     assert full.seconds == pytest.approx(one.seconds) and more.seconds == pytest.approx(2 * one.seconds)

@@ -72,7 +72,7 @@ def modelled(k: KernelProfile) -> Modelled:
         terms[pipe] = on_chip(32 * sum(counts.instructions[c] for c in classes) / rate[pipe])
     terms["tensor cores"] = on_chip(sum(n / _tensor_rate(rate, name) for name, n in counts.macs.items()))
     bytes_of_l1 = counts.wavefronts * 128 + counts.sectors * 32 + counts.bulk_shared + counts.matrix_shared
-    terms["shared memory"] = on_chip(bytes_of_l1 / rate["shared memory"])
+    terms["shared memory and L1"] = on_chip(bytes_of_l1 / rate["shared memory"])
     bytes_of_l2 = counts.sectors * 32 + counts.bulk_read + counts.bulk_written
     terms["L2"] = bytes_of_l2 / rate["L2"] / (rate["clock"] * 1e6)
     terms["DRAM"] = (k.footprint_read + k.footprint_written) / (rate["DRAM"] * 1e9)
