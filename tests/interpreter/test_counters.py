@@ -143,6 +143,30 @@ def test_strided_global_read(stride, width, offset, sectors):
     assert c.global_written == 0
 
 
+@pytest.mark.parametrize(
+    ("instruction", "stride", "actual", "ideal"),
+    [
+        ("ld.shared.b16 %h0", 2, 1, 1),  # 16 words, each of two lanes
+        ("ld.shared.b32 %r2", 0, 1, 1),  # one word of all
+        ("ld.shared.b32 %r2", 8, 2, 1),  # banks 2 t % 32, of t and t + 16
+        ("ld.shared.v2.b32 {%r2, %r3}", 8, 2, 2),  # two phases of 16 lanes x 2 words
+        ("ld.shared.v2.b32 {%r2, %r3}", 16, 4, 2),  # banks 4 t % 32, of t and t + 8 in a phase
+        ("ld.shared.v4.b32 {%r2, %r3, %r4, %r5}", 16, 4, 4),  # four phases of 8 lanes x 4 words
+        ("ld.shared.v4.b32 {%r2, %r3, %r4, %r5}", 0, 4, 4),
+        ("ld.shared.v4.b32 {%r2, %r3, %r4, %r5}", 128, 32, 4),  # all 8 lanes of a phase in banks 0 to 3
+        ("@%p0 ld.shared.v4.b32 {%r2, %r3, %r4, %r5}", 128, 5, 1),  # of lanes 0 to 4, in one phase
+    ],
+)
+def test_wavefronts(instruction, stride, actual, ideal):
+    body = f"""
+    setp.lt.u32 %p0, %t, 5;
+    mad.lo.u32 %r1, %t, {stride}, %s;
+    {instruction}, [%r1];
+    """
+    c = counted(body, checks=False).kernels()[0].counts  # of memory that nobody wrote
+    assert (c.wavefronts, c.ideal_wavefronts) == (actual, ideal)
+
+
 ZEROS = """
     mov.u32 %r0, 0;
     shl.b32 %r1, %t, 4;
