@@ -143,6 +143,12 @@ def test_strided_global_read(stride, width, offset, sectors):
     assert c.global_written == 0
 
 
+def test_lanes_that_take_turns_at_two_sectors():
+    x = torch.zeros(4096, dtype=torch.uint8)
+    c = of(counted("and.b32 %t, %t, 1;\n" + strided(64), x), "ld.global")
+    assert (c.requests, c.sectors, c.global_read) == (1, 2, 128)
+
+
 @pytest.mark.parametrize(
     ("instruction", "stride", "actual", "ideal"),
     [
