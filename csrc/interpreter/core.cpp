@@ -117,13 +117,15 @@ void fpi_set_options(const fpi_options* o) {
   options.truncating = o->truncating != 0;
   options.approximate = o->approximate != 0;
   options.threads = o->threads;
+  options.counters = o->counters;
   options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
 }
 
 void fpi_get_options(fpi_options* o) {
   const std::lock_guard lock(state().mutex);
   const Options& options = state().options;
-  *o = {options.seed, options.checks, options.truncating, options.approximate, options.threads, options.step_limit};
+  *o = {options.seed,    options.checks,     options.truncating, options.approximate,
+        options.threads, options.step_limit, options.counters};
 }
 
 void fpi_storage_enter() {

@@ -30,6 +30,7 @@ struct fpi_options {
   uint64_t seed;
   int32_t checks, truncating, approximate, threads;
   uint64_t step_limit;  // warp instructions of one CTA; 0: the default
+  uint64_t counters;    // not 0: counts what launches do, under this name
 };
 void fpi_set_options(const struct fpi_options*);
 void fpi_get_options(struct fpi_options*);
@@ -103,6 +104,14 @@ struct fpi_counters {
 };
 void fpi_counters_read(struct fpi_counters*);
 void fpi_counters_reset(void);
+
+// What has been counted under a name, a record for each kernel and shape of launch with what each instruction did:
+// [{kernel, arch, multiprocessors, resident, grid, block, cluster, shared_bytes, launches, footprint_read,
+// footprint_written, instructions: [{opcode, class, file, line, inner_file, inner_line, ptx_line, ...}]}]. file and
+// line are the kernel's own, inner_ those of the function that was inlined there. The environment's
+// FORWARDPASS_INTERPRET_COUNTERS=FILE counts every launch of a process, and writes all that to the file at exit.
+const char* fpi_profile_json(uint64_t name);
+void fpi_profile_forget(uint64_t name);
 
 // Every row of the instruction table as JSON: [{"pattern":…,"section":…}].
 const char* fpi_rows_json(void);

@@ -21,6 +21,8 @@ struct Grid {
   std::atomic<uint64_t> next{0};
   std::atomic<int> resident{0};
   std::mutex mutex;
+  const bool counts = counted(launch.options);
+  Sheet sheet;
   std::optional<Finding> finding;  // of the lowest CTA that has one
   std::atomic<uint64_t> found_at{~uint64_t{0}};
 
@@ -81,6 +83,7 @@ void work(Grid& grid) {
   std::deque<Resident> mine;
   std::vector<std::unique_ptr<Cta>> spare;  // their shared memory and shadow serve again
   const Launch& l = grid.launch;
+  Sheet sheet;
   for (bool more = true; more || !mine.empty();) {
     if (more && grid.resident < l.resident) {
       ++grid.resident;
@@ -92,6 +95,7 @@ void work(Grid& grid) {
         const uint64_t x = l.grid[0], y = l.grid[1];
         const unsigned index[3] = {static_cast<unsigned>(n % x), static_cast<unsigned>(n / x % y),
                                    static_cast<unsigned>(n / x / y)};
+        cta->sheet = grid.counts ? &sheet : nullptr;
         cta->begin(grid.launch, index, n);
         mine.push_back({std::move(cta), n});
       } else {
@@ -112,6 +116,9 @@ void work(Grid& grid) {
       mine.push_back(std::move(r));
     }
   }
+  if (!grid.counts) return;
+  const std::lock_guard lock(grid.mutex);
+  grid.sheet.add(sheet);
 }
 
 }  // namespace
@@ -126,6 +133,7 @@ void Launch::run() {
   work(grid);
   for (auto& t : others) t.join();
   if (counters) ++counters->launches;
+  if (grid.counts) record(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;
 }
 

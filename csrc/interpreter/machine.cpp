@@ -193,6 +193,7 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
 }
 
 // Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
+template <bool kCounted>
 void run_warp(Warp& w, uint64_t slice) {
   const uint64_t end = w.steps + slice;
   while (w.live) {
@@ -211,7 +212,10 @@ void run_warp(Warp& w, uint64_t slice) {
       } else {
         ++w.steps;
         Step step = Step::next;
+        [[maybe_unused]] Count* count = nullptr;
+        if constexpr (kCounted) w.count = count = w.cta->sheet->at(*s.frame->code, i.index);
         if (mask) step = w.watched ? run_watched(w, i, mask) : i.run(w, i, mask);
+        if constexpr (kCounted) count->step(step, mask);
         if (step == Step::next || step == Step::yielded) {
           Strand& now = w.strands[w.running];
           ++now.pc;
@@ -408,7 +412,7 @@ bool Cta::run(uint64_t budget) {
     const bool far = order_ == Order::ahead && w->id == favourite_;
     const uint64_t steps = w->steps;
     running_ = w;
-    run_warp(*w, far ? kLongSlice : slices[random() % 6]);
+    (sheet ? run_warp<true> : run_warp<false>)(*w, far ? kLongSlice : slices[random() % 6]);
     running_ = nullptr;
     used += w->steps - steps;
     if (w->steps == steps) ++used;  // a slice that found itself blocked costs too

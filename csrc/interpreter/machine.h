@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "clock.h"
+#include "counters.h"
 #include "finding.h"
 #include "memory.h"
 #include "program.h"
@@ -31,6 +32,7 @@ struct Options {
   bool approximate = true;              // displace .approx results within the ISA's bound
   bool guard = false;                   // arguments re-homed into padded, poisoned copies (Python's side)
   int threads = 0;                      // 0: one per core
+  uint64_t counters = 0;                // not 0: the name under which launches are counted
   uint64_t step_limit = 4'000'000'000;  // warp instructions of one CTA
 };
 
@@ -91,6 +93,7 @@ struct alignas(64) Warp {
   std::vector<std::unique_ptr<Frame>> frames;  // alive
   std::vector<uint8_t> local[kLanes];          // .local memory, grown by the frames that need it
   int turn = 0;                                // steps of the running strand since another one ran
+  Count* count = nullptr;                      // of the running instruction, if the launch is counted
   Mask carry = 0;                              // CC.CF of each lane: add.cc, addc, ...
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
@@ -149,6 +152,7 @@ struct Cta {
   Knowledge async[kAsyncAgents];           // what the operations under way know; agent kMaxWarps + i
   uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   int live_warps = 0;
+  Sheet* sheet = nullptr;                            // if the launch is counted
   uint64_t matrix_ticks = 0, matrix_macs = 0;        // MatrixTimer's, for Launch::counters
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);

@@ -167,6 +167,12 @@ void issue_store(Warp& w, Transfer& t, int lane) {
   });
 }
 
+void count(Warp& w, const Transfer& t) {
+  w.count->bulk_shared += t.bytes;
+  t.each_row(
+      [&](uint32_t, uint32_t begin, uint32_t end, uint64_t address) { count_bulk(w, address, end - begin, t.load); });
+}
+
 Step transfer(Warp& w, const Instruction& i, Mask mask) {
   const auto& form = *static_cast<const Form*>(i.data);
   uint64_t shared[kLanes], global[kLanes], mbarrier[kLanes];
@@ -208,6 +214,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
       Bulk& bulk = state_of(w);
       bulk.entries.push_back({l, bulk.committed[l], t});
     }
+    if (w.count) count(w, *t);
     w.cta->add(std::move(t));
   }
   return Step::next;
