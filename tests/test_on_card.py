@@ -1,4 +1,4 @@
-"""Every case of every operation that has a CUDA or a Triton kernel, on the GPU of this machine."""
+"""Every case of every operation that has a CUDA or a Triton kernel, its benchmarks' too, on the GPU of this machine."""
 
 import pytest
 import torch
@@ -23,8 +23,9 @@ SMOKE = 12
 
 
 def cases():
+    """The awkward ones and those of real layers."""
     for name, module in MODULES.items():
-        for i, case in enumerate(module.cases()):
+        for i, case in enumerate([*module.cases(), *module.BENCHMARK_CASES]):
             marks = pytest.mark.smoke if i % SMOKE == 0 else ()
             yield pytest.param(name, case, id=f"{name}-{case}", marks=marks)
 
