@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -97,7 +98,9 @@ def sanitizer(out):
             ]
             command += pytest("-m", "smoke", "-k", implementation, "tests/test_on_card.py")
             # an allocation of torch's holds many tensors: one each, so that what leaves a tensor is seen
-            yield Part(f"{check} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing, True)
+            yield Part(
+                f"{check} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing, True
+            )
 
 
 def golden(out):
@@ -179,7 +182,7 @@ class Run:
         self.out = pathlib.Path(args.out).resolve() if args.out else default
         self.out.mkdir(parents=True, exist_ok=True)
         self.state = State(self.folder / "state.json", args.again)
-        self.begin, self.budget = time.monotonic(), 60 * args.minutes
+        self.begin, self.budget, self.lock = time.monotonic(), 60 * args.minutes, threading.Lock()
 
     def left(self):
         return self.budget - (time.monotonic() - self.begin)
@@ -198,10 +201,10 @@ class Run:
 
     def part(self, step, part, threads):
         command = part.trial if self.dry else part.command
-        if part.missing:
-            return self.report(step, part, status="skipped", why=part.missing)
         if command is None:
             return self.report(step, part, status="printed", why=" ".join(part.command))
+        if part.missing:
+            return self.report(step, part, status="skipped", why=part.missing)
         allowed = self.left()
         if allowed < 5:
             return None
@@ -233,8 +236,9 @@ class Run:
         return self.report(step, part, status="failed", seconds=seconds, why=f"{why}, {log}.log", tests="".join(tests))
 
     def report(self, step, part, **result):
-        self.state.set(step, part.name, **result)
-        print(f"{step}/{part.name}: " + ", ".join(str(v) for v in result.values() if v), flush=True)
+        with self.lock:
+            self.state.set(step, part.name, **result)
+            print(f"{step}/{part.name}: " + ", ".join(str(v) for v in result.values() if v), flush=True)
 
     def summary(self, steps):
         """(of each step how many parts have which status; writes summary.json)"""
