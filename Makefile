@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 DEMO := $(BIN)/forwardpass swap minilm --precision int8 --batch 8 --length 128 --json demo.json
 
-.PHONY: demo test test-all test-cuda-torch lint gates bench clean
+.PHONY: demo test test-all test-cuda-torch lint gates gpu bench clean
 
 demo: .venv/built
 	$(BIN)/forwardpass doctor
@@ -29,6 +29,10 @@ lint: .venv/built
 
 gates: dist/built
 	$(BIN)/python tests/gates.py dist/forwardpass-*.whl
+
+# On a machine with a GPU, in the environment that is there: nothing is installed. STEPS="build parity", GPU_FLAGS=--dry-run
+gpu:
+	$(PYTHON) tests/gpu.py $(STEPS) $(GPU_FLAGS)
 
 bench: .venv/built
 	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_linear w8a16_gemm; do \
