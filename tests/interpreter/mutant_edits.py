@@ -139,13 +139,13 @@ SYNCHRONISATION = (
     (r"cp\.async(\.bulk)?\.commit_group|wgmma\.commit_group.*", "commit dropped", removed),
 )
 ARITHMETIC = (
-    (r"(ld|st|red|atom)\.(global|shared|param|const|local|[vbfus]\d).*|(ld|st)matrix.*|cp\.async\.c[ag].*",
+    (r"(ld|st|red|atom)\.(global|shared|const|local|[vbfus]\d).*|(ld|st)matrix.*|cp\.async\.c[ag].*",
      "offset changed", displaced),
     (r"cp\.async\.c[ag].*", "zero-fill dropped", unfilled),
     (r"sub\..*", "operands swapped", swapped(1, 2)),
     (r"setp\.(lt|le|gt|ge|ltu|leu|gtu|geu)\..*", "operands swapped", swapped(1, 2)),
     (r"selp\..*", "operands swapped", swapped(1, 2)),
-    (r"(fma|mad)\..*", "operands swapped", swapped(2, 3)),
+    (r"(fma|mad\.lo|mad\.hi)\..*", "operands swapped", swapped(2, 3)),
     (r"(mma\.sync|wgmma\.mma_async).*", "operands swapped", shuffled),
 )  # fmt: skip
 

@@ -7,9 +7,11 @@ launches that reach its statement. What is not detected needs a reviewed reason 
 
 import argparse
 import collections
+import dataclasses
 import importlib
 import itertools
 import json
+import math
 import pathlib
 import sys
 import time
@@ -27,6 +29,8 @@ from mutant_launches import reached, recording
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
+#: of the launches that reach a statement, the shortest that it is mutated in
+ENOUGH = 4
 #: an instance of each kernel: its operation's cases of this dtype. More columns than the threads of a block keep in
 #: registers come on top.
 OPERATIONS = {
@@ -41,7 +45,12 @@ WITNESSES = ("int8_matmul", "fp8_matmul", "fp8_descriptor_matmul", "bf16_matmul"
 
 def operation_launches(name, arch):
     module = importlib.import_module(f"forwardpass.{name}.cases")
-    cases = [c for c in module.cases() if all(getattr(c, k) == v for k, v in OPERATIONS[name].items())]
+    # each case in the one instance; bf16 weights belong to bf16 rows
+    cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases() if math.prod(c.shape)]
+    if name == "norm_quantize":
+        cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias)]
+    if name == "dequant_activation":
+        cases = [c for c in cases if c.acc_dtype == torch.int32]
     torch.use_deterministic_algorithms(True)
     with recording() as launches, poisoned_outputs(), fp.interpret(arch, approximate=False), fp.use_backend("cuda"):
         for case in cases:
@@ -82,8 +91,14 @@ class Subject:
         assert all(launch.kernel == kernel for launch in self.launches)
         for launch in self.launches:
             launch.learn(self.text, arch, [0])
-            launch.reached = reached(launch, self.text, arch, lines)
         self.launches.sort(key=lambda launch: launch.steps)
+        kept, times = [], collections.Counter()
+        for launch in self.launches:
+            launch.reached = reached(launch, self.text, arch, lines)
+            if any(times[line] < ENOUGH for line in launch.reached):
+                kept.append(launch)
+                times.update(launch.reached)
+        self.launches = kept
 
     def detected(self, *mutants):
         """By what, and at which seed: of one mutant, or of several at once. (None, None): by nothing."""
