@@ -48,7 +48,7 @@ class Launch:
                 self.parameters[at : at + 8] = moved.to_bytes(8, "little")
         self.expected = self.steps = None
 
-    def run(self, ptx, arch, seed, step_limit=0, checks=True, also=()):
+    def run(self, module, arch, seed, step_limit=0, checks=True, also=()):
         """The finding, or None; what was computed is in self.memories. `also`: further tensors that may be touched."""
         for memory in self.memories:
             memory.now.copy_(memory.before)
@@ -60,7 +60,7 @@ class Launch:
                     scope.add(memory.address, memory.size, f"memory {i}")
                 for tensor in also:
                     scope.add_tensor(tensor, "more")
-                kernel = Module(ptx)[self.kernel]
+                kernel = module[self.kernel]
                 values = [bytes(self.parameters[offset : offset + size]) for offset, size in kernel.parameters]
                 before = core.counters()["warp_instructions"]
                 kernel.launch_values(device, grid, block, values, shared, cluster, programmatic)
@@ -69,19 +69,19 @@ class Launch:
             return finding
         return None
 
-    def learn(self, ptx, arch, seeds):
+    def learn(self, module, arch, seeds):
         """What the unmutated kernel computes: the same at each seed, padding included."""
         for seed in seeds:
-            if finding := self.run(ptx, arch, seed):
+            if finding := self.run(module, arch, seed):
                 raise AssertionError(f"the unmutated kernel has a finding: {finding}")
             result = [memory.now.clone() for memory in self.memories]
             if self.expected is not None and not all(map(torch.equal, result, self.expected)):
                 raise AssertionError(f"{self.kernel} on {arch} computes something else at seed {seed}")
             self.expected = result
 
-    def detects(self, ptx, arch, seed):
-        """By what this launch tells the mutated PTX from the other: a kind of finding, "result", or None."""
-        if finding := self.run(ptx, arch, seed, STEPS * self.steps):
+    def detects(self, module, arch, seed):
+        """By what this launch tells the mutated module from the other: a kind of finding, "result", or None."""
+        if finding := self.run(module, arch, seed, STEPS * self.steps):
             return "no end" if "has not ended" in finding.message else finding.kind
         if not all(torch.equal(memory.now, expected) for memory, expected in zip(self.memories, self.expected)):
             return "result"
@@ -117,12 +117,15 @@ def recording():
         raise problems[0]
 
 
-def reached(launch, text, arch, lines):
-    """Which lines (indices) of the PTX the launch executes, of those given: a store before each tells."""
+def reached(launches, text, arch, lines):
+    """For each launch, which of these lines (indices) of the PTX it executes: a store in front of each tells."""
     flags = torch.zeros(max(lines, default=0) + 1, dtype=torch.uint8)
     made = text.split("\n")
     for i in lines:
         made[i] = f"st.global.u8 [{flags.data_ptr() + i}], 1; {made[i]}"
-    if finding := launch.run("\n".join(made), arch, 0, checks=False, also=[flags]):
-        raise AssertionError(f"with stores in front of its statements {launch.kernel} has a finding: {finding}")
-    return set(flags.nonzero().flatten().tolist())
+    module = Module("\n".join(made))
+    for launch in launches:
+        if finding := launch.run(module, arch, 0, checks=False, also=[flags]):
+            raise AssertionError(f"with stores in front of its statements {launch.kernel} has a finding: {finding}")
+        yield set(flags.nonzero().flatten().tolist())
+        flags.zero_()
