@@ -20,6 +20,7 @@ struct State {
   uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
   Launch::Counters counters;
   std::atomic<void (*)(const char*, int)> listener{nullptr};
+  std::atomic<void (*)(const fpi_launch_record*)> recorder{nullptr};
   std::mutex mutex;
 };
 State& state() {
@@ -74,6 +75,11 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   }
 
   State& s = state();
+  if (const auto recorder = s.recorder.load()) {
+    const fpi_launch_record record{module.text.c_str(), code.name.c_str(), config, parameters.data(),
+                                   static_cast<int64_t>(parameters.size())};
+    recorder(&record);
+  }
   Launch l;
   {
     const std::lock_guard lock(s.mutex);
@@ -150,6 +156,14 @@ int fpi_storage_find(const void* begin, int64_t bytes) {
   return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), &region);
 }
 
+int fpi_storage_region(const void* address, void** begin, int64_t* bytes) {
+  Memory::Region region;
+  if (!state().memory.find(reinterpret_cast<uint64_t>(address), 1, &region)) return 0;
+  *begin = reinterpret_cast<void*>(region.begin);
+  *bytes = static_cast<int64_t>(region.end - region.begin);
+  return 1;
+}
+
 void fpi_storage_leave() {
   const std::lock_guard lock(state().mutex);
   if (state().scopes.empty()) return;
@@ -223,6 +237,8 @@ void fpi_finding_clear() {
   finding_text.clear();
   finding_json.clear();
 }
+
+void fpi_on_launch(void (*recorder)(const fpi_launch_record*)) { state().recorder = recorder; }
 
 void fpi_on_finding(void (*listener)(const char*, int)) { state().listener = listener; }
 

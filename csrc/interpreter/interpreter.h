@@ -41,6 +41,7 @@ void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int rea
 void fpi_storage_remove(const void* begin);
 void fpi_storage_leave(void);
 int fpi_storage_find(const void* begin, int64_t bytes);  // 1: within one of them
+int fpi_storage_region(const void* address, void** begin, int64_t* bytes);  // 1: within this one
 
 // Device memory, poisoned and registered; null: the device has no more. What there is around a pointer, or zero bytes.
 enum { fpi_memory_device, fpi_memory_host, fpi_memory_managed };
@@ -70,6 +71,15 @@ struct fpi_launch_config {
   int programmatic, cooperative;
 };
 int fpi_launch(const void* host, const struct fpi_launch_config*, void** args);
+
+// Called before each launch, in its thread, with what repeats it. Null: no longer.
+struct fpi_launch_record {
+  const char *ptx, *kernel;
+  struct fpi_launch_config config;
+  const void* parameters;
+  int64_t parameter_bytes;
+};
+void fpi_on_launch(void (*)(const struct fpi_launch_record*));
 
 struct fpi_kernel_properties {
   const char* name;

@@ -50,7 +50,7 @@ uint64_t steps(const Cta& cta) {
 bool turn(Grid& grid, Resident& r) {
   Cta& cta = *r.cta;
   try {
-    if (!cta.run(kTurnOfCta)) {
+    if (!cta.run(std::min(kTurnOfCta, grid.launch.options.step_limit))) {
       if (steps(cta) < grid.launch.options.step_limit) return false;
       cta.warps[0].fail(Kind::deadlock,
                         "the CTA has not ended after " + std::to_string(steps(cta)) +

@@ -30,6 +30,21 @@ class Options(ctypes.Structure):
     ]  # fmt: skip
 
 
+class LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("grid", Dim3), ("block", Dim3), ("cluster", Dim3), ("dynamic_shared", c_int64), ("programmatic", c_int32),
+        ("cooperative", c_int32),
+    ]  # fmt: skip
+
+
+class LaunchRecord(ctypes.Structure):
+    _fields_ = [
+        ("ptx", c_char_p), ("kernel", c_char_p), ("config", LaunchConfig), ("parameters", c_void_p),
+        ("parameter_bytes", c_int64),
+    ]  # fmt: skip
+
+
+Recorder = ctypes.CFUNCTYPE(None, POINTER(LaunchRecord))
 COUNTERS = ("launches", "warp_instructions", "matrix_ns", "matrix_macs")
 
 
@@ -43,6 +58,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_storage_enter": (None, []),
     "fpi_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
     "fpi_storage_leave": (None, []),
+    "fpi_storage_region": (c_int, [c_uint64, POINTER(c_uint64), POINTER(c_int64)]),
+    "fpi_on_launch": (None, [Recorder]),
     "fpi_module_load": (c_void_p, [c_char_p]),
     "fpi_module_unload": (None, [c_void_p]),
     "fpi_module_json": (c_char_p, [c_void_p]),
