@@ -278,11 +278,13 @@ class Operation:
         if torch.compiler.is_compiling():
             if grad and any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 self._refuse_grad()
-            if _choice.arch and args[0].device.type == "cpu" and _choice.backend in ("auto", "cuda", "triton"):
-                if not {"cuda", "triton"}.isdisjoint(self.compiled):  # a graph would have the kernel alone
-                    raise RuntimeError(
-                        f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
-                    )
+            gpu = _choice.backend in ("auto", "cuda", "triton") and not {"cuda", "triton"}.isdisjoint(self.compiled)
+            if (
+                gpu and _choice.arch and args[0].device.type == "cpu"
+            ):  # a graph would have the kernel and nothing around it
+                raise RuntimeError(
+                    f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
+                )
             return self._bind(args)(*args)
         # One pass over the arguments makes the key of this call; a key seen before was checked before.
         key: list[Any] = [_choice.backend, _choice.arch]
