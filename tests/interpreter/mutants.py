@@ -73,7 +73,9 @@ def operation_launches(name, arch):
 
 def needs_whole(case):
     """Whether the contract takes whole vectors alone."""
-    return getattr(case, "layout", "") == "interleaved8" or hasattr(case, "epilogue") and case.epilogue.activation in GATED
+    return getattr(case, "layout", "") == "interleaved8" or (
+        hasattr(case, "epilogue") and case.epilogue.activation in GATED
+    )
 
 
 def witness_launches(name, arch):
