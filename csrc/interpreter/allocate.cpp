@@ -2,9 +2,10 @@
 // hundred live ones, and 128 bytes a register for each warp fall out of the caches. Liveness over basic blocks, then a
 // linear scan (Poletto and Sarkar, TOPLAS 1999) of each register's hull of live instructions.
 //
-// Sharing is by lane, as a lane's own path decides what is live in it: divergence changes nothing. But a predicate is one
-// mask of all lanes, where another register has the values of two: predicates share among themselves. A source that dies
-// and a destination that is born in one instruction do not share, as handlers may write before they have read it all.
+// Sharing is by lane, as a lane's own path decides what is live in it: divergence changes nothing. But a predicate is
+// one mask of all lanes, where another register has the values of two: predicates share among themselves. A source that
+// dies and a destination that is born in one instruction do not share, as handlers may write before they have read it
+// all.
 #include <algorithm>
 #include <cstring>
 #include <queue>

@@ -40,7 +40,7 @@ void fpi_storage_enter(void);
 void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only);
 void fpi_storage_remove(const void* begin);
 void fpi_storage_leave(void);
-int fpi_storage_find(const void* begin, int64_t bytes);  // 1: within one of them
+int fpi_storage_find(const void* begin, int64_t bytes);                     // 1: within one of them
 int fpi_storage_region(const void* address, void** begin, int64_t* bytes);  // 1: within this one
 
 // Device memory, poisoned and registered; null: the device has no more. What there is around a pointer, or zero bytes.
