@@ -211,7 +211,11 @@ void run_warp(Warp& w, uint64_t slice) {
       } else {
         ++w.steps;
         Step step = Step::next;
-        if (mask) step = w.watched ? run_watched(w, i, mask) : i.run(w, i, mask);
+        if (__builtin_expect(w.watched, 0)) {
+          step = run_watched(w, i, s.mask, mask);
+        } else if (mask) {
+          step = i.run(w, i, mask);
+        }
         if (step == Step::next || step == Step::yielded) {
           Strand& now = w.strands[w.running];
           ++now.pc;

@@ -5,6 +5,7 @@
 
 #include "global_shadow.h"
 #include "machine.h"
+#include "undefined.h"
 
 namespace forwardpass::interpreter {
 
@@ -190,7 +191,7 @@ inline void each_range(const uint64_t a[kLanes], int bytes, F&& f) {
             lane, address);
 }
 
-void access_shared(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_t* host[kLanes]) {
+void access_shared(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
   Cta& cta = *w.cta;
   const bool checks = cta.launch->options.checks;
   const Actor actor = w.actor();
@@ -204,6 +205,7 @@ void access_shared(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_
     }
     if (checks) cta.shadow.access(actor, static_cast<uint32_t>(begin), static_cast<uint32_t>(size), use);
   });
+  if (use == Use::load && __builtin_expect(cta.shadow.loaded_unwritten(), 0)) note_unwritten(w, a, bytes, mask);
   for (int l = 0; l < kLanes; ++l) host[l] = cta.shared.data() + a[l];
 }
 
@@ -297,7 +299,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   if (is_strong(use)) synchronise(w, space, lanes);
   try {
     if (space == Space::shared) {
-      access_shared(w, lanes, bytes, use, host);
+      access_shared(w, lanes, bytes, use, mask, host);
     } else {
       access_global(w, lanes, bytes, use, host);
     }
