@@ -2,21 +2,62 @@
 // Happens-before. An agent is whoever touches memory on its own: a warp, or an asynchronous operation under way. Each
 // has a clock that advances when it releases something; a vector clock says how far one knows every agent.
 // Flanagan and Freund, FastTrack (PLDI 2009), with the async proxy of the PTX memory model (ISA 8) on top.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace forwardpass::interpreter {
 
 using Clock = uint32_t;
-constexpr int kMaxWarps = 32, kAsyncAgents = 15, kMaxAgents = kMaxWarps + kAsyncAgents + 1;
-// The grids launched before this one, which a programmatic dependent launch may overtake: seen is 1 once they are known
-// to have ended (griddepcontrol.wait, or an ordinary launch), 0 before.
-constexpr int kGridAgent = kMaxAgents - 1;
+// Agents: asynchronous operations, the grids before, then the warps of all CTAs of the cluster, by rank.
+constexpr int kMaxWarps = 32, kMaxCtas = 16;  // of a CTA, of a cluster
+constexpr int kAsyncAgents = 15, kGridAgent = kAsyncAgents, kFirstWarp = kGridAgent + 1;
+constexpr int kMaxAgents = kFirstWarp + kMaxCtas * kMaxWarps;
+// The agent kGridAgent is the grids launched before this one, which a programmatic dependent launch may overtake: seen
+// is 1 once they are known to have ended (griddepcontrol.wait, or an ordinary launch), 0 before.
 
+constexpr bool is_async(int agent) { return agent < kAsyncAgents; }
+
+// As wide as the agents that it may know of: 16 asynchronous ones and a few warps most often, 528 at worst. What lies
+// beyond the width is not known of, and holds nothing.
 struct alignas(32) VectorClock {
-  Clock at[kMaxAgents] = {};
+  Clock at[kMaxAgents];
+  int width = 0;  // a multiple of 8
+
+  VectorClock() = default;
+  VectorClock(const VectorClock& other) { *this = other; }
+  VectorClock& operator=(const VectorClock& other) {
+    width = other.width;
+    std::memcpy(at, other.at, width * sizeof(Clock));
+    return *this;
+  }
+  void widen(int agents) {
+    for (const int wanted = (agents + 7) / 8 * 8; width < wanted; width += 8)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(at + width), _mm256_setzero_si256());
+  }
+  void set(int agent, Clock clock) {
+    widen(agent + 1);
+    at[agent] = clock;
+  }
   void join(const VectorClock& other) {
-    for (int i = 0; i < kMaxAgents; ++i) at[i] = std::max(at[i], other.at[i]);
+    widen(other.width);
+    combine(other, [](__m256i a, __m256i b) { return _mm256_max_epu32(a, b); });
+  }
+  void meet(const VectorClock& other) {  // what both know
+    width = std::min(width, other.width);
+    combine(other, [](__m256i a, __m256i b) { return _mm256_min_epu32(a, b); });
+  }
+
+ private:
+  // By hand: the width is not known to the compiler, whose loop would handle rests and overlaps that there are not.
+  template <class F>
+  void combine(const VectorClock& other, F f) {
+    for (int i = 0; i < std::min(width, other.width); i += 8) {
+      auto* mine = reinterpret_cast<__m256i*>(at + i);
+      _mm256_store_si256(mine, f(*mine, *reinterpret_cast<const __m256i*>(other.at + i)));
+    }
   }
 };
 
@@ -27,6 +68,10 @@ struct Knowledge {
   void join(const Knowledge& other) {
     seen.join(other.seen);
     proxied.join(other.proxied);
+  }
+  void meet(const Knowledge& other) {
+    seen.meet(other.seen);
+    proxied.meet(other.proxied);
   }
 };
 

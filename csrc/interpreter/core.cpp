@@ -29,6 +29,23 @@ State& state() {
 
 thread_local std::string finding_text, finding_json;
 
+// The launch's cluster: as configured, else as compiled in. A cudaError_t.
+int set_cluster(const Device& device, const ptx::Function& source, const fpi_launch_config& config, int largest,
+                unsigned cluster[3]) {
+  std::copy(config.cluster, config.cluster + 3, cluster);
+  const auto size = [&] { return static_cast<uint64_t>(cluster[0]) * cluster[1] * cluster[2]; };
+  if (source.cluster[0]) {
+    if (size() == 1) std::copy(source.cluster, source.cluster + 3, cluster);
+    if (!std::equal(cluster, cluster + 3, source.cluster)) return kInvalidClusterSize;
+  }
+  if (size() < 1 || size() > static_cast<uint64_t>(largest)) return kInvalidClusterSize;
+  if (size() > 1 && !device.clusters) return kInvalidClusterSize;
+  if (source.max_cluster_rank && size() > source.max_cluster_rank) return kInvalidClusterSize;
+  for (int d = 0; d < 3; ++d)
+    if (config.grid[d] % cluster[d]) return kInvalidClusterSize;
+  return kSuccess;
+}
+
 }  // namespace
 
 Memory& storage() { return state().memory; }
@@ -42,7 +59,8 @@ int report(const Finding& f, int error) {
   return error;
 }
 
-int launch(const Module& module, const Code& code, const fpi_launch_config& config, std::vector<uint8_t> parameters) {
+int launch(const Module& module, const Code& code, const fpi_launch_config& config, std::vector<uint8_t> parameters,
+           int largest_cluster) {
   const Device* device = current_device();
   if (!device) return kNoDevice;
   const uint64_t threads = static_cast<uint64_t>(config.block[0]) * config.block[1] * config.block[2];
@@ -63,18 +81,10 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
     return kInvalidValue;
   }
   if (static_cast<int64_t>(parameters.size()) < code.own_param_bytes) return kInvalidValue;
-  const uint64_t cluster = static_cast<uint64_t>(config.cluster[0]) * config.cluster[1] * config.cluster[2];
-  if (cluster > 1 || source.cluster[0] > 1 || source.cluster[1] > 1 || source.cluster[2] > 1) {
-    if (!device->clusters) return kInvalidClusterSize;
-    Finding f;
-    f.kind = Kind::unsupported;
-    f.message = "launches with clusters of more than one CTA are not supported yet";
-    f.kernel = code.name;
-    return report(f, kNotSupported);
-  }
+  Launch l;
+  if (const int error = set_cluster(*device, source, config, largest_cluster, l.cluster)) return error;
 
   State& s = state();
-  Launch l;
   {
     const std::lock_guard lock(s.mutex);
     l.options = s.options;
@@ -91,9 +101,10 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.programmatic = config.programmatic;
   l.memory = &s.memory;
   l.counters = &s.counters;
-  l.resident =
-      std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared)) *
-      device->multiprocessors;
+  const int blocks =
+      std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared));
+  const int size = static_cast<int>(l.cluster_size());
+  l.resident = size == 1 ? blocks * device->multiprocessors : std::max(1, resident_clusters(*device, blocks, size));
   try {
     l.run();
   } catch (Finding& f) {
@@ -209,7 +220,7 @@ int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], 
     c.dynamic_shared = dynamic_shared;
     c.programmatic = programmatic;
     const auto* bytes = static_cast<const uint8_t*>(parameters);
-    return launch(m, *code, c, std::vector<uint8_t>(bytes, bytes + parameter_bytes));
+    return launch(m, *code, c, std::vector<uint8_t>(bytes, bytes + parameter_bytes), kLargestCluster);
   } catch (const Finding& f) {
     return report(f);
   }

@@ -79,7 +79,7 @@ GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use)
   const Cell me = Cell{cta.serial} << kSerial | static_cast<Cell>(w.id) << kWarp;
   // A warp's own writes are in order before it, but for .nc nobody may have written.
   exempt_ = use == Use::constant ? 0 : me;
-  const Cell clock = w.knowledge.seen.at[w.id] - cta.shadow.base();
+  const Cell clock = w.knowledge.seen.at[w.agent] - cta.cluster->base;
   // Beyond its field a clock cannot be compared: such a writer leaves no trace.
   mine_ = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
 }
@@ -137,9 +137,10 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
     w.fail_at(Kind::race, what + describe(l, byte) + ", which " + why, -1, byte);
   };
   const auto block = [&] {
-    const uint64_t x = l.grid[0], y = l.grid[1];
-    return "block (" + std::to_string(number % x) + ", " + std::to_string(number / x % y) + ", " +
-           std::to_string(number / x / y) + ") of this launch wrote: ";
+    unsigned at[3];
+    l.index_of(number, at);
+    return "block (" + std::to_string(at[0]) + ", " + std::to_string(at[1]) + ", " + std::to_string(at[2]) +
+           ") of this launch wrote: ";
   };
   if (serial < l.first_serial) {
     std::string kernel = "an earlier kernel";
@@ -153,16 +154,18 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
   if (number >= l.grid_size()) return;  // another host thread launches at the same time
   if (use == Use::constant) fail(block() + ".nc is for data that does not change while the kernel runs");
   if (is_strong(use) && (found >> kStrong & 1)) return;
-  if (serial != cta.serial) {
+  const uint64_t size = l.cluster_size();
+  if (number / size != (cta.serial - l.first_serial) / size) {
     if (!cta.acquired) fail(block() + "nothing orders the two");
     return;
   }
   // In place, a warp may load what its twin has stored already; it stores nothing and nobody sees the difference.
-  if (l.module->replicates && !is_write(use)) return;
+  if (l.module->replicates && !is_write(use) && serial == cta.serial) return;
   const int warp = static_cast<int>(found >> kWarp & (kMaxWarps - 1));
-  const Clock at = static_cast<Clock>(found >> kClock & (kClockLimit - 1)) + cta.shadow.base();
-  if (at > w.knowledge.seen.at[warp])
-    fail("warp " + std::to_string(warp) + " of this block wrote: nothing orders the two");
+  const Clock at = static_cast<Clock>(found >> kClock & (kClockLimit - 1)) + cta.cluster->base;
+  if (at <= w.knowledge.seen.at[cta.cluster->ctas[number % size]->first_agent + warp]) return;
+  if (serial != cta.serial) fail(block() + "nothing orders the two");
+  fail("warp " + std::to_string(warp) + " of this block wrote: nothing orders the two");
 }
 
 void GlobalShadow::forget(uint64_t begin, uint64_t bytes) {

@@ -306,9 +306,6 @@ int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
     const std::lock_guard lock(registry().mutex);
     if (const int error = find(host, f)) return error;
     if (config->dynamic_shared > std::max<int64_t>(0, max_dynamic_shared(f))) return cuda::kInvalidValue;
-    const uint64_t cluster = static_cast<uint64_t>(config->cluster[0]) * config->cluster[1] * config->cluster[2];
-    if (cluster > static_cast<uint64_t>(f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster))
-      return cuda::kInvalidClusterSize;
     if (config->programmatic && !f.device->clusters) return cuda::kNotSupported;
     const uint64_t grid = static_cast<uint64_t>(config->grid[0]) * config->grid[1] * config->grid[2];
     if (config->cooperative && grid > static_cast<uint64_t>(f.device->multiprocessors) *
@@ -324,7 +321,8 @@ int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
   std::vector<uint8_t> parameters(code->own_param_bytes);
   for (size_t k = 0; k < code->parameters.size(); ++k)
     std::memcpy(&parameters[code->parameters[k].offset], args[k], code->parameters[k].bytes);
-  return launch(*f.module, *code, *config, std::move(parameters));
+  return launch(*f.module, *code, *config, std::move(parameters),
+                f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster);
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// A grid on several threads: CTAs begin in order, a CTA that does not end in its turn shares its thread with the next.
+// A grid on several threads: clusters begin in order, one that does not end in its turn shares its thread with the next.
 #include <deque>
 #include <optional>
 #include <thread>
@@ -11,67 +11,62 @@
 namespace forwardpass::interpreter {
 namespace {
 
-// A CTA that needs more than this may be waiting for another one: the next is begun beside it.
-constexpr uint64_t kTurnOfCta = 1 << 22;
+// A cluster that needs more than this may be waiting for another one: the next is begun beside it.
+constexpr uint64_t kTurn = 1 << 22;
 
 struct Grid {
-  explicit Grid(Launch& l) : launch(l), total(l.grid_size()) {}
+  explicit Grid(Launch& l) : launch(l), total(l.grid_size() / l.cluster_size()) {}
   Launch& launch;
   uint64_t total;
   std::atomic<uint64_t> next{0};
   std::atomic<int> resident{0};
   std::mutex mutex;
-  std::optional<Finding> finding;  // of the lowest CTA that has one
+  std::optional<Finding> finding;  // of the lowest cluster that has one
   std::atomic<uint64_t> found_at{~uint64_t{0}};
 
-  void report(uint64_t cta, Finding f) {
+  void report(uint64_t cluster, Finding f) {
     const std::lock_guard lock(mutex);
-    if (cta < found_at) {
-      found_at = cta;
+    if (cluster < found_at) {
+      found_at = cluster;
       finding = std::move(f);
     }
   }
 };
 
 struct Resident {
-  std::unique_ptr<Cta> cta;
+  std::unique_ptr<Cluster> cluster;
   uint64_t number;
 };
 
-uint64_t steps(const Cta& cta) {
-  uint64_t n = 0;
-  for (const Warp& w : cta.warps) n += w.steps;
-  return n;
-}
-
-// One turn of a CTA. True: it is over, one way or another.
+// One turn of a cluster. True: it is over, one way or another.
 bool turn(Grid& grid, Resident& r) {
-  Cta& cta = *r.cta;
+  Cluster& cluster = *r.cluster;
   try {
-    if (!cta.run(kTurnOfCta)) {
-      if (steps(cta) < grid.launch.options.step_limit) return false;
-      cta.warps[0].fail(Kind::deadlock,
-                        "the CTA has not ended after " + std::to_string(steps(cta)) +
-                            " warp instructions; a loop waits for what never comes, or the limit is low");
+    if (!cluster.run(kTurn)) {
+      if (cluster.steps() < grid.launch.options.step_limit * cluster.ctas.size()) return false;
+      cluster.warps[0]->fail(Kind::deadlock,
+                             "the CTA has not ended after " + std::to_string(cluster.steps()) +
+                                 " warp instructions; a loop waits for what never comes, or the limit is low");
     }
   } catch (Finding& f) {
     if (!f.ptx_line) {
-      for (const Warp& w : cta.warps) {
-        const bool at = cta.running() ? &w == cta.running() : w.live != 0;
-        if (!at || w.strands.empty()) continue;
-        cta.place(f, w);
+      for (const Warp* w : cluster.warps) {
+        const bool at = cluster.running() ? w == cluster.running() : w->live != 0;
+        if (!at || w->strands.empty()) continue;
+        w->cta->place(f, *w);
         break;
       }
     }
     f.kernel = grid.launch.code->name;
-    std::copy(cta.index, cta.index + 3, f.block);
     f.seed = grid.launch.options.seed;
     grid.report(r.number, std::move(f));
   }
   if (auto* counters = grid.launch.counters) {
-    counters->warp_instructions += steps(cta);
-    counters->matrix_ns += nanoseconds(cta.matrix_ticks);
-    counters->matrix_macs += cta.matrix_macs;
+    counters->warp_instructions += cluster.steps();
+    for (const auto& cta : cluster.ctas) {
+      counters->matrix_ns += nanoseconds(cta->matrix_ticks);
+      counters->matrix_macs += cta->matrix_macs;
+    }
   }
   return true;
 }
@@ -79,7 +74,7 @@ bool turn(Grid& grid, Resident& r) {
 void work(Grid& grid) {
   const PlainFloats plain;
   std::deque<Resident> mine;
-  std::vector<std::unique_ptr<Cta>> spare;  // their shared memory and shadow serve again
+  std::vector<std::unique_ptr<Cluster>> spare;  // their shared memory and shadow serve again
   const Launch& l = grid.launch;
   for (bool more = true; more || !mine.empty();) {
     if (more && grid.resident < l.resident) {
@@ -87,13 +82,10 @@ void work(Grid& grid) {
       const uint64_t n = grid.next++;
       more = n < grid.total && n < grid.found_at;
       if (more) {
-        auto cta = spare.empty() ? std::make_unique<Cta>() : std::move(spare.back());
+        auto cluster = spare.empty() ? std::make_unique<Cluster>() : std::move(spare.back());
         if (!spare.empty()) spare.pop_back();
-        const uint64_t x = l.grid[0], y = l.grid[1];
-        const unsigned index[3] = {static_cast<unsigned>(n % x), static_cast<unsigned>(n / x % y),
-                                   static_cast<unsigned>(n / x / y)};
-        cta->begin(grid.launch, index, n);
-        mine.push_back({std::move(cta), n});
+        cluster->begin(grid.launch, n);
+        mine.push_back({std::move(cluster), n});
       } else {
         --grid.resident;
       }
@@ -107,7 +99,7 @@ void work(Grid& grid) {
     const bool hopeless = r.number > grid.found_at;
     if (hopeless || turn(grid, r)) {
       --grid.resident;
-      spare.push_back(std::move(r.cta));
+      spare.push_back(std::move(r.cluster));
     } else {
       mine.push_back(std::move(r));
     }
@@ -115,6 +107,16 @@ void work(Grid& grid) {
 }
 
 }  // namespace
+
+void Launch::index_of(uint64_t number, unsigned index[3]) const {
+  uint64_t of_cluster = number / cluster_size(), rank = number % cluster_size();
+  for (int d = 0; d < 3; ++d) {
+    const uint64_t clusters = grid[d] / cluster[d];
+    index[d] = static_cast<unsigned>(of_cluster % clusters * cluster[d] + rank % cluster[d]);
+    of_cluster /= clusters;
+    rank /= cluster[d];
+  }
+}
 
 void Launch::run() {
   const GlobalShadow::Recording recording(global_shadow(), *this);

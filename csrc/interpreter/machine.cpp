@@ -3,25 +3,22 @@
 #include <cstring>
 
 namespace forwardpass::interpreter {
-namespace {
 
 uint64_t mix(uint64_t x) {  // splitmix64's finaliser (Steele, Lea and Flood 2014)
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
   return x ^ (x >> 31);
 }
-uint32_t next(uint64_t& state) { return static_cast<uint32_t>(mix(state += 0x9e3779b97f4a7c15u) >> 32); }
+uint32_t next_random(uint64_t& state) { return static_cast<uint32_t>(mix(state += 0x9e3779b97f4a7c15u) >> 32); }
 
+namespace {
 // A divergent strand gives way to the others after so many instructions, so that one that spins cannot starve them.
 constexpr int kTurn = 512;
-// A warp that runs ahead still stops after so many, as it might spin on another CTA.
-constexpr uint64_t kLongSlice = 4096;
-
 }  // namespace
 
 // ---- Warp ----
 
-uint32_t Warp::random() { return next(random_state); }
+uint32_t Warp::random() { return next_random(random_state); }
 
 void Warp::addresses(const Instruction& i, int n, int64_t displacement, bool wide, uint64_t out[kLanes]) const {
   if (wide) {
@@ -77,6 +74,8 @@ Frame* Warp::enter(const Code& code, Frame* caller, const Instruction* call, Mas
 }
 
 void Warp::leave(Mask lanes, bool exit) {
+  const bool last = (exit || !strand().frame->caller) && live == lanes;
+  if (last && cta->cluster->ctas.size() > 1) cta->exits(*this);
   Frame* const frame_left = strand().frame;
   Frame* const caller = frame_left->caller;
   const uint32_t back = caller ? frame_left->call->index + 1 : 0;
@@ -91,8 +90,11 @@ void Warp::leave(Mask lanes, bool exit) {
   if (exit || !caller) {
     live &= ~lanes;
     for (Frame* f = frame_left; f; f = f->caller) f->inside &= ~lanes;
-    cta->happened();
-    if (!live) --cta->live_warps;
+    cta->cluster->happened();
+    if (last) {
+      --cta->live_warps;
+      --cta->cluster->live_warps;
+    }
     cta->settle_barriers();
   } else {
     frame_left->inside &= ~lanes;
@@ -192,7 +194,8 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
   return true;
 }
 
-// Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
+}  // namespace
+
 void run_warp(Warp& w, uint64_t slice) {
   const uint64_t end = w.steps + slice;
   while (w.live) {
@@ -224,7 +227,7 @@ void run_warp(Warp& w, uint64_t slice) {
         } else if (step == Step::blocked) {
           (forced ? refused : blocked) |= w.strands[w.running].mask;
           if (w.strands.size() == 1) {
-            w.blocked_at = w.cta->events;
+            w.blocked_at = w.cta->cluster->events;
             return;
           }
         } else if (!w.live) {
@@ -234,7 +237,7 @@ void run_warp(Warp& w, uint64_t slice) {
       }
       if (w.strands.size() > 1 || divided) {
         if (!choose_strand(w, blocked, refused, &forced)) {
-          w.blocked_at = w.cta->events;
+          w.blocked_at = w.cta->cluster->events;
           return;
         }
       }
@@ -242,8 +245,6 @@ void run_warp(Warp& w, uint64_t slice) {
     }
   }
 }
-
-}  // namespace
 
 // ---- Cta ----
 
@@ -270,32 +271,21 @@ std::unique_ptr<Frame> Cta::spare_frame(const Code& code) {
   return f;
 }
 
-uint32_t Cta::random() { return next(random_state_); }
-
-void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
-  launch = &l;
+void Cta::begin(Cluster& c, int r, const unsigned at[3]) {
+  cluster = &c;
+  launch = c.launch;
+  rank = r;
   std::copy(at, at + 3, index);
-  random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.number + 1) + mix(number * 2 + 1));
-  completion_ = static_cast<Completion>(random() % 3);
-  order_ = static_cast<Order>(random() % 3);
+  const Launch& l = *launch;
   const unsigned n = threads(), count = (n + kLanes - 1) / kLanes;
-  favourite_ = static_cast<int>(random() % count);
+  first_agent = kFirstWarp + rank * static_cast<int>(count);
   shared.assign(l.code->shared_bytes + l.dynamic_shared, 0xff);
-  shadow.reset(static_cast<int64_t>(shared.size()), static_cast<int>(count), l.module);
-  sync_points.reset();
-  serial = l.first_serial + static_cast<uint32_t>(number);
+  shadow.reset(*this);
   acquired = false;
-  pending.clear();
   mbarriers.clear();
-  cluster_barrier.reset();
   std::fill(std::begin(barriers), std::end(barriers), NamedBarrier());
-  const Clock base = shadow.base();
-  Knowledge start;
-  std::fill(std::begin(start.seen.at), std::end(start.seen.at), base - 1);
-  start.proxied = start.seen;
-  start.seen.at[kGridAgent] = l.programmatic ? 0 : 1;
-  for (auto& a : async) a = start;
-  for (int a = 0; a < kAsyncAgents; ++a) async[a].seen.at[kMaxWarps + a] = base;
+  visitors = VectorClock();
+  departed = Knowledge();
   live_warps = static_cast<int>(count);
   matrix_ticks = matrix_macs = 0;
   for (Warp& w : warps)
@@ -306,44 +296,38 @@ void Cta::begin(Launch& l, const unsigned at[3], uint64_t number) {
     Warp& w = warps[k];
     w.cta = this;
     w.id = static_cast<int>(k);
+    w.agent = first_agent + w.id;
     w.exists = n - k * kLanes >= kLanes ? kAllLanes : (Mask{1} << (n - k * kLanes)) - 1;
     w.live = w.exists;
-    w.knowledge = start;
-    w.knowledge.seen.at[k] = base;
-    w.random_state = mix(random_state_ + k);
-    w.strands.push_back({w.enter(*l.code, nullptr, nullptr, w.exists), 0, w.exists});
-    w.frame = w.strands[0].frame;
   }
 }
 
-int Cta::async_agent(const Warp& issuer) {
-  const int k = next_async++ % kAsyncAgents;
-  Knowledge& mine = async[k];
-  const Clock now = mine.seen.at[kMaxWarps + k] + 1;
-  // Only what the issuer knows: an agent that is handed out again is another operation.
-  mine = issuer.knowledge;
-  mine.seen.at[kMaxWarps + k] = now;
-  async_line[k] = issuer.line();
-  return kMaxWarps + k;
-}
-Clock Cta::async_now(int agent) const { return async[agent - kMaxWarps].seen.at[agent]; }
-Actor Cta::async_actor(int agent, Proxy p) const {
-  return {agent, async_now(agent), &async[agent - kMaxWarps], p, async_line[agent - kMaxWarps]};
+void Cta::add(std::shared_ptr<Pending> p) {
+  p->cta = this;
+  cluster->pending.push_back(std::move(p));
 }
 
-void Cta::add(std::shared_ptr<Pending> p) { pending.push_back(std::move(p)); }
-
-void Cta::complete(Pending& p) {
-  if (p.done) return;
-  p.done = true;
-  try {
-    p.complete(*this);
-  } catch (Finding& f) {  // its place is the instruction that issued it
-    if (!f.ptx_line && p.code) place(f, *p.code, p.instruction->index);
-    if (f.warp < 0) f.warp = p.warp;
-    throw;
+void Cta::visited(const Actor& actor, bool remember) {
+  if (live_warps) {
+    if (remember) visitors.set(actor.agent, actor.now);
+    return;
   }
-  happened();
+  Finding f;
+  f.kind = Kind::out_of_bounds;
+  f.message = shadow.name_of(actor.agent) + " accesses shared memory of the CTA of rank " + std::to_string(rank) +
+              ", which has exited: a barrier of the cluster must come between";
+  throw f;
+}
+
+void Cta::exits(const Warp& last) {
+  departed.join(last.knowledge);
+  if (live_warps > 1 || !launch->options.checks) return;
+  for (int a = 0; a < visitors.width; ++a) {
+    if (visitors.at[a] <= departed.seen.at[a]) continue;
+    last.fail(Kind::race,
+              "the CTA exits while its shared memory may still be in use: nothing orders this after an access by " +
+                  shadow.name_of(a) + "; a barrier of the cluster must come between");
+  }
 }
 
 void Cta::settle_barriers() {
@@ -359,96 +343,7 @@ void Cta::finish(NamedBarrier& b) {
   b.gathering = Knowledge();
   b.arrived = b.trues = b.expected = 0;
   ++b.generation;
-  happened();
-}
-
-Warp* Cta::pick() {
-  const int count = static_cast<int>(warps.size());
-  const auto runnable = [&](int k) { return warps[k].live && warps[k].blocked_at != events; };
-  if (order_ == Order::ahead && random() % 64 == 0) favourite_ = static_cast<int>(random() % count);
-  if (order_ == Order::ahead && runnable(favourite_)) return &warps[favourite_];
-  const int start = static_cast<int>(random() % count);
-  Warp* last = nullptr;
-  for (int k = 0; k < count; ++k) {
-    const int n = (start + k) % count;
-    if (!runnable(n)) continue;
-    if (order_ != Order::behind || n != favourite_) return &warps[n];
-    last = &warps[n];
-  }
-  return last;
-}
-
-bool Cta::run(uint64_t budget) {
-  uint64_t used = 0;
-  const auto complete_one = [&] {
-    for (size_t tries = pending.size(), k = random() % pending.size(); tries; --tries, k = (k + 1) % pending.size()) {
-      const auto p = pending[k];
-      if (p->done) continue;
-      if (!p->ready(*this)) continue;
-      complete(*p);
-      return true;
-    }
-    return false;
-  };
-  const auto sweep = [&] {
-    pending.erase(std::remove_if(pending.begin(), pending.end(), [](const auto& p) { return p->done; }), pending.end());
-  };
-  static constexpr uint64_t slices[] = {1, 8, 32, 64, 128, 256};
-  running_ = nullptr;
-  while (live_warps) {
-    if (!pending.empty()) {
-      sweep();
-      const bool now = completion_ == Completion::early   ? random() % 2
-                       : completion_ == Completion::mixed ? random() % 8 == 0
-                                                          : false;
-      if (now && !pending.empty()) complete_one();
-    }
-    Warp* w = pick();
-    if (!w) {
-      sweep();
-      if (!pending.empty() && complete_one()) continue;
-      deadlock();
-    }
-    const bool far = order_ == Order::ahead && w->id == favourite_;
-    const uint64_t steps = w->steps;
-    running_ = w;
-    run_warp(*w, far ? kLongSlice : slices[random() % 6]);
-    running_ = nullptr;
-    used += w->steps - steps;
-    if (w->steps == steps) ++used;  // a slice that found itself blocked costs too
-    if (used > budget) return false;
-  }
-  sweep();
-  while (!pending.empty() && complete_one()) sweep();
-  Clock highest = 0;
-  for (const Warp& w : warps) highest = std::max(highest, w.knowledge.seen.at[w.id]);
-  for (int a = 0; a < kAsyncAgents; ++a) highest = std::max(highest, async_now(kMaxWarps + a));
-  shadow.advance_base(highest);
-  return true;
-}
-
-void Cta::deadlock() {
-  Finding f;
-  f.kind = Kind::deadlock;
-  f.message = "every warp waits and nothing is under way:";
-  const Warp* first = nullptr;
-  int named = 0;
-  for (const Warp& w : warps) {
-    if (!w.live) continue;
-    if (!first) first = &w;
-    for (const Strand& s : w.strands) {
-      if (++named > 8) break;
-      Finding there;
-      place(there, *s.frame->code, s.pc);
-      f.message += " warp " + std::to_string(w.id) + " at line " +
-                   std::to_string(there.line ? there.line : there.ptx_line) + " (" +
-                   s.frame->code->statements[s.pc]->opcode + ");";
-    }
-  }
-  if (named > 8) f.message += " and more";
-  f.warp = first->id;
-  place(f, *first);
-  throw f;
+  cluster->happened();
 }
 
 void Cta::place(Finding& f, const Warp& w) const {
@@ -464,6 +359,7 @@ void Cta::place(Finding& f, const Code& code, uint32_t pc) const {
   if (l.file) f.file = source.files[l.file];
   f.line = l.line;
   f.ptx_line = at.line;
+  std::copy(index, index + 3, f.block);
   f.instruction = launch->module->line(at.line);
 }
 

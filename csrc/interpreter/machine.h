@@ -1,5 +1,6 @@
 #pragma once
-// The machine: a launch is a grid of CTAs, a CTA is warps and shared memory, a warp is 32 lanes in one or more strands.
+// The machine: a launch is a grid of clusters, a cluster is CTAs that run together (most often one), a CTA is warps and
+// shared memory, a warp is 32 lanes in one or more strands.
 //
 // A strand is a set of lanes with one program counter. A divergent branch splits a strand, strands that meet in the
 // same frame at the same instruction merge; the deepest frame and then the lowest program counter goes first, so that
@@ -21,6 +22,7 @@
 
 namespace forwardpass::interpreter {
 
+struct Cluster;
 struct Cta;
 struct Launch;
 
@@ -65,6 +67,7 @@ struct Pending {
   virtual void complete(Cta&) = 0;
   const Instruction* instruction = nullptr;  // that issued it
   const Code* code = nullptr;
+  Cta* cta = nullptr;
   int warp = -1;
   bool done = false;
 };
@@ -74,19 +77,21 @@ class UndefinedRegisters;  // undefined.h
 struct CpAsync;            // rows/cp_async.cpp
 struct Bulk;               // rows/bulk.cpp
 struct MBarrier;           // mbarrier.h
-struct ClusterBarrier;     // rows/fence.cpp
+struct ClusterBarrier;     // rows/cluster_barrier.cpp
 
 struct alignas(64) Warp {
   Cta* cta;
-  int id;                       // within the CTA, and its agent
+  int id;                       // within the CTA
+  int agent;                    // within the cluster
   Frame* frame = nullptr;       // of the running strand
   std::vector<Strand> strands;  // [running] is the one that runs
   int running = 0;
   Mask live = 0;                       // lanes that have not exited
   Mask exists = 0;                     // lanes of the block: the last warp may have fewer than 32
   uint64_t steps = 0;                  // warp instructions so far
-  uint64_t blocked_at = ~uint64_t{0};  // Cta::events when it last found itself blocked
+  uint64_t blocked_at = ~uint64_t{0};  // Cluster::events when it last found itself blocked
   Knowledge knowledge;
+  std::unique_ptr<Knowledge> fenced;  // at its last fence: what a relaxed arrival at the cluster's barrier gives away
   RegionCache regions;
   uint64_t random_state = 0;
   std::vector<std::unique_ptr<Frame>> frames;  // alive
@@ -105,6 +110,7 @@ struct alignas(64) Warp {
   std::shared_ptr<Wgmma> wgmma;
   std::shared_ptr<UndefinedRegisters> undefined;
   Mask unwritten = 0;  // lanes whose bytes of the load under way nothing has written: access() to its handler
+  uint64_t cluster_phases = 0;                       // of the cluster's barrier that it has waited for
   std::vector<const Instruction*> register_changes;  // setmaxnreg so far
 
   template <class T>
@@ -126,10 +132,10 @@ struct alignas(64) Warp {
   void return_values(Mask lanes);            // from the running frame's .param space to the caller's
   void branch(Mask taken, uint32_t target);  // lanes of the running strand that jump; the others fall through
 
-  Actor actor(Proxy p = Proxy::generic) const { return {id, knowledge.seen.at[id], &knowledge, p, line()}; }
+  Actor actor(Proxy p = Proxy::generic) const { return {agent, knowledge.seen.at[agent], &knowledge, p, line()}; }
   uint32_t line() const { return frame->code->statements[strands[running].pc]->line; }
-  void release() { ++knowledge.seen.at[id]; }  // after giving away what it knows
-  uint32_t random();                           // seeded, one stream per warp
+  void release() { ++knowledge.seen.at[agent]; }  // after giving away what it knows
+  uint32_t random();                              // seeded, one stream per warp
 
   // A finding at the instruction that runs: file, line, kernel, block, warp are filled in by whoever catches it.
   [[noreturn]] void fail(Kind, std::string message, int lane = -1) const;
@@ -138,21 +144,19 @@ struct alignas(64) Warp {
 
 struct Cta {
   Launch* launch;
+  Cluster* cluster;
+  int rank;         // within the cluster
+  int first_agent;  // of its warps
   unsigned index[3];
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;  // static, then dynamic
   Shadow shadow;
-  SyncPoints sync_points;
   uint32_t serial = 0;    // of all CTAs of all launches
   bool acquired = false;  // a strong access to global memory or a fence might order it after other CTAs
-  int next_async = 0;
-  uint64_t events = 1;  // grows whenever something happened that a blocked warp may wait for
-  std::vector<std::shared_ptr<Pending>> pending;
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
-  std::shared_ptr<ClusterBarrier> cluster_barrier;
-  Knowledge async[kAsyncAgents];           // what the operations under way know; agent kMaxWarps + i
-  uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   int live_warps = 0;
+  VectorClock visitors;  // accesses of other CTAs' agents to its shared memory: it must not exit before them,
+  Knowledge departed;    // as far as its warps that have exited knew
   uint64_t matrix_ticks = 0, matrix_macs = 0;        // MatrixTimer's, for Launch::counters
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);
@@ -169,21 +173,47 @@ struct Cta {
   void settle_barriers();      // after lanes have exited
   void finish(NamedBarrier&);  // everybody has arrived
 
-  // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
-  int async_agent(const Warp& issuer);
-  Clock async_now(int agent) const;
-  Actor async_actor(int agent, Proxy p = Proxy::async) const;
   void add(std::shared_ptr<Pending>);  // under way from now on
-  void complete(Pending&);             // at once; no-op when done
-  void happened() { ++events; }
+  // An agent of another CTA accesses the shared memory: a Finding where the CTA has exited. exits() makes one where the
+  // last warp exits and none of them knows that the accesses are over.
+  void visited(const Actor&, bool remember = true);
+  void exits(const Warp& last);
 
-  // Runs until every warp has exited (true) or `budget` warp instructions are used up (false). Throws Finding.
-  bool run(uint64_t budget);
-  void begin(Launch&, const unsigned index[3], uint64_t number);  // of the CTA within the grid
-  const Warp* running() const { return running_; }
+  void begin(Cluster&, int rank, const unsigned index[3]);
   // Fills in where a finding was made: the instruction that a warp is at, or one of a pending operation.
   void place(Finding&, const Warp&) const;
   void place(Finding&, const Code&, uint32_t pc) const;
+};
+
+// CTAs that run together, as one unit of the scheduler, on one thread.
+struct Cluster {
+  Launch* launch;
+  std::vector<std::unique_ptr<Cta>> ctas;  // by rank
+  std::vector<Warp*> warps;                // of all of them
+  int live_warps = 0;
+  Clock base = 1;       // of this cluster's clocks: those before it on this thread stayed below
+  uint64_t events = 1;  // grows whenever something happened that a blocked warp may wait for
+  std::vector<std::shared_ptr<Pending>> pending;
+  int next_async = 0;
+  Knowledge async[kAsyncAgents];           // what the operations under way know
+  uint32_t async_line[kAsyncAgents] = {};  // where they were issued
+  SyncPoints sync_points;
+  std::shared_ptr<ClusterBarrier> barrier;
+
+  // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
+  int async_agent(const Warp& issuer);
+  Clock async_now(int agent) const { return async[agent].seen.at[agent]; }
+  Actor async_actor(int agent, Proxy p = Proxy::async) const {
+    return {agent, async_now(agent), &async[agent], p, async_line[agent]};
+  }
+  void complete(Pending&);  // at once; no-op when done
+  void happened() { ++events; }
+
+  void begin(Launch&, uint64_t number);  // of the cluster within the grid
+  // Runs until every warp has exited (true) or `budget` warp instructions are used up (false). Throws Finding.
+  bool run(uint64_t budget);
+  const Warp* running() const { return running_; }
+  uint64_t steps() const;
 
  private:
   Warp* pick();
@@ -211,13 +241,22 @@ struct Launch {
     std::atomic<uint64_t> launches{0}, warp_instructions{0}, matrix_ns{0}, matrix_macs{0};
   }* counters = nullptr;
   uint32_t first_serial = 0, concurrent_serial = 0;  // of its own CTAs, and of those that may still be running
-  int resident = 1;                                  // CTAs that the device holds at once: they may wait for each other
+  int resident = 1;  // clusters that the device holds at once: they may wait for each other
 
-  // Runs the grid on Options::threads threads, CTAs in order, as many resident as the device holds where they wait for
-  // each other. Throws the finding of the lowest CTA.
+  // Runs the grid on Options::threads threads, clusters in order, as many resident as the device holds where they wait
+  // for each other. Throws the finding of the lowest cluster.
   void run();
   uint64_t grid_size() const { return static_cast<uint64_t>(grid[0]) * grid[1] * grid[2]; }
+  uint64_t cluster_size() const { return static_cast<uint64_t>(cluster[0]) * cluster[1] * cluster[2]; }
+  // Where a CTA lies in the grid, by its number: they count cluster by cluster, each by rank.
+  void index_of(uint64_t number, unsigned index[3]) const;
 };
+
+// Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
+void run_warp(Warp&, uint64_t slice);
+// Seeded random numbers: the next of a stream, and the finaliser that makes streams from numbers.
+uint32_t next_random(uint64_t& state);
+uint64_t mix(uint64_t);
 
 // One instruction while registers are in flight or undefined: a finding when it may not touch one, else its step.
 // `here` are the lanes of the strand, `mask` those that its guard lets through.

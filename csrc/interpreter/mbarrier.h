@@ -11,15 +11,18 @@ struct MBarrier {
   static constexpr int64_t kMaxCount = (1 << 20) - 1;  // of arrivals, and of transaction bytes in either direction
 
   uint32_t address;
+  int initialiser;           // the agent
+  uint64_t published = 0;    // by fence.mbarrier_init: known to those who have waited for this phase of the cluster's barrier
   uint32_t expected;         // arrivals of a phase, from the next one on
   uint32_t pending;          // arrivals that this phase still lacks
   int64_t transactions = 0;  // bytes expected and not complete
   uint64_t phase = 0;
   Knowledge gathering, completed;  // what the arrivals of this phase, and of the one before it, knew
-  uint64_t polled_at = 0;          // Cta::events at the failed test_waits counted in `polls`
+  uint64_t polled_at = 0;          // Cluster::events at the failed test_waits counted in `polls`
   int polls = 0;
 
-  MBarrier(uint32_t address, uint32_t count) : address(address), expected(count), pending(count) {}
+  MBarrier(uint32_t address, uint32_t count, int initialiser)
+      : address(address), initialiser(initialiser), expected(count), pending(count) {}
 
   // Each throws a Finding of kind mbarrier where the ISA's limits are passed, and ends the phase where it is complete.
   void arrive(Cta&, uint32_t count, bool drop = false);
@@ -32,5 +35,8 @@ struct MBarrier {
 
 // The object at an offset of shared memory; a Finding where there is none.
 MBarrier& mbarrier_at(Cta&, uint32_t address);
+// The same, for an instruction of the warp: its init must be ordered before. Of another CTA the use must end before that
+// exits, unless nothing is `released`: to wait for such an arrival says no more than that it has happened.
+MBarrier& use_mbarrier(Warp&, Cta&, uint32_t address, bool released = true);
 
 }  // namespace forwardpass::interpreter

@@ -191,22 +191,59 @@ inline void each_range(const uint64_t a[kLanes], int bytes, F&& f) {
             lane, address);
 }
 
-void access_shared(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
-  Cta& cta = *w.cta;
-  const bool checks = cta.launch->options.checks;
+}  // namespace
+
+Cta* shared_cta(Cta& own, uint64_t address) {
+  const uint64_t rank = address >> kRankShift;
+  if (!rank) return &own;
+  const auto& ctas = own.cluster->ctas;
+  return rank <= ctas.size() ? ctas[rank - 1].get() : nullptr;
+}
+
+Cta& shared_range(Warp& w, uint64_t address, uint64_t bytes, bool cluster, Use use, int lane) {
+  Cta* const cta = shared_cta(*w.cta, address);
+  if (cta && cta != w.cta && !cluster) {
+    w.fail_at(Kind::illegal,
+              "the address is of the shared memory of another CTA, rank " + std::to_string(cta->rank) +
+                  ": .shared and .shared::cta are the CTA's own, use .shared::cluster",
+              lane, address);
+  }
+  const uint64_t offset = cta ? shared_offset_of(address) : address;
+  const uint64_t size = (cta ? cta : w.cta)->shared.size();
+  if (!cta || offset > size || bytes > size - offset) {
+    fail_bounds(w, "shared", size, offset, static_cast<int>(bytes), use, lane);
+  }
+  return *cta;
+}
+
+namespace {
+
+void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int bytes, Use use, Mask mask,
+                   uint8_t* host[kLanes]) {
+  Cta& own = *w.cta;
+  const bool checks = own.launch->options.checks;
   const Actor actor = w.actor();
+  bool others = false, unwritten = false;
   each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) {
-    if (begin > cta.shared.size() || size > cta.shared.size() - begin) {
-      for (int l = lane; l < kLanes; ++l) {
-        if (a[l] > cta.shared.size() || bytes > static_cast<int64_t>(cta.shared.size() - a[l])) {
-          fail_bounds(w, "shared", cta.shared.size(), a[l], bytes, use, l);
-        }
-      }
+    Cta* cta = &own;
+    if (__builtin_expect(begin > own.shared.size() || size > own.shared.size() - begin, 0)) {
+      const bool cluster = space == ptx::Space::shared_cluster;
+      for (int l = lane; l < kLanes; ++l) shared_range(w, a[l], bytes, cluster, use, l);
+      cta = &shared_range(w, begin, size, cluster, use, lane);
+      if (cta != &own) cta->visited(actor);
+      others = true;
     }
-    if (checks) cta.shadow.access(actor, static_cast<uint32_t>(begin), static_cast<uint32_t>(size), use);
+    if (checks) {
+      cta->shadow.access(actor, static_cast<uint32_t>(shared_offset_of(begin)), static_cast<uint32_t>(size), use);
+      if (use == Use::load) unwritten |= cta->shadow.loaded_unwritten();
+    }
   });
-  if (use == Use::load && __builtin_expect(cta.shadow.loaded_unwritten(), 0)) note_unwritten(w, a, bytes, mask);
-  for (int l = 0; l < kLanes; ++l) host[l] = cta.shared.data() + a[l];
+  if (unwritten) note_unwritten(w, a, bytes, mask);
+  if (!others) {
+    for (int l = 0; l < kLanes; ++l) host[l] = own.shared.data() + a[l];
+  } else {
+    for (int l = 0; l < kLanes; ++l) host[l] = shared_cta(own, a[l])->shared.data() + shared_offset_of(a[l]);
+  }
 }
 
 void access_local(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
@@ -238,14 +275,15 @@ void access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_
 }
 
 // What strong accesses to shared and global memory teach: before the access, as a release must not cover it.
-void synchronise(Warp& w, ptx::Space space, const uint64_t a[kLanes]) {
+void synchronise(Warp& w, bool shared, const uint64_t a[kLanes]) {
   uint64_t last = ~uint64_t{0};
   for (int l = 0; l < kLanes; ++l) {
-    const uint64_t line = a[l] >> 7 | (space == ptx::Space::shared ? uint64_t{1} << 60 : 0);
-    if (line != last) w.cta->sync_points.meet(w.knowledge, line);
+    uint64_t line = a[l] >> 7;
+    if (shared) line = (a[l] >> kRankShift ? a[l] : cluster_address(w.cta->rank, a[l])) >> 7 | uint64_t{1} << 60;
+    if (line != last) w.cta->cluster->sync_points.meet(w.knowledge, line);
     last = line;
   }
-  if (space != ptx::Space::shared) w.cta->acquired = true;
+  if (!shared) w.cta->acquired = true;
 }
 
 }  // namespace
@@ -288,7 +326,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
         return;
       }
       if (window != kWindowMask) {
-        space = window == kSharedWindow ? Space::shared : Space::local;
+        space = window == kSharedWindow ? Space::shared_cluster : Space::local;
         for (int l = 0; l < kLanes; ++l) a[l] = lanes[l] - window;
         lanes = a;
       }
@@ -296,20 +334,22 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   }
   if (space == Space::local) return access_local(w, lanes, bytes, use, mask, host);
   if (space == Space::param) return access_param(w, lanes, bytes, use, mask, host);
-  if (is_strong(use)) synchronise(w, space, lanes);
+  const bool shared = space == Space::shared || space == Space::shared_cluster;
+  if (is_strong(use)) synchronise(w, shared, lanes);
   try {
-    if (space == Space::shared) {
-      access_shared(w, lanes, bytes, use, mask, host);
+    if (shared) {
+      access_shared(w, space, lanes, bytes, use, mask, host);
     } else {
       access_global(w, lanes, bytes, use, host);
     }
   } catch (Finding& f) {  // of a range: whose lane is it?
-    if (space != Space::shared && f.kind == Kind::out_of_bounds) {
+    const auto shared_or = [&](uint64_t a) { return shared ? shared_offset_of(a) : a; };
+    if (!shared && f.kind == Kind::out_of_bounds) {
       for (int l = 0; l < kLanes; ++l)
         if (mask >> l & 1) global_region(w, lanes[l], bytes, use, l);
     }
     for (int l = kLanes - 1; l >= 0; --l)
-      if ((mask >> l & 1) && lanes[l] <= f.address && f.address < lanes[l] + bytes) f.lane = l;
+      if ((mask >> l & 1) && f.has_address && f.address - shared_or(lanes[l]) < static_cast<uint64_t>(bytes)) f.lane = l;
     throw;
   }
   if (is_strong(use)) w.release();
@@ -318,14 +358,6 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
 uint8_t* access_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
   GlobalCheck(w, use)(address, bytes, lane);
   return reinterpret_cast<uint8_t*>(address);
-}
-
-uint8_t* shared_range(Warp& w, uint64_t address, uint64_t bytes, int lane) {
-  const auto& shared = w.cta->shared;
-  if (address > shared.size() || bytes > shared.size() - address) {
-    fail_bounds(w, "shared", shared.size(), address, static_cast<int>(bytes), Use::read, lane);
-  }
-  return w.cta->shared.data() + address;
 }
 
 }  // namespace forwardpass::interpreter

@@ -13,10 +13,21 @@
 
 namespace forwardpass::interpreter {
 
+struct Cta;
 struct Launch;
 
 constexpr uint64_t kSharedWindow = uint64_t{1} << 56, kLocalWindow = uint64_t{1} << 57;
 constexpr uint64_t kWindowMask = kSharedWindow | kLocalWindow;
+
+// Within the window of shared memory the lowest bits are an offset, above them stands the CTA: 0 for one's own, rank + 1
+// for one of the cluster (.shared::cluster), so that an address that mapa has not made is never another's.
+constexpr int kRankShift = 24;
+constexpr uint64_t shared_offset_of(uint64_t address) { return address & ((uint64_t{1} << kRankShift) - 1); }
+constexpr uint64_t cluster_address(int rank, uint64_t offset) {
+  return static_cast<uint64_t>(rank + 1) << kRankShift | offset;
+}
+// Whose shared memory an address is of; null: no CTA of the cluster has it.
+Cta* shared_cta(Cta& own, uint64_t address);
 
 // Which host memory kernels may touch. A pointer outside every interval is a finding; with no interval registered at
 // all there is nothing to compare with, and that is an error too. Intervals may nest and overlap: what overlaps is one
@@ -58,7 +69,7 @@ struct RegionCache {
   int next = 0;
 };
 
-// What strong accesses carry from warp to warp of a CTA. Each is taken to acquire and release whatever its semantics,
+// What strong accesses carry from warp to warp of a cluster. Each is taken to acquire and release whatever its semantics,
 // so that no order a program may rely on is missed; the price is that some races behind atomics go unnoticed. Knowledge
 // is kept by 128-byte line of the address; lines that share a slot hide a race more.
 class SyncPoints {
@@ -79,7 +90,8 @@ std::string describe(const Launch&, uint64_t address);
 void access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes, Use, Mask, uint8_t* host[kLanes]);
 // One global range, for bulk copies.
 uint8_t* access_global(Warp&, uint64_t address, uint64_t bytes, Use, int lane);
-// One shared range of this CTA: bounds only; races are the caller's (Shadow).
-uint8_t* shared_range(Warp&, uint64_t address, uint64_t bytes, int lane);
+// The CTA whose shared memory has the range, its own or, for .shared::cluster, one of the cluster; the range begins at
+// shared_offset_of(address). Bounds only: races are the caller's (Shadow), and that the CTA lives (Cta::visited).
+Cta& shared_range(Warp&, uint64_t address, uint64_t bytes, bool cluster, Use, int lane);
 
 }  // namespace forwardpass::interpreter

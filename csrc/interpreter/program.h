@@ -33,7 +33,7 @@ struct Instruction;
 enum class Step : uint8_t {
   next,     // go on with the next instruction
   jumped,   // the handler moved the strand (branch, call, return, exit)
-  blocked,  // nothing happened; again when something else has (Cta::events)
+  blocked,  // nothing happened; again when something else has (Cluster::events)
   yielded,  // done and go on, but let others run first (a failed try_wait, nanosleep)
 };
 using Handler = Step (*)(Warp&, const Instruction&, Mask);

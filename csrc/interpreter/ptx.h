@@ -20,7 +20,7 @@ int size_of(Type);                    // bytes; a predicate counts as 4, as it i
 bool is_signed(Type);                 // s8 ... s64
 bool is_float(Type);
 
-enum class Space : uint8_t { none, reg, local, shared, global, constant, param };
+enum class Space : uint8_t { none, reg, local, shared, shared_cluster, global, constant, param };
 
 struct Operand {
   enum class Kind : uint8_t {

@@ -5,13 +5,12 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "program.h"
+#include "machine.h"
 
 namespace forwardpass::interpreter {
 namespace {
 
 constexpr uint32_t kGranule = 16;
-constexpr Clock kHighestBase = 0x80000000;
 
 uint16_t bytes_between(uint32_t low, uint32_t high) {
   return static_cast<uint16_t>((0xffffu << low) & (0xffffu >> (kGranule - high)));
@@ -55,11 +54,15 @@ std::string source_place(const Module& module, uint32_t ptx_line) {
   return "PTX line " + std::to_string(ptx_line);
 }
 
-void Shadow::reset(int64_t bytes, int warps, const Module* module) {
-  module_ = module;
-  warps_ = (warps + 7) / 8 * 8;
-  any_async_ = false;
-  granules_.assign((bytes + kGranule - 1) / kGranule, Granule());
+void Shadow::reset(const Cta& cta) {
+  cta_ = &cta;
+  first_ = cta.first_agent;
+  warps_ = static_cast<int>(cta.threads() + kLanes - 1) / kLanes;
+  columns_ = (warps_ + 7) / 8 * 8;
+  const int ctas = static_cast<int>(cta.launch->cluster_size());
+  other_columns_ = kFirstWarp + (ctas > 1 ? (ctas * warps_ + 7) / 8 * 8 : 0);
+  any_other_ = false;
+  granules_.assign((cta.shared.size() + kGranule - 1) / kGranule, Granule());
   used_ = static_cast<uint32_t>(granules_.size());
   make_room();
 }
@@ -67,19 +70,16 @@ void Shadow::reset(int64_t bytes, int warps, const Module* module) {
 // Neither what vectors held before nor where matters: it is all in the past.
 void Shadow::make_room() {
   if (cells_.size() < used_) cells_.resize(used_ + (used_ - granules_.size()) / 2);
-  if (reads_.size() < cells_.size() * warps_) reads_.resize(cells_.size() * warps_);
-  if (any_async_ && async_reads_.size() < cells_.size() * kAsyncColumns) {
-    async_reads_.resize(cells_.size() * kAsyncColumns);
+  if (reads_.size() < cells_.size() * columns_) reads_.resize(cells_.size() * columns_);
+  if (any_other_ && other_reads_.size() < cells_.size() * other_columns_) {
+    other_reads_.resize(cells_.size() * other_columns_);
   }
 }
 
-void Shadow::advance_base(Clock highest) {
-  base_ = highest + 1;
-  if (base_ < kHighestBase) return;
-  base_ = 1;
+void Shadow::forget() {
   std::fill(cells_.begin(), cells_.end(), Cell());
   std::fill(reads_.begin(), reads_.end(), 0);
-  std::fill(async_reads_.begin(), async_reads_.end(), 0);
+  std::fill(other_reads_.begin(), other_reads_.end(), 0);
 }
 
 // Gives the granule cells of 1 << shift bytes in place of larger ones, each with what its larger one knew.
@@ -100,8 +100,8 @@ void Shadow::split(uint32_t number, int shift) {
     const uint32_t source = from + (k >> (g.shift - shift)), target = g.split + k;
     if (source == target) continue;
     cells_[target] = cells_[source];
-    copy_row(reads_, warps_, source, target);
-    if (any_async_) copy_row(async_reads_, kAsyncColumns, source, target);
+    copy_row(reads_, columns_, source, target);
+    if (any_other_) copy_row(other_reads_, other_columns_, source, target);
   }
   g.shift = static_cast<uint8_t>(shift);
 }
@@ -127,12 +127,12 @@ inline bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
     const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(known));
     return _mm256_xor_si256(_mm256_max_epu32(r, k), k);
   };
-  const Clock* row = &reads_[static_cast<size_t>(cell) * warps_];
-  __m256i any = late(row, seen.at);
-  for (int block = 8; block < warps_; block += 8) any = _mm256_or_si256(any, late(row + block, seen.at + block));
-  if (any_async_) {
-    row = &async_reads_[static_cast<size_t>(cell) * kAsyncColumns];
-    for (int i = 0; i < kAsyncColumns; i += 8) any = _mm256_or_si256(any, late(row + i, seen.at + kMaxWarps + i));
+  const Clock *row = &reads_[static_cast<size_t>(cell) * columns_], *known = seen.at + first_;
+  __m256i any = late(row, known);
+  for (int block = 8; block < columns_; block += 8) any = _mm256_or_si256(any, late(row + block, known + block));
+  if (any_other_) {
+    row = &other_reads_[static_cast<size_t>(cell) * other_columns_];
+    for (int i = 0; i < other_columns_; i += 8) any = _mm256_or_si256(any, late(row + i, seen.at + i));
   }
   return _mm256_testz_si256(any, any);
 }
@@ -150,10 +150,10 @@ inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, u
 }
 
 inline void Shadow::record_read(const Actor& actor, uint32_t index) {
-  if (actor.agent < kMaxWarps) {
-    reads_[static_cast<size_t>(index) * warps_ + actor.agent] = actor.now;
+  if (own(actor.agent)) {
+    reads_[static_cast<size_t>(index) * columns_ + actor.agent - first_] = actor.now;
   } else {
-    async_reads_[static_cast<size_t>(index) * kAsyncColumns + actor.agent - kMaxWarps] = actor.now;
+    other_reads_[static_cast<size_t>(index) * other_columns_ + actor.agent] = actor.now;
   }
   cells_[index].read_line = actor.line;
   cells_[index].reader = actor.agent;
@@ -168,12 +168,12 @@ inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong
   cell.async = actor.proxy == Proxy::async;
   cells_[index] = cell;
   const auto clear = [](Clock* at) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256()); };
-  Clock* row = &reads_[static_cast<size_t>(index) * warps_];
+  Clock* row = &reads_[static_cast<size_t>(index) * columns_];
   clear(row);
-  for (int block = 8; block < warps_; block += 8) clear(row + block);
-  if (any_async_) {
-    row = &async_reads_[static_cast<size_t>(index) * kAsyncColumns];
-    for (int i = 0; i < kAsyncColumns; i += 8) clear(row + i);
+  for (int block = 8; block < columns_; block += 8) clear(row + block);
+  if (any_other_) {
+    row = &other_reads_[static_cast<size_t>(index) * other_columns_];
+    for (int i = 0; i < other_columns_; i += 8) clear(row + i);
   }
 }
 
@@ -220,8 +220,8 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
 }
 
 void Shadow::meet(const Actor& actor) {
-  if (actor.agent < kMaxWarps || any_async_) return;
-  any_async_ = true;
+  if (own(actor.agent) || any_other_) return;
+  any_other_ = true;
   make_room();
 }
 
@@ -271,13 +271,13 @@ void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
   });
 }
 
-void Shadow::use_mbarrier(const Actor& actor, uint32_t begin) {
+void Shadow::use_mbarrier(const Actor& actor, uint32_t begin, bool published) {
   meet(actor);
   Actor generic = actor;
   generic.proxy = Proxy::generic;  // complete_tx needs no proxy fence after the init
   each_granule(begin, 8, [&](Granule&, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     for (uint32_t c = first; c < first + count; ++c) {
-      check<Use::read>(generic, c, number, mask);
+      if (!published) check<Use::read>(generic, c, number, mask);
       record_read(actor, c);
     }
   });
@@ -285,9 +285,16 @@ void Shadow::use_mbarrier(const Actor& actor, uint32_t begin) {
 
 // ---- What to say ----
 
+std::string Shadow::name_of(int agent) const {
+  if (is_async(agent)) return "an asynchronous operation";
+  const int warp = (agent - kFirstWarp) % warps_, rank = (agent - kFirstWarp) / warps_;
+  const bool alone = cta_->launch->cluster_size() == 1;
+  return "warp " + std::to_string(warp) + (alone ? "" : " of the CTA of rank " + std::to_string(rank));
+}
+
 std::string Shadow::agent_at(int agent, uint32_t line) const {
-  const std::string where = line && module_ ? " at " + source_place(*module_, line) : "";
-  return agent < kMaxWarps ? "warp " + std::to_string(agent) + where : "an asynchronous operation issued" + where;
+  const std::string where = line ? " at " + source_place(*cta_->launch->module, line) : "";
+  return name_of(agent) + (is_async(agent) ? " issued" : "") + where;
 }
 
 void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, uint16_t mask, Use use) const {
@@ -347,15 +354,15 @@ void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uin
   if (seen) {
     fail(Kind::race, at, what + " through the async proxy: missing fence.proxy.async after the write by " + other);
   }
-  if (cell.writer >= kMaxWarps) {
+  if (is_async(cell.writer)) {
     fail(Kind::in_flight, at, what + ", which " + other + " writes: nothing has waited for it");
   }
   fail(Kind::race, at, what + " is not ordered after the write by " + other);
 }
 
 Clock Shadow::last_read(uint32_t index, int agent) const {
-  if (agent >= kMaxWarps) return async_reads_[static_cast<size_t>(index) * kAsyncColumns + agent - kMaxWarps];
-  return agent < warps_ ? reads_[static_cast<size_t>(index) * warps_ + agent] : 0;
+  if (own(agent)) return reads_[static_cast<size_t>(index) * columns_ + agent - first_];
+  return any_other_ && agent < other_columns_ ? other_reads_[static_cast<size_t>(index) * other_columns_ + agent] : 0;
 }
 
 void Shadow::fail_read(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use) const {
@@ -366,7 +373,7 @@ void Shadow::fail_read(const Actor& actor, uint32_t index, uint32_t number, uint
   const uint32_t line = agent == cell.reader ? cell.read_line : 0;  // only the last reader's is known
   const std::string other = agent_at(agent, line);
   const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
-  if (agent >= kMaxWarps) {
+  if (is_async(agent)) {
     fail(Kind::in_flight, at, what + ", which " + other + " reads: nothing has waited for it");
   }
   fail(Kind::race, at, what + " is not ordered after the read by " + other);

@@ -7,8 +7,8 @@
 // last write and, in a row of its own, the clock of every agent's last read. A write is ordered after the reads before
 // it, so it starts the row anew.
 //
-// Clocks only ever grow, from one CTA of a thread to the next: what a former CTA left behind lies below base() and so
-// in everybody's past, and nothing but the masks needs clearing.
+// Clocks only ever grow, from one cluster of a thread to the next: what a former CTA left behind lies below
+// Cluster::base and so in everybody's past, and nothing but the masks needs clearing.
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -19,6 +19,7 @@
 
 namespace forwardpass::interpreter {
 
+struct Cta;
 struct Module;
 
 // strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
@@ -45,10 +46,9 @@ std::string hexadecimal(uint64_t);
 
 class Shadow {
  public:
-  // Everything not written, nobody knows of anything. The clocks of the agents must begin at base() or above.
-  void reset(int64_t bytes, int warps, const Module*);
-  Clock base() const { return base_; }
-  void advance_base(Clock highest);
+  // For a CTA that begins: nothing is written. The clocks of its agents must have grown since the one before it.
+  void reset(const Cta&);
+  void forget();  // the clocks start again
 
   // Each throws a Finding (race, in_flight, uninitialised) that has kind, message and address; the caller's place is
   // filled in further up. The range lies within shared memory.
@@ -70,13 +70,16 @@ class Shadow {
 
   // An mbarrier object lives there (its 8 bytes are touched by mbarrier instructions only) or no more.
   void set_mbarrier(const Actor&, uint32_t begin, bool alive);
-  void use_mbarrier(const Actor&, uint32_t begin);  // init must be ordered before it
+  // Its init must be ordered before; `published`: it is, by fence.mbarrier_init.
+  void use_mbarrier(const Actor&, uint32_t begin, bool published = false);
+
+  std::string name_of(int agent) const;  // "warp 3", "warp 3 of the CTA of rank 1", "an asynchronous operation"
 
  private:
   struct Cell {
     Clock clock = 0;  // of the last write, by `writer`
     uint32_t write_line = 0, read_line = 0;
-    uint32_t writer : 8, reader : 8, strong : 1, async : 1;  // the last two: of the write
+    uint32_t writer : 10, reader : 10, strong : 1, async : 1;  // the last two: of the write
     Cell() : writer(0), reader(0), strong(0), async(0) {}
   };
   struct Granule {
@@ -99,7 +102,8 @@ class Shadow {
   void record_write(const Actor&, uint32_t cell, bool strong);
   void split(uint32_t number, int shift);
   void make_room();
-  void meet(const Actor&);  // before it reads: an asynchronous agent might be the first
+  void meet(const Actor&);  // before it reads: it might be the first that is none of the CTA's warps
+  bool own(int agent) const { return static_cast<unsigned>(agent - first_) < static_cast<unsigned>(warps_); }
   Clock last_read(uint32_t cell, int agent) const;
 
   // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.
@@ -109,18 +113,21 @@ class Shadow {
   [[noreturn]] void fail_read(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
   std::string agent_at(int agent, uint32_t line) const;
 
+  const Cta* cta_ = nullptr;
+
   std::vector<Granule> granules_;
   std::vector<Cell> cells_;   // one for every granule, then those of split ones
   bool loaded_unwritten_ = false;
   uint32_t used_ = 0;         // of cells_, which never shrinks
-  int warps_ = 8;             // rounded up to a multiple of 8
-  std::vector<Clock> reads_;  // [cell][warps_]
-  // Those of the asynchronous agents lie apart, as most kernels have none: [cell][kAsyncColumns].
-  static constexpr int kAsyncColumns = 16;
-  std::vector<Clock> async_reads_;
-  bool any_async_ = false;  // in this CTA; otherwise async_reads_ is not looked at
-  const Module* module_ = nullptr;
-  Clock base_ = 1;
+  int first_ = kFirstWarp;    // agent of the CTA's first warp
+  int warps_ = 0;             // of the CTA
+  int columns_ = 8;           // the same rounded up to a multiple of 8
+  std::vector<Clock> reads_;  // [cell][columns_]
+  // Those of other agents, which are asynchronous or of other CTAs, lie apart, as most kernels have none:
+  // [cell][other_columns_], the column being the agent.
+  int other_columns_ = kFirstWarp;
+  std::vector<Clock> other_reads_;
+  bool any_other_ = false;  // in this CTA; otherwise other_reads_ is not looked at
 };
 
 }  // namespace forwardpass::interpreter

@@ -12,7 +12,10 @@ namespace {
 
 // Host pointer to what a lane's generic address names; nothing is checked but that it is not shared memory.
 const uint8_t* host_pointer(Warp& w, int lane, uint64_t address) {
-  if (address & kSharedWindow) return w.cta->shared.data() + (address & ~kSharedWindow);
+  if (address & kSharedWindow) {
+    const Cta* const cta = shared_cta(*w.cta, address & ~kSharedWindow);
+    return cta->shared.data() + shared_offset_of(address);
+  }
   if (address & kLocalWindow) return w.local[lane].data() + (address & ~kLocalWindow);
   return reinterpret_cast<const uint8_t*>(address);
 }

@@ -6,6 +6,10 @@
 
 namespace forwardpass::interpreter {
 
+namespace {
+Shadow& shadow_at(const Warp& w, uint64_t address) { return shared_cta(*w.cta, address)->shadow; }
+}  // namespace
+
 bool is_lanewise(std::string_view opcode) {
   static constexpr std::string_view heads[] = {
       "abs",  "add",   "and",  "bfe", "bfi", "bfind", "bmsk", "brev", "clz",   "cnot",  "copysign", "cos",  "cvt",
@@ -85,7 +89,7 @@ uint32_t UndefinedRegisters::origin(const Warp& w, const uint64_t a[kLanes], int
   const uint32_t line = w.line();
   for (size_t k = 0; k < origins_.size(); ++k)
     if (origins_[k].first == line) return static_cast<uint32_t>(k);
-  Finding f = w.cta->shadow.unwritten(w.actor(), static_cast<uint32_t>(a[lane]), static_cast<uint32_t>(bytes));
+  Finding f = shadow_at(w, a[lane]).unwritten(w.actor(), static_cast<uint32_t>(shared_offset_of(a[lane])), bytes);
   f.lane = lane;
   w.cta->place(f, w);
   origins_.emplace_back(line, std::move(f));
@@ -96,7 +100,8 @@ void note_unwritten(Warp& w, const uint64_t a[kLanes], int bytes, Mask mask) {
   Mask found = 0;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    if (!w.cta->shadow.written(static_cast<uint32_t>(a[l]), static_cast<uint32_t>(bytes))) found |= Mask{1} << l;
+    const auto begin = static_cast<uint32_t>(shared_offset_of(a[l]));
+    if (!shadow_at(w, a[l]).written(begin, bytes)) found |= Mask{1} << l;
   }
   if (!found) return;
   if (!w.undefined) w.undefined = std::make_shared<UndefinedRegisters>();
@@ -111,11 +116,13 @@ void set_undefined(Warp& w, Offset o, Mask of, Mask undefined) {
 
 void store_undefined(Warp& w, const Instruction& i, int n, Mask mask, uint8_t* const host[kLanes], int offset,
                      int bytes) {
-  Cta& cta = *w.cta;
   for (Mask rest = w.undefined->lanes(w, i.operand[n]) & mask; rest; rest &= rest - 1) {
-    const auto at = static_cast<uint64_t>(host[__builtin_ctz(rest)] + offset - cta.shared.data());
-    if (at >= cta.shared.size()) w.undefined->depends(w, i, i.operand[n]);
-    cta.shadow.store_undefined(static_cast<uint32_t>(at), static_cast<uint32_t>(bytes));
+    const uint8_t* const at = host[__builtin_ctz(rest)] + offset;
+    const auto& ctas = w.cta->cluster->ctas;
+    const auto holds = [at](const auto& c) { return static_cast<size_t>(at - c->shared.data()) < c->shared.size(); };
+    const auto cta = std::find_if(ctas.begin(), ctas.end(), holds);
+    if (cta == ctas.end()) w.undefined->depends(w, i, i.operand[n]);
+    (*cta)->shadow.store_undefined(static_cast<uint32_t>(at - (*cta)->shared.data()), bytes);
   }
 }
 

@@ -15,6 +15,7 @@ inline ptx::Space space_of(const Bind& b) {
       {"local", ptx::Space::local},   {"param", ptx::Space::param},
   };
   for (int i = 0; i < b.slots(); ++i) {
+    if (b.slot(i) == "shared::cluster") return ptx::Space::shared_cluster;
     const std::string_view name = b.slot(i).substr(0, b.slot(i).find("::"));
     for (const auto& [word, space] : names)
       if (name == word) return space;

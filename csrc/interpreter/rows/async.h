@@ -26,6 +26,7 @@ inline bool checked(const Cta& cta) { return cta.launch->options.checks; }
 struct Place {
   int64_t displacement = 0;
   bool wide = false, generic = false;  // generic: no state space in the opcode
+  bool cluster = false;                // .shared::cluster: may be of another CTA
   int operand = 0;                     // of the instruction
 
   void read(const Warp& w, const Instruction& i, uint64_t out[kLanes]) const {
@@ -33,9 +34,13 @@ struct Place {
   }
 };
 
-// The offset of a range of shared memory within bounds and aligned.
-inline uint32_t shared_offset(Warp& w, const Place& place, uint64_t address, uint64_t bytes, uint32_t alignment,
-                              int lane, const char* what) {
+// A range of shared memory within bounds and aligned.
+struct SharedRange {
+  Cta* cta;
+  uint32_t offset;
+};
+inline SharedRange shared_at(Warp& w, const Place& place, uint64_t address, uint64_t bytes, uint32_t alignment, int lane,
+                             const char* what) {
   if (place.generic) {
     if ((address & kWindowMask) != kSharedWindow) {
       w.fail_at(Kind::illegal, std::string(what) + " must lie in shared memory; this generic address does not", lane,
@@ -47,12 +52,18 @@ inline uint32_t shared_offset(Warp& w, const Place& place, uint64_t address, uin
     w.fail_at(Kind::misaligned, std::string(what) + " must be aligned to " + std::to_string(alignment) + " bytes", lane,
               address);
   }
-  return static_cast<uint32_t>(shared_range(w, address, bytes, lane) - w.cta->shared.data());
+  Cta& cta = shared_range(w, address, bytes, place.cluster, Use::read, lane);
+  return {&cta, static_cast<uint32_t>(shared_offset_of(address))};
+}
+// The same of the CTA's own.
+inline uint32_t shared_offset(Warp& w, const Place& place, uint64_t address, uint64_t bytes, uint32_t alignment,
+                              int lane, const char* what) {
+  return shared_at(w, place, address, bytes, alignment, lane, what).offset;
 }
 
 // Completion advances the agent's clock, so that operations which share an agent stay distinct: who has waited for one
 // does not know of those that complete after it.
-inline Clock completion_time(Cta& cta, int agent) { return ++cta.async[agent - kMaxWarps].seen.at[agent]; }
+inline Clock completion_time(Cta& cta, int agent) { return ++cta.cluster->async[agent].seen.at[agent]; }
 
 // The operation itself as it accesses memory now; messages name the line that issued it.
 inline Actor acting(const Pending& p, Actor actor) {
@@ -64,7 +75,7 @@ inline Actor acting(const Pending& p, Actor actor) {
 // async proxy need no proxy fence, which the shadow knows.
 inline Knowledge learnt(int agent, Clock time) {
   Knowledge k;
-  k.seen.at[agent] = time;
+  k.seen.set(agent, time);
   return k;
 }
 

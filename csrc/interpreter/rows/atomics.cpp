@@ -230,7 +230,8 @@ void bind_add(Bind& b) {
   bind_operands(b, type, 1);
   if (type == Type::f64) return b.run(atomic<Add, double, 1>);
   if (type == Type::f32) {
-    const bool shared = static_cast<const Atomic*>(b.instruction.data)->space == ptx::Space::shared;
+    const ptx::Space space = static_cast<const Atomic*>(b.instruction.data)->space;
+    const bool shared = space == ptx::Space::shared || space == ptx::Space::shared_cluster;
     return b.run(shared ? atomic<Add, float, 1> : atomic<AddFlushed, float, 1>);
   }
   // Wrapping, whatever the sign.

@@ -63,7 +63,7 @@ struct Transfer : Pending {
              [&](uint32_t to, uint32_t from, uint32_t n) { std::memcpy(memory + to, row.data() + from, n); });
     });
     const Clock time = completion_time(cta, agent);
-    if (checked(cta)) cta.shadow.land(acting(*this, cta.async_actor(agent)), shared, bytes);
+    if (checked(cta)) cta.shadow.land(acting(*this, cta.cluster->async_actor(agent)), shared, bytes);
     MBarrier& b = mbarrier_at(cta, mbarrier);
     b.gathering.join(learnt(agent, time));
     b.complete_transactions(cta, bytes);
@@ -147,23 +147,23 @@ void issue_load(Warp& w, const Form& form, Transfer& t, uint64_t mbarrier, int l
   Cta& cta = *w.cta;
   t.mbarrier = shared_offset(w, form.mbarrier, mbarrier, 8, 8, lane, "an mbarrier");
   mbarrier_at(cta, t.mbarrier);
-  t.agent = cta.async_agent(w);
+  t.agent = cta.cluster->async_agent(w);
   check_global(w, t, Use::read, lane);
   if (!checked(cta)) return;
   cta.shadow.use_mbarrier(w.actor(), t.mbarrier);
-  cta.shadow.take_off(cta.async_actor(t.agent), t.shared, t.bytes);
+  cta.shadow.take_off(cta.cluster->async_actor(t.agent), t.shared, t.bytes);
   std::memset(cta.shared.data() + t.shared, kPoison, t.bytes);
 }
 
 void issue_store(Warp& w, Transfer& t, int lane) {
   Cta& cta = *w.cta;
-  t.agent = cta.async_agent(w);
-  t.read_time = cta.async_now(t.agent);
+  t.agent = cta.cluster->async_agent(w);
+  t.read_time = cta.cluster->async_now(t.agent);
   check_global(w, t, Use::write, lane);
   if (!checked(cta)) return;
   t.each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t) {
     t.pieces(offset, begin, end,
-             [&](uint32_t from, uint32_t, uint32_t n) { cta.shadow.read(cta.async_actor(t.agent), from, n); });
+             [&](uint32_t from, uint32_t, uint32_t n) { cta.shadow.read(cta.cluster->async_actor(t.agent), from, n); });
   });
 }
 
@@ -229,7 +229,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
     if (read) {
       e.store->read(*w.cta);
     } else {
-      w.cta->complete(*e.store);
+      w.cta->cluster->complete(*e.store);
     }
     w.knowledge.join(learnt(e.store->agent, e.store->read_time));
     return e.store->done;  // one that is only read may be waited for again

@@ -51,7 +51,7 @@ struct Copy final : Pending {
     }
   }
   void land(Cta& cta, const Actor& actor, Mask lanes) {
-    cta.complete(*this);
+    cta.cluster->complete(*this);
     in_flight &= ~lanes;
     if (!checked(cta)) return;
     // What has landed counts as written by the async proxy, which wgmma and TMA may read without another fence: ISA 8
@@ -200,7 +200,7 @@ struct Arrival final : Pending {
     CpAsync& state = *cta.warps[warp].cp_async;
     const Knowledge own = learnt(agent, completion_time(cta, agent));
     for (const auto& c : copies) {
-      if (const Mask landing = c->in_flight & lanes) c->land(cta, cta.async_actor(agent, Proxy::generic), landing);
+      if (const Mask landing = c->in_flight & lanes) c->land(cta, cta.cluster->async_actor(agent, Proxy::generic), landing);
     }
     state.forget();
     state.arrived.join(own);
@@ -227,13 +227,12 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     a->mbarrier[l] = shared_offset(w, place, address[l], 8, 8, l, "an mbarrier");
-    MBarrier& b = mbarrier_at(*w.cta, a->mbarrier[l]);
-    if (checked(*w.cta)) w.cta->shadow.use_mbarrier(w.actor(), b.address);
+    MBarrier& b = use_mbarrier(w, *w.cta, a->mbarrier[l]);
     if (!noinc && ++b.pending > MBarrier::kMaxCount) {
       w.fail_at(Kind::mbarrier, "the pending count passes 2^20 - 1", l, b.address);
     }
   }
-  a->agent = w.cta->async_agent(w);
+  a->agent = w.cta->cluster->async_agent(w);
   w.cta->add(std::move(a));
   return Step::next;
 }

@@ -1,24 +1,19 @@
-// Fences (ISA 9.7.13.4), the barrier of a cluster (9.7.13.3), programmatic dependent launches (9.7.13.13), setmaxnreg
-// (9.7.19.5). Memory is sequentially consistent here, so fences matter only where the async proxy is concerned.
+// Fences (ISA 9.7.13.4), programmatic dependent launches (9.7.13.13), setmaxnreg (9.7.19.5). Memory is sequentially consistent here, so fences matter only where the async proxy is concerned.
 #include "../table.h"
 #include "async.h"
 
 namespace forwardpass::interpreter {
 
-// Of a cluster of one CTA. A thread arrives and then waits; arrivals of a warp's lanes are kept as masks.
-struct ClusterBarrier {
-  Mask arrived[kMaxWarps] = {};   // in this phase
-  Mask released[kMaxWarps] = {};  // by the end of the phase before; they have not waited yet
-  Knowledge gathering, completed;
-};
-
 namespace {
 
 Step no_effect(Warp&, const Instruction&, Mask) { return Step::next; }
 
-// Might order the CTA after others, together with a strong access of either side.
+// Might order the CTA after others, together with a strong access of either side. A relaxed arrival at the cluster's
+// barrier after it releases what came before it.
 Step fence(Warp& w, const Instruction&, Mask) {
   w.cta->acquired = true;
+  w.fenced = std::make_unique<Knowledge>(w.knowledge);
+  w.release();
   return Step::next;
 }
 
@@ -42,53 +37,6 @@ void bind_fence(Bind& b) {
   bind_plain<fence>(b);
 }
 
-ClusterBarrier& state_of(Cta& cta) {
-  if (!cta.cluster_barrier) cta.cluster_barrier = std::make_shared<ClusterBarrier>();
-  return *cta.cluster_barrier;
-}
-
-// Threads that have exited are not waited for.
-void settle(Cta& cta, ClusterBarrier& b) {
-  for (const Warp& w : cta.warps) {
-    if (w.live & ~b.arrived[w.id]) return;
-  }
-  for (int k = 0; k < kMaxWarps; ++k) {
-    b.released[k] |= b.arrived[k];
-    b.arrived[k] = 0;
-  }
-  b.completed = b.gathering;
-  b.gathering = Knowledge();
-  cta.happened();
-}
-
-template <bool release>
-Step cluster_arrive(Warp& w, const Instruction&, Mask mask) {
-  ClusterBarrier& b = state_of(*w.cta);
-  if (const Mask twice = mask & (b.arrived[w.id] | b.released[w.id])) {
-    w.fail(Kind::barrier, "barrier.cluster.arrive a second time, with no barrier.cluster.wait between",
-           __builtin_ctz(twice));
-  }
-  b.arrived[w.id] |= mask;
-  if (release) {
-    b.gathering.join(w.knowledge);
-    w.release();
-  }
-  settle(*w.cta, b);
-  return Step::next;
-}
-
-Step cluster_wait(Warp& w, const Instruction&, Mask mask) {
-  ClusterBarrier& b = state_of(*w.cta);
-  if (const Mask early = mask & ~(b.arrived[w.id] | b.released[w.id])) {
-    w.fail(Kind::barrier, "barrier.cluster.wait with no barrier.cluster.arrive before it", __builtin_ctz(early));
-  }
-  if (mask & b.arrived[w.id]) settle(*w.cta, b);  // others may have exited
-  if (mask & b.arrived[w.id]) return Step::blocked;
-  b.released[w.id] &= ~mask;
-  w.knowledge.join(b.completed);
-  return Step::next;
-}
-
 Step wait_for_grids(Warp& w, const Instruction&, Mask) {
   w.knowledge.seen.at[kGridAgent] = 1;
   return Step::next;
@@ -110,12 +58,6 @@ Step set_max_registers(Warp& w, const Instruction& i, Mask mask) {
   return Step::next;
 }
 
-template <bool release>
-void bind_cluster_arrive(Bind& b) {
-  if (b.has("aligned")) b.collective();
-  b.run(&cluster_arrive<release>);
-}
-
 // [map], 128
 void bind_tensormap_acquire(Bind& b) {
   if (b.operands() != 2 || b.constant(b.operand(1)) != 128) b.refuse("expected [map], 128");
@@ -130,8 +72,6 @@ const Row rows[] = {
     {"membar.cta|gl|sys", "9.7.13.4", bind_fence},
     {"fence.acquire.sync_restrict::shared::cluster.cluster", "9.7.13.4", bind_no_effect},
     {"fence.release.sync_restrict::shared::cta.cluster", "9.7.13.4", bind_no_effect},
-    // Makes mbarrier.init visible; use of an mbarrier is checked against its init by warps alone.
-    {"fence.mbarrier_init.release.cluster", "9.7.13.4", bind_no_effect},
     {"fence.proxy.async", "9.7.13.4", [](Bind& b) { b.run(&fence_proxy_async); }},
     {"fence.proxy.async.shared::cta|shared::cluster", "9.7.13.4", [](Bind& b) { b.run(&fence_proxy_async); }},
     {"fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster", "9.7.13.4",
@@ -141,13 +81,6 @@ const Row rows[] = {
     {"fence|membar.proxy.alias", "9.7.13.4", bind_no_effect},
     {"fence.proxy.tensormap::generic.release." SCOPE, "9.7.13.4", bind_no_effect},
     {"fence.proxy.tensormap::generic.acquire." SCOPE, "9.7.13.4", bind_tensormap_acquire},
-    {"barrier.cluster.arrive.relaxed.aligned?", "9.7.13.3", bind_cluster_arrive<false>},
-    {"barrier.cluster.arrive.release?.aligned?", "9.7.13.3", bind_cluster_arrive<true>},
-    {"barrier.cluster.wait.acquire?.aligned?", "9.7.13.3",
-     [](Bind& b) {
-       if (b.has("aligned")) b.collective();
-       b.run(&cluster_wait);
-     }},
     {"griddepcontrol.launch_dependents", "9.7.13.13", bind_no_effect},
     {"griddepcontrol.wait", "9.7.13.13", [](Bind& b) { b.run(&wait_for_grids); }},
     {"setmaxnreg.inc|dec.sync.aligned.u32", "9.7.19.5",

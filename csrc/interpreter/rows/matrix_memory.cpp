@@ -29,9 +29,10 @@ void find_rows(Warp& w, const Instruction& i, Use use, uint8_t* host[kLanes]) {
         w.fail_at(Kind::illegal, "ldmatrix and stmatrix access shared memory, and this generic address is elsewhere", l,
                   address[l]);
       }
+      address[l] -= kSharedWindow;
     });
   }
-  access(w, how.place.space, address, 16, use, lanes, host);
+  access(w, ptx::Space::shared, address, 16, use, lanes, host);
 }
 
 // The lanes that hold something of these rows: four for each, or transposed one in four.

@@ -13,7 +13,7 @@ void MBarrier::settle(Cta& cta) {
   pending = expected;
   completed = gathering;
   gathering = Knowledge();
-  cta.happened();
+  cta.cluster->happened();
 }
 
 void MBarrier::arrive(Cta& cta, uint32_t count, bool drop) {
@@ -51,6 +51,13 @@ MBarrier& mbarrier_at(Cta& cta, uint32_t address) {
   return *found->second;
 }
 
+MBarrier& use_mbarrier(Warp& w, Cta& cta, uint32_t address, bool released) {
+  MBarrier& b = mbarrier_at(cta, address);
+  if (&cta != w.cta) cta.visited(w.actor(), released);
+  if (checked(cta)) cta.shadow.use_mbarrier(w.actor(), address, b.published && w.cluster_phases >= b.published);
+  return b;
+}
+
 namespace {
 
 struct Form {
@@ -63,24 +70,30 @@ struct Form {
 // The mbarriers that the lanes of an instruction name, most often one.
 class Objects {
  public:
-  Objects(Warp& w, const Instruction& i, const Place& place) : w_(w), place_(place) { place.read(w, i, addresses_); }
+  Objects(Warp& w, const Instruction& i, const Place& place, bool released = false)
+      : w_(w), place_(place), released_(released) {
+    place.read(w, i, addresses_);
+  }
 
-  uint32_t offset(int lane) const { return shared_offset(w_, place_, addresses_[lane], 8, 8, lane, "an mbarrier"); }
-  // In use by the warp: its init must be ordered before.
+  SharedRange at(int lane) const { return shared_at(w_, place_, addresses_[lane], 8, 8, lane, "an mbarrier"); }
   MBarrier& operator[](int lane) {
     if (!last_ || addresses_[lane] != last_address_) {
       last_address_ = addresses_[lane];
-      last_ = &mbarrier_at(*w_.cta, offset(lane));
-      if (checked(*w_.cta)) w_.cta->shadow.use_mbarrier(w_.actor(), last_->address);
+      const SharedRange place = at(lane);
+      cta_ = place.cta;
+      last_ = &use_mbarrier(w_, *cta_, place.offset, released_);
     }
     return *last_;
   }
+  Cta& cta() const { return *cta_; }  // of the last one
 
  private:
   Warp& w_;
   const Place& place_;
+  const bool released_;
   uint64_t addresses_[kLanes];
   uint64_t last_address_ = 0;
+  Cta* cta_ = nullptr;
   MBarrier* last_ = nullptr;
 };
 
@@ -99,7 +112,7 @@ Step init(Warp& w, const Instruction& i, Mask mask) {
   Objects objects(w, i, form.place);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    const uint32_t at = objects.offset(l);
+    const uint32_t at = objects.at(l).offset;
     if (count[l] == 0 || count[l] > MBarrier::kMaxCount) {
       w.fail_at(Kind::mbarrier, "mbarrier.init takes a count of 1 to 2^20 - 1, not " + std::to_string(count[l]), l, at);
     }
@@ -107,7 +120,7 @@ Step init(Warp& w, const Instruction& i, Mask mask) {
     if (slot && checked(*w.cta)) {
       w.fail_at(Kind::mbarrier, "initialised again while it is in use: mbarrier.inval must come first", l, at);
     }
-    slot = std::make_shared<MBarrier>(at, count[l]);
+    slot = std::make_shared<MBarrier>(at, count[l], w.agent);
     if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), at, true);
   }
   return Step::next;
@@ -117,12 +130,9 @@ Step inval(Warp& w, const Instruction& i, Mask mask) {
   Objects objects(w, i, form_of(i).place);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    const uint32_t at = objects.offset(l);
-    mbarrier_at(*w.cta, at);
-    if (checked(*w.cta)) {
-      w.cta->shadow.use_mbarrier(w.actor(), at);
-      w.cta->shadow.set_mbarrier(w.actor(), at, false);
-    }
+    const uint32_t at = objects.at(l).offset;
+    use_mbarrier(w, *w.cta, at);
+    if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), at, false);
     w.cta->mbarriers.erase(at);
   }
   return Step::next;
@@ -136,24 +146,29 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
   const Form& form = form_of(i);
   uint64_t* state = i.operand[0] == kSink ? nullptr : w.operand<uint64_t>(i, 0);
   const auto* count = form.counted ? w.operand<uint32_t>(i, form.place.operand + 1) : nullptr;
-  Objects objects(w, i, form.place);
+  Objects objects(w, i, form.place, form.acquire_release);
   const MBarrier* joined = nullptr;
   uint64_t phase = 0;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     MBarrier& b = objects[l];
+    Cta& cta = objects.cta();
+    if (state && &cta != w.cta) {
+      w.fail_at(Kind::illegal, "an arrival at an mbarrier of another CTA gives no state: the destination must be _", l,
+                b.address);
+    }
     if (form.acquire_release && (joined != &b || phase != b.phase)) {
       b.gathering.join(w.knowledge);
       joined = &b;
       phase = b.phase;
     }
-    if (kind == Arrival::expect) b.expect_transactions(*w.cta, count[l]);
+    if (kind == Arrival::expect) b.expect_transactions(cta, count[l]);
     const uint32_t arrivals = kind != Arrival::expect && count ? count[l] : 1;
     if (kind == Arrival::no_complete && arrivals == b.pending && !b.transactions) {
       w.fail_at(Kind::mbarrier, "mbarrier.arrive.noComplete completes the phase", l, b.address);
     }
     if (state) state[l] = state_of(b);
-    b.arrive(*w.cta, arrivals, dropping);
+    b.arrive(cta, arrivals, dropping);
   }
   if (form.acquire_release) w.release();
   return Step::next;
@@ -167,7 +182,7 @@ Step transactions(Warp& w, const Instruction& i, Mask mask) {
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     MBarrier& b = objects[l];
-    expect ? b.expect_transactions(*w.cta, bytes[l]) : b.complete_transactions(*w.cta, bytes[l]);
+    expect ? b.expect_transactions(objects.cta(), bytes[l]) : b.complete_transactions(objects.cta(), bytes[l]);
   }
   return Step::next;
 }
@@ -213,8 +228,8 @@ Step wait(Warp& w, const Instruction& i, Mask mask) {
       if (w.random() % kTimeout) return Step::blocked;
     } else {
       MBarrier& b = objects[__builtin_ctz(mask)];
-      if (b.polled_at != w.cta->events) b.polls = 0;
-      b.polled_at = w.cta->events;
+      if (b.polled_at != w.cta->cluster->events) b.polls = 0;
+      b.polled_at = w.cta->cluster->events;
       if (++b.polls > kPolls) return Step::blocked;
     }
   }
@@ -233,6 +248,7 @@ void address(Bind& b, Form& form, int operand) {
   form.place.operand = b.instruction.destinations;
   form.place.displacement = b.address(b.operand(operand), &form.place.wide);
   form.place.generic = !b.has("shared") && !b.has("shared::cta") && !b.has("shared::cluster");
+  form.place.cluster = form.place.generic || b.has("shared::cluster");
   form.acquire_release = !b.has("relaxed");
   const bool semantics = b.has("acquire") || b.has("release") || b.has("relaxed");
   if (semantics != (b.has("cta") || b.has("cluster"))) b.refuse("semantics and scope come together, as .release.cta");

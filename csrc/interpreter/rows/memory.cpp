@@ -171,7 +171,7 @@ template <bool kTo>
 Step convert_address(Warp& w, const Instruction& i, Mask mask) {
   const auto space = static_cast<ptx::Space>(i.option);
   uint64_t window = 0;
-  if (space == ptx::Space::shared) window = kSharedWindow;
+  if (space == ptx::Space::shared || space == ptx::Space::shared_cluster) window = kSharedWindow;
   if (space == ptx::Space::local) window = kLocalWindow;
   if (space == ptx::Space::param) {
     if (w.frame->caller) {
@@ -202,7 +202,11 @@ Step is_space(Warp& w, const Instruction& i, Mask mask) {
   };
   const auto& parameters = w.cta->launch->parameters;
   const auto space_of_address = [&](uint64_t a) {
-    if ((a & kWindowMask) == kSharedWindow) return ptx::Space::shared;
+    if ((a & kWindowMask) == kSharedWindow) {
+      return space == ptx::Space::shared_cluster || shared_cta(*w.cta, a & ~kSharedWindow) == w.cta
+                 ? space
+                 : ptx::Space::shared_cluster;
+    }
     if ((a & kWindowMask) == kLocalWindow) return ptx::Space::local;
     if (within(a, parameters.data(), parameters.size())) return ptx::Space::param;
     for (const auto& [name, g] : w.cta->launch->module->globals)
@@ -220,25 +224,62 @@ Step is_space(Warp& w, const Instruction& i, Mask mask) {
   return Step::next;
 }
 
-// In a cluster of one CTA its shared memory is that of rank 0, at its own addresses.
+// Without .shared::cluster an address is generic.
+void require_shared(const Warp& w, const Instruction& i, uint64_t address, int lane) {
+  if (i.option || (address & kWindowMask) == kSharedWindow) return;
+  w.fail_at(Kind::illegal, "mapa and getctarank take addresses of shared memory; this generic address is elsewhere", lane,
+            address);
+}
+
+// The address of the same variable in another CTA, and whose an address is; generic addresses have the window's bit.
 template <class T>
 Step map_address(Warp& w, const Instruction& i, Mask mask) {
   T* d = w.operand<T>(i, 0);
   const T* a = w.operand<T>(i, 1);
   const auto* rank = w.operand<uint32_t>(i, 2);
+  const size_t ctas = w.cta->cluster->ctas.size();
   each_lane(mask, [&](int l) {
-    if (rank[l]) {
-      w.fail(Kind::illegal, "mapa of rank " + std::to_string(rank[l]) + " in a cluster of one CTA", l);
+    if (rank[l] >= ctas) {
+      w.fail(Kind::illegal,
+             "mapa of rank " + std::to_string(rank[l]) + " in a cluster of " + std::to_string(ctas) +
+                 (ctas == 1 ? " CTA" : " CTAs"),
+             l);
     }
-    d[l] = a[l];
+    const uint64_t window = a[l] & kWindowMask;
+    require_shared(w, i, a[l], l);
+    d[l] = static_cast<T>(window | cluster_address(static_cast<int>(rank[l]), shared_offset_of(a[l])));
   });
   return Step::next;
 }
 
+template <class T>
 Step cta_rank(Warp& w, const Instruction& i, Mask mask) {
   auto* d = w.operand<uint32_t>(i, 0);
-  each_lane(mask, [&](int l) { d[l] = 0; });
+  const T* a = w.operand<T>(i, 1);
+  each_lane(mask, [&](int l) {
+    require_shared(w, i, a[l], l);
+    const Cta* const cta = shared_cta(*w.cta, a[l] & ~kWindowMask);
+    if (!cta) w.fail_at(Kind::illegal, "getctarank of an address that no CTA of the cluster has", l, a[l]);
+    d[l] = static_cast<uint32_t>(cta->rank);
+  });
   return Step::next;
+}
+
+void bind_mapa(Bind& b) {
+  expect_operands(b, 3);
+  destination(b, b.operand(0), value_type(b));
+  b.source(1, value_type(b));
+  b.source(2, Type::u32);
+  b.instruction.option = b.has("shared::cluster");
+  b.run(value_type(b) == Type::u32 ? map_address<uint32_t> : map_address<uint64_t>);
+}
+
+void bind_ctarank(Bind& b) {
+  expect_operands(b, 2);
+  destination(b, b.operand(0), Type::u32);
+  b.source(1, value_type(b));
+  b.instruction.option = b.has("shared::cluster");
+  b.run(value_type(b) == Type::u32 ? cta_rank<uint32_t> : cta_rank<uint64_t>);
 }
 
 // ---- Hints to caches ----
@@ -304,21 +345,8 @@ const Row rows[] = {
        b.instruction.option = static_cast<uint32_t>(space_of(b));
        b.run(is_space);
      }},
-    {"mapa.shared::cluster?.u32|u64", "9.7.9.23",
-     [](Bind& b) {
-       expect_operands(b, 3);
-       destination(b, b.operand(0), value_type(b));
-       b.source(1, value_type(b));
-       b.source(2, Type::u32);
-       b.run(value_type(b) == Type::u32 ? map_address<uint32_t> : map_address<uint64_t>);
-     }},
-    {"getctarank.shared::cluster?.u32|u64", "9.7.9.24",
-     [](Bind& b) {
-       expect_operands(b, 2);
-       destination(b, b.operand(0), Type::u32);
-       b.source(1, value_type(b));
-       b.run(cta_rank);
-     }},
+    {"mapa.shared::cluster?.u32|u64", "9.7.9.23", bind_mapa},
+    {"getctarank.shared::cluster?.u32|u64", "9.7.9.24", bind_ctarank},
 
     {"prefetch.global|local?.L1|L2|L2::evict_last|L2::evict_normal", "9.7.9.15", bind_prefetch},
     {"prefetch.const|param?.tensormap", "9.7.9.15", bind_prefetch},

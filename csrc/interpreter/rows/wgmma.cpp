@@ -51,8 +51,8 @@ WgmmaOperation& meet(Warp& w, Wgmma& state, const Instruction& i, const WgmmaSha
   const size_t at = number - group.completed - 1;
   if (at == group.pending.size()) {
     if (state.issued == state.committed || !group.now) {
-      group.agent = w.cta->async_agent(w);  // one for a wgmma-group: its operations are waited for together
-      group.now = w.cta->async_now(group.agent);
+      group.agent = w.cta->cluster->async_agent(w);  // one for a wgmma-group: its operations are waited for together
+      group.now = w.cta->cluster->async_now(group.agent);
     }
     const auto made = std::make_shared<WgmmaOperation>();
     made->instruction = &i;
@@ -157,7 +157,7 @@ Step mma_async(Warp& w, const Instruction& i, Mask mask) {
     state.agents.emplace_back(op.agent, op.now);
   }
   op.issued |= 1u << w.id % 4;
-  if (op.issued == 15) w.cta->happened();
+  if (op.issued == 15) w.cta->cluster->happened();
   return Step::next;
 }
 
@@ -185,7 +185,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   while (group.completed < last) {
     WgmmaOperation& next = *group.pending.front();
     if (next.issued != 15) return Step::blocked;
-    w.cta->complete(next);
+    w.cta->cluster->complete(next);
   }
   if (!state.flight.empty()) {
     if (state.frame != w.frame) {
@@ -219,12 +219,7 @@ void WgmmaOperation::complete(Cta& cta) {
 
   // Every warp reads B: what is written there must be known to all four. A warp's rows of A need be known to it alone.
   Knowledge common = part[0].knowledge;
-  for (int q = 1; q < 4; ++q) {
-    for (int a = 0; a < kMaxAgents; ++a) {
-      common.seen.at[a] = std::min(common.seen.at[a], part[q].knowledge.seen.at[a]);
-      common.proxied.at[a] = std::min(common.proxied.at[a], part[q].knowledge.proxied.at[a]);
-    }
-  }
+  for (int q = 1; q < 4; ++q) common.meet(part[q].knowledge);
   gather(cta, MatrixDescriptor(b_descriptor), shape->b_transposed, 0, tiles, actor(common), fragments);
   {
     Fragment b[kMaxTiles * 2];

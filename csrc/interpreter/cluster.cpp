@@ -1,0 +1,179 @@
+// The scheduler: one seeded order of the warps of a cluster's CTAs, and of what completes between them.
+#include <algorithm>
+
+#include "machine.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+// A warp that runs ahead still stops after so many, as it might spin on another CTA.
+constexpr uint64_t kLongSlice = 4096;
+// Clocks start again from here on.
+constexpr Clock kHighestBase = 0x80000000;
+
+}  // namespace
+
+uint32_t Cluster::random() { return next_random(random_state_); }
+
+uint64_t Cluster::steps() const {
+  uint64_t n = 0;
+  for (const Warp* w : warps) n += w->steps;
+  return n;
+}
+
+void Cluster::begin(Launch& l, uint64_t number) {
+  launch = &l;
+  random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.number + 1) + mix(number * 2 + 1));
+  completion_ = static_cast<Completion>(random() % 3);
+  order_ = static_cast<Order>(random() % 3);
+  if (base >= kHighestBase) {
+    base = 1;
+    for (auto& cta : ctas) cta->shadow.forget();
+  }
+  pending.clear();
+  sync_points.reset();
+  barrier.reset();
+  warps.clear();
+  const uint64_t size = l.cluster_size();
+  while (ctas.size() < size) ctas.push_back(std::make_unique<Cta>());
+  for (uint64_t rank = 0; rank < size; ++rank) {
+    Cta& cta = *ctas[rank];
+    unsigned index[3];
+    l.index_of(number * size + rank, index);
+    cta.begin(*this, static_cast<int>(rank), index);
+    cta.serial = l.first_serial + static_cast<uint32_t>(number * size + rank);
+    for (Warp& w : cta.warps) warps.push_back(&w);
+  }
+  live_warps = static_cast<int>(warps.size());
+  favourite_ = static_cast<int>(random() % warps.size());
+  Knowledge start;
+  // The rows of a CTA's reads are compared eight columns at a time, past its last warp.
+  start.seen.widen(ctas[size - 1]->first_agent + (static_cast<int>(ctas[0]->warps.size()) + 7) / 8 * 8);
+  std::fill_n(start.seen.at, start.seen.width, base - 1);
+  start.proxied = start.seen;
+  start.seen.at[kGridAgent] = l.programmatic ? 0 : 1;
+  for (int a = 0; a < kAsyncAgents; ++a) {
+    async[a] = start;
+    async[a].seen.at[a] = base;
+  }
+  for (Warp* w : warps) {
+    w->knowledge = start;
+    w->knowledge.seen.at[w->agent] = base;
+    w->random_state = mix(random_state_ + w->agent - kFirstWarp);
+    w->strands.push_back({w->enter(*l.code, nullptr, nullptr, w->exists), 0, w->exists});
+    w->frame = w->strands[0].frame;
+  }
+}
+
+int Cluster::async_agent(const Warp& issuer) {
+  const int k = next_async++ % kAsyncAgents;
+  Knowledge& mine = async[k];
+  const Clock now = mine.seen.at[k] + 1;
+  // Only what the issuer knows: an agent that is handed out again is another operation.
+  mine = issuer.knowledge;
+  mine.seen.at[k] = now;
+  async_line[k] = issuer.line();
+  return k;
+}
+void Cluster::complete(Pending& p) {
+  if (p.done) return;
+  p.done = true;
+  try {
+    p.complete(*p.cta);
+  } catch (Finding& f) {  // its place is the instruction that issued it
+    if (!f.ptx_line && p.code) p.cta->place(f, *p.code, p.instruction->index);
+    if (f.warp < 0) f.warp = p.warp;
+    throw;
+  }
+  happened();
+}
+
+Warp* Cluster::pick() {
+  const int count = static_cast<int>(warps.size());
+  const auto runnable = [&](int k) { return warps[k]->live && warps[k]->blocked_at != events; };
+  if (order_ == Order::ahead && random() % 64 == 0) favourite_ = static_cast<int>(random() % count);
+  if (order_ == Order::ahead && runnable(favourite_)) return warps[favourite_];
+  const int start = static_cast<int>(random() % count);
+  Warp* last = nullptr;
+  for (int k = 0; k < count; ++k) {
+    const int n = (start + k) % count;
+    if (!runnable(n)) continue;
+    if (order_ != Order::behind || n != favourite_) return warps[n];
+    last = warps[n];
+  }
+  return last;
+}
+
+bool Cluster::run(uint64_t budget) {
+  uint64_t used = 0;
+  const auto complete_one = [&] {
+    for (size_t tries = pending.size(), k = random() % pending.size(); tries; --tries, k = (k + 1) % pending.size()) {
+      const auto p = pending[k];
+      if (p->done) continue;
+      if (!p->ready(*p->cta)) continue;
+      complete(*p);
+      return true;
+    }
+    return false;
+  };
+  const auto sweep = [&] {
+    pending.erase(std::remove_if(pending.begin(), pending.end(), [](const auto& p) { return p->done; }), pending.end());
+  };
+  static constexpr uint64_t slices[] = {1, 8, 32, 64, 128, 256};
+  running_ = nullptr;
+  while (live_warps) {
+    if (!pending.empty()) {
+      sweep();
+      const bool now = completion_ == Completion::early   ? random() % 2
+                       : completion_ == Completion::mixed ? random() % 8 == 0
+                                                          : false;
+      if (now && !pending.empty()) complete_one();
+    }
+    Warp* w = pick();
+    if (!w) {
+      sweep();
+      if (!pending.empty() && complete_one()) continue;
+      deadlock();
+    }
+    const bool far = order_ == Order::ahead && w == warps[favourite_];
+    const uint64_t steps = w->steps;
+    running_ = w;
+    run_warp(*w, far ? kLongSlice : slices[random() % 6]);
+    running_ = nullptr;
+    used += w->steps - steps;
+    if (w->steps == steps) ++used;  // a slice that found itself blocked costs too
+    if (used > budget) return false;
+  }
+  sweep();
+  while (!pending.empty() && complete_one()) sweep();
+  Clock highest = 0;
+  for (const Warp* w : warps) highest = std::max(highest, w->knowledge.seen.at[w->agent]);
+  for (int a = 0; a < kAsyncAgents; ++a) highest = std::max(highest, async_now(a));
+  base = highest + 1;
+  return true;
+}
+
+void Cluster::deadlock() {
+  Finding f;
+  f.kind = Kind::deadlock;
+  f.message = "every warp waits and nothing is under way:";
+  const Warp* first = nullptr;
+  int named = 0;
+  for (const Warp* w : warps) {
+    if (!w->live) continue;
+    if (!first) first = w;
+    for (const Strand& s : w->strands) {
+      if (++named > 8) break;
+      Finding there;
+      w->cta->place(there, *s.frame->code, s.pc);
+      f.message += " " + w->cta->shadow.name_of(w->agent) + " at line " +
+                   std::to_string(there.line ? there.line : there.ptx_line) + " (" +
+                   s.frame->code->statements[s.pc]->opcode + ");";
+    }
+  }
+  if (named > 8) f.message += " and more";
+  first->cta->place(f, *first);
+  throw f;
+}
+
+}  // namespace forwardpass::interpreter
