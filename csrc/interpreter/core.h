@@ -17,8 +17,7 @@ constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kInval
 
 // A cudaError_t. Checks the configuration against the device as a launch does, runs the grid, keeps a finding for
 // fpi_finding(). `parameters` is the kernel's .param area, `largest_cluster` what the kernel may be launched with.
-int launch(const Module&, const Code&, const fpi_launch_config&, std::vector<uint8_t> parameters,
-           int largest_cluster);
+int launch(const Module&, const Code&, const fpi_launch_config&, std::vector<uint8_t> parameters, int largest_cluster);
 
 // Keeps it for fpi_finding(), tells who wants to know (fpi_on_finding), and returns the error that a launch with it
 // returns: by default cudaErrorLaunchFailure, or cudaErrorAssert for an assertion of the kernel's own.

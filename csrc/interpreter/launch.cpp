@@ -1,4 +1,5 @@
-// A grid on several threads: clusters begin in order, one that does not end in its turn shares its thread with the next.
+// A grid on several threads: clusters begin in order, one that does not end in its turn shares its thread with the
+// next.
 #include <deque>
 #include <optional>
 #include <thread>

@@ -11,10 +11,11 @@ struct MBarrier {
   static constexpr int64_t kMaxCount = (1 << 20) - 1;  // of arrivals, and of transaction bytes in either direction
 
   uint32_t address;
-  int initialiser;           // the agent
-  uint64_t published = 0;    // by fence.mbarrier_init: known to those who have waited for this phase of the cluster's barrier
-  uint32_t expected;         // arrivals of a phase, from the next one on
-  uint32_t pending;          // arrivals that this phase still lacks
+  int initialiser;  // the agent
+  uint64_t published =
+      0;              // by fence.mbarrier_init: known to those who have waited for this phase of the cluster's barrier
+  uint32_t expected;  // arrivals of a phase, from the next one on
+  uint32_t pending;   // arrivals that this phase still lacks
   int64_t transactions = 0;  // bytes expected and not complete
   uint64_t phase = 0;
   Knowledge gathering, completed;  // what the arrivals of this phase, and of the one before it, knew
@@ -35,8 +36,8 @@ struct MBarrier {
 
 // The object at an offset of shared memory; a Finding where there is none.
 MBarrier& mbarrier_at(Cta&, uint32_t address);
-// The same, for an instruction of the warp: its init must be ordered before. Of another CTA the use must end before that
-// exits, unless nothing is `released`: to wait for such an arrival says no more than that it has happened.
+// The same, for an instruction of the warp: its init must be ordered before. Of another CTA the use must end before
+// that exits, unless nothing is `released`: to wait for such an arrival says no more than that it has happened.
 MBarrier& use_mbarrier(Warp&, Cta&, uint32_t address, bool released = true);
 
 }  // namespace forwardpass::interpreter

@@ -349,7 +349,8 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
         if (mask >> l & 1) global_region(w, lanes[l], bytes, use, l);
     }
     for (int l = kLanes - 1; l >= 0; --l)
-      if ((mask >> l & 1) && f.has_address && f.address - shared_or(lanes[l]) < static_cast<uint64_t>(bytes)) f.lane = l;
+      if ((mask >> l & 1) && f.has_address && f.address - shared_or(lanes[l]) < static_cast<uint64_t>(bytes))
+        f.lane = l;
     throw;
   }
   if (is_strong(use)) w.release();

@@ -19,8 +19,8 @@ struct Launch;
 constexpr uint64_t kSharedWindow = uint64_t{1} << 56, kLocalWindow = uint64_t{1} << 57;
 constexpr uint64_t kWindowMask = kSharedWindow | kLocalWindow;
 
-// Within the window of shared memory the lowest bits are an offset, above them stands the CTA: 0 for one's own, rank + 1
-// for one of the cluster (.shared::cluster), so that an address that mapa has not made is never another's.
+// Within the window of shared memory the lowest bits are an offset, above them stands the CTA: 0 for one's own, rank +
+// 1 for one of the cluster (.shared::cluster), so that an address that mapa has not made is never another's.
 constexpr int kRankShift = 24;
 constexpr uint64_t shared_offset_of(uint64_t address) { return address & ((uint64_t{1} << kRankShift) - 1); }
 constexpr uint64_t cluster_address(int rank, uint64_t offset) {
@@ -69,9 +69,9 @@ struct RegionCache {
   int next = 0;
 };
 
-// What strong accesses carry from warp to warp of a cluster. Each is taken to acquire and release whatever its semantics,
-// so that no order a program may rely on is missed; the price is that some races behind atomics go unnoticed. Knowledge
-// is kept by 128-byte line of the address; lines that share a slot hide a race more.
+// What strong accesses carry from warp to warp of a cluster. Each is taken to acquire and release whatever its
+// semantics, so that no order a program may rely on is missed; the price is that some races behind atomics go
+// unnoticed. Knowledge is kept by 128-byte line of the address; lines that share a slot hide a race more.
 class SyncPoints {
  public:
   void reset() { slots_.clear(); }

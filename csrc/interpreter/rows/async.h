@@ -39,8 +39,8 @@ struct SharedRange {
   Cta* cta;
   uint32_t offset;
 };
-inline SharedRange shared_at(Warp& w, const Place& place, uint64_t address, uint64_t bytes, uint32_t alignment, int lane,
-                             const char* what) {
+inline SharedRange shared_at(Warp& w, const Place& place, uint64_t address, uint64_t bytes, uint32_t alignment,
+                             int lane, const char* what) {
   if (place.generic) {
     if ((address & kWindowMask) != kSharedWindow) {
       w.fail_at(Kind::illegal, std::string(what) + " must lie in shared memory; this generic address does not", lane,

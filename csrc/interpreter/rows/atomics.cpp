@@ -1,10 +1,10 @@
 // atom and red (ISA 9.7.13.5 and 9.7.13.6), with the host's atomics, as CTAs run on several threads. Lanes go in an
 // order that the seed decides.
 #include <cstring>
-#include <limits>
 
 #include "interpreter/rows/addresses.h"
 #include "interpreter/rows/lanewise.h"
+#include "interpreter/rows/reductions.h"
 
 #define SEMANTICS "relaxed|acquire|release|acq_rel"
 #define BEFORE SEMANTICS "?." SCOPE "?." STATE_SPACE "?." SCOPE "?." SEMANTICS "?."
@@ -17,83 +17,6 @@ struct Atomic : AddressOperand {
   int count = 1;        // of the vector
   bool returns = true;  // atom; red has no destination
 };
-
-// Each gives what memory holds after it, from what it held before and the operands.
-struct And {
-  template <class T>
-  T operator()(T old, T b) const {
-    return old & b;
-  }
-};
-struct Or {
-  template <class T>
-  T operator()(T old, T b) const {
-    return old | b;
-  }
-};
-struct Xor {
-  template <class T>
-  T operator()(T old, T b) const {
-    return old ^ b;
-  }
-};
-struct Exchange {
-  template <class T>
-  T operator()(T, T b) const {
-    return b;
-  }
-};
-struct CompareAndSwap {
-  template <class T>
-  T operator()(T old, T b, T c) const {
-    return old == b ? c : old;
-  }
-};
-struct Increment {
-  uint32_t operator()(uint32_t old, uint32_t b) const { return old >= b ? 0 : old + 1; }
-};
-struct Decrement {
-  uint32_t operator()(uint32_t old, uint32_t b) const { return old == 0 || old > b ? b : old - 1; }
-};
-// min and max of floats: the number, if one is NaN; -0 below +0 (ISA 9.7.3.11).
-template <bool kMax>
-struct Extreme {
-  template <class T>
-  T operator()(T old, T b) const {
-    if constexpr (is_short<T>) {
-      const float x = old, y = b;
-      if (x != x && y != y) return T::from_bits(LayoutOf<T>::type::kNan);
-      if (x != x) return b;
-      if (y != y) return old;
-      if (x == y) return T::from_bits(kMax ? old.bits & b.bits : old.bits | b.bits);  // only the signs may differ
-      return (x > y) == kMax ? old : b;
-    } else {
-      return (old > b) == kMax ? old : b;
-    }
-  }
-};
-struct Add {
-  template <class T>
-  T operator()(T old, T b) const {
-    if constexpr (is_short<T>) {
-      return T(static_cast<float>(old) + static_cast<float>(b));  // 24 bits are enough for a correct second rounding
-    } else if constexpr (std::is_same_v<T, float>) {
-      return canonical(old + b);
-    } else {
-      return old + b;
-    }
-  }
-};
-// On global memory atom.add.f32 flushes subnormal inputs and results, on shared memory it does not (9.7.13.5). A
-// generic address counts as global.
-struct AddFlushed {
-  float operator()(float old, float b) const { return canonical(flush(flush(old) + flush(b))); }
-};
-
-template <class T>
-using Raw = std::conditional_t<
-    sizeof(T) == 2, uint16_t,
-    std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 8, uint64_t, unsigned __int128>>>;
 
 // What a register of type T looks like: 128-bit ones are two halves, 32 lanes apart.
 template <class T>
@@ -115,24 +38,6 @@ void to_register(void* base, int lane, T value) {
     half[kLanes + lane] = static_cast<uint64_t>(value >> 64);
   } else {
     std::memcpy(static_cast<uint8_t*>(base) + lane * sizeof(T), &value, sizeof(T));
-  }
-}
-
-// Replaces what is at `at` by f of it; what it was before.
-template <class T, class F>
-T exchange(uint8_t* at, F f) {
-  auto* cell = reinterpret_cast<Raw<T>*>(at);
-  Raw<T> old = *const_cast<volatile Raw<T>*>(cell);
-  for (;;) {
-    T before;
-    std::memcpy(&before, &old, sizeof(T));
-    const T after = f(before);
-    Raw<T> wanted;
-    std::memcpy(&wanted, &after, sizeof(T));
-    // The older builtin, as the newer one calls libatomic for 16 bytes.
-    const Raw<T> found = __sync_val_compare_and_swap(cell, old, wanted);
-    if (found == old) return before;
-    old = found;
   }
 }
 

@@ -1,27 +1,40 @@
-// cp.async.bulk and cp.async.bulk.tensor, tile mode (ISA 9.7.9.25.4, 9.7.9.25.5): transfers between global and shared
-// memory in the async proxy. To the race check each is an agent of its own.
+// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile mode (ISA 9.7.9.25.4, 9.7.9.25.5): transfers between
+// global and shared memory, and to that of other CTAs, in the async proxy. To the race check each is an agent of its
+// own.
 #include <algorithm>
 
 #include "../mbarrier.h"
 #include "../table.h"
 #include "../tensor_map.h"
 #include "async.h"
+#include "reductions.h"
 
 namespace forwardpass::interpreter {
 namespace {
 
-// One transfer of one thread.
+enum class Direction : uint8_t {
+  load,        // global to shared memory, of one CTA or several
+  store,       // shared to global memory
+  distribute,  // shared memory to that of another CTA
+  prefetch,
+};
+
+// One transfer of one thread, to one CTA.
 struct Transfer : Pending {
-  bool load = true, tensor = false;
+  Direction direction = Direction::load;
+  bool tensor = false;
   uint32_t shared = 0, bytes = 0;
   uint8_t* global = nullptr;  // of one that is not a tensor's
+  Cta* target = nullptr;      // load, distribute: whose shared memory and mbarrier
+  uint32_t to = 0;            // distribute: where in it
+  Reduce reduce = nullptr;    // store, distribute: in place of a copy
   TensorMap map;
   int32_t at[TensorMap::kMaxRank];
   int agent = 0;
-  uint32_t mbarrier = 0;  // load
+  uint32_t mbarrier = 0;  // load, distribute
   Clock read_time = 0;    // store: of the shared memory that it reads
   bool has_read = false;
-  std::vector<uint8_t> data;  // store: what it has read, as rows of the box
+  std::vector<uint8_t> data;  // store, distribute: what it has read, as rows of the box
 
   // f(shared offset before swizzling, begin, end, global address), the range as one row where there is no tensor.
   template <class F>
@@ -48,8 +61,21 @@ struct Transfer : Pending {
     }
   }
 
-  void arrive(Cta& cta) {
-    uint8_t* memory = cta.shared.data();
+  // The bytes have arrived at their CTA, which is told by its mbarrier.
+  template <class F>
+  void arrive(Cta& cta, F write) {
+    const Clock time = completion_time(cta, agent);
+    const Actor actor = acting(*this, cta.cluster->async_actor(agent));
+    if (target != &cta) target->visited(actor);
+    write(target->shared.data());
+    // A reduction has counted as an atomic since it was issued: others may reduce the same elements.
+    if (checked(cta) && !reduce) target->shadow.land(actor, direction == Direction::load ? shared : to, bytes);
+    MBarrier& b = mbarrier_at(*target, mbarrier);
+    b.gathering.join(learnt(agent, time));
+    b.complete_transactions(*target, bytes);
+  }
+
+  void load(uint8_t* memory) const {
     std::vector<uint8_t> row(tensor ? row_bytes() : 0);
     each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t address) {
       const auto* source = reinterpret_cast<const uint8_t*>(address);
@@ -62,11 +88,6 @@ struct Transfer : Pending {
       pieces(offset, 0, row_bytes(),
              [&](uint32_t to, uint32_t from, uint32_t n) { std::memcpy(memory + to, row.data() + from, n); });
     });
-    const Clock time = completion_time(cta, agent);
-    if (checked(cta)) cta.shadow.land(acting(*this, cta.cluster->async_actor(agent)), shared, bytes);
-    MBarrier& b = mbarrier_at(cta, mbarrier);
-    b.gathering.join(learnt(agent, time));
-    b.complete_transactions(cta, bytes);
   }
 
   // The shared memory of a store has been read: it may be written again by whoever learns of it.
@@ -82,11 +103,17 @@ struct Transfer : Pending {
   }
 
   void complete(Cta& cta) override {
-    if (load) return arrive(cta);
+    if (direction == Direction::load) return arrive(cta, [&](uint8_t* memory) { load(memory); });
     read(cta);
+    if (direction == Direction::distribute) {
+      return arrive(cta, [&](uint8_t* memory) { put(memory + to, data.data(), bytes); });
+    }
     each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t address) {
-      std::memcpy(reinterpret_cast<uint8_t*>(address), data.data() + offset + begin, end - begin);
+      put(reinterpret_cast<uint8_t*>(address), data.data() + offset + begin, end - begin);
     });
+  }
+  void put(uint8_t* memory, const uint8_t* from, uint32_t n) const {
+    reduce ? reduce(memory, from, n) : static_cast<void>(std::memcpy(memory, from, n));
   }
 };
 
@@ -110,14 +137,15 @@ Bulk& state_of(Warp& w) {
   return *w.bulk;
 }
 
-enum class Direction : uint8_t { load, store, prefetch };
-
 struct Form {
   Direction direction = Direction::load;
   bool tensor = false;
-  int rank = 0, coordinates = 0;   // coordinates: operand of the first
-  Place shared, global, mbarrier;  // global: the tensor map's, of a tensor
-  int size = 0;                    // operand, of one that is not a tensor's
+  int rank = 0, coordinates = 0;       // coordinates: operand of the first
+  Place shared, global, mbarrier, to;  // global: the tensor map's, of a tensor; to: where it is distributed to
+  int size = 0;                        // operand, of one that is not a tensor's
+  int mask = -1;                       // operand: the CTAs of a multicast
+  Reduce reduce = nullptr;
+  std::string_view operation;  // of a tensor's reduction, whose type is the map's
 };
 
 constexpr uint32_t kBulkAlignment = 16, kTensorAlignment = 128;
@@ -143,72 +171,146 @@ void check_global(Warp& w, Transfer& t, Use use, int lane) {
   check();
 }
 
-void issue_load(Warp& w, const Form& form, Transfer& t, uint64_t mbarrier, int lane) {
-  Cta& cta = *w.cta;
-  t.mbarrier = shared_offset(w, form.mbarrier, mbarrier, 8, 8, lane, "an mbarrier");
-  mbarrier_at(cta, t.mbarrier);
-  t.agent = cta.cluster->async_agent(w);
-  check_global(w, t, Use::read, lane);
-  if (!checked(cta)) return;
-  cta.shadow.use_mbarrier(w.actor(), t.mbarrier);
-  cta.shadow.take_off(cta.cluster->async_actor(t.agent), t.shared, t.bytes);
-  std::memset(cta.shared.data() + t.shared, kPoison, t.bytes);
+// Its bytes are on their way to the target.
+void send(Warp& w, Transfer& t, uint32_t to) {
+  Cta& target = *t.target;
+  use_mbarrier(w, target, t.mbarrier);
+  t.agent = w.cta->cluster->async_agent(w);
+  const Actor actor = w.cta->cluster->async_actor(t.agent);
+  if (&target != w.cta) target.visited(actor);
+  if (!checked(target)) return;
+  if (t.reduce) return target.shadow.atomic(actor, to, t.bytes);
+  target.shadow.take_off(actor, to, t.bytes);
+  std::memset(target.shared.data() + to, kPoison, t.bytes);
 }
 
-void issue_store(Warp& w, Transfer& t, int lane) {
-  Cta& cta = *w.cta;
-  t.agent = cta.cluster->async_agent(w);
-  t.read_time = cta.cluster->async_now(t.agent);
-  check_global(w, t, Use::write, lane);
-  if (!checked(cta)) return;
+// It reads the CTA's shared memory, until it is waited for.
+void take(Warp& w, Transfer& t) {
+  t.read_time = w.cta->cluster->async_now(t.agent);
+  if (!checked(*w.cta)) return;
+  const Actor actor = w.cta->cluster->async_actor(t.agent);
   t.each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t) {
-    t.pieces(offset, begin, end,
-             [&](uint32_t from, uint32_t, uint32_t n) { cta.shadow.read(cta.cluster->async_actor(t.agent), from, n); });
+    t.pieces(offset, begin, end, [&](uint32_t from, uint32_t, uint32_t n) { w.cta->shadow.read(actor, from, n); });
   });
+}
+
+// The types that a tensor's elements are reduced as, by CUtensorMapDataType.
+constexpr Type kReduced[] = {Type::u8,  Type::u16, Type::u32, Type::s32,  Type::u64, Type::s64,
+                             Type::f16, Type::f32, Type::f64, Type::bf16, Type::f32};
+
+Reduce tensor_reduction(Warp& w, std::string_view operation, const TensorMap& map, int lane) {
+  Reduce r = nullptr;
+  if (map.type < std::size(kReduced)) {
+    const bool bitwise = operation == "and" || operation == "or" || operation == "xor";
+    const Type type = kReduced[map.type];
+    const bool integer = type == Type::u32 || type == Type::s32 || type == Type::u64 || type == Type::s64;
+    if (!bitwise) {
+      r = reduction(operation, type);
+    } else if (integer) {
+      r = reduction(operation, ptx::size_of(type) == 8 ? Type::b64 : Type::b32);
+    }
+  }
+  if (!r) {
+    w.fail(Kind::illegal, "there is no ." + std::string(operation) + " of the tensor map's element type", lane);
+  }
+  return r;
+}
+
+// What the lane's instruction transfers, but for where to.
+Transfer described(Warp& w, const Instruction& i, const Form& form, uint64_t global, int l) {
+  Transfer t;
+  t.instruction = &i;
+  t.code = w.frame->code;
+  t.warp = w.id;
+  t.direction = form.direction;
+  t.reduce = form.reduce;
+  if (form.tensor) {
+    t.tensor = true;
+    t.map = read_tensor_map(w, global, form.rank, l);
+    for (int d = 0; d < form.rank; ++d) t.at[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
+    t.bytes = t.map.box_bytes();
+    if (!form.operation.empty()) t.reduce = tensor_reduction(w, form.operation, t.map, l);
+    return t;
+  }
+  t.bytes = w.operand<uint32_t>(i, form.size)[l];
+  if (t.bytes % 16) {
+    w.fail(Kind::illegal, "the size must be a multiple of 16 bytes, not " + std::to_string(t.bytes), l);
+  }
+  if (form.direction == Direction::distribute) return t;
+  if (global % kBulkAlignment) {
+    w.fail_at(Kind::misaligned, "the global address of a bulk copy must be aligned to 16 bytes", l, global);
+  }
+  t.global = reinterpret_cast<uint8_t*>(global);
+  return t;
+}
+
+// The CTAs that a load goes to: the one that has the destination, or those that a multicast names.
+std::vector<Cta*> targets(Warp& w, const Instruction& i, const Form& form, Cta& addressed, int lane) {
+  if (form.mask < 0) return {&addressed};
+  const auto& ctas = w.cta->cluster->ctas;
+  const unsigned mask = w.operand<uint16_t>(i, form.mask)[lane];
+  std::vector<Cta*> named;
+  for (unsigned rank = 0; rank < 16; ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    if (rank >= ctas.size()) break;
+    named.push_back(ctas[rank].get());
+  }
+  if (mask == 0 || mask >> ctas.size()) {
+    w.fail(Kind::illegal,
+           "the multicast's mask is " + hexadecimal(mask) + ": it must name CTAs of the cluster, which has " +
+               std::to_string(ctas.size()),
+           lane);
+  }
+  return named;
 }
 
 Step transfer(Warp& w, const Instruction& i, Mask mask) {
   const auto& form = *static_cast<const Form*>(i.data);
-  uint64_t shared[kLanes], global[kLanes], mbarrier[kLanes];
-  form.global.read(w, i, global);
+  uint64_t shared[kLanes], global[kLanes], mbarrier[kLanes], to[kLanes];
+  const bool sends = form.direction == Direction::load || form.direction == Direction::distribute;
+  if (form.direction != Direction::distribute) form.global.read(w, i, global);
   if (form.direction != Direction::prefetch) form.shared.read(w, i, shared);
-  if (form.direction == Direction::load) form.mbarrier.read(w, i, mbarrier);
+  if (form.direction == Direction::distribute) form.to.read(w, i, to);
+  if (sends) form.mbarrier.read(w, i, mbarrier);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    auto t = std::make_shared<Transfer>();
-    t->instruction = &i;
-    t->code = w.frame->code;
-    t->warp = w.id;
-    t->load = form.direction == Direction::load;
-    t->tensor = form.tensor;
-    if (form.tensor) {
-      t->map = read_tensor_map(w, global[l], form.rank, l);
-      for (int d = 0; d < form.rank; ++d) t->at[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
-      t->bytes = t->map.box_bytes();
-    } else {
-      t->bytes = w.operand<uint32_t>(i, form.size)[l];
-      if (t->bytes % 16) {
-        w.fail(Kind::illegal, "the size must be a multiple of 16 bytes, not " + std::to_string(t->bytes), l);
-      }
-      if (global[l] % kBulkAlignment) {
-        w.fail_at(Kind::misaligned, "the global address of a bulk copy must be aligned to 16 bytes", l, global[l]);
-      }
-      t->global = reinterpret_cast<uint8_t*>(global[l]);
-    }
+    Transfer t = described(w, i, form, form.direction == Direction::distribute ? 0 : global[l], l);
     if (form.direction == Direction::prefetch) {
-      check_global(w, *t, Use::read, l);
+      check_global(w, t, Use::read, l);
       continue;
     }
-    t->shared = shared_offset(w, form.shared, shared[l], t->bytes, form.tensor ? kTensorAlignment : kBulkAlignment, l,
-                              "the shared memory of a bulk copy");
-    if (t->load) {
-      issue_load(w, form, *t, mbarrier[l], l);
-    } else {
-      issue_store(w, *t, l);
+    const SharedRange here =
+        shared_at(w, form.shared, shared[l], t.bytes, form.tensor ? kTensorAlignment : kBulkAlignment, l,
+                  "the shared memory of a bulk copy");
+    t.shared = here.offset;
+    if (!sends) {
+      auto store = std::make_shared<Transfer>(std::move(t));
+      store->agent = w.cta->cluster->async_agent(w);
+      check_global(w, *store, store->reduce ? Use::atomic : Use::write, l);
+      take(w, *store);
       Bulk& bulk = state_of(w);
-      bulk.entries.push_back({l, bulk.committed[l], t});
+      bulk.entries.push_back({l, bulk.committed[l], store});
+      w.cta->add(std::move(store));
+      continue;
     }
-    w.cta->add(std::move(t));
+    const SharedRange there = form.direction == Direction::load ? here
+                                                                : shared_at(w, form.to, to[l], t.bytes, kBulkAlignment,
+                                                                            l, "the destination of a bulk copy");
+    const SharedRange barrier = shared_at(w, form.mbarrier, mbarrier[l], 8, 8, l, "an mbarrier");
+    if (form.mask < 0 && barrier.cta != there.cta) {
+      w.fail_at(Kind::illegal, "the mbarrier must lie in the shared memory of the CTA that has the destination", l,
+                mbarrier[l]);
+    }
+    t.to = there.offset;
+    t.mbarrier = barrier.offset;
+    for (Cta* target : targets(w, i, form, *there.cta, l)) {
+      auto one = std::make_shared<Transfer>(t);
+      one->target = target;
+      if (form.direction == Direction::load) check_global(w, *one, Use::read, l);
+      send(w, *one, there.offset);
+      if (form.direction == Direction::distribute) take(w, *one);
+      w.cta->add(std::move(one));
+    }
   }
   return Step::next;
 }
@@ -238,10 +340,11 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   return Step::next;
 }
 
-void bind_place(Bind& b, Place& place, const Operand& o, bool generic = false) {
+void bind_place(Bind& b, Place& place, const Operand& o, bool generic = false, bool cluster = false) {
   place.operand = b.instruction.sources;
   place.displacement = b.address(o, &place.wide);
   place.generic = generic;
+  place.cluster = cluster;
 }
 
 // [map, {coordinates}]
@@ -271,19 +374,50 @@ void bind_policy(Bind& b, int operands, const char* expected) {
   b.run(&transfer);
 }
 
+// The mask of a multicast comes before the policy.
+int bind_mask(Bind& b, Form& form, int next) {
+  if (!b.has("multicast::cluster")) return next;
+  if (next < b.operands()) {
+    form.mask = b.instruction.sources;
+    b.source(next, Type::b16);
+  }
+  return next + 1;
+}
+
 void bind_load(Bind& b) {
   auto& form = b.data<Form>();
-  bind_place(b, form.shared, b.operand(0));
+  const bool cluster = b.has("shared::cluster");
+  bind_place(b, form.shared, b.operand(0), false, cluster);
   bind_place(b, form.global, b.operand(1));
   form.size = b.instruction.sources;
   b.source(2, Type::b32);
-  bind_place(b, form.mbarrier, b.operand(3));
+  bind_place(b, form.mbarrier, b.operand(3), false, cluster);
+  bind_policy(b, bind_mask(b, form, 4), "[dst], [src], size, [mbarrier], with .multicast::cluster a mask of CTAs");
+}
+
+// By the operation and type that the opcode ends in.
+void bind_reduction(Bind& b, Form& form) {
+  for (const char* operation : {"add", "min", "max", "inc", "dec", "and", "or", "xor"}) {
+    if (b.has(operation)) form.reduce = reduction(operation, b.type(b.slots() - 1));
+  }
+}
+
+void bind_distribute(Bind& b) {
+  auto& form = b.data<Form>();
+  form.direction = Direction::distribute;
+  bind_reduction(b, form);
+  bind_place(b, form.to, b.operand(0), false, true);
+  bind_place(b, form.shared, b.operand(1));
+  form.size = b.instruction.sources;
+  b.source(2, Type::b32);
+  bind_place(b, form.mbarrier, b.operand(3), false, true);
   bind_policy(b, 4, "[dst], [src], size, [mbarrier]");
 }
 
 void bind_store(Bind& b) {
   auto& form = b.data<Form>();
   form.direction = Direction::store;
+  bind_reduction(b, form);
   bind_place(b, form.global, b.operand(0));
   bind_place(b, form.shared, b.operand(1));
   form.size = b.instruction.sources;
@@ -302,15 +436,20 @@ void bind_prefetch(Bind& b) {
 
 void bind_tensor_load(Bind& b) {
   auto& form = b.data<Form>();
-  bind_place(b, form.shared, b.operand(0));
+  const bool cluster = b.has("shared::cluster");
+  bind_place(b, form.shared, b.operand(0), false, cluster);
   bind_map(b, form, b.operand(1));
-  bind_place(b, form.mbarrier, b.operand(2));
-  bind_policy(b, 3, "[dst], [tensor map, {coordinates}], [mbarrier]");
+  bind_place(b, form.mbarrier, b.operand(2), false, cluster);
+  bind_policy(b, bind_mask(b, form, 3),
+              "[dst], [tensor map, {coordinates}], [mbarrier], with .multicast::cluster a mask of CTAs");
 }
 
 void bind_tensor_store(Bind& b) {
   auto& form = b.data<Form>();
   form.direction = Direction::store;
+  for (const std::string_view operation : {"add", "min", "max", "inc", "dec", "and", "or", "xor"}) {
+    if (b.has(operation)) form.operation = operation;
+  }
   bind_map(b, form, b.operand(0));
   bind_place(b, form.shared, b.operand(1));
   bind_policy(b, 2, "[tensor map, {coordinates}], [src]");
@@ -331,22 +470,14 @@ void bind_wait(Bind& b) {
   b.run(&wait_group<read>);
 }
 
-template <int feature>
-void refuse(Bind& b) {
-  constexpr const char* why[] = {
-      "multicast needs clusters of several CTAs, which are not supported yet; load into each CTA by itself",
-      "copies to the shared memory of another CTA of the cluster are not supported yet; go through global memory",
-      "bulk reductions are not supported yet; use red or atom, or a bulk copy into memory of its own",
-      "im2col, gather and scatter modes are not supported; use tile mode"};
-  b.refuse(why[feature]);
-}
-constexpr auto refuse_multicast = refuse<0>, refuse_distributed = refuse<1>, refuse_reduction = refuse<2>,
-               refuse_mode = refuse<3>;
+void refuse_mode(Bind& b) { b.refuse("im2col, gather and scatter modes are not supported; use tile mode"); }
+void refuse_group(Bind& b) { b.refuse(".cta_group is for pairs of CTAs of sm_100, which is not supported"); }
 
 #define DIMENSIONS "1d|2d|3d|4d|5d"
 #define MBARRIER "mbarrier::complete_tx::bytes"
 #define MODES "im2col|im2col::w|im2col::w::128|im2col_no_offs|tile::gather4|tile::scatter4"
 #define OPERATIONS "add|min|max|inc|dec|and|or|xor"
+#define REDUCE_GLOBAL "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint?."
 const Row rows[] = {
     {"cp.async.bulk.shared::cluster|shared::cta.global." MBARRIER ".L2::cache_hint?", "9.7.9.25.4.1", bind_load},
     {"cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint?", "9.7.9.25.4.1", bind_store},
@@ -357,18 +488,30 @@ const Row rows[] = {
      bind_tensor_store},
     {"cp.async.bulk.prefetch.tensor." DIMENSIONS ".L2.global.tile?.L2::cache_hint?", "9.7.9.25.5.4",
      bind_tensor_prefetch},
-    {"cp.async.bulk.shared::cluster.global." MBARRIER ".multicast::cluster.L2::cache_hint?", "9.7.9.25.4.1",
-     refuse_multicast},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global.tile|" MODES "?." MBARRIER
+    {"cp.async.bulk.shared::cluster.global." MBARRIER ".multicast::cluster.L2::cache_hint?", "9.7.9.25.4.1", bind_load},
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global.tile?." MBARRIER ".multicast::cluster.L2::cache_hint?",
+     "9.7.9.25.5.2", bind_tensor_load},
+    {"cp.async.bulk.shared::cluster.shared::cta." MBARRIER, "9.7.9.25.4.1", bind_distribute},
+    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".and|or|xor.b32", "9.7.9.25.4.2", bind_distribute},
+    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".add.u32|s32|u64", "9.7.9.25.4.2", bind_distribute},
+    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".min|max.u32|s32", "9.7.9.25.4.2", bind_distribute},
+    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".inc|dec.u32", "9.7.9.25.4.2", bind_distribute},
+    {REDUCE_GLOBAL "and|or|xor.b32|b64", "9.7.9.25.4.2", bind_store},
+    {REDUCE_GLOBAL "add.u32|s32|u64|f32|f64", "9.7.9.25.4.2", bind_store},
+    {REDUCE_GLOBAL "add.noftz.f16|bf16", "9.7.9.25.4.2", bind_store},
+    {REDUCE_GLOBAL "min|max.u32|s32|u64|s64|f16|bf16", "9.7.9.25.4.2", bind_store},
+    {REDUCE_GLOBAL "inc|dec.u32", "9.7.9.25.4.2", bind_store},
+    {"cp.reduce.async.bulk.tensor." DIMENSIONS ".global.shared::cta." OPERATIONS ".tile?.bulk_group.L2::cache_hint?",
+     "9.7.9.25.5.3", bind_tensor_store},
+    {"cp.reduce.async.bulk.tensor." DIMENSIONS ".global.shared::cta." OPERATIONS
+     ".im2col_no_offs.bulk_group.L2::cache_hint?",
+     "9.7.9.25.5.3", refuse_mode},
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global." MODES "." MBARRIER
      ".multicast::cluster.L2::cache_hint?",
-     "9.7.9.25.5.2", refuse_multicast},
-    {"cp.async.bulk.shared::cluster.shared::cta." MBARRIER, "9.7.9.25.4.1", refuse_distributed},
-    {"cp.reduce.async.bulk.shared::cluster|global.shared::cta." MBARRIER "|bulk_group.L2::cache_hint?." OPERATIONS
-     ".noftz?.f16|bf16|b32|u32|s32|b64|u64|s64|f32|f64",
-     "9.7.9.25.4.2", refuse_reduction},
-    {"cp.reduce.async.bulk.tensor." DIMENSIONS ".global.shared::cta." OPERATIONS ".tile|" MODES
-     "?.bulk_group.L2::cache_hint?",
-     "9.7.9.25.5.3", refuse_reduction},
+     "9.7.9.25.5.2", refuse_mode},
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global.tile|" MODES "?." MBARRIER
+     ".multicast::cluster?.cta_group::1|cta_group::2.L2::cache_hint?",
+     "9.7.9.25.5.2", refuse_group},
     {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global." MODES "." MBARRIER ".L2::cache_hint?",
      "9.7.9.25.5.2", refuse_mode},
     {"cp.async.bulk.tensor." DIMENSIONS ".global.shared::cta." MODES ".bulk_group.L2::cache_hint?", "9.7.9.25.5.2",

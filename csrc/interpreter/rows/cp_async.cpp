@@ -200,7 +200,8 @@ struct Arrival final : Pending {
     CpAsync& state = *cta.warps[warp].cp_async;
     const Knowledge own = learnt(agent, completion_time(cta, agent));
     for (const auto& c : copies) {
-      if (const Mask landing = c->in_flight & lanes) c->land(cta, cta.cluster->async_actor(agent, Proxy::generic), landing);
+      if (const Mask landing = c->in_flight & lanes)
+        c->land(cta, cta.cluster->async_actor(agent, Proxy::generic), landing);
     }
     state.forget();
     state.arrived.join(own);

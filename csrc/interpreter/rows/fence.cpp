@@ -1,4 +1,5 @@
-// Fences (ISA 9.7.13.4), programmatic dependent launches (9.7.13.13), setmaxnreg (9.7.19.5). Memory is sequentially consistent here, so fences matter only where the async proxy is concerned.
+// Fences (ISA 9.7.13.4), programmatic dependent launches (9.7.13.13), setmaxnreg (9.7.19.5). Memory is sequentially
+// consistent here, so fences matter only where the async proxy is concerned.
 #include "../table.h"
 #include "async.h"
 

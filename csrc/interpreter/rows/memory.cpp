@@ -227,8 +227,8 @@ Step is_space(Warp& w, const Instruction& i, Mask mask) {
 // Without .shared::cluster an address is generic.
 void require_shared(const Warp& w, const Instruction& i, uint64_t address, int lane) {
   if (i.option || (address & kWindowMask) == kSharedWindow) return;
-  w.fail_at(Kind::illegal, "mapa and getctarank take addresses of shared memory; this generic address is elsewhere", lane,
-            address);
+  w.fail_at(Kind::illegal, "mapa and getctarank take addresses of shared memory; this generic address is elsewhere",
+            lane, address);
 }
 
 // The address of the same variable in another CTA, and whose an address is; generic addresses have the window's bit.

@@ -1,0 +1,59 @@
+#include "interpreter/rows/reductions.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+template <class Op, class T>
+void reduce(uint8_t* memory, const uint8_t* values, uint32_t bytes) {
+  for (uint32_t at = 0; at < bytes; at += sizeof(T)) {
+    T value;
+    std::memcpy(&value, values + at, sizeof(T));
+    exchange<T>(memory + at, [&](T old) { return static_cast<T>(Op{}(old, value)); });
+  }
+}
+
+struct Entry {
+  std::string_view operation;
+  Type type;
+  Reduce reduce;
+};
+constexpr Entry entries[] = {
+    {"add", Type::u32, reduce<Add, uint32_t>},
+    {"add", Type::s32, reduce<Add, uint32_t>},
+    {"add", Type::u64, reduce<Add, uint64_t>},
+    {"add", Type::s64, reduce<Add, uint64_t>},
+    {"add", Type::f16, reduce<Add, Half>},
+    {"add", Type::bf16, reduce<Add, BFloat16>},
+    {"add", Type::f32, reduce<AddFlushed, float>},
+    {"add", Type::f64, reduce<Add, double>},
+    {"min", Type::u32, reduce<Extreme<false>, uint32_t>},
+    {"min", Type::s32, reduce<Extreme<false>, int32_t>},
+    {"min", Type::u64, reduce<Extreme<false>, uint64_t>},
+    {"min", Type::s64, reduce<Extreme<false>, int64_t>},
+    {"min", Type::f16, reduce<Extreme<false>, Half>},
+    {"min", Type::bf16, reduce<Extreme<false>, BFloat16>},
+    {"max", Type::u32, reduce<Extreme<true>, uint32_t>},
+    {"max", Type::s32, reduce<Extreme<true>, int32_t>},
+    {"max", Type::u64, reduce<Extreme<true>, uint64_t>},
+    {"max", Type::s64, reduce<Extreme<true>, int64_t>},
+    {"max", Type::f16, reduce<Extreme<true>, Half>},
+    {"max", Type::bf16, reduce<Extreme<true>, BFloat16>},
+    {"inc", Type::u32, reduce<Increment, uint32_t>},
+    {"dec", Type::u32, reduce<Decrement, uint32_t>},
+    {"and", Type::b32, reduce<And, uint32_t>},
+    {"and", Type::b64, reduce<And, uint64_t>},
+    {"or", Type::b32, reduce<Or, uint32_t>},
+    {"or", Type::b64, reduce<Or, uint64_t>},
+    {"xor", Type::b32, reduce<Xor, uint32_t>},
+    {"xor", Type::b64, reduce<Xor, uint64_t>},
+};
+
+}  // namespace
+
+Reduce reduction(std::string_view operation, Type type) {
+  for (const Entry& e : entries)
+    if (e.operation == operation && e.type == type) return e.reduce;
+  return nullptr;
+}
+
+}  // namespace forwardpass::interpreter
