@@ -6,6 +6,7 @@
 
 #include "finding.h"
 #include "table.h"
+#include "undefined.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -101,6 +102,7 @@ void decode(Module& m, Code& code) {
     const Statement& s = k < body.size() ? body[k] : end;
     Instruction& i = code.instructions[k];
     i.index = static_cast<uint32_t>(k);
+    if (is_lanewise(s.opcode)) i.undefined = Undefined::lanewise;
     code.statements.push_back(&s);
     const Row* row = find_row(s.opcode, slots);
     if (!row) {

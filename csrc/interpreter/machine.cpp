@@ -218,7 +218,11 @@ void run_warp(Warp& w, uint64_t slice) {
         Step step = Step::next;
         [[maybe_unused]] Count* count = nullptr;
         if constexpr (kCounted) w.count = count = w.cta->sheet->at(*s.frame->code, i.index);
-        if (mask) step = w.watched ? run_watched(w, i, mask) : i.run(w, i, mask);
+        if (__builtin_expect(w.watched, 0)) {
+          step = run_watched(w, i, s.mask, mask);
+        } else if (mask) {
+          step = i.run(w, i, mask);
+        }
         if constexpr (kCounted) count->step(step, mask);
         if (step == Step::next || step == Step::yielded) {
           Strand& now = w.strands[w.running];

@@ -74,11 +74,13 @@ struct Pending {
   bool done = false;
 };
 
-struct Wgmma;           // rows/wgmma.cpp
-struct CpAsync;         // rows/cp_async.cpp
-struct Bulk;            // rows/bulk.cpp
-struct MBarrier;        // mbarrier.h
-struct ClusterBarrier;  // rows/cluster_barrier.cpp
+struct Wgmma;              // rows/wgmma.cpp
+class UndefinedRegisters;  // undefined.h
+struct CpAsync;            // rows/cp_async.cpp
+struct Bulk;               // rows/bulk.cpp
+struct MBarrier;           // mbarrier.h
+struct ClusterBarrier;     // rows/cluster_barrier.cpp
+
 struct alignas(64) Warp {
   Cta* cta;
   int id;                       // within the CTA
@@ -102,12 +104,15 @@ struct alignas(64) Warp {
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
   // nothing is under way. Reading or writing one is a finding; a plain mov is deferred (run_watched).
-  bool watched = false;  // some are: the loop calls run_watched in place of the handler
+  // The same of registers that are undefined (undefined.h).
+  bool watched = false;  // there are some: the loop calls run_watched in place of the handler
 
   // Per-warp state of the asynchronous instructions; each row file owns its own struct.
   std::shared_ptr<CpAsync> cp_async;
   std::shared_ptr<Bulk> bulk;
   std::shared_ptr<Wgmma> wgmma;
+  std::shared_ptr<UndefinedRegisters> undefined;
+  Mask unwritten = 0;  // lanes whose bytes of the load under way nothing has written: access() to its handler
   uint64_t cluster_phases = 0;                       // of the cluster's barrier that it has waited for
   std::vector<const Instruction*> register_changes;  // setmaxnreg so far
 
@@ -258,8 +263,9 @@ void run_warp(Warp&, uint64_t slice);
 uint32_t next_random(uint64_t& state);
 uint64_t mix(uint64_t);
 
-// One instruction while registers are in flight (rows/wgmma.cpp): a finding when it touches one, deferred when it is a
-// plain mov of one, else its handler's step.
-Step run_watched(Warp&, const Instruction&, Mask);
+// One instruction while registers are in flight or undefined: a finding when it may not touch one, else its step.
+// `here` are the lanes of the strand, `mask` those that its guard lets through.
+Step run_watched(Warp&, const Instruction&, Mask here, Mask mask);
+void update_watched(Warp&);
 
 }  // namespace forwardpass::interpreter

@@ -5,6 +5,7 @@
 
 #include "global_shadow.h"
 #include "machine.h"
+#include "undefined.h"
 
 namespace forwardpass::interpreter {
 
@@ -217,11 +218,12 @@ Cta& shared_range(Warp& w, uint64_t address, uint64_t bytes, bool cluster, Use u
 
 namespace {
 
-void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int bytes, Use use, uint8_t* host[kLanes]) {
+void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int bytes, Use use, Mask mask,
+                   uint8_t* host[kLanes]) {
   Cta& own = *w.cta;
   const bool checks = own.launch->options.checks;
   const Actor actor = w.actor();
-  bool others = false;
+  bool others = false, unwritten = false;
   each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) {
     Cta* cta = &own;
     if (__builtin_expect(begin > own.shared.size() || size > own.shared.size() - begin, 0)) {
@@ -233,8 +235,10 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
     }
     if (checks) {
       cta->shadow.access(actor, static_cast<uint32_t>(shared_offset_of(begin)), static_cast<uint32_t>(size), use);
+      if (use == Use::load) unwritten |= cta->shadow.loaded_unwritten();
     }
   });
+  if (unwritten) note_unwritten(w, a, bytes, mask);
   if (!others) {
     for (int l = 0; l < kLanes; ++l) host[l] = own.shared.data() + a[l];
   } else {
@@ -335,7 +339,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   if (is_strong(use)) synchronise(w, shared, lanes);
   try {
     if (shared) {
-      access_shared(w, space, lanes, bytes, use, host);
+      access_shared(w, space, lanes, bytes, use, mask, host);
     } else {
       access_global(w, lanes, bytes, use, host);
     }

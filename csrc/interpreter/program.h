@@ -42,6 +42,10 @@ using Offset = uint32_t;              // bytes into a frame
 constexpr Offset kSink = ~Offset{0};  // destination `_`
 constexpr Offset kAlwaysTrue = 0;     // a predicate of ones, the guard of unguarded instructions
 
+// What undefined sources mean to an instruction (undefined.h): a finding; undefined results in the same lanes; those of
+// mma; what is stored becomes undefined.
+enum class Undefined : uint8_t { finding, lanewise, product, store };
+
 // Where an instruction may lead, besides on: branch to Instruction::option, table to data's std::vector<uint32_t>.
 enum class Flow : uint8_t { next, branch, table, end };
 
@@ -59,6 +63,7 @@ struct Instruction {
   bool updates = false;       // may leave a destination's old value in a lane that it runs for
   bool asynchronous = false;  // reads or writes its registers later (wgmma)
   Flow flow = Flow::next;
+  Undefined undefined = Undefined::finding;
 };
 
 // A register that gets its value when a frame begins. Immediates need none: they are part of Code::image.

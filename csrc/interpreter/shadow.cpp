@@ -16,13 +16,16 @@ uint16_t bytes_between(uint32_t low, uint32_t high) {
   return static_cast<uint16_t>((0xffffu << low) & (0xffffu >> (kGranule - high)));
 }
 
-[[noreturn]] void fail(Kind kind, uint64_t address, std::string message) {
+Finding finding(Kind kind, uint64_t address, std::string message) {
   Finding f;
   f.kind = kind;
   f.message = std::move(message);
   f.address = address;
   f.has_address = true;
-  throw f;
+  return f;
+}
+[[noreturn]] void fail(Kind kind, uint64_t address, std::string message) {
+  throw finding(kind, address, std::move(message));
 }
 
 std::string range(uint32_t begin, uint32_t bytes) {
@@ -180,6 +183,7 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
     // An exchange and the like read what was there, so an atomic counts as a read here.
     const bool unwritten = is_read(use) && (mask & ~g.written);
     if (__builtin_expect(unwritten || (mask & g.flying) || g.mbarriers, 0)) check_state(actor, g, number, mask, use);
+    if constexpr (use == Use::load) loaded_unwritten_ |= unwritten;
     for (uint32_t c = first; c < first + count; ++c) check<use>(actor, c, number, mask);
     if constexpr (is_write(use)) {
       g.written |= mask;
@@ -235,6 +239,8 @@ void Shadow::access(const Actor& actor, uint32_t begin, uint32_t bytes, Use use)
       return touch<Use::strong_read>(actor, begin, bytes);
     case Use::strong_write:
       return touch<Use::strong_write>(actor, begin, bytes);
+    case Use::load:
+      return touch<Use::load>(actor, begin, bytes);
   }
 }
 
@@ -308,13 +314,36 @@ void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, 
          std::string(verb(use)) + " by " + who + " of " + range(at + byte, __builtin_popcount(bad)) + ", which " +
              agent_at(cell.writer, cell.write_line) + " is still writing");
   }
-  const uint16_t bad = is_read(use) ? mask & ~g.written : 0;
-  if (bad) {
-    const uint32_t byte = __builtin_ctz(bad);
-    fail(Kind::uninitialised, at + byte,
-         std::string(verb(use)) + " by " + who + " of " + range(at + byte, __builtin_popcount(bad)) +
-             ", which nothing has written");
-  }
+  const uint16_t bad = is_read(use) && use != Use::load ? mask & ~g.written : 0;
+  if (bad) throw unwritten_bytes(actor, number, bad, use);
+}
+
+Finding Shadow::unwritten_bytes(const Actor& actor, uint32_t number, uint16_t bad, Use use) const {
+  const uint32_t at = number * kGranule + __builtin_ctz(bad);
+  return finding(Kind::uninitialised, at,
+                 std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " +
+                     range(at, __builtin_popcount(bad)) + ", which nothing has written");
+}
+
+Finding Shadow::unwritten(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  Finding f;
+  bool first = true;
+  each_granule(begin, bytes, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t, uint32_t) {
+    if (first && (mask & ~g.written)) f = unwritten_bytes(actor, number, mask & ~g.written, Use::load);
+    first &= !(mask & ~g.written);
+  });
+  return f;
+}
+
+bool Shadow::written(uint32_t begin, uint32_t bytes) {
+  bool all = true;
+  each_granule(begin, bytes,
+               [&](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { all &= !(mask & ~g.written); });
+  return all;
+}
+
+void Shadow::store_undefined(uint32_t begin, uint32_t bytes) {
+  each_granule(begin, bytes, [](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { g.written &= ~mask; });
 }
 
 void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool seen) const {

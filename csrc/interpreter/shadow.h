@@ -11,6 +11,7 @@
 // Cluster::base and so in everybody's past, and nothing but the masks needs clearing.
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "clock.h"
@@ -22,8 +23,9 @@ struct Cta;
 struct Module;
 
 // strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
-// constant: .nc, whose bytes must not change while the kernel runs.
-enum class Use : uint8_t { read, write, atomic, strong_read, strong_write, constant };
+// constant: .nc, whose bytes must not change while the kernel runs. load: a read into registers, which may be of bytes
+// that nothing has written (undefined.h).
+enum class Use : uint8_t { read, write, atomic, strong_read, strong_write, constant, load };
 constexpr bool is_read(Use u) { return u != Use::write && u != Use::strong_write; }
 constexpr bool is_write(Use u) { return u == Use::write || u == Use::strong_write || u == Use::atomic; }
 constexpr bool is_strong(Use u) { return u == Use::atomic || u == Use::strong_read || u == Use::strong_write; }
@@ -54,6 +56,12 @@ class Shadow {
   void read(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::read); }
   void write(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::write); }
   void atomic(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::atomic); }
+
+  // Whether a load touched bytes that nothing has written, since this was asked last.
+  bool loaded_unwritten() { return std::exchange(loaded_unwritten_, false); }
+  bool written(uint32_t begin, uint32_t bytes);
+  Finding unwritten(const Actor&, uint32_t begin, uint32_t bytes);  // what there is to say about them
+  void store_undefined(uint32_t begin, uint32_t bytes);             // what was stored there is as if nothing had been
 
   // An asynchronous operation will write the range: anybody's access until land() is a finding. To land counts as the
   // write.
@@ -100,6 +108,7 @@ class Shadow {
 
   // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.
   void check_state(const Actor&, const Granule&, uint32_t number, uint16_t mask, Use) const;
+  Finding unwritten_bytes(const Actor&, uint32_t number, uint16_t bad, Use) const;
   [[noreturn]] void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool seen) const;
   [[noreturn]] void fail_read(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
   std::string agent_at(int agent, uint32_t line) const;
@@ -108,6 +117,7 @@ class Shadow {
 
   std::vector<Granule> granules_;
   std::vector<Cell> cells_;   // one for every granule, then those of split ones
+  bool loaded_unwritten_ = false;
   uint32_t used_ = 0;         // of cells_, which never shrinks
   int first_ = kFirstWarp;    // agent of the CTA's first warp
   int warps_ = 0;             // of the CTA

@@ -174,7 +174,9 @@ void check_global(Warp& w, Transfer& t, Use use, int lane) {
 // Its bytes are on their way to the target.
 void send(Warp& w, Transfer& t, uint32_t to) {
   Cta& target = *t.target;
-  use_mbarrier(w, target, t.mbarrier);
+  // The copy signals the mbarrier, and whoever waits for it knows that; nobody need know of the thread that issued it
+  // (CUTLASS's multicasts: the CTAs that receive leave when their consumers have what they waited for).
+  use_mbarrier(w, target, t.mbarrier, false);
   t.agent = w.cta->cluster->async_agent(w);
   const Actor actor = w.cta->cluster->async_actor(t.agent);
   if (&target != w.cta) target.visited(actor);

@@ -19,6 +19,7 @@ struct Copy final : Pending {
   uint32_t to[kLanes];
   uint8_t read[kLanes];  // bytes; the rest is zeros
   Mask in_flight = 0;    // lanes that have not waited
+  Knowledge landed;      // as what the others have been written
 
   void complete(Cta& cta) override {
     uint8_t* memory = cta.shared.data();
@@ -54,6 +55,7 @@ struct Copy final : Pending {
   void land(Cta& cta, const Actor& actor, Mask lanes) {
     cta.cluster->complete(*this);
     in_flight &= ~lanes;
+    landed.join(learnt(actor.agent, actor.now));
     if (!checked(cta)) return;
     // What has landed counts as written by the async proxy, which wgmma and TMA may read without another fence: ISA 8
     // is silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
@@ -212,10 +214,11 @@ struct Arrival final : Pending {
 
   void complete(Cta& cta) override {
     CpAsync& state = *cta.warps[warp].cp_async;
-    const Knowledge own = learnt(agent, completion_time(cta, agent));
+    Knowledge own = learnt(agent, completion_time(cta, agent));
     for (const auto& c : copies) {
       if (const Mask landing = c->in_flight & lanes)
         c->land(cta, cta.cluster->async_actor(agent, Proxy::generic), landing);
+      own.join(c->landed);  // a later arrival may have been there first (CUTLASS's blockwise scales, two stages ahead)
     }
     state.forget();
     state.arrived.join(own);

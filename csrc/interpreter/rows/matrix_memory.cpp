@@ -6,6 +6,7 @@
 
 #include "interpreter/rows/addresses.h"
 #include "interpreter/rows/matrix_rows.h"
+#include "interpreter/undefined.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -34,11 +35,20 @@ void find_rows(Warp& w, const Instruction& i, Use use, uint8_t* host[kLanes]) {
   access(w, ptx::Space::shared, address, 16, use, lanes, host);
 }
 
+// The lanes that hold something of these rows: four for each, or transposed one in four.
+Mask lanes_of_rows(Mask rows, bool transposed) {
+  Mask lanes = 0;
+  for (int r = 0; r < 8; ++r)
+    if (rows >> r & 1) lanes |= transposed ? 0x11111111u << r / 2 : 0xfu << r * 4;
+  return lanes;
+}
+
 Step ldmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  find_rows(w, i, Use::read, host);
+  find_rows(w, i, Use::load, host);
+  const Mask unwritten = std::exchange(w.unwritten, 0);
   for (int n = 0; n < how.matrices; ++n) {
     if (i.operand[n] == kSink) continue;
     alignas(64) uint32_t rows[kLanes];
@@ -48,6 +58,7 @@ Step ldmatrix(Warp& w, const Instruction& i, Mask mask) {
     } else {
       std::memcpy(w.operand<uint32_t>(i, n), rows, sizeof rows);
     }
+    if (unwritten) set_undefined(w, i.operand[n], kAllLanes, lanes_of_rows(unwritten >> n * 8 & 0xff, how.transposed));
   }
   return Step::next;
 }

@@ -3,6 +3,7 @@
 
 #include "interpreter/rows/addresses.h"
 #include "interpreter/rows/lanewise.h"
+#include "interpreter/undefined.h"
 
 #define LEVEL1 "L1::evict_normal|L1::evict_unchanged|L1::evict_first|L1::evict_last|L1::no_allocate"
 #define PREFETCH "L2::64B|L2::128B|L2::256B"
@@ -41,6 +42,7 @@ Step load(Warp& w, const Instruction& i, Mask mask) {
       d[l] = static_cast<R>(value);
     });
   }
+  loaded(w, i);
   return Step::next;
 }
 
@@ -55,6 +57,7 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
       const M value = static_cast<M>(s[l]);
       std::memcpy(host[l] + k * sizeof(M), &value, sizeof(M));
     });
+    stored(w, i, 1 + k, mask, host, k * sizeof(M), sizeof(M));
   }
   return Step::next;
 }
@@ -68,6 +71,7 @@ Step load128(Warp& w, const Instruction& i, Mask mask) {
   auto* d = w.operand<uint64_t>(i, 0);
   for (int half = 0; half < 2; ++half)
     each_lane(mask, [&](int l) { std::memcpy(d + half * kLanes + l, host[l] + half * 8, 8); });
+  loaded(w, i);
   return Step::next;
 }
 
@@ -78,6 +82,7 @@ Step store128(Warp& w, const Instruction& i, Mask mask) {
   const auto* s = w.operand<uint64_t>(i, 1);
   for (int half = 0; half < 2; ++half)
     each_lane(mask, [&](int l) { std::memcpy(host[l] + half * 8, s + half * kLanes + l, 8); });
+  stored(w, i, 1, mask, host, 0, 16);
   return Step::next;
 }
 
@@ -134,7 +139,7 @@ void bind_load(Bind& b) {
   const Type type = value_type(b);
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
-  t.use = b.has("nc") ? Use::constant : order(b) == Order::weak ? Use::read : Use::strong_read;
+  t.use = b.has("nc") ? Use::constant : order(b) == Order::weak ? Use::load : Use::strong_read;
   const int bytes =
       bind_values(b, b.operand(0), type, t.count, [&](const Operand& o) { return b.destination_relaxed(o, type); });
   t.bind(b, b.operand(1));
@@ -154,6 +159,7 @@ void bind_store(Bind& b) {
   const int bytes =
       bind_values(b, b.operand(1), type, t.count, [&](const Operand& o) { return b.source_relaxed(o, type); });
   if (b.has("L2::cache_hint")) b.source(2, Type::b64);
+  b.instruction.undefined = Undefined::store;
   if (type == Type::b128) return b.run(store128);
   with_widths(b, type, bytes, [&](auto m, auto r) { b.run(store<std::make_unsigned_t<decltype(m)>, decltype(r)>); });
 }

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "interpreter/rows/matrix_rows.h"
+#include "interpreter/undefined.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -14,6 +15,34 @@ struct Mma {
 };
 
 constexpr uint32_t kNoRows[kLanes] = {};  // the lower half of A where the shape has 8 rows
+
+// An undefined element of A leaves its row of D undefined, one of B its column, and one of C what is at its place.
+void multiply_undefined(Warp& w, const Instruction& i, const Mma& m) {
+  const Offset* const a = i.operand + m.d_registers;
+  const Offset* const b = a + m.a_registers;
+  const Offset* const c = b + m.b_registers;
+  const int halves = m.exact.halves, rows_of_a = m.a_registers / halves, pairs = m.exact.d == Accumulate::f16 ? 1 : 2;
+  uint32_t rows = 0, columns = 0;
+  const auto eighths = [&](Offset o) {
+    uint32_t found = 0;
+    for (int k = 0; k < 8; ++k) found |= (w.undefined->lanes(w, o) >> k * 4 & 0xf ? 1u : 0u) << k;
+    return found;
+  };
+  for (int h = 0; h < halves; ++h) {
+    for (int r = 0; r < rows_of_a; ++r) rows |= eighths(a[h * rows_of_a + r]) << r * 8;
+    columns |= eighths(b[h]);
+  }
+  Mask result[4];
+  for (int r = 0; r < m.d_registers; ++r) {
+    result[r] = w.undefined->lanes(w, c[r]);
+    for (int l = 0; l < kLanes; ++l) {
+      const uint32_t mine = pairs == 1 ? 3u << l % 4 * 2 : 1u << (l % 4 * 2 + r % 2);
+      if ((rows >> (r / pairs * 8 + l / 4) & 1) || (columns & mine)) result[r] |= Mask{1} << l;
+    }
+  }
+  const uint32_t origin = w.undefined->origin_of_sources(w, i);
+  for (int r = 0; r < m.d_registers; ++r) w.undefined->set(w, i.operand[r], kAllLanes, result[r], origin);
+}
 
 Step mma(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
@@ -41,6 +70,7 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
   for (int r = 0; r < m.d_registers; ++r) {
     if (i.operand[r] != kSink) std::memcpy(w.at<uint32_t>(i.operand[r]), sums[r], sizeof sums[r]);
   }
+  if (__builtin_expect(w.undefined && !w.undefined->empty(), 0)) multiply_undefined(w, i, m);
   return Step::next;
 }
 
@@ -68,6 +98,7 @@ void bind_mma(Bind& b) {
   for (const Operand& o : registers_of(b, 1, m.a_registers)) b.source(o, Type::b32);
   for (const Operand& o : registers_of(b, 2, m.b_registers)) b.source(o, Type::b32);
   for (const Operand& o : registers_of(b, 3, m.d_registers)) b.source(o, d);
+  b.instruction.undefined = Undefined::product;
   b.run(&mma);
 }
 

@@ -192,7 +192,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
       w.fail(Kind::unsupported, "wgmma operations in flight across a function call: wait for them within the function");
     }
     state.flight.land(last, w.frame->registers);
-    w.watched = !state.flight.empty();
+    update_watched(w);
   }
   for (size_t g = 0; g < done; ++g) {
     for (const auto& [agent, now] : state.groups[g].agents) {

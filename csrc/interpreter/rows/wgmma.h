@@ -101,6 +101,10 @@ struct Warpgroup {
   Clock now = 0;
 };
 
+// One instruction while registers are in flight: a finding when it touches one, deferred when it is a plain mov of one,
+// else its handler's step.
+Step run_in_flight(Warp&, const Instruction&, Mask);
+
 struct Wgmma {  // of one warp
   std::shared_ptr<Warpgroup> group;
   RegistersInFlight flight;

@@ -97,7 +97,7 @@ namespace {
 
 }  // namespace
 
-Step run_watched(Warp& w, const Instruction& i, Mask mask) {
+Step run_in_flight(Warp& w, const Instruction& i, Mask mask) {
   Wgmma& state = *w.wgmma;
   if (w.frame != state.frame) return i.run(w, i, mask);
   const Statement& statement = *w.frame->code->statements[i.index];
@@ -135,7 +135,6 @@ Step run_watched(Warp& w, const Instruction& i, Mask mask) {
       touched(w, *e, true);
     }
   }
-  if (flight.empty()) w.watched = false;
   return i.run(w, i, mask);
 }
 

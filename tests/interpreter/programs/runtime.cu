@@ -235,6 +235,24 @@ bool tensor_maps() {
   return right && refused == cudaErrorNotSupported && !unknown && cudaGetLastError() == cudaErrorNotSupported;
 }
 
+bool driver_fills() {
+  unsigned char* out;
+  unsigned host[4];
+  const char* text = nullptr;
+  CHECK(cudaMalloc(&out, 16));
+  const auto at = reinterpret_cast<CUdeviceptr>(out);
+  bool right = !cuMemsetD32Async(at, 0x01020304, 4, nullptr) && !cuMemsetD16Async(at + 4, 0x0506, 2, nullptr) &&
+               !cuMemsetD8Async(at + 8, 7, 4, nullptr);
+  CHECK(cudaMemcpy(host, out, 16, cudaMemcpyDeviceToHost));
+  right &= host[0] == 0x01020304 && host[1] == 0x05060506 && host[2] == 0x07070707 && host[3] == 0x01020304;
+  right &= cuMemsetD32Async(at, 0, 5, nullptr) == CUDA_ERROR_INVALID_VALUE &&
+           cuMemsetD32Async(at + 2, 0, 1, nullptr) == CUDA_ERROR_INVALID_VALUE;
+  cudaGetLastError();
+  right &= !cuGetErrorString(CUDA_ERROR_INVALID_VALUE, &text) && !std::strcmp(text, "invalid argument");
+  CHECK(cudaFree(out));
+  return right;
+}
+
 int main() {
   const struct {
     const char* name;
@@ -244,6 +262,7 @@ int main() {
       {"pitched copies", pitched_copies},         {"variables", variables},
       {"arguments by value", arguments_by_value}, {"attributes", attributes},
       {"host functions", host_functions},         {"tensor maps", tensor_maps},
+      {"driver fills", driver_fills},
   };
   int failed = 0;
   for (const auto& feature : features) {
