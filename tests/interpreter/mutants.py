@@ -61,7 +61,9 @@ def operation_launches(name, arch):
         for case in cases:
             args = case.arguments()
             module.assert_matches(fp.backend.operations[getattr(case, "op", name)](*args), args)
-        for i, (shape, case) in enumerate([*((SHAPE, c) for c in cases), *zip(itertools.cycle(SHAPES), cases + cases[::-1])]):
+        for i, (shape, case) in enumerate(
+            [*((SHAPE, c) for c in cases), *zip(itertools.cycle(SHAPES), cases + cases[::-1])]
+        ):
             shape = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
             x, *rest = dataclasses.replace(case, shape=shape).arguments()
             if x.is_floating_point():
@@ -91,7 +93,9 @@ def misaligned(t):
 
 def needs_whole(case):
     """Whether the contract takes whole vectors alone."""
-    return getattr(case, "layout", "") == "interleaved8" or hasattr(case, "epilogue") and case.epilogue.activation in GATED
+    return getattr(case, "layout", "") == "interleaved8" or (
+        hasattr(case, "epilogue") and case.epilogue.activation in GATED
+    )
 
 
 def witness_launches(name, arch):
@@ -177,10 +181,13 @@ def report(results):
     table = collections.defaultdict(collections.Counter)
     for m, by, _ in results:
         table[m.kind.removesuffix(" again")][by or "undetected"] += 1
+    detected = collections.Counter(m.key for m, by, _ in results if by not in (None, "unreached"))
     columns = sorted({c for row in table.values() for c in row})
     undetected = [
         {"mutant": m.id, "source": f"{m.file}:{m.source}", "text": m.source_text, "kind": m.kind, "before": m.before,
-         "after": m.after, "by": by or "undetected", "reason": known.get(m.key)}
+         "after": m.after, "by": by or "undetected",
+         "twins": detected[m.key],  # of the same source line and kind, that are detected
+         "reason": known.get(m.key)}
         for m, by, _ in results
         if by in (None, "unreached")
     ]  # fmt: skip
@@ -199,7 +206,9 @@ def markdown(made):
     lines.append("")
     for (source, text, kind, by, reason), of in sorted(groups.items()):
         what = f"`{of[0]['before']}` -> `{of[0]['after']}`"
-        lines.append(f"- {source} `{text}`: {kind}, {by} in {len(of)} ({what}): {reason or '**no reason**'}")
+        lines.append(
+            f"- {source} `{text}`: {kind}, {by} in {len(of)}, detected in {of[0]['twins']} ({what}): {reason or '**no reason**'}"
+        )
     return "\n".join(lines)
 
 

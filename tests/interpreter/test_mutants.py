@@ -9,6 +9,7 @@ pytest.importorskip("forwardpass.interpreter")
 pytest.importorskip("triton")
 
 import mutants
+
 from forwardpass.interpreter import Module, core
 
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
