@@ -33,9 +33,9 @@ SEEDS = range(3)
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach a statement, the shortest that it is mutated in
 ENOUGH = 10
-#: Beside a case's own shape, which is small or odd: vectors that lack one column and that have but one, several rows, as
-#: the place of their extremes decides what a reduction misses, and more columns than a block keeps in registers.
-SHAPES = ((5, 47), (3, 41), (9, 1048), (9, 1047), (1, 16431), (1, 16424))
+#: Beside a case's own shape, which is small or odd: for each, a vector that lacks one column; in turn, vectors of one
+#: column, rows of two warps and of sixteen, and more columns than a block keeps in registers.
+SHAPE, SHAPES = (5, 47), ((3, 41), (9, 1048), (9, 1047), (16, 8200), (1, 16431), (1, 16424))
 #: an instance of each kernel: its operation's cases of this dtype. More columns than the threads of a block keep in
 #: registers come on top.
 OPERATIONS = {
@@ -61,14 +61,34 @@ def operation_launches(name, arch):
         for case in cases:
             args = case.arguments()
             module.assert_matches(fp.backend.operations[getattr(case, "op", name)](*args), args)
-        for shape, case in zip(itertools.cycle(SHAPES), cases):
+        for i, (shape, case) in enumerate(
+            [*((SHAPE, c) for c in cases), *zip(itertools.cycle(SHAPES), cases + cases[::-1])]
+        ):
             shape = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
             x, *rest = dataclasses.replace(case, shape=shape).arguments()
-            if x.is_floating_point():  # all of its values matter, not only the awkward ones
-                x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+            if x.is_floating_point():
+                x = spread(x)
+            if i % 2:
+                rest = [misaligned(t) if isinstance(t, torch.Tensor) and t.dim() == 1 else t for t in rest]
             fp.backend.operations[getattr(case, "op", name)](x, *rest)
     torch.use_deterministic_algorithms(False)
     return launches
+
+
+def spread(like):
+    """Normal values, so that each of them matters and not only the awkward ones; each row has its extremes elsewhere, as
+    what a maximum misses shows only where it stands."""
+    rows, columns = like.shape
+    x = torch.randn(like.shape, generator=torch.Generator().manual_seed(1))
+    for row in range(rows):
+        at = (2 * row + 1) * columns // (2 * rows)
+        x[row, at], x[row, (at + columns // 3) % columns] = 9, -7
+    return x.to(like.dtype)
+
+
+def misaligned(t):
+    """The same values, one element behind an aligned address."""
+    return torch.cat([t[:1], t])[1:]
 
 
 def needs_whole(case):
@@ -161,10 +181,13 @@ def report(results):
     table = collections.defaultdict(collections.Counter)
     for m, by, _ in results:
         table[m.kind.removesuffix(" again")][by or "undetected"] += 1
+    detected = collections.Counter(m.key for m, by, _ in results if by not in (None, "unreached"))
     columns = sorted({c for row in table.values() for c in row})
     undetected = [
         {"mutant": m.id, "source": f"{m.file}:{m.source}", "text": m.source_text, "kind": m.kind, "before": m.before,
-         "after": m.after, "by": by or "undetected", "reason": known.get(m.key)}
+         "after": m.after, "by": by or "undetected",
+         "twins": detected[m.key],  # of the same source line and kind, that are detected
+         "reason": known.get(m.key)}
         for m, by, _ in results
         if by in (None, "unreached")
     ]  # fmt: skip
@@ -183,7 +206,9 @@ def markdown(made):
     lines.append("")
     for (source, text, kind, by, reason), of in sorted(groups.items()):
         what = f"`{of[0]['before']}` -> `{of[0]['after']}`"
-        lines.append(f"- {source} `{text}`: {kind}, {by} in {len(of)} ({what}): {reason or '**no reason**'}")
+        lines.append(
+            f"- {source} `{text}`: {kind}, {by} in {len(of)}, detected in {of[0]['twins']} ({what}): {reason or '**no reason**'}"
+        )
     return "\n".join(lines)
 
 
