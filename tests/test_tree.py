@@ -40,9 +40,9 @@ def test_kernels_see_no_torch_and_the_torch_side_no_cuda():
 
 
 def test_assembly_is_in_common_only():
-    assert not [
-        p for p in CSRC.rglob("*") if p.is_file() and p.parent.name != "common" and re.search(r"\basm\b", p.read_text())
-    ]
+    """Of kernels. The stand-in for cudart, host code, names its symbols with asm labels."""
+    files = [p for p in CSRC.rglob("*") if p.is_file() and p.parent.name not in ("common", "standin")]
+    assert not [p for p in files if re.search(r"\basm\b", p.read_text())]
 
 
 def test_files_do_one_job():
