@@ -371,7 +371,9 @@ def test_tritons_own_interpreter_is_not_mixed_in(monkeypatch):
 
 
 def test_an_old_cpu_is_told_so(monkeypatch):
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda self: "model name: old\nflags\t\t: fpu sse2 avx f16c\nbugs:\n")
+    monkeypatch.setattr(
+        pathlib.Path, "read_text", lambda self: "model name: old\nflags\t\t: fpu sse2 avx f16c\nbugs:\n"
+    )
     reason = core.why_not.__wrapped__()
     assert reason.code == "cpu"
     assert "this one lacks avx2, bmi2, fma;" in str(reason)
