@@ -6,7 +6,7 @@
 namespace forwardpass::interpreter {
 namespace {
 
-// A warp that runs ahead still stops after so many, as it might spin on another CTA.
+// A warp that runs ahead still stops after so many, as it might spin on another cluster.
 constexpr uint64_t kLongSlice = 4096;
 // Clocks start again from here on.
 constexpr Clock kHighestBase = 0x80000000;
@@ -99,7 +99,8 @@ Warp* Cluster::pick() {
   for (int k = 0; k < count; ++k) {
     const int n = (start + k) % count;
     if (!runnable(n)) continue;
-    if (order_ != Order::behind || n != favourite_) return warps[n];
+    // One that is behind gets its turn at last: the others might spin on what it does.
+    if (order_ != Order::behind || n != favourite_ || random() % 64 == 0) return warps[n];
     last = warps[n];
   }
   return last;
@@ -142,6 +143,9 @@ bool Cluster::run(uint64_t budget) {
     (w->cta->sheet ? run_warp<true> : run_warp<false>)(*w, far ? kLongSlice : slices[random() % 6]);
     running_ = nullptr;
     used += w->steps - steps;
+    if (far && w->steps - steps >= kLongSlice && random() % 4 == 0) {  // it might spin on what the others do
+      favourite_ = static_cast<int>(random() % warps.size());
+    }
     if (w->steps == steps) ++used;  // a slice that found itself blocked costs too
     if (used > budget) return false;
   }
