@@ -31,6 +31,7 @@ void Cluster::begin(Launch& l, uint64_t number, Sheet* sheet) {
     for (auto& cta : ctas) cta->shadow.forget();
   }
   pending.clear();
+  idle_at = 0;
   sync_points.reset();
   barrier.reset();
   warps.clear();
@@ -135,7 +136,10 @@ bool Cluster::run(uint64_t budget) {
     if (!w) {
       sweep();
       if (!pending.empty() && complete_one()) continue;
-      deadlock();
+      if (idle_at == events) deadlock();
+      idle_at = events;
+      for (Warp* blocked : warps) blocked->blocked_at = ~uint64_t{0};
+      continue;
     }
     const bool far = order_ == Order::ahead && w == warps[favourite_];
     const uint64_t steps = w->steps;

@@ -92,6 +92,8 @@ struct alignas(64) Warp {
   Mask exists = 0;                     // lanes of the block: the last warp may have fewer than 32
   uint64_t steps = 0;                  // warp instructions so far
   uint64_t blocked_at = ~uint64_t{0};  // Cluster::events when it last found itself blocked
+  uint64_t polled_at = 0;              // and at the failed looks at an mbarrier that `polls` counts
+  int polls = 0;
   Knowledge knowledge;
   std::unique_ptr<Knowledge> fenced;  // at its last fence: what a relaxed arrival at the cluster's barrier gives away
   RegionCache regions;
@@ -197,6 +199,8 @@ struct Cluster {
   int live_warps = 0;
   Clock base = 1;       // of this cluster's clocks: those before it on this thread stayed below
   uint64_t events = 1;  // grows whenever something happened that a blocked warp may wait for
+  // `events` when nothing was left that could happen but that time passes: what has a time limit then reaches it.
+  uint64_t idle_at = 0;
   std::vector<std::shared_ptr<Pending>> pending;
   int next_async = 0;
   Knowledge async[kAsyncAgents];           // what the operations under way know

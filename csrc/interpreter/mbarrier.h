@@ -19,8 +19,6 @@ struct MBarrier {
   int64_t transactions = 0;  // bytes expected and not complete
   uint64_t phase = 0;
   Knowledge gathering, completed;  // what the arrivals of this phase, and of the one before it, knew
-  uint64_t polled_at = 0;          // Cluster::events at the failed test_waits counted in `polls`
-  int polls = 0;
 
   MBarrier(uint32_t address, uint32_t count, int initialiser)
       : address(address), initialiser(initialiser), expected(count), pending(count) {}

@@ -441,6 +441,55 @@ def test_mbarrier_init_is_a_write(seed):
     assert finding(body, torch.zeros(32), block=64, seed=seed).kind in ("race", "mbarrier", "uninitialised")
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_try_wait_reaches_its_time_limit(seed):
+    # nobody arrives: who looks once goes on, who loops never does
+    look = """
+    setp.eq.u32 %p0, %t, 0;
+    @%p0 mbarrier.init.shared.b64 [%s], 1;
+    bar.sync 0;
+    again: mbarrier.try_wait.parity.shared.b64 %p1, [%s], 0;
+    {}selp.u32 %r1, 1, 0, %p1;
+    @%p0 st.global.u32 [%a0], %r1;
+    """
+    y = torch.full((1,), 7, dtype=torch.int32)
+    run(look.format(""), y, block=96, seed=seed)
+    assert y.item() == 0
+    assert finding(look.format("@!%p1 bra again;\n"), y, block=96, seed=seed).kind == "deadlock"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cp_async_arrivals_complete_in_any_order(seed):
+    # warp 0 is two copies ahead: an mbarrier each, and the second may have the first copy landed
+    y = torch.zeros(32, dtype=torch.int32)
+    body = """
+    setp.eq.u32 %p0, %t, 0;
+    setp.lt.u32 %p1, %t, 32;
+    @%p0 mbarrier.init.shared.b64 [%s], 32;
+    @%p0 mbarrier.init.shared.b64 [%s+8], 32;
+    bar.sync 0;
+    and.b32 %r1, %t, 31;
+    shl.b32 %r1, %r1, 2;
+    cvt.u64.u32 %rd1, %r1;
+    add.u32 %r1, %r1, %s;
+    add.u64 %rd2, %rd1, %a0;
+    add.u64 %rd3, %rd1, %a1;
+    @!%p1 bra WAIT;
+    cp.async.ca.shared.global [%r1+128], [%rd2], 4;
+    cp.async.mbarrier.arrive.noinc.shared.b64 [%s];
+    cp.async.ca.shared.global [%r1+256], [%rd2], 4;
+    cp.async.mbarrier.arrive.noinc.shared.b64 [%s+8];
+    ret;
+    WAIT:
+    mbarrier.try_wait.parity.shared.b64 %p2, [%s], 0;
+    @!%p2 bra WAIT;
+    ld.shared.b32 %r2, [%r1+128];
+    st.global.b32 [%rd3], %r2;
+    """
+    run(body, torch.arange(1, 33, dtype=torch.int32), y, block=64, seed=seed)
+    assert y.tolist() == list(range(1, 33))
+
+
 ONE = "setp.ne.u32 %p0, %t, 0;\n@%p0 ret;\n"
 START = ONE + "mbarrier.init.shared.b64 [%s], 2;\n"
 

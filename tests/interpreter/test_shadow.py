@@ -167,17 +167,26 @@ def test_a_read_of_one_word_and_a_write_to_the_next():
 # ---- Shared memory: initialisation ----
 
 
-@pytest.mark.parametrize("read", ["ld.shared.u8 %h1, [%s+15];", "ld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [%s];",
+@pytest.mark.parametrize("read", ["ld.shared.u8 %h1, [%s+15];\nst.global.u8 [%a0], %h1;",
+                                  "ld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [%s];\nst.global.u32 [%a0], %r5;",
                                   "atom.shared.add.u32 %r2, [%s+12], 1;", "ld.volatile.shared.u32 %r2, [%s+12];"])  # fmt: skip
 def test_uninitialised(read):
-    f = always("uninitialised", f"@%p1 ret;\nst.shared.v2.u32 [%s], {{%r0, %r0}};\nst.shared.u32 [%s+8], %r0;\n{read}")
+    f = always(
+        "uninitialised",
+        f"@%p1 ret;\nst.shared.v2.u32 [%s], {{%r0, %r0}};\nst.shared.u32 [%s+8], %r0;\n{read}",
+        integers(1),
+    )
     assert "nothing has written" in f.message and f.address in (12, 15)
 
 
 def test_what_the_block_before_wrote_is_not_written():
     # every block checks its own; the first one writes
-    body = "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p2, %r2, 0;\n@%p2 st.shared.u32 [%s], 1;\nld.shared.u32 %r3, [%s];"
-    f = always("uninitialised", body, grid=6, block=32)
+    body = """mov.u32 %r2, %ctaid.x;
+    setp.eq.u32 %p2, %r2, 0;
+    @%p2 st.shared.u32 [%s], 1;
+    ld.shared.u32 %r3, [%s];
+    @!%p2 red.global.add.u32 [%a0], %r3;"""
+    f = always("uninitialised", body, integers(1), grid=6, block=32)
     assert f.block[0] == 1
 
 

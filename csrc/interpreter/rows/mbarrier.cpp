@@ -204,7 +204,8 @@ bool phase_over(const Warp& w, const Form& form, const Instruction& i, const MBa
 
 // A loop around a failing test makes no progress: after so many in a row with nothing happening it counts as a wait.
 constexpr int kPolls = 64;
-// try_wait suspends its thread up to a time limit, which passes once in so many looks.
+// try_wait suspends its thread up to a time limit, which passes once in so many looks, and when nothing else can happen:
+// the phase need not come (CUTLASS looks ahead to a stage that is not filled any more, and does not wait for it).
 constexpr uint32_t kTimeout = 16;
 
 template <bool suspends>
@@ -224,13 +225,13 @@ Step wait(Warp& w, const Instruction& i, Mask mask) {
   }
   if (!over) {
     // Lanes that wait alone may be suspended, and look again when something has happened.
-    if (suspends) {
+    const Cluster& cluster = *w.cta->cluster;
+    if (suspends && cluster.idle_at != cluster.events) {
       if (w.random() % kTimeout) return Step::blocked;
     } else {
-      MBarrier& b = objects[__builtin_ctz(mask)];
-      if (b.polled_at != w.cta->cluster->events) b.polls = 0;
-      b.polled_at = w.cta->cluster->events;
-      if (++b.polls > kPolls) return Step::blocked;
+      if (w.polled_at != cluster.events) w.polls = 0;
+      w.polled_at = cluster.events;
+      if (++w.polls > kPolls) return Step::blocked;
     }
   }
   if (i.operand[0] != kSink) {

