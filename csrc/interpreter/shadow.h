@@ -116,7 +116,7 @@ class Shadow {
   const Cta* cta_ = nullptr;
 
   std::vector<Granule> granules_;
-  std::vector<Cell> cells_;   // one for every granule, then those of split ones
+  std::vector<Cell> cells_;  // one for every granule, then those of split ones
   bool loaded_unwritten_ = false;
   uint32_t used_ = 0;         // of cells_, which never shrinks
   int first_ = kFirstWarp;    // agent of the CTA's first warp

@@ -109,8 +109,8 @@ INLINE float load_of_cta(const float* shared, uint32_t rank) {
 }
 INLINE void bulk_multicast(void* shared, const void* global, int bytes, uint64_t* barrier, uint16_t ctas) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(shared_address(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(ctas)
       : "memory");
 }
