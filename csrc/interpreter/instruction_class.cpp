@@ -42,6 +42,7 @@ constexpr Entry kTable[] = {
     {"9.7.9.11", "local", "local store"},
     {"9.7.9.11", "param", "move"},  // of a call
     {"9.7.9.11", "", "generic store"},
+    {"9.7.9.12", "", "TMA"},  // st.async: to another CTA, as bulk copies are
     {"9.7.9.15", "", "cache hint"},
     {"9.7.9.16", "", "cache hint"},
     {"9.7.9.17", "", "cache hint"},

@@ -258,5 +258,6 @@ def check(spec, op):
 
 def import_all():
     """Every test module of rows, for what they declare."""
-    for path in sorted(pathlib.Path(__file__).parent.glob("test_rows_*.py")):
+    folder = pathlib.Path(__file__).parent
+    for path in sorted((*folder.glob("test_rows_*.py"), *folder.glob("test_cluster*.py"))):
         importlib.import_module(path.stem)
