@@ -111,8 +111,8 @@ struct alignas(64) Warp {
   std::shared_ptr<Bulk> bulk;
   std::shared_ptr<Wgmma> wgmma;
   std::shared_ptr<UndefinedRegisters> undefined;
-  Mask unwritten = 0;  // lanes whose bytes of the load under way nothing has written: access() to its handler
-  uint64_t cluster_phases = 0;                       // of the cluster's barrier that it has waited for
+  Mask unwritten = 0;           // lanes whose bytes of the load under way nothing has written: access() to its handler
+  uint64_t cluster_phases = 0;  // of the cluster's barrier that it has waited for
   std::vector<const Instruction*> register_changes;  // setmaxnreg so far
 
   template <class T>

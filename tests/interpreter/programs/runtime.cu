@@ -258,10 +258,14 @@ int main() {
     const char* name;
     bool (*run)();
   } features[] = {
-      {"refused launches", refused_launches},     {"memory", memory},
-      {"pitched copies", pitched_copies},         {"variables", variables},
-      {"arguments by value", arguments_by_value}, {"attributes", attributes},
-      {"host functions", host_functions},         {"tensor maps", tensor_maps},
+      {"refused launches", refused_launches},
+      {"memory", memory},
+      {"pitched copies", pitched_copies},
+      {"variables", variables},
+      {"arguments by value", arguments_by_value},
+      {"attributes", attributes},
+      {"host functions", host_functions},
+      {"tensor maps", tensor_maps},
       {"driver fills", driver_fills},
   };
   int failed = 0;
