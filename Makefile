@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 DEMO := $(BIN)/forwardpass swap minilm --precision int8 --batch 8 --length 128 --json demo.json
 
-.PHONY: demo test test-all test-cuda-torch lint gates bench clean
+.PHONY: demo test test-all test-cuda-torch lint gates gpu bench clean
 
 demo: .venv/built
 	$(BIN)/forwardpass doctor
@@ -30,6 +30,10 @@ lint: .venv/built
 gates: dist/built
 	$(BIN)/python tests/gates.py dist/forwardpass-*.whl
 
+# On a machine with a GPU, in the environment that is there: nothing is installed. STEPS="build parity", GPU_FLAGS=--dry-run
+gpu:
+	$(PYTHON) tests/gpu.py $(STEPS) $(GPU_FLAGS)
+
 bench: .venv/built
 	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_linear w8a16_gemm; do \
 		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
@@ -38,7 +42,8 @@ bench: .venv/built
 
 clean:
 	rm -rf .venv .venv-cuda build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
-	rm -f python/forwardpass/_*.so python/forwardpass/_build.json
+	rm -f python/forwardpass/_*.so python/forwardpass/_standin.a python/forwardpass/_build.json
+	rm -f python/forwardpass/interpreter/_host*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Triton is named because a CPU build of torch brings none; 3.6 is the one of torch 2.11.
@@ -47,7 +52,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install 'torch>=2.11' 'triton==3.6.*' 'setuptools>=77' ninja
 	$(BIN)/python setup.py toolchain | xargs -r $(BIN)/pip install
-	$(BIN)/pip install --no-build-isolation -e '.[dev]'
+	FORWARDPASS_BUILD_INTERPRETER=1 $(BIN)/pip install --no-build-isolation -e '.[dev]'
 	touch $@
 
 # build/lib keeps modules that no longer exist, and they would be shipped.

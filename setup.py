@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 # setuptools before 77 cannot read this pyproject.toml; for metadata and an sdist it is all that is needed
@@ -56,6 +57,10 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 WANT_CUDA = os.environ.get("FORWARDPASS_BUILD_CUDA", "auto")
 if WANT_CUDA not in ("auto", "0", "1"):
     sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA is auto, 0 or 1, not {WANT_CUDA!r}")
+# the interpreter's host-only objects in Python (csrc/interpreter/python), which bind the wheel to one Python version
+WANT_HOST = os.environ.get("FORWARDPASS_BUILD_INTERPRETER", "0")
+if WANT_HOST not in ("0", "1"):
+    sys.exit(f"forwardpass: FORWARDPASS_BUILD_INTERPRETER is 0 or 1, not {WANT_HOST!r}")
 
 
 def torch_cuda_major():
@@ -216,16 +221,24 @@ class Build(build_ext):
                 text.append(f"build {made[-1]}: {rule} {s}\n flags = {flags(s)}")
             return " ".join(made)
 
-        cpp = sorted(p for p in ROOT.glob("csrc/**/*.cpp") if "interpreter" not in p.parts)
+        csrc = ROOT / "csrc"
+        cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "interpreter")
         flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
         text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
         # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
-        core = sorted(p for p in ROOT.glob("csrc/interpreter/**/*.cpp") if "standin" not in p.parts)
+        core = sorted((*csrc.glob("interpreter/*.cpp"), *csrc.glob("interpreter/rows/*.cpp")))
         core_flags = "-march=x86-64-v3 -mtune=generic"
         flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
         text.append(
             f"build {path(out / '_interpreter.so')}: link {objects('cxx', core, lambda s: core_flags)}\n flags = {flags}"
         )
+        host = sorted(ROOT.glob("csrc/interpreter/python/*.cpp")) if WANT_HOST == "1" else []
+        if host:  # pybind11 is among torch's headers
+            python = f"-isystem {q(sysconfig.get_path('include'))}"
+            made = objects("cxx", host, lambda s: python)
+            made += "".join(f" build/ninja/csrc.interpreter.{name}.cpp.o" for name in ("parser", "types"))
+            name = f"interpreter/_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+            text.append(f"build {path(out / name)}: link {made}\n flags = -Wl,-Bsymbolic")
         cu, standin = [], []
         if home:
             cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))
@@ -255,12 +268,12 @@ class Build(build_ext):
                 f"build {path(out / '_kernels_interpreted.so')}: link {kernels} {cudart} {interpreter}\n flags = {flags}"
             )
             text.append(f"build {path(out / '_standin.a')}: archive {cudart} {program}\n flags = build/ninja/standin.o")
-        return "\n".join(text) + "\n", len(cpp) + len(core) + len(cu) + len(standin)
+        return "\n".join(text) + "\n", len(cpp) + len(core) + len(host) + len(cu) + len(standin)
 
 
 class Wheel(bdist_wheel):
-    def get_tag(self):  # no Python C API in any library: every Python 3 (free-threaded too), this platform
-        return "py3", "none", super().get_tag()[2]
+    def get_tag(self):  # no Python C API in any other library: every Python 3 (free-threaded too), this platform
+        return super().get_tag() if WANT_HOST == "1" else ("py3", "none", super().get_tag()[2])
 
 
 if sys.argv[1:] == ["toolchain"]:

@@ -65,11 +65,14 @@ def write(result: dict[str, Any], file: str | None) -> None:
 
 def main(operations: dict[Operation, Callable[..., Any]], doc: str | None) -> None:
     """Benchmarks operations, each beside a baseline that takes the operation's arguments by name."""
-    args = parser(doc).parse_args()
+    p = parser(doc)
+    p.add_argument("--smallest", action="store_true", help="of each operation the smallest case alone: a trial")
+    args = p.parse_args()
     result = header("benchmark", args.device, ["results"])
     result["results"] = []
     for op, baseline in operations.items():
-        for case in benchmark_cases(op):
+        cases = benchmark_cases(op)
+        for case in [min(cases, key=lambda c: c.bytes())] if args.smallest else cases:
             row = run_case(op, case, baseline, args.device, args.rounds)
             result["results"].append(row)
             print(table_row(row), flush=True)

@@ -6,7 +6,6 @@ is multiply-accumulates per second of that time. Whole kernels count all their t
 
 import argparse
 import importlib.util
-import json
 import pathlib
 import statistics
 import time
@@ -113,8 +112,9 @@ def line(what: str, value: float, bar: float | None, unit: str, at_most: bool = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
+    result = bench.header("benchmark-interpreter", "cpu", ["figures"])
     found: dict[str, Any] = {}
     missed = 0
     for name, (make, products, arches) in KERNELS.items():
@@ -148,8 +148,7 @@ def main() -> None:
     found["matmul e4m3 sm_90a, truncating"] = m
     line("matmul e4m3, sm_90a: truncating accumulator", m["macs"] / m["matrix_seconds"] / 1e9, None, "GMAC/s")
     print(f"{missed} bars missed" if missed else "every bar met")
-    if args.json:
-        args.json.write_text(json.dumps({**bench.provenance(), "measured": found}, indent=1) + "\n")
+    bench.write({**result, "missed": missed, "figures": found}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,51 @@
-"""Fixtures of several files."""
+"""Fixtures of several files, the tests that need a GPU, and what each area of the tests costs."""
+
+import collections
+import os
+import pathlib
 
 import pytest
+import torch
+
+#: area -> core-seconds
+spent = collections.Counter()
 
 
 @pytest.fixture(params=[0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def seed(request):
     """Of a case's random data: one in `make test`, three in `make test-all`."""
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+def area_of(path):
+    """tests/interpreter/test_rows_mma.py -> interpreter/rows: a file, or the files that share the word after `test_`."""
+    path = pathlib.Path(path)
+    name = path.stem.removeprefix("test_")
+    return f"{path.parent.name}/{name.split('_')[0]}" if path.parent.name != "tests" else name
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Of all threads and of the processes that ended meanwhile, with set-up and tear-down."""
+    before = sum(os.times()[:4])
+    yield
+    spent[area_of(item.path)] += sum(os.times()[:4]) - before
+
+
+def pytest_terminal_summary(terminalreporter):
+    total = sum(spent.values())
+    if total < 10:  # a run of a few tests wants no table
+        return
+    terminalreporter.write_sep("-", f"{total:.0f} core-seconds")
+    shown = [(area, s) for area, s in spent.most_common() if s >= total / 100]
+    rest = total - sum(s for _, s in shown)
+    for area, seconds in [*shown, ("the others", rest)]:
+        terminalreporter.write_line(f"{seconds:8.1f}  {area}")

@@ -182,7 +182,7 @@ def test_a_model_that_defines_equality():
     assert isinstance(b[0].first, fp.nn.W8A16Linear)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("keep", ["auto", "device"])
 def test_on_a_gpu(keep):
     model, x = block().cuda(), torch.randn(3, 64, device="cuda")

@@ -2,8 +2,10 @@
 // hundred live ones, and 128 bytes a register for each warp fall out of the caches. Liveness over basic blocks, then a
 // linear scan (Poletto and Sarkar, TOPLAS 1999) of each register's hull of live instructions.
 //
-// Sharing is by lane, as a lane's own path decides what is live in it: divergence changes nothing. A source that dies
-// and a destination that is born in one instruction do not share, as handlers may write before they have read it all.
+// Sharing is by lane, as a lane's own path decides what is live in it: divergence changes nothing. But a predicate is
+// one mask of all lanes, where another register has the values of two: predicates share among themselves. A source that
+// dies and a destination that is born in one instruction do not share, as handlers may write before they have read it
+// all.
 #include <algorithm>
 #include <cstring>
 #include <queue>
@@ -167,15 +169,16 @@ void share_registers(Code& code) {
   const auto bytes_of = [&](int id) { return frame_bytes(code.source->registers[id]); };
   std::vector<Offset> place(code.offset_of.size(), 0);
   uint32_t end = 64;  // kAlwaysTrue
-  std::unordered_map<uint32_t, std::vector<Offset>> free;
+  const auto kind_of = [&](int id) { return code.source->registers[id] == ptx::Type::pred ? 0 : bytes_of(id); };
+  std::unordered_map<uint32_t, std::vector<Offset>> free;  // by kind
   const auto later = [](const Interval& a, const Interval& b) { return a.end > b.end; };
   std::priority_queue<Interval, std::vector<Interval>, decltype(later)> active(later);
   for (const Interval& i : intervals) {
     while (!active.empty() && active.top().end < i.begin) {
-      free[bytes_of(active.top().id)].push_back(place[active.top().id]);
+      free[kind_of(active.top().id)].push_back(place[active.top().id]);
       active.pop();
     }
-    auto& spare = free[bytes_of(i.id)];
+    auto& spare = free[kind_of(i.id)];
     if (spare.empty() || pin[i.id]) {
       place[i.id] = end;
       end += bytes_of(i.id);

@@ -23,8 +23,8 @@ constexpr bool is_async(int agent) { return agent < kAsyncAgents; }
 // As wide as the agents that it may know of: 16 asynchronous ones and a few warps most often, 528 at worst. What lies
 // beyond the width is not known of, and holds nothing.
 struct alignas(32) VectorClock {
-  Clock at[kMaxAgents];
-  int width = 0;  // a multiple of 8
+  int width = 0;  // a multiple of 8; in front, as most clocks end long before the last agent
+  alignas(32) Clock at[kMaxAgents];
 
   VectorClock() = default;
   VectorClock(const VectorClock& other) { *this = other; }

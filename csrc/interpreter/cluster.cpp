@@ -6,7 +6,7 @@
 namespace forwardpass::interpreter {
 namespace {
 
-// A warp that runs ahead still stops after so many, as it might spin on another CTA.
+// A warp that runs ahead still stops after so many, as it might spin on another cluster.
 constexpr uint64_t kLongSlice = 4096;
 // Clocks start again from here on.
 constexpr Clock kHighestBase = 0x80000000;
@@ -21,7 +21,7 @@ uint64_t Cluster::steps() const {
   return n;
 }
 
-void Cluster::begin(Launch& l, uint64_t number) {
+void Cluster::begin(Launch& l, uint64_t number, Sheet* sheet) {
   launch = &l;
   random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.number + 1) + mix(number * 2 + 1));
   completion_ = static_cast<Completion>(random() % 3);
@@ -42,6 +42,7 @@ void Cluster::begin(Launch& l, uint64_t number) {
     unsigned index[3];
     l.index_of(number * size + rank, index);
     cta.begin(*this, static_cast<int>(rank), index);
+    cta.sheet = sheet;
     cta.serial = l.first_serial + static_cast<uint32_t>(number * size + rank);
     for (Warp& w : cta.warps) warps.push_back(&w);
   }
@@ -99,7 +100,8 @@ Warp* Cluster::pick() {
   for (int k = 0; k < count; ++k) {
     const int n = (start + k) % count;
     if (!runnable(n)) continue;
-    if (order_ != Order::behind || n != favourite_) return warps[n];
+    // One that is behind gets its turn at last: the others might spin on what it does.
+    if (order_ != Order::behind || n != favourite_ || random() % 64 == 0) return warps[n];
     last = warps[n];
   }
   return last;
@@ -142,9 +144,12 @@ bool Cluster::run(uint64_t budget) {
     const bool far = order_ == Order::ahead && w == warps[favourite_];
     const uint64_t steps = w->steps;
     running_ = w;
-    run_warp(*w, far ? kLongSlice : slices[random() % 6]);
+    (w->cta->sheet ? run_warp<true> : run_warp<false>)(*w, far ? kLongSlice : slices[random() % 6]);
     running_ = nullptr;
     used += w->steps - steps;
+    if (far && w->steps - steps >= kLongSlice && random() % 4 == 0) {  // it might spin on what the others do
+      favourite_ = static_cast<int>(random() % warps.size());
+    }
     if (w->steps == steps) ++used;  // a slice that found itself blocked costs too
     if (used > budget) return false;
   }

@@ -20,6 +20,7 @@ struct State {
   uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
   Launch::Counters counters;
   std::atomic<void (*)(const char*, int)> listener{nullptr};
+  std::atomic<void (*)(const fpi_launch_record*)> recorder{nullptr};
   std::mutex mutex;
 };
 State& state() {
@@ -85,6 +86,11 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   if (const int error = set_cluster(*device, source, config, largest_cluster, l.cluster)) return error;
 
   State& s = state();
+  if (const auto recorder = s.recorder.load()) {
+    const fpi_launch_record record{module.text.c_str(), code.name.c_str(), config, parameters.data(),
+                                   static_cast<int64_t>(parameters.size())};
+    recorder(&record);
+  }
   {
     const std::lock_guard lock(s.mutex);
     l.options = s.options;
@@ -128,13 +134,15 @@ void fpi_set_options(const fpi_options* o) {
   options.truncating = o->truncating != 0;
   options.approximate = o->approximate != 0;
   options.threads = o->threads;
+  options.counters = o->counters;
   options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
 }
 
 void fpi_get_options(fpi_options* o) {
   const std::lock_guard lock(state().mutex);
   const Options& options = state().options;
-  *o = {options.seed, options.checks, options.truncating, options.approximate, options.threads, options.step_limit};
+  *o = {options.seed,    options.checks,     options.truncating, options.approximate,
+        options.threads, options.step_limit, options.counters};
 }
 
 void fpi_storage_enter() {
@@ -157,6 +165,14 @@ void fpi_storage_remove(const void* begin) {
 int fpi_storage_find(const void* begin, int64_t bytes) {
   Memory::Region region;
   return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), &region);
+}
+
+int fpi_storage_region(const void* address, void** begin, int64_t* bytes) {
+  Memory::Region region;
+  if (!state().memory.find(reinterpret_cast<uint64_t>(address), 1, &region)) return 0;
+  *begin = reinterpret_cast<void*>(region.begin);
+  *bytes = static_cast<int64_t>(region.end - region.begin);
+  return 1;
 }
 
 void fpi_storage_leave() {
@@ -232,6 +248,8 @@ void fpi_finding_clear() {
   finding_text.clear();
   finding_json.clear();
 }
+
+void fpi_on_launch(void (*recorder)(const fpi_launch_record*)) { state().recorder = recorder; }
 
 void fpi_on_finding(void (*listener)(const char*, int)) { state().listener = listener; }
 

@@ -1,6 +1,7 @@
 // From the syntax tree to code: where variables and registers live, and a handler for every statement.
 #include "decode.h"
 
+#include <atomic>
 #include <cstring>
 
 #include "finding.h"
@@ -38,7 +39,7 @@ void place_shared(Module& m, const ptx::Variable& v, std::map<std::string, int64
 }
 
 void place_global(Module& m, const ptx::Variable& v) {
-  const int64_t alignment = std::max(v.alignment, 16);
+  const int64_t alignment = std::max(v.alignment, 32);  // a sector: counts must not depend on where it lies
   m.storage.push_back(std::make_unique<uint8_t[]>(v.bytes + alignment));
   const auto raw = reinterpret_cast<uint64_t>(m.storage.back().get());
   auto* at = reinterpret_cast<uint8_t*>(round_up(static_cast<int64_t>(raw), alignment));
@@ -157,7 +158,9 @@ std::string_view Module::line(int n) const {
 }
 
 std::unique_ptr<Module> load(std::string text) {
+  static std::atomic<uint64_t> serial{0};
   auto m = std::make_unique<Module>();
+  m->serial = ++serial;
   m->text = std::move(text);
   m->replicates = m->text.substr(0, 256).find("LLVM NVPTX Back-End") != std::string::npos;
   try {

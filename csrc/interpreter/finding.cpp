@@ -30,7 +30,6 @@ std::string Finding::text() const {
   return s;
 }
 
-namespace {
 std::string quoted(const std::string& text) {
   std::string s = "\"";
   for (const unsigned char c : text) {
@@ -47,7 +46,6 @@ std::string quoted(const std::string& text) {
   }
   return s + "\"";
 }
-}  // namespace
 
 std::string Finding::json() const {
   auto number = [](const char* name, int64_t n) { return std::string(",\"") + name + "\":" + std::to_string(n); };

@@ -19,6 +19,7 @@ enum class Kind : uint8_t {
   unsupported,  // an instruction, modifier or feature that the interpreter does not know
 };
 const char* name_of(Kind);
+std::string quoted(const std::string&);  // as JSON
 
 struct Finding {
   Kind kind = Kind::illegal;

@@ -30,6 +30,7 @@ struct fpi_options {
   uint64_t seed;
   int32_t checks, truncating, approximate, threads;
   uint64_t step_limit;  // warp instructions of one CTA; 0: the default
+  uint64_t counters;    // not 0: counts what launches do, under this name
 };
 void fpi_set_options(const struct fpi_options*);
 void fpi_get_options(struct fpi_options*);
@@ -39,7 +40,8 @@ void fpi_storage_enter(void);
 void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only);
 void fpi_storage_remove(const void* begin);
 void fpi_storage_leave(void);
-int fpi_storage_find(const void* begin, int64_t bytes);  // 1: within one of them
+int fpi_storage_find(const void* begin, int64_t bytes);                     // 1: within one of them
+int fpi_storage_region(const void* address, void** begin, int64_t* bytes);  // 1: within this one
 
 // Device memory, poisoned and registered; null: the device has no more. What there is around a pointer, or zero bytes.
 enum { fpi_memory_device, fpi_memory_host, fpi_memory_managed };
@@ -69,6 +71,15 @@ struct fpi_launch_config {
   int programmatic, cooperative;
 };
 int fpi_launch(const void* host, const struct fpi_launch_config*, void** args);
+
+// Called before each launch, in its thread, with what repeats it. Null: no longer.
+struct fpi_launch_record {
+  const char *ptx, *kernel;
+  struct fpi_launch_config config;
+  const void* parameters;
+  int64_t parameter_bytes;
+};
+void fpi_on_launch(void (*)(const struct fpi_launch_record*));
 
 struct fpi_kernel_properties {
   const char* name;
@@ -103,6 +114,14 @@ struct fpi_counters {
 };
 void fpi_counters_read(struct fpi_counters*);
 void fpi_counters_reset(void);
+
+// What has been counted under a name, a record for each kernel and shape of launch with what each instruction did:
+// [{kernel, arch, multiprocessors, resident, grid, block, cluster, shared_bytes, launches, footprint_read,
+// footprint_written, instructions: [{opcode, class, file, line, inner_file, inner_line, ptx_line, ...}]}]. file and
+// line are the kernel's own, inner_ those of the function that was inlined there. The environment's
+// FORWARDPASS_INTERPRET_COUNTERS=FILE counts every launch of a process, and writes all that to the file at exit.
+const char* fpi_profile_json(uint64_t name);
+void fpi_profile_forget(uint64_t name);
 
 // Every row of the instruction table as JSON: [{"pattern":…,"section":…}].
 const char* fpi_rows_json(void);

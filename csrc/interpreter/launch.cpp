@@ -22,6 +22,8 @@ struct Grid {
   std::atomic<uint64_t> next{0};
   std::atomic<int> resident{0};
   std::mutex mutex;
+  const bool counts = counted(launch.options);
+  Sheet sheet;
   std::optional<Finding> finding;  // of the lowest cluster that has one
   std::atomic<uint64_t> found_at{~uint64_t{0}};
 
@@ -43,7 +45,7 @@ struct Resident {
 bool turn(Grid& grid, Resident& r) {
   Cluster& cluster = *r.cluster;
   try {
-    if (!cluster.run(kTurn)) {
+    if (!cluster.run(std::min(kTurn, grid.launch.options.step_limit * cluster.ctas.size()))) {
       if (cluster.steps() < grid.launch.options.step_limit * cluster.ctas.size()) return false;
       cluster.warps[0]->fail(Kind::deadlock,
                              "the CTA has not ended after " + std::to_string(cluster.steps()) +
@@ -77,6 +79,7 @@ void work(Grid& grid) {
   std::deque<Resident> mine;
   std::vector<std::unique_ptr<Cluster>> spare;  // their shared memory and shadow serve again
   const Launch& l = grid.launch;
+  Sheet sheet;
   for (bool more = true; more || !mine.empty();) {
     if (more && grid.resident < l.resident) {
       ++grid.resident;
@@ -85,7 +88,7 @@ void work(Grid& grid) {
       if (more) {
         auto cluster = spare.empty() ? std::make_unique<Cluster>() : std::move(spare.back());
         if (!spare.empty()) spare.pop_back();
-        cluster->begin(grid.launch, n);
+        cluster->begin(grid.launch, n, grid.counts ? &sheet : nullptr);
         mine.push_back({std::move(cluster), n});
       } else {
         --grid.resident;
@@ -105,6 +108,9 @@ void work(Grid& grid) {
       mine.push_back(std::move(r));
     }
   }
+  if (!grid.counts) return;
+  const std::lock_guard lock(grid.mutex);
+  grid.sheet.add(sheet);
 }
 
 }  // namespace
@@ -129,6 +135,7 @@ void Launch::run() {
   work(grid);
   for (auto& t : others) t.join();
   if (counters) ++counters->launches;
+  if (grid.counts) record(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;
 }
 

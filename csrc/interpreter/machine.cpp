@@ -196,6 +196,8 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
 
 }  // namespace
 
+// Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
+template <bool kCounted>
 void run_warp(Warp& w, uint64_t slice) {
   const uint64_t end = w.steps + slice;
   while (w.live) {
@@ -214,11 +216,14 @@ void run_warp(Warp& w, uint64_t slice) {
       } else {
         ++w.steps;
         Step step = Step::next;
+        [[maybe_unused]] Count* count = nullptr;
+        if constexpr (kCounted) w.count = count = w.cta->sheet->at(*s.frame->code, i.index);
         if (__builtin_expect(w.watched, 0)) {
           step = run_watched(w, i, s.mask, mask);
         } else if (mask) {
           step = i.run(w, i, mask);
         }
+        if constexpr (kCounted) count->step(step, mask);
         if (step == Step::next || step == Step::yielded) {
           Strand& now = w.strands[w.running];
           ++now.pc;
@@ -245,6 +250,9 @@ void run_warp(Warp& w, uint64_t slice) {
     }
   }
 }
+
+template void run_warp<false>(Warp&, uint64_t);
+template void run_warp<true>(Warp&, uint64_t);
 
 // ---- Cta ----
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "clock.h"
+#include "counters.h"
 #include "finding.h"
 #include "memory.h"
 #include "program.h"
@@ -33,6 +34,7 @@ struct Options {
   bool approximate = true;              // displace .approx results within the ISA's bound
   bool guard = false;                   // arguments re-homed into padded, poisoned copies (Python's side)
   int threads = 0;                      // 0: one per core
+  uint64_t counters = 0;                // not 0: the name under which launches are counted
   uint64_t step_limit = 4'000'000'000;  // warp instructions of one CTA
 };
 
@@ -99,6 +101,7 @@ struct alignas(64) Warp {
   std::vector<std::unique_ptr<Frame>> frames;  // alive
   std::vector<uint8_t> local[kLanes];          // .local memory, grown by the frames that need it
   int turn = 0;                                // steps of the running strand since another one ran
+  Count* count = nullptr;                      // of the running instruction, if the launch is counted
   Mask carry = 0;                              // CC.CF of each lane: add.cc, addc, ...
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
@@ -157,8 +160,9 @@ struct Cta {
   bool acquired = false;  // a strong access to global memory or a fence might order it after other CTAs
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
   int live_warps = 0;
-  VectorClock visitors;  // accesses of other CTAs' agents to its shared memory: it must not exit before them,
-  Knowledge departed;    // as far as its warps that have exited knew
+  Sheet* sheet = nullptr;  // if the launch is counted
+  VectorClock visitors;    // accesses of other CTAs' agents to its shared memory: it must not exit before them,
+  Knowledge departed;      // as far as its warps that have exited knew
   uint64_t matrix_ticks = 0, matrix_macs = 0;        // MatrixTimer's, for Launch::counters
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);
@@ -213,7 +217,7 @@ struct Cluster {
   void complete(Pending&);  // at once; no-op when done
   void happened() { ++events; }
 
-  void begin(Launch&, uint64_t number);  // of the cluster within the grid
+  void begin(Launch&, uint64_t number, Sheet*);  // of the cluster within the grid
   // Runs until every warp has exited (true) or `budget` warp instructions are used up (false). Throws Finding.
   bool run(uint64_t budget);
   const Warp* running() const { return running_; }
@@ -257,6 +261,7 @@ struct Launch {
 };
 
 // Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
+template <bool kCounted>
 void run_warp(Warp&, uint64_t slice);
 // Seeded random numbers: the next of a stream, and the finaliser that makes streams from numbers.
 uint32_t next_random(uint64_t& state);

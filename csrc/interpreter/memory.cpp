@@ -332,6 +332,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
       }
     }
   }
+  if (w.count) count_access(w, space, lanes, bytes, use, mask);
   if (space == Space::local) return access_local(w, lanes, bytes, use, mask, host);
   if (space == Space::param) return access_param(w, lanes, bytes, use, mask, host);
   const bool shared = space == Space::shared || space == Space::shared_cluster;

@@ -103,6 +103,7 @@ struct Code {
 struct Module {
   ptx::Module source;
   std::string arch;
+  uint64_t serial = 0;  // of all modules of the process
   std::map<std::string, Code> functions;
   std::map<std::string, int64_t> shared_offset;  // static .shared variables that several functions may use
   std::set<std::string> extern_shared;           // names of the dynamic one

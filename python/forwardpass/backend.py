@@ -70,6 +70,7 @@ class _Choice(threading.local):
     # What stands in the class is every thread's until it chooses for itself.
     backend: str | _Explain = "auto"
     interpreter: Interpreter | None = None
+    arch: str | None = None  # the interpreter's: a string is all that torch.compile can guard
 
 
 _choice = _Choice()
@@ -82,17 +83,18 @@ def interpreter() -> Interpreter | None:
 
 def interpret_everywhere(chosen: Interpreter) -> None:
     """In every thread, until it leaves a block of `interpreted_by`."""
-    _Choice.interpreter = chosen
+    _Choice.interpreter, _Choice.arch = chosen, chosen.arch
 
 
 @contextlib.contextmanager
 def interpreted_by(chosen: Interpreter) -> Iterator[None]:
     """Within the block and this thread, `chosen` runs the CUDA and Triton kernels."""
-    before, _choice.interpreter = _choice.interpreter, chosen
+    before = _choice.interpreter, _choice.arch
+    _choice.interpreter, _choice.arch = chosen, chosen.arch
     try:
         yield
     finally:
-        _choice.interpreter = before
+        _choice.interpreter, _choice.arch = before
 
 
 @contextlib.contextmanager
@@ -129,7 +131,7 @@ def why_no_triton() -> str | None:
 
 
 def _why_not_gpu(device: torch.device, what: str) -> Reason | None:
-    if device.type == "cuda" or (device.type == "cpu" and _choice.interpreter):
+    if device.type == "cuda" or (device.type == "cpu" and _choice.arch):
         return None
     return Reason(
         "device", f"the {what} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU"
@@ -276,9 +278,16 @@ class Operation:
         if torch.compiler.is_compiling():
             if grad and any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 self._refuse_grad()
+            gpu = _choice.backend in ("auto", "cuda", "triton") and not {"cuda", "triton"}.isdisjoint(self.compiled)
+            if (
+                gpu and _choice.arch and args[0].device.type == "cpu"
+            ):  # a graph would have the kernel and nothing around it
+                raise RuntimeError(
+                    f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
+                )
             return self._bind(args)(*args)
         # One pass over the arguments makes the key of this call; a key seen before was checked before.
-        key: list[Any] = [_choice.backend, _choice.interpreter and _choice.interpreter.arch]
+        key: list[Any] = [_choice.backend, _choice.arch]
         for a in args:
             kind = type(a)
             if kind is Tensor or kind is torch.nn.Parameter:
@@ -326,10 +335,6 @@ class Operation:
 
 
 def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
-    if torch.compiler.is_compiling():  # a graph would have the kernel and not what is around it
-        raise RuntimeError(
-            f"{operation.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
-        )
     assert _choice.interpreter  # else no GPU kernel takes CPU tensors
     return _choice.interpreter.call(operation, run, args)
 

@@ -31,7 +31,8 @@ def decode(bits, type):
         return torch.from_numpy(bits.view(np.uint8)).view(TORCH[type]).to(torch.float64).numpy()
     if type == "tf32":
         bits = bits & np.uint32(0xFFFFE000)  # the lower bits are not looked at
-    return bits.view(np.float64 if type == "f64" else np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN that signal
+        return bits.view(np.float64 if type == "f64" else np.float32).astype(np.float64)
 
 
 def random_matrix(rng, shape, type, exact):
@@ -86,6 +87,43 @@ def matrix_of(registers, type, element, shape):
     return matrix
 
 
+def mma_shape(op):
+    m, rest = op.split(".")[3][1:].split("n")
+    n, k = rest.split("k")
+    return int(m), int(n), int(k)
+
+
+def mma_elements(op):
+    """name of a matrix -> (its type, its shape, which element a lane holds)"""
+    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    m, n, k = mma_shape(op)
+    return {
+        "a": (a_type, (m, k), lambda g, t, i: a_element(m, k, a_type, g, t, i)),
+        "b": (b_type, (k, n), lambda g, t, i: b_element(k, b_type, g, t, i)),
+        "c": (d_type, (m, n), c_element),
+    }
+
+
+def mma_operands(op, a, b, c):
+    """(body, inputs, outputs) for rows.kernel, of warps of matrices of bits: a [warps][m][k] and so on."""
+    inputs, lists = {}, {}
+    for (name, (type, (rows, columns), element)), matrices in zip(mma_elements(op).items(), (a, b, c)):
+        registers = np.stack([fragments(x, type, element, rows * columns // 32) for x in matrices])
+        for r in range(registers.shape[1]):
+            inputs[f"{name}{r}"] = np.ascontiguousarray(registers[:, r].reshape(-1))
+        lists[name] = "{" + ", ".join(f"%{name}{r}" for r in range(registers.shape[1])) + "}"
+    outputs = {x.replace("c", "d"): t.dtype for x, t in inputs.items() if x[0] == "c"}
+    d = "{" + ", ".join(f"%{x}" for x in outputs) + "}"
+    return f"{op} {d}, {lists['a']}, {lists['b']}, {lists['c']};", inputs, outputs
+
+
+def mma_matrices(op, name, registers):
+    """The inverse for one of a, b and c, which is d too: matrices of bits [warps][rows][columns]."""
+    type, shape, element = mma_elements(op)[name]
+    by_warp = np.stack([v.reshape(-1, 32) for v in registers], axis=1)
+    return np.stack([matrix_of(x, type, element, shape) for x in by_warp])
+
+
 # ---- products ----
 
 
@@ -114,7 +152,7 @@ def significand_and_exponent(x, least):
     return (m, e) if e >= least else (m * 2.0 ** (e - least), least)
 
 
-LEAST = {"e4m3": -6, "e5m2": -14, "f16": -14, "f32": -126}
+LEAST = {"e4m3": -6, "e5m2": -14, "f16": -14, "bf16": -126, "tf32": -126, "f32": -126}
 
 
 def fused_add(a, b, c, a_type, b_type, d_type, fraction, mantissa):

@@ -1,7 +1,10 @@
 """fp.interpret and what hangs on it: who is interpreted and who is not, what is refused, and what is restored."""
 
+import importlib.util
+import pathlib
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -322,3 +325,55 @@ def test_compiled_calls_are_interpreted_or_refused():
         torch.compiler.reset()
         assert torch.equal(torch.compile(f, backend="eager")(X), expected)
         assert device.counters["launches"] == launches + 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("_interpreter.so", "Unsupported: this installation has no interpreter .*; reinstall forwardpass"),
+        ("_ops.so", "Unsupported: the op library did not load"),
+        (
+            "_kernels_interpreted.so",
+            "Unsupported: quantize: cuda: built without CUDA kernels: .*; reinstall where `nvcc`",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_with_what_to_do(missing, words, tmp_path):
+    package = tmp_path / "forwardpass"
+    shutil.copytree(fp.library.FOLDER, package, ignore=shutil.ignore_patterns(missing, "__pycache__"))
+    code = """
+import torch, forwardpass as fp
+with fp.interpret("sm_80"), fp.use_backend("cuda"):
+    fp.ops.quantize(torch.ones(2, 8), torch.int8)
+"""
+    path = [p for p in sys.path if p and p != str(fp.library.FOLDER.parent)]
+    done = python(code, PYTHONPATH=":".join([str(tmp_path), *path]))
+    assert re.search(words, done.stderr.splitlines()[-1]), done.stderr
+
+
+@needs_cuda_kernels()
+def test_triton_may_be_absent(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
+    backend.why_no_triton.cache_clear()
+    try:
+        with fp.interpret("sm_80"):
+            assert fp.explain("quantize", X, torch.int8)["triton"].code == "not_installed"
+            assert fp.ops.quantize(X, torch.int8)[0].shape == X.shape
+    finally:
+        backend.why_no_triton.cache_clear()
+
+
+def test_tritons_own_interpreter_is_not_mixed_in(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with fp.interpret("sm_80") as device:
+        assert device.why_not("triton").code == "triton_interpret"
+
+
+def test_an_old_cpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(
+        pathlib.Path, "read_text", lambda self: "model name: old\nflags\t\t: fpu sse2 avx f16c\nbugs:\n"
+    )
+    reason = core.why_not.__wrapped__()
+    assert reason.code == "cpu"
+    assert "this one lacks avx2, bmi2, fma;" in str(reason)

@@ -76,9 +76,10 @@ def poisoned(*shape):
     return torch.full(shape, float("nan"))
 
 
-def from_row(kernel, x, y, *args, block=None, grid=1, shared=0):
+def from_row(kernel, x, y, *args, block=None, grid=1, shared=0, cluster=1):
     """x, y and scalars in global memory is all that most of them take."""
-    kernel.launch(grid=(grid, 1, 1), block=(block or y.numel(), 1, 1), args=[x, y, *args], shared=shared)
+    block = (block or y.numel(), 1, 1)
+    kernel.launch(grid=(grid, 1, 1), block=block, args=[x, y, *args], shared=shared, cluster=cluster)
     return y
 
 
@@ -180,6 +181,27 @@ def named_barrier_order(module):
 def divergent_barrier(module):
     x = integers(64)
     return from_row(module["divergent_barrier"], x, poisoned(64)), torch.cat([x.roll(32)[:48], x.new_zeros(16)])
+
+
+@run
+def cluster_missing_barrier(module):
+    x = integers(2, 2, 64)
+    y = from_row(module["cluster_missing_barrier"], x, poisoned(2, 2, 64), block=64, grid=4, cluster=2)
+    return y, x.flip(1)
+
+
+@run
+def cluster_early_exit(module):
+    x = integers(2, 2, 64)
+    y = from_row(module["cluster_early_exit"], x, poisoned(2, 2, 64), block=64, grid=4, cluster=2)
+    return y, x.flip(1)
+
+
+@run
+def multicast_weak_wait(module):
+    x = integers(256)
+    y = from_row(module["multicast_weak_wait"], x, poisoned(2, 256), block=128, grid=2, cluster=2)
+    return y, x.expand(2, 256)
 
 
 @run

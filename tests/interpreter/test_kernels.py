@@ -32,10 +32,10 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
-def test_kernel(name, case, implementation, arch, seed):
+REAL = [(name, case) for name, module in MODULES.items() for case in module.BENCHMARK_CASES]
+
+
+def check(name, case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     operation = backend.operations[getattr(case, "op", name)]
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
@@ -44,3 +44,17 @@ def test_kernel(name, case, implementation, arch, seed):
         MODULES[name].assert_matches(operation(*args), args)
     assert device.findings == []
     assert (device.counters["launches"] > 0) == (args[0].numel() > 0)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def test_kernel(name, case, implementation, arch, seed):
+    check(name, case, implementation, arch, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "case"), REAL, ids=str)
+def test_kernel_on_a_real_layer(name, case, implementation):
+    check(name, case, implementation, "sm_90a", 0)

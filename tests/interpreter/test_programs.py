@@ -70,6 +70,16 @@ def test_verdicts(programs, name, architecture):
     assert done.returncode == 0 and done.stdout.endswith("\nPASS\n"), done.stdout + done.stderr
 
 
+def test_report(programs):
+    command = [sys.executable, "-m", "forwardpass.interpreter", "report", "--arch", "sm_80", programs["features"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "modelled " in done.stdout and "on A100" in done.stdout
+    source = (FOLDER / "features.cu").read_text().splitlines()
+    rows = re.findall(r"^  features\.cu:(\d+) .*", done.stdout, re.M)
+    assert rows and all(source[int(n) - 1].strip()[:20] in done.stdout for n in rows)
+
+
 def test_printf_is_that_of_the_host(programs):
     host, device = execute(programs["printing"]), execute(programs["printing"], "device")
     assert host.returncode == device.returncode == 0, host.stderr + device.stderr

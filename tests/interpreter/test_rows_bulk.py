@@ -194,7 +194,6 @@ def test_bulk_misused(body, kind, why):
 
 # ---- refusals ----
 
-MULTICAST = "clusters of several CTAs"
 BYTES = "mbarrier::complete_tx::bytes"
 DIMENSIONS = "1d|2d|3d|4d|5d"
 MODES = "im2col|im2col::w|im2col::w::128|im2col_no_offs|tile::gather4|tile::scatter4"
@@ -202,12 +201,10 @@ OPERATIONS = "add|min|max|inc|dec|and|or|xor"
 
 
 @row(
-    f"cp.async.bulk.shared::cluster.global.{BYTES}.multicast::cluster.L2::cache_hint?",
-    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster.global.tile|{MODES}?.{BYTES}.multicast::cluster.L2::cache_hint?",
-    f"cp.async.bulk.shared::cluster.shared::cta.{BYTES}",
-    f"cp.reduce.async.bulk.shared::cluster|global.shared::cta.{BYTES}|bulk_group.L2::cache_hint?.{OPERATIONS}.noftz?"
-    ".f16|bf16|b32|u32|s32|b64|u64|s64|f32|f64",
-    f"cp.reduce.async.bulk.tensor.{DIMENSIONS}.global.shared::cta.{OPERATIONS}.tile|{MODES}?.bulk_group.L2::cache_hint?",
+    f"cp.reduce.async.bulk.tensor.{DIMENSIONS}.global.shared::cta.{OPERATIONS}.im2col_no_offs.bulk_group.L2::cache_hint?",
+    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster.global.{MODES}.{BYTES}.multicast::cluster.L2::cache_hint?",
+    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster|shared::cta.global.tile|{MODES}?.{BYTES}.multicast::cluster?"
+    ".cta_group::1|cta_group::2.L2::cache_hint?",
     f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster|shared::cta.global.{MODES}.{BYTES}.L2::cache_hint?",
     f"cp.async.bulk.tensor.{DIMENSIONS}.global.shared::cta.{MODES}.bulk_group.L2::cache_hint?",
     f"cp.async.bulk.prefetch.tensor.{DIMENSIONS}.L2.global.{MODES}.L2::cache_hint?",
@@ -215,14 +212,14 @@ OPERATIONS = "add|min|max|inc|dec|and|or|xor"
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (f"cp.async.bulk.shared::cluster.global.{BYTES}.multicast::cluster [%s], [%a0], 16, [%s], %h1;", MULTICAST),
-        (f"cp.async.bulk.tensor.2d.shared::cluster.global.{BYTES}.multicast::cluster [%s], [%a0, {{0, 0}}], [%s], %h1;",
-         MULTICAST),
-        (f"cp.async.bulk.shared::cluster.shared::cta.{BYTES} [%s], [%s], 16, [%s];", "another CTA"),
-        ("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%a0], [%s], 16;", "reductions"),
-        ("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%a0], [%s], 16;", "reductions"),
-        (f"cp.reduce.async.bulk.shared::cluster.shared::cta.{BYTES}.and.b32 [%s], [%s], 16, [%s];", "reductions"),
-        ("cp.reduce.async.bulk.tensor.1d.global.shared::cta.add.tile.bulk_group [%a0, {0}], [%s];", "reductions"),
+        (f"cp.async.bulk.shared::cluster.global.{BYTES}.multicast::cluster [%s], [%a0], 16, [%s];", "mask of CTAs"),
+        (f"cp.async.bulk.tensor.1d.shared::cluster.global.{BYTES}.multicast::cluster [%s], [%a0, {{0}}], [%s];", "mask of"),
+        (f"cp.async.bulk.tensor.3d.shared::cluster.global.im2col.{BYTES}.multicast::cluster [%s], [%a0, {{0, 0, 0}}], [%s],"
+         " {0}, %h1;", "im2col"),
+        (f"cp.async.bulk.tensor.1d.shared::cluster.global.{BYTES}.cta_group::2 [%s], [%a0, {{0}}], [%s];", "sm_100"),
+        ("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.bf16 [%a0], [%s], 16;", "not known"),
+        (f"cp.reduce.async.bulk.shared::cluster.shared::cta.{BYTES}.add.f32 [%s], [%s], 16, [%s];", "not known"),
+        ("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.im2col_no_offs.bulk_group [%a0, {0, 0, 0}], [%s];", "im2col"),
         (f"cp.async.bulk.tensor.3d.shared::cluster.global.im2col.{BYTES} [%s], [%a0, {{0, 0, 0}}], [%s], {{0}};", "im2col"),
         (f"cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4.{BYTES} [%s], [%a0, {{0, 0, 0, 0, 0}}], [%s];",
          "gather"),

@@ -67,6 +67,40 @@ JOIN:
     assert torch.equal(out, (way + ballot).to(torch.int32))
 
 
+def test_predicates_of_lanes_that_wait_outlive_the_halves_of_lanes_that_loop():
+    # The loop is long enough for the other lanes to take turns between its instructions. A place that %h1 and a predicate
+    # of theirs shared would change all lanes' predicates: two of its values are as wide as a mask.
+    out = run("""
+  .reg .b16 %h<4>;
+  mov.u32 %r0, 0;
+  mov.u32 %r1, 0;
+  setp.lt.u32 %p0, %r60, 2;
+LOOP:
+  cvt.u16.u32 %h1, %r1;
+  add.u16 %h2, %h1, 21845;
+  cvt.u32.u16 %r2, %h2;
+  xor.b32 %r3, %r2, %r1;
+  add.u32 %r1, %r1, 1;
+  setp.lt.u32 %p1, %r1, 5000;
+  and.pred %p2, %p1, %p0;
+  @%p2 bra LOOP;
+  setp.gt.u32 %p3, %r60, 4;
+  setp.gt.u32 %p4, %r60, 8;
+  setp.gt.u32 %p5, %r60, 12;
+  setp.gt.u32 %p6, %r60, 16;
+  mov.u32 %r0, %r3;
+  selp.u32 %r4, 1, 0, %p3;
+  selp.u32 %r5, 1, 0, %p4;
+  selp.u32 %r6, 1, 0, %p5;
+  selp.u32 %r7, 1, 0, %p6;
+  add.u32 %r4, %r4, %r5;
+  add.u32 %r4, %r4, %r6;
+  add.u32 %r0, %r4, %r7;
+""")
+    lane = torch.arange(32)
+    assert torch.equal(out, sum((lane > n).int() for n in (4, 8, 12, 16)))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_loops_of_different_length(seed):
     out = run("""

@@ -174,7 +174,6 @@ def test_every_spelling_of_st(opcode):
         "ld.relaxed.gpu.global.cg.b32 %r5, [%rd0];",
         "ld.relaxed.gpu.global.gpu.b32 %r5, [%rd0];",
         "ld.volatile.global.relaxed.b32 %r5, [%rd0];",
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r0], %r5, [%r6];",
         "st.bulk.weak.shared::cta [%r0], 16, 0;",
         "st.global.acquire.gpu.b32 [%rd0], %r5;",
         "cvta.shared.u32 %r5, %r6;",
@@ -257,7 +256,6 @@ def test_isspacep(space):
 
 
 @pytest.mark.parametrize(("width", "r", "a"), [("u32", "r", "%r0"), ("u64", "rd", "%rd3")])
-@row("mapa.shared::cluster?.u32|u64", "getctarank.shared::cluster?.u32|u64")
 def test_mapa_and_getctarank_in_a_cluster_of_one(width, r, a):
     y = torch.zeros(32, 2, dtype=torch.int32)
     run(f"""{PLACES.format(bytes=8).replace("%a1", "%a0")}

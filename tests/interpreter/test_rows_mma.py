@@ -41,39 +41,14 @@ REFUSED += [
 ]
 
 
-def shape_of(op):
-    m, rest = op.split(".")[3][1:].split("n")
-    n, k = rest.split("k")
-    return int(m), int(n), int(k)
-
-
 def mma(op, a, b, c, **options):
     """The bits of D for warps of matrices of bits: a [warps][m][k] and so on."""
-    d_type, a_type, b_type, _ = op.split(".")[-4:]
-    m, n, k = shape_of(op)
-    per_lane = {"a": m * k // 32, "b": k * n // 32, "c": m * n // 32}
-
-    def element(name):
-        if name == "a":
-            return lambda g, t, i: tc.a_element(m, k, a_type, g, t, i)
-        return (lambda g, t, i: tc.b_element(k, b_type, g, t, i)) if name == "b" else tc.c_element
-
-    inputs, lists = {}, {}
-    for name, type, matrices in (("a", a_type, a), ("b", b_type, b), ("c", d_type, c)):
-        registers = np.stack([tc.fragments(x, type, element(name), per_lane[name]) for x in matrices])
-        for r in range(registers.shape[1]):
-            inputs[f"{name}{r}"] = np.ascontiguousarray(registers[:, r].reshape(-1))
-        lists[name] = "{" + ", ".join(f"%{name}{r}" for r in range(registers.shape[1])) + "}"
-    outputs = {x.replace("c", "d"): t.dtype for x, t in inputs.items() if x[0] == "c"}
-    d = "{" + ", ".join(f"%{x}" for x in outputs) + "}"
-    got = run(f"{op} {d}, {lists['a']}, {lists['b']}, {lists['c']};", inputs, outputs, **options)
-    registers = np.stack([v.reshape(-1, 32) for v in got.values()], axis=1)
-    return np.stack([tc.matrix_of(x, d_type, tc.c_element, (m, n)) for x in registers])
+    return tc.mma_matrices(op, "c", run(*tc.mma_operands(op, a, b, c), **options).values())
 
 
 def operands(op, exact, warps=4):
     d_type, a_type, b_type, _ = op.split(".")[-4:]
-    m, n, k = shape_of(op)
+    m, n, k = tc.mma_shape(op)
     rng = np.random.default_rng(seed_of(op))
     a = [tc.encode(tc.random_matrix(rng, (m, k), a_type, exact), a_type) for _ in range(warps)]
     b = [tc.encode(tc.random_matrix(rng, (k, n), b_type, exact), b_type) for _ in range(warps)]
@@ -104,7 +79,7 @@ def test_floats(op):
 def test_integers(op):
     d_type, a_type, b_type, _ = op.split(".")[-4:]
     a, b, c = operands(op, exact=True)
-    m, n, k = shape_of(op)
+    m, n, k = tc.mma_shape(op)
     # the largest and smallest sums that there are, on accumulators that they overflow
     extreme = [("s8", -128), ("u8", 255)]
     a.append(np.full((m, k), dict(extreme)[a_type]).astype(tc.INTEGERS[a_type]).view(np.uint8))

@@ -79,9 +79,9 @@ def instruction(op, register_a=False, scale_a=1, scale_b=1, transpose_a=0, trans
     return f"{op} {', '.join(words)};"
 
 
-def launch(op, body, image=(), a_desc=0, b_desc=0, scale=1, a_registers=None, d_registers=None, publish=PUBLISH, threads=128,
-           shared=SHARED, **options):  # fmt: skip
-    """Runs the body with the accumulators of `op` in %acc0 and on; D's registers [register][thread] come back."""
+def prepare(op, body, image=(), a_desc=0, b_desc=0, scale=1, a_registers=None, d_registers=None, publish=PUBLISH):
+    """(module, arguments, D's registers [register][thread], which are the last argument) of a kernel whose body has the
+    accumulators of `op` in %acc0 and on. Arrays are read and written in place; numbers have the parameters' sizes."""
     n, _, d_type, _, _ = parts_of(op)
     count = registers_of(n, d_type)
     load = " ".join(f"ld.global.b32 %acc{i}, [%d2 + {512 * i}];" for i in range(count))
@@ -91,10 +91,19 @@ def launch(op, body, image=(), a_desc=0, b_desc=0, scale=1, a_registers=None, d_
     a = np.zeros((4, 128), np.uint32) if a_registers is None else a_registers
     d = np.zeros((count, 128), np.uint32) if d_registers is None else d_registers.copy()
     text = KERNEL.format(publish=publish, load=load, body=body, store=store)
-    arguments = [torch.from_numpy(image), len(image) // 16, a_desc, b_desc, scale,
-                 torch.from_numpy(a.view(np.uint8)), torch.from_numpy(d.view(np.uint8))]  # fmt: skip
+    numbers = np.uint32(len(image) // 16), np.uint64(a_desc), np.uint64(b_desc), np.uint32(scale)
+    return text, [image, *numbers, a, d], d
+
+
+def launch(op, body, image=(), a_desc=0, b_desc=0, scale=1, a_registers=None, d_registers=None, publish=PUBLISH, threads=128,
+           shared=SHARED, **options):  # fmt: skip
+    """Runs the body; D's registers [register][thread] come back."""
+    text, arguments, d = prepare(op, body, image, a_desc, b_desc, scale, a_registers, d_registers, publish)
     with fp.interpret("sm_90a", **options):
-        interpreter.Module(text)["k"].launch(1, threads, arguments, shared=shared)
+        interpreter.Module(text)["k"].launch(
+            1, threads, [torch.from_numpy(x.view(np.uint8)) if isinstance(x, np.ndarray) else int(x) for x in arguments],
+            shared=shared,
+        )  # fmt: skip
     return d
 
 
@@ -175,6 +184,12 @@ class Operand:
     def place(self, image):
         for byte in range(self.bits.itemsize):
             image[self.offset + byte] = self.bits >> (8 * byte) & 0xFF
+
+    def taken_from(self, image):
+        bits = np.zeros(self.bits.shape, self.bits.dtype)
+        for byte in range(bits.itemsize):
+            bits |= image[self.offset + byte].astype(bits.dtype) << np.array(8 * byte, bits.dtype)
+        return bits
 
     def descriptor(self):
         encode = [(x & 0x3FFFF) >> 4 for x in (self.start, self.leading, self.stride)]

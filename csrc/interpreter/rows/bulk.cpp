@@ -196,6 +196,14 @@ void take(Warp& w, Transfer& t) {
   });
 }
 
+void count(Warp& w, const Transfer& t) {
+  w.count->bulk_shared += t.bytes;
+  if (t.direction == Direction::distribute) return;
+  const bool load = t.direction == Direction::load;
+  t.each_row(
+      [&](uint32_t, uint32_t begin, uint32_t end, uint64_t address) { count_bulk(w, address, end - begin, load); });
+}
+
 // The types that a tensor's elements are reduced as, by CUtensorMapDataType.
 constexpr Type kReduced[] = {Type::u8,  Type::u16, Type::u32, Type::s32,  Type::u64, Type::s64,
                              Type::f16, Type::f32, Type::f64, Type::bf16, Type::f32};
@@ -285,6 +293,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
         shared_at(w, form.shared, shared[l], t.bytes, form.tensor ? kTensorAlignment : kBulkAlignment, l,
                   "the shared memory of a bulk copy");
     t.shared = here.offset;
+    if (w.count) count(w, t);
     if (!sends) {
       auto store = std::make_shared<Transfer>(std::move(t));
       store->agent = w.cta->cluster->async_agent(w);

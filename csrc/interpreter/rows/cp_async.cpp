@@ -1,6 +1,7 @@
 // cp.async, its groups, and the mbarriers that follow it (ISA 9.7.9.25.3, 9.7.13.15.15). In the generic proxy: to the
 // race check a copy is a write of the warp that issued it, made when the copy is waited for.
 #include <algorithm>
+#include <utility>
 
 #include "../mbarrier.h"
 #include "../table.h"
@@ -119,6 +120,7 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
     }
   }
   uint8_t* source[kLanes];
+  Count* const count = std::exchange(w.count, nullptr);  // below, as all of its lanes make one request
   if (whole) access(w, ptx::Space::global, from, static_cast<int>(form.bytes), Use::read, whole, source);
   for (Mask rest = mask & ~whole; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
@@ -130,6 +132,18 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
     const int l = __builtin_ctz(rest);
     all.from[l] = source[l];
     all.to[l] = shared_offset(w, form.to, to[l], form.bytes, form.bytes, l, "the destination of cp.async");
+  }
+  if ((w.count = count)) {
+    Mask reading = 0;
+    uint64_t bytes = 0, at[kLanes];
+    for (Mask rest = mask; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      if (all.read[l]) reading |= Mask{1} << l;
+      bytes += all.read[l];
+      at[l] = all.to[l];
+    }
+    count_global(w, from, bytes, Use::read, reading);
+    count_shared(w, at, static_cast<int>(form.bytes), Use::write, mask);
   }
   if (checked(cta)) {
     all.ranges(mask, [&](uint32_t begin, uint32_t n) {

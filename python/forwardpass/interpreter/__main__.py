@@ -1,4 +1,5 @@
-"""`python -m forwardpass.interpreter`: builds CUDA programs for the interpreter, and prints what it knows."""
+"""`python -m forwardpass.interpreter`: builds CUDA programs for the interpreter, counts what programs do, and prints what it
+knows."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ import sys
 
 from . import core
 from .build import build
+from .report import report
 
 USAGE = """\
 usage: python -m forwardpass.interpreter build PROG.cu [nvcc flags] -o PROG
            then FORWARDPASS_INTERPRET=sm_90a ./PROG runs it; FORWARDPASS_INTERPRET_SEED=N chooses another schedule
+       python -m forwardpass.interpreter report [--arch ARCH] [--kernel NAME] [--inlined] [--json FILE] PROG|SCRIPT.py [arguments]
+           runs it and prints its kernels by source line: instructions, conflicts, bytes, waits, and a modelled time
        python -m forwardpass.interpreter rows
            prints every instruction that it knows, with its section of the PTX ISA"""
 
@@ -19,11 +23,11 @@ def main(arguments: list[str]) -> int:
     try:
         if command == "build":
             return build(rest)
+        if command == "report":
+            return report(rest)
         if command == "rows" and not rest:
-            rows = core.rows()
-            width = max(len(r["pattern"]) for r in rows)
-            for r in rows:
-                print(f"{r['pattern']:<{width}}  {r['section']}")
+            for r in core.rows():
+                print(f"{r['section']:<16}{r['pattern']}")
             return 0
     except (ValueError, OSError, RuntimeError) as e:
         print(f"forwardpass: {e}", file=sys.stderr)

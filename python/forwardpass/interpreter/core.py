@@ -26,10 +26,25 @@ Dim3 = c_uint32 * 3
 class Options(ctypes.Structure):
     _fields_ = [
         ("seed", c_uint64), ("checks", c_int32), ("truncating", c_int32), ("approximate", c_int32), ("threads", c_int32),
-        ("step_limit", c_uint64),
+        ("step_limit", c_uint64), ("counters", c_uint64),
     ]  # fmt: skip
 
 
+class LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("grid", Dim3), ("block", Dim3), ("cluster", Dim3), ("dynamic_shared", c_int64), ("programmatic", c_int32),
+        ("cooperative", c_int32),
+    ]  # fmt: skip
+
+
+class LaunchRecord(ctypes.Structure):
+    _fields_ = [
+        ("ptx", c_char_p), ("kernel", c_char_p), ("config", LaunchConfig), ("parameters", c_void_p),
+        ("parameter_bytes", c_int64),
+    ]  # fmt: skip
+
+
+Recorder = ctypes.CFUNCTYPE(None, POINTER(LaunchRecord))
 COUNTERS = ("launches", "warp_instructions", "matrix_ns", "matrix_macs")
 
 
@@ -43,6 +58,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_storage_enter": (None, []),
     "fpi_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
     "fpi_storage_leave": (None, []),
+    "fpi_storage_region": (c_int, [c_uint64, POINTER(c_uint64), POINTER(c_int64)]),
+    "fpi_on_launch": (None, [Recorder]),
     "fpi_module_load": (c_void_p, [c_char_p]),
     "fpi_module_unload": (None, [c_void_p]),
     "fpi_module_json": (c_char_p, [c_void_p]),
@@ -56,6 +73,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_finding_json": (c_char_p, []),
     "fpi_finding_clear": (None, []),
     "fpi_counters_read": (None, [POINTER(Counters)]),
+    "fpi_profile_json": (c_char_p, [c_uint64]),
+    "fpi_profile_forget": (None, [c_uint64]),
     "fpi_rows_json": (c_char_p, []),
 }  # fmt: skip
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import itertools
+import json
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,12 +21,16 @@ from ..backend import Operation, Reason, Unsupported
 from . import core
 from .finding import InterpreterFinding
 from .guard import Guard
+from .model import Modelled, modelled
+from .profile import KernelProfile, LineProfile, by_line
 from .storage import Scope, add_function
 
 #: the core has one device, one set of options and one set of intervals: a call at a time
 _lock = threading.RLock()
 _scopes: list[Scope] = []
 _installed: Device | None = None
+#: under which the core counts, one a device
+_names = itertools.count(1)
 
 
 class Device:
@@ -43,6 +50,8 @@ class Device:
         self._options = options
         self._why_not = {"cuda": _why_not_cuda(), "triton": _why_not_triton()}
         self._registered: list[tuple[Tensor, str]] = []
+        if options.counters:
+            weakref.finalize(self, core.load().fpi_profile_forget, options.counters)
 
     def __repr__(self) -> str:
         return f"<interpreted {core.ARCHITECTURES[self.arch]} ({self.arch}), seed {self.seed}>"
@@ -75,6 +84,21 @@ class Device:
                 if outermost:
                     for name, n in core.counters().items():
                         self.counters[name] += n - before[name]
+
+    def kernels(self, kernel: str = "") -> list[KernelProfile]:
+        """What each kernel whose name contains this has done so far, apart by the shape of its launches."""
+        if not self._options.counters:
+            raise ValueError("this device counts nothing: it takes fp.interpret(..., counters=True)")
+        read = json.loads(core.load().fpi_profile_json(self._options.counters).decode(errors="replace"))
+        return [k for k in map(KernelProfile.read, read) if kernel in k.kernel]
+
+    def profile(self, kernel: str = "", inlined: bool = False) -> list[LineProfile]:
+        """The same by source line, in order. What was inlined counts for the line of the kernel, or for its own."""
+        return by_line(self.kernels(kernel), inlined)
+
+    def model(self, kernel: str = "") -> list[Modelled]:
+        """The time that each of `kernels` would take, modelled from its counts and the machine's rates: see model.py."""
+        return [modelled(k) for k in self.kernels(kernel)]
 
     def found(self, finding: InterpreterFinding) -> InterpreterFinding:
         self.findings.append(finding)
@@ -113,9 +137,9 @@ class Device:
                 result = run(*args)
             except InterpreterFinding:  # from Triton's driver
                 raise
-            except RuntimeError as e:
+            except RuntimeError:
                 if finding := core.finding():
-                    raise self.found(finding) from e
+                    raise self.found(finding) from None
                 raise
             finally:
                 torch.ops.forwardpass._set_storage_hook(0)
@@ -165,6 +189,7 @@ def make(
     truncating: bool = False,
     approximate: bool = True,
     guard: bool = False,
+    counters: bool = False,
     threads: int = 0,
 ) -> Device:
     """A device, once everything that it needs is known to be there."""
@@ -179,8 +204,9 @@ def make(
     ):
         raise Unsupported(str(reason), dict.fromkeys(("cuda", "triton"), reason))
     options = core.Options(
-        seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0
-    )
+        seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0,
+        counters=next(_names) if counters else 0,
+    )  # fmt: skip
     if core.KERNELS.exists():
         torch.ops.forwardpass._set_library(1, str(core.KERNELS))
     return Device(arch, options, guard)
@@ -195,6 +221,7 @@ def interpret(
     truncating: bool = False,
     approximate: bool = True,
     guard: bool = False,
+    counters: bool = False,
     threads: int = 0,
 ) -> Iterator[Device]:
     """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
@@ -211,6 +238,8 @@ def interpret(
         truncating: FP8 products accumulate as Hopper's and Ada's tensor cores do, with 13 fractional bits.
         approximate: .approx instructions err within the bound of the PTX ISA; False gives the exact results.
         guard: kernels get padded, poisoned copies of their arguments, and nothing but the elements may be touched.
+        counters: instructions, bytes, conflicts and waits are counted by source line (`Device.profile`, `Device.model`),
+            which takes time.
         threads: of the interpreter, 0 for one a core.
 
     Yields:
@@ -222,8 +251,9 @@ def interpret(
         ValueError: an unknown architecture, seed or number of threads.
     """
     device = make(
-        arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard, threads=threads
-    )
+        arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard,
+        counters=counters, threads=threads,
+    )  # fmt: skip
     before = backend.interpreter()
     _take_triton()
     try:

@@ -1,0 +1,289 @@
+#include "counters.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <mutex>
+#include <tuple>
+
+#include "device.h"
+#include "instruction_class.h"
+#include "machine.h"
+#include "table.h"
+
+namespace forwardpass::interpreter {
+
+// ---- Counting ----
+
+void Count::add(const Count& other) {
+#define FORWARDPASS_ADD(name) name += other.name;
+  FORWARDPASS_COUNTS(FORWARDPASS_ADD)
+#undef FORWARDPASS_ADD
+}
+
+void Footprint::touch(uint64_t sector, bool read, bool write) {
+  const uint64_t page = sector / kSectorsOfPage, bit = uint64_t{1} << sector % kSectorsOfPage;
+  if (page != last_) {
+    last_page_ = &pages_[page];  // stays where it is as the map grows
+    last_ = page;
+  }
+  if (read) last_page_->read |= bit;
+  if (write) last_page_->written |= bit;
+}
+
+void Footprint::add(const Footprint& other) {
+  for (const auto& [n, page] : other.pages_) {
+    pages_[n].read |= page.read;
+    pages_[n].written |= page.written;
+  }
+}
+
+uint64_t Footprint::sectors(bool written) const {
+  uint64_t n = 0;
+  for (const auto& [number, page] : pages_) {
+    n += static_cast<uint64_t>(__builtin_popcountll(written ? page.written : page.read));
+  }
+  return n;
+}
+
+void Sheet::choose(const Code& code) {
+  auto& mine = counts[&code];
+  mine.resize(code.instructions.size());
+  counts_ = mine.data();
+  code_ = &code;
+}
+
+void Sheet::add(const Sheet& other) {
+  for (const auto& [code, theirs] : other.counts) {
+    auto& mine = counts[code];
+    mine.resize(theirs.size());
+    for (size_t k = 0; k < theirs.size(); ++k) mine[k].add(theirs[k]);
+  }
+  footprint.add(other.footprint);
+}
+
+void count_global(Warp& w, const uint64_t address[kLanes], uint64_t bytes, Use use, Mask mask) {
+  // An access is aligned to its size, which divides a sector's: it lies within one.
+  uint64_t sectors[kLanes];
+  int n = 0;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const uint64_t sector = address[__builtin_ctz(rest)] / kSectorBytes;
+    if (!n || sectors[n - 1] != sector) sectors[n++] = sector;
+  }
+  std::sort(sectors, sectors + n);
+  n = static_cast<int>(std::unique(sectors, sectors + n) - sectors);
+  Count& c = *w.count;
+  c.requests += n != 0;
+  c.sectors += static_cast<uint64_t>(n);
+  if (is_read(use)) c.global_read += bytes;
+  if (is_write(use)) c.global_written += bytes;
+  for (int k = 0; k < n; ++k) w.cta->sheet->footprint.touch(sectors[k], is_read(use), is_write(use));
+}
+
+Wavefronts wavefronts_of(const uint64_t address[kLanes], int bytes, Mask mask) {
+  constexpr uint64_t kBanks = 32, kWord = 4;
+  const int words = std::max(1, bytes / static_cast<int>(kWord)), lanes = kLanes / words;  // of a lane; of a phase
+  Wavefronts found;
+  for (int first = 0; first < kLanes; first += lanes) {
+    uint64_t seen[kLanes];
+    int n = 0;
+    for (int l = first; l < first + lanes; ++l)
+      for (int k = 0; k < words && (mask >> l & 1); ++k) seen[n++] = address[l] / kWord + static_cast<uint64_t>(k);
+    if (!n) continue;
+    std::sort(seen, seen + n);
+    n = static_cast<int>(std::unique(seen, seen + n) - seen);
+    uint64_t of_bank[kBanks] = {}, most = 0;
+    for (int k = 0; k < n; ++k) most = std::max(most, ++of_bank[seen[k] % kBanks]);
+    found.actual += most;
+    ++found.ideal;
+  }
+  return found;
+}
+
+void count_shared(Warp& w, const uint64_t address[kLanes], int bytes, Use use, Mask mask) {
+  Count& c = *w.count;
+  const uint64_t all = static_cast<uint64_t>(__builtin_popcount(mask)) * static_cast<uint64_t>(bytes);
+  if (is_read(use)) c.shared_read += all;
+  if (is_write(use)) c.shared_written += all;
+  if (use == Use::atomic) return;
+  const Wavefronts found = wavefronts_of(address, bytes, mask);
+  c.wavefronts += found.actual;
+  c.ideal_wavefronts += found.ideal;
+}
+
+void count_access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes, Use use, Mask mask) {
+  const uint64_t all = static_cast<uint64_t>(__builtin_popcount(mask)) * static_cast<uint64_t>(bytes);
+  if (space == ptx::Space::global) return count_global(w, address, all, use, mask);
+  if (space == ptx::Space::shared) return count_shared(w, address, bytes, use, mask);
+  if (space != ptx::Space::local) return;  // parameters and constants have a cache of their own
+  if (is_read(use)) w.count->local_read += all;
+  if (is_write(use)) w.count->local_written += all;
+}
+
+void count_bulk(Warp& w, uint64_t address, uint64_t bytes, bool load) {
+  (load ? w.count->bulk_read : w.count->bulk_written) += bytes;
+  if (!bytes) return;
+  for (uint64_t s = address / kSectorBytes; s <= (address + bytes - 1) / kSectorBytes; ++s) {
+    w.cta->sheet->footprint.touch(s, load, !load);
+  }
+}
+
+// ---- The record ----
+
+namespace {
+
+// Outlives its module.
+struct Line {
+  std::string opcode, file, inner_file;
+  int line, inner_line, ptx_line;
+  const char* name;  // of its class
+  MatrixWork work;
+};
+
+struct Key {
+  uint64_t name, module;  // Options::counters; Module::serial
+  std::string kernel;
+  std::array<unsigned, 9> shape;  // grid, block, cluster
+  int64_t shared_bytes;
+  bool operator<(const Key& o) const {
+    return std::tie(name, module, kernel, shape, shared_bytes) <
+           std::tie(o.name, o.module, o.kernel, o.shape, o.shared_bytes);
+  }
+};
+
+struct Entry {
+  uint64_t launches = 0, sectors_read = 0, sectors_written = 0;
+  const Device* device = nullptr;
+  int resident = 0;  // CTAs of a multiprocessor
+  struct Function {
+    std::vector<Line> lines;
+    std::vector<Count> counts;
+  };
+  std::map<std::string, Function> functions;
+};
+
+struct Record {
+  std::mutex mutex;
+  std::map<Key, Entry> entries;
+};
+Record& the_record() {
+  static Record* const r = new Record;  // never destroyed: write_report reads it at exit
+  return *r;
+}
+
+std::vector<Line> describe(const Module& m, const Code& code) {
+  std::vector<Line> lines;
+  std::vector<std::string_view> slots;
+  for (const Statement* s : code.statements) {
+    const ptx::Location &outer = m.source.outermost(s->location), &inner = m.source.locations[s->location];
+    lines.push_back({s->opcode, m.source.files[outer.file], m.source.files[inner.file], outer.line, inner.line, s->line,
+                     class_of(find_row(s->opcode, slots)->section, s->opcode), matrix_work(*s)});
+  }
+  return lines;
+}
+
+std::string json_of(const Line& l, const Count& c) {
+  std::string s = "{\"opcode\":" + quoted(l.opcode) + ",\"class\":" + quoted(l.name) + ",\"file\":" + quoted(l.file) +
+                  ",\"line\":" + std::to_string(l.line) + ",\"inner_file\":" + quoted(l.inner_file) +
+                  ",\"inner_line\":" + std::to_string(l.inner_line) + ",\"ptx_line\":" + std::to_string(l.ptx_line);
+  if (!l.work.type.empty()) {
+    s += ",\"matrix\":" + quoted(l.work.type) + ",\"macs\":" + std::to_string(l.work.macs * c.active) +
+         ",\"matrix_shared\":" + std::to_string(l.work.shared_bytes * c.active);
+  }
+#define FORWARDPASS_WRITE(name) \
+  if (c.name) s += ",\"" #name "\":" + std::to_string(c.name);
+  FORWARDPASS_COUNTS(FORWARDPASS_WRITE)
+#undef FORWARDPASS_WRITE
+  return s + "}";
+}
+
+std::string json_of(const Key& key, const Entry& e) {
+  const auto three = [&](int first) {
+    return "[" + std::to_string(key.shape[first]) + "," + std::to_string(key.shape[first + 1]) + "," +
+           std::to_string(key.shape[first + 2]) + "]";
+  };
+  std::string s = "{\"kernel\":" + quoted(key.kernel) + ",\"arch\":" + quoted(e.device->arch) +
+                  ",\"multiprocessors\":" + std::to_string(e.device->multiprocessors) +
+                  ",\"resident\":" + std::to_string(e.resident) + ",\"grid\":" + three(0) + ",\"block\":" + three(3) +
+                  ",\"cluster\":" + three(6) + ",\"shared_bytes\":" + std::to_string(key.shared_bytes) +
+                  ",\"launches\":" + std::to_string(e.launches) +
+                  ",\"footprint_read\":" + std::to_string(e.sectors_read * kSectorBytes) +
+                  ",\"footprint_written\":" + std::to_string(e.sectors_written * kSectorBytes) + ",\"instructions\":[";
+  bool first = true;
+  for (const auto& [name, f] : e.functions) {
+    for (size_t k = 0; k < f.counts.size(); ++k) {
+      if (!f.counts[k].issued && !f.counts[k].waits) continue;
+      s += (first ? "" : ",\n") + json_of(f.lines[k], f.counts[k]);
+      first = false;
+    }
+  }
+  return s + "]}";
+}
+
+// Of one name, or of all.
+std::string profile_json(const uint64_t* name) {
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  std::string s = "[";
+  for (const auto& [key, entry] : r.entries)
+    if (!name || key.name == *name) s += (s.size() > 1 ? ",\n" : "") + json_of(key, entry);
+  return s + "]\n";
+}
+
+const char* report_path() {
+  static const char* const path = [] {
+    const char* p = std::getenv("FORWARDPASS_INTERPRET_COUNTERS");
+    if (p) std::atexit([] { std::ofstream(std::getenv("FORWARDPASS_INTERPRET_COUNTERS")) << profile_json(nullptr); });
+    return p;
+  }();
+  return path;
+}
+// From the load of the library on, so that a program which launches nothing has an empty report.
+const bool reported = report_path() != nullptr;
+
+}  // namespace
+
+bool counted(const Options& o) { return o.counters || reported; }
+
+void record(const Launch& l, const Sheet& sheet) {
+  Key key{l.options.counters, l.module->serial, l.code->name, {}, l.code->shared_bytes + l.dynamic_shared};
+  std::copy(l.grid, l.grid + 3, key.shape.begin());
+  std::copy(l.block, l.block + 3, key.shape.begin() + 3);
+  std::copy(l.cluster, l.cluster + 3, key.shape.begin() + 6);
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  Entry& e = r.entries[key];
+  if (!e.device) {
+    e.device = current_device();
+    e.resident = std::max(1, l.resident / e.device->multiprocessors);
+  }
+  ++e.launches;
+  e.sectors_read += sheet.footprint.sectors(false);
+  e.sectors_written += sheet.footprint.sectors(true);
+  for (const auto& [code, counts] : sheet.counts) {
+    auto& f = e.functions[code->name];
+    if (f.lines.empty()) f.lines = describe(*l.module, *code);
+    f.counts.resize(counts.size());
+    for (size_t k = 0; k < counts.size(); ++k) f.counts[k].add(counts[k]);
+  }
+}
+
+}  // namespace forwardpass::interpreter
+
+using namespace forwardpass::interpreter;
+
+extern "C" {
+
+const char* fpi_profile_json(uint64_t name) {
+  thread_local std::string json;
+  json = profile_json(&name);
+  return json.c_str();
+}
+
+void fpi_profile_forget(uint64_t name) {
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  for (auto e = r.entries.begin(); e != r.entries.end();) e = e->first.name == name ? r.entries.erase(e) : std::next(e);
+}
+
+}  // extern "C"

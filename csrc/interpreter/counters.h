@@ -1,0 +1,98 @@
+#pragma once
+// What launches cost, counted by instruction where Options::counters asks for it: csrc/interpreter/README.md has the
+// rules. A thread that runs CTAs writes into a Sheet of its own; a launch adds its sheets to the process's record, from
+// which fpi_profile_json reads. Without counters a warp's `count` is null and the loop of another instantiation runs.
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "program.h"
+#include "shadow.h"
+
+namespace forwardpass::interpreter {
+
+struct Launch;
+struct Options;
+
+// issued: times that a warp executed it; active: with a lane at least; lanes: in all. waits: times that a warp found
+// itself blocked there, or a test that failed. Bytes by level; those of `bulk` are of global memory, bulk_shared of the
+// shared memory at the other end. An atomic is a read and a write.
+// clang-format off
+#define FORWARDPASS_COUNTS(X) \
+  X(issued) X(active) X(lanes) X(waits) X(requests) X(sectors) X(global_read) X(global_written) X(wavefronts) \
+  X(ideal_wavefronts) X(shared_read) X(shared_written) X(local_read) X(local_written) X(bulk_read) X(bulk_written) \
+  X(bulk_shared)
+// clang-format on
+
+struct Count {
+#define FORWARDPASS_FIELD(name) uint64_t name = 0;
+  FORWARDPASS_COUNTS(FORWARDPASS_FIELD)
+#undef FORWARDPASS_FIELD
+
+  void step(Step how, Mask mask) {
+    waits += how == Step::blocked || how == Step::yielded;
+    if (how == Step::blocked) return;  // it comes again
+    ++issued;
+    active += mask != 0;
+    lanes += static_cast<uint64_t>(__builtin_popcount(mask));
+  }
+  void add(const Count&);
+};
+
+// The sectors of global memory that were touched, each once.
+class Footprint {
+ public:
+  void touch(uint64_t sector, bool read, bool write);
+  void add(const Footprint&);
+  uint64_t sectors(bool written) const;
+
+ private:
+  static constexpr uint64_t kSectorsOfPage = 64;
+  struct Page {
+    uint64_t read = 0, written = 0;  // a bit a sector
+  };
+  std::unordered_map<uint64_t, Page> pages_;
+  uint64_t last_ = ~uint64_t{0};
+  Page* last_page_ = nullptr;
+};
+
+class Sheet {
+ public:
+  Count* at(const Code& code, uint32_t index) {
+    if (&code != code_) choose(code);
+    return counts_ + index;
+  }
+  void add(const Sheet&);
+
+  std::map<const Code*, std::vector<Count>> counts;
+  Footprint footprint;
+
+ private:
+  void choose(const Code&);
+  const Code* code_ = nullptr;
+  Count* counts_ = nullptr;
+};
+
+constexpr uint64_t kSectorBytes = 32;  // what caches and DRAM move
+
+// What the running instruction does, of a warp that is counted. Addresses of the lanes of a mask; `bytes` in all.
+void count_global(Warp&, const uint64_t address[kLanes], uint64_t bytes, Use, Mask);
+void count_shared(Warp&, const uint64_t address[kLanes], int bytes_of_lane, Use, Mask);
+void count_access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes_of_lane, Use, Mask);
+void count_bulk(Warp&, uint64_t address, uint64_t bytes, bool load);  // one row in global memory
+
+// Of one shared-memory access: measures the wavefronts that it takes.
+struct Wavefronts {
+  uint64_t actual = 0, ideal = 0;
+};
+Wavefronts wavefronts_of(const uint64_t address[kLanes], int bytes_of_lane, Mask);
+
+// Whether a launch is: Options::counters, or FORWARDPASS_INTERPRET_COUNTERS=FILE, which gets the record at exit.
+bool counted(const Options&);
+// Adds a launch that is over, or that a finding ended.
+void record(const Launch&, const Sheet&);
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,105 @@
+"""`python -m forwardpass.interpreter report`: a program, run on the interpreted GPU and shown by source line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+
+from . import core
+from .model import modelled
+from .profile import Counts, KernelProfile, LineProfile, by_line
+
+
+def report(arguments: list[str]) -> int:
+    """The program's exit status; the table goes to stdout behind what the program prints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m forwardpass.interpreter report",
+        description="Runs a Python script, or a program that `build` made, with every launch counted, and prints where "
+        "its kernels spend what. Instructions are PTX's. Times are modelled, not measured.",
+    )
+    parser.add_argument("--arch", default="sm_90a", choices=core.ARCHITECTURES, help="where the program names none")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--inlined", action="store_true", help="by the lines of inlined functions, not of the kernel")
+    parser.add_argument("--json", type=pathlib.Path, help="also keep the counts there")
+    parser.add_argument("program", help="SCRIPT.py, PROG, or counts that --json kept")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    chosen = parser.parse_args(arguments)
+    program = pathlib.Path(chosen.program)
+    if not program.is_file():
+        raise ValueError(f"there is no {program}")
+    status, counts = 0, program.read_text() if program.suffix == ".json" else ""
+    if not counts:
+        status, counts = run(program, chosen.arguments, chosen.arch)
+    if chosen.json:
+        chosen.json.write_text(counts)
+    kernels = [k for k in map(KernelProfile.read, json.loads(counts)) if chosen.kernel in k.kernel]
+    print(table(kernels, chosen.inlined) if kernels else "nothing was launched, or no kernel of that name")
+    return status
+
+
+def run(program: pathlib.Path, arguments: list[str], arch: str) -> tuple[int, str]:
+    """Its exit status, and the counts that the core wrote at its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = pathlib.Path(folder) / "counts.json"
+        environment = {"FORWARDPASS_INTERPRET": arch, **os.environ, "FORWARDPASS_INTERPRET_COUNTERS": str(counts)}
+        command = [sys.executable, str(program)] if program.suffix == ".py" else [str(program.absolute())]
+        done = subprocess.run([*command, *arguments], env=environment)
+        if not counts.exists():
+            raise RuntimeError(f"{program} ended with status {done.returncode} and without counts")
+        return done.returncode, counts.read_text()
+
+
+COLUMNS = ("line", "issued", "lanes", "MAC", "sectors/request", "global bytes", "wavefronts", "waits", "source")
+
+
+def table(kernels: list[KernelProfile], inlined: bool = False) -> str:
+    lines = []
+    for name in dict.fromkeys(k.kernel for k in kernels):
+        mine = [k for k in kernels if k.kernel == name]
+        total = Counts()
+        for k in mine:
+            total += k.counts
+        lines.append(f"{name}")
+        for k in mine:
+            lines.append(f"  grid {k.grid}, block {k.block}: {modelled(k)}")
+        lines.append(f"  {classes(total)}")
+        rows = [COLUMNS, *(row(p) for p in by_line(mine, inlined)), ("all", *figures(total), "")]
+        lines += [*aligned(rows), ""]
+    return "\n".join(lines)
+
+
+def classes(counts: Counts) -> str:
+    return ", ".join(f"{n} {name}" for name, n in counts.instructions.most_common())
+
+
+def row(p: LineProfile) -> tuple[str, ...]:
+    place = f"{pathlib.Path(p.file).name}:{p.line}" if p.file else f"PTX {p.line}"
+    return place, *figures(p.counts), p.text[:80]
+
+
+def figures(c: Counts) -> tuple[str, ...]:
+    moved = c.global_read + c.global_written + c.bulk_read + c.bulk_written
+    sectors, conflicts = c.sectors_per_request, c.conflict_ratio
+    return (
+        str(c.issued),
+        f"{c.lanes / c.issued:.1f}" if c.issued else "",
+        str(c.macs.total() or ""),
+        "" if sectors is None else f"{sectors:.2f}",
+        str(moved or ""),
+        "" if conflicts is None else f"{c.wavefronts} ({conflicts:.2f})",
+        str(c.waits.total() or ""),
+    )
+
+
+def aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    """Numbers to the right, the first and the last column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for r in rows:
+        cells = [f"{r[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(r[1:-1], widths[1:-1])), r[-1]]
+        yield "  " + "  ".join(cells).rstrip()

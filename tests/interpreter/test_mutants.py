@@ -1,0 +1,54 @@
+"""The mutation suite (mutants.py): a hashed tenth of the mutants in `make test`, all of them in `make test-all`."""
+
+import os
+import shutil
+
+import pytest
+
+pytest.importorskip("forwardpass.interpreter")
+pytest.importorskip("triton")
+
+import mutants
+
+from forwardpass.interpreter import Module, core
+
+NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(NVCC is None or not core.KERNELS.exists(), reason="built without CUDA kernels"),
+]
+SUBJECTS = list(mutants.subjects())
+#: `make test` mutates each kernel for one architecture of three, a third of the mutants there: a tenth of all
+FIRST = {name: [arch for n, arch in SUBJECTS if n == name] for name, _ in SUBJECTS}
+FIRST = {name: of[i % len(of)] for i, (name, of) in enumerate(FIRST.items())}
+SEEDS = range(20)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "part"),
+    [pytest.param(name, arch, 3, id=f"{name}-{arch}") for name, arch in FIRST.items()]
+    + [pytest.param(name, arch, 1, id=f"{name}-{arch}-all", marks=pytest.mark.slow) for name, arch in SUBJECTS],
+)
+def test_mutants_are_detected(name, arch, part):
+    results = mutants.run([arch], [name], chosen=lambda m: m.digest % part == 0)
+    made = mutants.report(results)
+    invalid = [m.id for m, by, _ in results if by == "unsupported"]
+    unknown = [u for u in made["undetected"] if u["reason"] is None]
+    assert not invalid, f"the interpreter does not take these mutants: {invalid}"
+    assert not unknown, f"{len(unknown)} mutants are neither detected nor explained:\n{mutants.markdown(made)}"
+
+
+@pytest.mark.slow
+def test_every_reason_is_needed():
+    undetected = {m.key for m, by, _ in mutants.run() if by in (None, "unreached")}
+    stale = [key for key in mutants.reasons() if key not in undetected]
+    assert not stale, f"reasons for mutants that are detected, or do not exist: {stale}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arch"), SUBJECTS)
+def test_no_false_alarm_in_20_seeds(name, arch):
+    """A launch of each kernel, the longest: no finding, and the same bits at every seed."""
+    launches = (mutants.operation_launches if name in mutants.OPERATIONS else mutants.witness_launches)(name, arch)
+    launch = max(launches, key=lambda launch: launch.learn(Module(launch.ptx), arch, [0]) or launch.steps)
+    launch.learn(Module(launch.ptx), arch, SEEDS)

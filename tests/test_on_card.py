@@ -1,0 +1,69 @@
+"""Every case of every operation that has a CUDA or a Triton kernel, its benchmarks' too, on the GPU of this machine."""
+
+import pytest
+import torch
+
+from forwardpass import backend
+from forwardpass.activation_quantize import cases as activation_quantize
+from forwardpass.dequant_activation import cases as dequant_activation
+from forwardpass.norm_quantize import cases as norm_quantize
+from forwardpass.quantize import cases as quantize
+from forwardpass.testing import poisoned_outputs
+
+pytestmark = pytest.mark.gpu
+
+MODULES = {
+    "activation_quantize": activation_quantize,
+    "dequant_activation": dequant_activation,
+    "norm_quantize": norm_quantize,
+    "quantize": quantize,
+}
+#: one case in so many runs under compute-sanitizer, which makes a launch a hundred times as long
+SMOKE = 12
+
+
+def cases():
+    """The awkward ones and those of real layers."""
+    for name, module in MODULES.items():
+        for i, case in enumerate([*module.cases(), *module.BENCHMARK_CASES]):
+            marks = pytest.mark.smoke if i % SMOKE == 0 else ()
+            yield pytest.param(name, case, id=f"{name}-{case}", marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What no kernel writes is NaN or -1, in what C++ allocates and in what torch.empty returns."""
+    torch.use_deterministic_algorithms(True)
+    with poisoned_outputs():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_operation_with_kernels_is_here():
+    compiled = {op.package.split(".")[-1] for op in backend.operations.values() if {"cuda", "triton"} & {*op.compiled}}
+    assert compiled == set(MODULES)
+
+
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "case"), list(cases()))
+def test_kernel(name, case, implementation, seed):
+    args = case.arguments("cuda", seed=seed)
+    operation = backend.operations[getattr(case, "op", name)]
+    with backend.use_backend(implementation):
+        got = operation(*args)
+    assert all(t.is_cuda for t in got if isinstance(t, torch.Tensor))
+    MODULES[name].assert_matches(got, args)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_on_another_stream(implementation):
+    """An operation goes to the current stream: there it waits for what makes its argument."""
+    x = torch.zeros(4096, 4096, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), backend.use_backend(implementation):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(3.0)
+        got = backend.operations["quantize"](x, torch.int8, None, None, None, True, None)
+    stream.synchronize()
+    quantize.assert_matches(got, (torch.full((4096, 4096), 3.0), torch.int8, None, None, None, True, None))
