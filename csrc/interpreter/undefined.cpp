@@ -47,16 +47,10 @@ void UndefinedRegisters::set(const Warp& w, Offset o, Mask of, Mask undefined, u
   if (undefined) e.origin = origin;
 }
 
-uint32_t UndefinedRegisters::origin_of_sources(const Warp& w, const Instruction& i) const {
-  for (int n = i.destinations; n < i.destinations + i.sources; ++n) {
-    const Entry* e = find(w, i.operand[n]);
-    if (e && e->lanes) return e->origin;
-  }
-  return 0;
-}
+uint32_t UndefinedRegisters::origin_of(const Warp& w, Offset o) const { return find(w, o)->origin; }
 
 void UndefinedRegisters::depends(const Warp& w, const Instruction& i, Offset o) const {
-  Finding f = origins_[find(w, o)->origin].second;
+  Finding f = origins_[origin_of(w, o)].second;
   f.message += ", and " + w.frame->code->statements[i.index]->opcode + " of " +
                source_place(*w.cta->launch->module, w.line()) + " depends on it";
   throw f;
@@ -78,8 +72,11 @@ void UndefinedRegisters::before(const Warp& w, const Instruction& i, Mask mask) 
       for (int n = first; n < last; ++n) must_be_defined(i.operand[n]);
       break;
     case Undefined::lanewise:
-      for (int n = first; n < last; ++n) undefined |= lanes(w, i.operand[n]);
-      origin = origin_of_sources(w, i);
+      for (int n = first; n < last; ++n) {
+        if (!(lanes(w, i.operand[n]) & mask)) continue;
+        if (!undefined) origin = origin_of(w, i.operand[n]);
+        undefined |= lanes(w, i.operand[n]);
+      }
       break;
   }
   for (int n = 0; n < first; ++n) set(w, i.operand[n], mask, undefined, origin);

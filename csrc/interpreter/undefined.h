@@ -25,7 +25,7 @@ class UndefinedRegisters {  // of one warp
   Mask lanes(const Warp&, Offset) const;
   // In the lanes `of`, the register is now undefined where `undefined` says so, for the reason that `origin` has.
   void set(const Warp&, Offset, Mask of, Mask undefined, uint32_t origin);
-  uint32_t origin_of_sources(const Warp&, const Instruction&) const;  // of the first that is undefined in some lane
+  uint32_t origin_of(const Warp&, Offset) const;  // of one that is undefined in some lane
   // Before the instruction runs: a finding, or its results' definedness as far as it is not the handler's to say.
   void before(const Warp&, const Instruction&, Mask);
   [[noreturn]] void depends(const Warp&, const Instruction&, Offset) const;

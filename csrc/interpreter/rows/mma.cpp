@@ -22,26 +22,37 @@ void multiply_undefined(Warp& w, const Instruction& i, const Mma& m) {
   const Offset* const b = a + m.a_registers;
   const Offset* const c = b + m.b_registers;
   const int halves = m.exact.halves, rows_of_a = m.a_registers / halves, pairs = m.exact.d == Accumulate::f16 ? 1 : 2;
-  uint32_t rows = 0, columns = 0;
-  const auto eighths = [&](Offset o) {
-    uint32_t found = 0;
-    for (int k = 0; k < 8; ++k) found |= (w.undefined->lanes(w, o) >> k * 4 & 0xf ? 1u : 0u) << k;
-    return found;
-  };
+  struct {
+    uint32_t which = 0, origin = 0;
+    void take(const Warp& w, Offset o, int shift) {
+      for (Mask rest = w.undefined->lanes(w, o); rest; rest &= rest - 1)
+        which |= 1u << (shift + __builtin_ctz(rest) / 4);
+      if (w.undefined->lanes(w, o)) origin = w.undefined->origin_of(w, o);
+    }
+  } rows, columns;
   for (int h = 0; h < halves; ++h) {
-    for (int r = 0; r < rows_of_a; ++r) rows |= eighths(a[h * rows_of_a + r]) << r * 8;
-    columns |= eighths(b[h]);
+    for (int r = 0; r < rows_of_a; ++r) rows.take(w, a[h * rows_of_a + r], r * 8);
+    columns.take(w, b[h], 0);
   }
-  Mask result[4];
+  struct {
+    Mask lanes;
+    uint32_t origin;
+  } results[4];  // all of them before the first is set: D may be C
   for (int r = 0; r < m.d_registers; ++r) {
-    result[r] = w.undefined->lanes(w, c[r]);
+    const Mask before = w.undefined->lanes(w, c[r]);
+    Mask of_rows = 0, of_columns = 0;
     for (int l = 0; l < kLanes; ++l) {
       const uint32_t mine = pairs == 1 ? 3u << l % 4 * 2 : 1u << (l % 4 * 2 + r % 2);
-      if ((rows >> (r / pairs * 8 + l / 4) & 1) || (columns & mine)) result[r] |= Mask{1} << l;
+      of_rows |= (rows.which >> (r / pairs * 8 + l / 4) & 1) << l;
+      of_columns |= Mask{(columns.which & mine) != 0} << l;
     }
+    results[r] = {before | of_rows | of_columns, before    ? w.undefined->origin_of(w, c[r])
+                                                 : of_rows ? rows.origin
+                                                           : columns.origin};
   }
-  const uint32_t origin = w.undefined->origin_of_sources(w, i);
-  for (int r = 0; r < m.d_registers; ++r) w.undefined->set(w, i.operand[r], kAllLanes, result[r], origin);
+  for (int r = 0; r < m.d_registers; ++r) {
+    w.undefined->set(w, i.operand[r], kAllLanes, results[r].lanes, results[r].origin);
+  }
 }
 
 Step mma(Warp& w, const Instruction& i, Mask mask) {
