@@ -114,7 +114,8 @@ void count_shared(Warp& w, const uint64_t address[kLanes], int bytes, Use use, M
 void count_access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes, Use use, Mask mask) {
   const uint64_t all = static_cast<uint64_t>(__builtin_popcount(mask)) * static_cast<uint64_t>(bytes);
   if (space == ptx::Space::global) return count_global(w, address, all, use, mask);
-  if (space == ptx::Space::shared || space == ptx::Space::shared_cluster) return count_shared(w, address, bytes, use, mask);
+  if (space == ptx::Space::shared || space == ptx::Space::shared_cluster)
+    return count_shared(w, address, bytes, use, mask);
   if (space != ptx::Space::local) return;  // parameters and constants have a cache of their own
   if (is_read(use)) w.count->local_read += all;
   if (is_write(use)) w.count->local_written += all;
