@@ -92,7 +92,7 @@ void Warp::leave(Mask lanes, bool exit) {
     for (Frame* f = frame_left; f; f = f->caller) f->inside &= ~lanes;
     cta->cluster->happened();
     if (last) {
-      --cta->live_warps;
+      if (!--cta->live_warps) check_bulk_at_end(*cta);
       --cta->cluster->live_warps;
     }
     cta->settle_barriers();

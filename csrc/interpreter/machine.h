@@ -270,6 +270,9 @@ uint64_t mix(uint64_t);
 // One instruction while registers are in flight or undefined: a finding when it may not touch one, else its step.
 // `here` are the lanes of the strand, `mask` those that its guard lets through.
 Step run_watched(Warp&, const Instruction&, Mask here, Mask mask);
+
+// The last thread has exited: a bulk store that none has waited for is a finding (rows/bulk.cpp).
+void check_bulk_at_end(const Cta&);
 void update_watched(Warp&);
 
 }  // namespace forwardpass::interpreter

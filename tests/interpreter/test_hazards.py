@@ -230,6 +230,13 @@ def tma_store_missing_fence(module):
 
 
 @run
+def tma_store_unfinished(module):
+    x, y = integers(8, 32), poisoned(8, 32)
+    module["tma_store_unfinished"].launch(grid=(1, 1, 1), block=(256, 1, 1), args=[x, tiles(y)])
+    return y, x
+
+
+@run
 def tma_store_reused_buffer(module):
     x, y = integers(16, 32), poisoned(16, 32)
     module["tma_store_reused_buffer"].launch(grid=(1, 1, 1), block=(256, 1, 1), args=[x, tiles(y)])

@@ -51,7 +51,7 @@ def store(
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("size", [16, 1024])
-@pytest.mark.parametrize("wait", ["cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;", ""])
+@pytest.mark.parametrize("wait", ["cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;"])
 def test_bulk_store(size, wait, seed):
     x, y = integers(256), torch.zeros(512, dtype=torch.int32)
     run(store(size, hint=".L2::cache_hint", policy=", 0", wait=wait, to=512), x, y, seed=seed)

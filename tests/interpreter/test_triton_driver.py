@@ -156,6 +156,7 @@ def test_clusters(x):
 def test_launch_attributes(x):
     y = torch.zeros_like(x)
     with fp.interpret("sm_90a"):
+        add[(1,)](x, x, torch.zeros_like(x), 100, BLOCK=128)  # so that what ran before wrote nothing at y's address
         add[(1,)](x, x, y, 100, BLOCK=128, launch_pdl=True)
         assert torch.equal(y, 2 * x)
         add[(1,)](x, y, y, 100, BLOCK=128, launch_cooperative_grid=True)

@@ -125,6 +125,7 @@ struct Bulk {
     int lane;
     uint64_t group;
     std::shared_ptr<Transfer> store;
+    bool waited = false;  // for its reads at least
   };
   uint64_t committed[kLanes] = {};
   std::vector<Entry> entries;
@@ -300,7 +301,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
       check_global(w, *store, store->reduce ? Use::atomic : Use::write, l);
       take(w, *store);
       Bulk& bulk = state_of(w);
-      bulk.entries.push_back({l, bulk.committed[l], store});
+      bulk.entries.push_back({l, bulk.committed[l], store, false});
       w.cta->add(std::move(store));
       continue;
     }
@@ -337,8 +338,9 @@ template <bool read>
 Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   if (!w.bulk) return Step::next;
   auto& entries = w.bulk->entries;
-  const auto over = [&](const Bulk::Entry& e) {
+  const auto over = [&](Bulk::Entry& e) {
     if (!(mask >> e.lane & 1) || e.group + i.immediate >= w.bulk->committed[e.lane]) return false;
+    e.waited = true;
     if (read) {
       e.store->read(*w.cta);
     } else {
@@ -350,6 +352,29 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   entries.erase(std::remove_if(entries.begin(), entries.end(), over), entries.end());
   return Step::next;
 }
+
+}  // namespace
+
+void check_bulk_at_end(const Cta& cta) {
+  if (!checked(cta)) return;
+  for (const Warp& w : cta.warps) {
+    if (!w.bulk) continue;
+    for (const Bulk::Entry& e : w.bulk->entries) {
+      if (e.waited) continue;
+      Finding f;
+      f.kind = Kind::in_flight;
+      f.message =
+          "the block ends while this bulk store may still read its shared memory: no wait_group of the thread covers "
+          "it";
+      f.warp = w.id;
+      f.lane = e.lane;
+      cta.place(f, *e.store->code, e.store->instruction->index);
+      throw f;
+    }
+  }
+}
+
+namespace {
 
 void bind_place(Bind& b, Place& place, const Operand& o, bool generic = false, bool cluster = false) {
   place.operand = b.instruction.sources;
