@@ -350,6 +350,19 @@ def test_multicast(kind, seed):
     assert torch.equal(y, blocks[[0, 1, 0, 1]])
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_who_waited_for_a_multicast_may_exit(seed):
+    # rank 0 sends to all and stays; nothing orders the others' exit after the thread that sent, and nothing has to
+    body = f"""{MBARRIER.format(1)}
+    @%p8 mbarrier.arrive.expect_tx.shared.b64 _, [%s], 64;
+    setp.eq.u32 %p2, %r30, 0;
+    and.pred %p2, %p2, %p8;
+    mov.u16 %h1, 15;
+    @%p2 cp.async.bulk.shared::cluster.global.{BYTES}.multicast::cluster [%s+64], [%a0], 64, [%s], %h1;
+    {WAIT.format(0)}"""
+    launch(body, integers(16), cluster=4, block=32, seed=seed)
+
+
 @pytest.mark.parametrize("kind", LOADS)
 @pytest.mark.parametrize(
     ("masks", "options", "kinds", "why"),
