@@ -72,3 +72,12 @@ for n in (8, 8, 9):
     assert len(lines) == 2
     assert lines[0].endswith("-> cpu")
     assert logging.getLogger("forwardpass.dispatch").handlers == []
+
+
+def test_compiled_code_keeps_the_choice():
+    def f(x):
+        return fp.ops.quantize(x, torch.int8)[0]
+
+    torch.compiler.reset()
+    with fp.use_backend("triton"), pytest.raises(Exception, match="take CUDA tensors|Unsupported|Observed exception"):
+        torch.compile(f, backend="eager", fullgraph=True)(torch.randn(2, 64))

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -67,10 +67,13 @@ class Interpreter(Protocol):
 
 
 class _Choice(threading.local):
-    # What stands in the class is every thread's until it chooses for itself.
-    backend: str | _Explain = "auto"
-    interpreter: Interpreter | None = None
-    arch: str | None = None  # the interpreter's: a string is all that torch.compile can guard
+    # Attributes of the instance, made for each thread: torch.compile of torch 2.11 reads a class's default in their place.
+    everywhere: ClassVar[Interpreter | None] = None  # what threads begin with
+
+    def __init__(self) -> None:
+        self.backend: str | _Explain = "auto"
+        self.interpreter: Interpreter | None = _Choice.everywhere
+        self.arch = self.interpreter.arch if self.interpreter else None  # a string is all that torch.compile can guard
 
 
 _choice = _Choice()
@@ -82,8 +85,9 @@ def interpreter() -> Interpreter | None:
 
 
 def interpret_everywhere(chosen: Interpreter) -> None:
-    """In every thread, until it leaves a block of `interpreted_by`."""
-    _Choice.interpreter, _Choice.arch = chosen, chosen.arch
+    """In this thread and in those that begin later, outside of blocks of `interpreted_by`."""
+    _Choice.everywhere = chosen
+    _choice.interpreter, _choice.arch = chosen, chosen.arch
 
 
 @contextlib.contextmanager
@@ -278,10 +282,9 @@ class Operation:
         if torch.compiler.is_compiling():
             if grad and any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 self._refuse_grad()
-            gpu = _choice.backend in ("auto", "cuda", "triton") and not {"cuda", "triton"}.isdisjoint(self.compiled)
-            if (
-                gpu and _choice.arch and args[0].device.type == "cpu"
-            ):  # a graph would have the kernel and nothing around it
+            wanted = _choice.backend in ("auto", "cuda", "triton")
+            if wanted and _choice.arch and args[0].device.type == "cpu" and "cuda" in self.compiled:
+                # a graph would have the kernel and nothing of what is around it
                 raise RuntimeError(
                     f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
                 )
