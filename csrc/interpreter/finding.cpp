@@ -22,9 +22,7 @@ std::string Finding::text() const {
     if (lane >= 0) s += ", lane " + std::to_string(lane);
   }
   if (has_address) {
-    char hex[32];
-    std::snprintf(hex, sizeof hex, "0x%llx", static_cast<unsigned long long>(address));
-    s += std::string("\n  address ") + hex;
+    s += "\n  address " + hexadecimal(address);
   }
   if (!arch.empty()) s += "\n  repeat with arch " + arch + ", seed " + std::to_string(seed);
   return s;
@@ -55,6 +53,21 @@ std::string Finding::json() const {
          std::to_string(block[1]) + "," + std::to_string(block[2]) + "]" + number("warp", warp) + number("lane", lane) +
          ",\"address\":" + (has_address ? std::to_string(address) : "null") + ",\"seed\":" + std::to_string(seed) +
          ",\"text\":" + quoted(text()) + "}";
+}
+
+std::string hexadecimal(uint64_t n) {
+  char text[24];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(n));
+  return text;
+}
+
+Finding finding_at(Kind kind, std::string message, uint64_t address) {
+  Finding f;
+  f.kind = kind;
+  f.message = std::move(message);
+  f.address = address;
+  f.has_address = true;
+  return f;
 }
 
 }  // namespace forwardpass::interpreter

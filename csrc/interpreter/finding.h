@@ -36,4 +36,9 @@ struct Finding {
   std::string json() const;
 };
 
+std::string hexadecimal(uint64_t);
+
+// With an address; the place is filled in by whoever catches it.
+Finding finding_at(Kind, std::string message, uint64_t address);
+
 }  // namespace forwardpass::interpreter

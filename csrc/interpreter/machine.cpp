@@ -39,12 +39,8 @@ void Warp::fail(Kind kind, std::string message, int lane) const {
 }
 
 void Warp::fail_at(Kind kind, std::string message, int lane, uint64_t address) const {
-  Finding f;
-  f.kind = kind;
-  f.message = std::move(message);
+  Finding f = finding_at(kind, std::move(message), address);
   f.lane = lane;
-  f.address = address;
-  f.has_address = true;
   throw f;
 }
 

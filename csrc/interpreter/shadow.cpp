@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstdio>
 
 #include "machine.h"
 
@@ -16,16 +15,8 @@ uint16_t bytes_between(uint32_t low, uint32_t high) {
   return static_cast<uint16_t>((0xffffu << low) & (0xffffu >> (kGranule - high)));
 }
 
-Finding finding(Kind kind, uint64_t address, std::string message) {
-  Finding f;
-  f.kind = kind;
-  f.message = std::move(message);
-  f.address = address;
-  f.has_address = true;
-  return f;
-}
 [[noreturn]] void fail(Kind kind, uint64_t address, std::string message) {
-  throw finding(kind, address, std::move(message));
+  throw finding_at(kind, std::move(message), address);
 }
 
 std::string range(uint32_t begin, uint32_t bytes) {
@@ -35,12 +26,6 @@ std::string range(uint32_t begin, uint32_t bytes) {
 const char* verb(Use use) { return use == Use::atomic ? "atomic" : is_write(use) ? "write" : "read"; }
 
 }  // namespace
-
-std::string hexadecimal(uint64_t n) {
-  char text[24];
-  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(n));
-  return text;
-}
 
 std::string source_place(const Module& module, uint32_t ptx_line) {
   for (const auto& f : module.source.functions) {
@@ -320,9 +305,10 @@ void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, 
 
 Finding Shadow::unwritten_bytes(const Actor& actor, uint32_t number, uint16_t bad, Use use) const {
   const uint32_t at = number * kGranule + __builtin_ctz(bad);
-  return finding(Kind::uninitialised, at,
-                 std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " +
-                     range(at, __builtin_popcount(bad)) + ", which nothing has written");
+  return finding_at(Kind::uninitialised,
+                    std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " +
+                        range(at, __builtin_popcount(bad)) + ", which nothing has written",
+                    at);
 }
 
 Finding Shadow::unwritten(const Actor& actor, uint32_t begin, uint32_t bytes) {

@@ -42,7 +42,6 @@ struct Actor {
 
 // "file.cu:12" for a line of the PTX that .loc maps to a source, "PTX line 34" otherwise.
 std::string source_place(const Module&, uint32_t ptx_line);
-std::string hexadecimal(uint64_t);
 
 class Shadow {
  public:

@@ -14,12 +14,7 @@ inline bool checked(const Cta& cta) { return cta.launch->options.checks; }
 
 // A finding of an operation that completes, when no instruction runs: Cta::complete knows the place.
 [[noreturn]] inline void fault(Kind kind, std::string message, uint64_t address) {
-  Finding f;
-  f.kind = kind;
-  f.message = std::move(message);
-  f.address = address;
-  f.has_address = true;
-  throw f;
+  throw finding_at(kind, std::move(message), address);
 }
 
 // The address operand of a row, bound with Bind::address.

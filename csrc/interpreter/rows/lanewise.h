@@ -103,4 +103,24 @@ T saturated(T x) {  // .sat: into [0, 1], NaN to 0
   return x > 0 ? (x < 1 ? x : T{1}) : T{0};
 }
 
+// Of logic instructions and of reductions.
+struct And {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a & b;
+  }
+};
+struct Or {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a | b;
+  }
+};
+struct Xor {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a ^ b;
+  }
+};
+
 }  // namespace forwardpass::interpreter

@@ -8,24 +8,6 @@
 namespace forwardpass::interpreter {
 
 // Each gives what memory holds after it, from what it held before and the operands.
-struct And {
-  template <class T>
-  T operator()(T old, T b) const {
-    return old & b;
-  }
-};
-struct Or {
-  template <class T>
-  T operator()(T old, T b) const {
-    return old | b;
-  }
-};
-struct Xor {
-  template <class T>
-  T operator()(T old, T b) const {
-    return old ^ b;
-  }
-};
 struct Exchange {
   template <class T>
   T operator()(T, T b) const {
