@@ -25,24 +25,29 @@ using namespace forwardpass;
 
 #define EPILOGUE_OPTIONS "Tensor? bias, str? activation, ScalarType out_dtype, "
 
-// with kernels on every backend
-#define FOR_EACH_OP(X)                                                                                        \
-  X(quantize,                                                                                                 \
-    "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")") \
-  X(activation_quantize,                                                                                      \
-    "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")")        \
-  X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")")                                           \
-  X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)") \
-  X(dequant_activation, "(Tensor acc, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                      \
-                        "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")
+#define GEMM_OPERANDS "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, "
 
-// on the CPU only, so far
-#define FOR_EACH_CPU_OP(X)                                                                                             \
-  X(int8_gemm, "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                                \
-               "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                                    \
+// with kernels on every backend
+#define FOR_EACH_OP(X)                                                                                                 \
+  X(quantize,                                                                                                          \
+    "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")")          \
+  X(activation_quantize,                                                                                               \
+    "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")")                 \
+  X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")")                                                    \
+  X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)")          \
+  X(dequant_activation, "(Tensor acc, Tensor a_scale, Tensor b_scale, " EPILOGUE_OPTIONS                               \
+                        "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                           \
+  X(int8_gemm, GEMM_OPERANDS EPILOGUE_OPTIONS "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")     \
   X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                         \
                  "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor") \
   X(w8a16_gemm, "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor")
+
+// on GPUs only: the CPU has no fp8 arithmetic
+#define FOR_EACH_GPU_OP(X)                                                                                         \
+  X(fp8_gemm, GEMM_OPERANDS EPILOGUE_OPTIONS "Tensor? out_scale) -> Tensor")                                       \
+  X(fp8_gemm_quantize, GEMM_OPERANDS "Tensor? bias, str? activation, int group_size) -> (Tensor q, Tensor scale)") \
+  X(fp8_linear,                                                                                                    \
+    "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS "Tensor? scale, Tensor? channel_scale) -> Tensor")
 
 STABLE_TORCH_LIBRARY(forwardpass, m) {
 #define DEFINE(name, schema)     \
@@ -50,8 +55,10 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   m.def(#name "_triton" schema); \
   m.def(#name "_cuda" schema);
   FOR_EACH_OP(DEFINE)
-#define DEFINE_CPU(name, schema) m.def(#name "_cpu" schema);
-  FOR_EACH_CPU_OP(DEFINE_CPU)
+#define DEFINE_GPU(name, schema) \
+  m.def(#name "_triton" schema); \
+  m.def(#name "_cuda" schema);
+  FOR_EACH_GPU_OP(DEFINE_GPU)
   m.def("_set_library(int interpreted, str path) -> ()");
   m.def("_set_poison(bool on) -> ()");
   m.def("_set_storage_hook(int address) -> ()");
@@ -61,8 +68,6 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call))); \
   m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::interpreted>::call)));
   FOR_EACH_OP(ON_CPU)
-#define ON_CPU_ONLY(name, schema) m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call)));
-  FOR_EACH_CPU_OP(ON_CPU_ONLY)
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
 #define ON_CUDA(name, schema) m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::cuda>::call)));
