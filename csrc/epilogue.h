@@ -5,8 +5,8 @@
 namespace forwardpass {
 
 struct EpilogueOptions {
-  const Tensor& a_scale;
-  const Tensor& b_scale;
+  const OptionalTensor& a_scale;  // without one: ones, or for the caller to fill in
+  const OptionalTensor& b_scale;
   const OptionalTensor& bias;
   const std::optional<std::string>& activation;
   ScalarType out_dtype;

@@ -13,12 +13,11 @@ struct QuantizeOptions {
   const OptionalTensor& channel_scale;
 };
 
-// sizes: [lead..., columns] of q.
-inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int64_t>& sizes, const QuantizeOptions& o,
-                                                          const Tensor& x, const char* op) {
+// The options, checked, without the memory for the results.
+inline QuantizedRows quantized_options(int64_t columns, const QuantizeOptions& o, const Tensor& x, const char* op) {
   QuantizedRows r{};
   r.dtype = dtype_of(o.dtype, op, "q");
-  r.columns = sizes.back();
+  r.columns = columns;
   r.group = o.group_size.value_or(r.columns);
   r.symmetric = o.symmetric;
   STD_TORCH_CHECK(r.dtype == Dtype::i8 || (r.dtype == Dtype::e4m3 && o.symmetric), op,
@@ -30,7 +29,13 @@ inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int6
   r.channel_scale = floats(o.channel_scale, r.columns, x, op, "channel_scale");
   r.static_scale = floats(o.scale, 1, x, op, "scale");
   r.static_zero_point = ints(o.zero_point, 1, x, op, "zero_point");
+  return r;
+}
 
+// sizes: [lead..., columns] of q.
+inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int64_t>& sizes, const QuantizeOptions& o,
+                                                          const Tensor& x, const char* op) {
+  QuantizedRows r = quantized_options(sizes.back(), o, x, op);
   Tensor q = padded_rows(sizes, o.dtype, 1, x);
   r.q = q.mutable_data_ptr();
   r.q_stride = round_up(r.columns, 16);

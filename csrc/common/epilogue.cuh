@@ -19,7 +19,7 @@ struct EpilogueAccess {
 __device__ inline void load_scales(float (&v)[kVec], const float* p, bool per_column, int64_t column, int n,
                                    bool aligned) {
   if (per_column) return load_floats(v, p + column, n, aligned);
-  const float one = *p;
+  const float one = p ? *p : 1.0f;
   apply(v, [=](float) { return one; });
 }
 
@@ -44,7 +44,7 @@ __device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue
 #pragma unroll
     for (int i = 0; i < kVec; ++i) acc.e[i] -= zero_point * b_sum.e[i];
   }
-  const float a_scale = e.a_scale[e.a_scale_per_row ? row : 0];
+  const float a_scale = e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
   float scale[kVec], bias[kVec] = {};
   load_scales(scale, e.b_scale, e.b_scale_per_column, column, n, access.columns);
   if (e.bias) load_bias(bias, e, column, n, access.columns);
@@ -91,6 +91,23 @@ __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const E
     }
   }
   store_vec(q, static_cast<uint8_t*>(e.out) + at, n, access.out);
+}
+
+// Eight accumulators of a row from `column` on, n of them inside it, to the output; gated: eight gates, and their ups
+// from column + 8 on.
+template <class Acc>
+__device__ inline void epilogue_vector(const Epilogue& e, const EpilogueAccess& access, int64_t row, int64_t column,
+                                       int n, const Vec<Acc>& acc, const Vec<Acc>& up) {
+  const bool gated = is_gated(e.activation);
+  float y[kVec], y_up[kVec];
+  if (gated) dequantize(y_up, up, e, access, row, column + kVec, n);
+  dequantize(y, acc, e, access, row, column, n);
+  activate(e.activation, y);
+  if (gated) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) y[i] = __fmul_rn(y[i], y_up[i]);
+  }
+  store_output(y, e, access, row, gated ? column / 2 : column, n);
 }
 
 }  // namespace forwardpass

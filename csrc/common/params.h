@@ -48,8 +48,8 @@ struct QuantizedRows {
 //   out = activation(y), gated: activation(gate) * up, gates and ups in blocks of 8 columns each, [rows, columns / 2]
 //   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
 struct Epilogue {
-  const float* a_scale;         // [rows] or [1]
-  const float* b_scale;         // [columns] or [1]
+  const float* a_scale;         // [rows] or [1]; null: one
+  const float* b_scale;         // [columns] or [1]; null: one
   const void* bias;             // [columns] or null
   const int32_t* zero_point;    // [rows] or [1], or null
   const int32_t* b_sum;         // [columns]; goes with zero_point

@@ -37,7 +37,7 @@ INLINE void store_output(const Epilogue& e, f32x16 y, int64_t row, int64_t c, in
 // acc: one row of int32 or fp32 accumulators, `columns` of them; row: where it goes in the output.
 template <Dtype Acc>
 INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
-  const float a_scale = e.a_scale[e.a_scale_per_row ? row : 0];
+  const float a_scale = e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
   const int32_t zero_point = e.zero_point ? e.zero_point[e.zero_point_per_row ? row : 0] : 0;
   for_each_vector(
       0, columns, VECTOR_BODY(&) {
@@ -49,7 +49,8 @@ INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_
         } else {
           v = load<Dtype::f32>(acc, c, n);
         }
-        const f32x16 b_scale = e.b_scale_per_column ? load<Dtype::f32>(e.b_scale, c, n) : splat(*e.b_scale);
+        const f32x16 b_scale =
+            e.b_scale_per_column ? load<Dtype::f32>(e.b_scale, c, n) : splat(e.b_scale ? *e.b_scale : 1.0f);
         const f32x16 y = fma(v, a_scale * b_scale, load_bias(e, c, n));
         if (!is_gated(e.activation)) return store_output(e, activate(e.activation, y), row, c, n);
         f32x16 gate{}, up{};  // columns are a multiple of 16: 8 of gate, 8 of up

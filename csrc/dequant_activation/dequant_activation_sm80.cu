@@ -9,40 +9,49 @@ namespace forwardpass {
 
 constexpr int kThreads = 256;
 
+// The parts that a product with its depth split left, added in their order: the same bits each time.
+template <class Acc>
+__device__ Vec<Acc> load_sum(const Acc* p, int n, bool aligned, int64_t splits, int64_t split_stride) {
+  Vec<Acc> sum = load_vec(p, n, aligned);
+  for (int64_t s = 1; s < splits; ++s) {
+    const Vec<Acc> part = load_vec(p + s * split_stride, n, aligned);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum.e[i] += part.e[i];
+  }
+  return sum;
+}
+
 template <Dtype D>
 __global__ void __launch_bounds__(kThreads)
-    dequant_activation_kernel(DequantActivationParams p, int64_t vectors, EpilogueAccess access, bool aligned) {
+    dequant_activation_kernel(DequantActivationParams p, int64_t splits, int64_t split_stride, int64_t vectors,
+                              EpilogueAccess access, bool aligned) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / vectors,
                 out_column = index % vectors * kVec;
   if (row >= p.acc.rows) return;
-  const Epilogue& e = p.epilogue;
-  const bool gated = is_gated(e.activation);
+  const bool gated = is_gated(p.epilogue.activation);
   const int64_t column = gated ? 2 * out_column : out_column;  // gated: 8 of gate, then 8 of up
   const int n = static_cast<int>(min(int64_t{kVec}, p.acc.columns - column));
 
   auto acc = static_cast<const cuda_t<D>*>(p.acc.data) + row * p.acc.stride + column;
-  const auto first = load_vec(acc, n, aligned);
-  float y[kVec], up[kVec];
-  if (gated) dequantize(up, load_vec(acc + kVec, n, aligned), e, access, row, column + kVec, n);
-  dequantize(y, first, e, access, row, column, n);
-  activate(e.activation, y);
-  if (gated) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) y[i] = __fmul_rn(y[i], up[i]);
-  }
-  store_output(y, e, access, row, out_column, n);
+  const auto first = load_sum(acc, n, aligned, splits, split_stride);
+  auto up = first;
+  if (gated) up = load_sum(acc + kVec, n, aligned, splits, split_stride);
+  epilogue_vector(p.epilogue, access, row, column, n, first, up);
+}
+
+int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride, void* stream) {
+  const int64_t vectors = (p.acc.columns / (is_gated(p.epilogue.activation) ? 2 : 1) + kVec - 1) / kVec;
+  const unsigned grid = static_cast<unsigned>((p.acc.rows * vectors + kThreads - 1) / kThreads);
+  const bool aligned = is_aligned(p.acc.data) && p.acc.stride % 4 == 0 && split_stride % 4 == 0;
+  dispatch<Dtype::i32, Dtype::f32>(p.acc.dtype, [&](auto D) {
+    dequant_activation_kernel<D()><<<grid, kThreads, 0, cudaStream_t(stream)>>>(p, splits, split_stride, vectors,
+                                                                                EpilogueAccess(p.epilogue), aligned);
+  });
+  return cudaGetLastError();
 }
 
 }  // namespace forwardpass
 
 int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p, void* stream) {
-  using namespace forwardpass;
-  const int64_t vectors = (p->acc.columns / (is_gated(p->epilogue.activation) ? 2 : 1) + kVec - 1) / kVec;
-  const unsigned grid = static_cast<unsigned>((p->acc.rows * vectors + kThreads - 1) / kThreads);
-  const bool aligned = is_aligned(p->acc.data) && p->acc.stride % 4 == 0;
-  dispatch<Dtype::i32, Dtype::f32>(p->acc.dtype, [&](auto D) {
-    dequant_activation_kernel<D()>
-        <<<grid, kThreads, 0, cudaStream_t(stream)>>>(*p, vectors, EpilogueAccess(p->epilogue), aligned);
-  });
-  return cudaGetLastError();
+  return forwardpass::launch_dequant_activation(*p, 1, 0, stream);
 }

@@ -1,17 +1,12 @@
 #pragma once
-// Torch side of int8_gemm and int8_linear on the CPU: the product is oneDNN's, so tensors go in.
-#include "ops.h"
-#include "quantize/quantize.h"
+#include "common/gemm.h"
 
 namespace forwardpass {
 
-Matrix int8_operand(const Tensor& t, const char* op, const char* name);
-
-// Throws where |sum| over K products could pass 2^31.
-void check_int8_depth(int64_t k, bool zero_point, const char* op);
-
-// int8 a [M, K] times b transposed [K, N], then the epilogue. With `quantize`, a is first computed from quantize->x.
-void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
-                   const QuantizeParams* quantize);
+struct Int8GemmParams : GemmParams {};
 
 }  // namespace forwardpass
+
+// returns a cudaError_t; stream is a cudaStream_t
+extern "C" __attribute__((visibility("default"))) int forwardpass_int8_gemm(const forwardpass::Int8GemmParams* p,
+                                                                            void* stream);

@@ -1,11 +1,13 @@
 #include "epilogue.h"
+#include "gemm.h"
 #include "int8_gemm/int8_gemm.h"
+#include "int8_operands.h"
 #include "quantized_rows.h"
 #include "torch_ops.h"
 
 namespace forwardpass {
 
-Tensor int8_linear(Backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
+Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
                    std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale,
                    OptionalTensor zero_point, bool symmetric, OptionalTensor channel_scale, OptionalTensor w_sum) {
   const char* op = "int8_linear";
@@ -17,15 +19,25 @@ Tensor int8_linear(Backend, const Tensor& x, const Tensor& weight, const Tensor&
   STD_TORCH_CHECK(w_sum.has_value() == !symmetric, op, ": w_sum goes with symmetric=False, and only with it");
   check_int8_depth(w.columns, !symmetric, op);
 
+  const QuantizeOptions options{ScalarType::Char, scale, zero_point, std::nullopt, symmetric, channel_scale};
+  auto sizes = sizes_of(x);
+  sizes.back() = w.rows;
+  const OptionalTensor none;
+  if (backend != Backend::cpu) {  // what passes between the two kernels lies in one workspace
+    auto [out, e] = epilogue(sizes, q.x.rows, {none, w_scale, bias, activation, out_dtype, none, none, none}, x, op);
+    if (q.x.rows == 0) return out;
+    e.b_sum = ints(w_sum, w.rows, x, op, "w_sum");
+    q.out = quantized_options(q.x.columns, options, x, op);
+    quantize_and_multiply<Int8GemmParams>(backend, q, {{}, w, {}, e, {}, nullptr, 0}, x, "int8_gemm");
+    return out;
+  }
+
   Quantized operands;
-  std::tie(operands, q.out) = quantized_rows(
-      {q.x.rows, q.x.columns}, {ScalarType::Char, scale, zero_point, std::nullopt, symmetric, channel_scale}, x, op);
+  std::tie(operands, q.out) = quantized_rows({q.x.rows, q.x.columns}, options, x, op);
   auto& [a, a_scale, a_zero_point] = operands;
   if (scale) a_scale = *scale;
   if (zero_point) a_zero_point = *zero_point;
-  const OptionalTensor none, shift = symmetric ? none : OptionalTensor(a_zero_point);
-  auto sizes = sizes_of(x);
-  sizes.back() = w.rows;
+  const OptionalTensor shift = symmetric ? none : OptionalTensor(a_zero_point);
   auto [out, e] = epilogue(sizes, q.x.rows, {a_scale, w_scale, bias, activation, out_dtype, none, shift, w_sum}, x, op);
   if (q.x.rows) int8_gemm_cpu(a, transposed(weight, w), e, &q);
   return out;

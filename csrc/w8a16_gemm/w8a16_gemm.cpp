@@ -35,11 +35,10 @@ Tensor w8a16_gemm(Backend, const Tensor& x, const Tensor& w, const Tensor& w_sca
   if (blocks) q.block_scale = floats(w_scale, n * groups, x, op, "w_scale");
   auto sizes = sizes_of(x);
   sizes.back() = n;
-  Tensor one = contiguous_rows({1}, ScalarType::Float, x);
-  torch::stable::fill_(one, 1.0);
   const OptionalTensor none;
   auto [output, epilogue_of] = epilogue(
-      sizes, xm.rows, {one, blocks ? one : w_scale, bias, activation, x.scalar_type(), none, none, none}, x, op);
+      sizes, xm.rows,
+      {none, blocks ? none : OptionalTensor(w_scale), bias, activation, x.scalar_type(), none, none, none}, x, op);
   const Tensor out = output;  // C++17 lambdas capture no structured bindings
   const Epilogue e = epilogue_of;
   if (xm.rows == 0) return out;

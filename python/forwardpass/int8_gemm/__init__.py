@@ -105,4 +105,4 @@ def _notes(*args: object) -> list[str]:
     )
 
 
-OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, _fake, backends=("cpu",), notes=_notes)
+OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, _fake, backends=("cuda", "cpu"), notes=_notes)

@@ -83,4 +83,4 @@ def _fake(
     return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)
 
 
-OPERATION = Operation(int8_linear, _check, reference.int8_linear, _fake, backends=("cpu",))
+OPERATION = Operation(int8_linear, _check, reference.int8_linear, _fake, backends=("cuda", "cpu"))

@@ -1,0 +1,124 @@
+#pragma once
+// From the accumulators that a warp holds as fragments of the tensor cores to outputs: sixteen rows by 32 columns at a
+// time go through a slab of shared memory of the warp's own, in which a lane finds eight columns of a row, as
+// epilogue_vector takes them. Twice 4 bytes of shared memory an output, 3 % of the time of a tile of K = 4096 on an
+// A100; in exchange there is one epilogue, its code once in a kernel, and stores of whole sectors.
+#include <utility>
+
+#include "common/epilogue.cuh"
+#include "common/gemm.h"
+#include "dequant_activation/dequant_activation.h"
+
+namespace forwardpass {
+
+constexpr int kSlabRows = 16, kSlabColumns = 32;
+
+// Rows are 40 words apart: fragments (two words a lane, eight rows) and vectors (eight words a lane, eight rows by
+// four) fall into different banks.
+struct Slab {
+  uint32_t word[kSlabRows][kSlabColumns + 8];
+};
+
+// f(constant) for the constant that equals index, which all threads have alike: registers have no index at run time.
+template <class F, int... I>
+__device__ inline void at_index(int index, F f, std::integer_sequence<int, I...>) {
+  ((index == I ? f(std::integral_constant<int, I>{}) : void()), ...);
+}
+
+// Where a GEMM's kernel leaves its accumulators: the epilogue's output, or partial sums where the depth is split.
+struct GemmOutput {
+  Epilogue epilogue;
+  EpilogueAccess access;
+  int64_t rows, columns;
+  void* partial;
+  int64_t partial_stride, split_stride;
+
+  explicit GemmOutput(const GemmParams& p)
+      : epilogue(p.epilogue),
+        access(p.epilogue),
+        rows(p.a.rows),
+        columns(p.b.rows),
+        partial(p.partial),
+        partial_stride(p.partial_stride),
+        split_stride(p.a.rows * p.partial_stride) {}
+};
+
+// An n8 tile of a fragment, the warp's sixteen rows: c0 and c1 in row lane / 4, c2 and c3 eight rows below.
+template <class Acc>
+__device__ inline void put_fragment(Slab& slab, int tile, const Acc (&c)[4]) {
+  const int lane = threadIdx.x % 32, row = lane / 4, column = tile * 8 + lane % 4 * 2;
+  struct alignas(8) Pair {
+    Acc a, b;
+  };
+  *reinterpret_cast<Pair*>(&slab.word[row][column]) = {c[0], c[1]};
+  *reinterpret_cast<Pair*>(&slab.word[row + 8][column]) = {c[2], c[3]};
+}
+
+// Eight words of a row; odd rows read their second half first, so that a warp's eight rows meet no bank twice.
+template <class Acc>
+__device__ inline Vec<Acc> get_vector(const Slab& slab, int row, int column) {
+  struct alignas(16) Quad {
+    Acc e[4];
+  };
+  const int swap = row & 1;
+  auto halves = reinterpret_cast<const Quad*>(&slab.word[row][column]);
+  const Quad first = halves[swap], second = halves[1 - swap];
+  Vec<Acc> v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v.e[i] = swap ? second.e[i] : first.e[i];
+    v.e[i + 4] = swap ? first.e[i] : second.e[i];
+  }
+  return v;
+}
+
+// What the slab holds, whose first element is (row, column) of the product.
+template <class Acc>
+__device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_t row, int64_t column, int split) {
+  const bool gated = is_gated(o.epilogue.activation) && !o.partial;
+  const int width = gated ? 2 * kVec : kVec, vectors = kSlabColumns / width;
+#pragma unroll 1
+  for (int v = threadIdx.x % 32; v < kSlabRows * vectors; v += 32) {
+    const int r = v / vectors, c = v % vectors * width;
+    if (row + r >= o.rows || column + c >= o.columns) continue;
+    const int n = static_cast<int>(min(int64_t{kVec}, o.columns - column - c));
+    const Vec<Acc> acc = get_vector<Acc>(slab, r, c);
+    if (o.partial) {  // its rows are ours: padded, and aligned
+      auto p = static_cast<Acc*>(o.partial) + split * o.split_stride + (row + r) * o.partial_stride + column + c;
+      *reinterpret_cast<Vec<Acc>*>(p) = acc;
+    } else {
+      epilogue_vector(o.epilogue, o.access, row + r, column + c, n, acc, gated ? get_vector<Acc>(slab, r, c + 8) : acc);
+    }
+  }
+}
+
+// The accumulators of a warp: kRows blocks of sixteen rows by kTiles n8 tiles, from (row, column) of the product on.
+template <int kRows, int kTiles, class Acc>
+__device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab& slab, const GemmOutput& o,
+                                        int64_t row, int64_t column, int split) {
+  constexpr int kSlabTiles = kSlabColumns / 8, kAcross = kTiles / kSlabTiles;
+  static_assert(kTiles % kSlabTiles == 0);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kRows * kAcross; ++chunk) {
+    at_index(
+        chunk,
+        [&](auto constant) {
+          constexpr int kRow = decltype(constant)::value / kAcross, kColumn = decltype(constant)::value % kAcross;
+#pragma unroll
+          for (int t = 0; t < kSlabTiles; ++t) put_fragment(slab, t, acc[kRow][kColumn * kSlabTiles + t]);
+        },
+        std::make_integer_sequence<int, kRows * kAcross>{});
+    __syncwarp();
+    finish_slab<Acc>(slab, o, row + chunk / kAcross * kSlabRows, column + chunk % kAcross * kSlabColumns, split);
+    __syncwarp();
+  }
+}
+
+// After a GEMM: its partial sums, where it has any, to the output.
+inline int finish_splits(const GemmParams& p, Dtype acc, cudaStream_t stream) {
+  if (!p.partial) return cudaSuccess;
+  const Matrix sums{p.partial, acc, p.a.rows, p.b.rows, p.partial_stride};
+  return launch_dequant_activation({sums, p.epilogue}, p.plan.splits, p.a.rows * p.partial_stride, stream);
+}
+
+}  // namespace forwardpass

@@ -1,0 +1,194 @@
+#pragma once
+// GEMM on mma.sync: int8 from sm_80 on, e4m3 from sm_89 on. A block of warps makes a tile of the product; slices of
+// kStageK of K come through a ring of shared memory by cp.async, kStages - 1 of them on their way while one is used.
+//
+// What binds: tensor cores, then issue. A warp's 64 x 64 x 32 is 32 mma and 8 ldmatrix, 0.25 an mma; the copies of a
+// stage of 64 of K are 8 a thread, 0.125 an mma. Bytes from L2: (M + N) / (M N) a multiply-add, so 128 x 128 needs 32 a
+// clock of an A100's multiprocessor, which gets 47 (5120 a clock for 108).
+#include "common/gemm_epilogue.cuh"
+#include "common/ptx_sm80.cuh"
+#include "common/shared_bytes.cuh"
+
+namespace forwardpass {
+
+// Element types of the operands: what an mma adds to, and whether it has to be promoted. An fp8 mma keeps 13 bits of
+// the largest product or sum (arXiv 2511.10909), so what it made of 128 of K goes to an fp32 sum. int8 is exact.
+struct Int8 {
+  using Acc = int32_t;
+  static constexpr Dtype kAcc = Dtype::i32;
+  static constexpr bool kPromoted = false;
+};
+struct E4m3 {
+  using Acc = float;
+  static constexpr Dtype kAcc = Dtype::f32;
+  static constexpr bool kPromoted = true;
+};
+
+// Blocks: how many share a multiprocessor; registers are budgeted for them.
+template <class Element_, int M, int N, int WarpsM, int WarpsN, int StageK, int Stages, int Blocks>
+struct MmaConfig {
+  using Element = Element_;
+  using Acc = typename Element::Acc;
+  static constexpr int kM = M, kN = N, kStageK = StageK, kStages = Stages, kBlocks = Blocks;
+  static constexpr int kWarpsM = WarpsM, kWarpsN = WarpsN, kThreads = 32 * WarpsM * WarpsN;
+  static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
+  static constexpr int kRows = kWarpM / 16, kTiles = kWarpN / 8;  // of a warp: blocks of 16 rows, n8 tiles
+  static_assert(!Element::kPromoted || StageK == kScaleBlock, "promotion is once a stage");
+
+  struct SharedStorage {
+    union {
+      struct {
+        uint8_t a[kStages][kM * kStageK], b[kStages][kN * kStageK];
+      } stage;
+      Slab slab[kWarpsM * kWarpsN];
+    };
+  };
+};
+
+// The map from a block to its tile and its part of K. Blocks that run together share operands in L2: eight rows of
+// tiles are gone through column by column.
+struct TileMap {
+  static constexpr int kGroup = 8;
+  int64_t tiles_m, tiles_n;
+
+  struct Tile {
+    int64_t m, n;
+    int split;
+  };
+  HOST_DEVICE int64_t blocks(int64_t splits) const { return tiles_m * tiles_n * splits; }
+  __device__ Tile at(int64_t block) const {
+    const int64_t tiles = tiles_m * tiles_n, index = block % tiles, group = index / (kGroup * tiles_n),
+                  first = group * kGroup, rows = min(int64_t{kGroup}, tiles_m - first),
+                  within = index % (kGroup * tiles_n);
+    return {first + within % rows, within / rows, static_cast<int>(block / tiles)};
+  }
+};
+
+// A tile of R rows of an operand in a stage: rows of kStageK bytes, in which 16-byte chunks are exchanged so that eight
+// rows' chunks of one column, which an ldmatrix reads, fall into different banks; so do the 128 bytes that a quarter of
+// a warp copies at a time.
+template <class Config>
+struct StageLayout {
+  static constexpr int kRowBytes = Config::kStageK, kChunks = kRowBytes / 16;
+  static_assert(kChunks == 4 || kChunks == 8);
+  __device__ static int swizzle(int row) { return kChunks == 8 ? row % 8 : row / 2 % 4; }
+  __device__ static int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ swizzle(row)) * 16; }
+};
+
+// A thread's share in copying R rows of an operand, slice after slice: one chunk of every kStep-th row. Rows beyond the
+// matrix are its last one once more, as what they give is not stored; columns beyond it are zero.
+template <class Config, int R>
+struct OperandCopy {
+  using Layout = StageLayout<Config>;
+  static constexpr int kStep = Config::kThreads / Layout::kChunks, kCount = R / kStep;
+  static_assert(R % kStep == 0 && kStep % 8 == 0);
+  const uint8_t* row[kCount];
+  int64_t left;  // bytes from this thread's chunk to the end of the depth
+  uint32_t to;
+
+  __device__ OperandCopy(const Matrix& m, int64_t first_row, int64_t k, int64_t k_end, uint8_t* stage) {
+    const int chunk = threadIdx.x % Layout::kChunks, first = threadIdx.x / Layout::kChunks;
+    left = k_end - k - chunk * 16;
+    to = ptx::shared_address(stage) + Layout::offset(first, chunk);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t r = min(first_row + first + i * kStep, m.rows - 1);
+      row[i] = static_cast<const uint8_t*>(m.data) + r * m.stride + k + chunk * 16;
+    }
+  }
+  __device__ void operator()(int stage) {
+    const int size = static_cast<int>(min(max(left, int64_t{0}), int64_t{16}));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      ptx::cp_async_16(to + stage * R * Config::kStageK + i * kStep * Layout::kRowBytes, row[i], size);
+      row[i] += Config::kStageK;
+    }
+    left -= Config::kStageK;
+  }
+};
+
+// A lane's addresses in the ldmatrix of an operand: those of 16 rows x 32 bytes, for each 32 of a stage's K.
+template <class Config>
+struct FragmentAddress {
+  using Layout = StageLayout<Config>;
+  static constexpr int kSteps = Config::kStageK / 32;
+  uint32_t at[kSteps];
+
+  // chunk: which 16 of the 32 bytes this lane's matrix has
+  __device__ FragmentAddress(const uint8_t* stage, int row, int chunk) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) at[k] = ptx::shared_address(stage) + Layout::offset(row, 2 * k + chunk);
+  }
+};
+
+template <class Config, class = SharedBytesOf<Config>>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+    gemm_mma_kernel(GemmParams p, TileMap map, GemmOutput out) {
+  using Acc = typename Config::Acc;
+  using Layout = StageLayout<Config>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
+  const TileMap::Tile tile = map.at(blockIdx.x);
+  const int64_t row = tile.m * Config::kM, column = tile.n * Config::kN;
+  const int64_t k = tile.split * p.plan.split_k, k_end = min(k + p.plan.split_k, p.a.columns);
+  const int slices = static_cast<int>((k_end - k + Config::kStageK - 1) / Config::kStageK);
+
+  OperandCopy<Config, Config::kM> copy_a(p.a, row, k, k_end, s.stage.a[0]);
+  OperandCopy<Config, Config::kN> copy_b(p.b, column, k, k_end, s.stage.b[0]);
+  // a: the matrices of an x4 are rows 0-7 and 8-15 of bytes 0-15, then of 16-31; b: bytes 0-15 and 16-31 of an n8 tile,
+  // then of the next one
+  const FragmentAddress<Config> from_a(s.stage.a[0], warp_m + lane % 16, lane / 16);
+  const FragmentAddress<Config> from_b(s.stage.b[0], warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+
+#pragma unroll
+  for (int i = 0; i < Config::kStages - 1; ++i) {
+    copy_a(i), copy_b(i);  // slices beyond the depth are zeros
+    ptx::cp_async_commit();
+  }
+
+  Acc acc[Config::kRows][Config::kTiles][4] = {};
+  int stage = 0;
+#pragma unroll 1
+  for (int slice = 0; slice < slices; ++slice) {
+    ptx::cp_async_wait<Config::kStages - 2>();
+    __syncthreads();  // this slice is there for all warps, and all have read the one before, whose place is filled next
+    const int next = stage == 0 ? Config::kStages - 1 : stage - 1;
+    copy_a(next), copy_b(next);
+    ptx::cp_async_commit();
+#pragma unroll
+    for (int step = 0; step < FragmentAddress<Config>::kSteps; ++step) {
+      uint32_t a[Config::kRows][4], b[Config::kTiles][2];
+#pragma unroll
+      for (int i = 0; i < Config::kRows; ++i)
+        ptx::ldmatrix_x4(a[i], from_a.at[step] + stage * Config::kM * Config::kStageK + i * 16 * Layout::kRowBytes);
+#pragma unroll
+      for (int j = 0; j < Config::kTiles; j += 2)
+        ptx::ldmatrix_x4(reinterpret_cast<uint32_t (&)[4]>(b[j]),
+                         from_b.at[step] + stage * Config::kN * Config::kStageK + j * 8 * Layout::kRowBytes);
+#pragma unroll
+      for (int i = 0; i < Config::kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < Config::kTiles; ++j) ptx::mma_m16n8k32(acc[i][j], a[i], b[j]);
+    }
+    stage = stage == Config::kStages - 1 ? 0 : stage + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  finish_fragments(acc, s.slab[warp], out, row + warp_m, column + warp_n, tile.split);
+}
+
+template <class Config>
+int launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
+  constexpr int kShared = sizeof(typename Config::SharedStorage);
+  const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
+  auto kernel = gemm_mma_kernel<Config>;
+  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return e;
+  kernel<<<static_cast<unsigned>(map.blocks(p.plan.splits)), Config::kThreads, kShared, stream>>>(p, map,
+                                                                                                  GemmOutput(p));
+  if (auto e = cudaGetLastError()) return e;
+  return finish_splits(p, Config::Element::kAcc, stream);
+}
+
+}  // namespace forwardpass

@@ -1,0 +1,18 @@
+#pragma once
+// Torch side of what int8_gemm and int8_linear share: checks of the operands, and the product on the CPU, which is
+// oneDNN's, so tensors go in.
+#include "ops.h"
+#include "quantize/quantize.h"
+
+namespace forwardpass {
+
+Matrix int8_operand(const Tensor& t, const char* op, const char* name);
+
+// Throws where |sum| over K products could pass 2^31.
+void check_int8_depth(int64_t k, bool zero_point, const char* op);
+
+// int8 a [M, K] times b transposed [K, N], then the epilogue. With `quantize`, a is first computed from quantize->x.
+void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
+                   const QuantizeParams* quantize);
+
+}  // namespace forwardpass
