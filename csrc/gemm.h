@@ -54,10 +54,21 @@ class GemmCall {
   int64_t a_ = -1, b_ = -1, partial_ = -1;  // offsets of the copies and of the sums; -1: none
 };
 
+// The product of operands that a caller has.
+template <class Params>
+void run_gemm(Backend backend, const GemmParams& p, const Tensor& like, const char* op) {
+  if (p.a.rows == 0) return;
+  Workspace workspace;
+  GemmCall call(backend, p, like, workspace);
+  workspace.allocate(like);
+  call.run<Params>(op);
+}
+
 // A linear layer: x is quantised into the workspace, q.out saying how, and multiplied by p.b. What belongs to x is
 // filled in here.
 template <class Params>
 void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x, const char* gemm) {
+  if (q.x.rows == 0) return;
   Workspace workspace;
   const int64_t rows = q.x.rows, groups = (q.out.columns + q.out.group - 1) / q.out.group;
   q.out.q_stride = round_up(q.out.columns, 16);

@@ -68,10 +68,13 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call))); \
   m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::interpreted>::call)));
   FOR_EACH_OP(ON_CPU)
+#define ON_INTERPRETED(name, schema) m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::interpreted>::call)));
+  FOR_EACH_GPU_OP(ON_INTERPRETED)
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
 #define ON_CUDA(name, schema) m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::cuda>::call)));
   FOR_EACH_OP(ON_CUDA)
+  FOR_EACH_GPU_OP(ON_CUDA)
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {
   m.impl("_set_library", TORCH_BOX(&set_library));

@@ -26,6 +26,18 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                    std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale,
                    OptionalTensor zero_point, bool symmetric, OptionalTensor channel_scale, OptionalTensor w_sum);
 
+Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
+                OptionalTensor out_scale);
+
+std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
+                                             const Tensor& b_scale, OptionalTensor bias,
+                                             std::optional<std::string> activation, int64_t group_size);
+
+Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
+                  std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale,
+                  OptionalTensor channel_scale);
+
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, OptionalTensor bias,
                   std::optional<std::string> activation);
 

@@ -72,11 +72,11 @@ __device__ inline Vec<Acc> get_vector(const Slab& slab, int row, int column) {
   return v;
 }
 
-// What the slab holds, whose first element is (row, column) of the product.
-template <class Acc>
+// The first kColumns of what the slab holds, whose first element is (row, column) of the product.
+template <int kColumns, class Acc>
 __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_t row, int64_t column, int split) {
   const bool gated = is_gated(o.epilogue.activation) && !o.partial;
-  const int width = gated ? 2 * kVec : kVec, vectors = kSlabColumns / width;
+  const int width = gated ? 2 * kVec : kVec, vectors = kColumns / width;
 #pragma unroll 1
   for (int v = threadIdx.x % 32; v < kSlabRows * vectors; v += 32) {
     const int r = v / vectors, c = v % vectors * width;
@@ -96,8 +96,8 @@ __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_
 template <int kRows, int kTiles, class Acc>
 __device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab& slab, const GemmOutput& o,
                                         int64_t row, int64_t column, int split) {
-  constexpr int kSlabTiles = kSlabColumns / 8, kAcross = kTiles / kSlabTiles;
-  static_assert(kTiles % kSlabTiles == 0);
+  constexpr int kSlabTiles = kTiles % 4 == 0 ? 4 : 2, kColumns = kSlabTiles * 8, kAcross = kTiles / kSlabTiles;
+  static_assert(kTiles % kSlabTiles == 0 && kColumns <= kSlabColumns);
 #pragma unroll 1
   for (int chunk = 0; chunk < kRows * kAcross; ++chunk) {
     at_index(
@@ -109,7 +109,7 @@ __device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab
         },
         std::make_integer_sequence<int, kRows * kAcross>{});
     __syncwarp();
-    finish_slab<Acc>(slab, o, row + chunk / kAcross * kSlabRows, column + chunk % kAcross * kSlabColumns, split);
+    finish_slab<kColumns, Acc>(slab, o, row + chunk / kAcross * kSlabRows, column + chunk % kAcross * kColumns, split);
     __syncwarp();
   }
 }

@@ -16,12 +16,17 @@ namespace forwardpass {
 struct Int8 {
   using Acc = int32_t;
   static constexpr Dtype kAcc = Dtype::i32;
-  static constexpr bool kPromoted = false;
+  static constexpr bool kPromoted = false, kBlockScaled = false;
 };
 struct E4m3 {
   using Acc = float;
   static constexpr Dtype kAcc = Dtype::f32;
-  static constexpr bool kPromoted = true;
+  static constexpr bool kPromoted = true, kBlockScaled = false;
+};
+// with scales of blocks, by which each partial sum is multiplied as it is promoted: a branch of the same kernel
+// would spill 1196 bytes
+struct E4m3Blocks : E4m3 {
+  static constexpr bool kBlockScaled = true;
 };
 
 // Blocks: how many share a multiprocessor; registers are budgeted for them.
@@ -39,6 +44,7 @@ struct MmaConfig {
     union {
       struct {
         uint8_t a[kStages][kM * kStageK], b[kStages][kN * kStageK];
+        float a_scale[kStages][Element::kBlockScaled ? kM : 4];
       } stage;
       Slab slab[kWarpsM * kWarpsN];
     };
@@ -96,14 +102,55 @@ struct OperandCopy {
       row[i] = static_cast<const uint8_t*>(m.data) + r * m.stride + k + chunk * 16;
     }
   }
-  __device__ void operator()(int stage) {
+  // The slice `ahead` of the next one, all of whose columns are there.
+  __device__ void whole(int stage, int ahead) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) ptx::cp_async_16(at(stage, i), row[i] + ahead * Config::kStageK);
+  }
+  // The next slice, of which columns may be missing, or all.
+  __device__ void masked(int stage) const {
     const int size = static_cast<int>(min(max(left, int64_t{0}), int64_t{16}));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      ptx::cp_async_16(to + stage * R * Config::kStageK + i * kStep * Layout::kRowBytes, row[i], size);
-      row[i] += Config::kStageK;
-    }
-    left -= Config::kStageK;
+    for (int i = 0; i < kCount; ++i) ptx::cp_async_16(at(stage, i), row[i], size);
+  }
+  __device__ void advance(int slices) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) row[i] += slices * Config::kStageK;
+    left -= slices * Config::kStageK;
+  }
+
+ private:
+  __device__ uint32_t at(int stage, int i) const {
+    return to + stage * R * Config::kStageK + i * kStep * Layout::kRowBytes;
+  }
+};
+
+// The scales of blocks of 128 of K: those of a's rows come with each slice, for b there is one for all columns of a
+// warp, gated two.
+template <class Config>
+struct BlockScaleCopy {
+  static_assert(!Config::Element::kBlockScaled || kScaleBlock % Config::kWarpN == 0,
+                "a warp's columns lie in one block");
+  const float *a, *b;
+  int64_t a_stride, up_offset;
+  uint32_t to;
+  int size;
+
+  __device__ BlockScaleCopy(const GemmParams& p, int64_t row, int64_t column, int64_t k, float* stage) {
+    const int64_t block = k / kScaleBlock, k_blocks = (p.a.columns + kScaleBlock - 1) / kScaleBlock;
+    const bool gated = is_gated(p.epilogue.activation);
+    const int64_t first = row + threadIdx.x * 4, last_column = min(column, p.b.rows - 1);
+    a = p.blocks.a + block * p.blocks.a_stride + first;
+    a_stride = p.blocks.a_stride;
+    b = p.blocks.b + (gated ? last_column / 2 : last_column) / kScaleBlock * k_blocks + block;
+    up_offset = gated ? p.blocks.up_offset : 0;
+    to = ptx::shared_address(stage) + threadIdx.x * 16;
+    size = static_cast<int>(min(max(p.a.rows - first, int64_t{0}), int64_t{4})) * 4;
+  }
+  // The next slice's, where there is one: beyond the depth nothing is multiplied by them.
+  __device__ void operator()(int stage, bool inside) {
+    if (threadIdx.x < Config::kM / 4) ptx::cp_async_16(to + stage * Config::kM * 4, a, inside ? size : 0);
+    a += a_stride;
   }
 };
 
@@ -121,10 +168,67 @@ struct FragmentAddress {
   }
 };
 
+// One slice of K, from a stage of shared memory: acc += a b.
+template <class Config>
+struct SliceProduct {
+  using Acc = typename Config::Acc;
+  using Layout = StageLayout<Config>;
+  using Address = FragmentAddress<Config>;
+  static constexpr int kRows = Config::kRows, kTiles = Config::kTiles;
+  const Address from_a, from_b;
+
+  // a: the matrices of an x4 are rows 0-7 and 8-15 of bytes 0-15, then of 16-31; b: bytes 0-15 and 16-31 of an n8 tile,
+  // then of the next one
+  __device__ SliceProduct(typename Config::SharedStorage& s, int warp_m, int warp_n, int lane)
+      : from_a(s.stage.a[0], warp_m + lane % 16, lane / 16),
+        from_b(s.stage.b[0], warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2) {}
+
+  // promote(stage, sums of this slice), for elements that need it
+  template <class Promote>
+  __device__ void operator()(int stage, Acc (&acc)[kRows][kTiles][4], Promote promote) const {
+    if constexpr (Config::Element::kPromoted) {
+      Acc part[kRows][kTiles][4];
+      multiply<true>(stage, part);
+      promote(stage, part);
+    } else {
+      multiply<false>(stage, acc);
+    }
+  }
+
+ private:
+  // `fresh`: acc begins at zero
+  template <bool fresh>
+  __device__ void multiply(int stage, Acc (&acc)[kRows][kTiles][4]) const {
+    constexpr Acc kZeros[4] = {};
+#pragma unroll
+    for (int step = 0; step < Address::kSteps; ++step) {
+      uint32_t a[kRows][4], b[kTiles][2];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        ptx::ldmatrix_x4(a[i], from_a.at[step] + stage * Config::kM * Config::kStageK + i * 16 * Layout::kRowBytes);
+#pragma unroll
+      for (int j = 0; j < kTiles; j += 2)
+        ptx::ldmatrix_x4(reinterpret_cast<uint32_t (&)[4]>(b[j]),
+                         from_b.at[step] + stage * Config::kN * Config::kStageK + j * 8 * Layout::kRowBytes);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          if (fresh && step == 0) {
+            ptx::mma_m16n8k32(acc[i][j], a[i], b[j], kZeros);
+          } else {
+            ptx::mma_m16n8k32(acc[i][j], a[i], b[j], acc[i][j]);
+          }
+        }
+    }
+  }
+};
+
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_mma_kernel(GemmParams p, TileMap map, GemmOutput out) {
   using Acc = typename Config::Acc;
+  constexpr int kRows = Config::kRows, kTiles = Config::kTiles, kStages = Config::kStages;
   using Layout = StageLayout<Config>;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
@@ -133,46 +237,75 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const TileMap::Tile tile = map.at(blockIdx.x);
   const int64_t row = tile.m * Config::kM, column = tile.n * Config::kN;
   const int64_t k = tile.split * p.plan.split_k, k_end = min(k + p.plan.split_k, p.a.columns);
-  const int slices = static_cast<int>((k_end - k + Config::kStageK - 1) / Config::kStageK);
+  const int whole = static_cast<int>((k_end - k) / Config::kStageK),
+            slices = static_cast<int>((k_end - k + Config::kStageK - 1) / Config::kStageK);
 
   OperandCopy<Config, Config::kM> copy_a(p.a, row, k, k_end, s.stage.a[0]);
   OperandCopy<Config, Config::kN> copy_b(p.b, column, k, k_end, s.stage.b[0]);
-  // a: the matrices of an x4 are rows 0-7 and 8-15 of bytes 0-15, then of 16-31; b: bytes 0-15 and 16-31 of an n8 tile,
-  // then of the next one
-  const FragmentAddress<Config> from_a(s.stage.a[0], warp_m + lane % 16, lane / 16);
-  const FragmentAddress<Config> from_b(s.stage.b[0], warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-
-#pragma unroll
-  for (int i = 0; i < Config::kStages - 1; ++i) {
-    copy_a(i), copy_b(i);  // slices beyond the depth are zeros
+  const SliceProduct<Config> product(s, warp_m, warp_n, lane);
+  BlockScaleCopy<Config> scales(p, row, column + warp_n, k, s.stage.a_scale[0]);
+  const auto copy_masked = [&](int stage) {
+    if constexpr (Config::Element::kBlockScaled) scales(stage, copy_a.left > -16 * Layout::kChunks);
+    copy_a.masked(stage), copy_b.masked(stage);
+    copy_a.advance(1), copy_b.advance(1);
     ptx::cp_async_commit();
-  }
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copy_masked(i);
 
-  Acc acc[Config::kRows][Config::kTiles][4] = {};
-  int stage = 0;
+  Acc acc[kRows][kTiles][4] = {};
+  const auto promote = [&](int stage, const auto& part) {
+    float b_scale[2] = {1, 1};
+    if constexpr (Config::Element::kBlockScaled) b_scale[0] = scales.b[0], b_scale[1] = scales.b[scales.up_offset];
+    ++scales.b;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float a_scale = 1;
+        if constexpr (Config::Element::kBlockScaled)
+          a_scale = s.stage.a_scale[stage][warp_m + i * 16 + half * 8 + lane / 4];
+        const float scale[2] = {a_scale * b_scale[0], a_scale * b_scale[1]};
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) acc[i][j][e] = fmaf(part[i][j][e], scale[j % 2], acc[i][j][e]);
+      }
+  };
+  // The slice in `stage` is there for all warps, and all have read the one before, whose place is filled next.
+  const auto wait = [] {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();
+  };
+
+  // Rounds of kStages slices, as long as each copy is of a whole one: stages and columns are constants here. Where
+  // there are partial sums, a way out after each slice keeps the assembler from mixing neighbouring ones, for which it
+  // has no registers (a branch never taken does not: 8 to 140 bytes of spills).
+  constexpr bool kExits = Config::Element::kPromoted;
+  int slice = 0, stage = 0;
 #pragma unroll 1
-  for (int slice = 0; slice < slices; ++slice) {
-    ptx::cp_async_wait<Config::kStages - 2>();
-    __syncthreads();  // this slice is there for all warps, and all have read the one before, whose place is filled next
-    const int next = stage == 0 ? Config::kStages - 1 : stage - 1;
-    copy_a(next), copy_b(next);
-    ptx::cp_async_commit();
+  while (slice + (kExits ? 1 : kStages) + kStages - 1 <= whole) {
+    int done = 0;
 #pragma unroll
-    for (int step = 0; step < FragmentAddress<Config>::kSteps; ++step) {
-      uint32_t a[Config::kRows][4], b[Config::kTiles][2];
-#pragma unroll
-      for (int i = 0; i < Config::kRows; ++i)
-        ptx::ldmatrix_x4(a[i], from_a.at[step] + stage * Config::kM * Config::kStageK + i * 16 * Layout::kRowBytes);
-#pragma unroll
-      for (int j = 0; j < Config::kTiles; j += 2)
-        ptx::ldmatrix_x4(reinterpret_cast<uint32_t (&)[4]>(b[j]),
-                         from_b.at[step] + stage * Config::kN * Config::kStageK + j * 8 * Layout::kRowBytes);
-#pragma unroll
-      for (int i = 0; i < Config::kRows; ++i)
-#pragma unroll
-        for (int j = 0; j < Config::kTiles; ++j) ptx::mma_m16n8k32(acc[i][j], a[i], b[j]);
+    for (int i = 0; i < kStages; ++i) {
+      const int next = (i + kStages - 1) % kStages;
+      wait();
+      if constexpr (Config::Element::kBlockScaled) scales(next, true);
+      copy_a.whole(next, i), copy_b.whole(next, i);
+      ptx::cp_async_commit();
+      product(i, acc, promote);
+      done = i + 1;
+      if (++slice + kStages > whole && kExits) break;
     }
-    stage = stage == Config::kStages - 1 ? 0 : stage + 1;
+    copy_a.advance(done), copy_b.advance(done);
+    stage = done % kStages;
+  }
+#pragma unroll 1
+  for (; slice < slices; ++slice) {
+    wait();
+    copy_masked(stage == 0 ? kStages - 1 : stage - 1);
+    product(stage, acc, promote);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   ptx::cp_async_wait<0>();
   __syncthreads();

@@ -27,14 +27,10 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
   sizes.back() = bm.rows;
   auto [out, e] = epilogue(
       sizes, am.rows, {a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum}, a, "int8_gemm");
-  if (am.rows == 0) return out;
-  if (backend == Backend::cpu) {
+  if (backend != Backend::cpu) {
+    run_gemm<Int8GemmParams>(backend, {am, bm, {}, e, {}, nullptr, 0}, a, "int8_gemm");
+  } else if (am.rows) {
     int8_gemm_cpu(as_matrix(a, am), transposed(b, bm), e, nullptr);
-  } else {
-    Workspace workspace;
-    GemmCall product(backend, {am, bm, {}, e, {}, nullptr, 0}, a, workspace);
-    workspace.allocate(a);
-    product.run<Int8GemmParams>("int8_gemm");
   }
   return out;
 }

@@ -1,0 +1,98 @@
+#include "fp8_gemm/fp8_gemm.h"
+
+#include "epilogue.h"
+#include "fp8_operands.h"
+#include "gemm.h"
+
+namespace forwardpass {
+
+Matrix fp8_operand(const Tensor& t, const char* op, const char* name) {
+  Matrix m = matrix(t, op, name);
+  STD_TORCH_CHECK(m.dtype == Dtype::e4m3, op, ": ", name, " must be float8_e4m3fn");
+  return m;
+}
+
+void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, const Tensor& like, const char* op,
+                    BlockScales& blocks) {
+  const int64_t matrices = gated ? 2 : 1, rows = ceil_div(n / matrices, kScaleBlock),
+                columns = ceil_div(k, kScaleBlock);
+  STD_TORCH_CHECK(b_scale.dim() == (gated ? 3 : 2), op, ": block scales of b must be [", gated ? "2, " : "", rows, ", ",
+                  columns, "]");
+  blocks.b = floats(b_scale, matrices * rows * columns, like, op, "b_scale");
+  blocks.up_offset = gated ? rows * columns : 0;
+}
+
+namespace {
+
+// As `quantize` returns them in groups of 128: [lead..., K blocks], rows contiguous.
+void a_block_scales(const Tensor& a_scale, const Matrix& a, const Tensor& like, const char* op, BlockScales& blocks) {
+  const int64_t dim = a_scale.dim(), columns = ceil_div(a.columns, kScaleBlock);
+  STD_TORCH_CHECK(a_scale.scalar_type() == ScalarType::Float && same_device(a_scale, like), op,
+                  ": a_scale must be float32 on the device of a");
+  STD_TORCH_CHECK(dim == like.dim() && a_scale.size(dim - 1) == columns && a_scale.numel() == a.rows * columns, op,
+                  ": block scales of a must be [..., ", columns, "]");
+  int64_t stride = 1;
+  for (int64_t d = dim - 2; d >= 0; --d) {
+    STD_TORCH_CHECK(a_scale.size(d) == 1 || a_scale.stride(d) == stride, op,
+                    ": block scales of a must have their rows contiguous");
+    stride *= a_scale.size(d);
+  }
+  blocks.a = static_cast<const float*>(a_scale.const_data_ptr());
+  blocks.a_stride = columns == 1 ? round_up(a.rows, 4) : a_scale.stride(dim - 1);
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(blocks.a) % 16 == 0 && blocks.a_stride % 4 == 0, op,
+      ": block scales of a must begin at 16 bytes and their groups a multiple of 4 apart, as quantize returns them");
+}
+
+struct Product {
+  Tensor out;
+  GemmParams params;
+};
+
+Product product(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
+                std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale, const char* op) {
+  Product p{};
+  p.params.a = fp8_operand(a, op, "a");
+  p.params.b = fp8_operand(b, op, "b");
+  STD_TORCH_CHECK(b.dim() == 2 && p.params.a.columns == p.params.b.columns, op, ": b must be [N, ", p.params.a.columns,
+                  "]");
+  const bool blocks = b_scale.dim() >= 2;
+  const OptionalTensor none;
+  auto sizes = sizes_of(a);
+  sizes.back() = p.params.b.rows;
+  std::tie(p.out, p.params.epilogue) = epilogue(
+      sizes, p.params.a.rows,
+      {blocks ? none : a_scale, blocks ? none : b_scale, bias, activation, out_dtype, out_scale, none, none}, a, op);
+  if (blocks) {
+    b_block_scales(b_scale, p.params.b.rows, p.params.b.columns, is_gated(p.params.epilogue.activation), a, op,
+                   p.params.blocks);
+    a_block_scales(a_scale, p.params.a, a, op, p.params.blocks);
+  }
+  return p;
+}
+
+}  // namespace
+
+Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
+                OptionalTensor out_scale) {
+  const char* op = "fp8_gemm";
+  const Product p = product(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, op);
+  run_gemm<Fp8GemmParams>(backend, p.params, a, op);
+  return p.out;
+}
+
+// The product in fp32, then its quantisation: 8 bytes an output more than a fused one would move.
+std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
+                                             const Tensor& b_scale, OptionalTensor bias,
+                                             std::optional<std::string> activation, int64_t group_size) {
+  const char* op = "fp8_gemm_quantize";
+  STD_TORCH_CHECK(group_size == kScaleBlock, op, ": group_size must be ", kScaleBlock);
+  const OptionalTensor none;
+  const Product p = product(a, b, a_scale, b_scale, bias, activation, ScalarType::Float, none, op);
+  run_gemm<Fp8GemmParams>(backend, p.params, a, "fp8_gemm");
+  auto [q, scale, zero_point] = quantize(backend, p.out, ScalarType::Float8_e4m3fn, none, none, group_size, true, none);
+  return {q, scale};
+}
+
+}  // namespace forwardpass
