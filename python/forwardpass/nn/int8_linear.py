@@ -34,7 +34,6 @@ class Int8Linear(QuantizedLinear):
     """
 
     operation: ClassVar[str] = "int8_linear"
-    keep_float32: ClassVar[tuple[str, ...]] = ("weight_scale", "channel_scale", "input_scale")
     max_in_features: ClassVar[int | None] = MAX_K_ZERO_POINT
 
     weight_sum: Tensor | None
@@ -94,9 +93,7 @@ class Int8Linear(QuantizedLinear):
         weight = linear_weight(module)
         n, k = weight.shape
         own_bias = module.bias if bias is None else bias
-        for name, v, size in (("channel_scale", channel_scale, k), ("input_scale", input_scale, 1), ("bias", bias, n)):
-            if v is not None and v.numel() != size:
-                raise ValueError(f"Int8Linear.from_torch: {name} must have {size} elements, and has {v.numel()}")
+        cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1), bias=(bias, n))
         if (input_zero_point is not None) != (input_scale is not None and not symmetric):
             raise ValueError(
                 "Int8Linear.from_torch: input_zero_point goes with input_scale and symmetric=False, and only with them"
