@@ -46,19 +46,21 @@ class Case:
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order: a row of zeros, one of the largest values, one of denormals, one that is scaled a hundred times
-        as much as the others. No outlier among the columns: small products beside a large one are cut by tensor cores that
-        truncate, promoted or not."""
+        as much as the others. No outlier among the columns, and of one sign only magnitudes that are alike: small products
+        beside large ones are cut by tensor cores that truncate, promoted or not (the magnitudes of normal values, 128 of
+        one sign: by 2^-9.2)."""
         g = torch.Generator().manual_seed(seed)
-        a, b = (torch.randn(rows, self.k, generator=g) * 32 for rows in (self.m, self.n))
+        a, b = (
+            (torch.rand(rows, self.k, generator=g) + 0.5 if self.same_sign else torch.randn(rows, self.k, generator=g)) * 32
+            for rows in (self.m, self.n)
+        )
         for x in (a, b):
             for row, value in ((1, 0.0), (2, 1e6), (3, 2.0**-12)):
                 if x.shape[0] > row:
                     x[row] *= value
-        if self.same_sign:
-            a, b = a.abs(), b.abs()
         a, b = (x.clamp(-448, 448).to(E4M3) for x in (a, b))
         lead = (2, self.m // 2) if self.lead and self.m % 2 == 0 else (self.m,)
-        step = 1 / (650 * self.k if self.same_sign else 1024 * self.k**0.5)  # outputs are then O(1)
+        step = 1 / (1024 * self.k ** (1.0 if self.same_sign else 0.5))  # outputs are then O(1)
         e = self.epilogue.arguments(lead, self.n, step, device, seed)
         if self.blocks:
             e["a_scale"], e["b_scale"] = self._block_scales(lead, step, g, device)
