@@ -24,8 +24,9 @@ from .reference import BLOCK, columns_scale, rows_scale
 EXACT, TRUNCATING = 2.0**-19, 2.0**-10
 #: Half a unit in the last place; fp32 has one more for its own last operation.
 HALF_UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-#: Sums of magnitudes beyond this many times the result (row norms) are data that cancels: K = 4100 normal values give 41.
-CANCELS = 64.0
+#: Sums of magnitudes beyond this many times the result (row norms) are data that cancels. K = 4100 normal values give 41; a
+#: truncating accumulator keeps 1e-5 below 3.2 whatever the data.
+CANCELS = {EXACT: 64.0, TRUNCATING: 3.0}
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def expected_values(
     errors = separate_gate_up(c * size, -1) if is_gated(activation) else (c * size, 0.0)
     exact = activate(activation, gate, up)
     bound = element_bound(activation, gate, up, *errors)
-    return exact, bound, bound.norm(dim=-1) > c * CANCELS * exact.norm(dim=-1)
+    return exact, bound, bound.norm(dim=-1) > c * CANCELS[c] * exact.norm(dim=-1)
 
 
 def assert_rows_close(got: Tensor, exact: Tensor, cancels: Tensor, least: float = 0.0) -> None:
