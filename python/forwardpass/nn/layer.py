@@ -39,7 +39,7 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype = torch.int8, scales: str
     weight = weight.float().contiguous()
     if scales in ("row", "group"):
         q, scale, _ = quantize(weight, dtype, group_size=BLOCK if scales == "group" else None)
-        return q, scale.contiguous()
+        return q, scale.clone(memory_format=torch.contiguous_format)
     if scales == "tensor":
         scale = (weight.abs().amax().clamp(min=LEAST_RANGE) / 448).reshape(1)
         return quantize(weight, dtype, scale=scale)[0], scale
@@ -139,6 +139,16 @@ class QuantizedLinear(nn.Module):
         if self.weight.stride(0) % 16:  # .to() makes it contiguous
             self.weight = pad_rows(self.weight)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """torch 2.13 cannot read e4m3 tensors that pickle wrote (torch.save's it can): such a weight travels as bytes."""
+        weight = self.weight.view(torch.uint8) if self.weight.dtype == E4M3 else self.weight
+        return {**vars(self), "_buffers": {**self._buffers, "weight": weight}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.weight.dtype == torch.uint8:
+            self.weight = self.weight.view(E4M3)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON takes them: `cls(**config)` is this layer without its values."""
