@@ -62,6 +62,15 @@ def test_close_to_the_linear_it_came_from(size, bias):
 
 
 @torch.inference_mode()
+def test_exact_is_forward_without_rounding():
+    m, x = linear(260, 130), torch.randn(7, 260)
+    for layer in variants(m):
+        exact = layer.exact(x)
+        assert exact.dtype == torch.float64
+        assert (layer(x) - exact).norm() < 1e-6 * exact.norm(), layer
+
+
+@torch.inference_mode()
 def test_smoothing_changes_the_quantisation_only():
     m = linear(64, 32)
     x = torch.randn(50, 64)

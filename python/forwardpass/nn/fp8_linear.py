@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..fp8_gemm.reference import columns_scale, rows_scale
+from ..fp8_linear.reference import quantized_input
 from ..ops import fp8_linear
 from ..quantized_rows import E4M3
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
@@ -98,6 +100,13 @@ class Fp8Linear(QuantizedLinear):
         return fp8_linear(
             rows(x), self.weight, self.weight_scale, bias=self.bias, scale=self.input_scale, channel_scale=self.channel_scale
         )
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        a, a_scale = quantized_input(x, self.weight_scale, self.input_scale, self.channel_scale)
+        return a.double() * rows_scale(a, a_scale, self.scales == "block")
+
+    def _dequantized_weight(self) -> Tensor:
+        return self.weight.double() * columns_scale(self.weight, self.weight_scale)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

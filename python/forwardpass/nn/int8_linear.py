@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..int8_gemm import MAX_K_ZERO_POINT
 from ..ops import int8_linear
+from ..quantize.reference import quantize
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 
@@ -129,6 +130,14 @@ class Int8Linear(QuantizedLinear):
             channel_scale=self.channel_scale,
             w_sum=self.weight_sum,
         )
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        fixed, zero = self.input_scale, self.input_zero_point
+        q, scale, zero_points = quantize(x, torch.int8, fixed, zero, None, self.symmetric, self.channel_scale)
+        a = q.double()
+        if not self.symmetric:
+            a = a - (zero_points.unsqueeze(-1) if zero is None else zero)
+        return a * (scale.unsqueeze(-1) if fixed is None else fixed).double()
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

@@ -13,6 +13,7 @@ from ..backend import Reason, operations
 from ..fp8_gemm import BLOCK
 from ..ops import quantize
 from ..quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
+from ..w8a16_gemm.reference import dequantize_weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -139,6 +140,17 @@ class QuantizedLinear(nn.Module):
         if self.weight.stride(0) % 16:  # .to() makes it contiguous
             self.weight = pad_rows(self.weight)
         return self
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The result in fp64 on the operands that x is quantised to: from here to `forward` is the kernel's error."""
+        y = self._quantized(x) @ self._dequantized_weight().t()
+        return y if self.bias is None else y + self.bias.double()
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        return x.double()
+
+    def _dequantized_weight(self) -> Tensor:
+        return dequantize_weight(self.weight, self.weight_scale)
 
     def __getstate__(self) -> dict[str, Any]:
         """torch 2.13 cannot read e4m3 tensors that pickle wrote (torch.save's it can): such a weight travels as bytes."""
