@@ -10,9 +10,16 @@ import torch
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.nn import Int8Linear, W8A16Linear
+from forwardpass.nn import Fp8Linear, Int8Linear, W8A16Linear
+from forwardpass.nn.layer import quantize_weight
+from forwardpass.quantized_rows import E4M3
 
-SIZES = [(1, 1), (3, 5), (64, 48), (130, 33)]
+
+def bits(t):
+    return t.contiguous().view(torch.uint8)  # torch compares no e4m3
+
+
+SIZES = [(1, 1), (3, 5), (64, 48), (130, 33), (260, 130)]
 
 
 def linear(k, n, bias=True, dtype=torch.float32, seed=0):
@@ -30,6 +37,14 @@ def variants(m):
         m, input_scale=torch.tensor([0.05]), input_zero_point=torch.tensor([3], dtype=torch.int32)
     )
     yield Int8Linear.from_torch(m, symmetric=True, input_scale=torch.tensor([0.05]))
+    yield W8A16Linear.from_torch(m, weight_dtype=E4M3)
+    yield W8A16Linear.from_torch(m, scales="group")
+    yield W8A16Linear.from_torch(m, weight_dtype="float8_e4m3fn", scales="group")
+    for scales in ("tensor", "row", "block"):
+        yield Fp8Linear.from_torch(m, scales=scales)
+    yield Fp8Linear.from_torch(m, scales="block", channel_scale=torch.rand(k) + 0.5)
+    yield Fp8Linear.from_torch(m, scales="tensor", input_scale=torch.tensor([0.05]))
+    yield Fp8Linear.from_torch(m, channel_scale=torch.rand(k) + 0.5, input_scale=torch.tensor([0.05]))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -44,6 +59,15 @@ def test_close_to_the_linear_it_came_from(size, bias):
         assert layer(x).shape == y.shape
         assert error < 0.06, layer  # 8 bits; the static ones saturate at 6.4
         assert f"in_features={size[0]}" in repr(layer)
+
+
+@torch.inference_mode()
+def test_exact_is_forward_without_rounding():
+    m, x = linear(260, 130), torch.randn(7, 260)
+    for layer in variants(m):
+        exact = layer.exact(x)
+        assert exact.dtype == torch.float64
+        assert (layer(x) - exact).norm() < 1e-6 * exact.norm(), layer
 
 
 @torch.inference_mode()
@@ -97,7 +121,7 @@ def test_casting_keeps_scales_and_integers():
                 expected = dtype if name == "bias" else getattr(layer, name).dtype
                 assert buffer.dtype == expected, name
                 if name != "bias":
-                    assert torch.equal(buffer, getattr(layer, name)), name
+                    assert torch.equal(bits(buffer), bits(getattr(layer, name))), name
             got = cast(torch.ones(2, 33, dtype=dtype))
             assert got.dtype == dtype
             assert torch.allclose(got.float(), y, atol=0.02)
@@ -180,6 +204,13 @@ def test_compiles_whole():
             r"int8 \[4, 4\]",
         ),
         (lambda: Int8Linear(4, 4, dtype="flat16"), "flat16"),
+        (lambda: Fp8Linear(4, 4, scales="group"), "tensor, row, block, not 'group'"),
+        (lambda: Fp8Linear(4, 4, scales="block", static=True), "static activations"),
+        (lambda: Fp8Linear.from_torch(nn.Linear(4, 4), channel_scale=torch.ones(3)), "4 elements"),
+        (lambda: Fp8Linear.from_torch(nn.Linear(4, 4), scales="block", input_scale=torch.ones(1)), "static activations"),
+        (lambda: Fp8Linear.from_torch(nn.Linear(4, 4, device="meta")), "meta device"),
+        (lambda: W8A16Linear(4, 4, weight_dtype=torch.float16), "int8 or float8_e4m3fn"),
+        (lambda: W8A16Linear(4, 4, scales="block"), "row, group, not 'block'"),
     ],
 )
 def test_refusals(call, words):
@@ -193,10 +224,10 @@ def test_conv1d_is_a_transposed_linear():
     conv = transformers.pytorch_utils.Conv1D(8, 16)  # 16 in, 8 out
     with torch.inference_mode():
         x = torch.randn(5, 16)
-        for cls in (Int8Linear, W8A16Linear):
+        for cls in (Fp8Linear, Int8Linear, W8A16Linear):
             layer = cls.from_torch(conv)
             assert (layer.in_features, layer.out_features) == (16, 8)
-            assert (layer(x) - conv(x)).norm() / conv(x).norm() < 0.03
+            assert (layer(x) - conv(x)).norm() / conv(x).norm() < 0.06
 
 
 def test_w8a16_dtype_follows_the_input():
@@ -204,3 +235,32 @@ def test_w8a16_dtype_follows_the_input():
         layer = fp.nn.W8A16Linear.from_torch(linear(16, 8, dtype=torch.bfloat16))
         assert layer.bias.dtype == torch.bfloat16
         assert layer(torch.ones(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("scales", "dtype"), [("tensor", E4M3), ("row", E4M3), ("group", torch.int8), ("block", E4M3)])
+@pytest.mark.parametrize("size", [(1, 1), (130, 260), (256, 128)])
+def test_weights_use_the_whole_range_of_each_scale(scales, dtype, size):
+    n, k = size
+    w = torch.randn(n, k) * (torch.arange(n)[:, None] // 128 * 7 + 1) * (torch.arange(k) // 128 * 50 + 1)
+    q, scale = quantize_weight(w, dtype, scales)
+    assert q.stride(0) % 16 == 0
+    tall, wide = {"tensor": (n, k), "row": (1, k), "group": (1, 128), "block": (128, 128)}[scales]
+    most = 448 if dtype == E4M3 else 127
+    for i in range(0, n, tall):
+        for j in range(0, k, wide):
+            assert q[i : i + tall, j : j + wide].float().abs().max() == most
+    each = scale.reshape(-1, scale.shape[-1] if scale.dim() == 2 else 1).repeat_interleave(tall, 0)[:n]
+    each = each.repeat_interleave(wide, 1)[:, :k]
+    assert ((q.float() * each - w).abs() <= w.abs() * 2.0**-4 + each * (0.5 if dtype == torch.int8 else 2.0**-10) * 1.01).all()
+
+
+def test_fp8_asks_for_a_gpu_that_has_it():
+    m = linear(64, 48)
+    with fp.interpret("sm_80"):
+        assert Fp8Linear.why_not(m).code == "arch"
+        with pytest.raises(ValueError, match=r'sm_80.*sm_89 on.*precision="int8"'):
+            Fp8Linear.from_torch(m)
+        assert Int8Linear.why_not(m) is None
+    for arch in ("sm_89", "sm_90a"):
+        with fp.interpret(arch):
+            assert Fp8Linear.why_not(m) is None

@@ -14,7 +14,7 @@ from forwardpass.swap import originals
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("precision", ["int8", "w8a16"])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
 def test_architectures(name, precision):
     model, batches = build(name), [batch(name, 1), batch(name, 2)]
     exact = [outputs(model, b) for b in batches]
@@ -25,7 +25,8 @@ def test_architectures(name, precision):
     assert report.batches == 2
     assert report.output.samples == 4
     assert 0.99 < report.output.cosine_min < 1
-    assert 0 < report.output.relative_error < 0.05
+    fp8 = precision == "fp8"  # 3 bits of significand, twice
+    assert 0 < report.output.relative_error < (0.08 if fp8 else 0.05)
     if "attention_mask" not in batches[0]:
         got = [outputs(model, b) for b in batches]
         assert report.output.relative_error == pytest.approx(
@@ -37,7 +38,7 @@ def test_architectures(name, precision):
     for layer in report.layers:
         assert layer.total.samples
         assert layer.kernel.relative_error < 1e-6
-        assert 1e-4 < layer.quantisation.relative_error < 0.03
+        assert 1e-4 < layer.quantisation.relative_error < (0.05 if fp8 else 0.03)
         assert layer.total.relative_error == pytest.approx(layer.quantisation.relative_error, rel=1e-2)
 
 

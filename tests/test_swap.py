@@ -19,7 +19,7 @@ from forwardpass.swap.patterns import Pattern
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("precision", ["int8", "w8a16"])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
 def test_architectures(name, precision):
     model, inputs = build(name), batch(name)
     before = outputs(model, inputs)
@@ -34,10 +34,38 @@ def test_architectures(name, precision):
         layer = model.get_submodule(swapped.fqn)
         assert isinstance(layer, QuantizedLinear)
         assert (layer.in_features, layer.out_features) == (swapped.in_features, swapped.out_features)
-    assert 0 < (after - before).norm() / before.norm() < 0.04
+    assert 0 < (after - before).norm() / before.norm() < (0.08 if precision == "fp8" else 0.04)
     assert bool(fused) == (name == "mixtral")
     if name not in ("bert", "vit"):  # a head that makes logits, whatever it is called
         assert codes(report)["proj_out" if name == "whisper" else "lm_head"] == "lm_head"
+
+
+def test_t5_converts_its_input_to_the_type_of_a_weight_that_is_not_int8():
+    assert codes(fp.swap(build("t5"), "fp8"))["encoder.block.0.layer.1.DenseReluDense.wo"] == "weight_read"
+    assert "weight_read" not in codes(fp.swap(build("t5"), "int8")).values()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89"])
+def test_fp8_asks_for_a_gpu_that_has_it(arch):
+    model = block()
+    before = objects(model)
+    with fp.interpret(arch):
+        if arch == "sm_80":
+            with pytest.raises(fp.Unsupported, match='first.*sm_80.*precision="int8"'):
+                fp.swap(model, "fp8", strict=True)
+            for dry_run in (True, False):
+                with pytest.warns(UserWarning, match="no layer is swapped"):
+                    report = fp.swap(model, "fp8", dry_run=dry_run)
+                assert codes(report) == {"first": "arch", "second": "arch", "head": "too_small"}
+            assert_same_objects(model, before)
+        else:
+            assert names(fp.swap(model, "fp8")) == ["first", "second"]
+
+
+def test_fp8_on_a_cpu_says_what_runs_it():
+    with pytest.warns(UserWarning, match="fp8_linear has no kernel for cpu.*reference, slower than"):
+        report = fp.swap(block(), "fp8")
+    assert [(s.precision, s.version) for s in report.swapped] == [("fp8", 1)] * 2
 
 
 def test_report_has_everything_in_words_and_in_json():

@@ -134,6 +134,14 @@ def why_no_triton() -> str | None:
     return library.why_no_ops()
 
 
+def _gpu_capability(device: torch.device) -> tuple[int, int]:
+    """Of the GPU that runs CUDA and Triton kernels on tensors of this device: the interpreted one for CPU tensors."""
+    if device.type == "cpu" and _choice.arch:
+        digits = _choice.arch[3:].rstrip("af")
+        return int(digits[:-1]), int(digits[-1])
+    return _capability(device.index)
+
+
 def _why_not_gpu(device: torch.device, what: str) -> Reason | None:
     if device.type == "cuda" or (device.type == "cpu" and _choice.arch):
         return None
@@ -211,6 +219,7 @@ class Operation:
         fake: shapes, dtypes and strides of what the compiled implementations return.
         backends: the compiled ones that exist; "triton" is registered by `<package>.triton_kernel`, imported on first use.
         why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`.
+        why_not_arch: f((major, minor)) -> Reason | None, what its CUDA and Triton kernels ask of a GPU beyond (8, 0).
         notes: f(*args) -> sentences on what the op does besides its kernel (a copy of an unaligned operand, its bytes).
     """
 
@@ -222,13 +231,14 @@ class Operation:
         fake: Callable[..., Any],
         backends: tuple[str, ...] = ("cuda", "triton", "cpu"),
         why_not: dict[str, Callable[..., Reason | None]] | None = None,
+        why_not_arch: Callable[[tuple[int, int]], Reason | None] | None = None,
         notes: Callable[..., list[str]] | None = None,
     ):
         self.name, self.function = function.__name__, function
         self.parameters = tuple(inspect.signature(function).parameters)
         self.package = function.__module__
         self.check, self.fake, self.notes = check, fake, notes
-        self.limits = why_not or {}
+        self.limits, self.why_not_arch = why_not or {}, why_not_arch
         self.runs: dict[str, Callable[..., Any]] = {"reference": reference}
         for backend in backends if library.load_error is None else ():
             # as in csrc/ops.cpp; the reference needs no schema, torch.compile sees through it
@@ -248,7 +258,15 @@ class Operation:
         """None where `backend` can run this operation on `device`, else the reason; a call's arguments may bring others."""
         if backend != "reference" and backend not in self.compiled:
             return Reason("not_written", "it has no such implementation", "use another backend")
-        return _WHY_NOT[backend](device)
+        if reason := _WHY_NOT[backend](device):
+            return reason
+        return self.too_old(device) if backend in ("cuda", "triton") else None
+
+    def too_old(self, device: torch.device) -> Reason | None:
+        """Why the GPU that takes this device's tensors, where one does, runs no kernel of this operation, whatever is installed."""
+        if self.why_not_arch is None or not (device.type == "cuda" or (device.type == "cpu" and _choice.arch)):
+            return None
+        return self.why_not_arch(_gpu_capability(device))
 
     def why_not(self, backend: str, *args: Any) -> Reason | None:
         """None where `backend` can run these arguments, else the reason."""

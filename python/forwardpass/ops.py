@@ -3,6 +3,8 @@
 from .activation_quantize import activation_quantize
 from .activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
+from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
+from .fp8_linear import fp8_linear
 from .int8_gemm import int8_gemm
 from .int8_linear import int8_linear
 from .norm_quantize import add_norm_quantize, norm_quantize
@@ -13,6 +15,9 @@ __all__ = [
     "activation_quantize",
     "add_norm_quantize",
     "dequant_activation",
+    "fp8_gemm",
+    "fp8_gemm_quantize",
+    "fp8_linear",
     "int8_gemm",
     "int8_linear",
     "interleave_gate_up",

@@ -158,6 +158,19 @@ def matrix_shape(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // columns, columns, (strides[-1] if strides else columns)
 
 
+def copy_notes(**operands: Tensor) -> list[str]:
+    """What it costs that a GEMM's operands are not aligned, for `explain` and the log."""
+    notes = []
+    for name, x in operands.items():
+        rows, columns, stride = matrix_shape(x)
+        size = x.element_size()
+        if rows and (stride * size % 16 or x.storage_offset() * size % 16):
+            at = f"rows of {name} {stride * size} bytes apart" if stride * size % 16 else f"the first byte of {name}"
+            copied = rows * -(-columns * size // 16) * 16
+            notes.append(f"{at}, not at a multiple of 16: CUDA and Triton kernels first copy it, {copied} bytes")
+    return notes
+
+
 def check_vector(
     op: str, name: str, v: Tensor | None, size: int, dtype: torch.dtype | tuple[torch.dtype, ...], x: Tensor
 ) -> None:

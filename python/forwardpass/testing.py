@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,30 @@ from .backend import Operation
 #: [..., K] shapes that break kernels: single elements, single columns, non-multiples of every vector, block and tile.
 AWKWARD_SHAPES = ((1,), (1, 1), (239, 1), (799, 3), (113, 203), (2, 5, 130), (3, 1999), (3, 4097), (2, 16391))
 EMPTY_SHAPES = ((0, 7), (2, 0, 16))
+#: [M, K] x [N, K]: single elements, both sides of every tile and vector, the depths at which an accumulator is promoted.
+GEMM_FACTORS: dict[str, tuple[Any, ...]] = {
+    "m": (1, 2, 3, 16, 17, 64, 65, 128, 200, 257),
+    "n": (1, 16, 33, 130, 256, 272),
+    "k": (1, 7, 64, 130, 256, 515, 4100),
+}
+#: of `laid_out`
+LAYOUTS = ("aligned", "apart", "contiguous", "shifted")
+#: Multiply-accumulates of an interpreted case: about a second of it on one core.
+MOST_MACS = 2**26
 
 
-def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """A small list of combinations in which every pair of values of two factors occurs: greedy and deterministic."""
+def few_macs(row: Mapping[str, Any]) -> bool:
+    """For `pairwise`: whether sizes taken from GEMM_FACTORS, perhaps not all of them yet, stay below MOST_MACS."""
+    return row.get("m", 1) * row.get("n", 1) * row.get("k", 1) <= MOST_MACS
+
+
+def pairwise(
+    factors: Mapping[str, Sequence[Any]], allowed: Callable[[Mapping[str, Any]], bool] = lambda row: True
+) -> list[dict[str, Any]]:
+    """A small list of combinations in which every pair of values of two factors occurs: greedy and deterministic.
+
+    `allowed` is asked about every row as it grows, and must let each pair and what is chosen last pass.
+    """
     names = list(factors)
     uncovered = {
         (a, i, b, j)
@@ -35,16 +55,40 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         )
         return sum(p in uncovered for p in pairs)
 
+    def values(row: dict[str, int]) -> dict[str, Any]:
+        return {n: factors[n][i] for n, i in row.items()}
+
     rows = []
     while uncovered:
         a, i, b, j = min(uncovered)
         row = {a: i, b: j}
         for n in names:
             if n not in row:
-                row[n] = max((gain(row, n, v), -v) for v in range(len(factors[n])))[1] * -1
+                choices = [v for v in range(len(factors[n])) if allowed(values({**row, n: v}))]
+                row[n] = max((gain(row, n, v), -v) for v in choices)[1] * -1
         uncovered -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
         rows.append({n: factors[n][row[n]] for n in names})
     return rows
+
+
+def leads(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of `pairwise` with a `lead` [...] in place of their `m`: two dimensions where m is 200, and empty ones besides."""
+    for row in rows:
+        m = row.pop("m")
+        yield {"lead": (2, 100) if m == 200 else (m,), **row}
+    for lead in ((), (0,), (2, 0)):
+        yield {**row, "lead": lead}
+
+
+def laid_out(x: Tensor, layout: str, device: str | torch.device = "cpu") -> Tensor:
+    """x [..., K] in one of the layouts that a GEMM meets, with what is not its own poisoned as in `apart`: rows at multiples
+    of 16 bytes ("aligned"), anywhere ("apart"), one behind the other ("contiguous"), or aligned but for where they begin
+    ("shifted")."""
+    k, step = x.shape[-1], 16 // x.element_size()
+    if layout == "shifted":
+        wide = torch.cat([x[..., :1], x], -1)
+        return apart(wide, device, step + -(k + 1) % step)[..., 1:]
+    return apart(x, device, {"aligned": step + -k % step, "apart": 5, "contiguous": 0}[layout])
 
 
 def awkward(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu") -> Tensor:

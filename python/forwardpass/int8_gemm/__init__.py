@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import Operation
 from ..epilogue import check_epilogue, fake_output
-from ..quantized_rows import check_rows
+from ..quantized_rows import check_rows, copy_notes
 from . import reference
 
 #: Beyond these depths the sum of K products of int8 could pass 2^31: without and with a zero point.
@@ -97,12 +97,12 @@ def _fake(
     return fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
 
 
-def _notes(*args: object) -> list[str]:
-    a_zero_point, b = args[8], args[1]
-    assert isinstance(b, Tensor)
-    return (
-        [f"b_sum: {b.numel()} bytes of b are read once more where it is not given"] if a_zero_point is not None else []
-    )
+def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
+    a_zero_point = rest[6]
+    notes = copy_notes(a=a, b=b)
+    if a_zero_point is not None:
+        notes.append(f"b_sum: {b.numel()} bytes of b are read once more where it is not given")
+    return notes
 
 
 OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, _fake, backends=("cuda", "cpu"), notes=_notes)

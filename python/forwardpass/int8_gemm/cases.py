@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..activations import is_gated
-from ..dequant_activation.cases import EpilogueCase, epilogue_factors
-from ..testing import apart, pairwise
+from ..dequant_activation.cases import EpilogueCase, assert_epilogue_matches, epilogue_factors
+from ..testing import GEMM_FACTORS, LAYOUTS, few_macs, laid_out, pairwise
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Case:
     n: int
     k: int
     epilogue: EpilogueCase = EpilogueCase()
-    padding: int = 5  # elements between rows
+    layouts: tuple[str, str] = ("aligned", "aligned")  # of a and b, see `laid_out`
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order; operands over all of int8, -128 among them, rows of zeros and of extremes."""
@@ -32,7 +34,7 @@ class Case:
             b[1], b[2] = 0, -128
         e = self.epilogue.arguments((self.m,), self.n, 1 / (5000 * self.k**0.5), device, seed)
         b_sum = b.sum(1, dtype=torch.int32).to(device) if e["a_zero_point"] is not None else None
-        a, b = apart(a, device, self.padding), apart(b, device, self.padding)
+        a, b = (laid_out(x, layout, device) for x, layout in zip((a, b), self.layouts))
         return (a, b, e["a_scale"], e["b_scale"], e["bias"], e["activation"], e["out_dtype"], e["out_scale"],
                 e["a_zero_point"], b_sum)  # fmt: skip
 
@@ -44,20 +46,25 @@ class Case:
         return 2 * self.m * self.n * self.k
 
 
+def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
+    """got is what every backend returns for args."""
+    assert_epilogue_matches(got, reference.int8_gemm, args)
+
+
 def cases() -> Iterator[Case]:
-    """Every pair of options; sizes that are multiples of no tile, and 600 rows: the threads' own chunks on the CPU."""
+    """Every pair of sizes and options; 600 rows are more than one thread's on the CPU."""
     factors = {
-        "m": (1, 2, 3, 17, 64, 200, 600),
-        "n": (1, 16, 33, 130, 208),
-        "k": (1, 7, 64, 130, 515),
-        "padding": (5, 0),
+        **GEMM_FACTORS,
+        "m": (*GEMM_FACTORS["m"], 600),
+        "layout_a": LAYOUTS,
+        "layout_b": LAYOUTS,
         **epilogue_factors(),
     }
-    for row in pairwise(factors):
-        m, n, k, padding = row.pop("m"), row.pop("n"), row.pop("k"), row.pop("padding")
+    for row in pairwise(factors, few_macs):
+        m, n, k, layouts = row.pop("m"), row.pop("n"), row.pop("k"), (row.pop("layout_a"), row.pop("layout_b"))
         if is_gated(row["activation"]):
             n = -(-n // 16) * 16
-        yield Case(m, n, k, EpilogueCase(**row), padding)
+        yield Case(m, n, k, EpilogueCase(**row), layouts)
 
 
 #: tokens x out x in: MiniLM at 8 x 128, BERT-large, Llama-8B's projections at 16 and 512 tokens

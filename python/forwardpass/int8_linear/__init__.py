@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import Operation
 from ..epilogue import check_epilogue, fake_output
 from ..int8_gemm import check_int8_weight
-from ..quantized_rows import FLOATS, check_float_rows, check_quantized
+from ..quantized_rows import FLOATS, check_float_rows, check_quantized, copy_notes
 from . import reference
 
 
@@ -83,4 +83,8 @@ def _fake(
     return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)
 
 
-OPERATION = Operation(int8_linear, _check, reference.int8_linear, _fake, backends=("cuda", "cpu"))
+def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
+    return copy_notes(weight=weight)
+
+
+OPERATION = Operation(int8_linear, _check, reference.int8_linear, _fake, backends=("cuda", "cpu"), notes=_notes)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..activations import GATED, PLAIN, is_gated
+from ..dequant_activation.cases import assert_epilogue_matches
 from ..int8_gemm.cases import BENCHMARK_SHAPES
 from ..quantized_rows import FLOATS
-from ..testing import apart, awkward, pairwise
+from ..testing import GEMM_FACTORS, LAYOUTS, awkward, few_macs, laid_out, leads, pairwise
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Case:
     static: bool = False
     symmetric: bool = False
     channel_scale: bool = False
+    layout: str = "aligned"  # of the weight
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -40,29 +45,28 @@ class Case:
         channel = (torch.rand(self.k, generator=g) + 0.25).to(device) if self.channel_scale else None
         w_sum = None if self.symmetric else weight.sum(1, dtype=torch.int32).to(device)
         x = awkward((*self.lead, self.k), self.x_dtype, seed, device)
-        return (x, apart(weight, device), w_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point,
+        return (x, laid_out(weight, self.layout, device), w_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point,
                 self.symmetric, channel, w_sum)  # fmt: skip
 
     def bytes(self) -> int:
-        m = 1
-        for d in self.lead:
-            m *= d
+        m = math.prod(self.lead)
         outputs = m * self.n // (2 if is_gated(self.activation) else 1)
         return m * self.k * self.x_dtype.itemsize + self.n * self.k + outputs * self.out_dtype.itemsize
 
     def flops(self) -> int:
-        m = 1
-        for d in self.lead:
-            m *= d
-        return 2 * m * self.n * self.k
+        return 2 * math.prod(self.lead) * self.n * self.k
+
+
+def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
+    """got is what every backend returns for args."""
+    assert_epilogue_matches(got, reference.int8_linear, args)
 
 
 def cases() -> Iterator[Case]:
-    """Every pair of options."""
+    """Every pair of sizes and options; 600 rows are more than one thread's on the CPU."""
     factors = {
-        "lead": ((), (1,), (3,), (2, 9), (600,), (0,), (2, 0)),
-        "n": (1, 16, 33, 208),
-        "k": (1, 7, 64, 515),
+        **GEMM_FACTORS,
+        "m": (*GEMM_FACTORS["m"], 600),
         "x_dtype": FLOATS,
         "bias": (True, False),
         "activation": (None, *PLAIN, *GATED),
@@ -70,8 +74,9 @@ def cases() -> Iterator[Case]:
         "static": (False, True),
         "symmetric": (False, True),
         "channel_scale": (False, True),
+        "layout": LAYOUTS,
     }
-    for row in pairwise(factors):
+    for row in leads(pairwise(factors, few_macs)):
         if is_gated(row["activation"]):
             row["n"] = -(-row["n"] // 16) * 16
         yield Case(**row)

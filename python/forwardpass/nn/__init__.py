@@ -1,7 +1,8 @@
 """`fp.nn`: drop-in modules."""
 
+from .fp8_linear import Fp8Linear
 from .int8_linear import Int8Linear
 from .layer import QuantizedLinear
 from .w8a16_linear import W8A16Linear
 
-__all__ = ["Int8Linear", "QuantizedLinear", "W8A16Linear"]
+__all__ = ["Fp8Linear", "Int8Linear", "QuantizedLinear", "W8A16Linear"]

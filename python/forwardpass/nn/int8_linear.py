@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..int8_gemm import MAX_K_ZERO_POINT
 from ..ops import int8_linear
+from ..quantize.reference import quantize
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 
@@ -34,7 +35,6 @@ class Int8Linear(QuantizedLinear):
     """
 
     operation: ClassVar[str] = "int8_linear"
-    keep_float32: ClassVar[tuple[str, ...]] = ("weight_scale", "channel_scale", "input_scale")
     max_in_features: ClassVar[int | None] = MAX_K_ZERO_POINT
 
     weight_sum: Tensor | None
@@ -94,9 +94,7 @@ class Int8Linear(QuantizedLinear):
         weight = linear_weight(module)
         n, k = weight.shape
         own_bias = module.bias if bias is None else bias
-        for name, v, size in (("channel_scale", channel_scale, k), ("input_scale", input_scale, 1), ("bias", bias, n)):
-            if v is not None and v.numel() != size:
-                raise ValueError(f"Int8Linear.from_torch: {name} must have {size} elements, and has {v.numel()}")
+        cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1), bias=(bias, n))
         if (input_zero_point is not None) != (input_scale is not None and not symmetric):
             raise ValueError(
                 "Int8Linear.from_torch: input_zero_point goes with input_scale and symmetric=False, and only with them"
@@ -132,6 +130,14 @@ class Int8Linear(QuantizedLinear):
             channel_scale=self.channel_scale,
             w_sum=self.weight_sum,
         )
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        fixed, zero = self.input_scale, self.input_zero_point
+        q, scale, zero_points = quantize(x, torch.int8, fixed, zero, None, self.symmetric, self.channel_scale)
+        a = q.double()
+        if not self.symmetric:
+            a = a - (zero_points.unsqueeze(-1) if zero is None else zero)
+        return a * (scale.unsqueeze(-1) if fixed is None else fixed).double()
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backend import Reason
+from ..backend import Reason, operations
+from ..fp8_gemm import BLOCK
 from ..ops import quantize
-from ..quantized_rows import FLOATS, empty_q, pad_rows
+from ..quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
+from ..w8a16_gemm.reference import dequantize_weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -25,20 +28,39 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.detach().t() if is_conv1d(module) else weight.detach()
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] to int8 -127..127 and its fp32 scales [N], nearest rounding, one scale an output channel."""
-    q, scale, _ = quantize(weight.float().contiguous(), torch.int8)
-    return q, scale
+def scales_shape(n: int, k: int, scales: str) -> tuple[int, ...]:
+    """Of the scales of a weight [N, K]: one for the whole ("tensor"), one an output channel ("row"), one for 128 columns of
+    it ("group"), one for 128 x 128 weights ("block")."""
+    groups = -(-k // BLOCK)
+    return {"tensor": (1,), "row": (n,), "group": (n, groups), "block": (-(-n // BLOCK), groups)}[scales]
+
+
+def quantize_weight(weight: Tensor, dtype: torch.dtype = torch.int8, scales: str = "row") -> tuple[Tensor, Tensor]:
+    """weight [N, K] to int8 -127..127 or e4m3 and its fp32 scales (of "tensor" and "block", for e4m3), nearest rounding."""
+    weight = weight.float().contiguous()
+    if scales in ("row", "group"):
+        q, scale, _ = quantize(weight, dtype, group_size=BLOCK if scales == "group" else None)
+        return q, scale.clone(memory_format=torch.contiguous_format)
+    if scales == "tensor":
+        scale = (weight.abs().amax().clamp(min=LEAST_RANGE) / 448).reshape(1)
+        return quantize(weight, dtype, scale=scale)[0], scale
+    (n, k), (tall, wide) = weight.shape, scales_shape(*weight.shape, scales)
+    blocks = F.pad(weight, (0, wide * BLOCK - k, 0, tall * BLOCK - n)).unflatten(1, (wide, BLOCK)).unflatten(0, (tall, BLOCK))
+    span = blocks.abs().amax((1, 3), keepdim=True).clamp(min=LEAST_RANGE)
+    scaled = (blocks * (448 / span)).flatten(2).flatten(0, 1)[:n, :k]
+    return pad_rows(scaled.clamp(-448, 448).to(E4M3)), (span / 448).reshape(tall, wide)
 
 
 class QuantizedLinear(nn.Module):
-    """Base of the layers that hold an 8-bit weight in plain buffers: weight int8 [N, K], weight_scale fp32 [N], bias [N] or None.
+    """Base of the layers that hold an 8-bit weight in plain buffers: weight [N, K], weight_scale fp32 (`scales_shape`), bias [N]
+    or None.
 
-    Rows of `weight` are padded to 16 bytes in memory, for the kernels; `state_dict` has the plain shape. Scales stay fp32 and
-    integers stay integers when the model is cast: `half()` and `to(torch.bfloat16)` change the bias alone.
+    Rows of `weight` are padded to 16 bytes in memory, for the kernels; `state_dict` has the plain shape. Weights stay 8-bit and
+    scales fp32 when the model is cast: `half()` and `to(torch.bfloat16)` change the bias alone.
     """
 
-    keep_float32: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    #: of the weight, where the constructor does not say another
+    weight_dtype: ClassVar[torch.dtype] = torch.int8
     #: the operation that its forward calls
     operation: ClassVar[str]
     #: the deepest K that the layer's kernels take
@@ -49,13 +71,21 @@ class QuantizedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device | str | None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        weight_dtype: torch.dtype | None = None,
+        scales: str = "row",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         empty = torch.empty(0, device=device)
-        self.register_buffer("weight", empty_q(empty, (out_features, in_features), torch.int8))
-        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        self.register_buffer("weight", empty_q(empty, (out_features, in_features), weight_dtype or self.weight_dtype))
+        shape = scales_shape(out_features, in_features, scales)
+        self.register_buffer("weight_scale", torch.empty(shape, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod
@@ -79,30 +109,58 @@ class QuantizedLinear(nn.Module):
             return Reason(
                 "too_deep", f"K = {k} could overflow int32 accumulators, the limit is {cls.max_in_features}", "leave it"
             )
-        return None
+        return operations[cls.operation].too_old(weight.device)
 
     @classmethod
     def _refuse(cls, module: nn.Module) -> None:
         if reason := cls.why_not(module):
             raise ValueError(f"{cls.__name__}.from_torch: {reason}")
 
+    @classmethod
+    def _check_sizes(cls, **sizes: tuple[Tensor | None, int]) -> None:
+        """Optional vectors by name, each with the size that it must have."""
+        for name, (v, size) in sizes.items():
+            if v is not None and v.numel() != size:
+                raise ValueError(f"{cls.__name__}.from_torch: {name} must have {size} elements, and has {v.numel()}")
+
     def _fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """Takes over an int8 weight [N, K], its scales [N] and a copy of the bias."""
+        """Takes over an 8-bit weight [N, K], its scales and a copy of the bias."""
         self.weight = weight if weight.stride(0) % 16 == 0 else pad_rows(weight)
         self.weight_scale = scale
         if bias is not None:
             self.bias = bias.detach().clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        before = {name: getattr(self, name) for name in self.keep_float32}
+        before = {name: old for name, old in self._buffers.items() if name != "bias" and old is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
-            if new is not None and new.dtype != old.dtype:
+            if new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
         if self.weight.stride(0) % 16:  # .to() makes it contiguous
             self.weight = pad_rows(self.weight)
         return self
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The result in fp64 on the operands that x is quantised to: from here to `forward` is the kernel's error."""
+        y = self._quantized(x) @ self._dequantized_weight().t()
+        return y if self.bias is None else y + self.bias.double()
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        return x.double()
+
+    def _dequantized_weight(self) -> Tensor:
+        return dequantize_weight(self.weight, self.weight_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """torch 2.13 cannot read e4m3 tensors that pickle wrote (torch.save's it can): such a weight travels as bytes."""
+        weight = self.weight.view(torch.uint8) if self.weight.dtype == E4M3 else self.weight
+        return {**vars(self), "_buffers": {**self._buffers, "weight": weight}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.weight.dtype == torch.uint8:
+            self.weight = self.weight.view(E4M3)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON takes them: `cls(**config)` is this layer without its values."""

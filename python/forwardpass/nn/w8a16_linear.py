@@ -1,22 +1,33 @@
-"""W8A16Linear: a drop-in for nn.Linear with int8 weights and activations as they are."""
+"""W8A16Linear: a drop-in for nn.Linear with 8-bit weights and activations as they are."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import w8a16_gemm
+from ..quantized_rows import E4M3
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+
+SCALES = ("row", "group")
 
 
 class W8A16Linear(QuantizedLinear):
-    """`y = x W^T + b` with W in int8, one scale an output channel, widened as it is read; x keeps its dtype.
+    """`y = x W^T + b` with W in int8 or e4m3, widened as it is read; x keeps its dtype.
 
     Half (against 16 bits) or a quarter (against 32) of the weight bytes, and their error alone. Made by `from_torch`; the
-    constructor makes an empty layer of the same form, for `load_state_dict`. Buffers: weight int8 [N, K], weight_scale fp32
-    [N], bias [N] or None. Inference only: raises under grad when the input requires it.
+    constructor makes an empty layer of the same form, for `load_state_dict`. Inference only: raises under grad when the input
+    requires it.
+
+    Args:
+        in_features, out_features, bias: as in nn.Linear.
+        dtype: of the bias; outputs have the dtype of the input.
+        weight_dtype: torch.int8 or torch.float8_e4m3fn.
+        scales: "row", one an output channel, or "group", one for 128 columns of it.
+
+    Buffers: weight [N, K], weight_scale fp32 [N] or [N, ceil(K / 128)], bias [N] or None.
     """
 
     operation: ClassVar[str] = "w8a16_gemm"
@@ -28,12 +39,22 @@ class W8A16Linear(QuantizedLinear):
         bias: bool = True,
         *,
         dtype: torch.dtype | str = torch.float32,
+        weight_dtype: torch.dtype | str = torch.int8,
+        scales: str = "row",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, as_dtype(dtype), device)
+        weight_dtype = as_dtype(weight_dtype)
+        if weight_dtype not in (torch.int8, E4M3):
+            raise ValueError(f"W8A16Linear: weight_dtype must be int8 or float8_e4m3fn, not {weight_dtype}")
+        if scales not in SCALES:
+            raise ValueError(f"W8A16Linear: scales must be one of {', '.join(SCALES)}, not {scales!r}")
+        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, weight_dtype, scales)
+        self.scales = scales
 
     @classmethod
-    def from_torch(cls, module: nn.Module) -> W8A16Linear:
+    def from_torch(
+        cls, module: nn.Module, *, weight_dtype: torch.dtype | str = torch.int8, scales: str = "row"
+    ) -> W8A16Linear:
         """The 8-bit form of an nn.Linear or a transformers Conv1D, on its device; its weight is read and not changed.
 
         Raises:
@@ -42,9 +63,19 @@ class W8A16Linear(QuantizedLinear):
         cls._refuse(module)
         weight, bias = linear_weight(module), module.bias
         assert bias is None or isinstance(bias, Tensor)
-        layer = cls(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        layer._fill(*quantize_weight(weight), bias)
+        n, k = weight.shape
+        layer = cls(k, n, bias is not None, weight_dtype=weight_dtype, scales=scales, device="meta")
+        layer._fill(*quantize_weight(weight, layer.weight.dtype, scales), bias)
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return w8a16_gemm(rows(x), self.weight, self.weight_scale, bias=self.bias)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "weight_dtype": str(self.weight.dtype).removeprefix("torch."),
+            "scales": self.scales,
+        }
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={str(self.weight.dtype).removeprefix('torch.')}, scales={self.scales}"

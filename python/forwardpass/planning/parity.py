@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Forward, Output, evaluating, main_output, padding_mask, run
-from ..nn import Int8Linear, QuantizedLinear
-from ..quantize.reference import quantize
+from ..nn import QuantizedLinear
 from ..swap import originals
 from ..swap.report import table
 from ..swap.walker import plain_module
@@ -211,7 +210,7 @@ def _compared(
     def compare(fqn: str, module: QuantizedLinear, x: Tensor, y: Tensor) -> None:
         with _on_device(pairs[fqn], x.device):
             expected = pairs[fqn](x)
-        exact = _exact(module, x)
+        exact = module.exact(x)
         mask = padding_mask(batch, x.shape[:-1], fqn)
         y, expected, exact = (_rows(t, mask) for t in (y, expected, exact))
         found[fqn].total.add(y, expected)
@@ -233,20 +232,6 @@ def _compared(
 
 def _rows(t: Tensor, mask: Tensor | None) -> Tensor:
     return (t if mask is None else t[mask.to(t.device)]).reshape(-1, t.shape[-1])
-
-
-def _exact(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    """The layer's result in fp64 on the operands it quantises to. int8 products are exact in fp64."""
-    a = x.double()
-    if isinstance(layer, Int8Linear):
-        fixed, zero = layer.input_scale, layer.input_zero_point
-        q, scale, zero_points = quantize(x, torch.int8, fixed, zero, None, layer.symmetric, layer.channel_scale)
-        a = q.double()
-        if not layer.symmetric:
-            a = a - (zero_points.unsqueeze(-1) if zero is None else zero)
-        a = a * (scale.unsqueeze(-1) if fixed is None else fixed).double()
-    y = (a @ layer.weight.double().t()) * layer.weight_scale.double()
-    return y if layer.bias is None else y + layer.bias.double()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nn import Int8Linear, QuantizedLinear, W8A16Linear
+from ..nn import Fp8Linear, Int8Linear, QuantizedLinear, W8A16Linear
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ PRECISIONS = (
     # W8A8, activations asymmetric and dynamic per token, weights symmetric per channel; with calibration batches also
     # smoothing, error-compensated rounding of the weights.
     Precision("int8", 1, Int8Linear, {"symmetric": False}, calibrates=True),
+    # e4m3 weights per channel, e4m3 activations dynamic per token.
+    Precision("fp8", 1, Fp8Linear, {"scales": "row"}),
     # int8 weights per channel, activations as they are.
     Precision("w8a16", 1, W8A16Linear),
 )

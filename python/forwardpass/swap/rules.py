@@ -83,27 +83,27 @@ def _extent(t: Tensor) -> tuple[int, int, int]:
     return t.untyped_storage()._cdata, begin, begin + (last + 1) * t.element_size()
 
 
-def excluded(leaf: Leaf, context: Context) -> Finding | None:
+def excluded(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     for pattern in context.exclude:
         if pattern.matches(leaf.fqn):
             return f"exclude={pattern.text!r} names it", "drop that pattern to swap it"
     return None
 
 
-def not_included(leaf: Leaf, context: Context) -> Finding | None:
+def not_included(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if context.include and not any(p.matches(leaf.fqn) for p in context.include):
         return "no include pattern names it", f"add {leaf.fqn!r} to include"
     return None
 
 
-def lm_head(leaf: Leaf, context: Context) -> Finding | None:
+def lm_head(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if leaf.name == "lm_head" or id(leaf.module) in context.output_layers:
         return ("its outputs are the logits, where the error of 8 bits shows most",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None
 
 
-def moe_router(leaf: Leaf, context: Context) -> Finding | None:
+def moe_router(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     names = [name for name, _ in leaf.ancestors[1:]] + [leaf.name]
     for (_, ancestor), below in zip(leaf.ancestors, names):
         if "experts" in ancestor._modules and re.search(r"(^|_)(gate|router)$", below):
@@ -112,14 +112,14 @@ def moe_router(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def too_small(leaf: Leaf, context: Context) -> Finding | None:
+def too_small(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if leaf.in_features * leaf.out_features < TOO_SMALL:
         return (f"{leaf.out_features} x {leaf.in_features} is too small to gain, below {TOO_SMALL} weights",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None
 
 
-def shared(leaf: Leaf, context: Context) -> Finding | None:
+def shared(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if len(leaf.places) > 1:
         return (
             f"one module stands in {len(leaf.places)} places, {', '.join(leaf.places[:3])}",
@@ -128,7 +128,7 @@ def shared(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def lora(leaf: Leaf, context: Context) -> Finding | None:
+def lora(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     path = [name for name, _ in leaf.ancestors] + [leaf.name]
     beside = [*leaf.parent._modules, *leaf.parent._parameters]
     if any(n == "base_layer" or n.startswith("lora_") for n in path) or any(n.startswith("lora_") for n in beside):
@@ -136,14 +136,14 @@ def lora(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def parametrized(leaf: Leaf, context: Context) -> Finding | None:
+def parametrized(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if hasattr(leaf.module, "parametrizations") or "weight" not in leaf.module._parameters:
         return ("its weight is computed on each call (a parametrisation, weight or spectral norm, pruning)",
                 "remove it, keeping the value (torch.nn.utils.parametrize.remove_parametrizations, …)")  # fmt: skip
     return None
 
 
-def subclass(leaf: Leaf, context: Context) -> Finding | None:
+def subclass(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     cls = type(leaf.module)
     if cls is not nn.Linear and not is_conv1d(leaf.module):
         return (f"{cls.__module__}.{cls.__qualname__} derives from Linear and may compute something else",
@@ -151,7 +151,7 @@ def subclass(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def tensor_class(leaf: Leaf, context: Context) -> Finding | None:
+def tensor_class(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     for name, p in leaf.module._parameters.items():
         if p is not None and (type(p) is not nn.Parameter or type(p.data) is not Tensor):
             return (f"its {name} is a {type(p).__name__} of {type(p.data).__name__}, not a plain tensor",
@@ -159,13 +159,13 @@ def tensor_class(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def meta(leaf: Leaf, context: Context) -> Finding | None:
+def meta(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if any(p.is_meta for p in leaf.module.parameters()):
         return "its weight is on the meta device and has no values", "load the weights first, or use fp.load_pretrained"
     return None
 
 
-def hooks(leaf: Leaf, context: Context) -> Finding | None:
+def hooks(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     m = leaf.module
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return (
@@ -180,7 +180,7 @@ def hooks(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def tied(leaf: Leaf, context: Context) -> Finding | None:
+def tied(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     for name, tensor in _own_tensors(leaf.module):
         storage, begin, end = _extent(tensor)
         for other in context.memory.get(storage, ()):
@@ -190,11 +190,12 @@ def tied(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def weight_read(leaf: Leaf, context: Context) -> Finding | None:
+def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     source = _forward_source(type(leaf.parent).forward)
     if not re.search(rf"\bself\.{re.escape(leaf.name)}\.(weight|bias)\b", source):
         return None
-    if f"self.{leaf.name}.weight.dtype != torch.int8" in source:  # T5 and its kin make way for 8-bit weights themselves
+    makes_way = f"self.{leaf.name}.weight.dtype != torch.int8" in source  # T5 and its kin convert their input else
+    if makes_way and precision.module.weight_dtype is torch.int8:
         return None
     fix = "have it call the layer instead"
     if isinstance(leaf.parent, nn.TransformerEncoderLayer):  # in its fast path
@@ -212,7 +213,7 @@ def _forward_source(forward: Callable[..., Any]) -> str:
         return ""
 
 
-def dtype(leaf: Leaf, context: Context) -> Finding | None:
+def dtype(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     for name, p in leaf.module._parameters.items():
         if p is not None and p.dtype not in FLOATS:
             return (
@@ -222,7 +223,7 @@ def dtype(leaf: Leaf, context: Context) -> Finding | None:
     return None
 
 
-def not_finite(leaf: Leaf, context: Context) -> Finding | None:
+def not_finite(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     for name, p in leaf.module._parameters.items():
         if p is not None and p.numel() and not all(torch.isfinite(x) for x in torch.aminmax(p.detach())):
             return f"its {name} holds NaN or infinity", "repair the weights: such a row has no scale"
@@ -232,7 +233,7 @@ def not_finite(leaf: Leaf, context: Context) -> Finding | None:
 @dataclass(frozen=True)
 class Rule:
     kind: str
-    ask: Callable[[Leaf, Context], Finding | None]
+    ask: Callable[[Leaf, Context, Precision], Finding | None]
 
     @property
     def code(self) -> str:
@@ -257,7 +258,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     for rule in RULES:
         if rule.kind == "default" and (named or not defaults):
             continue
-        if finding := rule.ask(leaf, context):
+        if finding := rule.ask(leaf, context, precision):
             return Reason(rule.code, *finding)
     return precision.module.why_not(leaf.module)
 

@@ -39,7 +39,7 @@ def swap(
     """Replaces the Linear-like layers of `model` in place by faster ones, and reports on every one of them.
 
     Args:
-        precision: a preset, "int8" or "w8a16"; or
+        precision: a preset, "int8", "fp8" or "w8a16"; or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
         include, exclude: patterns of layer names: globs over whole components ("layer.1" is not "layer.11"; "**"
             crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that layer's default skips.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import Operation
+from ..backend import Operation, Reason
 from ..epilogue import check_epilogue, fake_output
-from ..quantized_rows import E4M3, check_float_rows, check_rows, check_vector
+from ..quantized_rows import E4M3, check_float_rows, check_rows, check_vector, copy_notes
 from . import reference
 
 
@@ -59,4 +59,17 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation
     return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
 
 
-OPERATION = Operation(w8a16_gemm, _check, reference.w8a16_gemm, _fake, backends=("cpu",))
+def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
+    if x.dtype != torch.float32:
+        return None
+    return Reason("dtype", "tensor cores multiply 16-bit activations, and x is float32", "convert it to bfloat16 or float16")
+
+
+def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:
+    return copy_notes(x=x, w=w)
+
+
+OPERATION = Operation(
+    w8a16_gemm, _check, reference.w8a16_gemm, _fake, backends=("cpu",),
+    why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu}, notes=_notes,
+)  # fmt: skip

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..activations import GATED, PLAIN, is_gated
+from ..activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
 from ..int8_gemm.cases import BENCHMARK_SHAPES
 from ..quantized_rows import E4M3, FLOATS
-from ..testing import apart, awkward, pairwise
+from ..testing import GEMM_FACTORS, LAYOUTS, assert_close, awkward, few_macs, laid_out, leads, pairwise
+from . import reference
+
+ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Case:
     scales: str = "column"  # or "tensor", "block"
     bias: bool = True
     activation: str | None = None
+    layout: str = "aligned"  # of the weight
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -36,39 +42,50 @@ class Case:
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
         return (
             awkward((*self.lead, self.k), self.x_dtype, seed, device),
-            apart(w, device),
+            laid_out(w, self.layout, device),
             w_scale,
             bias,
             self.activation,
         )
 
     def bytes(self) -> int:
-        m = 1
-        for d in self.lead:
-            m *= d
+        m = math.prod(self.lead)
         outputs = m * self.n // (2 if is_gated(self.activation) else 1)
         return (m * self.k + outputs) * self.x_dtype.itemsize + self.n * self.k
 
     def flops(self) -> int:
-        m = 1
-        for d in self.lead:
-            m *= d
-        return 2 * m * self.n * self.k
+        return 2 * math.prod(self.lead) * self.n * self.k
+
+
+def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
+    """got is what a backend may return for args: an fp32 sum of K products in any order is within K 2^-24 of the sum of their
+    magnitudes, and 3 more roundings follow."""
+    x, w, w_scale, bias, activation = (a.cpu() if isinstance(a, Tensor) else a for a in args)
+    if got.dtype != x.dtype or not got.is_contiguous():
+        raise AssertionError(f"{got.dtype} {got.stride()}, expected {x.dtype} and contiguous")
+    y = reference.w8a16_gemm(x.double(), w, w_scale, bias, None)
+    exact = reference.w8a16_gemm(x.double(), w, w_scale, bias, activation)
+    size = x.double().abs() @ reference.dequantize_weight(w, w_scale).abs().t() + (0 if bias is None else bias.abs())
+    error = size * (x.shape[-1] + 4) * 2.0**-24
+    gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
+    errors = separate_gate_up(error, -1) if is_gated(activation) else (error, 0.0)
+    bound, unit = element_bound(activation, gate, up, *errors), ULP[x.dtype]
+    least = {torch.float16: 2.0**-25}.get(x.dtype, 0.0)
+    assert_close(got, exact, bound * (1 + unit) + unit * exact.abs() + least)
 
 
 def cases() -> Iterator[Case]:
-    """Every pair of options; 300 rows of weight are more than the CPU widens at a time."""
+    """Every pair of sizes and options; 272 rows of weight are more than the CPU widens at a time."""
     factors = {
-        "lead": ((), (1,), (3,), (2, 9), (0,)),
-        "n": (1, 16, 33, 304),
-        "k": (1, 7, 128, 515),
+        **GEMM_FACTORS,
         "x_dtype": FLOATS,
         "w_dtype": (torch.int8, E4M3),
         "scales": ("column", "tensor", "block"),
         "bias": (True, False),
         "activation": (None, *PLAIN, *GATED),
+        "layout": LAYOUTS,
     }
-    for row in pairwise(factors):
+    for row in leads(pairwise(factors, few_macs)):
         if is_gated(row["activation"]):
             row["n"] = -(-row["n"] // 16) * 16
         yield Case(**row)

@@ -1,0 +1,120 @@
+"""Fp8Linear: a drop-in for nn.Linear with e4m3 weights and e4m3 activations."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..fp8_gemm.reference import columns_scale, rows_scale
+from ..fp8_linear.reference import quantized_input
+from ..ops import fp8_linear
+from ..quantized_rows import E4M3
+from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+
+SCALES = ("tensor", "row", "block")
+
+
+class Fp8Linear(QuantizedLinear):
+    """`y = x W^T + b` with W and x in float8_e4m3fn, x quantised on the way in.
+
+    Weights have one scale each ("tensor"), one an output channel ("row"), or one for 128 x 128 of them ("block"). Activations
+    are quantised as they come (dynamic), per token or, with "block", per 128 channels of a token; or by one scale for all
+    (static). With `channel_scale` x is multiplied by it first and the weight has been divided by it (SmoothQuant, arXiv
+    2211.10438). Needs a GPU from sm_89 on (L40S, RTX 40, H100); a CPU runs the reference, for trials of its accuracy.
+
+    Made by `from_torch`; the constructor makes an empty layer of the same form, for `load_state_dict`.
+
+    Args:
+        in_features, out_features, bias: as in nn.Linear.
+        dtype: of the bias; outputs have the dtype of the input.
+        scales: "tensor", "row" or "block"; static: not with "block"; channel_scale: see above.
+
+    Shapes: input [..., in_features], output [..., out_features]. Buffers: weight e4m3 [N, K], weight_scale fp32 [1], [N] or
+    [ceil(N / 128), ceil(K / 128)], bias [N] or None, channel_scale fp32 [K] or None, input_scale fp32 [1] (static) or None.
+
+    Inference only: raises under grad when the input requires it.
+    """
+
+    operation: ClassVar[str] = "fp8_linear"
+    weight_dtype: ClassVar[torch.dtype] = E4M3
+
+    channel_scale: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        scales: str = "row",
+        static: bool = False,
+        channel_scale: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if scales not in SCALES:
+            raise ValueError(f"Fp8Linear: scales must be one of {', '.join(SCALES)}, not {scales!r}")
+        if static and scales == "block":
+            raise ValueError('Fp8Linear: static activations go with scales "tensor" or "row", not with "block"')
+        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=scales)
+        self.scales = scales
+        for name, present, size in (("channel_scale", channel_scale, in_features), ("input_scale", static, 1)):
+            self.register_buffer(name, torch.empty(size, dtype=torch.float32, device=device) if present else None)
+
+    @classmethod
+    def from_torch(
+        cls,
+        module: nn.Module,
+        *,
+        scales: str = "row",
+        channel_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
+    ) -> Fp8Linear:
+        """The e4m3 form of an nn.Linear or a transformers Conv1D, on its device; its weight is read and not changed.
+
+        Args:
+            scales: of the weight, "tensor", "row" or "block".
+            channel_scale: fp32 [K], what x is multiplied by; the weight is divided by it here.
+            input_scale: fp32 [1] for static activations, of the scaled x: its largest magnitude over 448.
+
+        Raises:
+            ValueError: the module or an argument does not fit, and how.
+        """
+        cls._refuse(module)
+        weight, bias = linear_weight(module), module.bias
+        n, k = weight.shape
+        cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1))
+        assert bias is None or isinstance(bias, Tensor)
+        layer = cls(k, n, bias is not None, scales=scales, static=input_scale is not None,
+                    channel_scale=channel_scale is not None, device="meta")  # fmt: skip
+        layer._fill(*quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales), bias)
+        for name, v in (("channel_scale", channel_scale), ("input_scale", input_scale)):
+            if v is not None:
+                setattr(layer, name, v.detach().to(weight.device, torch.float32).reshape(-1).clone())
+        return layer.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(
+            rows(x), self.weight, self.weight_scale, bias=self.bias, scale=self.input_scale, channel_scale=self.channel_scale
+        )
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        a, a_scale = quantized_input(x, self.weight_scale, self.input_scale, self.channel_scale)
+        return a.double() * rows_scale(a, a_scale, self.scales == "block")
+
+    def _dequantized_weight(self) -> Tensor:
+        return self.weight.double() * columns_scale(self.weight, self.weight_scale)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "scales": self.scales,
+            "static": self.input_scale is not None,
+            "channel_scale": self.channel_scale is not None,
+        }
+
+    def extra_repr(self) -> str:
+        how = f"{'dynamic' if self.input_scale is None else 'static'}{', smoothed' if self.channel_scale is not None else ''}"
+        return f"{super().extra_repr()}, scales={self.scales}, activations=float8_e4m3fn {how}"
