@@ -7,8 +7,8 @@
 // fresh accumulators, Triton a copy of accumulators that are needed again. So a copy is as old as what it copies, and a
 // constant as old as the kernel.
 //
-// ptxas 12.8 and 13.0 see most of these too, and put a fence in themselves (C7519), or let the operations wait for each
-// other. Some they order without a word, and which is nowhere promised.
+// ptxas 12.8 and 13.0 see most of these too, and put a fence in themselves (C7519) or let the operations wait for each
+// other (C7515). The rest they order without a word; nothing promises that.
 #include <algorithm>
 
 #include "interpreter/blocks.h"
@@ -21,85 +21,123 @@ namespace {
 
 const WgmmaShape& shape_of(const Instruction& i) { return *static_cast<const WgmmaShape*>(i.data); }
 
-// For one use of registers, which decides what counts as an access: D of a shape, or A.
-class Fences {
+// What an instruction does to one register that wgmma may see. A slot is such a register's, and 0 that of constants.
+struct Event {
+  enum class Kind : uint8_t { access, copy, d, a, fence } kind;
+  uint32_t instruction;
+  int slot;
+  int detail;  // copy: the slot of its source; d, a: which operand
+};
+
+// By slot: the instruction that has accessed it since the last fence; behind the last one: none has, but there was no
+// fence yet.
+using Accesses = std::vector<uint32_t>;
+constexpr uint32_t kOrdered = ~uint32_t{0};
+
+class MissingFences {
  public:
-  Fences(Code& code, const std::vector<BasicBlock>& blocks, const Registers& registers,
-         const std::vector<char>& followed, const WgmmaShape* d)
-      : code_(code), blocks_(blocks), registers_(registers), followed_(followed), d_(d) {
-    std::vector<Accesses> in(blocks.size(), Accesses(followed.size() + 1, kNone));
-    in[0].assign(in[0].size(), static_cast<uint32_t>(code.instructions.size()));
+  explicit MissingFences(Code& code) : code_(code), blocks_(basic_blocks(code)) {
+    const Registers registers(code);
+    const std::vector<char> seen = asynchronous_registers(code, registers);
+    std::vector<int> slots(seen.size(), -1);
+    for (size_t id = 0; id < seen.size(); ++id)
+      if (seen[id]) slots[id] = slots_++;
+    for (const BasicBlock& b : blocks_) {
+      events_.emplace_back();
+      for (int k = b.begin; k < b.end; ++k) add(code.instructions[k], registers, slots, events_.back());
+    }
+  }
+
+  // For one use of registers, which says what counts as an access: D of a shape, or A (null).
+  void mark(const WgmmaShape* use) {
+    std::vector<Accesses> in(blocks_.size(), Accesses(slots_, kOrdered));
+    std::vector<char> reached(blocks_.size(), 0), changed = reached;
+    in[0].assign(slots_, static_cast<uint32_t>(code_.instructions.size()));
+    reached[0] = changed[0] = 1;
     for (bool again = true; again;) {
       again = false;
-      for (size_t b = 0; b < blocks.size(); ++b) {
+      for (size_t b = 0; b < blocks_.size(); ++b) {
+        if (!changed[b]) continue;
+        changed[b] = 0;
         Accesses now = in[b];
-        for (int k = blocks[b].begin; k < blocks[b].end; ++k) execute(code.instructions[k], now);
-        for (const int n : blocks[b].next) again |= join(in[n], now);
+        for (const Event& e : events_[b]) pass(e, use, now);
+        for (const int n : blocks_[b].next) {
+          if (!join(in[n], now) && reached[n]) continue;
+          reached[n] = changed[n] = 1;
+          again = true;
+        }
       }
     }
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      for (int k = blocks[b].begin; k < blocks[b].end; ++k) {
-        mark(code.instructions[k], in[b]);
-        execute(code.instructions[k], in[b]);
+    for (size_t b = 0; b < blocks_.size(); ++b) {
+      for (const Event& e : events_[b]) {
+        if (is_use(e, use) && in[b][e.slot] != kOrdered) mark(e, in[b][e.slot]);
+        pass(e, use, in[b]);
       }
     }
   }
 
  private:
-  // By register, and of constants last: the instruction that has accessed it since the last fence; one behind the last
-  // instruction: nobody, and there was no fence.
-  using Accesses = std::vector<uint32_t>;
-  static constexpr uint32_t kNone = ~uint32_t{0};
+  static void add(const Instruction& i, const Registers& registers, const std::vector<int>& slots,
+                  std::vector<Event>& events) {
+    const auto slot = [&](Offset o) {
+      const int id = registers.id(o);
+      return id < 0 ? 0 : slots[id];
+    };
+    if (is_wgmma_fence(i)) {
+      if (i.guard == kAlwaysTrue) events.push_back({Event::Kind::fence, i.index, 0, 0});
+    } else if (i.asynchronous) {
+      const int a = shape_of(i).a_in_registers ? 4 : 0;
+      for (int n = 0; n < i.destinations + a; ++n) {
+        const auto kind = n < i.destinations ? Event::Kind::d : Event::Kind::a;
+        events.push_back({kind, i.index, slot(i.operand[n]), n});
+      }
+    } else if (is_move(i)) {
+      if (const int to = slot(i.operand[0]); to > 0) {
+        events.push_back({Event::Kind::copy, i.index, to, slot(i.operand[1])});
+      }
+    } else {
+      registers.visit(i, [&](int id, bool) {
+        if (slots[id] > 0) events.push_back({Event::Kind::access, i.index, slots[id], 0});
+      });
+    }
+  }
+
+  bool is_use(const Event& e, const WgmmaShape* use) const {
+    if (e.kind == Event::Kind::d) return use && same_shape(*use, shape_of(code_.instructions[e.instruction]));
+    return e.kind == Event::Kind::a && !use;
+  }
+
+  void pass(const Event& e, const WgmmaShape* use, Accesses& now) const {
+    if (e.kind == Event::Kind::fence) {
+      std::fill(now.begin(), now.end(), kOrdered);
+    } else if (now[e.slot] != kOrdered || e.kind == Event::Kind::a || is_use(e, use)) {
+      return;
+    } else {
+      now[e.slot] = e.kind == Event::Kind::copy ? now[e.detail] : e.instruction;
+    }
+  }
 
   static bool join(Accesses& into, const Accesses& from) {
     bool grew = false;
     for (size_t k = 0; k < into.size(); ++k) {
-      if (into[k] != kNone || from[k] == kNone) continue;
+      if (into[k] != kOrdered || from[k] == kOrdered) continue;
       into[k] = from[k];
       grew = true;
     }
     return grew;
   }
 
-  size_t source_of(const Instruction& move) const {
-    const int id = registers_.id(move.operand[1]);
-    return id < 0 ? followed_.size() : static_cast<size_t>(id);
-  }
-
-  void execute(const Instruction& i, Accesses& now) const {
-    const auto note = [&](int id, uint32_t access) {
-      if (id >= 0 && followed_[id] && now[id] == kNone) now[id] = access;
-    };
-    if (is_wgmma_fence(i)) {
-      if (i.guard == kAlwaysTrue) std::fill(now.begin(), now.end(), kNone);
-    } else if (is_move(i)) {
-      note(registers_.id(i.operand[0]), now[source_of(i)]);
-    } else if (i.asynchronous) {
-      if (d_ && same_shape(*d_, shape_of(i))) return;
-      for (int r = 0; r < i.destinations; ++r) note(registers_.id(i.operand[r]), i.index);
-    } else {
-      registers_.visit(i, [&](int id, bool) { note(id, i.index); });
-    }
-  }
-
-  void mark(Instruction& i, const Accesses& now) const {
-    if (!i.asynchronous || i.option) return;
-    const bool d = d_ && same_shape(*d_, shape_of(i)), a = !d_ && shape_of(i).a_in_registers;
-    const int begin = d ? 0 : i.destinations, end = a ? begin + 4 : i.destinations;
-    for (int n = begin; n < end; ++n) {
-      const uint32_t access = now[registers_.id(i.operand[n])];
-      if (access == kNone) continue;
-      i.option = 1 + access;
-      i.immediate = n;
-      return;
-    }
+  void mark(const Event& e, uint32_t access) {
+    Instruction& i = code_.instructions[e.instruction];
+    if (i.option) return;
+    i.option = 1 + access;
+    i.immediate = static_cast<uint64_t>(e.detail);
   }
 
   Code& code_;
-  const std::vector<BasicBlock>& blocks_;
-  const Registers& registers_;
-  const std::vector<char>& followed_;
-  const WgmmaShape* const d_;  // null: A
+  const std::vector<BasicBlock> blocks_;
+  int slots_ = 1;
+  std::vector<std::vector<Event>> events_;  // by block
 };
 
 }  // namespace
@@ -115,10 +153,8 @@ void find_missing_wgmma_fences(Code& code) {
   }
   if (uses.empty()) return;
   if (a_in_registers) uses.push_back(nullptr);
-  const std::vector<BasicBlock> blocks = basic_blocks(code);
-  const Registers registers(code);
-  const std::vector<char> followed = asynchronous_registers(code, registers);
-  for (const WgmmaShape* d : uses) Fences(code, blocks, registers, followed, d);
+  MissingFences missing(code);
+  for (const WgmmaShape* use : uses) missing.mark(use);
 }
 
 void require_wgmma_fence(const Warp& w, const Instruction& i) {
