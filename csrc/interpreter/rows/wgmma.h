@@ -26,8 +26,8 @@ struct WgmmaShape {
 
 bool same_shape(const WgmmaShape&, const WgmmaShape&);  // may follow each other on the same accumulators
 bool is_wgmma_fence(const Instruction&);
-void require_wgmma_fence(const Warp&,
-                         const Instruction&);  // a finding where find_missing_wgmma_fences found one missing
+// A finding where find_missing_wgmma_fences found one missing.
+void require_wgmma_fence(const Warp&, const Instruction&);
 
 std::string place_of(const Warp&, const WgmmaShape&);  // "wgmma.mma_async... of file.cu:12"
 
