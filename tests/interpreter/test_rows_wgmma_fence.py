@@ -83,9 +83,10 @@ NEVER = "no wgmma.fence stands before the first"
         # another shape; what was D as A
         (f"{FENCE} {ONE} {WAIT} {OTHER} {WAIT}", f"register 0 of D is accessed by {OP}"),
         (f"{FENCE} {ONE} {WAIT} {FROM_D} {WAIT}", f"register 0 of A is accessed by {OP}"),
-        # on one path of two; round a loop; a fence that is not for everyone
+        # on one path of two; round a loop, of two blocks as well; a fence that is not for everyone
         (f"setp.lt.u32 %p, %r2, 1; @%p bra END; {FENCE} END: {ONE} {WAIT}", "on one path"),
         (f"{FENCE} {loop(f'{ONE} {WAIT} {STORE}')}", "register 3 of D is accessed by st.global.b32"),
+        (f"{FENCE} {loop(f'bra ON; ON: {ONE} {WAIT} {STORE}')}", "register 3 of D is accessed by st.global.b32"),
         (f"setp.lt.u32 %p, %r2, 9999; @%p {FENCE} {ONE} {WAIT}", "on one path"),
     ],
 )
