@@ -11,8 +11,8 @@
 #include <queue>
 #include <unordered_map>
 
+#include "blocks.h"
 #include "decode.h"
-#include "rows/mov.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -47,23 +47,34 @@ class Bits {
   std::vector<uint64_t> words_;
 };
 
-struct Block {
-  int begin, end;  // instructions [begin, end)
-  std::vector<int> next;
+struct Sets {  // of a basic block
   Bits uses, defines, in, out;
 };
 
 class Liveness {
  public:
-  explicit Liveness(const Code& code) : code_(code) {
-    for (size_t id = 0; id < code.offset_of.size(); ++id) register_at_[code.offset_of[id]] = static_cast<int>(id);
-    find_blocks();
+  Liveness(const Code& code, const Registers& registers)
+      : code_(code), registers_(registers), blocks_(basic_blocks(code)) {
+    const Bits none(code.offset_of.size());
+    sets_.assign(blocks_.size(), {none, none, none, none});
+    for (size_t b = 0; b < blocks_.size(); ++b) {
+      Sets& s = sets_[b];
+      for (int k = blocks_[b].begin; k < blocks_[b].end; ++k) {
+        registers.visit(code.instructions[k], [&](int id, bool replaces) {
+          if (replaces) {
+            s.defines.set(id);
+          } else if (!s.defines.test(id)) {
+            s.uses.set(id);
+          }
+        });
+      }
+      s.in.merge(s.uses);
+    }
     for (bool again = true; again;) {
       again = false;
       for (size_t b = blocks_.size(); b--;) {
-        Block& block = blocks_[b];
-        for (const int n : block.next) block.out.merge(blocks_[n].in);
-        again |= block.in.merge(block.out, &block.defines);
+        for (const int n : blocks_[b].next) sets_[b].out.merge(sets_[n].in);
+        again |= sets_[b].in.merge(sets_[b].out, &sets_[b].defines);
       }
     }
   }
@@ -75,95 +86,31 @@ class Liveness {
       found[id].begin = std::min(found[id].begin, at);
       found[id].end = std::max(found[id].end, at);
     };
-    for (const Block& b : blocks_) {
-      b.in.each([&](int id) { extend(id, b.begin); });
-      b.out.each([&](int id) { extend(id, b.end - 1); });
-      for (int k = b.begin; k < b.end; ++k) visit(code_.instructions[k], [&](int id, bool) { extend(id, k); });
+    for (size_t n = 0; n < blocks_.size(); ++n) {
+      const BasicBlock& b = blocks_[n];
+      sets_[n].in.each([&](int id) { extend(id, b.begin); });
+      sets_[n].out.each([&](int id) { extend(id, b.end - 1); });
+      for (int k = b.begin; k < b.end; ++k) {
+        registers_.visit(code_.instructions[k], [&](int id, bool) { extend(id, k); });
+      }
     }
     found.erase(std::remove_if(found.begin(), found.end(), [](const Interval& i) { return i.end < 0; }), found.end());
     return found;
   }
 
-  // f(register, whether the instruction replaces its value in all the lanes that it runs for)
-  template <class F>
-  void visit(const Instruction& i, F f) const {
-    for (int k = i.destinations; k < i.destinations + i.sources; ++k) visit(i.operand[k], false, f);
-    visit(i.guard, false, f);
-    for (int k = 0; k < i.destinations; ++k) visit(i.operand[k], i.guard == kAlwaysTrue && !i.updates, f);
-  }
-
  private:
-  template <class F>
-  void visit(Offset o, bool replaces, F f) const {
-    if (const auto found = register_at_.find(o); found != register_at_.end()) f(found->second, replaces);
-  }
-
-  void find_blocks() {
-    const auto& code = code_.instructions;
-    std::vector<char> leader(code.size() + 1, 0);
-    leader[0] = 1;
-    for (size_t k = 0; k < code.size(); ++k) {
-      if (code[k].flow == Flow::next) continue;
-      leader[k + 1] = 1;
-      for (const uint32_t t : branch_targets(code[k])) leader[t] = 1;
-    }
-    const size_t registers = code_.offset_of.size();
-    std::vector<int> block_of(code.size());
-    for (size_t k = 0; k < code.size(); ++k) {
-      if (leader[k]) {
-        blocks_.push_back(
-            {static_cast<int>(k), 0, {}, Bits(registers), Bits(registers), Bits(registers), Bits(registers)});
-      }
-      block_of[k] = static_cast<int>(blocks_.size()) - 1;
-      Block& b = blocks_.back();
-      b.end = static_cast<int>(k) + 1;
-      visit(code[k], [&](int id, bool replaces) {
-        if (replaces) {
-          b.defines.set(id);
-        } else if (!b.defines.test(id)) {
-          b.uses.set(id);
-        }
-      });
-    }
-    for (Block& b : blocks_) {
-      b.in.merge(b.uses);
-      const Instruction& last = code[b.end - 1];
-      for (const uint32_t t : branch_targets(last)) b.next.push_back(block_of[t]);
-      const bool goes_on = last.flow == Flow::next || last.guard != kAlwaysTrue;
-      if (goes_on && b.end < static_cast<int>(code.size())) b.next.push_back(block_of[b.end]);
-    }
-  }
-
   const Code& code_;
-  std::unordered_map<Offset, int> register_at_;
-  std::vector<Block> blocks_;
+  const Registers& registers_;
+  std::vector<BasicBlock> blocks_;
+  std::vector<Sets> sets_;
 };
-
-// Registers that asynchronous operations read or write after their instruction, and those that a mov makes aliases of
-// them.
-std::vector<char> pinned(const Code& code, const Liveness& liveness) {
-  std::vector<char> found(code.offset_of.size(), 0);
-  for (bool again = true; again;) {
-    again = false;
-    for (const Instruction& i : code.instructions) {
-      bool any = i.asynchronous;
-      if (is_move(i)) liveness.visit(i, [&](int id, bool) { any |= found[id] != 0; });
-      if (!any) continue;
-      liveness.visit(i, [&](int id, bool) {
-        again |= !found[id];
-        found[id] = 1;
-      });
-    }
-  }
-  return found;
-}
 
 }  // namespace
 
 void share_registers(Code& code) {
-  const Liveness liveness(code);
-  const std::vector<char> pin = pinned(code, liveness);
-  std::vector<Interval> intervals = liveness.intervals();
+  const Registers registers(code);
+  const std::vector<char> pin = asynchronous_registers(code, registers);
+  std::vector<Interval> intervals = Liveness(code, registers).intervals();
   std::sort(intervals.begin(), intervals.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
 
   const auto bytes_of = [&](int id) { return frame_bytes(code.source->registers[id]); };

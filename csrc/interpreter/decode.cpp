@@ -116,6 +116,7 @@ void decode(Module& m, Code& code) {
       i.guard_flip = s.guard_negated ? kAllLanes : 0;
     }
   }
+  find_missing_wgmma_fences(code);
   share_registers(code);
   code.decoded = true;
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Between decode.cpp and allocate.cpp.
+// What decode.cpp has of others, and they of it.
 #include "program.h"
 
 namespace forwardpass::interpreter {
@@ -8,6 +8,8 @@ namespace forwardpass::interpreter {
 uint32_t frame_bytes(Type);
 // Where a branch may go, besides on.
 std::vector<uint32_t> branch_targets(const Instruction&);
+// Marks each wgmma.mma_async that a wgmma.fence is missing before. Before share_registers.
+void find_missing_wgmma_fences(Code&);
 // Rewrites every Offset of the code: nobody else may have kept one.
 void share_registers(Code&);
 

@@ -281,6 +281,12 @@ def wgmma_missing_fence(module):
 
 
 @run
+def wgmma_missing_register_fence(module):
+    y, expected = product(module, "wgmma_missing_register_fence", poisoned(64, 8), 2)
+    return y, 2 * expected[0] + expected[1]
+
+
+@run
 def wgmma_weak_wait(module):
     before = integers(2, 64, 8)
     y, expected = product(module, "wgmma_weak_wait", before.clone(), 2)

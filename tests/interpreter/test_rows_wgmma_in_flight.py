@@ -179,7 +179,7 @@ def test_warps_of_a_warpgroup():
     assert "four warps" in finding(f"{FENCE} {ONE} {WAIT}", threads=96).message
     skip = "setp.lt.u32 %p, %r0, 32; @%p bra SKIP;"
     assert finding(f"{skip} {FENCE} {ONE} {WAIT} SKIP:").kind == "deadlock"
-    error = finding(f"setp.lt.u32 %p, %r0, 32; @%p bra OTHER; {ONE} bra END; OTHER: {ONE} END: {WAIT}")
+    error = finding(f"{FENCE} setp.lt.u32 %p, %r0, 32; @%p bra OTHER; {ONE} bra END; OTHER: {ONE} END: {WAIT}")
     assert error.kind == "illegal" and "different operations" in error.message
     error = finding(f"setp.lt.u32 %p, %r0, 20; @%p {ONE} {WAIT}")
     assert error.kind == "barrier"

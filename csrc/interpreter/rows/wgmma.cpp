@@ -1,7 +1,5 @@
-// wgmma: PTX ISA 9.7.15.5.2 and 9.7.15.7.
-//
-// Not checked: that a wgmma.fence stands between the last ordinary access to a register and the first wgmma.mma_async
-// that uses it. It would take the time of the last access of every register, in every instruction.
+// wgmma: PTX ISA 9.7.15.5.2 and 9.7.15.7. A wgmma.fence does nothing here: where one is missing was found beforehand
+// (wgmma_fence.cpp).
 #include "interpreter/rows/wgmma.h"
 
 #include <cstring>
@@ -82,13 +80,12 @@ void take_accumulators(Warp& w, Wgmma& state, const Instruction& i, const WgmmaS
   RegistersInFlight& flight = state.flight;
   const auto* first = flight.find(i.operand[0]);
   Accumulator* const before = first ? first->value : nullptr;
-  const bool same_shape = !before || (before->shape->n == shape.n && before->shape->k == shape.k &&
-                                      before->shape->exact.d == shape.exact.d);
+  const bool same = !before || same_shape(*before->shape, shape);
   const bool known =
       before && !before->moved && std::memcmp(before->registers, i.operand, shape.d_registers * sizeof(Offset)) == 0;
-  for (int r = 0; r < shape.d_registers && !(known && same_shape); ++r) {
+  for (int r = 0; r < shape.d_registers && !(known && same); ++r) {
     const auto* e = flight.find(i.operand[r]);
-    if (same_shape && (before ? e && e->value == before && e->index == r : !e)) continue;
+    if (same && (before ? e && e->value == before && e->index == r : !e)) continue;
     w.fail(Kind::in_flight, "register " + std::to_string(r) +
                                 " of D is in flight as something else: only operations of the same shape on the same "
                                 "registers may follow each other without wgmma.wait_group");
@@ -149,6 +146,7 @@ Step mma_async(Warp& w, const Instruction& i, Mask mask) {
       state.flight.reads(a[r], op.number, &shape);
     }
   }
+  if (checked(*w.cta)) require_wgmma_fence(w, i);
   part.knowledge = w.knowledge;
   w.release();
   w.watched = true;
@@ -204,6 +202,10 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
 }
 
 }  // namespace
+
+bool is_wgmma_fence(const Instruction& i) { return i.run == &fence; }
+
+bool same_shape(const WgmmaShape& a, const WgmmaShape& b) { return a.n == b.n && a.k == b.k && a.exact.d == b.exact.d; }
 
 bool WgmmaOperation::ready(Cta&) const { return issued == 15 && group->completed + 1 == number; }
 

@@ -14,7 +14,8 @@
 
 namespace forwardpass::interpreter {
 
-// An instruction, decoded.
+// An instruction, decoded. Its option: 0, or 1 + the instruction that accesses one of its registers with no wgmma.fence
+// between (behind the last one: none does, and there is no fence at all); its immediate: which operand.
 struct WgmmaShape {
   Product exact, truncating;
   int n, k, d_registers;
@@ -22,6 +23,11 @@ struct WgmmaShape {
   bool scale_d_negated;
   const Statement* statement;  // for findings
 };
+
+bool same_shape(const WgmmaShape&, const WgmmaShape&);  // may follow each other on the same accumulators
+bool is_wgmma_fence(const Instruction&);
+// A finding where find_missing_wgmma_fences found one missing.
+void require_wgmma_fence(const Warp&, const Instruction&);
 
 std::string place_of(const Warp&, const WgmmaShape&);  // "wgmma.mma_async... of file.cu:12"
 

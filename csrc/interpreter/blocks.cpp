@@ -1,0 +1,50 @@
+#include "blocks.h"
+
+#include "decode.h"
+#include "rows/mov.h"
+
+namespace forwardpass::interpreter {
+
+std::vector<BasicBlock> basic_blocks(const Code& of) {
+  const auto& code = of.instructions;
+  std::vector<char> leader(code.size() + 1, 0);
+  leader[0] = 1;
+  for (size_t k = 0; k < code.size(); ++k) {
+    if (code[k].flow == Flow::next) continue;
+    leader[k + 1] = 1;
+    for (const uint32_t t : branch_targets(code[k])) leader[t] = 1;
+  }
+  std::vector<BasicBlock> blocks;
+  std::vector<int> block_of(code.size());
+  for (int k = 0; k < static_cast<int>(code.size()); ++k) {
+    if (leader[k]) blocks.push_back({k, 0, {}});
+    block_of[k] = static_cast<int>(blocks.size()) - 1;
+    blocks.back().end = k + 1;
+  }
+  for (BasicBlock& b : blocks) {
+    const Instruction& last = code[b.end - 1];
+    for (const uint32_t t : branch_targets(last)) b.next.push_back(block_of[t]);
+    const bool goes_on = last.flow == Flow::next || last.guard != kAlwaysTrue;
+    if (goes_on && b.end < static_cast<int>(code.size())) b.next.push_back(block_of[b.end]);
+  }
+  return blocks;
+}
+
+std::vector<char> asynchronous_registers(const Code& code, const Registers& registers) {
+  std::vector<char> found(code.offset_of.size(), 0);
+  for (bool again = true; again;) {
+    again = false;
+    for (const Instruction& i : code.instructions) {
+      bool any = i.asynchronous;
+      if (is_move(i)) registers.visit(i, [&](int id, bool) { any |= found[id] != 0; });
+      if (!any) continue;
+      registers.visit(i, [&](int id, bool) {
+        again |= !found[id];
+        found[id] = 1;
+      });
+    }
+  }
+  return found;
+}
+
+}  // namespace forwardpass::interpreter

@@ -1,0 +1,46 @@
+#pragma once
+// What dataflow over a function's registers needs: its basic blocks, and which PTX registers an instruction uses. All
+// of it before share_registers, while every register has a place of its own.
+#include <unordered_map>
+#include <vector>
+
+#include "program.h"
+
+namespace forwardpass::interpreter {
+
+struct BasicBlock {
+  int begin, end;         // instructions [begin, end)
+  std::vector<int> next;  // blocks that may follow
+};
+std::vector<BasicBlock> basic_blocks(const Code&);
+
+class Registers {
+ public:
+  explicit Registers(const Code& code) {
+    for (size_t id = 0; id < code.offset_of.size(); ++id) at_[code.offset_of[id]] = static_cast<int>(id);
+  }
+  // The register at an offset, or -1: an immediate, a special register, a sink.
+  int id(Offset o) const {
+    const auto found = at_.find(o);
+    return found == at_.end() ? -1 : found->second;
+  }
+  // f(register, whether the instruction replaces its value in all the lanes that it runs for)
+  template <class F>
+  void visit(const Instruction& i, F f) const {
+    const auto each = [&](Offset o, bool replaces) {
+      if (const int found = id(o); found >= 0) f(found, replaces);
+    };
+    for (int k = i.destinations; k < i.destinations + i.sources; ++k) each(i.operand[k], false);
+    each(i.guard, false);
+    for (int k = 0; k < i.destinations; ++k) each(i.operand[k], i.guard == kAlwaysTrue && !i.updates);
+  }
+
+ private:
+  std::unordered_map<Offset, int> at_;
+};
+
+// By register: whether asynchronous operations read or write it after their instruction, or a mov makes it an alias of
+// one that they do.
+std::vector<char> asynchronous_registers(const Code&, const Registers&);
+
+}  // namespace forwardpass::interpreter
