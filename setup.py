@@ -143,7 +143,10 @@ def gencode(source):
         mine = [a for a in arches() if a == minimum]
     else:
         mine = sorted({int(a.rstrip("af")) for a in arches() if int(a.rstrip("af")) >= int(minimum)})
-    return [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in mine]
+    # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
+    # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
+    own = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
+    return [f"-gencode=arch=compute_{a},code=[{'' if own and a == 90 else f'sm_{a},'}compute_{a}]" for a in mine]
 
 
 def jobs(sources):

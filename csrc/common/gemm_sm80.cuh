@@ -147,7 +147,7 @@ struct BlockScaleCopy {
     to = ptx::shared_address(stage) + threadIdx.x * 16;
     size = static_cast<int>(min(max(p.a.rows - first, int64_t{0}), int64_t{4})) * 4;
   }
-  // The next slice's, where there is one: beyond the depth nothing is multiplied by them.
+  // The next slice's; inside: there is one.
   __device__ void operator()(int stage, bool inside) {
     if (threadIdx.x < Config::kM / 4) ptx::cp_async_16(to + stage * Config::kM * 4, a, inside ? size : 0);
     a += a_stride;
@@ -229,7 +229,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_mma_kernel(GemmParams p, TileMap map, GemmOutput out) {
   using Acc = typename Config::Acc;
   constexpr int kRows = Config::kRows, kTiles = Config::kTiles, kStages = Config::kStages;
-  using Layout = StageLayout<Config>;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -244,14 +243,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   OperandCopy<Config, Config::kN> copy_b(p.b, column, k, k_end, s.stage.b[0]);
   const SliceProduct<Config> product(s, warp_m, warp_n, lane);
   BlockScaleCopy<Config> scales(p, row, column + warp_n, k, s.stage.a_scale[0]);
-  const auto copy_masked = [&](int stage) {
-    if constexpr (Config::Element::kBlockScaled) scales(stage, copy_a.left > -16 * Layout::kChunks);
+  const auto copy_masked = [&](int stage, int slice) {
+    if constexpr (Config::Element::kBlockScaled) scales(stage, slice < slices);
     copy_a.masked(stage), copy_b.masked(stage);
     copy_a.advance(1), copy_b.advance(1);
     ptx::cp_async_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copy_masked(i);
+  for (int i = 0; i < kStages - 1; ++i) copy_masked(i, i);
 
   Acc acc[kRows][kTiles][4] = {};
   const auto promote = [&](int stage, const auto& part) {
@@ -303,7 +302,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 #pragma unroll 1
   for (; slice < slices; ++slice) {
     wait();
-    copy_masked(stage == 0 ? kStages - 1 : stage - 1);
+    copy_masked(stage == 0 ? kStages - 1 : stage - 1, slice + kStages - 1);
     product(stage, acc, promote);
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }

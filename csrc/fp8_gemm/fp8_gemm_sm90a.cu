@@ -1,0 +1,1 @@
+// fp8_gemm on wgmma.
