@@ -46,7 +46,7 @@ def test_explain_runs_nothing_and_checks_everything():
     table = fp.explain("int8_linear", X, torch.zeros(8, 40, dtype=torch.int8), torch.ones(8))
     assert list(table) == ["cuda", "triton", "cpu", "reference"]
     assert table["cpu"] is None
-    assert table["cuda"].code == "not_written"
+    assert table["cuda"].code == "device"
     assert "int8_linear(x=float32[3, 40]" in str(table)
     assert "-> cpu" in str(table)
     with pytest.raises(ValueError, match="w_sum"):

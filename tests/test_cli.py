@@ -98,11 +98,9 @@ def test_doctor_knows_what_can_be_interpreted():
     rows = {(k["operation"], k["backend"]): k["code"] for k in found["kernels"]}
     assert set(rows) == {(o, b) for o in fp.backend.operations for b in ("cuda", "triton")}
     assert rows["quantize", "cuda"] in (None, "not_built")
-    assert rows["int8_gemm", "cuda"] == "not_written"
     said = cli.describe_interpreter(found)
     assert said.startswith("stands in for A100 (sm_80), L40S (sm_89), H100 (sm_90a); ")
     assert ("quantize" in said) == (None in rows.values())
-    assert "int8_gemm" not in said
     assert cli.describe_interpreter({"problem": "it is missing; reinstall"}) == "none: it is missing; reinstall"
 
 
@@ -228,7 +226,7 @@ def test_swap_reads_texts(folder, stub_swap, tmp_path):
         ([".", "--precision", "int8"], "config.json"),
         (["minilm"], "either --precision or --plan"),
         (["minilm", "--precision", "int8", "--plan", "x.json"], "either --precision or --plan"),
-        (["minilm", "--precision", "int3"], "int8, w8a16, not 'int3'"),
+        (["minilm", "--precision", "int3"], "int8, fp8, w8a16, not 'int3'"),
         (["minilm", "--plan", "missing.json"], "missing.json"),
         (["minilm", "--precision", "int8", "--text", "missing.txt"], "cannot read missing.txt: No such file"),
         (["minilm", "--precision", "int8", "--text", "/"], "cannot read /: Is a directory"),
