@@ -7,6 +7,8 @@ import pathlib
 import pytest
 import torch
 
+from forwardpass.testing import poisoned_outputs
+
 #: area -> core-seconds
 spent = collections.Counter()
 
@@ -15,6 +17,15 @@ spent = collections.Counter()
 def seed(request):
     """Of a case's random data: one in `make test`, three in `make test-all`."""
     return request.param
+
+
+@pytest.fixture
+def poisoned():
+    """What no kernel writes is NaN or -1, in what C++ allocates and in what torch.empty returns."""
+    torch.use_deterministic_algorithms(True)
+    with poisoned_outputs():
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""fp8_gemm, fp8_gemm_quantize and fp8_linear: their reference, and that the comparison of backends passes and fails what it should."""
+"""fp8_gemm, fp8_gemm_quantize and fp8_linear: the reference, and that the comparison passes and fails what it should."""
 
 import pytest
 import torch
@@ -168,7 +168,7 @@ def test_comparison_fails_on_a_fault(fault, quantized):
         args = case.arguments()
         if fault is last_row_off and blocks:
             continue
-        with pytest.raises(AssertionError, match="differ|not below"):
+        with pytest.raises(AssertionError, match=r"differ|not below"):
             gemm_cases.assert_matches(operation("fp8_gemm", case)(*fault(args)), args)
 
 
@@ -187,8 +187,8 @@ def test_nan_stays():
     wq, ws, _ = fp.ops.quantize(torch.randn(9, 64), E4M3)
     assert fp.ops.fp8_linear(x, wq, ws).isnan().all(1).tolist() == [False, True, False]
     q, s, _ = fp.ops.quantize(x, E4M3)
-    q2, s2 = fp.ops.fp8_gemm_quantize(q, wq, s, ws)
-    assert s2.isnan().tolist() == [[False], [True], [False]]
+    scale = fp.ops.fp8_gemm_quantize(q, wq, s, ws)[1]
+    assert scale.isnan().tolist() == [[False], [True], [False]]
 
 
 def test_empty_and_meta():
@@ -228,7 +228,8 @@ def test_explain_says_what_an_unaligned_operand_costs():
     table = fp.explain("fp8_gemm", *args[:4], out_dtype=torch.float16)
     assert table.chosen == "reference"
     assert table["cpu"].code == "not_written"
-    assert {table["cuda"].code, table["triton"].code} == {"device"}
+    for name in ("cuda", "triton"):
+        assert table[name].code == ("device" if name in gemm_cases.FP8_GEMM.compiled else "not_written")
     assert "rows of a 135 bytes apart" in str(table)
     assert "copy it, 720 bytes" in str(table)  # 5 rows of 144
     assert "the first byte of b" in str(table)
@@ -289,8 +290,10 @@ def test_needs_a_gpu_that_multiplies_fp8(arch, code):
     with fp.interpret(arch):
         table = fp.explain("fp8_gemm", A, W, ONE, ONE, **GEMM)
         for name in ("cuda", "triton"):
-            assert (table[name] and table[name].code) == code
+            expected = code if name in gemm_cases.FP8_GEMM.compiled else "not_written"
+            assert (table[name] and table[name].code) == expected
         if code:
             assert table.chosen == "reference"
-            with fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match='sm_89.*precision="int8"'):
+        if code and "cuda" in gemm_cases.FP8_GEMM.compiled:
+            with fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match=r'sm_89.*precision="int8"'):
                 fp.ops.fp8_gemm(A, W, ONE, ONE, **GEMM)

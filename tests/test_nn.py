@@ -207,7 +207,10 @@ def test_compiles_whole():
         (lambda: Fp8Linear(4, 4, scales="group"), "tensor, row, block, not 'group'"),
         (lambda: Fp8Linear(4, 4, scales="block", static=True), "static activations"),
         (lambda: Fp8Linear.from_torch(nn.Linear(4, 4), channel_scale=torch.ones(3)), "4 elements"),
-        (lambda: Fp8Linear.from_torch(nn.Linear(4, 4), scales="block", input_scale=torch.ones(1)), "static activations"),
+        (
+            lambda: Fp8Linear.from_torch(nn.Linear(4, 4), scales="block", input_scale=torch.ones(1)),
+            "static activations",
+        ),
         (lambda: Fp8Linear.from_torch(nn.Linear(4, 4, device="meta")), "meta device"),
         (lambda: W8A16Linear(4, 4, weight_dtype=torch.float16), "int8 or float8_e4m3fn"),
         (lambda: W8A16Linear(4, 4, scales="block"), "row, group, not 'block'"),
@@ -251,7 +254,9 @@ def test_weights_use_the_whole_range_of_each_scale(scales, dtype, size):
             assert q[i : i + tall, j : j + wide].float().abs().max() == most
     each = scale.reshape(-1, scale.shape[-1] if scale.dim() == 2 else 1).repeat_interleave(tall, 0)[:n]
     each = each.repeat_interleave(wide, 1)[:, :k]
-    assert ((q.float() * each - w).abs() <= w.abs() * 2.0**-4 + each * (0.5 if dtype == torch.int8 else 2.0**-10) * 1.01).all()
+    assert (
+        (q.float() * each - w).abs() <= w.abs() * 2.0**-4 + each * (0.5 if dtype == torch.int8 else 2.0**-10) * 1.01
+    ).all()
 
 
 def test_fp8_asks_for_a_gpu_that_has_it():

@@ -51,7 +51,7 @@ def test_fp8_asks_for_a_gpu_that_has_it(arch):
     before = objects(model)
     with fp.interpret(arch):
         if arch == "sm_80":
-            with pytest.raises(fp.Unsupported, match='first.*sm_80.*precision="int8"'):
+            with pytest.raises(fp.Unsupported, match=r'first.*sm_80.*precision="int8"'):
                 fp.swap(model, "fp8", strict=True)
             for dry_run in (True, False):
                 with pytest.warns(UserWarning, match="no layer is swapped"):

@@ -106,8 +106,8 @@ def check_fp8_weight(op: str, name: str, b: Tensor, scale_name: str, b_scale: Te
     one_matrix = (-(-(n // 2 if gated else n) // BLOCK), -(-k // BLOCK))
     wanted = (2, *one_matrix) if gated else one_matrix
     if tuple(b_scale.shape) != wanted:
-        raise ValueError(f"{op}: {scale_name} of {BLOCK} x {BLOCK} blocks must be {list(wanted)} for {name} {(n, k)} with activation "
-                         f"{activation}, and has shape {tuple(b_scale.shape)}: a scale per row is [{n}]")  # fmt: skip
+        raise ValueError(f"{op}: {scale_name} of {BLOCK} x {BLOCK} blocks must be {list(wanted)} for {name} {(n, k)} with "
+                         f"activation {activation}, and has shape {tuple(b_scale.shape)}: a scale per row is [{n}]")  # fmt: skip
     check_vector(op, scale_name, b_scale, b_scale.numel(), torch.float32, x)
     return True
 
@@ -159,9 +159,7 @@ def _check(
                          "pass both of one kind")  # fmt: skip
     one = a.new_empty(1, dtype=torch.float32)
     scales = (one, one) if blocks else (a_scale, b_scale)
-    check_epilogue(
-        op, a, tuple(a.shape[:-1]), b.shape[0], *scales, bias, activation, out_dtype, out_scale, None, None
-    )
+    check_epilogue(op, a, tuple(a.shape[:-1]), b.shape[0], *scales, bias, activation, out_dtype, out_scale, None, None)
 
 
 def _check_gemm(
@@ -175,7 +173,9 @@ def _check_gemm_quantize(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, group_size: int
 ) -> None:  # fmt: skip
     if group_size != BLOCK:
-        raise ValueError(f"fp8_gemm_quantize: group_size must be {BLOCK}, not {group_size!r}: for another, fp8_gemm, then quantize")
+        raise ValueError(
+            f"fp8_gemm_quantize: group_size must be {BLOCK}, not {group_size!r}: for another, fp8_gemm, then quantize"
+        )
     _check("fp8_gemm_quantize", a, b, a_scale, b_scale, bias, activation, torch.float32, None)
 
 

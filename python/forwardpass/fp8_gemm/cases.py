@@ -51,10 +51,9 @@ class Case:
         beside large ones are cut by tensor cores that truncate, promoted or not (the magnitudes of normal values, 128 of
         one sign: by 2^-9.2)."""
         g = torch.Generator().manual_seed(seed)
-        a, b = (
-            (torch.rand(rows, self.k, generator=g) + 0.5 if self.same_sign else torch.randn(rows, self.k, generator=g)) * 32
-            for rows in (self.m, self.n)
-        )
+        a, b = (torch.randn(rows, self.k, generator=g) * 32 for rows in (self.m, self.n))
+        if self.same_sign:
+            a, b = (torch.rand(x.shape, generator=g) * 32 + 16 for x in (a, b))
         for x in (a, b):
             for row, value in ((1, 0.0), (2, 1e6), (3, 2.0**-12)):
                 if x.shape[0] > row:
@@ -101,7 +100,9 @@ def assert_matches(got: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], t
     for g, f in zip((got,) if isinstance(got, Tensor) else got, (fakes,) if isinstance(fakes, Tensor) else fakes):
         if (g.shape, g.dtype) != (f.shape, f.dtype) or (g.numel() and g.stride() != f.stride()):
             raise AssertionError(f"{g.dtype} {g.shape} {g.stride()}, expected {f.dtype} {f.shape} {f.stride()}")
-    exact, bound, cancels = expected_values(*args[:6], TRUNCATING if truncating else EXACT)
+    a, b, a_scale, b_scale, bias, activation, *rest = args
+    c = TRUNCATING if truncating else EXACT
+    exact, bound, cancels = expected_values(a, b, a_scale, b_scale, bias, activation, c)
     if not isinstance(got, Tensor):
         _assert_quantized_matches(*got, exact, bound)
     elif got.dtype in FLOATS:
@@ -109,7 +110,7 @@ def assert_matches(got: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], t
         assert_close(got, exact, bound * (1 + unit) + unit * exact.abs() + least)
         assert_rows_close(got, exact, cancels, least)
     else:
-        assert_quantized_close(got, exact, bound + 2.0**-23 * exact.abs(), args[7])
+        assert_quantized_close(got, exact, bound + 2.0**-23 * exact.abs(), rest[1])
 
 
 def expected_values(
@@ -135,9 +136,10 @@ def assert_rows_close(got: Tensor, exact: Tensor, cancels: Tensor, least: float 
     finite = x.isfinite()  # not beyond float16; that is assert_close's
     x, y = x.where(finite, 0), y.where(finite, 0)
     for what, dims in (("a row", (-1,)), ("all rows", tuple(range(x.dim())))):
-        apart = ((x - y).abs() - least).clamp(min=0).square().sum(dims) / (x.square() + y.square()).sum(dims).clamp(min=1e-300)
-        if bool((apart >= 1e-5).any()):
-            raise AssertionError(f"{what}: 1 - 2 <x, y> / (|x|^2 + |y|^2) is {apart.max().item():.1e}, not below 1e-5")
+        off = ((x - y).abs() - least).clamp(min=0).square().sum(dims)
+        share = off / (x.square() + y.square()).sum(dims).clamp(min=1e-300)
+        if bool((share >= 1e-5).any()):
+            raise AssertionError(f"{what}: 1 - 2 <x, y> / (|x|^2 + |y|^2) is {share.max().item():.1e}, not below 1e-5")
 
 
 def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Tensor) -> None:

@@ -92,6 +92,4 @@ def cases() -> Iterator[Case]:
         yield Case(**row)
 
 
-BENCHMARK_CASES = tuple(
-    Case((m,), n, k, scales=scales) for m, n, k in BENCHMARK_SHAPES for scales in ("row", "block")
-)
+BENCHMARK_CASES = tuple(Case((m,), n, k, scales=scales) for m, n, k in BENCHMARK_SHAPES for scales in ("row", "block"))

@@ -45,8 +45,8 @@ class Case:
         channel = (torch.rand(self.k, generator=g) + 0.25).to(device) if self.channel_scale else None
         w_sum = None if self.symmetric else weight.sum(1, dtype=torch.int32).to(device)
         x = awkward((*self.lead, self.k), self.x_dtype, seed, device)
-        return (x, laid_out(weight, self.layout, device), w_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point,
-                self.symmetric, channel, w_sum)  # fmt: skip
+        return (x, laid_out(weight, self.layout, device), w_scale.to(device), bias, self.activation, self.out_dtype, scale,
+                zero_point, self.symmetric, channel, w_sum)  # fmt: skip
 
     def bytes(self) -> int:
         m = math.prod(self.lead)

@@ -90,7 +90,9 @@ class Fp8Linear(QuantizedLinear):
         assert bias is None or isinstance(bias, Tensor)
         layer = cls(k, n, bias is not None, scales=scales, static=input_scale is not None,
                     channel_scale=channel_scale is not None, device="meta")  # fmt: skip
-        layer._fill(*quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales), bias)
+        layer._fill(
+            *quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales), bias
+        )
         for name, v in (("channel_scale", channel_scale), ("input_scale", input_scale)):
             if v is not None:
                 setattr(layer, name, v.detach().to(weight.device, torch.float32).reshape(-1).clone())
@@ -98,7 +100,12 @@ class Fp8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return fp8_linear(
-            rows(x), self.weight, self.weight_scale, bias=self.bias, scale=self.input_scale, channel_scale=self.channel_scale
+            rows(x),
+            self.weight,
+            self.weight_scale,
+            bias=self.bias,
+            scale=self.input_scale,
+            channel_scale=self.channel_scale,
         )
 
     def _quantized(self, x: Tensor) -> Tensor:

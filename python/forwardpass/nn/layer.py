@@ -44,8 +44,13 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype = torch.int8, scales: str
     if scales == "tensor":
         scale = (weight.abs().amax().clamp(min=LEAST_RANGE) / 448).reshape(1)
         return quantize(weight, dtype, scale=scale)[0], scale
-    (n, k), (tall, wide) = weight.shape, scales_shape(*weight.shape, scales)
-    blocks = F.pad(weight, (0, wide * BLOCK - k, 0, tall * BLOCK - n)).unflatten(1, (wide, BLOCK)).unflatten(0, (tall, BLOCK))
+    n, k = weight.shape
+    tall, wide = scales_shape(n, k, scales)
+    blocks = (
+        F.pad(weight, (0, wide * BLOCK - k, 0, tall * BLOCK - n))
+        .unflatten(1, (wide, BLOCK))
+        .unflatten(0, (tall, BLOCK))
+    )
     span = blocks.abs().amax((1, 3), keepdim=True).clamp(min=LEAST_RANGE)
     scaled = (blocks * (448 / span)).flatten(2).flatten(0, 1)[:n, :k]
     return pad_rows(scaled.clamp(-448, 448).to(E4M3)), (span / 448).reshape(tall, wide)

@@ -62,7 +62,9 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation
 def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
     if x.dtype != torch.float32:
         return None
-    return Reason("dtype", "tensor cores multiply 16-bit activations, and x is float32", "convert it to bfloat16 or float16")
+    return Reason(
+        "dtype", "tensor cores multiply 16-bit activations, and x is float32", "convert it to bfloat16 or float16"
+    )
 
 
 def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:

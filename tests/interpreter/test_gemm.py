@@ -1,0 +1,85 @@
+"""The GEMMs' kernels, as compiled: every case of every operation, CUDA and Triton, on each architecture.
+
+FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones.
+"""
+
+import re
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import backend
+from forwardpass.fp8_gemm import cases as fp8_gemm
+from forwardpass.fp8_linear import cases as fp8_linear
+from forwardpass.int8_gemm import cases as int8_gemm
+from forwardpass.int8_linear import cases as int8_linear
+from forwardpass.w8a16_gemm import cases as w8a16_gemm
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+FP8 = {"fp8_gemm": fp8_gemm, "fp8_linear": fp8_linear}
+MODULES = {"int8_gemm": int8_gemm, "int8_linear": int8_linear, "w8a16_gemm": w8a16_gemm, **FP8}
+CASES = [(name, case) for name, module in MODULES.items() for case in module.cases()]
+PROMOTION = [(arch, case) for arch in ARCHITECTURES[1:] for case in fp8_gemm.PROMOTION_CASES]
+
+
+def reason_of_refusal(operation, args, implementation, arch):
+    """The code of the Reason for which no kernel takes these arguments, by what the contracts say; None: one does."""
+    if implementation not in operation.compiled:
+        return "not_written"
+    if operation.name.startswith("fp8") and arch == "sm_80":
+        return "arch"
+    if operation.name == "w8a16_gemm" and args[0].dtype == torch.float32:
+        return "dtype"
+    return None
+
+
+def check(name, case, implementation, arch, seed, truncating):
+    args = case.arguments(seed=seed)
+    operation = backend.operations[getattr(case, "op", name)]
+    with fp.interpret(arch, seed=seed, truncating=truncating) as device, fp.use_backend(implementation):
+        if reason := device.why_not(implementation):
+            pytest.skip(str(reason))
+        reason = operation.why_not(implementation, *args)
+        assert (reason and reason.code) == reason_of_refusal(operation, args, implementation, arch)
+        if reason:
+            with pytest.raises(fp.Unsupported, match=re.escape(str(reason))):
+                operation(*args)
+            return
+        got = operation(*args)
+    MODULES[name].assert_matches(got, args, **({"truncating": truncating} if name in FP8 else {}))
+    assert device.findings == []
+    assert (device.counters["launches"] > 0) == (args[0].numel() > 0)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def test_kernel(name, case, implementation, arch, seed):
+    check(name, case, implementation, arch, seed, truncating=name in FP8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES[1:])
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "case"), [c for c in CASES if c[0] in FP8], ids=str)
+def test_fp8_kernel_with_exact_sums(name, case, implementation, arch):
+    check(name, case, implementation, arch, 0, truncating=False)
+
+
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("arch", "case"), PROMOTION, ids=str)
+def test_sums_are_promoted(arch, case, implementation, seed):
+    """Of one sign, 512 and 4096 deep: without promotion they are out of bounds, as tests/test_fp8_gemm.py shows."""
+    check("fp8_gemm", case, implementation, arch, seed, truncating=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("name", MODULES)
+def test_kernel_on_a_real_layer(name, implementation):
+    """The smallest: MiniLM's."""
+    case = min(MODULES[name].BENCHMARK_CASES, key=lambda c: c.flops())
+    check(name, case, implementation, "sm_90a", 0, truncating=name in FP8)
