@@ -90,9 +90,10 @@ def magnitudes(v):
 @triton.jit
 def segment_scale(
     high_bits, low_bits, row, group_index, scale_ptr, zero_ptr, scale_stride, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr,
-    STATIC: tl.constexpr,
+    STATIC: tl.constexpr, mask=None,
 ):  # fmt: skip
-    """The reciprocal scale and the zero point of a segment, from the bits of its range; written where they are dynamic."""
+    """The reciprocal scale and the zero point of a segment, from the bits of its range; written where they are dynamic.
+    Of several segments where the bits, rows and mask are of several."""
     zero_point = 0
     if STATIC:
         inverse = tl.math.div_rn(1.0, tl.load(scale_ptr))
@@ -106,10 +107,10 @@ def segment_scale(
         steps = 448.0 if E4M3 else 127.0 if SYMMETRIC else 255.0
         inverse = tl.math.div_rn(steps, span)
         at = row + group_index * scale_stride
-        tl.store(scale_ptr + at, tl.math.div_rn(span, steps))
+        tl.store(scale_ptr + at, tl.math.div_rn(span, steps), mask=mask)
         if not SYMMETRIC:
             zero_point = to_int(low * inverse, 0.0, 255.0) - 128
-            tl.store(zero_ptr + at, zero_point)
+            tl.store(zero_ptr + at, zero_point, mask=mask)
     return inverse, zero_point
 
 

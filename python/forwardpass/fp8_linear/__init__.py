@@ -85,5 +85,5 @@ def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
 
 
 OPERATION = Operation(
-    fp8_linear, _check, reference.fp8_linear, _fake, (), why_not_arch=why_no_fp8, notes=_notes
+    fp8_linear, _check, reference.fp8_linear, _fake, ("triton",), why_not_arch=why_no_fp8, notes=_notes
 )
