@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .quantized_rows import E4M3, matrix_shape
 from .triton_activations import activate, times_sigmoid
-from .triton_rows import magnitudes, segment_scale, to_e4m3_bits, to_int
+from .triton_rows import at_least_smallest, magnitudes, to_e4m3_bits, to_int
 
 _TYPES = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int8: 4, E4M3: 5}
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -165,9 +165,17 @@ def store_output(
 @triton.jit
 def store_group(y, row, rows, group, columns, q_ptr, stride, scale_ptr, scale_stride):
     """fp32 [M, 128], a group of each row, to e4m3 and its scale: the rule of `quantize` in groups of 128."""
+    M: tl.constexpr = y.shape[0]
     column = group * 128 + tl.arange(0, 128)
     high, low = magnitudes(tl.where((column < columns)[None, :], y, 0.0))
-    inverse, _ = segment_scale(
-        tl.max(high, 1), tl.max(low, 1), row, group.to(tl.int64), scale_ptr, scale_ptr, scale_stride, True, True, False, row < rows
-    )
-    store_as(q_ptr, to_e4m3_bits(y * inverse[:, None]), row, rows, column, columns, stride, None)
+    parts = tl.max(tl.reshape(tl.maximum(high, low), (M, 16, 8)), 2)
+    most = tl.max(parts, 1)[:, None]
+    span = at_least_smallest(most.to(tl.float32, bitcast=True))
+    q = to_e4m3_bits(y * tl.math.div_rn(tl.full((M, 1), 448.0, tl.float32), span))
+    store_as(q_ptr, q, row, rows, column, columns, stride, None)
+    # The row's scale stands in the first of 16 columns. Were it alone, each warp would have it, and Triton have all of them
+    # write it to the same shared memory before it is stored; of 8 columns two warps have each.
+    is_first = (tl.arange(0, 16) == 0)[None, :]
+    span = at_least_smallest(tl.where(is_first, most, parts).to(tl.float32, bitcast=True))
+    at = scale_ptr + row[:, None] + group.to(tl.int64) * scale_stride + tl.arange(0, 16)[None, :]
+    tl.store(at, tl.math.div_rn(span, tl.full((M, 16), 448.0, tl.float32)), mask=is_first & (row < rows)[:, None])

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .activations import is_gated
 from .dequant_activation import triton_kernel as dequant_activation
 from .quantized_rows import E4M3, matrix_shape
-from .triton_epilogue import activated, options, store_output
+from .triton_epilogue import activated, options, store_group, store_output
 
 #: What one trip of the main loop takes of K: 128 bytes of 8-bit operands, the widest row of swizzled shared memory; the depth
 #: after which fp8 sums are promoted; a block of the block scales.
@@ -311,7 +311,7 @@ def gemm(
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
             GATED=gated and (p.parts == 1 or (scaled and not wide)), SPLIT=p.parts > 1, SWAP=p.swap, TMA=tma, WIDEN=wide,
-            E4M3_BITS=bits, PROMOTED=promoted and not wide,  BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=BLOCK_K,
+            E4M3_BITS=bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,  BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=BLOCK_K,
             STAGES=p.stages, num_warps=p.warps, enable_fp_fusion=False,
         )  # fmt: skip
     if p.parts > 1:

@@ -88,12 +88,16 @@ def magnitudes(v):
 
 
 @triton.jit
+def at_least_smallest(span):
+    return tl.where(span < 7.888609052210118e-31, 7.888609052210118e-31, span)  # 2^-100
+
+
+@triton.jit
 def segment_scale(
     high_bits, low_bits, row, group_index, scale_ptr, zero_ptr, scale_stride, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr,
-    STATIC: tl.constexpr, mask=None,
+    STATIC: tl.constexpr,
 ):  # fmt: skip
-    """The reciprocal scale and the zero point of a segment, from the bits of its range; written where they are dynamic.
-    Of several segments where the bits, rows and mask are of several."""
+    """The reciprocal scale and the zero point of a segment, from the bits of its range; written where they are dynamic."""
     zero_point = 0
     if STATIC:
         inverse = tl.math.div_rn(1.0, tl.load(scale_ptr))
@@ -103,14 +107,14 @@ def segment_scale(
         high = high_bits.to(tl.float32, bitcast=True)
         low = low_bits.to(tl.float32, bitcast=True)
         span = tl.maximum(high_bits, low_bits).to(tl.float32, bitcast=True) if SYMMETRIC else high + low
-        span = tl.where(span < 7.888609052210118e-31, 7.888609052210118e-31, span)  # 2^-100
+        span = at_least_smallest(span)
         steps = 448.0 if E4M3 else 127.0 if SYMMETRIC else 255.0
         inverse = tl.math.div_rn(steps, span)
         at = row + group_index * scale_stride
-        tl.store(scale_ptr + at, tl.math.div_rn(span, steps), mask=mask)
+        tl.store(scale_ptr + at, tl.math.div_rn(span, steps))
         if not SYMMETRIC:
             zero_point = to_int(low * inverse, 0.0, 255.0) - 128
-            tl.store(zero_ptr + at, zero_point, mask=mask)
+            tl.store(zero_ptr + at, zero_point)
     return inverse, zero_point
 
 
