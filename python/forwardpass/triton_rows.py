@@ -88,6 +88,11 @@ def magnitudes(v):
 
 
 @triton.jit
+def at_least_smallest(span):
+    return tl.where(span < 7.888609052210118e-31, 7.888609052210118e-31, span)  # 2^-100
+
+
+@triton.jit
 def segment_scale(
     high_bits, low_bits, row, group_index, scale_ptr, zero_ptr, scale_stride, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr,
     STATIC: tl.constexpr,
@@ -102,7 +107,7 @@ def segment_scale(
         high = high_bits.to(tl.float32, bitcast=True)
         low = low_bits.to(tl.float32, bitcast=True)
         span = tl.maximum(high_bits, low_bits).to(tl.float32, bitcast=True) if SYMMETRIC else high + low
-        span = tl.where(span < 7.888609052210118e-31, 7.888609052210118e-31, span)  # 2^-100
+        span = at_least_smallest(span)
         steps = 448.0 if E4M3 else 127.0 if SYMMETRIC else 255.0
         inverse = tl.math.div_rn(steps, span)
         at = row + group_index * scale_stride

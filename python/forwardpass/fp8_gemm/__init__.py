@@ -208,9 +208,9 @@ def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
 
 
 FP8_GEMM = Operation(
-    fp8_gemm, _check_gemm, reference.fp8_gemm, _fake_gemm, ("cuda",), why_not_arch=why_no_fp8, notes=_notes
+    fp8_gemm, _check_gemm, reference.fp8_gemm, _fake_gemm, ("cuda", "triton"), why_not_arch=why_no_fp8, notes=_notes
 )
 FP8_GEMM_QUANTIZE = Operation(
-    fp8_gemm_quantize, _check_gemm_quantize, reference.fp8_gemm_quantize, _fake_gemm_quantize, ("cuda",),
+    fp8_gemm_quantize, _check_gemm_quantize, reference.fp8_gemm_quantize, _fake_gemm_quantize, ("cuda", "triton"),
     why_not_arch=why_no_fp8, notes=_notes,
 )  # fmt: skip

@@ -84,4 +84,6 @@ def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
     return copy_notes(weight=weight)
 
 
-OPERATION = Operation(fp8_linear, _check, reference.fp8_linear, _fake, ("cuda",), why_not_arch=why_no_fp8, notes=_notes)
+OPERATION = Operation(
+    fp8_linear, _check, reference.fp8_linear, _fake, ("cuda", "triton"), why_not_arch=why_no_fp8, notes=_notes
+)

@@ -87,4 +87,4 @@ def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
     return copy_notes(weight=weight)
 
 
-OPERATION = Operation(int8_linear, _check, reference.int8_linear, _fake, backends=("cuda", "cpu"), notes=_notes)
+OPERATION = Operation(int8_linear, _check, reference.int8_linear, _fake, notes=_notes)
