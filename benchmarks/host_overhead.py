@@ -126,7 +126,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     machine = environment.device("cpu")
-    print(f"host time on {machine['name']}, median of {args.calls} calls; clock {microseconds(lambda: None, args.calls):.2f} us")
+    print(
+        f"host time on {machine['name']}, median of {args.calls} calls; clock {microseconds(lambda: None, args.calls):.2f} us"
+    )
     found, missing = measure(args.calls)
     missed = 0
     for name, f in found.items():
