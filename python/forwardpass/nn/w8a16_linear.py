@@ -71,3 +71,12 @@ class W8A16Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         b = self._buffers
         return OPERATION.of_layer(rows(x), b["weight"], b["weight_scale"], b["bias"], None)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "weight_dtype": str(self.weight.dtype).removeprefix("torch."),
+            "scales": self.scales,
+        }
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={str(self.weight.dtype).removeprefix('torch.')}, scales={self.scales}"
