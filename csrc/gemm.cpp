@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include <atomic>
+
 namespace forwardpass {
 namespace {
 
@@ -17,12 +19,17 @@ Device device_of(Backend backend, const Tensor& x) {
   Ask*& f = ask[static_cast<int>(backend)];
   if (!f) f = reinterpret_cast<Ask*>(launcher(backend, "forwardpass_device"));
   Device device{};
-  if (backend == Backend::interpreted) {
+  if (backend == Backend::interpreted) {  // another one from call to call
     check_launch(backend, "forwardpass_device", f(&device));
-  } else {
-    torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    check_launch(backend, "forwardpass_device", f(&device));
+    return device;
   }
+  constexpr int kKnown = 64;
+  static std::atomic<Device> known[kKnown];
+  const int32_t index = x.get_device_index();
+  if (index < kKnown && (device = known[index].load(std::memory_order_relaxed)).arch) return device;
+  torch::stable::accelerator::DeviceGuard guard(index);
+  check_launch(backend, "forwardpass_device", f(&device));
+  if (index < kKnown) known[index].store(device, std::memory_order_relaxed);
   return device;
 }
 

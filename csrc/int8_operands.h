@@ -6,7 +6,8 @@
 
 namespace forwardpass {
 
-Matrix int8_operand(const Tensor& t, const char* op, const char* name);
+// t as a matrix, on x's device.
+Matrix int8_operand(const Tensor& t, const Tensor& x, const char* op, const char* name);
 
 // Throws where |sum| over K products could pass 2^31.
 void check_int8_depth(int64_t k, bool zero_point, const char* op);

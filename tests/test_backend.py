@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import forwardpass as fp
+from forwardpass.backend import operations
 
 X = torch.randn(3, 40)
 
@@ -81,3 +82,34 @@ def test_compiled_code_keeps_the_choice():
     torch.compiler.reset()
     with fp.use_backend("triton"), pytest.raises(Exception, match=r"take CUDA tensors|Unsupported|Observed exception"):
         torch.compile(f, backend="eager", fullgraph=True)(torch.randn(2, 64))
+
+
+def test_a_layer_is_checked_again_by_what_it_is_bound_to():
+    """After a call that went well, only the dtype and the device of x are looked at in Python."""
+    layer, x = fp.nn.Int8Linear.from_torch(torch.nn.Linear(32, 16)), torch.randn(2, 32)
+    with torch.inference_mode():
+        expected = layer(x)
+        with pytest.raises(ValueError, match=r"weight must be \[N, 31\] for x \(2, 31\)"):
+            layer(x[:, :31])
+        with fp.use_backend("reference"):
+            assert torch.equal(layer(x), expected)
+        with fp.use_backend("triton"), pytest.raises(fp.Unsupported):
+            layer(x)
+        whole = {name: getattr(layer, name) for name in ("weight", "weight_scale", "bias")}
+        for name, buffer in whole.items():
+            setattr(layer, name, buffer.to("meta"))
+            with pytest.raises(ValueError, match="is on meta"):
+                layer(x)
+            setattr(layer, name, buffer)
+        assert torch.equal(layer(x), expected)
+    with pytest.raises(RuntimeError, match="for inference"):
+        layer(x.requires_grad_())
+
+
+def test_a_layer_logs_every_shape_too(monkeypatch, caplog):
+    layer = fp.nn.Int8Linear.from_torch(torch.nn.Linear(40, 16))
+    monkeypatch.setattr(operations["int8_linear"], "_layers", {})
+    with caplog.at_level(logging.INFO, "forwardpass.dispatch"), torch.inference_mode():
+        for rows in (41, 42, 42):
+            layer(torch.randn(rows, 40))
+    assert [f"x=float32[{rows}, 40]" in m for rows, m in zip((41, 42), caplog.messages, strict=True)] == [True, True]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import forwardpass as fp
 from forwardpass import backend
-from forwardpass.testing import benchmark_cases
+from forwardpass.testing import benchmark_cases, poisoned_outputs
 from forwardpass.timing import interleave
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -60,3 +61,44 @@ def test_timing_tells_fast_from_slow():
     )
     assert timings["fast"].median < 5 < 9 < timings["slow"].median
     assert len(told) == 4
+
+
+@pytest.fixture
+def host_overhead():
+    from forwardpass.interpreter import core
+
+    if core.why_not() or not core.KERNELS.exists():
+        pytest.skip("there are no CUDA kernels that could be interpreted")
+    return importlib.import_module("benchmarks.host_overhead")
+
+
+def test_host_time_of_every_operation_that_has_a_cuda_kernel(host_overhead):
+    found, missing = host_overhead.measure(50)
+    kernels = {op.name for op in backend.operations.values() if "cuda" in op.compiled}
+    assert not kernels & missing.keys(), missing
+    assert kernels | {"Int8Linear"} <= found.keys() and host_overhead.BARS.keys() <= found.keys() | missing.keys()
+    assert [found[name]["launches"] for name in ("quantize", "int8_gemm", "int8_linear", "Int8Linear")] == [1, 1, 2, 2]
+    assert all(0.5 < f["us"] < 1000 for f in found.values())
+
+
+def test_kernels_run_again_once_host_time_was_measured(host_overhead):
+    """Also where a GPU is interpreted while launches are dropped."""
+    x = torch.randn(4, 32)
+
+    def runs() -> bool:
+        return torch.equal(fp.ops.quantize(x, torch.int8)[0], expected)
+
+    with fp.use_backend("reference"):
+        expected = fp.ops.quantize(x, torch.int8)[0]
+    with poisoned_outputs():
+        with host_overhead.launching_nothing() as launches:
+            assert not runs() and launches() == 1 and launches() == 0
+            with fp.interpret("sm_80"):
+                assert runs()
+            assert launches() == 0
+        with fp.interpret("sm_90a"):
+            assert runs()
+        with pytest.raises(ZeroDivisionError), host_overhead.launching_nothing():
+            raise ZeroDivisionError
+        with fp.interpret("sm_90a"):
+            assert runs()

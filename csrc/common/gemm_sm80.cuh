@@ -315,8 +315,8 @@ template <class Config>
 int launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
+  if (auto e = allow_shared<gemm_mma_kernel<Config>>(kShared)) return e;
   auto kernel = gemm_mma_kernel<Config>;
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return e;
   kernel<<<static_cast<unsigned>(map.blocks(p.plan.splits)), Config::kThreads, kShared, stream>>>(p, map,
                                                                                                   GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;

@@ -6,7 +6,8 @@
 
 namespace forwardpass {
 
-Matrix fp8_operand(const Tensor& t, const char* op, const char* name) {
+Matrix fp8_operand(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(same_device(t, x), op, ": ", name, " is on another device than the input");
   Matrix m = matrix(t, op, name);
   STD_TORCH_CHECK(m.dtype == Dtype::e4m3, op, ": ", name, " must be float8_e4m3fn");
   return m;
@@ -52,8 +53,8 @@ struct Product {
 Product product(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
                 std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale, const char* op) {
   Product p{};
-  p.params.a = fp8_operand(a, op, "a");
-  p.params.b = fp8_operand(b, op, "b");
+  p.params.a = fp8_operand(a, a, op, "a");
+  p.params.b = fp8_operand(b, a, op, "b");
   STD_TORCH_CHECK(b.dim() == 2 && p.params.a.columns == p.params.b.columns, op, ": b must be [N, ", p.params.a.columns,
                   "]");
   const bool blocks = b_scale.dim() >= 2;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <string>
+#include <utility>
 
 namespace forwardpass::interpreter {
 namespace {
@@ -50,6 +51,7 @@ constexpr Device devices[] = {
      5120},
 };
 std::atomic<const Device*> current{nullptr};
+thread_local int64_t dropped = -1;  // launches; -1: they run
 
 template <class T>
 T round_up(T n, T multiple) {
@@ -77,8 +79,11 @@ bool set_device(const char* arch) {
   const Device* d = arch ? find_device(arch) : nullptr;
   if (arch && !d) return false;
   current = d;
+  dropped = -1;
   return true;
 }
+
+bool drops_launch() { return dropped >= 0 && ++dropped; }
 
 unsigned max_threads(const ptx::Function& f) {
   if (f.required_threads[0]) return product(f.required_threads);
@@ -126,5 +131,6 @@ extern "C" {
 int fpi_set_device(const char* arch) { return set_device(arch) ? 0 : 1; }
 const char* fpi_device() { return current_device() ? current_device()->arch : ""; }
 const fpi_device_properties* fpi_device_get() { return current_device(); }
+int64_t fpi_drop_launches(int on) { return std::max<int64_t>(0, std::exchange(dropped, on ? 0 : -1)); }
 
 }  // extern "C"

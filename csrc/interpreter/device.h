@@ -10,6 +10,7 @@ using Device = fpi_device_properties;
 const Device* current_device();               // null: none is set
 const Device* find_device(const char* arch);  // null: unknown
 bool set_device(const char* arch);            // null: none
+bool drops_launch();                          // fpi_drop_launches is on in this thread; counts this launch
 
 constexpr int kThreadsPerBlock = 1024;
 unsigned max_threads(const ptx::Function&);  // of a block: .maxntid, .reqntid or the device's

@@ -300,6 +300,7 @@ int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* lar
 }
 
 int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
+  if (drops_launch()) return cuda::kSuccess;
   const Code* code = nullptr;
   Found f{};
   {

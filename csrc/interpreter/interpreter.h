@@ -72,6 +72,10 @@ struct fpi_launch_config {
 };
 int fpi_launch(const void* host, const struct fpi_launch_config*, void** args);
 
+// To time host code alone: while on, this thread's fpi_launch runs nothing and returns success. Its next fpi_set_device
+// ends that, so that no kernel of a device set later is lost. Returns how many launches were dropped while it was on.
+int64_t fpi_drop_launches(int on);
+
 // Called before each launch, in its thread, with what repeats it. Null: no longer.
 struct fpi_launch_record {
   const char *ptx, *kernel;

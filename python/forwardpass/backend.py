@@ -249,10 +249,18 @@ class Operation:
                     f"_ops.so is of another version than these files ({e}): reinstall forwardpass"
                 )
                 break
-            torch.library.register_fake(f"forwardpass::{self.name}_{backend}", fake)
+            torch.library.register_fake(f"forwardpass::{self.name}_{backend}", self._fake)
         self.compiled = backends
         self._hits: dict[Any, Callable[..., Any]] = {}
+        self._layers: dict[Any, Callable[..., Any]] = {}
         operations[self.name] = self
+
+    def _fake(self, *args: Any) -> Any:
+        """One meta tensor among others brings a call here, whose results nothing would fill."""
+        devices = {a.device for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{self.name} takes tensors of one device, not of {', '.join(map(str, devices))}")
+        return self.fake(*args)
 
     def why_not_on(self, backend: str, device: torch.device) -> Reason | None:
         """None where `backend` can run this operation on `device`, else the reason; a call's arguments may bring others."""
@@ -332,6 +340,30 @@ class Operation:
             if _log.isEnabledFor(logging.INFO):
                 _log.info("%s -> %s", self.describe(args), self.choose(*args))
         return run(*args)
+
+    def of_layer(self, x: Tensor, *rest: Any) -> Any:
+        """As a call, for layers: rest is a layer's own, the weight first, and was checked with an x of this dtype and device.
+
+        The compiled implementations check every argument each time; what they refuse gets the sentence of `check`.
+        """
+        if type(x) is not Tensor or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return self(x, *rest)
+        key = _choice.backend, _choice.arch, x.dtype, x.device, rest[0].device
+        run = self._layers.get(key)
+        if run is None:
+            run = self._layers[key] = self._bind_layer(x, *rest)
+        try:
+            return run(x, *rest)
+        except RuntimeError:
+            self.check(x, *rest)
+            raise
+
+    def _bind_layer(self, *args: Any) -> Callable[..., Any]:
+        run = self._bind(args)
+        backend = self.choose(*args)
+        # A limit is one of shapes too, Triton and plain torch check nothing, and a log has every shape.
+        limited = any(b in self.limits for b in BACKENDS[: BACKENDS.index(backend) + 1])
+        return self if limited or backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) else run
 
     def _explain(self, args: tuple[Any, ...], asked: _Explain) -> _Explain:
         table = {b: self.why_not(b, *args) for b in BACKENDS}

@@ -72,7 +72,7 @@ cudaDeviceProp properties() {
 }
 
 // Attributes by what they say of the properties; those of textures and surfaces are not there.
-std::map<int, long long> attributes() {
+std::map<int, long long> make_attributes() {
   const cudaDeviceProp p = properties();
   const auto& d = *fpi_device_get();
   return {
@@ -136,6 +136,13 @@ std::map<int, long long> attributes() {
   };
 }
 
+const std::map<int, long long>& attributes() {
+  thread_local const fpi_device_properties* of = nullptr;
+  thread_local std::map<int, long long> table;
+  if (of != fpi_device_get()) table = make_attributes(), of = fpi_device_get();
+  return table;
+}
+
 // cuTensorMapEncodeTiled, the one function of the driver that kernels' hosts need.
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
@@ -180,7 +187,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (const cudaError_t error = check(device)) return error;
-  const auto table = attributes();
+  const auto& table = attributes();
   const auto found = table.find(attribute);
   if (found == table.end())
     return unsupported(("cudaDeviceGetAttribute of attribute " + std::to_string(attribute)).c_str());

@@ -59,6 +59,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
     "fpi_storage_leave": (None, []),
     "fpi_storage_region": (c_int, [c_uint64, POINTER(c_uint64), POINTER(c_int64)]),
+    "fpi_drop_launches": (c_int64, [c_int]),
     "fpi_on_launch": (None, [Recorder]),
     "fpi_module_load": (c_void_p, [c_char_p]),
     "fpi_module_unload": (None, [c_void_p]),

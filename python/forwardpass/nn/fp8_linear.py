@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fp8_gemm.reference import columns_scale, rows_scale
+from ..fp8_linear import OPERATION
 from ..fp8_linear.reference import quantized_input
-from ..ops import fp8_linear
 from ..quantized_rows import E4M3
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
@@ -99,13 +99,9 @@ class Fp8Linear(QuantizedLinear):
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fp8_linear(
-            rows(x),
-            self.weight,
-            self.weight_scale,
-            bias=self.bias,
-            scale=self.input_scale,
-            channel_scale=self.channel_scale,
+        b = self._buffers
+        return OPERATION.of_layer(
+            rows(x), b["weight"], b["weight_scale"], b["bias"], None, x.dtype, b["input_scale"], b["channel_scale"]
         )
 
     def _quantized(self, x: Tensor) -> Tensor:

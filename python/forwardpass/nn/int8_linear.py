@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..int8_gemm import MAX_K_ZERO_POINT
-from ..ops import int8_linear
+from ..int8_linear import OPERATION
 from ..quantize.reference import quantize
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
@@ -119,17 +119,11 @@ class Int8Linear(QuantizedLinear):
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(
-            rows(x),
-            self.weight,
-            self.weight_scale,
-            bias=self.bias,
-            scale=self.input_scale,
-            zero_point=self.input_zero_point,
-            symmetric=self.symmetric,
-            channel_scale=self.channel_scale,
-            w_sum=self.weight_sum,
-        )
+        b = self._buffers
+        return OPERATION.of_layer(
+            rows(x), b["weight"], b["weight_scale"], b["bias"], None, x.dtype, b["input_scale"], b["input_zero_point"],
+            self.symmetric, b["channel_scale"], b["weight_sum"],
+        )  # fmt: skip
 
     def _quantized(self, x: Tensor) -> Tensor:
         fixed, zero = self.input_scale, self.input_zero_point

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import w8a16_gemm
 from ..quantized_rows import E4M3
+from ..w8a16_gemm import OPERATION
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 SCALES = ("row", "group")
@@ -69,7 +69,8 @@ class W8A16Linear(QuantizedLinear):
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return w8a16_gemm(rows(x), self.weight, self.weight_scale, bias=self.bias)
+        b = self._buffers
+        return OPERATION.of_layer(rows(x), b["weight"], b["weight_scale"], b["bias"], None)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
