@@ -13,9 +13,9 @@ constexpr int kScaleBlock = 128;
 // fp8: scales of blocks of 1 x 128 of a and 128 x 128 of b, in place of the epilogue's a_scale and b_scale. 8-bit
 // weights alone (w8a16_gemm): of 1 x 128 of b, and none of a.
 struct BlockScales {
-  const float* a;    // [rows, K blocks], rows contiguous, blocks a_stride apart; or null
-  int64_t a_stride;  //
-  const float* b;    // [row blocks, K blocks] contiguous; null: no block scales
+  const float* a;     // [rows, K blocks], rows contiguous, blocks a_stride apart; or null
+  int64_t a_stride;   //
+  const float* b;     // [row blocks, K blocks] contiguous; null: no block scales
   int64_t up_offset;  // 128 x 128, gated: b has those of gate, then, up_offset elements on, of up
 };
 
@@ -46,7 +46,7 @@ struct Device {
   int32_t sms;   // multiprocessors
 };
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A function of the shape and the device alone: the same inputs give the same bits.
 inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Device device) {

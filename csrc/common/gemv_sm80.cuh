@@ -1,7 +1,7 @@
 #pragma once
 // GEMM of a few rows: the weight is read once, from memory to registers, and nothing else takes time. Its rows are the
-// sixteen of an mma, the rows of x, up to kGemvRows, are mma's eight columns. A block makes sixteen outputs of each row,
-// its warps sharing the depth, 128 of K at a time in turn, and their sums are added in the order of the warps.
+// sixteen of an mma, the rows of x, up to kGemvRows, are mma's eight columns. A block makes sixteen outputs of each
+// row, its warps sharing the depth, 128 of K at a time in turn, and their sums are added in the order of the warps.
 //
 // What binds: memory. Two loads of a warp bring 1 KB of the weight, 16 bytes a lane, whole sectors; beside them int8 is
 // one load of x and two mma, 16-bit x two loads, eight conversions and four mma, where one dp4a or fma for each product
@@ -16,16 +16,16 @@
 
 namespace forwardpass {
 
-// X: the elements of x. int8 is multiplied as it is; e4m3, by a weight of e4m3, as fp16, which holds it exactly and whose
-// mma keeps fp32 sums on every architecture.
+// X: the elements of x. int8 is multiplied as it is; e4m3, by a weight of e4m3, as fp16, which holds it exactly and
+// whose mma keeps fp32 sums on every architecture.
 template <Dtype X>
 struct GemvConfig {
   using Acc = std::conditional_t<X == Dtype::i8, int32_t, float>;
   static constexpr Dtype kAcc = X == Dtype::i8 ? Dtype::i32 : Dtype::f32;
   static constexpr Dtype kMma = X == Dtype::e4m3 ? Dtype::f16 : X;
   static constexpr int kN = 16, kWarps = 8, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = 2;  // 128 registers: 32 for the weight and up to 32 for x, twice
-  static constexpr int kXLoads = X == Dtype::i8 || X == Dtype::e4m3 ? 1 : 2;  // of 16 bytes, for 16 numbers
+  static constexpr int kBlocks = 2;          // 128 registers: 32 for the weight and up to 32 for x, twice
+  static constexpr int kXSize = size_of(X);  // and so many loads of 16 bytes for 16 numbers
 };
 
 // 16 bytes of a row of which `left` are its own, the others zero.
@@ -48,14 +48,14 @@ __device__ inline uint4 load_bytes(const uint8_t* p, int64_t left, Load load) {
 template <Dtype X>
 struct GemvBlock {
   uint4 w[2][2];  // [half of K][row]
-  uint4 x[2][GemvConfig<X>::kXLoads];
+  uint4 x[2][GemvConfig<X>::kXSize];
   float scale[2][2];  // of this block of K, [row of the weight][row of x: 2 t, 2 t + 1]
 };
 
 // Where a lane finds them.
 template <Dtype X>
 struct GemvOperands {
-  const uint8_t *w[2], *x;  // x: null where the lane has no row of it
+  const uint8_t *w[2], *x;               // x: null where the lane has no row of it
   const float *w_scale[2], *x_scale[2];  // of the first block; null: one
   int64_t x_scale_stride, columns;
   uint64_t policy;
@@ -64,7 +64,7 @@ struct GemvOperands {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
     columns = p.a.columns;
-    x = g < p.a.rows ? static_cast<const uint8_t*>(p.a.data) + g * p.a.stride * size_of(X) : nullptr;
+    x = g < p.a.rows ? static_cast<const uint8_t*>(p.a.data) + g * p.a.stride * GemvConfig<X>::kXSize : nullptr;
     x_scale_stride = p.blocks.a_stride;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -93,8 +93,10 @@ struct GemvOperands {
 #pragma unroll
       for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + k, left, stream);
 #pragma unroll
-      for (int i = 0; i < GemvConfig<X>::kXLoads; ++i)
-        d.x[half][i] = x ? load_bytes(x + k * size_of(X) + i * 16, left * size_of(X) - i * 16, keep) : uint4{};
+      for (int i = 0; i < GemvConfig<X>::kXSize; ++i)
+        d.x[half][i] =
+            x ? load_bytes(x + k * GemvConfig<X>::kXSize + i * 16, left * GemvConfig<X>::kXSize - i * 16, keep)
+              : uint4{};
     }
     if constexpr (X != Dtype::i8) {
 #pragma unroll
@@ -202,8 +204,8 @@ template <Dtype X>
 int launch_gemv(const GemmParams& p, cudaStream_t stream) {
   using Config = GemvConfig<X>;
   const int64_t tiles = ceil_div(p.b.rows, Config::kN);
-  gemv_kernel<X><<<static_cast<unsigned>(tiles * p.plan.splits), Config::kThreads, 0, stream>>>(p, tiles,
-                                                                                               GemmOutput(p));
+  gemv_kernel<X>
+      <<<static_cast<unsigned>(tiles * p.plan.splits), Config::kThreads, 0, stream>>>(p, tiles, GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;
   return finish_splits(p, Config::kAcc, stream);
 }

@@ -1,8 +1,8 @@
 // w8a16_gemm on mma.sync m16n8k16: x as it is, the 8-bit weight widened in registers; up to four rows by the GEMV.
 //
 // What binds: memory, up to 64 rows. Beyond, tensor cores: of 128 x 128 a warp has 64 x 32, so that no number of the
-// weight is widened by more than two warps. For each mma of 64 rows int8 takes 0.6 (fp16) or 1 instruction to widen, e4m3
-// 0.25 or 1 (sm_80: 1.8, 2.5), where an A100 issues 8.
+// weight is widened by more than two warps. For each mma of 64 rows int8 takes 0.6 (fp16) or 1 instruction to widen,
+// e4m3 0.25 or 1 (sm_80: 1.8, 2.5), where an A100 issues 8.
 #include "common/dispatch.h"
 #include "common/gemm_sm80.cuh"
 #include "common/gemv_sm80.cuh"
@@ -41,9 +41,9 @@ struct W8a16Config {
   };
 };
 
+// A matrix of 16-bit numbers as one of bytes.
 __device__ inline Matrix in_bytes(Matrix m) {
-  const int64_t size = size_of(m.dtype);
-  m.columns *= size, m.stride *= size;
+  m.columns *= 2, m.stride *= 2;
   return m;
 }
 
@@ -53,28 +53,25 @@ __device__ inline void multiply_stage(float (&sum)[Config::kRows][Config::kTiles
                                       const uint8_t* b) {
   uint4 weight[Config::kTiles];
 #pragma unroll
-  for (int j = 0; j < Config::kTiles; ++j)
-    weight[j] = *reinterpret_cast<const uint4*>(b + j * 8 * Config::B::kStageK);
+  for (int j = 0; j < Config::kTiles; ++j) weight[j] = *reinterpret_cast<const uint4*>(b + j * 8 * Config::B::kStageK);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    uint4 x[Config::kRows][2];  // rows g and g + 8
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kRows; ++i)
-      x[i / 2][i % 2] = *reinterpret_cast<const uint4*>(
-          reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(a) ^ half * 16) + i * 8 * Config::A::kStageK);
+    uint32_t wide[Config::kTiles][2][2];
 #pragma unroll
     for (int j = 0; j < Config::kTiles; ++j)
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        uint32_t wide[2];
-        widen<W, Config::X>(word(weight[j], half * 2 + step), wide);
+      for (int step = 0; step < 2; ++step) widen<W, Config::X>(word(weight[j], half * 2 + step), wide[j][step]);
+    const auto from = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(a) ^ half * 16);
 #pragma unroll
-        for (int i = 0; i < Config::kRows; ++i) {
-          const uint32_t rows[4] = {word(x[i][0], step * 2), word(x[i][1], step * 2), word(x[i][0], step * 2 + 1),
-                                    word(x[i][1], step * 2 + 1)};
-          ptx::mma_m16n8k16<Config::X>(sum[i][j], rows, wide);
-        }
-      }
+    for (int i = 0; i < Config::kRows; ++i) {
+      const uint4 x = *reinterpret_cast<const uint4*>(from + i * 16 * Config::A::kStageK),
+                  below = *reinterpret_cast<const uint4*>(from + (i * 16 + 8) * Config::A::kStageK);
+      const uint32_t rows[2][4] = {{x.x, below.x, x.y, below.y}, {x.z, below.z, x.w, below.w}};
+#pragma unroll
+      for (int j = 0; j < Config::kTiles; ++j)
+#pragma unroll
+        for (int step = 0; step < 2; ++step) ptx::mma_m16n8k16<Config::X>(sum[i][j], rows[step], wide[j][step]);
+    }
   }
 }
 
