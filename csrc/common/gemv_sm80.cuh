@@ -123,7 +123,7 @@ __device__ inline void multiply_int8(int32_t (&acc)[4], const GemvBlock<X>& d) {
       const uint32_t a[4] = {word(d.w[half][0], i), word(d.w[half][1], i), word(d.w[half][0], i + 1),
                              word(d.w[half][1], i + 1)},
                      b[2] = {word(d.x[half][0], i), word(d.x[half][0], i + 1)};
-      ptx::mma_m16n8k32(acc, a, b);
+      ptx::mma_m16n8k32(acc, a, b, acc);
     }
 }
 

@@ -24,14 +24,10 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
   auto [out, e] = epilogue(
       sizes, xm.rows,
       {none, blocks ? none : OptionalTensor(w_scale), bias, activation, x.scalar_type(), none, none, none}, x, op);
-  if (xm.rows == 0) return out;
-  if (backend == Backend::cpu) {
+  if (backend != Backend::cpu) {
+    run_gemm<W8a16GemmParams>(backend, {xm, wm, {nullptr, 0, block_scale, 0}, e, {}, nullptr, 0}, x, op);
+  } else if (xm.rows) {
     w8a16_gemm_cpu(as_matrix(x, xm), wm, block_scale, e);
-  } else {
-    Workspace workspace;
-    GemmCall product(backend, {xm, wm, {nullptr, 0, block_scale, 0}, e, {}, nullptr, 0}, x, workspace);
-    workspace.allocate(x);
-    product.run<W8a16GemmParams>(op);
   }
   return out;
 }

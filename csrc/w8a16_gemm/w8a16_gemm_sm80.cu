@@ -104,11 +104,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const uint8_t* from_a = s.stage.a[0] + StageLayout<typename Config::A>::offset(warp_m + g, 2 * t);
   const uint8_t* from_b = s.stage.b[0] + StageLayout<typename Config::B>::offset(warp_n + g, t);
 
-#pragma unroll
-  for (int i = 0; i < Config::kStages - 1; ++i) {
-    copy_a(i), copy_b(i);  // slices beyond the depth are zeros
+  const auto copy_next = [&](int stage) {  // slices beyond the depth are zeros
+    copy_a.masked(stage), copy_b.masked(stage);
+    copy_a.advance(1), copy_b.advance(1);
     ptx::cp_async_commit();
-  }
+  };
+#pragma unroll
+  for (int i = 0; i < Config::kStages - 1; ++i) copy_next(i);
 
   float acc[Config::kRows][Config::kTiles][4] = {}, sum[Config::kRows][Config::kTiles][4] = {};
   float scale[Config::kTiles][2];
@@ -117,9 +119,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   for (int slice = 0; slice < slices; ++slice) {
     ptx::cp_async_wait<Config::kStages - 2>();
     __syncthreads();  // this slice is there for all warps, and all have read the one before, whose place is filled next
-    const int next = stage == 0 ? Config::kStages - 1 : stage - 1;
-    copy_a(next), copy_b(next);
-    ptx::cp_async_commit();
+    copy_next(stage == 0 ? Config::kStages - 1 : stage - 1);
     const bool first = slice % 2 == 0, last = !first || slice == slices - 1;  // of 128 of K
     if (first) load_block_scales(scale, p, column + warp_n + t * 2, k / kScaleBlock + slice / 2);
     const uint8_t *a = from_a + stage * sizeof s.stage.a[0], *b = from_b + stage * sizeof s.stage.b[0];

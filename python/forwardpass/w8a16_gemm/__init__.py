@@ -59,7 +59,6 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation
     return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
 
 
-<<<<<<< HEAD
 def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
     if x.dtype != torch.float32:
         return None
@@ -71,9 +70,6 @@ def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:
 
 
 OPERATION = Operation(
-    w8a16_gemm, _check, reference.w8a16_gemm, _fake, backends=("cpu",),
+    w8a16_gemm, _check, reference.w8a16_gemm, _fake, backends=("cuda", "cpu"),
     why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu}, notes=_notes,
 )  # fmt: skip
-=======
-OPERATION = Operation(w8a16_gemm, _check, reference.w8a16_gemm, _fake, backends=("cuda", "cpu"))
->>>>>>> 55fcf86 (w8a16_gemm on mma.sync and a GEMV of up to four rows (does not build yet))
