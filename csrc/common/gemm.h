@@ -10,12 +10,13 @@ namespace forwardpass {
 // Columns of K that share a scale of a block-scaled operand, and between two promotions of fp8 sums.
 constexpr int kScaleBlock = 128;
 
-// fp8: scales of blocks of 1 x 128 of a and 128 x 128 of b, in place of the epilogue's a_scale and b_scale.
+// fp8: scales of blocks of 1 x 128 of a and 128 x 128 of b, in place of the epilogue's a_scale and b_scale. 8-bit
+// weights alone (w8a16_gemm): of 1 x 128 of b, and none of a.
 struct BlockScales {
-  const float* a;    // [rows, K blocks], rows contiguous, blocks a_stride apart; null: no block scales
-  int64_t a_stride;  //
-  const float* b;    // [row blocks, K blocks] contiguous; gated: those of gate, then, up_offset elements on, of up
-  int64_t up_offset;
+  const float* a;     // [rows, K blocks], rows contiguous, blocks a_stride apart; or null
+  int64_t a_stride;   //
+  const float* b;     // [row blocks, K blocks] contiguous; null: no block scales
+  int64_t up_offset;  // 128 x 128, gated: b has those of gate, then, up_offset elements on, of up
 };
 
 // How a GEMM is computed, chosen by plan_gemm. A product whose depth is split leaves `splits` sums of each output in
@@ -25,6 +26,9 @@ struct GemmPlan {
   int32_t tile_m, tile_n;
   int64_t splits, split_k;  // split_k: what one split takes of K, a multiple of kScaleBlock
 };
+
+// The most rows that the GEMV takes (gemv_sm80.cuh).
+constexpr int kGemvRows = 4;
 
 // a [M, K] times b [N, K] transposed, then the epilogue. Rows of a and b begin at multiples of 16 bytes.
 struct GemmParams {
@@ -42,20 +46,30 @@ struct Device {
   int32_t sms;   // multiprocessors
 };
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A function of the shape and the device alone: the same inputs give the same bits.
 inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Device device) {
   GemmPlan plan{};
-  // The fewest rows that hold M: below 128 the weight's bytes bind, not the tensor cores (at 64 rows 128 operations a
-  // byte; an A100 does 312 a byte of its memory, an L40S 850, an H100 590). unmeasured
-  plan.tile_m = m <= 16 ? 16 : m <= 64 ? 64 : 128;
-  plan.tile_n = 128;
+  int64_t least_k = 512;
+  if (m <= kGemvRows) {
+    // A block of the GEMV reads all of x from L2: of four rows of 16 bits half as many bytes as it has of the weight.
+    plan.path = GemmPlan::Path::gemv;
+    plan.tile_m = kGemvRows;
+    plan.tile_n = 16;
+    // The second launch takes about as long as a multiprocessor takes to stream 16 rows of 8192. unmeasured
+    least_k = 8192;
+  } else {
+    // The fewest rows that hold M: below 128 the weight's bytes bind, not the tensor cores (at 64 rows 128 operations a
+    // byte; an A100 does 312 a byte of its memory, an L40S 850, an H100 590). unmeasured
+    plan.tile_m = m <= 16 ? 16 : m <= 64 ? 64 : 128;
+    plan.tile_n = 128;
+  }
   const int64_t tiles = ceil_div(m, plan.tile_m) * ceil_div(n, plan.tile_n);
   // Fewer tiles than multiprocessors leave memory bandwidth unused: as many splits as fill them once, each of 512 of K
   // or more, so that what the partial sums cost (8 bytes an output and split) stays below a quarter of the weight's
   // bytes at 16 rows. unmeasured
-  const int64_t most = std::min(std::max<int64_t>(k / 512, 1), int64_t{16});
+  const int64_t most = std::min(std::max<int64_t>(k / least_k, 1), int64_t{16});
   plan.splits = std::min(std::max<int64_t>(device.sms / tiles, 1), most);
   plan.split_k = ceil_div(ceil_div(k, plan.splits), kScaleBlock) * kScaleBlock;
   plan.splits = ceil_div(k, plan.split_k);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/params.h"
+
 namespace forwardpass::ptx {
 
 // 9.7.3 max, min (.NaN): the result is NaN where either input is
@@ -16,6 +18,22 @@ __device__ inline float min_nan(float a, float b) {
   float d;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
+}
+
+// 9.7.9.18 createpolicy: first to be evicted from L2
+__device__ inline uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// 9.7.9.9 ld.global.nc: 16 bytes of what no thread of the grid writes, and each byte of which is read once: not kept in
+// L1, in L2 by the policy
+__device__ inline uint4 ld_once(const void* p, uint64_t policy) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p), "l"(policy));
+  return v;
 }
 
 // An address in the shared window, as the instructions below take it.
@@ -51,6 +69,23 @@ __device__ inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
+// the same of 16-bit floats, [16, 16] by [16, 8]
+template <Dtype D>
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(D == Dtype::f16 || D == Dtype::bf16);
+  if constexpr (D == Dtype::f16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
 #if __CUDA_ARCH__ >= 890
 // d = c + a b of e4m3, in the accumulator of the tensor cores; c may be d, or zeros, which take no registers
 __device__ inline void mma_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
@@ -64,6 +99,12 @@ __device__ inline void mma_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const
 __device__ inline uint16_t cvt_e4m3x2(float high, float low) {
   uint16_t d;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+  return d;
+}
+// the other way, exactly
+__device__ inline uint32_t cvt_f16x2(uint16_t e4m3x2) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(e4m3x2));
   return d;
 }
 #endif

@@ -1,36 +1,72 @@
-#include <torch/csrc/stable/ops.h>
-
+#include "common/gemm.h"
 #include "cpu/vector.h"
-#include "w8a16_gemm/w8a16_gemm.h"
+#include "cpu/w8a16_gemm.h"
+#include "dequant_activation/dequant_activation.h"
+#include "torch_ops.h"
 
 namespace forwardpass {
 namespace {
 
+// Rows [first, last) of an 8-bit weight [N, K] -> fp32, times the scales of their blocks where they have them.
+struct WidenedRows {
+  Matrix w;                  // i8 or e4m3
+  const float* block_scale;  // [N, blocks], contiguous, or null
+  int64_t first, last;
+  float* out;  // [last - first, K], contiguous
+};
+
 template <Dtype D>
-INLINE void rows(const DequantizeWeightParams& p, int64_t first, int64_t last) {
-  const int64_t k = p.w.columns, groups = (k + kScaleBlock - 1) / kScaleBlock;
-  for (int64_t row = first; row < last; ++row) {
+INLINE void widen(const WidenedRows& p) {
+  const int64_t k = p.w.columns, blocks = ceil_div(k, kScaleBlock);
+  for (int64_t row = p.first; row < p.last; ++row) {
     auto w = static_cast<const int8_t*>(p.w.data) + row * p.w.stride;
     float* out = p.out + (row - p.first) * k;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t begin = group * kScaleBlock, end = begin + kScaleBlock < k ? begin + kScaleBlock : k;
-      const float scale = p.block_scale ? p.block_scale[row * groups + group] : 1.0f;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = block * kScaleBlock, end = std::min(begin + kScaleBlock, k);
+      const float scale = p.block_scale ? p.block_scale[row * blocks + block] : 1.0f;
       cpu::for_each_vector(
           begin, end, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(w, c, n) * scale, out, c, n); });
     }
   }
 }
 
-CLONES void dequantize_weight_rows(const DequantizeWeightParams& p, int64_t first, int64_t last) {
-  if (p.w.dtype == Dtype::i8) return rows<Dtype::i8>(p, first, last);
-  rows<Dtype::e4m3>(p, first, last);
+CLONES void widen_rows(const WidenedRows& p) {
+  if (p.w.dtype == Dtype::i8) return widen<Dtype::i8>(p);
+  widen<Dtype::e4m3>(p);
+}
+
+// The epilogue of rows from `row` and columns from `column`, a multiple of 16, on.
+Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
+  if (e.b_scale_per_column) e.b_scale += column;
+  if (e.bias) e.bias = static_cast<const char*>(e.bias) + column * size_of(e.bias_dtype);
+  const int64_t at = row * e.out_stride + (is_gated(e.activation) ? column / 2 : column);
+  e.out = static_cast<char*>(e.out) + at * size_of(e.out_dtype);
+  return e;
 }
 
 }  // namespace
 
-void dequantize_weight_cpu(const DequantizeWeightParams& p) {
-  torch::stable::parallel_for(p.first, p.last, cpu::grain(p.w.columns),
-                              [&](int64_t first, int64_t last) { dequantize_weight_rows(p, first, last); });
+// A thread takes some rows of the weight (some columns of the output) at a time: widened to fp32 they stay in its cache
+// while oneDNN multiplies by them, and so does the product until the epilogue has read it.
+void w8a16_gemm_cpu(const Tensor& x, const Matrix& w, const float* block_scale, const Epilogue& epilogue) {
+  const Tensor a = torch::stable::to(x, ScalarType::Float);
+  const int64_t m = x.size(0), n = w.rows, threads = torch::stable::get_num_threads();
+  constexpr int64_t kMostColumns = 256,
+                    kMostRows = 1024;  // the product of one thread: 1 MB of fp32, its second-level cache
+  const int64_t chunk = std::min(kMostColumns, round_up((n + threads - 1) / threads, 16));
+  torch::stable::parallel_for(0, (n + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+    Tensor widened = contiguous_rows({chunk, w.columns}, ScalarType::Float, x), rows = a;
+    for (int64_t column = begin * chunk; column < std::min(end * chunk, n); column += chunk) {
+      const int64_t columns = std::min(chunk, n - column);
+      auto to = static_cast<float*>(widened.mutable_data_ptr());
+      widen_rows({w, block_scale, column, column + columns, to});
+      const Tensor b = transposed(widened, {to, Dtype::f32, columns, w.columns, w.columns});
+      for (int64_t row = 0; row < m; row += kMostRows) {
+        Tensor acc = call("aten::mm", torch::stable::narrow(rows, 0, row, std::min(kMostRows, m - row)), b);
+        dequant_activation_cpu({matrix(acc, "w8a16_gemm", "acc"), part_from(epilogue, row, column)});
+      }
+    }
+  });
 }
 
 }  // namespace forwardpass

@@ -1,5 +1,6 @@
-// int8_gemm on mma.sync m16n8k32.
+// int8_gemm on mma.sync m16n8k32; up to four rows by the GEMV.
 #include "common/gemm_sm80.cuh"
+#include "common/gemv_sm80.cuh"
 #include "int8_gemm/int8_gemm.h"
 
 namespace forwardpass {
@@ -16,6 +17,7 @@ using Tile16x128 = MmaConfig<Int8, 16, 128, 1, 4, 128, 4, 1>;
 int forwardpass_int8_gemm(const forwardpass::Int8GemmParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
+  if (p->plan.path == GemmPlan::Path::gemv) return launch_gemv<Dtype::i8>(*p, s);
   switch (p->plan.tile_m) {
     case 16:
       return launch_gemm_mma<Tile16x128>(*p, s);

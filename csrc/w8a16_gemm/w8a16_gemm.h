@@ -1,19 +1,13 @@
 #pragma once
-#include "common/params.h"
+#include "common/gemm.h"
 
 namespace forwardpass {
 
-// rows [first, last) of an 8-bit weight [N, K] -> fp32, times its block scales [N, groups] of 128 columns where it has
-// them
-struct DequantizeWeightParams {
-  Matrix w;                  // i8 or e4m3
-  const float* block_scale;  // [N, groups], contiguous, or null
-  int64_t first, last;
-  float* out;  // [last - first, K], contiguous
-};
-
-constexpr int64_t kScaleBlock = 128;
-
-void dequantize_weight_cpu(const DequantizeWeightParams& p);
+// a: f16 or bf16; b: i8 or e4m3, whose scales are the epilogue's, or blocks.b: [N, K blocks].
+struct W8a16GemmParams : GemmParams {};
 
 }  // namespace forwardpass
+
+// returns a cudaError_t; stream is a cudaStream_t
+extern "C" __attribute__((visibility("default"))) int forwardpass_w8a16_gemm(const forwardpass::W8a16GemmParams* p,
+                                                                             void* stream);

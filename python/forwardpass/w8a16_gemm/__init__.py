@@ -72,6 +72,5 @@ def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:
 
 
 OPERATION = Operation(
-    w8a16_gemm, _check, reference.w8a16_gemm, _fake, backends=("triton", "cpu"),
-    why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu}, notes=_notes,
+    w8a16_gemm, _check, reference.w8a16_gemm, _fake,     why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu}, notes=_notes,
 )  # fmt: skip
