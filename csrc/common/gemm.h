@@ -23,6 +23,7 @@ struct BlockScales {
 struct GemmPlan {
   enum class Path : int32_t { mma, wgmma, gemv } path;
   int32_t tile_m, tile_n;
+  int32_t cluster, blocks;  // wgmma: blocks that share tiles of b, and how many run, each making tile after tile
   int64_t splits, split_k;  // split_k: what one split takes of K, a multiple of kScaleBlock
 };
 
@@ -40,6 +41,7 @@ struct GemmParams {
 struct Device {
   int32_t arch;  // 80, 89, 90, …
   int32_t sms;   // multiprocessors
+  bool wgmma;    // sm_90, and kernels for sm_90a are in this library
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -47,6 +49,24 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A function of the shape and the device alone: the same inputs give the same bits.
 inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Device device) {
   GemmPlan plan{};
+  if (device.wgmma && m > 64) {
+    plan.path = GemmPlan::Path::wgmma;
+    plan.tile_m = 128;
+    // 128 x 256 needs 48 bytes a clock of L2, or 32 in clusters of two, 128 x 128 64 or 48; but of large tiles
+    // there are half as many, and the last round of them may leave more of the multiprocessors idle.
+    const int64_t rows = ceil_div(m, 128), rounds = ceil_div(rows * ceil_div(n, 256), device.sms),
+                  small_rounds = ceil_div(rows * ceil_div(n, 128), device.sms);
+    plan.tile_n = small_rounds < 2 * rounds ? 128 : 256;
+    const int64_t tiles = rows * ceil_div(n, plan.tile_n);
+    // An odd row of tiles has a row without work beside it: less than the bytes that it saves from 16 rows on.
+    plan.cluster = rows % 2 == 0 || rows > 16 ? 2 : 1;
+    plan.blocks = device.sms;
+    const int64_t most = std::min(std::max<int64_t>(k / 512, 1), int64_t{16});
+    plan.splits = std::min(std::max<int64_t>(device.sms / tiles, 1), most);
+    plan.split_k = ceil_div(ceil_div(k, plan.splits), kScaleBlock) * kScaleBlock;
+    plan.splits = ceil_div(k, plan.split_k);
+    return plan;
+  }
   // The fewest rows that hold M: below 128 the weight's bytes bind, not the tensor cores (at 64 rows 128 operations a
   // byte; an A100 does 312 a byte of its memory, an L40S 850, an H100 590). unmeasured
   plan.tile_m = m <= 16 ? 16 : m <= 64 ? 64 : 128;
