@@ -30,7 +30,7 @@ struct WgmmaConfig {
   };
   struct SharedStorage {
     Stage stage[Stages];
-    alignas(128) float a_scale[Stages][M];  // of a row's 128 of K
+    alignas(128) float a_scale[Stages][Element::kPromoted ? M : 32];  // of a row's 128 of K
     Slab slab[kWarps];
     uint64_t full[Stages], empty[Stages];
   };
@@ -125,9 +125,14 @@ struct Multiplier {
   uint32_t full, empty;  // empty: that of the block of the cluster whose rank is this lane
   uint32_t a, b;         // low halves of the descriptors in the first stage
   bool releases;         // a lane of every warp for each block of the cluster, as their loads fill this block too
+  int row, column;       // of this warp in the tile
+  const float* a_scale;  // of this thread's first row in the first stage
 
   __device__ Multiplier(typename Config::SharedStorage& s, int group) {
     const uint32_t lane = threadIdx.x % 32;
+    row = group % Config::kGroupsM * Config::kGroupM + threadIdx.x / 32 % 4 * 16;
+    column = group / Config::kGroupsM * Config::kGroupN;
+    a_scale = &s.a_scale[0][row + lane / 4];
     full = ptx::shared_address(s.full);
     releases = lane < ptx::cluster_size();
     empty = ptx::map_shared(ptx::shared_address(s.empty), releases ? lane : 0);
@@ -155,7 +160,7 @@ struct Multiplier {
 
 // Exact sums: a stage's wgmmas run while the next ones are issued, and it is released when they have ended.
 template <class Config>
-__device__ inline void multiply_tile(Multiplier<Config>& m, int slices,
+__device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& work,
                                      typename Config::Acc (&sum)[Config::kWaves][Config::kTiles][4]) {
   static_assert(Config::kWaves == 1);
   int before = m.ring.stage;
@@ -165,7 +170,7 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, int slices,
   ptx::wgmma_commit();
   m.ring.advance();
 #pragma unroll 1
-  for (int i = 1; i < slices; ++i) {
+  for (int i = 1; i < work.slices; ++i) {
     m.wait();
     ptx::wgmma_fence();
     m.multiply(sum[0], 0, true);
@@ -177,6 +182,76 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, int slices,
   }
   ptx::wgmma_wait<0>();
   m.release(before);
+}
+
+// The scales of a warpgroup's columns, all in one block of 128 (gated: those of gate and of up), for 128 of K after
+// another; each is fetched one ahead.
+struct ColumnScales {
+  const float* from;
+  int64_t up_offset;
+  int left;
+  float gate, up;
+
+  __device__ ColumnScales(const WgmmaArguments& p, int64_t column, int64_t k, int slices)
+      : up_offset(p.blocks.up_offset), left(slices) {
+    const bool gated = is_gated(p.out.epilogue.activation);
+    const int64_t inside = min(column, p.out.columns - 1), depth = (p.k + kScaleBlock - 1) / kScaleBlock;
+    from = p.blocks.b + (gated ? inside / 2 : inside) / kScaleBlock * depth + k / kScaleBlock;
+    if (p.blocks.b) fetch();
+  }
+  __device__ void fetch() { gate = from[0], up = from[up_offset]; }
+  __device__ void advance() {
+    if (--left > 0) ++from, fetch();
+  }
+};
+
+// Sums that are promoted after each stage, times its scales. There are registers for the partial sums of 64 rows only:
+// while one warpgroup adds them the other one's wgmmas run.
+template <class Config>
+__device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& work,
+                                     float (&sum)[Config::kWaves][Config::kTiles][4]) {
+  float scale[Config::kWaves][2][2];  // of the rows lane / 4 and eight below, times those of gate and of up
+#pragma unroll
+  for (int w = 0; w < Config::kWaves; ++w) {
+#pragma unroll
+    for (int j = 0; j < Config::kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[w][j][e] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scale[w][i / 2][i % 2] = 1;
+  }
+  const bool scaled = work.p.blocks.b;
+  ColumnScales scales(work.p, work.column + m.column, work.k, work.slices);
+#pragma unroll 1
+  for (int i = 0; i < work.slices; ++i) {
+    m.wait();
+    if (scaled) {
+#pragma unroll
+      for (int w = 0; w < Config::kWaves; ++w)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float a = m.a_scale[m.ring.stage * Config::kM + w * 64 + half * 8];
+          scale[w][half][0] = a * scales.gate, scale[w][half][1] = a * scales.up;
+        }
+      scales.advance();
+    }
+#pragma unroll
+    for (int w = 0; w < Config::kWaves; ++w) {
+      float part[Config::kTiles][4];
+      ptx::wgmma_fence();
+      m.multiply(part, w, false);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      if (w == Config::kWaves - 1) {
+        m.release(m.ring.stage);
+        m.ring.advance();
+      }
+#pragma unroll
+      for (int j = 0; j < Config::kTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[w][j][e] = fmaf(part[j][e], scale[w][e / 2][j % 2], sum[w][j][e]);
+    }
+  }
 }
 
 template <class Config, class = SharedBytesOf<Config>>
@@ -205,14 +280,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
   } else {
     ptx::setmaxnreg_inc<Config::kMultiplyRegisters>();
     const int warp = threadIdx.x / 32;
-    const int row = warpgroup % Config::kGroupsM * Config::kGroupM + warp % 4 * 16,
-              column = warpgroup / Config::kGroupsM * Config::kGroupN;
     Work<Config> work(p);
     Multiplier<Config> m(s, warpgroup);
     while (work.next()) {
       typename Config::Acc sum[Config::kWaves][Config::kTiles][4];
-      multiply_tile(m, work.slices, sum);
-      finish_fragments<64>(sum, s.slab[warp], p.out, work.row + row, work.column + column, work.split);
+      multiply_tile(m, work, sum);
+      finish_fragments<64>(sum, s.slab[warp], p.out, work.row + m.row, work.column + m.column, work.split);
     }
   }
   ptx::cluster_sync();  // until then other blocks of the cluster arrive at barriers of this one
