@@ -23,8 +23,8 @@ struct BlockScales {
 struct GemmPlan {
   enum class Path : int32_t { mma, wgmma, gemv } path;
   int32_t tile_m, tile_n;
-  int32_t cluster, blocks;  // wgmma: blocks that share tiles of b, and how many run, each making tile after tile
   int64_t splits, split_k;  // split_k: what one split takes of K, a multiple of kScaleBlock
+  int32_t cluster, blocks;  // wgmma: blocks that share tiles of b, and how many run, each making tile after tile
 };
 
 // a [M, K] times b [N, K] transposed, then the epilogue. Rows of a and b begin at multiples of 16 bytes.
@@ -49,7 +49,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A function of the shape and the device alone: the same inputs give the same bits.
 inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Device device) {
   GemmPlan plan{};
-  if (device.wgmma && m > 64) {
+  if (device.wgmma) {
     plan.path = GemmPlan::Path::wgmma;
     plan.tile_m = 128;
     // 128 x 256 needs 48 bytes a clock of L2, or 32 in clusters of two, 128 x 128 64 or 48; but of large tiles
