@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
   __syncwarp();
   ptx::cluster_sync();
 
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // of one lane: the compiler knows it is uniform
   if (warpgroup == Config::kGroups) {
     ptx::setmaxnreg_dec<Config::kLoadRegisters>();
     if (threadIdx.x == Config::kGroups * 128) load<Config>(p, s);
