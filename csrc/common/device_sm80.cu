@@ -7,11 +7,17 @@ extern "C" __attribute__((visibility("default"))) const char* forwardpass_error_
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
+// int8_gemm/int8_gemm_sm90a.cu, if the library is built for sm_90a
+namespace forwardpass {
+int __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+}
+
 int forwardpass_device(forwardpass::Device* device) {
   int index = 0, major = 0, minor = 0;
   if (auto e = cudaGetDevice(&index)) return e;
   if (auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
   if (auto e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
   device->arch = 10 * major + minor;
+  device->wgmma = device->arch == 90 && forwardpass::int8_gemm_sm90a;
   return cudaDeviceGetAttribute(&device->sms, cudaDevAttrMultiProcessorCount, index);
 }

@@ -25,6 +25,7 @@ struct GemmPlan {
   enum class Path : int32_t { mma, wgmma, gemv } path;
   int32_t tile_m, tile_n;
   int64_t splits, split_k;  // split_k: what one split takes of K, a multiple of kScaleBlock
+  int32_t cluster, blocks;  // wgmma: blocks that share tiles of b, and how many run, each making tile after tile
 };
 
 // The most rows that the GEMV takes (gemv_sm80.cuh).
@@ -44,12 +45,13 @@ struct GemmParams {
 struct Device {
   int32_t arch;  // 80, 89, 90, …
   int32_t sms;   // multiprocessors
+  bool wgmma;    // sm_90, and kernels for sm_90a are in this library
 };
 
 HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A function of the shape and the device alone: the same inputs give the same bits.
-inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Device device) {
+// A function of the shape, the operands' type and the device alone: the same inputs give the same bits.
+inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device device) {
   GemmPlan plan{};
   int64_t least_k = 512;
   if (m <= kGemvRows) {
@@ -59,16 +61,29 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Device device) {
     plan.tile_n = 16;
     // The second launch takes about as long as a multiprocessor takes to stream 16 rows of 8192. unmeasured
     least_k = 8192;
+  } else if (device.wgmma && size_of(type) == 1) {
+    // Of few rows the weight's bytes bind all the same: 14 a clock of an H100's multiprocessor are 1900 of its 4096
+    // multiply-adds at 128 rows.
+    plan.path = GemmPlan::Path::wgmma;
+    plan.tile_m = 128;
+    // 128 x 256 needs 48 bytes a clock of L2, or 32 in clusters of two, 128 x 128 64 or 48; but of large tiles
+    // there are half as many, and the last round of them may leave more of the multiprocessors idle.
+    const int64_t rows = ceil_div(m, 128), rounds = ceil_div(rows * ceil_div(n, 256), device.sms),
+                  small_rounds = ceil_div(rows * ceil_div(n, 128), device.sms);
+    plan.tile_n = small_rounds < 2 * rounds ? 128 : 256;
+    // An odd row of tiles has a row without work beside it: less than the bytes that it saves from 16 rows on.
+    plan.cluster = rows % 2 == 0 || rows > 16 ? 2 : 1;
+    plan.blocks = device.sms;
   } else {
     // The fewest rows that hold M: below 128 the weight's bytes bind, not the tensor cores (at 64 rows 128 operations a
     // byte; an A100 does 312 a byte of its memory, an L40S 850, an H100 590). unmeasured
     plan.tile_m = m <= 16 ? 16 : m <= 64 ? 64 : 128;
     plan.tile_n = 128;
   }
-  const int64_t tiles = ceil_div(m, plan.tile_m) * ceil_div(n, plan.tile_n);
   // Fewer tiles than multiprocessors leave memory bandwidth unused: as many splits as fill them once, each of 512 of K
   // or more, so that what the partial sums cost (8 bytes an output and split) stays below a quarter of the weight's
   // bytes at 16 rows. unmeasured
+  const int64_t tiles = ceil_div(m, plan.tile_m) * ceil_div(n, plan.tile_n);
   const int64_t most = std::min(std::max<int64_t>(k / least_k, 1), int64_t{16});
   plan.splits = std::min(std::max<int64_t>(device.sms / tiles, 1), most);
   plan.split_k = ceil_div(ceil_div(k, plan.splits), kScaleBlock) * kScaleBlock;

@@ -92,8 +92,9 @@ __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_
   }
 }
 
-// The accumulators of a warp: kRows blocks of sixteen rows by kTiles n8 tiles, from (row, column) of the product on.
-template <int kRows, int kTiles, class Acc>
+// The accumulators of a warp: kRows blocks of sixteen rows, kStep rows apart, by kTiles n8 tiles, from (row, column) of
+// the product on.
+template <int kStep = kSlabRows, int kRows, int kTiles, class Acc>
 __device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab& slab, const GemmOutput& o,
                                         int64_t row, int64_t column, int split) {
   constexpr int kSlabTiles = kTiles % 4 == 0 ? 4 : 2, kColumns = kSlabTiles * 8, kAcross = kTiles / kSlabTiles;
@@ -109,7 +110,7 @@ __device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab
         },
         std::make_integer_sequence<int, kRows * kAcross>{});
     __syncwarp();
-    finish_slab<kColumns, Acc>(slab, o, row + chunk / kAcross * kSlabRows, column + chunk % kAcross * kColumns, split);
+    finish_slab<kColumns, Acc>(slab, o, row + chunk / kAcross * kStep, column + chunk % kAcross * kColumns, split);
     __syncwarp();
   }
 }

@@ -29,11 +29,14 @@ int launch(const GemmParams& p, cudaStream_t stream) {
   }
 }
 
+int __attribute__((weak)) fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+
 }  // namespace forwardpass
 
 int forwardpass_fp8_gemm(const forwardpass::Fp8GemmParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
   if (p->plan.path == GemmPlan::Path::gemv) return launch_gemv<Dtype::e4m3>(*p, s);
+  if (p->plan.path == GemmPlan::Path::wgmma) return fp8_gemm_sm90a(*p, s);
   return p->blocks.a ? launch<E4m3Blocks>(*p, s) : launch<E4m3>(*p, s);
 }

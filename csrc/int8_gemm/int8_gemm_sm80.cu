@@ -12,12 +12,15 @@ using Tile64x128 = MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>;
 // Memory binds: 128 of K a stage, whole lines of the weight, and four stages, 54 KB on their way.
 using Tile16x128 = MmaConfig<Int8, 16, 128, 1, 4, 128, 4, 1>;
 
+int __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+
 }  // namespace forwardpass
 
 int forwardpass_int8_gemm(const forwardpass::Int8GemmParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
   if (p->plan.path == GemmPlan::Path::gemv) return launch_gemv<Dtype::i8>(*p, s);
+  if (p->plan.path == GemmPlan::Path::wgmma) return int8_gemm_sm90a(*p, s);
   switch (p->plan.tile_m) {
     case 16:
       return launch_gemm_mma<Tile16x128>(*p, s);

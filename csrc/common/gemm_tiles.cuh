@@ -1,0 +1,44 @@
+#pragma once
+// What the GEMMs on mma.sync and on wgmma share: the types of their operands, and which block makes which tile.
+#include "common/gemm.h"
+
+namespace forwardpass {
+
+// Element types of the operands: what an mma adds to, and whether it has to be promoted. An fp8 mma keeps 13 bits of
+// the largest product or sum (arXiv 2511.10909), so what it made of 128 of K goes to an fp32 sum. int8 is exact.
+struct Int8 {
+  using Acc = int32_t;
+  static constexpr Dtype kAcc = Dtype::i32;
+  static constexpr bool kPromoted = false, kBlockScaled = false;
+};
+struct E4m3 {
+  using Acc = float;
+  static constexpr Dtype kAcc = Dtype::f32;
+  static constexpr bool kPromoted = true, kBlockScaled = false;
+};
+// with scales of blocks, by which each partial sum is multiplied as it is promoted: a branch of the same kernel
+// would spill 1196 bytes
+struct E4m3Blocks : E4m3 {
+  static constexpr bool kBlockScaled = true;
+};
+
+// The map from a block to its tile and its part of K. Blocks that run together share operands in L2: eight rows of
+// tiles are gone through column by column.
+struct TileMap {
+  static constexpr int kGroup = 8;
+  int64_t tiles_m, tiles_n;
+
+  struct Tile {
+    int64_t m, n;
+    int split;
+  };
+  HOST_DEVICE int64_t blocks(int64_t splits) const { return tiles_m * tiles_n * splits; }
+  __device__ Tile at(int64_t block) const {
+    const int64_t tiles = tiles_m * tiles_n, index = block % tiles, group = index / (kGroup * tiles_n),
+                  first = group * kGroup, rows = min(int64_t{kGroup}, tiles_m - first),
+                  within = index % (kGroup * tiles_n);
+    return {first + within % rows, within / rows, static_cast<int>(block / tiles)};
+  }
+};
+
+}  // namespace forwardpass

@@ -1,0 +1,78 @@
+#pragma once
+// wgmma of 8-bit operands, both in shared memory: PTX ISA 9.7.15. One instruction a function; only the N that are used.
+#include "common/ptx_sm80.cuh"
+
+namespace forwardpass::ptx {
+
+// Registers may be operands of the wgmmas that follow.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int Pending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+// 9.7.15.5.1.2 matrix descriptor of an operand whose rows are 128 bytes of K under a swizzle of 128 bytes: eight rows
+// are 1024 bytes. The low half has the address in units of 16 bytes, the upper half is the same for all. 32 more of K
+// are two units.
+__device__ inline uint32_t descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
+constexpr uint32_t kDescriptorHigh = 1024 >> 4 | 1 << 30;
+constexpr int kDescriptorUnit = 16;
+
+// clang-format off
+#define FORWARDPASS_NUMBERS_64                                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "          \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "          \
+  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FORWARDPASS_NUMBERS_128                                                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "          \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "          \
+  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "          \
+  "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, "          \
+  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, "         \
+  "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "       \
+  "%124, %125, %126, %127"
+#define FORWARDPASS_TILE(kind, j) kind(d[j][0]), kind(d[j][1]), kind(d[j][2]), kind(d[j][3])
+#define FORWARDPASS_TILES_4(kind, j) \
+  FORWARDPASS_TILE(kind, j), FORWARDPASS_TILE(kind, j + 1), FORWARDPASS_TILE(kind, j + 2), FORWARDPASS_TILE(kind, j + 3)
+#define FORWARDPASS_TILES_16(kind, j) \
+  FORWARDPASS_TILES_4(kind, j), FORWARDPASS_TILES_4(kind, j + 4), FORWARDPASS_TILES_4(kind, j + 8), \
+      FORWARDPASS_TILES_4(kind, j + 12)
+// The numbers of the operands behind the accumulators: low halves of the descriptors, the upper half, scale-d.
+#define FORWARDPASS_WGMMA(opcode, numbers, a, b, high, accumulate, scales) \
+  "{\n" \
+  ".reg .pred p;\n" \
+  ".reg .b64 a, b;\n" \
+  "setp.ne.b32 p, %" #accumulate ", 0;\n" \
+  "mov.b64 a, {%" #a ", %" #high "};\n" \
+  "mov.b64 b, {%" #b ", %" #high "};\n" \
+  "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, a, b, p" scales ";\n" \
+  "}"
+// clang-format on
+
+// 9.7.15.5.2 wgmma.mma_async: d [64, 8 T] = a [64, 32] b [8 T, 32] transposed, plus d where `accumulate`. As in an mma
+// of m16n8, for each warp sixteen rows and for each n8 tile four registers.
+__device__ inline void wgmma_k32(int32_t (&d)[16][4], uint32_t a, uint32_t b, bool accumulate) {
+  asm volatile(FORWARDPASS_WGMMA("m64n128k32.s32.s8.s8", FORWARDPASS_NUMBERS_64, 64, 65, 66, 67, "")
+               : FORWARDPASS_TILES_16("+r", 0)
+               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
+}
+__device__ inline void wgmma_k32(int32_t (&d)[32][4], uint32_t a, uint32_t b, bool accumulate) {
+  asm volatile(FORWARDPASS_WGMMA("m64n256k32.s32.s8.s8", FORWARDPASS_NUMBERS_128, 128, 129, 130, 131, "")
+               : FORWARDPASS_TILES_16("+r", 0), FORWARDPASS_TILES_16("+r", 16)
+               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
+}
+__device__ inline void wgmma_k32(float (&d)[16][4], uint32_t a, uint32_t b, bool accumulate) {
+  asm volatile(FORWARDPASS_WGMMA("m64n128k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_64, 64, 65, 66, 67, ", 1, 1")
+               : FORWARDPASS_TILES_16("+f", 0)
+               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
+}
+
+#undef FORWARDPASS_NUMBERS_64
+#undef FORWARDPASS_NUMBERS_128
+#undef FORWARDPASS_TILE
+#undef FORWARDPASS_TILES_4
+#undef FORWARDPASS_TILES_16
+#undef FORWARDPASS_WGMMA
+
+}  // namespace forwardpass::ptx
