@@ -275,7 +275,7 @@ void access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_
 }
 
 // What strong accesses to shared and global memory teach: before the access, as a release must not cover it.
-void synchronise(Warp& w, bool shared, const uint64_t a[kLanes]) {
+void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use) {
   uint64_t last = ~uint64_t{0};
   for (int l = 0; l < kLanes; ++l) {
     uint64_t line = a[l] >> 7;
@@ -283,7 +283,9 @@ void synchronise(Warp& w, bool shared, const uint64_t a[kLanes]) {
     if (line != last) w.cta->cluster->sync_points.meet(w.knowledge, line);
     last = line;
   }
-  if (!shared) w.cta->acquired = true;
+  if (shared) return;
+  if (is_write(use)) w.cta->launch->releases.release(w);
+  w.acquires = is_read(use);
 }
 
 }  // namespace
@@ -336,7 +338,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   if (space == Space::local) return access_local(w, lanes, bytes, use, mask, host);
   if (space == Space::param) return access_param(w, lanes, bytes, use, mask, host);
   const bool shared = space == Space::shared || space == Space::shared_cluster;
-  if (is_strong(use)) synchronise(w, shared, lanes);
+  if (is_strong(use)) synchronise(w, shared, lanes, use);
   try {
     if (shared) {
       access_shared(w, space, lanes, bytes, use, mask, host);

@@ -313,6 +313,13 @@ def missing_griddepcontrol_wait(module):
     return z, 2 * x.flip(0)
 
 
+@run
+def release_before_barrier(module):
+    x, partial, finished = integers(8, 128), poisoned(8, 128), torch.zeros(1, dtype=torch.int32)
+    y = from_row(module["release_before_barrier"], x, poisoned(128), partial, finished, grid=8)
+    return y, x.sum(0)
+
+
 def test_every_hazard_is_run():
     assert set(RUNS) == set(SOURCES)
     assert all(source.lines for source in SOURCES.values())

@@ -280,7 +280,7 @@ def test_a_block_reads_what_another_wrote():
     {}
     ld.global.u32 %r3, [%a0];"""
     assert {f.kind for f in launch(body.format(""), memory(), grid=8, block=32)} == {"race"}
-    silent(body.format("membar.gl;"), memory(), grid=8, block=32)
+    assert {f.kind for f in launch(body.format("membar.gl;"), memory(), grid=8, block=32)} == {"race"}
 
 
 def test_read_only_loads_of_what_the_launch_wrote():
@@ -315,6 +315,82 @@ def test_the_last_block_adds_up_what_the_others_wrote():
     st.global.u32 [%a2], %r5;"""
     silent(body, x, counter, y, grid=8)
     assert y[0] == 36
+
+
+# ---- Global memory between the blocks of a launch ----
+
+# Each of 8 blocks stores its row of 64, thread 0 counts the block, and the last block reads all rows.
+BLOCKS = 8
+STORE = """mov.u32 %r2, %ctaid.x;
+mad.lo.u32 %r2, %r2, 64, %t;
+mad.wide.u32 %rd1, %r2, 4, %a0;
+st.global.u32 [%rd1], %r2;
+"""
+BARRIER = "bar.sync 0;\n"
+COUNT = """setp.eq.u32 %p2, %t, 0;
+@%p2 atom.global.add.u32 %r4, [%a1], 1;
+@%p2 st.shared.u32 [%s], %r4;
+"""
+EXIT_BUT_LAST = """ld.shared.u32 %r4, [%s];
+setp.ne.u32 %p3, %r4, 7;
+@%p3 ret;
+"""
+READ_ALL = """mul.wide.u32 %rd2, %t, 4;
+add.u64 %rd2, %a0, %rd2;
+mov.u32 %r5, 0;
+mov.u32 %r6, 0;
+NEXT:
+ld.global.u32 %r7, [%rd2];
+add.u32 %r6, %r6, %r7;
+add.u64 %rd2, %rd2, 256;
+add.u32 %r5, %r5, 1;
+setp.lt.u32 %p4, %r5, 8;
+@%p4 bra NEXT;
+mad.wide.u32 %rd3, %t, 4, %a2;
+st.global.u32 [%rd3], %r6;
+"""
+
+
+OTHERS = "@%p0 red.global.add.u32 [%a1+4], 1;\n"  # releases that nobody waits for
+
+
+def rows_are_read(*parts):
+    """Of a kernel made of these: the findings; the sums are right where there was none."""
+    found = []
+    for seed in SEEDS:
+        y = memory(64)
+        found += launch("".join(parts), memory(), memory(4), y, grid=8, seeds=[seed])
+        assert found or torch.equal(y, sum(64 * b + torch.arange(64, dtype=torch.int32) for b in range(8)))
+    return found
+
+
+@pytest.mark.parametrize("releases", [0, 1, 63, 64, 65, 300])  # 64 are kept apart
+def test_the_last_block_reads_what_a_barrier_put_before_the_atomics(releases):
+    others = OTHERS * releases
+    found = rows_are_read(
+        others, STORE, others, BARRIER, others, COUNT, others, BARRIER, others, EXIT_BUT_LAST, READ_ALL
+    )
+    assert not found, found[0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        pytest.param((STORE, COUNT, BARRIER, EXIT_BUT_LAST, READ_ALL), "barrier is due", id="no barrier before"),
+        pytest.param((COUNT, STORE, BARRIER, EXIT_BUT_LAST, READ_ALL), "barrier is due", id="released too early"),
+        pytest.param((STORE, BARRIER, READ_ALL, COUNT, BARRIER, EXIT_BUT_LAST), "nothing orders", id="read too early"),
+        pytest.param((STORE, BARRIER, "membar.gl;\n", READ_ALL), "nothing orders", id="a fence alone"),
+        pytest.param(
+            (STORE, BARRIER, "@%p0 atom.global.add.u32 %r4, [%a1], 1;\n", READ_ALL),
+            "nothing orders",
+            id="one warp acquires",
+        ),
+    ],
+)
+def test_the_last_block_reads_what_was_not_released(parts, words):
+    found = rows_are_read(*parts)
+    assert len(found) == len(SEEDS) and {f.kind for f in found} == {"race"}
+    assert any(words in f.message and "of this launch wrote" in f.message for f in found), [f.message for f in found]
 
 
 # ---- Global memory between launches ----

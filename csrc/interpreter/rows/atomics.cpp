@@ -75,6 +75,7 @@ Step atomic(Warp& w, const Instruction& i, Mask mask) {
       }
     }
   });
+  acquired(w);
   return Step::next;
 }
 

@@ -9,10 +9,8 @@ namespace {
 
 Step no_effect(Warp&, const Instruction&, Mask) { return Step::next; }
 
-// Might order the CTA after others, together with a strong access of either side. A relaxed arrival at the cluster's
-// barrier after it releases what came before it.
+// A relaxed arrival at the cluster's barrier after it releases what came before it.
 Step fence(Warp& w, const Instruction&, Mask) {
-  w.cta->acquired = true;
   w.fenced = std::make_unique<Knowledge>(w.knowledge);
   w.release();
   return Step::next;
