@@ -34,6 +34,7 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   pending.clear();
   idle_at = 0;
   sync_points.reset();
+  fenced = VectorClock();
   releases = nullptr;
   barrier.reset();
   warps.clear();

@@ -176,9 +176,9 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
   bool released = false;  // by the block, to this one
   for (size_t k = 0; k < cta.warps.size(); ++k) released |= known(number, static_cast<int>(k)) != 0;
   if (!released) fail(block() + "nothing orders the two");
-  fail(
-      "warp " + std::to_string(warp) + " of " + block() +
-      "what this block knows of that one's releases does not cover it; before another warp releases, a barrier is due");
+  fail("warp " + std::to_string(warp) + " of " + block() +
+       "what this block knows of that one's releases does not cover it; before a relaxed one a fence is due, before "
+       "one by another warp a barrier");
 }
 
 void GlobalShadow::forget(uint64_t begin, uint64_t bytes) {

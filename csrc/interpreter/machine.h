@@ -208,6 +208,7 @@ struct Cluster {
   Knowledge async[kAsyncAgents];           // what the operations under way know
   uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   SyncPoints sync_points;
+  VectorClock fenced;              // what its warps knew at their fences
   ReleaseLog* releases = nullptr;  // the launch's of it; null: none so far
   std::shared_ptr<ClusterBarrier> barrier;
 

@@ -9,8 +9,10 @@ namespace forwardpass::interpreter {
 // Where they have run out, everything released counts as acquired.
 Clock Releases::time() const { return static_cast<Clock>(std::min<uint64_t>(releases_, ~Clock{0})); }
 
-void Releases::release(const Warp& w) {
+void Releases::release(const Warp& w, bool itself) {
   Cluster& cluster = *w.cta->cluster;
+  if (!itself && !cluster.fenced.width) return;
+  const Clock *const seen = w.knowledge.seen.at + kFirstWarp, *const fenced = cluster.fenced.at + kFirstWarp;
   const size_t warps = cluster.warps.size();
   if (!cluster.releases) {
     const std::lock_guard lock(mutex_);
@@ -33,8 +35,8 @@ void Releases::release(const Warp& w) {
   const size_t last = log.clocks.size();
   log.clocks.resize(last + warps);
   for (size_t k = 0; k < warps; ++k) {
-    const Clock seen = w.knowledge.seen.at[kFirstWarp + k] - (cluster.base - 1);
-    log.clocks[last + k] = last ? std::max(seen, log.clocks[last - warps + k]) : seen;
+    const Clock clock = (itself ? seen[k] : std::min(seen[k], fenced[k])) - (cluster.base - 1);
+    log.clocks[last + k] = last ? std::max(clock, log.clocks[last - warps + k]) : clock;
   }
 }
 

@@ -320,7 +320,6 @@ def test_the_last_block_adds_up_what_the_others_wrote():
 # ---- Global memory between the blocks of a launch ----
 
 # Each of 8 blocks stores its row of 64, thread 0 counts the block, and the last block reads all rows.
-BLOCKS = 8
 STORE = """mov.u32 %r2, %ctaid.x;
 mad.lo.u32 %r2, %r2, 64, %t;
 mad.wide.u32 %rd1, %r2, 4, %a0;
@@ -328,9 +327,11 @@ st.global.u32 [%rd1], %r2;
 """
 BARRIER = "bar.sync 0;\n"
 COUNT = """setp.eq.u32 %p2, %t, 0;
-@%p2 atom.global.add.u32 %r4, [%a1], 1;
+@%p2 atom.acq_rel.gpu.global.add.u32 %r4, [%a1], 1;
 @%p2 st.shared.u32 [%s], %r4;
 """
+COUNT_RELAXED = COUNT.replace("acq_rel", "relaxed")
+FENCE = "fence.acq_rel.gpu;\n"
 EXIT_BUT_LAST = """ld.shared.u32 %r4, [%s];
 setp.ne.u32 %p3, %r4, 7;
 @%p3 ret;
@@ -349,9 +350,7 @@ setp.lt.u32 %p4, %r5, 8;
 mad.wide.u32 %rd3, %t, 4, %a2;
 st.global.u32 [%rd3], %r6;
 """
-
-
-OTHERS = "@%p0 red.global.add.u32 [%a1+4], 1;\n"  # releases that nobody waits for
+OTHERS = "@%p0 red.release.gpu.global.add.u32 [%a1+4], 1;\n"  # releases that nobody waits for
 
 
 def rows_are_read(*parts):
@@ -367,21 +366,29 @@ def rows_are_read(*parts):
 @pytest.mark.parametrize("releases", [0, 1, 63, 64, 65, 300])  # 64 are kept apart
 def test_the_last_block_reads_what_a_barrier_put_before_the_atomics(releases):
     others = OTHERS * releases
-    found = rows_are_read(
-        others, STORE, others, BARRIER, others, COUNT, others, BARRIER, others, EXIT_BUT_LAST, READ_ALL
-    )
-    assert not found, found[0]
+    for count in ((BARRIER, COUNT), (BARRIER, FENCE, COUNT_RELAXED), (FENCE, BARRIER, COUNT_RELAXED)):
+        parts = (others, STORE, others, *count, others, BARRIER, others, EXIT_BUT_LAST, READ_ALL)
+        found = rows_are_read(*parts)
+        assert not found, found[0]
 
 
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        pytest.param((STORE, COUNT, BARRIER, EXIT_BUT_LAST, READ_ALL), "barrier is due", id="no barrier before"),
-        pytest.param((COUNT, STORE, BARRIER, EXIT_BUT_LAST, READ_ALL), "barrier is due", id="released too early"),
+        pytest.param((STORE, COUNT, BARRIER, EXIT_BUT_LAST, READ_ALL), "a fence is due", id="no barrier before"),
+        pytest.param((COUNT, STORE, BARRIER, EXIT_BUT_LAST, READ_ALL), "a fence is due", id="released too early"),
         pytest.param((STORE, BARRIER, READ_ALL, COUNT, BARRIER, EXIT_BUT_LAST), "nothing orders", id="read too early"),
-        pytest.param((STORE, BARRIER, "membar.gl;\n", READ_ALL), "nothing orders", id="a fence alone"),
+        pytest.param((STORE, BARRIER, FENCE, READ_ALL), "nothing orders", id="a fence alone"),
         pytest.param(
-            (STORE, BARRIER, "@%p0 atom.global.add.u32 %r4, [%a1], 1;\n", READ_ALL),
+            (STORE, BARRIER, COUNT_RELAXED, BARRIER, EXIT_BUT_LAST, READ_ALL), "nothing orders", id="no fence before"
+        ),
+        pytest.param(
+            (FENCE, STORE, BARRIER, COUNT_RELAXED, BARRIER, EXIT_BUT_LAST, READ_ALL),
+            "a fence is due",
+            id="fenced too early",
+        ),
+        pytest.param(
+            (STORE, BARRIER, "@%p0 atom.acq_rel.gpu.global.add.u32 %r4, [%a1], 1;\n", READ_ALL),
             "nothing orders",
             id="one warp acquires",
         ),

@@ -158,6 +158,7 @@ void bind_store(Bind& b) {
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
   t.use = order(b) == Order::weak ? Use::write : Use::strong_write;
+  t.releases = order(b) >= Order::release;
   t.bind(b, b.operand(0));
   const int bytes =
       bind_values(b, b.operand(1), type, t.count, [&](const Operand& o) { return b.source_relaxed(o, type); });
