@@ -372,6 +372,44 @@ def test_the_last_block_reads_what_a_barrier_put_before_the_atomics(releases):
         assert not found, found[0]
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_releases_since_the_one_that_was_acquired(before):
+    """Block 0 goes on releasing while block 1, on another thread, has acquired and counts to a million: of the releases of
+    long ago two and two have become one, which covers what either did."""
+    y = memory(64)
+    body = f"""mov.u32 %r2, %ctaid.x;
+    setp.ne.u32 %p2, %r2, 0;
+    mul.wide.u32 %rd1, %t, 4;
+    add.u64 %rd2, %a0, %rd1;
+    @%p2 bra reader;
+    {OTHERS * before}
+    st.global.u32 [%rd2], %t;
+    bar.sync 0;
+    @%p0 st.release.gpu.global.u32 [%a1], 1;
+    acknowledged:
+    ld.acquire.gpu.global.u32 %r4, [%a1+128];
+    setp.eq.u32 %p3, %r4, 0;
+    @%p3 bra acknowledged;
+    {OTHERS * 200}
+    ret;
+    reader:
+    ld.acquire.gpu.global.u32 %r4, [%a1];
+    setp.eq.u32 %p3, %r4, 0;
+    @%p3 bra reader;
+    bar.sync 0;
+    @%p0 st.release.gpu.global.u32 [%a1+128], 1;
+    mov.u32 %r5, 0;
+    meanwhile:
+    add.u32 %r5, %r5, 1;
+    setp.lt.u32 %p4, %r5, 1000000;
+    @%p4 bra meanwhile;
+    ld.global.u32 %r6, [%rd2];
+    add.u64 %rd3, %a2, %rd1;
+    st.global.u32 [%rd3], %r6;"""
+    silent(body, memory(), memory(64), y, grid=2, seeds=[0])
+    assert y.tolist() == list(range(64))
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
