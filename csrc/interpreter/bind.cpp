@@ -1,7 +1,7 @@
 // From the operands of a statement to offsets into a frame.
 #include <cstring>
 
-#include "finding.h"
+#include "decode.h"
 #include "machine.h"
 #include "special.h"
 #include "table.h"
@@ -14,15 +14,7 @@ Bind::Bind(Module& module, Code& code, const Statement& statement, Instruction& 
   code.operand_lists.emplace_back();
 }
 
-void Bind::refuse(const std::string& why) const {
-  Finding f;
-  f.kind = Kind::unsupported;
-  f.message = why;
-  f.ptx_line = statement.line;
-  f.instruction = module.line(statement.line);
-  f.kernel = code.name;
-  throw f;
-}
+void Bind::refuse(const std::string& why) const { interpreter::refuse(module, statement.line, code.name, why); }
 
 bool Bind::has(std::string_view modifier) const {
   for (const auto s : slots_)

@@ -11,12 +11,15 @@
 namespace forwardpass::interpreter {
 
 using Clock = uint32_t;
-// Agents: asynchronous operations, the grids before, then the warps of all CTAs of the cluster, by rank.
+// Agents: asynchronous operations, the other clusters, the grids before, then the warps of all CTAs of the cluster, by
+// rank.
 constexpr int kMaxWarps = 32, kMaxCtas = 16;  // of a CTA, of a cluster
-constexpr int kAsyncAgents = 15, kGridAgent = kAsyncAgents, kFirstWarp = kGridAgent + 1;
+constexpr int kAsyncAgents = 14, kAcquireAgent = kAsyncAgents, kGridAgent = kAcquireAgent + 1,
+              kFirstWarp = kGridAgent + 1;
 constexpr int kMaxAgents = kFirstWarp + kMaxCtas * kMaxWarps;
 // The agent kGridAgent is the grids launched before this one, which a programmatic dependent launch may overtake: seen
-// is 1 once they are known to have ended (griddepcontrol.wait, or an ordinary launch), 0 before.
+// is 1 once they are known to have ended (griddepcontrol.wait, or an ordinary launch), 0 before. kAcquireAgent is the
+// launch's other clusters: seen is when one has last acquired what they release (releases.h), 0: never.
 
 constexpr bool is_async(int agent) { return agent < kAsyncAgents; }
 

@@ -21,8 +21,9 @@ uint64_t Cluster::steps() const {
   return n;
 }
 
-void Cluster::begin(Launch& l, uint64_t number, Sheet* sheet) {
+void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   launch = &l;
+  number = n;
   random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.number + 1) + mix(number * 2 + 1));
   completion_ = static_cast<Completion>(random() % 3);
   order_ = static_cast<Order>(random() % 3);
@@ -33,6 +34,8 @@ void Cluster::begin(Launch& l, uint64_t number, Sheet* sheet) {
   pending.clear();
   idle_at = 0;
   sync_points.reset();
+  fenced = VectorClock();
+  releases = nullptr;
   barrier.reset();
   warps.clear();
   const uint64_t size = l.cluster_size();
@@ -53,6 +56,7 @@ void Cluster::begin(Launch& l, uint64_t number, Sheet* sheet) {
   start.seen.widen(ctas[size - 1]->first_agent + (static_cast<int>(ctas[0]->warps.size()) + 7) / 8 * 8);
   std::fill_n(start.seen.at, start.seen.width, base - 1);
   start.proxied = start.seen;
+  start.seen.at[kAcquireAgent] = 0;
   start.seen.at[kGridAgent] = l.programmatic ? 0 : 1;
   for (int a = 0; a < kAsyncAgents; ++a) {
     async[a] = start;

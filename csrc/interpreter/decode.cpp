@@ -9,19 +9,20 @@
 #include "undefined.h"
 
 namespace forwardpass::interpreter {
-namespace {
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-[[noreturn]] void refuse(const Module& m, int line, const std::string& kernel, Kind kind, const std::string& why) {
+void refuse(const Module& m, int line, const std::string& kernel, const std::string& why) {
   Finding f;
-  f.kind = kind;
+  f.kind = Kind::unsupported;
   f.message = why;
   f.ptx_line = line;
   f.instruction = m.line(line);
   f.kernel = kernel;
   throw f;
 }
+
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 int64_t place(int64_t& end, const ptx::Variable& v) {
   const int64_t at = round_up(end, std::max(v.alignment, 1));
@@ -55,7 +56,7 @@ void resolve_references(Module& m, const ptx::Variable& v) {
     } else if (auto f = m.functions.find(r.symbol); f != m.functions.end()) {
       target = reinterpret_cast<uint64_t>(&f->second);
     } else {
-      refuse(m, 0, "", Kind::unsupported, "variable " + v.name + " holds the address of " + r.symbol + ", unknown");
+      refuse(m, 0, "", "variable " + v.name + " holds the address of " + r.symbol + ", unknown");
     }
     target += static_cast<uint64_t>(r.addend);
     std::memcpy(m.globals[v.name].address + r.offset, &target, 8);
@@ -106,7 +107,7 @@ void decode(Module& m, Code& code) {
     code.statements.push_back(&s);
     const Row* row = find_row(s.opcode, slots);
     if (!row) {
-      refuse(m, s.line, code.name, Kind::unsupported, "instruction " + s.opcode + " is not known to the interpreter");
+      refuse(m, s.line, code.name, "instruction " + s.opcode + " is not known to the interpreter");
     }
     Bind b(m, code, s, i, slots);
     row->bind(b);
@@ -167,7 +168,7 @@ std::unique_ptr<Module> load(std::string text) {
   try {
     m->source = ptx::parse(m->text);
   } catch (const ptx::SyntaxError& e) {
-    refuse(*m, e.line, "", Kind::unsupported, "the PTX does not parse: " + e.message);
+    refuse(*m, e.line, "", "the PTX does not parse: " + e.message);
   }
   m->arch = m->source.target;
   for (const auto& f : m->source.functions) {

@@ -4,6 +4,8 @@
 
 namespace forwardpass::interpreter {
 
+// Throws a Finding of kind unsupported, at a line of the PTX; 0: none, and no kernel: "".
+[[noreturn]] void refuse(const Module&, int line, const std::string& kernel, const std::string& why);
 // Bytes of a register in a frame, padded to 64.
 uint32_t frame_bytes(Type);
 // Where a branch may go, besides on.

@@ -124,6 +124,16 @@ void GlobalShadow::Access::operator()(uint64_t begin, uint64_t bytes) const {
   write_ ? scan<true>(begin, bytes) : scan<false>(begin, bytes);
 }
 
+// Of a warp of a CTA of this launch: its clocks below this one, since its cluster began, come before the access.
+Clock GlobalShadow::Access::known(uint64_t cta, int warp) const {
+  Cluster& own = *warp_.cta->cluster;
+  const auto& seen = warp_.knowledge.seen.at;
+  const uint64_t size = own.ctas.size(), cluster = cta / size;
+  const int of_cluster = static_cast<int>(cta % size * warp_.cta->warps.size()) + warp;
+  if (cluster == own.number) return seen[kFirstWarp + of_cluster] - (own.base - 1);
+  return own.launch->releases.known(cluster, of_cluster, seen[kAcquireAgent]);
+}
+
 void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const {
   const Warp& w = warp_;
   const Use use = use_;
@@ -154,18 +164,21 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
   if (number >= l.grid_size()) return;  // another host thread launches at the same time
   if (use == Use::constant) fail(block() + ".nc is for data that does not change while the kernel runs");
   if (is_strong(use) && (found >> kStrong & 1)) return;
-  const uint64_t size = l.cluster_size();
-  if (number / size != (cta.serial - l.first_serial) / size) {
-    if (!cta.acquired) fail(block() + "nothing orders the two");
-    return;
-  }
   // In place, a warp may load what its twin has stored already; it stores nothing and nobody sees the difference.
   if (l.module->replicates && !is_write(use) && serial == cta.serial) return;
   const int warp = static_cast<int>(found >> kWarp & (kMaxWarps - 1));
-  const Clock at = static_cast<Clock>(found >> kClock & (kClockLimit - 1)) + cta.cluster->base;
-  if (at <= w.knowledge.seen.at[cta.cluster->ctas[number % size]->first_agent + warp]) return;
-  if (serial != cta.serial) fail(block() + "nothing orders the two");
-  fail("warp " + std::to_string(warp) + " of this block wrote: nothing orders the two");
+  if ((found & kOwner) != owner_) {
+    owner_ = found & kOwner;
+    known_ = known(number, warp);
+  }
+  if (static_cast<Clock>(found >> kClock & (kClockLimit - 1)) < known_) return;
+  if (serial == cta.serial) fail("warp " + std::to_string(warp) + " of this block wrote: nothing orders the two");
+  bool released = false;  // by the block, to this one
+  for (size_t k = 0; k < cta.warps.size(); ++k) released |= known(number, static_cast<int>(k)) != 0;
+  if (!released) fail(block() + "nothing orders the two");
+  fail("warp " + std::to_string(warp) + " of " + block() +
+       "what this block knows of that one's releases does not cover it; before a relaxed one a fence is due, before "
+       "one by another warp a barrier");
 }
 
 void GlobalShadow::forget(uint64_t begin, uint64_t bytes) {

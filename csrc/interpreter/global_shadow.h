@@ -6,9 +6,9 @@
 // run on several threads, and lie in pages that the first write makes.
 //
 // Found: what a CTA reads or writes after another warp or another CTA of the launch wrote it, with nothing in between
-// (RAW, WAW), and what a programmatic dependent launch touches before its griddepcontrol.wait. Not found: writes after
-// reads, as reads leave no trace; races between CTAs once the CTA has performed any strong access or fence, which might
-// be the one that orders them; reads after writes between the warps of a CTA in PTX of LLVM's (Module::replicates).
+// (RAW, WAW), and what a programmatic dependent launch touches before its griddepcontrol.wait. Between clusters strong
+// accesses order, as far as one has released and the other acquired (releases.h). Not found: writes after reads, as
+// reads leave no trace; reads after writes between the warps of a CTA in PTX of LLVM's (Module::replicates).
 #include <atomic>
 #include <cstdint>
 #include <deque>
@@ -56,11 +56,14 @@ class GlobalShadow {
     template <bool kWrite>
     void scan(uint64_t begin, uint64_t bytes) const;
     void check(Cell found, uint64_t address, Cell mask) const;
+    Clock known(uint64_t cta, int warp) const;
     GlobalShadow& shadow_;
     const Warp& warp_;
     const Use use_;
     const bool write_;
     Cell oldest_, exempt_, mine_;  // cells below oldest_ and of exempt_'s owner are no conflict
+    mutable Cell owner_ = 0;       // of the cell before, as neighbours often have one,
+    mutable Clock known_ = 0;      // and how far it is known
   };
 
  private:

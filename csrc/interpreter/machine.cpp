@@ -285,7 +285,6 @@ void Cta::begin(Cluster& c, int r, const unsigned at[3]) {
   first_agent = kFirstWarp + rank * static_cast<int>(count);
   shared.assign(l.code->shared_bytes + l.dynamic_shared, 0xff);
   shadow.reset(*this);
-  acquired = false;
   mbarriers.clear();
   std::fill(std::begin(barriers), std::end(barriers), NamedBarrier());
   visitors = VectorClock();

@@ -19,6 +19,7 @@
 #include "finding.h"
 #include "memory.h"
 #include "program.h"
+#include "releases.h"
 #include "shadow.h"
 
 namespace forwardpass::interpreter {
@@ -114,6 +115,7 @@ struct alignas(64) Warp {
   std::shared_ptr<Bulk> bulk;
   std::shared_ptr<Wgmma> wgmma;
   std::shared_ptr<UndefinedRegisters> undefined;
+  bool acquires = false;        // a strong read of global memory is under way: access() to its handler
   Mask unwritten = 0;           // lanes whose bytes of the load under way nothing has written: access() to its handler
   uint64_t cluster_phases = 0;  // of the cluster's barrier that it has waited for
   std::vector<const Instruction*> register_changes;  // setmaxnreg so far
@@ -156,8 +158,7 @@ struct Cta {
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;  // static, then dynamic
   Shadow shadow;
-  uint32_t serial = 0;    // of all CTAs of all launches
-  bool acquired = false;  // a strong access to global memory or a fence might order it after other CTAs
+  uint32_t serial = 0;  // of all CTAs of all launches
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
   int live_warps = 0;
   Sheet* sheet = nullptr;  // if the launch is counted
@@ -194,6 +195,7 @@ struct Cta {
 // CTAs that run together, as one unit of the scheduler, on one thread.
 struct Cluster {
   Launch* launch;
+  uint64_t number;                         // within the grid
   std::vector<std::unique_ptr<Cta>> ctas;  // by rank
   std::vector<Warp*> warps;                // of all of them
   int live_warps = 0;
@@ -206,6 +208,8 @@ struct Cluster {
   Knowledge async[kAsyncAgents];           // what the operations under way know
   uint32_t async_line[kAsyncAgents] = {};  // where they were issued
   SyncPoints sync_points;
+  VectorClock fenced;              // what its warps knew at their fences
+  ReleaseLog* releases = nullptr;  // the launch's of it; null: none so far
   std::shared_ptr<ClusterBarrier> barrier;
 
   // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
@@ -249,6 +253,7 @@ struct Launch {
     std::atomic<uint64_t> launches{0}, warp_instructions{0}, matrix_ns{0}, matrix_macs{0};
   }* counters = nullptr;
   uint32_t first_serial = 0, concurrent_serial = 0;  // of its own CTAs, and of those that may still be running
+  Releases releases;
   int resident = 1;  // clusters that the device holds at once: they may wait for each other
 
   // Runs the grid on Options::threads threads, clusters in order, as many resident as the device holds where they wait
@@ -259,6 +264,13 @@ struct Launch {
   // Where a CTA lies in the grid, by its number: they count cluster by cluster, each by rank.
   void index_of(uint64_t number, unsigned index[3]) const;
 };
+
+// The end of a load or an atomic: it might have been a strong read of global memory.
+inline void acquired(Warp& w) {
+  if (__builtin_expect(!w.acquires, 1)) return;
+  w.acquires = false;
+  w.cta->launch->releases.acquire(w);
+}
 
 // Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
 template <bool kCounted>

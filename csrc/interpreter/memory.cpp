@@ -275,7 +275,7 @@ void access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_
 }
 
 // What strong accesses to shared and global memory teach: before the access, as a release must not cover it.
-void synchronise(Warp& w, bool shared, const uint64_t a[kLanes]) {
+void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, bool releases) {
   uint64_t last = ~uint64_t{0};
   for (int l = 0; l < kLanes; ++l) {
     uint64_t line = a[l] >> 7;
@@ -283,13 +283,16 @@ void synchronise(Warp& w, bool shared, const uint64_t a[kLanes]) {
     if (line != last) w.cta->cluster->sync_points.meet(w.knowledge, line);
     last = line;
   }
-  if (!shared) w.cta->acquired = true;
+  Launch& l = *w.cta->launch;
+  if (shared || !l.options.checks) return;
+  if (is_write(use)) l.releases.release(w, releases);
+  w.acquires = is_read(use);
 }
 
 }  // namespace
 
 void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes, Use use, Mask mask,
-            uint8_t* host[kLanes]) {
+            uint8_t* host[kLanes], bool releases) {
   using ptx::Space;
   // Lanes that do not take part repeat the first that does.
   uint64_t a[kLanes];
@@ -319,8 +322,8 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
       for (int l = 0; l < kLanes; ++l) here |= Mask{(lanes[l] & kWindowMask) == window} << l;
       if (here != kAllLanes) {  // lanes in different spaces
         uint8_t* others[kLanes];
-        access(w, Space::none, address, bytes, use, mask & here, host);
-        access(w, Space::none, address, bytes, use, mask & ~here, others);
+        access(w, Space::none, address, bytes, use, mask & here, host, releases);
+        access(w, Space::none, address, bytes, use, mask & ~here, others, releases);
         for (int l = 0; l < kLanes; ++l)
           if (!(here >> l & 1)) host[l] = others[l];
         return;
@@ -336,7 +339,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   if (space == Space::local) return access_local(w, lanes, bytes, use, mask, host);
   if (space == Space::param) return access_param(w, lanes, bytes, use, mask, host);
   const bool shared = space == Space::shared || space == Space::shared_cluster;
-  if (is_strong(use)) synchronise(w, shared, lanes);
+  if (is_strong(use)) synchronise(w, shared, lanes, use, releases);
   try {
     if (shared) {
       access_shared(w, space, lanes, bytes, use, mask, host);

@@ -86,8 +86,10 @@ class SyncPoints {
 std::string describe(const Launch&, uint64_t address);
 
 // Host pointers for the active lanes' accesses of `bytes` each (a power of two) at `address` in a state space (none:
-// generic), after bounds, alignment, race and initialisation checks.
-void access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes, Use, Mask, uint8_t* host[kLanes]);
+// generic), after bounds, alignment, race and initialisation checks. `releases`: a strong write is .release or
+// .acq_rel.
+void access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes, Use, Mask, uint8_t* host[kLanes],
+            bool releases = false);
 // One global range, for bulk copies.
 uint8_t* access_global(Warp&, uint64_t address, uint64_t bytes, Use, int lane);
 // The CTA whose shared memory has the range, its own or, for .shared::cluster, one of the cluster; the range begins at

@@ -313,6 +313,21 @@ def missing_griddepcontrol_wait(module):
     return z, 2 * x.flip(0)
 
 
+def sum_by_the_last(kernel):
+    x, partial, finished = integers(8, 128), poisoned(8, 128), torch.zeros(1, dtype=torch.int32)
+    return from_row(kernel, x, poisoned(128), partial, finished, grid=8), x.sum(0)
+
+
+@run
+def release_before_barrier(module):
+    return sum_by_the_last(module["release_before_barrier"])
+
+
+@run
+def release_without_fence(module):
+    return sum_by_the_last(module["release_without_fence"])
+
+
 def test_every_hazard_is_run():
     assert set(RUNS) == set(SOURCES)
     assert all(source.lines for source in SOURCES.values())

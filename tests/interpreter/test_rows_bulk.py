@@ -145,23 +145,23 @@ def test_mbarrier_of_a_bulk_load_must_be_initialised_before(seed):
 
 
 def test_bulk_loads_that_share_an_agent():
-    # Sixteen are under way, one more than there are agents. Warp 0 waits for the last, and reads the first once warp 1 has
+    # Fifteen are under way, one more than there are agents. Warp 0 waits for the last, and reads the first once warp 1 has
     # waited for it and said so in a way that orders nothing. That goes unnoticed only where the first came before the last.
     bulk = "@%p0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes"
     wait = "{label}:\nmbarrier.try_wait.parity{semantics}.shared::cta.b64 %p1, [%s+{at}], 0;\n@!%p1 bra {label};\n"
     body = "\n".join(
         [
             "setp.eq.u32 %p0, %t, 0;",
-            *[f"@%p0 mbarrier.init.shared::cta.b64 [%s+{8 * i}], 1;" for i in range(17)],
+            *[f"@%p0 mbarrier.init.shared::cta.b64 [%s+{8 * i}], 1;" for i in range(16)],
             "bar.sync 0;",
-            *[f"@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%s+{8 * i}], 16;" for i in range(16)],
-            *[f"{bulk} [%s+{256 + 16 * i}], [%a0], 16, [%s+{8 * i}];" for i in range(16)],
+            *[f"@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%s+{8 * i}], 16;" for i in range(15)],
+            *[f"{bulk} [%s+{256 + 16 * i}], [%a0], 16, [%s+{8 * i}];" for i in range(15)],
             "setp.ge.u32 %p2, %t, 32;\n@%p2 bra second;",
-            wait.format(label="last", semantics="", at=120),
-            wait.format(label="word", semantics=".relaxed.cta", at=128),
+            wait.format(label="last", semantics="", at=112),
+            wait.format(label="word", semantics=".relaxed.cta", at=120),
             "@%p0 ld.shared.b32 %r1, [%s+256];\nret;\nsecond:",
             wait.format(label="first", semantics="", at=0),
-            "setp.eq.u32 %p3, %t, 32;\n@%p3 mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%s+128];",
+            "setp.eq.u32 %p3, %t, 32;\n@%p3 mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%s+120];",
         ]
     )
     kinds = {outcome(body, integers(4), block=64, seed=seed) for seed in range(20)}

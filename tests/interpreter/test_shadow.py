@@ -280,7 +280,7 @@ def test_a_block_reads_what_another_wrote():
     {}
     ld.global.u32 %r3, [%a0];"""
     assert {f.kind for f in launch(body.format(""), memory(), grid=8, block=32)} == {"race"}
-    silent(body.format("membar.gl;"), memory(), grid=8, block=32)
+    assert {f.kind for f in launch(body.format("membar.gl;"), memory(), grid=8, block=32)} == {"race"}
 
 
 def test_read_only_loads_of_what_the_launch_wrote():
@@ -315,6 +315,127 @@ def test_the_last_block_adds_up_what_the_others_wrote():
     st.global.u32 [%a2], %r5;"""
     silent(body, x, counter, y, grid=8)
     assert y[0] == 36
+
+
+# ---- Global memory between the blocks of a launch ----
+
+# Each of 8 blocks stores its row of 64, thread 0 counts the block, and the last block reads all rows.
+STORE = """mov.u32 %r2, %ctaid.x;
+mad.lo.u32 %r2, %r2, 64, %t;
+mad.wide.u32 %rd1, %r2, 4, %a0;
+st.global.u32 [%rd1], %r2;
+"""
+BARRIER = "bar.sync 0;\n"
+COUNT = """setp.eq.u32 %p2, %t, 0;
+@%p2 atom.acq_rel.gpu.global.add.u32 %r4, [%a1], 1;
+@%p2 st.shared.u32 [%s], %r4;
+"""
+COUNT_RELAXED = COUNT.replace("acq_rel", "relaxed")
+FENCE = "fence.acq_rel.gpu;\n"
+EXIT_BUT_LAST = """ld.shared.u32 %r4, [%s];
+setp.ne.u32 %p3, %r4, 7;
+@%p3 ret;
+"""
+READ_ALL = """mul.wide.u32 %rd2, %t, 4;
+add.u64 %rd2, %a0, %rd2;
+mov.u32 %r5, 0;
+mov.u32 %r6, 0;
+NEXT:
+ld.global.u32 %r7, [%rd2];
+add.u32 %r6, %r6, %r7;
+add.u64 %rd2, %rd2, 256;
+add.u32 %r5, %r5, 1;
+setp.lt.u32 %p4, %r5, 8;
+@%p4 bra NEXT;
+mad.wide.u32 %rd3, %t, 4, %a2;
+st.global.u32 [%rd3], %r6;
+"""
+OTHERS = "@%p0 red.release.gpu.global.add.u32 [%a1+4], 1;\n"  # releases that nobody waits for
+
+
+def rows_are_read(*parts):
+    """Of a kernel made of these: the findings; the sums are right where there was none."""
+    found = []
+    for seed in SEEDS:
+        y = memory(64)
+        found += launch("".join(parts), memory(), memory(4), y, grid=8, seeds=[seed])
+        assert found or torch.equal(y, sum(64 * b + torch.arange(64, dtype=torch.int32) for b in range(8)))
+    return found
+
+
+@pytest.mark.parametrize("releases", [0, 1, 63, 64, 65, 300])  # 64 are kept apart
+def test_the_last_block_reads_what_a_barrier_put_before_the_atomics(releases):
+    others = OTHERS * releases
+    for count in ((BARRIER, COUNT), (BARRIER, FENCE, COUNT_RELAXED), (FENCE, BARRIER, COUNT_RELAXED)):
+        parts = (others, STORE, others, *count, others, BARRIER, others, EXIT_BUT_LAST, READ_ALL)
+        found = rows_are_read(*parts)
+        assert not found, found[0]
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_releases_since_the_one_that_was_acquired(before):
+    """Block 0 goes on releasing while block 1, on another thread, has acquired and counts to a million: of the releases of
+    long ago two and two have become one, which covers what either did."""
+    y = memory(64)
+    body = f"""mov.u32 %r2, %ctaid.x;
+    setp.ne.u32 %p2, %r2, 0;
+    mul.wide.u32 %rd1, %t, 4;
+    add.u64 %rd2, %a0, %rd1;
+    @%p2 bra reader;
+    {OTHERS * before}
+    st.global.u32 [%rd2], %t;
+    bar.sync 0;
+    @%p0 st.release.gpu.global.u32 [%a1], 1;
+    acknowledged:
+    ld.acquire.gpu.global.u32 %r4, [%a1+128];
+    setp.eq.u32 %p3, %r4, 0;
+    @%p3 bra acknowledged;
+    {OTHERS * 200}
+    ret;
+    reader:
+    ld.acquire.gpu.global.u32 %r4, [%a1];
+    setp.eq.u32 %p3, %r4, 0;
+    @%p3 bra reader;
+    bar.sync 0;
+    @%p0 st.release.gpu.global.u32 [%a1+128], 1;
+    mov.u32 %r5, 0;
+    meanwhile:
+    add.u32 %r5, %r5, 1;
+    setp.lt.u32 %p4, %r5, 1000000;
+    @%p4 bra meanwhile;
+    ld.global.u32 %r6, [%rd2];
+    add.u64 %rd3, %a2, %rd1;
+    st.global.u32 [%rd3], %r6;"""
+    silent(body, memory(), memory(64), y, grid=2, seeds=[0])
+    assert y.tolist() == list(range(64))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        pytest.param((STORE, COUNT, BARRIER, EXIT_BUT_LAST, READ_ALL), "a fence is due", id="no barrier before"),
+        pytest.param((COUNT, STORE, BARRIER, EXIT_BUT_LAST, READ_ALL), "a fence is due", id="released too early"),
+        pytest.param((STORE, BARRIER, READ_ALL, COUNT, BARRIER, EXIT_BUT_LAST), "nothing orders", id="read too early"),
+        pytest.param((STORE, BARRIER, FENCE, READ_ALL), "nothing orders", id="a fence alone"),
+        pytest.param(
+            (STORE, BARRIER, COUNT_RELAXED, BARRIER, EXIT_BUT_LAST, READ_ALL), "nothing orders", id="no fence before"
+        ),
+        pytest.param(
+            (FENCE, STORE, BARRIER, COUNT_RELAXED, BARRIER, EXIT_BUT_LAST, READ_ALL),
+            "a fence is due",
+            id="fenced too early",
+        ),
+        pytest.param(
+            (STORE, BARRIER, "@%p0 atom.acq_rel.gpu.global.add.u32 %r4, [%a1], 1;\n", READ_ALL),
+            "nothing orders",
+            id="one warp acquires",
+        ),
+    ],
+)
+def test_the_last_block_reads_what_was_not_released(parts, words):
+    found = rows_are_read(*parts)
+    assert len(found) == len(SEEDS) and {f.kind for f in found} == {"race"}
+    assert any(words in f.message and "of this launch wrote" in f.message for f in found), [f.message for f in found]
 
 
 # ---- Global memory between launches ----

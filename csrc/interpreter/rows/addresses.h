@@ -61,6 +61,7 @@ struct AddressOperand {
   bool wide;
   int operand;  // of the instruction
   int64_t displacement;
+  bool releases = false;  // what it writes is .release or .acq_rel
 
   void bind(Bind& b, const Operand& o) {
     space = space_of(b);
@@ -73,7 +74,7 @@ struct AddressOperand {
   void access(Warp& w, const Instruction& i, int bytes, Use use, Mask mask, uint8_t* host[kLanes]) const {
     uint64_t address[kLanes];
     addresses(w, i, address);
-    interpreter::access(w, space, address, bytes, use, mask, host);
+    interpreter::access(w, space, address, bytes, use, mask, host, releases);
   }
 };
 

@@ -75,6 +75,7 @@ Step atomic(Warp& w, const Instruction& i, Mask mask) {
       }
     }
   });
+  acquired(w);
   return Step::next;
 }
 
@@ -99,6 +100,7 @@ void bind_operands(Bind& b, Type type, int sources) {
   if (a.count * ptx::size_of(type) > 16) b.refuse("vectors of more than 16 bytes do not exist");
   if (a.returns) each(b.operand(0), [&](const Operand& o) { b.destination(o, type); });
   a.bind(b, b.operand(first));
+  a.releases = semantics >= Order::release;
   if (a.count > 1 && a.space != ptx::Space::global && a.space != ptx::Space::none)
     b.refuse("vectors are for global memory");
   for (int s = 0; s < sources; ++s) each(b.operand(first + 1 + s), [&](const Operand& o) { b.source(o, type); });

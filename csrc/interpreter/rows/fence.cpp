@@ -1,5 +1,5 @@
 // Fences (ISA 9.7.13.4), programmatic dependent launches (9.7.13.13), setmaxnreg (9.7.19.5). Memory is sequentially
-// consistent here, so fences matter only where the async proxy is concerned.
+// consistent here, so fences matter to the race check alone.
 #include "../table.h"
 #include "async.h"
 
@@ -9,11 +9,11 @@ namespace {
 
 Step no_effect(Warp&, const Instruction&, Mask) { return Step::next; }
 
-// Might order the CTA after others, together with a strong access of either side. A relaxed arrival at the cluster's
-// barrier after it releases what came before it.
+// A relaxed arrival at the cluster's barrier after it releases what came before it, a relaxed write to global memory
+// what came before anybody's fence.
 Step fence(Warp& w, const Instruction&, Mask) {
-  w.cta->acquired = true;
   w.fenced = std::make_unique<Knowledge>(w.knowledge);
+  w.cta->cluster->fenced.join(w.knowledge.seen);
   w.release();
   return Step::next;
 }

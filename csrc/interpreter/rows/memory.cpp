@@ -42,6 +42,7 @@ Step load(Warp& w, const Instruction& i, Mask mask) {
       d[l] = static_cast<R>(value);
     });
   }
+  acquired(w);
   loaded(w, i);
   return Step::next;
 }
@@ -67,10 +68,12 @@ Step load128(Warp& w, const Instruction& i, Mask mask) {
   const auto& t = *static_cast<const Transfer*>(i.data);
   uint8_t* host[kLanes];
   t.access(w, i, 16, t.use, mask, host);
-  if (i.operand[0] == kSink) return Step::next;
-  auto* d = w.operand<uint64_t>(i, 0);
-  for (int half = 0; half < 2; ++half)
-    each_lane(mask, [&](int l) { std::memcpy(d + half * kLanes + l, host[l] + half * 8, 8); });
+  if (i.operand[0] != kSink) {
+    auto* d = w.operand<uint64_t>(i, 0);
+    for (int half = 0; half < 2; ++half)
+      each_lane(mask, [&](int l) { std::memcpy(d + half * kLanes + l, host[l] + half * 8, 8); });
+  }
+  acquired(w);
   loaded(w, i);
   return Step::next;
 }
@@ -155,6 +158,7 @@ void bind_store(Bind& b) {
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
   t.use = order(b) == Order::weak ? Use::write : Use::strong_write;
+  t.releases = order(b) >= Order::release;
   t.bind(b, b.operand(0));
   const int bytes =
       bind_values(b, b.operand(1), type, t.count, [&](const Operand& o) { return b.source_relaxed(o, type); });
