@@ -21,7 +21,7 @@ import torch
 import forwardpass as fp
 from forwardpass.activations import GATED
 from forwardpass.interpreter import Module
-from forwardpass.testing import poisoned_outputs
+from forwardpass.testing import apart, poisoned_outputs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -31,11 +31,13 @@ from mutant_launches import reached, recording
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
-#: of the launches that reach a statement, the shortest that it is mutated in
-ENOUGH = 10
-#: Beside a case's own shape, which is small or odd: for each, a vector that lacks one column; in turn, vectors of one
-#: column, rows of two warps and of sixteen, and more columns than a block keeps in registers.
-SHAPE, SHAPES = (5, 47), ((3, 41), (9, 1048), (9, 1047), (16, 8200), (1, 16431), (1, 16424))
+#: of the launches that reach the same statements, the shortest that these are mutated in
+ENOUGH = 2
+#: Beside its own shape, which is small or odd, the options of each case run at each of these (rows, columns): a row that
+#: ends within each of a thread's vectors; where rows are reduced, also rows of two warps and of eight, and rows of more
+#: columns than a block keeps in registers, which end within each vector of the second chunk.
+SHAPES = ((3, 7), (3, 15), (3, 23), (3, 31), (3, 64))
+LONG_SHAPES = ((5, 1047), (5, 1048), (8, 4104), (1, 16391), (1, 20487), (1, 24583), (1, 28679), (1, 28672))
 #: an instance of each kernel: its operation's cases of this dtype. More columns than the threads of a block keep in
 #: registers come on top.
 OPERATIONS = {
@@ -61,18 +63,27 @@ def operation_launches(name, arch):
         for case in cases:
             args = case.arguments()
             module.assert_matches(fp.backend.operations[getattr(case, "op", name)](*args), args)
-        for i, (shape, case) in enumerate(
-            [*((SHAPE, c) for c in cases), *zip(itertools.cycle(SHAPES), cases + cases[::-1])]
-        ):
+        shapes = SHAPES if name == "dequant_activation" else SHAPES + LONG_SHAPES
+        for case, shape, *placed in itertools.product(options(cases), shapes, (True, False), (True, False)):
             shape = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
-            x, *rest = dataclasses.replace(case, shape=shape).arguments()
-            if x.is_floating_point():
-                x = spread(x)
-            if i % 2:
-                rest = [misaligned(t) if isinstance(t, torch.Tensor) and t.dim() == 1 else t for t in rest]
-            fp.backend.operations[getattr(case, "op", name)](x, *rest)
+            args = dataclasses.replace(case, shape=shape).arguments()
+            args = [place(t, placed[t.dim() == 1]) if isinstance(t, torch.Tensor) else t for t in args]
+            fp.backend.operations[getattr(case, "op", name)](*args)
     torch.use_deterministic_algorithms(False)
     return launches
+
+
+def options(cases):
+    """The cases without their shapes, each once."""
+    return dict.fromkeys(dataclasses.replace(case, shape=()) for case in cases)
+
+
+def place(t, aligned):
+    """A vector at an aligned address or one element behind one; a matrix, with other values, whose rows begin likewise."""
+    if t.dim() == 1:
+        return t if aligned else torch.cat([t[:1], t])[1:]
+    t = spread(t) if t.is_floating_point() else t
+    return apart(t, padding=16 - t.shape[1] % 16 + (not aligned))
 
 
 def spread(like):
@@ -84,11 +95,6 @@ def spread(like):
         at = (2 * row + 1) * columns // (2 * rows)
         x[row, at], x[row, (at + columns // 3) % columns] = 9, -7
     return x.to(like.dtype)
-
-
-def misaligned(t):
-    """The same values, one element behind an aligned address."""
-    return torch.cat([t[:1], t])[1:]
 
 
 def needs_whole(case):
@@ -131,12 +137,10 @@ class Subject:
         for launch in self.launches:
             launch.learn(module, arch, [0])
         self.launches.sort(key=lambda launch: launch.steps)  # the shape of most of them says nothing new
-        kept, times = [], collections.Counter()
+        alike = collections.defaultdict(list)
         for launch, launch.reached in zip(self.launches, reached(self.launches, self.text, arch, lines)):
-            if any(times[line] < ENOUGH for line in launch.reached):
-                kept.append(launch)
-                times.update(launch.reached)
-        self.launches = kept
+            alike[frozenset(launch.reached)].append(launch)
+        self.launches = [launch for launches in alike.values() for launch in launches[:ENOUGH]]
 
     def detected(self, *mutants):
         """By what, and at which seed: of one mutant, or of several at once. (None, None): by nothing."""
