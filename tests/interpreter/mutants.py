@@ -8,11 +8,13 @@ launches that reach its statement. What is not detected needs a reviewed reason 
 import argparse
 import collections
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
 import math
 import pathlib
+import struct
 import sys
 import time
 
@@ -33,11 +35,11 @@ SEEDS = range(3)
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in
 ENOUGH = 2
-#: Beside its own shape, which is small or odd, the options of each case run at each of these (rows, columns): a row that
-#: ends within each of a thread's vectors; where rows are reduced, also rows of two warps and of eight, and rows of more
-#: columns than a block keeps in registers, which end within each vector of the second chunk.
-SHAPES = ((3, 7), (3, 15), (3, 23), (3, 31), (3, 64))
-LONG_SHAPES = ((5, 1047), (5, 1048), (8, 4104), (1, 16391), (1, 20487), (1, 24583), (1, 28679), (1, 28672))
+#: Beside its own shape, which is small or odd, the options of each case run at each of these (rows, columns): rows that
+#: end within each of a thread's vectors. Where rows are reduced, also at these with one thread to a row and as many
+#: columns more as it keeps in registers, and with eight warps to a row.
+SHAPES = (*((8, 8 * vector + n) for vector in range(4) for n in (3, 7)), (8, 32))
+IN_REGISTERS, NARROW, WARPS = 32, 128, ((5, 1047), (5, 1048), (16, 4104))
 #: an instance of each kernel: its operation's cases of this dtype. More columns than the threads of a block keep in
 #: registers come on top.
 OPERATIONS = {
@@ -63,14 +65,31 @@ def operation_launches(name, arch):
         for case in cases:
             args = case.arguments()
             module.assert_matches(fp.backend.operations[getattr(case, "op", name)](*args), args)
-        shapes = SHAPES if name == "dequant_activation" else SHAPES + LONG_SHAPES
-        for case, shape, *placed in itertools.product(options(cases), shapes, (True, False), (True, False)):
-            shape = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
-            args = dataclasses.replace(case, shape=shape).arguments()
-            args = [place(t, placed[t.dim() == 1]) if isinstance(t, torch.Tensor) else t for t in args]
+        longer = [(rows, columns + IN_REGISTERS) for rows, columns in SHAPES]
+        shapes = SHAPES if name == "dequant_activation" else (*SHAPES, *WARPS, *longer)
+        for case, shape, aligned in itertools.product(options(cases), shapes, (True, False)):
+            whole = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
+            args = dataclasses.replace(case, shape=whole).arguments()
+            args = [place(t, aligned) if isinstance(t, torch.Tensor) else t for t in args]
             fp.backend.operations[getattr(case, "op", name)](*args)
+            if shape in longer:
+                narrow(launches[-1])
     torch.use_deterministic_algorithms(False)
     return launches
+
+
+def narrow(launch):
+    """One thread to a segment, by what its RowsLaunch says (csrc/common/quantize_rows.cuh). As launched by the package,
+    a row has more columns than its threads keep in registers from 16385 on."""
+    at = parameters(launch.ptx, launch.kernel)[1][0]
+    _, _, segments = struct.unpack_from("iiq", launch.parameters, at)
+    struct.pack_into("ii", launch.parameters, at, 1, NARROW)
+    launch.config = (-(-segments // NARROW), 1, 1), (NARROW, 1, 1), *launch.config[2:]
+
+
+@functools.lru_cache
+def parameters(ptx, kernel):
+    return Module(mutant_edits.only(ptx, kernel))[kernel].parameters
 
 
 def options(cases):
@@ -88,12 +107,13 @@ def place(t, aligned):
 
 def spread(like):
     """Normal values, so that each of them matters and not only the awkward ones; each row has its extremes elsewhere, as
-    what a maximum misses shows only where it stands."""
+    what a maximum misses shows only where it stands: the first eight rows at their ends, the others in one
+    warp's columns after the other."""
     rows, columns = like.shape
     x = torch.randn(like.shape, generator=torch.Generator().manual_seed(1))
     for row in range(rows):
-        at = (2 * row + 1) * columns // (2 * rows)
-        x[row, at], x[row, (at + columns // 3) % columns] = 9, -7
+        at = columns - 1 - row if row < 8 else (row - 8) * columns // (2 * rows - 16)
+        x[row, at % columns], x[row, (at + columns // 3) % columns] = 40, -30
     return x.to(like.dtype)
 
 
