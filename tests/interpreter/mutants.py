@@ -40,8 +40,7 @@ ENOUGH = 2
 #: columns more as it keeps in registers, and with eight warps to a row.
 SHAPES = (*((8, 8 * vector + n) for vector in range(4) for n in (3, 7)), (8, 32))
 IN_REGISTERS, NARROW, WARPS = 32, 128, ((5, 1047), (5, 1048), (16, 4104))
-#: an instance of each kernel: its operation's cases of this dtype. More columns than the threads of a block keep in
-#: registers come on top.
+#: an instance of each kernel: its operation's cases of this dtype
 OPERATIONS = {
     "quantize": {"x_dtype": torch.float32},
     "norm_quantize": {"x_dtype": torch.float16},
@@ -58,8 +57,6 @@ def operation_launches(name, arch):
     cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases() if math.prod(c.shape)]
     if name == "norm_quantize":
         cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias)]
-    if name == "dequant_activation":
-        cases = [c for c in cases if c.acc_dtype == torch.int32]
     torch.use_deterministic_algorithms(True)
     with recording() as launches, poisoned_outputs(), fp.interpret(arch, approximate=False), fp.use_backend("cuda"):
         for case in cases:
