@@ -25,6 +25,7 @@ Device device_of(Backend backend, const Tensor& x) {
   }
   constexpr int kKnown = 64;
   static std::atomic<Device> known[kKnown];
+  static_assert(std::atomic<Device>::is_always_lock_free);
   const int32_t index = x.get_device_index();
   if (index < kKnown && (device = known[index].load(std::memory_order_relaxed)).arch) return device;
   torch::stable::accelerator::DeviceGuard guard(index);

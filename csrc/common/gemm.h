@@ -43,8 +43,8 @@ struct GemmParams {
 
 // The GPU that a launch goes to.
 struct Device {
-  int32_t arch;  // 80, 89, 90, …
   int32_t sms;   // multiprocessors
+  int16_t arch;  // 80, 89, 90, …
   bool wgmma;    // sm_90, and kernels for sm_90a are in this library
 };
 

@@ -22,9 +22,12 @@ class Parser : public Declarations {
  private:
   // ---- scopes ----
 
+  struct Register {
+    int id, elements;  // of a vector, whose elements have the ids that follow; 1: it is none
+  };
   struct Registers {  // %r<100>
     std::string_view name;
-    int first;
+    Register first;
     uint64_t count;
   };
   struct Fixup {  // of the function's body; the operand is a label or a list of labels, known when the scope ends
@@ -33,13 +36,14 @@ class Parser : public Declarations {
   };
   struct Scope {
     std::vector<Registers> ranges;
-    std::unordered_map<std::string_view, int> registers, labels;
+    std::unordered_map<std::string_view, Register> registers;
+    std::unordered_map<std::string_view, int> labels;
     std::unordered_map<std::string_view, std::string> variables;  // the unique name
     std::unordered_map<std::string_view, std::vector<std::string_view>> label_lists;
     std::vector<Fixup> fixups;
   };
 
-  int find_register(std::string_view name) const {
+  Register find_register(std::string_view name) const {
     for (size_t s = scopes_.size(); s-- > 0;) {
       for (const Registers& r : scopes_[s].ranges) {
         if (name.size() <= r.name.size() || name.compare(0, r.name.size(), r.name) != 0) continue;
@@ -47,12 +51,12 @@ class Parser : public Declarations {
         const char *from = name.data() + r.name.size(), *to = name.data() + name.size();
         const auto [end, error] = std::from_chars(from, to, n);
         if (end == to && error == std::errc() && n < r.count && (*from != '0' || to - from == 1))
-          return r.first + static_cast<int>(n);
+          return {r.first.id + static_cast<int>(n) * r.first.elements, r.first.elements};
       }
       const auto found = scopes_[s].registers.find(name);
       if (found != scopes_[s].registers.end()) return found->second;
     }
-    return -1;
+    return {-1, 0};
   }
   const std::string* find_variable(std::string_view name) const {
     for (size_t s = scopes_.size(); s-- > 0;) {
@@ -130,14 +134,29 @@ class Parser : public Declarations {
     }
     return o;
   }
+  static Operand nth(const Register& r, int i) {
+    Operand o;
+    o.kind = Operand::Kind::reg;
+    o.id = r.id + i;
+    return o;
+  }
+  int element(const Register& r) {
+    const std::string_view name = directive();
+    if (r.elements == 1) fail("." + std::string(name) + " of a register that is no vector");
+    for (const std::string_view names : {"xyzw", "rgba"})
+      if (const size_t i = names.find(name); name.size() == 1 && i < static_cast<size_t>(r.elements))
+        return static_cast<int>(i);
+    fail("a vector of " + std::to_string(r.elements) + " has no element ." + std::string(name));
+  }
   Operand name() {
     Operand o;
     const std::string_view text = identifier();
     if (text == "_") return o;
-    o.id = find_register(text);
-    if (o.id >= 0) {
-      o.kind = Operand::Kind::reg;
-      if (*at_ == '.') fail("elements of vector registers are not supported");
+    if (const Register r = find_register(text); r.id >= 0) {
+      if (*at_ == '.') return nth(r, element(r));
+      if (r.elements == 1) return nth(r, 0);
+      o.kind = Operand::Kind::vector;  // V is {V.x, V.y}
+      for (int i = 0; i < r.elements; ++i) o.parts.push_back(nth(r, i));
     } else if (text[0] == '%') {
       o.kind = Operand::Kind::special;
       o.name = text;
@@ -228,8 +247,13 @@ class Parser : public Declarations {
   }
 
   void registers() {
-    const Type type = type_of(directive());
+    std::string_view what = directive();
+    const int elements = what == "v2" || what == "v4" ? what[1] - '0' : 1;
+    if (elements > 1) what = directive();
+    const Type type = type_of(what);
     if (type == Type::none) fail("expected the type of a register");
+    if (elements > 1 && (type == Type::pred || size_of(type) * elements > 16))
+      fail("a vector register has up to 128 bits, and no predicates");
     do {
       const std::string_view name = identifier();
       const int first = static_cast<int>(function_->registers.size());
@@ -237,13 +261,13 @@ class Parser : public Declarations {
       if (accept('<')) {
         n = count();
         expect('>');
-        scopes_.back().ranges.push_back({name, first, n});
-      } else if (!scopes_.back().registers.emplace(name, first).second) {
+        scopes_.back().ranges.push_back({name, {first, elements}, n});
+      } else if (!scopes_.back().registers.emplace(name, Register{first, elements}).second) {
         fail("a register declared twice");
       } else {
         n = 1;
       }
-      function_->registers.resize(first + n, type);
+      function_->registers.resize(first + n * elements, type);
     } while (accept(','));
     expect(';');
   }
@@ -254,8 +278,8 @@ class Parser : public Declarations {
     s.location = location_;
     if (accept('@')) {
       s.guard_negated = accept('!');
-      s.guard = find_register(identifier());
-      if (s.guard < 0) fail("the guard is no register");
+      s.guard = find_register(identifier()).id;
+      if (s.guard < 0 || function_->registers[s.guard] != Type::pred) fail("the guard is no predicate register");
       skip();
       s.line = line_;
     }

@@ -23,6 +23,7 @@ class Mutant:
     file: str  # of the repository
     source: int  # its line
     source_text: str
+    arithmetic: bool
 
     @property
     def id(self):
@@ -232,7 +233,7 @@ def mutants(text, kernel, arch):
     made, copies = [], {}
     for i, s, (file, source, source_text), directive in statements(text):
         for kind, after, arithmetic in edits(s):
-            m = Mutant(kernel, arch, i + 1, kind, s[0].strip(), after, file, source, source_text)
+            m = Mutant(kernel, arch, i + 1, kind, s[0].strip(), after, file, source, source_text, arithmetic)
             if arithmetic:
                 copies.setdefault((directive, s["opcode"], kind), []).append(m)
             else:

@@ -9,7 +9,7 @@ from forwardpass.activation_quantize import cases as activation_quantize
 from forwardpass.dequant_activation import cases as dequant_activation
 from forwardpass.norm_quantize import cases as norm_quantize
 from forwardpass.quantize import cases as quantize
-from forwardpass.testing import poisoned_outputs
+from forwardpass.testing import assert_equal, poisoned_outputs
 
 pytestmark = pytest.mark.interpreted
 
@@ -58,3 +58,33 @@ def test_kernel(name, case, implementation, arch, seed):
 @pytest.mark.parametrize(("name", "case"), REAL, ids=str)
 def test_kernel_on_a_real_layer(name, case, implementation):
     check(name, case, implementation, "sm_90a", 0)
+
+
+def longest_rows():
+    """Of each operation, for each input type, the case with the most columns: (name, case). Each is a kernel of its own."""
+    chosen = {}
+    for name, case in CASES:
+        kernel = getattr(case, "op", name), getattr(case, "x_dtype", None) or case.acc_dtype
+        if kernel not in chosen or case.shape[-1] > chosen[kernel][1].shape[-1]:
+            chosen[kernel] = name, case
+    return list(chosen.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "case"), longest_rows(), ids=str)
+def test_no_false_alarm_in_20_seeds(name, case, implementation, arch):
+    """And the same bits at every seed."""
+    args, expected = case.arguments(), None
+    for seed in range(20):
+        with fp.interpret(arch, seed=seed, approximate=False) as device, fp.use_backend(implementation):
+            if reason := device.why_not(implementation):
+                pytest.skip(str(reason))
+            got = backend.operations[getattr(case, "op", name)](*args)
+        assert device.findings == []
+        assert device.counters["launches"] > 0
+        got = got if isinstance(got, tuple) else (got,)
+        expected = expected or got
+        for g, e in zip(got, expected):
+            assert_equal(g, e)

@@ -207,6 +207,27 @@ def test_what_compilers_write_around_the_code():
     assert out.item() == 5
 
 
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (".reg .v2 .b32 v; mov.b32 v.x, 7; mov.b32 v.y, v.x; mov.b64 wide, v;", 7 << 32 | 7),
+        (".reg .v2 .b32 v; mov.b64 v, 0x500000003; mov.b64 wide, {v.g, v.r};", 3 << 32 | 5),
+        (".reg .v4 .u16 v<3>; mov.b64 v2, 0x4000300020001; mov.b64 v1, 0; mov.b64 wide, {v2.w, v2.b, v2.y, v1.a};",
+         2 << 32 | 3 << 16 | 4),
+        (".reg .v2 .f32 v; { .reg .f32 v; mov.f32 v, 1.5; } mov.f32 v.x, 1.5; mov.f32 v.y, 0.0; mov.b64 wide, v;", 0x3FC00000),
+        (".reg .v2 .b64 v; mov.b64 v.x, 5; mov.b64 v.y, 6; st.global.v2.b64 [%rd0], v; ld.global.v2.b64 v, [%rd0];"
+         "mad.lo.u64 wide, v.y, 10, v.x;", 65),
+    ],
+)  # fmt: skip
+def test_vector_registers(body, value):
+    """A vector is the list of its elements in braces."""
+    text = HEAD + KERNEL.format(body=body)
+    out = torch.full((2,), -1)
+    with fp.interpret("sm_90a"):
+        interpreter.Module(text)["k"].launch(1, 1, [out])
+    assert out[0].item() == value
+
+
 def refusal(text):
     with pytest.raises(interpreter.InterpreterFinding) as caught:
         interpreter.Module(text)
@@ -239,8 +260,14 @@ BODY_LINE = (HEAD + KERNEL.split("{body}")[0]).count("\n") + 1
         (".local .align 3 .b8 x[4];", "power of two"),
         (".local .b8 x[4][];", "first dimension"),
         (".local .b32 x[2] = {1, 2, 3};", "more initialisers"),
+        (".reg .v4 .b64 x;", "up to 128 bits"),
+        (".reg .v2 .pred x;", "no predicates"),
+        (".reg .v2 .b32 x; mov.b32 x.z, 0;", "vector of 2 has no element .z"),
+        (".reg .v4 .b32 x; mov.b32 x.q, 0;", "vector of 4 has no element .q"),
+        ("mov.b32 %r1.x, 0;", "no vector"),
         ("L: L: ret;", "label twice"),
         ("@%p1 L: ret;", "label with a guard"),
+        ("@%r1 mov.b32 %r1, 0;", "no predicate"),
         ("mov.b32 %r1, !%r2 /* ;", "comment without end"),
     ],
 )  # fmt: skip
