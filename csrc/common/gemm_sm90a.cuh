@@ -1,7 +1,7 @@
 #pragma once
 // GEMM on wgmma: int8 and e4m3 on sm_90a. A block makes tile after tile of the product. One thread loads: 128 of K at a
-// time come by TMA, which fills with zeros beyond the matrices, into a ring of stages. Two warpgroups multiply, straight
-// from shared memory, and finish their tile while the next one's stages are loaded.
+// time come by TMA, which fills with zeros beyond the matrices, into a ring of stages. Two warpgroups multiply,
+// straight from shared memory, and finish their tile while the next one's stages are loaded.
 #include "common/gemm_epilogue.cuh"
 #include "common/gemm_tiles.cuh"
 #include "common/ptx_sm90a.cuh"
@@ -110,8 +110,7 @@ __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStor
       } else {
         ptx::tma_load_multicast(b, p.b, k, b_row, arrived, everyone);
       }
-      if (scaled)
-        ptx::tma_load(ptx::shared_address(s.a_scale[ring.stage]), p.a_scale, row, k / kScaleBlock, arrived);
+      if (scaled) ptx::tma_load(ptx::shared_address(s.a_scale[ring.stage]), p.a_scale, row, k / kScaleBlock, arrived);
     }
   }
 }
@@ -296,7 +295,7 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.plan.cluster;
   const TileMap map{ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN)};
-  WgmmaArguments arguments{{}, {}, {}, p.blocks, map, map.blocks(p.plan.splits), p.a.columns, p.plan.split_k,
+  WgmmaArguments arguments{{},           {}, {}, p.blocks, map, map.blocks(p.plan.splits), p.a.columns, p.plan.split_k,
                            GemmOutput(p)};
   const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
     return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_UINT8, m.data, m.rows, m.columns, m.stride, box_rows,

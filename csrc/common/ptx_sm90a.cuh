@@ -16,8 +16,8 @@ __device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // At an mbarrier of any CTA of the cluster, as map_shared gives its address. With the scope of a cluster, ptxas makes
-// fences of the whole GPU of it (MEMBAR.ALL.GPU, for a wait CCTL.IVALL); what is ordered here are reads of shared memory
-// that have ended and the async proxy's writes, and CUTLASS too does without.
+// fences of the whole GPU of it (MEMBAR.ALL.GPU, for a wait CCTL.IVALL); what is ordered here are reads of shared
+// memory that have ended and the async proxy's writes, and CUTLASS too does without.
 __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

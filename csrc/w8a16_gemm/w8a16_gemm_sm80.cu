@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const uint8_t* from_b = s.stage.b[0] + StageLayout<typename Config::B>::offset(warp_n + g, t);
 
   const auto copy_next = [&](int stage) {  // slices beyond the depth are zeros
-    copy_a.masked(stage), copy_b.masked(stage);
+    copy_a.masked(stage, 0), copy_b.masked(stage, 0);
     copy_a.advance(1), copy_b.advance(1);
     ptx::cp_async_commit();
   };
