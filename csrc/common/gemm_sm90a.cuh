@@ -28,9 +28,15 @@ struct WgmmaConfig {
   struct Stage {
     uint8_t a[M][kStageK], b[N][kStageK];
   };
+  // What a stage's sums are multiplied by as they are promoted: of the rows of a; of b two, those of gate and of up, or
+  // else of the first and the second 128 columns. TMA writes to multiples of 128 bytes, 16 bytes at least.
+  struct Scales {
+    float a[M], b[2][32];
+  };
+  static constexpr int kScaleBytes = sizeof(Scales::a) + 2 * 16;
   struct SharedStorage {
     Stage stage[Stages];
-    alignas(128) float a_scale[Stages][Element::kPromoted ? M : 32];  // of a row's 128 of K
+    alignas(128) Scales scales[Element::kPromoted ? Stages : 1];
     Slab slab[kWarps];
     uint64_t full[Stages], empty[Stages];
   };
@@ -38,8 +44,10 @@ struct WgmmaConfig {
 };
 
 struct WgmmaArguments {
-  CUtensorMap a, b, a_scale;
-  BlockScales blocks;
+  CUtensorMap a, b, a_scale, b_scale;
+  bool scaled;                 // there are scales of blocks
+  int b_first, b_row, b_next;  // in b_scale: the first one, and how far apart are row blocks, and the two of a stage
+  bool gated;
   TileMap map;    // of clusters' tiles: those of its blocks lie below each other
   int64_t tiles;  // clusters' tiles times splits
   int64_t k, split_k;
@@ -89,13 +97,13 @@ template <class Config>
 __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStorage& s) {
   Work<Config> work(p);
   const uint32_t full = ptx::shared_address(s.full), empty = ptx::shared_address(s.empty);
-  const bool scaled = p.blocks.b;
-  const int bytes = sizeof(typename Config::Stage) + (scaled ? sizeof(s.a_scale[0]) : 0);
+  const int bytes = sizeof(typename Config::Stage) + (p.scaled ? Config::kScaleBytes : 0);
   const int share = Config::kN / work.cluster;
   const uint16_t everyone = (1 << work.cluster) - 1;
   Ring<Config::kStages> ring;
   while (work.next()) {
-    const int row = static_cast<int>(work.row), b_row = static_cast<int>(work.column) + work.rank * share;
+    const int row = static_cast<int>(work.row), b_row = static_cast<int>(work.column) + work.rank * share,
+              first_block = static_cast<int>(work.column) / (p.gated ? 2 * kScaleBlock : kScaleBlock);
     for (int i = 0; i < work.slices; ++i, ring.advance()) {
       const int k = static_cast<int>(work.k) + i * Config::kStageK;
       const uint32_t arrived = full + ring.stage * 8;
@@ -110,8 +118,13 @@ __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStor
       } else {
         ptx::tma_load_multicast(b, p.b, k, b_row, arrived, everyone);
       }
-      if (scaled)
-        ptx::tma_load(ptx::shared_address(s.a_scale[ring.stage]), p.a_scale, row, k / kScaleBlock, arrived);
+      if (Config::Element::kPromoted && p.scaled) {
+        const int block = k / kScaleBlock, b_block = p.b_first + first_block * p.b_row + block;
+        auto& scales = s.scales[ring.stage];
+        ptx::tma_load(ptx::shared_address(scales.a), p.a_scale, row, block, arrived);
+        ptx::tma_load(ptx::shared_address(scales.b[0]), p.b_scale, b_block, 0, arrived);
+        ptx::tma_load(ptx::shared_address(scales.b[1]), p.b_scale, b_block + p.b_next, 0, arrived);
+      }
     }
   }
 }
@@ -122,22 +135,27 @@ struct Multiplier {
   using Acc = typename Config::Acc;
   using Sums = Acc[Config::kTiles][4];
   Ring<Config::kStages> ring;
-  uint32_t full, empty;  // empty: that of the block of the cluster whose rank is this lane
-  uint32_t a, b;         // low halves of the descriptors in the first stage
-  bool releases;         // a lane of every warp for each block of the cluster, as their loads fill this block too
-  int row, column;       // of this warp in the tile
-  const float* a_scale;  // of this thread's first row in the first stage
+  int row, column;  // of this warp in the tile
+  uint32_t full;
+  uint32_t empty;  // that of the block of the cluster whose rank is this lane, or zero: their loads fill this block too
+  uint32_t a, b;   // low halves of the descriptors in the first stage
+  uint32_t a_scale, b_scale[2];  // in the first stage: of this thread's first row, of even and of odd n8 tiles
 
-  __device__ Multiplier(typename Config::SharedStorage& s, int group) {
+  __device__ Multiplier(typename Config::SharedStorage& s, int group, bool gated) {
     const uint32_t lane = threadIdx.x % 32;
     row = group % Config::kGroupsM * Config::kGroupM + threadIdx.x / 32 % 4 * 16;
     column = group / Config::kGroupsM * Config::kGroupN;
-    a_scale = &s.a_scale[0][row + lane / 4];
+    const auto kept = [=](uint32_t x, int from) { return __shfl_sync(0xffffffff, x, from); };
     full = ptx::shared_address(s.full);
-    releases = lane < ptx::cluster_size();
-    empty = ptx::map_shared(ptx::shared_address(s.empty), releases ? lane : 0);
-    a = ptx::descriptor(ptx::shared_address(s.stage[0].a[group % Config::kGroupsM * Config::kGroupM]));
-    b = ptx::descriptor(ptx::shared_address(s.stage[0].b[group / Config::kGroupsM * Config::kGroupN]));
+    const uint32_t there = ptx::map_shared(ptx::shared_address(s.empty), min(lane, ptx::cluster_size() - 1));
+    // What comes out of a shuffle is not computed again in the loop; if it is one lane's, it is known to be uniform.
+    empty = kept(lane < ptx::cluster_size() ? there : 0, lane);
+    a = kept(ptx::descriptor(ptx::shared_address(s.stage[0].a[group % Config::kGroupsM * Config::kGroupM])), 0);
+    b = kept(ptx::descriptor(ptx::shared_address(s.stage[0].b[column])), 0);
+    a_scale = kept(ptx::shared_address(&s.scales[0].a[row + lane / 4]), lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      b_scale[i] = kept(ptx::shared_address(s.scales[0].b[gated ? i : column / kScaleBlock]), 0);
   }
   __device__ void wait() {
     while (!ptx::mbarrier_try_wait(full + ring.stage * 8, ring.parity)) {
@@ -153,8 +171,19 @@ struct Multiplier {
                      accumulate || step > 0);
     }
   }
+  __device__ void load_scales(float (&scale)[Config::kWaves][2][2]) const {
+    const uint32_t at = ring.stage * sizeof(typename Config::Scales);
+    const float b[2] = {ptx::load_shared(b_scale[0] + at), ptx::load_shared(b_scale[1] + at)};
+#pragma unroll
+    for (int w = 0; w < Config::kWaves; ++w)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float a = ptx::load_shared(a_scale + at + (w * 64 + half * 8) * sizeof(float));
+        scale[w][half][0] = a * b[0], scale[w][half][1] = a * b[1];
+      }
+  }
   __device__ void release(int stage) {
-    if (releases) ptx::mbarrier_arrive_cluster(empty + stage * 8);
+    if (empty) ptx::mbarrier_arrive_cluster(empty + stage * 8);
   }
 };
 
@@ -184,57 +213,22 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
   m.release(before);
 }
 
-// The scales of a warpgroup's columns, all in one block of 128 (gated: those of gate and of up), for 128 of K after
-// another; each is fetched one ahead.
-struct ColumnScales {
-  const float* from;
-  int64_t up_offset;
-  int left;
-  float gate, up;
-
-  __device__ ColumnScales(const WgmmaArguments& p, int64_t column, int64_t k, int slices)
-      : up_offset(p.blocks.up_offset), left(slices) {
-    const bool gated = is_gated(p.out.epilogue.activation);
-    const int64_t inside = min(column, p.out.columns - 1), depth = (p.k + kScaleBlock - 1) / kScaleBlock;
-    from = p.blocks.b + (gated ? inside / 2 : inside) / kScaleBlock * depth + k / kScaleBlock;
-    if (p.blocks.b) fetch();
-  }
-  __device__ void fetch() { gate = from[0], up = from[up_offset]; }
-  __device__ void advance() {
-    if (--left > 0) ++from, fetch();
-  }
-};
-
 // Sums that are promoted after each stage, times its scales. There are registers for the partial sums of 64 rows only:
 // while one warpgroup adds them the other one's wgmmas run.
 template <class Config>
 __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& work,
                                      float (&sum)[Config::kWaves][Config::kTiles][4]) {
-  float scale[Config::kWaves][2][2];  // of the rows lane / 4 and eight below, times those of gate and of up
 #pragma unroll
-  for (int w = 0; w < Config::kWaves; ++w) {
+  for (int w = 0; w < Config::kWaves; ++w)
 #pragma unroll
     for (int j = 0; j < Config::kTiles; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[w][j][e] = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scale[w][i / 2][i % 2] = 1;
-  }
-  const bool scaled = work.p.blocks.b;
-  ColumnScales scales(work.p, work.column + m.column, work.k, work.slices);
 #pragma unroll 1
   for (int i = 0; i < work.slices; ++i) {
     m.wait();
-    if (scaled) {
-#pragma unroll
-      for (int w = 0; w < Config::kWaves; ++w)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float a = m.a_scale[m.ring.stage * Config::kM + w * 64 + half * 8];
-          scale[w][half][0] = a * scales.gate, scale[w][half][1] = a * scales.up;
-        }
-      scales.advance();
-    }
+    float scale[Config::kWaves][2][2];  // of the rows lane / 4 and eight below, even and odd n8 tiles
+    m.load_scales(scale);
 #pragma unroll
     for (int w = 0; w < Config::kWaves; ++w) {
       float part[Config::kTiles][4];
@@ -269,6 +263,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     }
     ptx::fence_mbarrier_init();
   }
+  if (Config::Element::kPromoted && !p.scaled) {
+    auto one = reinterpret_cast<float*>(s.scales);
+    for (unsigned i = threadIdx.x; i < sizeof(s.scales) / sizeof(float); i += Config::kThreads) one[i] = 1;
+  }
   __syncwarp();
   ptx::cluster_sync();
 
@@ -281,7 +279,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     ptx::setmaxnreg_inc<Config::kMultiplyRegisters>();
     const int warp = threadIdx.x / 32;
     Work<Config> work(p);
-    Multiplier<Config> m(s, warpgroup);
+    Multiplier<Config> m(s, warpgroup, p.gated);
     while (work.next()) {
       typename Config::Acc sum[Config::kWaves][Config::kTiles][4];
       multiply_tile(m, work, sum);
@@ -296,7 +294,19 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.plan.cluster;
   const TileMap map{ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN)};
-  WgmmaArguments arguments{{}, {}, {}, p.blocks, map, map.blocks(p.plan.splits), p.a.columns, p.plan.split_k,
+  WgmmaArguments arguments{{},
+                           {},
+                           {},
+                           {},
+                           p.blocks.b != nullptr,
+                           0,
+                           0,
+                           0,
+                           is_gated(p.epilogue.activation),
+                           map,
+                           map.blocks(p.plan.splits),
+                           p.a.columns,
+                           p.plan.split_k,
                            GemmOutput(p)};
   const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
     return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_UINT8, m.data, m.rows, m.columns, m.stride, box_rows,
@@ -304,10 +314,21 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   };
   if (auto e = operand(arguments.a, p.a, Config::kM)) return e;
   if (auto e = operand(arguments.b, p.b, Config::kN / cluster)) return e;
-  if (p.blocks.a) {
-    const int64_t depth = ceil_div(p.a.columns, kScaleBlock);
+  if (arguments.scaled) {
+    const int64_t depth = ceil_div(p.a.columns, kScaleBlock),
+                  matrix = p.blocks.up_offset ? p.blocks.up_offset : depth * ceil_div(p.b.rows, kScaleBlock);
+    // b's as one row, from a multiple of 16 bytes on
+    const auto address = reinterpret_cast<uintptr_t>(p.blocks.b);
+    arguments.b_first = address % 16 / sizeof(float);
+    arguments.b_row = static_cast<int>(depth);
+    arguments.b_next = static_cast<int>(arguments.gated ? p.blocks.up_offset : depth);
+    const int64_t columns = arguments.b_first + (arguments.gated ? 2 : 1) * matrix;
     if (auto e = encode_boxes(arguments.a_scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.blocks.a, depth, p.a.rows,
                               p.blocks.a_stride * 4, 1, Config::kM, CU_TENSOR_MAP_SWIZZLE_NONE))
+      return e;
+    if (auto e = encode_boxes(arguments.b_scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                              reinterpret_cast<const void*>(address / 16 * 16), 1, columns, ceil_div(columns, 4) * 16, 1, 4,
+                              CU_TENSOR_MAP_SWIZZLE_NONE))
       return e;
   }
   auto kernel = gemm_wgmma_kernel<Config>;
