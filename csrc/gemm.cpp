@@ -37,7 +37,7 @@ Device device_of(Backend backend, const Tensor& x) {
 GemmCall::GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace)
     : params(p), backend_(backend), like_(like), workspace_(workspace) {
   const int64_t m = p.a.rows, n = p.b.rows;
-  params.plan = plan_gemm(m, n, p.a.columns, p.a.dtype, device_of(backend, like));
+  if (!params.plan.tile_m) params.plan = plan_gemm(m, n, p.a.columns, p.a.dtype, device_of(backend, like));
   if (!is_aligned(p.a)) a_ = workspace.reserve(m * padded_stride(p.a) * size_of(p.a.dtype));
   if (!is_aligned(p.b)) b_ = workspace.reserve(n * padded_stride(p.b) * size_of(p.b.dtype));
   if (params.plan.splits > 1) {

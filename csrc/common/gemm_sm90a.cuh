@@ -21,8 +21,8 @@ struct WgmmaConfig {
   static constexpr int kGroupM = M / GroupsM, kGroupN = N * GroupsM / kGroups;
   static constexpr int kWaves = kGroupM / 64, kTiles = kGroupN / 8;  // of a warpgroup: blocks of 64 rows, n8 tiles
   static constexpr int kStageK = 128, kSteps = kStageK / 32;         // a stage's rows are one swizzle of 128 bytes
-  // 384 threads get 168 registers each at launch; 128 * 40 + 256 * 232 are as many.
-  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
+  // 384 threads get 168 registers each at launch; 128 * 24 + 256 * 240 are as many.
+  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
   struct Stage {
@@ -38,6 +38,10 @@ struct WgmmaConfig {
     Stage stage[Stages];
     alignas(128) Scales scales[Element::kPromoted ? Stages : 1];
     Slab slab[kWarps];
+    // Of this tile and of the one before, by warpgroup: the largest magnitudes that each lane found in a row. (An atomic
+    // maximum would be one value, but with it the main loop's control flow is no longer known to be uniform: 238
+    // instructions in place of 206.)
+    float4 largest[2][kGroups][Element::kPromoted ? M : 1];
     uint64_t full[Stages], empty[Stages];
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
@@ -48,8 +52,8 @@ struct WgmmaArguments {
   bool scaled;                 // there are scales of blocks
   int b_first, b_row, b_next;  // in b_scale: the first one, and how far apart are row blocks, and the two of a stage
   bool gated;
-  TileMap map;    // of clusters' tiles: those of its blocks lie below each other
-  int64_t tiles;  // clusters' tiles times splits
+  TileMap map;     // of clusters' tiles: those of its blocks lie below each other
+  uint32_t tiles;  // clusters' tiles times splits
   int64_t k, split_k;
   GemmOutput out;
 };
@@ -68,8 +72,7 @@ struct Ring {
 template <class Config>
 struct Work {
   const WgmmaArguments& p;
-  uint32_t cluster, rank;
-  int64_t index, clusters;
+  uint32_t cluster, rank, index, clusters;
   int64_t row, column, k;
   int slices, split;
 
@@ -248,6 +251,53 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
   }
 }
 
+// The tile's outputs as e4m3 with a scale for each row's group of 128, all of it in this tile: once through the epilogue
+// for the largest magnitude, once for the values.
+template <class Config>
+struct GroupQuantizer {
+  typename Config::SharedStorage& s;
+  const GemmOutput& o;
+  const Multiplier<Config>& m;
+  int first_row;      // of the tile
+  int tile, group;    // tiles so far: the other half of s.largest may still be read; group: this warpgroup
+
+  __device__ float4& largest(int g, int64_t row) const { return s.largest[tile % 2][g][static_cast<int>(row) - first_row]; }
+  // gated, the group is that of both warpgroups
+  __device__ bool shared() const { return Config::kGroupsM == 1 && is_gated(o.epilogue.activation); }
+
+  __device__ void begin() const {
+    for (int i = threadIdx.x % 32; i < Config::kWaves * 16; i += 32)
+      largest(group, first_row + m.row + i / 16 * 64 + i % 16) = make_float4(0, 0, 0, 0);
+    __syncwarp();
+  }
+  __device__ void measure(const float (&y)[kVec], int64_t row, int n) const {
+    float& most = reinterpret_cast<float*>(&largest(group, row))[threadIdx.x % 4];  // four lanes at most share a row
+    float v = most;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      if (i < n) v = ptx::max_nan(v, fabsf(y[i]));
+    most = v;
+  }
+  __device__ void exchange() const {
+    if (shared()) {
+      ptx::barrier_sync(1, 128 * Config::kGroups);
+    } else {
+      __syncwarp();
+    }
+  }
+  __device__ void store(const float (&y)[kVec], int64_t row, int64_t column, int n) const {
+    const auto all = [](float4 v) { return ptx::max_nan(ptx::max_nan(v.x, v.y), ptx::max_nan(v.z, v.w)); };
+    float range = all(largest(group, row));
+    if (shared()) range = ptx::max_nan(range, all(largest(1 - group, row)));
+    range = range < kLeastRange ? kLeastRange : range;
+    const float inverse = __fdiv_rn(448.0f, range);
+    if (column % kScaleBlock == 0)
+      o.epilogue.group_scale[row + column / kScaleBlock * o.epilogue.group_scale_stride] = __fdiv_rn(range, 448.0f);
+    store_vec(to_e4m3_vector(y, inverse), static_cast<uint8_t*>(o.epilogue.out) + row * o.epilogue.out_stride + column, n,
+              o.access.out);
+  }
+};
+
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -280,10 +330,31 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     const int warp = threadIdx.x / 32;
     Work<Config> work(p);
     Multiplier<Config> m(s, warpgroup, p.gated);
+    int tile = 0;
     while (work.next()) {
       typename Config::Acc sum[Config::kWaves][Config::kTiles][4];
       multiply_tile(m, work, sum);
-      finish_fragments<64>(sum, s.slab[warp], p.out, work.row + m.row, work.column + m.column, work.split);
+      const bool quantized = Config::Element::kPromoted && p.out.epilogue.group_scale;
+      const GroupQuantizer<Config> groups{s, p.out, m, static_cast<int>(work.row), tile++, warpgroup};
+      if (quantized) groups.begin();
+#pragma unroll 1
+      for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {
+        const auto store = [&](float(&y)[kVec], int64_t row, int64_t column, int n) {
+          if (!quantized) {
+            store_output(y, p.out.epilogue, p.out.access, row, column, n);
+          } else if (pass == 0) {
+            groups.measure(y, row, n);
+          } else {
+            groups.store(y, row, column, n);
+          }
+        };
+        each_slab<64>(sum, s.slab[warp], work.row + m.row, work.column + m.column,
+                      [&](auto columns, int64_t row, int64_t column) {
+                        finish_slab<decltype(columns)::value, typename Config::Acc>(s.slab[warp], p.out, row, column,
+                                                                                    work.split, store);
+                      });
+        if (quantized && pass == 0) groups.exchange();
+      }
     }
   }
   ptx::cluster_sync();  // until then other blocks of the cluster arrive at barriers of this one
@@ -293,7 +364,7 @@ template <class Config>
 int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.plan.cluster;
-  const TileMap map{ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN)};
+  const TileMap map(ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN));
   WgmmaArguments arguments{{},
                            {},
                            {},
@@ -337,7 +408,7 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(std::min<int64_t>(p.plan.blocks / cluster, arguments.tiles) * cluster);
+  config.gridDim = std::min<unsigned>(p.plan.blocks / cluster, arguments.tiles) * cluster;
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = kShared;
   config.stream = stream;

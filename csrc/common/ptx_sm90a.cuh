@@ -34,6 +34,11 @@ __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
   return ready;
 }
+// 9.7.13.1 bar: a barrier of `threads`, whole warps, of the block
+__device__ inline void barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // 9.7.9.8 ld.shared
 __device__ inline float load_shared(uint32_t address) {
   float value;
