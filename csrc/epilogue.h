@@ -23,9 +23,10 @@ const T* one_or_each(const OptionalTensor& v, int64_t n, ScalarType type, const 
   return vector<T>(v, each ? n : 1, type, x, op, name);
 }
 
-// sizes: [lead..., columns] of the accumulators of x; rows: their product without columns.
-inline std::pair<Tensor, Epilogue> epilogue(std::vector<int64_t> sizes, int64_t rows, const EpilogueOptions& o,
-                                            const Tensor& x, const char* op) {
+// The options, checked, without the memory for the output. sizes: [lead..., columns] of the accumulators of x, then of the
+// output; rows: their product without columns.
+inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, const EpilogueOptions& o, const Tensor& x,
+                                 const char* op) {
   Epilogue e{};
   const int64_t columns = sizes.back();
   e.activation = activation_of(o.activation, op);
@@ -50,10 +51,21 @@ inline std::pair<Tensor, Epilogue> epilogue(std::vector<int64_t> sizes, int64_t 
                   ": out_dtype must be a float type, or int8 or float8_e4m3fn with an out_scale");
   e.out_scale =
       one_or_each<float>(o.out_scale, sizes.back(), ScalarType::Float, x, e.out_scale_per_column, op, "out_scale");
+  return e;
+}
+
+inline Tensor epilogue_output(Epilogue& e, const std::vector<int64_t>& sizes, ScalarType out_dtype, const Tensor& x) {
   // quantised rows feed another GEMM and are padded as its operands; others are contiguous
-  Tensor out = is_float(e.out_dtype) ? contiguous_rows(sizes, o.out_dtype, x) : padded_rows(sizes, o.out_dtype, 1, x);
+  Tensor out = is_float(e.out_dtype) ? contiguous_rows(sizes, out_dtype, x) : padded_rows(sizes, out_dtype, 1, x);
   e.out = out.mutable_data_ptr();
   e.out_stride = is_float(e.out_dtype) ? sizes.back() : round_up(sizes.back(), 16);
+  return out;
+}
+
+inline std::pair<Tensor, Epilogue> epilogue(std::vector<int64_t> sizes, int64_t rows, const EpilogueOptions& o,
+                                            const Tensor& x, const char* op) {
+  Epilogue e = epilogue_options(sizes, rows, o, x, op);
+  Tensor out = epilogue_output(e, sizes, o.out_dtype, x);
   return {out, e};
 }
 

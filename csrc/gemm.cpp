@@ -40,7 +40,7 @@ GemmCall::GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Wor
   STD_TORCH_CHECK(std::max(m, n) < (int64_t{1} << 31) && p.a.columns < (1 << 30),
                   "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, not [", m, ", ", p.a.columns,
                   "] and [", n, ", ", p.a.columns, "]: split them");
-  params.plan = plan_gemm(m, n, p.a.columns, p.a.dtype, device_of(backend, like));
+  if (!params.plan.tile_m) params.plan = plan_gemm(m, n, p.a.columns, p.a.dtype, device_of(backend, like));
   if (!is_aligned(p.a)) a_ = workspace.reserve(m * padded_stride(p.a) * size_of(p.a.dtype));
   if (!is_aligned(p.b)) b_ = workspace.reserve(n * padded_stride(p.b) * size_of(p.b.dtype));
   if (params.plan.splits > 1) {

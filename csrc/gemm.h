@@ -34,7 +34,7 @@ Device device_of(Backend backend, const Tensor& x);
 // What a product needs besides its operands: its plan, aligned copies of operands that are not, partial sums.
 class GemmCall {
  public:
-  GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace);
+  GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace);  // plans, if p does not
   // After workspace.allocate: the launcher of `op`, which takes Params.
   template <class Params>
   void run(const char* op) {

@@ -2,6 +2,8 @@
 // The epilogue of dequant_activation and the GEMMs on the GPU, for eight consecutive columns of a row at a time: the
 // formula of Epilogue (params.h), operation by operation. Its options are branches that all threads of a launch take
 // alike.
+#include <type_traits>
+
 #include "common/activation.cuh"
 #include "common/vec.cuh"
 
@@ -34,22 +36,36 @@ __device__ inline void load_bias(float (&v)[kVec], const Epilogue& e, int64_t co
   }
 }
 
+// What every row needs of eight columns from `column` on, n of them inside; b_sum with integers only.
+template <class Acc>
+struct EpilogueColumns {
+  static constexpr bool kInteger = std::is_same_v<Acc, int32_t>;
+  float scale[kVec], bias[kVec];
+  Vec<int32_t> b_sum;
+
+  __device__ EpilogueColumns(const Epilogue& e, const EpilogueAccess& access, int64_t column, int n) {
+    load_scales(scale, e.b_scale, e.b_scale_per_column, column, n, access.columns);
+    if (e.bias) {
+      load_bias(bias, e, column, n, access.columns);
+    } else {
+      apply(bias, [](float) { return 0.0f; });
+    }
+    if (kInteger && e.zero_point) b_sum = load_vec(e.b_sum + column, n, access.columns);
+  }
+};
 // y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias); Acc is int32_t or float.
 template <class Acc>
-__device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue& e, const EpilogueAccess& access,
-                                  int64_t row, int64_t column, int n) {
-  if (e.zero_point) {  // with integers only
+__device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue& e,
+                                  const EpilogueColumns<Acc>& columns, int64_t row) {
+  if (columns.kInteger && e.zero_point) {
     const int32_t zero_point = e.zero_point[e.zero_point_per_row ? row : 0];
-    const Vec<int32_t> b_sum = load_vec(e.b_sum + column, n, access.columns);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) acc.e[i] -= zero_point * b_sum.e[i];
+    for (int i = 0; i < kVec; ++i) acc.e[i] -= zero_point * columns.b_sum.e[i];
   }
   const float a_scale = e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
-  float scale[kVec], bias[kVec] = {};
-  load_scales(scale, e.b_scale, e.b_scale_per_column, column, n, access.columns);
-  if (e.bias) load_bias(bias, e, column, n, access.columns);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) y[i] = __fmaf_rn(to_float(acc.e[i]), __fmul_rn(a_scale, scale[i]), bias[i]);
+  for (int i = 0; i < kVec; ++i)
+    y[i] = __fmaf_rn(to_float(acc.e[i]), __fmul_rn(a_scale, columns.scale[i]), columns.bias[i]);
 }
 
 template <class T>
@@ -93,21 +109,20 @@ __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const E
   store_vec(q, static_cast<uint8_t*>(e.out) + at, n, access.out);
 }
 
-// Eight accumulators of a row from `column` on, n of them inside it, to the output; gated: eight gates, and their ups
-// from column + 8 on.
+// Eight accumulators of a row to the values of the output; gated: eight gates, and their ups from column + 8 on.
 template <class Acc>
-__device__ inline void epilogue_vector(const Epilogue& e, const EpilogueAccess& access, int64_t row, int64_t column,
-                                       int n, const Vec<Acc>& acc, const Vec<Acc>& up) {
+__device__ inline void epilogue_values(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access,
+                                       const EpilogueColumns<Acc>& columns, int64_t row, int64_t column, int n,
+                                       const Vec<Acc>& acc, const Vec<Acc>& up) {
   const bool gated = is_gated(e.activation);
-  float y[kVec], y_up[kVec];
-  if (gated) dequantize(y_up, up, e, access, row, column + kVec, n);
-  dequantize(y, acc, e, access, row, column, n);
+  float y_up[kVec];
+  if (gated) dequantize(y_up, up, e, EpilogueColumns<Acc>(e, access, column + kVec, n), row);
+  dequantize(y, acc, e, columns, row);
   activate(e.activation, y);
   if (gated) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) y[i] = __fmul_rn(y[i], y_up[i]);
   }
-  store_output(y, e, access, row, gated ? column / 2 : column, n);
 }
 
 }  // namespace forwardpass

@@ -50,8 +50,9 @@ struct Device {
 
 HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A function of the shape, the operands' type and the device alone: the same inputs give the same bits.
-inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device device) {
+// A function of the shape, the operands' type and the device alone: the same inputs give the same bits. whole: columns
+// that a tile on wgmma has to hold together, 128 or 256.
+inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device device, int32_t whole = 128) {
   GemmPlan plan{};
   int64_t least_k = 512;
   if (m <= kGemvRows) {
@@ -70,7 +71,7 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device de
     // there are half as many, and the last round of them may leave more of the multiprocessors idle.
     const int64_t rows = ceil_div(m, 128), rounds = ceil_div(rows * ceil_div(n, 256), device.sms),
                   small_rounds = ceil_div(rows * ceil_div(n, 128), device.sms);
-    plan.tile_n = small_rounds < 2 * rounds ? 128 : 256;
+    plan.tile_n = whole <= 128 && small_rounds < 2 * rounds ? 128 : 256;
     // An odd row of tiles has a row without work beside it: less than the bytes that it saves from 16 rows on.
     plan.cluster = rows % 2 == 0 || rows > 16 ? 2 : 1;
     plan.blocks = device.sms;

@@ -72,31 +72,47 @@ __device__ inline Vec<Acc> get_vector(const Slab& slab, int row, int column) {
   return v;
 }
 
-// The first kColumns of what the slab holds, whose first element is (row, column) of the product.
+// The first kColumns of what the slab holds, whose first element is (row, column) of the product: to partial sums, or
+// to store(y, row, column of the output, n), eight values of which n are inside. A lane's columns are the same in all
+// rows.
+template <int kColumns, class Acc, class Store>
+__device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_t row, int64_t column, int split,
+                                   Store store) {
+  const bool gated = is_gated(o.epilogue.activation) && !o.partial;
+  const int width = gated ? 2 * kVec : kVec, vectors = kColumns / width, lane = threadIdx.x % 32;
+  const int c = lane % vectors * width, rows = static_cast<int>(min(int64_t{kSlabRows}, o.rows - row));
+  column += c;
+  if (column >= o.columns) return;
+  const int n = static_cast<int>(min(int64_t{kVec}, o.columns - column));
+  if (o.partial) {  // its rows are ours: padded, and aligned
+    auto p = static_cast<Acc*>(o.partial) + split * o.split_stride + row * o.partial_stride + column;
+#pragma unroll 1
+    for (int r = lane / vectors; r < rows; r += 32 / vectors)
+      *reinterpret_cast<Vec<Acc>*>(p + r * o.partial_stride) = get_vector<Acc>(slab, r, c);
+    return;
+  }
+  const EpilogueColumns<Acc> columns(o.epilogue, o.access, column, n);
+#pragma unroll 1
+  for (int r = lane / vectors; r < rows; r += 32 / vectors) {
+    const Vec<Acc> acc = get_vector<Acc>(slab, r, c);
+    float y[kVec];
+    epilogue_values(y, o.epilogue, o.access, columns, row + r, column, n, acc,
+                    gated ? get_vector<Acc>(slab, r, c + kVec) : acc);
+    store(y, row + r, gated ? column / 2 : column, n);
+  }
+}
 template <int kColumns, class Acc>
 __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_t row, int64_t column, int split) {
-  const bool gated = is_gated(o.epilogue.activation) && !o.partial;
-  const int width = gated ? 2 * kVec : kVec, vectors = kColumns / width;
-#pragma unroll 1
-  for (int v = threadIdx.x % 32; v < kSlabRows * vectors; v += 32) {
-    const int r = v / vectors, c = v % vectors * width;
-    if (row + r >= o.rows || column + c >= o.columns) continue;
-    const int n = static_cast<int>(min(int64_t{kVec}, o.columns - column - c));
-    const Vec<Acc> acc = get_vector<Acc>(slab, r, c);
-    if (o.partial) {  // its rows are ours: padded, and aligned
-      auto p = static_cast<Acc*>(o.partial) + split * o.split_stride + (row + r) * o.partial_stride + column + c;
-      *reinterpret_cast<Vec<Acc>*>(p) = acc;
-    } else {
-      epilogue_vector(o.epilogue, o.access, row + r, column + c, n, acc, gated ? get_vector<Acc>(slab, r, c + 8) : acc);
-    }
-  }
+  finish_slab<kColumns, Acc>(slab, o, row, column, split, [&](float (&y)[kVec], int64_t r, int64_t c, int n) {
+    store_output(y, o.epilogue, o.access, r, c, n);
+  });
 }
 
 // The accumulators of a warp: kRows blocks of sixteen rows, kStep rows apart, by kTiles n8 tiles, from (row, column) of
-// the product on.
-template <int kStep = kSlabRows, int kRows, int kTiles, class Acc>
-__device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab& slab, const GemmOutput& o,
-                                        int64_t row, int64_t column, int split) {
+// the product on. Finish is finish_slab, or what it does in its place.
+template <int kStep, int kRows, int kTiles, class Acc, class Finish>
+__device__ inline void each_slab(const Acc (&acc)[kRows][kTiles][4], Slab& slab, int64_t row, int64_t column,
+                                 Finish finish) {
   constexpr int kSlabTiles = kTiles % 4 == 0 ? 4 : 2, kColumns = kSlabTiles * 8, kAcross = kTiles / kSlabTiles;
   static_assert(kTiles % kSlabTiles == 0 && kColumns <= kSlabColumns);
 #pragma unroll 1
@@ -110,9 +126,16 @@ __device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab
         },
         std::make_integer_sequence<int, kRows * kAcross>{});
     __syncwarp();
-    finish_slab<kColumns, Acc>(slab, o, row + chunk / kAcross * kStep, column + chunk % kAcross * kColumns, split);
+    finish(std::integral_constant<int, kColumns>{}, row + chunk / kAcross * kStep, column + chunk % kAcross * kColumns);
     __syncwarp();
   }
+}
+template <int kRows, int kTiles, class Acc>
+__device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab& slab, const GemmOutput& o,
+                                        int64_t row, int64_t column, int split) {
+  each_slab<kSlabRows>(acc, slab, row, column, [&](auto columns, int64_t r, int64_t c) {
+    finish_slab<decltype(columns)::value, Acc>(slab, o, r, c, split);
+  });
 }
 
 // After a GEMM: its partial sums, where it has any, to the output.

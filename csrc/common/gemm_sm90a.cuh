@@ -21,27 +21,39 @@ struct WgmmaConfig {
   static constexpr int kGroupM = M / GroupsM, kGroupN = N * GroupsM / kGroups;
   static constexpr int kWaves = kGroupM / 64, kTiles = kGroupN / 8;  // of a warpgroup: blocks of 64 rows, n8 tiles
   static constexpr int kStageK = 128, kSteps = kStageK / 32;         // a stage's rows are one swizzle of 128 bytes
-  // 384 threads get 168 registers each at launch; 128 * 40 + 256 * 232 are as many.
-  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
+  // 384 threads get 168 registers each at launch; 128 * 24 + 256 * 240 are as many.
+  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
   struct Stage {
     uint8_t a[M][kStageK], b[N][kStageK];
   };
+  // What a stage's sums are multiplied by as they are promoted: of the rows of a; of b two, those of gate and of up, or
+  // else of the first and the second 128 columns. TMA writes to multiples of 128 bytes, 16 bytes at least.
+  struct Scales {
+    float a[M], b[2][32];
+  };
+  static constexpr int kScaleBytes = sizeof(Scales::a) + 2 * 16;
   struct SharedStorage {
     Stage stage[Stages];
-    alignas(128) float a_scale[Stages][Element::kPromoted ? M : 32];  // of a row's 128 of K
+    alignas(128) Scales scales[Element::kPromoted ? Stages : 1];
     Slab slab[kWarps];
+    // Of this tile and of the one before, by warpgroup: the largest magnitudes that each lane found in a row. (An
+    // atomic maximum would be one value, but with it the main loop's control flow is no longer known to be uniform: 238
+    // instructions in place of 206.)
+    float4 largest[2][kGroups][Element::kPromoted ? M : 1];
     uint64_t full[Stages], empty[Stages];
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
 };
 
 struct WgmmaArguments {
-  CUtensorMap a, b, a_scale;
-  BlockScales blocks;
-  TileMap map;    // of clusters' tiles: those of its blocks lie below each other
-  int64_t tiles;  // clusters' tiles times splits
+  CUtensorMap a, b, a_scale, b_scale;
+  bool scaled;                 // there are scales of blocks
+  int b_first, b_row, b_next;  // in b_scale: the first one, and how far apart are row blocks, and the two of a stage
+  bool gated;
+  TileMap map;     // of clusters' tiles: those of its blocks lie below each other
+  uint32_t tiles;  // clusters' tiles times splits
   int64_t k, split_k;
   GemmOutput out;
 };
@@ -60,8 +72,7 @@ struct Ring {
 template <class Config>
 struct Work {
   const WgmmaArguments& p;
-  uint32_t cluster, rank;
-  int64_t index, clusters;
+  uint32_t cluster, rank, index, clusters;
   int64_t row, column, k;
   int slices, split;
 
@@ -89,13 +100,13 @@ template <class Config>
 __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStorage& s) {
   Work<Config> work(p);
   const uint32_t full = ptx::shared_address(s.full), empty = ptx::shared_address(s.empty);
-  const bool scaled = p.blocks.b;
-  const int bytes = sizeof(typename Config::Stage) + (scaled ? sizeof(s.a_scale[0]) : 0);
+  const int bytes = sizeof(typename Config::Stage) + (p.scaled ? Config::kScaleBytes : 0);
   const int share = Config::kN / work.cluster;
   const uint16_t everyone = (1 << work.cluster) - 1;
   Ring<Config::kStages> ring;
   while (work.next()) {
-    const int row = static_cast<int>(work.row), b_row = static_cast<int>(work.column) + work.rank * share;
+    const int row = static_cast<int>(work.row), b_row = static_cast<int>(work.column) + work.rank * share,
+              first_block = static_cast<int>(work.column) / (p.gated ? 2 * kScaleBlock : kScaleBlock);
     for (int i = 0; i < work.slices; ++i, ring.advance()) {
       const int k = static_cast<int>(work.k) + i * Config::kStageK;
       const uint32_t arrived = full + ring.stage * 8;
@@ -110,7 +121,13 @@ __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStor
       } else {
         ptx::tma_load_multicast(b, p.b, k, b_row, arrived, everyone);
       }
-      if (scaled) ptx::tma_load(ptx::shared_address(s.a_scale[ring.stage]), p.a_scale, row, k / kScaleBlock, arrived);
+      if (Config::Element::kPromoted && p.scaled) {
+        const int block = k / kScaleBlock, b_block = p.b_first + first_block * p.b_row + block;
+        auto& scales = s.scales[ring.stage];
+        ptx::tma_load(ptx::shared_address(scales.a), p.a_scale, row, block, arrived);
+        ptx::tma_load(ptx::shared_address(scales.b[0]), p.b_scale, b_block, 0, arrived);
+        ptx::tma_load(ptx::shared_address(scales.b[1]), p.b_scale, b_block + p.b_next, 0, arrived);
+      }
     }
   }
 }
@@ -121,22 +138,27 @@ struct Multiplier {
   using Acc = typename Config::Acc;
   using Sums = Acc[Config::kTiles][4];
   Ring<Config::kStages> ring;
-  uint32_t full, empty;  // empty: that of the block of the cluster whose rank is this lane
-  uint32_t a, b;         // low halves of the descriptors in the first stage
-  bool releases;         // a lane of every warp for each block of the cluster, as their loads fill this block too
-  int row, column;       // of this warp in the tile
-  const float* a_scale;  // of this thread's first row in the first stage
+  int row, column;  // of this warp in the tile
+  uint32_t full;
+  uint32_t empty;  // that of the block of the cluster whose rank is this lane, or zero: their loads fill this block too
+  uint32_t a, b;   // low halves of the descriptors in the first stage
+  uint32_t a_scale, b_scale[2];  // in the first stage: of this thread's first row, of even and of odd n8 tiles
 
-  __device__ Multiplier(typename Config::SharedStorage& s, int group) {
+  __device__ Multiplier(typename Config::SharedStorage& s, int group, bool gated) {
     const uint32_t lane = threadIdx.x % 32;
     row = group % Config::kGroupsM * Config::kGroupM + threadIdx.x / 32 % 4 * 16;
     column = group / Config::kGroupsM * Config::kGroupN;
-    a_scale = &s.a_scale[0][row + lane / 4];
+    const auto kept = [=](uint32_t x, int from) { return __shfl_sync(0xffffffff, x, from); };
     full = ptx::shared_address(s.full);
-    releases = lane < ptx::cluster_size();
-    empty = ptx::map_shared(ptx::shared_address(s.empty), releases ? lane : 0);
-    a = ptx::descriptor(ptx::shared_address(s.stage[0].a[group % Config::kGroupsM * Config::kGroupM]));
-    b = ptx::descriptor(ptx::shared_address(s.stage[0].b[group / Config::kGroupsM * Config::kGroupN]));
+    const uint32_t there = ptx::map_shared(ptx::shared_address(s.empty), min(lane, ptx::cluster_size() - 1));
+    // What comes out of a shuffle is not computed again in the loop; if it is one lane's, it is known to be uniform.
+    empty = kept(lane < ptx::cluster_size() ? there : 0, lane);
+    a = kept(ptx::descriptor(ptx::shared_address(s.stage[0].a[group % Config::kGroupsM * Config::kGroupM])), 0);
+    b = kept(ptx::descriptor(ptx::shared_address(s.stage[0].b[column])), 0);
+    a_scale = kept(ptx::shared_address(&s.scales[0].a[row + lane / 4]), lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      b_scale[i] = kept(ptx::shared_address(s.scales[0].b[gated ? i : column / kScaleBlock]), 0);
   }
   __device__ void wait() {
     while (!ptx::mbarrier_try_wait(full + ring.stage * 8, ring.parity)) {
@@ -152,8 +174,19 @@ struct Multiplier {
                      accumulate || step > 0);
     }
   }
+  __device__ void load_scales(float (&scale)[Config::kWaves][2][2]) const {
+    const uint32_t at = ring.stage * sizeof(typename Config::Scales);
+    const float b[2] = {ptx::load_shared(b_scale[0] + at), ptx::load_shared(b_scale[1] + at)};
+#pragma unroll
+    for (int w = 0; w < Config::kWaves; ++w)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float a = ptx::load_shared(a_scale + at + (w * 64 + half * 8) * sizeof(float));
+        scale[w][half][0] = a * b[0], scale[w][half][1] = a * b[1];
+      }
+  }
   __device__ void release(int stage) {
-    if (releases) ptx::mbarrier_arrive_cluster(empty + stage * 8);
+    if (empty) ptx::mbarrier_arrive_cluster(empty + stage * 8);
   }
 };
 
@@ -183,57 +216,22 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
   m.release(before);
 }
 
-// The scales of a warpgroup's columns, all in one block of 128 (gated: those of gate and of up), for 128 of K after
-// another; each is fetched one ahead.
-struct ColumnScales {
-  const float* from;
-  int64_t up_offset;
-  int left;
-  float gate, up;
-
-  __device__ ColumnScales(const WgmmaArguments& p, int64_t column, int64_t k, int slices)
-      : up_offset(p.blocks.up_offset), left(slices) {
-    const bool gated = is_gated(p.out.epilogue.activation);
-    const int64_t inside = min(column, p.out.columns - 1), depth = (p.k + kScaleBlock - 1) / kScaleBlock;
-    from = p.blocks.b + (gated ? inside / 2 : inside) / kScaleBlock * depth + k / kScaleBlock;
-    if (p.blocks.b) fetch();
-  }
-  __device__ void fetch() { gate = from[0], up = from[up_offset]; }
-  __device__ void advance() {
-    if (--left > 0) ++from, fetch();
-  }
-};
-
 // Sums that are promoted after each stage, times its scales. There are registers for the partial sums of 64 rows only:
 // while one warpgroup adds them the other one's wgmmas run.
 template <class Config>
 __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& work,
                                      float (&sum)[Config::kWaves][Config::kTiles][4]) {
-  float scale[Config::kWaves][2][2];  // of the rows lane / 4 and eight below, times those of gate and of up
 #pragma unroll
-  for (int w = 0; w < Config::kWaves; ++w) {
+  for (int w = 0; w < Config::kWaves; ++w)
 #pragma unroll
     for (int j = 0; j < Config::kTiles; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[w][j][e] = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scale[w][i / 2][i % 2] = 1;
-  }
-  const bool scaled = work.p.blocks.b;
-  ColumnScales scales(work.p, work.column + m.column, work.k, work.slices);
 #pragma unroll 1
   for (int i = 0; i < work.slices; ++i) {
     m.wait();
-    if (scaled) {
-#pragma unroll
-      for (int w = 0; w < Config::kWaves; ++w)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float a = m.a_scale[m.ring.stage * Config::kM + w * 64 + half * 8];
-          scale[w][half][0] = a * scales.gate, scale[w][half][1] = a * scales.up;
-        }
-      scales.advance();
-    }
+    float scale[Config::kWaves][2][2];  // of the rows lane / 4 and eight below, even and odd n8 tiles
+    m.load_scales(scale);
 #pragma unroll
     for (int w = 0; w < Config::kWaves; ++w) {
       float part[Config::kTiles][4];
@@ -253,6 +251,55 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
   }
 }
 
+// The tile's outputs as e4m3 with a scale for each row's group of 128, all of it in this tile: once through the
+// epilogue for the largest magnitude, once for the values.
+template <class Config>
+struct GroupQuantizer {
+  typename Config::SharedStorage& s;
+  const GemmOutput& o;
+  const Multiplier<Config>& m;
+  int first_row;    // of the tile
+  int tile, group;  // tiles so far: the other half of s.largest may still be read; group: this warpgroup
+
+  __device__ float4& largest(int g, int64_t row) const {
+    return s.largest[tile % 2][g][static_cast<int>(row) - first_row];
+  }
+  // gated, the group is that of both warpgroups
+  __device__ bool shared() const { return Config::kGroupsM == 1 && is_gated(o.epilogue.activation); }
+
+  __device__ void begin() const {
+    for (int i = threadIdx.x % 32; i < Config::kWaves * 16; i += 32)
+      largest(group, first_row + m.row + i / 16 * 64 + i % 16) = make_float4(0, 0, 0, 0);
+    __syncwarp();
+  }
+  __device__ void measure(const float (&y)[kVec], int64_t row, int n) const {
+    float& most = reinterpret_cast<float*>(&largest(group, row))[threadIdx.x % 4];  // four lanes at most share a row
+    float v = most;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      if (i < n) v = ptx::max_nan(v, fabsf(y[i]));
+    most = v;
+  }
+  __device__ void exchange() const {
+    if (shared()) {
+      ptx::barrier_sync(1, 128 * Config::kGroups);
+    } else {
+      __syncwarp();
+    }
+  }
+  __device__ void store(const float (&y)[kVec], int64_t row, int64_t column, int n) const {
+    const auto all = [](float4 v) { return ptx::max_nan(ptx::max_nan(v.x, v.y), ptx::max_nan(v.z, v.w)); };
+    float range = all(largest(group, row));
+    if (shared()) range = ptx::max_nan(range, all(largest(1 - group, row)));
+    range = range < kLeastRange ? kLeastRange : range;
+    const float inverse = __fdiv_rn(448.0f, range);
+    if (column % kScaleBlock == 0)
+      o.epilogue.group_scale[row + column / kScaleBlock * o.epilogue.group_scale_stride] = __fdiv_rn(range, 448.0f);
+    store_vec(to_e4m3_vector(y, inverse), static_cast<uint8_t*>(o.epilogue.out) + row * o.epilogue.out_stride + column,
+              n, o.access.out);
+  }
+};
+
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -268,6 +315,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     }
     ptx::fence_mbarrier_init();
   }
+  if (Config::Element::kPromoted && !p.scaled) {
+    auto one = reinterpret_cast<float*>(s.scales);
+    for (unsigned i = threadIdx.x; i < sizeof(s.scales) / sizeof(float); i += Config::kThreads) one[i] = 1;
+  }
   __syncwarp();
   ptx::cluster_sync();
 
@@ -280,11 +331,32 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     ptx::setmaxnreg_inc<Config::kMultiplyRegisters>();
     const int warp = threadIdx.x / 32;
     Work<Config> work(p);
-    Multiplier<Config> m(s, warpgroup);
+    Multiplier<Config> m(s, warpgroup, p.gated);
+    int tile = 0;
     while (work.next()) {
       typename Config::Acc sum[Config::kWaves][Config::kTiles][4];
       multiply_tile(m, work, sum);
-      finish_fragments<64>(sum, s.slab[warp], p.out, work.row + m.row, work.column + m.column, work.split);
+      const bool quantized = Config::Element::kPromoted && p.out.epilogue.group_scale;
+      const GroupQuantizer<Config> groups{s, p.out, m, static_cast<int>(work.row), tile++, warpgroup};
+      if (quantized) groups.begin();
+#pragma unroll 1
+      for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {
+        const auto store = [&](float (&y)[kVec], int64_t row, int64_t column, int n) {
+          if (!quantized) {
+            store_output(y, p.out.epilogue, p.out.access, row, column, n);
+          } else if (pass == 0) {
+            groups.measure(y, row, n);
+          } else {
+            groups.store(y, row, column, n);
+          }
+        };
+        each_slab<64>(sum, s.slab[warp], work.row + m.row, work.column + m.column,
+                      [&](auto columns, int64_t row, int64_t column) {
+                        finish_slab<decltype(columns)::value, typename Config::Acc>(s.slab[warp], p.out, row, column,
+                                                                                    work.split, store);
+                      });
+        if (quantized && pass == 0) groups.exchange();
+      }
     }
   }
   ptx::cluster_sync();  // until then other blocks of the cluster arrive at barriers of this one
@@ -294,8 +366,20 @@ template <class Config>
 int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.plan.cluster;
-  const TileMap map{ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN)};
-  WgmmaArguments arguments{{},           {}, {}, p.blocks, map, map.blocks(p.plan.splits), p.a.columns, p.plan.split_k,
+  const TileMap map(ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN));
+  WgmmaArguments arguments{{},
+                           {},
+                           {},
+                           {},
+                           p.blocks.b != nullptr,
+                           0,
+                           0,
+                           0,
+                           is_gated(p.epilogue.activation),
+                           map,
+                           map.blocks(p.plan.splits),
+                           p.a.columns,
+                           p.plan.split_k,
                            GemmOutput(p)};
   const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
     return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_UINT8, m.data, m.rows, m.columns, m.stride, box_rows,
@@ -303,10 +387,21 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   };
   if (auto e = operand(arguments.a, p.a, Config::kM)) return e;
   if (auto e = operand(arguments.b, p.b, Config::kN / cluster)) return e;
-  if (p.blocks.a) {
-    const int64_t depth = ceil_div(p.a.columns, kScaleBlock);
+  if (arguments.scaled) {
+    const int64_t depth = ceil_div(p.a.columns, kScaleBlock),
+                  matrix = p.blocks.up_offset ? p.blocks.up_offset : depth * ceil_div(p.b.rows, kScaleBlock);
+    // b's as one row, from a multiple of 16 bytes on
+    const auto address = reinterpret_cast<uintptr_t>(p.blocks.b);
+    arguments.b_first = address % 16 / sizeof(float);
+    arguments.b_row = static_cast<int>(depth);
+    arguments.b_next = static_cast<int>(arguments.gated ? p.blocks.up_offset : depth);
+    const int64_t columns = arguments.b_first + (arguments.gated ? 2 : 1) * matrix;
     if (auto e = encode_boxes(arguments.a_scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.blocks.a, depth, p.a.rows,
                               p.blocks.a_stride * 4, 1, Config::kM, CU_TENSOR_MAP_SWIZZLE_NONE))
+      return e;
+    if (auto e = encode_boxes(arguments.b_scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                              reinterpret_cast<const void*>(address / 16 * 16), 1, columns, ceil_div(columns, 4) * 16,
+                              1, 4, CU_TENSOR_MAP_SWIZZLE_NONE))
       return e;
   }
   auto kernel = gemm_wgmma_kernel<Config>;
@@ -315,7 +410,7 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(std::min<int64_t>(p.plan.blocks / cluster, arguments.tiles) * cluster);
+  config.gridDim = std::min<unsigned>(p.plan.blocks / cluster, arguments.tiles) * cluster;
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = kShared;
   config.stream = stream;

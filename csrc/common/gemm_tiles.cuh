@@ -25,18 +25,18 @@ struct E4m3Blocks : E4m3 {
 // The map from a block to its tile and its part of K. Blocks that run together share operands in L2: eight rows of
 // tiles are gone through column by column.
 struct TileMap {
-  static constexpr int kGroup = 8;
-  int64_t tiles_m, tiles_n;
+  static constexpr uint32_t kGroup = 8;
+  uint32_t tiles_m, tiles_n;  // 2^32 tiles would have 2^46 outputs
 
   struct Tile {
     int64_t m, n;
     int split;
   };
-  HOST_DEVICE int64_t blocks(int64_t splits) const { return tiles_m * tiles_n * splits; }
-  __device__ Tile at(int64_t block) const {
-    const int64_t tiles = tiles_m * tiles_n, index = block % tiles, group = index / (kGroup * tiles_n),
-                  first = group * kGroup, rows = min(int64_t{kGroup}, tiles_m - first),
-                  within = index % (kGroup * tiles_n);
+  TileMap(int64_t m, int64_t n) : tiles_m(static_cast<uint32_t>(m)), tiles_n(static_cast<uint32_t>(n)) {}
+  HOST_DEVICE uint32_t blocks(int64_t splits) const { return tiles_m * tiles_n * static_cast<uint32_t>(splits); }
+  __device__ Tile at(uint32_t block) const {
+    const uint32_t tiles = tiles_m * tiles_n, index = block % tiles, group = index / (kGroup * tiles_n),
+                   first = group * kGroup, rows = min(kGroup, tiles_m - first), within = index % (kGroup * tiles_n);
     return {first + within % rows, within / rows, static_cast<int>(block / tiles)};
   }
 };

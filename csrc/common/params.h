@@ -47,6 +47,7 @@ struct QuantizedRows {
 //   y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias)    each operation rounded once to fp32
 //   out = activation(y), gated: activation(gate) * up, gates and ups in blocks of 8 columns each, [rows, columns / 2]
 //   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
+//   group_scale: e4m3 as QuantizedRows has it, in groups of 128 columns of out (GEMMs on wgmma only)
 struct Epilogue {
   const float* a_scale;         // [rows] or [1]; null: one
   const float* b_scale;         // [columns] or [1]; null: one
@@ -54,6 +55,8 @@ struct Epilogue {
   const int32_t* zero_point;    // [rows] or [1], or null
   const int32_t* b_sum;         // [columns]; goes with zero_point
   const float* out_scale;       // [out columns] or [1]; goes with an i8 or e4m3 output
+  float* group_scale;           // [rows, groups], groups group_scale_stride apart, rows contiguous; or null
+  int64_t group_scale_stride;   //
   void* out;                    // rows out_stride elements apart
   int64_t out_stride;           //
   Dtype bias_dtype, out_dtype;  //

@@ -34,6 +34,18 @@ __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
   return ready;
 }
+// 9.7.13.1 bar: a barrier of `threads`, whole warps, of the block
+__device__ inline void barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// 9.7.9.8 ld.shared
+__device__ inline float load_shared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // 9.7.9.25.5.2 cp.async.bulk.tensor: a box at (column, row) of a matrix to shared memory; zeros beyond the matrix
 __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {
   asm volatile(

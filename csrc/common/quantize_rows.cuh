@@ -186,12 +186,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
   for_each_scaled([&](int column, int n, const float (&v)[kVec]) {
     Vec<uint8_t> packed;
     if (e4m3) {
-#pragma unroll
-      for (int i = 0; i < kVec; i += 2) {
-        const uint16_t pair = to_e4m3x2(__fmul_rn(v[i + 1], inverse), __fmul_rn(v[i], inverse));
-        packed.e[i] = pair & 0xff;
-        packed.e[i + 1] = pair >> 8;
-      }
+      packed = to_e4m3_vector(v, inverse);
     } else {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) packed.e[i] = to_int(__fmul_rn(v[i], inverse), least, most) + zero_point;

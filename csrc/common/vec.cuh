@@ -105,6 +105,17 @@ __device__ inline uint16_t to_e4m3x2(float high, float low) {
 #endif
 }
 
+__device__ inline Vec<uint8_t> to_e4m3_vector(const float (&v)[kVec], float factor) {
+  Vec<uint8_t> q;
+#pragma unroll
+  for (int i = 0; i < kVec; i += 2) {
+    const uint16_t pair = to_e4m3x2(__fmul_rn(v[i + 1], factor), __fmul_rn(v[i], factor));
+    q.e[i] = pair & 0xff;
+    q.e[i + 1] = pair >> 8;
+  }
+  return q;
+}
+
 // Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN
 // gives low. cvt.rni.s32.f32 saturates at 2^31 only, so with it the zero point needs clamps on both sides of its
 // addition.

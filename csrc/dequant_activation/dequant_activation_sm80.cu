@@ -36,7 +36,10 @@ __global__ void __launch_bounds__(kThreads)
   const auto first = load_sum(acc, n, aligned, splits, split_stride);
   auto up = first;
   if (gated) up = load_sum(acc + kVec, n, aligned, splits, split_stride);
-  epilogue_vector(p.epilogue, access, row, column, n, first, up);
+  float y[kVec];
+  const EpilogueColumns<cuda_t<D>> columns(p.epilogue, access, column, n);
+  epilogue_values(y, p.epilogue, access, columns, row, column, n, first, up);
+  store_output(y, p.epilogue, access, row, out_column, n);
 }
 
 int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride, void* stream) {

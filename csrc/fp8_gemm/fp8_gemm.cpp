@@ -3,6 +3,7 @@
 #include "epilogue.h"
 #include "fp8_operands.h"
 #include "gemm.h"
+#include "quantized_rows.h"
 
 namespace forwardpass {
 
@@ -46,23 +47,22 @@ void a_block_scales(const Tensor& a_scale, const Matrix& a, const Tensor& like, 
 }
 
 struct Product {
-  Tensor out;
-  GemmParams params;
+  std::vector<int64_t> sizes;  // of the output
+  GemmParams params;           // without it
 };
 
 Product product(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
                 std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale, const char* op) {
-  Product p{};
+  Product p{sizes_of(a), {}};
   p.params.a = fp8_operand(a, a, op, "a");
   p.params.b = fp8_operand(b, a, op, "b");
   STD_TORCH_CHECK(b.dim() == 2 && p.params.a.columns == p.params.b.columns, op, ": b must be [N, ", p.params.a.columns,
                   "]");
   const bool blocks = b_scale.dim() >= 2;
   const OptionalTensor none;
-  auto sizes = sizes_of(a);
-  sizes.back() = p.params.b.rows;
-  std::tie(p.out, p.params.epilogue) = epilogue(
-      sizes, p.params.a.rows,
+  p.sizes.back() = p.params.b.rows;
+  p.params.epilogue = epilogue_options(
+      p.sizes, p.params.a.rows,
       {blocks ? none : a_scale, blocks ? none : b_scale, bias, activation, out_dtype, out_scale, none, none}, a, op);
   if (blocks) {
     b_block_scales(b_scale, p.params.b.rows, p.params.b.columns, is_gated(p.params.epilogue.activation), a, op,
@@ -78,21 +78,38 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
                 OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
                 OptionalTensor out_scale) {
   const char* op = "fp8_gemm";
-  const Product p = product(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, op);
+  Product p = product(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, op);
+  const Tensor out = epilogue_output(p.params.epilogue, p.sizes, out_dtype, a);
   run_gemm<Fp8GemmParams>(backend, p.params, a, op);
-  return p.out;
+  return out;
 }
 
-// The product in fp32, then its quantisation: 8 bytes an output more than a fused one would move.
+// On wgmma a block has all of a group's columns and quantises them. Elsewhere, and where the depth is split, the product
+// in fp32 comes first, 8 bytes an output more.
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                              const Tensor& b_scale, OptionalTensor bias,
                                              std::optional<std::string> activation, int64_t group_size) {
   const char* op = "fp8_gemm_quantize";
   STD_TORCH_CHECK(group_size == kScaleBlock, op, ": group_size must be ", kScaleBlock);
   const OptionalTensor none;
-  const Product p = product(a, b, a_scale, b_scale, bias, activation, ScalarType::Float, none, op);
-  run_gemm<Fp8GemmParams>(backend, p.params, a, "fp8_gemm");
-  auto [q, scale, zero_point] = quantize(backend, p.out, ScalarType::Float8_e4m3fn, none, none, group_size, true, none);
+  const ScalarType type = ScalarType::Float8_e4m3fn;
+  auto [sizes, p] = product(a, b, a_scale, b_scale, bias, activation, ScalarType::Float, none, op);
+  Epilogue& e = p.epilogue;
+  if (p.a.rows > 0) {
+    const GemmPlan plan = plan_gemm(p.a.rows, p.b.rows, p.a.columns, p.a.dtype, device_of(backend, a),
+                                    kScaleBlock * (is_gated(e.activation) ? 2 : 1));
+    if (plan.path == GemmPlan::Path::wgmma && plan.splits == 1) {
+      auto [quantized, rows] = quantized_rows(sizes, {type, none, none, group_size, true, none}, a, op);
+      p.plan = plan;
+      e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
+      e.group_scale = rows.scale, e.group_scale_stride = rows.scale_stride;
+      run_gemm<Fp8GemmParams>(backend, p, a, "fp8_gemm");
+      return {std::get<0>(quantized), std::get<1>(quantized)};
+    }
+  }
+  const Tensor out = epilogue_output(e, sizes, ScalarType::Float, a);
+  run_gemm<Fp8GemmParams>(backend, p, a, "fp8_gemm");
+  auto [q, scale, zero_point] = quantize(backend, out, type, none, none, group_size, true, none);
   return {q, scale};
 }
 

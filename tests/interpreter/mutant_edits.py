@@ -85,9 +85,13 @@ def flipped(opcode, operands):
 def counted(opcode, operands):
     """Arrivals or bytes, by one of either and 16 of the others, more and fewer."""
     step = 1 if "init" in opcode else 16
-    for n in (int(operands[-1], 0) + step, int(operands[-1], 0) - step):
-        if n > 0:
-            yield f"{opcode} {', '.join([*operands[:-1], str(n)])};"
+    *rest, count = operands
+    for change in (step, -step):
+        if not count[0].isdigit():
+            changed = f"{opcode} {', '.join([*rest, 'changed'])};"
+            yield f"{{ .reg .b32 changed; add.s32 changed, {count}, {change}; {changed} }}"
+        elif int(count, 0) + change > 0:
+            yield f"{opcode} {', '.join([*rest, str(int(count, 0) + change)])};"
 
 
 def displaced(opcode, operands):
@@ -153,7 +157,8 @@ ARITHMETIC = (
 
 def only(text, kernel):
     """The module with one kernel of those that it has: what is not parsed costs no time."""
-    entries = list(re.finditer(r"^\s*(?:// \.globl.*\n)?\.visible \.entry (\w+)\([\s\S]*?^\}\n", text, re.M))
+    end = r"^\}\n(?=\s*(?:\.(?:visible|func|file|section)|//|\Z))"  # lines of inline assembly are braces too
+    entries = list(re.finditer(rf"^\s*(?:// \.globl.*\n)?\.visible \.entry (\w+)\([\s\S]*?{end}", text, re.M))
     for entry in reversed(entries):
         if entry[1] != kernel:
             text = text[: entry.start()] + text[entry.end() :]
