@@ -63,4 +63,17 @@ __device__ inline void widen(uint32_t four, uint32_t (&pairs)[2]) {
   }
 }
 
+// Four of a row and four of the row eight below: an mma's first operand, 16 of its K.
+template <Dtype From, Dtype To>
+__device__ inline void widen_rows(uint32_t four, uint32_t below, uint32_t (&fragment)[4]) {
+  uint32_t pairs[2];
+  widen<From, To>(four, pairs);
+  fragment[0] = pairs[0], fragment[2] = pairs[1];
+  widen<From, To>(below, pairs);
+  fragment[1] = pairs[0], fragment[3] = pairs[1];
+}
+
+// Word i of 16 bytes.
+__device__ inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 }  // namespace forwardpass
