@@ -1,7 +1,7 @@
 #pragma once
 // 8-bit numbers to 16-bit floats, exactly, four at a time: what w8a16_gemm and the GEMVs do in place of a cvt, of which
 // there is none from e4m3 before sm_89, and none from int8 that makes more than one number. Instructions for four
-// (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 14, to bf16 20; on sm_89 2 and 8.
+// (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 14, to bf16 20; on sm_89 3 and 9.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
