@@ -64,7 +64,6 @@ struct GemvOperands {
 
   __device__ GemvOperands(const GemmParams& p, int64_t row) : policy(ptx::evict_first_policy()) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
     columns = p.a.columns;
     x = g < p.a.rows ? static_cast<const uint8_t*>(p.a.data) + (g * p.a.stride + t * 16) * kXSize : nullptr;
     x_scale_stride = p.blocks.a_stride;
@@ -72,17 +71,17 @@ struct GemvOperands {
     for (int i = 0; i < 2; ++i) {
       const int64_t n = min(row + g + i * 8, p.b.rows - 1);  // the last row once more is not stored
       w[i] = static_cast<const uint8_t*>(p.b.data) + n * p.b.stride + t * 16;
-      w_scale[i] = p.blocks.b ? p.blocks.b + scale_row(p, n) * groups : nullptr;
+      w_scale[i] = p.blocks.b ? p.blocks.b + scales_of(p, n) : nullptr;
       x_scale[i] = p.blocks.a && 2 * t + i < p.a.rows ? p.blocks.a + 2 * t + i : nullptr;
     }
   }
 
-  // Of a row of the weight: of 128 rows where x has scales too, else its own.
-  __device__ static int64_t scale_row(const GemmParams& p, int64_t n) {
-    if (!p.blocks.a) return n;
-    if (!is_gated(p.epilogue.activation)) return n / kScaleBlock;
-    const int64_t groups = ceil_div(p.a.columns, kScaleBlock), within = n / 16 * 8 + n % 8;
-    return within / kScaleBlock + (n % 16 < 8 ? 0 : p.blocks.up_offset / groups);
+  // Where the scales of a row of the weight are: of 128 rows where x has scales too, else of its own.
+  __device__ static int64_t scales_of(const GemmParams& p, int64_t n) {
+    const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
+    if (!p.blocks.a) return n * groups;
+    const bool gated = is_gated(p.epilogue.activation), up = gated && n % 16 >= 8;
+    return (gated ? n / 16 * 8 + n % 8 : n) / kScaleBlock * groups + (up ? p.blocks.up_offset : 0);
   }
 
   // Block `block` of K; whole: all of its columns are there.
