@@ -54,6 +54,15 @@ __device__ inline void put_fragment(Slab& slab, int tile, const Acc (&c)[4]) {
   *reinterpret_cast<Pair*>(&slab.word[row + 8][column]) = {c[2], c[3]};
 }
 
+// The same of a product made transposed: the slab's rows from `row` on are the fragment's columns.
+template <class Acc>
+__device__ inline void put_transposed(Slab& slab, int row, int column, const Acc (&c)[4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    reinterpret_cast<Acc&>(slab.word[row + lane % 4 * 2 + e % 2][column + lane / 4 + e / 2 * 8]) = c[e];
+}
+
 // Eight words of a row; odd rows read their second half first, so that a warp's eight rows meet no bank twice.
 template <class Acc>
 __device__ inline Vec<Acc> get_vector(const Slab& slab, int row, int column) {

@@ -77,10 +77,10 @@ struct OperandCopy {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) ptx::cp_async_16(at(stage, i), row[i] + ahead * Config::kStageK, size);
   }
-  // After it all slices have to be whole.
   __device__ void advance(int slices) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) row[i] += slices * Config::kStageK;
+    left -= slices * Config::kStageK;
   }
 
  private:

@@ -3,11 +3,12 @@
 // sixteen of an mma, the rows of x, up to kGemvRows, are mma's eight columns. A block makes sixteen outputs of each
 // row, its warps sharing the depth, 128 of K at a time in turn, and their sums are added in the order of the warps.
 //
-// What binds: memory. Two loads of a warp bring 1 KB of the weight, 16 bytes a lane, whole sectors; beside them int8 is
-// one load of x and two mma, 16-bit x two loads, eight conversions and four mma, where one dp4a or fma for each product
-// would be 8 a row and load for int8, and 16 with as many conversions for floats. A warp has its next 2 KB under way
-// while it multiplies the last: 32 KB a multiprocessor with two blocks, twice what an H100 needs for its bandwidth
-// (3.35 TB/s for 0.6 us is 15 KB for each of 132).
+// What binds: memory. For 2 KB of the weight, sixteen rows of 128, a warp issues 65 instructions (int8), 168 (fp8) or,
+// with 16-bit x, 158 to 256 (sm_80: 189 to 430, the most from e4m3 to bf16), and a multiprocessor could issue 800
+// (A100), 560 (H100) or 400 (H200) while it gets them. One dp4a or fma for each product would be 16 or 64 for each row
+// of x, in place of 8 or 16 mma for all. A warp has its next 2 KB under way while it multiplies the last: 32 KB a
+// multiprocessor with two blocks, twice what an H100 needs for its bandwidth (3.35 TB/s for 0.6 us is 15 KB for each of
+// 132). Loads of the weight are of whole sectors, each once.
 //
 // The order of K within an mma is free, as long as x and the weight agree: a lane has 16 consecutive numbers of a row,
 // which an mma of fragments in order would have as four pieces.
@@ -55,6 +56,7 @@ struct GemvBlock {
 // Where a lane finds them.
 template <Dtype X>
 struct GemvOperands {
+  static constexpr int kXSize = GemvConfig<X>::kXSize;
   const uint8_t *w[2], *x;               // x: null where the lane has no row of it
   const float *w_scale[2], *x_scale[2];  // of the first block; null: one
   int64_t x_scale_stride, columns;
@@ -62,41 +64,41 @@ struct GemvOperands {
 
   __device__ GemvOperands(const GemmParams& p, int64_t row) : policy(ptx::evict_first_policy()) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
     columns = p.a.columns;
-    x = g < p.a.rows ? static_cast<const uint8_t*>(p.a.data) + g * p.a.stride * GemvConfig<X>::kXSize : nullptr;
+    x = g < p.a.rows ? static_cast<const uint8_t*>(p.a.data) + (g * p.a.stride + t * 16) * kXSize : nullptr;
     x_scale_stride = p.blocks.a_stride;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t n = min(row + g + i * 8, p.b.rows - 1);  // the last row once more is not stored
-      w[i] = static_cast<const uint8_t*>(p.b.data) + n * p.b.stride;
-      w_scale[i] = p.blocks.b ? p.blocks.b + scale_row(p, n) * groups : nullptr;
+      w[i] = static_cast<const uint8_t*>(p.b.data) + n * p.b.stride + t * 16;
+      w_scale[i] = p.blocks.b ? p.blocks.b + scales_of(p, n) : nullptr;
       x_scale[i] = p.blocks.a && 2 * t + i < p.a.rows ? p.blocks.a + 2 * t + i : nullptr;
     }
   }
 
-  // Of a row of the weight: of 128 rows where x has scales too, else its own.
-  __device__ static int64_t scale_row(const GemmParams& p, int64_t n) {
-    if (!p.blocks.a) return n;
-    if (!is_gated(p.epilogue.activation)) return n / kScaleBlock;
-    const int64_t groups = ceil_div(p.a.columns, kScaleBlock), within = n / 16 * 8 + n % 8;
-    return within / kScaleBlock + (n % 16 < 8 ? 0 : p.blocks.up_offset / groups);
+  // Where the scales of a row of the weight are: of 128 rows where x has scales too, else of its own.
+  __device__ static int64_t scales_of(const GemmParams& p, int64_t n) {
+    const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
+    if (!p.blocks.a) return n * groups;
+    const bool gated = is_gated(p.epilogue.activation), up = gated && n % 16 >= 8;
+    return (gated ? n / 16 * 8 + n % 8 : n) / kScaleBlock * groups + (up ? p.blocks.up_offset : 0);
   }
 
+  // Block `block` of K; whole: all of its columns are there.
+  template <bool whole>
   __device__ void load(GemvBlock<X>& d, int64_t block) const {
-    const auto stream = [this](const uint8_t* p) { return ptx::ld_once(p, policy); };
-    const auto keep = [](const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); };
-    const int64_t first = block * kScaleBlock + threadIdx.x % 4 * 16;
+    const auto once = [this](const uint8_t* p) { return ptx::ld_once(p, policy); };
+    const auto again = [](const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); };
+    const int64_t first = block * kScaleBlock;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t k = first + half * (kScaleBlock / 2), left = columns - k;
+      const int at = half * (kScaleBlock / 2);
+      const int64_t left = whole ? kScaleBlock : columns - first - threadIdx.x % 4 * 16 - at;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + k, left, stream);
+      for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + first + at, left, once);
 #pragma unroll
-      for (int i = 0; i < GemvConfig<X>::kXSize; ++i)
-        d.x[half][i] =
-            x ? load_bytes(x + k * GemvConfig<X>::kXSize + i * 16, left * GemvConfig<X>::kXSize - i * 16, keep)
-              : uint4{};
+      for (int i = 0; i < kXSize; ++i)
+        d.x[half][i] = x ? load_bytes(x + (first + at) * kXSize + i * 16, left * kXSize - i * 16, again) : uint4{};
     }
     if constexpr (X != Dtype::i8) {
 #pragma unroll
@@ -110,12 +112,9 @@ struct GemvOperands {
   }
 };
 
-// Word i of 16 bytes.
-__device__ inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // acc [16 rows of the weight, 8 of x] += what one block of K gives.
 template <Dtype X>
-__device__ inline void multiply_int8(int32_t (&acc)[4], const GemvBlock<X>& d) {
+__device__ inline void multiply(int32_t (&acc)[4], const GemvBlock<X>& d, Dtype) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -135,20 +134,26 @@ __device__ inline void multiply_widened(float (&acc)[4], const GemvBlock<X>& d) 
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t low[2], high[2], b[2];
-      widen<W, Config::kMma>(word(d.w[half][0], i), low);
-      widen<W, Config::kMma>(word(d.w[half][1], i), high);
+      uint32_t a[4], b[2];
+      widen_rows<W, Config::kMma>(word(d.w[half][0], i), word(d.w[half][1], i), a);
       if constexpr (X == Dtype::e4m3) {
         widen<X, Config::kMma>(word(d.x[half][0], i), b);
       } else {
         b[0] = word(d.x[half][i / 2], i % 2 * 2);
         b[1] = word(d.x[half][i / 2], i % 2 * 2 + 1);
       }
-      const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
-      ptx::mma_m16n8k16<Config::kMma>(sum, a, b);
+      ptx::mma_m16n8k16<Config::kMma>(sum, a, b, sum);
     }
 #pragma unroll
   for (int i = 0; i < 4; ++i) acc[i] = __fmaf_rn(sum[i], d.scale[i / 2][i % 2], acc[i]);
+}
+
+template <Dtype X>
+__device__ inline void multiply(float (&acc)[4], const GemvBlock<X>& d, Dtype of_weight) {
+  if (X != Dtype::e4m3 && of_weight == Dtype::i8)
+    multiply_widened<X, Dtype::i8>(acc, d);
+  else
+    multiply_widened<X, Dtype::e4m3>(acc, d);
 }
 
 template <Dtype X>
@@ -161,24 +166,27 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = blockIdx.x % tiles * Config::kN;
   const int split = static_cast<int>(blockIdx.x / tiles);
-  const int64_t k_end = min((split + 1) * p.plan.split_k, p.a.columns), end = ceil_div(k_end, kScaleBlock);
+  const int64_t k_end = min((split + 1) * p.plan.split_k, p.a.columns), whole = k_end / kScaleBlock;
   const GemvOperands<X> operands(p, column);
 
   Acc acc[4] = {};
-  GemvBlock<X> now, next;
+  GemvBlock<X> blocks[2];  // one is multiplied while the other comes
   int64_t block = split * p.plan.split_k / kScaleBlock + warp;
-  if (block < end) operands.load(next, block);
+  if (block < whole) operands.template load<true>(blocks[0], block);
 #pragma unroll 1
-  for (; block < end; block += Config::kWarps) {
-    now = next;
-    if (block + Config::kWarps < end) operands.load(next, block + Config::kWarps);
-    if constexpr (X == Dtype::i8) {
-      multiply_int8(acc, now);
-    } else if (X != Dtype::e4m3 && p.b.dtype == Dtype::i8) {
-      multiply_widened<X, Dtype::i8>(acc, now);
-    } else {
-      multiply_widened<X, Dtype::e4m3>(acc, now);
+  while (block < whole) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t next = block + Config::kWarps;
+      if (next < whole) operands.template load<true>(blocks[1 - i], next);
+      multiply(acc, blocks[i], p.b.dtype);
+      block = next;
+      if (block >= whole) break;
     }
+  }
+  if (block * kScaleBlock < k_end) {  // whose turn it is to do the rest
+    operands.template load<false>(blocks[0], block);
+    multiply(acc, blocks[0], p.b.dtype);
   }
 
 #pragma unroll

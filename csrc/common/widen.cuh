@@ -1,7 +1,7 @@
 #pragma once
 // 8-bit numbers to 16-bit floats, exactly, four at a time: what w8a16_gemm and the GEMVs do in place of a cvt, of which
 // there is none from e4m3 before sm_89, and none from int8 that makes more than one number. Instructions for four
-// (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 14, to bf16 20; on sm_89 2 and 8.
+// (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 14, to bf16 20; on sm_89 3 and 9.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -62,5 +62,18 @@ __device__ inline void widen(uint32_t four, uint32_t (&pairs)[2]) {
     }
   }
 }
+
+// Four of a row and four of the row eight below: an mma's first operand, 16 of its K.
+template <Dtype From, Dtype To>
+__device__ inline void widen_rows(uint32_t four, uint32_t below, uint32_t (&fragment)[4]) {
+  uint32_t pairs[2];
+  widen<From, To>(four, pairs);
+  fragment[0] = pairs[0], fragment[2] = pairs[1];
+  widen<From, To>(below, pairs);
+  fragment[1] = pairs[0], fragment[3] = pairs[1];
+}
+
+// Word i of 16 bytes.
+__device__ inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 }  // namespace forwardpass

@@ -1,8 +1,12 @@
-// w8a16_gemm on mma.sync m16n8k16: x as it is, the 8-bit weight widened in registers; up to four rows by the GEMV.
+// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight widened in registers, x as it is; up to four rows by the GEMV. The
+// product is made transposed, as there: an mma's first operand is four registers in a row, which widening fills without
+// a move, and its second one two, which a load of 16 bytes of x fills twice. The other way round moves were a third of
+// all instructions.
 //
 // What binds: memory, up to 64 rows. Beyond, tensor cores: of 128 x 128 a warp has 64 x 32, so that no number of the
-// weight is widened by more than two warps. For each mma of 64 rows int8 takes 0.6 (fp16) or 1 instruction to widen,
-// e4m3 0.25 or 1 (sm_80: 1.8, 2.5), where an A100 issues 8.
+// weight is widened by more than two warps. For 128 mma, 1024 clocks of an A100, a warp issues 540 instructions (int8
+// to fp16), 690 (int8 to bf16), 830 (e4m3 to fp16) or 1020 (e4m3 to bf16), the last as many as there are clocks for two
+// warps of a scheduler; with the instruction for e4m3 (sm_90) 480 and 670.
 #include "common/dispatch.h"
 #include "common/gemm_sm80.cuh"
 #include "common/gemv_sm80.cuh"
@@ -10,21 +14,21 @@
 
 namespace forwardpass {
 
-// A stage is 64 of K: rows of 128 bytes of x, of 64 of the weight. A lane takes what it needs by 16 bytes, not by
-// ldmatrix, which would give it numbers of x and of the weight that do not belong together: of the weight 16
-// consecutive ones, of x the same 16 in two loads. Two rows of the weight are what eight lanes read, 128 bytes in a
-// row; of x they read every second chunk of two rows, which the swizzle puts side by side.
+// A stage is two slices of 64 of K: rows of 128 bytes of x, of 64 of the weight. A lane takes what it needs by 16
+// bytes, not by ldmatrix, which would give it numbers of x and of the weight that do not belong together: of the weight
+// 16 consecutive ones, of x the same 16 in two loads. Eight lanes read two rows of the weight, 128 bytes side by side,
+// and every second chunk of two rows of x, which the swizzle puts side by side.
 //
 // Sums go to a second accumulator every 128 of K, times the weight's scale there, if it has such scales.
 template <Dtype X_, int M, int N, int Stages, int Blocks>
 struct W8a16Config {
   static constexpr Dtype X = X_;
-  static constexpr int kM = M, kN = N, kStages = Stages, kBlocks = Blocks, kStageK = 64;
+  static constexpr int kM = M, kN = N, kStages = Stages, kBlocks = Blocks;
   static constexpr int kWarpN = 32, kWarpM = M < 64 ? M : 64, kWarpsN = N / kWarpN, kWarpsM = M / kWarpM;
   static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
-  static constexpr int kRows = kWarpM / 16, kTiles = kWarpN / 8;  // of a warp: blocks of 16 rows, n8 tiles
+  static constexpr int kTilesN = kWarpN / 16, kTilesM = kWarpM / 8;  // of a warp, transposed
 
-  // For OperandCopy, which counts bytes.
+  // A slice of an operand, as OperandCopy sees it: kStageK is in bytes.
   struct A {
     static constexpr int kThreads = W8a16Config::kThreads, kStageK = 128;
   };
@@ -34,8 +38,8 @@ struct W8a16Config {
   struct SharedStorage {
     union {
       struct {
-        uint8_t a[kStages][kM * A::kStageK], b[kStages][kN * B::kStageK];
-      } stage;
+        uint8_t a[2 * kStages][kM * A::kStageK], b[2 * kStages][kN * B::kStageK];
+      } slice;
       Slab slab[kWarps];
     };
   };
@@ -47,44 +51,90 @@ __device__ inline Matrix in_bytes(Matrix m) {
   return m;
 }
 
-// sum [kRows x 16, kTiles x 8] += a stage of x times one of the weight, both from where this lane's part begins.
+// A lane's part of the fragments in a slice.
+template <class Config>
+struct FragmentOffset {
+  int a[2], b;  // x of each half of the slice, and the weight of both
+
+  __device__ FragmentOffset(int warp_m, int warp_n) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) a[half] = StageLayout<typename Config::A>::offset(warp_m + g, 2 * t + half);
+    b = StageLayout<typename Config::B>::offset(warp_n + g, t);
+  }
+};
+
+template <class Config>
+using Fragments = float[Config::kTilesN][Config::kTilesM][4];
+
+// sum [weight's rows, x's rows] = the weight times x, of stage `stage`.
 template <class Config, Dtype W>
-__device__ inline void multiply_stage(float (&sum)[Config::kRows][Config::kTiles][4], const uint8_t* a,
-                                      const uint8_t* b) {
-  uint4 weight[Config::kTiles];
+__device__ inline void multiply_stage(Fragments<Config>& sum, const typename Config::SharedStorage& s, int stage,
+                                      const FragmentOffset<Config>& from) {
+  constexpr float kZeros[4] = {};
 #pragma unroll
-  for (int j = 0; j < Config::kTiles; ++j) weight[j] = *reinterpret_cast<const uint4*>(b + j * 8 * Config::B::kStageK);
+  for (int slice = 0; slice < 2; ++slice) {
+    const uint8_t *a = s.slice.a[stage * 2 + slice], *b = s.slice.b[stage * 2 + slice] + from.b;
+    uint4 weight[Config::kTilesN][2];  // rows g and g + 8
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint32_t wide[Config::kTiles][2][2];
+    for (int i = 0; i < 2 * Config::kTilesN; ++i)
+      weight[i / 2][i % 2] = *reinterpret_cast<const uint4*>(b + i * 8 * Config::B::kStageK);
 #pragma unroll
-    for (int j = 0; j < Config::kTiles; ++j)
+    for (int half = 0; half < 2; ++half) {
+      uint32_t wide[Config::kTilesN][2][4];
 #pragma unroll
-      for (int step = 0; step < 2; ++step) widen<W, Config::X>(word(weight[j], half * 2 + step), wide[j][step]);
-    const auto from = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(a) ^ half * 16);
+      for (int i = 0; i < Config::kTilesN; ++i)
 #pragma unroll
-    for (int i = 0; i < Config::kRows; ++i) {
-      const uint4 x = *reinterpret_cast<const uint4*>(from + i * 16 * Config::A::kStageK),
-                  below = *reinterpret_cast<const uint4*>(from + (i * 16 + 8) * Config::A::kStageK);
-      const uint32_t rows[2][4] = {{x.x, below.x, x.y, below.y}, {x.z, below.z, x.w, below.w}};
+        for (int step = 0; step < 2; ++step)
+          widen_rows<W, Config::X>(word(weight[i][0], half * 2 + step), word(weight[i][1], half * 2 + step),
+                                   wide[i][step]);
 #pragma unroll
-      for (int j = 0; j < Config::kTiles; ++j)
+      for (int j = 0; j < Config::kTilesM; ++j) {
+        const uint4 x = *reinterpret_cast<const uint4*>(a + from.a[half] + j * 8 * Config::A::kStageK);
+        const uint32_t columns[2][2] = {{x.x, x.y}, {x.z, x.w}};
 #pragma unroll
-        for (int step = 0; step < 2; ++step) ptx::mma_m16n8k16<Config::X>(sum[i][j], rows[step], wide[j][step]);
+        for (int i = 0; i < Config::kTilesN; ++i)
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            if (slice == 0 && half == 0 && step == 0)
+              ptx::mma_m16n8k16<Config::X>(sum[i][j], wide[i][step], columns[step], kZeros);
+            else
+              ptx::mma_m16n8k16<Config::X>(sum[i][j], wide[i][step], columns[step], sum[i][j]);
+          }
+      }
     }
   }
 }
 
-// The scales of this lane's columns for block `block` of K.
-template <int kTiles>
-__device__ inline void load_block_scales(float (&scale)[kTiles][2], const GemmParams& p, int64_t column,
-                                         int64_t block) {
+// The scales of this lane's rows of the weight, from `row` on, for block `block` of K.
+template <int kTilesN>
+__device__ inline void load_block_scales(float (&scale)[kTilesN][2], const GemmParams& p, int64_t row, int64_t block) {
   const int64_t blocks = ceil_div(p.a.columns, kScaleBlock);
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j)
+  for (int i = 0; i < 2 * kTilesN; ++i)
+    scale[i / 2][i % 2] = p.blocks.b ? p.blocks.b[min(row + i * 8, p.b.rows - 1) * blocks + block] : 1.0f;
+}
+
+// The accumulators of a warp, from (row, column) of the product on, sixteen rows of it at a time.
+template <class Config>
+__device__ inline void finish(const Fragments<Config>& acc, Slab& slab, const GemmOutput& out, int64_t row,
+                              int64_t column, int split) {
+  static_assert(Config::kWarpN == kSlabColumns);
+#pragma unroll 1
+  for (int chunk = 0; chunk < Config::kTilesM / 2; ++chunk) {
+    at_index(
+        chunk,
+        [&](auto constant) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      scale[j][e] = p.blocks.b ? p.blocks.b[min(column + j * 8 + e, p.b.rows - 1) * blocks + block] : 1.0f;
+          for (int i = 0; i < Config::kTilesN; ++i)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) put_transposed(slab, j * 8, i * 16, acc[i][decltype(constant)::value * 2 + j]);
+        },
+        std::make_integer_sequence<int, Config::kTilesM / 2>{});
+    __syncwarp();
+    finish_slab<kSlabColumns, float>(slab, out, row + chunk * kSlabRows, column, split);
+    __syncwarp();
+  }
 }
 
 template <class Config, class = SharedBytesOf<Config>>
@@ -92,57 +142,52 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     w8a16_gemm_kernel(GemmParams p, TileMap map, GemmOutput out) {
   extern __shared__ __align__(128) uint8_t shared[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
   const TileMap::Tile tile = map.at(blockIdx.x);
   const int64_t row = tile.m * Config::kM, column = tile.n * Config::kN;
-  const int64_t k = tile.split * p.plan.split_k, k_end = min(k + p.plan.split_k, p.a.columns);
-  const int slices = static_cast<int>((k_end - k + Config::kStageK - 1) / Config::kStageK);
+  const int64_t k = tile.split * p.plan.split_k, k_end = min(k + p.plan.split_k, p.a.columns),
+                last_block = ceil_div(k_end, kScaleBlock);
 
-  OperandCopy<typename Config::A, Config::kM> copy_a(in_bytes(p.a), row, k * 2, k_end * 2, s.stage.a[0]);
-  OperandCopy<typename Config::B, Config::kN> copy_b(p.b, column, k, k_end, s.stage.b[0]);
-  const uint8_t* from_a = s.stage.a[0] + StageLayout<typename Config::A>::offset(warp_m + g, 2 * t);
-  const uint8_t* from_b = s.stage.b[0] + StageLayout<typename Config::B>::offset(warp_n + g, t);
-
-  const auto copy_next = [&](int stage) {  // slices beyond the depth are zeros
-    copy_a.masked(stage, 0), copy_b.masked(stage, 0);
-    copy_a.advance(1), copy_b.advance(1);
+  OperandCopy<typename Config::A, Config::kM> copy_a(in_bytes(p.a), row, k * 2, k_end * 2, s.slice.a[0]);
+  OperandCopy<typename Config::B, Config::kN> copy_b(p.b, column, k, k_end, s.slice.b[0]);
+  const FragmentOffset<Config> from(warp_m, warp_n);
+  const auto copy_next = [&](int stage) {  // what is beyond the depth is zero
+#pragma unroll
+    for (int slice = 0; slice < 2; ++slice) {
+      copy_a.masked(stage * 2 + slice, 0), copy_b.masked(stage * 2 + slice, 0);
+      copy_a.advance(1), copy_b.advance(1);
+    }
     ptx::cp_async_commit();
   };
 #pragma unroll
   for (int i = 0; i < Config::kStages - 1; ++i) copy_next(i);
 
-  float acc[Config::kRows][Config::kTiles][4] = {}, sum[Config::kRows][Config::kTiles][4] = {};
-  float scale[Config::kTiles][2];
+  Fragments<Config> acc = {};
   int stage = 0;
 #pragma unroll 1
-  for (int slice = 0; slice < slices; ++slice) {
+  for (int64_t block = k / kScaleBlock; block < last_block; ++block) {
     ptx::cp_async_wait<Config::kStages - 2>();
-    __syncthreads();  // this slice is there for all warps, and all have read the one before, whose place is filled next
+    __syncthreads();  // this stage is there for all warps, and all have read the one before, whose place is filled next
     copy_next(stage == 0 ? Config::kStages - 1 : stage - 1);
-    const bool first = slice % 2 == 0, last = !first || slice == slices - 1;  // of 128 of K
-    if (first) load_block_scales(scale, p, column + warp_n + t * 2, k / kScaleBlock + slice / 2);
-    const uint8_t *a = from_a + stage * sizeof s.stage.a[0], *b = from_b + stage * sizeof s.stage.b[0];
+    float scale[Config::kTilesN][2];
+    load_block_scales(scale, p, column + warp_n + lane / 4, block);
+    Fragments<Config> sum;
     if (p.b.dtype == Dtype::i8)
-      multiply_stage<Config, Dtype::i8>(sum, a, b);
+      multiply_stage<Config, Dtype::i8>(sum, s, stage, from);
     else
-      multiply_stage<Config, Dtype::e4m3>(sum, a, b);
-    if (last) {
+      multiply_stage<Config, Dtype::e4m3>(sum, s, stage, from);
 #pragma unroll
-      for (int i = 0; i < Config::kRows; ++i)
+    for (int i = 0; i < Config::kTilesN; ++i)
 #pragma unroll
-        for (int j = 0; j < Config::kTiles; ++j)
+      for (int j = 0; j < Config::kTilesM; ++j)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            acc[i][j][e] = __fmaf_rn(sum[i][j][e], scale[j][e % 2], acc[i][j][e]);
-            sum[i][j][e] = 0;
-          }
-    }
+        for (int e = 0; e < 4; ++e) acc[i][j][e] = __fmaf_rn(sum[i][j][e], scale[i][e / 2], acc[i][j][e]);
     stage = stage == Config::kStages - 1 ? 0 : stage + 1;
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
-  finish_fragments(acc, s.slab[warp], out, row + warp_m, column + warp_n, tile.split);
+  finish<Config>(acc, s.slab[warp], out, row + warp_m, column + warp_n, tile.split);
 }
 
 template <class Config>
@@ -157,15 +202,16 @@ int launch(const GemmParams& p, cudaStream_t stream) {
   return finish_splits(p, Dtype::f32, stream);
 }
 
-// Memory binds: five stages on their way, 40 KB of the weight, with one block a multiprocessor (an H100 needs 15 KB,
+// Memory binds: three stages on their way, 48 KB of the weight, with one block a multiprocessor (an H100 needs 15 KB,
 // see gemv_sm80.cuh).
 template <Dtype X>
-using Tile16x128 = W8a16Config<X, 16, 128, 6, 1>;
+using Tile16x128 = W8a16Config<X, 16, 128, 4, 1>;
 template <Dtype X>
-using Tile64x128 = W8a16Config<X, 64, 128, 4, 1>;
-// Four stages are 96 KB, all that an L40S has; two accumulators are 128 registers, so eight warps a multiprocessor.
+using Tile64x128 = W8a16Config<X, 64, 128, 3, 1>;
+// Two stages are 96 KB, all that an L40S has: while one is used, for 2048 clocks of an A100, the other comes. Two
+// accumulators are 128 registers, so eight warps a multiprocessor.
 template <Dtype X>
-using Tile128x128 = W8a16Config<X, 128, 128, 4, 1>;
+using Tile128x128 = W8a16Config<X, 128, 128, 2, 1>;
 
 }  // namespace forwardpass
 
