@@ -46,7 +46,7 @@ def _machine(device: Any) -> Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is cut up. `swap`: b is the matrix instruction's first operand, which is never fewer than 16 rows."""
+    """How a product is cut up. `swap`: b is the first operand of the matrix instructions."""
 
     block_m: int
     block_n: int
@@ -63,16 +63,16 @@ def plan(m: int, n: int, k: int, a_bytes: int, promoted: bool, quantized: bool, 
     unmeasured: no figure here is from a GPU; the limits are computed.
     """
     if m <= 64:
-        # Bytes of b bound it: tiles no taller than the rows, 16 being those of mma.sync; swapped, 64 rows of b are those of
-        # one wgmma. b widened in registers is not swapped: Triton rewrites what a wgmma in flight takes from registers.
-        block_m, block_n, warps, swap = 16 if m <= 16 else 64, 64, 4, a_bytes == 1
+        # Bytes of b bound it: tiles no taller than the rows, 16 being those of mma.sync; 64 rows of b, those of one wgmma.
+        block_m, block_n, warps = 16 if m <= 16 else 64, 64, 4
         if quantized:
             block_n, warps = (256, 8) if gated else (128, 4)
-    elif quantized and gated:
-        block_m, block_n, warps, swap = 64, 256, 8, False  # 64 accumulators a thread, twice, as below
     else:
         # 64 accumulators a thread: promotion doubles them, and 128 x 256 spills in the epilogue even without (static, sm_90).
-        block_m, block_n, warps, swap = 128, 128, 8, False
+        block_m, block_n, warps = (64, 256, 8) if quantized and gated else (128, 128, 8)
+    # Swapped, wgmma takes tiles of few rows, and mma.sync has 8 rows of gate and the 8 of up below them in the same threads, as
+    # wgmma has them anyway. b widened in registers is not swapped: Triton rewrites those that a wgmma in flight reads.
+    swap = a_bytes == 1 and (m <= 64 or (gated and machine.arch // 10 != 9))
     stage = (block_m * a_bytes + block_n) * BLOCK_K
     buffers = min(5 if m <= 64 else 4, (machine.shared - 1024) // stage)  # 1 KB: barriers
     stages = buffers if machine.arch >= 90 else buffers + 1  # cp.async: what is being multiplied counts, and has no buffer
@@ -108,16 +108,24 @@ def split_gate_up(acc):
 
 
 @triton.jit
-def widen(b, to: tl.constexpr, E4M3_BITS: tl.constexpr):
-    """8 bits to a 16-bit type, exactly. E4M3_BITS: b is e4m3 as uint8 on a machine that does not know it."""
-    if E4M3_BITS:
-        # e4m3's exponent and mantissa in fp16's place stand for 2^-8 of the value, denormals included
-        v = ((b & 0x80).to(tl.uint16) << 8) | ((b & 0x7F).to(tl.uint16) << 7)
-        v = v.to(tl.float16, bitcast=True) * 256.0
-        b = tl.where((b & 0x7F) == 0x7F, float("nan"), v)
-    if b.dtype.is_floating() and to == tl.bfloat16:
-        b = b.to(tl.float16).to(tl.float32)  # Triton's own way is through fp16 by cvt.bf16.f16, which sm_80 lacks
-    return b.to(to)
+def widen(b, to: tl.constexpr, ON_BITS: tl.constexpr):
+    """8 bits to a 16-bit type, exactly. ON_BITS: the machine does not know e4m3, and b is uint8; or converts integers at an
+    eighth of the rate of what is done here."""
+    if ON_BITS:
+        if b.dtype == tl.uint8:
+            # e4m3's sign, exponent and mantissa in fp32's places stand for 2^-120 of the value, denormals included
+            v = (b.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+            v = v.to(tl.float32, bitcast=True) * 1.329227995784916e36
+            v = tl.where(tl.abs(v) > 448.0, float("nan"), v)
+        else:
+            # b + 128 in the low bits of 2^23
+            v = ((b.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+        b = v.to(to)
+    elif b.dtype.is_floating() and to == tl.bfloat16:
+        b = b.to(tl.float16).to(tl.float32).to(to)  # Triton's own way needs cvt.bf16.f16, which sm_89 lacks
+    else:
+        b = b.to(to)
+    return b
 
 
 @triton.jit
@@ -137,13 +145,13 @@ def tiles_at(a, b, k, K, first_m, first_n, TMA: tl.constexpr, MASKED: tl.constex
 @triton.jit
 def multiply_add(
     a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step, b_scale_ptr, k_blocks,
-    SCALES: tl.constexpr, SWAP: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr, E4M3_BITS: tl.constexpr,
+    SCALES: tl.constexpr, SWAP: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr, ON_BITS: tl.constexpr,
     PROMOTED: tl.constexpr,
 ):  # fmt: skip
     """The accumulators after one more block of K. They are in the order of the matrix instruction (SWAP: [N, M]) while nothing
     scales them, else [M, N], with gate and up apart where each has scales of its own."""
     if WIDEN:
-        b_tile = widen(b_tile, a_tile.dtype, E4M3_BITS)
+        b_tile = widen(b_tile, a_tile.dtype, ON_BITS)
     if SWAP:
         first, second = b_tile, a_tile.T
     else:
@@ -195,7 +203,7 @@ def gemm_kernel(
     a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type,
     activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride, out_columns,
     SCALES: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
-    WIDEN: tl.constexpr, E4M3_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
+    WIDEN: tl.constexpr, ON_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """a_stride and b_stride count 16 bytes, per_part blocks of K, part_stride 16 elements: 16-byte alignment shows."""
@@ -221,12 +229,12 @@ def gemm_kernel(
     for k in tl.range(begin, whole, BLOCK_K, num_stages=STAGES):
         a_tile, b_tile = tiles_at(a, b, k, K, first_m, first_n, TMA, False, BLOCK_K)
         acc, up = multiply_add(a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step,
-                       b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, E4M3_BITS, PROMOTED)  # fmt: skip
+                       b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, ON_BITS, PROMOTED)  # fmt: skip
     if not TMA:
         if whole < end:
             a_tile, b_tile = tiles_at(a, b, whole, K, first_m, first_n, TMA, True, BLOCK_K)
             acc, up = multiply_add(a_tile, b_tile, acc, up, whole, row, rows, column, first_n, columns, a_scale_ptr,
-                           a_group_step, b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, E4M3_BITS, PROMOTED)  # fmt: skip
+                           a_group_step, b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, ON_BITS, PROMOTED)  # fmt: skip
 
     if IN_ORDER:
         acc = tl.trans(acc)
@@ -297,8 +305,8 @@ def gemm(
     if p.parts > 1:
         parts = torch.empty((p.parts, m, 16 * width), dtype=torch.float32 if promoted else torch.int32, device=a.device)
     tma = machine.arch >= 90
-    bits = wide and b.dtype is E4M3 and machine.arch < 89
-    operands: list[Any] = [a, b.view(torch.uint8) if bits else b]
+    on_bits = wide and machine.arch < (89 if b.dtype is E4M3 else 90)
+    operands: list[Any] = [a, b.view(torch.uint8) if on_bits and b.dtype is E4M3 else b]
     if tma:
         operands = [
             TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, BLOCK_K])
@@ -311,7 +319,7 @@ def gemm(
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
             GATED=gated and (p.parts == 1 or (scaled and not wide)), SPLIT=p.parts > 1, SWAP=p.swap, TMA=tma, WIDEN=wide,
-            E4M3_BITS=bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,  BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=BLOCK_K,
+            ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,  BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=BLOCK_K,
             STAGES=p.stages, num_warps=p.warps, enable_fp_fusion=False,
         )  # fmt: skip
     if p.parts > 1:
