@@ -24,10 +24,6 @@ from .dequant_activation import triton_kernel as dequant_activation
 from .quantized_rows import E4M3, matrix_shape
 from .triton_epilogue import activated, options, store_group, store_output
 
-#: What one trip of the main loop takes of K: 128 bytes of 8-bit operands, the widest row of swizzled shared memory; the depth
-#: after which fp8 sums are promoted; a block of the block scales.
-BLOCK_K = 128
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -50,6 +46,7 @@ class Plan:
 
     block_m: int
     block_n: int
+    block_k: int
     warps: int
     stages: int
     swap: bool
@@ -57,8 +54,8 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, a_bytes: int, promoted: bool, quantized: bool, gated: bool, machine: Machine) -> Plan:
-    """A function of the shape and the machine alone. `promoted`: two accumulators; `quantized`: a tile has 128 outputs.
+def plan(m: int, n: int, k: int, a_bytes: int, scaled: bool, quantized: bool, gated: bool, machine: Machine) -> Plan:
+    """A function of the shape and the machine alone. `scaled`: by blocks; `quantized`: a tile has 128 outputs, a group.
 
     unmeasured: no figure here is from a GPU; the limits are computed.
     """
@@ -70,19 +67,23 @@ def plan(m: int, n: int, k: int, a_bytes: int, promoted: bool, quantized: bool, 
     else:
         # 64 accumulators a thread: promotion doubles them, and 128 x 256 spills in the epilogue even without (static, sm_90).
         block_m, block_n, warps = (64, 256, 8) if quantized and gated else (128, 128, 8)
+        if scaled and a_bytes == 2:
+            block_n = 64  # b, widened, and twice 64 accumulators spill (static, sm_80)
+    # 128 bytes of a row, the most that shared memory swizzles; the depth after which fp8 sums are promoted and block scales change
+    block_k = 128 if a_bytes == 1 or m <= 16 else 64
     # Swapped, wgmma takes tiles of few rows, and mma.sync has 8 rows of gate and the 8 of up below them in the same threads, as
     # wgmma has them anyway. b widened in registers is not swapped: Triton rewrites those that a wgmma in flight reads.
     swap = a_bytes == 1 and (m <= 64 or (gated and machine.arch // 10 != 9))
-    stage = (block_m * a_bytes + block_n) * BLOCK_K
+    stage = (block_m * a_bytes + block_n) * block_k
     buffers = min(5 if m <= 64 else 4, (machine.shared - 1024) // stage)  # 1 KB: barriers
-    stages = buffers if machine.arch >= 90 else buffers + 1  # cp.async: what is being multiplied counts, and has no buffer
-    tiles, blocks = _tiles(m, n, block_m, block_n), triton.cdiv(k, BLOCK_K)
+    stages = buffers if machine.arch >= 90 else buffers + 1  # cp.async: what is being multiplied needs no further one
+    tiles, blocks = _tiles(m, n, block_m, block_n), triton.cdiv(k, block_k)
     parts = 1
     if 2 * tiles <= machine.multiprocessors and not quantized:  # a quantised group's maximum needs whole sums
         # idle multiprocessors take parts of K, each at least 4 trips, as filling the pipeline takes about as many
         parts = max(1, min(machine.multiprocessors // tiles, blocks // 4))
         parts = triton.cdiv(blocks, triton.cdiv(blocks, parts))  # none is empty
-    return Plan(block_m, block_n, warps, stages, swap, parts)
+    return Plan(block_m, block_n, block_k, warps, stages, swap, parts)
 
 
 def _tiles(m: int, n: int, block_m: int, block_n: int) -> int:
@@ -168,7 +169,8 @@ def multiply_add(
             if SWAP:
                 partial = tl.trans(partial)
             if SCALES == "groups":  # b_scale [N, K / 128]
-                b_scale = tl.load(b_scale_ptr + column.to(tl.int64) * k_blocks + block, mask=column < columns, other=0.0)
+                b_scale_ptr += column.to(tl.int64) * k_blocks + block
+                b_scale = tl.load(b_scale_ptr, mask=column < columns, other=0.0)
                 acc = tl.fma(partial, tl.broadcast_to(b_scale[None, :], partial.shape), acc)
             else:
                 a_scale = tl.load(a_scale_ptr + row + block * a_group_step, mask=row < rows, other=0.0)[:, None]
@@ -224,13 +226,15 @@ def gemm_kernel(
     IN_ORDER: tl.constexpr = SWAP and SCALES == "vectors"
     HALVES: tl.constexpr = GATED and SCALES == "blocks"
     sums: tl.constexpr = tl.float32 if PROMOTED or WIDEN else tl.int32
-    acc = tl.zeros((BLOCK_N if IN_ORDER else BLOCK_M, BLOCK_M if IN_ORDER else BLOCK_N // 2 if HALVES else BLOCK_N), sums)
+    height: tl.constexpr = BLOCK_N if IN_ORDER else BLOCK_M
+    width: tl.constexpr = BLOCK_M if IN_ORDER else BLOCK_N // 2 if HALVES else BLOCK_N
+    acc = tl.zeros((height, width), sums)
     up = acc
     for k in tl.range(begin, whole, BLOCK_K, num_stages=STAGES):
         a_tile, b_tile = tiles_at(a, b, k, K, first_m, first_n, TMA, False, BLOCK_K)
         acc, up = multiply_add(a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step,
                        b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, ON_BITS, PROMOTED)  # fmt: skip
-    if not TMA:
+    if not TMA:  # noqa: SIM102 (of constants, and not)
         if whole < end:
             a_tile, b_tile = tiles_at(a, b, whole, K, first_m, first_n, TMA, True, BLOCK_K)
             acc, up = multiply_add(a_tile, b_tile, acc, up, whole, row, rows, column, first_n, columns, a_scale_ptr,
@@ -296,7 +300,7 @@ def gemm(
     machine = _machine(driver.active.get_current_device())
     a, b = aligned(a), aligned(b)
     (m, k), n = a.shape, b.shape[0]
-    p = plan(m, n, k, a.element_size(), promoted, group_scale is not None, gated, machine)
+    p = plan(m, n, k, a.element_size(), scaled, group_scale is not None, gated, machine)
     arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, scaled)
     if group_scale is not None:
         arguments |= {"out_scale_ptr": group_scale, "out_scale_step": group_scale.stride(-1)}
@@ -309,17 +313,18 @@ def gemm(
     operands: list[Any] = [a, b.view(torch.uint8) if on_bits and b.dtype is E4M3 else b]
     if tma:
         operands = [
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, BLOCK_K])
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, p.block_k])
             for t, rows in zip(operands, (p.block_m, p.block_n))
         ]
     with torch.cuda.device_of(a):
         gemm_kernel[(_tiles(m, n, p.block_m, p.block_n), p.parts)](
             *operands, a.stride(0) * a.element_size() // 16, b.stride(0) // 16, m, n, k,
-            triton.cdiv(triton.cdiv(k, BLOCK_K), p.parts), width, parts,
+            triton.cdiv(triton.cdiv(k, p.block_k), p.parts), width, parts,
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
             GATED=gated and (p.parts == 1 or (scaled and not wide)), SPLIT=p.parts > 1, SWAP=p.swap, TMA=tma, WIDEN=wide,
-            ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,  BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=BLOCK_K,
+            ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,
+            BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k,
             STAGES=p.stages, num_warps=p.warps, enable_fp_fusion=False,
         )  # fmt: skip
     if p.parts > 1:
