@@ -20,7 +20,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import is_gated
-from .dequant_activation import triton_kernel as dequant_activation
+from .dequant_activation.triton_kernel import dequantize_block
 from .quantized_rows import E4M3, matrix_shape
 from .triton_epilogue import activated, options, store_group, store_output
 
@@ -194,8 +194,11 @@ def store_part(part, ptr, stride, row, rows, column, columns):
     tl.store(ptr + row.to(tl.int64)[:, None] * (stride * 16) + column[None, :], part, mask=inside)
 
 
-_RUN_TIME = ["a_stride", "b_stride", "rows", "columns", "K", "per_part", "part_stride", "a_group_step", "a_scale_step",
-             "b_scale_step", "zero_step", "bias_type", "activation", "out_type", "out_stride", "out_columns", "out_scale_step"]  # fmt: skip
+_RUN_TIME = [
+    "a_stride", "b_stride", "rows", "columns", "K", "per_part", "part_stride", "a_group_step", "a_scale_step",
+    "b_scale_step", "zero_step", "bias_type", "activation", "out_type", "out_stride", "out_columns", "out_scale_step",
+]  # fmt: skip
+_OF_PARTS = ["parts", "acc_stride", "part_stride", "rows", "blocks", *_RUN_TIME[_RUN_TIME.index("a_scale_step") :]]
 _ANY_ALIGNMENT = ["a_scale_ptr", "b_scale_ptr", "zero_ptr", "b_sum_ptr", "bias_ptr", "out_scale_ptr"]
 
 
@@ -265,6 +268,20 @@ def gemm_kernel(
                          out_scale_step, None)  # fmt: skip
 
 
+@triton.jit(do_not_specialize=_OF_PARTS, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def sum_parts_kernel(
+    acc_ptr, acc_stride, parts, part_stride, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr,
+    zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride,
+    out_columns, GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """acc_stride and part_stride count 16 elements."""
+    dequantize_block(
+        acc_ptr, acc_stride * 16, parts, part_stride.to(tl.int64) * 16, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr,
+        b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr,
+        out_type, out_stride, out_columns, GATED, None, BLOCK,
+    )  # fmt: skip
+
+
 def aligned(x: Tensor) -> Tensor:
     """[rows, K] of x with 16-byte aligned rows: a view, or a copy where x's are not."""
     rows, columns, stride = matrix_shape(x)
@@ -297,36 +314,41 @@ def gemm(
         return out
     wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= 2, is_gated(activation)
     promoted = wide or b.dtype is E4M3
-    machine = _machine(driver.active.get_current_device())
-    a, b = aligned(a), aligned(b)
-    (m, k), n = a.shape, b.shape[0]
-    p = plan(m, n, k, a.element_size(), scaled, group_scale is not None, gated, machine)
     arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, scaled)
     if group_scale is not None:
         arguments |= {"out_scale_ptr": group_scale, "out_scale_step": group_scale.stride(-1)}
-    width = triton.cdiv(n, 16)
-    parts = out.view(torch.uint8)
-    if p.parts > 1:
-        parts = torch.empty((p.parts, m, 16 * width), dtype=torch.float32 if promoted else torch.int32, device=a.device)
-    tma = machine.arch >= 90
-    on_bits = wide and machine.arch < (89 if b.dtype is E4M3 else 90)
-    operands: list[Any] = [a, b.view(torch.uint8) if on_bits and b.dtype is E4M3 else b]
-    if tma:
-        operands = [
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, p.block_k])
-            for t, rows in zip(operands, (p.block_m, p.block_n))
-        ]
     with torch.cuda.device_of(a):
+        machine = _machine(driver.active.get_current_device())
+        a, b = aligned(a), aligned(b)
+        (m, k), n = a.shape, b.shape[0]
+        p = plan(m, n, k, a.element_size(), scaled, group_scale is not None, gated, machine)
+        width, split = triton.cdiv(n, 16), p.parts > 1
+        parts = out.view(torch.uint8)
+        if split:
+            sums = torch.float32 if promoted else torch.int32
+            parts = torch.empty((p.parts, m, 16 * width), dtype=sums, device=a.device)
+        tma, on_bits = machine.arch >= 90, wide and machine.arch < (89 if b.dtype is E4M3 else 90)
+        operands: list[Any] = [a, b.view(torch.uint8) if on_bits and b.dtype is E4M3 else b]
+        if tma:
+            operands = [
+                TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, p.block_k])
+                for t, rows in zip(operands, (p.block_m, p.block_n))
+            ]
         gemm_kernel[(_tiles(m, n, p.block_m, p.block_n), p.parts)](
             *operands, a.stride(0) * a.element_size() // 16, b.stride(0) // 16, m, n, k,
             triton.cdiv(triton.cdiv(k, p.block_k), p.parts), width, parts,
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
-            GATED=gated and (p.parts == 1 or (scaled and not wide)), SPLIT=p.parts > 1, SWAP=p.swap, TMA=tma, WIDEN=wide,
+            GATED=gated and (not split or (scaled and not wide)), SPLIT=split, SWAP=p.swap, TMA=tma, WIDEN=wide,
             ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,
-            BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k,
-            STAGES=p.stages, num_warps=p.warps, enable_fp_fusion=False,
+            BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, STAGES=p.stages, num_warps=p.warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
-    if p.parts > 1:
-        dequant_activation.launch(parts[:, :, :n], arguments, gated)
+        if split:
+            block = 256  # 4 accumulators, 16 bytes, for each thread of 2 warps
+            blocks = triton.cdiv(out.shape[-1], block)
+            sum_parts_kernel[(m * blocks,)](
+                parts, width, p.parts, m * width, m, blocks, **arguments, GATED=gated, BLOCK=block, num_warps=2,
+                enable_fp_fusion=False,
+            )  # fmt: skip
     return out
