@@ -21,8 +21,12 @@ import torch
 from forwardpass import backend
 from forwardpass.activation_quantize import cases as activation_quantize
 from forwardpass.dequant_activation import cases as dequant_activation
+from forwardpass.fp8_gemm import cases as fp8_gemm
+from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.norm_quantize import cases as norm_quantize
 from forwardpass.quantize import cases as quantize
+from forwardpass.quantized_rows import E4M3
+from forwardpass.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -63,7 +67,8 @@ def run(name, case, args):
 class Triton:
     """The seam's other end: CPU tensors get to the Triton kernels, and no more is done."""
 
-    arch = "sm_80"
+    def __init__(self, arch="sm_80"):
+        self.arch = arch
 
     def why_not(self, name):
         return None
@@ -92,7 +97,8 @@ def start_compiling():
 
     class Utils:
         def get_device_properties(self, device):
-            return {"max_shared_mem": 99 << 10, "multiprocessor_count": 108, "warpSize": 32}
+            shared = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}[device]
+            return {"max_shared_mem": shared, "multiprocessor_count": 108, "warpSize": 32}
 
         def load_binary(self, name, kernel, shared, device):
             return object(), object(), 0, 0, 1024  # module, function, registers, spills, threads
@@ -122,21 +128,23 @@ def start_compiling():
 
     original, JITFunction.run = JITFunction.run, launch
     driver.set_active(Driver())
-    backend.interpret_everywhere(Triton())
 
 
 compiled = []
 
 
 def compile_for(architecture, name, case):
-    """(PTX, stack frame in bytes) of the kernel that the case launches, on rows that are contiguous."""
+    """(PTX, stack frame in bytes) of the kernel that the case launches first, on rows that are contiguous."""
     import triton
     from triton.runtime.driver import driver
 
     driver.active.architecture = architecture
+    backend.interpret_everywhere(Triton(f"sm_{architecture}"))
     compiled.clear()
-    run(name, case, [a.contiguous() if isinstance(a, torch.Tensor) else a for a in case.arguments()])
-    (kernel,) = compiled
+    scales_of_groups = getattr(case, "blocks", False)  # have a layout of their own
+    args = case.arguments()
+    run(name, case, args if scales_of_groups else [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
+    kernel = compiled[0]
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = pathlib.Path(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
     cubin.write_bytes(kernel.asm["cubin"])
@@ -211,3 +219,36 @@ def test_compiles_without_spills(compiler, name, case, architecture):
     assert stack == 0
     if case.shape[-1] % 16 == 0:  # moved 16 bytes at a time, but for the scale, the zero point, a layer norm's pivots
         assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 4
+
+
+GATED = dequant_activation.EpilogueCase(activation="silu_mul")
+COMPILED_GEMMS = [
+    ("int8_gemm", int8_gemm.Case(1, 4096, 4096)),  # K in parts
+    ("int8_gemm", int8_gemm.Case(64, 6912, 256)),
+    ("int8_gemm", int8_gemm.Case(256, 6912, 256)),
+    ("int8_gemm", int8_gemm.Case(256, 6912, 256, GATED)),
+    ("fp8_gemm", fp8_gemm.Case(256, 6912, 256)),
+    ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, GATED, blocks=True)),
+    ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, blocks=True, quantized=True)),
+    ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, GATED, blocks=True, quantized=True)),
+    ("w8a16_gemm", w8a16_gemm.Case((16,), 6912, 256)),
+    ("w8a16_gemm", w8a16_gemm.Case((256,), 6912, 256, torch.float16, E4M3, scales="block")),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "case"), COMPILED_GEMMS, ids=str)
+def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, architecture):
+    if name == "fp8_gemm" and architecture == 80:
+        pytest.skip("tensor cores of sm_80 multiply no e4m3")
+    ptx, stack = compiler.submit(compile_for, architecture, name, case).result()
+    assert f".target sm_{architecture}" in ptx
+    assert stack == 0
+    types = {"int8_gemm": "s32.s8.s8", "fp8_gemm": "f32.e4m3.e4m3", "w8a16_gemm": r"f32.b?f16.b?f16"}[name]
+    # few rows of 16 bits are the first operand, and a wgmma has 64
+    wgmma = architecture == 90 and not (name == "w8a16_gemm" and case.lead == (16,))
+    assert re.search(rf"wgmma\.mma_async.*{types}" if wgmma else rf"mma\.sync.*{types}", ptx)
+    if architecture == 90:
+        assert "cp.async.bulk.tensor.2d" in ptx
+    else:
+        assert "cp.async.cg.shared.global [ %r" in ptx  # 16 bytes each

@@ -20,13 +20,9 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import is_gated
-from .dequant_activation import triton_kernel as dequant_activation
+from .dequant_activation.triton_kernel import dequantize_block
 from .quantized_rows import E4M3, matrix_shape
 from .triton_epilogue import activated, options, store_group, store_output
-
-#: What one trip of the main loop takes of K: 128 bytes of 8-bit operands, the widest row of swizzled shared memory; the depth
-#: after which fp8 sums are promoted; a block of the block scales.
-BLOCK_K = 128
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,11 @@ def _machine(device: Any) -> Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is cut up. `swap`: b is the matrix instruction's first operand, which is never fewer than 16 rows."""
+    """How a product is cut up. `swap`: b is the first operand of the matrix instructions."""
 
     block_m: int
     block_n: int
+    block_k: int
     warps: int
     stages: int
     swap: bool
@@ -57,32 +54,36 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, a_bytes: int, promoted: bool, quantized: bool, gated: bool, machine: Machine) -> Plan:
-    """A function of the shape and the machine alone. `promoted`: two accumulators; `quantized`: a tile has 128 outputs.
+def plan(m: int, n: int, k: int, a_bytes: int, scaled: bool, quantized: bool, gated: bool, machine: Machine) -> Plan:
+    """A function of the shape and the machine alone. `scaled`: by blocks; `quantized`: a tile has 128 outputs, a group.
 
     unmeasured: no figure here is from a GPU; the limits are computed.
     """
     if m <= 64:
-        # Bytes of b bound it: tiles no taller than the rows, 16 being those of mma.sync; swapped, 64 rows of b are those of
-        # one wgmma. b widened in registers is not swapped: Triton rewrites what a wgmma in flight takes from registers.
-        block_m, block_n, warps, swap = 16 if m <= 16 else 64, 64, 4, a_bytes == 1
+        # Bytes of b bound it: tiles no taller than the rows, 16 being those of mma.sync; 64 rows of b, those of one wgmma.
+        block_m, block_n, warps = 16 if m <= 16 else 64, 64, 4
         if quantized:
             block_n, warps = (256, 8) if gated else (128, 4)
-    elif quantized and gated:
-        block_m, block_n, warps, swap = 64, 256, 8, False  # 64 accumulators a thread, twice, as below
     else:
         # 64 accumulators a thread: promotion doubles them, and 128 x 256 spills in the epilogue even without (static, sm_90).
-        block_m, block_n, warps, swap = 128, 128, 8, False
-    stage = (block_m * a_bytes + block_n) * BLOCK_K
+        block_m, block_n, warps = (64, 256, 8) if quantized and gated else (128, 128, 8)
+        if scaled and a_bytes == 2:
+            block_n = 64  # b, widened, and twice 64 accumulators spill (static, sm_80)
+    # 128 bytes of a row, the most that shared memory swizzles; the depth after which fp8 sums are promoted and block scales change
+    block_k = 128 if a_bytes == 1 or m <= 16 else 64
+    # Swapped, wgmma takes tiles of few rows, and mma.sync has 8 rows of gate and the 8 of up below them in the same threads, as
+    # wgmma has them anyway. b widened in registers is not swapped: Triton rewrites those that a wgmma in flight reads.
+    swap = a_bytes == 1 and (m <= 64 or (gated and machine.arch // 10 != 9))
+    stage = (block_m * a_bytes + block_n) * block_k
     buffers = min(5 if m <= 64 else 4, (machine.shared - 1024) // stage)  # 1 KB: barriers
-    stages = buffers if machine.arch >= 90 else buffers + 1  # cp.async: what is being multiplied counts, and has no buffer
-    tiles, blocks = _tiles(m, n, block_m, block_n), triton.cdiv(k, BLOCK_K)
+    stages = buffers if machine.arch >= 90 else buffers + 1  # cp.async: what is being multiplied needs no further one
+    tiles, blocks = _tiles(m, n, block_m, block_n), triton.cdiv(k, block_k)
     parts = 1
     if 2 * tiles <= machine.multiprocessors and not quantized:  # a quantised group's maximum needs whole sums
         # idle multiprocessors take parts of K, each at least 4 trips, as filling the pipeline takes about as many
         parts = max(1, min(machine.multiprocessors // tiles, blocks // 4))
         parts = triton.cdiv(blocks, triton.cdiv(blocks, parts))  # none is empty
-    return Plan(block_m, block_n, warps, stages, swap, parts)
+    return Plan(block_m, block_n, block_k, warps, stages, swap, parts)
 
 
 def _tiles(m: int, n: int, block_m: int, block_n: int) -> int:
@@ -108,16 +109,24 @@ def split_gate_up(acc):
 
 
 @triton.jit
-def widen(b, to: tl.constexpr, E4M3_BITS: tl.constexpr):
-    """8 bits to a 16-bit type, exactly. E4M3_BITS: b is e4m3 as uint8 on a machine that does not know it."""
-    if E4M3_BITS:
-        # e4m3's exponent and mantissa in fp16's place stand for 2^-8 of the value, denormals included
-        v = ((b & 0x80).to(tl.uint16) << 8) | ((b & 0x7F).to(tl.uint16) << 7)
-        v = v.to(tl.float16, bitcast=True) * 256.0
-        b = tl.where((b & 0x7F) == 0x7F, float("nan"), v)
-    if b.dtype.is_floating() and to == tl.bfloat16:
-        b = b.to(tl.float16).to(tl.float32)  # Triton's own way is through fp16 by cvt.bf16.f16, which sm_80 lacks
-    return b.to(to)
+def widen(b, to: tl.constexpr, ON_BITS: tl.constexpr):
+    """8 bits to a 16-bit type, exactly. ON_BITS: the machine does not know e4m3, and b is uint8; or converts integers at an
+    eighth of the rate of what is done here."""
+    if ON_BITS:
+        if b.dtype == tl.uint8:
+            # e4m3's sign, exponent and mantissa in fp32's places stand for 2^-120 of the value, denormals included
+            v = (b.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+            v = v.to(tl.float32, bitcast=True) * 1.329227995784916e36
+            v = tl.where(tl.abs(v) > 448.0, float("nan"), v)
+        else:
+            # b + 128 in the low bits of 2^23
+            v = ((b.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+        b = v.to(to)
+    elif b.dtype.is_floating() and to == tl.bfloat16:
+        b = b.to(tl.float16).to(tl.float32).to(to)  # Triton's own way needs cvt.bf16.f16, which sm_89 lacks
+    else:
+        b = b.to(to)
+    return b
 
 
 @triton.jit
@@ -137,13 +146,13 @@ def tiles_at(a, b, k, K, first_m, first_n, TMA: tl.constexpr, MASKED: tl.constex
 @triton.jit
 def multiply_add(
     a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step, b_scale_ptr, k_blocks,
-    SCALES: tl.constexpr, SWAP: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr, E4M3_BITS: tl.constexpr,
+    SCALES: tl.constexpr, SWAP: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr, ON_BITS: tl.constexpr,
     PROMOTED: tl.constexpr,
 ):  # fmt: skip
     """The accumulators after one more block of K. They are in the order of the matrix instruction (SWAP: [N, M]) while nothing
     scales them, else [M, N], with gate and up apart where each has scales of its own."""
     if WIDEN:
-        b_tile = widen(b_tile, a_tile.dtype, E4M3_BITS)
+        b_tile = widen(b_tile, a_tile.dtype, ON_BITS)
     if SWAP:
         first, second = b_tile, a_tile.T
     else:
@@ -160,7 +169,8 @@ def multiply_add(
             if SWAP:
                 partial = tl.trans(partial)
             if SCALES == "groups":  # b_scale [N, K / 128]
-                b_scale = tl.load(b_scale_ptr + column.to(tl.int64) * k_blocks + block, mask=column < columns, other=0.0)
+                b_scale_ptr += column.to(tl.int64) * k_blocks + block
+                b_scale = tl.load(b_scale_ptr, mask=column < columns, other=0.0)
                 acc = tl.fma(partial, tl.broadcast_to(b_scale[None, :], partial.shape), acc)
             else:
                 a_scale = tl.load(a_scale_ptr + row + block * a_group_step, mask=row < rows, other=0.0)[:, None]
@@ -184,8 +194,11 @@ def store_part(part, ptr, stride, row, rows, column, columns):
     tl.store(ptr + row.to(tl.int64)[:, None] * (stride * 16) + column[None, :], part, mask=inside)
 
 
-_RUN_TIME = ["a_stride", "b_stride", "rows", "columns", "K", "per_part", "part_stride", "a_group_step", "a_scale_step",
-             "b_scale_step", "zero_step", "bias_type", "activation", "out_type", "out_stride", "out_columns", "out_scale_step"]  # fmt: skip
+_RUN_TIME = [
+    "a_stride", "b_stride", "rows", "columns", "K", "per_part", "part_stride", "a_group_step", "a_scale_step",
+    "b_scale_step", "zero_step", "bias_type", "activation", "out_type", "out_stride", "out_columns", "out_scale_step",
+]  # fmt: skip
+_OF_PARTS = ["parts", "acc_stride", "part_stride", "rows", "blocks", *_RUN_TIME[_RUN_TIME.index("a_scale_step") :]]
 _ANY_ALIGNMENT = ["a_scale_ptr", "b_scale_ptr", "zero_ptr", "b_sum_ptr", "bias_ptr", "out_scale_ptr"]
 
 
@@ -195,7 +208,7 @@ def gemm_kernel(
     a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type,
     activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride, out_columns,
     SCALES: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
-    WIDEN: tl.constexpr, E4M3_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
+    WIDEN: tl.constexpr, ON_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """a_stride and b_stride count 16 bytes, per_part blocks of K, part_stride 16 elements: 16-byte alignment shows."""
@@ -216,17 +229,19 @@ def gemm_kernel(
     IN_ORDER: tl.constexpr = SWAP and SCALES == "vectors"
     HALVES: tl.constexpr = GATED and SCALES == "blocks"
     sums: tl.constexpr = tl.float32 if PROMOTED or WIDEN else tl.int32
-    acc = tl.zeros((BLOCK_N if IN_ORDER else BLOCK_M, BLOCK_M if IN_ORDER else BLOCK_N // 2 if HALVES else BLOCK_N), sums)
+    height: tl.constexpr = BLOCK_N if IN_ORDER else BLOCK_M
+    width: tl.constexpr = BLOCK_M if IN_ORDER else BLOCK_N // 2 if HALVES else BLOCK_N
+    acc = tl.zeros((height, width), sums)
     up = acc
     for k in tl.range(begin, whole, BLOCK_K, num_stages=STAGES):
         a_tile, b_tile = tiles_at(a, b, k, K, first_m, first_n, TMA, False, BLOCK_K)
         acc, up = multiply_add(a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step,
-                       b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, E4M3_BITS, PROMOTED)  # fmt: skip
-    if not TMA:
+                       b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, ON_BITS, PROMOTED)  # fmt: skip
+    if not TMA:  # noqa: SIM102 (of constants, and not)
         if whole < end:
             a_tile, b_tile = tiles_at(a, b, whole, K, first_m, first_n, TMA, True, BLOCK_K)
             acc, up = multiply_add(a_tile, b_tile, acc, up, whole, row, rows, column, first_n, columns, a_scale_ptr,
-                           a_group_step, b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, E4M3_BITS, PROMOTED)  # fmt: skip
+                           a_group_step, b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, ON_BITS, PROMOTED)  # fmt: skip
 
     if IN_ORDER:
         acc = tl.trans(acc)
@@ -251,6 +266,20 @@ def gemm_kernel(
         else:
             store_output(y, row, rows, out_column, out_columns, out_ptr, out_type, out_stride, out_scale_ptr,
                          out_scale_step, None)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_OF_PARTS, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def sum_parts_kernel(
+    acc_ptr, acc_stride, parts, part_stride, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr,
+    zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride,
+    out_columns, GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """acc_stride and part_stride count 16 elements."""
+    dequantize_block(
+        acc_ptr, acc_stride * 16, parts, part_stride.to(tl.int64) * 16, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr,
+        b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr,
+        out_type, out_stride, out_columns, GATED, None, BLOCK,
+    )  # fmt: skip
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -285,35 +314,41 @@ def gemm(
         return out
     wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= 2, is_gated(activation)
     promoted = wide or b.dtype is E4M3
-    machine = _machine(driver.active.get_current_device())
-    a, b = aligned(a), aligned(b)
-    (m, k), n = a.shape, b.shape[0]
-    p = plan(m, n, k, a.element_size(), promoted, group_scale is not None, gated, machine)
     arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, scaled)
     if group_scale is not None:
         arguments |= {"out_scale_ptr": group_scale, "out_scale_step": group_scale.stride(-1)}
-    width = triton.cdiv(n, 16)
-    parts = out.view(torch.uint8)
-    if p.parts > 1:
-        parts = torch.empty((p.parts, m, 16 * width), dtype=torch.float32 if promoted else torch.int32, device=a.device)
-    tma = machine.arch >= 90
-    bits = wide and b.dtype is E4M3 and machine.arch < 89
-    operands: list[Any] = [a, b.view(torch.uint8) if bits else b]
-    if tma:
-        operands = [
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, BLOCK_K])
-            for t, rows in zip(operands, (p.block_m, p.block_n))
-        ]
     with torch.cuda.device_of(a):
+        machine = _machine(driver.active.get_current_device())
+        a, b = aligned(a), aligned(b)
+        (m, k), n = a.shape, b.shape[0]
+        p = plan(m, n, k, a.element_size(), scaled, group_scale is not None, gated, machine)
+        width, split = triton.cdiv(n, 16), p.parts > 1
+        parts = out.view(torch.uint8)
+        if split:
+            sums = torch.float32 if promoted else torch.int32
+            parts = torch.empty((p.parts, m, 16 * width), dtype=sums, device=a.device)
+        tma, on_bits = machine.arch >= 90, wide and machine.arch < (89 if b.dtype is E4M3 else 90)
+        operands: list[Any] = [a, b.view(torch.uint8) if on_bits and b.dtype is E4M3 else b]
+        if tma:
+            operands = [
+                TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, p.block_k])
+                for t, rows in zip(operands, (p.block_m, p.block_n))
+            ]
         gemm_kernel[(_tiles(m, n, p.block_m, p.block_n), p.parts)](
             *operands, a.stride(0) * a.element_size() // 16, b.stride(0) // 16, m, n, k,
-            triton.cdiv(triton.cdiv(k, BLOCK_K), p.parts), width, parts,
+            triton.cdiv(triton.cdiv(k, p.block_k), p.parts), width, parts,
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
-            GATED=gated and (p.parts == 1 or (scaled and not wide)), SPLIT=p.parts > 1, SWAP=p.swap, TMA=tma, WIDEN=wide,
-            E4M3_BITS=bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,  BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=BLOCK_K,
-            STAGES=p.stages, num_warps=p.warps, enable_fp_fusion=False,
+            GATED=gated and (not split or (scaled and not wide)), SPLIT=split, SWAP=p.swap, TMA=tma, WIDEN=wide,
+            ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,
+            BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, STAGES=p.stages, num_warps=p.warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
-    if p.parts > 1:
-        dequant_activation.launch(parts[:, :, :n], arguments, gated)
+        if split:
+            block = 256  # 4 accumulators, 16 bytes, for each thread of 2 warps
+            blocks = triton.cdiv(out.shape[-1], block)
+            sum_parts_kernel[(m * blocks,)](
+                parts, width, p.parts, m * width, m, blocks, **arguments, GATED=gated, BLOCK=block, num_warps=2,
+                enable_fp_fusion=False,
+            )  # fmt: skip
     return out

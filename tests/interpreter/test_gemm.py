@@ -14,6 +14,7 @@ from forwardpass.fp8_gemm import cases as fp8_gemm
 from forwardpass.fp8_linear import cases as fp8_linear
 from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.int8_linear import cases as int8_linear
+from forwardpass.testing import assert_equal
 from forwardpass.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
@@ -74,6 +75,22 @@ def test_fp8_kernel_with_exact_sums(name, case, implementation, arch):
 def test_sums_are_promoted(arch, case, implementation, seed):
     """Of one sign, 512 and 4096 deep: without promotion they are out of bounds, as tests/test_fp8_gemm.py shows."""
     check("fp8_gemm", case, implementation, arch, seed, truncating=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("w_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_are_widened_exactly(w_dtype, implementation, arch, seed):
+    """All 256, NaN and denormals included, which no random weight is."""
+    w = torch.arange(-128, 128, dtype=torch.int8).reshape(256, 1).view(w_dtype)
+    operation, one = backend.operations["w8a16_gemm"], torch.ones(1)
+    with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
+        if reason := device.why_not(implementation):
+            pytest.skip(str(reason))
+        for dtype in (torch.float16, torch.bfloat16):
+            for rows in (1, 65):
+                got = operation(torch.ones(rows, 1, dtype=dtype), w, one, None, None)
+                assert_equal(got, w.flatten().to(dtype).repeat(rows, 1))
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
-"""dequant_activation in Triton: one program a block of one row's outputs. It is also the second half of a GEMM whose K is split."""
+"""dequant_activation in Triton: one program a block of one row's outputs."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -24,14 +22,13 @@ def load_sum(acc_ptr, column, mask, parts, part_stride):
     return acc[None, :]
 
 
-@triton.jit(do_not_specialize=["parts"])
-def dequant_activation_kernel(
-    acc_ptr, acc_stride, parts, part_stride, rows, blocks, a_scale_ptr, b_scale_ptr, zero_ptr, b_sum_ptr, bias_ptr,
-    out_scale_ptr, out_ptr, out_stride, out_columns,
-    a_scale_step: tl.constexpr, b_scale_step: tl.constexpr, zero_step: tl.constexpr, bias_type: tl.constexpr,
-    activation: tl.constexpr, out_scale_step: tl.constexpr, out_type: tl.constexpr, GATED: tl.constexpr,
-    BLOCK: tl.constexpr,
+@triton.jit
+def dequantize_block(
+    acc_ptr, acc_stride, parts, part_stride, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr,
+    zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride,
+    out_columns, GATED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The program's block of the outputs, of accumulators that are the sum of `parts`, `part_stride` elements apart."""
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     column = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
@@ -47,20 +44,24 @@ def dequant_activation_kernel(
         up = acc
     y = activated(acc, up, row, rows, column, out_columns, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step,
                   zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, GATED)  # fmt: skip
-    store_output(y, row, rows, column, out_columns, out_ptr, out_type, out_stride, out_scale_ptr, out_scale_step, True)
+    store_output(
+        y, row, rows, column, out_columns, out_ptr, out_type, out_stride, out_scale_ptr, out_scale_step, ALIGNED
+    )
 
 
-def launch(parts: Tensor, arguments: dict[str, Any], gated: bool) -> None:
-    """The sum of `parts` [P, rows, N] to the output that `arguments` (of `options`) describe."""
-    count, rows, _ = parts.shape
-    columns = arguments["out_columns"]
-    block = min(1024, max(16, triton.next_power_of_2(columns)))
-    blocks = triton.cdiv(columns, block)
-    with torch.cuda.device_of(parts):
-        dequant_activation_kernel[(rows * blocks,)](
-            parts, parts.stride(1), count, parts.stride(0), rows, blocks, **arguments,
-            GATED=gated, BLOCK=block, num_warps=max(1, block // 256), enable_fp_fusion=False,
-        )  # fmt: skip
+@triton.jit
+def dequant_activation_kernel(
+    acc_ptr, acc_stride, rows, blocks, a_scale_ptr, b_scale_ptr, zero_ptr, b_sum_ptr, bias_ptr, out_scale_ptr, out_ptr,
+    out_stride, out_columns,
+    a_scale_step: tl.constexpr, b_scale_step: tl.constexpr, zero_step: tl.constexpr, bias_type: tl.constexpr,
+    activation: tl.constexpr, out_scale_step: tl.constexpr, out_type: tl.constexpr, GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    dequantize_block(
+        acc_ptr, acc_stride, 1, 0, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step,
+        b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride, out_columns,
+        GATED, True, BLOCK,
+    )  # fmt: skip
 
 
 def dequant_activation(
@@ -76,10 +77,15 @@ def dequant_activation(
 ) -> Tensor:
     out = fake_output(acc, tuple(acc.shape), activation, out_dtype)
     if out.numel():
-        rows, columns, stride = matrix_shape(acc)
-        parts = acc.as_strided((1, rows, columns), (0, stride, 1))
-        arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum)
-        launch(parts, arguments, is_gated(activation))
+        rows, _, stride = matrix_shape(acc)
+        block = min(1024, max(16, triton.next_power_of_2(out.shape[-1])))
+        blocks = triton.cdiv(out.shape[-1], block)
+        with torch.cuda.device_of(acc):
+            dequant_activation_kernel[(rows * blocks,)](
+                acc, stride, rows, blocks,
+                **options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum),
+                GATED=is_gated(activation), BLOCK=block, num_warps=max(1, block // 256), enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 
