@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from torch import Tensor
 
 import forwardpass as fp
 from forwardpass import backend
@@ -13,15 +12,7 @@ from forwardpass.testing import benchmark_cases, poisoned_outputs
 from forwardpass.timing import interleave
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
-MODULES = (
-    "quantize",
-    "norm_quantize",
-    "activation_quantize",
-    "dequant_activation",
-    "int8_gemm",
-    "int8_linear",
-    "w8a16_gemm",
-)
+MODULES = sorted({op.package.split(".")[-1] for op in backend.operations.values()})
 BASELINES = {op: b for m in MODULES for op, b in importlib.import_module(f"benchmarks.{m}").BASELINES.items()}
 
 
@@ -32,7 +23,7 @@ def test_every_operation_has_a_benchmark():
 @pytest.mark.parametrize("op", BASELINES, ids=lambda op: op.name)
 def test_baseline_does_the_same_work(op):
     case = min(benchmark_cases(op), key=lambda c: c.bytes())
-    call = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case.arguments())
+    call = bench.as_a_layer_has_them(case.arguments())
     expected = BASELINES[op](**dict(zip(op.parameters, call)))
     bench.check_same_work(op.name, op(*call), expected)
     with pytest.raises(SystemExit, match="other work"):
