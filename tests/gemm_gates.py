@@ -117,8 +117,8 @@ def failures(k) -> list[str]:
     if claimed := claims(k.name):
         if k.threads != claimed.threads:
             said.append(f"{k.threads} threads, its Config says {claimed.threads}")
-        if k.shared < claimed.stages * claimed.stage_bytes:
-            said.append(f"{k.shared} bytes of shared memory, its Config's {claimed.stages} stages are "
+        if (k.dynamic_shared or 0) < claimed.stages * claimed.stage_bytes:
+            said.append(f"{k.dynamic_shared} bytes of dynamic shared memory, its Config's {claimed.stages} stages are "
                         f"{claimed.stages * claimed.stage_bytes}")  # fmt: skip
         if k.blocks_per_sm is not None and k.blocks_per_sm < claimed.blocks:
             said.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {claimed.blocks}")
