@@ -51,9 +51,10 @@ def make_case(op: Operation, m: int, n: int, k: int, options: dict[str, Any]) ->
 
 
 def problems(names: list[str] | None) -> list[tuple[Operation, str, dict[str, Any]]]:
-    """(operation, variant, options) of those that this build has."""
-    found = [n for n in OPERATIONS if n in backend.operations and (not names or n in names)]
-    return [(backend.operations[n], variant, options) for n in found for variant, options in OPERATIONS[n].items()]
+    """(operation, variant, options) of those that this build has; a name is an operation's or its package's."""
+    found = [backend.operations[n] for n in OPERATIONS if n in backend.operations]
+    wanted = [op for op in found if not names or {op.name, op.package.split(".")[-1]} & set(names)]
+    return [(op, variant, options) for op in wanted for variant, options in OPERATIONS[op.name].items()]
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from benchmarks import bench
 from forwardpass.backend import Operation
 from forwardpass.timing import FLUSH_BYTES, interleave
 
-#: swept on a GPU, with N x K of SIZES; the bars' own shapes come first
+#: swept on a GPU, with N x K of SIZES; the bars' own shapes of these rows come first
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SIZES = ((4096, 4096), (8192, 8192))
 
@@ -177,7 +177,7 @@ def measure_all(
 ) -> list[dict[str, Any]]:
     results = []
     for op, variant, options in problems:
-        of_bars = [b.shape for b in BARS if (b.operation, b.variant) == (op.name, variant)]
+        of_bars = [b.shape for b in BARS if (b.operation, b.variant) == (op.name, variant) and b.shape[0] in rows]
         for shape in dict.fromkeys([*of_bars, *((m, n, k) for n, k in SIZES for m in rows)]):
             row = measure(op, variant, make_case(op, *shape, options), shape, "cuda", rounds)
             results.append(row)
