@@ -187,6 +187,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed samples of each, on a GPU")
     parser.add_argument("--json", metavar="FILE", help="also write the result to this file")
     args = parser.parse_args()
+    if args.device and not torch.cuda.is_available():
+        parser.error("torch finds no GPU: run it where nvidia-smi lists one, or with --interpret")
     if args.interpret:
         result = bench.header("gemm-interpreted", "cpu", [])  # modelled and counted: nothing is measured
         result |= {"arch": args.interpret, "modelled": ["results"], "results": interpret_all(args.interpret, args.op)}

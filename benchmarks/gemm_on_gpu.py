@@ -118,7 +118,7 @@ def measure(
             got = candidate()
             if name == "torch.compile":
                 bench.check_same_work(f"torch.compile of {op.name}", got, op(*call))
-        except Exception as e:  # whatever a peer raises, it is said beside its name
+        except (Exception, SystemExit) as e:  # whatever a peer raises, or is caught at, is said beside its name
             missing[name] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
     timings = interleave({n: c for n, c in candidates.items() if n not in missing}, device, rounds=rounds)
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
