@@ -82,8 +82,7 @@ def main(operations: dict[Operation, Callable[..., Any]], doc: str | None) -> No
 @torch.inference_mode()
 def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str, rounds: int) -> dict[str, Any]:
     """Milliseconds, GB/s and ratios of one case."""
-    # rows as a layer has them, one after the other: those of the tests stand apart
-    call = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case.arguments(device))
+    call = as_a_layer_has_them(case.arguments(device))
     named = dict(zip(op.parameters, call))
     torch.compiler.reset()
     compiled = torch.compile(baseline, dynamic=False)
@@ -109,6 +108,11 @@ def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str
             for name, t in timings.items()
         },
     }
+
+
+def as_a_layer_has_them(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments with their rows one after the other: those of the tests stand apart. Scales of groups stay as they are."""
+    return tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() and a.stride(-1) == 1 else a for a in args)
 
 
 def on_backend(op: Operation, backend: str, call: tuple[Any, ...]) -> Callable[[], Any]:

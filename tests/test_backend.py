@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardpass as fp
 from forwardpass.backend import operations
@@ -113,3 +114,20 @@ def test_a_layer_logs_every_shape_too(monkeypatch, caplog):
         for rows in (41, 42, 42):
             layer(torch.randn(rows, 40))
     assert [f"x=float32[{rows}, 40]" in m for rows, m in zip((41, 42), caplog.messages, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("layer", ["Int8Linear", "W8A16Linear"])
+def test_a_layer_is_one_operation(layer):
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    module = getattr(fp.nn, layer).from_torch(torch.nn.Linear(40, 16))
+    with torch.inference_mode(), fp.use_backend("cpu"):
+        module(X)  # whose check makes tensors
+        with Calls():
+            module(X)
+    assert called == [f"forwardpass.{module.operation}_cpu.default"]

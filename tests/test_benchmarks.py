@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from torch import Tensor
 
 import forwardpass as fp
 from forwardpass import backend
@@ -13,15 +12,7 @@ from forwardpass.testing import benchmark_cases, poisoned_outputs
 from forwardpass.timing import interleave
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
-MODULES = (
-    "quantize",
-    "norm_quantize",
-    "activation_quantize",
-    "dequant_activation",
-    "int8_gemm",
-    "int8_linear",
-    "w8a16_gemm",
-)
+MODULES = sorted({op.package.split(".")[-1] for op in backend.operations.values()})
 BASELINES = {op: b for m in MODULES for op, b in importlib.import_module(f"benchmarks.{m}").BASELINES.items()}
 
 
@@ -32,7 +23,7 @@ def test_every_operation_has_a_benchmark():
 @pytest.mark.parametrize("op", BASELINES, ids=lambda op: op.name)
 def test_baseline_does_the_same_work(op):
     case = min(benchmark_cases(op), key=lambda c: c.bytes())
-    call = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case.arguments())
+    call = bench.as_a_layer_has_them(case.arguments())
     expected = BASELINES[op](**dict(zip(op.parameters, call)))
     bench.check_same_work(op.name, op(*call), expected)
     with pytest.raises(SystemExit, match="other work"):
@@ -63,13 +54,22 @@ def test_timing_tells_fast_from_slow():
     assert len(told) == 4
 
 
-@pytest.fixture
-def host_overhead():
+def needs_kernels(module):
     from forwardpass.interpreter import core
 
     if core.why_not() or not core.KERNELS.exists():
         pytest.skip("there are no CUDA kernels that could be interpreted")
-    return importlib.import_module("benchmarks.host_overhead")
+    return importlib.import_module(f"benchmarks.{module}")
+
+
+@pytest.fixture
+def host_overhead():
+    return needs_kernels("host_overhead")
+
+
+@pytest.fixture
+def gemm():
+    return needs_kernels("gemm")
 
 
 def test_host_time_of_every_operation_that_has_a_cuda_kernel(host_overhead):
@@ -102,3 +102,75 @@ def test_kernels_run_again_once_host_time_was_measured(host_overhead):
             raise ZeroDivisionError
         with fp.interpret("sm_90a"):
             assert runs()
+
+
+def test_every_gemm_is_counted_and_modelled(gemm):
+    assert gemm.OPERATIONS.keys() == {n for n in backend.operations if "gemm" in n or "linear" in n}
+    op, shape = backend.operations["int8_gemm"], (256, 2048, 256)
+    case = gemm.make_case(op, *shape, {})
+    row = gemm.interpreted_row(op, "", "cuda", "sm_80", case, shape, loop=True)
+    assert row["least_bytes"] == 256 * 256 + 2048 * 256 + 2 * 256 * 2048
+    assert row["least_bytes"] <= row["dram_bytes"] <= 1.1 * row["least_bytes"] and row["dram_bytes"] < row["l2_bytes"]
+    # of 64 x 64 x 32 a warp, 32 mma and 8 ldmatrix are the least
+    assert 2**20 / (16 * 8 * 32) * 40 / 32 < row["main_loop"]["ptx_per_mi_mac"] < row["ptx_per_mi_mac"]
+    assert row["main_loop"]["wavefronts_per_ideal"] == 1
+    assert row["modelled_us"] > 0 and row["binding"]
+    line = gemm.interpreted_line(row)
+    assert f"{row['modelled_us']:.2f} us by {row['binding']}" in line and f"{row['ptx_per_mi_mac']:.0f}" in line
+
+
+def test_a_gemm_that_this_gpu_lacks_says_so(gemm, capsys, monkeypatch):
+    monkeypatch.setattr(gemm, "SHAPES", ((1, 64, 64), (2, 64, 64)))
+    rows = gemm.interpret_all("sm_80", ["fp8_gemm_quantize"])
+    assert len(rows) == 4 and all("sm_80" in row["missing"] for row in rows)
+    printed = capsys.readouterr().out
+    assert "modelled" in printed and "fp8_gemm_quantize blocks 1 x 64 x 64" in printed
+    assert printed.count("not there") == 2  # of each implementation once
+
+
+def test_peers_of_a_gemm_are_timed_and_those_that_raise_say_why():
+    gemm, on_gpu = (importlib.import_module(f"benchmarks.{m}") for m in ("gemm", "gemm_on_gpu"))
+    op, shape = backend.operations["int8_gemm"], (32, 64, 128)
+    row = on_gpu.measure(op, "", gemm.make_case(op, *shape, {}), shape, "cpu", rounds=2)
+    assert row["timings"].keys() == {"torch._int_mm", "bf16 F.linear", "torch.compile"}
+    assert row["missing"].keys() == {"cuda", "triton"} and "Unsupported" in row["missing"]["cuda"]
+    for t in row["timings"].values():
+        assert t["tflops"] == pytest.approx(2 * 32 * 64 * 128 / t["median"] / 1e9) and t["with_host"] > 0
+    op = backend.operations["fp8_gemm"]
+    row = on_gpu.measure(op, "blocks", gemm.make_case(op, *shape, {"blocks": True}), shape, "cpu", rounds=2)
+    assert "Invalid scaling" in row["missing"]["torch._scaled_mm"] and "torch.compile" in row["timings"]
+    assert "torch._scaled_mm" in on_gpu.lines(row) and "not measured: ValueError" in on_gpu.lines(row)
+    row = on_gpu.measure(op, "rows", gemm.make_case(op, *shape, {}), shape, "cpu", rounds=2)
+    assert "torch._scaled_mm" in row["timings"]
+
+
+def test_bars_of_gemms(monkeypatch):
+    gemm, on_gpu = (importlib.import_module(f"benchmarks.{m}") for m in ("gemm", "gemm_on_gpu"))
+    for bar in on_gpu.BARS:
+        assert bar.variant in gemm.OPERATIONS[bar.operation]
+        case = gemm.make_case(
+            backend.operations[bar.operation], *bar.shape, gemm.OPERATIONS[bar.operation][bar.variant]
+        )
+        gpu = {on_gpu.HOPPER: "NVIDIA H100 80GB HBM3", on_gpu.A100: "NVIDIA A100-SXM4-80GB", on_gpu.ADA: "NVIDIA L40S"}
+        name = gpu.get(bar.gpu, "NVIDIA H100 80GB HBM3")
+        ms = {"TFLOP/s": case.flops() / bar.least / 1e9, "% of peak": case.flops() / (7.33 * bar.least) / 1e9,
+              "% of bandwidth": case.bytes() / (33.52 * bar.least) / 1e6}[bar.unit]  # fmt: skip
+        assert on_gpu.achieved(bar, name, case, ms) == pytest.approx(bar.least)
+        assert on_gpu.achieved(bar, name, case, 2 * ms) == pytest.approx(bar.least / 2)
+        if bar.unit != "TFLOP/s":
+            assert on_gpu.achieved(bar, "another", case, ms) is None
+    timing = {
+        "median": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "with_host": 1.0,
+        "tflops": 1.0,
+        "gb_per_s": 1.0,
+        "times_as_fast_as": {},
+    }
+    row = {"operation": "fp8_gemm", "variant": "rows", "shape": (1, 2, 3), "timings": {"cuda": timing}, "missing": {}}
+    said = [
+        on_gpu.lines({**row, "bars": [{"least": 10.0, "unit": "TFLOP/s", "source": "x", "achieved": a}]})
+        for a in (9, 11, None)
+    ]
+    assert "cuda 9: MISSED" in said[0] and "cuda 11: ok" in said[1] and "not known" in said[2]

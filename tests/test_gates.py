@@ -1,5 +1,6 @@
 """The gates on the kernels of this build, and every gate on a kernel that it has to stop."""
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 
 import cubin
 import gates
+import gemm_gates
 
 import forwardpass
 
@@ -37,6 +39,11 @@ def compiled(commands, output, *arches):
     return output
 
 
+@pytest.fixture(autouse=True)
+def tensor_core_table_of_gate_kernels(monkeypatch):
+    monkeypatch.setattr(gates, "TENSOR_CORE", [(r"int8_gemm", r"", ["IMMA"]), *gates.TENSOR_CORE])
+
+
 @pytest.fixture(scope="module")
 def bad_object(commands, tmp_path_factory):
     return compiled(commands, tmp_path_factory.mktemp("gates") / "sm80.o", "80", "89")
@@ -56,6 +63,10 @@ def test_the_built_kernels_pass():
     assert not [f"{k.name} on {k.arch}: {sentence}" for k in kernels for sentence in gates.failures(k)]
     assert all(k.threads for k in kernels), "a kernel without launch bounds"
     assert len(gates.table(kernels).splitlines()) == 1 + len(kernels)
+    gemms = [k for k in kernels if re.search("gem[mv]", k.name)]
+    assert gemms and all(gates.tensor_core(k.name, k.arch) and gemm_gates.counted(k) for k in gemms)
+    assert all(gemm_gates.claims(k.name) for k in gemms if "Config<" in k.name)
+    assert len(gemm_gates.table(kernels).splitlines()) == 1 + len(gemms)
 
     for k in kernels:
         functions = [block for label, block in k.code.block_of.items() if label.startswith("$")]
@@ -79,7 +90,6 @@ def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys
     )
     for sentence in (
         "int8_gemm_dp4a_kernel on sm_80: no loop",
-        "spilling_kernel: not compiled for sm_90",
         "x.cu: C7510",
     ):
         assert f"FAILS  {sentence}" in printed
@@ -111,14 +121,71 @@ def test_a_right_kernel_passes(bad, kernel, arch):
         ),
         ("declared_kernel", "sm_89", ["128256 bytes of shared memory, a block has at most 101376"]),
         ("undeclared_kernel", "sm_80", ["dynamic shared memory of a size that nothing states"]),
-        ("int8_gemm_dp4a_kernel", "sm_80", ["no loop with a tensor-core instruction, IG.MMA.* expected"]),
+        ("int8_gemm_dp4a_kernel", "sm_80", ["no loop with a tensor-core instruction, IMMA.* expected"]),
         ("int8_gemm_straight_kernel", "sm_80", ["no loop with a tensor-core instruction"]),
-        ("int8_gemm_f16_kernel", "sm_80", [r"no IG.MMA.* in the main loop, which has \d+ HMMA.16816.F32"]),
+        ("int8_gemm_f16_kernel", "sm_80", [r"no IMMA.* in the main loop, which has \d+ HMMA.16816.F32"]),
     ],
 )
 def test_a_bad_kernel_fails(bad, kernel, arch, sentences):
     found = gates.failures(bad[kernel, arch])
     assert len(found) == len(sentences) and all(map(re.match, sentences, found)), found
+
+
+def as_gemm(kernel, config, **different):
+    return dataclasses.replace(kernel, name=f"gemm_mma_kernel<{config}, SharedBytes<0u> >", **different)
+
+
+def test_what_a_gemm_s_main_loop_issues(bad, monkeypatch):
+    k = as_gemm(bad["int8_gemm_kernel", "sm_80"], "MmaConfig<Int8, 128, 128, 2, 2, 64, 3, 2>", dynamic_shared=49152)
+    instructions = len(k.code.main_loop.instructions)
+    issued, other = instructions * 2**20 / (4 * 16 * 8 * 32), (instructions - 4) / 4
+    assert gemm_gates.counted(k) == (issued, other) and issued > 450 and 2 < other < 3.66
+    bar = f"{issued:.0f} instructions for 2^20 multiply-accumulates in the main loop, the bar is 450"
+    assert gemm_gates.failures(k) == [bar]
+    assert gemm_gates.failures(as_gemm(k, "MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>")) == []  # has no bar
+    assert gemm_gates.counted(bad["int8_gemm_kernel", "sm_80"]) is None  # by its name no GEMM of ours
+    assert re.search(rf" {issued:.0f} +450 +{other:.2f}  1192, 3.66", gemm_gates.table([k]))
+    monkeypatch.setattr(gemm_gates.SM80, "other", 2.0)
+    assert gemm_gates.failures(k) == [bar, f"{other:.2f} instructions beside each MMA, CUTLASS has 2 (sm_80 int8)"]
+    assert gemm_gates.macs("IGMMA.64x256x32.S8.S8") == 16 * 256 * 32
+    assert gemm_gates.macs("HMMA.16816.F32.BF16") == 16 * 8 * 16
+    assert gemm_gates.macs("IMMA.16832.S8.S8") == gemm_gates.macs("QMMA.16832.F32.E4M3.E4M3") == 16 * 8 * 32
+    with pytest.raises(ValueError, match="DMMA"):
+        gemm_gates.macs("DMMA.884")
+
+
+@pytest.mark.parametrize(
+    ("config", "different", "sentence"),
+    [
+        (
+            "MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>",
+            {"dynamic_shared": 36863},
+            "36863 bytes of dynamic shared memory, .* 3 stages are 36864",
+        ),
+        ("MmaConfig<Int8, 64, 128, 2, 4, 64, 3, 2>", {}, "128 threads, its Config says 256"),
+        (
+            "MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 3>",
+            {"registers": 240},
+            "2 blocks fit a multiprocessor, its Config says 3",
+        ),
+        (
+            "WgmmaConfig<Int8, 128, 128, 2, 6>",
+            {"threads": 384, "dynamic_shared": 196608, "registers": 176},
+            "0 blocks fit",
+        ),
+        ("W8a16Config<(Dtype)1, 16, 128, 6, 1>", {"dynamic_shared": 61439}, "61439 bytes of dynamic shared"),
+    ],
+)
+def test_what_a_config_claims(bad, config, different, sentence):
+    right = {"dynamic_shared": 61440, "registers": 128, **different}
+    found = gemm_gates.failures(as_gemm(bad["attention_kernel", "sm_90a"], config, **right))
+    found = [s for s in found if "main loop" not in s and "beside each MMA" not in s]
+    assert len(found) == 1 and re.match(sentence, found[0]), found
+
+
+def test_a_wgmma_kernel_loads_by_tma(bad):
+    k = dataclasses.replace(bad["attention_kernel", "sm_90a"], name="gemm_wgmma_kernel<Config>")
+    assert gemm_gates.failures(k) == ["no loop loads by TMA (UTMALDG)"]
 
 
 def test_what_is_read_of_a_kernel(bad):
@@ -178,15 +245,23 @@ def test_blocks_per_sm(arch, threads, registers, shared, blocks):
 
 def test_tensor_core_table():
     assert gates.tensor_core("quantize_kernel<(Dtype)0>", "sm_80") == []
-    assert gates.tensor_core("fp8_gemm_kernel<Config>", "sm_90") == [r"HG?MMA\b"]
-    assert gates.tensor_core("fp8_gemm_kernel<Config>", "sm_90a") == [r"QG?MMA\b"]
+    assert gates.tensor_core("gemm_mma_kernel<MmaConfig<E4m3Blocks, 128>>", "sm_89") == [r"QMMA\b"]
+    assert gates.tensor_core("gemv_kernel<(Dtype)3>", "sm_90") == [r"IMMA\b"]
+    assert gates.tensor_core("gemv_kernel<(Dtype)4>", "sm_90") == [r"HMMA\b"]
     assert len(gates.tensor_core("attention_8bit_kernel<Config>", "sm_89")) == 2
 
 
 def test_a_kernel_that_lacks_an_architecture_is_named(bad):
     assert gates.missing_architectures([bad["attention_kernel", "sm_90a"]]) == []
-    (said,) = gates.missing_architectures([bad["spilling_kernel", "sm_80"], bad["spilling_kernel", "sm_89"]])
+    source = "csrc/quantize/quantize_sm80.cu"
+    (said,) = gates.missing_architectures(
+        [dataclasses.replace(bad["spilling_kernel", arch], source=source) for arch in ("sm_80", "sm_89")]
+    )
     assert said == "spilling_kernel: not compiled for sm_90"
+    # beside a file for 9.0a, which gate_kernels_sm80.cu has
+    assert gates.missing_architectures([bad["spilling_kernel", arch] for arch in ("sm_80", "sm_89")]) == []
+    (said,) = gates.missing_architectures([bad["spilling_kernel", "sm_80"]])
+    assert said == "spilling_kernel: not compiled for sm_89"
 
 
 def test_an_unknown_architecture_is_refused():

@@ -88,10 +88,16 @@ def test_skips_and_unknown_steps(run, tmp_path, capsys):
     assert "there is no step three; there are one" in capsys.readouterr().err
 
 
-def test_every_benchmark_and_operation_is_there():
+def test_every_benchmark_and_operation_is_there(tmp_path):
     from forwardpass import backend
 
-    assert set(gpu.OPERATIONS) == {
-        op.package.split(".")[-1] for op in backend.operations.values() if {"cuda", "triton"} & set(op.compiled)
-    }
-    assert set(gpu.BENCHMARKS) == {op.package.split(".")[-1] for op in backend.operations.values()}
+    kernels = {op.package.split(".")[-1] for op in backend.operations.values() if {"cuda", "triton"} & set(op.compiled)}
+    assert set(gpu.OPERATIONS) == kernels == {op.package.split(".")[-1] for op in backend.operations.values()}
+    parts = [p.name for p in gpu.benchmarks(tmp_path)]
+    assert {*gpu.OPERATIONS, "host_overhead", "gemm fp8_gemm decode", "gemm w8a16_gemm prefill"} <= set(parts)
+    assert len(parts) == len(set(parts))
+
+
+def test_the_gemms_benchmark_has_all_of_its_rows():
+    on_gpu = pytest.importorskip("benchmarks.gemm_on_gpu", reason="benchmarks are in the checkout only")
+    assert [m for rows in gpu.GEMM_ROWS.values() for m in rows] == list(on_gpu.ROWS)

@@ -195,7 +195,7 @@ int launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
   auto kernel = w8a16_gemm_kernel<Config>;
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return e;
+  if (auto e = allow_shared<w8a16_gemm_kernel<Config>>(kShared)) return e;
   kernel<<<static_cast<unsigned>(map.blocks(p.plan.splits)), Config::kThreads, kShared, stream>>>(p, map,
                                                                                                   GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;

@@ -1,0 +1,144 @@
+"""What the gates ask of the GEMMs: what their main loops issue, beside bars and CUTLASS's, and what a Config's name claims.
+
+Issued instructions are those that the multiplying warps issue for 2^20 multiply-accumulates: all of a trip of the main loop,
+divided by the trip's multiply-accumulates, which its MMA instructions state. CUTLASS's figures: the same disassembly of the
+kernels in vLLM 0.33.0's wheel.
+"""
+
+import collections
+import dataclasses
+import re
+
+MI = 2**20
+
+
+@dataclasses.dataclass
+class Cutlass:
+    kernel: str
+    issued: int  # for 2^20 multiply-accumulates
+    other: float  # instructions that are no MMA, for each MMA; gated where `same`
+    same: bool  # it has this tile, or nobody recorded its tile
+
+
+COOPERATIVE = Cutlass("256x128x128, cooperative", 116, 6.25, False)
+PING_PONG = Cutlass("128x128x128, ping-pong", 184, 10.5, True)
+BLOCKS = Cutlass("128x128x128, scales of blocks", 544, 33, True)
+BLOCKS_WIDE = dataclasses.replace(BLOCKS, same=False)
+SM80, SM89 = Cutlass("sm_80 int8", 1192, 3.66, True), Cutlass("sm_89 int8", 1064, 3.16, True)
+
+
+@dataclasses.dataclass
+class Loop:
+    """The first that matches a kernel's name and architecture counts."""
+
+    names: str
+    arches: str
+    most: float | None  # issued instructions for 2^20 multiply-accumulates; None: printed alone
+    cutlass: Cutlass | None
+
+
+# The bars are of the tiles that large products take; smaller ones have less to reuse.
+LOOPS = [
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, 128, 128\b", r"sm_80$", 450, SM80),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, 128, 128\b", r"sm_89$", 450, SM89),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, 128, 128\b", r"", 450, None),
+    Loop(r"gemm_mma_kernel<MmaConfig<E4m3, 128, 128\b", r"", 700, None),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_80$", None, SM80),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_89$", None, SM89),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, 128, 256\b", r"", 120, COOPERATIVE),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, 128, 128\b", r"", None, PING_PONG),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, 128, 256\b", r"", 420, BLOCKS_WIDE),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, 128, 128\b", r"", None, BLOCKS),
+    Loop(r"gemm_(mma|wgmma)_kernel|w8a16_gemm_kernel|gemv_kernel", r"", None, None),
+]
+
+
+def macs(opcode: str) -> int:
+    """Multiply-accumulates of one warp's MMA instruction; a wgmma is of four warps."""
+    if shape := re.match(r"[A-Z]GMMA\.(\d+)x(\d+)x(\d+)\.", opcode):
+        m, n, k = map(int, shape.groups())
+        return m * n * k // 4
+    if shape := re.match(r"[A-Z]MMA\.16(8)(\d+)(?=\.|$)", opcode):
+        return 16 * 8 * int(shape[2])
+    raise ValueError(f"{opcode}: nothing says how much it multiplies; add its shape to gemm_gates.py")
+
+
+def counted(k) -> tuple[float, float] | None:
+    """Of a GEMM's main loop: issued instructions for 2^20 multiply-accumulates, and others for each MMA."""
+    loop = k.code.main_loop
+    if not (rule(k) and loop and loop.mma):
+        return None
+    work = sum(n * macs(opcode) for opcode, n in loop.mma.items())
+    issued, mma = len(loop.instructions), loop.mma.total()
+    return issued * MI / work, (issued - mma) / mma
+
+
+def rule(k) -> Loop | None:
+    return next((r for r in LOOPS if re.match(r.names, k.name) and re.match(r.arches, k.arch)), None)
+
+
+@dataclasses.dataclass
+class Claims:
+    """What a Config's name says of a kernel."""
+
+    threads: int
+    stages: int
+    stage_bytes: int
+    blocks: int  # on a multiprocessor at once
+
+
+def claims(name: str) -> Claims | None:
+    if c := re.search(r"\bMmaConfig<\w+, (\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)>", name):
+        m, n, warps_m, warps_n, depth, stages, blocks = map(int, c.groups())
+        return Claims(32 * warps_m * warps_n, stages, (m + n) * depth, blocks)
+    if c := re.search(r"\bWgmmaConfig<\w+, (\d+), (\d+), \d+, (\d+)>", name):
+        m, n, stages = map(int, c.groups())
+        return Claims(3 * 128, stages, (m + n) * 128, 1)
+    if c := re.search(r"\bW8a16Config<\(Dtype\)\d, (\d+), (\d+), (\d+), (\d+)>", name):
+        m, n, stages, blocks = map(int, c.groups())
+        return Claims(n // 32 * max(1, m // 64) * 32, stages, (2 * m + n) * 64, blocks)
+    return None
+
+
+def failures(k) -> list[str]:
+    """Sentences, without the kernel's name."""
+    said = []
+    if figures := counted(k):
+        issued, other = figures
+        asked = rule(k)
+        if asked.most and issued > asked.most:
+            said.append(
+                f"{issued:.0f} instructions for 2^20 multiply-accumulates in the main loop, the bar is {asked.most:g}"
+            )
+        if asked.cutlass and asked.cutlass.same and other > asked.cutlass.other:
+            said.append(
+                f"{other:.2f} instructions beside each MMA, CUTLASS has {asked.cutlass.other:g} ({asked.cutlass.kernel})"
+            )
+    if claimed := claims(k.name):
+        if k.threads != claimed.threads:
+            said.append(f"{k.threads} threads, its Config says {claimed.threads}")
+        if (k.dynamic_shared or 0) < claimed.stages * claimed.stage_bytes:
+            said.append(f"{k.dynamic_shared} bytes of dynamic shared memory, its Config's {claimed.stages} stages are "
+                        f"{claimed.stages * claimed.stage_bytes}")  # fmt: skip
+        if k.blocks_per_sm is not None and k.blocks_per_sm < claimed.blocks:
+            said.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {claimed.blocks}")
+    if k.name.startswith("gemm_wgmma_kernel"):
+        loads = collections.Counter(i.opcode for loop in k.code.loops for i in loop.instructions if i.name == "UTMALDG")
+        if not loads:
+            said.append("no loop loads by TMA (UTMALDG)")
+    return said
+
+
+def table(found: list) -> str:
+    """Of every GEMM's main loop, beside its bar and CUTLASS."""
+    lines = [f"{'main loops: issued instructions for 2^20 multiply-accumulates, others for each MMA':<96}{'issued':>8}{'bar':>6}"
+             f"{'others':>8}  CUTLASS"]  # fmt: skip
+    for k in sorted(found, key=lambda k: (k.name, k.arch)):
+        if figures := counted(k):
+            asked = rule(k)
+            beside = asked.cutlass
+            lines.append(
+                f"{re.sub(r', SharedBytes<.*', '>', k.name):<88}{k.arch:<8}{figures[0]:8.0f}{asked.most or '-':>6}{figures[1]:8.2f}"
+                + (f"  {beside.issued}, {beside.other:g} ({beside.kernel})" if beside else "")
+            )
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""The main loops of the GEMMs have no bank conflicts: what twice the depth adds to a source line is its share of the loop."""
+
+import dataclasses
+import functools
+import re
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import backend
+from forwardpass.interpreter import core
+
+pytestmark = pytest.mark.interpreted
+gemm = pytest.importorskip("benchmarks.gemm", reason="benchmarks are in the checkout only; run pytest from its root")
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+#: a tile of each height, and enough tiles of a hundred multiprocessors for the widest; K of no more than one split
+SHAPES = ((1, 256), (16, 256), (64, 256), (256, 256), (1024, 4096))
+DEPTH = 256
+HALF = {"x_dtype": torch.float16}
+
+
+def variants():
+    for name, options in gemm.OPERATIONS.items():
+        if "linear" not in name:  # the same kernels
+            yield from ((name, o) for o in options.values())
+    yield from (("w8a16_gemm", {**o, **HALF}) for o in gemm.OPERATIONS["w8a16_gemm"].values())
+
+
+@dataclasses.dataclass
+class Line:
+    where: str
+    wavefronts: int
+    ideal: int
+
+
+def lines(device):
+    """(kernel, file, line) -> counts, of the kernels that multiply"""
+    multiply = {k.kernel for k in device.kernels() if re.search("gem[mv]", k.kernel)}
+    return {(p.kernel, p.file, p.line): p.counts for p in device.profile() if p.kernel in multiply}
+
+
+def run(operation, case, arch):
+    call = gemm.bench.as_a_layer_has_them(case.arguments())
+    with torch.inference_mode(), fp.interpret(arch, counters=True, checks=False) as device, fp.use_backend("cuda"):
+        operation(*call)
+    return lines(device)
+
+
+@functools.cache
+def main_loops(arch):
+    """kernel -> the lines of its main loop that use shared memory"""
+    if core.why_not() or not core.KERNELS.exists():
+        pytest.skip("there are no CUDA kernels that could be interpreted")
+    found = {}
+    for name, options in variants():
+        operation = backend.operations[name]
+        with fp.interpret(arch):
+            shapes = () if operation.why_not_on("cuda", torch.device("cpu")) else SHAPES
+        for m, n in shapes:
+            case = gemm.make_case(operation, m, n, DEPTH, options)
+            once, twice = (run(operation, dataclasses.replace(case, k=k), arch) for k in (DEPTH, 2 * DEPTH))
+            assert {key[0] for key in once} == {key[0] for key in twice}, "another depth, another kernel"
+            for (kernel, file, line), counts in twice.items():
+                before = once.get((kernel, file, line))
+                added = [
+                    getattr(counts, c) - (getattr(before, c) if before else 0)
+                    for c in ("wavefronts", "ideal_wavefronts")
+                ]
+                found.setdefault(kernel, [])
+                if added[1]:
+                    found[kernel].append(Line(f"{operation.name} {m} x {n}: {file.rpartition('/')[2]}:{line}", *added))
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_wavefronts_of_the_main_loops_are_ideal(arch):
+    found = main_loops(arch)
+    assert any(found.values())
+    conflicts = [line for loop in found.values() for line in loop if line.wavefronts != line.ideal]
+    assert not conflicts
+
+
+def test_every_gemm_kernel_was_looked_at():
+    """Host code registers each by its name, a string in the library."""
+    seen = set().union(*(main_loops(arch) for arch in ARCHITECTURES))
+    names = re.findall(rb"\0(_ZN11forwardpass\d+\w*gem[mv]\w*_kernelI\w+)\0", core.KERNELS.read_bytes())
+    assert names and not {name.decode() for name in names} - seen
