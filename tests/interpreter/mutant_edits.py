@@ -173,7 +173,7 @@ class Sources:
         for number, first, second in FILE.findall(text):
             path = pathlib.Path(first, second) if second else pathlib.Path(first)
             parts = path.parts
-            for top in ("csrc", "tests"):
+            for top in ("csrc", "tests", "python"):
                 if top in parts and (REPOSITORY / (name := pathlib.Path(*parts[parts.index(top) :]))).exists():
                     self.files[int(number)] = str(name)
         self.lines = {

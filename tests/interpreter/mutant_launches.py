@@ -91,7 +91,7 @@ class Launch:
 @functools.lru_cache(maxsize=64)
 def device_of(arch, seed, step_limit, checks):
     # approximate: one result at all seeds, so that whatever differs is the mutant's doing
-    device = make(arch, seed=seed, approximate=False, threads=1, checks=checks)
+    device = make(arch, seed=seed, approximate=False, truncating=True, threads=1, checks=checks)
     device._options.step_limit = step_limit
     return device
 

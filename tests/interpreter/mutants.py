@@ -30,6 +30,7 @@ from forwardpass.testing import apart, poisoned_outputs
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import mutant_edits
+from mutant_gemms import EPILOGUE, INSTANCES, gemm_launches
 from mutant_launches import reached, recording
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
@@ -142,9 +143,16 @@ def subjects(architectures=ARCHITECTURES):
     """(name, architecture) of all that is mutated."""
     import test_witnesses
 
-    for name, arch in itertools.product((*OPERATIONS, *WITNESSES), architectures):
-        if name in OPERATIONS or arch in test_witnesses.CASES[name][1]:
+    of = {name: test_witnesses.CASES[name][1] for name in WITNESSES}
+    of |= {name: instance.architectures for name, instance in INSTANCES.items()}
+    for name, arch in itertools.product((*OPERATIONS, *of), architectures):
+        if name in OPERATIONS or arch in of[name]:
             yield name, arch
+
+
+def launches_of(name, arch):
+    made = operation_launches if name in OPERATIONS else gemm_launches if name in INSTANCES else witness_launches
+    return made(name, arch)
 
 
 class Subject:
@@ -152,10 +160,12 @@ class Subject:
 
     def __init__(self, name, arch):
         self.name, self.arch = name, arch
-        self.launches = (operation_launches if name in OPERATIONS else witness_launches)(name, arch)
+        self.launches = launches_of(name, arch)
         kernel = self.launches[0].kernel
         self.text = mutant_edits.only(self.launches[0].ptx, kernel)
         self.mutants = mutant_edits.mutants(self.text, name, arch)
+        if name in INSTANCES:
+            self.mutants = [m for m in self.mutants if m.file not in EPILOGUE or not m.arithmetic]
         module = Module(self.text)
         lines = {m.line - 1 for m in self.mutants}
         assert all(launch.kernel == kernel for launch in self.launches)
@@ -165,7 +175,8 @@ class Subject:
         alike = collections.defaultdict(list)
         for launch, launch.reached in zip(self.launches, reached(self.launches, self.text, arch, lines)):
             alike[frozenset(launch.reached)].append(launch)
-        self.launches = [launch for launches in alike.values() for launch in launches[:ENOUGH]]
+        if name not in INSTANCES:  # whose launches are chosen one by one
+            self.launches = [launch for launches in alike.values() for launch in launches[:ENOUGH]]
 
     def detected(self, *mutants):
         """By what, and at which seed: of one mutant, or of several at once. (None, None): by nothing."""
