@@ -404,7 +404,7 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
       return e;
   }
   auto kernel = gemm_wgmma_kernel<Config>;
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return e;
+  if (auto e = allow_shared<gemm_wgmma_kernel<Config>>(kShared)) return e;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
