@@ -23,8 +23,8 @@ const T* one_or_each(const OptionalTensor& v, int64_t n, ScalarType type, const 
   return vector<T>(v, each ? n : 1, type, x, op, name);
 }
 
-// The options, checked, without the memory for the output. sizes: [lead..., columns] of the accumulators of x, then of the
-// output; rows: their product without columns.
+// The options, checked, without the memory for the output. sizes: [lead..., columns] of the accumulators of x, then of
+// the output; rows: their product without columns.
 inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, const EpilogueOptions& o, const Tensor& x,
                                  const char* op) {
   Epilogue e{};

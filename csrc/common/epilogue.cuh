@@ -110,14 +110,15 @@ __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const E
 }
 
 // Eight accumulators of a row to the values of the output; gated: eight gates, and their ups from column + 8 on.
-template <class Acc>
+// columns(): the EpilogueColumns of the eight, asked for after those of the ups are done with.
+template <class Acc, class Columns>
 __device__ inline void epilogue_values(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access,
-                                       const EpilogueColumns<Acc>& columns, int64_t row, int64_t column, int n,
-                                       const Vec<Acc>& acc, const Vec<Acc>& up) {
+                                       const Columns& columns, int64_t row, int64_t column, int n, const Vec<Acc>& acc,
+                                       const Vec<Acc>& up) {
   const bool gated = is_gated(e.activation);
   float y_up[kVec];
   if (gated) dequantize(y_up, up, e, EpilogueColumns<Acc>(e, access, column + kVec, n), row);
-  dequantize(y, acc, e, columns, row);
+  dequantize(y, acc, e, columns(), row);
   activate(e.activation, y);
   if (gated) {
 #pragma unroll

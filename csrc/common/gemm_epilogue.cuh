@@ -105,8 +105,9 @@ __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_
   for (int r = lane / vectors; r < rows; r += 32 / vectors) {
     const Vec<Acc> acc = get_vector<Acc>(slab, r, c);
     float y[kVec];
-    epilogue_values(y, o.epilogue, o.access, columns, row + r, column, n, acc,
-                    gated ? get_vector<Acc>(slab, r, c + kVec) : acc);
+    epilogue_values(
+        y, o.epilogue, o.access, [&] { return columns; }, row + r, column, n, acc,
+        gated ? get_vector<Acc>(slab, r, c + kVec) : acc);
     store(y, row + r, gated ? column / 2 : column, n);
   }
 }

@@ -47,15 +47,20 @@ struct WgmmaConfig {
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
 };
 
+// Scales of blocks of b, all in one row for TMA: where they begin in it, from row block to row block, and from the
+// first to the second of a stage.
+struct BlockOrder {
+  int first, row, next;
+};
+
 struct WgmmaArguments {
-  CUtensorMap a, b, a_scale, b_scale;
-  bool scaled;                 // there are scales of blocks
-  int b_first, b_row, b_next;  // in b_scale: the first one, and how far apart are row blocks, and the two of a stage
-  bool gated;
+  GemmOutput out;
   TileMap map;     // of clusters' tiles: those of its blocks lie below each other
   uint32_t tiles;  // clusters' tiles times splits
   int64_t k, split_k;
-  GemmOutput out;
+  bool scaled, gated;  // scaled: there are scales of blocks
+  BlockOrder order;
+  CUtensorMap a, b, a_scale, b_scale;
 };
 
 // Where one side is in the ring of stages.
@@ -122,11 +127,11 @@ __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStor
         ptx::tma_load_multicast(b, p.b, k, b_row, arrived, everyone);
       }
       if (Config::Element::kPromoted && p.scaled) {
-        const int block = k / kScaleBlock, b_block = p.b_first + first_block * p.b_row + block;
+        const int block = k / kScaleBlock, b_block = p.order.first + first_block * p.order.row + block;
         auto& scales = s.scales[ring.stage];
         ptx::tma_load(ptx::shared_address(scales.a), p.a_scale, row, block, arrived);
         ptx::tma_load(ptx::shared_address(scales.b[0]), p.b_scale, b_block, 0, arrived);
-        ptx::tma_load(ptx::shared_address(scales.b[1]), p.b_scale, b_block + p.b_next, 0, arrived);
+        ptx::tma_load(ptx::shared_address(scales.b[1]), p.b_scale, b_block + p.order.next, 0, arrived);
       }
     }
   }
@@ -300,6 +305,33 @@ struct GroupQuantizer {
   }
 };
 
+// The epilogue, whose code is there once: the loop goes round twice where outputs are quantised.
+template <class Config>
+__device__ inline void finish_tile(const Multiplier<Config>& m, const Work<Config>& work,
+                                   const typename Config::Acc (&sum)[Config::kWaves][Config::kTiles][4],
+                                   typename Config::SharedStorage& s, const GemmOutput& o, int tile, int group) {
+  const bool quantized = Config::Element::kPromoted && o.epilogue.group_scale;
+  const GroupQuantizer<Config> groups{s, o, m, static_cast<int>(work.row), tile, group};
+  Slab& slab = s.slab[threadIdx.x / 32];
+  if (quantized) groups.begin();
+#pragma unroll 1
+  for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {
+    const auto store = [&](float (&y)[kVec], int64_t row, int64_t column, int n) {
+      if (!quantized) {
+        store_output(y, o.epilogue, o.access, row, column, n);
+      } else if (pass == 0) {
+        groups.measure(y, row, n);
+      } else {
+        groups.store(y, row, column, n);
+      }
+    };
+    each_slab<64>(sum, slab, work.row + m.row, work.column + m.column, [&](auto columns, int64_t row, int64_t column) {
+      finish_slab<decltype(columns)::value, typename Config::Acc>(slab, o, row, column, work.split, store);
+    });
+    if (quantized && pass == 0) groups.exchange();
+  }
+}
+
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -329,34 +361,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<Config::kMultiplyRegisters>();
-    const int warp = threadIdx.x / 32;
     Work<Config> work(p);
     Multiplier<Config> m(s, warpgroup, p.gated);
     int tile = 0;
     while (work.next()) {
       typename Config::Acc sum[Config::kWaves][Config::kTiles][4];
       multiply_tile(m, work, sum);
-      const bool quantized = Config::Element::kPromoted && p.out.epilogue.group_scale;
-      const GroupQuantizer<Config> groups{s, p.out, m, static_cast<int>(work.row), tile++, warpgroup};
-      if (quantized) groups.begin();
-#pragma unroll 1
-      for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {
-        const auto store = [&](float (&y)[kVec], int64_t row, int64_t column, int n) {
-          if (!quantized) {
-            store_output(y, p.out.epilogue, p.out.access, row, column, n);
-          } else if (pass == 0) {
-            groups.measure(y, row, n);
-          } else {
-            groups.store(y, row, column, n);
-          }
-        };
-        each_slab<64>(sum, s.slab[warp], work.row + m.row, work.column + m.column,
-                      [&](auto columns, int64_t row, int64_t column) {
-                        finish_slab<decltype(columns)::value, typename Config::Acc>(s.slab[warp], p.out, row, column,
-                                                                                    work.split, store);
-                      });
-        if (quantized && pass == 0) groups.exchange();
-      }
+      finish_tile(m, work, sum, s, p.out, tile++, warpgroup);
     }
   }
   ptx::cluster_sync();  // until then other blocks of the cluster arrive at barriers of this one
@@ -367,41 +378,29 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.plan.cluster;
   const TileMap map(ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN));
-  WgmmaArguments arguments{{},
-                           {},
-                           {},
-                           {},
-                           p.blocks.b != nullptr,
-                           0,
-                           0,
-                           0,
-                           is_gated(p.epilogue.activation),
-                           map,
-                           map.blocks(p.plan.splits),
-                           p.a.columns,
-                           p.plan.split_k,
-                           GemmOutput(p)};
+  const bool scaled = p.blocks.b, gated = is_gated(p.epilogue.activation);
+  WgmmaArguments arguments{
+      GemmOutput(p), map, map.blocks(p.plan.splits), p.a.columns, p.plan.split_k, scaled, gated, {}, {}, {}, {}, {}};
   const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
     return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_UINT8, m.data, m.rows, m.columns, m.stride, box_rows,
                         Config::kStageK, CU_TENSOR_MAP_SWIZZLE_128B);
   };
   if (auto e = operand(arguments.a, p.a, Config::kM)) return e;
   if (auto e = operand(arguments.b, p.b, Config::kN / cluster)) return e;
-  if (arguments.scaled) {
-    const int64_t depth = ceil_div(p.a.columns, kScaleBlock),
-                  matrix = p.blocks.up_offset ? p.blocks.up_offset : depth * ceil_div(p.b.rows, kScaleBlock);
-    // b's as one row, from a multiple of 16 bytes on
+  if (scaled) {
+    const int64_t depth = ceil_div(p.a.columns, kScaleBlock), next = gated ? p.blocks.up_offset : depth,
+                  count = gated ? 2 * next : depth * ceil_div(p.b.rows, kScaleBlock);
+    // The row begins at a multiple of 16 bytes, the scales perhaps behind that.
     const auto address = reinterpret_cast<uintptr_t>(p.blocks.b);
-    arguments.b_first = address % 16 / sizeof(float);
-    arguments.b_row = static_cast<int>(depth);
-    arguments.b_next = static_cast<int>(arguments.gated ? p.blocks.up_offset : depth);
-    const int64_t columns = arguments.b_first + (arguments.gated ? 2 : 1) * matrix;
-    if (auto e = encode_boxes(arguments.a_scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.blocks.a, depth, p.a.rows,
-                              p.blocks.a_stride * 4, 1, Config::kM, CU_TENSOR_MAP_SWIZZLE_NONE))
-      return e;
-    if (auto e = encode_boxes(arguments.b_scale, CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                              reinterpret_cast<const void*>(address / 16 * 16), 1, columns, ceil_div(columns, 4) * 16,
-                              1, 4, CU_TENSOR_MAP_SWIZZLE_NONE))
+    const int first = static_cast<int>(address % 16 / sizeof(float));
+    arguments.order = {first, static_cast<int>(depth), static_cast<int>(next)};
+    const auto scales = [](CUtensorMap& to, const void* data, int64_t rows, int64_t columns, int64_t stride, int box) {
+      return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, rows, columns, stride * 4, 1, box,
+                          CU_TENSOR_MAP_SWIZZLE_NONE);
+    };
+    if (auto e = scales(arguments.a_scale, p.blocks.a, depth, p.a.rows, p.blocks.a_stride, Config::kM)) return e;
+    if (auto e = scales(arguments.b_scale, reinterpret_cast<const void*>(address / 16 * 16), 1, first + count,
+                        ceil_div(first + count, 4) * 4, 4))
       return e;
   }
   auto kernel = gemm_wgmma_kernel<Config>;

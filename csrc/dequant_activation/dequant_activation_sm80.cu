@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   auto up = first;
   if (gated) up = load_sum(acc + kVec, n, aligned, splits, split_stride);
   float y[kVec];
-  const EpilogueColumns<cuda_t<D>> columns(p.epilogue, access, column, n);
+  const auto columns = [&] { return EpilogueColumns<cuda_t<D>>(p.epilogue, access, column, n); };
   epilogue_values(y, p.epilogue, access, columns, row, column, n, first, up);
   store_output(y, p.epilogue, access, row, out_column, n);
 }

@@ -84,8 +84,8 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
   return out;
 }
 
-// On wgmma a block has all of a group's columns and quantises them. Elsewhere, and where the depth is split, the product
-// in fp32 comes first, 8 bytes an output more.
+// On wgmma a block has all of a group's columns and quantises them. Elsewhere, and where the depth is split, the
+// product in fp32 comes first, 8 bytes an output more.
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                              const Tensor& b_scale, OptionalTensor bias,
                                              std::optional<std::string> activation, int64_t group_size) {

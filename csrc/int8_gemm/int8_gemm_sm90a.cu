@@ -4,7 +4,14 @@
 
 namespace forwardpass {
 
+// Main loop: 98 instructions of a multiplying warp for 2^20 multiply-adds (49 for four m64n256k32), 172 of the smaller
+// tile. 168 registers at launch.
+// A stage of 48 KB is used for 1024 clocks, if the tensor cores bind, while three more, or 144 KB, are on their way.
+// From L2 it takes 32 bytes a clock in clusters of two; 39 are what a multiprocessor of an H100 is assumed to get.
+// Shared memory: 48 KB written and 80 KB read by wgmma in 1024 clocks, which are all of its 128 bytes a clock.
 using Tile128x256 = WgmmaConfig<Int8, 128, 256, 2, 4>;
+// Twice as many tiles, for small products; 48 bytes a clock of L2 in clusters, which binds: modelled, 512 x 4096 x 4096
+// takes 11.3 us, 8.9 if tensor cores did.
 using Tile128x128 = WgmmaConfig<Int8, 128, 128, 2, 6>;
 
 int int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {

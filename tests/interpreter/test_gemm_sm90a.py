@@ -1,0 +1,89 @@
+"""What only the GEMMs on wgmma have, and shapes that reach it: clusters, tiles beyond the first of a block, both tiles."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import backend
+from forwardpass.dequant_activation.cases import EpilogueCase, assert_epilogue_matches
+from forwardpass.fp8_gemm import cases as fp8_gemm
+from forwardpass.int8_gemm import cases as int8_gemm
+from forwardpass.int8_gemm.reference import int8_gemm as int8_reference
+from forwardpass.testing import assert_equal, poisoned_outputs
+
+pytestmark = pytest.mark.interpreted
+
+#: (M, N, K), with 132 multiprocessors: the depth split; an even number of rows of tiles, in clusters of two; an odd one,
+#: alone; more than 16, of which the last cluster has one too many; 128 x 256 and more of them than multiprocessors
+SHAPES = ((100, 130, 4100), (257, 520, 1), (300, 640, 130), (2176, 300, 130), (1700, 2600, 130))
+BF16 = EpilogueCase(out_dtype=torch.bfloat16)
+FP8 = [
+    *(fp8_gemm.Case(*shape, BF16, blocks=blocks) for shape in SHAPES for blocks in (False, True)),
+    fp8_gemm.Case(700, 5216, 130, EpilogueCase(activation="silu_mul", out_dtype=torch.bfloat16), blocks=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    with poisoned_outputs():
+        yield
+
+
+def interpreted(case, seed, kernel, truncating=False):
+    args = case.arguments(seed=seed)
+    with fp.interpret("sm_90a", seed=seed, truncating=truncating, counters=True) as device, fp.use_backend("cuda"):
+        got = backend.operations[getattr(case, "op", "int8_gemm")](*args)
+    assert device.findings == []
+    assert any(kernel in k.kernel for k in device.kernels())
+    return got, args
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8(shape, seed):
+    got, args = interpreted(int8_gemm.Case(*shape), seed, "gemm_wgmma_kernel")
+    assert_epilogue_matches(got, int8_reference, args)
+
+
+@pytest.mark.parametrize("case", FP8, ids=str)
+def test_fp8(case, seed):
+    got, args = interpreted(case, seed, "gemm_wgmma_kernel")
+    fp8_gemm.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("case", fp8_gemm.PROMOTION_CASES, ids=str)
+def test_fp8_is_promoted(case, seed):
+    got, args = interpreted(case, seed, "gemm_wgmma_kernel", truncating=True)
+    fp8_gemm.assert_matches(got, args, truncating=True)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "activation"),
+    [(300, 2608, None), (129, 9000, "gelu"), (129, 12000, "silu_mul"), (900, 1824, "silu_mul")],
+)
+def test_fp8_gemm_quantize_is_one_kernel_with_the_bits_of_two(m, n, activation, blocks, seed):
+    """gated, both warpgroups have half of a group, and of 128 x 128 tiles none has all of it"""
+    args = fp8_gemm.Case(m, n, 136, EpilogueCase(activation=activation, out_dtype=torch.float32), blocks).arguments(
+        seed=seed
+    )
+    with fp.interpret("sm_90a", seed=seed, approximate=False) as device, fp.use_backend("cuda"):
+        y = backend.operations["fp8_gemm"](*args)
+        expected = fp.ops.quantize(y, torch.float8_e4m3fn, group_size=128)
+        before = device.counters["launches"]
+        got = fp.ops.fp8_gemm_quantize(*args[:4], bias=args[4], activation=activation)
+        assert device.counters["launches"] == before + 1
+    for g, e in zip(got, expected):
+        assert_equal(g, e)
+    assert device.findings == []
+
+
+def test_scales_of_b_that_begin_anywhere(seed):
+    """TMA wants multiples of 16 bytes."""
+    case = fp8_gemm.Case(200, 300, 400, BF16, blocks=True)
+    args = case.arguments(seed=seed)
+    for offset in (1, 2, 3):
+        b_scale = torch.cat([torch.full((offset,), torch.nan), args[3].flatten()])[offset:].view(args[3].shape)
+        moved = (*args[:3], b_scale, *args[4:])
+        with fp.interpret("sm_90a", seed=seed) as device, fp.use_backend("cuda"):
+            fp8_gemm.assert_matches(backend.operations["fp8_gemm"](*moved), moved)
+        assert device.findings == []
