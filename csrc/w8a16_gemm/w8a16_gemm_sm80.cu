@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const auto copy_next = [&](int stage) {  // what is beyond the depth is zero
 #pragma unroll
     for (int slice = 0; slice < 2; ++slice) {
-      copy_a.masked(stage * 2 + slice, 0), copy_b.masked(stage * 2 + slice, 0);
-      copy_a.advance(1), copy_b.advance(1);
+      copy_a.masked(stage * 2 + slice, slice), copy_b.masked(stage * 2 + slice, slice);
     }
+    copy_a.advance(2), copy_b.advance(2);
     ptx::cp_async_commit();
   };
 #pragma unroll
