@@ -81,16 +81,17 @@ def test_sums_are_promoted(arch, case, implementation, seed):
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize("w_dtype", [torch.int8, torch.float8_e4m3fn])
 def test_weights_are_widened_exactly(w_dtype, implementation, arch, seed):
-    """All 256, NaN and denormals included, which no random weight is."""
-    w = torch.arange(-128, 128, dtype=torch.int8).reshape(256, 1).view(w_dtype)
+    """All 256 in each byte of a word, NaN and denormals included, which no random weight is."""
+    codes = torch.arange(-128, 128, dtype=torch.int8)
+    w = torch.einsum("ij,n->inj", torch.eye(4, dtype=torch.int8), codes).reshape(1024, 4).view(w_dtype)
     operation, one = backend.operations["w8a16_gemm"], torch.ones(1)
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
         for dtype in (torch.float16, torch.bfloat16):
             for rows in (1, 65):
-                got = operation(torch.ones(rows, 1, dtype=dtype), w, one, None, None)
-                assert_equal(got, w.flatten().to(dtype).repeat(rows, 1))
+                got = operation(torch.ones(rows, 4, dtype=dtype), w, one, None, None)
+                assert_equal(got, codes.view(w_dtype).to(dtype).repeat(rows, 4))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
