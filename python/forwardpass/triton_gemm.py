@@ -3,6 +3,10 @@
 a [M, K] and b [N, K] both have K contiguous. Operands whose rows are not 16-byte aligned are copied first, so the main loop
 has no slow path: TMA on sm_90 and later, 16-byte cp.async before it.
 
+Instructions of the main loop, a warp of 8 and a tile of 128 x 128 x 128 (static, machine code by ptxas of Triton 3.6), none of
+them on local memory: int8 142 on sm_80 and sm_89, 85 on sm_90; fp8 with scales of rows 206 on sm_89, 149 on sm_90, of blocks 276
+and 196. Nothing here has been timed on a GPU.
+
 Launched with enable_fp_fusion=False: see triton_epilogue.py.
 """
 
