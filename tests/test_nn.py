@@ -130,7 +130,6 @@ def test_casting_keeps_scales_and_integers():
 
 @torch.inference_mode()
 def test_any_layout_and_any_shape():
-    layer = Int8Linear.from_torch(linear(16, 8))
     layouts = (
         torch.randn(16),
         torch.randn(0, 16),
@@ -141,30 +140,32 @@ def test_any_layout_and_any_shape():
         torch.randn(4, 32)[:, :16],
         torch.randn(1, 16).expand(5, 16),
     )
-    for x in layouts:
-        y = layer(x)
-        assert y.shape == (*x.shape[:-1], 8)
-        assert torch.equal(y, layer(x.contiguous()))
+    for layer in variants(linear(16, 8)):
+        for x in layouts:
+            y = layer(x)
+            assert y.shape == (*x.shape[:-1], 8)
+            assert torch.equal(y, layer(x.contiguous()))
 
 
 def test_meta_and_back():
-    layer = Int8Linear.from_torch(linear(33, 9))
-    empty = Int8Linear(**layer.config(), device="meta")
-    assert empty.weight.is_meta
-    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
-    with torch.inference_mode():
-        assert torch.equal(empty(torch.ones(2, 33)), layer(torch.ones(2, 33)))
+    for layer in variants(linear(33, 9)):
+        empty = type(layer)(**layer.config(), device="meta")
+        assert empty.weight.is_meta
+        empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+        with torch.inference_mode():
+            assert torch.equal(empty(torch.ones(2, 33)), layer(torch.ones(2, 33)))
 
 
 def test_refuses_grad_and_says_how():
-    layer = Int8Linear.from_torch(linear(16, 8))
-    with pytest.raises(RuntimeError, match="inference_mode"):
-        layer(torch.ones(2, 16, requires_grad=True))
-    layer(torch.ones(2, 16))  # grad mode alone is no reason
+    for layer in variants(linear(16, 8)):
+        with pytest.raises(RuntimeError, match="inference_mode"):
+            layer(torch.ones(2, 16, requires_grad=True))
+        layer(torch.ones(2, 16))  # grad mode alone is no reason
 
 
-def test_threads():
-    layer = Int8Linear.from_torch(linear(64, 48))
+@pytest.mark.parametrize("cls", [Fp8Linear, Int8Linear, W8A16Linear])
+def test_threads(cls):
+    layer = cls.from_torch(linear(64, 48))
     x = torch.randn(20, 64)
     expected, wrong = layer(x), []
 
@@ -220,6 +221,16 @@ def test_refusals(call, words):
     with pytest.raises(ValueError, match=words) as e:
         call()
     assert "\n" not in str(e.value)
+
+
+@torch.inference_mode()
+def test_nan_shows():
+    x = torch.randn(3, 33)
+    x[1, 5] = float("nan")
+    for layer in variants(linear(33, 9)):
+        static_int8 = isinstance(layer, Int8Linear) and layer.input_scale is not None
+        nan = layer(x).isnan().all(1).tolist()
+        assert nan == [False, not static_int8, False], layer  # int8 has no NaN, and a static scale none either
 
 
 def test_conv1d_is_a_transposed_linear():

@@ -7,9 +7,10 @@ from small_models import assert_same_objects, block, codes, inputs, names, objec
 import forwardpass as fp
 
 
-def test_a_plan_replays(tmp_path):
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
+def test_a_plan_replays(tmp_path, precision):
     model, x = block(), torch.randn(4, 64)
-    report = fp.swap(model, "int8", exclude="second")
+    report = fp.swap(model, precision, exclude="second")
     expected = outputs(model, x)
     report.save_plan(tmp_path / "plan.json")
     for plan in (tmp_path / "plan.json", str(tmp_path / "plan.json"), report.plan, report.plan.to_json()):
@@ -34,6 +35,15 @@ def test_a_plan_of_two_precisions_calibrates_those_that_take_it():
     assert [s.precision for s in report.swapped] == ["int8", "w8a16"]
     assert model.first.channel_scale is not None
     assert report.to_json()["plan"] == plan
+
+
+def test_a_plan_for_fp8_does_not_fit_a_gpu_without_it():
+    plan = fp.swap(block(), "fp8", dry_run=True).plan
+    model = block()
+    before = objects(model)
+    with fp.interpret("sm_80"), pytest.raises(ValueError, match=r"names first, and this GPU is sm_80.*use int8"):
+        fp.swap(model, plan=plan)
+    assert_same_objects(model, before)
 
 
 def edited(**changes):

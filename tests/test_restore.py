@@ -25,9 +25,10 @@ def test_the_same_objects_and_outputs(name, keep):
     fp.restore(model)
     assert_same_objects(model, before)
     assert torch.equal(outputs(model, inputs), exact)
-    fp.swap(model, "w8a16")  # and again
-    fp.restore(model)
-    assert_same_objects(model, before)
+    for precision in ("w8a16", "fp8"):  # and again
+        fp.swap(model, precision)
+        fp.restore(model)
+        assert_same_objects(model, before)
 
 
 def test_gradients_flags_and_hooks_of_the_originals():

@@ -1,5 +1,6 @@
 """Checkpoints: the same bits in a new process, nothing executed, and a sentence for every damaged file."""
 
+import copy
 import json
 import os
 import pickle
@@ -111,6 +112,23 @@ def test_a_model_of_ones_own(saved):
         fp.load_pretrained(folder)
     with pytest.raises(ValueError, match="fills a model that is not swapped"):
         fp.load_pretrained(folder, model=model)
+
+
+def test_every_form_of_a_layer(tmp_path):
+    linears = [nn.Linear(260, 130), nn.Linear(130, 200, bias=False), nn.Linear(200, 130), nn.Linear(130, 64)]
+    model, x = nn.Sequential(*linears).eval(), torch.randn(4, 260)
+    for i, layer in enumerate((
+        fp.nn.Fp8Linear.from_torch(model[0], scales="block", channel_scale=torch.rand(260) + 0.5),
+        fp.nn.Fp8Linear.from_torch(model[1], scales="tensor", input_scale=torch.tensor([0.01])),
+        fp.nn.W8A16Linear.from_torch(model[2], weight_dtype=torch.float8_e4m3fn, scales="group"),
+    )):  # fmt: skip
+        model[i] = layer
+    fp.save_pretrained(model, tmp_path)
+    loaded = fp.load_pretrained(tmp_path, model=nn.Sequential(*map(copy.deepcopy, linears)).eval())
+    assert [type(m) for m in loaded] == [type(m) for m in model]
+    assert [m.config() for m in loaded[:3]] == [m.config() for m in model[:3]]
+    assert loaded[0].weight.stride(0) % 16 == 0
+    assert torch.equal(outputs(loaded, x), outputs(model, x))
 
 
 def test_what_state_dict_leaves_out(tmp_path):

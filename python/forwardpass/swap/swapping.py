@@ -175,7 +175,8 @@ def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: I
     for operation, device in sorted({(p.module.operation, str(leaf.module.weight.device)) for leaf, p in chosen}):
         if only_reference_on(operation, torch.device(device)):
             notes.append(f"{operation} has no kernel for {device} in this installation, so its layers run through the "
-                         "plain-torch reference, slower than what they replace: see `forwardpass doctor`")  # fmt: skip
+                         "plain-torch reference in float64, which shows their accuracy and is slower than what they "
+                         "replace: see `forwardpass doctor`")  # fmt: skip
     return notes
 
 
