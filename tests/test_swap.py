@@ -63,7 +63,9 @@ def test_fp8_asks_for_a_gpu_that_has_it(arch):
 
 
 def test_fp8_on_a_cpu_says_what_runs_it():
-    with pytest.warns(UserWarning, match="fp8_linear has no kernel for cpu.*reference in float64.*slower than"):
+    with pytest.warns(
+        UserWarning, match="fp8_linear has no kernel for float32 on cpu.*reference in float64.*slower than"
+    ):
         report = fp.swap(block(), "fp8")
     assert [(s.precision, s.version) for s in report.swapped] == [("fp8", 1)] * 2
 

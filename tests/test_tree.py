@@ -45,7 +45,9 @@ def test_kernels_see_no_torch_and_the_torch_side_no_cuda():
 
 def test_assembly_is_in_common_only():
     """Of kernels. The interpreter speaks of it, and the stand-in for cudart, host code, names its symbols with asm labels."""
-    files = [p for p in CSRC.rglob("*") if p.is_file() and p.relative_to(CSRC).parts[0] not in ("common", "interpreter")]
+    files = [
+        p for p in CSRC.rglob("*") if p.is_file() and p.relative_to(CSRC).parts[0] not in ("common", "interpreter")
+    ]
     assert not [p for p in files if re.search(r"\basm\b", p.read_text())]
 
 

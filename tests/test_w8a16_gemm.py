@@ -3,31 +3,27 @@
 import pytest
 import torch
 
-from forwardpass.activations import element_bound, is_gated, separate_gate_up
-from forwardpass.testing import assert_close, poisoned_outputs
-from forwardpass.w8a16_gemm import cases, reference
+from forwardpass import backend
+from forwardpass.testing import poisoned_outputs
+from forwardpass.w8a16_gemm import cases
 
 CASES = list(cases.cases())
-ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_against_reference(case, seed):
-    x, w, w_scale, bias, activation = case.arguments(seed=seed)
+    args = case.arguments(seed=seed)
     with poisoned_outputs():
-        got = torch.ops.forwardpass.w8a16_gemm_cpu(x, w, w_scale, bias, activation)
-    assert got.dtype == x.dtype
-    y = reference.w8a16_gemm(x.double(), w, w_scale, bias, None)
-    exact = reference.w8a16_gemm(x.double(), w, w_scale, bias, activation)
-    # an fp32 sum of K products in any order is within K 2^-24 of the sum of their magnitudes, and 3 more roundings follow
-    weight = reference.dequantize_weight(w, w_scale)
-    size = x.double().abs() @ weight.abs().t() + (0 if bias is None else bias.abs())
-    error = size * (case.k + 4) * 2.0**-24
-    gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
-    errors = separate_gate_up(error, -1) if is_gated(activation) else (error, 0.0)
-    bound = element_bound(activation, gate, up, *errors)
-    least = {torch.float16: 2.0**-25}.get(x.dtype, 0.0)
-    assert_close(got, exact, bound * (1 + ULP[x.dtype]) + ULP[x.dtype] * exact.abs() + least)
+        got = torch.ops.forwardpass.w8a16_gemm_cpu(*args)
+    cases.assert_matches(got, args)
+
+
+def test_gpus_take_16_bit_activations(monkeypatch):
+    monkeypatch.setitem(backend._WHY_NOT, "cuda", lambda device: None)
+    gpu = torch.device("cuda", 0)
+    assert backend.only_reference_on("w8a16_gemm", gpu, torch.float32)
+    assert not backend.only_reference_on("w8a16_gemm", gpu, torch.bfloat16)
+    assert not backend.only_reference_on("int8_linear", gpu, torch.float32)
 
 
 def test_opcheck():

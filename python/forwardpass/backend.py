@@ -218,7 +218,8 @@ class Operation:
         reference: the specification in plain torch, same arguments, same returns.
         fake: shapes, dtypes and strides of what the compiled implementations return.
         backends: the compiled ones that exist; "triton" is registered by `<package>.triton_kernel`, imported on first use.
-        why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`.
+        why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`,
+            which may be asked with the first argument alone.
         why_not_arch: f((major, minor)) -> Reason | None, what its CUDA and Triton kernels ask of a GPU beyond (8, 0).
         notes: f(*args) -> sentences on what the op does besides its kernel (a copy of an unaligned operand, its bytes).
     """
@@ -392,10 +393,10 @@ def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> A
     return _choice.interpreter.call(operation, run, args)
 
 
-def only_reference_on(operation: str, device: torch.device) -> bool:
-    """Whether on this device the operation has nothing faster than its plain-torch reference."""
-    op = operations[operation]
-    return all(op.why_not_on(b, device) for b in BACKENDS if b != "reference")
+def only_reference_on(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a first argument of this dtype on this device finds nothing faster than the plain-torch reference."""
+    op, x = operations[operation], torch.empty(0, dtype=dtype, device="meta")
+    return all(op.why_not_on(b, device) or (b in op.limits and op.limits[b](x)) for b in BACKENDS if b != "reference")
 
 
 class Explanation(dict[str, "Reason | None"]):

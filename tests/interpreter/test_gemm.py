@@ -91,6 +91,26 @@ def test_weights_are_widened_exactly(w_dtype, implementation, arch, seed):
             for rows in (1, 65):
                 got = operation(torch.ones(rows, 1, dtype=dtype), w, one, None, None)
                 assert_equal(got, w.flatten().to(dtype).repeat(rows, 1))
+    assert device.findings == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["int8_gemm", "fp8_gemm", "w8a16_gemm"])
+def test_rows_may_be_one_and_the_same(name, implementation, arch):
+    """An operand of stride 0, which `expand` makes."""
+    dtype = {"int8_gemm": torch.int8, "fp8_gemm": torch.float8_e4m3fn, "w8a16_gemm": torch.bfloat16}[name]
+    x = (torch.arange(160) % 7 - 3).to(dtype).expand(17, 160)
+    w, one = torch.randint(-9, 9, (33, 160)).to(torch.int8 if name == "w8a16_gemm" else dtype), torch.ones(1)
+    options = (None, None) if name == "w8a16_gemm" else (None, None, torch.float32, None)
+    scales = (one,) if name == "w8a16_gemm" else (one, one)
+    args = (x, w, *scales, *options, *((None, None) if name == "int8_gemm" else ()))
+    operation = backend.operations[name]
+    with fp.interpret(arch) as device, fp.use_backend(implementation):
+        if operation.why_not(implementation, *args):
+            return  # test_kernel has the reason
+        MODULES[name].assert_matches(operation(*args), args)
+    assert device.findings == []
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Te
 
 
 def cases() -> Iterator[Case]:
-    """Every pair of sizes and options."""
+    """Every pair of sizes and options, and no rows at all."""
+    yield from (Case(0, 33, 130, blocks=blocks, quantized=blocks) for blocks in (False, True))
     epilogue = epilogue_factors(zero_points=(None,))
     scales = [(a, b, False) for a, b in itertools.product(epilogue.pop("a_scale"), epilogue.pop("b_scale"))]
     factors = {

@@ -52,7 +52,8 @@ def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Every pair of sizes and options; 600 rows are more than one thread's on the CPU."""
+    """Every pair of sizes and options, and no rows at all; 600 are more than one thread's on the CPU."""
+    yield Case(0, 33, 130)
     factors = {
         **GEMM_FACTORS,
         "m": (*GEMM_FACTORS["m"], 600),

@@ -172,9 +172,11 @@ def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: I
         notes.append("no layer is swapped; the report has each one's reason")
     if chosen and context.model.training:
         notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
-    for operation, device in sorted({(p.module.operation, str(leaf.module.weight.device)) for leaf, p in chosen}):
-        if only_reference_on(operation, torch.device(device)):
-            notes.append(f"{operation} has no kernel for {device} in this installation, so its layers run through the "
+    weights = {(p.module.operation, leaf.module.weight.device, leaf.module.weight.dtype) for leaf, p in chosen}
+    for operation, device, dtype in sorted(weights, key=str):
+        if only_reference_on(operation, device, dtype):
+            what = f"{str(dtype).removeprefix('torch.')} on {device}"
+            notes.append(f"{operation} has no kernel for {what} in this installation, so its layers run through the "
                          "plain-torch reference in float64, which shows their accuracy and is slower than what they "
                          "replace: see `forwardpass doctor`")  # fmt: skip
     return notes
