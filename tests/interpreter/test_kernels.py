@@ -1,7 +1,6 @@
 """The package's own kernels, as compiled: every case of every operation, CUDA and Triton, on each architecture."""
 
 import pytest
-import torch
 
 import forwardpass as fp
 from forwardpass import backend
@@ -9,9 +8,9 @@ from forwardpass.activation_quantize import cases as activation_quantize
 from forwardpass.dequant_activation import cases as dequant_activation
 from forwardpass.norm_quantize import cases as norm_quantize
 from forwardpass.quantize import cases as quantize
-from forwardpass.testing import assert_equal, poisoned_outputs
+from forwardpass.testing import assert_equal
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 MODULES = {
@@ -21,17 +20,6 @@ MODULES = {
     "quantize": quantize,
 }
 CASES = [(name, case) for name, module in MODULES.items() for case in module.cases()]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What no kernel writes is NaN or -1, in what C++ allocates and in what torch.empty returns."""
-    torch.use_deterministic_algorithms(True)
-    with poisoned_outputs():
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
 REAL = [(name, case) for name, module in MODULES.items() for case in module.BENCHMARK_CASES]
 
 
