@@ -522,6 +522,6 @@ def test_a_device_without_kernels_is_said(monkeypatch):
         fp.backend.operations["int8_linear"], "why_not_on", lambda b, d: None if b == "reference" else reason
     )
     model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
-    with pytest.warns(UserWarning, match="int8_linear has no kernel for cpu"):
+    with pytest.warns(UserWarning, match="int8_linear has no kernel for float32 on cpu"):
         report = fp.swap(model, precision="int8")
     assert any("plain-torch reference" in note for note in report.warnings)

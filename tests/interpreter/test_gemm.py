@@ -92,6 +92,7 @@ def test_weights_are_widened_exactly(w_dtype, implementation, arch, seed):
             for rows in (1, 65):
                 got = operation(torch.ones(rows, 4, dtype=dtype), w, one, None, None)
                 assert_equal(got, codes.view(w_dtype).to(dtype).repeat(rows, 4))
+    assert device.findings == []
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
