@@ -131,14 +131,15 @@ def failures(k) -> list[str]:
 
 def table(found: list) -> str:
     """Of every GEMM's main loop, beside its bar and CUTLASS."""
-    lines = [f"{'main loops: issued instructions for 2^20 multiply-accumulates, others for each MMA':<96}{'issued':>8}{'bar':>6}"
-             f"{'others':>8}  CUTLASS"]  # fmt: skip
+    said = "main loops: instructions issued for 2^20 multiply-accumulates, NOPs apart; others for each MMA"
+    lines = [f"{said:<96}{'issued':>8}{'NOPs':>6}{'bar':>6}{'others':>8}  CUTLASS"]
     for k in sorted(found, key=lambda k: (k.name, k.arch)):
         if figures := counted(k):
-            asked = rule(k)
-            beside = asked.cutlass
+            (issued, other), loop, asked = figures, k.code.main_loop, rule(k)
+            nops = issued * loop.nops / len(loop.instructions)
+            name, beside = re.sub(r", SharedBytes<.*", ">", k.name), asked.cutlass
             lines.append(
-                f"{re.sub(r', SharedBytes<.*', '>', k.name):<88}{k.arch:<8}{figures[0]:8.0f}{asked.most or '-':>6}{figures[1]:8.2f}"
+                f"{name:<88}{k.arch:<8}{issued:8.0f}{nops:6.0f}{asked.most or '-':>6}{other:8.2f}"
                 + (f"  {beside.issued}, {beside.other:g} ({beside.kernel})" if beside else "")
             )
     return "\n".join(lines)

@@ -29,6 +29,11 @@ class Instruction:
         return self.opcode.partition(".")[0]
 
     @property
+    def is_nop(self) -> bool:
+        """By name, or under a predicate that is never true: ptxas puts `@!UPT UIADD3 URZ, ...` between the QMMAs of sm_89."""
+        return self.name == "NOP" or self.guard in ("!PT", "!UPT")
+
+    @property
     def labels(self) -> list[str]:
         """What a branch names: `(.L_x_1), or a list of them beside an indirect branch."""
         return re.findall(r"\.L\w+", self.operands)
@@ -65,6 +70,7 @@ class Instruction:
 class Loop:
     blocks: frozenset[int]
     instructions: list[Instruction]
+    nops: int = 0
 
     @property
     def mma(self) -> collections.Counter:
@@ -187,7 +193,7 @@ class Function:
         return [self.loop(head, tail, predecessors) for head, tail in edges]
 
     def loop(self, head: int, tail: int, predecessors: dict[int, list[int]]) -> Loop:
-        """Its instructions are those from the target to the back edge, so without what was put out of line; no NOPs.
+        """Its instructions are those from the target to the back edge, so without what was put out of line; NOPs apart.
 
         One for each back edge: loops that begin together, and the branches of one that each end in a jump to its head,
         are told apart.
@@ -199,7 +205,9 @@ class Function:
                 blocks.add(block)
                 todo += predecessors[block]
         inline = [b for b in sorted(blocks) if head <= b <= tail or tail < head]  # tail < head: a rotated loop
-        return Loop(frozenset(blocks), [i for b in inline for i in self.body(b) if i.name != "NOP"])
+        body = [i for b in inline for i in self.body(b)]
+        instructions = [i for i in body if not i.is_nop]
+        return Loop(frozenset(blocks), instructions, len(body) - len(instructions))
 
     @property
     def main_loop(self) -> Loop | None:

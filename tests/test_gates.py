@@ -144,7 +144,7 @@ def test_what_a_gemm_s_main_loop_issues(bad, monkeypatch):
     assert gemm_gates.failures(k) == [bar]
     assert gemm_gates.failures(as_gemm(k, "MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>")) == []  # has no bar
     assert gemm_gates.counted(bad["int8_gemm_kernel", "sm_80"]) is None  # by its name no GEMM of ours
-    assert re.search(rf" {issued:.0f} +450 +{other:.2f}  1192, 3.66", gemm_gates.table([k]))
+    assert re.search(rf" {issued:.0f} +0 +450 +{other:.2f}  1192, 3.66", gemm_gates.table([k]))
     monkeypatch.setattr(gemm_gates.SM80, "other", 2.0)
     assert gemm_gates.failures(k) == [bar, f"{other:.2f} instructions beside each MMA, CUTLASS has 2 (sm_80 int8)"]
     assert gemm_gates.macs("IGMMA.64x256x32.S8.S8") == 16 * 256 * 32

@@ -23,13 +23,14 @@ def function(*lines):
 MASKED = [".L_masked:", "LDG.E.128 R4, [R2.64]", "IMMA.16832.S8.S8 R8, R4.ROW, R6.COL, R8", "FSEL R1, R2, R3, P2",
           "@P0 BRA `(.L_masked)"]  # fmt: skip
 STEADY = [".L_steady:", "NOP", "LDG.E.128 R4, [R2.64]", "@P3 IMMA.16832.S8.S8 R8, R4.ROW, R6.COL, R8",
-          "@!P0 BRA `(.L_steady)"]  # fmt: skip
+          "@!UPT UIADD3 URZ, URZ, URZ, URZ", "@!P0 BRA `(.L_steady)"]  # fmt: skip
 
 
 def test_the_unmasked_loop_is_the_main_one_inside_a_loop_over_tiles():
     f = function(".L_tile:", *MASKED, *STEADY, "STG.E [R2.64], R8", "@P1 BRA `(.L_tile)", "EXIT")
     assert len(f.loops) == 3
     assert len(f.main_loop.instructions) == 3, "predicated instructions count, NOPs do not"
+    assert f.main_loop.nops == 2, "by name, and never under its predicate"
     assert f.main_loop.mma == {"IMMA.16832.S8.S8": 1}
 
 
