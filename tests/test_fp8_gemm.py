@@ -285,7 +285,7 @@ def test_refusals(call, error, words):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("arch", "code"), [("sm_80", "arch"), ("sm_89", None), ("sm_90a", None)])
+@pytest.mark.parametrize(("arch", "code"), [("sm_80", "no_fp8"), ("sm_89", None), ("sm_90a", None)])
 def test_needs_a_gpu_that_multiplies_fp8(arch, code):
     with fp.interpret(arch):
         table = fp.explain("fp8_gemm", A, W, ONE, ONE, **GEMM)
