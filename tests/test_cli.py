@@ -111,6 +111,18 @@ def test_doctor_table():
         assert operation in result.stdout
 
 
+def test_doctor_does_not_blame_an_a100_for_its_tensor_cores(monkeypatch):
+    with fp.interpret("sm_80"), monkeypatch.context() as m:
+        m.setattr(fp.backend, "operations", {"fp8_gemm": fp.backend.operations["fp8_gemm"]})
+        m.setattr(torch.cuda, "is_available", lambda: True)
+        m.setattr(torch.cuda, "device_count", lambda: 1)
+        m.setattr(doctor.environment, "device", lambda name="cpu": {"name": name})
+        found = doctor.examine()
+    codes = {k["backend"]: k["code"] for k in found["kernels"]}
+    assert codes == {"cuda": "no_fp8", "triton": "no_fp8", "cpu": "not_written", "reference": None}
+    assert found["problems"] == []
+
+
 def test_doctor_finds_a_kernel_that_is_wrong(monkeypatch):
     op = fp.backend.operations["quantize"]
     right = op.runs["cpu"]

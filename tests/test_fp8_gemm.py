@@ -36,6 +36,15 @@ def test_fakes_are_like_what_is_returned(name, case):
         assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "case"), [p.values for p in CASES[::17]])
+def test_opcheck(name, case, implementation):
+    """Of the schemas and fakes, on meta tensors: it compares its inputs, and torch cannot compare e4m3."""
+    args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in case.arguments()]
+    op = getattr(torch.ops.forwardpass, f"{operation(name, case).name}_{implementation}").default
+    torch.library.opcheck(op, args)
+
+
 def e4m3(*rows):
     return torch.tensor(rows, dtype=torch.float32).to(E4M3)
 
@@ -285,7 +294,7 @@ def test_refusals(call, error, words):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("arch", "code"), [("sm_80", "arch"), ("sm_89", None), ("sm_90a", None)])
+@pytest.mark.parametrize(("arch", "code"), [("sm_80", "no_fp8"), ("sm_89", None), ("sm_90a", None)])
 def test_needs_a_gpu_that_multiplies_fp8(arch, code):
     with fp.interpret(arch):
         table = fp.explain("fp8_gemm", A, W, ONE, ONE, **GEMM)

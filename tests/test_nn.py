@@ -273,7 +273,7 @@ def test_weights_use_the_whole_range_of_each_scale(scales, dtype, size):
 def test_fp8_asks_for_a_gpu_that_has_it():
     m = linear(64, 48)
     with fp.interpret("sm_80"):
-        assert Fp8Linear.why_not(m).code == "arch"
+        assert Fp8Linear.why_not(m).code == "no_fp8"
         with pytest.raises(ValueError, match=r'sm_80.*sm_89 on.*precision="int8"'):
             Fp8Linear.from_torch(m)
         assert Int8Linear.why_not(m) is None

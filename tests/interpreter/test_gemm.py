@@ -31,7 +31,7 @@ def reason_of_refusal(operation, args, implementation, arch):
     if implementation not in operation.compiled:
         return "not_written"
     if operation.name.startswith("fp8") and arch == "sm_80":
-        return "arch"
+        return "no_fp8"
     if operation.name == "w8a16_gemm" and args[0].dtype == torch.float32:
         return "dtype"
     return None

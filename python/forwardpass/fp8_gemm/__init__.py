@@ -199,7 +199,7 @@ def why_no_fp8(capability: tuple[int, int]) -> Reason | None:
     if capability >= CAPABILITY:
         return None
     major, minor = capability
-    return Reason("arch", f"this GPU is sm_{major}{minor}, and tensor cores multiply FP8 from sm_89 on (L40S, RTX 40, H100)",
+    return Reason("no_fp8", f"this GPU is sm_{major}{minor}, and tensor cores multiply FP8 from sm_89 on (L40S, RTX 40, H100)",
                   'use int8: precision="int8", fp.nn.Int8Linear, fp.ops.int8_gemm')  # fmt: skip
 
 
