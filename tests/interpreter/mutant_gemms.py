@@ -73,10 +73,10 @@ CUDA = {
     ),
     "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 709), (40, 300))),
     "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 1413), (9, 300))),
-    "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 709), (1153, 130))),
-    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 700, 1413), (9, 300))),
+    "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 130))),
+    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 1000, 1413), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
-        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 709), (1153, 290), blocks=True)
+        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 290), blocks=True)
     ),
     "fp8_blocks_mma_64x128": Instance(
         ("sm_89",), "E4m3BlocksELi64ELi128E", mma(F8, 64, (5, 300, 1000), (40, 400), blocks=True)
@@ -119,7 +119,7 @@ CUDA = {
     ),
     "gemv_fp8": Instance(
         ("sm_89",), "gemv_kernel",
-        (F8(3, 140, 3005, PLAIN), F8(4, 48, 1300, GATED), F8(3, 140, 3005, PLAIN, blocks=True),
+        (F8(3, 140, 3005, PLAIN), F8(4, 48, 1300, GATED), F8(4, 140, 3005, PLAIN, blocks=True),
          F8(2, 272, 1300, GATED, blocks=True), F8(2, 20, 16500, PLAIN)),
     ),
     "gemv_w8a16": Instance(
@@ -160,7 +160,7 @@ TRITON = {
     "triton_int8_split": triton(("sm_80", "sm_90a"), I8(128, 128, 1400, PLAIN), I8(100, 30, 1100, PLAIN)),
     "triton_fp8": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS)),
     "triton_fp8_blocks": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS, blocks=True)),
-    "triton_fp8_blocks_gated": triton(("sm_90a",), F8(64, 272, 880, GATED, blocks=True, quantized=True),
+    "triton_fp8_blocks_gated": triton(("sm_90a",), F8(100, 272, 880, GATED, blocks=True, quantized=True),
                                       F8(130, 32, 50, GATED, blocks=True, quantized=True)),
     "triton_w8a16": triton(("sm_80", "sm_90a"), W8((128,), 128, 880, scales="block"),
                            W8((130,), 30, 50, scales="block", layout="contiguous")),
