@@ -1,8 +1,8 @@
 """The GEMMs' kernels in the mutation suite: an instance of each template and each type of operands, in launches that
 take every path: slices of K beyond the stages, ragged ends, more tiles than blocks, partial sums, each kind of scale."""
 
-import contextlib
 import dataclasses
+import itertools
 import struct
 
 import torch
@@ -11,15 +11,22 @@ import forwardpass as fp
 from forwardpass.dequant_activation.cases import EpilogueCase
 from forwardpass.fp8_gemm import cases as fp8_gemm
 from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.interpreter import core
 from forwardpass.quantized_rows import E4M3
 from forwardpass.testing import poisoned_outputs
 from forwardpass.w8a16_gemm import cases as w8a16_gemm
 from mutant_launches import recording
 
 MODULES = {int8_gemm.Case: int8_gemm, fp8_gemm.Case: fp8_gemm, w8a16_gemm.Case: w8a16_gemm}
-#: their lines are in dequant_activation's kernel too, and mutated there
-EPILOGUE = ("csrc/common/activation.cuh", "csrc/common/epilogue.cuh", "csrc/common/vec.cuh")
+#: Whose arithmetic is not mutated here. CUDA's lines are in dequant_activation's kernel too, and mutated there; Triton's
+#: are not, and every option of theirs is compared in test_kernels.py.
+EPILOGUE = (
+    "csrc/common/activation.cuh",
+    "csrc/common/epilogue.cuh",
+    "csrc/common/vec.cuh",
+    "python/forwardpass/triton_activations.py",
+    "python/forwardpass/triton_epilogue.py",
+    "python/forwardpass/triton_rows.py",
+)
 
 I8, F8, W8 = int8_gemm.Case, fp8_gemm.Case, w8a16_gemm.Case
 PLAIN, GATED = EpilogueCase(), EpilogueCase(activation="silu_mul", out_dtype=torch.bfloat16)
@@ -34,18 +41,18 @@ class Instance:
     implementation: str = "cuda"
     #: gemm_wgmma_kernel: each launch also with one cluster, which makes all tiles
     persistent: bool = False
-    #: ... and no more tiles than these. The plan takes the largest tile only where there is one for every other
-    #: multiprocessor: such a launch is recorded, not run.
+    #: ... and no more tiles than these: the plan takes the largest tile only where there is one for every other
+    #: multiprocessor, and mutants need no more than wrap around
     tiles: int = 0
 
 
 def mma(case, m, depths, many, *more, **options):
-    """m rows: depths short of the stages and beyond them, ragged; parts of K; and many tiles, of one slice."""
+    """m rows, all of a tile's: depths short of the stages and beyond them, ragged; parts of K; and many tiles, of one slice."""
     return (
-        *(case(m, 120, k, PLAIN, **options) for k in depths),
-        case(m - 1, 128, depths[0], GATED, **options),
-        case(m, 40, 1100, PLAIN, **options),
-        case(*many, 16, PLAIN, **options),
+        *(case(m, 128, k, PLAIN, **options) for k in depths),
+        case(m - 1, 112, depths[0], GATED, **options),
+        case(m - 3, 36, 1100, PLAIN, **options),
+        case(*many, 16, PLAIN, layouts=("contiguous", "contiguous"), **options),
         *more,
     )
 
@@ -62,34 +69,35 @@ def wgmma(case, columns, *more, **options):
 
 CUDA = {
     "int8_mma_128x128": Instance(
-        ("sm_80",), "Int8ELi128ELi128E", mma(I8, 70, (5, 388, 580, 709), (1153, 130), I8(70, 120, 388, ZERO_POINT))
+        ("sm_80",), "Int8ELi128ELi128E", mma(I8, 128, (5, 388, 709), (1153, 130), I8(70, 120, 388, ZERO_POINT))
     ),
-    "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 40, (388, 709), (40, 300))),
-    "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 9, (70, 1000, 1413), (9, 300))),
-    "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 70, (5, 300, 709), (1153, 130))),
-    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 9, (70, 700, 1413), (9, 300))),
+    "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 709), (40, 300))),
+    "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 1413), (9, 300))),
+    "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 130))),
+    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 1000, 1413), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
-        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 70, (5, 300, 709), (1153, 290), blocks=True)
+        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 290), blocks=True)
     ),
     "fp8_blocks_mma_64x128": Instance(
-        ("sm_89",), "E4m3BlocksELi64ELi128E", mma(F8, 40, (5, 300, 1000), (40, 400), blocks=True)
+        ("sm_89",), "E4m3BlocksELi64ELi128E", mma(F8, 64, (5, 300, 1000), (40, 400), blocks=True)
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), persistent=True
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8ELi128ELi256E",
-        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 100, GATED), I8(100, 133 * 128, 1000, PLAIN)), tiles=3,
+        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 100, GATED), I8(100, 133 * 128, 500, PLAIN)), tiles=3,
     ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3ELi128ELi128E",
-        (*wgmma(F8, 300, F8(100, 40, 1100, PLAIN)), *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True)),
+        (*wgmma(F8, 300, F8(100, 40, 1100, PLAIN)), *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
+         F8(200, 300, 330, PLAIN, blocks=True, quantized=True)),
         persistent=True,
     ),
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3ELi128ELi256E",
-        (F8(200, 67 * 128, 330, PLAIN), F8(200, 67 * 128, 100, GATED, blocks=True),
-         F8(200, 67 * 128, 330, PLAIN, blocks=True), F8(100, 133 * 128, 700, PLAIN, blocks=True)), tiles=3,
+        (F8(200, 67 * 128, 330, PLAIN), F8(100, 133 * 128, 330, PLAIN, blocks=True), F8(200, 600, 330, PLAIN, blocks=True, quantized=True),
+         F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)), tiles=3,
     ),
     "w8a16_16x128": Instance(
         ("sm_80", "sm_89"), "w8a16_gemm_kernelINS_11W8a16ConfigILNS_5DtypeE2ELi16E",
@@ -107,18 +115,18 @@ CUDA = {
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",
-        (I8(3, 40, 3000, PLAIN), I8(4, 48, 1300, GATED), I8(1, 70, 5, PLAIN), I8(2, 20, 16500, PLAIN)),
+        (I8(3, 40, 3005, PLAIN), I8(4, 48, 1300, GATED), I8(1, 70, 5, PLAIN), I8(2, 20, 16500, PLAIN)),
     ),
     "gemv_fp8": Instance(
         ("sm_89",), "gemv_kernel",
-        (F8(3, 140, 3000, PLAIN), F8(4, 48, 1300, GATED), F8(3, 140, 3000, PLAIN, blocks=True),
+        (F8(3, 140, 3005, PLAIN), F8(4, 48, 1300, GATED), F8(4, 140, 3005, PLAIN, blocks=True),
          F8(2, 272, 1300, GATED, blocks=True), F8(2, 20, 16500, PLAIN)),
     ),
     "gemv_w8a16": Instance(
         ("sm_80",), "gemv_kernel",
         tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
               for w in (torch.int8, E4M3)
-              for m, n, k, scales, activation in ((3, 40, 3000, "block", None), (4, 48, 1300, "column", "silu_mul"),
+              for m, n, k, scales, activation in ((3, 40, 3005, "block", None), (4, 48, 1300, "column", "silu_mul"),
                                                   (2, 20, 16500, "tensor", None))),
     ),
     "pad_rows": Instance(
@@ -132,18 +140,32 @@ def triton(architectures, *cases):
     return Instance(architectures, "gemm_kernel", cases, "triton")
 
 
-_VARIED = [EpilogueCase(zero_point="row"), EpilogueCase(activation="gelu", out_dtype=torch.float16, zero_point="row")]
+CONTIGUOUS = ("contiguous", "contiguous")
+#: each type of output has a layout of its own
+_OUTPUTS = [EpilogueCase(out_dtype=d) for d in (torch.float32, torch.float16, torch.bfloat16, torch.int8, E4M3)]
+_ZERO_POINTS = [dataclasses.replace(e, zero_point="row") for e in _OUTPUTS]
+
+
+def products(case, m, n, *epilogues, **options):
+    """Depths short of the stages and beyond them, ragged; rows that end where the storage does; more tiles than one."""
+    return tuple(case(m, n, k, e, **options) for k, e in zip((16, 248, 400, 520, 880), itertools.cycle(epilogues))) + (
+        *(case(m - 2, n - 9, 16, e, layouts=CONTIGUOUS, **options) for e in epilogues),
+        case(1153 if m > 64 else m, 2 * n + 2, 50, epilogues[-1], **options),
+    )
+
+
 TRITON = {
-    "triton_int8": triton(("sm_80", "sm_90a"), *(I8(70, n, k, e) for n, k in ((120, 916), (300, 50)) for e in _VARIED)),
-    "triton_int8_swapped": triton(("sm_80", "sm_90a"), I8(9, 100, 916, _VARIED[0]), I8(20, 30, 50, _VARIED[1])),
-    "triton_int8_split": triton(("sm_80", "sm_90a"), I8(70, 120, 1400, PLAIN), I8(100, 30, 1100, PLAIN)),
-    "triton_fp8": triton(("sm_89", "sm_90a"), F8(70, 120, 916, PLAIN), F8(130, 30, 50, PLAIN)),
-    "triton_fp8_blocks": triton(("sm_89", "sm_90a"), F8(70, 240, 916, PLAIN, blocks=True),
-                                F8(130, 30, 50, PLAIN, blocks=True)),
-    "triton_fp8_blocks_gated": triton(("sm_90a",), F8(70, 272, 916, GATED, blocks=True, quantized=True),
+    "triton_int8": triton(("sm_80", "sm_90a"), *products(I8, 128, 128, *_ZERO_POINTS)),
+    "triton_int8_swapped": triton(("sm_80", "sm_90a"), *products(I8, 16, 64, *_ZERO_POINTS)),
+    "triton_int8_split": triton(("sm_80", "sm_90a"), I8(128, 128, 1400, PLAIN), I8(100, 30, 1100, PLAIN)),
+    "triton_fp8": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS)),
+    "triton_fp8_blocks": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS, blocks=True)),
+    "triton_fp8_blocks_gated": triton(("sm_90a",), F8(100, 272, 880, GATED, blocks=True, quantized=True),
                                       F8(130, 32, 50, GATED, blocks=True, quantized=True)),
-    "triton_w8a16": triton(("sm_80", "sm_90a"), W8((70,), 120, 916, scales="block"), W8((130,), 30, 50, scales="block")),
-    "triton_w8a16_e4m3": triton(("sm_80",), W8((9,), 120, 916, w_dtype=E4M3), W8((5,), 30, 50, w_dtype=E4M3)),
+    "triton_w8a16": triton(("sm_80", "sm_90a"), W8((128,), 128, 880, scales="block"),
+                           W8((130,), 30, 50, scales="block", layout="contiguous")),
+    "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 880, w_dtype=E4M3),
+                                W8((5,), 30, 16, w_dtype=E4M3, layout="contiguous")),
 }  # fmt: skip
 INSTANCES = CUDA | TRITON
 
@@ -152,12 +174,11 @@ def gemm_launches(name, arch):
     instance, launches = INSTANCES[name], []
     torch.use_deterministic_algorithms(True)
     with recording() as recorded, poisoned_outputs(), fp.use_backend(instance.implementation):
-        with fp.interpret(arch, approximate=False, truncating=True), dropping(instance.tiles):
+        with fp.interpret(arch, approximate=False, truncating=True):
             for case in instance.cases:
                 args, module = case.arguments(), MODULES[type(case)]
                 got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
-                if not instance.tiles:
-                    module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
+                module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
                 launches += [launch for launch in recorded if instance.kernel in launch.kernel]
                 recorded.clear()
     torch.use_deterministic_algorithms(False)
@@ -172,21 +193,11 @@ def gemm_launches(name, arch):
     return launches
 
 
-#: of WgmmaArguments (csrc/common/gemm_sm90a.cuh): behind three tensor maps, the scales of blocks and a TileMap
-TILES = 3 * 128 + 4 * 8 + 2 * 8
+#: where WgmmaArguments (csrc/common/gemm_sm90a.cuh) has its TileMap, and behind it `tiles`
+TILE_MAP = 4 * 128 + 5 * 4
 
 
 def make_fewer(launch, tiles):
-    struct.pack_into("q", launch.parameters, TILES, tiles)
-
-
-@contextlib.contextmanager
-def dropping(on):
-    """Launches are recorded, and not run."""
-    if on:
-        core.load().fpi_drop_launches(1)
-    try:
-        yield
-    finally:
-        if on:
-            core.load().fpi_drop_launches(0)
+    across, down, all_of_them = struct.unpack_from("III", launch.parameters, TILE_MAP)
+    assert all_of_them == across * down
+    struct.pack_into("I", launch.parameters, TILE_MAP + 8, min(tiles, all_of_them))
