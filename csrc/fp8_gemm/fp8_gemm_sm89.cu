@@ -1,6 +1,5 @@
 // fp8_gemm on mma.sync m16n8k32 of e4m3, promoted to fp32 every 128 of K; up to four rows by the GEMV.
 #include "common/gemm_sm80.cuh"
-#include "common/gemv_sm80.cuh"
 #include "fp8_gemm/fp8_gemm.h"
 
 namespace forwardpass {
@@ -29,6 +28,7 @@ int launch(const GemmParams& p, cudaStream_t stream) {
   }
 }
 
+int fp8_gemv(const GemmParams& p, cudaStream_t stream);
 int __attribute__((weak)) fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
 
 }  // namespace forwardpass
@@ -36,7 +36,7 @@ int __attribute__((weak)) fp8_gemm_sm90a(const GemmParams& p, cudaStream_t strea
 int forwardpass_fp8_gemm(const forwardpass::Fp8GemmParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (p->plan.path == GemmPlan::Path::gemv) return launch_gemv<Dtype::e4m3>(*p, s);
+  if (p->plan.path == GemmPlan::Path::gemv) return fp8_gemv(*p, s);
   if (p->plan.path == GemmPlan::Path::wgmma) return fp8_gemm_sm90a(*p, s);
   return p->blocks.a ? launch<E4m3Blocks>(*p, s) : launch<E4m3>(*p, s);
 }

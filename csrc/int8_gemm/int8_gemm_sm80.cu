@@ -1,6 +1,5 @@
-// int8_gemm on mma.sync m16n8k32; up to four rows by the GEMV.
+// int8_gemm on mma.sync m16n8k32, and the choice between it, wgmma and the GEMV.
 #include "common/gemm_sm80.cuh"
-#include "common/gemv_sm80.cuh"
 #include "int8_gemm/int8_gemm.h"
 
 namespace forwardpass {
@@ -12,6 +11,7 @@ using Tile64x128 = MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>;
 // Memory binds: 128 of K a stage, whole lines of the weight, and four stages, 54 KB on their way.
 using Tile16x128 = MmaConfig<Int8, 16, 128, 1, 4, 128, 4, 1>;
 
+int int8_gemv(const GemmParams& p, cudaStream_t stream);
 int __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
 
 }  // namespace forwardpass
@@ -19,7 +19,7 @@ int __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stre
 int forwardpass_int8_gemm(const forwardpass::Int8GemmParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (p->plan.path == GemmPlan::Path::gemv) return launch_gemv<Dtype::i8>(*p, s);
+  if (p->plan.path == GemmPlan::Path::gemv) return int8_gemv(*p, s);
   if (p->plan.path == GemmPlan::Path::wgmma) return int8_gemm_sm90a(*p, s);
   switch (p->plan.tile_m) {
     case 16:
