@@ -4,11 +4,14 @@
 // row, its warps sharing the depth, 128 of K at a time in turn, and their sums are added in the order of the warps.
 //
 // What binds: memory. For 2 KB of the weight, sixteen rows of 128, a warp issues 65 instructions (int8), 168 (fp8) or,
-// with 16-bit x, 158 to 256 (sm_80: 189 to 430, the most from e4m3 to bf16), and a multiprocessor could issue 800
+// with 16-bit x, 158 to 256 (sm_80: 189 to 398, the most from e4m3 to bf16), and a multiprocessor could issue 800
 // (A100), 560 (H100) or 400 (H200) while it gets them. One dp4a or fma for each product would be 16 or 64 for each row
 // of x, in place of 8 or 16 mma for all. A warp has its next 2 KB under way while it multiplies the last: 32 KB a
 // multiprocessor with two blocks, twice what an H100 needs for its bandwidth (3.35 TB/s for 0.6 us is 15 KB for each of
 // 132). Loads of the weight are of whole sectors, each once.
+//
+// Counted at [1, 4096] x [4096, 4096], interpreted: 1.001 times the least bytes move (1.03 with scales of blocks of
+// w8a16_gemm), with x 1.06 (int8) or 1.25 (16 bits) times as many sectors are asked of L2, four rows 1.25 and 2.
 //
 // The order of K within an mma is free, as long as x and the weight agree: a lane has 16 consecutive numbers of a row,
 // which an mma of fragments in order would have as four pieces.

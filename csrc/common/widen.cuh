@@ -1,7 +1,7 @@
 #pragma once
 // 8-bit numbers to 16-bit floats, exactly, four at a time: what w8a16_gemm and the GEMVs do in place of a cvt, of which
 // there is none from e4m3 before sm_89, and none from int8 that makes more than one number. Instructions for four
-// (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 14, to bf16 20; on sm_89 3 and 9.
+// (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 12, to bf16 18; on sm_89 3 and 9.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -20,18 +20,20 @@ __device__ inline Pair pair_of(uint32_t bits) {
   return *reinterpret_cast<Pair*>(&bits);
 }
 
-// Bytes 0 and 1 of four e4m3, or 2 and 3.
-template <int First>
-__device__ inline uint32_t e4m3_to_f16x2(uint32_t four) {
+// Four e4m3, the lowest byte first, to two pairs of fp16.
+__device__ inline void e4m3_to_f16(uint32_t four, uint32_t (&pairs)[2]) {
 #if __CUDA_ARCH__ >= 890
-  return ptx::cvt_f16x2(static_cast<uint16_t>(four >> First * 8));
+  pairs[0] = ptx::cvt_f16x2(static_cast<uint16_t>(four));
+  pairs[1] = ptx::cvt_f16x2(static_cast<uint16_t>(four >> 16));
 #else
-  // Exponent and mantissa, moved to where fp16 has them, are 2^-8 of the number, subnormal ones too. NaN alone is all
-  // ones there: one more carries into the exponent's highest bit, which no number has, and makes a NaN of it.
-  const uint32_t high = __byte_perm(four, 0, First == 0 ? 0x1404 : 0x3424), magnitude = high >> 1 & 0x3f803f80,
-                 nan = (magnitude + 0x00800080) & 0x40004000;
-  const uint32_t scaled = (high & 0x80008000) | magnitude | nan;
-  return bits_of(__hmul2(pair_of<__half2>(scaled), __half2{__ushort_as_half(0x5c00), __ushort_as_half(0x5c00)}));
+  // Exponent and mantissa, moved to where fp16 has them, are 2^-8 of the number, subnormal ones too: the last bit is
+  // the first of a byte of its own, the others follow the sign and a bit that no number has. NaN alone is all ones, so
+  // one more carries into that bit, and all ones behind it are fp16's NaN.
+  const uint32_t low = four << 7 & 0x80808080, most = four >> 1 & 0x3f3f3f3f, nan = most + (four & 0x01010101),
+                 high = (nan & 0x40404040) | most | (four & 0x80808080);
+  const __half2 scale{__ushort_as_half(0x5c00), __ushort_as_half(0x5c00)};
+  pairs[0] = bits_of(__hmul2(pair_of<__half2>(__byte_perm(low, high, 0x5140)), scale));
+  pairs[1] = bits_of(__hmul2(pair_of<__half2>(__byte_perm(low, high, 0x7362)), scale));
 #endif
 }
 
@@ -54,8 +56,7 @@ __device__ inline void widen(uint32_t four, uint32_t (&pairs)[2]) {
           bits_of(__hsub2(pair_of<__nv_bfloat162>(bytes & 0xff7fff7f), pair_of<__nv_bfloat162>(bytes & 0xff80ff80)));
     }
   } else {
-    pairs[0] = e4m3_to_f16x2<0>(four);
-    pairs[1] = e4m3_to_f16x2<2>(four);
+    e4m3_to_f16(four, pairs);
     if constexpr (To == Dtype::bf16) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) pairs[i] = bits_of(__float22bfloat162_rn(__half22float2(pair_of<__half2>(pairs[i]))));
