@@ -20,11 +20,11 @@ struct Slab {
 
   template <class T>
   __device__ T& at(int row, int column) {
-    return reinterpret_cast<T&>(word[row][column ^ row % 2 * 4]);
+    return reinterpret_cast<T&>(word[row][column ^ (row & 1) * 4]);
   }
   template <class T>
   __device__ const T& at(int row, int column) const {
-    return reinterpret_cast<const T&>(word[row][column ^ row % 2 * 4]);
+    return reinterpret_cast<const T&>(word[row][column ^ (row & 1) * 4]);
   }
 };
 
