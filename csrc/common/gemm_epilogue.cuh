@@ -13,16 +13,25 @@ namespace forwardpass {
 
 constexpr int kSlabRows = 16, kSlabColumns = 32;
 
-// Rows are 40 words apart: fragments (two words a lane, eight rows) and vectors (eight words a lane, eight rows by
-// four) fall into different banks.
+// Rows are 40 words apart, and in odd ones the halves of each eight words are exchanged: fragments (two words a lane,
+// eight rows) and half vectors (four words a lane, eight rows by four) fall into different banks.
 struct Slab {
   uint32_t word[kSlabRows][kSlabColumns + 8];
+
+  template <class T>
+  __device__ T& at(int row, int column) {
+    return reinterpret_cast<T&>(word[row][column ^ (row & 1) * 4]);
+  }
+  template <class T>
+  __device__ const T& at(int row, int column) const {
+    return reinterpret_cast<const T&>(word[row][column ^ (row & 1) * 4]);
+  }
 };
 
 // f(constant) for the constant that equals index, which all threads have alike: registers have no index at run time.
 template <class F, int... I>
 __device__ inline void at_index(int index, F f, std::integer_sequence<int, I...>) {
-  ((index == I ? f(std::integral_constant<int, I>{}) : void()), ...);
+  (void)((index == I && (f(std::integral_constant<int, I>{}), true)) || ...);
 }
 
 // Where a GEMM's kernel leaves its accumulators: the epilogue's output, or partial sums where the depth is split.
@@ -50,8 +59,8 @@ __device__ inline void put_fragment(Slab& slab, int tile, const Acc (&c)[4]) {
   struct alignas(8) Pair {
     Acc a, b;
   };
-  *reinterpret_cast<Pair*>(&slab.word[row][column]) = {c[0], c[1]};
-  *reinterpret_cast<Pair*>(&slab.word[row + 8][column]) = {c[2], c[3]};
+  slab.at<Pair>(row, column) = {c[0], c[1]};
+  slab.at<Pair>(row + 8, column) = {c[2], c[3]};
 }
 
 // The same of a product made transposed: the slab's rows from `row` on are the fragment's columns.
@@ -59,25 +68,18 @@ template <class Acc>
 __device__ inline void put_transposed(Slab& slab, int row, int column, const Acc (&c)[4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int e = 0; e < 4; ++e)
-    reinterpret_cast<Acc&>(slab.word[row + lane % 4 * 2 + e % 2][column + lane / 4 + e / 2 * 8]) = c[e];
+  for (int e = 0; e < 4; ++e) slab.at<Acc>(row + lane % 4 * 2 + e % 2, column + lane / 4 + e / 2 * 8) = c[e];
 }
 
-// Eight words of a row; odd rows read their second half first, so that a warp's eight rows meet no bank twice.
 template <class Acc>
 __device__ inline Vec<Acc> get_vector(const Slab& slab, int row, int column) {
-  struct alignas(16) Quad {
+  struct alignas(16) Half {
     Acc e[4];
   };
-  const int swap = row & 1;
-  auto halves = reinterpret_cast<const Quad*>(&slab.word[row][column]);
-  const Quad first = halves[swap], second = halves[1 - swap];
+  const Half half[2] = {slab.at<Half>(row, column), slab.at<Half>(row, column + 4)};
   Vec<Acc> v;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v.e[i] = swap ? second.e[i] : first.e[i];
-    v.e[i + 4] = swap ? first.e[i] : second.e[i];
-  }
+  for (int i = 0; i < kVec; ++i) v.e[i] = half[i / 4].e[i % 4];
   return v;
 }
 

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
     Acc sum = sums[0][m][n];
 #pragma unroll
     for (int w = 1; w < Config::kWarps; ++w) sum += sums[w][m][n];
-    reinterpret_cast<Acc&>(slab.word[m][n]) = sum;
+    slab.at<Acc>(m, n) = sum;
   }
   __syncwarp();
   finish_slab<Config::kN, Acc>(slab, out, 0, column, split);
