@@ -179,13 +179,14 @@ def gemm_launches(name, arch):
                 args, module = case.arguments(), MODULES[type(case)]
                 got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
                 module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
-                launches += [launch for launch in recorded if instance.kernel in launch.kernel]
+                for launch in recorded:
+                    if instance.kernel in launch.kernel:
+                        launches.append(launch)
+                        if instance.tiles:
+                            make_fewer(launch, case.n, instance.tiles)
                 recorded.clear()
     torch.use_deterministic_algorithms(False)
     launches = [launch for launch in launches if (launch.kernel, launch.ptx) == (launches[0].kernel, launches[0].ptx)]
-    if instance.tiles:
-        for launch in launches:
-            make_fewer(launch, instance.tiles)
     if instance.tiles or instance.persistent:
         for launch in launches:
             (_, block, cluster, *rest) = launch.config
@@ -193,11 +194,9 @@ def gemm_launches(name, arch):
     return launches
 
 
-#: where WgmmaArguments (csrc/common/gemm_sm90a.cuh) has its TileMap, and behind it `tiles`
-TILE_MAP = 4 * 128 + 5 * 4
-
-
-def make_fewer(launch, tiles):
-    across, down, all_of_them = struct.unpack_from("III", launch.parameters, TILE_MAP)
-    assert all_of_them == across * down
-    struct.pack_into("I", launch.parameters, TILE_MAP + 8, min(tiles, all_of_them))
+def make_fewer(launch, columns, tiles):
+    """In WgmmaArguments (csrc/common/gemm_sm90a.cuh): the TileMap of one row of tiles, and behind it how many there are."""
+    there = struct.pack("III", 1, -(-columns // 256), -(-columns // 256))
+    assert launch.parameters.count(there) == 1
+    at = launch.parameters.index(there) + 8
+    struct.pack_into("I", launch.parameters, at, min(tiles, -(-columns // 256)))
