@@ -115,18 +115,18 @@ CUDA = {
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",
-        (I8(3, 40, 3005, PLAIN), I8(4, 48, 1300, GATED), I8(1, 70, 5, PLAIN), I8(2, 20, 16500, PLAIN)),
+        (I8(3, 40, 3005, PLAIN), I8(4, 48, 1389, GATED), I8(1, 70, 5, PLAIN), I8(2, 20, 16500, PLAIN)),
     ),
     "gemv_fp8": Instance(
         ("sm_89",), "gemv_kernel",
-        (F8(3, 140, 3005, PLAIN), F8(4, 48, 1300, GATED), F8(4, 140, 3005, PLAIN, blocks=True),
-         F8(2, 272, 1300, GATED, blocks=True), F8(2, 20, 16500, PLAIN)),
+        (F8(3, 140, 3005, PLAIN), F8(4, 48, 1389, GATED), F8(4, 140, 3005, PLAIN, blocks=True),
+         F8(2, 272, 1389, GATED, blocks=True), F8(2, 20, 16500, PLAIN)),
     ),
     "gemv_w8a16": Instance(
         ("sm_80",), "gemv_kernel",
         tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
               for w in (torch.int8, E4M3)
-              for m, n, k, scales, activation in ((3, 40, 3005, "block", None), (4, 48, 1300, "column", "silu_mul"),
+              for m, n, k, scales, activation in ((3, 40, 3005, "block", None), (4, 48, 1389, "column", "silu_mul"),
                                                   (2, 20, 16500, "tensor", None))),
     ),
     "pad_rows": Instance(
