@@ -86,7 +86,7 @@ CUDA = {
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8ELi128ELi256E",
-        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 100, GATED), I8(100, 133 * 128, 500, PLAIN)), tiles=3,
+        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN)), tiles=3,
     ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3ELi128ELi128E",
@@ -96,8 +96,9 @@ CUDA = {
     ),
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3ELi128ELi256E",
-        (F8(200, 67 * 128, 330, PLAIN), F8(100, 133 * 128, 330, PLAIN, blocks=True), F8(200, 600, 330, PLAIN, blocks=True, quantized=True),
-         F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)), tiles=3,
+        (F8(200, 67 * 128, 40, PLAIN), F8(100, 133 * 128, 40, PLAIN, blocks=True),
+         F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
+        tiles=3,
     ),
     "w8a16_16x128": Instance(
         ("sm_80", "sm_89"), "w8a16_gemm_kernelINS_11W8a16ConfigILNS_5DtypeE2ELi16E",
@@ -162,8 +163,8 @@ TRITON = {
     "triton_fp8_blocks": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS, blocks=True)),
     "triton_fp8_blocks_gated": triton(("sm_90a",), F8(100, 272, 880, GATED, blocks=True, quantized=True),
                                       F8(130, 32, 50, GATED, blocks=True, quantized=True)),
-    "triton_w8a16": triton(("sm_80", "sm_90a"), W8((128,), 128, 880, scales="block"),
-                           W8((130,), 30, 50, scales="block", layout="contiguous")),
+    "triton_w8a16": triton(("sm_80", "sm_90a"), *(W8((m,), n, k, scales="block")
+                             for m, n, k in ((128, 128, 880), (120, 100, 400), (128, 128, 248)))),
     "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 880, w_dtype=E4M3),
                                 W8((5,), 30, 16, w_dtype=E4M3, layout="contiguous")),
 }  # fmt: skip
