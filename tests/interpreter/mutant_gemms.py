@@ -86,7 +86,7 @@ CUDA = {
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8ELi128ELi256E",
-        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 100, GATED), I8(100, 133 * 128, 500, PLAIN)), tiles=3,
+        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN)), tiles=3,
     ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3ELi128ELi128E",
@@ -96,8 +96,9 @@ CUDA = {
     ),
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3ELi128ELi256E",
-        (F8(200, 67 * 128, 330, PLAIN), F8(100, 133 * 128, 330, PLAIN, blocks=True), F8(200, 600, 330, PLAIN, blocks=True, quantized=True),
-         F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)), tiles=3,
+        (F8(200, 67 * 128, 40, PLAIN), F8(100, 133 * 128, 40, PLAIN, blocks=True),
+         F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
+        tiles=3,
     ),
     "w8a16_16x128": Instance(
         ("sm_80", "sm_89"), "w8a16_gemm_kernelINS_11W8a16ConfigILNS_5DtypeE2ELi16E",
@@ -115,18 +116,18 @@ CUDA = {
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",
-        (I8(3, 40, 3005, PLAIN), I8(4, 48, 1300, GATED), I8(1, 70, 5, PLAIN), I8(2, 20, 16500, PLAIN)),
+        (I8(3, 40, 3005, PLAIN), I8(4, 48, 1389, GATED), I8(1, 70, 5, PLAIN), I8(2, 20, 16500, PLAIN)),
     ),
     "gemv_fp8": Instance(
         ("sm_89",), "gemv_kernel",
-        (F8(3, 140, 3005, PLAIN), F8(4, 48, 1300, GATED), F8(4, 140, 3005, PLAIN, blocks=True),
-         F8(2, 272, 1300, GATED, blocks=True), F8(2, 20, 16500, PLAIN)),
+        (F8(3, 140, 3005, PLAIN), F8(4, 48, 1389, GATED), F8(4, 140, 3005, PLAIN, blocks=True),
+         F8(2, 272, 1389, GATED, blocks=True), F8(2, 20, 16500, PLAIN)),
     ),
     "gemv_w8a16": Instance(
         ("sm_80",), "gemv_kernel",
         tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
               for w in (torch.int8, E4M3)
-              for m, n, k, scales, activation in ((3, 40, 3005, "block", None), (4, 48, 1300, "column", "silu_mul"),
+              for m, n, k, scales, activation in ((3, 40, 3005, "block", None), (4, 48, 1389, "column", "silu_mul"),
                                                   (2, 20, 16500, "tensor", None))),
     ),
     "pad_rows": Instance(
@@ -162,8 +163,8 @@ TRITON = {
     "triton_fp8_blocks": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS, blocks=True)),
     "triton_fp8_blocks_gated": triton(("sm_90a",), F8(100, 272, 880, GATED, blocks=True, quantized=True),
                                       F8(130, 32, 50, GATED, blocks=True, quantized=True)),
-    "triton_w8a16": triton(("sm_80", "sm_90a"), W8((128,), 128, 880, scales="block"),
-                           W8((130,), 30, 50, scales="block", layout="contiguous")),
+    "triton_w8a16": triton(("sm_80", "sm_90a"), *(W8((m,), n, k, scales="block")
+                             for m, n, k in ((128, 128, 880), (120, 100, 400), (128, 128, 248)))),
     "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 880, w_dtype=E4M3),
                                 W8((5,), 30, 16, w_dtype=E4M3, layout="contiguous")),
 }  # fmt: skip
@@ -179,13 +180,14 @@ def gemm_launches(name, arch):
                 args, module = case.arguments(), MODULES[type(case)]
                 got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
                 module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
-                launches += [launch for launch in recorded if instance.kernel in launch.kernel]
+                for launch in recorded:
+                    if instance.kernel in launch.kernel:
+                        launches.append(launch)
+                        if instance.tiles:
+                            make_fewer(launch, case.n, instance.tiles)
                 recorded.clear()
     torch.use_deterministic_algorithms(False)
     launches = [launch for launch in launches if (launch.kernel, launch.ptx) == (launches[0].kernel, launches[0].ptx)]
-    if instance.tiles:
-        for launch in launches:
-            make_fewer(launch, instance.tiles)
     if instance.tiles or instance.persistent:
         for launch in launches:
             (_, block, cluster, *rest) = launch.config
@@ -193,11 +195,9 @@ def gemm_launches(name, arch):
     return launches
 
 
-#: where WgmmaArguments (csrc/common/gemm_sm90a.cuh) has its TileMap, and behind it `tiles`
-TILE_MAP = 4 * 128 + 5 * 4
-
-
-def make_fewer(launch, tiles):
-    across, down, all_of_them = struct.unpack_from("III", launch.parameters, TILE_MAP)
-    assert all_of_them == across * down
-    struct.pack_into("I", launch.parameters, TILE_MAP + 8, min(tiles, all_of_them))
+def make_fewer(launch, columns, tiles):
+    """In WgmmaArguments (csrc/common/gemm_sm90a.cuh): the TileMap of one row of tiles, and behind it how many there are."""
+    there = struct.pack("III", 1, -(-columns // 256), -(-columns // 256))
+    assert launch.parameters.count(there) == 1
+    at = launch.parameters.index(there) + 8
+    struct.pack_into("I", launch.parameters, at, min(tiles, -(-columns // 256)))
