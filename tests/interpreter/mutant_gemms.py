@@ -74,7 +74,7 @@ CUDA = {
     "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 709), (40, 300))),
     "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 1413), (9, 300))),
     "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 130))),
-    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 1000, 1413), (9, 300))),
+    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 1413), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
         ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 290), blocks=True)
     ),
