@@ -137,8 +137,8 @@ CUDA = {
 }  # fmt: skip
 
 
-def triton(architectures, *cases):
-    return Instance(architectures, "gemm_kernel", cases, "triton")
+def triton(architectures, *cases, kernel="gemm_kernel"):
+    return Instance(architectures, kernel, cases, "triton")
 
 
 CONTIGUOUS = ("contiguous", "contiguous")
@@ -159,13 +159,14 @@ TRITON = {
     "triton_int8": triton(("sm_80", "sm_90a"), *products(I8, 128, 128, *_ZERO_POINTS)),
     "triton_int8_swapped": triton(("sm_80", "sm_90a"), *products(I8, 16, 64, *_ZERO_POINTS)),
     "triton_int8_split": triton(("sm_80", "sm_90a"), I8(128, 128, 1400, PLAIN), I8(100, 30, 1100, PLAIN)),
+    "triton_sum_parts": triton(("sm_80",), I8(20, 128, 1400, PLAIN), I8(9, 30, 1100, PLAIN), kernel="sum_parts_kernel"),
     "triton_fp8": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS)),
     "triton_fp8_blocks": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS, blocks=True)),
     "triton_fp8_blocks_gated": triton(("sm_90a",), F8(100, 272, 880, GATED, blocks=True, quantized=True),
                                       F8(130, 32, 50, GATED, blocks=True, quantized=True)),
     "triton_w8a16": triton(("sm_80", "sm_90a"), *(W8((m,), n, k, scales="block")
-                             for m, n, k in ((128, 128, 880), (120, 100, 400), (128, 128, 248)))),
-    "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 880, w_dtype=E4M3),
+                             for m, n, k in ((128, 128, 440), (120, 100, 400), (128, 128, 248)))),
+    "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 440, w_dtype=E4M3),
                                 W8((5,), 30, 16, w_dtype=E4M3, layout="contiguous")),
 }  # fmt: skip
 INSTANCES = CUDA | TRITON
