@@ -76,10 +76,10 @@ CUDA = {
     "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 130))),
     "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 1413), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
-        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 290), blocks=True)
+        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True)
     ),
     "fp8_blocks_mma_64x128": Instance(
-        ("sm_89",), "E4m3BlocksELi64ELi128E", mma(F8, 64, (5, 300, 1000), (40, 400), blocks=True)
+        ("sm_89",), "E4m3BlocksELi64ELi128E", mma(F8, 64, (5, 300, 1000), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True)
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), persistent=True
