@@ -6,6 +6,7 @@ import itertools
 import struct
 
 import torch
+from mutant_launches import recording
 
 import forwardpass as fp
 from forwardpass.dequant_activation.cases import EpilogueCase
@@ -14,7 +15,6 @@ from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.quantized_rows import E4M3
 from forwardpass.testing import poisoned_outputs
 from forwardpass.w8a16_gemm import cases as w8a16_gemm
-from mutant_launches import recording
 
 MODULES = {int8_gemm.Case: int8_gemm, fp8_gemm.Case: fp8_gemm, w8a16_gemm.Case: w8a16_gemm}
 #: Whose arithmetic is not mutated here. CUDA's lines are in dequant_activation's kernel too, and mutated there; Triton's
@@ -76,10 +76,12 @@ CUDA = {
     "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 130))),
     "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 1413), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
-        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True)
+        ("sm_89",), "E4m3BlocksELi128ELi128E",
+        mma(F8, 128, (5, 300, 1000), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "fp8_blocks_mma_64x128": Instance(
-        ("sm_89",), "E4m3BlocksELi64ELi128E", mma(F8, 64, (5, 300, 1000), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True)
+        ("sm_89",), "E4m3BlocksELi64ELi128E",
+        mma(F8, 64, (5, 300, 1000), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), persistent=True
@@ -149,7 +151,8 @@ _ZERO_POINTS = [dataclasses.replace(e, zero_point="row") for e in _OUTPUTS]
 
 def products(case, m, n, *epilogues, **options):
     """Depths short of the stages and beyond them, ragged; rows that end where the storage does; more tiles than one."""
-    return tuple(case(m, n, k, e, **options) for k, e in zip((16, 248, 400, 520, 880), itertools.cycle(epilogues))) + (
+    return (
+        *(case(m, n, k, e, **options) for k, e in zip((16, 248, 400, 520, 880), itertools.cycle(epilogues))),
         *(case(m - 2, n - 9, 16, e, layouts=CONTIGUOUS, **options) for e in epilogues),
         case(1153 if m > 64 else m, 2 * n + 2, 50, epilogues[-1], **options),
     )
@@ -175,18 +178,22 @@ INSTANCES = CUDA | TRITON
 def gemm_launches(name, arch):
     instance, launches = INSTANCES[name], []
     torch.use_deterministic_algorithms(True)
-    with recording() as recorded, poisoned_outputs(), fp.use_backend(instance.implementation):
-        with fp.interpret(arch, approximate=False, truncating=True):
-            for case in instance.cases:
-                args, module = case.arguments(), MODULES[type(case)]
-                got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
-                module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
-                for launch in recorded:
-                    if instance.kernel in launch.kernel:
-                        launches.append(launch)
-                        if instance.tiles:
-                            make_fewer(launch, case.n, instance.tiles)
-                recorded.clear()
+    with (
+        recording() as recorded,
+        poisoned_outputs(),
+        fp.use_backend(instance.implementation),
+        fp.interpret(arch, approximate=False, truncating=True),
+    ):
+        for case in instance.cases:
+            args, module = case.arguments(), MODULES[type(case)]
+            got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
+            module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
+            for launch in recorded:
+                if instance.kernel in launch.kernel:
+                    launches.append(launch)
+                    if instance.tiles:
+                        make_fewer(launch, case.n, instance.tiles)
+            recorded.clear()
     torch.use_deterministic_algorithms(False)
     launches = [launch for launch in launches if (launch.kernel, launch.ptx) == (launches[0].kernel, launches[0].ptx)]
     if instance.tiles or instance.persistent:
