@@ -6,6 +6,7 @@ import itertools
 import struct
 
 import torch
+from mutant_launches import recording
 
 import forwardpass as fp
 from forwardpass.dequant_activation.cases import EpilogueCase
@@ -14,7 +15,6 @@ from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.quantized_rows import E4M3
 from forwardpass.testing import poisoned_outputs
 from forwardpass.w8a16_gemm import cases as w8a16_gemm
-from mutant_launches import recording
 
 MODULES = {int8_gemm.Case: int8_gemm, fp8_gemm.Case: fp8_gemm, w8a16_gemm.Case: w8a16_gemm}
 #: Whose arithmetic is not mutated here. CUDA's lines are in dequant_activation's kernel too, and mutated there; Triton's
@@ -74,12 +74,14 @@ CUDA = {
     "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 709), (40, 300))),
     "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 1413), (9, 300))),
     "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 130))),
-    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 1000, 1413), (9, 300))),
+    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 1413), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
-        ("sm_89",), "E4m3BlocksELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 290), blocks=True)
+        ("sm_89",), "E4m3BlocksELi128ELi128E",
+        mma(F8, 128, (5, 300, 1000), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "fp8_blocks_mma_64x128": Instance(
-        ("sm_89",), "E4m3BlocksELi64ELi128E", mma(F8, 64, (5, 300, 1000), (40, 400), blocks=True)
+        ("sm_89",), "E4m3BlocksELi64ELi128E",
+        mma(F8, 64, (5, 300, 1000), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), persistent=True
@@ -137,8 +139,8 @@ CUDA = {
 }  # fmt: skip
 
 
-def triton(architectures, *cases):
-    return Instance(architectures, "gemm_kernel", cases, "triton")
+def triton(architectures, *cases, kernel="gemm_kernel"):
+    return Instance(architectures, kernel, cases, "triton")
 
 
 CONTIGUOUS = ("contiguous", "contiguous")
@@ -149,7 +151,8 @@ _ZERO_POINTS = [dataclasses.replace(e, zero_point="row") for e in _OUTPUTS]
 
 def products(case, m, n, *epilogues, **options):
     """Depths short of the stages and beyond them, ragged; rows that end where the storage does; more tiles than one."""
-    return tuple(case(m, n, k, e, **options) for k, e in zip((16, 248, 400, 520, 880), itertools.cycle(epilogues))) + (
+    return (
+        *(case(m, n, k, e, **options) for k, e in zip((16, 248, 400, 520, 880), itertools.cycle(epilogues))),
         *(case(m - 2, n - 9, 16, e, layouts=CONTIGUOUS, **options) for e in epilogues),
         case(1153 if m > 64 else m, 2 * n + 2, 50, epilogues[-1], **options),
     )
@@ -159,13 +162,14 @@ TRITON = {
     "triton_int8": triton(("sm_80", "sm_90a"), *products(I8, 128, 128, *_ZERO_POINTS)),
     "triton_int8_swapped": triton(("sm_80", "sm_90a"), *products(I8, 16, 64, *_ZERO_POINTS)),
     "triton_int8_split": triton(("sm_80", "sm_90a"), I8(128, 128, 1400, PLAIN), I8(100, 30, 1100, PLAIN)),
+    "triton_sum_parts": triton(("sm_80",), I8(20, 128, 1400, PLAIN), I8(9, 30, 1100, PLAIN), kernel="sum_parts_kernel"),
     "triton_fp8": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS)),
     "triton_fp8_blocks": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS, blocks=True)),
     "triton_fp8_blocks_gated": triton(("sm_90a",), F8(100, 272, 880, GATED, blocks=True, quantized=True),
                                       F8(130, 32, 50, GATED, blocks=True, quantized=True)),
     "triton_w8a16": triton(("sm_80", "sm_90a"), *(W8((m,), n, k, scales="block")
-                             for m, n, k in ((128, 128, 880), (120, 100, 400), (128, 128, 248)))),
-    "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 880, w_dtype=E4M3),
+                             for m, n, k in ((128, 128, 440), (120, 100, 400), (128, 128, 248)))),
+    "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 440, w_dtype=E4M3),
                                 W8((5,), 30, 16, w_dtype=E4M3, layout="contiguous")),
 }  # fmt: skip
 INSTANCES = CUDA | TRITON
@@ -174,18 +178,22 @@ INSTANCES = CUDA | TRITON
 def gemm_launches(name, arch):
     instance, launches = INSTANCES[name], []
     torch.use_deterministic_algorithms(True)
-    with recording() as recorded, poisoned_outputs(), fp.use_backend(instance.implementation):
-        with fp.interpret(arch, approximate=False, truncating=True):
-            for case in instance.cases:
-                args, module = case.arguments(), MODULES[type(case)]
-                got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
-                module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
-                for launch in recorded:
-                    if instance.kernel in launch.kernel:
-                        launches.append(launch)
-                        if instance.tiles:
-                            make_fewer(launch, case.n, instance.tiles)
-                recorded.clear()
+    with (
+        recording() as recorded,
+        poisoned_outputs(),
+        fp.use_backend(instance.implementation),
+        fp.interpret(arch, approximate=False, truncating=True),
+    ):
+        for case in instance.cases:
+            args, module = case.arguments(), MODULES[type(case)]
+            got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
+            module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
+            for launch in recorded:
+                if instance.kernel in launch.kernel:
+                    launches.append(launch)
+                    if instance.tiles:
+                        make_fewer(launch, case.n, instance.tiles)
+            recorded.clear()
     torch.use_deterministic_algorithms(False)
     launches = [launch for launch in launches if (launch.kernel, launch.ptx) == (launches[0].kernel, launches[0].ptx)]
     if instance.tiles or instance.persistent:
