@@ -69,19 +69,19 @@ def wgmma(case, columns, *more, **options):
 
 CUDA = {
     "int8_mma_128x128": Instance(
-        ("sm_80",), "Int8ELi128ELi128E", mma(I8, 128, (5, 388, 709), (1153, 130), I8(70, 120, 388, ZERO_POINT))
+        ("sm_80",), "Int8ELi128ELi128E", mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT))
     ),
-    "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 709), (40, 300))),
-    "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 1413), (9, 300))),
-    "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 1000), (1153, 130))),
-    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 1413), (9, 300))),
+    "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 9200), (40, 300))),
+    "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 14300), (9, 300))),
+    "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 14300), (1153, 130))),
+    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 14300), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
         ("sm_89",), "E4m3BlocksELi128ELi128E",
-        mma(F8, 128, (5, 300, 1000), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True),
+        mma(F8, 128, (5, 300, 14300), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "fp8_blocks_mma_64x128": Instance(
         ("sm_89",), "E4m3BlocksELi64ELi128E",
-        mma(F8, 64, (5, 300, 1000), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True),
+        mma(F8, 64, (5, 300, 14300), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), persistent=True
