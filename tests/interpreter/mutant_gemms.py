@@ -130,6 +130,7 @@ CUDA = {
         tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
               for w in (torch.int8, E4M3)
               for m, n, k, scales, activation in ((3, 40, 3005, "block", None), (4, 48, 1389, "column", "silu_mul"),
+                                                  (3, 40, 1285, "tensor", None), (3, 40, 1349, "tensor", None),
                                                   (2, 20, 16500, "tensor", None))),
     ),
     "pad_rows": Instance(
