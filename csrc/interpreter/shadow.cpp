@@ -46,7 +46,8 @@ void Shadow::reset(const Cta& cta) {
   columns_ = (warps_ + 7) / 8 * 8;
   const int ctas = static_cast<int>(cta.launch->cluster_size());
   other_columns_ = kFirstWarp + (ctas > 1 ? (ctas * warps_ + 7) / 8 * 8 : 0);
-  any_other_ = false;
+  any_other_ = storing_ = false;
+  doubts_.clear();
   granules_.assign((cta.shared.size() + kGranule - 1) / kGranule, Granule());
   used_ = static_cast<uint32_t>(granules_.size());
   make_room();
@@ -123,7 +124,7 @@ inline bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
 }
 
 template <Use use>
-inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask) const {
+inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask) {
   const Cell& cell = cells_[index];
   const Knowledge& k = *actor.knowledge;
   const bool seen = cell.clock <= k.seen.at[cell.writer] || (is_strong(use) && cell.strong);
@@ -332,7 +333,7 @@ void Shadow::store_undefined(uint32_t begin, uint32_t bytes) {
   each_granule(begin, bytes, [](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { g.written &= ~mask; });
 }
 
-void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool seen) const {
+void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool seen) {
   const Cell& cell = cells_[index];
   const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
   const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
@@ -343,7 +344,27 @@ void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uin
   if (is_async(cell.writer)) {
     fail(Kind::in_flight, at, what + ", which " + other + " writes: nothing has waited for it");
   }
-  fail(Kind::race, at, what + " is not ordered after the write by " + other);
+  const std::string race = what + " is not ordered after the write by " + other;
+  if (!storing_) fail(Kind::race, at, race);
+  Doubt doubt{number, mask, {}, finding_at(Kind::race, race, at)};
+  const auto& shared = cta_->shared;
+  const size_t begin = number * kGranule;
+  std::copy_n(shared.data() + begin, std::min<size_t>(kGranule, shared.size() - begin), doubt.before.begin());
+  doubts_.push_back(std::move(doubt));
+}
+
+void Shadow::store(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  storing_ = true;
+  touch<Use::write>(actor, begin, bytes);
+  storing_ = false;
+}
+
+void Shadow::settle_doubts() {
+  for (const Doubt& doubt : std::exchange(doubts_, {})) {
+    const uint8_t* now = cta_->shared.data() + doubt.number * kGranule;
+    for (uint32_t byte = 0; byte < kGranule; ++byte)
+      if ((doubt.mask >> byte & 1) && now[byte] != doubt.before[byte]) throw doubt.finding;
+  }
 }
 
 Clock Shadow::last_read(uint32_t index, int agent) const {

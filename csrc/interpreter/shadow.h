@@ -9,6 +9,7 @@
 //
 // Clocks only ever grow, from one cluster of a thread to the next: what a former CTA left behind lies below
 // Cluster::base and so in everybody's past, and nothing but the masks needs clearing.
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -52,6 +53,13 @@ class Shadow {
   // Each throws a Finding (race, in_flight, uninitialised) that has kind, message and address; the caller's place is
   // filled in further up. The range lies within shared memory.
   void access(const Actor&, uint32_t begin, uint32_t bytes, Use);
+  // A weak write by a warp of the CTA. That another warp wrote there, unordered with it, is no race where the bytes
+  // stay as they are: Triton has each warp that holds a copy of a value store it. So settle() has to follow, once the
+  // bytes are there.
+  void store(const Actor&, uint32_t begin, uint32_t bytes);
+  void settle() {
+    if (__builtin_expect(!doubts_.empty(), 0)) settle_doubts();
+  }
   void read(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::read); }
   void write(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::write); }
   void atomic(const Actor& a, uint32_t begin, uint32_t bytes) { access(a, begin, bytes, Use::atomic); }
@@ -81,6 +89,12 @@ class Shadow {
     uint32_t writer : 10, reader : 10, strong : 1, async : 1;  // the last two: of the write
     Cell() : writer(0), reader(0), strong(0), async(0) {}
   };
+  struct Doubt {
+    uint32_t number;  // of the granule
+    uint16_t mask;    // its bytes that are in doubt
+    std::array<uint8_t, 16> before;
+    Finding finding;
+  };
   struct Granule {
     uint16_t written = 0, flying = 0;  // bytes
     uint8_t mbarriers = 0;             // halves
@@ -95,7 +109,8 @@ class Shadow {
   template <Use>
   void touch_parts(const Actor&, uint32_t begin, uint32_t bytes);
   template <Use>
-  void check(const Actor&, uint32_t cell, uint32_t number, uint16_t mask) const;
+  void check(const Actor&, uint32_t cell, uint32_t number, uint16_t mask);
+  void settle_doubts();
   bool reads_known(uint32_t cell, const VectorClock& seen) const;
   void record_read(const Actor&, uint32_t cell);
   void record_write(const Actor&, uint32_t cell, bool strong);
@@ -108,7 +123,7 @@ class Shadow {
   // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.
   void check_state(const Actor&, const Granule&, uint32_t number, uint16_t mask, Use) const;
   Finding unwritten_bytes(const Actor&, uint32_t number, uint16_t bad, Use) const;
-  [[noreturn]] void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool seen) const;
+  void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool seen);  // or doubts
   [[noreturn]] void fail_read(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
   std::string agent_at(int agent, uint32_t line) const;
 
@@ -117,6 +132,8 @@ class Shadow {
   std::vector<Granule> granules_;
   std::vector<Cell> cells_;  // one for every granule, then those of split ones
   bool loaded_unwritten_ = false;
+  bool storing_ = false;  // settle() will follow
+  std::vector<Doubt> doubts_;
   uint32_t used_ = 0;         // of cells_, which never shrinks
   int first_ = kFirstWarp;    // agent of the CTA's first warp
   int warps_ = 0;             // of the CTA

@@ -60,6 +60,16 @@ def test_write_after_write():
     assert "PTX line" in f.message and f.warp in (0, 1)
 
 
+def test_write_of_what_is_there():
+    """Triton has each warp that holds a copy of a value store it."""
+    silent("st.shared.u32 [%s], 7;")
+    silent("st.shared.v4.u32 [%s], {7, 8, 9, 10};\nst.shared.u8 [%s+4], 8;")
+    always("race", "st.shared.v2.u32 [%s], {7, %r0};")  # the second word differs
+    always(
+        "race", "@%p0 st.shared.u32 [%s], 7;\n@%p1 st.shared.u32 [%s], 7;\nld.shared.u32 %r2, [%s];"
+    )  # but not after a read
+
+
 def test_read_after_write():
     f = always("race", INITIALISE + "@%p0 st.shared.u32 [%s], 1;\n@%p1 ld.shared.u32 %r2, [%s];")
     assert "not ordered after the" in f.message
@@ -147,8 +157,8 @@ def test_one_part_of_a_granule_is_enough_for_a_race(kind, size, r):
     # warp 1 writes its own part, and one byte or word of warp 0's
     body = f"""mul.lo.u32 %r3, %r0, {size};
     add.u32 %r3, %s, %r3;
-    mov.b16 %h5, 1;
-    mov.b32 %r5, 1;
+    add.u32 %r5, %r0, 1;
+    cvt.u16.u32 %h5, %r5;
     st.shared.{kind} [%r3], %{r}5;
     @%p1 st.shared.{kind} [%s], %{r}5;"""
     f = always("race", body)

@@ -77,6 +77,7 @@ Step stmatrix(Warp& w, const Instruction& i, Mask mask) {
     }
     for (int r = 0; r < 8; ++r) std::memcpy(host[n * 8 + r], rows + r * 4, 16);
   }
+  w.cta->shadow.settle();
   return Step::next;
 }
 

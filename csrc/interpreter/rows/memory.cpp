@@ -60,6 +60,7 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
     });
     stored(w, i, 1 + k, mask, host, k * sizeof(M), sizeof(M));
   }
+  w.cta->shadow.settle();
   return Step::next;
 }
 
@@ -86,6 +87,7 @@ Step store128(Warp& w, const Instruction& i, Mask mask) {
   for (int half = 0; half < 2; ++half)
     each_lane(mask, [&](int l) { std::memcpy(host[l] + half * 8, s + half * kLanes + l, 8); });
   stored(w, i, 1, mask, host, 0, 16);
+  w.cta->shadow.settle();
   return Step::next;
 }
 
