@@ -15,8 +15,8 @@ pytestmark = pytest.mark.interpreted
 gemm = pytest.importorskip("benchmarks.gemm", reason="benchmarks are in the checkout only; run pytest from its root")
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
-#: a tile of each height, and enough tiles of a hundred multiprocessors for the widest; K of no more than one split
-SHAPES = ((1, 256), (16, 256), (64, 256), (256, 256), (1024, 4096))
+#: a tile of each height; a tile for each multiprocessor, so that K is not split
+SHAPES = ((1, 256), (16, 16896), (64, 16896), (256, 8448), (1024, 4096))
 DEPTH = 256
 HALF = {"x_dtype": torch.float16}
 
