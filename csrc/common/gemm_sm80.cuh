@@ -107,7 +107,7 @@ struct BlockScaleCopy {
     a = p.blocks.a + block * p.blocks.a_stride + first;
     a_stride = p.blocks.a_stride;
     b = p.blocks.b + (gated ? last_column / 2 : last_column) / kScaleBlock * k_blocks + block;
-    up_offset = gated ? p.blocks.up_offset : 0;
+    up_offset = p.blocks.up_offset;  // 0 where nothing is gated
     to = ptx::shared_address(stage) + threadIdx.x * 16;
     size = static_cast<int>(min(max(p.a.rows - first, int64_t{0}), int64_t{4})) * 4;
   }

@@ -50,8 +50,9 @@ def mma(case, m, depths, many, *more, **options):
     """m rows, all of a tile's: depths short of the stages and beyond them, ragged; parts of K; and many tiles, of one slice."""
     return (
         *(case(m, 128, k, PLAIN, **options) for k in depths),
-        case(m - 1, 112, depths[0], GATED, **options),
+        case(m - 1, 48, depths[0], GATED, **options),
         case(m - 3, 36, 1100, PLAIN, **options),
+        case(m - 3, 36, 10100, PLAIN, **options),
         case(*many, 16, PLAIN, layouts=("contiguous", "contiguous"), **options),
         *more,
     )
@@ -118,7 +119,8 @@ CUDA = {
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",
-        (I8(3, 40, 3005, PLAIN), I8(4, 48, 1389, GATED), I8(1, 70, 5, PLAIN), I8(2, 20, 16500, PLAIN)),
+        (I8(3, 40, 3005, PLAIN), I8(4, 48, 1389, GATED), I8(1, 70, 5, PLAIN), I8(3, 40, 1285, PLAIN),
+         I8(3, 40, 1349, PLAIN), I8(2, 20, 16500, PLAIN)),
     ),
     "gemv_fp8": Instance(
         ("sm_89",), "gemv_kernel",
@@ -162,15 +164,19 @@ def products(case, m, n, *epilogues, **options):
 TRITON = {
     "triton_int8": triton(("sm_80", "sm_90a"), *products(I8, 128, 128, *_ZERO_POINTS)),
     "triton_int8_swapped": triton(("sm_80", "sm_90a"), *products(I8, 16, 64, *_ZERO_POINTS)),
-    "triton_int8_split": triton(("sm_80", "sm_90a"), I8(128, 128, 1400, PLAIN), I8(100, 30, 1100, PLAIN)),
-    "triton_sum_parts": triton(("sm_80",), I8(20, 128, 1400, PLAIN), I8(9, 30, 1100, PLAIN), kernel="sum_parts_kernel"),
+    "triton_int8_split": triton(("sm_80", "sm_90a"), I8(128, 128, 1400, PLAIN), I8(100, 30, 1100, PLAIN),
+                                I8(128, 128, 1030, PLAIN)),
+    "triton_sum_parts": triton(("sm_80",), *(I8(20, n, 1400, e) for n in (128, 130) for e in _OUTPUTS),
+                               I8(9, 30, 1100, PLAIN), I8(20, 128, 1400, GATED),
+                               I8(20, 130, 1400, dataclasses.replace(_OUTPUTS[3], out_scale="column")),
+                               kernel="sum_parts_kernel"),
     "triton_fp8": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS)),
     "triton_fp8_blocks": triton(("sm_89", "sm_90a"), *products(F8, 128, 128, *_OUTPUTS, blocks=True)),
     "triton_fp8_blocks_gated": triton(("sm_90a",), F8(100, 272, 880, GATED, blocks=True, quantized=True),
                                       F8(130, 32, 50, GATED, blocks=True, quantized=True)),
     "triton_w8a16": triton(("sm_80", "sm_90a"), *(W8((m,), n, k, scales="block")
                              for m, n, k in ((128, 128, 440), (120, 100, 400), (128, 128, 248)))),
-    "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 440, w_dtype=E4M3),
+    "triton_w8a16_e4m3": triton(("sm_80",), W8((16,), 128, 440, w_dtype=E4M3), W8((16,), 128, 505, w_dtype=E4M3),
                                 W8((5,), 30, 16, w_dtype=E4M3, layout="contiguous")),
 }  # fmt: skip
 INSTANCES = CUDA | TRITON

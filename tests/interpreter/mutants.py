@@ -44,7 +44,7 @@ ENOUGH = 2
 SHAPES = (*((8, 8 * vector + n) for vector in range(4) for n in (3, 7)), (8, 32))
 IN_REGISTERS, NARROW, WARPS = 32, 128, ((5, 1047), (5, 1048), (16, 4104))
 #: K of products of few rows and columns that are sums of two and of seven parts: the compiler adds up four at a time
-SPLIT_K = (2 * 512, 7 * 512)
+SPLIT_K = (512, 1792)  # two parts, and seven
 #: an instance of each kernel: its operation's cases of this dtype
 OPERATIONS = {
     "quantize": {"x_dtype": torch.float32},
@@ -79,7 +79,7 @@ def operation_launches(name, arch):
         if name == "dequant_activation":  # also adds up what the parts of a product leave
             for case, n, k in itertools.product(options(cases), (3, 7, 32), SPLIT_K):
                 n = -(-n // 16) * 16 if needs_whole(case) else n
-                fp.backend.operations["int8_gemm"](*int8_gemm.Case(2, n, k, case.epilogue).arguments())
+                fp.backend.operations["int8_gemm"](*int8_gemm.Case(5, n, k, case.epilogue).arguments())
     torch.use_deterministic_algorithms(False)
     return [launch for launch in launches if launch.kernel == launches[0].kernel]
 
