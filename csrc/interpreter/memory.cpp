@@ -234,8 +234,8 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
       others = true;
     }
     if (checks) {
-      const auto at = static_cast<uint32_t>(shared_offset_of(begin)), n = static_cast<uint32_t>(size);
-      use == Use::write&& cta == &own ? cta->shadow.store(actor, at, n) : cta->shadow.access(actor, at, n, use);
+      const Use here = cta == &own && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
+      cta->shadow.access(actor, static_cast<uint32_t>(shared_offset_of(begin)), static_cast<uint32_t>(size), here);
       if (use == Use::load) unwritten |= cta->shadow.loaded_unwritten();
     }
   });

@@ -46,7 +46,7 @@ void Shadow::reset(const Cta& cta) {
   columns_ = (warps_ + 7) / 8 * 8;
   const int ctas = static_cast<int>(cta.launch->cluster_size());
   other_columns_ = kFirstWarp + (ctas > 1 ? (ctas * warps_ + 7) / 8 * 8 : 0);
-  any_other_ = storing_ = false;
+  any_other_ = false;
   doubts_.clear();
   granules_.assign((cta.shared.size() + kGranule - 1) / kGranule, Granule());
   used_ = static_cast<uint32_t>(granules_.size());
@@ -219,6 +219,8 @@ void Shadow::access(const Actor& actor, uint32_t begin, uint32_t bytes, Use use)
       return touch<Use::read>(actor, begin, bytes);
     case Use::write:
       return touch<Use::write>(actor, begin, bytes);
+    case Use::store:
+      return touch<Use::store>(actor, begin, bytes);
     case Use::atomic:
       return touch<Use::atomic>(actor, begin, bytes);
     case Use::strong_read:
@@ -345,18 +347,12 @@ void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uin
     fail(Kind::in_flight, at, what + ", which " + other + " writes: nothing has waited for it");
   }
   const std::string race = what + " is not ordered after the write by " + other;
-  if (!storing_) fail(Kind::race, at, race);
+  if (use != Use::store) fail(Kind::race, at, race);
   Doubt doubt{number, mask, {}, finding_at(Kind::race, race, at)};
   const auto& shared = cta_->shared;
   const size_t begin = number * kGranule;
   std::copy_n(shared.data() + begin, std::min<size_t>(kGranule, shared.size() - begin), doubt.before.begin());
   doubts_.push_back(std::move(doubt));
-}
-
-void Shadow::store(const Actor& actor, uint32_t begin, uint32_t bytes) {
-  storing_ = true;
-  touch<Use::write>(actor, begin, bytes);
-  storing_ = false;
 }
 
 void Shadow::settle_doubts() {

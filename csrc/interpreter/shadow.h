@@ -25,10 +25,12 @@ struct Module;
 
 // strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
 // constant: .nc, whose bytes must not change while the kernel runs. load: a read into registers, which may be of bytes
-// that nothing has written (undefined.h).
-enum class Use : uint8_t { read, write, atomic, strong_read, strong_write, constant, load };
-constexpr bool is_read(Use u) { return u != Use::write && u != Use::strong_write; }
-constexpr bool is_write(Use u) { return u == Use::write || u == Use::strong_write || u == Use::atomic; }
+// that nothing has written (undefined.h). store: a write by a warp to its CTA's shared memory. That another warp wrote
+// there, unordered with it, is no race where the bytes stay as they are: Triton has each warp that holds a copy of a
+// value store it. Shadow::settle() has to follow, once the bytes are there.
+enum class Use : uint8_t { read, write, store, atomic, strong_read, strong_write, constant, load };
+constexpr bool is_read(Use u) { return u != Use::write && u != Use::store && u != Use::strong_write; }
+constexpr bool is_write(Use u) { return !is_read(u) || u == Use::atomic; }
 constexpr bool is_strong(Use u) { return u == Use::atomic || u == Use::strong_read || u == Use::strong_write; }
 
 enum class Proxy : uint8_t { generic, async };
@@ -53,10 +55,6 @@ class Shadow {
   // Each throws a Finding (race, in_flight, uninitialised) that has kind, message and address; the caller's place is
   // filled in further up. The range lies within shared memory.
   void access(const Actor&, uint32_t begin, uint32_t bytes, Use);
-  // A weak write by a warp of the CTA. That another warp wrote there, unordered with it, is no race where the bytes
-  // stay as they are: Triton has each warp that holds a copy of a value store it. So settle() has to follow, once the
-  // bytes are there.
-  void store(const Actor&, uint32_t begin, uint32_t bytes);
   void settle() {
     if (__builtin_expect(!doubts_.empty(), 0)) settle_doubts();
   }
@@ -132,7 +130,6 @@ class Shadow {
   std::vector<Granule> granules_;
   std::vector<Cell> cells_;  // one for every granule, then those of split ones
   bool loaded_unwritten_ = false;
-  bool storing_ = false;  // settle() will follow
   std::vector<Doubt> doubts_;
   uint32_t used_ = 0;         // of cells_, which never shrinks
   int first_ = kFirstWarp;    // agent of the CTA's first warp
