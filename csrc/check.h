@@ -80,6 +80,21 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
+// An operand of a product, int8 or e4m3, on x's device.
+inline Matrix operand(const Tensor& t, Dtype type, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(same_device(t, x), op, ": ", name, " is on another device than the input");
+  Matrix m = matrix(t, op, name);
+  STD_TORCH_CHECK(m.dtype == type, op, ": ", name, " must be ", type == Dtype::i8 ? "int8" : "float8_e4m3fn");
+  return m;
+}
+// The same [N, columns].
+inline Matrix weight_operand(const Tensor& t, Dtype type, int64_t columns, const Tensor& x, const char* op,
+                             const char* name) {
+  Matrix m = operand(t, type, x, op, name);
+  STD_TORCH_CHECK(t.dim() == 2 && m.columns == columns, op, ": ", name, " must be [N, ", columns, "]");
+  return m;
+}
+
 // An optional contiguous vector of `size` elements on x's device.
 template <class T>
 const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op,
@@ -142,8 +157,9 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
 }
 
 // The one way to a kernel: a function of csrc/cpu, or the extern "C" launcher forwardpass_<op> of a kernel library.
+// Without a `cpu`: for GPUs alone, the interpreted one among them.
 template <class Params>
-void launch(Backend backend, const Params& p, const Tensor& x, const char* op, void (*cpu)(const Params&)) {
+void launch(Backend backend, const Params& p, const Tensor& x, const char* op, void (*cpu)(const Params&) = nullptr) {
   if (backend == Backend::cpu) return cpu(p);
   using Launch = int(const Params*, void*);
   static Launch* cached[3];  // one set a Params type, so one an op; a race writes the same value twice

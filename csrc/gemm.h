@@ -39,7 +39,7 @@ class GemmCall {
   template <class Params>
   void run(const char* op) {
     place();
-    launch(backend_, Params{params}, like_, op, static_cast<void (*)(const Params&)>(nullptr));
+    launch(backend_, Params{params}, like_, op);
   }
 
   GemmParams params;
@@ -70,7 +70,7 @@ template <class Params>
 void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x, const char* gemm) {
   if (q.x.rows == 0) return;
   Workspace workspace;
-  const int64_t rows = q.x.rows, groups = (q.out.columns + q.out.group - 1) / q.out.group;
+  const int64_t rows = q.x.rows, groups = ceil_div(q.out.columns, q.out.group);
   q.out.q_stride = round_up(q.out.columns, 16);
   q.out.scale_stride = round_up(rows, 4);
   const bool dynamic = !q.out.static_scale;

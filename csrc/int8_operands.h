@@ -1,13 +1,10 @@
 #pragma once
-// Torch side of what int8_gemm and int8_linear share: checks of the operands, and the product on the CPU, which is
-// oneDNN's, so tensors go in.
+// Torch side of what int8_gemm and int8_linear share: a check, and the product on the CPU, which is oneDNN's, so
+// tensors go in.
 #include "ops.h"
 #include "quantize/quantize.h"
 
 namespace forwardpass {
-
-// t as a matrix, on x's device.
-Matrix int8_operand(const Tensor& t, const Tensor& x, const char* op, const char* name);
 
 // Throws where |sum| over K products could pass 2^31.
 void check_int8_depth(int64_t k, bool zero_point, const char* op);

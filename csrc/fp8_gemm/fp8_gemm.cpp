@@ -7,13 +7,6 @@
 
 namespace forwardpass {
 
-Matrix fp8_operand(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  STD_TORCH_CHECK(same_device(t, x), op, ": ", name, " is on another device than the input");
-  Matrix m = matrix(t, op, name);
-  STD_TORCH_CHECK(m.dtype == Dtype::e4m3, op, ": ", name, " must be float8_e4m3fn");
-  return m;
-}
-
 void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, const Tensor& like, const char* op,
                     BlockScales& blocks) {
   const int64_t matrices = gated ? 2 : 1, rows = ceil_div(n / matrices, kScaleBlock),
@@ -54,10 +47,8 @@ struct Product {
 Product product(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
                 std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale, const char* op) {
   Product p{sizes_of(a), {}};
-  p.params.a = fp8_operand(a, a, op, "a");
-  p.params.b = fp8_operand(b, a, op, "b");
-  STD_TORCH_CHECK(b.dim() == 2 && p.params.a.columns == p.params.b.columns, op, ": b must be [N, ", p.params.a.columns,
-                  "]");
+  p.params.a = operand(a, Dtype::e4m3, a, op, "a");
+  p.params.b = weight_operand(b, Dtype::e4m3, p.params.a.columns, a, op, "b");
   const bool blocks = b_scale.dim() >= 2;
   const OptionalTensor none;
   p.sizes.back() = p.params.b.rows;

@@ -14,8 +14,7 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   q.x = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
   GemmParams p{};
-  p.b = fp8_operand(weight, x, op, "weight");
-  STD_TORCH_CHECK(weight.dim() == 2 && p.b.columns == q.x.columns, op, ": weight must be [N, ", q.x.columns, "]");
+  p.b = weight_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
   // blocks of the weight go with groups of 128 of x, a vector with whole rows
   const bool blocks = w_scale.dim() >= 2;
   const OptionalTensor none;

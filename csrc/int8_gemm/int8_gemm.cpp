@@ -7,13 +7,6 @@
 
 namespace forwardpass {
 
-Matrix int8_operand(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  STD_TORCH_CHECK(same_device(t, x), op, ": ", name, " is on another device than the input");
-  Matrix m = matrix(t, op, name);
-  STD_TORCH_CHECK(m.dtype == Dtype::i8, op, ": ", name, " must be int8");
-  return m;
-}
-
 void check_int8_depth(int64_t k, bool zero_point, const char* op) {
   STD_TORCH_CHECK(k <= (zero_point ? 65536 : 131072), op, ": K = ", k, " could overflow int32 accumulators");
 }
@@ -21,8 +14,8 @@ void check_int8_depth(int64_t k, bool zero_point, const char* op) {
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                  OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
                  OptionalTensor out_scale, OptionalTensor a_zero_point, OptionalTensor b_sum) {
-  const Matrix am = int8_operand(a, a, "int8_gemm", "a"), bm = int8_operand(b, a, "int8_gemm", "b");
-  STD_TORCH_CHECK(b.dim() == 2 && am.columns == bm.columns, "int8_gemm: b must be [N, ", am.columns, "]");
+  const Matrix am = operand(a, Dtype::i8, a, "int8_gemm", "a"),
+               bm = weight_operand(b, Dtype::i8, am.columns, a, "int8_gemm", "b");
   check_int8_depth(am.columns, a_zero_point.has_value(), "int8_gemm");
   auto sizes = sizes_of(a);
   sizes.back() = bm.rows;

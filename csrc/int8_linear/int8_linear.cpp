@@ -13,9 +13,8 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   const char* op = "int8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
-  const Matrix w = int8_operand(weight, x, op, "weight");
+  const Matrix w = weight_operand(weight, Dtype::i8, q.x.columns, x, op, "weight");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
-  STD_TORCH_CHECK(weight.dim() == 2 && w.columns == q.x.columns, op, ": weight must be [N, ", q.x.columns, "]");
   STD_TORCH_CHECK(w_sum.has_value() == !symmetric, op, ": w_sum goes with symmetric=False, and only with it");
   check_int8_depth(w.columns, !symmetric, op);
 

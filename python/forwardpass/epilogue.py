@@ -30,8 +30,8 @@ def apply_epilogue(
     which moves the fp32 result once in some 10^8 elements. Activations other than None and relu are computed in fp64.
     """
     if a_zero_point is not None and b_sum is not None:
-        acc = acc.long() - a_zero_point.long().reshape(_per_row(a_zero_point, acc)) * b_sum.long()
-    scale = a_scale.reshape(_per_row(a_scale, acc)) * b_scale
+        acc = acc.long() - a_zero_point.long().reshape(per_row(a_zero_point, acc)) * b_sum.long()
+    scale = a_scale.reshape(per_row(a_scale, acc)) * b_scale
     y = acc.float().double() * scale.double()
     if bias is not None:
         y = y + bias.double()
@@ -49,7 +49,8 @@ def apply_epilogue(
     return pad_rows(scaled.nan_to_num(-127.0).round().clamp(-127, 127).to(torch.int8))
 
 
-def _per_row(v: Tensor, acc: Tensor) -> tuple[int, ...]:
+def per_row(v: Tensor, acc: Tensor) -> tuple[int, ...]:
+    """The shape in which v, one value or one a row of acc [..., N], is broadcast against it."""
     return (1,) if v.numel() == 1 else (*acc.shape[:-1], 1)
 
 
@@ -58,6 +59,21 @@ def fake_output(x: Tensor, shape: tuple[int, ...], activation: str | None, out_d
     if is_gated(activation):
         shape = (*shape[:-1], shape[-1] // 2)
     return x.new_empty(shape, dtype=out_dtype) if out_dtype in FLOATS else empty_q(x, shape, out_dtype)
+
+
+def fake_gemm(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
+    *rest: object,
+) -> Tensor:  # fmt: skip
+    """Of a product of a [..., K] and b [N, K]."""
+    return fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
+
+
+def fake_linear(
+    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype, *rest: object
+) -> Tensor:  # fmt: skip
+    """Of a product of x [..., K], quantised on the way, and weight [N, K]."""
+    return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)
 
 
 def check_epilogue(

@@ -158,6 +158,26 @@ def matrix_shape(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // columns, columns, (strides[-1] if strides else columns)
 
 
+def check_8bit(op: str, name: str, t: Tensor, dtype: torch.dtype) -> None:
+    """t is a tensor of dtype, int8 or float8_e4m3fn."""
+    if not isinstance(t, Tensor) or t.dtype != dtype:
+        wanted = "an int8" if dtype == torch.int8 else "a float8_e4m3fn"
+        raise TypeError(
+            f"{op}: {name} must be {wanted} tensor, not {getattr(t, 'dtype', type(t).__name__)}: see fp.ops.quantize"
+        )
+
+
+def check_weight(op: str, name: str, w: Tensor, x_name: str, x: Tensor) -> None:
+    """w is [N, K] for an x [..., K], on its device."""
+    check_rows(op, name, w)
+    if w.dim() != 2 or w.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: {name} must be [N, {x.shape[-1]}] for {x_name} {tuple(x.shape)}, and has shape {tuple(w.shape)}"
+        )
+    if w.device != x.device:
+        raise ValueError(f"{op}: {name} is on {w.device} and {x_name} on {x.device}: move one of them")
+
+
 def copy_notes(**operands: Tensor) -> list[str]:
     """What it costs that a GEMM's operands are not aligned, for `explain` and the log."""
     notes = []

@@ -9,9 +9,9 @@ from forwardpass.dequant_activation.cases import EpilogueCase, assert_epilogue_m
 from forwardpass.fp8_gemm import cases as fp8_gemm
 from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.int8_gemm.reference import int8_gemm as int8_reference
-from forwardpass.testing import assert_equal, poisoned_outputs
+from forwardpass.testing import assert_equal
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 #: (M, N, K), with 132 multiprocessors: the depth split; an even number of rows of tiles, in clusters of two; an odd one,
 #: alone; more than 16, of which the last cluster has one too many; 128 x 256 and more of them than multiprocessors
@@ -21,12 +21,6 @@ FP8 = [
     *(fp8_gemm.Case(*shape, BF16, blocks=blocks) for shape in SHAPES for blocks in (False, True)),
     fp8_gemm.Case(700, 5216, 130, EpilogueCase(activation="silu_mul", out_dtype=torch.bfloat16), blocks=True),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    with poisoned_outputs():
-        yield
 
 
 def interpreted(case, seed, kernel, truncating=False):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..activations import is_gated
 from ..backend import Operation, Reason
-from ..epilogue import check_epilogue, fake_output
-from ..quantized_rows import E4M3, check_rows, check_vector, copy_notes, fake_quantized
+from ..epilogue import check_epilogue, fake_gemm
+from ..quantized_rows import E4M3, check_8bit, check_rows, check_vector, check_weight, copy_notes, fake_quantized
 from . import reference
 from .reference import BLOCK
 
@@ -87,16 +87,8 @@ def fp8_gemm_quantize(
 def check_fp8_weight(op: str, name: str, b: Tensor, scale_name: str, b_scale: Tensor, activation: str | None,
                      x_name: str, x: Tensor) -> bool:  # fmt: skip
     """b is e4m3 [N, K] for an x [..., K] on its device, and b_scale a scale for it; returns whether that is of blocks."""
-    if not isinstance(b, Tensor) or b.dtype != E4M3:
-        raise TypeError(f"{op}: {name} must be a float8_e4m3fn tensor, not {getattr(b, 'dtype', type(b).__name__)}: "
-                        "see fp.ops.quantize")  # fmt: skip
-    check_rows(op, name, b)
-    if b.dim() != 2 or b.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{op}: {name} must be [N, {x.shape[-1]}] for {x_name} {tuple(x.shape)}, and has shape {tuple(b.shape)}"
-        )
-    if b.device != x.device:
-        raise ValueError(f"{op}: {name} is on {b.device} and {x_name} on {x.device}: move one of them")
+    check_8bit(op, name, b, E4M3)
+    check_weight(op, name, b, x_name, x)
     if not isinstance(b_scale, Tensor):
         raise TypeError(f"{op}: {scale_name} must be a float32 tensor, not {type(b_scale).__name__}")
     if b_scale.dim() < 2:
@@ -147,9 +139,7 @@ def _check(
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
 ) -> None:
-    if not isinstance(a, Tensor) or a.dtype != E4M3:
-        raise TypeError(f"{op}: a must be a float8_e4m3fn tensor, not {getattr(a, 'dtype', type(a).__name__)}: "
-                        "see fp.ops.quantize")  # fmt: skip
+    check_8bit(op, "a", a, E4M3)
     check_rows(op, "a", a)
     blocks = check_fp8_weight(op, "b", b, "b_scale", b_scale, activation, "a", a)
     if blocks:
@@ -179,13 +169,6 @@ def _check_gemm_quantize(
     _check("fp8_gemm_quantize", a, b, a_scale, b_scale, bias, activation, torch.float32, None)
 
 
-def _fake_gemm(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    *rest: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
-
-
 def _fake_gemm_quantize(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, group_size: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -208,7 +191,7 @@ def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
 
 
 FP8_GEMM = Operation(
-    fp8_gemm, _check_gemm, reference.fp8_gemm, _fake_gemm, ("cuda", "triton"), why_not_arch=why_no_fp8, notes=_notes
+    fp8_gemm, _check_gemm, reference.fp8_gemm, fake_gemm, ("cuda", "triton"), why_not_arch=why_no_fp8, notes=_notes
 )
 FP8_GEMM_QUANTIZE = Operation(
     fp8_gemm_quantize, _check_gemm_quantize, reference.fp8_gemm_quantize, _fake_gemm_quantize, ("cuda", "triton"),

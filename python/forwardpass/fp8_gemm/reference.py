@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activations import interleave_gate_up
-from ..epilogue import apply_epilogue
+from ..epilogue import apply_epilogue, per_row
 from ..quantized_rows import E4M3, quantize_values
 
 #: The sides of a block of b that has one scale; one of a is a row's part as wide.
@@ -18,7 +18,7 @@ def rows_scale(a: Tensor, a_scale: Tensor, blocks: bool) -> Tensor:
     s = a_scale.double()
     if blocks:
         return s.repeat_interleave(BLOCK, -1)[..., : a.shape[-1]]
-    return s.reshape(1 if s.numel() == 1 else (*a.shape[:-1], 1))
+    return s.reshape(per_row(s, a))
 
 
 def columns_scale(b: Tensor, b_scale: Tensor) -> Tensor:

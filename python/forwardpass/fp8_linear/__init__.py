@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Operation
-from ..epilogue import check_epilogue, fake_output
+from ..epilogue import check_epilogue, fake_linear
 from ..fp8_gemm import check_fp8_weight, why_no_fp8
 from ..quantized_rows import E4M3, FLOATS, check_float_rows, check_quantized, copy_notes
 from . import reference
@@ -74,16 +74,10 @@ def _check(
     check_epilogue(op, x, lead, n, one, one if blocks else w_scale, bias, activation, out_dtype, None, None, None)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype, *rest: object
-) -> Tensor:  # fmt: skip
-    return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)
-
-
 def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
     return copy_notes(weight=weight)
 
 
 OPERATION = Operation(
-    fp8_linear, _check, reference.fp8_linear, _fake, ("cuda", "triton"), why_not_arch=why_no_fp8, notes=_notes
+    fp8_linear, _check, reference.fp8_linear, fake_linear, ("cuda", "triton"), why_not_arch=why_no_fp8, notes=_notes
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,14 @@ from ..quantized_rows import E4M3
 
 
 def quantized_input(
-    x: Tensor, w_scale: Tensor, scale: Tensor | None, channel_scale: Tensor | None
+    x: Tensor,
+    w_scale: Tensor,
+    scale: Tensor | None,
+    channel_scale: Tensor | None,
+    quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = quantize,
 ) -> tuple[Tensor, Tensor]:
-    """(a, a_scale) of the product: groups of 128 for a weight scaled by blocks, else rows, or the static scale."""
+    """(a, a_scale) of the product, by this or by a backend's `quantize`: groups of 128 for a weight scaled by blocks, else
+    rows, or the static scale."""
     q, s, _ = quantize(x, E4M3, scale, None, BLOCK if w_scale.dim() >= 2 else None, True, channel_scale)
     return q, s if scale is None else scale
 

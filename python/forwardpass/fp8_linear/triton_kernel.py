@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..fp8_gemm.reference import BLOCK
 from ..fp8_gemm.triton_kernel import fp8_gemm
 from ..quantize.triton_kernel import quantize
-from ..quantized_rows import E4M3
+from .reference import quantized_input
 
 
 def fp8_linear(
@@ -21,10 +20,8 @@ def fp8_linear(
     scale: Tensor | None,
     channel_scale: Tensor | None,
 ) -> Tensor:
-    group_size = BLOCK if w_scale.dim() >= 2 else None
-    q, dynamic_scale, _ = quantize(x, E4M3, scale, None, group_size, True, channel_scale)
-    a_scale = dynamic_scale if scale is None else scale
-    return fp8_gemm(q, weight, a_scale, w_scale, bias, activation, out_dtype, None)
+    a, a_scale = quantized_input(x, w_scale, scale, channel_scale, quantize)
+    return fp8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None)
 
 
 torch.library.impl("forwardpass::fp8_linear_triton", ("cuda", "cpu"))(fp8_linear)

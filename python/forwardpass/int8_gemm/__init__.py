@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backend import Operation
-from ..epilogue import check_epilogue, fake_output
-from ..quantized_rows import check_rows, copy_notes
+from ..epilogue import check_epilogue, fake_gemm
+from ..quantized_rows import check_8bit, check_rows, check_weight, copy_notes
 from . import reference
 
 #: Beyond these depths the sum of K products of int8 could pass 2^31: without and with a zero point.
@@ -49,18 +49,9 @@ def int8_gemm(
 
 def check_int8_weight(op: str, name: str, b: Tensor, x_name: str, x: Tensor, zero_point: bool) -> None:
     """b is int8 [N, K] for an x [..., K] of a depth that int32 accumulators hold, on its device."""
-    if not isinstance(b, Tensor) or b.dtype != torch.int8:
-        raise TypeError(
-            f"{op}: {name} must be an int8 tensor, not {getattr(b, 'dtype', type(b).__name__)}: see fp.ops.quantize"
-        )
+    check_8bit(op, name, b, torch.int8)
     check_rows(op, x_name, x)
-    check_rows(op, name, b)
-    if b.dim() != 2 or b.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{op}: {name} must be [N, {x.shape[-1]}] for {x_name} {tuple(x.shape)}, and has shape {tuple(b.shape)}"
-        )
-    if b.device != x.device:
-        raise ValueError(f"{op}: {name} is on {b.device} and {x_name} on {x.device}: move one of them")
+    check_weight(op, name, b, x_name, x)
     limit = MAX_K_ZERO_POINT if zero_point else MAX_K
     if b.shape[1] > limit:
         raise ValueError(
@@ -81,20 +72,10 @@ def _check(
     b_sum: Tensor | None,
 ) -> None:
     op = "int8_gemm"
-    if not isinstance(a, Tensor) or a.dtype != torch.int8:
-        raise TypeError(
-            f"{op}: a must be an int8 tensor, not {getattr(a, 'dtype', type(a).__name__)}: see fp.ops.quantize"
-        )
+    check_8bit(op, "a", a, torch.int8)
     check_int8_weight(op, "b", b, "a", a, a_zero_point is not None)
     lead, n = tuple(a.shape[:-1]), b.shape[0]
     check_epilogue(op, a, lead, n, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
-
-
-def _fake(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    *rest: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
 
 
 def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
@@ -105,4 +86,4 @@ def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
     return notes
 
 
-OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, _fake, notes=_notes)
+OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, fake_gemm, notes=_notes)

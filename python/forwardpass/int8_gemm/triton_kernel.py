@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..epilogue import fake_output
+from ..epilogue import fake_gemm
 from ..triton_gemm import gemm
 
 
@@ -21,7 +21,7 @@ def int8_gemm(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
 ) -> Tensor:
-    out = fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
+    out = fake_gemm(a, b, a_scale, b_scale, bias, activation, out_dtype)
     return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Operation
-from ..epilogue import check_epilogue, fake_output
+from ..epilogue import check_epilogue, fake_linear
 from ..int8_gemm import check_int8_weight
 from ..quantized_rows import FLOATS, check_float_rows, check_quantized, copy_notes
 from . import reference
@@ -77,14 +77,8 @@ def _check(
     check_epilogue(op, x, lead, n, one, w_scale, bias, activation, out_dtype, None, shift, w_sum)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype, *rest: object
-) -> Tensor:  # fmt: skip
-    return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)
-
-
 def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
     return copy_notes(weight=weight)
 
 
-OPERATION = Operation(int8_linear, _check, reference.int8_linear, _fake, notes=_notes)
+OPERATION = Operation(int8_linear, _check, reference.int8_linear, fake_linear, notes=_notes)

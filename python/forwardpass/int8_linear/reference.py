@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..int8_gemm.reference import int8_gemm
 from ..quantize.reference import quantize
+
+
+def quantized_input(
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    symmetric: bool,
+    channel_scale: Tensor | None,
+    quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = quantize,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(a, a_scale, a_zero_point) of the product, by this or by a backend's `quantize`."""
+    q, s, z = quantize(x, torch.int8, scale, zero_point, None, symmetric, channel_scale)
+    return q, s if scale is None else scale, None if symmetric else z if zero_point is None else zero_point
 
 
 def int8_linear(
@@ -22,7 +37,5 @@ def int8_linear(
     channel_scale: Tensor | None,
     w_sum: Tensor | None,
 ) -> Tensor:
-    q, s, z = quantize(x, torch.int8, scale, zero_point, None, symmetric, channel_scale)
-    a_zero_point = None if symmetric else z if zero_point is None else zero_point
-    a_scale = s if scale is None else scale
-    return int8_gemm(q, weight, a_scale, w_scale, bias, activation, out_dtype, None, a_zero_point, w_sum)
+    a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale)
+    return int8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, a_zero_point, w_sum)

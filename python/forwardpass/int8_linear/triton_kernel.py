@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..int8_gemm.triton_kernel import int8_gemm
 from ..quantize.triton_kernel import quantize
+from .reference import quantized_input
 
 
 def int8_linear(
@@ -22,10 +23,8 @@ def int8_linear(
     channel_scale: Tensor | None,
     w_sum: Tensor | None,
 ) -> Tensor:
-    q, dynamic_scale, dynamic_zero = quantize(x, torch.int8, scale, zero_point, None, symmetric, channel_scale)
-    a_scale = dynamic_scale if scale is None else scale
-    shift = None if symmetric else dynamic_zero if zero_point is None else zero_point
-    return int8_gemm(q, weight, a_scale, w_scale, bias, activation, out_dtype, None, shift, w_sum)
+    a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale, quantize)
+    return int8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, a_zero_point, w_sum)
 
 
 torch.library.impl("forwardpass::int8_linear_triton", ("cuda", "cpu"))(int8_linear)

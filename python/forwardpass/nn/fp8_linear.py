@@ -61,8 +61,8 @@ class Fp8Linear(QuantizedLinear):
             raise ValueError('Fp8Linear: static activations go with scales "tensor" or "row", not with "block"')
         super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=scales)
         self.scales = scales
-        for name, present, size in (("channel_scale", channel_scale, in_features), ("input_scale", static, 1)):
-            self.register_buffer(name, torch.empty(size, dtype=torch.float32, device=device) if present else None)
+        self._optional("channel_scale", channel_scale, in_features)
+        self._optional("input_scale", static, 1)
 
     @classmethod
     def from_torch(
@@ -93,9 +93,7 @@ class Fp8Linear(QuantizedLinear):
         layer._fill(
             *quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales), bias
         )
-        for name, v in (("channel_scale", channel_scale), ("input_scale", input_scale)):
-            if v is not None:
-                setattr(layer, name, v.detach().to(weight.device, torch.float32).reshape(-1).clone())
+        layer._copy(channel_scale=channel_scale, input_scale=input_scale)
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:

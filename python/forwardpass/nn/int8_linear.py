@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..epilogue import per_row
 from ..int8_gemm import MAX_K_ZERO_POINT
 from ..int8_linear import OPERATION
-from ..quantize.reference import quantize
+from ..int8_linear.reference import quantized_input
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 
@@ -56,14 +57,10 @@ class Int8Linear(QuantizedLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias, as_dtype(dtype), device)
         self.symmetric = symmetric
-
-        def buffer(name: str, present: bool, size: int, kind: torch.dtype) -> None:
-            self.register_buffer(name, torch.empty(size, dtype=kind, device=device) if present else None)
-
-        buffer("weight_sum", not symmetric, out_features, torch.int32)
-        buffer("channel_scale", channel_scale, in_features, torch.float32)
-        buffer("input_scale", static, 1, torch.float32)
-        buffer("input_zero_point", static and not symmetric, 1, torch.int32)
+        self._optional("weight_sum", not symmetric, out_features, torch.int32)
+        self._optional("channel_scale", channel_scale, in_features)
+        self._optional("input_scale", static, 1)
+        self._optional("input_zero_point", static and not symmetric, 1, torch.int32)
 
     @classmethod
     def from_torch(
@@ -109,13 +106,7 @@ class Int8Linear(QuantizedLinear):
         layer._fill(*quantized, own_bias)
         if not symmetric:
             layer.weight_sum = layer.weight.sum(1, dtype=torch.int32)
-        for name, v, kind in (
-            ("channel_scale", channel_scale, torch.float32),
-            ("input_scale", input_scale, torch.float32),
-            ("input_zero_point", input_zero_point, torch.int32),
-        ):
-            if v is not None:
-                setattr(layer, name, v.detach().to(weight.device, kind).reshape(-1).clone())
+        layer._copy(channel_scale=channel_scale, input_scale=input_scale, input_zero_point=input_zero_point)
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,12 +117,11 @@ class Int8Linear(QuantizedLinear):
         )  # fmt: skip
 
     def _quantized(self, x: Tensor) -> Tensor:
-        fixed, zero = self.input_scale, self.input_zero_point
-        q, scale, zero_points = quantize(x, torch.int8, fixed, zero, None, self.symmetric, self.channel_scale)
-        a = q.double()
-        if not self.symmetric:
-            a = a - (zero_points.unsqueeze(-1) if zero is None else zero)
-        return a * (scale.unsqueeze(-1) if fixed is None else fixed).double()
+        q, scale, zero_point = quantized_input(
+            x, self.input_scale, self.input_zero_point, self.symmetric, self.channel_scale
+        )
+        a = q.double() if zero_point is None else q.double() - zero_point.reshape(per_row(zero_point, q))
+        return a * scale.reshape(per_row(scale, q)).double()
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

@@ -121,6 +121,11 @@ class QuantizedLinear(nn.Module):
         if reason := cls.why_not(module):
             raise ValueError(f"{cls.__name__}.from_torch: {reason}")
 
+    def _optional(self, name: str, present: bool, size: int, dtype: torch.dtype = torch.float32) -> None:
+        """A vector that the layer may have beside its weight, on the weight's device."""
+        empty = torch.empty(size, dtype=dtype, device=self.weight.device) if present else None
+        self.register_buffer(name, empty)
+
     @classmethod
     def _check_sizes(cls, **sizes: tuple[Tensor | None, int]) -> None:
         """Optional vectors by name, each with the size that it must have."""
@@ -134,6 +139,13 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = scale
         if bias is not None:
             self.bias = bias.detach().clone()
+
+    def _copy(self, **vectors: Tensor | None) -> None:
+        """Copies of optional vectors, beside a weight that has been filled in."""
+        for name, v in vectors.items():
+            if v is not None:
+                own = getattr(self, name)
+                setattr(self, name, v.detach().to(self.weight.device, own.dtype).reshape(-1).clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         before = {name: old for name, old in self._buffers.items() if name != "bias" and old is not None}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import Operation, Reason
 from ..epilogue import check_epilogue, fake_output
-from ..quantized_rows import E4M3, check_float_rows, check_rows, check_vector, copy_notes
+from ..quantized_rows import E4M3, check_float_rows, check_vector, check_weight, copy_notes
 from . import reference
 
 
@@ -36,11 +36,7 @@ def _check(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activatio
     check_float_rows(op, "x", x)
     if not isinstance(w, Tensor) or w.dtype not in (torch.int8, E4M3):
         raise TypeError(f"{op}: w must be an int8 or float8_e4m3fn tensor, not {getattr(w, 'dtype', type(w).__name__)}")
-    check_rows(op, "w", w)
-    if w.dim() != 2 or w.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: w must be [N, {x.shape[-1]}] for x {tuple(x.shape)}, and has shape {tuple(w.shape)}")
-    if w.device != x.device:
-        raise ValueError(f"{op}: w is on {w.device} and x on {x.device}: move one of them")
+    check_weight(op, "w", w, "x", x)
     if not isinstance(w_scale, Tensor):
         raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
     n, groups = w.shape[0], -(-w.shape[1] // 128)
@@ -72,5 +68,10 @@ def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:
 
 
 OPERATION = Operation(
-    w8a16_gemm, _check, reference.w8a16_gemm, _fake,     why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu}, notes=_notes,
-)  # fmt: skip
+    w8a16_gemm,
+    _check,
+    reference.w8a16_gemm,
+    _fake,
+    why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu},
+    notes=_notes,
+)
