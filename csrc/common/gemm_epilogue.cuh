@@ -13,19 +13,23 @@ namespace forwardpass {
 
 constexpr int kSlabRows = 16, kSlabColumns = 32;
 
-// Rows are 40 words apart, and in odd ones the halves of each eight words are exchanged: fragments (two words a lane,
-// eight rows) and half vectors (four words a lane, eight rows by four) fall into different banks.
+// Rows are 40 words apart; in odd ones the halves of each eight words are exchanged, in the second four of each eight
+// rows the eights of each sixteen: fragments (two words a lane, eight rows), transposed ones (a word a lane, eight rows
+// by eight) and half vectors (four words a lane, eight rows by four) fall into different banks.
 struct Slab {
   uint32_t word[kSlabRows][kSlabColumns + 8];
 
   template <class T>
   __device__ T& at(int row, int column) {
-    return reinterpret_cast<T&>(word[row][column ^ (row & 1) * 4]);
+    return reinterpret_cast<T&>(word[row][swizzled(row, column)]);
   }
   template <class T>
   __device__ const T& at(int row, int column) const {
-    return reinterpret_cast<const T&>(word[row][column ^ (row & 1) * 4]);
+    return reinterpret_cast<const T&>(word[row][swizzled(row, column)]);
   }
+
+ private:
+  __device__ static int swizzled(int row, int column) { return column ^ (row & 1) * 4 ^ (row & 4) * 2; }
 };
 
 // f(constant) for the constant that equals index, which all threads have alike: registers have no index at run time.
@@ -99,7 +103,7 @@ __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_
     auto p = static_cast<Acc*>(o.partial) + split * o.split_stride + row * o.partial_stride + column;
 #pragma unroll 1
     for (int r = lane / vectors; r < rows; r += 32 / vectors)
-      *reinterpret_cast<Vec<Acc>*>(p + r * o.partial_stride) = get_vector<Acc>(slab, r, c);
+      store_vec(get_vector<Acc>(slab, r, c), p + r * o.partial_stride, kVec, true);
     return;
   }
   const EpilogueColumns<Acc> columns(o.epilogue, o.access, column, n);
@@ -148,6 +152,29 @@ __device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab
   each_slab<kSlabRows>(acc, slab, row, column, [&](auto columns, int64_t r, int64_t c) {
     finish_slab<decltype(columns)::value, Acc>(slab, o, r, c, split);
   });
+}
+
+// The same of a product made transposed: kBlocks blocks of sixteen of its columns by kTiles n8 tiles of its rows.
+template <int kBlocks, int kTiles, class Acc>
+__device__ inline void finish_transposed(const Acc (&acc)[kBlocks][kTiles][4], Slab& slab, const GemmOutput& o,
+                                         int64_t row, int64_t column, int split) {
+  constexpr int kColumns = kBlocks * 16;
+  static_assert(kTiles % 2 == 0 && kColumns <= kSlabColumns);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kTiles / 2; ++chunk) {
+    at_index(
+        chunk,
+        [&](auto constant) {
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) put_transposed(slab, j * 8, i * 16, acc[i][decltype(constant)::value * 2 + j]);
+        },
+        std::make_integer_sequence<int, kTiles / 2>{});
+    __syncwarp();
+    finish_slab<kColumns, Acc>(slab, o, row + chunk * kSlabRows, column, split);
+    __syncwarp();
+  }
 }
 
 // After a GEMM: its partial sums, where it has any, to the output.

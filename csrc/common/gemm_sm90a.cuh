@@ -11,16 +11,19 @@
 
 namespace forwardpass {
 
-// GroupsM: how the two multiplying warpgroups divide the tile, 2: its rows, 1: its columns.
+// GroupsM: how the two multiplying warpgroups divide the tile, 2: its rows, 1: its columns. A tile of fewer than 64 * 2
+// rows is made transposed: the 64 rows of a wgmma are of b, the N of its instruction are all rows of a.
 template <class Element_, int M, int N, int GroupsM, int Stages>
 struct WgmmaConfig {
   using Element = Element_;
   using Acc = typename Element::Acc;
   static constexpr int kM = M, kN = N, kStages = Stages, kGroups = 2, kGroupsM = GroupsM;
   static constexpr int kThreads = 128 * (1 + kGroups), kWarps = 4 * kGroups;  // kWarps: those that multiply
+  static constexpr bool kTransposed = M < 128;
   static constexpr int kGroupM = M / GroupsM, kGroupN = N * GroupsM / kGroups;
-  static constexpr int kWaves = kGroupM / 64, kTiles = kGroupN / 8;  // of a warpgroup: blocks of 64 rows, n8 tiles
-  static constexpr int kStageK = 128, kSteps = kStageK / 32;         // a stage's rows are one swizzle of 128 bytes
+  // Of a warpgroup: 64 rows of wgmma's a, n8 tiles of its b.
+  static constexpr int kWaves = (kTransposed ? kGroupN : kGroupM) / 64, kTiles = (kTransposed ? kGroupM : kGroupN) / 8;
+  static constexpr int kStageK = 128, kSteps = kStageK / 32;  // a stage's rows are one swizzle of 128 bytes
   // 384 threads get 168 registers each at launch; 128 * 24 + 256 * 240 are as many.
   static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
@@ -31,17 +34,18 @@ struct WgmmaConfig {
   // What a stage's sums are multiplied by as they are promoted: of the rows of a; of b two, those of gate and of up, or
   // else of the first and the second 128 columns. TMA writes to multiples of 128 bytes, 16 bytes at least.
   struct Scales {
-    float a[M], b[2][32];
+    alignas(128) float a[M];
+    alignas(128) float b[2][32];
   };
   static constexpr int kScaleBytes = sizeof(Scales::a) + 2 * 16;
   struct SharedStorage {
     Stage stage[Stages];
-    alignas(128) Scales scales[Element::kPromoted ? Stages : 1];
+    Scales scales[Element::kPromoted ? Stages : 1];
     Slab slab[kWarps];
     // Of this tile and of the one before, by warpgroup: the largest magnitudes that each lane found in a row. (An
     // atomic maximum would be one value, but with it the main loop's control flow is no longer known to be uniform: 238
     // instructions in place of 206.)
-    float4 largest[2][kGroups][Element::kPromoted ? M : 1];
+    float4 largest[2][kGroups][Element::kPromoted && !kTransposed ? M : 1];
     uint64_t full[Stages], empty[Stages];
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
@@ -137,6 +141,17 @@ __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStor
   }
 }
 
+// What a thread multiplies a stage's sums by: for each pair of rows of a that it has, the scales of either times those
+// of b.
+template <class Config>
+struct StageScales {
+  static constexpr int kRows = Config::kTransposed ? Config::kTiles : Config::kWaves;
+  float scale[kRows][2][2];
+  __device__ float of(int wave, int tile, int element) const {
+    return Config::kTransposed ? scale[tile][element % 2][element / 2] : scale[wave][element / 2][tile % 2];
+  }
+};
+
 // A warpgroup's side of the ring, and what it multiplies.
 template <class Config>
 struct Multiplier {
@@ -146,21 +161,25 @@ struct Multiplier {
   int row, column;  // of this warp in the tile
   uint32_t full;
   uint32_t empty;  // that of the block of the cluster whose rank is this lane, or zero: their loads fill this block too
-  uint32_t a, b;   // low halves of the descriptors in the first stage
-  uint32_t a_scale, b_scale[2];  // in the first stage: of this thread's first row, of even and of odd n8 tiles
+  uint32_t a, b;   // low halves of the descriptors of wgmma's operands in the first stage
+  // In the first stage: those of a from this thread's first row on; of even and of odd n8 tiles or, transposed, rows
+  // lane / 4 and eight below.
+  uint32_t a_scale, b_scale[2];
 
   __device__ Multiplier(typename Config::SharedStorage& s, int group, bool gated) {
     const uint32_t lane = threadIdx.x % 32;
-    row = group % Config::kGroupsM * Config::kGroupM + threadIdx.x / 32 % 4 * 16;
-    column = group / Config::kGroupsM * Config::kGroupN;
+    const int a_row = group % Config::kGroupsM * Config::kGroupM, b_row = group / Config::kGroupsM * Config::kGroupN,
+              rows = threadIdx.x / 32 % 4 * 16;
+    row = a_row + (Config::kTransposed ? 0 : rows), column = b_row + (Config::kTransposed ? rows : 0);
     const auto kept = [=](uint32_t x, int from) { return __shfl_sync(0xffffffff, x, from); };
     full = ptx::shared_address(s.full);
     const uint32_t there = ptx::map_shared(ptx::shared_address(s.empty), min(lane, ptx::cluster_size() - 1));
     // What comes out of a shuffle is not computed again in the loop; if it is one lane's, it is known to be uniform.
     empty = kept(lane < ptx::cluster_size() ? there : 0, lane);
-    a = kept(ptx::descriptor(ptx::shared_address(s.stage[0].a[group % Config::kGroupsM * Config::kGroupM])), 0);
-    b = kept(ptx::descriptor(ptx::shared_address(s.stage[0].b[column])), 0);
-    a_scale = kept(ptx::shared_address(&s.scales[0].a[row + lane / 4]), lane);
+    const uint8_t *rows_a = s.stage[0].a[a_row], *rows_b = s.stage[0].b[b_row];
+    a = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_b : rows_a)), 0);
+    b = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_a : rows_b)), 0);
+    a_scale = kept(ptx::shared_address(&s.scales[0].a[row + (Config::kTransposed ? lane % 4 * 2 : lane / 4)]), lane);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       b_scale[i] = kept(ptx::shared_address(s.scales[0].b[gated ? i : column / kScaleBlock]), 0);
@@ -169,7 +188,7 @@ struct Multiplier {
     while (!ptx::mbarrier_try_wait(full + ring.stage * 8, ring.parity)) {
     }
   }
-  // One group of wgmmas: 64 rows by 128 of K of this stage.
+  // One group of wgmmas: 64 rows of wgmma's a by 128 of K of this stage.
   __device__ void multiply(Sums& sums, int wave, bool accumulate) {
     const uint32_t at = ring.stage * Config::kStageUnits;
 #pragma unroll
@@ -179,15 +198,16 @@ struct Multiplier {
                      accumulate || step > 0);
     }
   }
-  __device__ void load_scales(float (&scale)[Config::kWaves][2][2]) const {
+  __device__ void load_scales(StageScales<Config>& scales) const {
     const uint32_t at = ring.stage * sizeof(typename Config::Scales);
     const float b[2] = {ptx::load_shared(b_scale[0] + at), ptx::load_shared(b_scale[1] + at)};
 #pragma unroll
-    for (int w = 0; w < Config::kWaves; ++w)
+    for (int i = 0; i < StageScales<Config>::kRows; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float a = ptx::load_shared(a_scale + at + (w * 64 + half * 8) * sizeof(float));
-        scale[w][half][0] = a * b[0], scale[w][half][1] = a * b[1];
+      for (int j = 0; j < 2; ++j) {
+        const int row = Config::kTransposed ? i * 8 + j : i * 64 + j * 8;
+        const float a = ptx::load_shared(a_scale + at + row * sizeof(float));
+        scales.scale[i][j][0] = a * b[0], scales.scale[i][j][1] = a * b[1];
       }
   }
   __device__ void release(int stage) {
@@ -235,8 +255,8 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
 #pragma unroll 1
   for (int i = 0; i < work.slices; ++i) {
     m.wait();
-    float scale[Config::kWaves][2][2];  // of the rows lane / 4 and eight below, even and odd n8 tiles
-    m.load_scales(scale);
+    StageScales<Config> scales;
+    m.load_scales(scales);
 #pragma unroll
     for (int w = 0; w < Config::kWaves; ++w) {
       float part[Config::kTiles][4];
@@ -251,7 +271,7 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
 #pragma unroll
       for (int j = 0; j < Config::kTiles; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[w][j][e] = fmaf(part[j][e], scale[w][e / 2][j % 2], sum[w][j][e]);
+        for (int e = 0; e < 4; ++e) sum[w][j][e] = fmaf(part[j][e], scales.of(w, j, e), sum[w][j][e]);
     }
   }
 }
@@ -310,9 +330,13 @@ template <class Config>
 __device__ inline void finish_tile(const Multiplier<Config>& m, const Work<Config>& work,
                                    const typename Config::Acc (&sum)[Config::kWaves][Config::kTiles][4],
                                    typename Config::SharedStorage& s, const GemmOutput& o, int tile, int group) {
+  Slab& slab = s.slab[threadIdx.x / 32];
+  if constexpr (Config::kTransposed) {
+    finish_transposed(sum, slab, o, work.row + m.row, work.column + m.column, work.split);
+    return;
+  }
   const bool quantized = Config::Element::kPromoted && o.epilogue.group_scale;
   const GroupQuantizer<Config> groups{s, o, m, static_cast<int>(work.row), tile, group};
-  Slab& slab = s.slab[threadIdx.x / 32];
   if (quantized) groups.begin();
 #pragma unroll 1
   for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {

@@ -36,6 +36,11 @@ __device__ inline uint4 ld_once(const void* p, uint64_t policy) {
   return v;
 }
 
+// 9.7.9.11 st.global: 16 bytes
+__device__ inline void st_global(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // An address in the shared window, as the instructions below take it.
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

@@ -63,7 +63,12 @@ __device__ inline Vec<T> load_vec(const T* p, int n, bool aligned) {
 template <class T>
 __device__ inline void store_vec(const Vec<T>& v, T* p, int n, bool aligned) {
   if (aligned && n >= kVec) {
-    *reinterpret_cast<Vec<T>*>(p) = v;
+    if constexpr (sizeof(T) == 4) {  // nvcc 13.0 makes eight stores of 4 bytes of the assignment
+      const auto half = reinterpret_cast<const uint4*>(&v);
+      ptx::st_global(p, half[0]), ptx::st_global(p + 4, half[1]);
+    } else {
+      *reinterpret_cast<Vec<T>*>(p) = v;
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kVec; ++i)

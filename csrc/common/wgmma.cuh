@@ -20,6 +20,10 @@ constexpr uint32_t kDescriptorHigh = 1024 >> 4 | 1 << 30;
 constexpr int kDescriptorUnit = 16;
 
 // clang-format off
+#define FORWARDPASS_NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FORWARDPASS_NUMBERS_32                                                                                         \
+  FORWARDPASS_NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "   \
+  "%26, %27, %28, %29, %30, %31"
 #define FORWARDPASS_NUMBERS_64                                                                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "          \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "          \
@@ -33,11 +37,10 @@ constexpr int kDescriptorUnit = 16;
   "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "       \
   "%124, %125, %126, %127"
 #define FORWARDPASS_TILE(kind, j) kind(d[j][0]), kind(d[j][1]), kind(d[j][2]), kind(d[j][3])
-#define FORWARDPASS_TILES_4(kind, j) \
-  FORWARDPASS_TILE(kind, j), FORWARDPASS_TILE(kind, j + 1), FORWARDPASS_TILE(kind, j + 2), FORWARDPASS_TILE(kind, j + 3)
-#define FORWARDPASS_TILES_16(kind, j) \
-  FORWARDPASS_TILES_4(kind, j), FORWARDPASS_TILES_4(kind, j + 4), FORWARDPASS_TILES_4(kind, j + 8), \
-      FORWARDPASS_TILES_4(kind, j + 12)
+#define FORWARDPASS_TILES_2(kind, j) FORWARDPASS_TILE(kind, j), FORWARDPASS_TILE(kind, j + 1)
+#define FORWARDPASS_TILES_4(kind, j) FORWARDPASS_TILES_2(kind, j), FORWARDPASS_TILES_2(kind, j + 2)
+#define FORWARDPASS_TILES_8(kind, j) FORWARDPASS_TILES_4(kind, j), FORWARDPASS_TILES_4(kind, j + 4)
+#define FORWARDPASS_TILES_16(kind, j) FORWARDPASS_TILES_8(kind, j), FORWARDPASS_TILES_8(kind, j + 8)
 // The numbers of the operands behind the accumulators: low halves of the descriptors, the upper half, scale-d.
 #define FORWARDPASS_WGMMA(opcode, numbers, a, b, high, accumulate, scales) \
   "{\n" \
@@ -52,6 +55,16 @@ constexpr int kDescriptorUnit = 16;
 
 // 9.7.15.5.2 wgmma.mma_async: d [64, 8 T] = a [64, 32] b [8 T, 32] transposed, plus d where `accumulate`. As in an mma
 // of m16n8, for each warp sixteen rows and for each n8 tile four registers.
+__device__ inline void wgmma_k32(int32_t (&d)[2][4], uint32_t a, uint32_t b, bool accumulate) {
+  asm volatile(FORWARDPASS_WGMMA("m64n16k32.s32.s8.s8", FORWARDPASS_NUMBERS_8, 8, 9, 10, 11, "")
+               : FORWARDPASS_TILES_2("+r", 0)
+               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
+}
+__device__ inline void wgmma_k32(int32_t (&d)[8][4], uint32_t a, uint32_t b, bool accumulate) {
+  asm volatile(FORWARDPASS_WGMMA("m64n64k32.s32.s8.s8", FORWARDPASS_NUMBERS_32, 32, 33, 34, 35, "")
+               : FORWARDPASS_TILES_8("+r", 0)
+               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
+}
 __device__ inline void wgmma_k32(int32_t (&d)[16][4], uint32_t a, uint32_t b, bool accumulate) {
   asm volatile(FORWARDPASS_WGMMA("m64n128k32.s32.s8.s8", FORWARDPASS_NUMBERS_64, 64, 65, 66, 67, "")
                : FORWARDPASS_TILES_16("+r", 0)
@@ -62,16 +75,30 @@ __device__ inline void wgmma_k32(int32_t (&d)[32][4], uint32_t a, uint32_t b, bo
                : FORWARDPASS_TILES_16("+r", 0), FORWARDPASS_TILES_16("+r", 16)
                : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
 }
+__device__ inline void wgmma_k32(float (&d)[2][4], uint32_t a, uint32_t b, bool accumulate) {
+  asm volatile(FORWARDPASS_WGMMA("m64n16k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_8, 8, 9, 10, 11, ", 1, 1")
+               : FORWARDPASS_TILES_2("+f", 0)
+               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
+}
+__device__ inline void wgmma_k32(float (&d)[8][4], uint32_t a, uint32_t b, bool accumulate) {
+  asm volatile(FORWARDPASS_WGMMA("m64n64k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_32, 32, 33, 34, 35, ", 1, 1")
+               : FORWARDPASS_TILES_8("+f", 0)
+               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
+}
 __device__ inline void wgmma_k32(float (&d)[16][4], uint32_t a, uint32_t b, bool accumulate) {
   asm volatile(FORWARDPASS_WGMMA("m64n128k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_64, 64, 65, 66, 67, ", 1, 1")
                : FORWARDPASS_TILES_16("+f", 0)
                : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
 }
 
+#undef FORWARDPASS_NUMBERS_8
+#undef FORWARDPASS_NUMBERS_32
 #undef FORWARDPASS_NUMBERS_64
 #undef FORWARDPASS_NUMBERS_128
 #undef FORWARDPASS_TILE
+#undef FORWARDPASS_TILES_2
 #undef FORWARDPASS_TILES_4
+#undef FORWARDPASS_TILES_8
 #undef FORWARDPASS_TILES_16
 #undef FORWARDPASS_WGMMA
 

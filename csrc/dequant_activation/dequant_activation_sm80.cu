@@ -7,7 +7,7 @@
 
 namespace forwardpass {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // at most
 
 // The parts that a product with its depth split left, added in their order: the same bits each time.
 template <class Acc>
@@ -25,7 +25,7 @@ template <Dtype D>
 __global__ void __launch_bounds__(kThreads)
     dequant_activation_kernel(DequantActivationParams p, int64_t splits, int64_t split_stride, int64_t vectors,
                               EpilogueAccess access, bool aligned) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / vectors,
+  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = index / vectors,
                 out_column = index % vectors * kVec;
   if (row >= p.acc.rows) return;
   const bool gated = is_gated(p.epilogue.activation);
@@ -44,11 +44,14 @@ __global__ void __launch_bounds__(kThreads)
 
 int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride, void* stream) {
   const int64_t vectors = (p.acc.columns / (is_gated(p.epilogue.activation) ? 2 : 1) + kVec - 1) / kVec;
-  const unsigned grid = static_cast<unsigned>((p.acc.rows * vectors + kThreads - 1) / kThreads);
+  // Few outputs, as a split product has, go to as many multiprocessors as they can. modelled on an H100: 16 x 1024 of
+  // four parts take 0.10 us in blocks of 64 threads and 0.39 us in blocks of 256
+  const int64_t all = p.acc.rows * vectors, threads = all < 256 * kThreads ? 64 : kThreads;
+  const unsigned grid = static_cast<unsigned>((all + threads - 1) / threads);
   const bool aligned = is_aligned(p.acc.data) && p.acc.stride % 4 == 0 && split_stride % 4 == 0;
   dispatch<Dtype::i32, Dtype::f32>(p.acc.dtype, [&](auto D) {
-    dequant_activation_kernel<D()><<<grid, kThreads, 0, cudaStream_t(stream)>>>(p, splits, split_stride, vectors,
-                                                                                EpilogueAccess(p.epilogue), aligned);
+    dequant_activation_kernel<D()><<<grid, threads, 0, cudaStream_t(stream)>>>(p, splits, split_stride, vectors,
+                                                                               EpilogueAccess(p.epilogue), aligned);
   });
   return cudaGetLastError();
 }

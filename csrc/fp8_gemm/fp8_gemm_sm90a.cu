@@ -1,4 +1,4 @@
-// fp8_gemm on wgmma m64n128k32 of e4m3, promoted to fp32 every 128 of K.
+// fp8_gemm on wgmma m64nNk32 of e4m3, promoted to fp32 every 128 of K.
 #include "common/gemm_sm90a.cuh"
 #include "fp8_gemm/fp8_gemm.h"
 
@@ -10,8 +10,13 @@ namespace forwardpass {
 // Shared memory is what binds: wgmma reads 96 KB a stage, 16 more than for int8 as 64 rows at a time have all of b.
 using Tile128x256 = WgmmaConfig<E4m3, 128, 256, 1, 4>;
 using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
+// Few rows, as for int8.
+using Tile64x128 = WgmmaConfig<E4m3, 64, 128, 1, 8>;
+using Tile16x128 = WgmmaConfig<E4m3, 16, 128, 1, 8>;
 
 int fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
+  if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile16x128>(p, stream);
+  if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile64x128>(p, stream);
   return p.plan.tile_n == 256 ? launch_gemm_wgmma<Tile128x256>(p, stream) : launch_gemm_wgmma<Tile128x128>(p, stream);
 }
 

@@ -1,4 +1,4 @@
-// int8_gemm on wgmma m64n256k32 and m64n128k32.
+// int8_gemm on wgmma m64nNk32.
 #include "common/gemm_sm90a.cuh"
 #include "int8_gemm/int8_gemm.h"
 
@@ -13,8 +13,14 @@ using Tile128x256 = WgmmaConfig<Int8, 128, 256, 2, 4>;
 // Twice as many tiles, for small products; 48 bytes a clock of L2 in clusters, which binds: modelled, 512 x 4096 x 4096
 // takes 11.3 us, 8.9 if tensor cores did.
 using Tile128x128 = WgmmaConfig<Int8, 128, 128, 2, 6>;
+// Few rows, which are the n16 or n64 of a wgmma: 16 KB of the weight a stage, and an H100's multiprocessor has to have
+// 15 KB on their way (gemv_sm80.cuh).
+using Tile64x128 = WgmmaConfig<Int8, 64, 128, 1, 8>;
+using Tile16x128 = WgmmaConfig<Int8, 16, 128, 1, 8>;
 
 int int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
+  if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile16x128>(p, stream);
+  if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile64x128>(p, stream);
   return p.plan.tile_n == 256 ? launch_gemm_wgmma<Tile128x256>(p, stream) : launch_gemm_wgmma<Tile128x128>(p, stream);
 }
 

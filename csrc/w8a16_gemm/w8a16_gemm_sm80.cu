@@ -116,28 +116,6 @@ __device__ inline void load_block_scales(float (&scale)[kTilesN][2], const GemmP
     scale[i / 2][i % 2] = p.blocks.b ? p.blocks.b[min(row + i * 8, p.b.rows - 1) * blocks + block] : 1.0f;
 }
 
-// The accumulators of a warp, from (row, column) of the product on, sixteen rows of it at a time.
-template <class Config>
-__device__ inline void finish(const Fragments<Config>& acc, Slab& slab, const GemmOutput& out, int64_t row,
-                              int64_t column, int split) {
-  static_assert(Config::kWarpN == kSlabColumns);
-#pragma unroll 1
-  for (int chunk = 0; chunk < Config::kTilesM / 2; ++chunk) {
-    at_index(
-        chunk,
-        [&](auto constant) {
-#pragma unroll
-          for (int i = 0; i < Config::kTilesN; ++i)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) put_transposed(slab, j * 8, i * 16, acc[i][decltype(constant)::value * 2 + j]);
-        },
-        std::make_integer_sequence<int, Config::kTilesM / 2>{});
-    __syncwarp();
-    finish_slab<kSlabColumns, float>(slab, out, row + chunk * kSlabRows, column, split);
-    __syncwarp();
-  }
-}
-
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     w8a16_gemm_kernel(GemmParams p, TileMap map, GemmOutput out) {
@@ -188,7 +166,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
-  finish<Config>(acc, s.slab[warp], out, row + warp_m, column + warp_n, tile.split);
+  finish_transposed(acc, s.slab[warp], out, row + warp_m, column + warp_n, tile.split);
 }
 
 template <class Config>

@@ -68,6 +68,16 @@ def wgmma(case, columns, *more, **options):
     )
 
 
+def transposed(case, m, *more, **options):
+    """m rows, all of a tile's: depths short of the stages and beyond them, ragged; gated; parts of K."""
+    return (
+        case(m, 300, 500, PLAIN, **options),
+        case(m - 3, 144, 330, GATED, **options),
+        case(m - 5, 40, 2100, PLAIN, **options),
+        *more,
+    )
+
+
 CUDA = {
     "int8_mma_128x128": Instance(
         ("sm_80",), "Int8ELi128ELi128E", mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT))
@@ -91,6 +101,10 @@ CUDA = {
         ("sm_90a",), "Int8ELi128ELi256E",
         (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN)), tiles=3,
     ),
+    "int8_wgmma_64x128": Instance(("sm_90a",), "Int8ELi64ELi128E", transposed(I8, 64), persistent=True),
+    "int8_wgmma_16x128": Instance(
+        ("sm_90a",), "Int8ELi16ELi128E", transposed(I8, 16, I8(9, 40, 388, ZERO_POINT)), persistent=True
+    ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3ELi128ELi128E",
         (*wgmma(F8, 300, F8(100, 40, 1100, PLAIN)), *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
@@ -102,6 +116,12 @@ CUDA = {
         (F8(200, 67 * 128, 40, PLAIN), F8(100, 133 * 128, 40, PLAIN, blocks=True),
          F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
         tiles=3,
+    ),
+    "fp8_wgmma_64x128": Instance(
+        ("sm_90a",), "E4m3ELi64ELi128E", transposed(F8, 64, *transposed(F8, 64, blocks=True)), persistent=True
+    ),
+    "fp8_wgmma_16x128": Instance(
+        ("sm_90a",), "E4m3ELi16ELi128E", transposed(F8, 16, *transposed(F8, 16, blocks=True)), persistent=True
     ),
     "w8a16_16x128": Instance(
         ("sm_80", "sm_89"), "w8a16_gemm_kernelINS_11W8a16ConfigILNS_5DtypeE2ELi16E",
