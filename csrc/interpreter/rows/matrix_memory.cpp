@@ -17,8 +17,8 @@ struct Rows {
   AddressOperand place;
 };
 
-// Where the rows of every matrix are, after all checks.
-void find_rows(Warp& w, const Instruction& i, Use use, uint8_t* host[kLanes]) {
+// Where the rows of every matrix are, after all checks. Lane l gives an address on behalf of the lanes on_behalf[l].
+void find_rows(Warp& w, const Instruction& i, Use use, const LaneSet on_behalf[kLanes], uint8_t* host[kLanes]) {
   const Rows& how = *static_cast<const Rows*>(i.data);
   const Mask lanes = how.matrices == 4 ? kAllLanes : (Mask{1} << how.matrices * 8) - 1;
   uint64_t address[kLanes];
@@ -32,7 +32,7 @@ void find_rows(Warp& w, const Instruction& i, Use use, uint8_t* host[kLanes]) {
       address[l] -= kSharedWindow;
     });
   }
-  access(w, ptx::Space::shared, address, 16, use, lanes, host);
+  access(w, ptx::Space::shared, address, 16, use, lanes, host, false, on_behalf);
 }
 
 // The lanes that hold something of these rows: four for each, or transposed one in four.
@@ -47,7 +47,10 @@ Step ldmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  find_rows(w, i, Use::load, host);
+  // The whole warp loads, not whom an element of a row goes to: the ISA has it load collectively.
+  LaneSet everybody[kLanes];
+  std::fill(std::begin(everybody), std::end(everybody), LaneSet{kAllLanes, false});
+  find_rows(w, i, Use::load, everybody, host);
   const Mask unwritten = std::exchange(w.unwritten, 0);
   for (int n = 0; n < how.matrices; ++n) {
     if (i.operand[n] == kSink) continue;
@@ -67,7 +70,9 @@ Step stmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  find_rows(w, i, Use::write, host);
+  LaneSet holders[kLanes];
+  for (int l = 0; l < kLanes; ++l) holders[l] = {lanes_of_rows(Mask{1} << l % 8, how.transposed), true};
+  find_rows(w, i, Use::write, holders, host);
   for (int n = 0; n < how.matrices; ++n) {
     alignas(64) uint32_t turned[kLanes];
     const uint32_t* rows = w.operand<uint32_t>(i, 1 + n);
