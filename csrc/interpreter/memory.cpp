@@ -218,31 +218,31 @@ Cta& shared_range(Warp& w, uint64_t address, uint64_t bytes, bool cluster, Use u
 
 namespace {
 
-// f(begin, bytes, lanes, whose they are) for the ranges that the lanes of a mask make where each has its place: the
-// lanes of a range are neighbours and as many parts of it, or all of them touch all of it.
+// f(begin, bytes, a lane, those that touch it) for ranges of the lanes of a mask: lanes that are neighbours, each with
+// its part, or that all touch all of it.
 template <class F>
 inline void each_lane_range(const uint64_t a[kLanes], int bytes, Mask mask, const LaneSet* on_behalf, F&& f) {
-  if (mask == kAllLanes && !on_behalf) {
+  const bool together = on_behalf && !on_behalf->spread;  // everybody touches everything
+  if (mask == kAllLanes && (!on_behalf || together)) {
     uint64_t apart = 0;
     for (int l = 0; l < kLanes; ++l) apart |= a[l] ^ (a[0] + static_cast<uint32_t>(l * bytes));
-    if (!apart) return f(a[0], static_cast<uint64_t>(bytes) * kLanes, 0, LaneSet{kAllLanes, true});
+    if (!apart) return f(a[0], static_cast<uint64_t>(bytes) * kLanes, 0, LaneSet{kAllLanes, !together});
   }
   while (mask) {
     const int first = __builtin_ctz(mask);
     const uint64_t begin = a[first];
-    LaneSet set = on_behalf ? on_behalf[first] : LaneSet{Mask{1} << first, true};
+    LaneSet set = on_behalf ? on_behalf[first % 8] : LaneSet{Mask{1} << first, true};
     uint64_t end = begin + bytes;
-    for (mask &= mask - 1; mask; mask &= mask - 1) {
+    for (mask &= mask - 1; mask && (!on_behalf || together); mask &= mask - 1) {
       const int l = __builtin_ctz(mask);
-      const LaneSet own = on_behalf ? on_behalf[l] : LaneSet{Mask{1} << l, true};
-      if (a[l] == end && (on_behalf ? own == set && !set.spread : set.spread)) {
+      if (a[l] == end && (together || set.spread)) {
         end += bytes;
-      } else if (a[l] == begin && end == begin + bytes && !on_behalf) {
+      } else if (a[l] == begin && end == begin + bytes) {
         set.spread = false;
       } else {
         break;
       }
-      set.lanes |= own.lanes;
+      set.lanes |= Mask{1} << l;
     }
     f(begin, end - begin, first, set);
   }
@@ -253,6 +253,7 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
   Cta& own = *w.cta;
   const bool checks = own.launch->options.checks;
   Actor actor = w.actor();
+  actor.lanes = w.lanes({}, 0, __builtin_ctz(bytes));
   bool others = false, unwritten = false;
   each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int lane, LaneSet set) {
     Cta* cta = &own;
@@ -266,7 +267,9 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
     if (checks) {
       const Use here = cta == &own && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
       const auto offset = static_cast<uint32_t>(shared_offset_of(begin));
-      actor.lanes = w.lanes(set, offset, on_behalf ? set.part_shift(__builtin_ctz(bytes)) : __builtin_ctz(bytes));
+      actor.lanes.set = set;
+      actor.lanes.begin = offset;
+      if (on_behalf) actor.lanes.part_shift = set.part_shift(__builtin_ctz(bytes));
       cta->shadow.access(actor, offset, static_cast<uint32_t>(size), here);
       if (use == Use::load) unwritten |= cta->shadow.loaded_unwritten();
     }

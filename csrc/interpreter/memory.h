@@ -87,7 +87,7 @@ std::string describe(const Launch&, uint64_t address);
 
 // Host pointers for the active lanes' accesses of `bytes` each (a power of two) at `address` in a state space (none:
 // generic), after bounds, alignment, race and initialisation checks. `releases`: a strong write is .release or
-// .acq_rel. `on_behalf`: where the lanes do not access memory each for itself, for whom each does.
+// .acq_rel. `on_behalf`: where the lanes do not access memory each for itself, for whom lane l does, [l % 8].
 void access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes, Use, Mask, uint8_t* host[kLanes],
             bool releases = false, const LaneSet* on_behalf = nullptr);
 // One global range, for bulk copies.

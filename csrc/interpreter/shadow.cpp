@@ -144,22 +144,21 @@ inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, u
   if constexpr (is_write(use)) {
     if (__builtin_expect(!reads_known(index, k.seen), 0)) fail_read(actor, index, number, mask, use);
   }
-  if (__builtin_expect(cell.clock > actor.lanes.floor && static_cast<int>(cell.writer) == actor.lanes.agent, 0) &&
+  if (__builtin_expect(cell.clock > actor.lanes.floor && cell.writer == actor.lanes.agent, 0) &&
       !(is_strong(use) && cell.strong)) {
     check_lanes(actor, index, number, use, lanes, true);
   }
-  if (is_write(use) && __builtin_expect(cell.read_since > actor.lanes.floor, 0) &&
-      static_cast<int>(cell.reader) == actor.lanes.agent) {
+  if (is_write(use) && __builtin_expect(cell.read_since > actor.lanes.floor, 0) && cell.reader == actor.lanes.agent) {
     check_lanes(actor, index, number, use, lanes, false);
   }
 }
 
 inline bool Shadow::reads_again(const Actor& actor, const Cell& cell) {
-  return cell.read_since > actor.lanes.floor && static_cast<int>(cell.reader) == actor.agent;
+  return cell.read_since > actor.lanes.floor && cell.reader == actor.agent;
 }
 
-inline bool Shadow::fits(const Actor& actor, const Cell& cell, LaneSet lanes) {
-  return !reads_again(actor, cell) || !(lanes.spread || cell.readers_spread) || cell.readers() == lanes;
+inline bool Shadow::fits(const Cell& cell, LaneSet lanes) {
+  return !(lanes.spread || cell.readers_spread) || cell.readers() == lanes;
 }
 
 inline void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lanes) {
@@ -180,9 +179,9 @@ inline void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lane
 }
 
 inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong, LaneSet lanes) {
-  const Cell& before = cells_[index];
-  if (before.clock == actor.now && before.write_line == actor.line && !(lanes.spread || before.writers_spread)) {
-    lanes.lanes |= before.write_lanes;  // of one instruction
+  if (const Cell& before = cells_[index]; __builtin_expect(before.clock == actor.now, 0)) {
+    const bool one = before.write_line == actor.line && !lanes.spread && !before.writers_spread;  // instruction
+    if (one) lanes.lanes |= before.write_lanes;
   }
   Cell cell;
   cell.set_writers(lanes);
@@ -222,7 +221,7 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
     } else if (use != Use::strong_read) {  // which no strong write need be ordered after
       int finest = g.shift;                // where each lane, or all that have read it, has a cell for itself
       for (uint32_t c = first; c < first + count; ++c) {
-        if (fits(actor, cells_[c], lanes(c))) continue;
+        if (!reads_again(actor, cells_[c]) || fits(cells_[c], lanes(c))) continue;
         finest = std::min({finest, lanes(c).part_shift(g.shift), cells_[c].readers().part_shift(g.shift)});
       }
       if (finest < g.shift) {
@@ -247,7 +246,7 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
       continue;
     }
     const LaneSet lanes = actor.lanes.of(number * kGranule, 4);
-    if (!is_write(use) && __builtin_expect(!fits(actor, cells_[number], lanes), 0)) {
+    if (!is_write(use) && __builtin_expect(reads_again(actor, cells_[number]), 0) && !fits(cells_[number], lanes)) {
       touch_parts<use>(actor, number * kGranule, kGranule);
       continue;
     }

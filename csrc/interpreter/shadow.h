@@ -87,18 +87,18 @@ class Shadow {
   std::string name_of(int agent) const;  // "warp 3", "warp 3 of the CTA of rank 1", "an asynchronous operation"
 
  private:
-  struct Cell {
+  struct alignas(32) Cell {
     Clock clock = 0;  // of the last write, by `writer`
     uint32_t write_line = 0, read_line = 0;
-    uint32_t writer : 10, reader : 10, strong : 1, async : 1;  // the last two: of the write
-    uint32_t writers_spread : 1, readers_spread : 1;
+    int16_t writer = 0, reader = 0;
     // Lanes of writer and reader. What the reader has read since the clock counts as of then, as far as its own lanes
     // go: they may know of an earlier read, and a later one by another lane is no reason to ask more of them.
     Mask write_lanes = 0, read_lanes = 0;
     Clock read_since = 0;
-    Cell() : writer(0), reader(0), strong(0), async(0), writers_spread(0), readers_spread(0) {}
-    LaneSet writers() const { return {write_lanes, writers_spread != 0}; }
-    LaneSet readers() const { return {read_lanes, readers_spread != 0}; }
+    bool writers_spread = false, readers_spread = false;
+    bool strong = false, async = false;  // of the write
+    LaneSet writers() const { return {write_lanes, writers_spread}; }
+    LaneSet readers() const { return {read_lanes, readers_spread}; }
     void set_writers(LaneSet s) { write_lanes = s.lanes, writers_spread = s.spread; }
     void set_readers(LaneSet s) { read_lanes = s.lanes, readers_spread = s.spread; }
   };
@@ -130,7 +130,7 @@ class Shadow {
   // Whether the warp's own lanes have read the cell so recently that those of before must be kept, and then whether one
   // set can hold both.
   static bool reads_again(const Actor&, const Cell&);
-  static bool fits(const Actor&, const Cell&, LaneSet);
+  static bool fits(const Cell&, LaneSet);
   void split(uint32_t number, int shift);
   void make_room();
   void meet(const Actor&);  // before it reads: it might be the first that is none of the CTA's warps

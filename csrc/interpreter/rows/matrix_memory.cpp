@@ -15,10 +15,16 @@ struct Rows {
   int matrices;
   bool transposed;
   AddressOperand place;
+  LaneSet holders[8];  // of what each row of a matrix has
 };
 
-// Where the rows of every matrix are, after all checks. Lane l gives an address on behalf of the lanes on_behalf[l].
-void find_rows(Warp& w, const Instruction& i, Use use, const LaneSet on_behalf[kLanes], uint8_t* host[kLanes]) {
+// The whole warp loads, and not whom an element of a row goes to: the ISA has it load collectively.
+constexpr LaneSet kEverybody[8] = {{kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false},
+                                   {kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false}};
+
+// Where the rows of every matrix are, after all checks. Lane l gives an address on behalf of the lanes
+// on_behalf[l % 8].
+void find_rows(Warp& w, const Instruction& i, Use use, const LaneSet on_behalf[8], uint8_t* host[kLanes]) {
   const Rows& how = *static_cast<const Rows*>(i.data);
   const Mask lanes = how.matrices == 4 ? kAllLanes : (Mask{1} << how.matrices * 8) - 1;
   uint64_t address[kLanes];
@@ -47,10 +53,7 @@ Step ldmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  // The whole warp loads, not whom an element of a row goes to: the ISA has it load collectively.
-  LaneSet everybody[kLanes];
-  std::fill(std::begin(everybody), std::end(everybody), LaneSet{kAllLanes, false});
-  find_rows(w, i, Use::load, everybody, host);
+  find_rows(w, i, Use::load, kEverybody, host);
   const Mask unwritten = std::exchange(w.unwritten, 0);
   for (int n = 0; n < how.matrices; ++n) {
     if (i.operand[n] == kSink) continue;
@@ -70,9 +73,7 @@ Step stmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  LaneSet holders[kLanes];
-  for (int l = 0; l < kLanes; ++l) holders[l] = {lanes_of_rows(Mask{1} << l % 8, how.transposed), true};
-  find_rows(w, i, Use::write, holders, host);
+  find_rows(w, i, Use::write, how.holders, host);
   for (int n = 0; n < how.matrices; ++n) {
     alignas(64) uint32_t turned[kLanes];
     const uint32_t* rows = w.operand<uint32_t>(i, 1 + n);
@@ -101,6 +102,7 @@ Rows& bind_rows(Bind& b) {
   Rows& how = b.data<Rows>();
   how.matrices = b.slot(4)[1] - '0';
   how.transposed = b.has("trans");
+  for (int r = 0; r < 8; ++r) how.holders[r] = {lanes_of_rows(Mask{1} << r, how.transposed), true};
   return how;
 }
 
