@@ -24,7 +24,7 @@ namespace forwardpass::interpreter {
 // equal parts.
 struct LaneSet {
   Mask lanes = 0;
-  bool spread = false;
+  uint32_t spread = false;  // as wide as lanes: the set is one register
   bool operator==(const LaneSet& other) const { return lanes == other.lanes && spread == other.spread; }
   // log2 of the bytes that a lane touches of 1 << shift.
   int part_shift(int shift) const { return spread ? shift - __builtin_ctz(__builtin_popcount(lanes)) : shift; }
@@ -75,6 +75,10 @@ struct LaneRange {
   LaneSet set;
   const LaneOrder* order = nullptr;
 
+  void place(uint32_t from, LaneSet lanes) {
+    begin = from;
+    set = lanes;
+  }
   LaneSet of(uint32_t at, int shift) const { return set.part(part_shift, at - begin, shift); }
 };
 

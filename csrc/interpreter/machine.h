@@ -141,10 +141,8 @@ struct alignas(64) Warp {
   void branch(Mask taken, uint32_t target);  // lanes of the running strand that jump; the others fall through
 
   Actor actor(Proxy p = Proxy::generic) const { return {agent, knowledge.seen.at[agent], &knowledge, p, line(), {}}; }
-  // Of a range of shared memory from `begin` on, 1 << part_shift bytes a lane where they are spread.
-  LaneRange lanes(LaneSet set, uint64_t begin, int part_shift) const {
-    return {agent, lane_order.floor(), static_cast<uint32_t>(begin), part_shift, set, &lane_order};
-  }
+  // Of a range of shared memory that is still to be placed, 1 << part_shift bytes a lane where they are spread.
+  LaneRange lanes(int part_shift = 0) const { return {agent, lane_order.floor(), 0, part_shift, {}, &lane_order}; }
   uint32_t line() const { return frame->code->statements[strands[running].pc]->line; }
   void release() { ++knowledge.seen.at[agent]; }  // after giving away what it knows
   void acquire(Mask lanes, const Knowledge& k) {

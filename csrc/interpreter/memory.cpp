@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "global_shadow.h"
+#include "lanes.h"
 #include "machine.h"
 #include "undefined.h"
 
@@ -222,20 +223,27 @@ namespace {
 // its part, or that all touch all of it.
 template <class F>
 inline void each_lane_range(const uint64_t a[kLanes], int bytes, Mask mask, const LaneSet* on_behalf, F&& f) {
-  const bool together = on_behalf && !on_behalf->spread;  // everybody touches everything
-  if (mask == kAllLanes && (!on_behalf || together)) {
+  if (on_behalf) {
+    if (on_behalf->spread) {
+      each_lane(mask, [&](int l) { f(a[l], static_cast<uint64_t>(bytes), l, on_behalf[l % 8]); });
+    } else {  // all touch everything
+      each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) { f(begin, size, lane, *on_behalf); });
+    }
+    return;
+  }
+  if (mask == kAllLanes) {
     uint64_t apart = 0;
     for (int l = 0; l < kLanes; ++l) apart |= a[l] ^ (a[0] + static_cast<uint32_t>(l * bytes));
-    if (!apart) return f(a[0], static_cast<uint64_t>(bytes) * kLanes, 0, LaneSet{kAllLanes, !together});
+    if (!apart) return f(a[0], static_cast<uint64_t>(bytes) * kLanes, 0, LaneSet{kAllLanes, true});
   }
   while (mask) {
     const int first = __builtin_ctz(mask);
     const uint64_t begin = a[first];
-    LaneSet set = on_behalf ? on_behalf[first % 8] : LaneSet{Mask{1} << first, true};
+    LaneSet set{Mask{1} << first, true};
     uint64_t end = begin + bytes;
-    for (mask &= mask - 1; mask && (!on_behalf || together); mask &= mask - 1) {
+    for (mask &= mask - 1; mask; mask &= mask - 1) {
       const int l = __builtin_ctz(mask);
-      if (a[l] == end && (together || set.spread)) {
+      if (a[l] == end && set.spread) {
         end += bytes;
       } else if (a[l] == begin && end == begin + bytes) {
         set.spread = false;
@@ -253,9 +261,10 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
   Cta& own = *w.cta;
   const bool checks = own.launch->options.checks;
   Actor actor = w.actor();
-  actor.lanes = w.lanes({}, 0, __builtin_ctz(bytes));
+  actor.lanes = w.lanes(__builtin_ctz(bytes));
+  if (on_behalf) actor.lanes.part_shift = on_behalf->part_shift(actor.lanes.part_shift);  // the same for each row
   bool others = false, unwritten = false;
-  each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int lane, LaneSet set) {
+  each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int lane, const LaneSet& set) {
     Cta* cta = &own;
     if (__builtin_expect(begin > own.shared.size() || size > own.shared.size() - begin, 0)) {
       const bool cluster = space == ptx::Space::shared_cluster;
@@ -267,9 +276,7 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
     if (checks) {
       const Use here = cta == &own && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
       const auto offset = static_cast<uint32_t>(shared_offset_of(begin));
-      actor.lanes.set = set;
-      actor.lanes.begin = offset;
-      if (on_behalf) actor.lanes.part_shift = set.part_shift(__builtin_ctz(bytes));
+      actor.lanes.place(offset, set);
       cta->shadow.access(actor, offset, static_cast<uint32_t>(size), here);
       if (use == Use::load) unwritten |= cta->shadow.loaded_unwritten();
     }

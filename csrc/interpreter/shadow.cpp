@@ -144,7 +144,7 @@ inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, u
   if constexpr (is_write(use)) {
     if (__builtin_expect(!reads_known(index, k.seen), 0)) fail_read(actor, index, number, mask, use);
   }
-  if (__builtin_expect(cell.clock > actor.lanes.floor && cell.writer == actor.lanes.agent, 0) &&
+  if (__builtin_expect((cell.clock > actor.lanes.floor) & (cell.writer == actor.lanes.agent), 0) &&
       !(is_strong(use) && cell.strong)) {
     check_lanes(actor, index, number, use, lanes, true);
   }
@@ -154,7 +154,7 @@ inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, u
 }
 
 inline bool Shadow::reads_again(const Actor& actor, const Cell& cell) {
-  return cell.read_since > actor.lanes.floor && cell.reader == actor.agent;
+  return (cell.read_since > actor.lanes.floor) & (cell.reader == actor.agent);
 }
 
 inline bool Shadow::fits(const Cell& cell, LaneSet lanes) {
@@ -180,8 +180,8 @@ inline void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lane
 
 inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong, LaneSet lanes) {
   if (const Cell& before = cells_[index]; __builtin_expect(before.clock == actor.now, 0)) {
-    const bool one = before.write_line == actor.line && !lanes.spread && !before.writers_spread;  // instruction
-    if (one) lanes.lanes |= before.write_lanes;
+    const bool one = before.writer == actor.agent && before.write_line == actor.line;  // instruction
+    if (one && !lanes.spread && !before.writers_spread) lanes.lanes |= before.write_lanes;
   }
   Cell cell;
   cell.set_writers(lanes);

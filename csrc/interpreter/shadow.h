@@ -99,8 +99,8 @@ class Shadow {
     bool strong = false, async = false;  // of the write
     LaneSet writers() const { return {write_lanes, writers_spread}; }
     LaneSet readers() const { return {read_lanes, readers_spread}; }
-    void set_writers(LaneSet s) { write_lanes = s.lanes, writers_spread = s.spread; }
-    void set_readers(LaneSet s) { read_lanes = s.lanes, readers_spread = s.spread; }
+    void set_writers(LaneSet s) { write_lanes = s.lanes, writers_spread = s.spread != 0; }
+    void set_readers(LaneSet s) { read_lanes = s.lanes, readers_spread = s.spread != 0; }
   };
   struct Doubt {
     uint32_t number;  // of the granule

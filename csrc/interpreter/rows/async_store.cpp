@@ -79,7 +79,8 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
     }
     use_mbarrier(w, target, barrier.offset);
     if (!checked(target)) continue;
-    actor.lanes = w.lanes({Mask{1} << l, false}, 0, 0);
+    actor.lanes = w.lanes();
+    actor.lanes.set = {Mask{1} << l, false};
     if (form.reduce) {
       target.shadow.atomic(actor, s->to[l].offset, s->bytes);
     } else {

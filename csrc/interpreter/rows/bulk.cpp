@@ -175,7 +175,8 @@ void check_global(Warp& w, Transfer& t, Use use, int lane) {
 // The operation as it begins: of what the lanes of its warp do it knows what the one that issues it knows.
 Actor issued_by(Warp& w, const Transfer& t, int lane) {
   Actor actor = w.cta->cluster->async_actor(t.agent);
-  actor.lanes = w.lanes({Mask{1} << lane, false}, 0, 0);
+  actor.lanes = w.lanes();
+  actor.lanes.set = {Mask{1} << lane, false};
   return actor;
 }
 

@@ -52,9 +52,6 @@ struct Copy final : Pending {
       f(to[first], (l - first + 1) * bytes, (kAllLanes >> (kLanes - 1 - l + first)) << first);
     }
   }
-  LaneRange lanes_of(const Cta& cta, uint32_t begin, Mask lanes) const {
-    return cta.warps[warp].lanes({lanes, true}, begin, __builtin_ctz(bytes));
-  }
   // What lands becomes known to the thread that waits, and to no other of its warp (ISA 9.7.9.25.3.3).
   void land(Cta& cta, const Actor& actor, Mask lanes) {
     cta.cluster->complete(*this);
@@ -65,8 +62,9 @@ struct Copy final : Pending {
     // is silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
     Actor a = acting(*this, actor);
     a.proxy = Proxy::async;
+    a.lanes = cta.warps[warp].lanes(__builtin_ctz(bytes));
     ranges(lanes, [&](uint32_t begin, uint32_t n, Mask of) {
-      a.lanes = lanes_of(cta, begin, of);
+      a.lanes.place(begin, {of, true});
       cta.shadow.land(a, begin, n);
     });
   }
@@ -154,9 +152,9 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
   }
   if (checked(cta)) {
     Actor actor = w.actor();
-    all.warp = w.id;
+    actor.lanes = w.lanes(__builtin_ctz(form.bytes));
     all.ranges(mask, [&](uint32_t begin, uint32_t n, Mask lanes) {
-      actor.lanes = all.lanes_of(cta, begin, lanes);
+      actor.lanes.place(begin, {lanes, true});
       cta.shadow.take_off(actor, begin, n);
       std::memset(cta.shared.data() + begin, kPoison, n);
     });
@@ -164,6 +162,7 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
   CpAsync& state = state_of(w);
   all.instruction = &i;
   all.code = w.frame->code;
+  all.warp = w.id;
   for (Mask rest = mask; rest;) {
     const uint64_t group = state.committed[__builtin_ctz(rest)];
     Mask same = 0;
