@@ -105,6 +105,10 @@ inline void Shadow::each_granule(uint32_t begin, uint32_t bytes, F f) {
   for (uint32_t number = begin / kGranule, at = number * kGranule; at < end; ++number, at += kGranule) {
     const uint32_t low = begin > at ? begin - at : 0, high = std::min(end - at, kGranule);
     Granule& g = granules_[number];
+    if (high - low == kGranule && g.shift == 4) {  // the rule
+      f(g, number, 0xffff, number, 1);
+      continue;
+    }
     const int shift = __builtin_ctz(low | high | kGranule);
     if (g.shift > shift) split(number, shift);
     const uint32_t first = g.shift == 4 ? number : g.split + (low >> g.shift);
@@ -241,7 +245,8 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
   const uint32_t end = (begin + bytes) / kGranule;
   for (uint32_t number = begin / kGranule; number < end; ++number) {
     Granule& g = granules_[number];
-    if (__builtin_expect(g.shift != 4 || g.written != 0xffff || g.flying || g.mbarriers, 0)) {
+    const bool unwritten = is_read(use) && g.written != 0xffff;
+    if (__builtin_expect(g.shift != 4 || unwritten || g.flying || g.mbarriers, 0)) {
       touch_parts<use>(actor, number * kGranule, kGranule);
       continue;
     }
@@ -252,6 +257,7 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
     }
     check<use>(actor, number, number, 0xffff, lanes);
     if constexpr (is_write(use)) {
+      g.written = 0xffff;
       record_write(actor, number, is_strong(use), lanes);
     } else if (use != Use::strong_read) {
       record_read(actor, number, lanes);
