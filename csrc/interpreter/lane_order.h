@@ -1,8 +1,8 @@
 #pragma once
 // Happens-before among the lanes of one warp. To the shadow a warp is one agent, whose accesses follow each other; its
 // lanes are threads of their own, though, that nothing orders but bar.warp.sync, a barrier, or what one of them
-// releases and another acquires. To execute one instruction together, be it shfl.sync or ldmatrix, orders no memory
-// (ISA 8.7).
+// releases and another acquires. To execute one instruction together, be it shfl.sync or ldmatrix, orders no memory: of
+// what is .sync the ISA says so of barriers alone (9.7.13.1 to 9.7.13.3).
 //
 // A lane's access is as old as the warp's clock was, which grows whenever the warp releases something. What the warp
 // did up to `floor` is known to all of its lanes. Where only some of them have met (a mask that names half a warp, one

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from ptx import interpreter
+from ptx import interpreter, kernel
 from test_shadow import always, silent
 
 import forwardpass as fp
@@ -86,7 +86,9 @@ ORDERLESS = {
     "fence": "fence.acq_rel.cta;\nfence.proxy.async;",
     "release": "mbarrier.arrive.shared.b64 _, [%s+2048];",
     "elsewhere": "red.release.cta.shared.add.u32 [%s+1024], 1;\nld.acquire.cta.shared.u32 %r10, [%s+1536];",
-    "bar.warp.sync of each alone": "\n".join(f"setp.eq.u32 %p6, %r1, {lane};\n@%p6 bar.warp.sync {1 << lane};" for lane in range(32)),
+    "bar.warp.sync of each alone": "\n".join(
+        f"setp.eq.u32 %p6, %r1, {lane};\n@%p6 bar.warp.sync {1 << lane};" for lane in range(32)
+    ),
 }  # fmt: skip
 
 
@@ -127,7 +129,9 @@ def test_the_finding_says_who_and_where():
     assert (f.warp, f.lane, f.address) == (0, 9, 18)
     lines = [int(n) for n in re.findall(r"PTX line (\d+)", f.message)]
     assert lines == [f.ptx_line, f.ptx_line - 2]
-    assert "read by lane 9 at" in f.message and "of shared 0x12..0x13" in f.message and "write by lane 0 at" in f.message
+    assert (
+        "read by lane 9 at" in f.message and "of shared 0x12..0x13" in f.message and "write by lane 0 at" in f.message
+    )
 
 
 # ---- What needs no order ----
@@ -142,7 +146,8 @@ def test_the_finding_says_who_and_where():
         st.shared.v4.u32 [%r5], {%t, %t, %t, 1};""",
         "neighbouring bytes": "add.u32 %r4, %s, %r1;\nst.shared.u8 [%r4], 1;\nld.shared.u8 %r7, [%r4];\nst.shared.u8 [%r4], 2;",
         "neighbouring halves": "mad.lo.u32 %r4, %r1, 2, %s;\nst.shared.u16 [%r4], 1;\nld.shared.u16 %r7, [%r4];",
-        "loads of others": "ld.shared.u32 %r4, [%r3];\nld.shared.u32 %r4, [%r2];\nld.shared.v4.u32 {%r20, %r21, %r22, %r23}, [%r6];",
+        "loads of others": """ld.shared.u32 %r4, [%r3];\nld.shared.u32 %r4, [%r2];
+        ld.shared.v4.u32 {%r20, %r21, %r22, %r23}, [%r6];""",
         "equal bytes": "st.shared.u32 [%r2], 7;\nst.shared.u32 [%r3], 7;",
         "one instruction": "and.b32 %r4, %r1, 3;\nmad.lo.u32 %r4, %r4, 4, %s;\nst.shared.u32 [%r4], %t;",
         "volatile": "st.volatile.shared.u32 [%r2], %t;\nld.volatile.shared.u32 %r4, [%r3];\nst.volatile.shared.u32 [%r2], 1;",
@@ -200,7 +205,9 @@ def test_a_later_meeting_is_not_taken_for_an_earlier_one():
 
 def test_who_waits_for_an_mbarrier_learns_alone():
     """One lane waits for what all have arrived at; the others, who arrived too, may not read what they have not waited for."""
-    arrive = "st.shared.u32 [%r2], %t;\nmbarrier.arrive.shared.b64 _, [%s+2048];\n@!%p3 bra OTHERS;\n" + WAIT.format("AGAIN", 2048)
+    arrive = "st.shared.u32 [%r2], %t;\nmbarrier.arrive.shared.b64 _, [%s+2048];\n@!%p3 bra OTHERS;\n" + WAIT.format(
+        "AGAIN", 2048
+    )
     quiet(PLACES + arrive + "\nld.shared.u32 %r4, [%r3];\nOTHERS:")
     race(PLACES + arrive + "\nOTHERS: ld.shared.u32 %r4, [%r3];")
     quiet(PLACES + arrive + "\nOTHERS: bar.warp.sync -1;\nld.shared.u32 %r4, [%r3];")
@@ -255,10 +262,8 @@ def test_a_loop_of_one_lane():
     st.shared.u32 [%r2], 1;""")  # fmt: skip
 
 
-def test_the_results_of_checks_off_are_not_looked_at():
+def test_without_checks_nothing_is_looked_at():
     with fp.interpret("sm_90a", checks=False):
-        from ptx import kernel
-
         x = torch.zeros(512, dtype=torch.int32)
         text = "mov.u32 %r1, %t;\n" + PLACES + "st.shared.u32 [%r2], %t;\nld.shared.u32 %r4, [%r3];"
         interpreter.Module(kernel(text, [x], block=32))["k"].launch(1, 32, [x])
