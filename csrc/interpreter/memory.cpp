@@ -4,7 +4,6 @@
 #include <mutex>
 
 #include "global_shadow.h"
-#include "lanes.h"
 #include "machine.h"
 #include "undefined.h"
 
@@ -225,7 +224,10 @@ template <class F>
 inline void each_lane_range(const uint64_t a[kLanes], int bytes, Mask mask, const LaneSet* on_behalf, F&& f) {
   if (on_behalf) {
     if (on_behalf->spread) {
-      each_lane(mask, [&](int l) { f(a[l], static_cast<uint64_t>(bytes), l, on_behalf[l % 8]); });
+      for (; mask; mask &= mask - 1) {
+        const int l = __builtin_ctz(mask);
+        f(a[l], static_cast<uint64_t>(bytes), l, on_behalf[l % 8]);
+      }
     } else {  // all touch everything
       each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) { f(begin, size, lane, *on_behalf); });
     }
