@@ -65,6 +65,7 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   for (Warp* w : warps) {
     w->knowledge = start;
     w->knowledge.seen.at[w->agent] = base;
+    w->lane_order.begin(base - 1);
     w->random_state = mix(random_state_ + w->agent - kFirstWarp);
     w->strands.push_back({w->enter(*l.code, nullptr, nullptr, w->exists), 0, w->exists});
     w->frame = w->strands[0].frame;

@@ -96,6 +96,7 @@ struct alignas(64) Warp {
   uint64_t polled_at = 0;              // and at the failed looks at an mbarrier that `polls` counts
   int polls = 0;
   Knowledge knowledge;
+  LaneOrder lane_order;
   std::unique_ptr<Knowledge> fenced;  // at its last fence: what a relaxed arrival at the cluster's barrier gives away
   RegionCache regions;
   uint64_t random_state = 0;
@@ -139,10 +140,16 @@ struct alignas(64) Warp {
   void return_values(Mask lanes);            // from the running frame's .param space to the caller's
   void branch(Mask taken, uint32_t target);  // lanes of the running strand that jump; the others fall through
 
-  Actor actor(Proxy p = Proxy::generic) const { return {agent, knowledge.seen.at[agent], &knowledge, p, line()}; }
+  Actor actor(Proxy p = Proxy::generic) const { return {agent, knowledge.seen.at[agent], &knowledge, p, line(), {}}; }
+  // Of a range of shared memory that is still to be placed, 1 << part_shift bytes a lane where they are spread.
+  LaneRange lanes(int part_shift = 0) const { return {agent, lane_order.floor(), 0, part_shift, {}, &lane_order}; }
   uint32_t line() const { return frame->code->statements[strands[running].pc]->line; }
   void release() { ++knowledge.seen.at[agent]; }  // after giving away what it knows
-  uint32_t random();                              // seeded, one stream per warp
+  void acquire(Mask lanes, const Knowledge& k) {
+    if (k.seen.width > agent) lane_order.learn(lanes, live, k.seen.at[agent]);
+    knowledge.join(k);
+  }
+  uint32_t random();  // seeded, one stream per warp
 
   // A finding at the instruction that runs: file, line, kernel, block, warp are filled in by whoever catches it.
   [[noreturn]] void fail(Kind, std::string message, int lane = -1) const;
@@ -216,7 +223,7 @@ struct Cluster {
   int async_agent(const Warp& issuer);
   Clock async_now(int agent) const { return async[agent].seen.at[agent]; }
   Actor async_actor(int agent, Proxy p = Proxy::async) const {
-    return {agent, async_now(agent), &async[agent], p, async_line[agent]};
+    return {agent, async_now(agent), &async[agent], p, async_line[agent], {}};
   }
   void complete(Pending&);  // at once; no-op when done
   void happened() { ++events; }

@@ -78,11 +78,11 @@ std::string Memory::describe(uint64_t address) const {
   return words;
 }
 
-void SyncPoints::meet(Knowledge& mine, uint64_t line) {
+void SyncPoints::meet(Warp& w, Mask lanes, uint64_t line) {
   if (slots_.empty()) slots_.resize(kSlots);
   Knowledge& slot = slots_[(line * 0x9e3779b97f4a7c15u) >> 58];
-  mine.join(slot);
-  slot = mine;
+  w.acquire(lanes, slot);
+  slot = w.knowledge;
 }
 
 namespace {
@@ -218,13 +218,55 @@ Cta& shared_range(Warp& w, uint64_t address, uint64_t bytes, bool cluster, Use u
 
 namespace {
 
+// f(begin, bytes, a lane, those that touch it) for ranges of the lanes of a mask: lanes that are neighbours, each with
+// its part, or that all touch all of it.
+template <class F>
+inline void each_lane_range(const uint64_t a[kLanes], int bytes, Mask mask, const LaneSet* on_behalf, F&& f) {
+  if (on_behalf) {
+    if (on_behalf->spread) {
+      for (; mask; mask &= mask - 1) {
+        const int l = __builtin_ctz(mask);
+        f(a[l], static_cast<uint64_t>(bytes), l, on_behalf[l % 8]);
+      }
+    } else {  // all touch everything
+      each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) { f(begin, size, lane, *on_behalf); });
+    }
+    return;
+  }
+  if (mask == kAllLanes) {
+    uint64_t apart = 0;
+    for (int l = 0; l < kLanes; ++l) apart |= a[l] ^ (a[0] + static_cast<uint32_t>(l * bytes));
+    if (!apart) return f(a[0], static_cast<uint64_t>(bytes) * kLanes, 0, LaneSet{kAllLanes, true});
+  }
+  while (mask) {
+    const int first = __builtin_ctz(mask);
+    const uint64_t begin = a[first];
+    LaneSet set{Mask{1} << first, true};
+    uint64_t end = begin + bytes;
+    for (mask &= mask - 1; mask; mask &= mask - 1) {
+      const int l = __builtin_ctz(mask);
+      if (a[l] == end && set.spread) {
+        end += bytes;
+      } else if (a[l] == begin && end == begin + bytes) {
+        set.spread = false;
+      } else {
+        break;
+      }
+      set.lanes |= Mask{1} << l;
+    }
+    f(begin, end - begin, first, set);
+  }
+}
+
 void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int bytes, Use use, Mask mask,
-                   uint8_t* host[kLanes]) {
+                   uint8_t* host[kLanes], const LaneSet* on_behalf) {
   Cta& own = *w.cta;
   const bool checks = own.launch->options.checks;
-  const Actor actor = w.actor();
+  Actor actor = w.actor();
+  actor.lanes = w.lanes(__builtin_ctz(bytes));
+  if (on_behalf) actor.lanes.part_shift = on_behalf->part_shift(actor.lanes.part_shift);  // the same for each row
   bool others = false, unwritten = false;
-  each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) {
+  each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int lane, const LaneSet& set) {
     Cta* cta = &own;
     if (__builtin_expect(begin > own.shared.size() || size > own.shared.size() - begin, 0)) {
       const bool cluster = space == ptx::Space::shared_cluster;
@@ -235,7 +277,9 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
     }
     if (checks) {
       const Use here = cta == &own && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
-      cta->shadow.access(actor, static_cast<uint32_t>(shared_offset_of(begin)), static_cast<uint32_t>(size), here);
+      const auto offset = static_cast<uint32_t>(shared_offset_of(begin));
+      actor.lanes.place(offset, set);
+      cta->shadow.access(actor, offset, static_cast<uint32_t>(size), here);
       if (use == Use::load) unwritten |= cta->shadow.loaded_unwritten();
     }
   });
@@ -276,12 +320,12 @@ void access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_
 }
 
 // What strong accesses to shared and global memory teach: before the access, as a release must not cover it.
-void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, bool releases) {
+void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask mask, bool releases) {
   uint64_t last = ~uint64_t{0};
   for (int l = 0; l < kLanes; ++l) {
     uint64_t line = a[l] >> 7;
     if (shared) line = (a[l] >> kRankShift ? a[l] : cluster_address(w.cta->rank, a[l])) >> 7 | uint64_t{1} << 60;
-    if (line != last) w.cta->cluster->sync_points.meet(w.knowledge, line);
+    if (line != last) w.cta->cluster->sync_points.meet(w, mask, line);
     last = line;
   }
   Launch& l = *w.cta->launch;
@@ -293,7 +337,7 @@ void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, bool r
 }  // namespace
 
 void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes, Use use, Mask mask,
-            uint8_t* host[kLanes], bool releases) {
+            uint8_t* host[kLanes], bool releases, const LaneSet* on_behalf) {
   using ptx::Space;
   // Lanes that do not take part repeat the first that does.
   uint64_t a[kLanes];
@@ -340,20 +384,21 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   if (space == Space::local) return access_local(w, lanes, bytes, use, mask, host);
   if (space == Space::param) return access_param(w, lanes, bytes, use, mask, host);
   const bool shared = space == Space::shared || space == Space::shared_cluster;
-  if (is_strong(use)) synchronise(w, shared, lanes, use, releases);
+  if (is_strong(use)) synchronise(w, shared, lanes, use, mask, releases);
   try {
     if (shared) {
-      access_shared(w, space, lanes, bytes, use, mask, host);
+      access_shared(w, space, lanes, bytes, use, mask, host, on_behalf);
     } else {
       access_global(w, lanes, bytes, use, host);
     }
   } catch (Finding& f) {  // of a range: whose lane is it?
     const auto shared_or = [&](uint64_t a) { return shared ? shared_offset_of(a) : a; };
+    const bool known = f.lane >= 0;
     if (!shared && f.kind == Kind::out_of_bounds) {
       for (int l = 0; l < kLanes; ++l)
         if (mask >> l & 1) global_region(w, lanes[l], bytes, use, l);
     }
-    for (int l = kLanes - 1; l >= 0; --l)
+    for (int l = kLanes - 1; l >= 0 && !known; --l)
       if ((mask >> l & 1) && f.has_address && f.address - shared_or(lanes[l]) < static_cast<uint64_t>(bytes))
         f.lane = l;
     throw;

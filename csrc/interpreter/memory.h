@@ -75,7 +75,7 @@ struct RegionCache {
 class SyncPoints {
  public:
   void reset() { slots_.clear(); }
-  void meet(Knowledge&, uint64_t line);
+  void meet(Warp&, Mask lanes, uint64_t line);
 
  private:
   static constexpr size_t kSlots = 64;
@@ -87,9 +87,9 @@ std::string describe(const Launch&, uint64_t address);
 
 // Host pointers for the active lanes' accesses of `bytes` each (a power of two) at `address` in a state space (none:
 // generic), after bounds, alignment, race and initialisation checks. `releases`: a strong write is .release or
-// .acq_rel.
+// .acq_rel. `on_behalf`: where the lanes do not access memory each for itself, for whom lane l does, [l % 8].
 void access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes, Use, Mask, uint8_t* host[kLanes],
-            bool releases = false);
+            bool releases = false, const LaneSet* on_behalf = nullptr);
 // One global range, for bulk copies.
 uint8_t* access_global(Warp&, uint64_t address, uint64_t bytes, Use, int lane);
 // The CTA whose shared memory has the range, its own or, for .shared::cluster, one of the cluster; the range begins at

@@ -89,6 +89,12 @@ void Shadow::split(uint32_t number, int shift) {
     copy_row(reads_, columns_, source, target);
     if (any_other_) copy_row(other_reads_, other_columns_, source, target);
   }
+  for (int k = 0; k < count; ++k) {  // of the lanes those that touched this part
+    Cell& cell = cells_[g.split + k];
+    const uint32_t offset = (k << shift) & ((1u << g.shift) - 1);
+    cell.set_writers(cell.writers().part(cell.writers().part_shift(g.shift), offset, shift));
+    cell.set_readers(cell.readers().part(cell.readers().part_shift(g.shift), offset, shift));
+  }
   g.shift = static_cast<uint8_t>(shift);
 }
 
@@ -99,6 +105,10 @@ inline void Shadow::each_granule(uint32_t begin, uint32_t bytes, F f) {
   for (uint32_t number = begin / kGranule, at = number * kGranule; at < end; ++number, at += kGranule) {
     const uint32_t low = begin > at ? begin - at : 0, high = std::min(end - at, kGranule);
     Granule& g = granules_[number];
+    if (high - low == kGranule && g.shift == 4) {  // the rule
+      f(g, number, 0xffff, number, 1);
+      continue;
+    }
     const int shift = __builtin_ctz(low | high | kGranule);
     if (g.shift > shift) split(number, shift);
     const uint32_t first = g.shift == 4 ? number : g.split + (low >> g.shift);
@@ -123,8 +133,13 @@ inline bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
   return _mm256_testz_si256(any, any);
 }
 
+inline uint32_t Shadow::address_of(uint32_t index, uint32_t number) const {
+  const Granule& g = granules_[number];
+  return number * kGranule + (g.shift == 4 ? 0 : (index - g.split) << g.shift);
+}
+
 template <Use use>
-inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask) {
+inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, LaneSet lanes) {
   const Cell& cell = cells_[index];
   const Knowledge& k = *actor.knowledge;
   const bool seen = cell.clock <= k.seen.at[cell.writer] || (is_strong(use) && cell.strong);
@@ -133,20 +148,47 @@ inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, u
   if constexpr (is_write(use)) {
     if (__builtin_expect(!reads_known(index, k.seen), 0)) fail_read(actor, index, number, mask, use);
   }
+  if (__builtin_expect((cell.clock > actor.lanes.floor) & (cell.writer == actor.lanes.agent), 0) &&
+      !(is_strong(use) && cell.strong)) {
+    check_lanes(actor, index, number, use, lanes, true);
+  }
+  if (is_write(use) && __builtin_expect(cell.read_since > actor.lanes.floor, 0) && cell.reader == actor.lanes.agent) {
+    check_lanes(actor, index, number, use, lanes, false);
+  }
 }
 
-inline void Shadow::record_read(const Actor& actor, uint32_t index) {
+inline bool Shadow::reads_again(const Actor& actor, const Cell& cell) {
+  return (cell.read_since > actor.lanes.floor) & (cell.reader == actor.agent);
+}
+
+inline bool Shadow::fits(const Cell& cell, LaneSet lanes) {
+  return !(lanes.spread || cell.readers_spread) || cell.readers() == lanes;
+}
+
+inline void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lanes) {
   if (own(actor.agent)) {
     reads_[static_cast<size_t>(index) * columns_ + actor.agent - first_] = actor.now;
   } else {
     other_reads_[static_cast<size_t>(index) * other_columns_ + actor.agent] = actor.now;
   }
-  cells_[index].read_line = actor.line;
-  cells_[index].reader = actor.agent;
+  Cell& cell = cells_[index];
+  cell.read_line = actor.line;
+  if (__builtin_expect(reads_again(actor, cell), 0)) {
+    cell.read_lanes |= lanes.lanes;  // spread or not, both are: fits()
+    return;
+  }
+  cell.reader = actor.agent;
+  cell.read_since = actor.now;
+  cell.set_readers(lanes);
 }
 
-inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong) {
+inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong, LaneSet lanes) {
+  if (const Cell& before = cells_[index]; __builtin_expect(before.clock == actor.now, 0)) {
+    const bool one = before.writer == actor.agent && before.write_line == actor.line;  // instruction
+    if (one && !lanes.spread && !before.writers_spread) lanes.lanes |= before.write_lanes;
+  }
   Cell cell;
+  cell.set_writers(lanes);
   cell.clock = actor.now;
   cell.writer = actor.agent;
   cell.write_line = actor.line;
@@ -170,7 +212,8 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
     const bool unwritten = is_read(use) && (mask & ~g.written);
     if (__builtin_expect(unwritten || (mask & g.flying) || g.mbarriers, 0)) check_state(actor, g, number, mask, use);
     if constexpr (use == Use::load) loaded_unwritten_ |= unwritten;
-    for (uint32_t c = first; c < first + count; ++c) check<use>(actor, c, number, mask);
+    const auto lanes = [&](uint32_t c) { return actor.lanes.of(address_of(c, number), g.shift); };
+    for (uint32_t c = first; c < first + count; ++c) check<use>(actor, c, number, mask, lanes(c));
     if constexpr (is_write(use)) {
       g.written |= mask;
       if (mask == 0xffff && g.shift != 4) {  // one writer of the whole: no need for parts any more
@@ -178,9 +221,19 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
         first = number;
         count = 1;
       }
-      for (uint32_t c = first; c < first + count; ++c) record_write(actor, c, is_strong(use));
+      for (uint32_t c = first; c < first + count; ++c) record_write(actor, c, is_strong(use), lanes(c));
     } else if (use != Use::strong_read) {  // which no strong write need be ordered after
-      for (uint32_t c = first; c < first + count; ++c) record_read(actor, c);
+      int finest = g.shift;                // where each lane, or all that have read it, has a cell for itself
+      for (uint32_t c = first; c < first + count; ++c) {
+        if (!reads_again(actor, cells_[c]) || fits(cells_[c], lanes(c))) continue;
+        finest = std::min({finest, lanes(c).part_shift(g.shift), cells_[c].readers().part_shift(g.shift)});
+      }
+      if (finest < g.shift) {
+        split(number, finest);
+        first = g.split + (__builtin_ctz(mask) >> finest);
+        count = __builtin_popcount(mask) >> finest;
+      }
+      for (uint32_t c = first; c < first + count; ++c) record_read(actor, c, lanes(c));
     }
   });
 }
@@ -192,15 +245,22 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
   const uint32_t end = (begin + bytes) / kGranule;
   for (uint32_t number = begin / kGranule; number < end; ++number) {
     Granule& g = granules_[number];
-    if (__builtin_expect(g.shift != 4 || g.written != 0xffff || g.flying || g.mbarriers, 0)) {
+    const bool unwritten = is_read(use) && g.written != 0xffff;
+    if (__builtin_expect(g.shift != 4 || unwritten || g.flying || g.mbarriers, 0)) {
       touch_parts<use>(actor, number * kGranule, kGranule);
       continue;
     }
-    check<use>(actor, number, number, 0xffff);
+    const LaneSet lanes = actor.lanes.of(number * kGranule, 4);
+    if (!is_write(use) && __builtin_expect(reads_again(actor, cells_[number]), 0) && !fits(cells_[number], lanes)) {
+      touch_parts<use>(actor, number * kGranule, kGranule);
+      continue;
+    }
+    check<use>(actor, number, number, 0xffff, lanes);
     if constexpr (is_write(use)) {
-      record_write(actor, number, is_strong(use));
+      g.written = 0xffff;
+      record_write(actor, number, is_strong(use), lanes);
     } else if (use != Use::strong_read) {
-      record_read(actor, number);
+      record_read(actor, number, lanes);
     }
   }
 }
@@ -238,10 +298,12 @@ void Shadow::take_off(const Actor& actor, uint32_t begin, uint32_t bytes) {
 }
 
 void Shadow::land(const Actor& actor, uint32_t begin, uint32_t bytes) {
-  each_granule(begin, bytes, [&](Granule& g, uint32_t, uint16_t mask, uint32_t first, uint32_t count) {
+  each_granule(begin, bytes, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     g.flying &= ~mask;
     g.written |= mask;
-    for (uint32_t c = first; c < first + count; ++c) record_write(actor, c, false);
+    for (uint32_t c = first; c < first + count; ++c) {
+      record_write(actor, c, false, actor.lanes.of(address_of(c, number), g.shift));
+    }
   });
 }
 
@@ -251,8 +313,8 @@ void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
     g.mbarriers &= ~half;
     if (mask & g.flying) check_state(actor, g, number, mask, Use::write);
     for (uint32_t c = first; c < first + count; ++c) {
-      check<Use::write>(actor, c, number, mask);
-      record_write(actor, c, false);
+      check<Use::write>(actor, c, number, mask, {});
+      record_write(actor, c, false, {});
     }
     g.written |= mask;
     if (alive) g.mbarriers |= half;
@@ -265,8 +327,8 @@ void Shadow::use_mbarrier(const Actor& actor, uint32_t begin, bool published) {
   generic.proxy = Proxy::generic;  // complete_tx needs no proxy fence after the init
   each_granule(begin, 8, [&](Granule&, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     for (uint32_t c = first; c < first + count; ++c) {
-      if (!published) check<Use::read>(generic, c, number, mask);
-      record_read(actor, c);
+      if (!published) check<Use::read>(generic, c, number, mask, {});
+      record_read(actor, c, {});
     }
   });
 }
@@ -348,11 +410,43 @@ void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uin
   }
   const std::string race = what + " is not ordered after the write by " + other;
   if (use != Use::store) fail(Kind::race, at, race);
-  Doubt doubt{number, mask, {}, finding_at(Kind::race, race, at)};
+  doubt(number, mask, finding_at(Kind::race, race, at));
+}
+
+void Shadow::doubt(uint32_t number, uint16_t mask, Finding finding) {
+  Doubt doubt{number, mask, {}, std::move(finding)};
   const auto& shared = cta_->shared;
   const size_t begin = number * kGranule;
   std::copy_n(shared.data() + begin, std::min<size_t>(kGranule, shared.size() - begin), doubt.before.begin());
   doubts_.push_back(std::move(doubt));
+}
+
+void Shadow::check_lanes(const Actor& actor, uint32_t index, uint32_t number, Use use, LaneSet now, bool write) {
+  const Cell& cell = cells_[index];
+  const uint32_t line = write ? cell.write_line : cell.read_line;
+  // Lanes that one instruction has write to one place are no race: one of the values stays, as with any one writer.
+  if (write && is_write(use) && cell.clock == actor.now && line == actor.line) return;
+  const LaneOrder::Clash clash =
+      actor.lanes.order->clash(write ? cell.writers() : cell.readers(), write ? cell.clock : cell.read_since, now,
+                               granules_[number].shift, write);
+  if (clash.lane < 0) return;
+  const uint32_t offset = address_of(index, number) - number * kGranule;
+  const auto mask = static_cast<uint16_t>(clash.bytes << offset);
+  const uint32_t at = number * kGranule + __builtin_ctz(mask);
+  const Module& module = *cta_->launch->module;
+  const auto lane_at = [&](int lane, uint32_t l) {
+    return "lane " + std::to_string(lane) + " at " + source_place(module, l);
+  };
+  Finding f =
+      finding_at(Kind::race,
+                 std::string(verb(use)) + (is_async(actor.agent) ? " issued by " : " by ") +
+                     lane_at(clash.lane, actor.line) + " of " + range(at, __builtin_popcount(mask)) +
+                     ": no __syncwarp (bar.warp.sync) or barrier between it and the " + (write ? "write" : "read") +
+                     " by " + lane_at(clash.other, line) + " of the same warp, " + name_of(actor.lanes.agent),
+                 at);
+  f.lane = clash.lane;
+  if (use != Use::store || !write) throw f;
+  doubt(number, mask, std::move(f));
 }
 
 void Shadow::settle_doubts() {

@@ -7,6 +7,10 @@
 // last write and, in a row of its own, the clock of every agent's last read. A write is ordered after the reads before
 // it, so it starts the row anew.
 //
+// Of the last write and of the last reader's reads a cell also knows the lanes, to which the order of the warp matters
+// (lane_order.h): two lanes of a warp are as unordered as two warps until something orders them. Reads of a warp that
+// another one has read after are forgotten.
+//
 // Clocks only ever grow, from one cluster of a thread to the next: what a former CTA left behind lies below
 // Cluster::base and so in everybody's past, and nothing but the masks needs clearing.
 #include <array>
@@ -17,6 +21,7 @@
 
 #include "clock.h"
 #include "finding.h"
+#include "lane_order.h"
 
 namespace forwardpass::interpreter {
 
@@ -41,6 +46,7 @@ struct Actor {
   const Knowledge* knowledge;
   Proxy proxy;
   uint32_t line = 0;  // of the PTX, for messages
+  LaneRange lanes;    // for which lanes of which warp: of `agent` itself, or of what issued it
 };
 
 // "file.cu:12" for a line of the PTX that .loc maps to a source, "PTX line 34" otherwise.
@@ -81,11 +87,20 @@ class Shadow {
   std::string name_of(int agent) const;  // "warp 3", "warp 3 of the CTA of rank 1", "an asynchronous operation"
 
  private:
-  struct Cell {
+  struct alignas(32) Cell {
     Clock clock = 0;  // of the last write, by `writer`
     uint32_t write_line = 0, read_line = 0;
-    uint32_t writer : 10, reader : 10, strong : 1, async : 1;  // the last two: of the write
-    Cell() : writer(0), reader(0), strong(0), async(0) {}
+    int16_t writer = 0, reader = 0;
+    // Lanes of writer and reader. What the reader has read since the clock counts as of then, as far as its own lanes
+    // go: they may know of an earlier read, and a later one by another lane is no reason to ask more of them.
+    Mask write_lanes = 0, read_lanes = 0;
+    Clock read_since = 0;
+    bool writers_spread = false, readers_spread = false;
+    bool strong = false, async = false;  // of the write
+    LaneSet writers() const { return {write_lanes, writers_spread}; }
+    LaneSet readers() const { return {read_lanes, readers_spread}; }
+    void set_writers(LaneSet s) { write_lanes = s.lanes, writers_spread = s.spread != 0; }
+    void set_readers(LaneSet s) { read_lanes = s.lanes, readers_spread = s.spread != 0; }
   };
   struct Doubt {
     uint32_t number;  // of the granule
@@ -107,11 +122,15 @@ class Shadow {
   template <Use>
   void touch_parts(const Actor&, uint32_t begin, uint32_t bytes);
   template <Use>
-  void check(const Actor&, uint32_t cell, uint32_t number, uint16_t mask);
+  void check(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, LaneSet);
   void settle_doubts();
   bool reads_known(uint32_t cell, const VectorClock& seen) const;
-  void record_read(const Actor&, uint32_t cell);
-  void record_write(const Actor&, uint32_t cell, bool strong);
+  void record_read(const Actor&, uint32_t cell, LaneSet);
+  void record_write(const Actor&, uint32_t cell, bool strong, LaneSet);
+  // Whether the warp's own lanes have read the cell so recently that those of before must be kept, and then whether one
+  // set can hold both.
+  static bool reads_again(const Actor&, const Cell&);
+  static bool fits(const Cell&, LaneSet);
   void split(uint32_t number, int shift);
   void make_room();
   void meet(const Actor&);  // before it reads: it might be the first that is none of the CTA's warps
@@ -123,7 +142,10 @@ class Shadow {
   Finding unwritten_bytes(const Actor&, uint32_t number, uint16_t bad, Use) const;
   void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool seen);  // or doubts
   [[noreturn]] void fail_read(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
+  void check_lanes(const Actor&, uint32_t cell, uint32_t number, Use, LaneSet, bool write);  // after a write, or reads
+  void doubt(uint32_t number, uint16_t mask, Finding);
   std::string agent_at(int agent, uint32_t line) const;
+  uint32_t address_of(uint32_t cell, uint32_t number) const;
 
   const Cta* cta_ = nullptr;
 

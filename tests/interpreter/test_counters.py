@@ -305,6 +305,7 @@ def test_generic_addresses_and_atomics():
     selp.b64 %rd2, %rd1, %rd0, %p0;
     ld.b32 %r3, [%rd2];
     red.global.add.u32 [%rd1], %r3;
+    bar.warp.sync 0xffffffff;
     atom.shared.add.u32 %r4, [%s], 1;
     """
     device = counted(body, x)

@@ -98,6 +98,18 @@ def missing_barrier(module):
 
 
 @run
+def missing_syncwarp(module):
+    x = integers(4, 32)
+    return from_row(module["missing_syncwarp"], x, poisoned(4, 32), block=128), x.flip(1) - x[:, :1]
+
+
+@run
+def cp_async_missing_syncwarp(module):
+    x = integers(128, dtype=torch.int32)  # 4 matrices, a register of a lane after the other
+    return from_row(module["cp_async_missing_syncwarp"], x, torch.full((128,), -100, dtype=torch.int32), block=32), x
+
+
+@run
 def reused_buffer(module):
     x = integers(4, 128)
     return from_row(module["reused_buffer"], x, poisoned(128)), x.sum(0).flip(0)

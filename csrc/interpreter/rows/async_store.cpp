@@ -62,7 +62,7 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
   s->reduce = form.reduce;
   s->bytes = form.element * static_cast<uint32_t>(form.count);
   s->agent = w.cta->cluster->async_agent(w);
-  const Actor actor = w.cta->cluster->async_actor(s->agent, Proxy::generic);
+  Actor actor = w.cta->cluster->async_actor(s->agent, Proxy::generic);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     s->to[l] = shared_at(w, form.to, to[l], s->bytes, s->bytes, l, "the destination");
@@ -79,6 +79,8 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
     }
     use_mbarrier(w, target, barrier.offset);
     if (!checked(target)) continue;
+    actor.lanes = w.lanes();
+    actor.lanes.set = {Mask{1} << l, false};
     if (form.reduce) {
       target.shadow.atomic(actor, s->to[l].offset, s->bytes);
     } else {

@@ -55,7 +55,7 @@ Step barrier(Warp& w, const Instruction& i, Mask mask) {
   }
   if (b.generation == s.ticket) return Step::blocked;
   s.ticket = 0;
-  w.knowledge.join(b.last);
+  w.acquire(mask, b.last);
   if (how.verb == Verb::popc) {
     each_lane(mask, [d = w.operand<uint32_t>(i, 0), n = b.last_trues](int l) { d[l] = n; });
   } else if (how.verb >= Verb::all && i.operand[0] != kSink) {
@@ -116,6 +116,8 @@ Step bar_warp_sync(Warp& w, const Instruction& i, Mask mask) {
     s.waiting = false;
     ++s.pc;
   }
+  w.lane_order.meet(wanted & w.live, w.live, w.knowledge.seen.at[w.agent]);
+  w.release();
   return Step::next;
 }
 

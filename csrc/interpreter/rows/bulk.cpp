@@ -172,14 +172,22 @@ void check_global(Warp& w, Transfer& t, Use use, int lane) {
   check();
 }
 
+// The operation as it begins: of what the lanes of its warp do it knows what the one that issues it knows.
+Actor issued_by(Warp& w, const Transfer& t, int lane) {
+  Actor actor = w.cta->cluster->async_actor(t.agent);
+  actor.lanes = w.lanes();
+  actor.lanes.set = {Mask{1} << lane, false};
+  return actor;
+}
+
 // Its bytes are on their way to the target.
-void send(Warp& w, Transfer& t, uint32_t to) {
+void send(Warp& w, Transfer& t, uint32_t to, int lane) {
   Cta& target = *t.target;
   // The copy signals the mbarrier, and whoever waits for it knows that; nobody need know of the thread that issued it
   // (CUTLASS's multicasts: the CTAs that receive leave when their consumers have what they waited for).
   use_mbarrier(w, target, t.mbarrier, false);
   t.agent = w.cta->cluster->async_agent(w);
-  const Actor actor = w.cta->cluster->async_actor(t.agent);
+  const Actor actor = issued_by(w, t, lane);
   if (&target != w.cta) target.visited(actor);
   if (!checked(target)) return;
   if (t.reduce) return target.shadow.atomic(actor, to, t.bytes);
@@ -188,10 +196,10 @@ void send(Warp& w, Transfer& t, uint32_t to) {
 }
 
 // It reads the CTA's shared memory, until it is waited for.
-void take(Warp& w, Transfer& t) {
+void take(Warp& w, Transfer& t, int lane) {
   t.read_time = w.cta->cluster->async_now(t.agent);
   if (!checked(*w.cta)) return;
-  const Actor actor = w.cta->cluster->async_actor(t.agent);
+  const Actor actor = issued_by(w, t, lane);
   t.each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t) {
     t.pieces(offset, begin, end, [&](uint32_t from, uint32_t, uint32_t n) { w.cta->shadow.read(actor, from, n); });
   });
@@ -299,7 +307,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
       auto store = std::make_shared<Transfer>(std::move(t));
       store->agent = w.cta->cluster->async_agent(w);
       check_global(w, *store, store->reduce ? Use::atomic : Use::write, l);
-      take(w, *store);
+      take(w, *store, l);
       Bulk& bulk = state_of(w);
       bulk.entries.push_back({l, bulk.committed[l], store, false});
       w.cta->add(std::move(store));
@@ -319,8 +327,8 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
       auto one = std::make_shared<Transfer>(t);
       one->target = target;
       if (form.direction == Direction::load) check_global(w, *one, Use::read, l);
-      send(w, *one, there.offset);
-      if (form.direction == Direction::distribute) take(w, *one);
+      send(w, *one, there.offset, l);
+      if (form.direction == Direction::distribute) take(w, *one, l);
       w.cta->add(std::move(one));
     }
   }

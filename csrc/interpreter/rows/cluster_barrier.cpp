@@ -71,7 +71,7 @@ Step wait(Warp& w, const Instruction&, Mask mask) {
   if (mask & lanes.arrived) return Step::blocked;
   lanes.released &= ~mask;
   w.cluster_phases = b.phases;
-  w.knowledge.join(b.completed);
+  w.acquire(mask, b.completed);
   return Step::next;
 }
 

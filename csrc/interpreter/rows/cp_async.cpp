@@ -40,7 +40,7 @@ struct Copy final : Pending {
       }
     }
   }
-  // f(begin, bytes) over the destinations of some lanes, neighbours in one call.
+  // f(begin, bytes, lanes) over the destinations of some lanes, neighbours in one call.
   template <class F>
   void ranges(Mask lanes, F f) const {
     while (lanes) {
@@ -49,9 +49,10 @@ struct Copy final : Pending {
       for (lanes &= lanes - 1; lanes && __builtin_ctz(lanes) == l + 1 && to[l + 1] == to[l] + bytes; ++l) {
         lanes &= lanes - 1;
       }
-      f(to[first], (l - first + 1) * bytes);
+      f(to[first], (l - first + 1) * bytes, (kAllLanes >> (kLanes - 1 - l + first)) << first);
     }
   }
+  // What lands becomes known to the thread that waits, and to no other of its warp (ISA 9.7.9.25.3.3).
   void land(Cta& cta, const Actor& actor, Mask lanes) {
     cta.cluster->complete(*this);
     in_flight &= ~lanes;
@@ -61,7 +62,11 @@ struct Copy final : Pending {
     // is silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
     Actor a = acting(*this, actor);
     a.proxy = Proxy::async;
-    ranges(lanes, [&](uint32_t begin, uint32_t n) { cta.shadow.land(a, begin, n); });
+    a.lanes = cta.warps[warp].lanes(__builtin_ctz(bytes));
+    ranges(lanes, [&](uint32_t begin, uint32_t n, Mask of) {
+      a.lanes.place(begin, {of, true});
+      cta.shadow.land(a, begin, n);
+    });
   }
 };
 
@@ -146,8 +151,11 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
     count_shared(w, at, static_cast<int>(form.bytes), Use::write, mask);
   }
   if (checked(cta)) {
-    all.ranges(mask, [&](uint32_t begin, uint32_t n) {
-      cta.shadow.take_off(w.actor(), begin, n);
+    Actor actor = w.actor();
+    actor.lanes = w.lanes(__builtin_ctz(form.bytes));
+    all.ranges(mask, [&](uint32_t begin, uint32_t n, Mask lanes) {
+      actor.lanes.place(begin, {lanes, true});
+      cta.shadow.take_off(actor, begin, n);
       std::memset(cta.shared.data() + begin, kPoison, n);
     });
   }
@@ -190,7 +198,7 @@ void wait(Warp& w, Mask mask, uint64_t keep) {
     if (landed) c->land(*w.cta, w.actor(), landed);
   }
   state.forget();
-  w.knowledge.join(state.arrived);
+  w.acquire(mask, state.arrived);
 }
 
 Step wait_group(Warp& w, const Instruction& i, Mask mask) {

@@ -15,10 +15,16 @@ struct Rows {
   int matrices;
   bool transposed;
   AddressOperand place;
+  LaneSet holders[8];  // of what each row of a matrix has
 };
 
-// Where the rows of every matrix are, after all checks.
-void find_rows(Warp& w, const Instruction& i, Use use, uint8_t* host[kLanes]) {
+// The whole warp loads, and not whom an element of a row goes to: the ISA has it load collectively.
+constexpr LaneSet kEverybody[8] = {{kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false},
+                                   {kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false}, {kAllLanes, false}};
+
+// Where the rows of every matrix are, after all checks. Lane l gives an address on behalf of the lanes
+// on_behalf[l % 8].
+void find_rows(Warp& w, const Instruction& i, Use use, const LaneSet on_behalf[8], uint8_t* host[kLanes]) {
   const Rows& how = *static_cast<const Rows*>(i.data);
   const Mask lanes = how.matrices == 4 ? kAllLanes : (Mask{1} << how.matrices * 8) - 1;
   uint64_t address[kLanes];
@@ -32,7 +38,7 @@ void find_rows(Warp& w, const Instruction& i, Use use, uint8_t* host[kLanes]) {
       address[l] -= kSharedWindow;
     });
   }
-  access(w, ptx::Space::shared, address, 16, use, lanes, host);
+  access(w, ptx::Space::shared, address, 16, use, lanes, host, false, on_behalf);
 }
 
 // The lanes that hold something of these rows: four for each, or transposed one in four.
@@ -47,7 +53,7 @@ Step ldmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  find_rows(w, i, Use::load, host);
+  find_rows(w, i, Use::load, kEverybody, host);
   const Mask unwritten = std::exchange(w.unwritten, 0);
   for (int n = 0; n < how.matrices; ++n) {
     if (i.operand[n] == kSink) continue;
@@ -67,7 +73,7 @@ Step stmatrix(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Rows& how = *static_cast<const Rows*>(i.data);
   uint8_t* host[kLanes];
-  find_rows(w, i, Use::write, host);
+  find_rows(w, i, Use::write, how.holders, host);
   for (int n = 0; n < how.matrices; ++n) {
     alignas(64) uint32_t turned[kLanes];
     const uint32_t* rows = w.operand<uint32_t>(i, 1 + n);
@@ -96,6 +102,7 @@ Rows& bind_rows(Bind& b) {
   Rows& how = b.data<Rows>();
   how.matrices = b.slot(4)[1] - '0';
   how.transposed = b.has("trans");
+  for (int r = 0; r < 8; ++r) how.holders[r] = {lanes_of_rows(Mask{1} << r, how.transposed), true};
   return how;
 }
 

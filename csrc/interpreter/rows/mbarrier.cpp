@@ -220,7 +220,7 @@ Step wait(Warp& w, const Instruction& i, Mask mask) {
     MBarrier& b = objects[l];
     if (phase_over(w, form, i, b, l)) {
       over |= Mask{1} << l;
-      if (form.acquire_release && waited != &b) w.knowledge.join(b.completed);
+      if (form.acquire_release && waited != &b) w.acquire(mask, b.completed);
       waited = &b;
     }
   }

@@ -216,7 +216,7 @@ void WgmmaOperation::complete(Cta& cta) {
   static thread_local PanelB panel_b;
   alignas(64) static thread_local uint32_t fragments[kMaxTiles][2][kLanes];
   const auto actor = [&](const Knowledge& k) {
-    return Actor{agent, now, &k, Proxy::async, static_cast<uint32_t>(shape->statement->line)};
+    return Actor{agent, now, &k, Proxy::async, static_cast<uint32_t>(shape->statement->line), {}};
   };
 
   // Every warp reads B: what is written there must be known to all four. A warp's rows of A need be known to it alone.

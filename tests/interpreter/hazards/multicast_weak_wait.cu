@@ -1,5 +1,5 @@
 // Each of two CTAs loads half a tile for both; one that expects the bytes of its own half alone reads too early.
-// Reports: in_flight or uninitialised
+// Reports: in_flight or uninitialised or race
 // Needs: sm_90a
 #include "hazard.cuh"
 
@@ -14,7 +14,7 @@ extern "C" __global__ void multicast_weak_wait(const float* x, float* y) {  // y
   cluster_sync();
   if (threadIdx.x == 0) {
     mbarrier_arrive_expect_tx(&full, BROKEN ? sizeof(s) / 2 : sizeof(s));
-    bulk_multicast(s + rank * 128, x + rank * 128, sizeof(s) / 2, &full, 3);
+    bulk_multicast(s + rank * 128, x + rank * 128, sizeof(s) / 2, &full, 3);  // HAZARD: where the other CTA came first
   }
   mbarrier_wait(&full, 0);
   y[rank * 256 + threadIdx.x] = s[threadIdx.x];              // HAZARD
