@@ -62,7 +62,15 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device de
     plan.tile_n = 16;
     // The second launch takes about as long as a multiprocessor takes to stream 16 rows of 8192. unmeasured
     least_k = 8192;
-  } else if (device.wgmma && size_of(type) == 1) {
+  } else if (device.wgmma && size_of(type) == 2) {
+    // The product is made transposed: its rows are a wgmma's columns, of which there are as many as are needed. Below
+    // 128 the weight's bytes bind, as on mma.sync. A cluster shares the rows of x.
+    plan.path = GemmPlan::Path::wgmma;
+    plan.tile_m = m <= 16 ? 16 : m <= 64 ? 64 : 128;
+    plan.tile_n = 128;
+    plan.cluster = ceil_div(n, 128) % 2 == 0 || ceil_div(n, 128) > 16 ? 2 : 1;
+    plan.blocks = device.sms;
+  } else if (device.wgmma) {
     plan.path = GemmPlan::Path::wgmma;
     // Of few rows the weight's bytes bind: 14 a clock of an H100's multiprocessor are 1900 of its 4096 multiply-adds at
     // 128 rows. But what a tile has of a goes through shared memory too, be it zeros: modelled, int8 16 x 1024 x 1024
@@ -84,7 +92,7 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device de
   }
   // Fewer tiles than multiprocessors leave memory bandwidth unused: as many splits as fill them once, each of 256 of K
   // or more. The partial sums, 8 bytes an output and split, stay in L2; at 16 rows they are half of the weight's bytes.
-  // modelled on an H100, against 512: int8 16 x 1024 x 1024 1.68 for 2.24 us, w8a16 64 x 1024 x 1024 3.51 for 4.63 us
+  // modelled on an H100, against 512: int8 16 x 1024 x 1024 1.68 for 2.24 us
   const int64_t tiles = ceil_div(m, plan.tile_m) * ceil_div(n, plan.tile_n);
   const int64_t most = std::min(std::max<int64_t>(k / least_k, 1), int64_t{16});
   plan.splits = std::min(std::max<int64_t>(device.sms / tiles, 1), most);

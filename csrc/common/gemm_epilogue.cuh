@@ -54,6 +54,8 @@ struct GemmOutput {
         partial(p.partial),
         partial_stride(p.partial_stride),
         split_stride(p.a.rows * p.partial_stride) {}
+  // of a slab that begins at `row`, those inside
+  __device__ int slab_rows(int64_t row) const { return static_cast<int>(min(int64_t{kSlabRows}, rows - row)); }
 };
 
 // An n8 tile of a fragment, the warp's sixteen rows: c0 and c1 in row lane / 4, c2 and c3 eight rows below.
@@ -89,23 +91,29 @@ __device__ inline Vec<Acc> get_vector(const Slab& slab, int row, int column) {
 
 // The first kColumns of what the slab holds, whose first element is (row, column) of the product: to partial sums, or
 // to store(y, row, column of the output, n), eight values of which n are inside. A lane's columns are the same in all
-// rows.
-template <int kColumns, class Acc, class Store>
+// rows. kBeside: so many times; beside the first kColumns are those of the next sixteen rows.
+template <int kColumns, class Acc, int kBeside = 1, class Store>
 __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_t row, int64_t column, int split,
                                    Store store) {
-  const bool gated = is_gated(o.epilogue.activation) && !o.partial;
-  const int width = gated ? 2 * kVec : kVec, vectors = kColumns / width, lane = threadIdx.x % 32;
-  const int c = lane % vectors * width, rows = static_cast<int>(min(int64_t{kSlabRows}, o.rows - row));
-  column += c;
-  if (column >= o.columns) return;
-  const int n = static_cast<int>(min(int64_t{kVec}, o.columns - column));
-  if (o.partial) {  // its rows are ours: padded, and aligned
-    auto p = static_cast<Acc*>(o.partial) + split * o.split_stride + row * o.partial_stride + column;
+  static_assert(kColumns * kBeside <= kSlabColumns);
+  const int lane = threadIdx.x % 32;
+  if (o.partial) {  // its rows are ours, padded and aligned; by fours, lanes side by side fill sectors
+    constexpr int kFours = kColumns * kBeside / 4;
+    const int c = lane % kFours * 4;
+    row += c / kColumns * kSlabRows, column += c % kColumns;
+    if (column >= o.columns) return;
+    const int rows = o.slab_rows(row);
+    auto p = static_cast<uint32_t*>(o.partial) + split * o.split_stride + row * o.partial_stride + column;
 #pragma unroll 1
-    for (int r = lane / vectors; r < rows; r += 32 / vectors)
-      store_vec(get_vector<Acc>(slab, r, c), p + r * o.partial_stride, kVec, true);
+    for (int r = lane / kFours; r < rows; r += 32 / kFours)
+      *reinterpret_cast<uint4*>(p + r * o.partial_stride) = slab.at<uint4>(r, c);
     return;
   }
+  const bool gated = is_gated(o.epilogue.activation);
+  const int width = gated ? 2 * kVec : kVec, vectors = kColumns * kBeside / width, c = lane % vectors * width;
+  row += c / kColumns * kSlabRows, column += c % kColumns;
+  if (column >= o.columns) return;
+  const int n = static_cast<int>(min(int64_t{kVec}, o.columns - column)), rows = o.slab_rows(row);
   const EpilogueColumns<Acc> columns(o.epilogue, o.access, column, n);
 #pragma unroll 1
   for (int r = lane / vectors; r < rows; r += 32 / vectors) {
@@ -117,9 +125,9 @@ __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_
     store(y, row + r, gated ? column / 2 : column, n);
   }
 }
-template <int kColumns, class Acc>
+template <int kColumns, class Acc, int kBeside = 1>
 __device__ inline void finish_slab(const Slab& slab, const GemmOutput& o, int64_t row, int64_t column, int split) {
-  finish_slab<kColumns, Acc>(slab, o, row, column, split, [&](float (&y)[kVec], int64_t r, int64_t c, int n) {
+  finish_slab<kColumns, Acc, kBeside>(slab, o, row, column, split, [&](float (&y)[kVec], int64_t r, int64_t c, int n) {
     store_output(y, o.epilogue, o.access, r, c, n);
   });
 }
@@ -154,25 +162,29 @@ __device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Slab
   });
 }
 
-// The same of a product made transposed: kBlocks blocks of sixteen of its columns by kTiles n8 tiles of its rows.
-template <int kBlocks, int kTiles, class Acc>
-__device__ inline void finish_transposed(const Acc (&acc)[kBlocks][kTiles][4], Slab& slab, const GemmOutput& o,
+// The same of a product made transposed: kTilesN blocks of sixteen columns of the product by kTilesM n8 tiles of its
+// rows.
+template <int kTilesN, int kTilesM, class Acc>
+__device__ inline void finish_transposed(const Acc (&acc)[kTilesN][kTilesM][4], Slab& slab, const GemmOutput& o,
                                          int64_t row, int64_t column, int split) {
-  constexpr int kColumns = kBlocks * 16;
-  static_assert(kTiles % 2 == 0 && kColumns <= kSlabColumns);
+  constexpr int kColumns = kTilesN * 16, kFit = kSlabColumns / kColumns,
+                kBeside = kFit < kTilesM / 2 ? kFit : kTilesM / 2;
+  static_assert(kTilesM % (2 * kBeside) == 0);
 #pragma unroll 1
-  for (int chunk = 0; chunk < kTiles / 2; ++chunk) {
+  for (int chunk = 0; chunk < kTilesM / 2; chunk += kBeside) {
     at_index(
-        chunk,
+        chunk / kBeside,
         [&](auto constant) {
 #pragma unroll
-          for (int i = 0; i < kBlocks; ++i)
+          for (int i = 0; i < kTilesN; ++i)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) put_transposed(slab, j * 8, i * 16, acc[i][decltype(constant)::value * 2 + j]);
+            for (int j = 0; j < 2 * kBeside; ++j)
+              put_transposed(slab, j % 2 * 8, j / 2 * kColumns + i * 16,
+                             acc[i][decltype(constant)::value * 2 * kBeside + j]);
         },
-        std::make_integer_sequence<int, kTiles / 2>{});
+        std::make_integer_sequence<int, kTilesM / 2 / kBeside>{});
     __syncwarp();
-    finish_slab<kColumns, Acc>(slab, o, row + chunk * kSlabRows, column, split);
+    finish_slab<kColumns, Acc, kBeside>(slab, o, row + chunk * kSlabRows, column, split);
     __syncwarp();
   }
 }

@@ -1,7 +1,8 @@
 #pragma once
-// GEMM on wgmma: int8 and e4m3 on sm_90a. A block makes tile after tile of the product. One thread loads: 128 of K at a
-// time come by TMA, which fills with zeros beyond the matrices, into a ring of stages. Two warpgroups multiply,
-// straight from shared memory, and finish their tile while the next one's stages are loaded.
+// GEMM on wgmma: int8, e4m3 and 8-bit weights by 16-bit x on sm_90a. A block makes tile after tile of the product. One
+// thread loads: 128 of K at a time come by TMA, which fills with zeros beyond the matrices, into a ring of stages. Two
+// warpgroups multiply, straight from shared memory or what they have widened (w8a16_gemm_sm90a.cu), and finish their
+// tile while the next one's stages are loaded.
 #include "common/gemm_epilogue.cuh"
 #include "common/gemm_tiles.cuh"
 #include "common/ptx_sm90a.cuh"
@@ -26,10 +27,11 @@ struct WgmmaConfig {
   static constexpr int kStageK = 128, kSteps = kStageK / 32;  // a stage's rows are one swizzle of 128 bytes
   // 384 threads get 168 registers each at launch; 128 * 24 + 256 * 240 are as many.
   static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
+  static constexpr int kBoxes = Element::kSizeB;  // those of b are as wide
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
   struct Stage {
-    uint8_t a[M][kStageK], b[N][kStageK];
+    uint8_t a[M][kStageK], b[kBoxes][N][kStageK];
   };
   // What a stage's sums are multiplied by as they are promoted: of the rows of a; of b two, those of gate and of up, or
   // else of the first and the second 128 columns. TMA writes to multiples of 128 bytes, 16 bytes at least.
@@ -64,6 +66,8 @@ struct WgmmaArguments {
   int64_t k, split_k;
   bool scaled, gated;  // scaled: there are scales of blocks
   BlockOrder order;
+  Dtype a_dtype;           // of the weight in w8a16_gemm
+  const float* row_scale;  // and its scales of 1 x 128, [rows of a, K blocks]; null: none
   CUtensorMap a, b, a_scale, b_scale;
 };
 
@@ -124,11 +128,15 @@ __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStor
       }
       ptx::mbarrier_arrive_expect_tx(arrived, bytes);
       ptx::tma_load(ptx::shared_address(stage.a), p.a, k, row, arrived);
-      const uint32_t b = ptx::shared_address(stage.b[work.rank * share]);
-      if (work.cluster == 1) {
-        ptx::tma_load(b, p.b, k, b_row, arrived);
-      } else {
-        ptx::tma_load_multicast(b, p.b, k, b_row, arrived, everyone);
+#pragma unroll
+      for (int box = 0; box < Config::kBoxes; ++box) {
+        const uint32_t b = ptx::shared_address(stage.b[box][work.rank * share]);
+        const int b_k = k + box * (Config::kStageK / Config::kBoxes);
+        if (work.cluster == 1) {
+          ptx::tma_load(b, p.b, b_k, b_row, arrived);
+        } else {
+          ptx::tma_load_multicast(b, p.b, b_k, b_row, arrived, everyone);
+        }
       }
       if (Config::Element::kPromoted && p.scaled) {
         const int block = k / kScaleBlock, b_block = p.order.first + first_block * p.order.row + block;
@@ -152,41 +160,56 @@ struct StageScales {
   }
 };
 
-// A warpgroup's side of the ring, and what it multiplies.
+// What comes out of a shuffle is not computed again in a loop; if it is one lane's, it is known to be uniform.
+__device__ inline uint32_t kept(uint32_t x, int from) { return __shfl_sync(0xffffffff, x, from); }
+
+// A warpgroup's side of the ring, and where its warps are.
 template <class Config>
-struct Multiplier {
-  using Acc = typename Config::Acc;
-  using Sums = Acc[Config::kTiles][4];
+struct Consumer {
   Ring<Config::kStages> ring;
   int row, column;  // of this warp in the tile
   uint32_t full;
   uint32_t empty;  // that of the block of the cluster whose rank is this lane, or zero: their loads fill this block too
-  uint32_t a, b;   // low halves of the descriptors of wgmma's operands in the first stage
+
+  __device__ static int a_row(int group) { return group % Config::kGroupsM * Config::kGroupM; }
+  __device__ static int b_row(int group) { return group / Config::kGroupsM * Config::kGroupN; }
+  __device__ Consumer(typename Config::SharedStorage& s, int group) : full(ptx::shared_address(s.full)) {
+    const uint32_t lane = threadIdx.x % 32;
+    const int rows = threadIdx.x / 32 % 4 * 16;
+    row = a_row(group) + (Config::kTransposed ? 0 : rows), column = b_row(group) + (Config::kTransposed ? rows : 0);
+    const uint32_t there = ptx::map_shared(ptx::shared_address(s.empty), min(lane, ptx::cluster_size() - 1));
+    empty = kept(lane < ptx::cluster_size() ? there : 0, lane);
+  }
+  __device__ void wait() {
+    while (!ptx::mbarrier_try_wait(full + ring.stage * 8, ring.parity)) {
+    }
+  }
+  __device__ void release(int stage) {
+    if (empty) ptx::mbarrier_arrive_cluster(empty + stage * 8);
+  }
+};
+
+// And what it multiplies.
+template <class Config>
+struct Multiplier : Consumer<Config> {
+  using Consumer<Config>::ring, Consumer<Config>::row, Consumer<Config>::column;
+  using Acc = typename Config::Acc;
+  using Sums = Acc[Config::kTiles][4];
+  uint32_t a, b;  // low halves of the descriptors of wgmma's operands in the first stage
   // In the first stage: those of a from this thread's first row on; of even and of odd n8 tiles or, transposed, rows
   // lane / 4 and eight below.
   uint32_t a_scale, b_scale[2];
 
-  __device__ Multiplier(typename Config::SharedStorage& s, int group, bool gated) {
+  __device__ Multiplier(typename Config::SharedStorage& s, int group, bool gated) : Consumer<Config>(s, group) {
     const uint32_t lane = threadIdx.x % 32;
-    const int a_row = group % Config::kGroupsM * Config::kGroupM, b_row = group / Config::kGroupsM * Config::kGroupN,
-              rows = threadIdx.x / 32 % 4 * 16;
-    row = a_row + (Config::kTransposed ? 0 : rows), column = b_row + (Config::kTransposed ? rows : 0);
-    const auto kept = [=](uint32_t x, int from) { return __shfl_sync(0xffffffff, x, from); };
-    full = ptx::shared_address(s.full);
-    const uint32_t there = ptx::map_shared(ptx::shared_address(s.empty), min(lane, ptx::cluster_size() - 1));
-    // What comes out of a shuffle is not computed again in the loop; if it is one lane's, it is known to be uniform.
-    empty = kept(lane < ptx::cluster_size() ? there : 0, lane);
-    const uint8_t *rows_a = s.stage[0].a[a_row], *rows_b = s.stage[0].b[b_row];
+    const uint8_t *rows_a = s.stage[0].a[Consumer<Config>::a_row(group)],
+                  *rows_b = s.stage[0].b[0][Consumer<Config>::b_row(group)];
     a = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_b : rows_a)), 0);
     b = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_a : rows_b)), 0);
     a_scale = kept(ptx::shared_address(&s.scales[0].a[row + (Config::kTransposed ? lane % 4 * 2 : lane / 4)]), lane);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       b_scale[i] = kept(ptx::shared_address(s.scales[0].b[gated ? i : column / kScaleBlock]), 0);
-  }
-  __device__ void wait() {
-    while (!ptx::mbarrier_try_wait(full + ring.stage * 8, ring.parity)) {
-    }
   }
   // One group of wgmmas: 64 rows of wgmma's a by 128 of K of this stage.
   __device__ void multiply(Sums& sums, int wave, bool accumulate) {
@@ -209,9 +232,6 @@ struct Multiplier {
         const float a = ptx::load_shared(a_scale + at + row * sizeof(float));
         scales.scale[i][j][0] = a * b[0], scales.scale[i][j][1] = a * b[1];
       }
-  }
-  __device__ void release(int stage) {
-    if (empty) ptx::mbarrier_arrive_cluster(empty + stage * 8);
   }
 };
 
@@ -399,18 +419,33 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
 
 template <class Config>
 int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
+  using Element = typename Config::Element;
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.plan.cluster;
-  const TileMap map(ceil_div(ceil_div(p.a.rows, Config::kM), cluster), ceil_div(p.b.rows, Config::kN));
-  const bool scaled = p.blocks.b, gated = is_gated(p.epilogue.activation);
-  WgmmaArguments arguments{
-      GemmOutput(p), map, map.blocks(p.plan.splits), p.a.columns, p.plan.split_k, scaled, gated, {}, {}, {}, {}, {}};
+  const Matrix &a = Element::kExchanged ? p.b : p.a, &b = Element::kExchanged ? p.a : p.b;
+  const TileMap map(ceil_div(ceil_div(a.rows, Config::kM), cluster), ceil_div(b.rows, Config::kN));
+  const bool scaled = p.blocks.a, gated = is_gated(p.epilogue.activation);
+  WgmmaArguments arguments{GemmOutput(p),
+                           map,
+                           map.blocks(p.plan.splits),
+                           a.columns,
+                           p.plan.split_k,
+                           scaled,
+                           gated,
+                           {},
+                           a.dtype,
+                           scaled ? nullptr : p.blocks.b,
+                           {},
+                           {},
+                           {},
+                           {}};
   const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
-    return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_UINT8, m.data, m.rows, m.columns, m.stride, box_rows,
-                        Config::kStageK, CU_TENSOR_MAP_SWIZZLE_128B);
+    const int64_t size = size_of(m.dtype);
+    return encode_boxes(to, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, m.data, m.rows,
+                        m.columns, m.stride * size, box_rows, Config::kStageK / size, CU_TENSOR_MAP_SWIZZLE_128B);
   };
-  if (auto e = operand(arguments.a, p.a, Config::kM)) return e;
-  if (auto e = operand(arguments.b, p.b, Config::kN / cluster)) return e;
+  if (auto e = operand(arguments.a, a, Config::kM)) return e;
+  if (auto e = operand(arguments.b, b, Config::kN / cluster)) return e;
   if (scaled) {
     const int64_t depth = ceil_div(p.a.columns, kScaleBlock), next = gated ? p.blocks.up_offset : depth,
                   count = gated ? 2 * next : depth * ceil_div(p.b.rows, kScaleBlock);
@@ -440,7 +475,7 @@ int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   if (auto e = cudaLaunchKernelEx(&config, kernel, arguments)) return e;
-  return finish_splits(p, Config::Element::kAcc, stream);
+  return finish_splits(p, Element::kAcc, stream);
 }
 
 }  // namespace forwardpass

@@ -45,6 +45,12 @@ __device__ inline float load_shared(uint32_t address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+template <int Offset>
+__device__ inline uint32_t load_shared_16(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=r"(value) : "r"(address), "n"(Offset) : "memory");
+  return value;
+}
 
 // 9.7.9.25.5.2 cp.async.bulk.tensor: a box at (column, row) of a matrix to shared memory; zeros beyond the matrix
 __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {

@@ -1,5 +1,6 @@
 #pragma once
-// wgmma of 8-bit operands, both in shared memory: PTX ISA 9.7.15. One instruction a function; only the N that are used.
+// wgmma: PTX ISA 9.7.15. One instruction a function; only the N that are used. Of 8-bit operands both are in shared
+// memory, of 16-bit ones the first is in registers.
 #include "common/ptx_sm80.cuh"
 
 namespace forwardpass::ptx {
@@ -51,6 +52,25 @@ constexpr int kDescriptorUnit = 16;
   "mov.b64 b, {%" #b ", %" #high "};\n" \
   "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, a, b, p" scales ";\n" \
   "}"
+// Of 16-bit floats, D, with four registers of the first operand in place of its descriptor.
+#define FORWARDPASS_WGMMA_REGISTERS(opcode, numbers, a0, a1, a2, a3, b, high, accumulate) \
+  "{\n" \
+  ".reg .pred p;\n" \
+  ".reg .b64 b;\n" \
+  "setp.ne.b32 p, %" #accumulate ", 0;\n" \
+  "mov.b64 b, {%" #b ", %" #high "};\n" \
+  "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1, 0;\n" \
+  "}"
+#define FORWARDPASS_REGISTERS \
+  "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate))
+#define FORWARDPASS_WGMMA_16_BITS(shape, numbers, n0, n1, n2, n3, n4, n5, n6, ...) \
+  static_assert(D == Dtype::f16 || D == Dtype::bf16); \
+  if constexpr (D == Dtype::f16) \
+    asm volatile(FORWARDPASS_WGMMA_REGISTERS(shape ".f32.f16.f16", numbers, n0, n1, n2, n3, n4, n5, n6) \
+                 : __VA_ARGS__ : FORWARDPASS_REGISTERS); \
+  else \
+    asm volatile(FORWARDPASS_WGMMA_REGISTERS(shape ".f32.bf16.bf16", numbers, n0, n1, n2, n3, n4, n5, n6) \
+                 : __VA_ARGS__ : FORWARDPASS_REGISTERS)
 // clang-format on
 
 // 9.7.15.5.2 wgmma.mma_async: d [64, 8 T] = a [64, 32] b [8 T, 32] transposed, plus d where `accumulate`. As in an mma
@@ -91,6 +111,23 @@ __device__ inline void wgmma_k32(float (&d)[16][4], uint32_t a, uint32_t b, bool
                : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
 }
 
+// d [64, 8 T] = a [64, 16] b [8 T, 16] transposed, plus d where `accumulate`; a as fragments of an mma of m16n8k16, for
+// each warp sixteen rows. Its registers may change once a wgmma_wait has followed.
+template <Dtype D>
+__device__ inline void wgmma_k16(float (&d)[2][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) {
+  FORWARDPASS_WGMMA_16_BITS("m64n16k16", FORWARDPASS_NUMBERS_8, 8, 9, 10, 11, 12, 13, 14, FORWARDPASS_TILES_2("+f", 0));
+}
+template <Dtype D>
+__device__ inline void wgmma_k16(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) {
+  FORWARDPASS_WGMMA_16_BITS("m64n64k16", FORWARDPASS_NUMBERS_32, 32, 33, 34, 35, 36, 37, 38,
+                            FORWARDPASS_TILES_8("+f", 0));
+}
+template <Dtype D>
+__device__ inline void wgmma_k16(float (&d)[16][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) {
+  FORWARDPASS_WGMMA_16_BITS("m64n128k16", FORWARDPASS_NUMBERS_64, 64, 65, 66, 67, 68, 69, 70,
+                            FORWARDPASS_TILES_16("+f", 0));
+}
+
 #undef FORWARDPASS_NUMBERS_8
 #undef FORWARDPASS_NUMBERS_32
 #undef FORWARDPASS_NUMBERS_64
@@ -101,5 +138,8 @@ __device__ inline void wgmma_k32(float (&d)[16][4], uint32_t a, uint32_t b, bool
 #undef FORWARDPASS_TILES_8
 #undef FORWARDPASS_TILES_16
 #undef FORWARDPASS_WGMMA
+#undef FORWARDPASS_WGMMA_REGISTERS
+#undef FORWARDPASS_REGISTERS
+#undef FORWARDPASS_WGMMA_16_BITS
 
 }  // namespace forwardpass::ptx

@@ -37,30 +37,47 @@ __device__ inline void e4m3_to_f16(uint32_t four, uint32_t (&pairs)[2]) {
 #endif
 }
 
+// Two bytes, to which Order adds a byte of 0x64, of numbers 128 more than those meant: in the low bits of 1024 they are
+// 1152 too many. (The constant is the first operand, as the machine's instruction takes one constant behind it: with
+// two, ptxas copies Order to a register each time, 327 for 295 instructions in w8a16_gemm_sm90a.cu.)
+template <uint32_t Order>
+__device__ inline uint32_t biased_to_f16(uint32_t bytes, uint32_t bias) {
+  const __half2 offset{__ushort_as_half(0x6480), __ushort_as_half(0x6480)};
+  return bits_of(__hsub2(pair_of<__half2>(__byte_perm(0x64646464, bytes, Order) ^ bias), offset));
+}
+// bf16 has 7 bits for a number: behind 128 the lower 7, from which comes off 128 or, where the sign is set, 256.
+template <uint32_t Order>
+__device__ inline uint32_t i8_to_bf16(uint32_t bytes) {
+  const uint32_t v = __byte_perm(0x43434343, bytes, Order);
+  return bits_of(__hsub2(pair_of<__nv_bfloat162>(v & 0xff7fff7f), pair_of<__nv_bfloat162>(v & 0xff80ff80)));
+}
+__device__ inline uint32_t f16_to_bf16(uint32_t pair) {
+  return bits_of(__float22bfloat162_rn(__half22float2(pair_of<__half2>(pair))));
+}
+
 // Four of From, the lowest byte first, to two pairs of To.
 template <Dtype From, Dtype To>
 __device__ inline void widen(uint32_t four, uint32_t (&pairs)[2]) {
   static_assert((From == Dtype::i8 || From == Dtype::e4m3) && (To == Dtype::f16 || To == Dtype::bf16));
   if constexpr (From == Dtype::i8 && To == Dtype::f16) {
-    // 128 more is not negative, and in the low bits of 1024 it is 1024 more: 1152 too many
-    const uint32_t shifted = four ^ 0x80808080;
-    const __half2 offset{__ushort_as_half(0x6480), __ushort_as_half(0x6480)};
-    pairs[0] = bits_of(__hsub2(pair_of<__half2>(__byte_perm(shifted, 0x64646464, 0x4140)), offset));
-    pairs[1] = bits_of(__hsub2(pair_of<__half2>(__byte_perm(shifted, 0x64646464, 0x4342)), offset));
+    const uint32_t biased = four ^ 0x80808080;
+    pairs[0] = biased_to_f16<0x0504>(biased, 0), pairs[1] = biased_to_f16<0x0706>(biased, 0);
   } else if constexpr (From == Dtype::i8) {
-    // bf16 has 7 bits for a number: behind 128 the lower 7, from which comes off 128 or, where the sign is set, 256
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t bytes = __byte_perm(four, 0x43434343, i == 0 ? 0x4140 : 0x4342);
-      pairs[i] =
-          bits_of(__hsub2(pair_of<__nv_bfloat162>(bytes & 0xff7fff7f), pair_of<__nv_bfloat162>(bytes & 0xff80ff80)));
-    }
+    pairs[0] = i8_to_bf16<0x0504>(four), pairs[1] = i8_to_bf16<0x0706>(four);
   } else {
     e4m3_to_f16(four, pairs);
-    if constexpr (To == Dtype::bf16) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) pairs[i] = bits_of(__float22bfloat162_rn(__half22float2(pair_of<__half2>(pairs[i]))));
-    }
+    if constexpr (To == Dtype::bf16) pairs[0] = f16_to_bf16(pairs[0]), pairs[1] = f16_to_bf16(pairs[1]);
+  }
+}
+// Two in the low half of a word: what four take halved, but for a third instruction a pair from int8 to fp16.
+template <Dtype From, Dtype To>
+__device__ inline uint32_t widen(uint32_t two) {
+  if constexpr (From == Dtype::i8) {
+    return To == Dtype::f16 ? biased_to_f16<0x0504>(two, 0x00800080) : i8_to_bf16<0x0504>(two);
+  } else {
+    uint32_t pairs[2];
+    e4m3_to_f16(two, pairs);
+    return To == Dtype::f16 ? pairs[0] : f16_to_bf16(pairs[0]);
   }
 }
 

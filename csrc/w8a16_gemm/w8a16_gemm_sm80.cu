@@ -1,7 +1,7 @@
-// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight widened in registers, x as it is; up to four rows by the GEMV. The
-// product is made transposed, as there: an mma's first operand is four registers in a row, which widening fills without
-// a move, and its second one two, which a load of 16 bytes of x fills twice. The other way round moves were a third of
-// all instructions.
+// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight widened in registers, x as it is; and the choice between it, wgmma
+// and the GEMV. The product is made transposed, as in all three: an mma's first operand is four registers in a row,
+// which widening fills without a move, and its second one two, which a load of 16 bytes of x fills twice. The other way
+// round moves were a third of all instructions.
 //
 // What binds: memory, up to 64 rows. Beyond, tensor cores: of 128 x 128 a warp has 64 x 32, so that no number of the
 // weight is widened by more than two warps. For 128 mma, 1024 clocks of an A100, a warp issues 514 instructions (int8
@@ -10,7 +10,7 @@
 // kernel that takes one of the two weights.
 #include "common/dispatch.h"
 #include "common/gemm_sm80.cuh"
-#include "common/gemv_sm80.cuh"
+#include "common/widen.cuh"
 #include "w8a16_gemm/w8a16_gemm.h"
 
 namespace forwardpass {
@@ -192,16 +192,19 @@ using Tile64x128 = W8a16Config<X, 64, 128, 3, 1>;
 template <Dtype X>
 using Tile128x128 = W8a16Config<X, 128, 128, 2, 1>;
 
+int w8a16_gemv(const GemmParams& p, cudaStream_t stream);
+int __attribute__((weak)) w8a16_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+
 }  // namespace forwardpass
 
 int forwardpass_w8a16_gemm(const forwardpass::W8a16GemmParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
+  if (p->plan.path == GemmPlan::Path::gemv) return w8a16_gemv(*p, s);
+  if (p->plan.path == GemmPlan::Path::wgmma) return w8a16_gemm_sm90a(*p, s);
   int error = cudaErrorInvalidValue;
   dispatch<Dtype::f16, Dtype::bf16>(p->a.dtype, [&](auto X) {
-    if (p->plan.path == GemmPlan::Path::gemv)
-      error = launch_gemv<X()>(*p, s);
-    else if (p->plan.tile_m == 16)
+    if (p->plan.tile_m == 16)
       error = launch<Tile16x128<X()>>(*p, s);
     else if (p->plan.tile_m == 64)
       error = launch<Tile64x128<X()>>(*p, s);

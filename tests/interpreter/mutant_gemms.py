@@ -78,6 +78,16 @@ def transposed(case, m, *more, **options):
     )
 
 
+def widened(dtype, few, many):
+    """Weights on wgmma: the product is made transposed, so it is N that makes clusters of one and of two."""
+    return tuple(
+        W8((m,), n, k, dtype, w, scales, activation=activation)
+        for w in (torch.int8, E4M3)
+        for m, n, k, scales, activation in ((few, 120, 2300, "block", None), (many, 240, 330, "column", "silu_mul"),
+                                            (few, 300, 100, "tensor", None), (few, 250, 1100, "block", None))
+    )  # fmt: skip
+
+
 CUDA = {
     "int8_mma_128x128": Instance(
         ("sm_80",), "Int8ELi128ELi128E", mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT))
@@ -85,7 +95,7 @@ CUDA = {
     "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 9200), (40, 300))),
     "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 14300), (9, 300))),
     "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 14300), (1153, 130))),
-    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 14300), (9, 300))),
+    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 20300), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
         ("sm_89",), "E4m3BlocksELi128ELi128E",
         mma(F8, 128, (5, 300, 14300), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True),
@@ -136,6 +146,12 @@ CUDA = {
               for w in (torch.int8, E4M3)
               for m, n, k, scales, activation in ((70, 120, 500, "block", None), (128, 128, 30, "column", "silu_mul"),
                                                   (70, 40, 1100, "block", None), (1153, 130, 16, "tensor", None))),
+    ),
+    "w8a16_wgmma_128x16": Instance(
+        ("sm_90a",), "WidenedILNS_5DtypeE2EEELi128ELi16E", widened(torch.bfloat16, 9, 16), persistent=True,
+    ),
+    "w8a16_wgmma_128x128": Instance(
+        ("sm_90a",), "WidenedILNS_5DtypeE1EEELi128ELi128E", widened(torch.float16, 70, 200), persistent=True,
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",

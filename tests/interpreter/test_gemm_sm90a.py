@@ -9,13 +9,17 @@ from forwardpass.dequant_activation.cases import EpilogueCase, assert_epilogue_m
 from forwardpass.fp8_gemm import cases as fp8_gemm
 from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.int8_gemm.reference import int8_gemm as int8_reference
+from forwardpass.quantized_rows import E4M3
 from forwardpass.testing import assert_equal
+from forwardpass.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 #: (M, N, K), with 132 multiprocessors: the depth split; an even number of rows of tiles, in clusters of two; an odd one,
 #: alone; more than 16, of which the last cluster has one too many; 128 x 256 and more of them than multiprocessors
 SHAPES = ((100, 130, 4100), (257, 520, 1), (300, 640, 130), (2176, 300, 130), (1700, 2600, 130))
+#: of w8a16_gemm, whose product is made transposed: for each height of tile the same of N, and parts of the depth
+WEIGHTS = ((16, 130, 4100), (9, 300, 130), (64, 2176, 130), (50, 260, 1), (300, 640, 130), (1700, 2600, 130))
 BF16 = EpilogueCase(out_dtype=torch.bfloat16)
 FP8 = [
     *(fp8_gemm.Case(*shape, BF16, blocks=blocks) for shape in SHAPES for blocks in (False, True)),
@@ -23,10 +27,10 @@ FP8 = [
 ]
 
 
-def interpreted(case, seed, kernel, truncating=False):
+def interpreted(case, seed, kernel, truncating=False, op="int8_gemm"):
     args = case.arguments(seed=seed)
     with fp.interpret("sm_90a", seed=seed, truncating=truncating, counters=True) as device, fp.use_backend("cuda"):
-        got = backend.operations[getattr(case, "op", "int8_gemm")](*args)
+        got = backend.operations[getattr(case, "op", op)](*args)
     assert device.findings == []
     assert any(kernel in k.kernel for k in device.kernels())
     return got, args
@@ -36,6 +40,16 @@ def interpreted(case, seed, kernel, truncating=False):
 def test_int8(shape, seed):
     got, args = interpreted(int8_gemm.Case(*shape), seed, "gemm_wgmma_kernel")
     assert_epilogue_matches(got, int8_reference, args)
+
+
+@pytest.mark.parametrize(("x_dtype", "scales"), [(torch.float16, "column"), (torch.bfloat16, "block")])
+@pytest.mark.parametrize("w_dtype", [torch.int8, E4M3])
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_w8a16(shape, w_dtype, x_dtype, scales, seed):
+    m, n, k = shape
+    case = w8a16_gemm.Case((m,), n, k, x_dtype, w_dtype, scales)
+    got, args = interpreted(case, seed, "gemm_wgmma_kernel", op="w8a16_gemm")
+    w8a16_gemm.assert_matches(got, args)
 
 
 @pytest.mark.parametrize("case", FP8, ids=str)
