@@ -27,6 +27,11 @@ using namespace forwardpass;
 
 #define GEMM_OPERANDS "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, "
 
+#define ATTENTION_OPERANDS                                                                          \
+  "(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int? window_left, int? window_right, " \
+  "float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "        \
+  "Tensor? cu_seqlens_k, bool batch_invariant) -> "
+
 // with kernels on every backend
 #define FOR_EACH_OP(X)                                                                                                 \
   X(quantize,                                                                                                          \
@@ -40,7 +45,9 @@ using namespace forwardpass;
   X(int8_gemm, GEMM_OPERANDS EPILOGUE_OPTIONS "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")     \
   X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                         \
                  "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor") \
-  X(w8a16_gemm, "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor")
+  X(w8a16_gemm, "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor")                       \
+  X(attention, ATTENTION_OPERANDS "Tensor")                                                                            \
+  X(attention_with_lse, ATTENTION_OPERANDS "(Tensor o, Tensor lse)")
 
 // on GPUs only: the CPU has no fp8 arithmetic
 #define FOR_EACH_GPU_OP(X)                                                                                         \

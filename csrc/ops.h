@@ -49,4 +49,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, co
                                                              std::string kind, OptionalTensor bias, bool symmetric,
                                                              OptionalTensor channel_scale);
 
+Tensor attention(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
+                 bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
+                 OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor cu_seqlens_q,
+                 OptionalTensor cu_seqlens_k, bool batch_invariant);
+
+std::tuple<Tensor, Tensor> attention_with_lse(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v,
+                                              std::optional<double> scale, bool causal,
+                                              std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+                                              double softcap, OptionalTensor mask, OptionalTensor alibi_slopes,
+                                              OptionalTensor sinks, OptionalTensor cu_seqlens_q,
+                                              OptionalTensor cu_seqlens_k, bool batch_invariant);
+
 }  // namespace forwardpass

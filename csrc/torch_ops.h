@@ -4,11 +4,16 @@
 
 namespace forwardpass {
 
-inline Tensor view(const Tensor& x, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-  const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
+// The memory of x from its element `offset` on, by other sizes and strides.
+inline Tensor reshaped(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                       int64_t offset = 0) {
   AtenTensorHandle handle;
-  check_shim(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, 0, &handle));
+  check_shim(aoti_torch__reinterpret_tensor(x.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                            offset, &handle));
   return Tensor(handle);
+}
+inline Tensor view(const Tensor& x, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  return reshaped(x, {rows, columns}, {row_stride, column_stride});
 }
 
 // x [..., K], whose matrix is m, as [rows, columns], and transposed; both share its memory.

@@ -2,6 +2,7 @@
 
 from .activation_quantize import activation_quantize
 from .activations import interleave_gate_up, separate_gate_up
+from .attention import attention, attention_with_lse
 from .dequant_activation import dequant_activation
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
 from .fp8_linear import fp8_linear
@@ -14,6 +15,8 @@ from .w8a16_gemm import w8a16_gemm
 __all__ = [
     "activation_quantize",
     "add_norm_quantize",
+    "attention",
+    "attention_with_lse",
     "dequant_activation",
     "fp8_gemm",
     "fp8_gemm_quantize",

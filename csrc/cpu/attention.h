@@ -1,0 +1,11 @@
+#pragma once
+// attention on a CPU: torch's fused one, with what it lacks around it.
+#include "attention/attention.h"
+#include "check.h"
+
+namespace forwardpass {
+
+// As AttentionParams has it, with float32 too; no softcap, head_dim == value_dim. q, k, v and out are p's tensors.
+void attention_cpu(const AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out);
+
+}  // namespace forwardpass

@@ -1,0 +1,196 @@
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/attention.h"
+#include "torch_ops.h"
+
+namespace forwardpass {
+namespace {
+
+// What torch's fused attention takes besides q, k and v is an additive mask: here of so many floats at a time.
+constexpr int64_t kMaskElements = int64_t{1} << 22;
+
+float float_at(const void* data, int64_t i, Dtype dtype) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(data)[i];
+  if (dtype == Dtype::f16) return static_cast<const torch::headeronly::Half*>(data)[i];
+  return static_cast<const torch::headeronly::BFloat16*>(data)[i];
+}
+
+// A batch whose members have the same numbers of rows and keys; with cu_seqlens one sequence.
+struct Part {
+  int64_t first_batch, batch, first_row, rows, first_key, keys;
+};
+
+class PartAttention {
+ public:
+  PartAttention(const AttentionParams& p, const Part& part, const Tensor& q, const Tensor& k, const Tensor& v,
+                Tensor& out)
+      : p_(p), part_(part), q_(q), k_(k), v_(v), out_(out) {}
+
+  void run() {
+    if (part_.batch == 0 || part_.rows == 0) return;
+    if (part_.keys == 0) return rows_without_keys();
+    // torch's causal mask is top-left; one row at the end sees every key.
+    const int64_t offset = part_.keys - part_.rows;
+    const bool causal = p_.right == 0 && offset == 0, left = p_.left < part_.keys - 1,
+               right = !causal && p_.right < part_.rows - 1;
+    if (!left && !right && p_.mask.kind == AttentionMaskKind::none && !p_.alibi_slopes)
+      return rows(0, part_.rows, causal, {});
+    const bool per_batch = p_.mask.batch || p_.alibi_batch_stride, per_head = p_.mask.head || p_.alibi_slopes;
+    const int64_t batches = per_batch ? part_.batch : 1, heads = per_head ? p_.heads : 1;
+    const int64_t step = std::max<int64_t>(1, kMaskElements / (batches * heads * part_.keys));
+    for (int64_t row = 0; row < part_.rows; row += step) {
+      const int64_t count = std::min(step, part_.rows - row);
+      rows(row, count, false, mask(batches, heads, row, count));
+    }
+  }
+
+ private:
+  // [batches, heads, count, keys] fp32: what is added to the scores, -inf where a key may not be attended to.
+  Tensor mask(int64_t batches, int64_t heads, int64_t row, int64_t count) const {
+    Tensor t = contiguous_rows({batches, heads, count, part_.keys}, ScalarType::Float, q_);
+    auto data = static_cast<float*>(t.mutable_data_ptr());
+    torch::stable::parallel_for(0, batches * heads * count, 64, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        mask_row(data + i * part_.keys, i / (heads * count), i / count % heads, row + i % count);
+    });
+    return t;
+  }
+
+  void mask_row(float* to, int64_t batch, int64_t head, int64_t row) const {
+    const int64_t at = row + part_.keys - part_.rows;
+    const float slope =
+        p_.alibi_slopes ? p_.alibi_slopes[(part_.first_batch + batch) * p_.alibi_batch_stride + head] : 0;
+    const AttentionMask& m = p_.mask;
+    const int64_t from = batch * m.batch + head * m.head + row * m.row;
+    for (int64_t j = 0; j < part_.keys; ++j) {
+      const int64_t distance = j - at;
+      float value = p_.alibi_slopes ? -slope * static_cast<float>(std::abs(distance)) : 0;
+      if (m.kind == AttentionMaskKind::boolean) {
+        if (!static_cast<const bool*>(m.data)[from + j * m.column]) value = -INFINITY;
+      } else if (m.kind != AttentionMaskKind::none) {
+        const Dtype dtype = m.kind == AttentionMaskKind::f32 ? Dtype::f32 : p_.dtype;
+        const float added = float_at(m.data, from + j * m.column, dtype);
+        value += added * kLog2e == -INFINITY ? -INFINITY : added;
+      }
+      to[j] = distance < -p_.left || distance > p_.right ? -INFINITY : value;
+    }
+  }
+
+  // [batch, heads, count, dim] of q, k, v or out, from one of the part's rows on.
+  Tensor operand(const Tensor& x, const AttentionTensor& t, int64_t heads, int64_t row, int64_t count,
+                 int64_t dim) const {
+    return reshaped(x, {part_.batch, heads, count, dim}, {t.batch, t.head, t.row, 1}, row * t.row);
+  }
+
+  AttentionTensor out_strides() const {
+    const int64_t head = p_.value_dim, row = head * p_.heads;
+    return {p_.out, p_.cu_seqlens_q ? 0 : row * p_.rows, row, head};
+  }
+
+  void rows(int64_t first, int64_t count, bool causal, const OptionalTensor& mask) {
+    const Tensor q = operand(q_, p_.q, p_.heads, part_.first_row + first, count, p_.head_dim),
+                 k = operand(k_, p_.k, p_.kv_heads, part_.first_key, part_.keys, p_.head_dim),
+                 v = operand(v_, p_.v, p_.kv_heads, part_.first_key, part_.keys, p_.value_dim);
+    // The ABI has no torch::stable::Tensor of two results: to takes one value at a time.
+    StableIValue stack[] = {torch::stable::detail::from(q),
+                            torch::stable::detail::from(k),
+                            torch::stable::detail::from(v),
+                            torch::stable::detail::from(0.0),
+                            torch::stable::detail::from(causal),
+                            torch::stable::detail::from(mask),
+                            torch::stable::detail::from(std::optional<double>(p_.scale))};
+    check_shim(
+        torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
+    const Tensor o = torch::stable::detail::to<Tensor>(stack[0]), lse = torch::stable::detail::to<Tensor>(stack[1]);
+    Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row + first, count, p_.value_dim);
+    if (!p_.sinks && !p_.lse) {
+      torch::stable::copy_(to, o);
+      return;
+    }
+    // [batch, heads, count, 1]: what a sink leaves of each row
+    Tensor share = contiguous_rows({part_.batch, p_.heads, count, 1}, ScalarType::Float, q_);
+    finish(lse, mask, first, count, static_cast<float*>(share.mutable_data_ptr()));
+    if (!p_.sinks) {
+      torch::stable::copy_(to, o);
+    } else {
+      StableIValue product[] = {torch::stable::detail::from(o), torch::stable::detail::from(share),
+                                torch::stable::detail::from(to)};
+      check_shim(torch_call_dispatcher("aten::mul", "out", product, TORCH_ABI_VERSION));
+      torch::stable::detail::to<Tensor>(product[0]);
+    }
+  }
+
+  // Sinks, and -inf, which torch reports as 0, where a row is masked whole.
+  void finish(const Tensor& lse, const OptionalTensor& mask, int64_t first, int64_t count, float* share) {
+    auto from = static_cast<const float*>(lse.const_data_ptr());
+    auto masked = mask ? static_cast<const float*>(mask->const_data_ptr()) : nullptr;
+    const int64_t mask_batch = mask && mask->size(0) > 1, mask_heads = mask ? mask->size(1) : 1;
+    for (int64_t b = 0; b < part_.batch; ++b)
+      for (int64_t h = 0; h < p_.heads; ++h)
+        for (int64_t i = 0; i < count; ++i) {
+          float value = from[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
+          if (masked) {
+            const int64_t head = mask_heads > 1 ? h : 0;
+            const float* row = masked + ((b * mask_batch * mask_heads + head) * count + i) * part_.keys;
+            if (std::all_of(row, row + part_.keys, [](float m) { return m == -INFINITY; })) value = -INFINITY;
+          }
+          share[(b * p_.heads + h) * count + i] = add_sink(value, h);
+          if (p_.lse) *lse_at(b, h, first + i) = value;
+        }
+  }
+
+  // Returns what is left of the row's output.
+  float add_sink(float& lse, int64_t head) const {
+    if (!p_.sinks) return 1;
+    const float sink = float_at(p_.sinks, head, p_.sinks_dtype), without = lse;
+    const float high = std::max(sink, without);
+    lse = high == -INFINITY ? high : high + std::log(std::exp(sink - high) + std::exp(without - high));
+    return lse == -INFINITY ? 0 : std::exp(without - lse);
+  }
+
+  float* lse_at(int64_t batch, int64_t head, int64_t row) const {
+    return p_.lse + ((batch * p_.heads + head) * p_.rows) + part_.first_row + row;
+  }
+
+  void rows_without_keys() {
+    Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row, part_.rows, p_.value_dim);
+    torch::stable::zero_(to);
+    if (!p_.lse) return;
+    for (int64_t h = 0; h < p_.heads; ++h)
+      for (int64_t i = 0; i < part_.rows; ++i) {
+        float lse = -INFINITY;
+        add_sink(lse, h);
+        *lse_at(0, h, i) = lse;
+      }
+  }
+
+  static constexpr float kLog2e = 1.4426950408889634f;
+
+  const AttentionParams& p_;
+  const Part part_;
+  const Tensor &q_, &k_, &v_;
+  Tensor& out_;
+};
+
+void check_boundaries(const int32_t* cu_seqlens, int32_t batch, int32_t total, const char* name) {
+  bool rising = cu_seqlens[0] == 0 && cu_seqlens[batch] == total;
+  for (int32_t b = 0; b < batch; ++b) rising = rising && cu_seqlens[b] <= cu_seqlens[b + 1];
+  STD_TORCH_CHECK(rising, "attention: ", name, " must rise from 0 to the number of rows, ", total);
+}
+
+}  // namespace
+
+void attention_cpu(const AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out) {
+  STD_TORCH_CHECK(p.softcap == 0 && p.head_dim == p.value_dim,
+                  "attention: torch's fused attention has no softcap, and v has the columns of q");
+  if (!p.cu_seqlens_q) return PartAttention(p, {0, p.batch, 0, p.rows, 0, p.keys}, q, k, v, out).run();
+  check_boundaries(p.cu_seqlens_q, p.batch, p.rows, "cu_seqlens_q");
+  check_boundaries(p.cu_seqlens_k, p.batch, p.keys, "cu_seqlens_k");
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t row = p.cu_seqlens_q[b], key = p.cu_seqlens_k[b];
+    PartAttention(p, {b, 1, row, p.cu_seqlens_q[b + 1] - row, key, p.cu_seqlens_k[b + 1] - key}, q, k, v, out).run();
+  }
+}
+
+}  // namespace forwardpass

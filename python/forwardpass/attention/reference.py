@@ -1,0 +1,119 @@
+"""attention in plain torch: the specification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    return attention_with_lse(
+        q, k, v, scale, causal, window_left, window_right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
+        batch_invariant,
+    )[0]  # fmt: skip
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    batch_invariant: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In `dtype`, by default float32, or q's where that is wider; results in q's dtype, and float32 or wider for the lse."""
+    dtype = dtype or torch.promote_types(q.dtype, torch.float32)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    right = min(0, window_right or 0) if causal else window_right
+    options = (scale, window_left, right, softcap, mask)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        o, lse = attend(q.to(dtype), k.to(dtype), v.to(dtype), *options, alibi_slopes, sinks)
+    else:
+        o = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(dtype, torch.float32))
+        sequences = zip(boundaries("cu_seqlens_q", cu_seqlens_q, q), boundaries("cu_seqlens_k", cu_seqlens_k, k))
+        for b, (rows, keys) in enumerate(sequences):
+            slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+            operands = (t.unsqueeze(0).to(dtype) for t in (q[rows], k[keys], v[keys]))
+            o_b, lse_b = attend(*operands, *options, slopes, sinks)
+            o[rows], lse[:, rows] = o_b[0], lse_b[0]
+    return o.to(q.dtype), lse
+
+
+def boundaries(name: str, cu_seqlens: Tensor, x: Tensor) -> Iterator[slice]:
+    """The rows of x that each sequence has."""
+    at = cu_seqlens.tolist()
+    if at != sorted(at) or (at[0], at[-1]) != (0, x.shape[0]):
+        raise ValueError(f"attention: {name} must rise from 0 to the number of rows, {x.shape[0]}, and is {at}")
+    return map(slice, at, at[1:])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv] to o [B, Sq, H, Dv] of their dtype and lse [B, H, Sq]."""
+    group = q.shape[2] // k.shape[2]
+    q = q.transpose(1, 2)
+    k, v = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    s = q @ k.transpose(-1, -2) * scale  # [B, H, Sq, Sk]
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    rows, keys = s.shape[-2:]
+    # where a key stands, seen from a row; rows end where keys end
+    distance = torch.arange(keys, device=q.device) - torch.arange(keys - rows, keys, device=q.device).unsqueeze(1)
+    if alibi_slopes is not None:
+        s = s - (alibi_slopes.unsqueeze(-1).unsqueeze(-1) * distance.abs()).to(s.dtype)
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        allowed = allowed & (distance >= -left)
+    if right is not None:
+        allowed = allowed & (distance <= right)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        s = s + mask.to(s.dtype)
+        # -inf, and what is -inf in units of log2(e): kernels count in those, and the least values of float32 and of
+        # bfloat16, which masks are filled with, mean the same
+        allowed = allowed & ~(mask.float() / math.log(2)).isneginf()
+    s = s.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(s.dtype).reshape(-1, 1, 1).expand(*s.shape[:-1], 1)], -1)
+    lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), -1)
+    p = torch.softmax(s, -1)[..., :keys].masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
+    return (p @ v).transpose(1, 2).contiguous(), lse
