@@ -124,8 +124,7 @@ def _window(op: str, window: Window | None) -> Window:
 
 
 def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    shapes = ("[Tq, H, D]", "[Tk, Hk, D]", "[Tk, Hk, Dv]") if packed else ("[B, Sq, H, D]", "[B, Sk, Hk, D]", "[B, Sk, Hk, Dv]")  # fmt: skip
-    for name, x, shape in zip("qkv", (q, k, v), shapes):
+    for name, x, shape in zip("qkv", (q, k, v), ("q, H, D]", "k, Hk, D]", "k, Hk, Dv]")):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, not {type(x).__name__}")
         if x.dtype not in FLOATS:
@@ -137,8 +136,8 @@ def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> N
         if x.device != q.device:
             raise ValueError(f"{op}: {name} is on {x.device} and q on {q.device}: move one of them")
         if x.dim() != (3 if packed else 4):
-            given = "with cu_seqlens" if packed else "without cu_seqlens"
-            raise ValueError(f"{op}: {name} must be {shape} {given}, and has shape {tuple(x.shape)}")
+            wanted = f"[T{shape} with cu_seqlens" if packed else f"[B, S{shape} without cu_seqlens"
+            raise ValueError(f"{op}: {name} must be {wanted}, and has shape {tuple(x.shape)}")
         if x.shape[-1] == 0 or x.shape[-2] == 0:
             raise ValueError(f"{op}: {name} must have a head and a column, and has shape {tuple(x.shape)}")
         if x.shape[-1] > 1 and x.stride(-1) != 1:
