@@ -1,5 +1,7 @@
 #pragma once
 // The few ATen ops that the torch side calls, by name through the dispatcher: the stable ABI has no other way to them.
+#include <array>
+
 #include "check.h"
 
 namespace forwardpass {
@@ -23,11 +25,16 @@ inline Tensor transposed(const Tensor& x, const Matrix& m) {
   return view(x, m.columns, m.rows, m.columns == 1 ? m.rows * m.stride : 1, m.stride);
 }
 
+// The results of an overload, each for torch::stable::detail::to once; there are no more of them than arguments.
+template <class... Args>
+std::array<StableIValue, sizeof...(Args)> call_overload(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  check_shim(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
 template <class... Args>
 Tensor call(const char* name, const Args&... args) {
-  StableIValue stack[] = {torch::stable::detail::from(args)...};
-  check_shim(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<Tensor>(call_overload(name, "", args...)[0]);
 }
 
 }  // namespace forwardpass

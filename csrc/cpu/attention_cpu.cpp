@@ -92,17 +92,9 @@ class PartAttention {
     const Tensor q = operand(q_, p_.q, p_.heads, part_.first_row + first, count, p_.head_dim),
                  k = operand(k_, p_.k, p_.kv_heads, part_.first_key, part_.keys, p_.head_dim),
                  v = operand(v_, p_.v, p_.kv_heads, part_.first_key, part_.keys, p_.value_dim);
-    // The ABI has no torch::stable::Tensor of two results: to takes one value at a time.
-    StableIValue stack[] = {torch::stable::detail::from(q),
-                            torch::stable::detail::from(k),
-                            torch::stable::detail::from(v),
-                            torch::stable::detail::from(0.0),
-                            torch::stable::detail::from(causal),
-                            torch::stable::detail::from(mask),
-                            torch::stable::detail::from(std::optional<double>(p_.scale))};
-    check_shim(
-        torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
-    const Tensor o = torch::stable::detail::to<Tensor>(stack[0]), lse = torch::stable::detail::to<Tensor>(stack[1]);
+    const auto results = call_overload("aten::_scaled_dot_product_flash_attention_for_cpu", "", q, k, v, 0.0, causal,
+                                       mask, std::optional<double>(p_.scale));
+    const auto o = torch::stable::detail::to<Tensor>(results[0]), lse = torch::stable::detail::to<Tensor>(results[1]);
     Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row + first, count, p_.value_dim);
     if (!p_.sinks && !p_.lse) {
       torch::stable::copy_(to, o);
@@ -114,10 +106,7 @@ class PartAttention {
     if (!p_.sinks) {
       torch::stable::copy_(to, o);
     } else {
-      StableIValue product[] = {torch::stable::detail::from(o), torch::stable::detail::from(share),
-                                torch::stable::detail::from(to)};
-      check_shim(torch_call_dispatcher("aten::mul", "out", product, TORCH_ABI_VERSION));
-      torch::stable::detail::to<Tensor>(product[0]);
+      torch::stable::detail::to<Tensor>(call_overload("aten::mul", "out", o, share, to)[0]);
     }
   }
 

@@ -5,7 +5,10 @@ The contract; what it computes is in reference.py.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,14 +258,6 @@ def _check(
     check_vector(op, "sinks", sinks, heads, (torch.float32, q.dtype), q)
 
 
-def _check_attention(*args) -> None:  # type: ignore[no-untyped-def]
-    _check("attention", *args)
-
-
-def _check_with_lse(*args) -> None:  # type: ignore[no-untyped-def]
-    _check("attention_with_lse", *args)
-
-
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
@@ -281,31 +276,34 @@ def bucket(head_dim: int, value_dim: int) -> tuple[int, int] | None:
     return next((b for b in BUCKETS if b[0] == b[1] >= head_dim), None)
 
 
-def _why_not_gpu(q: Tensor, *rest: object) -> Reason | None:
+def _why_not_gpu(q: Tensor, *rest: Any) -> Reason | None:
     if q.dtype == torch.float32:
         return Reason(
-            "dtype", "its kernels multiply 16-bit operands, and q is float32", "convert q, k and v to bfloat16"
+            "dtype", "tensor cores multiply 16-bit operands, and q is float32", "convert q, k and v to bfloat16"
         )
-    if len(rest) > 1 and isinstance(v := rest[1], Tensor) and bucket(q.shape[-1], v.shape[-1]) is None:
-        return Reason("head_dim", "its kernels take head dims that are a multiple of 8 from 32 to 256, or 192 with 128 of v, "
-                      f"not {q.shape[-1]} with {v.shape[-1]} of v", "pad q, k and v with zeros and pass scale, or use the reference")  # fmt: skip
+    if rest and bucket(dims := q.shape[-1], values := rest[1].shape[-1]) is None:
+        return Reason(
+            "head_dim",
+            f"the kernels take head dims that are multiples of 8 from 32 to 256, or 192 with 128 of v, not {dims} with {values}",
+            "use the reference backend; smaller ones can be padded with zeros, and scale passed",
+        )
     return None
 
 
-def _why_not_cpu(q: Tensor, *rest: object) -> Reason | None:
-    if len(rest) <= 1:
-        return None
-    v, softcap = rest[1], rest[6]
-    use = "the reference backend does it"
-    if softcap:
-        return Reason("softcap", "torch's fused attention on CPUs, which it runs, has no softcap", use)
-    if isinstance(v, Tensor) and v.shape[-1] != q.shape[-1]:
-        return Reason("head_dim", "torch's fused attention on CPUs, which it runs, takes one head dim for q, k and v, not "
-                      f"{q.shape[-1]} and {v.shape[-1]}", use)  # fmt: skip
+def _why_not_cpu(q: Tensor, *rest: Any) -> Reason | None:
+    """It runs what torch's scaled_dot_product_attention does."""
+    if rest and rest[6] > 0:
+        return Reason("softcap", "torch's fused attention for CPUs has no softcap", "use the reference backend")
+    if rest and q.shape[-1] != (values := rest[1].shape[-1]):
+        return Reason(
+            "head_dim",
+            f"torch's fused attention for CPUs takes one head dim for q, k and v, not {q.shape[-1]} and {values}",
+            "use the reference backend",
+        )
     return None
 
 
-def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> list[str]:
+def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
     notes = []
     size = q.element_size()
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -318,13 +316,19 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> list[str]:
         notes.append(
             f"head dim {dims[0]} runs as {b[0]} in CUDA and Triton kernels: {b[0] / dims[0]:.2f} times the work"
         )
+    _, causal, left, right, _, mask, alibi_slopes = rest[:7]
+    limited = left is not None or right is not None or (causal and q.shape[-3] != k.shape[-3])
+    if q.device.type == "cpu" and (limited or mask is not None or alibi_slopes is not None):
+        notes.append("torch's fused attention takes an additive mask alone: the cpu backend writes one, of at most 16 MiB or "
+                     "one row of every head at a time")  # fmt: skip
     return notes
 
 
-def _operation(function, check, run, fake) -> Operation:  # type: ignore[no-untyped-def]
+def _operation(function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
+    check = functools.partial(_check, function.__name__)
     limits = {"cuda": _why_not_gpu, "triton": _why_not_gpu, "cpu": _why_not_cpu}
     return Operation(function, check, run, fake, why_not=limits, notes=_notes)
 
 
-ATTENTION = _operation(attention, _check_attention, reference.attention, _fake)
-ATTENTION_WITH_LSE = _operation(attention_with_lse, _check_with_lse, reference.attention_with_lse, _fake_with_lse)
+ATTENTION = _operation(attention, reference.attention, _fake)
+ATTENTION_WITH_LSE = _operation(attention_with_lse, reference.attention_with_lse, _fake_with_lse)

@@ -3,6 +3,7 @@ backend has to come."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -180,9 +181,10 @@ def assert_matches(got: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], l
     o, lse = got if isinstance(got, tuple) else (got, None)
     loose = o.device.type != "cpu" or args[7] > 0 or o.dtype == torch.float32
     times_max, times_mean = (2.0, 1.5) if loose else (0.5, 0.5)
-    q, k, v, *rest = (a.cpu() if isinstance(a, Tensor) else a for a in args)
-    exact, exact_lse = reference.attention_with_lse(q.double(), k.double(), v.double(), *rest)
-    torchs, _ = reference.attention_with_lse(q, k, v, *rest, dtype=q.dtype)
+    args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
+    q, wide = args[0], tuple(a.double() for a in args[:3])
+    exact, exact_lse = reference.attention_with_lse(*wide, *args[3:])
+    torchs, _ = functools.partial(reference.attention_with_lse, dtype=q.dtype)(*args)
     if (o.shape, o.dtype) != (exact.shape, q.dtype) or not o.is_contiguous():
         raise AssertionError(f"o: {o.dtype} {o.shape} {o.stride()}, expected {q.dtype} {exact.shape}, contiguous")
     error = (torchs.double() - exact).abs().nan_to_num()

@@ -61,8 +61,8 @@ def attention_with_lse(
         sequences = zip(boundaries("cu_seqlens_q", cu_seqlens_q, q), boundaries("cu_seqlens_k", cu_seqlens_k, k))
         for b, (rows, keys) in enumerate(sequences):
             slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-            operands = (t.unsqueeze(0).to(dtype) for t in (q[rows], k[keys], v[keys]))
-            o_b, lse_b = attend(*operands, *options, slopes, sinks)
+            q_b, k_b, v_b = (x.unsqueeze(0).to(dtype) for x in (q[rows], k[keys], v[keys]))
+            o_b, lse_b = attend(q_b, k_b, v_b, *options, slopes, sinks)
             o[rows], lse[:, rows] = o_b[0], lse_b[0]
     return o.to(q.dtype), lse
 
