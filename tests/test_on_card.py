@@ -7,6 +7,7 @@ import torch
 
 from forwardpass import backend
 from forwardpass.activation_quantize import cases as activation_quantize
+from forwardpass.attention import cases as attention
 from forwardpass.dequant_activation import cases as dequant_activation
 from forwardpass.fp8_gemm import cases as fp8_gemm
 from forwardpass.fp8_linear import cases as fp8_linear
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 MODULES = {
     "activation_quantize": activation_quantize,
+    "attention": attention,
     "dequant_activation": dequant_activation,
     "fp8_gemm": fp8_gemm,
     "fp8_linear": fp8_linear,

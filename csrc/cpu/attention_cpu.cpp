@@ -96,42 +96,59 @@ class PartAttention {
                                        mask, std::optional<double>(p_.scale));
     const auto o = torch::stable::detail::to<Tensor>(results[0]), lse = torch::stable::detail::to<Tensor>(results[1]);
     Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row + first, count, p_.value_dim);
-    if (!p_.sinks && !p_.lse) {
-      torch::stable::copy_(to, o);
-      return;
-    }
-    // [batch, heads, count, 1]: what a sink leaves of each row
-    Tensor share = contiguous_rows({part_.batch, p_.heads, count, 1}, ScalarType::Float, q_);
-    finish(lse, mask, first, count, static_cast<float*>(share.mutable_data_ptr()));
-    if (!p_.sinks) {
-      torch::stable::copy_(to, o);
+    // [batch, heads, count, 1]: what multiplies each row
+    Tensor factors = contiguous_rows({part_.batch, p_.heads, count, 1}, ScalarType::Float, q_);
+    if (finish(lse, q, k, causal, mask, first, static_cast<float*>(factors.mutable_data_ptr()))) {
+      torch::stable::detail::to<Tensor>(call_overload("aten::mul", "out", o, factors, to)[0]);
     } else {
-      torch::stable::detail::to<Tensor>(call_overload("aten::mul", "out", o, share, to)[0]);
+      torch::stable::copy_(to, o);
     }
   }
 
-  // Sinks, and -inf, which torch reports as 0, where a row is masked whole.
-  void finish(const Tensor& lse, const OptionalTensor& mask, int64_t first, int64_t count, float* share) {
+  // Adds what torch leaves out: sinks, and the lse of rows for which it says 0. Returns whether a factor is not 1.
+  bool finish(const Tensor& lse, const Tensor& q, const Tensor& k, bool causal, const OptionalTensor& mask,
+              int64_t first, float* factors) {
     auto from = static_cast<const float*>(lse.const_data_ptr());
-    auto masked = mask ? static_cast<const float*>(mask->const_data_ptr()) : nullptr;
-    const int64_t mask_batch = mask && mask->size(0) > 1, mask_heads = mask ? mask->size(1) : 1;
+    bool all_one = true;
     for (int64_t b = 0; b < part_.batch; ++b)
       for (int64_t h = 0; h < p_.heads; ++h)
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t i = 0; i < q.size(2); ++i) {
           float value = from[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
-          if (masked) {
-            const int64_t head = mask_heads > 1 ? h : 0;
-            const float* row = masked + ((b * mask_batch * mask_heads + head) * count + i) * part_.keys;
-            if (std::all_of(row, row + part_.keys, [](float m) { return m == -INFINITY; })) value = -INFINITY;
-          }
-          share[(b * p_.heads + h) * count + i] = add_sink(value, h);
+          if (value == 0) value = lse_where_torch_has_0(q, k, causal, mask, b, h, i);
+          const float factor = *factors++ = add_sink(value, h);
+          all_one = all_one && factor == 1;
           if (p_.lse) *lse_at(b, h, first + i) = value;
         }
+    return !all_one;
   }
 
-  // Returns what is left of the row's output.
+  // torch's maximum skips NaN, and where it stays -inf the row is 0 and so is its lse: masked whole, or NaN whole.
+  float lse_where_torch_has_0(const Tensor& q, const Tensor& k, bool causal, const OptionalTensor& mask, int64_t b,
+                              int64_t h, int64_t i) const {
+    const int64_t kv_head = h / (p_.heads / p_.kv_heads), from_q = b * q.stride(0) + h * q.stride(1) + i * q.stride(2),
+                  from_k = b * k.stride(0) + kv_head * k.stride(1);
+    const float* added = nullptr;  // [keys]
+    if (mask) {
+      const int64_t batch = mask->size(0) > 1 ? b : 0, head = mask->size(1) > 1 ? h : 0;
+      added = static_cast<const float*>(mask->const_data_ptr()) + batch * mask->stride(0) + head * mask->stride(1) +
+              i * mask->stride(2);
+    }
+    float lse = -INFINITY;
+    for (int64_t j = 0; j < (causal ? i + 1 : part_.keys); ++j) {
+      if (added && added[j] == -INFINITY) continue;
+      float score = added ? added[j] : 0;
+      for (int64_t d = 0; d < p_.head_dim; ++d)
+        score += p_.scale * float_at(q.const_data_ptr(), from_q + d, p_.dtype) *
+                 float_at(k.const_data_ptr(), from_k + j * k.stride(2) + d, p_.dtype);
+      if (std::isfinite(score)) return 0;  // a score like any other: the sum of the exponentials is 1
+      if (score != score) lse = score;
+    }
+    return lse;
+  }
+
+  // Returns what is left of the row's output: a factor, NaN for a row that is NaN.
   float add_sink(float& lse, int64_t head) const {
-    if (!p_.sinks) return 1;
+    if (!p_.sinks) return lse == lse ? 1 : lse;
     const float sink = float_at(p_.sinks, head, p_.sinks_dtype), without = lse;
     const float high = std::max(sink, without);
     lse = high == -INFINITY ? high : high + std::log(std::exp(sink - high) + std::exp(without - high));
