@@ -66,6 +66,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     a, b = torch.ones(M, K, dtype=torch.int8), torch.ones(N, K, dtype=torch.int8)
     a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
     a_scale, b_scale, weight = torch.ones(M), torch.ones(N), torch.ones(K).bfloat16()
+    q, kv = torch.randn(1, M, 8, 64).bfloat16(), torch.randn(1, M, 2, 64).bfloat16()
     acc, out = torch.ones(M, N, dtype=torch.int32), torch.bfloat16
     return {
         "quantize": lambda: ops.quantize(x, torch.int8),
@@ -79,6 +80,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "int8_linear": lambda: ops.int8_linear(x, b, b_scale, bias=bias),
         "fp8_linear": lambda: ops.fp8_linear(x, b8, b_scale, bias=bias),
         "w8a16_gemm": lambda: ops.w8a16_gemm(x, b, b_scale, bias=bias),
+        "attention": lambda: ops.attention(q, kv, kv, causal=True),
+        "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
         **{name: module(name, x) for name in fp.nn.__all__ if name != "QuantizedLinear"},
     }
 

@@ -213,9 +213,9 @@ class Operation:
     """One operation: its public function, its argument check, and its implementations in the order they are preferred.
 
     Args:
-        function: the public function; its parameters, in order, are the schema's.
-        check: takes the same arguments by position; raises TypeError or ValueError in one sentence.
-        reference: the specification in plain torch, same arguments, same returns.
+        function: the public function.
+        check: takes the schema's arguments by position; raises TypeError or ValueError in one sentence.
+        reference: the specification in plain torch, same returns; its parameters, in order, are the schema's.
         fake: shapes, dtypes and strides of what the compiled implementations return.
         backends: the compiled ones that exist; "triton" is registered by `<package>.triton_kernel`, imported on first use.
         why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`,
@@ -236,7 +236,7 @@ class Operation:
         notes: Callable[..., list[str]] | None = None,
     ):
         self.name, self.function = function.__name__, function
-        self.parameters = tuple(inspect.signature(function).parameters)
+        self.parameters = tuple(inspect.signature(reference).parameters)
         self.package = function.__module__
         self.check, self.fake, self.notes = check, fake, notes
         self.limits, self.why_not_arch = why_not or {}, why_not_arch

@@ -251,7 +251,8 @@ def real(sizes: Dims, dim: int, batch: int, heads: Dims, dtype: torch.dtype = to
     return Case(sizes, (dim, dim), dtype, batch, heads, awkward=False, **options)
 
 
-#: MiniLM (float32, and 16 bits), BERT-large without and with padding, ViT-L/16 at 384, Llama-8B's prompt, Mistral-7B's window, GPT-OSS-20B
+#: MiniLM (float32, and 16 bits), BERT-large without and with padding, ViT-L/16 at 384, Llama-8B's prompt, Mistral-7B's window,
+#: GPT-OSS-20B
 BENCHMARK_CASES = (
     real((128, 128), 32, 8, (12, 12), torch.float32),
     real((128, 128), 32, 8, (12, 12)),
