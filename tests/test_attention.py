@@ -1,6 +1,7 @@
 """attention, attention_with_lse: every backend on CPU tensors is far closer to fp64 than the same maths in 16 bits."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -97,6 +98,28 @@ def test_reference_is_the_formula(sizes, seen):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 6), (6, 3), (1, 5)])
+def test_every_window(sizes):
+    """On the CPU a window that hides nothing makes no mask."""
+    q, k, v = (torch.randn(1, n, 2, 8) for n in (sizes[0], sizes[1], sizes[1]))
+    sides = (None, *range(7))
+    for window in itertools.product(sides, sides):
+        for causal in (False, True):
+            got = fp.ops.attention_with_lse(q, k, v, window=window, causal=causal)
+            with fp.use_backend("reference"):
+                expected = fp.ops.attention_with_lse(q, k, v, window=window, causal=causal)
+            torch.testing.assert_close(got, expected, msg=lambda m, w=window, c=causal: f"{w} causal={c}: {m}")
+
+
+def test_a_large_mask_is_written_in_parts():
+    case = cases.Case(
+        (1500, 1499), (32, 32), torch.float32, 1, (2, 1), alibi="h", window=(700, 900), sinks="float32", lse=True
+    )
+    assert 2 * 1500 * 1499 > 2**22
+    args = case.arguments()
+    cases.assert_matches(run(case, args, "cpu"), args)
+
+
 def test_reference_is_torchs_attention():
     q, k, v = (torch.randn(2, n, h, 40) for n, h in ((9, 6), (9, 2), (9, 2)))
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
@@ -160,14 +183,14 @@ def test_rows_without_keys(backend):
         assert not o.any() and lse[0, 0].tolist() == [1.5] * 6 and lse[0, 1].isneginf().all()
 
 
-@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, 1.5])], ids=["", "sinks"])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, 1.5, 0.1, -2.0])], ids=["", "sinks"])
 @pytest.mark.parametrize("seen", ["all", "causal", "window", "mask"])
 def test_nan_passes_through(backend, seen, sinks):
     window = (0, 0) if seen == "window" else (None, None)
     mask = torch.zeros(5, 5) if seen == "mask" else None
     for at in range(3):
-        args = [torch.randn(1, 5, 2, 8) for _ in range(3)]
-        args[at][0, 3, 1, 2] = torch.nan
+        args = [torch.randn(1, 5, heads, 8) for heads in (4, 2, 2)]
+        args[at][0, 3, 1, 2] = torch.nan  # of two heads' key or value
         with fp.use_backend(backend):
             got = fp.ops.attention_with_lse(*args, causal=seen == "causal", window=window, mask=mask, sinks=sinks)
         expected = reference.attention_with_lse(
@@ -177,7 +200,8 @@ def test_nan_passes_through(backend, seen, sinks):
         rows = slice(3, 4) if at and seen in ("causal", "window") else slice(None)
         torch.testing.assert_close(got[0][:, rows], expected[0][:, rows], equal_nan=True)
         torch.testing.assert_close(got[1][:, :, rows], expected[1][:, :, rows], equal_nan=True)
-        assert expected[0][0, 3, 1, 2].isnan() and expected[1][0, 1, 3].isnan() == (at < 2)
+        for head in (1,) if at == 0 else (2, 3):
+            assert expected[0][0, 3, head, 2].isnan() and expected[1][0, head, 3].isnan() == (at < 2)
         assert not got[0][:, :, 0].isnan().any()
 
 
