@@ -159,6 +159,18 @@ def test_packed_sequences_are_a_batch(backend, causal):
     assert_equal(spoiled, o)
 
 
+def test_a_batch_invariant_row_is_that_of_its_own(backend):
+    case = cases.Case((113, 203), (40, 40), torch.float32, 3, (4, 2), mask="dtype bij", alibi="bh", sinks="float32", lse=True,
+                      batch_invariant=True)  # fmt: skip
+    args = case.arguments()
+    o, lse = run(case, args, backend)
+    cases.assert_matches((o, lse), args)
+    for b in range(3):
+        own = [a[b : b + 1] if isinstance(a, torch.Tensor) and len(a) == 3 else a for a in args]
+        for got, alone in zip((o, lse), run(case, own, backend)):
+            assert_equal(got[b : b + 1], alone)
+
+
 def test_rows_without_keys(backend):
     q, k, v = (torch.randn(1, n, 2, 8) for n in (6, 4, 4))
     sinks = torch.tensor([1.5, -torch.inf])
@@ -179,6 +191,9 @@ def test_rows_without_keys(backend):
         for keys in (0, 4):
             o, lse = fp.ops.attention_with_lse(q[:, :0], k[:, :keys], v[:, :keys])
             assert o.shape == (1, 0, 2, 8) and lse.shape == (1, 2, 0)
+        starts = torch.tensor([0, 3]).int()
+        with pytest.raises((ValueError, RuntimeError), match="must rise from 0 to the number of rows, 0"):
+            fp.ops.attention(q[0, :3], k[0, :0], v[0, :0], cu_seqlens_q=starts, cu_seqlens_k=starts)
         o, lse = fp.ops.attention_with_lse(q, k[:, :0], v[:, :0], sinks=sinks.bfloat16().float())
         assert not o.any() and lse[0, 0].tolist() == [1.5] * 6 and lse[0, 1].isneginf().all()
 

@@ -151,12 +151,12 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     p.lse = static_cast<float*>(l->mutable_data_ptr());
   }
   if (out.numel() == 0) return out;
-  if (p.keys == 0 || p.batch == 0) {
-    fill_without_keys(out, l, sinks);
-    return out;
-  }
   if (backend == Backend::cpu) {
     attention_cpu(p, q, k, v, out);
+    return out;
+  }
+  if (p.keys == 0 || p.batch == 0) {
+    fill_without_keys(out, l, sinks);
     return out;
   }
   STD_TORCH_CHECK(p.dtype != Dtype::f32, op, ": on a GPU q must be float16 or bfloat16");

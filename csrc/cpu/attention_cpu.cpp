@@ -28,7 +28,7 @@ class PartAttention {
       : p_(p), part_(part), q_(q), k_(k), v_(v), out_(out) {}
 
   void run() {
-    if (part_.batch == 0 || part_.rows == 0) return;
+    if (part_.rows == 0) return;
     if (part_.keys == 0) return rows_without_keys();
     // torch's causal mask is top-left; one row at the end sees every key.
     const int64_t offset = part_.keys - part_.rows;
@@ -62,7 +62,7 @@ class PartAttention {
     const float slope =
         p_.alibi_slopes ? p_.alibi_slopes[(part_.first_batch + batch) * p_.alibi_batch_stride + head] : 0;
     const AttentionMask& m = p_.mask;
-    const int64_t from = batch * m.batch + head * m.head + row * m.row;
+    const int64_t from = (part_.first_batch + batch) * m.batch + head * m.head + row * m.row;
     for (int64_t j = 0; j < part_.keys; ++j) {
       const int64_t distance = j - at;
       float value = p_.alibi_slopes ? -slope * static_cast<float>(std::abs(distance)) : 0;
@@ -80,7 +80,8 @@ class PartAttention {
   // [batch, heads, count, dim] of q, k, v or out, from one of the part's rows on.
   Tensor operand(const Tensor& x, const AttentionTensor& t, int64_t heads, int64_t row, int64_t count,
                  int64_t dim) const {
-    return reshaped(x, {part_.batch, heads, count, dim}, {t.batch, t.head, t.row, 1}, row * t.row);
+    return reshaped(x, {part_.batch, heads, count, dim}, {t.batch, t.head, t.row, 1},
+                    part_.first_batch * t.batch + row * t.row);
   }
 
   AttentionTensor out_strides() const {
@@ -156,19 +157,21 @@ class PartAttention {
   }
 
   float* lse_at(int64_t batch, int64_t head, int64_t row) const {
-    return p_.lse + ((batch * p_.heads + head) * p_.rows) + part_.first_row + row;
+    const int64_t first_head = p_.cu_seqlens_q ? 0 : (part_.first_batch + batch) * p_.heads;
+    return p_.lse + (first_head + head) * p_.rows + part_.first_row + row;
   }
 
   void rows_without_keys() {
     Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row, part_.rows, p_.value_dim);
     torch::stable::zero_(to);
     if (!p_.lse) return;
-    for (int64_t h = 0; h < p_.heads; ++h)
-      for (int64_t i = 0; i < part_.rows; ++i) {
-        float lse = -INFINITY;
-        add_sink(lse, h);
-        *lse_at(0, h, i) = lse;
-      }
+    for (int64_t b = 0; b < part_.batch; ++b)
+      for (int64_t h = 0; h < p_.heads; ++h)
+        for (int64_t i = 0; i < part_.rows; ++i) {
+          float lse = -INFINITY;
+          add_sink(lse, h);
+          *lse_at(b, h, i) = lse;
+        }
   }
 
   static constexpr float kLog2e = 1.4426950408889634f;
@@ -190,7 +193,12 @@ void check_boundaries(const int32_t* cu_seqlens, int32_t batch, int32_t total, c
 void attention_cpu(const AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out) {
   STD_TORCH_CHECK(p.softcap == 0 && p.head_dim == p.value_dim,
                   "attention: torch's fused attention has no softcap, and v has the columns of q");
-  if (!p.cu_seqlens_q) return PartAttention(p, {0, p.batch, 0, p.rows, 0, p.keys}, q, k, v, out).run();
+  if (!p.cu_seqlens_q) {
+    // What torch's products of a batch add up in which order may depend on its size.
+    const int64_t step = p.batch_invariant ? 1 : p.batch;
+    for (int64_t b = 0; b < p.batch; b += step) PartAttention(p, {b, step, 0, p.rows, 0, p.keys}, q, k, v, out).run();
+    return;
+  }
   check_boundaries(p.cu_seqlens_q, p.batch, p.rows, "cu_seqlens_q");
   check_boundaries(p.cu_seqlens_k, p.batch, p.keys, "cu_seqlens_k");
   for (int64_t b = 0; b < p.batch; ++b) {

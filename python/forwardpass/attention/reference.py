@@ -51,20 +51,26 @@ def attention_with_lse(
     """In `dtype`, by default float32, or q's where that is wider; results in q's dtype, and float32 or wider for the lse."""
     dtype = dtype or torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    right = min(0, window_right or 0) if causal else window_right
-    options = (scale, window_left, right, softcap, mask)
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        o, lse = attend(q.to(dtype), k.to(dtype), v.to(dtype), *options, alibi_slopes, sinks)
-    else:
-        o = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(dtype, torch.float32))
+    right = 0 if causal else window_right
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    lse = q.new_empty(lse_shape, dtype=torch.promote_types(dtype, torch.float32))
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
         sequences = zip(boundaries("cu_seqlens_q", cu_seqlens_q, q), boundaries("cu_seqlens_k", cu_seqlens_k, k))
-        for b, (rows, keys) in enumerate(sequences):
-            slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-            q_b, k_b, v_b = (x.unsqueeze(0).to(dtype) for x in (q[rows], k[keys], v[keys]))
-            o_b, lse_b = attend(q_b, k_b, v_b, *options, slopes, sinks)
-            o[rows], lse[:, rows] = o_b[0], lse_b[0]
-    return o.to(q.dtype), lse
+        parts = [(q[None, i], k[None, j], v[None, j], o[None, i], lse[None, :, i]) for i, j in sequences]
+        shares = [slice(b, b + 1) for b in range(len(parts))]
+    else:
+        # one at a time, where it matters that torch may add up another order in another batch
+        shares = [slice(b, b + 1) for b in range(q.shape[0])] if batch_invariant else [slice(None)]
+        parts = [(q[b], k[b], v[b], o[b], lse[b]) for b in shares]
+    for b, (q_b, k_b, v_b, o_b, lse_b) in zip(shares, parts):
+        mask_b = mask[b] if mask is not None and mask.dim() == 4 and mask.shape[0] > 1 else mask
+        slopes_b = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        operands = q_b.to(dtype), k_b.to(dtype), v_b.to(dtype)
+        o_part, lse_part = attend(*operands, scale, window_left, right, softcap, mask_b, slopes_b, sinks)
+        o_b.copy_(o_part)
+        lse_b.copy_(lse_part)
+    return o, lse
 
 
 def boundaries(name: str, cu_seqlens: Tensor, x: Tensor) -> Iterator[slice]:
