@@ -20,6 +20,13 @@ __device__ inline float min_nan(float a, float b) {
   return d;
 }
 
+// 9.7.3.21 ex2: 2^x to 2^-22.5, relative; denormals are 0
+__device__ inline float ex2(float x) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
 // 9.7.9.18 createpolicy: first to be evicted from L2
 __device__ inline uint64_t evict_first_policy() {
   uint64_t policy;
@@ -61,6 +68,14 @@ __device__ inline void cp_async_wait() {
 // of matrix i / 8
 __device__ inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
+// the same, each matrix transposed: what has its rows in memory along k becomes the b of an mma
+__device__ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                : "r"(address)
                : "memory");
