@@ -1,15 +1,13 @@
 // attention on mma.sync m16n8k16. A block computes M rows of one head, block of N keys after block. K and V have a
 // buffer each, filled by cp.async: V's while q k^T is computed, the next K's while p v is.
 //
-// What binds, an A100 at head dim 128, for each score: tensor cores do 512 multiply-adds a clock and subpartition, so
-// 256 of a score take half a clock of a warp's 32; the instructions beside them, 12.4 a score at 32 rows a warp, issue
-// in 0.39. So the warps of a subpartition have to overlap one another, two at least.
+// What binds: tensor cores, if they are kept busy. For a score at head dim 128, 256 multiply-adds, they take a clock of
+// an A100's subpartition, and four of a 4090's; the instructions beside them, some 14 a score of 32 lanes, issue in
+// 0.5.
 #include "attention/attention_tile.cuh"
 #include "common/dispatch.h"
-#include "common/gemm.h"
 #include "common/shared_bytes.cuh"
 #include "common/softmax.cuh"
-#include "common/widen.cuh"
 
 namespace forwardpass {
 
@@ -23,7 +21,7 @@ struct AttentionConfig {
   static constexpr int kTiles = N / 8, kOutTiles = V / 8;
 
   struct SharedStorage {
-    alignas(1024) uint16_t q[M * D];  // and, at the end, the rows of out
+    alignas(128) uint16_t q[M * D];  // and, at the end, the rows of out
     uint16_t k[N * D], v[N * V];
     // Here, as in registers they would be spilled.
     AttentionTile tile;
@@ -126,14 +124,6 @@ __device__ inline void multiply_q_k(ScoreFragments<Config>& s, const typename Co
   }
 }
 
-template <Dtype T>
-__device__ inline uint32_t pack(float low, float high) {
-  if constexpr (T == Dtype::f16)
-    return bits_of(__floats2half2_rn(low, high));
-  else
-    return bits_of(__floats2bfloat162_rn(low, high));
-}
-
 // o += p v: two n8 tiles of p are, rounded, the a of an mma as they lie in registers.
 template <class Config>
 __device__ inline void multiply_p_v(OutFragments<Config>& o, const ScoreFragments<Config>& p,
@@ -218,11 +208,11 @@ struct Launch {
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     attention_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Launch l) {
-  extern __shared__ __align__(1024) uint8_t memory[];
+  extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   {
     AttentionTile tile;
-    if (!tile.find(p, Config::kM, l.tiles)) return;
+    if (!tile.find(p, Config::kM, l.tiles, blockIdx.x)) return;
     if (threadIdx.x == 0) shared.tile = tile, shared.blocks = KeyBlocks(p, tile, Config::kM, Config::kN);
     __syncthreads();
   }
@@ -300,43 +290,26 @@ int launch(const AttentionParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Shared memory fits a card of 100 KB in each. Four warps of 32 rows where the sums of 32 rows fit their registers;
-// beyond, eight of 16.
+// Two warps a scheduler, so that one's softmax overlaps the other's products, in the 100 KB of an L40S: two blocks of
+// four warps with 32 rows each, or, where their sums do not fit the registers, one of eight warps with 16 rows.
 template <Dtype T, int D, int V, bool General>
-struct Choice;
-template <Dtype T, bool General>
-struct Choice<T, 64, 64, General> {
-  using Config = AttentionConfig<T, 64, 64, General, 128, 64, General ? 8 : 4, General ? 1 : 2>;
-};
-template <Dtype T, bool General>
-struct Choice<T, 96, 96, General> {
-  using Config = AttentionConfig<T, 96, 96, General, 128, 64, General ? 8 : 4, General ? 1 : 2>;
-};
-template <Dtype T, bool General>
-struct Choice<T, 128, 128, General> {
-  using Config = AttentionConfig<T, 128, 128, General, 128, 64, General ? 8 : 4, 1>;
-};
-template <Dtype T, bool General>
-struct Choice<T, 192, 192, General> {
-  using Config = AttentionConfig<T, 192, 192, General, 128, 64, 8, 1>;
-};
-template <Dtype T, bool General>
-struct Choice<T, 256, 256, General> {
-  using Config = AttentionConfig<T, 256, 256, General, 128, 32, 8, 1>;
-};
-template <Dtype T, bool General>
-struct Choice<T, 192, 128, General> {
-  using Config = AttentionConfig<T, 192, 128, General, 128, 64, 8, 1>;
-};
+constexpr auto config() {
+  if constexpr (D >= 192)
+    return AttentionConfig<T, D, V, General, 128, D == 256 ? 32 : 64, 8, 1>();
+  else if constexpr (General)
+    return AttentionConfig<T, D, V, true, 128, 64, 8, 1>();
+  else
+    return AttentionConfig<T, D, V, false, 128, D == 128 ? 32 : 64, 4, 2>();
+}
 
 template <Dtype T, bool General>
 int launch_bucket(const AttentionParams& p, cudaStream_t stream) {
-  if (p.value_dim < p.head_dim) return launch<typename Choice<T, 192, 128, General>::Config>(p, stream);
-  if (p.head_dim <= 64) return launch<typename Choice<T, 64, 64, General>::Config>(p, stream);
-  if (p.head_dim <= 96) return launch<typename Choice<T, 96, 96, General>::Config>(p, stream);
-  if (p.head_dim <= 128) return launch<typename Choice<T, 128, 128, General>::Config>(p, stream);
-  if (p.head_dim <= 192) return launch<typename Choice<T, 192, 192, General>::Config>(p, stream);
-  return launch<typename Choice<T, 256, 256, General>::Config>(p, stream);
+  if (p.value_dim < p.head_dim) return launch<decltype(config<T, 192, 128, General>())>(p, stream);
+  if (p.head_dim <= 64) return launch<decltype(config<T, 64, 64, General>())>(p, stream);
+  if (p.head_dim <= 96) return launch<decltype(config<T, 96, 96, General>())>(p, stream);
+  if (p.head_dim <= 128) return launch<decltype(config<T, 128, 128, General>())>(p, stream);
+  if (p.head_dim <= 192) return launch<decltype(config<T, 192, 192, General>())>(p, stream);
+  return launch<decltype(config<T, 256, 256, General>())>(p, stream);
 }
 
 }  // namespace forwardpass
