@@ -9,7 +9,6 @@
 #include "common/gemm.h"
 #include "common/shared_bytes.cuh"
 #include "common/softmax.cuh"
-#include "common/widen.cuh"
 
 namespace forwardpass {
 
@@ -126,14 +125,6 @@ __device__ inline void multiply_q_k(ScoreFragments<Config>& s, const typename Co
   }
 }
 
-template <Dtype T>
-__device__ inline uint32_t pack(float low, float high) {
-  if constexpr (T == Dtype::f16)
-    return bits_of(__floats2half2_rn(low, high));
-  else
-    return bits_of(__floats2bfloat162_rn(low, high));
-}
-
 // o += p v: two n8 tiles of p are, rounded, the a of an mma as they lie in registers.
 template <class Config>
 __device__ inline void multiply_p_v(OutFragments<Config>& o, const ScoreFragments<Config>& p,
@@ -222,7 +213,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   auto& shared = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   {
     AttentionTile tile;
-    if (!tile.find(p, Config::kM, l.tiles)) return;
+    if (!tile.find(p, Config::kM, l.tiles, blockIdx.x)) return;
     if (threadIdx.x == 0) shared.tile = tile, shared.blocks = KeyBlocks(p, tile, Config::kM, Config::kN);
     __syncthreads();
   }
@@ -339,11 +330,16 @@ int launch_bucket(const AttentionParams& p, cudaStream_t stream) {
   return launch<typename Choice<T, 256, 256, General>::Config>(p, stream);
 }
 
+int __attribute__((weak)) attention_sm90a(const AttentionParams& p, int multiprocessors, cudaStream_t stream);
+
 }  // namespace forwardpass
 
 int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
+  Device device{};
+  if (auto e = forwardpass_device(&device)) return e;
+  if (device.wgmma) return attention_sm90a(*p, device.sms, s);
   const bool general = p->softcap > 0 || p->alibi_slopes || p->mask.kind != AttentionMaskKind::none;
   int error = cudaErrorInvalidValue;
   dispatch<Dtype::f16, Dtype::bf16>(

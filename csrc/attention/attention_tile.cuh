@@ -20,8 +20,7 @@ struct AttentionTile {
 
   // Blocks of the same head run together, as its keys then stay in L2; those of the last rows, which see the most keys
   // where attention is causal, before the others. False: there is no such tile.
-  __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles) {
-    const unsigned block = blockIdx.x;
+  __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block) {
     int tile = static_cast<int>(block % tiles), last;
     head = static_cast<int>(block / tiles % p.heads), batch = static_cast<int>(block / tiles / p.heads);
     rows = p.rows, keys = p.keys, first_row = first_key = 0;
@@ -64,7 +63,10 @@ struct AttentionTile {
   // Where a row stands among the keys: rows end where keys end.
   __device__ int place(int r) const { return r + keys - rows; }
   // The keys from first to end count for a row.
-  __device__ int first(const AttentionParams& p, int r) const { return p.left >= place(r) ? 0 : place(r) - p.left; }
+  __device__ int first(const AttentionParams& p, int r) const {
+    // unsigned, as of place - p.left nvcc 13.0 makes max(place - p.left, 0), which an unlimited left overflows
+    return p.left >= place(r) ? 0 : static_cast<int>(static_cast<unsigned>(place(r)) - p.left);
+  }
   __device__ int end(const AttentionParams& p, int r) const {
     return p.right >= rows - 1 - r ? keys : place(r) + p.right + 1;
   }
@@ -152,9 +154,10 @@ class Scores {
   }
   template <class T, class F>
   __device__ void masked(Fragment& s, int key, F f) const {
-    const auto mask = static_cast<const T*>(p_.mask.data);
-    each(s, key, [&](float& v, int r, int half, int k) {  // what a key beyond the last one gets is not used
-      v = f(v, mask[mask_[r][half] + min(k, last_key_) * p_.mask.column]);
+    const int step = static_cast<int>(p_.mask.column * sizeof(T));  // of 32 bits: an address is one multiply-add
+    each(s, key, [&](float& v, int r, int half, int k) {            // what a key beyond the last one gets is not used
+      const auto row = reinterpret_cast<const char*>(static_cast<const T*>(p_.mask.data) + mask_[r][half]);
+      v = f(v, *reinterpret_cast<const T*>(row + int64_t{min(k, last_key_)} * step));
     });
   }
 

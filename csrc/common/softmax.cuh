@@ -2,13 +2,22 @@
 // A softmax whose scores come a block of keys at a time, on the fragments that mma and wgmma leave: a thread has, of
 // each of a warp's blocks of sixteen rows, row lane / 4 (elements 0 and 1 of an n8 tile) and the one eight below
 // (elements 2 and 3), and of either two neighbouring columns a tile.
-#include "common/ptx_sm80.cuh"
+#include "common/widen.cuh"
 
 namespace forwardpass {
 
 // One value for each row that a thread has.
 template <int kRows>
 using RowValues = float[kRows][2];
+
+// Two of them, rounded: a pair of what an mma takes as a, in which fragments lie as they come.
+template <Dtype D>
+__device__ inline uint32_t pack(float low, float high) {
+  if constexpr (D == Dtype::f16)
+    return bits_of(__floats2half2_rn(low, high));
+  else
+    return bits_of(__floats2bfloat162_rn(low, high));
+}
 
 template <int kRows>
 struct OnlineSoftmax {
@@ -38,13 +47,13 @@ struct OnlineSoftmax {
         // Of a row whose scores are all -inf as yet no difference is taken: 2^(-inf - 0) is the 0 that it should be.
         const float base = now == -INFINITY ? 0 : now;
         factor[r][half] = ptx::ex2(before - base);
-        float add = 0;
+        float add;  // from the first one on: 0 plus it would be an instruction too
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
           for (int e = half * 2; e < half * 2 + 2; ++e) {
             s[r][t][e] = ptx::ex2(fmaf(s[r][t][e], scale, -base));
-            add += s[r][t][e];
+            add = t == 0 && e == half * 2 ? s[r][t][e] : add + s[r][t][e];
           }
         sum[r][half] = fmaf(sum[r][half], factor[r][half], add);
       }
