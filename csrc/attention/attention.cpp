@@ -58,6 +58,8 @@ AttentionMask mask_of(const OptionalTensor& m, const Tensor& q, const AttentionP
                     ", ", p.keys, "]");
     *strides[d] = stride_of(*m, d - first);
   }
+  STD_TORCH_CHECK(mask.column < int64_t{1} << 29, op, ": columns of mask must be less than 2^29 elements apart, not ",
+                  mask.column);
   return mask;
 }
 

@@ -312,11 +312,16 @@ int launch_bucket(const AttentionParams& p, cudaStream_t stream) {
   return launch<decltype(config<T, 256, 256, General>())>(p, stream);
 }
 
+int __attribute__((weak)) attention_sm90a(const AttentionParams& p, int multiprocessors, cudaStream_t stream);
+
 }  // namespace forwardpass
 
 int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
+  Device device{};
+  if (auto e = forwardpass_device(&device)) return e;
+  if (device.wgmma) return attention_sm90a(*p, device.sms, s);
   const bool general = p->softcap > 0 || p->alibi_slopes || p->mask.kind != AttentionMaskKind::none;
   int error = cudaErrorInvalidValue;
   dispatch<Dtype::f16, Dtype::bf16>(

@@ -6,6 +6,7 @@
 #include "common/gemm_epilogue.cuh"
 #include "common/gemm_tiles.cuh"
 #include "common/ptx_sm90a.cuh"
+#include "common/ring.cuh"
 #include "common/shared_bytes.cuh"
 #include "common/tma_map.h"
 #include "common/wgmma.cuh"
@@ -69,16 +70,6 @@ struct WgmmaArguments {
   Dtype a_dtype;           // of the weight in w8a16_gemm
   const float* row_scale;  // and its scales of 1 x 128, [rows of a, K blocks]; null: none
   CUtensorMap a, b, a_scale, b_scale;
-};
-
-// Where one side is in the ring of stages.
-template <int Stages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == Stages) stage = 0, parity ^= 1;
-  }
 };
 
 // The tiles that a block makes, and their depth.

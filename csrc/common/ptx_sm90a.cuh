@@ -15,6 +15,17 @@ __device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init
 __device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// of the threads with a `condition`; after a branch that says so a warp need not be together again
+__device__ inline void mbarrier_arrive(uint32_t barrier, bool condition) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}" ::"r"(barrier),
+      "r"(static_cast<int>(condition))
+      : "memory");
+}
 // At an mbarrier of any CTA of the cluster, as map_shared gives its address. With the scope of a cluster, ptxas makes
 // fences of the whole GPU of it (MEMBAR.ALL.GPU, for a wait CCTL.IVALL); what is ordered here are reads of shared
 // memory that have ended and the async proxy's writes, and CUTLASS too does without.
@@ -34,9 +45,12 @@ __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
   return ready;
 }
-// 9.7.13.1 bar: a barrier of `threads`, whole warps, of the block
+// 9.7.13.1 bar: a barrier of `threads`, whole warps, of the block; arrive: without waiting
 __device__ inline void barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline void barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // 9.7.9.8 ld.shared
@@ -58,6 +72,14 @@ __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, int column,
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(to),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+// of a tensor of five dimensions, the innermost first
+__device__ inline void tma_load(uint32_t to, const CUtensorMap& map, const int (&at)[5], uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
+      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(barrier)
       : "memory");
 }
 // to the same place of every CTA that `ctas` has a bit for, and each one's mbarrier

@@ -224,6 +224,9 @@ def cases() -> Iterator[Case]:
         yield Case(n, sinks="float32", lse=True)
         yield Case(n, batch=0, lse=True)
         yield Case(n, packed=True)
+    # more tiles than a GPU has multiprocessors: a block of some kernels computes one after the other
+    yield Case((5, 300), heads=(4, 2), batch=50, causal=True, lse=True)
+    yield Case((30, 40), (128, 128), torch.bfloat16, heads=(48, 2), packed=True, lse=True)
     factors = {
         "sizes": SIZES,
         "dims": DIMS,
