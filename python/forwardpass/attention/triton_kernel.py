@@ -1,0 +1,393 @@
+"""attention and attention_with_lse in Triton: one kernel for all masks and architectures.
+
+A program has a tile of rows of one head. Of the keys that its rows may see, blocks that all of them see whole run without a
+bound; those at an edge (of the causal triangle, of a window, of the keys) run in a second loop, which has one. Scores are in
+units of log2(e), so that a probability is one fma and one ex2.
+
+A whole block of keys lies within its sequence, so it may come by TMA, on sm_90 and later; a block at an edge may end in the
+next sequence, whose NaN would pass through a probability of 0, and is loaded from pointers, with zeros beyond its sequence.
+
+Masks, ALiBi and softcap share one more constant, GENERAL, within which they are chosen at run time, as everything else is:
+there are two kernels for each dtype and bucket.
+
+Instructions of the loop over whole blocks, a thread and score, for d = 64, 128, 256 (static, machine code by ptxas of Triton
+3.6): 9.6, 15.1, 32.3 on sm_80 and 7.1, 7.5, 14.8 on sm_90; no kernel is on local memory. Nothing here has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import ATTENTION, ATTENTION_WITH_LSE, bucket
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+UNLIMITED = 2**31 - 1
+#: Offsets within a tile of at most 128 rows are 32 bits: with 64, d = 256 spills (static, sm_80).
+MOST_APART = 2**24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a head is cut up. `parts`: the widths of the tiles that q's and k's columns are, `value_parts` v's."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    parts: tuple[int, ...]
+    value_parts: tuple[int, ...]
+    stages: int = 2  # the next block's keys and values are on their way; two of d = 256 are all that fit on sm_90
+
+
+@functools.cache
+def plan(dims: tuple[int, int], general: bool, arch: int) -> Plan:
+    """A function of the bucket, the kind of scores and the architecture: a row's bits depend on neither batch nor lengths.
+
+    Each is the largest of those tried that does not spill (static, ptxas of Triton 3.6).
+    """
+    block_m, warps = 128, 8
+    if arch // 10 == 9:
+        # two warpgroups of 64 rows: a thread has value_dim / 2 accumulators beside block_n / 2 scores
+        block_n = 128 if dims[1] <= 128 else 64
+    else:
+        block_n = 64 if dims[0] <= 128 else 32
+        if dims[1] == 64:
+            warps = 4  # 32 rows a warp: k and v are read from shared memory half as often as by 16
+        elif dims[1] == 256 and not general:
+            block_m, warps = 64, 4  # a warp still has 16 rows; 128 of them take more shared memory than sm_89 has
+    if general:
+        # a mask's values and where they are take twice the registers of scores
+        block_n = 32 if dims == (192, 128) else block_n // 2
+    # Triton has warps side by side, which share a row's softmax, where a tile of accumulators is wider than high.
+    return Plan(block_m, block_n, warps, widths(dims[0], 256), widths(dims[1], min(block_m, 128)))
+
+
+def widths(columns: int, most: int) -> tuple[int, ...]:
+    """Powers of two, which Triton's tiles are: 192 is 128 and 64."""
+    width = min(most, 1 << columns.bit_length() >> 1)
+    return (width, *widths(columns - width, most)) if columns else ()
+
+
+@triton.jit
+def find_sequence(cu_seqlens_q_ptr, tile, sequences, M: tl.constexpr):
+    """The sequence to which a tile belongs. Sequence b has tiles from cu_seqlens[b] / M + b on, at least as many as its rows
+    need."""
+    b = -1
+    for first in range(0, sequences, 128):
+        at = first + tl.arange(0, 128)
+        begin = tl.load(cu_seqlens_q_ptr + at, mask=at < sequences, other=0)
+        b += tl.sum(((begin // M + at <= tile) & (at < sequences)).to(tl.int32))
+    return b
+
+
+@triton.jit
+def visible(place, keys, left, right):
+    """The first and the last key that a row at `place` may see."""
+    place = place.to(tl.int64)
+    return tl.maximum(place - left, 0).to(tl.int32), tl.minimum(place + right, keys - 1).to(tl.int32)
+
+
+@triton.jit
+def tiles_at(
+    x, descriptors, key, keys, origin, batch, head, step, dim, N: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Keys [N] from `key` on of k or v [keys, dim * 8]: a tile for each of PARTS, zeros beyond."""
+    tiles = ()
+    column = 0
+    for i in tl.static_range(len(PARTS)):
+        if WHOLE and descriptors is not None:
+            tile = descriptors[i].load([batch, head, origin + key, column]).reshape(N, PARTS[i])
+        else:
+            n, c = tl.arange(0, N), column + tl.arange(0, PARTS[i])
+            inside = (c < dim * 8)[None, :]
+            if not WHOLE:
+                inside = inside & (n < keys - key)[:, None]
+            tile = tl.load(
+                x + key.to(tl.int64) * (step * 8) + (n[:, None] * (step * 8) + c[None, :]), mask=inside, other=0.0
+            )
+        tiles += (tile,)  # type: ignore[assignment]
+        column += PARTS[i]
+    return tiles
+
+
+@triton.jit
+def tanh(x):
+    """Within 2^-11 of the value, relative. As exp2 and a division it takes two of the instructions that bound softmax."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def load_logits(ptr, at, kind, dtype: tl.constexpr):
+    """Masks or sinks, bool, float32 or of q's dtype, in units of log2(e)."""
+    if kind == 1:
+        logits = tl.where(tl.load(ptr + at) != 0, 0.0, float("-inf"))
+    elif kind == 2:
+        logits = tl.load(ptr.to(tl.pointer_type(tl.float32)) + at) * LOG2_E
+    else:
+        logits = tl.load(ptr.to(tl.pointer_type(dtype)) + at).to(tl.float32) * LOG2_E
+    return logits
+
+
+@triton.jit
+def general_scores(s, scale, column, keys, options, dtype: tl.constexpr):
+    """Products [M, N] to scores in units of log2(e)."""
+    softcap, slope, place, row, rows, mask_ptr, mask_at, mask_kind, mask_row, mask_column = options
+    s *= scale
+    if softcap > 0:
+        s = tanh(s * (1 / softcap)) * (softcap * LOG2_E)
+    else:
+        s *= LOG2_E
+    if slope != 0:
+        s -= slope * tl.abs(place[:, None] - column[None, :]).to(tl.float32)
+    if mask_kind != 0:
+        # beyond its end the last row and key again: scores that nobody uses
+        at = mask_at + tl.minimum(column, keys - 1).to(tl.int64) * mask_column
+        if mask_row == 0:  # of keys alone, such as padding
+            s += load_logits(mask_ptr, at, mask_kind, dtype)[None, :]
+        else:
+            at_row = tl.minimum(row, rows - 1).to(tl.int64) * mask_row
+            s += load_logits(mask_ptr, at_row[:, None] + at[None, :], mask_kind, dtype)
+    return s
+
+
+@triton.jit
+def attend_blocks(
+    q, acc, most, total, first, middle, last, gap, k, v, k_descriptors, v_descriptors, k_step, v_step, origin, batch, kv_head,
+    keys, dim, value_dim, low, high, scale, score_options, N: tl.constexpr, PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr, GENERAL: tl.constexpr,
+):  # fmt: skip
+    """The accumulators, the maxima `most` and the sums `total` of rows after the blocks of N keys from `first` to `last`, but for
+    `gap` of them from `middle` on. low, high [M]: each row's first and last key. `scale` is times log2(e), except where GENERAL."""
+    for i in tl.range(first, last - gap, disable_licm=GENERAL):
+        key = (i if WHOLE else tl.where(i < middle, i, i + gap)) * N
+        column = key + tl.arange(0, N)
+        k_tiles = tiles_at(k, k_descriptors, key, keys, origin, batch, kv_head, k_step, dim, N, PARTS, WHOLE)
+        s = tl.dot(q[0], k_tiles[0].T)
+        for j in tl.static_range(1, len(PARTS)):
+            s = tl.dot(q[j], k_tiles[j].T, s)
+        v_tiles = tiles_at(
+            v, v_descriptors, key, keys, origin, batch, kv_head, v_step, value_dim, N, VALUE_PARTS, WHOLE
+        )
+        factor = scale
+        if GENERAL:
+            s = general_scores(s, scale, column, keys, score_options, q[0].dtype)
+            factor = 1.0
+        if not WHOLE:
+            s = tl.where((column[None, :] >= low[:, None]) & (column[None, :] <= high[:, None]), s, float("-inf"))
+        highest = tl.maximum(most, tl.max(s, 1) * factor)
+        shift = highest
+        if GENERAL or not WHOLE:
+            shift = tl.where(highest == float("-inf"), 0.0, highest)  # no key yet
+        p = tl.exp2(s * factor - shift[:, None])
+        correction = tl.exp2(most - shift)
+        most = highest
+        total = total * correction + tl.sum(p, 1)
+        p = p.to(q[0].dtype)
+        sums = ()
+        for j in tl.static_range(len(VALUE_PARTS)):
+            sums += (tl.dot(p, v_tiles[j], acc[j] * correction[:, None]),)  # type: ignore[assignment]
+        acc = sums
+    return acc, most, total
+
+
+_RUN_TIME = [
+    "q_batch", "q_step", "q_head", "k_batch", "k_step", "k_head", "v_batch", "v_step", "v_head", "has_lse", "batch",
+    "heads", "group", "rows", "keys", "tiles", "dim", "value_dim", "left", "right", "sinks_kind", "has_alibi",
+    "alibi_batch", "mask_kind", "mask_batch", "mask_head", "mask_row", "mask_column", "packed",
+]  # fmt: skip
+_ANY_ALIGNMENT = ["lse_ptr", "mask_ptr", "alibi_ptr", "sinks_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"]
+
+
+@triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def attention_kernel(
+    q, k, v, k_descriptors, v_descriptors, q_batch, q_step, q_head, k_batch, k_step, k_head, v_batch, v_step, v_head, out,
+    lse_ptr, has_lse, batch, heads, group, rows, keys, tiles, dim, value_dim, scale, softcap, left, right, mask_ptr,
+    mask_kind, mask_batch, mask_head, mask_row, mask_column, alibi_ptr, has_alibi, alibi_batch, sinks_ptr, sinks_kind,
+    packed, cu_seqlens_q_ptr, cu_seqlens_k_ptr, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr, GENERAL: tl.constexpr,
+):  # fmt: skip
+    """Strides of q, k and v, dim and value_dim count 8 elements, 16 bytes: alignment shows. `tiles`: of a sequence's rows;
+    all of them where packed, whose rows and keys are those of all sequences."""
+    head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads  # heads that share keys run together
+    kv_head = head // group
+    all_rows = rows
+    if packed:
+        sequence = find_sequence(cu_seqlens_q_ptr, tile, batch, M)
+        q_origin, k_origin = tl.load(cu_seqlens_q_ptr + sequence), tl.load(cu_seqlens_k_ptr + sequence)
+        rows = tl.load(cu_seqlens_q_ptr + sequence + 1) - q_origin
+        keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_origin
+        tile -= q_origin // M + sequence
+    else:
+        q_origin, k_origin = 0, 0
+        sequence = tile // tiles
+        tile = tile % tiles
+    first_row = (tl.cdiv(rows, M) - 1 - tile) * M  # last rows first: of causal ones they have the most keys
+    if first_row < 0:
+        return
+
+    row = first_row + tl.arange(0, M)
+    place = row + (keys - rows)
+    low, high = visible(place, keys, left, right)
+    # both bounds rise from the first row to the last
+    first_low, first_high = visible(first_row + keys - rows, keys, left, right)
+    last_low, last_high = visible(tl.minimum(first_row + M, rows) - 1 + keys - rows, keys, left, right)
+    begin = first_low // N
+    end = tl.maximum(tl.cdiv(last_high + 1, N), begin)
+    whole = tl.minimum(tl.cdiv(last_low, N), end)
+    whole_end = tl.maximum((first_high + 1) // N, whole)
+
+    batch_at = tl.where(packed, 0, sequence)
+    q += (batch_at.to(tl.int64) * q_batch + q_origin.to(tl.int64) * q_step + head.to(tl.int64) * q_head) * 8
+    k += (batch_at.to(tl.int64) * k_batch + k_origin.to(tl.int64) * k_step + kv_head.to(tl.int64) * k_head) * 8
+    v += (batch_at.to(tl.int64) * v_batch + k_origin.to(tl.int64) * v_step + kv_head.to(tl.int64) * v_head) * 8
+    q_tiles = tiles_at(q, None, first_row, rows, 0, 0, 0, q_step, dim, M, PARTS, False)
+    if not GENERAL:
+        scale *= LOG2_E
+    slope = 0.0
+    if has_alibi:
+        slope = tl.load(alibi_ptr + sequence.to(tl.int64) * alibi_batch + head) * LOG2_E
+    mask_at = sequence.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
+    options = (softcap, slope, place, row, rows, mask_ptr, mask_at, mask_kind, mask_row, mask_column)
+    acc = ()
+    for j in tl.static_range(len(VALUE_PARTS)):
+        acc += (tl.zeros((M, tl.constexpr(VALUE_PARTS[j])), tl.float32),)  # type: ignore[assignment]
+    most = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc, most, total = attend_blocks(
+        q_tiles, acc, most, total, whole, whole_end, whole_end, 0, k, v, k_descriptors, v_descriptors, k_step, v_step, k_origin,
+        batch_at, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, True, GENERAL,
+    )  # fmt: skip
+    acc, most, total = attend_blocks(
+        q_tiles, acc, most, total, begin, whole, end, whole_end - whole, k, v, k_descriptors, v_descriptors, k_step, v_step,
+        k_origin, batch_at, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, False, GENERAL,
+    )  # fmt: skip
+
+    correction = tl.full((M,), 1.0, tl.float32)
+    if sinks_kind != 0:
+        sink = load_logits(sinks_ptr, head, sinks_kind, q.dtype.element_ty)
+        highest = tl.maximum(most, sink)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        correction = tl.exp2(most - shift)
+        total = total * correction + tl.exp2(sink - shift)
+        most = highest
+    inside = row < rows
+    row_at = batch_at.to(tl.int64) * all_rows + q_origin + row
+    if has_lse:
+        lse_at = (batch_at.to(tl.int64) * heads + head) * all_rows + q_origin + row
+        tl.store(lse_ptr + lse_at, (most + tl.log2(total)) * LN_2, mask=inside)
+    factor = correction / tl.where(total == 0, 1.0, total)  # a row that sees nothing is 0
+    column = 0
+    for j in tl.static_range(len(VALUE_PARTS)):
+        c = (column + tl.arange(0, VALUE_PARTS[j]))[None, :]
+        at = ((row_at * heads + head) * (value_dim * 8))[:, None] + c
+        o = (acc[j] * factor[:, None]).to(q.dtype.element_ty)
+        tl.store(out + at, o, mask=inside[:, None] & (c < value_dim * 8))
+        column += VALUE_PARTS[j]
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [..., rows, heads, dim] with its first byte and its strides multiples of 16 bytes and rows less than MOST_APART apart:
+    a copy where they are not, else x with 0 as the stride of dimensions of one element."""
+    strides = [0 if n == 1 else s for n, s in zip(x.shape[:-1], x.stride())]
+    if x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides) and strides[-2] < MOST_APART:
+        return x.as_strided(x.shape, (*strides, 1))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def descriptors(x: Tensor, n: int, parts: tuple[int, ...]) -> tuple[TensorDescriptor, ...]:
+    """Of k or v as [batch, head, key, dim], one for each width of tile."""
+    x = x.transpose(-2, -3) if x.dim() == 4 else x.transpose(0, 1).unsqueeze(0)
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, n, width]) for width in parts)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, row and head, in 16 bytes."""
+    row, head = (s // 8 for s in x.stride()[-3:-1])
+    return (x.stride(0) // 8 if x.dim() == 4 else 0), row, head
+
+
+def run(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    batch_invariant: bool,
+) -> None:
+    """Fills out, and lse where there is one. Batch invariant it always is."""
+    if not out.numel():
+        return
+    if not k.numel():
+        out.zero_()
+        if lse is not None:
+            lse.copy_(sinks.unsqueeze(1)) if sinks is not None else lse.fill_(-torch.inf)
+        return
+    *_, heads, dim = q.shape
+    rows, keys, kv_heads, value_dim = q.shape[-3], *v.shape[-3:]
+    packed = cu_seqlens_q is not None
+    batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
+    dims = bucket(dim, value_dim)
+    assert dims  # else why_not has refused
+    # stand for what is not there
+    floats, ints, bits = (out.view(dtype) for dtype in (torch.float32, torch.int32, torch.uint8))
+    mask = None if mask is None else mask.expand(batch, heads, rows, keys)
+    general = mask is not None or alibi_slopes is not None or softcap > 0
+    kinds = {torch.bool: 1, torch.float32: 2, q.dtype: 3}  # of load_logits
+    with torch.cuda.device_of(q):
+        arch = driver.active.get_current_target().arch
+        p = plan(dims, general, arch)
+        q, k, v = (aligned(x) for x in (q, k, v))
+        k_descriptors, v_descriptors = None, None
+        if arch >= 90:
+            k_descriptors, v_descriptors = descriptors(k, p.block_n, p.parts), descriptors(v, p.block_n, p.value_parts)
+        tiles = triton.cdiv(rows, p.block_m)
+        programs = rows // p.block_m + batch if packed else tiles * batch
+        attention_kernel[(programs * heads,)](
+            q, k, v, k_descriptors, v_descriptors, *strides(q), *strides(k), *strides(v), out,
+            floats if lse is None else lse, lse is not None, batch, heads, heads // kv_heads, rows, keys, tiles, dim // 8,
+            value_dim // 8, dim**-0.5 if scale is None else scale, softcap,
+            UNLIMITED if window_left is None else min(window_left, UNLIMITED),
+            0 if causal else UNLIMITED if window_right is None else min(window_right, UNLIMITED),
+            bits if mask is None else triton.reinterpret(mask, tl.uint8), 0 if mask is None else kinds[mask.dtype],
+            *((0,) * 4 if mask is None else mask.stride()), floats if alibi_slopes is None else alibi_slopes,
+            alibi_slopes is not None, heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
+            bits if sinks is None else sinks.view(torch.uint8), 0 if sinks is None else kinds[sinks.dtype], packed,
+            ints if cu_seqlens_q is None else cu_seqlens_q, ints if cu_seqlens_k is None else cu_seqlens_k, M=p.block_m,
+            N=p.block_n, PARTS=p.parts, VALUE_PARTS=p.value_parts,
+            GENERAL=general, num_warps=p.warps, num_stages=p.stages,
+        )  # fmt: skip
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    out = ATTENTION.fake(q, k, v)
+    run(out, None, q, k, v, *rest)
+    return out
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, lse = ATTENTION_WITH_LSE.fake(q, k, v)
+    run(out, lse, q, k, v, *rest)
+    return out, lse
+
+
+torch.library.impl("forwardpass::attention_triton", ("cuda", "cpu"))(attention)
+torch.library.impl("forwardpass::attention_with_lse_triton", ("cuda", "cpu"))(attention_with_lse)
