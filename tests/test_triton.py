@@ -20,6 +20,8 @@ import torch
 
 from forwardpass import backend
 from forwardpass.activation_quantize import cases as activation_quantize
+from forwardpass.attention import BUCKETS
+from forwardpass.attention import cases as attention
 from forwardpass.dequant_activation import cases as dequant_activation
 from forwardpass.fp8_gemm import cases as fp8_gemm
 from forwardpass.int8_gemm import cases as int8_gemm
@@ -252,3 +254,27 @@ def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, arc
         assert "cp.async.bulk.tensor.2d" in ptx
     else:
         assert "cp.async.cg.shared.global [ %r" in ptx  # 16 bytes each
+
+
+def attention_cases():
+    """Every bucket, with and without what is added to scores: one of the two in `make test`."""
+    for i, dims in enumerate(BUCKETS):
+        for j, mask in enumerate((None, "dtype bij")):
+            dtype = (torch.float16, torch.bfloat16)[i // 2 % 2]
+            case = attention.Case((256, 512), dims, dtype, causal=True, lse=True, mask=mask, sinks="float32")
+            yield pytest.param(case, marks=[pytest.mark.slow] * (i % 2 != j))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", attention_cases(), ids=str)
+def test_attention_compiles_for_tensor_cores_without_spills(compiler, case, architecture):
+    ptx, stack = compiler.submit(compile_for, architecture, "attention", case).result()
+    assert f".target sm_{architecture}" in ptx
+    assert stack == 0
+    assert re.search(r"wgmma\.mma_async.*f32.b?f16.b?f16" if architecture == 90 else r"mma\.sync.*f32.b?f16.b?f16", ptx)
+    assert ("cp.async.bulk.tensor.4d" in ptx) == (architecture == 90)
+    assert "cp.async.cg.shared.global [ %r" in ptx  # 16 bytes each
+    if case.mask is None:
+        assert "cp.async.ca" not in ptx
+        # nor are others moved singly: where a tile's sequence begins and ends 5, a sink of three dtypes 3, the lse 1
+        assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 9
