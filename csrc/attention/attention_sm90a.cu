@@ -63,8 +63,14 @@ constexpr int64_t kBack = int64_t{1} << 34;
 struct SequenceOrigin {
   int row, head, at[2];
 
-  __device__ SequenceOrigin(bool packed, int batch, int head, int first, int rows)
-      : row(packed ? kEnd - rows : 0), head(head), at{packed ? first + rows : batch, packed ? kEnd : 0} {}
+  // rows: of the sequence, from row `first` on in a tensor of all
+  __device__ SequenceOrigin(const AttentionTensor& t, bool packed, int batch, int head, int64_t first, int rows)
+      : row(packed ? kEnd - rows : 0),
+        head(t.head ? head : 0),
+        at{packed    ? static_cast<int>(first) + rows
+           : t.batch ? batch
+                     : 0,
+           packed ? kEnd : 0} {}
   // All panels of a block of rows.
   template <int kPanels, int kRows>
   __device__ void load(uint16_t (&to)[kPanels][kRows][kPanel], const CUtensorMap& map, int r, uint32_t barrier) const {
@@ -96,14 +102,15 @@ __device__ inline void load(const AttentionArguments& a, typename Config::Shared
   each_tile<Config>(a, [&](const AttentionTile& t, const KeyBlocks& blocks) {
     if (blocks.end <= blocks.begin) return;
     const bool packed = a.p.cu_seqlens_q;
-    const SequenceOrigin rows(packed, t.batch, t.head, static_cast<int>(t.first_row), t.rows),
-        keys(packed, t.batch, t.kv_head(a.p), static_cast<int>(t.first_key), t.keys);
+    const SequenceOrigin rows(a.p.q, packed, t.batch, t.head, t.first_row, t.rows),
+        k_keys(a.p.k, packed, t.batch, t.kv_head(a.p), t.first_key, t.keys),
+        v_keys(a.p.v, packed, t.batch, t.kv_head(a.p), t.first_key, t.keys);
     const auto load_k = [&](int block) {
-      keys.load(s.k[k.stage].panel, a.k, block * Config::kN, k.fill(sizeof(typename Config::Key)));
+      k_keys.load(s.k[k.stage].panel, a.k, block * Config::kN, k.fill(sizeof(typename Config::Key)));
       k.advance();
     };
     const auto load_v = [&](int block) {
-      keys.load(s.v[v.stage].panel, a.v, block * Config::kN, v.fill(sizeof(typename Config::Value)));
+      v_keys.load(s.v[v.stage].panel, a.v, block * Config::kN, v.fill(sizeof(typename Config::Value)));
       v.advance();
     };
     rows.load(s.q, a.q, t.row, q.fill(sizeof s.q));
@@ -345,16 +352,18 @@ int launch_wgmma(const AttentionParams& p, int multiprocessors, cudaStream_t str
   const int64_t tiles = row_tiles(p, Config::kM);
   AttentionArguments a{p, static_cast<unsigned>(tiles), tiles * p.heads * (p.cu_seqlens_q ? 1 : p.batch), {}, {}, {}};
   if (a.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  // A dimension over which an operand is broadcast is left out, and with it a stride of 0, which no document promises.
   const auto operand = [&](CUtensorMap& to, const AttentionTensor& t, int dim, int rows, int heads, int box_rows) {
-    constexpr int64_t kSize = sizeof(uint16_t);
-    const int64_t row = t.row * kSize, head = t.head * kSize, batch = t.batch * kSize;
+    constexpr int64_t kSize = sizeof(uint16_t), kAny = 0x7fffffff;
     const auto type = p.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const auto bytes = [&](int64_t stride) { return stride ? stride * kSize : 16; };
+    const int64_t row = rows == 1 ? 16 : t.row * kSize, head = bytes(t.head);
     const int box[] = {kPanel, box_rows, 1, 1, 1};
+    heads = t.head ? heads : 1;
     if (!p.cu_seqlens_q)
-      return encode_boxes<5>(to, type, t.data, {dim, rows, heads, p.batch, 1}, {row, head, batch, 16}, box,
-                             CU_TENSOR_MAP_SWIZZLE_128B);
+      return encode_boxes<5>(to, type, t.data, {dim, rows, heads, t.batch ? p.batch : 1, 1},
+                             {row, head, bytes(t.batch), 16}, box, CU_TENSOR_MAP_SWIZZLE_128B);
     if (rows > kEnd || row >= kBack) return static_cast<int>(cudaErrorInvalidValue);
-    constexpr int64_t kAny = 0x7fffffff;
     return encode_boxes<5>(to, type, t.data, {dim, kEnd, heads, kAny, kAny}, {row, head, row, kBack - row}, box,
                            CU_TENSOR_MAP_SWIZZLE_128B);
   };
