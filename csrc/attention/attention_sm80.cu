@@ -6,6 +6,7 @@
 // 0.5.
 #include "attention/attention_tile.cuh"
 #include "common/dispatch.h"
+#include "common/gemm.h"
 #include "common/shared_bytes.cuh"
 #include "common/softmax.cuh"
 
