@@ -117,6 +117,11 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.backend = before
 
 
+def asked_for_by_name() -> bool:
+    """Whether `use_backend` names one in this thread: what cannot run there raises."""
+    return _choice.backend != "auto"
+
+
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

@@ -3,6 +3,7 @@
 from .fp8_linear import Fp8Linear
 from .int8_linear import Int8Linear
 from .layer import QuantizedLinear
+from .multihead_attention import MultiheadAttention
 from .w8a16_linear import W8A16Linear
 
-__all__ = ["Fp8Linear", "Int8Linear", "QuantizedLinear", "W8A16Linear"]
+__all__ = ["Fp8Linear", "Int8Linear", "MultiheadAttention", "QuantizedLinear", "W8A16Linear"]
