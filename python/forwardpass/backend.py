@@ -155,6 +155,11 @@ def _why_not_gpu(device: torch.device, what: str) -> Reason | None:
     )
 
 
+def gpu_takes(device: torch.device) -> bool:
+    """Whether this device's tensors are for CUDA and Triton kernels: on a GPU, or interpreted as if they were."""
+    return _why_not_gpu(device, "") is None
+
+
 def _why_no_gpu() -> Reason | None:
     """For `doctor`, and for fake CUDA tensors: a real one proves that there is a GPU."""
     if torch.version.cuda is None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import ATTENTION
-from .backend import Reason, asked_for_by_name
+from .attention import ATTENTION, heads_first
+from .backend import Reason
 from .declined import Calls, counted, decline, take
 from .quantized_rows import FLOATS
 
@@ -61,12 +61,15 @@ def _attention(
     call = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     reason = _why_not(*call)
     if reason is None:
-        arguments = _translated(query, key, value, attn_mask, is_causal, scale)
-        reason = _why_reference(arguments)
+        flat = query.dim() == 3  # one head
+        q, k, v = (t.unsqueeze(1) if flat else t for t in (query, key, value))
+        mask = attn_mask.unsqueeze(1) if flat and attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+        arguments = heads_first.arguments(q, k, v, mask, is_causal, scale)
+        reason = heads_first.why_reference(arguments)
     if reason is None:
         take(_CALL)
         o = ATTENTION(*arguments).transpose(1, 2)
-        return o if query.dim() == 4 else o.squeeze(1)
+        return o.squeeze(1) if flat else o
     decline(_CALL, reason)
     return torch_attention(*call[:6], scale=scale, enable_gqa=enable_gqa)
 
@@ -100,10 +103,10 @@ def _why_not(
         return Reason("mask", "both is_causal and attn_mask are given", "put both into attn_mask")
     if any(t.device != query.device for t in tensors):
         return Reason("device", "the operands are on several devices", "move them to one")
-    dtypes = {_cast(t.dtype, query.device) for t in qkv}
+    dtypes = {heads_first.cast(t.dtype, query.device) for t in qkv}
     if len(dtypes) > 1 or not dtypes <= set(FLOATS):
         return Reason("dtype", "query, key and value are not all float16, all bfloat16 or all float32", "convert them")
-    if mask is not None and _cast(mask.dtype, query.device) not in (torch.bool, torch.float32, *dtypes):
+    if mask is not None and heads_first.cast(mask.dtype, query.device) not in (torch.bool, torch.float32, *dtypes):
         return Reason("mask", "attn_mask is neither bool, nor float32, nor of query's dtype", "convert it")
     shapes = [t.unsqueeze(1).shape if t.dim() == 3 else t.shape for t in qkv]
     batch, heads = (max(s[axis] for s in shapes) for axis in (0, 1))
@@ -121,47 +124,3 @@ def _why_not(
         if mask.dim() > len(wanted) or any(n != 1 and n != w for n, w in zip(reversed(mask.shape), reversed(wanted))):
             return Reason("mask", "attn_mask does not broadcast to the scores", "see torch's message")
     return None
-
-
-def _translated(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
-) -> tuple[Any, ...]:
-    """The arguments of `ATTENTION`."""
-    q, k, v = (_rows(t.unsqueeze(1) if t.dim() == 3 else t) for t in (query, key, value))
-    if mask is not None:
-        mask = mask.to(_cast(mask.dtype, mask.device))
-        mask = mask.unsqueeze(1) if query.dim() == 3 and mask.dim() == 3 else mask
-    rows, keys = q.shape[1], k.shape[1]
-    right = None
-    if is_causal and keys > rows:  # torch's row i sees keys up to i: none of the last ones
-        k, v = k[:, :rows], v[:, :rows]
-    elif is_causal and keys < rows:  # ours stands at i + keys - rows
-        right = rows - keys
-    batch = max(t.shape[0] for t in (q, k, v))
-    q, k, v = (t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (q, k, v))
-    heads = max(t.shape[2] for t in (q, k, v))
-    kv_heads = max(k.shape[2], v.shape[2])
-    q = q if q.shape[2] == heads else q.expand(-1, -1, heads, -1)
-    k, v = (t if t.shape[2] == kv_heads else t.expand(-1, -1, kv_heads, -1) for t in (k, v))
-    causal = is_causal and right is None
-    return q, k, v, scale, causal, None, right, 0.0, mask, None, None, None, None, False
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[B, H, S, D] as [B, S, H, D], in autocast's dtype, its last dimension contiguous, of which torch too makes a copy."""
-    x = x.to(_cast(x.dtype, x.device))
-    return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).transpose(1, 2)
-
-
-def _cast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What torch's own call would convert this dtype to: autocast takes all floats but float64 to its dtype."""
-    if torch.is_autocast_enabled(device.type) and dtype in FLOATS:
-        return torch.get_autocast_dtype(device.type)
-    return dtype
-
-
-def _why_reference(arguments: tuple[Any, ...]) -> Reason | None:
-    """Where no kernel takes the call: torch's own is then faster than the plain-torch reference."""
-    if asked_for_by_name() or ATTENTION.choose(*arguments) != "reference":
-        return None
-    return ATTENTION.why_not("cpu" if arguments[0].device.type == "cpu" else "cuda", *arguments)

@@ -262,6 +262,6 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
                 after = layer.original.register_forward_hook(lambda m, _, y, moved=moved: moved.undo())
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-        originals.exchange(model, [(x.fqn, x.replacement, x.original) for x in swapped.layers])
-        stack.callback(originals.exchange, model, [(x.fqn, x.original, x.replacement) for x in swapped.layers])
+        swapped.undo(model)
+        stack.callback(swapped.put, model)
         yield

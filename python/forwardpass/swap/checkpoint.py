@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ..nn import QuantizedLinear
 from ..nn.layer import linear_weight
 from . import originals
+from .attention import AttentionSwap, attention_like, decide, implementation_before
 from .files import read_json, write_json
 from .precision import MODULES
+from .rules import Context
 from .walker import linear_like, plain_module
 
 SCHEMA = "forwardpass.checkpoint/1"
@@ -32,7 +34,7 @@ WEIGHTS, RECORD = "model.safetensors", "forwardpass.json"
 _FIX = "save it again with fp.save_pretrained(model, folder)"
 #: Those that need no download; another one is left to the class's default.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
-_RECORD = {"schema": str, "forwardpass": str, "model": dict, "layers": list, "aliases": dict}
+_RECORD = {"schema": str, "forwardpass": str, "model": dict, "layers": list, "attention": list, "aliases": dict}
 _LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
 
 
@@ -107,12 +109,13 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "schema": SCHEMA,
         "forwardpass": __version__,
         "model": {"class": type(model).__name__, "huggingface": huggingface,
-                  "attention": getattr(getattr(model, "config", None), "_attn_implementation", None)},
+                  "attention": implementation_before(model)},
         "layers": [
             {"fqn": fqn, "module": type(m).__name__, "precision": vars(m).get("precision"),
              "version": vars(m).get("precision_version"), "config": m.config()}
             for fqn, m in layers.items()
         ],
+        "attention": originals.swapped_attention(model),
         "aliases": aliases,
     }  # fmt: skip
     safetensors = _safetensors()
@@ -162,7 +165,7 @@ def load_pretrained(
             model = _build_huggingface(folder, record["model"], len(file.keys()))
         else:
             model = plain_module("load_pretrained", model)
-            if originals.quantised_layers(model):
+            if originals.quantised_layers(model) or originals.swapped_attention(model):
                 raise ValueError(
                     "load_pretrained fills a model that is not swapped: call fp.restore(model) first, or build it anew"
                 )
@@ -194,6 +197,11 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         if not size == recorded == in_file:  # before memory of that size is asked for
             raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.weight in the file is {in_file}")
         made[id(leaf.module)] = _empty_layer(layer, place(linear_weight(leaf.module)), fail).train(leaf.module.training)
+    attention = attention_like(model)
+    try:
+        attending, _ = decide(Context(model), attention, True, record["attention"])
+    except ValueError as e:
+        raise fail(str(e)) from None
     slots = dict(_slots(model, made))
     aliases = record["aliases"]
     if unknown := [name for name in (*aliases, *aliases.values()) if name not in slots]:
@@ -230,6 +238,9 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     originals.exchange(model, [(leaf.fqn, leaf.module, made[id(leaf.module)]) for leaf in layers])
     for holder, name, value in assignments:
         holder[name] = value
+    change = AttentionSwap(model, attention, attending)  # modules of torch share the parameters that are there now
+    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
+    change.put()
 
 
 def _empty_layer(layer: Mapping[str, Any], device: torch.device, fail: Callable[[str], ValueError]) -> QuantizedLinear:
@@ -260,11 +271,13 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
         if not holds:
             raise ValueError(f"{path} is damaged ({what}): {_FIX}")
 
+    record.setdefault("attention", [])  # older checkpoints have none
     require(
         set(record) == set(_RECORD) and all(isinstance(record[k], t) for k, t in _RECORD.items()),
         "its entries are not those of a checkpoint",
     )
-    require(all(isinstance(v, str) for v in record["aliases"].values()), "an alias is no name")
+    names = (*record["aliases"].values(), *record["attention"])
+    require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
     seen = set()
     for i, layer in enumerate(record["layers"]):
         require(isinstance(layer, dict) and set(layer) == set(_LAYER), f"layer {i}")

@@ -11,11 +11,13 @@ import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import QuantizedLinear
+from ..nn import MultiheadAttention, QuantizedLinear
+from .huggingface import PLACE
 from .walker import plain_module
 
 
@@ -28,12 +30,33 @@ class Replaced:
     replacement: nn.Module
 
 
+class Attention(Protocol):
+    """Modules whose attention was swapped, and what else that changed."""
+
+    @property
+    def replaced(self) -> tuple[Replaced, ...]: ...
+
+    def put(self) -> None: ...
+
+    def undo(self) -> None: ...
+
+
 @dataclass(eq=False)
 class Originals:
     """What one swap replaced; `kept` is False where the originals were let go (then `layers` is empty)."""
 
     layers: tuple[Replaced, ...]
     kept: bool
+    attention: Attention
+
+    def put(self, model: nn.Module) -> None:
+        """Replacements into the places of originals, all or none."""
+        exchange(model, [(x.fqn, x.original, x.replacement) for x in (*self.layers, *self.attention.replaced)])
+        self.attention.put()
+
+    def undo(self, model: nn.Module) -> None:
+        exchange(model, [(x.fqn, x.replacement, x.original) for x in (*self.layers, *self.attention.replaced)])
+        self.attention.undo()
 
 
 _exchanging = threading.Lock()  #: two threads that swap one model: the second finds it changed
@@ -133,30 +156,40 @@ def restore(model: nn.Module) -> None:
             device = device_of(layer.replacement)
             if device.type != "meta":  # there is nothing there to be restored to
                 moved.add(layer.original, device)
-        exchange(model, [(layer.fqn, layer.replacement, layer.original) for layer in swapped.layers])
+        swapped.undo(model)
     except BaseException:
         moved.undo()
         raise
     forget(model)
-    for layer in swapped.layers:
+    layers = (*swapped.layers, *swapped.attention.replaced)
+    for layer in layers:
         layer.original.train(layer.replacement.training)
-    hooked = [x.fqn for x in swapped.layers if x.replacement._forward_hooks or x.replacement._forward_pre_hooks]
+    hooked = [x.fqn for x in layers if x.replacement._forward_hooks or x.replacement._forward_pre_hooks]
     if hooked:
         warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
                       "register them again on the restored layers", stacklevel=2)  # fmt: skip
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The modules of forwardpass.nn in a model, by name."""
+    """The quantised layers of forwardpass.nn in a model, by name."""
     return {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
+def swapped_attention(model: nn.Module) -> list[str]:
+    """The names of the modules whose attention is swapped."""
+    return [
+        fqn
+        for fqn, m in model.named_modules()
+        if isinstance(m, MultiheadAttention) or getattr(vars(m).get(PLACE), "fused", False)
+    ]
+
+
 def _why_nothing(model: nn.Module) -> str:
-    layers = quantised_layers(model)
+    layers = [*quantised_layers(model), *swapped_attention(model)]
     if not layers:
         return "this model is not swapped: there is nothing to restore"
     for fqn, submodule in model.named_modules():
         if fqn and find(submodule) is not None:
             return f"only its submodule {fqn} was swapped: restore that one, fp.restore(model.get_submodule({fqn!r}))"
-    return (f"this model holds {len(layers)} quantised layers and no originals, being a copy of a swapped model or "
+    return (f"this model holds {len(layers)} swapped layers and no originals, being a copy of a swapped model or "
             f"loaded from a file: restore the model that was swapped, or load the original model again")  # fmt: skip

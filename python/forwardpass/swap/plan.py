@@ -1,4 +1,4 @@
-"""The plan: which layer runs at which precision. A JSON file that replays on the same model elsewhere."""
+"""The plan: which layer runs at which precision, whose attention is swapped. A JSON file that replays on the same model."""
 
 from __future__ import annotations
 
@@ -37,11 +37,17 @@ class Plan:
 
     model: str  #: the class of the model, for messages
     layers: tuple[PlannedLayer, ...]
+    attention: tuple[str, ...]  #: names of the modules whose attention is swapped
     calibrated: bool
     forwardpass: str  #: the version that wrote it
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **vars(self), "layers": [dict(vars(layer)) for layer in self.layers]}
+        return {
+            "schema": SCHEMA,
+            **vars(self),
+            "layers": [dict(vars(layer)) for layer in self.layers],
+            "attention": list(self.attention),
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         write_json(path, self.to_json())
@@ -71,14 +77,17 @@ class Plan:
         if content["schema"] != SCHEMA:
             raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
                              f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
-        plan = fields(Plan, {k: v for k, v in content.items() if k != "schema"}, "the plan", layers=list)
+        entries = {"attention": []} | {k: v for k, v in content.items() if k != "schema"}  # older plans swap none
+        plan = fields(Plan, entries, "the plan", layers=list, attention=list)
+        if not all(isinstance(name, str) for name in plan["attention"]):
+            raise fail("a name in attention is no string")
         layers = tuple(PlannedLayer(**fields(PlannedLayer, x, f"layer {i}")) for i, x in enumerate(plan["layers"]))
         names = {layer.fqn for layer in layers}
         if len(names) != len(layers):
             raise fail("it names a layer twice")
         for layer in layers:
             find_precision(layer.precision, layer.version)
-        return Plan(**{**plan, "layers": layers})
+        return Plan(**{**plan, "layers": layers, "attention": tuple(plan["attention"])})
 
     @staticmethod
     def load(given: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:

@@ -31,8 +31,17 @@ class Swapped:
 
 
 @dataclass(frozen=True)
+class SwappedAttention:
+    """Attention that runs on `fp.ops.attention` now, and what ran before: "torch", or transformers' name for it."""
+
+    fqn: str
+    module: str  #: the class
+    before: str
+
+
+@dataclass(frozen=True)
 class Skipped:
-    """A layer that was left as it is."""
+    """A layer, or attention, that was left as it is."""
 
     fqn: str
     reason: Reason
@@ -63,6 +72,7 @@ class Report:
     """The result of `fp.swap`. As a context manager it restores the model on exit. `print(report)` shows a table."""
 
     swapped: list[Swapped]
+    attention: list[SwappedAttention]
     skipped: list[Skipped]
     warnings: list[str]
     weight_bytes: WeightBytes
@@ -92,6 +102,7 @@ class Report:
             "versions": {"forwardpass": self.plan.forwardpass, "torch": torch.__version__},
             "dry_run": self.dry_run,
             "swapped": [dict(vars(s)) for s in self.swapped],
+            "attention": [dict(vars(s)) for s in self.attention],
             "skipped": [s.to_json() for s in self.skipped],
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
@@ -124,6 +135,9 @@ class Report:
                 for s in self.swapped
             ]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3, 4))]
+        if self.attention:
+            rows = [("attention", "module", "before"), *((s.fqn, s.module, s.before) for s in self.attention)]
+            lines += ["", *table(rows)]
         if self.skipped:
             lines += [
                 "",
@@ -141,7 +155,8 @@ class Report:
         b = self.weight_bytes
         verb = "would be swapped" if self.dry_run else "swapped"
         kept = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
-        return (f"{len(self.swapped)} layers {verb}, {len(self.skipped)} skipped; weights {megabytes(b.before)} -> "
+        attention = f", {len(self.attention)} attention modules" if self.attention else ""
+        return (f"{len(self.swapped)} layers{attention} {verb}, {len(self.skipped)} skipped; weights {megabytes(b.before)} -> "
                 f"{megabytes(b.after)}{kept}, peak {megabytes(b.peak)}")  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Which Linear-like layers are left alone, and why: one small function a rule, in the order they are asked.
+"""Which Linear-like layers are left alone, and why: one small function a rule, in the order they are asked. Those that take no
+precision hold for attention too.
 
 A rule returns None, or (what is in the way, what to do about it). "user" rules are what include= and exclude= say,
 "default" rules what is better left alone unless it is named under include=, "model" rules what cannot be replaced as
@@ -49,6 +50,8 @@ class Context:
     model: nn.Module
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
+    #: modules whose attention is swapped, by id
+    attention: set[int] = field(default_factory=set)
     memory: dict[int, list[Memory]] = field(init=False)
     output_layers: set[int] = field(init=False)
 
@@ -83,14 +86,14 @@ def _extent(t: Tensor) -> tuple[int, int, int]:
     return t.untyped_storage()._cdata, begin, begin + (last + 1) * t.element_size()
 
 
-def excluded(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+def excluded(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     for pattern in context.exclude:
         if pattern.matches(leaf.fqn):
             return f"exclude={pattern.text!r} names it", "drop that pattern to swap it"
     return None
 
 
-def not_included(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+def not_included(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     if context.include and not any(p.matches(leaf.fqn) for p in context.include):
         return "no include pattern names it", f"add {leaf.fqn!r} to include"
     return None
@@ -119,7 +122,7 @@ def too_small(leaf: Leaf, context: Context, precision: Precision) -> Finding | N
     return None
 
 
-def shared(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+def shared(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     if len(leaf.places) > 1:
         return (
             f"one module stands in {len(leaf.places)} places, {', '.join(leaf.places[:3])}",
@@ -151,7 +154,7 @@ def subclass(leaf: Leaf, context: Context, precision: Precision) -> Finding | No
     return None
 
 
-def tensor_class(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+def tensor_class(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     for name, p in leaf.module._parameters.items():
         if p is not None and (type(p) is not nn.Parameter or type(p.data) is not Tensor):
             return (f"its {name} is a {type(p).__name__} of {type(p.data).__name__}, not a plain tensor",
@@ -159,13 +162,13 @@ def tensor_class(leaf: Leaf, context: Context, precision: Precision) -> Finding 
     return None
 
 
-def meta(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+def meta(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     if any(p.is_meta for p in leaf.module.parameters()):
         return "its weight is on the meta device and has no values", "load the weights first, or use fp.load_pretrained"
     return None
 
 
-def hooks(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     m = leaf.module
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return (
@@ -199,9 +202,11 @@ def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding |
         return None
     fix = "have it call the layer instead"
     if isinstance(leaf.parent, nn.TransformerEncoderLayer):  # in its fast path
-        if not torch.backends.mha.get_fastpath_enabled():
+        if not torch.backends.mha.get_fastpath_enabled() or id(leaf.parent.self_attn) in context.attention:
             return None
-        fix = "call torch.backends.mha.set_fastpath_enabled(False) first"
+        fix = (
+            "swap its attention too, with attention=True, or call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
     return f"the forward of {type(leaf.parent).__name__} reads its weight or bias itself", fix
 
 
@@ -213,7 +218,7 @@ def _forward_source(forward: Callable[..., Any]) -> str:
         return ""
 
 
-def dtype(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+def dtype(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     for name, p in leaf.module._parameters.items():
         if p is not None and p.dtype not in FLOATS:
             return (
@@ -247,7 +252,12 @@ _MODEL = (shared, lora, parametrized, subclass, tensor_class, meta, hooks, tied,
 RULES = tuple(
     Rule(kind, ask) for kind, rules in (("user", _USER), ("default", _DEFAULT), ("model", _MODEL)) for ask in rules
 )
-KINDS = {rule.code: rule.kind for rule in RULES}
+KINDS = {rule.code: rule.kind for rule in RULES} | {
+    "attention_off": "user",
+    "no_precision": "user",
+    "not_planned": "user",
+    "attention_on_cpu": "default",
+}
 
 
 def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool) -> Reason | None:

@@ -1,4 +1,4 @@
-"""`fp.swap`: decides about every Linear-like layer, builds the replacements, and puts them in place all at once."""
+"""`fp.swap`: decides about Linear-like layers and attention, builds the replacements, and puts them in place all at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..backend import Reason, Unsupported, only_reference_on
 from ..nn.layer import linear_weight
+from ..quantized_rows import FLOATS
 from . import originals
+from .attention import NOT_PLANNED, AttentionSwap, attention_like, check_choice, decide
 from .patterns import patterns
 from .plan import Plan, PlannedLayer
 from .precision import Precision, find_precision
@@ -20,6 +22,7 @@ from .report import Report, Skipped, Swapped, WeightBytes
 from .rules import KINDS, Context, fused_experts, why_skip
 from .walker import Leaf, is_conv1d, linear_like, plain_module
 
+_NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 KEEP = ("auto", "device", "cpu", False)
 
 
@@ -28,6 +31,7 @@ def swap(
     precision: str | None = None,
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
+    attention: str | bool = "auto",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     strict: bool = False,
@@ -36,13 +40,18 @@ def swap(
     keep: str | bool = "auto",
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Report:
-    """Replaces the Linear-like layers of `model` in place by faster ones, and reports on every one of them.
+    """Replaces the Linear-like layers and the attention of `model` in place by faster ones, and reports on all of them.
 
     Args:
-        precision: a preset, "int8", "fp8" or "w8a16"; or
+        precision: a preset, "int8", "fp8" or "w8a16" (none, and attention=True: attention alone is swapped); or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
-        include, exclude: patterns of layer names: globs over whole components ("layer.1" is not "layer.11"; "**"
-            crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that layer's default skips.
+        attention: "auto": swapped where a GPU has a kernel for it, left to torch on a CPU. True: wherever it can be, on a CPU
+            too. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
+            transformers run theirs through the AttentionInterface, where their configs name it; both keep their weights
+            as they are. Attention that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
+        include, exclude: patterns of names, of layers and attention: globs over whole components ("layer.1" is not
+            "layer.11"; "**" crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that
+            layer's default skips.
         strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
             or the defaults (lm_head, MoE routers, too small) give.
         dry_run: report what would be done, change nothing. Batches are not read.
@@ -62,42 +71,49 @@ def swap(
     model = plain_module("swap", model)
     if keep not in KEEP or keep is True:
         raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
-    if (precision is None) == (plan is None):
+    check_choice(attention, plan is not None)
+    if (precision is None) == (plan is None) and not (plan is None and attention is True):
         given = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {given} given: pass one, e.g. precision="int8"')
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
     leaves, calibrated = linear_like(model), calibrate is not None
     _refuse_model(model, leaves)
     loaded = Plan.load(plan) if plan is not None else None
+    found = attention_like(model)
+    attending, unattended = decide(context, found, attention, loaded.attention if loaded else None)
+    context.attention.update(id(leaf.module) for leaf in attending)
     chosen, skipped = _decide(context, leaves, precision, loaded, calibrated)
+    skipped += unattended
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
     if strict:
         _refuse_skips(skipped)
-    notes = _warnings(context, leaves, chosen, experts)
+    notes = _warnings(context, leaves, chosen, attending, [*experts, *(leaf.fqn for leaf in found)])
 
     arguments: dict[str, dict[str, Any]] = {}
     if calibrate is not None and not dry_run:
         from .calibrate import calibration_arguments
 
-        arguments, found = calibration_arguments(model, [x for x, p in chosen if p.calibrates], calibrate, forward)
-        notes += found
+        arguments, missed = calibration_arguments(model, [x for x, p in chosen if p.calibrates], calibrate, forward)
+        notes += missed
     if dry_run:
         replacements = [_empty(leaf, preset, calibrated) for leaf, preset in chosen]
     else:
         replacements = [_build(leaf, preset, arguments.get(leaf.fqn, {})) for leaf, preset in chosen]
+    change = AttentionSwap(model, found, attending)
     report = Report(
         [_swapped(leaf, preset, new) for (leaf, preset), new in zip(chosen, replacements)],
+        change.report,
         skipped,
         notes,
         _weight_bytes(model, chosen, replacements, keep),
-        _plan(model, chosen, calibrated),
+        _plan(model, chosen, attending, calibrated),
         dry_run,
     )
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=2)
     if not dry_run:
-        report.attach(model, _install(model, [leaf for leaf, _ in chosen], replacements, keep))
+        report.attach(model, _install(model, [leaf for leaf, _ in chosen], replacements, change, keep))
     return report
 
 
@@ -105,7 +121,7 @@ def _refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
                          "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
-    if swapped := originals.quantised_layers(model):
+    if swapped := [*originals.quantised_layers(model), *originals.swapped_attention(model)]:
         fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
         raise RuntimeError(f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …): {fix}")
     if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
@@ -127,16 +143,14 @@ def _decide(
             raise ValueError("the plan was made without calibration: drop calibrate=, or plan again")
         presets = {layer.fqn: find_precision(layer.precision, layer.version) for layer in plan.layers}
     else:
-        preset = find_precision(precision)  # type: ignore[arg-type]
-        presets = {leaf.fqn: preset for leaf in leaves}
+        preset = find_precision(precision) if precision is not None else None
+        presets = {leaf.fqn: preset for leaf in leaves if preset is not None}
     if calibrated and not any(p.calibrates for p in presets.values()):
         raise ValueError(f'{precision or "this plan"} takes no calibration: drop calibrate=, or use precision="int8"')
     chosen, skipped = [], []
     for leaf in leaves:
         if leaf.fqn not in presets:
-            skipped.append(
-                Skipped(leaf.fqn, Reason("not_planned", "the plan leaves it as it is", "plan again to change that"))
-            )
+            skipped.append(Skipped(leaf.fqn, NOT_PLANNED if plan is not None else _NO_PRECISION))
         elif reason := why_skip(leaf, context, presets[leaf.fqn], defaults=plan is None):
             if plan is not None and KINDS.get(reason.code) != "user":
                 raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
@@ -147,18 +161,16 @@ def _decide(
 
 
 def _refuse_skips(skipped: list[Skipped]) -> None:
-    own = {
-        s.fqn: s.reason
-        for s in skipped
-        if KINDS.get(s.reason.code, "model") == "model" and s.reason.code != "not_planned"
-    }
+    own = {s.fqn: s.reason for s in skipped if KINDS.get(s.reason.code, "model") == "model"}
     if own:
         fqn, reason = next(iter(own.items()))
         more = f" (and {len(own) - 1} more layers)" if len(own) > 1 else ""
         raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", own)
 
 
-def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: Iterable[str]) -> list[str]:
+def _warnings(
+    context: Context, leaves: list[Leaf], chosen: list[Any], attending: list[Leaf], others: Iterable[str]
+) -> list[str]:
     names = [*(leaf.fqn for leaf in leaves), *others]
     notes = [
         f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
@@ -166,13 +178,16 @@ def _warnings(context: Context, leaves: list[Leaf], chosen: list[Any], others: I
         for pattern in given
         if not any(pattern.matches(fqn) for fqn in names)
     ]
-    if not leaves:
+    if not leaves and not attending:
         notes.append("the model has no Linear layer, so nothing is swapped")
-    elif not chosen:
+    elif not chosen and not attending:
         notes.append("no layer is swapped; the report has each one's reason")
-    if chosen and context.model.training:
+    if (chosen or attending) and context.model.training:
         notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
     weights = {(p.module.operation, leaf.module.weight.device, leaf.module.weight.dtype) for leaf, p in chosen}
+    weights |= {
+        ("attention", p.device, p.dtype) for leaf in attending for p in leaf.module.parameters() if p.dtype in FLOATS
+    }
     for operation, device, dtype in sorted(weights, key=str):
         if only_reference_on(operation, device, dtype):
             what = f"{str(dtype).removeprefix('torch.')} on {device}"
@@ -208,17 +223,22 @@ def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
 
 
 def _install(
-    model: nn.Module, leaves: list[Leaf], replacements: list[nn.Module], keep: str | bool
+    model: nn.Module,
+    leaves: list[Leaf],
+    replacements: list[nn.Module],
+    attention: originals.Attention,
+    keep: str | bool,
 ) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
     layers = tuple(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in zip(leaves, replacements))
-    swapped = originals.Originals(layers if keep else (), bool(keep))
-    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in layers])
+    changed = originals.Originals(layers, True, attention)
+    changed.put(model)
+    swapped = changed if keep else originals.Originals((), False, attention)
     try:
         originals.remember(model, swapped)
         originals.Moved([x.original for x in layers if _kept_on(x.original, keep) == "cpu"], torch.device("cpu"))
     except BaseException:
-        originals.exchange(model, [(x.fqn, x.replacement, x.original) for x in layers])
+        changed.undo(model)
         originals.forget(model)
         raise
     return swapped
@@ -259,11 +279,12 @@ def _swapped(leaf: Leaf, precision: Precision, new: nn.Module) -> Swapped:
                    _bytes([leaf.module]), _bytes([new]))  # fmt: skip
 
 
-def _plan(model: nn.Module, chosen: list[tuple[Leaf, Precision]], calibrated: bool) -> Plan:
+def _plan(model: nn.Module, chosen: list[tuple[Leaf, Precision]], attending: list[Leaf], calibrated: bool) -> Plan:
     from .. import __version__
 
     layers = (
         PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version)
         for leaf, p in chosen
     )
-    return Plan(type(model).__name__, tuple(layers), calibrated, __version__)
+    attention = tuple(leaf.fqn for leaf in attending)
+    return Plan(type(model).__name__, tuple(layers), attention, calibrated, __version__)

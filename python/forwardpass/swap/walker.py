@@ -1,8 +1,8 @@
-"""Finds the Linear-like leaves of a model: `nn.Linear`, Hugging Face's `Conv1D` (GPT-2), and what derives from them."""
+"""Finds modules of a model: the Linear-like ones are `nn.Linear`, Hugging Face's `Conv1D` (GPT-2), and what derives from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Leaf:
-    """A Linear-like module and where it is."""
+    """A module that may be replaced, Linear-like or attention, and where it is."""
 
     fqn: str
     module: nn.Module
@@ -51,10 +51,15 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
+    return leaves(model, lambda module: isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def leaves(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Leaf]:
+    """Those below `model` that are wanted, as `linear_like` has them."""
     found: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
     places: dict[int, list[str]] = {}
     for fqn, name, module, parent, ancestors in _walk("", model, (("", model),), set()):
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        if wanted(module):
             found.setdefault(id(module), (fqn, module, parent, name, ancestors))
             places.setdefault(id(module), []).append(fqn)
     return [Leaf(*leaf, tuple(places[key])) for key, leaf in found.items()]

@@ -1,0 +1,242 @@
+"""Which attention modules of a model are swapped, and how: torch's are replaced, those of transformers are named anew.
+
+Attention has no weights of its own in 8 bits: what changes is the code that computes softmax(q k) v. A module of torch gives
+its parameters to its replacement, which shares them; a module of transformers stays, and its config names `huggingface`'s
+implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention import ATTENTION
+from ..backend import Reason, gpu_takes
+from ..nn import MultiheadAttention
+from . import huggingface, rules
+from .huggingface import NAME, PLACE, WINDOWED, Place
+from .originals import Replaced
+from .report import Skipped, SwappedAttention
+from .walker import Leaf, leaves
+
+NOT_PLANNED = Reason("not_planned", "the plan leaves it as it is", "plan again to change that")
+#: What `attention=` of a swap takes.
+CHOICES = ("auto", True, False)
+
+
+def check_choice(attention: str | bool, planned: bool) -> None:
+    if attention in ("int8", "fp8"):
+        raise ValueError(f"attention={attention!r} is not written yet: use True for 16-bit attention")
+    if attention not in CHOICES or (isinstance(attention, int) and not isinstance(attention, bool)):
+        raise ValueError(f"attention is one of {', '.join(map(repr, CHOICES))}, not {attention!r}")
+    if planned and attention != "auto":
+        raise ValueError(f"attention={attention!r} does not go with plan=, which names what is swapped: drop it")
+
+
+def attention_like(model: nn.Module) -> list[Leaf]:
+    """Modules that compute attention: torch's, those that transformers dispatches, and others that are called Attention and
+    have no attention below."""
+    has_attention_below: set[int] = set()
+    found = leaves(model, _by_its_looks)
+    for leaf in found:
+        has_attention_below.update(id(ancestor) for _, ancestor in leaf.ancestors)
+    return [leaf for leaf in found if _swappable(leaf.module) or id(leaf.module) not in has_attention_below]
+
+
+def _swappable(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or huggingface.dispatches(module)
+
+
+def _by_its_looks(module: nn.Module) -> bool:
+    return _swappable(module) or type(module).__name__.endswith(("Attention", "Attention2d"))
+
+
+def decide(
+    context: rules.Context, found: list[Leaf], attention: str | bool, planned: Collection[str] | None
+) -> tuple[list[Leaf], list[Skipped]]:
+    """What is swapped, and of the rest each one's reason. `planned`: the names in a plan, which decides itself."""
+    chosen, skipped = [], []
+    units = _units(context.model)
+    for leaf in found:
+        if planned is not None and leaf.fqn not in planned:
+            reason: Reason | None = NOT_PLANNED
+        else:
+            reason = _why_skip(leaf, context, attention if planned is None else True, units)
+        if reason is None:
+            chosen.append(leaf)
+            continue
+        if planned is not None and leaf.fqn in planned and rules.KINDS.get(reason.code) != "user":
+            name = type(context.model).__name__
+            raise ValueError(f"the plan does not fit this {name}: it names attention {leaf.fqn}, and {reason}")
+        skipped.append(Skipped(leaf.fqn, reason))
+    missing = set(planned or ()) - {leaf.fqn for leaf in found}
+    if missing:
+        raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
+                         f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
+    return chosen, skipped
+
+
+def _why_skip(
+    leaf: Leaf, context: rules.Context, attention: str | bool, units: dict[int, list[nn.Module]]
+) -> Reason | None:
+    module = leaf.module
+    for ask in (rules.excluded, rules.not_included):
+        if finding := ask(leaf, context, None):
+            return Reason(ask.__name__, *finding)
+    if attention is False:
+        return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
+    named = any(p.spells_out(leaf.fqn) for p in context.include)
+    if attention == "auto" and not named and (reason := _why_no_kernel(module)):
+        return reason
+    if not _swappable(module):
+        if "scaled_dot_product_attention" in huggingface.source_of(huggingface.class_of(module)):
+            return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
+                          "run the model within `with fp.sdpa():`")  # fmt: skip
+        return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
+    if isinstance(module, nn.MultiheadAttention):
+        for rule in (rules.shared, rules.tensor_class, rules.meta, rules.hooks, rules.dtype):
+            if finding := rule(leaf, context, None):
+                return Reason(rule.__name__, *finding)
+        return MultiheadAttention.why_not(module)
+    return _why_not_named(module, units[id(module.config)])
+
+
+def _why_no_kernel(module: nn.Module) -> Reason | None:
+    """Why torch's own attention is left where it is, unless it is asked for."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    dtype = torch.get_default_dtype() if weight is None else weight.dtype
+    if not gpu_takes(device):
+        return Reason("attention_on_cpu", "on a CPU torch's own attention is left in place, which the cpu backend calls too",
+                      "pass attention=True to swap it all the same")  # fmt: skip
+    dim = getattr(module, "head_dim", None)
+    q = torch.empty((0, 0, 0, dim) if isinstance(dim, int) else 0, dtype=dtype, device="meta")
+    reasons = [
+        ATTENTION.why_not_on(backend, device) or ATTENTION.limits[backend](*((q,) if q.dim() == 1 else (q, q, q)))
+        for backend in ("cuda", "triton")
+    ]
+    return None if None in reasons else reasons[0]
+
+
+def _units(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that hold each config, by its id."""
+    units: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            units.setdefault(id(config), []).append(module)
+    return units
+
+
+def _why_not_named(module: nn.Module, unit: list[nn.Module]) -> Reason | None:
+    if reason := huggingface.register():
+        return reason
+    name = module.config._attn_implementation  # type: ignore[union-attr]
+    if name in (NAME, WINDOWED):
+        return Reason("shared_config", "another model that is swapped holds the same config object",
+                      "give each its own, copy.deepcopy(config)")  # fmt: skip
+    for other in unit:
+        if line := huggingface.asks_for_a_name(type(other).__module__):
+            return Reason("asks_for_a_name", f"the code of {type(other).__name__} asks for an implementation by name ({line})",
+                          "leave it")  # fmt: skip
+    if name not in ("sdpa", "eager") and huggingface.eager_function(module) is None:
+        return Reason("no_eager", f"it runs {name} and has nothing to go back to for calls that fused attention does not take",
+                      'load the model with attn_implementation="sdpa"')  # fmt: skip
+    return None
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """A value that a swap set, and what was there before."""
+
+    owner: Any
+    name: str
+    before: Any
+    after: Any
+
+
+_ABSENT = object()
+
+
+class AttentionSwap:
+    """Everything that swapping `chosen` changes in a model, besides the modules that take others' places."""
+
+    def __init__(self, model: nn.Module, found: list[Leaf], chosen: list[Leaf]):
+        """Builds; changes nothing."""
+        self.replaced = tuple(
+            Replaced(x.fqn, x.module, MultiheadAttention.from_torch(x.module))
+            for x in chosen
+            if isinstance(x.module, nn.MultiheadAttention)
+        )
+        self.attributes = [*_names(model, found, chosen), *_nested_tensors(model, chosen)]
+        self.report = [_entry(x.fqn, x.module) for x in chosen]
+
+    def put(self) -> None:
+        for a in self.attributes:
+            vars(a.owner)[a.name] = a.after
+
+    def undo(self) -> None:
+        for a in self.attributes:
+            if a.before is _ABSENT:
+                vars(a.owner).pop(a.name, None)
+            else:
+                vars(a.owner)[a.name] = a.before
+
+
+def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
+    if isinstance(module, nn.MultiheadAttention):
+        return SwappedAttention(fqn, type(module).__name__, "torch")
+    return SwappedAttention(fqn, type(module).__name__, str(module.config._attn_implementation))  # type: ignore[union-attr]
+
+
+def _names(model: nn.Module, found: list[Leaf], chosen: list[Leaf]) -> Iterable[_Attribute]:
+    """The configs' names, and a Place in every module that asks them."""
+    swapped = {id(x.module) for x in chosen}
+    asking = [x.module for x in found if huggingface.dispatches(x.module)]
+    configs: dict[int, Any] = {}
+    for config, group in _groups(asking, swapped):
+        windows = all(huggingface.passes_window(m) for m in group)
+        before, after = config._attn_implementation, WINDOWED if windows else NAME
+        configs[id(config)] = (config, before, after)
+        for module in group:
+            place = Place(id(module) in swapped, before, huggingface.eager_function(module))
+            yield _Attribute(module, PLACE, vars(module).get(PLACE, _ABSENT), place)
+    if not configs:
+        return
+    # A config above, whose attention is all in parts that are named: what model.config says is then true as well.
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        below = [m for m in module.modules() if huggingface.dispatches(m)] if hasattr(config, "sub_configs") else []
+        if below and id(config) not in configs and all(id(m.config) in configs for m in below):
+            configs[id(config)] = (config, config._attn_implementation, NAME)  # type: ignore[union-attr]
+    for config, before, after in configs.values():
+        yield _Attribute(config, "_attn_implementation_internal", before, after)
+
+
+def _groups(asking: list[nn.Module], swapped: set[int]) -> list[tuple[Any, list[nn.Module]]]:
+    """Each config that a swapped module asks, and all that ask it."""
+    groups: dict[int, tuple[Any, list[nn.Module]]] = {}
+    for module in asking:
+        groups.setdefault(id(module.config), (module.config, []))[1].append(module)
+    return [(config, group) for config, group in groups.values() if any(id(m) in swapped for m in group)]
+
+
+def _nested_tensors(model: nn.Module, chosen: list[Leaf]) -> Iterable[_Attribute]:
+    """An encoder makes nested tensors of padded ones for the fast path of its layers, which the swapped ones do not take."""
+    swapped = {id(x.module) for x in chosen}
+    for module in model.modules():
+        if not (isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)):
+            continue
+        if any(id(getattr(layer, "self_attn", None)) in swapped for layer in module.layers):
+            yield _Attribute(module, "use_nested_tensor", True, False)
+
+
+def implementation_before(model: nn.Module) -> str | None:
+    """What the config of a Hugging Face model names where it is not swapped."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    places = [vars(m)[PLACE] for m in model.modules() if PLACE in vars(m)] if name in (NAME, WINDOWED) else []
+    return places[0].before if places else name
