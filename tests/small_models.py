@@ -69,8 +69,42 @@ CONFIGS = {
 }
 
 
-def build(name):
-    model, config, options = CONFIGS[name]
+#: The same and others with heads of 32, which kernels take, and what attention has besides: windows that are shorter than the
+#: batches, capped scores, sinks, groups of heads that share keys. Every expert is asked, as a router is no continuous function.
+_WIDE = {**_DECODER, "hidden_size": 128, "max_position_embeddings": 128}
+_LONG = {**_DECODER, "head_dim": 32, "num_key_value_heads": 2, "max_position_embeddings": 128, **_SPECIAL}
+ATTENTION = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _LONG),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**_LONG, "sliding_window": 6}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_LONG, "sliding_window": 6, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {
+            **_LONG,
+            "sliding_window": 6,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "eager",
+        },
+    ),
+    "bert": ("BertModel", "BertConfig", _WIDE),
+    "vit": ("ViTModel", "ViTConfig", {**CONFIGS["vit"][2], "hidden_size": 128}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {**CONFIGS["t5"][2], "d_kv": 32, "decoder_start_token_id": 0}),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {**CONFIGS["whisper"][2], "d_model": 128, "max_target_positions": 128},
+    ),
+}
+
+
+def build(name, configs=CONFIGS):
+    model, config, options = configs[name]
     torch.manual_seed(0)
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
 

@@ -64,7 +64,7 @@ def test_a_copy_works_and_cannot_be_restored(how):
     fp.swap(model, "int8")
     other = how(model)
     assert torch.equal(outputs(other, x), outputs(model, x))
-    with pytest.raises(RuntimeError, match="2 quantised layers and no originals, being a copy"):
+    with pytest.raises(RuntimeError, match="2 swapped layers and no originals, being a copy"):
         fp.restore(other)
     fp.restore(model)
     assert not torch.equal(outputs(other, x), exact)  # still swapped
