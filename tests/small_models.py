@@ -141,6 +141,47 @@ class Block(nn.Module):
         return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
+class Attention(nn.Module):
+    """As vision transformers write it: one projection, heads first, torch's function."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """A small one, of images [B, 3, 32, 32] to 10 logits."""
+
+    def __init__(self, width=64, heads=2, depth=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.position = nn.Parameter(torch.randn(16, width))
+        self.blocks = nn.Sequential(*(VisionBlock(width, heads) for _ in range(depth)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).mT + self.position
+        return self.head(self.blocks(x).mean(1))
+
+
 def block(width=64):
     torch.manual_seed(0)
     return Block(width).eval()

@@ -3,13 +3,13 @@
 import copy
 import importlib.util
 import pathlib
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from small_models import ATTENTION, batch, build
 
 import forwardpass as fp
-from forwardpass import backend
 from forwardpass.declined import Calls, counted
 from forwardpass.swap import huggingface
 
@@ -20,38 +20,37 @@ GENERATING = [*DECODERS, "t5", "whisper"]
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def has_kernel(implementation):
-    if implementation == "triton":
-        return importlib.util.find_spec("forwardpass.attention.triton_kernel") is not None
-    return (ROOT / "csrc/attention/attention_sm90a.cu").exists()
+def interpreted(implementation, arch):
+    """Runs as soon as the kernel is there."""
+    attention = ROOT / "csrc/attention"
+    there = {
+        ("triton", "sm_90a"): importlib.util.find_spec("forwardpass.attention.triton_kernel") is not None,
+        ("cuda", "sm_80"): "cudaErrorNotSupported" not in (attention / "attention_sm80.cu").read_text(),
+        ("cuda", "sm_90a"): (attention / "attention_sm90a.cu").exists(),
+    }[implementation, arch]
+    skip = pytest.mark.skipif(not there, reason=f"attention has no {implementation} kernel for {arch} yet")
+    marks = [pytest.mark.interpreted, skip]
+    return pytest.param((implementation, arch, torch.float16), marks=marks, id=f"{implementation}-{arch}")
 
 
-def interpreted(implementation):
-    return pytest.param(
-        (implementation, torch.float16),
-        marks=[
-            pytest.mark.interpreted,
-            pytest.mark.skipif(not has_kernel(implementation), reason=f"attention has no {implementation} kernel yet"),
-        ],
-        id=implementation,
-    )
-
-
-#: (backend, dtype of the model)
+#: (backend, the GPU that is interpreted, dtype of the model)
 RUNS = [
-    pytest.param(("auto", torch.float32), id="float32"),
-    pytest.param(("auto", torch.bfloat16), id="bfloat16"),
-    pytest.param(("reference", torch.bfloat16), id="reference"),
-    interpreted("cuda"),
-    interpreted("triton"),
+    pytest.param(("auto", None, torch.float32), id="float32"),
+    pytest.param(("auto", None, torch.bfloat16), id="bfloat16"),
+    pytest.param(("reference", None, torch.bfloat16), id="reference"),
+    interpreted("cuda", "sm_80"),
+    interpreted("cuda", "sm_90a"),
+    interpreted("triton", "sm_90a"),
 ]
 
 
-def running(implementation):
-    """On the backend, which for the kernels is the interpreter."""
-    if implementation not in ("cuda", "triton"):
-        return fp.use_backend(implementation), None
-    return fp.use_backend(implementation), fp.interpret("sm_90a")
+@contextmanager
+def running(implementation, arch):
+    with ExitStack() as stack:
+        device = stack.enter_context(fp.interpret(arch)) if arch else None
+        stack.enter_context(fp.use_backend(implementation))
+        yield
+        assert device is None or device.findings == []
 
 
 def attention_only(model):
@@ -74,32 +73,17 @@ def on(model, inputs):
     return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-class Backend:
-    """`running` as one context; kernels bring the interpreter."""
-
-    def __init__(self, implementation):
-        self.contexts = [c for c in running(implementation) if c is not None]
-
-    def __enter__(self):
-        for c in reversed(self.contexts):
-            self.device = c.__enter__()
-
-    def __exit__(self, *error):
-        for c in self.contexts:
-            c.__exit__(*error)
-
-
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", ATTENTION)
 @torch.inference_mode()
 def test_outputs(name, run):
     """Off by no more than twice what eager's are: largest; and one and a half times, mean."""
-    implementation, dtype = run
+    implementation, arch, dtype = run
     exact, eager, ours = models(name, dtype)
     inputs = batch(name)
     reference, expected = (m(**on(m, inputs))[0].double() for m in (exact, eager))
     attention_only(ours)
-    with Backend(implementation), counted(Calls()) as calls:
+    with running(implementation, arch), counted(Calls()) as calls:
         got = ours(**on(ours, inputs))[0].double()
     assert calls.taken and not calls.declined
     mask = inputs.get("attention_mask")
@@ -150,13 +134,13 @@ def logits_of(model, name, tokens=None, steps=64):
 def test_generation(name, run):
     """Fed the same tokens, each step's logits are off by at most twice eager's own error, and the token is the same wherever
     eager's first two are further apart than four times that; free runs agree up to the first step where they are not."""
-    implementation, dtype = run
-    steps = 6 if implementation in ("cuda", "triton") else 64
+    implementation, arch, dtype = run
+    steps = 6 if arch else 64
     exact, eager, ours = models(name, dtype)
     reference, tokens = logits_of(exact, name, steps=steps)
     expected, _ = logits_of(eager, name, tokens, steps)
     attention_only(ours)
-    with Backend(implementation), counted(Calls()) as calls:
+    with running(implementation, arch), counted(Calls()) as calls:
         got, _ = logits_of(ours, name, tokens, steps)
         free = logits_of(ours, name, steps=steps)[1]
     assert calls.taken and not calls.declined
@@ -408,8 +392,3 @@ def test_without_an_interface_for_masks(monkeypatch):
         assert reason.code == "transformers" and "no interface for attention and its masks" in reason.text
     finally:
         huggingface.register.cache_clear()
-
-
-def test_backends_of_this_file():
-    """A run that is skipped for want of a kernel is not skipped once there is one."""
-    assert set(backend.operations["attention"].compiled) >= {"cuda", "triton", "cpu"}

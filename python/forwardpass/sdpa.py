@@ -17,6 +17,11 @@ from .declined import Calls, counted, decline, take
 from .quantized_rows import FLOATS
 
 _CALL = "scaled_dot_product_attention"
+_WITHIN = Reason(
+    "within",
+    "nn.MultiheadAttention's function calls it where no mode is asked",
+    "use fp.swap(model, attention=True)",
+)
 
 
 @contextmanager
@@ -26,7 +31,8 @@ def sdpa() -> Iterator[Calls]:
     For models that call it themselves: timm, diffusers, plain torch. Every argument is translated exactly (is_causal, which is
     top-left in torch, attn_mask, scale, enable_gqa, autocast), or the call is left to torch, with a reason: dropout_p, an input
     that requires grad in grad mode, a dtype or a shape that no kernel takes. Under `torch.compile(fullgraph=True)` too, entered
-    inside of the compiled function or around the call of it. Blocks may be nested; each counts its own calls.
+    inside of the compiled function or around the call of it. Blocks may be nested; each counts its own calls. Torch's own
+    nn.MultiheadAttention and encoder layers call it where no mode is asked, which is counted too: `fp.swap` takes those.
 
     Every call of torch within the block passes by Python, which is about a microsecond each; compiled code pays nothing.
 
@@ -43,6 +49,10 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(func, *args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            decline("multi_head_attention_forward", _WITHIN)
+        elif func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # the method calls super(), which torch before 2.15 does not trace within a mode
         return func(*args, **(kwargs or {}))
 
 
