@@ -206,6 +206,23 @@ def test_a_window_is_a_number_where_nothing_else_is_masked(name, given):
 
 
 @torch.inference_mode()
+def test_a_window_over_a_cache_that_keeps_everything():
+    """A single row has no mask where nothing else is masked, and a window then has to be one."""
+    model = build("mistral", ATTENTION)
+    model.set_attn_implementation("eager")
+    ids = batch("mistral")["input_ids"]
+    both = []
+    for swapped in (False, True):
+        if swapped:
+            attention_only(model)
+        cache = transformers.DynamicCache()
+        model(input_ids=ids, past_key_values=cache)
+        both.append(model(input_ids=ids[:, :1], past_key_values=cache).logits)
+        assert cache.get_seq_length() == cache.layers[0].keys.shape[2] == 11
+    torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_padding_of_an_encoder_is_not_written_out(given):
     model = build("bert", ATTENTION)
     attention_only(model)

@@ -194,7 +194,7 @@ def swap(
         "model": {"name": model, "chosen": source.chosen},
         "precision": precision,
         "plan": plan,
-        **{name: reported[name] for name in ("swapped", "skipped", "warnings", "weight_bytes")},
+        **{name: reported[name] for name in ("swapped", "attention", "skipped", "warnings", "weight_bytes")},
         **compared,
         "batch": batch,
         "length": length,
@@ -224,6 +224,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     parity, latency, weights = result["parity"], result["latency_ms"], result["weight_bytes"]
     table = Table(show_header=False, box=None)
     table.add_row("swapped", f"{len(result['swapped'])} layers to {result['precision'] or result['plan']}")
+    if result["attention"]:
+        table.add_row("attention", f"of {len(result['attention'])} modules swapped")
     reasons = defaultdict(list)
     for skipped in result["skipped"]:
         reasons[skipped["code"], skipped["text"], skipped["fix"]].append(skipped["fqn"])

@@ -73,11 +73,14 @@ def decline(call: str, reason: Reason) -> None:
         _count(call, reason)
 
 
-@torch.compiler.assume_constant_result
 def _trace(call: str, code: str, text: str, fix: str) -> bool:
     """Runs while a graph is traced, and leaves nothing in it."""
     _count(call, Reason(code, text, fix) if code else None)
     return True
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo, a second's work, here and now.
+_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _count(call: str, reason: Reason | None) -> None:

@@ -6,6 +6,7 @@ hold the replacements alone. The table holds models weakly: a model that is drop
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
@@ -65,7 +66,12 @@ _swapped: dict[int, tuple[weakref.ref[nn.Module], Originals]] = {}
 
 def remember(model: nn.Module, swapped: Originals) -> None:
     key = id(model)  # not a WeakKeyDictionary: a model may define __eq__ and then has no hash
-    _swapped[key] = weakref.ref(model, lambda _: _swapped.pop(key, None)), swapped
+    _swapped[key] = weakref.ref(model, functools.partial(_drop, _swapped, key)), swapped
+
+
+def _drop(table: dict[int, tuple[weakref.ref[nn.Module], Originals]], key: int, _: object) -> None:
+    """Needs no global, which at the end of a process are gone before models are."""
+    table.pop(key, None)
 
 
 def forget(model: nn.Module) -> None:
