@@ -151,6 +151,18 @@ def test_declined(code, compiled):
     assert got.requires_grad == expected.requires_grad
 
 
+def test_a_reason_is_logged_once(caplog):
+    q, k, v = operands(rows=3, keys=11)
+    with caplog.at_level("INFO", logger="forwardpass.dispatch"), fp.sdpa():
+        fp.declined().declined.clear()
+        for _ in range(3):
+            call(q, k, v, scale=-0.5)
+    lines = [r.message for r in caplog.records if "left alone" in r.message]
+    assert lines == [
+        "scaled_dot_product_attention -> left alone: scale is not positive; negate the query for a negative one"
+    ]
+
+
 def test_what_torch_refuses_is_torchs_to_refuse():
     q, k, v = operands()
     for tensors, options in [

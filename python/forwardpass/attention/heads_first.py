@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Reason, asked_for_by_name
+from ..backend import Reason, asked_for_by_name, interpreter
 from ..quantized_rows import FLOATS
 from . import ATTENTION
 
@@ -32,9 +32,9 @@ def arguments(
         is_causal: row i sees keys up to i, however many there are.
         left: keys before a row that it sees, with as many keys as rows.
     """
-    q, k, v = map(_rows, (query, key, value))
-    if mask is not None:
-        mask = mask.to(cast(mask.dtype, mask.device))
+    q, k, v = _rows(query), _rows(key), _rows(value)
+    if mask is not None and (dtype := cast(mask.dtype, mask.device)) != mask.dtype:
+        mask = mask.to(dtype)
     rows, keys = q.shape[1], k.shape[1]
     right = None
     if is_causal and keys > rows:  # none of the last keys is seen by any row
@@ -42,17 +42,19 @@ def arguments(
         mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :rows]
     elif is_causal and keys < rows:  # the operation's row i stands at i + keys - rows
         right = rows - keys
-    batch = max(t.shape[0] for t in (q, k, v))
-    q, k, v = (t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (q, k, v))
-    kv_heads = max(k.shape[2], v.shape[2])
-    q = q.expand(-1, -1, kv_heads, -1) if q.shape[2] == 1 else q
-    k, v = (t if t.shape[2] == kv_heads else t.expand(-1, -1, kv_heads, -1) for t in (k, v))
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
+        batch = max(t.shape[0] for t in (q, k, v))
+        q, k, v = (t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (q, k, v))
+        kv_heads = max(k.shape[2], v.shape[2])
+        q = q.expand(-1, -1, kv_heads, -1) if q.shape[2] == 1 else q
+        k, v = (t if t.shape[2] == kv_heads else t.expand(-1, -1, kv_heads, -1) for t in (k, v))
     causal = is_causal and right is None
     return q, k, v, scale, causal, left, right, softcap, mask, None, sinks, None, None, False
 
 
 def _rows(x: Tensor) -> Tensor:
-    x = x.to(cast(x.dtype, x.device))
+    if (dtype := cast(x.dtype, x.device)) != x.dtype:
+        x = x.to(dtype)
     return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).transpose(1, 2)
 
 
@@ -63,8 +65,24 @@ def cast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+_known: dict[Any, Reason | None] = {}
+
+
 def why_reference(call: tuple[Any, ...]) -> Reason | None:
     """Where no kernel takes the call of `ATTENTION`, why; what torch has is then faster than the plain-torch reference."""
-    if asked_for_by_name() or ATTENTION.choose(*call) != "reference":
+    if asked_for_by_name():
+        return None
+    if torch.compiler.is_compiling():
+        return _why_reference(call)
+    q, v, softcap = call[0], call[2], call[7]
+    # all that the limits of its backends ask for; asking them takes 6 us
+    key = q.dtype, q.device, q.shape[-1], v.shape[-1], softcap > 0, getattr(interpreter(), "arch", None)
+    if key not in _known:
+        _known[key] = _why_reference(call)
+    return _known[key]
+
+
+def _why_reference(call: tuple[Any, ...]) -> Reason | None:
+    if ATTENTION.choose(*call) != "reference":
         return None
     return ATTENTION.why_not("cpu" if call[0].device.type == "cpu" else "cuda", *call)
