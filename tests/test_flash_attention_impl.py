@@ -70,3 +70,24 @@ def test_what_it_does_not_take(on_cpu):
         with counted(Calls()) as calls, pytest.raises(RuntimeError, match="this torch has nothing else"):
             OP(*given)
         assert [reason.code for _, reason in calls.declined] == [code]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_on_a_card():
+    q, k, v = (torch.randn(2, 4, 100, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    fp.register_flash_attention_impl()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.nn.attention.activate_flash_attention_impl(flash_attention_impl.NAME)
+        try:
+            with counted(Calls()) as calls:
+                got = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                short = F.scaled_dot_product_attention(q[..., :16], k[..., :16], v[..., :16])  # torch's own
+        finally:
+            torch.nn.attention.restore_flash_attention_impl()
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
+    assert sum(calls.taken.values()) == 1
+    assert [reason.code for _, reason in calls.declined] == ["head_dim"]
+    assert short.isfinite().all()
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)

@@ -346,3 +346,28 @@ def test_a_failure_half_way_leaves_the_model(monkeypatch):
         assert_same_objects(model, before)
         assert getattr(getattr(model, "config", None), "_attn_implementation", None) == implementation
         assert not any(huggingface.PLACE in vars(m) for m in model.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ATTENTION)
+@torch.inference_mode()
+def test_on_a_card(name):
+    """Swapped without being asked for, off by no more than twice what eager attention is."""
+    model = build(name, ATTENTION).cuda()
+    model.set_attn_implementation("eager")
+    inputs = {k: v.cuda() for k, v in batch(name).items()}
+    exact = model(**inputs)[0]
+    model = model.half()
+    inputs = {k: v.half() if v.is_floating_point() else v for k, v in inputs.items()}
+    expected = model(**inputs)[0]
+    report = fp.swap(
+        model, "w8a16", exclude="re:.*(proj|dense|query|key|value|fc.|out|o|q|k|v|wi|wo|gate|up|down|lm_head)"
+    )
+    assert report.attention and not report.swapped
+    with counted(Calls()) as calls:
+        got = model(**inputs)[0]
+    assert calls.taken and not calls.declined
+    mask = inputs.get("attention_mask")
+    keep = mask.bool() if mask is not None and got.shape[1] == mask.shape[1] else slice(None)
+    own = (expected.float() - exact)[keep].abs().max()
+    assert (got.float() - exact)[keep].abs().max() <= 2 * own

@@ -34,6 +34,8 @@ def sdpa() -> Iterator[Calls]:
     inside of the compiled function or around the call of it. Blocks may be nested; each counts its own calls. Torch's own
     nn.MultiheadAttention and encoder layers call it where no mode is asked, which is counted too: `fp.swap` takes those.
 
+    What `torch.nn.attention.sdpa_kernel` chooses holds for calls that are left to torch.
+
     Every call of torch within the block passes by Python, which is about a microsecond each; compiled code pays nothing.
 
     Yields:
