@@ -323,6 +323,23 @@ def test_a_module_that_is_left_out_runs_as_before(name, padded):
     torch.testing.assert_close(got[keep], expected[keep], rtol=1e-4, atol=1e-5)
 
 
+def test_sinks_that_are_trained_or_of_another_type():
+    model = build("gpt_oss", ATTENTION).requires_grad_(False)
+    ids = batch("gpt_oss")["input_ids"]
+    expected = model(input_ids=ids).logits
+    attention_only(model)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.requires_grad_()
+    with counted(Calls()) as calls:
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert reasons(calls) == {"grad"}
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data = layer.self_attn.sinks.data.bfloat16()
+    with counted(Calls()) as calls, torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
+    assert calls.taken and not calls.declined
+
+
 @torch.inference_mode()
 def test_an_argument_that_nobody_knows_is_declined_by_name(swapped):
     model, before = swapped

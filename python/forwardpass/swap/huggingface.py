@@ -198,7 +198,8 @@ def _attention(
     by_number = causal and sliding_window and module.config._attn_implementation == WINDOWED  # type: ignore[union-attr]
     left = sliding_window - 1 if by_number and sliding_window else None
     place = vars(module).get(PLACE)
-    reason = _why_not(place, (query, key, value, attention_mask, position_bias), dropout, scaling, kwargs)
+    tensors = query, key, value, attention_mask, position_bias, s_aux
+    reason = _why_not(place, tensors, dropout, scaling, kwargs)
     call = type(module).__name__
     if reason is not None:
         decline(call, reason)
@@ -212,6 +213,8 @@ def _attention(
             mask = position_bias
         else:
             mask = position_bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else position_bias + mask
+    if s_aux is not None and s_aux.dtype != query.dtype:
+        s_aux = s_aux.float()
     take(call)
     arguments = heads_first.arguments(
         query, key, value, mask, causal, scaling, left=left, softcap=softcap or 0.0, sinks=s_aux
