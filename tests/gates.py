@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 
+import attention_gates
 import cubin
 import gemm_gates
 import ninja
@@ -69,7 +70,7 @@ def failures(k: cubin.Kernel) -> list[str]:
         said.append(f"no loop with a tensor-core instruction, {' and '.join(expected)} expected")
     elif missing := [e for e in expected if not any(re.match(e, opcode) for opcode in loop.mma)]:
         said.append(f"no {' and no '.join(missing)} in the main loop, which has {mix(loop.mma)}")
-    return said + gemm_gates.failures(k)
+    return said + gemm_gates.failures(k) + attention_gates.failures(k)
 
 
 def mix(opcodes: collections.Counter) -> str:
@@ -190,7 +191,7 @@ def main(wheel: str) -> int:
     if not found:
         sys.exit("no kernel was found: the gates measured nothing")
     commands = compile_commands()
-    print(table(found), gemm_gates.table(found), sep="\n\n", end="\n\n")
+    print(table(found), gemm_gates.table(found), attention_gates.table(found), sep="\n\n", end="\n\n")
     figures = {
         "compiled instances": len(found),
         "compile time, core seconds": compile_seconds(ROOT / "build/ninja/.ninja_log"),

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import attention_gates
 import cubin
 import gates
 import gemm_gates
@@ -67,6 +68,9 @@ def test_the_built_kernels_pass():
     assert gemms and all(gates.tensor_core(k.name, k.arch) and gemm_gates.counted(k) for k in gemms)
     assert all(gemm_gates.claims(k.name) for k in gemms if "Config<" in k.name)
     assert len(gemm_gates.table(kernels).splitlines()) == 1 + len(gemms)
+    attention = [k for k in kernels if k.name.startswith("attention")]
+    assert attention and all(attention_gates.claims(k.name) and attention_gates.counted(k) for k in attention)
+    assert len(attention_gates.table(kernels).splitlines()) == 1 + len(attention)
 
     for k in kernels:
         functions = [block for label, block in k.code.block_of.items() if label.startswith("$")]
@@ -129,6 +133,19 @@ def test_a_right_kernel_passes(bad, kernel, arch):
 def test_a_bad_kernel_fails(bad, kernel, arch, sentences):
     found = gates.failures(bad[kernel, arch])
     assert len(found) == len(sentences) and all(map(re.match, sentences, found)), found
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="this build has no CUDA kernels")
+def test_what_attention_s_main_loop_issues():
+    k = next(k for k in cubin.kernels(LIBRARY) if "WgmmaAttentionConfig<(Dtype)1, 128, 128, false, 2, 128>" in k.name)
+    issued = attention_gates.counted(k)
+    assert 6 < issued <= 7.4 and attention_gates.failures(k) == []
+    fewer_keys = dataclasses.replace(k, name=k.name.replace("2, 128>", "2, 64>"))
+    assert attention_gates.failures(fewer_keys) == [
+        f"{2 * issued:.2f} instructions a score in the main loop, the bar is 7.4",
+        f"{64 * 2 * 128 * 256 // 8} multiply-accumulates of a warp in the main loop, its Config's block has {64 * 128 * 256 // 8}",
+    ]
+    assert attention_gates.failures(dataclasses.replace(k, threads=256)) == ["256 threads, its Config says 384"]
 
 
 def as_gemm(kernel, config, **different):

@@ -14,7 +14,7 @@ int32_t window_side(const std::optional<int64_t>& side, const char* op) {
 }
 
 int32_t size32(int64_t n, const char* op, const char* what) {
-  STD_TORCH_CHECK(n >= 0 && n < kUnlimited, op, ": ", what, " must be fewer than 2^31 - 1, not ", n);
+  STD_TORCH_CHECK(n >= 0 && n <= 1 << 30, op, ": ", what, " must be at most 2^30, not ", n);
   return static_cast<int32_t>(n);
 }
 

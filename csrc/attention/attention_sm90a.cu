@@ -126,14 +126,6 @@ __device__ inline void load(const AttentionArguments& a, typename Config::Shared
   });
 }
 
-// No access to d moves across this.
-template <int kTiles>
-__device__ inline void keep(float (&d)[1][kTiles][4]) {
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t)
-    asm volatile("" : "+f"(d[0][t][0]), "+f"(d[0][t][1]), "+f"(d[0][t][2]), "+f"(d[0][t][3])::"memory");
-}
-
 // A warpgroup's side of the stages, and what it multiplies.
 template <class Config>
 struct AttentionMultiplier {
@@ -170,7 +162,7 @@ struct AttentionMultiplier {
     ptx::wgmma_commit();
   }
   __device__ void multiply_p_v(Sums& sums, const Weights& p) {
-    keep(sums);
+    ptx::wgmma_keep(sums[0]);
     ptx::wgmma_fence();
     const uint32_t at = v_rows + v.stage * (sizeof(typename Config::Value) / ptx::kDescriptorUnit);
 #pragma unroll
@@ -255,11 +247,11 @@ __device__ inline void multiply(const AttentionArguments& a, typename Config::Sh
       const auto end_p_v = [&] {
         if (kFirst) return;
         ptx::wgmma_wait<0>();
-        keep(o);
+        ptx::wgmma_keep(o[0]);
         m.v.release(before);
       };
       ptx::wgmma_wait<kFirst ? 0 : 1>();
-      keep(s);
+      ptx::wgmma_keep(s[0]);
       m.k.release(m.k.stage);
       m.k.advance();
       const int key = block * Config::kN + lane % 4 * 2;
@@ -269,7 +261,7 @@ __device__ inline void multiply(const AttentionArguments& a, typename Config::Sh
       }
       if (decltype(masked)::value) bounds(s, key);
       softmax.update(s, scale, factor);
-      keep(s);
+      ptx::wgmma_keep(s[0]);
       // It stands here, not where v is needed, as ptxas moves the wait below it up across anything but a branch: then
       // the softmax would begin when p v has ended.
       m.v.wait();
@@ -304,7 +296,7 @@ __device__ inline void multiply(const AttentionArguments& a, typename Config::Sh
       rescale(o, factor);
       m.multiply_p_v(o, weights);
       ptx::wgmma_wait<0>();
-      keep(o);
+      ptx::wgmma_keep(o[0]);
       m.v.release(m.v.stage);
       m.v.advance();
     }

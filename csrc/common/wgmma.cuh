@@ -13,6 +13,14 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
+// No access to these accumulators is moved across this.
+template <int Tiles>
+__device__ inline void wgmma_keep(float (&d)[Tiles][4]) {
+#pragma unroll
+  for (int t = 0; t < Tiles; ++t)
+    asm volatile("" : "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])::"memory");
+}
+
 // 9.7.15.5.1.2 matrix descriptor of an operand whose rows are 128 bytes under a swizzle of 128 bytes: eight rows are
 // 1024 bytes. The low half has the address in units of 16 bytes, the upper half is the same for all. Rows along K: 32
 // bytes more of it are two units. Rows along N: `leading` bytes from 64 columns to the next.

@@ -19,6 +19,9 @@ from . import reference
 
 #: (head_dim of q and k, of v) for which there are kernels; other head dims run in the next one of as many columns or more.
 BUCKETS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
+#: Rows of an operand that are so many elements apart have offsets in a tile of 128 rows beyond the 32 bits that Triton's
+#: kernel has for them: with 64, d = 256 spills (static, sm_80).
+MOST_APART = 2**24
 Window = tuple[int | None, int | None]
 
 
@@ -147,8 +150,8 @@ def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> N
             raise ValueError(
                 f"{op}: the last dimension of {name} must have stride 1, not {x.stride(-1)}: pass {name}.contiguous()"
             )
-        if any(n >= 2**31 - 1 for n in x.shape):
-            raise ValueError(f"{op}: {name} must have fewer than 2^31 - 1 rows, not {tuple(x.shape)}: split it")
+        if any(n > 2**30 for n in x.shape):
+            raise ValueError(f"{op}: {name} must have at most 2^30 rows, not {tuple(x.shape)}: split it")
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"{op}: k and v must have the same keys and heads, and have shapes {tuple(k.shape)} and {tuple(v.shape)}"
@@ -311,6 +314,9 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
         if x.numel() and any(s * size % 16 for s in (*strides, x.storage_offset())):
             notes.append(f"strides {x.stride()} and the first byte of {name} are not all multiples of 16 bytes: CUDA and Triton "
                          f"kernels first copy it, {x.numel() * size} bytes")  # fmt: skip
+        elif x.shape[-3] > 1 and x.stride(-3) >= MOST_APART:
+            notes.append(f"rows of {name} are {x.stride(-3)} elements apart, {MOST_APART} or more: Triton's kernel first "
+                         f"copies it, {x.numel() * size} bytes")  # fmt: skip
     dims = q.shape[-1], v.shape[-1]
     if (b := bucket(*dims)) and b != dims:
         notes.append(

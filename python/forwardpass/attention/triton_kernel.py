@@ -27,13 +27,11 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import ATTENTION, ATTENTION_WITH_LSE, bucket
+from . import ATTENTION, ATTENTION_WITH_LSE, MOST_APART, bucket
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 UNLIMITED = 2**31 - 1
-#: Offsets within a tile of at most 128 rows are 32 bits: with 64, d = 256 spills (static, sm_80).
-MOST_APART = 2**24
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""What the gates ask of the attention kernels: instructions a score in the main loop, and what a Config's name claims.
+
+A score is what one row and one key make. Instructions a score: those of a trip of the main loop, which is the unmasked one,
+divided by the scores that a thread of it has a part in: rows times keys of a block, divided by the threads that multiply.
+FlashAttention-3's figure is of its kernels for fp16 at head dim 128.
+"""
+
+import dataclasses
+import re
+
+from gemm_gates import macs
+
+#: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on; FlashAttention-3 issues as many
+MOST = {("sm_90a", 128, 128): 7.4}
+
+
+@dataclasses.dataclass
+class Claims:
+    """What a Config's name says of a kernel: M rows of D columns, V of v, by N keys."""
+
+    d: int
+    v: int
+    general: bool
+    m: int
+    n: int
+    multiplying: int  # threads
+    threads: int
+    blocks: int  # on a multiprocessor at once
+
+    @property
+    def scores(self) -> float:
+        """Of a trip, for each multiplying thread."""
+        return self.m * self.n / self.multiplying
+
+
+def claims(name: str) -> Claims | None:
+    if c := re.search(r"\bAttentionConfig<\(Dtype\)\d, (\d+), (\d+), (\S+), (\d+), (\d+), (\d+), (\d+)>", name):
+        d, v, general, m, n, warps, blocks = c.groups()
+        threads = 32 * int(warps)
+        return Claims(int(d), int(v), is_true(general), int(m), int(n), threads, threads, int(blocks))
+    if c := re.search(r"\bWgmmaAttentionConfig<\(Dtype\)\d, (\d+), (\d+), (\S+), (\d+), (\d+)>", name):
+        d, v, general, groups, n = c.groups()
+        rows, threads = 64 * int(groups), 128 * int(groups)
+        return Claims(int(d), int(v), is_true(general), rows, int(n), threads, threads + 128, 1)
+    return None
+
+
+def is_true(text: str) -> bool:
+    return text in ("true", "(bool)1")
+
+
+def counted(k) -> float | None:
+    """Instructions a score."""
+    loop = k.code.main_loop
+    return len(loop.instructions) / c.scores if (c := claims(k.name)) and loop and loop.mma else None
+
+
+def failures(k) -> list[str]:
+    """Sentences, without the kernel's name."""
+    if not (c := claims(k.name)):
+        return []
+    said = []
+    most = None if c.general else MOST.get((k.arch, c.d, c.v))
+    issued, loop = counted(k), k.code.main_loop
+    if issued and most and issued > most:
+        said.append(f"{issued:.2f} instructions a score in the main loop, the bar is {most}")
+    if loop and loop.mma:
+        work = sum(n * macs(opcode) for opcode, n in loop.mma.items())
+        expected = c.m * c.n * (c.d + c.v) * 32 // c.multiplying
+        if work != expected:
+            said.append(f"{work} multiply-accumulates of a warp in the main loop, its Config's block has {expected}")
+    if k.threads != c.threads:
+        said.append(f"{k.threads} threads, its Config says {c.threads}")
+    if k.blocks_per_sm is not None and k.blocks_per_sm < c.blocks:
+        said.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {c.blocks}")
+    return said
+
+
+def table(found: list) -> str:
+    """Of every attention kernel's main loop, beside its bar."""
+    said = "main loops of attention: instructions a score, mma among them"
+    lines = [f"{said:<96}{'a score':>8}{'mma':>6}{'bar':>6}"]
+    for k in sorted(found, key=lambda k: (k.name, k.arch)):
+        if issued := counted(k):
+            c = claims(k.name)
+            mma = k.code.main_loop.mma.total() / c.scores
+            most = None if c.general else MOST.get((k.arch, c.d, c.v))
+            name = re.sub(r", SharedBytes<.*", ">", k.name)
+            lines.append(f"{name:<88}{k.arch:<8}{issued:8.2f}{mma:6.2f}{most or '-':>6}")
+    return "\n".join(lines)
