@@ -1,5 +1,10 @@
-"""attention beside torch's scaled_dot_product_attention; where it takes no sinks or gives no lse, beside eager attention."""
+"""attention beside torch's scaled_dot_product_attention; where it takes no sinks or gives no lse, beside eager attention.
 
+python -m benchmarks.attention [--device cpu|cuda] [--rounds N] [--json FILE]
+python -m benchmarks.attention --interpret sm_90a [--json FILE]
+"""
+
+import dataclasses
 import math
 from typing import Any
 
@@ -7,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bench
+from benchmarks import bench, interpreted
+from benchmarks.interpreted import number
 from forwardpass.attention import ATTENTION, ATTENTION_WITH_LSE
+from forwardpass.attention.cases import Case, real
 
 
 def additive(
@@ -54,5 +61,69 @@ def eager(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, wi
 
 BASELINES = {ATTENTION: sdpa, ATTENTION_WITH_LSE: eager}
 
+#: What is interpreted: 16 heads of 1024 rows, which are as many tiles as multiprocessors; all keys, and causal; with what
+#: makes the kernel another one; the rows of a head dim below its bucket; more rows than keys
+SHAPES = (
+    *(dataclasses.replace(real((1024, 1024), d, 1, (16, 16), torch.float16), causal=causal)
+      for d in (64, 128, 256) for causal in (False, True)),
+    Case((1024, 1024), (192, 128), heads=(16, 16), batch=1, causal=True, awkward=False),
+    real((1024, 1024), 128, 1, (16, 4), torch.float16, mask="bool bj"),
+    real((1024, 1024), 72, 1, (16, 16), torch.float16),
+)  # fmt: skip
+
+
+def row_of(implementation: str, arch: str, case: Case, loop: bool = True) -> dict[str, Any]:
+    row: dict[str, Any] = {"operation": case.op, "implementation": implementation, "case": dataclasses.asdict(case)}
+    row["case"]["dtype"] = str(case.dtype)
+    try:
+        found = interpreted.run(ATTENTION, implementation, arch, case)
+    except RuntimeError as e:
+        return {**row, "missing": str(e).splitlines()[0]}
+    row |= {
+        "launches": [k.kernel for k in found.kernels],
+        "modelled_us": found.seconds * 1e6,
+        "binding": found.binding,
+        "tflops": case.flops() / found.seconds / 1e12,
+        "least_bytes": case.bytes(),
+        "dram_bytes": found.dram,
+        "l2_bytes": found.l2,
+        "ptx_per_score": 32 * found.counts.issued / case.scores(),
+        "wavefronts_per_ideal": found.counts.conflict_ratio,
+    }
+    if loop and not case.causal:  # what twice the keys add
+        twice = dataclasses.replace(case, sizes=(case.sizes[0], 2 * case.sizes[1]))
+        more = interpreted.run(ATTENTION, implementation, arch, twice)
+        row["main_loop_ptx_per_score"] = 32 * (more.counts.issued - found.counts.issued) / case.scores()
+    return row
+
+
+def interpret_all(arch: str) -> dict[str, Any]:
+    print(interpreted.heading(arch))
+    print(
+        f"{'':10}{'modelled':>12}{'TFLOP/s':>9}    {'bound by':<22}{'DRAM':>8}{'L2':>10} of least bytes"
+        "  PTX/score (loop) wavefronts"
+    )
+    rows = []
+    for case in SHAPES:
+        (sq, sk), (d, dv), (h, hk) = case.sizes, case.dims, case.heads
+        dims = str(d) if d == dv else f"{d}/{dv}"
+        with_ = "".join(f", {x}" for x in ("causal" if case.causal else "", case.mask) if x)
+        print(f"{sq} x {sk}, head dim {dims}, {h} heads of {hk}{with_}")
+        for implementation in interpreted.IMPLEMENTATIONS:
+            row = row_of(implementation, arch, case)
+            rows.append(row)
+            if "missing" in row:
+                print(f"  {implementation:<8}not there: {row['missing']}")
+                continue
+            print(
+                f"  {implementation:<8}{row['modelled_us']:9.2f} us{row['tflops']:9.0f} by {row['binding']:<22}"
+                f"{row['dram_bytes'] / row['least_bytes']:8.2f} x{row['l2_bytes'] / row['least_bytes']:8.2f} x"
+                f"{row['ptx_per_score']:18.1f}{number(row.get('main_loop_ptx_per_score'), '.1f'):>7}"
+                f"{number(row['wavefronts_per_ideal'], '.2f'):>11}",
+                flush=True,
+            )
+    return interpreted.result("attention", arch, rows)
+
+
 if __name__ == "__main__":
-    bench.main(BASELINES, __doc__)
+    bench.main(BASELINES, __doc__, interpret_all)

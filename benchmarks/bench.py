@@ -18,6 +18,7 @@ from torch import Tensor
 
 from forwardpass import environment
 from forwardpass.backend import BACKENDS, Operation, use_backend
+from forwardpass.interpreter.core import ARCHITECTURES
 from forwardpass.testing import benchmark_cases
 from forwardpass.timing import interleave
 
@@ -63,11 +64,21 @@ def write(result: dict[str, Any], file: str | None) -> None:
         pathlib.Path(file).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def main(operations: dict[Operation, Callable[..., Any]], doc: str | None) -> None:
-    """Benchmarks operations, each beside a baseline that takes the operation's arguments by name."""
+def main(
+    operations: dict[Operation, Callable[..., Any]],
+    doc: str | None,
+    interpret: Callable[[str], dict[str, Any]] | None = None,
+) -> None:
+    """Benchmarks operations, each beside a baseline that takes the operation's arguments by name. interpret: what there is to
+    say of an architecture without a GPU."""
     p = parser(doc)
     p.add_argument("--smallest", action="store_true", help="of each operation the smallest case alone: a trial")
+    if interpret:
+        p.add_argument("--interpret", choices=ARCHITECTURES, help="count and model the kernels on this architecture")
     args = p.parse_args()
+    if interpret and args.interpret:
+        write(interpret(args.interpret), args.json)
+        return
     result = header("benchmark", args.device, ["results"])
     result["results"] = []
     for op, baseline in operations.items():

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, gemm_on_gpu
+from benchmarks import bench, gemm_on_gpu, interpreted
+from benchmarks.interpreted import IMPLEMENTATIONS, Interpreted, number, run
 from forwardpass import backend
-from forwardpass.backend import Operation, use_backend
-from forwardpass.interpreter import core, interpret
-from forwardpass.interpreter.profile import Counts, KernelProfile
+from forwardpass.backend import Operation
+from forwardpass.interpreter import core
 
 #: operation -> variants: what its case takes besides M, N, K and 16-bit inputs and outputs
 OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -31,7 +31,6 @@ OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fp8_linear": {"rows": {"scales": "row"}, "blocks": {"scales": "block"}},
     "w8a16_gemm": {"int8": {"w_dtype": torch.int8}, "e4m3": {"w_dtype": torch.float8_e4m3fn}},
 }
-IMPLEMENTATIONS = ("cuda", "triton")
 #: M x N x K that is interpreted: decode, a small batch, and enough tiles for every multiprocessor
 SHAPES = ((1, 1024, 1024), (16, 1024, 1024), (64, 1024, 1024), (1024, 2048, 512))
 MI = 2**20
@@ -55,41 +54,6 @@ def problems(names: list[str] | None) -> list[tuple[Operation, str, dict[str, An
     found = [backend.operations[n] for n in OPERATIONS if n in backend.operations]
     wanted = [op for op in found if not names or {op.name, op.package.split(".")[-1]} & set(names)]
     return [(op, variant, options) for op in wanted for variant, options in OPERATIONS[op.name].items()]
-
-
-@dataclasses.dataclass
-class Interpreted:
-    """What the launches of one call did."""
-
-    kernels: list[KernelProfile]
-    seconds: float  # modelled, of all launches
-    binding: str  # of the kernel that takes longest
-
-    @property
-    def counts(self) -> Counts:
-        total = Counts()
-        for k in self.kernels:
-            total += k.counts
-        return total
-
-    @property
-    def dram(self) -> int:
-        return sum(k.footprint_read + k.footprint_written for k in self.kernels)
-
-    @property
-    def l2(self) -> int:
-        c = self.counts
-        return 32 * c.sectors + c.bulk_read + c.bulk_written
-
-
-@torch.inference_mode()
-def run(op: Operation, implementation: str, arch: str, case: Any) -> Interpreted:
-    """Raises RuntimeError (Unsupported among others) where this build or this GPU cannot."""
-    call = bench.as_a_layer_has_them(case.arguments())
-    with interpret(arch, counters=True, checks=False) as device, use_backend(implementation):
-        op(*call)
-    models = device.model()
-    return Interpreted(device.kernels(), sum(m.seconds for m in models), max(models, key=lambda m: m.seconds).binding)
 
 
 def main_loop(op: Operation, implementation: str, arch: str, case: Any, once: Interpreted) -> dict[str, Any]:
@@ -135,9 +99,6 @@ def interpreted_line(row: dict[str, Any]) -> str:
     if "missing" in row:
         return f"  {row['implementation']:<8}not there: {row['missing']}"
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     loop = row["main_loop"]
     return (
         f"  {row['implementation']:<8}{row['modelled_us']:9.2f} us by {row['binding']:<22}"
@@ -149,9 +110,7 @@ def interpreted_line(row: dict[str, Any]) -> str:
 
 
 def interpret_all(arch: str, names: list[str] | None) -> list[dict[str, Any]]:
-    print(
-        f"interpreted on {core.ARCHITECTURES[arch]} ({arch}), PTX as compiled; times are modelled, nothing is measured"
-    )
+    print(interpreted.heading(arch))
     print(
         f"{'':10}{'modelled':>12}    {'bound by':<20}{'DRAM':>8}{'L2':>10} of least bytes  PTX/Mi MAC  (loop) wavefronts (loop)"
     )
@@ -190,8 +149,7 @@ def main() -> None:
     if args.device and not torch.cuda.is_available():
         parser.error("torch finds no GPU: run it where nvidia-smi lists one, or with --interpret")
     if args.interpret:
-        result = bench.header("gemm-interpreted", "cpu", [])  # modelled and counted: nothing is measured
-        result |= {"arch": args.interpret, "modelled": ["results"], "results": interpret_all(args.interpret, args.op)}
+        result = interpreted.result("gemm", args.interpret, interpret_all(args.interpret, args.op))
     else:
         result = bench.header("gemm", "cuda", ["results"])
         result["results"] = gemm_on_gpu.measure_all(problems(args.op), make_case, args.m, args.rounds)

@@ -1,5 +1,6 @@
 """Every benchmark's baseline does the work of its operation, and the timing tells fast from slow."""
 
+import dataclasses
 import importlib
 import time
 
@@ -174,3 +175,17 @@ def test_bars_of_gemms(monkeypatch):
         for a in (9, 11, None)
     ]
     assert "cuda 9: MISSED" in said[0] and "cuda 11: ok" in said[1] and "not known" in said[2]
+
+
+def test_attention_is_counted_and_modelled():
+    attention = needs_kernels("attention")
+    case = dataclasses.replace(attention.SHAPES[0], sizes=(128, 256), heads=(2, 2))
+    row = attention.row_of("cuda", "sm_80", case)
+    assert row["least_bytes"] == 2 * 2 * 64 * (2 * 128 + 2 * 256)
+    assert row["least_bytes"] <= row["dram_bytes"] <= 1.1 * row["least_bytes"]
+    # of 32 rows by 64 keys a warp, 128 mma and twice the exponentials' instructions are the least
+    assert 2 + 2 < row["main_loop_ptx_per_score"] < row["ptx_per_score"]
+    assert row["modelled_us"] > 0 and row["binding"] and row["wavefronts_per_ideal"] == 1
+    causal = attention.row_of("cuda", "sm_80", dataclasses.replace(case, causal=True))
+    assert causal["modelled_us"] <= row["modelled_us"] and "main_loop_ptx_per_score" not in causal
+    assert "missing" in attention.row_of("cuda", "sm_80", dataclasses.replace(case, dims=(320, 320)))

@@ -266,7 +266,7 @@ def attention_cases():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("case", attention_cases(), ids=str)
+@pytest.mark.parametrize("case", list(attention_cases()), ids=str)
 def test_attention_compiles_for_tensor_cores_without_spills(compiler, case, architecture):
     ptx, stack = compiler.submit(compile_for, architecture, "attention", case).result()
     assert f".target sm_{architecture}" in ptx
