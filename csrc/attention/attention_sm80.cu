@@ -164,7 +164,8 @@ __device__ inline void rescale(OutFragments<Config>& o, const RowValues<Config::
       for (int e = 0; e < 4; ++e) o[r][t][e] *= factor[r][e / 2];
 }
 
-// This warp's rows to out, through its rows of q's place, which no other warp reads: in 16-byte stores.
+// This warp's rows to out, through its rows of q's place, which no other warp reads, and this one did before a barrier:
+// in 16-byte stores.
 template <class Config>
 __device__ inline void store_rows(const OutFragments<Config>& o, const AttentionParams& p, const AttentionTile& tile,
                                   typename Config::SharedStorage& shared, int row) {
@@ -172,7 +173,6 @@ __device__ inline void store_rows(const OutFragments<Config>& o, const Attention
   constexpr int kRows = Config::kRows * 16;
   const int lane = threadIdx.x % 32;
   const auto rows = reinterpret_cast<char*>(shared.q + row * Config::kD);
-  __syncwarp();
 #pragma unroll
   for (int r = 0; r < Config::kRows; ++r)
 #pragma unroll

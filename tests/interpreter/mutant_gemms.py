@@ -3,20 +3,16 @@ take every path: slices of K beyond the stages, ragged ends, more tiles than blo
 
 import dataclasses
 import itertools
-import struct
 
 import torch
-from mutant_launches import recording
+from mutant_instances import Instance
 
-import forwardpass as fp
 from forwardpass.dequant_activation.cases import EpilogueCase
 from forwardpass.fp8_gemm import cases as fp8_gemm
 from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.quantized_rows import E4M3
-from forwardpass.testing import poisoned_outputs
 from forwardpass.w8a16_gemm import cases as w8a16_gemm
 
-MODULES = {int8_gemm.Case: int8_gemm, fp8_gemm.Case: fp8_gemm, w8a16_gemm.Case: w8a16_gemm}
 #: Whose arithmetic is not mutated here. CUDA's lines are in dequant_activation's kernel too, and mutated there; Triton's
 #: are not, and every option of theirs is compared in test_kernels.py.
 EPILOGUE = (
@@ -31,19 +27,6 @@ EPILOGUE = (
 I8, F8, W8 = int8_gemm.Case, fp8_gemm.Case, w8a16_gemm.Case
 PLAIN, GATED = EpilogueCase(), EpilogueCase(activation="silu_mul", out_dtype=torch.bfloat16)
 ZERO_POINT = EpilogueCase(zero_point="row", a_scale="tensor", b_scale="tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instance:
-    architectures: tuple[str, ...]
-    kernel: str  # in its name
-    cases: tuple
-    implementation: str = "cuda"
-    #: gemm_wgmma_kernel: each launch also with one cluster, which makes all tiles
-    persistent: bool = False
-    #: ... and no more tiles than these: the plan takes the largest tile only where there is one for every other
-    #: multiprocessor, and mutants need no more than wrap around
-    tiles: int = 0
 
 
 def mma(case, m, depths, many, *more, **options):
@@ -105,33 +88,33 @@ CUDA = {
         mma(F8, 64, (5, 300, 14300), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "int8_wgmma_128x128": Instance(
-        ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), persistent=True
+        ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), clusters=1
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8ELi128ELi256E",
-        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN)), tiles=3,
+        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN)), clusters=1, tiles=3,
     ),
-    "int8_wgmma_64x128": Instance(("sm_90a",), "Int8ELi64ELi128E", transposed(I8, 64), persistent=True),
+    "int8_wgmma_64x128": Instance(("sm_90a",), "Int8ELi64ELi128E", transposed(I8, 64), clusters=1),
     "int8_wgmma_16x128": Instance(
-        ("sm_90a",), "Int8ELi16ELi128E", transposed(I8, 16, I8(9, 40, 388, ZERO_POINT)), persistent=True
+        ("sm_90a",), "Int8ELi16ELi128E", transposed(I8, 16, I8(9, 40, 388, ZERO_POINT)), clusters=1
     ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3ELi128ELi128E",
         (*wgmma(F8, 300, F8(100, 40, 1100, PLAIN)), *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
          F8(200, 300, 330, PLAIN, blocks=True, quantized=True)),
-        persistent=True,
+        clusters=1,
     ),
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3ELi128ELi256E",
         (F8(200, 67 * 128, 40, PLAIN), F8(100, 133 * 128, 40, PLAIN, blocks=True),
          F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
-        tiles=3,
+        clusters=1, tiles=3,
     ),
     "fp8_wgmma_64x128": Instance(
-        ("sm_90a",), "E4m3ELi64ELi128E", transposed(F8, 64, *transposed(F8, 64, blocks=True)), persistent=True
+        ("sm_90a",), "E4m3ELi64ELi128E", transposed(F8, 64, *transposed(F8, 64, blocks=True)), clusters=1
     ),
     "fp8_wgmma_16x128": Instance(
-        ("sm_90a",), "E4m3ELi16ELi128E", transposed(F8, 16, *transposed(F8, 16, blocks=True)), persistent=True
+        ("sm_90a",), "E4m3ELi16ELi128E", transposed(F8, 16, *transposed(F8, 16, blocks=True)), clusters=1
     ),
     "w8a16_16x128": Instance(
         ("sm_80", "sm_89"), "w8a16_gemm_kernelINS_11W8a16ConfigILNS_5DtypeE2ELi16E",
@@ -148,10 +131,10 @@ CUDA = {
                                                   (70, 40, 1100, "block", None), (1153, 130, 16, "tensor", None))),
     ),
     "w8a16_wgmma_128x16": Instance(
-        ("sm_90a",), "WidenedILNS_5DtypeE2EEELi128ELi16E", widened(torch.bfloat16, 9, 16), persistent=True,
+        ("sm_90a",), "WidenedILNS_5DtypeE2EEELi128ELi16E", widened(torch.bfloat16, 9, 16), clusters=1,
     ),
     "w8a16_wgmma_128x128": Instance(
-        ("sm_90a",), "WidenedILNS_5DtypeE1EEELi128ELi128E", widened(torch.float16, 70, 200), persistent=True,
+        ("sm_90a",), "WidenedILNS_5DtypeE1EEELi128ELi128E", widened(torch.float16, 70, 200), clusters=1,
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",
@@ -216,39 +199,3 @@ TRITON = {
                                 W8((5,), 30, 16, w_dtype=E4M3, layout="contiguous")),
 }  # fmt: skip
 INSTANCES = CUDA | TRITON
-
-
-def gemm_launches(name, arch):
-    instance, launches = INSTANCES[name], []
-    torch.use_deterministic_algorithms(True)
-    with (
-        recording() as recorded,
-        poisoned_outputs(),
-        fp.use_backend(instance.implementation),
-        fp.interpret(arch, approximate=False, truncating=True),
-    ):
-        for case in instance.cases:
-            args, module = case.arguments(), MODULES[type(case)]
-            got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
-            module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
-            for launch in recorded:
-                if instance.kernel in launch.kernel:
-                    launches.append(launch)
-                    if instance.tiles:
-                        make_fewer(launch, case.n, instance.tiles)
-            recorded.clear()
-    torch.use_deterministic_algorithms(False)
-    launches = [launch for launch in launches if (launch.kernel, launch.ptx) == (launches[0].kernel, launches[0].ptx)]
-    if instance.tiles or instance.persistent:
-        for launch in launches:
-            (_, block, cluster, *rest) = launch.config
-            launch.config = cluster, block, cluster, *rest
-    return launches
-
-
-def make_fewer(launch, columns, tiles):
-    """In WgmmaArguments (csrc/common/gemm_sm90a.cuh): the TileMap of one row of tiles, and behind it how many there are."""
-    there = struct.pack("III", 1, -(-columns // 256), -(-columns // 256))
-    assert launch.parameters.count(there) == 1
-    at = launch.parameters.index(there) + 8
-    struct.pack_into("I", launch.parameters, at, min(tiles, -(-columns // 256)))

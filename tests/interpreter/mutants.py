@@ -29,12 +29,15 @@ from forwardpass.testing import apart, poisoned_outputs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import mutant_attention
 import mutant_edits
-from mutant_gemms import EPILOGUE, INSTANCES, gemm_launches
+import mutant_gemms
+from mutant_instances import instance_launches
 from mutant_launches import reached, recording
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
+INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in
 ENOUGH = 2
@@ -151,8 +154,9 @@ def subjects(architectures=ARCHITECTURES):
 
 
 def launches_of(name, arch):
-    made = operation_launches if name in OPERATIONS else gemm_launches if name in INSTANCES else witness_launches
-    return made(name, arch)
+    if name in INSTANCES:
+        return instance_launches(INSTANCES[name], arch)
+    return (operation_launches if name in OPERATIONS else witness_launches)(name, arch)
 
 
 class Subject:
@@ -165,7 +169,7 @@ class Subject:
         self.text = mutant_edits.only(self.launches[0].ptx, kernel)
         self.mutants = mutant_edits.mutants(self.text, name, arch)
         if name in INSTANCES:
-            self.mutants = [m for m in self.mutants if m.file not in EPILOGUE or not m.arithmetic]
+            self.mutants = [m for m in self.mutants if m.file not in mutant_gemms.EPILOGUE or not m.arithmetic]
         module = Module(self.text)
         lines = {m.line - 1 for m in self.mutants}
         assert all(launch.kernel == kernel for launch in self.launches)

@@ -1,0 +1,74 @@
+"""attention's kernels in the mutation suite: an instance of each configuration of tiles, in launches that take every path:
+blocks of keys whole and at an edge, more of them than stages, rows without keys, more tiles than blocks, more heads than
+run together, packed sequences, every kind of what is added to the scores."""
+
+import torch
+from mutant_instances import Instance
+
+from forwardpass.attention.cases import Case
+
+F16, BF16 = torch.float16, torch.bfloat16
+
+
+def plain(dtype, dim, below, **every):
+    """dim: a bucket's columns; below: fewer. every: options of all cases."""
+
+    def case(sizes, d=dim, **options):
+        return Case(sizes, (d, d), dtype, **{"batch": 1, "heads": (1, 1), **every, **options})
+
+    return (
+        case((40, 330), below, causal=True, lse=True, sinks="float32", layout="apart"),
+        case((150, 90), causal=True, lse=True),  # rows without keys
+        # clean blocks between others, and none
+        case((100, 700), window=(400, 30), lse=True, heads=(4, 2), sinks="dtype", layout="unaligned"),
+        case((40, 700), window=(500, 30)),
+        case((150, 290), window=(20, 30)),
+        case((280, 420), below, packed=True, causal=True, lse=True, heads=(2, 1)),
+        case((70, 50), below, packed=True, batch=7, awkward=False),
+        case((2, 3), below, packed=True, batch=140, awkward=False),
+        # more heads than run together, in one tile and in two
+        case((5, 9), heads=(18, 9), batch=4, lse=True, layout="expanded"),
+        case((200, 5), heads=(6, 6), batch=6),
+        # of a warp one row sees keys of two blocks: the first of its eighths, the second, ...
+        *(case((128, 128 + before), heads=(4, 4), window=(1, 0)) for before in (0, 56, 48, 40)),
+    )
+
+
+def general(dtype, dim, below):
+    #: a mask's values in blocks clean and not
+    masks = ("bool bhij", "dtype bhij", "float32 bhij", "dtype hj", "bool bj")
+    return (
+        *(Case((40, 700), (dim, dim), dtype, 2, (2, 1), window=(500, 30), mask=mask) for mask in masks),
+        Case(
+            (150, 90), (dim, dim), dtype, 2, (1, 1), softcap=8.0, lse=True, mask="dtype bij", sinks="dtype", alibi="h"
+        ),
+        Case((40, 700), (dim, dim), dtype, 1, (1, 1), window=(500, 30), softcap=8.0),
+        *plain(dtype, dim, below, alibi="bh"),
+    )
+
+
+def sm80(dtype, dim, cases):
+    return Instance(
+        ("sm_80",), f"attention_kernelINS_15AttentionConfigILNS_5DtypeE{1 + (dtype == BF16)}ELi{dim}E", cases
+    )
+
+
+def sm90a(dtype, dim, cases):
+    kernel = f"WgmmaAttentionConfigILNS_5DtypeE{1 + (dtype == BF16)}ELi{dim}E"
+    return Instance(("sm_90a",), kernel, cases, clusters=2)
+
+
+def triton(cases):
+    return Instance(("sm_80", "sm_90a"), "attention_kernel", cases, "triton")
+
+
+INSTANCES = {
+    "attention_mma_64": sm80(F16, 64, plain(F16, 64, 40)),
+    "attention_mma_128": sm80(BF16, 128, plain(BF16, 128, 104)),
+    "attention_mma_general": sm80(F16, 64, general(F16, 64, 40)),
+    "attention_wgmma_64": sm90a(F16, 64, plain(F16, 64, 40)),
+    "attention_wgmma_128": sm90a(BF16, 128, plain(BF16, 128, 104)),
+    "attention_wgmma_general": sm90a(BF16, 64, general(BF16, 64, 40)),
+    "attention_triton": triton(plain(F16, 64, 40)),
+    "attention_triton_general": triton(general(BF16, 64, 40)),
+}
