@@ -113,6 +113,9 @@ def test_a_gpu_gets_what_its_kernels_take(dtype):
         assert codes(report)["model.layers.0.self_attn"] == "head_dim"
         with pytest.raises(fp.Unsupported, match=r"self_attn.*head dims"):
             fp.swap(narrow, "w8a16", strict=True)
+    with fp.interpret("sm_90a"):  # which has another name for its head dim of 16
+        report = fp.swap(build("bert").bfloat16(), "w8a16", dry_run=True)
+        assert codes(report)["encoder.layer.0.attention.self"] == "head_dim"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ def _why_skip(
     return _why_not_named(module, units[id(module.config)])
 
 
+#: What modules call it. Where none is there, a head dim without a kernel shows in the first call.
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+
+
 def _why_no_kernel(module: nn.Module) -> Reason | None:
     """Why torch's own attention is left where it is, unless it is asked for."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
@@ -113,8 +117,8 @@ def _why_no_kernel(module: nn.Module) -> Reason | None:
     if not gpu_takes(device):
         return Reason("attention_on_cpu", "on a CPU torch's own attention is left in place, which the cpu backend calls too",
                       "pass attention=True to swap it all the same")  # fmt: skip
-    dim = getattr(module, "head_dim", None)
-    q = torch.empty((0, 0, 0, dim) if isinstance(dim, int) else 0, dtype=dtype, device="meta")
+    dim = next((d for name in _HEAD_DIM if isinstance(d := getattr(module, name, None), int)), None)
+    q = torch.empty((0, 0, 0, dim) if dim else 0, dtype=dtype, device="meta")
     reasons = [
         ATTENTION.why_not_on(backend, device) or ATTENTION.limits[backend](*((q,) if q.dim() == 1 else (q, q, q)))
         for backend in ("cuda", "triton")
