@@ -1,7 +1,5 @@
 #include "gemm.h"
 
-#include <atomic>
-
 namespace forwardpass {
 namespace {
 
@@ -12,27 +10,6 @@ bool is_aligned(const Matrix& m) {
 int64_t padded_stride(const Matrix& m) { return round_up(m.columns, 16 / size_of(m.dtype)); }
 
 }  // namespace
-
-Device device_of(Backend backend, const Tensor& x) {
-  using Ask = int(Device*);
-  static Ask* ask[3];  // a race writes the same value twice
-  Ask*& f = ask[static_cast<int>(backend)];
-  if (!f) f = reinterpret_cast<Ask*>(launcher(backend, "forwardpass_device"));
-  Device device{};
-  if (backend == Backend::interpreted) {  // another one from call to call
-    check_launch(backend, "forwardpass_device", f(&device));
-    return device;
-  }
-  constexpr int kKnown = 64;
-  static std::atomic<Device> known[kKnown];
-  static_assert(std::atomic<Device>::is_always_lock_free);
-  const int32_t index = x.get_device_index();
-  if (index < kKnown && (device = known[index].load(std::memory_order_relaxed)).arch) return device;
-  torch::stable::accelerator::DeviceGuard guard(index);
-  check_launch(backend, "forwardpass_device", f(&device));
-  if (index < kKnown) known[index].store(device, std::memory_order_relaxed);
-  return device;
-}
 
 GemmCall::GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace)
     : params(p), backend_(backend), like_(like), workspace_(workspace) {

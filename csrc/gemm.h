@@ -28,9 +28,6 @@ class Workspace {
   OptionalTensor memory_;
 };
 
-// The GPU of x, or the one that is interpreted.
-Device device_of(Backend backend, const Tensor& x);
-
 // What a product needs besides its operands: its plan, aligned copies of operands that are not, partial sums.
 class GemmCall {
  public:

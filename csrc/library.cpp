@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
@@ -62,6 +63,27 @@ void* current_stream(int32_t device) {
   void* stream = nullptr;
   STD_TORCH_CHECK(get(device, &stream) == 0, "no current CUDA stream on device ", device);
   return stream;
+}
+
+Device device_of(Backend backend, const torch::stable::Tensor& x) {
+  using Ask = int(Device*);
+  static Ask* ask[3];  // a race writes the same value twice
+  Ask*& f = ask[static_cast<int>(backend)];
+  if (!f) f = reinterpret_cast<Ask*>(launcher(backend, "forwardpass_device"));
+  Device device{};
+  if (backend == Backend::interpreted) {  // another one from call to call
+    check_launch(backend, "forwardpass_device", f(&device));
+    return device;
+  }
+  constexpr int kKnown = 64;
+  static std::atomic<Device> known[kKnown];
+  static_assert(std::atomic<Device>::is_always_lock_free);
+  const int32_t index = x.get_device_index();
+  if (index < kKnown && (device = known[index].load(std::memory_order_relaxed)).arch) return device;
+  torch::stable::accelerator::DeviceGuard guard(index);
+  check_launch(backend, "forwardpass_device", f(&device));
+  if (index < kKnown) known[index].store(device, std::memory_order_relaxed);
+  return device;
 }
 
 void check_launch(Backend backend, const char* op, int error) {

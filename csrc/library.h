@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "common/device.h"
+
 namespace forwardpass {
 
 // cpu: the functions of csrc/cpu. cuda: _kernels.so on the tensor's device and its current stream. interpreted: the
@@ -23,6 +25,9 @@ void report_storage(const torch::stable::Tensor&);
 
 // The launcher `name` (extern "C") of a kernel library; throws with the reason where there is none.
 void* launcher(Backend backend, const char* name);
+
+// The GPU of x, or the one that is interpreted.
+Device device_of(Backend backend, const torch::stable::Tensor& x);
 
 // The current stream of a CUDA device, looked up in the libtorch_cuda that the process already has.
 void* current_stream(int32_t device);

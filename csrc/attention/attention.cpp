@@ -174,6 +174,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     torch::stable::copy_(*copies[i], *given[i]);
     *operands[i] = strides_of(*copies[i]);
   }
+  p.device = device_of(backend, q);
   launch(backend, p, q, "attention");
   return out;
 }

@@ -1,7 +1,10 @@
 #pragma once
+#include "common/device.h"
 #include "common/params.h"
 
 namespace forwardpass {
+
+constexpr float kLog2e = 1.44269504f;
 
 // q, k or v: [batch, row, head, dim] by strides in elements; the last dimension's is 1. Of sequences one behind the
 // other (cu_seqlens) the rows are those of all, and batch is 0. Base and strides are multiples of 16 bytes; a stride
@@ -46,6 +49,7 @@ struct AttentionParams {
   Dtype sinks_dtype;                           // f32, or dtype
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [batch + 1], where sequences begin, on the device; or null, both
   bool batch_invariant;                        // tile and split depend on nothing but dims, heads and options
+  Device device;                               // that runs it; on a CPU none
 };
 
 }  // namespace forwardpass

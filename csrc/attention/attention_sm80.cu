@@ -5,8 +5,6 @@
 // an A100's subpartition, and four of a 4090's; the instructions beside them, some 14 a score of 32 lanes, issue in
 // 0.5.
 #include "attention/attention_tile.cuh"
-#include "common/dispatch.h"
-#include "common/gemm.h"
 #include "common/shared_bytes.cuh"
 #include "common/softmax.cuh"
 
@@ -134,12 +132,7 @@ __device__ inline void multiply_p_v(OutFragments<Config>& o, const ScoreFragment
   for (int step = 0; step < Config::kN / 16; ++step) {
     uint32_t a[Config::kRows][4];
 #pragma unroll
-    for (int r = 0; r < Config::kRows; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const auto& tile = p[r][step * 2 + i / 2];
-        a[r][i] = pack<Config::T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
-      }
+    for (int r = 0; r < Config::kRows; ++r) pack_operand<Config::T>(a[r], p[r], step);
 #pragma unroll
     for (int t = 0; t < Config::kOutTiles; t += 2) {
       uint32_t b[4];
@@ -152,16 +145,6 @@ __device__ inline void multiply_p_v(OutFragments<Config>& o, const ScoreFragment
       }
     }
   }
-}
-
-template <class Config>
-__device__ inline void rescale(OutFragments<Config>& o, const RowValues<Config::kRows>& factor) {
-#pragma unroll
-  for (int r = 0; r < Config::kRows; ++r)
-#pragma unroll
-    for (int t = 0; t < Config::kOutTiles; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) o[r][t][e] *= factor[r][e / 2];
 }
 
 // This warp's rows to out, through its rows of q's place, which no other warp reads, and this one did before a barrier:
@@ -247,7 +230,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     if (Config::kGeneral) Scores<Config::kRows, Config::kTiles>(p, tile, own())(s, key);
     if (decltype(masked)::value) RowBounds<Config::kRows>(p, tile, own())(s, key);
     RowValues<Config::kRows> factor;
-    if (softmax.update(s, l.scale, factor)) rescale<Config>(o, factor);
+    if (softmax.update(s, l.scale, factor)) rescale(o, factor);
     multiply_p_v<Config>(o, s, shared);
   };
   int block = blocks.end - 1;
@@ -263,18 +246,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 
   RowValues<Config::kRows> factor, lse;
   softmax.finish(sink_of(p, tile.head), factor, lse);
-  rescale<Config>(o, factor);
+  rescale(o, factor);
   store_rows<Config>(o, p, tile, shared, row);
-  if (!p.lse || lane % 4) return;
-#pragma unroll
-  for (int r = 0; r < 2 * Config::kRows; ++r)
-    if (own() + r * 8 < tile.rows) p.lse[tile.lse(p, own() + r * 8)] = lse[r / 2][r % 2];
+  store_lse<Config::kRows>(lse, p, tile, own());
 }
 
 template <class Config>
 int launch(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
-  const int64_t tiles = row_tiles(p, Config::kM), grid = tiles * p.heads * (p.cu_seqlens_q ? 1 : p.batch);
+  const int64_t tiles = row_tiles(p, Config::kM), grid = tiles * all_heads(p);
   if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_kernel<Config>>(kShared)) return e;
   using CopyQ = RowCopy<Config, Config::kM, Config::kD>;
@@ -303,29 +283,16 @@ constexpr auto config() {
     return AttentionConfig<T, D, V, false, 128, D == 128 ? 32 : 64, 4, 2>();
 }
 
-template <Dtype T, bool General>
-int launch_bucket(const AttentionParams& p, cudaStream_t stream) {
-  if (p.value_dim < p.head_dim) return launch<decltype(config<T, 192, 128, General>())>(p, stream);
-  if (p.head_dim <= 64) return launch<decltype(config<T, 64, 64, General>())>(p, stream);
-  if (p.head_dim <= 96) return launch<decltype(config<T, 96, 96, General>())>(p, stream);
-  if (p.head_dim <= 128) return launch<decltype(config<T, 128, 128, General>())>(p, stream);
-  if (p.head_dim <= 192) return launch<decltype(config<T, 192, 192, General>())>(p, stream);
-  return launch<decltype(config<T, 256, 256, General>())>(p, stream);
-}
-
-int __attribute__((weak)) attention_sm90a(const AttentionParams& p, int multiprocessors, cudaStream_t stream);
+int __attribute__((weak)) attention_sm90a(const AttentionParams& p, cudaStream_t stream);
 
 }  // namespace forwardpass
 
 int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream) {
   using namespace forwardpass;
   const auto s = static_cast<cudaStream_t>(stream);
-  Device device{};
-  if (auto e = forwardpass_device(&device)) return e;
-  if (device.wgmma) return attention_sm90a(*p, device.sms, s);
-  const bool general = p->softcap > 0 || p->alibi_slopes || p->mask.kind != AttentionMaskKind::none;
-  int error = cudaErrorInvalidValue;
-  dispatch<Dtype::f16, Dtype::bf16>(
-      p->dtype, [&](auto T) { error = general ? launch_bucket<T(), true>(*p, s) : launch_bucket<T(), false>(*p, s); });
-  return error;
+  if (p->device.wgmma) return attention_sm90a(*p, s);
+  return launch_instance(*p, [&](auto instance) {
+    using I = decltype(instance);
+    return launch<decltype(config<I::kT, I::kD, I::kV, I::kGeneral>())>(*p, s);
+  });
 }

@@ -2,7 +2,6 @@
 // block of keys and values, by TMA. Of each warpgroup that multiplies, q k^T of the next block is under way while the
 // softmax of this one is computed, and p v with it, p straight from registers.
 #include "attention/attention_tile.cuh"
-#include "common/dispatch.h"
 #include "common/ring.cuh"
 #include "common/shared_bytes.cuh"
 #include "common/softmax.cuh"
@@ -142,8 +141,6 @@ struct AttentionMultiplier {
 
   __device__ AttentionMultiplier(typename Config::SharedStorage& s, int group)
       : q(s.q_barriers), k(s.k_barriers), v(s.v_barriers), group(group) {
-    // What comes out of a shuffle is not computed again in the loop; if it is one lane's, it is known to be uniform.
-    const auto kept = [](uint32_t x) { return __shfl_sync(0xffffffff, x, 0); };
     q_rows = kept(ptx::descriptor(ptx::shared_address(s.q[0][group * 64])));
     k_rows = kept(ptx::descriptor(ptx::shared_address(s.k[0].panel)));
     v_rows = kept(ptx::descriptor(ptx::shared_address(s.v[0].panel), Config::kN * kPanel * sizeof(uint16_t)));
@@ -177,14 +174,6 @@ struct AttentionMultiplier {
     if (Config::kTurns) ptx::barrier_arrive(1 + (group + 1) % Config::kGroups, 256);
   }
 };
-
-template <int kTiles>
-__device__ inline void rescale(float (&d)[1][kTiles][4], const RowValues<1>& factor) {
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) d[0][t][e] *= factor[0][e / 2];
-}
 
 // A tile's sums, exchanged between the four lanes that share a row so that each has eight columns of it: 16 bytes.
 template <class Config>
@@ -267,18 +256,10 @@ __device__ inline void multiply(const AttentionArguments& a, typename Config::Sh
       m.v.wait();
       if (!Config::kGeneral) end_p_v();
 #pragma unroll
-      for (int i = 0; i < Config::kN / 16; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const auto& t = s[0][i * 2 + e / 2];
-          weights[i][e] = pack<Config::T>(t[e % 2 * 2], t[e % 2 * 2 + 1]);
-        }
+      for (int i = 0; i < Config::kN / 16; ++i) pack_operand<Config::T>(weights[i], s[0], i);
     };
-    // of one lane: the compiler knows that they are uniform
-    const auto uniform = [](int x) { return __shfl_sync(0xffffffff, x, 0); };
-    const int begin = uniform(blocks.begin), clean_begin = uniform(blocks.clean_begin),
-              clean_end = uniform(blocks.clean_end);
-    int block = uniform(blocks.end) - 1;
+    const int begin = kept(blocks.begin), clean_begin = kept(blocks.clean_begin), clean_end = kept(blocks.clean_end);
+    int block = kept(blocks.end) - 1;
     if (block >= begin) {
       m.q.wait();
       attend(block--, std::true_type{}, std::true_type{});
@@ -304,9 +285,7 @@ __device__ inline void multiply(const AttentionArguments& a, typename Config::Sh
     softmax.finish(sink_of(p, tile.head), factor, lse);
     rescale(o, factor);
     store_rows<Config>(o, p, tile, own);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (p.lse && lane % 4 == 0 && own + half * 8 < tile.rows) p.lse[tile.lse(p, own + half * 8)] = lse[0][half];
+    store_lse<1>(lse, p, tile, own);
     __syncwarp();  // what follows is for whole warps
   });
   if (group == 0) m.begin_turn();  // of the last one that was ended
@@ -328,7 +307,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // of one lane: the compiler knows it is uniform
+  const int warpgroup = kept(threadIdx.x / 128);
   if (warpgroup == Config::kGroups) {
     ptx::setmaxnreg_dec<Config::kLoadRegisters>();
     if (threadIdx.x == Config::kGroups * 128) load<Config>(a, s);
@@ -339,10 +318,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 template <class Config>
-int launch_wgmma(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
+int launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM);
-  AttentionArguments a{p, static_cast<unsigned>(tiles), tiles * p.heads * (p.cu_seqlens_q ? 1 : p.batch), {}, {}, {}};
+  AttentionArguments a{p, static_cast<unsigned>(tiles), tiles * all_heads(p), {}, {}, {}};
   if (a.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   // A dimension over which an operand is broadcast is left out, and with it a stride of 0, which no document promises.
   const auto operand = [&](CUtensorMap& to, const AttentionTensor& t, int dim, int rows, int heads, int box_rows) {
@@ -363,7 +342,7 @@ int launch_wgmma(const AttentionParams& p, int multiprocessors, cudaStream_t str
   if (auto e = operand(a.k, p.k, p.head_dim, p.keys, p.kv_heads, Config::kN)) return e;
   if (auto e = operand(a.v, p.v, p.value_dim, p.keys, p.kv_heads, Config::kN)) return e;
   if (auto e = allow_shared<attention_wgmma_kernel<Config>>(kShared)) return e;
-  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(a.blocks, multiprocessors));
+  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(a.blocks, p.device.sms));
   attention_wgmma_kernel<Config><<<grid, Config::kThreads, kShared, stream>>>(a);
   return cudaGetLastError();
 }
@@ -384,24 +363,11 @@ constexpr int block_keys(int v, bool general) {
 template <Dtype T, int D, int V, bool General>
 using Bucket = WgmmaAttentionConfig<T, D, V, General, V == 64 && !General ? 3 : 2, block_keys(V, General)>;
 
-template <Dtype T, bool General>
-int launch_wgmma_bucket(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
-  if (p.value_dim < p.head_dim) return launch_wgmma<Bucket<T, 192, 128, General>>(p, multiprocessors, stream);
-  if (p.head_dim <= 64) return launch_wgmma<Bucket<T, 64, 64, General>>(p, multiprocessors, stream);
-  if (p.head_dim <= 96) return launch_wgmma<Bucket<T, 96, 96, General>>(p, multiprocessors, stream);
-  if (p.head_dim <= 128) return launch_wgmma<Bucket<T, 128, 128, General>>(p, multiprocessors, stream);
-  if (p.head_dim <= 192) return launch_wgmma<Bucket<T, 192, 192, General>>(p, multiprocessors, stream);
-  return launch_wgmma<Bucket<T, 256, 256, General>>(p, multiprocessors, stream);
-}
-
-int attention_sm90a(const AttentionParams& p, int multiprocessors, cudaStream_t stream) {
-  const bool general = p.softcap > 0 || p.alibi_slopes || p.mask.kind != AttentionMaskKind::none;
-  int error = cudaErrorInvalidValue;
-  dispatch<Dtype::f16, Dtype::bf16>(p.dtype, [&](auto T) {
-    error = general ? launch_wgmma_bucket<T(), true>(p, multiprocessors, stream)
-                    : launch_wgmma_bucket<T(), false>(p, multiprocessors, stream);
+int attention_sm90a(const AttentionParams& p, cudaStream_t stream) {
+  return launch_instance(p, [&](auto instance) {
+    using I = decltype(instance);
+    return launch_wgmma<Bucket<I::kT, I::kD, I::kV, I::kGeneral>>(p, stream);
   });
-  return error;
 }
 
 }  // namespace forwardpass

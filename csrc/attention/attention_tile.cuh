@@ -2,9 +2,46 @@
 // What the attention kernels share beside the softmax: which rows a block has, which of their keys count, and what is
 // added to their scores.
 #include "attention/attention.h"
+#include "common/dispatch.h"
+#include "common/softmax.cuh"
 #include "common/vec.cuh"
 
 namespace forwardpass {
+
+// What is a kernel of its own. T: of q, k, v and out; D, V: columns of q and k, and of v; General: with mask, ALiBi or
+// softcap.
+template <Dtype T, int D, int V, bool General>
+struct AttentionInstance {
+  static constexpr Dtype kT = T;
+  static constexpr int kD = D, kV = V;
+  static constexpr bool kGeneral = General;
+};
+
+// launch(AttentionInstance) of the bucket in which p's head dims run.
+template <Dtype T, bool General, class Launch>
+int launch_bucket(const AttentionParams& p, Launch launch) {
+  if (p.value_dim < p.head_dim) return launch(AttentionInstance<T, 192, 128, General>());
+  if (p.head_dim <= 64) return launch(AttentionInstance<T, 64, 64, General>());
+  if (p.head_dim <= 96) return launch(AttentionInstance<T, 96, 96, General>());
+  if (p.head_dim <= 128) return launch(AttentionInstance<T, 128, 128, General>());
+  if (p.head_dim <= 192) return launch(AttentionInstance<T, 192, 192, General>());
+  return launch(AttentionInstance<T, 256, 256, General>());
+}
+template <class Launch>
+int launch_instance(const AttentionParams& p, Launch launch) {
+  const bool general = p.softcap > 0 || p.alibi_slopes || p.mask.kind != AttentionMaskKind::none;
+  int error = cudaErrorInvalidValue;
+  dispatch<Dtype::f16, Dtype::bf16>(p.dtype, [&](auto T) {
+    error = general ? launch_bucket<T(), true>(p, launch) : launch_bucket<T(), false>(p, launch);
+  });
+  return error;
+}
+
+// Heads that have tiles of their own: those of the whole batch, but for sequences one behind the other, whose tiles are
+// one head's.
+HOST_DEVICE inline int64_t all_heads(const AttentionParams& p) {
+  return int64_t{p.heads} * (p.cu_seqlens_q ? 1 : p.batch);
+}
 
 // Tiles of `tile_rows` rows of a head; of sequences one behind the other at most one more for each, as one that begins
 // within a tile has its own.
@@ -27,7 +64,7 @@ struct AttentionTile {
   // then end together. But only those of a few heads at a time, so that some that run together share keys in L2. False:
   // there is no such tile.
   __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block) {
-    const unsigned all = p.heads * (p.cu_seqlens_q ? 1 : p.batch),
+    const unsigned all = static_cast<unsigned>(all_heads(p)),
                    together = min(all, kHeadsTogether * (p.heads / p.kv_heads)),
                    first = block / (tiles * together) * together, count = min(together, all - first),
                    within = block - first * tiles, of_all = first + within % count;
@@ -97,8 +134,6 @@ struct KeyBlocks {
     if (clean_end <= clean_begin) clean_begin = clean_end = begin;
   }
 };
-
-constexpr float kLog2e = 1.44269504f;
 
 // From products of q and k to scores in units of log2(e), with what a model adds to them, and -inf for keys that the
 // mask leaves out: on a warp's fragment (softmax.cuh). Where a model adds nothing the softmax scales the products
@@ -204,6 +239,16 @@ struct RowBounds {
         }
   }
 };
+
+// own: the first row that this thread has, in its sequence.
+template <int kRows>
+__device__ inline void store_lse(const RowValues<kRows>& lse, const AttentionParams& p, const AttentionTile& tile,
+                                 int own) {
+  if (!p.lse || threadIdx.x % 4) return;
+#pragma unroll
+  for (int r = 0; r < 2 * kRows; ++r)
+    if (own + r * 8 < tile.rows) p.lse[tile.lse(p, own + r * 8)] = lse[r / 2][r % 2];
+}
 
 // A row's logit in the denominator alone, in units of log2(e); -inf without.
 __device__ inline float sink_of(const AttentionParams& p, int head) {

@@ -3,6 +3,7 @@
 // CUDA.
 #include <algorithm>
 
+#include "common/device.h"
 #include "common/params.h"
 
 namespace forwardpass {
@@ -41,13 +42,6 @@ struct GemmParams {
   int64_t partial_stride;
 };
 
-// The GPU that a launch goes to.
-struct Device {
-  int32_t sms;   // multiprocessors
-  int16_t arch;  // 80, 89, 90, …
-  bool wgmma;    // sm_90, and kernels for sm_90a are in this library
-};
-
 HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A function of the shape, the operands' type and the device alone: the same inputs give the same bits. whole: columns
@@ -55,6 +49,7 @@ HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1
 inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device device, int32_t whole = 0) {
   GemmPlan plan{};
   int64_t least_k = 256;
+  const int32_t fewest = m <= 16 ? 16 : m <= 64 ? 64 : 128;  // rows of a tile that holds M, or 128
   if (m <= kGemvRows) {
     // A block of the GEMV reads all of x from L2: of four rows of 16 bits half as many bytes as it has of the weight.
     plan.path = GemmPlan::Path::gemv;
@@ -66,7 +61,7 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device de
     // The product is made transposed: its rows are a wgmma's columns, of which there are as many as are needed. Below
     // 128 the weight's bytes bind, as on mma.sync. A cluster shares the rows of x.
     plan.path = GemmPlan::Path::wgmma;
-    plan.tile_m = m <= 16 ? 16 : m <= 64 ? 64 : 128;
+    plan.tile_m = fewest;
     plan.tile_n = 128;
     plan.cluster = ceil_div(n, 128) % 2 == 0 || ceil_div(n, 128) > 16 ? 2 : 1;
     plan.blocks = device.sms;
@@ -75,7 +70,7 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device de
     // Of few rows the weight's bytes bind: 14 a clock of an H100's multiprocessor are 1900 of its 4096 multiply-adds at
     // 128 rows. But what a tile has of a goes through shared memory too, be it zeros: modelled, int8 16 x 1024 x 1024
     // takes 1.68 us in tiles of 128 rows, 0.58 in tiles of 16.
-    plan.tile_m = whole ? 128 : m <= 16 ? 16 : m <= 64 ? 64 : 128;
+    plan.tile_m = whole ? 128 : fewest;
     // 128 x 256 needs 48 bytes a clock of L2, or 32 in clusters of two, 128 x 128 64 or 48; but of large tiles
     // there are half as many, and the last round of them may leave more of the multiprocessors idle.
     const int64_t rows = ceil_div(m, plan.tile_m), rounds = ceil_div(rows * ceil_div(n, 256), device.sms),
@@ -87,7 +82,7 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device de
   } else {
     // The fewest rows that hold M: below 128 the weight's bytes bind, not the tensor cores (at 64 rows 128 operations a
     // byte; an A100 does 312 a byte of its memory, an L40S 850, an H100 590). unmeasured
-    plan.tile_m = m <= 16 ? 16 : m <= 64 ? 64 : 128;
+    plan.tile_m = fewest;
     plan.tile_n = 128;
   }
   // Fewer tiles than multiprocessors leave memory bandwidth unused: as many splits as fill them once, each of 256 of K
@@ -102,6 +97,3 @@ inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, Dtype type, Device de
 }
 
 }  // namespace forwardpass
-
-// Of the current device; returns a cudaError_t.
-extern "C" __attribute__((visibility("default"))) int forwardpass_device(forwardpass::Device* device);

@@ -49,7 +49,7 @@ struct WgmmaConfig {
     // atomic maximum would be one value, but with it the main loop's control flow is no longer known to be uniform: 238
     // instructions in place of 206.)
     float4 largest[2][kGroups][Element::kPromoted && !kTransposed ? M : 1];
-    uint64_t full[Stages], empty[Stages];
+    StageBarriers<Stages> barriers;
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
 };
@@ -103,21 +103,17 @@ struct Work {
 template <class Config>
 __device__ inline void load(const WgmmaArguments& p, typename Config::SharedStorage& s) {
   Work<Config> work(p);
-  const uint32_t full = ptx::shared_address(s.full), empty = ptx::shared_address(s.empty);
   const int bytes = sizeof(typename Config::Stage) + (p.scaled ? Config::kScaleBytes : 0);
   const int share = Config::kN / work.cluster;
   const uint16_t everyone = (1 << work.cluster) - 1;
-  Ring<Config::kStages> ring;
+  forwardpass::Stage<Config::kStages> ring(s.barriers);
   while (work.next()) {
     const int row = static_cast<int>(work.row), b_row = static_cast<int>(work.column) + work.rank * share,
               first_block = static_cast<int>(work.column) / (p.gated ? 2 * kScaleBlock : kScaleBlock);
     for (int i = 0; i < work.slices; ++i, ring.advance()) {
       const int k = static_cast<int>(work.k) + i * Config::kStageK;
-      const uint32_t arrived = full + ring.stage * 8;
+      const uint32_t arrived = ring.fill(bytes);
       auto& stage = s.stage[ring.stage];
-      while (!ptx::mbarrier_try_wait(empty + ring.stage * 8, ring.parity ^ 1)) {
-      }
-      ptx::mbarrier_arrive_expect_tx(arrived, bytes);
       ptx::tma_load(ptx::shared_address(stage.a), p.a, k, row, arrived);
 #pragma unroll
       for (int box = 0; box < Config::kBoxes; ++box) {
@@ -151,29 +147,21 @@ struct StageScales {
   }
 };
 
-// What comes out of a shuffle is not computed again in a loop; if it is one lane's, it is known to be uniform.
-__device__ inline uint32_t kept(uint32_t x, int from) { return __shfl_sync(0xffffffff, x, from); }
-
 // A warpgroup's side of the ring, and where its warps are.
 template <class Config>
 struct Consumer {
-  Ring<Config::kStages> ring;
+  forwardpass::Stage<Config::kStages> ring;
   int row, column;  // of this warp in the tile
-  uint32_t full;
   uint32_t empty;  // that of the block of the cluster whose rank is this lane, or zero: their loads fill this block too
 
   __device__ static int a_row(int group) { return group % Config::kGroupsM * Config::kGroupM; }
   __device__ static int b_row(int group) { return group / Config::kGroupsM * Config::kGroupN; }
-  __device__ Consumer(typename Config::SharedStorage& s, int group) : full(ptx::shared_address(s.full)) {
+  __device__ Consumer(typename Config::SharedStorage& s, int group) : ring(s.barriers) {
     const uint32_t lane = threadIdx.x % 32;
     const int rows = threadIdx.x / 32 % 4 * 16;
     row = a_row(group) + (Config::kTransposed ? 0 : rows), column = b_row(group) + (Config::kTransposed ? rows : 0);
-    const uint32_t there = ptx::map_shared(ptx::shared_address(s.empty), min(lane, ptx::cluster_size() - 1));
+    const uint32_t there = ptx::map_shared(ptx::shared_address(s.barriers.empty), min(lane, ptx::cluster_size() - 1));
     empty = kept(lane < ptx::cluster_size() ? there : 0, lane);
-  }
-  __device__ void wait() {
-    while (!ptx::mbarrier_try_wait(full + ring.stage * 8, ring.parity)) {
-    }
   }
   __device__ void release(int stage) {
     if (empty) ptx::mbarrier_arrive_cluster(empty + stage * 8);
@@ -195,12 +183,11 @@ struct Multiplier : Consumer<Config> {
     const uint32_t lane = threadIdx.x % 32;
     const uint8_t *rows_a = s.stage[0].a[Consumer<Config>::a_row(group)],
                   *rows_b = s.stage[0].b[0][Consumer<Config>::b_row(group)];
-    a = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_b : rows_a)), 0);
-    b = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_a : rows_b)), 0);
+    a = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_b : rows_a)));
+    b = kept(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_a : rows_b)));
     a_scale = kept(ptx::shared_address(&s.scales[0].a[row + (Config::kTransposed ? lane % 4 * 2 : lane / 4)]), lane);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      b_scale[i] = kept(ptx::shared_address(s.scales[0].b[gated ? i : column / kScaleBlock]), 0);
+    for (int i = 0; i < 2; ++i) b_scale[i] = kept(ptx::shared_address(s.scales[0].b[gated ? i : column / kScaleBlock]));
   }
   // One group of wgmmas: 64 rows of wgmma's a by 128 of K of this stage.
   __device__ void multiply(Sums& sums, int wave, bool accumulate) {
@@ -232,14 +219,14 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
                                      typename Config::Acc (&sum)[Config::kWaves][Config::kTiles][4]) {
   static_assert(Config::kWaves == 1);
   int before = m.ring.stage;
-  m.wait();
+  m.ring.wait();
   ptx::wgmma_fence();
   m.multiply(sum[0], 0, false);
   ptx::wgmma_commit();
   m.ring.advance();
 #pragma unroll 1
   for (int i = 1; i < work.slices; ++i) {
-    m.wait();
+    m.ring.wait();
     ptx::wgmma_fence();
     m.multiply(sum[0], 0, true);
     ptx::wgmma_commit();
@@ -265,7 +252,7 @@ __device__ inline void multiply_tile(Multiplier<Config>& m, const Work<Config>& 
       for (int e = 0; e < 4; ++e) sum[w][j][e] = 0;
 #pragma unroll 1
   for (int i = 0; i < work.slices; ++i) {
-    m.wait();
+    m.ring.wait();
     StageScales<Config> scales;
     m.load_scales(scales);
 #pragma unroll
@@ -374,12 +361,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(p.a);
     ptx::prefetch_tensor_map(p.b);
-    const int blocks = ptx::cluster_size();
-#pragma unroll
-    for (int i = 0; i < Config::kStages; ++i) {
-      ptx::mbarrier_init(ptx::shared_address(&s.full[i]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&s.empty[i]), Config::kWarps * blocks);
-    }
+    s.barriers.init(Config::kWarps * ptx::cluster_size());
     ptx::fence_mbarrier_init();
   }
   if (Config::Element::kPromoted && !p.scaled) {
@@ -389,7 +371,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
   __syncwarp();
   ptx::cluster_sync();
 
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // of one lane: the compiler knows it is uniform
+  const int warpgroup = kept(threadIdx.x / 128);
   if (warpgroup == Config::kGroups) {
     ptx::setmaxnreg_dec<Config::kLoadRegisters>();
     if (threadIdx.x == Config::kGroups * 128) load<Config>(p, s);

@@ -4,6 +4,12 @@
 
 namespace forwardpass {
 
+// What comes out of a shuffle is not computed again in a loop; if it is one lane's, it is known to be uniform.
+template <class T>
+__device__ inline T kept(T x, int from = 0) {
+  return __shfl_sync(0xffffffff, x, from);
+}
+
 // Where one side is in the ring of stages.
 template <int Stages>
 struct Ring {

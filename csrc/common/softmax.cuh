@@ -19,6 +19,26 @@ __device__ inline uint32_t pack(float low, float high) {
     return bits_of(__floats2bfloat162_rn(low, high));
 }
 
+// Two n8 tiles of fragments, as they lie in registers: the a of an mma, sixteen of its columns.
+template <Dtype D, int kTiles>
+__device__ inline void pack_operand(uint32_t (&a)[4], const float (&p)[kTiles][4], int step) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const auto& tile = p[step * 2 + i / 2];
+    a[i] = pack<D>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+  }
+}
+
+template <int kRows, int kTiles>
+__device__ inline void rescale(float (&o)[kRows][kTiles][4], const RowValues<kRows>& factor) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[r][t][e] *= factor[r][e / 2];
+}
+
 template <int kRows>
 struct OnlineSoftmax {
   RowValues<kRows> max, sum;  // in units of log2(e), 2^-max times; each thread's share of sum, of its own columns

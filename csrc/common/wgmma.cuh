@@ -79,6 +79,18 @@ constexpr uint32_t kDescriptorHigh = 1024 / kDescriptorUnit | 1 << 30;
   "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1, %" \
   #trans_b ";\n" \
   "}"
+// Functions for 8-bit operands of one type, by its accumulators: their type and asm constraint, the opcode's, scales.
+#define FORWARDPASS_s8 int32_t, "+r", "s32", ""
+#define FORWARDPASS_e4m3 float, "+f", "f32", ", 1, 1"
+#define FORWARDPASS_K32(type, tiles, n, ...) FORWARDPASS_K32_OF(FORWARDPASS_##type, type, tiles, n, __VA_ARGS__)
+#define FORWARDPASS_K32_OF(...) FORWARDPASS_K32_AS(__VA_ARGS__)
+#define FORWARDPASS_K32_AS(Acc, kind, acc, scales, type, tiles, n, ...) \
+  __device__ inline void wgmma_k32(Acc (&d)[tiles][4], uint32_t a, uint32_t b, bool accumulate) { \
+    asm volatile(FORWARDPASS_WGMMA("m64n" #n "k32." acc "." #type "." #type, FORWARDPASS_NUMBERS_##tiles, \
+                                   __VA_ARGS__, scales) \
+                 : FORWARDPASS_TILES_##tiles(kind) \
+                 : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate))); \
+  }
 // Functions for operands of 16-bit floats, and those for one type.
 #define FORWARDPASS_K16_OF(type, tiles, n, ...) \
   asm volatile(FORWARDPASS_WGMMA("m64n" #n "k16.f32." #type "." #type, FORWARDPASS_NUMBERS_##tiles, __VA_ARGS__, \
@@ -113,41 +125,13 @@ constexpr uint32_t kDescriptorHigh = 1024 / kDescriptorUnit | 1 << 30;
 
 // 9.7.15.5.2 wgmma.mma_async: d [64, 8 T] = a [64, 32] b [8 T, 32] transposed, plus d where `accumulate`. As in an mma
 // of m16n8, for each warp sixteen rows and for each n8 tile four registers.
-__device__ inline void wgmma_k32(int32_t (&d)[2][4], uint32_t a, uint32_t b, bool accumulate) {
-  asm volatile(FORWARDPASS_WGMMA("m64n16k32.s32.s8.s8", FORWARDPASS_NUMBERS_2, 8, 9, 10, 11, "")
-               : FORWARDPASS_TILES_2("+r")
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
-}
-__device__ inline void wgmma_k32(int32_t (&d)[8][4], uint32_t a, uint32_t b, bool accumulate) {
-  asm volatile(FORWARDPASS_WGMMA("m64n64k32.s32.s8.s8", FORWARDPASS_NUMBERS_8, 32, 33, 34, 35, "")
-               : FORWARDPASS_TILES_8("+r")
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
-}
-__device__ inline void wgmma_k32(int32_t (&d)[16][4], uint32_t a, uint32_t b, bool accumulate) {
-  asm volatile(FORWARDPASS_WGMMA("m64n128k32.s32.s8.s8", FORWARDPASS_NUMBERS_16, 64, 65, 66, 67, "")
-               : FORWARDPASS_TILES_16("+r")
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
-}
-__device__ inline void wgmma_k32(int32_t (&d)[32][4], uint32_t a, uint32_t b, bool accumulate) {
-  asm volatile(FORWARDPASS_WGMMA("m64n256k32.s32.s8.s8", FORWARDPASS_NUMBERS_32, 128, 129, 130, 131, "")
-               : FORWARDPASS_TILES_32("+r")
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
-}
-__device__ inline void wgmma_k32(float (&d)[2][4], uint32_t a, uint32_t b, bool accumulate) {
-  asm volatile(FORWARDPASS_WGMMA("m64n16k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_2, 8, 9, 10, 11, ", 1, 1")
-               : FORWARDPASS_TILES_2("+f")
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
-}
-__device__ inline void wgmma_k32(float (&d)[8][4], uint32_t a, uint32_t b, bool accumulate) {
-  asm volatile(FORWARDPASS_WGMMA("m64n64k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_8, 32, 33, 34, 35, ", 1, 1")
-               : FORWARDPASS_TILES_8("+f")
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
-}
-__device__ inline void wgmma_k32(float (&d)[16][4], uint32_t a, uint32_t b, bool accumulate) {
-  asm volatile(FORWARDPASS_WGMMA("m64n128k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_16, 64, 65, 66, 67, ", 1, 1")
-               : FORWARDPASS_TILES_16("+f")
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)));
-}
+FORWARDPASS_K32(s8, 2, 16, 8, 9, 10, 11)
+FORWARDPASS_K32(s8, 8, 64, 32, 33, 34, 35)
+FORWARDPASS_K32(s8, 16, 128, 64, 65, 66, 67)
+FORWARDPASS_K32(s8, 32, 256, 128, 129, 130, 131)
+FORWARDPASS_K32(e4m3, 2, 16, 8, 9, 10, 11)
+FORWARDPASS_K32(e4m3, 8, 64, 32, 33, 34, 35)
+FORWARDPASS_K32(e4m3, 16, 128, 64, 65, 66, 67)
 
 // The same of 16-bit floats: d [64, 8 T] = a [64, 16] b [8 T, 16] transposed, plus d where `accumulate`.
 FORWARDPASS_K16(8, 64, 32, 33, 34, 35)
@@ -185,6 +169,11 @@ FORWARDPASS_REGISTERS_K16(32, 256, 128, 129, 130, 131, 132, 133, 134, 135)
 #undef FORWARDPASS_TILES_32
 #undef FORWARDPASS_WGMMA
 #undef FORWARDPASS_WGMMA_REGISTERS
+#undef FORWARDPASS_s8
+#undef FORWARDPASS_e4m3
+#undef FORWARDPASS_K32
+#undef FORWARDPASS_K32_OF
+#undef FORWARDPASS_K32_AS
 #undef FORWARDPASS_K16_OF
 #undef FORWARDPASS_K16
 #undef FORWARDPASS_REGISTERS_K16_OF

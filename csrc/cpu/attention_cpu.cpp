@@ -174,8 +174,6 @@ class PartAttention {
         }
   }
 
-  static constexpr float kLog2e = 1.4426950408889634f;
-
   const AttentionParams& p_;
   const Part part_;
   const Tensor &q_, &k_, &v_;

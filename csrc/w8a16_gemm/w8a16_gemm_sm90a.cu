@@ -44,7 +44,7 @@ struct Multiplier<WidenedConfig<X, M, N, Stages>> : Consumer<WidenedConfig<X, M,
   __device__ Multiplier(typename Config::SharedStorage& s, int group, bool) : Consumer<Config>(s, group) {
     const int lane = threadIdx.x % 32, g = lane / 4;
     weight = kept(ptx::shared_address(&s.stage[0].a[row + g][g * 16 + lane % 4 * 2]), lane);
-    x = kept(ptx::descriptor(ptx::shared_address(s.stage[0].b)), 0);
+    x = kept(ptx::descriptor(ptx::shared_address(s.stage[0].b)));
   }
 
   template <Dtype W>
@@ -89,7 +89,7 @@ __device__ inline void multiply_widened(Multiplier<Config>& m, const Work<Config
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum[j][e] = 0;
   typename Multiplier<Config>::Fragments wide[2];
-  m.wait();
+  m.ring.wait();
   m.template widen_half<W>(wide[0], 0);
 #pragma unroll 1
   for (int i = 0; i < work.slices; ++i) {
@@ -101,7 +101,7 @@ __device__ inline void multiply_widened(Multiplier<Config>& m, const Work<Config
     const float scale[2] = {scales[0] ? scales[0][i] : 1, scales[1] ? scales[1][i] : 1};
     m.ring.advance();
     if (i + 1 < work.slices) {
-      m.wait();
+      m.ring.wait();
       ptx::wgmma_wait<1>();
       m.template widen_half<W>(wide[0], 0);
     }
