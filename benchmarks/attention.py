@@ -79,16 +79,9 @@ def row_of(implementation: str, arch: str, case: Case, loop: bool = True) -> dic
         found = interpreted.run(ATTENTION, implementation, arch, case)
     except RuntimeError as e:
         return {**row, "missing": str(e).splitlines()[0]}
-    row |= {
-        "launches": [k.kernel for k in found.kernels],
-        "modelled_us": found.seconds * 1e6,
-        "binding": found.binding,
+    row |= found.row(case) | {
         "tflops": case.flops() / found.seconds / 1e12,
-        "least_bytes": case.bytes(),
-        "dram_bytes": found.dram,
-        "l2_bytes": found.l2,
         "ptx_per_score": 32 * found.counts.issued / case.scores(),
-        "wavefronts_per_ideal": found.counts.conflict_ratio,
     }
     if loop and not case.causal:  # what twice the keys add
         twice = dataclasses.replace(case, sizes=(case.sizes[0], 2 * case.sizes[1]))

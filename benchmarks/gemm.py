@@ -80,17 +80,10 @@ def interpreted_row(op: Operation, variant: str, implementation: str, arch: str,
         found = run(op, implementation, arch, case)
     except RuntimeError as e:
         return {**row, "missing": str(e).splitlines()[0]}
-    counts, least = found.counts, case.bytes()
     return {
         **row,
-        "launches": [k.kernel for k in found.kernels],
-        "modelled_us": found.seconds * 1e6,
-        "binding": found.binding,
-        "least_bytes": least,
-        "dram_bytes": found.dram,
-        "l2_bytes": found.l2,
-        "ptx_per_mi_mac": counts.issued / (case.flops() / 2 / MI),
-        "wavefronts_per_ideal": counts.conflict_ratio,
+        **found.row(case),
+        "ptx_per_mi_mac": found.counts.issued / (case.flops() / 2 / MI),
         "main_loop": main_loop(op, implementation, arch, case, found) if loop else {},
     }
 

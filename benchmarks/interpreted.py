@@ -30,6 +30,18 @@ class Interpreted:
             total += k.counts
         return total
 
+    def row(self, case: Any) -> dict[str, Any]:
+        """What there is to say of any operation's case."""
+        return {
+            "launches": [k.kernel for k in self.kernels],
+            "modelled_us": self.seconds * 1e6,
+            "binding": self.binding,
+            "least_bytes": case.bytes(),
+            "dram_bytes": self.dram,
+            "l2_bytes": self.l2,
+            "wavefronts_per_ideal": self.counts.conflict_ratio,
+        }
+
     @property
     def dram(self) -> int:
         return sum(k.footprint_read + k.footprint_written for k in self.kernels)

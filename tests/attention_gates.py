@@ -8,7 +8,7 @@ FlashAttention-3's figure is of its kernels for fp16 at head dim 128.
 import dataclasses
 import re
 
-from gemm_gates import macs
+from gemm_gates import broken_claims, macs
 
 #: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on; FlashAttention-3 issues as many
 MOST = {("sm_90a", 128, 128): 7.4}
@@ -49,6 +49,11 @@ def is_true(text: str) -> bool:
     return text in ("true", "(bool)1")
 
 
+def bar(k) -> float | None:
+    c = claims(k.name)
+    return MOST.get((k.arch, c.d, c.v)) if c and not c.general else None
+
+
 def counted(k) -> float | None:
     """Instructions a score."""
     loop = k.code.main_loop
@@ -60,8 +65,7 @@ def failures(k) -> list[str]:
     if not (c := claims(k.name)):
         return []
     said = []
-    most = None if c.general else MOST.get((k.arch, c.d, c.v))
-    issued, loop = counted(k), k.code.main_loop
+    issued, most, loop = counted(k), bar(k), k.code.main_loop
     if issued and most and issued > most:
         said.append(f"{issued:.2f} instructions a score in the main loop, the bar is {most}")
     if loop and loop.mma:
@@ -69,11 +73,7 @@ def failures(k) -> list[str]:
         expected = c.m * c.n * (c.d + c.v) * 32 // c.multiplying
         if work != expected:
             said.append(f"{work} multiply-accumulates of a warp in the main loop, its Config's block has {expected}")
-    if k.threads != c.threads:
-        said.append(f"{k.threads} threads, its Config says {c.threads}")
-    if k.blocks_per_sm is not None and k.blocks_per_sm < c.blocks:
-        said.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {c.blocks}")
-    return said
+    return said + broken_claims(k, c.threads, c.blocks)
 
 
 def table(found: list) -> str:
@@ -82,9 +82,7 @@ def table(found: list) -> str:
     lines = [f"{said:<96}{'a score':>8}{'mma':>6}{'bar':>6}"]
     for k in sorted(found, key=lambda k: (k.name, k.arch)):
         if issued := counted(k):
-            c = claims(k.name)
-            mma = k.code.main_loop.mma.total() / c.scores
-            most = None if c.general else MOST.get((k.arch, c.d, c.v))
+            mma = k.code.main_loop.mma.total() / claims(k.name).scores
             name = re.sub(r", SharedBytes<.*", ">", k.name)
-            lines.append(f"{name:<88}{k.arch:<8}{issued:8.2f}{mma:6.2f}{most or '-':>6}")
+            lines.append(f"{name:<88}{k.arch:<8}{issued:8.2f}{mma:6.2f}{bar(k) or '-':>6}")
     return "\n".join(lines)

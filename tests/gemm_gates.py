@@ -101,6 +101,16 @@ def claims(name: str) -> Claims | None:
     return None
 
 
+def broken_claims(k, threads: int, blocks: int) -> list[str]:
+    """What a launch of k does not have of its Config's numbers; blocks: on a multiprocessor."""
+    said = []
+    if k.threads != threads:
+        said.append(f"{k.threads} threads, its Config says {threads}")
+    if k.blocks_per_sm is not None and k.blocks_per_sm < blocks:
+        said.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {blocks}")
+    return said
+
+
 def failures(k) -> list[str]:
     """Sentences, without the kernel's name."""
     said = []
@@ -116,13 +126,10 @@ def failures(k) -> list[str]:
                 f"{other:.2f} instructions beside each MMA, CUTLASS has {asked.cutlass.other:g} ({asked.cutlass.kernel})"
             )
     if claimed := claims(k.name):
-        if k.threads != claimed.threads:
-            said.append(f"{k.threads} threads, its Config says {claimed.threads}")
+        said += broken_claims(k, claimed.threads, claimed.blocks)
         if (k.dynamic_shared or 0) < claimed.stages * claimed.stage_bytes:
             said.append(f"{k.dynamic_shared} bytes of dynamic shared memory, its Config's {claimed.stages} stages are "
                         f"{claimed.stages * claimed.stage_bytes}")  # fmt: skip
-        if k.blocks_per_sm is not None and k.blocks_per_sm < claimed.blocks:
-            said.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {claimed.blocks}")
     if k.name.startswith("gemm_wgmma_kernel"):
         loads = collections.Counter(i.opcode for loop in k.code.loops for i in loop.instructions if i.name == "UTMALDG")
         if not loads:

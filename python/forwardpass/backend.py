@@ -225,7 +225,8 @@ class Operation:
     Args:
         function: the public function.
         check: takes the schema's arguments by position; raises TypeError or ValueError in one sentence.
-        reference: the specification in plain torch, same returns; its parameters, in order, are the schema's.
+        reference: the specification in plain torch, same returns; its parameters, in order, are the schema's, but for those by
+            keyword alone.
         fake: shapes, dtypes and strides of what the compiled implementations return.
         backends: the compiled ones that exist; "triton" is registered by `<package>.triton_kernel`, imported on first use.
         why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`,
@@ -246,7 +247,8 @@ class Operation:
         notes: Callable[..., list[str]] | None = None,
     ):
         self.name, self.function = function.__name__, function
-        self.parameters = tuple(inspect.signature(reference).parameters)
+        named = inspect.signature(reference).parameters.items()
+        self.parameters = tuple(name for name, p in named if p.kind is not p.KEYWORD_ONLY)
         self.package = function.__module__
         self.check, self.fake, self.notes = check, fake, notes
         self.limits, self.why_not_arch = why_not or {}, why_not_arch

@@ -76,12 +76,10 @@ def activate(key: str = "CUDA") -> Activated:
 
 
 def _why_not(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, return_debug_mask: bool) -> Reason | None:
-    if dropout_p:
-        return Reason("dropout", "dropout_p is not 0, and forwardpass is for inference", "call model.eval()")
+    if reason := heads_first.why_training((query, key, value), dropout_p):
+        return reason
     if return_debug_mask:
         return Reason("debug_mask", "return_debug_mask asks for the probabilities", "leave it")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        return Reason("grad", "an operand requires grad, and forwardpass has no backward", "use torch.inference_mode()")
     return None
 
 

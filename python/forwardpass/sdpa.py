@@ -101,10 +101,8 @@ def _why_not(
     tensors = qkv if mask is None else (*qkv, mask)
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_nested for t in tensors):
         return Reason("tensor_class", "an operand is nested, or of a subclass of Tensor", "pass plain tensors")
-    if dropout_p != 0:
-        return Reason("dropout", "dropout_p is not 0, and forwardpass is for inference", "call model.eval()")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return Reason("grad", "an operand requires grad, and forwardpass has no backward", "use torch.inference_mode()")
+    if reason := heads_first.why_training(tensors, dropout_p):
+        return reason
     if query.dim() not in (3, 4) or any(t.dim() != query.dim() for t in qkv) or any(t.numel() == 0 for t in qkv):
         return Reason(
             "shape", "query, key and value are not all [B, H, S, D], or [B, S, D], with elements", "reshape them"

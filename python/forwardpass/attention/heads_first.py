@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,6 +64,15 @@ def cast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type) and dtype in FLOATS:
         return torch.get_autocast_dtype(device.type)
     return dtype
+
+
+def why_training(tensors: Iterable[Tensor | None], dropout: float) -> Reason | None:
+    """Of a call that is no inference, why it is not taken."""
+    if dropout:
+        return Reason("dropout", "dropout is not 0, and forwardpass is for inference", "call model.eval()")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return Reason("grad", "an operand requires grad, and forwardpass has no backward", "use torch.inference_mode()")
+    return None
 
 
 _known: dict[Any, Reason | None] = {}

@@ -46,6 +46,7 @@ def attention_with_lse(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     batch_invariant: bool,
+    *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In `dtype`, by default float32, or q's where that is wider; results in q's dtype, and float32 or wider for the lse."""

@@ -234,10 +234,8 @@ def _why_not(
                       "give each its own copy of the config")  # fmt: skip
     if not place.fused:
         return Reason("not_swapped", "the swap left this module as it was", "see the report of fp.swap")
-    if dropout:
-        return Reason("dropout", "dropout is not 0, and forwardpass is for inference", "call model.eval()")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return Reason("grad", "an operand requires grad, and forwardpass has no backward", "use torch.inference_mode()")
+    if reason := heads_first.why_training(tensors, dropout):
+        return reason
     if scaling is not None and (isinstance(scaling, Tensor) or not scaling > 0):
         return Reason("scaling", "scaling is no positive number", "see the model's code")
     for name, x in others.items():
