@@ -7,7 +7,7 @@ from small_models import assert_same_objects, block, codes, inputs, names, objec
 import forwardpass as fp
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
 def test_a_plan_replays(tmp_path, precision):
     model, x = block(), torch.randn(4, 64)
     report = fp.swap(model, precision, exclude="second")

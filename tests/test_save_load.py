@@ -28,7 +28,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
 def test_bits_are_equal(tmp_path, name, precision):
     model, inputs = build(name), batch(name)
     if name == "bert":

@@ -19,7 +19,7 @@ from forwardpass.swap.patterns import Pattern
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
 def test_architectures(name, precision):
     model, inputs = build(name), batch(name)
     before = outputs(model, inputs)

@@ -57,22 +57,22 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype = torch.int8, scales: str
 
 
 class QuantizedLinear(nn.Module):
-    """Base of the layers that hold an 8-bit weight in plain buffers: weight [N, K], weight_scale fp32 (`scales_shape`), bias [N]
-    or None.
+    """Base of the layers that hold a smaller weight in plain buffers: weight [N, K], weight_scale fp32 (`scales_shape`; None for
+    a weight of 16 bits), bias [N] or None.
 
-    Rows of `weight` are padded to 16 bytes in memory, for the kernels; `state_dict` has the plain shape. Weights stay 8-bit and
-    scales fp32 when the model is cast: `half()` and `to(torch.bfloat16)` change the bias alone.
+    Rows of an 8-bit `weight` are padded to 16 bytes in memory, for the kernels; `state_dict` has the plain shape. Weights keep
+    their dtype and scales stay fp32 when the model is cast: `half()` and `to(torch.bfloat16)` change the bias alone.
     """
 
     #: of the weight, where the constructor does not say another
     weight_dtype: ClassVar[torch.dtype] = torch.int8
-    #: the operation that its forward calls
-    operation: ClassVar[str]
+    #: the operation that its forward calls; None: torch's own product
+    operation: ClassVar[str | None]
     #: the deepest K that the layer's kernels take
     max_in_features: ClassVar[int | None] = None
 
     weight: Tensor
-    weight_scale: Tensor
+    weight_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -83,14 +83,18 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None,
         weight_dtype: torch.dtype | None = None,
-        scales: str = "row",
+        scales: str | None = "row",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        empty = torch.empty(0, device=device)
-        self.register_buffer("weight", empty_q(empty, (out_features, in_features), weight_dtype or self.weight_dtype))
-        shape = scales_shape(out_features, in_features, scales)
-        self.register_buffer("weight_scale", torch.empty(shape, dtype=torch.float32, device=device))
+        shape, weight_dtype = (out_features, in_features), weight_dtype or self.weight_dtype
+        if scales is None:
+            self.register_buffer("weight", torch.empty(shape, dtype=weight_dtype, device=device))
+            self.register_buffer("weight_scale", None)
+        else:
+            self.register_buffer("weight", empty_q(torch.empty(0, device=device), shape, weight_dtype))
+            size = scales_shape(out_features, in_features, scales)
+            self.register_buffer("weight_scale", torch.empty(size, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod
@@ -114,7 +118,7 @@ class QuantizedLinear(nn.Module):
             return Reason(
                 "too_deep", f"K = {k} could overflow int32 accumulators, the limit is {cls.max_in_features}", "leave it"
             )
-        return operations[cls.operation].too_old(weight.device)
+        return operations[cls.operation].too_old(weight.device) if cls.operation else None
 
     @classmethod
     def _refuse(cls, module: nn.Module) -> None:
@@ -154,7 +158,7 @@ class QuantizedLinear(nn.Module):
             new = getattr(self, name)
             if new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
-        if self.weight.stride(0) % 16:  # .to() makes it contiguous
+        if self.weight.itemsize == 1 and self.weight.stride(0) % 16:  # .to() makes it contiguous
             self.weight = pad_rows(self.weight)
         return self
 
@@ -167,6 +171,7 @@ class QuantizedLinear(nn.Module):
         return x.double()
 
     def _dequantized_weight(self) -> Tensor:
+        assert self.weight_scale is not None
         return dequantize_weight(self.weight, self.weight_scale)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nn import Fp8Linear, Int8Linear, QuantizedLinear, W8A16Linear
+from ..nn import Bf16Linear, Fp8Linear, Int8Linear, QuantizedLinear, W8A16Linear
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ PRECISIONS = (
     Precision("fp8", 1, Fp8Linear, {"scales": "row"}),
     # int8 weights per channel, activations as they are.
     Precision("w8a16", 1, W8A16Linear),
+    # weights and activations bfloat16, sums fp32: for layers of a float32 model that 8 bits are too coarse for.
+    Precision("bf16", 1, Bf16Linear),
 )
 MODULES = {p.module.__name__: p.module for p in PRECISIONS}
 

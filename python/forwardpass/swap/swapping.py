@@ -43,7 +43,7 @@ def swap(
     """Replaces the Linear-like layers and the attention of `model` in place by faster ones, and reports on all of them.
 
     Args:
-        precision: a preset, "int8", "fp8" or "w8a16" (none, and attention=True: attention alone is swapped); or
+        precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
         attention: "auto": swapped where a GPU has a kernel for it, left to torch on a CPU. True: wherever it can be, on a CPU
             too. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
@@ -189,7 +189,7 @@ def _warnings(
         ("attention", p.device, p.dtype) for leaf in attending for p in leaf.module.parameters() if p.dtype in FLOATS
     }
     for operation, device, dtype in sorted(weights, key=str):
-        if only_reference_on(operation, device, dtype):
+        if operation and only_reference_on(operation, device, dtype):
             what = f"{str(dtype).removeprefix('torch.')} on {device}"
             notes.append(f"{operation} has no kernel for {what} in this installation, so its layers run through the "
                          "plain-torch reference in float64, which shows their accuracy and is slower than what they "
