@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Module):
     max_in_features: ClassVar[int | None] = None
 
     weight: Tensor
-    weight_scale: Tensor | None
+    weight_scale: Tensor  #: None where the weight has 16 bits: such a layer reads its weight itself
     bias: Tensor | None
 
     def __init__(
@@ -171,7 +171,6 @@ class QuantizedLinear(nn.Module):
         return x.double()
 
     def _dequantized_weight(self) -> Tensor:
-        assert self.weight_scale is not None
         return dequantize_weight(self.weight, self.weight_scale)
 
     def __getstate__(self) -> dict[str, Any]:
