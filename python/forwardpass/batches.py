@@ -8,7 +8,9 @@ has an attention_mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import ctypes
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +69,46 @@ def _tensors(result: Any) -> Iterator[Tensor]:
     elif isinstance(result, Mapping | Sequence) and not isinstance(result, str | bytes):
         for value in result.values() if isinstance(result, Mapping) else result:
             yield from _tensors(value)
+
+
+class Fingerprint:
+    """Of batches, whatever iterable they come from: `reading` passes them on, `value` is then the same for the same names,
+    shapes, dtypes and bytes in the same order, on any device. None where a batch holds what has no bytes of its own.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._known = True
+
+    @property
+    def value(self) -> str | None:
+        return f"sha256:{self._hash.hexdigest()}" if self._known else None
+
+    def add(self, values: Iterable[Any]) -> Fingerprint:
+        for _ in self.reading(values):
+            pass
+        return self
+
+    def reading(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._add(batch)
+            yield batch
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            t = value.detach().cpu().contiguous()
+            self._hash.update(f"{t.dtype}{list(t.shape)}".encode())
+            self._hash.update((ctypes.c_char * t.nbytes).from_address(t.data_ptr()) if t.numel() else b"")
+        elif isinstance(value, Mapping):
+            self._add([x for item in value.items() for x in item])
+        elif isinstance(value, list | tuple):
+            self._hash.update(f"[{len(value)}".encode())
+            for x in value:
+                self._add(x)
+        elif value is None or isinstance(value, str | int | float | bytes):
+            self._hash.update(repr(value).encode() + b";")
+        else:
+            self._known = False
 
 
 def padding_mask(batch: Any, lead: Sequence[int], fqn: str = "") -> Tensor | None:

@@ -16,6 +16,7 @@ from ..nn import QuantizedLinear
 from ..swap import originals
 from ..swap.report import table
 from ..swap.walker import plain_module
+from .criterion import cosines, samples
 
 SCHEMA = "forwardpass.parity/1"
 
@@ -36,15 +37,11 @@ class Comparison:
         if not expected.numel():
             return
         got, expected = got.double(), expected.double()
-        error, got_norm, norm = (t.square().sum(1) for t in (got - expected, got, expected))
-        # 1 where both are zero, 0 where one is
-        cosine = torch.where(
-            (norm == 0) & (got_norm == 0), 1.0, (got * expected).sum(1) / (norm * got_norm).sqrt().clamp_min(1e-300)
-        )
+        error, norm = (got - expected).square().sum(), expected.square().sum()
         # 1 / 0 is infinite, NaN / 0 is NaN
-        relative = (error.sum() / norm.sum()).sqrt().item() if error.sum() != 0 else 0.0
+        relative = (error / norm).sqrt().item() if error != 0 else 0.0
         self.samples += len(expected)
-        self.cosine_min = -_largest(-self.cosine_min, -cosine.min().item())
+        self.cosine_min = -_largest(-self.cosine_min, -cosines(got, expected).min().item())
         self.relative_error = _largest(self.relative_error, relative)
         self.max_abs_error = _largest(self.max_abs_error, (got - expected).abs().max().item())
 
@@ -149,7 +146,7 @@ def parity(
     select = output or main_output
     for batch in batches:
         with evaluating(model):
-            with _compared(layers, pairs, found, batch):
+            with compared(layers, pairs, found, batch):
                 got = select(run(model, batch, forward))
             if reference is None:
                 with _originals_in_place(model):
@@ -161,20 +158,13 @@ def parity(
             raise ValueError(f"the outputs have different shapes, {tuple(got.shape)} and {tuple(expected.shape)}: pass "
                              f"output=fn(result) that gives tensors to compare")  # fmt: skip
         mask = padding_mask(batch, expected.shape[:-1])
-        result.output.add(_samples(got, mask), _samples(expected.to(got.device), mask))
+        result.output.add(samples(got, mask), samples(expected.to(got.device), mask))
         result.batches += 1
     if not result.batches:
         raise ValueError(
             "parity was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
         )
     return result
-
-
-def _samples(t: Tensor, mask: Tensor | None) -> Tensor:
-    """[samples, n]: the first dimension counts samples; what is padding is zero on both sides and so adds nothing."""
-    if mask is not None:
-        t = torch.where(mask.to(t.device).unsqueeze(-1), t, 0)
-    return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
 
 
 def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.Module | None) -> dict[str, nn.Module]:
@@ -202,7 +192,7 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
 
 
 @contextmanager
-def _compared(
+def compared(
     layers: Mapping[str, QuantizedLinear], pairs: Mapping[str, nn.Module], found: dict[str, LayerParity], batch: Any
 ) -> Iterator[None]:
     """Within it every call of a swapped layer is compared with its original, on the same input."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .files import read_json, write_json
@@ -12,12 +12,14 @@ from .precision import find_precision
 from .walker import Leaf
 
 SCHEMA = "forwardpass.plan/1"
-_FIX = "write one with report.save_plan(path)"
+_FIX = "write one with fp.plan or report.save_plan(path)"
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer and its precision; the shapes tell whether a model is the one that was planned for."""
+    """A layer and its precision; the shapes tell whether a model is the one that was planned for. `calibrated`: the layer
+    takes part in the calibration.
+    """
 
     fqn: str
     in_features: int
@@ -25,28 +27,47 @@ class PlannedLayer:
     bias: bool
     precision: str
     version: int
+    calibrated: bool
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which layer runs at which precision; layers that it does not name stay as they are.
 
-    `calibrated`: the layers were calibrated on batches. The batches' effect is not in the file (a checkpoint holds
-    it), so replaying such a plan takes `calibrate=` again.
+    The effect of calibration batches is not in the file (a checkpoint holds it), so replaying a plan with calibrated
+    layers takes the same batches again, as `calibrate=`: `calibration` tells whether they are the same.
     """
 
     model: str  #: the class of the model, for messages
     layers: tuple[PlannedLayer, ...]
     attention: tuple[str, ...]  #: names of the modules whose attention is swapped
-    calibrated: bool
+    calibration: str | None  #: `fingerprint` of the batches; None: any will do
     forwardpass: str  #: the version that wrote it
+    #: how `fp.plan` came to it: kept with the plan, and not looked at when it is replayed
+    evidence: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def calibrated(self) -> bool:
+        return any(layer.calibrated for layer in self.layers)
+
+    def __str__(self) -> str:
+        """The table that `fp.plan` chose from, or the layers alone."""
+        from ..planning.evidence import describe
+        from .report import table
+
+        if self.evidence is not None:
+            return describe(self.evidence)
+        rows: list[tuple[str, ...]] = [("layer", "precision", "calibrated")]
+        rows += [(x.fqn, f"{x.precision} v{x.version}", "yes" if x.calibrated else "no") for x in self.layers]
+        return "\n".join([f"{len(self.layers)} layers of a {self.model}", "", *table(rows)])
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
-            **vars(self),
+            **{name: value for name, value in vars(self).items() if name != "evidence"},
             "layers": [dict(vars(layer)) for layer in self.layers],
             "attention": list(self.attention),
+            **({} if self.evidence is None else {"evidence": dict(self.evidence)}),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -77,17 +98,29 @@ class Plan:
         if content["schema"] != SCHEMA:
             raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
                              f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
-        entries = {"attention": []} | {k: v for k, v in content.items() if k != "schema"}  # older plans swap none
-        plan = fields(Plan, entries, "the plan", layers=list, attention=list)
+        # what older plans have not: attention, and calibration of single layers
+        entries = {"attention": [], "calibration": None, "evidence": None} | {
+            k: v for k, v in content.items() if k != "schema"
+        }
+        all_calibrated = entries.pop("calibrated", None)
+        optional = {k: dict if k == "evidence" else str for k in ("calibration", "evidence") if entries[k] is not None}
+        absent = dict.fromkeys({"calibration", "evidence"} - set(optional), type(None))
+        plan = fields(Plan, entries, "the plan", layers=list, attention=list, **optional, **absent)
         if not all(isinstance(name, str) for name in plan["attention"]):
             raise fail("a name in attention is no string")
-        layers = tuple(PlannedLayer(**fields(PlannedLayer, x, f"layer {i}")) for i, x in enumerate(plan["layers"]))
-        names = {layer.fqn for layer in layers}
-        if len(names) != len(layers):
+        layers = []
+        for i, given in enumerate(plan["layers"]):
+            older = isinstance(given, Mapping) and all_calibrated is not None and "calibrated" not in given
+            layer = PlannedLayer(
+                **fields(PlannedLayer, {**given, "calibrated": False} if older else given, f"layer {i}")
+            )
+            calibrates = find_precision(layer.precision, layer.version).calibrates
+            if layer.calibrated and not calibrates:
+                raise fail(f"layer {i} is calibrated, and {layer.precision} takes no calibration")
+            layers.append(replace(layer, calibrated=all_calibrated is True and calibrates) if older else layer)
+        if len({layer.fqn for layer in layers}) != len(layers):
             raise fail("it names a layer twice")
-        for layer in layers:
-            find_precision(layer.precision, layer.version)
-        return Plan(**{**plan, "layers": layers, "attention": tuple(plan["attention"])})
+        return Plan(**{**plan, "layers": tuple(layers), "attention": tuple(plan["attention"])})
 
     @staticmethod
     def load(given: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:

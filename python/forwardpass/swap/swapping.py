@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backend import Reason, Unsupported, only_reference_on
+from ..batches import Fingerprint
 from ..nn.layer import linear_weight
 from ..quantized_rows import FLOATS
 from . import originals
@@ -44,7 +46,8 @@ def swap(
 
     Args:
         precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
-        plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
+        plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model. One that was
+            calibrated takes the same batches again as calibrate=.
         attention: "auto": swapped where a GPU has a kernel for it, left to torch on a CPU. True: wherever it can be, on a CPU
             too. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
             transformers run theirs through the AttentionInterface, where their configs name it; both keep their weights
@@ -77,7 +80,7 @@ def swap(
         raise ValueError(f'swap takes either precision= or plan=, and {given} given: pass one, e.g. precision="int8"')
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
     leaves, calibrated = linear_like(model), calibrate is not None
-    _refuse_model(model, leaves)
+    refuse_model(model, leaves)
     loaded = Plan.load(plan) if plan is not None else None
     found = attention_like(model)
     attending, unattended = decide(context, found, attention, loaded.attention if loaded else None)
@@ -91,15 +94,55 @@ def swap(
     notes = _warnings(context, leaves, chosen, attending, [*experts, *(leaf.fqn for leaf in found)])
 
     arguments: dict[str, dict[str, Any]] = {}
+    seen = Fingerprint()
     if calibrate is not None and not dry_run:
         from .calibrate import calibration_arguments
 
-        arguments, missed = calibration_arguments(model, [x for x, p in chosen if p.calibrates], calibrate, forward)
+        arguments, missed = calibration_arguments(
+            model, [x for x, p in chosen if p.calibrates], seen.reading(calibrate), forward
+        )
         notes += missed
+        if loaded and loaded.calibration not in (None, seen.value):
+            raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
+                             "pass the same ones, or plan again")  # fmt: skip
+    calibration = seen.value if arguments else None
+    return _carry_out(context, found, attending, chosen, skipped, notes, arguments, calibration, keep, dry_run)
+
+
+def swap_planned(
+    model: nn.Module, plan: Plan, arguments: Mapping[str, Mapping[str, Any]], keep: str | bool = "auto"
+) -> Report:
+    """`swap(model, plan=plan)` where the calibration is done: `arguments` has, for each calibrated layer, those of its
+    module's `from_torch`. Without the warnings.
+    """
+    context, found = Context(model), attention_like(model)
+    attending, unattended = decide(context, found, "auto", plan.attention)
+    context.attention.update(id(leaf.module) for leaf in attending)
+    chosen, skipped = _decide(context, linear_like(model), None, plan, plan.calibrated)
+    arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf, p in chosen if p.calibrates}
+    return _carry_out(
+        context, found, attending, chosen, skipped + unattended, [], arguments, plan.calibration, keep, False
+    )
+
+
+def _carry_out(
+    context: Context,
+    found: list[Leaf],
+    attending: list[Leaf],
+    chosen: list[tuple[Leaf, Precision]],
+    skipped: list[Skipped],
+    notes: list[str],
+    arguments: Mapping[str, Mapping[str, Any]],
+    calibration: str | None,
+    keep: str | bool,
+    dry_run: bool,
+) -> Report:
+    """Builds the replacements, says what is to be said, and puts them in place."""
+    model = context.model
     if dry_run:
-        replacements = [_empty(leaf, preset, calibrated) for leaf, preset in chosen]
+        replacements = [_empty(leaf, preset) for leaf, preset in chosen]
     else:
-        replacements = [_build(leaf, preset, arguments.get(leaf.fqn, {})) for leaf, preset in chosen]
+        replacements = [build(leaf, preset, arguments.get(leaf.fqn, {})) for leaf, preset in chosen]
     change = AttentionSwap(model, found, attending)
     report = Report(
         [_swapped(leaf, preset, new) for (leaf, preset), new in zip(chosen, replacements)],
@@ -107,17 +150,17 @@ def swap(
         skipped,
         notes,
         _weight_bytes(model, chosen, replacements, keep),
-        _plan(model, chosen, attending, calibrated),
+        planned(model, chosen, [leaf.fqn for leaf in attending], calibration),
         dry_run,
     )
     for note in notes:  # before the model is touched: a filter may turn them into errors
-        warnings.warn(f"swap: {note}", stacklevel=2)
+        warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
         report.attach(model, _install(model, [leaf for leaf, _ in chosen], replacements, change, keep))
     return report
 
 
-def _refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
+def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
                          "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
@@ -133,7 +176,7 @@ def _refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
 def _decide(
     context: Context, leaves: list[Leaf], precision: str | None, plan: Plan | None, calibrated: bool
 ) -> tuple[list[tuple[Leaf, Precision]], list[Skipped]]:
-    """For each leaf, the precision it gets or the reason it stays."""
+    """For each leaf, the precision it gets, which `calibrates` where this leaf is to be calibrated, or the reason it stays."""
     name = type(context.model).__name__
     if plan is not None:
         plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
@@ -141,9 +184,14 @@ def _decide(
             if plan.calibrated:
                 raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint")
             raise ValueError("the plan was made without calibration: drop calibrate=, or plan again")
-        presets = {layer.fqn: find_precision(layer.precision, layer.version) for layer in plan.layers}
+        presets = {
+            layer.fqn: replace(find_precision(layer.precision, layer.version), calibrates=layer.calibrated)
+            for layer in plan.layers
+        }
     else:
         preset = find_precision(precision) if precision is not None else None
+        if preset is not None and not calibrated:
+            preset = replace(preset, calibrates=False)
         presets = {leaf.fqn: preset for leaf in leaves if preset is not None}
     if calibrated and not any(p.calibrates for p in presets.values()):
         raise ValueError(f'{precision or "this plan"} takes no calibration: drop calibrate=, or use precision="int8"')
@@ -197,7 +245,7 @@ def _warnings(
     return notes
 
 
-def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.Module:
+def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.Module:
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its
     precision.
     """
@@ -213,10 +261,10 @@ def _build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn
     return new.train(leaf.module.training)
 
 
-def _empty(leaf: Leaf, precision: Precision, calibrated: bool) -> nn.Module:
+def _empty(leaf: Leaf, precision: Precision) -> nn.Module:
     """A replacement without values, for its size."""
     options = dict(precision.options)
-    if calibrated and precision.calibrates:
+    if precision.calibrates:
         options["channel_scale"] = True
     dtype, bias = linear_weight(leaf.module).dtype, leaf.has_bias
     return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
@@ -249,7 +297,7 @@ def _kept_on(original: nn.Module, keep: str | bool) -> str | None:
     return None if keep is False else device if keep == "device" or (keep == "auto" and device == "cpu") else "cpu"
 
 
-def _bytes(modules: Iterable[nn.Module]) -> int:
+def tensor_bytes(modules: Iterable[nn.Module]) -> int:
     """Of the storages of parameters and buffers, each counted once."""
     sizes: dict[Any, int] = {}
     for module in modules:
@@ -267,24 +315,26 @@ def _weight_bytes(
     model: nn.Module, chosen: list[tuple[Leaf, Precision]], replacements: list[nn.Module], keep: str | bool
 ) -> WeightBytes:
     gone = {id(leaf.module) for leaf, _ in chosen}
-    before, new = _bytes(model.modules()), _bytes(replacements)
-    after = _bytes(m for m in model.modules() if id(m) not in gone) + new
+    before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
+    after = tensor_bytes(m for m in model.modules() if id(m) not in gone) + new
     on = {_kept_on(leaf.module, keep) for leaf, _ in chosen} - {None}
-    kept = _bytes(leaf.module for leaf, _ in chosen) if on else 0
+    kept = tensor_bytes(leaf.module for leaf, _ in chosen) if on else 0
     return WeightBytes(before, after, kept, ", ".join(sorted(map(str, on))) or None, before + new)
 
 
 def _swapped(leaf: Leaf, precision: Precision, new: nn.Module) -> Swapped:
     return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
-                   _bytes([leaf.module]), _bytes([new]))  # fmt: skip
+                   tensor_bytes([leaf.module]), tensor_bytes([new]))  # fmt: skip
 
 
-def _plan(model: nn.Module, chosen: list[tuple[Leaf, Precision]], attending: list[Leaf], calibrated: bool) -> Plan:
+def planned(
+    model: nn.Module, chosen: Iterable[tuple[Leaf, Precision]], attention: Iterable[str], calibration: str | None
+) -> Plan:
+    """The plan of a choice; a precision `calibrates` where the layer is calibrated."""
     from .. import __version__
 
     layers = (
-        PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version)
+        PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version, p.calibrates)
         for leaf, p in chosen
     )
-    attention = tuple(leaf.fqn for leaf in attending)
-    return Plan(type(model).__name__, tuple(layers), attention, calibrated, __version__)
+    return Plan(type(model).__name__, tuple(layers), tuple(attention), calibration, __version__)

@@ -1,0 +1,93 @@
+"""Chooses one option for each layer: the least cost under a budget of error, as an integer program solved with a known gap.
+
+    minimise  sum_l cost[l, o_l]   subject to   sum_l error[l, o_l] <= budget          (multiple-choice knapsack)
+
+Costs are put on a grid, rounded down, and a dynamic program over the grid finds, for every total on it, the choice of least
+error: `fronts` of it is the whole frontier, for every budget at once. A choice's true cost is at least its cost on the grid,
+so the least total on the grid that holds a budget is a lower bound on what any choice can cost: the difference is the gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: Steps of the grid in all, and for each layer where there are many: rounding down moves a total by less than a step a layer.
+GRID, STEPS = 1 << 16, 256
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a layer may become: its cost (milliseconds or bytes) and what it adds to the error of the output."""
+
+    cost: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option for every layer, by index; what they add up to; how far the cost may be from the least, at most."""
+
+    options: tuple[int, ...]
+    cost: float
+    error: float
+    gap: float
+
+
+class Frontier:
+    """The choices that are worth having, from the least error to the least cost: `errors` rise and `bounds`, the least that any
+    choice with no more error can cost, fall. `choice(i)` is the one that reaches errors[i].
+
+    Args:
+        layers: the options of each layer, at least one; costs and errors are not negative.
+
+    Raises:
+        ValueError: a layer without options, or a cost or error that is negative or not finite.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Option]]) -> None:
+        for n, options in enumerate(layers):
+            if not options:
+                raise ValueError(f"layer {n} has no option: give it at least the one to stay as it is")
+            if not all(0 <= v < float("inf") for o in options for v in (o.cost, o.error)):
+                raise ValueError(f"layer {n} has a cost or an error that is negative or not finite: leave that out")
+        # What the cheapest option of each layer costs is spent anyway: the grid holds what is beyond it.
+        least = [min(o.cost for o in options) for options in layers]
+        beyond = [[o.cost - low for o in options] for options, low in zip(layers, least)]
+        step = sum(map(max, beyond)) / max(GRID, STEPS * len(layers)) or 1.0
+        self._layers = layers
+        self._units = [[int(c / step) for c in costs] for costs in beyond]
+        self._taken: list[torch.Tensor] = []
+        size = sum(map(max, self._units)) + 1
+        totals = torch.full((size,), float("inf"), dtype=torch.float64)  # least error at exactly this total on the grid
+        totals[0] = 0
+        for options, units in zip(layers, self._units):
+            ways = torch.full((len(options), size), float("inf"), dtype=torch.float64)
+            for way, option, n in zip(ways, options, units):
+                way[n:] = totals[: size - n] + option.error
+            totals, chosen = ways.min(0)
+            self._taken.append(chosen.to(torch.int16))
+        self._at: list[int] = []
+        self.errors: list[float] = []
+        for at, error in enumerate(totals.tolist()):
+            if error < (self.errors[-1] if self.errors else float("inf")):
+                self._at.append(at)
+                self.errors.append(error)
+        for values in (self._at, self.errors):
+            values.reverse()
+        self.bounds = [sum(least) + at * step for at in self._at]
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def choice(self, i: int) -> Choice:
+        """Read back from the last layer to the first."""
+        at, picked = self._at[i], []
+        for units, taken in zip(reversed(self._units), reversed(self._taken)):
+            picked.append(int(taken[at]))
+            at -= units[picked[-1]]
+        picked.reverse()
+        cost = sum(layer[o].cost for layer, o in zip(self._layers, picked))
+        return Choice(tuple(picked), cost, self.errors[i], max(cost - self.bounds[i], 0.0))

@@ -1,0 +1,101 @@
+"""How the error of an output is measured and bounded, and in which form errors of single layers add up to that of a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batches import padding_mask
+
+#: metric(output, reference, batch): how much worse the output is, 0 where it is the reference
+Metric = Callable[[Tensor, Tensor, Any], float]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One of: the lowest cosine over samples, the largest relative L2 error over batches, the largest value of a metric.
+
+    Errors that layers bring are small and independent of each other, so their squares add up at the output: 1 - cosine, which
+    is half of the squared error across the output, and the squared relative error. Those are `additive`; `budget` and `judge`
+    are in the same units but for a metric, whose own are unknown.
+    """
+
+    kind: str  #: min_cosine, max_error or metric
+    bound: float
+    metric: Metric | None = None
+
+    @staticmethod
+    def of(
+        max_error: float | None, min_cosine: float | None, metric: Metric | None, tolerance: float | None
+    ) -> Criterion:
+        given = {"max_error": max_error, "min_cosine": min_cosine, "metric": metric}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1 or (metric is None) != (tolerance is None):
+            raise ValueError("plan takes exactly one criterion, max_error=, min_cosine=, or metric= with tolerance=, and got "
+                             f"{', '.join([*named, *(['tolerance'] if tolerance is not None else [])]) or 'none'}: pass one, "
+                             "e.g. min_cosine=0.9995")  # fmt: skip
+        bound = next(v for v in (max_error, min_cosine, tolerance) if v is not None)
+        low, high = (-1, 1) if min_cosine is not None else (0, math.inf)
+        if (
+            isinstance(bound, bool)
+            or not isinstance(bound, int | float)
+            or not low <= bound <= high
+            or bound == math.inf
+        ):
+            name = "tolerance" if metric is not None else named[0]
+            raise ValueError(
+                f"{name} must be {'between -1 and 1' if high == 1 else 'a finite number, 0 or more'}, not {bound!r}"
+            )
+        if metric is not None and not callable(metric):
+            raise TypeError(
+                f"metric must be callable as metric(output, reference, batch), not a {type(metric).__name__}"
+            )
+        return Criterion(named[0], float(bound), metric)
+
+    @property
+    def budget(self) -> float:
+        return {"min_cosine": 1 - self.bound, "max_error": self.bound**2, "metric": self.bound}[self.kind]
+
+    def additive(self, got: Tensor, expected: Tensor, batch: Any) -> Tensor:
+        """fp64 on the host: for min_cosine 1 - cosine of every sample, else the batch's squared relative error [1]."""
+        mask = padding_mask(batch, expected.shape[:-1])
+        got, expected = samples(got, mask).double(), samples(expected.to(got.device), mask).double()
+        if self.kind == "min_cosine":
+            return 1 - cosines(got, expected).cpu()
+        error, norm = (got - expected).square().sum(), expected.square().sum()
+        return (error / norm if error != 0 else error).reshape(1).cpu()  # 0 / 0 is no error
+
+    def judge(self, got: Tensor, expected: Tensor, batch: Any) -> float:
+        """The worst of one batch: what must not pass `budget`."""
+        if self.metric is not None:
+            return float(self.metric(got, expected.to(got.device), batch))
+        errors = self.additive(got, expected, batch)
+        return errors.max().item() if errors.numel() else 0.0
+
+    def shown(self, worst: float) -> float:
+        """What `judge` found in the units of `bound`."""
+        return {"min_cosine": 1 - worst, "max_error": math.sqrt(max(worst, 0.0)), "metric": worst}[self.kind]
+
+    def __str__(self) -> str:
+        return {"min_cosine": "lowest cosine >= ", "max_error": "relative error <= ", "metric": "metric <= "}[
+            self.kind
+        ] + f"{self.bound:g}"
+
+
+def samples(t: Tensor, mask: Tensor | None) -> Tensor:
+    """[samples, n]: the first dimension counts samples; what is padding is zero on both sides and so adds nothing."""
+    if mask is not None:
+        t = torch.where(mask.to(t.device).unsqueeze(-1), t, 0)
+    return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
+
+
+def cosines(got: Tensor, expected: Tensor) -> Tensor:
+    """Of the rows of two fp64 [samples, n]: 1 where both are zero, 0 where one is."""
+    norms = got.square().sum(1), expected.square().sum(1)
+    cosine = (got * expected).sum(1) / (norms[0] * norms[1]).sqrt().clamp_min(1e-300)
+    return torch.where((norms[0] == 0) & (norms[1] == 0), 1.0, cosine)

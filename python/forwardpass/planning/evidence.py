@@ -1,0 +1,92 @@
+"""What `fp.plan` measured, as JSON keeps it beside a plan, and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..swap.report import table
+from .choose import Frontier
+from .measure import Candidate, Layer
+
+#: Points of the frontier that are kept.
+POINTS = 200
+
+
+def row(layer: Layer, choice: str | None, target: str) -> dict[str, Any]:
+    """A layer, its candidates, its choice and why."""
+    return {
+        "fqn": layer.leaf.fqn,
+        "in_features": layer.leaf.in_features,
+        "out_features": layer.leaf.out_features,
+        "calls": [list(shape) for shape in layer.calls],
+        "before": {"ms": layer.ms.to_json() if layer.ms else None, "bytes": layer.bytes},
+        "candidates": {name: candidate(c) for name, c in layer.candidates.items()},
+        "choice": choice,
+        "reason": reason(layer, choice, target),
+    }
+
+
+def candidate(c: Candidate) -> dict[str, Any]:
+    """`output`: mean and worst of the samples (or batches), as the criterion adds them up."""
+    return {
+        "refused": {"code": c.refused.code, "text": c.refused.text} if c.refused else None,
+        "ms": c.ms.to_json() if c.ms else None,
+        "bytes": c.bytes,
+        "error": c.error,
+        "quantisation": c.quantisation,
+        "kernel": c.kernel,
+        "output": {"mean": c.output_mean, "worst": max(c.output)} if c.output else None,
+    }
+
+
+def reason(layer: Layer, choice: str | None, target: str) -> str:
+    if choice is not None:
+        c = layer.candidates[choice]
+        if target == "memory":
+            return f"{c.bytes} bytes, {layer.bytes} as it is"
+        assert c.ms and layer.ms
+        return f"{layer.ms.low / c.ms.low:.2f} times as fast: {c.ms.low:.3g} ms, {layer.ms.low:.3g} as it is"
+    if any(c.refused is None for c in layer.candidates.values()):
+        return "left alone: the error that a swap brings here buys more elsewhere, or passes the budget"
+    timed = [f"{name} {c.ms.low:.3g} ms" for name, c in layer.candidates.items() if c.ms]
+    if timed and layer.ms and target == "latency":
+        return f"left alone: no candidate is faster than {layer.ms.low:.3g} ms ({', '.join(timed)})"
+    refusals = dict.fromkeys(str(c.refused) for c in layer.candidates.values())
+    return f"left alone: {'; '.join(refusals)}"
+
+
+def thinned(front: Frontier) -> list[list[float]]:
+    """[least cost, predicted error], from the least error on."""
+    every = max(1, len(front) // POINTS)
+    return [[front.bounds[i], front.errors[i]] for i in sorted({*range(0, len(front), every), len(front) - 1})]
+
+
+def describe(evidence: Mapping[str, Any]) -> str:
+    """The table: of each layer the time and error of every candidate (relative error of the layer, mean error of the output),
+    the choice, and why.
+    """
+    names = evidence["candidates"]
+    rows: list[tuple[str, ...]] = [("layer", "as it is", *names, "choice", "why")]
+    for x in evidence["layers"]:
+        cells = [_cell(x["candidates"][name]) for name in names]
+        before = f"{x['before']['ms']['low']:.3g} ms" if x["before"]["ms"] else "-"
+        rows.append((x["fqn"], before, *cells, x["choice"] or "-", x["reason"]))
+    predicted = evidence["predicted"]
+    unit = "ms" if evidence["target"] == "latency" else "bytes"
+    lines = [
+        evidence["result"],
+        f"layers: {predicted['before']:.4g} {unit} before, {predicted['after']:.4g} planned, within {predicted['gap']:.2g} of the "
+        f"least for an error of {predicted['error']:.2e}; {len(evidence['attempts'])} plans verified; "
+        f"{evidence['seconds']:.0f} s in all",
+        "",
+        *table(rows, right=tuple(range(1, 2 + len(names)))),
+    ]
+    return "\n".join(lines)
+
+
+def _cell(c: Mapping[str, Any]) -> str:
+    if c["ms"] is None:
+        return "-"
+    error = f" {c['error']:.1e}" if c["error"] is not None else ""
+    return f"{c['ms']['low']:.3g} ms{error}" + (f" {c['output']['mean']:.1e}" if c["output"] else "")

@@ -1,0 +1,334 @@
+"""What every candidate costs and brings on every layer of a model: its time, its bytes, its error, its effect on the output.
+
+One layer is replaced at a time, and put back before the next.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import Reason, only_reference_on
+from ..batches import Fingerprint, Forward, Output, evaluating, main_output, run
+from ..comparison import Track
+from ..nn.layer import linear_weight
+from ..swap import originals
+from ..swap.calibrate import calibration_arguments
+from ..swap.files import read_json, write_json
+from ..swap.plan import Plan
+from ..swap.precision import Precision, find_precision
+from ..swap.rules import Context, why_skip
+from ..swap.swapping import build, planned, swap_planned, tensor_bytes
+from ..swap.walker import Leaf
+from ..timing import Timing, interleave
+from .criterion import Criterion
+from .parity import LayerParity, compared
+
+CALIBRATED = "+calibrated"
+#: Effects on the output are measured on batches that hold at least this many samples together.
+SAMPLES = 32
+#: Calibration statistics of so many bytes are held at once; a model that has more is calibrated in several passes.
+STATISTICS_BYTES = 1 << 30
+ROUNDS, WARMUP = 15, 3
+PARTIAL = "forwardpass.plan.partial/1"
+#: arguments of `from_torch` of calibrated layers, by layer
+Arguments = Mapping[str, Mapping[str, Any]]
+
+
+def find_candidate(name: str) -> Precision:
+    """A preset, which `calibrates` where the name ends in +calibrated. ValueError, in one sentence, where there is none."""
+    base = find_precision(name.removesuffix(CALIBRATED))
+    if name.endswith(CALIBRATED) and not base.calibrates:
+        raise ValueError(f"{base.name} takes no calibration: use {base.name!r}, or int8{CALIBRATED}")
+    return replace(base, calibrates=name.endswith(CALIBRATED))
+
+
+@dataclass
+class Candidate:
+    """One candidate on one layer. Errors are relative L2; `refused` says why it cannot be, or is no gain."""
+
+    refused: Reason | None = None
+    ms: Timing | None = None
+    bytes: int = 0
+    error: float | None = None  #: at the layer's output, on its real input
+    quantisation: float | None = None  #: of it, by the operands' rounding
+    kernel: float | None = None  #: of it, by the product
+    output: list[float] | None = None  #: `Criterion.additive` of the model's output, of every sample or batch
+
+    @property
+    def output_mean(self) -> float:
+        return sum(self.output) / len(self.output) if self.output else 0.0
+
+
+@dataclass
+class Layer:
+    """A layer as it is, and what it may become; `calls`: the shapes of its inputs in one pass over the timed batches."""
+
+    leaf: Leaf
+    calls: tuple[tuple[int, ...], ...]
+    bytes: int
+    candidates: dict[str, Candidate]
+    ms: Timing | None = None
+
+    def open(self) -> list[str]:
+        """The candidates that are not refused."""
+        return [name for name, c in self.candidates.items() if c.refused is None]
+
+
+@dataclass
+class Subject:
+    """A model, how batches go through it, and what it gives when nothing is replaced."""
+
+    model: nn.Module
+    criterion: Criterion
+    forward: Forward | None
+    output: Output | None
+
+    def outputs(self, batches: Iterable[Any]) -> Iterator[Tensor]:
+        """What is compared, batch by batch."""
+        for batch in batches:
+            with evaluating(
+                self.model
+            ):  # left before what is done with the output: the model may be restored meanwhile
+                y = (self.output or main_output)(run(self.model, batch, self.forward))
+            yield y
+
+    def reference(self, batches: list[Any], track: Track) -> list[Tensor]:
+        """The model's own outputs, on the host. RuntimeError or ValueError, in one sentence, where a batch fails."""
+        done, kept = track("running the model as it is", len(batches)), []
+        for i in range(len(batches)):
+            try:
+                y = next(iter(self.outputs(batches[i : i + 1])))
+            except Exception as e:
+                raise RuntimeError(f"the model fails on batch {i} as it is, before any layer is replaced "
+                                   f"({type(e).__name__}: {' '.join(str(e).split())[:200]}): repair or leave out that batch"
+                                   ) from e  # fmt: skip
+            if not y.isfinite().all():
+                raise ValueError(f"the model's output of batch {i} holds NaN or infinity before any layer is replaced, so no "
+                                 "error can be measured: repair or leave out that batch")  # fmt: skip
+            kept.append(y.cpu())
+            done()
+        return kept
+
+    def swapped(self, plan: Plan, arguments: Arguments, keep: str = "auto") -> AbstractContextManager[object]:
+        """Within it the model runs a plan."""
+        return swap_planned(self.model, plan, arguments, keep)
+
+
+def shapes_of_calls(subject: Subject, leaves: list[Leaf], batches: list[Any]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The shapes that each layer is called with in one pass over the batches."""
+    calls: dict[str, list[tuple[int, ...]]] = {leaf.fqn: [] for leaf in leaves}
+    with ExitStack() as stack:
+        for leaf in leaves:
+
+            def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = leaf.fqn) -> None:
+                calls[fqn].append(tuple((args[0] if args else next(iter(kwargs.values()))).shape))
+
+            stack.callback(leaf.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for _ in subject.outputs(batches):
+            pass
+    return {fqn: tuple(found) for fqn, found in calls.items()}
+
+
+def calibrated_arguments(
+    subject: Subject, layers: list[Layer], candidates: Mapping[str, Precision], batches: list[Any], track: Track
+) -> Arguments:
+    """Arguments of `from_torch` for every layer that a calibrated candidate may replace, in passes that hold no more than
+    STATISTICS_BYTES. Where calibration does not reach a layer, that candidate is refused.
+    """
+    names = [name for name, p in candidates.items() if p.calibrates]
+    passes: list[list[Leaf]] = []
+    held = STATISTICS_BYTES
+    for layer in layers:
+        if not any(layer.candidates[name].refused is None for name in names):
+            continue
+        size = 4 * layer.leaf.in_features**2
+        if held + size > STATISTICS_BYTES:
+            passes.append([])
+            held = 0
+        passes[-1].append(layer.leaf)
+        held += size
+    arguments: dict[str, dict[str, Any]] = {}
+    if passes:
+        done = track("calibrating", len(passes))
+    for leaves in passes:
+        arguments |= calibration_arguments(subject.model, leaves, batches, subject.forward)[0]
+        done()
+    for layer in layers:
+        for name in names:
+            if layer.candidates[name].refused is None and layer.leaf.fqn not in arguments:
+                layer.candidates[name].refused = Reason(
+                    "not_calibrated", "calibration does not reach it, or meets NaN", ""
+                )
+    return arguments
+
+
+def eligible(leaf: Leaf, context: Context, candidate: Precision) -> Reason | None:
+    """Why a candidate is not tried on a layer. Small layers are tried: whether they gain is measured here."""
+    reason = why_skip(leaf, context, candidate, defaults=True)
+    if reason and reason.code == "too_small":
+        reason = why_skip(leaf, context, candidate, defaults=False)
+    weight = linear_weight(leaf.module) if reason is None else None
+    operation = candidate.module.operation
+    if weight is not None and operation and only_reference_on(operation, weight.device, weight.dtype):
+        return Reason("reference", f"{operation} has no kernel for {str(weight.dtype).removeprefix('torch.')} on "
+                      f"{weight.device}, and its reference is slower than what it replaces", "")  # fmt: skip
+    return reason
+
+
+@contextmanager
+def annotated(text: str) -> Iterator[None]:
+    """Errors and interrupts say what was being done."""
+    try:
+        yield
+    except BaseException as e:
+        if hasattr(e, "add_note"):
+            e.add_note(text)
+        raise
+
+
+class Measurer:
+    """Measures layers in turn and keeps what it has in `resume`, a file, where one is given.
+
+    Args:
+        candidates: by name; arguments: of calibrated layers, by layer; references: the outputs of `batches` as the model is.
+
+    Raises:
+        ValueError: `resume` is a file of another model, other batches, candidates, or another machine.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        candidates: Mapping[str, Precision],
+        arguments: Arguments,
+        batches: list[Any],
+        references: list[Tensor],
+        resume: str | os.PathLike[str] | None,
+        identity: str | None,
+    ):
+        self.subject, self.candidates, self.arguments = subject, candidates, arguments
+        self.batches, self.references = batches, references
+        self.resume = pathlib.Path(resume) if resume is not None else None
+        self.known: dict[str, Any] = {"schema": PARTIAL, "identity": identity, "times": {}, "errors": {}}
+        if self.resume is not None:
+            if identity is None:
+                raise ValueError("resume= takes batches of tensors, mappings, lists and numbers, which can be told from others, "
+                                 "and these hold something else: drop resume=")  # fmt: skip
+            if self.resume.exists():
+                found = read_json(self.resume, "file of a plan's measurements", "remove it to measure anew")
+                if {k: found.get(k) for k in ("schema", "identity")} != {"schema": PARTIAL, "identity": identity}:
+                    raise ValueError(f"{self.resume} holds measurements of another model, other batches or candidates, or of "
+                                     "another machine: remove it to measure anew, or give another file")  # fmt: skip
+                self.known = found
+
+    def _keep(self) -> None:
+        if self.resume is not None:
+            write_json(self.resume, self.known)
+
+    def time(self, layers: list[Layer], track: Track) -> None:
+        """Fills in times and bytes: one timing for all layers of one form that are called alike."""
+        groups: dict[str, list[Layer]] = {}
+        for layer in layers:
+            if layer.open():
+                leaf, weight = layer.leaf, linear_weight(layer.leaf.module)
+                form = (leaf.out_features, leaf.in_features, leaf.has_bias, str(weight.dtype), str(weight.device))
+                groups.setdefault(repr((form, layer.calls, layer.open())), []).append(layer)
+        done = track("timing layers", len(groups))
+        for key, group in groups.items():
+            if key not in self.known["times"]:
+                with annotated(f"while timing {group[0].leaf.fqn}; the model is as it was"):
+                    self.known["times"][key] = self._time(group[0])
+                self._keep()
+            for layer in group:
+                found = self.known["times"][key]
+                layer.ms = Timing(**found["before"]["ms"])
+                for name in layer.open():
+                    c = layer.candidates[name]
+                    c.ms, c.bytes = Timing(**found[name]["ms"]), found[name]["bytes"]
+            done()
+
+    def _time(self, layer: Layer) -> dict[str, Any]:
+        weight = linear_weight(layer.leaf.module)
+        modules = {"before": layer.leaf.module} | {name: self._built(layer.leaf, name) for name in layer.open()}
+        inputs = [torch.randn(shape, dtype=weight.dtype, device=weight.device) for shape in layer.calls]
+
+        def call(module: nn.Module) -> Callable[[], object]:
+            return lambda: [module(x) for x in inputs]
+
+        with torch.inference_mode():
+            timings = interleave({n: call(m) for n, m in modules.items()}, weight.device, rounds=ROUNDS, warmup=WARMUP)
+        return {n: {"ms": timings[n].to_json(), "bytes": tensor_bytes([m])} for n, m in modules.items()}
+
+    def _built(self, leaf: Leaf, name: str) -> nn.Module:
+        candidate = self.candidates[name]
+        return build(leaf, candidate, self.arguments.get(leaf.fqn, {}) if candidate.calibrates else {}).eval()
+
+    def errors(self, layers: list[Layer], track: Track) -> None:
+        """Fills in the errors, one forward pass of the model over the batches for each layer and candidate."""
+        todo = [(layer, name) for layer in layers for name in layer.open()]
+        done = track("measuring errors", len(todo))
+        for n, (layer, name) in enumerate(todo):
+            known = self.known["errors"].setdefault(layer.leaf.fqn, {})
+            if name not in known:
+                kept = f"; {n} of {len(todo)} errors are in {self.resume}" if self.resume is not None else ""
+                with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{kept}"):
+                    known[name] = self._error(layer, name)
+                self._keep()
+            c = layer.candidates[name]
+            for field, value in known[name].items():
+                setattr(c, field, value)
+            if c.output is None:
+                c.refused = Reason("not_finite", "with it the model's output holds NaN or infinity", "")
+            done()
+
+    def _error(self, layer: Layer, name: str) -> dict[str, Any]:
+        leaf = layer.leaf
+        plan = planned(self.subject.model, [(leaf, self.candidates[name])], (), None)
+        local, found = LayerParity(leaf.fqn, name), []
+        with self.subject.swapped(plan, self.arguments):
+            replacement = originals.quantised_layers(self.subject.model)[leaf.fqn]
+            for i, (batch, expected) in enumerate(zip(self.batches, self.references)):
+                watched = compared({leaf.fqn: replacement}, {leaf.fqn: leaf.module}, {leaf.fqn: local}, batch)
+                with nullcontext() if i else watched:  # its exact product is in fp64: one batch has rows enough
+                    got = next(iter(self.subject.outputs([batch])))
+                found.append(self.subject.criterion.additive(got, expected, batch))
+        output = torch.cat(found)
+        return {
+            "error": local.total.to_json()["relative_error"],
+            "quantisation": local.quantisation.to_json()["relative_error"],
+            "kernel": local.kernel.to_json()["relative_error"],
+            "output": output.clamp_min(0).tolist() if output.isfinite().all() else None,
+        }
+
+
+def spread(batches: list[Any], references: list[Tensor]) -> list[int]:
+    """Batches, spread over all of them, that hold SAMPLES samples together: more where one batch holds fewer."""
+    size = max(sum(len(r) if r.dim() > 1 else 1 for r in references) / len(references), 1)
+    count = min(len(batches), max(1, round(SAMPLES / size)))
+    return [(2 * i + 1) * len(batches) // (2 * count) for i in range(count)]
+
+
+def identity(
+    model: nn.Module,
+    leaves: list[Leaf],
+    candidates: Mapping[str, Precision],
+    criterion: Criterion,
+    device: Mapping[str, Any],
+    *batches: list[Any],
+) -> str | None:
+    """What measurements are of; of every weight a few thousand elements speak for all."""
+    seen = Fingerprint()
+    for leaf in leaves:
+        weight = linear_weight(leaf.module)
+        flat = weight.reshape(-1) if weight.is_contiguous() else weight.t().reshape(-1)
+        seen.add([leaf.fqn, list(weight.shape), flat[:: max(1, flat.numel() // 4096)]])
+    seen.add([type(model).__name__, [(n, p.name, p.version, p.calibrates) for n, p in candidates.items()]])
+    return seen.add([criterion.kind, torch.__version__, dict(device), *batches]).value

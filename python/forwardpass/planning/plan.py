@@ -1,0 +1,351 @@
+"""`fp.plan`: for each layer the fastest precision that is measured to be safe and measured to be faster."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .. import environment
+from ..backend import Reason
+from ..batches import Fingerprint, Forward, Output, evaluating, run
+from ..comparison import Track
+from ..swap import originals
+from ..swap.attention import attention_like, check_choice, decide
+from ..swap.patterns import patterns
+from ..swap.plan import Plan
+from ..swap.precision import Precision
+from ..swap.rules import Context
+from ..swap.swapping import planned, refuse_model, tensor_bytes
+from ..swap.walker import linear_like, plain_module
+from ..timing import Timing, interleave, keep_freed_memory
+from . import evidence
+from .choose import Choice, Frontier, Option
+from .criterion import Criterion, Metric
+from .measure import (
+    CALIBRATED,
+    ROUNDS,
+    WARMUP,
+    Arguments,
+    Candidate,
+    Layer,
+    Measurer,
+    Subject,
+    annotated,
+    calibrated_arguments,
+    eligible,
+    find_candidate,
+    identity,
+    shapes_of_calls,
+    spread,
+)
+
+CANDIDATES = ("fp8", "int8", f"int8{CALIBRATED}", "w8a16", "bf16")
+TARGETS = ("latency", "memory")
+#: Whole plans that are run before the best of those that held the budget is taken.
+ATTEMPTS = 10
+#: The search ends where the next plan to be tried could save no more than this share of the layers' cost.
+WORTH = 0.002
+_NEVER_CALLED = Reason("never_called", "no batch of `shapes` reaches it", "")
+
+
+def plan(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    candidates: Iterable[str] | None = None,
+    max_error: float | None = None,
+    min_cosine: float | None = None,
+    metric: Metric | None = None,
+    tolerance: float | None = None,
+    target: str = "latency",
+    shapes: Iterable[Any] | None = None,
+    calibrate: Iterable[Any] | None = None,
+    attention: str | bool = "auto",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    forward: Forward | None = None,
+    output: Output | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Track = lambda what, steps: lambda: None,
+) -> Plan:
+    """Measures what every candidate precision costs and brings on every layer, and plans the fastest model within a budget.
+
+    Every candidate is timed on every form of layer, at the shapes it has in `shapes`, quantisation included; and put into each
+    layer in turn, alone, for the error at that layer and at the model's output. A plan is then the least total time whose
+    predicted error, the sum of the squared errors of its layers, is within the budget; it is run on all of `batches` and
+    tightened, or loosened, until the fastest that holds is found. A swap that is not faster is refused, whatever its error.
+
+    Args:
+        model: not swapped. It is left as it was, after errors and interrupts too; one layer is replaced at a time, and in the
+            end all of the plan's: the originals and their 8- or 16-bit replacements are the most there is at any time.
+        batches: real input to hold the budget on (see `forwardpass.batches`), other than calibrate's. Their outputs are kept on
+            the host. Errors of single layers are measured on some of them, 32 samples or a batch.
+        candidates: of "fp8", "int8", "int8+calibrated", "w8a16", "bf16"; None: all, the calibrated one with calibrate= alone.
+        max_error: the most relative L2 error of the output, worst of the batches; or
+        min_cosine: the least cosine of an output sample with the model's own; or
+        metric, tolerance: metric(output, reference, batch) is at most tolerance in every batch. Exactly one of the three.
+        target: "latency" or "memory": what is made least, and refused where it does not get less.
+        shapes: batches of the shapes to time on; None: the first of `batches`.
+        calibrate: batches for the calibrated candidate, as in `fp.swap`. Replaying the plan takes the same again.
+        attention, include, exclude: as in `fp.swap`. Layers too small for a swap to touch by default are measured here.
+        forward, output: forward(model, batch) and output(result), where the defaults do not fit.
+        resume: a file that measurements are written to as they are made, and read from where it exists: after an interrupt, or
+            for another budget.
+        progress: progress(what, steps) is called as each step begins, and what it returns after each part of it.
+
+    Returns:
+        the plan, with its `evidence`; `print` shows the table. Where nothing holds the budget, or nothing is faster, it has no
+        layers and says why: the model as it is.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: what was required, what was given, what to do.
+    """
+    began = time.perf_counter()
+    criterion = Criterion.of(max_error, min_cosine, metric, tolerance)
+    if target not in TARGETS:
+        raise ValueError(f"target is one of {', '.join(TARGETS)}, not {target!r}")
+    model = plain_module("plan", model)
+    check_choice(attention, False)
+    leaves = linear_like(model)
+    refuse_model(model, leaves)
+    given = _listed("batches", batches)
+    timed = given[:1] if shapes is None else _listed("shapes", shapes)
+    calibration = [] if calibrate is None else _listed("calibrate", calibrate)
+    tried = _candidates(candidates, calibrate is not None)
+    context, found = Context(model, patterns("include", include), patterns("exclude", exclude)), attention_like(model)
+    attending, _ = decide(context, found, attention, None)
+    context.attention.update(id(leaf.module) for leaf in attending)
+
+    subject = Subject(model, criterion, forward, output)
+    references = subject.reference(given, progress)
+    calls = shapes_of_calls(subject, leaves, timed)
+    layers = [
+        Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
+            name: Candidate(eligible(leaf, context, p) if calls[leaf.fqn] else _NEVER_CALLED)
+            for name, p in tried.items()
+        })
+        for leaf in leaves
+    ]  # fmt: skip
+    arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
+    device = environment.device(originals.device_of(model))
+    allocator = keep_freed_memory()
+    some = spread(given, references)
+    measurer = Measurer(
+        subject, tried, arguments, [given[i] for i in some], [references[i] for i in some], resume,
+        identity(model, leaves, tried, criterion, device, given, timed, calibration),
+    )  # fmt: skip
+    measurer.time(layers, progress)
+    measurer.errors(layers, progress)
+    for layer in layers:
+        _refuse_costly(layer, target)
+    options = {
+        layer.leaf.fqn: [
+            (None, Option(_cost(layer, target), 0.0)),
+            *((name, Option(_cost(c, target), c.output_mean)) for name, c in layer.candidates.items() if not c.refused),
+        ]
+        for layer in layers
+    }
+    front = Frontier([[option for _, option in mine] for mine in options.values()])
+
+    def chosen(choice: Choice) -> dict[str, str | None]:
+        return {fqn: mine[o][0] for (fqn, mine), o in zip(options.items(), choice.options)}
+
+    def made(choice: Choice) -> Plan:
+        names = chosen(choice)
+        pairs = [(leaf, tried[name]) for leaf in leaves if (name := names[leaf.fqn])]
+        same = Fingerprint().add(calibration).value if any(p.calibrates for _, p in pairs) else None
+        return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], same)
+
+    def verified(choice: Choice) -> float:
+        worst = -math.inf
+        with annotated("while verifying a plan; the model is as it was"), subject.swapped(made(choice), arguments):
+            for batch, got, expected in zip(given, subject.outputs(given), references):
+                error = criterion.judge(got, expected, batch)
+                worst = math.nan if math.isnan(error) or math.isnan(worst) else max(worst, error)
+        return worst
+
+    as_it_is = Choice((0,) * len(layers), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
+    choice, attempts = _search(front, as_it_is, criterion, verified, progress)
+    latency = _latency(subject, made(choice), arguments, timed, progress)
+    slower = target == "latency" and "after" in latency and latency["after"].low >= latency["before"].low
+    if slower:
+        choice = as_it_is
+    result = made(choice)
+    return replace(
+        result,
+        evidence={
+            "versions": environment.versions(),
+            "device": device,
+            "allocator": allocator,
+            "criterion": {"kind": criterion.kind, "bound": criterion.bound},
+            "target": target,
+            "candidates": list(tried),
+            "batches": {"verified": len(given), "measured": len(some), "calibrated": len(calibration)},
+            "result": _result(layers, criterion, attempts, latency, bool(result.layers), slower),
+            "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, chosen(choice).values())],
+            "predicted": {"before": as_it_is.cost, "after": choice.cost, "gap": choice.gap, "error": choice.error},
+            "attempts": attempts,
+            "frontier": evidence.thinned(front),
+            "latency_ms": {name: t.to_json() for name, t in latency.items()},
+            "seconds": time.perf_counter() - began,
+            "measured": ["layers", "attempts", "latency_ms", "seconds"],
+        },
+    )
+
+
+def _listed(name: str, batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} is an iterable of batches, not a {type(batches).__name__}: put a single batch in a list"
+        )
+    listed = list(batches)
+    if not listed:
+        raise ValueError(
+            f"plan was given no batch in {name}: pass a non-empty iterable (a generator that was read before is empty)"
+        )
+    return listed
+
+
+def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, Precision]:
+    if isinstance(names, str):
+        names = [names]
+    wanted = [n for n in CANDIDATES if calibrates or not n.endswith(CALIBRATED)] if names is None else list(names)
+    if not wanted or not all(isinstance(n, str) for n in wanted):
+        raise ValueError(f"candidates names at least one of {', '.join(CANDIDATES)}, and is {names!r}")
+    found = {name: find_candidate(name) for name in wanted}
+    if calibrates != any(p.calibrates for p in found.values()):
+        raise ValueError(f"none of the candidates {', '.join(found)} takes calibration: drop calibrate=, or add int8{CALIBRATED}"
+                         if calibrates else f"a candidate {CALIBRATED} takes batches to calibrate on: pass calibrate=, or leave "
+                         "it out")  # fmt: skip
+    return found
+
+
+def _cost(x: Layer | Candidate, target: str) -> float:
+    """The lower quartile of the time: what else runs on the machine only adds to it."""
+    if target == "memory":
+        return float(x.bytes)
+    return x.ms.low if x.ms else 0.0
+
+
+def _refuse_costly(layer: Layer, target: str) -> None:
+    for c in layer.candidates.values():
+        if c.refused is None and _cost(c, target) >= _cost(layer, target):
+            what = "slower" if target == "latency" else "larger"
+            c.refused = Reason(what, f"it is no gain: {_shown(c, target)}, {_shown(layer, target)} as it is", "")
+
+
+def _shown(x: Layer | Candidate, target: str) -> str:
+    return f"{_cost(x, target):.3g} ms" if target == "latency" else f"{x.bytes} bytes"
+
+
+def _search(
+    front: Frontier, as_it_is: Choice, criterion: Criterion, verified: Callable[[Choice], float], progress: Track
+) -> tuple[Choice, list[dict[str, Any]]]:
+    """The cheapest choice that is verified to hold the budget, and all that were tried.
+
+    The predicted error is a mean over samples and the budget bounds the worst, measured: the ratio of the two, from the last
+    choice that was run, says which to run next.
+    """
+    holds, fails, best = (-1 if any(front.choice(0).options) else 0), len(front), as_it_is
+    ratio = math.nan
+    attempts: list[dict[str, Any]] = []
+    done = progress("verifying plans", ATTEMPTS)
+    while len(attempts) < ATTEMPTS and fails - holds > 1:
+        if attempts and front.bounds[max(holds, 0)] - front.bounds[fails - 1] < WORTH * as_it_is.cost:
+            break
+        i = bisect_right(front.errors, criterion.budget / ratio) - 1 if ratio > 0 else fails - 1
+        if not holds < i < fails:  # this side of what holds, or beyond what fails
+            i = (holds + fails) // 2 if len(attempts) > 1 else min(max(i, holds + 1), fails - 1)
+        choice = front.choice(i)
+        worst = verified(choice)
+        ok = worst <= criterion.budget  # False for NaN
+        attempts.append({
+            "cost": choice.cost,
+            "predicted": choice.error,
+            "value": criterion.shown(worst) if math.isfinite(worst) else None,
+            "holds": ok,
+        })  # fmt: skip
+        if ok:
+            holds, best = i, choice
+        else:
+            fails = i
+        if worst > 0 and choice.error > 0:
+            ratio = worst / choice.error
+        done()
+    return best, attempts
+
+
+def _latency(
+    subject: Subject, plan: Plan, arguments: Arguments, timed: list[Any], progress: Track
+) -> dict[str, Timing]:
+    """The model as it is and under the plan, in turn: `before`, and `after` where the plan has layers."""
+    model, device = subject.model, originals.device_of(subject.model)
+
+    def call() -> None:
+        for batch in timed:
+            run(model, batch, subject.forward)
+
+    done = progress("timing the model", ROUNDS + WARMUP)
+    if not plan.layers:
+        with evaluating(model):
+            return interleave({"before": call}, device, rounds=ROUNDS, warmup=WARMUP, on_round=done)
+    with subject.swapped(plan, arguments, keep="device"), evaluating(model):
+        swapped = originals.find(model)
+        assert swapped is not None
+        in_place = [True]
+
+        def of(after: bool) -> Callable[[], None]:
+            def exchange_and_call() -> None:
+                if in_place[0] is not after:  # once a turn, in the call that is not timed
+                    (swapped.put if after else swapped.undo)(model)
+                    in_place[0] = after
+                call()
+
+            return exchange_and_call
+
+        try:
+            return interleave(
+                {"before": of(False), "after": of(True)}, device, rounds=ROUNDS, warmup=WARMUP, on_round=done
+            )
+        finally:
+            if not in_place[0]:
+                swapped.put(model)
+
+
+def _result(
+    layers: list[Layer],
+    criterion: Criterion,
+    attempts: list[dict[str, Any]],
+    latency: dict[str, Timing],
+    swaps: bool,
+    slower: bool,
+) -> str:
+    """What came out, in a sentence."""
+    if slower:
+        return (f"the model as it is: it takes {latency['after'].low:.3g} ms with the best plan and {latency['before'].low:.3g} "
+                "without, though its layers gain one by one")  # fmt: skip
+    if swaps:
+        value = next(a["value"] for a in reversed(attempts) if a["holds"])
+        gain = latency["before"].low / latency["after"].low
+        return f"{criterion}: {value:.6g} with the whole plan; {gain:.2f} times as fast as the model as it is"
+    least = min(
+        (
+            (c.output_mean, layer.leaf.fqn, name)
+            for layer in layers
+            for name, c in layer.candidates.items()
+            if not c.refused
+        ),
+        default=None,
+    )
+    if least is None:
+        return "the model as it is: no candidate is a gain on any layer"
+    tried = ", ".join(f"{a['value']:.6g}" if a["value"] is not None else "not finite" for a in attempts)
+    return (f"the model as it is: no plan that was tried holds {criterion} (found: {tried}); the least error of any swap that "
+            f"gains is that of {least[1]} in {least[2]}")  # fmt: skip
