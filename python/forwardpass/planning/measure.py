@@ -1,4 +1,4 @@
-"""What every candidate costs and brings on every layer of a model: its time, its bytes, its error, its effect on the output.
+"""What every candidate costs and brings on every layer of a model: its time, its bytes, its error there and at the output.
 
 One layer is replaced at a time, and put back before the next.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import Reason, only_reference_on
-from ..batches import Fingerprint, Forward, Output, evaluating, main_output, run
+from ..batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
 from ..comparison import Track
 from ..nn.layer import linear_weight
-from ..swap import originals
 from ..swap.calibrate import calibration_arguments
 from ..swap.files import read_json, write_json
 from ..swap.plan import Plan
@@ -29,7 +28,7 @@ from ..swap.swapping import build, planned, swap_planned, tensor_bytes
 from ..swap.walker import Leaf
 from ..timing import Timing, interleave
 from .criterion import Criterion
-from .parity import LayerParity, compared
+from .parity import LayerParity
 
 CALIBRATED = "+calibrated"
 #: Effects on the output are measured on batches that hold at least this many samples together.
@@ -217,7 +216,7 @@ class Measurer:
         self.subject, self.candidates, self.arguments = subject, candidates, arguments
         self.batches, self.references = batches, references
         self.resume = pathlib.Path(resume) if resume is not None else None
-        self.known: dict[str, Any] = {"schema": PARTIAL, "identity": identity, "times": {}, "errors": {}}
+        self.known: dict[str, Any] = {"schema": PARTIAL, "identity": identity, "times": {}, "local": None, "output": {}}
         if self.resume is not None:
             if identity is None:
                 raise ValueError("resume= takes batches of tensors, mappings, lists and numbers, which can be told from others, "
@@ -267,46 +266,84 @@ class Measurer:
             timings = interleave({n: call(m) for n, m in modules.items()}, weight.device, rounds=ROUNDS, warmup=WARMUP)
         return {n: {"ms": timings[n].to_json(), "bytes": tensor_bytes([m])} for n, m in modules.items()}
 
-    def _built(self, leaf: Leaf, name: str) -> nn.Module:
+    def _built(self, leaf: Leaf, name: str) -> Any:
         candidate = self.candidates[name]
         return build(leaf, candidate, self.arguments.get(leaf.fqn, {}) if candidate.calibrates else {}).eval()
 
-    def errors(self, layers: list[Layer], track: Track) -> None:
-        """Fills in the errors, one forward pass of the model over the batches for each layer and candidate."""
-        todo = [(layer, name) for layer in layers for name in layer.open()]
-        done = track("measuring errors", len(todo))
-        for n, (layer, name) in enumerate(todo):
-            known = self.known["errors"].setdefault(layer.leaf.fqn, {})
-            if name not in known:
-                kept = f"; {n} of {len(todo)} errors are in {self.resume}" if self.resume is not None else ""
-                with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{kept}"):
-                    known[name] = self._error(layer, name)
-                self._keep()
-            c = layer.candidates[name]
-            for field, value in known[name].items():
-                setattr(c, field, value)
-            if c.output is None:
-                c.refused = Reason("not_finite", "with it the model's output holds NaN or infinity", "")
+    def local_errors(self, layers: list[Layer], track: Track) -> None:
+        """Fills in each candidate's error at its layer, on the input that the layer has in the first of the batches."""
+        found = self.known["local"]
+        if found is None:
+            with annotated("while measuring errors of layers; the model is as it was"):
+                found = self.known["local"] = self._local_errors(layers, track)
+            self._keep()
+        for layer in layers:
+            for name in layer.open():
+                for field, value in found[layer.leaf.fqn][name].items():
+                    setattr(layer.candidates[name], field, value)
+
+    def _local_errors(self, layers: list[Layer], track: Track) -> dict[str, Any]:
+        found = {x.leaf.fqn: {name: LayerParity(x.leaf.fqn, name) for name in x.open()} for x in layers}
+        done = track("measuring errors of layers", len(layers))
+        batch = self.batches[0]  # its rows are enough: exact products are in fp64
+
+        def compare(leaf: Leaf, x: Tensor, expected: Tensor) -> None:
+            mask = padding_mask(batch, x.shape[:-1], leaf.fqn)
+            for name, parity in found[leaf.fqn].items():
+                module = self._built(leaf, name)
+                parity.add(module, x, module(x), expected, mask)
             done()
 
-    def _error(self, layer: Layer, name: str) -> dict[str, Any]:
-        leaf = layer.leaf
-        plan = planned(self.subject.model, [(leaf, self.candidates[name])], (), None)
-        local, found = LayerParity(leaf.fqn, name), []
-        with self.subject.swapped(plan, self.arguments):
-            replacement = originals.quantised_layers(self.subject.model)[leaf.fqn]
-            for i, (batch, expected) in enumerate(zip(self.batches, self.references)):
-                watched = compared({leaf.fqn: replacement}, {leaf.fqn: leaf.module}, {leaf.fqn: local}, batch)
-                with nullcontext() if i else watched:  # its exact product is in fp64: one batch has rows enough
-                    got = next(iter(self.subject.outputs([batch])))
-                found.append(self.subject.criterion.additive(got, expected, batch))
-        output = torch.cat(found)
+        with ExitStack() as stack:
+            for layer in layers:
+
+                def hook(
+                    m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, leaf: Leaf = layer.leaf
+                ) -> None:
+                    compare(leaf, args[0] if args else next(iter(kwargs.values())), y)
+
+                stack.callback(layer.leaf.module.register_forward_hook(hook, with_kwargs=True).remove)
+            for _ in self.subject.outputs([batch]):
+                pass
+        parts = {"error": "total", "quantisation": "quantisation", "kernel": "kernel"}
         return {
-            "error": local.total.to_json()["relative_error"],
-            "quantisation": local.quantisation.to_json()["relative_error"],
-            "kernel": local.kernel.to_json()["relative_error"],
-            "output": output.clamp_min(0).tolist() if output.isfinite().all() else None,
+            fqn: {
+                name: {field: getattr(parity, part).to_json()["relative_error"] for field, part in parts.items()}
+                for name, parity in mine.items()
+            }
+            for fqn, mine in found.items()
         }
+
+    def output_errors(self, layers: list[Layer], track: Track) -> None:
+        """Fills in what each candidate brings at the output: one pass of the model over the batches for each, alone."""
+        todo = [(layer, name) for layer in layers for name in layer.open()]
+        done = track("measuring errors of the output", len(todo))
+        for n, (layer, name) in enumerate(todo):
+            known = self.known["output"].setdefault(layer.leaf.fqn, {})
+            if name not in known:
+                kept = (
+                    f"; {n} of {len(todo)} layers and candidates are in {self.resume}"
+                    if self.resume is not None
+                    else ""
+                )
+                with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{kept}"):
+                    known[name] = self._output_error(layer.leaf, name)
+                self._keep()
+            layer.candidates[name].output = known[name]
+            if known[name] is None:
+                text = "with it the model's output holds NaN or infinity"
+                layer.candidates[name].refused = Reason("not_finite", text, "")
+            done()
+
+    def _output_error(self, leaf: Leaf, name: str) -> list[float] | None:
+        plan = planned(self.subject.model, [(leaf, self.candidates[name])], (), None)
+        with self.subject.swapped(plan, self.arguments):
+            found = [
+                self.subject.criterion.additive(got, expected, batch)
+                for batch, got, expected in zip(self.batches, self.subject.outputs(self.batches), self.references)
+            ]
+        output = torch.cat(found)
+        return output.clamp_min(0).tolist() if output.isfinite().all() else None
 
 
 def spread(batches: list[Any], references: list[Tensor]) -> list[int]:

@@ -74,6 +74,13 @@ class LayerParity:
     quantisation: Comparison = field(default_factory=Comparison)
     kernel: Comparison = field(default_factory=Comparison)
 
+    def add(self, module: QuantizedLinear, x: Tensor, y: Tensor, expected: Tensor, mask: Tensor | None) -> None:
+        """One call: what the layer made of x, and what the original does; rows that the mask leaves out do not count."""
+        y, expected, exact = (_rows(t, mask) for t in (y, expected, module.exact(x)))
+        self.total.add(y, expected)
+        self.quantisation.add(exact, expected)
+        self.kernel.add(y, exact)
+
 
 @dataclass
 class ParityReport:
@@ -146,7 +153,7 @@ def parity(
     select = output or main_output
     for batch in batches:
         with evaluating(model):
-            with compared(layers, pairs, found, batch):
+            with _compared(layers, pairs, found, batch):
                 got = select(run(model, batch, forward))
             if reference is None:
                 with _originals_in_place(model):
@@ -192,7 +199,7 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
 
 
 @contextmanager
-def compared(
+def _compared(
     layers: Mapping[str, QuantizedLinear], pairs: Mapping[str, nn.Module], found: dict[str, LayerParity], batch: Any
 ) -> Iterator[None]:
     """Within it every call of a swapped layer is compared with its original, on the same input."""
@@ -200,12 +207,7 @@ def compared(
     def compare(fqn: str, module: QuantizedLinear, x: Tensor, y: Tensor) -> None:
         with _on_device(pairs[fqn], x.device):
             expected = pairs[fqn](x)
-        exact = module.exact(x)
-        mask = padding_mask(batch, x.shape[:-1], fqn)
-        y, expected, exact = (_rows(t, mask) for t in (y, expected, exact))
-        found[fqn].total.add(y, expected)
-        found[fqn].quantisation.add(exact, expected)
-        found[fqn].kernel.add(y, exact)
+        found[fqn].add(module, x, y, expected, padding_mask(batch, x.shape[:-1], fqn))
 
     with ExitStack() as stack:
         for fqn, module in layers.items():

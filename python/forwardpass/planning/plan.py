@@ -77,10 +77,11 @@ def plan(
 ) -> Plan:
     """Measures what every candidate precision costs and brings on every layer, and plans the fastest model within a budget.
 
-    Every candidate is timed on every form of layer, at the shapes it has in `shapes`, quantisation included; and put into each
-    layer in turn, alone, for the error at that layer and at the model's output. A plan is then the least total time whose
-    predicted error, the sum of the squared errors of its layers, is within the budget; it is run on all of `batches` and
-    tightened, or loosened, until the fastest that holds is found. A swap that is not faster is refused, whatever its error.
+    Every candidate is timed on every form of layer, at the shapes it has in `shapes`, quantisation included, and compared with
+    every layer on its input; one that is not faster is refused, whatever its error. The others are put into their layer, alone,
+    for the error at the model's output. A plan is then the least total time whose predicted error, the sum of the squared errors
+    of its layers, is within the budget; it is run on all of `batches` and tightened, or loosened, until the fastest that holds
+    is found.
 
     Args:
         model: not swapped. It is left as it was, after errors and interrupts too; one layer is replaced at a time, and in the
@@ -142,9 +143,10 @@ def plan(
         identity(model, leaves, tried, criterion, device, given, timed, calibration),
     )  # fmt: skip
     measurer.time(layers, progress)
-    measurer.errors(layers, progress)
+    measurer.local_errors(layers, progress)
     for layer in layers:
         _refuse_costly(layer, target)
+    measurer.output_errors(layers, progress)
     options = {
         layer.leaf.fqn: [
             (None, Option(_cost(layer, target), 0.0)),
