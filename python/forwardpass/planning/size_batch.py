@@ -34,6 +34,8 @@ SCHEMA = "forwardpass.size_batch/1"
 ARRIVALS = 10_000
 #: waits that are tried, as shares of the latency objective
 WAITS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+#: share of the objective that the simulated latency stays below it: a simulation is no measurement
+MARGIN = 0.1
 #: of two sizes in a row one has to raise the rate by this share, or larger ones are not measured
 LEAST_GAIN = 0.03
 MAX_BATCH = 4096
@@ -231,10 +233,11 @@ def size_batch(
 ) -> BatchSizing:
     """The policy, max_batch and max_wait_ms of an `fp.Pipeline`, that holds a latency objective at the least cost.
 
-    Measures times and memory of batches of 1, 2, 4, … on this device, in a pipeline, until a larger one gains less than 3 % or is
-    too slow, too large or refused; simulates a queue before one server for each policy, drawing from the measured times; and
-    adds replicas, each with its share of the requests, until the objective holds. Of the policies that hold it with the fewest
-    replicas it takes the one that computes the least of the time, which is what a request costs on a shared device.
+    Measures times and memory of batches of 1, 2, 4, … on this device, in a pipeline, until larger ones gain less than 3 % or
+    one is too slow, too large or fails; simulates a queue before one server for each policy, drawing from the measured times;
+    and adds replicas, each with its share of the requests, until the objective holds with 10 % to spare. Of the policies that
+    hold it with the fewest replicas it takes the one that computes the least of the time: what a request costs on a device
+    that is shared, or that is paid for by what it draws.
 
     Args:
         model: as `fp.Pipeline` takes it; eval mode while it is measured.
@@ -385,8 +388,12 @@ def _choose(
     service: ServiceTimes, times: Sequence[float], rate: float, slo_ms: float, p: float, price: float | None, seed: int
 ) -> tuple[Candidate | None, list[Candidate], str | None]:
     """The policy, the frontier of those with as many replicas, and why there is no policy."""
-    if (fastest := 1e3 * percentile(service.first[1], p)) > slo_ms:
-        return None, [], f"a batch of 1 on a free server takes {fastest:.1f} ms at this percentile"
+    if (fastest := 1e3 * percentile(service.first[1], p)) > (1 - MARGIN) * slo_ms:
+        return (
+            None,
+            [],
+            f"a batch of 1 on a free server takes {fastest:.1f} ms at this percentile ({MARGIN:.0%} are spare)",
+        )
     largest = max(service.saturation(n) for n in service.sizes)
     replicas = max(1, math.ceil(rate / largest))
     while replicas <= MAX_REPLICAS:
@@ -395,7 +402,7 @@ def _choose(
                  for n in service.sizes for w in (WAITS if n > 1 else WAITS[:1])
                  if service.saturation(n) * replicas > rate]  # fmt: skip
         name = _name(p)
-        if holding := [c for c in found if c.latency_ms[name] <= slo_ms]:
+        if holding := [c for c in found if c.latency_ms[name] <= (1 - MARGIN) * slo_ms]:
             frontier = [c for c in found if not any(
                 d.latency_ms[name] <= c.latency_ms[name] and d.busy <= c.busy
                 and (d.latency_ms[name], d.busy) != (c.latency_ms[name], c.busy) for d in found)]  # fmt: skip
