@@ -9,14 +9,15 @@ from .declined import declined
 from .flash_attention_impl import register_flash_attention_impl
 from .planning.parity import ParityReport, parity
 from .planning.plan import plan
+from .planning.size_batch import BatchSizing, size_batch
 from .sdpa import sdpa
 from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
 
 __version__ = "0.1.0"
 __all__ = [
-    "InterpreterFinding", "ParityReport", "Plan", "Reason", "Report", "Unsupported", "declined", "explain", "interpret",
-    "load_pretrained", "nn", "ops", "parity", "plan", "register_flash_attention_impl", "restore", "save_pretrained", "sdpa", "swap",
-    "use_backend",
+    "BatchSizing", "InterpreterFinding", "ParityReport", "Plan", "Reason", "Report", "Unsupported", "declined", "explain",
+    "interpret", "load_pretrained", "nn", "ops", "parity", "plan", "register_flash_attention_impl", "restore",
+    "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
 ]  # fmt: skip
 
 

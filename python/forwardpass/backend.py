@@ -117,6 +117,22 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.backend = before
 
 
+def choice() -> dict[str, Any]:
+    """What `use_backend` and an interpreter chose in this thread, for `choosing` in another."""
+    return dict(vars(_choice))
+
+
+@contextlib.contextmanager
+def choosing(chosen: dict[str, Any]) -> Iterator[None]:
+    """Within the block this thread has what `choice` found."""
+    before = choice()
+    vars(_choice).update(chosen)
+    try:
+        yield
+    finally:
+        vars(_choice).update(before)
+
+
 def asked_for_by_name() -> bool:
     """Whether `use_backend` names one in this thread: what cannot run there raises."""
     return _choice.backend != "auto"

@@ -9,6 +9,7 @@ has an attention_mask.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,16 +38,22 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inference mode, eval mode, and no compiled code, which would not see hooks; every module's flag is put back."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block every module is in eval mode; each one's flag is put back."""
     flags = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inference mode, eval mode, and no compiled code, which would not see hooks; every module's flag is put back."""
+    with eval_mode(model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def main_output(result: Any) -> Tensor:
@@ -55,7 +62,7 @@ def main_output(result: Any) -> Tensor:
         value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
         if isinstance(value, Tensor):
             return value
-    for value in _tensors(result):
+    for value in tensors(result):
         if value.is_floating_point():
             return value
     raise TypeError(
@@ -63,12 +70,26 @@ def main_output(result: Any) -> Tensor:
     )
 
 
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, Mapping | Sequence) and not isinstance(result, str | bytes):
-        for value in result.values() if isinstance(result, Mapping) else result:
-            yield from _tensors(value)
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor of a batch or result: of mappings the values, of sequences the members."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping | Sequence) and not isinstance(tree, str | bytes):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors(value)
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same tree with `change(tensor)` for each tensor. A mapping that is no dataclass becomes a dict."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        values = {name: map_tensors(value, change) for name, value in tree.items()}
+        return type(tree)(**values) if dataclasses.is_dataclass(tree) else values  # transformers' ModelOutput is both
+    if isinstance(tree, tuple | list):
+        members = [map_tensors(member, change) for member in tree]
+        return type(tree)(*members) if hasattr(tree, "_fields") else type(tree)(members)
+    return tree
 
 
 class Fingerprint:

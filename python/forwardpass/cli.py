@@ -24,7 +24,12 @@ import forwardpass as fp
 
 from . import comparison, embedding, environment
 from .doctor import examine
+from .planning.load import Load
+from .planning.queueing import percentile as percentile_of
+from .planning.queueing import poisson, settled
+from .planning.size_batch import try_policy
 from .swap.precision import PRECISIONS
+from .timing import keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -149,13 +154,8 @@ def swap(
         refuse("pass either --precision or --plan")
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
-    if json not in (None, "-") and not pathlib.Path(json).parent.is_dir():
-        refuse(f"cannot write {json}: its folder does not exist")
-    if device not in (None, "cpu", "cuda"):
-        refuse(f"--device is cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        refuse("torch finds no GPU here: drop --device cuda")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_written(json)
+    where = device_option(device)
     with refusing(ValueError, OSError):
         planned = fp.Plan.load(plan) if plan else None
         calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
@@ -246,3 +246,116 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
                              f"{weights['kept'] / 1e6:.1f} MB of originals kept for restore")  # fmt: skip
     table.add_row("device", result["device"]["name"])
     console.print(table, highlight=False)
+
+
+@app.command("size-batch")
+def size_batch(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    slo_ms: Annotated[float, typer.Option(help="The latency objective, milliseconds.")],
+    rate: Annotated[float | None, typer.Option(help="Requests a second, arriving independently of each other.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Instead: a file of arrival times in seconds, one a line.")] = None,
+    percentile: Annotated[float, typer.Option(help="The percentile of the latencies that has to be within it.")] = 99,
+    precision: Annotated[str | None, typer.Option(help=f"Swap first, to one of {', '.join(CALIBRATES)}.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each request.")] = 128,
+    max_batch: Annotated[int, typer.Option(min=1, help="No larger batch is tried.")] = 64,
+    memory_limit_mb: Annotated[int | None, typer.Option(min=1, help="Memory of a batch beyond the model, MB.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one replica; prints the cost of a million.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long times are gathered.")] = 20,
+    check: Annotated[float, typer.Option(min=0, help="Seconds of a real run with the policy; 0: none.")] = 20,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
+    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw the measured points and the frontier to this image.")] = None,
+) -> None:  # fmt: skip
+    """Finds the batches of a text embedding model that hold a latency objective at the least cost, and tries them."""
+    console = Console(stderr=json == "-")
+    where = device_option(device)
+    check_written(json, plot)
+    if precision is not None and precision not in CALIBRATES:
+        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
+    with refusing(ValueError, OSError):
+        arrivals = None if trace is None else [float(line) for line in pathlib.Path(trace).read_text().split()]
+        source = embedding.find_model(model)
+        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+        sized, tokenizer = embedding.load(source, where)
+        rows = embedding.full_batch(tokenizer, embedding.builtin_texts()[1], max_batch, length, sized, where)
+
+    def make_batch(n: int) -> embedding.Batch:
+        return {name: rows_of[:n] for name, rows_of in rows.items()}
+
+    keep_freed_memory()
+    with working(console) as track, refusing(ValueError, TypeError, fp.Unsupported), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if precision is not None:
+            calibration = calibration_texts("builtin" if CALIBRATES[precision] else "none")
+            fp.swap(sized, precision, calibrate=embedding.tokenize(tokenizer, calibration, sized, where) or None)
+        found = fp.size_batch(
+            sized, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
+            memory_limit=None if memory_limit_mb is None else memory_limit_mb * 1_000_000,
+            price_per_hour=price_per_hour, max_batch=max_batch, seconds=seconds, on_progress=track,
+        )  # fmt: skip
+        result = {
+            **found.to_json(),
+            "model": {"name": model, "chosen": source.chosen, "precision": precision, "length": length},
+        }
+        ok = found.policy is not None
+        if found.policy is not None and check:
+            track("trying the policy")
+            mine = found.arrival_rate / found.policy.replicas
+            times = poisson(mine, max(1, round(check * mine)), seed=1)
+            if arrivals is not None:
+                times = [t - arrivals[0] for t in arrivals[:: found.policy.replicas] if t - arrivals[0] <= check]
+            load = try_policy(sized, make_batch, found.policy, times)
+            result["check"] = checked(load, percentile, slo_ms)
+            result["measured"].append("check")
+            ok = result["check"]["ok"]
+    console.print(str(found), highlight=False, soft_wrap=True)
+    if "check" in result:
+        run = result["check"]
+        console.print(
+            f"real run of {run['requests']} requests: "
+            + ", ".join(f"{name} {ms:.1f} ms" for name, ms in run["latency_ms"].items())
+            + f"; sent at most {run['lateness_ms']:.1f} ms late; {'holds' if ok else 'FAILS'} the objective",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if plot:
+        with refusing(ValueError, RuntimeError, OSError):
+            found.save_plot(plot)
+    if json:
+        write_json(result, json)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def checked(load: Load, percentile: float, slo_ms: float) -> dict[str, Any]:
+    """What a real run shows, the first requests left out as in the simulation."""
+    latencies = settled(load.latencies)
+    of = {f"p{p:g}": 1e3 * percentile_of(latencies, p) for p in sorted({50.0, 95.0, percentile})}
+    return {
+        "requests": len(load.latencies),
+        "latency_ms": of,
+        "lateness_ms": 1e3 * max(load.lateness),
+        "ok": of[f"p{percentile:g}"] <= slo_ms,
+    }
+
+
+def device_option(device: str | None) -> str:
+    if device not in (None, "cpu", "cuda"):
+        refuse(f"--device is cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        refuse("torch finds no GPU here: drop --device cuda")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_written(*paths: str | None) -> None:
+    """Before anything is computed: that the results can be written."""
+    for path in paths:
+        if path not in (None, "-") and not pathlib.Path(path).parent.is_dir():
+            refuse(f"cannot write {path}: its folder does not exist")
+
+
+@contextlib.contextmanager
+def working(console: Console) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that tells what is being done, where that is a terminal."""
+    errors = Console(stderr=True)
+    with errors.status("") as status:
+        yield lambda text: status.update(text)

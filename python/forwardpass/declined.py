@@ -59,6 +59,11 @@ def counted(calls: Calls) -> Iterator[Calls]:
         _open.calls.remove(calls)
 
 
+def counting() -> tuple[Calls, ...]:
+    """Those of this thread that are open, for `counted` in another."""
+    return tuple(_open.calls)
+
+
 def take(call: str) -> None:
     if torch.compiler.is_compiling():
         _trace(call, "", "", "")

@@ -1,0 +1,126 @@
+"""Requests that arrive, wait and are computed in batches: simulated from service times that were measured.
+
+One server, which is one `fp.Pipeline` with `max_batch` and `max_wait_ms`: when it is free and requests wait, a batch begins as
+soon as max_batch of them are there or the first is max_wait_ms old, with all that are there by then. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: of the requests, simulated or sent: they find a queue that is still filling
+WARM_UP = 0.05
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How requests become batches."""
+
+    max_batch: int
+    max_wait_ms: float
+
+
+@dataclass(frozen=True)
+class ServiceTimes:
+    """Measured, by batch size: `first` from a free server to the result, `next` from one result to the next one while batches
+    wait. Each ascending, and both of the same sizes.
+    """
+
+    first: Mapping[int, Sequence[float]]
+    next: Mapping[int, Sequence[float]]
+
+    @property
+    def sizes(self) -> list[int]:
+        return sorted(self.first)
+
+    def draw(self, n: int, waited: bool, u: float) -> float:
+        """The quantile u of what was measured for n; between two sizes, between their quantiles."""
+        times, sizes = self.next if waited else self.first, self.sizes
+        above = bisect.bisect_left(sizes, n)
+        if above == len(sizes):
+            raise ValueError(f"batches of at most {sizes[-1]} were measured, not of {n}")
+        high = _pick(times[sizes[above]], u)
+        if sizes[above] == n or above == 0:
+            return high
+        low, share = _pick(times[sizes[above - 1]], u), (n - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
+        return low + share * (high - low)
+
+    def saturation(self, max_batch: int) -> float:
+        """Requests a second of a server that always has a full batch waiting."""
+        times = [self.draw(max_batch, True, (i + 0.5) / 100) for i in range(100)]
+        return max_batch * len(times) / sum(times)
+
+
+def _pick(ascending: Sequence[float], u: float) -> float:
+    return ascending[min(int(u * len(ascending)), len(ascending) - 1)]
+
+
+def poisson(rate: float, count: int, seed: int = 0) -> list[float]:
+    """Times of arrivals that do not know of each other, `rate` of them a second on average."""
+    draw, at, times = random.Random(seed), 0.0, []
+    for _ in range(count):
+        at += draw.expovariate(rate)
+        times.append(at)
+    return times
+
+
+@dataclass(frozen=True)
+class Simulated:
+    latencies: list[float]  #: of each request, from its arrival to its result
+    busy: float  #: share of the time that the server computes
+    mean_batch: float
+
+    def percentile(self, p: float) -> float:
+        return percentile(settled(self.latencies), p)
+
+
+def simulate(arrivals: Sequence[float], policy: Policy, service: ServiceTimes, seed: int = 0) -> Simulated:
+    """What each of the requests, at ascending times, waits for its result."""
+    draw = random.Random(f"service {seed}")  # of the plain seed it would repeat what poisson() drew
+    latencies: list[float] = []
+    wait, free, i, batches, computed = policy.max_wait_ms / 1e3, -math.inf, 0, 0, 0.0
+    while i < len(arrivals):
+        last = min(i + policy.max_batch, len(arrivals))
+        full = arrivals[last - 1] if last - i == policy.max_batch else math.inf
+        start = max(free, min(full, arrivals[i] + wait))
+        n = max(1, bisect.bisect_right(arrivals, start, i, last) - i)
+        took = service.draw(n, start == free, draw.random())
+        free = start + took
+        latencies += [free - t for t in arrivals[i : i + n]]
+        i, batches, computed = i + n, batches + 1, computed + took
+    return Simulated(latencies, computed / (free - arrivals[0]), len(arrivals) / batches)
+
+
+def settled(latencies: list[float]) -> list[float]:
+    """Without the first ones, which found an empty queue."""
+    return latencies[int(WARM_UP * len(latencies)) :]
+
+
+def percentile(values: Sequence[float], p: float) -> float:
+    """The least value that p percent of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)]
+
+
+def bootstrap(
+    latencies: Sequence[float], p: float, *, block: int = 100, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the percentile p, resampled in blocks of consecutive requests, which share a queue (moving-block
+    bootstrap of Künsch, 1989).
+    """
+    values = torch.tensor(latencies, dtype=torch.float64)
+    block = min(block, len(values))
+    blocks = values.unfold(0, block, 1)
+    g = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(resamples):
+        chosen = torch.randint(len(blocks), (math.ceil(len(values) / block),), generator=g)
+        again = blocks[chosen].flatten()[: len(values)]
+        found.append(again.kthvalue(max(1, math.ceil(p / 100 * len(again)))).values.item())
+    return percentile(found, 2.5), percentile(found, 97.5)

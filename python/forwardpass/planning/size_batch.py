@@ -1,0 +1,469 @@
+"""`fp.size_batch`: the batches that meet a latency objective at the least cost, from measured times and a simulated queue."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import itertools
+import math
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import environment
+from ..batches import Forward, evaluating, main_output, run
+from ..swap.files import write_json
+from ..swap.report import table
+from ..swap.walker import plain_module
+from .load import Load, run_load
+from .pipeline import Pipeline
+from .queueing import Policy, ServiceTimes, Simulated, percentile, poisson, simulate
+from .transfer import device_of
+
+SCHEMA = "forwardpass.size_batch/1"
+#: requests that are simulated for a policy; of a recorded trace all
+ARRIVALS = 10_000
+#: waits that are tried, as shares of the latency objective
+WAITS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+#: share of the objective that the simulated latency stays below it: a simulation is no measurement
+MARGIN = 0.1
+#: of two sizes in a row one has to raise the rate by this share, or larger ones are not measured
+LEAST_GAIN = 0.03
+MAX_BATCH = 4096
+#: replicas that are tried at most
+MAX_REPLICAS = 1024
+#: of a measurement: rounds at least, batches that wait behind the first of each, and the longest rest before it, in seconds
+LEAST_ROUNDS, CHAIN, MOST_REST = 5, 2, 0.2
+
+
+@dataclass(frozen=True)
+class Point:
+    """A batch size: median milliseconds from a free server to the result, and from one result to the next under load."""
+
+    batch: int
+    first_ms: float
+    next_ms: float
+    samples: int
+    memory_bytes: int | None  #: the most that was in use beyond the idle model; None where it cannot be told
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return 1e3 * self.batch / self.next_ms
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy and what the simulation says of it, at the arrival rate of one replica."""
+
+    max_batch: int
+    max_wait_ms: float
+    replicas: int
+    latency_ms: dict[str, float]  #: percentile -> simulated
+    busy: float  #: share of the time that a replica computes
+    mean_batch: float
+    cost_per_million: float | None
+
+
+@dataclass
+class BatchSizing:
+    """What `fp.size_batch` found. `print` shows it; `policy` is None where no policy holds the objective, `reason` says why."""
+
+    policy: Candidate | None
+    reason: str | None
+    latency_slo_ms: float
+    percentile: float
+    arrival_rate: float  #: requests a second, of all replicas together
+    points: list[Point]
+    frontier: list[Candidate]  #: no other policy is better in both the latency and the share of the time computed
+    saturation_rate: float  #: requests a second of one replica with the largest batch that was measured
+    fixed_ms: float  #: least squares over the points: a batch of n takes fixed_ms + n * per_item_ms
+    per_item_ms: float
+    price_per_hour: float | None
+    memory_limit: int | None
+    ended: str  #: why no larger batch was measured
+    device: str
+    seconds: float
+    service: ServiceTimes = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        found = {k: v for k, v in vars(self).items() if k != "service"}
+        return {
+            "schema": SCHEMA,
+            "versions": environment.versions(),
+            **found,
+            "device": environment.device(self.device),
+            "policy": self.policy and asdict(self.policy),
+            "points": [{**asdict(p), "rate": p.rate} for p in self.points],
+            "frontier": [asdict(c) for c in self.frontier],
+            "measured": ["points", "saturation_rate"],
+            "simulated": ["policy", "frontier"],
+            "fitted": ["fixed_ms", "per_item_ms"],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        write_json(path, self.to_json())
+
+    def __str__(self) -> str:
+        goal = f"p{self.percentile:g} within {self.latency_slo_ms:g} ms at {self.arrival_rate:g} requests a second"
+        if self.policy is None:
+            head = [f"no policy holds {goal}: {self.reason}"]
+        else:
+            p = self.policy
+            share = f"{p.busy:.0%} of the time computing, {p.mean_batch:.1f} requests a batch"
+            replicas = "one replica" if p.replicas == 1 else f"{p.replicas} replicas"
+            simulated = ", ".join(f"{name} {ms:.1f} ms" for name, ms in p.latency_ms.items())
+            head = [
+                f"{goal}: max_batch={p.max_batch}, max_wait_ms={p.max_wait_ms:g}, {replicas}",
+                f"simulated: {simulated}; {share}",
+            ]
+            if p.cost_per_million is not None:
+                head.append(f"{p.cost_per_million:.2f} per million predictions at {self.price_per_hour:g} an hour")
+        rows: list[tuple[str, ...]] = [("batch", "first ms", "next ms", "requests/s", "memory MB")]
+        for x in self.points:
+            memory = "-" if x.memory_bytes is None else f"{x.memory_bytes / 1e6:.1f}"
+            rows.append((str(x.batch), f"{x.first_ms:.2f}", f"{x.next_ms:.2f}", f"{x.rate:.1f}", memory))
+        saturated = f"one replica saturates at {self.saturation_rate:.1f} requests a second; "
+        saturated += f"a batch of n takes about {self.fixed_ms:.2f} + {self.per_item_ms:.3f} n ms; {self.ended}"
+        return "\n".join([*head, saturated, *self.notes, "", *table(rows, right=(0, 1, 2, 3, 4))])
+
+    def save_plot(self, path: str | os.PathLike[str]) -> None:
+        """The frontier and the measured points, as an image; needs matplotlib (extra `cli`)."""
+        from .plots import image
+
+        name = _name(self.percentile)
+        with image(path, columns=2, width=11) as (left, right):
+            left.plot(
+                [p.batch for p in self.points],
+                [p.next_ms for p in self.points],
+                "o-",
+                label="between results, under load",
+            )
+            left.plot(
+                [p.batch for p in self.points], [p.first_ms for p in self.points], "o--", label="from a free server"
+            )
+            left.set(
+                xlabel="requests in a batch", ylabel="ms, median", title="measured", xscale="log", xlim=(0.9, None)
+            )
+            left.set_xticks([p.batch for p in self.points], [str(p.batch) for p in self.points])
+            left.legend()
+            right.plot(
+                [c.latency_ms[name] for c in self.frontier], [c.busy for c in self.frontier], "o-", label="frontier"
+            )
+            if self.policy is not None:
+                label = f"max_batch={self.policy.max_batch}, max_wait_ms={self.policy.max_wait_ms:g}"
+                right.plot([self.policy.latency_ms[name]], [self.policy.busy], "*", markersize=14, label=label)
+            right.axvline(self.latency_slo_ms, linestyle=":", color="gray", label="objective")
+            right.set(xlabel=f"{name} of the latency, ms", ylabel="share of the time computing",
+                      title=f"simulated, {self.arrival_rate:g} requests a second")  # fmt: skip
+            right.legend()
+
+
+class _Server:
+    """The pipeline that is measured: a request is nothing, and a batch of them is make_batch(how many)."""
+
+    def __init__(self, model: nn.Module, make_batch: Callable[[int], Any], forward: Forward | None):
+        self.model, self.make_batch, self.forward = model, make_batch, forward
+
+    def pipeline(self, policy: Policy) -> Pipeline:
+        return Pipeline(
+            self.model, forward=self.forward, output=main_output, collate=lambda items: self.make_batch(len(items)),
+            max_batch=policy.max_batch, max_wait_ms=policy.max_wait_ms, max_pending=1 << 20,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def full_batches(self, n: int) -> Iterator[Callable[[int], list[float]]]:
+        """An open pipeline; the function sends it so many batches of n, all at once, and gives the seconds from a free server to
+        the first one's result, and from each result to the next.
+        """
+        with self.pipeline(Policy(n, 60_000.0)) as pipeline:
+
+            def times(batches: int) -> list[float]:
+                ends = [0.0] * (1 + batches)
+
+                def note(_: Any, i: int) -> None:  # where results are made: this thread may see them late
+                    ends[i] = time.monotonic()
+
+                futures = [pipeline.submit(None) for _ in range(n - 1)]
+                ends[0] = time.monotonic()
+                futures += [pipeline.submit(None) for _ in range((batches - 1) * n + 1)]
+                for i, last in enumerate(futures[n - 1 :: n]):
+                    last.add_done_callback(functools.partial(note, i=1 + i))
+                for future in futures:
+                    future.result()
+                return [b - a for a, b in itertools.pairwise(ends)]
+
+            yield times
+
+    def check_batch(self, n: int) -> None:
+        """ValueError where the output is not one row a request, or is not finite."""
+        with evaluating(self.model):
+            got = main_output(run(self.model, self.make_batch(n), self.forward))
+        if got.dim() == 0 or len(got) != n:
+            raise ValueError(f"make_batch({n}) gave an output of shape {tuple(got.shape)}, which has not {n} rows")
+        if not got.isfinite().all():
+            raise ValueError(f"the output for make_batch({n}) has NaN or infinity: make batches as real requests are")
+
+
+def size_batch(
+    model: nn.Module,
+    make_batch: Callable[[int], Any],
+    *,
+    latency_slo_ms: float,
+    percentile: float = 99,
+    arrival_rate: float | None = None,
+    arrivals: Iterable[float] | None = None,
+    memory_limit: int | None = None,
+    price_per_hour: float | None = None,
+    forward: Forward | None = None,
+    max_batch: int = MAX_BATCH,
+    seconds: float = 20.0,
+    seed: int = 0,
+    on_progress: Callable[[str], object] | None = None,
+) -> BatchSizing:
+    """The policy, max_batch and max_wait_ms of an `fp.Pipeline`, that holds a latency objective at the least cost.
+
+    Measures times and memory of batches of 1, 2, 4, … on this device, in a pipeline, until larger ones gain less than 3 % or
+    one is too slow, too large or fails; simulates a queue before one server for each policy, drawing from the measured times;
+    and adds replicas, each with its share of the requests, until the objective holds with 10 % to spare. Of the policies that
+    hold it with the fewest replicas it takes the one that computes the least of the time: what a request costs on a device
+    that is shared, or that is paid for by what it draws.
+
+    Args:
+        model: as `fp.Pipeline` takes it; eval mode while it is measured.
+        make_batch: n -> a batch of n requests (see `forwardpass.batches`) with as many rows in its output; its time counts.
+        latency_slo_ms, percentile: the objective: this percentile of the latencies, from arrival to result, is within it.
+        arrival_rate: requests a second, that arrive independently of each other (Poisson); or
+        arrivals: their times in seconds, ascending: a recorded trace, as long as it is representative.
+        memory_limit: bytes that a batch may use beyond the idle model. On a GPU what torch's allocator gave out, on a CPU the
+            process's resident memory, where the system tells (Linux).
+        price_per_hour: of one replica, in any currency.
+        max_batch: no larger batch is tried.
+        seconds: how long times are gathered, after each size was tried once.
+        on_progress: told what is being done.
+
+    Raises:
+        TypeError, ValueError: what was required, what was given, what to do. A batch of 1 that fails raises what it raised;
+        a larger one ends the measurement, with what was found until then.
+    """
+    plain_module("size_batch", model)
+    times = _arrivals(arrival_rate, arrivals, seed)
+    for name, value in (("latency_slo_ms", latency_slo_ms), ("seconds", seconds)):
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name} is a number above 0, not {value!r}")
+    if not 0 < percentile < 100:
+        raise ValueError(f"percentile is between 0 and 100, e.g. 99, not {percentile!r}")
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise ValueError(f"price_per_hour is a number of 0 or more, not {price_per_hour!r}")
+    for name, number in (("max_batch", max_batch), ("memory_limit", 1 if memory_limit is None else memory_limit)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} is a number of 1 or more, not {number!r}")
+    begin, on_progress = time.monotonic(), on_progress or (lambda text: None)
+    server = _Server(model, make_batch, forward)
+    memory, ended = _grow(server, latency_slo_ms / 1e3, memory_limit, max_batch, on_progress)
+    service = _measure(server, list(memory), seconds, on_progress)
+    points = [
+        Point(n, 1e3 * statistics.median(service.first[n]), 1e3 * statistics.median(service.next[n]),
+              len(service.next[n]), memory[n])
+        for n in service.sizes
+    ]  # fmt: skip
+    on_progress("simulating")
+    rate = len(times) / (times[-1] - times[0]) if arrivals is not None else float(arrival_rate or 0)
+    policy, frontier, reason = _choose(service, times, rate, latency_slo_ms, percentile, price_per_hour, seed)
+    fixed, per_item = _line(points)
+    notes = []
+    if memory_limit is not None and None in memory.values():
+        notes.append("memory_limit was not applied: this system does not tell how much memory a batch takes")
+    return BatchSizing(
+        policy, reason, float(latency_slo_ms), float(percentile), rate, points, frontier,
+        max(service.saturation(n) for n in service.sizes), fixed, per_item, price_per_hour, memory_limit, ended,
+        str(device_of(model)), time.monotonic() - begin, service, notes,
+    )  # fmt: skip
+
+
+def try_policy(
+    model: nn.Module,
+    make_batch: Callable[[int], Any],
+    policy: Policy | Candidate,
+    arrivals: Sequence[float],
+    *,
+    forward: Forward | None = None,
+) -> Load:
+    """A real run: an `fp.Pipeline` with this policy, and a request at each of the times, in seconds."""
+    chosen = Policy(policy.max_batch, policy.max_wait_ms)
+    return run_load(_Server(model, make_batch, forward).pipeline(chosen), None, arrivals)
+
+
+def _arrivals(rate: float | None, trace: Iterable[float] | None, seed: int) -> list[float]:
+    if (rate is None) == (trace is None):
+        given = "neither was" if rate is None else "both were"
+        raise ValueError(f"size_batch takes either arrival_rate= or arrivals=, and {given} given")
+    if rate is not None:
+        if not 0 < rate < math.inf:
+            raise ValueError(f"arrival_rate is a number of requests a second above 0, not {rate!r}")
+        return poisson(rate, ARRIVALS, seed)
+    times = [float(t) for t in trace or ()]
+    if len(times) < 2 or times[0] == times[-1]:
+        raise ValueError(f"arrivals are the times in seconds of at least two requests, not {len(times)}")
+    if any(not math.isfinite(t) for t in times) or any(b < a for a, b in itertools.pairwise(times)):
+        raise ValueError("arrivals are finite and ascending: sort them, and leave out what is NaN")
+    return times
+
+
+def _grow(
+    server: _Server, slo: float, limit: int | None, most: int, on_progress: Callable[[str], object]
+) -> tuple[dict[int, int | None], str]:
+    """Batch size -> bytes, of those that are worth measuring; and why there are no larger ones."""
+    memory: dict[int, int | None] = {}
+    best, n, without_gain = 0.0, 1, 0
+    while n <= most:
+        on_progress(f"trying a batch of {n}")
+        try:
+            used, took = _try(server, n)
+        except Exception as e:
+            if n == 1:
+                raise
+            torch.cuda.empty_cache()
+            return memory, f"a batch of {n} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        if limit is not None and used is not None and used > limit:
+            if n == 1:
+                raise ValueError(f"a batch of 1 takes {used} bytes, more than the memory_limit of {limit}: raise it")
+            return memory, f"a batch of {n} takes {used / 1e6:.0f} MB, more than the limit"
+        memory[n] = used
+        if n > 1 and took > slo:
+            return memory, f"a batch of {n} takes longer than the objective"
+        without_gain = without_gain + 1 if n / took < best * (1 + LEAST_GAIN) else 0
+        if without_gain == 2:
+            return memory, f"batches of {n // 2} and {n} raise the rate by less than {LEAST_GAIN:.0%}"
+        best = max(best, n / took)
+        n *= 2
+    return memory, f"no batch larger than {most} was asked for"
+
+
+def _try(server: _Server, n: int) -> tuple[int | None, float]:
+    """Bytes, and seconds: the least of three after one that warms up."""
+    server.check_batch(n)
+    with server.full_batches(n) as times:
+        times(1)
+        with peak_memory(device_of(server.model)) as used:
+            took = min(times(1)[0] for _ in range(3))
+    return used(), took
+
+
+def _measure(server: _Server, sizes: list[int], seconds: float, on_progress: Callable[[str], object]) -> ServiceTimes:
+    """In turn, so that what slows the machine for a while slows all sizes; a free server first rests as long as a batch takes,
+    as its threads do between requests.
+    """
+    first: dict[int, list[float]] = {n: [] for n in sizes}
+    following: dict[int, list[float]] = {n: [] for n in sizes}
+    with contextlib.ExitStack() as stack:
+        # all open all the time: a server's threads are older than its requests
+        times = {n: stack.enter_context(server.full_batches(n)) for n in sizes}
+        for send in times.values():
+            send(1)
+        until, rounds = time.monotonic() + seconds, 0
+        while rounds < LEAST_ROUNDS or time.monotonic() < until:
+            rounds += 1
+            on_progress(f"measuring {len(sizes)} sizes of batches, round {rounds}")
+            for n, send in times.items():
+                if first[n]:
+                    time.sleep(min(first[n][-1], MOST_REST))
+                took = send(1 + CHAIN)
+                first[n].append(took[0])
+                following[n] += took[1:]
+    return ServiceTimes({n: sorted(t) for n, t in first.items()}, {n: sorted(t) for n, t in following.items()})
+
+
+def _choose(
+    service: ServiceTimes, times: Sequence[float], rate: float, slo_ms: float, p: float, price: float | None, seed: int
+) -> tuple[Candidate | None, list[Candidate], str | None]:
+    """The policy, the frontier of those with as many replicas, and why there is no policy."""
+    if (fastest := 1e3 * percentile(service.first[1], p)) > (1 - MARGIN) * slo_ms:
+        return (
+            None,
+            [],
+            f"a batch of 1 on a free server takes {fastest:.1f} ms at this percentile ({MARGIN:.0%} are spare)",
+        )
+    largest = max(service.saturation(n) for n in service.sizes)
+    replicas = max(1, math.ceil(rate / largest))
+    while replicas <= MAX_REPLICAS:
+        mine = times[::replicas]  # a replica gets each so many-th of the requests
+        found = [_candidate(service, mine, n, w * slo_ms, p, price, rate, replicas, seed)
+                 for n in service.sizes for w in (WAITS if n > 1 else WAITS[:1])
+                 if service.saturation(n) * replicas > rate]  # fmt: skip
+        name = _name(p)
+        if holding := [c for c in found if c.latency_ms[name] <= (1 - MARGIN) * slo_ms]:
+            frontier = [c for c in found if not any(
+                d.latency_ms[name] <= c.latency_ms[name] and d.busy <= c.busy
+                and (d.latency_ms[name], d.busy) != (c.latency_ms[name], c.busy) for d in found)]  # fmt: skip
+            frontier.sort(key=lambda c: c.latency_ms[name])
+            return min(holding, key=lambda c: (c.busy, c.latency_ms[name])), frontier, None
+        replicas = max(replicas + 1, math.ceil(replicas * 1.1))
+    return None, [], f"{MAX_REPLICAS} replicas are not enough"
+
+
+def _candidate(
+    service: ServiceTimes, times: Sequence[float], n: int, wait_ms: float, p: float, price: float | None, rate: float,
+    replicas: int, seed: int,
+) -> Candidate:  # fmt: skip
+    found: Simulated = simulate(times, Policy(n, wait_ms), service, seed)
+    latency = {_name(x): 1e3 * found.percentile(x) for x in sorted({50.0, 95.0, float(p)})}
+    cost = None if price is None else price * replicas / (rate * 3600) * 1e6
+    return Candidate(n, round(wait_ms, 3), replicas, latency, found.busy, found.mean_batch, cost)
+
+
+def _name(p: float) -> str:
+    return f"p{p:g}"
+
+
+def _line(points: list[Point]) -> tuple[float, float]:
+    """Least squares of next_ms over the batch size; through the origin where there is one size."""
+    if len(points) == 1:
+        return 0.0, points[0].next_ms / points[0].batch
+    slope, fixed = statistics.linear_regression([p.batch for p in points], [p.next_ms for p in points])
+    return fixed, slope
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Within it, of what the process uses; the function tells afterwards how much more that was at most than before."""
+    found: list[int | None] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: found[0]
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # what was freed but kept would be used again unseen
+    before_kb = _status("VmRSS") if _reset_peak() else None
+    yield lambda: found[0]
+    after_kb = _status("VmHWM")
+    found.append(None if before_kb is None or after_kb is None else max(0, after_kb - before_kb) * 1024)
+
+
+def _reset_peak() -> bool:
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again, proc_pid_clear_refs(5)
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)

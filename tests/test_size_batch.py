@@ -1,0 +1,269 @@
+"""size_batch: the queue against what queueing theory knows, the choice on made-up times, and a real pipeline."""
+
+import contextlib
+import itertools
+import json
+import math
+import random
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+from forwardpass.planning import size_batch as module
+from forwardpass.planning.load import run_load
+from forwardpass.planning.queueing import (
+    Policy,
+    ServiceTimes,
+    bootstrap,
+    percentile,
+    poisson,
+    settled,
+    simulate,
+)
+from forwardpass.planning.size_batch import peak_memory, size_batch, try_policy
+
+
+def constant(times):
+    """Batch size -> seconds."""
+    return ServiceTimes({n: [t] for n, t in times.items()}, {n: [t] for n, t in times.items()})
+
+
+def test_arrivals_are_poisson():
+    times = poisson(50.0, 20_000, seed=3)
+    gaps = [b - a for a, b in itertools.pairwise([0.0, *times])]
+    assert statistics.mean(gaps) == pytest.approx(1 / 50, rel=0.03)
+    assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.03)  # of an exponential distribution the mean
+    assert times == poisson(50.0, 20_000, seed=3) != poisson(50.0, 20_000, seed=4)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.7, 0.9])
+def test_one_at_a_time_with_constant_service_is_m_d_1(load):
+    """Pollaczek and Khinchine: the mean wait is load / (2 (1 - load)) of a service."""
+    found = simulate(poisson(load, 150_000), Policy(1, 0.0), constant({1: 1.0}))
+    assert statistics.mean(settled(found.latencies)) == pytest.approx(1 + load / (2 * (1 - load)), rel=0.05)
+    assert found.busy == pytest.approx(load, rel=0.02) and found.mean_batch == 1
+
+
+def test_one_at_a_time_with_exponential_service_is_m_m_1():
+    """Latencies are exponential, of mean 1 / (1 - load), so the percentiles are known too."""
+    quantiles = [-math.log(1 - (i + 0.5) / 2000) for i in range(2000)]
+    service = ServiceTimes({1: quantiles}, {1: quantiles})
+    found = simulate(poisson(0.6, 150_000), Policy(1, 0.0), service)
+    for p in (50, 95, 99):
+        assert found.percentile(p) == pytest.approx(-math.log(1 - p / 100) / 0.4, rel=0.06)
+
+
+def test_batches_begin_when_they_are_full_or_the_first_has_waited():
+    service = constant({1: 10.0, 4: 10.0})
+    # the third is there when the first has waited 2 s; the next three wait for the server, with the one at its end
+    found = simulate([0.0, 1.0, 1.5, 3.0, 5.0, 12.0, 30.0], Policy(4, 2000.0), service)
+    assert found.latencies == pytest.approx([12.0, 11.0, 10.5, 19.0, 17.0, 10.0, 12.0])
+    full = simulate([0.0, 1.0, 1.5, 1.75, 9.0], Policy(4, 1e6), service)
+    assert full.latencies[:4] == pytest.approx([11.75, 10.75, 10.25, 10.0])
+    greedy = simulate([0.0, 1.0, 1.5, 1.75, 9.0, 9.5], Policy(4, 0.0), service)
+    assert greedy.latencies == pytest.approx([10.0, 19.0, 18.5, 18.25, 11.0, 20.5])
+    assert greedy.mean_batch == 2 and greedy.busy == 1
+
+
+def test_service_between_measured_sizes_is_between_their_quantiles():
+    service = ServiceTimes({1: [1.0, 2.0], 4: [4.0, 8.0]}, {1: [0.5], 4: [2.0]})
+    assert [service.draw(1, False, u) for u in (0.0, 0.4, 0.5, 0.99)] == [1.0, 1.0, 2.0, 2.0]
+    assert service.draw(2, False, 0.9) == 4.0 and service.draw(2, True, 0.9) == 1.0
+    assert service.saturation(4) == 2.0
+    with pytest.raises(ValueError, match="at most 4"):
+        service.draw(5, False, 0.1)
+
+
+def test_the_tail_of_what_was_measured_is_in_what_is_simulated():
+    slow = ServiceTimes({1: [1.0] * 95 + [10.0] * 5}, {1: [1.0] * 95 + [10.0] * 5})
+    found = simulate([20.0 * i for i in range(4000)], Policy(1, 0.0), slow)
+    assert found.percentile(90) == 1 and found.percentile(99) == 10
+
+
+def test_percentile_and_bootstrap():
+    assert [percentile([3, 1, 2, 4], p) for p in (1, 25, 26, 50, 99)] == [1, 1, 2, 2, 4]
+    draw = random.Random(0)
+    values = [draw.gauss(100, 10) for _ in range(3000)]
+    low, high = bootstrap(values, 50)
+    assert low < percentile(values, 50) < high and high - low == pytest.approx(4 * 1.2533 * 10 / 3000**0.5, rel=0.5)
+    # ten in a row are alike: as many values know less
+    rows = [v for v in values[:300] for _ in range(10)]
+    wide = bootstrap(rows, 50)
+    assert wide[1] - wide[0] > 2 * (high - low)
+
+
+class Sleeper(nn.Module):
+    """Takes 2 ms and 1 ms a row, whatever else the machine does, and none of its cores."""
+
+    def forward(self, x):
+        module.time.sleep(0.002 + 0.001 * len(x))
+        return x
+
+
+def make_batch(n):
+    return torch.ones(n, 4)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """exact(batch size -> seconds): what batches take then; to begin with what Sleeper sleeps. No time passes."""
+
+    def set_times(seconds):
+        monkeypatch.setattr(
+            module._Server,
+            "full_batches",
+            lambda self, n: contextlib.nullcontext(lambda batches: [seconds(n)] * batches),
+        )
+
+    monkeypatch.setattr(module, "MOST_REST", 0.0)
+    set_times(lambda n: 0.002 + 0.001 * n)
+    return set_times
+
+
+def sized(model=None, make=make_batch, **options):
+    defaults = {"latency_slo_ms": 200.0, "arrival_rate": 100.0, "seconds": 0.2, "max_batch": 8}
+    return size_batch(model or Sleeper(), make, **{**defaults, **options})
+
+
+def test_a_sleeping_model_is_sized():
+    found = sized()
+    assert [p.batch for p in found.points] == [1, 2, 4, 8] and "larger than 8" in found.ended
+    for p in found.points:  # sleeps are never shorter
+        assert p.next_ms >= 2 + p.batch and p.first_ms >= 2 + p.batch and p.samples >= 10
+    assert found.policy is not None and found.policy.replicas == 1 and found.policy.latency_ms["p99"] <= 200
+    assert found.policy.max_batch > 1  # alone, requests compute longer
+    assert 100 < found.saturation_rate <= 800
+    assert found.frontier == sorted(found.frontier, key=lambda c: c.latency_ms["p99"])
+    assert [c.busy for c in found.frontier] == sorted((c.busy for c in found.frontier), reverse=True)
+    kept = json.loads(json.dumps(found.to_json()))
+    assert kept["policy"]["max_batch"] == found.policy.max_batch and kept["policy"]["max_wait_ms"] >= 0
+    assert kept["schema"] == "forwardpass.size_batch/1" and kept["measured"] == ["points", "saturation_rate"]
+    assert f"max_batch={found.policy.max_batch}" in str(found)
+    load = try_policy(Sleeper(), make_batch, found.policy, poisson(100.0, 50))
+    assert len(load.latencies) == len(load.lateness) == 50 and min(load.latencies) > 0.002
+
+
+def chosen(times, rate, slo, p=99.0, price=None):
+    return module._choose(constant(times), poisson(rate, 5000), rate, slo, p, price, 0)
+
+
+def test_the_policy_computes_least_of_those_that_hold_the_objective():
+    times = {1: 0.010, 2: 0.011, 4: 0.013, 8: 0.017}
+    policy, frontier, reason = chosen(times, 50.0, 200.0)
+    assert reason is None and policy.max_batch == 8 and policy.max_wait_ms > 0 and policy.latency_ms["p99"] <= 200
+    assert policy.busy == min(c.busy for c in frontier if c.latency_ms["p99"] <= 200)
+    tight, _, _ = chosen(times, 50.0, 40.0)
+    assert tight.latency_ms["p99"] <= 40 and tight.busy > policy.busy
+    assert all(not (d.latency_ms["p99"] <= c.latency_ms["p99"] and d.busy < c.busy) for c in frontier for d in frontier)
+
+
+def test_replicas_share_what_one_cannot_serve():
+    times = {1: 0.010, 2: 0.012}  # 167 a second at most
+    policy, _, reason = chosen(times, 500.0, 60.0, price=3.6)
+    assert reason is None and policy.replicas >= 4 and policy.latency_ms["p99"] <= 60
+    assert policy.cost_per_million == pytest.approx(policy.replicas * 0.001 / 500 * 1e6)
+    none, frontier, why = chosen(times, 10.0, 9.0)
+    assert none is None and frontier == [] and "10.0 ms" in why
+
+
+def test_an_objective_that_cannot_hold_keeps_what_was_measured():
+    found = sized(latency_slo_ms=1.0)
+    assert found.policy is None and "free server" in found.reason and found.points[0].batch == 1
+    assert "no policy holds p99 within 1 ms" in str(found) and found.to_json()["policy"] is None
+
+
+def test_larger_batches_are_tried_while_they_gain(exact):
+    ms = {1: 1.0, 2: 2.1, 4: 3.0, 8: 6.0, 16: 12.0}
+    exact(lambda n: ms[n] / 1e3)
+    found = sized(max_batch=64)
+    assert [p.batch for p in found.points] == [1, 2, 4, 8, 16] and "batches of 8 and 16" in found.ended
+    for p in found.points:
+        assert p.first_ms == pytest.approx(ms[p.batch]) and p.rate == pytest.approx(1e3 * p.batch / ms[p.batch])
+
+
+def test_a_batch_that_fails_ends_the_measurement_with_what_there_is(exact):
+    class Small(Sleeper):
+        def forward(self, x):
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("out of memory: tried to allocate 2 GiB")
+            return super().forward(x)
+
+    found = sized(Small())
+    assert [p.batch for p in found.points] == [1, 2] and "batch of 4 failed: OutOfMemoryError" in found.ended
+    assert found.policy is not None
+
+    class Never(nn.Module):
+        def forward(self, x):
+            raise ArithmeticError("no")
+
+    model = Never().train()
+    with pytest.raises(ArithmeticError, match="no"):
+        sized(model)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda n: torch.full((n, 4), torch.nan), "NaN"), (lambda n: torch.ones(n + 1, 4), "not 1 rows")],
+)
+def test_outputs_that_say_nothing_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        sized(make=make)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arrivals": [0.0, 1.0]}, "both were"),
+        ({"arrival_rate": None}, "neither was"),
+        ({"arrival_rate": 0}, "above 0"),
+        ({"arrival_rate": None, "arrivals": [1.0]}, "at least two"),
+        ({"arrival_rate": None, "arrivals": [2.0, 1.0]}, "ascending"),
+        ({"arrival_rate": None, "arrivals": [0.0, math.nan, 1.0]}, "NaN"),
+        ({"latency_slo_ms": -1}, "latency_slo_ms"),
+        ({"percentile": 100}, "percentile"),
+        ({"price_per_hour": -1}, "price_per_hour"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"memory_limit": 0}, "memory_limit"),
+    ],
+)
+def test_what_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sized(**options)
+
+
+def test_memory_ends_the_measurement(exact, monkeypatch):
+    tried = []
+    monkeypatch.setattr(module._Server, "check_batch", lambda self, n: tried.append(n))
+    monkeypatch.setattr(module, "peak_memory", lambda device: contextlib.nullcontext(lambda: tried[-1] << 24))
+    found = sized(memory_limit=50 << 20)
+    assert [p.memory_bytes for p in found.points] == [1 << 24, 2 << 24] and "more than the limit" in found.ended
+    monkeypatch.setattr(module, "peak_memory", lambda device: contextlib.nullcontext(lambda: None))
+    assert "memory_limit was not applied" in str(sized(memory_limit=1))
+    monkeypatch.setattr(module, "peak_memory", lambda device: contextlib.nullcontext(lambda: 2))
+    with pytest.raises(ValueError, match="a batch of 1 takes"):
+        sized(memory_limit=1)
+
+
+def test_a_recorded_trace_is_replayed(exact):
+    bursts = [i + j * 1e-4 for i in range(40) for j in range(8)]  # eight at once, a second apart
+    found = sized(arrival_rate=None, arrivals=bursts, latency_slo_ms=100.0)
+    assert found.arrival_rate == pytest.approx(8, rel=0.03)
+    assert found.policy.max_batch == 8 and found.policy.mean_batch == 8
+
+
+def test_load_counts_from_when_a_request_was_due():
+    """Of a generator that is late as of a server that is."""
+    pipeline = module._Server(Sleeper(), make_batch, None).pipeline(Policy(4, 0.0))
+    load = run_load(pipeline, None, [0.0] * 8)
+    assert len(load.latencies) == 8 and min(load.lateness) >= 0
+    assert max(load.latencies) >= 2 * (0.002 + 0.001 * 4) - 1e-3
+
+
+def test_peak_memory_of_the_cpu():
+    with peak_memory(torch.device("cpu")) as used:
+        torch.ones(8 << 20)  # 32 MB, gone at once
+    if used() is not None:
+        assert 30e6 < used() < 60e6
