@@ -9,6 +9,7 @@ from small_models import CONFIGS, assert_same_objects, batch, block, build, obje
 from torch import nn
 
 import forwardpass as fp
+from forwardpass.planning.agreement import CausalLm, Classification, Embedding
 from forwardpass.planning.parity import Comparison
 from forwardpass.swap import originals
 
@@ -238,3 +239,127 @@ def test_comparison():
     c.add(torch.full((1, 3), float("nan")), torch.zeros(1, 3))
     assert all(math.isnan(v) for v in (c.cosine_min, c.relative_error, c.max_abs_error))
     assert c.to_json() == {"samples": 4, "cosine_min": None, "relative_error": None, "max_abs_error": None}
+
+
+def causal(scale):
+    """Logits that favour the next token in a cycle of 8, the more the larger `scale`."""
+    return scale * torch.eye(8).roll(1, 1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_agreement_of_a_language_model(padded):
+    ids = torch.arange(12).remainder(8).view(2, 6)
+    lm = CausalLm()
+    batch = {"input_ids": ids}
+    before, after = causal(3.0)[ids], causal(2.0)[ids].clone()
+    after[0, 1, 5] = 9.0  # one token of ten changes
+    if padded:
+        batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+        before[0, 4:], after[0, 4:] = torch.nan, torch.nan
+        before[0, 3], after[0, 3] = torch.nan, torch.nan  # predicts what is padding
+    lm.add(after, before, batch)
+    found, tokens = lm.found(), 8 if padded else 10
+    assert found["tokens"] == tokens and found["top1_agreement"] == (tokens - 1) / tokens
+    assert found["perplexity_before"] == pytest.approx(1 + 7 * math.exp(-3))
+    wrong = math.log(math.exp(9) + math.exp(2) + 6) - 2
+    right = math.log(math.exp(2) + 7) - 2
+    assert found["perplexity_after"] == pytest.approx(math.exp((wrong + (tokens - 1) * right) / tokens), rel=1e-5)
+    labels = CausalLm()
+    labels.add(after, before, {**batch, "labels": torch.where(torch.arange(6) == 2, ids, -100)})
+    assert labels.found()["tokens"] == 2 and labels.found()["top1_agreement"] == 0.5
+    with pytest.raises(ValueError, match="causal_lm"):
+        lm.add(after[0], before[0], batch)
+    with pytest.raises(ValueError, match="no perplexity"):
+        CausalLm().found()
+
+
+def test_agreement_of_a_classifier():
+    task = Classification()
+    before = torch.eye(4)
+    after = before[torch.tensor([0, 1, 2, 2])]
+    task.add(after, before, {"labels": torch.tensor([0, 1, 3, 3])})
+    task.add(before[:2], before[:2], torch.zeros(2))
+    assert task.found() == {"class_agreement": 5 / 6, "samples": 6, "accuracy_before": 0.75, "accuracy_after": 0.5}
+    with pytest.raises(ValueError, match="classification"):
+        task.add(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None)
+
+
+def test_agreement_of_embeddings():
+    g = torch.Generator().manual_seed(0)
+    before = torch.randn(20, 5, 16, generator=g)
+    mask = torch.rand(20, 5, generator=g) < 0.7
+    mask[:, 0] = True
+    same = Embedding()
+    noisy = before.clone()
+    noisy[~mask] = 77.0  # padding does not count
+    for half in (slice(0, 7), slice(7, 20)):
+        same.add(3 * noisy[half], before[half], {"attention_mask": mask[half].long()})
+    found = same.found()
+    assert found["samples"] == 20 and found["cosine_min"] == pytest.approx(1)
+    assert found["rank_agreement"] == pytest.approx(1)
+    assert found["nearest_neighbour_agreement"] == 1
+    # in the plane, by their angle: the first's order of the others is turned round, and so are the others' at its ends
+    angles = torch.tensor([0.0, 0.1, 0.3, 0.6])
+    turned = torch.tensor([0.0, 0.6, 0.3, 0.1])
+    points = [torch.stack([a.cos(), a.sin()], -1) for a in (angles, turned)]
+    other = Embedding()
+    other.add(points[1], points[0], None)
+    found = other.found()
+    assert found["cosine_min"] == pytest.approx(math.cos(0.5)) and found["cosine_mean"] < 1
+    assert found["nearest_neighbour_agreement"] == 0.25 * sum(
+        abs_nearest(angles, i) == abs_nearest(turned, i) for i in range(4)
+    )
+    assert -1 <= found["rank_agreement"] < 0.6
+
+
+def abs_nearest(angles, i):
+    return min((j for j in range(len(angles)) if j != i), key=lambda j: abs(float(angles[j] - angles[i])))
+
+
+def test_the_task_is_what_the_class_is_called():
+    llama, tokens = build("llama"), batch("llama")
+    fp.swap(llama, "int8")
+    report = fp.parity(llama, [tokens])
+    assert report.task == "causal_lm" and report.agreement["tokens"] > 0
+    assert report.agreement["perplexity_after"] == pytest.approx(report.agreement["perplexity_before"], rel=0.05)
+    assert "as causal lm: perplexity before" in str(report)
+    assert fp.parity(llama, [tokens], task=None).agreement == {}
+    assert fp.parity(llama, [tokens], output=lambda r: r.logits[:, 0]).task is None  # no longer what its name says
+    with pytest.raises(ValueError, match="causal_lm"):
+        fp.parity(llama, [tokens], output=lambda r: r.logits[:, 0], task="causal_lm")
+    with pytest.raises(ValueError, match="'causal_lm'"):
+        fp.parity(llama, [tokens], task="translation")
+
+
+def test_a_model_under_compile_is_compared_too():
+    model, x = block(), torch.randn(5, 64)
+    fp.swap(model, "int8")
+    assert fp.parity(model, [x]).compiled is None
+    report = fp.parity(model, [x], compiled=True)
+    assert report.compiled.samples == 5
+    assert report.compiled.relative_error == pytest.approx(report.output.relative_error, rel=0.05)
+    assert "under torch.compile" in str(report) and report.to_json()["compiled"]["samples"] == 5
+
+
+def test_layers_are_listed_worst_first_and_drawn(tmp_path):
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(block() for _ in range(3))
+
+        def forward(self, x):
+            return sum(b(x) for b in self.blocks)
+
+    model = Blocks()
+    fp.swap(model, "int8")
+    model.blocks[1].second.weight_scale *= 1.3
+    model.blocks[2].first.weight_scale *= torch.nan
+    report = fp.parity(model, [torch.randn(9, 64)])
+    order = ["blocks.2.first", "blocks.2.second", "blocks.1.second"]  # NaN, what gets it, and 30 % too large
+    assert [x.fqn for x in report.worst_first()][:3] == order
+    assert [line.split()[0] for line in str(report).splitlines()[4:7]] == order
+    pytest.importorskip("matplotlib")
+    report.save_plot(tmp_path / "parity.png")
+    assert (tmp_path / "parity.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="give it another name"):
+        report.save_plot(tmp_path / "parity.txt")

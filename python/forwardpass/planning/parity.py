@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, Output, evaluating, main_output, padding_mask, run
+from ..batches import Forward, Output, eval_mode, evaluating, main_output, padding_mask, run
 from ..nn import QuantizedLinear
 from ..swap import originals
 from ..swap.report import table
 from ..swap.walker import plain_module
+from .agreement import TASKS, task_of
 from .criterion import cosines, samples
 
 SCHEMA = "forwardpass.parity/1"
@@ -87,9 +89,12 @@ class ParityReport:
     """What `fp.parity` found. `print` shows a table."""
 
     output: Comparison
-    layers: list[LayerParity]
+    layers: list[LayerParity]  #: in the model's order
     batches: int
     device: str
+    compiled: Comparison | None = None  #: of the output of the model under torch.compile
+    task: str | None = None  #: a name of agreement.TASKS
+    agreement: dict[str, float | int] = field(default_factory=dict)  #: what the error means for the task
 
     def to_json(self) -> dict[str, Any]:
         from .. import __version__
@@ -100,6 +105,10 @@ class ParityReport:
             "device": self.device,
             "batches": self.batches,
             **self.output.to_json(),
+            "compiled": self.compiled and self.compiled.to_json(),
+            "task": self.task,
+            "agreement": {k: v if math.isfinite(v) else None for k, v in self.agreement.items()},
+            "measured": ["samples", "cosine_min", "relative_error", "max_abs_error", "compiled", "agreement", "layers"],
             "layers": [
                 {"fqn": x.fqn, "precision": x.precision, **x.total.to_json(),
                  "quantisation": x.quantisation.to_json(), "kernel": x.kernel.to_json()}
@@ -107,17 +116,49 @@ class ParityReport:
             ],
         }  # fmt: skip
 
+    def worst_first(self) -> list[LayerParity]:
+        """The layers by their error, the largest first, NaN before all; those that no batch reached at the end."""
+
+        def key(layer: LayerParity) -> float:
+            error = layer.total.relative_error
+            return 1.0 if not layer.total.samples else -math.inf if math.isnan(error) else -error
+
+        return sorted(self.layers, key=key)
+
     def __str__(self) -> str:
-        cosine, relative, largest = self.output.cells()
-        head = f"output over {self.output.samples} samples in {self.batches} batches: lowest cosine {cosine}, "
-        head += f"relative error {relative}, largest {largest}"
+        head = [f"output over {self.output.samples} samples in {self.batches} batches: {_said(self.output)}"]
+        if self.compiled is not None:
+            head.append(f"under torch.compile: {_said(self.compiled)}")
+        if self.task is not None:
+            said = (f"{k.replace('_', ' ')} {v:.6g}" for k, v in self.agreement.items())
+            head.append(f"as {self.task.replace('_', ' ')}: {', '.join(said)}")
         rows: list[tuple[str, ...]] = [
-            ("layer", "precision", "rows", "lowest cosine", "relative error", "largest", "quantisation", "kernel")
+            (
+                "layer, worst first",
+                "precision",
+                "rows",
+                "lowest cosine",
+                "relative error",
+                "largest",
+                "quantisation",
+                "kernel",
+            )
         ]
-        for x in self.layers:
+        for x in self.worst_first():
             q, k = x.quantisation.cells()[1], x.kernel.cells()[1]
             rows.append((x.fqn, x.precision, str(x.total.samples), *x.total.cells(), q, k))
-        return "\n".join([head, "", *table(rows, right=(2, 3, 4, 5, 6, 7))])
+        return "\n".join([*head, "", *table(rows, right=(2, 3, 4, 5, 6, 7))])
+
+    def save_plot(self, path: str | os.PathLike[str]) -> None:
+        """Error by depth, and a map of blocks by layers of a block, as an image; needs matplotlib (extra `cli`)."""
+        from . import plots
+
+        plots.parity(self.layers, os.fspath(path))
+
+
+def _said(found: Comparison) -> str:
+    cosine, relative, largest = found.cells()
+    return f"lowest cosine {cosine}, relative error {relative}, largest {largest}"
 
 
 def parity(
@@ -127,6 +168,8 @@ def parity(
     *,
     forward: Forward | None = None,
     output: Output | None = None,
+    task: str | None = "auto",
+    compiled: bool = False,
 ) -> ParityReport:
     """Compares a swapped model with the original on `batches` (see `forwardpass.batches`), at its output and in every
     layer.
@@ -137,9 +180,14 @@ def parity(
             originals that the swap kept, put in the layers' places for a second pass over each batch; where they wait
             on another device they visit one layer at a time, so that no second model is ever in memory.
         forward, output: forward(model, batch) and output(result), where the defaults do not fit.
+        task: what the error means: "causal_lm" (perplexity, agreement of the next token; labels or input_ids), "embedding"
+            (cosine and order of the samples), "classification" (agreement of the class; accuracy where there are labels),
+            None; "auto": by the name of the model's class, as transformers calls them.
+        compiled: compares the output of `torch.compile(model)` too, with the same originals.
 
     Raises:
-        ValueError: there is no batch, or nothing to compare with. TypeError: what a batch or result is instead.
+        ValueError: there is no batch, nothing to compare with, or an output that is none of the task. TypeError: what a
+        batch or result is instead.
     """
     model = plain_module("parity", model)
     layers = originals.quantised_layers(model)
@@ -151,6 +199,10 @@ def parity(
     found = {fqn: LayerParity(fqn, str(vars(m).get("precision", type(m).__name__))) for fqn, m in layers.items()}
     result = ParityReport(Comparison(), list(found.values()), 0, str(originals.device_of(next(iter(layers.values())))))
     select = output or main_output
+    result.task = task_of(model, task)
+    agreement = None if result.task is None else TASKS[result.task]()
+    compiled_model: Any = torch.compile(model) if compiled else None
+    result.compiled = Comparison() if compiled else None
     for batch in batches:
         with evaluating(model):
             with _compared(layers, pairs, found, batch):
@@ -165,12 +217,26 @@ def parity(
             raise ValueError(f"the outputs have different shapes, {tuple(got.shape)} and {tuple(expected.shape)}: pass "
                              f"output=fn(result) that gives tensors to compare")  # fmt: skip
         mask = padding_mask(batch, expected.shape[:-1])
-        result.output.add(samples(got, mask), samples(expected.to(got.device), mask))
+        expected = expected.to(got.device)
+        result.output.add(samples(got, mask), samples(expected, mask))
+        if agreement is not None:
+            try:
+                agreement.add(got, expected, batch)
+            except ValueError:
+                if task != "auto":
+                    raise
+                result.task = agreement = None  # its class is called like that, its output is something else
+        if compiled_model is not None and result.compiled is not None:
+            with eval_mode(model), torch.inference_mode():
+                got = select(run(compiled_model, batch, forward))
+            result.compiled.add(samples(got, mask), samples(expected, mask))
         result.batches += 1
     if not result.batches:
         raise ValueError(
             "parity was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
         )
+    if agreement is not None:
+        result.agreement = agreement.found()
     return result
 
 

@@ -139,34 +139,9 @@ class BatchSizing:
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """The frontier and the measured points, as an image; needs matplotlib (extra `cli`)."""
-        from .plots import image
+        from . import plots
 
-        name = _name(self.percentile)
-        with image(path, columns=2, width=11) as (left, right):
-            left.plot(
-                [p.batch for p in self.points],
-                [p.next_ms for p in self.points],
-                "o-",
-                label="between results, under load",
-            )
-            left.plot(
-                [p.batch for p in self.points], [p.first_ms for p in self.points], "o--", label="from a free server"
-            )
-            left.set(
-                xlabel="requests in a batch", ylabel="ms, median", title="measured", xscale="log", xlim=(0.9, None)
-            )
-            left.set_xticks([p.batch for p in self.points], [str(p.batch) for p in self.points])
-            left.legend()
-            right.plot(
-                [c.latency_ms[name] for c in self.frontier], [c.busy for c in self.frontier], "o-", label="frontier"
-            )
-            if self.policy is not None:
-                label = f"max_batch={self.policy.max_batch}, max_wait_ms={self.policy.max_wait_ms:g}"
-                right.plot([self.policy.latency_ms[name]], [self.policy.busy], "*", markersize=14, label=label)
-            right.axvline(self.latency_slo_ms, linestyle=":", color="gray", label="objective")
-            right.set(xlabel=f"{name} of the latency, ms", ylabel="share of the time computing",
-                      title=f"simulated, {self.arrival_rate:g} requests a second")  # fmt: skip
-            right.legend()
+        plots.size_batch(self, os.fspath(path))
 
 
 class _Server:
