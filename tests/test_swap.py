@@ -382,7 +382,9 @@ def test_dry_run_reports_the_same_and_changes_nothing(calibrate):
     assert_same_objects(model, before)
     report = fp.swap(model, "int8", calibrate=calibrate)
     dry.dry_run = False
-    dry.plan = dataclasses.replace(dry.plan, calibration=report.plan.calibration)  # which is of batches that it did not read
+    dry.plan = dataclasses.replace(
+        dry.plan, calibration=report.plan.calibration
+    )  # which is of batches that it did not read
     assert dry == report
     with fp.swap(block(), "int8", dry_run=True):  # nothing to restore on exit
         pass

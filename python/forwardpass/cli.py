@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import pathlib
 import warnings
@@ -24,6 +25,9 @@ import forwardpass as fp
 
 from . import comparison, embedding, environment
 from .doctor import examine
+from .planning import plots
+from .planning.measure import CALIBRATED
+from .planning.plan import CANDIDATES, TARGETS
 from .swap.precision import PRECISIONS
 
 app = typer.Typer(
@@ -31,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain errors and help: one line each, and the same in a log
     pretty_exceptions_enable=False,
-    help="Faster inference of PyTorch models: what works here, and a trial on a real model.",
+    help="Faster inference of PyTorch models: what works here, which precision each layer may have, a trial on a real model.",
 )
 #: name -> whether calibration texts change the result
 CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
@@ -57,6 +61,34 @@ def write_json(result: dict[str, Any], out: str) -> None:
         typer.echo(text, nl=False)
     else:
         pathlib.Path(out).write_text(text)
+
+
+def refuse_unwritable(*files: str | None) -> None:
+    """Before the work, not after it."""
+    for file in files:
+        if file not in (None, "-") and not pathlib.Path(file).parent.is_dir():
+            refuse(f"cannot write {file}: its folder does not exist")
+
+
+def device_to_use(asked: str | None) -> str:
+    if asked not in (None, "cpu", "cuda"):
+        refuse(f"--device is cpu or cuda, not {asked!r}")
+    if asked == "cuda" and not torch.cuda.is_available():
+        refuse("torch finds no GPU here: drop --device cuda")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def tracking() -> Iterator[comparison.Track]:
+    """Progress bars on stderr, where that is a terminal."""
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+
+        def track(what: str, steps: int | None) -> Callable[[], object]:
+            task = progress.add_task(what, total=steps)
+            return lambda: progress.advance(task)
+
+        yield track
 
 
 @app.command()
@@ -149,13 +181,8 @@ def swap(
         refuse("pass either --precision or --plan")
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
-    if json not in (None, "-") and not pathlib.Path(json).parent.is_dir():
-        refuse(f"cannot write {json}: its folder does not exist")
-    if device not in (None, "cpu", "cuda"):
-        refuse(f"--device is cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        refuse("torch finds no GPU here: drop --device cuda")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_unwritable(json)
+    where = device_to_use(device)
     with refusing(ValueError, OSError):
         planned = fp.Plan.load(plan) if plan else None
         calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
@@ -167,13 +194,7 @@ def swap(
         batches = embedding.tokenize(tokenizer, texts, original, where)
         timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
     swapped = copy.deepcopy(original)  # both are wanted at once: their timing takes turns
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-
-        def track(what: str, steps: int | None) -> Callable[[], object]:
-            task = progress.add_task(what, total=steps)
-            return lambda: progress.advance(task)
-
+    with tracking() as track:
         track("swapping", None)
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
@@ -212,6 +233,75 @@ def swap(
             err=True,
         )
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    min_cosine: Annotated[float | None, typer.Option(help="The lowest cosine over the texts that may be; or")] = None,
+    max_error: Annotated[float | None, typer.Option(help="the largest relative error of the embeddings.")] = None,
+    candidates: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(CANDIDATES)}; "
+                                                   "default: all.")] = None,
+    target: Annotated[str, typer.Option(help=f"What is made least: {' or '.join(TARGETS)}.")] = "latency",
+    text: Annotated[str | None, typer.Option(help="Texts that the budget must hold on, one a line; "
+                                             "default: 288 built in.")] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Other texts, to calibrate with: a file, builtin or none; "
+                                                  "default: builtin for what is calibrated.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each of its rows.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write the plan to this file, for `forwardpass swap --plan`, "
+                                             "or to stdout for -.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw what was to choose from: a .png, .svg or .pdf file.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Keep measurements in this file, and go on from it: after an "
+                                               "interrupt, or for another budget.")] = None,
+) -> None:  # fmt: skip
+    """Plans each layer's precision: the fastest text embedding model within a budget of error, from measurements."""
+    console = Console(stderr=json == "-")
+    if (min_cosine is None) == (max_error is None):
+        refuse("pass either --min-cosine or --max-error")
+    refuse_unwritable(json, plot, resume)
+    where = device_to_use(device)
+    named = candidates.split(",") if candidates is not None else list(CANDIDATES)
+    calibrates = any(name.endswith(CALIBRATED) for name in named)
+    if candidates is None and calibrate == "none":
+        named, calibrates = [name for name in named if not name.endswith(CALIBRATED)], False
+    with refusing(ValueError, OSError):
+        if plot:
+            plots.require(plot)
+        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+        calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
+        source = embedding.find_model(model)
+        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+        original, tokenizer = embedding.load(source, where)
+        batches = embedding.tokenize(tokenizer, texts, original, where)
+        timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
+    with tracking() as track, refusing(ValueError, TypeError, OSError, fp.Unsupported):
+        try:
+            made = fp.plan(
+                original,
+                batches,
+                candidates=named,
+                min_cosine=min_cosine,
+                max_error=max_error,
+                target=target,
+                shapes=[timed],
+                calibrate=embedding.tokenize(tokenizer, calibration, original, where) or None,
+                forward=embedding.forward,
+                resume=resume,
+                progress=track,
+            )
+        except KeyboardInterrupt as e:
+            typer.echo(f"forwardpass: interrupted {'; '.join(getattr(e, '__notes__', []))}", err=True)
+            raise typer.Exit(130) from None
+    assert made.evidence is not None
+    about = {"model": source.chosen, "texts": len(texts), "batch": batch, "length": length}
+    made = dataclasses.replace(made, evidence={**about, **made.evidence})
+    console.print(str(made), highlight=False, soft_wrap=True, markup=False)
+    if json:
+        write_json(made.to_json(), json)
+    if plot:
+        plots.plan(made.evidence or {}, plot)
 
 
 def calibration_texts(chosen: str) -> list[str]:
