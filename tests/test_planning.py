@@ -10,8 +10,10 @@ import subprocess
 import sys
 
 import pytest
+import test_cli
 import torch
 from small_models import assert_same_objects, batch, block, build, inputs, objects, outputs
+from test_cli import refused, run
 
 import forwardpass as fp
 from forwardpass.planning import measure, plots
@@ -25,6 +27,7 @@ from forwardpass.timing import Timing
 #: what a call costs in these tests, whatever it is
 TIMES = {"before": 4.0, "after": 1.5, "fp8": 1.0, "int8": 1.0, "int8+calibrated": 1.1, "w8a16": 5.0, "bf16": 2.0}
 CANDIDATES = ("int8", "int8+calibrated", "w8a16", "bf16")
+folder = test_cli.folder
 
 
 @pytest.fixture
@@ -478,3 +481,99 @@ def test_plot(times, tmp_path, monkeypatch):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'forwardpass\[cli\]'"):
         plots.require("plan.png")
+
+
+# the command
+
+
+def command(folder, *args, text=None):
+    texts = ("--text", text) if text else ()
+    return run("plan", folder, "--batch", 2, "--length", 16, *texts, *args)
+
+
+def test_the_command_writes_a_plan_that_swap_replays(times, folder, tmp_path):
+    file = tmp_path / "plan.json"
+    done = command(folder, "--min-cosine", 0.99995, "--json", file, "--plot", tmp_path / "plan.svg")
+    assert done.exit_code == 0, done.output
+    written = json.loads(file.read_text())
+    assert written["schema"] == "forwardpass.plan/1"
+    evidence = written["evidence"]
+    assert evidence["texts"] == 288 and evidence["batches"]["calibrated"] == 2
+    assert [tuple(c) for c in evidence["layers"][0]["calls"]] == [(2, 16, 96)]  # of the timed batch
+    assert len(written["layers"]) > 2 and f"{len(evidence['attempts'])} plans verified" in done.stdout
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
+    args = ("swap", folder, "--batch", 2, "--length", 16, "--min-cosine", 0.99995, "--json", "-", "--plan", file)
+    replayed = run(*args)
+    assert replayed.exit_code == 0, replayed.output
+    found = json.loads(replayed.stdout)
+    assert [s["fqn"] for s in found["swapped"]] == [x["fqn"] for x in written["layers"]]
+    held = [a["value"] for a in evidence["attempts"] if a["holds"]][-1]
+    assert found["parity"]["cosine_min"] == pytest.approx(held, abs=1e-7)
+    if written["calibration"]:
+        text = tmp_path / "texts.txt"
+        text.write_text("another text\n")
+        assert "calibrated on other batches" in run(*args, "--calibrate", text).stderr
+
+
+def test_the_command_prints_json_alone(times, folder, tmp_path):
+    text = tmp_path / "texts.txt"
+    text.write_text("one text\nanother\n")
+    done = command(folder, "--max-error", 0.05, "--candidates", "bf16", "--json", "-", text=text)
+    written = json.loads(done.stdout)
+    assert {x["precision"] for x in written["layers"]} == {"bf16"} and written["calibration"] is None
+    assert "times as fast" in done.stderr
+    done = command(folder, "--max-error", 0.05, "--calibrate", "none", "--json", "-", text=text)
+    assert json.loads(done.stdout)["evidence"]["candidates"] == ["fp8", "int8", "w8a16", "bf16"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "either --min-cosine or --max-error"),
+        (("--min-cosine", 0.9, "--max-error", 0.1), "either --min-cosine or --max-error"),
+        (("--min-cosine", 2), "min_cosine must be between -1 and 1"),
+        (("--min-cosine", 0.9, "--target", "speed"), "target is one of"),
+        (("--min-cosine", 0.9, "--candidates", "int3"), "no precision 'int3'"),
+        (("--min-cosine", 0.9, "--candidates", "int8", "--calibrate", "builtin"), "drop calibrate="),
+        (("--min-cosine", 0.9, "--plot", "plan.txt"), "plan.txt is none"),
+        (("--min-cosine", 0.9, "--json", "/no/such/folder/plan.json"), "its folder does not exist"),
+        (("--min-cosine", 0.9, "--resume", "/no/such/folder/x.json"), "its folder does not exist"),
+    ],
+)
+def test_the_command_refuses(times, folder, args, words):
+    refused(command(folder, *args), words)
+
+
+def test_an_interrupted_command_says_what_it_kept(times, folder, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.Measurer, "_output_error", interrupt)
+    file = tmp_path / "measurements.json"
+    done = command(folder, "--min-cosine", 0.99, "--candidates", "bf16", "--resume", file)
+    assert done.exit_code == 130
+    assert "interrupted" in done.stderr and done.stderr.count("\n") == 1
+    if sys.version_info >= (3, 11):
+        assert f"0 of 13 layers and candidates are in {file}" in done.stderr
+    assert file.exists()
+
+
+# the real thing
+
+
+@pytest.mark.slow
+def test_minilm(tmp_path):
+    """The budget holds end to end on texts not calibrated on, in another process too, within five minutes on two cores."""
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    file, budget = tmp_path / "plan.json", "0.9995"
+    done = subprocess.run(
+        [sys.executable, "-m", "forwardpass", "plan", "minilm", "--min-cosine", budget, "--json", str(file)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    evidence = json.loads(file.read_text())["evidence"]
+    held = [a["value"] for a in evidence["attempts"] if a["holds"]][-1]
+    args = ("swap", "minilm", "--plan", file, "--min-cosine", budget, "--json", "-")
+    found = json.loads(run(*args).stdout)
+    assert found["parity"]["cosine_min"] == pytest.approx(held, abs=1e-6) and held >= 0.9995
+    assert evidence["seconds"] < 300
