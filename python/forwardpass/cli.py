@@ -29,6 +29,7 @@ from .planning import plots
 from .planning.measure import CALIBRATED
 from .planning.plan import CANDIDATES, TARGETS
 from .swap.precision import PRECISIONS
+from .timing import keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -276,6 +277,7 @@ def plan(
         original, tokenizer = embedding.load(source, where)
         batches = embedding.tokenize(tokenizer, texts, original, where)
         timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
+    allocator = keep_freed_memory()
     with tracking() as track, refusing(ValueError, TypeError, OSError, fp.Unsupported):
         try:
             made = fp.plan(
@@ -295,7 +297,7 @@ def plan(
             typer.echo(f"forwardpass: interrupted {'; '.join(getattr(e, '__notes__', []))}", err=True)
             raise typer.Exit(130) from None
     assert made.evidence is not None
-    about = {"model": source.chosen, "texts": len(texts), "batch": batch, "length": length}
+    about = {"model": source.chosen, "allocator": allocator, "texts": len(texts), "batch": batch, "length": length}
     made = dataclasses.replace(made, evidence={**about, **made.evidence})
     console.print(str(made), highlight=False, soft_wrap=True, markup=False)
     if json:
