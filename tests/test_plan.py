@@ -48,6 +48,20 @@ def test_a_plan_for_fp8_does_not_fit_a_gpu_without_it():
     assert_same_objects(model, before)
 
 
+def test_plans_of_before_calibration_was_said_of_each_layer_are_read():
+    new = fp.swap(block(), "int8", calibrate=[inputs()], dry_run=True).plan.to_json()
+    old = {**new, "calibrated": True, "layers": [dict(x) for x in new["layers"]]}
+    del old["calibration"]
+    for layer in old["layers"]:
+        del layer["calibrated"]
+    old["layers"][1]["precision"] = "w8a16"
+    assert [x.calibrated for x in fp.Plan.load(old).layers] == [True, False]
+    with pytest.raises(ValueError, match="pass calibrate=batches"):
+        fp.swap(block(), plan=old)
+    fp.swap(block(), plan=old, calibrate=[inputs()])  # any: the file does not say which
+    assert not fp.Plan.load({**old, "calibrated": False}).calibrated
+
+
 def edited(**changes):
     def edit():
         plan = fp.swap(block(), "int8", dry_run=True).plan.to_json()
@@ -74,6 +88,12 @@ BAD_PLANS = [
     (edited(layers=[3]), "layer 0 is not an object"),
     (edited(fqn="second"), "names a layer twice"),
     (edited(calibrated=True), "made with calibration"),
+    (edited(calibration=3), "calibration of the plan"),
+    (edited(evidence=[]), "evidence of the plan"),
+    (
+        lambda: {**edited()(), "layers": [{**edited(precision="w8a16")()["layers"][0], "calibrated": True}]},
+        "takes no calibr",
+    ),
     (dict, "no schema"),
 ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import pathlib
 import warnings
@@ -24,7 +25,10 @@ import forwardpass as fp
 
 from . import comparison, embedding, environment
 from .doctor import examine
+from .planning import plots
 from .planning.load import Load
+from .planning.measure import CALIBRATED
+from .planning.plan import CANDIDATES, TARGETS
 from .planning.queueing import percentile as percentile_of
 from .planning.queueing import poisson, settled
 from .planning.size_batch import try_policy
@@ -36,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain errors and help: one line each, and the same in a log
     pretty_exceptions_enable=False,
-    help="Faster inference of PyTorch models: what works here, and a trial on a real model.",
+    help="Faster inference of PyTorch models: what works here, which precision each layer may have, a trial on a real model.",
 )
 #: name -> whether calibration texts change the result
 CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
@@ -62,6 +66,34 @@ def write_json(result: dict[str, Any], out: str) -> None:
         typer.echo(text, nl=False)
     else:
         pathlib.Path(out).write_text(text)
+
+
+def refuse_unwritable(*files: str | None) -> None:
+    """Before the work, not after it."""
+    for file in files:
+        if file not in (None, "-") and not pathlib.Path(file).parent.is_dir():
+            refuse(f"cannot write {file}: its folder does not exist")
+
+
+def device_to_use(asked: str | None) -> str:
+    if asked not in (None, "cpu", "cuda"):
+        refuse(f"--device is cpu or cuda, not {asked!r}")
+    if asked == "cuda" and not torch.cuda.is_available():
+        refuse("torch finds no GPU here: drop --device cuda")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def tracking() -> Iterator[comparison.Track]:
+    """Progress bars on stderr, where that is a terminal."""
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+
+        def track(what: str, steps: int | None) -> Callable[[], object]:
+            task = progress.add_task(what, total=steps)
+            return lambda: progress.advance(task)
+
+        yield track
 
 
 @app.command()
@@ -154,8 +186,8 @@ def swap(
         refuse("pass either --precision or --plan")
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
-    check_written(json)
-    where = device_option(device)
+    refuse_unwritable(json)
+    where = device_to_use(device)
     with refusing(ValueError, OSError):
         planned = fp.Plan.load(plan) if plan else None
         calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
@@ -167,13 +199,7 @@ def swap(
         batches = embedding.tokenize(tokenizer, texts, original, where)
         timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
     swapped = copy.deepcopy(original)  # both are wanted at once: their timing takes turns
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-
-        def track(what: str, steps: int | None) -> Callable[[], object]:
-            task = progress.add_task(what, total=steps)
-            return lambda: progress.advance(task)
-
+    with tracking() as track:
         track("swapping", None)
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
@@ -214,6 +240,76 @@ def swap(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    min_cosine: Annotated[float | None, typer.Option(help="The lowest cosine over the texts that may be; or")] = None,
+    max_error: Annotated[float | None, typer.Option(help="the largest relative error of the embeddings.")] = None,
+    candidates: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(CANDIDATES)}; "
+                                                   "default: all.")] = None,
+    target: Annotated[str, typer.Option(help=f"What is made least: {' or '.join(TARGETS)}.")] = "latency",
+    text: Annotated[str | None, typer.Option(help="Texts that the budget must hold on, one a line; "
+                                             "default: 288 built in.")] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Other texts, to calibrate with: a file, builtin or none; "
+                                                  "default: builtin for what is calibrated.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each of its rows.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write the plan to this file, for `forwardpass swap --plan`, "
+                                             "or to stdout for -.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw what was to choose from: a .png, .svg or .pdf file.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Keep measurements in this file, and go on from it: after an "
+                                               "interrupt, or for another budget.")] = None,
+) -> None:  # fmt: skip
+    """Plans each layer's precision: the fastest text embedding model within a budget of error, from measurements."""
+    console = Console(stderr=json == "-")
+    if (min_cosine is None) == (max_error is None):
+        refuse("pass either --min-cosine or --max-error")
+    refuse_unwritable(json, plot, resume)
+    where = device_to_use(device)
+    named = candidates.split(",") if candidates is not None else list(CANDIDATES)
+    calibrates = any(name.endswith(CALIBRATED) for name in named)
+    if candidates is None and calibrate == "none":
+        named, calibrates = [name for name in named if not name.endswith(CALIBRATED)], False
+    with refusing(ValueError, OSError):
+        if plot:
+            plots.require(plot)
+        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+        calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
+        source = embedding.find_model(model)
+        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+        original, tokenizer = embedding.load(source, where)
+        batches = embedding.tokenize(tokenizer, texts, original, where)
+        timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
+    allocator = keep_freed_memory()
+    with tracking() as track, refusing(ValueError, TypeError, OSError, fp.Unsupported):
+        try:
+            made = fp.plan(
+                original,
+                batches,
+                candidates=named,
+                min_cosine=min_cosine,
+                max_error=max_error,
+                target=target,
+                shapes=[timed],
+                calibrate=embedding.tokenize(tokenizer, calibration, original, where) or None,
+                forward=embedding.forward,
+                resume=resume,
+                progress=track,
+            )
+        except KeyboardInterrupt as e:
+            typer.echo(f"forwardpass: interrupted {'; '.join(getattr(e, '__notes__', []))}", err=True)
+            raise typer.Exit(130) from None
+    assert made.evidence is not None
+    about = {"model": source.chosen, "allocator": allocator, "texts": len(texts), "batch": batch, "length": length}
+    made = dataclasses.replace(made, evidence={**about, **made.evidence})
+    console.print(str(made), highlight=False, soft_wrap=True, markup=False)
+    if json:
+        write_json(made.to_json(), json)
+    if plot:
+        plots.plan(made.evidence or {}, plot)
+
+
 def calibration_texts(chosen: str) -> list[str]:
     if chosen == "none":
         return []
@@ -248,6 +344,52 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     console.print(table, highlight=False)
 
 
+@app.command()
+def parity(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")] = None,
+    plan: Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")] = None,
+    text: Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Texts to calibrate with: a file, builtin or none; "
+                                                  "default: builtin for what is calibrated.")] = None,
+    compiled: Annotated[bool, typer.Option(help="Compare the output under torch.compile too.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
+    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw the errors by depth: a .png, .svg or .pdf file.")] = None,
+) -> None:  # fmt: skip
+    """Shows how far each swapped layer of a text embedding model is from the original, the worst first."""
+    console = Console(stderr=json == "-")
+    if (precision is None) == (plan is None):
+        refuse("pass either --precision or --plan")
+    if precision is not None and precision not in CALIBRATES:
+        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
+    refuse_unwritable(json, plot)
+    where = device_to_use(device)
+    with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the report has them too
+        if plot:
+            plots.require(plot)
+        planned = fp.Plan.load(plan) if plan else None
+        calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
+        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+        calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
+        source = embedding.find_model(model)
+        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+        swapped, tokenizer = embedding.load(source, where)
+        batches = embedding.tokenize(tokenizer, texts, swapped, where)
+        calibration_batches = embedding.tokenize(tokenizer, calibration, swapped, where)
+        fp.swap(swapped, precision, planned, calibrate=calibration_batches or None)
+        with tracking() as track:
+            advance = track("comparing", len(batches))
+            found = fp.parity(swapped, comparison.ticking(batches, advance), compiled=compiled)
+    console.print(str(found), highlight=False, soft_wrap=True, markup=False)
+    if json:
+        about = {"model": {"name": model, "chosen": source.chosen}, "precision": precision, "plan": plan}
+        write_json({**found.to_json(), **about}, json)
+    if plot:
+        found.save_plot(plot)
+
+
 @app.command("size-batch")
 def size_batch(
     model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
@@ -268,11 +410,13 @@ def size_batch(
 ) -> None:  # fmt: skip
     """Finds the batches of a text embedding model that hold a latency objective at the least cost, and tries them."""
     console = Console(stderr=json == "-")
-    where = device_option(device)
-    check_written(json, plot)
+    refuse_unwritable(json, plot)
+    where = device_to_use(device)
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
     with refusing(ValueError, OSError):
+        if plot:
+            plots.require(plot)
         arrivals = None if trace is None else [float(line) for line in pathlib.Path(trace).read_text().split()]
         source = embedding.find_model(model)
         console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
@@ -283,7 +427,7 @@ def size_batch(
         return {name: rows_of[:n] for name, rows_of in rows.items()}
 
     keep_freed_memory()
-    with working(console) as track, refusing(ValueError, TypeError, fp.Unsupported), warnings.catch_warnings():
+    with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         if precision is not None:
             calibration = calibration_texts("builtin" if CALIBRATES[precision] else "none")
@@ -291,7 +435,7 @@ def size_batch(
         found = fp.size_batch(
             sized, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
             memory_limit=None if memory_limit_mb is None else memory_limit_mb * 1_000_000,
-            price_per_hour=price_per_hour, max_batch=max_batch, seconds=seconds, on_progress=track,
+            price_per_hour=price_per_hour, max_batch=max_batch, seconds=seconds, progress=track,
         )  # fmt: skip
         result = {
             **found.to_json(),
@@ -299,7 +443,7 @@ def size_batch(
         }
         ok = found.policy is not None
         if found.policy is not None and check:
-            track("trying the policy")
+            track("trying the policy", None)
             mine = found.arrival_rate / found.policy.replicas
             times = poisson(mine, max(1, round(check * mine)), seed=1)
             if arrivals is not None:
@@ -336,26 +480,3 @@ def checked(load: Load, percentile: float, slo_ms: float) -> dict[str, Any]:
         "lateness_ms": 1e3 * max(load.lateness),
         "ok": of[f"p{percentile:g}"] <= slo_ms,
     }
-
-
-def device_option(device: str | None) -> str:
-    if device not in (None, "cpu", "cuda"):
-        refuse(f"--device is cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        refuse("torch finds no GPU here: drop --device cuda")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_written(*paths: str | None) -> None:
-    """Before anything is computed: that the results can be written."""
-    for path in paths:
-        if path not in (None, "-") and not pathlib.Path(path).parent.is_dir():
-            refuse(f"cannot write {path}: its folder does not exist")
-
-
-@contextlib.contextmanager
-def working(console: Console) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that tells what is being done, where that is a terminal."""
-    errors = Console(stderr=True)
-    with errors.status("") as status:
-        yield lambda text: status.update(text)

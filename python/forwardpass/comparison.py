@@ -34,7 +34,7 @@ def compare(
     """
     before, after = (
         embedding.embed(
-            embedding.hidden_states(model), _ticking(batches, track(f"embedding texts {when}", len(batches)))
+            embedding.hidden_states(model), ticking(batches, track(f"embedding texts {when}", len(batches)))
         )
         for when, model in (("before", original), ("after", swapped))
     )
@@ -76,7 +76,7 @@ def _forward(model: torch.nn.Module, batch: Batch) -> Callable[[], object]:
     return lambda: model(**batch)
 
 
-def _ticking(items: Iterable[T], advance: Callable[[], object]) -> Iterator[T]:
+def ticking(items: Iterable[T], advance: Callable[[], object]) -> Iterator[T]:
     for item in items:
         yield item
         advance()

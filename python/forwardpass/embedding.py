@@ -8,7 +8,7 @@ import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,12 +152,18 @@ def embed(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tensor:
         run: batch -> last hidden states [batch, length, hidden].
     """
 
-    def pooled() -> Iterator[Tensor]:
-        for b in batches:
-            hidden, mask = run(b).float().cpu(), b["attention_mask"].cpu().unsqueeze(-1)
-            yield F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    return torch.cat([pool(run(b).float().cpu(), b["attention_mask"].cpu()) for b in batches])
 
-    return torch.cat(list(pooled()))
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """[texts, length, hidden] and the mask [texts, length] -> the mean of each text's tokens, normalised, [texts, hidden]."""
+    mask = mask.unsqueeze(-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Sentence embeddings, as `fp.plan` and others take a forward."""
+    return pool(model(**batch).last_hidden_state.float(), batch["attention_mask"])
 
 
 def hidden_states(model: torch.nn.Module) -> Callable[[Batch], Tensor]:

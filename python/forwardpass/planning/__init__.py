@@ -1,1 +1,1 @@
-"""What a model loses and gains: parity with the original."""
+"""What a model loses and gains: parity with the original, and which precision each layer may have."""

@@ -21,7 +21,7 @@ class Criterion:
     """One of: the lowest cosine over samples, the largest relative L2 error over batches, the largest value of a metric.
 
     Errors that layers bring are small and independent of each other, so their squares add up at the output: 1 - cosine, which
-    is half of the squared error across the output, and the squared relative error. Those are `additive`; `budget` and `judge`
+    is half of the squared error across the output, and the squared relative error. Those are `additive`; `budget` and `worst`
     are in the same units but for a metric, whose own are unknown.
     """
 
@@ -70,15 +70,14 @@ class Criterion:
         error, norm = (got - expected).square().sum(), expected.square().sum()
         return (error / norm if error != 0 else error).reshape(1).cpu()  # 0 / 0 is no error
 
-    def judge(self, got: Tensor, expected: Tensor, batch: Any) -> float:
-        """The worst of one batch: what must not pass `budget`."""
+    def worst(self, errors: Tensor, got: Tensor, expected: Tensor, batch: Any) -> float:
+        """Of one batch, whose `additive` is given: what must not pass `budget`."""
         if self.metric is not None:
             return float(self.metric(got, expected.to(got.device), batch))
-        errors = self.additive(got, expected, batch)
         return errors.max().item() if errors.numel() else 0.0
 
     def shown(self, worst: float) -> float:
-        """What `judge` found in the units of `bound`."""
+        """What `worst` found in the units of `bound`."""
         return {"min_cosine": 1 - worst, "max_error": math.sqrt(max(worst, 0.0)), "metric": worst}[self.kind]
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import environment
@@ -24,7 +25,7 @@ from ..swap.precision import Precision
 from ..swap.rules import Context
 from ..swap.swapping import planned, refuse_model, tensor_bytes
 from ..swap.walker import linear_like, plain_module
-from ..timing import Timing, interleave, keep_freed_memory
+from ..timing import Timing, interleave
 from . import evidence
 from .choose import Choice, Frontier, Option
 from .criterion import Criterion, Metric
@@ -136,7 +137,6 @@ def plan(
     ]  # fmt: skip
     arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
     device = environment.device(originals.device_of(model))
-    allocator = keep_freed_memory()
     some = spread(given, references)
     measurer = Measurer(
         subject, tried, arguments, [given[i] for i in some], [references[i] for i in some], resume,
@@ -165,13 +165,14 @@ def plan(
         same = Fingerprint().add(calibration).value if any(p.calibrates for _, p in pairs) else None
         return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], same)
 
-    def verified(choice: Choice) -> float:
-        worst = -math.inf
+    def verified(choice: Choice) -> tuple[float, float]:
+        worst, errors = [], []
         with annotated("while verifying a plan; the model is as it was"), subject.swapped(made(choice), arguments):
             for batch, got, expected in zip(given, subject.outputs(given), references):
-                error = criterion.judge(got, expected, batch)
-                worst = math.nan if math.isnan(error) or math.isnan(worst) else max(worst, error)
-        return worst
+                errors.append(criterion.additive(got, expected, batch))
+                worst.append(criterion.worst(errors[-1], got, expected, batch))
+        finite = all(map(math.isfinite, worst))
+        return max(worst) if finite else math.nan, torch.cat(errors).mean().item()
 
     as_it_is = Choice((0,) * len(layers), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
     choice, attempts = _search(front, as_it_is, criterion, verified, progress)
@@ -185,7 +186,6 @@ def plan(
         evidence={
             "versions": environment.versions(),
             "device": device,
-            "allocator": allocator,
             "criterion": {"kind": criterion.kind, "bound": criterion.bound},
             "target": target,
             "candidates": list(tried),
@@ -248,9 +248,14 @@ def _shown(x: Layer | Candidate, target: str) -> str:
 
 
 def _search(
-    front: Frontier, as_it_is: Choice, criterion: Criterion, verified: Callable[[Choice], float], progress: Track
+    front: Frontier,
+    as_it_is: Choice,
+    criterion: Criterion,
+    verified: Callable[[Choice], tuple[float, float]],
+    progress: Track,
 ) -> tuple[Choice, list[dict[str, Any]]]:
-    """The cheapest choice that is verified to hold the budget, and all that were tried.
+    """The cheapest choice that is verified to hold the budget, and all that were tried. `verified` gives the worst error of a
+    choice, NaN where it is not finite, and the mean of what is predicted.
 
     The predicted error is a mean over samples and the budget bounds the worst, measured: the ratio of the two, from the last
     choice that was run, says which to run next.
@@ -266,11 +271,12 @@ def _search(
         if not holds < i < fails:  # this side of what holds, or beyond what fails
             i = (holds + fails) // 2 if len(attempts) > 1 else min(max(i, holds + 1), fails - 1)
         choice = front.choice(i)
-        worst = verified(choice)
+        worst, mean = verified(choice)
         ok = worst <= criterion.budget  # False for NaN
         attempts.append({
             "cost": choice.cost,
             "predicted": choice.error,
+            "measured": mean if math.isfinite(mean) else None,
             "value": criterion.shown(worst) if math.isfinite(worst) else None,
             "holds": ok,
         })  # fmt: skip

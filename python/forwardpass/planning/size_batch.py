@@ -21,6 +21,7 @@ from torch import nn
 
 from .. import environment
 from ..batches import Forward, evaluating, main_output, run
+from ..comparison import Track
 from ..swap.files import write_json
 from ..swap.report import table
 from ..swap.walker import plain_module
@@ -204,7 +205,7 @@ def size_batch(
     max_batch: int = MAX_BATCH,
     seconds: float = 20.0,
     seed: int = 0,
-    on_progress: Callable[[str], object] | None = None,
+    progress: Track = lambda what, steps: lambda: None,
 ) -> BatchSizing:
     """The policy, max_batch and max_wait_ms of an `fp.Pipeline`, that holds a latency objective at the least cost.
 
@@ -225,7 +226,7 @@ def size_batch(
         price_per_hour: of one replica, in any currency.
         max_batch: no larger batch is tried.
         seconds: how long times are gathered, after each size was tried once.
-        on_progress: told what is being done.
+        progress: progress(what, steps or None) -> called after each step.
 
     Raises:
         TypeError, ValueError: what was required, what was given, what to do. A batch of 1 that fails raises what it raised;
@@ -243,17 +244,17 @@ def size_batch(
     for name, number in (("max_batch", max_batch), ("memory_limit", 1 if memory_limit is None else memory_limit)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} is a number of 1 or more, not {number!r}")
-    begin, on_progress = time.monotonic(), on_progress or (lambda text: None)
+    begin = time.monotonic()
     server = _Server(model, make_batch, forward)
-    memory, ended = _grow(server, latency_slo_ms / 1e3, memory_limit, max_batch, on_progress)
-    service = _measure(server, list(memory), seconds, on_progress)
+    memory, ended = _grow(server, latency_slo_ms / 1e3, memory_limit, max_batch, progress)
+    service = _measure(server, list(memory), seconds, progress)
     points = [
         Point(n, 1e3 * statistics.median(service.first[n]), 1e3 * statistics.median(service.next[n]),
               len(service.next[n]), memory[n])
         for n in service.sizes
     ]  # fmt: skip
-    on_progress("simulating")
     rate = len(times) / (times[-1] - times[0]) if arrivals is not None else float(arrival_rate or 0)
+    progress("simulating", None)
     policy, frontier, reason = _choose(service, times, rate, latency_slo_ms, percentile, price_per_hour, seed)
     fixed, per_item = _line(points)
     notes = []
@@ -296,13 +297,13 @@ def _arrivals(rate: float | None, trace: Iterable[float] | None, seed: int) -> l
 
 
 def _grow(
-    server: _Server, slo: float, limit: int | None, most: int, on_progress: Callable[[str], object]
+    server: _Server, slo: float, limit: int | None, most: int, progress: Track
 ) -> tuple[dict[int, int | None], str]:
     """Batch size -> bytes, of those that are worth measuring; and why there are no larger ones."""
     memory: dict[int, int | None] = {}
-    best, n, without_gain = 0.0, 1, 0
+    best, n, without_gain, advance = 0.0, 1, 0, progress("trying batch sizes", None)
     while n <= most:
-        on_progress(f"trying a batch of {n}")
+        advance()
         try:
             used, took = _try(server, n)
         except Exception as e:
@@ -335,7 +336,7 @@ def _try(server: _Server, n: int) -> tuple[int | None, float]:
     return used(), took
 
 
-def _measure(server: _Server, sizes: list[int], seconds: float, on_progress: Callable[[str], object]) -> ServiceTimes:
+def _measure(server: _Server, sizes: list[int], seconds: float, progress: Track) -> ServiceTimes:
     """In turn, so that what slows the machine for a while slows all sizes; a free server first rests as long as a batch takes,
     as its threads do between requests.
     """
@@ -346,10 +347,10 @@ def _measure(server: _Server, sizes: list[int], seconds: float, on_progress: Cal
         times = {n: stack.enter_context(server.full_batches(n)) for n in sizes}
         for send in times.values():
             send(1)
-        until, rounds = time.monotonic() + seconds, 0
+        until, rounds, advance = time.monotonic() + seconds, 0, progress("timing batches in turn", None)
         while rounds < LEAST_ROUNDS or time.monotonic() < until:
             rounds += 1
-            on_progress(f"measuring {len(sizes)} sizes of batches, round {rounds}")
+            advance()
             for n, send in times.items():
                 if first[n]:
                     time.sleep(min(first[n][-1], MOST_REST))
