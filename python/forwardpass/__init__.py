@@ -8,14 +8,16 @@ from .backend import Reason, Unsupported, explain, use_backend
 from .declined import declined
 from .flash_attention_impl import register_flash_attention_impl
 from .planning.parity import ParityReport, parity
+from .planning.pipeline import ItemError, Pipeline
+from .planning.profile import Profile, profile
 from .sdpa import sdpa
 from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
 
 __version__ = "0.1.0"
 __all__ = [
-    "InterpreterFinding", "ParityReport", "Plan", "Reason", "Report", "Unsupported", "declined", "explain", "interpret",
-    "load_pretrained", "nn", "ops", "parity", "register_flash_attention_impl", "restore", "save_pretrained", "sdpa", "swap",
-    "use_backend",
+    "InterpreterFinding", "ItemError", "ParityReport", "Pipeline", "Plan", "Profile", "Reason", "Report", "Unsupported",
+    "declined", "explain", "interpret", "load_pretrained", "nn", "ops", "parity", "profile", "register_flash_attention_impl",
+    "restore", "save_pretrained", "sdpa", "swap", "use_backend",
 ]  # fmt: skip
 
 

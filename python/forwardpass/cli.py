@@ -31,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain errors and help: one line each, and the same in a log
     pretty_exceptions_enable=False,
-    help="Faster inference of PyTorch models: what works here, and a trial on a real model.",
+    help="Faster inference of PyTorch models: what works here, where time goes, and a trial on a real model.",
 )
 #: name -> whether calibration texts change the result
 CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
@@ -149,13 +149,7 @@ def swap(
         refuse("pass either --precision or --plan")
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
-    if json not in (None, "-") and not pathlib.Path(json).parent.is_dir():
-        refuse(f"cannot write {json}: its folder does not exist")
-    if device not in (None, "cpu", "cuda"):
-        refuse(f"--device is cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        refuse("torch finds no GPU here: drop --device cuda")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = prepare(device, json)
     with refusing(ValueError, OSError):
         planned = fp.Plan.load(plan) if plan else None
         calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
@@ -167,13 +161,7 @@ def swap(
         batches = embedding.tokenize(tokenizer, texts, original, where)
         timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
     swapped = copy.deepcopy(original)  # both are wanted at once: their timing takes turns
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-
-        def track(what: str, steps: int | None) -> Callable[[], object]:
-            task = progress.add_task(what, total=steps)
-            return lambda: progress.advance(task)
-
+    with progressing() as track:
         track("swapping", None)
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
@@ -218,6 +206,74 @@ def calibration_texts(chosen: str) -> list[str]:
     if chosen == "none":
         return []
     return embedding.builtin_texts()[0] if chosen == "builtin" else embedding.read_texts(chosen)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    text: Annotated[str | None, typer.Option(help="Texts to run, one a line; default: 288 built in.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts of a batch.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens that each text is padded or cut to.")] = 128,
+    batches: Annotated[int, typer.Option(min=1, help="Batches, one after the other.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes over the batches.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
+    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    html: Annotated[str | None, typer.Option(help="Also write a report with plots to this file.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Also write a Chrome trace to this file.")] = None,
+) -> None:  # fmt: skip
+    """Shows where the time of a text embedding goes: tokenising, transfer, forward, pooled output; then by layer."""
+    console = Console(stderr=json == "-")
+    where = prepare(device, json, html, trace)
+    with refusing(ValueError, OSError):
+        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+        source = embedding.find_model(model)
+        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+        loaded, tokenizer = embedding.load(source, where)
+        request = embedding.Request(loaded, tokenizer, length)
+    items = [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(batches)]
+    with progressing() as track, refusing(ValueError, TypeError, fp.Unsupported):
+        found = fp.profile(
+            loaded,
+            items,
+            preprocess=request.preprocess,
+            forward=request.forward,
+            postprocess=request.postprocess,
+            rounds=rounds,
+            track=track,
+        )
+    typer.echo(str(found), err=json == "-")
+    if html:
+        found.save_html(html)
+    if trace:
+        found.save_trace(trace)
+    if json:
+        request_of = {"name": model, "chosen": source.chosen}
+        write_json(found.to_json() | {"model": request_of, "batch": batch, "length": length}, json)
+
+
+def prepare(device: str | None, *files: str | None) -> str:
+    """The device to run on; refuses one that is not there, and files that cannot be written."""
+    for file in files:
+        if file not in (None, "-") and not pathlib.Path(file).parent.is_dir():
+            refuse(f"cannot write {file}: its folder does not exist")
+    if device not in (None, "cpu", "cuda"):
+        refuse(f"--device is cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        refuse("torch finds no GPU here: drop --device cuda")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def progressing() -> Iterator[comparison.Track]:
+    """A progress bar on a terminal's stderr."""
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+
+        def track(what: str, steps: int | None) -> Callable[[], object]:
+            task = progress.add_task(what, total=steps)
+            return lambda: progress.advance(task)
+
+        yield track
 
 
 def print_swap(result: dict[str, Any], console: Console) -> None:

@@ -21,9 +21,7 @@ def captured() -> Callable[[], AbstractContextManager[None]]:
     in inference mode.
     """
     chosen, counts, modes = backend.choice(), counting(), _get_current_function_mode_stack()
-    autocasts = [
-        (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-    ]
+    autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     @contextmanager

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, eval_mode, map_tensors, run
+from ..batches import Forward, eval_mode, map_tensors, run, tensors
 from ..swap.walker import plain_module
 from ..thread_state import captured
 from .transfer import device_of, named, transfer_for
@@ -368,14 +368,15 @@ def _stack(samples: list[Any]) -> Any:
     raise TypeError(f"a sample is a tensor, a mapping or a sequence of them, not {type(first).__name__}: pass collate=")
 
 
-def _rows(result: Any, n: int) -> Sequence[Any]:
+def _rows(result: Any, n: int) -> list[Any]:
     """The rows of a batch's result: of each tensor the first dimension."""
-
-    def row(t: Tensor, i: int) -> Tensor:
+    for t in tensors(result):
         if t.dim() == 0 or len(t) != n:
             raise ValueError(
                 f"a result of shape {tuple(t.shape)} has no row for each of {n} items: pass output=fn(result) that has"
             )
-        return t[i]
 
-    return [map_tensors(result, lambda t, i=i: row(t, i)) for i in range(n)]
+    def row(i: int) -> Any:
+        return map_tensors(result, lambda t: t[i])
+
+    return [row(i) for i in range(n)]
