@@ -25,7 +25,12 @@ from .transfer import bytes_of, named
 
 PHASES = ("input", "transfer", "forward", "output")
 
-wall_clock, cpu_clock = time.perf_counter, time.process_time  # the tests have their own
+#: shorter phases are too short for the clock of CPU time
+_LEAST_S = 1e-3
+#: after which a thread that waits for the next parallel region sleeps: GNU's OpenMP spins 300 000 times, some 5 ms
+_SPIN_S = 0.03
+
+wall_clock, cpu_clock, thread_clock, sleep = time.perf_counter, time.process_time, time.thread_time, time.sleep
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Loop:
 
     rounds: list[list[Sample]]
     seconds: float  #: from the first item to the last result of all rounds
-    cores: float  #: that this process could have: those it may run on, less what others used meanwhile
+    others: float  #: cores that other processes used meanwhile
 
     @property
     def samples(self) -> list[Sample]:
@@ -83,6 +88,14 @@ class Loop:
         """Per item, of each phase: the mean over the items of the median over the rounds."""
         items = [[statistics.median(values) for values in zip(*map(of, item))] for item in zip(*self.rounds)]
         return [statistics.fmean(values) for values in zip(*items)]
+
+    @property
+    def cores(self) -> float:
+        """That this process could have: those it may run on, less what others used; no fewer than a phase had."""
+        mine = float(len(os.sched_getaffinity(0)))
+        wall, cpu = self.typical(lambda s: s.wall), self.typical(lambda s: s.cpu)
+        had = max((c / w for w, c in zip(wall, cpu) if w >= _LEAST_S), default=0.0)
+        return min(mine, max(1.0, mine - self.others, had))
 
 
 def measure(
@@ -94,30 +107,54 @@ def measure(
     on_item: Callable[[], object] = lambda: None,
 ) -> Loop:
     """Runs the plain loop over the items, `rounds` times. `around(phase)` is entered around each phase."""
+    idle = _Idle(_spinning(request, items[0]))
     taken, begun, usage = [], wall_clock(), _usage()
     for _ in range(rounds):
         samples = []
         for item in items:
-            samples.append(_sample(request, item, around))
+            samples.append(_sample(request, item, around, idle))
             on_item()
         taken.append(samples)
     seconds, after = wall_clock() - begun, _usage()
-    cores = float(len(os.sched_getaffinity(0)))
-    if usage and after and seconds:
-        elsewhere = (after[0] - usage[0] - (after[1] - usage[1])) / seconds
-        cores = max(1.0, cores - max(0.0, elsewhere))
-    return Loop(taken, seconds, cores)
+    others = (after[0] - usage[0] - (after[1] - usage[1])) / seconds if usage and after and seconds else 0.0
+    return Loop(taken, seconds, max(0.0, others))
 
 
-def _sample(request: Request, item: Any, around: Callable[[str], AbstractContextManager[Any]]) -> Sample:
+class _Idle:
+    """Tells what threads compute from what they spend waiting, after a forward, for the next one."""
+
+    def __init__(self, after_forward: float):
+        self.after_forward, self.left = after_forward, 0.0
+
+    def computed(self, phase: str, process: float, thread: float) -> float:
+        """Of the seconds that all threads of the process took in a phase, and this one."""
+        if phase == "forward":
+            self.left = self.after_forward
+            return process
+        waited = min(self.left, max(0.0, process - thread))
+        self.left -= waited
+        return process - waited
+
+
+def _spinning(request: Request, item: Any) -> float:
+    """CPU seconds that OpenMP's threads spend after a forward in waiting for the next, before they sleep."""
+    request.run(request.transfer(request.input(item)))
+    if request.device.type == "cuda":
+        torch.cuda.synchronize(request.device)
+    process, thread = cpu_clock(), thread_clock()
+    sleep(_SPIN_S)
+    return max(0.0, cpu_clock() - process - (thread_clock() - thread))
+
+
+def _sample(request: Request, item: Any, around: Callable[[str], AbstractContextManager[Any]], idle: _Idle) -> Sample:
     cuda = request.device.type == "cuda"
-    value, passed, events = item, [], []
-    wall, cpu = [wall_clock()], [cpu_clock()]
+    value, passed, events, cpu = item, [], [], []
+    wall, process, thread = [wall_clock()], cpu_clock(), thread_clock()
     for phase, step in zip(PHASES, (request.input, request.transfer, request.run, request.finish)):
         if phase == "transfer" and not cuda:  # nothing, and not the clock's cost either
             passed.append(value)
             wall.append(wall[-1])
-            cpu.append(cpu[-1])
+            cpu.append(0.0)
             continue
         with named(phase, request.device), around(phase):
             if cuda:
@@ -127,12 +164,13 @@ def _sample(request: Request, item: Any, around: Callable[[str], AbstractContext
                 events.append(_event())
                 torch.cuda.synchronize(request.device)
         passed.append(value)
+        before, process, thread = (process, thread), cpu_clock(), thread_clock()
         wall.append(wall_clock())
-        cpu.append(cpu_clock())
+        cpu.append(idle.computed(phase, process - before[0], thread - before[1]))
     batch, result = passed[0], passed[2]
     return Sample(
         tuple(b - a for a, b in itertools.pairwise(wall)),
-        tuple(b - a for a, b in itertools.pairwise(cpu)),
+        tuple(cpu),
         tuple(a.elapsed_time(b) / 1e3 for a, b in zip(events[2::2], events[3::2])),
         bytes_of(batch),
         bytes_of(result),

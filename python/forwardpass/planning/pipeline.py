@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..batches import Forward, eval_mode, map_tensors, run, tensors
 from ..swap.walker import plain_module
-from ..thread_state import captured
+from ..thread_state import captured, release_openmp_threads
 from .transfer import device_of, named, transfer_for
 
 
@@ -219,6 +219,7 @@ class _Stages:
         self.carried = captured()
         self.flags = eval_mode(pipeline.model)
         self.flags.__enter__()
+        release_openmp_threads()  # the model runs in another thread now
         loops = [*[self._prepare] * pipeline.workers, self._compute, self._finish]
         self.threads = [
             threading.Thread(target=self._thread, args=(loop,), name=f"forwardpass{loop.__name__}", daemon=True)
