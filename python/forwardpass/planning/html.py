@@ -28,9 +28,10 @@ p { margin: .4rem 0; } .soft { color: var(--soft); } small { color: var(--soft);
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line); }
 th, td { padding: .28rem .9rem .28rem 0; vertical-align: top; } td { border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { min-width: 6rem; } th { white-space: nowrap; }
 th.n, td.n { text-align: right; white-space: nowrap; } td.name { overflow-wrap: anywhere; }
 .bar { display: flex; height: 2.2rem; border-radius: .3rem; overflow: hidden; background: var(--panel); }
-.bar > span { color: #fff; font-size: .8rem; line-height: 2.2rem; padding-left: .5rem; white-space: nowrap; overflow: hidden; }
+.bar > span { color: #fff; font-size: .8rem; line-height: 2.2rem; text-align: center; white-space: nowrap; overflow: hidden; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .6rem 0; font-size: .85rem; }
 .dot { display: inline-block; width: .7rem; height: .7rem; border-radius: .15rem; margin-right: .4rem; }
 .meter { display: inline-block; width: 5rem; height: .6rem; background: var(--panel); border-radius: .2rem;
@@ -69,7 +70,10 @@ def render(profile: Profile) -> str:
         body += [
             "<h2>Against the device's limits</h2>",
             _roofline(p),
-            f'<p class="soft">Each circle is an operation, its area the time that it takes. Limits: {escape(sources)}.</p>',
+            '<p class="soft">Each circle is an operation with products, its area the time that it takes. Limits: '
+            f"{escape(sources)}.</p>",
+            "<h2>Layers by class</h2>",
+            _rows(p.inside.kinds),
             "<h2>Operations</h2>",
             _rows(p.inside.operations),
             "<h2>Layers</h2>",
@@ -168,6 +172,10 @@ def _card(head: str, text: str) -> str:
     return f'<div class="card"><b>{escape(head)}</b> {escape(text)}</div>'
 
 
+def _rate(a_second: float) -> str:
+    return f"{a_second / 1e9:.1f}" if a_second else "–"
+
+
 def _rows(rows: Sequence[Row], shown: int = 15) -> str:
     longest = max((row.share for row in rows), default=1.0) or 1.0
 
@@ -177,8 +185,8 @@ def _rows(rows: Sequence[Row], shown: int = 15) -> str:
         meter = f'<span class="meter"><i style="width:{row.share / longest:.0%};background:{colour}"></i></span>'
         kind = f" <small>{escape(row.kind)}</small>" if row.kind else ""
         return [
-            escape(row.name or "(the rest)") + kind, f"{meter}{row.share:.1%}", f"{row.ms:.3f}", f"{row.calls:g}",
-            f"{row.flops / seconds / 1e9:.1f}", f"{row.bytes / seconds / 1e9:.1f}", f"{row.roofline:.0%}", row.bound,
+            escape(row.name or "(the model itself)") + kind, f"{meter}{row.share:.1%}", f"{row.ms:.3f}", f"{row.calls:g}",
+            _rate(row.flops / seconds), _rate(row.bytes / seconds), f"{row.roofline:.0%}", row.bound,
         ]  # fmt: skip
 
     head = ["", "share of the forward", "ms", "calls", "GFLOP/s", "GB/s", "of limit", "bound by"]
@@ -211,11 +219,11 @@ def _roofline(p: Profile) -> str:
         return left + (math.log10(x) - x0) / (x1 - x0) * (width - left - right)
 
     def py(y: float) -> float:
-        return (height - bottom) - (math.log10(y) - y0) / (y1 - y0) * (height - bottom - 14)
+        return (height - bottom) - (math.log10(y) - y0) / (y1 - y0) * (height - bottom - 24)
 
     parts = []
     for e in range(x0, x1 + 1):
-        parts.append(f'<line class="axis" x1="{px(10**e):.1f}" x2="{px(10**e):.1f}" y1="14" y2="{height - bottom}"/>'
+        parts.append(f'<line class="axis" x1="{px(10**e):.1f}" x2="{px(10**e):.1f}" y1="24" y2="{height - bottom}"/>'
                      f'<text x="{px(10**e):.1f}" y="{height - bottom + 16}" text-anchor="middle">{10.0**e:g}</text>')  # fmt: skip
     for e in range(y0, y1 + 1):
         parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{py(10**e):.1f}" y2="{py(10**e):.1f}"/>'
@@ -230,9 +238,12 @@ def _roofline(p: Profile) -> str:
                      f'<text x="{px(10.0**x1):.1f}" y="{py(peak) - 6:.1f}" text-anchor="end">{escape(dtype)} '
                      f"{peak / 1e9:.0f}</text>")  # fmt: skip
     for x, y, row in sorted(at, key=lambda point: -point[2].share):
-        radius = 4 + 22 * math.sqrt(row.share)
+        radius, name = 4 + 22 * math.sqrt(row.share), escape(row.name.rpartition("::")[2])
+        right_of = px(x) < (left + width) / 2
+        beside = (
+            f'x="{px(x) + (radius + 4) * (1 if right_of else -1):.1f}" text-anchor="{"start" if right_of else "end"}"'
+        )
         parts.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="{radius:.1f}" fill="{_BOUNDS[row.bound]}" opacity="0.75">'
-                     f"<title>{escape(row.name)}</title></circle>"
-                     f'<text x="{px(x) + radius + 4:.1f}" y="{py(y) + 4:.1f}">{escape(row.name.rpartition("::")[2])}</text>')  # fmt: skip
+                     f'<title>{escape(row.name)}</title></circle><text {beside} y="{py(y) + 4:.1f}">{name}</text>')  # fmt: skip
     legend = "".join(_dot(colour, f"bound by {bound}") for bound, colour in _BOUNDS.items())
     return f'<div class="legend">{legend}</div><svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'

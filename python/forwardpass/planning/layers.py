@@ -11,7 +11,7 @@ import pathlib
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ OVERHEAD = 0.1
 
 @dataclass(frozen=True)
 class Row:
-    """A layer, or an operation, per item: what it took and what it did."""
+    """A layer, all layers of a class, or an operation, per item: what it took and what it did."""
 
     name: str
     kind: str  #: of a layer its class
@@ -55,6 +55,7 @@ class Row:
 class Inside:
     """What is inside the forward: rows by time, the longest first; and a Chrome trace of the passes."""
 
+    kinds: list[Row]  #: the layers of a class together
     layers: list[Row]
     operations: list[Row]
     ms: float  #: of the forward, under the profiler
@@ -192,15 +193,19 @@ def look_inside(request: Request, items: Sequence[Any], passes: int = 3) -> Insi
         operations[name].take(seconds, calls)
     for fqn, (calls, seconds) in times.layers.items():
         layers[fqn].take(seconds, calls)
-    kinds = {fqn: type(m).__name__ for fqn, m in request.model.named_modules()}
+    classes = {fqn: type(m).__name__ for fqn, m in request.model.named_modules()}
+    kinds: defaultdict[str, _Sum] = defaultdict(_Sum)
+    for fqn, layer in layers.items():
+        kinds[classes[fqn]].merge(layer)
 
-    def rows(sums: dict[str, _Sum], kind: Callable[[str], str]) -> list[Row]:
-        made = [s.row(name, kind(name), runs, times.forward) for name, s in sums.items() if s.seconds]
+    def rows(sums: Mapping[str, _Sum], kind: Mapping[str, str]) -> list[Row]:
+        made = [s.row(name, kind.get(name, ""), runs, times.forward) for name, s in sums.items() if s.seconds > 0]
         return sorted(made, key=lambda row: -row.ms)
 
     return Inside(
-        rows(layers, lambda fqn: kinds.get(fqn, "")),
-        rows(operations, lambda name: ""),
+        rows(kinds, {}),
+        rows(layers, classes),
+        rows(operations, {}),
         times.forward / runs * 1e3,
         limits,
         trace,
@@ -231,6 +236,15 @@ class _Sum:
         self.least += least
         self.compute += least if limit == "compute" else 0.0
         self.dtypes[work.dtype] = self.dtypes.get(work.dtype, 0.0) + least
+
+    def merge(self, other: _Sum) -> None:
+        self.take(other.seconds, other.calls)
+        self.flops += other.flops
+        self.bytes += other.bytes
+        self.least += other.least
+        self.compute += other.compute
+        for dtype, least in other.dtypes.items():
+            self.dtypes[dtype] = self.dtypes.get(dtype, 0.0) + least
 
     def row(self, name: str, kind: str, runs: int, forward: float) -> Row:
         reached = self.least / self.seconds
@@ -277,18 +291,19 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
     def seconds(event: Any) -> float:
         return (event.device_time_total if cuda else event.cpu_time_total) / 1e6
 
+    def add(totals: dict[Any, tuple[int, float]], key: Any, took: float, calls: int = 1) -> None:
+        totals[key] = (totals[key][0] + calls, totals[key][1] + took)
+
     def walk(event: Any, layer: str) -> float:
         """Seconds of the layers within the event."""
         inner = 0.0
         for child in event.cpu_children:
             if child.name.startswith(_LAYER):
                 fqn = "" if child.name == root else child.name.removeprefix(_LAYER)
-                calls, own = layers[fqn]
-                layers[fqn] = (calls + 1, own + seconds(child) - walk(child, fqn))
+                add(layers, fqn, seconds(child) - walk(child, fqn))
                 inner += seconds(child)
             elif child.name in wanted:
-                calls, total = operations[layer, child.name]
-                operations[layer, child.name] = (calls + 1, total + seconds(child))
+                add(operations, (layer, child.name), seconds(child))
             else:
                 inner += walk(child, layer)
         return inner
@@ -297,8 +312,7 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
     for event in profiler.events():
         if event.name == "forward" and event.device_type == torch.autograd.DeviceType.CPU:
             forward += seconds(event)
-            calls, own = layers[""]
-            layers[""] = (calls, own + seconds(event) - walk(event, ""))
+            add(layers, "", seconds(event) - walk(event, ""), calls=0)
     with tempfile.TemporaryDirectory() as folder:  # the profiler writes its trace once, to a file
         path = pathlib.Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))

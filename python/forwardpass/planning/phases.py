@@ -203,7 +203,7 @@ class Overlap:
 
     plain_ms: float
     period_ms: float  #: from one result to the next
-    bound_by: str  #: the longest phase, or "cores" where the phases compute more than the cores can
+    bound_by: str  #: the longest phase; "cores" where the phases compute more than they can; "handover" between threads
     cores: float
     workers: int
 
@@ -212,6 +212,8 @@ class Overlap:
         """What sets the period, in words."""
         if self.bound_by == "cores":
             return f"the phases share {self.cores:.1f} cores, and compute on all of them"
+        if self.bound_by == "handover":
+            return "handing an item from thread to thread takes longer than what is done with it"
         return f"the longest phase is {self.bound_by}, and {self.cores:.1f} cores are enough for the others beside it"
 
     @property
@@ -224,12 +226,15 @@ class Overlap:
         return items * self.plain_ms / total if total else 1.0
 
 
-def predict(wall: Sequence[float], cpu: Sequence[float], cores: float, workers: int = 1) -> Overlap:
+def predict(
+    wall: Sequence[float], cpu: Sequence[float], cores: float, workers: int = 1, handover: float = 0.0
+) -> Overlap:
     """What overlapping the phases would give, where they share `cores` cores.
 
     Args:
         wall, cpu: seconds of each phase of one item: by the clock, and of all cores.
         workers: threads of the input phase.
+        handover: seconds that a pipeline takes for an item with which nothing is done.
 
     A period is no shorter than the longest phase, and no shorter than what all phases compute divided by the cores. Input
     and output run on the cores that forward leaves free. What they compute beyond that takes cores from forward: its
@@ -242,9 +247,11 @@ def predict(wall: Sequence[float], cpu: Sequence[float], cores: float, workers: 
     excess = max(0.0, beside - max(0.0, cores * forward - computed))
     parallel = computed > 1.2 * forward
     shared = max(sum(cpu) / cores, forward + (excess if parallel else excess / cores))
-    # no stage waits for more than all of them one after the other
-    period = min(max(longest, shared), max(sum(wall), longest))
+    # at the worst the phases take turns
+    period = min(max(longest, shared), max(sum(wall), longest)) + handover
     bound = PHASES[stages.index(longest)] if longest >= shared else "cores"
+    if handover > longest:
+        bound = "handover"
     return Overlap(sum(wall) * 1e3, period * 1e3, bound, cores, workers)
 
 

@@ -326,7 +326,7 @@ class _Stages:
                 result = result if p.output is None else p.output(result)
                 moved = self.transfer.to_host(result)
         except BaseException as e:
-            if len(ready) == 1 or self.dropped:
+            if len(ready) == 1 or self.dropped or isinstance(e, _Unlike):
                 for entry in entries:
                     entry.fail("forward", e)
             else:  # one item must not fail another: each on its own
@@ -355,12 +355,16 @@ class _Stages:
                         entry.result.set_result(value)
 
 
+class _Unlike(ValueError):
+    """Samples that do not stack: it is the pipeline that wants another collate, whichever items meet."""
+
+
 def _stack(samples: list[Any]) -> Any:
     """A batch of samples that are alike: tensors of one shape are stacked, mappings and sequences member by member."""
     first = samples[0]
     if isinstance(first, Tensor):
         if any(not isinstance(s, Tensor) or s.shape != first.shape for s in samples):
-            raise ValueError("the samples of a batch have tensors of different shapes: pass collate= that pads them")
+            raise _Unlike("the samples of a batch have tensors of different shapes: pass collate= that pads them")
         return torch.stack(samples)
     if isinstance(first, Mapping):
         return {name: _stack([s[name] for s in samples]) for name in first}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from ..swap.walker import plain_module
 from .advice import Advice, advise
 from .layers import Inside, Row, look_inside
 from .phases import PHASES, Overlap, Phase, Request, Sample, measure, predict, summarise
+from .pipeline import Pipeline
 from .transfer import device_of
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ class Profile:
         if self.inside:
             limits = self.inside.limits
             result |= {
+                "kinds": [row.to_json() for row in self.inside.kinds],
                 "layers": [row.to_json() for row in self.inside.layers],
                 "operations": [row.to_json() for row in self.inside.operations],
                 "profiled_forward_ms": self.inside.ms,
@@ -95,7 +99,7 @@ class Profile:
                     "sources": limits.sources,
                 },
             }
-            measured += ["layers", "operations", "profiled_forward_ms"]
+            measured += ["kinds", "layers", "operations", "profiled_forward_ms"]
         return result | {"measured": measured}
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
@@ -124,8 +128,12 @@ class Profile:
         lines += table(rows, right=(1, 2, 3, 4, 5))
         if self.inside:
             sources = self.inside.limits.sources
-            for title, found in (("layer", self.inside.layers), ("operation", self.inside.operations)):
-                lines += ["", *table([_HEAD(title), *(_cells(row) for row in found[:_SHOWN])], right=(2, 3, 4, 5, 6))]
+            for title, found in (
+                ("layers of class", self.inside.kinds),
+                ("layer", self.inside.layers),
+                ("operation", self.inside.operations),
+            ):
+                lines += ["", *table([_head(title), *(_cells(row) for row in found[:_SHOWN])], right=(1, 2, 3, 4, 5))]
                 if len(found) > _SHOWN:
                     rest = sum(row.share for row in found[_SHOWN:])
                     lines.append(f"and {len(found) - _SHOWN} more, {rest:.1%} of the forward")
@@ -149,14 +157,15 @@ class Profile:
         return f"{limits.flops[name] / 1e9:.0f} GFLOP/s"
 
 
-def _HEAD(title: str) -> tuple[str, ...]:
-    return (title, "", "share", "ms", "GFLOP/s", "GB/s", "of limit", "bound by")
+def _head(title: str) -> tuple[str, ...]:
+    return (title, "share", "ms", "GFLOP/s", "GB/s", "of limit", "bound by")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    seconds = row.ms / 1e3
-    return (row.name or "(the rest)", row.kind, f"{row.share:.1%}", f"{row.ms:.3f}", f"{row.flops / seconds / 1e9:.1f}",
-            f"{row.bytes / seconds / 1e9:.1f}", f"{row.roofline:.0%}", row.bound)  # fmt: skip
+    name = row.name or "(the model itself)"
+    rates = (f"{rate / 1e9 / (row.ms / 1e3):.1f}" if rate else "-" for rate in (row.flops, row.bytes))
+    return (f"{name} ({row.kind})" if row.kind else name, f"{row.share:.1%}", f"{row.ms:.3f}", *rates,
+            f"{row.roofline:.0%}", row.bound)  # fmt: skip
 
 
 def profile(
@@ -213,12 +222,23 @@ def profile(
             track("looking inside the forward", None)
             inside = look_inside(looking, few, _INSIDE_PASSES)
     phases = summarise(loop, request.device)
-    wall, cpu = loop.typical(lambda s: s.wall), loop.typical(lambda s: s.cpu)
+    overlap = functools.partial(
+        predict, loop.typical(lambda s: s.wall), loop.typical(lambda s: s.cpu), loop.cores, handover=_handover()
+    )
     return Profile(
-        type(plain).__name__, len(good), rounds, phases, loop.seconds * 1e3, predict(wall, cpu, loop.cores), inside,
-        advise(request, good[0], phases, wall, cpu, loop.cores, inside), failed, warnings,
-        environment.device(request.device), loop.samples,
+        type(plain).__name__, len(good), rounds, phases, loop.seconds * 1e3, overlap(1), inside,
+        advise(request, good[0], phases, overlap, inside), failed, warnings, environment.device(request.device), loop.samples,
     )  # fmt: skip
+
+
+@functools.cache
+def _handover() -> float:
+    """Seconds an item that `fp.Pipeline` takes where nothing is done with it."""
+    pipeline, items = Pipeline(nn.Identity()), [torch.zeros(1)] * 200
+    start = time.perf_counter()
+    for _ in pipeline(items):
+        pass
+    return (time.perf_counter() - start) / len(items)
 
 
 def _first_pass(
@@ -244,5 +264,9 @@ def _first_pass(
     if not good:
         f = failed[0]
         raise ValueError(f"none of the {len(items)} items runs; the first fails in {f.phase}: {f.error}") from first
-    warnings = [f"the results of {len(strange)} items have NaN, the first that of item {strange[0]}"] if strange else []
+    warnings = (
+        [f"NaN in the results of {len(strange)} of {len(items)} items, the first is item {strange[0]}"]
+        if strange
+        else []
+    )
     return good, failed, warnings
