@@ -327,7 +327,15 @@ def test_profile_prints_the_phases_and_writes_json_page_and_trace(folder, tmp_pa
     result = run("profile", folder, "--batch", 2, "--length", 16, "--batches", 2, "--rounds", 1,
                  *(part for name, file in files.items() for part in (f"--{name}", file)))  # fmt: skip
     assert result.exit_code == 0, result.output
-    for words in ("input", "transfer", "forward", "output", "nothing is transferred", "(Linear)", "fp.Pipeline, modelled"):
+    for words in (
+        "input",
+        "transfer",
+        "forward",
+        "output",
+        "nothing is transferred",
+        "(Linear)",
+        "fp.Pipeline, modelled",
+    ):
         assert words in result.stdout
     written = json.loads(files["json"].read_text())
     assert list(written["phases"]) == ["input", "transfer", "forward", "output"]

@@ -36,8 +36,8 @@ th.n, td.n { text-align: right; white-space: nowrap; } td.name { overflow-wrap: 
 .dot { display: inline-block; width: .7rem; height: .7rem; border-radius: .15rem; margin-right: .4rem; }
 .meter { display: inline-block; width: 5rem; height: .6rem; background: var(--panel); border-radius: .2rem;
   margin-right: .6rem; overflow: hidden; } .meter > i { display: block; height: 100%; }
-.card { background: var(--panel); border-radius: .4rem; padding: .7rem 1rem; margin: .5rem 0; }
-.card b { display: inline-block; min-width: 8rem; }
+.card { background: var(--panel); border-radius: .4rem; padding: .7rem 1rem; margin: .5rem 0; display: grid;
+  grid-template-columns: 8.5rem 1fr; }
 details summary { cursor: pointer; color: var(--soft); margin: .5rem 0; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 11px system-ui, "DejaVu Sans", sans-serif; }
 svg .axis { stroke: var(--line); } svg .limit { stroke: var(--ink); fill: none; stroke-width: 1.5; }
@@ -169,7 +169,7 @@ def _ticks(top: float) -> list[tuple[float, str]]:
 
 
 def _card(head: str, text: str) -> str:
-    return f'<div class="card"><b>{escape(head)}</b> {escape(text)}</div>'
+    return f'<div class="card"><b>{escape(head)}</b><span>{escape(text)}</span></div>'
 
 
 def _rate(a_second: float) -> str:
@@ -206,13 +206,12 @@ def _roofline(p: Profile) -> str:
     if not points:
         return '<p class="soft">No operation with products was counted.</p>'
     used = {dtype: limits.flops[dtype] for dtype in sorted({r.dtype for r in points})}
-    ridge = max(used.values()) / limits.bytes_per_s
+    ridge = max(used.values()) / limits.bytes_per_s  # where the memory's line meets the highest
     at = [(r.flops / r.bytes, r.flops / (r.ms / 1e3), r) for r in points]
-    x0, x1 = (
-        math.floor(math.log10(min(x for x, _, _ in at) / 2)),
-        math.ceil(math.log10(max(ridge * 4, *(x for x, _, _ in at)))),
-    )
-    y0, y1 = (math.floor(math.log10(min(y for _, y, _ in at) / 2)), math.ceil(math.log10(max(used.values()) * 1.1)))
+    x0 = math.floor(math.log10(min(ridge / 4, *(x / 2 for x, _, _ in at))))
+    x1 = math.ceil(math.log10(max(ridge * 4, *(x for x, _, _ in at))))
+    y0 = math.floor(math.log10(min(y for _, y, _ in at) / 2))
+    y1 = math.ceil(math.log10(max(used.values()) * 1.1))
     width, height, left, bottom, right = 960, 340, 76, 40, 30
 
     def px(x: float) -> float:

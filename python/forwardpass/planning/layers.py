@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..batches import tensors
-from .phases import Request, measure
+from .phases import Request, sample
 from .roofline import Roofline, roofline
 
 _LAYER = "layer "
@@ -280,7 +280,9 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
         profiler.start()
     try:
         with _at_layers(request.model, enter, lambda: ranges.pop().__exit__(None, None, None)):
-            measure(request, items, passes, around=record_function)
+            for _ in range(passes):
+                for item in items:
+                    sample(request, item, around=record_function)
     finally:
         with _quiet():
             profiler.stop()

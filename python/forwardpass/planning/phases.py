@@ -102,17 +102,15 @@ def measure(
     request: Request,
     items: Sequence[Any],
     rounds: int,
-    *,
-    around: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext(),
     on_item: Callable[[], object] = lambda: None,
 ) -> Loop:
-    """Runs the plain loop over the items, `rounds` times. `around(phase)` is entered around each phase."""
+    """Runs the plain loop over the items, `rounds` times."""
     idle = _Idle(_spinning(request, items[0]))
     taken, begun, usage = [], wall_clock(), _usage()
     for _ in range(rounds):
         samples = []
         for item in items:
-            samples.append(_sample(request, item, around, idle))
+            samples.append(sample(request, item, idle))
             on_item()
         taken.append(samples)
     seconds, after = wall_clock() - begun, _usage()
@@ -146,7 +144,14 @@ def _spinning(request: Request, item: Any) -> float:
     return max(0.0, cpu_clock() - process - (thread_clock() - thread))
 
 
-def _sample(request: Request, item: Any, around: Callable[[str], AbstractContextManager[Any]], idle: _Idle) -> Sample:
+def sample(
+    request: Request,
+    item: Any,
+    idle: _Idle | None = None,
+    around: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext(),
+) -> Sample:
+    """One item through the plain loop. `around(phase)` is entered around each phase."""
+    idle = idle or _Idle(0.0)
     cuda = request.device.type == "cuda"
     value, passed, events, cpu = item, [], [], []
     wall, process, thread = [wall_clock()], cpu_clock(), thread_clock()
