@@ -163,10 +163,10 @@ def sample(
             continue
         with named(phase, request.device), around(phase):
             if cuda:
-                events.append(_event())
+                events.append(_event(request.device))
             value = step(value)
             if cuda:
-                events.append(_event())
+                events.append(_event(request.device))
                 torch.cuda.synchronize(request.device)
         passed.append(value)
         before, process, thread = (process, thread), cpu_clock(), thread_clock()
@@ -183,9 +183,9 @@ def sample(
     )
 
 
-def _event() -> Any:
+def _event(device: torch.device) -> Any:
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

@@ -268,7 +268,9 @@ class _Stages:
             if entry is None:
                 self.ahead.release()
                 return
-            if self.dropped or not entry.result.set_running_or_notify_cancel():
+            if self.dropped:
+                entry.result.cancel()
+            if not entry.result.set_running_or_notify_cancel():
                 entry.prepared.set_exception(CancelledError())
                 continue
             try:
