@@ -262,9 +262,18 @@ def test_single_items_are_gathered_while_the_model_is_busy():
 
 
 def test_a_batch_waits_for_others_until_it_is_full():
-    model = Double()
-    with fp.Pipeline(model, number, torch.Tensor.item, max_batch=3, max_wait_ms=1e3 * TIMEOUT) as pipeline:
-        futures = [pipeline.submit(i) for i in range(3)]
+    model, prepared = Double(), threading.Event()
+
+    def preprocess(i):
+        prepared.set()
+        return number(i)
+
+    with fp.Pipeline(model, preprocess, torch.Tensor.item, max_batch=3, max_wait_ms=1e3 * TIMEOUT) as pipeline:
+        futures = [pipeline.submit(0)]
+        assert prepared.wait(TIMEOUT)
+        threading.Event().wait(0.2)
+        assert not model.batches
+        futures += [pipeline.submit(i) for i in (1, 2)]
         assert [f.result(TIMEOUT / 2) for f in futures] == [0.0, 2.0, 4.0]
         last = pipeline.submit(3)
     assert last.result(0) == 6.0  # the end of the pipeline ends the wait
@@ -361,6 +370,28 @@ def test_iterating_within_with_uses_the_same_threads():
         assert list(pipeline(range(3))) == [0.0, 2.0, 4.0]
         assert ours() == threads
         assert pipeline.submit(5).result(TIMEOUT) == 10.0
+
+
+def test_a_loop_that_is_left_within_with_drops_its_items():
+    go, prepared = [threading.Event(), threading.Event()], []
+
+    def items():
+        for i in range(100):
+            if i == 5:
+                go[0].set()
+            yield i
+
+    def forward(model, x):
+        assert go[x.item() > 0].wait(TIMEOUT)
+        return model(x)
+
+    with fp.Pipeline(Double(), lambda i: prepared.append(i) or number(i), forward=forward, depth=1) as pipeline:
+        results = pipeline(items())
+        assert next(results).item() == 0.0  # five more are submitted, of which one is in forward and one ahead
+        results.close()
+        go[1].set()
+        assert pipeline.submit(7).result(TIMEOUT).item() == 14.0
+    assert [i for i in prepared if i > 2] == [7]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """fp.profile: phases on a clock of our own, layers and operations counted by hand, advice, reports, and bad input."""
 
+import contextlib
 import html.parser
 import json
 import statistics
@@ -87,6 +88,13 @@ def test_the_slowest_items_are_in_p99(clock):
     forward = found.phases[2]
     assert forward.median_ms == pytest.approx(10)
     assert forward.p99_ms == pytest.approx(statistics.quantiles([10] * 6 + [30, 50], n=100, method="inclusive")[98])
+
+
+def test_one_slow_round_does_not_change_the_prediction(clock):
+    took = iter([0.01, 0.01, 0.01, 0.1, 0.01])  # the first pass, one forward, three rounds of an item
+    forward = lambda model, x: clock.spend(next(took), 1.0) or x  # noqa: E731
+    found = fp.profile(nn.Identity(), [torch.ones(1)], forward=forward, rounds=3, layers=False)
+    assert found.overlap.plain_ms == pytest.approx(10)
 
 
 def test_threads_that_spin_after_a_forward_compute_nothing(clock):
@@ -234,6 +242,23 @@ def test_attention_lookups_and_expanded_operands_are_counted_as_by_hand():
     with torch.inference_mode():
         rows = look_inside(phases.Request(nn.Identity(), CPU, forward=add), [torch.ones(1, 8)], passes=1).operations
     assert {row.name: row.bytes for row in rows}["aten::add"] == 8 * 4 + 100 * 8 * 4
+
+
+def test_a_layer_that_raises_where_the_model_goes_on_is_left():
+    class Tolerant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bad, self.good = nn.Linear(3, 3), nn.Linear(4, 4)
+
+        def forward(self, x):
+            with contextlib.suppress(RuntimeError):
+                self.bad(x)
+            return self.good(x) + 1
+
+    with torch.inference_mode():
+        rows = {r.name: r for r in look_inside(phases.Request(Tolerant(), CPU), [torch.ones(2, 4)], passes=1).layers}
+    assert rows["good"].flops == 2 * 2 * 4 * 4
+    assert rows[""].bytes == 2 * 4 * 2 * 4  # the addition is the model's
 
 
 def test_swapped_layers_are_counted_in_their_precision():
