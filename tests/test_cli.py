@@ -320,3 +320,41 @@ def test_the_command_itself():
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_profile_prints_the_phases_and_writes_json_page_and_trace(folder, tmp_path):
+    files = {name: tmp_path / f"p.{name}" for name in ("json", "html", "trace")}
+    result = run("profile", folder, "--batch", 2, "--length", 16, "--batches", 2, "--rounds", 1,
+                 *(part for name, file in files.items() for part in (f"--{name}", file)))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in (
+        "input",
+        "transfer",
+        "forward",
+        "output",
+        "nothing is transferred",
+        "(Linear)",
+        "fp.Pipeline, modelled",
+    ):
+        assert words in result.stdout
+    written = json.loads(files["json"].read_text())
+    assert list(written["phases"]) == ["input", "transfer", "forward", "output"]
+    assert (written["schema"], written["batch"], written["length"]) == ("forwardpass.profile/1", 2, 16)
+    assert written["model"]["chosen"].startswith("the folder ")
+    assert abs(written["unaccounted"]) < 0.05
+    assert written["phases"]["forward"]["share"] > written["phases"]["output"]["share"] > 0
+    assert "<svg" in files["html"].read_text(encoding="utf-8")
+    assert "traceEvents" in json.loads(files["trace"].read_text())
+
+
+def test_profile_json_on_stdout_is_alone(folder):
+    result = run("profile", folder, "--batch", 1, "--length", 8, "--batches", 1, "--rounds", 1, "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert "phases" in json.loads(result.stdout)
+
+
+def test_profile_refuses(folder, tmp_path):
+    refused(run("profile", folder, "--length", 9999), "a length of 9999 tokens is more than the model's 512")
+    refused(run("profile", folder, "--html", tmp_path / "none" / "p.html"), "its folder does not exist")
+    refused(run("profile", folder, "--device", "tpu"), "--device is cpu or cuda, not 'tpu'")
+    refused(run("profile", tmp_path), "without a config.json")

@@ -8,16 +8,18 @@ from .backend import Reason, Unsupported, explain, use_backend
 from .declined import declined
 from .flash_attention_impl import register_flash_attention_impl
 from .planning.parity import ParityReport, parity
+from .planning.pipeline import ItemError, Pipeline
 from .planning.plan import plan
+from .planning.profile import Profile, profile
 from .planning.size_batch import BatchSizing, size_batch
 from .sdpa import sdpa
 from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
 
 __version__ = "0.1.0"
 __all__ = [
-    "BatchSizing", "InterpreterFinding", "ParityReport", "Plan", "Reason", "Report", "Unsupported", "declined", "explain",
-    "interpret", "load_pretrained", "nn", "ops", "parity", "plan", "register_flash_attention_impl", "restore",
-    "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
+    "BatchSizing", "InterpreterFinding", "ItemError", "ParityReport", "Pipeline", "Plan", "Profile", "Reason", "Report",
+    "Unsupported", "declined", "explain", "interpret", "load_pretrained", "nn", "ops", "parity", "plan", "profile",
+    "register_flash_attention_impl", "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
 ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain errors and help: one line each, and the same in a log
     pretty_exceptions_enable=False,
-    help="Faster inference of PyTorch models: what works here, which precision each layer may have, a trial on a real model.",
+    help="Faster inference of PyTorch models: what works here, where time goes, which precision and which batch to run.",
 )
 #: name -> whether calibration texts change the result
 CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
@@ -68,19 +68,16 @@ def write_json(result: dict[str, Any], out: str) -> None:
         pathlib.Path(out).write_text(text)
 
 
-def refuse_unwritable(*files: str | None) -> None:
-    """Before the work, not after it."""
+def prepare(device: str | None, *files: str | None) -> str:
+    """The device to run on; refuses one that is not there, and files that cannot be written."""
     for file in files:
         if file not in (None, "-") and not pathlib.Path(file).parent.is_dir():
             refuse(f"cannot write {file}: its folder does not exist")
-
-
-def device_to_use(asked: str | None) -> str:
-    if asked not in (None, "cpu", "cuda"):
-        refuse(f"--device is cpu or cuda, not {asked!r}")
-    if asked == "cuda" and not torch.cuda.is_available():
+    if device not in (None, "cpu", "cuda"):
+        refuse(f"--device is cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
         refuse("torch finds no GPU here: drop --device cuda")
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
@@ -186,8 +183,7 @@ def swap(
         refuse("pass either --precision or --plan")
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
-    refuse_unwritable(json)
-    where = device_to_use(device)
+    where = prepare(device, json)
     with refusing(ValueError, OSError):
         planned = fp.Plan.load(plan) if plan else None
         calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
@@ -265,8 +261,7 @@ def plan(
     console = Console(stderr=json == "-")
     if (min_cosine is None) == (max_error is None):
         refuse("pass either --min-cosine or --max-error")
-    refuse_unwritable(json, plot, resume)
-    where = device_to_use(device)
+    where = prepare(device, json, plot, resume)
     named = candidates.split(",") if candidates is not None else list(CANDIDATES)
     calibrates = any(name.endswith(CALIBRATED) for name in named)
     if candidates is None and calibrate == "none":
@@ -316,6 +311,49 @@ def calibration_texts(chosen: str) -> list[str]:
     return embedding.builtin_texts()[0] if chosen == "builtin" else embedding.read_texts(chosen)
 
 
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    text: Annotated[str | None, typer.Option(help="Texts to run, one a line; default: 288 built in.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts of a batch.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens that each text is padded or cut to.")] = 128,
+    batches: Annotated[int, typer.Option(min=1, help="Batches, one after the other.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes over the batches.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
+    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    html: Annotated[str | None, typer.Option(help="Also write a report with plots to this file.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Also write a Chrome trace to this file.")] = None,
+) -> None:  # fmt: skip
+    """Shows where the time of a text embedding goes: tokenising, transfer, forward, pooled output; then by layer."""
+    console = Console(stderr=json == "-")
+    where = prepare(device, json, html, trace)
+    with refusing(ValueError, OSError):
+        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+        source = embedding.find_model(model)
+        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+        loaded, tokenizer = embedding.load(source, where)
+        request = embedding.Request(loaded, tokenizer, length)
+    items = [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(batches)]
+    with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported):
+        found = fp.profile(
+            loaded,
+            items,
+            preprocess=request.preprocess,
+            forward=request.forward,
+            postprocess=request.postprocess,
+            rounds=rounds,
+            track=track,
+        )
+    typer.echo(str(found), err=json == "-")
+    if html:
+        found.save_html(html)
+    if trace:
+        found.save_trace(trace)
+    if json:
+        request_of = {"name": model, "chosen": source.chosen}
+        write_json(found.to_json() | {"model": request_of, "batch": batch, "length": length}, json)
+
+
 def print_swap(result: dict[str, Any], console: Console) -> None:
     parity, latency, weights = result["parity"], result["latency_ms"], result["weight_bytes"]
     table = Table(show_header=False, box=None)
@@ -363,8 +401,7 @@ def parity(
         refuse("pass either --precision or --plan")
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
-    refuse_unwritable(json, plot)
-    where = device_to_use(device)
+    where = prepare(device, json, plot)
     with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has them too
         if plot:
@@ -410,8 +447,7 @@ def size_batch(
 ) -> None:  # fmt: skip
     """Finds the batches of a text embedding model that hold a latency objective at the least cost, and tries them."""
     console = Console(stderr=json == "-")
-    refuse_unwritable(json, plot)
-    where = device_to_use(device)
+    where = prepare(device, json, plot)
     if precision is not None and precision not in CALIBRATES:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
     with refusing(ValueError, OSError):

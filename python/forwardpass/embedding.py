@@ -134,14 +134,50 @@ def full_batch(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """[batch, length] of real token ids without padding: the texts one after the other, repeated if need be."""
-    if length > (most := most_tokens(tokenizer, model)):
-        raise ValueError(f"a length of {length} tokens is more than the model's {most}: pass --length {most} or less")
+    check_length(length, tokenizer, model)
     ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     if not ids:
         raise ValueError("the texts have no tokens: pass others")
     ids = ids * -(-batch * length // len(ids))
     rows = torch.tensor(ids[: batch * length], device=device).view(batch, length)
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Texts to sentence embeddings, as a service would: the arguments of `fp.profile` and `fp.Pipeline`.
+
+    Raises:
+        ValueError: the model takes fewer than `length` tokens.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    length: int
+
+    def __post_init__(self) -> None:
+        check_length(self.length, self.tokenizer, self.model)
+
+    def preprocess(self, texts: list[str]) -> Batch:
+        """int64 [texts, length]: each text padded or cut."""
+        made = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt", verbose=False
+        )
+        return {name: made[name] for name in ("input_ids", "attention_mask")}
+
+    @staticmethod
+    def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
+        """[texts, hidden], pooled where the model is: less to bring back."""
+        return pool(model(**batch).last_hidden_state, batch["attention_mask"])
+
+    @staticmethod
+    def postprocess(embeddings: Tensor) -> list[list[float]]:
+        return embeddings.tolist()
+
+
+def check_length(length: int, tokenizer: Any, model: torch.nn.Module) -> None:
+    if length > (most := most_tokens(tokenizer, model)):
+        raise ValueError(f"a length of {length} tokens is more than the model's {most}: pass --length {most} or less")
 
 
 @torch.inference_mode()
@@ -155,15 +191,15 @@ def embed(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tensor:
     return torch.cat([pool(run(b).float().cpu(), b["attention_mask"].cpu()) for b in batches])
 
 
-def pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """[texts, length, hidden] and the mask [texts, length] -> the mean of each text's tokens, normalised, [texts, hidden]."""
-    mask = mask.unsqueeze(-1)
-    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-
 def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Sentence embeddings, as `fp.plan` and others take a forward."""
     return pool(model(**batch).last_hidden_state.float(), batch["attention_mask"])
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Sentence embeddings [texts, hidden] of last hidden states: the mean over the mask, normalised."""
+    mask = mask.unsqueeze(-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def hidden_states(model: torch.nn.Module) -> Callable[[Batch], Tensor]:

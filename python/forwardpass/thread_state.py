@@ -1,8 +1,9 @@
-"""What holds in one thread only, carried into another that works for it."""
+"""What belongs to one thread, when another is to work for it."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -39,3 +40,16 @@ def captured() -> Callable[[], AbstractContextManager[None]]:
             yield
 
     return carried
+
+
+def release_openmp_threads() -> None:
+    """Ends the OpenMP threads that wait for this thread's next parallel region, which makes others.
+
+    Each thread that computes has a team of its own. GNU's OpenMP counts the threads of all teams, and where they are more
+    than the cores, waits at barriers asleep in place of spinning: with an idle team beside it all-MiniLM-L6-v2 at 1 x 128
+    tokens takes 33.0 ms in place of 27.7 (two EPYC cores).
+    """
+    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    if pause is not None:  # OpenMP 5.0
+        soft = 1
+        pause(soft)

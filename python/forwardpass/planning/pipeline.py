@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, eval_mode, map_tensors, run
+from ..batches import Forward, eval_mode, map_tensors, run, tensors
 from ..swap.walker import plain_module
-from ..thread_state import captured
+from ..thread_state import captured, release_openmp_threads
 from .transfer import device_of, named, transfer_for
 
 
@@ -219,6 +219,7 @@ class _Stages:
         self.carried = captured()
         self.flags = eval_mode(pipeline.model)
         self.flags.__enter__()
+        release_openmp_threads()  # the model runs in another thread now
         loops = [*[self._prepare] * pipeline.workers, self._compute, self._finish]
         self.threads = [
             threading.Thread(target=self._thread, args=(loop,), name=f"forwardpass{loop.__name__}", daemon=True)
@@ -267,7 +268,9 @@ class _Stages:
             if entry is None:
                 self.ahead.release()
                 return
-            if self.dropped or not entry.result.set_running_or_notify_cancel():
+            if self.dropped:
+                entry.result.cancel()
+            if not entry.result.set_running_or_notify_cancel():
                 entry.prepared.set_exception(CancelledError())
                 continue
             try:
@@ -325,7 +328,7 @@ class _Stages:
                 result = result if p.output is None else p.output(result)
                 moved = self.transfer.to_host(result)
         except BaseException as e:
-            if len(ready) == 1 or self.dropped:
+            if len(ready) == 1 or self.dropped or isinstance(e, _Unlike):
                 for entry in entries:
                     entry.fail("forward", e)
             else:  # one item must not fail another: each on its own
@@ -354,12 +357,16 @@ class _Stages:
                         entry.result.set_result(value)
 
 
+class _Unlike(ValueError):
+    """Samples that do not stack: it is the pipeline that wants another collate, whichever items meet."""
+
+
 def _stack(samples: list[Any]) -> Any:
     """A batch of samples that are alike: tensors of one shape are stacked, mappings and sequences member by member."""
     first = samples[0]
     if isinstance(first, Tensor):
         if any(not isinstance(s, Tensor) or s.shape != first.shape for s in samples):
-            raise ValueError("the samples of a batch have tensors of different shapes: pass collate= that pads them")
+            raise _Unlike("the samples of a batch have tensors of different shapes: pass collate= that pads them")
         return torch.stack(samples)
     if isinstance(first, Mapping):
         return {name: _stack([s[name] for s in samples]) for name in first}
@@ -368,14 +375,15 @@ def _stack(samples: list[Any]) -> Any:
     raise TypeError(f"a sample is a tensor, a mapping or a sequence of them, not {type(first).__name__}: pass collate=")
 
 
-def _rows(result: Any, n: int) -> Sequence[Any]:
+def _rows(result: Any, n: int) -> list[Any]:
     """The rows of a batch's result: of each tensor the first dimension."""
-
-    def row(t: Tensor, i: int) -> Tensor:
+    for t in tensors(result):
         if t.dim() == 0 or len(t) != n:
             raise ValueError(
                 f"a result of shape {tuple(t.shape)} has no row for each of {n} items: pass output=fn(result) that has"
             )
-        return t[i]
 
-    return [map_tensors(result, lambda t, i=i: row(t, i)) for i in range(n)]
+    def row(i: int) -> Any:
+        return map_tensors(result, lambda t: t[i])
+
+    return [row(i) for i in range(n)]

@@ -94,7 +94,7 @@ class CudaTransfer(Transfer):
 
         with torch.cuda.stream(self.outward):
             moved = map_tensors(result, move)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
             done.record(self.outward)
         return moved, done
 
