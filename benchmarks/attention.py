@@ -1,21 +1,26 @@
 """attention beside torch's scaled_dot_product_attention; where it takes no sinks or gives no lse, beside eager attention.
 
 python -m benchmarks.attention [--device cpu|cuda] [--rounds N] [--json FILE]
-python -m benchmarks.attention --interpret sm_90a [--json FILE]
+python -m benchmarks.attention --sweep [--rounds N] [--json FILE]  # on a GPU
+python -m benchmarks.attention --interpret sm_90a [--triton-tutorial FILE] [--json FILE]
 """
 
+import argparse
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bench, interpreted
-from benchmarks.interpreted import number
+from benchmarks import attention_on_gpu, bench, interpreted
+from benchmarks.interpreted import Interpreted, number
+from benchmarks.triton_tutorial import Tutorial
 from forwardpass.attention import ATTENTION, ATTENTION_WITH_LSE
 from forwardpass.attention.cases import Case, real
+from forwardpass.interpreter.core import ARCHITECTURES
 
 
 def additive(
@@ -72,25 +77,42 @@ SHAPES = (
 )  # fmt: skip
 
 
-def row_of(implementation: str, arch: str, case: Case, loop: bool = True) -> dict[str, Any]:
-    row: dict[str, Any] = {"operation": case.op, "implementation": implementation, "case": dataclasses.asdict(case)}
-    row["case"]["dtype"] = str(case.dtype)
+def row_of(implementation: str, arch: str, case: Case) -> dict[str, Any]:
+    row = head(implementation, case)
     try:
         found = interpreted.run(ATTENTION, implementation, arch, case)
     except RuntimeError as e:
         return {**row, "missing": str(e).splitlines()[0]}
-    row |= found.row(case) | {
-        "tflops": case.flops() / found.seconds / 1e12,
-        "ptx_per_score": 32 * found.counts.issued / case.scores(),
-    }
-    if loop and not case.causal:  # what twice the keys add
+    row |= figures(found, case)
+    if not case.causal:  # what twice the keys add
         twice = dataclasses.replace(case, sizes=(case.sizes[0], 2 * case.sizes[1]))
         more = interpreted.run(ATTENTION, implementation, arch, twice)
         row["main_loop_ptx_per_score"] = 32 * (more.counts.issued - found.counts.issued) / case.scores()
     return row
 
 
-def interpret_all(arch: str) -> dict[str, Any]:
+def row_of_tutorial(tutorial: Tutorial, case: Case) -> dict[str, Any]:
+    row = head("tutorial", case)
+    try:
+        found, row["config"] = tutorial.run(case)
+    except RuntimeError as e:
+        return {**row, "missing": str(e)}
+    return row | figures(found, case)
+
+
+def head(implementation: str, case: Case) -> dict[str, Any]:
+    described = dataclasses.asdict(case) | {"dtype": str(case.dtype)}
+    return {"operation": case.op, "implementation": implementation, "case": described}
+
+
+def figures(found: Interpreted, case: Case) -> dict[str, Any]:
+    return found.row(case) | {
+        "tflops": case.flops() / found.seconds / 1e12,
+        "ptx_per_score": 32 * found.counts.issued / case.scores(),
+    }
+
+
+def interpret_all(arch: str, tutorial: Tutorial | None) -> dict[str, Any]:
     print(interpreted.heading(arch))
     print(
         f"{'':10}{'modelled':>12}{'TFLOP/s':>9}    {'bound by':<22}{'DRAM':>8}{'L2':>10} of least bytes"
@@ -103,20 +125,45 @@ def interpret_all(arch: str) -> dict[str, Any]:
         with_ = "".join(f", {x}" for x in ("causal" if case.causal else "", case.mask) if x)
         print(f"{sq} x {sk}, head dim {dims}, {h} heads of {hk}{with_}")
         for implementation in interpreted.IMPLEMENTATIONS:
-            row = row_of(implementation, arch, case)
-            rows.append(row)
-            if "missing" in row:
-                print(f"  {implementation:<8}not there: {row['missing']}")
-                continue
-            print(
-                f"  {implementation:<8}{row['modelled_us']:9.2f} us{row['tflops']:9.0f} by {row['binding']:<22}"
-                f"{row['dram_bytes'] / row['least_bytes']:8.2f} x{row['l2_bytes'] / row['least_bytes']:8.2f} x"
-                f"{row['ptx_per_score']:18.1f}{number(row.get('main_loop_ptx_per_score'), '.1f'):>7}"
-                f"{number(row['wavefronts_per_ideal'], '.2f'):>11}",
-                flush=True,
-            )
+            rows.append(row_of(implementation, arch, case))
+            print(line(rows[-1]), flush=True)
+        if tutorial and tutorial.takes(case):
+            rows.append(row_of_tutorial(tutorial, case))
+            print(line(rows[-1]), flush=True)
     return interpreted.result("attention", arch, rows)
 
 
+def line(row: dict[str, Any]) -> str:
+    if "missing" in row:
+        return f"  {row['implementation']:<8}not there: {row['missing']}"
+    return (
+        f"  {row['implementation']:<8}{row['modelled_us']:9.2f} us{row['tflops']:9.0f} by {row['binding']:<22}"
+        f"{row['dram_bytes'] / row['least_bytes']:8.2f} x{row['l2_bytes'] / row['least_bytes']:8.2f} x"
+        f"{row['ptx_per_score']:18.1f}{number(row.get('main_loop_ptx_per_score'), '.1f'):>7}"
+        f"{number(row['wavefronts_per_ideal'], '.2f'):>11}"
+    )
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--sweep", action="store_true", help="on a GPU: many sizes beside torch's fused kernels, and bars")
+    p.add_argument("--interpret", choices=ARCHITECTURES, help="count and model the kernels on this architecture")
+    p.add_argument("--triton-tutorial", metavar="FILE",
+                   help="interpreted too: python/tutorials/06-fused-attention.py of Triton's repository")  # fmt: skip
+
+
+def other(args: argparse.Namespace) -> dict[str, Any] | None:
+    if args.triton_tutorial and not args.interpret:
+        sys.exit("--triton-tutorial goes with --interpret")
+    if args.interpret:
+        file = args.triton_tutorial
+        return interpret_all(args.interpret, Tutorial(file, args.interpret) if file else None)
+    if args.sweep:
+        if not torch.cuda.is_available():
+            sys.exit("torch finds no GPU, and --sweep needs one: run it where nvidia-smi lists one, or use --interpret")
+        rows = attention_on_gpu.measure_all(args.rounds, sdpa)
+        return bench.header("attention-sweep", "cuda", ["results"]) | {"results": rows}
+    return None
+
+
 if __name__ == "__main__":
-    bench.main(BASELINES, __doc__, interpret_all)
+    bench.main(BASELINES, __doc__, add_options, other)

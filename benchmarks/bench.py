@@ -18,7 +18,6 @@ from torch import Tensor
 
 from forwardpass import environment
 from forwardpass.backend import BACKENDS, Operation, use_backend
-from forwardpass.interpreter.core import ARCHITECTURES
 from forwardpass.testing import benchmark_cases
 from forwardpass.timing import interleave
 
@@ -67,17 +66,19 @@ def write(result: dict[str, Any], file: str | None) -> None:
 def main(
     operations: dict[Operation, Callable[..., Any]],
     doc: str | None,
-    interpret: Callable[[str], dict[str, Any]] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda p: None,
+    other: Callable[[argparse.Namespace], dict[str, Any] | None] = lambda args: None,
 ) -> None:
-    """Benchmarks operations, each beside a baseline that takes the operation's arguments by name. interpret: what there is to
-    say of an architecture without a GPU."""
+    """Benchmarks operations, each beside a baseline that takes the operation's arguments by name.
+
+    add_options, other: of a benchmark that can do something else; the result of that, or None where it is not asked for.
+    """
     p = parser(doc)
     p.add_argument("--smallest", action="store_true", help="of each operation the smallest case alone: a trial")
-    if interpret:
-        p.add_argument("--interpret", choices=ARCHITECTURES, help="count and model the kernels on this architecture")
+    add_options(p)
     args = p.parse_args()
-    if interpret and args.interpret:
-        write(interpret(args.interpret), args.json)
+    if instead := other(args):
+        write(instead, args.json)
         return
     result = header("benchmark", args.device, ["results"])
     result["results"] = []

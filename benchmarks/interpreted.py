@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import bench
-from forwardpass.backend import Operation, use_backend
+from forwardpass.backend import Operation
 from forwardpass.interpreter import core, interpret
 from forwardpass.interpreter.profile import Counts, KernelProfile
 
@@ -52,12 +53,15 @@ class Interpreted:
         return 32 * c.sectors + c.bulk_read + c.bulk_written
 
 
-@torch.inference_mode()
 def run(op: Operation, implementation: str, arch: str, case: Any) -> Interpreted:
     """Raises RuntimeError (Unsupported among others) where this build or this GPU cannot."""
-    call = bench.as_a_layer_has_them(case.arguments())
-    with interpret(arch, counters=True, checks=False) as device, use_backend(implementation):
-        op(*call)
+    return run_call(bench.on_backend(op, implementation, bench.as_a_layer_has_them(case.arguments())), arch)
+
+
+@torch.inference_mode()
+def run_call(call: Callable[[], Any], arch: str) -> Interpreted:
+    with interpret(arch, counters=True, checks=False) as device:
+        call()
     models = device.model()
     return Interpreted(device.kernels(), sum(m.seconds for m in models), max(models, key=lambda m: m.seconds).binding)
 

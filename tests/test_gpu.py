@@ -94,7 +94,13 @@ def test_every_benchmark_and_operation_is_there(tmp_path):
     kernels = {op.package.split(".")[-1] for op in backend.operations.values() if {"cuda", "triton"} & set(op.compiled)}
     assert set(gpu.OPERATIONS) == kernels == {op.package.split(".")[-1] for op in backend.operations.values()}
     parts = [p.name for p in gpu.benchmarks(tmp_path)]
-    assert {*gpu.OPERATIONS, "host_overhead", "gemm fp8_gemm decode", "gemm w8a16_gemm prefill"} <= set(parts)
+    assert {
+        *gpu.OPERATIONS,
+        "host_overhead",
+        "gemm fp8_gemm decode",
+        "gemm w8a16_gemm prefill",
+        "attention sweep",
+    } <= set(parts)
     assert len(parts) == len(set(parts))
 
 
