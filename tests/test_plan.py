@@ -5,6 +5,7 @@ import torch
 from small_models import assert_same_objects, block, codes, inputs, names, objects, outputs
 
 import forwardpass as fp
+from forwardpass.batches import Fingerprint
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
@@ -136,3 +137,19 @@ def test_a_plan_for_a_layer_that_has_hooks_now_is_refused():
     model.first.register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match="does not fit this Block: it names first, and hooks are registered"):
         fp.swap(model, plan=plan)
+
+
+def test_a_fingerprint_tells_batches_apart():
+    def of(*given):
+        return Fingerprint().add(given).value
+
+    x = torch.arange(6.0)
+    same = of({"a": x, "b": [1, None]})
+    assert same == of({"a": x.clone(), "b": (1, None)}) == of({"a": torch.arange(12.0)[::2] / 2, "b": [1, None]})
+    others = [
+        of({"b": [1, None], "a": x}), of({"a": x.double(), "b": [1, None]}), of({"a": x.view(2, 3), "b": [1, None]}),
+        of({"a": x + 1, "b": [1, None]}), of({"a": x, "b": [1]}), of({"a": x, "b": [1, None]}, x), of(),
+    ]  # fmt: skip
+    assert len({same, *others}) == 1 + len(others)
+    assert of(object()) is None
+    assert list(Fingerprint().reading([1, 2])) == [1, 2]

@@ -262,7 +262,7 @@ def plan(
     if (min_cosine is None) == (max_error is None):
         refuse("pass either --min-cosine or --max-error")
     where = prepare(device, json, plot, resume)
-    named = candidates.split(",") if candidates is not None else list(CANDIDATES)
+    named = [name.strip() for name in candidates.split(",")] if candidates is not None else list(CANDIDATES)
     calibrates = any(name.endswith(CALIBRATED) for name in named)
     if candidates is None and calibrate == "none":
         named, calibrates = [name for name in named if not name.endswith(CALIBRATED)], False

@@ -22,6 +22,7 @@ from ..swap.attention import attention_like, check_choice, decide
 from ..swap.patterns import patterns
 from ..swap.plan import Plan
 from ..swap.precision import Precision
+from ..swap.report import megabytes
 from ..swap.rules import Context
 from ..swap.swapping import planned, refuse_model, tensor_bytes
 from ..swap.walker import linear_like, plain_module
@@ -150,7 +151,11 @@ def plan(
     options = {
         layer.leaf.fqn: [
             (None, Option(_cost(layer, target), 0.0)),
-            *((name, Option(_cost(c, target), c.output_mean)) for name, c in layer.candidates.items() if not c.refused),
+            *(
+                (name, Option(_cost(c, target), c.output_mean))
+                for name in layer.open()
+                for c in [layer.candidates[name]]
+            ),
         ]
         for layer in layers
     }
@@ -180,9 +185,11 @@ def plan(
     slower = target == "latency" and "after" in latency and latency["after"].low >= latency["before"].low
     if slower:
         choice = as_it_is
-    result = made(choice)
+    names = chosen(choice)
+    after = sum(x.candidates[name].bytes if (name := names[x.leaf.fqn]) else x.bytes for x in layers)
+    sizes = (sum(x.bytes for x in layers), after) if any(names.values()) else None
     return replace(
-        result,
+        made(choice),
         evidence={
             "versions": environment.versions(),
             "device": device,
@@ -190,8 +197,8 @@ def plan(
             "target": target,
             "candidates": list(tried),
             "batches": {"verified": len(given), "measured": len(some), "calibrated": len(calibration)},
-            "result": _result(layers, criterion, attempts, latency, bool(result.layers), slower),
-            "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, chosen(choice).values())],
+            "result": _result(layers, criterion, attempts, latency, sizes, slower),
+            "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
             "predicted": {"before": as_it_is.cost, "after": choice.cost, "gap": choice.gap, "error": choice.error},
             "attempts": attempts,
             "frontier": evidence.thinned(front),
@@ -332,24 +339,20 @@ def _result(
     criterion: Criterion,
     attempts: list[dict[str, Any]],
     latency: dict[str, Timing],
-    swaps: bool,
+    planned_bytes: tuple[int, int] | None,
     slower: bool,
 ) -> str:
-    """What came out, in a sentence."""
+    """What came out, in a sentence. `planned_bytes`: of the layers, before and after, where the plan has any."""
     if slower:
         return (f"the model as it is: it takes {latency['after'].low:.3g} ms with the best plan and {latency['before'].low:.3g} "
                 "without, though its layers gain one by one")  # fmt: skip
-    if swaps:
+    if planned_bytes:
         value = next(a["value"] for a in reversed(attempts) if a["holds"])
         gain = latency["before"].low / latency["after"].low
-        return f"{criterion}: {value:.6g} with the whole plan; {gain:.2f} times as fast as the model as it is"
+        weights = " -> ".join(map(megabytes, planned_bytes))
+        return f"{criterion}: {value:.6g} with the whole plan; {gain:.2f} times as fast as the model as it is; layers {weights}"
     least = min(
-        (
-            (c.output_mean, layer.leaf.fqn, name)
-            for layer in layers
-            for name, c in layer.candidates.items()
-            if not c.refused
-        ),
+        ((x.candidates[name].output_mean, x.leaf.fqn, name) for x in layers for name in x.open()),
         default=None,
     )
     if least is None:

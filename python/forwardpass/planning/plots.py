@@ -41,7 +41,8 @@ def plan(evidence: Mapping[str, Any], file: str) -> None:
     unit = "ms" if evidence["target"] == "latency" else "bytes"
     figure, drawn = axes(evidence["result"])
     frontier = [(cost, error) for cost, error in evidence["frontier"] if error > 0]
-    drawn.plot(*zip(*frontier), color="C0", label="frontier (predicted)") if frontier else None
+    if frontier:
+        drawn.plot(*zip(*frontier), color="C0", label="frontier (predicted)")
     for name, (cost, error) in uniform(evidence).items():
         drawn.plot(cost, error, "s", label=f"{name} wherever it is a gain")
     for holds, mark, label in ((True, "o", "run: holds the budget"), (False, "x", "run: does not")):
