@@ -193,14 +193,37 @@ def annotated(text: str) -> Iterator[None]:
         raise
 
 
+class Kept:
+    """Measurements so far, and the file that they are kept in, where there is one.
+
+    Raises:
+        ValueError: the file holds measurements of something else than `identity`, or there is none to tell it by.
+    """
+
+    def __init__(self, file: str | os.PathLike[str] | None, identity: str | None) -> None:
+        self.file = pathlib.Path(file) if file is not None else None
+        self.known: dict[str, Any] = {"schema": PARTIAL, "identity": identity, "times": {}, "local": None, "output": {}}
+        if self.file is not None:
+            if identity is None:
+                raise ValueError("resume= takes batches of tensors, mappings, lists and numbers, which can be told from others, "
+                                 "and these hold something else: drop resume=")  # fmt: skip
+            if self.file.exists():
+                found = read_json(self.file, "file of a plan's measurements", "remove it to measure anew")
+                if {k: found.get(k) for k in ("schema", "identity")} != {"schema": PARTIAL, "identity": identity}:
+                    raise ValueError(f"{self.file} holds measurements of another model, other batches or candidates, or of "
+                                     "another machine: remove it to measure anew, or give another file")  # fmt: skip
+                self.known = found
+
+    def keep(self) -> None:
+        if self.file is not None:
+            write_json(self.file, self.known)
+
+
 class Measurer:
-    """Measures layers in turn and keeps what it has in `resume`, a file, where one is given.
+    """Measures layers in turn.
 
     Args:
         candidates: by name; arguments: of calibrated layers, by layer; references: the outputs of `batches` as the model is.
-
-    Raises:
-        ValueError: `resume` is a file of another model, other batches, candidates, or another machine.
     """
 
     def __init__(
@@ -210,27 +233,11 @@ class Measurer:
         arguments: Arguments,
         batches: list[Any],
         references: list[Tensor],
-        resume: str | os.PathLike[str] | None,
-        identity: str | None,
+        kept: Kept,
     ):
         self.subject, self.candidates, self.arguments = subject, candidates, arguments
         self.batches, self.references = batches, references
-        self.resume = pathlib.Path(resume) if resume is not None else None
-        self.known: dict[str, Any] = {"schema": PARTIAL, "identity": identity, "times": {}, "local": None, "output": {}}
-        if self.resume is not None:
-            if identity is None:
-                raise ValueError("resume= takes batches of tensors, mappings, lists and numbers, which can be told from others, "
-                                 "and these hold something else: drop resume=")  # fmt: skip
-            if self.resume.exists():
-                found = read_json(self.resume, "file of a plan's measurements", "remove it to measure anew")
-                if {k: found.get(k) for k in ("schema", "identity")} != {"schema": PARTIAL, "identity": identity}:
-                    raise ValueError(f"{self.resume} holds measurements of another model, other batches or candidates, or of "
-                                     "another machine: remove it to measure anew, or give another file")  # fmt: skip
-                self.known = found
-
-    def _keep(self) -> None:
-        if self.resume is not None:
-            write_json(self.resume, self.known)
+        self.kept, self.known = kept, kept.known
 
     def time(self, layers: list[Layer], track: Track) -> None:
         """Fills in times and bytes: one timing for all layers of one form that are called alike."""
@@ -245,7 +252,7 @@ class Measurer:
             if key not in self.known["times"]:
                 with annotated(f"while timing {group[0].leaf.fqn}; the model is as it was"):
                     self.known["times"][key] = self._time(group[0])
-                self._keep()
+                self.kept.keep()
             for layer in group:
                 found = self.known["times"][key]
                 layer.ms = Timing(**found["before"]["ms"])
@@ -276,7 +283,7 @@ class Measurer:
         if found is None:
             with annotated("while measuring errors of layers; the model is as it was"):
                 found = self.known["local"] = self._local_errors(layers, track)
-            self._keep()
+            self.kept.keep()
         for layer in layers:
             for name in layer.open():
                 for field, value in found[layer.leaf.fqn][name].items():
@@ -321,14 +328,11 @@ class Measurer:
         for n, (layer, name) in enumerate(todo):
             known = self.known["output"].setdefault(layer.leaf.fqn, {})
             if name not in known:
-                kept = (
-                    f"; {n} of {len(todo)} layers and candidates are in {self.resume}"
-                    if self.resume is not None
-                    else ""
-                )
+                file = self.kept.file
+                kept = f"; {n} of {len(todo)} layers and candidates are in {file}" if file else ""
                 with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{kept}"):
                     known[name] = self._output_error(layer.leaf, name)
-                self._keep()
+                self.kept.keep()
             layer.candidates[name].output = known[name]
             if known[name] is None:
                 text = "with it the model's output holds NaN or infinity"

@@ -36,6 +36,7 @@ from .measure import (
     WARMUP,
     Arguments,
     Candidate,
+    Kept,
     Layer,
     Measurer,
     Subject,
@@ -126,6 +127,9 @@ def plan(
     attending, _ = decide(context, found, attention, None)
     context.attention.update(id(leaf.module) for leaf in attending)
 
+    device = environment.device(originals.device_of(model))
+    kept = Kept(resume, identity(model, leaves, tried, criterion, device, given, timed, calibration))
+
     subject = Subject(model, criterion, forward, output)
     references = subject.reference(given, progress)
     calls = shapes_of_calls(subject, leaves, timed)
@@ -137,12 +141,8 @@ def plan(
         for leaf in leaves
     ]  # fmt: skip
     arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
-    device = environment.device(originals.device_of(model))
     some = spread(given, references)
-    measurer = Measurer(
-        subject, tried, arguments, [given[i] for i in some], [references[i] for i in some], resume,
-        identity(model, leaves, tried, criterion, device, given, timed, calibration),
-    )  # fmt: skip
+    measurer = Measurer(subject, tried, arguments, [given[i] for i in some], [references[i] for i in some], kept)
     measurer.time(layers, progress)
     measurer.local_errors(layers, progress)
     for layer in layers:
