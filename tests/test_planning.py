@@ -293,6 +293,12 @@ def test_a_bert_by_mask_and_name(times):
     assert "exclude='pooler.**' names it" in reasons["pooler.dense"]
     fp.swap(model, plan=plan)
     assert fp.parity(model, given).output.cosine_min >= 0.9999
+    blocks = plan.evidence["blocks"]
+    assert set(blocks) == {"encoder.layer.0", "encoder.layer.1"}
+    assert blocks["encoder.layer.0"]["before"] == 6 * 4.0 > blocks["encoder.layer.0"]["after"]
+    assert sum(x["error"] for x in blocks.values()) == pytest.approx(plan.evidence["predicted"]["error"])
+    assert blocks["encoder.layer.0"]["candidates"]["int8"] > blocks["encoder.layer.0"]["candidates"]["bf16"] > 0
+    assert "encoder.layer.1  " in str(plan)
 
 
 def test_what_has_no_kernel_is_not_tried(times):
@@ -445,7 +451,12 @@ def test_an_interrupt_keeps_what_was_measured(times, tmp_path, error):
     assert resumed == planned(forward=forward)
     again = planned(model, forward=forward, resume=file, max_error=0.005)  # for another budget
     assert again == planned(max_error=0.005)
-    for options in ({"candidates": ["int8", "int8+calibrated"]}, {"batches": batches(3)}, {"calibrate": [inputs(9)]}):
+    for options in (
+        {"candidates": ["int8", "int8+calibrated"]},
+        {"batches": batches(3)},
+        {"calibrate": [inputs(9)]},
+        {"exclude": "head"},
+    ):
         with pytest.raises(ValueError, match="holds measurements of another model"):
             planned(model, resume=file, **options)
     with pytest.raises(ValueError, match="drop resume="):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..swap.report import table
@@ -56,6 +57,26 @@ def reason(layer: Layer, choice: str | None, target: str) -> str:
     return f"left alone: {'; '.join(refusals)}"
 
 
+def blocks(
+    layers: list[Layer], choices: Mapping[str, str | None], cost: Callable[[Layer | Candidate], float]
+) -> dict[str, dict[str, Any]]:
+    """Of each block, what a model repeats (`encoder.layer.3`): cost before and after, the predicted error that the plan brings in
+    it, and that of each candidate wherever it is a gain there.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        if match := re.match(r"(.*\.)?\d+(?=\.)", layer.leaf.fqn):
+            empty = {"before": 0.0, "after": 0.0, "error": 0.0, "candidates": dict.fromkeys(layer.candidates, 0.0)}
+            block = found.setdefault(match[0], empty)
+            chosen = layer.candidates[name] if (name := choices[layer.leaf.fqn]) else None
+            block["before"] += cost(layer)
+            block["after"] += cost(chosen or layer)
+            block["error"] += chosen.output_mean if chosen else 0.0
+            for name in layer.open():
+                block["candidates"][name] += layer.candidates[name].output_mean
+    return found
+
+
 def thinned(front: Frontier) -> list[list[float]]:
     """[least cost, predicted error], from the least error on."""
     every = max(1, len(front) // POINTS)
@@ -82,6 +103,14 @@ def describe(evidence: Mapping[str, Any]) -> str:
         "",
         *table(rows, right=tuple(range(1, 2 + len(names)))),
     ]
+    if evidence["blocks"]:
+        rows = [("block", "as it is", "planned", "error at the output", *(f"in {name}" for name in names))]
+        rows += [
+            (fqn, f"{x['before']:.4g} {unit}", f"{x['after']:.4g} {unit}", f"{x['error']:.1e}",
+             *(f"{x['candidates'][name]:.1e}" for name in names))
+            for fqn, x in evidence["blocks"].items()
+        ]  # fmt: skip
+        lines += ["", *table(rows, right=tuple(range(1, 4 + len(names))))]
     return "\n".join(lines)
 
 

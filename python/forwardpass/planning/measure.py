@@ -93,9 +93,7 @@ class Subject:
     def outputs(self, batches: Iterable[Any]) -> Iterator[Tensor]:
         """What is compared, batch by batch."""
         for batch in batches:
-            with evaluating(
-                self.model
-            ):  # left before what is done with the output: the model may be restored meanwhile
+            with evaluating(self.model):  # and left before the output is used: the model may be restored by then
                 y = (self.output or main_output)(run(self.model, batch, self.forward))
             yield y
 
@@ -362,6 +360,7 @@ def identity(
     leaves: list[Leaf],
     candidates: Mapping[str, Precision],
     criterion: Criterion,
+    context: Context,
     device: Mapping[str, Any],
     *batches: list[Any],
 ) -> str | None:
@@ -372,4 +371,5 @@ def identity(
         flat = weight.reshape(-1) if weight.is_contiguous() else weight.t().reshape(-1)
         seen.add([leaf.fqn, list(weight.shape), flat[:: max(1, flat.numel() // 4096)]])
     seen.add([type(model).__name__, [(n, p.name, p.version, p.calibrates) for n, p in candidates.items()]])
+    seen.add([[p.text for p in context.include], [p.text for p in context.exclude]])
     return seen.add([criterion.kind, torch.__version__, dict(device), *batches]).value

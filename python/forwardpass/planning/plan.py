@@ -128,7 +128,7 @@ def plan(
     context.attention.update(id(leaf.module) for leaf in attending)
 
     device = environment.device(originals.device_of(model))
-    kept = Kept(resume, identity(model, leaves, tried, criterion, device, given, timed, calibration))
+    kept = Kept(resume, identity(model, leaves, tried, criterion, context, device, given, timed, calibration))
 
     subject = Subject(model, criterion, forward, output)
     references = subject.reference(given, progress)
@@ -199,6 +199,7 @@ def plan(
             "batches": {"verified": len(given), "measured": len(some), "calibrated": len(calibration)},
             "result": _result(layers, criterion, attempts, latency, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
+            "blocks": evidence.blocks(layers, names, lambda x: _cost(x, target)),
             "predicted": {"before": as_it_is.cost, "after": choice.cost, "gap": choice.gap, "error": choice.error},
             "attempts": attempts,
             "frontier": evidence.thinned(front),
