@@ -333,7 +333,7 @@ def test_profile_prints_the_phases_and_writes_json_page_and_trace(folder, tmp_pa
         "forward",
         "output",
         "nothing is transferred",
-        "(Linear)",
+        "\nLinear",
         "fp.Pipeline, modelled",
     ):
         assert words in result.stdout
@@ -358,3 +358,46 @@ def test_profile_refuses(folder, tmp_path):
     refused(run("profile", folder, "--html", tmp_path / "none" / "p.html"), "its folder does not exist")
     refused(run("profile", folder, "--device", "tpu"), "--device is cpu or cuda, not 'tpu'")
     refused(run("profile", tmp_path), "without a config.json")
+
+
+def test_parity_lists_layers_and_draws(folder, tmp_path):
+    files = {"json": tmp_path / "parity.json", "plot": tmp_path / "parity.png"}
+    result = run("parity", folder, "--precision", "int8", *(x for n, f in files.items() for x in (f"--{n}", f)))
+    assert result.exit_code == 0, result.output
+    assert "layer, worst first" in result.stdout and "as embedding: samples 288" in result.stdout
+    written = json.loads(files["json"].read_text())
+    assert written["schema"] == "forwardpass.parity/1" and written["agreement"]["samples"] == 288
+    assert written["precision"] == "int8" and written["layers"]
+    assert files["plot"].read_bytes()[:4] == b"\x89PNG"
+    refused(run("parity", folder), "pass either --precision or --plan")
+    refused(run("parity", folder, "--precision", "int9"), "--precision is one of")
+    refused(run("parity", folder, "--precision", "int8", "--plot", tmp_path / "parity.txt"), "give it another name")
+
+
+def test_size_batch_gives_a_policy_and_tries_it(folder, tmp_path):
+    files = {"json": tmp_path / "size.json", "plot": tmp_path / "size.png"}
+    result = run("size-batch", folder, "--slo-ms", 60_000, "--rate", 50, "--length", 8, "--max-batch", 2, "--seconds", 0.1,
+                 "--check", 0.5, "--price-per-hour", 1, *(x for n, f in files.items() for x in (f"--{n}", f)))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "p99 within 60000 ms at 50 requests a second: max_batch=" in result.stdout
+    assert "real run of 25 requests" in result.stdout and "holds the objective" in result.stdout
+    written = json.loads(files["json"].read_text())
+    assert written["policy"]["max_batch"] in (1, 2) and written["policy"]["max_wait_ms"] >= 0
+    assert written["check"]["requests"] == 25 and written["check"]["ok"]
+    assert written["policy"]["cost_per_million"] == pytest.approx(1 / (50 * 3600) * 1e6)
+    assert files["plot"].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_size_batch_with_a_trace_an_objective_that_cannot_hold_and_bad_usage(folder, tmp_path):
+    trace = tmp_path / "trace.txt"
+    trace.write_text("\n".join(str(i / 20) for i in range(40)))
+    size = ("size-batch", folder, "--length", 8, "--max-batch", 1, "--seconds", 0.1, "--check", 0.3)
+    result = run(*size, "--slo-ms", 60_000, "--trace", trace, "--json", "-")
+    assert result.exit_code == 0 and json.loads(result.stdout)["check"]["requests"] == 7
+    result = run(*size, "--slo-ms", 0.001, "--rate", 5, "--json", "-")
+    assert result.exit_code == 1 and json.loads(result.stdout)["policy"] is None
+    assert "no policy holds p99 within 0.001 ms" in result.stderr
+    refused(run(*size, "--slo-ms", 50), "neither was given")
+    refused(run(*size, "--slo-ms", 0, "--rate", 5), "latency_slo_ms is a number above 0")
+    refused(run(*size, "--slo-ms", 50, "--trace", tmp_path / "none"), "No such file")
+    refused(run(*size, "--slo-ms", 50, "--rate", 5, "--precision", "int9"), "--precision is one of")
