@@ -39,7 +39,7 @@ def plan(evidence: Mapping[str, Any], file: str) -> None:
     """Predicted error over the layers' cost: the frontier, uniform precisions, and the plans that were run."""
     require(file)
     unit = "ms" if evidence["target"] == "latency" else "bytes"
-    figure, drawn = axes(evidence["result"])
+    figure, drawn = axes(evidence["result"].replace("; ", "\n"))
     frontier = [(cost, error) for cost, error in evidence["frontier"] if error > 0]
     if frontier:
         drawn.plot(*zip(*frontier), color="C0", label="frontier (predicted)")
