@@ -221,6 +221,22 @@ def test_small_layers_are_measured_not_presumed_small(times):
     assert choices(planned(max_error=1.0))["head"] == "int8"  # 3 x 64, which a swap leaves alone
 
 
+def test_a_worst_sample_that_does_not_follow_the_mean_is_found_all_the_same():
+    """A budget that only a few of thousands of choices hold, where each that is tried is a little worse than it should be."""
+    layers = [[Option(1.0, 0.0), Option(0.3, 1e-4 * (1 + n)), Option(0.6, 1e-6)] for n in range(30)]
+    front, criterion = Frontier(layers), Criterion("min_cosine", 1 - 5e-4)
+    tried = []
+
+    def verified(choice):
+        tried.append(choice.error)
+        return choice.error * (1 + 0.05 * len(tried)), choice.error
+
+    as_it_is = front.choice(0)
+    choice, attempts = planning._search(front, as_it_is, criterion, verified, lambda what, steps: lambda: None)
+    assert choice.error > 2e-4 and len(attempts) <= planning.ATTEMPTS
+    assert choice.cost == min(a["cost"] for a in attempts if a["holds"])
+
+
 @pytest.mark.parametrize("criterion", [{"max_error": 1e-9}, {"max_error": None, "min_cosine": 1.0}])
 def test_a_budget_that_cannot_hold_gives_the_model_as_it_is(times, criterion):
     model = block()

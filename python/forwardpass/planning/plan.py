@@ -266,16 +266,16 @@ def _search(
     choice, NaN where it is not finite, and the mean of what is predicted.
 
     The predicted error is a mean over samples and the budget bounds the worst, measured: the ratio of the two, from the last
-    choice that was run, says which to run next.
+    choice that was run, says which to run next; after each that fails in a row it is aimed a tenth lower.
     """
     holds, fails, best = (-1 if any(front.choice(0).options) else 0), len(front), as_it_is
-    ratio = math.nan
+    ratio, aim = math.nan, criterion.budget
     attempts: list[dict[str, Any]] = []
     done = progress("verifying plans", ATTEMPTS)
     while len(attempts) < ATTEMPTS and fails - holds > 1:
         if attempts and front.bounds[max(holds, 0)] - front.bounds[fails - 1] < WORTH * as_it_is.cost:
             break
-        i = bisect_right(front.errors, criterion.budget / ratio) - 1 if ratio > 0 else fails - 1
+        i = bisect_right(front.errors, aim / ratio) - 1 if ratio > 0 else fails - 1
         if not holds < i < fails:  # this side of what holds, or beyond what fails
             i = (holds + fails) // 2 if len(attempts) > 1 else min(max(i, holds + 1), fails - 1)
         choice = front.choice(i)
@@ -289,9 +289,9 @@ def _search(
             "holds": ok,
         })  # fmt: skip
         if ok:
-            holds, best = i, choice
+            holds, best, aim = i, choice, criterion.budget
         else:
-            fails = i
+            fails, aim = i, 0.9 * aim
         if worst > 0 and choice.error > 0:
             ratio = worst / choice.error
         done()
