@@ -13,6 +13,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,8 +43,11 @@ LEAST_GAIN = 0.03
 MAX_BATCH = 4096
 #: replicas that are tried at most
 MAX_REPLICAS = 1024
-#: of a measurement: rounds at least, batches that wait behind the first of each, and the longest rest before it, in seconds
-LEAST_ROUNDS, CHAIN, MOST_REST = 5, 2, 0.2
+#: of a measurement: rounds at least, samples of a size in each, batches that wait behind the first one of a sample, and the
+#: longest rest before it, in seconds
+LEAST_ROUNDS, VISIT, CHAIN, MOST_REST = 3, 3, 2, 0.2
+#: share of a batch's time after which the requests of the next one are there
+ARRIVED = 0.7
 
 
 @dataclass(frozen=True)
@@ -159,25 +163,38 @@ class _Server:
 
     @contextlib.contextmanager
     def full_batches(self, n: int) -> Iterator[Callable[[int], list[float]]]:
-        """An open pipeline; the function sends it so many batches of n, all at once, and gives the seconds from a free server to
-        the first one's result, and from each result to the next.
+        """An open pipeline; the function sends it so many batches of n, and gives the seconds from a free server to the first
+        one's result, and from each result to the next.
+
+        The requests of a batch come while the one before it is computed, as they do in earnest: each wakes threads on the cores
+        that compute. They are there some time before it ends.
         """
+        took = 0.0
         with self.pipeline(Policy(n, 60_000.0)) as pipeline:
 
             def times(batches: int) -> list[float]:
+                nonlocal took
                 ends = [0.0] * (1 + batches)
 
                 def note(_: Any, i: int) -> None:  # where results are made: this thread may see them late
                     ends[i] = time.monotonic()
 
-                futures = [pipeline.submit(None) for _ in range(n - 1)]
-                ends[0] = time.monotonic()
-                futures += [pipeline.submit(None) for _ in range((batches - 1) * n + 1)]
-                for i, last in enumerate(futures[n - 1 :: n]):
-                    last.add_done_callback(functools.partial(note, i=1 + i))
+                futures: list[Future[Any]] = []
+                for i in range(batches):
+                    if i > 1:
+                        futures[-n - 1].result()  # the batch before this one begins
+                    for k in range(n):
+                        if i == 0 and k == n - 1:
+                            ends[0] = time.monotonic()
+                        elif i > 0:
+                            time.sleep(ARRIVED * took / n)
+                        futures.append(pipeline.submit(None))
+                    futures[-1].add_done_callback(functools.partial(note, i=1 + i))
                 for future in futures:
                     future.result()
-                return [b - a for a, b in itertools.pairwise(ends)]
+                found = [b - a for a, b in itertools.pairwise(ends)]
+                took = found[0]
+                return found
 
             yield times
 
@@ -211,9 +228,9 @@ def size_batch(
 
     Measures times and memory of batches of 1, 2, 4, … on this device, in a pipeline, until larger ones gain less than 3 % or
     one is too slow, too large or fails; simulates a queue before one server for each policy, drawing from the measured times;
-    and adds replicas, each with its share of the requests, until the objective holds with 10 % to spare. Of the policies that
-    hold it with the fewest replicas it takes the one that computes the least of the time: what a request costs on a device
-    that is shared, or that is paid for by what it draws.
+    and adds replicas, each with its share of the requests, until the objective holds with 10 % to spare. Replicas are the cost:
+    of the policies that hold it with the fewest, it takes the one of the lowest latency, which is the surest to hold. Those of
+    the frontier that compute less of the time pay with latency for what a shared device, or its power, costs.
 
     Args:
         model: as `fp.Pipeline` takes it; eval mode while it is measured.
@@ -342,21 +359,21 @@ def _measure(server: _Server, sizes: list[int], seconds: float, progress: Track)
     """
     first: dict[int, list[float]] = {n: [] for n in sizes}
     following: dict[int, list[float]] = {n: [] for n in sizes}
-    with contextlib.ExitStack() as stack:
-        # all open all the time: a server's threads are older than its requests
-        times = {n: stack.enter_context(server.full_batches(n)) for n in sizes}
-        for send in times.values():
-            send(1)
-        until, rounds, advance = time.monotonic() + seconds, 0, progress("timing batches in turn", None)
-        while rounds < LEAST_ROUNDS or time.monotonic() < until:
-            rounds += 1
-            advance()
-            for n, send in times.items():
-                if first[n]:
-                    time.sleep(min(first[n][-1], MOST_REST))
-                took = send(1 + CHAIN)
-                first[n].append(took[0])
-                following[n] += took[1:]
+    until, rounds, advance = time.monotonic() + seconds, 0, progress("timing batches in turn", None)
+    while rounds < LEAST_ROUNDS or time.monotonic() < until:
+        rounds += 1
+        advance()
+        for n in sizes:
+            # One pipeline at a time, as in earnest: with the threads of several GNU OpenMP no longer spins at its barriers, and
+            # a batch of one takes 40 ms in place of 27 (MiniLM, 128 tokens).
+            with server.full_batches(n) as send:
+                send(1)
+                for _ in range(VISIT):
+                    if first[n]:
+                        time.sleep(min(first[n][-1], MOST_REST))
+                    took = send(1 + CHAIN)
+                    first[n].append(took[0])
+                    following[n] += took[1:]
     return ServiceTimes({n: sorted(t) for n, t in first.items()}, {n: sorted(t) for n, t in following.items()})
 
 
@@ -383,7 +400,7 @@ def _choose(
                 d.latency_ms[name] <= c.latency_ms[name] and d.busy <= c.busy
                 and (d.latency_ms[name], d.busy) != (c.latency_ms[name], c.busy) for d in found)]  # fmt: skip
             frontier.sort(key=lambda c: c.latency_ms[name])
-            return min(holding, key=lambda c: (c.busy, c.latency_ms[name])), frontier, None
+            return min(holding, key=lambda c: (c.latency_ms[name], c.busy)), frontier, None
         replicas = max(replicas + 1, math.ceil(replicas * 1.1))
     return None, [], f"{MAX_REPLICAS} replicas are not enough"
 
