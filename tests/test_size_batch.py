@@ -156,9 +156,7 @@ def test_the_policy_is_the_surest_of_those_that_hold_the_objective():
     assert policy.max_wait_ms == 0 and policy.max_batch > 1  # alone, requests would wait for one another
     least = min(frontier, key=lambda c: c.busy)  # full batches
     assert least.max_batch == 8 and least.max_wait_ms > 0 and least.busy < policy.busy
-    assert all(
-        not (d.latency_ms["p99"] <= c.latency_ms["p99"] and d.busy < c.busy) for c in frontier for d in frontier
-    )
+    assert all(not (d.latency_ms["p99"] <= c.latency_ms["p99"] and d.busy < c.busy) for c in frontier for d in frontier)
 
 
 def test_replicas_share_what_one_cannot_serve():
