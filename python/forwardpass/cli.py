@@ -46,6 +46,18 @@ app = typer.Typer(
 CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
 
 
+ModelName = Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")]
+PrecisionName = Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")]
+PlanFile = Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")]
+Texts = Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Texts to calibrate with: a file, builtin or none; default: builtin for what is calibrated."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")]
+Json = Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")]
+
+
 def refuse(message: str) -> NoReturn:
     typer.echo(f"forwardpass: {message}", err=True)
     raise typer.Exit(2)
@@ -78,6 +90,50 @@ def prepare(device: str | None, *files: str | None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         refuse("torch finds no GPU here: drop --device cuda")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model that a command is about, and its texts."""
+
+    source: embedding.Source
+    model: torch.nn.Module
+    tokenizer: Any
+    texts: list[str]  #: to compare on
+    batches: list[embedding.Batch]  #: of them
+    calibration: list[embedding.Batch] | None  #: None where there is none
+
+
+def load(name: str, where: str, text: str | None, calibrate: str | None, calibrates: bool, console: Console) -> Subject:
+    """calibrates: whether there is calibration by default."""
+    texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+    calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
+    source = embedding.find_model(name)
+    console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+    model, tokenizer = embedding.load(source, where)
+    batches, others = (embedding.tokenize(tokenizer, t, model, where) for t in (texts, calibration))
+    return Subject(source, model, tokenizer, texts, batches, others or None)
+
+
+def calibration_texts(chosen: str) -> list[str]:
+    if chosen == "none":
+        return []
+    return embedding.builtin_texts()[0] if chosen == "builtin" else embedding.read_texts(chosen)
+
+
+def refuse_precision(precision: str | None) -> None:
+    if precision is not None and precision not in CALIBRATES:
+        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
+
+
+def precision_or_plan(precision: str | None, plan: str | None) -> tuple[fp.Plan | None, bool]:
+    """The plan, where it is one, and whether there is something to calibrate. Exactly one of them is given."""
+    if (precision is None) == (plan is None):
+        refuse("pass either --precision or --plan")
+    refuse_precision(precision)
+    with refusing(ValueError, OSError):
+        planned = fp.Plan.load(plan) if plan else None
+    return planned, planned.calibrated if planned else CALIBRATES[precision or ""]
 
 
 @contextlib.contextmanager
@@ -164,48 +220,32 @@ def describe_interpreter(found: dict[str, Any]) -> str:
 
 @app.command()
 def swap(
-    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
-    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")] = None,
-    plan: Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")] = None,
-    text: Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")] = None,
-    calibrate: Annotated[str | None, typer.Option(help="Texts to calibrate with: a file, builtin or none; "
-                                                  "default: builtin for what is calibrated.")] = None,
+    model: ModelName,
+    precision: PrecisionName = None,
+    plan: PlanFile = None,
+    text: Texts = None,
+    calibrate: Calibration = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each of its rows.")] = 128,
     min_cosine: Annotated[float, typer.Option(help="The lowest cosine over the texts that passes.")] = 0.999,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
-    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    device: Device = None,
+    json: Json = None,
     save: Annotated[str | None, typer.Option(help="Store the swapped model in this folder.")] = None,
 ) -> None:  # fmt: skip
     """Swaps a text embedding model, runs it on real text before and after, and shows what changed."""
     console = Console(stderr=json == "-")
-    if (precision is None) == (plan is None):
-        refuse("pass either --precision or --plan")
-    if precision is not None and precision not in CALIBRATES:
-        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
+    planned, calibrates = precision_or_plan(precision, plan)
     where = prepare(device, json)
     with refusing(ValueError, OSError):
-        planned = fp.Plan.load(plan) if plan else None
-        calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
-        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-        calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
-        source = embedding.find_model(model)
-        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
-        original, tokenizer = embedding.load(source, where)
-        batches = embedding.tokenize(tokenizer, texts, original, where)
-        timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
-    swapped = copy.deepcopy(original)  # both are wanted at once: their timing takes turns
+        it = load(model, where, text, calibrate, calibrates, console)
+        timed = embedding.full_batch(it.tokenizer, it.texts, batch, length, it.model, where)
+    swapped = copy.deepcopy(it.model)  # both are wanted at once: their timing takes turns
     with tracking() as track:
         track("swapping", None)
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
-            report = fp.swap(
-                swapped,
-                precision=precision,
-                plan=planned,
-                calibrate=embedding.tokenize(tokenizer, calibration, original, where) or None,
-            )
-        compared = comparison.compare(original, swapped, batches, timed, track)
+            report = fp.swap(swapped, precision=precision, plan=planned, calibrate=it.calibration)
+        compared = comparison.compare(it.model, swapped, it.batches, timed, track)
     if save:
         with refusing(ValueError, OSError):
             fp.save_pretrained(swapped, save)
@@ -213,7 +253,7 @@ def swap(
     ok = compared["parity"]["cosine_min"] >= min_cosine  # false for NaN
     result = {
         "schema": "forwardpass.swap/1",
-        "model": {"name": model, "chosen": source.chosen},
+        "model": {"name": model, "chosen": it.source.chosen},
         "precision": precision,
         "plan": plan,
         **{name: reported[name] for name in ("swapped", "attention", "skipped", "warnings", "weight_bytes")},
@@ -238,7 +278,7 @@ def swap(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    model: ModelName,
     min_cosine: Annotated[float | None, typer.Option(help="The lowest cosine over the texts that may be; or")] = None,
     max_error: Annotated[float | None, typer.Option(help="the largest relative error of the embeddings.")] = None,
     candidates: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(CANDIDATES)}; "
@@ -250,7 +290,7 @@ def plan(
                                                   "default: builtin for what is calibrated.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each of its rows.")] = 128,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
+    device: Device = None,
     json: Annotated[str | None, typer.Option(help="Write the plan to this file, for `forwardpass swap --plan`, "
                                              "or to stdout for -.")] = None,
     plot: Annotated[str | None, typer.Option(help="Draw what was to choose from: a .png, .svg or .pdf file.")] = None,
@@ -269,25 +309,20 @@ def plan(
     with refusing(ValueError, OSError):
         if plot:
             plots.require(plot)
-        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-        calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
-        source = embedding.find_model(model)
-        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
-        original, tokenizer = embedding.load(source, where)
-        batches = embedding.tokenize(tokenizer, texts, original, where)
-        timed = embedding.full_batch(tokenizer, texts, batch, length, original, where)
+        it = load(model, where, text, calibrate, calibrates, console)
+        timed = embedding.full_batch(it.tokenizer, it.texts, batch, length, it.model, where)
     allocator = keep_freed_memory()
     with tracking() as track, refusing(ValueError, TypeError, OSError, fp.Unsupported):
         try:
             made = fp.plan(
-                original,
-                batches,
+                it.model,
+                it.batches,
                 candidates=named,
                 min_cosine=min_cosine,
                 max_error=max_error,
                 target=target,
                 shapes=[timed],
-                calibrate=embedding.tokenize(tokenizer, calibration, original, where) or None,
+                calibrate=it.calibration,
                 forward=embedding.forward,
                 resume=resume,
                 progress=track,
@@ -296,7 +331,13 @@ def plan(
             typer.echo(f"forwardpass: interrupted {'; '.join(getattr(e, '__notes__', []))}", err=True)
             raise typer.Exit(130) from None
     assert made.evidence is not None
-    about = {"model": source.chosen, "allocator": allocator, "texts": len(texts), "batch": batch, "length": length}
+    about = {
+        "model": it.source.chosen,
+        "allocator": allocator,
+        "texts": len(it.texts),
+        "batch": batch,
+        "length": length,
+    }
     made = dataclasses.replace(made, evidence={**about, **made.evidence})
     console.print(str(made), highlight=False, soft_wrap=True, markup=False)
     if json:
@@ -305,22 +346,16 @@ def plan(
         plots.plan(made.evidence or {}, plot)
 
 
-def calibration_texts(chosen: str) -> list[str]:
-    if chosen == "none":
-        return []
-    return embedding.builtin_texts()[0] if chosen == "builtin" else embedding.read_texts(chosen)
-
-
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    model: ModelName,
     text: Annotated[str | None, typer.Option(help="Texts to run, one a line; default: 288 built in.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts of a batch.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens that each text is padded or cut to.")] = 128,
     batches: Annotated[int, typer.Option(min=1, help="Batches, one after the other.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes over the batches.")] = 3,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
-    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    device: Device = None,
+    json: Json = None,
     html: Annotated[str | None, typer.Option(help="Also write a report with plots to this file.")] = None,
     trace: Annotated[str | None, typer.Option(help="Also write a Chrome trace to this file.")] = None,
 ) -> None:  # fmt: skip
@@ -384,44 +419,32 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
 
 @app.command()
 def parity(
-    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
-    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")] = None,
-    plan: Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")] = None,
-    text: Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")] = None,
-    calibrate: Annotated[str | None, typer.Option(help="Texts to calibrate with: a file, builtin or none; "
-                                                  "default: builtin for what is calibrated.")] = None,
+    model: ModelName,
+    precision: PrecisionName = None,
+    plan: PlanFile = None,
+    text: Texts = None,
+    calibrate: Calibration = None,
     compiled: Annotated[bool, typer.Option(help="Compare the output under torch.compile too.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
-    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    device: Device = None,
+    json: Json = None,
     plot: Annotated[str | None, typer.Option(help="Draw the errors by depth: a .png, .svg or .pdf file.")] = None,
 ) -> None:  # fmt: skip
     """Shows how far each swapped layer of a text embedding model is from the original, the worst first."""
     console = Console(stderr=json == "-")
-    if (precision is None) == (plan is None):
-        refuse("pass either --precision or --plan")
-    if precision is not None and precision not in CALIBRATES:
-        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
+    planned, calibrates = precision_or_plan(precision, plan)
     where = prepare(device, json, plot)
     with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has them too
         if plot:
             plots.require(plot)
-        planned = fp.Plan.load(plan) if plan else None
-        calibrates = planned.calibrated if planned else CALIBRATES[precision or ""]
-        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-        calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
-        source = embedding.find_model(model)
-        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
-        swapped, tokenizer = embedding.load(source, where)
-        batches = embedding.tokenize(tokenizer, texts, swapped, where)
-        calibration_batches = embedding.tokenize(tokenizer, calibration, swapped, where)
-        fp.swap(swapped, precision, planned, calibrate=calibration_batches or None)
+        it = load(model, where, text, calibrate, calibrates, console)
+        fp.swap(it.model, precision=precision, plan=planned, calibrate=it.calibration)
         with tracking() as track:
-            advance = track("comparing", len(batches))
-            found = fp.parity(swapped, comparison.ticking(batches, advance), compiled=compiled)
+            advance = track("comparing", len(it.batches))
+            found = fp.parity(it.model, comparison.ticking(it.batches, advance), compiled=compiled)
     console.print(str(found), highlight=False, soft_wrap=True, markup=False)
     if json:
-        about = {"model": {"name": model, "chosen": source.chosen}, "precision": precision, "plan": plan}
+        about = {"model": {"name": model, "chosen": it.source.chosen}, "precision": precision, "plan": plan}
         write_json({**found.to_json(), **about}, json)
     if plot:
         found.save_plot(plot)
@@ -429,7 +452,7 @@ def parity(
 
 @app.command("size-batch")
 def size_batch(
-    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")],
+    model: ModelName,
     slo_ms: Annotated[float, typer.Option(help="The latency objective, milliseconds.")],
     rate: Annotated[float | None, typer.Option(help="Requests a second, arriving independently of each other.")] = None,
     trace: Annotated[str | None, typer.Option(help="Instead: a file of arrival times in seconds, one a line.")] = None,
@@ -441,23 +464,20 @@ def size_batch(
     price_per_hour: Annotated[float | None, typer.Option(help="Of one replica; prints the cost of a million.")] = None,
     seconds: Annotated[float, typer.Option(help="How long times are gathered.")] = 20,
     check: Annotated[float, typer.Option(min=0, help="Seconds of a real run with the policy; 0: none.")] = 20,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")] = None,
-    json: Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")] = None,
+    device: Device = None,
+    json: Json = None,
     plot: Annotated[str | None, typer.Option(help="Draw the measured points and the frontier to this image.")] = None,
 ) -> None:  # fmt: skip
     """Finds the batches of a text embedding model that hold a latency objective at the least cost, and tries them."""
     console = Console(stderr=json == "-")
     where = prepare(device, json, plot)
-    if precision is not None and precision not in CALIBRATES:
-        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
+    refuse_precision(precision)
     with refusing(ValueError, OSError):
         if plot:
             plots.require(plot)
         arrivals = None if trace is None else [float(line) for line in pathlib.Path(trace).read_text().split()]
-        source = embedding.find_model(model)
-        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
-        sized, tokenizer = embedding.load(source, where)
-        rows = embedding.full_batch(tokenizer, embedding.builtin_texts()[1], max_batch, length, sized, where)
+        it = load(model, where, None, None, precision is not None and CALIBRATES[precision], console)
+        rows = embedding.full_batch(it.tokenizer, it.texts, max_batch, length, it.model, where)
 
     def make_batch(n: int) -> embedding.Batch:
         return {name: rows_of[:n] for name, rows_of in rows.items()}
@@ -466,16 +486,15 @@ def size_batch(
     with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         if precision is not None:
-            calibration = calibration_texts("builtin" if CALIBRATES[precision] else "none")
-            fp.swap(sized, precision, calibrate=embedding.tokenize(tokenizer, calibration, sized, where) or None)
+            fp.swap(it.model, precision, calibrate=it.calibration)
         found = fp.size_batch(
-            sized, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
+            it.model, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
             memory_limit=None if memory_limit_mb is None else memory_limit_mb * 1_000_000,
             price_per_hour=price_per_hour, max_batch=max_batch, seconds=seconds, progress=track,
         )  # fmt: skip
         result = {
             **found.to_json(),
-            "model": {"name": model, "chosen": source.chosen, "precision": precision, "length": length},
+            "model": {"name": model, "chosen": it.source.chosen, "precision": precision, "length": length},
         }
         ok = found.policy is not None
         if found.policy is not None and check:
@@ -484,8 +503,8 @@ def size_batch(
             times = poisson(mine, max(1, round(check * mine)), seed=1)
             if arrivals is not None:
                 times = [t - arrivals[0] for t in arrivals[:: found.policy.replicas] if t - arrivals[0] <= check]
-            load = try_policy(sized, make_batch, found.policy, times)
-            result["check"] = checked(load, percentile, slo_ms)
+            tried = try_policy(it.model, make_batch, found.policy, times)
+            result["check"] = checked(tried, percentile, slo_ms)
             result["measured"].append("check")
             ok = result["check"]["ok"]
     console.print(str(found), highlight=False, soft_wrap=True)
@@ -506,13 +525,13 @@ def size_batch(
         raise typer.Exit(1)
 
 
-def checked(load: Load, percentile: float, slo_ms: float) -> dict[str, Any]:
+def checked(tried: Load, percentile: float, slo_ms: float) -> dict[str, Any]:
     """What a real run shows, the first requests left out as in the simulation."""
-    latencies = settled(load.latencies)
+    latencies = settled(tried.latencies)
     of = {f"p{p:g}": 1e3 * percentile_of(latencies, p) for p in sorted({50.0, 95.0, percentile})}
     return {
-        "requests": len(load.latencies),
+        "requests": len(tried.latencies),
         "latency_ms": of,
-        "lateness_ms": 1e3 * max(load.lateness),
+        "lateness_ms": 1e3 * max(tried.lateness),
         "ok": of[f"p{percentile:g}"] <= slo_ms,
     }

@@ -81,9 +81,9 @@ def parity(layers: Sequence[LayerParity], file: str) -> None:
     require(file)
     seen = [x for x in layers if x.total.samples and math.isfinite(x.total.relative_error)]
     figure, (depth, heat) = axes("error by depth, relative L2", "log10 of the error")
-    for name, part in (("total", "total"), ("quantisation", "quantisation"), ("kernel", "kernel")):
+    for part, line in (("quantisation", "-"), ("kernel", "-"), ("total", "--")):  # it often lies on quantisation
         errors = [getattr(x, part).relative_error for x in seen]
-        depth.plot(range(len(seen)), [e if e > 0 else math.nan for e in errors], ".-", label=name)
+        depth.plot(range(len(seen)), [e if e > 0 else math.nan for e in errors], line, marker=".", label=part)
     depth.set_yscale("log")
     depth.set_xlabel("layer, in the model's order")
     depth.legend(fontsize=8)
