@@ -82,7 +82,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "w8a16_gemm": lambda: ops.w8a16_gemm(x, b, b_scale, bias=bias),
         "attention": lambda: ops.attention(q, kv, kv, causal=True),
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
-        **{name: module(name, x) for name in fp.nn.__all__ if name.endswith("Linear") and name != "QuantizedLinear"},
+        **{name: module(name, x) for name in fp.nn.__all__ if getattr(getattr(fp.nn, name), "operation", None)},
     }
 
 
