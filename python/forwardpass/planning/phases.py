@@ -7,7 +7,6 @@ before the next begins (a GPU is waited for), so their sum is the loop's wall ti
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import pathlib
 import statistics
@@ -106,15 +105,17 @@ def measure(
 ) -> Loop:
     """Runs the plain loop over the items, `rounds` times."""
     idle = _Idle(_spinning(request, items[0]))
-    taken, begun, usage = [], wall_clock(), _usage()
+    taken, seconds, begun, usage = [], 0.0, wall_clock(), _usage()
     for _ in range(rounds):
-        samples = []
+        samples, began = [], wall_clock()
         for item in items:
             samples.append(sample(request, item, idle))
-            on_item()
+        seconds += wall_clock() - began
         taken.append(samples)
-    seconds, after = wall_clock() - begun, _usage()
-    others = (after[0] - usage[0] - (after[1] - usage[1])) / seconds if usage and after and seconds else 0.0
+        for _ in items:  # behind the clock: a progress bar takes longer than a small model's item may
+            on_item()
+    elapsed, after = wall_clock() - begun, _usage()
+    others = (after[0] - usage[0] - (after[1] - usage[1])) / elapsed if usage and after and elapsed else 0.0
     return Loop(taken, seconds, max(0.0, others))
 
 
@@ -294,9 +295,14 @@ def summarise(loop: Loop, device: torch.device) -> list[Phase]:
         waiting = max(0.0, 1 - sum(cpu) / total) if total else 0.0
         phases.append(
             Phase(name, total / 1e3 / loop.seconds if loop.seconds else 0.0, total, statistics.median(wall),
-                  percentile(wall, 99), statistics.fmean(cpu), waiting, details)
+                  _p99(wall), statistics.fmean(cpu), waiting, details)
         )  # fmt: skip
     return phases
+
+
+def _p99(values: Sequence[float]) -> float:
+    """Between the two nearest ranks, linearly."""
+    return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
 def _transfer_details(samples: Sequence[Sample], device: torch.device) -> dict[str, Any]:
@@ -318,12 +324,3 @@ def _transfer_details(samples: Sequence[Sample], device: torch.device) -> dict[s
         "bytes_per_s": moved / events * 1e3 if events else 0.0,
         "reason": f"from {'pinned' if pinned else 'pageable'} memory, and the plain loop waits for it",
     }
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Between the two nearest ranks, linearly."""
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * percent / 100
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
