@@ -19,8 +19,6 @@ from benchmarks.interpreted import Interpreted
 from forwardpass.attention.cases import Case
 from forwardpass.interpreter import interpret
 
-NAME = "tutorial"
-
 
 class Tutorial:
     def __init__(self, path: str, arch: str):

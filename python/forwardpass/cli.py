@@ -33,7 +33,7 @@ from .planning.queueing import percentile as percentile_of
 from .planning.queueing import poisson, settled
 from .planning.size_batch import try_policy
 from .swap.precision import PRECISIONS
-from .timing import keep_freed_memory
+from .timing import Track, keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,13 +104,18 @@ class Subject:
     calibration: list[embedding.Batch] | None  #: None where there is none
 
 
+def find(name: str, where: str, console: Console) -> tuple[embedding.Source, torch.nn.Module, Any]:
+    """Where the model comes from, which is printed, the model, and its tokenizer."""
+    source = embedding.find_model(name)
+    console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+    return source, *embedding.load(source, where)
+
+
 def load(name: str, where: str, text: str | None, calibrate: str | None, calibrates: bool, console: Console) -> Subject:
     """calibrates: whether there is calibration by default."""
     texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
     calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
-    source = embedding.find_model(name)
-    console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
-    model, tokenizer = embedding.load(source, where)
+    source, model, tokenizer = find(name, where, console)
     batches, others = (embedding.tokenize(tokenizer, t, model, where) for t in (texts, calibration))
     return Subject(source, model, tokenizer, texts, batches, others or None)
 
@@ -137,7 +142,7 @@ def precision_or_plan(precision: str | None, plan: str | None) -> tuple[fp.Plan 
 
 
 @contextlib.contextmanager
-def tracking() -> Iterator[comparison.Track]:
+def tracking() -> Iterator[Track]:
     """Progress bars on stderr, where that is a terminal."""
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
@@ -364,9 +369,7 @@ def profile(
     where = prepare(device, json, html, trace)
     with refusing(ValueError, OSError):
         texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-        source = embedding.find_model(model)
-        console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
-        loaded, tokenizer = embedding.load(source, where)
+        source, loaded, tokenizer = find(model, where, console)
         request = embedding.Request(loaded, tokenizer, length)
     items = [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(batches)]
     with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported):
@@ -377,7 +380,7 @@ def profile(
             forward=request.forward,
             postprocess=request.postprocess,
             rounds=rounds,
-            track=track,
+            progress=track,
         )
     typer.echo(str(found), err=json == "-")
     if html:

@@ -12,11 +12,9 @@ import torch
 
 from . import embedding
 from .embedding import Batch
-from .timing import interleave, keep_freed_memory
+from .timing import Track, interleave, keep_freed_memory, untracked
 
 T = TypeVar("T")
-#: (what is being done, steps if known) -> called after each step
-Track = Callable[[str, int | None], Callable[[], object]]
 
 
 def compare(
@@ -24,7 +22,7 @@ def compare(
     swapped: torch.nn.Module,
     batches: list[Batch],
     timed: Batch,
-    track: Track = lambda what, steps: lambda: None,
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """The measured part of what `forwardpass swap` writes.
 

@@ -10,10 +10,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+#: progress: (what is being done, steps if known) -> called after each step
+Track = Callable[[str, int | None], Callable[[], object]]
 #: A sample lasts at least this long: calls are repeated within it, and the clock and the loop cost nothing beside them.
 LEAST_SAMPLE_MS = 2.0
 #: Larger than any L2 cache so far (H100 50 MiB, B200 126): written before each sample, so that inputs come from memory.
 FLUSH_BYTES = 256 << 20
+
+
+def untracked(what: str, steps: int | None) -> Callable[[], object]:
+    """The Track of whoever shows no progress."""
+    return lambda: None
 
 
 def keep_freed_memory() -> str:

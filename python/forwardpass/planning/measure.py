@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..backend import Reason, only_reference_on
 from ..batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
-from ..comparison import Track
 from ..nn.layer import linear_weight
 from ..swap.calibrate import calibration_arguments
 from ..swap.files import read_json, write_json
@@ -26,7 +25,7 @@ from ..swap.precision import Precision, find_precision
 from ..swap.rules import Context, why_skip
 from ..swap.swapping import build, planned, swap_planned, tensor_bytes
 from ..swap.walker import Leaf
-from ..timing import Timing, interleave
+from ..timing import Timing, Track, interleave
 from .criterion import Criterion
 from .parity import LayerParity
 

@@ -16,7 +16,6 @@ from torch import nn
 from .. import environment
 from ..backend import Reason
 from ..batches import Fingerprint, Forward, Output, evaluating, run
-from ..comparison import Track
 from ..swap import originals
 from ..swap.attention import attention_like, check_choice, decide
 from ..swap.patterns import patterns
@@ -26,7 +25,7 @@ from ..swap.report import megabytes
 from ..swap.rules import Context
 from ..swap.swapping import planned, refuse_model, tensor_bytes
 from ..swap.walker import linear_like, plain_module
-from ..timing import Timing, interleave
+from ..timing import Timing, Track, interleave, untracked
 from . import evidence
 from .choose import Choice, Frontier, Option
 from .criterion import Criterion, Metric
@@ -76,7 +75,7 @@ def plan(
     forward: Forward | None = None,
     output: Output | None = None,
     resume: str | os.PathLike[str] | None = None,
-    progress: Track = lambda what, steps: lambda: None,
+    progress: Track = untracked,
 ) -> Plan:
     """Measures what every candidate precision costs and brings on every layer, and plans the fastest model within a budget.
 

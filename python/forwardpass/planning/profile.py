@@ -8,7 +8,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +17,12 @@ from .. import environment
 from ..batches import Forward, eval_mode, evaluating, tensors
 from ..swap.report import table
 from ..swap.walker import plain_module
+from ..timing import Track, untracked
 from .advice import Advice, advise
 from .layers import Inside, Row, look_inside
 from .phases import PHASES, Overlap, Phase, Request, Sample, measure, predict, summarise
 from .pipeline import Pipeline
 from .transfer import device_of
-
-if TYPE_CHECKING:
-    from ..comparison import Track
 
 SCHEMA = "forwardpass.profile/1"
 #: the items whose layers are looked at, and how often
@@ -178,7 +176,7 @@ def profile(
     output: Callable[[Any], Any] | None = None,
     rounds: int = 3,
     layers: bool = True,
-    track: Track = lambda what, steps: lambda: None,
+    progress: Track = untracked,
 ) -> Profile:
     """Measures the four phases of a plain loop over `batches`, in it the layers of the forward, and says what would help.
 
@@ -193,7 +191,7 @@ def profile(
             copied to the host (default: all of the result).
         rounds: timed passes over the items.
         layers: whether to look inside the forward.
-        track: (what is being done, steps) -> a function that is called after each step, for a progress bar.
+        progress: progress(what, steps or None) -> called after each step.
 
     An item that raises in the first pass is left out and listed in `failed`.
 
@@ -212,14 +210,14 @@ def profile(
         )
     request = Request(model, device_of(plain), preprocess, postprocess, forward, output)
     with eval_mode(plain), torch.inference_mode():
-        good, failed, warnings = _first_pass(request, items, track("first pass", len(items)))
-        loop = measure(request, good, rounds, on_item=track("timing", rounds * len(good)))
+        good, failed, warnings = _first_pass(request, items, progress("first pass", len(items)))
+        loop = measure(request, good, rounds, on_item=progress("timing", rounds * len(good)))
     inside = None
     if layers:
         with evaluating(plain):
             few = good[:_INSIDE_ITEMS]
             looking = Request(plain, request.device, preprocess, postprocess, forward, output)
-            track("looking inside the forward", None)
+            progress("looking inside the forward", None)
             inside = look_inside(looking, few, _INSIDE_PASSES)
     phases = summarise(loop, request.device)
     overlap = functools.partial(

@@ -56,6 +56,11 @@ class ServiceTimes:
         times = [self.draw(max_batch, True, (i + 0.5) / 100) for i in range(100)]
         return max_batch * len(times) / sum(times)
 
+    @property
+    def saturation_rate(self) -> float:
+        """`saturation` of the size that gives the most."""
+        return max(map(self.saturation, self.sizes))
+
 
 def _pick(ascending: Sequence[float], u: float) -> float:
     return ascending[min(int(u * len(ascending)), len(ascending) - 1)]

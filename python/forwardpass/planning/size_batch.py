@@ -22,10 +22,10 @@ from torch import nn
 
 from .. import environment
 from ..batches import Forward, evaluating, main_output, run
-from ..comparison import Track
 from ..swap.files import write_json
 from ..swap.report import table
 from ..swap.walker import plain_module
+from ..timing import Track, untracked
 from .load import Load, run_load
 from .pipeline import Pipeline
 from .queueing import Policy, ServiceTimes, Simulated, percentile, poisson, simulate
@@ -222,7 +222,7 @@ def size_batch(
     max_batch: int = MAX_BATCH,
     seconds: float = 20.0,
     seed: int = 0,
-    progress: Track = lambda what, steps: lambda: None,
+    progress: Track = untracked,
 ) -> BatchSizing:
     """The policy, max_batch and max_wait_ms of an `fp.Pipeline`, that holds a latency objective at the least cost.
 
@@ -279,7 +279,7 @@ def size_batch(
         notes.append("memory_limit was not applied: this system does not tell how much memory a batch takes")
     return BatchSizing(
         policy, reason, float(latency_slo_ms), float(percentile), rate, points, frontier,
-        max(service.saturation(n) for n in service.sizes), fixed, per_item, price_per_hour, memory_limit, ended,
+        service.saturation_rate, fixed, per_item, price_per_hour, memory_limit, ended,
         str(device_of(model)), time.monotonic() - begin, service, notes,
     )  # fmt: skip
 
@@ -387,8 +387,7 @@ def _choose(
             [],
             f"a batch of 1 on a free server takes {fastest:.1f} ms at this percentile ({MARGIN:.0%} are spare)",
         )
-    largest = max(service.saturation(n) for n in service.sizes)
-    replicas = max(1, math.ceil(rate / largest))
+    replicas = max(1, math.ceil(rate / service.saturation_rate))
     while replicas <= MAX_REPLICAS:
         mine = times[::replicas]  # a replica gets each so many-th of the requests
         found = [_candidate(service, mine, n, w * slo_ms, p, price, rate, replicas, seed)
