@@ -1,12 +1,15 @@
 """Fixtures of several files, the tests that need a GPU, and what each area of the tests costs."""
 
 import collections
+import functools
 import os
 import pathlib
 
 import pytest
 import torch
 
+import forwardpass as fp
+from forwardpass.backend import Operation, _interpreted
 from forwardpass.testing import poisoned_outputs
 
 #: area -> core-seconds
@@ -17,6 +20,26 @@ spent = collections.Counter()
 def seed(request):
     """Of a case's random data: one in `make test`, three in `make test-all`."""
     return request.param
+
+
+@pytest.fixture(params=["cold", "bound"])
+def refusing(request, monkeypatch):
+    """For refusals: of the first call, which Python checks, and of a later one, which the implementation alone does."""
+    for op in fp.backend.operations.values():
+        monkeypatch.setattr(op, "_bound", {})
+    if request.param == "cold":
+        monkeypatch.setattr(Operation, "_bind_checked", lambda op, args: op._unbound)
+        yield
+        return
+
+    def bind(op, args):
+        if any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
+            return op._bind(args)  # the interpreter refuses them in words of its own
+        return op.runs.get("cpu") or functools.partial(_interpreted, op, op.runs["cuda"])
+
+    monkeypatch.setattr(Operation, "_bind_checked", bind)
+    with fp.interpret("sm_90a"):  # for those without a kernel for the CPU
+        yield
 
 
 @pytest.fixture

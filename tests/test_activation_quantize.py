@@ -128,6 +128,7 @@ def test_compiles_whole():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
+@pytest.mark.usefixtures("refusing")
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "words"),
     [

@@ -109,7 +109,7 @@ def test_a_layer_is_checked_again_by_what_it_is_bound_to():
 
 def test_a_layer_logs_every_shape_too(monkeypatch, caplog):
     layer = fp.nn.Int8Linear.from_torch(torch.nn.Linear(40, 16))
-    monkeypatch.setattr(operations["int8_linear"], "_layers", {})
+    monkeypatch.setattr(operations["int8_linear"], "_bound", {})
     with caplog.at_level(logging.INFO, "forwardpass.dispatch"), torch.inference_mode():
         for rows in (41, 42, 42):
             layer(torch.randn(rows, 40))

@@ -128,9 +128,9 @@ def test_doctor_finds_a_kernel_that_is_wrong(monkeypatch):
     op = fp.backend.operations["quantize"]
     right = op.runs["cpu"]
     monkeypatch.setitem(op.runs, "cpu", lambda *args: tuple(r * 2 for r in right(*args)))
-    op._hits.clear()
+    op._bound.clear()
     result = run("doctor", "--json")
-    op._hits.clear()
+    op._bound.clear()
     assert result.exit_code == 1
     assert "quantize on cpu differs" in json.loads(result.stdout)["problems"][0]
 
@@ -141,9 +141,9 @@ def test_doctor_finds_a_kernel_that_raises(monkeypatch):
 
     op = fp.backend.operations["quantize"]
     monkeypatch.setitem(op.runs, "cpu", broken)
-    op._hits.clear()
+    op._bound.clear()
     result = run("doctor")
-    op._hits.clear()
+    op._bound.clear()
     assert result.exit_code == 1
     assert "RuntimeError: an illegal instruction" in " ".join(result.stdout.split())
 

@@ -252,6 +252,7 @@ BLOCKS, X = torch.ones(1, 2), torch.ones(4, 160)
 GEMM = {"out_dtype": torch.float32}
 
 
+@pytest.mark.usefixtures("refusing")
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

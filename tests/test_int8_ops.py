@@ -1,5 +1,8 @@
 """dequant_activation, int8_gemm and int8_linear on the CPU: the reference's bits, and within a bound behind an activation."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -93,10 +96,31 @@ def test_compiles_whole():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
+_EXACT = """
+import sys, torch, forwardpass as fp
+for m, n, k in ((1, 1, 1), (5, 300, 1024), (130, 17, 4100)):
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=torch.Generator().manual_seed(k)) for rows in (m, n))
+    a[0], b[0] = -128, -128  # 2^14 a product, 2^24 in 1024 of them
+    got = fp.ops.int8_gemm(a, b, torch.ones(1), torch.ones(1), out_dtype=torch.float32)
+    assert torch.equal(got, (a.long() @ b.long().t()).float()), (m, n, k)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@pytest.mark.parametrize("capability", [None, "avx2"])
+def test_sums_are_exact_with_and_without_vnni(capability):
+    """A product by oneDNN's int8, where the CPU has it, and by fp32."""
+    less = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+    run = subprocess.run([sys.executable, "-c", _EXACT], capture_output=True, text=True, check=True,
+                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **less})  # fmt: skip
+    assert capability is None or run.stdout.strip() == capability.upper()
+
+
 X, W, ONE = torch.ones(2, 32), torch.ones(16, 32, dtype=torch.int8), torch.ones(1)
 SUM, ZERO = torch.ones(16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
 
 
+@pytest.mark.usefixtures("refusing")
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

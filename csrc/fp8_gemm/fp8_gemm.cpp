@@ -11,8 +11,9 @@ void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, con
                     BlockScales& blocks) {
   const int64_t matrices = gated ? 2 : 1, rows = ceil_div(n / matrices, kScaleBlock),
                 columns = ceil_div(k, kScaleBlock);
-  STD_TORCH_CHECK(b_scale.dim() == (gated ? 3 : 2), op, ": block scales of b must be [", gated ? "2, " : "", rows, ", ",
-                  columns, "]");
+  const int64_t dim = b_scale.dim();
+  STD_TORCH_CHECK(dim == (gated ? 3 : 2) && b_scale.size(dim - 2) == rows && b_scale.size(dim - 1) == columns, op,
+                  ": block scales of b must be [", gated ? "2, " : "", rows, ", ", columns, "]");
   blocks.b = floats(b_scale, matrices * rows * columns, like, op, "b_scale");
   blocks.up_offset = gated ? rows * columns : 0;
 }

@@ -25,6 +25,7 @@ Quantized run(Backend backend, const char* op, const Tensor& x, const Tensor* re
   p.kind = kind == "rms" ? Norm::rms : Norm::layer;
   p.weight = affine(weight, p.x, x, op, "weight");
   p.bias = affine(bias, p.x, x, op, "bias");
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and at least 0");
   p.eps = static_cast<float>(eps);
   if (residual) {
     p.residual = matrix(*residual, op, "residual");

@@ -280,8 +280,8 @@ class Operation:
                 break
             torch.library.register_fake(f"forwardpass::{self.name}_{backend}", self._fake)
         self.compiled = backends
-        self._hits: dict[Any, Callable[..., Any]] = {}
-        self._layers: dict[Any, Callable[..., Any]] = {}
+        self._bound: dict[Any, Callable[..., Any]] = {}
+        self._bound_by_shape: dict[Any, Callable[..., Any]] = {}
         operations[self.name] = self
 
     def _fake(self, *args: Any) -> Any:
@@ -333,10 +333,9 @@ class Operation:
         return run
 
     def __call__(self, *args: Any) -> Any:
-        grad = torch.is_grad_enabled()
-        if torch.compiler.is_compiling():
-            if grad and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-                self._refuse_grad()
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            self._refuse_grad()
+        if torch.compiler.is_dynamo_compiling():
             wanted = _choice.backend in ("auto", "cuda", "triton")
             if wanted and _choice.arch and args[0].device.type == "cpu" and "cuda" in self.compiled:
                 # a graph would have the kernel and nothing of what is around it
@@ -344,55 +343,54 @@ class Operation:
                     f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
                 )
             return self._bind(args)(*args)
-        # One pass over the arguments makes the key of this call; a key seen before was checked before.
+        # What the compiled implementations check each time is not looked at again in Python: a key of shapes, strides and
+        # values took half of int8_gemm's host time.
+        x = args[0]
+        try:
+            key = (_choice.backend, _choice.arch, x.dtype, x.device, *map(type, args))
+        except AttributeError:  # no tensor: the check says what should have been there
+            return self._unbound(*args)
+        run = self._bound.get(key)
+        if run is None:
+            run = self._bound[key] = self._bind_checked(args)
+        try:
+            return run(*args)
+        except RuntimeError:
+            self.check(*args)  # what an implementation refuses has a better sentence there
+            raise
+
+    def _unbound(self, *args: Any) -> Any:
+        return self._bind(args)(*args)
+
+    def _bind_checked(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What runs these arguments, and all others of such types on this device."""
+        run, backend = self._bind(args), self.choose(*args)
+        if any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args):
+            return self._unbound  # a subclass, fake or wrapping: its shapes may be symbols
+        # A limit is one of shapes too, Triton and plain torch check nothing, and a log has every shape.
+        limited = any(b in self.limits for b in BACKENDS[: BACKENDS.index(backend) + 1])
+        if limited or backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO):
+            return self._by_shape
+        return getattr(run, "_op", run)  # torch's OpOverload without its __call__, a Python function that calls this
+
+    def _by_shape(self, *args: Any) -> Any:
+        """Checked once for each key of all that the arguments are."""
         key: list[Any] = [_choice.backend, _choice.arch]
         for a in args:
-            kind = type(a)
-            if kind is Tensor or kind is torch.nn.Parameter:
-                if grad and a.requires_grad:
-                    self._refuse_grad()
-                key += (a.shape, a.stride(), a.dtype, a.device)
-            elif isinstance(a, Tensor):  # a subclass, fake or wrapping: its shapes may be symbols
-                return self._bind(args)(*args)
-            else:
-                key.append(a)
+            key += (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (a,)
         hit = tuple(key)
         try:
-            run = self._hits.get(hit)
-        except TypeError:  # an unhashable argument: the check says what should have been there
-            return self._bind(args)(*args)
+            run = self._bound_by_shape.get(hit)
+        except TypeError:  # an unhashable argument
+            return self._unbound(*args)
         if run is None:
             run = self._bind(args)
-            if len(self._hits) > 4096:
-                self._hits.clear()
-            self._hits[hit] = run
+            if len(self._bound_by_shape) > 4096:
+                self._bound_by_shape.clear()
+            self._bound_by_shape[hit] = run
             if _log.isEnabledFor(logging.INFO):
                 _log.info("%s -> %s", self.describe(args), self.choose(*args))
         return run(*args)
-
-    def of_layer(self, x: Tensor, *rest: Any) -> Any:
-        """As a call, for layers: rest is a layer's own, the weight first, and was checked with an x of this dtype and device.
-
-        The compiled implementations check every argument each time; what they refuse gets the sentence of `check`.
-        """
-        if type(x) is not Tensor or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            return self(x, *rest)
-        key = _choice.backend, _choice.arch, x.dtype, x.device, rest[0].device
-        run = self._layers.get(key)
-        if run is None:
-            run = self._layers[key] = self._bind_layer(x, *rest)
-        try:
-            return run(x, *rest)
-        except RuntimeError:
-            self.check(x, *rest)
-            raise
-
-    def _bind_layer(self, *args: Any) -> Callable[..., Any]:
-        run = self._bind(args)
-        backend = self.choose(*args)
-        # A limit is one of shapes too, Triton and plain torch check nothing, and a log has every shape.
-        limited = any(b in self.limits for b in BACKENDS[: BACKENDS.index(backend) + 1])
-        return self if limited or backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) else run
 
     def _explain(self, args: tuple[Any, ...], asked: _Explain) -> _Explain:
         table = {b: self.why_not(b, *args) for b in BACKENDS}

@@ -98,7 +98,7 @@ class Fp8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         b = self._buffers
-        return OPERATION.of_layer(
+        return OPERATION(
             rows(x), b["weight"], b["weight_scale"], b["bias"], None, x.dtype, b["input_scale"], b["channel_scale"]
         )
 

@@ -111,7 +111,7 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         b = self._buffers
-        return OPERATION.of_layer(
+        return OPERATION(
             rows(x), b["weight"], b["weight_scale"], b["bias"], None, x.dtype, b["input_scale"], b["input_zero_point"],
             self.symmetric, b["channel_scale"], b["weight_sum"],
         )  # fmt: skip

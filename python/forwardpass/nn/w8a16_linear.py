@@ -70,7 +70,7 @@ class W8A16Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         b = self._buffers
-        return OPERATION.of_layer(rows(x), b["weight"], b["weight_scale"], b["bias"], None)
+        return OPERATION(rows(x), b["weight"], b["weight_scale"], b["bias"], None)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
