@@ -14,8 +14,10 @@ demo: .venv/built
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint
-	$(BIN)/python -m pytest
+# Three hours at most; what measures time runs alone.
+test-all: test
+	$(BIN)/python -m pytest -m "slow and alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n auto --dist loadfile
 
 # The same suite on the wheel, under the oldest torch we support, built with CUDA (about 3 GB; needs no GPU).
 test-cuda-torch: .venv-cuda/built

@@ -505,6 +505,7 @@ def test_an_interrupted_command_says_what_it_kept(times, folder, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_small_layers_at_batch_1_are_left_alone():
     plan = fp.plan(block(), [inputs(1)], max_error=1.0, calibrate=[inputs()])
     assert plan.layers == ()
@@ -512,6 +513,7 @@ def test_small_layers_at_batch_1_are_left_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_minilm(tmp_path):
     """The budget holds end to end on texts not calibrated on, in another process too, within five minutes on two cores."""
     pytest.importorskip("transformers", reason="the extra hf is not installed")
