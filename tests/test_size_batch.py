@@ -19,6 +19,7 @@ from forwardpass.planning.queueing import (
     bootstrap,
     percentile,
     poisson,
+    served,
     settled,
     simulate,
 )
@@ -82,6 +83,34 @@ def test_the_tail_of_what_was_measured_is_in_what_is_simulated():
     assert found.percentile(90) == 1 and found.percentile(99) == 10
 
 
+def test_a_run_tells_the_times_that_simulate_it_again():
+    """Times that are twice as long under load as alone, and as long again for every third batch: seen in a run, and drawn."""
+    alone = constant({1: 1.0, 2: 1.2, 4: 1.6})
+    quantiles = {n: [2 * t, 2 * t, 4 * t] for n, t in {1: 1.0, 2: 1.2, 4: 1.6}.items()}
+    loaded, policy = ServiceTimes(quantiles, quantiles), Policy(4, 500.0)
+    arrivals = poisson(0.4, 20_000, seed=1)
+    real = simulate(arrivals, policy, loaded, seed=2)
+    ends = [round(at + latency, 6) for at, latency in zip(arrivals, real.latencies)]
+    batches = [len(list(together)) for _, together in itertools.groupby(ends)]
+    seen = list(served(arrivals, ends, batches, policy))
+    assert sum(took for _, _, took in seen) == pytest.approx(real.busy * (ends[-1] - arrivals[0]))
+    again = simulate(poisson(0.4, 20_000, seed=3), policy, alone.under_load(seen), seed=4)
+    for p in (50, 95, 99):
+        assert again.percentile(p) == pytest.approx(real.percentile(p), rel=0.05)
+    assert simulate(arrivals, policy, alone).percentile(50) < real.percentile(50) / 2
+
+
+def test_times_that_were_hardly_seen_are_those_of_all_or_as_before():
+    alone = constant({1: 1.0, 4: 2.0})
+    few = alone.under_load([(4, True, 3.0)] * 29)
+    assert few == alone
+    found = alone.under_load([(4, True, 3.0)] * 25 + [(1, True, 1.0)] * 25 + [(2, False, 9.0)])
+    assert found.first == alone.first
+    assert found.next == {1: [1.0] * 25 + [1.5] * 25, 4: [2.0] * 25 + [3.0] * 25}
+    own = alone.under_load([(4, True, 3.0)] * 30 + [(1, True, 1.0)])
+    assert own.next == {1: [1.0] + [1.5] * 30, 4: [3.0] * 30}
+
+
 def test_percentile_and_bootstrap():
     assert [percentile([3, 1, 2, 4], p) for p in (1, 25, 26, 50, 99)] == [1, 1, 2, 2, 4]
     draw = random.Random(0)
@@ -117,6 +146,7 @@ def exact(monkeypatch):
             lambda self, n: contextlib.nullcontext(lambda batches: [seconds(n)] * batches),
         )
 
+    monkeypatch.setattr(module._Server, "loaded", lambda self, policy, arrivals: [])
     monkeypatch.setattr(module, "MOST_REST", 0.0)
     set_times(lambda n: 0.002 + 0.001 * n)
     return set_times

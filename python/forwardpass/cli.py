@@ -465,7 +465,7 @@ def size_batch(
     max_batch: Annotated[int, typer.Option(min=1, help="No larger batch is tried.")] = 64,
     memory_limit_mb: Annotated[int | None, typer.Option(min=1, help="Memory of a batch beyond the model, MB.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of one replica; prints the cost of a million.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long times are gathered.")] = 20,
+    seconds: Annotated[float, typer.Option(help="How long times are gathered.")] = 30,
     check: Annotated[float, typer.Option(min=0, help="Seconds of a real run with the policy; 0: none.")] = 20,
     device: Device = None,
     json: Json = None,

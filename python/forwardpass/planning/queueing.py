@@ -9,13 +9,15 @@ from __future__ import annotations
 import bisect
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 #: of the requests, simulated or sent: they find a queue that is still filling
 WARM_UP = 0.05
+#: batches of a size that tell how long it takes under load
+LEAST_SEEN = 30
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,26 @@ class ServiceTimes:
         low, share = _pick(times[sizes[above - 1]], u), (n - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
         return low + share * (high - low)
 
+    def under_load(self, seen: Iterable[tuple[int, bool, float]]) -> ServiceTimes:
+        """These times, measured in other conditions, as they are where `served` saw some.
+
+        What was seen goes to the nearest size, as a multiple of the median here: a size between two has few of its own. A size
+        that was hardly seen gets the multiples of all.
+        """
+        multiples: dict[tuple[bool, int], list[float]] = {(w, n): [] for w in (False, True) for n in self.sizes}
+        for n, waited, took in seen:
+            nearest = min(self.sizes, key=lambda size: abs(math.log(n / size)))
+            multiples[waited, nearest].append(took / self.draw(n, waited, 0.5))
+
+        def times(waited: bool, n: int) -> Sequence[float]:
+            of_all = [x for (w, _), found in multiples.items() if w == waited for x in found]
+            mine = multiples[waited, n] if len(multiples[waited, n]) >= LEAST_SEEN else of_all
+            if len(mine) < LEAST_SEEN:
+                return (self.next if waited else self.first)[n]
+            return sorted(x * self.draw(n, waited, 0.5) for x in mine)
+
+        return ServiceTimes({n: times(False, n) for n in self.sizes}, {n: times(True, n) for n in self.sizes})
+
     def saturation(self, max_batch: int) -> float:
         """Requests a second of a server that always has a full batch waiting."""
         times = [self.draw(max_batch, True, (i + 0.5) / 100) for i in range(100)]
@@ -66,7 +88,7 @@ def _pick(ascending: Sequence[float], u: float) -> float:
     return ascending[min(int(u * len(ascending)), len(ascending) - 1)]
 
 
-def poisson(rate: float, count: int, seed: int = 0) -> list[float]:
+def poisson(rate: float, count: int, seed: int | str = 0) -> list[float]:
     """Times of arrivals that do not know of each other, `rate` of them a second on average."""
     draw, at, times = random.Random(seed), 0.0, []
     for _ in range(count):
@@ -89,17 +111,35 @@ def simulate(arrivals: Sequence[float], policy: Policy, service: ServiceTimes, s
     """What each of the requests, at ascending times, waits for its result."""
     draw = random.Random(f"service {seed}")  # of the plain seed it would repeat what poisson() drew
     latencies: list[float] = []
-    wait, free, i, batches, computed = policy.max_wait_ms / 1e3, -math.inf, 0, 0, 0.0
+    free, i, batches, computed = -math.inf, 0, 0, 0.0
     while i < len(arrivals):
-        last = min(i + policy.max_batch, len(arrivals))
-        full = arrivals[last - 1] if last - i == policy.max_batch else math.inf
-        start = max(free, min(full, arrivals[i] + wait))
-        n = max(1, bisect.bisect_right(arrivals, start, i, last) - i)
+        start = _begins(arrivals, i, policy, free)
+        n = max(1, bisect.bisect_right(arrivals, start, i, min(i + policy.max_batch, len(arrivals))) - i)
         took = service.draw(n, start == free, draw.random())
         free = start + took
         latencies += [free - t for t in arrivals[i : i + n]]
         i, batches, computed = i + n, batches + 1, computed + took
     return Simulated(latencies, computed / (free - arrivals[0]), len(arrivals) / batches)
+
+
+def _begins(arrivals: Sequence[float], i: int, policy: Policy, free: float) -> float:
+    """When the batch begins whose first request is the i-th, on a server that is free from `free` on."""
+    last = i + policy.max_batch
+    full = arrivals[last - 1] if last <= len(arrivals) else math.inf
+    return max(free, min(full, arrivals[i] + policy.max_wait_ms / 1e3))
+
+
+def served(
+    arrivals: Sequence[float], ends: Sequence[float], batches: Sequence[int], policy: Policy
+) -> Iterator[tuple[int, bool, float]]:
+    """Of the batches of a real run: requests, whether it waited for the server, and seconds, as `simulate` would have had to
+    draw them for the ends that there were.
+    """
+    free, i = -math.inf, 0
+    for n in batches:
+        start, end = _begins(arrivals, i, policy, free), ends[i + n - 1]
+        yield n, start == free, end - start
+        free, i = end, i + n
 
 
 def settled(latencies: list[float]) -> list[float]:
