@@ -1,7 +1,6 @@
 """Fixtures of several files, the tests that need a GPU, and what each area of the tests costs."""
 
 import collections
-import functools
 import os
 import pathlib
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.backend import Operation, _interpreted
+from forwardpass.backend import Operation
 from forwardpass.testing import poisoned_outputs
 
 #: area -> core-seconds
@@ -35,7 +34,7 @@ def refusing(request, monkeypatch):
     def bind(op, args):
         if any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
             return op._bind(args)  # the interpreter refuses them in words of its own
-        return op.runs.get("cpu") or functools.partial(_interpreted, op, op.runs["cuda"])
+        return op.runs.get("cpu") or fp.backend.interpreter().bind(op, op.runs["cuda"])
 
     monkeypatch.setattr(Operation, "_bind_checked", bind)
     with fp.interpret("sm_90a"):  # for those without a kernel for the CPU

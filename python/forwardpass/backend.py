@@ -57,13 +57,16 @@ class Unsupported(RuntimeError):
 
 
 class Interpreter(Protocol):
-    """What runs the CUDA and Triton kernels on CPU tensors: the seam between forwardpass.interpreter and the rest."""
+    """What runs the CUDA and Triton kernels on CPU tensors: the seam between forwardpass.interpreter and the rest.
+
+    `bind` gives what a call on CPU tensors goes to, for all interpreters of this architecture, in all threads.
+    """
 
     arch: str
 
     def why_not(self, backend: str) -> Reason | None: ...
 
-    def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any: ...
+    def bind(self, operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]: ...
 
 
 class _Choice(threading.local):
@@ -329,7 +332,8 @@ class Operation:
             importlib.import_module(f"{self.package}.triton_kernel")  # registers itself
         run = self.runs[backend]
         if backend in ("cuda", "triton") and args[0].device.type == "cpu":
-            return functools.partial(_interpreted, self, run)
+            assert _choice.interpreter  # else no GPU kernel takes CPU tensors
+            return _choice.interpreter.bind(self, run)
         return run
 
     def __call__(self, *args: Any) -> Any:
@@ -412,11 +416,6 @@ class Operation:
         text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.parameters, args) if a is not None)
         notes = self.notes(*args) if self.notes else []
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
-
-
-def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
-    assert _choice.interpreter  # else no GPU kernel takes CPU tensors
-    return _choice.interpreter.call(operation, run, args)
 
 
 def only_reference_on(operation: str, device: torch.device, dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import itertools
 import json
@@ -117,8 +118,13 @@ class Device:
                 InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed)
             )
 
+    @staticmethod
+    def bind(operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The seam in backend.py leads here."""
+        return functools.partial(_interpreted, operation, run)
+
     def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """An operation of forwardpass on CPU tensors: the seam in backend.py leads here."""
+        """An operation of forwardpass on CPU tensors."""
         if any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args):
             return run(*args)  # a fake tensor has no data to interpret
         with self.running() as scope:
@@ -265,6 +271,12 @@ def interpret(
         _give_triton_back()
         with _lock:
             _install(before if isinstance(before, Device) else None)
+
+
+def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
+    device = backend.interpreter()
+    assert isinstance(device, Device)
+    return device.call(operation, run, args)
 
 
 def interpret_process() -> None:
