@@ -70,7 +70,7 @@ def test_fp8_on_a_cpu_says_what_runs_it():
         UserWarning, match="fp8_linear has no kernel for float32 on cpu.*reference in float64.*slower than"
     ):
         report = fp.swap(block(), "fp8")
-    assert [(s.precision, s.version) for s in report.swapped] == [("fp8", 1)] * 2
+    assert [(s.precision, s.version) for s in report.swapped] == [("fp8", 2)] * 2
 
 
 def test_report_has_everything_in_words_and_in_json():
@@ -85,7 +85,7 @@ def test_report_has_everything_in_words_and_in_json():
                                                                                "4096 weights",
                                    "fix": "add 'head' to include to swap it all the same"}]  # fmt: skip
     assert content["swapped"][0]["precision"] == "int8"
-    assert content["swapped"][0]["version"] == 1
+    assert content["swapped"][0]["version"] == 2
 
 
 def test_weight_bytes():

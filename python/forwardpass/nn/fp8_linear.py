@@ -29,6 +29,7 @@ class Fp8Linear(QuantizedLinear):
     Args:
         in_features, out_features, bias: as in nn.Linear.
         dtype: of the bias; outputs have the dtype of the input.
+        activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         scales: "tensor", "row" or "block"; static: not with "block"; channel_scale: see above.
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: weight e4m3 [N, K], weight_scale fp32 [1], [N] or
@@ -53,13 +54,14 @@ class Fp8Linear(QuantizedLinear):
         scales: str = "row",
         static: bool = False,
         channel_scale: bool = False,
+        activation: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if scales not in SCALES:
             raise ValueError(f"Fp8Linear: scales must be one of {', '.join(SCALES)}, not {scales!r}")
         if static and scales == "block":
             raise ValueError('Fp8Linear: static activations go with scales "tensor" or "row", not with "block"')
-        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=scales)
+        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=scales, activation=activation)
         self.scales = scales
         self._optional("channel_scale", channel_scale, in_features)
         self._optional("input_scale", static, 1)
@@ -72,6 +74,7 @@ class Fp8Linear(QuantizedLinear):
         scales: str = "row",
         channel_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
+        activation: str | None = None,
     ) -> Fp8Linear:
         """The e4m3 form of an nn.Linear or a transformers Conv1D, on its device; its weight is read and not changed.
 
@@ -79,6 +82,7 @@ class Fp8Linear(QuantizedLinear):
             scales: of the weight, "tensor", "row" or "block".
             channel_scale: fp32 [K], what x is multiplied by; the weight is divided by it here.
             input_scale: fp32 [1] for static activations, of the scaled x: its largest magnitude over 448.
+            activation: what the layer applies to its output, see above.
 
         Raises:
             ValueError: the module or an argument does not fit, and how.
@@ -89,7 +93,7 @@ class Fp8Linear(QuantizedLinear):
         cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1))
         assert bias is None or isinstance(bias, Tensor)
         layer = cls(k, n, bias is not None, scales=scales, static=input_scale is not None,
-                    channel_scale=channel_scale is not None, device="meta")  # fmt: skip
+                    channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
         layer._fill(
             *quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales), bias
         )
@@ -99,7 +103,14 @@ class Fp8Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         b = self._buffers
         return OPERATION(
-            rows(x), b["weight"], b["weight_scale"], b["bias"], None, x.dtype, b["input_scale"], b["channel_scale"]
+            rows(x),
+            b["weight"],
+            b["weight_scale"],
+            b["bias"],
+            self.activation,
+            x.dtype,
+            b["input_scale"],
+            b["channel_scale"],
         )
 
     def _quantized(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Int8Linear(QuantizedLinear):
     Args:
         in_features, out_features, bias: as in nn.Linear.
         dtype: of the bias; outputs have the dtype of the input.
+        activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         symmetric, static, channel_scale: which buffers there are, see above.
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: weight int8 [N, K], weight_scale fp32 [N], bias [N] or
@@ -53,9 +54,10 @@ class Int8Linear(QuantizedLinear):
         symmetric: bool = False,
         static: bool = False,
         channel_scale: bool = False,
+        activation: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, as_dtype(dtype), device)
+        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, activation=activation)
         self.symmetric = symmetric
         self._optional("weight_sum", not symmetric, out_features, torch.int32)
         self._optional("channel_scale", channel_scale, in_features)
@@ -73,6 +75,7 @@ class Int8Linear(QuantizedLinear):
         input_zero_point: Tensor | None = None,
         quantized: tuple[Tensor, Tensor] | None = None,
         bias: Tensor | None = None,
+        activation: str | None = None,
     ) -> Int8Linear:
         """The int8 form of an nn.Linear or a transformers Conv1D, on its device.
 
@@ -83,6 +86,7 @@ class Int8Linear(QuantizedLinear):
             input_scale, input_zero_point: fp32 [1] and (asymmetric) int32 [1] for static activations, of the scaled x.
             quantized: (int8 [N, K], fp32 [N]) in place of nearest rounding, for a weight already divided by channel_scale.
             bias: in place of the module's own, as a correction of the mean error leaves it.
+            activation: what the layer applies to its output, see above.
 
         Raises:
             ValueError: the module or an argument does not fit, and how.
@@ -101,7 +105,7 @@ class Int8Linear(QuantizedLinear):
         elif quantized[0].shape != weight.shape or quantized[0].dtype != torch.int8 or quantized[1].shape != (n,):
             raise ValueError(f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}]")
         layer = cls(k, n, own_bias is not None, symmetric=symmetric, static=input_scale is not None,
-                    channel_scale=channel_scale is not None, device="meta")  # fmt: skip
+                    channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
         assert own_bias is None or isinstance(own_bias, Tensor)
         layer._fill(*quantized, own_bias)
         if not symmetric:
@@ -112,7 +116,7 @@ class Int8Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         b = self._buffers
         return OPERATION(
-            rows(x), b["weight"], b["weight_scale"], b["bias"], None, x.dtype, b["input_scale"], b["input_zero_point"],
+            rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
             self.symmetric, b["channel_scale"], b["weight_sum"],
         )  # fmt: skip
 

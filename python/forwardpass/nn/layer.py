@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..activations import PLAIN, activate, check_activation
 from ..backend import Reason, operations
 from ..fp8_gemm import BLOCK
 from ..ops import quantize
@@ -84,9 +85,11 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | None,
         weight_dtype: torch.dtype | None = None,
         scales: str | None = "row",
+        activation: str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        check_activation(type(self).__name__, activation, (None, *PLAIN))
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
         shape, weight_dtype = (out_features, in_features), weight_dtype or self.weight_dtype
         if scales is None:
             self.register_buffer("weight", torch.empty(shape, dtype=weight_dtype, device=device))
@@ -165,7 +168,11 @@ class QuantizedLinear(nn.Module):
     def exact(self, x: Tensor) -> Tensor:
         """The result in fp64 on the operands that x is quantised to: from here to `forward` is the kernel's error."""
         y = self._quantized(x) @ self._dequantized_weight().t()
-        return y if self.bias is None else y + self.bias.double()
+        return self.activated(y if self.bias is None else y + self.bias.double())
+
+    def activated(self, y: Tensor) -> Tensor:
+        """What the layer makes of a Linear's output: its activation of it."""
+        return activate(self.activation, y)
 
     def _quantized(self, x: Tensor) -> Tensor:
         return x.double()
@@ -190,10 +197,12 @@ class QuantizedLinear(nn.Module):
             "out_features": self.out_features,
             "bias": self.bias is not None,
             "dtype": str(self.bias.dtype if self.bias is not None else torch.float32).removeprefix("torch."),
+            **({} if self.activation is None else {"activation": self.activation}),
         }
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        activation = "" if self.activation is None else f", activation={self.activation}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{activation}"
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -25,6 +25,7 @@ class W8A16Linear(QuantizedLinear):
         in_features, out_features, bias: as in nn.Linear.
         dtype: of the bias; outputs have the dtype of the input.
         weight_dtype: torch.int8 or torch.float8_e4m3fn.
+        activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         scales: "row", one an output channel, or "group", one for 128 columns of it.
 
     Buffers: weight [N, K], weight_scale fp32 [N] or [N, ceil(K / 128)], bias [N] or None.
@@ -41,6 +42,7 @@ class W8A16Linear(QuantizedLinear):
         dtype: torch.dtype | str = torch.float32,
         weight_dtype: torch.dtype | str = torch.int8,
         scales: str = "row",
+        activation: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         weight_dtype = as_dtype(weight_dtype)
@@ -48,12 +50,17 @@ class W8A16Linear(QuantizedLinear):
             raise ValueError(f"W8A16Linear: weight_dtype must be int8 or float8_e4m3fn, not {weight_dtype}")
         if scales not in SCALES:
             raise ValueError(f"W8A16Linear: scales must be one of {', '.join(SCALES)}, not {scales!r}")
-        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, weight_dtype, scales)
+        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, weight_dtype, scales, activation)
         self.scales = scales
 
     @classmethod
     def from_torch(
-        cls, module: nn.Module, *, weight_dtype: torch.dtype | str = torch.int8, scales: str = "row"
+        cls,
+        module: nn.Module,
+        *,
+        weight_dtype: torch.dtype | str = torch.int8,
+        scales: str = "row",
+        activation: str | None = None,
     ) -> W8A16Linear:
         """The 8-bit form of an nn.Linear or a transformers Conv1D, on its device; its weight is read and not changed.
 
@@ -64,13 +71,15 @@ class W8A16Linear(QuantizedLinear):
         weight, bias = linear_weight(module), module.bias
         assert bias is None or isinstance(bias, Tensor)
         n, k = weight.shape
-        layer = cls(k, n, bias is not None, weight_dtype=weight_dtype, scales=scales, device="meta")
+        layer = cls(
+            k, n, bias is not None, weight_dtype=weight_dtype, scales=scales, activation=activation, device="meta"
+        )
         layer._fill(*quantize_weight(weight, layer.weight.dtype, scales), bias)
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         b = self._buffers
-        return OPERATION(rows(x), b["weight"], b["weight_scale"], b["bias"], None)
+        return OPERATION(rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

@@ -242,7 +242,15 @@ class Measurer:
         for layer in layers:
             if layer.open():
                 leaf, weight = layer.leaf, linear_weight(layer.leaf.module)
-                form = (leaf.out_features, leaf.in_features, leaf.has_bias, str(weight.dtype), str(weight.device))
+                behind = None if leaf.activation is None else leaf.activation.formula
+                form = (
+                    leaf.out_features,
+                    leaf.in_features,
+                    leaf.has_bias,
+                    str(weight.dtype),
+                    str(weight.device),
+                    behind,
+                )
                 groups.setdefault(repr((form, layer.calls, layer.open())), []).append(layer)
         done = track("timing layers", len(groups))
         for key, group in groups.items():
@@ -263,8 +271,12 @@ class Measurer:
         modules = {"before": layer.leaf.module} | {name: self._built(layer.leaf, name) for name in layer.open()}
         inputs = [torch.randn(shape, dtype=weight.dtype, device=weight.device) for shape in layer.calls]
 
+        behind = None if layer.leaf.activation is None else layer.leaf.activation.module
+
         def call(module: nn.Module) -> Callable[[], object]:
-            return lambda: [module(x) for x in inputs]
+            if behind is None or getattr(module, "activation", None) is not None:
+                return lambda: [module(x) for x in inputs]
+            return lambda: [behind(module(x)) for x in inputs]  # which a fused layer saves
 
         with torch.inference_mode():
             timings = interleave({n: call(m) for n, m in modules.items()}, weight.device, rounds=ROUNDS, warmup=WARMUP)
@@ -295,7 +307,7 @@ class Measurer:
             mask = padding_mask(batch, x.shape[:-1], leaf.fqn)
             for name, parity in found[leaf.fqn].items():
                 module = self._built(leaf, name)
-                parity.add(module, x, module(x), expected, mask)
+                parity.add(module, x, module(x), module.activated(expected), mask)
             done()
 
         with ExitStack() as stack:

@@ -272,7 +272,7 @@ def _compared(
 
     def compare(fqn: str, module: QuantizedLinear, x: Tensor, y: Tensor) -> None:
         with _on_device(pairs[fqn], x.device):
-            expected = pairs[fqn](x)
+            expected = module.activated(pairs[fqn](x))
         found[fqn].add(module, x, y, expected, padding_mask(batch, x.shape[:-1], fqn))
 
     with ExitStack() as stack:

@@ -196,7 +196,11 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         in_file = shapes.get(f"{leaf.fqn}.weight", size)
         if not size == recorded == in_file:  # before memory of that size is asked for
             raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.weight in the file is {in_file}")
-        made[id(leaf.module)] = _empty_layer(layer, place(linear_weight(leaf.module)), fail).train(leaf.module.training)
+        new = _empty_layer(layer, place(linear_weight(leaf.module)), fail).train(leaf.module.training)
+        behind = None if leaf.activation is None else leaf.activation.formula
+        if new.activation not in (None, behind):
+            raise fail(f"{leaf.fqn} computes {new.activation}, and {behind or 'no such activation'} is behind it")
+        made[id(leaf.module)] = new
     attention = attention_like(model)
     try:
         attending, _ = decide(Context(model), attention, True, record["attention"])
@@ -235,7 +239,9 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
             values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         assignments.append((slot.holder, slot.name, values[key]))
     layers = [leaves[layer["fqn"]] for layer in record["layers"]]
-    originals.exchange(model, [(leaf.fqn, leaf.module, made[id(leaf.module)]) for leaf in layers])
+    identities = originals.identities((leaf, made[id(leaf.module)]) for leaf in layers)
+    originals.exchange(model, [(leaf.fqn, leaf.module, made[id(leaf.module)]) for leaf in layers]
+                       + [(x.fqn, x.original, x.replacement) for x in identities])  # fmt: skip
     for holder, name, value in assignments:
         holder[name] = value
     change = AttentionSwap(model, attention, attending)  # modules of torch share the parameters that are there now

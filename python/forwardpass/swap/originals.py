@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..nn import MultiheadAttention, QuantizedLinear
 from .huggingface import PLACE
-from .walker import plain_module
+from .walker import Leaf, plain_module
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,19 @@ class Originals:
     layers: tuple[Replaced, ...]
     kept: bool
     attention: Attention
+    activations: tuple[Replaced, ...] = ()  #: modules whose work layers do now, and nn.Identity in their places
+
+    @property
+    def replaced(self) -> tuple[Replaced, ...]:
+        return (*self.layers, *self.activations, *self.attention.replaced)
 
     def put(self, model: nn.Module) -> None:
         """Replacements into the places of originals, all or none."""
-        exchange(model, [(x.fqn, x.original, x.replacement) for x in (*self.layers, *self.attention.replaced)])
+        exchange(model, [(x.fqn, x.original, x.replacement) for x in self.replaced])
         self.attention.put()
 
     def undo(self, model: nn.Module) -> None:
-        exchange(model, [(x.fqn, x.replacement, x.original) for x in (*self.layers, *self.attention.replaced)])
+        exchange(model, [(x.fqn, x.replacement, x.original) for x in self.replaced])
         self.attention.undo()
 
 
@@ -134,6 +139,15 @@ class Moved:
         self._before.clear()
 
 
+def identities(layers: Iterable[tuple[Leaf, nn.Module]]) -> tuple[Replaced, ...]:
+    """For the activations that the replacements of these layers compute themselves."""
+    return tuple(
+        Replaced(leaf.activation.fqn, leaf.activation.module, nn.Identity().train(leaf.activation.module.training))
+        for leaf, new in layers
+        if leaf.activation is not None and getattr(new, "activation", None) is not None
+    )
+
+
 def device_of(module: nn.Module) -> torch.device:
     return next(t.device for t in (*module.parameters(), *module.buffers()))
 
@@ -167,7 +181,7 @@ def restore(model: nn.Module) -> None:
         moved.undo()
         raise
     forget(model)
-    layers = (*swapped.layers, *swapped.attention.replaced)
+    layers = swapped.replaced
     for layer in layers:
         layer.original.train(layer.replacement.training)
     hooked = [x.fqn for x in layers if x.replacement._forward_hooks or x.replacement._forward_pre_hooks]

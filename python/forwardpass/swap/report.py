@@ -28,6 +28,7 @@ class Swapped:
     out_features: int
     bytes_before: int
     bytes_after: int
+    activation: str | None = None  #: that stood behind it, and is computed in it
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ def swap(
 ) -> Report:
     """Replaces the Linear-like layers and the attention of `model` in place by faster ones, and reports on all of them.
 
+    An activation that is applied to a layer's output, and to nothing else (see `fusion`), is computed by the 8-bit layer, and
+    nn.Identity stands in its place: what calls such a layer by itself gets the activated output.
+
     Args:
         precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model. One that was
@@ -249,8 +252,9 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its
     precision.
     """
+    options = {**precision.options, **_fused(leaf, precision)}
     try:
-        new: nn.Module = precision.module.from_torch(leaf.module, **precision.options, **arguments)  # type: ignore[attr-defined]
+        new: nn.Module = precision.module.from_torch(leaf.module, **options, **arguments)  # type: ignore[attr-defined]
     except Exception as e:
         if hasattr(e, "add_note"):
             e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
@@ -261,9 +265,14 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.
     return new.train(leaf.module.training)
 
 
+def _fused(leaf: Leaf, precision: Precision) -> dict[str, str]:
+    """The argument of `from_torch` for the activation that the layer computes itself."""
+    return {"activation": leaf.activation.formula} if precision.fuses and leaf.activation is not None else {}
+
+
 def _empty(leaf: Leaf, precision: Precision) -> nn.Module:
     """A replacement without values, for its size."""
-    options = dict(precision.options)
+    options = {**precision.options, **_fused(leaf, precision)}
     if precision.calibrates:
         options["channel_scale"] = True
     dtype, bias = linear_weight(leaf.module).dtype, leaf.has_bias
@@ -279,7 +288,7 @@ def _install(
 ) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
     layers = tuple(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in zip(leaves, replacements))
-    changed = originals.Originals(layers, True, attention)
+    changed = originals.Originals(layers, True, attention, originals.identities(zip(leaves, replacements)))
     changed.put(model)
     swapped = changed if keep else originals.Originals((), False, attention)
     try:
@@ -324,7 +333,7 @@ def _weight_bytes(
 
 def _swapped(leaf: Leaf, precision: Precision, new: nn.Module) -> Swapped:
     return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
-                   tensor_bytes([leaf.module]), tensor_bytes([new]))  # fmt: skip
+                   tensor_bytes([leaf.module]), tensor_bytes([new]), getattr(new, "activation", None))  # fmt: skip
 
 
 def planned(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from .fusion import Activation, activation_behind, formula_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Leaf:
     name: str
     ancestors: tuple[tuple[str, nn.Module], ...]  #: from the root, (name in its parent, module); the root's name is ""
     places: tuple[str, ...]  #: every name of the module; more than one where it is shared
+    activation: Activation | None = None  #: what its output goes into, and nothing else does
 
     @property
     def in_features(self) -> int:
@@ -51,7 +54,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
-    return leaves(model, lambda module: isinstance(module, nn.Linear) or is_conv1d(module))
+    shared = {id(x.module) for x in leaves(model, lambda m: formula_of(m) is not None) if len(x.places) > 1}
+
+    def fused(leaf: Leaf) -> Leaf:
+        prefix = leaf.fqn.rpartition(".")[0]
+        return replace(leaf, activation=activation_behind(leaf.parent, leaf.name, prefix, shared))
+
+    return [fused(x) for x in leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))]
 
 
 def leaves(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Leaf]:

@@ -1,0 +1,248 @@
+"""Activations that a layer of 8 bits computes itself: which ones it takes over, that nothing else changes, and the way back."""
+
+import json
+import types
+
+import pytest
+import torch
+from small_models import assert_same_objects, batch, build, objects, outputs
+from torch import nn
+
+import forwardpass as fp
+from forwardpass.activations import PLAIN, activate
+from forwardpass.swap import fusion
+from forwardpass.swap.walker import linear_like
+
+WIDTH = 64
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.act, self.fc2 = nn.Linear(WIDTH, 128), activation or nn.GELU(), nn.Linear(128, WIDTH)
+        self.skip = nn.Linear(WIDTH, 128)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.act(x)
+        return self.fc2(x)
+
+
+class Nested(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)) * self.skip(x))
+
+
+class Returned(Mlp):
+    def forward(self, x):
+        if x.dim() == 2:
+            y = self.fc1(x)
+            return self.act(y)
+        return None
+
+
+class AlsoUsed(Mlp):
+    def forward(self, x):
+        y = self.fc1(x)
+        x = self.act(y)
+        return self.fc2(x + y)
+
+
+class Between(Mlp):
+    def forward(self, x):
+        x = self.fc1(x)
+        x = x * 2
+        x = self.act(x)
+        return self.fc2(x)
+
+
+class Twice(Mlp):
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.act(x)
+        return self.act(self.fc2(x))
+
+
+class Elsewhere(Mlp):
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.act(x)
+        return self.fc2(x)
+
+    def features(self, x):
+        return self.fc1(x)
+
+
+class Derived(Elsewhere):
+    pass
+
+
+class ThroughSuper(Mlp):
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.act(x)
+        return super().forward(x)
+
+
+class Either(Mlp):
+    def forward(self, x):
+        x = self.fc1(x) if x.sum() > 0 else self.skip(x)
+        x = self.act(x)
+        return self.fc2(x)
+
+
+def behind(model):
+    return {x.fqn: x.activation.formula for x in linear_like(model) if x.activation}
+
+
+class Scaled(nn.GELU):
+    pass
+
+
+def hooked():
+    model = Mlp()
+    model.act.register_forward_hook(lambda m, args, y: None)
+    return model
+
+
+def patched(name):
+    model = Mlp()
+    module = model if name == "" else getattr(model, name)
+    module.forward = types.MethodType(type(module).forward, module)
+    return model
+
+
+def shared():
+    first = Mlp()
+    return nn.Sequential(first, Mlp(first.act))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Mlp, {"fc1": "gelu"}),
+        (lambda: Mlp(nn.GELU("tanh")), {"fc1": "gelu_tanh"}),
+        (lambda: Mlp(nn.ReLU(inplace=True)), {"fc1": "relu"}),
+        (lambda: Mlp(nn.SiLU()), {"fc1": "silu"}),
+        (Nested, {"fc1": "gelu"}),
+        (Returned, {"fc1": "gelu"}),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), {"0": "relu"}),
+        (lambda: nn.Sequential(Mlp(), nn.Sequential(nn.Linear(4, 4), nn.SiLU())), {"0.fc1": "gelu", "1.0": "silu"}),
+        *[(m, {}) for m in (AlsoUsed, Between, Twice, Elsewhere, Derived, ThroughSuper, Either, hooked, shared)],
+        (lambda: Mlp(nn.Tanh()), {}),
+        (lambda: Mlp(Scaled()), {}),
+        (lambda: Mlp(nn.Identity()), {}),
+        (lambda: patched(""), {}),
+        (lambda: patched("act"), {}),
+        (lambda: nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]), {}),
+    ],
+)  # fmt: skip
+def test_what_is_behind_a_layer(model, expected):
+    assert behind(model()) == expected
+
+
+def test_code_that_is_not_at_hand_says_nothing():
+    scope = {"Mlp": Mlp}
+    exec("class Hidden(Mlp):\n    def forward(self, x):\n        return self.fc2(self.act(self.fc1(x)))", scope)
+    assert behind(scope["Hidden"]()) == {}
+
+
+def test_formulas_are_those_of_transformers():
+    from transformers import activations
+
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    for name, formula in fusion._TRANSFORMERS.items():
+        module = getattr(activations, name)()
+        assert fusion.formula_of(module) == formula
+        assert torch.allclose(module(x), activate(formula, x), rtol=0, atol=1e-12)
+    assert {fusion.formula_of(activations.ACT2FN[n]) for n in ("gelu_fast", "quick_gelu", "mish", "relu2")} == {None}
+
+
+@pytest.mark.parametrize("cls", [fp.nn.Int8Linear, fp.nn.Fp8Linear, fp.nn.W8A16Linear])
+@pytest.mark.parametrize("activation", PLAIN)
+def test_a_layer_computes_its_activation(cls, activation):
+    torch.manual_seed(0)
+    x = torch.randn(5, WIDTH)
+    layer = cls.from_torch(nn.Linear(WIDTH, 32), activation=activation)
+    with torch.inference_mode():
+        assert torch.allclose(layer(x).double(), layer.exact(x), rtol=1e-5, atol=1e-5)
+        plain = cls.from_torch(nn.Linear(WIDTH, 32))
+        plain.load_state_dict(layer.state_dict())
+        assert torch.allclose(layer(x), activate(activation, plain(x)), rtol=1e-5, atol=1e-5)
+    assert f"activation={activation}" in repr(layer) and "activation=" not in repr(plain)
+    assert cls(**json.loads(json.dumps(layer.config()))).activation == activation
+    with pytest.raises(ValueError, match="activation must be one of"):
+        cls(4, 4, activation="silu_mul")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
+def test_a_swap_takes_it_over_and_gives_it_back(precision):
+    model, x = Mlp().eval(), torch.randn(30, WIDTH)
+    before = objects(model)
+    plan = fp.swap(model, precision, dry_run=True).plan.to_json()
+    assert_same_objects(model, before)
+    for layer in plan["layers"]:
+        layer["version"] = 1
+    with fp.swap(model, plan=plan) as report:
+        apart = outputs(model, x)
+        assert [s.activation for s in report.swapped] == [None] * len(report.swapped)
+    with fp.swap(model, precision) as report:
+        assert [s.activation for s in report.swapped] == ["gelu", None, None]
+        assert type(model.act) is nn.Identity and not model.act.training
+        together = outputs(model, x)
+        assert torch.allclose(together, apart, rtol=0, atol=2e-3 * apart.abs().max())
+        found = fp.parity(model, [x])
+        assert all(layer.kernel.relative_error < 1e-5 for layer in found.layers)
+        assert found.layers[0].total.relative_error < 0.1
+    assert_same_objects(model, before)
+
+
+def test_a_layer_that_stays_keeps_its_activation():
+    model = Mlp().eval()
+    fp.swap(model, "int8", exclude="fc1")
+    assert type(model.act) is nn.GELU
+    fp.restore(model)
+    fp.swap(model, "bf16")
+    assert type(model.act) is nn.GELU
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "whisper"])
+def test_transformers(name):
+    model, inputs = build(name), batch(name)
+    expected, exact = behind(model), outputs(model, inputs)
+    report = fp.swap(model, "int8")
+    fused = {s.fqn: s.activation for s in report.swapped if s.activation}
+    assert fused == expected and len(fused) >= 2 and behind(model) == {}
+    off = (outputs(model, inputs) - exact).norm() / exact.norm()
+    assert 0 < off < 0.05
+
+
+def test_a_checkpoint_whose_activation_is_not_there_is_refused(tmp_path):
+    model = Mlp().eval()
+    fp.swap(model, "int8")
+    fp.save_pretrained(model, tmp_path)
+    other = Mlp(nn.ReLU()).eval()
+    before = objects(other)
+    with pytest.raises(ValueError, match="fc1 computes gelu, and relu is behind it"):
+        fp.load_pretrained(tmp_path, model=other)
+    assert_same_objects(other, before)
+    loaded = fp.load_pretrained(tmp_path, model=Mlp(nn.GELU()).eval())
+    x = torch.randn(3, WIDTH)
+    assert type(loaded.act) is nn.Identity and torch.equal(outputs(loaded, x), outputs(model, x))
+
+
+def test_an_activation_that_was_replaced_since_is_left():
+    model = Mlp().eval()
+    fp.swap(model, "int8")
+    model.act = nn.Dropout()
+    with pytest.raises(RuntimeError, match="act is no longer the Identity"):
+        fp.restore(model)
+    assert type(model.fc1) is fp.nn.Int8Linear
+
+
+def test_compiles_whole():
+    model, x = Mlp().eval(), torch.randn(4, WIDTH)
+    fp.swap(model, "int8")
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
