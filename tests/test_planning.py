@@ -523,9 +523,13 @@ def test_minilm(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    evidence = json.loads(file.read_text())["evidence"]
+    plan = fp.Plan.load(file)
+    evidence = plan.evidence
+    assert evidence["seconds"] < 300
+    if not plan.layers:  # a CPU on which nothing is faster than fp32: without VNNI, without bfloat16
+        assert "no candidate is faster than" in evidence["layers"][0]["reason"]
+        return
     held = [a["value"] for a in evidence["attempts"] if a["holds"]][-1]
     args = ("swap", "minilm", "--plan", file, "--min-cosine", budget, "--json", "-")
     found = json.loads(run(*args).stdout)
     assert found["parity"]["cosine_min"] == pytest.approx(held, abs=1e-6) and held >= 0.9995
-    assert evidence["seconds"] < 300

@@ -2,6 +2,7 @@
 #include <string_view>
 
 #include "cpu/vector.h"
+#include "cpu/widen_rows.h"
 #include "dequant_activation/dequant_activation.h"
 #include "int8_operands.h"
 #include "torch_ops.h"
@@ -46,17 +47,19 @@ CLONES void add_to(int32_t* acc, int64_t stride, const float* part, int64_t rows
 // core 128 x 384 times 384 x 1536 takes _int_mm 78 ms, sgemm 2.1 ms.
 Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
   constexpr int64_t kDepth = 1024, kColumns = 256;  // 1 MB of widened b
-  const int64_t m = a.size(0), k = a.size(1), n = b_transposed.size(1);
+  const int64_t m = a.size(0), k = a.size(1), n = b_transposed.size(1), stride = b_transposed.stride(1);
   Tensor acc = contiguous_rows({m, n}, ScalarType::Int, a), rows = torch::stable::to(a, ScalarType::Float),
-         b = b_transposed;
+         widened = contiguous_rows({std::min(kColumns, n), std::min(kDepth, k)}, ScalarType::Float, a);
   auto out = static_cast<int32_t*>(acc.mutable_data_ptr());
-  for (int64_t c = 0; c < n; c += kColumns) {
-    const int64_t columns = std::min(kColumns, n - c);
-    Tensor some = torch::stable::narrow(b, 1, c, columns);
-    for (int64_t d = 0; d < k; d += kDepth) {
-      const int64_t depth = std::min(kDepth, k - d);
-      const Tensor part = call("aten::mm", torch::stable::narrow(rows, 1, d, depth),
-                               torch::stable::to(torch::stable::narrow(some, 0, d, depth), ScalarType::Float));
+  auto to = static_cast<float*>(widened.mutable_data_ptr());
+  for (int64_t d = 0; d < k; d += kDepth) {
+    const int64_t depth = std::min(kDepth, k - d);
+    const Matrix b{static_cast<const int8_t*>(b_transposed.const_data_ptr()) + d, Dtype::i8, n, depth, stride};
+    const Tensor some = torch::stable::narrow(rows, 1, d, depth);
+    for (int64_t c = 0; c < n; c += kColumns) {
+      const int64_t columns = std::min(kColumns, n - c);
+      widen_rows({b, nullptr, c, c + columns, to});
+      const Tensor part = call("aten::mm", some, transposed(widened, {to, Dtype::f32, columns, depth, depth}));
       add_to(out + c, n, static_cast<const float*>(part.const_data_ptr()), m, columns, d == 0);
     }
   }

@@ -1,39 +1,11 @@
 #include "common/gemm.h"
-#include "cpu/vector.h"
 #include "cpu/w8a16_gemm.h"
+#include "cpu/widen_rows.h"
 #include "dequant_activation/dequant_activation.h"
 #include "torch_ops.h"
 
 namespace forwardpass {
 namespace {
-
-// Rows [first, last) of an 8-bit weight [N, K] -> fp32, times the scales of their blocks where they have them.
-struct WidenedRows {
-  Matrix w;                  // i8 or e4m3
-  const float* block_scale;  // [N, blocks], contiguous, or null
-  int64_t first, last;
-  float* out;  // [last - first, K], contiguous
-};
-
-template <Dtype D>
-INLINE void widen(const WidenedRows& p) {
-  const int64_t k = p.w.columns, blocks = ceil_div(k, kScaleBlock);
-  for (int64_t row = p.first; row < p.last; ++row) {
-    auto w = static_cast<const int8_t*>(p.w.data) + row * p.w.stride;
-    float* out = p.out + (row - p.first) * k;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t begin = block * kScaleBlock, end = std::min(begin + kScaleBlock, k);
-      const float scale = p.block_scale ? p.block_scale[row * blocks + block] : 1.0f;
-      cpu::for_each_vector(
-          begin, end, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(w, c, n) * scale, out, c, n); });
-    }
-  }
-}
-
-CLONES void widen_rows(const WidenedRows& p) {
-  if (p.w.dtype == Dtype::i8) return widen<Dtype::i8>(p);
-  widen<Dtype::e4m3>(p);
-}
 
 // The epilogue of rows from `row` and columns from `column`, a multiple of 16, on.
 Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
