@@ -75,8 +75,8 @@ class Triton:
     def why_not(self, name):
         return None
 
-    def call(self, operation, run, args):
-        return run(*args)
+    def bind(self, operation, run):
+        return run
 
 
 def start_interpreting():
