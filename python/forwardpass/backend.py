@@ -347,6 +347,8 @@ class Operation:
                     f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
                 )
             return self._bind(args)(*args)
+        if self.limits:
+            return self._by_shape(*args)
         # What the compiled implementations check each time is not looked at again in Python: a key of shapes, strides and
         # values made 10.5 us of int8_gemm's 7.5, on one core of an EPYC without AVX-512.
         x = args[0]
@@ -369,19 +371,21 @@ class Operation:
     def _bind_checked(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """What runs these arguments, and all others of such types on this device."""
         run, backend = self._bind(args), self.choose(*args)
-        if any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args):
-            return self._unbound  # a subclass, fake or wrapping: its shapes may be symbols
-        # A limit is one of shapes too, Triton and plain torch check nothing, and a log has every shape.
-        limited = any(b in self.limits for b in BACKENDS[: BACKENDS.index(backend) + 1])
-        if limited or backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO):
-            return self._by_shape
+        if backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) or any(map(_of_subclass, args)):
+            return self._by_shape  # Triton and plain torch check nothing, and a log has every shape
         return getattr(run, "_op", run)  # torch's OpOverload without its __call__, a Python function that calls this
 
     def _by_shape(self, *args: Any) -> Any:
-        """Checked once for each key of all that the arguments are."""
+        """Checked once for each key of all that the arguments are; of operations with limits, which are of shapes too."""
         key: list[Any] = [_choice.backend, _choice.arch]
         for a in args:
-            key += (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (a,)
+            kind = type(a)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                key += (a.shape, a.stride(), a.dtype, a.device)
+            elif isinstance(a, Tensor):  # a subclass, fake or wrapping: its shapes may be symbols
+                return self._unbound(*args)
+            else:
+                key.append(a)
         hit = tuple(key)
         try:
             run = self._bound_by_shape.get(hit)
@@ -416,6 +420,10 @@ class Operation:
         text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.parameters, args) if a is not None)
         notes = self.notes(*args) if self.notes else []
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
+
+
+def _of_subclass(a: Any) -> bool:
+    return isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter)
 
 
 def only_reference_on(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
