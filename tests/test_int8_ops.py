@@ -97,7 +97,7 @@ def test_compiles_whole():
 
 
 _EXACT = """
-import sys, torch, forwardpass as fp
+import torch, forwardpass as fp
 for m, n, k in ((1, 1, 1), (5, 300, 1024), (130, 17, 4100)):
     a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=torch.Generator().manual_seed(k)) for rows in (m, n))
     a[0], b[0] = -128, -128  # 2^14 a product, 2^24 in 1024 of them

@@ -1,4 +1,3 @@
-#include "common/gemm.h"
 #include "cpu/w8a16_gemm.h"
 #include "cpu/widen_rows.h"
 #include "dequant_activation/dequant_activation.h"

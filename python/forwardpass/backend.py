@@ -371,7 +371,7 @@ class Operation:
     def _bind_checked(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """What runs these arguments, and all others of such types on this device."""
         run, backend = self._bind(args), self.choose(*args)
-        if backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) or any(map(_of_subclass, args)):
+        if backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) or any(map(of_subclass, args)):
             return self._by_shape  # Triton and plain torch check nothing, and a log has every shape
         return getattr(run, "_op", run)  # torch's OpOverload without its __call__, a Python function that calls this
 
@@ -422,7 +422,8 @@ class Operation:
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
 
 
-def _of_subclass(a: Any) -> bool:
+def of_subclass(a: Any) -> bool:
+    """Whether it is a tensor that is fake, or wraps others."""
     return isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backend import Reason, only_reference_on
 from ..batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
-from ..nn.layer import linear_weight
+from ..nn.layer import QuantizedLinear, linear_weight
 from ..swap.calibrate import calibration_arguments
 from ..swap.files import read_json, write_json
 from ..swap.plan import Plan
@@ -242,14 +242,13 @@ class Measurer:
         for layer in layers:
             if layer.open():
                 leaf, weight = layer.leaf, linear_weight(layer.leaf.module)
-                behind = None if leaf.activation is None else leaf.activation.formula
                 form = (
                     leaf.out_features,
                     leaf.in_features,
                     leaf.has_bias,
                     str(weight.dtype),
                     str(weight.device),
-                    behind,
+                    leaf.formula,
                 )
                 groups.setdefault(repr((form, layer.calls, layer.open())), []).append(layer)
         done = track("timing layers", len(groups))
@@ -274,7 +273,7 @@ class Measurer:
         behind = None if layer.leaf.activation is None else layer.leaf.activation.module
 
         def call(module: nn.Module) -> Callable[[], object]:
-            if behind is None or getattr(module, "activation", None) is not None:
+            if behind is None or (isinstance(module, QuantizedLinear) and module.activation is not None):
                 return lambda: [module(x) for x in inputs]
             return lambda: [behind(module(x)) for x in inputs]  # which a fused layer saves
 

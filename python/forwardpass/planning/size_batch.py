@@ -377,13 +377,17 @@ def _measure(
     """
     alone = _full_batches(server, sizes, seconds / 2, progress)
     largest, seen = max(sizes, key=alone.saturation), []
-    advance = progress("timing batches under load", len(LOADS) * len(LOAD_WAITS))
-    for wait in LOAD_WAITS:
-        for share in LOADS:
-            rate, lasts = share * alone.saturation(largest), seconds / 2 / len(LOADS) / len(LOAD_WAITS)
-            arrivals = poisson(rate, max(LEAST_REQUESTS, int(rate * lasts)), f"load {seed}")
-            seen += server.loaded(Policy(largest, wait * slo_ms), arrivals)
-            advance()
+    runs = list(itertools.product(LOAD_WAITS, LOADS))
+    saturated, lasts, advance = (
+        alone.saturation_rate,
+        seconds / 2 / len(runs),
+        progress("timing batches under load", len(runs)),
+    )
+    for wait, share in runs:
+        rate = share * saturated
+        arrivals = poisson(rate, max(LEAST_REQUESTS, int(rate * lasts)), f"load {seed}")
+        seen += server.loaded(Policy(largest, wait * slo_ms), arrivals)
+        advance()
     return alone.under_load(seen)
 
 

@@ -197,9 +197,8 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         if not size == recorded == in_file:  # before memory of that size is asked for
             raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.weight in the file is {in_file}")
         new = _empty_layer(layer, place(linear_weight(leaf.module)), fail).train(leaf.module.training)
-        behind = None if leaf.activation is None else leaf.activation.formula
-        if new.activation not in (None, behind):
-            raise fail(f"{leaf.fqn} computes {new.activation}, and {behind or 'no such activation'} is behind it")
+        if new.activation not in (None, leaf.formula):
+            raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
         made[id(leaf.module)] = new
     attention = attention_like(model)
     try:

@@ -13,8 +13,12 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from .walker import Leaf
 
 #: of transformers.activations, by class; what is not here has another formula or constants of its own
 _TRANSFORMERS = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
@@ -41,33 +45,41 @@ def formula_of(module: nn.Module) -> str | None:
     return _TRANSFORMERS.get(cls.__name__) if cls.__module__ == "transformers.activations" else None
 
 
-def activation_behind(parent: nn.Module, name: str, prefix: str, shared: set[int]) -> Activation | None:
-    """Of the Linear that `parent`, whose fqn is `prefix`, holds as `name`. shared: modules that stand in several places."""
-    if type(parent) is nn.Sequential:
-        names = list(parent._modules)
-        behind = names[names.index(name) + 1] if name != names[-1] else None
-    else:
-        behind = None if "forward" in vars(parent) else _behind(type(parent), name)  # type: ignore[arg-type]
-    module = parent._modules.get(behind) if behind is not None else None
-    if module is None or id(module) in shared or _watched(module) or (formula := formula_of(module)) is None:
+def activation_behind(leaf: Leaf, shared: set[int]) -> Activation | None:
+    """Of a Linear-like layer. shared: modules that stand in several places."""
+    beside = {name: f for name, m in leaf.parent._modules.items() if m is not None and (f := _fusible(m, shared))}
+    if not beside:  # in most modules: their code is not read, which takes milliseconds
         return None
-    return Activation(f"{prefix}.{behind}" if prefix else str(behind), module, formula)
+    if type(leaf.parent) is nn.Sequential:
+        behind = dict(itertools.pairwise(leaf.parent._modules)).get(leaf.name)
+    else:
+        behind = None if "forward" in vars(leaf.parent) else _behind(type(leaf.parent), leaf.name)  # type: ignore[arg-type]
+    if behind not in beside:
+        return None
+    return Activation(leaf.fqn.removesuffix(leaf.name) + behind, leaf.parent.get_submodule(behind), beside[behind])
 
 
-def _watched(m: nn.Module) -> bool:
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(m)
+def _fusible(module: nn.Module, shared: set[int]) -> str | None:
+    """Its formula, where it may be replaced."""
+    watched = id(module) in shared or has_hooks(module) or "forward" in vars(module)
+    return None if watched else formula_of(module)
+
+
+def has_hooks(m: nn.Module) -> bool:
+    """Around its forward or its backward."""
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 @lru_cache(maxsize=4096)
 def _behind(cls: type[nn.Module], name: str) -> str | None:
     """The member that a class's forward calls on what `self.<name>` gives, and neither anywhere else."""
-    functions = _methods(cls)
+    functions = _methods(cls)  # type: ignore[arg-type]
     found = [behind for function in functions if function.name == "forward" for behind in _pairs(function, name)]
     mentions = [node.attr for function in functions for node in _members(function)]
     return found[0] if len(found) == 1 and mentions.count(name) == mentions.count(found[0]) == 1 else None
 
 
+@lru_cache(maxsize=256)
 def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
     """As written, but for those that set a module up; of what it derives from those that it does not override, or all where
     one calls another's through super().

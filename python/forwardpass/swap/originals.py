@@ -139,12 +139,12 @@ class Moved:
         self._before.clear()
 
 
-def identities(layers: Iterable[tuple[Leaf, nn.Module]]) -> tuple[Replaced, ...]:
+def identities(layers: Iterable[tuple[Leaf, QuantizedLinear]]) -> tuple[Replaced, ...]:
     """For the activations that the replacements of these layers compute themselves."""
     return tuple(
         Replaced(leaf.activation.fqn, leaf.activation.module, nn.Identity().train(leaf.activation.module.training))
         for leaf, new in layers
-        if leaf.activation is not None and getattr(new, "activation", None) is not None
+        if leaf.activation is not None and new.activation is not None
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..backend import Reason
 from ..nn.layer import is_conv1d
 from ..quantized_rows import FLOATS
+from .fusion import has_hooks
 from .patterns import Pattern
 from .precision import Precision
 from .walker import Leaf
@@ -170,7 +171,7 @@ def meta(leaf: Leaf, context: Context, precision: Precision | None) -> Finding |
 
 def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     m = leaf.module
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+    if has_hooks(m):
         return (
             "hooks are registered on it, and would no longer be called",
             "remove them, and register them after the swap",

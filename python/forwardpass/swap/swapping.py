@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backend import Reason, Unsupported, only_reference_on
 from ..batches import Fingerprint
-from ..nn.layer import linear_weight
+from ..nn.layer import QuantizedLinear, linear_weight
 from ..quantized_rows import FLOATS
 from . import originals
 from .attention import NOT_PLANNED, AttentionSwap, attention_like, check_choice, decide
@@ -248,13 +248,13 @@ def _warnings(
     return notes
 
 
-def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.Module:
+def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> QuantizedLinear:
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its
     precision.
     """
     options = {**precision.options, **_fused(leaf, precision)}
     try:
-        new: nn.Module = precision.module.from_torch(leaf.module, **options, **arguments)  # type: ignore[attr-defined]
+        new: QuantizedLinear = precision.module.from_torch(leaf.module, **options, **arguments)  # type: ignore[attr-defined]
     except Exception as e:
         if hasattr(e, "add_note"):
             e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
@@ -267,10 +267,10 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> nn.
 
 def _fused(leaf: Leaf, precision: Precision) -> dict[str, str]:
     """The argument of `from_torch` for the activation that the layer computes itself."""
-    return {"activation": leaf.activation.formula} if precision.fuses and leaf.activation is not None else {}
+    return {"activation": leaf.formula} if precision.fuses and leaf.formula is not None else {}
 
 
-def _empty(leaf: Leaf, precision: Precision) -> nn.Module:
+def _empty(leaf: Leaf, precision: Precision) -> QuantizedLinear:
     """A replacement without values, for its size."""
     options = {**precision.options, **_fused(leaf, precision)}
     if precision.calibrates:
@@ -282,7 +282,7 @@ def _empty(leaf: Leaf, precision: Precision) -> nn.Module:
 def _install(
     model: nn.Module,
     leaves: list[Leaf],
-    replacements: list[nn.Module],
+    replacements: list[QuantizedLinear],
     attention: originals.Attention,
     keep: str | bool,
 ) -> originals.Originals:
@@ -321,7 +321,7 @@ def tensor_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def _weight_bytes(
-    model: nn.Module, chosen: list[tuple[Leaf, Precision]], replacements: list[nn.Module], keep: str | bool
+    model: nn.Module, chosen: list[tuple[Leaf, Precision]], replacements: list[QuantizedLinear], keep: str | bool
 ) -> WeightBytes:
     gone = {id(leaf.module) for leaf, _ in chosen}
     before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
@@ -331,9 +331,9 @@ def _weight_bytes(
     return WeightBytes(before, after, kept, ", ".join(sorted(map(str, on))) or None, before + new)
 
 
-def _swapped(leaf: Leaf, precision: Precision, new: nn.Module) -> Swapped:
+def _swapped(leaf: Leaf, precision: Precision, new: QuantizedLinear) -> Swapped:
     return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
-                   tensor_bytes([leaf.module]), tensor_bytes([new]), getattr(new, "activation", None))  # fmt: skip
+                   tensor_bytes([leaf.module]), tensor_bytes([new]), new.activation)  # fmt: skip
 
 
 def planned(

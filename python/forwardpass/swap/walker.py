@@ -36,6 +36,11 @@ class Leaf:
     def has_bias(self) -> bool:
         return self.module.bias is not None
 
+    @property
+    def formula(self) -> str | None:
+        """Of its activation."""
+        return self.activation.formula if self.activation is not None else None
+
 
 def plain_module(caller: str, model: nn.Module) -> nn.Module:
     """The module that is worked on: what `torch.compile` wrapped. TypeError, in one sentence, where there is none."""
@@ -55,12 +60,8 @@ def is_conv1d(module: nn.Module) -> bool:
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
     shared = {id(x.module) for x in leaves(model, lambda m: formula_of(m) is not None) if len(x.places) > 1}
-
-    def fused(leaf: Leaf) -> Leaf:
-        prefix = leaf.fqn.rpartition(".")[0]
-        return replace(leaf, activation=activation_behind(leaf.parent, leaf.name, prefix, shared))
-
-    return [fused(x) for x in leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))]
+    found = leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
+    return [replace(leaf, activation=activation_behind(leaf, shared)) for leaf in found]
 
 
 def leaves(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Leaf]:
