@@ -14,7 +14,7 @@ Quantized activation_quantize(Backend backend, const Tensor& x, std::string acti
                               std::optional<int64_t> group_size, std::string layout, bool symmetric,
                               OptionalTensor channel_scale);
 
-Tensor dequant_activation(Backend backend, const Tensor& acc, const Tensor& a_scale, const Tensor& b_scale,
+Tensor dequant_activation(Backend backend, const Tensor& acc, OptionalTensor a_scale, OptionalTensor b_scale,
                           OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
                           OptionalTensor out_scale, OptionalTensor a_zero_point, OptionalTensor b_sum);
 

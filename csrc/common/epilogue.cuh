@@ -53,7 +53,7 @@ struct EpilogueColumns {
     if (kInteger && e.zero_point) b_sum = load_vec(e.b_sum + column, n, access.columns);
   }
 };
-// y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias); Acc is int32_t or float.
+// y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias); Acc is int32_t or a float.
 template <class Acc>
 __device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue& e,
                                   const EpilogueColumns<Acc>& columns, int64_t row) {

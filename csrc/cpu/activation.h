@@ -50,24 +50,33 @@ INLINE f32x16 gelu(f32x16 x) {
 
 INLINE f32x16 relu(f32x16 x) { return x < 0 ? f32x16{} : x; }
 
-// The activation, or that of the gate.
-INLINE f32x16 activate(Activation activation, f32x16 x) {
+// f(function of 16 lanes): the activation, or that of the gate.
+template <class F>
+INLINE void with_activation(Activation activation, F f) {
   switch (activation) {
     case Activation::none:
-      return x;
+      return f([](f32x16 x) __attribute__((always_inline)) { return x; });
     case Activation::relu:
-      return relu(x);
+      return f([](f32x16 x) __attribute__((always_inline)) { return relu(x); });
     case Activation::gelu:
     case Activation::gelu_mul:
-      return gelu(x);
+      return f([](f32x16 x) __attribute__((always_inline)) { return gelu(x); });
     case Activation::gelu_tanh:
     case Activation::gelu_tanh_mul:
-      return gelu_tanh(x);
+      return f([](f32x16 x) __attribute__((always_inline)) { return gelu_tanh(x); });
     case Activation::silu:
     case Activation::silu_mul:
-      return silu(x);
+      return f([](f32x16 x) __attribute__((always_inline)) { return silu(x); });
   }
-  return x;
+}
+
+// n outputs, 16 or 8, from column c of theirs on: activate(gate) * up, where x has blocks of 8 of gate and 8 of up.
+template <Dtype D, class F>
+INLINE f32x16 gated(F activate, const void* x, int64_t c, int n) {
+  const f32x16 low = load<D>(x, 2 * c), high = load<D>(x, 2 * c + 16, 2 * n - 16);
+  const f32x16 gate = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  const f32x16 up = __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  return activate(gate) * up;
 }
 
 }  // namespace forwardpass::cpu

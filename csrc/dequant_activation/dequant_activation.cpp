@@ -4,13 +4,13 @@
 
 namespace forwardpass {
 
-Tensor dequant_activation(Backend backend, const Tensor& acc, const Tensor& a_scale, const Tensor& b_scale,
+Tensor dequant_activation(Backend backend, const Tensor& acc, OptionalTensor a_scale, OptionalTensor b_scale,
                           OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
                           OptionalTensor out_scale, OptionalTensor a_zero_point, OptionalTensor b_sum) {
   DequantActivationParams p{};
   p.acc = matrix(acc, "dequant_activation", "acc");
-  STD_TORCH_CHECK(p.acc.dtype == Dtype::f32 || (p.acc.dtype == Dtype::i32),
-                  "dequant_activation: acc must be int32 or float32");
+  STD_TORCH_CHECK(is_float(p.acc.dtype) || p.acc.dtype == Dtype::i32,
+                  "dequant_activation: acc must be int32, float32, float16 or bfloat16");
   STD_TORCH_CHECK(p.acc.dtype == Dtype::i32 || !a_zero_point,
                   "dequant_activation: a_zero_point goes with int32 accumulators");
   Tensor out;

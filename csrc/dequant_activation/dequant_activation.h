@@ -4,7 +4,7 @@
 namespace forwardpass {
 
 struct DequantActivationParams {
-  Matrix acc;  // i32 or f32
+  Matrix acc;  // i32, f32, f16 or bf16
   Epilogue epilogue;
 };
 

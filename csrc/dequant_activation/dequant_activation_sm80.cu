@@ -1,6 +1,6 @@
-// dequant_activation: bytes per element 4 in and 1 to 4 out. A thread makes eight consecutive outputs; what belongs to
-// columns comes from L1 or L2 (12 bytes an element at most, beside 6 from memory, where L1 delivers eight times what
-// memory does).
+// dequant_activation: bytes per element 2 or 4 in and 1 to 4 out. A thread makes eight consecutive outputs; what
+// belongs to columns comes from L1 or L2 (12 bytes an element at most, beside 6 from memory, where L1 delivers eight
+// times what memory does).
 #include "common/dispatch.h"
 #include "common/epilogue.cuh"
 #include "dequant_activation/dequant_activation.h"
@@ -48,8 +48,9 @@ int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, 
   // four parts take 0.10 us in blocks of 64 threads and 0.39 us in blocks of 256
   const int64_t all = p.acc.rows * vectors, threads = all < 256 * kThreads ? 64 : kThreads;
   const unsigned grid = static_cast<unsigned>((all + threads - 1) / threads);
-  const bool aligned = is_aligned(p.acc.data) && p.acc.stride % 4 == 0 && split_stride % 4 == 0;
-  dispatch<Dtype::i32, Dtype::f32>(p.acc.dtype, [&](auto D) {
+  const int64_t word = 16 / size_of(p.acc.dtype);
+  const bool aligned = is_aligned(p.acc.data) && p.acc.stride % word == 0 && split_stride % word == 0;
+  dispatch<Dtype::i32, Dtype::f32, Dtype::f16, Dtype::bf16>(p.acc.dtype, [&](auto D) {
     dequant_activation_kernel<D()><<<grid, threads, 0, cudaStream_t(stream)>>>(p, splits, split_stride, vectors,
                                                                                EpilogueAccess(p.epilogue), aligned);
   });

@@ -11,8 +11,8 @@ from .quantized_rows import E4M3, FLOATS, check_vector, empty_q, pad_rows
 
 def apply_epilogue(
     acc: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -20,7 +20,7 @@ def apply_epilogue(
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
 ) -> Tensor:
-    """acc [..., N], exact (int64 or fp64) or fp32, to the output: the formula that every backend follows::
+    """acc [..., N], exact (int64 or fp64) or floats, to the output: the formula that every backend follows, a scale of None 1::
 
         y = fma(fp32(acc - a_zero_point * b_sum), fp32(a_scale * b_scale), bias)      one rounding each, to fp32
         out = activation(y) in fp32, gated activation(gate) * up                      then one rounding to out_dtype
@@ -31,8 +31,9 @@ def apply_epilogue(
     """
     if a_zero_point is not None and b_sum is not None:
         acc = acc.long() - a_zero_point.long().reshape(per_row(a_zero_point, acc)) * b_sum.long()
-    scale = a_scale.reshape(per_row(a_scale, acc)) * b_scale
-    y = acc.float().double() * scale.double()
+    one = torch.ones(1, device=acc.device)
+    a_scale, b_scale = one if a_scale is None else a_scale, one if b_scale is None else b_scale
+    y = acc.float().double() * (a_scale.reshape(per_row(a_scale, acc)) * b_scale).double()
     if bias is not None:
         y = y + bias.double()
     y = y.float().double()
@@ -81,16 +82,17 @@ def check_epilogue(
     x: Tensor,
     lead: tuple[int, ...],
     columns: int,
-    a_scale: Tensor,
-    b_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
+    optional: tuple[str, ...] = (),
 ) -> None:
-    """The epilogue's arguments for accumulators [*lead, columns] on x's device."""
+    """The epilogue's arguments for accumulators [*lead, columns] on x's device; optional: scales that may be None."""
     rows = 1
     for n in lead:
         rows = rows * n
@@ -105,7 +107,7 @@ def check_epilogue(
         raise ValueError(f"{op}: {activation} needs N to be a multiple of 16, rows of b interleaved by fp.ops.interleave_gate_up, "
                          f"and N is {columns}")  # fmt: skip
     for name, v in (("a_scale", a_scale), ("b_scale", b_scale)):
-        if not isinstance(v, Tensor):
+        if not isinstance(v, Tensor) and not (v is None and name in optional):
             raise TypeError(f"{op}: {name} must be a float32 tensor, not {type(v).__name__}")
     one_or_each("a_scale", a_scale, rows, torch.float32)
     one_or_each("b_scale", b_scale, columns, torch.float32)

@@ -25,7 +25,7 @@ _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 def options(
     a_scale: Tensor | None,
-    b_scale: Tensor,
+    b_scale: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     out: Tensor,
@@ -40,18 +40,20 @@ def options(
         """From one element's value to the next one's: 0 where all share one, -1 where there is none."""
         return -1 if v is None else int(v.numel() != 1)
 
+    unread = torch.empty(1, device=out.device) if b_scale is None else b_scale  # stands for what is not there
+
     def integers(v: Tensor | None) -> Tensor:
-        return b_scale.view(torch.int32) if v is None else v
+        return unread.view(torch.int32) if v is None else v
 
     _, columns, out_stride = matrix_shape(out)
     given = out.view(torch.uint8)
     return {
-        "a_scale_ptr": b_scale if a_scale is None else a_scale, "a_scale_step": -1 if scaled else step(a_scale),
-        "b_scale_ptr": b_scale, "b_scale_step": -1 if scaled else step(b_scale),
+        "a_scale_ptr": unread if a_scale is None else a_scale, "a_scale_step": -1 if scaled else step(a_scale),
+        "b_scale_ptr": unread, "b_scale_step": -1 if scaled else step(b_scale),
         "zero_ptr": integers(a_zero_point), "zero_step": step(a_zero_point), "b_sum_ptr": integers(b_sum),
         "bias_ptr": given if bias is None else bias.view(torch.uint8), "bias_type": _TYPES[None if bias is None else bias.dtype],
         "activation": _ACTIVATIONS[activation and activation.removesuffix("_mul")],
-        "out_scale_ptr": b_scale if out_scale is None else out_scale, "out_scale_step": step(out_scale),
+        "out_scale_ptr": unread if out_scale is None else out_scale, "out_scale_step": step(out_scale),
         "out_ptr": given, "out_type": _TYPES[out.dtype], "out_stride": out_stride, "out_columns": columns,
     }  # fmt: skip
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ..backend import Operation
 from ..epilogue import check_epilogue, fake_output
-from ..quantized_rows import check_rows
+from ..quantized_rows import FLOATS, check_rows
 from . import reference
 
 
 def dequant_activation(
     acc: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -26,8 +26,8 @@ def dequant_activation(
     """`activation((acc - a_zero_point * b_sum) * a_scale * b_scale + bias)`, the formula of `forwardpass.epilogue`.
 
     Args:
-        acc: int32 or float32 [..., N], last stride 1, any row stride.
-        a_scale, b_scale: float32; one element, or one a row [...] and one a column [N].
+        acc: int32, float32, float16 or bfloat16 [..., N], last stride 1, any row stride.
+        a_scale, b_scale: float32; one element, or one a row [...] and one a column [N]. None: 1.
         bias: float32, float16 or bfloat16 [N].
         activation: None, relu, gelu, gelu_tanh, silu; or silu_mul, gelu_mul, gelu_tanh_mul: columns are then blocks of 8
             gate and 8 up (`interleave_gate_up`), N a multiple of 16, and the result has N / 2 columns.
@@ -47,8 +47,8 @@ def dequant_activation(
 
 def _check(
     acc: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -57,10 +57,9 @@ def _check(
     b_sum: Tensor | None,
 ) -> None:
     op = "dequant_activation"
-    if not isinstance(acc, Tensor) or acc.dtype not in (torch.int32, torch.float32):
-        raise TypeError(
-            f"{op}: acc must be an int32 or float32 tensor, not {getattr(acc, 'dtype', type(acc).__name__)}"
-        )
+    if not isinstance(acc, Tensor) or acc.dtype not in (torch.int32, *FLOATS):
+        raise TypeError(f"{op}: acc must be an int32, float32, float16 or bfloat16 tensor, not "
+                        f"{getattr(acc, 'dtype', type(acc).__name__)}")  # fmt: skip
     check_rows(op, "acc", acc)
     if a_zero_point is not None and acc.dtype != torch.int32:
         raise ValueError(f"{op}: a_zero_point goes with int32 accumulators, and these are {acc.dtype}")
@@ -68,14 +67,15 @@ def _check(
         raise ValueError(f"{op}: a_zero_point needs b_sum, the row sums of b: pass b.sum(1, dtype=torch.int32)")
     lead, columns = tuple(acc.shape[:-1]), acc.shape[-1]
     check_epilogue(
-        op, acc, lead, columns, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum
-    )
+        op, acc, lead, columns, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum,
+        optional=("a_scale", "b_scale"),
+    )  # fmt: skip
 
 
 def _fake(
     acc: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,

@@ -22,8 +22,8 @@ ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 class EpilogueCase:
     """Options of an epilogue, without the accumulators."""
 
-    a_scale: str = "row"  # or "tensor"
-    b_scale: str = "column"  # or "tensor"
+    a_scale: str | None = "row"  # or "tensor"
+    b_scale: str | None = "column"  # or "tensor"
     bias: torch.dtype | None = torch.float32
     activation: str | None = None
     out_dtype: torch.dtype = torch.float32
@@ -39,11 +39,14 @@ class EpilogueCase:
         def positive(*shape: int) -> Tensor:
             return (torch.rand(shape, generator=g) + 0.5).to(device)
 
+        def scale(name: str | None, each: tuple[int, ...], step: float) -> Tensor | None:
+            return None if name is None else positive(*((1,) if name == "tensor" else each)) * step
+
         outputs = columns // 2 if is_gated(self.activation) else columns
         zero_shape = {None: None, "row": lead, "tensor": (1,)}[self.zero_point]
         return {
-            "a_scale": positive(*(lead if self.a_scale == "row" else (1,))) * step,
-            "b_scale": positive(*((columns,) if self.b_scale == "column" else (1,))),
+            "a_scale": scale(self.a_scale, lead, step),
+            "b_scale": scale(self.b_scale, (columns,), 1.0),
             "bias": None if self.bias is None else torch.randn(columns, generator=g).to(device, self.bias),
             "activation": self.activation,
             "out_dtype": self.out_dtype,
@@ -75,14 +78,16 @@ class Case:
     epilogue: EpilogueCase = EpilogueCase()
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
-        """In the schema's order. Accumulators up to 2^24 and beyond: some are not exact in fp32."""
+        """In the schema's order. Accumulators up to 2^24 and beyond: some are not exact in fp32. In 16 bits up to 2^15."""
         g = torch.Generator().manual_seed(seed)
         acc = torch.randint(-(2**15), 2**15, self.shape, generator=g, dtype=torch.int32)
         if acc.numel():
             acc.view(-1)[::7] *= 2**11
-        acc = acc if self.acc_dtype == torch.int32 else acc.float() + 0.37
+        narrow = self.acc_dtype.itemsize == 2
+        if self.acc_dtype != torch.int32:
+            acc = (acc / 2.0**11 if narrow else acc + 0.37).to(self.acc_dtype)
         lead, n = self.shape[:-1], self.shape[-1]
-        e = self.epilogue.arguments(lead, n, 2.0**-14, device, seed)
+        e = self.epilogue.arguments(lead, n, 2.0**-3 if narrow else 2.0**-14, device, seed)
         b_sum = None
         if e["a_zero_point"] is not None:
             b_sum = torch.randint(-9000, 9000, (n,), generator=g, dtype=torch.int32).to(device)
@@ -94,7 +99,9 @@ class Case:
         n = 1
         for d in self.shape:
             n *= d
-        return 4 * n + n * self.epilogue.out_dtype.itemsize // (2 if is_gated(self.epilogue.activation) else 1)
+        return self.acc_dtype.itemsize * n + n * self.epilogue.out_dtype.itemsize // (
+            2 if is_gated(self.epilogue.activation) else 1
+        )
 
 
 def assert_epilogue_matches(got: Tensor, specification: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
@@ -129,8 +136,10 @@ def cases() -> Iterator[Case]:
     """Every pair of options at some awkward shape; gated ones at the nearest that the contract takes."""
     factors = {
         "shape": ((1,), (1, 1), (239, 1), (799, 3), (113, 203), (2, 5, 130), (3, 1040), (0, 7), (2, 0, 16)),
-        "acc_dtype": (torch.int32, torch.float32),
+        "acc_dtype": (torch.int32, *FLOATS),
         **epilogue_factors(),
+        "a_scale": ("row", "tensor", None),
+        "b_scale": ("column", "tensor", None),
     }
     for row in pairwise(factors):
         shape, acc_dtype = row.pop("shape"), row.pop("acc_dtype")

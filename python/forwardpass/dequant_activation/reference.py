@@ -10,8 +10,8 @@ from ..epilogue import apply_epilogue
 
 def dequant_activation(
     acc: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,

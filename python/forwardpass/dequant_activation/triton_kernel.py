@@ -66,8 +66,8 @@ def dequant_activation_kernel(
 
 def dequant_activation(
     acc: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,

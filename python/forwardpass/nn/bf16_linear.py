@@ -9,20 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backend import Reason
+from ..ops import dequant_activation
 from .layer import QuantizedLinear, as_dtype, linear_weight
 
 
 class Bf16Linear(QuantizedLinear):
     """`y = x W^T + b` with W and x rounded to bfloat16, sums in fp32 and b as it is; y has the dtype of x.
 
-    The product is torch's own: tensor cores on a GPU, oneDNN's on a CPU, twice fp32's speed where the CPU multiplies bfloat16
-    (AVX-512 BF16, AMX). Half of the weight bytes of fp32, and about 3e-3 of relative error on normal data: three roundings, of
-    x, of W and of the product, 1.7e-3 each. Made by `from_torch`; the constructor makes an empty layer of the same form, for
-    `load_state_dict`. Inference only: raises under grad when the input requires it.
+    The product is torch's own: tensor cores on a GPU, oneDNN's on a CPU, twice fp32's speed and more where the CPU multiplies
+    bfloat16 (AVX-512 BF16, AMX). Bias and activation are `dequant_activation`'s. Half of the weight bytes of fp32, and about
+    3e-3 of relative error on normal data: three roundings, of x, of W and of the product, 1.7e-3 each.
+
+    Made by `from_torch`; the constructor makes an empty layer of the same form, for `load_state_dict`. Inference only: raises
+    under grad when the input requires it.
 
     Args:
         in_features, out_features, bias: as in nn.Linear.
         dtype: of the bias; outputs have the dtype of the input.
+        activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in fp32; None: none, as in nn.Linear.
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: weight bfloat16 [N, K], bias [N] or None.
     """
@@ -37,9 +41,10 @@ class Bf16Linear(QuantizedLinear):
         bias: bool = True,
         *,
         dtype: torch.dtype | str = torch.float32,
+        activation: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=None)
+        super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=None, activation=activation)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> Reason | None:
@@ -50,7 +55,7 @@ class Bf16Linear(QuantizedLinear):
         return None
 
     @classmethod
-    def from_torch(cls, module: nn.Module) -> Bf16Linear:
+    def from_torch(cls, module: nn.Module, *, activation: str | None = None) -> Bf16Linear:
         """The bfloat16 form of an nn.Linear or a transformers Conv1D in float32, on its device; its weight is not changed.
 
         Raises:
@@ -59,7 +64,7 @@ class Bf16Linear(QuantizedLinear):
         cls._refuse(module)
         weight, bias = linear_weight(module), module.bias
         assert bias is None or isinstance(bias, Tensor)
-        layer = cls(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        layer = cls(weight.shape[1], weight.shape[0], bias is not None, activation=activation, device="meta")
         layer.weight = weight.to(torch.bfloat16, memory_format=torch.contiguous_format)
         if bias is not None:
             layer.bias = bias.detach().clone()
@@ -69,9 +74,11 @@ class Bf16Linear(QuantizedLinear):
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("Bf16Linear has no backward, and its input requires grad: call it under "
                                "torch.inference_mode(), or detach its input")  # fmt: skip
-        y = F.linear(x.to(torch.bfloat16), self.weight).to(x.dtype)
-        # not in the product, which would round it: an error that is the same in every row
-        return y if self.bias is None else y.add_(self.bias)
+        y = F.linear(x.to(torch.bfloat16), self.weight)
+        if self.bias is None and self.activation is None:
+            return y.to(x.dtype)
+        # The bias is not in the product, which would round it: an error that is the same in every row.
+        return dequant_activation(y, None, None, bias=self.bias, activation=self.activation, out_dtype=x.dtype)
 
     def _quantized(self, x: Tensor) -> Tensor:
         return x.to(torch.bfloat16).double()

@@ -1,4 +1,4 @@
-"""Which activation is applied to a Linear's output, and to nothing else: a layer of 8 bits computes it in its epilogue.
+"""Which activation is applied to a Linear's output, and to nothing else: the swapped layer computes it in its epilogue.
 
 It is read from the code of the module that holds both: `x = self.fc(x)` and then `x = self.act(x)`, or `self.act(self.fc(x))`,
 the only mention of either. Two modules in a row of an `nn.Sequential` are such a pair too.

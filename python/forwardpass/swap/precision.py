@@ -35,6 +35,7 @@ PRECISIONS = (
     Precision("w8a16", 2, W8A16Linear, fuses=True),
     # weights and activations bfloat16, sums fp32: for layers of a float32 model that 8 bits are too coarse for.
     Precision("bf16", 1, Bf16Linear),
+    Precision("bf16", 2, Bf16Linear, fuses=True),
 )
 MODULES = {p.module.__name__: p.module for p in PRECISIONS}
 

@@ -44,7 +44,7 @@ def swap(
 ) -> Report:
     """Replaces the Linear-like layers and the attention of `model` in place by faster ones, and reports on all of them.
 
-    An activation that is applied to a layer's output, and to nothing else (see `fusion`), is computed by the 8-bit layer, and
+    An activation that is applied to a layer's output, and to nothing else (see `fusion`), is computed by the swapped layer, and
     nn.Identity stands in its place: what calls such a layer by itself gets the activated output.
 
     Args:
