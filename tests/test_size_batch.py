@@ -100,6 +100,21 @@ def test_a_run_tells_the_times_that_simulate_it_again():
     assert simulate(arrivals, policy, alone).percentile(50) < real.percentile(50) / 2
 
 
+def test_slow_times_stay_together():
+    """A machine that is slow for 200 batches of 800, and then as fast as before: the queue grows meanwhile."""
+    alone, policy = constant({1: 1.0}), Policy(1, 0.0)
+    seen = [(1, waited, 1.0 + 0.5 * (200 <= i < 400)) for waited in (False, True) for i in range(800)]
+    slowed = alone.under_load(seen)
+    assert slowed.first == slowed.next == {1: [1.0] * 600 + [1.5] * 200}
+    mixed = ServiceTimes(slowed.first, slowed.next)
+    arrivals = [1.2 * i for i in range(8000)]
+    together, apart = (simulate(arrivals, policy, s) for s in (slowed, mixed))
+    assert together.busy == pytest.approx(apart.busy, rel=0.03)
+    assert together.percentile(99) > 10 * apart.percentile(99)
+    assert simulate(arrivals, policy, slowed).latencies == together.latencies
+    assert simulate(arrivals, policy, slowed, seed=1).latencies != together.latencies
+
+
 def test_times_that_were_hardly_seen_are_those_of_all_or_as_before():
     alone = constant({1: 1.0, 4: 2.0})
     few = alone.under_load([(4, True, 3.0)] * 29)

@@ -7,6 +7,7 @@ soon as max_batch of them are there or the first is max_wait_ms old, with all th
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,11 +32,13 @@ class Policy:
 @dataclass(frozen=True)
 class ServiceTimes:
     """Measured, by batch size: `first` from a free server to the result, `next` from one result to the next one while batches
-    wait. Each ascending, and both of the same sizes.
+    wait. Each ascending, and both of the same sizes. `quantiles`: which of its size's times each of some batches took that came
+    one after the other: a machine that is slow is slow for seconds, and the queue grows.
     """
 
     first: Mapping[int, Sequence[float]]
     next: Mapping[int, Sequence[float]]
+    quantiles: Sequence[float] = ()
 
     @property
     def sizes(self) -> list[int]:
@@ -60,18 +63,40 @@ class ServiceTimes:
         that was hardly seen gets the multiples of all.
         """
         multiples: dict[tuple[bool, int], list[float]] = {(w, n): [] for w in (False, True) for n in self.sizes}
+        in_order = []
         for n, waited, took in seen:
             nearest = min(self.sizes, key=lambda size: abs(math.log(n / size)))
-            multiples[waited, nearest].append(took / self.draw(n, waited, 0.5))
+            in_order.append(((waited, nearest), took / self.draw(n, waited, 0.5)))
+            multiples[waited, nearest].append(in_order[-1][1])
+        for waited in (False, True):
+            of_all = [x for (w, _), found in multiples.items() if w == waited for x in found]
+            for n in self.sizes:
+                if len(multiples[waited, n]) < LEAST_SEEN:
+                    multiples[waited, n] = of_all
+        ascending = {key: sorted(found) for key, found in multiples.items()}
 
         def times(waited: bool, n: int) -> Sequence[float]:
-            of_all = [x for (w, _), found in multiples.items() if w == waited for x in found]
-            mine = multiples[waited, n] if len(multiples[waited, n]) >= LEAST_SEEN else of_all
+            mine = ascending[waited, n]
             if len(mine) < LEAST_SEEN:
                 return (self.next if waited else self.first)[n]
-            return sorted(x * self.draw(n, waited, 0.5) for x in mine)
+            return [x * self.draw(n, waited, 0.5) for x in mine]
 
-        return ServiceTimes({n: times(False, n) for n in self.sizes}, {n: times(True, n) for n in self.sizes})
+        def quantile(key: tuple[bool, int], x: float) -> float:
+            mine = ascending[key]
+            return (bisect.bisect_left(mine, x) + bisect.bisect_right(mine, x)) / (2 * len(mine))
+
+        return ServiceTimes(
+            {n: times(False, n) for n in self.sizes}, {n: times(True, n) for n in self.sizes},
+            tuple(quantile(key, x) for key, x in in_order if len(ascending[key]) >= LEAST_SEEN),
+        )  # fmt: skip
+
+    def order(self, seed: int) -> Iterator[float]:
+        """Quantiles of batches one after the other: as they were measured, from one of them on; without any, independent."""
+        draw = random.Random(f"service {seed}")  # of the plain seed it would repeat what poisson() drew
+        if not self.quantiles:
+            return iter(draw.random, None)
+        start = draw.randrange(len(self.quantiles))
+        return itertools.cycle([*self.quantiles[start:], *self.quantiles[:start]])
 
     def saturation(self, max_batch: int) -> float:
         """Requests a second of a server that always has a full batch waiting."""
@@ -109,13 +134,13 @@ class Simulated:
 
 def simulate(arrivals: Sequence[float], policy: Policy, service: ServiceTimes, seed: int = 0) -> Simulated:
     """What each of the requests, at ascending times, waits for its result."""
-    draw = random.Random(f"service {seed}")  # of the plain seed it would repeat what poisson() drew
+    quantiles = service.order(seed)
     latencies: list[float] = []
     free, i, batches, computed = -math.inf, 0, 0, 0.0
     while i < len(arrivals):
         start = _begins(arrivals, i, policy, free)
         n = max(1, bisect.bisect_right(arrivals, start, i, min(i + policy.max_batch, len(arrivals))) - i)
-        took = service.draw(n, start == free, draw.random())
+        took = service.draw(n, start == free, next(quantiles))
         free = start + took
         latencies += [free - t for t in arrivals[i : i + n]]
         i, batches, computed = i + n, batches + 1, computed + took

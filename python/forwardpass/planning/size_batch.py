@@ -373,7 +373,8 @@ def _measure(
     """Each size in full batches, and then as they take their turns under load.
 
     With the times of full batches alone p50 was simulated 16 to 36 % too long at 70 % of the saturation rate (MiniLM, 32 tokens,
-    two cores), where 6 % of a batch's time make so much.
+    two cores), where 6 % of a batch's time make so much. With times drawn independently p95 was 17 to 47 % too short there, on
+    a machine that takes 0.8 to 1.2 times as long for seconds.
     """
     alone = _full_batches(server, sizes, seconds / 2, progress)
     largest, seen = max(sizes, key=alone.saturation), []
