@@ -40,7 +40,7 @@ using namespace forwardpass;
     "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")")                 \
   X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")")                                                    \
   X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)")          \
-  X(dequant_activation, "(Tensor acc, Tensor? a_scale, Tensor? b_scale, " EPILOGUE_OPTIONS                               \
+  X(dequant_activation, "(Tensor acc, Tensor? a_scale, Tensor? b_scale, " EPILOGUE_OPTIONS                             \
                         "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                           \
   X(int8_gemm, GEMM_OPERANDS EPILOGUE_OPTIONS "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")     \
   X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                         \
