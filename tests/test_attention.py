@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -42,6 +44,49 @@ def test_backend(case, backend, seed):
         return
     # torch takes an exponential that is wrong by 2^-17 for 16-bit operands
     cases.assert_matches(run(case, args, backend), args, lse_bound=1e-3 if backend == "cpu" else 1e-5)
+
+
+FLOAT32 = [dataclasses.replace(c, dtype=torch.float32) for c in CASES if takes(c, "cpu") and c.dtype != torch.float32]
+
+
+@pytest.mark.parametrize("case", FLOAT32, ids=str)
+def test_float32(case, seed):
+    """What models on a CPU are in: by hand where the CPU has AVX-512 and columns are a multiple of 16."""
+    args = case.arguments(seed=seed)
+    cases.assert_matches(run(case, args, "cpu"), args)
+
+
+_BOTH_WAYS = """
+import dataclasses, torch, forwardpass as fp
+from forwardpass.attention import cases
+from forwardpass.backend import operations
+for case in cases.cases():
+    if case.softcap == 0 and case.dims == (64, 64):
+        case = dataclasses.replace(case, dtype=torch.float32)
+        args = case.arguments()
+        with fp.use_backend("cpu"):
+            cases.assert_matches(operations[case.op](*args), args)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+def test_float32_on_a_cpu_without_avx512():
+    run = subprocess.run([sys.executable, "-c", _BOTH_WAYS], capture_output=True, text=True, check=True,
+                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "ATEN_CPU_CAPABILITY": "avx2"})  # fmt: skip
+    assert run.stdout.strip() == "AVX2"
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="torch's rows do without AVX-512")
+def test_float32_rows_do_not_depend_on_others():
+    """Tiles, chunks and blocks of keys are in other places with fewer rows, heads or sequences."""
+    q, k, v = (torch.randn(3, n, 2, 48) for n in (700, 1000, 1000))
+    for options in ({}, {"causal": True}, {"window": (300, 20)}):
+        o, lse = fp.ops.attention_with_lse(q, k, v, **options)
+        for b, first in ((0, 0), (1, 1), (2, 695)):
+            some, rest = q[b : b + 1, first:], (k[b : b + 1], v[b : b + 1])
+            got_o, got_lse = fp.ops.attention_with_lse(some, *rest, **options)
+            assert_equal(got_o[0], o[b, first:])
+            assert_equal(got_lse[0], lse[b, :, first:].contiguous())
 
 
 def formula(q, k, v, scale, causal, left, right, softcap, mask, slopes, sinks):

@@ -81,18 +81,44 @@ def test_a_decoder_layer():
 # ---- decisions
 
 
-def test_a_cpu_is_left_alone_unless_asked():
-    model = build("bert", ATTENTION)
+@pytest.fixture(params=["AVX512", "AVX2"])
+def capability(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_cpu_is_left_alone_unless_asked(name, capability):
+    """But for encoders, where there is AVX-512."""
+    model = build(name, ATTENTION)
+    modules = [n for n, m in model.named_modules() if n.endswith(("attention.self", "self_attn"))]
+    assert len(modules) == 2
     report = fp.swap(model, "int8", dry_run=True)
-    assert not report.attention
     left = [s for s in report.skipped if s.reason.code == "attention_on_cpu"]
-    assert [s.fqn for s in left] == ["encoder.layer.0.attention.self", "encoder.layer.1.attention.self"]
-    assert "pass attention=True" in str(report)
+    if (name, capability) == ("bert", "AVX512"):
+        assert sites(report) == modules and not left
+    else:
+        assert not report.attention and [s.fqn for s in left] == modules
+        assert "pass attention=True" in str(report)
     fp.swap(model, "int8", strict=True, dry_run=True)
-    named = fp.swap(model, "int8", include=["layer.1.attention.self"], dry_run=True)  # spelled out, as for layers
-    assert sites(named) == ["encoder.layer.1.attention.self"]
+    named = fp.swap(model, "int8", include=[modules[1]], dry_run=True)  # spelled out, as for layers
+    assert sites(named) == modules[1:]
     off = fp.swap(model, "int8", attention=False, dry_run=True)
-    assert {codes(off)[s.fqn] for s in left} == {"attention_off"}
+    assert {codes(off)[n] for n in modules} == {"attention_off"}
+
+
+def test_a_cpu_gets_what_is_faster_there(monkeypatch):
+    """float32, of a few head dims."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for heads, dtype, count in (
+        (4, torch.float32, 2),
+        (4, torch.bfloat16, 0),
+        (1, torch.float32, 0),
+        (16, torch.float32, 0),
+    ):
+        options = {**ATTENTION["bert"][2], "num_attention_heads": heads, "num_key_value_heads": heads}
+        model = build("bert", {"bert": (*ATTENTION["bert"][:2], options)}).to(dtype)
+        assert len(fp.swap(model, "int8", dry_run=True).attention) == count, heads
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

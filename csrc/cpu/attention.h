@@ -1,5 +1,5 @@
 #pragma once
-// attention on a CPU: torch's fused one, with what it lacks around it.
+// attention on a CPU: attention_rows.h's, or torch's fused one with what it lacks around it.
 #include "attention/attention.h"
 #include "check.h"
 

@@ -2,6 +2,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "cpu/attention.h"
+#include "cpu/attention_rows.h"
 #include "torch_ops.h"
 
 namespace forwardpass {
@@ -16,6 +17,9 @@ float float_at(const void* data, int64_t i, Dtype dtype) {
   return static_cast<const torch::headeronly::BFloat16*>(data)[i];
 }
 
+// Fewer rows are not worth the copies of k and v: one took 1.4 times as long as torch's, of four each as long.
+constexpr int64_t kOwnRows = 4;
+
 // A batch whose members have the same numbers of rows and keys; with cu_seqlens one sequence.
 struct Part {
   int64_t first_batch, batch, first_row, rows, first_key, keys;
@@ -25,7 +29,13 @@ class PartAttention {
  public:
   PartAttention(const AttentionParams& p, const Part& part, const Tensor& q, const Tensor& k, const Tensor& v,
                 Tensor& out)
-      : p_(p), part_(part), q_(q), k_(k), v_(v), out_(out) {}
+      : p_(p),
+        part_(part),
+        own_(p.dtype == Dtype::f32 && part.rows >= kOwnRows && takes_attention_rows(p.head_dim)),
+        q_(q),
+        k_(k),
+        v_(v),
+        out_(out) {}
 
   void run() {
     if (part_.rows == 0) return;
@@ -33,9 +43,8 @@ class PartAttention {
     // torch's causal mask is top-left; one row at the end sees every key.
     const int64_t offset = part_.keys - part_.rows;
     const bool causal = p_.right == 0 && offset == 0, left = p_.left < part_.keys - 1,
-               right = !causal && p_.right < part_.rows - 1;
-    if (!left && !right && p_.mask.kind == AttentionMaskKind::none && !p_.alibi_slopes)
-      return rows(0, part_.rows, causal, {});
+               right = !causal && p_.right < part_.rows - 1, limited = !own_ && (left || right);
+    if (!limited && p_.mask.kind == AttentionMaskKind::none && !p_.alibi_slopes) return rows(0, part_.rows, causal, {});
     const bool per_batch = p_.mask.batch || p_.alibi_batch_stride, per_head = p_.mask.head || p_.alibi_slopes;
     const int64_t batches = per_batch ? part_.batch : 1, heads = per_head ? p_.heads : 1;
     const int64_t step = std::max<int64_t>(1, kMaskElements / (batches * heads * part_.keys));
@@ -90,6 +99,45 @@ class PartAttention {
   }
 
   void rows(int64_t first, int64_t count, bool causal, const OptionalTensor& mask) {
+    if (own_) {
+      own_rows(first, count, mask);
+    } else {
+      torch_rows(first, count, causal, mask);
+    }
+  }
+
+  AttentionTensor part_of(AttentionTensor t, int64_t row) const {
+    t.data = static_cast<const float*>(t.data) + part_.first_batch * t.batch + row * t.row;
+    return t;
+  }
+
+  void own_rows(int64_t first, int64_t count, const OptionalTensor& mask) {
+    const auto added = static_cast<const float*>(mask ? mask->const_data_ptr() : nullptr);
+    auto stride = [&](int64_t d) { return mask && mask->size(d) > 1 ? mask->stride(d) : 0; };
+    attention_rows({.q = part_of(p_.q, part_.first_row + first),
+                    .k = part_of(p_.k, part_.first_key),
+                    .v = part_of(p_.v, part_.first_key),
+                    .out = part_of(out_strides(), part_.first_row + first),
+                    .lse = p_.lse ? lse_at(0, 0, first) : nullptr,
+                    .lse_batch = int64_t{p_.heads} * p_.rows,
+                    .lse_head = p_.rows,
+                    .mask = added,
+                    .mask_batch = stride(0),
+                    .mask_head = stride(1),
+                    .sinks = static_cast<const float*>(p_.sinks),
+                    .batch = part_.batch,
+                    .heads = p_.heads,
+                    .kv_heads = p_.kv_heads,
+                    .rows = count,
+                    .keys = part_.keys,
+                    .columns = p_.head_dim,
+                    .scale = p_.scale,
+                    .place = part_.keys - part_.rows + first,
+                    .left = p_.left,
+                    .right = p_.right});
+  }
+
+  void torch_rows(int64_t first, int64_t count, bool causal, const OptionalTensor& mask) {
     const Tensor q = operand(q_, p_.q, p_.heads, part_.first_row + first, count, p_.head_dim),
                  k = operand(k_, p_.k, p_.kv_heads, part_.first_key, part_.keys, p_.head_dim),
                  v = operand(v_, p_.v, p_.kv_heads, part_.first_key, part_.keys, p_.value_dim);
@@ -176,6 +224,7 @@ class PartAttention {
 
   const AttentionParams& p_;
   const Part part_;
+  const bool own_;  // no torch: attention_rows
   const Tensor &q_, &k_, &v_;
   Tensor& out_;
 };

@@ -279,6 +279,12 @@ def bucket(head_dim: int, value_dim: int) -> tuple[int, int] | None:
     return next((b for b in BUCKETS if b[0] == b[1] >= head_dim), None)
 
 
+def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> bool:
+    """Whether the cpu backend takes this to its own kernel (csrc/cpu/attention_rows_cpu.cpp), in place of torch's."""
+    wide = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and dtype == torch.float32 and head_dim in (16, 32, 48, 64)
+
+
 def _why_not_gpu(q: Tensor, *rest: Any) -> Reason | None:
     if q.dtype == torch.float32:
         return Reason(
@@ -294,7 +300,7 @@ def _why_not_gpu(q: Tensor, *rest: Any) -> Reason | None:
 
 
 def _why_not_cpu(q: Tensor, *rest: Any) -> Reason | None:
-    """It runs what torch's scaled_dot_product_attention does."""
+    """It takes what torch's scaled_dot_product_attention takes, which it hands most on to."""
     if rest and rest[6] > 0:
         return Reason("softcap", "torch's fused attention for CPUs has no softcap", "use the reference backend")
     if rest and q.shape[-1] != (values := rest[1].shape[-1]):
@@ -324,9 +330,10 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
         )
     _, causal, left, right, _, mask, alibi_slopes = rest[:7]
     limited = left is not None or right is not None or (causal and q.shape[-3] != k.shape[-3])
-    if q.device.type == "cpu" and (limited or mask is not None or alibi_slopes is not None):
-        notes.append("torch's fused attention takes an additive mask alone: the cpu backend writes one, of at most 16 MiB or "
-                     "one row of every head at a time")  # fmt: skip
+    own = faster_than_torch(q.device, q.dtype, q.shape[-1])
+    if q.device.type == "cpu" and ((limited and not own) or mask is not None or alibi_slopes is not None):
+        notes.append("it takes an additive mask alone: the cpu backend writes one, of at most 16 MiB or one row of every head at a "
+                     "time")  # fmt: skip
     return notes
 
 
