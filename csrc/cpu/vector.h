@@ -35,7 +35,7 @@ INLINE To bits(From v) {
   return to;
 }
 
-INLINE f32x16 splat(float v) { return f32x16{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
+INLINE f32x16 splat(float v) { return f32x16{} + v; }
 INLINE f32x16 abs(f32x16 v) { return bits<f32x16>(bits<i32x16>(v) & 0x7fffffff); }
 INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }  // b where a is NaN
 INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
