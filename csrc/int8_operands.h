@@ -1,5 +1,5 @@
 #pragma once
-// Torch side of what int8_gemm and int8_linear share: a check, and the product on the CPU, which is oneDNN's, so
+// Torch side of what int8_gemm and int8_linear share: a check, and the product on the CPU, by AMX or oneDNN, so
 // tensors go in.
 #include "ops.h"
 #include "quantize/quantize.h"

@@ -215,7 +215,7 @@ def test_kernel_error_is_apart_from_quantisation(times):
 
 def test_a_bert_by_mask_and_name(times):
     model, given = build("bert"), [batch("bert", seed) for seed in range(3)]
-    plan = fp.plan(model, given, min_cosine=0.9999, candidates=["int8", "bf16"], exclude="pooler.**")
+    plan = fp.plan(model, given, min_cosine=0.9999, candidates=["fp8", "int8", "bf16"], exclude="pooler.**")
     chosen = choices(plan)
     assert chosen["pooler.dense"] is None
     assert {"int8", "bf16"} >= set(chosen.values()) - {None}
@@ -228,6 +228,7 @@ def test_a_bert_by_mask_and_name(times):
     assert blocks["encoder.layer.0"]["before"] == 6 * 4.0 > blocks["encoder.layer.0"]["after"]
     assert sum(x["error"] for x in blocks.values()) == pytest.approx(plan.evidence["predicted"]["error"])
     assert blocks["encoder.layer.0"]["candidates"]["int8"] > blocks["encoder.layer.0"]["candidates"]["bf16"] > 0
+    assert blocks["encoder.layer.0"]["candidates"]["fp8"] is None  # no kernel on a CPU
     assert "encoder.layer.1  " in str(plan)
 
 

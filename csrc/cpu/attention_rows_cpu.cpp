@@ -16,6 +16,7 @@
 #include "check.h"
 #include "cpu/activation.h"
 #include "cpu/attention_rows.h"
+#include "cpu/transpose.h"
 
 namespace forwardpass {
 namespace cpu {
@@ -60,37 +61,6 @@ INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c,
       float* to = c + r * c_stride + kLanes * v;
       store<Dtype::f32>(kAdd ? load<Dtype::f32>(to, 0) + sums[r][v] : sums[r][v], to, 0);
     }
-}
-
-// 16 columns of n of 16 rows, the others zero, as 16 rows of a panel.
-INLINE void transpose(const float* from, int64_t stride, int n, float* panel) {
-  f32x16 x[kLanes], y[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) x[i] = i < n ? load<Dtype::f32>(from + i * stride, 0) : f32x16{};
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes; i += 2) {
-    y[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    y[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < kLanes / 2; ++k) {
-    const int i = k / 2 * 4 + k % 2;
-    x[i] = __builtin_shufflevector(y[i], y[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    x[i + 2] = __builtin_shufflevector(y[i], y[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < kLanes / 2; ++k) {
-    const int i = k / 4 * 8 + k % 4;
-    y[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    y[i + 4] = __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes / 2; ++i) {
-    x[i] = __builtin_shufflevector(y[i], y[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    x[i + 8] = __builtin_shufflevector(y[i], y[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store<Dtype::f32>(x[i], panel + i * kWide, 0);
 }
 
 // f of all 16 lanes, in a tree.
@@ -179,8 +149,8 @@ INLINE void copy(const AttentionRows& p, const float* k, const float* v, Block& 
   for (int64_t j = 0; j < block.keys; j += kLanes) {
     const int n = static_cast<int>(std::min<int64_t>(block.keys - j, kLanes));
     for (int64_t d = 0; d < p.columns; d += kLanes)
-      transpose(k + (block.first + j) * p.k.row + d, p.k.row, n,
-                block.k + j / kWide * kWide * p.columns + d * kWide + j % kWide);
+      transpose(k + (block.first + j) * p.k.row + d, 4 * p.k.row, n,
+                block.k + j / kWide * kWide * p.columns + d * kWide + j % kWide, 4 * kWide);
   }
   for (int64_t j = 0; j < block.keys; ++j)
     for (int64_t d = 0; d < p.columns; d += kLanes)

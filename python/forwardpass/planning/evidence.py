@@ -61,19 +61,19 @@ def blocks(
     layers: list[Layer], choices: Mapping[str, str | None], cost: Callable[[Layer | Candidate], float]
 ) -> dict[str, dict[str, Any]]:
     """Of each block, what a model repeats (`encoder.layer.3`): cost before and after, the predicted error that the plan brings in
-    it, and that of each candidate wherever it is a gain there.
+    it, and that of each candidate wherever it is a gain there, None where it is none.
     """
     found: dict[str, dict[str, Any]] = {}
     for layer in layers:
         if match := re.match(r"(.*\.)?\d+(?=\.)", layer.leaf.fqn):
-            empty = {"before": 0.0, "after": 0.0, "error": 0.0, "candidates": dict.fromkeys(layer.candidates, 0.0)}
+            empty = {"before": 0.0, "after": 0.0, "error": 0.0, "candidates": dict.fromkeys(layer.candidates)}
             block = found.setdefault(match[0], empty)
             chosen = layer.candidates[name] if (name := choices[layer.leaf.fqn]) else None
             block["before"] += cost(layer)
             block["after"] += cost(chosen or layer)
             block["error"] += chosen.output_mean if chosen else 0.0
             for name in layer.open():
-                block["candidates"][name] += layer.candidates[name].output_mean
+                block["candidates"][name] = (block["candidates"][name] or 0.0) + layer.candidates[name].output_mean
     return found
 
 
@@ -107,7 +107,7 @@ def describe(evidence: Mapping[str, Any]) -> str:
         rows = [("block", "as it is", "planned", "error at the output", *(f"in {name}" for name in names))]
         rows += [
             (fqn, f"{x['before']:.4g} {unit}", f"{x['after']:.4g} {unit}", f"{x['error']:.1e}",
-             *(f"{x['candidates'][name]:.1e}" for name in names))
+             *("-" if (error := x["candidates"][name]) is None else f"{error:.1e}" for name in names))
             for fqn, x in evidence["blocks"].items()
         ]  # fmt: skip
         lines += ["", *table(rows, right=tuple(range(1, 4 + len(names))))]
