@@ -9,7 +9,8 @@ namespace forwardpass {
 // Throws where |sum| over K products could pass 2^31.
 void check_int8_depth(int64_t k, bool zero_point, const char* op);
 
-// int8 a [M, K] times b transposed [K, N], then the epilogue. With `quantize`, a is first computed from quantize->x.
+// int8 a [M, K] times b transposed [K, N], then the epilogue. With `quantize`, a is computed from quantize->x, and need
+// not be written.
 void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
                    const QuantizeParams* quantize);
 

@@ -9,13 +9,12 @@
 // causal 1.54; 32 x 12 of 64 x 64 and 32 1.40, 1.30; 2 x 12 of 512 x 512 and 64 1.19, 1.98. With 128 columns it
 // was 1.0.
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <string_view>
 
 #include "check.h"
 #include "cpu/activation.h"
 #include "cpu/attention_rows.h"
+#include "cpu/capability.h"
 #include "cpu/transpose.h"
 
 namespace forwardpass {
@@ -189,7 +188,8 @@ void chunk(const AttentionRows& p, int64_t batch, int64_t head, int64_t first, i
     copy(p, k, v, block);
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
-      prefetch(p.q, rows.q, i), prefetch(p.k, k, i), prefetch(p.v, v, i), prefetch(p.out, rows.out, i);
+      if (block.first + kKeys >= end)  // once, and not before it is needed
+        prefetch(p.q, rows.q, i), prefetch(p.k, k, i), prefetch(p.v, v, i), prefetch(p.out, rows.out, i);
       tile<8>(p, block, rows, i);
     }
     if (count - i >= 4) tile<4>(p, block, rows, i), i += 4;
@@ -209,10 +209,7 @@ void chunk(const AttentionRows& p, int64_t batch, int64_t head, int64_t first, i
 
 bool takes_attention_rows(int64_t columns) {
 #if defined(__x86_64__)
-  static const bool wide = [] {  // ATEN_CPU_CAPABILITY, as in torch, asks for less than the CPU has
-    const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-    return __builtin_cpu_supports("x86-64-v4") && (!asked || std::string_view(asked).substr(0, 6) == "avx512");
-  }();
+  static const bool wide = __builtin_cpu_supports("x86-64-v4") && cpu::avx512_is_left();
   return wide && columns % cpu::kLanes == 0 && columns <= cpu::kMostColumns;
 #else
   return false;

@@ -13,11 +13,10 @@
 #endif
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <string_view>
 
 #include "check.h"
+#include "cpu/capability.h"
 #include "cpu/row_chunks.h"
 #include "cpu/transpose.h"
 
@@ -101,11 +100,8 @@ bool allowed() {
 
 bool has_amx_int8() {
 #if defined(__x86_64__)
-  static const bool has = [] {  // ATEN_CPU_CAPABILITY, as in torch, asks for less than the CPU has
-    const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-    return __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("x86-64-v4") &&
-           (!asked || std::string_view(asked).substr(0, 6) == "avx512") && cpu::allowed();
-  }();
+  static const bool has = __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("x86-64-v4") &&
+                          cpu::avx512_is_left() && cpu::allowed();
   return has;
 #else
   return false;

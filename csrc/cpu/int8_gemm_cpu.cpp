@@ -1,6 +1,4 @@
-#include <cstdlib>
-#include <string_view>
-
+#include "cpu/capability.h"
 #include "cpu/int8_amx.h"
 #include "cpu/row_chunks.h"
 #include "cpu/vector.h"
@@ -12,12 +10,10 @@
 namespace forwardpass {
 namespace {
 
-// Whether torch's _int_mm is oneDNN's: it wants VNNI, and is three nested loops without it. ATEN_CPU_CAPABILITY, as in
-// torch, asks for less than the CPU has.
+// Whether torch's _int_mm is oneDNN's: it wants VNNI, and is three nested loops without it.
 bool has_vnni() {
 #if defined(__x86_64__)
-  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  return __builtin_cpu_supports("avx512vnni") && (!asked || std::string_view(asked).substr(0, 6) == "avx512");
+  return __builtin_cpu_supports("avx512vnni") && cpu::avx512_is_left();
 #else
   return false;
 #endif
