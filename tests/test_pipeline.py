@@ -5,46 +5,11 @@ import threading
 
 import pytest
 import torch
+from pipelines import TIMEOUT, Double, Held, fails_at, no_thread_stays, number, ours  # noqa: F401
 from torch import nn
 
 import forwardpass as fp
 from forwardpass.backend import choice
-
-TIMEOUT = 20.0  # of what would otherwise hang: a deadlock fails a test, and a slow machine does not
-
-
-class Double(nn.Module):
-    """Doubles; remembers what it was called with, and refuses negative values."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(2.0), requires_grad=False)
-        self.batches = []
-
-    def forward(self, x):
-        if (x < 0).any():
-            raise ArithmeticError("negative")
-        self.batches.append(x.tolist())
-        return self.weight * x
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays():
-    before = set(threading.enumerate())
-    yield
-    gc.collect()
-    left = [t for t in threading.enumerate() if t not in before and t.name.startswith("forwardpass")]
-    for t in left:
-        t.join(TIMEOUT)
-    assert not [t for t in left if t.is_alive()]
-
-
-def number(i):
-    return torch.tensor([float(i)])
-
-
-def ours():
-    return [t for t in threading.enumerate() if t.name.startswith("forwardpass")]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -138,20 +103,6 @@ def test_a_slow_postprocess_holds_the_forward_back():
     assert [f.result() for f in futures] == [2.0 * i for i in range(20)]
 
 
-def fails_at(stage):
-    def preprocess(i):
-        if i == 2 and stage == "preprocess":
-            raise KeyError("lost")
-        return number(-1 if i == 2 and stage == "forward" else i)
-
-    def postprocess(x):
-        if x.item() == 4.0 and stage == "postprocess":
-            raise OSError("full")
-        return x.item()
-
-    return preprocess, postprocess
-
-
 @pytest.mark.parametrize("stage", ["preprocess", "forward", "postprocess"])
 def test_an_error_is_reported_on_its_item(stage):
     cause = {"preprocess": KeyError, "forward": ArithmeticError, "postprocess": OSError}[stage]
@@ -236,18 +187,6 @@ def test_mappings_dataclasses_and_tuples_go_through():
     assert list(pipeline(range(3))) == [0.0, 1.0, 2.0]
     pipeline = fp.Pipeline(nn.Identity(), output=lambda r: {"y": (r, r + 1)})
     assert list(pipeline([number(1)])) == [{"y": (torch.tensor([1.0]), torch.tensor([2.0]))}]
-
-
-class Held:
-    """A forward that waits at its first batch until it is let go."""
-
-    def __init__(self):
-        self.begun, self.go = threading.Event(), threading.Event()
-
-    def __call__(self, model, x):
-        self.begun.set()
-        assert self.go.wait(TIMEOUT)
-        return model(x)
 
 
 def test_single_items_are_gathered_while_the_model_is_busy():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,9 @@ from ..batches import Forward, eval_mode, map_tensors, run, tensors
 from ..swap.walker import plain_module
 from ..thread_state import captured, release_openmp_threads
 from .transfer import device_of, named, transfer_for
+
+#: the longest that the interpreter's exit waits for what a stage is working on
+EXIT_WAIT_S = 10.0
 
 
 class ItemError(RuntimeError):
@@ -46,6 +52,23 @@ class Pipeline:
             ...
         with fp.Pipeline(model, tokenize, rank, max_batch=16, max_wait_ms=5, collate=pad) as pipeline:
             future = pipeline.submit(item)  # a server: single items, gathered into batches
+
+    Errors. Whatever a stage raises, SystemExit and KeyboardInterrupt included, is its item's ItemError and touches no other
+    item. An exception of `items` itself is no item's: the results of the items before it come first, then it is raised, with
+    return_errors=True too. A KeyboardInterrupt in the loop or in `items`, a `break` and the iterator's `close()` end the loop
+    at once, and drop what no stage has begun. What a future's done-callback raises is reported, and fails nothing.
+
+    Threads. Several may submit and iterate at the same time, each with an iterator of its own. `with` blocks and iterators
+    share one set of threads, which ends with the last of them. A stage may submit to its own pipeline, but not wait for itself:
+    RuntimeError from a `submit` without a timeout while max_pending items are under way, where the stage works on an item of
+    this pipeline or on what such an item submitted to another one; and from a wait without a timeout for a result that comes
+    after the item it works on. Two pipelines whose stages wait for each other's results are not found out. Where the last block
+    or iterator ends in a stage (a garbage collection can do that), the threads end after it.
+
+    Processes. Threads do not survive a fork. In the child of a process that had the pipeline open, RuntimeError from `submit`,
+    from iterating, and from waiting for a result that was not there, until the inherited blocks are left, which waits for
+    nothing; the parent goes on. A Pipeline does not pickle: TypeError. One that is open at the interpreter's exit is closed as
+    after an error; what a stage is working on then has 10 seconds.
 
     Args:
         model: runs in eval and inference mode; its flags are put back when the last thread has ended. What holds in the
@@ -98,15 +121,21 @@ class Pipeline:
         self.forward, self.output, self.collate = forward, output, collate or _stack
         self.workers, self.depth, self.max_pending = workers, depth, max_pending
         self.max_batch, self.max_wait_ms = max_batch, max_wait_ms
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection within it may end an iterator of this pipeline
         self._stages: _Stages | None = None
         self._users = 0
+        _pipelines.add(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Pipeline has threads, which do not pickle or copy: construct it where it runs, from its model and functions"
+        )
 
     def __call__(self, items: Iterable[Any], *, return_errors: bool = False) -> Iterator[Any]:
         """The results of the items, in their order, as they are asked for; items are read a few ahead.
 
         An item that fails raises its ItemError when its turn comes, which ends the iteration; with return_errors=True the
-        error is yielded in the place of its result, and the others go on.
+        error is yielded in the place of its result, and the others go on. What `items` raises is raised after all results.
         """
         if not isinstance(items, Iterable):
             raise TypeError(f"a pipeline takes an iterable of items, not {type(items).__name__}: pass [item] for one")
@@ -125,21 +154,31 @@ class Pipeline:
 
         with self._open() as stages:
             try:
-                for index, item in enumerate(items):
+                source = enumerate(items)
+                while True:
+                    try:
+                        index, item = next(source)
+                    except StopIteration:
+                        break
+                    except Exception:
+                        while pending:
+                            yield first()
+                        raise
                     pending.append(stages.submit(item, index=index))
                     while pending and (len(pending) > window or pending[0].done()):
                         yield first()
                 while pending:
                     yield first()
             finally:  # a loop that was left, an error, a KeyboardInterrupt: what has not begun need not
-                for future in pending:
+                for future in () if stages.forked else pending:
                     future.cancel()
 
     def submit(self, item: Any, timeout: float | None = None) -> Future[Any]:
         """Within `with pipeline:`, from any thread: the future of one item's result.
 
         It waits while max_pending items are under way, at most `timeout` seconds: TimeoutError. The future raises an
-        ItemError where the item failed; `cancel()` works until its preprocess begins.
+        ItemError where the item failed; `cancel()` works until its preprocess begins. RuntimeError where the pipeline is not
+        open, is another process's, or where the wait would be a stage's for itself.
         """
         stages = self._stages
         if stages is None:
@@ -165,35 +204,143 @@ class Pipeline:
         self._end(drop=False)
 
     def _begin(self) -> _Stages:
-        with self._lock:
-            if self._stages is None:
-                self._stages = _Stages(self)
-            self._users += 1
-            return self._stages
+        while True:
+            with self._lock:
+                stages = self._stages
+                if stages is None or (stages.closed and stages.ended):
+                    stages = self._stages = _Stages(self)
+                if not stages.closed:
+                    if stages.forked:
+                        raise RuntimeError(_FORKED)
+                    self._users += 1
+                    return stages
+            stages.join()
 
     def _end(self, drop: bool) -> None:
         with self._lock:
+            if not self._users or self._stages is None:
+                raise RuntimeError("the pipeline is not open: leave each `with pipeline:` once")
             self._users -= 1
-            if self._users or self._stages is None:
+            stages = self._stages
+            if self._users or not stages.close(drop):
                 return
-            stages, self._stages = self._stages, None
-            stages.close(drop)
+        if stages.mine():
+            return
+        try:
+            stages.join()
+        except BaseException:  # a KeyboardInterrupt: nobody waits for the rest
+            stages.close(drop=True)
+            raise
+        with self._lock:
+            if self._stages is stages:
+                self._stages = None
+
+
+#: all there are: a fork and the interpreter's exit concern those that are open
+_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+_FORKED = (
+    "this process was forked while the pipeline was open, and threads do not survive a fork: construct a Pipeline in this "
+    "process, or fork before it is opened"
+)
+
+
+def _after_fork() -> None:
+    for pipeline in list(_pipelines):
+        pipeline._lock = threading.RLock()  # a thread that is not here may hold it
+        if pipeline._stages is not None:
+            pipeline._stages.lock, pipeline._stages.forked = threading.RLock(), True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Python ends a daemon thread in the middle of what it does, which aborts the process where that is C++."""
+    until = time.monotonic() + EXIT_WAIT_S
+    stages = [p._stages for p in _pipelines if p._stages is not None]
+    for s in stages:
+        s.close(drop=True)
+    for s in stages:
+        s.join(until)
+
+
+class _Work(threading.local):
+    """What the thread that asks is working on, if it is a pipeline's."""
+
+    stages: _Stages | None = None
+    first = 0  #: the least number of its entries
+    within: frozenset[_Stages] = frozenset()  #: the pipelines whose items those are, or come of
+
+
+_work = _Work()
+
+
+class _Result(Future[Any]):
+    """A future that refuses a wait that has no end."""
+
+    def __init__(self, stages: _Stages):
+        super().__init__()
+        self.stages = weakref.ref(stages)  # who keeps a result keeps no model
+        self.number = 0
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._ends(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._ends(timeout)
+        return super().exception(timeout)
+
+    def _ends(self, timeout: float | None) -> None:
+        stages = self.stages()
+        if stages is None or self.done():
+            return
+        if stages.forked:
+            raise RuntimeError(_FORKED)
+        if timeout is None and stages is _work.stages and self.number >= _work.first:
+            raise RuntimeError("a stage waits for a result of its own pipeline that comes after the item it works on, so for "
+                               "itself: wait in a thread of your own, or pass a timeout")  # fmt: skip
+
+
+class _Dropped(CancelledError):
+    """An entry that is not worked on, because it was cancelled or the pipeline is closed."""
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """What a future's callbacks raise is not the pipeline's: a thread that ended by it would leave the others waiting."""
+    try:
+        yield
+    except BaseException as e:  # concurrent.futures logs an Exception itself
+        threading.excepthook(threading.ExceptHookArgs((type(e), e, e.__traceback__, threading.current_thread())))
 
 
 class _Entry:
     """An item on its way."""
 
-    def __init__(self, item: Any, index: int, result: Future[Any]):
+    def __init__(self, item: Any, index: int | None, result: _Result):
         self.item, self.index, self.result = item, index, result
+        self.number = 0  # in the order of submission
+        self.within = _work.within
         self.prepared: Future[Any] = Future()
         self.submitted = time.monotonic()
 
+    def finish(self, value: Any) -> None:
+        with _reported():
+            self.result.set_result(value)
+
     def fail(self, stage: str, error: BaseException) -> None:
-        if isinstance(error, CancelledError):
-            if not self.result.cancelled():
-                self.result.set_exception(error)
-        else:
-            self.result.set_exception(ItemError(self.index, stage, error))
+        with _reported():
+            if not isinstance(error, _Dropped):
+                self.result.set_exception(ItemError(self.number if self.index is None else self.index, stage, error))
+            elif not self.result.cancelled():
+                self.result.set_exception(CancelledError())
+
+    def cancel(self) -> None:
+        with _reported():
+            self.result.cancel()
 
 
 class _Stages:
@@ -213,9 +360,9 @@ class _Stages:
         self.done: queue.Queue[tuple[list[_Entry], Any] | None] = queue.Queue(pipeline.depth)
         self.ahead = threading.Semaphore(max(pipeline.depth * (pipeline.max_batch or 1), pipeline.workers))
         self.pending = threading.Semaphore(pipeline.max_pending)
-        self.lock = threading.Lock()  # both queues have the same order
+        self.lock = threading.RLock()  # both queues have the same order
         self.submitted = 0
-        self.closed = self.dropped = False
+        self.closed = self.dropped = self.forked = False
         self.carried = captured()
         self.flags = eval_mode(pipeline.model)
         self.flags.__enter__()
@@ -225,41 +372,81 @@ class _Stages:
             threading.Thread(target=self._thread, args=(loop,), name=f"forwardpass{loop.__name__}", daemon=True)
             for loop in loops
         ]
+        self.working = len(self.threads)
         for thread in self.threads:
             thread.start()
 
     def _thread(self, loop: Callable[[], None]) -> None:
-        with self.carried(), torch.inference_mode():
-            loop()
+        try:
+            with self.carried(), torch.inference_mode():
+                loop()
+        finally:
+            with self.lock:
+                self.working -= 1
+                if not self.working:
+                    self.flags.__exit__(None, None, None)
+
+    @property
+    def ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self.threads)
+
+    def mine(self) -> bool:
+        """Whether the thread that asks is one of these."""
+        return threading.current_thread() in self.threads
 
     def submit(self, item: Any, *, index: int | None = None, timeout: float | None = None) -> Future[Any]:
-        if not self.pending.acquire(timeout=timeout):
-            raise TimeoutError(f"{self.pipeline.max_pending} items are under way, and none ended within {timeout} s: "
-                               f"submit less, or raise max_pending")  # fmt: skip
-        result: Future[Any] = Future()
-        result.add_done_callback(lambda _: self.pending.release())
+        if self.forked:
+            raise RuntimeError(_FORKED)
+        own = self in _work.within
+        if not self.pending.acquire(blocking=timeout is not None or not own, timeout=timeout):
+            under_way = f"{self.pipeline.max_pending} items are under way"
+            if timeout is None:
+                raise RuntimeError(f"a stage submits to its own pipeline while {under_way}, and would wait for itself: raise "
+                                   f"max_pending, submit in a thread of your own, or pass a timeout")  # fmt: skip
+            raise TimeoutError(f"{under_way}, and none ended within {timeout} s: submit less, or raise max_pending")
+        result = _Result(self)
+        pending = self.pending  # not self: a future keeps its callbacks
+        result.add_done_callback(lambda _: pending.release())
+        entry = _Entry(item, index, result)
         with self.lock:
             if self.closed:
                 result.cancel()
                 raise RuntimeError("the pipeline is closed: submit within `with pipeline:`")
-            entry = _Entry(item, self.submitted if index is None else index, result)
+            entry.number = result.number = self.submitted
             self.submitted += 1
             self.ordered.put(entry)
             self.inbox.put(entry)
         return result
 
-    def close(self, drop: bool) -> None:
-        """Ends the threads: with `drop` without beginning anything more."""
+    def close(self, drop: bool) -> bool:
+        """Lets the threads end, with `drop` without beginning anything more; False where that was done before."""
         with self.lock:
-            self.closed, self.dropped = True, drop
+            self.dropped |= drop
+            if self.closed:
+                return False
+            self.closed = True
+            if self.forked:
+                self.flags.__exit__(None, None, None)
             self.ordered.put(None)
             for _ in range(self.pipeline.workers):
                 self.inbox.put(None)
+            return True
+
+    def join(self, until: float | None = None) -> None:
+        if self.mine():
+            raise RuntimeError("a stage begins its own pipeline, which is being closed, and would wait for itself: "
+                               "iterate and submit within `with pipeline:`")  # fmt: skip
+        for thread in self.threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+
+    @contextmanager
+    def _working(self, entries: list[_Entry]) -> Iterator[None]:
+        _work.stages, _work.first = self, entries[0].number
+        _work.within = frozenset({self}).union(*(entry.within for entry in entries))
         try:
-            for thread in self.threads:
-                thread.join()
+            yield
         finally:
-            self.flags.__exit__(None, None, None)
+            _work.stages, _work.within = None, frozenset()
 
     def _prepare(self) -> None:
         while True:
@@ -268,32 +455,41 @@ class _Stages:
             if entry is None:
                 self.ahead.release()
                 return
-            if self.dropped:
-                entry.result.cancel()
-            if not entry.result.set_running_or_notify_cancel():
-                entry.prepared.set_exception(CancelledError())
-                continue
-            try:
-                with named("input", self.device):
-                    batch = entry.item if self.pipeline.preprocess is None else self.pipeline.preprocess(entry.item)
-                    entry.prepared.set_result(batch if self.pipeline.max_batch else self.transfer.stage(batch))
-            except BaseException as e:
-                entry.prepared.set_exception(e)
+            with self._working([entry]):
+                self._prepare_one(entry)
+
+    def _prepare_one(self, entry: _Entry) -> None:
+        if self.dropped:
+            entry.cancel()
+        if not entry.result.set_running_or_notify_cancel():
+            entry.prepared.set_exception(_Dropped())
+            return
+        try:
+            with named("input", self.device):
+                batch = entry.item if self.pipeline.preprocess is None else self.pipeline.preprocess(entry.item)
+                entry.prepared.set_result(batch if self.pipeline.max_batch else self.transfer.stage(batch))
+        except BaseException as e:
+            entry.prepared.set_exception(e)
 
     def _compute(self) -> None:
         more = True
         while more:
             entries, more = self._gather()
-            ready = []
-            for entry in entries:
-                try:
-                    ready.append((entry, entry.prepared.result()))
-                except BaseException as e:
-                    entry.fail("preprocess", e)
-                self.ahead.release()
-            if ready:
-                self._forward(ready)
+            if entries:
+                with self._working(entries):
+                    self._compute_batch(entries)
         self.done.put(None)
+
+    def _compute_batch(self, entries: list[_Entry]) -> None:
+        ready = []
+        for entry in entries:
+            try:
+                ready.append((entry, entry.prepared.result()))
+            except BaseException as e:
+                entry.fail("preprocess", e)
+            self.ahead.release()
+        if ready:
+            self._forward(ready)
 
     def _gather(self) -> tuple[list[_Entry], bool]:
         """The entries of the next batch, and whether there are more to come."""
@@ -317,7 +513,7 @@ class _Stages:
         p = self.pipeline
         try:
             if self.dropped:
-                raise CancelledError
+                raise _Dropped
             batch = ready[0][1]
             if p.max_batch:
                 batch = self.transfer.stage(p.collate([b for _, b in ready]))
@@ -339,22 +535,24 @@ class _Stages:
 
     def _finish(self) -> None:
         while (group := self.done.get()) is not None:
-            entries, moved = group
-            with named("output", self.device):
-                try:
-                    result = self.transfer.wait(moved)
-                    rows = _rows(result, len(entries)) if self.pipeline.max_batch else [result]
-                except BaseException as e:
-                    for entry in entries:
-                        entry.fail("forward", e)
-                    continue
-                for entry, row in zip(entries, rows):
-                    try:
-                        value = row if self.pipeline.postprocess is None else self.pipeline.postprocess(row)
-                    except BaseException as e:
-                        entry.fail("postprocess", e)
-                    else:
-                        entry.result.set_result(value)
+            with self._working(group[0]), named("output", self.device):
+                self._finish_batch(*group)
+
+    def _finish_batch(self, entries: list[_Entry], moved: Any) -> None:
+        try:
+            result = self.transfer.wait(moved)
+            rows = _rows(result, len(entries)) if self.pipeline.max_batch else [result]
+        except BaseException as e:
+            for entry in entries:
+                entry.fail("forward", e)
+            return
+        for entry, row in zip(entries, rows):
+            try:
+                value = row if self.pipeline.postprocess is None else self.pipeline.postprocess(row)
+            except BaseException as e:
+                entry.fail("postprocess", e)
+            else:
+                entry.finish(value)
 
 
 class _Unlike(ValueError):
