@@ -138,7 +138,7 @@ SUM, ZERO = torch.ones(16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         (lambda: fp.ops.int8_gemm(W, W, ONE, ONE, out_dtype=torch.float32, out_scale=ONE), ValueError, "out_scale"),
         (lambda: fp.ops.int8_gemm(W, W, ONE, ONE, out_dtype=torch.float32, b_sum=SUM), ValueError, "a_zero_point"),
         (lambda: fp.ops.int8_gemm(X, W, ONE, ONE, out_dtype=torch.float32), TypeError, "a must be an int8"),
-        (lambda: fp.ops.int8_gemm(torch.ones(1, 131073, dtype=torch.int8), torch.ones(1, 131073, dtype=torch.int8), ONE, ONE,
+        (lambda: fp.ops.int8_gemm(torch.ones(1, 131072, dtype=torch.int8), torch.ones(1, 131072, dtype=torch.int8), ONE, ONE,
                                   out_dtype=torch.float32), ValueError, "split K"),
         (lambda: fp.ops.dequant_activation(W, ONE, ONE, out_dtype=torch.float32), TypeError, "int32, float32, float16 or bfloat16"),
         (lambda: fp.ops.dequant_activation(X, ONE, ONE, out_dtype=torch.float32, a_zero_point=ZERO, b_sum=SUM),
