@@ -1,5 +1,5 @@
-// Streams captured into graphs: what is kept, in which order it is done, and what a capture refuses, with which code. With
-// an argument: a program that waits for its stream while it captures.
+// Streams captured into graphs: what is kept, in which order it is done, and what a capture refuses, with which code.
+// With an argument: a program that waits for its stream while it captures.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -154,7 +154,8 @@ bool refusals() {
     return mode == cudaStreamCaptureModeRelaxed ? error : cudaErrorUnknown;
   });
   cudaGraph_t graph;
-  right &= cudaStreamBeginCapture(nullptr, kGlobal) == kNo && cudaStreamBeginCapture(cudaStreamLegacy, kGlobal) == kNo &&
+  right &= cudaStreamBeginCapture(nullptr, kGlobal) == kNo &&
+           cudaStreamBeginCapture(cudaStreamLegacy, kGlobal) == kNo &&
            cudaStreamEndCapture(other, &graph) == cudaErrorIllegalState && !graph;
   cudaGetLastError();
   CHECK(cudaStreamDestroy(other));
