@@ -165,7 +165,7 @@ void launch(Backend backend, const Params& p, const Tensor& x, const char* op, v
   static Launch* cached[3];  // one set a Params type, so one an op; a race writes the same value twice
   Launch*& f = cached[static_cast<int>(backend)];
   if (!f) f = reinterpret_cast<Launch*>(launcher(backend, (std::string("forwardpass_") + op).c_str()));
-  if (backend == Backend::interpreted) return check_launch(backend, op, f(&p, nullptr));
+  if (backend == Backend::interpreted) return check_launch(backend, op, f(&p, kInterpretedStream));
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_launch(backend, op, f(&p, current_stream(x.get_device_index())));
 }

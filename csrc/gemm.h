@@ -54,7 +54,7 @@ class GemmCall {
 // The product of operands that a caller has.
 template <class Params>
 void run_gemm(Backend backend, const GemmParams& p, const Tensor& like, const char* op) {
-  if (p.a.rows == 0) return;
+  if (p.a.rows == 0 || p.b.rows == 0) return;
   Workspace workspace;
   GemmCall call(backend, p, like, workspace);
   workspace.allocate(like);
@@ -65,7 +65,7 @@ void run_gemm(Backend backend, const GemmParams& p, const Tensor& like, const ch
 // filled in here.
 template <class Params>
 void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x, const char* gemm) {
-  if (q.x.rows == 0) return;
+  if (q.x.rows == 0 || p.b.rows == 0) return;
   Workspace workspace;
   const int64_t rows = q.x.rows, groups = ceil_div(q.out.columns, q.out.group);
   q.out.q_stride = round_up(q.out.columns, 16);

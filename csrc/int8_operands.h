@@ -6,7 +6,8 @@
 
 namespace forwardpass {
 
-// Throws where |sum| over K products could pass 2^31.
+// Throws where a sum over K products could be beyond int32: of -128 times -128 131072 are 2^31 exactly, one too many;
+// of (a - zero point) times b, both in int8, 65793 still fit.
 void check_int8_depth(int64_t k, bool zero_point, const char* op);
 
 // int8 a [M, K] times b transposed [K, N], then the epilogue. With `quantize`, a is computed from quantize->x, and need

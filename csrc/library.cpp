@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <vector>
 
 namespace forwardpass {
 namespace {
@@ -21,6 +22,8 @@ std::atomic<bool> poisoned{false};
 
 using StorageHook = void(const void* data, int64_t bytes, const char* name, int read_only);
 thread_local StorageHook* storage_hook = nullptr;
+thread_local bool keeping = false;
+thread_local std::vector<torch::stable::Tensor> kept;
 
 }  // namespace
 
@@ -30,7 +33,12 @@ void set_poison(bool on) { poisoned = on; }
 bool poison() { return poisoned.load(std::memory_order_relaxed); }
 
 void set_storage_hook(int64_t address) { storage_hook = reinterpret_cast<StorageHook*>(address); }
+void keep_storage(bool on) {
+  keeping = on;
+  if (!on) kept.clear();
+}
 void report_storage(const torch::stable::Tensor& t) {
+  if (keeping) kept.push_back(t);
   int64_t bytes;
   if (storage_hook && aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS)
     storage_hook(t.const_data_ptr(), bytes, "output or workspace", 0);

@@ -9,8 +9,11 @@
 namespace forwardpass {
 
 // cpu: the functions of csrc/cpu. cuda: _kernels.so on the tensor's device and its current stream. interpreted: the
-// same objects in _kernels_interpreted.so on CPU tensors, stream 0.
+// same objects in _kernels_interpreted.so on CPU tensors.
 enum class Backend { cpu, cuda, interpreted };
+
+// cudaStreamPerThread: the legacy stream cannot be captured, and whatever is put into that one by mistake shows.
+inline void* const kInterpretedStream = reinterpret_cast<void*>(2);
 
 void set_library(int64_t interpreted, std::string path);
 
@@ -22,6 +25,10 @@ bool poison();
 // at this address, fpi_storage_add of interpreter/interpreter.h, until it is set to 0.
 void set_storage_hook(int64_t address);
 void report_storage(const torch::stable::Tensor&);
+
+// For tests: until it is off again, nothing that this thread allocates is freed, as torch keeps for a CUDA graph what
+// was allocated while it was captured.
+void keep_storage(bool on);
 
 // The launcher `name` (extern "C") of a kernel library; throws with the reason where there is none.
 void* launcher(Backend backend, const char* name);

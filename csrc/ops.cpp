@@ -69,6 +69,7 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   m.def("_set_library(int interpreted, str path) -> ()");
   m.def("_set_poison(bool on) -> ()");
   m.def("_set_storage_hook(int address) -> ()");
+  m.def("_keep_storage(bool on) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
 #define ON_CPU(name, schema)                                         \
@@ -87,4 +88,5 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {
   m.impl("_set_library", TORCH_BOX(&set_library));
   m.impl("_set_poison", TORCH_BOX(&set_poison));
   m.impl("_set_storage_hook", TORCH_BOX(&set_storage_hook));
+  m.impl("_keep_storage", TORCH_BOX(&keep_storage));
 }

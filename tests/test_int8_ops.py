@@ -1,5 +1,6 @@
 """dequant_activation, int8_gemm and int8_linear on the CPU: the reference's bits, and within a bound behind an activation."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -51,6 +52,33 @@ def test_accumulators_are_exact_at_the_greatest_depth():
     y = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32, a_zero_point=z)
     exact = (a.double() - 127) @ b.double().t()
     assert torch.equal(y, exact.float())
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch"),
+    [
+        ("reference", None),
+        ("cpu", None),
+        ("cuda", "sm_80"),
+        ("cuda", "sm_90a"),
+        ("triton", "sm_80"),
+        ("triton", "sm_90a"),
+    ],
+)
+@pytest.mark.parametrize("zero_point", [None, 127])
+def test_sums_at_the_greatest_depth(backend, arch, zero_point):
+    """Of -128 times -128, and with a zero point -255 times -128: one product more and, without one, int32 wraps."""
+    k = fp.int8_gemm.MAX_K if zero_point is None else fp.int8_gemm.MAX_K_ZERO_POINT
+    assert zero_point is not None or (k + 1) * 2**14 == 2**31
+    assert k * 255 * 128 < 2**31 or zero_point is None
+    a, b, one = torch.full((1, k), -128, dtype=torch.int8), torch.full((2, k), -128, dtype=torch.int8), torch.ones(1)
+    z = None if zero_point is None else torch.tensor([zero_point], dtype=torch.int32)
+    with fp.interpret(arch) if arch else contextlib.nullcontext(), fp.use_backend(backend):
+        y = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32, a_zero_point=z)
+        deeper = [torch.nn.functional.pad(x, (0, 1)) for x in (a, b)]
+        with pytest.raises(ValueError, match=f"K must be at most {k}"):
+            fp.ops.int8_gemm(*deeper, one, one, out_dtype=torch.float32, a_zero_point=z)
+    assert y.tolist() == [[float(torch.tensor(k * (128 + (zero_point or 0)) * 128.0))] * 2]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -138,7 +166,7 @@ SUM, ZERO = torch.ones(16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         (lambda: fp.ops.int8_gemm(W, W, ONE, ONE, out_dtype=torch.float32, out_scale=ONE), ValueError, "out_scale"),
         (lambda: fp.ops.int8_gemm(W, W, ONE, ONE, out_dtype=torch.float32, b_sum=SUM), ValueError, "a_zero_point"),
         (lambda: fp.ops.int8_gemm(X, W, ONE, ONE, out_dtype=torch.float32), TypeError, "a must be an int8"),
-        (lambda: fp.ops.int8_gemm(torch.ones(1, 131073, dtype=torch.int8), torch.ones(1, 131073, dtype=torch.int8), ONE, ONE,
+        (lambda: fp.ops.int8_gemm(torch.ones(1, 131072, dtype=torch.int8), torch.ones(1, 131072, dtype=torch.int8), ONE, ONE,
                                   out_dtype=torch.float32), ValueError, "split K"),
         (lambda: fp.ops.dequant_activation(W, ONE, ONE, out_dtype=torch.float32), TypeError, "int32, float32, float16 or bfloat16"),
         (lambda: fp.ops.dequant_activation(X, ONE, ONE, out_dtype=torch.float32, a_zero_point=ZERO, b_sum=SUM),

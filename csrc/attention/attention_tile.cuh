@@ -54,6 +54,15 @@ inline int64_t row_tiles(const AttentionParams& p, int tile_rows) {
 // end 12 % later.
 constexpr unsigned kHeadsTogether = 32;
 
+// The rows from `first` on that a sequence has of `total`. Nobody has looked at cu_seqlens on the host: whatever they
+// say, what is read and written lies within the tensors.
+struct SequenceRows {
+  int first, rows;
+
+  __device__ SequenceRows(const int32_t* cu_seqlens, int b, int total)
+      : first(min(max(cu_seqlens[b], 0), total)), rows(min(max(cu_seqlens[b + 1], first), total) - first) {}
+};
+
 // Rows of one head that a block computes: from `row` on in their sequence.
 struct AttentionTile {
   int batch, head, row;
@@ -79,14 +88,14 @@ struct AttentionTile {
         if (p.cu_seqlens_q[b] / tile_rows + b <= tile) batch = b;
         n = batch == b ? n - half : half;
       }
-      first_row = p.cu_seqlens_q[batch], first_key = p.cu_seqlens_k[batch];
-      rows = p.cu_seqlens_q[batch + 1] - static_cast<int>(first_row);
-      keys = p.cu_seqlens_k[batch + 1] - static_cast<int>(first_key);
-      tile -= static_cast<int>(first_row) / tile_rows + batch;
+      const SequenceRows of_q(p.cu_seqlens_q, batch, p.rows), of_k(p.cu_seqlens_k, batch, p.keys);
+      first_row = of_q.first, rows = of_q.rows;
+      first_key = of_k.first, keys = of_k.rows;
+      tile -= of_q.first / tile_rows + batch;
     }
     last = (rows - 1) / tile_rows;
     row = (last - tile) * tile_rows;
-    return rows > 0 && tile <= last;
+    return rows > 0 && tile >= 0 && tile <= last;
   }
   __device__ int kv_head(const AttentionParams& p) const { return head / (p.heads / p.kv_heads); }
   __device__ int64_t q(const AttentionParams& p) const {

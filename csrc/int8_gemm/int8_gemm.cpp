@@ -8,7 +8,7 @@
 namespace forwardpass {
 
 void check_int8_depth(int64_t k, bool zero_point, const char* op) {
-  STD_TORCH_CHECK(k <= (zero_point ? 65536 : 131072), op, ": K = ", k, " could overflow int32 accumulators");
+  STD_TORCH_CHECK(k <= (zero_point ? 65536 : 131071), op, ": K = ", k, " could overflow int32 accumulators");
 }
 
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
@@ -23,7 +23,7 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
       sizes, am.rows, {a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum}, a, "int8_gemm");
   if (backend != Backend::cpu) {
     run_gemm<Int8GemmParams>(backend, {am, bm, {}, e, {}, nullptr, 0}, a, "int8_gemm");
-  } else if (am.rows) {
+  } else if (out.numel()) {
     int8_gemm_cpu(as_matrix(a, am), transposed(b, bm), e, nullptr);
   }
   return out;

@@ -37,7 +37,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   if (zero_point) a_zero_point = *zero_point;
   const OptionalTensor shift = symmetric ? none : OptionalTensor(a_zero_point);
   auto [out, e] = epilogue(sizes, q.x.rows, {a_scale, w_scale, bias, activation, out_dtype, none, shift, w_sum}, x, op);
-  if (q.x.rows) int8_gemm_cpu(a, transposed(weight, w), e, &q);
+  if (out.numel()) int8_gemm_cpu(a, transposed(weight, w), e, &q);
   return out;
 }
 

@@ -253,8 +253,19 @@ int fpi_kernel(const void* host, fpi_kernel_properties* p) {
   p->max_dynamic_shared = max_dynamic_shared(f);
   p->max_threads = static_cast<int>(max_threads(source));
   p->registers = assumed_registers(*f.device, source);
+  p->parameters = static_cast<int>(source.parameters.size());
   std::copy(source.cluster, source.cluster + 3, p->cluster);
   p->nonportable_clusters = f.kernel->nonportable_clusters;
+  return cuda::kSuccess;
+}
+
+int fpi_kernel_parameter(const void* host, int index, int64_t* bytes) {
+  const std::lock_guard lock(registry().mutex);
+  Found f{};
+  if (const int error = find(host, f)) return error;
+  const auto& parameters = f.code->source->parameters;
+  if (index < 0 || index >= static_cast<int>(parameters.size())) return cuda::kInvalidValue;
+  *bytes = static_cast<int64_t>(parameters[static_cast<size_t>(index)].bytes);
   return cuda::kSuccess;
 }
 

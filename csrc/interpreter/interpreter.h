@@ -72,6 +72,28 @@ struct fpi_launch_config {
 };
 int fpi_launch(const void* host, const struct fpi_launch_config*, void** args);
 
+// Streams, by their handles, that are captured into graphs; null and 1 are the legacy one, 2 is the thread's own. Modes
+// and what is returned are cudart's.
+int fpi_capture_begin(void* stream, int mode, int blocking);  // blocking: made without cudaStreamNonBlocking
+int fpi_capture_end(void* stream, void** graph);
+int fpi_capture_status(void* stream, int* status);
+int fpi_capture_mode(int mode);  // of this thread, cudaThreadExchangeStreamCaptureMode; returns the one before
+int fpi_capturing(void);         // 0: no stream is captured, and nothing here has to be asked
+struct fpi_work {
+  int (*run)(void* data);  // returns a cudaError_t
+  void (*forget)(void* data);
+  void* data;
+};
+// Work that is put into a stream. *kept: the graph will do it, and else whoever asks. Forgets it when nobody needs it.
+int fpi_capture_keep(void* stream, const struct fpi_work*, int* kept);
+// Whether some capture forbids a call, which ends that capture: one that allocates, frees or may wait for the device
+// ("unsafe"), one that waits for a stream or for the device, a stream's waiting for what is outside of its capture.
+enum { fpi_unsafe, fpi_waits_for_stream, fpi_waits_for_device, fpi_waits_for_event };
+int fpi_capture_refuses(int what, void* stream);
+void* fpi_graph_copy(const void* graph);
+void fpi_graph_release(void* graph);
+int fpi_graph_launch(const void* graph);
+
 // To time host code alone: while on, this thread's fpi_launch runs nothing and returns success. Its next fpi_set_device
 // ends that, so that no kernel of a device set later is lost. Returns how many launches were dropped while it was on.
 int64_t fpi_drop_launches(int on);
@@ -91,7 +113,7 @@ struct fpi_kernel_properties {
   int32_t max_threads, registers, parameters, cluster[3], nonportable_clusters;  // registers: assumed, PTX has none
 };
 int fpi_kernel(const void* host, struct fpi_kernel_properties*);
-int fpi_kernel_parameter(const void* host, int index, int64_t* offset, int64_t* bytes);
+int fpi_kernel_parameter(const void* host, int index, int64_t* bytes);
 int fpi_kernel_allow_shared(const void* host, int64_t dynamic_bytes);
 int fpi_kernel_allow_nonportable_clusters(const void* host, int allow);
 int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks);  // of one multiprocessor

@@ -26,7 +26,7 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
       {none, blocks ? none : OptionalTensor(w_scale), bias, activation, x.scalar_type(), none, none, none}, x, op);
   if (backend != Backend::cpu) {
     run_gemm<W8a16GemmParams>(backend, {xm, wm, {nullptr, 0, block_scale, 0}, e, {}, nullptr, 0}, x, op);
-  } else if (xm.rows) {
+  } else if (out.numel()) {
     w8a16_gemm_cpu(as_matrix(x, xm), wm, block_scale, e);
   }
   return out;

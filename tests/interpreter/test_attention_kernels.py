@@ -32,9 +32,9 @@ def kernel(request):
     return request.param
 
 
-def run(kernel, op, args, seed=0):
+def run(kernel, op, args, seed=0, checks=True):
     implementation, arch = kernel
-    with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
+    with fp.interpret(arch, seed=seed, checks=checks) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
         got = backend.operations[op](*args)
@@ -44,12 +44,13 @@ def run(kernel, op, args, seed=0):
     return got
 
 
-def with_lse(kernel, q, k, v, **options):
+def with_lse(kernel, q, k, v, checks=True, **options):
     """attention_with_lse by the names of its options."""
     names = backend.operations["attention"].parameters[3:]
     defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
     assert options.keys() <= set(names)
-    return run(kernel, "attention_with_lse", (q, k, v, *(options.get(n, defaults.get(n)) for n in names)))
+    args = (q, k, v, *(options.get(n, defaults.get(n)) for n in names))
+    return run(kernel, "attention_with_lse", args, checks=checks)
 
 
 def reason_of_refusal(case):
@@ -109,6 +110,41 @@ def test_packed_sequences_are_a_batch(kernel, seen):
         assert_equal(got[1], lse, "lse beside NaN")
 
 
+#: cu_seqlens of 200 rows or keys that do not rise from 0 to 200
+HOSTILE = ((0, 150, 90, 200), (-5, 60, 130, 260), (70, 70, 2**31 - 1, 200), (-(2**31), 2**31 - 1, -(2**31), 2**31 - 1),
+           (300, 200, 100, 0), (2**31 - 1,) * 4, (-1000, -900, 10, 64))  # fmt: skip
+
+
+def sequences(starts, total):
+    """What is left of them: the rows of each."""
+    clamped = [(first := min(max(a, 0), total), min(max(b, first), total)) for a, b in itertools.pairwise(starts)]
+    return [slice(*s) for s in clamped]
+
+
+@pytest.mark.parametrize("starts", HOSTILE, ids=str)
+def test_cu_seqlens_lead_nowhere_else(kernel, starts):
+    """Of keys, of rows, and of both: a sequence is what lies within the tensors, and NaN is what lies beyond."""
+    g = torch.Generator().manual_seed(0)
+    memory = torch.full((600, 2, 32), torch.nan, dtype=torch.float16)
+    memory[200:400] = torch.randn(200, 2, 32, generator=g).half()
+    x, rising = memory[200:400], (0, 60, 130, 200)
+    for of_q, of_k in ((rising, starts), (starts, rising), (starts, starts)):
+        rows, cu = (
+            sequences(of_q, 200),
+            {"cu_seqlens_q": torch.tensor(of_q).int(), "cu_seqlens_k": torch.tensor(of_k).int()},
+        )
+        covered = torch.zeros(200, dtype=torch.bool)
+        for r in rows:
+            covered[r] = True
+        rise = list(of_q) == sorted(of_q)
+        # Rows of two sequences are a race, and no more: bounds are checked all the same.
+        o, lse = with_lse(kernel, x, x, x, causal=True, **cu, checks=rise)
+        assert o[~covered].isnan().all() and lse[:, ~covered].isnan().all()  # poison that nobody has touched
+        for b, (r, keys) in enumerate(zip(rows, sequences(of_k, 200)) if rise else ()):
+            alone = with_lse(kernel, x[None, r], x[None, keys], x[None, keys], causal=True)
+            assert_equal(o[r], alone[0][0], f"o of {b}")
+
+
 def test_many_sequences(kernel):
     """More than a kernel looks at at once, most of them short, and empty ones at both ends."""
     lengths = [(0, 0)] + [(b % 4, (b * 7) % 5) for b in range(300)] + [(150, 10), (0, 3), (0, 0)]
@@ -131,20 +167,22 @@ def test_a_row_has_the_same_bits_in_every_batch(kernel):
             assert_equal(got[b : b + 1], alone)
 
 
-@pytest.mark.parametrize("sizes", [(129, 384), (300, 131), (64, 257)], ids=str)
+#: in the last one a tile's first row sees all keys of a block but for the last
+@pytest.mark.parametrize("sizes", [(129, 384), (300, 131), (64, 257), (70, 196)], ids=str)
 def test_windows_at_the_edges_of_tiles(kernel, sizes):
     """Which keys are whole blocks, which are at an edge and which are none changes within a step of a side."""
     case = cases.Case(sizes, (32, 32), batch=1, heads=(1, 1), lse=True, sinks="float32")
     q, k, v, *_ = case.arguments()
     sides = (None, 0, 1, 63, 64, 65, 127, 128, 129, 255)
-    pairs = list(itertools.product(sides, sides))
-    for n, (left, right) in enumerate(pairs):
-        if n % 3 == sizes[0] % 3 or None in (left, right):
-            args = (q, k, v, None, n % 2 == 0, left, right, 0.0, *(None,) * 5, False)
-            try:
-                cases.assert_matches(run(kernel, case.op, args), args)
-            except AssertionError as e:
-                raise AssertionError(f"window {left}, {right} causal {args[4]}: {e}") from e
+    pairs = [(left, right, False) for left, right in itertools.product(sides, sides)]
+    some = [p for n, p in enumerate(pairs) if n % 3 == sizes[0] % 3 or None in p]
+    # causal, a row sees nothing on its right, whatever the window says
+    for left, right, causal in (*some, *((left, None, True) for left in sides), (64, 255, True)):
+        args = (q, k, v, None, causal, left, right, 0.0, *(None,) * 5, False)
+        try:
+            cases.assert_matches(run(kernel, case.op, args), args)
+        except AssertionError as e:
+            raise AssertionError(f"window {left}, {right} causal {causal}: {e}") from e
 
 
 def test_rows_without_keys(kernel):

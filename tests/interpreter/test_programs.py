@@ -64,7 +64,7 @@ def test_features(programs, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["runtime", "occupancy", pytest.param("cub", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["runtime", "capture", "occupancy", pytest.param("cub", marks=pytest.mark.slow)])
 def test_verdicts(programs, name, architecture):
     done = execute(programs[name], architecture=architecture)
     assert done.returncode == 0 and done.stdout.endswith("\nPASS\n"), done.stdout + done.stderr
@@ -85,6 +85,12 @@ def test_printf_is_that_of_the_host(programs):
     assert host.returncode == device.returncode == 0, host.stderr + device.stderr
     assert host.stdout.count("\n") > 8
     assert device.stdout == host.stdout
+
+
+def test_a_capture_that_waits_is_refused(programs):
+    done = execute(programs["capture"], "broken")
+    assert done.returncode == 2 and "captured" not in done.stdout
+    assert "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing" in done.stdout
 
 
 def test_a_failed_assert_is_an_error_of_the_program(programs):

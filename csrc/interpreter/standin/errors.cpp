@@ -35,6 +35,7 @@ constexpr Row kErrors[] = {
     ROW(cudaErrorUnsupportedLimit, "limit is not supported on this architecture"),
     ROW(cudaErrorInvalidPtx, "a PTX JIT compilation failed"),
     ROW(cudaErrorInvalidResourceHandle, "invalid resource handle"),
+    ROW(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
     ROW(cudaErrorSymbolNotFound, "named symbol not found"),
     ROW(cudaErrorNotReady, "device not ready"),
     ROW(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
@@ -49,6 +50,12 @@ constexpr Row kErrors[] = {
     ROW(cudaErrorNotPermitted, "operation not permitted"),
     ROW(cudaErrorNotSupported, "operation not supported"),
     ROW(cudaErrorInvalidClusterSize, "cluster misconfiguration"),
+    ROW(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
+    ROW(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
+    ROW(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"),
+    ROW(cudaErrorStreamCaptureImplicit, "operation would make the legacy stream depend on a capturing blocking stream"),
+    ROW(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
+    ROW(cudaErrorStreamCaptureWrongThread, "attempt to terminate a thread-local capture sequence from another thread"),
     ROW(cudaErrorUnknown, "unknown error"),
 };
 #undef ROW

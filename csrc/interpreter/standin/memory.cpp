@@ -1,4 +1,5 @@
-// Allocation, copies, fills and symbols. All memory is the host's, and every copy is done when its call returns.
+// Allocation, copies, fills and symbols. All memory is the host's, and every copy is done when its call returns, unless
+// its stream is captured.
 #include <cstring>
 
 #include "standin.h"
@@ -9,20 +10,22 @@ namespace {
 
 cudaError_t allocate(void** pointer, size_t bytes, int kind) {
   *pointer = nullptr;
+  if (const cudaError_t error = refused_by_capture()) return error;
   if (bytes == 0) return finish(cudaSuccess);
   *pointer = fpi_allocate(static_cast<int64_t>(bytes), kind);
   return finish(*pointer ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 
 cudaError_t release(void* pointer) {
+  if (const cudaError_t error = refused_by_capture()) return error;
   return finish(!pointer || fpi_release(pointer) ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 bool on_device(const void* pointer, size_t bytes) { return fpi_storage_find(pointer, static_cast<int64_t>(bytes)); }
 
-// Rows of `width` bytes; one row is a plain copy.
+// Rows of `width` bytes, in a stream; one row is a plain copy.
 cudaError_t copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
-                 cudaMemcpyKind kind) {
+                 cudaMemcpyKind kind, cudaStream_t stream) {
   if (width == 0 || rows == 0) return finish(cudaSuccess);
   if (rows > 1 && (width > to_pitch || width > from_pitch)) return finish(cudaErrorInvalidPitchValue);
   if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return finish(cudaErrorInvalidMemcpyDirection);
@@ -30,17 +33,21 @@ cudaError_t copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
   const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
   if (to_device && !on_device(to, to_pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
   if (from_device && !on_device(from, from_pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
-  for (size_t r = 0; r < rows; ++r)
-    std::memmove(static_cast<char*>(to) + r * to_pitch, static_cast<const char*>(from) + r * from_pitch, width);
-  return finish(cudaSuccess);
+  return enqueue(stream, [=] {
+    for (size_t r = 0; r < rows; ++r)
+      std::memmove(static_cast<char*>(to) + r * to_pitch, static_cast<const char*>(from) + r * from_pitch, width);
+    return finish(cudaSuccess);
+  });
 }
 
-cudaError_t fill(void* to, size_t pitch, int value, size_t width, size_t rows) {
+cudaError_t fill(void* to, size_t pitch, int value, size_t width, size_t rows, cudaStream_t stream) {
   if (width == 0 || rows == 0) return finish(cudaSuccess);
   if (rows > 1 && width > pitch) return finish(cudaErrorInvalidPitchValue);
   if (!on_device(to, pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
-  for (size_t r = 0; r < rows; ++r) std::memset(static_cast<char*>(to) + r * pitch, value, width);
-  return finish(cudaSuccess);
+  return enqueue(stream, [=] {
+    for (size_t r = 0; r < rows; ++r) std::memset(static_cast<char*>(to) + r * pitch, value, width);
+    return finish(cudaSuccess);
+  });
 }
 
 // `bytes` of a variable from `offset` on, or null with the error kept.
@@ -58,6 +65,7 @@ char* symbol(const void* host, size_t offset, size_t bytes, cudaError_t* error) 
 extern "C" {
 
 cudaError_t cudaMalloc(void** p, size_t bytes) { return allocate(p, bytes, fpi_memory_device); }
+// A graph's own memory is not there: captured, these two are refused as the others are.
 cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return allocate(p, bytes, fpi_memory_device); }
 cudaError_t cudaMallocHost(void** p, size_t bytes) { return allocate(p, bytes, fpi_memory_host); }
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return allocate(p, bytes, fpi_memory_host); }
@@ -71,10 +79,12 @@ cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return release(p); }
 cudaError_t cudaFreeHost(void* p) { return release(p); }
 
 cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
+  if (const cudaError_t error = refused_by_capture()) return error;
   fpi_storage_add(p, static_cast<int64_t>(bytes), "cudaHostRegister", 0);
   return finish(cudaSuccess);
 }
 cudaError_t cudaHostUnregister(void* p) {
+  if (const cudaError_t error = refused_by_capture()) return error;
   fpi_storage_remove(p);
   return finish(cudaSuccess);
 }
@@ -103,46 +113,64 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* point
   return finish(cudaSuccess);
 }
 
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  return copy(to, 0, from, 0, bytes, 1, kind);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  return copy(to, 0, from, 0, bytes, 1, kind, stream);
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  return copy(to, 0, from, 0, bytes, 1, kind);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  const cudaError_t error = legacy_refused_by_capture();
+  return error ? error : cudaMemcpyAsync(to, from, bytes, kind, cudaStreamLegacy);
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
+                              cudaMemcpyKind kind, cudaStream_t stream) {
+  return copy(to, to_pitch, from, from_pitch, width, rows, kind, stream);
 }
 cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
                          cudaMemcpyKind kind) {
-  return copy(to, to_pitch, from, from_pitch, width, rows, kind);
+  const cudaError_t error = legacy_refused_by_capture();
+  return error ? error : cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, rows, kind, cudaStreamLegacy);
 }
-cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
-                              cudaMemcpyKind kind, cudaStream_t) {
-  return copy(to, to_pitch, from, from_pitch, width, rows, kind);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  return fill(to, 0, value, bytes, 1, stream);
 }
-cudaError_t cudaMemset(void* to, int value, size_t bytes) { return fill(to, 0, value, bytes, 1); }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return fill(to, 0, value, bytes, 1); }
+cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  const cudaError_t error = legacy_refused_by_capture();
+  return error ? error : cudaMemsetAsync(to, value, bytes, cudaStreamLegacy);
+}
+cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t rows, cudaStream_t stream) {
+  return fill(to, pitch, value, width, rows, stream);
+}
 cudaError_t cudaMemset2D(void* to, size_t pitch, int value, size_t width, size_t rows) {
-  return fill(to, pitch, value, width, rows);
-}
-cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t rows, cudaStream_t) {
-  return fill(to, pitch, value, width, rows);
+  const cudaError_t error = legacy_refused_by_capture();
+  return error ? error : cudaMemset2DAsync(to, pitch, value, width, rows, cudaStreamLegacy);
 }
 
-cudaError_t cudaMemcpyToSymbol(const void* host, const void* from, size_t bytes, size_t offset, cudaMemcpyKind) {
+cudaError_t cudaMemcpyToSymbolAsync(const void* host, const void* from, size_t bytes, size_t offset, cudaMemcpyKind,
+                                    cudaStream_t stream) {
   cudaError_t error;
-  if (char* to = symbol(host, offset, bytes, &error)) std::memmove(to, from, bytes);
-  return error;
+  char* to = symbol(host, offset, bytes, &error);
+  if (!to) return error;
+  return enqueue(stream, [=] {
+    std::memmove(to, from, bytes);
+    return finish(cudaSuccess);
+  });
 }
-cudaError_t cudaMemcpyToSymbolAsync(const void* host, const void* from, size_t bytes, size_t offset,
-                                    cudaMemcpyKind kind, cudaStream_t) {
-  return cudaMemcpyToSymbol(host, from, bytes, offset, kind);
+cudaError_t cudaMemcpyToSymbol(const void* host, const void* from, size_t bytes, size_t offset, cudaMemcpyKind kind) {
+  const cudaError_t error = legacy_refused_by_capture();
+  return error ? error : cudaMemcpyToSymbolAsync(host, from, bytes, offset, kind, cudaStreamLegacy);
 }
-cudaError_t cudaMemcpyFromSymbol(void* to, const void* host, size_t bytes, size_t offset, cudaMemcpyKind) {
+cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* host, size_t bytes, size_t offset, cudaMemcpyKind,
+                                      cudaStream_t stream) {
   cudaError_t error;
-  if (const char* from = symbol(host, offset, bytes, &error)) std::memmove(to, from, bytes);
-  return error;
+  const char* from = symbol(host, offset, bytes, &error);
+  if (!from) return error;
+  return enqueue(stream, [=] {
+    std::memmove(to, from, bytes);
+    return finish(cudaSuccess);
+  });
 }
-cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* host, size_t bytes, size_t offset, cudaMemcpyKind kind,
-                                      cudaStream_t) {
-  return cudaMemcpyFromSymbol(to, host, bytes, offset, kind);
+cudaError_t cudaMemcpyFromSymbol(void* to, const void* host, size_t bytes, size_t offset, cudaMemcpyKind kind) {
+  const cudaError_t error = legacy_refused_by_capture();
+  return error ? error : cudaMemcpyFromSymbolAsync(to, host, bytes, offset, kind, cudaStreamLegacy);
 }
 cudaError_t cudaGetSymbolAddress(void** address, const void* host) {
   int64_t bytes;

@@ -26,7 +26,6 @@ ACCEPT(cudaProfilerStop)
 ACCEPT(cudaSetDeviceFlags)
 ACCEPT(cudaStreamAttachMemAsync)
 ACCEPT(cudaStreamSetAttribute)
-ACCEPT(cudaThreadExchangeStreamCaptureMode)
 
 // Textures, surfaces and arrays; the description of a texel is a value.
 extern "C" cudaChannelFormatDesc cudaCreateChannelDesc(int x, int y, int z, int w, cudaChannelFormatKind kind) {
@@ -56,19 +55,11 @@ REFUSE(cudaMemcpy3DAsync)
 REFUSE(cudaMemset3D)
 REFUSE(cudaMemset3DAsync)
 
-// Graphs and capture.
-REFUSE(cudaStreamBeginCapture)
+// Graphs other than by capture, and capture with --default-stream=per-thread.
 REFUSE(cudaStreamBeginCapture_ptsz)
-REFUSE(cudaStreamEndCapture)
 REFUSE(cudaStreamEndCapture_ptsz)
 REFUSE(cudaGraphCreate)
-REFUSE(cudaGraphDestroy)
-REFUSE(cudaGraphInstantiate)
-REFUSE(cudaGraphInstantiateWithFlags)
-REFUSE(cudaGraphLaunch)
 REFUSE(cudaGraphLaunch_ptsz)
-REFUSE(cudaGraphUpload)
-REFUSE(cudaGraphExecDestroy)
 REFUSE(cudaGraphExecUpdate)
 REFUSE(cudaGraphGetNodes)
 REFUSE(cudaGraphAddKernelNode)

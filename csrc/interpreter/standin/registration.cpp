@@ -38,8 +38,21 @@ fpi_launch_config config_of(dim3 grid, dim3 block, size_t shared) {
 
 namespace forwardpass::standin {
 
-cudaError_t launch(const void* host, const fpi_launch_config& config, void** args) {
-  return finish(fpi_launch(host, &config, args));
+cudaError_t launch(const void* host, const fpi_launch_config& config, void** args, cudaStream_t stream) {
+  if (!fpi_capturing()) return finish(fpi_launch(host, &config, args));
+  fpi_kernel_properties p;
+  if (const int error = fpi_kernel(host, &p)) return finish(error);
+  std::vector<std::vector<char>> kept;  // the arguments' values of now
+  for (int i = 0; i < p.parameters; ++i) {
+    int64_t bytes;
+    if (const int error = fpi_kernel_parameter(host, i, &bytes)) return finish(error);
+    kept.emplace_back(static_cast<char*>(args[i]), static_cast<char*>(args[i]) + bytes);
+  }
+  return keep_or_do(stream, [=]() mutable {
+    std::vector<void*> pointers;
+    for (auto& k : kept) pointers.push_back(k.data());
+    return finish(fpi_launch(host, &config, pointers.data()));
+  });
 }
 
 cudaError_t read_config(const cudaLaunchConfig_t& from, fpi_launch_config& to) {
@@ -122,22 +135,23 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   return cudaSuccess;
 }
 cudaError_t cudaGetKernel(cudaKernel_t* kernel, const void* host) { return __cudaGetKernel(kernel, host); }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
-  return launch(kernel, config_of(grid, block, shared), args);
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared,
+                               cudaStream_t stream) {
+  return launch(kernel, config_of(grid, block, shared), args, stream);
 }
-cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
-  return launch(host, config_of(grid, block, shared), args);
+cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t stream) {
+  return launch(host, config_of(grid, block, shared), args, stream);
 }
 cudaError_t cudaLaunchCooperativeKernel(const void* host, dim3 grid, dim3 block, void** args, size_t shared,
-                                        cudaStream_t) {
+                                        cudaStream_t stream) {
   fpi_launch_config config = config_of(grid, block, shared);
   config.cooperative = 1;
-  return launch(host, config, args);
+  return launch(host, config, args, stream);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* from, const void* host, void** args) {
   fpi_launch_config config;
   const cudaError_t error = read_config(*from, config);
-  return error ? error : launch(host, config, args);
+  return error ? error : launch(host, config, args, from->stream);
 }
 
 }  // extern "C"

@@ -3,6 +3,8 @@
 // has the real ones in the global scope. What cudart has and these files have not is a link error that names it.
 #include <cuda_runtime.h>
 
+#include <functional>
+
 #include "interpreter/interpreter.h"
 
 // The same function under the name that --default-stream=per-thread gives it.
@@ -18,7 +20,19 @@ extern bool errors_stick;
 // Says on stderr what is not supported; cudaErrorNotSupported.
 cudaError_t unsupported(const char* what);
 
-cudaError_t launch(const void* host, const fpi_launch_config&, void** args);
+// What is put into a stream: done at once, or kept for a graph where the stream is captured.
+using Work = std::function<cudaError_t()>;
+cudaError_t keep_or_do(cudaStream_t, Work);
+template <class F>
+cudaError_t enqueue(cudaStream_t stream, F work) {
+  return fpi_capturing() ? keep_or_do(stream, work) : work();
+}
+// The error with which a capture that is under way refuses a call, and ends; cudaSuccess. Calls that allocate, free or
+// may wait; those that do so in the legacy stream; those that wait for a stream, or for all of the device.
+cudaError_t refused_by_capture();
+cudaError_t legacy_refused_by_capture();
+
+cudaError_t launch(const void* host, const fpi_launch_config&, void** args, cudaStream_t);
 // Grid, block, cluster and the rest of a cudaLaunchConfig_t.
 cudaError_t read_config(const cudaLaunchConfig_t&, fpi_launch_config&);
 

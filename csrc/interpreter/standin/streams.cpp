@@ -1,5 +1,6 @@
-// Streams and events: whatever is put into a stream is done at once, so that waiting for one is nothing, and an event's
-// time is the host's clock when it was recorded.
+// Streams, events and graphs: whatever is put into a stream is done at once, so that waiting for one is nothing, and an
+// event's time is the host's clock when it was recorded. What is put into a stream that is captured is done, in the
+// same order, when the graph is launched; one stream is captured, none that waits for its events.
 #include <chrono>
 
 #include "standin.h"
@@ -15,7 +16,43 @@ struct CUevent_st {
   unsigned flags;
   bool recorded = false;
   Clock::time_point time = {};
+  cudaStream_t captured_in = nullptr;  // recorded last while this one was captured
 };
+
+namespace {
+
+bool is_captured(cudaStream_t stream) {
+  int status = cudaStreamCaptureStatusNone;
+  return fpi_capturing() && !fpi_capture_status(stream, &status) && status != cudaStreamCaptureStatusNone;
+}
+
+// Of calls that ask for an event: an error where it is none, or is one in a graph.
+cudaError_t check(cudaEvent_t event) {
+  if (!event) return finish(cudaErrorInvalidResourceHandle);
+  if (!event->captured_in) return finish(cudaSuccess);
+  fpi_capture_refuses(fpi_waits_for_stream, event->captured_in);
+  return finish(cudaErrorCapturedEvent);
+}
+
+}  // namespace
+
+namespace forwardpass::standin {
+
+cudaError_t keep_or_do(cudaStream_t stream, Work work) {
+  const fpi_work owned{[](void* w) { return static_cast<int>((*static_cast<Work*>(w))()); },
+                       [](void* w) { delete static_cast<Work*>(w); }, new Work(work)};
+  int kept = 0;
+  if (const int error = fpi_capture_keep(stream, &owned, &kept)) return finish(error);
+  return kept ? finish(cudaSuccess) : work();
+}
+
+cudaError_t refused_by_capture() { return finish(fpi_capture_refuses(fpi_unsafe, nullptr)); }
+cudaError_t legacy_refused_by_capture() {
+  const int implicit = fpi_capture_refuses(fpi_waits_for_stream, cudaStreamLegacy);
+  return implicit ? finish(implicit) : refused_by_capture();
+}
+
+}  // namespace forwardpass::standin
 
 extern "C" {
 
@@ -35,9 +72,18 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return finish(cudaSuccess);
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return finish(cudaSuccess); }
-cudaError_t cudaStreamQuery(cudaStream_t) { return finish(cudaSuccess); }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return finish(cudaSuccess); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return finish(fpi_capture_refuses(fpi_waits_for_stream, stream));
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) { return finish(fpi_capture_refuses(fpi_waits_for_stream, stream)); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (!event) return finish(cudaErrorInvalidResourceHandle);
+  if (event->captured_in && event->captured_in != stream) {
+    fpi_capture_refuses(fpi_waits_for_stream, event->captured_in);
+    return unsupported("a capture of more than one stream");
+  }
+  return finish(event->recorded ? fpi_capture_refuses(fpi_waits_for_event, stream) : cudaSuccess);
+}
 cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
   *flags = stream > cudaStreamPerThread ? stream->flags : cudaStreamDefault;
   return finish(cudaSuccess);
@@ -46,8 +92,43 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
   *priority = stream > cudaStreamPerThread ? stream->priority : 0;
   return finish(cudaSuccess);
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  int value = 0;
+  const int error = fpi_capture_status(stream, &value);
+  *status = static_cast<cudaStreamCaptureStatus>(value);
+  return finish(error);
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+  const bool blocking = stream <= cudaStreamPerThread || !(stream->flags & cudaStreamNonBlocking);
+  return finish(fpi_capture_begin(stream, mode, blocking));
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  return finish(fpi_capture_end(stream, reinterpret_cast<void**>(graph)));
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  *mode = static_cast<cudaStreamCaptureMode>(fpi_capture_mode(*mode));
+  return finish(cudaSuccess);
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  *executable = nullptr;
+  if (!graph) return finish(cudaErrorInvalidValue);
+  *executable = static_cast<cudaGraphExec_t>(fpi_graph_copy(graph));
+  return finish(cudaSuccess);
+}
+cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
+  return finish(executable ? cudaSuccess : cudaErrorInvalidValue);
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  if (!executable) return finish(cudaErrorInvalidValue);
+  if (is_captured(stream)) return unsupported("a graph within a graph");
+  return enqueue(stream, [=] { return finish(fpi_graph_launch(executable)); });
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  fpi_graph_release(graph);
+  return finish(cudaSuccess);
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  fpi_graph_release(executable);
   return finish(cudaSuccess);
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
@@ -55,11 +136,14 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *greatest = -5;
   return finish(cudaSuccess);
 }
-cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) {
-  function(data);
-  return finish(cudaSuccess);
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  return enqueue(stream, [=] {
+    function(data);
+    return finish(cudaSuccess);
+  });
 }
 cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void* data, unsigned) {
+  if (const int error = fpi_capture_refuses(fpi_waits_for_stream, stream)) return finish(error);
   function(stream, cudaSuccess, data);
   return finish(cudaSuccess);
 }
@@ -74,9 +158,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return finish(cudaSuccess);
 }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t, unsigned) {
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
   if (!event) return finish(cudaErrorInvalidResourceHandle);
-  event->recorded = true;
+  event->captured_in = is_captured(stream) ? stream : nullptr;
+  event->recorded = !event->captured_in;
   event->time = Clock::now();
   return finish(cudaSuccess);
 }
@@ -84,21 +169,28 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaEventRecordWithFlags(event, stream, 0);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return finish(event ? cudaSuccess : cudaErrorInvalidResourceHandle);
+  const cudaError_t error = check(event);
+  return error ? error : refused_by_capture();
 }
-cudaError_t cudaEventQuery(cudaEvent_t event) { return finish(event ? cudaSuccess : cudaErrorInvalidResourceHandle); }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const cudaError_t error = check(event);
+  return error ? error : refused_by_capture();
+}
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  for (const cudaEvent_t event : {start, end})
+  for (const cudaEvent_t event : {start, end}) {
+    if (event && event->captured_in) return check(event);
     if (!event || !event->recorded || (event->flags & cudaEventDisableTiming))
       return finish(cudaErrorInvalidResourceHandle);
+  }
   *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
   return finish(cudaSuccess);
 }
 
-cudaError_t cudaDeviceSynchronize() { return finish(cudaSuccess); }
+cudaError_t cudaDeviceSynchronize() { return finish(fpi_capture_refuses(fpi_waits_for_device, nullptr)); }
 
 }  // extern "C"
 
+ALSO(cudaGraphInstantiate, cudaGraphInstantiateWithFlags);
 ALSO(cudaStreamSynchronize_ptsz, cudaStreamSynchronize);
 ALSO(cudaStreamQuery_ptsz, cudaStreamQuery);
 ALSO(cudaStreamWaitEvent_ptsz, cudaStreamWaitEvent);

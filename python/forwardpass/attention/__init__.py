@@ -65,8 +65,10 @@ def attention(
         alibi_slopes: float32 [H] or [B, H].
         sinks: float32 or q's dtype [H]: a logit more in each row's softmax, whose value is 0; neither scaled nor capped.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1]: sequences one behind the other in place of a batch, the b-th from
-            cu_seqlens[b] to cu_seqlens[b + 1], which rise from 0 to Tq and Tk and are never looked at on the host of a GPU.
-            q is then [Tq, H, D], k [Tk, Hk, D] and v [Tk, Hk, Dv]; Sq and Sk are each sequence's own; no mask.
+            cu_seqlens[b] to cu_seqlens[b + 1], which rise from 0 to Tq and Tk. q is then [Tq, H, D], k [Tk, Hk, D] and v
+            [Tk, Hk, Dv]; Sq and Sk are each sequence's own; no mask. On a GPU no host looks at them, as that would wait for
+            it: kernels take of each sequence what lies within the tensors. Rows of no sequence are then not written, and where
+            cu_seqlens_q falls all are unspecified.
         batch_invariant: a row's bits do not depend on what else is in the batch.
 
     Returns:
@@ -74,7 +76,7 @@ def attention(
         a NaN or an infinity in a key or value that is masked may do so too (0 * NaN is NaN), but not from another sequence.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError, ValueError: what was required, what was given, what to do; on a CPU also for cu_seqlens that do not rise so.
         Unsupported: a backend asked for by name cannot run these arguments. Kernels for GPUs take float16 and bfloat16, with
             D = Dv a multiple of 8 from 32 to 256, or D = 192 and Dv = 128.
     """

@@ -227,11 +227,15 @@ def cases() -> Iterator[Case]:
     # more tiles than a GPU has multiprocessors: a block of some kernels computes one after the other
     yield Case((5, 300), heads=(4, 2), batch=50, causal=True, lse=True)
     yield Case((30, 40), (128, 128), torch.bfloat16, heads=(48, 2), packed=True, lse=True)
+    # groups of heads that are no power of two, and of an odd number
+    yield Case((5, 70), heads=(12, 4), causal=True, lse=True)
+    yield Case((9, 130), (128, 128), torch.bfloat16, batch=1, heads=(28, 4), causal=True)
+    yield Case((9, 70), (64, 64), torch.float32, batch=1, heads=(28, 4), causal=True)
     factors = {
         "sizes": SIZES,
         "dims": DIMS,
         "dtype": (torch.float16, torch.bfloat16),
-        "heads": ((2, 2), (3, 1), (4, 2)),
+        "heads": ((2, 2), (3, 1), (4, 2), (6, 2)),
         "masked": (*MASKS, "packed"),  # a mask and packed sequences do not go together
         "window": ((None, None), (70, None), (None, 50), (9, 70), (0, 0)),
         "causal": (False, True),

@@ -84,7 +84,15 @@ def find_sequence(cu_seqlens_q_ptr, tile, sequences, M: tl.constexpr):
         at = first + tl.arange(0, 128)
         begin = tl.load(cu_seqlens_q_ptr + at, mask=at < sequences, other=0)
         b += tl.sum(((begin // M + at <= tile) & (at < sequences)).to(tl.int32))
-    return b
+    return tl.maximum(b, 0)
+
+
+@triton.jit
+def sequence_rows(cu_seqlens_ptr, sequence, total):
+    """Where a sequence begins, and how many of all rows it has. Nobody has looked at cu_seqlens on the host: whatever they say,
+    what is read and written lies within the tensors."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), total)
+    return first, tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), first), total) - first
 
 
 @triton.jit
@@ -220,16 +228,15 @@ def attention_kernel(
     all_rows = rows
     if packed:
         sequence = find_sequence(cu_seqlens_q_ptr, tile, batch, M)
-        q_origin, k_origin = tl.load(cu_seqlens_q_ptr + sequence), tl.load(cu_seqlens_k_ptr + sequence)
-        rows = tl.load(cu_seqlens_q_ptr + sequence + 1) - q_origin
-        keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_origin
+        q_origin, rows = sequence_rows(cu_seqlens_q_ptr, sequence, rows)
+        k_origin, keys = sequence_rows(cu_seqlens_k_ptr, sequence, keys)
         tile -= q_origin // M + sequence
     else:
         q_origin, k_origin = 0, 0
         sequence = tile // tiles
         tile = tile % tiles
     first_row = (tl.cdiv(rows, M) - 1 - tile) * M  # last rows first: of causal ones they have the most keys
-    if first_row < 0:
+    if first_row < 0 or tile < 0:
         return
 
     row = first_row + tl.arange(0, M)
@@ -334,15 +341,15 @@ def run(
     """Fills out, and lse where there is one. Batch invariant it always is."""
     if not out.numel():
         return
-    if not k.numel():
+    packed = cu_seqlens_q is not None
+    batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
+    if not k.numel() or not batch:
         out.zero_()
         if lse is not None:
             lse.copy_(sinks.unsqueeze(1)) if sinks is not None else lse.fill_(-torch.inf)
         return
     *_, heads, dim = q.shape
     rows, keys, kv_heads, value_dim = q.shape[-3], *v.shape[-3:]
-    packed = cu_seqlens_q is not None
-    batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
     dims = bucket(dim, value_dim)
     assert dims  # else why_not has refused
     # stand for what is not there

@@ -33,7 +33,8 @@ def dequant_activation(
             gate and 8 up (`interleave_gate_up`), N a multiple of 16, and the result has N / 2 columns.
         out_dtype: float32, float16, bfloat16; or int8 (-127..127) or float8_e4m3fn, with out_scale.
         out_scale: float32, one element or one an output column: what a step of the 8-bit output stands for.
-        a_zero_point: int32, one element or one a row; with int32 accumulators.
+        a_zero_point: int32, one element or one a row; with int32 accumulators. From -128 to 127, as those of `quantize` are, or
+            any for which acc - a_zero_point * b_sum is within int32.
         b_sum: int32 [N], the row sums of b [N, K]; goes with a_zero_point.
 
     Returns:

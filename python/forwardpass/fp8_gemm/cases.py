@@ -158,6 +158,8 @@ def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Te
 def cases() -> Iterator[Case]:
     """Every pair of sizes and options, and no rows at all."""
     yield from (Case(0, 33, 130, blocks=blocks, quantized=blocks) for blocks in (False, True))
+    # several rows of b's blocks, the last of each row not whole: of a few rows, and of many
+    yield from (Case(m, 272, 515, blocks=True) for m in (2, 20))
     epilogue = epilogue_factors(zero_points=(None,))
     scales = [(a, b, False) for a, b in itertools.product(epilogue.pop("a_scale"), epilogue.pop("b_scale"))]
     factors = {

@@ -10,8 +10,9 @@ from ..epilogue import check_epilogue, fake_gemm
 from ..quantized_rows import check_8bit, check_rows, check_weight, copy_notes
 from . import reference
 
-#: Beyond these depths the sum of K products of int8 could pass 2^31: without and with a zero point.
-MAX_K, MAX_K_ZERO_POINT = 131072, 65536
+#: Beyond these depths a sum of K products could pass 2^31 - 1: without and with a zero point. 131072 products of -128 and -128
+#: are 2^31, one too many; of an int8 less an int8 zero point, at most 255 in size, and -128 there may be 65793.
+MAX_K, MAX_K_ZERO_POINT = 131071, 65536
 
 
 def int8_gemm(
@@ -30,7 +31,7 @@ def int8_gemm(
     """`activation((a - a_zero_point) @ b.T * a_scale * b_scale + bias)`; int32 accumulators exact, epilogue as below.
 
     Args:
-        a: int8 [..., K], last stride 1, any row stride. K <= 131072, with a_zero_point <= 65536.
+        a: int8 [..., K], last stride 1, any row stride. K <= 131071, with a_zero_point <= 65536.
         b: int8 [N, K], as nn.Linear's weight.
         a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point: as in `dequant_activation`; gated activations
             want the rows of b, b_scale, bias and b_sum interleaved by `interleave_gate_up`.

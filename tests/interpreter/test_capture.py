@@ -1,0 +1,110 @@
+"""Every CUDA operation in a CUDA graph: what its launch code does a capture allows, and a replay computes from what its
+arguments then hold. What a capture refuses is in programs/capture.cu."""
+
+import contextlib
+import ctypes
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import backend
+from forwardpass.activation_quantize import cases as activation_quantize
+from forwardpass.attention import cases as attention
+from forwardpass.dequant_activation import cases as dequant_activation
+from forwardpass.fp8_gemm import cases as fp8_gemm
+from forwardpass.fp8_linear import cases as fp8_linear
+from forwardpass.int8_gemm import cases as int8_gemm
+from forwardpass.int8_linear import cases as int8_linear
+from forwardpass.interpreter import core
+from forwardpass.interpreter.storage import add_function
+from forwardpass.norm_quantize import cases as norm_quantize
+from forwardpass.quantize import cases as quantize
+from forwardpass.testing import assert_equal
+from forwardpass.w8a16_gemm import cases as w8a16_gemm
+
+pytestmark = pytest.mark.interpreted
+
+STREAM = 2  # cudaStreamPerThread, where csrc/library.h puts interpreted launches
+GATED = dequant_activation.EpilogueCase(activation="silu_mul")
+#: with a workspace: a split depth, operands that are quantised or padded on the way
+CASES = [
+    ("quantize", quantize.Case((5, 130), torch.float16, symmetric=False)),
+    ("norm_quantize", norm_quantize.Case((5, 130), torch.float16)),
+    ("norm_quantize", norm_quantize.Case((5, 130), torch.float16, residual=True)),
+    ("activation_quantize", activation_quantize.Case((5, 256), "silu_mul", "halves", torch.bfloat16)),
+    ("dequant_activation", dequant_activation.Case((5, 64), epilogue=GATED)),
+    ("int8_gemm", int8_gemm.Case(2, 33, 4100, layouts=("apart", "apart"))),
+    ("int8_gemm", int8_gemm.Case(70, 64, 1030)),
+    ("int8_linear", int8_linear.Case((5,), 33, 130, symmetric=False)),
+    ("w8a16_gemm", w8a16_gemm.Case((20,), 48, 600)),
+    ("fp8_gemm", fp8_gemm.Case(20, 48, 600)),
+    ("fp8_gemm", fp8_gemm.Case(20, 256, 300, quantized=True)),
+    ("fp8_linear", fp8_linear.Case((5,), 33, 130)),
+    ("attention", attention.Case((40, 70), causal=True)),
+    ("attention", attention.Case((40, 70), causal=True, sinks="float32", lse=True, packed=True)),
+]
+
+
+@contextlib.contextmanager
+def allocations_stay():
+    """As in the memory pool of a torch.cuda.graph."""
+    torch.ops.forwardpass._set_storage_hook(add_function())
+    torch.ops.forwardpass._keep_storage(True)
+    try:
+        yield
+    finally:
+        torch.ops.forwardpass._keep_storage(False)
+        torch.ops.forwardpass._set_storage_hook(0)
+
+
+def captured(call):
+    """What `call` returns, and its graph."""
+    api, graph = core.load(), ctypes.c_void_p()
+    assert api.fpi_capture_begin(STREAM, 0, 1) == 0
+    try:
+        got = call()
+    finally:
+        error = api.fpi_capture_end(STREAM, ctypes.byref(graph))
+    assert error == 0
+    return got, graph
+
+
+def tensors(values):
+    return [t for t in (values if isinstance(values, tuple) else (values,)) if isinstance(t, torch.Tensor)]
+
+
+def bits(t):
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def test_replay_is_a_call(name, case, arch):
+    operation = backend.operations[getattr(case, "op", name)]
+    args, others = case.arguments(seed=0), case.arguments(seed=1)
+    run = operation.runs["cuda"]
+    with fp.interpret(arch) as device:
+        if operation.why_not("cuda", *args):
+            pytest.skip("this GPU has no such kernel")
+        with device.running() as scope, allocations_stay():
+            for t in tensors((*args, *others)):
+                scope.add_tensor(t, "argument", read_only=True)
+            values = [[bits(t).clone() for t in tensors(a)] for a in (args, others)]
+            expected = [tensors(run(*a)) for a in (args, others)]
+            launched = core.counters()["launches"]
+            got, graph = captured(lambda: run(*args))
+            assert core.counters()["launches"] == launched  # nothing has run
+            for n in (1, 0, 1):
+                for to, value in zip(tensors(args), values[n], strict=True):
+                    bits(to).copy_(value)
+                assert core.load().fpi_graph_launch(graph) == 0
+                for a, b in zip(tensors(got), expected[n], strict=True):
+                    assert_equal(a, b)
+            core.load().fpi_graph_release(graph)
+    assert device.findings == []
+
+
+def test_every_operation_is_captured():
+    with_kernels = {name for name, op in backend.operations.items() if "cuda" in op.compiled}
+    assert {getattr(case, "op", name) for name, case in CASES} == with_kernels | {"attention", "attention_with_lse"}
