@@ -7,8 +7,8 @@ FORWARDPASS_BUILD_CUDA    auto (default): CUDA kernels where there is an nvcc; 1
 FORWARDPASS_BUILD_STRICT  1: a warning fails the build, and so does a spill; 0 (default): it is printed
 TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a"; every entry's PTX is there, with or without "+PTX"; 9.0 means 9.0a too.
                           What the kernels or this nvcc cannot be built for is left out, and named
-CXX                       default g++; g++ or clang++, arguments may follow ("ccache g++"). It compiles nvcc's host code too,
-                          unless NVCC_CCBIN or CUDAHOSTCXX names another
+CXX                       default g++; g++ >= 12 or clang++ >= 14, arguments may follow ("ccache g++"). It compiles nvcc's
+                          host code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
 CUDA_HOME, MAX_JOBS       as everywhere
 
 The machine that CXX compiles for decides what is built: the interpreter for x86-64 only, the rest for any. To compile for
@@ -53,7 +53,9 @@ def torch_folder():
     if folder := os.environ.get("FORWARDPASS_BUILD_TORCH"):
         return pathlib.Path(folder).resolve()
     spec = importlib.util.find_spec("torch")
-    return pathlib.Path(spec.submodule_search_locations[0]).resolve() if spec and spec.submodule_search_locations else None
+    return (
+        pathlib.Path(spec.submodule_search_locations[0]).resolve() if spec and spec.submodule_search_locations else None
+    )
 
 
 def torch_says(name):
@@ -123,6 +125,13 @@ def cxx():
         sys.exit(f"forwardpass: CXX={shlex.join(command)!r} does not answer -dumpmachine: set it to g++ or clang++")
     if "linux" not in system:
         sys.exit(f"forwardpass: it is for Linux only, and {shlex.join(command)} compiles for {asked.stdout.strip()}")
+    macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True).stdout
+    major = {name: int(n) for name, n in re.findall(r"^#define (__GNUC__|__clang_major__) (\d+)$", macros, re.M)}
+    name, least = ("clang++", 14) if "__clang_major__" in major else ("g++", 12)
+    found = major.get("__clang_major__", major.get("__GNUC__", 0))
+    if found < least:
+        sys.exit(f"forwardpass: the CPU kernels need g++ 12 or clang++ 14, and {shlex.join(command)} is {name} {found}: "
+                 f"install one (g++-12) and set CXX to it")  # fmt: skip
     return command, machine
 
 
@@ -369,7 +378,9 @@ class Build(build_ext):
         if no_cuda and WANT_CUDA == "1":
             sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {no_cuda}")
         if WANT_HOST and cxx()[1] != platform.machine():
-            sys.exit(f"forwardpass: FORWARDPASS_BUILD_INTERPRETER=1 is for this Python, and CXX compiles for {cxx()[1]}")
+            sys.exit(
+                f"forwardpass: FORWARDPASS_BUILD_INTERPRETER=1 is for this Python, and CXX compiles for {cxx()[1]}"
+            )
         for folder in (out, obj):
             folder.mkdir(parents=True, exist_ok=True)
         # pip builds in the tree: what an earlier build has made would be shipped
