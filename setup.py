@@ -7,8 +7,8 @@ FORWARDPASS_BUILD_CUDA    auto (default): CUDA kernels where there is an nvcc; 1
 FORWARDPASS_BUILD_STRICT  1: a warning fails the build, and so does a spill; 0 (default): it is printed
 TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a"; every entry's PTX is there, with or without "+PTX"; 9.0 means 9.0a too.
                           What the kernels or this nvcc cannot be built for is left out, and named
-CXX                       default g++; g++ >= 12 or clang++ >= 14, arguments may follow ("ccache g++"). It compiles nvcc's
-                          host code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
+CXX                       default g++; a g++ >= 12, no clang++; arguments may follow ("ccache g++"). It compiles nvcc's host
+                          code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
 CUDA_HOME, MAX_JOBS       as everywhere
 
 The machine that CXX compiles for decides what is built: the interpreter for x86-64 only, the rest for any. To compile for
@@ -119,19 +119,19 @@ def cxx():
     try:
         asked = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True)
     except OSError:
-        sys.exit(f"forwardpass: there is no C++ compiler {command[0]!r}: install g++, or set CXX to one (g++, clang++)")
+        sys.exit(f"forwardpass: there is no C++ compiler {command[0]!r}: install g++, or set CXX to one")
     machine, _, system = asked.stdout.strip().partition("-")
     if asked.returncode or not system:
-        sys.exit(f"forwardpass: CXX={shlex.join(command)!r} does not answer -dumpmachine: set it to g++ or clang++")
+        sys.exit(f"forwardpass: CXX={shlex.join(command)!r} does not answer -dumpmachine "
+                 f"({asked.stderr.strip() or asked.returncode}): set it to a g++")  # fmt: skip
     if "linux" not in system:
         sys.exit(f"forwardpass: it is for Linux only, and {shlex.join(command)} compiles for {asked.stdout.strip()}")
     macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True).stdout
-    major = {name: int(n) for name, n in re.findall(r"^#define (__GNUC__|__clang_major__) (\d+)$", macros, re.M)}
-    name, least = ("clang++", 14) if "__clang_major__" in major else ("g++", 12)
-    found = major.get("__clang_major__", major.get("__GNUC__", 0))
-    if found < least:
-        sys.exit(f"forwardpass: the CPU kernels need g++ 12 or clang++ 14, and {shlex.join(command)} is {name} {found}: "
-                 f"install one (g++-12) and set CXX to it")  # fmt: skip
+    name = "clang++" if "#define __clang__ " in macros else "g++"  # which says that it is g++ 4, too
+    version = re.search(rf"^#define {'__clang_major__' if name == 'clang++' else '__GNUC__'} (\d+)$", macros, re.M)
+    if name == "clang++" or not version or int(version[1]) < 12:
+        sys.exit(f"forwardpass: the CPU kernels and the interpreter need g++ 12 or later, and {shlex.join(command)} is {name} "
+                 f"{version[1] if version else 'of no version'}: set CXX to another (g++-12, say)")  # fmt: skip
     return command, machine
 
 

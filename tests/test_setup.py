@@ -2,7 +2,9 @@
 
 import pathlib
 import platform
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -172,7 +174,9 @@ def test_the_host_compiler_of_nvcc(setup_py, tmp_path, variables, host):
     [
         ("case $1 in -dumpmachine) echo arm64-apple-darwin24.1.0;; esac", "for Linux only, .* for arm64-apple-darwin"),
         ("exit 1", "does not answer -dumpmachine"),
-        ("case $1 in -dumpmachine) echo x86_64-linux-gnu;; *) echo '#define __GNUC__ 11';; esac", r"is g\+\+ 11: install one"),
+        ("case $1 in -dumpmachine) echo x86_64-linux-gnu;; *) echo '#define __GNUC__ 11';; esac", r"is g\+\+ 11: set CXX"),
+        ("case $1 in -dumpmachine) echo x86_64-pc-linux-gnu;; *) printf '#define __GNUC__ 4\\n#define __clang__ 1\\n"
+         "#define __clang_major__ 19\\n';; esac", r"need g\+\+ 12 or later, .* is clang\+\+ 19"),
         (None, r"there is no C\+\+ compiler"),
     ],
 )  # fmt: skip
@@ -237,3 +241,13 @@ def test_an_installation_without_the_interpreter_says_why(monkeypatch, tmp_path)
     why = "built for aarch64, and the interpreter needs an x86-64 CPU with AVX2"
     monkeypatch.setitem(fp.library.build_info, "interpreter_skipped", why)
     assert why in core.why_not.__wrapped__().text
+
+
+def test_the_libraries_need_no_glibc_after_2_34():
+    """That of Red Hat 9 and Ubuntu 22.04: the wheel's tag is made from these (atoi binds to 2.38 where there is one)."""
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf")
+    for library in fp.library.FOLDER.glob("_*.so"):
+        said = subprocess.run(["readelf", "-W", "-V", library], capture_output=True, text=True, check=True).stdout
+        needed = [int(minor) for minor in re.findall(r"Name: GLIBC_2\.(\d+)", said)]
+        assert needed and max(needed) <= 34, library.name
