@@ -1,11 +1,20 @@
-"""Builds forwardpass: g++ for the torch side and the CPU kernels, nvcc for the CUDA kernels, ninja to drive both.
+"""Builds forwardpass: a C++ compiler for the torch side and the CPU kernels, nvcc for the CUDA kernels, ninja to drive both.
 
 No GPU is needed, and any torch >= 2.11 serves (CPU or CUDA). torch's CUDAExtension is not used: it wants a CUDA torch
 and guesses CUDA_HOME. Environment:
 
-FORWARDPASS_BUILD_CUDA  auto (default): CUDA kernels where there is an nvcc; 1: required; 0: none, earlier ones removed
-TORCH_CUDA_ARCH_LIST    default "8.0 8.9 9.0a"; every entry's PTX is there, with or without "+PTX"
-CUDA_HOME, MAX_JOBS     as everywhere
+FORWARDPASS_BUILD_CUDA    auto (default): CUDA kernels where there is an nvcc; 1: required; 0: none, earlier ones removed
+FORWARDPASS_BUILD_STRICT  1: a warning fails the build, and so does a spill; 0 (default): it is printed
+TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a"; every entry's PTX is there, with or without "+PTX"; 9.0 means 9.0a too.
+                          What the kernels or this nvcc cannot be built for is left out, and named
+CXX                       default g++; a g++ >= 12, no clang++; arguments may follow ("ccache g++"). It compiles nvcc's host
+                          code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
+CUDA_HOME, MAX_JOBS       as everywhere
+
+The machine that CXX compiles for decides what is built: the interpreter for x86-64 only, the rest for any. To compile for
+another machine, FORWARDPASS_BUILD_TORCH is a torch of that machine, unpacked from its wheel; there are no CUDA kernels then:
+
+    CXX=aarch64-linux-gnu-g++ FORWARDPASS_BUILD_TORCH=unpacked/torch python setup.py bdist_wheel
 """
 
 import functools
@@ -14,6 +23,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import platform
 import re
 import shlex
 import shutil
@@ -22,55 +32,47 @@ import sys
 import sysconfig
 
 ROOT = pathlib.Path(__file__).parent.resolve()
-# setuptools before 77 cannot read this pyproject.toml; for metadata and an sdist it is all that is needed
-NEEDED = {"setuptools": "77", "ninja": "1.10", "torch": "2.11"}
-BUILDING = not {"egg_info", "sdist", "dist_info", "toolchain", "--version", "--help"} & set(sys.argv[1:])
 
 
-def release(text):
-    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+def choice(name, *allowed):
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        sys.exit(f"forwardpass: {name} is {' or '.join(allowed)}, not {value!r}")
+    return value
 
 
-def require_build_tools():
-    """pip's --no-build-isolation checks nothing, and its users see the first ImportError: say all of it at once."""
-    found = {}
-    for name in NEEDED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    bad = {n: v for n, v in found.items() if v is None or release(v) < release(NEEDED[n])}
-    if (BUILDING and bad) or "setuptools" in bad:
-        has = ", ".join(f"{n} {v or 'is missing'}" for n, v in bad.items())
-        fix = " ".join(f"'{n}>={NEEDED[n]}'" for n in bad)
-        sys.exit(f"forwardpass: the build needs {', '.join(f'{n} >= {v}' for n, v in NEEDED.items())}; here {has}. "
-                 f"Run: {sys.executable} -m pip install {fix}")  # fmt: skip
-
-
-if "toolchain" not in sys.argv:  # asked before there is a setuptools
-    require_build_tools()
-
-from setuptools import Extension, setup  # noqa: E402
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
-from setuptools.command.build_ext import build_ext  # noqa: E402
-
-WANT_CUDA = os.environ.get("FORWARDPASS_BUILD_CUDA", "auto")
-if WANT_CUDA not in ("auto", "0", "1"):
-    sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA is auto, 0 or 1, not {WANT_CUDA!r}")
+WANT_CUDA = choice("FORWARDPASS_BUILD_CUDA", "auto", "0", "1")
 # the interpreter's host-only objects in Python (csrc/interpreter/python), which bind the wheel to one Python version
-WANT_HOST = os.environ.get("FORWARDPASS_BUILD_INTERPRETER", "0")
-if WANT_HOST not in ("0", "1"):
-    sys.exit(f"forwardpass: FORWARDPASS_BUILD_INTERPRETER is 0 or 1, not {WANT_HOST!r}")
+WANT_HOST = choice("FORWARDPASS_BUILD_INTERPRETER", "0", "1") == "1"
+STRICT = choice("FORWARDPASS_BUILD_STRICT", "0", "1") == "1"
+
+
+@functools.cache
+def torch_folder():
+    """That of the torch to compile against, which need not be importable; None where there is none."""
+    if folder := os.environ.get("FORWARDPASS_BUILD_TORCH"):
+        return pathlib.Path(folder).resolve()
+    spec = importlib.util.find_spec("torch")
+    return (
+        pathlib.Path(spec.submodule_search_locations[0]).resolve() if spec and spec.submodule_search_locations else None
+    )
+
+
+def torch_says(name):
+    """A string of torch/version.py, None where there is none of it."""
+    if torch_folder() is None:
+        return None
+    path = torch_folder() / "version.py"
+    if not path.exists():
+        sys.exit(f"forwardpass: {torch_folder()} is no torch folder, there is no version.py in it")
+    found = re.search(rf"^{name}(?:: .*)? = '(.*)'", path.read_text(), re.M)
+    return found[1] if found else None
 
 
 def torch_cuda_major():
     """The CUDA major of the torch we build beside, None for a CPU torch: its driver must be able to run our kernels."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    text = pathlib.Path(spec.submodule_search_locations[0], "version.py").read_text()
-    cuda = re.search(r"^cuda(?:: .*)? = '(\d+)", text, re.M)
-    return int(cuda[1]) if cuda else None
+    cuda = torch_says("cuda")
+    return int(cuda.split(".")[0]) if cuda else None
 
 
 # nvcc with everything that it calls, no more; the cu12 names are those of CUDA 12
@@ -79,7 +81,13 @@ TOOLCHAINS = {
          "nvidia-nvvm==13.0.88", "nvidia-cuda-cccl==13.0.85"],
     12: ["nvidia-cuda-nvcc-cu12>=12.8,<13", "nvidia-cuda-runtime-cu12>=12.8,<13", "nvidia-cuda-cccl-cu12>=12.8,<13"],
 }  # fmt: skip
-TOOLCHAIN = TOOLCHAINS.get(torch_cuda_major() or 13, TOOLCHAINS[13])
+
+
+def toolchain():
+    """The packages of PyPI that make an nvcc, none where there is one or where none is wanted."""
+    if WANT_CUDA == "0" or sys.platform != "linux" or cuda_home() is not None:
+        return []
+    return TOOLCHAINS.get(torch_cuda_major() or 13, TOOLCHAINS[13])
 
 
 @functools.cache
@@ -104,32 +112,81 @@ def nvcc_release(home):
     return re.search(r"release (\d+\.\d+)", text)[1]
 
 
+@functools.cache
+def cxx():
+    """(the C++ compiler as a list of words, the machine that it compiles for)"""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    try:
+        asked = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True)
+    except OSError:
+        sys.exit(f"forwardpass: there is no C++ compiler {command[0]!r}: install g++, or set CXX to one")
+    machine, _, system = asked.stdout.strip().partition("-")
+    if asked.returncode or not system:
+        sys.exit(f"forwardpass: CXX={shlex.join(command)!r} does not answer -dumpmachine "
+                 f"({asked.stderr.strip() or asked.returncode}): set it to a g++")  # fmt: skip
+    if "linux" not in system:
+        sys.exit(f"forwardpass: it is for Linux only, and {shlex.join(command)} compiles for {asked.stdout.strip()}")
+    macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True).stdout
+    name = "clang++" if "#define __clang__ " in macros else "g++"  # which says that it is g++ 4, too
+    version = re.search(rf"^#define {'__clang_major__' if name == 'clang++' else '__GNUC__'} (\d+)$", macros, re.M)
+    if name == "clang++" or not version or int(version[1]) < 12:
+        sys.exit(f"forwardpass: the CPU kernels and the interpreter need g++ 12 or later, and {shlex.join(command)} is {name} "
+                 f"{version[1] if version else 'of no version'}: set CXX to another (g++-12, say)")  # fmt: skip
+    return command, machine
+
+
+def why_no_interpreter():
+    """None, or the sentence that says why this build has no interpreter."""
+    _, machine = cxx()
+    return None if machine == "x86_64" else f"built for {machine}, and the interpreter needs an x86-64 CPU with AVX2"
+
+
 def why_no_cuda():
     """None, or the sentence that says why this build has no CUDA kernels; with FORWARDPASS_BUILD_CUDA=1 it is fatal."""
     if WANT_CUDA == "0":
         return "FORWARDPASS_BUILD_CUDA=0"
+    if cxx()[1] != platform.machine():
+        return f"compiled on {platform.machine()} for {cxx()[1]}: build on {cxx()[1]} to have them"
     if cuda_home() is None:
-        return f"there is no nvcc: set CUDA_HOME, or run {sys.executable} -m pip install {' '.join(TOOLCHAIN)}"
+        return f"there is no nvcc: set CUDA_HOME, or run {sys.executable} -m pip install {' '.join(toolchain())}"
     major, torch_major = int(nvcc_release(cuda_home()).split(".")[0]), torch_cuda_major()
     if torch_major and major != torch_major:
         return (f"nvcc in {cuda_home()} is CUDA {major}, torch was built for CUDA {torch_major}, and its driver may not run "
                 f"the other's kernels: set CUDA_HOME to a CUDA {torch_major} toolkit")  # fmt: skip
+    built, left_out = arches()
+    if not built:
+        return f"of TORCH_CUDA_ARCH_LIST nothing can be built: {'; '.join(left_out)}"
     return None
 
 
+# the names that torch takes in TORCH_CUDA_ARCH_LIST; those before Volta are of no CUDA that we build with
+NAMED_ARCHES = {
+    "Volta": "7.0", "Turing": "7.5", "Ampere": "8.0 8.6", "Ampere+Tegra": "8.7", "Ada": "8.9", "Hopper": "9.0",
+    "Blackwell": "10.0 10.3 12.0 12.1", "Blackwell+Tegra": "11.0",
+}  # fmt: skip
+
+
+@functools.cache
 def arches():
-    """["80"] from TORCH_CUDA_ARCH_LIST."""
-    found = []
-    for entry in re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a"):
-        m = re.fullmatch(r"(\d+)\.(\d)(a|f)?(?:\+PTX)?", entry)
-        if not m:
-            sys.exit(f"forwardpass: TORCH_CUDA_ARCH_LIST entries look like 8.0, 9.0a or 8.9+PTX, not {entry!r}")
-        found.append(m[1] + m[2] + (m[3] or ""))
-    if min(int(a.rstrip("af")) for a in found) < 80:
-        sys.exit(
-            "forwardpass: the kernels need compute capability 8.0 (A100) or later; remove older TORCH_CUDA_ARCH_LIST entries"
-        )
-    return found
+    """(["80", "90a"], ["7.5 (the kernels need 8.0 or later)"]) from TORCH_CUDA_ARCH_LIST: what is built, what is left out."""
+    listed = subprocess.run([cuda_home() / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\d+)", listed)
+    built, left_out = {}, []
+    for word in re.findall(r"[^\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a"):
+        name = word.removesuffix("+PTX")
+        for entry in NAMED_ARCHES.get(name, name).split():
+            m = re.fullmatch(r"(\d+)\.(\d)[af]?", entry)
+            if not m:
+                sys.exit("forwardpass: TORCH_CUDA_ARCH_LIST entries look like 8.0, 9.0a or 8.9+PTX, or are of "
+                         f"{', '.join(NAMED_ARCHES)}, not {word!r}")  # fmt: skip
+            arch = m[1] + m[2]
+            if int(arch) < 80:
+                left_out.append(f"{entry} (the kernels need 8.0 or later)")
+            elif arch not in known:
+                left_out.append(f"{entry} (nvcc {nvcc_release(cuda_home())} does not know it)")
+            else:  # Hopper's own kernels are for 9.0a; all others are portable
+                built["90a" if arch == "90" else arch] = None
+    return list(built), left_out
 
 
 def gencode(source):
@@ -140,9 +197,9 @@ def gencode(source):
     """
     minimum = re.search(r"_sm(\d+a?)\.cu$", source.name)[1]
     if minimum.endswith("a"):
-        mine = [a for a in arches() if a == minimum]
+        mine = [a for a in arches()[0] if a == minimum]
     else:
-        mine = sorted({int(a.rstrip("af")) for a in arches() if int(a.rstrip("af")) >= int(minimum)})
+        mine = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
     # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
     own = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
@@ -160,135 +217,211 @@ def jobs(sources):
     return n
 
 
+def nvcc_host(script):
+    """nvcc's flag for the compiler of host code: NVCC_CCBIN, CUDAHOSTCXX (cmake's) or CXX; none where nvcc has been told.
+
+    nvcc takes one file, so that a CXX of several words is put into `script`.
+    """
+    command, _ = cxx()
+    host = os.environ.get("NVCC_CCBIN") or os.environ.get("CUDAHOSTCXX")
+    told = os.environ.get("NVCC_PREPEND_FLAGS", "") + os.environ.get("NVCC_APPEND_FLAGS", "")
+    if not (host or os.environ.get("CXX")) or "-ccbin" in told or "--compiler-bindir" in told:
+        return ""
+    if not host and len(command) > 1:
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        script.chmod(0o755)
+        host = str(script)
+    return f" -ccbin {shlex.quote(host or command[0])}"
+
+
+def rules(out, obj, home):
+    """(the text of build.ninja, the number of files it compiles)"""
+    q = shlex.quote  # for the shell; ninja quotes $in and $out itself
+    t = torch_folder()
+    command, machine = cxx()
+    compiler = shlex.join(command)
+    # Everything is compiled from the root by its relative name: messages, line tables and depfiles name no folder of ours.
+    common = "-MD -MF $out.d -std=c++17 -Icsrc"
+    include = f"{t}/include"  # torch's headers put __FILE__ into messages too
+    # -ffp-contract=off, because the formulas say where an fma is
+    compile_cxx = (f"{compiler} {common} -O3 -fPIC -fvisibility=hidden -Wall -Wextra{' -Werror' * STRICT} -Wno-psabi "
+                   f"-fno-math-errno -fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
+                   f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} $flags -c $in -o $out")  # fmt: skip
+    depfile = " depfile = $out.d\n deps = gcc\n"
+    text = [
+        "ninja_required_version = 1.8\nbuilddir = build/ninja",
+        f"rule cxx\n command = {compile_cxx}\n{depfile} description = {compiler} $in",
+        f"rule link\n command = {compiler} -shared $in $flags -o $out\n description = link $out",
+        # One member, so that whoever needs a name of it gets what runs before main too.
+        f"rule archive\n command = rm -f $out && {compiler} -r -nostdlib $in -o $flags && ar rcs $out $flags\n"
+        " description = archive $out",
+    ]
+
+    def path(p):
+        return re.sub(r"([$ :])", r"$\1", str(p))
+
+    def objects(rule, sources, flags=lambda s: ""):
+        made = []
+        for s in sources:
+            s = s.relative_to(ROOT)
+            made.append(f"build/ninja/{str(s).replace('/', '.')}.o")
+            text.append(f"build {made[-1]}: {rule} {s}\n flags = {flags(s)}")
+        return " ".join(made)
+
+    csrc = ROOT / "csrc"
+    cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "interpreter")
+    flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
+    text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
+    core, core_flags = [], ""
+    if machine == "x86_64":
+        # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
+        core = sorted((*csrc.glob("interpreter/*.cpp"), *csrc.glob("interpreter/rows/*.cpp")))
+        core_flags = "-march=x86-64-v3 -mtune=generic"
+        made = objects("cxx", core, lambda s: core_flags)
+        flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
+        text.append(f"build {path(out / '_interpreter.so')}: link {made}\n flags = {flags}")
+    host = sorted(csrc.glob("interpreter/python/*.cpp")) if WANT_HOST else []
+    if host:  # pybind11 is among torch's headers
+        python = f"-isystem {q(sysconfig.get_path('include'))}"
+        made = objects("cxx", host, lambda s: python)
+        parser = [csrc / f"interpreter/{name}.cpp" for name in ("parser", "types")]
+        if not core:
+            objects("cxx", parser)
+        made += "".join(f" build/ninja/csrc.interpreter.{p.name}.o" for p in parser)
+        name = f"interpreter/_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+        text.append(f"build {path(out / name)}: link {made}\n flags = -Wl,-Bsymbolic")
+    cu, standin = [], []
+    if home:
+        cu = sorted(p for p in csrc.glob("**/*_sm*.cu") if gencode(p))
+        lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
+        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -O3 -lineinfo --compress-mode=size"
+                f"{' -Werror all-warnings' * STRICT} -Xptxas -warn-spills,-warn-lmem-usage{',-Werror' * STRICT} "
+                f"-Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out")  # fmt: skip
+        # Strict: any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
+        checked = (
+            f"({nvcc}) > $out.log 2>&1 && ! grep -q 'C75[0-9][0-9]' $out.log || (cat $out.log; rm -f $out; false)"
+            if STRICT
+            else f"({nvcc}) > $out.log 2>&1; code=$$?; cat $out.log; exit $$code"
+        )
+        text.append(f"rule nvcc\n command = {checked}\n{depfile} description = nvcc $in")
+        # cudart's names must never be dynamic symbols: a CUDA torch has libcudart in the global scope and would win.
+        # -z defs: a runtime call that is missing is a link error that names it.
+        hide = "-Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs"
+        kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)))
+        flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
+        text.append(f"build {path(out / '_kernels.so')}: link {kernels}\n flags = {flags}")
+    if home and core:
+        # The same objects against the interpreter's stand-in for cudart; programs get it as an archive.
+        standin = sorted(csrc.glob("interpreter/standin/*.cpp"))
+        cuda = f"-isystem {q(f'{home}/include')}"
+        program = objects("cxx", [p for p in standin if p.stem == "program"], lambda s: cuda)
+        cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
+        interpreter = path(out / "_interpreter.so")
+        flags = f"{hide} -Wl,-rpath,'$$ORIGIN'"
+        text.append(
+            f"build {path(out / '_kernels_interpreted.so')}: link {kernels} {cudart} {interpreter}\n flags = {flags}"
+        )
+        text.append(f"build {path(out / '_standin.a')}: archive {cudart} {program}\n flags = build/ninja/standin.o")
+    return "\n".join(text) + "\n", sum(rule.startswith("build build/ninja/") for rule in text)
+
+
+if sys.argv[1:] == ["toolchain"]:
+    # `python setup.py toolchain | xargs -r pip install`: with the standard library alone, as it is asked before there is a
+    # setuptools. Not a command of setuptools: those print "running toolchain" first, and pip would install a stranger's package.
+    if packages := toolchain():
+        print(*packages)
+    sys.exit()
+
+# setuptools before 77 cannot read this pyproject.toml; for metadata and an sdist it is all that is needed
+NEEDED = {"setuptools": "77", "ninja": "1.10", "torch": "2.11"}
+BUILDING = not {"egg_info", "sdist", "dist_info", "--version", "--help"} & set(sys.argv[1:])
+
+
+def release(text):
+    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def require_build_tools():
+    """pip's --no-build-isolation checks nothing, and its users see the first ImportError: say all of it at once."""
+    if BUILDING and sys.platform != "linux":
+        sys.exit(f"forwardpass: it is for Linux only, and this is {platform.system()}")
+    found = {}
+    for name in NEEDED:
+        try:
+            found[name] = torch_says("__version__") if name == "torch" else importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    bad = {n: v for n, v in found.items() if v is None or release(v) < release(NEEDED[n])}
+    if (BUILDING and bad) or "setuptools" in bad:
+        has = ", ".join(f"{n} {v or 'is missing'}" for n, v in bad.items())
+        fix = " ".join(f"'{n}>={NEEDED[n]}'" for n in bad)
+        sys.exit(f"forwardpass: the build needs {', '.join(f'{n} >= {v}' for n, v in NEEDED.items())}; here {has}. "
+                 f"Run: {sys.executable} -m pip install {fix}")  # fmt: skip
+
+
+require_build_tools()
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
+
 class Build(build_ext):
-    """Writes build.ninja and runs it: _ops.so and _interpreter.so always, where there is an nvcc the kernels, twice
-    (_kernels.so, _kernels_interpreted.so), and the stand-in for programs (_standin.a); _build.json for `doctor`."""
+    """Writes build.ninja and runs it: _ops.so always; on x86-64 _interpreter.so; where there is an nvcc the kernels
+    (_kernels.so), with both of them the kernels again (_kernels_interpreted.so) and the stand-in for programs (_standin.a).
+    _build.json says which, for `doctor`."""
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
         obj = ROOT / "build" / "ninja"  # build_temp is new with each pip: nothing would be incremental
-        skipped = why_no_cuda()
-        if skipped and WANT_CUDA == "1":
-            sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {skipped}")
+        no_cuda, no_interpreter = why_no_cuda(), why_no_interpreter()
+        if no_cuda and WANT_CUDA == "1":
+            sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {no_cuda}")
+        if WANT_HOST and cxx()[1] != platform.machine():
+            sys.exit(
+                f"forwardpass: FORWARDPASS_BUILD_INTERPRETER=1 is for this Python, and CXX compiles for {cxx()[1]}"
+            )
         for folder in (out, obj):
             folder.mkdir(parents=True, exist_ok=True)
-        if skipped:  # pip builds in the tree: an earlier build's kernels would be shipped
-            for name in ("_kernels.so", "_kernels_interpreted.so", "_standin.a"):
-                out.joinpath(name).unlink(missing_ok=True)
-            print(f"forwardpass: building without CUDA kernels: {skipped}", flush=True)
-        rules, count = self.ninja(out, None if skipped else cuda_home())
-        obj.joinpath("build.ninja").write_text(rules)
+        # pip builds in the tree: what an earlier build has made would be shipped
+        unmade = ["_kernels.so"] if no_cuda else []
+        unmade += ["_interpreter.so"] if no_interpreter else []
+        unmade += ["_kernels_interpreted.so", "_standin.a"] if no_cuda or no_interpreter else []
+        for name in unmade:
+            out.joinpath(name).unlink(missing_ok=True)
+        built, left_out = ([], []) if no_cuda else arches()
+        if no_cuda:
+            print(f"forwardpass: building without CUDA kernels: {no_cuda}")
+        else:
+            print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}",
+                  *(f"; left out of TORCH_CUDA_ARCH_LIST: {', '.join(left_out)}" for _ in left_out[:1]), sep="")  # fmt: skip
+        if no_interpreter:
+            print(f"forwardpass: building without the interpreter: {no_interpreter}")
+        text, count = rules(out, obj, None if no_cuda else cuda_home())
+        obj.joinpath("build.ninja").write_text(text)
         import ninja
 
         subprocess.check_call(
             [pathlib.Path(ninja.BIN_DIR, "ninja"), "-f", obj / "build.ninja", f"-j{jobs(count)}"], cwd=ROOT
         )
-        import torch
-
-        info = {"version": self.distribution.get_version(), "torch": torch.__version__, "cuda_skipped": skipped,
-                "nvcc": None if skipped else nvcc_release(cuda_home()),
-                "arches": [] if skipped else [f"sm_{a}" for a in arches()]}  # fmt: skip
+        info = {"version": self.distribution.get_version(), "torch": torch_says("__version__"),
+                "machine": cxx()[1], "interpreter_skipped": no_interpreter,
+                "cuda_skipped": no_cuda, "nvcc": None if no_cuda else nvcc_release(cuda_home()),
+                "arches": [f"sm_{a}" for a in built], "arches_left_out": left_out}  # fmt: skip
         out.joinpath("_build.json").write_text(json.dumps(info, indent=1) + "\n")
-
-    def ninja(self, out, home):
-        """(the text of build.ninja, the number of files it compiles)"""
-        import torch
-
-        q = shlex.quote  # for the shell; ninja quotes $in and $out itself
-        t = pathlib.Path(torch.__file__).parent
-        # Everything is compiled from the root by its relative name: messages, line tables and depfiles name no folder of ours.
-        common = "-MD -MF $out.d -std=c++17 -Icsrc"
-        include = f"{t}/include"  # torch's headers put __FILE__ into messages too
-        # -ffp-contract=off, because the formulas say where an fma is
-        cxx = (f"g++ {common} -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi -fno-math-errno "
-               f"-fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
-               f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} $flags -c $in -o $out")  # fmt: skip
-        depfile = " depfile = $out.d\n deps = gcc\n"
-        text = [
-            "ninja_required_version = 1.8\nbuilddir = build/ninja",
-            f"rule cxx\n command = {cxx}\n{depfile} description = g++ $in",
-            "rule link\n command = g++ -shared $in $flags -o $out\n description = link $out",
-            # One member, so that whoever needs a name of it gets what runs before main too.
-            "rule archive\n command = rm -f $out && g++ -r -nostdlib $in -o $flags && ar rcs $out $flags\n"
-            " description = archive $out",
-        ]
-
-        def path(p):
-            return re.sub(r"([$ :])", r"$\1", str(p))
-
-        def objects(rule, sources, flags=lambda s: ""):
-            made = []
-            for s in sources:
-                s = s.relative_to(ROOT)
-                made.append(f"build/ninja/{str(s).replace('/', '.')}.o")
-                text.append(f"build {made[-1]}: {rule} {s}\n flags = {flags(s)}")
-            return " ".join(made)
-
-        csrc = ROOT / "csrc"
-        cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "interpreter")
-        flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
-        text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
-        # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
-        core = sorted((*csrc.glob("interpreter/*.cpp"), *csrc.glob("interpreter/rows/*.cpp")))
-        core_flags = "-march=x86-64-v3 -mtune=generic"
-        flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
-        text.append(
-            f"build {path(out / '_interpreter.so')}: link {objects('cxx', core, lambda s: core_flags)}\n flags = {flags}"
-        )
-        host = sorted(ROOT.glob("csrc/interpreter/python/*.cpp")) if WANT_HOST == "1" else []
-        if host:  # pybind11 is among torch's headers
-            python = f"-isystem {q(sysconfig.get_path('include'))}"
-            made = objects("cxx", host, lambda s: python)
-            made += "".join(f" build/ninja/csrc.interpreter.{name}.cpp.o" for name in ("parser", "types"))
-            name = f"interpreter/_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-            text.append(f"build {path(out / name)}: link {made}\n flags = -Wl,-Bsymbolic")
-        cu, standin = [], []
-        if home:
-            cu = sorted(p for p in ROOT.glob("csrc/**/*_sm*.cu") if gencode(p))
-            lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
-            # Any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
-            nvcc = (f"{q(f'{home}/bin/nvcc')} {common} -O3 -lineinfo --compress-mode=size -Werror all-warnings "
-                    f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Xcompiler -fPIC,-fvisibility=hidden "
-                    f"$flags -c $in -o $out")  # fmt: skip
-            checked = (
-                f"({nvcc}) > $out.log 2>&1 && ! grep -q 'C75[0-9][0-9]' $out.log || (cat $out.log; rm -f $out; false)"
-            )
-            text.append(f"rule nvcc\n command = {checked}\n{depfile} description = nvcc $in")
-            # cudart's names must never be dynamic symbols: a CUDA torch has libcudart in the global scope and would win.
-            # -z defs: a runtime call that is missing is a link error that names it.
-            hide = "-Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs"
-            kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)))
-            flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
-            text.append(f"build {path(out / '_kernels.so')}: link {kernels}\n flags = {flags}")
-            # The same objects against the interpreter's stand-in for cudart; programs get it as an archive.
-            standin = sorted(ROOT.glob("csrc/interpreter/standin/*.cpp"))
-            cuda = f"-isystem {q(f'{home}/include')}"
-            program = objects("cxx", [p for p in standin if p.stem == "program"], lambda s: cuda)
-            cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
-            interpreter = path(out / "_interpreter.so")
-            flags = f"{hide} -Wl,-rpath,'$$ORIGIN'"
-            text.append(
-                f"build {path(out / '_kernels_interpreted.so')}: link {kernels} {cudart} {interpreter}\n flags = {flags}"
-            )
-            text.append(f"build {path(out / '_standin.a')}: archive {cudart} {program}\n flags = build/ninja/standin.o")
-        return "\n".join(text) + "\n", len(cpp) + len(core) + len(host) + len(cu) + len(standin)
 
 
 class Wheel(bdist_wheel):
     def get_tag(self):  # no Python C API in any other library: every Python 3 (free-threaded too), this platform
-        return super().get_tag() if WANT_HOST == "1" else ("py3", "none", super().get_tag()[2])
+        python, abi, system = super().get_tag()
+        if cxx()[1] != platform.machine():
+            system = f"linux_{cxx()[1]}"
+        return (python, abi, system) if WANT_HOST else ("py3", "none", system)
 
-
-if sys.argv[1:] == ["toolchain"]:
-    # `python setup.py toolchain | xargs -r pip install`: what makes an nvcc, or nothing where there is one. Not a setuptools
-    # command: those print "running toolchain" first, and pip would install a stranger's package called running.
-    if WANT_CUDA != "0" and cuda_home() is None:
-        print(*TOOLCHAIN)
-    sys.exit()
 
 setup(
     ext_modules=[Extension("forwardpass._ops", [])],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     # read by build isolation only: a machine with no toolkit gets one for the build
-    setup_requires=TOOLCHAIN if WANT_CUDA != "0" and cuda_home() is None else [],
+    setup_requires=toolchain(),
 )

@@ -142,7 +142,7 @@ def compile_again(
     if source:
         command = command.replace(entry["file"], str(source))
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    return (done.stdout + done.stderr or "it failed without a message") if done.returncode else None
+    return done.stdout + done.stderr or ("it failed without a message" if done.returncode else None)
 
 
 def compile_only(file: str) -> tuple[str, ...]:

@@ -174,6 +174,8 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
         if build.get("nvcc")
         else f"no CUDA kernels: {build['cuda_skipped']}"
     )
+    if build.get("arches_left_out"):
+        made += f", without {', '.join(build['arches_left_out'])}"
     facts.add_row("versions", versions)
     facts.add_row("built", made)
     needed = f"the CUDA kernels need {driver['needed']} or later" if driver["needed"] else "none is needed"

@@ -26,7 +26,8 @@ def _build_info() -> dict[str, Any]:
         }
 
 
-#: what the build wrote about itself: version, torch, nvcc, arches, cuda_skipped (None, or the reason for having no CUDA kernels)
+#: what the build wrote about itself: version, torch, machine, nvcc, arches, arches_left_out (of TORCH_CUDA_ARCH_LIST, and why),
+#: cuda_skipped and interpreter_skipped (None, or the reason for having no CUDA kernels, no interpreter)
 build_info = _build_info()
 
 try:

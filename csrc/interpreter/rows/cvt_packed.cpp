@@ -1,5 +1,6 @@
 // Conversions to and from f16, bf16, tf32, e4m3 and e5m2, one or two at a time (ISA 9.7.9.21), and cvt.pack (9.7.9.22).
 #include <algorithm>
+#include <charconv>
 
 #include "interpreter/rows/lanewise.h"
 
@@ -92,7 +93,9 @@ struct Pack {
 void bind_pack(Bind& b) {
   const auto to = b.slot(3);
   const bool is_signed = to.front() == 's', chained = b.slots() == 6;
-  const int bits = std::stoi(std::string(to.substr(1)));
+  const auto digits = to.substr(1);
+  int bits = 0;  // not stoi: it binds the library to glibc 2.38
+  std::from_chars(digits.data(), digits.data() + digits.size(), bits);
   bind_operands(b, Type::b32, Type::b32, chained ? 3 : 2);
   choose(is_signed, [&](auto s) {
     constexpr bool kSigned = decltype(s)::value;

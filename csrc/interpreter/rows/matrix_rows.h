@@ -1,5 +1,7 @@
 #pragma once
 // What the matrix instructions share: shapes, element types, and the demand for a whole warp.
+#include <charconv>
+
 #include "interpreter/matrix.h"
 #include "interpreter/rows/lanewise.h"
 
@@ -50,7 +52,11 @@ inline Accumulate accumulate_of(const Bind& b, int slot) {
 }
 
 // 80, 89, 90 ... of a module's target.
-inline int capability(const Module& m) { return std::atoi(m.arch.c_str() + m.arch.find('_') + 1); }
+inline int capability(const Module& m) {
+  int n = 0;  // not atoi: it binds the library to glibc 2.38
+  std::from_chars(m.arch.data() + m.arch.find('_') + 1, m.arch.data() + m.arch.size(), n);
+  return n;
+}
 inline void require_capability(const Bind& b, int least) {
   if (capability(b.module) >= least) return;
   b.refuse(b.statement.opcode + " needs sm_" + std::to_string(least) + " or higher, and this PTX is for " +

@@ -4,6 +4,8 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <iomanip>
+#include <sstream>
 
 #include "standin.h"
 
@@ -36,7 +38,8 @@ __attribute__((constructor(101))) void begin() {
   }
   fpi_options options;
   fpi_get_options(&options);
-  if (const char* seed = std::getenv("FORWARDPASS_INTERPRET_SEED")) options.seed = std::strtoull(seed, nullptr, 0);
+  if (const char* seed = std::getenv("FORWARDPASS_INTERPRET_SEED"))  // not strtoull: it binds programs to glibc 2.38
+    std::istringstream(seed) >> std::setbase(0) >> options.seed;
   fpi_set_options(&options);
   fpi_on_finding(print);
   forwardpass::standin::errors_stick = true;

@@ -88,6 +88,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 def why_not() -> Reason | None:
     """None where this machine can interpret."""
     if not LIBRARY.exists():
+        if skipped := library.build_info.get("interpreter_skipped"):
+            return Reason("not_built", f"this installation has no interpreter: it was {skipped}", "run it on one")
         return Reason(
             "not_built", "this installation has no interpreter (_interpreter.so is missing)", "reinstall forwardpass"
         )

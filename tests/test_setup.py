@@ -1,0 +1,253 @@
+"""setup.py without compiling: what it names, what it refuses, and the rules that it gives ninja."""
+
+import pathlib
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+import forwardpass as fp
+from forwardpass import cli
+from forwardpass.interpreter import core
+
+ROOT = pathlib.Path(__file__).parents[1]
+VARIABLES = (
+    "CUDA_HOME", "CUDAHOSTCXX", "CXX", "FORWARDPASS_BUILD_CUDA", "FORWARDPASS_BUILD_INTERPRETER", "FORWARDPASS_BUILD_STRICT",
+    "FORWARDPASS_BUILD_TORCH", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "TORCH_CUDA_ARCH_LIST",
+)  # fmt: skip
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    """No variable of ours is set, and nvcc is one of CUDA 13 that compiles nothing."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "cuda"
+    (home / "lib64").mkdir(parents=True)
+    script(
+        home / "bin/nvcc",
+        f"""case "$1" in
+--dryrun) echo '#$ TOP={home}' >&2;;
+--version) echo 'Cuda compilation tools, release 13.0, V13.0.88';;
+--list-gpu-arch) for a in 75 80 86 89 90 100 120; do echo compute_$a; done;;
+esac""",
+    )
+    monkeypatch.setenv("CUDA_HOME", str(home))
+
+
+@pytest.fixture
+def setup_py(clean, monkeypatch):
+    """What setup.py defines, where these variables are set."""
+
+    def load(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+        setuptools = pytest.importorskip("setuptools")
+        monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+        return types.SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+    return load
+
+
+def run(*arguments, **variables):
+    """setup.py, by a Python with no site-packages."""
+    return subprocess.run([sys.executable, "-S", "setup.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env={"PATH": "/nonexistent", **variables})  # fmt: skip
+
+
+def test_toolchain_needs_the_standard_library_alone():
+    done = run("toolchain")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0].startswith("nvidia-cuda-nvcc==13.")
+    assert run("toolchain", FORWARDPASS_BUILD_CUDA="0").stdout == ""
+
+
+@pytest.mark.parametrize("version", [None, "68.1.2"])
+def test_a_missing_or_old_setuptools_is_one_sentence(tmp_path, version):
+    if version:
+        (tmp_path / "setuptools.py").touch()
+        info = tmp_path / f"setuptools-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: setuptools\nVersion: {version}\n")
+    done = run("bdist_wheel", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert f"setuptools {version or 'is missing'}" in said and "-m pip install 'setuptools>=77'" in said
+    assert run("toolchain", PYTHONPATH=str(tmp_path)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("listed", "built", "left_out"),
+    [
+        ("", ["80", "89", "90a"], []),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["80", "86", "90a", "100", "120"], ["7.5 (the kernels need 8.0 or later)"]),
+        ("9.0;9.0a ", ["90a"], []),
+        ("Ampere;Hopper+PTX", ["80", "86", "90a"], []),
+        ("10.0a, 12.1", ["100"], ["12.1 (nvcc 13.0 does not know it)"]),
+    ],
+)
+def test_architectures(setup_py, listed, built, left_out):
+    made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
+    assert made.arches() == (built, left_out)
+    hopper = made.gencode(ROOT / "csrc/attention/attention_sm90a.cu")
+    assert hopper == (["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"] if "90a" in built else [])
+
+
+def test_architectures_that_are_all_too_old(setup_py):
+    made = setup_py(TORCH_CUDA_ARCH_LIST="7.0;7.5")
+    assert "nothing can be built: 7.0 (the kernels need 8.0 or later); 7.5 (the" in made.why_no_cuda()
+
+
+def test_an_architecture_that_is_none(setup_py):
+    with pytest.raises(SystemExit, match=r"8\.0, 9\.0a or 8\.9\+PTX, or are of .*Hopper.*, not 'Hoper'"):
+        setup_py(TORCH_CUDA_ARCH_LIST="8.0 Hoper").arches()
+
+
+def test_doctor_names_the_architectures_that_were_left_out(monkeypatch):
+    from rich.console import Console
+
+    info = {
+        "torch": "2",
+        "nvcc": "13.0",
+        "arches": ["sm_80"],
+        "arches_left_out": ["7.5 (the kernels need 8.0 or later)"],
+    }
+    found = {"versions": {}, "build": info, "driver": {"needed": None, "present": None}, "nvcc": None, "gpus": [],
+             "device": dict.fromkeys(("name", "capability", "threads", "cores"), ""), "kernels": [], "problems": [],
+             "interpreter": {"problem": "none"}}  # fmt: skip
+    console = Console(width=300, record=True, quiet=False)
+    cli.print_examination(found, console)
+    assert "CUDA 13.0 for sm_80, without 7.5 (the kernels need 8.0 or later)" in console.export_text()
+
+
+def rules(made, tmp_path):
+    text, count = made.rules(tmp_path / "out", tmp_path, None if made.why_no_cuda() else made.cuda_home())
+    assert count == text.count("\nbuild build/ninja/")
+    return text
+
+
+def command(text, rule):
+    return text.partition(f"rule {rule}\n command = ")[2].partition("\n")[0]
+
+
+def test_cxx_may_have_arguments_and_is_the_host_compiler_of_nvcc(setup_py, tmp_path):
+    compiler = script(tmp_path / "my cache", 'exec "$@"')
+    text = rules(setup_py(CXX=f"'{compiler}' g++ -pipe"), tmp_path)
+    for rule in ("cxx", "link"):
+        assert command(text, rule).startswith(f"'{compiler}' g++ -pipe ")
+    assert f" && '{compiler}' g++ -pipe -r " in command(text, "archive")
+    assert f"bin/nvcc -ccbin {tmp_path}/host-c++ " in command(text, "nvcc")
+    done = subprocess.run([tmp_path / "host-c++", "-dumpmachine"], capture_output=True, text=True)
+    assert done.stdout.startswith(platform.machine())
+
+
+@pytest.mark.parametrize(
+    ("variables", "host"),
+    [
+        ({}, None),
+        ({"CXX": "g++"}, "g++"),
+        ({"CXX": "g++", "CUDAHOSTCXX": "/usr/bin/g++-13"}, "/usr/bin/g++-13"),
+        ({"CUDAHOSTCXX": "/usr/bin/g++-13", "NVCC_CCBIN": "/usr/bin/g++-12"}, "/usr/bin/g++-12"),
+        ({"CXX": "g++", "NVCC_PREPEND_FLAGS": "-ccbin=g++"}, None),  # conda's activation sets both
+    ],
+)
+def test_the_host_compiler_of_nvcc(setup_py, tmp_path, variables, host):
+    text = command(rules(setup_py(**variables), tmp_path), "nvcc")
+    assert ("bin/nvcc -MD" if host is None else f"bin/nvcc -ccbin {host} -MD") in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("case $1 in -dumpmachine) echo arm64-apple-darwin24.1.0;; esac", "for Linux only, .* for arm64-apple-darwin"),
+        ("exit 1", "does not answer -dumpmachine"),
+        ("case $1 in -dumpmachine) echo x86_64-linux-gnu;; *) echo '#define __GNUC__ 11';; esac", r"is g\+\+ 11: set CXX"),
+        ("case $1 in -dumpmachine) echo x86_64-pc-linux-gnu;; *) printf '#define __GNUC__ 4\\n#define __clang__ 1\\n"
+         "#define __clang_major__ 19\\n';; esac", r"need g\+\+ 12 or later, .* is clang\+\+ 19"),
+        (None, r"there is no C\+\+ compiler"),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_cannot(setup_py, tmp_path, asked, words):
+    compiler = tmp_path / "c++"
+    if asked:
+        script(compiler, asked)
+    with pytest.raises(SystemExit, match=words):
+        setup_py(CXX=str(compiler)).cxx()
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_warnings_stop_a_strict_build_only(setup_py, tmp_path, strict):
+    text = rules(setup_py(FORWARDPASS_BUILD_STRICT=strict), tmp_path)
+    assert [command(text, rule).count("-Werror") for rule in ("cxx", "nvcc")] == ([1, 2] if strict == "1" else [0, 0])
+    # the rule as a shell sees it, with an nvcc that has nothing to say, then something
+    line = command(text, "nvcc").replace("$out", "o").replace("$$", "$").replace("$flags -c $in", "")
+    said = "ptxas info : (C7510) wgmma serialized"
+    for message, code in (("", 0), (said, int(strict))):
+        script(tmp_path / "cuda/bin/nvcc", f"printf '{message}'")
+        done = subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, message)
+
+
+def aarch64(path):
+    text = "case $1 in -dumpmachine) echo aarch64-linux-gnu;; *) echo '#define __GNUC__ 14';; esac"
+    return str(script(path / "aarch64-linux-gnu-g++", text))
+
+
+def test_another_machine(setup_py, monkeypatch, tmp_path):
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\n")
+    made = setup_py(CXX=aarch64(tmp_path), FORWARDPASS_BUILD_TORCH=str(torch))
+    assert "for aarch64, and the interpreter needs an x86-64 CPU" in made.why_no_interpreter()
+    assert "build on aarch64 to have them" in made.why_no_cuda()
+    text = rules(made, tmp_path)
+    assert f"-L{torch}/lib" in text and "_ops.so" in text
+    assert "x86-64" not in text and "_interpreter.so" not in text and "_standin.a" not in text
+    wheel = made.Wheel(__import__("setuptools").Distribution({"name": "x"}))
+    wheel.ensure_finalized()
+    assert wheel.get_tag() == ("py3", "none", "linux_aarch64")
+
+
+def test_the_kernels_alone_where_there_is_an_nvcc_and_no_interpreter(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    text = rules(setup_py(CXX=aarch64(tmp_path), FORWARDPASS_BUILD_INTERPRETER="1"), tmp_path)
+    assert "_kernels.so: link" in text and "_interpreted" not in text and "_standin" not in text
+    assert "build build/ninja/csrc.interpreter.parser.cpp.o" in text  # of the objects in Python
+
+
+def test_linux_only(clean, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    with pytest.raises(SystemExit, match="it is for Linux only, and this is Darwin"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_an_installation_without_the_interpreter_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(core, "LIBRARY", tmp_path / "_interpreter.so")
+    why = "built for aarch64, and the interpreter needs an x86-64 CPU with AVX2"
+    monkeypatch.setitem(fp.library.build_info, "interpreter_skipped", why)
+    assert why in core.why_not.__wrapped__().text
+
+
+def test_the_libraries_need_no_glibc_after_2_34():
+    """That of Red Hat 9 and Ubuntu 22.04: the wheel's tag is made from these (atoi binds to 2.38 where there is one)."""
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf")
+    for library in fp.library.FOLDER.glob("_*.so"):
+        said = subprocess.run(["readelf", "-W", "-V", library], capture_output=True, text=True, check=True).stdout
+        needed = [int(minor) for minor in re.findall(r"Name: GLIBC_2\.(\d+)", said)]
+        assert needed and max(needed) <= 34, library.name
