@@ -1,21 +1,21 @@
 """Which activation is applied to a Linear's output, and to nothing else: the swapped layer computes it in its epilogue.
 
 It is read from the code of the module that holds both: `x = self.fc(x)` and then `x = self.act(x)`, or `self.act(self.fc(x))`,
-the only mention of either. Two modules in a row of an `nn.Sequential` are such a pair too.
+the only mention of either. Two modules in a row of an `nn.Sequential` are such a pair too, where it is only called as a whole.
+Whatever else in the model may get at one of them (see `reach`) is no proof, and then nothing is fused.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
 import itertools
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from .reach import CONTAINERS, Function, Reach, of, self_of
 
 if TYPE_CHECKING:
     from .walker import Leaf
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 #: of transformers.activations, by class; what is not here has another formula or constants of its own
 _TRANSFORMERS = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
                  "NewGELUActivation": "gelu_tanh", "SiLUActivation": "silu"}  # fmt: skip
-_SETUP = ("__init__", "_init_weights", "reset_parameters")
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,34 @@ def formula_of(module: nn.Module) -> str | None:
     return _TRANSFORMERS.get(cls.__name__) if cls.__module__ == "transformers.activations" else None
 
 
-def activation_behind(leaf: Leaf, shared: set[int]) -> Activation | None:
-    """Of a Linear-like layer. shared: modules that stand in several places."""
-    beside = {name: f for name, m in leaf.parent._modules.items() if m is not None and (f := _fusible(m, shared))}
+def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
+    """Of a Linear-like layer of the model that `reach` looks through."""
+    parent = leaf.parent
+    beside = {name: f for name, m in parent._modules.items() if m is not None and (f := _fusible(m))}
     if not beside:  # in most modules: their code is not read, which takes milliseconds
         return None
-    if type(leaf.parent) is nn.Sequential:
-        behind = dict(itertools.pairwise(leaf.parent._modules)).get(leaf.name)
+    in_sequence = type(parent) is nn.Sequential
+    if in_sequence:
+        behind = dict(itertools.pairwise(parent._modules)).get(leaf.name)
     else:
-        behind = None if "forward" in vars(leaf.parent) else _behind(type(leaf.parent), leaf.name)  # type: ignore[arg-type]
+        behind = None if _is_watched(parent) else _behind(reach.methods(type(parent)) or (), leaf.name)
     if behind not in beside:
         return None
-    return Activation(leaf.fqn.removesuffix(leaf.name) + behind, leaf.parent.get_submodule(behind), beside[behind])
+    module = parent._modules[behind]
+    assert module is not None
+    proven = reach.has_one_place(leaf.module) and reach.has_one_place(module) and (
+        _called_as_a_whole(leaf, reach) if in_sequence else reach.only_named_by(parent, (leaf.name, behind))
+    )  # fmt: skip
+    return Activation(leaf.fqn.removesuffix(leaf.name) + behind, module, beside[behind]) if proven else None
 
 
-def _fusible(module: nn.Module, shared: set[int]) -> str | None:
+def _fusible(module: nn.Module) -> str | None:
     """Its formula, where it may be replaced."""
-    watched = id(module) in shared or has_hooks(module) or "forward" in vars(module)
-    return None if watched else formula_of(module)
+    return None if _is_watched(module) else formula_of(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return has_hooks(module) or "forward" in vars(module)
 
 
 def has_hooks(m: nn.Module) -> bool:
@@ -70,74 +79,128 @@ def has_hooks(m: nn.Module) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-@lru_cache(maxsize=4096)
-def _behind(cls: type[nn.Module], name: str) -> str | None:
-    """The member that a class's forward calls on what `self.<name>` gives, and neither anywhere else."""
-    functions = _methods(cls)  # type: ignore[arg-type]
-    found = [behind for function in functions if function.name == "forward" for behind in _pairs(function, name)]
-    mentions = [node.attr for function in functions for node in _members(function)]
-    return found[0] if len(found) == 1 and mentions.count(name) == mentions.count(found[0]) == 1 else None
+# ---- the code of the module that holds both
 
 
-@lru_cache(maxsize=256)
-def _methods(cls: type[nn.Module]) -> list[ast.FunctionDef]:
-    """As written, but for those that set a module up; of what it derives from those that it does not override, or all where
-    one calls another's through super().
-    """
-    methods = []
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # no source at hand: nothing is known
-            return []
-        methods += [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
-    if any(isinstance(node, ast.Name) and node.id == "super" for method in methods for node in ast.walk(method)):
-        return methods
-    return list({method.name: method for method in reversed(methods)}.values())
+def _behind(methods: tuple[Function, ...], name: str) -> str | None:
+    """The member that forward calls on what `self.<name>` gives, and neither anywhere else in these methods."""
+    forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
+    found = [behind for forward in forwards for behind in _pairs(forward, name)]
+    said = [word for method in methods for word in _words(method)]
+    return found[0] if len(found) == 1 and said.count(name) == said.count(found[0]) == 1 else None
 
 
-def _members(tree: ast.AST) -> Iterable[ast.Attribute]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            yield node
+def _words(method: Function) -> Iterator[Any]:
+    """Every attribute's name, of whatever it is one, and every constant."""
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Constant):
+            yield node.value
 
 
-def _called(node: ast.AST | None) -> tuple[str, ast.expr] | None:
+def _called(node: ast.AST | None, me: str | None) -> tuple[str, ast.expr] | None:
     """(name, argument) of `self.<name>(argument)`."""
-    if (
-        isinstance(node, ast.Call)
-        and len(node.args) == 1
-        and not node.keywords
-        and isinstance(node.func, ast.Attribute)
-    ):
-        of = node.func.value
-        if isinstance(of, ast.Name) and of.id == "self" and not isinstance(node.args[0], ast.Starred):
-            return node.func.attr, node.args[0]
-    return None
+    if not (isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords and of(node.func, me)):
+        return None
+    assert isinstance(node.func, ast.Attribute)
+    return None if isinstance(node.args[0], ast.Starred) else (node.func.attr, node.args[0])
 
 
 def _pairs(function: ast.FunctionDef, name: str) -> Iterator[str]:
+    me = self_of(function)
     for node in ast.walk(function):
-        outer = _called(node)
-        if outer and (inner := _called(outer[1])) and inner[0] == name:
+        outer = _called(node, me)
+        if outer and (inner := _called(outer[1], me)) and inner[0] == name:
             yield outer[0]
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
             if isinstance(block, list):
                 for first, second in itertools.pairwise(block):
-                    if behind := _in_a_row(first, second, name):
+                    if behind := _in_a_row(function, first, second, name):
                         yield behind
 
 
-def _in_a_row(first: ast.stmt, second: ast.stmt, name: str) -> str | None:
+def _in_a_row(function: ast.FunctionDef, first: ast.stmt, second: ast.stmt, name: str) -> str | None:
     """`v = self.<name>(…)` and then `v = self.<behind>(v)`, or `return self.<behind>(v)`: nothing else sees the first v."""
+    me = self_of(function)
     if not (isinstance(first, ast.Assign) and len(first.targets) == 1 and isinstance(first.targets[0], ast.Name)):
         return None
-    variable, inner = first.targets[0].id, _called(first.value)
-    outer = _called(second.value) if isinstance(second, ast.Assign | ast.Return) else None
+    variable, inner = first.targets[0].id, _called(first.value, me)
+    outer = _called(second.value, me) if isinstance(second, ast.Assign | ast.Return) else None
     if not inner or inner[0] != name or not outer or not isinstance(outer[1], ast.Name) or outer[1].id != variable:
         return None
     if isinstance(second, ast.Assign):
         targets = second.targets
-        if not (len(targets) == 1 and isinstance(targets[0], ast.Name) and targets[0].id == variable):
-            return None
-    return outer[0]
+        overwritten = len(targets) == 1 and isinstance(targets[0], ast.Name) and targets[0].id == variable
+    else:
+        overwritten = not _outlives_return(function, variable)
+    return outer[0] if overwritten else None
+
+
+def _outlives_return(function: ast.FunctionDef, variable: str) -> bool:
+    """Whether a `finally`, a function within or a global still sees what a variable held at a return."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Global | ast.Nonlocal) and variable in node.names:
+            return True
+        later: list[ast.AST] = []
+        if isinstance(node, ast.Try):
+            later = [*node.finalbody]
+        elif isinstance(node, Function | ast.ClassDef) and node is not function:
+            later = [node]
+        if any(isinstance(x, ast.Name) and x.id == variable for part in later for x in ast.walk(part)):
+            return True
+    return False
+
+
+# ---- an nn.Sequential, and the code of the module that holds it
+
+
+def _called_as_a_whole(leaf: Leaf, reach: Reach) -> bool:
+    """Whether the Sequential that holds a layer is, by the code that holds it and by what holds that: other Sequentials, lists."""
+    chain = list(leaf.ancestors)
+    containers: list[tuple[str, nn.Module]] = []
+    while chain and type(chain[-1][1]) in CONTAINERS:
+        containers.insert(0, chain.pop())
+    if not all(reach.has_one_place(m) and not _is_watched(m) for _, m in containers):
+        return False
+    kinds = [type(m) for _, m in containers]
+    if not chain:  # the user calls it
+        return set(kinds) == {nn.Sequential} and reach.only_named_by(reach.model, ())
+    holder, name = chain[-1][1], containers[0][0]
+    methods = reach.methods(type(holder))
+    return (
+        methods is not None
+        and all(_uses_whole(method, name, kinds) for method in methods)
+        and reach.only_named_by(holder, (name,))
+    )
+
+
+def _uses_whole(method: Function, name: str, kinds: list[type[nn.Module]]) -> bool:
+    """Whether a method does nothing else with `self.<name>` than to call it, or what it holds; `kinds`: of containers, from this
+    one to the one within that must be whole.
+    """
+    if name in (node.value for node in ast.walk(method) if isinstance(node, ast.Constant)):
+        return False
+    parents = {id(child): node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    me = self_of(method)
+
+    def whole(node: ast.AST, kinds: list[type[nn.Module]]) -> bool:
+        parent = parents[id(node)]
+        if isinstance(parent, ast.Call) and parent.func is node:
+            return kinds[0] is nn.Sequential
+        if len(kinds) == 1:
+            return False
+        if isinstance(parent, ast.Subscript) and parent.value is node and not isinstance(parent.slice, ast.Slice):
+            return whole(parent, kinds[1:])
+        if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "len":
+            return True
+        if isinstance(parent, ast.For | ast.comprehension) and isinstance(parent.target, ast.Name):
+            element = parent.target.id
+            uses = [x for x in ast.walk(method) if isinstance(x, ast.Name) and x.id == element]
+            return kinds[0] is not nn.ModuleDict and all(
+                isinstance(x.ctx, ast.Store) or whole(x, kinds[1:]) for x in uses
+            )
+        return False
+
+    mentions = [x for x in ast.walk(method) if isinstance(x, ast.Attribute) and x.attr == name]
+    return all(of(x, me) and whole(x, kinds) for x in mentions)

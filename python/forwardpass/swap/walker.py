@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fusion import Activation, activation_behind, formula_of
+from .fusion import Activation, activation_behind
+from .reach import Reach
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
-    shared = {id(x.module) for x in leaves(model, lambda m: formula_of(m) is not None) if len(x.places) > 1}
+    reach = Reach(model)
     found = leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
-    return [replace(leaf, activation=activation_behind(leaf, shared)) for leaf in found]
+    return [replace(leaf, activation=activation_behind(leaf, reach)) for leaf in found]
 
 
 def leaves(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Leaf]:
