@@ -49,7 +49,7 @@ def test_a_models_own_folder_is_never_written_to(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
-    for path in (source, "model", "link", "other/../model", tmp_path / "link" / "."):
+    for path in (source, "model", "link", "other/../model", "none/../model", tmp_path / "link" / "."):
         for overwrite in (False, True):
             with pytest.raises(ValueError, match="is where the model was loaded from"):
                 fp.save_pretrained(model, path, overwrite=overwrite)

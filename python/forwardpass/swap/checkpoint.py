@@ -95,7 +95,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
                          "first, or use the model's own save method")  # fmt: skip
     names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in model.modules())
-    check_folder(folder, {name for name in names if isinstance(name, str)}, overwrite)
+    folder = check_folder(folder, {name for name in names if isinstance(name, str)}, overwrite)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
@@ -122,7 +122,6 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
 
     config, generation = _configs(model)
     safetensors = _safetensors()
-    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = put_weights(folder, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
     record = {

@@ -21,19 +21,20 @@ WEIGHTS = re.compile(r"forwardpass-[0-9a-f]{16}\.safetensors")
 _UNFINISHED = re.compile(r"\.(forwardpass|config|generation_config)\.\w+\.[0-9a-f]{16}\.partial")
 
 
-def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), overwrite: bool = False) -> None:
-    """Refuses, with a ValueError, a folder that a checkpoint must not be saved to.
+def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), overwrite: bool = False) -> pathlib.Path:
+    """The folder, without links and "..", which are followed before anything is made; refuses, with a ValueError, one that a
+    checkpoint must not be saved to.
 
     One that holds a checkpoint of forwardpass, is empty or not yet there is always written to. Another one takes `overwrite`:
     files there of the names that a checkpoint has are replaced, the others stay. A folder of `sources` (names that are no
     folder are passed over), the model's own original, is never written to, by whatever path it is given.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(os.path.realpath(folder))
     if not folder.exists():
-        parent = next(p for p in folder.absolute().parents if p.exists())
-        if folder.is_symlink() or not (parent.is_dir() and os.access(parent, os.W_OK)):
+        parent = next(p for p in folder.parents if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
             raise ValueError(f"the folder {folder} cannot be made: give one that is in a folder that can be written to")
-        return
+        return folder
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} is no folder that can be written to: give another one to save to")
     names = os.listdir(folder)
@@ -46,6 +47,7 @@ def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), ov
     if not ours and not overwrite:
         raise ValueError(f"{folder} holds files that are no checkpoint of forwardpass ({min(names)}, …): save to a new folder, "
                          "or pass overwrite=True (--overwrite)")  # fmt: skip
+    return folder
 
 
 def put_weights(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -> str:
