@@ -179,6 +179,96 @@ def test_swap_plan_and_save(folder, tmp_path):
     assert any((tmp_path / "saved").iterdir())
 
 
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    """A folder that `swap --save` wrote."""
+    made = tmp_path_factory.mktemp("saved")
+    done = run("swap", folder, "--precision", "w8a16", "--batch", 1, "--length", 8, "--min-cosine", 0.9, "--save", made)
+    assert done.exit_code == 0, done.output
+    return made
+
+
+def test_a_saved_folder_is_usable_on_its_own(folder, saved, tmp_path):
+    model, tokenizer = embedding.load(embedding.find_model(str(saved)))
+    assert {type(m).__name__ for m in model.encoder.layer[0].output.modules()} >= {"W8A16Linear"}
+    original, same = embedding.load(embedding.find_model(str(folder)))
+    assert tokenizer.get_vocab() == same.get_vocab()
+    (got,), (expected,) = (
+        embedding.embed(embedding.hidden_states(m), embedding.tokenize(tokenizer, ["some text"], m))
+        for m in (model, original)
+    )
+    assert torch.cosine_similarity(got, expected, dim=0) > 0.99
+    done = run("profile", saved, "--batch", 1, "--length", 8, "--batches", 1, "--rounds", 1)
+    assert done.exit_code == 0 and "W8A16Linear" in done.stdout, done.output
+    done = run("size-batch", saved, "--slo-ms", 60_000, "--rate", 5, "--length", 8, "--max-batch", 1, "--seconds", 0.1,
+               "--check", 0)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    for args in (
+        ("swap", saved, "--precision", "int8"),
+        ("parity", saved, "--precision", "int8"),
+        ("plan", saved, "--min-cosine", 0.9),
+        ("size-batch", saved, "--slo-ms", 50, "--rate", 5, "--precision", "int8"),
+    ):
+        refused(run(*args), "holds a model that is swapped already")
+    bare = shutil.copytree(saved, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "vocab*", "special*"))
+    refused(run("profile", bare), "there is no tokenizer beside the model")
+
+
+def test_save_does_not_touch_a_models_own_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "load", lambda *a: pytest.fail("refused after the work, not before"))
+    source = shutil.copytree(folder, tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    (tmp_path / "link").symlink_to(source)
+    swap = ("swap", source, "--precision", "int8")
+    for path in (source, tmp_path / "link", tmp_path / "x" / ".." / "model"):
+        for overwrite in ((), ("--overwrite",)):
+            refused(run(*swap, "--save", path, *overwrite), "folder")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    refused(run(*swap, "--save", other), "pass overwrite=True (--overwrite)")
+    refused(run(*swap, "--save", other / "mine.txt"), "is no folder")
+    refused(run(*swap, "--save", tmp_path / "x", "--json", tmp_path / "x"), "a path of its own")
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+def test_save_over_other_files_is_asked_for(folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    swap = ("swap", folder, "--precision", "w8a16", "--batch", 1, "--length", 8, "--min-cosine", 0.9)
+    done = run(*swap, "--save", tmp_path, "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "mine.txt").read_text() == "mine" and (tmp_path / "forwardpass.json").exists()
+
+
+def test_no_result_is_written_over_what_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "load", lambda *a: pytest.fail("refused after the work, not before"))
+    file = tmp_path / "texts.txt"
+    file.write_text("one\ntwo\n")
+    swap = ("swap", folder, "--precision", "int8", "--text", file)
+    refused(run(*swap, "--json", file), "this command reads it")
+    refused(run(*swap, "--json", folder / "config.json"), "this command reads it")
+    refused(run(*swap, "--json", tmp_path), "it is a folder")
+    refused(
+        run("profile", folder, "--json", tmp_path / "a", "--html", tmp_path / "x" / ".." / "a"), "its folder does not"
+    )
+    refused(run("profile", folder, "--json", tmp_path / "a", "--html", tmp_path / "a"), "a file of its own")
+    refused(run("parity", folder, "--precision", "int8", "--text", file, "--plot", file), "this command reads it")
+    refused(run("size-batch", folder, "--slo-ms", 50, "--trace", file, "--json", file), "this command reads it")
+    assert file.read_text() == "one\ntwo\n"
+
+
+def test_a_config_that_names_a_kernel_is_not_loaded(folder, tmp_path, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(
+        transformers.modeling_utils, "lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched")
+    )
+    source = shutil.copytree(folder, tmp_path / "model")
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**content, "attn_implementation": "kernels-community/flash-attn"}))
+    refused(run("profile", source), "names the code attn_implementation='kernels-community/flash-attn'")
+
+
 @needs_minilm
 def test_minilm_int8_keeps_its_embeddings(tmp_path):
     done = run("swap", "minilm", "--precision", "int8", "--batch", 1, "--length", 16, "--json", tmp_path / "out.json")

@@ -298,3 +298,40 @@ def test_fp8_asks_for_a_gpu_that_has_it():
     for arch in ("sm_89", "sm_90a"):
         with fp.interpret(arch):
             assert Fp8Linear.why_not(m) is None
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
+def test_float_weights_are_not_loaded_into_a_quantised_layer(precision, strict):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
+    weights = model.state_dict()
+    fp.swap(model, precision)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"load_state_dict: 0\.weight holds .* the state dict has torch\.float32"
+    ) as e:
+        model.load_state_dict(weights, strict=strict)
+    assert "fp.restore" in str(e.value) and "\n" not in str(e.value)
+    assert all(torch.equal(t.float(), before[name].float()) for name, t in model.state_dict().items())
+    fp.restore(model)
+    model.load_state_dict(weights, strict=strict)
+
+
+def test_quantised_weights_are_not_loaded_without_their_scales():
+    def layer(**options):
+        return fp.nn.Int8Linear.from_torch(torch.nn.Linear(64, 64), **options)
+
+    plain, smoothed = layer(), layer(channel_scale=torch.full((64,), 2.0))
+    part = {name: t for name, t in layer().state_dict().items() if name != "weight_scale"}
+    for weights in (smoothed.state_dict(), layer(symmetric=True).state_dict(), part):
+        before = plain.weight.clone()
+        with pytest.raises(RuntimeError, match="load_state_dict"):
+            plain.load_state_dict(weights, strict=False)
+        assert torch.equal(plain.weight, before)
+    plain.load_state_dict(other := layer().state_dict(), strict=False)
+    assert torch.equal(plain.weight, other["weight"])
+    plain.load_state_dict({}, strict=False)
+    bf16 = fp.nn.Bf16Linear.from_torch(torch.nn.Linear(64, 64))
+    bf16.load_state_dict(torch.nn.Linear(64, 64).state_dict())  # rounds, as a swap does
+    with pytest.raises(RuntimeError, match="load_state_dict"):
+        bf16.load_state_dict(other, strict=False)

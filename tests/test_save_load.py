@@ -18,6 +18,11 @@ import forwardpass as fp
 safetensors = pytest.importorskip("safetensors.torch")
 
 
+def weights(folder):
+    """The file of the weights."""
+    return folder / json.loads((folder / "forwardpass.json").read_text())["weights"]
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a swapped block, and its output."""
@@ -56,9 +61,7 @@ def test_bits_are_equal(tmp_path, name, precision):
     assert (tmp_path / "again" / "forwardpass.json").read_text() == (
         tmp_path / "checkpoint" / "forwardpass.json"
     ).read_text()
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        tmp_path / "checkpoint" / "model.safetensors"
-    ).read_bytes()
+    assert weights(tmp_path / "again").read_bytes() == weights(tmp_path / "checkpoint").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -178,7 +181,7 @@ def test_what_cannot_be_stored(tmp_path):
 def test_a_file_that_changes_later_does_not_change_the_model(saved):
     folder, x, expected = saved
     model = fp.load_pretrained(folder, model=block())
-    with open(folder / "model.safetensors", "r+b") as file:
+    with open(weights(folder), "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(size // 2)
         file.write(b"\x55" * (size - size // 2))
@@ -195,31 +198,31 @@ def edit(folder, change):
 
 
 def tensors(folder, change):
-    content = safetensors.load_file(folder / "model.safetensors")
+    content = safetensors.load_file(weights(folder))
     change(content)
-    safetensors.save_file(content, folder / "model.safetensors")
+    safetensors.save_file(content, weights(folder))
 
 
 def truncated(folder):
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    data = weights(folder).read_bytes()
+    weights(folder).write_bytes(data[: len(data) // 2])
 
 
 def written(name, data):
-    return lambda folder: (folder / name).write_bytes(data)
+    return lambda folder: (weights(folder) if name == "weights" else folder / name).write_bytes(data)
 
 
 def header(content, data=b""):
     text = json.dumps(content).encode()
-    return written("model.safetensors", struct.pack("<Q", len(text)) + text + data)
+    return written("weights", struct.pack("<Q", len(text)) + text + data)
 
 
 DAMAGE = {
     "truncated": (truncated, ValueError, "damaged or no safetensors file"),
-    "empty": (written("model.safetensors", b""), ValueError, "damaged or no safetensors file"),
-    "pickle": (written("model.safetensors", pickle.dumps({"a": 1})), ValueError, "damaged or no safetensors file"),
+    "empty": (written("weights", b""), ValueError, "damaged or no safetensors file"),
+    "pickle": (written("weights", pickle.dumps({"a": 1})), ValueError, "damaged or no safetensors file"),
     "huge header": (
-        written("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}"),
+        written("weights", struct.pack("<Q", 1 << 60) + b"{}"),
         ValueError,
         "damaged or no safetensors file",
     ),
@@ -258,7 +261,7 @@ DAMAGE = {
         ValueError,
         "first.weight_scale is torch.float16 in the file, not torch.float32",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors"),
+    "no weights": (lambda f: weights(f).unlink(), FileNotFoundError, "no forwardpass-"),
     "no record": (lambda f: (f / "forwardpass.json").unlink(), FileNotFoundError, "no checkpoint of forwardpass"),
     "not json": (written("forwardpass.json", b"{"), ValueError, "not a checkpoint"),
     "deep json": (written("forwardpass.json", b"[" * 500_000), ValueError, "not a checkpoint"),
@@ -266,6 +269,11 @@ DAMAGE = {
         lambda f: edit(f, lambda r: r.update(schema="forwardpass.checkpoint/7")),
         ValueError,
         "this version reads",
+    ),
+    "weights elsewhere": (
+        lambda f: edit(f, lambda r: r.update(weights=f"../{f.name}/{r['weights']}")),
+        ValueError,
+        "the name of its weights",
     ),
     "entries": (lambda f: edit(f, lambda r: r.pop("aliases")), ValueError, "damaged"),
     "types": (lambda f: edit(f, lambda r: r.update(layers={})), ValueError, "damaged"),
@@ -301,6 +309,16 @@ DAMAGE = {
         lambda f: edit(f, lambda r: r["layers"][0]["config"].update(dtype=[1])),
         ValueError,
         "the configuration of first",
+    ),
+    "option of another type": (
+        lambda f: edit(f, lambda r: r["layers"][0]["config"].update(symmetric=[])),
+        ValueError,
+        r"the configuration of first .*symmetric=\[\] is not of its type",
+    ),
+    "bias that is a number": (
+        lambda f: edit(f, lambda r: r["layers"][0]["config"].update(bias=1)),
+        ValueError,
+        "bias=1 is not of its type",
     ),
     "alias": (
         lambda f: edit(f, lambda r: r["aliases"].update({"first.weight": "nowhere"})),
@@ -346,13 +364,8 @@ def test_another_model_is_refused(saved):
         fp.load_pretrained(folder / "nowhere", model=block())
 
 
-def config(change):
-    def damage(folder):
-        content = json.loads((folder / "config.json").read_text())
-        change(content)
-        (folder / "config.json").write_text(json.dumps(content))
-
-    return damage
+def config(**changes):
+    return lambda folder: edit(folder, lambda r: r["model"]["config"].update(changes))
 
 
 def model_class(name):
@@ -360,29 +373,44 @@ def model_class(name):
 
 
 HUGGINGFACE_DAMAGE = {
-    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
-    "layers": (config(lambda c: c.update(num_hidden_layers=10**9)), ValueError, "num_hidden_layers=1000000000"),
-    "labels": (config(lambda c: c.update(num_labels=10**9)), ValueError, "num_labels=1000000000"),
-    "width": (config(lambda c: c.update(hidden_size=128)), ValueError, "recorded as|has the shape"),
-    "absurd width": (config(lambda c: c.update(vocab_size=10**12)), ValueError, "has the shape|cannot build"),
-    "nonsense": (config(lambda c: c.update(hidden_size="wide")), ValueError, "cannot build"),
-    "remote code": (
-        config(lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.Mine"})),
-        ValueError,
-        "cannot build",
-    ),
+    "layers": (config(num_hidden_layers=10**9), ValueError, "num_hidden_layers=1000000000"),
+    "layers within": (config(text_config={"num_hidden_layers": 10**9}), ValueError, "num_hidden_layers=1000000000"),
+    "layers of stages": (config(encoder={"model_type": "swin", "depths": [2, 10**9]}), ValueError, "depths=1000000000"),
+    "labels": (config(num_labels=10**9), ValueError, "num_labels=1000000000"),
+    "width": (config(hidden_size=128), ValueError, "recorded as|has the shape"),
+    "absurd width": (config(vocab_size=10**12), ValueError, "has the shape|cannot build"),
+    "nonsense": (config(hidden_size="wide"), ValueError, "cannot build"),
+    "another type": (config(model_type="mine"), ValueError, "cannot build"),
+    "config of another type": (lambda f: edit(f, lambda r: r["model"].update(config=[])), ValueError, "damaged"),
     "class": (model_class("os"), ValueError, "has no model class 'os'"),
     "class that is none": (model_class("AutoTokenizer"), ValueError, "has no model class 'AutoTokenizer'"),
-    "class of another type": (model_class(["BertModel"]), ValueError, "has no model class"),
+    "class of another type": (model_class(["BertModel"]), ValueError, "damaged"),
+    "attention": (config(attn_implementation="kernels-community/flash-attn"), ValueError, "names code"),
+    "attention, once": (config(_attn_implementation="kernels-community/flash-attn"), ValueError, "names code"),
+    "attention by part": (config(attn_implementation={"": "eager", "text_config": "a/b"}), ValueError, "names code"),
+    "attention within": (
+        config(parts=[{"attn_implementation": "kernels-community/flash-attn"}]),
+        ValueError,
+        "names code",
+    ),
+    "internal": (config(_attn_implementation_internal="a/b"), ValueError, "names code"),
+    "experts": (config(experts_implementation="sonicmoe"), ValueError, "names code"),
+    "quantizer": (config(quantization_config={"quant_method": "mxfp4"}), ValueError, "names code"),
+    "remote code": (config(auto_map={"AutoConfig": "mine.Mine"}), ValueError, "names code"),
+    "remote code within": (config(text_config={"auto_map": {"AutoModel": "a/b--mine.Mine"}}), ValueError, "names code"),
+    "backbone of a hub": (config(backbone_config={"backbone": "hf-hub:a/b"}), ValueError, "names code"),
 }
 
 
 @pytest.mark.parametrize("case", HUGGINGFACE_DAMAGE)
-def test_damaged_huggingface_checkpoints(tmp_path, case):
+def test_damaged_huggingface_checkpoints(tmp_path, case, monkeypatch):
     model = build("bert")
     fp.swap(model, "int8")
     fp.save_pretrained(model, tmp_path)
     (tmp_path / "mine.py").write_text("raise SystemExit('executed')")
+    monkeypatch.setattr(
+        transformers.modeling_utils, "lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched")
+    )
     damage, error, words = HUGGINGFACE_DAMAGE[case]
     damage(tmp_path)
     with pytest.raises(error, match=words) as e:
@@ -400,3 +428,33 @@ def test_generation_settings_come_along(tmp_path):
     inputs = batch("gpt2")
     assert torch.equal(loaded.generate(**inputs, do_sample=False), model.generate(**inputs, do_sample=False))
     assert isinstance(model, transformers.GPT2LMHeadModel)
+
+
+def test_the_config_beside_it_is_for_other_programs(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        transformers.modeling_utils, "lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched")
+    )
+    model = build("bert")
+    fp.swap(model, "int8")
+    fp.save_pretrained(model, tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).hidden_size == model.config.hidden_size
+    content = json.loads((tmp_path / "config.json").read_text())
+    content.update(attn_implementation="kernels-community/flash-attn", num_hidden_layers=10**9)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert torch.equal(outputs(fp.load_pretrained(tmp_path), batch("bert")), outputs(model, batch("bert")))
+
+
+def test_no_name_of_code_is_stored_and_no_attention_is_fetched(tmp_path, monkeypatch):
+    model = build("bert")
+    model.config.auto_map, model.config.parts = {"AutoModel": "a/b--mine.Mine"}, [{"attn_implementation": "a/b"}]
+    fp.swap(model, "int8", attention=False)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    monkeypatch.setattr(
+        transformers.modeling_utils, "lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched")
+    )
+    fp.save_pretrained(model, tmp_path)
+    for name in ("forwardpass.json", "config.json"):
+        assert "auto_map" not in (tmp_path / name).read_text() and "a/b" not in (tmp_path / name).read_text()
+    with pytest.warns(UserWarning, match="saved with attention 'flash_attention_2'.*and runs 'sdpa'"):
+        loaded = fp.load_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"

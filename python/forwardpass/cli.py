@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import pathlib
 import warnings
 from collections import defaultdict
@@ -32,6 +33,7 @@ from .planning.plan import CANDIDATES, TARGETS
 from .planning.queueing import percentile as percentile_of
 from .planning.queueing import poisson, settled
 from .planning.size_batch import try_policy
+from .swap.folder import check_folder
 from .swap.precision import PRECISIONS
 from .timing import Track, keep_freed_memory
 
@@ -47,6 +49,7 @@ CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
 
 
 ModelName = Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")]
+SwappedName = Annotated[str, typer.Argument(help="As for swap, or a folder that `forwardpass swap --save` wrote.")]
 PrecisionName = Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")]
 PlanFile = Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")]
 Texts = Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")]
@@ -80,11 +83,22 @@ def write_json(result: dict[str, Any], out: str) -> None:
         pathlib.Path(out).write_text(text)
 
 
-def prepare(device: str | None, *files: str | None) -> str:
-    """The device to run on; refuses one that is not there, and files that cannot be written."""
-    for file in files:
-        if file not in (None, "-") and not pathlib.Path(file).parent.is_dir():
+def prepare(device: str | None, *files: str | None, read: tuple[str | None, ...] = ()) -> str:
+    """The device to run on; refuses one that is not there, and files that cannot be written.
+
+    files: what is written. read: what is read, a model's folder included: none of its files is written over.
+    """
+    written = [pathlib.Path(file) for file in files if file not in (None, "-")]
+    inputs = [pathlib.Path(name) for name in read if name and pathlib.Path(name).exists()]
+    for i, file in enumerate(written):
+        if not file.parent.is_dir():
             refuse(f"cannot write {file}: its folder does not exist")
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            refuse(f"cannot write {file}: it is a folder, or may not be written")
+        if any(file.resolve() == other.resolve() for other in written[:i]):
+            refuse(f"cannot write two results to {file}: give each a file of its own")
+        if file.exists() and any(x.samefile(file) or (x.is_dir() and x.samefile(file.parent)) for x in inputs):
+            refuse(f"cannot write {file}: this command reads it")
     if device not in (None, "cpu", "cuda"):
         refuse(f"--device is cpu or cuda, not {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -104,18 +118,31 @@ class Subject:
     calibration: list[embedding.Batch] | None  #: None where there is none
 
 
-def find(name: str, where: str, console: Console) -> tuple[embedding.Source, torch.nn.Module, Any]:
-    """Where the model comes from, which is printed, the model, and its tokenizer."""
+def find(name: str, where: str, console: Console, swaps: bool) -> tuple[embedding.Source, torch.nn.Module, Any]:
+    """Where the model comes from, which is printed, the model, and its tokenizer. swaps: whether the command takes the originals
+    of its layers, which a swapped model that was saved has not.
+    """
     source = embedding.find_model(name)
+    if source.swapped and swaps:
+        raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
+                         "original model")  # fmt: skip
     console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
     return source, *embedding.load(source, where)
 
 
-def load(name: str, where: str, text: str | None, calibrate: str | None, calibrates: bool, console: Console) -> Subject:
+def load(
+    name: str,
+    where: str,
+    text: str | None,
+    calibrate: str | None,
+    calibrates: bool,
+    console: Console,
+    swaps: bool = True,
+) -> Subject:
     """calibrates: whether there is calibration by default."""
     texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
     calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
-    source, model, tokenizer = find(name, where, console)
+    source, model, tokenizer = find(name, where, console, swaps)
     batches, others = (embedding.tokenize(tokenizer, t, model, where) for t in (texts, calibration))
     return Subject(source, model, tokenizer, texts, batches, others or None)
 
@@ -237,13 +264,19 @@ def swap(
     min_cosine: Annotated[float, typer.Option(help="The lowest cosine over the texts that passes.")] = 0.999,
     device: Device = None,
     json: Json = None,
-    save: Annotated[str | None, typer.Option(help="Store the swapped model in this folder.")] = None,
+    save: Annotated[str | None, typer.Option(help="Store the swapped model and its tokenizer in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --save use a folder that holds other files, but "
+                                            "for the model's own.")] = False,
 ) -> None:  # fmt: skip
     """Swaps a text embedding model, runs it on real text before and after, and shows what changed."""
     console = Console(stderr=json == "-")
     planned, calibrates = precision_or_plan(precision, plan)
-    where = prepare(device, json)
+    where = prepare(device, json, read=(model, plan, text, calibrate))
     with refusing(ValueError, OSError):
+        if save:
+            if json and pathlib.Path(json).resolve() == pathlib.Path(save).resolve():
+                raise ValueError(f"--json and --save are both {save}: give each a path of its own")
+            check_folder(save, [embedding.find_model(model).path], overwrite)
         it = load(model, where, text, calibrate, calibrates, console)
         timed = embedding.full_batch(it.tokenizer, it.texts, batch, length, it.model, where)
     swapped = copy.deepcopy(it.model)  # both are wanted at once: their timing takes turns
@@ -255,7 +288,8 @@ def swap(
         compared = comparison.compare(it.model, swapped, it.batches, timed, track)
     if save:
         with refusing(ValueError, OSError):
-            fp.save_pretrained(swapped, save)
+            fp.save_pretrained(swapped, save, overwrite=overwrite)
+            it.tokenizer.save_pretrained(save)
     reported = report.to_json()
     ok = compared["parity"]["cosine_min"] >= min_cosine  # false for NaN
     result = {
@@ -308,7 +342,7 @@ def plan(
     console = Console(stderr=json == "-")
     if (min_cosine is None) == (max_error is None):
         refuse("pass either --min-cosine or --max-error")
-    where = prepare(device, json, plot, resume)
+    where = prepare(device, json, plot, resume, read=(model, text, calibrate))
     named = [name.strip() for name in candidates.split(",")] if candidates is not None else list(CANDIDATES)
     calibrates = any(name.endswith(CALIBRATED) for name in named)
     if candidates is None and calibrate == "none":
@@ -355,7 +389,7 @@ def plan(
 
 @app.command()
 def profile(
-    model: ModelName,
+    model: SwappedName,
     text: Annotated[str | None, typer.Option(help="Texts to run, one a line; default: 288 built in.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts of a batch.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens that each text is padded or cut to.")] = 128,
@@ -368,10 +402,10 @@ def profile(
 ) -> None:  # fmt: skip
     """Shows where the time of a text embedding goes: tokenising, transfer, forward, pooled output; then by layer."""
     console = Console(stderr=json == "-")
-    where = prepare(device, json, html, trace)
+    where = prepare(device, json, html, trace, read=(model, text))
     with refusing(ValueError, OSError):
         texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-        source, loaded, tokenizer = find(model, where, console)
+        source, loaded, tokenizer = find(model, where, console, swaps=False)
         request = embedding.Request(loaded, tokenizer, length)
     items = [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(batches)]
     with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported):
@@ -437,7 +471,7 @@ def parity(
     """Shows how far each swapped layer of a text embedding model is from the original, the worst first."""
     console = Console(stderr=json == "-")
     planned, calibrates = precision_or_plan(precision, plan)
-    where = prepare(device, json, plot)
+    where = prepare(device, json, plot, read=(model, plan, text, calibrate))
     with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has them too
         if plot:
@@ -457,7 +491,7 @@ def parity(
 
 @app.command("size-batch")
 def size_batch(
-    model: ModelName,
+    model: SwappedName,
     slo_ms: Annotated[float, typer.Option(help="The latency objective, milliseconds.")],
     rate: Annotated[float | None, typer.Option(help="Requests a second, arriving independently of each other.")] = None,
     trace: Annotated[str | None, typer.Option(help="Instead: a file of arrival times in seconds, one a line.")] = None,
@@ -475,13 +509,14 @@ def size_batch(
 ) -> None:  # fmt: skip
     """Finds the batches of a text embedding model that hold a latency objective at the least cost, and tries them."""
     console = Console(stderr=json == "-")
-    where = prepare(device, json, plot)
+    where = prepare(device, json, plot, read=(model, trace))
     refuse_precision(precision)
     with refusing(ValueError, OSError):
         if plot:
             plots.require(plot)
         arrivals = None if trace is None else [float(line) for line in pathlib.Path(trace).read_text().split()]
-        it = load(model, where, None, None, precision is not None and CALIBRATES[precision], console)
+        calibrates = precision is not None and CALIBRATES[precision]
+        it = load(model, where, None, None, calibrates, console, swaps=precision is not None)
         rows = embedding.full_batch(it.tokenizer, it.texts, max_batch, length, it.model, where)
 
     def make_batch(n: int) -> embedding.Batch:

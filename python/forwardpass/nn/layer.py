@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -164,6 +164,23 @@ class QuantizedLinear(nn.Module):
         if self.weight.itemsize == 1 and self.weight.stride(0) % 16:  # .to() makes it contiguous
             self.weight = pad_rows(self.weight)
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        """Takes a weight with the scales that it was quantised with, or raises: `copy_` would cut a float weight to integers, and
+        strict=False would leave them under scales of another.
+
+        Raises:
+            RuntimeError: the state dict is of a layer that is not swapped, or swapped another way.
+        """
+        theirs = {name for name in self._buffers if name != "bias" and prefix + name in state_dict}
+        ours = {name for name, t in self._buffers.items() if name != "bias" and t is not None}
+        weight = state_dict.get(prefix + "weight", self.weight)
+        cast = self.weight_scale is None and weight.is_floating_point()
+        if (weight.dtype != self.weight.dtype and not cast) or (theirs and theirs != ours):
+            raise RuntimeError(f"load_state_dict: {prefix}weight holds {self.weight.dtype} with {', '.join(sorted(ours))}, and the "
+                               f"state dict has {weight.dtype} with {', '.join(sorted(theirs))}: load it into the original model "
+                               "(fp.restore(model) brings it back) and swap that, or swap as that model was")  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def exact(self, x: Tensor) -> Tensor:
         """The result in fp64 on the operands that x is quantised to: from here to `forward` is the kernel's error."""

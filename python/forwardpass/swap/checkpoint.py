@@ -1,18 +1,16 @@
-"""A swapped model on disk: safetensors, `forwardpass.json`, and Hugging Face's config.json where the model has one.
+"""A swapped model on disk: a file of safetensors, and `forwardpass.json`, which names it and says all that is no tensor.
 
 The original weights are neither stored nor needed: a model is built without values (Hugging Face's on the meta device),
 its quantised layers are made empty from their stored configuration, and every tensor is read into its place.
-Nothing in a checkpoint is executed: no pickle, no remote code, no path from a file.
+Nothing in a checkpoint is executed: no pickle, no remote code, no kernel of a hub, no path from a file.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import pathlib
-import re
-import sys
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +20,26 @@ from torch import Tensor, nn
 
 from ..nn import QuantizedLinear
 from ..nn.layer import linear_weight
-from . import originals
+from . import model_config, originals, saving
 from .attention import AttentionSwap, attention_like, decide, implementation_before
 from .files import read_json, write_json
+from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
 from .precision import MODULES
 from .rules import Context
 from .walker import linear_like, plain_module
 
-SCHEMA = "forwardpass.checkpoint/1"
-WEIGHTS, RECORD = "model.safetensors", "forwardpass.json"
+SCHEMA = "forwardpass.checkpoint/2"
 _FIX = "save it again with fp.save_pretrained(model, folder)"
-#: Those that need no download; another one is left to the class's default.
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
-_RECORD = {"schema": str, "forwardpass": str, "model": dict, "layers": list, "attention": list, "aliases": dict}
+_RECORD = {
+    "schema": str,
+    "forwardpass": str,
+    "model": dict,
+    "weights": str,
+    "layers": list,
+    "attention": list,
+    "aliases": dict,
+}
+_MODEL = {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None}
 _LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
 
 
@@ -67,19 +72,30 @@ def _slots(model: nn.Module, instead: Mapping[int, nn.Module]) -> Iterator[tuple
                     yield f"{fqn}.{name}" if fqn else name, Slot(module, name, tensor)
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes a swapped model to `folder` (made where it is missing); `load_pretrained` reads it without the originals.
 
-    Tied tensors are stored once. A Hugging Face model's config.json and generation_config.json are written beside it.
+    Tied tensors are stored once. Over an older checkpoint it is one step: whenever it is interrupted, the old one or the new one
+    is there, whole. `load_pretrained` reads forwardpass.json and the weights that it names; a Hugging Face model's config.json
+    and generation_config.json are written beside them for other programs (a tokenizer saved there finds its class), which find
+    no weights of theirs.
+
+    Args:
+        folder: new, empty, or one that holds a checkpoint of forwardpass, which is replaced.
+        overwrite: True: any other folder too. Its config.json and generation_config.json are replaced, its other files stay. The
+            folder that the model was loaded from (config._name_or_path) is refused all the same.
 
     Raises:
-        ValueError: the model is not swapped, or holds what safetensors cannot. ImportError: safetensors is missing.
+        ValueError: the model is not swapped, or holds what safetensors cannot; the folder is not to be written to. ImportError:
+            safetensors is missing.
     """
     model = plain_module("save_pretrained", model)
     layers = originals.quantised_layers(model)
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
                          "first, or use the model's own save method")  # fmt: skip
+    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in model.modules())
+    folder = check_folder(folder, {name for name in names if isinstance(name, str)}, overwrite)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
@@ -104,12 +120,16 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     from .. import __version__
 
-    huggingface = _huggingface_class(type(model).__name__) is type(model)
+    config, generation = _configs(model)
+    safetensors = _safetensors()
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = put_weights(folder, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
     record = {
         "schema": SCHEMA,
         "forwardpass": __version__,
-        "model": {"class": type(model).__name__, "huggingface": huggingface,
-                  "attention": implementation_before(model)},
+        "model": {"class": type(model).__name__, "attention": implementation_before(model),
+                  "config": config, "generation_config": generation},
+        "weights": weights,
         "layers": [
             {"fqn": fqn, "module": type(m).__name__, "precision": vars(m).get("precision"),
              "version": vars(m).get("precision_version"), "config": m.config()}
@@ -118,19 +138,20 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "attention": originals.swapped_attention(model),
         "aliases": aliases,
     }  # fmt: skip
-    safetensors = _safetensors()
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (WEIGHTS + ".partial")
-    safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS)
-    if huggingface:
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]  # type: ignore[union-attr]
-        config.save_pretrained(folder)  # type: ignore[union-attr,operator]
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr,operator]
     write_json(folder / RECORD, record)
+    for name, content in ((model_config.CONFIG, config), (model_config.GENERATION, generation)):
+        if content is not None:
+            write_json(folder / name, content)
+    remove_other_weights(folder, weights)
+
+
+def _configs(model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The config of a model of transformers, and its settings for generation, as JSON has them."""
+    if model_config.model_class(type(model).__name__) is not type(model):
+        return None, None
+    config = dict(sorted({**model_config.stored(model.config), "architectures": [type(model).__name__]}.items()))
+    generation = getattr(model, "generation_config", None)
+    return config, None if generation is None else model_config.stored(generation)
 
 
 def load_pretrained(
@@ -141,7 +162,8 @@ def load_pretrained(
     Args:
         folder: what was given to save_pretrained.
         model: a model of the same structure, not swapped, to be filled in place; it may be on the meta device. Its
-            parameters are replaced, not written to. None: Hugging Face's class is built from config.json, in eval mode.
+            parameters are replaced, not written to. None: Hugging Face's class is built from its stored config, in eval mode.
+            Attention that may have to be downloaded (flash_attention_2) is then left to the class's default, with a warning.
         device: where tensors go that have no place yet: those of a model on meta, or of one built here.
 
     Returns:
@@ -153,16 +175,17 @@ def load_pretrained(
     """
     folder = pathlib.Path(folder)
     record = _read_record(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"there is no {WEIGHTS} in {folder}: {_FIX}")
+    weights = folder / record["weights"]
+    if not weights.is_file():
+        raise FileNotFoundError(f"there is no {weights.name} in {folder}: {_FIX}")
     safetensors = _safetensors()
     try:
-        file = safetensors.safe_open(folder / WEIGHTS, framework="pt")
+        file = safetensors.safe_open(weights, framework="pt")
     except (safetensors.SafetensorError, OSError) as e:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or no safetensors file ({e}): {_FIX}") from None
+        raise ValueError(f"{weights} is damaged or no safetensors file ({e}): {_FIX}") from None
     with file:
         if model is None:
-            model = _build_huggingface(folder, record["model"], len(file.keys()))
+            model = _build(folder, record["model"], len(file.keys()))
         else:
             model = plain_module("load_pretrained", model)
             if originals.quantised_layers(model) or originals.swapped_attention(model):
@@ -246,12 +269,26 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     change = AttentionSwap(model, attention, attending)  # modules of torch share the parameters that are there now
     originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
     change.put()
+    saving.refuse(model)
+
+
+def _build(folder: pathlib.Path, model: Mapping[str, Any], tensors: int) -> nn.Module:
+    if model["config"] is None:
+        raise ValueError(f"{folder} holds a {model['class'][:60]}, which is no class of transformers: build "
+                         f"it and pass it as model=, it may be on the meta device")  # fmt: skip
+    return model_config.build(
+        model["class"], model["attention"], model["config"], model["generation_config"], tensors, str(folder)
+    )
 
 
 def _empty_layer(layer: Mapping[str, Any], device: torch.device, fail: Callable[[str], ValueError]) -> QuantizedLinear:
     """The quantised layer, without values."""
+    module, config = MODULES[layer["module"]], layer["config"]
+    kinds = typing.get_type_hints(module.__init__)
     try:
-        new = MODULES[layer["module"]](**layer["config"], device=device)
+        if wrong := [name for name, x in config.items() if name in kinds and not _is(x, kinds[name])]:
+            raise TypeError(f"{wrong[0]}={repr(config[wrong[0]])[:40]} is not of its type")
+        new = module(**config, device=device)
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise fail(f"the configuration of {layer['fqn']} is not one of {layer['module']} ({e})") from None
     if layer["precision"] is not None:
@@ -276,64 +313,26 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
         if not holds:
             raise ValueError(f"{path} is damaged ({what}): {_FIX}")
 
-    record.setdefault("attention", [])  # older checkpoints have none
-    require(
-        set(record) == set(_RECORD) and all(isinstance(record[k], t) for k, t in _RECORD.items()),
-        "its entries are not those of a checkpoint",
-    )
+    require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
+    require(WEIGHTS.fullmatch(record["weights"]) is not None, "the name of its weights")
     names = (*record["aliases"].values(), *record["attention"])
     require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
     seen = set()
     for i, layer in enumerate(record["layers"]):
-        require(isinstance(layer, dict) and set(layer) == set(_LAYER), f"layer {i}")
-        require(all(isinstance(layer[name], kind) for name, kind in _LAYER.items()), f"layer {i}")
+        require(isinstance(layer, dict) and _has(layer, _LAYER), f"layer {i}")
         require(layer["module"] in MODULES, f"layer {i} is of an unknown module")
         require(layer["fqn"] not in seen, f"layer {i} is there twice")
         seen.add(layer["fqn"])
     return record
 
 
-def _huggingface_class(name: Any) -> type[nn.Module] | None:
-    """The model class of that name in transformers, where transformers is loaded."""
-    transformers = sys.modules.get("transformers")
-    cls = getattr(transformers, name, None) if transformers and isinstance(name, str) and name.isidentifier() else None
-    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None  # type: ignore[union-attr]
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type, or of one of a union: exactly, as True is no size."""
+    return type(value) in (typing.get_args(kind) or (kind,))
 
 
-def _build_huggingface(folder: pathlib.Path, model: Mapping[str, Any], tensors: int) -> nn.Module:
-    """The model of config.json on the meta device."""
-    if not model.get("huggingface"):
-        raise ValueError(f"{folder} holds a {str(model.get('class'))[:60]}, which is no class of transformers: build "
-                         f"it and pass it as model=, it may be on the meta device")  # fmt: skip
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError("this checkpoint needs transformers: pip install 'forwardpass[hf]'")
-    import transformers
-
-    content = read_json(folder / "config.json", "config.json of Hugging Face", _FIX)
-    for key, value in content.items():  # a model of a billion layers would be built before it is seen not to fit
-        counts = isinstance(value, int) and re.search(r"(^|_)(layers?|blocks?|depth|labels)$", key)
-        if counts and value > max(10_000, tensors):
-            path = folder / "config.json"
-            raise ValueError(f"{path} asks for {key}={value}, and the file holds {tensors} tensors: {_FIX}")
-    cls = _huggingface_class(model.get("class"))
-    if cls is None:
-        raise ValueError(f"transformers {transformers.__version__} has no model class "
-                         f"{str(model.get('class'))[:60]!r}: install the version it was saved with, or build the model "
-                         "and pass it as model=")  # fmt: skip
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if model.get("attention") in _ATTENTION:
-            config._attn_implementation = model["attention"]
-        with torch.device("meta"):
-            built = cls(config)
-        if (folder / "generation_config.json").is_file():
-            settings = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-            built.generation_config = settings  # type: ignore[assignment]
-    except Exception as e:  # transformers raises many kinds
-        why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
-        raise ValueError(f"transformers cannot build the model of {folder / 'config.json'} ({why}): {_FIX}, or build "
-                         "the model and pass it as model=") from None  # fmt: skip
-    return built.eval()
+def _has(given: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
+    return set(given) == set(kinds) and all(_is(given[name], kind) for name, kind in kinds.items())
 
 
 def _safetensors() -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import secrets
+import stat
+from collections.abc import Iterator
 from typing import Any
 
 #: A plan of 100 000 layers is 30 MB; nothing that is larger is one.
@@ -14,28 +18,56 @@ MAX_JSON_BYTES = 64 << 20
 def read_json(path: str | os.PathLike[str], what: str, fix: str) -> dict[str, Any]:
     """A JSON object from a file. `what` and `fix` complete the one-sentence errors: FileNotFoundError, ValueError."""
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no {what} at {path}: {fix}")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(
-            f"{path} is larger than any {what} ({path.stat().st_size} bytes, at most {MAX_JSON_BYTES}): {fix}"
-        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as e:  # RecursionError: a million brackets
+        text = _read_regular(path)
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError, OSError) as e:  # RecursionError: a million brackets
         raise ValueError(f"{path} is not a {what} ({type(e).__name__}: {str(e)[:80]}): {fix}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a {what} (a JSON {type(content).__name__}, not an object): {fix}")
     return content
 
 
+def _read_regular(path: pathlib.Path) -> str:
+    """Never waits and always ends: pipes, devices and what /proc shows (files of no size) are refused unread."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_size == 0:
+            raise ValueError("it is empty or no regular file")
+        if about.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {about.st_size} bytes, and at most {MAX_JSON_BYTES} are read")
+        with open(descriptor, encoding="utf-8", closefd=False) as file:
+            return file.read(MAX_JSON_BYTES)
+    finally:
+        os.close(descriptor)
+
+
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
+@contextlib.contextmanager
+def beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The name of a file that is not there yet, in the folder of `path`, to be written and renamed; gone at the end.
+
+    It cannot be guessed: no link that waits under it is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never sees half a file."""
+    """Whole or not at all: a reader never sees half a file, nor does one who comes after a loss of power."""
     path = pathlib.Path(path)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    with beside(path) as partial:
+        with open(partial, "x", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)

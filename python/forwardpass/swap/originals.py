@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MultiheadAttention, QuantizedLinear
+from . import saving
 from .huggingface import PLACE
 from .walker import Leaf, plain_module
 
@@ -59,10 +60,12 @@ class Originals:
         """Replacements into the places of originals, all or none."""
         exchange(model, [(x.fqn, x.original, x.replacement) for x in self.replaced])
         self.attention.put()
+        saving.refuse(model)
 
     def undo(self, model: nn.Module) -> None:
         exchange(model, [(x.fqn, x.replacement, x.original) for x in self.replaced])
         self.attention.undo()
+        saving.allow(model)
 
 
 _exchanging = threading.Lock()  #: two threads that swap one model: the second finds it changed

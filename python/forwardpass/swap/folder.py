@@ -1,0 +1,71 @@
+"""The folder of a checkpoint: whether it may be written to, what is in it, and the step from one checkpoint to the next.
+
+`forwardpass.json` names the file of the weights, whose name comes from its content: a new checkpoint is there from the moment
+that its forwardpass.json is renamed into place, and until then the old one is, untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+
+from .files import beside
+
+RECORD = "forwardpass.json"
+#: No name that other programs look for: they would take integers for weights.
+WEIGHTS = re.compile(r"forwardpass-[0-9a-f]{16}\.safetensors")
+#: What a save that was killed leaves.
+_UNFINISHED = re.compile(r"\.(forwardpass|config|generation_config)\.\w+\.[0-9a-f]{16}\.partial")
+
+
+def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), overwrite: bool = False) -> pathlib.Path:
+    """The folder, without links and "..", which are followed before anything is made; refuses, with a ValueError, one that a
+    checkpoint must not be saved to.
+
+    One that holds a checkpoint of forwardpass, is empty or not yet there is always written to. Another one takes `overwrite`:
+    files there of the names that a checkpoint has are replaced, the others stay. A folder of `sources` (names that are no
+    folder are passed over), the model's own original, is never written to, by whatever path it is given.
+    """
+    folder = pathlib.Path(os.path.realpath(folder))
+    if not folder.exists():
+        parent = next(p for p in folder.parents if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise ValueError(f"the folder {folder} cannot be made: give one that is in a folder that can be written to")
+        return folder
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} is no folder that can be written to: give another one to save to")
+    names = os.listdir(folder)
+    unfinished = all(WEIGHTS.fullmatch(name) or _UNFINISHED.fullmatch(name) for name in names)  # or empty
+    ours = RECORD in names or unfinished
+    originals = not ours or any(n.endswith((".safetensors", ".bin")) and not WEIGHTS.fullmatch(n) for n in names)
+    if originals and any(os.path.isdir(source) and os.path.samefile(source, folder) for source in sources):
+        raise ValueError(f"{folder} is where the model was loaded from, and its original is not overwritten by a swapped one: "
+                         "save to another folder")  # fmt: skip
+    if not ours and not overwrite:
+        raise ValueError(f"{folder} holds files that are no checkpoint of forwardpass ({min(names)}, …): save to a new folder, "
+                         "or pass overwrite=True (--overwrite)")  # fmt: skip
+    return folder
+
+
+def put_weights(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -> str:
+    """Puts a file of weights into `folder`, beside the one that may be there, and returns its name."""
+    with beside(folder / "forwardpass.safetensors") as partial:
+        write(partial)
+        digest = hashlib.sha256()
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        name = f"forwardpass-{digest.hexdigest()[:16]}.safetensors"
+        partial.replace(folder / name)
+    return name
+
+
+def remove_other_weights(folder: pathlib.Path, keep: str) -> None:
+    """Weights of checkpoints before the one that is there now, and what saves that were killed left."""
+    for path in folder.iterdir():
+        if path.name != keep and (WEIGHTS.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
+            path.unlink(missing_ok=True)
