@@ -198,6 +198,7 @@ SKIPS = {
     "lm_head": (Head, {"lm_head": "lm_head"}),
     "moe_router": (Router, {"gate": "moe_router"}),
     "weight_read": (Reads, {"inner": "weight_read"}),
+    "lazy": (lambda: sequential(nn.LazyLinear(64)), {"0": "uninitialized"}),
     "encoder": (
         lambda: nn.TransformerEncoderLayer(64, 4, 64),
         {

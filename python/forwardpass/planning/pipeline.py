@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, eval_mode, map_tensors, run, tensors
+from ..batches import Forward, device_of, eval_mode, map_tensors, run, tensors
 from ..swap.walker import plain_module
 from ..thread_state import captured, release_openmp_threads
-from .transfer import device_of, named, transfer_for
+from .transfer import named, transfer_for
 
 
 class ItemError(RuntimeError):
