@@ -24,6 +24,7 @@ class Report:
             "swapped": [{"fqn": "a"}],
             "attention": [{"fqn": "b"}],
             "skipped": [{"fqn": "b", "code": "too_small", "text": "it is small", "fix": ""}],
+            "left": [],
             "warnings": ["mind the gap"],
             "weight_bytes": {"before": 4, "after": 1, "kept": 4},
         }

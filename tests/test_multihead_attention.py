@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -220,6 +221,17 @@ def test_compiles(kind):
     x, given = inputs("memory", True), masks(kind, S)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=False)
     close(compiled(*x, need_weights=False, **given)[0], ours(*x, need_weights=False, **given)[0])
+
+
+@torch.no_grad()
+def test_under_inductor_and_exported():
+    _, ours = pair(batch_first=True)
+    torch._dynamo.reset()
+    x = inputs("memory", True)
+    expected = ours(*x, need_weights=False)[0]
+    close(torch.export.export(ours, x, {"need_weights": False}).module()(*x, need_weights=False)[0], expected)
+    if shutil.which("g++"):
+        close(torch.compile(ours, fullgraph=True, backend="inductor")(*x, need_weights=False)[0], expected)
 
 
 def encoder(**options):

@@ -181,7 +181,9 @@ def test_originals_that_wait_elsewhere_visit_one_at_a_time(monkeypatch):
         def undo(self):
             away.clear()
 
-    monkeypatch.setattr(originals, "device_of", lambda m: torch.device("meta" if id(m) in kept else "cpu"))
+    monkeypatch.setattr(
+        "forwardpass.planning.parity.device_of", lambda m: torch.device("meta" if id(m) in kept else "cpu")
+    )
     monkeypatch.setattr(originals, "Moved", Counted)
     assert fp.parity(model, [x]).to_json() == expected
     assert most == [1] * 4  # two layers, compared and then in place

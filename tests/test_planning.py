@@ -12,6 +12,7 @@ import test_cli
 import torch
 from small_models import assert_same_objects, batch, block, build, inputs, objects, outputs
 from test_cli import refused, run
+from torch import nn
 
 import forwardpass as fp
 from forwardpass.planning import measure, plots
@@ -534,3 +535,8 @@ def test_minilm(tmp_path):
     args = ("swap", "minilm", "--plan", file, "--min-cosine", budget, "--json", "-")
     found = json.loads(run(*args).stdout)
     assert found["parity"]["cosine_min"] == pytest.approx(held, abs=1e-6) and held >= 0.9995
+
+
+def test_a_model_without_parameters_is_planned_as_it_is():
+    plan = fp.plan(nn.Sequential(nn.GELU()), [torch.ones(2, 3)], max_error=0.1)
+    assert plan.layers == () and "no candidate is a gain" in str(plan)

@@ -18,9 +18,12 @@ import forwardpass as fp
 from forwardpass.nn import QuantizedLinear
 from forwardpass.swap.patterns import Pattern
 
+#: About 1.5 times the worst of the models' relative errors, which is T5's.
+OFF = {"int8": 0.018, "fp8": 0.08, "w8a16": 0.016, "bf16": 0.006}
+
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
+@pytest.mark.parametrize("precision", OFF)
 def test_architectures(name, precision):
     model, inputs = build(name), batch(name)
     before = outputs(model, inputs)
@@ -37,7 +40,7 @@ def test_architectures(name, precision):
         layer = model.get_submodule(swapped.fqn)
         assert isinstance(layer, QuantizedLinear)
         assert (layer.in_features, layer.out_features) == (swapped.in_features, swapped.out_features)
-    assert 0 < (after - before).norm() / before.norm() < (0.08 if precision == "fp8" else 0.04)
+    assert 0 < (after - before).norm() / before.norm() < OFF[precision]
     assert bool(fused) == (name == "mixtral")
     if name not in ("bert", "vit"):  # a head that makes logits, whatever it is called
         assert codes(report)["proj_out" if name == "whisper" else "lm_head"] == "lm_head"
@@ -198,6 +201,7 @@ SKIPS = {
     "lm_head": (Head, {"lm_head": "lm_head"}),
     "moe_router": (Router, {"gate": "moe_router"}),
     "weight_read": (Reads, {"inner": "weight_read"}),
+    "lazy": (lambda: sequential(nn.LazyLinear(64)), {"0": "uninitialized"}),
     "encoder": (
         lambda: nn.TransformerEncoderLayer(64, 4, 64),
         {

@@ -56,6 +56,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model, or a part of it, takes its batches: the device of its first parameter or buffer, the CPU where it has none."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def main_output(result: Any) -> Tensor:
     """The tensor that stands for a model's result."""
     for name in ("logits", "last_hidden_state"):

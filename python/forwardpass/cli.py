@@ -297,7 +297,7 @@ def swap(
         "model": {"name": model, "chosen": it.source.chosen},
         "precision": precision,
         "plan": plan,
-        **{name: reported[name] for name in ("swapped", "attention", "skipped", "warnings", "weight_bytes")},
+        **{name: reported[name] for name in ("swapped", "attention", "skipped", "left", "warnings", "weight_bytes")},
         **compared,
         "batch": batch,
         "length": length,

@@ -1,6 +1,7 @@
 """Runs CUDA and Triton kernels on the CPU, and checks them: csrc/interpreter/README.md.
 
-Nothing in the rest of the package imports this, but for `fp.interpret` on first use; the seam is backend.Interpreter.
+The rest of the package imports it on first use alone, for `fp.interpret`, `forwardpass doctor` and what is known of the rates of
+GPUs; operations reach it through the seam backend.Interpreter.
 """
 
 from .device import Device, interpret

@@ -22,6 +22,20 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+#: Subclasses of nn.Linear that compute just that, as read from their code; of others nobody knows.
+_LINEAR = {
+    "timm.layers.linear.Linear",
+    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it computes x W^T + b: an nn.Linear, a subclass of that name alone, or a Conv1D."""
+    cls = type(module)
+    return cls is nn.Linear or f"{cls.__module__}.{cls.__qualname__}" in _LINEAR or is_conv1d(module)
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight [N, K] of an nn.Linear or a Conv1D, detached."""
     weight = module.weight
@@ -103,7 +117,7 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def why_not(cls, module: nn.Module) -> Reason | None:
         """None where `from_torch` takes this module, else the reason."""
-        if type(module) is not nn.Linear and not is_conv1d(module):
+        if not is_linear(module):
             return Reason(
                 "subclass",
                 f"it is a {type(module).__name__}, not an nn.Linear",

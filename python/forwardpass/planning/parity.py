@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, Output, eval_mode, evaluating, main_output, padding_mask, run
+from ..batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
 from ..nn import QuantizedLinear
 from ..swap import originals
 from ..swap.report import table
@@ -197,7 +197,7 @@ def parity(
         )
     pairs = _originals(model, layers, reference)
     found = {fqn: LayerParity(fqn, str(vars(m).get("precision", type(m).__name__))) for fqn, m in layers.items()}
-    result = ParityReport(Comparison(), list(found.values()), 0, str(originals.device_of(next(iter(layers.values())))))
+    result = ParityReport(Comparison(), list(found.values()), 0, str(device_of(next(iter(layers.values())))))
     select = output or main_output
     result.task = task_of(model, task)
     agreement = None if result.task is None else TASKS[result.task]()
@@ -310,8 +310,8 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
     assert swapped is not None
     with ExitStack() as stack:
         for layer in swapped.layers:
-            device = originals.device_of(layer.replacement)
-            if originals.device_of(layer.original) != device:
+            device = device_of(layer.replacement)
+            if device_of(layer.original) != device:
                 moved = originals.Moved((), device)
                 stack.callback(moved.undo)  # where a forward fails half-way
                 before = layer.original.register_forward_pre_hook(

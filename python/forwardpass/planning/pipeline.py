@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, eval_mode, map_tensors, run, tensors
+from ..batches import Forward, device_of, eval_mode, map_tensors, run, tensors
 from ..swap.walker import plain_module
 from ..thread_state import captured, release_openmp_threads
-from .transfer import device_of, named, transfer_for
+from .transfer import named, transfer_for
 
 #: the longest that the interpreter's exit waits for what a stage is working on
 EXIT_WAIT_S = 10.0

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import environment
 from ..backend import Reason
-from ..batches import Fingerprint, Forward, Output, evaluating, run
+from ..batches import Fingerprint, Forward, Output, device_of, evaluating, run
 from ..swap import originals
 from ..swap.attention import attention_like, check_choice, decide
 from ..swap.patterns import patterns
@@ -126,7 +126,7 @@ def plan(
     attending, _ = decide(context, found, attention, None)
     context.attention.update(id(leaf.module) for leaf in attending)
 
-    device = environment.device(originals.device_of(model))
+    device = environment.device(device_of(model))
     kept = Kept(resume, identity(model, leaves, tried, criterion, context, device, given, timed, calibration))
 
     subject = Subject(model, criterion, forward, output)
@@ -301,7 +301,7 @@ def _latency(
     subject: Subject, plan: Plan, arguments: Arguments, timed: list[Any], progress: Track
 ) -> dict[str, Timing]:
     """The model as it is and under the plan, in turn: `before`, and `after` where the plan has layers."""
-    model, device = subject.model, originals.device_of(subject.model)
+    model, device = subject.model, device_of(subject.model)
 
     def call() -> None:
         for batch in timed:

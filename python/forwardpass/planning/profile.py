@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import environment
-from ..batches import Forward, eval_mode, evaluating, tensors
+from ..batches import Forward, device_of, eval_mode, evaluating, tensors
 from ..swap.report import table
 from ..swap.walker import plain_module
 from ..timing import Track, untracked
@@ -22,7 +22,6 @@ from .advice import Advice, advise
 from .layers import Inside, Row, look_inside
 from .phases import PHASES, Overlap, Phase, Request, Sample, measure, predict, summarise
 from .pipeline import Pipeline
-from .transfer import device_of
 
 SCHEMA = "forwardpass.profile/1"
 #: the items whose layers are looked at, and how often

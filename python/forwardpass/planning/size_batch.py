@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .. import environment
-from ..batches import Forward, evaluating, main_output, run
+from ..batches import Forward, device_of, evaluating, main_output, run
 from ..swap.files import write_json
 from ..swap.report import table
 from ..swap.walker import plain_module
@@ -29,7 +29,6 @@ from ..timing import Track, untracked
 from .load import Load, run_load
 from .pipeline import Pipeline
 from .queueing import Policy, ServiceTimes, Simulated, percentile, poisson, served, simulate
-from .transfer import device_of
 
 SCHEMA = "forwardpass.size_batch/1"
 #: requests that are simulated for a policy; of a recorded trace all

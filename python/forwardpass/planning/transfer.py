@@ -7,16 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batches import map_tensors, tensors
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its batches: the device of its first parameter or buffer, the CPU where it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def bytes_of(tree: Any) -> int:

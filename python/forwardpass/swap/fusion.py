@@ -55,7 +55,7 @@ def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
         behind = dict(itertools.pairwise(parent._modules)).get(leaf.name)
     else:
         behind = None if _is_watched(parent) else _behind(reach.methods(type(parent)) or (), leaf.name)
-    if behind not in beside:
+    if behind not in beside or "." in behind:  # which no path leads to
         return None
     module = parent._modules[behind]
     assert module is not None

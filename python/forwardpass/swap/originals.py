@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..batches import device_of
 from ..nn import MultiheadAttention, QuantizedLinear
 from . import saving
 from .huggingface import PLACE
@@ -149,10 +150,6 @@ def identities(layers: Iterable[tuple[Leaf, QuantizedLinear]]) -> tuple[Replaced
         for leaf, new in layers
         if leaf.activation is not None and new.activation is not None
     )
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(t.device for t in (*module.parameters(), *module.buffers()))
 
 
 def restore(model: nn.Module) -> None:

@@ -30,6 +30,11 @@ class Swapped:
     bytes_after: int
     activation: str | None = None  #: that stood behind it, and is computed in it
 
+    @property
+    def computes(self) -> str:
+        """In words: "int8 v2", and the activation."""
+        return f"{self.precision} v{self.version}" + (f" + {self.activation}" if self.activation else "")
+
 
 @dataclass(frozen=True)
 class SwappedAttention:
@@ -49,6 +54,23 @@ class Skipped:
 
     def to_json(self) -> dict[str, str]:
         return {"fqn": self.fqn, "code": self.reason.code, "text": self.reason.text, "fix": self.reason.fix}
+
+
+@dataclass(frozen=True)
+class Left:
+    """Layers of a class that a swap has nothing for, neither Linear-like nor attention: those that compute, and those that hold a
+    hundredth of the model's bytes.
+    """
+
+    module: str  #: the class
+    first: str  #: the name of one of them; "" is the model itself
+    count: int
+    bytes: int  #: of their own parameters and buffers
+    reason: Reason
+
+    def to_json(self) -> dict[str, Any]:
+        reason = {"code": self.reason.code, "text": self.reason.text, "fix": self.reason.fix}
+        return {"module": self.module, "first": self.first, "count": self.count, "bytes": self.bytes, **reason}
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,7 @@ class Report:
     swapped: list[Swapped]
     attention: list[SwappedAttention]
     skipped: list[Skipped]
+    left: list[Left]
     warnings: list[str]
     weight_bytes: WeightBytes
     plan: Plan
@@ -105,6 +128,7 @@ class Report:
             "swapped": [dict(vars(s)) for s in self.swapped],
             "attention": [dict(vars(s)) for s in self.attention],
             "skipped": [s.to_json() for s in self.skipped],
+            "left": [x.to_json() for x in self.left],
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
             "plan": self.plan.to_json(),
@@ -131,10 +155,9 @@ class Report:
         if self.swapped:
             rows: list[tuple[str, ...]] = [("swapped", "precision", "in", "out", "bytes")]
             rows += [
-                (s.fqn, f"{s.precision} v{s.version}", str(s.in_features), str(s.out_features),
-                 f"{s.bytes_before:,} -> {s.bytes_after:,}")
+                (s.fqn, s.computes, str(s.in_features), str(s.out_features), f"{s.bytes_before:,} -> {s.bytes_after:,}")
                 for s in self.swapped
-            ]  # fmt: skip
+            ]
             lines += ["", *table(rows, right=(2, 3, 4))]
         if self.attention:
             rows = [("attention", "module", "before"), *((s.fqn, s.module, s.before) for s in self.attention)]
@@ -149,6 +172,10 @@ class Report:
                     ]
                 ),
             ]
+        if self.left:
+            rows = [("left", "first", "count", "bytes", "why; what to do")]
+            rows += [(x.module, x.first, str(x.count), f"{x.bytes:,}", str(x.reason)) for x in self.left]
+            lines += ["", *table(rows, right=(2, 3))]
         lines += [f"warning: {w}" for w in self.warnings]
         return "\n".join(lines)
 

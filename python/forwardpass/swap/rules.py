@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..backend import Reason
-from ..nn.layer import is_conv1d
+from ..nn.layer import is_linear
 from ..quantized_rows import FLOATS
 from .fusion import has_hooks
 from .patterns import Pattern
@@ -100,6 +101,20 @@ def not_included(leaf: Leaf, context: Context, precision: Precision | None) -> F
     return None
 
 
+def uninitialized(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
+    if any(p is not None and is_lazy(p) for p in leaf.module._parameters.values()):
+        return "it is lazy, and has no weight before its first call", "run the model on a batch first"
+    return None
+
+
+def dotted(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
+    for name in (*(name for name, _ in leaf.ancestors[1:]), leaf.name):
+        if not name or "." in name:
+            return (f"the module name {name!r} is empty or has a dot, so that no path leads to it",
+                    "give it another name, with add_module")  # fmt: skip
+    return None
+
+
 def lm_head(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if leaf.name == "lm_head" or id(leaf.module) in context.output_layers:
         return ("its outputs are the logits, where the error of 8 bits shows most",
@@ -149,7 +164,7 @@ def parametrized(leaf: Leaf, context: Context, precision: Precision) -> Finding 
 
 def subclass(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     cls = type(leaf.module)
-    if cls is not nn.Linear and not is_conv1d(leaf.module):
+    if not is_linear(leaf.module):
         return (f"{cls.__module__}.{cls.__qualname__} derives from Linear and may compute something else",
                 "replace it by a plain nn.Linear if it does not")  # fmt: skip
     return None
@@ -247,12 +262,13 @@ class Rule:
 
 
 _USER = (excluded, not_included)
+#: Without these there is nothing to ask the others about.
+_FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small)
 #: The last one reads the weight.
 _MODEL = (shared, lora, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
-RULES = tuple(
-    Rule(kind, ask) for kind, rules in (("user", _USER), ("default", _DEFAULT), ("model", _MODEL)) for ask in rules
-)
+_KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
+RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {
     "attention_off": "user",
     "no_precision": "user",

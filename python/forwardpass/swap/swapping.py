@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from ..backend import Reason, Unsupported, only_reference_on
-from ..batches import Fingerprint
+from ..batches import Fingerprint, device_of
 from ..nn.layer import QuantizedLinear, linear_weight
 from ..quantized_rows import FLOATS
 from . import originals
@@ -20,11 +22,13 @@ from .attention import NOT_PLANNED, AttentionSwap, attention_like, check_choice,
 from .patterns import patterns
 from .plan import Plan, PlannedLayer
 from .precision import Precision, find_precision
-from .report import Report, Skipped, Swapped, WeightBytes
+from .report import Left, Report, Skipped, Swapped, WeightBytes
 from .rules import KINDS, Context, fused_experts, why_skip
 from .walker import Leaf, is_conv1d, linear_like, plain_module
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
+#: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
+WEIGHS = 0.01
 KEEP = ("auto", "device", "cpu", False)
 
 
@@ -51,8 +55,9 @@ def swap(
         precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model. One that was
             calibrated takes the same batches again as calibrate=.
-        attention: "auto": swapped where a GPU has a kernel for it, left to torch on a CPU. True: wherever it can be, on a CPU
-            too. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
+        attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's, which is in
+            encoders of transformers in float32 with head dims 16, 32, 48 and 64 where there is AVX-512. True: wherever it
+            can be. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
             transformers run theirs through the AttentionInterface, where their configs name it; both keep their weights
             as they are. Attention that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
         include, exclude: patterns of names, of layers and attention: globs over whole components ("layer.1" is not
@@ -147,10 +152,12 @@ def _carry_out(
     else:
         replacements = [build(leaf, preset, arguments.get(leaf.fqn, {})) for leaf, preset in chosen]
     change = AttentionSwap(model, found, attending)
+    spoken_of = {*(s.fqn for s in skipped), *(leaf.fqn for leaf in found), *(leaf.fqn for leaf, _ in chosen)}
     report = Report(
         [_swapped(leaf, preset, new) for (leaf, preset), new in zip(chosen, replacements)],
         change.report,
         skipped,
+        _left(model, spoken_of),
         notes,
         _weight_bytes(model, chosen, replacements, keep),
         planned(model, chosen, [leaf.fqn for leaf in attending], calibration),
@@ -302,7 +309,7 @@ def _install(
 
 
 def _kept_on(original: nn.Module, keep: str | bool) -> str | None:
-    device = originals.device_of(original).type
+    device = device_of(original).type
     return None if keep is False else device if keep == "device" or (keep == "auto" and device == "cpu") else "cpu"
 
 
@@ -311,7 +318,7 @@ def tensor_bytes(modules: Iterable[nn.Module]) -> int:
     sizes: dict[Any, int] = {}
     for module in modules:
         for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is None:
+            if t is None or is_lazy(t):
                 continue
             if type(t) in (Tensor, nn.Parameter):
                 sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
@@ -329,6 +336,35 @@ def _weight_bytes(
     on = {_kept_on(leaf.module, keep) for leaf, _ in chosen} - {None}
     kept = tensor_bytes(leaf.module for leaf, _ in chosen) if on else 0
     return WeightBytes(before, after, kept, ", ".join(sorted(map(str, on))) or None, before + new)
+
+
+#: What takes time whatever it weighs: (class, code, why it stays, what to do).
+_COMPUTING: tuple[tuple[Any, str, str, str], ...] = (
+    (_ConvNd, "convolution", "convolutions have no kernel here", "write one of 1 x 1 as an nn.Linear to swap it"),
+    ((nn.RNNBase, nn.RNNCellBase), "recurrent", "recurrent layers have no kernel here", "leave it"),
+    ((nn.Embedding, nn.EmbeddingBag), "embedding", "rows are looked up in it, and nothing is multiplied", "leave it"),
+)  # fmt: skip
+
+
+def _left(model: nn.Module, spoken_of: set[str]) -> list[Left]:
+    """The layers that are neither Linear-like nor attention, by class: those that compute, and those that weigh something."""
+    classes: dict[type, list[tuple[str, nn.Module]]] = {}
+    for fqn, module in model.named_modules():
+        names = {fqn, *(f"{fqn}.{name}" if fqn else name for name in module._parameters)}
+        if any(p is not None for p in module._parameters.values()) and names.isdisjoint(spoken_of):
+            classes.setdefault(type(module), []).append((fqn, module))
+    least, left = WEIGHS * tensor_bytes(model.modules()), []
+    for cls, members in classes.items():
+        size = tensor_bytes(module for _, module in members)
+        found = next((why for kind, *why in _COMPUTING if issubclass(cls, kind)), None)
+        if found or size >= least > 0:
+            why = found or (
+                "own_weights",
+                f"{cls.__name__} computes with weights of its own in its own code",
+                "leave it",
+            )
+            left.append(Left(cls.__name__, members[0][0], len(members), size, Reason(*why)))
+    return sorted(left, key=lambda x: -x.bytes)
 
 
 def _swapped(leaf: Leaf, precision: Precision, new: QuantizedLinear) -> Swapped:
