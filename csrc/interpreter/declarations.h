@@ -25,9 +25,9 @@ class Declarations : public Lexer {
   // ".param .align 8 .b8 x[136]" without what ends it; the elements' layout is left in dimensions_.
   Variable variable(std::string_view* name) {
     Variable v;
-    const std::string_view space = directive();
-    v.space = space_of(space);
-    if (v.space == Space::none) at_ -= space.size() + 1, fail("an unknown directive");
+    const char* from = at_;
+    v.space = space_of(directive());
+    if (v.space == Space::none) at_ = from, fail("an unknown directive");
     vector_ = 1;
     int alignment = 0;
     while (peek('.')) {

@@ -167,8 +167,9 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
   }
   int best = -1;
   const auto before = [&](int a, int b) {  // the deepest frame, then the lowest program counter
+    if (b < 0) return true;
     const Strand &x = all[a], &y = all[b];
-    return b < 0 || x.frame->depth > y.frame->depth || (x.frame->depth == y.frame->depth && x.pc < y.pc);
+    return x.frame->depth > y.frame->depth || (x.frame->depth == y.frame->depth && x.pc < y.pc);
   };
   bool any_blocked = false;
   for (int k = 0; k < static_cast<int>(all.size()); ++k) {

@@ -87,7 +87,7 @@ def build(sources, path):
     """Once for each state of the source, of the command and of what is linked into the program."""
     package = pathlib.Path(forwardpass.__file__).parent
     flags = ["-std=c++17", "-O2", "--expt-relaxed-constexpr", "-w"]
-    state = hashlib.sha256(" ".join((CUTLASS, NVCC, *flags)).encode())
+    state = hashlib.sha256(" ".join((CUTLASS, NVCC, str(package), *flags)).encode())
     for file in (path, package / "_standin.a", package / "interpreter" / "build.py"):
         state.update(file.read_bytes())
     program = BUILD / f"{path.stem}-{state.hexdigest()[:16]}"
