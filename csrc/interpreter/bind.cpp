@@ -66,6 +66,7 @@ void broadcast(uint8_t* at, uint64_t bits) {
 
 Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
   if (bytes) *bytes = type == Type::pred ? 4 : stored_bytes(type);
+  if (o.kind != Operand::Kind::reg && stored_bytes(type) > 8) refuse("a 128-bit operand must be a register");
   const auto preset = [&](uint64_t (*special)(const Warp&, int), uint64_t bits) {
     const int size = stored_bytes(type);
     const Offset at = static_cast<Offset>(code.image.size());

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <mutex>
+#include <new>
 
 #include "device.h"
 #include "global_shadow.h"
@@ -60,6 +61,28 @@ int report(const Finding& f, int error) {
   return error;
 }
 
+int report_caught() noexcept {
+  try {
+    Finding f;
+    f.kind = Kind::unsupported;
+    try {
+      throw;
+    } catch (const Finding& found) {
+      return report(found);
+    } catch (const std::bad_alloc&) {
+      f.message = "the interpreter has no memory left for this";
+      return report(f, kMemoryAllocation);
+    } catch (const std::exception& e) {
+      f.message = std::string("the interpreter has failed: ") + e.what();
+    } catch (...) {
+      f.message = "the interpreter has failed";
+    }
+    return report(f, kUnknown);
+  } catch (...) {  // no memory for the words either
+    return kMemoryAllocation;
+  }
+}
+
 int launch(const Module& module, const Code& code, const fpi_launch_config& config, std::vector<uint8_t> parameters,
            int largest_cluster) {
   const Device* device = current_device();
@@ -71,6 +94,13 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
       return kInvalidConfiguration;
     if (config.block[d] > (d == 2 ? 64u : 1024u)) return kInvalidConfiguration;
     if (source.required_threads[0] && config.block[d] != std::max(1u, source.required_threads[d])) return kInvalidValue;
+  }
+  if (static_cast<uint64_t>(config.grid[0]) * config.grid[1] * config.grid[2] > UINT32_MAX) {
+    Finding f;  // CTAs are numbered in 32 bits
+    f.kind = Kind::unsupported;
+    f.message = "a grid of more than " + std::to_string(UINT32_MAX) + " CTAs";
+    f.kernel = code.name;
+    throw f;
   }
   const uint64_t most = source.max_threads[0]
                             ? static_cast<uint64_t>(source.max_threads[0]) * std::max(1u, source.max_threads[1]) *
@@ -115,7 +145,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
     l.run();
   } catch (Finding& f) {
     f.arch = device->arch;
-    return report(f);
+    throw;
   }
   return kSuccess;
 }
@@ -127,106 +157,121 @@ using namespace forwardpass::interpreter;
 extern "C" {
 
 void fpi_set_options(const fpi_options* o) {
-  const std::lock_guard lock(state().mutex);
-  Options& options = state().options;
-  options.seed = o->seed;
-  options.checks = o->checks != 0;
-  options.truncating = o->truncating != 0;
-  options.approximate = o->approximate != 0;
-  options.threads = o->threads;
-  options.counters = o->counters;
-  options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
+  guarded([&] {
+    const std::lock_guard lock(state().mutex);
+    Options& options = state().options;
+    options.seed = o->seed;
+    options.checks = o->checks != 0;
+    options.truncating = o->truncating != 0;
+    options.approximate = o->approximate != 0;
+    options.threads = o->threads;
+    options.counters = o->counters;
+    options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
+  });
 }
 
 void fpi_get_options(fpi_options* o) {
-  const std::lock_guard lock(state().mutex);
-  const Options& options = state().options;
-  *o = {options.seed,    options.checks,     options.truncating, options.approximate,
-        options.threads, options.step_limit, options.counters};
+  guarded([&] {
+    const std::lock_guard lock(state().mutex);
+    const Options& options = state().options;
+    *o = {options.seed,    options.checks,     options.truncating, options.approximate,
+          options.threads, options.step_limit, options.counters};
+  });
 }
 
 void fpi_storage_enter() {
-  const std::lock_guard lock(state().mutex);
-  state().scopes.emplace_back();
+  guarded([&] {
+    const std::lock_guard lock(state().mutex);
+    state().scopes.emplace_back();
+  });
 }
 
 void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only) {
-  const std::lock_guard lock(state().mutex);
-  state().memory.add(begin, bytes, name, read_only != 0);
-  if (!state().scopes.empty()) state().scopes.back().push_back(begin);
+  guarded([&] {
+    const std::lock_guard lock(state().mutex);
+    state().memory.add(begin, bytes, name, read_only != 0);
+    if (!state().scopes.empty()) state().scopes.back().push_back(begin);
+  });
 }
 
 void fpi_storage_remove(const void* begin) {
-  const std::lock_guard lock(state().mutex);
-  const int64_t bytes = state().memory.remove(begin);
-  global_shadow().forget(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes));
+  guarded([&] {
+    const std::lock_guard lock(state().mutex);
+    const int64_t bytes = state().memory.remove(begin);
+    global_shadow().forget(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes));
+  });
 }
 
 int fpi_storage_find(const void* begin, int64_t bytes) {
-  Memory::Region region;
-  return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), &region);
+  return guarded(0, [&]() -> int {
+    Memory::Region region;
+    return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), &region);
+  });
 }
 
 int fpi_storage_region(const void* address, void** begin, int64_t* bytes) {
-  Memory::Region region;
-  if (!state().memory.find(reinterpret_cast<uint64_t>(address), 1, &region)) return 0;
-  *begin = reinterpret_cast<void*>(region.begin);
-  *bytes = static_cast<int64_t>(region.end - region.begin);
-  return 1;
+  return guarded(0, [&]() -> int {
+    Memory::Region region;
+    if (!state().memory.find(reinterpret_cast<uint64_t>(address), 1, &region)) return 0;
+    *begin = reinterpret_cast<void*>(region.begin);
+    *bytes = static_cast<int64_t>(region.end - region.begin);
+    return 1;
+  });
 }
 
 void fpi_storage_leave() {
-  const std::lock_guard lock(state().mutex);
-  if (state().scopes.empty()) return;
-  for (const void* begin : state().scopes.back()) state().memory.remove(begin);
-  state().scopes.pop_back();
+  guarded([&] {
+    const std::lock_guard lock(state().mutex);
+    if (state().scopes.empty()) return;
+    for (const void* begin : state().scopes.back()) state().memory.remove(begin);
+    state().scopes.pop_back();
+  });
 }
 
 void* fpi_module_load(const char* ptx) {
-  try {
-    return load(ptx).release();
-  } catch (const Finding& f) {
-    report(f);
-    return nullptr;
-  }
+  return guarded(static_cast<void*>(nullptr), [&]() -> void* { return load(ptx).release(); });
 }
 
-void fpi_module_unload(void* module) { delete static_cast<Module*>(module); }
+void fpi_module_unload(void* module) {
+  guarded([&] { delete static_cast<Module*>(module); });
+}
 
 const char* fpi_module_json(void* handle) {
-  thread_local std::string json;
-  const auto& m = *static_cast<Module*>(handle);
-  json = "{\"arch\":\"" + m.arch + "\",\"entries\":[";
-  bool first = true;
-  for (const auto& f : m.source.functions) {
-    if (!f.entry) continue;
-    json += std::string(first ? "" : ",") + "{\"name\":\"" + f.name +
-            "\",\"shared_bytes\":" + std::to_string(m.functions.at(f.name).shared_bytes) + ",\"parameters\":[";
-    first = false;
-    int64_t end = 0;
-    for (size_t k = 0; k < f.parameters.size(); ++k) {
-      const auto& p = f.parameters[k];
-      const int64_t a = std::max(p.alignment, 1), at = (end + a - 1) / a * a;
-      end = at + p.bytes;
-      json +=
-          (k ? ",{\"offset\":" : "{\"offset\":") + std::to_string(at) + ",\"size\":" + std::to_string(p.bytes) + "}";
+  return guarded("", [&]() -> const char* {
+    thread_local std::string json;
+    const auto& m = *static_cast<Module*>(handle);
+    json = "{\"arch\":\"" + m.arch + "\",\"entries\":[";
+    bool first = true;
+    for (const auto& f : m.source.functions) {
+      if (!f.entry) continue;
+      json += std::string(first ? "" : ",") + "{\"name\":\"" + f.name +
+              "\",\"shared_bytes\":" + std::to_string(m.functions.at(f.name).shared_bytes) + ",\"parameters\":[";
+      first = false;
+      int64_t end = 0;
+      for (size_t k = 0; k < f.parameters.size(); ++k) {
+        const auto& p = f.parameters[k];
+        const int64_t a = std::max(p.alignment, 1), at = (end + a - 1) / a * a;
+        end = at + p.bytes;
+        json +=
+            (k ? ",{\"offset\":" : "{\"offset\":") + std::to_string(at) + ",\"size\":" + std::to_string(p.bytes) + "}";
+      }
+      json += "]}";
     }
     json += "]}";
-  }
-  json += "]}";
-  return json.c_str();
+    return json.c_str();
+  });
 }
 
 int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], const unsigned block[3],
                       const unsigned cluster[3], int64_t dynamic_shared, const void* parameters,
                       int64_t parameter_bytes, int programmatic) {
-  auto& m = *static_cast<Module*>(handle);
-  std::string name = kernel ? kernel : "";
-  if (!kernel) {
-    for (const auto& f : m.source.functions)
-      if (f.entry) name = name.empty() ? f.name : "";
-  }
-  try {
+  return guarded([&]() -> int {
+    auto& m = *static_cast<Module*>(handle);
+    std::string name = kernel ? kernel : "";
+    if (!kernel) {
+      for (const auto& f : m.source.functions)
+        if (f.entry) name = name.empty() ? f.name : "";
+    }
     const Code* code = function(m, name);
     if (!code || !code->source->entry) return kInvalidValue;
     fpi_launch_config c{};
@@ -237,9 +282,7 @@ int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], 
     c.programmatic = programmatic;
     const auto* bytes = static_cast<const uint8_t*>(parameters);
     return launch(m, *code, c, std::vector<uint8_t>(bytes, bytes + parameter_bytes), kLargestCluster);
-  } catch (const Finding& f) {
-    return report(f);
-  }
+  });
 }
 
 const char* fpi_finding() { return finding_text.c_str(); }
@@ -264,15 +307,17 @@ void fpi_counters_reset() {
 }
 
 const char* fpi_rows_json() {
-  static const std::string json = [] {
-    std::string s = "[";
-    for (const Row* r : all_rows()) {
-      s += std::string(s.size() > 1 ? "," : "") + "{\"pattern\":\"" + r->pattern + "\",\"section\":\"" + r->section +
-           "\"}";
-    }
-    return s + "]";
-  }();
-  return json.c_str();
+  return guarded("", [&]() -> const char* {
+    static const std::string json = [] {
+      std::string s = "[";
+      for (const Row* r : all_rows()) {
+        s += std::string(s.size() > 1 ? "," : "") + "{\"pattern\":\"" + r->pattern + "\",\"section\":\"" + r->section +
+             "\"}";
+      }
+      return s + "]";
+    }();
+    return json.c_str();
+  });
 }
 
 }  // extern "C"

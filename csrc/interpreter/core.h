@@ -1,6 +1,7 @@
 #pragma once
 // What is one per process: the device, the options, the storage that kernels may touch, the counters, the last finding.
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "interpreter.h"
@@ -10,9 +11,10 @@ namespace forwardpass::interpreter {
 
 // Values of cudaError_t, which are part of CUDA's ABI.
 namespace cuda {
-constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kInvalidSymbol = 13,
+constexpr int kSuccess = 0, kInvalidValue = 1, kMemoryAllocation = 2, kInvalidConfiguration = 9, kInvalidSymbol = 13,
               kInvalidDeviceFunction = 98, kNoDevice = 100, kNoKernelImageForDevice = 209, kAssert = 710,
-              kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720, kNotSupported = 801, kInvalidClusterSize = 912;
+              kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720, kNotSupported = 801, kInvalidClusterSize = 912,
+              kUnknown = 999;
 }
 
 // A cudaError_t. Checks the configuration against the device as a launch does, runs the grid, keeps a finding for
@@ -23,6 +25,35 @@ int launch(const Module&, const Code&, const fpi_launch_config&, std::vector<uin
 // returns: by default cudaErrorLaunchFailure, or cudaErrorAssert for an assertion of the kernel's own.
 int report(const Finding&);
 int report(const Finding&, int error);
+
+// For what a function of the C API has caught, of whatever type: keeps it as report() does. Memory that ran out and
+// what nobody foresaw become findings too, of kind unsupported.
+int report_caught() noexcept;
+
+// The body of each function of the C API that can fail: no exception leaves the library, the function returns `failed`,
+// or the cudaError_t.
+template <class T, class F>
+T guarded(T failed, F body) noexcept {
+  try {
+    return body();
+  } catch (...) {
+    report_caught();
+    return failed;
+  }
+}
+template <class F>
+int guarded(F body) noexcept {
+  try {
+    if constexpr (std::is_void_v<decltype(body())>) {
+      body();
+      return cuda::kSuccess;
+    } else {
+      return body();
+    }
+  } catch (...) {
+    return report_caught();
+  }
+}
 
 // Storage that is registered now; kernels that run hold the lock shared.
 Memory& storage();

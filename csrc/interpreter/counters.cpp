@@ -6,6 +6,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "core.h"
 #include "device.h"
 #include "instruction_class.h"
 #include "machine.h"
@@ -276,15 +277,20 @@ using namespace forwardpass::interpreter;
 extern "C" {
 
 const char* fpi_profile_json(uint64_t name) {
-  thread_local std::string json;
-  json = profile_json(&name);
-  return json.c_str();
+  return guarded("", [&]() -> const char* {
+    thread_local std::string json;
+    json = profile_json(&name);
+    return json.c_str();
+  });
 }
 
 void fpi_profile_forget(uint64_t name) {
-  Record& r = the_record();
-  const std::lock_guard lock(r.mutex);
-  for (auto e = r.entries.begin(); e != r.entries.end();) e = e->first.name == name ? r.entries.erase(e) : std::next(e);
+  guarded([&] {
+    Record& r = the_record();
+    const std::lock_guard lock(r.mutex);
+    for (auto e = r.entries.begin(); e != r.entries.end();)
+      e = e->first.name == name ? r.entries.erase(e) : std::next(e);
+  });
 }
 
 }  // extern "C"

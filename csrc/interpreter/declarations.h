@@ -25,15 +25,16 @@ class Declarations : public Lexer {
   // ".param .align 8 .b8 x[136]" without what ends it; the elements' layout is left in dimensions_.
   Variable variable(std::string_view* name) {
     Variable v;
-    const std::string_view space = directive();
-    v.space = space_of(space);
-    if (v.space == Space::none) at_ -= space.size() + 1, fail("an unknown directive");
+    const char* from = at_;
+    v.space = space_of(directive());
+    if (v.space == Space::none) at_ = from, fail("an unknown directive");
     vector_ = 1;
     int alignment = 0;
     while (peek('.')) {
       const std::string_view what = directive();
       if (what == "align") {
         alignment = static_cast<int>(count());
+        if (alignment > kMostAlignment) fail("an alignment of more than " + std::to_string(kMostAlignment) + " bytes");
       } else if (what == "attribute") {  // .managed and .unified: all memory is the host's here
         while (skip(), *at_ != ')' && at_ != end_) ++at_;
         expect(')');
@@ -68,9 +69,14 @@ class Declarations : public Lexer {
     }
     if (vector_ > 1) dimensions_.push_back(vector_);
     v.bytes = size_of(v.type);
-    for (int64_t d : dimensions_)
-      if (__builtin_mul_overflow(v.bytes, d, &v.bytes)) fail("a variable larger than memory");
+    for (int64_t d : dimensions_) {
+      if (d && v.bytes > kMostGlobal / d) too_large();
+      v.bytes *= std::max<int64_t>(d, 1);
+    }
+    if (!dimensions_.empty() && dimensions_[0] == 0) v.bytes = 0;
   }
+
+  [[noreturn]] void too_large() const { fail("a variable of more than " + std::to_string(kMostGlobal) + " bytes"); }
 
   // One or more variables with their initialisers and the semicolon.
   template <class F>
@@ -93,16 +99,16 @@ class Declarations : public Lexer {
   }
 
   void initialise(Variable& v) {
-    v.initial.resize(v.bytes);
     if (peek('{')) {
       elements(v, 0, 0);
-      v.bytes = static_cast<int64_t>(v.initial.size());
+      if (v.bytes == 0) v.bytes = static_cast<int64_t>(v.initial.size());
     } else {
       element(v, 0);
     }
   }
   // Braces of one dimension, beginning at an offset; items that are not there are zeros.
   void elements(Variable& v, size_t dimension, int64_t begin) {
+    const Nesting nesting(*this);
     int64_t stride = size_of(v.type);
     for (size_t d = dimension + 1; d < dimensions_.size(); ++d) stride *= dimensions_[d];
     if (dimension >= dimensions_.size()) fail("more braces than dimensions");
@@ -112,7 +118,7 @@ class Declarations : public Lexer {
       const bool nested = peek('{');
       if (nested) offset = begin + (offset - begin + stride - 1) / stride * stride;
       const int64_t end = offset + (nested ? stride : size_of(v.type));
-      if (open && end > static_cast<int64_t>(v.initial.size())) v.initial.resize(end);
+      if (open) grow(v, end);
       if (end > (open ? end : begin + stride * dimensions_[dimension])) fail("more initialisers than elements");
       if (nested)
         elements(v, dimension + 1, offset);
@@ -122,8 +128,14 @@ class Declarations : public Lexer {
     });
     if (open) v.initial.resize((v.initial.size() + stride - 1) / stride * stride);
   }
+  // Initial values up to there: as many as the text has, not as many as the variable.
+  void grow(Variable& v, int64_t end) const {
+    if (end > kMostGlobal) too_large();
+    if (static_cast<int64_t>(v.initial.size()) < end) v.initial.resize(end);
+  }
   void element(Variable& v, int64_t offset) {
     const int size = size_of(v.type);
+    grow(v, offset + size);
     if (!begins_number()) {
       Variable::Reference r = {offset, "", 0, false};
       std::string_view name = identifier();

@@ -2,9 +2,13 @@
 #include "decode.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
+#include "blocks.h"
 #include "finding.h"
+#include "limits.h"
 #include "table.h"
 #include "undefined.h"
 
@@ -41,7 +45,10 @@ void place_shared(Module& m, const ptx::Variable& v, std::map<std::string, int64
 
 void place_global(Module& m, const ptx::Variable& v) {
   const int64_t alignment = std::max(v.alignment, 32);  // a sector: counts must not depend on where it lies
-  m.storage.push_back(std::make_unique<uint8_t[]>(v.bytes + alignment));
+  auto* const zeros =
+      static_cast<uint8_t*>(std::calloc(v.bytes + alignment, 1));  // pages that nobody touches cost nothing
+  if (!zeros) throw std::bad_alloc();
+  m.storage.emplace_back(zeros, std::free);
   const auto raw = reinterpret_cast<uint64_t>(m.storage.back().get());
   auto* at = reinterpret_cast<uint8_t*>(round_up(static_cast<int64_t>(raw), alignment));
   if (!v.initial.empty()) std::memcpy(at, v.initial.data(), v.initial.size());
@@ -116,6 +123,12 @@ void decode(Module& m, Code& code) {
       i.guard = code.offset_of[s.guard];
       i.guard_flip = s.guard_negated ? kAllLanes : 0;
     }
+  }
+  const uint64_t blocks = basic_blocks(code).size(), registers = code.offset_of.size();
+  if (blocks * registers > ptx::kMostLive) {
+    refuse(m, code.source->line, code.name,
+           std::to_string(registers) + " registers in " + std::to_string(blocks) +
+               " basic blocks: the product may be " + std::to_string(ptx::kMostLive));
   }
   find_missing_wgmma_fences(code);
   share_registers(code);

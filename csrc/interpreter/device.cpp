@@ -91,7 +91,8 @@ unsigned max_threads(const ptx::Function& f) {
 }
 
 int assumed_registers(const Device& d, const ptx::Function& f) {
-  const int warps = (static_cast<int>(max_threads(f)) + 31) / 32, blocks = std::max(1u, f.min_ctas);
+  const int warps = (static_cast<int>(max_threads(f)) + 31) / 32;
+  const int blocks = std::clamp<int>(std::min<unsigned>(f.min_ctas, INT32_MAX), 1, d.blocks_per_multiprocessor);
   const int of_warp =
       d.registers_per_multiprocessor / (round_up(warps, kSchedulers) * blocks) / kRegisterUnit * kRegisterUnit;
   const int most = std::min(255, of_warp / 32);
@@ -100,6 +101,7 @@ int assumed_registers(const Device& d, const ptx::Function& f) {
 }
 
 int resident_blocks(const Device& d, int registers, int threads, int64_t shared_bytes) {
+  if (threads < 1 || threads > kThreadsPerBlock || shared_bytes < 0) return 0;
   const int warps = (threads + 31) / 32;
   const int of_warp = round_up(std::max(registers, 1) * 32, kRegisterUnit);
   if (of_warp * round_up(warps, kSchedulers) > d.registers_per_block) return 0;

@@ -32,43 +32,51 @@ using namespace forwardpass::interpreter;
 extern "C" {
 
 int64_t fpi_memory_free() {
-  const std::lock_guard lock(mutex);
-  return current_device() ? current_device()->memory - used : 0;
+  return guarded(int64_t{0}, [&]() -> int64_t {
+    const std::lock_guard lock(mutex);
+    return current_device() ? current_device()->memory - used : 0;
+  });
 }
 
 void* fpi_allocate(int64_t bytes, int kind) {
-  if (bytes > fpi_memory_free()) return nullptr;
-  void* p = nullptr;
-  if (posix_memalign(&p, kAlignment, bytes)) return nullptr;
-  std::memset(p, kPoison, bytes);
-  const std::lock_guard lock(mutex);
-  allocations()[reinterpret_cast<uintptr_t>(p)] = {bytes, kind};
-  used += bytes;
-  storage().add(p, bytes, kNames[kind]);
-  return p;
+  return guarded(static_cast<void*>(nullptr), [&]() -> void* {
+    if (bytes > fpi_memory_free()) return nullptr;
+    void* p = nullptr;
+    if (posix_memalign(&p, kAlignment, bytes)) return nullptr;
+    std::memset(p, kPoison, bytes);
+    const std::lock_guard lock(mutex);
+    allocations()[reinterpret_cast<uintptr_t>(p)] = {bytes, kind};
+    used += bytes;
+    storage().add(p, bytes, kNames[kind]);
+    return p;
+  });
 }
 
 int fpi_release(void* begin) {
-  const std::lock_guard lock(mutex);
-  const auto found = allocations().find(reinterpret_cast<uintptr_t>(begin));
-  if (found == allocations().end()) return 0;
-  used -= found->second.bytes;
-  storage().remove(begin);
-  allocations().erase(found);
-  std::free(begin);
-  return 1;
+  return guarded(0, [&]() -> int {
+    const std::lock_guard lock(mutex);
+    const auto found = allocations().find(reinterpret_cast<uintptr_t>(begin));
+    if (found == allocations().end()) return 0;
+    used -= found->second.bytes;
+    storage().remove(begin);
+    allocations().erase(found);
+    std::free(begin);
+    return 1;
+  });
 }
 
 int64_t fpi_allocation(const void* pointer, void** begin, int* kind) {
-  const std::lock_guard lock(mutex);
-  const auto at = reinterpret_cast<uintptr_t>(pointer);
-  auto found = allocations().upper_bound(at);
-  if (found == allocations().begin()) return 0;
-  --found;
-  if (at - found->first >= static_cast<uint64_t>(found->second.bytes)) return 0;
-  *begin = reinterpret_cast<void*>(found->first);
-  *kind = found->second.kind;
-  return found->second.bytes;
+  return guarded(int64_t{0}, [&]() -> int64_t {
+    const std::lock_guard lock(mutex);
+    const auto at = reinterpret_cast<uintptr_t>(pointer);
+    auto found = allocations().upper_bound(at);
+    if (found == allocations().begin()) return 0;
+    --found;
+    if (at - found->first >= static_cast<uint64_t>(found->second.bytes)) return 0;
+    *begin = reinterpret_cast<void*>(found->first);
+    *kind = found->second.kind;
+    return found->second.bytes;
+  });
 }
 
 }  // extern "C"

@@ -3,30 +3,40 @@
 #include <cstdio>
 #include <cstring>
 
+#include "finding.h"
+
 namespace forwardpass::interpreter {
 namespace {
+
+constexpr int kBuffer = 1 << 20;  // bytes, CUDA's for all output
 
 // The packed arguments: each at its natural alignment, what C promotes to int or double as that.
 class Arguments {
  public:
-  explicit Arguments(const uint8_t* buffer) : buffer_(buffer) {}
+  explicit Arguments(const ArgumentAt& argument) : argument_(argument) {}
   template <class T>
   T next() {
     at_ = (at_ + sizeof(T) - 1) / sizeof(T) * sizeof(T);
     T value;
-    std::memcpy(&value, buffer_ + at_, sizeof value);
+    std::memcpy(&value, argument_(at_, sizeof value), sizeof value);
     at_ += sizeof value;
     return value;
   }
 
  private:
-  const uint8_t* buffer_;
+  const ArgumentAt& argument_;
   size_t at_ = 0;
 };
 
 template <class T>
 std::string formatted(const std::string& conversion, T value) {
-  std::string text(static_cast<size_t>(std::snprintf(nullptr, 0, conversion.c_str(), value)), '\0');
+  const int bytes = std::snprintf(nullptr, 0, conversion.c_str(), value);
+  if (bytes < 0 || bytes > kBuffer) {
+    Finding f;
+    f.message = "a conversion of printf, " + conversion + ", of more than " + std::to_string(kBuffer) + " bytes";
+    throw f;
+  }
+  std::string text(static_cast<size_t>(bytes), '\0');
   std::snprintf(text.data(), text.size() + 1, conversion.c_str(), value);
   return text;
 }
@@ -34,11 +44,10 @@ std::string formatted(const std::string& conversion, T value) {
 }  // namespace
 
 // The conversions of the CUDA C++ Programming Guide, "Formatted Output". `*` takes an int argument.
-std::string device_printf(const char* format, const uint8_t* buffer,
-                          const std::function<const char*(uint64_t address)>& text_at) {
-  Arguments arguments(buffer);
+std::string device_printf(const std::string& format, const ArgumentAt& argument, const TextAt& text_at) {
+  Arguments arguments(argument);
   std::string out;
-  for (const char* p = format; *p;) {
+  for (const char* p = format.c_str(); *p;) {
     if (*p != '%') {
       out += *p++;
       continue;
@@ -67,7 +76,7 @@ std::string device_printf(const char* format, const uint8_t* buffer,
       out += formatted(conversion + type, reinterpret_cast<void*>(arguments.next<uint64_t>()));
     } else if (type == 's') {
       const uint64_t address = arguments.next<uint64_t>();
-      out += formatted(conversion + type, address ? text_at(address) : "(null)");
+      out += formatted(conversion + type, (address ? text_at(address) : "(null)").c_str());
     } else if (type && std::strchr("fFeEgGaA", type)) {
       out += formatted(conversion + type, arguments.next<double>());
     } else if (type == '%') {

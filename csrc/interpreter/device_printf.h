@@ -5,9 +5,12 @@
 
 namespace forwardpass::interpreter {
 
-// What a kernel's printf prints: `arguments` is the buffer that it packs for vprintf, each at its natural alignment;
-// `text_at` gives the string at a generic address.
-std::string device_printf(const char* format, const uint8_t* arguments,
-                          const std::function<const char*(uint64_t address)>& text_at);
+using ArgumentAt = std::function<const uint8_t*(uint64_t offset, uint64_t bytes)>;
+using TextAt = std::function<std::string(uint64_t address)>;
+
+// What a kernel's printf prints: `argument` gives the bytes at an offset of the buffer that it packs for vprintf, each
+// at its natural alignment, `text_at` the string at a generic address; both throw where there is none. Throws a
+// Finding.
+std::string device_printf(const std::string& format, const ArgumentAt& argument, const TextAt& text_at);
 
 }  // namespace forwardpass::interpreter

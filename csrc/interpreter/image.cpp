@@ -191,150 +191,174 @@ using namespace forwardpass::interpreter;
 extern "C" {
 
 void* fpi_image_register(const void* wrapper) {
-  auto image = std::make_unique<Image>();
-  read(*image, *static_cast<const Wrapper*>(wrapper));
-  const std::lock_guard lock(registry().mutex);
-  registry().images.push_back(std::move(image));
-  return registry().images.back().get();
+  return guarded(static_cast<void*>(nullptr), [&]() -> void* {
+    auto image = std::make_unique<Image>();
+    read(*image, *static_cast<const Wrapper*>(wrapper));
+    const std::lock_guard lock(registry().mutex);
+    registry().images.push_back(std::move(image));
+    return registry().images.back().get();
+  });
 }
 
 void fpi_image_unregister(void* handle) {
-  Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
-  const auto erase = [&](auto& map) {
-    for (auto i = map.begin(); i != map.end();) i = i->second.image == handle ? map.erase(i) : std::next(i);
-  };
-  erase(r.kernels);
-  erase(r.variables);
-  const auto image = std::find_if(r.images.begin(), r.images.end(), [&](const auto& i) { return i.get() == handle; });
-  if (image == r.images.end()) return;
-  drop(**image);
-  r.images.erase(image);
+  guarded([&] {
+    Registry& r = registry();
+    const std::lock_guard lock(r.mutex);
+    const auto erase = [&](auto& map) {
+      for (auto i = map.begin(); i != map.end();) i = i->second.image == handle ? map.erase(i) : std::next(i);
+    };
+    erase(r.kernels);
+    erase(r.variables);
+    const auto image = std::find_if(r.images.begin(), r.images.end(), [&](const auto& i) { return i.get() == handle; });
+    if (image == r.images.end()) return;
+    drop(**image);
+    r.images.erase(image);
+  });
 }
 
 void fpi_kernel_register(void* image, const void* host, const char* name) {
-  const std::lock_guard lock(registry().mutex);
-  registry().kernels[host] = {static_cast<Image*>(image), name};
+  guarded([&] {
+    const std::lock_guard lock(registry().mutex);
+    registry().kernels[host] = {static_cast<Image*>(image), name};
+  });
 }
 
 void fpi_variable_register(void* image, const void* host, const char* name) {
-  const std::lock_guard lock(registry().mutex);
-  registry().variables[host] = {static_cast<Image*>(image), name};
+  guarded([&] {
+    const std::lock_guard lock(registry().mutex);
+    registry().variables[host] = {static_cast<Image*>(image), name};
+  });
 }
 
 int fpi_variable(const void* host, void** address, int64_t* bytes) {
-  const std::lock_guard lock(registry().mutex);
-  const auto v = registry().variables.find(host);
-  if (v == registry().variables.end()) return cuda::kInvalidSymbol;
-  const Device* device = current_device();
-  if (!device) return cuda::kNoDevice;
-  try {
-    const Module& module = module_for(*v->second.image, *device);
-    const auto global = module.globals.find(v->second.name);
-    if (global == module.globals.end()) return cuda::kInvalidSymbol;
-    *address = global->second.address;
-    *bytes = global->second.bytes;
-  } catch (const Finding& f) {
-    return report(f, cuda::kNoKernelImageForDevice);
-  }
-  return cuda::kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    const auto v = registry().variables.find(host);
+    if (v == registry().variables.end()) return cuda::kInvalidSymbol;
+    const Device* device = current_device();
+    if (!device) return cuda::kNoDevice;
+    try {
+      const Module& module = module_for(*v->second.image, *device);
+      const auto global = module.globals.find(v->second.name);
+      if (global == module.globals.end()) return cuda::kInvalidSymbol;
+      *address = global->second.address;
+      *bytes = global->second.bytes;
+    } catch (const Finding& f) {
+      return report(f, cuda::kNoKernelImageForDevice);
+    }
+    return cuda::kSuccess;
+  });
 }
 
 int fpi_kernel(const void* host, fpi_kernel_properties* p) {
-  const std::lock_guard lock(registry().mutex);
-  Found f{};
-  if (const int error = find(host, f)) return error;
-  const ptx::Function& source = *f.code->source;
-  *p = {};
-  p->name = f.kernel->name.c_str();
-  p->static_shared = f.code->shared_bytes;
-  for (const auto& v : source.variables) p->local += v.space == ptx::Space::local ? v.bytes : 0;
-  for (const auto& [name, g] : f.module->globals) p->constant += g.constant ? g.bytes : 0;
-  p->max_dynamic_shared = max_dynamic_shared(f);
-  p->max_threads = static_cast<int>(max_threads(source));
-  p->registers = assumed_registers(*f.device, source);
-  p->parameters = static_cast<int>(source.parameters.size());
-  std::copy(source.cluster, source.cluster + 3, p->cluster);
-  p->nonportable_clusters = f.kernel->nonportable_clusters;
-  return cuda::kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    Found f{};
+    if (const int error = find(host, f)) return error;
+    const ptx::Function& source = *f.code->source;
+    *p = {};
+    p->name = f.kernel->name.c_str();
+    p->static_shared = f.code->shared_bytes;
+    for (const auto& v : source.variables) p->local += v.space == ptx::Space::local ? v.bytes : 0;
+    for (const auto& [name, g] : f.module->globals) p->constant += g.constant ? g.bytes : 0;
+    p->max_dynamic_shared = max_dynamic_shared(f);
+    p->max_threads = static_cast<int>(max_threads(source));
+    p->registers = assumed_registers(*f.device, source);
+    p->parameters = static_cast<int>(source.parameters.size());
+    std::copy(source.cluster, source.cluster + 3, p->cluster);
+    p->nonportable_clusters = f.kernel->nonportable_clusters;
+    return cuda::kSuccess;
+  });
 }
 
 int fpi_kernel_parameter(const void* host, int index, int64_t* bytes) {
-  const std::lock_guard lock(registry().mutex);
-  Found f{};
-  if (const int error = find(host, f)) return error;
-  const auto& parameters = f.code->source->parameters;
-  if (index < 0 || index >= static_cast<int>(parameters.size())) return cuda::kInvalidValue;
-  *bytes = static_cast<int64_t>(parameters[static_cast<size_t>(index)].bytes);
-  return cuda::kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    Found f{};
+    if (const int error = find(host, f)) return error;
+    const auto& parameters = f.code->source->parameters;
+    if (index < 0 || index >= static_cast<int>(parameters.size())) return cuda::kInvalidValue;
+    *bytes = static_cast<int64_t>(parameters[static_cast<size_t>(index)].bytes);
+    return cuda::kSuccess;
+  });
 }
 
 int fpi_kernel_allow_shared(const void* host, int64_t bytes) {
-  const std::lock_guard lock(registry().mutex);
-  Found f{};
-  if (const int error = find(host, f)) return error;
-  if (bytes < 0 || bytes + f.code->shared_bytes > f.device->shared_per_block_optin) return cuda::kInvalidValue;
-  f.kernel->max_dynamic_shared = bytes;
-  return cuda::kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    Found f{};
+    if (const int error = find(host, f)) return error;
+    if (bytes < 0 || bytes + f.code->shared_bytes > f.device->shared_per_block_optin) return cuda::kInvalidValue;
+    f.kernel->max_dynamic_shared = bytes;
+    return cuda::kSuccess;
+  });
 }
 
 int fpi_kernel_allow_nonportable_clusters(const void* host, int allow) {
-  const std::lock_guard lock(registry().mutex);
-  Found f{};
-  if (const int error = find(host, f)) return error;
-  f.kernel->nonportable_clusters = allow != 0;
-  return cuda::kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    Found f{};
+    if (const int error = find(host, f)) return error;
+    f.kernel->nonportable_clusters = allow != 0;
+    return cuda::kSuccess;
+  });
 }
 
 int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks) {
-  const std::lock_guard lock(registry().mutex);
-  Found f{};
-  if (const int error = find(host, f)) return error;
-  if (threads < 1 || dynamic_shared < 0) return cuda::kInvalidValue;
-  *blocks = blocks_of(f, threads, dynamic_shared);
-  return cuda::kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    Found f{};
+    if (const int error = find(host, f)) return error;
+    if (threads < 1 || dynamic_shared < 0) return cuda::kInvalidValue;
+    *blocks = blocks_of(f, threads, dynamic_shared);
+    return cuda::kSuccess;
+  });
 }
 
 int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* largest, int* clusters) {
-  const std::lock_guard lock(registry().mutex);
-  Found f{};
-  if (const int error = find(host, f)) return error;
-  const int blocks = blocks_of(f, threads_of(*c), c->dynamic_shared);
-  const int size = static_cast<int>(c->cluster[0] * c->cluster[1] * c->cluster[2]);
-  const int most = f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster;
-  *largest = 0;
-  for (int n = 1; n <= most; n *= 2)
-    if (resident_clusters(*f.device, blocks, n)) *largest = n;
-  if (size > most) return cuda::kInvalidClusterSize;
-  *clusters = resident_clusters(*f.device, blocks, size);
-  return cuda::kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    Found f{};
+    if (const int error = find(host, f)) return error;
+    const int blocks = blocks_of(f, threads_of(*c), c->dynamic_shared);
+    const int size = static_cast<int>(c->cluster[0] * c->cluster[1] * c->cluster[2]);
+    const int most = f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster;
+    *largest = 0;
+    for (int n = 1; n <= most; n *= 2)
+      if (resident_clusters(*f.device, blocks, n)) *largest = n;
+    if (size > most) return cuda::kInvalidClusterSize;
+    *clusters = resident_clusters(*f.device, blocks, size);
+    return cuda::kSuccess;
+  });
 }
 
 int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
-  if (drops_launch()) return cuda::kSuccess;
-  const Code* code = nullptr;
-  Found f{};
-  {
-    const std::lock_guard lock(registry().mutex);
-    if (const int error = find(host, f)) return error;
-    if (config->dynamic_shared > std::max<int64_t>(0, max_dynamic_shared(f))) return cuda::kInvalidValue;
-    if (config->programmatic && !f.device->clusters) return cuda::kNotSupported;
-    const uint64_t grid = static_cast<uint64_t>(config->grid[0]) * config->grid[1] * config->grid[2];
-    if (config->cooperative && grid > static_cast<uint64_t>(f.device->multiprocessors) *
-                                          blocks_of(f, threads_of(*config), config->dynamic_shared))
-      return cuda::kCooperativeLaunchTooLarge;
-  }
-  try {
-    code = function(*f.module, f.code->name);
-  } catch (Finding& finding) {
-    finding.arch = f.device->arch;
-    return report(finding);
-  }
-  std::vector<uint8_t> parameters(code->own_param_bytes);
-  for (size_t k = 0; k < code->parameters.size(); ++k)
-    std::memcpy(&parameters[code->parameters[k].offset], args[k], code->parameters[k].bytes);
-  return launch(*f.module, *code, *config, std::move(parameters),
-                f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster);
+  return guarded([&]() -> int {
+    if (drops_launch()) return cuda::kSuccess;
+    const Code* code = nullptr;
+    Found f{};
+    {
+      const std::lock_guard lock(registry().mutex);
+      if (const int error = find(host, f)) return error;
+      if (config->dynamic_shared > std::max<int64_t>(0, max_dynamic_shared(f))) return cuda::kInvalidValue;
+      if (config->programmatic && !f.device->clusters) return cuda::kNotSupported;
+      const uint64_t grid = static_cast<uint64_t>(config->grid[0]) * config->grid[1] * config->grid[2];
+      if (config->cooperative && grid > static_cast<uint64_t>(f.device->multiprocessors) *
+                                            blocks_of(f, threads_of(*config), config->dynamic_shared))
+        return cuda::kCooperativeLaunchTooLarge;
+    }
+    try {
+      code = function(*f.module, f.code->name);
+    } catch (Finding& finding) {
+      finding.arch = f.device->arch;
+      return report(finding);
+    }
+    std::vector<uint8_t> parameters(code->own_param_bytes);
+    for (size_t k = 0; k < code->parameters.size(); ++k)
+      std::memcpy(&parameters[code->parameters[k].offset], args[k], code->parameters[k].bytes);
+    return launch(*f.module, *code, *config, std::move(parameters),
+                  f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster);
+  });
 }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 // A grid on several threads: clusters begin in order, one that does not end in its turn shares its thread with the
 // next.
 #include <deque>
+#include <exception>
 #include <optional>
 #include <thread>
 
@@ -25,6 +26,8 @@ struct Grid {
   const bool counts = counted(launch.options);
   Sheet sheet;
   std::optional<Finding> finding;  // of the lowest cluster that has one
+  std::exception_ptr failure;      // what a thread has thrown besides
+  std::atomic<bool> failed{false};
   std::atomic<uint64_t> found_at{~uint64_t{0}};
 
   void report(uint64_t cluster, Finding f) {
@@ -33,6 +36,12 @@ struct Grid {
       found_at = cluster;
       finding = std::move(f);
     }
+  }
+  // Out of memory, most likely: the other threads give up.
+  void fail() {
+    const std::lock_guard lock(mutex);
+    if (!failure) failure = std::current_exception();
+    failed = true;
   }
 };
 
@@ -80,7 +89,7 @@ void work(Grid& grid) {
   std::vector<std::unique_ptr<Cluster>> spare;  // their shared memory and shadow serve again
   const Launch& l = grid.launch;
   Sheet sheet;
-  for (bool more = true; more || !mine.empty();) {
+  for (bool more = true; (more || !mine.empty()) && !grid.failed;) {
     if (more && grid.resident < l.resident) {
       ++grid.resident;
       const uint64_t n = grid.next++;
@@ -113,6 +122,15 @@ void work(Grid& grid) {
   grid.sheet.add(sheet);
 }
 
+// An exception that left a thread would end the process.
+void work_safely(Grid& grid) {
+  try {
+    work(grid);
+  } catch (...) {
+    grid.fail();
+  }
+}
+
 }  // namespace
 
 void Launch::index_of(uint64_t number, unsigned index[3]) const {
@@ -131,9 +149,14 @@ void Launch::run() {
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());
   const uint64_t wanted = std::min<uint64_t>(options.threads > 0 ? options.threads : hardware, grid.total);
   std::vector<std::thread> others;
-  for (uint64_t k = 1; k < wanted; ++k) others.emplace_back([&] { work(grid); });
-  work(grid);
+  try {
+    for (uint64_t k = 1; k < wanted; ++k) others.emplace_back([&] { work_safely(grid); });
+  } catch (...) {  // no more threads
+    grid.fail();
+  }
+  work_safely(grid);
   for (auto& t : others) t.join();
+  if (grid.failure) std::rethrow_exception(grid.failure);
   if (counters) ++counters->launches;
   if (grid.counts) record(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "limits.h"
 #include "ptx.h"
 
 namespace forwardpass::ptx {
@@ -38,8 +39,31 @@ class Lexer {
     throw SyntaxError{line_, why + ": " + std::string(from, std::min<std::ptrdiff_t>(to - from, 200))};
   }
 
+  // For as long as what nests in the text nests in the parser's calls.
+  class Nesting {
+   public:
+    explicit Nesting(Lexer& lexer) : lexer_(lexer) {
+      if (++lexer_.depth_ > kMostNested) lexer_.fail("nested more than " + std::to_string(kMostNested) + " deep");
+    }
+    ~Nesting() { --lexer_.depth_; }
+    Nesting(const Nesting&) = delete;
+
+   private:
+    Lexer& lexer_;
+  };
+  // Adds up what a text declares, each where its alignment puts it.
+  void claim(int64_t& total, int64_t bytes, int64_t alignment, int64_t most, const std::string& what) const {
+    const int64_t begin = (total + alignment - 1) / alignment * alignment;
+    if (begin > most || bytes > most - begin) fail(what + ": there may be " + std::to_string(most) + " bytes");
+    total = begin + bytes;
+  }
   [[noreturn]] static void unknown(std::string_view name, int line) {
     throw SyntaxError{line, "nothing of this name has been declared: " + std::string(name)};
+  }
+  // The compilers' marks around inline assembly.
+  void comment(std::string_view text) {
+    if (text == " begin inline asm") inline_ = true;
+    if (text == " end inline asm") inline_ = false;
   }
   void skip() {
     for (;;) {
@@ -48,7 +72,9 @@ class Lexer {
       } else if (*at_ == '\n') {
         ++at_, ++line_;
       } else if (at_[0] == '/' && at_[1] == '/') {
+        const char* from = at_ += 2;
         while (at_ != end_ && *at_ != '\n') ++at_;
+        comment({from, static_cast<size_t>(at_ - from)});
       } else if (at_[0] == '/' && at_[1] == '*') {
         for (at_ += 2; !(at_[0] == '*' && at_[1] == '/'); ++at_) {
           if (at_ == end_) fail("a comment without end");
@@ -148,6 +174,7 @@ class Lexer {
   }
 
   Number unary() {
+    const Nesting nesting(*this);
     if (accept('(')) {
       const Number n = expression();
       expect(')');
@@ -241,6 +268,8 @@ class Lexer {
 
   const char *begin_, *at_, *end_;
   int line_ = 1;
+  int depth_ = 0;        // of Nesting
+  bool inline_ = false;  // within inline assembly
 };
 
 }  // namespace forwardpass::ptx

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "limits.h"
+
 namespace forwardpass::interpreter {
 
 uint64_t mix(uint64_t x) {  // splitmix64's finaliser (Steele, Lea and Flood 2014)
@@ -53,6 +55,13 @@ Frame* Warp::enter(const Code& code, Frame* caller, const Instruction* call, Mas
   f->inside = lanes;
   f->local_base = caller ? caller->local_base + caller->code->local_bytes : 0;
   if (f->depth > 1000) fail(Kind::illegal, "calls nest deeper than 1000");
+  if (f->local_base + code.local_bytes > ptx::kMostLocal) {
+    fail(Kind::illegal, "the calls' local memory exceeds " + std::to_string(ptx::kMostLocal) + " bytes a thread");
+  }
+  f->bytes = (caller ? caller->bytes : 0) + static_cast<int64_t>(code.image.size()) + code.param_bytes * kLanes;
+  if (caller && f->bytes > ptx::kMostFrames) {
+    fail(Kind::illegal, "the calls' registers and parameters exceed " + std::to_string(ptx::kMostFrames) + " bytes");
+  }
   std::memcpy(f->registers, code.image.data(), code.image.size());
   for (const Preset& p : code.presets) {
     for (int l = 0; l < kLanes; ++l) {
@@ -115,7 +124,8 @@ void Warp::return_values(Mask lanes) {
     for (Mask rest = lanes; rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
       std::memcpy(from->caller->parameters.get() + lane * from->caller->code->param_bytes + to.offset,
-                  from->parameters.get() + lane * from->code->param_bytes + from->code->returns[k].offset, to.bytes);
+                  from->parameters.get() + lane * from->code->param_bytes + from->code->returns[k].offset,
+                  std::min(to.bytes, from->code->returns[k].bytes));
     }
   }
 }
@@ -157,8 +167,9 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
   }
   int best = -1;
   const auto before = [&](int a, int b) {  // the deepest frame, then the lowest program counter
+    if (b < 0) return true;
     const Strand &x = all[a], &y = all[b];
-    return b < 0 || x.frame->depth > y.frame->depth || (x.frame->depth == y.frame->depth && x.pc < y.pc);
+    return x.frame->depth > y.frame->depth || (x.frame->depth == y.frame->depth && x.pc < y.pc);
   };
   bool any_blocked = false;
   for (int k = 0; k < static_cast<int>(all.size()); ++k) {

@@ -50,6 +50,7 @@ struct Frame {
   // .param space, [lane][Code::param_bytes]. An entry's own parameters are the launch's (Launch::parameters), which
   // hold the first bytes of the space for every lane.
   std::unique_ptr<uint8_t[]> parameters;
+  int64_t bytes = 0;       // of its registers and parameters, and its callers'
   int64_t local_base = 0;  // where its .local variables begin in each lane's local memory
   std::unique_ptr<uint8_t[]> memory;
 };

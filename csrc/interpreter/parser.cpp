@@ -16,6 +16,8 @@ class Parser : public Declarations {
 
   Module parse() {
     while (skip(), at_ != end_) statement_of_module();
+    if (last_file_ >= module_.files.size())
+      throw SyntaxError{last_file_line_, "no .file has the number " + std::to_string(last_file_)};
     return std::move(module_);
   }
 
@@ -109,6 +111,7 @@ class Parser : public Declarations {
     return o;
   }
   Operand single() {
+    const Nesting nesting(*this);
     Operand o;
     skip();
     if (*at_ == '{') {
@@ -173,8 +176,9 @@ class Parser : public Declarations {
   // ---- statements ----
 
   void location() {
+    const bool inlined_assembly = inline_;  // behind the directive stands the end of it
     Location l;
-    l.file = count();
+    l.file = named_file();
     l.line = count();
     const auto key = [](const Location& x, uint64_t column) {
       return static_cast<uint64_t>(x.file) << 48 ^ static_cast<uint64_t>(x.line) << 16 ^ column;
@@ -187,7 +191,7 @@ class Parser : public Declarations {
         if (peek('+')) displacement();
       } else if (what == "inlined_at") {
         Location outer;
-        outer.file = count();
+        outer.file = named_file();
         outer.line = count();
         const auto found = latest_.find(key(outer, count()));
         if (found != latest_.end()) {
@@ -200,13 +204,23 @@ class Parser : public Declarations {
         fail("expected function_name or inlined_at");
       }
     }
-    if (l.line == 0) return;  // the compiler's own: what was said last serves better
+    // What was said last serves better than no line, the compiler's own, and than what LLVM says from Triton 3.9 on
+    // within inline assembly: the line that it stands in, and one more for each of its own.
+    if (l.line == 0 || inlined_assembly) return;
     location_ = static_cast<int>(module_.locations.size());
     module_.locations.push_back(l);
     latest_[here] = location_;
   }
 
+  // A file that must be there at the end: .file may come behind what names it.
+  unsigned named_file() {
+    const unsigned file = count();
+    if (file > last_file_) last_file_ = file, last_file_line_ = line_;
+    return file;
+  }
+
   void body() {
+    const Nesting nesting(*this);
     expect('{');
     scopes_.emplace_back();
     while (!accept('}')) {
@@ -243,7 +257,14 @@ class Parser : public Declarations {
     const int times = ++names_[name];
     if (times > 1) v.name += '#' + std::to_string(times);  // another scope has one of this name
     if (!scopes_.back().variables.emplace(name, v.name).second) fail("declared twice: " + std::string(name));
+    if (v.space == Space::shared) claim(shared_, v.bytes, v.alignment, kMostShared, "shared memory");
+    if (v.space == Space::local) claim(local_, v.bytes, v.alignment, kMostLocal, "a thread's local memory");
+    if (v.space == Space::param) claim_parameter(v);
     function_->variables.push_back(std::move(v));
+  }
+
+  void claim_parameter(const Variable& v) {
+    claim(parameters_, v.bytes, v.alignment, kMostParameters, "parameters of a function and of its calls");
   }
 
   void registers() {
@@ -267,6 +288,8 @@ class Parser : public Declarations {
       } else {
         n = 1;
       }
+      if (static_cast<int64_t>(first + n * elements) > kMostRegisters)
+        fail("a function may have " + std::to_string(kMostRegisters) + " registers");
       function_->registers.resize(first + n * elements, type);
     } while (accept(','));
     expect(';');
@@ -410,6 +433,9 @@ class Parser : public Declarations {
       at_ = from;
       variables(is_extern, [&](Variable&& v, std::string_view name) {
         globals_.insert(name);
+        const bool shared = v.space == Space::shared;
+        if (shared) claim(module_shared_, v.bytes, v.alignment, kMostShared, "shared memory");
+        if (!shared && !v.is_extern) claim(global_, v.bytes, v.alignment, kMostGlobal, "a module's variables");
         module_.variables.push_back(std::move(v));
       });
     }
@@ -427,6 +453,7 @@ class Parser : public Declarations {
     f.line = line_;
     function_ = &f;
     location_ = 0;
+    shared_ = local_ = parameters_ = 0;
     names_.clear();
     scopes_.clear();
     scopes_.emplace_back();
@@ -435,6 +462,9 @@ class Parser : public Declarations {
         std::string_view name;
         to.push_back(variable(&name));
         if (to.back().space != Space::param) fail("only .param parameters are supported");
+        claim_parameter(to.back());
+        if (entry && parameters_ > kMostKernelParameters)
+          fail("a kernel may have parameters of " + std::to_string(kMostKernelParameters) + " bytes");
         scopes_.back().variables.emplace(name, name);
         ++names_[name];
       });
@@ -466,20 +496,23 @@ class Parser : public Declarations {
   void directive_of_function(Function& f) {
     const char* from = at_;
     const std::string_view what = directive();
-    const auto triple = [&](unsigned to[3]) {
+    const auto triple = [&](unsigned to[3], unsigned most) {
       to[1] = to[2] = 1;
       int n = 0;
+      unsigned product = 1;
       do {
         if (n == 3) fail("more than three dimensions");
-        to[n++] = count();
+        to[n] = count();
+        if (to[n] == 0 || to[n] > most / product) fail("dimensions whose product is not 1 to " + std::to_string(most));
+        product *= to[n++];
       } while (accept(','));
     };
     if (what == "maxntid")
-      triple(f.max_threads);
+      triple(f.max_threads, kMostThreads);
     else if (what == "reqntid")
-      triple(f.required_threads);
+      triple(f.required_threads, kMostThreads);
     else if (what == "reqnctapercluster")
-      triple(f.cluster);
+      triple(f.cluster, kMostCtas);
     else if (what == "minnctapersm")
       f.min_ctas = count();
     else if (what == "maxnctapersm")
@@ -501,6 +534,11 @@ class Parser : public Declarations {
   Module module_;
   std::unordered_map<std::string_view, size_t> functions_;  // their indices
   std::unordered_map<uint64_t, int> latest_;                // locations by file, line and column
+
+  unsigned last_file_ = 0;  // of those that are named
+  int last_file_line_ = 0;
+  int64_t shared_ = 0, local_ = 0, parameters_ = 0;  // bytes so far, of the function
+  int64_t module_shared_ = 0, global_ = 0;           // and of the module
 
   Function* function_ = nullptr;
   int location_ = 0;

@@ -116,7 +116,7 @@ struct Module {
     bool constant;
   };
   std::map<std::string, Global> globals;  // .global and .const, alive as long as the module
-  std::vector<std::unique_ptr<uint8_t[]>> storage;
+  std::vector<std::unique_ptr<uint8_t, void (*)(void*)>> storage;
   std::string text;                    // the PTX itself, which messages quote
   bool replicates = false;             // Triton's: warps may share elements, all of them load and one stores
   std::mutex mutex;                    // of the decoding

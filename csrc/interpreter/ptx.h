@@ -70,7 +70,7 @@ struct Variable {
   int alignment = 1;
   int64_t bytes = 0;  // 0: extern shared, sized at the launch
   bool is_extern = false;
-  std::vector<uint8_t> initial;  // empty: zeros
+  std::vector<uint8_t> initial;  // the rest is zeros
   struct Reference {
     int64_t offset;
     std::string symbol;

@@ -57,7 +57,10 @@ class Bind {
   // The operands, checked against the type: registers must have its size (relaxed: at least its size, as of ld, st,
   // cvt; the true size comes back). Each adds one Offset to Instruction::operand.
   int operands() const { return static_cast<int>(statement.operands.size()); }
-  const Operand& operand(int i) const { return statement.operands[i]; }
+  const Operand& operand(int i) const {
+    if (i >= operands()) refuse("it takes more operands than " + std::to_string(operands()));
+    return statement.operands[i];
+  }
   void destination(int i, Type type) { destination(operand(i), type); }
   void destination(const Operand& o, Type type);
   int destination_relaxed(const Operand& o, Type type);  // bytes of the register (0 for `_`)

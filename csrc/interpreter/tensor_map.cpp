@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "interpreter.h"
+#include "core.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -127,33 +127,35 @@ extern "C" {
 int fpi_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
                                 const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int oob_fill) {
-  error.clear();
-  TensorMap m{};
-  m.magic = TensorMap::kMagic;
-  m.address = reinterpret_cast<uint64_t>(address);
-  m.type = saturated<uint8_t>(data_type);
-  m.rank = saturated<uint8_t>(rank);
-  m.interleave = saturated<uint8_t>(interleave);
-  m.swizzle = saturated<uint8_t>(swizzle);
-  m.promotion = saturated<uint8_t>(l2_promotion);
-  m.fill = saturated<uint8_t>(oob_fill);
-  if (!map || reinterpret_cast<uint64_t>(map) % 64) {
-    error = "tensorMap must point to 128 bytes aligned to 64";
-  } else if (!address || !dims || !box || !element_strides || (rank > 1 && !strides_bytes)) {
-    error = "globalAddress, globalDim, globalStrides, boxDim and elementStrides must not be null";
-  } else {
-    for (int d = 0; d < std::min<int>(m.rank, TensorMap::kMaxRank); ++d) {
-      m.dims[d] = dims[d];
-      m.box[d] = box[d];
-      // "ignored since TMA doesn't support the stride for dimension zero", but its limits hold
-      m.steps[d] = saturated<uint16_t>(element_strides[d]);
-      if (d) m.strides[d - 1] = strides_bytes[d - 1];
+  return guarded([&]() -> int {
+    error.clear();
+    TensorMap m{};
+    m.magic = TensorMap::kMagic;
+    m.address = reinterpret_cast<uint64_t>(address);
+    m.type = saturated<uint8_t>(data_type);
+    m.rank = saturated<uint8_t>(rank);
+    m.interleave = saturated<uint8_t>(interleave);
+    m.swizzle = saturated<uint8_t>(swizzle);
+    m.promotion = saturated<uint8_t>(l2_promotion);
+    m.fill = saturated<uint8_t>(oob_fill);
+    if (!map || reinterpret_cast<uint64_t>(map) % 64) {
+      error = "tensorMap must point to 128 bytes aligned to 64";
+    } else if (!address || !dims || !box || !element_strides || (rank > 1 && !strides_bytes)) {
+      error = "globalAddress, globalDim, globalStrides, boxDim and elementStrides must not be null";
+    } else {
+      for (int d = 0; d < std::min<int>(m.rank, TensorMap::kMaxRank); ++d) {
+        m.dims[d] = dims[d];
+        m.box[d] = box[d];
+        // "ignored since TMA doesn't support the stride for dimension zero", but its limits hold
+        m.steps[d] = saturated<uint16_t>(element_strides[d]);
+        if (d) m.strides[d - 1] = strides_bytes[d - 1];
+      }
+      error = m.problem();
     }
-    error = m.problem();
-  }
-  if (!error.empty()) return not_supported(m).empty() ? kInvalidValue : kNotSupported;
-  std::memcpy(map, &m, sizeof m);
-  return kSuccess;
+    if (!error.empty()) return not_supported(m).empty() ? kInvalidValue : kNotSupported;
+    std::memcpy(map, &m, sizeof m);
+    return kSuccess;
+  });
 }
 
 const char* fpi_tensor_map_error(void) { return error.c_str(); }

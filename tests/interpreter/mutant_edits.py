@@ -206,13 +206,16 @@ class Sources:
 
 def statements(text):
     """(index of the line, match of STATEMENT, (file, line, text) of the source, .loc) of each statement of the kernel."""
-    sources, depth = Sources(text), 0
+    sources, depth, assembly = Sources(text), 0, False
     for i, line in enumerate(text.splitlines()):
         depth += line.count("{") - line.count("}")
+        if line.strip() in ("// begin inline asm", "// end inline asm"):
+            assembly = "begin" in line
         if not depth:
             continue
         if location := LOCATION.match(line):
-            sources.read(location)
+            if not assembly:  # there Triton 3.9 counts the lines of the assembly
+                sources.read(location)
         elif s := STATEMENT.match(line):
             yield i, s, (*sources.at, sources.text()), sources.directive
 

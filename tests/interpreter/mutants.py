@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ from mutant_launches import reached, recording
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
 INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES
+TRITON = ".".join(importlib.metadata.version("triton").split(".")[:2])
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in
 ENOUGH = 2
@@ -217,8 +219,13 @@ def run(architectures=ARCHITECTURES, names=None, chosen=lambda mutant: True, say
 
 
 def reasons():
-    """(source line, kind) -> why such a mutant changes nothing."""
-    return {(line, kind): why for line, of in json.loads(REASONS.read_text()).items() for kind, why in of.items()}
+    """(source line, kind) -> why such a mutant changes nothing; of code that one version of Triton makes, {version: why}."""
+    found = {}
+    for line, of in json.loads(REASONS.read_text()).items():
+        for kind, why in of.items():
+            if why := why if isinstance(why, str) else why.get(f"triton {TRITON}"):
+                found[line, kind] = why
+    return found
 
 
 def report(results):

@@ -1,9 +1,13 @@
 """`python -m forwardpass.interpreter`: what it builds, what it refuses, what it prints. Programs are in test_programs.py."""
 
+import configparser
+import importlib.util
 import os
+import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +15,7 @@ from forwardpass.interpreter import core
 from forwardpass.interpreter.__main__ import main
 
 pytestmark = pytest.mark.interpreted
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None or not core.STANDIN.exists(), reason="there is no nvcc")
 
 KERNEL = "__global__ void fill(float* y) { y[threadIdx.x] = 2; }\nvoid launch(float* y) { fill<<<1, 32>>>(y); }\n"
@@ -98,3 +103,70 @@ def test_rows(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(core.rows()) > 100
     assert all(line[0].isdigit() for line in lines)
+
+
+PROJECT = """
+import sys
+import torch
+import triton
+import triton.language as tl
+
+@triton.jit
+def double(x_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, 2 * tl.load(x_ptr + i))
+
+def test_double():
+    x = torch.ones(256)
+    double[(2,)](x, BLOCK=128)
+    assert x.sum() == 512
+
+def test_beyond_the_end():
+    double[(2,)](torch.ones(200), BLOCK=128)
+
+if __name__ == "__main__" and sys.argv[1:]:
+    globals()[sys.argv[1]]()
+"""
+
+
+def python(folder, *arguments, **environment):
+    """In a project that never imports forwardpass."""
+    (folder / "test_double.py").write_text(PROJECT)
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@needs_triton
+def test_pytest_interprets_a_whole_process(tmp_path):
+    plugin = ("-p", "forwardpass_pytest")  # as the entry point does
+    done = python(tmp_path, "-m", "pytest", "-q", *plugin, FORWARDPASS_INTERPRET="sm_80")
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "out_of_bounds: read of 4 bytes" in done.stdout
+
+
+def test_pytest_s_plugin_costs_nothing_where_nothing_is_interpreted():
+    root = pathlib.Path(__file__).parents[2]
+    declared = (root / "pyproject.toml").read_text().split("[project.entry-points.pytest11]")[1].split("\n[")[0]
+    parser = configparser.ConfigParser()
+    parser.read_string("[pytest11]" + declared)
+    plugin = parser["pytest11"]["forwardpass"].strip('"')
+    code = f"import sys, {plugin}; print('torch' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k != "FORWARDPASS_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root / "python"
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+@needs_triton
+def test_a_report_of_a_script_that_does_not_import_forwardpass(tmp_path):
+    report = ("-m", "forwardpass.interpreter", "report")
+    done = python(tmp_path, *report, "test_double.py", "test_double")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"test_double.py:10 .* tl.store\(x_ptr", done.stdout), done.stdout
+    failed = python(tmp_path, *report, "test_double.py", "test_beyond_the_end")
+    assert failed.returncode == 1 and "out_of_bounds" in failed.stderr
+    nothing = python(tmp_path, *report, "test_double.py")
+    assert (nothing.returncode, nothing.stdout) == (0, "test_double.py launched no kernel on the interpreted GPU\n")
+    other = python(tmp_path, *report, "--kernel=triple", "test_double.py", "test_double")
+    assert "no kernel that was launched has 'triple' in its name; there are double\n" in other.stdout

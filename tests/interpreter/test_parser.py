@@ -1,11 +1,19 @@
 """PTX's syntax: what kernels compute from each form, and the line and text of what is refused."""
 
+import ast
+import pathlib
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import forwardpass as fp
 
 interpreter = pytest.importorskip("forwardpass.interpreter")
+from forwardpass.interpreter import core  # noqa: E402
+
 pytestmark = pytest.mark.interpreted
 
 HEAD = ".version 8.7\n.target sm_90a, debug // no texture mode\n.address_size 64\n"
@@ -269,6 +277,20 @@ BODY_LINE = (HEAD + KERNEL.split("{body}")[0]).count("\n") + 1
         ("@%p1 L: ret;", "label with a guard"),
         ("@%r1 mov.b32 %r1, 0;", "no predicate"),
         ("mov.b32 %r1, !%r2 /* ;", "comment without end"),
+        (".reg .b32 %big<2147483647>;", "may have 262144 registers"),
+        (".reg .b128 %big<200000>, %more<62100>;", "may have 262144 registers"),
+        (".shared .b8 x[16777217];", "shared memory: there may be"),
+        (".shared .b8 x[16777216]; .shared .b8 y;", "shared memory: there may be"),
+        (".local .b8 x[524289];", "local memory: there may be 524288 bytes"),
+        ("{ .param .b8 x[1048000]; } { .param .b8 x[1000]; }", "parameters of a function and of its calls"),
+        (".local .align 131072 .b8 x[4];", "an alignment of more than 65536"),
+        (".local .b8 x[65536][65536];", "more than 1073741824 bytes"),
+        ("{" * 300, "nested more than 256"),
+        ("mov.b32 %r1, " + "(" * 300, "nested more than 256"),
+        ("mov.b32 %r1, " + "-" * 1_000_000, "nested more than 256"),
+        ("mov.b32 " + "{" * 300, "nested more than 256"),
+        ("ld.b32 %r1, " + "[" * 300, "nested more than 256"),
+        (".loc 7 1 1", "no .file has the number 7"),
     ],
 )  # fmt: skip
 def test_refusals(line, why):
@@ -292,11 +314,120 @@ def test_refusals(line, why):
         (".address_size 32", "64-bit"),
         (".alias a, b;", "unknown directive"),
         (".func f() .frobnicate { ret; }", "unknown directive"),
+        (".global .b8 v[1073741824]; .const .b8 w;", "a module's variables: there may be"),
+        (".global .b8 v[][1073741824] = {{1}, {2}};", "more than 1073741824 bytes"),
+        (".global .b8 v" + "[1]" * 300 + " = " + "{" * 300, "nested more than 256"),
+        (".entry e(.param .b8 x[32765]) { ret; }", "parameters of 32764 bytes"),
+        (".entry e() .maxntid 65536, 65536 { ret; }", "dimensions whose product is not 1 to 1024"),
+        (".entry e() .reqntid 0 { ret; }", "dimensions whose product is not 1 to 1024"),
+        (".entry e() .reqnctapercluster 2147483647, 2 { ret; }", "dimensions whose product is not 1 to 16"),
     ],
 )
 def test_refused_declarations(declaration, why):
     f = refusal(HEAD + declaration + KERNEL.format(body=""))
     assert why in f.message and f.ptx_line == HEAD.count("\n") + 1, f
+
+
+def test_lines_of_inline_assembly():
+    """Triton 3.9 says the source line plus one for each line of the assembly; what stands before it is right."""
+    body = """
+      .loc 1 10 3
+      // begin inline asm
+      .loc 1 10 3
+      mov.u32 %r1, 0x0;
+      .loc 1 11 3
+      ld.shared.b32 { %r1 }, [ %r1 + 0 ];
+      // end inline asm
+    """
+    for more, line in (("", 10), (".loc 1 20 3\n ld.shared.b32 %r1, [0];", 20)):
+        ptx = HEAD + '.file 1 "a.py"' + KERNEL.format(body=(body.replace("ld.s", "//") if more else body) + more)
+        with fp.interpret("sm_90a"), pytest.raises(fp.InterpreterFinding) as caught:
+            interpreter.Module(ptx)["k"].launch(1, 1, [torch.zeros(1)])
+        assert (caught.value.file, caught.value.line) == ("a.py", line)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("mov.b32 %r1;", "it takes 2 operands"),
+        ("bra;", "it takes more operands than 0"),
+        ("st.global.b128 [%rd0], 5;", "a 128-bit operand must be a register"),
+        ("call k, (x);", "a kernel cannot be called"),
+        ("call (x), malloc, (x, x, x, x, x, x, x, x, x);", "called with other parameters than it has"),
+        ("call (big), malloc, (x);", "called with other parameters than it has"),
+    ],
+)
+def test_refused_when_decoded(line, why):
+    head = ".extern .func (.param .b64 r) malloc(.param .b64 n);"
+    with pytest.raises(fp.InterpreterFinding) as caught:
+        run(".param .b64 x; .param .b8 big[4096];\n" + line, head)
+    assert why in caught.value.message and caught.value.ptx_line == BODY_LINE + 1, caught.value
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("{ .param .b64 x; st.param.b64 [x], 64; call free, (x); }", "free of what malloc has not returned"),
+        ("{ .param .b64 x; st.param.b64 [x], 64; call (x), vprintf, (x, x); }", "read of 1 bytes at 0x40"),
+        ("call deep;", "local memory exceeds 524288 bytes a thread"),
+        ("call broad;", "registers and parameters exceed 67108864 bytes"),
+    ],
+)
+def test_calls_that_go_too_far(body, why):
+    head = """
+      .extern .func free(.param .b64 p);
+      .extern .func (.param .b32 r) vprintf(.param .b64 format, .param .b64 arguments);
+      .func deep() { .local .b8 x[100000]; call deep; ret; }
+      .func broad() { { .param .b8 x[500000]; } call broad; ret; }
+    """
+    with pytest.raises(fp.InterpreterFinding) as caught:
+        run(body, head)
+    assert why in caught.value.message and caught.value.ptx_line, caught.value
+
+
+def test_what_nobody_touches_costs_nothing():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run("mov.b64 wide, 7;", ".global .b8 v[1000000000]; .global .b8 w[10000000] = {1};") == 7
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+
+
+def test_no_exception_leaves_the_library():
+    """Memory that runs out is an error with a text: bytes of parameters that no vector can have."""
+    api = core.load()
+    module = interpreter.Module(HEAD + KERNEL.format(body=""))
+    one = core.Dim3(1, 1, 1)
+    with fp.interpret("sm_90a") as device, device.running():
+        api.fpi_finding_clear()
+        assert api.fpi_module_launch(module.handle, None, one, one, one, 0, b"", -1, 0) != 0
+    assert core.finding().kind == "unsupported"
+
+
+def test_damaged_text_is_refused_or_runs(tmp_path):
+    """In a process of its own, with 4 GB: nothing aborts, hangs or takes all memory."""
+    pytest.importorskip("triton")
+    import witness_kernels
+
+    ints = [100, 80, 208, 208, 80, 1, 80]
+    a, c = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    with fp.interpret("sm_90a"):
+        compiled = witness_kernels.matmul.warmup(
+            a, a, c, *ints, witness_kernels.tl.float32, BM=64, BN=64, BK=32, grid=(1,)
+        )
+    (tmp_path / "matmul.ptx").write_text(compiled.asm["ptx"])
+    (tmp_path / "small.ptx").write_text(
+        HEAD + KERNEL.format(body="mov.b32 %r1, 0; t: .branchtargets A; brx.idx %r1, t; A:")
+    )
+    command = [
+        sys.executable,
+        pathlib.Path(__file__).with_name("fuzz.py"),
+        "0",
+        "1000",
+        *sorted(tmp_path.glob("*.ptx")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.stderr, (tmp_path / "last.ptx").read_text())
+    ends = ast.literal_eval(done.stdout)
+    assert ends["ran"] > 50 and ends["unsupported, not loaded"] > 200, ends
 
 
 def test_speed():

@@ -105,6 +105,35 @@ def bf16_matmul(kernels, generator):
     assert_product(c, a, b, 2.0**-8)
 
 
+@case(["sm_90a"])  # wgmma with N of 128 and 256, and operands of several swizzled columns
+def wide_matmul(kernels, generator):
+    for n in (128, 256):
+        a, b = normal(generator, 80, 256).bfloat16(), normal(generator, 80, n).bfloat16()
+        a = torch.nn.functional.pad(a, (0, 0, 0, 48))  # K of 128, two steps
+        b = torch.nn.functional.pad(b, (0, 0, 0, 48))
+        c = poisoned(256, n)
+        compiled = kernels.transposed_matmul[2, 1](a, b, c, 256, n, 128, BM=128, BN=n, BK=64, num_warps=4, num_stages=2)
+        assert f"wgmma.mma_async.sync.aligned.m64n{n}k16" in compiled.asm["ptx"]
+        assert_product(c, a.T, b, 2.0**-23)
+
+
+@case(["sm_90a"])  # TMA
+def tile_of_5d(kernels, generator):
+    """Tiles that hang over each end of each dimension are filled with zeros, or with NaNs."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape, box = (3, 4, 5, 6, 24), (2, 2, 4, 2, 16)
+    x = normal(generator, *shape)
+    for padding, fill in (("zero", 0.0), ("nan", float("nan"))):
+        wide = torch.nn.functional.pad(x, (16, 16) * 5, value=fill)
+        descriptor = TensorDescriptor(x, list(shape), list(x.stride()), list(box), padding)
+        for at in ((0, 0, 0, 0, 0), (-1, 3, 2, -1, 12), (2, -1, -3, 5, -4), (1, 2, 1, 4, 8)):
+            y = torch.full((2 * 2 * 4 * 2 * 16,), 7.0)
+            kernels.tile_of_5d[1,](descriptor, y, *at, BLOCK=y.numel())
+            expected = wide[tuple(slice(16 + i, 16 + i + n) for i, n in zip(at, box))].reshape(-1)
+            assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
 @case()
 def autotuned_bf16_matmul(kernels, generator):
     kernel = kernels.autotuned_matmul

@@ -26,6 +26,25 @@ def matmul(
     tl.store(C + rows[:, None] * stride_cm + columns[None, :], acc.to(C.dtype.element_ty), inside)
 
 
+@triton.jit
+def transposed_matmul(A, B, C, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """C [M, N] = A [K, M]ᵀ · B [K, N]: both operands lie along M and N in shared memory. Whole tiles."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(A + k[None, :] * M + rows[:, None])
+        acc = tl.dot(a, tl.load(B + k[:, None] * N + columns[None, :]), acc)
+    tl.store(C + rows[:, None] * N + columns[None, :], acc)
+
+
+@triton.jit
+def tile_of_5d(descriptor, OUT, a, b, c, d, e, BLOCK: tl.constexpr):
+    """The tile of a tensor that begins there, as it lies in memory."""
+    tl.store(OUT + tl.arange(0, BLOCK), tl.reshape(descriptor.load([a, b, c, d, e]), [BLOCK]))
+
+
 autotuned_matmul = triton.autotune(
     [
         triton.Config({"BM": 64, "BN": 64, "BK": 32}, num_warps=4, num_stages=3),

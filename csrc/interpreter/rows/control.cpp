@@ -82,7 +82,7 @@ Step call(Warp& w, const Instruction& i, Mask mask) {
       }
     }
     for (const auto& [name, code] : w.cta->launch->module->functions)
-      if (reinterpret_cast<uint64_t>(&code) == first && code.decoded) target = &code;
+      if (reinterpret_cast<uint64_t>(&code) == first && code.decoded && !code.source->entry) target = &code;
     if (!target) w.fail(Kind::illegal, "call through a pointer that is no function", __builtin_ctz(mask));
   }
   if (target->parameters.size() != c.arguments.size() || target->returns.size() < c.results.size()) {
@@ -143,10 +143,14 @@ void bind_call(Bind& b) {
   if (target.kind == Operand::Kind::reg) return b.source(target, Type::b64);
   const auto f = b.module.functions.find(target.name);
   if (f == b.module.functions.end()) b.refuse("function " + target.name + " is not declared");
+  if (f->second.source->entry) b.refuse("a kernel cannot be called: " + target.name);
   c.target = &f->second;
   if (f->second.source->declared_only) {
-    c.system = system_call(target.name);
+    size_t arguments = 0;
+    c.system = system_call(target.name, &arguments);
     if (!c.system) b.refuse("function " + target.name + " has no body here, and the interpreter does not provide it");
+    if (c.arguments.size() != arguments || c.results.size() > 1 || (c.results.size() == 1 && c.results[0].bytes > 8))
+      b.refuse("function " + target.name + " is called with other parameters than it has");
   }
 }
 

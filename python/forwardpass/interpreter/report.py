@@ -38,9 +38,26 @@ def report(arguments: list[str]) -> int:
         status, counts = run(program, chosen.arguments, chosen.arch)
     if chosen.json:
         chosen.json.write_text(counts)
-    kernels = [k for k in map(KernelProfile.read, json.loads(counts)) if chosen.kernel in k.kernel]
-    print(table(kernels, chosen.inlined) if kernels else "nothing was launched, or no kernel of that name")
+    every = [KernelProfile.read(k) for k in json.loads(counts)]
+    kernels = [k for k in every if chosen.kernel in k.kernel]
+    if kernels:
+        print(table(kernels, chosen.inlined))
+    elif every:
+        launched = ", ".join(dict.fromkeys(k.kernel for k in every))
+        print(f"no kernel that was launched has {chosen.kernel!r} in its name; there are {launched}")
+    else:
+        print(f"{program} launched no kernel on the interpreted GPU")
     return status
+
+
+#: what runs a script that need not import forwardpass, as `python SCRIPT.py` would
+SCRIPT = """
+import os, runpy, sys
+import forwardpass
+del sys.argv[0]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def run(program: pathlib.Path, arguments: list[str], arch: str) -> tuple[int, str]:
@@ -48,7 +65,8 @@ def run(program: pathlib.Path, arguments: list[str], arch: str) -> tuple[int, st
     with tempfile.TemporaryDirectory() as folder:
         counts = pathlib.Path(folder) / "counts.json"
         environment = {"FORWARDPASS_INTERPRET": arch, **os.environ, "FORWARDPASS_INTERPRET_COUNTERS": str(counts)}
-        command = [sys.executable, str(program)] if program.suffix == ".py" else [str(program.absolute())]
+        python = [sys.executable, "-c", SCRIPT, str(program)]
+        command = python if program.suffix == ".py" else [str(program.absolute())]
         done = subprocess.run([*command, *arguments], env=environment)
         if not counts.exists():
             raise RuntimeError(f"{program} ended with status {done.returncode} and without counts")
