@@ -9,7 +9,10 @@
 #include <thread>
 #include <vector>
 
+#include "core.h"
 #include "interpreter.h"
+
+using forwardpass::interpreter::guarded;
 
 namespace {
 
@@ -73,26 +76,30 @@ int use_legacy() {
 extern "C" {
 
 int fpi_capture_begin(void* stream, int mode, int blocking) {
-  const std::lock_guard lock(mutex);
-  if (mode < kGlobal || mode > kRelaxed) return kInvalidValue;
-  if (is_legacy(stream)) return kUnsupported;
-  if (find(stream)) return kIllegalState;
-  captures().push_back({stream, mode, blocking != 0, false, std::this_thread::get_id(), {}});
-  ++under_way;
-  return kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(mutex);
+    if (mode < kGlobal || mode > kRelaxed) return kInvalidValue;
+    if (is_legacy(stream)) return kUnsupported;
+    if (find(stream)) return kIllegalState;
+    captures().push_back({stream, mode, blocking != 0, false, std::this_thread::get_id(), {}});
+    ++under_way;
+    return kSuccess;
+  });
 }
 
 int fpi_capture_end(void* stream, void** graph) {
-  const std::lock_guard lock(mutex);
-  *graph = nullptr;
-  Capture* c = find(stream);
-  if (!c) return kIllegalState;
-  if (c->mode != kRelaxed && c->thread != std::this_thread::get_id()) return kWrongThread;
-  const bool invalid = c->invalid;
-  if (!invalid) *graph = new Graph(std::move(c->graph));
-  captures().erase(captures().begin() + (c - captures().data()));
-  --under_way;
-  return invalid ? kInvalidated : kSuccess;
+  return guarded([&]() -> int {
+    const std::lock_guard lock(mutex);
+    *graph = nullptr;
+    Capture* c = find(stream);
+    if (!c) return kIllegalState;
+    if (c->mode != kRelaxed && c->thread != std::this_thread::get_id()) return kWrongThread;
+    const bool invalid = c->invalid;
+    if (!invalid) *graph = new Graph(std::move(c->graph));
+    captures().erase(captures().begin() + (c - captures().data()));
+    --under_way;
+    return invalid ? kInvalidated : kSuccess;
+  });
 }
 
 int fpi_capture_status(void* stream, int* status) {
@@ -112,16 +119,18 @@ int fpi_capture_mode(int mode) {
 int fpi_capturing(void) { return under_way; }
 
 int fpi_capture_keep(void* stream, const fpi_work* work, int* kept) {
-  const std::shared_ptr<Work> owned(new Work{*work});
-  const std::lock_guard lock(mutex);
-  *kept = 0;
-  if (is_legacy(stream)) return use_legacy();
-  Capture* c = find(stream);
-  if (!c) return kSuccess;
-  if (c->invalid) return kInvalidated;
-  *kept = 1;
-  c->graph.push_back(owned);
-  return kSuccess;
+  return guarded([&]() -> int {
+    const std::shared_ptr<Work> owned(new Work{*work});
+    const std::lock_guard lock(mutex);
+    *kept = 0;
+    if (is_legacy(stream)) return use_legacy();
+    Capture* c = find(stream);
+    if (!c) return kSuccess;
+    if (c->invalid) return kInvalidated;
+    *kept = 1;
+    c->graph.push_back(owned);
+    return kSuccess;
+  });
 }
 
 int fpi_capture_refuses(int what, void* stream) {
@@ -146,7 +155,9 @@ int fpi_capture_refuses(int what, void* stream) {
   }
 }
 
-void* fpi_graph_copy(const void* graph) { return new Graph(*static_cast<const Graph*>(graph)); }
+void* fpi_graph_copy(const void* graph) {
+  return guarded<void*>(nullptr, [&] { return new Graph(*static_cast<const Graph*>(graph)); });
+}
 void fpi_graph_release(void* graph) { delete static_cast<Graph*>(graph); }
 int fpi_graph_launch(const void* graph) {
   for (const auto& w : *static_cast<const Graph*>(graph))

@@ -113,7 +113,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph
   *executable = nullptr;
   if (!graph) return finish(cudaErrorInvalidValue);
   *executable = static_cast<cudaGraphExec_t>(fpi_graph_copy(graph));
-  return finish(cudaSuccess);
+  return finish(*executable ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
   return finish(executable ? cudaSuccess : cudaErrorInvalidValue);
