@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from forwardpass.planning import measure, plots
 from forwardpass.planning import plan as planning
 from forwardpass.swap import originals
 from forwardpass.swap.plan import Plan
+from forwardpass.text import count
 from forwardpass.timing import Timing
 
 #: what a call costs in these tests, whatever it is
@@ -428,6 +430,18 @@ def test_plot(times, tmp_path, monkeypatch):
         plots.require("plan.png")
 
 
+@pytest.mark.parametrize("times_of", [{"int8": 9.0, "int8+calibrated": 9.0, "bf16": 9.0}, {}])
+def test_a_plot_says_why_there_is_nothing_in_it_and_its_title_fits(times, tmp_path, times_of):
+    matplotlib = pytest.importorskip("matplotlib")
+    times.update(times_of)
+    evidence = planned(max_error=1e-9).evidence
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plots.plan(evidence, str(tmp_path / "plan.svg"))
+    drawn = re.findall(r"<text[^>]*>([^<]*)", (tmp_path / "plan.svg").read_text())
+    assert any("there was nothing to choose" in line for line in drawn) is bool(times_of)
+    assert max(map(len, drawn)) <= 72 and " ".join(drawn).count("the model as it is") == 1
+
+
 # the command
 
 
@@ -445,7 +459,9 @@ def test_the_command_writes_a_plan_that_swap_replays(times, folder, tmp_path):
     evidence = written["evidence"]
     assert evidence["texts"] == 288 and evidence["batches"]["calibrated"] == 2
     assert [tuple(c) for c in evidence["layers"][0]["calls"]] == [(2, 16, 96)]  # of the timed batch
-    assert len(written["layers"]) > 2 and f"{len(evidence['attempts'])} plans verified" in done.stdout
+    assert len(written["layers"]) > 2 and f"{count(len(evidence['attempts']), 'plan')} verified" in " ".join(
+        done.stdout.split()
+    )
     assert "<svg" in (tmp_path / "plan.svg").read_text()
     args = ("swap", folder, "--batch", 2, "--length", 16, "--min-cosine", 0.99995, "--json", "-", "--plan", file)
     replayed = run(*args)

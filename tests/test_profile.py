@@ -1,6 +1,7 @@
 """fp.profile: phases on a clock of our own, layers and operations counted by hand, advice, reports, and bad input."""
 
 import contextlib
+import dataclasses
 import html.parser
 import json
 import statistics
@@ -12,6 +13,7 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.planning import advice, phases
+from forwardpass.planning import profile as module
 from forwardpass.planning.layers import Inside, Row, look_inside
 from forwardpass.planning.roofline import Roofline, roofline
 
@@ -418,7 +420,36 @@ def test_the_table_has_phases_layers_and_advice(found):
     text = str(found)
     for words in ("forward", "nothing is transferred", "first (Linear)", "aten::relu", "fp.Pipeline, modelled"):
         assert words in text
-    assert len(max(text.splitlines(), key=len)) < 400
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_layers_that_are_alike_are_one_row_of_the_table_alone(found):
+    rows = [row(f"encoder.layer.{i}.attention.output.dense", ms=i + 1.0, share=0.1, roofline=0.5 * i) for i in range(6)]
+    rows.append(row(f"{'backbone.' * 12}proj", ms=1.0, share=0.1))
+    inside = Inside([], rows, [], 30.0, Roofline(CPU, 1e11, {"float32": 1e12}, {}), "")
+    text = str(dataclasses.replace(found, inside=inside))
+    assert max(map(len, text.splitlines())) <= 100
+    line = next(
+        line for line in text.splitlines() if line.startswith("encoder.layer.{0-5}.attention.output.dense (Linear)")
+    )
+    reached = sum(0.5 * i * (i + 1) for i in range(6)) / 21  # by time
+    assert line.split()[2:] == ["60.0%", "21.000", "285.7", "0.3", f"{reached:.0%}", "compute"]
+    assert "Beyond 100 % of a limit: data came from a cache" in " ".join(text.split())
+    assert "Beyond" not in str(found) or any(r.roofline > 1 for r in (*found.inside.layers, *found.inside.operations))
+
+
+def test_what_moves_and_computes_nothing_has_no_limit():
+    def views(model, x):
+        y = torch.ops.aten._unsafe_view(x, [8, 32])  # its schema says nothing of a view
+        return torch.ops.aten._reshape_alias(y, [256], [1]).relu_()
+
+    with torch.inference_mode():
+        inside = look_inside(phases.Request(nn.Identity(), CPU, forward=views), [torch.ones(16, 16)], passes=1)
+    moved = {r.name: r.bytes for r in inside.operations}
+    assert moved["aten::_unsafe_view"] == moved["aten::_reshape_alias"] == 0
+    assert moved["aten::relu_"] == 2 * 256 * 4  # in place: read and written
+    view = next(r for r in inside.operations if r.name == "aten::_unsafe_view")
+    assert view.roofline == 0 and module._cells(view)[-2] == "-"
 
 
 def row(name, **values):

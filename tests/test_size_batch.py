@@ -1,6 +1,7 @@
 """size_batch: the queue against what queueing theory knows, the choice on made-up times, and a real pipeline."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -217,6 +218,26 @@ def test_an_objective_that_cannot_hold_keeps_what_was_measured():
     found = sized(latency_slo_ms=1.0)
     assert found.policy is None and "free server" in found.reason and found.points[0].batch == 1
     assert "no policy holds p99 within 1 ms" in str(found) and found.to_json()["policy"] is None
+
+
+def test_what_is_printed_fits_and_its_line_is_not_below_0():
+    found = dataclasses.replace(sized(price_per_hour=1.0), notes=["because " * 40], ended="because " * 40)
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 100 and ", 1 replica\n" in text
+    points = [module.Point(n, ms, ms, 9, None) for n, ms in ((1, 30.0), (2, 40.0), (4, 150.0))]
+    fixed, each = module._line(points)  # by least squares -27.5 + 43.2 n
+    assert fixed == 0 and each == pytest.approx((30 + 80 + 600) / 21)
+    slower_alone = [module.Point(n, ms, ms, 9, None) for n, ms in ((1, 50.0), (2, 30.0))]
+    assert module._line(slower_alone) == (40.0, 0.0)
+    text = str(dataclasses.replace(found, fixed_ms=40.0, per_item_ms=0.0))
+    assert "takes about 40.00 ms" in text
+
+
+def test_the_plot_says_why_there_is_no_policy(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        sized(latency_slo_ms=1.0).save_plot(tmp_path / "size.svg")
+    assert "no policy holds the objective" in (tmp_path / "size.svg").read_text()
 
 
 def test_larger_batches_are_tried_while_they_gain(exact):

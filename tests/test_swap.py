@@ -91,6 +91,20 @@ def test_report_has_everything_in_words_and_in_json():
     assert content["swapped"][0]["version"] == 2
 
 
+def test_a_report_fits_and_gives_each_reason_once():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    report = fp.swap(nn.TransformerEncoder(layer, 3).eval(), "int8", dry_run=True)
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("weight_read: ") == 1 and "  layers.{0-2}.linear1" in text
+    assert all("\n" not in str(s.reason) for s in report.skipped) and len(report.to_json()["skipped"]) == 12
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)), nn.Linear(256, 256)).eval()
+    text = " ".join(str(fp.swap(model, "int8", dry_run=True)).split())
+    assert "1 layer would be swapped" in text
+    assert text.count("too_small: 8 x 8 is too small to gain, below 4096 weights; add its name to include") == 1
+    assert text.endswith("{0-2}")
+
+
 def test_weight_bytes():
     model = block()
     report = fp.swap(model, "int8")

@@ -199,7 +199,7 @@ def test_attention_alone_and_wrong_choices():
 def test_report_and_plan():
     model, (x, padding) = encoder(), padded()
     report = fp.swap(model, "int8", attention=True, exclude="layers.1")
-    assert "2 layers, 1 attention modules swapped" in str(report)
+    assert "2 layers, 1 attention module swapped" in str(report)
     assert "layers.0.self_attn  MultiheadAttention  torch" in str(report)
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert content["attention"] == [{"fqn": "layers.0.self_attn", "module": "MultiheadAttention", "before": "torch"}]

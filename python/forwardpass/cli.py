@@ -9,22 +9,21 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import forwardpass as fp
 
 from . import comparison, embedding, environment
+from .console import describe_calibration, print_examination, print_swap, say, tracking
 from .doctor import examine
 from .planning import plots
 from .planning.load import Load
@@ -35,7 +34,8 @@ from .planning.queueing import poisson, settled
 from .planning.size_batch import try_policy
 from .swap.folder import check_folder
 from .swap.precision import PRECISIONS
-from .timing import Track, keep_freed_memory
+from .text import count, wrapped
+from .timing import keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +48,22 @@ app = typer.Typer(
 CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
 
 
+def number(
+    help: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, below: float = math.inf
+) -> Any:
+    """An option that is a finite number within these bounds; another is refused in one sentence."""
+    bounds = f"above {above:g}" if above > least else f"of {least:g} or more"
+    if (high := min(most, below)) < math.inf:
+        bounds += f" and {'at most' if most <= below else 'below'} {high:g}"
+
+    def check(param: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not (above < value < below and least <= value <= most and math.isfinite(value)):
+            refuse(f"{param.opts[0]} is a number {bounds}, not {value}")
+        return value
+
+    return typer.Option(help=help, callback=check)
+
+
 ModelName = Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")]
 SwappedName = Annotated[str, typer.Argument(help="As for swap, or a folder that `forwardpass swap --save` wrote.")]
 PrecisionName = Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")]
@@ -55,7 +71,10 @@ PlanFile = Annotated[str | None, typer.Option(help="A plan file, instead of a pr
 Texts = Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="Texts to calibrate with: a file, builtin or none; default: builtin for what is calibrated."),
+    typer.Option(
+        help="Texts to calibrate with: a file, builtin or none; default: builtin for what is calibrated (int8, and plans "
+        "with it). In Python nothing is calibrated without calibrate=batches."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")]
 Json = Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")]
@@ -117,6 +136,15 @@ class Subject:
     batches: list[embedding.Batch]  #: of them
     calibration: list[embedding.Batch] | None  #: None where there is none
 
+    @property
+    def calibrated_on(self) -> int:
+        """How many texts there are to calibrate on."""
+        return sum(len(b["input_ids"]) for b in self.calibration or ())
+
+    def swapping(self) -> str:
+        """What a swap of it does first, in words: the long part of it is silent."""
+        return f"calibrating on {count(self.calibrated_on, 'text')}, and swapping" if self.calibration else "swapping"
+
 
 def find(name: str, where: str, console: Console, swaps: bool) -> tuple[embedding.Source, torch.nn.Module, Any]:
     """Where the model comes from, which is printed, the model, and its tokenizer. swaps: whether the command takes the originals
@@ -126,7 +154,7 @@ def find(name: str, where: str, console: Console, swaps: bool) -> tuple[embeddin
     if source.swapped and swaps:
         raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
                          "original model")  # fmt: skip
-    console.print(f"model: {source.chosen}", highlight=False, soft_wrap=True)
+    say(console, f"model: {source.chosen}")
     return source, *embedding.load(source, where)
 
 
@@ -168,19 +196,6 @@ def precision_or_plan(precision: str | None, plan: str | None) -> tuple[fp.Plan 
     return planned, planned.calibrated if planned else CALIBRATES[precision or ""]
 
 
-@contextlib.contextmanager
-def tracking() -> Iterator[Track]:
-    """Progress bars on stderr, where that is a terminal."""
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-
-        def track(what: str, steps: int | None) -> Callable[[], object]:
-            task = progress.add_task(what, total=steps)
-            return lambda: progress.advance(task)
-
-        yield track
-
-
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
     """Shows versions, build, driver, and every kernel with the reason where it cannot run; exits 1 on a problem."""
@@ -192,66 +207,6 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON instead
     raise typer.Exit(1 if found["problems"] else 0)
 
 
-def print_examination(found: dict[str, Any], console: Console) -> None:
-    facts = Table(show_header=False, box=None)
-    versions = ", ".join(f"{name} {v or 'none'}" for name, v in found["versions"].items())
-    build, driver, cpu = found["build"], found["driver"], found["device"]
-    made = f"with torch {build.get('torch')}, " + (
-        f"CUDA {build['nvcc']} for {', '.join(build['arches'])}"
-        if build.get("nvcc")
-        else f"no CUDA kernels: {build['cuda_skipped']}"
-    )
-    if build.get("arches_left_out"):
-        made += f", without {', '.join(build['arches_left_out'])}"
-    facts.add_row("versions", versions)
-    facts.add_row("built", made)
-    needed = f"the CUDA kernels need {driver['needed']} or later" if driver["needed"] else "none is needed"
-    facts.add_row("driver", f"{driver['present'] or 'none'}; {needed}")
-    facts.add_row("nvcc", found["nvcc"] or "none; only building the CUDA kernels needs one")
-    facts.add_row("CPU", f"{cpu['name']}, {cpu['capability']}, {cpu['threads']} threads on {cpu['cores']} cores")
-    facts.add_row("interpreter", describe_interpreter(found["interpreter"]))
-    for gpu in found["gpus"]:
-        facts.add_row("GPU", f"{gpu['name']}, {gpu['arch']}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
-    console.print(facts)
-
-    kernels = Table("operation", "runs here", "why not the others", title="kernels", title_justify="left")
-    for name in dict.fromkeys(k["operation"] for k in found["kernels"]):
-        mine = [k for k in found["kernels"] if k["operation"] == name]
-        runs = [
-            f"{k['backend']} ({k['parity']['text']})" if k["parity"] else k["backend"] for k in mine if not k["code"]
-        ]
-        reasons = defaultdict(list)
-        for k in mine:
-            if k["code"]:
-                reasons[f"{k['text']}; {k['fix']}"].append(k["backend"])
-        kernels.add_row(
-            name, ", ".join(runs), "\n".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
-        )
-    console.print(kernels)
-    for problem in found["problems"]:
-        console.print(f"[red]problem[/red] {problem}")
-    if not found["problems"]:
-        console.print("everything that should work here does")
-
-
-def describe_interpreter(found: dict[str, Any]) -> str:
-    if found["problem"]:
-        return f"none: {found['problem']}"
-    gpus = ", ".join(f"{name} ({arch})" for arch, name in found["architectures"].items())
-    said = [f"stands in for {gpus}"]
-    runs = defaultdict(list)
-    for k in found["kernels"]:
-        if k["code"] is None:
-            runs[k["operation"]].append(k["backend"])
-    for backends in dict.fromkeys(map(tuple, runs.values())):
-        said.append(
-            f"runs the {' and '.join(backends)} kernels of {', '.join(o for o in runs if tuple(runs[o]) == backends)}"
-        )
-    said += dict.fromkeys(f"no {k['backend']} kernels: {k['text']}" for k in found["kernels"]
-                          if k["code"] not in (None, "not_written"))  # fmt: skip
-    return "; ".join(said)
-
-
 @app.command()
 def swap(
     model: ModelName,
@@ -259,9 +214,9 @@ def swap(
     plan: PlanFile = None,
     text: Texts = None,
     calibrate: Calibration = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each of its rows.")] = 128,
-    min_cosine: Annotated[float, typer.Option(help="The lowest cosine over the texts that passes.")] = 0.999,
+    batch: Annotated[int, number("Rows of the timed batch.", least=1)] = 8,
+    length: Annotated[int, number("Tokens of each of its rows.", least=1)] = 128,
+    min_cosine: Annotated[float, number("The lowest cosine over the texts that passes.", above=0, most=1)] = 0.999,
     device: Device = None,
     json: Json = None,
     save: Annotated[str | None, typer.Option(help="Store the swapped model and its tokenizer in this folder.")] = None,
@@ -281,7 +236,7 @@ def swap(
         timed = embedding.full_batch(it.tokenizer, it.texts, batch, length, it.model, where)
     swapped = copy.deepcopy(it.model)  # both are wanted at once: their timing takes turns
     with tracking() as track:
-        track("swapping", None)
+        track(it.swapping(), None)
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
             report = fp.swap(swapped, precision=precision, plan=planned, calibrate=it.calibration)
@@ -291,6 +246,8 @@ def swap(
             fp.save_pretrained(swapped, save, overwrite=overwrite)
             it.tokenizer.save_pretrained(save)
     reported = report.to_json()
+    if not (reported["swapped"] or reported["attention"]):  # what two timings of one model differ by is no speed-up
+        compared |= {"speedup": None, "reasons": {**compared["reasons"], "speedup": "nothing was changed"}}
     ok = compared["parity"]["cosine_min"] >= min_cosine  # false for NaN
     result = {
         "schema": "forwardpass.swap/1",
@@ -298,6 +255,7 @@ def swap(
         "precision": precision,
         "plan": plan,
         **{name: reported[name] for name in ("swapped", "attention", "skipped", "left", "warnings", "weight_bytes")},
+        "calibration": {"texts": it.calibrated_on} if it.calibration else None,
         **compared,
         "batch": batch,
         "length": length,
@@ -320,8 +278,8 @@ def swap(
 @app.command()
 def plan(
     model: ModelName,
-    min_cosine: Annotated[float | None, typer.Option(help="The lowest cosine over the texts that may be; or")] = None,
-    max_error: Annotated[float | None, typer.Option(help="the largest relative error of the embeddings.")] = None,
+    min_cosine: Annotated[float | None, number("The lowest cosine over the texts that may be; or", above=0, most=1)] = None,
+    max_error: Annotated[float | None, number("the largest relative error of the embeddings.", least=0)] = None,
     candidates: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(CANDIDATES)}; "
                                                    "default: all.")] = None,
     target: Annotated[str, typer.Option(help=f"What is made least: {' or '.join(TARGETS)}.")] = "latency",
@@ -329,8 +287,8 @@ def plan(
                                              "default: 288 built in.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Other texts, to calibrate with: a file, builtin or none; "
                                                   "default: builtin for what is calibrated.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each of its rows.")] = 128,
+    batch: Annotated[int, number("Rows of the timed batch.", least=1)] = 8,
+    length: Annotated[int, number("Tokens of each of its rows.", least=1)] = 128,
     device: Device = None,
     json: Annotated[str | None, typer.Option(help="Write the plan to this file, for `forwardpass swap --plan`, "
                                              "or to stdout for -.")] = None,
@@ -380,7 +338,9 @@ def plan(
         "length": length,
     }
     made = dataclasses.replace(made, evidence={**about, **made.evidence})
-    console.print(str(made), highlight=False, soft_wrap=True, markup=False)
+    if it.calibration:
+        say(console, f"candidates {CALIBRATED}: on {count(it.calibrated_on, 'text')}, in Python calibrate=batches")
+    say(console, str(made))
     if json:
         write_json(made.to_json(), json)
     if plot:
@@ -391,10 +351,10 @@ def plan(
 def profile(
     model: SwappedName,
     text: Annotated[str | None, typer.Option(help="Texts to run, one a line; default: 288 built in.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Texts of a batch.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens that each text is padded or cut to.")] = 128,
-    batches: Annotated[int, typer.Option(min=1, help="Batches, one after the other.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed passes over the batches.")] = 3,
+    batch: Annotated[int, number("Texts of a batch.", least=1)] = 8,
+    length: Annotated[int, number("Tokens that each text is padded or cut to.", least=1)] = 128,
+    batches: Annotated[int, number("Batches, one after the other.", least=1)] = 8,
+    rounds: Annotated[int, number("Timed passes over the batches.", least=1)] = 3,
     device: Device = None,
     json: Json = None,
     html: Annotated[str | None, typer.Option(help="Also write a report with plots to this file.")] = None,
@@ -418,7 +378,7 @@ def profile(
             rounds=rounds,
             progress=track,
         )
-    typer.echo(str(found), err=json == "-")
+    say(console, str(found))
     if html:
         found.save_html(html)
     if trace:
@@ -426,34 +386,6 @@ def profile(
     if json:
         request_of = {"name": model, "chosen": source.chosen}
         write_json(found.to_json() | {"model": request_of, "batch": batch, "length": length}, json)
-
-
-def print_swap(result: dict[str, Any], console: Console) -> None:
-    parity, latency, weights = result["parity"], result["latency_ms"], result["weight_bytes"]
-    table = Table(show_header=False, box=None)
-    table.add_row("swapped", f"{len(result['swapped'])} layers to {result['precision'] or result['plan']}")
-    if result["attention"]:
-        table.add_row("attention", f"of {len(result['attention'])} modules swapped")
-    reasons = defaultdict(list)
-    for skipped in result["skipped"]:
-        reasons[skipped["code"], skipped["text"], skipped["fix"]].append(skipped["fqn"])
-    for (code, text, fix), names in reasons.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        table.add_row("skipped", f"{', '.join(names[:3])}{more} ({code}): {text}" + (f"; {fix}" if fix else ""))
-    for warning in result["warnings"]:
-        table.add_row("warning", warning)
-    check = result["checks"]["cosine_min"]
-    passed = "passes" if check["ok"] else "FAILS"
-    table.add_row("parity", f"lowest cosine {parity['cosine_min']:.5f} over {parity['texts']} texts, "
-                            f"{passed} >= {check['least']}; relative error {parity['relative_error']:.1e}")  # fmt: skip
-    size, times = f"{result['batch']} x {result['length']} tokens", f"{result['speedup']:.2f} times as fast"
-    table.add_row("latency", f"{latency['before']:.1f} ms before, {latency['after']:.1f} ms after: {times}, {size}")
-    why = result["reasons"].get("latency_ms.torch_dynamic_int8")
-    table.add_row("", f"torch's own dynamic INT8: {why or '{:.1f} ms'.format(latency['torch_dynamic_int8'])}")
-    table.add_row("weights", f"{weights['before'] / 1e6:.1f} MB before, {weights['after'] / 1e6:.1f} MB after; "
-                             f"{weights['kept'] / 1e6:.1f} MB of originals kept for restore")  # fmt: skip
-    table.add_row("device", result["device"]["name"])
-    console.print(table, highlight=False)
 
 
 @app.command()
@@ -477,11 +409,14 @@ def parity(
         if plot:
             plots.require(plot)
         it = load(model, where, text, calibrate, calibrates, console)
-        fp.swap(it.model, precision=precision, plan=planned, calibrate=it.calibration)
         with tracking() as track:
+            track(it.swapping(), None)
+            fp.swap(it.model, precision=precision, plan=planned, calibrate=it.calibration)
             advance = track("comparing", len(it.batches))
             found = fp.parity(it.model, comparison.ticking(it.batches, advance), compiled=compiled)
-    console.print(str(found), highlight=False, soft_wrap=True, markup=False)
+    if it.calibration:
+        say(console, "\n".join(wrapped(f"calibrated {describe_calibration(it.calibrated_on)}")))
+    say(console, str(found))
     if json:
         about = {"model": {"name": model, "chosen": it.source.chosen}, "precision": precision, "plan": plan}
         write_json({**found.to_json(), **about}, json)
@@ -492,17 +427,17 @@ def parity(
 @app.command("size-batch")
 def size_batch(
     model: SwappedName,
-    slo_ms: Annotated[float, typer.Option(help="The latency objective, milliseconds.")],
-    rate: Annotated[float | None, typer.Option(help="Requests a second, arriving independently of each other.")] = None,
+    slo_ms: Annotated[float, number("The latency objective, milliseconds.", above=0)],
+    rate: Annotated[float | None, number("Requests a second, arriving independently of each other.", above=0)] = None,
     trace: Annotated[str | None, typer.Option(help="Instead: a file of arrival times in seconds, one a line.")] = None,
-    percentile: Annotated[float, typer.Option(help="The percentile of the latencies that has to be within it.")] = 99,
+    percentile: Annotated[float, number("The percentile of the latencies that has to be within it.", above=0, below=100)] = 99,
     precision: Annotated[str | None, typer.Option(help=f"Swap first, to one of {', '.join(CALIBRATES)}.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each request.")] = 128,
-    max_batch: Annotated[int, typer.Option(min=1, help="No larger batch is tried.")] = 64,
-    memory_limit_mb: Annotated[int | None, typer.Option(min=1, help="Memory of a batch beyond the model, MB.")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one replica; prints the cost of a million.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long times are gathered.")] = 30,
-    check: Annotated[float, typer.Option(min=0, help="Seconds of a real run with the policy; 0: none.")] = 20,
+    length: Annotated[int, number("Tokens of each request.", least=1)] = 128,
+    max_batch: Annotated[int, number("No larger batch is tried.", least=1)] = 64,
+    memory_limit_mb: Annotated[int | None, number("Memory of a batch beyond the model, MB.", least=1)] = None,
+    price_per_hour: Annotated[float | None, number("Of one replica; prints the cost of a million.", least=0)] = None,
+    seconds: Annotated[float, number("How long times are gathered.", above=0)] = 30,
+    check: Annotated[float, number("Seconds of a real run with the policy; 0: none.", least=0)] = 20,
     device: Device = None,
     json: Json = None,
     plot: Annotated[str | None, typer.Option(help="Draw the measured points and the frontier to this image.")] = None,
@@ -511,6 +446,8 @@ def size_batch(
     console = Console(stderr=json == "-")
     where = prepare(device, json, plot, read=(model, trace))
     refuse_precision(precision)
+    if (rate is None) == (trace is None):
+        refuse(f"pass either --rate or --trace: {'neither was' if rate is None else 'both were'} given")
     with refusing(ValueError, OSError):
         if plot:
             plots.require(plot)
@@ -526,6 +463,7 @@ def size_batch(
     with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         if precision is not None:
+            track(it.swapping(), None)
             fp.swap(it.model, precision, calibrate=it.calibration)
         found = fp.size_batch(
             it.model, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
@@ -547,15 +485,17 @@ def size_batch(
             result["check"] = checked(tried, percentile, slo_ms)
             result["measured"].append("check")
             ok = result["check"]["ok"]
-    console.print(str(found), highlight=False, soft_wrap=True)
+    lines = [str(found)]
+    if it.calibration:
+        lines[:0] = wrapped(f"calibrated {describe_calibration(it.calibrated_on)}")
     if "check" in result:
         run = result["check"]
-        console.print(
-            f"real run of {run['requests']} requests: "
+        lines += wrapped(
+            f"real run of {count(run['requests'], 'request')}: "
             + ", ".join(f"{name} {ms:.1f} ms" for name, ms in run["latency_ms"].items())
-            + f"; sent at most {run['lateness_ms']:.1f} ms late; {'holds' if ok else 'FAILS'} the objective",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            + f"; sent at most {run['lateness_ms']:.1f} ms late; {'holds' if ok else 'FAILS'} the objective"
+        )
+    say(console, "\n".join(lines))
     if plot:
         with refusing(ValueError, RuntimeError, OSError):
             found.save_plot(plot)

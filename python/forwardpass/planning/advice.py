@@ -108,7 +108,8 @@ def _forward(request: Request, inside: Inside, share: float) -> list[Advice]:
             continue
         part, reached = _sum(rows)
         dtype = rows[0].dtype
-        say = f"{len(rows)} linear layers take {part:.0%} of the forward at {reached:.0%} of the device's limit, which is "
+        plural = "layer takes" if len(rows) == 1 else "layers take"
+        say = f"{len(rows)} linear {plural} {part:.0%} of the forward at {reached:.0%} of the device's limit, which is "
         if bound == "compute":
             limit = roofline(request.device, {"int8"}).flops["int8"]
             times = limit / limits.flops[dtype]

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..swap.report import table
+from ..text import count, span, table, together, wrapped
 from .choose import Frontier
 from .measure import Candidate, Layer
 
 #: Points of the frontier that are kept.
 POINTS = 200
+NO_GAIN = "left alone: no candidate is faster"
 
 
 def row(layer: Layer, choice: str | None, target: str) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def reason(layer: Layer, choice: str | None, target: str) -> str:
         return "left alone: the error that a swap brings here buys more elsewhere, or passes the budget"
     timed = [f"{name} {c.ms.low:.3g} ms" for name, c in layer.candidates.items() if c.ms]
     if timed and layer.ms and target == "latency":
-        return f"left alone: no candidate is faster than {layer.ms.low:.3g} ms ({', '.join(timed)})"
+        return f"{NO_GAIN} than {layer.ms.low:.3g} ms ({', '.join(timed)})"
     refusals = dict.fromkeys(str(c.refused) for c in layer.candidates.values())
     return f"left alone: {'; '.join(refusals)}"
 
@@ -84,38 +85,86 @@ def thinned(front: Frontier) -> list[list[float]]:
 
 
 def describe(evidence: Mapping[str, Any]) -> str:
-    """The table: of each layer the time and error of every candidate (relative error of the layer, mean error of the output),
-    the choice, and why.
+    """The plan in words, and as tables: what every candidate takes on each layer and the error that it brings at the output,
+    layers that are alike in one row, by what was chosen or why nothing was; and the same by block.
     """
-    names = evidence["candidates"]
-    rows: list[tuple[str, ...]] = [("layer", "as it is", *names, "choice", "why")]
-    for x in evidence["layers"]:
-        cells = [_cell(x["candidates"][name]) for name in names]
-        before = f"{x['before']['ms']['low']:.3g} ms" if x["before"]["ms"] else "-"
-        rows.append((x["fqn"], before, *cells, x["choice"] or "-", x["reason"]))
-    predicted = evidence["predicted"]
-    unit = "ms" if evidence["target"] == "latency" else "bytes"
+    predicted, target = evidence["predicted"], evidence["target"]
+    unit, total = ("ms", "{:.4g} ms") if target == "latency" else ("MB", "{} bytes")
+    before, after = (total.format(predicted[when]) for when in ("before", "after"))
     lines = [
-        evidence["result"],
-        f"layers: {predicted['before']:.4g} {unit} before, {predicted['after']:.4g} planned, within {predicted['gap']:.2g} of the "
-        f"least for an error of {predicted['error']:.2e}; {len(evidence['attempts'])} plans verified; "
-        f"{evidence['seconds']:.0f} s in all",
-        "",
-        *table(rows, right=tuple(range(1, 2 + len(names)))),
-    ]
+        *(line for part in evidence["result"].split("; ") for line in wrapped(part)),
+        *wrapped(f"layers: {before} before, {after} planned, within {predicted['gap']:.2g} of the least for an error of "
+                 f"{predicted['error']:.2e}; {count(len(evidence['attempts']), 'plan')} verified; "
+                 f"{evidence['seconds']:.0f} s in all"),
+    ]  # fmt: skip
+    layers = evidence["layers"]
+    tried = [n for n in evidence["candidates"] if any(_cost(x["candidates"][n], target) is not None for x in layers)]
+    sections: dict[str, list[Mapping[str, Any]]] = {}
+    for x in layers:
+        sections.setdefault(_section(x), []).append(x)
+    rows: list[tuple[str, ...] | str] = [("layers", f"as it is\n{unit}", *(_heading(name) for name in tried))]
+    for section, members in sections.items():
+        rows.append(f"{section}{_gain(members, target)}")
+        for name, same in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
+            rows.append((name, _costs([x["before"] for x in same], target),
+                         *(_costs([x["candidates"][n] for x in same], target) for n in tried)))  # fmt: skip
+            rows.append(("  error at the output", "", *(_errors([x["candidates"][n] for x in same]) for n in tried)))
+    lines += ["", *table(rows, right=range(1, 2 + len(tried)))]
+    lines += ["", *wrapped(f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row's "
+                           "layers; -: no gain, and not measured")]  # fmt: skip
+    for name in evidence["candidates"]:
+        if name not in tried:
+            reasons = dict.fromkeys(x["candidates"][name]["refused"]["text"] for x in layers)
+            lines += wrapped(f"{name}: {'; '.join(reasons)}")
     if evidence["blocks"]:
-        rows = [("block", "as it is", "planned", "error at the output", *(f"in {name}" for name in names))]
+        rows = [("blocks", "as it is", "planned", "error", *(f"all in\n{_heading(name)}" for name in tried))]
         rows += [
-            (fqn, f"{x['before']:.4g} {unit}", f"{x['after']:.4g} {unit}", f"{x['error']:.1e}",
-             *("-" if (error := x["candidates"][name]) is None else f"{error:.1e}" for name in names))
+            (fqn, *(total.format(x[when]) for when in ("before", "after")), f"{x['error']:.1e}",
+             *("-" if (error := x["candidates"][name]) is None else f"{error:.1e}" for name in tried))
             for fqn, x in evidence["blocks"].items()
         ]  # fmt: skip
-        lines += ["", *table(rows, right=tuple(range(1, 4 + len(names))))]
+        lines += ["", *table(rows, right=range(1, 4 + len(tried)))]
     return "\n".join(lines)
 
 
-def _cell(c: Mapping[str, Any]) -> str:
-    if c["ms"] is None:
-        return "-"
-    error = f" {c['error']:.1e}" if c["error"] is not None else ""
-    return f"{c['ms']['low']:.3g} ms{error}" + (f" {c['output']['mean']:.1e}" if c["output"] else "")
+#: What errors at the output are, by the kind of criterion.
+_MEANING = {
+    "min_cosine": "mean of 1 - cosine",
+    "max_error": "mean of the squared relative error",
+    "metric": "mean of the metric",
+}
+
+
+def _heading(name: str) -> str:
+    return name.replace("+", "+\n")
+
+
+def _section(x: Mapping[str, Any]) -> str:
+    """What was chosen, or why nothing was: without the times, which are in the row."""
+    if x["choice"]:
+        return str(x["choice"])
+    return NO_GAIN if x["reason"].startswith(NO_GAIN) else str(x["reason"]).replace(repr(x["fqn"]), "its name")
+
+
+def _gain(members: list[Mapping[str, Any]], target: str) -> str:
+    chosen = [(_cost(x["before"], target), _cost(x["candidates"][x["choice"]], target)) for x in members if x["choice"]]
+    gains = [before / after for before, after in chosen if before and after]
+    what = "times as fast" if target == "latency" else "times as small"
+    return f": {span(gains, '.2f')} {what}" if gains else ""
+
+
+def _cost(x: Mapping[str, Any], target: str) -> float | None:
+    """Milliseconds or megabytes, of a layer as it is or of a candidate."""
+    if target == "memory":
+        return x["bytes"] / 1e6 if x["bytes"] else None
+    return x["ms"]["low"] if x["ms"] else None
+
+
+def _costs(found: list[Mapping[str, Any]], target: str) -> str:
+    costs = [cost for x in found if (cost := _cost(x, target)) is not None]
+    return span(costs, ".3g") if costs else "-"
+
+
+def _errors(found: list[Mapping[str, Any]]) -> str:
+    errors = [x["output"]["mean"] for x in found if x["output"]]
+    return f"{max(errors):.1e}" if errors else "-"

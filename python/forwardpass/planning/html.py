@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .layers import Row
+from ..text import count
+from .layers import BEYOND, Row
 from .phases import PHASES
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def render(profile: Profile) -> str:
     each = p.wall_ms / p.items / p.rounds
     body = [
         f"<h1>{escape(p.model)}: where the time goes</h1>",
-        f'<p class="soft">{escape(p.device["name"])}; {p.items} items × {p.rounds} rounds, '
+        f'<p class="soft">{escape(p.device["name"])}; {count(p.items, "item")} × {count(p.rounds, "round")}, '
         f"{each:.2f} ms an item in the plain loop</p>",
         "<h2>Phases</h2>",
         _phase_bar(p),
@@ -79,7 +80,8 @@ def render(profile: Profile) -> str:
             "<h2>Layers</h2>",
             _rows(p.inside.layers),
             f'<p class="soft">Under the profiler, in passes of their own: {p.inside.ms:.2f} ms a forward. Overhead: less than '
-            "a tenth of what memory and arithmetic allow. Data in caches can pass the memory's limit.</p>",
+            "a tenth of what memory and arithmetic allow. "
+            f"{BEYOND}.</p>",
         ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(p.model)}: forwardpass profile</title>'
@@ -186,7 +188,7 @@ def _rows(rows: Sequence[Row], shown: int = 15) -> str:
         kind = f" <small>{escape(row.kind)}</small>" if row.kind else ""
         return [
             escape(row.name or "(the model itself)") + kind, f"{meter}{row.share:.1%}", f"{row.ms:.3f}", f"{row.calls:g}",
-            _rate(row.flops / seconds), _rate(row.bytes / seconds), f"{row.roofline:.0%}", row.bound,
+            _rate(row.flops / seconds), _rate(row.bytes / seconds), f"{row.roofline:.0%}" if row.roofline else "–", row.bound,
         ]  # fmt: skip
 
     head = ["", "share of the forward", "ms", "calls", "GFLOP/s", "GB/s", "of limit", "bound by"]

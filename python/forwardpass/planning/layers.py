@@ -28,6 +28,7 @@ from .roofline import Roofline, roofline
 _LAYER = "layer "
 #: below this share of the device's limit neither arithmetic nor memory explains the time
 OVERHEAD = 0.1
+BEYOND = "Beyond 100 % of a limit: data came from a cache, which is faster than the memory that the limit is of"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,37 @@ class Row:
     flops: float
     bytes: float
     dtype: str
-    roofline: float  #: the share of the device's limit that it reached
+    #: the share of the device's limit that it reached; 0 of what neither computes nor moves, such as a view. Above 1 where
+    #: operands were in a cache: the limit is that of the memory behind it, and every byte counts as if it came from there.
+    roofline: float
     bound: str  #: "compute", "memory", or "overhead": it reaches less than a tenth of either limit
+
+    @staticmethod
+    def together(name: str, rows: Sequence[Row]) -> Row:
+        """Rows of one kind as one, whose limit is that of the most of its time."""
+
+        def total(field: str) -> float:
+            return sum(getattr(row, field) for row in rows)
+
+        main, ms = max(rows, key=lambda row: row.ms), total("ms")
+        reached = sum(row.roofline * row.ms for row in rows) / ms
+        bound = (
+            "overhead"
+            if reached < OVERHEAD
+            else max(("compute", "memory"), key=lambda b: sum(row.roofline * row.ms for row in rows if row.bound == b))
+        )
+        return Row(
+            name,
+            main.kind,
+            total("share"),
+            ms,
+            total("calls"),
+            total("flops"),
+            total("bytes"),
+            main.dtype,
+            reached,
+            bound,
+        )
 
     def to_json(self) -> dict[str, Any]:
         seconds = self.ms / 1e3
@@ -128,12 +158,17 @@ _LOOKUPS = {"aten::embedding", "aten::index_select", "aten::gather", "aten::inde
 def _bytes(func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> float:
     """That must be moved at least: every operand once, every result once, nothing for views."""
     written = sum(map(_own_bytes, results))
-    returns = func._schema.returns
-    if returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
-        return 0.0
+    if not func._schema.is_mutable and results and {*map(_storage, results)} <= {*map(_storage, operands)}:
+        return (
+            0.0  # by what it did: schemas do not say that _unsafe_view, or a reshape that needs no copy, gives a view
+        )
     if func.name().partition(".")[0] in _LOOKUPS:
         return 2 * written
     return written + sum(map(_own_bytes, operands))
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
 
 
 def _own_bytes(t: Tensor) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
 from ..nn import QuantizedLinear
 from ..swap import originals
-from ..swap.report import table
 from ..swap.walker import plain_module
+from ..text import count, table, wrapped
 from .agreement import TASKS, task_of
 from .criterion import cosines, samples
 
@@ -126,28 +126,25 @@ class ParityReport:
         return sorted(self.layers, key=key)
 
     def __str__(self) -> str:
-        head = [f"output over {self.output.samples} samples in {self.batches} batches: {_said(self.output)}"]
+        over = f"{count(self.output.samples, 'sample')} in {count(self.batches, 'batch')}"
+        head = [f"output over {over}: {_said(self.output)}"]
         if self.compiled is not None:
             head.append(f"under torch.compile: {_said(self.compiled)}")
         if self.task is not None:
             said = (f"{k.replace('_', ' ')} {v:.6g}" for k, v in self.agreement.items())
             head.append(f"as {self.task.replace('_', ' ')}: {', '.join(said)}")
-        rows: list[tuple[str, ...]] = [
-            (
-                "layer, worst first",
-                "precision",
-                "rows",
-                "lowest cosine",
-                "relative error",
-                "largest",
-                "quantisation",
-                "kernel",
-            )
-        ]
+        rows = [(
+            "layer, worst first", "precision", "lowest\ncosine", "relative\nerror", "largest\nerror",
+            "quanti-\nsation", "kernel",
+        )]  # fmt: skip
         for x in self.worst_first():
-            q, k = x.quantisation.cells()[1], x.kernel.cells()[1]
-            rows.append((x.fqn, x.precision, str(x.total.samples), *x.total.cells(), q, k))
-        return "\n".join([*head, "", *table(rows, right=(2, 3, 4, 5, 6, 7))])
+            rows.append((x.fqn, x.precision, *x.total.cells(), x.quantisation.cells()[1], x.kernel.cells()[1]))
+        means = "quantisation, kernel: the relative error that rounding alone brings, and the kernel's own"
+        if any(not x.total.samples for x in self.layers):
+            means += "; -: no batch reached it"
+        return "\n".join(
+            [*(line for part in head for line in wrapped(part)), "", *table(rows, right=range(2, 7)), "", means]
+        )
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Error by depth, and a map of blocks by layers of a block, as an image; needs matplotlib (extra `cli`)."""

@@ -21,10 +21,10 @@ from ..swap.attention import attention_like, check_choice, decide
 from ..swap.patterns import patterns
 from ..swap.plan import Plan
 from ..swap.precision import Precision
-from ..swap.report import megabytes
 from ..swap.rules import Context
 from ..swap.swapping import planned, refuse_model, tensor_bytes
 from ..swap.walker import linear_like, plain_module
+from ..text import megabytes
 from ..timing import Timing, Track, interleave, untracked
 from . import evidence
 from .choose import Choice, Frontier, Option

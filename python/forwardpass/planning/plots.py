@@ -8,11 +8,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..text import wrapped
+
 if TYPE_CHECKING:
     from .parity import LayerParity
     from .size_batch import BatchSizing
 
 FORMATS = (".png", ".svg", ".pdf")
+#: Columns of a title of 10 points above axes five inches wide.
+_TITLE = 72
 
 
 def require(file: str) -> None:
@@ -24,35 +28,46 @@ def require(file: str) -> None:
 
 
 def axes(*titles: str) -> tuple[Any, Any]:
-    """A figure, which needs no display, and its axes: for more than one title an array of them, side by side."""
+    """A figure, which needs no display, and its axes: for more than one title an array of them, side by side. A long title
+    goes on in the next line: the figure would cut it.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 + 5 * len(titles), 5), layout="constrained")
     drawn = figure.subplots(1, len(titles), squeeze=False)[0]
     for one, title in zip(drawn, titles):
-        one.set_title(title, fontsize=10)
+        one.set_title("\n".join(wrapped(title, "", _TITLE)), fontsize=10)
         one.grid(alpha=0.3)
     return figure, drawn if len(titles) > 1 else drawn[0]
+
+
+def _empty(drawn: Any, why: str) -> None:
+    """Says in the middle of axes why there is nothing in them."""
+    drawn.text(0.5, 0.5, "\n".join(wrapped(why, "", _TITLE // 2)), transform=drawn.transAxes, ha="center", va="center")
 
 
 def plan(evidence: Mapping[str, Any], file: str) -> None:
     """Predicted error over the layers' cost: the frontier, uniform precisions, and the plans that were run."""
     require(file)
     unit = "ms" if evidence["target"] == "latency" else "bytes"
-    figure, drawn = axes(evidence["result"].replace("; ", "\n"))
+    figure, drawn = axes(evidence["result"])
     frontier = [(cost, error) for cost, error in evidence["frontier"] if error > 0]
     if frontier:
         drawn.plot(*zip(*frontier), color="C0", label="frontier (predicted)")
-    for name, (cost, error) in uniform(evidence).items():
+    uniforms = uniform(evidence)
+    for name, (cost, error) in uniforms.items():
         drawn.plot(cost, error, "s", label=f"{name} wherever it is a gain")
     for holds, mark, label in ((True, "o", "run: holds the budget"), (False, "x", "run: does not")):
         points = [(a["cost"], a["predicted"]) for a in evidence["attempts"] if a["holds"] is holds]
         if points:
             drawn.plot(*zip(*points), mark, color="C2" if holds else "C3", label=label)
-    drawn.set_yscale("log")
+    if frontier or uniforms:
+        drawn.set_yscale("log")
+        drawn.legend(fontsize=8)
+    else:
+        _empty(drawn, "there was nothing to choose from: no candidate is a gain on any layer")
     drawn.set_xlabel(f"{unit} of the layers ({evidence['predicted']['before']:.4g} as they are)")
     drawn.set_ylabel("predicted error of the output, mean")
-    drawn.legend(fontsize=8)
     figure.savefig(file)
 
 
@@ -84,9 +99,12 @@ def parity(layers: Sequence[LayerParity], file: str) -> None:
     for part, line in (("quantisation", "-"), ("kernel", "-"), ("total", "--")):  # it often lies on quantisation
         errors = [getattr(x, part).relative_error for x in seen]
         depth.plot(range(len(seen)), [e if e > 0 else math.nan for e in errors], line, marker=".", label=part)
-    depth.set_yscale("log")
+    if any(x.total.relative_error > 0 for x in seen):
+        depth.set_yscale("log")
+        depth.legend(fontsize=8)
+    else:
+        _empty(depth, "no layer has an error above 0" if seen else "no layer has a finite error: see the table")
     depth.set_xlabel("layer, in the model's order")
-    depth.legend(fontsize=8)
     blocks: dict[str, dict[int, float]] = {}  # layer of a block -> block -> error
     for x in seen:
         numbers = [part for part in x.fqn.split(".") if part.isdigit()]
@@ -117,6 +135,8 @@ def size_batch(found: BatchSizing, file: str) -> None:
     measured.set_ylabel("ms")
     measured.legend(fontsize=8)
     name = f"p{found.percentile:g}"
+    if not found.frontier:
+        _empty(simulated, f"no policy holds the objective: {found.reason}")
     simulated.plot(
         [c.latency_ms[name] for c in found.frontier], [100 * c.busy for c in found.frontier], "o-", label="frontier"
     )

@@ -15,11 +15,11 @@ from torch import nn
 
 from .. import environment
 from ..batches import Forward, device_of, eval_mode, evaluating, tensors
-from ..swap.report import table
 from ..swap.walker import plain_module
+from ..text import count, table, together, wrapped
 from ..timing import Track, untracked
 from .advice import Advice, advise
-from .layers import Inside, Row, look_inside
+from .layers import BEYOND, Inside, Row, look_inside
 from .phases import PHASES, Overlap, Phase, Request, Sample, measure, predict, summarise
 from .pipeline import Pipeline
 
@@ -112,39 +112,39 @@ class Profile:
         pathlib.Path(path).write_text(render(self), encoding="utf-8")
 
     def __str__(self) -> str:
-        each = f"{self.items} items x {self.rounds} rounds on {self.device['name']}"
+        each = f"{count(self.items, 'item')} x {count(self.rounds, 'round')} on {self.device['name']}"
         lines = [f"{self.model}: {each}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", ""]
-        rows: list[tuple[str, ...]] = [("phase", "share", "median ms", "p99 ms", "CPU ms", "waiting", "")]
+        rows: list[tuple[str, ...]] = [("phase", "share", "median ms", "p99 ms", "CPU ms", "waiting")]
+        rows += [(p.name, f"{p.share:.1%}", f"{p.median_ms:.2f}", f"{p.p99_ms:.2f}", f"{p.cpu_ms:.2f}", f"{p.waiting:.0%}")
+                 for p in self.phases]  # fmt: skip
+        rows.append(("sum", f"{1 - self.unaccounted:.1%}", "", "", "", ""))
+        lines += table(rows, right=range(1, 6))
         for p in self.phases:
-            note = str(p.details.get("reason", ""))
-            if p.details.get("bytes"):
-                note = f"{p.details['bytes'] / 1e6:.2f} MB {note}"
-            rows.append((p.name, f"{p.share:.1%}", f"{p.median_ms:.2f}", f"{p.p99_ms:.2f}", f"{p.cpu_ms:.2f}",
-                         f"{p.waiting:.0%}", note))  # fmt: skip
-        rows.append(("sum", f"{1 - self.unaccounted:.1%}", "", "", "", "", "of the loop's wall time"))
-        lines += table(rows, right=(1, 2, 3, 4, 5))
+            size = f"{p.details['bytes'] / 1e6:.2f} MB an item" if p.details.get("bytes") else ""
+            if note := "; ".join(filter(None, (size, str(p.details.get("reason", ""))))):
+                lines += wrapped(f"{p.name}: {note}")
+        lines.append("sum: of the loop's wall time")
         if self.inside:
-            sources = self.inside.limits.sources
             for title, found in (
                 ("layers of class", self.inside.kinds),
-                ("layer", self.inside.layers),
+                ("layers", alike(self.inside.layers)),
                 ("operation", self.inside.operations),
             ):
-                lines += ["", *table([_head(title), *(_cells(row) for row in found[:_SHOWN])], right=(1, 2, 3, 4, 5))]
+                lines += ["", *table([_head(title), *(_cells(row) for row in found[:_SHOWN])], right=range(1, 6))]
                 if len(found) > _SHOWN:
                     rest = sum(row.share for row in found[_SHOWN:])
                     lines.append(f"and {len(found) - _SHOWN} more, {rest:.1%} of the forward")
-            lines += [
-                "",
-                *(f"{name.replace('_per_s', '')} {self._limit(name)}: {source}" for name, source in sources.items()),
-            ]
+            limits = [f"{name.replace('_per_s', '')} {self._limit(name)}: {source}"
+                      for name, source in self.inside.limits.sources.items()]  # fmt: skip
+            lines += ["", *(line for said in limits for line in wrapped(said))]
+            if any(row.roofline > 1 for row in (*self.inside.layers, *self.inside.operations)):
+                lines += wrapped(BEYOND)
         o = self.overlap
-        lines += ["", f"fp.Pipeline, modelled: {o.period_ms:.2f} ms an item after {o.plain_ms:.2f}, {o.speedup:.2f} times as "
-                      f"fast; {o.reason}"]  # fmt: skip
-        lines += [str(a) for a in self.advice]
-        lines += [f"failed: item {f.index} in {f.phase}: {f.error}" for f in self.failed]
-        lines += [f"warning: {w}" for w in self.warnings]
-        return "\n".join(lines)
+        said = [f"fp.Pipeline, modelled: {o.period_ms:.2f} ms an item after {o.plain_ms:.2f}, {o.speedup:.2f} times as fast; "
+                f"{o.reason}", *map(str, self.advice)]  # fmt: skip
+        said += [f"failed: item {f.index} in {f.phase}: {f.error}" for f in self.failed]
+        said += [f"warning: {w}" for w in self.warnings]
+        return "\n".join([*lines, "", *(line for text in said for line in wrapped(text))])
 
     def _limit(self, name: str) -> str:
         assert self.inside is not None
@@ -154,6 +154,12 @@ class Profile:
         return f"{limits.flops[name] / 1e9:.0f} GFLOP/s"
 
 
+def alike(layers: list[Row]) -> list[Row]:
+    """Layers whose names differ in numbers alone, as one row; the longest first."""
+    same = together(layers, lambda row: row.name, lambda row: row.kind)
+    return sorted((Row.together(name, rows) for name, rows in same), key=lambda row: -row.ms)
+
+
 def _head(title: str) -> tuple[str, ...]:
     return (title, "share", "ms", "GFLOP/s", "GB/s", "of limit", "bound by")
 
@@ -161,8 +167,15 @@ def _head(title: str) -> tuple[str, ...]:
 def _cells(row: Row) -> tuple[str, ...]:
     name = row.name or "(the model itself)"
     rates = (f"{rate / 1e9 / (row.ms / 1e3):.1f}" if rate else "-" for rate in (row.flops, row.bytes))
-    return (f"{name} ({row.kind})" if row.kind else name, f"{row.share:.1%}", f"{row.ms:.3f}", *rates,
-            f"{row.roofline:.0%}", row.bound)  # fmt: skip
+    reached = f"{row.roofline:.0%}" if row.roofline else "-"
+    return (
+        f"{name} ({row.kind})" if row.kind else name,
+        f"{row.share:.1%}",
+        f"{row.ms:.3f}",
+        *rates,
+        reached,
+        row.bound,
+    )
 
 
 def profile(

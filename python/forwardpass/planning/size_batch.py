@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import math
+import operator
 import os
 import pathlib
 import statistics
@@ -23,8 +24,8 @@ from torch import nn
 from .. import environment
 from ..batches import Forward, device_of, evaluating, main_output, run
 from ..swap.files import write_json
-from ..swap.report import table
 from ..swap.walker import plain_module
+from ..text import count, table, wrapped
 from ..timing import Track, untracked
 from .load import Load, run_load
 from .pipeline import Pipeline
@@ -92,7 +93,7 @@ class BatchSizing:
     points: list[Point]
     frontier: list[Candidate]  #: no other policy is better in both the latency and the share of the time computed
     saturation_rate: float  #: requests a second of one replica with the largest batch that was measured
-    fixed_ms: float  #: least squares over the points: a batch of n takes fixed_ms + n * per_item_ms
+    fixed_ms: float  #: least squares over the points: a batch of n takes fixed_ms + n * per_item_ms, neither below 0
     per_item_ms: float
     price_per_hour: float | None
     memory_limit: int | None
@@ -123,25 +124,29 @@ class BatchSizing:
     def __str__(self) -> str:
         goal = f"p{self.percentile:g} within {self.latency_slo_ms:g} ms at {self.arrival_rate:g} requests a second"
         if self.policy is None:
-            head = [f"no policy holds {goal}: {self.reason}"]
+            said = [f"no policy holds {goal}: {self.reason}"]
         else:
             p = self.policy
-            share = f"{p.busy:.0%} of the time computing, {p.mean_batch:.1f} requests a batch"
-            replicas = "one replica" if p.replicas == 1 else f"{p.replicas} replicas"
             simulated = ", ".join(f"{name} {ms:.1f} ms" for name, ms in p.latency_ms.items())
-            head = [
-                f"{goal}: max_batch={p.max_batch}, max_wait_ms={p.max_wait_ms:g}, {replicas}",
-                f"simulated: {simulated}; {share}",
+            said = [
+                f"{goal}: max_batch={p.max_batch}, max_wait_ms={p.max_wait_ms:g}, {count(p.replicas, 'replica')}",
+                f"simulated: {simulated}; {p.busy:.0%} of the time computing, {p.mean_batch:.1f} requests a batch",
             ]
             if p.cost_per_million is not None:
-                head.append(f"{p.cost_per_million:.2f} per million predictions at {self.price_per_hour:g} an hour")
+                said.append(f"{p.cost_per_million:.2f} per million predictions at {self.price_per_hour:g} an hour")
+        terms = [f"{self.fixed_ms:.2f}"] * (self.fixed_ms > 0) + [f"{self.per_item_ms:.3f} n"] * (self.per_item_ms > 0)
+        said += [
+            f"one replica saturates at {self.saturation_rate:.1f} requests a second",
+            f"a batch of n takes about {' + '.join(terms)} ms; {self.ended}",
+            *self.notes,
+        ]
         rows: list[tuple[str, ...]] = [("batch", "first ms", "next ms", "requests/s", "memory MB")]
         for x in self.points:
             memory = "-" if x.memory_bytes is None else f"{x.memory_bytes / 1e6:.1f}"
             rows.append((str(x.batch), f"{x.first_ms:.2f}", f"{x.next_ms:.2f}", f"{x.rate:.1f}", memory))
-        saturated = f"one replica saturates at {self.saturation_rate:.1f} requests a second; "
-        saturated += f"a batch of n takes about {self.fixed_ms:.2f} + {self.per_item_ms:.3f} n ms; {self.ended}"
-        return "\n".join([*head, saturated, *self.notes, "", *table(rows, right=(0, 1, 2, 3, 4))])
+        means = "first: from a free server to the result; next: from one result to the next while batches wait; medians"
+        return "\n".join([*(line for text in said for line in wrapped(text)), "", *table(rows, right=range(5)), "",
+                          *wrapped(means)])  # fmt: skip
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """The frontier and the measured points, as an image; needs matplotlib (extra `cli`)."""
@@ -457,11 +462,14 @@ def _name(p: float) -> str:
 
 
 def _line(points: list[Point]) -> tuple[float, float]:
-    """Least squares of next_ms over the batch size; through the origin where there is one size."""
-    if len(points) == 1:
-        return 0.0, points[0].next_ms / points[0].batch
-    slope, fixed = statistics.linear_regression([p.batch for p in points], [p.next_ms for p in points])
-    return fixed, slope
+    """Least squares of next_ms over the batch size, neither part below 0, as a machine that changed its speed would have it;
+    through the origin where there is one size.
+    """
+    sizes, times = [float(p.batch) for p in points], [p.next_ms for p in points]
+    slope, fixed = statistics.linear_regression(sizes, times) if len(points) > 1 else (0.0, -1.0)
+    if slope < 0:
+        return statistics.fmean(times), 0.0
+    return (fixed, slope) if fixed >= 0 else (0.0, sum(map(operator.mul, sizes, times)) / sum(n * n for n in sizes))
 
 
 @contextlib.contextmanager

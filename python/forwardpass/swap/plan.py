@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..text import count, table, together
 from .files import read_json, write_json
 from .precision import find_precision
 from .walker import Leaf
@@ -53,13 +54,14 @@ class Plan:
     def __str__(self) -> str:
         """The table that `fp.plan` chose from, or the layers alone."""
         from ..planning.evidence import describe
-        from .report import table
 
         if self.evidence is not None:
             return describe(self.evidence)
-        rows: list[tuple[str, ...]] = [("layer", "precision", "calibrated")]
-        rows += [(x.fqn, f"{x.precision} v{x.version}", "yes" if x.calibrated else "no") for x in self.layers]
-        return "\n".join([f"{len(self.layers)} layers of a {self.model}", "", *table(rows)])
+        rows: list[tuple[str, ...] | str] = [("layer", "precision", "calibrated")]
+        alike = together(self.layers, lambda x: x.fqn, lambda x: (x.precision, x.version, x.calibrated))
+        rows += [(name, f"{x.precision} v{x.version}", "yes" if x.calibrated else "no") for name, (x, *_) in alike]
+        listed = ["", *table(rows)] if self.layers else []
+        return "\n".join([f"{count(len(self.layers), 'layer')} of a {self.model}", *listed])
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..backend import Reason
+from ..text import count, megabytes, table, together, wrapped
 from . import originals
 from .plan import Plan
 
@@ -151,59 +153,54 @@ class Report:
         return {**vars(self), "_model": None, "_swap": None}
 
     def __str__(self) -> str:
-        lines = [self._headline()]
+        lines = wrapped(self._headline())
         if self.swapped:
-            rows: list[tuple[str, ...]] = [("swapped", "precision", "in", "out", "bytes")]
+            rows: list[tuple[str, ...] | str] = [("swapped", "precision", "in", "out", "bytes")]
+            alike = together(self.swapped, lambda s: s.fqn, lambda s: (s.computes, s.in_features, s.out_features))
             rows += [
-                (s.fqn, s.computes, str(s.in_features), str(s.out_features), f"{s.bytes_before:,} -> {s.bytes_after:,}")
-                for s in self.swapped
-            ]
+                (name, s.computes, str(s.in_features), str(s.out_features),
+                 f"{sum(x.bytes_before for x in same):,} -> {sum(x.bytes_after for x in same):,}")
+                for name, same in alike for s in same[:1]
+            ]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3, 4))]
         if self.attention:
-            rows = [("attention", "module", "before"), *((s.fqn, s.module, s.before) for s in self.attention)]
+            modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
+            rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]
             lines += ["", *table(rows)]
         if self.skipped:
-            lines += [
-                "",
-                *table(
-                    [
-                        ("skipped", "code", "why; what to do"),
-                        *((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped),
-                    ]
-                ),
-            ]
+            rows = [("skipped",)]
+            for reason, names in by_reason((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped):
+                rows += [reason, *((name,) for name in names)]
+            lines += ["", *table(rows)]
         if self.left:
-            rows = [("left", "first", "count", "bytes", "why; what to do")]
-            rows += [(x.module, x.first, str(x.count), f"{x.bytes:,}", str(x.reason)) for x in self.left]
+            rows = [("left", "first", "count", "bytes")]
+            for why in dict.fromkeys(x.reason for x in self.left):
+                rows += [str(why), *((x.module, x.first, str(x.count), f"{x.bytes:,}") for x in self.left
+                                        if x.reason == why)]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3))]
-        lines += [f"warning: {w}" for w in self.warnings]
+        if self.warnings:
+            lines += ["", *(line for w in self.warnings for line in wrapped(f"warning: {w}"))]
         return "\n".join(lines)
 
     def _headline(self) -> str:
         b = self.weight_bytes
         verb = "would be swapped" if self.dry_run else "swapped"
         kept = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
-        attention = f", {len(self.attention)} attention modules" if self.attention else ""
-        return (f"{len(self.swapped)} layers{attention} {verb}, {len(self.skipped)} skipped; weights {megabytes(b.before)} -> "
-                f"{megabytes(b.after)}{kept}, peak {megabytes(b.peak)}")  # fmt: skip
+        attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
+        layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
+        return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{kept}, peak {megabytes(b.peak)}"
 
 
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def by_reason(skipped: Iterable[tuple[str, str, str]]) -> list[tuple[str, list[str]]]:
+    """(reason, the names that it is for), each reason once. One that names its layer, to include it, is the same for all.
 
-
-def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Rows as aligned lines of text, the first one a heading; `right`: columns of numbers. The last column is not
-    padded.
+    Args:
+        skipped: names, codes and texts.
     """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
-        return "  ".join(cells).rstrip()
-
+    reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for fqn, code, text in skipped:
+        reasons.setdefault((code, text.replace(repr(fqn), "its name")), []).append((fqn, text))
     return [
-        line(rows[0]),
-        "  ".join("-" * w for w in widths[:-1]) + "  " + "-" * len(rows[0][-1]),
-        *map(line, rows[1:]),
+        (f"{code}: {same[0][1] if len(same) == 1 else text}", [name for name, _ in together(same, lambda x: x[0])])
+        for (code, text), same in reasons.items()
     ]

@@ -17,6 +17,7 @@ from ..backend import Reason, Unsupported, only_reference_on
 from ..batches import Fingerprint, device_of
 from ..nn.layer import QuantizedLinear, linear_weight
 from ..quantized_rows import FLOATS
+from ..text import count
 from . import originals
 from .attention import NOT_PLANNED, AttentionSwap, attention_like, check_choice, decide
 from .patterns import patterns
@@ -67,7 +68,9 @@ def swap(
             or the defaults (lm_head, MoE routers, too small) give.
         dry_run: report what would be done, change nothing. Batches are not read.
         calibrate: batches (see `forwardpass.batches`) to calibrate on, "int8" only: a few dozen samples of real input.
-            They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs.
+            They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. None:
+            uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
+            lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
         keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: let go
             once all is in place, and `fp.restore` cannot bring them back.
         forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
@@ -222,7 +225,7 @@ def _refuse_skips(skipped: list[Skipped]) -> None:
     own = {s.fqn: s.reason for s in skipped if KINDS.get(s.reason.code, "model") == "model"}
     if own:
         fqn, reason = next(iter(own.items()))
-        more = f" (and {len(own) - 1} more layers)" if len(own) > 1 else ""
+        more = f" (and {count(len(own) - 1, 'other layer')})" if len(own) > 1 else ""
         raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", own)
 
 
