@@ -110,8 +110,8 @@ def describe(evidence: Mapping[str, Any]) -> str:
                          *(_costs([x["candidates"][n] for x in same], target) for n in tried)))  # fmt: skip
             rows.append(("  error at the output", "", *(_errors([x["candidates"][n] for x in same]) for n in tried)))
     lines += ["", *table(rows, right=range(1, 2 + len(tried)))]
-    lines += ["", *wrapped(f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row's "
-                           "layers; -: no gain, and not measured")]  # fmt: skip
+    lines += ["", *wrapped(f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row; "
+                           "-: no gain, not measured")]  # fmt: skip
     for name in evidence["candidates"]:
         if name not in tried:
             reasons = dict.fromkeys(x["candidates"][name]["refused"]["text"] for x in layers)

@@ -28,7 +28,7 @@ from .roofline import Roofline, roofline
 _LAYER = "layer "
 #: below this share of the device's limit neither arithmetic nor memory explains the time
 OVERHEAD = 0.1
-BEYOND = "Beyond 100 % of a limit: data came from a cache, which is faster than the memory that the limit is of"
+BEYOND = "Beyond 100 % of a limit: data came from a cache, and the limit is that of the memory behind"
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def alike(layers: list[Row]) -> list[Row]:
 
 
 def _head(title: str) -> tuple[str, ...]:
-    return (title, "share", "ms", "GFLOP/s", "GB/s", "of limit", "bound by")
+    return (title, "share", "ms", "GFLOP/s", "GB/s", "of\nlimit", "bound\nby")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ class BatchSizing:
         for x in self.points:
             memory = "-" if x.memory_bytes is None else f"{x.memory_bytes / 1e6:.1f}"
             rows.append((str(x.batch), f"{x.first_ms:.2f}", f"{x.next_ms:.2f}", f"{x.rate:.1f}", memory))
-        means = "first: from a free server to the result; next: from one result to the next while batches wait; medians"
+        means = "medians; first: from a free server to the result, next: from one result to the next under load"
         return "\n".join([*(line for text in said for line in wrapped(text)), "", *table(rows, right=range(5)), "",
                           *wrapped(means)])  # fmt: skip
 
