@@ -1,5 +1,7 @@
 """Plans: they replay, and a plan that does not fit is refused before anything is changed."""
 
+import os
+
 import pytest
 import torch
 from small_models import assert_same_objects, block, codes, inputs, names, objects, outputs
@@ -49,18 +51,18 @@ def test_a_plan_for_fp8_does_not_fit_a_gpu_without_it():
     assert_same_objects(model, before)
 
 
-def test_plans_of_before_calibration_was_said_of_each_layer_are_read():
-    new = fp.swap(block(), "int8", calibrate=[inputs()], dry_run=True).plan.to_json()
-    old = {**new, "calibrated": True, "layers": [dict(x) for x in new["layers"]]}
-    del old["calibration"]
-    for layer in old["layers"]:
-        del layer["calibrated"]
-    old["layers"][1]["precision"] = "w8a16"
-    assert [x.calibrated for x in fp.Plan.load(old).layers] == [True, False]
-    with pytest.raises(ValueError, match="pass calibrate=batches"):
-        fp.swap(block(), plan=old)
-    fp.swap(block(), plan=old, calibrate=[inputs()])  # any: the file does not say which
-    assert not fp.Plan.load({**old, "calibrated": False}).calibrated
+def test_a_plan_of_no_layers_is_for_its_model_too():
+    plan = fp.swap(block(), "int8", exclude="**", dry_run=True).plan
+    assert plan.layers == () and plan.linear_layers.startswith("3 Linear layers, sha256:")
+    assert fp.swap(block(), plan=plan.to_json()).swapped == []
+    smaller, wider = block(), block(width=96)
+    del smaller.head
+    renamed = torch.nn.Sequential(*block().children())
+    for model, has in ((smaller, "2 Linear layers"), (wider, "3 Linear layers"), (renamed, "3 Linear layers")):
+        before = objects(model)
+        with pytest.raises(ValueError, match=f"for another model .Block. .*it has {has}, .* not 3 Linear layers"):
+            fp.swap(model, plan=plan.to_json())
+        assert_same_objects(model, before)
 
 
 def edited(**changes):
@@ -90,6 +92,9 @@ BAD_PLANS = [
     (edited(fqn="second"), "names a layer twice"),
     (edited(calibrated=True), "made with calibration"),
     (edited(calibration=3), "calibration of the plan"),
+    (edited(linear_layers=3), "linear_layers of the plan"),
+    (edited(linear_layers="3 Linear layers"), "another model"),
+    (edited(schema="forwardpass.plan/1"), "make the plan again"),
     (edited(evidence=[]), "evidence of the plan"),
     (
         lambda: {**edited()(), "layers": [{**edited(precision="w8a16")()["layers"][0], "calibrated": True}]},
@@ -130,6 +135,31 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
         fp.swap(block(), plan=tmp_path / "plan.json")
     assert "\n" not in str(e.value)
     assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("special", ["/proc/self/mem", "/proc/self/environ", "/dev/zero", "pipe", "folder", "huge"])
+def test_only_a_regular_file_of_a_sane_size_is_read(tmp_path, special):
+    path = tmp_path / special if "/" not in special else special
+    if special == "pipe":
+        os.mkfifo(path)
+    elif special == "folder":
+        path.mkdir()
+    elif special == "huge":
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"is not a plan .*: write one with fp.plan") as e:
+        fp.swap(block(), plan=path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_file_is_written_through_no_link_that_waits(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "plan.json.partial").symlink_to(tmp_path / "mine")
+    plan = fp.swap(block(), "int8", dry_run=True).plan
+    plan.save(tmp_path / "plan.json")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert fp.Plan.load(tmp_path / "plan.json") == plan
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "plan.json", "plan.json.partial"]
 
 
 def test_a_plan_for_a_layer_that_has_hooks_now_is_refused():

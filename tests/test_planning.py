@@ -271,6 +271,32 @@ def test_json_round_trip(times, tmp_path):
     assert "first" in str(dataclasses.replace(plan, evidence=None))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: e.clear(), "it has no "),
+        (lambda e: e.update(candidates="int8"), "candidates is no list"),
+        (lambda e: e.update(target=None), "target is 'None', no str"),
+        (lambda e: e.update(seconds="60"), "seconds is '60', no "),
+        (lambda e: e["layers"].append(3), r"layers\.2 is no object"),
+        (lambda e: e["layers"][0]["before"].update(ms={"low": "fast"}), r"layers\.0\.before\.ms\.low is 'fast'"),
+        (lambda e: e["layers"][0]["candidates"].popitem(), r"layers\.0 has other candidates"),
+        (lambda e: e["layers"][0]["candidates"]["int8"].update(output=0.5), r"layers\.0\.candidates\.int8\.output"),
+        (lambda e: e["blocks"].update(x={"before": 1}), r"blocks\.x has no "),
+        (lambda e: e["attempts"].append({}), r"attempts\.\d+ has no cost"),
+        (lambda e: e.update(frontier=[[1.0]]), "no pair of cost and error"),
+        (lambda e: e.update(predicted=True), "predicted is no object"),
+    ],
+)
+def test_junk_in_the_place_of_evidence_is_refused(times, change, words):
+    content = json.loads(json.dumps(planned().to_json()))
+    assert str(Plan.load(content))
+    change(content["evidence"])
+    with pytest.raises(ValueError, match=f"is not a plan .its evidence: {words}") as e:
+        Plan.load(content)
+    assert "\n" not in str(e.value)
+
+
 def test_calibration_is_asked_for_again_and_must_be_the_same(times):
     times["int8"] = 9.0  # leaves the calibrated one
     plan = planned(max_error=0.1)
@@ -455,7 +481,7 @@ def test_the_command_writes_a_plan_that_swap_replays(times, folder, tmp_path):
     done = command(folder, "--min-cosine", 0.99995, "--json", file, "--plot", tmp_path / "plan.svg")
     assert done.exit_code == 0, done.output
     written = json.loads(file.read_text())
-    assert written["schema"] == "forwardpass.plan/1"
+    assert written["schema"] == "forwardpass.plan/2"
     evidence = written["evidence"]
     assert evidence["texts"] == 288 and evidence["batches"]["calibrated"] == 2
     assert [tuple(c) for c in evidence["layers"][0]["calls"]] == [(2, 16, 96)]  # of the timed batch

@@ -15,6 +15,63 @@ POINTS = 200
 NO_GAIN = "left alone: no candidate is faster"
 
 
+#: What tables and plots read of it: objects with these entries and perhaps others, lists and mappings (key "*") of one kind,
+#: a tuple for one of several.
+_NUMBER = (int, float)
+_MS = (None, {"low": _NUMBER})
+_FORM: Any = {
+    "candidates": [str],
+    "target": str,
+    "result": str,
+    "seconds": _NUMBER,
+    "layers": [{
+        "fqn": str, "choice": (None, str), "reason": str, "before": {"ms": _MS, "bytes": int},
+        "candidates": {"*": {
+            "refused": (None, {"code": str, "text": str}), "ms": _MS, "bytes": int, "error": (None, *_NUMBER),
+            "output": (None, {"mean": _NUMBER}),
+        }},
+    }],
+    "blocks": {"*": {"before": _NUMBER, "after": _NUMBER, "error": _NUMBER, "candidates": {"*": (None, *_NUMBER)}}},
+    "predicted": {"before": _NUMBER, "after": _NUMBER, "gap": _NUMBER, "error": _NUMBER},
+    "attempts": [{"cost": _NUMBER, "predicted": _NUMBER, "holds": bool}],
+    "frontier": [[_NUMBER]],
+}  # fmt: skip
+
+
+def check(evidence: Any) -> None:
+    """ValueError, in part of a sentence, where it is nothing that `describe` and the plot of a plan can show."""
+    if problem := _misfit(evidence, _FORM, ""):
+        raise ValueError(problem)
+    if any(len(point) != 2 for point in evidence["frontier"]):
+        raise ValueError("a point of the frontier is no pair of cost and error")
+    names = set(evidence["candidates"])
+    for what in ("layers", "blocks"):
+        given = evidence[what]
+        for key, x in given.items() if what == "blocks" else enumerate(given):
+            if set(x["candidates"]) != names:
+                raise ValueError(f"{what}.{str(key)[:40]} has other candidates than {', '.join(sorted(names))[:80]}")
+
+
+def _misfit(given: Any, form: Any, where: str) -> str | None:
+    if isinstance(form, tuple):
+        found = [_misfit(given, one, where) for one in form]
+        return None if None in found else found[-1]
+    if form is None or isinstance(form, type):
+        kind = type(None) if form is None else form
+        return None if type(given) is kind else f"{where[1:]} is {str(given)[:40]!r}, no {kind.__name__}"
+    if type(given) is not type(form):
+        return f"{where[1:] or 'it'} is no {'list' if isinstance(form, list) else 'object'}"
+    if isinstance(form, list):
+        parts = [(f"{where}.{i}", x, form[0]) for i, x in enumerate(given)]
+    elif "*" in form:
+        parts = [(f"{where}.{key[:40]}", x, form["*"]) for key, x in given.items()]
+    else:
+        if missing := form.keys() - given.keys():
+            return f"{where[1:] or 'it'} has no {min(missing)}"
+        parts = [(f"{where}.{key}", given[key], one) for key, one in form.items()]
+    return next((problem for part in parts if (problem := _misfit(part[1], part[2], part[0]))), None)
+
+
 def row(layer: Layer, choice: str | None, target: str) -> dict[str, Any]:
     """A layer, its candidates, its choice and why."""
     return {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..text import count, table, together
@@ -12,7 +14,7 @@ from .files import read_json, write_json
 from .precision import find_precision
 from .walker import Leaf
 
-SCHEMA = "forwardpass.plan/1"
+SCHEMA = "forwardpass.plan/2"
 _FIX = "write one with fp.plan or report.save_plan(path)"
 
 
@@ -40,6 +42,9 @@ class Plan:
     """
 
     model: str  #: the class of the model, for messages
+    linear_layers: (
+        str  #: `layers_of` the model: how many Linear-like layers, and a fingerprint of their names and shapes
+    )
     layers: tuple[PlannedLayer, ...]
     attention: tuple[str, ...]  #: names of the modules whose attention is swapped
     calibration: str | None  #: `fingerprint` of the batches; None: any will do
@@ -100,26 +105,28 @@ class Plan:
         if content["schema"] != SCHEMA:
             raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
                              f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
-        # what older plans have not: attention, and calibration of single layers
-        entries = {"attention": [], "calibration": None, "evidence": None} | {
-            k: v for k, v in content.items() if k != "schema"
+        entries = {"evidence": None} | {k: v for k, v in content.items() if k != "schema"}
+        optional = {
+            k: dict if k == "evidence" else str for k in ("calibration", "evidence") if entries.get(k) is not None
         }
-        all_calibrated = entries.pop("calibrated", None)
-        optional = {k: dict if k == "evidence" else str for k in ("calibration", "evidence") if entries[k] is not None}
         absent = dict.fromkeys({"calibration", "evidence"} - set(optional), type(None))
         plan = fields(Plan, entries, "the plan", layers=list, attention=list, **optional, **absent)
         if not all(isinstance(name, str) for name in plan["attention"]):
             raise fail("a name in attention is no string")
+        if entries["evidence"] is not None:
+            from ..planning.evidence import check
+
+            try:
+                check(entries["evidence"])
+            except ValueError as e:
+                raise fail(f"its evidence: {e}") from None
         layers = []
         for i, given in enumerate(plan["layers"]):
-            older = isinstance(given, Mapping) and all_calibrated is not None and "calibrated" not in given
-            layer = PlannedLayer(
-                **fields(PlannedLayer, {**given, "calibrated": False} if older else given, f"layer {i}")
-            )
+            layer = PlannedLayer(**fields(PlannedLayer, given, f"layer {i}"))
             calibrates = find_precision(layer.precision, layer.version).calibrates
             if layer.calibrated and not calibrates:
                 raise fail(f"layer {i} is calibrated, and {layer.precision} takes no calibration")
-            layers.append(replace(layer, calibrated=all_calibrated is True and calibrates) if older else layer)
+            layers.append(layer)
         if len({layer.fqn for layer in layers}) != len(layers):
             raise fail("it names a layer twice")
         return Plan(**{**plan, "layers": tuple(layers), "attention": tuple(plan["attention"])})
@@ -136,7 +143,7 @@ class Plan:
         return Plan.from_json(read_json(given, "plan", _FIX), str(given))
 
     def check_fits(self, leaves: Mapping[str, Leaf], model: str) -> None:
-        """ValueError where a planned layer is not in the model, or has another shape there."""
+        """ValueError where the model has other Linear-like layers than the one that was planned: others of the plan first."""
         for layer in self.layers:
             leaf = leaves.get(layer.fqn)
             if leaf is None:
@@ -145,11 +152,19 @@ class Plan:
             if has != (layer.in_features, layer.out_features, layer.bias):
                 raise self._misfit(model, f"{layer.fqn} has (in_features, out_features, bias) {has}, not "
                                           f"{(layer.in_features, layer.out_features, layer.bias)}")  # fmt: skip
+        if (has_layers := layers_of(leaves.values())) != self.linear_layers:
+            raise self._misfit(model, f"it has {has_layers}, not {self.linear_layers[:100]}")
 
     def _misfit(self, model: str, text: str) -> ValueError:
         return ValueError(
             f"the plan is for another model ({self.model}) than this {model}: {text}; plan this model instead"
         )
+
+
+def layers_of(leaves: Iterable[Leaf]) -> str:
+    """Says of which Linear-like layers a model consists, planned or not: a plan may leave all of them as they are."""
+    of = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in leaves)
+    return f"{len(of)} Linear layers, sha256:{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}"
 
 
 def _few(names: Any) -> str:

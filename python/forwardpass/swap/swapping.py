@@ -21,7 +21,7 @@ from ..text import count
 from . import originals
 from .attention import NOT_PLANNED, AttentionSwap, attention_like, check_choice, decide
 from .patterns import patterns
-from .plan import Plan, PlannedLayer
+from .plan import Plan, PlannedLayer, layers_of
 from .precision import Precision, find_precision
 from .report import Left, Report, Skipped, Swapped, WeightBytes
 from .rules import KINDS, Context, fused_experts, why_skip
@@ -385,4 +385,5 @@ def planned(
         PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version, p.calibrates)
         for leaf, p in chosen
     )
-    return Plan(type(model).__name__, tuple(layers), tuple(attention), calibration, __version__)
+    of = layers_of(linear_like(model))
+    return Plan(type(model).__name__, of, tuple(layers), tuple(attention), calibration, __version__)
