@@ -1,6 +1,7 @@
 """plan: what it chooses is the least cost within the budget, what it says it measured, and the model is as it was."""
 
 import dataclasses
+import html
 import json
 import math
 import pathlib
@@ -138,7 +139,8 @@ def test_what_is_not_faster_is_left_alone_with_the_times(times):
             "left alone: no candidate is faster than 4 ms (int8 4.5 ms, int8+calibrated 4.6 ms, w8a16 5 ms, bf16 4 ms)"
         )
         assert {c["refused"]["code"] for c in x["candidates"].values()} == {"slower"}
-    assert "4.5 ms" in str(plan)
+    assert re.search(r"^ +first +4 +4.5 +4.6 +5 +4$", str(plan), re.M)
+    assert "error at the output" not in str(plan)  # of no candidate was one measured
     assert fp.swap(model, plan=plan).swapped == []
 
 
@@ -278,13 +280,13 @@ def test_json_round_trip(times, tmp_path):
         (lambda e: e.update(candidates="int8"), "candidates is no list"),
         (lambda e: e.update(target=None), "target is 'None', no str"),
         (lambda e: e.update(seconds="60"), "seconds is '60', no "),
-        (lambda e: e["layers"].append(3), r"layers\.2 is no object"),
+        (lambda e: e["layers"].append(3), r"layers\.3 is no object"),
         (lambda e: e["layers"][0]["before"].update(ms={"low": "fast"}), r"layers\.0\.before\.ms\.low is 'fast'"),
         (lambda e: e["layers"][0]["candidates"].popitem(), r"layers\.0 has other candidates"),
         (lambda e: e["layers"][0]["candidates"]["int8"].update(output=0.5), r"layers\.0\.candidates\.int8\.output"),
         (lambda e: e["blocks"].update(x={"before": 1}), r"blocks\.x has no "),
         (lambda e: e["attempts"].append({}), r"attempts\.\d+ has no cost"),
-        (lambda e: e.update(frontier=[[1.0]]), "no pair of cost and error"),
+        (lambda e: e.update(frontier=[[1.0]]), "a point of the frontier is no pair of cost and error"),
         (lambda e: e.update(predicted=True), "predicted is no object"),
     ],
 )
@@ -463,7 +465,7 @@ def test_a_plot_says_why_there_is_nothing_in_it_and_its_title_fits(times, tmp_pa
     evidence = planned(max_error=1e-9).evidence
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plots.plan(evidence, str(tmp_path / "plan.svg"))
-    drawn = re.findall(r"<text[^>]*>([^<]*)", (tmp_path / "plan.svg").read_text())
+    drawn = re.findall(r"<text[^>]*>([^<]*)", html.unescape((tmp_path / "plan.svg").read_text()).replace("<=", "≤"))
     assert any("there was nothing to choose" in line for line in drawn) is bool(times_of)
     assert max(map(len, drawn)) <= 72 and " ".join(drawn).count("the model as it is") == 1
 
@@ -518,7 +520,7 @@ def test_the_command_prints_json_alone(times, folder, tmp_path):
     [
         ((), "either --min-cosine or --max-error"),
         (("--min-cosine", 0.9, "--max-error", 0.1), "either --min-cosine or --max-error"),
-        (("--min-cosine", 2), "min_cosine must be between -1 and 1"),
+        (("--min-cosine", 2), "--min-cosine is a number above 0 and at most 1"),
         (("--min-cosine", 0.9, "--target", "speed"), "target is one of"),
         (("--min-cosine", 0.9, "--candidates", "int3"), "no precision 'int3'"),
         (("--min-cosine", 0.9, "--candidates", "int8", "--calibrate", "builtin"), "drop calibrate="),
@@ -539,7 +541,7 @@ def test_an_interrupted_command_says_what_it_kept(times, folder, tmp_path, monke
     file = tmp_path / "measurements.json"
     done = command(folder, "--min-cosine", 0.99, "--candidates", "bf16", "--resume", file)
     assert done.exit_code == 130
-    assert "interrupted" in done.stderr and done.stderr.count("\n") == 1
+    assert "interrupted" in done.stderr.splitlines()[-1]
     if sys.version_info >= (3, 11):
         assert f"0 of 13 layers and candidates are in {file}" in done.stderr
     assert file.exists()

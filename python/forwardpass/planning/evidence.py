@@ -165,7 +165,9 @@ def describe(evidence: Mapping[str, Any]) -> str:
         for name, same in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
             rows.append((name, _costs([x["before"] for x in same], target),
                          *(_costs([x["candidates"][n] for x in same], target) for n in tried)))  # fmt: skip
-            rows.append(("  error at the output", "", *(_errors([x["candidates"][n] for x in same]) for n in tried)))
+            errors = [_errors([x["candidates"][n] for x in same]) for n in tried]
+            if set(errors) != {"-"}:
+                rows.append(("  error at the output", "", *errors))
     lines += ["", *table(rows, right=range(1, 2 + len(tried)))]
     lines += ["", *wrapped(f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row; "
                            "-: no gain, not measured")]  # fmt: skip
