@@ -14,17 +14,20 @@ demo: .venv/built
 	$(BIN)/forwardpass doctor
 	$(DEMO)
 
+# A process a core, each with one thread; the files of tests go to whoever is free.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Three hours at most; what measures time runs alone.
 test-all: test
 	$(BIN)/python -m pytest -m "slow and alone"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n auto --dist loadfile
+	$(PYTEST) -m "slow and not alone"
 
 # The same suite on the wheel, under the oldest torch we support, built with CUDA (about 3 GB; needs no GPU).
 test-cuda-torch: .venv-cuda/built
-	.venv-cuda/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -n auto --dist loadfile -m "not slow"
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -73,6 +73,17 @@ def pytest_runtest_protocol(item):
     spent[area_of(item.path)] += sum(os.times()[:4]) - before
 
 
+def pytest_sessionfinish(session):
+    """A process of several hands what it counted to the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["spent"] = dict(spent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    spent.update(getattr(node, "workeroutput", {}).get("spent", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     total = sum(spent.values())
     if total < 10:  # a run of a few tests wants no table

@@ -219,10 +219,11 @@ def test_report_and_plan():
         fp.swap(encoder(), plan={**plan, "attention": [3]})
     with pytest.raises(ValueError, match="attention=True does not go with plan="):
         fp.swap(encoder(), plan=plan, attention=True)
-    plan.pop("attention")  # as written before there was any
-    plan["layers"] = []
     with pytest.warns(UserWarning, match="no layer is swapped"):
-        assert not fp.swap(encoder(), plan=plan).attention
+        assert not fp.swap(encoder(), plan={**plan, "attention": [], "layers": []}).attention
+    plan.pop("attention")  # which every plan of this schema has
+    with pytest.raises(ValueError, match="has the entries .*, not attention"):
+        fp.swap(encoder(), plan=plan)
     hooked = encoder()
     hooked.layers[0].self_attn.register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match=r"names attention layers\.0\.self_attn, and hooks"):
