@@ -234,6 +234,15 @@ def test_a_stage_does_not_begin_its_own_pipeline_again_while_it_is_closed():
     assert "is being closed" in str(found[0])
 
 
+@pytest.fixture
+def interruptible():
+    """Also where these tests run in a shell's background, which ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_a_block_ends_drops_what_has_not_begun():
     model, held, futures = Double(), Held(), []
 
