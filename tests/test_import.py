@@ -21,9 +21,12 @@ import forwardpass
 took = time.perf_counter() - before
 print(took, torch.cuda.is_initialized())
 """
-    took, initialized = min((python(code).split() for _ in range(3)), key=lambda r: float(r[0]))
+    for _ in range(10):  # other tests run beside it: the least is what it costs
+        took, initialized = python(code).split()
+        assert initialized == "False"
+        if float(took) < 0.3:
+            break
     assert float(took) < 0.3
-    assert initialized == "False"
 
 
 def test_imports_nothing_but_torch():
