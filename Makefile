@@ -15,19 +15,19 @@ demo: .venv/built
 	$(DEMO)
 
 # A process a core, each with one thread; the files of tests go to whoever is free.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n auto --dist loadfile
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(call PYTEST,$(BIN)) -m "not slow"
 
 # Three hours at most; what measures time runs alone.
 test-all: test
 	$(BIN)/python -m pytest -m "slow and alone"
-	$(PYTEST) -m "slow and not alone"
+	$(call PYTEST,$(BIN)) -m "slow and not alone"
 
 # The same suite on the wheel, under the oldest torch we support, built with CUDA (about 3 GB; needs no GPU).
 test-cuda-torch: .venv-cuda/built
-	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(call PYTEST,.venv-cuda/bin) -m "not slow"
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -238,7 +238,7 @@ def rules(out, obj, home):
     """(the text of build.ninja, the number of files it compiles)"""
     q = shlex.quote  # for the shell; ninja quotes $in and $out itself
     t = torch_folder()
-    command, machine = cxx()
+    command, _ = cxx()
     compiler = shlex.join(command)
     # Everything is compiled from the root by its relative name: messages, line tables and depfiles name no folder of ours.
     common = "-MD -MF $out.d -std=c++17 -Icsrc"
@@ -272,12 +272,11 @@ def rules(out, obj, home):
     cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "interpreter")
     flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
     text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
-    core, core_flags = [], ""
-    if machine == "x86_64":
+    core = []
+    if why_no_interpreter() is None:
         # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
         core = sorted((*csrc.glob("interpreter/*.cpp"), *csrc.glob("interpreter/rows/*.cpp")))
-        core_flags = "-march=x86-64-v3 -mtune=generic"
-        made = objects("cxx", core, lambda s: core_flags)
+        made = objects("cxx", core, lambda s: "-march=x86-64-v3 -mtune=generic")
         flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
         text.append(f"build {path(out / '_interpreter.so')}: link {made}\n flags = {flags}")
     host = sorted(csrc.glob("interpreter/python/*.cpp")) if WANT_HOST else []
@@ -393,8 +392,8 @@ class Build(build_ext):
         if no_cuda:
             print(f"forwardpass: building without CUDA kernels: {no_cuda}")
         else:
-            print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}",
-                  *(f"; left out of TORCH_CUDA_ARCH_LIST: {', '.join(left_out)}" for _ in left_out[:1]), sep="")  # fmt: skip
+            without = f"; left out of TORCH_CUDA_ARCH_LIST: {', '.join(left_out)}" if left_out else ""
+            print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}{without}")
         if no_interpreter:
             print(f"forwardpass: building without the interpreter: {no_interpreter}")
         text, count = rules(out, obj, None if no_cuda else cuda_home())

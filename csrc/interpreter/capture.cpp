@@ -13,12 +13,12 @@
 #include "interpreter.h"
 
 using forwardpass::interpreter::guarded;
+using forwardpass::interpreter::cuda::kInvalidValue;
+using forwardpass::interpreter::cuda::kSuccess;
 
 namespace {
 
-enum Error {  // of cudaError_t
-  kSuccess = 0,
-  kInvalidValue = 1,
+enum Error {  // of cudaError_t, those of captures
   kIllegalState = 401,
   kUnsupported = 900,
   kInvalidated = 901,

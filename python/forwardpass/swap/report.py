@@ -55,7 +55,7 @@ class Skipped:
     reason: Reason
 
     def to_json(self) -> dict[str, str]:
-        return {"fqn": self.fqn, "code": self.reason.code, "text": self.reason.text, "fix": self.reason.fix}
+        return {"fqn": self.fqn, **vars(self.reason)}
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Left:
     reason: Reason
 
     def to_json(self) -> dict[str, Any]:
-        reason = {"code": self.reason.code, "text": self.reason.text, "fix": self.reason.fix}
-        return {"module": self.module, "first": self.first, "count": self.count, "bytes": self.bytes, **reason}
+        own = {"module": self.module, "first": self.first, "count": self.count, "bytes": self.bytes}
+        return {**own, **vars(self.reason)}
 
 
 @dataclass(frozen=True)

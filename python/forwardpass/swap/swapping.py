@@ -25,7 +25,7 @@ from .plan import Plan, PlannedLayer, layers_of
 from .precision import Precision, find_precision
 from .report import Left, Report, Skipped, Swapped, WeightBytes
 from .rules import KINDS, Context, fused_experts, why_skip
-from .walker import Leaf, is_conv1d, linear_like, plain_module
+from .walker import Leaf, is_conv1d, linear_leaves, linear_like, plain_module
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
@@ -385,5 +385,5 @@ def planned(
         PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version, p.calibrates)
         for leaf, p in chosen
     )
-    of = layers_of(linear_like(model))
+    of = layers_of(linear_leaves(model))
     return Plan(type(model).__name__, of, tuple(layers), tuple(attention), calibration, __version__)

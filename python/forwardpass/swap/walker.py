@@ -61,8 +61,12 @@ def is_conv1d(module: nn.Module) -> bool:
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
     reach = Reach(model)
-    found = leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
-    return [replace(leaf, activation=activation_behind(leaf, reach)) for leaf in found]
+    return [replace(leaf, activation=activation_behind(leaf, reach)) for leaf in linear_leaves(model)]
+
+
+def linear_leaves(model: nn.Module) -> list[Leaf]:
+    """The same without their activations, whose proof reads the model's code: for names and shapes."""
+    return leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
 
 
 def leaves(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Leaf]:
