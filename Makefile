@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install -c constraints.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 DEMO := $(BIN)/forwardpass swap minilm --precision int8 --batch 8 --length 128 --json demo.json
 
 # A warning, or a spill, fails the builds of this file; those of users print it.
 export FORWARDPASS_BUILD_STRICT ?= 1
 
-.PHONY: demo test test-all test-cuda-torch lint gates gpu bench clean
+.PHONY: demo test test-all test-cuda-torch test-newest lint gates gpu bench clean
 
 demo: .venv/built
 	$(BIN)/forwardpass doctor
@@ -29,7 +30,11 @@ test-all: test
 test-cuda-torch: .venv-cuda/built
 	$(call PYTEST,.venv-cuda/bin) -m "not slow"
 
-lint: .venv/built
+# And under the newest torch and Triton that pip finds, whatever caps or constraints there are.
+test-newest: .venv-newest/built
+	$(call PYTEST,.venv-newest/bin) -m "not slow"
+
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
@@ -42,37 +47,51 @@ gates: dist/built
 gpu:
 	$(PYTHON) tests/gpu.py $(STEPS) $(GPU_FLAGS)
 
-bench: .venv/built
+bench: .venv/dev
 	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_linear fp8_gemm fp8_linear w8a16_gemm attention; do \
 		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
 	for b in pipeline plan size_batch train_decoder; do $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
-	$(BIN)/pip install -e '.[bench]' --no-build-isolation
+	$(INSTALL) -e '.[bench]' --no-build-isolation
 	$(BIN)/python -m benchmarks.models --model minilm --json benchmarks/results/models.json
 
 clean:
-	rm -rf .venv .venv-cuda build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-cuda .venv-newest build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	rm -f python/forwardpass/_*.so python/forwardpass/_standin.a python/forwardpass/_build.json
 	rm -f python/forwardpass/interpreter/_host*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Triton is named because a CPU build of torch brings none; 3.6 is the one of torch 2.11.
-# pip is asked again whenever a source changed: ninja then compiles what has to be, and the rest is a few seconds.
-.venv/built: $(SOURCES)
+# One pip call names torch, so that no later one replaces it; pip is asked again whenever a source changed: ninja then compiles
+# what has to be, and the rest is a few seconds.
+.venv/built: $(SOURCES) constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install 'torch>=2.11' 'triton==3.6.*' 'setuptools>=77' ninja
-	$(BIN)/python setup.py toolchain | xargs -r $(BIN)/pip install
-	FORWARDPASS_BUILD_INTERPRETER=1 $(BIN)/pip install --no-build-isolation -e '.[dev]'
+	$(INSTALL) torch 'setuptools>=77' ninja
+	$(BIN)/python setup.py toolchain > .venv/toolchain.txt
+	$(INSTALL) -r .venv/toolchain.txt
+	FORWARDPASS_BUILD_INTERPRETER=1 $(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
-# build/lib keeps modules that no longer exist, and they would be shipped.
-dist/built: .venv/built $(shell find python -name '*.py' -o -name '*.json')
-	rm -rf dist build/lib* build/bdist*
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+# The tools of the tests, and Triton, as a CPU build of torch brings none.
+.venv/dev: .venv/built
+	FORWARDPASS_BUILD_INTERPRETER=1 $(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
+# build/lib keeps modules that no longer exist, and they would be shipped. auditwheel names the oldest glibc that the wheel's
+# libraries load on; torch's own library is not copied into it.
+dist/built: .venv/dev $(shell find python -name '*.py' -o -name '*.json')
+	rm -rf dist build/lib* build/bdist* build/wheel
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+	touch $@
+
+# Torch is named with the wheel: else the newest torchvision, which timm asks for, brings another torch.
 .venv-cuda/built: dist/built
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install 'torch==2.11.0'
 	.venv-cuda/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
-	.venv-cuda/bin/pip install "$$(echo dist/forwardpass-*.whl)[dev]"
+	.venv-cuda/bin/pip install 'torch==2.11.0' "$$(echo dist/forwardpass-*.whl)[dev]"
+	touch $@
+
+.venv-newest/built: dist/built
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
+	PIP_CONFIG_FILE=/dev/null .venv-newest/bin/pip install -U "$$(echo dist/forwardpass-*.whl)[dev]"
 	touch $@

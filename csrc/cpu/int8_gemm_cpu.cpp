@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <cstring>
+
 #include "cpu/capability.h"
 #include "cpu/int8_amx.h"
 #include "cpu/row_chunks.h"
@@ -48,9 +51,20 @@ Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
   return acc;
 }
 
+// Whether oneDNN's kernel adds exactly. Held below VNNI by ONEDNN_MAX_CPU_ISA, it saturates the 16-bit sums of two
+// products; the largest ones show it.
+bool int_mm_is_exact(const Tensor& like) {
+  constexpr int64_t kRows = 16, kDepth = 64;
+  Tensor largest = contiguous_rows({kRows, kDepth}, ScalarType::Char, like);
+  std::memset(largest.mutable_data_ptr(), 127, kRows * kDepth);
+  const Tensor sums = call("aten::_int_mm", largest, view(largest, kDepth, kRows, 1, kDepth));
+  const auto sum = static_cast<const int32_t*>(sums.const_data_ptr());
+  return std::all_of(sum, sum + kRows * kRows, [](int32_t s) { return s == 127 * 127 * kDepth; });
+}
+
 Tensor multiply(const Tensor& a, const Tensor& b_transposed) {
-  static const bool vnni = has_vnni();
-  return vnni ? call("aten::_int_mm", a, b_transposed) : multiply_as_floats(a, b_transposed);
+  static const bool use_int_mm = has_vnni() && int_mm_is_exact(a);
+  return use_int_mm ? call("aten::_int_mm", a, b_transposed) : multiply_as_floats(a, b_transposed);
 }
 
 // Fewer rows do not pay for the packing of b, and of a larger b, which every 32 rows read whole, not all stays in L2:
