@@ -325,10 +325,10 @@ def rules(out, obj, home):
 
 
 if sys.argv[1:] == ["toolchain"]:
-    # `python setup.py toolchain | xargs -r pip install`: with the standard library alone, as it is asked before there is a
-    # setuptools. Not a command of setuptools: those print "running toolchain" first, and pip would install a stranger's package.
+    # A requirements file for pip. With the standard library alone, as it is asked before there is a setuptools. Not a command
+    # of setuptools: those print "running toolchain" first, and pip would install a stranger's package.
     if packages := toolchain():
-        print(*packages)
+        print(*packages, sep="\n")
     sys.exit()
 
 # setuptools before 77 cannot read this pyproject.toml; for metadata and an sdist it is all that is needed

@@ -71,7 +71,9 @@ def run(*arguments, **variables):
 def test_toolchain_needs_the_standard_library_alone():
     done = run("toolchain")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0].startswith("nvidia-cuda-nvcc==13.")
+    lines = done.stdout.splitlines()  # a requirements file: one package a line
+    assert lines[0].startswith("nvidia-cuda-nvcc==13.")
+    assert len(lines) == 5 and not any(" " in line for line in lines)
     assert run("toolchain", FORWARDPASS_BUILD_CUDA="0").stdout == ""
 
 
