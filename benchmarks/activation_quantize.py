@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench, eager
-from forwardpass.activation_quantize import OPERATION
+from forwardpass.ops.activation_quantize import OPERATION
 
 
 def baseline(

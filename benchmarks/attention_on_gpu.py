@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import on_gpu
 from benchmarks.on_gpu import H200, HOPPER, TFLOPS, Bar
-from forwardpass.attention import ATTENTION
-from forwardpass.attention.cases import Case, real
+from forwardpass.ops.attention import ATTENTION
+from forwardpass.ops.attention.cases import Case, real
 
 #: 16384 rows, or one sequence where it is longer, and a width of 2048, as FlashAttention's figures have
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

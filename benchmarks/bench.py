@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forwardpass import environment
-from forwardpass.backend import BACKENDS, Operation, use_backend
+from forwardpass.common import environment
+from forwardpass.common.timing import interleave
+from forwardpass.dispatch import BACKENDS, Operation, use_backend
 from forwardpass.testing import benchmark_cases
-from forwardpass.timing import interleave
 
 #: Relative L2 error beside the baseline, as a guard that both do the same work; the tests have the real bounds.
 SAME_WORK = 2e-2

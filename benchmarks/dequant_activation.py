@@ -1,7 +1,7 @@
 """dequant_activation beside plain torch."""
 
 from benchmarks import bench, eager
-from forwardpass.dequant_activation import OPERATION
+from forwardpass.ops.dequant_activation import OPERATION
 
 BASELINES = {OPERATION: eager.dequantize}
 

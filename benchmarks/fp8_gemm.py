@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench, eager
-from forwardpass.fp8_gemm import BLOCK, FP8_GEMM, FP8_GEMM_QUANTIZE
 from forwardpass.ops import interleave_gate_up
+from forwardpass.ops.fp8_gemm import BLOCK, FP8_GEMM, FP8_GEMM_QUANTIZE
 
 
 def columns(b: Tensor, b_scale: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import bench, eager
 from benchmarks.fp8_gemm import baseline as fp8_gemm
-from forwardpass.fp8_linear import OPERATION
+from forwardpass.ops.fp8_linear import OPERATION
 
 
 def baseline(x: Tensor, weight: Tensor, w_scale: Tensor, channel_scale: Tensor | None, **rest: Any) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import bench, gemm_on_gpu, interpreted
 from benchmarks.interpreted import IMPLEMENTATIONS, Interpreted, number, run
-from forwardpass import backend
-from forwardpass.backend import Operation
+from forwardpass import dispatch
+from forwardpass.dispatch import Operation
 from forwardpass.interpreter import core
 
 #: operation -> variants: what its case takes besides M, N, K and 16-bit inputs and outputs
@@ -43,7 +43,7 @@ def make_case(op: Operation, m: int, n: int, k: int, options: dict[str, Any]) ->
     given = {"m": m} if "m" in fields else {"lead": (m,)}
     given |= {"n": n, "k": k, "x_dtype": torch.bfloat16, "out_dtype": torch.bfloat16, **options}
     if "epilogue" in fields:
-        given["epilogue"] = importlib.import_module("forwardpass.dequant_activation.cases").EpilogueCase(
+        given["epilogue"] = importlib.import_module("forwardpass.ops.dequant_activation.cases").EpilogueCase(
             bias=torch.bfloat16, out_dtype=torch.bfloat16
         )
     return cases.Case(**{name: value for name, value in given.items() if name in fields})
@@ -51,7 +51,7 @@ def make_case(op: Operation, m: int, n: int, k: int, options: dict[str, Any]) ->
 
 def problems(names: list[str] | None) -> list[tuple[Operation, str, dict[str, Any]]]:
     """(operation, variant, options) of those that this build has; a name is an operation's or its package's."""
-    found = [backend.operations[n] for n in OPERATIONS if n in backend.operations]
+    found = [dispatch.operations[n] for n in OPERATIONS if n in dispatch.operations]
     wanted = [op for op in found if not names or {op.name, op.package.split(".")[-1]} & set(names)]
     return [(op, variant, options) for op in wanted for variant, options in OPERATIONS[op.name].items()]
 

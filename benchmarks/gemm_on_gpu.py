@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks import on_gpu
 from benchmarks.on_gpu import A100, ADA, HOPPER, OF_BANDWIDTH, OF_PEAK, TFLOPS, Bar
-from forwardpass.backend import Operation
+from forwardpass.dispatch import Operation
 
 #: swept, with N x K of SIZES; the bars' own shapes of these rows come first
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -21,8 +21,9 @@ import torch
 
 import forwardpass as fp
 from benchmarks import bench
-from forwardpass import backend, environment
-from forwardpass.backend import Operation, Reason
+from forwardpass import dispatch
+from forwardpass.common import environment
+from forwardpass.dispatch import Operation, Reason
 from forwardpass.interpreter import core
 
 #: microseconds, by operation and by module; what is not here has no bar
@@ -52,7 +53,7 @@ class HostOnly:
 def launching_nothing(arch: str = "sm_90a") -> Iterator[Callable[[], int]]:
     """Within the block CUDA kernels are launched and not run; yields a function: how many since it was last called."""
     drop = core.load().fpi_drop_launches
-    with fp.interpret(arch), backend.interpreted_by(HostOnly(arch)), fp.use_backend("cuda"):
+    with fp.interpret(arch), dispatch.interpreted_by(HostOnly(arch)), fp.use_backend("cuda"):
         drop(1)
         try:
             yield lambda: drop(1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench, eager
-from forwardpass.int8_gemm import OPERATION
+from forwardpass.ops.int8_gemm import OPERATION
 
 
 def baseline(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, **epilogue: Any) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import bench, eager
 from benchmarks.int8_gemm import baseline as int8_gemm
-from forwardpass.int8_linear import OPERATION
+from forwardpass.ops.int8_linear import OPERATION
 
 
 def baseline(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import bench
-from forwardpass.backend import Operation
+from forwardpass.dispatch import Operation
 from forwardpass.interpreter import core, interpret
 from forwardpass.interpreter.profile import Counts, KernelProfile
 

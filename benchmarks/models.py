@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from benchmarks import bench
-from forwardpass import comparison, embedding
-from forwardpass.embedding import Batch
-from forwardpass.timing import interleave, keep_freed_memory
+from forwardpass.cli import comparison, embedding
+from forwardpass.cli.embedding import Batch
+from forwardpass.common.timing import interleave, keep_freed_memory
 
 Run = Callable[[Batch], Tensor]  #: batch -> last hidden states
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import bench, eager
-from forwardpass.norm_quantize import ADD_NORM_QUANTIZE, NORM_QUANTIZE
+from forwardpass.ops.norm_quantize import ADD_NORM_QUANTIZE, NORM_QUANTIZE
 
 
 def norm(

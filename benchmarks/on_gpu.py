@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import bench
-from forwardpass.backend import Operation
-from forwardpass.timing import FLUSH_BYTES, interleave
+from forwardpass.common.timing import FLUSH_BYTES, interleave
+from forwardpass.dispatch import Operation
 
 HOPPER, H200, A100, ADA = r"H100|H200", r"H200", r"A100", r"L40"
 TFLOPS, OF_PEAK, OF_BANDWIDTH = "TFLOP/s", "% of peak", "% of bandwidth"

@@ -18,8 +18,8 @@ import torch
 
 import forwardpass as fp
 from benchmarks import bench
-from forwardpass import embedding
-from forwardpass.timing import keep_freed_memory
+from forwardpass.cli import embedding
+from forwardpass.common.timing import keep_freed_memory
 
 #: of (a) and (b): the pipeline is never slower than this times the plain loop; it gives this much of what is ideal
 LEAST_SPEEDUP, LEAST_OF_IDEAL = 0.97, 0.90

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench, eager
-from forwardpass.quantize import OPERATION
+from forwardpass.ops.quantize import OPERATION
 
 
 def baseline(x: Tensor, dtype: torch.dtype, symmetric: bool, channel_scale: Tensor | None, **rest: Any) -> Any:

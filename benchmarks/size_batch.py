@@ -14,10 +14,10 @@ from typing import Any
 
 import forwardpass as fp
 from benchmarks import bench
-from forwardpass import embedding
-from forwardpass.planning.queueing import Policy, bootstrap, percentile, poisson, settled, simulate
-from forwardpass.planning.size_batch import try_policy
-from forwardpass.timing import keep_freed_memory
+from forwardpass.cli import embedding
+from forwardpass.common.timing import keep_freed_memory
+from forwardpass.serving.queueing import Policy, bootstrap, percentile, poisson, settled, simulate
+from forwardpass.serving.size_batch import try_policy
 
 #: percentile -> how far the simulation may be off, relative; p99 may also be within the interval of the real run
 BARS = {50: 0.10, 95: 0.20, 99: 0.20}

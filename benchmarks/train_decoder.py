@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from benchmarks import bench
-from forwardpass.timing import keep_freed_memory
+from forwardpass.common.timing import keep_freed_memory
 
 LENGTH, BATCH = 128, 16
 TOLERANCE = 0.01  #: of the perplexity

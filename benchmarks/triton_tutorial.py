@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import interpreted
 from benchmarks.interpreted import Interpreted
-from forwardpass.attention.cases import Case
 from forwardpass.interpreter import interpret
+from forwardpass.ops.attention.cases import Case
 
 
 class Tutorial:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import bench, eager
-from forwardpass.w8a16_gemm import OPERATION
+from forwardpass.ops.w8a16_gemm import OPERATION
 
 
 def baseline(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

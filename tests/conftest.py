@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.backend import Operation
+from forwardpass.dispatch import Operation
 from forwardpass.testing import poisoned_outputs
 
 #: area -> core-seconds
@@ -24,7 +24,7 @@ def seed(request):
 @pytest.fixture(params=["cold", "bound"])
 def refusing(request, monkeypatch):
     """For refusals: of the first call, which Python checks, and of a later one, which the implementation alone does."""
-    for op in fp.backend.operations.values():
+    for op in fp.dispatch.operations.values():
         monkeypatch.setattr(op, "_bound", {})
     if request.param == "cold":
         monkeypatch.setattr(Operation, "_bind_checked", lambda op, args: op._unbound)
@@ -34,7 +34,7 @@ def refusing(request, monkeypatch):
     def bind(op, args):
         if any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
             return op._bind(args)  # the interpreter refuses them in words of its own
-        return op.runs.get("cpu") or fp.backend.interpreter().bind(op, op.runs["cuda"])
+        return op.runs.get("cpu") or fp.dispatch.interpreter().bind(op, op.runs["cuda"])
 
     monkeypatch.setattr(Operation, "_bind_checked", bind)
     with fp.interpret("sm_90a"):  # for those without a kernel for the CPU

@@ -32,7 +32,7 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass").glob("*/cases.py"))
+OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass/ops").glob("*/cases.py"))
 #: rows of the GEMMs' benchmark, in parts of some minutes
 GEMM_ROWS = {"decode": (1, 2, 4, 8), "batch": (16, 32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096, 8192)}
 IMPLEMENTATIONS = ("cuda", "triton")

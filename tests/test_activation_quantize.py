@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.activation_quantize import OPERATION, cases, reference
-from forwardpass.activations import GATED, LIPSCHITZ, PLAIN, activate, element_bound
-from forwardpass.quantized_rows import pad_rows
+from forwardpass.ops.activation_quantize import OPERATION, cases, reference
+from forwardpass.ops.common.activations import GATED, LIPSCHITZ, PLAIN, activate, element_bound
+from forwardpass.ops.common.quantized_rows import pad_rows
 from forwardpass.testing import assert_close, poisoned_outputs
 
 CASES = list(cases.cases())

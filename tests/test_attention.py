@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import forwardpass as fp
-from forwardpass.attention import ATTENTION, bucket, cases, reference
-from forwardpass.backend import operations
+from forwardpass.dispatch import operations
+from forwardpass.ops.attention import ATTENTION, bucket, cases, reference
 from forwardpass.testing import assert_equal, poisoned_outputs
 
 CASES = list(cases.cases())
@@ -58,8 +58,8 @@ def test_float32(case, seed):
 
 _BOTH_WAYS = """
 import dataclasses, torch, forwardpass as fp
-from forwardpass.attention import cases
-from forwardpass.backend import operations
+from forwardpass.ops.attention import cases
+from forwardpass.dispatch import operations
 for case in cases.cases():
     if case.softcap == 0 and case.dims == (64, 64):
         case = dataclasses.replace(case, dtype=torch.float32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.declined import Calls, counted
+from forwardpass.dispatch.calls import Calls, counted
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,8 +10,8 @@ import torch
 from small_models import ATTENTION, batch, build
 
 import forwardpass as fp
-from forwardpass.declined import Calls, counted
-from forwardpass.swap import huggingface
+from forwardpass.dispatch.calls import Calls, counted
+from forwardpass.integrations import transformers_attention as huggingface
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,7 +24,7 @@ def interpreted(implementation, arch):
     """Runs as soon as the kernel is there."""
     attention = ROOT / "csrc/attention"
     there = {
-        ("triton", "sm_90a"): importlib.util.find_spec("forwardpass.attention.triton_kernel") is not None,
+        ("triton", "sm_90a"): importlib.util.find_spec("forwardpass.ops.attention.triton_kernel") is not None,
         ("cuda", "sm_80"): "cudaErrorNotSupported" not in (attention / "attention_sm80.cu").read_text(),
         ("cuda", "sm_90a"): (attention / "attention_sm90a.cu").exists(),
     }[implementation, arch]

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardpass as fp
-from forwardpass.backend import operations
+from forwardpass.dispatch import operations
 
 X = torch.randn(3, 40)
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
+from forwardpass import dispatch
+from forwardpass.common.timing import interleave
 from forwardpass.testing import benchmark_cases, poisoned_outputs
-from forwardpass.timing import interleave
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
-MODULES = sorted({op.package.split(".")[-1] for op in backend.operations.values()})
+MODULES = sorted({op.package.split(".")[-1] for op in dispatch.operations.values()})
 BASELINES = {op: b for m in MODULES for op, b in importlib.import_module(f"benchmarks.{m}").BASELINES.items()}
 
 
 def test_every_operation_has_a_benchmark():
-    assert set(BASELINES) == set(backend.operations.values())
+    assert set(BASELINES) == set(dispatch.operations.values())
 
 
 @pytest.mark.parametrize("op", BASELINES, ids=lambda op: op.name)
@@ -32,7 +32,7 @@ def test_baseline_does_the_same_work(op):
 
 
 def test_a_row_has_every_figure():
-    op = backend.operations["quantize"]
+    op = dispatch.operations["quantize"]
     case = min(benchmark_cases(op), key=lambda c: c.bytes())
     row = bench.run_case(op, case, BASELINES[op], "cpu", rounds=2)
     assert {"cpu", "torch eager", "torch.compile"} <= set(row["timings"])
@@ -75,7 +75,7 @@ def gemm():
 
 def test_host_time_of_every_operation_that_has_a_cuda_kernel(host_overhead):
     found, missing = host_overhead.measure(50)
-    kernels = {op.name for op in backend.operations.values() if "cuda" in op.compiled}
+    kernels = {op.name for op in dispatch.operations.values() if "cuda" in op.compiled}
     assert not kernels & missing.keys(), missing
     assert kernels | {"Int8Linear"} <= found.keys() and host_overhead.BARS.keys() <= found.keys() | missing.keys()
     assert [found[name]["launches"] for name in ("quantize", "int8_gemm", "int8_linear", "Int8Linear")] == [1, 1, 2, 2]
@@ -106,8 +106,8 @@ def test_kernels_run_again_once_host_time_was_measured(host_overhead):
 
 
 def test_every_gemm_is_counted_and_modelled(gemm):
-    assert gemm.OPERATIONS.keys() == {n for n in backend.operations if "gemm" in n or "linear" in n}
-    op, shape = backend.operations["int8_gemm"], (256, 8192, 256)
+    assert gemm.OPERATIONS.keys() == {n for n in dispatch.operations if "gemm" in n or "linear" in n}
+    op, shape = dispatch.operations["int8_gemm"], (256, 8192, 256)
     case = gemm.make_case(op, *shape, {})
     row = gemm.interpreted_row(op, "", "cuda", "sm_80", case, shape, loop=True)
     assert row["least_bytes"] == 256 * 256 + 8192 * 256 + 2 * 256 * 8192
@@ -131,13 +131,13 @@ def test_a_gemm_that_this_gpu_lacks_says_so(gemm, capsys, monkeypatch):
 
 def test_peers_of_a_gemm_are_timed_and_those_that_raise_say_why():
     gemm, on_gpu = (importlib.import_module(f"benchmarks.{m}") for m in ("gemm", "gemm_on_gpu"))
-    op, shape = backend.operations["int8_gemm"], (32, 64, 128)
+    op, shape = dispatch.operations["int8_gemm"], (32, 64, 128)
     row = on_gpu.measure(op, "", gemm.make_case(op, *shape, {}), shape, "cpu", rounds=2)
     assert row["timings"].keys() == {"torch._int_mm", "bf16 F.linear", "torch.compile"}
     assert row["missing"].keys() == {"cuda", "triton"} and "Unsupported" in row["missing"]["cuda"]
     for t in row["timings"].values():
         assert t["tflops"] == pytest.approx(2 * 32 * 64 * 128 / t["median"] / 1e9) and t["with_host"] > 0
-    op = backend.operations["fp8_gemm"]
+    op = dispatch.operations["fp8_gemm"]
     row = on_gpu.measure(op, "blocks", gemm.make_case(op, *shape, {"blocks": True}), shape, "cpu", rounds=2)
     assert "Invalid scaling" in row["missing"]["torch._scaled_mm"] and "torch.compile" in row["timings"]
     said = importlib.import_module("benchmarks.on_gpu").lines(row)
@@ -153,7 +153,7 @@ def cases_of_bars():
     for bar in gemms.BARS:
         yield (
             bar,
-            gemm.make_case(backend.operations[bar.operation], *bar.shape, gemm.OPERATIONS[bar.operation][bar.variant]),
+            gemm.make_case(dispatch.operations[bar.operation], *bar.shape, gemm.OPERATIONS[bar.operation][bar.variant]),
         )
     for bar in attention.BARS:
         assert bar.shape[0] in attention.LENGTHS and bar.shape[1] in attention.HEAD_DIMS
@@ -215,7 +215,7 @@ def test_tritons_own_attention_is_a_peer_of_what_it_takes(tmp_path):
     file.write_text("""
 import torch
 from types import SimpleNamespace
-from forwardpass.attention.reference import attention as exact
+from forwardpass.ops.attention.reference import attention as exact
 import forwardpass as fp
 
 CAPABILITY = torch.cuda.get_device_capability()

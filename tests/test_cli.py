@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import forwardpass as fp
-from forwardpass import cli, comparison, console, doctor, embedding
+from forwardpass.cli import commands as cli
+from forwardpass.cli import comparison, console, doctor, embedding
 
 #: found without importing the package, as the command does
 NO_MINILM = importlib.util.find_spec(embedding.MINILM_PACKAGE.replace("-", "_")) is None
@@ -87,7 +88,7 @@ def test_doctor_json():
     assert {"versions", "device", "gpus", "build", "driver", "nvcc", "kernels", "measured", "problems"} <= set(found)
     assert found["versions"]["torch"] == torch.__version__
     rows = {(k["operation"], k["backend"]): k for k in found["kernels"]}
-    assert set(rows) == {(o, b) for o in fp.backend.operations for b in fp.backend.BACKENDS}
+    assert set(rows) == {(o, b) for o in fp.dispatch.operations for b in fp.dispatch.BACKENDS}
     for k in rows.values():
         assert (k["code"] is None) == (k["text"] is None) == (k["fix"] is None)
     assert rows["quantize", "cpu"]["parity"]["ok"]
@@ -101,7 +102,7 @@ def test_doctor_knows_what_can_be_interpreted():
     assert found["problem"] is None
     assert found["architectures"] == {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100"}
     rows = {(k["operation"], k["backend"]): k["code"] for k in found["kernels"]}
-    assert set(rows) == {(o, b) for o in fp.backend.operations for b in ("cuda", "triton")}
+    assert set(rows) == {(o, b) for o in fp.dispatch.operations for b in ("cuda", "triton")}
     assert rows["quantize", "cuda"] in (None, "not_built")
     said = console.describe_interpreter(found)
     assert said.startswith("stands in for A100 (sm_80), L40S (sm_89), H100 (sm_90a); ")
@@ -113,7 +114,7 @@ def test_doctor_table():
     result = run("doctor")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    for operation in fp.backend.operations:
+    for operation in fp.dispatch.operations:
         assert any(line.split()[:1] == [operation] for line in lines)
     assert max(map(len, lines)) <= 100
     if not torch.cuda.is_available():
@@ -124,7 +125,7 @@ def test_doctor_table():
 
 def test_doctor_does_not_blame_an_a100_for_its_tensor_cores(monkeypatch):
     with fp.interpret("sm_80"), monkeypatch.context() as m:
-        m.setattr(fp.backend, "operations", {"fp8_gemm": fp.backend.operations["fp8_gemm"]})
+        m.setattr(fp.dispatch, "operations", {"fp8_gemm": fp.dispatch.operations["fp8_gemm"]})
         m.setattr(torch.cuda, "is_available", lambda: True)
         m.setattr(torch.cuda, "device_count", lambda: 1)
         m.setattr(doctor.environment, "device", lambda name="cpu": {"name": name})
@@ -135,7 +136,7 @@ def test_doctor_does_not_blame_an_a100_for_its_tensor_cores(monkeypatch):
 
 
 def test_doctor_finds_a_kernel_that_is_wrong(monkeypatch):
-    op = fp.backend.operations["quantize"]
+    op = fp.dispatch.operations["quantize"]
     right = op.runs["cpu"]
     monkeypatch.setitem(op.runs, "cpu", lambda *args: tuple(r * 2 for r in right(*args)))
     op._bound.clear()
@@ -149,7 +150,7 @@ def test_doctor_finds_a_kernel_that_raises(monkeypatch):
     def broken(*args):
         raise RuntimeError("an illegal\n instruction")
 
-    op = fp.backend.operations["quantize"]
+    op = fp.dispatch.operations["quantize"]
     monkeypatch.setitem(op.runs, "cpu", broken)
     op._bound.clear()
     result = run("doctor")
@@ -159,10 +160,10 @@ def test_doctor_finds_a_kernel_that_raises(monkeypatch):
 
 
 def test_doctor_knows_an_old_driver(monkeypatch):
-    monkeypatch.setitem(fp.library.build_info, "nvcc", "13.0")
-    monkeypatch.setattr(fp.environment, "driver", lambda: "550.54.15")
+    monkeypatch.setitem(fp.dispatch.library.build_info, "nvcc", "13.0")
+    monkeypatch.setattr(doctor.environment, "driver", lambda: "550.54.15")
     assert "550.54.15" in doctor.examine()["problems"][0]
-    monkeypatch.setattr(fp.environment, "driver", lambda: "580.65.06")
+    monkeypatch.setattr(doctor.environment, "driver", lambda: "580.65.06")
     assert doctor.examine()["problems"] == []
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.quantized_rows import E4M3, empty_scales
+from forwardpass.ops.common.quantized_rows import E4M3, empty_scales
 from forwardpass.testing import assert_equal
 
 BACKENDS = [

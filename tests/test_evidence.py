@@ -2,7 +2,7 @@
 
 import pytest
 
-from forwardpass.planning.evidence import describe
+from forwardpass.swap.evidence import describe
 
 
 def minilm_like():

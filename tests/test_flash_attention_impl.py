@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import forwardpass as fp
-from forwardpass import flash_attention_impl
-from forwardpass.declined import Calls, counted
+from forwardpass.dispatch.calls import Calls, counted
+from forwardpass.integrations import flash_attention as flash_attention_impl
 
 OP = torch.ops.aten._scaled_dot_product_flash_attention
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
-from forwardpass.activations import interleave_gate_up
-from forwardpass.fp8_gemm import cases as gemm_cases
-from forwardpass.fp8_linear import cases as linear_cases
-from forwardpass.quantized_rows import E4M3
+from forwardpass import dispatch
+from forwardpass.ops.common.activations import interleave_gate_up
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.fp8_gemm import cases as gemm_cases
+from forwardpass.ops.fp8_linear import cases as linear_cases
 from forwardpass.testing import assert_equal
 
 MODULES = {"fp8_gemm": gemm_cases, "fp8_linear": linear_cases}
@@ -16,7 +16,7 @@ CASES = [pytest.param(name, case, id=f"{name}-{case}") for name, m in MODULES.it
 
 
 def operation(name, case):
-    return backend.operations[getattr(case, "op", name)]
+    return dispatch.operations[getattr(case, "op", name)]
 
 
 def outputs(result):

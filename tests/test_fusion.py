@@ -9,7 +9,7 @@ from small_models import assert_same_objects, batch, build, objects, outputs
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.activations import PLAIN, activate
+from forwardpass.ops.common.activations import PLAIN, activate
 from forwardpass.swap import fusion
 from forwardpass.swap.walker import linear_like
 

@@ -89,10 +89,12 @@ def test_skips_and_unknown_steps(run, tmp_path, capsys):
 
 
 def test_every_benchmark_and_operation_is_there(tmp_path):
-    from forwardpass import backend
+    from forwardpass import dispatch
 
-    kernels = {op.package.split(".")[-1] for op in backend.operations.values() if {"cuda", "triton"} & set(op.compiled)}
-    assert set(gpu.OPERATIONS) == kernels == {op.package.split(".")[-1] for op in backend.operations.values()}
+    kernels = {
+        op.package.split(".")[-1] for op in dispatch.operations.values() if {"cuda", "triton"} & set(op.compiled)
+    }
+    assert set(gpu.OPERATIONS) == kernels == {op.package.split(".")[-1] for op in dispatch.operations.values()}
     parts = [p.name for p in gpu.benchmarks(tmp_path)]
     assert {
         *gpu.OPERATIONS,

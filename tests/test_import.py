@@ -43,7 +43,7 @@ print(*(new & {"transformers", "safetensors", "typer", "rich", "triton", "numpy"
 @pytest.mark.parametrize("damage", ["missing", "broken"])
 def test_a_library_that_does_not_load_is_said_when_it_is_needed(tmp_path, damage):
     package = tmp_path / "forwardpass"
-    shutil.copytree(fp.library.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(fp.dispatch.library.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if damage == "broken":
         (package / "_ops.so").write_bytes(b"not a library")
     code = """

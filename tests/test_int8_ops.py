@@ -8,16 +8,19 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import dequant_activation, int8_gemm, int8_linear
-from forwardpass.dequant_activation import cases as dequant_cases
-from forwardpass.int8_gemm import cases as gemm_cases
-from forwardpass.int8_linear import cases as linear_cases
+from forwardpass.ops.dequant_activation import cases as dequant_cases
+from forwardpass.ops.dequant_activation import reference as dequant_reference
+from forwardpass.ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
+from forwardpass.ops.int8_gemm import cases as gemm_cases
+from forwardpass.ops.int8_gemm import reference as gemm_reference
+from forwardpass.ops.int8_linear import cases as linear_cases
+from forwardpass.ops.int8_linear import reference as linear_reference
 from forwardpass.testing import poisoned_outputs
 
 OPS = {
-    "dequant_activation": (dequant_activation.reference.dequant_activation, list(dequant_cases.cases())),
-    "int8_gemm": (int8_gemm.reference.int8_gemm, list(gemm_cases.cases())),
-    "int8_linear": (int8_linear.reference.int8_linear, list(linear_cases.cases())),
+    "dequant_activation": (dequant_reference.dequant_activation, list(dequant_cases.cases())),
+    "int8_gemm": (gemm_reference.int8_gemm, list(gemm_cases.cases())),
+    "int8_linear": (linear_reference.int8_linear, list(linear_cases.cases())),
 }
 ALL = [pytest.param(op, case, id=f"{op}-{case}") for op, (_, cases) in OPS.items() for case in cases]
 
@@ -44,7 +47,7 @@ def test_int8_gemm_by_hand():
 
 
 def test_accumulators_are_exact_at_the_greatest_depth():
-    k = fp.int8_gemm.MAX_K_ZERO_POINT
+    k = MAX_K_ZERO_POINT
     a = torch.full((1, k), -128, dtype=torch.int8)
     b = torch.full((2, k), 127, dtype=torch.int8)
     b[1, 1] = -127
@@ -68,7 +71,7 @@ def test_accumulators_are_exact_at_the_greatest_depth():
 @pytest.mark.parametrize("zero_point", [None, 127])
 def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     """Of -128 times -128, and with a zero point -255 times -128: one product more and, without one, int32 wraps."""
-    k = fp.int8_gemm.MAX_K if zero_point is None else fp.int8_gemm.MAX_K_ZERO_POINT
+    k = MAX_K if zero_point is None else MAX_K_ZERO_POINT
     assert zero_point is not None or (k + 1) * 2**14 == 2**31
     assert k * 255 * 128 < 2**31 or zero_point is None
     a, b, one = torch.full((1, k), -128, dtype=torch.int8), torch.full((2, k), -128, dtype=torch.int8), torch.ones(1)

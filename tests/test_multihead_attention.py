@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.declined import Calls, counted
+from forwardpass.dispatch.calls import Calls, counted
 
 BACKENDS = ["cpu", "reference"]
 N, L, S, E, H = 2, 5, 7, 32, 4

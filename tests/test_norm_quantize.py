@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.norm_quantize import ADD_NORM_QUANTIZE, NORM_QUANTIZE, cases, reference
+from forwardpass.ops.norm_quantize import ADD_NORM_QUANTIZE, NORM_QUANTIZE, cases, reference
 from forwardpass.testing import apart, assert_equal, poisoned_outputs
 
 CASES = list(cases.cases())

@@ -5,17 +5,17 @@ import re
 import pytest
 import torch
 
-from forwardpass import backend
-from forwardpass.activation_quantize import cases as activation_quantize
-from forwardpass.attention import cases as attention
-from forwardpass.dequant_activation import cases as dequant_activation
-from forwardpass.fp8_gemm import cases as fp8_gemm
-from forwardpass.fp8_linear import cases as fp8_linear
-from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.int8_linear import cases as int8_linear
-from forwardpass.norm_quantize import cases as norm_quantize
-from forwardpass.quantize import cases as quantize
-from forwardpass.w8a16_gemm import cases as w8a16_gemm
+from forwardpass import dispatch
+from forwardpass.ops.activation_quantize import cases as activation_quantize
+from forwardpass.ops.attention import cases as attention
+from forwardpass.ops.dequant_activation import cases as dequant_activation
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_linear import cases as fp8_linear
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_linear import cases as int8_linear
+from forwardpass.ops.norm_quantize import cases as norm_quantize
+from forwardpass.ops.quantize import cases as quantize
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -44,17 +44,17 @@ def cases():
 
 
 def test_every_operation_is_here():
-    assert {op.package.split(".")[-1] for op in backend.operations.values()} == set(MODULES)
+    assert {op.package.split(".")[-1] for op in dispatch.operations.values()} == set(MODULES)
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize(("name", "case"), list(cases()))
 def test_kernel(name, case, implementation, seed):
     args = case.arguments("cuda", seed=seed)
-    operation = backend.operations[getattr(case, "op", name)]
-    with backend.use_backend(implementation):
+    operation = dispatch.operations[getattr(case, "op", name)]
+    with dispatch.use_backend(implementation):
         if reason := operation.why_not(implementation, *args):  # FP8 on an A100
-            with pytest.raises(backend.Unsupported, match=re.escape(str(reason))):
+            with pytest.raises(dispatch.Unsupported, match=re.escape(str(reason))):
                 operation(*args)
             return
         got = operation(*args)
@@ -68,9 +68,9 @@ def test_on_another_stream(implementation):
     """An operation goes to the current stream: there it waits for what makes its argument."""
     x = torch.zeros(4096, 4096, device="cuda")
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), backend.use_backend(implementation):
+    with torch.cuda.stream(stream), dispatch.use_backend(implementation):
         torch.cuda._sleep(50_000_000)
         x.fill_(3.0)
-        got = backend.operations["quantize"](x, torch.int8, None, None, None, True, None)
+        got = dispatch.operations["quantize"](x, torch.int8, None, None, None, True, None)
     stream.synchronize()
     quantize.assert_matches(got, (torch.full((4096, 4096), 3.0), torch.int8, None, None, None, True, None))

@@ -9,7 +9,7 @@ from pipelines import TIMEOUT, Double, Held, fails_at, no_thread_stays, number, 
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.backend import choice
+from forwardpass.dispatch import choice
 
 
 @pytest.mark.parametrize("workers", [1, 3])

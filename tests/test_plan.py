@@ -7,7 +7,7 @@ import torch
 from small_models import assert_same_objects, block, codes, inputs, names, objects, outputs
 
 import forwardpass as fp
-from forwardpass.batches import Fingerprint
+from forwardpass.common.batches import Fingerprint
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])

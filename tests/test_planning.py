@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import importlib.util
 import json
 import math
 import pathlib
@@ -17,12 +18,13 @@ from test_cli import refused, run
 from torch import nn
 
 import forwardpass as fp
+from forwardpass.common.plots import require
+from forwardpass.common.text import count
+from forwardpass.common.timing import Timing
 from forwardpass.planning import measure, plots
 from forwardpass.planning import plan as planning
 from forwardpass.swap import originals
 from forwardpass.swap.plan import Plan
-from forwardpass.text import count
-from forwardpass.timing import Timing
 
 #: what a call costs in these tests, whatever it is
 TIMES = {"before": 4.0, "after": 1.5, "fp8": 1.0, "int8": 1.0, "int8+calibrated": 1.1, "w8a16": 5.0, "bf16": 2.0}
@@ -452,10 +454,10 @@ def test_plot(times, tmp_path, monkeypatch):
     assert set(found) == {"int8", "int8+calibrated", "bf16"}
     assert found["int8"][0] == 3.0 and found["bf16"][1] < found["int8"][1]
     with pytest.raises(ValueError, match=r"plan\.txt is none"):
-        plots.require("plan.txt")
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+        require("plan.txt")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'forwardpass\[cli\]'"):
-        plots.require("plan.png")
+        require("plan.png")
 
 
 @pytest.mark.parametrize("times_of", [{"int8": 9.0, "int8+calibrated": 9.0, "bf16": 9.0}, {}])

@@ -12,10 +12,10 @@ from small_models import block
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.planning import advice, phases
-from forwardpass.planning import profile as module
-from forwardpass.planning.layers import Inside, Row, look_inside
-from forwardpass.planning.roofline import Roofline, roofline
+from forwardpass.profiling import advice, phases
+from forwardpass.profiling import profile as module
+from forwardpass.profiling.layers import Inside, Row, look_inside
+from forwardpass.profiling.roofline import Roofline, roofline
 
 CPU = torch.device("cpu")
 

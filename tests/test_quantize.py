@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.quantize import OPERATION, cases, reference
+from forwardpass.ops.quantize import OPERATION, cases, reference
 from forwardpass.testing import poisoned_outputs
 
 CASES = list(cases.cases())

@@ -12,7 +12,7 @@ from small_models import VisionTransformer
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.declined import Calls, counted
+from forwardpass.dispatch.calls import Calls, counted
 
 B, H, D = 2, 4, 16
 

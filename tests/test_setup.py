@@ -12,7 +12,7 @@ import types
 import pytest
 
 import forwardpass as fp
-from forwardpass import cli
+from forwardpass.cli import commands as cli
 from forwardpass.interpreter import core
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -243,7 +243,7 @@ def test_linux_only(clean, monkeypatch):
 def test_an_installation_without_the_interpreter_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(core, "LIBRARY", tmp_path / "_interpreter.so")
     why = "built for aarch64, and the interpreter needs an x86-64 CPU with AVX2"
-    monkeypatch.setitem(fp.library.build_info, "interpreter_skipped", why)
+    monkeypatch.setitem(fp.dispatch.library.build_info, "interpreter_skipped", why)
     assert why in core.why_not.__wrapped__().text
 
 
@@ -251,7 +251,7 @@ def test_the_libraries_need_no_glibc_after_2_34():
     """That of Red Hat 9 and Ubuntu 22.04: the wheel's tag is made from these (atoi binds to 2.38 where there is one)."""
     if not shutil.which("readelf"):
         pytest.skip("needs readelf")
-    for library in fp.library.FOLDER.glob("_*.so"):
+    for library in fp.dispatch.library.FOLDER.glob("_*.so"):
         said = subprocess.run(["readelf", "-W", "-V", library], capture_output=True, text=True, check=True).stdout
         needed = [int(minor) for minor in re.findall(r"Name: GLIBC_2\.(\d+)", said)]
         assert needed and max(needed) <= 34, library.name

@@ -12,19 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from forwardpass.planning import size_batch as module
-from forwardpass.planning.load import run_load
-from forwardpass.planning.queueing import (
-    Policy,
-    ServiceTimes,
-    bootstrap,
-    percentile,
-    poisson,
-    served,
-    settled,
-    simulate,
-)
-from forwardpass.planning.size_batch import peak_memory, size_batch, try_policy
+from forwardpass.serving import size_batch as module
+from forwardpass.serving.load import run_load
+from forwardpass.serving.queueing import Policy, ServiceTimes, bootstrap, percentile, poisson, served, settled, simulate
+from forwardpass.serving.size_batch import peak_memory, size_batch, try_policy
 
 
 def constant(times):

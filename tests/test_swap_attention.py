@@ -13,8 +13,8 @@ from small_models import ATTENTION, assert_same_objects, batch, build, codes, na
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.declined import Calls, counted
-from forwardpass.swap import huggingface
+from forwardpass.dispatch.calls import Calls, counted
+from forwardpass.integrations import transformers_attention as huggingface
 
 
 def encoder(**options):

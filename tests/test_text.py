@@ -2,7 +2,7 @@
 
 import pytest
 
-from forwardpass.text import WIDTH, count, shortened, span, table, together, wrapped
+from forwardpass.common.text import WIDTH, count, shortened, span, table, together, wrapped
 
 
 def labels(names, kind=lambda name: None):

@@ -1,11 +1,14 @@
 """The rules that make the tree findable, and those that keep its layers apart."""
 
+import ast
+import inspect
 import pathlib
 import re
 
 import pytest
 
-from forwardpass.backend import operations
+import forwardpass as fp
+from forwardpass.dispatch import operations
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSRC, PYTHON = ROOT / "csrc", ROOT / "python/forwardpass"
@@ -25,7 +28,7 @@ def family(op):
 def test_an_operation_has_its_files_at_every_layer(op):
     name, compiled = family(op), operations[op].compiled
     files = ["__init__.py", "reference.py", "cases.py"] + ["triton_kernel.py"] * ("triton" in compiled)
-    assert not [f for f in files if not (PYTHON / name / f).exists()]
+    assert not [f for f in files if not (PYTHON / "ops" / name / f).exists()]
     assert (CSRC / name / f"{name}.cpp").exists()
     if "cuda" in compiled and name not in COMPOSED:
         assert (CSRC / name / f"{name}.h").exists()
@@ -49,6 +52,41 @@ def test_assembly_is_in_common_only():
         p for p in CSRC.rglob("*") if p.is_file() and p.relative_to(CSRC).parts[0] not in ("common", "interpreter")
     ]
     assert not [p for p in files if re.search(r"\basm\b", p.read_text())]
+
+
+#: Of python/forwardpass: what a package may import, beside the root's __version__. Who stands later may import who stands earlier.
+LAYERS = ("common", "dispatch", "testing", "interpreter", "ops", "nn", "integrations", "swap", "planning", "serving", "profiling",
+          "cli")  # fmt: skip
+
+
+def imports_of_other_packages():
+    """(file, its package, the package that it imports)."""
+    for path in PYTHON.rglob("*.py"):
+        parts = path.relative_to(PYTHON).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = [*parts[: len(parts) - node.level], *(node.module.split(".") if node.module else [])]
+                for name in [target[0]] if target else [alias.name for alias in node.names]:
+                    if name != parts[0] and name != "__version__":
+                        yield path, parts[0], name
+
+
+def test_packages_import_what_stands_before_them():
+    found = list(imports_of_other_packages())
+    assert {package for _, package, _ in found} <= {*LAYERS, "__init__", "__main__"}
+    against = [
+        (str(path), name)
+        for path, package, name in found
+        if package in LAYERS and LAYERS.index(package) < LAYERS.index(name)
+    ]
+    assert not against
+    assert len(found) > 100
+
+
+def test_the_public_names_are_all_there_is():
+    """Packages are where names come from; `fp.<Tab>` shows none of them but the two that are public."""
+    assert {*dir(fp)} == {*fp.__all__, "__version__"}
+    assert {name for name in dir(fp) if inspect.ismodule(getattr(fp, name))} == {"nn", "ops"}
 
 
 def test_files_do_one_job():

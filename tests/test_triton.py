@@ -18,17 +18,17 @@ import numpy
 import pytest
 import torch
 
-from forwardpass import backend
-from forwardpass.activation_quantize import cases as activation_quantize
-from forwardpass.attention import BUCKETS
-from forwardpass.attention import cases as attention
-from forwardpass.dequant_activation import cases as dequant_activation
-from forwardpass.fp8_gemm import cases as fp8_gemm
-from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.norm_quantize import cases as norm_quantize
-from forwardpass.quantize import cases as quantize
-from forwardpass.quantized_rows import E4M3
-from forwardpass.w8a16_gemm import cases as w8a16_gemm
+from forwardpass import dispatch
+from forwardpass.ops.activation_quantize import cases as activation_quantize
+from forwardpass.ops.attention import BUCKETS
+from forwardpass.ops.attention import cases as attention
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.dequant_activation import cases as dequant_activation
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.norm_quantize import cases as norm_quantize
+from forwardpass.ops.quantize import cases as quantize
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -59,8 +59,8 @@ SAMPLE = [
 
 
 def run(name, case, args):
-    with backend.use_backend("triton"):
-        return backend.operations[getattr(case, "op", name)](*args)
+    with dispatch.use_backend("triton"):
+        return dispatch.operations[getattr(case, "op", name)](*args)
 
 
 # What runs in the other processes.
@@ -81,7 +81,7 @@ class Triton:
 
 def start_interpreting():
     os.environ["TRITON_INTERPRET"] = "1"
-    backend.interpret_everywhere(Triton())
+    dispatch.interpret_everywhere(Triton())
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN: what no kernel wrote shows
 
@@ -141,7 +141,7 @@ def compile_for(architecture, name, case):
     from triton.runtime.driver import driver
 
     driver.active.architecture = architecture
-    backend.interpret_everywhere(Triton(f"sm_{architecture}"))
+    dispatch.interpret_everywhere(Triton(f"sm_{architecture}"))
     compiled.clear()
     scales_of_groups = getattr(case, "blocks", False)  # have a layout of their own
     args = case.arguments()

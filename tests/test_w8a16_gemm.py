@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from forwardpass import backend
+from forwardpass import dispatch
+from forwardpass.ops.w8a16_gemm import cases
 from forwardpass.testing import poisoned_outputs
-from forwardpass.w8a16_gemm import cases
 
 CASES = list(cases.cases())
 
@@ -19,11 +19,11 @@ def test_cpu_against_reference(case, seed):
 
 
 def test_gpus_take_16_bit_activations(monkeypatch):
-    monkeypatch.setitem(backend._WHY_NOT, "cuda", lambda device: None)
+    monkeypatch.setitem(dispatch.devices.WHY_NOT, "cuda", lambda device: None)
     gpu = torch.device("cuda", 0)
-    assert backend.only_reference_on("w8a16_gemm", gpu, torch.float32)
-    assert not backend.only_reference_on("w8a16_gemm", gpu, torch.bfloat16)
-    assert not backend.only_reference_on("int8_linear", gpu, torch.float32)
+    assert dispatch.only_reference_on("w8a16_gemm", gpu, torch.float32)
+    assert not dispatch.only_reference_on("w8a16_gemm", gpu, torch.bfloat16)
+    assert not dispatch.only_reference_on("int8_linear", gpu, torch.float32)
 
 
 def test_opcheck():

@@ -134,7 +134,7 @@ struct SegmentValues {
   }
 };
 
-// Range -> scale and zero point -> q. The formula is that of forwardpass.quantized_rows.quantize_values, operation by
+// Range -> scale and zero point -> q. The formula is that of forwardpass.ops.common.quantized_rows.quantize_values, operation by
 // operation: _rn intrinsics, so that no multiplication and addition become one.
 template <class Values>
 __device__ void quantize_segment(Values& values, const Segment& s, const QuantizedRows& out) {

@@ -4,15 +4,15 @@ import os as _os
 from typing import Any as _Any
 
 from . import nn, ops
-from .backend import Reason, Unsupported, explain, use_backend
-from .declined import declined
-from .flash_attention_impl import register_flash_attention_impl
+from .dispatch import Reason, Unsupported, explain, use_backend
+from .dispatch.calls import declined
+from .integrations.flash_attention import register_flash_attention_impl
+from .integrations.sdpa import sdpa
 from .planning.parity import ParityReport, parity
-from .planning.pipeline import ItemError, Pipeline
 from .planning.plan import plan
-from .planning.profile import Profile, profile
-from .planning.size_batch import BatchSizing, size_batch
-from .sdpa import sdpa
+from .profiling.profile import Profile, profile
+from .serving.pipeline import ItemError, Pipeline
+from .serving.size_batch import BatchSizing, size_batch
 from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
 
 __version__ = "0.1.0"
@@ -21,6 +21,11 @@ __all__ = [
     "Unsupported", "declined", "explain", "interpret", "load_pretrained", "nn", "ops", "parity", "plan", "profile",
     "register_flash_attention_impl", "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """The public names, without the packages that they come from."""
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> _Any:

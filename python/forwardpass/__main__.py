@@ -12,7 +12,7 @@ def main() -> None:
     except ImportError as e:
         print(f"forwardpass: the command line needs {e.name}: pip install 'forwardpass[cli]'", file=sys.stderr)
         sys.exit(2)
-    from .cli import app
+    from .cli.commands import app
 
     app()
 

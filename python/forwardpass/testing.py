@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import Operation
+from .dispatch import Operation
 
 #: [..., K] shapes that break kernels: single elements, single columns, non-multiples of every vector, block and tile.
 AWKWARD_SHAPES = ((1,), (1, 1), (239, 1), (799, 3), (113, 203), (2, 5, 130), (3, 1999), (3, 4097), (2, 16391))

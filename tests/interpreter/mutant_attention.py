@@ -5,7 +5,7 @@ run together, packed sequences, every kind of what is added to the scores."""
 import torch
 from mutant_instances import Instance
 
-from forwardpass.attention.cases import Case
+from forwardpass.ops.attention.cases import Case
 
 F16, BF16 = torch.float16, torch.bfloat16
 

@@ -7,11 +7,11 @@ import itertools
 import torch
 from mutant_instances import Instance
 
-from forwardpass.dequant_activation.cases import EpilogueCase
-from forwardpass.fp8_gemm import cases as fp8_gemm
-from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.quantized_rows import E4M3
-from forwardpass.w8a16_gemm import cases as w8a16_gemm
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 #: Whose arithmetic is not mutated here. CUDA's lines are in dequant_activation's kernel too, and mutated there; Triton's
 #: are not, and every option of theirs is compared in test_kernels.py.
@@ -19,9 +19,9 @@ EPILOGUE = (
     "csrc/common/activation.cuh",
     "csrc/common/epilogue.cuh",
     "csrc/common/vec.cuh",
-    "python/forwardpass/triton_activations.py",
-    "python/forwardpass/triton_epilogue.py",
-    "python/forwardpass/triton_rows.py",
+    "python/forwardpass/ops/common/triton_activations.py",
+    "python/forwardpass/ops/common/triton_epilogue.py",
+    "python/forwardpass/ops/common/triton_rows.py",
 )
 
 I8, F8, W8 = int8_gemm.Case, fp8_gemm.Case, w8a16_gemm.Case

@@ -8,7 +8,7 @@ import torch
 from mutant_launches import recording
 
 import forwardpass as fp
-from forwardpass.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.testing import poisoned_outputs
 
 
@@ -37,7 +37,7 @@ def instance_launches(instance, arch):
     ):
         for case in instance.cases:
             args, module = case.arguments(), sys.modules[type(case).__module__]
-            got = fp.backend.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
+            got = fp.dispatch.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
             module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
             for launch in recorded:
                 if instance.kernel in launch.kernel:

@@ -7,7 +7,7 @@ import functools
 import torch
 
 import forwardpass as fp
-from forwardpass.backend import interpreted_by
+from forwardpass.dispatch import interpreted_by
 from forwardpass.interpreter import Module, core
 from forwardpass.interpreter.device import make
 

@@ -23,9 +23,9 @@ import time
 import torch
 
 import forwardpass as fp
-from forwardpass.activations import GATED
-from forwardpass.int8_gemm import cases as int8_gemm
 from forwardpass.interpreter import Module
+from forwardpass.ops.common.activations import GATED
+from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import apart, poisoned_outputs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -62,7 +62,7 @@ WITNESSES = ("int8_matmul", "fp8_matmul", "fp8_descriptor_matmul", "bf16_matmul"
 
 
 def operation_launches(name, arch):
-    module = importlib.import_module(f"forwardpass.{name}.cases")
+    module = importlib.import_module(f"forwardpass.ops.{name}.cases")
     # each case in the one instance; bf16 weights belong to bf16 rows
     cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases() if math.prod(c.shape)]
     if name == "norm_quantize":
@@ -71,21 +71,21 @@ def operation_launches(name, arch):
     with recording() as launches, poisoned_outputs(), fp.interpret(arch, approximate=False), fp.use_backend("cuda"):
         for case in cases:
             args = case.arguments()
-            module.assert_matches(fp.backend.operations[getattr(case, "op", name)](*args), args)
+            module.assert_matches(fp.dispatch.operations[getattr(case, "op", name)](*args), args)
         longer = [(rows, columns + IN_REGISTERS) for rows, columns in SHAPES]
         shapes = SHAPES if name == "dequant_activation" else (*SHAPES, *WARPS, *longer)
         for case, shape, aligned in itertools.product(options(cases), shapes, (True, False)):
             whole = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
             args = dataclasses.replace(case, shape=whole).arguments()
             args = [place(t, aligned) if isinstance(t, torch.Tensor) else t for t in args]
-            fp.backend.operations[getattr(case, "op", name)](*args)
+            fp.dispatch.operations[getattr(case, "op", name)](*args)
             if shape in longer:
                 narrow(launches[-1])
         if name == "dequant_activation":  # also adds up what the parts of a product leave
             scaled = [case for case in options(cases) if case.epilogue.a_scale and case.epilogue.b_scale]
             for case, n, k in itertools.product(scaled, (3, 7, 32), SPLIT_K):
                 n = -(-n // 16) * 16 if needs_whole(case) else n
-                fp.backend.operations["int8_gemm"](*int8_gemm.Case(5, n, k, case.epilogue).arguments())
+                fp.dispatch.operations["int8_gemm"](*int8_gemm.Case(5, n, k, case.epilogue).arguments())
     torch.use_deterministic_algorithms(False)
     return [launch for launch in launches if launch.kernel == launches[0].kernel]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
+from forwardpass import dispatch
 from forwardpass.interpreter import Module, core, tensor_map
 
 pytestmark = pytest.mark.interpreted
@@ -105,17 +105,17 @@ def test_storage_is_known_for_one_launch_only(words):
 
 
 def test_blocks_nest_and_are_left():
-    assert (chosen(), backend.interpreter()) == ("cpu", None)
+    assert (chosen(), dispatch.interpreter()) == ("cpu", None)
     with fp.interpret("sm_90a") as outer:
         assert chosen() in ("cuda", "triton")
         with fp.interpret("sm_80") as inner:
-            assert backend.interpreter() is inner
-        assert backend.interpreter() is outer
+            assert dispatch.interpreter() is inner
+        assert dispatch.interpreter() is outer
         with fp.use_backend("cpu"):
             assert chosen() == "cpu"
     with pytest.raises(KeyError), fp.interpret("sm_80"):
         raise KeyError
-    assert (chosen(), backend.interpreter()) == ("cpu", None)
+    assert (chosen(), dispatch.interpreter()) == ("cpu", None)
 
 
 def test_the_core_follows():
@@ -169,11 +169,11 @@ def test_the_environment_interprets_every_thread():
     code = """
 import threading, torch, forwardpass as fp
 print(fp.explain("quantize", torch.ones(2, 8), torch.int8).chosen)
-t = threading.Thread(target=lambda: print(fp.backend.interpreter()))
+t = threading.Thread(target=lambda: print(fp.dispatch.interpreter()))
 t.start(); t.join()
 with fp.interpret("sm_80") as device:
-    print(fp.backend.interpreter() is device)
-print(fp.backend.interpreter())
+    print(fp.dispatch.interpreter() is device)
+print(fp.dispatch.interpreter())
 """
     done = python(code, FORWARDPASS_INTERPRET="sm_89", FORWARDPASS_INTERPRET_SEED="5")
     first, second, third, fourth = done.stdout.splitlines()
@@ -340,13 +340,13 @@ def test_compiled_calls_are_interpreted_or_refused():
 )
 def test_what_is_missing_is_said_with_what_to_do(missing, words, tmp_path):
     package = tmp_path / "forwardpass"
-    shutil.copytree(fp.library.FOLDER, package, ignore=shutil.ignore_patterns(missing, "__pycache__"))
+    shutil.copytree(fp.dispatch.library.FOLDER, package, ignore=shutil.ignore_patterns(missing, "__pycache__"))
     code = """
 import torch, forwardpass as fp
 with fp.interpret("sm_80"), fp.use_backend("cuda"):
     fp.ops.quantize(torch.ones(2, 8), torch.int8)
 """
-    path = [p for p in sys.path if p and p != str(fp.library.FOLDER.parent)]
+    path = [p for p in sys.path if p and p != str(fp.dispatch.library.FOLDER.parent)]
     done = python(code, PYTHONPATH=":".join([str(tmp_path), *path]))
     assert re.search(words, done.stderr.splitlines()[-1]), done.stderr
 
@@ -355,13 +355,13 @@ with fp.interpret("sm_80"), fp.use_backend("cuda"):
 def test_triton_may_be_absent(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
-    backend.why_no_triton.cache_clear()
+    dispatch.why_no_triton.cache_clear()
     try:
         with fp.interpret("sm_80"):
             assert fp.explain("quantize", X, torch.int8)["triton"].code == "not_installed"
             assert fp.ops.quantize(X, torch.int8)[0].shape == X.shape
     finally:
-        backend.why_no_triton.cache_clear()
+        dispatch.why_no_triton.cache_clear()
 
 
 def test_tritons_own_interpreter_is_not_mixed_in(monkeypatch):

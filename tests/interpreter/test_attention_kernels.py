@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
-from forwardpass.attention import bucket, cases
+from forwardpass import dispatch
+from forwardpass.ops.attention import bucket, cases
 from forwardpass.testing import assert_equal
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
@@ -37,7 +37,7 @@ def run(kernel, op, args, seed=0, checks=True):
     with fp.interpret(arch, seed=seed, checks=checks) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
-        got = backend.operations[op](*args)
+        got = dispatch.operations[op](*args)
     assert device.findings == []
     if args[0].numel() and args[1].numel():
         assert device.counters["launches"] == 1
@@ -46,7 +46,7 @@ def run(kernel, op, args, seed=0, checks=True):
 
 def with_lse(kernel, q, k, v, checks=True, **options):
     """attention_with_lse by the names of its options."""
-    names = backend.operations["attention"].parameters[3:]
+    names = dispatch.operations["attention"].parameters[3:]
     defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
     assert options.keys() <= set(names)
     args = (q, k, v, *(options.get(n, defaults.get(n)) for n in names))
@@ -64,7 +64,7 @@ def reason_of_refusal(case):
 def test_kernel(case, kernel, seed):
     args = case.arguments(seed=seed)
     implementation, arch = kernel
-    operation = backend.operations[case.op]
+    operation = dispatch.operations[case.op]
     if code := reason_of_refusal(case):
         with fp.interpret(arch), fp.use_backend(implementation):
             reason = operation.why_not(implementation, *args)
@@ -240,7 +240,7 @@ def test_opcheck(kernel, packed):
             "the interpreter knows the operation's arguments, not opcheck's copies; attention_cpu has the same schema"
         )
     case = cases.Case((33, 70), (40, 40), causal=True, sinks="dtype", lse=True, packed=packed, awkward=False)
-    operation, args = backend.operations[case.op], case.arguments()
+    operation, args = dispatch.operations[case.op], case.arguments()
     run(kernel, case.op, args)  # registers Triton's
     with fp.interpret(kernel[1]):
         torch.library.opcheck(operation.runs[kernel[0]], args)

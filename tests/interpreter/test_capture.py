@@ -8,20 +8,20 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
-from forwardpass.activation_quantize import cases as activation_quantize
-from forwardpass.attention import cases as attention
-from forwardpass.dequant_activation import cases as dequant_activation
-from forwardpass.fp8_gemm import cases as fp8_gemm
-from forwardpass.fp8_linear import cases as fp8_linear
-from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.int8_linear import cases as int8_linear
+from forwardpass import dispatch
 from forwardpass.interpreter import core
 from forwardpass.interpreter.storage import add_function
-from forwardpass.norm_quantize import cases as norm_quantize
-from forwardpass.quantize import cases as quantize
+from forwardpass.ops.activation_quantize import cases as activation_quantize
+from forwardpass.ops.attention import cases as attention
+from forwardpass.ops.dequant_activation import cases as dequant_activation
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_linear import cases as fp8_linear
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_linear import cases as int8_linear
+from forwardpass.ops.norm_quantize import cases as norm_quantize
+from forwardpass.ops.quantize import cases as quantize
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.testing import assert_equal
-from forwardpass.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = pytest.mark.interpreted
 
@@ -81,7 +81,7 @@ def bits(t):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 @pytest.mark.parametrize(("name", "case"), CASES, ids=str)
 def test_replay_is_a_call(name, case, arch):
-    operation = backend.operations[getattr(case, "op", name)]
+    operation = dispatch.operations[getattr(case, "op", name)]
     args, others = case.arguments(seed=0), case.arguments(seed=1)
     run = operation.runs["cuda"]
     with fp.interpret(arch) as device:
@@ -106,5 +106,5 @@ def test_replay_is_a_call(name, case, arch):
 
 
 def test_every_operation_is_captured():
-    with_kernels = {name for name, op in backend.operations.items() if "cuda" in op.compiled}
+    with_kernels = {name for name, op in dispatch.operations.items() if "cuda" in op.compiled}
     assert {getattr(case, "op", name) for name, case in CASES} == with_kernels | {"attention", "attention_with_lse"}

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
-from forwardpass.fp8_gemm import cases as fp8_gemm
-from forwardpass.fp8_linear import cases as fp8_linear
-from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.int8_linear import cases as int8_linear
+from forwardpass import dispatch
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_linear import cases as fp8_linear
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_linear import cases as int8_linear
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.testing import assert_equal
-from forwardpass.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
@@ -37,7 +37,7 @@ def reason_of_refusal(operation, args, arch):
 
 def check(name, case, implementation, arch, seed, truncating):
     args = case.arguments(seed=seed)
-    operation = backend.operations[getattr(case, "op", name)]
+    operation = dispatch.operations[getattr(case, "op", name)]
     with fp.interpret(arch, seed=seed, truncating=truncating) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
@@ -82,7 +82,7 @@ def test_weights_are_widened_exactly(w_dtype, implementation, arch, seed):
     """All 256 in each byte of a word, NaN and denormals included, which no random weight is."""
     codes = torch.arange(-128, 128, dtype=torch.int8)
     w = torch.einsum("ij,n->inj", torch.eye(4, dtype=torch.int8), codes).reshape(1024, 4).view(w_dtype)
-    operation, one = backend.operations["w8a16_gemm"], torch.ones(1)
+    operation, one = dispatch.operations["w8a16_gemm"], torch.ones(1)
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
@@ -104,7 +104,7 @@ def test_rows_may_be_one_and_the_same(name, implementation, arch):
     options = (None, None) if name == "w8a16_gemm" else (None, None, torch.float32, None)
     scales = (one,) if name == "w8a16_gemm" else (one, one)
     args = (x, w, *scales, *options, *((None, None) if name == "int8_gemm" else ()))
-    operation = backend.operations[name]
+    operation = dispatch.operations[name]
     with fp.interpret(arch) as device, fp.use_backend(implementation):
         if operation.why_not(implementation, *args):
             return  # test_kernel has the reason

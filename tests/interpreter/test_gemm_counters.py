@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
+from forwardpass import dispatch
 from forwardpass.interpreter import core
 
 pytestmark = pytest.mark.interpreted
@@ -55,7 +55,7 @@ def main_loops(arch):
         pytest.skip("there are no CUDA kernels that could be interpreted")
     found = {}
     for name, options in variants():
-        operation = backend.operations[name]
+        operation = dispatch.operations[name]
         with fp.interpret(arch):
             shapes = () if operation.why_not_on("cuda", torch.device("cpu")) else SHAPES
         for m, n in shapes:

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
-from forwardpass.dequant_activation.cases import EpilogueCase, assert_epilogue_matches
-from forwardpass.fp8_gemm import cases as fp8_gemm
-from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.int8_gemm.reference import int8_gemm as int8_reference
-from forwardpass.quantized_rows import E4M3
+from forwardpass import dispatch
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.dequant_activation.cases import EpilogueCase, assert_epilogue_matches
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_gemm.reference import int8_gemm as int8_reference
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.testing import assert_equal
-from forwardpass.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
@@ -30,7 +30,7 @@ FP8 = [
 def interpreted(case, seed, kernel, truncating=False, op="int8_gemm"):
     args = case.arguments(seed=seed)
     with fp.interpret("sm_90a", seed=seed, truncating=truncating, counters=True) as device, fp.use_backend("cuda"):
-        got = backend.operations[getattr(case, "op", op)](*args)
+        got = dispatch.operations[getattr(case, "op", op)](*args)
     assert device.findings == []
     assert any(kernel in k.kernel for k in device.kernels())
     return got, args
@@ -75,7 +75,7 @@ def test_fp8_gemm_quantize_is_one_kernel_with_the_bits_of_two(m, n, activation, 
         seed=seed
     )
     with fp.interpret("sm_90a", seed=seed, approximate=False) as device, fp.use_backend("cuda"):
-        y = backend.operations["fp8_gemm"](*args)
+        y = dispatch.operations["fp8_gemm"](*args)
         expected = fp.ops.quantize(y, torch.float8_e4m3fn, group_size=128)
         before = device.counters["launches"]
         got = fp.ops.fp8_gemm_quantize(*args[:4], bias=args[4], activation=activation)
@@ -93,5 +93,5 @@ def test_scales_of_b_that_begin_anywhere(seed):
         b_scale = torch.cat([torch.full((offset,), torch.nan), args[3].flatten()])[offset:].view(args[3].shape)
         moved = (*args[:3], b_scale, *args[4:])
         with fp.interpret("sm_90a", seed=seed) as device, fp.use_backend("cuda"):
-            fp8_gemm.assert_matches(backend.operations["fp8_gemm"](*moved), moved)
+            fp8_gemm.assert_matches(dispatch.operations["fp8_gemm"](*moved), moved)
         assert device.findings == []

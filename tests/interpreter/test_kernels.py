@@ -3,11 +3,11 @@
 import pytest
 
 import forwardpass as fp
-from forwardpass import backend
-from forwardpass.activation_quantize import cases as activation_quantize
-from forwardpass.dequant_activation import cases as dequant_activation
-from forwardpass.norm_quantize import cases as norm_quantize
-from forwardpass.quantize import cases as quantize
+from forwardpass import dispatch
+from forwardpass.ops.activation_quantize import cases as activation_quantize
+from forwardpass.ops.dequant_activation import cases as dequant_activation
+from forwardpass.ops.norm_quantize import cases as norm_quantize
+from forwardpass.ops.quantize import cases as quantize
 from forwardpass.testing import assert_equal
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
@@ -25,7 +25,7 @@ REAL = [(name, case) for name, module in MODULES.items() for case in module.BENC
 
 def check(name, case, implementation, arch, seed):
     args = case.arguments(seed=seed)
-    operation = backend.operations[getattr(case, "op", name)]
+    operation = dispatch.operations[getattr(case, "op", name)]
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
@@ -69,7 +69,7 @@ def test_no_false_alarm_in_20_seeds(name, case, implementation, arch):
         with fp.interpret(arch, seed=seed, approximate=False) as device, fp.use_backend(implementation):
             if reason := device.why_not(implementation):
                 pytest.skip(str(reason))
-            got = backend.operations[getattr(case, "op", name)](*args)
+            got = dispatch.operations[getattr(case, "op", name)](*args)
         assert device.findings == []
         assert device.counters["launches"] > 0
         got = got if isinstance(got, tuple) else (got,)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend, embedding
+from forwardpass import dispatch
+from forwardpass.cli import embedding
 from forwardpass.nn import Int8Linear
 
 pytestmark = pytest.mark.interpreted
@@ -54,7 +55,7 @@ def test_as_it_is(minilm):
     with fp.interpret("sm_80", seed=1) as device:
         got = model(**batch).last_hidden_state
     assert torch.equal(got, expected)
-    has_kernel = "cuda" in backend.operations["int8_linear"].compiled and device.why_not("cuda") is None
+    has_kernel = "cuda" in dispatch.operations["int8_linear"].compiled and device.why_not("cuda") is None
     assert (device.counters["launches"] > 0) == has_kernel
 
 

@@ -5,7 +5,8 @@ import torch
 from small_models import batch, build
 
 import forwardpass as fp
-from forwardpass import backend, embedding
+from forwardpass import dispatch
+from forwardpass.cli import embedding
 
 pytestmark = pytest.mark.interpreted
 
@@ -37,7 +38,7 @@ def models(name):
 @pytest.mark.parametrize("name", ["bert", "llama", "minilm"])
 def test_swapped(name, precision, implementation):
     dtype, operation, most = PRECISIONS[precision]
-    if implementation not in backend.operations[operation].compiled:
+    if implementation not in dispatch.operations[operation].compiled:
         pytest.skip(f"{operation} has no {implementation} kernel")
     model, inputs = models(name)
     model = model.to(dtype)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass import backend
-from forwardpass.dequant_activation.cases import EpilogueCase
-from forwardpass.fp8_gemm import cases as fp8_gemm
-from forwardpass.int8_gemm import cases as int8_gemm
-from forwardpass.quantized_rows import E4M3
-from forwardpass.w8a16_gemm import cases as w8a16_gemm
+from forwardpass import dispatch
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
@@ -21,7 +21,7 @@ def run(name, args, arch, **options):
     with fp.interpret(arch, counters=True, **options) as device, fp.use_backend("cuda"):
         if reason := device.why_not("cuda"):
             pytest.skip(str(reason))
-        got = backend.operations[name](*args)
+        got = dispatch.operations[name](*args)
     assert device.findings == []
     return got, device
 

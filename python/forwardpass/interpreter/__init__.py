@@ -1,7 +1,7 @@
 """Runs CUDA and Triton kernels on the CPU, and checks them: csrc/interpreter/README.md.
 
 The rest of the package imports it on first use alone, for `fp.interpret`, `forwardpass doctor` and what is known of the rates of
-GPUs; operations reach it through the seam backend.Interpreter.
+GPUs; operations reach it through the seam dispatch.Interpreter.
 """
 
 from .device import Device, interpret

@@ -9,8 +9,7 @@ import pathlib
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from .. import library
-from ..backend import Reason
+from ..dispatch import Reason, library
 from .finding import InterpreterFinding
 
 #: architecture -> the GPU that is modelled

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend, library
-from ..backend import Operation, Reason, Unsupported
+from .. import dispatch
+from ..dispatch import Operation, Reason, Unsupported, library
 from . import core
 from .finding import InterpreterFinding
 from .guard import Guard
@@ -120,12 +120,12 @@ class Device:
 
     @staticmethod
     def bind(operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]:
-        """The seam in backend.py leads here."""
+        """The seam in dispatch.py leads here."""
         return functools.partial(_interpreted, operation, run)
 
     def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """An operation of forwardpass on CPU tensors."""
-        if any(map(backend.of_subclass, args)):
+        if any(map(dispatch.of_subclass, args)):
             return run(*args)  # a fake tensor has no data to interpret
         with self.running() as scope:
             names = [f"argument {n} of {operation.name}" for n in operation.parameters]
@@ -181,7 +181,7 @@ def _install(device: Device | None) -> None:
 
 def current() -> Device:
     """This thread's device; raises where it has none."""
-    device = backend.interpreter()
+    device = dispatch.interpreter()
     if not isinstance(device, Device):
         raise RuntimeError("no GPU is interpreted in this thread: launch within `with fp.interpret('sm_90a'):`")
     return device
@@ -260,12 +260,12 @@ def interpret(
         arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard,
         counters=counters, threads=threads,
     )  # fmt: skip
-    before = backend.interpreter()
+    before = dispatch.interpreter()
     _take_triton()
     try:
         with _lock:
             _install(device)
-        with backend.interpreted_by(device):
+        with dispatch.interpreted_by(device):
             yield device
     finally:
         _give_triton_back()
@@ -274,7 +274,7 @@ def interpret(
 
 
 def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
-    device = backend.interpreter()
+    device = dispatch.interpreter()
     assert isinstance(device, Device)
     return device.call(operation, run, args)
 
@@ -291,7 +291,7 @@ def interpret_process() -> None:
     _take_triton()
     with _lock:
         _install(device)
-    backend.interpret_everywhere(device)
+    dispatch.interpret_everywhere(device)
 
 
 def _take_triton() -> None:

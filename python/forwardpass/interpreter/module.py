@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import dispatch
 from . import core
 from .device import Device, current, make
 from .guard import Guard
@@ -44,9 +45,7 @@ class Module:
         return Kernel(self, name)
 
     def device(self) -> Device:
-        from .. import backend
-
-        return self._own if self._own and backend.interpreter() is None else current()
+        return self._own if self._own and dispatch.interpreter() is None else current()
 
 
 class Kernel:

@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import _allocation
 from triton.runtime.driver import driver as active
 
-from .. import backend
+from .. import dispatch
 from .device import Device, current
 from .guard import Guard
 from .module import Kernel, Module
@@ -49,7 +49,7 @@ class PtxCompiler(CUDABackend):
 
 
 def _compiler(target: GPUTarget) -> CUDABackend:
-    return (PtxCompiler if backend.interpreter() else CUDABackend)(target)
+    return (PtxCompiler if dispatch.interpreter() else CUDABackend)(target)
 
 
 _compiler.supports_target = CUDABackend.supports_target  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ class Driver:
         self._before = before
 
     def __getattr__(self, name: str) -> Any:
-        if backend.interpreter():
+        if dispatch.interpreter():
             return getattr(_INTERPRETED, name)
         return getattr(self._before or active.default, name)
 
@@ -108,7 +108,7 @@ class InterpretedDriver:
 
 def count(call: Callable[[], Any], quantiles: Sequence[float] | None = None, **_: Any) -> Any:
     """What autotuning compares: warp instructions of a call, which are the same each time. They are no time on a GPU."""
-    if not isinstance(device := backend.interpreter(), Device):  # autotuners keep their benchmarker
+    if not isinstance(device := dispatch.interpreter(), Device):  # autotuners keep their benchmarker
         return active.active.get_benchmarker()(call, quantiles=quantiles, **_)
     before = device.counters["warp_instructions"]
     call()

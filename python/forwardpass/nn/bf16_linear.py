@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backend import Reason
+from ..dispatch import Reason
 from ..ops import dequant_activation
 from .layer import QuantizedLinear, as_dtype, linear_weight
 

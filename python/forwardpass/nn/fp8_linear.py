@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..fp8_gemm.reference import columns_scale, rows_scale
-from ..fp8_linear import OPERATION
-from ..fp8_linear.reference import quantized_input
-from ..quantized_rows import E4M3
+from ..ops.common.quantized_rows import E4M3
+from ..ops.fp8_gemm.reference import columns_scale, rows_scale
+from ..ops.fp8_linear import OPERATION
+from ..ops.fp8_linear.reference import quantized_input
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 SCALES = ("tensor", "row", "block")

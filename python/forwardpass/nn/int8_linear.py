@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..epilogue import per_row
-from ..int8_gemm import MAX_K_ZERO_POINT
-from ..int8_linear import OPERATION
-from ..int8_linear.reference import quantized_input
+from ..ops.common.epilogue import per_row
+from ..ops.int8_gemm import MAX_K_ZERO_POINT
+from ..ops.int8_linear import OPERATION
+from ..ops.int8_linear.reference import quantized_input
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 

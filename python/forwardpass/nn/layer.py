@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import PLAIN, activate, check_activation
-from ..backend import Reason, operations
-from ..fp8_gemm import BLOCK
+from ..dispatch import Reason, operations
 from ..ops import quantize
-from ..quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
-from ..w8a16_gemm.reference import dequantize_weight
+from ..ops.common.activations import PLAIN, activate, check_activation
+from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
+from ..ops.fp8_gemm import BLOCK
+from ..ops.w8a16_gemm.reference import dequantize_weight
 
 
 def is_conv1d(module: nn.Module) -> bool:

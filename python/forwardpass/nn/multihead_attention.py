@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import ATTENTION
-from ..backend import Reason
-from ..declined import decline, take
-from ..quantized_rows import FLOATS
+from ..dispatch import Reason
+from ..dispatch.calls import decline, take
+from ..ops.attention import ATTENTION
+from ..ops.common.quantized_rows import FLOATS
 
 _WEIGHTS = Reason(
     "need_weights",

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..quantized_rows import E4M3
-from ..w8a16_gemm import OPERATION
+from ..ops.common.quantized_rows import E4M3
+from ..ops.w8a16_gemm import OPERATION
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 SCALES = ("row", "group")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batches import padding_mask
+from ..common.batches import padding_mask
 
 #: of embeddings, which are all compared with one another
 MOST_EMBEDDINGS = 4096

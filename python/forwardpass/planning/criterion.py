@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batches import padding_mask
+from ..common.batches import padding_mask
 
 #: metric(output, reference, batch): how much worse the output is, 0 where it is the reference
 Metric = Callable[[Tensor, Tensor, Any], float]

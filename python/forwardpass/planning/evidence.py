@@ -1,4 +1,4 @@
-"""What `fp.plan` measured, as JSON keeps it beside a plan, and as a table."""
+"""What `fp.plan` measured, as JSON keeps it beside a plan."""
 
 from __future__ import annotations
 
@@ -6,70 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..text import count, span, table, together, wrapped
+from ..swap.evidence import NO_GAIN
 from .choose import Frontier
 from .measure import Candidate, Layer
 
 #: Points of the frontier that are kept.
 POINTS = 200
-NO_GAIN = "left alone: no candidate is faster"
-
-
-#: What tables and plots read of it: objects with these entries and perhaps others, lists and mappings (key "*") of one kind,
-#: a tuple for one of several.
-_NUMBER = (int, float)
-_MS = (None, {"low": _NUMBER})
-_FORM: Any = {
-    "candidates": [str],
-    "target": str,
-    "result": str,
-    "seconds": _NUMBER,
-    "layers": [{
-        "fqn": str, "choice": (None, str), "reason": str, "before": {"ms": _MS, "bytes": int},
-        "candidates": {"*": {
-            "refused": (None, {"code": str, "text": str}), "ms": _MS, "bytes": int, "error": (None, *_NUMBER),
-            "output": (None, {"mean": _NUMBER}),
-        }},
-    }],
-    "blocks": {"*": {"before": _NUMBER, "after": _NUMBER, "error": _NUMBER, "candidates": {"*": (None, *_NUMBER)}}},
-    "predicted": {"before": _NUMBER, "after": _NUMBER, "gap": _NUMBER, "error": _NUMBER},
-    "attempts": [{"cost": _NUMBER, "predicted": _NUMBER, "holds": bool}],
-    "frontier": [[_NUMBER]],
-}  # fmt: skip
-
-
-def check(evidence: Any) -> None:
-    """ValueError, in part of a sentence, where it is nothing that `describe` and the plot of a plan can show."""
-    if problem := _misfit(evidence, _FORM, ""):
-        raise ValueError(problem)
-    if any(len(point) != 2 for point in evidence["frontier"]):
-        raise ValueError("a point of the frontier is no pair of cost and error")
-    names = set(evidence["candidates"])
-    for what in ("layers", "blocks"):
-        given = evidence[what]
-        for key, x in given.items() if what == "blocks" else enumerate(given):
-            if set(x["candidates"]) != names:
-                raise ValueError(f"{what}.{str(key)[:40]} has other candidates than {', '.join(sorted(names))[:80]}")
-
-
-def _misfit(given: Any, form: Any, where: str) -> str | None:
-    if isinstance(form, tuple):
-        found = [_misfit(given, one, where) for one in form]
-        return None if None in found else found[-1]
-    if form is None or isinstance(form, type):
-        kind = type(None) if form is None else form
-        return None if type(given) is kind else f"{where[1:]} is {str(given)[:40]!r}, no {kind.__name__}"
-    if type(given) is not type(form):
-        return f"{where[1:] or 'it'} is no {'list' if isinstance(form, list) else 'object'}"
-    if isinstance(form, list):
-        parts = [(f"{where}.{i}", x, form[0]) for i, x in enumerate(given)]
-    elif "*" in form:
-        parts = [(f"{where}.{key[:40]}", x, form["*"]) for key, x in given.items()]
-    else:
-        if missing := form.keys() - given.keys():
-            return f"{where[1:] or 'it'} has no {min(missing)}"
-        parts = [(f"{where}.{key}", given[key], one) for key, one in form.items()]
-    return next((problem for part in parts if (problem := _misfit(part[1], part[2], part[0]))), None)
 
 
 def row(layer: Layer, choice: str | None, target: str) -> dict[str, Any]:
@@ -139,91 +81,3 @@ def thinned(front: Frontier) -> list[list[float]]:
     """[least cost, predicted error], from the least error on."""
     every = max(1, len(front) // POINTS)
     return [[front.bounds[i], front.errors[i]] for i in sorted({*range(0, len(front), every), len(front) - 1})]
-
-
-def describe(evidence: Mapping[str, Any]) -> str:
-    """The plan in words, and as tables: what every candidate takes on each layer and the error that it brings at the output,
-    layers that are alike in one row, by what was chosen or why nothing was; and the same by block.
-    """
-    predicted, target = evidence["predicted"], evidence["target"]
-    unit, total = ("ms", "{:.4g} ms") if target == "latency" else ("MB", "{} bytes")
-    before, after = (total.format(predicted[when]) for when in ("before", "after"))
-    lines = [
-        *(line for part in evidence["result"].split("; ") for line in wrapped(part)),
-        *wrapped(f"layers: {before} before, {after} planned, within {predicted['gap']:.2g} of the least for an error of "
-                 f"{predicted['error']:.2e}; {count(len(evidence['attempts']), 'plan')} verified; "
-                 f"{evidence['seconds']:.0f} s in all"),
-    ]  # fmt: skip
-    layers = evidence["layers"]
-    tried = [n for n in evidence["candidates"] if any(_cost(x["candidates"][n], target) is not None for x in layers)]
-    sections: dict[str, list[Mapping[str, Any]]] = {}
-    for x in layers:
-        sections.setdefault(_section(x), []).append(x)
-    rows: list[tuple[str, ...] | str] = [("layers", f"as it is\n{unit}", *(_heading(name) for name in tried))]
-    for section, members in sections.items():
-        rows.append(f"{section}{_gain(members, target)}")
-        for name, same in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
-            rows.append((name, _costs([x["before"] for x in same], target),
-                         *(_costs([x["candidates"][n] for x in same], target) for n in tried)))  # fmt: skip
-            errors = [_errors([x["candidates"][n] for x in same]) for n in tried]
-            if set(errors) != {"-"}:
-                rows.append(("  error at the output", "", *errors))
-    lines += ["", *table(rows, right=range(1, 2 + len(tried)))]
-    lines += ["", *wrapped(f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row; "
-                           "-: no gain, not measured")]  # fmt: skip
-    for name in evidence["candidates"]:
-        if name not in tried:
-            reasons = dict.fromkeys(x["candidates"][name]["refused"]["text"] for x in layers)
-            lines += wrapped(f"{name}: {'; '.join(reasons)}")
-    if evidence["blocks"]:
-        rows = [("blocks", "as it is", "planned", "error", *(f"all in\n{_heading(name)}" for name in tried))]
-        rows += [
-            (fqn, *(total.format(x[when]) for when in ("before", "after")), f"{x['error']:.1e}",
-             *("-" if (error := x["candidates"][name]) is None else f"{error:.1e}" for name in tried))
-            for fqn, x in evidence["blocks"].items()
-        ]  # fmt: skip
-        lines += ["", *table(rows, right=range(1, 4 + len(tried)))]
-    return "\n".join(lines)
-
-
-#: What errors at the output are, by the kind of criterion.
-_MEANING = {
-    "min_cosine": "mean of 1 - cosine",
-    "max_error": "mean of the squared relative error",
-    "metric": "mean of the metric",
-}
-
-
-def _heading(name: str) -> str:
-    return name.replace("+", "+\n")
-
-
-def _section(x: Mapping[str, Any]) -> str:
-    """What was chosen, or why nothing was: without the times, which are in the row."""
-    if x["choice"]:
-        return str(x["choice"])
-    return NO_GAIN if x["reason"].startswith(NO_GAIN) else str(x["reason"]).replace(repr(x["fqn"]), "its name")
-
-
-def _gain(members: list[Mapping[str, Any]], target: str) -> str:
-    chosen = [(_cost(x["before"], target), _cost(x["candidates"][x["choice"]], target)) for x in members if x["choice"]]
-    gains = [before / after for before, after in chosen if before and after]
-    what = "times as fast" if target == "latency" else "times as small"
-    return f": {span(gains, '.2f')} {what}" if gains else ""
-
-
-def _cost(x: Mapping[str, Any], target: str) -> float | None:
-    """Milliseconds or megabytes, of a layer as it is or of a candidate."""
-    if target == "memory":
-        return x["bytes"] / 1e6 if x["bytes"] else None
-    return x["ms"]["low"] if x["ms"] else None
-
-
-def _costs(found: list[Mapping[str, Any]], target: str) -> str:
-    costs = [cost for x in found if (cost := _cost(x, target)) is not None]
-    return span(costs, ".3g") if costs else "-"
-
-
-def _errors(found: list[Mapping[str, Any]]) -> str:
-    errors = [x["output"]["mean"] for x in found if x["output"]]
-    return f"{max(errors):.1e}" if errors else "-"

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import Reason, only_reference_on
-from ..batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
+from ..common.batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
+from ..common.files import read_json, write_json
+from ..common.modules import tensor_bytes
+from ..common.timing import Timing, Track, interleave
+from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
 from ..swap.calibrate import calibration_arguments
-from ..swap.files import read_json, write_json
 from ..swap.plan import Plan
 from ..swap.precision import Precision, find_precision
 from ..swap.rules import Context, why_skip
-from ..swap.swapping import build, planned, swap_planned, tensor_bytes
+from ..swap.swapping import build, planned, swap_planned
 from ..swap.walker import Leaf
-from ..timing import Timing, Track, interleave
 from .criterion import Criterion
 from .parity import LayerParity
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
+from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
+from ..common.modules import plain_module
+from ..common.text import count, table, wrapped
 from ..nn import QuantizedLinear
 from ..swap import originals
-from ..swap.walker import plain_module
-from ..text import count, table, wrapped
 from .agreement import TASKS, task_of
 from .criterion import cosines, samples
 
@@ -168,7 +168,7 @@ def parity(
     task: str | None = "auto",
     compiled: bool = False,
 ) -> ParityReport:
-    """Compares a swapped model with the original on `batches` (see `forwardpass.batches`), at its output and in every
+    """Compares a swapped model with the original on `batches` (see `forwardpass.common.batches`), at its output and in every
     layer.
 
     Args:

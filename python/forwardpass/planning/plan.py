@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import environment
-from ..backend import Reason
-from ..batches import Fingerprint, Forward, Output, device_of, evaluating, run
+from ..common import environment
+from ..common.batches import Fingerprint, Forward, Output, device_of, evaluating, run
+from ..common.modules import plain_module, tensor_bytes
+from ..common.text import megabytes
+from ..common.timing import Timing, Track, interleave, untracked
+from ..dispatch import Reason
 from ..swap import originals
 from ..swap.attention import attention_like, check_choice, decide
 from ..swap.patterns import patterns
 from ..swap.plan import Plan
 from ..swap.precision import Precision
 from ..swap.rules import Context
-from ..swap.swapping import planned, refuse_model, tensor_bytes
-from ..swap.walker import linear_like, plain_module
-from ..text import megabytes
-from ..timing import Timing, Track, interleave, untracked
+from ..swap.swapping import planned, refuse_model
+from ..swap.walker import linear_like
 from . import evidence
 from .choose import Choice, Frontier, Option
 from .criterion import Criterion, Metric
@@ -88,7 +89,7 @@ def plan(
     Args:
         model: not swapped. It is left as it was, after errors and interrupts too; one layer is replaced at a time, and in the
             end all of the plan's: the originals and their 8- or 16-bit replacements are the most there is at any time.
-        batches: real input to hold the budget on (see `forwardpass.batches`), other than calibrate's. Their outputs are kept on
+        batches: real input to hold the budget on (see `forwardpass.common.batches`), other than calibrate's. Their outputs are kept on
             the host. Errors of single layers are measured on some of them, 32 samples or a batch.
         candidates: of "fp8", "int8", "int8+calibrated", "w8a16", "bf16"; None: all, the calibrated one with calibrate= alone.
         max_error: the most relative L2 error of the output, worst of the batches; or

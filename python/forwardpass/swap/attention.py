@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention import ATTENTION, faster_than_torch
-from ..backend import Reason, gpu_takes
+from ..dispatch import Reason, gpu_takes
+from ..integrations import transformers_attention as huggingface
+from ..integrations.transformers_attention import NAME, PLACE, WINDOWED, Place
 from ..nn import MultiheadAttention
-from . import huggingface, rules
-from .huggingface import NAME, PLACE, WINDOWED, Place
+from ..ops.attention import ATTENTION, faster_than_torch
+from . import rules
 from .originals import Replaced
 from .report import Skipped, SwappedAttention
 from .walker import Leaf, leaves

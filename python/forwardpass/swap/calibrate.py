@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..batches import Forward, evaluating, padding_mask, run
+from ..common.batches import Forward, evaluating, padding_mask, run
 from ..nn.layer import linear_weight
 from .calibration import LayerStatistics, round_weight, smoothing_scale
 from .walker import Leaf

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.files import read_json, write_json
+from ..common.modules import plain_module
 from ..nn import QuantizedLinear
 from ..nn.layer import linear_weight
 from . import model_config, originals, saving
 from .attention import AttentionSwap, attention_like, decide, implementation_before
-from .files import read_json, write_json
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
 from .precision import MODULES
 from .rules import Context
-from .walker import linear_like, plain_module
+from .walker import linear_like
 
 SCHEMA = "forwardpass.checkpoint/2"
 _FIX = "save it again with fp.save_pretrained(model, folder)"

@@ -12,7 +12,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable
 
-from .files import beside
+from ..common.files import beside
 
 RECORD = "forwardpass.json"
 #: No name that other programs look for: they would take integers for weights.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import write_json
+from ..common.files import write_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 #: Attention that needs no download: transformers takes flash_attention_2 from its hub where flash-attn is not installed.

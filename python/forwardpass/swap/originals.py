@@ -17,11 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..batches import device_of
+from ..common.batches import device_of
+from ..common.modules import plain_module
+from ..integrations.transformers_attention import PLACE
 from ..nn import MultiheadAttention, QuantizedLinear
 from . import saving
-from .huggingface import PLACE
-from .walker import Leaf, plain_module
+from .walker import Leaf
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..text import count, table, together
-from .files import read_json, write_json
+from ..common.files import read_json, write_json
+from ..common.text import count, table, together
+from .evidence import check, describe
 from .precision import find_precision
 from .walker import Leaf
 
@@ -58,8 +59,6 @@ class Plan:
 
     def __str__(self) -> str:
         """The table that `fp.plan` chose from, or the layers alone."""
-        from ..planning.evidence import describe
-
         if self.evidence is not None:
             return describe(self.evidence)
         rows: list[tuple[str, ...] | str] = [("layer", "precision", "calibrated")]
@@ -114,8 +113,6 @@ class Plan:
         if not all(isinstance(name, str) for name in plan["attention"]):
             raise fail("a name in attention is no string")
         if entries["evidence"] is not None:
-            from ..planning.evidence import check
-
             try:
                 check(entries["evidence"])
             except ValueError as e:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backend import Reason
-from ..text import count, megabytes, table, together, wrapped
+from ..common.text import count, megabytes, table, together, wrapped
+from ..dispatch import Reason
 from . import originals
 from .plan import Plan
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..backend import Reason
+from ..dispatch import Reason
 from ..nn.layer import is_linear
-from ..quantized_rows import FLOATS
+from ..ops.common.quantized_rows import FLOATS
 from .fusion import has_hooks
 from .patterns import Pattern
 from .precision import Precision

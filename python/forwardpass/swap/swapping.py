@@ -9,15 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 
-from ..backend import Reason, Unsupported, only_reference_on
-from ..batches import Fingerprint, device_of
+from ..common.batches import Fingerprint, device_of
+from ..common.modules import plain_module, tensor_bytes
+from ..common.text import count
+from ..dispatch import Reason, Unsupported, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
-from ..quantized_rows import FLOATS
-from ..text import count
+from ..ops.common.quantized_rows import FLOATS
 from . import originals
 from .attention import NOT_PLANNED, AttentionSwap, attention_like, check_choice, decide
 from .patterns import patterns
@@ -25,7 +25,7 @@ from .plan import Plan, PlannedLayer, layers_of
 from .precision import Precision, find_precision
 from .report import Left, Report, Skipped, Swapped, WeightBytes
 from .rules import KINDS, Context, fused_experts, why_skip
-from .walker import Leaf, is_conv1d, linear_leaves, linear_like, plain_module
+from .walker import Leaf, is_conv1d, linear_leaves, linear_like
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
@@ -67,7 +67,7 @@ def swap(
         strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
             or the defaults (lm_head, MoE routers, too small) give.
         dry_run: report what would be done, change nothing. Batches are not read.
-        calibrate: batches (see `forwardpass.batches`) to calibrate on, "int8" only: a few dozen samples of real input.
+        calibrate: batches (see `forwardpass.common.batches`) to calibrate on, "int8" only: a few dozen samples of real input.
             They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. None:
             uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
             lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
@@ -314,20 +314,6 @@ def _install(
 def _kept_on(original: nn.Module, keep: str | bool) -> str | None:
     device = device_of(original).type
     return None if keep is False else device if keep == "device" or (keep == "auto" and device == "cpu") else "cpu"
-
-
-def tensor_bytes(modules: Iterable[nn.Module]) -> int:
-    """Of the storages of parameters and buffers, each counted once."""
-    sizes: dict[Any, int] = {}
-    for module in modules:
-        for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is None or is_lazy(t):
-                continue
-            if type(t) in (Tensor, nn.Parameter):
-                sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-            else:  # a wrapper, e.g. a DTensor, has no storage of its own
-                sizes[id(t)] = t.numel() * t.element_size()
-    return sum(sizes.values())
 
 
 def _weight_bytes(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .fusion import Activation, activation_behind
@@ -41,16 +40,6 @@ class Leaf:
     def formula(self) -> str | None:
         """Of its activation."""
         return self.activation.formula if self.activation is not None else None
-
-
-def plain_module(caller: str, model: nn.Module) -> nn.Module:
-    """The module that is worked on: what `torch.compile` wrapped. TypeError, in one sentence, where there is none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} takes a torch.nn.Module, not {type(model).__name__}: pass the model itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"{caller} cannot look into a TorchScript module: pass the eager model it was made from")
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -1,0 +1,80 @@
+"""A text embedding model before and after a swap: the same texts, the same batch, in turn, in one process."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from ..common.timing import Track, interleave, keep_freed_memory, untracked
+from . import embedding
+from .embedding import Batch
+
+T = TypeVar("T")
+
+
+def compare(
+    original: torch.nn.Module,
+    swapped: torch.nn.Module,
+    batches: list[Batch],
+    timed: Batch,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """The measured part of what `forwardpass swap` writes.
+
+    Args:
+        batches: real texts, for parity: pooled sentence embeddings of both models.
+        timed: one batch without padding, for latency; on a CPU torch's own dynamic INT8 takes part.
+    """
+    before, after = (
+        embedding.embed(
+            embedding.hidden_states(model), ticking(batches, track(f"embedding texts {when}", len(batches)))
+        )
+        for when, model in (("before", original), ("after", swapped))
+    )
+    models = {"before": original, "after": swapped}
+    dynamic, reason = torch_dynamic_int8(original)
+    if dynamic is not None:
+        models["torch_dynamic_int8"] = dynamic
+    calls = {name: _forward(model, timed) for name, model in models.items()}
+    rounds, warmup = 11, 2
+    device = timed["input_ids"].device
+    allocator = keep_freed_memory()
+    with torch.inference_mode():
+        timings = interleave(calls, device, rounds=rounds, warmup=warmup, on_round=track("timing", rounds + warmup))
+    medians = {name: t.median for name, t in timings.items()}
+    return {
+        "parity": {**embedding.parity(after, before), "texts": len(before)},
+        "latency_ms": {"torch_dynamic_int8": None, **medians},
+        "latency_quartiles_ms": {name: [t.low, t.high] for name, t in timings.items()},
+        "allocator": allocator,
+        "speedup": medians["before"] / medians["after"],
+        "reasons": {"latency_ms.torch_dynamic_int8": reason} if reason else {},
+    }
+
+
+def torch_dynamic_int8(model: torch.nn.Module) -> tuple[torch.nn.Module | None, str | None]:
+    """(a copy of the model under torch's dynamic quantisation, None), or (None, why there is none)."""
+    if next(model.parameters()).device.type != "cpu":
+        return None, "torch's dynamic quantisation runs on CPUs only"
+    try:
+        quantize_dynamic = importlib.import_module("torch.ao.quantization").quantize_dynamic
+    except (ImportError, AttributeError):
+        return None, f"torch {torch.__version__} has no torch.ao.quantization.quantize_dynamic"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, which is why it may be missing one day
+        return quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8), None
+
+
+def _forward(model: torch.nn.Module, batch: Batch) -> Callable[[], object]:
+    return lambda: model(**batch)
+
+
+def ticking(items: Iterable[T], advance: Callable[[], object]) -> Iterator[T]:
+    for item in items:
+        yield item
+        advance()

@@ -1,0 +1,193 @@
+"""How the commands print what they found, and tell on stderr how far they are (extra `cli`)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from ..common.text import count, megabytes, table, wrapped
+from ..common.timing import Track
+from ..swap.report import by_reason
+
+#: Seconds between lines of progress where stderr is no terminal.
+EVERY = 15.0
+
+
+def say(console: Console, text: str) -> None:
+    """As it is: rich would read markup and emoji in it, and wrap it to the terminal."""
+    console.out(text, highlight=False)
+
+
+@contextlib.contextmanager
+def tracking() -> Iterator[Track]:
+    """Progress on stderr: bars where that is a terminal, else a line as each step begins, and others while it takes long."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        with telling() as track:
+            yield track
+        return
+    with Progress(console=errors, transient=True) as progress:
+
+        def with_bar(what: str, steps: int | None) -> Callable[[], object]:
+            task = progress.add_task(what, total=steps)
+            return lambda: progress.advance(task)
+
+        yield with_bar
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[Track]:
+    """A thread tells, as some steps cannot: a swap calibrates for minutes in one call."""
+    latest: list[Callable[[], str]] = []
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(EVERY):
+            if latest:
+                typer.echo(latest[-1](), err=True)
+
+    def track(what: str, steps: int | None) -> Callable[[], object]:
+        began, done = time.monotonic(), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+
+        def so_far() -> str:
+            part = f"{done} of {steps}, " if steps else ""
+            return f"{what}: {part}{time.monotonic() - began:.0f} s …"
+
+        typer.echo(f"{what} …", err=True)
+        latest.append(so_far)
+        return advance
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield track
+    finally:
+        ended.set()
+        thread.join()
+
+
+def print_examination(found: dict[str, Any], console: Console) -> None:
+    build, driver, cpu = found["build"], found["driver"], found["device"]
+    made = f"with torch {build.get('torch')}, " + (
+        f"CUDA {build['nvcc']} for {', '.join(build['arches'])}"
+        if build.get("nvcc")
+        else f"no CUDA kernels: {build['cuda_skipped']}"
+    )
+    if build.get("arches_left_out"):
+        made += f", without {', '.join(build['arches_left_out'])}"
+    needed = f"the CUDA kernels need {driver['needed']} or later" if driver["needed"] else "none is needed"
+    threads, cores = count(cpu["threads"], "thread"), count(cpu["cores"], "core")
+    facts = [
+        ("versions", ", ".join(f"{name} {v or 'none'}" for name, v in found["versions"].items())),
+        ("built", made),
+        ("driver", f"{driver['present'] or 'none'}; {needed}"),
+        ("nvcc", found["nvcc"] or "none; only building the CUDA kernels needs one"),
+        ("CPU", f"{cpu['name']}, {cpu['capability']}, {threads} on {cores}"),
+        ("interpreter", describe_interpreter(found["interpreter"])),
+        *(("GPU", f"{g['name']}, {g['arch']}, {g['memory_bytes'] / 2**30:.0f} GiB") for g in found["gpus"]),
+    ]
+    lines = [*table(facts, heading=False), ""]
+
+    kernels = {(k["operation"], k["backend"]): k for k in found["kernels"]}
+    operations, backends = (list(dict.fromkeys(names)) for names in zip(*kernels))
+    reasons: dict[str, defaultdict[str, list[str]]] = {}
+    for (operation, backend), k in kernels.items():
+        if k["code"]:
+            reasons.setdefault(f"{k['text']}; {k['fix']}", defaultdict(list))[backend].append(operation)
+
+    def cell(k: dict[str, Any]) -> str:
+        if k["code"]:
+            return "FAILS" if k["parity"] else "-"
+        return f"{k['parity']['relative_error']:.1e}" if k["parity"] else "yes"
+
+    lines += table([("operation", *backends), *((o, *(cell(kernels[o, b]) for b in backends)) for o in operations)])
+    lines += [
+        "",
+        *wrapped("a figure: it runs here, and this is its relative error beside the reference; -: it does not"),
+    ]
+    for why, where in reasons.items():
+        alike: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+        for backend, names in where.items():
+            alike[() if names == operations else tuple(names)].append(backend)
+        who = "; ".join(", ".join(b) + (f" of {', '.join(names)}" if names else "") for names, b in alike.items())
+        lines += wrapped(f"{who}: {why}")
+    problems = [line for problem in found["problems"] for line in wrapped(f"problem: {problem}")]
+    say(console, "\n".join([*lines, "", *(problems or ["everything that should work here does"])]))
+
+
+def describe_interpreter(found: dict[str, Any]) -> str:
+    if found["problem"]:
+        return f"none: {found['problem']}"
+    gpus = ", ".join(f"{name} ({arch})" for arch, name in found["architectures"].items())
+    said = [f"stands in for {gpus}"]
+    runs = defaultdict(list)
+    for k in found["kernels"]:
+        if k["code"] is None:
+            runs[k["operation"]].append(k["backend"])
+    for backends in dict.fromkeys(map(tuple, runs.values())):
+        said.append(
+            f"runs the {' and '.join(backends)} kernels of {', '.join(o for o in runs if tuple(runs[o]) == backends)}"
+        )
+    said += dict.fromkeys(f"no {k['backend']} kernels: {k['text']}" for k in found["kernels"]
+                          if k["code"] not in (None, "not_written"))  # fmt: skip
+    return "; ".join(said)
+
+
+def print_swap(result: dict[str, Any], console: Console) -> None:
+    parity, latency, weights = result["parity"], result["latency_ms"], result["weight_bytes"]
+    changed = result["speedup"] is not None
+    what = f"{count(len(result['swapped']), 'layer')} to {result['precision'] or result['plan']}"
+    facts = [("swapped", what if changed else "nothing was changed: the model is as it was")]
+    if result["attention"]:
+        facts.append(("attention", f"of {count(len(result['attention']), 'module')} swapped"))
+    reasons = by_reason(
+        (s["fqn"], s["code"], "; ".join(filter(None, (s["text"], s["fix"])))) for s in result["skipped"]
+    )
+    facts += [("skipped", f"{', '.join(names)} ({reason})") for reason, names in reasons]
+    facts += [
+        ("left", f"{x['module']} ({x['first']}, {x['count']} in all, {megabytes(x['bytes'])}): {x['text']}")
+        for x in result["left"]
+    ]
+    facts += [("warning", warning) for warning in result["warnings"]]
+    if result["calibration"] and changed:
+        facts.append(("calibrated", describe_calibration(result["calibration"]["texts"])))
+    check = result["checks"]["cosine_min"]
+    passed = "passes" if check["ok"] else "FAILS"
+    facts += [
+        ("parity", f"lowest cosine {parity['cosine_min']:.5f} over {count(parity['texts'], 'text')}, "
+                   f"{passed} >= {check['least']}; relative error {parity['relative_error']:.1e}"),
+        ("weights", f"{megabytes(weights['before'])} before, {megabytes(weights['after'])} after; "
+                    f"{megabytes(weights['kept'])} of originals kept for restore"),
+        ("device", result["device"]["name"]),
+    ]  # fmt: skip
+    rows = [(f"{result['batch']} x {result['length']} tokens", "median", "quartiles", "")]
+    names = {"before": "before", "after": "after"} if changed else {"before": "as it is"}
+    for key, name in (names | {"torch_dynamic_int8": "torch's dynamic INT8"}).items():
+        if latency[key] is None:
+            continue
+        low, high = result["latency_quartiles_ms"][key]
+        gain = "" if key == "before" else f"{latency['before'] / latency[key]:.2f} times as fast"
+        rows.append((name, f"{latency[key]:.1f} ms", f"{low:.1f} to {high:.1f}", gain))
+    lines = [*table(facts, heading=False), "", *table(rows, right=(1, 2))]
+    if why := result["reasons"].get("latency_ms.torch_dynamic_int8"):
+        lines += wrapped(f"torch's dynamic INT8: {why}")
+    say(console, "\n".join(lines))
+
+
+def describe_calibration(texts: int) -> str:
+    return (
+        f"on {count(texts, 'text')}, as fp.swap(model, …, calibrate=batches) does in Python; without calibrate= nothing is, and "
+        "more is lost"
+    )

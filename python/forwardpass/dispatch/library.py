@@ -1,0 +1,63 @@
+"""The compiled libraries: loaded here, once, and never a reason for `import forwardpass` to fail.
+
+`load_error` keeps what went wrong; `forwardpass doctor` shows it, and so does the first call that needed the library.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import torch
+
+FOLDER = pathlib.Path(__file__).parents[1]
+KERNELS = FOLDER / "_kernels.so"
+
+load_error: Exception | None = None
+
+
+def _build_info() -> dict[str, Any]:
+    try:
+        return json.loads((FOLDER / "_build.json").read_text())
+    except (OSError, ValueError) as e:
+        return {
+            "cuda_skipped": f"_build.json is missing or broken ({e}): install forwardpass, do not import it from its source folder"
+        }
+
+
+#: what the build wrote about itself: version, torch, machine, nvcc, arches, arches_left_out (of TORCH_CUDA_ARCH_LIST, and why),
+#: cuda_skipped and interpreter_skipped (None, or the reason for having no CUDA kernels, no interpreter)
+build_info = _build_info()
+
+try:
+    torch.ops.load_library(FOLDER / "_ops.so")
+    if KERNELS.exists():
+        torch.ops.forwardpass._set_library(0, str(KERNELS))
+except Exception as e:  # OSError, RuntimeError: wrong torch, wrong platform, missing file
+    load_error = e
+
+
+def why_no_ops() -> str | None:
+    """None, or the reason for which there are no compiled ops at all."""
+    return f"the op library did not load: {load_error}" if load_error else None
+
+
+def why_no_kernels() -> str | None:
+    """None, or the reason for which this installation has no CUDA kernels."""
+    if load_error:
+        return why_no_ops()
+    if not KERNELS.exists():
+        return f"built without CUDA kernels: {build_info.get('cuda_skipped') or '_kernels.so is missing'}"
+    return None
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the portable kernels were built for a GPU of this compute capability, as machine code or as PTX.
+
+    Machine code runs on its own major version from its minor on; PTX of the highest plain architecture on anything later.
+    """
+    built = [(int(a[3:].rstrip("af")[:-1]), int(a[3:].rstrip("af")[-1])) for a in build_info.get("arches", ())]
+    return any(b[0] == capability[0] and b[1] <= capability[1] for b in built) or (
+        bool(built) and max(built) <= capability
+    )

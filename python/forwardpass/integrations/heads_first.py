@@ -1,0 +1,98 @@
+"""The calls that models make, [B, H, S, D] and top-left, as arguments of the operation, [B, S, H, D] and bottom-right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Reason, asked_for_by_name, interpreter
+from ..ops.attention import ATTENTION
+from ..ops.common.quantized_rows import FLOATS
+
+
+def arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    *,
+    left: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """What `ATTENTION` takes, of views: nothing is copied but an operand whose last dimension is strided.
+
+    Args:
+        query, key, value: [B, H, S, D] as scaled_dot_product_attention broadcasts them over B, and over H where one has one.
+        mask: as the operation takes it.
+        is_causal: row i sees keys up to i, however many there are.
+        left: keys before a row that it sees, with as many keys as rows.
+    """
+    q, k, v = _rows(query), _rows(key), _rows(value)
+    if mask is not None and (dtype := cast(mask.dtype, mask.device)) != mask.dtype:
+        mask = mask.to(dtype)
+    rows, keys = q.shape[1], k.shape[1]
+    right = None
+    if is_causal and keys > rows:  # none of the last keys is seen by any row
+        k, v = k[:, :rows], v[:, :rows]
+        mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :rows]
+    elif is_causal and keys < rows:  # the operation's row i stands at i + keys - rows
+        right = rows - keys
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
+        batch = max(t.shape[0] for t in (q, k, v))
+        q, k, v = (t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (q, k, v))
+        kv_heads = max(k.shape[2], v.shape[2])
+        q = q.expand(-1, -1, kv_heads, -1) if q.shape[2] == 1 else q
+        k, v = (t if t.shape[2] == kv_heads else t.expand(-1, -1, kv_heads, -1) for t in (k, v))
+    causal = is_causal and right is None
+    return q, k, v, scale, causal, left, right, softcap, mask, None, sinks, None, None, False
+
+
+def _rows(x: Tensor) -> Tensor:
+    if (dtype := cast(x.dtype, x.device)) != x.dtype:
+        x = x.to(dtype)
+    return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).transpose(1, 2)
+
+
+def cast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What torch's own attention would convert this dtype to: autocast takes all floats but float64 to its dtype."""
+    if torch.is_autocast_enabled(device.type) and dtype in FLOATS:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
+def why_training(tensors: Iterable[Tensor | None], dropout: float) -> Reason | None:
+    """Of a call that is no inference, why it is not taken."""
+    if dropout:
+        return Reason("dropout", "dropout is not 0, and forwardpass is for inference", "call model.eval()")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return Reason("grad", "an operand requires grad, and forwardpass has no backward", "use torch.inference_mode()")
+    return None
+
+
+_known: dict[Any, Reason | None] = {}
+
+
+def why_reference(call: tuple[Any, ...]) -> Reason | None:
+    """Where no kernel takes the call of `ATTENTION`, why; what torch has is then faster than the plain-torch reference."""
+    if asked_for_by_name():
+        return None
+    if torch.compiler.is_compiling():
+        return _why_reference(call)
+    q, v, softcap = call[0], call[2], call[7]
+    # all that the limits of its backends ask for; asking them takes 6 us
+    key = q.dtype, q.device, q.shape[-1], v.shape[-1], softcap > 0, getattr(interpreter(), "arch", None)
+    if key not in _known:
+        _known[key] = _why_reference(call)
+    return _known[key]
+
+
+def _why_reference(call: tuple[Any, ...]) -> Reason | None:
+    if ATTENTION.choose(*call) != "reference":
+        return None
+    return ATTENTION.why_not("cpu" if call[0].device.type == "cpu" else "cuda", *call)

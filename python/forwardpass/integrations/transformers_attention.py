@@ -1,0 +1,286 @@
+"""Attention of transformers' models: what their AttentionInterface calls, and what makes the masks that it is given.
+
+A model's config names its implementation, so one name holds for all modules of a config; `Place` says which of them are
+swapped, and goes with the module into copies and pickles. transformers is imported here alone, on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import Reason
+from ..dispatch.calls import decline, take
+from ..ops.attention import ATTENTION
+from . import heads_first
+
+#: Where masks hold the window, and where it comes as a number: with every module of the config that passes sliding_window=.
+NAME, WINDOWED = "forwardpass", "forwardpass_windowed"
+#: The attribute of an attention module that holds its Place.
+PLACE = "forwardpass_attention"
+#: What models hand on that says nothing about attention, or what the mask says too.
+_SILENT = frozenset(
+    ("position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits",
+     "num_items_in_batch", "deterministic", "logits_to_keep")
+)  # fmt: skip
+_DISPATCH = re.compile(r"get_interface\(\s*self\.config\._attn_implementation,\s*(\w+)")
+#: Code that does something else for an implementation that it knows by name. Eager's is none of our masks.
+_ASKS_FOR_A_NAME = re.compile(r"""_attn_implementation\s*(?:==\s*["'](?!eager)|!=|(?:not\s+)?in\b|\])""")
+
+_sdpa_mask: Callable[..., Tensor | None]
+_bidirectional: Callable[..., Any]
+_interface: Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of an attention module: whether it is swapped, and what its config called its implementation before."""
+
+    fused: bool
+    before: str
+    eager: Callable[..., Any] | None
+
+    def __reduce__(self) -> Any:
+        return _place, (self.fused, self.before, self.eager)
+
+
+def _place(fused: bool, before: str, eager: Callable[..., Any] | None) -> Place:
+    """A copy, perhaps in a process that has not swapped yet, where transformers does not know the names."""
+    register()
+    return Place(fused, before, eager)
+
+
+@functools.cache
+def register() -> Reason | None:
+    """Makes both names known to transformers, with their masks: without these no padding would reach attention."""
+    global _sdpa_mask, _bidirectional, _interface
+    version = getattr(sys.modules.get("transformers"), "__version__", "")
+    fix = "install transformers 5.24 or later"
+    if importlib.util.find_spec("transformers") is None:
+        return Reason("transformers", "transformers is not installed", fix)
+    try:
+        masks = importlib.import_module("transformers.masking_utils")
+        functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+        _sdpa_mask, _bidirectional, interface = masks.sdpa_mask, masks.bidirectional_mask_function, type(functions)
+        known = inspect.signature(_sdpa_mask).parameters
+        mask_interface = masks.AttentionMaskInterface
+    except (ImportError, AttributeError) as e:
+        return Reason("transformers", f"transformers {version} has no interface for attention and its masks ({e})", fix)
+    if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(known):
+        return Reason("transformers", f"transformers {version} makes masks another way than is known here", fix)
+    _interface = functions
+    for name, mask in ((NAME, _mask), (WINDOWED, _windowed_mask)):
+        interface.register(name, _attention)
+        mask_interface.register(name, mask)
+    return None
+
+
+def class_of(module: nn.Module) -> Any:
+    """Of no type that mypy takes for unhashable."""
+    return type(module)
+
+
+@functools.lru_cache(maxsize=1024)
+def source_of(cls: Any) -> str:
+    """Of a class; empty where there is none at hand."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _dispatch(cls: Any) -> tuple[type, str] | None:
+    """The class that calls the AttentionInterface for modules of this one, and the name of its eager function."""
+    for c in cls.__mro__:
+        if c.__module__.startswith("torch."):
+            break
+        if found := _DISPATCH.search(source_of(c)):
+            return c, found[1]
+    return None
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether attention of this module goes through the AttentionInterface."""
+    return _dispatch(class_of(module)) is not None and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def eager_function(module: nn.Module) -> Callable[..., Any] | None:
+    """What the module runs where its config says eager."""
+    found = _dispatch(class_of(module))
+    return vars(sys.modules[found[0].__module__]).get(found[1]) if found else None
+
+
+def passes_window(module: nn.Module) -> bool:
+    found = _dispatch(class_of(module))
+    return found is not None and "sliding_window=" in source_of(found[0])
+
+
+@functools.lru_cache(maxsize=256)
+def asks_for_a_name(python_module: str) -> str | None:
+    """The line of a model's code that wants a name it knows, or None."""
+    try:
+        source = inspect.getsource(sys.modules[python_module])
+    except (OSError, TypeError, KeyError):
+        return None
+    found = _ASKS_FOR_A_NAME.search(source)
+    if found is None:
+        return None
+    return source[source.rfind("\n", 0, found.start()) + 1 : source.find("\n", found.start())].strip()
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    mask_function: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """As for sdpa: bool, True where a key is allowed; None where nothing is masked but by causality."""
+    given = {} if mask_function is None else {"mask_function": mask_function}
+    if mask_function is _bidirectional:  # the same row for all: it is not written out
+        row = _sdpa_mask(batch_size, 1, kv_length, *args, **given, **kwargs)
+        return None if row is None else row.expand(-1, -1, q_length, -1)
+    return _sdpa_mask(batch_size, q_length, kv_length, *args, **given, **kwargs)
+
+
+def _windowed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    *,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """As `_mask`, and None too where nothing is masked but by causality and a window, which attention gets as a number."""
+    start = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0 and q_length == kv_length
+    if start and allow_is_causal_skip and local_size == getattr(config, "sliding_window", None):
+        local_size = None  # without it only padding makes a mask necessary, and that mask has the window again
+    return _mask(batch_size, q_length, kv_length, q_offset, kv_offset, local_size=local_size,
+                 allow_is_causal_skip=allow_is_causal_skip, config=config, **kwargs)  # fmt: skip
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """query [B, H, Sq, D], key [B, Hk, Sk, D], value [B, Hk, Sk, Dv] to [B, Sq, H, Dv] and no weights.
+
+    is_causal is top-left, as sdpa has it, and without effect beside a mask. Of a cache that is yet empty keys beyond the rows
+    are not seen.
+    """
+    causal = attention_mask is None and query.shape[2] > 1 and bool(_is_causal(module, is_causal))
+    by_number = causal and sliding_window and module.config._attn_implementation == WINDOWED  # type: ignore[union-attr]
+    left = sliding_window - 1 if by_number and sliding_window else None
+    place = vars(module).get(PLACE)
+    tensors = query, key, value, attention_mask, position_bias, s_aux
+    reason = _why_not(place, tensors, dropout, scaling, kwargs)
+    call = type(module).__name__
+    if reason is not None:
+        decline(call, reason)
+        given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window,
+                 "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}  # fmt: skip
+        given = {name: x for name, x in given.items() if x is not None or name == "scaling"}
+        return _as_before(module, place, query, key, value, attention_mask, causal, left, given)
+    mask = attention_mask
+    if position_bias is not None:
+        if mask is None:
+            mask = position_bias
+        else:
+            mask = position_bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else position_bias + mask
+    if s_aux is not None and s_aux.dtype != query.dtype:
+        s_aux = s_aux.float()
+    take(call)
+    arguments = heads_first.arguments(
+        query, key, value, mask, causal, scaling, left=left, softcap=softcap or 0.0, sinks=s_aux
+    )
+    return ATTENTION(*arguments), None
+
+
+def _is_causal(module: nn.Module, given: bool | None) -> Any:
+    return getattr(module, "is_causal", True) if given is None else given
+
+
+def _why_not(
+    place: Place | None, tensors: tuple[Tensor | None, ...], dropout: float, scaling: Any, others: dict[str, Any]
+) -> Reason | None:
+    if place is None:
+        return Reason("shared_config", "a model that is not swapped holds the config object of one that is",
+                      "give each its own copy of the config")  # fmt: skip
+    if not place.fused:
+        return Reason("not_swapped", "the swap left this module as it was", "see the report of fp.swap")
+    if reason := heads_first.why_training(tensors, dropout):
+        return reason
+    if scaling is not None and (isinstance(scaling, Tensor) or not scaling > 0):
+        return Reason("scaling", "scaling is no positive number", "see the model's code")
+    for name, x in others.items():
+        if name not in _SILENT and x is not None and x is not False:
+            return Reason("argument", f"{name}= is nothing that fused attention takes", "call the model without it")
+    return None
+
+
+def _as_before(
+    module: nn.Module,
+    place: Place | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    left: int | None,
+    given: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    """What the model ran before it was swapped, on the mask that it would have had."""
+    if causal and key.shape[2] > query.shape[2]:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        if "position_bias" in given:
+            given["position_bias"] = given["position_bias"][..., : query.shape[2]]
+    if left is not None:
+        mask = _causal(query, key, left)
+    if place is not None and place.before == "sdpa":
+        return _interface["sdpa"](module, query, key, value, mask, **given)
+    eager = place.eager if place is not None else eager_function(module)
+    if eager is None:
+        raise RuntimeError(
+            f"{type(module).__name__} has no eager attention to go back to: call fp.restore(model) first"
+        )
+    if mask is None and causal:
+        mask = _causal(query, key, None)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return eager(module, query, key, value, mask, **given)
+
+
+def _causal(query: Tensor, key: Tensor, left: int | None) -> Tensor:
+    """[1, 1, Sq, Sk], True where a key is allowed."""
+    distance = torch.arange(key.shape[2], device=key.device) - torch.arange(
+        query.shape[2], device=key.device
+    ).unsqueeze(1)
+    allowed = distance <= 0
+    return (allowed if left is None else allowed & (distance >= -left)).unsqueeze(0).unsqueeze(0)

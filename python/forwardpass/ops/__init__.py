@@ -1,0 +1,31 @@
+"""`fp.ops.<name>`: every operation. Each lives in the package of its own name, or of its family's."""
+
+from .activation_quantize import activation_quantize
+from .attention import attention, attention_with_lse
+from .common.activations import interleave_gate_up, separate_gate_up
+from .dequant_activation import dequant_activation
+from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
+from .fp8_linear import fp8_linear
+from .int8_gemm import int8_gemm
+from .int8_linear import int8_linear
+from .norm_quantize import add_norm_quantize, norm_quantize
+from .quantize import quantize
+from .w8a16_gemm import w8a16_gemm
+
+__all__ = [
+    "activation_quantize",
+    "add_norm_quantize",
+    "attention",
+    "attention_with_lse",
+    "dequant_activation",
+    "fp8_gemm",
+    "fp8_gemm_quantize",
+    "fp8_linear",
+    "int8_gemm",
+    "int8_linear",
+    "interleave_gate_up",
+    "norm_quantize",
+    "quantize",
+    "separate_gate_up",
+    "w8a16_gemm",
+]

@@ -1,0 +1,1 @@
+"""What several operations share: activations, the epilogue, quantised rows, and the Triton code for each."""

@@ -1,0 +1,35 @@
+"""fp8_gemm and fp8_gemm_quantize in Triton: forwardpass.triton_gemm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.epilogue import fake_gemm
+from ..common.triton_gemm import gemm
+from . import FP8_GEMM_QUANTIZE
+
+
+def fp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+) -> Tensor:
+    out = fake_gemm(a, b, a_scale, b_scale, bias, activation, out_dtype)
+    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale)
+
+
+def fp8_gemm_quantize(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    q, scale = FP8_GEMM_QUANTIZE.fake(a, b, a_scale, b_scale, bias, activation, group_size)
+    return gemm(a, b, a_scale, b_scale, bias, activation, q, group_scale=scale), scale
+
+
+torch.library.impl("forwardpass::fp8_gemm_triton", ("cuda", "cpu"))(fp8_gemm)
+torch.library.impl("forwardpass::fp8_gemm_quantize_triton", ("cuda", "cpu"))(fp8_gemm_quantize)

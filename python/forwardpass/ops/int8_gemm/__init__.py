@@ -1,0 +1,90 @@
+"""int8_gemm: [M, K] times [N, K] transposed in int8, with the dequantisation and the activation in its epilogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Operation
+from ..common.epilogue import check_epilogue, fake_gemm
+from ..common.quantized_rows import check_8bit, check_rows, check_weight, copy_notes
+from . import reference
+
+#: Beyond these depths a sum of K products could pass 2^31 - 1: without and with a zero point. 131072 products of -128 and -128
+#: are 2^31, one too many; of an int8 less an int8 zero point, at most 255 in size, and -128 there may be 65793.
+MAX_K, MAX_K_ZERO_POINT = 131071, 65536
+
+
+def int8_gemm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None = None,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
+) -> Tensor:
+    """`activation((a - a_zero_point) @ b.T * a_scale * b_scale + bias)`; int32 accumulators exact, epilogue as below.
+
+    Args:
+        a: int8 [..., K], last stride 1, any row stride. K <= 131071, with a_zero_point <= 65536.
+        b: int8 [N, K], as nn.Linear's weight.
+        a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point: as in `dequant_activation`; gated activations
+            want the rows of b, b_scale, bias and b_sum interleaved by `interleave_gate_up`.
+        b_sum: int32 [N], b.sum(1): used with a_zero_point; computed by one more pass over b where it is not given.
+
+    Returns:
+        [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
+
+    Raises:
+        TypeError, ValueError: what was required, what was given, what to do.
+    """
+    if a_zero_point is not None and b_sum is None:
+        b_sum = b.sum(1, dtype=torch.int32)
+    return OPERATION(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+
+
+def check_int8_weight(op: str, name: str, b: Tensor, x_name: str, x: Tensor, zero_point: bool) -> None:
+    """b is int8 [N, K] for an x [..., K] of a depth that int32 accumulators hold, on its device."""
+    check_8bit(op, name, b, torch.int8)
+    check_rows(op, x_name, x)
+    check_weight(op, name, b, x_name, x)
+    limit = MAX_K_ZERO_POINT if zero_point else MAX_K
+    if b.shape[1] > limit:
+        raise ValueError(
+            f"{op}: K must be at most {limit}, so that int32 accumulators cannot overflow, and is {b.shape[1]}: split K"
+        )
+
+
+def _check(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    a_zero_point: Tensor | None,
+    b_sum: Tensor | None,
+) -> None:
+    op = "int8_gemm"
+    check_8bit(op, "a", a, torch.int8)
+    check_int8_weight(op, "b", b, "a", a, a_zero_point is not None)
+    lead, n = tuple(a.shape[:-1]), b.shape[0]
+    check_epilogue(op, a, lead, n, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+
+
+def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
+    a_zero_point = rest[6]
+    notes = copy_notes(a=a, b=b)
+    if a_zero_point is not None:
+        notes.append(f"b_sum: {b.numel()} bytes of b are read once more where it is not given")
+    return notes
+
+
+OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, fake_gemm, notes=_notes)

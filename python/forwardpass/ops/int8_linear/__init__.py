@@ -1,0 +1,84 @@
+"""int8_linear: a linear layer with int8 weights and activations, float in and float out, in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Operation
+from ..common.epilogue import check_epilogue, fake_linear
+from ..common.quantized_rows import FLOATS, check_float_rows, check_quantized, copy_notes
+from ..int8_gemm import check_int8_weight
+from . import reference
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    symmetric: bool = True,
+    channel_scale: Tensor | None = None,
+    w_sum: Tensor | None = None,
+) -> Tensor:
+    """`quantize(x)` then `int8_gemm` with `weight`: the same bits as the two calls, without what passes between them.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K], last stride 1, any row stride.
+        weight: int8 [N, K]; w_scale: float32, one element or [N].
+        bias, activation: as in `dequant_activation`; gated activations want the rows of weight, w_scale, bias and w_sum
+            interleaved by `interleave_gate_up`.
+        out_dtype: float32, float16 or bfloat16; None: that of x.
+        scale, zero_point, symmetric, channel_scale: how x is quantised, as in `quantize`; dynamic per row without `scale`.
+        w_sum: int32 [N], weight.sum(1); required with symmetric=False (a layer keeps it; computing it would read the weight twice).
+
+    Returns:
+        [..., N] (gated: N / 2) of out_dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: what was required, what was given, what to do.
+    """
+    dtype = x.dtype if out_dtype is None else out_dtype
+    return OPERATION(x, weight, w_scale, bias, activation, dtype, scale, zero_point, symmetric, channel_scale, w_sum)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    symmetric: bool,
+    channel_scale: Tensor | None,
+    w_sum: Tensor | None,
+) -> None:
+    op = "int8_linear"
+    check_float_rows(op, "x", x)
+    check_int8_weight(op, "weight", weight, "x", x, not symmetric)
+    check_quantized(op, x, x.shape[-1], torch.int8, scale, zero_point, None, symmetric, channel_scale)
+    if (w_sum is not None) == symmetric:
+        raise ValueError(f"{op}: w_sum, weight.sum(1, dtype=torch.int32), goes with symmetric=False, and only with it")
+    if out_dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm"
+        )
+    if not isinstance(w_scale, Tensor):
+        raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
+    lead, n, one = tuple(x.shape[:-1]), weight.shape[0], w_scale.new_empty(1, dtype=torch.float32, device=x.device)
+    shift = None if symmetric else one.int()
+    check_epilogue(op, x, lead, n, one, w_scale, bias, activation, out_dtype, None, shift, w_sum)
+
+
+def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
+    return copy_notes(weight=weight)
+
+
+OPERATION = Operation(int8_linear, _check, reference.int8_linear, fake_linear, notes=_notes)

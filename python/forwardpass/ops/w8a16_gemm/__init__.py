@@ -1,0 +1,77 @@
+"""w8a16_gemm: a linear layer whose weights are 8-bit and whose activations stay as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Operation, Reason
+from ..common.epilogue import check_epilogue, fake_output
+from ..common.quantized_rows import E4M3, check_float_rows, check_vector, check_weight, copy_notes
+from . import reference
+
+
+def w8a16_gemm(
+    x: Tensor, w: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """`activation(x @ (w * w_scale).T + bias)`: weights are read as 8 bits and widened on the way.
+
+    Args:
+        x: float16, bfloat16 (or, on the CPU, float32) [..., K], last stride 1, any row stride.
+        w: int8 or float8_e4m3fn [N, K].
+        w_scale: float32, one element, [N], or contiguous [N, ceil(K / 128)] for blocks of 128 columns.
+        bias: float32, float16 or bfloat16 [N]; activation: as in `dequant_activation`.
+
+    Returns:
+        [..., N] (gated: N / 2) of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: what was required, what was given, what to do.
+    """
+    return OPERATION(x, w, w_scale, bias, activation)
+
+
+def _check(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    op = "w8a16_gemm"
+    check_float_rows(op, "x", x)
+    if not isinstance(w, Tensor) or w.dtype not in (torch.int8, E4M3):
+        raise TypeError(f"{op}: w must be an int8 or float8_e4m3fn tensor, not {getattr(w, 'dtype', type(w).__name__)}")
+    check_weight(op, "w", w, "x", x)
+    if not isinstance(w_scale, Tensor):
+        raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
+    n, groups = w.shape[0], -(-w.shape[1] // 128)
+    one = x.new_empty(1, dtype=torch.float32)
+    blocks = w_scale.dim() == 2
+    if blocks:
+        if tuple(w_scale.shape) != (n, groups):
+            raise ValueError(f"{op}: w_scale of blocks must be [{n}, {groups}], and has shape {tuple(w_scale.shape)}")
+        check_vector(op, "w_scale", w_scale, n * groups, torch.float32, x)
+    check_epilogue(
+        op, x, tuple(x.shape[:-1]), n, one, one if blocks else w_scale, bias, activation, x.dtype, None, None, None
+    )
+
+
+def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
+
+
+def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
+    if x.dtype != torch.float32:
+        return None
+    return Reason(
+        "dtype", "tensor cores multiply 16-bit activations, and x is float32", "convert it to bfloat16 or float16"
+    )
+
+
+def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:
+    return copy_notes(x=x, w=w)
+
+
+OPERATION = Operation(
+    w8a16_gemm,
+    _check,
+    reference.w8a16_gemm,
+    _fake,
+    why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu},
+    notes=_notes,
+)

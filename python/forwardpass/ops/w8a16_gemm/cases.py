@@ -1,0 +1,98 @@
+"""Shapes and options of w8a16_gemm, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...testing import GEMM_FACTORS, LAYOUTS, assert_close, awkward, few_macs, laid_out, leads, pairwise
+from ..common.activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
+from ..common.quantized_rows import E4M3
+from ..int8_gemm.cases import BENCHMARK_SHAPES
+from . import reference
+
+ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Case:
+    lead: tuple[int, ...]
+    n: int
+    k: int
+    x_dtype: torch.dtype = torch.bfloat16
+    w_dtype: torch.dtype = torch.int8
+    scales: str = "column"  # or "tensor", "block"
+    bias: bool = True
+    activation: str | None = None
+    layout: str = "aligned"  # of the weight
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        """In the schema's order."""
+        g = torch.Generator().manual_seed(seed)
+        w = torch.randint(-127, 128, (self.n, self.k), generator=g, dtype=torch.int8)
+        if self.w_dtype == E4M3:
+            w = (w.float() * 3).to(E4M3)
+        shape = {"tensor": (1,), "column": (self.n,), "block": (self.n, -(-self.k // 128))}[self.scales]
+        w_scale = ((torch.rand(shape, generator=g) + 0.5) / 2000).to(device)
+        bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
+        return (
+            awkward((*self.lead, self.k), self.x_dtype, seed, device),
+            laid_out(w, self.layout, device),
+            w_scale,
+            bias,
+            self.activation,
+        )
+
+    def bytes(self) -> int:
+        m = math.prod(self.lead)
+        outputs = m * self.n // (2 if is_gated(self.activation) else 1)
+        return (m * self.k + outputs) * self.x_dtype.itemsize + self.n * self.k
+
+    def flops(self) -> int:
+        return 2 * math.prod(self.lead) * self.n * self.k
+
+
+def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
+    """got is what a backend may return for args: an fp32 sum of K products in any order is within K 2^-24 of the sum of their
+    magnitudes, and 3 more roundings follow."""
+    activation = args[4]
+    x, w, w_scale, bias = (a.cpu() if isinstance(a, Tensor) else a for a in args[:4])
+    if got.dtype != x.dtype or not got.is_contiguous():
+        raise AssertionError(f"{got.dtype} {got.stride()}, expected {x.dtype} and contiguous")
+    y = reference.w8a16_gemm(x.double(), w, w_scale, bias, None)
+    exact = reference.w8a16_gemm(x.double(), w, w_scale, bias, activation)
+    size = x.double().abs() @ reference.dequantize_weight(w, w_scale).abs().t() + (0 if bias is None else bias.abs())
+    error = size * (x.shape[-1] + 4) * 2.0**-24
+    gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
+    errors = separate_gate_up(error, -1) if is_gated(activation) else (error, 0.0)
+    bound, unit = element_bound(activation, gate, up, *errors), ULP[x.dtype]
+    least = {torch.float16: 2.0**-25}.get(x.dtype, 0.0)
+    assert_close(got, exact, bound * (1 + unit) + unit * exact.abs() + least)
+
+
+def cases() -> Iterator[Case]:
+    """Every pair of sizes and options; 272 rows of weight are more than the CPU widens at a time."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)  # most cases have the first, and GPUs do not take the last
+    factors = {
+        **GEMM_FACTORS,
+        "x_dtype": dtypes,
+        "w_dtype": (torch.int8, E4M3),
+        "scales": ("column", "tensor", "block"),
+        "bias": (True, False),
+        "activation": (None, *PLAIN, *GATED),
+        "layout": LAYOUTS,
+    }
+    for row in leads(pairwise(factors, few_macs)):
+        if is_gated(row["activation"]):
+            row["n"] = -(-row["n"] // 16) * 16
+        yield Case(**row)
+
+
+BENCHMARK_CASES = tuple(
+    Case((m,), n, k, x_dtype=dtype) for m, n, k in BENCHMARK_SHAPES for dtype in (torch.float32, torch.bfloat16)
+)

@@ -1,0 +1,24 @@
+"""w8a16_gemm in plain torch: the specification, in fp64."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..common.activations import activate, is_gated, separate_gate_up
+
+
+def dequantize_weight(w: Tensor, w_scale: Tensor) -> Tensor:
+    """w [N, K] times its scales [1], [N] or [N, ceil(K / 128)], in fp64."""
+    if w_scale.dim() == 2:
+        return w.double() * w_scale.double().repeat_interleave(128, 1)[:, : w.shape[1]]
+    return w.double() * w_scale.double().reshape(-1, 1)
+
+
+def w8a16_gemm(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    y = x.double() @ dequantize_weight(w, w_scale).t()
+    if bias is not None:
+        y = y + bias.double()
+    if is_gated(activation):
+        gate, up = separate_gate_up(y, -1)
+        return activate(activation, gate, up).to(x.dtype)
+    return activate(activation, y).to(x.dtype)

@@ -1,0 +1,17 @@
+"""w8a16_gemm in Triton: forwardpass.triton_gemm, weights widened in registers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.epilogue import fake_output
+from ..common.triton_gemm import gemm
+
+
+def w8a16_gemm(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    out = fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
+    return gemm(x, w, None, w_scale, bias, activation, out)
+
+
+torch.library.impl("forwardpass::w8a16_gemm_triton", ("cuda", "cpu"))(w8a16_gemm)

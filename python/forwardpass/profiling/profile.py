@@ -1,0 +1,282 @@
+"""`fp.profile`: where the time of a request goes, phase by phase and layer by layer, and what to do about the largest part."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common import environment
+from ..common.batches import Forward, device_of, eval_mode, evaluating, tensors
+from ..common.modules import plain_module
+from ..common.text import count, table, together, wrapped
+from ..common.timing import Track, untracked
+from ..serving.pipeline import Pipeline
+from .advice import Advice, advise
+from .layers import BEYOND, Inside, Row, look_inside
+from .phases import PHASES, Overlap, Phase, Request, Sample, measure, predict, summarise
+
+SCHEMA = "forwardpass.profile/1"
+#: the items whose layers are looked at, and how often
+_INSIDE_ITEMS, _INSIDE_PASSES = 4, 3
+#: rows of layers and operations that `print` shows; JSON and HTML have all
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An item that was left out, as it raised."""
+
+    index: int
+    phase: str
+    error: str
+
+
+@dataclass
+class Profile:
+    """What `fp.profile` found; times are milliseconds. `print` shows tables, `save_html` writes a report with plots."""
+
+    model: str
+    items: int  #: that were measured
+    rounds: int
+    phases: list[Phase]
+    wall_ms: float  #: of the plain loop, all rounds, by its own clock
+    overlap: Overlap
+    inside: Inside | None
+    advice: list[Advice]
+    failed: list[Failed]
+    warnings: list[str]
+    device: dict[str, Any]
+    samples: list[Sample] = field(repr=False)
+
+    @property
+    def unaccounted(self) -> float:
+        """The share of the wall time that is in none of the phases: the clock's, and the loop's own."""
+        return 1 - sum(p.total_ms for p in self.phases) / self.wall_ms if self.wall_ms else 0.0
+
+    @property
+    def largest(self) -> Phase:
+        return max(self.phases, key=lambda p: p.total_ms)
+
+    def to_json(self) -> dict[str, Any]:
+        measured = ["phases", "wall_ms", "unaccounted"]
+        result = {
+            "schema": SCHEMA,
+            "versions": environment.versions(),
+            "device": self.device,
+            "model": self.model,
+            "items": self.items,
+            "rounds": self.rounds,
+            "phases": {p.name: p.to_json() for p in self.phases},
+            "wall_ms": self.wall_ms,
+            "unaccounted": self.unaccounted,
+            "overlap": {**vars(self.overlap), "speedup": self.overlap.speedup},
+            "advice": [vars(a) for a in self.advice],
+            "failed": [vars(f) for f in self.failed],
+            "warnings": list(self.warnings),
+            "modelled": ["overlap", "advice"],
+        }
+        if self.inside:
+            limits = self.inside.limits
+            result |= {
+                "kinds": [row.to_json() for row in self.inside.kinds],
+                "layers": [row.to_json() for row in self.inside.layers],
+                "operations": [row.to_json() for row in self.inside.operations],
+                "profiled_forward_ms": self.inside.ms,
+                "roofline": {
+                    "bytes_per_s": limits.bytes_per_s,
+                    "flops_per_s": limits.flops,
+                    "sources": limits.sources,
+                },
+            }
+            measured += ["kinds", "layers", "operations", "profiled_forward_ms"]
+        return result | {"measured": measured}
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes a Chrome trace of the profiled passes, with the phases and layers by name: chrome://tracing, Perfetto."""
+        if self.inside is None:
+            raise ValueError("there is no trace, as the layers were not looked at: profile with layers=True")
+        pathlib.Path(path).write_text(self.inside.trace)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes one HTML file with tables and plots, which needs nothing else."""
+        from .html import render
+
+        pathlib.Path(path).write_text(render(self), encoding="utf-8")
+
+    def __str__(self) -> str:
+        each = f"{count(self.items, 'item')} x {count(self.rounds, 'round')} on {self.device['name']}"
+        lines = [f"{self.model}: {each}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", ""]
+        rows: list[tuple[str, ...]] = [("phase", "share", "median ms", "p99 ms", "CPU ms", "waiting")]
+        rows += [(p.name, f"{p.share:.1%}", f"{p.median_ms:.2f}", f"{p.p99_ms:.2f}", f"{p.cpu_ms:.2f}", f"{p.waiting:.0%}")
+                 for p in self.phases]  # fmt: skip
+        rows.append(("sum", f"{1 - self.unaccounted:.1%}", "", "", "", ""))
+        lines += table(rows, right=range(1, 6))
+        for p in self.phases:
+            size = f"{p.details['bytes'] / 1e6:.2f} MB an item" if p.details.get("bytes") else ""
+            if note := "; ".join(filter(None, (size, str(p.details.get("reason", ""))))):
+                lines += wrapped(f"{p.name}: {note}")
+        lines.append("sum: of the loop's wall time")
+        if self.inside:
+            for title, found in (
+                ("layers of class", self.inside.kinds),
+                ("layers", alike(self.inside.layers)),
+                ("operation", self.inside.operations),
+            ):
+                lines += ["", *table([_head(title), *(_cells(row) for row in found[:_SHOWN])], right=range(1, 6))]
+                if len(found) > _SHOWN:
+                    rest = sum(row.share for row in found[_SHOWN:])
+                    lines.append(f"and {len(found) - _SHOWN} more, {rest:.1%} of the forward")
+            limits = [f"{name.replace('_per_s', '')} {self._limit(name)}: {source}"
+                      for name, source in self.inside.limits.sources.items()]  # fmt: skip
+            lines += ["", *(line for said in limits for line in wrapped(said))]
+            if any(row.roofline > 1 for row in (*self.inside.layers, *self.inside.operations)):
+                lines += wrapped(BEYOND)
+        o = self.overlap
+        said = [f"fp.Pipeline, modelled: {o.period_ms:.2f} ms an item after {o.plain_ms:.2f}, {o.speedup:.2f} times as fast; "
+                f"{o.reason}", *map(str, self.advice)]  # fmt: skip
+        said += [f"failed: item {f.index} in {f.phase}: {f.error}" for f in self.failed]
+        said += [f"warning: {w}" for w in self.warnings]
+        return "\n".join([*lines, "", *(line for text in said for line in wrapped(text))])
+
+    def _limit(self, name: str) -> str:
+        assert self.inside is not None
+        limits = self.inside.limits
+        if name == "bytes_per_s":
+            return f"{limits.bytes_per_s / 1e9:.1f} GB/s"
+        return f"{limits.flops[name] / 1e9:.0f} GFLOP/s"
+
+
+def alike(layers: list[Row]) -> list[Row]:
+    """Layers whose names differ in numbers alone, as one row; the longest first."""
+    same = together(layers, lambda row: row.name, lambda row: row.kind)
+    return sorted((Row.together(name, rows) for name, rows in same), key=lambda row: -row.ms)
+
+
+def _head(title: str) -> tuple[str, ...]:
+    return (title, "share", "ms", "GFLOP/s", "GB/s", "of\nlimit", "bound\nby")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    name = row.name or "(the model itself)"
+    rates = (f"{rate / 1e9 / (row.ms / 1e3):.1f}" if rate else "-" for rate in (row.flops, row.bytes))
+    reached = f"{row.roofline:.0%}" if row.roofline else "-"
+    return (
+        f"{name} ({row.kind})" if row.kind else name,
+        f"{row.share:.1%}",
+        f"{row.ms:.3f}",
+        *rates,
+        reached,
+        row.bound,
+    )
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    preprocess: Callable[[Any], Any] | None = None,
+    postprocess: Callable[[Any], Any] | None = None,
+    forward: Forward | None = None,
+    output: Callable[[Any], Any] | None = None,
+    rounds: int = 3,
+    layers: bool = True,
+    progress: Track = untracked,
+) -> Profile:
+    """Measures the four phases of a plain loop over `batches`, in it the layers of the forward, and says what would help.
+
+    The plain loop: preprocess(item), to the model's device, forward, back to the host and postprocess(result), one item
+    after the other; a first pass is not timed. Layers and operations are measured in passes of their own.
+
+    Args:
+        model: runs in eval and inference mode; its flags are put back. Compiled or not; its layers are looked at eagerly.
+        batches: what preprocess takes, or batches (see `forwardpass.common.batches`) where there is none. All of it is kept.
+        preprocess, postprocess: of an item, of a result on the host. As for `fp.Pipeline`.
+        forward, output: forward(model, batch), where the convention does not fit; output(result), on the device: what is
+            copied to the host (default: all of the result).
+        rounds: timed passes over the items.
+        layers: whether to look inside the forward.
+        progress: progress(what, steps or None) -> called after each step.
+
+    An item that raises in the first pass is left out and listed in `failed`.
+
+    Raises:
+        TypeError, ValueError: what was required, what was given, what to do. ValueError too where every item fails.
+    """
+    plain = plain_module("profile", model)
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | torch.Tensor | dict):
+        raise TypeError(f"profile takes an iterable of batches, not {type(batches).__name__}: pass [batch] for one")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ValueError(f"rounds is a number of passes of 1 or more, not {rounds!r}")
+    items = list(batches)
+    if not items:
+        raise ValueError(
+            "profile was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
+        )
+    request = Request(model, device_of(plain), preprocess, postprocess, forward, output)
+    with eval_mode(plain), torch.inference_mode():
+        good, failed, warnings = _first_pass(request, items, progress("first pass", len(items)))
+        loop = measure(request, good, rounds, on_item=progress("timing", rounds * len(good)))
+    inside = None
+    if layers:
+        with evaluating(plain):
+            few = good[:_INSIDE_ITEMS]
+            looking = Request(plain, request.device, preprocess, postprocess, forward, output)
+            progress("looking inside the forward", None)
+            inside = look_inside(looking, few, _INSIDE_PASSES)
+    phases = summarise(loop, request.device)
+    overlap = functools.partial(
+        predict, loop.typical(lambda s: s.wall), loop.typical(lambda s: s.cpu), loop.cores, handover=_handover()
+    )
+    return Profile(
+        type(plain).__name__, len(good), rounds, phases, loop.seconds * 1e3, overlap(1), inside,
+        advise(request, good[0], phases, overlap, inside), failed, warnings, environment.device(request.device), loop.samples,
+    )  # fmt: skip
+
+
+@functools.cache
+def _handover() -> float:
+    """Seconds an item that `fp.Pipeline` takes where nothing is done with it."""
+    pipeline, items = Pipeline(nn.Identity()), [torch.zeros(1)] * 200
+    start = time.perf_counter()
+    for _ in pipeline(items):
+        pass
+    return (time.perf_counter() - start) / len(items)
+
+
+def _first_pass(
+    request: Request, items: Sequence[Any], step: Callable[[], object]
+) -> tuple[list[Any], list[Failed], list[str]]:
+    """The items that run, those that do not, and what looks wrong with results."""
+    good, failed, strange = [], [], []
+    first: Exception | None = None
+    for index, item in enumerate(items):
+        value = item
+        for phase, run in zip(PHASES, (request.input, request.transfer, request.run, request.finish)):
+            try:
+                value = run(value)
+            except Exception as e:
+                first = first or e
+                failed.append(Failed(index, phase, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"))
+                break
+            if phase == "forward" and any(t.is_floating_point() and t.isnan().any() for t in tensors(value)):
+                strange.append(index)
+        else:
+            good.append(item)
+        step()
+    if not good:
+        f = failed[0]
+        raise ValueError(f"none of the {len(items)} items runs; the first fails in {f.phase}: {f.error}") from first
+    warnings = (
+        [f"NaN in the results of {len(strange)} of {len(items)} items, the first is item {strange[0]}"]
+        if strange
+        else []
+    )
+    return good, failed, warnings

@@ -1,0 +1,1 @@
+"""`fp.Pipeline` and `fp.size_batch`."""
