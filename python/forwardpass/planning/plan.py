@@ -89,8 +89,8 @@ def plan(
     Args:
         model: not swapped. It is left as it was, after errors and interrupts too; one layer is replaced at a time, and in the
             end all of the plan's: the originals and their 8- or 16-bit replacements are the most there is at any time.
-        batches: real input to hold the budget on (see `forwardpass.common.batches`), other than calibrate's. Their outputs are kept on
-            the host. Errors of single layers are measured on some of them, 32 samples or a batch.
+        batches: real input to hold the budget on (see `forwardpass.common.batches`), other than calibrate's. Their outputs are
+            kept on the host. Errors of single layers are measured on some of them, 32 samples or a batch.
         candidates: of "fp8", "int8", "int8+calibrated", "w8a16", "bf16"; None: all, the calibrated one with calibrate= alone.
         max_error: the most relative L2 error of the output, worst of the batches; or
         min_cosine: the least cosine of an output sample with the model's own; or
