@@ -80,6 +80,10 @@ def refused(result, words):
     assert result.stdout.count("\n") <= 1  # at most the model that was chosen
 
 
+def test_version():
+    assert run("--version").stdout == f"forwardpass {fp.__version__}\n"
+
+
 def test_doctor_json():
     result = run("doctor", "--json")
     found = json.loads(result.stdout)

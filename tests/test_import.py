@@ -1,5 +1,6 @@
 """`import forwardpass`: cheap, quiet, and not prevented by a broken library."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -40,12 +41,16 @@ print(*(new & {"transformers", "safetensors", "typer", "rich", "triton", "numpy"
     assert python(code).strip() == ""
 
 
-@pytest.mark.parametrize("damage", ["missing", "broken"])
+@pytest.mark.parametrize("damage", ["missing", "broken", "of another version"])
 def test_a_library_that_does_not_load_is_said_when_it_is_needed(tmp_path, damage):
     package = tmp_path / "forwardpass"
     shutil.copytree(fp.dispatch.library.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if damage == "broken":
         (package / "_ops.so").write_bytes(b"not a library")
+    if damage == "of another version":
+        shutil.copy(fp.dispatch.library.FOLDER / "_ops.so", package)
+        info = package / "_build.json"
+        info.write_text(json.dumps({**json.loads(info.read_text()), "version": "0.0.1"}))
     code = """
 import torch, forwardpass as fp
 x = torch.ones(2, 8)
@@ -60,3 +65,5 @@ except fp.Unsupported as e:
     first, second = python(code, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": ""}).splitlines()
     assert first == "127"
     assert "op library did not load" in second
+    if damage == "of another version":
+        assert f"_ops.so is of forwardpass 0.0.1, and these files are of {fp.__version__}: reinstall" in second

@@ -54,7 +54,7 @@ def test_assembly_is_in_common_only():
     assert not [p for p in files if re.search(r"\basm\b", p.read_text())]
 
 
-#: Of python/forwardpass: what a package may import, beside the root's __version__. Who stands later may import who stands earlier.
+#: Of python/forwardpass: what a package may import, beside the version. Who stands later may import who stands earlier.
 LAYERS = ("common", "dispatch", "testing", "interpreter", "ops", "nn", "integrations", "swap", "planning", "serving", "profiling",
           "cli")  # fmt: skip
 
@@ -67,7 +67,7 @@ def imports_of_other_packages():
             if isinstance(node, ast.ImportFrom) and node.level:
                 target = [*parts[: len(parts) - node.level], *(node.module.split(".") if node.module else [])]
                 for name in [target[0]] if target else [alias.name for alias in node.names]:
-                    if name != parts[0] and name != "__version__":
+                    if name != parts[0] and name not in ("__version__", "version"):
                         yield path, parts[0], name
 
 

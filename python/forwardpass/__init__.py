@@ -14,8 +14,8 @@ from .profiling.profile import Profile, profile
 from .serving.pipeline import ItemError, Pipeline
 from .serving.size_batch import BatchSizing, size_batch
 from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "BatchSizing", "InterpreterFinding", "ItemError", "ParityReport", "Pipeline", "Plan", "Profile", "Reason", "Report",
     "Unsupported", "declined", "explain", "interpret", "load_pretrained", "nn", "ops", "parity", "plan", "profile",

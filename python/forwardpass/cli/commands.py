@@ -47,7 +47,7 @@ app = typer.Typer(
     help="Faster inference of PyTorch models: what works here, where time goes, which precision and which batch to run.",
 )
 #: name -> whether calibration texts change the result
-CALIBRATES = {p.name: p.calibrates for p in PRECISIONS}
+CALIBRATES = {p.name: p.takes_calibration for p in PRECISIONS}
 
 
 def number(
@@ -196,6 +196,21 @@ def precision_or_plan(precision: str | None, plan: str | None) -> tuple[fp.Plan 
     with refusing(ValueError, OSError):
         planned = fp.Plan.load(plan) if plan else None
     return planned, planned.calibrated if planned else CALIBRATES[precision or ""]
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"forwardpass {fp.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..version import __version__
+
 FOLDER = pathlib.Path(__file__).parents[1]
 KERNELS = FOLDER / "_kernels.so"
 
@@ -31,6 +33,10 @@ def _build_info() -> dict[str, Any]:
 build_info = _build_info()
 
 try:
+    if (built := build_info.get("version", __version__)) != __version__:
+        raise RuntimeError(
+            f"_ops.so is of forwardpass {built}, and these files are of {__version__}: reinstall forwardpass"
+        )
     torch.ops.load_library(FOLDER / "_ops.so")
     if KERNELS.exists():
         torch.ops.forwardpass._set_library(0, str(KERNELS))

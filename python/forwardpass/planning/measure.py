@@ -9,7 +9,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
 from ..swap.calibrate import calibration_arguments
 from ..swap.plan import Plan
-from ..swap.precision import Precision, find_precision
+from ..swap.precision import LayerPrecision, Precision, find_precision
 from ..swap.rules import Context, why_skip
 from ..swap.swapping import build, planned, swap_planned
 from ..swap.walker import Leaf
@@ -41,12 +41,12 @@ PARTIAL = "forwardpass.plan.partial/1"
 Arguments = Mapping[str, Mapping[str, Any]]
 
 
-def find_candidate(name: str) -> Precision:
-    """A preset, which `calibrates` where the name ends in +calibrated. ValueError, in one sentence, where there is none."""
+def find_candidate(name: str) -> LayerPrecision:
+    """A precision, calibrated where the name ends in +calibrated. ValueError, in one sentence, where there is none."""
     base = find_precision(name.removesuffix(CALIBRATED))
-    if name.endswith(CALIBRATED) and not base.calibrates:
+    if name.endswith(CALIBRATED) and not base.takes_calibration:
         raise ValueError(f"{base.name} takes no calibration: use {base.name!r}, or int8{CALIBRATED}")
-    return replace(base, calibrates=name.endswith(CALIBRATED))
+    return LayerPrecision(base, name.endswith(CALIBRATED))
 
 
 @dataclass
@@ -135,12 +135,12 @@ def shapes_of_calls(subject: Subject, leaves: list[Leaf], batches: list[Any]) ->
 
 
 def calibrated_arguments(
-    subject: Subject, layers: list[Layer], candidates: Mapping[str, Precision], batches: list[Any], track: Track
+    subject: Subject, layers: list[Layer], candidates: Mapping[str, LayerPrecision], batches: list[Any], track: Track
 ) -> Arguments:
     """Arguments of `from_torch` for every layer that a calibrated candidate may replace, in passes that hold no more than
     STATISTICS_BYTES. Where calibration does not reach a layer, that candidate is refused.
     """
-    names = [name for name, p in candidates.items() if p.calibrates]
+    names = [name for name, p in candidates.items() if p.calibrated]
     passes: list[list[Leaf]] = []
     held = STATISTICS_BYTES
     for layer in layers:
@@ -227,7 +227,7 @@ class Measurer:
     def __init__(
         self,
         subject: Subject,
-        candidates: Mapping[str, Precision],
+        candidates: Mapping[str, LayerPrecision],
         arguments: Arguments,
         batches: list[Any],
         references: list[Tensor],
@@ -284,7 +284,7 @@ class Measurer:
 
     def _built(self, leaf: Leaf, name: str) -> Any:
         candidate = self.candidates[name]
-        return build(leaf, candidate, self.arguments.get(leaf.fqn, {}) if candidate.calibrates else {}).eval()
+        return build(leaf, candidate.precision, self.arguments.get(leaf.fqn, {}) if candidate.calibrated else {}).eval()
 
     def local_errors(self, layers: list[Layer], track: Track) -> None:
         """Fills in each candidate's error at its layer, on the input that the layer has in the first of the batches."""
@@ -369,7 +369,7 @@ def spread(batches: list[Any], references: list[Tensor]) -> list[int]:
 def identity(
     model: nn.Module,
     leaves: list[Leaf],
-    candidates: Mapping[str, Precision],
+    candidates: Mapping[str, LayerPrecision],
     criterion: Criterion,
     context: Context,
     device: Mapping[str, Any],
@@ -381,6 +381,11 @@ def identity(
         weight = linear_weight(leaf.module)
         flat = weight.reshape(-1) if weight.is_contiguous() else weight.t().reshape(-1)
         seen.add([leaf.fqn, list(weight.shape), flat[:: max(1, flat.numel() // 4096)]])
-    seen.add([type(model).__name__, [(n, p.name, p.version, p.calibrates) for n, p in candidates.items()]])
+    seen.add(
+        [
+            type(model).__name__,
+            [(n, p.precision.name, p.precision.version, p.calibrated) for n, p in candidates.items()],
+        ]
+    )
     seen.add([[p.text for p in context.include], [p.text for p in context.exclude]])
     return seen.add([criterion.kind, torch.__version__, dict(device), *batches]).value

@@ -17,6 +17,7 @@ from ..common.modules import plain_module
 from ..common.text import count, table, wrapped
 from ..nn import QuantizedLinear
 from ..swap import originals
+from ..version import __version__
 from .agreement import TASKS, task_of
 from .criterion import cosines, samples
 
@@ -97,8 +98,6 @@ class ParityReport:
     agreement: dict[str, float | int] = field(default_factory=dict)  #: what the error means for the task
 
     def to_json(self) -> dict[str, Any]:
-        from .. import __version__
-
         return {
             "schema": SCHEMA,
             "versions": {"forwardpass": __version__, "torch": torch.__version__},

@@ -20,12 +20,13 @@ from ..common.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
 from ..swap import originals
-from ..swap.attention import attention_like, check_choice, decide
+from ..swap.attention import check_choice, decide_attention
+from ..swap.decision import refuse_model
 from ..swap.patterns import patterns
 from ..swap.plan import Plan
-from ..swap.precision import Precision
+from ..swap.precision import LayerPrecision
 from ..swap.rules import Context
-from ..swap.swapping import planned, refuse_model
+from ..swap.swapping import planned
 from ..swap.walker import linear_like
 from . import evidence
 from .choose import Choice, Frontier, Option
@@ -118,14 +119,13 @@ def plan(
     model = plain_module("plan", model)
     check_choice(attention, False)
     leaves = linear_like(model)
-    refuse_model(model, leaves)
+    refuse_model(model)
     given = _listed("batches", batches)
     timed = given[:1] if shapes is None else _listed("shapes", shapes)
     calibration = [] if calibrate is None else _listed("calibrate", calibrate)
     tried = _candidates(candidates, calibrate is not None)
-    context, found = Context(model, patterns("include", include), patterns("exclude", exclude)), attention_like(model)
-    attending, _ = decide(context, found, attention, None)
-    context.attention.update(id(leaf.module) for leaf in attending)
+    context = Context(model, patterns("include", include), patterns("exclude", exclude))
+    attending = decide_attention(context, attention).swapped
 
     device = environment.device(device_of(model))
     kept = Kept(resume, identity(model, leaves, tried, criterion, context, device, given, timed, calibration))
@@ -135,7 +135,7 @@ def plan(
     calls = shapes_of_calls(subject, leaves, timed)
     layers = [
         Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
-            name: Candidate(eligible(leaf, context, p) if calls[leaf.fqn] else _NEVER_CALLED)
+            name: Candidate(eligible(leaf, context, p.precision) if calls[leaf.fqn] else _NEVER_CALLED)
             for name, p in tried.items()
         })
         for leaf in leaves
@@ -167,7 +167,7 @@ def plan(
     def made(choice: Choice) -> Plan:
         names = chosen(choice)
         pairs = [(leaf, tried[name]) for leaf in leaves if (name := names[leaf.fqn])]
-        same = Fingerprint().add(calibration).value if any(p.calibrates for _, p in pairs) else None
+        same = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
         return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], same)
 
     def verified(choice: Choice) -> tuple[float, float]:
@@ -223,14 +223,14 @@ def _listed(name: str, batches: Iterable[Any]) -> list[Any]:
     return listed
 
 
-def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, Precision]:
+def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, LayerPrecision]:
     if isinstance(names, str):
         names = [names]
     wanted = [n for n in CANDIDATES if calibrates or not n.endswith(CALIBRATED)] if names is None else list(names)
     if not wanted or not all(isinstance(n, str) for n in wanted):
         raise ValueError(f"candidates names at least one of {', '.join(CANDIDATES)}, and is {names!r}")
     found = {name: find_candidate(name) for name in wanted}
-    if calibrates != any(p.calibrates for p in found.values()):
+    if calibrates != any(p.calibrated for p in found.values()):
         raise ValueError(f"none of the candidates {', '.join(found)} takes calibration: drop calibrate=, or add int8{CALIBRATED}"
                          if calibrates else f"a candidate {CALIBRATED} takes batches to calibrate on: pass calibrate=, or leave "
                          "it out")  # fmt: skip

@@ -56,11 +56,21 @@ def _by_its_looks(module: nn.Module) -> bool:
     return _swappable(module) or type(module).__name__.endswith(("Attention", "Attention2d"))
 
 
-def decide(
-    context: rules.Context, found: list[Leaf], attention: str | bool, planned: Collection[str] | None
-) -> tuple[list[Leaf], list[Skipped]]:
-    """What is swapped, and of the rest each one's reason. `planned`: the names in a plan, which decides itself."""
-    chosen, skipped = [], []
+@dataclass(frozen=True)
+class AttentionDecision:
+    """What becomes of each attention of a model."""
+
+    found: tuple[Leaf, ...]  #: every module that computes attention
+    swapped: tuple[Leaf, ...]
+    skipped: tuple[Skipped, ...]  #: the others, each with its reason
+
+
+def decide_attention(
+    context: rules.Context, attention: str | bool, planned: Collection[str] | None = None
+) -> AttentionDecision:
+    """`attention` is that of `fp.swap`; `planned`: the names in a plan, which decides itself. `context` is told what is swapped,
+    as the Linear layers within are left to it."""
+    found, swapped, skipped = attention_like(context.model), [], []
     units = _units(context.model)
     for leaf in found:
         if planned is not None and leaf.fqn not in planned:
@@ -68,7 +78,7 @@ def decide(
         else:
             reason = _why_skip(leaf, context, attention if planned is None else True, units)
         if reason is None:
-            chosen.append(leaf)
+            swapped.append(leaf)
             continue
         if planned is not None and leaf.fqn in planned and rules.KINDS.get(reason.code) != "user":
             name = type(context.model).__name__
@@ -78,7 +88,8 @@ def decide(
     if missing:
         raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
                          f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
-    return chosen, skipped
+    context.attention.update(id(leaf.module) for leaf in swapped)
+    return AttentionDecision(tuple(found), tuple(swapped), tuple(skipped))
 
 
 def _why_skip(
@@ -173,10 +184,11 @@ _ABSENT = object()
 
 
 class AttentionSwap:
-    """Everything that swapping `chosen` changes in a model, besides the modules that take others' places."""
+    """Everything that swapping attention changes in a model, besides the modules that take others' places."""
 
-    def __init__(self, model: nn.Module, found: list[Leaf], chosen: list[Leaf]):
+    def __init__(self, model: nn.Module, decision: AttentionDecision):
         """Builds; changes nothing."""
+        found, chosen = decision.found, decision.swapped
         self.replaced = tuple(
             Replaced(x.fqn, x.module, MultiheadAttention.from_torch(x.module))
             for x in chosen
@@ -203,7 +215,7 @@ def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
     return SwappedAttention(fqn, type(module).__name__, str(module.config._attn_implementation))  # type: ignore[union-attr]
 
 
-def _names(model: nn.Module, found: list[Leaf], chosen: list[Leaf]) -> Iterable[_Attribute]:
+def _names(model: nn.Module, found: Iterable[Leaf], chosen: Iterable[Leaf]) -> Iterable[_Attribute]:
     """The configs' names, and a Place in every module that asks them."""
     swapped = {id(x.module) for x in chosen}
     asking = [x.module for x in found if huggingface.dispatches(x.module)]
@@ -235,7 +247,7 @@ def _groups(asking: list[nn.Module], swapped: set[int]) -> list[tuple[Any, list[
     return [(config, group) for config, group in groups.values() if any(id(m) in swapped for m in group)]
 
 
-def _nested_tensors(model: nn.Module, chosen: list[Leaf]) -> Iterable[_Attribute]:
+def _nested_tensors(model: nn.Module, chosen: Iterable[Leaf]) -> Iterable[_Attribute]:
     """An encoder makes nested tensors of padded ones for the fast path of its layers, which the swapped ones do not take."""
     swapped = {id(x.module) for x in chosen}
     for module in model.modules():

@@ -22,8 +22,9 @@ from ..common.files import read_json, write_json
 from ..common.modules import plain_module
 from ..nn import QuantizedLinear
 from ..nn.layer import linear_weight
+from ..version import __version__
 from . import model_config, originals, saving
-from .attention import AttentionSwap, attention_like, decide, implementation_before
+from .attention import AttentionSwap, decide_attention, implementation_before
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
 from .precision import MODULES
 from .rules import Context
@@ -118,8 +119,6 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
         alone = t.untyped_storage().nbytes() == t.nbytes and t.untyped_storage()._cdata not in storages
         storages.add(t.untyped_storage()._cdata)
         tensors[name] = t.cpu().contiguous() if alone else t.cpu().clone(memory_format=torch.contiguous_format)
-
-    from .. import __version__
 
     config, generation = _configs(model)
     safetensors = _safetensors()
@@ -224,9 +223,8 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         if new.activation not in (None, leaf.formula):
             raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
         made[id(leaf.module)] = new
-    attention = attention_like(model)
     try:
-        attending, _ = decide(Context(model), attention, True, record["attention"])
+        attention = decide_attention(Context(model), True, record["attention"])
     except ValueError as e:
         raise fail(str(e)) from None
     slots = dict(_slots(model, made))
@@ -267,7 +265,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
                        + [(x.fqn, x.original, x.replacement) for x in identities])  # fmt: skip
     for holder, name, value in assignments:
         holder[name] = value
-    change = AttentionSwap(model, attention, attending)  # modules of torch share the parameters that are there now
+    change = AttentionSwap(model, attention)  # modules of torch share the parameters that are there now
     originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
     change.put()
     saving.refuse(model)

@@ -120,8 +120,7 @@ class Plan:
         layers = []
         for i, given in enumerate(plan["layers"]):
             layer = PlannedLayer(**fields(PlannedLayer, given, f"layer {i}"))
-            calibrates = find_precision(layer.precision, layer.version).calibrates
-            if layer.calibrated and not calibrates:
+            if layer.calibrated and not find_precision(layer.precision, layer.version).takes_calibration:
                 raise fail(f"layer {i} is calibrated, and {layer.precision} takes no calibration")
             layers.append(layer)
         if len({layer.fqn for layer in layers}) != len(layers):

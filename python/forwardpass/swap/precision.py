@@ -17,25 +17,28 @@ class Precision:
     version: int
     module: type[QuantizedLinear]
     options: Mapping[str, Any] = field(default_factory=dict)  #: arguments of `module.from_torch`
-    calibrates: bool = False  #: whether calibration batches change the result
-    fuses: bool = False  #: whether the layer computes the activation behind it, see `fusion`
+    takes_calibration: bool = False  #: whether calibration batches change the result
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """A precision as one layer gets it: with calibration or without."""
+
+    precision: Precision
+    calibrated: bool = False
 
 
 #: Newest version of a name last.
 PRECISIONS = (
     # W8A8, activations asymmetric and dynamic per token, weights symmetric per channel; with calibration batches also
     # smoothing, error-compensated rounding of the weights.
-    Precision("int8", 1, Int8Linear, {"symmetric": False}, calibrates=True),
-    Precision("int8", 2, Int8Linear, {"symmetric": False}, calibrates=True, fuses=True),
+    Precision("int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True),
     # e4m3 weights per channel, e4m3 activations dynamic per token.
     Precision("fp8", 1, Fp8Linear, {"scales": "row"}),
-    Precision("fp8", 2, Fp8Linear, {"scales": "row"}, fuses=True),
     # int8 weights per channel, activations as they are.
     Precision("w8a16", 1, W8A16Linear),
-    Precision("w8a16", 2, W8A16Linear, fuses=True),
     # weights and activations bfloat16, sums fp32: for layers of a float32 model that 8 bits are too coarse for.
     Precision("bf16", 1, Bf16Linear),
-    Precision("bf16", 2, Bf16Linear, fuses=True),
 )
 MODULES = {p.module.__name__: p.module for p in PRECISIONS}
 

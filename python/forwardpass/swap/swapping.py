@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,20 +13,20 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Fingerprint, device_of
 from ..common.modules import plain_module, tensor_bytes
-from ..common.text import count
-from ..dispatch import Reason, Unsupported, only_reference_on
+from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
 from ..ops.common.quantized_rows import FLOATS
+from ..version import __version__
 from . import originals
-from .attention import NOT_PLANNED, AttentionSwap, attention_like, check_choice, decide
+from .attention import AttentionSwap, check_choice
+from .decision import Decision, decide, refuse_model, refuse_skips
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
-from .precision import Precision, find_precision
-from .report import Left, Report, Skipped, Swapped, WeightBytes
-from .rules import KINDS, Context, fused_experts, why_skip
-from .walker import Leaf, is_conv1d, linear_leaves, linear_like
+from .precision import LayerPrecision, Precision
+from .report import Left, Report, Swapped, WeightBytes
+from .rules import Context
+from .walker import Leaf, linear_leaves
 
-_NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
 KEEP = ("auto", "device", "cpu", False)
@@ -90,34 +89,25 @@ def swap(
         given = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {given} given: pass one, e.g. precision="int8"')
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
-    leaves, calibrated = linear_like(model), calibrate is not None
-    refuse_model(model, leaves)
+    refuse_model(model)
     loaded = Plan.load(plan) if plan is not None else None
-    found = attention_like(model)
-    attending, unattended = decide(context, found, attention, loaded.attention if loaded else None)
-    context.attention.update(id(leaf.module) for leaf in attending)
-    chosen, skipped = _decide(context, leaves, precision, loaded, calibrated)
-    skipped += unattended
-    experts = dict(fused_experts(context)) if plan is None else {}
-    skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
+    decision = decide(context, precision, loaded, attention=attention, calibrated=calibrate is not None)
     if strict:
-        _refuse_skips(skipped)
-    notes = _warnings(context, leaves, chosen, attending, [*experts, *(leaf.fqn for leaf in found)])
+        refuse_skips(decision.skipped)
+    notes = _warnings(decision)
 
     arguments: dict[str, dict[str, Any]] = {}
     seen = Fingerprint()
     if calibrate is not None and not dry_run:
         from .calibrate import calibration_arguments
 
-        arguments, missed = calibration_arguments(
-            model, [x for x, p in chosen if p.calibrates], seen.reading(calibrate), forward
-        )
+        arguments, missed = calibration_arguments(model, decision.calibrated, seen.reading(calibrate), forward)
         notes += missed
         if loaded and loaded.calibration not in (None, seen.value):
             raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
                              "pass the same ones, or plan again")  # fmt: skip
     calibration = seen.value if arguments else None
-    return _carry_out(context, found, attending, chosen, skipped, notes, arguments, calibration, keep, dry_run)
+    return _carry_out(decision, notes, arguments, calibration, keep, dry_run)
 
 
 def swap_planned(
@@ -126,128 +116,72 @@ def swap_planned(
     """`swap(model, plan=plan)` where the calibration is done: `arguments` has, for each calibrated layer, those of its
     module's `from_torch`. Without the warnings.
     """
-    context, found = Context(model), attention_like(model)
-    attending, unattended = decide(context, found, "auto", plan.attention)
-    context.attention.update(id(leaf.module) for leaf in attending)
-    chosen, skipped = _decide(context, linear_like(model), None, plan, plan.calibrated)
-    arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf, p in chosen if p.calibrates}
-    return _carry_out(
-        context, found, attending, chosen, skipped + unattended, [], arguments, plan.calibration, keep, False
-    )
+    decision = decide(Context(model), None, plan, calibrated=plan.calibrated)
+    arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf in decision.calibrated}
+    return _carry_out(decision, [], arguments, plan.calibration, keep, dry_run=False)
 
 
 def _carry_out(
-    context: Context,
-    found: list[Leaf],
-    attending: list[Leaf],
-    chosen: list[tuple[Leaf, Precision]],
-    skipped: list[Skipped],
+    decision: Decision,
     notes: list[str],
     arguments: Mapping[str, Mapping[str, Any]],
     calibration: str | None,
     keep: str | bool,
     dry_run: bool,
 ) -> Report:
-    """Builds the replacements, says what is to be said, and puts them in place."""
-    model = context.model
+    """Builds the replacements, gives the warnings, and puts the replacements in place."""
+    model, swapped = decision.model, decision.swapped
     if dry_run:
-        replacements = [_empty(leaf, preset) for leaf, preset in chosen]
+        replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
-        replacements = [build(leaf, preset, arguments.get(leaf.fqn, {})) for leaf, preset in chosen]
-    change = AttentionSwap(model, found, attending)
-    spoken_of = {*(s.fqn for s in skipped), *(leaf.fqn for leaf in found), *(leaf.fqn for leaf, _ in chosen)}
+        replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
+    change = AttentionSwap(model, decision.attention)
+    in_report = {
+        *(s.fqn for s in decision.skipped),
+        *(leaf.fqn for leaf in decision.attention.found),
+        *(leaf.fqn for leaf, _ in swapped),
+    }
     report = Report(
-        [_swapped(leaf, preset, new) for (leaf, preset), new in zip(chosen, replacements)],
+        [_swapped(leaf, p.precision, new) for (leaf, p), new in zip(swapped, replacements)],
         change.report,
-        skipped,
-        _left(model, spoken_of),
+        list(decision.skipped),
+        _left(model, in_report),
         notes,
-        _weight_bytes(model, chosen, replacements, keep),
-        planned(model, chosen, [leaf.fqn for leaf in attending], calibration),
+        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep),
+        planned(model, swapped, [leaf.fqn for leaf in decision.attention.swapped], calibration),
         dry_run,
     )
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
-        report.attach(model, _install(model, [leaf for leaf, _ in chosen], replacements, change, keep))
+        report.attach(model, _install(model, [leaf for leaf, _ in swapped], replacements, change, keep))
     return report
 
 
-def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
-    if isinstance(model, nn.Linear) or is_conv1d(model):
-        raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
-                         "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
-    if swapped := [*originals.quantised_layers(model), *originals.swapped_attention(model)]:
-        fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
-        raise RuntimeError(f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …): {fix}")
-    if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
-        raise ValueError("every Linear layer of this model is on the meta device, without values: load its weights "
-                         "first, or fill it from a checkpoint with fp.load_pretrained(folder, "
-                         "model=model)")  # fmt: skip
-
-
-def _decide(
-    context: Context, leaves: list[Leaf], precision: str | None, plan: Plan | None, calibrated: bool
-) -> tuple[list[tuple[Leaf, Precision]], list[Skipped]]:
-    """For each leaf, the precision it gets, which `calibrates` where this leaf is to be calibrated, or the reason it stays."""
-    name = type(context.model).__name__
-    if plan is not None:
-        plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
-        if plan.calibrated != calibrated:
-            if plan.calibrated:
-                raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint")
-            raise ValueError("the plan was made without calibration: drop calibrate=, or plan again")
-        presets = {
-            layer.fqn: replace(find_precision(layer.precision, layer.version), calibrates=layer.calibrated)
-            for layer in plan.layers
-        }
-    else:
-        preset = find_precision(precision) if precision is not None else None
-        if preset is not None and not calibrated:
-            preset = replace(preset, calibrates=False)
-        presets = {leaf.fqn: preset for leaf in leaves if preset is not None}
-    if calibrated and not any(p.calibrates for p in presets.values()):
-        raise ValueError(f'{precision or "this plan"} takes no calibration: drop calibrate=, or use precision="int8"')
-    chosen, skipped = [], []
-    for leaf in leaves:
-        if leaf.fqn not in presets:
-            skipped.append(Skipped(leaf.fqn, NOT_PLANNED if plan is not None else _NO_PRECISION))
-        elif reason := why_skip(leaf, context, presets[leaf.fqn], defaults=plan is None):
-            if plan is not None and KINDS.get(reason.code) != "user":
-                raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
-            skipped.append(Skipped(leaf.fqn, reason))
-        else:
-            chosen.append((leaf, presets[leaf.fqn]))
-    return chosen, skipped
-
-
-def _refuse_skips(skipped: list[Skipped]) -> None:
-    own = {s.fqn: s.reason for s in skipped if KINDS.get(s.reason.code, "model") == "model"}
-    if own:
-        fqn, reason = next(iter(own.items()))
-        more = f" (and {count(len(own) - 1, 'other layer')})" if len(own) > 1 else ""
-        raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", own)
-
-
-def _warnings(
-    context: Context, leaves: list[Leaf], chosen: list[Any], attending: list[Leaf], others: Iterable[str]
-) -> list[str]:
-    names = [*(leaf.fqn for leaf in leaves), *others]
+def _warnings(decision: Decision) -> list[str]:
+    context, leaves, attention = decision.context, decision.linear, decision.attention
+    names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.found)]
     notes = [
         f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
         for argument, given in (("include", context.include), ("exclude", context.exclude))
         for pattern in given
         if not any(pattern.matches(fqn) for fqn in names)
     ]
-    if not leaves and not attending:
+    if not leaves and not attention.swapped:
         notes.append("the model has no Linear layer, so nothing is swapped")
-    elif not chosen and not attending:
+    elif not decision.swapped and not attention.swapped:
         notes.append("no layer is swapped; the report has each one's reason")
-    if (chosen or attending) and context.model.training:
+    if (decision.swapped or attention.swapped) and context.model.training:
         notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
-    weights = {(p.module.operation, leaf.module.weight.device, leaf.module.weight.dtype) for leaf, p in chosen}
+    weights: set[tuple[Any, ...]] = {
+        (p.precision.module.operation, leaf.module.weight.device, leaf.module.weight.dtype)
+        for leaf, p in decision.swapped
+    }
     weights |= {
-        ("attention", p.device, p.dtype) for leaf in attending for p in leaf.module.parameters() if p.dtype in FLOATS
+        ("attention", p.device, p.dtype)
+        for leaf in attention.swapped
+        for p in leaf.module.parameters()
+        if p.dtype in FLOATS
     }
     for operation, device, dtype in sorted(weights, key=str):
         if operation and only_reference_on(operation, device, dtype):
@@ -262,7 +196,7 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its
     precision.
     """
-    options = {**precision.options, **_fused(leaf, precision)}
+    options = {**precision.options, **_fused(leaf)}
     try:
         new: QuantizedLinear = precision.module.from_torch(leaf.module, **options, **arguments)  # type: ignore[attr-defined]
     except Exception as e:
@@ -275,18 +209,20 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
     return new.train(leaf.module.training)
 
 
-def _fused(leaf: Leaf, precision: Precision) -> dict[str, str]:
+def _fused(leaf: Leaf) -> dict[str, str]:
     """The argument of `from_torch` for the activation that the layer computes itself."""
-    return {"activation": leaf.formula} if precision.fuses and leaf.formula is not None else {}
+    return {"activation": leaf.formula} if leaf.formula is not None else {}
 
 
-def _empty(leaf: Leaf, precision: Precision) -> QuantizedLinear:
+def _empty(leaf: Leaf, wanted: LayerPrecision) -> QuantizedLinear:
     """A replacement without values, for its size."""
-    options = {**precision.options, **_fused(leaf, precision)}
-    if precision.calibrates:
+    options = {**wanted.precision.options, **_fused(leaf)}
+    if wanted.calibrated:
         options["channel_scale"] = True
     dtype, bias = linear_weight(leaf.module).dtype, leaf.has_bias
-    return precision.module(leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options)
+    return wanted.precision.module(
+        leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options
+    )
 
 
 def _install(
@@ -317,13 +253,13 @@ def _kept_on(original: nn.Module, keep: str | bool) -> str | None:
 
 
 def _weight_bytes(
-    model: nn.Module, chosen: list[tuple[Leaf, Precision]], replacements: list[QuantizedLinear], keep: str | bool
+    model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedLinear], keep: str | bool
 ) -> WeightBytes:
-    gone = {id(leaf.module) for leaf, _ in chosen}
+    gone = {id(leaf.module) for leaf in swapped}
     before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
     after = tensor_bytes(m for m in model.modules() if id(m) not in gone) + new
-    on = {_kept_on(leaf.module, keep) for leaf, _ in chosen} - {None}
-    kept = tensor_bytes(leaf.module for leaf, _ in chosen) if on else 0
+    on = {_kept_on(leaf.module, keep) for leaf in swapped} - {None}
+    kept = tensor_bytes(leaf.module for leaf in swapped) if on else 0
     return WeightBytes(before, after, kept, ", ".join(sorted(map(str, on))) or None, before + new)
 
 
@@ -362,14 +298,16 @@ def _swapped(leaf: Leaf, precision: Precision, new: QuantizedLinear) -> Swapped:
 
 
 def planned(
-    model: nn.Module, chosen: Iterable[tuple[Leaf, Precision]], attention: Iterable[str], calibration: str | None
+    model: nn.Module,
+    layer_precisions: Iterable[tuple[Leaf, LayerPrecision]],
+    attention: Iterable[str],
+    calibration: str | None,
 ) -> Plan:
-    """The plan of a choice; a precision `calibrates` where the layer is calibrated."""
-    from .. import __version__
-
+    """The plan that swaps these layers, and the attention of these names."""
     layers = (
-        PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version, p.calibrates)
-        for leaf, p in chosen
-    )
+        PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias,
+                     p.precision.name, p.precision.version, p.calibrated)
+        for leaf, p in layer_precisions
+    )  # fmt: skip
     of = layers_of(linear_leaves(model))
     return Plan(type(model).__name__, of, tuple(layers), tuple(attention), calibration, __version__)

@@ -1,0 +1,116 @@
+"""What becomes of each layer of a model, and why: decided as a whole before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..common.text import count
+from ..dispatch import Reason, Unsupported
+from . import originals
+from .attention import NOT_PLANNED, AttentionDecision, decide_attention
+from .plan import Plan
+from .precision import LayerPrecision, find_precision
+from .report import Skipped
+from .rules import KINDS, Context, fused_experts, why_skip
+from .walker import Leaf, is_conv1d, linear_leaves, linear_like
+
+_NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of each Linear-like layer and each attention of a model."""
+
+    context: Context
+    linear: tuple[Leaf, ...]  #: every Linear-like layer
+    swapped: tuple[tuple[Leaf, LayerPrecision], ...]
+    attention: AttentionDecision
+    experts: tuple[str, ...]  #: names of the weights of fused experts, which are skipped
+    skipped: tuple[Skipped, ...]  #: layers, attention and experts that stay, each with its reason
+
+    @property
+    def model(self) -> nn.Module:
+        return self.context.model
+
+    @property
+    def calibrated(self) -> list[Leaf]:
+        return [leaf for leaf, p in self.swapped if p.calibrated]
+
+
+def decide(
+    context: Context,
+    precision: str | None = None,
+    plan: Plan | None = None,
+    *,
+    attention: str | bool = "auto",
+    calibrated: bool = False,
+) -> Decision:
+    """Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model,
+    or calibration does not go with it."""
+    linear = linear_like(context.model)
+    attentions = decide_attention(context, attention, plan.attention if plan else None)
+    swapped, skipped = _decide_layers(context, linear, precision, plan, calibrated)
+    experts = dict(fused_experts(context)) if plan is None else {}
+    skipped += attentions.skipped
+    skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
+    return Decision(context, tuple(linear), tuple(swapped), attentions, tuple(experts), tuple(skipped))
+
+
+def _decide_layers(
+    context: Context, leaves: list[Leaf], precision: str | None, plan: Plan | None, calibrated: bool
+) -> tuple[list[tuple[Leaf, LayerPrecision]], list[Skipped]]:
+    name = type(context.model).__name__
+    if plan is not None:
+        plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
+        if plan.calibrated != calibrated:
+            if plan.calibrated:
+                raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint")
+            raise ValueError("the plan was made without calibration: drop calibrate=, or plan again")
+        wanted = {
+            layer.fqn: LayerPrecision(find_precision(layer.precision, layer.version), layer.calibrated)
+            for layer in plan.layers
+        }
+    elif precision is not None:
+        preset = find_precision(precision)
+        if calibrated and not preset.takes_calibration:
+            raise ValueError(f'{precision} takes no calibration: drop calibrate=, or use precision="int8"')
+        wanted = {leaf.fqn: LayerPrecision(preset, calibrated) for leaf in leaves}
+    elif calibrated:
+        raise ValueError('attention takes no calibration: drop calibrate=, or use precision="int8"')
+    else:
+        wanted = {}
+    swapped, skipped = [], []
+    for leaf in leaves:
+        if leaf.fqn not in wanted:
+            skipped.append(Skipped(leaf.fqn, NOT_PLANNED if plan is not None else _NO_PRECISION))
+        elif reason := why_skip(leaf, context, wanted[leaf.fqn].precision, defaults=plan is None):
+            if plan is not None and KINDS.get(reason.code) != "user":
+                raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
+            skipped.append(Skipped(leaf.fqn, reason))
+        else:
+            swapped.append((leaf, wanted[leaf.fqn]))
+    return swapped, skipped
+
+
+def refuse_model(model: nn.Module) -> None:
+    leaves = linear_leaves(model)
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
+                         "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
+    if swapped := [*originals.quantised_layers(model), *originals.swapped_attention(model)]:
+        fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
+        raise RuntimeError(f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …): {fix}")
+    if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
+        raise ValueError("every Linear layer of this model is on the meta device, without values: load its weights "
+                         "first, or fill it from a checkpoint with fp.load_pretrained(folder, "
+                         "model=model)")  # fmt: skip
+
+
+def refuse_skips(skipped: tuple[Skipped, ...]) -> None:
+    own = {s.fqn: s.reason for s in skipped if KINDS.get(s.reason.code, "model") == "model"}
+    if own:
+        fqn, reason = next(iter(own.items()))
+        more = f" (and {count(len(own) - 1, 'other layer')})" if len(own) > 1 else ""
+        raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", own)
