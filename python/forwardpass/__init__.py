@@ -8,18 +8,20 @@ from .dispatch import Reason, Unsupported, explain, use_backend
 from .dispatch.calls import declined
 from .integrations.flash_attention import register_flash_attention_impl
 from .integrations.sdpa import sdpa
+from .nn.layer import register_linear
 from .planning.parity import ParityReport, parity
 from .planning.plan import plan
 from .profiling.profile import Profile, profile
 from .serving.pipeline import ItemError, Pipeline
 from .serving.size_batch import BatchSizing, size_batch
-from .swap import Plan, Report, load_pretrained, restore, save_pretrained, swap
+from .swap import Plan, Precision, Report, load_pretrained, register_precision, restore, save_pretrained, swap
 from .version import __version__ as __version__
 
 __all__ = [
-    "BatchSizing", "InterpreterFinding", "ItemError", "ParityReport", "Pipeline", "Plan", "Profile", "Reason", "Report",
-    "Unsupported", "declined", "explain", "interpret", "load_pretrained", "nn", "ops", "parity", "plan", "profile",
-    "register_flash_attention_impl", "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
+    "BatchSizing", "InterpreterFinding", "ItemError", "ParityReport", "Pipeline", "Plan", "Precision", "Profile",
+    "Reason", "Report", "Unsupported", "declined", "explain", "interpret", "load_pretrained", "nn", "ops", "parity",
+    "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision", "restore",
+    "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..common import environment
+from ..common.compare import relative_error
 from ..dispatch import BACKENDS, Operation, Reason, library
 from ..testing import benchmark_cases
 
@@ -135,10 +136,5 @@ def _parity(op: Operation, name: str, device: torch.device) -> dict[str, Any]:
         got = op(*args)
     expected = op.runs["reference"](*args)
     pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (got, expected)))
-    worst = max((_relative_error(g, e) for g, e in pairs if e.numel()), default=0.0)
+    worst = max((relative_error(g.nan_to_num(), e.nan_to_num()) for g, e in pairs if e.numel()), default=0.0)
     return {"ok": worst <= PARITY_BOUND, "relative_error": worst, "text": f"relative error {worst:.1e}"}
-
-
-def _relative_error(got: Tensor, expected: Tensor) -> float:
-    g, e = got.double().nan_to_num(), expected.double().nan_to_num()
-    return ((g - e).norm() / e.norm().clamp(min=1e-30)).item()

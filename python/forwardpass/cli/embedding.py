@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.compare import relative_error
 from ..swap import load_pretrained, model_config
 from ..swap.folder import RECORD
 
@@ -231,5 +232,5 @@ def parity(got: Tensor, expected: Tensor) -> dict[str, float]:
     a, b = got.double(), expected.double()
     return {
         "cosine_min": F.cosine_similarity(a, b, dim=-1).min().item(),
-        "relative_error": ((a - b).norm() / b.norm()).item(),
+        "relative_error": relative_error(got, expected),
     }

@@ -16,24 +16,50 @@ from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
 
+CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D: a Linear with its weight transposed (GPT-2). Does not import transformers."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    """Whether it is transformers' Conv1D, a Linear with its weight transposed (GPT-2), or derives from it. Does not import
+    transformers."""
+    return any(_qualified(cls) == CONV1D for cls in type(module).__mro__)
 
 
-#: Subclasses of nn.Linear that compute just that, as read from their code; of others nobody knows.
+#: Classes that compute x W^T + b and nothing else, as read from their code; what another subclass computes is not known.
 _LINEAR = {
+    "torch.nn.modules.linear.Linear",
+    CONV1D,
     "timm.layers.linear.Linear",
     "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
     "transformers.models.falcon.modeling_falcon.FalconLinear",
 }
 
 
+def register_linear(cls: type[nn.Linear]) -> None:
+    """Tells `fp.swap` that a subclass of nn.Linear computes x W^T + b and nothing else, so that its layers may be swapped.
+
+    Of a subclass that is not registered nobody knows what it computes: its layers stay, and the report says so.
+
+    Raises:
+        TypeError: `cls` is no subclass of nn.Linear.
+
+    Example:
+        >>> class NamedLinear(torch.nn.Linear):
+        ...     "Differs from nn.Linear in its name."
+        >>> fp.register_linear(NamedLinear)
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Linear)):
+        raise TypeError(f"register_linear takes a subclass of torch.nn.Linear, not {cls!r}")
+    _LINEAR.add(_qualified(cls))
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether it computes x W^T + b: an nn.Linear, a subclass of that name alone, or a Conv1D."""
-    cls = type(module)
-    return cls is nn.Linear or f"{cls.__module__}.{cls.__qualname__}" in _LINEAR or is_conv1d(module)
+    """Whether it computes x W^T + b and nothing else: of nn.Linear, of Conv1D, or of a class that is registered."""
+    return _qualified(type(module)) in _LINEAR
 
 
 def linear_weight(module: nn.Module) -> Tensor:

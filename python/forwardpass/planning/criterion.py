@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.batches import padding_mask
+from ..common.compare import squared_relative_error
 
 #: metric(output, reference, batch): how much worse the output is, 0 where it is the reference
 Metric = Callable[[Tensor, Tensor, Any], float]
@@ -67,8 +68,7 @@ class Criterion:
         got, expected = samples(got, mask).double(), samples(expected.to(got.device), mask).double()
         if self.kind == "min_cosine":
             return 1 - cosines(got, expected).cpu()
-        error, norm = (got - expected).square().sum(), expected.square().sum()
-        return (error / norm if error != 0 else error).reshape(1).cpu()  # 0 / 0 is no error
+        return squared_relative_error(got, expected).reshape(1).cpu()
 
     def worst(self, errors: Tensor, got: Tensor, expected: Tensor, batch: Any) -> float:
         """Of one batch, whose `additive` is given: what must not pass `budget`."""

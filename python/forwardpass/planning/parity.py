@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
+from ..common.compare import relative_error
 from ..common.modules import plain_module
 from ..common.text import count, table, wrapped
 from ..nn import QuantizedLinear
@@ -40,12 +41,9 @@ class Comparison:
         if not expected.numel():
             return
         got, expected = got.double(), expected.double()
-        error, norm = (got - expected).square().sum(), expected.square().sum()
-        # 1 / 0 is infinite, NaN / 0 is NaN
-        relative = (error / norm).sqrt().item() if error != 0 else 0.0
         self.samples += len(expected)
         self.cosine_min = -_largest(-self.cosine_min, -cosines(got, expected).min().item())
-        self.relative_error = _largest(self.relative_error, relative)
+        self.relative_error = _largest(self.relative_error, relative_error(got, expected))
         self.max_abs_error = _largest(self.max_abs_error, (got - expected).abs().max().item())
 
     def to_json(self) -> dict[str, float | int | None]:

@@ -3,7 +3,10 @@
 from .checkpoint import load_pretrained, save_pretrained
 from .originals import restore
 from .plan import Plan
+from .precision import Precision, register_precision
 from .report import Report
 from .swapping import swap
 
-__all__ = ["Plan", "Report", "load_pretrained", "restore", "save_pretrained", "swap"]
+__all__ = [
+    "Plan", "Precision", "Report", "load_pretrained", "register_precision", "restore", "save_pretrained", "swap",
+]  # fmt: skip

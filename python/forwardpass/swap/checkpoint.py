@@ -26,7 +26,7 @@ from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
-from .precision import MODULES
+from .precision import modules
 from .rules import Context
 from .walker import linear_like
 
@@ -282,7 +282,7 @@ def _build(folder: pathlib.Path, model: Mapping[str, Any], tensors: int) -> nn.M
 
 def _empty_layer(layer: Mapping[str, Any], device: torch.device, fail: Callable[[str], ValueError]) -> QuantizedLinear:
     """The quantised layer, without values."""
-    module, config = MODULES[layer["module"]], layer["config"]
+    module, config = modules()[layer["module"]], layer["config"]
     kinds = typing.get_type_hints(module.__init__)
     try:
         if wrong := [name for name, x in config.items() if name in kinds and not _is(x, kinds[name])]:
@@ -319,7 +319,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
     seen = set()
     for i, layer in enumerate(record["layers"]):
         require(isinstance(layer, dict) and _has(layer, _LAYER), f"layer {i}")
-        require(layer["module"] in MODULES, f"layer {i} is of an unknown module")
+        require(layer["module"] in modules(), f"layer {i} is of an unknown module")
         require(layer["fqn"] not in seen, f"layer {i} is there twice")
         seen.add(layer["fqn"])
     return record

@@ -8,13 +8,14 @@ from torch import nn
 
 from ..common.text import count
 from ..dispatch import Reason, Unsupported
+from ..nn.layer import is_conv1d
 from . import originals
 from .attention import NOT_PLANNED, AttentionDecision, decide_attention
 from .plan import Plan
 from .precision import LayerPrecision, find_precision
 from .report import Skipped
 from .rules import KINDS, Context, fused_experts, why_skip
-from .walker import Leaf, is_conv1d, linear_leaves, linear_like
+from .walker import Leaf, linear_leaves, linear_like
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 

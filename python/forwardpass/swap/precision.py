@@ -28,8 +28,8 @@ class LayerPrecision:
     calibrated: bool = False
 
 
-#: Newest version of a name last.
-PRECISIONS = (
+#: The newest version of a name comes last.
+PRECISIONS = [
     # W8A8, activations asymmetric and dynamic per token, weights symmetric per channel; with calibration batches also
     # smoothing, error-compensated rounding of the weights.
     Precision("int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True),
@@ -39,8 +39,39 @@ PRECISIONS = (
     Precision("w8a16", 1, W8A16Linear),
     # weights and activations bfloat16, sums fp32: for layers of a float32 model that 8 bits are too coarse for.
     Precision("bf16", 1, Bf16Linear),
-)
-MODULES = {p.module.__name__: p.module for p in PRECISIONS}
+]
+
+
+def register_precision(precision: Precision) -> None:
+    """Makes a precision of your own known to `fp.swap(model, precision.name)`, `fp.plan(candidates=)`, plans and checkpoints.
+
+    Its module derives from `fp.nn.QuantizedLinear`, and has `from_torch(linear, *, activation=None, **options)`, which takes
+    the activation behind the layer where there is one. A process that reads a plan or a checkpoint with it registers it first.
+
+    Raises:
+        TypeError: the module does not derive from `fp.nn.QuantizedLinear`.
+        ValueError: there is a precision of this name and version, or a module of this class name, already.
+
+    Example:
+        >>> fp.register_precision(fp.Precision("fp8_block", 1, fp.nn.Fp8Linear, {"scales": "block"}))
+        >>> fp.swap(model, "fp8_block")
+    """
+    module = precision.module
+    if not (isinstance(module, type) and issubclass(module, QuantizedLinear) and hasattr(module, "from_torch")):
+        raise TypeError(
+            f"a precision's module derives from fp.nn.QuantizedLinear and has from_torch, unlike {module!r}"
+        )
+    if any((p.name, p.version) == (precision.name, precision.version) for p in PRECISIONS):
+        raise ValueError(f"there is a precision {precision.name!r} of version {precision.version} already: use another name, or "
+                         "a higher version")  # fmt: skip
+    if modules().get(module.__name__, module) is not module:
+        raise ValueError(f"there is another module class {module.__name__} already: use another name")
+    PRECISIONS.append(precision)
+
+
+def modules() -> dict[str, type[QuantizedLinear]]:
+    """The module classes of all precisions, by the name that a checkpoint has."""
+    return {p.module.__name__: p.module for p in PRECISIONS}
 
 
 def find_precision(name: str, version: int | None = None) -> Precision:

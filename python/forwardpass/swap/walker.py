@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.layer import is_conv1d
 from .fusion import Activation, activation_behind
 from .reach import Reach
 
@@ -40,11 +41,6 @@ class Leaf:
     def formula(self) -> str | None:
         """Of its activation."""
         return self.activation.formula if self.activation is not None else None
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Hugging Face's Conv1D or derives from it; transformers need not be imported to tell."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
 def linear_like(model: nn.Module) -> list[Leaf]:

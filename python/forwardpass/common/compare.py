@@ -1,0 +1,18 @@
+"""How far one tensor is from another."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def squared_relative_error(got: Tensor, expected: Tensor) -> Tensor:
+    """Squared L2 norm of the error over that of `expected`, as a 0-dim float64 tensor: 0 where there is no error at all (0 / 0
+    too), infinite beside an `expected` of zeros, NaN where either has one."""
+    got, expected = got.double(), expected.double()
+    error = (got - expected).square().sum()
+    return error / expected.square().sum() if error != 0 else error
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """L2 norm of the error over that of `expected`, in float64."""
+    return squared_relative_error(got, expected).sqrt().item()
