@@ -41,6 +41,14 @@ def refusing(request, monkeypatch):
         yield
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a model for the command line."""
+    from command_line import small_bert  # which needs the extra cli
+
+    return small_bert(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
 def poisoned():
     """What no kernel writes is NaN or -1, in what C++ allocates and in what torch.empty returns."""

@@ -1,6 +1,5 @@
 """The command line: what it prints, what it writes, what it refuses and with which exit code."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,14 +9,11 @@ import types
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import NO_MINILM, refused, run
 
 import forwardpass as fp
-from forwardpass.cli import commands as cli
 from forwardpass.cli import comparison, console, doctor, embedding
 
-#: found without importing the package, as the command does
-NO_MINILM = importlib.util.find_spec(embedding.MINILM_PACKAGE.replace("-", "_")) is None
 needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not installed")
 
 
@@ -47,37 +43,6 @@ def stub_swap(monkeypatch):
 
     monkeypatch.setattr(fp, "swap", swap)
     return seen
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny BERT of random weights with MiniLM's tokenizer, as save_pretrained writes it."""
-    transformers = pytest.importorskip("transformers")
-    if NO_MINILM:
-        pytest.skip("the extra demo is not installed")
-    made = tmp_path_factory.mktemp("model")
-    source = embedding.find_model("minilm")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192
-    )
-    transformers.BertModel(config).save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    return made
-
-
-def run(*args):
-    return CliRunner().invoke(cli.app, [str(a) for a in args])
-
-
-def refused(result, words):
-    assert result.exit_code == 2, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert words in result.stderr
-    said = [line for line in result.stderr.splitlines() if not line.endswith(" …")]  # beside what was being done
-    assert len(said) == 1, result.stderr
-    assert result.stdout.count("\n") <= 1  # at most the model that was chosen
 
 
 def test_version():

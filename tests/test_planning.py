@@ -11,10 +11,9 @@ import subprocess
 import sys
 
 import pytest
-import test_cli
 import torch
+from command_line import refused, run
 from small_models import assert_same_objects, batch, block, build, inputs, objects, outputs
-from test_cli import refused, run
 from torch import nn
 
 import forwardpass as fp
@@ -29,7 +28,6 @@ from forwardpass.swap.plan import Plan
 #: what a call costs in these tests, whatever it is
 TIMES = {"before": 4.0, "after": 1.5, "fp8": 1.0, "int8": 1.0, "int8+calibrated": 1.1, "w8a16": 5.0, "bf16": 2.0}
 CANDIDATES = ("int8", "int8+calibrated", "w8a16", "bf16")
-folder = test_cli.folder
 
 
 @pytest.fixture

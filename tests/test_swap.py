@@ -88,7 +88,7 @@ def test_report_has_everything_in_words_and_in_json():
                                                                                "4096 weights",
                                    "fix": "add 'head' to include to swap it all the same"}]  # fmt: skip
     assert content["swapped"][0]["precision"] == "int8"
-    assert content["swapped"][0]["version"] == 2
+    assert content["swapped"][0]["version"] == 1
 
 
 def test_a_report_fits_and_gives_each_reason_once():
