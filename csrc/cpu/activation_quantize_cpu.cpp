@@ -2,9 +2,9 @@
 
 #include <vector>
 
-#include "activation_quantize/activation_quantize.h"
 #include "cpu/activation.h"
 #include "cpu/quantize_rows.h"
+#include "params/activation_quantize.h"
 
 namespace forwardpass {
 namespace {

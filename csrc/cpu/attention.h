@@ -1,7 +1,7 @@
 #pragma once
 // attention on a CPU: attention_rows.h's, or torch's fused one with what it lacks around it.
-#include "attention/attention.h"
-#include "check.h"
+#include "params/attention.h"
+#include "torch/check.h"
 
 namespace forwardpass {
 

@@ -3,7 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
-#include "torch_ops.h"
+#include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {

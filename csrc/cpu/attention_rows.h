@@ -1,6 +1,6 @@
 #pragma once
 // Attention of fp32 tensors on a CPU with AVX-512, by hand.
-#include "attention/attention.h"
+#include "params/attention.h"
 
 namespace forwardpass {
 

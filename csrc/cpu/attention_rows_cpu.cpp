@@ -11,11 +11,11 @@
 #include <algorithm>
 #include <memory>
 
-#include "check.h"
 #include "cpu/activation.h"
 #include "cpu/attention_rows.h"
 #include "cpu/capability.h"
 #include "cpu/transpose.h"
+#include "torch/check.h"
 
 namespace forwardpass {
 namespace cpu {

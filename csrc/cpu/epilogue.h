@@ -1,5 +1,5 @@
 #pragma once
-// The epilogue on the CPU: rows of accumulators -> output (csrc/common/params.h, Epilogue).
+// The epilogue on the CPU: rows of accumulators -> output (csrc/params/common.h, Epilogue).
 #include "cpu/activation.h"
 
 namespace forwardpass::cpu {

@@ -1,7 +1,7 @@
 #pragma once
 // int8 products on a CPU with AMX, by hand.
-#include "dequant_activation/dequant_activation.h"
-#include "quantize/quantize.h"
+#include "params/dequant_activation.h"
+#include "params/quantize.h"
 
 namespace forwardpass {
 

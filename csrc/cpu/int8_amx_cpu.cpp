@@ -15,10 +15,10 @@
 #include <algorithm>
 #include <memory>
 
-#include "check.h"
 #include "cpu/capability.h"
 #include "cpu/row_chunks.h"
 #include "cpu/transpose.h"
+#include "torch/check.h"
 
 namespace forwardpass {
 

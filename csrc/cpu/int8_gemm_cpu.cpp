@@ -6,9 +6,9 @@
 #include "cpu/row_chunks.h"
 #include "cpu/vector.h"
 #include "cpu/widen_rows.h"
-#include "dequant_activation/dequant_activation.h"
-#include "int8_operands.h"
-#include "torch_ops.h"
+#include "params/dequant_activation.h"
+#include "torch/int8_operands.h"
+#include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {

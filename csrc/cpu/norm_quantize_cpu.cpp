@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cpu/quantize_rows.h"
-#include "norm_quantize/norm_quantize.h"
+#include "params/norm_quantize.h"
 
 namespace forwardpass {
 namespace {

@@ -1,7 +1,7 @@
 #pragma once
 // The rows of a product that are taken through what is before and behind it, some at a time.
-#include "dequant_activation/dequant_activation.h"
-#include "quantize/quantize.h"
+#include "params/dequant_activation.h"
+#include "params/quantize.h"
 
 namespace forwardpass {
 

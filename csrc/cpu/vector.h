@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/params.h"
+#include "params/common.h"
 
 #if defined(__x86_64__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -1,7 +1,7 @@
 #include "cpu/w8a16_gemm.h"
 #include "cpu/widen_rows.h"
-#include "dequant_activation/dequant_activation.h"
-#include "torch_ops.h"
+#include "params/dequant_activation.h"
+#include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {

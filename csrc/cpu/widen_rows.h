@@ -1,5 +1,5 @@
 #pragma once
-#include "common/params.h"
+#include "params/common.h"
 
 namespace forwardpass {
 

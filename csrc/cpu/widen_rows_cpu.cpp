@@ -1,6 +1,6 @@
-#include "common/gemm.h"
 #include "cpu/vector.h"
 #include "cpu/widen_rows.h"
+#include "params/gemm.h"
 
 namespace forwardpass {
 namespace {

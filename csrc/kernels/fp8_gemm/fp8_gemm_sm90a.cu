@@ -1,0 +1,23 @@
+// fp8_gemm on wgmma m64nNk32 of e4m3, promoted to fp32 every 128 of K.
+#include "device/gemm_sm90a.cuh"
+#include "params/fp8_gemm.h"
+
+namespace forwardpass {
+
+// Main loop: 412 instructions of a multiplying warp for 2^20 multiply-adds (206 for eight m64n128k32, 128 of them the
+// promotion), 484 of the smaller tile. Registers: 128 of sums and 64 of partial sums; 256 x 128, the two warpgroups
+// below each other, would be as large, but of a gated product this one has 128 outputs, a group of fp8_gemm_quantize.
+// Shared memory is what binds: wgmma reads 96 KB a stage, 16 more than for int8 as 64 rows at a time have all of b.
+using Tile128x256 = WgmmaConfig<E4m3, 128, 256, 1, 4>;
+using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
+// Few rows, as for int8.
+using Tile64x128 = WgmmaConfig<E4m3, 64, 128, 1, 8>;
+using Tile16x128 = WgmmaConfig<E4m3, 16, 128, 1, 8>;
+
+int fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
+  if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile16x128>(p, stream);
+  if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile64x128>(p, stream);
+  return p.plan.tile_n == 256 ? launch_gemm_wgmma<Tile128x256>(p, stream) : launch_gemm_wgmma<Tile128x128>(p, stream);
+}
+
+}  // namespace forwardpass
