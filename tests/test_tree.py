@@ -70,6 +70,15 @@ def test_kernels_see_no_torch_and_the_torch_side_no_cuda():
     assert (torch, cuda) == (TORCH, CUDA)
 
 
+def test_params_name_a_launcher_of_their_own():
+    struct = r'struct (\w+)(?: : \w+)? \{\n  static constexpr const char\* kLauncher = "(\w+)";'
+    declared = r"KERNEL_LIBRARY int (\w+)\(const forwardpass::(\w+)\* p, void\* stream\);"
+    headers = "".join(p.read_text() for p in (CSRC / "params").glob("*.h"))
+    launchers = re.findall(declared, headers)
+    assert sorted(launchers) == sorted((name, params) for params, name in re.findall(struct, headers))
+    assert len({name for name, _ in launchers}) == len(launchers) == headers.count("kLauncher = ")
+
+
 def test_assembly_is_of_shared_device_code():
     """The interpreter speaks of it, and the stand-in for cudart, host code, names its symbols with asm labels."""
     assert not [p for _, p in folders("device", "interpreter") if re.search(r"\basm\b", p.read_text())]

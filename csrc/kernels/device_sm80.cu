@@ -3,7 +3,7 @@
 
 #include "params/gemm.h"
 
-extern "C" __attribute__((visibility("default"))) const char* forwardpass_error_string(int error) {
+KERNEL_LIBRARY const char* forwardpass_error_string(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 

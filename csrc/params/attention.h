@@ -33,6 +33,7 @@ constexpr int32_t kUnlimited = 0x7fffffff;
 // counts where -left <= j - (i + Sk - Sq) <= right and the mask lets it. A row without a key gives 0, and as its lse
 // -inf, or the sink.
 struct AttentionParams {
+  static constexpr const char* kLauncher = "forwardpass_attention";
   AttentionTensor q, k, v;  // heads, kv_heads and kv_heads; query head h reads head h / (heads / kv_heads)
   void* out;                // [batch, rows, heads, value_dim] contiguous; with cu_seqlens [rows, heads, value_dim]
   float* lse;               // [batch, heads, rows], with cu_seqlens [heads, rows]; natural logarithm; or null
@@ -54,6 +55,4 @@ struct AttentionParams {
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_attention(const forwardpass::AttentionParams* p,
-                                                                            void* stream);
+KERNEL_LIBRARY int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream);

@@ -8,6 +8,10 @@
 #define HOST_DEVICE
 #endif
 
+// Of what the torch side finds in a kernel library by its name. A launcher is such a function of its Params, which
+// state the name (kLauncher), and of a cudaStream_t; it returns a cudaError_t.
+#define KERNEL_LIBRARY extern "C" __attribute__((visibility("default")))
+
 namespace forwardpass {
 
 enum class Dtype : int32_t { f32, f16, bf16, i8, e4m3, i32 };

@@ -4,6 +4,7 @@
 namespace forwardpass {
 
 struct DequantActivationParams {
+  static constexpr const char* kLauncher = "forwardpass_dequant_activation";
   Matrix acc;  // i32, f32, f16 or bf16
   Epilogue epilogue;
 };
@@ -16,6 +17,4 @@ int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, 
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_dequant_activation(
-    const forwardpass::DequantActivationParams* p, void* stream);
+KERNEL_LIBRARY int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p, void* stream);

@@ -1,6 +1,6 @@
 #pragma once
 // The GPU that a launch goes to. No torch, no CUDA.
-#include <cstdint>
+#include "params/common.h"
 
 namespace forwardpass {
 
@@ -13,4 +13,4 @@ struct Device {
 }  // namespace forwardpass
 
 // Of the current device; returns a cudaError_t.
-extern "C" __attribute__((visibility("default"))) int forwardpass_device(forwardpass::Device* device);
+KERNEL_LIBRARY int forwardpass_device(forwardpass::Device* device);

@@ -3,10 +3,10 @@
 
 namespace forwardpass {
 
-struct Fp8GemmParams : GemmParams {};
+struct Fp8GemmParams : GemmParams {
+  static constexpr const char* kLauncher = "forwardpass_fp8_gemm";
+};
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_fp8_gemm(const forwardpass::Fp8GemmParams* p,
-                                                                           void* stream);
+KERNEL_LIBRARY int forwardpass_fp8_gemm(const forwardpass::Fp8GemmParams* p, void* stream);

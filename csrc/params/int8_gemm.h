@@ -3,10 +3,10 @@
 
 namespace forwardpass {
 
-struct Int8GemmParams : GemmParams {};
+struct Int8GemmParams : GemmParams {
+  static constexpr const char* kLauncher = "forwardpass_int8_gemm";
+};
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_int8_gemm(const forwardpass::Int8GemmParams* p,
-                                                                            void* stream);
+KERNEL_LIBRARY int forwardpass_int8_gemm(const forwardpass::Int8GemmParams* p, void* stream);

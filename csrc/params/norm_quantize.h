@@ -13,6 +13,7 @@ struct Affine {
 
 // norm_quantize; with a residual, add_norm_quantize: the norm is that of x + residual, rounded to x's dtype and kept.
 struct NormQuantizeParams {
+  static constexpr const char* kLauncher = "forwardpass_norm_quantize";
   Matrix x;
   Matrix residual;     // as x; null data: none
   void* residual_out;  // [rows, columns] of x's dtype, contiguous
@@ -26,6 +27,4 @@ void norm_quantize_cpu(const NormQuantizeParams& p);
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_norm_quantize(
-    const forwardpass::NormQuantizeParams* p, void* stream);
+KERNEL_LIBRARY int forwardpass_norm_quantize(const forwardpass::NormQuantizeParams* p, void* stream);

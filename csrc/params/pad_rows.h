@@ -5,6 +5,7 @@
 namespace forwardpass {
 
 struct PadRowsParams {
+  static constexpr const char* kLauncher = "forwardpass_pad_rows";
   Matrix from;        // elements of 1 or 2 bytes
   void* to;           // the same rows, to_stride elements apart
   int64_t to_stride;  // a multiple of 16 bytes
@@ -12,6 +13,4 @@ struct PadRowsParams {
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_pad_rows(const forwardpass::PadRowsParams* p,
-                                                                           void* stream);
+KERNEL_LIBRARY int forwardpass_pad_rows(const forwardpass::PadRowsParams* p, void* stream);

@@ -4,6 +4,7 @@
 namespace forwardpass {
 
 struct QuantizeParams {
+  static constexpr const char* kLauncher = "forwardpass_quantize";
   Matrix x;
   QuantizedRows out;
 };
@@ -12,6 +13,4 @@ void quantize_cpu(const QuantizeParams& p);
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_quantize(const forwardpass::QuantizeParams* p,
-                                                                           void* stream);
+KERNEL_LIBRARY int forwardpass_quantize(const forwardpass::QuantizeParams* p, void* stream);

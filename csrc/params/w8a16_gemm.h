@@ -4,10 +4,10 @@
 namespace forwardpass {
 
 // a: f16 or bf16; b: i8 or e4m3, whose scales are the epilogue's, or blocks.b: [N, K blocks].
-struct W8a16GemmParams : GemmParams {};
+struct W8a16GemmParams : GemmParams {
+  static constexpr const char* kLauncher = "forwardpass_w8a16_gemm";
+};
 
 }  // namespace forwardpass
 
-// returns a cudaError_t; stream is a cudaStream_t
-extern "C" __attribute__((visibility("default"))) int forwardpass_w8a16_gemm(const forwardpass::W8a16GemmParams* p,
-                                                                             void* stream);
+KERNEL_LIBRARY int forwardpass_w8a16_gemm(const forwardpass::W8a16GemmParams* p, void* stream);

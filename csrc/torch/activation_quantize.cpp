@@ -23,7 +23,7 @@ Quantized activation_quantize(Backend backend, const Tensor& x, std::string acti
   if (gated) sizes.back() /= 2;
   Quantized result;
   std::tie(result, p.out) = quantized_rows(sizes, {dtype, {}, {}, group_size, symmetric, channel_scale}, x, op);
-  if (x.numel()) launch(backend, p, x, op, activation_quantize_cpu);
+  if (x.numel()) launch(backend, p, x, activation_quantize_cpu);
   return result;
 }
 

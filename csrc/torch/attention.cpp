@@ -175,7 +175,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     *operands[i] = strides_of(*copies[i]);
   }
   p.device = device_of(backend, q);
-  launch(backend, p, q, "attention");
+  launch(backend, p, q);
   return out;
 }
 

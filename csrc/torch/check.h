@@ -156,18 +156,18 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
   return std::vector<int64_t>(s.begin(), s.end());
 }
 
-// The one way to a kernel: a function of csrc/cpu, or the extern "C" launcher forwardpass_<op> of a kernel library.
-// Without a `cpu`: for GPUs alone, the interpreted one among them.
+// The one way to a kernel: a function of csrc/cpu, or the launcher of a kernel library that Params names. Without a
+// `cpu`: for GPUs alone, the interpreted one among them.
 template <class Params>
-void launch(Backend backend, const Params& p, const Tensor& x, const char* op, void (*cpu)(const Params&) = nullptr) {
+void launch(Backend backend, const Params& p, const Tensor& x, void (*cpu)(const Params&) = nullptr) {
   if (backend == Backend::cpu) return cpu(p);
   using Launch = int(const Params*, void*);
-  static Launch* cached[3];  // one set a Params type, so one an op; a race writes the same value twice
+  static Launch* cached[3];  // by backend; a race writes the same value twice
   Launch*& f = cached[static_cast<int>(backend)];
-  if (!f) f = reinterpret_cast<Launch*>(launcher(backend, (std::string("forwardpass_") + op).c_str()));
-  if (backend == Backend::interpreted) return check_launch(backend, op, f(&p, kInterpretedStream));
+  if (!f) f = reinterpret_cast<Launch*>(launcher(backend, Params::kLauncher));
+  if (backend == Backend::interpreted) return check_launch(backend, Params::kLauncher, f(&p, kInterpretedStream));
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(backend, op, f(&p, current_stream(x.get_device_index())));
+  check_launch(backend, Params::kLauncher, f(&p, current_stream(x.get_device_index())));
 }
 
 }  // namespace forwardpass

@@ -17,7 +17,7 @@ Tensor dequant_activation(Backend backend, const Tensor& acc, OptionalTensor a_s
   std::tie(out, p.epilogue) = epilogue(sizes_of(acc), p.acc.rows,
                                        {a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum},
                                        acc, "dequant_activation");
-  if (acc.numel()) launch(backend, p, acc, "dequant_activation", dequant_activation_cpu);
+  if (acc.numel()) launch(backend, p, acc, dequant_activation_cpu);
   return out;
 }
 

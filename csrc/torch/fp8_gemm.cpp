@@ -72,7 +72,7 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
   const char* op = "fp8_gemm";
   Product p = product(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, op);
   const Tensor out = epilogue_output(p.params.epilogue, p.sizes, out_dtype, a);
-  run_gemm<Fp8GemmParams>(backend, p.params, a, op);
+  run_gemm<Fp8GemmParams>(backend, p.params, a);
   return out;
 }
 
@@ -96,11 +96,11 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
     p.plan = plan;
     e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
     e.group_scale = rows.scale, e.group_scale_stride = rows.scale_stride;
-    run_gemm<Fp8GemmParams>(backend, p, a, "fp8_gemm");
+    run_gemm<Fp8GemmParams>(backend, p, a);
     return {std::get<0>(quantized), std::get<1>(quantized)};
   }
   const Tensor out = epilogue_output(e, sizes, ScalarType::Float, a);
-  run_gemm<Fp8GemmParams>(backend, p, a, "fp8_gemm");
+  run_gemm<Fp8GemmParams>(backend, p, a);
   auto [q, scale, zero_point] = quantize(backend, out, type, none, none, group_size, true, none);
   return {q, scale};
 }

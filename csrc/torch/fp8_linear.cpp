@@ -26,7 +26,7 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   std::tie(out, p.epilogue) =
       epilogue(sizes, q.x.rows, {none, blocks ? none : w_scale, bias, activation, out_dtype, none, none, none}, x, op);
   if (blocks) b_block_scales(w_scale, p.b.rows, p.b.columns, is_gated(p.epilogue.activation), x, op, p.blocks);
-  quantize_and_multiply<Fp8GemmParams>(backend, q, p, x, "fp8_gemm");
+  quantize_and_multiply<Fp8GemmParams>(backend, q, p, x);
   return out;
 }
 

@@ -29,7 +29,7 @@ GemmCall::GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Wor
 void GemmCall::pad(Matrix& m, int64_t offset) {
   if (offset < 0) return;
   const PadRowsParams copy{m, workspace_.at<void>(offset), padded_stride(m)};
-  launch(backend_, copy, like_, "pad_rows");
+  launch(backend_, copy, like_);
   m.data = copy.to, m.stride = copy.to_stride;
 }
 

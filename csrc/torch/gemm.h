@@ -32,11 +32,11 @@ class Workspace {
 class GemmCall {
  public:
   GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace);  // plans, if p does not
-  // After workspace.allocate: the launcher of `op`, which takes Params.
+  // After workspace.allocate: the launcher that Params names.
   template <class Params>
-  void run(const char* op) {
+  void run() {
     place();
-    launch(backend_, Params{params}, like_, op);
+    launch(backend_, Params{params}, like_);
   }
 
   GemmParams params;
@@ -53,18 +53,18 @@ class GemmCall {
 
 // The product of operands that a caller has.
 template <class Params>
-void run_gemm(Backend backend, const GemmParams& p, const Tensor& like, const char* op) {
+void run_gemm(Backend backend, const GemmParams& p, const Tensor& like) {
   if (p.a.rows == 0 || p.b.rows == 0) return;
   Workspace workspace;
   GemmCall call(backend, p, like, workspace);
   workspace.allocate(like);
-  call.run<Params>(op);
+  call.run<Params>();
 }
 
 // A linear layer: x is quantised into the workspace, q.out saying how, and multiplied by p.b. What belongs to x is
 // filled in here.
 template <class Params>
-void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x, const char* gemm) {
+void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x) {
   if (q.x.rows == 0 || p.b.rows == 0) return;
   Workspace workspace;
   const int64_t rows = q.x.rows, groups = ceil_div(q.out.columns, q.out.group);
@@ -94,8 +94,8 @@ void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, cons
     e.zero_point = dynamic ? q.out.zero_point : q.out.static_zero_point;
     e.zero_point_per_row = dynamic;
   }
-  launch(backend, q, x, "quantize", quantize_cpu);
-  product.run<Params>(gemm);
+  launch(backend, q, x, quantize_cpu);
+  product.run<Params>();
 }
 
 }  // namespace forwardpass

@@ -22,7 +22,7 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
   auto [out, e] = epilogue(
       sizes, am.rows, {a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum}, a, "int8_gemm");
   if (backend != Backend::cpu) {
-    run_gemm<Int8GemmParams>(backend, {am, bm, {}, e, {}, nullptr, 0}, a, "int8_gemm");
+    run_gemm<Int8GemmParams>(backend, {am, bm, {}, e, {}, nullptr, 0}, a);
   } else if (out.numel()) {
     int8_gemm_cpu(as_matrix(a, am), transposed(b, bm), e, nullptr);
   }

@@ -26,7 +26,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
     auto [out, e] = epilogue(sizes, q.x.rows, {none, w_scale, bias, activation, out_dtype, none, none, none}, x, op);
     e.b_sum = ints(w_sum, w.rows, x, op, "w_sum");
     q.out = quantized_options(q.x.columns, options, x, op);
-    quantize_and_multiply<Int8GemmParams>(backend, q, {{}, w, {}, e, {}, nullptr, 0}, x, "int8_gemm");
+    quantize_and_multiply<Int8GemmParams>(backend, q, {{}, w, {}, e, {}, nullptr, 0}, x);
     return out;
   }
 

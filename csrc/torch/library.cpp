@@ -94,11 +94,11 @@ Device device_of(Backend backend, const torch::stable::Tensor& x) {
   return device;
 }
 
-void check_launch(Backend backend, const char* op, int error) {
+void check_launch(Backend backend, const char* name, int error) {
   if (error == 0) return;
   using Text = const char*(int);
   auto text = reinterpret_cast<Text*>(launcher(backend, "forwardpass_error_string"));
-  STD_TORCH_CHECK(false, op, ": CUDA error ", error, " (", text(error), ")");
+  STD_TORCH_CHECK(false, name, ": CUDA error ", error, " (", text(error), ")");
 }
 
 }  // namespace forwardpass

@@ -30,7 +30,7 @@ void report_storage(const torch::stable::Tensor&);
 // was allocated while it was captured.
 void keep_storage(bool on);
 
-// The launcher `name` (extern "C") of a kernel library; throws with the reason where there is none.
+// The function `name` of a kernel library; throws with the reason where there is none.
 void* launcher(Backend backend, const char* name);
 
 // The GPU of x, or the one that is interpreted.
@@ -39,7 +39,7 @@ Device device_of(Backend backend, const torch::stable::Tensor& x);
 // The current stream of a CUDA device, looked up in the libtorch_cuda that the process already has.
 void* current_stream(int32_t device);
 
-// Throws "op: CUDA error N (text)" unless error is 0.
-void check_launch(Backend backend, const char* op, int error);
+// Throws "name: CUDA error N (text)" unless error is 0.
+void check_launch(Backend backend, const char* name, int error);
 
 }  // namespace forwardpass

@@ -37,7 +37,7 @@ Quantized run(Backend backend, const char* op, const Tensor& x, const Tensor* re
   }
   Quantized result;
   std::tie(result, p.out) = quantized_rows(sizes_of(x), {dtype, {}, {}, {}, symmetric, channel_scale}, x, op);
-  if (x.numel()) launch(backend, p, x, "norm_quantize", norm_quantize_cpu);
+  if (x.numel()) launch(backend, p, x, norm_quantize_cpu);
   return result;
 }
 

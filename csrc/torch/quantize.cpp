@@ -13,7 +13,7 @@ Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, OptionalT
   Quantized result;
   std::tie(result, p.out) =
       quantized_rows(sizes_of(x), {dtype, scale, zero_point, group_size, symmetric, channel_scale}, x, "quantize");
-  if (x.numel()) launch(backend, p, x, "quantize", quantize_cpu);
+  if (x.numel()) launch(backend, p, x, quantize_cpu);
   return result;
 }
 

@@ -25,7 +25,7 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
       sizes, xm.rows,
       {none, blocks ? none : OptionalTensor(w_scale), bias, activation, x.scalar_type(), none, none, none}, x, op);
   if (backend != Backend::cpu) {
-    run_gemm<W8a16GemmParams>(backend, {xm, wm, {nullptr, 0, block_scale, 0}, e, {}, nullptr, 0}, x, op);
+    run_gemm<W8a16GemmParams>(backend, {xm, wm, {nullptr, 0, block_scale, 0}, e, {}, nullptr, 0}, x);
   } else if (out.numel()) {
     w8a16_gemm_cpu(as_matrix(x, xm), wm, block_scale, e);
   }
