@@ -1,14 +1,18 @@
 #pragma once
 // Run-time value -> compile-time constant, in place of nested switch macros:
-//   dispatch<Dtype::f32, Dtype::f16>(p.x.dtype, [&](auto D) { launch<D()>(p); });
+//   return dispatch<Dtype::f32, Dtype::f16>(p.x.dtype, [&](auto D) { return launch<D()>(p); });
+#include <cuda_runtime.h>
+
 #include <type_traits>
 
 namespace forwardpass {
 
-// False where no value matched; the torch side has checked, so the caller turns it into an error code.
+// What f returned, or an error where no value matched: a kernel that was never launched is not a success.
 template <auto... Values, class T, class F>
-bool dispatch(T value, F&& f) {
-  return ((value == T(Values) && (f(std::integral_constant<decltype(Values), Values>{}), true)) || ...);
+[[nodiscard]] cudaError_t dispatch(T value, F&& f) {
+  cudaError_t error = cudaErrorInvalidValue;
+  (void)((value == T(Values) && (error = f(std::integral_constant<decltype(Values), Values>{}), true)) || ...);
+  return error;
 }
 
 }  // namespace forwardpass

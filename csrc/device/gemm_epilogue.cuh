@@ -189,8 +189,12 @@ __device__ inline void finish_transposed(const Acc (&acc)[kTilesN][kTilesM][4], 
   }
 }
 
+// Of dequant_activation_sm80.cu: each accumulator is the sum of `splits` parts, split_stride elements apart.
+cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride,
+                                      cudaStream_t stream);
+
 // After a GEMM: its partial sums, where it has any, to the output.
-inline int finish_splits(const GemmParams& p, Dtype acc, cudaStream_t stream) {
+inline cudaError_t finish_splits(const GemmParams& p, Dtype acc, cudaStream_t stream) {
   if (!p.partial) return cudaSuccess;
   const Matrix sums{p.partial, acc, p.a.rows, p.b.rows, p.partial_stride};
   return launch_dequant_activation({sums, p.epilogue}, p.plan.splits, p.a.rows * p.partial_stride, stream);

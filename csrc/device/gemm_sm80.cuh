@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 }
 
 template <class Config>
-int launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
+cudaError_t launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
   if (auto e = allow_shared<gemm_mma_kernel<Config>>(kShared)) return e;

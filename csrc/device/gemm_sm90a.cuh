@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
 }
 
 template <class Config>
-int launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
+cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   using Element = typename Config::Element;
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.plan.cluster;

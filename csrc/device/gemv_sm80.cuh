@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
 }
 
 template <Dtype X>
-int launch_gemv(const GemmParams& p, cudaStream_t stream) {
+cudaError_t launch_gemv(const GemmParams& p, cudaStream_t stream) {
   using Config = GemvConfig<X>;
   const int64_t tiles = ceil_div(p.b.rows, Config::kN);
   gemv_kernel<X>

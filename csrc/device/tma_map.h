@@ -8,10 +8,10 @@
 namespace forwardpass {
 
 // boxes of a tensor of `Rank` dimensions, innermost first: their sizes, the bytes between two elements of each but the
-// first, sizes of a box. The base and the strides are multiples of 16. Returns a cudaError_t.
+// first, sizes of a box. The base and the strides are multiples of 16.
 template <int Rank>
-int encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void* data, const int64_t (&sizes)[Rank],
-                 const int64_t (&strides)[Rank - 1], const int (&box)[Rank], CUtensorMapSwizzle swizzle) {
+cudaError_t encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void* data, const int64_t (&sizes)[Rank],
+                         const int64_t (&strides)[Rank - 1], const int (&box)[Rank], CUtensorMapSwizzle swizzle) {
   static void* encode = nullptr;  // a race writes the same value twice
   if (!encode) {
     cudaDriverEntryPointQueryResult found;
@@ -33,8 +33,9 @@ int encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void* data, c
 }
 
 // of a matrix [rows, columns], rows row_bytes apart
-inline int encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void* data, int64_t rows, int64_t columns,
-                        int64_t row_bytes, int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
+inline cudaError_t encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void* data, int64_t rows,
+                                int64_t columns, int64_t row_bytes, int box_rows, int box_columns,
+                                CUtensorMapSwizzle swizzle) {
   return encode_boxes<2>(map, type, data, {columns, rows}, {row_bytes}, {box_columns, box_rows}, swizzle);
 }
 

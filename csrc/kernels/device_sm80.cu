@@ -9,7 +9,7 @@ KERNEL_LIBRARY const char* forwardpass_error_string(int error) {
 
 // kernels/int8_gemm/int8_gemm_sm90a.cu, if the library is built for sm_90a
 namespace forwardpass {
-int __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+cudaError_t __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
 }
 
 int forwardpass_device(forwardpass::Device* device) {

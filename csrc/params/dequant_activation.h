@@ -11,10 +11,6 @@ struct DequantActivationParams {
 
 void dequant_activation_cpu(const DequantActivationParams& p);
 
-// In the kernel library: each accumulator is the sum of `splits` parts, split_stride elements apart. Returns a
-// cudaError_t; stream is a cudaStream_t.
-int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride, void* stream);
-
 }  // namespace forwardpass
 
 KERNEL_LIBRARY int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p, void* stream);

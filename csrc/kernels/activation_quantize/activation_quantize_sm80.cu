@@ -42,8 +42,8 @@ int forwardpass_activation_quantize(const forwardpass::ActivationQuantizeParams*
   const bool whole = l.groups == 1 || p->out.group % kVec == 0;  // no vector crosses from one block of 8 to the next
   const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups) &&
                        (p->interleaved ? whole : !is_gated(p->activation) || p->out.columns * size % 16 == 0);
-  dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
+  return dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
     activation_quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+    return cudaGetLastError();
   });
-  return cudaGetLastError();
 }

@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 }
 
 template <class Config>
-int launch(const AttentionParams& p, cudaStream_t stream) {
+cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM), grid = tiles * all_heads(p);
   if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
@@ -283,7 +283,7 @@ constexpr auto config() {
     return AttentionConfig<T, D, V, false, 128, D == 128 ? 32 : 64, 4, 2>();
 }
 
-int __attribute__((weak)) attention_sm90a(const AttentionParams& p, cudaStream_t stream);
+cudaError_t __attribute__((weak)) attention_sm90a(const AttentionParams& p, cudaStream_t stream);
 
 }  // namespace forwardpass
 

@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 template <class Config>
-int launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM);
   AttentionArguments a{p, static_cast<unsigned>(tiles), tiles * all_heads(p), {}, {}, {}};
@@ -334,7 +334,7 @@ int launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
     if (!p.cu_seqlens_q)
       return encode_boxes<5>(to, type, t.data, {dim, rows, heads, t.batch ? p.batch : 1, 1},
                              {row, head, bytes(t.batch), 16}, box, CU_TENSOR_MAP_SWIZZLE_128B);
-    if (rows > kEnd || row >= kBack) return static_cast<int>(cudaErrorInvalidValue);
+    if (rows > kEnd || row >= kBack) return cudaErrorInvalidValue;
     return encode_boxes<5>(to, type, t.data, {dim, kEnd, heads, kAny, kAny}, {row, head, row, kBack - row}, box,
                            CU_TENSOR_MAP_SWIZZLE_128B);
   };
@@ -363,7 +363,7 @@ constexpr int block_keys(int v, bool general) {
 template <Dtype T, int D, int V, bool General>
 using Bucket = WgmmaAttentionConfig<T, D, V, General, V == 64 && !General ? 3 : 2, block_keys(V, General)>;
 
-int attention_sm90a(const AttentionParams& p, cudaStream_t stream) {
+cudaError_t attention_sm90a(const AttentionParams& p, cudaStream_t stream) {
   return launch_instance(p, [&](auto instance) {
     using I = decltype(instance);
     return launch_wgmma<Bucket<I::kT, I::kD, I::kV, I::kGeneral>>(p, stream);

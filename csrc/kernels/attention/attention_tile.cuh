@@ -19,7 +19,7 @@ struct AttentionInstance {
 
 // launch(AttentionInstance) of the bucket in which p's head dims run.
 template <Dtype T, bool General, class Launch>
-int launch_bucket(const AttentionParams& p, Launch launch) {
+cudaError_t launch_bucket(const AttentionParams& p, Launch launch) {
   if (p.value_dim < p.head_dim) return launch(AttentionInstance<T, 192, 128, General>());
   if (p.head_dim <= 64) return launch(AttentionInstance<T, 64, 64, General>());
   if (p.head_dim <= 96) return launch(AttentionInstance<T, 96, 96, General>());
@@ -28,13 +28,11 @@ int launch_bucket(const AttentionParams& p, Launch launch) {
   return launch(AttentionInstance<T, 256, 256, General>());
 }
 template <class Launch>
-int launch_instance(const AttentionParams& p, Launch launch) {
+cudaError_t launch_instance(const AttentionParams& p, Launch launch) {
   const bool general = p.softcap > 0 || p.alibi_slopes || p.mask.kind != AttentionMaskKind::none;
-  int error = cudaErrorInvalidValue;
-  dispatch<Dtype::f16, Dtype::bf16>(p.dtype, [&](auto T) {
-    error = general ? launch_bucket<T(), true>(p, launch) : launch_bucket<T(), false>(p, launch);
+  return dispatch<Dtype::f16, Dtype::bf16>(p.dtype, [&](auto T) {
+    return general ? launch_bucket<T(), true>(p, launch) : launch_bucket<T(), false>(p, launch);
   });
-  return error;
 }
 
 // Heads that have tiles of their own: those of the whole batch, but for sequences one behind the other, whose tiles are

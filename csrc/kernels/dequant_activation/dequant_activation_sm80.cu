@@ -2,7 +2,7 @@
 // belongs to columns comes from L1 or L2 (12 bytes an element at most, beside 6 from memory, where L1 delivers eight
 // times what memory does).
 #include "device/dispatch.h"
-#include "device/epilogue.cuh"
+#include "device/gemm_epilogue.cuh"
 #include "params/dequant_activation.h"
 
 namespace forwardpass {
@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kThreads)
   store_output(y, p.epilogue, access, row, out_column, n);
 }
 
-int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride, void* stream) {
+cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride,
+                                      cudaStream_t stream) {
   const int64_t vectors = (p.acc.columns / (is_gated(p.epilogue.activation) ? 2 : 1) + kVec - 1) / kVec;
   // Few outputs, as a split product has, go to as many multiprocessors as they can. modelled on an H100: 16 x 1024 of
   // four parts take 0.10 us in blocks of 64 threads and 0.39 us in blocks of 256
@@ -50,15 +51,15 @@ int launch_dequant_activation(const DequantActivationParams& p, int64_t splits, 
   const unsigned grid = static_cast<unsigned>((all + threads - 1) / threads);
   const int64_t word = 16 / size_of(p.acc.dtype);
   const bool aligned = is_aligned(p.acc.data) && p.acc.stride % word == 0 && split_stride % word == 0;
-  dispatch<Dtype::i32, Dtype::f32, Dtype::f16, Dtype::bf16>(p.acc.dtype, [&](auto D) {
-    dequant_activation_kernel<D()><<<grid, threads, 0, cudaStream_t(stream)>>>(p, splits, split_stride, vectors,
-                                                                               EpilogueAccess(p.epilogue), aligned);
+  return dispatch<Dtype::i32, Dtype::f32, Dtype::f16, Dtype::bf16>(p.acc.dtype, [&](auto D) {
+    dequant_activation_kernel<D()>
+        <<<grid, threads, 0, stream>>>(p, splits, split_stride, vectors, EpilogueAccess(p.epilogue), aligned);
+    return cudaGetLastError();
   });
-  return cudaGetLastError();
 }
 
 }  // namespace forwardpass
 
 int forwardpass_dequant_activation(const forwardpass::DequantActivationParams* p, void* stream) {
-  return forwardpass::launch_dequant_activation(*p, 1, 0, stream);
+  return forwardpass::launch_dequant_activation(*p, 1, 0, static_cast<cudaStream_t>(stream));
 }

@@ -17,7 +17,7 @@ template <class E>
 using Tile16x128 = MmaConfig<E, 16, 128, 1, 4, 128, 4, 1>;
 
 template <class E>
-int launch(const GemmParams& p, cudaStream_t stream) {
+cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   switch (p.plan.tile_m) {
     case 16:
       return launch_gemm_mma<Tile16x128<E>>(p, stream);
@@ -28,8 +28,8 @@ int launch(const GemmParams& p, cudaStream_t stream) {
   }
 }
 
-int fp8_gemv(const GemmParams& p, cudaStream_t stream);
-int __attribute__((weak)) fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+cudaError_t fp8_gemv(const GemmParams& p, cudaStream_t stream);
+cudaError_t __attribute__((weak)) fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
 
 }  // namespace forwardpass
 

@@ -14,7 +14,7 @@ using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
 using Tile64x128 = WgmmaConfig<E4m3, 64, 128, 1, 8>;
 using Tile16x128 = WgmmaConfig<E4m3, 16, 128, 1, 8>;
 
-int fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
+cudaError_t fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
   if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile16x128>(p, stream);
   if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile64x128>(p, stream);
   return p.plan.tile_n == 256 ? launch_gemm_wgmma<Tile128x256>(p, stream) : launch_gemm_wgmma<Tile128x128>(p, stream);

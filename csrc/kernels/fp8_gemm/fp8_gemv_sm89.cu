@@ -3,6 +3,6 @@
 
 namespace forwardpass {
 
-int fp8_gemv(const GemmParams& p, cudaStream_t stream) { return launch_gemv<Dtype::e4m3>(p, stream); }
+cudaError_t fp8_gemv(const GemmParams& p, cudaStream_t stream) { return launch_gemv<Dtype::e4m3>(p, stream); }
 
 }  // namespace forwardpass

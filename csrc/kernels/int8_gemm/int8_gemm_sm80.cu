@@ -11,8 +11,8 @@ using Tile64x128 = MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>;
 // Memory binds: 128 of K a stage, whole lines of the weight, and four stages, 54 KB on their way.
 using Tile16x128 = MmaConfig<Int8, 16, 128, 1, 4, 128, 4, 1>;
 
-int int8_gemv(const GemmParams& p, cudaStream_t stream);
-int __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+cudaError_t int8_gemv(const GemmParams& p, cudaStream_t stream);
+cudaError_t __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
 
 }  // namespace forwardpass
 

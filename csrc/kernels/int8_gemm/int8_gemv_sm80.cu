@@ -3,6 +3,6 @@
 
 namespace forwardpass {
 
-int int8_gemv(const GemmParams& p, cudaStream_t stream) { return launch_gemv<Dtype::i8>(p, stream); }
+cudaError_t int8_gemv(const GemmParams& p, cudaStream_t stream) { return launch_gemv<Dtype::i8>(p, stream); }
 
 }  // namespace forwardpass

@@ -109,8 +109,8 @@ int forwardpass_norm_quantize(const forwardpass::NormQuantizeParams* p, void* st
   const bool aligned = rows_aligned(p->x.data, p->x.stride) && rows_aligned(p->residual.data, p->residual.stride) &&
                        rows_aligned(p->residual_out, p->residual_out ? p->x.columns : 0) &&
                        aligned16(p->weight.data, 0, 0, 1) && aligned16(p->bias.data, 0, 0, 1);
-  dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
+  return dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
     norm_quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+    return cudaGetLastError();
   });
-  return cudaGetLastError();
 }

@@ -20,8 +20,8 @@ int forwardpass_quantize(const forwardpass::QuantizeParams* p, void* stream) {
   const RowsLaunch l = rows_launch(p->x.rows, p->out);
   const int64_t size = size_of(p->x.dtype);
   const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups);
-  dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
+  return dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
     quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+    return cudaGetLastError();
   });
-  return cudaGetLastError();
 }

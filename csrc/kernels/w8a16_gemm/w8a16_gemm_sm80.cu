@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 }
 
 template <class Config>
-int launch(const GemmParams& p, cudaStream_t stream) {
+cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
   auto kernel = w8a16_gemm_kernel<Config>;
@@ -192,8 +192,8 @@ using Tile64x128 = W8a16Config<X, 64, 128, 3, 1>;
 template <Dtype X>
 using Tile128x128 = W8a16Config<X, 128, 128, 2, 1>;
 
-int w8a16_gemv(const GemmParams& p, cudaStream_t stream);
-int __attribute__((weak)) w8a16_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+cudaError_t w8a16_gemv(const GemmParams& p, cudaStream_t stream);
+cudaError_t __attribute__((weak)) w8a16_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
 
 }  // namespace forwardpass
 
@@ -202,14 +202,9 @@ int forwardpass_w8a16_gemm(const forwardpass::W8a16GemmParams* p, void* stream) 
   const auto s = static_cast<cudaStream_t>(stream);
   if (p->plan.path == GemmPlan::Path::gemv) return w8a16_gemv(*p, s);
   if (p->plan.path == GemmPlan::Path::wgmma) return w8a16_gemm_sm90a(*p, s);
-  int error = cudaErrorInvalidValue;
-  dispatch<Dtype::f16, Dtype::bf16>(p->a.dtype, [&](auto X) {
-    if (p->plan.tile_m == 16)
-      error = launch<Tile16x128<X()>>(*p, s);
-    else if (p->plan.tile_m == 64)
-      error = launch<Tile64x128<X()>>(*p, s);
-    else
-      error = launch<Tile128x128<X()>>(*p, s);
+  return dispatch<Dtype::f16, Dtype::bf16>(p->a.dtype, [&](auto X) {
+    if (p->plan.tile_m == 16) return launch<Tile16x128<X()>>(*p, s);
+    if (p->plan.tile_m == 64) return launch<Tile64x128<X()>>(*p, s);
+    return launch<Tile128x128<X()>>(*p, s);
   });
-  return error;
 }

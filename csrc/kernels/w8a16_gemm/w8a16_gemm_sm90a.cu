@@ -142,21 +142,12 @@ using Tile128x64 = WidenedConfig<X, 128, 64, 6>;
 template <Dtype X>
 using Tile128x128 = WidenedConfig<X, 128, 128, 4>;
 
-int w8a16_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
-  int error = cudaErrorInvalidValue;
-  dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) {
-    switch (p.plan.tile_m) {
-      case 16:
-        error = launch_gemm_wgmma<Tile128x16<X()>>(p, stream);
-        break;
-      case 64:
-        error = launch_gemm_wgmma<Tile128x64<X()>>(p, stream);
-        break;
-      default:
-        error = launch_gemm_wgmma<Tile128x128<X()>>(p, stream);
-    }
+cudaError_t w8a16_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
+  return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) {
+    if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile128x16<X()>>(p, stream);
+    if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile128x64<X()>>(p, stream);
+    return launch_gemm_wgmma<Tile128x128<X()>>(p, stream);
   });
-  return error;
 }
 
 }  // namespace forwardpass

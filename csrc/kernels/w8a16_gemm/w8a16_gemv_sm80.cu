@@ -4,10 +4,8 @@
 
 namespace forwardpass {
 
-int w8a16_gemv(const GemmParams& p, cudaStream_t stream) {
-  int error = cudaErrorInvalidValue;
-  dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { error = launch_gemv<X()>(p, stream); });
-  return error;
+cudaError_t w8a16_gemv(const GemmParams& p, cudaStream_t stream) {
+  return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch_gemv<X()>(p, stream); });
 }
 
 }  // namespace forwardpass
