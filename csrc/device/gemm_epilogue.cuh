@@ -197,7 +197,7 @@ cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t 
 inline cudaError_t finish_splits(const GemmParams& p, Dtype acc, cudaStream_t stream) {
   if (!p.partial) return cudaSuccess;
   const Matrix sums{p.partial, acc, p.a.rows, p.b.rows, p.partial_stride};
-  return launch_dequant_activation({sums, p.epilogue}, p.plan.splits, p.a.rows * p.partial_stride, stream);
+  return launch_dequant_activation({sums, p.epilogue}, p.choice.splits, p.a.rows * p.partial_stride, stream);
 }
 
 }  // namespace forwardpass

@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
   const TileMap::Tile tile = map.at(blockIdx.x);
   const int64_t row = tile.m * Config::kM, column = tile.n * Config::kN;
-  const int64_t k = tile.split * p.plan.split_k, k_end = min(k + p.plan.split_k, p.a.columns);
+  const int64_t k = tile.split * p.choice.split_k, k_end = min(k + p.choice.split_k, p.a.columns);
   const int whole = static_cast<int>((k_end - k) / Config::kStageK),
             slices = static_cast<int>((k_end - k + Config::kStageK - 1) / Config::kStageK);
 
@@ -286,8 +286,8 @@ cudaError_t launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
   const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
   if (auto e = allow_shared<gemm_mma_kernel<Config>>(kShared)) return e;
   auto kernel = gemm_mma_kernel<Config>;
-  kernel<<<static_cast<unsigned>(map.blocks(p.plan.splits)), Config::kThreads, kShared, stream>>>(p, map,
-                                                                                                  GemmOutput(p));
+  kernel<<<static_cast<unsigned>(map.blocks(p.choice.splits)), Config::kThreads, kShared, stream>>>(p, map,
+                                                                                                    GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;
   return finish_splits(p, Config::Element::kAcc, stream);
 }

@@ -394,15 +394,15 @@ template <class Config>
 cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   using Element = typename Config::Element;
   constexpr int kShared = sizeof(typename Config::SharedStorage);
-  const int cluster = p.plan.cluster;
+  const int cluster = p.choice.cluster;
   const Matrix &a = Element::kExchanged ? p.b : p.a, &b = Element::kExchanged ? p.a : p.b;
   const TileMap map(ceil_div(ceil_div(a.rows, Config::kM), cluster), ceil_div(b.rows, Config::kN));
   const bool scaled = p.blocks.a, gated = is_gated(p.epilogue.activation);
   WgmmaArguments arguments{GemmOutput(p),
                            map,
-                           map.blocks(p.plan.splits),
+                           map.blocks(p.choice.splits),
                            a.columns,
-                           p.plan.split_k,
+                           p.choice.split_k,
                            scaled,
                            gated,
                            {},
@@ -441,7 +441,7 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = std::min<unsigned>(p.plan.blocks / cluster, arguments.tiles) * cluster;
+  config.gridDim = std::min<unsigned>(p.choice.blocks / cluster, arguments.tiles) * cluster;
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = kShared;
   config.stream = stream;

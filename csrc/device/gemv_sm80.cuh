@@ -169,12 +169,12 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = blockIdx.x % tiles * Config::kN;
   const int split = static_cast<int>(blockIdx.x / tiles);
-  const int64_t k_end = min((split + 1) * p.plan.split_k, p.a.columns), whole = k_end / kScaleBlock;
+  const int64_t k_end = min((split + 1) * p.choice.split_k, p.a.columns), whole = k_end / kScaleBlock;
   const GemvOperands<X> operands(p, column);
 
   Acc acc[4] = {};
   GemvBlock<X> blocks[2];  // one is multiplied while the other comes
-  int64_t block = split * p.plan.split_k / kScaleBlock + warp;
+  int64_t block = split * p.choice.split_k / kScaleBlock + warp;
   if (block < whole) operands.template load<true>(blocks[0], block);
 #pragma unroll 1
   while (block < whole) {
@@ -216,7 +216,7 @@ cudaError_t launch_gemv(const GemmParams& p, cudaStream_t stream) {
   using Config = GemvConfig<X>;
   const int64_t tiles = ceil_div(p.b.rows, Config::kN);
   gemv_kernel<X>
-      <<<static_cast<unsigned>(tiles * p.plan.splits), Config::kThreads, 0, stream>>>(p, tiles, GemmOutput(p));
+      <<<static_cast<unsigned>(tiles * p.choice.splits), Config::kThreads, 0, stream>>>(p, tiles, GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;
   return finish_splits(p, Config::kAcc, stream);
 }

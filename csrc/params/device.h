@@ -7,7 +7,6 @@ namespace forwardpass {
 struct Device {
   int32_t sms;   // multiprocessors
   int16_t arch;  // 80, 89, 90, …
-  bool wgmma;    // sm_90, and kernels for sm_90a are in this library
 };
 
 }  // namespace forwardpass

@@ -161,13 +161,11 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
 template <class Params>
 void launch(Backend backend, const Params& p, const Tensor& x, void (*cpu)(const Params&) = nullptr) {
   if (backend == Backend::cpu) return cpu(p);
-  using Launch = int(const Params*, void*);
-  static Launch* cached[3];  // by backend; a race writes the same value twice
-  Launch*& f = cached[static_cast<int>(backend)];
-  if (!f) f = reinterpret_cast<Launch*>(launcher(backend, Params::kLauncher));
-  if (backend == Backend::interpreted) return check_launch(backend, Params::kLauncher, f(&p, kInterpretedStream));
+  static LibraryFunction<int(const Params*, void*)> launcher(Params::kLauncher);
+  const auto f = launcher.of(backend);
+  if (backend == Backend::interpreted) return check_cuda(backend, Params::kLauncher, f(&p, kInterpretedStream));
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(backend, Params::kLauncher, f(&p, current_stream(x.get_device_index())));
+  check_cuda(backend, Params::kLauncher, f(&p, current_stream(x.get_device_index())));
 }
 
 }  // namespace forwardpass

@@ -88,12 +88,12 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
   auto [sizes, p] = product(a, b, a_scale, b_scale, bias, activation, ScalarType::Float, none, op);
   Epilogue& e = p.epilogue;
   const bool empty = p.a.rows == 0 || p.b.rows == 0;
-  const GemmPlan plan = empty ? GemmPlan{}
-                              : plan_gemm(p.a.rows, p.b.rows, p.a.columns, p.a.dtype, device_of(backend, a),
-                                          kScaleBlock * (is_gated(e.activation) ? 2 : 1));
-  if (empty || (plan.path == GemmPlan::Path::wgmma && plan.splits == 1)) {
+  const KernelChoice choice =
+      empty ? KernelChoice{}
+            : select_kernel<Fp8GemmParams>(backend, p, a, kScaleBlock * (is_gated(e.activation) ? 2 : 1));
+  if (empty || (choice.quantizes && choice.splits == 1)) {
     auto [quantized, rows] = quantized_rows(sizes, {type, none, none, group_size, true, none}, a, op);
-    p.plan = plan;
+    p.choice = choice;
     e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
     e.group_scale = rows.scale, e.group_scale_stride = rows.scale_stride;
     run_gemm<Fp8GemmParams>(backend, p, a);

@@ -11,18 +11,26 @@ int64_t padded_stride(const Matrix& m) { return round_up(m.columns, 16 / size_of
 
 }  // namespace
 
+KernelChoice select_kernel(Backend backend, const char* name, KernelSelector* selector, const GemmParams& p,
+                           int32_t group, const Tensor& like) {
+  const GemmShape shape{p.a.rows, p.b.rows, p.a.columns, group};
+  STD_TORCH_CHECK(std::max(shape.m, shape.n) < (int64_t{1} << 31) && shape.k < (1 << 30),
+                  "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, not [", shape.m, ", ", shape.k,
+                  "] and [", shape.n, ", ", shape.k, "]: split them");
+  const Device device = device_of(backend, like);
+  KernelChoice choice{};
+  check_cuda(backend, name, selector(&shape, &device, &choice));
+  return choice;
+}
+
 GemmCall::GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace)
     : params(p), backend_(backend), like_(like), workspace_(workspace) {
   const int64_t m = p.a.rows, n = p.b.rows;
-  STD_TORCH_CHECK(std::max(m, n) < (int64_t{1} << 31) && p.a.columns < (1 << 30),
-                  "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, not [", m, ", ", p.a.columns,
-                  "] and [", n, ", ", p.a.columns, "]: split them");
-  if (!params.plan.tile_m) params.plan = plan_gemm(m, n, p.a.columns, p.a.dtype, device_of(backend, like));
   if (!is_aligned(p.a)) a_ = workspace.reserve(m * padded_stride(p.a) * size_of(p.a.dtype));
   if (!is_aligned(p.b)) b_ = workspace.reserve(n * padded_stride(p.b) * size_of(p.b.dtype));
-  if (params.plan.splits > 1) {
+  if (params.choice.splits > 1) {
     params.partial_stride = round_up(n, 8);
-    partial_ = workspace.reserve(params.plan.splits * m * params.partial_stride * 4);
+    partial_ = workspace.reserve(params.choice.splits * m * params.partial_stride * 4);
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
-// Torch side of the GEMMs on the GPU: the plan, one workspace for all that passes between kernels, the launch.
+// Torch side of the GEMMs on the GPU: the kernel that is selected, one workspace for all that passes between kernels,
+// the launch.
 #include "params/gemm.h"
 #include "params/pad_rows.h"
 #include "params/quantize.h"
@@ -28,10 +29,20 @@ class Workspace {
   OptionalTensor memory_;
 };
 
-// What a product needs besides its operands: its plan, aligned copies of operands that are not, partial sums.
+KernelChoice select_kernel(Backend backend, const char* name, KernelSelector* selector, const GemmParams& p,
+                           int32_t group, const Tensor& like);
+// Of the GEMM that Params names; group as GemmShape has it.
+template <class Params>
+KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& like, int32_t group = 0) {
+  static LibraryFunction<KernelSelector> selector(Params::kSelector);
+  return select_kernel(backend, Params::kSelector, selector.of(backend), p, group, like);
+}
+
+// What a product whose kernel is selected needs besides its operands: aligned copies of operands that are not, partial
+// sums.
 class GemmCall {
  public:
-  GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace);  // plans, if p does not
+  GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace);
   // After workspace.allocate: the launcher that Params names.
   template <class Params>
   void run() {
@@ -51,10 +62,11 @@ class GemmCall {
   int64_t a_ = -1, b_ = -1, partial_ = -1;  // offsets of the copies and of the sums; -1: none
 };
 
-// The product of operands that a caller has.
+// The product of operands that a caller has, whose kernel is selected here if it is not yet.
 template <class Params>
-void run_gemm(Backend backend, const GemmParams& p, const Tensor& like) {
+void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
   if (p.a.rows == 0 || p.b.rows == 0) return;
+  if (!p.choice.tile_m) p.choice = select_kernel<Params>(backend, p, like);
   Workspace workspace;
   GemmCall call(backend, p, like, workspace);
   workspace.allocate(like);
@@ -75,6 +87,7 @@ void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, cons
                 scale = dynamic ? workspace.reserve(groups * q.out.scale_stride * 4) : 0,
                 zero_point = dynamic && !q.out.symmetric ? workspace.reserve(rows * 4) : 0;
   p.a = {nullptr, q.out.dtype, rows, q.out.columns, q.out.q_stride};
+  p.choice = select_kernel<Params>(backend, p, x);
   GemmCall product(backend, p, x, workspace);
   workspace.allocate(x);
   q.out.q = workspace.at<void>(at);

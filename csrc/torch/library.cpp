@@ -44,7 +44,7 @@ void report_storage(const torch::stable::Tensor& t) {
     storage_hook(t.const_data_ptr(), bytes, "output or workspace", 0);
 }
 
-void* launcher(Backend backend, const char* name) {
+void* library_function(Backend backend, const char* name) {
   Library& library = libraries[backend == Backend::interpreted];
   std::lock_guard lock(library.mutex);
   if (!library.handle) {
@@ -74,13 +74,11 @@ void* current_stream(int32_t device) {
 }
 
 Device device_of(Backend backend, const torch::stable::Tensor& x) {
-  using Ask = int(Device*);
-  static Ask* ask[3];  // a race writes the same value twice
-  Ask*& f = ask[static_cast<int>(backend)];
-  if (!f) f = reinterpret_cast<Ask*>(launcher(backend, "forwardpass_device"));
+  constexpr const char* kName = "forwardpass_device";
+  static LibraryFunction<int(Device*)> ask(kName);
   Device device{};
   if (backend == Backend::interpreted) {  // another one from call to call
-    check_launch(backend, "forwardpass_device", f(&device));
+    check_cuda(backend, kName, ask.of(backend)(&device));
     return device;
   }
   constexpr int kKnown = 64;
@@ -89,15 +87,15 @@ Device device_of(Backend backend, const torch::stable::Tensor& x) {
   const int32_t index = x.get_device_index();
   if (index < kKnown && (device = known[index].load(std::memory_order_relaxed)).arch) return device;
   torch::stable::accelerator::DeviceGuard guard(index);
-  check_launch(backend, "forwardpass_device", f(&device));
+  check_cuda(backend, kName, ask.of(backend)(&device));
   if (index < kKnown) known[index].store(device, std::memory_order_relaxed);
   return device;
 }
 
-void check_launch(Backend backend, const char* name, int error) {
+void check_cuda(Backend backend, const char* name, int error) {
   if (error == 0) return;
   using Text = const char*(int);
-  auto text = reinterpret_cast<Text*>(launcher(backend, "forwardpass_error_string"));
+  auto text = reinterpret_cast<Text*>(library_function(backend, "forwardpass_error_string"));
   STD_TORCH_CHECK(false, name, ": CUDA error ", error, " (", text(error), ")");
 }
 

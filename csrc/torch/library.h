@@ -31,7 +31,23 @@ void report_storage(const torch::stable::Tensor&);
 void keep_storage(bool on);
 
 // The function `name` of a kernel library; throws with the reason where there is none.
-void* launcher(Backend backend, const char* name);
+void* library_function(Backend backend, const char* name);
+
+// The same, looked for once in each library.
+template <class F>
+class LibraryFunction {
+ public:
+  constexpr explicit LibraryFunction(const char* name) : name_(name) {}
+  F* of(Backend backend) {
+    F*& f = found_[static_cast<int>(backend)];  // a race writes the same value twice
+    if (!f) f = reinterpret_cast<F*>(library_function(backend, name_));
+    return f;
+  }
+
+ private:
+  const char* name_;
+  F* found_[3] = {};
+};
 
 // The GPU of x, or the one that is interpreted.
 Device device_of(Backend backend, const torch::stable::Tensor& x);
@@ -39,7 +55,7 @@ Device device_of(Backend backend, const torch::stable::Tensor& x);
 // The current stream of a CUDA device, looked up in the libtorch_cuda that the process already has.
 void* current_stream(int32_t device);
 
-// Throws "name: CUDA error N (text)" unless error is 0.
-void check_launch(Backend backend, const char* name, int error);
+// Throws "name: CUDA error N (text)" unless error is 0, a cudaError_t that the function of that name returned.
+void check_cuda(Backend backend, const char* name, int error);
 
 }  // namespace forwardpass

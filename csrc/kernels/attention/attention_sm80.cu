@@ -6,6 +6,7 @@
 // 0.5.
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
+#include "kernels/attention/attention_kernel.h"
 #include "kernels/attention/attention_tile.cuh"
 
 namespace forwardpass {
@@ -283,16 +284,14 @@ constexpr auto config() {
     return AttentionConfig<T, D, V, false, 128, D == 128 ? 32 : 64, 4, 2>();
 }
 
-cudaError_t __attribute__((weak)) attention_sm90a(const AttentionParams& p, cudaStream_t stream);
-
-}  // namespace forwardpass
-
-int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream) {
-  using namespace forwardpass;
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (p->device.wgmma) return attention_sm90a(*p, s);
-  return launch_instance(*p, [&](auto instance) {
+cudaError_t launch_any(const AttentionParams& p, cudaStream_t stream) {
+  return launch_instance(p, [&](auto instance) {
     using I = decltype(instance);
-    return launch<decltype(config<I::kT, I::kD, I::kV, I::kGeneral>())>(*p, s);
+    return launch<decltype(config<I::kT, I::kD, I::kV, I::kGeneral>())>(p, stream);
   });
 }
+
+const AttentionKernel kernels[] = {{.arch = sm_80, .launch = launch_any}};
+const AttentionKernels registered(kernels);
+
+}  // namespace forwardpass

@@ -6,6 +6,7 @@
 #include "device/softmax.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
+#include "kernels/attention/attention_kernel.h"
 #include "kernels/attention/attention_tile.cuh"
 
 namespace forwardpass {
@@ -363,11 +364,14 @@ constexpr int block_keys(int v, bool general) {
 template <Dtype T, int D, int V, bool General>
 using Bucket = WgmmaAttentionConfig<T, D, V, General, V == 64 && !General ? 3 : 2, block_keys(V, General)>;
 
-cudaError_t attention_sm90a(const AttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_any(const AttentionParams& p, cudaStream_t stream) {
   return launch_instance(p, [&](auto instance) {
     using I = decltype(instance);
     return launch_wgmma<Bucket<I::kT, I::kD, I::kV, I::kGeneral>>(p, stream);
   });
 }
+
+const AttentionKernel kernels[] = {{.arch = sm_90a, .launch = launch_any}};
+const AttentionKernels registered(kernels);
 
 }  // namespace forwardpass

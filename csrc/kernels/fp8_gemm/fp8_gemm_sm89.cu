@@ -1,5 +1,6 @@
-// fp8_gemm on mma.sync m16n8k32 of e4m3, promoted to fp32 every 128 of K; up to four rows by the GEMV.
+// fp8_gemm on mma.sync m16n8k32 of e4m3, promoted to fp32 every 128 of K.
 #include "device/gemm_sm80.cuh"
+#include "kernels/gemm.h"
 #include "params/fp8_gemm.h"
 
 namespace forwardpass {
@@ -16,27 +17,15 @@ using Tile64x128 = MmaConfig<E, 64, 128, 1, 4, 128, 3, 1>;
 template <class E>
 using Tile16x128 = MmaConfig<E, 16, 128, 1, 4, 128, 4, 1>;
 
-template <class E>
+template <template <class> class Tile>
 cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
-  switch (p.plan.tile_m) {
-    case 16:
-      return launch_gemm_mma<Tile16x128<E>>(p, stream);
-    case 64:
-      return launch_gemm_mma<Tile64x128<E>>(p, stream);
-    default:
-      return launch_gemm_mma<Tile128x128<E>>(p, stream);
-  }
+  return p.blocks.a ? launch_gemm_mma<Tile<E4m3Blocks>>(p, stream) : launch_gemm_mma<Tile<E4m3>>(p, stream);
 }
-
-cudaError_t fp8_gemv(const GemmParams& p, cudaStream_t stream);
-cudaError_t __attribute__((weak)) fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+template <template <class> class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_89, .tile_m = Tile<E4m3>::kM, .tile_n = Tile<E4m3>::kN, .launch = launch<Tile>};
+}
+const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernels<Fp8GemmParams> registered(kernels);
 
 }  // namespace forwardpass
-
-int forwardpass_fp8_gemm(const forwardpass::Fp8GemmParams* p, void* stream) {
-  using namespace forwardpass;
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (p->plan.path == GemmPlan::Path::gemv) return fp8_gemv(*p, s);
-  if (p->plan.path == GemmPlan::Path::wgmma) return fp8_gemm_sm90a(*p, s);
-  return p->blocks.a ? launch<E4m3Blocks>(*p, s) : launch<E4m3>(*p, s);
-}

@@ -1,5 +1,6 @@
 // fp8_gemm on wgmma m64nNk32 of e4m3, promoted to fp32 every 128 of K.
 #include "device/gemm_sm90a.cuh"
+#include "kernels/gemm.h"
 #include "params/fp8_gemm.h"
 
 namespace forwardpass {
@@ -14,10 +15,16 @@ using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
 using Tile64x128 = WgmmaConfig<E4m3, 64, 128, 1, 8>;
 using Tile16x128 = WgmmaConfig<E4m3, 16, 128, 1, 8>;
 
-cudaError_t fp8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
-  if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile16x128>(p, stream);
-  if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile64x128>(p, stream);
-  return p.plan.tile_n == 256 ? launch_gemm_wgmma<Tile128x256>(p, stream) : launch_gemm_wgmma<Tile128x128>(p, stream);
+template <class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_90a,
+          .tile_m = Tile::kM,
+          .tile_n = Tile::kN,
+          .cluster = Cluster::along_m,
+          .quantizes = !Tile::kTransposed,
+          .launch = launch_gemm_wgmma<Tile>};
 }
+const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernels<Fp8GemmParams> registered(kernels);
 
 }  // namespace forwardpass

@@ -1,8 +1,11 @@
 // fp8_gemm of up to four rows. Apart from the larger products, as 9.0 runs this one and has wgmma for them.
 #include "device/gemv_sm80.cuh"
+#include "kernels/gemm.h"
+#include "params/fp8_gemm.h"
 
 namespace forwardpass {
 
-cudaError_t fp8_gemv(const GemmParams& p, cudaStream_t stream) { return launch_gemv<Dtype::e4m3>(p, stream); }
+const GemmKernel kernels[] = {gemv(sm_89, launch_gemv<Dtype::e4m3>)};
+const GemmKernels<Fp8GemmParams> registered(kernels);
 
 }  // namespace forwardpass

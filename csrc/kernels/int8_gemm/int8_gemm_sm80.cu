@@ -1,5 +1,6 @@
-// int8_gemm on mma.sync m16n8k32, and the choice between it, wgmma and the GEMV.
+// int8_gemm on mma.sync m16n8k32.
 #include "device/gemm_sm80.cuh"
+#include "kernels/gemm.h"
 #include "params/int8_gemm.h"
 
 namespace forwardpass {
@@ -11,22 +12,11 @@ using Tile64x128 = MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>;
 // Memory binds: 128 of K a stage, whole lines of the weight, and four stages, 54 KB on their way.
 using Tile16x128 = MmaConfig<Int8, 16, 128, 1, 4, 128, 4, 1>;
 
-cudaError_t int8_gemv(const GemmParams& p, cudaStream_t stream);
-cudaError_t __attribute__((weak)) int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+template <class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_80, .tile_m = Tile::kM, .tile_n = Tile::kN, .launch = launch_gemm_mma<Tile>};
+}
+const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernels<Int8GemmParams> registered(kernels);
 
 }  // namespace forwardpass
-
-int forwardpass_int8_gemm(const forwardpass::Int8GemmParams* p, void* stream) {
-  using namespace forwardpass;
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (p->plan.path == GemmPlan::Path::gemv) return int8_gemv(*p, s);
-  if (p->plan.path == GemmPlan::Path::wgmma) return int8_gemm_sm90a(*p, s);
-  switch (p->plan.tile_m) {
-    case 16:
-      return launch_gemm_mma<Tile16x128>(*p, s);
-    case 64:
-      return launch_gemm_mma<Tile64x128>(*p, s);
-    default:
-      return launch_gemm_mma<Tile128x128>(*p, s);
-  }
-}

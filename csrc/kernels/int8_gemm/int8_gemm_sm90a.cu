@@ -1,5 +1,6 @@
 // int8_gemm on wgmma m64nNk32.
 #include "device/gemm_sm90a.cuh"
+#include "kernels/gemm.h"
 #include "params/int8_gemm.h"
 
 namespace forwardpass {
@@ -18,10 +19,15 @@ using Tile128x128 = WgmmaConfig<Int8, 128, 128, 2, 6>;
 using Tile64x128 = WgmmaConfig<Int8, 64, 128, 1, 8>;
 using Tile16x128 = WgmmaConfig<Int8, 16, 128, 1, 8>;
 
-cudaError_t int8_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
-  if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile16x128>(p, stream);
-  if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile64x128>(p, stream);
-  return p.plan.tile_n == 256 ? launch_gemm_wgmma<Tile128x256>(p, stream) : launch_gemm_wgmma<Tile128x128>(p, stream);
+template <class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_90a,
+          .tile_m = Tile::kM,
+          .tile_n = Tile::kN,
+          .cluster = Cluster::along_m,
+          .launch = launch_gemm_wgmma<Tile>};
 }
+const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernels<Int8GemmParams> registered(kernels);
 
 }  // namespace forwardpass

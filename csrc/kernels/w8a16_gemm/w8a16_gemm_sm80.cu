@@ -1,5 +1,5 @@
-// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight widened in registers, x as it is; and the choice between it, wgmma
-// and the GEMV. The product is made transposed, as in all three: an mma's first operand is four registers in a row,
+// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight widened in registers, x as it is. The product is made transposed, as
+// on wgmma and in the GEMV: an mma's first operand is four registers in a row,
 // which widening fills without a move, and its second one two, which a load of 16 bytes of x fills twice. The other way
 // round moves were a third of all instructions.
 //
@@ -11,6 +11,7 @@
 #include "device/dispatch.h"
 #include "device/gemm_sm80.cuh"
 #include "device/widen.cuh"
+#include "kernels/gemm.h"
 #include "params/w8a16_gemm.h"
 
 namespace forwardpass {
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
   const TileMap::Tile tile = map.at(blockIdx.x);
   const int64_t row = tile.m * Config::kM, column = tile.n * Config::kN;
-  const int64_t k = tile.split * p.plan.split_k, k_end = min(k + p.plan.split_k, p.a.columns),
+  const int64_t k = tile.split * p.choice.split_k, k_end = min(k + p.choice.split_k, p.a.columns),
                 last_block = ceil_div(k_end, kScaleBlock);
 
   OperandCopy<typename Config::A, Config::kM> copy_a(in_bytes(p.a), row, k * 2, k_end * 2, s.slice.a[0]);
@@ -175,8 +176,8 @@ cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
   auto kernel = w8a16_gemm_kernel<Config>;
   if (auto e = allow_shared<w8a16_gemm_kernel<Config>>(kShared)) return e;
-  kernel<<<static_cast<unsigned>(map.blocks(p.plan.splits)), Config::kThreads, kShared, stream>>>(p, map,
-                                                                                                  GemmOutput(p));
+  kernel<<<static_cast<unsigned>(map.blocks(p.choice.splits)), Config::kThreads, kShared, stream>>>(p, map,
+                                                                                                    GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;
   return finish_splits(p, Dtype::f32, stream);
 }
@@ -192,19 +193,15 @@ using Tile64x128 = W8a16Config<X, 64, 128, 3, 1>;
 template <Dtype X>
 using Tile128x128 = W8a16Config<X, 128, 128, 2, 1>;
 
-cudaError_t w8a16_gemv(const GemmParams& p, cudaStream_t stream);
-cudaError_t __attribute__((weak)) w8a16_gemm_sm90a(const GemmParams& p, cudaStream_t stream);
+template <template <Dtype> class Tile>
+cudaError_t launch_tile(const GemmParams& p, cudaStream_t stream) {
+  return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch<Tile<X()>>(p, stream); });
+}
+template <template <Dtype> class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_80, .tile_m = Tile<Dtype::f16>::kM, .tile_n = Tile<Dtype::f16>::kN, .launch = launch_tile<Tile>};
+}
+const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernels<W8a16GemmParams> registered(kernels);
 
 }  // namespace forwardpass
-
-int forwardpass_w8a16_gemm(const forwardpass::W8a16GemmParams* p, void* stream) {
-  using namespace forwardpass;
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (p->plan.path == GemmPlan::Path::gemv) return w8a16_gemv(*p, s);
-  if (p->plan.path == GemmPlan::Path::wgmma) return w8a16_gemm_sm90a(*p, s);
-  return dispatch<Dtype::f16, Dtype::bf16>(p->a.dtype, [&](auto X) {
-    if (p->plan.tile_m == 16) return launch<Tile16x128<X()>>(*p, s);
-    if (p->plan.tile_m == 64) return launch<Tile64x128<X()>>(*p, s);
-    return launch<Tile128x128<X()>>(*p, s);
-  });
-}

@@ -15,6 +15,7 @@
 #include "device/dispatch.h"
 #include "device/gemm_sm90a.cuh"
 #include "device/widen.cuh"
+#include "kernels/gemm.h"
 #include "params/w8a16_gemm.h"
 
 namespace forwardpass {
@@ -142,12 +143,20 @@ using Tile128x64 = WidenedConfig<X, 128, 64, 6>;
 template <Dtype X>
 using Tile128x128 = WidenedConfig<X, 128, 128, 4>;
 
-cudaError_t w8a16_gemm_sm90a(const GemmParams& p, cudaStream_t stream) {
-  return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) {
-    if (p.plan.tile_m == 16) return launch_gemm_wgmma<Tile128x16<X()>>(p, stream);
-    if (p.plan.tile_m == 64) return launch_gemm_wgmma<Tile128x64<X()>>(p, stream);
-    return launch_gemm_wgmma<Tile128x128<X()>>(p, stream);
-  });
+template <template <Dtype> class Tile>
+cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
+  return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch_gemm_wgmma<Tile<X()>>(p, stream); });
 }
+// The tile's rows are the output's columns; a cluster shares the rows of x.
+template <template <Dtype> class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_90a,
+          .tile_m = Tile<Dtype::f16>::kN,
+          .tile_n = Tile<Dtype::f16>::kM,
+          .cluster = Cluster::along_n,
+          .launch = launch<Tile>};
+}
+const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile128x64>(), row<Tile128x16>()};
+const GemmKernels<W8a16GemmParams> registered(kernels);
 
 }  // namespace forwardpass
