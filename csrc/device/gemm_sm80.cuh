@@ -6,9 +6,10 @@
 // stage of 64 of K are 8 a thread, 0.125 an mma. Bytes from L2: (M + N) / (M N) a multiply-add, so 128 x 128 needs 32 a
 // clock of an A100's multiprocessor, which gets 47 (5120 a clock for 108).
 #include "device/gemm_epilogue.cuh"
+#include "device/gemm_operands.cuh"
 #include "device/ptx_sm80.cuh"
 #include "device/shared_bytes.cuh"
-#include "schedule/gemm_tiles.cuh"
+#include "schedule/tile_map.cuh"
 
 namespace forwardpass {
 

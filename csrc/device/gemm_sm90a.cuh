@@ -4,12 +4,13 @@
 // warpgroups multiply, straight from shared memory or what they have widened (w8a16_gemm_sm90a.cu), and finish their
 // tile while the next one's stages are loaded.
 #include "device/gemm_epilogue.cuh"
+#include "device/gemm_operands.cuh"
 #include "device/ptx_sm90a.cuh"
 #include "device/ring.cuh"
 #include "device/shared_bytes.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
-#include "schedule/gemm_tiles.cuh"
+#include "schedule/tile_map.cuh"
 
 namespace forwardpass {
 

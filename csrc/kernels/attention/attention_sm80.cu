@@ -6,8 +6,9 @@
 // 0.5.
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
+#include "kernels/attention/attention_instance.cuh"
 #include "kernels/attention/attention_kernel.h"
-#include "kernels/attention/attention_tile.cuh"
+#include "kernels/attention/attention_scores.cuh"
 
 namespace forwardpass {
 

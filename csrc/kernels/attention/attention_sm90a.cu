@@ -6,8 +6,9 @@
 #include "device/softmax.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
+#include "kernels/attention/attention_instance.cuh"
 #include "kernels/attention/attention_kernel.h"
-#include "kernels/attention/attention_tile.cuh"
+#include "kernels/attention/attention_scores.cuh"
 
 namespace forwardpass {
 
