@@ -35,7 +35,7 @@ TENSOR_CORE = [
     (r"gemm_mma_kernel<MmaConfig<E4m3", r"", ["QMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<Int8\b", r"", ["IGMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<E4m3", r"", ["QGMMA"]),
-    (r"gemm_wgmma_kernel<WgmmaConfig<Widened", r"", ["HGMMA"]),
+    (r"gemm_wgmma_kernel<WgmmaConfig<Upconverted", r"", ["HGMMA"]),
     (r"w8a16_gemm_kernel", r"", ["HMMA"]),
     (r"gemv_kernel<\(Dtype\)3>", r"", ["IMMA"]),  # int8
     (r"gemv_kernel", r"", ["HMMA"]),

@@ -4,8 +4,8 @@
 #include "cpu/capability.h"
 #include "cpu/int8_amx.h"
 #include "cpu/row_chunks.h"
+#include "cpu/upconvert_rows.h"
 #include "cpu/vector.h"
-#include "cpu/widen_rows.h"
 #include "params/dequant_activation.h"
 #include "torch/int8_operands.h"
 #include "torch/torch_ops.h"
@@ -43,7 +43,7 @@ Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
     const Tensor some = torch::stable::narrow(rows, 1, d, depth);
     for (int64_t c = 0; c < n; c += kColumns) {
       const int64_t columns = std::min(kColumns, n - c);
-      widen_rows({b, nullptr, c, c + columns, to});
+      upconvert_rows({b, nullptr, c, c + columns, to});
       const Tensor part = call("aten::mm", some, transposed(widened, {to, Dtype::f32, columns, depth, depth}));
       add_to(out + c, n, static_cast<const float*>(part.const_data_ptr()), m, columns, d == 0);
     }

@@ -1,5 +1,5 @@
 #pragma once
-// The rows of a product that are taken through what is before and behind it, some at a time.
+// Rows of a GEMM that go through quantisation, product and epilogue together, a chunk at a time.
 #include "params/dequant_activation.h"
 #include "params/quantize.h"
 

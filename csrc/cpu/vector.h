@@ -1,8 +1,8 @@
 #pragma once
-// What the CPU kernels share: 16 fp32 lanes as a g++ vector type. A kernel's outer function is marked CLONES and is
-// compiled three times (AVX-512: one register; AVX2: two; baseline: four) and chosen at load time; all that it calls
-// must be INLINE to be compiled with it. Loops left to the auto-vectoriser were tried first: it gave up on most of
-// them, at 3.4 ns an element.
+// What the CPU kernels share: 16 fp32 lanes as a g++ vector type. A kernel's outer function is marked CLONES: it is
+// compiled three times (AVX-512: one register; AVX2: two; baseline: four) and one is chosen at load time; all functions
+// that it calls must be INLINE to be compiled with it. Loops left to the auto-vectoriser were tried first: it gave up
+// on most of them, at 3.4 ns an element.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -174,7 +174,7 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F f) {
 }
 #define VECTOR_BODY(captures) [captures](int64_t c, int n) __attribute__((always_inline))
 
-// Rows a thread takes at least: 16 K elements take some 5 us, as long as waking the other threads.
+// The least number of rows per thread: 16 K elements take about 5 us, as long as waking the other threads.
 INLINE int64_t grain(int64_t columns) { return columns < 16384 ? 16384 / (columns > 0 ? columns : 1) : 1; }
 
 }  // namespace forwardpass::cpu

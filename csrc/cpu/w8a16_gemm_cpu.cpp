@@ -1,5 +1,5 @@
+#include "cpu/upconvert_rows.h"
 #include "cpu/w8a16_gemm.h"
-#include "cpu/widen_rows.h"
 #include "params/dequant_activation.h"
 #include "torch/torch_ops.h"
 
@@ -30,7 +30,7 @@ void w8a16_gemm_cpu(const Tensor& x, const Matrix& w, const float* block_scale, 
     for (int64_t column = begin * chunk; column < std::min(end * chunk, n); column += chunk) {
       const int64_t columns = std::min(chunk, n - column);
       auto to = static_cast<float*>(widened.mutable_data_ptr());
-      widen_rows({w, block_scale, column, column + columns, to});
+      upconvert_rows({w, block_scale, column, column + columns, to});
       const Tensor b = transposed(widened, {to, Dtype::f32, columns, w.columns, w.columns});
       for (int64_t row = 0; row < m; row += kMostRows) {
         Tensor acc = call("aten::mm", torch::stable::narrow(rows, 0, row, std::min(kMostRows, m - row)), b);

@@ -1,7 +1,7 @@
 #pragma once
 // The epilogue of dequant_activation and the GEMMs on the GPU, for eight consecutive columns of a row at a time: the
-// formula of Epilogue (params/common.h), operation by operation. Its options are branches that all threads of a launch
-// take alike.
+// formula of Epilogue (params/common.h), operation by operation. Its options are branches that are
+// uniform over the launch.
 #include <type_traits>
 
 #include "device/activation.cuh"

@@ -1,10 +1,11 @@
 #pragma once
-// GEMM on mma.sync: int8 from sm_80 on, e4m3 from sm_89 on. A block of warps makes a tile of the product; slices of
-// kStageK of K come through a ring of shared memory by cp.async, kStages - 1 of them on their way while one is used.
+// GEMM on mma.sync: int8 from sm_80 on, e4m3 from sm_89 on. A block computes one tile of the output. Slices of kStageK
+// of K come through a pipeline of stages in shared memory by cp.async; kStages - 1 of them are in flight while one is
+// used.
 //
-// What binds: tensor cores, then issue. A warp's 64 x 64 x 32 is 32 mma and 8 ldmatrix, 0.25 an mma; the copies of a
-// stage of 64 of K are 8 a thread, 0.125 an mma. Bytes from L2: (M + N) / (M N) a multiply-add, so 128 x 128 needs 32 a
-// clock of an A100's multiprocessor, which gets 47 (5120 a clock for 108).
+// Tensor cores bind first, then issue. A warp's 64 x 64 x 32 takes 32 mma and 8 ldmatrix, 0.25 per mma; the copies of a
+// stage of 64 of K are 8 per thread, 0.125 per mma. L2: (M + N) / (M N) bytes per multiply-add, so 128 x 128 needs 32
+// bytes a clock for an A100's multiprocessor, which gets 47 (5120 a clock for 108).
 #include "device/gemm_epilogue.cuh"
 #include "device/gemm_operands.cuh"
 #include "device/ptx_sm80.cuh"
@@ -13,7 +14,7 @@
 
 namespace forwardpass {
 
-// Blocks: how many share a multiprocessor; registers are budgeted for them.
+// Blocks: how many share a multiprocessor; it limits the registers.
 template <class Element_, int M, int N, int WarpsM, int WarpsN, int StageK, int Stages, int Blocks>
 struct MmaConfig {
   using Element = Element_;
@@ -21,7 +22,7 @@ struct MmaConfig {
   static constexpr int kM = M, kN = N, kStageK = StageK, kStages = Stages, kBlocks = Blocks;
   static constexpr int kWarpsM = WarpsM, kWarpsN = WarpsN, kThreads = 32 * WarpsM * WarpsN;
   static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
-  static constexpr int kRows = kWarpM / 16, kTiles = kWarpN / 8;  // of a warp: blocks of 16 rows, n8 tiles
+  static constexpr int kRows = kWarpM / 16, kTiles = kWarpN / 8;  // of a warp: m16 tiles, n8 tiles
   static_assert(!Element::kPromoted || StageK == kScaleBlock, "promotion is once a stage");
 
   struct SharedStorage {
@@ -30,14 +31,14 @@ struct MmaConfig {
         uint8_t a[kStages][kM * kStageK], b[kStages][kN * kStageK];
         float a_scale[kStages][Element::kBlockScaled ? kM : 4];
       } stage;
-      Slab slab[kWarpsM * kWarpsN];
+      Staging staging[kWarpsM * kWarpsN];
     };
   };
 };
 
-// A tile of R rows of an operand in a stage: rows of kStageK bytes, in which 16-byte chunks are exchanged so that eight
-// rows' chunks of one column, which an ldmatrix reads, fall into different banks; so do the 128 bytes that a quarter of
-// a warp copies at a time.
+// The layout of an operand's rows in a stage: kStageK bytes each, 16-byte chunks swizzled so that the eight rows of a
+// column of chunks, which an ldmatrix reads, fall into different banks; so do the 128 bytes that a quarter of a warp
+// copies at a time.
 template <class Config>
 struct StageLayout {
   static constexpr int kRowBytes = Config::kStageK, kChunks = kRowBytes / 16;
@@ -46,15 +47,15 @@ struct StageLayout {
   __device__ static int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ swizzle(row)) * 16; }
 };
 
-// A thread's share in copying R rows of an operand, slice after slice: one chunk of every kStep-th row. Rows beyond the
-// matrix are its last one once more, as what they give is not stored; columns beyond it are zero.
+// A thread's share in copying R rows of an operand, slice after slice: one chunk of every kStep-th row. Rows outside
+// the matrix read its last row again, as their outputs are not stored; columns outside it are zero.
 template <class Config, int R>
 struct OperandCopy {
   using Layout = StageLayout<Config>;
   static constexpr int kStep = Config::kThreads / Layout::kChunks, kCount = R / kStep;
   static_assert(R % kStep == 0 && kStep % 8 == 0);
   const uint8_t* row[kCount];
-  int left;  // bytes from this thread's chunk to the end of the depth, which is below 2^30
+  int left;  // bytes from this thread's chunk to the end of K, which is below 2^30
   uint32_t to;
 
   __device__ OperandCopy(const Matrix& m, int64_t first_row, int64_t k, int64_t k_end, uint8_t* stage) {
@@ -67,12 +68,12 @@ struct OperandCopy {
       row[i] = static_cast<const uint8_t*>(m.data) + r * m.stride + k + chunk * 16;
     }
   }
-  // The slice `ahead` of the one that rows are at, all of whose columns are there.
+  // Copies the slice that is `ahead` slices further, all of whose columns exist.
   __device__ void whole(int stage, int ahead) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) ptx::cp_async_16(at(stage, i), row[i] + ahead * Config::kStageK);
   }
-  // The same of a slice of which columns may be missing, or all.
+  // The same of a slice of which some or all columns may be outside.
   __device__ void masked(int stage, int ahead) const {
     const int size = min(max(left - ahead * Config::kStageK, 0), 16);
 #pragma unroll
@@ -90,8 +91,8 @@ struct OperandCopy {
   }
 };
 
-// The scales of blocks of 128 of K: those of a's rows come with each slice, for b there is one for all columns of a
-// warp, gated two.
+// Block scales, one per 128 of K: those of a's rows are copied with each slice; b has one for all columns of a warp,
+// two if gated.
 template <class Config>
 struct BlockScaleCopy {
   static_assert(!Config::Element::kBlockScaled || kScaleBlock % Config::kWarpN == 0,
@@ -108,32 +109,32 @@ struct BlockScaleCopy {
     a = p.blocks.a + block * p.blocks.a_stride + first;
     a_stride = p.blocks.a_stride;
     b = p.blocks.b + (gated ? last_column / 2 : last_column) / kScaleBlock * k_blocks + block;
-    up_offset = p.blocks.up_offset;  // 0 where nothing is gated
+    up_offset = p.blocks.up_offset;  // 0 unless gated
     to = ptx::shared_address(stage) + threadIdx.x * 16;
     size = static_cast<int>(min(max(p.a.rows - first, int64_t{0}), int64_t{4})) * 4;
   }
-  // The next slice's; inside: there is one.
+  // Copies those of the next slice, if there is one (`inside`).
   __device__ void operator()(int stage, bool inside) {
     if (threadIdx.x < Config::kM / 4) ptx::cp_async_16(to + stage * Config::kM * 4, a, inside ? size : 0);
     a += a_stride;
   }
 };
 
-// A lane's addresses in the ldmatrix of an operand: those of 16 rows x 32 bytes, for each 32 of a stage's K.
+// A lane's addresses for an operand's ldmatrix: 16 rows x 32 bytes, for each 32 bytes of a stage's K.
 template <class Config>
 struct FragmentAddress {
   using Layout = StageLayout<Config>;
   static constexpr int kSteps = Config::kStageK / 32;
   uint32_t at[kSteps];
 
-  // chunk: which 16 of the 32 bytes this lane's matrix has
+  // chunk: which 16 of the 32 bytes this lane's 8 x 8 matrix has
   __device__ FragmentAddress(const uint8_t* stage, int row, int chunk) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) at[k] = ptx::shared_address(stage) + Layout::offset(row, 2 * k + chunk);
   }
 };
 
-// One slice of K, from a stage of shared memory: acc += a b.
+// The product of one slice of K in shared memory: acc += a b.
 template <class Config>
 struct SliceProduct {
   using Acc = typename Config::Acc;
@@ -142,28 +143,28 @@ struct SliceProduct {
   static constexpr int kRows = Config::kRows, kTiles = Config::kTiles;
   const Address from_a, from_b;
 
-  // a: the matrices of an x4 are rows 0-7 and 8-15 of bytes 0-15, then of 16-31; b: bytes 0-15 and 16-31 of an n8 tile,
-  // then of the next one
+  // a: the four 8 x 8 matrices of an ldmatrix are rows 0-7 and 8-15 of bytes 0-15, then of bytes 16-31; b: bytes 0-15
+  // and 16-31 of one n8 tile, then of the next
   __device__ SliceProduct(typename Config::SharedStorage& s, int warp_m, int warp_n, int lane)
       : from_a(s.stage.a[0], warp_m + lane % 16, lane / 16),
         from_b(s.stage.b[0], warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2) {}
 
-  // promote(stage, sums of this slice), for elements that need it
+  // promote(stage, partial accumulators of this slice), for elements that need it
   template <class Promote>
   __device__ void operator()(int stage, Acc (&acc)[kRows][kTiles][4], Promote promote) const {
     if constexpr (Config::Element::kPromoted) {
-      Acc part[kRows][kTiles][4];
-      multiply<true>(stage, part);
-      promote(stage, part);
+      Acc partial[kRows][kTiles][4];
+      mma<true>(stage, partial);
+      promote(stage, partial);
     } else {
-      multiply<false>(stage, acc);
+      mma<false>(stage, acc);
     }
   }
 
  private:
-  // `fresh`: acc begins at zero
-  template <bool fresh>
-  __device__ void multiply(int stage, Acc (&acc)[kRows][kTiles][4]) const {
+  // from_zero: acc is not read
+  template <bool from_zero>
+  __device__ void mma(int stage, Acc (&acc)[kRows][kTiles][4]) const {
     constexpr Acc kZeros[4] = {};
 #pragma unroll
     for (int step = 0; step < Address::kSteps; ++step) {
@@ -179,7 +180,7 @@ struct SliceProduct {
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          if (fresh && step == 0) {
+          if (from_zero && step == 0) {
             ptx::mma_m16n8k32(acc[i][j], a[i], b[j], kZeros);
           } else {
             ptx::mma_m16n8k32(acc[i][j], a[i], b[j], acc[i][j]);
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   copy_a.advance(kStages - 1), copy_b.advance(kStages - 1);
 
   Acc acc[kRows][kTiles][4] = {};
-  const auto promote = [&](int stage, const auto& part) {
+  const auto promote = [&](int stage, const auto& partial) {
     float b_scale[2] = {1, 1};
     if constexpr (Config::Element::kBlockScaled) b_scale[0] = scales.b[0], b_scale[1] = scales.b[scales.up_offset];
     ++scales.b;
@@ -233,18 +234,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) acc[i][j][e] = fmaf(part[i][j][e], scale[j % 2], acc[i][j][e]);
+          for (int e = 2 * half; e < 2 * half + 2; ++e)
+            acc[i][j][e] = fmaf(partial[i][j][e], scale[j % 2], acc[i][j][e]);
       }
   };
-  // The slice in `stage` is there for all warps, and all have read the one before, whose place is filled next.
+  // The slice in `stage` has arrived for all warps, and all have read the one before, whose stage is filled next.
   const auto wait = [] {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();
   };
 
-  // Slices whose copies are of whole ones, in rounds of kStages: stages and columns are constants here. Where there are
-  // partial sums, a way out after each slice keeps the assembler from mixing neighbouring ones, for which it has no
-  // registers (a branch never taken does not: 8 to 140 bytes of spills).
+  // The steady part of the main loop, in which all copies are of whole slices, in rounds of kStages, so that stages and
+  // columns are constants. With promotion, an exit after each slice keeps the assembler from interleaving neighbouring
+  // slices, for which it lacks the registers (a branch that is never taken does not help: 8 to 140 bytes of spills).
   constexpr bool kExits = Config::Element::kPromoted;
   const int steady = max(whole - kStages + 1, 0);
   const auto round = [&](int left) {
@@ -264,8 +266,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   for (int left = steady; left >= (kExits ? 1 : kStages); left -= kStages) round(left);
 
   int slice = kExits ? steady : steady - steady % kStages, stage = slice % kStages;
-  // anew: addresses that both loops have are moved about in the first one, 708 for 687 instructions for 2^20 MAC of
-  // e4m3
+  // Computed anew: addresses that both loops share would be moved between registers in the first one, 708 instead of
+  // 687 instructions for 2^20 MAC of e4m3.
   const int next_k = k + (slice + kStages - 1) * Config::kStageK;
   copy_a = OperandCopy<Config, Config::kM>(p.a, row, next_k, k_end, s.stage.a[0]);
   copy_b = OperandCopy<Config, Config::kN>(p.b, column, next_k, k_end, s.stage.b[0]);
@@ -278,7 +280,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
-  finish_fragments(acc, s.slab[warp], out, row + warp_m, column + warp_n, tile.split);
+  finish_fragments(acc, s.staging[warp], out, row + warp_m, column + warp_n, tile.split);
 }
 
 template <class Config>
@@ -290,7 +292,7 @@ cudaError_t launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
   kernel<<<static_cast<unsigned>(map.blocks(p.choice.splits)), Config::kThreads, kShared, stream>>>(p, map,
                                                                                                     GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;
-  return finish_splits(p, Config::Element::kAcc, stream);
+  return reduce_split_k(p, Config::Element::kAcc, stream);
 }
 
 }  // namespace forwardpass

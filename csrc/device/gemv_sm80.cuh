@@ -1,38 +1,39 @@
 #pragma once
-// GEMM of a few rows: the weight is read once, from memory to registers, and nothing else takes time. Its rows are the
-// sixteen of an mma, the rows of x, up to kGemvRows, are mma's eight columns. A block makes sixteen outputs of each
-// row, its warps sharing the depth, 128 of K at a time in turn, and their sums are added in the order of the warps.
+// GEMM of up to kGemvRows rows, bound by reading the weight once from memory to registers. The weight's rows are the
+// sixteen rows of an mma, the rows of x its eight columns. A block computes sixteen outputs of each row of x; its warps
+// share K, 128 at a time in turn, and their accumulators are added in the order of the warps.
 //
-// What binds: memory. For 2 KB of the weight, sixteen rows of 128, a warp issues 65 instructions (int8), 168 (fp8) or,
-// with 16-bit x, 158 to 256 (sm_80: 189 to 398, the most from e4m3 to bf16), and a multiprocessor could issue 800
-// (A100), 560 (H100) or 400 (H200) while it gets them. One dp4a or fma for each product would be 16 or 64 for each row
-// of x, in place of 8 or 16 mma for all. A warp has its next 2 KB under way while it multiplies the last: 32 KB a
-// multiprocessor with two blocks, twice what an H100 needs for its bandwidth (3.35 TB/s for 0.6 us is 15 KB for each of
-// 132). Loads of the weight are of whole sectors, each once.
+// Memory binds. For 2 KB of the weight, sixteen rows of 128, a warp issues 65 instructions (int8), 168 (fp8) or, with
+// 16-bit x, 158 to 256 (sm_80: 189 to 398, the most from e4m3 to bf16); in the time in which they arrive a
+// multiprocessor could issue 800 (A100), 560 (H100) or 400 (H200). One dp4a or fma per product would be 16 or 64 for
+// each row of x, instead of 8 or 16 mma for all rows. A warp loads its next 2 KB while it computes on the last: 32 KB
+// in flight per multiprocessor with two blocks, twice what an H100 needs for its bandwidth (3.35 TB/s for 0.6 us is 15
+// KB for each of 132). Loads of the weight are of whole sectors, each once.
 //
-// Counted at [1, 4096] x [4096, 4096], interpreted: 1.001 times the least bytes move (1.03 with scales of blocks of
-// w8a16_gemm), with x 1.06 (int8) or 1.25 (16 bits) times as many sectors are asked of L2, four rows 1.25 and 2.
+// Counted at [1, 4096] x [4096, 4096], interpreted: 1.001 times the least bytes move (1.03 with w8a16_gemm's block
+// scales); with x, 1.06 (int8) or 1.25 (16 bits) times as many sectors are requested from L2, with four rows 1.25 and
+// 2.
 //
-// The order of K within an mma is free, as long as x and the weight agree: a lane has 16 consecutive numbers of a row,
-// which an mma of fragments in order would have as four pieces.
+// The order of K within an mma is free, as long as x and the weight agree: a lane loads 16 consecutive elements of a
+// row, which the mma's own order would have in four pieces.
 #include "device/gemm_epilogue.cuh"
-#include "device/widen.cuh"
+#include "device/upconvert.cuh"
 
 namespace forwardpass {
 
-// X: the elements of x. int8 is multiplied as it is; e4m3, by a weight of e4m3, as fp16, which holds it exactly and
-// whose mma keeps fp32 sums on every architecture.
+// X: the elements of x. int8 uses the int8 mma. e4m3 x and weight are upconverted to fp16, which holds them exactly and
+// whose mma accumulates in fp32 on every architecture.
 template <Dtype X>
 struct GemvConfig {
   using Acc = std::conditional_t<X == Dtype::i8, int32_t, float>;
   static constexpr Dtype kAcc = X == Dtype::i8 ? Dtype::i32 : Dtype::f32;
   static constexpr Dtype kMma = X == Dtype::e4m3 ? Dtype::f16 : X;
   static constexpr int kN = 16, kWarps = 8, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = 2;          // 128 registers: 32 for the weight and up to 32 for x, twice
-  static constexpr int kXSize = size_of(X);  // and so many loads of 16 bytes for 16 numbers
+  static constexpr int kBlocks = 2;  // 128 registers: 32 for the weight and up to 32 for x, both double-buffered
+  static constexpr int kXSize = size_of(X);  // also the number of 16-byte loads for 16 elements
 };
 
-// 16 bytes of a row of which `left` are its own, the others zero.
+// 16 bytes of a row, of which `left` are inside it; the others are zero.
 template <class Load>
 __device__ inline uint4 load_bytes(const uint8_t* p, int64_t left, Load load) {
   if (left >= 16) return load(p);
@@ -47,8 +48,8 @@ __device__ inline uint4 load_bytes(const uint8_t* p, int64_t left, Load load) {
   return {uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)};
 }
 
-// What a lane holds of 128 of K: of rows g and g + 8 of the weight, and of row g of x, numbers 16 t on and 64 + 16 t on
-// (g = lane / 4, t = lane % 4).
+// A lane's share of 128 of K: elements from 16 t and from 64 + 16 t on, of rows g and g + 8 of the weight and of row g
+// of x (g = lane / 4, t = lane % 4).
 template <Dtype X>
 struct GemvBlock {
   uint4 w[2][2];  // [half of K][row]
@@ -56,12 +57,12 @@ struct GemvBlock {
   float scale[2][2];  // of this block of K, [row of the weight][row of x: 2 t, 2 t + 1]
 };
 
-// Where a lane finds them.
+// Where a lane loads them from.
 template <Dtype X>
 struct GemvOperands {
   static constexpr int kXSize = GemvConfig<X>::kXSize;
-  const uint8_t *w[2], *x;               // x: null where the lane has no row of it
-  const float *w_scale[2], *x_scale[2];  // of the first block; null: one
+  const uint8_t *w[2], *x;               // x: null if the lane has no row of it
+  const float *w_scale[2], *x_scale[2];  // of the first block of K; null: 1
   int64_t x_scale_stride, columns;
   uint64_t policy;
 
@@ -72,14 +73,15 @@ struct GemvOperands {
     x_scale_stride = p.blocks.a_stride;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t n = min(row + g + i * 8, p.b.rows - 1);  // the last row once more is not stored
+      const int64_t n =
+          min(row + g + i * 8, p.b.rows - 1);  // beyond the last row: the last one again, whose outputs are not stored
       w[i] = static_cast<const uint8_t*>(p.b.data) + n * p.b.stride + t * 16;
       w_scale[i] = p.blocks.b ? p.blocks.b + scales_of(p, n) : nullptr;
       x_scale[i] = p.blocks.a && 2 * t + i < p.a.rows ? p.blocks.a + 2 * t + i : nullptr;
     }
   }
 
-  // Where the scales of a row of the weight are: of 128 rows where x has scales too, else of its own.
+  // Offset of the scales of a row of the weight: per 128 x 128 block if x has block scales too, else per row.
   __device__ static int64_t scales_of(const GemmParams& p, int64_t n) {
     const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
     if (!p.blocks.a) return n * groups;
@@ -87,7 +89,7 @@ struct GemvOperands {
     return (gated ? n / 16 * 8 + n % 8 : n) / kScaleBlock * groups + (up ? p.blocks.up_offset : 0);
   }
 
-  // Block `block` of K; whole: all of its columns are there.
+  // Loads block `block` of K; whole: all of its columns are inside.
   template <bool whole>
   __device__ void load(GemvBlock<X>& d, int64_t block) const {
     const auto once = [this](const uint8_t* p) { return ptx::ld_once(p, policy); };
@@ -115,9 +117,9 @@ struct GemvOperands {
   }
 };
 
-// acc [16 rows of the weight, 8 of x] += what one block of K gives.
+// acc [16 rows of the weight, 8 of x] += the product of one block of K.
 template <Dtype X>
-__device__ inline void multiply(int32_t (&acc)[4], const GemvBlock<X>& d, Dtype) {
+__device__ inline void mma(int32_t (&acc)[4], const GemvBlock<X>& d, Dtype) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -130,33 +132,33 @@ __device__ inline void multiply(int32_t (&acc)[4], const GemvBlock<X>& d, Dtype)
 }
 
 template <Dtype X, Dtype W>
-__device__ inline void multiply_widened(float (&acc)[4], const GemvBlock<X>& d) {
+__device__ inline void mma_upconverted(float (&acc)[4], const GemvBlock<X>& d) {
   using Config = GemvConfig<X>;
-  float sum[4] = {};
+  float partial[4] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4], b[2];
-      widen_rows<W, Config::kMma>(word(d.w[half][0], i), word(d.w[half][1], i), a);
+      upconvert_rows<W, Config::kMma>(word(d.w[half][0], i), word(d.w[half][1], i), a);
       if constexpr (X == Dtype::e4m3) {
-        widen<X, Config::kMma>(word(d.x[half][0], i), b);
+        upconvert<X, Config::kMma>(word(d.x[half][0], i), b);
       } else {
         b[0] = word(d.x[half][i / 2], i % 2 * 2);
         b[1] = word(d.x[half][i / 2], i % 2 * 2 + 1);
       }
-      ptx::mma_m16n8k16<Config::kMma>(sum, a, b, sum);
+      ptx::mma_m16n8k16<Config::kMma>(partial, a, b, partial);
     }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) acc[i] = __fmaf_rn(sum[i], d.scale[i / 2][i % 2], acc[i]);
+  for (int i = 0; i < 4; ++i) acc[i] = __fmaf_rn(partial[i], d.scale[i / 2][i % 2], acc[i]);
 }
 
 template <Dtype X>
-__device__ inline void multiply(float (&acc)[4], const GemvBlock<X>& d, Dtype of_weight) {
+__device__ inline void mma(float (&acc)[4], const GemvBlock<X>& d, Dtype of_weight) {
   if (X != Dtype::e4m3 && of_weight == Dtype::i8)
-    multiply_widened<X, Dtype::i8>(acc, d);
+    mma_upconverted<X, Dtype::i8>(acc, d);
   else
-    multiply_widened<X, Dtype::e4m3>(acc, d);
+    mma_upconverted<X, Dtype::e4m3>(acc, d);
 }
 
 template <Dtype X>
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   using Config = GemvConfig<X>;
   using Acc = typename Config::Acc;
   __shared__ Acc sums[Config::kWarps][kGemvRows][Config::kN];
-  __shared__ Slab slab;
+  __shared__ Staging staging;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = blockIdx.x % tiles * Config::kN;
   const int split = static_cast<int>(blockIdx.x / tiles);
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   const GemvOperands<X> operands(p, column);
 
   Acc acc[4] = {};
-  GemvBlock<X> blocks[2];  // one is multiplied while the other comes
+  GemvBlock<X> blocks[2];  // one is used while the other arrives
   int64_t block = split * p.choice.split_k / kScaleBlock + warp;
   if (block < whole) operands.template load<true>(blocks[0], block);
 #pragma unroll 1
@@ -182,14 +184,14 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
     for (int i = 0; i < 2; ++i) {
       const int64_t next = block + Config::kWarps;
       if (next < whole) operands.template load<true>(blocks[1 - i], next);
-      multiply(acc, blocks[i], p.b.dtype);
+      mma(acc, blocks[i], p.b.dtype);
       block = next;
       if (block >= whole) break;
     }
   }
-  if (block * kScaleBlock < k_end) {  // whose turn it is to do the rest
+  if (block * kScaleBlock < k_end) {  // the warp whose turn it is takes the remainder
     operands.template load<false>(blocks[0], block);
-    multiply(acc, blocks[0], p.b.dtype);
+    mma(acc, blocks[0], p.b.dtype);
   }
 
 #pragma unroll
@@ -205,10 +207,10 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
     Acc sum = sums[0][m][n];
 #pragma unroll
     for (int w = 1; w < Config::kWarps; ++w) sum += sums[w][m][n];
-    slab.at<Acc>(m, n) = sum;
+    staging.at<Acc>(m, n) = sum;
   }
   __syncwarp();
-  finish_slab<Config::kN, Acc>(slab, out, 0, column, split);
+  finish_staged<Config::kN, Acc>(staging, out, 0, column, split);
 }
 
 template <Dtype X>
@@ -218,7 +220,7 @@ cudaError_t launch_gemv(const GemmParams& p, cudaStream_t stream) {
   gemv_kernel<X>
       <<<static_cast<unsigned>(tiles * p.choice.splits), Config::kThreads, 0, stream>>>(p, tiles, GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;
-  return finish_splits(p, Config::kAcc, stream);
+  return reduce_split_k(p, Config::kAcc, stream);
 }
 
 }  // namespace forwardpass

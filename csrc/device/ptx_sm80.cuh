@@ -1,5 +1,5 @@
 #pragma once
-// One PTX instruction a function, with its section in the PTX ISA. sm_80 and later.
+// One PTX instruction per function, with its section in the PTX ISA. sm_80 and later.
 #include <cuda_runtime.h>
 
 #include <cstdint>

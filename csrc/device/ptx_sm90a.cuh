@@ -1,5 +1,5 @@
 #pragma once
-// One PTX instruction a function, with its section in the PTX ISA: mbarriers, TMA, clusters. sm_90a.
+// One PTX instruction per function, with its section in the PTX ISA: mbarriers, TMA, clusters. sm_90a.
 #include <cuda.h>
 
 #include "device/ptx_sm80.cuh"

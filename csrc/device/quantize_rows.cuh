@@ -1,14 +1,14 @@
 #pragma once
-// The kernel half of every op that ends in a quantisation: a segment (a row, or one group of it) is read once into the
-// registers of the threads that share it, reduced to its range, and written as int8 or e4m3. For bf16 to int8 an
-// H100 issues 26 instructions an element while its 3 bytes move; the aligned path takes 13, and as many again are what
-// a thread does once for its 32 elements (counted in the SASS for sm_90).
+// The kernel half of every op that ends in a quantisation. A segment (a row, or one group of it) is read once into the
+// registers of the threads that share it, reduced to its range, and stored as int8 or e4m3. For bf16 to int8 an H100
+// can issue 26 instructions per element while its 3 bytes move; the aligned path takes 13, and another 13 are what a
+// thread does once for its 32 elements (counted in the SASS for sm_90).
 #include "device/vec.cuh"
 
 namespace forwardpass {
 
 struct RowsConfig {
-  static constexpr int kVecs = 4;        // vectors of 8 in registers a thread: 32 floats, 64 bytes of fp16 in flight
+  static constexpr int kVecs = 4;        // vectors of 8 per thread in registers: 32 floats, 64 bytes of fp16 in flight
   static constexpr int kMaxWidth = 512;  // threads that share a segment: 16384 columns are read once (1024 spill)
   static constexpr int kBlock = 128;     // threads of a block that holds several segments
 };
@@ -35,7 +35,7 @@ inline bool aligned16(const void* p, int64_t stride_bytes, int64_t group_bytes, 
   return is_aligned(p) && stride_bytes % 16 == 0 && (groups == 1 || group_bytes % 16 == 0);
 }
 
-// Where this thread stands: `lane` of the `width` threads of segment (row, group), columns [begin, begin + length).
+// This thread is `lane` of the `width` threads of segment (row, group), which has columns [begin, begin + length).
 struct Segment {
   int64_t row, group, begin;
   int length, lane, width;
@@ -53,8 +53,9 @@ struct Segment {
   }
 };
 
-// op over the segment's threads; every thread gets the result. Within a warp by shuffles, beyond it through shared
-// memory: then the block is the segment. `slot` is 32 values there, each call's own: nothing guards them afterwards.
+// Reduces over the segment's threads; every thread gets the result. Within a warp by shuffles; a wider segment is the
+// block, and reduces through shared memory. slot: 32 values there, different ones for each call, as nothing guards them
+// afterwards.
 template <class T, class Op>
 __device__ T reduce_segment(T v, const Segment& s, T* slot, Op op) {
   for (int offset = min(s.width, 32) / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, offset));
@@ -70,7 +71,7 @@ __device__ T reduce_segment(T v, const Segment& s, T* slot, Op op) {
 // What a thread holds of a segment at a time: vectors of 8 columns, `width` vectors apart, the first at column `base`.
 using Chunk = float[RowsConfig::kVecs][kVec];
 
-// f(i, column, n) for each vector of a chunk that begins within the segment; n of its columns do.
+// f(i, column, n) for each vector of a chunk that begins inside the segment; n of its columns are inside.
 template <class F>
 __device__ void for_each_vector(const Segment& s, int base, F f) {
 #pragma unroll
@@ -81,10 +82,10 @@ __device__ void for_each_vector(const Segment& s, int base, F f) {
   }
 }
 
-// A chunk of a segment whose column c is p[at(c)], where a vector's columns lie together. Beyond the segment's end a
-// vector that begins within it gets 0, the others anything. All loads are issued before the first is used: with one at
-// a time, the 640 threads that fit an SM at 89 registers ask for 10 KB, and 3.35 TB/s (H100) at an assumed latency of
-// 600 ns are 15 KB an SM.
+// Loads a chunk of a segment whose column c is p[at(c)]; the columns of a vector are contiguous. A vector that crosses
+// the segment's end gets 0 there, one beyond it anything. All loads are issued before the first is used: one at a time,
+// the 640 threads that fit a multiprocessor at 89 registers would have 10 KB in flight, and 3.35 TB/s (H100) at an
+// assumed latency of 600 ns need 15 KB per multiprocessor.
 template <class T, class At>
 __device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned, At at) {
   if (aligned && s.length % kVec == 0) {
@@ -110,7 +111,7 @@ __device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, boo
   load_chunk(v, p, s, base, aligned, [](int column) { return column; });
 }
 
-// A segment's values, a chunk at a time, kept in registers where they fit: load(base, Chunk&) reads a chunk.
+// A segment's values, a chunk at a time, kept in registers where they fit; load(base, Chunk&) reads a chunk.
 template <class Load>
 struct SegmentValues {
   Load load;
@@ -122,8 +123,8 @@ struct SegmentValues {
 
   __device__ bool resident() const { return s.length <= s.width * RowsConfig::kVecs * kVec; }
 
-  // f(column, n, float (&)[8]) for each of this thread's vectors, of which n columns are the segment's. What f writes
-  // is kept only where the segment is resident.
+  // f(column, n, float (&)[8]) for each of this thread's vectors, of which n columns are inside the segment. What f
+  // writes is kept only if the segment is resident.
   template <class F>
   __device__ void for_each(F f) {
     for (int base = s.lane * kVec; base < s.length; base += s.width * kVec * RowsConfig::kVecs) {
@@ -134,8 +135,8 @@ struct SegmentValues {
   }
 };
 
-// Range -> scale and zero point -> q. The formula is that of forwardpass.quantized_rows.quantize_values, operation by
-// operation: _rn intrinsics, so that no multiplication and addition become one.
+// Range -> scale and zero point -> q. The formula is forwardpass.quantized_rows.quantize_values, operation by
+// operation; _rn intrinsics keep the compiler from fusing a multiplication and an addition.
 template <class Values>
 __device__ void quantize_segment(Values& values, const Segment& s, const QuantizedRows& out) {
   __shared__ float slots[2][32];

@@ -1,16 +1,16 @@
 #pragma once
-// A softmax whose scores come a block of keys at a time, on the fragments that mma and wgmma leave: a thread has, of
-// each of a warp's blocks of sixteen rows, row lane / 4 (elements 0 and 1 of an n8 tile) and the one eight below
-// (elements 2 and 3), and of either two neighbouring columns a tile.
-#include "device/widen.cuh"
+// Online softmax, over one block of keys after the other, on the fragments of mma and wgmma: of each m16 tile a thread
+// has row lane / 4 (elements 0 and 1 of an n8 tile) and the row eight below (elements 2 and 3), two neighbouring
+// columns per n8 tile.
+#include "device/upconvert.cuh"
 
 namespace forwardpass {
 
-// One value for each row that a thread has.
+// One value per row of a thread.
 template <int kRows>
 using RowValues = float[kRows][2];
 
-// Two of them, rounded: a pair of what an mma takes as a, in which fragments lie as they come.
+// Two values, rounded to D: a register of an mma's first operand.
 template <Dtype D>
 __device__ inline uint32_t pack(float low, float high) {
   if constexpr (D == Dtype::f16)
@@ -19,7 +19,7 @@ __device__ inline uint32_t pack(float low, float high) {
     return bits_of(__floats2bfloat162_rn(low, high));
 }
 
-// Two n8 tiles of fragments, as they lie in registers: the a of an mma, sixteen of its columns.
+// Two n8 tiles of accumulators are, as they are, the first operand of an mma: sixteen of its columns.
 template <Dtype D, int kTiles>
 __device__ inline void pack_operand(uint32_t (&a)[4], const float (&p)[kTiles][4], int step) {
 #pragma unroll
@@ -41,14 +41,14 @@ __device__ inline void rescale(float (&o)[kRows][kTiles][4], const RowValues<kRo
 
 template <int kRows>
 struct OnlineSoftmax {
-  RowValues<kRows> max, sum;  // in units of log2(e), 2^-max times; each thread's share of sum, of its own columns
+  RowValues<kRows> max, sum;  // max: in units of log2(e); sum: times 2^-max, over this thread's columns only
 
   __device__ OnlineSoftmax() {
 #pragma unroll
     for (int r = 0; r < 2 * kRows; ++r) max[r / 2][r % 2] = -INFINITY, sum[r / 2][r % 2] = 0;
   }
-  // Scores, times `scale` in units of log2(e), to 2^(score - max). What was accumulated has to be multiplied by
-  // `factor`; false: by 1, for all rows of the warp.
+  // Turns scores s, times `scale` in units of log2(e), into 2^(s - max). The output accumulators have to be multiplied
+  // by `factor`. False: factor is 1 for all rows of the warp.
   template <int kTiles>
   __device__ bool update(float (&s)[kRows][kTiles][4], float scale, RowValues<kRows>& factor) {
     bool grown = false;
@@ -64,10 +64,10 @@ struct OnlineSoftmax {
         const float before = max[r][half], now = fmaxf(before, most);
         grown |= now > before;
         max[r][half] = now;
-        // Of a row whose scores are all -inf as yet no difference is taken: 2^(-inf - 0) is the 0 that it should be.
+        // A row whose scores are all -inf so far has no maximum to subtract: 2^(-inf - 0) is the 0 that it should be.
         const float base = now == -INFINITY ? 0 : now;
         factor[r][half] = ptx::ex2(before - base);
-        float add;  // from the first one on: 0 plus it would be an instruction too
+        float add;  // begins with the first value: adding it to 0 would be one more instruction
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -79,8 +79,8 @@ struct OnlineSoftmax {
       }
     return __any_sync(0xffffffff, grown);
   }
-  // All keys have been seen: `factor` is what the accumulated sums of values are to be multiplied by, `lse` the natural
-  // logarithm of the denominator. sink: one more score, in units of log2(e). A row without keys has a factor of 0.
+  // After all keys: the output accumulators have to be multiplied by `factor`, and `lse` is the natural logarithm of
+  // the denominator. sink: one more score, in units of log2(e). A row without keys has factor 0.
   __device__ void finish(float sink, RowValues<kRows>& factor, RowValues<kRows>& lse) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)

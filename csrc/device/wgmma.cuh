@@ -1,11 +1,11 @@
 #pragma once
-// wgmma: PTX ISA 9.7.15. One instruction a function; only the N that are used. Of 8-bit operands both are in shared
-// memory, of 16-bit ones the first may be in registers.
+// wgmma: PTX ISA 9.7.15. One instruction per function, and only the N that are used. 8-bit operands are both in shared
+// memory; of 16-bit ones the first may be in registers.
 #include "device/ptx_sm80.cuh"
 
 namespace forwardpass::ptx {
 
-// Registers may be operands of the wgmmas that follow.
+// Orders accesses to registers before the wgmmas that follow and use them.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int Pending>
@@ -13,7 +13,7 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// No access to these accumulators is moved across this.
+// Keeps the compiler from moving accesses to these accumulators across this point.
 template <int Tiles>
 __device__ inline void wgmma_keep(float (&d)[Tiles][4]) {
 #pragma unroll

@@ -5,9 +5,9 @@ namespace forwardpass {
 
 struct ActivationQuantizeParams {
   static constexpr const char* kLauncher = "forwardpass_activation_quantize";
-  Matrix x;               // [rows, columns], or [rows, 2 columns] of gate and up where the activation is gated
-  Activation activation;  //
-  bool interleaved;       // 8 columns of gate, 8 of up, and so on; else the halves
+  Matrix x;  // [rows, columns], or [rows, 2 columns] of gate and up where the activation is gated
+  Activation activation;
+  bool interleaved;  // 8 columns of gate, 8 of up, and so on; else the halves
   QuantizedRows out;
 };
 

@@ -8,8 +8,8 @@
 #define HOST_DEVICE
 #endif
 
-// Of what the torch side finds in a kernel library by its name. A launcher is such a function of its Params, which
-// state the name (kLauncher), and of a cudaStream_t; it returns a cudaError_t.
+// A function of the kernel libraries that the torch side looks up by name. A launcher takes a pointer to Params, whose
+// kLauncher is its name, and a cudaStream_t, and returns a cudaError_t.
 #define KERNEL_LIBRARY extern "C" __attribute__((visibility("default")))
 
 namespace forwardpass {
@@ -20,7 +20,7 @@ constexpr int64_t size_of(Dtype t) {
   return t == Dtype::f32 || t == Dtype::i32 ? 4 : t == Dtype::f16 || t == Dtype::bf16 ? 2 : 1;
 }
 
-// Gated ones, from silu_mul on, are activation(gate) * up.
+// From silu_mul on they are gated: activation(gate) * up.
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul, gelu_tanh_mul };
 HOST_DEVICE constexpr bool is_gated(Activation a) { return a >= Activation::silu_mul; }
 
@@ -31,16 +31,16 @@ struct Matrix {
   int64_t rows, columns, stride;
 };
 
-// How rows of fp32 values are quantised, and where to: the second half of every op that ends in a quantisation.
-// A segment is what has one scale: a whole row (group == columns), or one group of it.
+// How rows of fp32 values are quantised, and where to: the second half of every op that ends in a quantisation. A
+// segment is what shares a scale: a whole row (group == columns), or one group of it.
 struct QuantizedRows {
-  void* q;                           // [rows, columns] i8 or e4m3, rows q_stride elements apart
-  Dtype dtype;                       //
-  int64_t q_stride;                  //
-  int64_t columns, group;            //
-  float* scale;                      // [rows, groups], groups scale_stride apart, rows contiguous; null: static
-  int32_t* zero_point;               // as scale; null: symmetric or static
-  int64_t scale_stride;              //
+  void* q;  // [rows, columns] i8 or e4m3, rows q_stride elements apart
+  Dtype dtype;
+  int64_t q_stride;
+  int64_t columns, group;
+  float* scale;         // [rows, groups], groups scale_stride apart, rows contiguous; null: static
+  int32_t* zero_point;  // as scale; null: symmetric or static
+  int64_t scale_stride;
   const float* channel_scale;        // [columns], multiplies first; null: ones
   const float* static_scale;         // [1]; null: dynamic
   const int32_t* static_zero_point;  // [1]; null: symmetric
@@ -53,23 +53,23 @@ struct QuantizedRows {
 //   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
 //   group_scale: e4m3 as QuantizedRows has it, in groups of 128 columns of out (GEMMs on wgmma only)
 struct Epilogue {
-  const float* a_scale;         // [rows] or [1]; null: one
-  const float* b_scale;         // [columns] or [1]; null: one
-  const void* bias;             // [columns] or null
-  const int32_t* zero_point;    // [rows] or [1], or null
-  const int32_t* b_sum;         // [columns]; goes with zero_point
-  const float* out_scale;       // [out columns] or [1]; goes with an i8 or e4m3 output
-  float* group_scale;           // [rows, groups], groups group_scale_stride apart, rows contiguous; or null
-  int64_t group_scale_stride;   //
-  void* out;                    // rows out_stride elements apart
-  int64_t out_stride;           //
-  Dtype bias_dtype, out_dtype;  //
-  Activation activation;        //
+  const float* a_scale;       // [rows] or [1]; null: one
+  const float* b_scale;       // [columns] or [1]; null: one
+  const void* bias;           // [columns] or null
+  const int32_t* zero_point;  // [rows] or [1], or null
+  const int32_t* b_sum;       // [columns]; goes with zero_point
+  const float* out_scale;     // [out columns] or [1]; goes with an i8 or e4m3 output
+  float* group_scale;         // [rows, groups], groups group_scale_stride apart, rows contiguous; or null
+  int64_t group_scale_stride;
+  void* out;  // rows out_stride elements apart
+  int64_t out_stride;
+  Dtype bias_dtype, out_dtype;
+  Activation activation;
   bool a_scale_per_row, b_scale_per_column, zero_point_per_row, out_scale_per_column;
 };
 
-// Rows of zeros: a scale below this would make its reciprocal overflow. 2^-100, exact in fp32; fp16's least value is
-// 2^-24.
+// The least range of a segment: of a smaller one, such as a row of zeros, the reciprocal of the scale would overflow.
+// 2^-100, exact in fp32; fp16's least value is 2^-24.
 constexpr float kLeastRange = 0x1p-100f;
 
 }  // namespace forwardpass

@@ -11,7 +11,8 @@ struct Affine {
   Dtype dtype;
 };
 
-// norm_quantize; with a residual, add_norm_quantize: the norm is that of x + residual, rounded to x's dtype and kept.
+// norm_quantize or, with a residual, add_norm_quantize: normalises x + residual, rounded to x's dtype, and stores it
+// too.
 struct NormQuantizeParams {
   static constexpr const char* kLauncher = "forwardpass_norm_quantize";
   Matrix x;

@@ -4,25 +4,25 @@
 
 namespace forwardpass {
 
-// Heads that have tiles of their own: those of the whole batch, but for sequences one behind the other, whose tiles are
-// one head's.
+// Heads that have row tiles of their own: those of the whole batch; with varlen, whose tiles cover all sequences, those
+// of one batch entry.
 HOST_DEVICE inline int64_t all_heads(const AttentionParams& p) {
   return int64_t{p.heads} * (p.cu_seqlens_q ? 1 : p.batch);
 }
 
-// Tiles of `tile_rows` rows of a head; of sequences one behind the other at most one more for each, as one that begins
-// within a tile has its own.
+// Row tiles of a head, `tile_rows` rows each; with varlen at most one more for each sequence, as a sequence that begins
+// inside a tile gets a tile of its own.
 inline int64_t row_tiles(const AttentionParams& p, int tile_rows) {
   return p.cu_seqlens_q ? p.rows / tile_rows + p.batch : (int64_t{p.rows} + tile_rows - 1) / tile_rows;
 }
 
-// Heads of k and v of which tiles run together. Of an H100's 132 blocks four then read the same keys at about the same
-// time, as at head dim 128 its memory could not feed each of them. Simulated, causal tiles of one head after the other
-// end 12 % later.
+// KV heads whose tiles run together. Four of an H100's 132 blocks then read the same keys at about the same time; at
+// head dim 128 its memory bandwidth would not feed each of them separately. In a simulation, causal tiles of one head
+// after the other finish 12 % later.
 constexpr unsigned kHeadsTogether = 32;
 
-// The rows from `first` on that a sequence has of `total`. Nobody has looked at cu_seqlens on the host: whatever they
-// say, what is read and written lies within the tensors.
+// The rows of one sequence: `rows` of them from row `first` of the packed tensor on, which has `total`. The host has
+// not looked at cu_seqlens: whatever they say, reads and writes stay inside the tensors.
 struct SequenceRows {
   int first, rows;
 
@@ -30,15 +30,15 @@ struct SequenceRows {
       : first(min(max(cu_seqlens[b], 0), total)), rows(min(max(cu_seqlens[b + 1], first), total) - first) {}
 };
 
-// Rows of one head that a block computes: from `row` on in their sequence.
+// The rows of one head that a block computes, from `row` of their sequence on.
 struct AttentionTile {
   int batch, head, row;
   int rows, keys;                // of the sequence
   int64_t first_row, first_key;  // of the sequence, in q and out, and in k and v
 
-  // Tiles of the last rows, which see the most keys where attention is causal, before the others: the multiprocessors
-  // then end together. But only those of a few heads at a time, so that some that run together share keys in L2. False:
-  // there is no such tile.
+  // Longest processing time first: tiles of the last rows, which see the most keys under a causal mask, come first, so
+  // that the multiprocessors finish together. But only a few heads at a time, so that blocks that run together share
+  // keys in L2. False: there is no such tile.
   __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block) {
     const unsigned all = static_cast<unsigned>(all_heads(p)),
                    together = min(all, kHeadsTogether * (p.heads / p.kv_heads)),
@@ -48,7 +48,8 @@ struct AttentionTile {
     head = static_cast<int>(of_all % p.heads), batch = static_cast<int>(of_all / p.heads);
     rows = p.rows, keys = p.keys, first_row = first_key = 0;
     if (p.cu_seqlens_q) {
-      // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more.
+      // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more. Binary
+      // search for b.
       batch = 0;
       for (int n = p.batch; n > 1;) {
         const int half = n / 2, b = batch + half;
@@ -83,11 +84,12 @@ struct AttentionTile {
   __device__ int64_t lse(const AttentionParams& p, int r) const {
     return p.cu_seqlens_q ? int64_t{head} * p.rows + first_row + r : (int64_t{batch} * p.heads + head) * rows + r;
   }
-  // Where a row stands among the keys: rows end where keys end.
+  // A row's position among the keys; the last row is at the last key (bottom-right alignment).
   __device__ int place(int r) const { return r + keys - rows; }
-  // The keys from first to end count for a row.
+  // A row attends to the keys from first to end.
   __device__ int first(const AttentionParams& p, int r) const {
-    // unsigned, as of place - p.left nvcc 13.0 makes max(place - p.left, 0), which an unlimited left overflows
+    // Unsigned: nvcc 13.0 turns the signed place - p.left into max(place - p.left, 0), which overflows for an unlimited
+    // left.
     return p.left >= place(r) ? 0 : static_cast<int>(static_cast<unsigned>(place(r)) - p.left);
   }
   __device__ int end(const AttentionParams& p, int r) const {
@@ -95,19 +97,19 @@ struct AttentionTile {
   }
 };
 
-// Blocks of `n` keys for a tile: from begin to end some key counts for some row, from clean_begin to clean_end every
-// key does for every row.
+// Blocks of `n` keys of a tile: in those from begin to end some key counts for some row; those from unmasked_begin to
+// unmasked_end need no mask, as every key counts for every row.
 struct KeyBlocks {
-  int begin, clean_begin, clean_end, end;
+  int begin, unmasked_begin, unmasked_end, end;
 
   KeyBlocks() = default;
   __device__ KeyBlocks(const AttentionParams& p, const AttentionTile& t, int tile_rows, int n) {
     const int last_row = min(t.row + tile_rows, t.rows) - 1;
     const int first = t.first(p, t.row), stop = t.end(p, last_row);
     begin = first / n, end = stop > first ? (stop + n - 1) / n : begin;
-    clean_begin = min((t.first(p, last_row) + n - 1) / n, end);
-    clean_end = max(t.end(p, t.row), 0) / n;
-    if (clean_end <= clean_begin) clean_begin = clean_end = begin;
+    unmasked_begin = min((t.first(p, last_row) + n - 1) / n, end);
+    unmasked_end = max(t.end(p, t.row), 0) / n;
+    if (unmasked_end <= unmasked_begin) unmasked_begin = unmasked_end = begin;
   }
 };
 

@@ -4,8 +4,8 @@
 
 namespace forwardpass {
 
-// The map from a block to its tile and its part of K. Blocks that run together share operands in L2: eight rows of
-// tiles are gone through column by column.
+// The map from a block's index to its output tile and its part of K. Blocks that run at the same time share operands in
+// L2: eight rows of tiles are traversed column by column.
 struct TileMap {
   static constexpr uint32_t kGroup = 8;
   uint32_t tiles_m, tiles_n;  // 2^32 tiles would have 2^46 outputs

@@ -18,18 +18,18 @@ int32_t size32(int64_t n, const char* op, const char* what) {
   return static_cast<int32_t>(n);
 }
 
-// Of a dimension with one element 0, as whoever checks the alignment of strides need not look at it.
+// 0 for a dimension with one element, so that alignment checks need not look at it.
 int64_t stride_of(const Tensor& x, int64_t d) { return x.size(d) == 1 ? 0 : x.stride(d); }
 
-// q, k or v: [batch, row, head, dim], or [row, head, dim] of sequences one behind the other.
+// q, k or v: [batch, row, head, dim], varlen: [row, head, dim].
 AttentionTensor strides_of(const Tensor& x) {
   const int64_t row = x.dim() - 3;
   return {x.const_data_ptr(), row ? stride_of(x, 0) : 0, stride_of(x, row), stride_of(x, row + 1)};
 }
 
-void check_operand(const Tensor& x, const Tensor& q, bool packed, const char* op, const char* name) {
-  const int64_t n = packed ? 3 : 4;
-  STD_TORCH_CHECK(x.dim() == n, op, ": ", name, " must have ", n, " dimensions", packed ? " with cu_seqlens" : "");
+void check_operand(const Tensor& x, const Tensor& q, bool varlen, const char* op, const char* name) {
+  const int64_t n = varlen ? 3 : 4;
+  STD_TORCH_CHECK(x.dim() == n, op, ": ", name, " must have ", n, " dimensions", varlen ? " with cu_seqlens" : "");
   STD_TORCH_CHECK(x.size(n - 1) >= 1 && (x.size(n - 1) == 1 || x.stride(n - 1) == 1), op, ": the last dimension of ",
                   name, " must not be empty and must have stride 1");
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type() && same_device(x, q), op, ": ", name,
@@ -63,12 +63,12 @@ AttentionMask mask_of(const OptionalTensor& m, const Tensor& q, const AttentionP
   return mask;
 }
 
-// Base and strides as the kernels need them.
+// Whether base and strides are as the kernels need them.
 bool is_aligned(const AttentionTensor& t, Dtype dtype) {
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.batch | t.row | t.head) * size_of(dtype) % 16 == 0;
 }
 
-// Rows that see no key.
+// The result of rows without keys.
 void fill_without_keys(Tensor& out, OptionalTensor& lse, const OptionalTensor& sinks) {
   torch::stable::zero_(out);
   if (!lse) return;
@@ -81,7 +81,7 @@ void fill_without_keys(Tensor& out, OptionalTensor& lse, const OptionalTensor& s
   torch::stable::copy_(*lse, reshaped(*sinks, sizes_of(*lse), strides));
 }
 
-bool has_bucket(int32_t head_dim, int32_t value_dim) {
+bool has_kernel(int32_t head_dim, int32_t value_dim) {
   if (head_dim == value_dim) return head_dim % 8 == 0 && head_dim >= 32 && head_dim <= 256;
   return head_dim == 192 && value_dim == 128;
 }
@@ -93,15 +93,15 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
            const OptionalTensor& cu_seqlens_k, bool batch_invariant, OptionalTensor* lse) {
   STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), op,
                   ": cu_seqlens_q and cu_seqlens_k go together");
-  const bool packed = cu_seqlens_q.has_value();
-  STD_TORCH_CHECK(!packed || !mask, op, ": a mask does not go with cu_seqlens");
-  check_operand(q, q, packed, op, "q");
-  check_operand(k, q, packed, op, "k");
-  check_operand(v, q, packed, op, "v");
-  const int64_t row = packed ? 0 : 1, head = row + 1, dim = row + 2;
+  const bool varlen = cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(!varlen || !mask, op, ": a mask does not go with cu_seqlens");
+  check_operand(q, q, varlen, op, "q");
+  check_operand(k, q, varlen, op, "k");
+  check_operand(v, q, varlen, op, "v");
+  const int64_t row = varlen ? 0 : 1, head = row + 1, dim = row + 2;
   STD_TORCH_CHECK(k.size(row) == v.size(row) && k.size(head) == v.size(head) && k.size(dim) == q.size(dim), op,
                   ": k must be [..., keys, kv_heads, ", q.size(dim), "] and v [..., keys, kv_heads, value_dim]");
-  STD_TORCH_CHECK(packed || (q.size(0) == k.size(0) && q.size(0) == v.size(0)), op,
+  STD_TORCH_CHECK(varlen || (q.size(0) == k.size(0) && q.size(0) == v.size(0)), op,
                   ": q, k and v must be of one batch size");
   STD_TORCH_CHECK(k.size(head) >= 1 && q.size(head) >= 1 && q.size(head) % k.size(head) == 0, op,
                   ": the heads of q must be a multiple of those of k");
@@ -110,8 +110,8 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v);
   p.dtype = dtype_of(q.scalar_type(), op, "q");
   STD_TORCH_CHECK(is_float(p.dtype), op, ": q must be float16, bfloat16 or float32");
-  if (packed) STD_TORCH_CHECK(cu_seqlens_q->numel() >= 1, op, ": cu_seqlens must not be empty");
-  p.batch = size32(packed ? cu_seqlens_q->numel() - 1 : q.size(0), op, "sequences");
+  if (varlen) STD_TORCH_CHECK(cu_seqlens_q->numel() >= 1, op, ": cu_seqlens must not be empty");
+  p.batch = size32(varlen ? cu_seqlens_q->numel() - 1 : q.size(0), op, "sequences");
   p.heads = size32(q.size(head), op, "heads");
   p.kv_heads = size32(k.size(head), op, "heads");
   p.rows = size32(q.size(row), op, "rows of q");
@@ -148,7 +148,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   OptionalTensor none;
   OptionalTensor& l = lse ? *lse : none;
   if (lse) {
-    l = contiguous_rows(packed ? std::vector<int64_t>{p.heads, p.rows} : std::vector<int64_t>{p.batch, p.heads, p.rows},
+    l = contiguous_rows(varlen ? std::vector<int64_t>{p.heads, p.rows} : std::vector<int64_t>{p.batch, p.heads, p.rows},
                         ScalarType::Float, q);
     p.lse = static_cast<float*>(l->mutable_data_ptr());
   }
@@ -162,10 +162,10 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     return out;
   }
   STD_TORCH_CHECK(p.dtype != Dtype::f32, op, ": on a GPU q must be float16 or bfloat16");
-  STD_TORCH_CHECK(has_bucket(p.head_dim, p.value_dim), op,
+  STD_TORCH_CHECK(has_kernel(p.head_dim, p.value_dim), op,
                   ": on a GPU head dims are a multiple of 8 from 32 to 256, or ", "192 with 128 of v, not ", p.head_dim,
                   " with ", p.value_dim);
-  std::array<OptionalTensor, 3> copies;  // until the kernel is launched
+  std::array<OptionalTensor, 3> copies;  // which live until the kernel is launched
   AttentionTensor* operands[] = {&p.q, &p.k, &p.v};
   const Tensor* given[] = {&q, &k, &v};
   for (int i = 0; i < 3; ++i) {

@@ -1,6 +1,6 @@
 #pragma once
-// Second line of defence: Python refuses bad arguments in a sentence (forwardpass/<op>/__init__.py); whoever calls
-// torch.ops directly meets these. Also allocation of outputs, and the one way to launch.
+// Second line of defence: Python refuses bad arguments with a sentence (the op's __init__.py); callers of torch.ops
+// meet these checks. Also allocation of outputs, and the one way to launch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -87,7 +87,7 @@ inline Matrix operand(const Tensor& t, Dtype type, const Tensor& x, const char* 
   STD_TORCH_CHECK(m.dtype == type, op, ": ", name, " must be ", type == Dtype::i8 ? "int8" : "float8_e4m3fn");
   return m;
 }
-// The same [N, columns].
+// The same, with shape [N, columns].
 inline Matrix weight_operand(const Tensor& t, Dtype type, int64_t columns, const Tensor& x, const char* op,
                              const char* name) {
   Matrix m = operand(t, type, x, op, name);
@@ -156,8 +156,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
   return std::vector<int64_t>(s.begin(), s.end());
 }
 
-// The one way to a kernel: a function of csrc/cpu, or the launcher of a kernel library that Params names. Without a
-// `cpu`: for GPUs alone, the interpreted one among them.
+// The one way to a kernel: a function of csrc/cpu, or the launcher of a kernel library that Params names. Without `cpu`
+// the op is for GPUs only, the interpreted one included.
 template <class Params>
 void launch(Backend backend, const Params& p, const Tensor& x, void (*cpu)(const Params&) = nullptr) {
   if (backend == Backend::cpu) return cpu(p);

@@ -5,7 +5,7 @@
 namespace forwardpass {
 
 struct EpilogueOptions {
-  const OptionalTensor& a_scale;  // without one: ones, or for the caller to fill in
+  const OptionalTensor& a_scale;  // none: 1, or the caller fills it in
   const OptionalTensor& b_scale;
   const OptionalTensor& bias;
   const std::optional<std::string>& activation;
@@ -15,7 +15,7 @@ struct EpilogueOptions {
   const OptionalTensor& b_sum;
 };
 
-// One element for all, or one for each of n.
+// A vector with one element for all, or n.
 template <class T>
 const T* one_or_each(const OptionalTensor& v, int64_t n, ScalarType type, const Tensor& x, bool& each, const char* op,
                      const char* name) {
@@ -23,8 +23,8 @@ const T* one_or_each(const OptionalTensor& v, int64_t n, ScalarType type, const 
   return vector<T>(v, each ? n : 1, type, x, op, name);
 }
 
-// The options, checked, without the memory for the output. sizes: [lead..., columns] of the accumulators of x, then of
-// the output; rows: their product without columns.
+// Checks the options; allocates no output. sizes: [lead..., columns] of the accumulators on entry, of the output on
+// return; rows: the product of lead.
 inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, const EpilogueOptions& o, const Tensor& x,
                                  const char* op) {
   Epilogue e{};
@@ -55,7 +55,7 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
 }
 
 inline Tensor epilogue_output(Epilogue& e, const std::vector<int64_t>& sizes, ScalarType out_dtype, const Tensor& x) {
-  // quantised rows feed another GEMM and are padded as its operands; others are contiguous
+  // quantised rows are operands of another GEMM and padded accordingly; others are contiguous
   Tensor out = is_float(e.out_dtype) ? contiguous_rows(sizes, out_dtype, x) : padded_rows(sizes, out_dtype, 1, x);
   e.out = out.mutable_data_ptr();
   e.out_stride = is_float(e.out_dtype) ? sizes.back() : round_up(sizes.back(), 16);

@@ -20,7 +20,7 @@ void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, con
 
 namespace {
 
-// As `quantize` returns them in groups of 128: [lead..., K blocks], rows contiguous.
+// The layout in which `quantize` returns groups of 128: [lead..., K blocks], rows contiguous.
 void a_block_scales(const Tensor& a_scale, const Matrix& a, const Tensor& like, const char* op, BlockScales& blocks) {
   const int64_t dim = a_scale.dim(), columns = ceil_div(a.columns, kScaleBlock);
   STD_TORCH_CHECK(a_scale.scalar_type() == ScalarType::Float && same_device(a_scale, like), op,
@@ -76,8 +76,8 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
   return out;
 }
 
-// On wgmma a block has all of a group's columns and quantises them. Elsewhere, and where the depth is split, the
-// product in fp32 comes first, 8 bytes an output more.
+// On wgmma a block has all of a group's columns and quantises them. Elsewhere, and with split-K, the GEMM in fp32 comes
+// first, which moves 8 more bytes per output.
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                              const Tensor& b_scale, OptionalTensor bias,
                                              std::optional<std::string> activation, int64_t group_size) {

@@ -5,7 +5,7 @@
 
 namespace forwardpass {
 
-// Fills in the scales of 128 x 128 blocks of b [n, k], gated ones [2, ...], those of gate and those of up.
+// Fills in the 128 x 128 block scales of b [n, k]; gated: [2, ...], those of gate and those of up.
 void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, const Tensor& like, const char* op,
                     BlockScales& blocks);
 

@@ -1,6 +1,6 @@
 #pragma once
-// Torch side of the GEMMs on the GPU: the kernel that is selected, one workspace for all that passes between kernels,
-// the launch.
+// Torch side of the GEMMs on the GPU: selects the kernel, allocates one workspace for all that passes between kernels,
+// launches.
 #include "params/gemm.h"
 #include "params/pad_rows.h"
 #include "params/quantize.h"
@@ -8,7 +8,7 @@
 
 namespace forwardpass {
 
-// One allocation for all of a call's buffers: each is reserved, then, after allocate, has an address.
+// One allocation for all buffers of a call. Each is reserved first, and has an address after allocate().
 class Workspace {
  public:
   int64_t reserve(int64_t bytes) {
@@ -31,19 +31,19 @@ class Workspace {
 
 KernelChoice select_kernel(Backend backend, const char* name, KernelSelector* selector, const GemmParams& p,
                            int32_t group, const Tensor& like);
-// Of the GEMM that Params names; group as GemmShape has it.
+// Selects the kernel of the GEMM that Params names; group as in GemmShape.
 template <class Params>
 KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& like, int32_t group = 0) {
   static LibraryFunction<KernelSelector> selector(Params::kSelector);
   return select_kernel(backend, Params::kSelector, selector.of(backend), p, group, like);
 }
 
-// What a product whose kernel is selected needs besides its operands: aligned copies of operands that are not, partial
-// sums.
+// What a GEMM whose kernel is selected needs besides its operands: aligned copies of operands that are not aligned, and
+// partial sums.
 class GemmCall {
  public:
   GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace);
-  // After workspace.allocate: the launcher that Params names.
+  // After workspace.allocate(): calls the launcher that Params names.
   template <class Params>
   void run() {
     place();
@@ -59,10 +59,10 @@ class GemmCall {
   Backend backend_;
   const Tensor& like_;
   Workspace& workspace_;
-  int64_t a_ = -1, b_ = -1, partial_ = -1;  // offsets of the copies and of the sums; -1: none
+  int64_t a_ = -1, b_ = -1, partial_ = -1;  // offsets of the copies and of the partial sums; -1: none
 };
 
-// The product of operands that a caller has, whose kernel is selected here if it is not yet.
+// A GEMM of given operands; selects the kernel unless p has one.
 template <class Params>
 void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
   if (p.a.rows == 0 || p.b.rows == 0) return;
@@ -73,8 +73,8 @@ void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
   call.run<Params>();
 }
 
-// A linear layer: x is quantised into the workspace, q.out saying how, and multiplied by p.b. What belongs to x is
-// filled in here.
+// A linear layer: x is quantised into the workspace, as q.out says, and multiplied by p.b. What p says of x is filled
+// in here.
 template <class Params>
 void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x) {
   if (q.x.rows == 0 || p.b.rows == 0) return;

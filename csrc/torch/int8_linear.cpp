@@ -22,7 +22,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   auto sizes = sizes_of(x);
   sizes.back() = w.rows;
   const OptionalTensor none;
-  if (backend != Backend::cpu) {  // what passes between the two kernels lies in one workspace
+  if (backend != Backend::cpu) {  // what passes between the two kernels is in one workspace
     auto [out, e] = epilogue(sizes, q.x.rows, {none, w_scale, bias, activation, out_dtype, none, none, none}, x, op);
     e.b_sum = ints(w_sum, w.rows, x, op, "w_sum");
     q.out = quantized_options(q.x.columns, options, x, op);

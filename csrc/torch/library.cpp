@@ -77,7 +77,7 @@ Device device_of(Backend backend, const torch::stable::Tensor& x) {
   constexpr const char* kName = "forwardpass_device";
   static LibraryFunction<int(Device*)> ask(kName);
   Device device{};
-  if (backend == Backend::interpreted) {  // another one from call to call
+  if (backend == Backend::interpreted) {  // the interpreted GPU may change between calls
     check_cuda(backend, kName, ask.of(backend)(&device));
     return device;
   }

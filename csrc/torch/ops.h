@@ -1,11 +1,11 @@
 #pragma once
-// Every op's torch side, as ops.cpp registers it: one function an op, told which backend it runs on.
+// Every op's torch side, as ops.cpp registers it: one function per op, which is told its backend.
 #include "torch/check.h"
 
 namespace forwardpass {
 
 using Quantized =
-    std::tuple<Tensor, Tensor, Tensor>;  // q, scale, zero_point; the last two empty where they are the caller's
+    std::tuple<Tensor, Tensor, Tensor>;  // q, scale, zero_point; the last two are empty if the caller gave them
 
 Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, OptionalTensor scale, OptionalTensor zero_point,
                    std::optional<int64_t> group_size, bool symmetric, OptionalTensor channel_scale);

@@ -13,7 +13,7 @@ struct QuantizeOptions {
   const OptionalTensor& channel_scale;
 };
 
-// The options, checked, without the memory for the results.
+// Checks the options; allocates no results.
 inline QuantizedRows quantized_options(int64_t columns, const QuantizeOptions& o, const Tensor& x, const char* op) {
   QuantizedRows r{};
   r.dtype = dtype_of(o.dtype, op, "q");

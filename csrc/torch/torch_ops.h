@@ -6,7 +6,7 @@
 
 namespace forwardpass {
 
-// The memory of x from its element `offset` on, by other sizes and strides.
+// The memory of x from element `offset` on, with other sizes and strides.
 inline Tensor reshaped(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                        int64_t offset = 0) {
   AtenTensorHandle handle;
@@ -21,7 +21,8 @@ inline Tensor view(const Tensor& x, int64_t rows, int64_t columns, int64_t row_s
 // x [..., K], whose matrix is m, as [rows, columns], and transposed; both share its memory.
 inline Tensor as_matrix(const Tensor& x, const Matrix& m) { return view(x, m.rows, m.columns, m.stride, 1); }
 inline Tensor transposed(const Tensor& x, const Matrix& m) {
-  // One row has any stride; of 1 and 1, _int_mm on the CPU takes the wrong one for the leading dimension (torch 2.13).
+  // The stride of a single row is arbitrary; given strides 1 and 1, _int_mm on the CPU takes the wrong one for the
+  // leading dimension (torch 2.13).
   return view(x, m.columns, m.rows, m.columns == 1 ? m.rows * m.stride : 1, m.stride);
 }
 

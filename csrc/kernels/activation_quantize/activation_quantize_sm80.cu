@@ -1,5 +1,4 @@
-// activation_quantize: bytes per element of q 2 or 4 in, or twice that where gated, 1 out; see
-// device/quantize_rows.cuh.
+// activation_quantize: 2 or 4 bytes in per element of q, twice that if gated, 1 out; see device/quantize_rows.cuh.
 #include "device/activation.cuh"
 #include "device/dispatch.h"
 #include "device/quantize_rows.cuh"
@@ -14,7 +13,7 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
   auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride;  // [columns] or [2 columns]
   const bool gated = is_gated(p.activation);
   const int64_t to_up = p.interleaved ? 8 : p.out.columns;
-  const auto at = [&](int column) {  // of x, or of its gate; from `x + to_up` the same column of up
+  const auto at = [&](int column) {  // column of x, or of the gate in x; the up's is to_up further
     const int64_t c = s.begin + column;
     return p.interleaved ? c + (c & ~int64_t{7}) : c;
   };
@@ -39,7 +38,7 @@ int forwardpass_activation_quantize(const forwardpass::ActivationQuantizeParams*
   using namespace forwardpass;
   const RowsLaunch l = rows_launch(p->x.rows, p->out);
   const int64_t size = size_of(p->x.dtype);
-  const bool whole = l.groups == 1 || p->out.group % kVec == 0;  // no vector crosses from one block of 8 to the next
+  const bool whole = l.groups == 1 || p->out.group % kVec == 0;  // no vector spans two interleaved blocks of 8
   const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups) &&
                        (p->interleaved ? whole : !is_gated(p->activation) || p->out.columns * size % 16 == 0);
   return dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {

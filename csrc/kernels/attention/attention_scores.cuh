@@ -1,21 +1,20 @@
 #pragma once
-// What is done to the scores of a tile, besides the softmax.
+// What attention does to the scores of a tile besides the softmax: modifiers, causal and window masks, sinks, the lse.
 #include "device/softmax.cuh"
 #include "device/vec.cuh"
 #include "schedule/attention_tile.cuh"
 
 namespace forwardpass {
 
-// From products of q and k to scores in units of log2(e), with what a model adds to them, and -inf for keys that the
-// mask leaves out: on a warp's fragment (softmax.cuh). Where a model adds nothing the softmax scales the products
-// itself.
+// Score modifiers: from q k to scores in units of log2(e), with softcap, ALiBi and the mask, which gives -inf; on a
+// warp's fragment (softmax.cuh). Without any of them the softmax scales q k itself.
 template <int kRows, int kTiles>
-class Scores {
+class ScoreModifiers {
  public:
   using Fragment = float[kRows][kTiles][4];
 
-  // row: the first that this thread has.
-  __device__ Scores(const AttentionParams& p, const AttentionTile& t, int row) : p_(p), last_key_(t.keys - 1) {
+  // row: this thread's first.
+  __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int row) : p_(p), last_key_(t.keys - 1) {
     slope_ = p.alibi_slopes ? p.alibi_slopes[t.batch * p.alibi_batch_stride + t.head] * kLog2e : 0;
 #pragma unroll
     for (int r = 0; r < 2 * kRows; ++r) {
@@ -70,21 +69,23 @@ class Scores {
   }
   template <class T, class F>
   __device__ void masked(Fragment& s, int key, F f) const {
-    const int step = static_cast<int>(p_.mask.column * sizeof(T));  // of 32 bits: an address is one multiply-add
-    each(s, key, [&](float& v, int r, int half, int k) {            // what a key beyond the last one gets is not used
-      const auto row = reinterpret_cast<const char*>(static_cast<const T*>(p_.mask.data) + mask_[r][half]);
-      v = f(v, *reinterpret_cast<const T*>(row + int64_t{min(k, last_key_)} * step));
-    });
+    const int step = static_cast<int>(p_.mask.column * sizeof(T));  // 32 bits, so that an address is one multiply-add
+    each(s, key,
+         [&](float& v, int r, int half,
+             int k) {  // a key beyond the last one reads the last one's mask; its score is not used
+           const auto row = reinterpret_cast<const char*>(static_cast<const T*>(p_.mask.data) + mask_[r][half]);
+           v = f(v, *reinterpret_cast<const T*>(row + int64_t{min(k, last_key_)} * step));
+         });
   }
 
   const AttentionParams& p_;
   int last_key_;
-  float slope_;  // of ALiBi, in units of log2(e)
+  float slope_;  // ALiBi's, in units of log2(e)
   int place_[kRows][2];
-  int64_t mask_[kRows][2];  // of each row's first key, in elements
+  int64_t mask_[kRows][2];  // offset of each row's first key, in elements
 };
 
-// The keys that count for the rows of a thread's fragment.
+// The keys that the causal mask and the window leave, for the rows of a thread's fragment.
 template <int kRows>
 struct RowBounds {
   int first[kRows][2], count[kRows][2];
@@ -96,7 +97,7 @@ struct RowBounds {
       first[r / 2][r % 2] = t.first(p, at), count[r / 2][r % 2] = max(t.end(p, at) - t.first(p, at), 0);
     }
   }
-  // -inf for the others; key: of the first column that this thread has.
+  // -inf for all other keys; key: that of this thread's first column.
   template <int kTiles>
   __device__ void operator()(float (&s)[kRows][kTiles][4], int key) const {
 #pragma unroll
@@ -111,7 +112,7 @@ struct RowBounds {
   }
 };
 
-// own: the first row that this thread has, in its sequence.
+// own: this thread's first row in its sequence.
 template <int kRows>
 __device__ inline void store_lse(const RowValues<kRows>& lse, const AttentionParams& p, const AttentionTile& tile,
                                  int own) {
@@ -121,7 +122,7 @@ __device__ inline void store_lse(const RowValues<kRows>& lse, const AttentionPar
     if (own + r * 8 < tile.rows) p.lse[tile.lse(p, own + r * 8)] = lse[r / 2][r % 2];
 }
 
-// A row's logit in the denominator alone, in units of log2(e); -inf without.
+// The sink of a head, a logit that enters the denominator only, in units of log2(e); -inf without one.
 __device__ inline float sink_of(const AttentionParams& p, int head) {
   if (!p.sinks) return -INFINITY;
   const float sink = p.sinks_dtype == Dtype::f32   ? static_cast<const float*>(p.sinks)[head]

@@ -1,9 +1,9 @@
-// attention on mma.sync m16n8k16. A block computes M rows of one head, block of N keys after block. K and V have a
-// buffer each, filled by cp.async: V's while q k^T is computed, the next K's while p v is.
+// attention on mma.sync m16n8k16. A block computes M rows of one head, key block after key block. K and V have one
+// buffer each, filled by cp.async: V's during q k^T, the next K's during p v.
 //
-// What binds: tensor cores, if they are kept busy. For a score at head dim 128, 256 multiply-adds, they take a clock of
-// an A100's subpartition, and four of a 4090's; the instructions beside them, some 14 a score of 32 lanes, issue in
-// 0.5.
+// Tensor cores bind, if they are kept busy. A score at head dim 128, 256 multiply-adds, takes them one clock on a
+// subpartition of an A100 and four on one of a 4090; the other instructions, about 14 per score of 32 lanes, issue in
+// 0.5 clocks.
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
 #include "kernels/attention/attention_instance.cuh"
@@ -12,43 +12,43 @@
 
 namespace forwardpass {
 
-// D, V: columns of q and k, and of v. General: with mask, ALiBi or softcap. Blocks: how many share a multiprocessor.
-template <Dtype T_, int D, int V, bool General, int M, int N, int Warps, int Blocks>
+// D, V: columns of q and k, and of v. Modified: with score modifiers. Blocks: how many share a multiprocessor.
+template <Dtype T_, int D, int V, bool Modified, int M, int N, int Warps, int Blocks>
 struct AttentionConfig {
   static constexpr Dtype T = T_;
   static constexpr int kD = D, kV = V, kM = M, kN = N, kWarps = Warps, kThreads = 32 * Warps, kBlocks = Blocks;
-  static constexpr bool kGeneral = General;
-  static constexpr int kRows = M / Warps / 16;  // of a warp: blocks of sixteen rows
+  static constexpr bool kModified = Modified;
+  static constexpr int kRows = M / Warps / 16;  // of a warp: m16 tiles
   static constexpr int kTiles = N / 8, kOutTiles = V / 8;
 
   struct SharedStorage {
-    alignas(128) uint16_t q[M * D];  // and, at the end, the rows of out
+    alignas(128) uint16_t q[M * D];  // in the end the rows of out
     uint16_t k[N * D], v[N * V];
-    // Here, as in registers they would be spilled.
+    // In shared memory, as registers would spill.
     AttentionTile tile;
     KeyBlocks blocks;
   };
   static_assert(V <= D);
 };
 
-// Rows of C columns of 16 bits: side by side lie panels of 64 columns, or 32, whose 16-byte chunks are exchanged so
-// that those of one column of eight rows, which an ldmatrix reads, fall into different banks.
+// The shared-memory layout of rows of C columns of 16 bits: panels of 64 or 32 columns, in which 16-byte chunks are
+// swizzled so that the eight rows of a column of chunks, which an ldmatrix reads, fall into different banks.
 template <int C>
 struct Panels {
   static constexpr int kColumns = C % 64 == 0 ? 64 : 32, kChunks = kColumns / 8, kCount = C / kColumns;
   static_assert(C % kColumns == 0);
-  // In bytes, of a chunk of the first panel; chunks of others lie rows * kColumns * 2 on.
+  // Byte offset of a chunk in the first panel; those of the next panels are rows * kColumns * 2 bytes further each.
   __device__ static int offset(int row, int chunk) {
     return (row * kChunks + (chunk ^ (kChunks == 8 ? row % 8 : row / 2 % 4))) * 16;
   }
-  // Of any column that is a multiple of 8, of R rows.
+  // Byte offset of any column that is a multiple of 8, with R rows.
   template <int R>
   __device__ static int at(int row, int column) {
     return column / kColumns * R * kColumns * 2 + offset(row, column % kColumns / 8);
   }
-  // What a lane gives an ldmatrix of four 8 x 8 matrices, sixteen rows from `row` on of the chunk at `column` and of
-  // the next one, both multiples of 16: the lower rows behind the upper ones of a chunk, or the second chunk behind the
-  // first one of eight rows, as the registers of an mma want them in pairs.
+  // A lane's address for an ldmatrix of four 8 x 8 matrices: sixteen rows from `row` on of two chunks from `column` on,
+  // both multiples of 16. kLowerSecond: the second matrix is the lower rows of the first chunk, else the second chunk
+  // of the upper rows, whichever makes pairs of registers for the mma.
   template <int R, bool kLowerSecond>
   __device__ static uint32_t matrices(const uint16_t* shared, int row, int column) {
     const int lane = threadIdx.x % 32, i = lane / 8, lower = kLowerSecond ? i % 2 : i / 2,
@@ -58,23 +58,23 @@ struct Panels {
   }
 };
 
-// A thread's share in copying R rows by C columns, and then the R rows before them: of each panel a chunk of every
-// kStep-th row.
+// A thread's share in copying R rows of C columns, and in each further call the R rows before: in each panel a chunk of
+// every kStep-th row.
 template <class Config, int R, int C>
 struct RowCopy {
   using P = Panels<C>;
   static constexpr int kStep = Config::kThreads / P::kChunks, kCount = R / kStep;
   static_assert(R % kStep == 0 && kStep % 8 == 0);
-  const char* from;  // this thread's first row
+  const char* from;  // address of this thread's first row
 
-  // In bytes, from row to row of a thread's. Computed on the host, as constants take no registers.
+  // Bytes from one of a thread's rows to its next. Computed on the host, as kernel parameters take no registers.
   static int64_t step(const AttentionTensor& t) { return t.row * kStep * 2; }
 
   __device__ RowCopy(const AttentionTensor& t, int64_t offset)
       : from(static_cast<const char*>(t.data) + (offset + row() * t.row + column()) * 2) {}
   __device__ static int row() { return threadIdx.x / P::kChunks; }
   __device__ static int column() { return threadIdx.x % P::kChunks * 8; }
-  // Of the rows `rows` are there, or all, and so are `columns`; what is not there is zero.
+  // `rows` rows and `columns` columns exist (kWhole: all rows); the rest is zero-filled.
   template <bool kWhole>
   __device__ void operator()(uint16_t* shared, int64_t step, int rows, int columns) {
     const uint32_t to = ptx::shared_address(shared) + P::offset(row(), threadIdx.x % P::kChunks);
@@ -96,9 +96,9 @@ using ScoreFragments = float[Config::kRows][Config::kTiles][4];
 template <class Config>
 using OutFragments = float[Config::kRows][Config::kOutTiles][4];
 
-// s = q k^T of this warp's rows and a block of keys.
+// s = q k^T, of this warp's rows and a block of keys.
 template <class Config>
-__device__ inline void multiply_q_k(ScoreFragments<Config>& s, const typename Config::SharedStorage& shared, int row) {
+__device__ inline void mma_q_k(ScoreFragments<Config>& s, const typename Config::SharedStorage& shared, int row) {
   using P = Panels<Config::kD>;
   constexpr float kZeros[4] = {};
 #pragma unroll
@@ -125,10 +125,10 @@ __device__ inline void multiply_q_k(ScoreFragments<Config>& s, const typename Co
   }
 }
 
-// o += p v: two n8 tiles of p are, rounded, the a of an mma as they lie in registers.
+// o += p v. Two n8 tiles of p, rounded to 16 bits, are the first operand of an mma as they are.
 template <class Config>
-__device__ inline void multiply_p_v(OutFragments<Config>& o, const ScoreFragments<Config>& p,
-                                    const typename Config::SharedStorage& shared) {
+__device__ inline void mma_p_v(OutFragments<Config>& o, const ScoreFragments<Config>& p,
+                               const typename Config::SharedStorage& shared) {
   using P = Panels<Config::kV>;
 #pragma unroll
   for (int step = 0; step < Config::kN / 16; ++step) {
@@ -149,8 +149,8 @@ __device__ inline void multiply_p_v(OutFragments<Config>& o, const ScoreFragment
   }
 }
 
-// This warp's rows to out, through its rows of q's place, which no other warp reads, and this one did before a barrier:
-// in 16-byte stores.
+// Stores this warp's rows in words of 16 bytes, through its own rows of q in shared memory: no other warp reads those,
+// and this one read them before a barrier.
 template <class Config>
 __device__ inline void store_rows(const OutFragments<Config>& o, const AttentionParams& p, const AttentionTile& tile,
                                   typename Config::SharedStorage& shared, int row) {
@@ -187,7 +187,7 @@ __device__ inline void store_rows(const OutFragments<Config>& o, const Attention
 struct Launch {
   unsigned tiles;                  // of a head
   int64_t q_step, k_step, v_step;  // RowCopy's
-  int64_t k_back, v_back;          // from the end of a block of keys to the beginning of the one before, in bytes
+  int64_t k_back, v_back;          // bytes from the end of a key block to the beginning of the block before
   float scale;                     // of the softmax
 };
 
@@ -204,9 +204,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   }
   const AttentionTile& tile = shared.tile;
   const KeyBlocks& blocks = shared.blocks;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * Config::kRows * 16;  // of this warp in the tile
-  const auto own = [&] { return tile.row + row + lane / 4; };                      // of this thread in the sequence
-  const int first = (blocks.end - 1) * Config::kN;  // key of the first block that is attended to: the last one
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * Config::kRows * 16;  // this warp's first in the tile
+  const auto own = [&] { return tile.row + row + lane / 4; };  // this thread's first in the sequence
+  const int first = (blocks.end - 1) * Config::kN;             // key, of the block that comes first: the last one
   RowCopy<Config, Config::kN, Config::kD> copy_k(p.k, tile.k(p) + first * p.k.row);
   RowCopy<Config, Config::kN, Config::kV> copy_v(p.v, tile.v(p) + first * p.v.row);
   OnlineSoftmax<Config::kRows> softmax;
@@ -216,34 +216,34 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     copy_q.template operator()<false>(shared.q, l.q_step, tile.rows - tile.row, p.head_dim);
     copy_k.template operator()<false>(shared.k, l.k_step, tile.keys - first, p.head_dim);
   }
-  // From the last block to the first: the one that may end beyond the keys is loaded first.
+  // From the last block to the first, so that the one that may end beyond the keys comes first.
   const auto attend = [&](int block, auto masked) {
     ScoreFragments<Config> s;
     ptx::cp_async_wait<0>();
-    __syncthreads();  // k is there for all warps, and all have read v
+    __syncthreads();  // k has arrived for all warps, and all have read v
     copy_v.template operator()<!decltype(masked)::value>(shared.v, l.v_step, tile.keys - block * Config::kN,
                                                          p.value_dim);
-    multiply_q_k<Config>(s, shared, row);
+    mma_q_k<Config>(s, shared, row);
     ptx::cp_async_wait<0>();
-    __syncthreads();  // v is there, and k has been read
+    __syncthreads();  // v has arrived, and all have read k
     copy_v.from -= l.v_back, copy_k.from -= l.k_back;
     if (block > blocks.begin) copy_k.template operator()<true>(shared.k, l.k_step, Config::kN, p.head_dim);
     const int key = block * Config::kN + lane % 4 * 2;
-    if (Config::kGeneral) Scores<Config::kRows, Config::kTiles>(p, tile, own())(s, key);
+    if (Config::kModified) ScoreModifiers<Config::kRows, Config::kTiles>(p, tile, own())(s, key);
     if (decltype(masked)::value) RowBounds<Config::kRows>(p, tile, own())(s, key);
     RowValues<Config::kRows> factor;
     if (softmax.update(s, l.scale, factor)) rescale(o, factor);
-    multiply_p_v<Config>(o, s, shared);
+    mma_p_v<Config>(o, s, shared);
   };
   int block = blocks.end - 1;
 #pragma unroll 1
   for (int phase = 0; phase < 2; ++phase) {
-    const int stop = phase == 0 ? blocks.clean_end : blocks.begin;
+    const int stop = phase == 0 ? blocks.unmasked_end : blocks.begin;
 #pragma unroll 1
     for (; block >= stop; --block) attend(block, std::true_type{});
     if (phase == 1) break;
 #pragma unroll 1
-    for (; block >= blocks.clean_begin; --block) attend(block, std::false_type{});
+    for (; block >= blocks.unmasked_begin; --block) attend(block, std::false_type{});
   }
 
   RowValues<Config::kRows> factor, lse;
@@ -268,18 +268,18 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
                  CopyV::step(p.v),
                  Config::kN * 4 * p.k.row,
                  Config::kN * 4 * p.v.row,
-                 Config::kGeneral ? 1 : p.scale * kLog2e};
+                 Config::kModified ? 1 : p.scale * kLog2e};
   attention_kernel<Config><<<static_cast<unsigned>(grid), Config::kThreads, kShared, stream>>>(p, l);
   return cudaGetLastError();
 }
 
-// Two warps a scheduler, so that one's softmax overlaps the other's products, in the 100 KB of an L40S: two blocks of
-// four warps with 32 rows each, or, where their sums do not fit the registers, one of eight warps with 16 rows.
-template <Dtype T, int D, int V, bool General>
+// Two warps per scheduler, so that one's softmax overlaps the other's mma, in the 100 KB of an L40S: two blocks of four
+// warps with 32 rows each or, where those accumulators do not fit the registers, one of eight warps with 16 rows.
+template <Dtype T, int D, int V, bool Modified>
 constexpr auto config() {
   if constexpr (D >= 192)
-    return AttentionConfig<T, D, V, General, 128, D == 256 ? 32 : 64, 8, 1>();
-  else if constexpr (General)
+    return AttentionConfig<T, D, V, Modified, 128, D == 256 ? 32 : 64, 8, 1>();
+  else if constexpr (Modified)
     return AttentionConfig<T, D, V, true, 128, 64, 8, 1>();
   else
     return AttentionConfig<T, D, V, false, 128, D == 128 ? 32 : 64, 4, 2>();
@@ -288,7 +288,7 @@ constexpr auto config() {
 cudaError_t launch_any(const AttentionParams& p, cudaStream_t stream) {
   return launch_instance(p, [&](auto instance) {
     using I = decltype(instance);
-    return launch<decltype(config<I::kT, I::kD, I::kV, I::kGeneral>())>(p, stream);
+    return launch<decltype(config<I::kT, I::kD, I::kV, I::kModified>())>(p, stream);
   });
 }
 

@@ -1,6 +1,6 @@
-// dequant_activation: bytes per element 2 or 4 in and 1 to 4 out. A thread makes eight consecutive outputs; what
-// belongs to columns comes from L1 or L2 (12 bytes an element at most, beside 6 from memory, where L1 delivers eight
-// times what memory does).
+// dequant_activation: 2 or 4 bytes per element in, 1 to 4 out. A thread makes eight consecutive outputs; per-column
+// values come from L1 or L2 (at most 12 bytes per element beside 6 from memory, and L1 has eight times the memory's
+// bandwidth).
 #include "device/dispatch.h"
 #include "device/gemm_epilogue.cuh"
 #include "params/dequant_activation.h"
@@ -9,7 +9,7 @@ namespace forwardpass {
 
 constexpr int kThreads = 256;  // at most
 
-// The parts that a product with its depth split left, added in their order: the same bits each time.
+// Adds the partial sums of a split-K product in their order: the same bits each time.
 template <class Acc>
 __device__ Vec<Acc> load_sum(const Acc* p, int n, bool aligned, int64_t splits, int64_t split_stride) {
   Vec<Acc> sum = load_vec(p, n, aligned);
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride,
                                       cudaStream_t stream) {
   const int64_t vectors = (p.acc.columns / (is_gated(p.epilogue.activation) ? 2 : 1) + kVec - 1) / kVec;
-  // Few outputs, as a split product has, go to as many multiprocessors as they can. modelled on an H100: 16 x 1024 of
-  // four parts take 0.10 us in blocks of 64 threads and 0.39 us in blocks of 256
+  // Few outputs, as split-K products have, are spread over as many multiprocessors as possible. modelled on an H100: 16
+  // x 1024 with four parts takes 0.10 us in blocks of 64 threads and 0.39 us in blocks of 256
   const int64_t all = p.acc.rows * vectors, threads = all < 256 * kThreads ? 64 : kThreads;
   const unsigned grid = static_cast<unsigned>((all + threads - 1) / threads);
   const int64_t word = 16 / size_of(p.acc.dtype);

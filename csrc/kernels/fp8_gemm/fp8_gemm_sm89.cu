@@ -5,15 +5,15 @@
 
 namespace forwardpass {
 
-// Three stages of 128, 98 of the 99 KB that a block of an L40S may have: while one is used, for 2048 clocks, two are on
-// their way. A warp's 64 x 32 leaves room for as many partial sums; 64 x 48 and 64 x 64 spilled, 64 and 1196 bytes.
-// Bytes from L2: 16 a clock of a multiprocessor, which gets about 14 of an L40S (5 TB/s for 142 at 2.5 GHz, published):
-// there 128 x 128 is bound by L2, at 7/8 of the peak.
+// Three stages of 128, 98 of the 99 KB that a block may have on an L40S: while one is used, for 2048 clocks, two are in
+// flight. A warp's 64 x 32 leaves room for as many partial accumulators; 64 x 48 and 64 x 64 spilled 64 and 1196 bytes.
+// L2: 16 bytes a clock for a multiprocessor, which gets about 14 on an L40S (5 TB/s for 142 at 2.5 GHz, published):
+// there L2 binds 128 x 128, at 7/8 of the peak.
 template <class E>
 using Tile128x128 = MmaConfig<E, 128, 128, 2, 4, 128, 3, 1>;
 template <class E>
 using Tile64x128 = MmaConfig<E, 64, 128, 1, 4, 128, 3, 1>;
-// Memory binds: four stages, 54 KB on their way.
+// Memory binds: four stages, 54 KB in flight.
 template <class E>
 using Tile16x128 = MmaConfig<E, 16, 128, 1, 4, 128, 4, 1>;
 

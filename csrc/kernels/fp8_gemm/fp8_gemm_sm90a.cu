@@ -5,10 +5,10 @@
 
 namespace forwardpass {
 
-// Main loop: 412 instructions of a multiplying warp for 2^20 multiply-adds (206 for eight m64n128k32, 128 of them the
-// promotion), 484 of the smaller tile. Registers: 128 of sums and 64 of partial sums; 256 x 128, the two warpgroups
-// below each other, would be as large, but of a gated product this one has 128 outputs, a group of fp8_gemm_quantize.
-// Shared memory is what binds: wgmma reads 96 KB a stage, 16 more than for int8 as 64 rows at a time have all of b.
+// Main loop: a consumer warp issues 412 instructions for 2^20 multiply-adds (206 for eight m64n128k32, 128 of them the
+// promotion), 484 with the smaller tile. Registers: 128 accumulators and 64 partial ones; 256 x 128, with one warpgroup
+// below the other, would take as many, but of a gated product this tile has 128 outputs, a group of fp8_gemm_quantize.
+// Shared memory is what binds: wgmma reads 96 KB per stage, 16 more than for int8, as each 64 rows read all of b.
 using Tile128x256 = WgmmaConfig<E4m3, 128, 256, 1, 4>;
 using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
 // Few rows, as for int8.

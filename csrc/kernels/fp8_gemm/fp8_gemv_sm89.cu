@@ -1,4 +1,4 @@
-// fp8_gemm of up to four rows. Apart from the larger products, as 9.0 runs this one and has wgmma for them.
+// fp8_gemm of up to four rows. A file of its own, as it is built for 9.0, which uses wgmma for more rows.
 #include "device/gemv_sm80.cuh"
 #include "kernels/gemm.h"
 #include "params/fp8_gemm.h"

@@ -5,11 +5,11 @@
 
 namespace forwardpass {
 
-// Three stages of 64: while one is used, 128 of K are on their way, 1024 clocks of a multiprocessor of an A100 with two
-// blocks each, which covers the latency of its memory. 48 KB a block, so two fit the 100 KB of an L40S.
+// Three stages of 64: while one is used, 128 of K are in flight, which last 1024 clocks of an A100's multiprocessor
+// with two blocks each and cover its memory latency. 48 KB per block, so that two fit the 100 KB of an L40S.
 using Tile128x128 = MmaConfig<Int8, 128, 128, 2, 2, 64, 3, 2>;
 using Tile64x128 = MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>;
-// Memory binds: 128 of K a stage, whole lines of the weight, and four stages, 54 KB on their way.
+// Memory binds: 128 of K per stage, whole cache lines of the weight, and four stages, 54 KB in flight.
 using Tile16x128 = MmaConfig<Int8, 16, 128, 1, 4, 128, 4, 1>;
 
 template <class Tile>

@@ -5,17 +5,16 @@
 
 namespace forwardpass {
 
-// Main loop: 98 instructions of a multiplying warp for 2^20 multiply-adds (49 for four m64n256k32), 172 of the smaller
-// tile. 168 registers at launch.
-// A stage of 48 KB is used for 1024 clocks, if the tensor cores bind, while three more, or 144 KB, are on their way.
-// From L2 it takes 32 bytes a clock in clusters of two; 39 are what a multiprocessor of an H100 is assumed to get.
-// Shared memory: 48 KB written and 80 KB read by wgmma in 1024 clocks, which are all of its 128 bytes a clock.
+// Main loop: a consumer warp issues 98 instructions for 2^20 multiply-adds (49 for four m64n256k32), 172 with the
+// smaller tile. 168 registers at launch. A stage of 48 KB is used for 1024 clocks, if the tensor cores bind, while
+// three more, 144 KB, are in flight. From L2 it takes 32 bytes a clock in clusters of two; an H100's multiprocessor is
+// assumed to get 39. Shared memory: 48 KB written and 80 KB read by wgmma in 1024 clocks, all of its 128 bytes a clock.
 using Tile128x256 = WgmmaConfig<Int8, 128, 256, 2, 4>;
-// Twice as many tiles, for small products; 48 bytes a clock of L2 in clusters, which binds: modelled, 512 x 4096 x 4096
-// takes 11.3 us, 8.9 if tensor cores did.
+// Twice as many tiles, for small products. L2 binds, at 48 bytes a clock in clusters: modelled, 512 x 4096 x 4096 takes
+// 11.3 us; bound by the tensor cores it would take 8.9.
 using Tile128x128 = WgmmaConfig<Int8, 128, 128, 2, 6>;
-// Few rows, which are the n16 or n64 of a wgmma: 16 KB of the weight a stage, and an H100's multiprocessor has to have
-// 15 KB on their way (gemv_sm80.cuh).
+// Few rows, which are the n16 or n64 of a wgmma: 16 KB of the weight per stage, of which an H100's multiprocessor needs
+// 15 KB in flight (gemv_sm80.cuh).
 using Tile64x128 = WgmmaConfig<Int8, 64, 128, 1, 8>;
 using Tile16x128 = WgmmaConfig<Int8, 16, 128, 1, 8>;
 

@@ -1,4 +1,4 @@
-// norm_quantize, add_norm_quantize: bytes per element 2 or 4 in (twice that with a residual, and as much out), 1 out; a
+// norm_quantize, add_norm_quantize: 2 or 4 bytes per element in (twice that with a residual, and as much out), 1 out; a
 // row is a segment of device/quantize_rows.cuh.
 #include "device/dispatch.h"
 #include "device/quantize_rows.cuh"
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     return sum;
   };
 
-  // A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common
-  // offset costs no accuracy, and a constant row has variance 0 exactly.
+  // A layer norm does not change when the whole row is shifted. Computed relative to the row's first value, a large
+  // common offset costs no accuracy, and a constant row has variance 0 exactly.
   float pivot = 0, mean = 0, inverse = 1;
   if (p.kind == Norm::layer && s.active)
     pivot = add ? to_float(rounded_sum(to_float(*x), to_float(*residual))) : to_float(*x);
@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     for_each_affine<T>(v, p.bias, column, n, aligned, plus);
     trim(v, n);
   };
-  bool normalized = false;  // whether a value that is read again, where the row is not resident, is wanted normalised
+  bool normalized =
+      false;  // values of a row that is not resident are read again; whether they are then to be normalised
   SegmentValues values(s, [&](int base, Chunk& v) {
     load_chunk(v, x, s, base, aligned);
     if (add) {

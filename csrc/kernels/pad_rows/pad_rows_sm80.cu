@@ -1,5 +1,5 @@
-// pad_rows: every byte once in, once out. A warp's lanes read neighbouring bytes, one each, so whole sectors whatever
-// the alignment; the cache makes words of them.
+// pad_rows: reads and writes every byte once. A warp's lanes read neighbouring bytes, one each, so whole sectors
+// whatever the alignment; the cache coalesces them.
 #include <cuda_runtime.h>
 
 #include "params/pad_rows.h"

@@ -1,36 +1,38 @@
-// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight widened in registers, x as it is. The product is made transposed, as
-// on wgmma and in the GEMV: an mma's first operand is four registers in a row,
-// which widening fills without a move, and its second one two, which a load of 16 bytes of x fills twice. The other way
-// round moves were a third of all instructions.
+// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight is upconverted in registers, x is used as it is. Swap-AB, as on
+// wgmma and in the GEMV: the mma's first operand, the weight, is four consecutive registers, which upconversion fills
+// without a move; the second is two, and a 16-byte load of x fills it twice. The other way round a third of all
+// instructions were moves.
 //
-// What binds: memory, up to 64 rows. Beyond, tensor cores: of 128 x 128 a warp has 64 x 32, so that no number of the
-// weight is widened by more than two warps. For 128 mma, 1024 clocks of an A100, a warp issues 514 instructions (int8
-// to fp16), 662 (int8 to bf16), 737 (e4m3 to fp16) or 929 (e4m3 to bf16), and a scheduler has two warps: the last is
-// nearly bound by issue. With the instruction for e4m3 (sm_90) they are 452 and 644. Static counts, nvcc 13.0, of a
-// kernel that takes one of the two weights.
+// Memory binds up to 64 rows, beyond that the tensor cores. Of 128 x 128 a warp has 64 x 32, so that no element of the
+// weight is upconverted by more than two warps. For 128 mma, 1024 clocks of an A100, a warp issues 514 instructions
+// (int8 to fp16), 662 (int8 to bf16), 737 (e4m3 to fp16) or 929 (e4m3 to bf16), and a scheduler has two warps: the last
+// is nearly bound by issue. With the instruction for e4m3 (sm_90) they are 452 and 644. Static counts, nvcc 13.0, of a
+// kernel for one of the two weight types.
 #include "device/dispatch.h"
 #include "device/gemm_sm80.cuh"
-#include "device/widen.cuh"
+#include "device/upconvert.cuh"
 #include "kernels/gemm.h"
 #include "params/w8a16_gemm.h"
 
 namespace forwardpass {
 
-// A stage is two slices of 64 of K: rows of 128 bytes of x, of 64 of the weight. A lane takes what it needs by 16
-// bytes, not by ldmatrix, which would give it numbers of x and of the weight that do not belong together: of the weight
-// 16 consecutive ones, of x the same 16 in two loads. Eight lanes read two rows of the weight, 128 bytes side by side,
-// and every second chunk of two rows of x, which the swizzle puts side by side.
+// A stage is two slices of 64 of K: rows of 128 bytes of x, of 64 bytes of the weight. A lane loads its elements by 16
+// bytes: 16 consecutive ones of the weight, and the same 16 of x in two loads. ldmatrix would give it elements of x and
+// of the weight that do not belong together. Eight lanes read two rows of the weight, 128 contiguous bytes, and every
+// second chunk of two rows of x, which the swizzle makes contiguous.
 //
-// Sums go to a second accumulator every 128 of K, times the weight's scale there, if it has such scales.
+// Every 128 of K the partial accumulators are added to a second set, times the weight's scale of that block if it has
+// block scales.
 template <Dtype X_, int M, int N, int Stages, int Blocks>
 struct W8a16Config {
   static constexpr Dtype X = X_;
   static constexpr int kM = M, kN = N, kStages = Stages, kBlocks = Blocks;
   static constexpr int kWarpN = 32, kWarpM = M < 64 ? M : 64, kWarpsN = N / kWarpN, kWarpsM = M / kWarpM;
   static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
-  static constexpr int kTilesN = kWarpN / 16, kTilesM = kWarpM / 8;  // of a warp, transposed
+  static constexpr int kTilesN = kWarpN / 16,
+                       kTilesM = kWarpM / 8;  // of a warp: m16 tiles of the weight's rows, n8 tiles of x's
 
-  // A slice of an operand, as OperandCopy sees it: kStageK is in bytes.
+  // The layout of a slice, for OperandCopy: kStageK is in bytes.
   struct A {
     static constexpr int kThreads = W8a16Config::kThreads, kStageK = 128;
   };
@@ -42,21 +44,21 @@ struct W8a16Config {
       struct {
         uint8_t a[2 * kStages][kM * A::kStageK], b[2 * kStages][kN * B::kStageK];
       } slice;
-      Slab slab[kWarps];
+      Staging staging[kWarps];
     };
   };
 };
 
-// A matrix of 16-bit numbers as one of bytes.
+// A matrix of 16-bit elements as a matrix of bytes.
 __device__ inline Matrix in_bytes(Matrix m) {
   m.columns *= 2, m.stride *= 2;
   return m;
 }
 
-// A lane's part of the fragments in a slice.
+// A lane's offsets in a slice.
 template <class Config>
 struct FragmentOffset {
-  int a[2], b;  // x of each half of the slice, and the weight of both
+  int a[2], b;  // a: x, for each half of the slice; b: the weight, for both
 
   __device__ FragmentOffset(int warp_m, int warp_n) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -69,10 +71,10 @@ struct FragmentOffset {
 template <class Config>
 using Fragments = float[Config::kTilesN][Config::kTilesM][4];
 
-// sum [weight's rows, x's rows] = the weight times x, of stage `stage`.
+// sum [weight's rows, x's rows] = weight x^T, of the slices in stage `stage`.
 template <class Config, Dtype W>
-__device__ inline void multiply_stage(Fragments<Config>& sum, const typename Config::SharedStorage& s, int stage,
-                                      const FragmentOffset<Config>& from) {
+__device__ inline void mma_stage(Fragments<Config>& sum, const typename Config::SharedStorage& s, int stage,
+                                 const FragmentOffset<Config>& from) {
   constexpr float kZeros[4] = {};
 #pragma unroll
   for (int slice = 0; slice < 2; ++slice) {
@@ -88,8 +90,8 @@ __device__ inline void multiply_stage(Fragments<Config>& sum, const typename Con
       for (int i = 0; i < Config::kTilesN; ++i)
 #pragma unroll
         for (int step = 0; step < 2; ++step)
-          widen_rows<W, Config::X>(word(weight[i][0], half * 2 + step), word(weight[i][1], half * 2 + step),
-                                   wide[i][step]);
+          upconvert_rows<W, Config::X>(word(weight[i][0], half * 2 + step), word(weight[i][1], half * 2 + step),
+                                       wide[i][step]);
 #pragma unroll
       for (int j = 0; j < Config::kTilesM; ++j) {
         const uint4 x = *reinterpret_cast<const uint4*>(a + from.a[half] + j * 8 * Config::A::kStageK);
@@ -108,7 +110,7 @@ __device__ inline void multiply_stage(Fragments<Config>& sum, const typename Con
   }
 }
 
-// The scales of this lane's rows of the weight, from `row` on, for block `block` of K.
+// Scales of this lane's rows of the weight, from `row` on, for block `block` of K.
 template <int kTilesN>
 __device__ inline void load_block_scales(float (&scale)[kTilesN][2], const GemmParams& p, int64_t row, int64_t block) {
   const int64_t blocks = ceil_div(p.a.columns, kScaleBlock);
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   OperandCopy<typename Config::A, Config::kM> copy_a(in_bytes(p.a), row, k * 2, k_end * 2, s.slice.a[0]);
   OperandCopy<typename Config::B, Config::kN> copy_b(p.b, column, k, k_end, s.slice.b[0]);
   const FragmentOffset<Config> from(warp_m, warp_n);
-  const auto copy_next = [&](int stage) {  // what is beyond the depth is zero
+  const auto copy_next = [&](int stage) {  // zeros beyond K
 #pragma unroll
     for (int slice = 0; slice < 2; ++slice) {
       copy_a.masked(stage * 2 + slice, slice), copy_b.masked(stage * 2 + slice, slice);
@@ -148,15 +150,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 #pragma unroll 1
   for (int64_t block = k / kScaleBlock; block < last_block; ++block) {
     ptx::cp_async_wait<Config::kStages - 2>();
-    __syncthreads();  // this stage is there for all warps, and all have read the one before, whose place is filled next
+    __syncthreads();  // this stage has arrived for all warps, and all have read the one before, which is filled next
     copy_next(stage == 0 ? Config::kStages - 1 : stage - 1);
     float scale[Config::kTilesN][2];
     load_block_scales(scale, p, column + warp_n + lane / 4, block);
     Fragments<Config> sum;
     if (p.b.dtype == Dtype::i8)
-      multiply_stage<Config, Dtype::i8>(sum, s, stage, from);
+      mma_stage<Config, Dtype::i8>(sum, s, stage, from);
     else
-      multiply_stage<Config, Dtype::e4m3>(sum, s, stage, from);
+      mma_stage<Config, Dtype::e4m3>(sum, s, stage, from);
 #pragma unroll
     for (int i = 0; i < Config::kTilesN; ++i)
 #pragma unroll
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
-  finish_transposed(acc, s.slab[warp], out, row + warp_m, column + warp_n, tile.split);
+  finish_transposed(acc, s.staging[warp], out, row + warp_m, column + warp_n, tile.split);
 }
 
 template <class Config>
@@ -179,17 +181,17 @@ cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   kernel<<<static_cast<unsigned>(map.blocks(p.choice.splits)), Config::kThreads, kShared, stream>>>(p, map,
                                                                                                     GemmOutput(p));
   if (auto e = cudaGetLastError()) return e;
-  return finish_splits(p, Dtype::f32, stream);
+  return reduce_split_k(p, Dtype::f32, stream);
 }
 
-// Memory binds: three stages on their way, 48 KB of the weight, with one block a multiprocessor (an H100 needs 15 KB,
+// Memory binds: three stages in flight, 48 KB of the weight, with one block per multiprocessor (an H100 needs 15 KB,
 // see gemv_sm80.cuh).
 template <Dtype X>
 using Tile16x128 = W8a16Config<X, 16, 128, 4, 1>;
 template <Dtype X>
 using Tile64x128 = W8a16Config<X, 64, 128, 3, 1>;
-// Two stages are 96 KB, all that an L40S has: while one is used, for 2048 clocks of an A100, the other comes. Two
-// accumulators are 128 registers, so eight warps a multiprocessor.
+// Two stages are 96 KB, all that an L40S has: one is used, for 2048 clocks of an A100, while the other arrives. Two
+// sets of accumulators are 128 registers, so eight warps per multiprocessor.
 template <Dtype X>
 using Tile128x128 = W8a16Config<X, 128, 128, 2, 1>;
 

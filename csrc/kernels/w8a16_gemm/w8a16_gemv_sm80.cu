@@ -1,4 +1,4 @@
-// w8a16_gemm of up to four rows. Apart from the larger products, as 9.0 runs this one and has wgmma for them.
+// w8a16_gemm of up to four rows. A file of its own, as it is built for 9.0, which uses wgmma for more rows.
 #include "device/dispatch.h"
 #include "device/gemv_sm80.cuh"
 #include "kernels/gemm.h"

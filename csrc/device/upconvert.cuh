@@ -1,7 +1,7 @@
 #pragma once
-// 8-bit numbers to 16-bit floats, exactly, four at a time: what w8a16_gemm and the GEMVs do in place of a cvt, of which
-// there is none from e4m3 before sm_89, and none from int8 that makes more than one number. Instructions for four
-// (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 12, to bf16 18; on sm_89 3 and 9.
+// Exact conversion of 8-bit elements to 16-bit floats, four at a time, for w8a16_gemm and the GEMVs. There is no cvt
+// for it: none from e4m3 before sm_89, and none from int8 that makes more than one element. Instructions for four
+// elements (sm_80): int8 to fp16 5, to bf16 8; e4m3 to fp16 12, to bf16 18; on sm_89 3 and 9.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -26,9 +26,10 @@ __device__ inline void e4m3_to_f16(uint32_t four, uint32_t (&pairs)[2]) {
   pairs[0] = ptx::cvt_f16x2(static_cast<uint16_t>(four));
   pairs[1] = ptx::cvt_f16x2(static_cast<uint16_t>(four >> 16));
 #else
-  // Exponent and mantissa, moved to where fp16 has them, are 2^-8 of the number, subnormal ones too: the last bit is
-  // the first of a byte of its own, the others follow the sign and a bit that no number has. NaN alone is all ones, so
-  // one more carries into that bit, and all ones behind it are fp16's NaN.
+  // Exponent and mantissa, shifted to fp16's position, are 2^-8 times the number, subnormal ones included; a
+  // multiplication by 2^8 corrects it. The last bit goes to a byte of its own, the other bits follow the sign and a bit
+  // that is 0 for any number. Only NaN has all ones: adding one carries into that bit, and all ones behind it are
+  // fp16's NaN.
   const uint32_t low = four << 7 & 0x80808080, most = four >> 1 & 0x3f3f3f3f, nan = most + (four & 0x01010101),
                  high = (nan & 0x40404040) | most | (four & 0x80808080);
   const __half2 scale{__ushort_as_half(0x5c00), __ushort_as_half(0x5c00)};
@@ -37,15 +38,16 @@ __device__ inline void e4m3_to_f16(uint32_t four, uint32_t (&pairs)[2]) {
 #endif
 }
 
-// Two bytes, to which Order adds a byte of 0x64, of numbers 128 more than those meant: in the low bits of 1024 they are
-// 1152 too many. (The constant is the first operand, as the machine's instruction takes one constant behind it: with
-// two, ptxas copies Order to a register each time, 327 for 295 instructions in w8a16_gemm_sm90a.cu.)
+// Two bytes that hold the elements plus 128, each placed below a byte 0x64: as fp16 that is 1024 plus the byte, 1152
+// more than the element. (The constant is the first operand of prmt, as the instruction takes one constant behind it:
+// with two, ptxas copies Order to a register each time, 327 instead of 295 instructions in w8a16_gemm_sm90a.cu.)
 template <uint32_t Order>
 __device__ inline uint32_t biased_to_f16(uint32_t bytes, uint32_t bias) {
   const __half2 offset{__ushort_as_half(0x6480), __ushort_as_half(0x6480)};
   return bits_of(__hsub2(pair_of<__half2>(__byte_perm(0x64646464, bytes, Order) ^ bias), offset));
 }
-// bf16 has 7 bits for a number: behind 128 the lower 7, from which comes off 128 or, where the sign is set, 256.
+// bf16 has only 7 mantissa bits: below 0x43 the lower 7 bits make 128 plus them; 128 is subtracted or, if the sign is
+// set, 256.
 template <uint32_t Order>
 __device__ inline uint32_t i8_to_bf16(uint32_t bytes) {
   const uint32_t v = __byte_perm(0x43434343, bytes, Order);
@@ -55,9 +57,9 @@ __device__ inline uint32_t f16_to_bf16(uint32_t pair) {
   return bits_of(__float22bfloat162_rn(__half22float2(pair_of<__half2>(pair))));
 }
 
-// Four of From, the lowest byte first, to two pairs of To.
+// Four elements of From, the lowest byte first, to two pairs of To.
 template <Dtype From, Dtype To>
-__device__ inline void widen(uint32_t four, uint32_t (&pairs)[2]) {
+__device__ inline void upconvert(uint32_t four, uint32_t (&pairs)[2]) {
   static_assert((From == Dtype::i8 || From == Dtype::e4m3) && (To == Dtype::f16 || To == Dtype::bf16));
   if constexpr (From == Dtype::i8 && To == Dtype::f16) {
     const uint32_t biased = four ^ 0x80808080;
@@ -69,9 +71,10 @@ __device__ inline void widen(uint32_t four, uint32_t (&pairs)[2]) {
     if constexpr (To == Dtype::bf16) pairs[0] = f16_to_bf16(pairs[0]), pairs[1] = f16_to_bf16(pairs[1]);
   }
 }
-// Two in the low half of a word: what four take halved, but for a third instruction a pair from int8 to fp16.
+// Two elements in the low half of a word: half as many instructions, except int8 to fp16, which takes a third one per
+// pair.
 template <Dtype From, Dtype To>
-__device__ inline uint32_t widen(uint32_t two) {
+__device__ inline uint32_t upconvert(uint32_t two) {
   if constexpr (From == Dtype::i8) {
     return To == Dtype::f16 ? biased_to_f16<0x0504>(two, 0x00800080) : i8_to_bf16<0x0504>(two);
   } else {
@@ -81,13 +84,13 @@ __device__ inline uint32_t widen(uint32_t two) {
   }
 }
 
-// Four of a row and four of the row eight below: an mma's first operand, 16 of its K.
+// Four elements of a row and of the row eight below: 16 of K of an mma's first operand.
 template <Dtype From, Dtype To>
-__device__ inline void widen_rows(uint32_t four, uint32_t below, uint32_t (&fragment)[4]) {
+__device__ inline void upconvert_rows(uint32_t four, uint32_t below, uint32_t (&fragment)[4]) {
   uint32_t pairs[2];
-  widen<From, To>(four, pairs);
+  upconvert<From, To>(four, pairs);
   fragment[0] = pairs[0], fragment[2] = pairs[1];
-  widen<From, To>(below, pairs);
+  upconvert<From, To>(below, pairs);
   fragment[1] = pairs[0], fragment[3] = pairs[1];
 }
 

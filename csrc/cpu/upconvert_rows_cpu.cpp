@@ -1,12 +1,12 @@
+#include "cpu/upconvert_rows.h"
 #include "cpu/vector.h"
-#include "cpu/widen_rows.h"
 #include "params/gemm.h"
 
 namespace forwardpass {
 namespace {
 
 template <Dtype D>
-INLINE void widen(const WidenedRows& p) {
+INLINE void widen(const UpconvertedRows& p) {
   const int64_t k = p.w.columns, blocks = ceil_div(k, kScaleBlock);
   for (int64_t row = p.first; row < p.last; ++row) {
     auto w = static_cast<const int8_t*>(p.w.data) + row * p.w.stride;
@@ -22,7 +22,7 @@ INLINE void widen(const WidenedRows& p) {
 
 }  // namespace
 
-CLONES void widen_rows(const WidenedRows& p) {
+CLONES void upconvert_rows(const UpconvertedRows& p) {
   if (p.w.dtype == Dtype::i8) return widen<Dtype::i8>(p);
   widen<Dtype::e4m3>(p);
 }
