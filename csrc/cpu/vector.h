@@ -151,8 +151,9 @@ INLINE i32x16 to_int(f32x16 v, float low, float high) {
   return bits<i32x16>(min(max(v, splat(low)), splat(high)) + 0x1.8p23f) - bits<int32_t>(0x1.8p23f);
 }
 
-// f(constant of the dtype), which must be INLINE: dispatch.h's would leave the clone that calls it. Once a call: around
-// the epilogue's load of a bias it kept g++ from moving the switch out of the loop, at 1.7 times the time.
+// f(constant of the dtype), which must be INLINE: device/dispatch.h's would leave the clone that calls it. One call per
+// dispatch: around the epilogue's load of a bias it kept g++ from moving the switch out of the loop, at 1.7 times the
+// time.
 template <class F>
 INLINE void with_float_dtype(Dtype dtype, F f) {
   switch (dtype) {

@@ -6,7 +6,7 @@
 namespace forwardpass {
 namespace {
 
-// The epilogue of rows from `row` and columns from `column`, a multiple of 16, on.
+// The epilogue for rows from `row` and columns from `column` on, a multiple of 16.
 Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
   if (e.b_scale_per_column) e.b_scale += column;
   if (e.bias) e.bias = static_cast<const char*>(e.bias) + column * size_of(e.bias_dtype);
@@ -17,7 +17,7 @@ Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
 
 }  // namespace
 
-// A thread takes some rows of the weight (some columns of the output) at a time: widened to fp32 they stay in its cache
+// A thread takes some rows of the weight (columns of the output) at a time: upconverted to fp32 they stay in its cache
 // while oneDNN multiplies by them, and so does the product until the epilogue has read it.
 void w8a16_gemm_cpu(const Tensor& x, const Matrix& w, const float* block_scale, const Epilogue& epilogue) {
   const Tensor a = torch::stable::to(x, ScalarType::Float);

@@ -1,4 +1,4 @@
-// The GEMMs' entry points: which kernel computes a shape, in which tiles and parts of K, and the launch of that kernel.
+// The GEMMs' entry points: the selection of a kernel for a shape, with its tiles and split-K, and the launch.
 #include "kernels/gemm.h"
 
 #include <algorithm>
@@ -10,22 +10,23 @@
 namespace forwardpass {
 namespace {
 
-// Rounds of tiles, by the columns of one: as long as a kernel takes, of those with tiles of as many rows.
-int64_t rounds(const GemmKernel& k, const GemmShape& s, const Device& d) {
+// A kernel's time, relative to others with as many rows per tile: rounds of tiles over the multiprocessors, times the
+// columns of a tile.
+int64_t relative_time(const GemmKernel& k, const GemmShape& s, const Device& d) {
   return ceil_div(ceil_div(s.m, k.tile_m) * ceil_div(s.n, k.tile_n), d.sms) * k.tile_n;
 }
 
-// Whether a is to be preferred to b.
+// Whether a is preferred to b.
 bool preferred(const GemmKernel& a, const GemmKernel& b, const GemmShape& s, const Device& d) {
-  // The fewest rows that hold M, or the most that there are: below 128 the weight's bytes bind, not the tensor cores
-  // (at 64 rows 128 operations a byte; an A100 does 312 a byte of its memory, an L40S 850, an H100 590; unmeasured).
-  // But what a tile has of a goes through shared memory too, be it zeros: modelled on an H100, int8 16 x 1024 x 1024
-  // takes 1.68 us in tiles of 128 rows, 0.58 in tiles of 16.
+  // The tile with the fewest rows that hold M or, if none does, with the most. Below 128 rows the weight's bytes bind,
+  // not the tensor cores (64 rows do 128 operations per byte; an A100 does 312 per byte of its memory's bandwidth, an
+  // L40S 850, an H100 590; unmeasured). But a tile's rows of a go through shared memory even if they are zeros:
+  // modelled on an H100, int8 16 x 1024 x 1024 takes 1.68 us in tiles of 128 rows, 0.58 in tiles of 16.
   if (a.tile_m != b.tile_m) return std::min(a.tile_m, b.tile_m) >= s.m ? a.tile_m < b.tile_m : a.tile_m > b.tile_m;
   if (a.arch.number != b.arch.number) return a.arch.number > b.arch.number;
-  // 128 x 256 needs 48 bytes a clock of L2, or 32 in clusters of two, 128 x 128 64 or 48; but of large tiles there are
-  // half as many, and the last round of them may leave more of the multiprocessors idle.
-  const int64_t of_a = rounds(a, s, d), of_b = rounds(b, s, d);
+  // 128 x 256 reads 48 bytes a clock from L2, 32 in clusters of two; 128 x 128 reads 64 or 48. But of large tiles there
+  // are half as many, and their last round may leave more of the multiprocessors idle.
+  const int64_t of_a = relative_time(a, s, d), of_b = relative_time(b, s, d);
   return of_a != of_b ? of_a < of_b : a.tile_n > b.tile_n;
 }
 
@@ -35,13 +36,14 @@ KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& 
   c.quantizes = s.group && kernel.quantizes && kernel.tile_n >= s.group;
   const int64_t rows = ceil_div(s.m, c.tile_m), columns = ceil_div(s.n, c.tile_n);
   if (kernel.cluster != Cluster::none) {
-    // The last tile of an odd number has none without work beside it: less than the bytes that it saves from 16 on.
+    // With an odd number of tiles one block of each last cluster has no work; from 16 tiles on that costs less than the
+    // bytes that sharing saves.
     const int64_t along = kernel.cluster == Cluster::along_m ? rows : columns;
     c.cluster = along % 2 == 0 || along > 16 ? 2 : 1;
     c.blocks = d.sms;
   }
-  // Fewer tiles than multiprocessors leave memory bandwidth unused: as many splits as fill them once. The partial sums,
-  // 8 bytes an output and split, stay in L2; at 16 rows they are half of the weight's bytes.
+  // Split-K: fewer tiles than multiprocessors leave memory bandwidth unused, so there are as many splits as fill them
+  // once. The partial sums, 8 bytes per output and split, stay in L2; at 16 rows they are half of the weight's bytes.
   const int64_t most = std::min(std::max<int64_t>(s.k / kernel.least_k, 1), int64_t{16});
   c.splits = std::min(std::max<int64_t>(d.sms / (rows * columns), 1), most);
   c.split_k = ceil_div(ceil_div(s.k, c.splits), kScaleBlock) * kScaleBlock;
