@@ -241,10 +241,10 @@ def rules(out, obj, home):
     command, _ = cxx()
     compiler = shlex.join(command)
     # Everything is compiled from the root by its relative name: messages, line tables and depfiles name no folder of ours.
-    common = "-MD -MF $out.d -std=c++17 -Icsrc"
+    common = "-MD -MF $out.d -std=c++20"
     include = f"{t}/include"  # torch's headers put __FILE__ into messages too
-    # -ffp-contract=off, because the formulas say where an fma is
-    compile_cxx = (f"{compiler} {common} -O3 -fPIC -fvisibility=hidden -Wall -Wextra{' -Werror' * STRICT} -Wno-psabi "
+    # -iquote, as <torch/…> is torch's and "torch/…" is csrc's; -ffp-contract=off, because the formulas say where an fma is
+    compile_cxx = (f"{compiler} {common} -iquote csrc -O3 -fPIC -fvisibility=hidden -Wall -Wextra{' -Werror' * STRICT} -Wno-psabi "
                    f"-fno-math-errno -fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
                    f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} $flags -c $in -o $out")  # fmt: skip
     depfile = " depfile = $out.d\n deps = gcc\n"
@@ -269,7 +269,7 @@ def rules(out, obj, home):
         return " ".join(made)
 
     csrc = ROOT / "csrc"
-    cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "interpreter")
+    cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] not in ("interpreter", "kernels"))
     flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
     text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
     core = []
@@ -291,9 +291,9 @@ def rules(out, obj, home):
         text.append(f"build {path(out / name)}: link {made}\n flags = -Wl,-Bsymbolic")
     cu, standin = [], []
     if home:
-        cu = sorted(p for p in csrc.glob("**/*_sm*.cu") if gencode(p))
+        cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
-        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -O3 -lineinfo --compress-mode=size"
+        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo --compress-mode=size"
                 f"{' -Werror all-warnings' * STRICT} -Xptxas -warn-spills,-warn-lmem-usage{',-Werror' * STRICT} "
                 f"-Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out")  # fmt: skip
         # Strict: any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
@@ -306,13 +306,14 @@ def rules(out, obj, home):
         # cudart's names must never be dynamic symbols: a CUDA torch has libcudart in the global scope and would win.
         # -z defs: a runtime call that is missing is a link error that names it.
         hide = "-Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs"
+        cuda = f"-isystem {q(f'{home}/include')}"
         kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)))
+        kernels += " " + objects("cxx", sorted(csrc.glob("kernels/**/*.cpp")), lambda s: cuda)
         flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
         text.append(f"build {path(out / '_kernels.so')}: link {kernels}\n flags = {flags}")
     if home and core:
         # The same objects against the interpreter's stand-in for cudart; programs get it as an archive.
         standin = sorted(csrc.glob("interpreter/standin/*.cpp"))
-        cuda = f"-isystem {q(f'{home}/include')}"
         program = objects("cxx", [p for p in standin if p.stem == "program"], lambda s: cuda)
         cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
         interpreter = path(out / "_interpreter.so")

@@ -1,7 +1,7 @@
 // For test_gates.py: one right kernel, and one for each way to fail a gate. They are compiled, never run.
 #include <cstdint>
 
-#include "common/shared_bytes.cuh"
+#include "device/shared_bytes.cuh"
 
 __device__ inline void mma_s8(int4& c, const int4& a, const int2& b) {
   asm volatile(

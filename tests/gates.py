@@ -35,7 +35,7 @@ TENSOR_CORE = [
     (r"gemm_mma_kernel<MmaConfig<E4m3", r"", ["QMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<Int8\b", r"", ["IGMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<E4m3", r"", ["QGMMA"]),
-    (r"gemm_wgmma_kernel<WgmmaConfig<Widened", r"", ["HGMMA"]),
+    (r"gemm_wgmma_kernel<WgmmaConfig<Upconverted", r"", ["HGMMA"]),
     (r"w8a16_gemm_kernel", r"", ["HMMA"]),
     (r"gemv_kernel<\(Dtype\)3>", r"", ["IMMA"]),  # int8
     (r"gemv_kernel", r"", ["HMMA"]),
@@ -65,7 +65,7 @@ def failures(k: cubin.Kernel) -> list[str]:
     if k.shared > k.limits.block_shared:
         said.append(f"{k.shared} bytes of shared memory, a block has at most {k.limits.block_shared}")
     if k.uses_dynamic_shared and k.dynamic_shared is None:
-        said.append("dynamic shared memory of a size that nothing states: see csrc/common/shared_bytes.cuh")
+        said.append("dynamic shared memory of a size that nothing states: see csrc/device/shared_bytes.cuh")
     if expected and not (loop and loop.mma):
         said.append(f"no loop with a tensor-core instruction, {' and '.join(expected)} expected")
     elif missing := [e for e in expected if not any(re.match(e, opcode) for opcode in loop.mma)]:

@@ -49,7 +49,7 @@ LOOPS = [
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, 128, 128\b", r"", None, PING_PONG),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, 128, 256\b", r"", 420, BLOCKS_WIDE),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, 128, 128\b", r"", None, BLOCKS),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Widened<\(Dtype\)1>, 128, 128\b", r"", 800, None),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<\(Dtype\)1>, 128, 128\b", r"", 800, None),
     Loop(r"gemm_(mma|wgmma)_kernel|w8a16_gemm_kernel|gemv_kernel", r"", None, None),
 ]
 
@@ -94,7 +94,7 @@ def claims(name: str) -> Claims | None:
         return Claims(32 * warps_m * warps_n, stages, (m + n) * depth, blocks)
     if c := re.search(r"\bWgmmaConfig<(\w+).*?, (\d+), (\d+), \d+, (\d+)>", name):
         m, n, stages = map(int, c.groups()[1:])
-        return Claims(3 * 128, stages, (m + n * (2 if c[1] == "Widened" else 1)) * 128, 1)
+        return Claims(3 * 128, stages, (m + n * (2 if c[1] == "Upconverted" else 1)) * 128, 1)
     if c := re.search(r"\bW8a16Config<\(Dtype\)\d, (\d+), (\d+), (\d+), (\d+)>", name):
         m, n, stages, blocks = map(int, c.groups())
         return Claims(n // 32 * max(1, m // 64) * 32, stages, (2 * m + n) * 64, blocks)

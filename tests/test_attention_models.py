@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def interpreted(implementation, arch):
     """Runs as soon as the kernel is there."""
-    attention = ROOT / "csrc/attention"
+    attention = ROOT / "csrc/kernels/attention"
     there = {
         ("triton", "sm_90a"): importlib.util.find_spec("forwardpass.ops.attention.triton_kernel") is not None,
         ("cuda", "sm_80"): "cudaErrorNotSupported" not in (attention / "attention_sm80.cu").read_text(),

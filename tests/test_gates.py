@@ -270,7 +270,7 @@ def test_tensor_core_table():
 
 def test_a_kernel_that_lacks_an_architecture_is_named(bad):
     assert gates.missing_architectures([bad["attention_kernel", "sm_90a"]]) == []
-    source = "csrc/quantize/quantize_sm80.cu"
+    source = "csrc/kernels/quantize/quantize_sm80.cu"
     (said,) = gates.missing_architectures(
         [dataclasses.replace(bad["spilling_kernel", arch], source=source) for arch in ("sm_80", "sm_89")]
     )

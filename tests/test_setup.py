@@ -104,7 +104,7 @@ def test_a_missing_or_old_setuptools_is_one_sentence(tmp_path, version):
 def test_architectures(setup_py, listed, built, left_out):
     made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
     assert made.arches() == (built, left_out)
-    hopper = made.gencode(ROOT / "csrc/attention/attention_sm90a.cu")
+    hopper = made.gencode(ROOT / "csrc/kernels/attention/attention_sm90a.cu")
     assert hopper == (["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"] if "90a" in built else [])
 
 

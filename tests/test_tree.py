@@ -12,15 +12,24 @@ from forwardpass.dispatch import operations
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSRC, PYTHON = ROOT / "csrc", ROOT / "python/forwardpass"
-KERNEL_FILES = [p for p in CSRC.rglob("*") if p.suffix in (".cu", ".cuh")]
-
+#: the folders of csrc whose files those of a folder may include; the interpreter stands apart
+INCLUDES = {
+    "params": {"params"},
+    "schedule": {"params", "schedule"},
+    "device": {"params", "schedule", "device"},
+    "kernels": {"params", "schedule", "device", "kernels"},
+    "cpu": {"params", "cpu", "torch"},
+    "torch": {"params", "cpu", "torch"},
+}
+#: what includes torch's headers, and CUDA's
+TORCH, CUDA = {"torch", "cpu"}, {"device", "kernels"}
 
 #: operations that call the kernels of others
 COMPOSED = ("int8_linear", "fp8_linear")
 
 
 def family(op):
-    """The folder an operation lives in: its own name, or that of the family it shares a kernel with."""
+    """The name that an operation's files have: its own, or that of the family it shares a kernel with."""
     return operations[op].package.rpartition(".")[2]
 
 
@@ -29,10 +38,10 @@ def test_an_operation_has_its_files_at_every_layer(op):
     name, compiled = family(op), operations[op].compiled
     files = ["__init__.py", "reference.py", "cases.py"] + ["triton_kernel.py"] * ("triton" in compiled)
     assert not [f for f in files if not (PYTHON / "ops" / name / f).exists()]
-    assert (CSRC / name / f"{name}.cpp").exists()
+    assert (CSRC / "torch" / f"{name}.cpp").exists()
     if "cuda" in compiled and name not in COMPOSED:
-        assert (CSRC / name / f"{name}.h").exists()
-        assert list((CSRC / name).glob(f"{name}_sm*.cu"))
+        assert (CSRC / "params" / f"{name}.h").exists()
+        assert list((CSRC / "kernels" / name).glob(f"{name}_sm*.cu"))
         assert (CSRC / "cpu" / f"{name}_cpu.cpp").exists() or "cpu" not in compiled
     assert (ROOT / "benchmarks" / f"{name}.py").exists()
     assert any(
@@ -40,18 +49,42 @@ def test_an_operation_has_its_files_at_every_layer(op):
     )
 
 
+def folders(*apart):
+    """(folder of csrc, file of it) of each file that is compiled, but of those apart."""
+    files = [(p.relative_to(CSRC).parts[0], p) for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    return [(folder, p) for folder, p in files if folder not in apart]
+
+
+def test_layers_are_kept_apart():
+    files = folders("interpreter")
+    assert {folder for folder, _ in files} == INCLUDES.keys()
+    included = {
+        (folder, top, str(p.relative_to(CSRC)))
+        for folder, p in files
+        for top in re.findall(r'#include "(?:(\w+)/)?', p.read_text())
+    }
+    assert not {(top, p) for folder, top, p in included if top not in INCLUDES[folder]}
+
+
 def test_kernels_see_no_torch_and_the_torch_side_no_cuda():
-    assert KERNEL_FILES
-    assert not [p for p in KERNEL_FILES if re.search(r"#include <(torch|ATen|c10)/", p.read_text())]
-    assert not [p for p in CSRC.rglob("*.cpp") if "cuda_runtime" in p.read_text()]
+    files = folders("interpreter")
+    torch = {folder for folder, p in files if re.search(r"#include <(torch|ATen|c10)/", p.read_text())}
+    cuda = {folder for folder, p in files if re.search(r"#include <cuda", p.read_text())}
+    assert (torch, cuda) == (TORCH, CUDA)
 
 
-def test_assembly_is_in_common_only():
-    """Of kernels. The interpreter speaks of it, and the stand-in for cudart, host code, names its symbols with asm labels."""
-    files = [
-        p for p in CSRC.rglob("*") if p.is_file() and p.relative_to(CSRC).parts[0] not in ("common", "interpreter")
-    ]
-    assert not [p for p in files if re.search(r"\basm\b", p.read_text())]
+def test_params_name_a_launcher_of_their_own():
+    struct = r'struct (\w+)(?: : \w+)? \{\n  static constexpr const char\* kLauncher = "(\w+)";'
+    declared = r"KERNEL_LIBRARY int (\w+)\(const forwardpass::(\w+)\* p, void\* stream\);"
+    headers = "".join(p.read_text() for p in (CSRC / "params").glob("*.h"))
+    launchers = re.findall(declared, headers)
+    assert sorted(launchers) == sorted((name, params) for params, name in re.findall(struct, headers))
+    assert len({name for name, _ in launchers}) == len(launchers) == headers.count("kLauncher = ")
+
+
+def test_assembly_is_of_shared_device_code():
+    """The interpreter speaks of it, and the stand-in for cudart, host code, names its symbols with asm labels."""
+    assert not [p for _, p in folders("device", "interpreter") if re.search(r"\basm\b", p.read_text())]
 
 
 #: Of python/forwardpass: what a package may import, beside the version. Who stands later may import who stands earlier.

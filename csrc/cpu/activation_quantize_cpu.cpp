@@ -2,16 +2,16 @@
 
 #include <vector>
 
-#include "activation_quantize/activation_quantize.h"
 #include "cpu/activation.h"
 #include "cpu/quantize_rows.h"
+#include "params/activation_quantize.h"
 
 namespace forwardpass {
 namespace {
 
 using cpu::f32x16;
 
-// x[c, c + n) of a plain activation, or the product with its up projection.
+// x[c, c + n) through an ungated activation, or the gate's activation times up.
 template <Dtype D, class F>
 INLINE f32x16 activated(const ActivationQuantizeParams& p, F activate, const void* x, int64_t c, int n) {
   if (!is_gated(p.activation)) return activate(cpu::load<D>(x, c, n));
@@ -19,7 +19,7 @@ INLINE f32x16 activated(const ActivationQuantizeParams& p, F activate, const voi
   return activate(cpu::load<D>(x, c, n)) * cpu::load<D>(x, p.out.columns + c, n);
 }
 
-// The activated row is kept (in L1 or L2), as the quantisation reads its values twice.
+// The activated row is kept in a buffer (L1 or L2), as the quantisation reads its values twice.
 template <Dtype D, class F>
 INLINE void rows(const ActivationQuantizeParams& p, F activate, int64_t first, int64_t last) {
   std::vector<float> kept(p.out.columns);

@@ -3,12 +3,13 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
-#include "torch_ops.h"
+#include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {
 
-// What torch's fused attention takes besides q, k and v is an additive mask: here of so many floats at a time.
+// Besides q, k and v torch's fused attention takes an additive mask only; it is written in parts of at most this many
+// floats.
 constexpr int64_t kMaskElements = int64_t{1} << 22;
 
 float float_at(const void* data, int64_t i, Dtype dtype) {
@@ -17,10 +18,10 @@ float float_at(const void* data, int64_t i, Dtype dtype) {
   return static_cast<const torch::headeronly::BFloat16*>(data)[i];
 }
 
-// Fewer rows are not worth the copies of k and v: one took 1.4 times as long as torch's, of four each as long.
+// Fewer rows do not pay for the copies of k and v: one row took 1.4 times as long as torch, four rows as long.
 constexpr int64_t kOwnRows = 4;
 
-// A batch whose members have the same numbers of rows and keys; with cu_seqlens one sequence.
+// A batch whose sequences have the same numbers of rows and keys; varlen: one sequence.
 struct Part {
   int64_t first_batch, batch, first_row, rows, first_key, keys;
 };
@@ -40,7 +41,7 @@ class PartAttention {
   void run() {
     if (part_.rows == 0) return;
     if (part_.keys == 0) return rows_without_keys();
-    // torch's causal mask is top-left; one row at the end sees every key.
+    // torch's causal mask is aligned top-left; a single row at the end sees every key.
     const int64_t offset = part_.keys - part_.rows;
     const bool causal = p_.right == 0 && offset == 0, left = p_.left < part_.keys - 1,
                right = !causal && p_.right < part_.rows - 1, limited = !own_ && (left || right);
@@ -55,7 +56,7 @@ class PartAttention {
   }
 
  private:
-  // [batches, heads, count, keys] fp32: what is added to the scores, -inf where a key may not be attended to.
+  // [batches, heads, count, keys] fp32, the additive mask: -inf where a key is not attended to.
   Tensor mask(int64_t batches, int64_t heads, int64_t row, int64_t count) const {
     Tensor t = contiguous_rows({batches, heads, count, part_.keys}, ScalarType::Float, q_);
     auto data = static_cast<float*>(t.mutable_data_ptr());
@@ -145,7 +146,7 @@ class PartAttention {
                                        mask, std::optional<double>(p_.scale));
     const auto o = torch::stable::detail::to<Tensor>(results[0]), lse = torch::stable::detail::to<Tensor>(results[1]);
     Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row + first, count, p_.value_dim);
-    // [batch, heads, count, 1]: what multiplies each row
+    // [batch, heads, count, 1]: the factor of each row
     Tensor factors = contiguous_rows({part_.batch, p_.heads, count, 1}, ScalarType::Float, q_);
     if (finish(lse, q, k, causal, mask, first, static_cast<float*>(factors.mutable_data_ptr()))) {
       torch::stable::detail::to<Tensor>(call_overload("aten::mul", "out", o, factors, to)[0]);
@@ -154,7 +155,7 @@ class PartAttention {
     }
   }
 
-  // Adds what torch leaves out: sinks, and the lse of rows for which it says 0. Returns whether a factor is not 1.
+  // Adds what torch lacks: sinks, and the lse of rows for which it returns 0. Returns whether any factor is not 1.
   bool finish(const Tensor& lse, const Tensor& q, const Tensor& k, bool causal, const OptionalTensor& mask,
               int64_t first, float* factors) {
     auto from = static_cast<const float*>(lse.const_data_ptr());
@@ -171,7 +172,8 @@ class PartAttention {
     return !all_one;
   }
 
-  // torch's maximum skips NaN, and where it stays -inf the row is 0 and so is its lse: masked whole, or NaN whole.
+  // torch's maximum ignores NaN; if it stays -inf the row is 0 and so is its lse: either the row is fully masked, or
+  // all of its scores are NaN.
   float lse_where_torch_has_0(const Tensor& q, const Tensor& k, bool causal, const OptionalTensor& mask, int64_t b,
                               int64_t h, int64_t i) const {
     const int64_t kv_head = h / (p_.heads / p_.kv_heads), from_q = b * q.stride(0) + h * q.stride(1) + i * q.stride(2),
@@ -189,13 +191,13 @@ class PartAttention {
       for (int64_t d = 0; d < p_.head_dim; ++d)
         score += p_.scale * float_at(q.const_data_ptr(), from_q + d, p_.dtype) *
                  float_at(k.const_data_ptr(), from_k + j * k.stride(2) + d, p_.dtype);
-      if (std::isfinite(score)) return 0;  // a score like any other: the sum of the exponentials is 1
+      if (std::isfinite(score)) return 0;  // an ordinary score: the sum of the exponentials is 1
       if (score != score) lse = score;
     }
     return lse;
   }
 
-  // Returns what is left of the row's output: a factor, NaN for a row that is NaN.
+  // Returns the factor of the row's output, NaN for a row of NaN.
   float add_sink(float& lse, int64_t head) const {
     if (!p_.sinks) return lse == lse ? 1 : lse;
     const float sink = float_at(p_.sinks, head, p_.sinks_dtype), without = lse;
@@ -224,7 +226,7 @@ class PartAttention {
 
   const AttentionParams& p_;
   const Part part_;
-  const bool own_;  // no torch: attention_rows
+  const bool own_;  // attention_rows instead of torch
   const Tensor &q_, &k_, &v_;
   Tensor& out_;
 };
@@ -241,7 +243,7 @@ void attention_cpu(const AttentionParams& p, const Tensor& q, const Tensor& k, c
   STD_TORCH_CHECK(p.softcap == 0 && p.head_dim == p.value_dim,
                   "attention: torch's fused attention has no softcap, and v has the columns of q");
   if (!p.cu_seqlens_q) {
-    // What torch's products of a batch add up in which order may depend on its size.
+    // The order in which torch's batched GEMM accumulates may depend on the batch size.
     const int64_t step = p.batch_invariant ? 1 : p.batch;
     for (int64_t b = 0; b < p.batch; b += step) PartAttention(p, {b, step, 0, p.rows, 0, p.keys}, q, k, v, out).run();
     return;

@@ -1,40 +1,40 @@
-// Flash attention in fp32: blocks of keys against tiles of rows, scores in a buffer of one tile, the softmax online.
+// Flash attention in fp32: key blocks against tiles of rows, scores in a buffer for one tile, online softmax.
 //
-// Bound by the fused multiply-adds of both products, two a cycle, and by the exponentials: of 128 keys and 32 columns
-// 256 and some 160 cycles a row. So a tile is as many rows and columns as keep 16 sums in registers, twice what the
-// latency of two multiply-adds a cycle asks for; and k, transposed, and v are copied into panels as wide as a tile,
-// which are read from end to end, where rows of several heads apart fall on few sets of the L1 cache.
+// Bound by the fused multiply-adds of both GEMMs, two per cycle, and by the exponentials: 256 and about 160 cycles per
+// row, for 128 keys and 32 columns. So a tile has as many rows and columns as keep 16 accumulators in registers, twice
+// what the latency of two multiply-adds per cycle needs; and k, transposed, and v are copied into panels as wide as a
+// tile and read sequentially, as rows that are several heads apart fall into few sets of the L1 cache.
 //
-// Torch's time over this one's, in turn, one thread of a Xeon with AMX: 8 x 12 heads of 128 x 128 and 32 columns 1.28,
-// causal 1.54; 32 x 12 of 64 x 64 and 32 1.40, 1.30; 2 x 12 of 512 x 512 and 64 1.19, 1.98. With 128 columns it
-// was 1.0.
+// Torch's time over this one's, measured in turn, one thread of a Xeon with AMX: 8 x 12 heads of 128 x 128 and 32
+// columns 1.28, causal 1.54; 32 x 12 of 64 x 64 and 32 1.40, 1.30; 2 x 12 of 512 x 512 and 64 1.19, 1.98. With 128
+// columns it was 1.0.
 #include <algorithm>
 #include <memory>
 
-#include "check.h"
 #include "cpu/activation.h"
 #include "cpu/attention_rows.h"
 #include "cpu/capability.h"
 #include "cpu/transpose.h"
+#include "torch/check.h"
 
 namespace forwardpass {
 namespace cpu {
 namespace {
 
 constexpr int kWide = 2 * kLanes;  // columns of a tile and of a panel
-// Beyond, torch is as fast, and sums one behind the other of so many products are less exact than its.
+// With more columns torch is as fast, and one sequential sum of so many products is less exact than torch's.
 constexpr int64_t kMostColumns = 64;
-constexpr int64_t kKeys = 256;   // of a block: at 64 columns k and v are 128 KB, in a part of L2
-constexpr int64_t kChunk = 512;  // rows that share the copies of k and v: a fortieth of the time
+constexpr int64_t kKeys = 256;   // keys of a block: at 64 columns k and v are 128 KB, part of L2
+constexpr int64_t kChunk = 512;  // rows that share the copies of k and v, which take a fortieth of the time
 
-// As one load; splat adds zero first. Everywhere it would not do: g++ then built constants lane by lane in the loops of
-// the quantising kernels, which took twice as long.
+// A broadcast as one load; splat adds zero first. Not for use everywhere: with it g++ built constants lane by lane in
+// the loops of the quantising kernels, which took twice as long.
 INLINE f32x16 broadcast(const float* p) {
   const float v = *p;
   return f32x16{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v};
 }
 
-// c [R, 16 V] = or += a [R, depth] b [depth, 16 V]; of b a panel's columns.
+// c [R, 16 V] = or += a [R, depth] b [depth, 16 V]; b has the columns of a panel.
 template <int R, int V, bool kAdd>
 INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t depth) {
   f32x16 sums[R][V];
@@ -62,7 +62,7 @@ INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c,
     }
 }
 
-// f of all 16 lanes, in a tree.
+// Reduces all 16 lanes by f, in a tree.
 template <class F>
 INLINE float reduce(f32x16 x, F f) {
   x = f(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -71,16 +71,16 @@ INLINE float reduce(f32x16 x, F f) {
   return f(x, __builtin_shufflevector(x, x, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0))[0];
 }
 
-// A block of keys of one head, for rows of it.
+// A key block of one head.
 struct Block {
-  int64_t first, keys;  // of how many, the first
+  int64_t first, keys;  // the first key, and how many
   float *k, *v;         // panels of 32 keys [columns][32]; of 32 columns [kKeys][32]
-  float* scores;        // of a tile, its rows `stride` apart: a constant made g++ load 16 lanes to broadcast one
+  float* scores;        // of a tile, rows `stride` apart; with a constant stride g++ loaded 16 lanes to broadcast one
   int64_t stride;
 };
 
-// A row's scores -> exponentials of their distance to the largest so far, in units of log2(e); its maximum, its sum,
-// and its output so far follow.
+// Turns a row's scores, in units of log2(e), into exponentials of their distance to the running maximum; updates the
+// row's maximum, sum and output.
 INLINE void exponentials(const AttentionRows& p, const Block& block, float* scores, const float* mask, int64_t place,
                          float& maximum, float& sum, float* out) {
   const int low = static_cast<int>(std::max<int64_t>(place - p.left - block.first, 0)),
@@ -98,21 +98,21 @@ INLINE void exponentials(const AttentionRows& p, const Block& block, float* scor
   const float before = maximum;
   maximum =
       std::max(before, reduce(largest, [](f32x16 a, f32x16 b) __attribute__((always_inline)) { return max(a, b); }));
-  const float from = maximum == -INFINITY ? 0 : maximum;  // of no key yet, as the difference would be NaN
+  const float from = maximum == -INFINITY ? 0 : maximum;  // before the first key, as the difference would be NaN
   f32x16 sums{};
   for (int c = 0; c < block.keys; c += kLanes) {
     const f32x16 e = exp2_negative(load<Dtype::f32>(scores, c) - from);
     store<Dtype::f32>(e, scores, c);
     sums += e;
   }
-  // Nothing is kept of no key; the branch saves a twelfth of the time where all keys are in one block.
+  // There is no output before the first key; the branch saves a twelfth of the time if all keys are in one block.
   const float kept = before == maximum || before == -INFINITY ? 1 : exp2_negative(splat(before - from))[0];
   sum = sum * kept + reduce(sums, [](f32x16 a, f32x16 b) __attribute__((always_inline)) { return a + b; });
   if (kept == 1) return;
   for (int64_t c = 0; c < p.columns; c += kLanes) store<Dtype::f32>(load<Dtype::f32>(out, c) * kept, out, c);
 }
 
-// The state of a chunk's rows between blocks.
+// The state of a chunk's rows between key blocks.
 struct Rows {
   const float *q, *mask;
   float* out;
@@ -120,7 +120,7 @@ struct Rows {
   float maximum[kChunk], sum[kChunk];
 };
 
-// R rows of a chunk, from the i-th on, against a block.
+// R rows of a chunk, from row i on, against a key block.
 template <int R>
 INLINE void tile(const AttentionRows& p, Block block, Rows& rows, int64_t i) {
   const int64_t first = rows.place + i, last = first + R - 1;
@@ -143,7 +143,7 @@ INLINE void tile(const AttentionRows& p, Block block, Rows& rows, int64_t i) {
     multiply<R, 1, true>(block.scores, block.stride, block.v + c * kKeys, out + c, p.out.row, block.keys);
 }
 
-// k transposed, and v. Scores of what is left of the last panel are never read.
+// Copies k, transposed, and v. The scores of a last panel's unused columns are never read.
 INLINE void copy(const AttentionRows& p, const float* k, const float* v, Block& block) {
   for (int64_t j = 0; j < block.keys; j += kLanes) {
     const int n = static_cast<int>(std::min<int64_t>(block.keys - j, kLanes));
@@ -171,12 +171,12 @@ void chunk(const AttentionRows& p, int64_t batch, int64_t head, int64_t first, i
   rows.mask = p.mask ? p.mask + batch * p.mask_batch + head * p.mask_head + first * p.keys : nullptr;
   rows.out = const_cast<float*>(at(p.out, head)) + first * p.out.row;
   rows.place = p.place + first;
-  // The next head's rows, which are 128 bytes here and there to the hardware: 5 % of the time.
+  // Prefetches the next head's rows, whose pieces of 128 bytes the hardware does not predict: 5 % of the time.
   auto prefetch = [&](const AttentionTensor& t, const float* of, int64_t i) __attribute__((always_inline)) {
     for (int r = 0; r < 8; ++r)
       for (int64_t c = 0; c < p.columns; c += kLanes) __builtin_prefetch(of + (i + r) * t.row + t.head + c);
   };
-  const float sink = p.sinks ? p.sinks[head] * kLog2e : -INFINITY;  // a key with this score, whose value is 0
+  const float sink = p.sinks ? p.sinks[head] * kLog2e : -INFINITY;  // one more key with this score and value 0
   for (int64_t i = 0; i < count; ++i) {
     rows.maximum[i] = sink, rows.sum[i] = sink == -INFINITY ? 0 : 1;
     std::fill_n(rows.out + i * p.out.row, p.columns, 0.0f);
@@ -188,7 +188,7 @@ void chunk(const AttentionRows& p, int64_t batch, int64_t head, int64_t first, i
     copy(p, k, v, block);
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
-      if (block.first + kKeys >= end)  // once, and not before it is needed
+      if (block.first + kKeys >= end)  // once, when it is needed
         prefetch(p.q, rows.q, i), prefetch(p.k, k, i), prefetch(p.v, v, i), prefetch(p.out, rows.out, i);
       tile<8>(p, block, rows, i);
     }
@@ -218,7 +218,7 @@ bool takes_attention_rows(int64_t columns) {
 
 void attention_rows(const AttentionRows& p) {
   using namespace cpu;
-  // Few heads are shared by the threads in shorter chunks.
+  // With few heads the threads share each in shorter chunks.
   const int64_t chunk_rows = p.batch * p.heads * ((p.rows + kChunk - 1) / kChunk) < 16 ? kChunk / 8 : kChunk,
                 chunks = (p.rows + chunk_rows - 1) / chunk_rows, items = p.batch * p.heads * chunks;
   const int64_t work = 2 * std::min(chunk_rows, p.rows) * p.keys * p.columns;

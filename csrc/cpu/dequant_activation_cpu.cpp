@@ -1,7 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/epilogue.h"
-#include "dequant_activation/dequant_activation.h"
+#include "params/dequant_activation.h"
 
 namespace forwardpass {
 namespace {

@@ -1,11 +1,11 @@
 #pragma once
-// The epilogue on the CPU: rows of accumulators -> output (csrc/common/params.h, Epilogue).
+// The epilogue on the CPU: from rows of accumulators to the output (Epilogue in params/common.h).
 #include "cpu/activation.h"
 
 namespace forwardpass::cpu {
 
-// A row goes through the formula's steps in blocks of so many columns, each step a loop without branches over a block
-// that stays in L1. One loop over vectors with all the branches in it took 1.5 times as long.
+// A row goes through the steps of the formula in blocks of this many columns; each step is a loop without branches over
+// a block that stays in L1. A single loop over vectors, with all branches in it, took 1.5 times as long.
 constexpr int64_t kBlock = 512;
 
 // y[i] = fma(float(acc[c + i] - zero_point * b_sum), a_scale * b_scale, bias) for i < n
@@ -35,7 +35,7 @@ INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t 
   });
 }
 
-// y in place. Gated: n / 2 outputs of 8 gates beside 8 ups each.
+// Activates y in place. Gated: n / 2 outputs, from 8 gates beside 8 ups each.
 INLINE void activate_block(Activation activation, float* y, int64_t n) {
   if (activation == Activation::none) return;
   with_activation(activation, [&](auto activate) __attribute__((always_inline)) {
@@ -47,7 +47,7 @@ INLINE void activate_block(Activation activation, float* y, int64_t n) {
   });
 }
 
-// n outputs from column `first` on.
+// Stores n outputs from column `first` on.
 INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t first, int64_t n) {
   auto out = static_cast<char*>(e.out) + (row * e.out_stride + first) * size_of(e.out_dtype);
   if (!e.out_scale) {
@@ -70,7 +70,7 @@ INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t 
   }
 }
 
-// acc: one row of int32 or float accumulators, `columns` of them; row: where it goes in the output.
+// acc: a row of `columns` int32 or float accumulators; row: its row of the output.
 template <Dtype Acc>
 INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
   float kept[kBlock];

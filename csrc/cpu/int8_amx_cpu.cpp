@@ -1,9 +1,9 @@
-// int8 products in AMX's tiles: a tile is 16 rows of 64 bytes, and one instruction adds to 16 x 16 int32 the products
-// of 64 columns, in 16 cycles.
+// The int8 GEMM on AMX tiles. A tile is 16 rows of 64 bytes; one instruction adds the products of 64 columns to 16 x 16
+// int32, in 16 cycles.
 //
-// What costs a CPU time is less the products than what is around them: 1024 x 384 times 384 x 384 are 75 us of a core's
-// tiles, and 0.6 MB of int32 to be written by one pass and read by the next. So 32 rows at a time go through all three
-// steps in a core's own caches: they are quantised, multiplied by all of b, and their sums are dequantised.
+// The products cost a CPU less time than what surrounds them: 1024 x 384 times 384 x 384 takes 75 us of a core's tiles,
+// and 0.6 MB of int32 that one pass writes and the next one reads. So 32 rows at a time go through all three steps in a
+// core's own caches: quantisation, product with all of b, epilogue.
 #include "cpu/int8_amx.h"
 
 #if defined(__x86_64__)
@@ -15,10 +15,10 @@
 #include <algorithm>
 #include <memory>
 
-#include "check.h"
 #include "cpu/capability.h"
 #include "cpu/row_chunks.h"
 #include "cpu/transpose.h"
+#include "torch/check.h"
 
 namespace forwardpass {
 
@@ -27,19 +27,19 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kTile = kTileRows * kTileBytes;
-constexpr int64_t kRows = 2 * kTileRows, kColumns = 2 * kTileRows;  // of sums, in four tiles
+constexpr int64_t kRows = 2 * kTileRows, kColumns = 2 * kTileRows;  // of accumulators, in four tiles
 
 int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Memory on cache lines, of which tiles are made.
+// Memory aligned to cache lines, from which tiles are loaded.
 struct alignas(64) Lines {
   uint8_t bytes[64];
 };
 using Memory = std::unique_ptr<Lines[]>;
 Memory lines(int64_t bytes) { return Memory(new Lines[(bytes + 63) / 64]); }
 
-// 16 rows of b, 64 columns of them: a tile whose rows hold 4 columns each, of all 16. What b has not is zero, and so
-// are its products with whatever is there of a.
+// Packs 16 rows by 64 columns of b into a tile, each of whose rows holds 4 columns of all 16. What is outside b is
+// zero, and so are its products with any values of a.
 __attribute__((target("arch=x86-64-v4"))) void pack_tile(const Matrix& b, int64_t row, int64_t column, uint8_t* tile) {
   const int64_t rows = std::min(kTileRows, b.rows - row), bytes = std::min(kTileBytes, b.columns - column);
   const uint8_t* from = static_cast<const uint8_t*>(b.data) + row * b.stride + column;
@@ -55,7 +55,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// sums [32, columns] = a [32, depth] b; b packed: of 16 columns its tiles, one behind the other.
+// sums [32, columns] = a [32, depth] b; b is packed: the tiles of 16 of its columns are contiguous.
 __attribute__((target("amx-tile,amx-int8"))) void multiply(const uint8_t* a, int64_t a_stride, const uint8_t* b,
                                                            int64_t depth, int32_t* sums, int64_t columns) {
   const int64_t strip = depth / kTileBytes * kTile, sums_stride = columns * 4;
@@ -120,7 +120,7 @@ void int8_amx(const Matrix& a, const Matrix& b, const Epilogue& epilogue, const 
       for (int64_t t = 0; t < tiles; ++t)
         pack_tile(b, j * kTileRows, t * kTileBytes, b_tiles + (j * tiles + t) * kTile);
   });
-  const int64_t a_stride = depth + kTileBytes;  // not a power of two: 16 rows would be in one set of L1
+  const int64_t a_stride = depth + kTileBytes;  // not a power of two, with which 16 rows would share a set of L1
   torch::stable::parallel_for(0, up_to(m, kRows) / kRows, 1, [&](int64_t first, int64_t last) {
     const Memory rows = lines(kRows * a_stride), sums = lines(kRows * columns * 4);
     auto a_rows = rows[0].bytes;

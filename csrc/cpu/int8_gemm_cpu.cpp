@@ -4,16 +4,16 @@
 #include "cpu/capability.h"
 #include "cpu/int8_amx.h"
 #include "cpu/row_chunks.h"
+#include "cpu/upconvert_rows.h"
 #include "cpu/vector.h"
-#include "cpu/widen_rows.h"
-#include "dequant_activation/dequant_activation.h"
-#include "int8_operands.h"
-#include "torch_ops.h"
+#include "params/dequant_activation.h"
+#include "torch/int8_operands.h"
+#include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {
 
-// Whether torch's _int_mm is oneDNN's: it wants VNNI, and is three nested loops without it.
+// Whether torch's _int_mm is oneDNN's: that needs VNNI, without which it is three nested loops.
 bool has_vnni() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512vnni") && cpu::avx512_is_left();
@@ -28,10 +28,10 @@ CLONES void add_to(int32_t* acc, int64_t stride, const float* part, int64_t rows
       acc[r * stride + c] = (first ? 0 : acc[r * stride + c]) + static_cast<int32_t>(part[r * columns + c]);
 }
 
-// By sgemm, exactly: sums of 1024 products of int8 are integers of at most 2^24, in whatever order. On an AVX2 EPYC
-// core 128 x 384 times 384 x 1536 takes _int_mm 78 ms, sgemm 2.1 ms.
+// By sgemm, which is exact: sums of 1024 int8 products are integers of at most 2^24, in any order. On one core of an
+// AVX2 EPYC 128 x 384 times 384 x 1536 takes 78 ms by _int_mm, 2.1 ms by sgemm.
 Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
-  constexpr int64_t kDepth = 1024, kColumns = 256;  // 1 MB of widened b
+  constexpr int64_t kDepth = 1024, kColumns = 256;  // 1 MB of upconverted b
   const int64_t m = a.size(0), k = a.size(1), n = b_transposed.size(1), stride = b_transposed.stride(1);
   Tensor acc = contiguous_rows({m, n}, ScalarType::Int, a), rows = torch::stable::to(a, ScalarType::Float),
          widened = contiguous_rows({std::min(kColumns, n), std::min(kDepth, k)}, ScalarType::Float, a);
@@ -43,7 +43,7 @@ Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
     const Tensor some = torch::stable::narrow(rows, 1, d, depth);
     for (int64_t c = 0; c < n; c += kColumns) {
       const int64_t columns = std::min(kColumns, n - c);
-      widen_rows({b, nullptr, c, c + columns, to});
+      upconvert_rows({b, nullptr, c, c + columns, to});
       const Tensor part = call("aten::mm", some, transposed(widened, {to, Dtype::f32, columns, depth, depth}));
       add_to(out + c, n, static_cast<const float*>(part.const_data_ptr()), m, columns, d == 0);
     }
@@ -51,8 +51,8 @@ Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
   return acc;
 }
 
-// Whether oneDNN's kernel adds exactly. Held below VNNI by ONEDNN_MAX_CPU_ISA, it saturates the 16-bit sums of two
-// products; the largest ones show it.
+// Whether oneDNN's kernel is exact. Restricted below VNNI by ONEDNN_MAX_CPU_ISA, it saturates the 16-bit sums of two
+// products; the largest products show that.
 bool int_mm_is_exact(const Tensor& like) {
   constexpr int64_t kRows = 16, kDepth = 64;
   Tensor largest = contiguous_rows({kRows, kDepth}, ScalarType::Char, like);
@@ -67,9 +67,9 @@ Tensor multiply(const Tensor& a, const Tensor& b_transposed) {
   return use_int_mm ? call("aten::_int_mm", a, b_transposed) : multiply_as_floats(a, b_transposed);
 }
 
-// Fewer rows do not pay for the packing of b, and of a larger b, which every 32 rows read whole, not all stays in L2:
-// one thread takes 0.55 of oneDNN's time at 1024 x 384 times 384 x 384, 0.5 times 384 x 1536 and at 768 x 768, 0.95
-// with 768 x 3072, and 1.1 with 1024 x 4096.
+// Fewer rows do not pay for packing b, and of a larger b, all of which every 32 rows read, not all stays in L2. One
+// thread takes 0.55 of oneDNN's time at 1024 x 384 times 384 x 384, 0.5 times 384 x 1536 and at 768 x 768, 0.95 with
+// 768 x 3072, and 1.1 with 1024 x 4096.
 constexpr int64_t kAmxRows = 32, kAmxWeight = 1 << 20;
 
 }  // namespace
@@ -83,15 +83,15 @@ void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& 
   }
   auto rows = [&](int64_t first, int64_t count) {
     if (quantize) quantize_cpu(rows_from(*quantize, first, count));
-    Tensor whole = a;  // narrow takes a reference that is not const
+    Tensor whole = a;  // narrow takes a non-const reference
     Tensor acc = multiply(torch::stable::narrow(whole, 0, first, count), b_transposed);
     dequant_activation_cpu({matrix(acc, "int8_gemm", "acc"), rows_from(epilogue, first)});
   };
-  // With rows enough for every thread, a thread takes some of them through all three passes while they are in its
-  // cache. oneDNN packs b on each call, and each call costs some 20 us, which 128 rows hide for a small b and 512 for a
-  // large one (one EPYC 9005 core: 0.47 of 0.51 TMAC/s at 384 x 1536, 0.45 at 4096 x 4096). With fewer rows the threads
-  // share each pass. All 36 products of MiniLM at 8 x 128 tokens, two threads: 16.2 ms in chunks of 256 rows, 15.4 of
-  // 512.
+  // If there are enough rows for every thread, a thread takes some of them through all three passes while they are in
+  // its cache. oneDNN packs b on each call, and a call costs about 20 us, which 128 rows hide for a small b and 512 for
+  // a large one (one EPYC 9005 core: 0.47 of 0.51 TMAC/s at 384 x 1536, 0.45 at 4096 x 4096). With fewer rows the
+  // threads share each pass. All 36 products of MiniLM at 8 x 128 tokens, two threads: 16.2 ms in chunks of 256 rows,
+  // 15.4 in chunks of 512.
   const int64_t threads = torch::stable::get_num_threads(), share = (m + threads - 1) / threads;
   constexpr int64_t kMost = 512;
   if (share < (n * k <= (1 << 21) ? 128 : kMost)) return rows(0, m);

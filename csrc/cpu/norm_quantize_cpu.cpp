@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cpu/quantize_rows.h"
-#include "norm_quantize/norm_quantize.h"
+#include "params/norm_quantize.h"
 
 namespace forwardpass {
 namespace {
@@ -15,7 +15,7 @@ INLINE f32x16 load_affine(const Affine& a, int64_t c, int n) {
   return a.dtype == Dtype::f32 ? cpu::load<Dtype::f32>(a.data, c, n) : cpu::load<D>(a.data, c, n);
 }
 
-// v: [columns] floats for the row at hand, which stays in the cache: 16-bit values are converted once.
+// v: [columns] floats for the current row, which stays in the cache: 16-bit values are converted once.
 template <Dtype D>
 INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
   constexpr int64_t kSize = size_of(D);
@@ -31,8 +31,8 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
       x = sum;
     }
 
-    // A layer norm does not change when all of a row is shifted: taken from the row's first value on, a large common
-    // offset costs no accuracy, and a constant row has variance 0 exactly.
+    // A layer norm does not change when the whole row is shifted. Computed relative to the row's first value, a large
+    // common offset costs no accuracy, and a constant row has variance 0 exactly.
     float mean = 0;
     if (p.kind == Norm::layer) {
       const float pivot = cpu::load<D>(x, 0, 1)[0];

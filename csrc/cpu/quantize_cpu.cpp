@@ -1,7 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/quantize_rows.h"
-#include "quantize/quantize.h"
+#include "params/quantize.h"
 
 namespace forwardpass {
 namespace {

@@ -17,8 +17,8 @@ INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t grou
     inverse = 1.0f / *out.static_scale;
     if (out.static_zero_point) zero_point = *out.static_zero_point;
   } else {
-    // As integers, magnitudes order as the floats do, with infinity and NaN on top: a NaN makes the scale NaN, never
-    // disappears.
+    // Compared as integers, magnitudes are ordered as the floats are, with infinity and NaN on top: a NaN makes the
+    // scale NaN and cannot get lost.
     u32x16 highs{}, lows{};  // of the values >= 0, and of those < 0
     for_each_vector(
         begin, end, VECTOR_BODY(&) {

@@ -1,7 +1,7 @@
 #pragma once
-// The rows of a product that are taken through what is before and behind it, some at a time.
-#include "dequant_activation/dequant_activation.h"
-#include "quantize/quantize.h"
+// Rows of a GEMM that go through quantisation, product and epilogue together, a chunk at a time.
+#include "params/dequant_activation.h"
+#include "params/quantize.h"
 
 namespace forwardpass {
 

@@ -3,8 +3,8 @@
 
 namespace forwardpass::cpu {
 
-// 16 x 16 elements of 32 bits, of rows `stride` bytes apart, of which there are n, the others zero: their transpose,
-// with rows `to_stride` bytes apart.
+// Transposes 16 x 16 elements of 32 bits. The source has n rows, `stride` bytes apart; missing rows are zero. The
+// result's rows are `to_stride` bytes apart.
 INLINE void transpose(const void* from, int64_t stride, int n, void* to, int64_t to_stride) {
   u32x16 x[kLanes], y[kLanes];
 #pragma GCC unroll 16

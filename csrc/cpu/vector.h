@@ -1,14 +1,14 @@
 #pragma once
-// What the CPU kernels share: 16 fp32 lanes as a g++ vector type. A kernel's outer function is marked CLONES and is
-// compiled three times (AVX-512: one register; AVX2: two; baseline: four) and chosen at load time; all that it calls
-// must be INLINE to be compiled with it. Loops left to the auto-vectoriser were tried first: it gave up on most of
-// them, at 3.4 ns an element.
+// What the CPU kernels share: 16 fp32 lanes as a g++ vector type. A kernel's outer function is marked CLONES: it is
+// compiled three times (AVX-512: one register; AVX2: two; baseline: four) and one is chosen at load time; all functions
+// that it calls must be INLINE to be compiled with it. Loops left to the auto-vectoriser were tried first: it gave up
+// on most of them, at 3.4 ns an element.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "common/params.h"
+#include "params/common.h"
 
 #if defined(__x86_64__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -151,8 +151,9 @@ INLINE i32x16 to_int(f32x16 v, float low, float high) {
   return bits<i32x16>(min(max(v, splat(low)), splat(high)) + 0x1.8p23f) - bits<int32_t>(0x1.8p23f);
 }
 
-// f(constant of the dtype), which must be INLINE: dispatch.h's would leave the clone that calls it. Once a call: around
-// the epilogue's load of a bias it kept g++ from moving the switch out of the loop, at 1.7 times the time.
+// f(constant of the dtype), which must be INLINE: device/dispatch.h's would leave the clone that calls it. One call per
+// dispatch: around the epilogue's load of a bias it kept g++ from moving the switch out of the loop, at 1.7 times the
+// time.
 template <class F>
 INLINE void with_float_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -174,7 +175,7 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F f) {
 }
 #define VECTOR_BODY(captures) [captures](int64_t c, int n) __attribute__((always_inline))
 
-// Rows a thread takes at least: 16 K elements take some 5 us, as long as waking the other threads.
+// The least number of rows per thread: 16 K elements take about 5 us, as long as waking the other threads.
 INLINE int64_t grain(int64_t columns) { return columns < 16384 ? 16384 / (columns > 0 ? columns : 1) : 1; }
 
 }  // namespace forwardpass::cpu

@@ -1,5 +1,5 @@
 #pragma once
-#include "check.h"
+#include "torch/check.h"
 
 namespace forwardpass {
 

@@ -1,12 +1,12 @@
+#include "cpu/upconvert_rows.h"
 #include "cpu/w8a16_gemm.h"
-#include "cpu/widen_rows.h"
-#include "dequant_activation/dequant_activation.h"
-#include "torch_ops.h"
+#include "params/dequant_activation.h"
+#include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {
 
-// The epilogue of rows from `row` and columns from `column`, a multiple of 16, on.
+// The epilogue for rows from `row` and columns from `column` on, a multiple of 16.
 Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
   if (e.b_scale_per_column) e.b_scale += column;
   if (e.bias) e.bias = static_cast<const char*>(e.bias) + column * size_of(e.bias_dtype);
@@ -17,7 +17,7 @@ Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
 
 }  // namespace
 
-// A thread takes some rows of the weight (some columns of the output) at a time: widened to fp32 they stay in its cache
+// A thread takes some rows of the weight (columns of the output) at a time: upconverted to fp32 they stay in its cache
 // while oneDNN multiplies by them, and so does the product until the epilogue has read it.
 void w8a16_gemm_cpu(const Tensor& x, const Matrix& w, const float* block_scale, const Epilogue& epilogue) {
   const Tensor a = torch::stable::to(x, ScalarType::Float);
@@ -30,7 +30,7 @@ void w8a16_gemm_cpu(const Tensor& x, const Matrix& w, const float* block_scale, 
     for (int64_t column = begin * chunk; column < std::min(end * chunk, n); column += chunk) {
       const int64_t columns = std::min(chunk, n - column);
       auto to = static_cast<float*>(widened.mutable_data_ptr());
-      widen_rows({w, block_scale, column, column + columns, to});
+      upconvert_rows({w, block_scale, column, column + columns, to});
       const Tensor b = transposed(widened, {to, Dtype::f32, columns, w.columns, w.columns});
       for (int64_t row = 0; row < m; row += kMostRows) {
         Tensor acc = call("aten::mm", torch::stable::narrow(rows, 0, row, std::min(kMostRows, m - row)), b);

@@ -16,9 +16,9 @@ from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 #: Whose arithmetic is not mutated here. CUDA's lines are in dequant_activation's kernel too, and mutated there; Triton's
 #: are not, and every option of theirs is compared in test_kernels.py.
 EPILOGUE = (
-    "csrc/common/activation.cuh",
-    "csrc/common/epilogue.cuh",
-    "csrc/common/vec.cuh",
+    "csrc/device/activation.cuh",
+    "csrc/device/epilogue.cuh",
+    "csrc/device/vec.cuh",
     "python/forwardpass/ops/common/triton_activations.py",
     "python/forwardpass/ops/common/triton_epilogue.py",
     "python/forwardpass/ops/common/triton_rows.py",

@@ -55,7 +55,7 @@ def instance_launches(instance, arch):
 
 
 def make_fewer(launch, columns, tiles):
-    """In WgmmaArguments (csrc/common/gemm_sm90a.cuh): the TileMap of one row of tiles, and behind it how many there are."""
+    """In WgmmaArguments (csrc/device/gemm_sm90a.cuh): the TileMap of one row of tiles, and behind it how many there are."""
     there = struct.pack("III", 1, -(-columns // 256), -(-columns // 256))
     assert launch.parameters.count(there) == 1
     at = launch.parameters.index(there) + 8

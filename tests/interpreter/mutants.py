@@ -91,7 +91,7 @@ def operation_launches(name, arch):
 
 
 def narrow(launch):
-    """One thread to a segment, by what its RowsLaunch says (csrc/common/quantize_rows.cuh). As launched by the package,
+    """One thread to a segment, by what its RowsLaunch says (csrc/device/quantize_rows.cuh). As launched by the package,
     a row has more columns than its threads keep in registers from 16385 on."""
     at = parameters(launch.ptx, launch.kernel)[1][0]
     _, _, segments = struct.unpack_from("iiq", launch.parameters, at)

@@ -25,7 +25,7 @@ from forwardpass.testing import assert_equal
 
 pytestmark = pytest.mark.interpreted
 
-STREAM = 2  # cudaStreamPerThread, where csrc/library.h puts interpreted launches
+STREAM = 2  # cudaStreamPerThread, where csrc/torch/library.h puts interpreted launches
 GATED = dequant_activation.EpilogueCase(activation="silu_mul")
 #: with a workspace: a split depth, operands that are quantised or padded on the way
 CASES = [

@@ -1,0 +1,226 @@
+#pragma once
+// GEMM of up to kGemvRows rows, bound by reading the weight once from memory to registers. The weight's rows are the
+// sixteen rows of an mma, the rows of x its eight columns. A block computes sixteen outputs of each row of x; its warps
+// share K, 128 at a time in turn, and their accumulators are added in the order of the warps.
+//
+// Memory binds. For 2 KB of the weight, sixteen rows of 128, a warp issues 65 instructions (int8), 168 (fp8) or, with
+// 16-bit x, 158 to 256 (sm_80: 189 to 398, the most from e4m3 to bf16); in the time in which they arrive a
+// multiprocessor could issue 800 (A100), 560 (H100) or 400 (H200). One dp4a or fma per product would be 16 or 64 for
+// each row of x, instead of 8 or 16 mma for all rows. A warp loads its next 2 KB while it computes on the last: 32 KB
+// in flight per multiprocessor with two blocks, twice what an H100 needs for its bandwidth (3.35 TB/s for 0.6 us is 15
+// KB for each of 132). Loads of the weight are of whole sectors, each once.
+//
+// Counted at [1, 4096] x [4096, 4096], interpreted: 1.001 times the least bytes move (1.03 with w8a16_gemm's block
+// scales); with x, 1.06 (int8) or 1.25 (16 bits) times as many sectors are requested from L2, with four rows 1.25 and
+// 2.
+//
+// The order of K within an mma is free, as long as x and the weight agree: a lane loads 16 consecutive elements of a
+// row, which the mma's own order would have in four pieces.
+#include "device/gemm_epilogue.cuh"
+#include "device/upconvert.cuh"
+
+namespace forwardpass {
+
+// X: the elements of x. int8 uses the int8 mma. e4m3 x and weight are upconverted to fp16, which holds them exactly and
+// whose mma accumulates in fp32 on every architecture.
+template <Dtype X>
+struct GemvConfig {
+  using Acc = std::conditional_t<X == Dtype::i8, int32_t, float>;
+  static constexpr Dtype kAcc = X == Dtype::i8 ? Dtype::i32 : Dtype::f32;
+  static constexpr Dtype kMma = X == Dtype::e4m3 ? Dtype::f16 : X;
+  static constexpr int kN = 16, kWarps = 8, kThreads = 32 * kWarps;
+  static constexpr int kBlocks = 2;  // 128 registers: 32 for the weight and up to 32 for x, both double-buffered
+  static constexpr int kXSize = size_of(X);  // also the number of 16-byte loads for 16 elements
+};
+
+// 16 bytes of a row, of which `left` are inside it; the others are zero.
+template <class Load>
+__device__ inline uint4 load_bytes(const uint8_t* p, int64_t left, Load load) {
+  if (left >= 16) return load(p);
+  uint64_t low = 0, high = 0;
+#pragma unroll 1
+  for (int i = 0; i < left; ++i) {
+    if (i < 8)
+      low |= uint64_t{p[i]} << 8 * i;
+    else
+      high |= uint64_t{p[i]} << 8 * (i - 8);
+  }
+  return {uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)};
+}
+
+// A lane's share of 128 of K: elements from 16 t and from 64 + 16 t on, of rows g and g + 8 of the weight and of row g
+// of x (g = lane / 4, t = lane % 4).
+template <Dtype X>
+struct GemvBlock {
+  uint4 w[2][2];  // [half of K][row]
+  uint4 x[2][GemvConfig<X>::kXSize];
+  float scale[2][2];  // of this block of K, [row of the weight][row of x: 2 t, 2 t + 1]
+};
+
+// Where a lane loads them from.
+template <Dtype X>
+struct GemvOperands {
+  static constexpr int kXSize = GemvConfig<X>::kXSize;
+  const uint8_t *w[2], *x;               // x: null if the lane has no row of it
+  const float *w_scale[2], *x_scale[2];  // of the first block of K; null: 1
+  int64_t x_scale_stride, columns;
+  uint64_t policy;
+
+  __device__ GemvOperands(const GemmParams& p, int64_t row) : policy(ptx::evict_first_policy()) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    columns = p.a.columns;
+    x = g < p.a.rows ? static_cast<const uint8_t*>(p.a.data) + (g * p.a.stride + t * 16) * kXSize : nullptr;
+    x_scale_stride = p.blocks.a_stride;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t n =
+          min(row + g + i * 8, p.b.rows - 1);  // beyond the last row: the last one again, whose outputs are not stored
+      w[i] = static_cast<const uint8_t*>(p.b.data) + n * p.b.stride + t * 16;
+      w_scale[i] = p.blocks.b ? p.blocks.b + scales_of(p, n) : nullptr;
+      x_scale[i] = p.blocks.a && 2 * t + i < p.a.rows ? p.blocks.a + 2 * t + i : nullptr;
+    }
+  }
+
+  // Offset of the scales of a row of the weight: per 128 x 128 block if x has block scales too, else per row.
+  __device__ static int64_t scales_of(const GemmParams& p, int64_t n) {
+    const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
+    if (!p.blocks.a) return n * groups;
+    const bool gated = is_gated(p.epilogue.activation), up = gated && n % 16 >= 8;
+    return (gated ? n / 16 * 8 + n % 8 : n) / kScaleBlock * groups + (up ? p.blocks.up_offset : 0);
+  }
+
+  // Loads block `block` of K; whole: all of its columns are inside.
+  template <bool whole>
+  __device__ void load(GemvBlock<X>& d, int64_t block) const {
+    const auto once = [this](const uint8_t* p) { return ptx::ld_once(p, policy); };
+    const auto again = [](const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); };
+    const int64_t first = block * kScaleBlock;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = half * (kScaleBlock / 2);
+      const int64_t left = whole ? kScaleBlock : columns - first - threadIdx.x % 4 * 16 - at;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + first + at, left, once);
+#pragma unroll
+      for (int i = 0; i < kXSize; ++i)
+        d.x[half][i] = x ? load_bytes(x + (first + at) * kXSize + i * 16, left * kXSize - i * 16, again) : uint4{};
+    }
+    if constexpr (X != Dtype::i8) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float of_w = w_scale[i] ? w_scale[i][block] : 1.0f;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          d.scale[i][j] = x_scale[j] ? __fmul_rn(x_scale[j][block * x_scale_stride], of_w) : of_w;
+      }
+    }
+  }
+};
+
+// acc [16 rows of the weight, 8 of x] += the product of one block of K.
+template <Dtype X>
+__device__ inline void mma(int32_t (&acc)[4], const GemvBlock<X>& d, Dtype) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t a[4] = {word(d.w[half][0], i), word(d.w[half][1], i), word(d.w[half][0], i + 1),
+                             word(d.w[half][1], i + 1)},
+                     b[2] = {word(d.x[half][0], i), word(d.x[half][0], i + 1)};
+      ptx::mma_m16n8k32(acc, a, b, acc);
+    }
+}
+
+template <Dtype X, Dtype W>
+__device__ inline void mma_upconverted(float (&acc)[4], const GemvBlock<X>& d) {
+  using Config = GemvConfig<X>;
+  float partial[4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[4], b[2];
+      upconvert_rows<W, Config::kMma>(word(d.w[half][0], i), word(d.w[half][1], i), a);
+      if constexpr (X == Dtype::e4m3) {
+        upconvert<X, Config::kMma>(word(d.x[half][0], i), b);
+      } else {
+        b[0] = word(d.x[half][i / 2], i % 2 * 2);
+        b[1] = word(d.x[half][i / 2], i % 2 * 2 + 1);
+      }
+      ptx::mma_m16n8k16<Config::kMma>(partial, a, b, partial);
+    }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) acc[i] = __fmaf_rn(partial[i], d.scale[i / 2][i % 2], acc[i]);
+}
+
+template <Dtype X>
+__device__ inline void mma(float (&acc)[4], const GemvBlock<X>& d, Dtype of_weight) {
+  if (X != Dtype::e4m3 && of_weight == Dtype::i8)
+    mma_upconverted<X, Dtype::i8>(acc, d);
+  else
+    mma_upconverted<X, Dtype::e4m3>(acc, d);
+}
+
+template <Dtype X>
+__global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlocks)
+    gemv_kernel(GemmParams p, int64_t tiles, GemmOutput out) {
+  using Config = GemvConfig<X>;
+  using Acc = typename Config::Acc;
+  __shared__ Acc sums[Config::kWarps][kGemvRows][Config::kN];
+  __shared__ Staging staging;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t column = blockIdx.x % tiles * Config::kN;
+  const int split = static_cast<int>(blockIdx.x / tiles);
+  const int64_t k_end = min((split + 1) * p.choice.split_k, p.a.columns), whole = k_end / kScaleBlock;
+  const GemvOperands<X> operands(p, column);
+
+  Acc acc[4] = {};
+  GemvBlock<X> blocks[2];  // one is used while the other arrives
+  int64_t block = split * p.choice.split_k / kScaleBlock + warp;
+  if (block < whole) operands.template load<true>(blocks[0], block);
+#pragma unroll 1
+  while (block < whole) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t next = block + Config::kWarps;
+      if (next < whole) operands.template load<true>(blocks[1 - i], next);
+      mma(acc, blocks[i], p.b.dtype);
+      block = next;
+      if (block >= whole) break;
+    }
+  }
+  if (block * kScaleBlock < k_end) {  // the warp whose turn it is takes the remainder
+    operands.template load<false>(blocks[0], block);
+    mma(acc, blocks[0], p.b.dtype);
+  }
+
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int m = lane % 4 * 2 + i % 2, n = lane / 4 + i / 2 * 8;
+    if (m < kGemvRows) sums[warp][m][n] = acc[i];
+  }
+  __syncthreads();
+  if (warp != 0) return;
+#pragma unroll
+  for (int i = lane; i < kGemvRows * Config::kN; i += 32) {
+    const int m = i / Config::kN, n = i % Config::kN;
+    Acc sum = sums[0][m][n];
+#pragma unroll
+    for (int w = 1; w < Config::kWarps; ++w) sum += sums[w][m][n];
+    staging.at<Acc>(m, n) = sum;
+  }
+  __syncwarp();
+  finish_staged<Config::kN, Acc>(staging, out, 0, column, split);
+}
+
+template <Dtype X>
+cudaError_t launch_gemv(const GemmParams& p, cudaStream_t stream) {
+  using Config = GemvConfig<X>;
+  const int64_t tiles = ceil_div(p.b.rows, Config::kN);
+  gemv_kernel<X>
+      <<<static_cast<unsigned>(tiles * p.choice.splits), Config::kThreads, 0, stream>>>(p, tiles, GemmOutput(p));
+  if (auto e = cudaGetLastError()) return e;
+  return reduce_split_k(p, Config::kAcc, stream);
+}
+
+}  // namespace forwardpass

@@ -1,0 +1,61 @@
+#pragma once
+// A pipeline of stages in shared memory: one producer thread fills them by TMA, the consumer warps use them.
+#include "device/ptx_sm90a.cuh"
+
+namespace forwardpass {
+
+// x as lane `from` has it, in every lane: a warp-uniform broadcast. The compiler does not recompute the result of a
+// shuffle inside a loop; and if it is one lane's value, the compiler knows that it is uniform.
+template <class T>
+__device__ inline T uniform(T x, int from = 0) {
+  return __shfl_sync(0xffffffff, x, from);
+}
+
+// The stage that one side is at, and the parity of its barriers' current phase.
+template <int Stages>
+struct PipelineState {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == Stages) stage = 0, parity ^= 1;
+  }
+};
+
+// In shared memory. A stage is full when its bytes have arrived, and empty when every consumer has arrived.
+template <int Stages>
+struct PipelineBarriers {
+  uint64_t full[Stages], empty[Stages];
+  __device__ void init(int consumers) {
+#pragma unroll
+    for (int i = 0; i < Stages; ++i) {
+      ptx::mbarrier_init(ptx::shared_address(&full[i]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&empty[i]), consumers);
+    }
+  }
+};
+
+// One side of a pipeline, in registers: the producer's or a consumer's.
+template <int Stages>
+struct Pipeline : PipelineState<Stages> {
+  uint32_t full;
+
+  __device__ explicit Pipeline(const PipelineBarriers<Stages>& b) : full(ptx::shared_address(b.full)) {}
+  // The producer: waits until the stage is empty and announces `bytes` to its full barrier, which is returned for the
+  // TMA loads.
+  __device__ uint32_t acquire(int bytes) const {
+    await(full + (Stages + this->stage) * 8, this->parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full + this->stage * 8, bytes);
+    return full + this->stage * 8;
+  }
+  // The consumers: a warp waits until the stage is full, and arrives at its empty barrier once it has read it.
+  __device__ void wait_full() const { await(full + this->stage * 8, this->parity); }
+  __device__ void release(int stage) const { ptx::mbarrier_arrive(full + (Stages + stage) * 8, threadIdx.x % 32 == 0); }
+
+ private:
+  __device__ static void await(uint32_t barrier, uint32_t parity) {
+    while (!ptx::mbarrier_try_wait(barrier, parity)) {
+    }
+  }
+};
+
+}  // namespace forwardpass

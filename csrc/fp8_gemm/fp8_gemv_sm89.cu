@@ -1,8 +1,0 @@
-// fp8_gemm of up to four rows. Apart from the larger products, as 9.0 runs this one and has wgmma for them.
-#include "common/gemv_sm80.cuh"
-
-namespace forwardpass {
-
-int fp8_gemv(const GemmParams& p, cudaStream_t stream) { return launch_gemv<Dtype::e4m3>(p, stream); }
-
-}  // namespace forwardpass

@@ -1,0 +1,17 @@
+// What the kernel library says about the device: the torch side links no cudart.
+#include "params/device.h"
+
+#include <cuda_runtime.h>
+
+KERNEL_LIBRARY const char* forwardpass_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+int forwardpass_device(forwardpass::Device* device) {
+  int index = 0, major = 0, minor = 0;
+  if (auto e = cudaGetDevice(&index)) return e;
+  if (auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
+  if (auto e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
+  device->arch = 10 * major + minor;
+  return cudaDeviceGetAttribute(&device->sms, cudaDevAttrMultiProcessorCount, index);
+}

@@ -1,0 +1,30 @@
+// fp8_gemm on wgmma m64nNk32 of e4m3, promoted to fp32 every 128 of K.
+#include "device/gemm_sm90a.cuh"
+#include "kernels/gemm.h"
+#include "params/fp8_gemm.h"
+
+namespace forwardpass {
+
+// Main loop: a consumer warp issues 412 instructions for 2^20 multiply-adds (206 for eight m64n128k32, 128 of them the
+// promotion), 484 with the smaller tile. Registers: 128 accumulators and 64 partial ones; 256 x 128, with one warpgroup
+// below the other, would take as many, but of a gated product this tile has 128 outputs, a group of fp8_gemm_quantize.
+// Shared memory is what binds: wgmma reads 96 KB per stage, 16 more than for int8, as each 64 rows read all of b.
+using Tile128x256 = WgmmaConfig<E4m3, 128, 256, 1, 4>;
+using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
+// Few rows, as for int8.
+using Tile64x128 = WgmmaConfig<E4m3, 64, 128, 1, 8>;
+using Tile16x128 = WgmmaConfig<E4m3, 16, 128, 1, 8>;
+
+template <class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_90a,
+          .tile_m = Tile::kM,
+          .tile_n = Tile::kN,
+          .cluster = Cluster::along_m,
+          .quantizes = !Tile::kTransposed,
+          .launch = launch_gemm_wgmma<Tile>};
+}
+const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernels<Fp8GemmParams> registered(kernels);
+
+}  // namespace forwardpass

@@ -1,0 +1,95 @@
+// The GEMMs' entry points: the selection of a kernel for a shape, with its tiles and split-K, and the launch.
+#include "kernels/gemm.h"
+
+#include <algorithm>
+
+#include "params/fp8_gemm.h"
+#include "params/int8_gemm.h"
+#include "params/w8a16_gemm.h"
+
+namespace forwardpass {
+namespace {
+
+// A kernel's time, relative to others with as many rows per tile: rounds of tiles over the multiprocessors, times the
+// columns of a tile.
+int64_t relative_time(const GemmKernel& k, const GemmShape& s, const Device& d) {
+  return ceil_div(ceil_div(s.m, k.tile_m) * ceil_div(s.n, k.tile_n), d.sms) * k.tile_n;
+}
+
+// Whether a is preferred to b.
+bool preferred(const GemmKernel& a, const GemmKernel& b, const GemmShape& s, const Device& d) {
+  // The tile with the fewest rows that hold M or, if none does, with the most. Below 128 rows the weight's bytes bind,
+  // not the tensor cores (64 rows do 128 operations per byte; an A100 does 312 per byte of its memory's bandwidth, an
+  // L40S 850, an H100 590; unmeasured). But a tile's rows of a go through shared memory even if they are zeros:
+  // modelled on an H100, int8 16 x 1024 x 1024 takes 1.68 us in tiles of 128 rows, 0.58 in tiles of 16.
+  if (a.tile_m != b.tile_m) return std::min(a.tile_m, b.tile_m) >= s.m ? a.tile_m < b.tile_m : a.tile_m > b.tile_m;
+  if (a.arch.number != b.arch.number) return a.arch.number > b.arch.number;
+  // 128 x 256 reads 48 bytes a clock from L2, 32 in clusters of two; 128 x 128 reads 64 or 48. But of large tiles there
+  // are half as many, and their last round may leave more of the multiprocessors idle.
+  const int64_t of_a = relative_time(a, s, d), of_b = relative_time(b, s, d);
+  return of_a != of_b ? of_a < of_b : a.tile_n > b.tile_n;
+}
+
+KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& d) {
+  KernelChoice c{};
+  c.arch = kernel.arch.number, c.tile_m = kernel.tile_m, c.tile_n = kernel.tile_n;
+  c.quantizes = s.group && kernel.quantizes && kernel.tile_n >= s.group;
+  const int64_t rows = ceil_div(s.m, c.tile_m), columns = ceil_div(s.n, c.tile_n);
+  if (kernel.cluster != Cluster::none) {
+    // With an odd number of tiles one block of each last cluster has no work; from 16 tiles on that costs less than the
+    // bytes that sharing saves.
+    const int64_t along = kernel.cluster == Cluster::along_m ? rows : columns;
+    c.cluster = along % 2 == 0 || along > 16 ? 2 : 1;
+    c.blocks = d.sms;
+  }
+  // Split-K: fewer tiles than multiprocessors leave memory bandwidth unused, so there are as many splits as fill them
+  // once. The partial sums, 8 bytes per output and split, stay in L2; at 16 rows they are half of the weight's bytes.
+  const int64_t most = std::min(std::max<int64_t>(s.k / kernel.least_k, 1), int64_t{16});
+  c.splits = std::min(std::max<int64_t>(d.sms / (rows * columns), 1), most);
+  c.split_k = ceil_div(ceil_div(s.k, c.splits), kScaleBlock) * kScaleBlock;
+  c.splits = ceil_div(s.k, c.split_k);
+  return c;
+}
+
+template <class Params>
+cudaError_t select(const GemmShape& s, const Device& d, KernelChoice& choice) {
+  const GemmKernel* best = nullptr;
+  const auto consider = [&](bool quantizes) {
+    GemmKernels<Params>::for_each([&](const GemmKernel& k) {
+      if (!runs_on(k.arch, d) || (quantizes && !(k.quantizes && k.tile_n >= s.group))) return;
+      if (!best || preferred(k, *best, s, d)) best = &k;
+    });
+  };
+  if (s.group && s.m > kGemvRows) consider(true);
+  if (!best) consider(false);
+  if (!best) return cudaErrorNoKernelImageForDevice;
+  choice = cut_up(*best, s, d);
+  return cudaSuccess;
+}
+
+template <class Params>
+cudaError_t launch(const Params& p, void* stream) {
+  const GemmKernel* chosen = nullptr;
+  GemmKernels<Params>::for_each([&](const GemmKernel& k) {
+    if (k.arch.number == p.choice.arch && k.tile_m == p.choice.tile_m && k.tile_n == p.choice.tile_n) chosen = &k;
+  });
+  return chosen ? chosen->launch(p, static_cast<cudaStream_t>(stream)) : cudaErrorNoKernelImageForDevice;
+}
+
+}  // namespace
+}  // namespace forwardpass
+
+using namespace forwardpass;
+
+int forwardpass_select_int8_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
+  return select<Int8GemmParams>(*shape, *device, *choice);
+}
+int forwardpass_select_fp8_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
+  return select<Fp8GemmParams>(*shape, *device, *choice);
+}
+int forwardpass_select_w8a16_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
+  return select<W8a16GemmParams>(*shape, *device, *choice);
+}
+int forwardpass_int8_gemm(const Int8GemmParams* p, void* stream) { return launch(*p, stream); }
+int forwardpass_fp8_gemm(const Fp8GemmParams* p, void* stream) { return launch(*p, stream); }
+int forwardpass_w8a16_gemm(const W8a16GemmParams* p, void* stream) { return launch(*p, stream); }

@@ -1,0 +1,34 @@
+#pragma once
+// What a GEMM's kernel says about itself: a row of the tables that gemm.cpp selects from.
+#include <cuda_runtime.h>
+
+#include "kernels/registry.h"
+#include "params/gemm.h"
+
+namespace forwardpass {
+
+// Two blocks of a cluster have neighbouring tiles and share an operand: along M the rows of b, along N those of a.
+enum class Cluster { none, along_m, along_n };
+
+struct GemmKernel {
+  Arch arch;
+  int32_t tile_m, tile_n;  // of the output; no two kernels of an operation for an architecture have the same
+  // The least K of a split. modelled on an H100, against 512: int8 16 x 1024 x 1024, in tiles of 128 rows, takes 1.68
+  // us instead of 2.24
+  int64_t least_k = 256;
+  Cluster cluster = Cluster::none;  // a kernel with clusters is persistent: one block per multiprocessor
+  bool quantizes = false;           // it can quantise outputs in groups of 128 columns that a tile holds whole
+  cudaError_t (*launch)(const GemmParams& p, cudaStream_t stream);
+};
+
+// The row of a GEMV (device/gemv_sm80.cuh). A block reads all of x from L2: four rows of 16 bits are half as many bytes
+// as its part of the weight. The second launch of split-K takes about as long as a multiprocessor takes to stream 16
+// rows of 8192. unmeasured
+constexpr GemmKernel gemv(Arch arch, cudaError_t (*launch)(const GemmParams&, cudaStream_t)) {
+  return {.arch = arch, .tile_m = kGemvRows, .tile_n = 16, .least_k = 8192, .launch = launch};
+}
+
+template <class Params>
+using GemmKernels = Registered<Params, GemmKernel>;
+
+}  // namespace forwardpass

@@ -1,0 +1,32 @@
+// int8_gemm on wgmma m64nNk32.
+#include "device/gemm_sm90a.cuh"
+#include "kernels/gemm.h"
+#include "params/int8_gemm.h"
+
+namespace forwardpass {
+
+// Main loop: a consumer warp issues 98 instructions for 2^20 multiply-adds (49 for four m64n256k32), 172 with the
+// smaller tile. 168 registers at launch. A stage of 48 KB is used for 1024 clocks, if the tensor cores bind, while
+// three more, 144 KB, are in flight. From L2 it takes 32 bytes a clock in clusters of two; an H100's multiprocessor is
+// assumed to get 39. Shared memory: 48 KB written and 80 KB read by wgmma in 1024 clocks, all of its 128 bytes a clock.
+using Tile128x256 = WgmmaConfig<Int8, 128, 256, 2, 4>;
+// Twice as many tiles, for small products. L2 binds, at 48 bytes a clock in clusters: modelled, 512 x 4096 x 4096 takes
+// 11.3 us; bound by the tensor cores it would take 8.9.
+using Tile128x128 = WgmmaConfig<Int8, 128, 128, 2, 6>;
+// Few rows, which are the n16 or n64 of a wgmma: 16 KB of the weight per stage, of which an H100's multiprocessor needs
+// 15 KB in flight (gemv_sm80.cuh).
+using Tile64x128 = WgmmaConfig<Int8, 64, 128, 1, 8>;
+using Tile16x128 = WgmmaConfig<Int8, 16, 128, 1, 8>;
+
+template <class Tile>
+constexpr GemmKernel row() {
+  return {.arch = sm_90a,
+          .tile_m = Tile::kM,
+          .tile_n = Tile::kN,
+          .cluster = Cluster::along_m,
+          .launch = launch_gemm_wgmma<Tile>};
+}
+const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernels<Int8GemmParams> registered(kernels);
+
+}  // namespace forwardpass

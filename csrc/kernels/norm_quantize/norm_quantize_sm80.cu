@@ -1,0 +1,117 @@
+// norm_quantize, add_norm_quantize: 2 or 4 bytes per element in (twice that with a residual, and as much out), 1 out; a
+// row is a segment of device/quantize_rows.cuh.
+#include "device/dispatch.h"
+#include "device/quantize_rows.cuh"
+#include "params/norm_quantize.h"
+
+namespace forwardpass {
+
+// f(value, weight or bias) for each value of a vector.
+template <class T, class F>
+__device__ inline void for_each_affine(float (&v)[kVec], const Affine& a, int column, int n, bool aligned, F f) {
+  if (!a.data) return;
+  float c[kVec];
+  if (a.dtype == Dtype::f32) {
+    load_floats(c, static_cast<const float*>(a.data) + column, n, aligned);
+  } else {
+    load_floats(c, static_cast<const T*>(a.data) + column, n, aligned);
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) v[i] = f(v[i], c[i]);
+}
+
+template <Dtype D>
+__global__ void __launch_bounds__(RowsConfig::kMaxWidth)
+    norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
+  using T = cuda_t<D>;
+  __shared__ float slots[2][32];
+  const Segment s(l, p.out);
+  auto x = static_cast<const T*>(p.x.data) + s.row * p.x.stride;                       // [columns]
+  auto residual = static_cast<const T*>(p.residual.data) + s.row * p.residual.stride;  // [columns]
+  auto residual_out = static_cast<T*>(p.residual_out) + s.row * p.x.columns;           // [columns]
+  bool add = p.residual.data;
+  auto rounded_sum = [](float a, float b) {
+    T sum;
+    from_float(__fadd_rn(a, b), sum);
+    return sum;
+  };
+
+  // A layer norm does not change when the whole row is shifted. Computed relative to the row's first value, a large
+  // common offset costs no accuracy, and a constant row has variance 0 exactly.
+  float pivot = 0, mean = 0, inverse = 1;
+  if (p.kind == Norm::layer && s.active)
+    pivot = add ? to_float(rounded_sum(to_float(*x), to_float(*residual))) : to_float(*x);
+
+  const auto plus = [](float a, float b) { return __fadd_rn(a, b); };
+  const auto times = [](float a, float b) { return __fmul_rn(a, b); };
+  const auto normalize = [&](int column, int n, float (&v)[kVec]) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(__fsub_rn(v[i], mean), inverse);
+    for_each_affine<T>(v, p.weight, column, n, aligned, times);
+    for_each_affine<T>(v, p.bias, column, n, aligned, plus);
+    trim(v, n);
+  };
+  bool normalized =
+      false;  // values of a row that is not resident are read again; whether they are then to be normalised
+  SegmentValues values(s, [&](int base, Chunk& v) {
+    load_chunk(v, x, s, base, aligned);
+    if (add) {
+      Chunk r;
+      load_chunk(r, residual, s, base, aligned);
+      for_each_vector(s, base, [&](int i, int column, int n) {
+        Vec<T> sum;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) v[i][j] = to_float(sum.e[j] = rounded_sum(v[i][j], r[i][j]));
+        store_vec(sum, residual_out + column, n, aligned);
+      });
+    }
+    for_each_vector(s, base, [&](int i, int column, int n) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) v[i][j] = __fsub_rn(v[i][j], pivot);
+      trim(v[i], n);
+      if (normalized) normalize(column, n, v[i]);
+    });
+  });
+
+  if (p.kind == Norm::layer) {
+    float sum = 0;
+    values.for_each([&](int, int, float (&v)[kVec]) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum = __fadd_rn(sum, v[i]);
+    });
+    mean = __fdiv_rn(reduce_segment(sum, s, slots[0], plus), p.x.columns);
+  }
+  float squares = 0;  // of the centred values: E[x^2] - E[x]^2 cancels
+  values.for_each([&](int, int n, float (&v)[kVec]) {
+    float d[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) d[i] = __fsub_rn(v[i], mean);
+    trim(d, n);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) squares = __fmaf_rn(d[i], d[i], squares);
+  });
+  squares = reduce_segment(squares, s, slots[1], plus);
+  inverse = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(squares, p.x.columns), p.eps)));
+  inverse = __fmaf_rn(squares, 0.0f, inverse);  // squares that overflow show as NaN, not as values of 0
+
+  if (add) x = residual_out, add = false;  // each thread reads again what it wrote itself
+  normalized = true;
+  if (values.resident()) values.for_each(normalize);
+  quantize_segment(values, s, p.out);
+}
+
+}  // namespace forwardpass
+
+int forwardpass_norm_quantize(const forwardpass::NormQuantizeParams* p, void* stream) {
+  using namespace forwardpass;
+  const RowsLaunch l = rows_launch(p->x.rows, p->out);
+  const int64_t size = size_of(p->x.dtype);
+  const auto rows_aligned = [&](const void* data, int64_t stride) { return aligned16(data, stride * size, 0, 1); };
+  const bool aligned = rows_aligned(p->x.data, p->x.stride) && rows_aligned(p->residual.data, p->residual.stride) &&
+                       rows_aligned(p->residual_out, p->residual_out ? p->x.columns : 0) &&
+                       aligned16(p->weight.data, 0, 0, 1) && aligned16(p->bias.data, 0, 0, 1);
+  return dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
+    norm_quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+    return cudaGetLastError();
+  });
+}

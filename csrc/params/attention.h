@@ -1,0 +1,61 @@
+#pragma once
+#include "params/common.h"
+#include "params/device.h"
+
+namespace forwardpass {
+
+constexpr float kLog2e = 1.44269504f;
+
+// q, k or v: [batch, row, head, dim], by strides in elements; the last dimension has stride 1. Varlen (cu_seqlens):
+// rows are those of all sequences, batch is 0. Base and strides are multiples of 16 bytes; a stride may be 0.
+struct AttentionTensor {
+  const void* data;
+  int64_t batch, row, head;
+};
+
+enum class AttentionMaskKind : int32_t { none, boolean, f16, bf16, f32 };
+
+// [batch, head, row, column], by strides in elements, 0 where it broadcasts. Boolean, one byte: 1 lets a key be
+// attended to. Otherwise it is added to the scores: a key with -inf is not attended to, nor is one with a value that
+// overflows in units of log2(e).
+struct AttentionMask {
+  const void* data;
+  AttentionMaskKind kind;
+  int64_t batch, head, row, column;
+};
+
+// INT32_MAX: unlimited
+constexpr int32_t kUnlimited = 0x7fffffff;
+
+// attention or, with an lse, attention_with_lse. Row i of a sequence of Sq rows and Sk keys is at position i + Sk - Sq
+// (bottom-right alignment). The score of its key j is
+//
+//   s = scale q k;  softcap: s = softcap tanh(s / softcap);  s -= slope |i + Sk - Sq - j|;  s += mask
+//
+// and the key is attended to if -left <= j - (i + Sk - Sq) <= right and the mask lets it. A row without keys gives 0;
+// its lse is -inf, or the sink.
+struct AttentionParams {
+  static constexpr const char* kLauncher = "forwardpass_attention";
+  AttentionTensor q, k, v;  // heads, kv_heads and kv_heads; query head h reads head h / (heads / kv_heads)
+  void* out;                // [batch, rows, heads, value_dim] contiguous; varlen: [rows, heads, value_dim]
+  float* lse;               // [batch, heads, rows], varlen: [heads, rows]; natural logarithm; or null
+  Dtype dtype;              // of q, k, v and out: f16 or bf16
+  int32_t batch, heads, kv_heads;
+  int32_t rows, keys;  // Sq and Sk, neither is 0; varlen: of all sequences together
+  int32_t head_dim, value_dim;
+  float scale, softcap;  // softcap 0: none
+  int32_t left, right;   // causal: right = 0
+  AttentionMask mask;
+  const float* alibi_slopes;   // [heads], batches alibi_batch_stride apart; or null
+  int64_t alibi_batch_stride;  // 0: all batches have the same
+  const void* sinks;           // [heads], logits that enter the denominator and the lse only; or null
+  Dtype sinks_dtype;           // f32, or dtype
+  const int32_t *cu_seqlens_q,
+      *cu_seqlens_k;     // varlen: [batch + 1], where sequences begin, on the device; else both null
+  bool batch_invariant;  // tile and split depend on dims, heads and options only
+  Device device;         // that runs it; unused on a CPU
+};
+
+}  // namespace forwardpass
+
+KERNEL_LIBRARY int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream);

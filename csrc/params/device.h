@@ -1,0 +1,15 @@
+#pragma once
+// The GPU that a launch goes to. No torch, no CUDA.
+#include "params/common.h"
+
+namespace forwardpass {
+
+struct Device {
+  int32_t sms;   // multiprocessors
+  int16_t arch;  // 80, 89, 90, …
+};
+
+}  // namespace forwardpass
+
+// Of the current device; returns a cudaError_t.
+KERNEL_LIBRARY int forwardpass_device(forwardpass::Device* device);

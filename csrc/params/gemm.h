@@ -1,0 +1,55 @@
+#pragma once
+// What the torch side and the kernels of every GEMM share: the operands, and the kernel that is selected. No torch, no
+// CUDA.
+#include "params/common.h"
+#include "params/device.h"
+
+namespace forwardpass {
+
+// Columns of K that share a block scale, and between two promotions of fp8 accumulators.
+constexpr int kScaleBlock = 128;
+
+// Block scales. fp8: 1 x 128 of a and 128 x 128 of b, instead of the epilogue's a_scale and b_scale. w8a16_gemm, which
+// has 8-bit weights only: 1 x 128 of b, none of a.
+struct BlockScales {
+  const float* a;  // [rows, K blocks], rows contiguous, blocks a_stride apart; or null
+  int64_t a_stride;
+  const float* b;     // [row blocks, K blocks] contiguous; null: no block scales
+  int64_t up_offset;  // 128 x 128, gated: those of up are up_offset elements behind those of gate
+};
+
+// a [m, k] times b [n, k] transposed. group: columns of an output row that share a scale as the output is quantised:
+// 128, or the 256 of gate and up; 0: it is not quantised in groups.
+struct GemmShape {
+  int64_t m, n, k;
+  int32_t group;
+};
+
+// Which kernel computes a GEMM, and how the output is divided (kernels/gemm.cpp). With split-K it leaves `splits`
+// partial sums of each output in the workspace; dequant_activation's kernel reduces them and runs the epilogue.
+struct KernelChoice {
+  int32_t arch, tile_m, tile_n;  // of the kernel
+  bool quantizes;                // it quantises the shape's groups, unless there is split-K
+  int64_t splits, split_k;       // split_k: of K, for one split; a multiple of kScaleBlock
+  int32_t cluster, blocks;       // of persistent kernels: blocks of a cluster, blocks of the grid
+};
+
+// A function of shape and device only: the same inputs give the same bits. Returns a cudaError_t.
+using KernelSelector = int(const GemmShape* shape, const Device* device, KernelChoice* choice);
+
+// The most rows that the GEMV takes (gemv_sm80.cuh).
+constexpr int kGemvRows = 4;
+
+// a [M, K] times b [N, K] transposed, then the epilogue. Rows of a and b begin at multiples of 16 bytes.
+struct GemmParams {
+  Matrix a, b;  // i8, or e4m3
+  BlockScales blocks;
+  Epilogue epilogue;
+  KernelChoice choice;
+  void* partial;  // [splits, M, N] accumulators, rows partial_stride elements apart; null without split-K
+  int64_t partial_stride;
+};
+
+HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace forwardpass

@@ -1,0 +1,116 @@
+#pragma once
+// Which rows of which head a block of attention has, and which of their keys count.
+#include "params/attention.h"
+
+namespace forwardpass {
+
+// Heads that have row tiles of their own: those of the whole batch; with varlen, whose tiles cover all sequences, those
+// of one batch entry.
+HOST_DEVICE inline int64_t all_heads(const AttentionParams& p) {
+  return int64_t{p.heads} * (p.cu_seqlens_q ? 1 : p.batch);
+}
+
+// Row tiles of a head, `tile_rows` rows each; with varlen at most one more for each sequence, as a sequence that begins
+// inside a tile gets a tile of its own.
+inline int64_t row_tiles(const AttentionParams& p, int tile_rows) {
+  return p.cu_seqlens_q ? p.rows / tile_rows + p.batch : (int64_t{p.rows} + tile_rows - 1) / tile_rows;
+}
+
+// KV heads whose tiles run together. Four of an H100's 132 blocks then read the same keys at about the same time; at
+// head dim 128 its memory bandwidth would not feed each of them separately. In a simulation, causal tiles of one head
+// after the other finish 12 % later.
+constexpr unsigned kHeadsTogether = 32;
+
+// The rows of one sequence: `rows` of them from row `first` of the packed tensor on, which has `total`. The host has
+// not looked at cu_seqlens: whatever they say, reads and writes stay inside the tensors.
+struct SequenceRows {
+  int first, rows;
+
+  __device__ SequenceRows(const int32_t* cu_seqlens, int b, int total)
+      : first(min(max(cu_seqlens[b], 0), total)), rows(min(max(cu_seqlens[b + 1], first), total) - first) {}
+};
+
+// The rows of one head that a block computes, from `row` of their sequence on.
+struct AttentionTile {
+  int batch, head, row;
+  int rows, keys;                // of the sequence
+  int64_t first_row, first_key;  // of the sequence, in q and out, and in k and v
+
+  // Longest processing time first: tiles of the last rows, which see the most keys under a causal mask, come first, so
+  // that the multiprocessors finish together. But only a few heads at a time, so that blocks that run together share
+  // keys in L2. False: there is no such tile.
+  __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block) {
+    const unsigned all = static_cast<unsigned>(all_heads(p)),
+                   together = min(all, kHeadsTogether * (p.heads / p.kv_heads)),
+                   first = block / (tiles * together) * together, count = min(together, all - first),
+                   within = block - first * tiles, of_all = first + within % count;
+    int tile = static_cast<int>(within / count), last;
+    head = static_cast<int>(of_all % p.heads), batch = static_cast<int>(of_all / p.heads);
+    rows = p.rows, keys = p.keys, first_row = first_key = 0;
+    if (p.cu_seqlens_q) {
+      // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more. Binary
+      // search for b.
+      batch = 0;
+      for (int n = p.batch; n > 1;) {
+        const int half = n / 2, b = batch + half;
+        if (p.cu_seqlens_q[b] / tile_rows + b <= tile) batch = b;
+        n = batch == b ? n - half : half;
+      }
+      const SequenceRows of_q(p.cu_seqlens_q, batch, p.rows), of_k(p.cu_seqlens_k, batch, p.keys);
+      first_row = of_q.first, rows = of_q.rows;
+      first_key = of_k.first, keys = of_k.rows;
+      tile -= of_q.first / tile_rows + batch;
+    }
+    last = (rows - 1) / tile_rows;
+    row = (last - tile) * tile_rows;
+    return rows > 0 && tile >= 0 && tile <= last;
+  }
+  __device__ int kv_head(const AttentionParams& p) const { return head / (p.heads / p.kv_heads); }
+  __device__ int64_t q(const AttentionParams& p) const {
+    return batch * p.q.batch + head * p.q.head + first_row * p.q.row;
+  }
+  __device__ int64_t k(const AttentionParams& p) const {
+    return batch * p.k.batch + kv_head(p) * p.k.head + first_key * p.k.row;
+  }
+  __device__ int64_t v(const AttentionParams& p) const {
+    return batch * p.v.batch + kv_head(p) * p.v.head + first_key * p.v.row;
+  }
+  // A row of out, [batch, rows, heads, value_dim].
+  __device__ int64_t out(const AttentionParams& p, int r) const {
+    return ((p.cu_seqlens_q ? first_row : int64_t{batch} * rows) + r) * p.heads * p.value_dim +
+           int64_t{head} * p.value_dim;
+  }
+  // A row of the lse, [batch, heads, rows] or [heads, rows].
+  __device__ int64_t lse(const AttentionParams& p, int r) const {
+    return p.cu_seqlens_q ? int64_t{head} * p.rows + first_row + r : (int64_t{batch} * p.heads + head) * rows + r;
+  }
+  // A row's position among the keys; the last row is at the last key (bottom-right alignment).
+  __device__ int place(int r) const { return r + keys - rows; }
+  // A row attends to the keys from first to end.
+  __device__ int first(const AttentionParams& p, int r) const {
+    // Unsigned: nvcc 13.0 turns the signed place - p.left into max(place - p.left, 0), which overflows for an unlimited
+    // left.
+    return p.left >= place(r) ? 0 : static_cast<int>(static_cast<unsigned>(place(r)) - p.left);
+  }
+  __device__ int end(const AttentionParams& p, int r) const {
+    return p.right >= rows - 1 - r ? keys : place(r) + p.right + 1;
+  }
+};
+
+// Blocks of `n` keys of a tile: in those from begin to end some key counts for some row; those from unmasked_begin to
+// unmasked_end need no mask, as every key counts for every row.
+struct KeyBlocks {
+  int begin, unmasked_begin, unmasked_end, end;
+
+  KeyBlocks() = default;
+  __device__ KeyBlocks(const AttentionParams& p, const AttentionTile& t, int tile_rows, int n) {
+    const int last_row = min(t.row + tile_rows, t.rows) - 1;
+    const int first = t.first(p, t.row), stop = t.end(p, last_row);
+    begin = first / n, end = stop > first ? (stop + n - 1) / n : begin;
+    unmasked_begin = min((t.first(p, last_row) + n - 1) / n, end);
+    unmasked_end = max(t.end(p, t.row), 0) / n;
+    if (unmasked_end <= unmasked_begin) unmasked_begin = unmasked_end = begin;
+  }
+};
+
+}  // namespace forwardpass

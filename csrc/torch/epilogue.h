@@ -1,0 +1,72 @@
+#pragma once
+// Torch side of Epilogue: checks the options, allocates the output, fills in the struct.
+#include "torch/ops.h"
+
+namespace forwardpass {
+
+struct EpilogueOptions {
+  const OptionalTensor& a_scale;  // none: 1, or the caller fills it in
+  const OptionalTensor& b_scale;
+  const OptionalTensor& bias;
+  const std::optional<std::string>& activation;
+  ScalarType out_dtype;
+  const OptionalTensor& out_scale;
+  const OptionalTensor& a_zero_point;
+  const OptionalTensor& b_sum;
+};
+
+// A vector with one element for all, or n.
+template <class T>
+const T* one_or_each(const OptionalTensor& v, int64_t n, ScalarType type, const Tensor& x, bool& each, const char* op,
+                     const char* name) {
+  each = v && v->numel() != 1;
+  return vector<T>(v, each ? n : 1, type, x, op, name);
+}
+
+// Checks the options; allocates no output. sizes: [lead..., columns] of the accumulators on entry, of the output on
+// return; rows: the product of lead.
+inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, const EpilogueOptions& o, const Tensor& x,
+                                 const char* op) {
+  Epilogue e{};
+  const int64_t columns = sizes.back();
+  e.activation = activation_of(o.activation, op);
+  e.a_scale = one_or_each<float>(o.a_scale, rows, ScalarType::Float, x, e.a_scale_per_row, op, "a_scale");
+  e.b_scale = one_or_each<float>(o.b_scale, columns, ScalarType::Float, x, e.b_scale_per_column, op, "b_scale");
+  STD_TORCH_CHECK(o.a_zero_point.has_value() == o.b_sum.has_value(), op, ": a_zero_point and b_sum go together");
+  e.zero_point =
+      one_or_each<int32_t>(o.a_zero_point, rows, ScalarType::Int, x, e.zero_point_per_row, op, "a_zero_point");
+  e.b_sum = ints(o.b_sum, columns, x, op, "b_sum");
+  if (o.bias) {
+    e.bias_dtype = dtype_of(o.bias->scalar_type(), op, "bias");
+    STD_TORCH_CHECK(is_float(e.bias_dtype), op, ": bias must be float32, float16 or bfloat16");
+    e.bias = vector<void>(o.bias, columns, o.bias->scalar_type(), x, op, "bias");
+  }
+  if (is_gated(e.activation)) {
+    STD_TORCH_CHECK(columns % 16 == 0, op,
+                    ": a gated activation needs a multiple of 16 columns, 8 of gate beside 8 of up");
+    sizes.back() = columns / 2;
+  }
+  e.out_dtype = dtype_of(o.out_dtype, op, "out");
+  STD_TORCH_CHECK(o.out_scale.has_value() == !is_float(e.out_dtype) && e.out_dtype != Dtype::i32, op,
+                  ": out_dtype must be a float type, or int8 or float8_e4m3fn with an out_scale");
+  e.out_scale =
+      one_or_each<float>(o.out_scale, sizes.back(), ScalarType::Float, x, e.out_scale_per_column, op, "out_scale");
+  return e;
+}
+
+inline Tensor epilogue_output(Epilogue& e, const std::vector<int64_t>& sizes, ScalarType out_dtype, const Tensor& x) {
+  // quantised rows are operands of another GEMM and padded accordingly; others are contiguous
+  Tensor out = is_float(e.out_dtype) ? contiguous_rows(sizes, out_dtype, x) : padded_rows(sizes, out_dtype, 1, x);
+  e.out = out.mutable_data_ptr();
+  e.out_stride = is_float(e.out_dtype) ? sizes.back() : round_up(sizes.back(), 16);
+  return out;
+}
+
+inline std::pair<Tensor, Epilogue> epilogue(std::vector<int64_t> sizes, int64_t rows, const EpilogueOptions& o,
+                                            const Tensor& x, const char* op) {
+  Epilogue e = epilogue_options(sizes, rows, o, x, op);
+  Tensor out = epilogue_output(e, sizes, o.out_dtype, x);
+  return {out, e};
+}
+
+}  // namespace forwardpass

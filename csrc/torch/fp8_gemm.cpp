@@ -1,0 +1,108 @@
+#include "params/fp8_gemm.h"
+
+#include "torch/epilogue.h"
+#include "torch/fp8_operands.h"
+#include "torch/gemm.h"
+#include "torch/quantized_rows.h"
+
+namespace forwardpass {
+
+void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, const Tensor& like, const char* op,
+                    BlockScales& blocks) {
+  const int64_t matrices = gated ? 2 : 1, rows = ceil_div(n / matrices, kScaleBlock),
+                columns = ceil_div(k, kScaleBlock);
+  const int64_t dim = b_scale.dim();
+  STD_TORCH_CHECK(dim == (gated ? 3 : 2) && b_scale.size(dim - 2) == rows && b_scale.size(dim - 1) == columns, op,
+                  ": block scales of b must be [", gated ? "2, " : "", rows, ", ", columns, "]");
+  blocks.b = floats(b_scale, matrices * rows * columns, like, op, "b_scale");
+  blocks.up_offset = gated ? rows * columns : 0;
+}
+
+namespace {
+
+// The layout in which `quantize` returns groups of 128: [lead..., K blocks], rows contiguous.
+void a_block_scales(const Tensor& a_scale, const Matrix& a, const Tensor& like, const char* op, BlockScales& blocks) {
+  const int64_t dim = a_scale.dim(), columns = ceil_div(a.columns, kScaleBlock);
+  STD_TORCH_CHECK(a_scale.scalar_type() == ScalarType::Float && same_device(a_scale, like), op,
+                  ": a_scale must be float32 on the device of a");
+  STD_TORCH_CHECK(dim == like.dim() && a_scale.size(dim - 1) == columns && a_scale.numel() == a.rows * columns, op,
+                  ": block scales of a must be [..., ", columns, "]");
+  int64_t stride = 1;
+  for (int64_t d = dim - 2; d >= 0; --d) {
+    STD_TORCH_CHECK(a_scale.size(d) == 1 || a_scale.stride(d) == stride, op,
+                    ": block scales of a must have their rows contiguous");
+    stride *= a_scale.size(d);
+  }
+  blocks.a = static_cast<const float*>(a_scale.const_data_ptr());
+  blocks.a_stride = columns == 1 ? round_up(a.rows, 4) : a_scale.stride(dim - 1);
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(blocks.a) % 16 == 0 && blocks.a_stride % 4 == 0, op,
+      ": block scales of a must begin at 16 bytes and their groups a multiple of 4 apart, as quantize returns them");
+}
+
+struct Product {
+  std::vector<int64_t> sizes;  // of the output
+  GemmParams params;           // without it
+};
+
+Product product(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
+                std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale, const char* op) {
+  Product p{sizes_of(a), {}};
+  p.params.a = operand(a, Dtype::e4m3, a, op, "a");
+  p.params.b = weight_operand(b, Dtype::e4m3, p.params.a.columns, a, op, "b");
+  const bool blocks = b_scale.dim() >= 2;
+  const OptionalTensor none;
+  p.sizes.back() = p.params.b.rows;
+  p.params.epilogue = epilogue_options(
+      p.sizes, p.params.a.rows,
+      {blocks ? none : a_scale, blocks ? none : b_scale, bias, activation, out_dtype, out_scale, none, none}, a, op);
+  if (blocks) {
+    b_block_scales(b_scale, p.params.b.rows, p.params.b.columns, is_gated(p.params.epilogue.activation), a, op,
+                   p.params.blocks);
+    a_block_scales(a_scale, p.params.a, a, op, p.params.blocks);
+  }
+  return p;
+}
+
+}  // namespace
+
+Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
+                OptionalTensor out_scale) {
+  const char* op = "fp8_gemm";
+  Product p = product(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, op);
+  const Tensor out = epilogue_output(p.params.epilogue, p.sizes, out_dtype, a);
+  run_gemm<Fp8GemmParams>(backend, p.params, a);
+  return out;
+}
+
+// On wgmma a block has all of a group's columns and quantises them. Elsewhere, and with split-K, the GEMM in fp32 comes
+// first, which moves 8 more bytes per output.
+std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
+                                             const Tensor& b_scale, OptionalTensor bias,
+                                             std::optional<std::string> activation, int64_t group_size) {
+  const char* op = "fp8_gemm_quantize";
+  STD_TORCH_CHECK(group_size == kScaleBlock, op, ": group_size must be ", kScaleBlock);
+  const OptionalTensor none;
+  const ScalarType type = ScalarType::Float8_e4m3fn;
+  auto [sizes, p] = product(a, b, a_scale, b_scale, bias, activation, ScalarType::Float, none, op);
+  Epilogue& e = p.epilogue;
+  const bool empty = p.a.rows == 0 || p.b.rows == 0;
+  const KernelChoice choice =
+      empty ? KernelChoice{}
+            : select_kernel<Fp8GemmParams>(backend, p, a, kScaleBlock * (is_gated(e.activation) ? 2 : 1));
+  if (empty || (choice.quantizes && choice.splits == 1)) {
+    auto [quantized, rows] = quantized_rows(sizes, {type, none, none, group_size, true, none}, a, op);
+    p.choice = choice;
+    e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
+    e.group_scale = rows.scale, e.group_scale_stride = rows.scale_stride;
+    run_gemm<Fp8GemmParams>(backend, p, a);
+    return {std::get<0>(quantized), std::get<1>(quantized)};
+  }
+  const Tensor out = epilogue_output(e, sizes, ScalarType::Float, a);
+  run_gemm<Fp8GemmParams>(backend, p, a);
+  auto [q, scale, zero_point] = quantize(backend, out, type, none, none, group_size, true, none);
+  return {q, scale};
+}
+
+}  // namespace forwardpass

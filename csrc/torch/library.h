@@ -1,0 +1,61 @@
+#pragma once
+// The kernel libraries: opened on first use, independent of each other, and never linked to the torch side.
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "params/device.h"
+
+namespace forwardpass {
+
+// cpu: the functions of csrc/cpu. cuda: _kernels.so on the tensor's device and its current stream. interpreted: the
+// same objects in _kernels_interpreted.so on CPU tensors.
+enum class Backend { cpu, cuda, interpreted };
+
+// cudaStreamPerThread: the legacy stream cannot be captured, and whatever is put on that one by mistake shows.
+inline void* const kInterpretedStream = reinterpret_cast<void*>(2);
+
+void set_library(int64_t interpreted, std::string path);
+
+// For tests: outputs are filled with NaN or -1 before a kernel sees them, so that an element that no one writes shows.
+void set_poison(bool on);
+bool poison();
+
+// The interpreter accepts only pointers into storage that it knows: what this thread allocates is reported to the
+// function at this address, fpi_storage_add of interpreter/interpreter.h, until it is set to 0.
+void set_storage_hook(int64_t address);
+void report_storage(const torch::stable::Tensor&);
+
+// For tests: while it is on, nothing that this thread allocates is freed, as torch keeps what was allocated during the
+// capture of a CUDA graph.
+void keep_storage(bool on);
+
+// The function `name` of a kernel library; throws, with the reason, if there is none.
+void* library_function(Backend backend, const char* name);
+
+// The same, looked up once in each library.
+template <class F>
+class LibraryFunction {
+ public:
+  constexpr explicit LibraryFunction(const char* name) : name_(name) {}
+  F* of(Backend backend) {
+    F*& f = found_[static_cast<int>(backend)];  // a race writes the same value twice
+    if (!f) f = reinterpret_cast<F*>(library_function(backend, name_));
+    return f;
+  }
+
+ private:
+  const char* name_;
+  F* found_[3] = {};
+};
+
+// The GPU of x, or the interpreted one.
+Device device_of(Backend backend, const torch::stable::Tensor& x);
+
+// The current stream of a CUDA device, looked up in the libtorch_cuda that the process already has.
+void* current_stream(int32_t device);
+
+// Throws "name: CUDA error N (text)" unless error, the cudaError_t that function `name` returned, is 0.
+void check_cuda(Backend backend, const char* name, int error);
+
+}  // namespace forwardpass

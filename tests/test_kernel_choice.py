@@ -1,0 +1,94 @@
+"""Which kernel computes a GEMM, and in which tiles and parts of K: what the kernel library selects of those that it has."""
+
+import ctypes
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+import forwardpass
+
+LIBRARY = pathlib.Path(forwardpass.__file__).parent / "_kernels_interpreted.so"
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA kernels, or without the interpreter")
+
+A100, L40S, H100, RTX5090 = (108, 80), (142, 89), (132, 90), (170, 120)  # multiprocessors, architecture
+SUCCESS, INVALID_VALUE, NO_KERNEL = 0, 1, 209  # of cudaError_t
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("group", ctypes.c_int32)]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [("sms", ctypes.c_int32), ("arch", ctypes.c_int16)]
+
+
+class Choice(ctypes.Structure):
+    _fields_ = [("arch", ctypes.c_int32), ("tile_m", ctypes.c_int32), ("tile_n", ctypes.c_int32),
+                ("quantizes", ctypes.c_bool), ("splits", ctypes.c_int64), ("split_k", ctypes.c_int64),
+                ("cluster", ctypes.c_int32), ("blocks", ctypes.c_int32)]  # fmt: skip
+
+
+def select(op, device, m, n, k, group=0):
+    choice = Choice()
+    selector = getattr(ctypes.CDLL(str(LIBRARY)), f"forwardpass_select_{op}")
+    error = selector(ctypes.byref(Shape(m, n, k, group)), ctypes.byref(Device(*device)), ctypes.byref(choice))
+    return error, choice
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "shape", "arch", "tile", "splits", "cluster"),
+    [
+        ("int8_gemm", A100, (4, 4096, 4096), 80, (4, 16), 1, 0),
+        ("int8_gemm", A100, (5, 4096, 4096), 80, (16, 128), 3, 0),  # 32 tiles, of 108 multiprocessors
+        ("int8_gemm", A100, (64, 4096, 300), 80, (64, 128), 1, 0),  # of K there is too little to split
+        ("int8_gemm", A100, (4096, 4096, 4096), 80, (128, 128), 1, 0),
+        ("int8_gemm", H100, (1, 4096, 4096), 80, (4, 16), 1, 0),
+        ("int8_gemm", H100, (16, 1024, 1024), 90, (16, 128), 4, 1),
+        ("int8_gemm", H100, (4096, 4096, 4096), 90, (128, 256), 1, 2),
+        ("int8_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2),  # 128 tiles are one round, as 64 would be
+        ("int8_gemm", RTX5090, (4096, 4096, 4096), 80, (128, 128), 1, 0),
+        ("fp8_gemm", L40S, (64, 18176, 512), 89, (64, 128), 1, 0),
+        ("fp8_gemm", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0),
+        ("w8a16_gemm", H100, (64, 512, 4096), 90, (64, 128), 16, 2),  # four tiles beside each other: two clusters
+        ("w8a16_gemm", H100, (64, 384, 4096), 90, (64, 128), 16, 1),  # three
+    ],
+)
+def test_by_hand(op, device, shape, arch, tile, splits, cluster):
+    error, choice = select(op, device, *shape)
+    assert error == SUCCESS
+    assert (choice.arch, (choice.tile_m, choice.tile_n)) == (arch, tile)
+    assert (choice.splits, choice.cluster, choice.blocks) == (splits, cluster, device[0] if cluster else 0)
+
+
+@pytest.mark.parametrize(("m", "group", "tile", "quantizes"),
+                         [(5, 128, (128, 128), True), (5, 256, (128, 256), True), (4096, 128, (128, 256), True),
+                          (4, 128, (4, 16), False), (5, 0, (16, 128), False)])  # fmt: skip
+def test_a_block_that_quantises_has_all_of_a_group(m, group, tile, quantizes):
+    error, choice = select("fp8_gemm", H100, m, 4096, 4096, group)
+    assert (error, (choice.tile_m, choice.tile_n), choice.quantizes) == (SUCCESS, tile, quantizes)
+
+
+def test_where_no_kernel_runs_there_is_an_error():
+    assert select("fp8_gemm", A100, 64, 64, 64)[0] == NO_KERNEL
+    assert select("int8_gemm", (40, 75), 64, 64, 64)[0] == NO_KERNEL
+
+
+def test_a_dtype_without_a_kernel_is_an_error():
+    params = (ctypes.c_int64 * 64)()  # DequantActivationParams: no rows
+    params[1] = 4  # of e4m3
+    launcher = ctypes.CDLL(str(LIBRARY)).forwardpass_dequant_activation
+    assert launcher(ctypes.byref(params), ctypes.c_void_p(2)) == INVALID_VALUE
+
+
+def test_libraries_share_no_tables():
+    """Both may be open in one process, each with kernels of its own: nothing but entry points is a dynamic symbol."""
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf")
+    for library in LIBRARY.parent.glob("_kernels*.so"):
+        said = subprocess.run(
+            ["readelf", "-W", "--dyn-syms", library], capture_output=True, text=True, check=True
+        ).stdout
+        names = [fields[7] for line in said.splitlines() if len(fields := line.split()) == 8 and fields[6].isdigit()]
+        assert names and all(name.startswith("forwardpass_") for name in names), library.name
