@@ -66,7 +66,7 @@ class Operation:
         self.limits, self.why_not_arch = why_not or {}, why_not_arch
         self.runs: dict[str, Callable[..., Any]] = {"reference": reference}
         for backend in backends if library.load_error is None else ():
-            # as in csrc/ops.cpp; the reference needs no schema, torch.compile sees through it
+            # as in csrc/torch/ops.cpp; the reference needs no schema, torch.compile sees through it
             try:
                 self.runs[backend] = getattr(torch.ops.forwardpass, f"{self.name}_{backend}").default
             except AttributeError as e:

@@ -1,7 +1,7 @@
 """The activations of every op that has one: their names, the formulas in plain torch, how exact kernels are; and the
 layouts of a gate beside its up projection.
 
-In C++: csrc/cpu/activation.h and csrc/common/activation.cuh; in Triton: triton_activations.py.
+In C++: csrc/cpu/activation.h and csrc/device/activation.cuh; in Triton: triton_activations.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def element_bound(
 ) -> Tensor:
     """How far a kernel's fp32 activation may be from the fp64 one, element by element, its inputs off by these errors.
 
-    2^-21 |x| is above the bounds that csrc/common/activation.cuh states, product and final rounding included; ReLU and
+    2^-21 |x| is above the bounds that csrc/device/activation.cuh states, product and final rounding included; ReLU and
     None round nothing of their own.
     """
     x, plain = x.double(), name in (None, "relu")

@@ -1,4 +1,4 @@
-"""Activations in Triton, as csrc/common/activation.cuh has them in CUDA: fp32, the name a constant of the kernel.
+"""Activations in Triton, as csrc/device/activation.cuh has them in CUDA: fp32, the name a constant of the kernel.
 
 The same bounds: erf is libdevice's, tl.exp is ex2.approx, and fp32 division is div.full (2 ulp). From e^-|z|, which
 cannot overflow, so that -infinity times 0 is NaN, as in torch's fp64 formulas.

@@ -1,4 +1,4 @@
-"""The Triton half of every op that ends in a quantisation, as csrc/common/quantize_rows.cuh is the CUDA half.
+"""The Triton half of every op that ends in a quantisation, as csrc/device/quantize_rows.cuh is the CUDA half.
 
 Launched with enable_fp_fusion=False: the formula's products are rounded before anything is added to them.
 """
