@@ -30,7 +30,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         add_bias_kv, add_zero_attn: refused, a key and value beside those of the input would take a copy of both.
 
     Raises:
-        ValueError: what was required, what was given, what to do.
+        ValueError: embed_dim is not a multiple of num_heads, or an option is one that fused attention has not.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             the output, in the order of query; the weights or None.
 
         Raises:
-            ValueError, TypeError: what was required, what was given, what to do. RuntimeError: in training with dropout, and in
-                grad mode where an input or a parameter requires grad.
+            ValueError, TypeError: a shape, or the dtype of a mask, does not fit the others. RuntimeError: in training with dropout,
+                and in grad mode where an input or a parameter requires grad.
         """
         if self.training and self.dropout:
             raise RuntimeError("fp.nn.MultiheadAttention is for inference and has no dropout: call eval() on the model")

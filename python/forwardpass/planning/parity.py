@@ -180,8 +180,14 @@ def parity(
         compiled: compares the output of `torch.compile(model)` too, with the same originals.
 
     Raises:
-        ValueError: there is no batch, nothing to compare with, or an output that is none of the task. TypeError: what a
-        batch or result is instead.
+        ValueError: there is no batch, nothing to compare with, or an output that is none of the task. TypeError: a batch or a
+            result is of a type that nothing is known about.
+
+    Example:
+        >>> report = fp.swap(model, precision="int8")
+        >>> result = fp.parity(model, batches)
+        >>> result.output.cosine_min > 0.999
+        True
     """
     model = plain_module("parity", model)
     layers = originals.quantised_layers(model)

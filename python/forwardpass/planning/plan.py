@@ -110,7 +110,15 @@ def plan(
         layers and says why: the model as it is.
 
     Raises:
-        TypeError, ValueError, RuntimeError: what was required, what was given, what to do.
+        TypeError: `model` is no nn.Module, or `batches` is one batch and no iterable of them.
+        ValueError: not exactly one criterion is given; an unknown candidate, target or attention=; no batch; a file at `resume`
+            of another measurement.
+        RuntimeError: the model is swapped already.
+
+    Example:
+        >>> plan = fp.plan(model, batches, min_cosine=0.99)
+        >>> plan.save("plan.json")
+        >>> report = fp.swap(model, plan="plan.json")
     """
     began = time.perf_counter()
     criterion = Criterion.of(max_error, min_cosine, metric, tolerance)

@@ -208,7 +208,8 @@ def profile(
     An item that raises in the first pass is left out and listed in `failed`.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do. ValueError too where every item fails.
+        TypeError: `model` is no nn.Module, or `batches` is one batch and no iterable of them.
+        ValueError: there is no batch, a number is out of its bounds, or every item fails.
     """
     plain = plain_module("profile", model)
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | torch.Tensor | dict):

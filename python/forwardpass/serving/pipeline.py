@@ -86,7 +86,7 @@ class Pipeline:
         max_pending: items that may be between `submit` and their result; `submit` waits while there are as many.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: `model` is no nn.Module, or a stage cannot be called. ValueError: a number is out of its bounds.
     """
 
     def __init__(

@@ -264,8 +264,9 @@ def size_batch(
         progress: progress(what, steps or None) -> called after each step.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do. A batch of 1 that fails raises what it raised;
-        a larger one ends the measurement, with what was found until then.
+        TypeError: `model` is no nn.Module, or `make_batch` cannot be called.
+        ValueError: neither or both of arrival_rate and arrivals are given, or a number is out of its bounds.
+        A batch of 1 that fails raises what it raised; a larger one ends the measurement, with what was found until then.
     """
     plain_module("size_batch", model)
     times = _arrivals(arrival_rate, arrivals, seed)

@@ -90,6 +90,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
     Raises:
         ValueError: the model is not swapped, or holds what safetensors cannot; the folder is not to be written to. ImportError:
             safetensors is missing.
+
+    Example:
+        >>> report = fp.swap(model, precision="int8")
+        >>> fp.save_pretrained(model, "checkpoint")
     """
     model = plain_module("save_pretrained", model)
     layers = originals.quantised_layers(model)
@@ -172,6 +176,9 @@ def load_pretrained(
     Raises:
         FileNotFoundError, ValueError: the folder is no checkpoint, is damaged, or is for another model; a given model
             is then as it was. ImportError: safetensors or transformers is missing.
+
+    Example:
+        >>> model = fp.load_pretrained("checkpoint", model=build_model())
     """
     folder = pathlib.Path(folder)
     record = _read_record(folder)

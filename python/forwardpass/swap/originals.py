@@ -162,6 +162,14 @@ def restore(model: nn.Module) -> None:
     Raises:
         RuntimeError: the model is not swapped, is a copy of a swapped one, or was swapped with keep=False; or a layer
             was replaced since. The model stays as it is.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     before = model(x)
+        ...     report = fp.swap(model, precision="int8")
+        ...     fp.restore(model)
+        ...     torch.equal(model(x), before)
+        True
     """
     model = plain_module("restore", model)
     swapped = find(model)

@@ -54,7 +54,7 @@ def register_precision(precision: Precision) -> None:
 
     Example:
         >>> fp.register_precision(fp.Precision("fp8_block", 1, fp.nn.Fp8Linear, {"scales": "block"}))
-        >>> fp.swap(model, "fp8_block")
+        >>> report = fp.swap(model, "fp8_block")
     """
     module = precision.module
     if not (isinstance(module, type) and issubclass(module, QuantizedLinear) and hasattr(module, "from_torch")):

@@ -78,8 +78,20 @@ def swap(
         the report; `with fp.swap(…) as report:` restores the model at the end of the block.
 
     Raises:
-        TypeError, ValueError, RuntimeError, Unsupported, FileNotFoundError: what was required, what was given, what
-        to do. After any exception, an interrupt included, the model is as it was.
+        TypeError: `model` is no nn.Module, or is a TorchScript module.
+        ValueError: not exactly one of precision and plan is given; there is no such precision; the plan is of another model, of
+            other calibration batches or damaged; calibration does not go with the precision; the model is itself a Linear, or
+            has no values yet.
+        RuntimeError: the model is swapped already.
+        FileNotFoundError: there is no plan file of this name.
+        Unsupported: with strict=True, a layer would be skipped.
+        After any exception, an interrupt included, the model is as it was.
+
+    Example:
+        >>> report = fp.swap(model, precision="int8", exclude="head", calibrate=batches)
+        >>> [layer.fqn for layer in report.swapped]
+        ['body.0', 'body.2']
+        >>> fp.restore(model)
     """
     model = plain_module("swap", model)
     if keep not in KEEP or keep is True:

@@ -39,7 +39,8 @@ def activation_quantize(
         rows contiguous; zero_point, int32, as scale, or empty when symmetric.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     return OPERATION(x, activation, dtype, group_size, layout, symmetric, channel_scale)

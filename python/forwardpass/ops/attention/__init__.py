@@ -76,7 +76,9 @@ def attention(
         a NaN or an infinity in a key or value that is masked may do so too (0 * NaN is NaN), but not from another sequence.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do; on a CPU also for cu_seqlens that do not rise so.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for
+            cu_seqlens that do not rise so.
         Unsupported: a backend asked for by name cannot run these arguments. Kernels for GPUs take float16 and bfloat16, with
             D = Dv a multiple of 8 from 32 to 256, or D = 192 and Dv = 128.
     """
@@ -112,7 +114,8 @@ def attention_with_lse(
         sink.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     left, right = _window("attention_with_lse", window)

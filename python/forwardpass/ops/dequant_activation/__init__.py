@@ -41,7 +41,8 @@ def dequant_activation(
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     return OPERATION(acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
 

@@ -51,7 +51,8 @@ def fp8_gemm(
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
     """
     return FP8_GEMM(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale)
@@ -78,7 +79,8 @@ def fp8_gemm_quantize(
         contiguous and groups a multiple of 4 apart: what the next fp8_gemm takes as a and a_scale.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
     """
     return FP8_GEMM_QUANTIZE(a, b, a_scale, b_scale, bias, activation, group_size)

@@ -40,7 +40,8 @@ def fp8_linear(
         [..., N] (gated: N / 2) of out_dtype, contiguous.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
     """
     return OPERATION(

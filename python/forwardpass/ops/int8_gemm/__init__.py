@@ -41,7 +41,8 @@ def int8_gemm(
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     if a_zero_point is not None and b_sum is None:
         b_sum = b.sum(1, dtype=torch.int32)

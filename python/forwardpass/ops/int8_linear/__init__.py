@@ -41,7 +41,8 @@ def int8_linear(
         [..., N] (gated: N / 2) of out_dtype, contiguous.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     return OPERATION(x, weight, w_scale, bias, activation, dtype, scale, zero_point, symmetric, channel_scale, w_sum)

@@ -47,7 +47,8 @@ def norm_quantize(
         symmetric. A row with a NaN or an infinity, or whose sum of squares is beyond float32, has a scale that is NaN.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     return NORM_QUANTIZE(x, weight, eps, dtype, kind, bias, symmetric, channel_scale)
@@ -77,7 +78,8 @@ def add_norm_quantize(
         q, scale, zero_point as norm_quantize; residual_out, x + residual in x's dtype, contiguous.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     return ADD_NORM_QUANTIZE(x, residual, weight, eps, dtype, kind, bias, symmetric, channel_scale)

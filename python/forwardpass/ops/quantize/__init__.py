@@ -36,7 +36,8 @@ def quantize(
         contiguous, or the static scale that was given; zero_point, int32, as scale, or empty when symmetric.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     q, s, z = OPERATION(x, dtype, scale, zero_point, group_size, symmetric, channel_scale)

@@ -26,7 +26,8 @@ def w8a16_gemm(
         [..., N] (gated: N / 2) of x's dtype, contiguous.
 
     Raises:
-        TypeError, ValueError: what was required, what was given, what to do.
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     return OPERATION(x, w, w_scale, bias, activation)
 
