@@ -83,11 +83,12 @@ dist/built: .venv/dev $(shell find python -name '*.py' -o -name '*.json')
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
 	touch $@
 
-# Torch is named with the wheel: else the newest torchvision, which timm asks for, brings another torch.
+# Torch is named with the wheel: else the newest torchvision, which timm asks for, brings another torch. The interpreter of
+# Triton 3.6, which this torch brings, breaks on numpy 2.4.
 .venv-cuda/built: dist/built
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
-	.venv-cuda/bin/pip install 'torch==2.11.0' "$$(echo dist/forwardpass-*.whl)[dev]"
+	.venv-cuda/bin/pip install 'torch==2.11.0' 'numpy<2.4' "$$(echo dist/forwardpass-*.whl)[dev]"
 	touch $@
 
 .venv-newest/built: dist/built
