@@ -2,8 +2,10 @@
 // Which kernels of an operation are in this library. Each file registers those that it has, and the operation's entry
 // point chooses among them: whatever architectures the library was built for, no kernel is called that is not there.
 //
+//   namespace {  // files may have functions of the same names
 //   const GemmKernel kernels[] = {{.arch = sm_80, …}};
-//   const Registered<Int8GemmParams, GemmKernel> registered(kernels);   // at namespace scope
+//   const Registered<Int8GemmParams, GemmKernel> registered(kernels);
+//   }
 #include <cstddef>
 
 #include "params/device.h"

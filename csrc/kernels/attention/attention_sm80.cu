@@ -285,6 +285,8 @@ constexpr auto config() {
     return AttentionConfig<T, D, V, false, 128, D == 128 ? 32 : 64, 4, 2>();
 }
 
+namespace {
+
 cudaError_t launch_any(const AttentionParams& p, cudaStream_t stream) {
   return launch_instance(p, [&](auto instance) {
     using I = decltype(instance);
@@ -295,4 +297,5 @@ cudaError_t launch_any(const AttentionParams& p, cudaStream_t stream) {
 const AttentionKernel kernels[] = {{.arch = sm_80, .launch = launch_any}};
 const AttentionKernels registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

@@ -379,6 +379,8 @@ constexpr int block_keys(int v, bool modified) {
 template <Dtype T, int D, int V, bool Modified>
 using HeadDimConfig = WgmmaAttentionConfig<T, D, V, Modified, V == 64 && !Modified ? 3 : 2, block_keys(V, Modified)>;
 
+namespace {
+
 cudaError_t launch_any(const AttentionParams& p, cudaStream_t stream) {
   return launch_instance(p, [&](auto instance) {
     using I = decltype(instance);
@@ -389,4 +391,5 @@ cudaError_t launch_any(const AttentionParams& p, cudaStream_t stream) {
 const AttentionKernel kernels[] = {{.arch = sm_90a, .launch = launch_any}};
 const AttentionKernels registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

@@ -17,6 +17,8 @@ using Tile64x128 = MmaConfig<E, 64, 128, 1, 4, 128, 3, 1>;
 template <class E>
 using Tile16x128 = MmaConfig<E, 16, 128, 1, 4, 128, 4, 1>;
 
+namespace {
+
 template <template <class> class Tile>
 cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   return p.blocks.a ? launch_gemm_mma<Tile<E4m3Blocks>>(p, stream) : launch_gemm_mma<Tile<E4m3>>(p, stream);
@@ -28,4 +30,5 @@ constexpr GemmKernel row() {
 const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
 const GemmKernels<Fp8GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

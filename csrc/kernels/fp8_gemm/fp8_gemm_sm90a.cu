@@ -15,6 +15,8 @@ using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
 using Tile64x128 = WgmmaConfig<E4m3, 64, 128, 1, 8>;
 using Tile16x128 = WgmmaConfig<E4m3, 16, 128, 1, 8>;
 
+namespace {
+
 template <class Tile>
 constexpr GemmKernel row() {
   return {.arch = sm_90a,
@@ -27,4 +29,5 @@ constexpr GemmKernel row() {
 const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
 const GemmKernels<Fp8GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

@@ -5,7 +5,10 @@
 
 namespace forwardpass {
 
+namespace {
+
 const GemmKernel kernels[] = {gemv(sm_89, launch_gemv<Dtype::e4m3>)};
 const GemmKernels<Fp8GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

@@ -12,6 +12,8 @@ using Tile64x128 = MmaConfig<Int8, 64, 128, 2, 2, 64, 3, 2>;
 // Memory binds: 128 of K per stage, whole cache lines of the weight, and four stages, 54 KB in flight.
 using Tile16x128 = MmaConfig<Int8, 16, 128, 1, 4, 128, 4, 1>;
 
+namespace {
+
 template <class Tile>
 constexpr GemmKernel row() {
   return {.arch = sm_80, .tile_m = Tile::kM, .tile_n = Tile::kN, .launch = launch_gemm_mma<Tile>};
@@ -19,4 +21,5 @@ constexpr GemmKernel row() {
 const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
 const GemmKernels<Int8GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

@@ -5,7 +5,10 @@
 
 namespace forwardpass {
 
+namespace {
+
 const GemmKernel kernels[] = {gemv(sm_80, launch_gemv<Dtype::i8>)};
 const GemmKernels<Int8GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

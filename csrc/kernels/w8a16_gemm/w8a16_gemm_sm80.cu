@@ -195,6 +195,8 @@ using Tile64x128 = W8a16Config<X, 64, 128, 3, 1>;
 template <Dtype X>
 using Tile128x128 = W8a16Config<X, 128, 128, 2, 1>;
 
+namespace {
+
 template <template <Dtype> class Tile>
 cudaError_t launch_tile(const GemmParams& p, cudaStream_t stream) {
   return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch<Tile<X()>>(p, stream); });
@@ -206,4 +208,5 @@ constexpr GemmKernel row() {
 const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
 const GemmKernels<W8a16GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

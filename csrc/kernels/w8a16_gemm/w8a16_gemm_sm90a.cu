@@ -144,6 +144,8 @@ using Tile128x64 = UpconvertedConfig<X, 128, 64, 6>;
 template <Dtype X>
 using Tile128x128 = UpconvertedConfig<X, 128, 128, 4>;
 
+namespace {
+
 template <template <Dtype> class Tile>
 cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch_gemm_wgmma<Tile<X()>>(p, stream); });
@@ -160,4 +162,5 @@ constexpr GemmKernel row() {
 const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile128x64>(), row<Tile128x16>()};
 const GemmKernels<W8a16GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass

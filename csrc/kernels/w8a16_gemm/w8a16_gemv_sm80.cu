@@ -6,6 +6,8 @@
 
 namespace forwardpass {
 
+namespace {
+
 cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch_gemv<X()>(p, stream); });
 }
@@ -13,4 +15,5 @@ cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
 const GemmKernel kernels[] = {gemv(sm_80, launch)};
 const GemmKernels<W8a16GemmParams> registered(kernels);
 
+}  // namespace
 }  // namespace forwardpass
