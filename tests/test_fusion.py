@@ -5,28 +5,13 @@ import types
 
 import pytest
 import torch
+from fusion_models import WIDTH, AlsoUsed, Mlp, behind
 from small_models import assert_same_objects, batch, build, objects, outputs
 from torch import nn
 
 import forwardpass as fp
 from forwardpass.ops.common.activations import PLAIN, activate
 from forwardpass.swap import fusion
-from forwardpass.swap.walker import linear_like
-
-WIDTH = 64
-
-
-class Mlp(nn.Module):
-    def __init__(self, activation=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc1, self.act, self.fc2 = nn.Linear(WIDTH, 128), activation or nn.GELU(), nn.Linear(128, WIDTH)
-        self.skip = nn.Linear(WIDTH, 128)
-
-    def forward(self, x):
-        x = self.fc1(x)
-        x = self.act(x)
-        return self.fc2(x)
 
 
 class Nested(Mlp):
@@ -40,13 +25,6 @@ class Returned(Mlp):
             y = self.fc1(x)
             return self.act(y)
         return None
-
-
-class AlsoUsed(Mlp):
-    def forward(self, x):
-        y = self.fc1(x)
-        x = self.act(y)
-        return self.fc2(x + y)
 
 
 class Between(Mlp):
@@ -90,10 +68,6 @@ class Either(Mlp):
         x = self.fc1(x) if x.sum() > 0 else self.skip(x)
         x = self.act(x)
         return self.fc2(x)
-
-
-def behind(model):
-    return {x.fqn: x.activation.formula for x in linear_like(model) if x.activation}
 
 
 class Scaled(nn.GELU):

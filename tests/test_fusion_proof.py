@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
+from fusion_models import WIDTH, AlsoUsed, Mlp, behind
 from small_models import outputs
-from test_fusion import WIDTH, AlsoUsed, Mlp, behind
 from torch import nn
 
 import forwardpass as fp

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import numpy as np
 import rows
 import tensor_cores as tc
+from float_rows import APPROXIMATE, BOUNDS_16, PATTERNS, assert_within, values_of
 from floats import FORMATS
 from rows import DTYPES, Opcode, kernel, module, sample, spellings
-from test_rows_float import APPROXIMATE, BOUNDS_16, PATTERNS, assert_within, values_of
 from wgmma_kernels import SHARED, Operand, d_from_registers, d_to_registers, instruction, parts_of, prepare
 
 #: architecture of the interpreter -> compute capability

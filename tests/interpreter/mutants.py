@@ -137,19 +137,19 @@ def needs_whole(case):
 
 
 def witness_launches(name, arch):
-    import test_witnesses
+    import witness_cases
     import witness_kernels
 
     with recording() as launches, fp.interpret(arch, approximate=False):
-        test_witnesses.CASES[name][0](witness_kernels, torch.Generator().manual_seed(0))
+        witness_cases.CASES[name][0](witness_kernels, torch.Generator().manual_seed(0))
     return launches
 
 
 def subjects(architectures=ARCHITECTURES):
     """(name, architecture) of all that is mutated."""
-    import test_witnesses
+    import witness_cases
 
-    of = {name: test_witnesses.CASES[name][1] for name in WITNESSES}
+    of = {name: witness_cases.CASES[name][1] for name in WITNESSES}
     of |= {name: instance.architectures for name, instance in INSTANCES.items()}
     for name, arch in itertools.product((*OPERATIONS, *of), architectures):
         if name in OPERATIONS or arch in of[name]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_api import COPY
+from api_kernels import COPY
 
 host = pytest.importorskip("forwardpass.interpreter._host", reason="built with FORWARDPASS_BUILD_INTERPRETER=1 only")
 pytestmark = pytest.mark.interpreted

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from ptx import interpreter, kernel
-from test_shadow import WARPS, always, launch, silent
+from shadow_launches import WARPS, always, launch, silent
 
 import forwardpass as fp
 

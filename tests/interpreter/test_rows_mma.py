@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import tensor_cores as tc
-from rows import row, run, seed_of, spellings
+from mma_rows import mma
+from rows import row, seed_of, spellings
 
 import forwardpass as fp
 from forwardpass import interpreter
@@ -39,11 +40,6 @@ REFUSED += [
     f"wmma.mma.xor|and?.popc?.sync.aligned.row|col.row|col.rn|rz|rm|rp?.{WMMA_SHAPES}.{WMMA_TYPES}.{WMMA_TYPES}"
     f".{WMMA_TYPES}?.{WMMA_TYPES}?.satfinite?",
 ]
-
-
-def mma(op, a, b, c, **options):
-    """The bits of D for warps of matrices of bits: a [warps][m][k] and so on."""
-    return tc.mma_matrices(op, "c", run(*tc.mma_operands(op, a, b, c), **options).values())
 
 
 def operands(op, exact, warps=4):

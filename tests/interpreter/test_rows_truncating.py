@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import tensor_cores as tc
-from test_rows_mma import mma
-from test_rows_wgmma import FENCE, HEAD, WAIT, multiply
+from mma_rows import mma
 from wgmma_kernels import Operand, d_from_registers, instruction, launch, parts_of
+from wgmma_rows import FENCE, HEAD, WAIT, multiply
 
 pytestmark = pytest.mark.interpreted
 

@@ -1,9 +1,9 @@
 """Where a wgmma.fence is missing, PTX ISA 9.7.15.7.1, each beside its right twin; what compilers write counts as right."""
 
 import pytest
-from test_rows_wgmma import FENCE, WAIT
-from test_rows_wgmma_in_flight import ONE, ONE_REGISTERS, OP, finding, run
+from wgmma_flight import ONE, ONE_REGISTERS, OP, finding, run
 from wgmma_kernels import instruction
+from wgmma_rows import FENCE, WAIT
 
 pytestmark = pytest.mark.interpreted
 

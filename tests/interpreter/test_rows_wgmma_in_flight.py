@@ -5,49 +5,25 @@ import numpy as np
 import pytest
 import tensor_cores as tc
 from rows import row
-from test_rows_wgmma import FENCE, HEAD, INTEGER, WAIT, order, shapes
-from wgmma_kernels import Operand, a_to_registers, d_from_registers, d_to_registers, instruction, launch
+from wgmma_flight import IMAGE, LEFT, ONE, ONE_REGISTERS, OP, RIGHT, A, B, C, finding, run
+from wgmma_kernels import instruction
+from wgmma_rows import FENCE, HEAD, INTEGER, WAIT, order, shapes
 
 from forwardpass import interpreter
 
 pytestmark = pytest.mark.interpreted
 
-OP = f"{HEAD}m64n8k16.f32.f16.f16"
 BINARY = INTEGER.split(".s32")[0].replace("k32", "k256").replace(".satfinite?", "") + ".s32.b1.b1.and.popc"
 SPARSE = (
     "wgmma.mma_async.sp.sync.aligned." + shapes(order([8 * i for i in range(1, 33)]), 16, 32, 64)
     + ".satfinite?.f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8.f16|bf16|tf32|e4m3|e5m2|s8|u8.satfinite?"
 )  # fmt: skip
 SEEDS = range(5)
-RNG = np.random.default_rng(0)
-A, B, C = (
-    tc.encode(tc.random_matrix(RNG, s, t, True), t) for s, t in (((64, 16), "f16"), ((16, 8), "f16"), ((64, 8), "f32"))
-)
 PRODUCT = tc.decode(A, "f16") @ tc.decode(B, "f16")
-LEFT, RIGHT = Operand(A, 32), Operand(np.ascontiguousarray(B.T), 32, pattern=4096)
-IMAGE = np.zeros(8192, np.uint8)
 LEFT.place(IMAGE)
 RIGHT.place(IMAGE)
 COMMIT = "wgmma.commit_group.sync.aligned;"
 WAIT_ALL = "wgmma.wait_group.sync.aligned 0;"
-
-
-def run(body, seed=0, **how):
-    how = {"a_desc": LEFT.descriptor(), "b_desc": RIGHT.descriptor(), **how}
-    got = launch(
-        OP, body, IMAGE, d_registers=d_to_registers(C, "f32"), a_registers=a_to_registers(A, "f16"), seed=seed, **how
-    )
-    return tc.decode(d_from_registers(got, 8, "f32"), "f32")
-
-
-def finding(body, seed=0, **how):
-    with pytest.raises(interpreter.InterpreterFinding) as found:
-        run(body, seed, **how)
-    return found.value
-
-
-ONE = instruction(OP)
-ONE_REGISTERS = instruction(OP, register_a=True)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -8,6 +8,7 @@ import importlib.util
 
 import pytest
 import torch
+from witness_cases import CASES
 
 import forwardpass as fp
 
@@ -19,7 +20,6 @@ pytestmark = [
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 M, N, K = 100, 80, 208  # no multiple of a tile; rows of 16 bytes
-CASES = {}
 
 
 @pytest.fixture(scope="module")
