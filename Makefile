@@ -41,11 +41,11 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 gates: dist/built
-	$(BIN)/python tests/gates.py dist/forwardpass-*.whl
+	$(BIN)/python tests/gates/gates.py dist/forwardpass-*.whl
 
 # On a machine with a GPU, in the environment that is there: nothing is installed. STEPS="build parity", GPU_FLAGS=--dry-run
 gpu:
-	$(PYTHON) tests/gpu.py $(STEPS) $(GPU_FLAGS)
+	$(PYTHON) tests/gpu/gpu.py $(STEPS) $(GPU_FLAGS)
 
 bench: .venv/dev
 	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_linear fp8_gemm fp8_linear w8a16_gemm attention; do \

@@ -44,9 +44,7 @@ def test_an_operation_has_its_files_at_every_layer(op):
         assert list((CSRC / "kernels" / name).glob(f"{name}_sm*.cu"))
         assert (CSRC / "cpu" / f"{name}_cpu.cpp").exists() or "cpu" not in compiled
     assert (ROOT / "benchmarks" / f"{name}.py").exists()
-    assert any(
-        re.search(rf"\b{op}\b", p.read_text()) for p in (ROOT / "tests").glob("test_*.py") if p.name != "test_tree.py"
-    )
+    assert any(re.search(rf"\b{op}\b", p.read_text()) for p in (ROOT / "tests/ops").glob("test_*.py"))
 
 
 def folders(*apart):
@@ -120,6 +118,13 @@ def test_the_public_names_are_all_there_is():
     """Packages are where names come from; `fp.<Tab>` shows none of them but the two that are public."""
     assert {*dir(fp)} == {*fp.__all__, "__version__"}
     assert {name for name in dir(fp) if inspect.ismodule(getattr(fp, name))} == {"nn", "ops"}
+
+
+def test_no_test_imports_another():
+    modules = [p.read_text() for p in (ROOT / "tests").rglob("*.py")]
+    assert len(modules) > 50 and not [
+        line for m in modules for line in re.findall(r"^\s*(?:from|import) test_\w+", m, re.M)
+    ]
 
 
 def test_files_do_one_job():

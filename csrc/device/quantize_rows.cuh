@@ -135,8 +135,8 @@ struct SegmentValues {
   }
 };
 
-// Range -> scale and zero point -> q. The formula is forwardpass.ops.common.quantized_rows.quantize_values, operation by
-// operation; _rn intrinsics keep the compiler from fusing a multiplication and an addition.
+// Range -> scale and zero point -> q. The formula is forwardpass.ops.common.quantized_rows.quantize_values, operation
+// by operation; _rn intrinsics keep the compiler from fusing a multiplication and an addition.
 template <class Values>
 __device__ void quantize_segment(Values& values, const Segment& s, const QuantizedRows& out) {
   __shared__ float slots[2][32];

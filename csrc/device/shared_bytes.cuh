@@ -6,8 +6,8 @@
 //   if (auto e = allow_shared<gemm_kernel<Config>>(sizeof(typename Config::SharedStorage))) return e;
 //   gemm_kernel<Config><<<grid, Config::kThreads, sizeof(typename Config::SharedStorage), stream>>>(p);
 //
-// A cubin has no other place for what a launch adds. From the name tests/gates.py takes the kernel's shared memory and
-// its blocks per SM; profilers show it too.
+// A cubin has no other place for what a launch adds. From the name tests/gates/gates.py takes the kernel's shared
+// memory and its blocks per SM; profilers show it too.
 #include <cuda_runtime.h>
 
 #include <atomic>

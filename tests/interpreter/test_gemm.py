@@ -71,7 +71,7 @@ def test_fp8_kernel_with_exact_sums(name, case, implementation, arch):
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize(("arch", "case"), PROMOTION, ids=str)
 def test_sums_are_promoted(arch, case, implementation, seed):
-    """Of one sign, 512 and 4096 deep: without promotion they are out of bounds, as tests/test_fp8_gemm.py shows."""
+    """Of one sign, 512 and 4096 deep: without promotion they are out of bounds, as tests/ops/test_fp8_gemm.py shows."""
     check("fp8_gemm", case, implementation, arch, seed, truncating=True)
 
 

@@ -1,4 +1,5 @@
-"""Static gates of the compiled kernels: python tests/gates.py WHEEL, after a build here. Prints the figures, exits 1 if any fails.
+"""Static gates of the compiled kernels: python tests/gates/gates.py WHEEL, after a build here. Prints the figures, and exits 1
+if any fails.
 
 An instance is one kernel template on one architecture's machine code. Gated: no local memory (spills or a stack), shared
 memory within the architecture's limit and declared, a main loop with the tensor-core instruction that it should have, no
@@ -21,7 +22,7 @@ import cubin
 import gemm_gates
 import ninja
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 BUDGETS = {"compiled instances": 190, "compile time, core seconds": 600, "wheel, MB": 25}
 SHIPPED = ("80", "89", "90")  # of portable files; a file of one architecture is built for that one
 COMPILE_ONLY = ("100a", "120a")  # these run the portable files' PTX: the assembler has to accept it without a message

@@ -1,6 +1,6 @@
 """Everything that wants a GPU, as one command for a machine where nothing can be installed or downloaded.
 
-    python tests/gpu.py [STEP...] [--out FOLDER] [--archive FILE] [--minutes 9] [--dry-run] [--again]
+    python tests/gpu/gpu.py [STEP...] [--out FOLDER] [--archive FILE] [--minutes 9] [--dry-run] [--again]
 
 Steps, in order, all of them by default: build (in place, offline), parity (every case of every kernel on the GPU), suite (the
 tests that need none), sanitizer (compute-sanitizer on a few of the cases), golden (results of single instructions, recorded
@@ -31,7 +31,7 @@ import tarfile
 import threading
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass/ops").glob("*/cases.py"))
 #: rows of the GEMMs' benchmark, in parts of some minutes
 GEMM_ROWS = {"decode": (1, 2, 4, 8), "batch": (16, 32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096, 8192)}
@@ -65,7 +65,9 @@ def parity(out):
     for implementation in IMPLEMENTATIONS:
         for op in OPERATIONS:
             # "-quantize-" as "quantize" is in other names
-            command = pytest("-m", "gpu and not slow", "-k", f"{implementation} and -{op}-", "tests/test_on_card.py")
+            command = pytest(
+                "-m", "gpu and not slow", "-k", f"{implementation} and -{op}-", "tests/gpu/test_on_card.py"
+            )
             yield Part(f"{op} {implementation}", command, command, must_test=True)
     command = pytest("-m", "gpu and not slow", "-k", "not test_kernel", "tests")
     yield Part("the rest", command, command, must_test=True)
@@ -97,7 +99,7 @@ def sanitizer(out):
                 "--report-api-errors",
                 "no",
             ]
-            command += pytest("-m", "smoke", "-k", implementation, "tests/test_on_card.py")
+            command += pytest("-m", "smoke", "-k", implementation, "tests/gpu/test_on_card.py")
             # an allocation of torch's holds many tensors: one each, so that what leaves a tensor is seen
             yield Part(
                 f"{check} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing, True

@@ -208,7 +208,7 @@ def test_a_wgmma_kernel_loads_by_tma(bad):
 def test_what_is_read_of_a_kernel(bad):
     k = bad["int8_gemm_kernel", "sm_80"]
     assert len(k.code.loops) == 3 and k.code.main_loop.mma == {"IMMA.16832.S8.S8": 4}
-    assert k.threads == 128 and k.source.endswith("tests/gate_kernels_sm80.cu")
+    assert k.threads == 128 and k.source.endswith("tests/gates/gate_kernels_sm80.cu")
     assert bad["attention_kernel", "sm_90a"].code.main_loop.mma == {"HGMMA.64x8x16.F32": 4}
     assert bad["attention_kernel", "sm_90a"].static_shared == 16, "the system's 1024 bytes are no kernel's"
     declared, undeclared = bad["declared_kernel", "sm_80"], bad["undeclared_kernel", "sm_80"]

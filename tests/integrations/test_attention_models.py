@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 DECODERS = ["llama", "mistral", "gemma2", "gpt_oss"]
 GENERATING = [*DECODERS, "t5", "whisper"]
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def interpreted(implementation, arch):
