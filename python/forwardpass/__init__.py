@@ -5,7 +5,7 @@ from typing import Any as _Any
 
 from . import nn, ops
 from .dispatch import Reason, Unsupported, explain, use_backend
-from .dispatch.calls import declined
+from .dispatch.calls import call_counts
 from .integrations.flash_attention import register_flash_attention_impl
 from .integrations.sdpa import sdpa
 from .nn.layer import register_linear
@@ -19,9 +19,9 @@ from .version import __version__ as __version__
 
 __all__ = [
     "BatchSizing", "InterpreterFinding", "ItemError", "ParityReport", "Pipeline", "Plan", "Precision", "Profile",
-    "Reason", "Report", "Unsupported", "declined", "explain", "interpret", "load_pretrained", "nn", "ops", "parity",
-    "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision", "restore",
-    "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
+    "Reason", "Report", "Unsupported", "call_counts", "explain", "interpret", "load_pretrained", "nn", "ops",
+    "parity", "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision",
+    "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
 ]  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def test_declined(code, compiled):
 def test_a_reason_is_logged_once(caplog):
     q, k, v = operands(rows=3, keys=11)
     with caplog.at_level("INFO", logger="forwardpass.dispatch"), fp.sdpa():
-        fp.declined().declined.clear()
+        fp.call_counts().declined.clear()
         for _ in range(3):
             call(q, k, v, scale=-0.5)
     lines = [r.message for r in caplog.records if "left alone" in r.message]
@@ -188,12 +188,12 @@ def test_a_backend_asked_for_by_name_raises():
 
 def test_off_by_default_nested_and_undone():
     q, k, v = operands()
-    taken = fp.declined().taken["scaled_dot_product_attention"]
+    taken = fp.call_counts().taken["scaled_dot_product_attention"]
     call(q, k, v)
     with pytest.raises(KeyError), fp.sdpa():
         raise KeyError
     call(q, k, v)
-    assert fp.declined().taken["scaled_dot_product_attention"] == taken
+    assert fp.call_counts().taken["scaled_dot_product_attention"] == taken
     with fp.sdpa() as outer:
         call(q, k, v)
         with fp.sdpa() as inner:
@@ -202,7 +202,7 @@ def test_off_by_default_nested_and_undone():
     call(q, k, v)
     name = "scaled_dot_product_attention"
     assert (outer.taken[name], inner.taken[name]) == (3, 1)
-    assert fp.declined().taken[name] == taken + 3
+    assert fp.call_counts().taken[name] == taken + 3
 
 
 def test_one_thread_alone():

@@ -290,7 +290,7 @@ model, inputs, expected = torch.load(sys.argv[1], weights_only=False)
 with torch.inference_mode():
     assert torch.equal(model(**inputs)[0], expected)
 import forwardpass as fp
-print(fp.declined())
+print(fp.call_counts())
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "model.pt")], capture_output=True,
                           text=True, timeout=120)  # fmt: skip

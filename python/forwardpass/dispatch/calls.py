@@ -44,7 +44,7 @@ _lock = threading.Lock()
 _open = _Open()
 
 
-def declined() -> Calls:
+def call_counts() -> Calls:
     """Of this process, every thread: the calls of swapped attention and of `fp.sdpa()`, since it began."""
     return _everywhere
 

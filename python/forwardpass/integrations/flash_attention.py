@@ -22,7 +22,7 @@ def register_flash_attention_impl() -> None:
     `torch.nn.attention.activate_flash_attention_impl("forwardpass")` then gives it every call on a GPU that torch would send to
     its own flash kernel, of every thread and from C++ too, until `torch.nn.attention.restore_flash_attention_impl()`. Those are
     calls without a mask and of 16 bits: `with fp.sdpa():` reaches the others too. What the kernels do not take (dropout, an
-    input that requires grad, head dims below 32) runs on torch's own, and `fp.declined()` counts it.
+    input that requires grad, head dims below 32) runs on torch's own, and `fp.call_counts()` counts it.
 
     It could not be run on a GPU yet; on a CPU its results and its registration were compared with torch's.
     """

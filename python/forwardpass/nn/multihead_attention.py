@@ -22,7 +22,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention whose scores never are in memory. Same arguments, same state_dict, inference only.
 
     A call with need_weights=True, the default of torch, gets its weights from torch's own code, which is what ran before;
-    `fp.declined()` counts such calls. A row whose keys are all masked gives the bias of out_proj, where torch may give NaN.
+    `fp.call_counts()` counts such calls. A row whose keys are all masked gives the bias of out_proj, where torch may give NaN.
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as nn.MultiheadAttention has them. dropout
