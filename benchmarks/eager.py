@@ -27,7 +27,7 @@ def activate(v: Tensor, activation: str | None, layout: str = "halves") -> Tenso
 
 
 def quantize_rows(v: Tensor, dtype: torch.dtype, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, scale, zero_point), one scale a row."""
+    """(q, scale, zero_point), scaled per row."""
     if not symmetric:
         low, high = v.amin(-1, keepdim=True).clamp(max=0), v.amax(-1, keepdim=True).clamp(min=0)
         scale = ((high - low) / 255).clamp(min=1e-30)

@@ -82,7 +82,7 @@ def leads(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def laid_out(x: Tensor, layout: str, device: str | torch.device = "cpu") -> Tensor:
     """x [..., K] in one of the layouts that a GEMM meets, with what is not its own poisoned as in `apart`: rows at multiples
-    of 16 bytes ("aligned"), anywhere ("apart"), one behind the other ("contiguous"), or aligned but for where they begin
+    of 16 bytes ("aligned"), anywhere ("apart"), without a gap ("contiguous"), or aligned but for where they begin
     ("shifted")."""
     k, step = x.shape[-1], 16 // x.element_size()
     if layout == "shifted":

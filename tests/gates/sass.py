@@ -196,7 +196,7 @@ class Function:
         """Its instructions are those from the target to the back edge, so without what was put out of line; NOPs apart.
 
         One for each back edge: loops that begin together, and the branches of one that each end in a jump to its head,
-        are told apart.
+        are different loops.
         """
         blocks, todo = {head}, [tail]
         while todo:

@@ -70,7 +70,7 @@ CONFIGS = {
 
 
 #: The same and others with heads of 32, which kernels take, and what attention has besides: windows that are shorter than the
-#: batches, capped scores, sinks, groups of heads that share keys. Every expert is asked, as a router is no continuous function.
+#: batches, softcap, sinks, GQA. Every expert is asked, as a router is no continuous function.
 _WIDE = {**_DECODER, "hidden_size": 128, "max_position_embeddings": 128}
 _LONG = {**_DECODER, "head_dim": 32, "num_key_value_heads": 2, "max_position_embeddings": 128, **_SPECIAL}
 ATTENTION = {

@@ -22,7 +22,7 @@ KERNELS = [
     ("triton", "sm_90a"),
 ]
 CASES = list(cases.cases())
-#: (rows, keys) of sequences one behind the other: of several tiles, on both sides of their edges, and of none
+#: (rows, keys) of packed sequences (varlen): of several tiles, on both sides of their edges, and of none
 LENGTHS = ((130, 300), (0, 64), (1, 257), (127, 127), (128, 65), (5, 0), (200, 64), (0, 0), (66, 191))
 
 

@@ -90,7 +90,7 @@ void gather(Cta& cta, const MatrixDescriptor& d, bool transposed, int first, int
       }
       continue;
     }
-    // Eight elements along M or N are 16 bytes, for one k; without a swizzle the two offsets change places.
+    // Eight elements along M or N are 16 bytes, for one k; without a swizzle the two offsets swap roles.
     const uint32_t across = d.chunks == 1 ? tile * d.stride : tile / d.chunks * d.leading + tile % d.chunks * 16;
     const uint32_t along = d.chunks == 1 ? d.leading : d.stride;
     for (uint32_t h = 0; h < 2; ++h) {

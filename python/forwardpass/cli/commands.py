@@ -299,7 +299,7 @@ def plan(
     max_error: Annotated[float | None, number("the largest relative error of the embeddings.", least=0)] = None,
     candidates: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(CANDIDATES)}; "
                                                    "default: all.")] = None,
-    target: Annotated[str, typer.Option(help=f"What is made least: {' or '.join(TARGETS)}.")] = "latency",
+    target: Annotated[str, typer.Option(help=f"What is minimised: {' or '.join(TARGETS)}.")] = "latency",
     text: Annotated[str | None, typer.Option(help="Texts that the budget must hold on, one a line; "
                                              "default: 288 built in.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Other texts, to calibrate with: a file, builtin or none; "

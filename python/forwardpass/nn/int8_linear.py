@@ -15,9 +15,9 @@ from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, ro
 
 
 class Int8Linear(QuantizedLinear):
-    """`y = x W^T + b` with W in int8, one scale an output channel, and x quantised to int8 on the way in.
+    """`y = x W^T + b` with W in int8, scaled per channel, and x quantised to int8 on the way in.
 
-    Activations are quantised per token as they come (dynamic), or by one scale for all (static); asymmetric by default, which
+    Activations are quantised per token as they come (dynamic), or by one scale per tensor (static); asymmetric by default, which
     costs one multiplication an output and keeps about half of the error of one-sided activations (after GELU or ReLU). With
     `channel_scale` x is multiplied by it first and the weight has been divided by it (SmoothQuant, arXiv 2211.10438).
 

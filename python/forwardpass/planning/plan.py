@@ -96,7 +96,7 @@ def plan(
         max_error: the most relative L2 error of the output, worst of the batches; or
         min_cosine: the least cosine of an output sample with the model's own; or
         metric, tolerance: metric(output, reference, batch) is at most tolerance in every batch. Exactly one of the three.
-        target: "latency" or "memory": what is made least, and refused where it does not get less.
+        target: "latency" or "memory": what is minimised; a candidate that does not reduce it is refused.
         shapes: batches of the shapes to time on; None: the first of `batches`.
         calibrate: batches for the calibrated candidate, as in `fp.swap`. Replaying the plan takes the same again.
         attention, include, exclude: as in `fp.swap`. Layers too small for a swap to touch by default are measured here.

@@ -14,7 +14,9 @@ from .phases import PHASES
 if TYPE_CHECKING:
     from .profile import Profile
 
-_COLOURS = dict(zip(PHASES, ("#e69f00", "#cc79a7", "#0072b2", "#009e73")))  # Okabe and Ito's, told apart by everybody
+_COLOURS = dict(
+    zip(PHASES, ("#e69f00", "#cc79a7", "#0072b2", "#009e73"))
+)  # Okabe and Ito's, which colour-blind readers distinguish too
 _BOUNDS = {"compute": "#0072b2", "memory": "#d55e00", "overhead": "#888888"}
 _STYLE = """
 :root { --ink: #1b1f24; --soft: #667080; --line: #dfe3e8; --paper: #ffffff; --panel: #f6f8fa; color-scheme: light dark; }

@@ -184,7 +184,7 @@ class _Server:
         """An open pipeline; the function sends it so many batches of n, and gives the seconds from a free server to the first
         one's result, and from each result to the next.
 
-        The requests of a batch come while the one before it is computed, as they do in earnest: each wakes threads on the cores
+        The requests of a batch come while the one before it is computed, as they do in a server: each wakes threads on the cores
         that compute. They are there some time before it ends.
         """
         took = 0.0
@@ -408,7 +408,7 @@ def _full_batches(server: _Server, sizes: list[int], seconds: float, progress: T
         rounds += 1
         advance()
         for n in sizes:
-            # One pipeline at a time, as in earnest: with the threads of several GNU OpenMP no longer spins at its barriers, and
+            # One pipeline at a time, as in a server: with the threads of several GNU OpenMP no longer spins at its barriers, and
             # a batch of one takes 40 ms in place of 27 (MiniLM, 128 tokens).
             with server.full_batches(n) as send:
                 send(1)

@@ -47,7 +47,7 @@ class Attention(Protocol):
 
 @dataclass(eq=False)
 class Originals:
-    """What one swap replaced; `kept` is False where the originals were let go (then `layers` is empty)."""
+    """What one swap replaced; `kept` is False where the originals were freed (then `layers` is empty)."""
 
     layers: tuple[Replaced, ...]
     kept: bool

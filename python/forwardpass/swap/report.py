@@ -78,7 +78,7 @@ class Left:
 @dataclass(frozen=True)
 class WeightBytes:
     """Bytes of parameters and buffers. `after` is the model's own, `kept` what the originals take beside it, `peak`
-    the most that stood at any one time: originals are let go, or moved, only after every replacement is built and in
+    the most that stood at any one time: originals are freed, or moved, only after every replacement is built and in
     its place.
     """
 

@@ -70,7 +70,7 @@ def swap(
             They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. None:
             uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
             lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
-        keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: let go
+        keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: freed
             once all is in place, and `fp.restore` cannot bring them back.
         forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
 

@@ -63,8 +63,8 @@ def attention(
         mask: broadcastable to [B, H, Sq, Sk], any strides. Bool: True where a key may be attended to. float32 or q's dtype:
             added; -inf where it may not, and so are values below -2.35e38, as the least of float32 and bfloat16.
         alibi_slopes: float32 [H] or [B, H].
-        sinks: float32 or q's dtype [H]: a logit more in each row's softmax, whose value is 0; neither scaled nor capped.
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1]: sequences one behind the other in place of a batch, the b-th from
+        sinks: float32 or q's dtype [H]: a logit more in each row's softmax, whose value is 0; neither scaled nor softcapped.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1]: varlen, packed sequences in place of a batch, the b-th from
             cu_seqlens[b] to cu_seqlens[b + 1], which rise from 0 to Tq and Tk. q is then [Tq, H, D], k [Tk, Hk, D] and v
             [Tk, Hk, Dv]; Sq and Sk are each sequence's own; no mask. On a GPU no host looks at them, as that would wait for
             it: kernels take of each sequence what lies within the tensors. Rows of no sequence are then not written, and where

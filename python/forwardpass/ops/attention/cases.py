@@ -38,7 +38,7 @@ class Case:
     mask: str | None = None  # or one of MASKS
     alibi: str | None = None  # or "h", "bh"
     sinks: str | None = None  # or "float32", "dtype"
-    packed: bool = False  # sequences one behind the other
+    packed: bool = False  # varlen: packed sequences and cu_seqlens
     layout: str = "contiguous"
     lse: bool = False
     batch_invariant: bool = False
