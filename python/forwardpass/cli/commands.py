@@ -216,12 +216,12 @@ def root(
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
     """Shows versions, build, driver, and every kernel with the reason where it cannot run; exits 1 on a problem."""
-    found = examine()
+    examination = examine()
     if json:
-        write_json(found, "-")
+        write_json(examination, "-")
     else:
-        print_examination(found, Console())
-    raise typer.Exit(1 if found["problems"] else 0)
+        print_examination(examination, Console())
+    raise typer.Exit(1 if examination["problems"] else 0)
 
 
 @app.command()
@@ -330,7 +330,7 @@ def plan(
     allocator = keep_freed_memory()
     with tracking() as track, refusing(ValueError, TypeError, OSError, fp.Unsupported):
         try:
-            made = fp.plan(
+            chosen_plan = fp.plan(
                 it.model,
                 it.batches,
                 candidates=named,
@@ -346,7 +346,7 @@ def plan(
         except KeyboardInterrupt as e:
             typer.echo(f"forwardpass: interrupted {'; '.join(getattr(e, '__notes__', []))}", err=True)
             raise typer.Exit(130) from None
-    assert made.evidence is not None
+    assert chosen_plan.evidence is not None
     about = {
         "model": it.source.chosen,
         "allocator": allocator,
@@ -354,14 +354,14 @@ def plan(
         "batch": batch,
         "length": length,
     }
-    made = dataclasses.replace(made, evidence={**about, **made.evidence})
+    chosen_plan = dataclasses.replace(chosen_plan, evidence={**about, **chosen_plan.evidence})
     if it.calibration:
         say(console, f"candidates {CALIBRATED}: on {count(it.calibrated_on, 'text')}, in Python calibrate=batches")
-    say(console, str(made))
+    say(console, str(chosen_plan))
     if json:
-        write_json(made.to_json(), json)
+        write_json(chosen_plan.to_json(), json)
     if plot:
-        plot_plan(made.evidence or {}, plot)
+        plot_plan(chosen_plan.evidence or {}, plot)
 
 
 @app.command()
@@ -386,7 +386,7 @@ def profile(
         request = embedding.Request(loaded, tokenizer, length)
     items = [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(batches)]
     with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported):
-        found = fp.profile(
+        profiled = fp.profile(
             loaded,
             items,
             preprocess=request.preprocess,
@@ -395,14 +395,14 @@ def profile(
             rounds=rounds,
             progress=track,
         )
-    say(console, str(found))
+    say(console, str(profiled))
     if html:
-        found.save_html(html)
+        profiled.save_html(html)
     if trace:
-        found.save_trace(trace)
+        profiled.save_trace(trace)
     if json:
         request_of = {"name": model, "chosen": source.chosen}
-        write_json(found.to_json() | {"model": request_of, "batch": batch, "length": length}, json)
+        write_json(profiled.to_json() | {"model": request_of, "batch": batch, "length": length}, json)
 
 
 @app.command()
@@ -430,15 +430,15 @@ def parity(
             track(it.swapping(), None)
             fp.swap(it.model, precision=precision, plan=planned, calibrate=it.calibration)
             advance = track("comparing", len(it.batches))
-            found = fp.parity(it.model, comparison.ticking(it.batches, advance), compiled=compiled)
+            parity_report = fp.parity(it.model, comparison.ticking(it.batches, advance), compiled=compiled)
     if it.calibration:
         say(console, "\n".join(wrapped(f"calibrated {describe_calibration(it.calibrated_on)}")))
-    say(console, str(found))
+    say(console, str(parity_report))
     if json:
         about = {"model": {"name": model, "chosen": it.source.chosen}, "precision": precision, "plan": plan}
-        write_json({**found.to_json(), **about}, json)
+        write_json({**parity_report.to_json(), **about}, json)
     if plot:
-        found.save_plot(plot)
+        parity_report.save_plot(plot)
 
 
 @app.command("size-batch")
@@ -482,27 +482,27 @@ def size_batch(
         if precision is not None:
             track(it.swapping(), None)
             fp.swap(it.model, precision, calibrate=it.calibration)
-        found = fp.size_batch(
+        sizing = fp.size_batch(
             it.model, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
             memory_limit=None if memory_limit_mb is None else memory_limit_mb * 1_000_000,
             price_per_hour=price_per_hour, max_batch=max_batch, seconds=seconds, progress=track,
         )  # fmt: skip
         result = {
-            **found.to_json(),
+            **sizing.to_json(),
             "model": {"name": model, "chosen": it.source.chosen, "precision": precision, "length": length},
         }
-        ok = found.policy is not None
-        if found.policy is not None and check:
+        ok = sizing.policy is not None
+        if sizing.policy is not None and check:
             track("trying the policy", None)
-            mine = found.arrival_rate / found.policy.replicas
-            times = poisson(mine, max(1, round(check * mine)), seed=1)
+            rate_per_replica = sizing.arrival_rate / sizing.policy.replicas
+            times = poisson(rate_per_replica, max(1, round(check * rate_per_replica)), seed=1)
             if arrivals is not None:
-                times = [t - arrivals[0] for t in arrivals[:: found.policy.replicas] if t - arrivals[0] <= check]
-            tried = try_policy(it.model, make_batch, found.policy, times)
+                times = [t - arrivals[0] for t in arrivals[:: sizing.policy.replicas] if t - arrivals[0] <= check]
+            tried = try_policy(it.model, make_batch, sizing.policy, times)
             result["check"] = checked(tried, percentile, slo_ms)
             result["measured"].append("check")
             ok = result["check"]["ok"]
-    lines = [str(found)]
+    lines = [str(sizing)]
     if it.calibration:
         lines[:0] = wrapped(f"calibrated {describe_calibration(it.calibrated_on)}")
     if "check" in result:
@@ -515,7 +515,7 @@ def size_batch(
     say(console, "\n".join(lines))
     if plot:
         with refusing(ValueError, RuntimeError, OSError):
-            found.save_plot(plot)
+            sizing.save_plot(plot)
     if json:
         write_json(result, json)
     if not ok:

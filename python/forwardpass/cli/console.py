@@ -80,18 +80,18 @@ def telling() -> Iterator[Track]:
 
 def print_examination(found: dict[str, Any], console: Console) -> None:
     build, driver, cpu = found["build"], found["driver"], found["device"]
-    made = f"with torch {build.get('torch')}, " + (
+    build_line = f"with torch {build.get('torch')}, " + (
         f"CUDA {build['nvcc']} for {', '.join(build['arches'])}"
         if build.get("nvcc")
         else f"no CUDA kernels: {build['cuda_skipped']}"
     )
     if build.get("arches_left_out"):
-        made += f", without {', '.join(build['arches_left_out'])}"
+        build_line += f", without {', '.join(build['arches_left_out'])}"
     needed = f"the CUDA kernels need {driver['needed']} or later" if driver["needed"] else "none is needed"
     threads, cores = count(cpu["threads"], "thread"), count(cpu["cores"], "core")
     facts = [
         ("versions", ", ".join(f"{name} {v or 'none'}" for name, v in found["versions"].items())),
-        ("built", made),
+        ("built", build_line),
         ("driver", f"{driver['present'] or 'none'}; {needed}"),
         ("nvcc", found["nvcc"] or "none; only building the CUDA kernels needs one"),
         ("CPU", f"{cpu['name']}, {cpu['capability']}, {threads} on {cores}"),
@@ -131,18 +131,18 @@ def describe_interpreter(found: dict[str, Any]) -> str:
     if found["problem"]:
         return f"none: {found['problem']}"
     gpus = ", ".join(f"{name} ({arch})" for arch, name in found["architectures"].items())
-    said = [f"stands in for {gpus}"]
+    sentences = [f"stands in for {gpus}"]
     runs = defaultdict(list)
     for k in found["kernels"]:
         if k["code"] is None:
             runs[k["operation"]].append(k["backend"])
     for backends in dict.fromkeys(map(tuple, runs.values())):
-        said.append(
+        sentences.append(
             f"runs the {' and '.join(backends)} kernels of {', '.join(o for o in runs if tuple(runs[o]) == backends)}"
         )
-    said += dict.fromkeys(f"no {k['backend']} kernels: {k['text']}" for k in found["kernels"]
+    sentences += dict.fromkeys(f"no {k['backend']} kernels: {k['text']}" for k in found["kernels"]
                           if k["code"] not in (None, "not_written"))  # fmt: skip
-    return "; ".join(said)
+    return "; ".join(sentences)
 
 
 def print_swap(result: dict[str, Any], console: Console) -> None:

@@ -180,10 +180,10 @@ class Request:
 
     def preprocess(self, texts: list[str]) -> Batch:
         """int64 [texts, length]: each text padded or cut."""
-        made = self.tokenizer(
+        encoded = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt", verbose=False
         )
-        return {name: made[name] for name in ("input_ids", "attention_mask")}
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
     @staticmethod
     def forward(model: torch.nn.Module, batch: Batch) -> Tensor:

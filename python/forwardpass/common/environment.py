@@ -65,5 +65,5 @@ def nvcc() -> str | None:
     path = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
     if path is None:
         return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.split("release ")
-    return f"{path} ({said[1].split(',')[0] if len(said) > 1 else 'version unknown'})"
+    parts = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.split("release ")
+    return f"{path} ({parts[1].split(',')[0] if len(parts) > 1 else 'version unknown'})"

@@ -79,15 +79,15 @@ def table(rows: Sequence[tuple[str, ...] | str], right: Sequence[int] = (), head
             for line in zip_longest(*row, fillvalue="")
         ]
 
-    made: list[str] = []
+    printed: list[str] = []
     remaining = iter(lines)
     if heading:
-        made += laid(first := next(remaining), True)
+        printed += laid(first := next(remaining), True)
         rules = widths if last in right else [*widths[:-1], max(map(len, first[last]))]
-        made.append("  ".join("-" * w for w in rules))
+        printed.append("  ".join("-" * w for w in rules))
     for row in rows[heading:]:
-        made += wrapped(row, "") if isinstance(row, str) else laid(next(remaining), False)
-    return made
+        printed += wrapped(row, "") if isinstance(row, str) else laid(next(remaining), False)
+    return printed
 
 
 def _fitted(widths: Sequence[int], column: int) -> int:
@@ -127,5 +127,5 @@ def _numbers(found: Iterable[str]) -> str:
             runs[-1][1] = n
         else:
             runs.append([n, n])
-    said = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return said if said.isdigit() else "{" + said + "}"
+    joined = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return joined if joined.isdigit() else "{" + joined + "}"

@@ -148,11 +148,11 @@ def _mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """As for sdpa: bool, True where a key is allowed; None where nothing is masked but by causality."""
-    given = {} if mask_function is None else {"mask_function": mask_function}
+    options = {} if mask_function is None else {"mask_function": mask_function}
     if mask_function is _bidirectional:  # the same row for all: it is not written out
-        row = _sdpa_mask(batch_size, 1, kv_length, *args, **given, **kwargs)
+        row = _sdpa_mask(batch_size, 1, kv_length, *args, **options, **kwargs)
         return None if row is None else row.expand(-1, -1, q_length, -1)
-    return _sdpa_mask(batch_size, q_length, kv_length, *args, **given, **kwargs)
+    return _sdpa_mask(batch_size, q_length, kv_length, *args, **options, **kwargs)
 
 
 def _windowed_mask(

@@ -36,16 +36,23 @@ def command(flags: list[str]) -> list[str]:
         for names, why in REFUSED.items():
             if flag.partition("=")[0] in names and not flag.endswith(("=false", "=none")):
                 raise ValueError(f"{flag} cannot be taken: {why}")
-    made = [nvcc(), *flags, "--compress-mode=none", "--cudart=none"]
+    command = [nvcc(), *flags, "--compress-mode=none", "--cudart=none"]
     for arch in core.ARCHITECTURES:
         virtual = arch.replace("sm", "compute")
-        made.append(f"-gencode=arch={virtual},code={virtual}")
+        command.append(f"-gencode=arch={virtual},code={virtual}")
     if not {"-lineinfo", "--generate-line-info"} & set(flags):
-        made.append("-lineinfo")
+        command.append("-lineinfo")
     if not LINKS_NOTHING & set(flags):
         # an absolute run path: the program runs where it was built, like any test
-        made += [str(core.STANDIN), str(core.LIBRARY), "-Xlinker", f"-rpath={core.LIBRARY.parent}", "-ldl", "-lpthread"]
-    return made
+        command += [
+            str(core.STANDIN),
+            str(core.LIBRARY),
+            "-Xlinker",
+            f"-rpath={core.LIBRARY.parent}",
+            "-ldl",
+            "-lpthread",
+        ]
+    return command
 
 
 def build(flags: list[str]) -> int:

@@ -41,12 +41,12 @@ class Guard:
         for name, t in tensors.items():
             if t.numel():
                 groups.setdefault(t.untyped_storage().data_ptr(), []).append(name)
-        made = dict(tensors)
+        rehomed = dict(tensors)
         for names in groups.values():
             region = self._region(", ".join(names), [tensors[n].detach() for n in names])
             self._regions.append(region)
-            made.update(zip(names, region.copies))
-        return made
+            rehomed.update(zip(names, region.copies))
+        return rehomed
 
     def _region(self, name: str, originals: list[Tensor]) -> _Region:
         begin = min(t.data_ptr() for t in originals)

@@ -124,10 +124,10 @@ class Kernel:
 
 
 def _three(n: int | Sequence[int]) -> tuple[int, int, int]:
-    given = (n,) if isinstance(n, int) else tuple(n)
-    if not 1 <= len(given) <= 3 or not all(0 <= d < 2**32 for d in given):
+    sizes = (n,) if isinstance(n, int) else tuple(n)
+    if not 1 <= len(sizes) <= 3 or not all(0 <= d < 2**32 for d in sizes):
         raise ValueError(f"grid, block and cluster are one to three numbers, not {n!r}")
-    x, y, z = (*given, 1, 1)[:3]
+    x, y, z = (*sizes, 1, 1)[:3]
     return x, y, z
 
 
@@ -135,24 +135,24 @@ def _bytes(kernel: str, i: int, tensor: Tensor | None, value: Any, size: int) ->
     """Of one argument, as wide as its parameter."""
     if isinstance(value, TensorMap):
         assert tensor is not None
-        made = value.encode(tensor)
+        packed = value.encode(tensor)
     elif tensor is not None:
-        made = tensor.data_ptr().to_bytes(8, "little")
+        packed = tensor.data_ptr().to_bytes(8, "little")
     elif value is None:
-        made = bytes(8)
+        packed = bytes(8)
     elif isinstance(value, int):
         if not -(2 ** (8 * size - 1)) <= value < 2 ** (8 * size):
             raise OverflowError(f"argument {i} of {kernel} has {size} bytes, and {value} does not fit")
         return (value % 2 ** (8 * size)).to_bytes(size, "little")
     elif isinstance(value, float):
-        made = struct.pack("<f" if size == 4 else "<d", value)
+        packed = struct.pack("<f" if size == 4 else "<d", value)
     elif isinstance(value, (bytes, bytearray)):
-        made = bytes(value)
+        packed = bytes(value)
     else:
         raise TypeError(f"argument {i} of {kernel} is a tensor, a tensor map, None, an int, a float or bytes, "
                         f"not {type(value).__name__}")  # fmt: skip
-    if len(made) != size:
+    if len(packed) != size:
         raise TypeError(
-            f"argument {i} of {kernel} has {size} bytes, and a {type(value).__name__} of {len(made)} was given"
+            f"argument {i} of {kernel} has {size} bytes, and a {type(value).__name__} of {len(packed)} was given"
         )
-    return made
+    return packed

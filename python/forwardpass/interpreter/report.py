@@ -79,15 +79,15 @@ COLUMNS = ("line", "issued", "lanes", "MAC", "sectors/request", "global bytes", 
 def table(kernels: list[KernelProfile], inlined: bool = False) -> str:
     lines = []
     for name in dict.fromkeys(k.kernel for k in kernels):
-        mine = [k for k in kernels if k.kernel == name]
+        launches = [k for k in kernels if k.kernel == name]
         total = Counts()
-        for k in mine:
+        for k in launches:
             total += k.counts
         lines.append(f"{name}")
-        for k in mine:
+        for k in launches:
             lines.append(f"  grid {k.grid}, block {k.block}: {modelled(k)}")
         lines.append(f"  {classes(total)}")
-        rows = [COLUMNS, *(row(p) for p in by_line(mine, inlined)), ("all", *figures(total), "")]
+        rows = [COLUMNS, *(row(p) for p in by_line(launches, inlined)), ("all", *figures(total), "")]
         lines += [*aligned(rows), ""]
     return "\n".join(lines)
 

@@ -191,8 +191,8 @@ class QuantizedLinear(nn.Module):
         """Copies of optional vectors, beside a weight that has been filled in."""
         for name, v in vectors.items():
             if v is not None:
-                own = getattr(self, name)
-                setattr(self, name, v.detach().to(self.weight.device, own.dtype).reshape(-1).clone())
+                buffer = getattr(self, name)
+                setattr(self, name, v.detach().to(self.weight.device, buffer.dtype).reshape(-1).clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         before = {name: old for name, old in self._buffers.items() if name != "bias" and old is not None}
@@ -264,10 +264,10 @@ class QuantizedLinear(nn.Module):
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """torch.float16 from "float16": what `config` writes."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
+    as_dtype_object = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(as_dtype_object, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype or its name, not {dtype!r}")
-    return found
+    return as_dtype_object
 
 
 def rows(x: Tensor) -> Tensor:

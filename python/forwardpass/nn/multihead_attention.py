@@ -191,16 +191,16 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise ValueError(f"MultiheadAttention: attn_mask must be [L, S] or [N * num_heads, L, S], here [{rows}, {keys}] "
                                  f"or [{batch * heads}, {rows}, {keys}], and has shape {tuple(mask.shape)}")  # fmt: skip
             mask = mask.reshape(batch if whole else 1, heads if whole else 1, rows, keys)
-        given = [m for m in (padding, mask) if m is not None]
-        for m in given:
+        masks = [m for m in (padding, mask) if m is not None]
+        for m in masks:
             if m.dtype != torch.bool and not m.is_floating_point():
                 raise TypeError(f"MultiheadAttention: masks must be bool or float, not {m.dtype}: use .bool()")
-        if all(m.dtype == torch.bool for m in given):
-            allowed = [~m for m in given]
+        if all(m.dtype == torch.bool for m in masks):
+            allowed = [~m for m in masks]
             return allowed[0] & allowed[1] if len(allowed) == 2 else allowed[0] if allowed else None
         added = [
             m.to(q.dtype) if m.dtype != torch.bool else torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf)
-            for m in given
+            for m in masks
         ]
         return added[0] + added[1] if len(added) == 2 else added[0]
 

@@ -34,8 +34,8 @@ class Criterion:
     def of(
         max_error: float | None, min_cosine: float | None, metric: Metric | None, tolerance: float | None
     ) -> Criterion:
-        given = {"max_error": max_error, "min_cosine": min_cosine, "metric": metric}
-        named = [name for name, value in given.items() if value is not None]
+        criteria = {"max_error": max_error, "min_cosine": min_cosine, "metric": metric}
+        named = [name for name, value in criteria.items() if value is not None]
         if len(named) != 1 or (metric is None) != (tolerance is None):
             raise ValueError("plan takes exactly one criterion, max_error=, min_cosine=, or metric= with tolerance=, and got "
                              f"{', '.join([*named, *(['tolerance'] if tolerance is not None else [])]) or 'none'}: pass one, "

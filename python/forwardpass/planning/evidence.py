@@ -63,18 +63,18 @@ def blocks(
     """Of each block, what a model repeats (`encoder.layer.3`): cost before and after, the predicted error that the plan brings in
     it, and that of each candidate wherever it is a gain there, None where it is none.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_block: dict[str, dict[str, Any]] = {}
     for layer in layers:
         if match := re.match(r"(.*\.)?\d+(?=\.)", layer.leaf.fqn):
             empty = {"before": 0.0, "after": 0.0, "error": 0.0, "candidates": dict.fromkeys(layer.candidates)}
-            block = found.setdefault(match[0], empty)
+            block = by_block.setdefault(match[0], empty)
             chosen = layer.candidates[name] if (name := choices[layer.leaf.fqn]) else None
             block["before"] += cost(layer)
             block["after"] += cost(chosen or layer)
             block["error"] += chosen.output_mean if chosen else 0.0
             for name in layer.open():
                 block["candidates"][name] = (block["candidates"][name] or 0.0) + layer.candidates[name].output_mean
-    return found
+    return by_block
 
 
 def thinned(front: Frontier) -> list[list[float]]:

@@ -259,11 +259,11 @@ class Measurer:
                     self.known["times"][key] = self._time(group[0])
                 self.kept.keep()
             for layer in group:
-                found = self.known["times"][key]
-                layer.ms = Timing(**found["before"]["ms"])
+                measured = self.known["times"][key]
+                layer.ms = Timing(**measured["before"]["ms"])
                 for name in layer.open():
                     c = layer.candidates[name]
-                    c.ms, c.bytes = Timing(**found[name]["ms"]), found[name]["bytes"]
+                    c.ms, c.bytes = Timing(**measured[name]["ms"]), measured[name]["bytes"]
             done()
 
     def _time(self, layer: Layer) -> dict[str, Any]:

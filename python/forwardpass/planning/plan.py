@@ -237,12 +237,12 @@ def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, Laye
     wanted = [n for n in CANDIDATES if calibrates or not n.endswith(CALIBRATED)] if names is None else list(names)
     if not wanted or not all(isinstance(n, str) for n in wanted):
         raise ValueError(f"candidates names at least one of {', '.join(CANDIDATES)}, and is {names!r}")
-    found = {name: find_candidate(name) for name in wanted}
-    if calibrates != any(p.calibrated for p in found.values()):
-        raise ValueError(f"none of the candidates {', '.join(found)} takes calibration: drop calibrate=, or add int8{CALIBRATED}"
+    tried = {name: find_candidate(name) for name in wanted}
+    if calibrates != any(p.calibrated for p in tried.values()):
+        raise ValueError(f"none of the candidates {', '.join(tried)} takes calibration: drop calibrate=, or add int8{CALIBRATED}"
                          if calibrates else f"a candidate {CALIBRATED} takes batches to calibrate on: pass calibrate=, or leave "
                          "it out")  # fmt: skip
-    return found
+    return tried
 
 
 def _cost(x: Layer | Candidate, target: str) -> float:

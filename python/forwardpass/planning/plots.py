@@ -45,7 +45,7 @@ def uniform(evidence: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         value = x[key]
         return float(value["low"] if key == "ms" else value) if value else 0.0
 
-    found = {}
+    by_candidate = {}
     for name in evidence["candidates"]:
         taken = [
             (cost(c), c["output"]["mean"]) if c["output"] and not c["refused"] else (cost(x["before"]), 0.0)
@@ -53,8 +53,8 @@ def uniform(evidence: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
             for c in [x["candidates"][name]]
         ]
         if error := sum(e for _, e in taken):
-            found[name] = (sum(c for c, _ in taken), error)
-    return found
+            by_candidate[name] = (sum(c for c, _ in taken), error)
+    return by_candidate
 
 
 def parity(layers: Sequence[LayerParity], file: str) -> None:

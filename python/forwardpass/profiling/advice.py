@@ -66,9 +66,9 @@ def _overlap(overlap: Callable[[int], Overlap]) -> list[Advice]:
         best = more
     if best.speedup < LEAST_GAIN:
         return []
-    given = f", workers={best.workers}" if best.workers > 1 else ""
+    workers_argument = f", workers={best.workers}" if best.workers > 1 else ""
     text = (
-        f"fp.Pipeline(model, preprocess, postprocess{given}) would take {best.period_ms:.2f} ms an item in place of "
+        f"fp.Pipeline(model, preprocess, postprocess{workers_argument}) would take {best.period_ms:.2f} ms an item in place of "
         f"{best.plain_ms:.2f}, {best.speedup:.2f} times as fast (modelled); {best.reason}"
     )
     return [Advice("all", "overlap", text, best.speedup)]

@@ -91,10 +91,10 @@ class Loop:
     @property
     def cores(self) -> float:
         """That this process could have: those it may run on, less what others used; no fewer than a phase had."""
-        mine = float(len(os.sched_getaffinity(0)))
+        available = float(len(os.sched_getaffinity(0)))
         wall, cpu = self.typical(lambda s: s.wall), self.typical(lambda s: s.cpu)
         had = max((c / w for w, c in zip(wall, cpu) if w >= _LEAST_S), default=0.0)
-        return min(mine, max(1.0, mine - self.others, had))
+        return min(available, max(1.0, available - self.others, had))
 
 
 def measure(
@@ -196,8 +196,8 @@ def _usage() -> tuple[float, float] | None:
         lines = pathlib.Path("/proc/stat").read_text().splitlines()
     except OSError:
         return None
-    mine = {f"cpu{n}" for n in os.sched_getaffinity(0)}
-    rows = [line.split() for line in lines if line.split(" ", 1)[0] in mine]
+    own_cpus = {f"cpu{n}" for n in os.sched_getaffinity(0)}
+    rows = [line.split() for line in lines if line.split(" ", 1)[0] in own_cpus]
     # user nice system idle iowait irq softirq steal; guest time is in user's
     ticks = sum(int(n) for row in rows for n in (*row[1:4], *row[6:9]))
     return ticks / os.sysconf("SC_CLK_TCK"), cpu_clock()

@@ -104,11 +104,11 @@ class BatchSizing:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        found = {k: v for k, v in vars(self).items() if k != "service"}
+        content = {k: v for k, v in vars(self).items() if k != "service"}
         return {
             "schema": SCHEMA,
             "versions": environment.versions(),
-            **found,
+            **content,
             "device": environment.device(self.device),
             "policy": self.policy and asdict(self.policy),
             "points": [{**asdict(p), "rate": p.rate} for p in self.points],
@@ -433,8 +433,8 @@ def _choose(
         )
     replicas = max(1, math.ceil(rate / service.saturation_rate))
     while replicas <= MAX_REPLICAS:
-        mine = times[::replicas]  # a replica gets each so many-th of the requests
-        found = [_candidate(service, mine, n, w * slo_ms, p, price, rate, replicas, seed)
+        replica_times = times[::replicas]  # a replica gets each so many-th of the requests
+        found = [_candidate(service, replica_times, n, w * slo_ms, p, price, rate, replicas, seed)
                  for n in service.sizes for w in (WAITS if n > 1 else WAITS[:1])
                  if service.saturation(n) * replicas > rate]  # fmt: skip
         name = _name(p)

@@ -42,10 +42,12 @@ def attention_like(model: nn.Module) -> list[Leaf]:
     """Modules that compute attention: torch's, those that transformers dispatches, and others that are called Attention and
     have no attention below."""
     has_attention_below: set[int] = set()
-    found = leaves(model, _by_its_looks)
-    for leaf in found:
+    looks_like_attention = leaves(model, _by_its_looks)
+    for leaf in looks_like_attention:
         has_attention_below.update(id(ancestor) for _, ancestor in leaf.ancestors)
-    return [leaf for leaf in found if _swappable(leaf.module) or id(leaf.module) not in has_attention_below]
+    return [
+        leaf for leaf in looks_like_attention if _swappable(leaf.module) or id(leaf.module) not in has_attention_below
+    ]
 
 
 def _swappable(module: nn.Module) -> bool:

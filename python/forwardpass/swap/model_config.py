@@ -115,22 +115,24 @@ def build(
     try:
         with tempfile.TemporaryDirectory() as folder:  # of what was checked, and nothing else
             write_json(pathlib.Path(folder, CONFIG), config)
-            made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            built_config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
             if generation is not None:
                 write_json(pathlib.Path(folder, GENERATION), generation)
                 generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-        made._name_or_path = source
+        built_config._name_or_path = source
         if attention in LOCAL_ATTENTION:
-            made._attn_implementation = attention
+            built_config._attn_implementation = attention
         with torch.device("meta"):
-            built = cls(made)
+            built = cls(built_config)
         if generation is not None:
             built.generation_config = generation
     except Exception as e:  # transformers raises many kinds
         why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
         raise ValueError(f"transformers cannot build the model of {source} ({why}): {fix}") from None
     if attention is not None and attention not in LOCAL_ATTENTION:
-        own = built.config._attn_implementation  # type: ignore[union-attr]
+        in_use = built.config._attn_implementation  # type: ignore[union-attr]
         warnings.warn(f"the model was saved with attention {attention[:60]!r}, which may have to be downloaded, and runs "
-                      f"{own!r}: model.set_attn_implementation changes that", stacklevel=4)  # fmt: skip
+                      f"{in_use!r}: model.set_attn_implementation changes that", stacklevel=4)  # fmt: skip
     return built.eval()

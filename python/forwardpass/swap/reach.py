@@ -267,12 +267,12 @@ def _definitions(source: str, filename: str) -> dict[CodeType, Function]:
             decorators = [] if isinstance(node, ast.Lambda) else node.decorator_list
             first = min(x.lineno for x in (node, *decorators))
             nodes.setdefault((first, getattr(node, "name", "<lambda>")), []).append(node)
-    found: dict[CodeType, Function] = {}
+    functions: dict[CodeType, Function] = {}
     todo = [compiled]
     while todo:
         code = todo.pop()
         todo += (c for c in code.co_consts if isinstance(c, CodeType))
         here = nodes.get((code.co_firstlineno, code.co_name), [])
         if len(here) == 1:  # and not two lambdas of a line
-            found[code] = here[0]
-    return found
+            functions[code] = here[0]
+    return functions

@@ -56,13 +56,13 @@ def linear_leaves(model: nn.Module) -> list[Leaf]:
 
 def leaves(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Leaf]:
     """Those below `model` that are wanted, as `linear_like` has them."""
-    found: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
+    first_places: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
     places: dict[int, list[str]] = {}
     for fqn, name, module, parent, ancestors in _walk("", model, (("", model),), set()):
         if wanted(module):
-            found.setdefault(id(module), (fqn, module, parent, name, ancestors))
+            first_places.setdefault(id(module), (fqn, module, parent, name, ancestors))
             places.setdefault(id(module), []).append(fqn)
-    return [Leaf(*leaf, tuple(places[key])) for key, leaf in found.items()]
+    return [Leaf(*leaf, tuple(places[key])) for key, leaf in first_places.items()]
 
 
 def _walk(

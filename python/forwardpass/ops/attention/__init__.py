@@ -335,8 +335,8 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
         )
     _, causal, left, right, _, mask, alibi_slopes = rest[:7]
     limited = left is not None or right is not None or (causal and q.shape[-3] != k.shape[-3])
-    own = faster_than_torch(q.device, q.dtype, q.shape[-1])
-    if q.device.type == "cpu" and ((limited and not own) or mask is not None or alibi_slopes is not None):
+    faster = faster_than_torch(q.device, q.dtype, q.shape[-1])
+    if q.device.type == "cpu" and ((limited and not faster) or mask is not None or alibi_slopes is not None):
         notes.append("it takes an additive mask alone: the cpu backend writes one, of at most 16 MiB or one row of every head at a "
                      "time")  # fmt: skip
     return notes
