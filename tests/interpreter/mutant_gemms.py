@@ -61,7 +61,7 @@ def transposed(case, m, *more, **options):
     )
 
 
-def widened(dtype, few, many):
+def upconverted(dtype, few, many):
     """Weights on wgmma: the product is made transposed, so it is N that makes clusters of one and of two."""
     return tuple(
         W8((m,), n, k, dtype, w, scales, activation=activation)
@@ -131,10 +131,10 @@ CUDA = {
                                                   (70, 40, 1100, "block", None), (1153, 130, 16, "tensor", None))),
     ),
     "w8a16_wgmma_128x16": Instance(
-        ("sm_90a",), "WidenedILNS_5DtypeE2EEELi128ELi16E", widened(torch.bfloat16, 9, 16), clusters=1,
+        ("sm_90a",), "UpconvertedILNS_5DtypeE2EEELi128ELi16E", upconverted(torch.bfloat16, 9, 16), clusters=1,
     ),
     "w8a16_wgmma_128x128": Instance(
-        ("sm_90a",), "WidenedILNS_5DtypeE1EEELi128ELi128E", widened(torch.float16, 70, 200), clusters=1,
+        ("sm_90a",), "UpconvertedILNS_5DtypeE1EEELi128ELi128E", upconverted(torch.float16, 70, 200), clusters=1,
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",
