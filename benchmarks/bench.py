@@ -143,7 +143,7 @@ def ratios(median: float, peers: dict[str, float]) -> dict[str, float]:
 def check_same_work(what: str, got: Any, expected: Any) -> None:
     pairs = [(g, e) for g, e in zip(tensors(got), tensors(expected)) if e.numel()]
     for g, e in pairs:
-        error = relative_error(g.nan_to_num(), e.nan_to_num())
+        error = relative_error(g.double().nan_to_num(), e.double().nan_to_num())
         if not error <= SAME_WORK:
             sys.exit(f"{what} does other work than the baseline: relative error {error:.1e}")
 

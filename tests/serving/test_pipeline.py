@@ -9,7 +9,7 @@ from pipelines import TIMEOUT, Double, Held, fails_at, no_thread_stays, number, 
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.dispatch import choice
+from forwardpass.dispatch import current_choice
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -165,7 +165,7 @@ def test_what_holds_in_the_thread_that_begins_holds_in_the_stages():
         def look(*args):
             q = torch.zeros(1, 2, 4, 8)
             nn.functional.scaled_dot_product_attention(q, q, q)
-            seen[stage] = (choice()["backend"], torch.is_inference_mode_enabled(), torch.get_autocast_dtype("cpu"),
+            seen[stage] = (current_choice()["backend"], torch.is_inference_mode_enabled(), torch.get_autocast_dtype("cpu"),
                            torch.is_autocast_enabled("cpu"))  # fmt: skip
             return args[-1]
 

@@ -136,5 +136,7 @@ def _parity(op: Operation, name: str, device: torch.device) -> dict[str, Any]:
         got = op(*args)
     expected = op.runs["reference"](*args)
     pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (got, expected)))
-    worst = max((relative_error(g.nan_to_num(), e.nan_to_num()) for g, e in pairs if e.numel()), default=0.0)
+    worst = max(
+        (relative_error(g.double().nan_to_num(), e.double().nan_to_num()) for g, e in pairs if e.numel()), default=0.0
+    )
     return {"ok": worst <= PARITY_BOUND, "relative_error": worst, "text": f"relative error {worst:.1e}"}
