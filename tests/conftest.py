@@ -11,6 +11,8 @@ import forwardpass as fp
 from forwardpass.dispatch import Operation
 from forwardpass.testing import poisoned_outputs
 
+#: Of this checkout: what Triton compiled names the files it came from, and the mutants' reasons go by those names.
+os.environ.setdefault("TRITON_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "triton"))
 #: area -> core-seconds
 spent = collections.Counter()
 

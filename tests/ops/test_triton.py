@@ -8,11 +8,11 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import multiprocessing
-import os
 import pathlib
 import random
 import re
 import subprocess
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy
@@ -150,9 +150,12 @@ def compile_for(architecture, name, case):
     run(name, case, args if scales_of_groups else [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
     kernel = compiled[0]
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    cubin = pathlib.Path(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
-    cubin.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     return kernel.asm["ptx"], int(re.search(r"STACK:(\d+)", usage)[1])
 
 
@@ -167,8 +170,7 @@ def interpreter():
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    os.environ.setdefault("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+def compiler():
     with process(start_compiling) as pool:
         yield pool
 
