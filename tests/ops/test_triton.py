@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import multiprocessing
+import os
 import pathlib
 import random
 import re
