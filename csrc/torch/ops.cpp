@@ -1,5 +1,6 @@
 // Every schema and every registration, on one screen. <name>_cpu: csrc/cpu. <name>_cuda: the CUDA kernels; on CPU
-// tensors the same kernels, interpreted. <name>_triton: python/forwardpass/ops/<name>/triton_kernel.py, registered there.
+// tensors the same kernels, interpreted. <name>_triton: python/forwardpass/ops/<name>/triton_kernel.py, registered
+// there.
 #include "torch/ops.h"
 
 #include <torch/csrc/stable/library.h>
