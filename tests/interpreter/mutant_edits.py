@@ -173,8 +173,9 @@ class Sources:
         for number, first, second in FILE.findall(text):
             path = pathlib.Path(first, second) if second else pathlib.Path(first)
             parts = path.parts
-            for top in ("csrc", "tests", "python"):
-                if top in parts and (REPOSITORY / (name := pathlib.Path(*parts[parts.index(top) :]))).exists():
+            # the package's Triton kernels are those of a wheel, where one is installed
+            for top, ours in (("csrc", "csrc"), ("tests", "tests"), ("python", "python"), ("site-packages", "python")):
+                if top in parts and (REPOSITORY / (name := pathlib.Path(ours, *parts[parts.index(top) + 1 :]))).exists():
                     self.files[int(number)] = str(name)
         self.lines = {
             name: [" ".join(line.split()) for line in (REPOSITORY / name).read_text().splitlines()]
