@@ -175,7 +175,10 @@ class Sources:
             parts = path.parts
             # the package's Triton kernels are those of a wheel, where one is installed
             for top, ours in (("csrc", "csrc"), ("tests", "tests"), ("python", "python"), ("site-packages", "python")):
-                if top in parts and (REPOSITORY / (name := pathlib.Path(ours, *parts[parts.index(top) + 1 :]))).exists():
+                if (
+                    top in parts
+                    and (REPOSITORY / (name := pathlib.Path(ours, *parts[parts.index(top) + 1 :]))).exists()
+                ):
                     self.files[int(number)] = str(name)
         self.lines = {
             name: [" ".join(line.split()) for line in (REPOSITORY / name).read_text().splitlines()]
