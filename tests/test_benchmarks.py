@@ -1,6 +1,7 @@
 """Every benchmark's baseline does the work of its operation, and the timing tells fast from slow."""
 
 import dataclasses
+import functools
 import importlib
 import time
 
@@ -21,8 +22,21 @@ def test_every_operation_has_a_benchmark():
     assert set(BASELINES) == set(dispatch.operations.values())
 
 
+@functools.cache
+def scaled_mm_takes_rows():
+    """Whether torch._scaled_mm has a scale per row on a CPU too, which torch 2.11 has not."""
+    a, one = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(a, a.t(), one, one.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("op", BASELINES, ids=lambda op: op.name)
 def test_baseline_does_the_same_work(op):
+    if op.name in ("fp8_gemm", "fp8_linear") and not scaled_mm_takes_rows():
+        pytest.skip("the baseline, torch._scaled_mm, takes no scales per row on the CPU with this torch")
     case = min(benchmark_cases(op), key=lambda c: c.bytes())
     call = bench.as_a_layer_has_them(case.arguments())
     expected = BASELINES[op](**dict(zip(op.parameters, call)))
@@ -139,11 +153,11 @@ def test_peers_of_a_gemm_are_timed_and_those_that_raise_say_why():
         assert t["tflops"] == pytest.approx(2 * 32 * 64 * 128 / t["median"] / 1e9) and t["with_host"] > 0
     op = dispatch.operations["fp8_gemm"]
     row = on_gpu.measure(op, "blocks", gemm.make_case(op, *shape, {"blocks": True}), shape, "cpu", rounds=2)
-    assert "Invalid scaling" in row["missing"]["torch._scaled_mm"] and "torch.compile" in row["timings"]
+    assert "scaling" in row["missing"]["torch._scaled_mm"] and "torch.compile" in row["timings"]
     said = importlib.import_module("benchmarks.on_gpu").lines(row)
-    assert "torch._scaled_mm" in said and "not measured: ValueError" in said
+    assert "torch._scaled_mm" in said and "not measured: " in said
     row = on_gpu.measure(op, "rows", gemm.make_case(op, *shape, {}), shape, "cpu", rounds=2)
-    assert "torch._scaled_mm" in row["timings"]
+    assert "torch._scaled_mm" in row["timings" if scaled_mm_takes_rows() else "missing"]
 
 
 def cases_of_bars():

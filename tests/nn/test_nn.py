@@ -355,7 +355,11 @@ def test_quantised_weights_are_not_loaded_without_their_scales():
 @torch.inference_mode()
 def test_under_inductor(cls):
     layer, x = cls.from_torch(linear(33, 48), activation="gelu"), torch.randn(5, 33)  # rows padded to 48 in memory
-    assert torch.equal(torch.compile(layer, backend="inductor", fullgraph=True)(x), layer(x))
+    got, expected = torch.compile(layer, backend="inductor", fullgraph=True)(x), layer(x)
+    if cls is Fp8Linear:  # the reference in plain torch, whose GELU inductor writes anew
+        torch.testing.assert_close(got, expected, rtol=2**-20, atol=2**-20)
+    else:
+        assert torch.equal(got, expected)
 
 
 @torch.no_grad()
