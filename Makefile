@@ -1,4 +1,4 @@
-# Every target is a few commands that also work without make; README.md has the set-up ones under "From a checkout".
+# Every target is a few commands that also work without make; docs/building.md has the set-up ones.
 
 PYTHON ?= python3
 BIN := .venv/bin
