@@ -127,7 +127,7 @@ def plan(
     model = plain_module("plan", model)
     check_choice(attention, False)
     leaves = linear_like(model)
-    refuse_model(model)
+    refuse_model(model, leaves)
     given = _listed("batches", batches)
     timed = given[:1] if shapes is None else _listed("shapes", shapes)
     calibration = [] if calibrate is None else _listed("calibrate", calibrate)

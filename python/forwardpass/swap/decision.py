@@ -15,7 +15,7 @@ from .plan import Plan
 from .precision import LayerPrecision, find_precision
 from .report import Skipped
 from .rules import KINDS, Context, fused_experts, why_skip
-from .walker import Leaf, linear_leaves, linear_like
+from .walker import Leaf
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 
@@ -42,15 +42,18 @@ class Decision:
 
 def decide(
     context: Context,
+    linear: list[Leaf],
     precision: str | None = None,
     plan: Plan | None = None,
     *,
     attention: str | bool = "auto",
     calibrated: bool = False,
 ) -> Decision:
-    """Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model,
-    or calibration does not go with it."""
-    linear = linear_like(context.model)
+    """What becomes of the Linear-like layers `linear` and of all attention.
+
+    Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
+    calibration does not go with it.
+    """
     attentions = decide_attention(context, attention, plan.attention if plan else None)
     swapped, skipped = _decide_layers(context, linear, precision, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
@@ -95,8 +98,7 @@ def _decide_layers(
     return swapped, skipped
 
 
-def refuse_model(model: nn.Module) -> None:
-    leaves = linear_leaves(model)
+def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
                          "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip

@@ -25,7 +25,7 @@ from .plan import Plan, PlannedLayer, layers_of
 from .precision import LayerPrecision, Precision
 from .report import Left, Report, Swapped, WeightBytes
 from .rules import Context
-from .walker import Leaf, linear_leaves
+from .walker import Leaf, linear_leaves, linear_like
 
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
@@ -101,9 +101,10 @@ def swap(
         given = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {given} given: pass one, e.g. precision="int8"')
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
-    refuse_model(model)
+    leaves = linear_like(model)
+    refuse_model(model, leaves)
     loaded = Plan.load(plan) if plan is not None else None
-    decision = decide(context, precision, loaded, attention=attention, calibrated=calibrate is not None)
+    decision = decide(context, leaves, precision, loaded, attention=attention, calibrated=calibrate is not None)
     if strict:
         refuse_skips(decision.skipped)
     notes = _warnings(decision)
@@ -128,7 +129,7 @@ def swap_planned(
     """`swap(model, plan=plan)` where the calibration is done: `arguments` has, for each calibrated layer, those of its
     module's `from_torch`. Without the warnings.
     """
-    decision = decide(Context(model), None, plan, calibrated=plan.calibrated)
+    decision = decide(Context(model), linear_like(model), None, plan, calibrated=plan.calibrated)
     arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf in decision.calibrated}
     return _carry_out(decision, [], arguments, plan.calibration, keep, dry_run=False)
 
