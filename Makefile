@@ -83,16 +83,19 @@ dist/built: .venv/dev $(shell find python -name '*.py' -o -name '*.json')
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
 	touch $@
 
+# $(1): a venv, $(2): what is installed beside the wheel. The wheel is forced, as its version stays the same from build to build.
+define install_wheel
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
+	$(1)/bin/pip install $(2) "$$(echo dist/forwardpass-*.whl)[dev]"
+	touch $@
+endef
+
 # Torch is named with the wheel: else the newest torchvision, which timm asks for, brings another torch. The interpreter of
 # Triton 3.6, which this torch brings, breaks on numpy 2.4.
 .venv-cuda/built: dist/built
-	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
-	.venv-cuda/bin/pip install 'torch==2.11.0' 'numpy<2.4' "$$(echo dist/forwardpass-*.whl)[dev]"
-	touch $@
+	$(call install_wheel,.venv-cuda,'torch==2.11.0' 'numpy<2.4')
 
+.venv-newest/built: private export PIP_CONFIG_FILE = /dev/null
 .venv-newest/built: dist/built
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
-	PIP_CONFIG_FILE=/dev/null .venv-newest/bin/pip install -U "$$(echo dist/forwardpass-*.whl)[dev]"
-	touch $@
+	$(call install_wheel,.venv-newest,-U)

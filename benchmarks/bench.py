@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from forwardpass.common import environment
-from forwardpass.common.compare import relative_error
+from forwardpass.common.compare import finite_relative_error
 from forwardpass.common.timing import interleave
 from forwardpass.dispatch import BACKENDS, Operation, use_backend
 from forwardpass.testing import benchmark_cases
@@ -143,7 +143,7 @@ def ratios(median: float, peers: dict[str, float]) -> dict[str, float]:
 def check_same_work(what: str, got: Any, expected: Any) -> None:
     pairs = [(g, e) for g, e in zip(tensors(got), tensors(expected)) if e.numel()]
     for g, e in pairs:
-        error = relative_error(g.double().nan_to_num(), e.double().nan_to_num())
+        error = finite_relative_error(g, e)
         if not error <= SAME_WORK:
             sys.exit(f"{what} does other work than the baseline: relative error {error:.1e}")
 

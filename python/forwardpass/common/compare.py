@@ -16,3 +16,8 @@ def squared_relative_error(got: Tensor, expected: Tensor) -> Tensor:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """L2 norm of the error over that of `expected`, in float64."""
     return squared_relative_error(got, expected).sqrt().item()
+
+
+def finite_relative_error(got: Tensor, expected: Tensor) -> float:
+    """The same where both may have values that are not finite: NaN counts as 0, an infinity as the largest float64."""
+    return relative_error(got.double().nan_to_num(), expected.double().nan_to_num())
