@@ -264,10 +264,10 @@ class QuantizedLinear(nn.Module):
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """torch.float16 from "float16": what `config` writes."""
-    as_dtype_object = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(as_dtype_object, torch.dtype):
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype or its name, not {dtype!r}")
-    return as_dtype_object
+    return resolved
 
 
 def rows(x: Tensor) -> Tensor:
