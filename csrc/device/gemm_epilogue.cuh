@@ -6,8 +6,10 @@
 #include <utility>
 
 #include "device/epilogue.cuh"
+#include "device/fragments.cuh"
 #include "params/dequant_activation.h"
 #include "params/gemm.h"
+#include "schedule/gemm_tile.cuh"
 
 namespace forwardpass {
 
@@ -60,23 +62,22 @@ struct GemmOutput {
   __device__ int staging_rows(int64_t row) const { return static_cast<int>(min(int64_t{kStagingRows}, rows - row)); }
 };
 
-// Stages an n8 tile of a fragment: c0 and c1 are in row lane / 4, c2 and c3 eight rows below.
+// Stages an accumulator tile at `column` of the staging buffer.
 template <class Acc>
-__device__ inline void put_fragment(Staging& staging, int tile, const Acc (&c)[4]) {
-  const int lane = threadIdx.x % 32, row = lane / 4, column = tile * 8 + lane % 4 * 2;
+__device__ inline void stage_accumulators(Staging& staging, int column, const Acc (&c)[4]) {
   struct alignas(8) Pair {
     Acc a, b;
   };
-  staging.at<Pair>(row, column) = {c[0], c[1]};
-  staging.at<Pair>(row + 8, column) = {c[2], c[3]};
+#pragma unroll
+  for (int e = 0; e < 4; e += 2)
+    staging.at<Pair>(accumulator_row(e), column + accumulator_column(e)) = {c[e], c[e + 1]};
 }
 
-// The same of transposed accumulators: the staging buffer's rows from `row` on are the fragment's columns.
+// The same of transposed accumulators: the staging buffer's rows from `row` on are the tile's columns.
 template <class Acc>
-__device__ inline void put_transposed(Staging& staging, int row, int column, const Acc (&c)[4]) {
-  const int lane = threadIdx.x % 32;
+__device__ inline void stage_transposed(Staging& staging, int row, int column, const Acc (&c)[4]) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) staging.at<Acc>(row + lane % 4 * 2 + e % 2, column + lane / 4 + e / 2 * 8) = c[e];
+  for (int e = 0; e < 4; ++e) staging.at<Acc>(row + accumulator_column(e), column + accumulator_row(e)) = c[e];
 }
 
 template <class Acc>
@@ -136,61 +137,86 @@ __device__ inline void finish_staged(const Staging& staging, const GemmOutput& o
       [&](float (&y)[kVec], int64_t r, int64_t c, int n) { store_output(y, o.epilogue, o.access, r, c, n); });
 }
 
-// Stages and finishes a warp's accumulators: kRows blocks of sixteen rows, kStep rows apart, by kTiles n8 tiles, from
-// (row, column) of the output on. finish is finish_staged, or what a kernel does in its place.
-template <int kStep, int kRows, int kTiles, class Acc, class Finish>
-__device__ inline void for_each_staged(const Acc (&acc)[kRows][kTiles][4], Staging& staging, int64_t row,
-                                       int64_t column, Finish finish) {
-  constexpr int kStagingTiles = kTiles % 4 == 0 ? 4 : 2, kColumns = kStagingTiles * 8, kAcross = kTiles / kStagingTiles;
-  static_assert(kTiles % kStagingTiles == 0 && kColumns <= kStagingColumns);
+// Stages and finishes a warp's accumulators, sixteen rows by up to 32 columns at a time, from (row, column) of the
+// output on. finish is finish_staged, or what a kernel does in its place.
+template <class Acc, int kTilesM, int kTilesN, int kStepM, class Finish>
+__device__ inline void for_each_staged(const Fragments<Acc, kTilesM, kTilesN, kStepM>& acc, Staging& staging,
+                                       int64_t row, int64_t column, Finish finish) {
+  constexpr int kStagingTiles = kTilesN % 4 == 0 ? 4 : 2, kColumns = kStagingTiles * 8,
+                kAcross = kTilesN / kStagingTiles;
+  static_assert(kTilesN % kStagingTiles == 0 && kColumns <= kStagingColumns);
 #pragma unroll 1
-  for (int chunk = 0; chunk < kRows * kAcross; ++chunk) {
+  for (int chunk = 0; chunk < kTilesM * kAcross; ++chunk) {
     at_index(
         chunk,
         [&](auto constant) {
           constexpr int kRow = decltype(constant)::value / kAcross, kColumn = decltype(constant)::value % kAcross;
 #pragma unroll
-          for (int t = 0; t < kStagingTiles; ++t) put_fragment(staging, t, acc[kRow][kColumn * kStagingTiles + t]);
+          for (int t = 0; t < kStagingTiles; ++t)
+            stage_accumulators(staging, t * 8, acc[kRow][kColumn * kStagingTiles + t]);
         },
-        std::make_integer_sequence<int, kRows * kAcross>{});
+        std::make_integer_sequence<int, kTilesM * kAcross>{});
     __syncwarp();
-    finish(std::integral_constant<int, kColumns>{}, row + chunk / kAcross * kStep, column + chunk % kAcross * kColumns);
+    finish(std::integral_constant<int, kColumns>{}, row + chunk / kAcross * kStepM,
+           column + chunk % kAcross * kColumns);
     __syncwarp();
   }
-}
-template <int kRows, int kTiles, class Acc>
-__device__ inline void finish_fragments(const Acc (&acc)[kRows][kTiles][4], Staging& staging, const GemmOutput& o,
-                                        int64_t row, int64_t column, int split) {
-  for_each_staged<kStagingRows>(acc, staging, row, column, [&](auto columns, int64_t r, int64_t c) {
-    finish_staged<decltype(columns)::value, Acc>(staging, o, r, c, split);
-  });
 }
 
-// The same of transposed accumulators: kTilesN blocks of sixteen columns of the output by kTilesM n8 tiles of its rows.
-template <int kTilesN, int kTilesM, class Acc>
-__device__ inline void finish_transposed(const Acc (&acc)[kTilesN][kTilesM][4], Staging& staging, const GemmOutput& o,
-                                         int64_t row, int64_t column, int split) {
-  constexpr int kColumns = kTilesN * 16, kFit = kStagingColumns / kColumns,
-                kBeside = kFit < kTilesM / 2 ? kFit : kTilesM / 2;
-  static_assert(kTilesM % (2 * kBeside) == 0);
-#pragma unroll 1
-  for (int chunk = 0; chunk < kTilesM / 2; chunk += kBeside) {
-    at_index(
-        chunk / kBeside,
-        [&](auto constant) {
-#pragma unroll
-          for (int i = 0; i < kTilesN; ++i)
-#pragma unroll
-            for (int j = 0; j < 2 * kBeside; ++j)
-              put_transposed(staging, j % 2 * 8, j / 2 * kColumns + i * 16,
-                             acc[i][decltype(constant)::value * 2 * kBeside + j]);
-        },
-        std::make_integer_sequence<int, kTilesM / 2 / kBeside>{});
-    __syncwarp();
-    finish_staged<kColumns, Acc, kBeside>(staging, o, row + chunk * kStagingRows, column, split);
-    __syncwarp();
+// Epilogues: from a warp's accumulators, whose first is in `row` and `column` of a tile, to the output.
+struct FragmentEpilogue {
+  Staging& staging;
+  const GemmOutput& out;
+
+  template <class SharedStorage>
+  __device__ FragmentEpilogue(SharedStorage& s, const GemmOutput& out)
+      : staging(s.staging[threadIdx.x / 32]), out(out) {}
+  template <class Acc, int kTilesM, int kTilesN, int kStepM>
+  __device__ void operator()(const Fragments<Acc, kTilesM, kTilesN, kStepM>& acc, const GemmTile& tile, int row,
+                             int column) const {
+    for_each_staged(acc, staging, tile.row + row, tile.column + column, [&](auto columns, int64_t r, int64_t c) {
+      finish_staged<decltype(columns)::value, Acc>(staging, out, r, c, tile.split);
+    });
   }
-}
+};
+
+// Of accumulators whose rows are the output's columns. kSwapAB: so it is with the tile's.
+template <bool kSwapAB>
+struct TransposedEpilogue {
+  Staging& staging;
+  const GemmOutput& out;
+
+  template <class SharedStorage>
+  __device__ TransposedEpilogue(SharedStorage& s, const GemmOutput& out)
+      : staging(s.staging[threadIdx.x / 32]), out(out) {}
+  template <class Acc, int kTilesN, int kTilesM, int kStepN>
+  __device__ void operator()(const Fragments<Acc, kTilesN, kTilesM, kStepN>& acc, const GemmTile& tile, int row,
+                             int column) const {
+    static_assert(kTilesN == 1 || kStepN == 16);
+    constexpr int kColumns = kTilesN * 16, kFit = kStagingColumns / kColumns,
+                  kBeside = kFit < kTilesM / 2 ? kFit : kTilesM / 2;
+    static_assert(kTilesM % (2 * kBeside) == 0);
+    const int64_t tile_row = tile.row + row, tile_column = tile.column + column;
+    const int64_t out_row = kSwapAB ? tile_column : tile_row, out_column = kSwapAB ? tile_row : tile_column;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kTilesM / 2; chunk += kBeside) {
+      at_index(
+          chunk / kBeside,
+          [&](auto constant) {
+#pragma unroll
+            for (int i = 0; i < kTilesN; ++i)
+#pragma unroll
+              for (int j = 0; j < 2 * kBeside; ++j)
+                stage_transposed(staging, j % 2 * 8, j / 2 * kColumns + i * 16,
+                                 acc[i][decltype(constant)::value * 2 * kBeside + j]);
+          },
+          std::make_integer_sequence<int, kTilesM / 2 / kBeside>{});
+      __syncwarp();
+      finish_staged<kColumns, Acc, kBeside>(staging, out, out_row + chunk * kStagingRows, out_column, tile.split);
+      __syncwarp();
+    }
+  }
+};
 
 // In dequant_activation_sm80.cu: each accumulator is the sum of `splits` parts, split_stride elements apart.
 cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride,

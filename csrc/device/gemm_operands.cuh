@@ -1,6 +1,6 @@
 #pragma once
-// What the GEMMs on mma.sync and on wgmma share: the types of their operands.
-#include "params/gemm.h"
+// What GEMM kernels are given: the types of their operands, and the arguments of those that read them by address.
+#include "device/gemm_epilogue.cuh"
 
 namespace forwardpass {
 
@@ -23,6 +23,22 @@ struct E4m3 {
 // them would spill 1196 bytes.
 struct E4m3Blocks : E4m3 {
   static constexpr bool kBlockScaled = true;
+};
+
+// A launch of a kernel on mma.sync, or of a GEMV.
+struct GemmArguments {
+  Matrix a, b;
+  BlockScales blocks;
+  TileMap map;
+  GemmOutput out;
+
+  GemmArguments(const GemmParams& p, int tile_m, int tile_n)
+      : a(p.a),
+        b(p.b),
+        blocks(p.blocks),
+        map(ceil_div(p.a.rows, tile_m), ceil_div(p.b.rows, tile_n), p.choice.splits, p.a.columns, p.choice.split_k),
+        out(p) {}
+  __device__ bool gated() const { return is_gated(out.epilogue.activation); }
 };
 
 }  // namespace forwardpass

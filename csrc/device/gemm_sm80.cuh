@@ -6,24 +6,59 @@
 // Tensor cores bind first, then issue. A warp's 64 x 64 x 32 takes 32 mma and 8 ldmatrix, 0.25 per mma; the copies of a
 // stage of 64 of K are 8 per thread, 0.125 per mma. L2: (M + N) / (M N) bytes per multiply-add, so 128 x 128 needs 32
 // bytes a clock for an A100's multiprocessor, which gets 47 (5120 a clock for 108).
+#include "device/fragments.cuh"
 #include "device/gemm_epilogue.cuh"
 #include "device/gemm_operands.cuh"
 #include "device/ptx_sm80.cuh"
 #include "device/shared_bytes.cuh"
-#include "schedule/tile_map.cuh"
+#include "device/swizzled_rows.cuh"
 
 namespace forwardpass {
 
-// Blocks: how many share a multiprocessor; it limits the registers.
-template <class Element_, int M, int N, int WarpsM, int WarpsN, int StageK, int Stages, int Blocks>
+// A pipeline of stages that all threads fill by cp.async: kStages - 1 are in flight while one is used.
+template <int kStages>
+struct CpAsyncPipeline {
+  // The next stage has arrived for all warps, and all have read the one before it, which is filled next.
+  __device__ static void wait() {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();
+  }
+  // Nothing is in flight any more, and no warp reads a stage.
+  __device__ static void drain() {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+  __device__ static int before(int stage) { return stage == 0 ? kStages - 1 : stage - 1; }
+  __device__ static int after(int stage) { return stage == kStages - 1 ? 0 : stage + 1; }
+};
+
+// What a kernel's tile is made of.
+struct MmaTile {
+  int m, n;              // of the output, what a block computes
+  int warps_m, warps_n;  // that divide it
+  int stage_k, stages;   // bytes of K in a stage
+  int blocks_per_sm;     // that share a multiprocessor; it limits the registers
+};
+
+template <class Element_, MmaTile kTile>
+struct MmaMainloop;
+
+template <class Element_, MmaTile kTile>
 struct MmaConfig {
   using Element = Element_;
   using Acc = typename Element::Acc;
-  static constexpr int kM = M, kN = N, kStageK = StageK, kStages = Stages, kBlocks = Blocks;
-  static constexpr int kWarpsM = WarpsM, kWarpsN = WarpsN, kThreads = 32 * WarpsM * WarpsN;
-  static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
-  static constexpr int kRows = kWarpM / 16, kTiles = kWarpN / 8;  // of a warp: m16 tiles, n8 tiles
-  static_assert(!Element::kPromoted || StageK == kScaleBlock, "promotion is once a stage");
+  static constexpr int kM = kTile.m, kN = kTile.n, kStageK = kTile.stage_k, kStages = kTile.stages;
+  static constexpr int kWarpsM = kTile.warps_m, kWarpsN = kTile.warps_n, kThreads = 32 * kWarpsM * kWarpsN,
+                       kBlocksPerSm = kTile.blocks_per_sm;
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;  // of a warp, each of 16 x 8
+  static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
+
+  using Schedule = OneTile<MmaConfig>;
+  using Accumulators = Fragments<Acc, kTilesM, kTilesN>;
+  using Pipeline = CpAsyncPipeline<kStages>;
+  using Mainloop = MmaMainloop<Element, kTile>;
+  using Epilogue = FragmentEpilogue;
 
   struct SharedStorage {
     union {
@@ -36,58 +71,44 @@ struct MmaConfig {
   };
 };
 
-// The layout of an operand's rows in a stage: kStageK bytes each, 16-byte chunks swizzled so that the eight rows of a
-// column of chunks, which an ldmatrix reads, fall into different banks; so do the 128 bytes that a quarter of a warp
-// copies at a time.
-template <class Config>
-struct StageLayout {
-  static constexpr int kRowBytes = Config::kStageK, kChunks = kRowBytes / 16;
-  static_assert(kChunks == 4 || kChunks == 8);
-  __device__ static int swizzle(int row) { return kChunks == 8 ? row % 8 : row / 2 % 4; }
-  __device__ static int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ swizzle(row)) * 16; }
-};
-
-// A thread's share in copying R rows of an operand, slice after slice: one chunk of every kStep-th row. Rows outside
-// the matrix read its last row again, as their outputs are not stored; columns outside it are zero.
-template <class Config, int R>
+// Copies kRows rows of an operand, slice after slice of kSliceK bytes. Rows outside the matrix read its last row again,
+// as their outputs are not stored; columns outside it are zero.
+template <int kSliceK, int kRows, int kThreads>
 struct OperandCopy {
-  using Layout = StageLayout<Config>;
-  static constexpr int kStep = Config::kThreads / Layout::kChunks, kCount = R / kStep;
-  static_assert(R % kStep == 0 && kStep % 8 == 0);
-  const uint8_t* row[kCount];
-  int left;  // bytes from this thread's chunk to the end of K, which is below 2^30
+  using Share = CopyShare<kSliceK, kRows, kThreads>;
+  const uint8_t* row[Share::kCount];
+  int bytes_left;  // from this thread's chunk to the end of K, which is below 2^30
   uint32_t to;
 
   __device__ OperandCopy(const Matrix& m, int64_t first_row, int64_t k, int64_t k_end, uint8_t* stage) {
-    const int chunk = threadIdx.x % Layout::kChunks, first = threadIdx.x / Layout::kChunks;
-    left = static_cast<int>(k_end - k) - chunk * 16;
-    to = ptx::shared_address(stage) + Layout::offset(first, chunk);
+    bytes_left = static_cast<int>(k_end - k) - Share::chunk() * 16;
+    to = ptx::shared_address(stage) + Share::offset();
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t r = min(first_row + first + i * kStep, m.rows - 1);
-      row[i] = static_cast<const uint8_t*>(m.data) + r * m.stride + k + chunk * 16;
+    for (int i = 0; i < Share::kCount; ++i) {
+      const int64_t r = min(first_row + Share::row() + i * Share::kStep, m.rows - 1);
+      row[i] = static_cast<const uint8_t*>(m.data) + r * m.stride + k + Share::chunk() * 16;
     }
   }
   // Copies the slice that is `ahead` slices further, all of whose columns exist.
   __device__ void whole(int stage, int ahead) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) ptx::cp_async_16(at(stage, i), row[i] + ahead * Config::kStageK);
+    for (int i = 0; i < Share::kCount; ++i) ptx::cp_async_16(address(stage, i), row[i] + ahead * kSliceK);
   }
   // The same of a slice of which some or all columns may be outside.
   __device__ void masked(int stage, int ahead) const {
-    const int size = min(max(left - ahead * Config::kStageK, 0), 16);
+    const int size = min(max(bytes_left - ahead * kSliceK, 0), 16);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) ptx::cp_async_16(at(stage, i), row[i] + ahead * Config::kStageK, size);
+    for (int i = 0; i < Share::kCount; ++i) ptx::cp_async_16(address(stage, i), row[i] + ahead * kSliceK, size);
   }
   __device__ void advance(int slices) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) row[i] += slices * Config::kStageK;
-    left -= slices * Config::kStageK;
+    for (int i = 0; i < Share::kCount; ++i) row[i] += slices * kSliceK;
+    bytes_left -= slices * kSliceK;
   }
 
  private:
-  __device__ uint32_t at(int stage, int i) const {
-    return to + stage * R * Config::kStageK + i * kStep * Layout::kRowBytes;
+  __device__ uint32_t address(int stage, int i) const {
+    return to + stage * kRows * kSliceK + i * Share::kStep * kSliceK;
   }
 };
 
@@ -102,13 +123,12 @@ struct BlockScaleCopy {
   uint32_t to;
   int size;
 
-  __device__ BlockScaleCopy(const GemmParams& p, int64_t row, int64_t column, int64_t k, float* stage) {
+  __device__ BlockScaleCopy(const GemmArguments& p, int64_t row, int64_t column, int64_t k, float* stage) {
     const int64_t block = k / kScaleBlock, k_blocks = (p.a.columns + kScaleBlock - 1) / kScaleBlock;
-    const bool gated = is_gated(p.epilogue.activation);
     const int64_t first = row + threadIdx.x * 4, last_column = min(column, p.b.rows - 1);
     a = p.blocks.a + block * p.blocks.a_stride + first;
     a_stride = p.blocks.a_stride;
-    b = p.blocks.b + (gated ? last_column / 2 : last_column) / kScaleBlock * k_blocks + block;
+    b = p.blocks.b + (p.gated() ? last_column / 2 : last_column) / kScaleBlock * k_blocks + block;
     up_offset = p.blocks.up_offset;  // 0 unless gated
     to = ptx::shared_address(stage) + threadIdx.x * 16;
     size = static_cast<int>(min(max(p.a.rows - first, int64_t{0}), int64_t{4})) * 4;
@@ -122,25 +142,23 @@ struct BlockScaleCopy {
 
 // A lane's addresses for an operand's ldmatrix: 16 rows x 32 bytes, for each 32 bytes of a stage's K.
 template <class Config>
-struct FragmentAddress {
-  using Layout = StageLayout<Config>;
+struct MatrixAddress {
   static constexpr int kSteps = Config::kStageK / 32;
-  uint32_t at[kSteps];
+  uint32_t step[kSteps];
 
   // chunk: which 16 of the 32 bytes this lane's 8 x 8 matrix has
-  __device__ FragmentAddress(const uint8_t* stage, int row, int chunk) {
+  __device__ MatrixAddress(const uint8_t* stage, int row, int chunk) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) at[k] = ptx::shared_address(stage) + Layout::offset(row, 2 * k + chunk);
+    for (int k = 0; k < kSteps; ++k)
+      step[k] = ptx::shared_address(stage) + SwizzledRows<Config::kStageK>::offset(row, 2 * k + chunk);
   }
 };
 
 // The product of one slice of K in shared memory: acc += a b.
 template <class Config>
 struct SliceProduct {
-  using Acc = typename Config::Acc;
-  using Layout = StageLayout<Config>;
-  using Address = FragmentAddress<Config>;
-  static constexpr int kRows = Config::kRows, kTiles = Config::kTiles;
+  using Accumulators = typename Config::Accumulators;
+  using Address = MatrixAddress<Config>;
   const Address from_a, from_b;
 
   // a: the four 8 x 8 matrices of an ldmatrix are rows 0-7 and 8-15 of bytes 0-15, then of bytes 16-31; b: bytes 0-15
@@ -151,9 +169,9 @@ struct SliceProduct {
 
   // promote(stage, partial accumulators of this slice), for elements that need it
   template <class Promote>
-  __device__ void operator()(int stage, Acc (&acc)[kRows][kTiles][4], Promote promote) const {
+  __device__ void operator()(int stage, Accumulators& acc, Promote promote) const {
     if constexpr (Config::Element::kPromoted) {
-      Acc partial[kRows][kTiles][4];
+      Accumulators partial;
       mma<true>(stage, partial);
       promote(stage, partial);
     } else {
@@ -162,25 +180,25 @@ struct SliceProduct {
   }
 
  private:
-  // from_zero: acc is not read
-  template <bool from_zero>
-  __device__ void mma(int stage, Acc (&acc)[kRows][kTiles][4]) const {
-    constexpr Acc kZeros[4] = {};
+  // kFromZero: acc is not read
+  template <bool kFromZero>
+  __device__ void mma(int stage, Accumulators& acc) const {
+    constexpr typename Config::Acc kZeros[4] = {};
 #pragma unroll
     for (int step = 0; step < Address::kSteps; ++step) {
-      uint32_t a[kRows][4], b[kTiles][2];
+      uint32_t a[Config::kTilesM][4], b[Config::kTilesN][2];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        ptx::ldmatrix_x4(a[i], from_a.at[step] + stage * Config::kM * Config::kStageK + i * 16 * Layout::kRowBytes);
+      for (int i = 0; i < Config::kTilesM; ++i)
+        ptx::ldmatrix_x4(a[i], from_a.step[step] + (stage * Config::kM + i * 16) * Config::kStageK);
 #pragma unroll
-      for (int j = 0; j < kTiles; j += 2)
+      for (int j = 0; j < Config::kTilesN; j += 2)
         ptx::ldmatrix_x4(reinterpret_cast<uint32_t (&)[4]>(b[j]),
-                         from_b.at[step] + stage * Config::kN * Config::kStageK + j * 8 * Layout::kRowBytes);
+                         from_b.step[step] + (stage * Config::kN + j * 8) * Config::kStageK);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < Config::kTilesM; ++i)
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          if (from_zero && step == 0) {
+        for (int j = 0; j < Config::kTilesN; ++j) {
+          if (kFromZero && step == 0) {
             ptx::mma_m16n8k32(acc[i][j], a[i], b[j], kZeros);
           } else {
             ptx::mma_m16n8k32(acc[i][j], a[i], b[j], acc[i][j]);
@@ -190,107 +208,113 @@ struct SliceProduct {
   }
 };
 
+// The mainloop of operands that mma takes as they are.
+template <class Element, MmaTile kTile>
+struct MmaMainloop {
+  using Config = MmaConfig<Element, kTile>;
+  static constexpr int kStages = Config::kStages;
+  using Pipeline = typename Config::Pipeline;
+  template <int kRows>
+  using Copy = OperandCopy<Config::kStageK, kRows, Config::kThreads>;
+  const GemmArguments& p;
+  typename Config::SharedStorage& s;
+  const int warp_m, warp_n;  // this warp's first row and column in the tile
+
+  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) const {
+    const int whole = static_cast<int>((tile.k_end - tile.k) / Config::kStageK), slices = tile.slices(Config::kStageK);
+    Copy<Config::kM> copy_a(p.a, tile.row, tile.k, tile.k_end, s.stage.a[0]);
+    Copy<Config::kN> copy_b(p.b, tile.column, tile.k, tile.k_end, s.stage.b[0]);
+    const SliceProduct<Config> product(s, warp_m, warp_n, threadIdx.x % 32);
+    BlockScaleCopy<Config> scales(p, tile.row, tile.column + warp_n, tile.k, s.stage.a_scale[0]);
+    const auto copy_masked = [&](int stage, int ahead, int slice) {
+      if constexpr (Element::kBlockScaled) scales(stage, slice < slices);
+      copy_a.masked(stage, ahead), copy_b.masked(stage, ahead);
+      ptx::cp_async_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) copy_masked(i, i, i);
+    copy_a.advance(kStages - 1), copy_b.advance(kStages - 1);
+
+    acc.clear();
+    const auto promote = [&](int stage, const auto& partial) {
+      float b_scale[2] = {1, 1};
+      if constexpr (Element::kBlockScaled) b_scale[0] = scales.b[0], b_scale[1] = scales.b[scales.up_offset];
+      ++scales.b;
+#pragma unroll
+      for (int i = 0; i < Config::kTilesM; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float a_scale = 1;
+          if constexpr (Element::kBlockScaled) a_scale = s.stage.a_scale[stage][warp_m + acc.row(i, 2 * half)];
+          const float scale[2] = {a_scale * b_scale[0], a_scale * b_scale[1]};
+#pragma unroll
+          for (int j = 0; j < Config::kTilesN; ++j)
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; ++e)
+              acc[i][j][e] = fmaf(partial[i][j][e], scale[j % 2], acc[i][j][e]);
+        }
+    };
+
+    // The steady part, in which all copies are of whole slices, in rounds of kStages, so that stages and columns are
+    // constants. With promotion, an exit after each slice keeps the assembler from interleaving neighbouring slices,
+    // for which it lacks the registers (a branch that is never taken does not help: 8 to 140 bytes of spills).
+    constexpr bool kExits = Element::kPromoted;
+    const int steady = max(whole - kStages + 1, 0);
+    const auto round = [&](int slices_left) {
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) {
+        Pipeline::wait();
+        if constexpr (Element::kBlockScaled) scales(Pipeline::before(stage), true);
+        copy_a.whole(Pipeline::before(stage), stage), copy_b.whole(Pipeline::before(stage), stage);
+        ptx::cp_async_commit();
+        product(stage, acc, promote);
+        if (kExits && slices_left == stage + 1) return;
+      }
+      copy_a.advance(kStages), copy_b.advance(kStages);
+    };
+#pragma unroll 1
+    for (int left = steady; left >= (kExits ? 1 : kStages); left -= kStages) round(left);
+
+    int slice = kExits ? steady : steady - steady % kStages, stage = slice % kStages;
+    // Computed anew: addresses that both loops share would be moved between registers in the first one, 708 instead of
+    // 687 instructions for 2^20 MAC of e4m3.
+    const int next_k = tile.k + (slice + kStages - 1) * Config::kStageK;
+    copy_a = Copy<Config::kM>(p.a, tile.row, next_k, tile.k_end, s.stage.a[0]);
+    copy_b = Copy<Config::kN>(p.b, tile.column, next_k, tile.k_end, s.stage.b[0]);
+#pragma unroll 1
+    for (int ahead = 0; slice < slices; ++slice, ++ahead) {
+      Pipeline::wait();
+      copy_masked(Pipeline::before(stage), ahead, slice + kStages - 1);
+      product(stage, acc, promote);
+      stage = Pipeline::after(stage);
+    }
+    Pipeline::drain();
+  }
+};
+
+// The kernel of every Config.
 template <class Config, class = SharedBytesOf<Config>>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
-    gemm_mma_kernel(GemmParams p, TileMap map, GemmOutput out) {
-  using Acc = typename Config::Acc;
-  constexpr int kRows = Config::kRows, kTiles = Config::kTiles, kStages = Config::kStages;
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    gemm_mma_kernel(const __grid_constant__ GemmArguments p) {
   extern __shared__ __align__(128) uint8_t shared[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
-  const TileMap::Tile tile = map.at(blockIdx.x);
-  const int64_t row = tile.m * Config::kM, column = tile.n * Config::kN;
-  const int64_t k = tile.split * p.choice.split_k, k_end = min(k + p.choice.split_k, p.a.columns);
-  const int whole = static_cast<int>((k_end - k) / Config::kStageK),
-            slices = static_cast<int>((k_end - k + Config::kStageK - 1) / Config::kStageK);
-
-  OperandCopy<Config, Config::kM> copy_a(p.a, row, k, k_end, s.stage.a[0]);
-  OperandCopy<Config, Config::kN> copy_b(p.b, column, k, k_end, s.stage.b[0]);
-  const SliceProduct<Config> product(s, warp_m, warp_n, lane);
-  BlockScaleCopy<Config> scales(p, row, column + warp_n, k, s.stage.a_scale[0]);
-  const auto copy_masked = [&](int stage, int ahead, int slice) {
-    if constexpr (Config::Element::kBlockScaled) scales(stage, slice < slices);
-    copy_a.masked(stage, ahead), copy_b.masked(stage, ahead);
-    ptx::cp_async_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copy_masked(i, i, i);
-  copy_a.advance(kStages - 1), copy_b.advance(kStages - 1);
-
-  Acc acc[kRows][kTiles][4] = {};
-  const auto promote = [&](int stage, const auto& partial) {
-    float b_scale[2] = {1, 1};
-    if constexpr (Config::Element::kBlockScaled) b_scale[0] = scales.b[0], b_scale[1] = scales.b[scales.up_offset];
-    ++scales.b;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float a_scale = 1;
-        if constexpr (Config::Element::kBlockScaled)
-          a_scale = s.stage.a_scale[stage][warp_m + i * 16 + half * 8 + lane / 4];
-        const float scale[2] = {a_scale * b_scale[0], a_scale * b_scale[1]};
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e)
-            acc[i][j][e] = fmaf(partial[i][j][e], scale[j % 2], acc[i][j][e]);
-      }
-  };
-  // The slice in `stage` has arrived for all warps, and all have read the one before, whose stage is filled next.
-  const auto wait = [] {
-    ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();
-  };
-
-  // The steady part of the main loop, in which all copies are of whole slices, in rounds of kStages, so that stages and
-  // columns are constants. With promotion, an exit after each slice keeps the assembler from interleaving neighbouring
-  // slices, for which it lacks the registers (a branch that is never taken does not help: 8 to 140 bytes of spills).
-  constexpr bool kExits = Config::Element::kPromoted;
-  const int steady = max(whole - kStages + 1, 0);
-  const auto round = [&](int left) {
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      const int next = (i + kStages - 1) % kStages;
-      wait();
-      if constexpr (Config::Element::kBlockScaled) scales(next, true);
-      copy_a.whole(next, i), copy_b.whole(next, i);
-      ptx::cp_async_commit();
-      product(i, acc, promote);
-      if (kExits && left == i + 1) return;
-    }
-    copy_a.advance(kStages), copy_b.advance(kStages);
-  };
-#pragma unroll 1
-  for (int left = steady; left >= (kExits ? 1 : kStages); left -= kStages) round(left);
-
-  int slice = kExits ? steady : steady - steady % kStages, stage = slice % kStages;
-  // Computed anew: addresses that both loops share would be moved between registers in the first one, 708 instead of
-  // 687 instructions for 2^20 MAC of e4m3.
-  const int next_k = k + (slice + kStages - 1) * Config::kStageK;
-  copy_a = OperandCopy<Config, Config::kM>(p.a, row, next_k, k_end, s.stage.a[0]);
-  copy_b = OperandCopy<Config, Config::kN>(p.b, column, next_k, k_end, s.stage.b[0]);
-#pragma unroll 1
-  for (int ahead = 0; slice < slices; ++slice, ++ahead) {
-    wait();
-    copy_masked(stage == 0 ? kStages - 1 : stage - 1, ahead, slice + kStages - 1);
-    product(stage, acc, promote);
-    stage = stage == kStages - 1 ? 0 : stage + 1;
-  }
-  ptx::cp_async_wait<0>();
-  __syncthreads();
-  finish_fragments(acc, s.staging[warp], out, row + warp_m, column + warp_n, tile.split);
+  const typename Config::Mainloop mainloop{p, s, warp_m, warp_n};
+  const typename Config::Epilogue epilogue(s, p.out);
+  typename Config::Schedule{p.map}.for_each([&](const GemmTile& tile) {
+    typename Config::Accumulators acc;
+    mainloop(tile, acc);
+    epilogue(acc, tile, warp_m, warp_n);
+  });
 }
 
 template <class Config>
 cudaError_t launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
-  const TileMap map{ceil_div(p.a.rows, Config::kM), ceil_div(p.b.rows, Config::kN)};
+  const GemmArguments arguments(p, Config::kM, Config::kN);
   if (auto e = allow_shared<gemm_mma_kernel<Config>>(kShared)) return e;
-  auto kernel = gemm_mma_kernel<Config>;
-  kernel<<<static_cast<unsigned>(map.blocks(p.choice.splits)), Config::kThreads, kShared, stream>>>(p, map,
-                                                                                                    GemmOutput(p));
+  gemm_mma_kernel<Config><<<arguments.map.tiles, Config::kThreads, kShared, stream>>>(arguments);
   if (auto e = cudaGetLastError()) return e;
   return reduce_split_k(p, Config::Element::kAcc, stream);
 }

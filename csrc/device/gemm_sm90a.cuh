@@ -4,6 +4,7 @@
 // the matrices, into a pipeline of stages. Two consumer warpgroups run the mainloop, with operands in shared memory or,
 // upconverted, in registers (w8a16_gemm_sm90a.cu), and the epilogue of a tile while the producer loads the next one's
 // stages.
+#include "device/fragments.cuh"
 #include "device/gemm_epilogue.cuh"
 #include "device/gemm_operands.cuh"
 #include "device/pipeline.cuh"
@@ -11,48 +12,82 @@
 #include "device/shared_bytes.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
-#include "schedule/tile_map.cuh"
+#include "schedule/gemm_tile.cuh"
+#include "schedule/persistent.cuh"
 
 namespace forwardpass {
 
-// ConsumersM: how the two consumer warpgroups divide the tile: 2 by rows, 1 by columns. A tile of fewer than 128 rows
-// is computed as its transpose: the 64 rows of a wgmma come from b, and the N of the instruction is all rows of a.
-template <class Element_, int M, int N, int ConsumersM, int Stages>
+// What a kernel's tile is made of. A tile of fewer than 128 rows is computed as its transpose: the 64 rows of a wgmma
+// come from b, and the N of the instruction is all rows of a.
+struct WgmmaTile {
+  int m, n;         // of the output, what a block computes
+  int consumers_m;  // how the two consumer warpgroups divide it: 2 by rows, 1 by columns
+  int stages;       // of 128 bytes of a's K
+};
+
+template <class Config>
+struct QuantizingEpilogue;
+
+// The schedule: f(tile) for one tile after the other, of a block in its cluster.
+template <class Config>
+struct PersistentTiles {
+  const TileMap& map;
+  const uint32_t cluster, rank;
+
+  __device__ explicit PersistentTiles(const TileMap& map)
+      : map(map), cluster(ptx::cluster_size()), rank(ptx::cluster_rank()) {}
+  template <class F>
+  __device__ void for_each(F f) const {
+    for_each_tile<Rounds::same>(map.tiles, blockIdx.x / cluster, gridDim.x / cluster,
+                                [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, cluster, rank)); });
+  }
+};
+
+// Mainloop_: a consumer's, of those below, or of a file that has its own.
+template <class Element_, WgmmaTile kTile, template <class> class Mainloop_>
 struct WgmmaConfig {
   using Element = Element_;
   using Acc = typename Element::Acc;
-  static constexpr int kM = M, kN = N, kStages = Stages, kConsumers = 2, kConsumersM = ConsumersM;
+  static constexpr int kM = kTile.m, kN = kTile.n, kStages = kTile.stages, kConsumers = 2,
+                       kConsumersM = kTile.consumers_m;
   static constexpr int kThreads = 128 * (1 + kConsumers), kWarps = 4 * kConsumers;  // kWarps: of the consumers
-  static constexpr bool kTransposed = M < 128;
-  static constexpr int kConsumerM = M / ConsumersM, kConsumerN = N * ConsumersM / kConsumers;
-  // Of a consumer warpgroup: blocks of 64 rows of the wgmma's a, n8 tiles of its b.
-  static constexpr int kWaves = (kTransposed ? kConsumerN : kConsumerM) / 64,
-                       kTiles = (kTransposed ? kConsumerM : kConsumerN) / 8;
+  static constexpr bool kTransposed = kM < 128;
+  static constexpr int kConsumerM = kM / kConsumersM, kConsumerN = kN * kConsumersM / kConsumers;
+  // Of a consumer warpgroup: wgmmas below each other, 64 rows of the wgmma's a each; n8 tiles of its b.
+  static constexpr int kTilesM = (kTransposed ? kConsumerN : kConsumerM) / 64,
+                       kTilesN = (kTransposed ? kConsumerM : kConsumerN) / 8;
   static constexpr int kStageK = 128, kSteps = kStageK / 32;  // a row of a stage is one 128-byte swizzle atom
   // At launch each of the 384 threads has 168 registers; setmaxnreg moves them: 128 * 24 + 256 * 240 are as many.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kBoxes = Element::kSizeB;  // of b in a stage, each as wide as the box of a
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
+  using Schedule = PersistentTiles<WgmmaConfig>;
+  using Pipeline = forwardpass::Pipeline<kStages>;
+  using Accumulators = Fragments<Acc, kTilesM, kTilesN, 64>;
+  using Mainloop = Mainloop_<WgmmaConfig>;
+  using Epilogue = std::conditional_t<kTransposed || Element::kSwapAB, TransposedEpilogue<Element::kSwapAB>,
+                                      QuantizingEpilogue<WgmmaConfig>>;
+
   struct Stage {
-    uint8_t a[M][kStageK], b[kBoxes][N][kStageK];
+    uint8_t a[kM][kStageK], b[kBoxes][kN][kStageK];
   };
   // The factors by which a stage's accumulators are promoted: one per row of a; for b two, those of gate and up, or of
   // the first and the second 128 columns. TMA writes at multiples of 128 bytes, at least 16 bytes.
   struct Scales {
-    alignas(128) float a[M];
+    alignas(128) float a[kM];
     alignas(128) float b[2][32];
   };
   static constexpr int kScaleBytes = sizeof(Scales::a) + 2 * 16;
   struct SharedStorage {
-    Stage stage[Stages];
-    Scales scales[Element::kPromoted ? Stages : 1];
+    Stage stage[kStages];
+    Scales scales[Element::kPromoted ? kStages : 1];
     Staging staging[kWarps];
     // For this tile and the previous one, by warpgroup: the largest magnitude that each of four lanes found in a row.
     // (An atomic maximum would need one value only, but with it the compiler no longer knows that the main loop's
     // control flow is uniform: 238 instructions instead of 206.)
-    float4 largest[2][kConsumers][Element::kPromoted && !kTransposed ? M : 1];
-    PipelineBarriers<Stages> barriers;
+    float4 largest[2][kConsumers][Element::kPromoted && !kTransposed ? kM : 1];
+    PipelineBarriers<kStages> barriers;
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
 };
@@ -65,9 +100,7 @@ struct BlockOrder {
 
 struct WgmmaArguments {
   GemmOutput out;
-  TileMap map;     // of clusters; the tiles of a cluster's blocks lie below each other
-  uint32_t tiles;  // of clusters, times splits
-  int64_t k, split_k;
+  TileMap map;         // of clusters
   bool scaled, gated;  // scaled: with block scales
   BlockOrder order;
   Dtype a_dtype;           // w8a16_gemm: of the weight
@@ -75,215 +108,201 @@ struct WgmmaArguments {
   CUtensorMap a, b, a_scale, b_scale;
 };
 
-// Persistent tile scheduler: the tiles that a block computes one after the other, and the part of K of each.
-template <class Config>
-struct TileScheduler {
-  const WgmmaArguments& p;
-  uint32_t cluster, rank, index, clusters;
-  int64_t row, column, k;
-  int slices, split;
-
-  __device__ explicit TileScheduler(const WgmmaArguments& p)
-      : p(p),
-        cluster(ptx::cluster_size()),
-        rank(ptx::cluster_rank()),
-        index(blockIdx.x / cluster),
-        clusters(gridDim.x / cluster) {}
-  __device__ bool next() {
-    if (index >= p.tiles) return false;
-    const TileMap::Tile tile = p.map.at(index);
-    row = (tile.m * cluster + rank) * Config::kM;
-    column = tile.n * Config::kN;
-    split = tile.split;
-    k = split * p.split_k;
-    slices = static_cast<int>((min(p.split_k, p.k - k) + Config::kStageK - 1) / Config::kStageK);
-    index += clusters;
-    return true;
-  }
-};
-
 // The producer's main function. A block loads its own rows of a, and its share of the rows of b for all blocks of its
 // cluster.
 template <class Config>
 __device__ inline void producer(const WgmmaArguments& p, typename Config::SharedStorage& s) {
-  TileScheduler<Config> scheduler(p);
+  const typename Config::Schedule schedule(p.map);
   const int bytes = sizeof(typename Config::Stage) + (p.scaled ? Config::kScaleBytes : 0);
-  const int share = Config::kN / scheduler.cluster;
-  const uint16_t all_blocks = (1 << scheduler.cluster) - 1;
-  Pipeline<Config::kStages> pipeline(s.barriers);
-  while (scheduler.next()) {
-    const int row = static_cast<int>(scheduler.row),
-              b_row = static_cast<int>(scheduler.column) + scheduler.rank * share,
-              first_block = static_cast<int>(scheduler.column) / (p.gated ? 2 * kScaleBlock : kScaleBlock);
-    for (int i = 0; i < scheduler.slices; ++i, pipeline.advance()) {
-      const int k = static_cast<int>(scheduler.k) + i * Config::kStageK;
-      const uint32_t arrived = pipeline.acquire(bytes);
+  const int share = Config::kN / schedule.cluster;
+  const uint16_t all_blocks = (1 << schedule.cluster) - 1;
+  typename Config::Pipeline pipeline(s.barriers);
+  schedule.for_each([&](const GemmTile& tile) {
+    const int row = static_cast<int>(tile.row), b_row = static_cast<int>(tile.column) + schedule.rank * share,
+              first_block = static_cast<int>(tile.column) / (p.gated ? 2 * kScaleBlock : kScaleBlock);
+    const int slices = tile.slices(Config::kStageK);
+    for (int i = 0; i < slices; ++i, pipeline.advance()) {
+      const int k = static_cast<int>(tile.k) + i * Config::kStageK;
+      const uint32_t full = pipeline.acquire(bytes);
       auto& stage = s.stage[pipeline.stage];
-      ptx::tma_load(ptx::shared_address(stage.a), p.a, k, row, arrived);
+      ptx::tma_load(ptx::shared_address(stage.a), p.a, k, row, full);
 #pragma unroll
       for (int box = 0; box < Config::kBoxes; ++box) {
-        const uint32_t b = ptx::shared_address(stage.b[box][scheduler.rank * share]);
+        const uint32_t b = ptx::shared_address(stage.b[box][schedule.rank * share]);
         const int b_k = k + box * (Config::kStageK / Config::kBoxes);
-        if (scheduler.cluster == 1) {
-          ptx::tma_load(b, p.b, b_k, b_row, arrived);
+        if (schedule.cluster == 1) {
+          ptx::tma_load(b, p.b, b_k, b_row, full);
         } else {
-          ptx::tma_load_multicast(b, p.b, b_k, b_row, arrived, all_blocks);
+          ptx::tma_load_multicast(b, p.b, b_k, b_row, full, all_blocks);
         }
       }
       if (Config::Element::kPromoted && p.scaled) {
         const int block = k / kScaleBlock, b_block = p.order.first + first_block * p.order.row + block;
         auto& scales = s.scales[pipeline.stage];
-        ptx::tma_load(ptx::shared_address(scales.a), p.a_scale, row, block, arrived);
-        ptx::tma_load(ptx::shared_address(scales.b[0]), p.b_scale, b_block, 0, arrived);
-        ptx::tma_load(ptx::shared_address(scales.b[1]), p.b_scale, b_block + p.order.next, 0, arrived);
+        ptx::tma_load(ptx::shared_address(scales.a), p.a_scale, row, block, full);
+        ptx::tma_load(ptx::shared_address(scales.b[0]), p.b_scale, b_block, 0, full);
+        ptx::tma_load(ptx::shared_address(scales.b[1]), p.b_scale, b_block + p.order.next, 0, full);
       }
     }
-  }
+  });
 }
 
-// The factors for a thread's accumulators of a stage: for each pair of rows of a that the thread has, the scale of
-// either row times each of the two scales of b.
+// A consumer warpgroup's part of the tile, and that of this warp.
 template <class Config>
-struct StageScales {
-  static constexpr int kRows = Config::kTransposed ? Config::kTiles : Config::kWaves;
-  float scale[kRows][2][2];
-  __device__ float of(int wave, int tile, int element) const {
-    return Config::kTransposed ? scale[tile][element % 2][element / 2] : scale[wave][element / 2][tile % 2];
+struct ConsumerPlace {
+  int group_row, group_column;  // the warpgroup's first
+  int row, column;              // the warp's first
+
+  __device__ explicit ConsumerPlace(int warpgroup)
+      : group_row(warpgroup % Config::kConsumersM * Config::kConsumerM),
+        group_column(warpgroup / Config::kConsumersM * Config::kConsumerN) {
+    const int in_group = threadIdx.x / 32 % 4 * 16;
+    row = group_row + (Config::kTransposed ? 0 : in_group);
+    column = group_column + (Config::kTransposed ? in_group : 0);
   }
 };
 
-// A consumer's side of the pipeline, and its warps' positions in the tile.
+// A consumer's side of the pipeline, whose stages other blocks of the cluster fill too.
 template <class Config>
-struct ConsumerBase {
-  Pipeline<Config::kStages> pipeline;
-  int row, column;  // first of this warp in the tile
+struct ConsumerPipeline : Config::Pipeline {
   // Empty barrier of the cluster's block whose rank is this lane, or 0: its producer fills this block's stages too.
   uint32_t empty;
 
-  __device__ static int a_row(int warpgroup) { return warpgroup % Config::kConsumersM * Config::kConsumerM; }
-  __device__ static int b_row(int warpgroup) { return warpgroup / Config::kConsumersM * Config::kConsumerN; }
-  __device__ ConsumerBase(typename Config::SharedStorage& s, int warpgroup) : pipeline(s.barriers) {
+  __device__ explicit ConsumerPipeline(typename Config::SharedStorage& s) : Config::Pipeline(s.barriers) {
     const uint32_t lane = threadIdx.x % 32;
-    const int rows = threadIdx.x / 32 % 4 * 16;
-    row = a_row(warpgroup) + (Config::kTransposed ? 0 : rows),
-    column = b_row(warpgroup) + (Config::kTransposed ? rows : 0);
-    const uint32_t there = ptx::map_shared(ptx::shared_address(s.barriers.empty), min(lane, ptx::cluster_size() - 1));
-    empty = uniform(lane < ptx::cluster_size() ? there : 0, lane);
+    const uint32_t mapped = ptx::map_shared(ptx::shared_address(s.barriers.empty), min(lane, ptx::cluster_size() - 1));
+    empty = uniform(lane < ptx::cluster_size() ? mapped : 0, lane);
   }
-  __device__ void release(int stage) {
+  __device__ void release(int stage) const {
     if (empty) ptx::mbarrier_arrive_cluster(empty + stage * 8);
   }
 };
 
-// The consumer of a kernel whose operands are both in shared memory.
+// The wgmmas of operands that are both in shared memory.
 template <class Config>
-struct Consumer : ConsumerBase<Config> {
-  using ConsumerBase<Config>::pipeline, ConsumerBase<Config>::row, ConsumerBase<Config>::column;
-  using Acc = typename Config::Acc;
-  using Accumulators = Acc[Config::kTiles][4];
+struct SharedOperands {
   uint32_t a, b;  // low halves of the wgmma descriptors of both operands in the first stage
-  // In the first stage: scales of a from this thread's first row on; of b for even and for odd n8 tiles or, if
-  // transposed, for row lane / 4 and the row eight below.
-  uint32_t a_scale, b_scale[2];
 
-  __device__ Consumer(typename Config::SharedStorage& s, int warpgroup, bool gated)
-      : ConsumerBase<Config>(s, warpgroup) {
-    const uint32_t lane = threadIdx.x % 32;
-    const uint8_t *rows_a = s.stage[0].a[ConsumerBase<Config>::a_row(warpgroup)],
-                  *rows_b = s.stage[0].b[0][ConsumerBase<Config>::b_row(warpgroup)];
+  __device__ SharedOperands(typename Config::SharedStorage& s, const ConsumerPlace<Config>& place) {
+    const uint8_t *rows_a = s.stage[0].a[place.group_row], *rows_b = s.stage[0].b[0][place.group_column];
     a = uniform(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_b : rows_a)));
     b = uniform(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_a : rows_b)));
-    a_scale = uniform(ptx::shared_address(&s.scales[0].a[row + (Config::kTransposed ? lane % 4 * 2 : lane / 4)]), lane);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      b_scale[i] = uniform(ptx::shared_address(s.scales[0].b[gated ? i : column / kScaleBlock]));
   }
-  // One group of wgmmas: 64 rows of the wgmma's a by the 128 of K of this stage.
-  __device__ void mma(Accumulators& acc, int wave, bool accumulate) {
-    const uint32_t at = pipeline.stage * Config::kStageUnits;
+  // One group of wgmmas: 64 rows of the wgmma's a, those of tile `i` of the accumulators, by the 128 of K of a stage.
+  __device__ void mma(typename Config::Accumulators::Row& acc, int stage, int i, bool accumulate) const {
+    const uint32_t first = stage * Config::kStageUnits;
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
       const uint32_t k = step * 32 / ptx::kDescriptorUnit;
-      ptx::wgmma_k32(acc, a + at + k + wave * 64 * Config::kStageK / ptx::kDescriptorUnit, b + at + k,
+      ptx::wgmma_k32(acc, a + first + k + i * 64 * Config::kStageK / ptx::kDescriptorUnit, b + first + k,
                      accumulate || step > 0);
     }
-  }
-  __device__ void load_scales(StageScales<Config>& scales) const {
-    const uint32_t at = pipeline.stage * sizeof(typename Config::Scales);
-    const float b[2] = {ptx::load_shared(b_scale[0] + at), ptx::load_shared(b_scale[1] + at)};
-#pragma unroll
-    for (int i = 0; i < StageScales<Config>::kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int row = Config::kTransposed ? i * 8 + j : i * 64 + j * 8;
-        const float a = ptx::load_shared(a_scale + at + row * sizeof(float));
-        scales.scale[i][j][0] = a * b[0], scales.scale[i][j][1] = a * b[1];
-      }
   }
 };
 
 // The mainloop with exact accumulators: the wgmmas of a stage run while the next ones are issued, and the stage is
 // released when they have completed.
 template <class Config>
-__device__ inline void mainloop(Consumer<Config>& m, const TileScheduler<Config>& scheduler,
-                                typename Config::Acc (&acc)[Config::kWaves][Config::kTiles][4]) {
-  static_assert(Config::kWaves == 1);
-  int before = m.pipeline.stage;
-  m.pipeline.wait_full();
-  ptx::wgmma_fence();
-  m.mma(acc[0], 0, false);
-  ptx::wgmma_commit();
-  m.pipeline.advance();
-#pragma unroll 1
-  for (int i = 1; i < scheduler.slices; ++i) {
-    m.pipeline.wait_full();
+struct ExactMainloop {
+  static_assert(Config::kTilesM == 1);
+  ConsumerPipeline<Config> pipeline;
+  SharedOperands<Config> operands;
+
+  __device__ ExactMainloop(const WgmmaArguments&, typename Config::SharedStorage& s, const ConsumerPlace<Config>& place)
+      : pipeline(s), operands(s, place) {}
+  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) {
+    int before = pipeline.stage;
+    pipeline.wait_full();
     ptx::wgmma_fence();
-    m.mma(acc[0], 0, true);
+    operands.mma(acc[0], pipeline.stage, 0, false);
     ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    m.release(before);
-    before = m.pipeline.stage;
-    m.pipeline.advance();
+    pipeline.advance();
+    const int slices = tile.slices(Config::kStageK);
+#pragma unroll 1
+    for (int i = 1; i < slices; ++i) {
+      pipeline.wait_full();
+      ptx::wgmma_fence();
+      operands.mma(acc[0], pipeline.stage, 0, true);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      pipeline.release(before);
+      before = pipeline.stage;
+      pipeline.advance();
+    }
+    ptx::wgmma_wait<0>();
+    pipeline.release(before);
   }
-  ptx::wgmma_wait<0>();
-  m.release(before);
-}
+};
 
 // The mainloop with promotion: after each stage the partial accumulators, times the stage's scales, are added to the
 // fp32 ones. Registers allow partial accumulators of 64 rows only; while one warpgroup promotes them, the other's
 // wgmmas run.
 template <class Config>
-__device__ inline void mainloop(Consumer<Config>& m, const TileScheduler<Config>& scheduler,
-                                float (&acc)[Config::kWaves][Config::kTiles][4]) {
+struct PromotingMainloop {
+  // The factors for a thread's accumulators of a stage: for each pair of rows of a that the thread has, the scale of
+  // either row times each of the two scales of b.
+  struct Factors {
+    static constexpr int kPairs = Config::kTransposed ? Config::kTilesN : Config::kTilesM;
+    float factor[kPairs][2][2];
+    __device__ float of(int i, int j, int e) const {
+      return Config::kTransposed ? factor[j][e % 2][e / 2] : factor[i][e / 2][j % 2];
+    }
+  };
+  ConsumerPipeline<Config> pipeline;
+  SharedOperands<Config> operands;
+  // In the first stage: scales of a from this thread's first row on; of b for even and for odd n8 tiles or, if
+  // transposed, for a thread's first row and the row eight below.
+  uint32_t a_scale, b_scale[2];
+
+  __device__ PromotingMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
+                               const ConsumerPlace<Config>& place)
+      : pipeline(s), operands(s, place) {
+    const int first = place.row + (Config::kTransposed ? accumulator_column(0) : accumulator_row(0));
+    a_scale = uniform(ptx::shared_address(&s.scales[0].a[first]), threadIdx.x % 32);
 #pragma unroll
-  for (int w = 0; w < Config::kWaves; ++w)
+    for (int i = 0; i < 2; ++i)
+      b_scale[i] = uniform(ptx::shared_address(s.scales[0].b[p.gated ? i : place.column / kScaleBlock]));
+  }
+  __device__ Factors load_factors() const {
+    const uint32_t first = pipeline.stage * sizeof(typename Config::Scales);
+    const float b[2] = {ptx::load_shared(b_scale[0] + first), ptx::load_shared(b_scale[1] + first)};
+    Factors factors;
 #pragma unroll
-    for (int j = 0; j < Config::kTiles; ++j)
+    for (int i = 0; i < Factors::kPairs; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[w][j][e] = 0;
-#pragma unroll 1
-  for (int i = 0; i < scheduler.slices; ++i) {
-    m.pipeline.wait_full();
-    StageScales<Config> scales;
-    m.load_scales(scales);
-#pragma unroll
-    for (int w = 0; w < Config::kWaves; ++w) {
-      float partial[Config::kTiles][4];
-      ptx::wgmma_fence();
-      m.mma(partial, w, false);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      if (w == Config::kWaves - 1) {
-        m.release(m.pipeline.stage);
-        m.pipeline.advance();
+      for (int j = 0; j < 2; ++j) {
+        const int row = Config::kTransposed ? i * 8 + j : i * 64 + j * 8;
+        const float a = ptx::load_shared(a_scale + first + row * sizeof(float));
+        factors.factor[i][j][0] = a * b[0], factors.factor[i][j][1] = a * b[1];
       }
+    return factors;
+  }
+  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) {
+    acc.clear();
+    const int slices = tile.slices(Config::kStageK);
+#pragma unroll 1
+    for (int slice = 0; slice < slices; ++slice) {
+      pipeline.wait_full();
+      const Factors factors = load_factors();
 #pragma unroll
-      for (int j = 0; j < Config::kTiles; ++j)
+      for (int i = 0; i < Config::kTilesM; ++i) {
+        typename Config::Accumulators::Row partial;
+        ptx::wgmma_fence();
+        operands.mma(partial, pipeline.stage, i, false);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        if (i == Config::kTilesM - 1) {
+          pipeline.release(pipeline.stage);
+          pipeline.advance();
+        }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[w][j][e] = fmaf(partial[j][e], scales.of(w, j, e), acc[w][j][e]);
+        for (int j = 0; j < Config::kTilesN; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[i][j][e] = fmaf(partial[j][e], factors.of(i, j, e), acc[i][j][e]);
+      }
     }
   }
-}
+};
 
 // Quantises a tile's outputs to e4m3 with one scale for each row's group of 128, all of whose columns are in this tile.
 // Two passes through the epilogue: the first finds the largest magnitude, the second stores the values.
@@ -292,8 +311,8 @@ struct GroupQuantizer {
   static constexpr int kBarrier = 1;  // a named barrier of the consumers; 0 is __syncthreads
   typename Config::SharedStorage& s;
   const GemmOutput& o;
-  const Consumer<Config>& m;
   int first_row;        // of the tile
+  int row;              // of the warp in the tile
   int tile, warpgroup;  // tile: how many came before; a slower warp may still read the other half of s.largest
 
   __device__ float4& largest(int g, int64_t row) const {
@@ -303,8 +322,8 @@ struct GroupQuantizer {
   __device__ bool shared() const { return Config::kConsumersM == 1 && is_gated(o.epilogue.activation); }
 
   __device__ void begin() const {
-    for (int i = threadIdx.x % 32; i < Config::kWaves * 16; i += 32)
-      largest(warpgroup, first_row + m.row + i / 16 * 64 + i % 16) = make_float4(0, 0, 0, 0);
+    for (int i = threadIdx.x % 32; i < Config::kTilesM * 16; i += 32)
+      largest(warpgroup, first_row + row + i / 16 * 64 + i % 16) = make_float4(0, 0, 0, 0);
     __syncwarp();
   }
   __device__ void measure(const float (&y)[kVec], int64_t row, int n) const {
@@ -336,38 +355,38 @@ struct GroupQuantizer {
   }
 };
 
-// The epilogue of a tile. Its code exists once: the loop runs twice if outputs are quantised.
+// The epilogue of a kernel that may have to quantise its outputs. Its code exists once: the loop runs twice if it does.
 template <class Config>
-__device__ inline void store_tile(const Consumer<Config>& m, const TileScheduler<Config>& scheduler,
-                                  const typename Config::Acc (&acc)[Config::kWaves][Config::kTiles][4],
-                                  typename Config::SharedStorage& s, const GemmOutput& o, int tile, int warpgroup) {
-  Staging& staging = s.staging[threadIdx.x / 32];
-  if constexpr (Config::kTransposed) {
-    finish_transposed(acc, staging, o, scheduler.row + m.row, scheduler.column + m.column, scheduler.split);
-    return;
-  }
-  const bool quantized = Config::Element::kPromoted && o.epilogue.group_scale;
-  const GroupQuantizer<Config> groups{s, o, m, static_cast<int>(scheduler.row), tile, warpgroup};
-  if (quantized) groups.begin();
+struct QuantizingEpilogue {
+  typename Config::SharedStorage& s;
+  const GemmOutput& out;
+  int tiles = 0;  // so far
+
+  __device__ QuantizingEpilogue(typename Config::SharedStorage& s, const GemmOutput& out) : s(s), out(out) {}
+  __device__ void operator()(const typename Config::Accumulators& acc, const GemmTile& tile, int row, int column) {
+    Staging& staging = s.staging[threadIdx.x / 32];
+    const bool quantized = Config::Element::kPromoted && out.epilogue.group_scale;
+    const GroupQuantizer<Config> groups{s,   out,     static_cast<int>(tile.row),
+                                        row, tiles++, uniform(static_cast<int>(threadIdx.x) / 128)};
+    if (quantized) groups.begin();
 #pragma unroll 1
-  for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {
-    const auto store = [&](float (&y)[kVec], int64_t row, int64_t column, int n) {
-      if (!quantized) {
-        store_output(y, o.epilogue, o.access, row, column, n);
-      } else if (pass == 0) {
-        groups.measure(y, row, n);
-      } else {
-        groups.store(y, row, column, n);
-      }
-    };
-    for_each_staged<64>(acc, staging, scheduler.row + m.row, scheduler.column + m.column,
-                        [&](auto columns, int64_t row, int64_t column) {
-                          finish_staged<decltype(columns)::value, typename Config::Acc>(staging, o, row, column,
-                                                                                        scheduler.split, store);
-                        });
-    if (quantized && pass == 0) groups.exchange();
+    for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {
+      const auto store = [&](float (&y)[kVec], int64_t r, int64_t c, int n) {
+        if (!quantized) {
+          store_output(y, out.epilogue, out.access, r, c, n);
+        } else if (pass == 0) {
+          groups.measure(y, r, n);
+        } else {
+          groups.store(y, r, c, n);
+        }
+      };
+      for_each_staged(acc, staging, tile.row + row, tile.column + column, [&](auto columns, int64_t r, int64_t c) {
+        finish_staged<decltype(columns)::value, typename Config::Acc>(staging, out, r, c, tile.split, store);
+      });
+      if (quantized && pass == 0) groups.exchange();
+    }
   }
-}
+};
 
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
@@ -393,14 +412,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    TileScheduler<Config> scheduler(p);
-    Consumer<Config> m(s, warpgroup, p.gated);
-    int tile = 0;
-    while (scheduler.next()) {
-      typename Config::Acc acc[Config::kWaves][Config::kTiles][4];
-      mainloop(m, scheduler, acc);
-      store_tile(m, scheduler, acc, s, p.out, tile++, warpgroup);
-    }
+    const ConsumerPlace<Config> place(warpgroup);
+    typename Config::Mainloop mainloop(p, s, place);
+    typename Config::Epilogue epilogue(s, p.out);
+    typename Config::Schedule(p.map).for_each([&](const GemmTile& tile) {
+      typename Config::Accumulators acc;
+      mainloop(tile, acc);
+      epilogue(acc, tile, place.row, place.column);
+    });
   }
   ptx::cluster_sync();  // other blocks of the cluster may still arrive at this block's barriers
 }
@@ -411,22 +430,14 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int cluster = p.choice.cluster;
   const Matrix &a = Element::kSwapAB ? p.b : p.a, &b = Element::kSwapAB ? p.a : p.b;
-  const TileMap map(ceil_div(ceil_div(a.rows, Config::kM), cluster), ceil_div(b.rows, Config::kN));
   const bool scaled = p.blocks.a, gated = is_gated(p.epilogue.activation);
-  WgmmaArguments arguments{GemmOutput(p),
-                           map,
-                           map.blocks(p.choice.splits),
-                           a.columns,
-                           p.choice.split_k,
-                           scaled,
-                           gated,
-                           {},
-                           a.dtype,
-                           scaled ? nullptr : p.blocks.b,
-                           {},
-                           {},
-                           {},
-                           {}};
+  WgmmaArguments arguments{.out = GemmOutput(p),
+                           .map = TileMap(ceil_div(ceil_div(a.rows, Config::kM), cluster), ceil_div(b.rows, Config::kN),
+                                          p.choice.splits, a.columns, p.choice.split_k),
+                           .scaled = scaled,
+                           .gated = gated,
+                           .a_dtype = a.dtype,
+                           .row_scale = scaled ? nullptr : p.blocks.b};
   const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
     const int64_t size = size_of(m.dtype);
     return encode_boxes(to, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, m.data, m.rows,
@@ -456,7 +467,7 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = std::min<unsigned>(p.choice.blocks / cluster, arguments.tiles) * cluster;
+  config.gridDim = std::min<unsigned>(p.choice.blocks / cluster, arguments.map.tiles) * cluster;
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = kShared;
   config.stream = stream;

@@ -32,9 +32,9 @@ bool preferred(const GemmKernel& a, const GemmKernel& b, const GemmShape& s, con
 
 KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& d) {
   KernelChoice c{};
-  c.arch = kernel.arch.number, c.tile_m = kernel.tile_m, c.tile_n = kernel.tile_n;
+  c.kernel = &kernel;
   c.quantizes = s.group && kernel.quantizes && kernel.tile_n >= s.group;
-  const int64_t rows = ceil_div(s.m, c.tile_m), columns = ceil_div(s.n, c.tile_n);
+  const int64_t rows = ceil_div(s.m, kernel.tile_m), columns = ceil_div(s.n, kernel.tile_n);
   if (kernel.cluster != Cluster::none) {
     // With an odd number of tiles one block of each last cluster has no work; from 16 tiles on that costs less than the
     // bytes that sharing saves.
@@ -67,13 +67,8 @@ cudaError_t select(const GemmShape& s, const Device& d, KernelChoice& choice) {
   return cudaSuccess;
 }
 
-template <class Params>
-cudaError_t launch(const Params& p, void* stream) {
-  const GemmKernel* chosen = nullptr;
-  GemmKernels<Params>::for_each([&](const GemmKernel& k) {
-    if (k.arch.number == p.choice.arch && k.tile_m == p.choice.tile_m && k.tile_n == p.choice.tile_n) chosen = &k;
-  });
-  return chosen ? chosen->launch(p, static_cast<cudaStream_t>(stream)) : cudaErrorNoKernelImageForDevice;
+cudaError_t launch(const GemmParams& p, void* stream) {
+  return p.choice.kernel->launch(p, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -21,13 +21,6 @@ struct GemmKernel {
   cudaError_t (*launch)(const GemmParams& p, cudaStream_t stream);
 };
 
-// The row of a GEMV (device/gemv_sm80.cuh). A block reads all of x from L2: four rows of 16 bits are half as many bytes
-// as its part of the weight. The second launch of split-K takes about as long as a multiprocessor takes to stream 16
-// rows of 8192. unmeasured
-constexpr GemmKernel gemv(Arch arch, cudaError_t (*launch)(const GemmParams&, cudaStream_t)) {
-  return {.arch = arch, .tile_m = kGemvRows, .tile_n = 16, .least_k = 8192, .launch = launch};
-}
-
 template <class Params>
 using GemmKernels = Registered<Params, GemmKernel>;
 

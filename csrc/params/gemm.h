@@ -28,16 +28,16 @@ struct GemmShape {
 // Which kernel computes a GEMM, and how the output is divided (kernels/gemm.cpp). With split-K it leaves `splits`
 // partial sums of each output in the workspace; dequant_activation's kernel reduces them and runs the epilogue.
 struct KernelChoice {
-  int32_t arch, tile_m, tile_n;  // of the kernel
-  bool quantizes;                // it quantises the shape's groups, unless there is split-K
-  int64_t splits, split_k;       // split_k: of K, for one split; a multiple of kScaleBlock
-  int32_t cluster, blocks;       // of persistent kernels: blocks of a cluster, blocks of the grid
+  const struct GemmKernel* kernel;  // a row of the operation's table
+  bool quantizes;                   // it quantises the shape's groups, unless there is split-K
+  int64_t splits, split_k;          // split_k: of K, for one split; a multiple of kScaleBlock
+  int32_t cluster, blocks;          // of persistent kernels: blocks of a cluster, blocks of the grid
 };
 
 // A function of shape and device only: the same inputs give the same bits. Returns a cudaError_t.
 using KernelSelector = int(const GemmShape* shape, const Device* device, KernelChoice* choice);
 
-// The most rows that the GEMV takes (gemv_sm80.cuh).
+// The most rows that the GEMV takes (gemv_sm80.cu).
 constexpr int kGemvRows = 4;
 
 // a [M, K] times b [N, K] transposed, then the epilogue. Rows of a and b begin at multiples of 16 bytes.

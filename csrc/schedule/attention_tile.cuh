@@ -85,15 +85,15 @@ struct AttentionTile {
     return p.cu_seqlens_q ? int64_t{head} * p.rows + first_row + r : (int64_t{batch} * p.heads + head) * rows + r;
   }
   // A row's position among the keys; the last row is at the last key (bottom-right alignment).
-  __device__ int place(int r) const { return r + keys - rows; }
+  __device__ int position(int r) const { return r + keys - rows; }
   // A row attends to the keys from first to end.
   __device__ int first(const AttentionParams& p, int r) const {
-    // Unsigned: nvcc 13.0 turns the signed place - p.left into max(place - p.left, 0), which overflows for an unlimited
-    // left.
-    return p.left >= place(r) ? 0 : static_cast<int>(static_cast<unsigned>(place(r)) - p.left);
+    // Unsigned: nvcc 13.0 turns the signed position - p.left into max(position - p.left, 0), which overflows for an
+    // unlimited left.
+    return p.left >= position(r) ? 0 : static_cast<int>(static_cast<unsigned>(position(r)) - p.left);
   }
   __device__ int end(const AttentionParams& p, int r) const {
-    return p.right >= rows - 1 - r ? keys : place(r) + p.right + 1;
+    return p.right >= rows - 1 - r ? keys : position(r) + p.right + 1;
   }
 };
 

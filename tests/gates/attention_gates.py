@@ -9,6 +9,7 @@ import dataclasses
 import re
 
 from gemm_gates import broken_claims, macs
+from kernel_names import values
 
 #: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on; FlashAttention-3 issues as many
 MOST = {("sm_90a", 128, 128): 7.4}
@@ -34,19 +35,16 @@ class Claims:
 
 
 def claims(name: str) -> Claims | None:
-    if c := re.search(r"\bAttentionConfig<\(Dtype\)\d, (\d+), (\d+), (\S+), (\d+), (\d+), (\d+), (\d+)>", name):
-        d, v, general, m, n, warps, blocks = c.groups()
-        threads = 32 * int(warps)
-        return Claims(int(d), int(v), is_true(general), int(m), int(n), threads, threads, int(blocks))
-    if c := re.search(r"\bWgmmaAttentionConfig<\(Dtype\)\d, (\d+), (\d+), (\S+), (\d+), (\d+)>", name):
-        d, v, general, groups, n = c.groups()
-        rows, threads = 64 * int(groups), 128 * int(groups)
-        return Claims(int(d), int(v), is_true(general), rows, int(n), threads, threads + 128, 1)
-    return None
-
-
-def is_true(text: str) -> bool:
-    return text in ("true", "(bool)1")
+    if "AttentionInstance{" not in name:
+        return None
+    of = values(name)
+    d, v, n = int(of["head_dim"]), int(of["value_dim"]), int(of["n"])
+    general = of["modified"] == "true"
+    if "WgmmaAttentionTile{" in name:
+        multiplying = 128 * int(of["consumers"])
+        return Claims(d, v, general, multiplying // 2, n, multiplying, multiplying + 128, 1)
+    threads = 32 * int(of["warps"])
+    return Claims(d, v, general, int(of["m"]), n, threads, threads, int(of["blocks_per_sm"]))
 
 
 def bar(k) -> float | None:

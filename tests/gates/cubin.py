@@ -13,6 +13,7 @@ import tempfile
 
 import sass
 import triton
+from kernel_names import demangle
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -59,7 +60,7 @@ def limits(arch: str) -> Limits:
 
 @dataclasses.dataclass
 class Kernel:
-    name: str  # demangled, without namespace, result and arguments
+    name: str  # readable: kernel_names.py
     source: str
     arch: str
     registers: int
@@ -85,12 +86,6 @@ class Kernel:
 
 def tool(name: str, *args, **how) -> str:
     return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True, **how).stdout
-
-
-def demangle(names: list[str]) -> list[str]:
-    """`quantize_kernel<(Dtype)2>` for the mangled name of `void forwardpass::quantize_kernel<(forwardpass::Dtype)2>(…)`."""
-    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [re.sub(r"\([^()]*\)$|^void |forwardpass::", "", line) for line in text.splitlines()]
 
 
 def sections(image: bytes) -> dict[str, bytes]:

@@ -37,8 +37,8 @@ TENSOR_CORE = [
     (r"gemm_wgmma_kernel<WgmmaConfig<Int8\b", r"", ["IGMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<E4m3", r"", ["QGMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<Upconverted", r"", ["HGMMA"]),
-    (r"w8a16_gemm_kernel", r"", ["HMMA"]),
-    (r"gemv_kernel<\(Dtype\)3>", r"", ["IMMA"]),  # int8
+    (r"gemm_mma_kernel<W8a16Config\b", r"", ["HMMA"]),
+    (r"gemv_kernel<i8>", r"", ["IMMA"]),
     (r"gemv_kernel", r"", ["HMMA"]),
     (r"attention_8bit", r"", ["IG?MMA", "[QH]G?MMA"]),
     (r"attention", r"", ["HG?MMA"]),

@@ -9,6 +9,8 @@ import collections
 import dataclasses
 import re
 
+from kernel_names import values
+
 MI = 2**20
 
 
@@ -39,18 +41,18 @@ class Loop:
 
 # The bars are of the tiles that large products take; smaller ones have less to reuse.
 LOOPS = [
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8, 128, 128\b", r"sm_80$", 450, SM80),
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8, 128, 128\b", r"sm_89$", 450, SM89),
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8, 128, 128\b", r"", 450, None),
-    Loop(r"gemm_mma_kernel<MmaConfig<E4m3, 128, 128\b", r"", 700, None),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_80$", 450, SM80),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_89$", 450, SM89),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"", 450, None),
+    Loop(r"gemm_mma_kernel<MmaConfig<E4m3, MmaTile\{m=128, n=128\b", r"", 700, None),
     Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_80$", None, SM80),
     Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_89$", None, SM89),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, 128, 256\b", r"", 120, COOPERATIVE),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, 128, 128\b", r"", None, PING_PONG),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, 128, 256\b", r"", 420, BLOCKS_WIDE),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, 128, 128\b", r"", None, BLOCKS),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<\(Dtype\)1>, 128, 128\b", r"", 800, None),
-    Loop(r"gemm_(mma|wgmma)_kernel|w8a16_gemm_kernel|gemv_kernel", r"", None, None),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=256\b", r"", 120, COOPERATIVE),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=128\b", r"", None, PING_PONG),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, WgmmaTile\{m=128, n=256\b", r"", 420, BLOCKS_WIDE),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, WgmmaTile\{m=128, n=128\b", r"", None, BLOCKS),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16>, WgmmaTile\{m=128, n=128\b", r"", 800, None),
+    Loop(r"gemm_(mma|wgmma)_kernel|gemv_kernel", r"", None, None),
 ]
 
 
@@ -89,15 +91,16 @@ class Claims:
 
 
 def claims(name: str) -> Claims | None:
-    if c := re.search(r"\bMmaConfig<\w+, (\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)>", name):
-        m, n, warps_m, warps_n, depth, stages, blocks = map(int, c.groups())
-        return Claims(32 * warps_m * warps_n, stages, (m + n) * depth, blocks)
-    if c := re.search(r"\bWgmmaConfig<(\w+).*?, (\d+), (\d+), \d+, (\d+)>", name):
-        m, n, stages = map(int, c.groups()[1:])
-        return Claims(3 * 128, stages, (m + n * (2 if c[1] == "Upconverted" else 1)) * 128, 1)
-    if c := re.search(r"\bW8a16Config<\(Dtype\)\d, (\d+), (\d+), (\d+), (\d+)>", name):
-        m, n, stages, blocks = map(int, c.groups())
-        return Claims(n // 32 * max(1, m // 64) * 32, stages, (2 * m + n) * 64, blocks)
+    tile = {field: int(value) for field, value in values(name).items() if value.isdecimal()}
+    if "MmaTile{" in name:
+        threads = 32 * tile["warps_m"] * tile["warps_n"]
+        return Claims(threads, tile["stages"], (tile["m"] + tile["n"]) * tile["stage_k"], tile["blocks_per_sm"])
+    if "WgmmaTile{" in name:
+        b_size = 2 if "Upconverted" in name else 1
+        return Claims(3 * 128, tile["stages"], (tile["m"] + tile["n"] * b_size) * 128, 1)
+    if "W8a16Tile{" in name:
+        warps = tile["n"] // 32 * max(1, tile["m"] // 64)
+        return Claims(32 * warps, tile["stages"], (2 * tile["m"] + tile["n"]) * 128, tile["blocks_per_sm"])
     return None
 
 

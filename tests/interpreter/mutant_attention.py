@@ -47,15 +47,17 @@ def general(dtype, dim, below):
     )
 
 
+def config(kind, dtype, dim):
+    name = {F16: "f16", BF16: "bf16"}[dtype]
+    return f"{kind}AttentionConfig<AttentionInstance{{dtype={name}, head_dim={dim},"
+
+
 def sm80(dtype, dim, cases):
-    return Instance(
-        ("sm_80",), f"attention_kernelINS_15AttentionConfigILNS_5DtypeE{1 + (dtype == BF16)}ELi{dim}E", cases
-    )
+    return Instance(("sm_80",), config("<Mma", dtype, dim), cases)
 
 
 def sm90a(dtype, dim, cases):
-    kernel = f"WgmmaAttentionConfigILNS_5DtypeE{1 + (dtype == BF16)}ELi{dim}E"
-    return Instance(("sm_90a",), kernel, cases, clusters=2)
+    return Instance(("sm_90a",), config("<Wgmma", dtype, dim), cases, clusters=2)
 
 
 def triton(cases):

@@ -73,68 +73,68 @@ def upconverted(dtype, few, many):
 
 CUDA = {
     "int8_mma_128x128": Instance(
-        ("sm_80",), "Int8ELi128ELi128E", mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT))
+        ("sm_80",), "Int8, MmaTile{m=128, n=128,", mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT))
     ),
-    "int8_mma_64x128": Instance(("sm_80",), "Int8ELi64ELi128E", mma(I8, 64, (388, 9200), (40, 300))),
-    "int8_mma_16x128": Instance(("sm_80",), "Int8ELi16ELi128E", mma(I8, 16, (70, 1000, 14300), (9, 300))),
-    "fp8_mma_128x128": Instance(("sm_89",), "E4m3ELi128ELi128E", mma(F8, 128, (5, 300, 14300), (1153, 130))),
-    "fp8_mma_16x128": Instance(("sm_89",), "E4m3ELi16ELi128E", mma(F8, 16, (70, 200, 300, 1000, 20300), (9, 300))),
+    "int8_mma_64x128": Instance(("sm_80",), "Int8, MmaTile{m=64, n=128,", mma(I8, 64, (388, 9200), (40, 300))),
+    "int8_mma_16x128": Instance(("sm_80",), "Int8, MmaTile{m=16, n=128,", mma(I8, 16, (70, 1000, 14300), (9, 300))),
+    "fp8_mma_128x128": Instance(("sm_89",), "E4m3, MmaTile{m=128, n=128,", mma(F8, 128, (5, 300, 14300), (1153, 130))),
+    "fp8_mma_16x128": Instance(("sm_89",), "E4m3, MmaTile{m=16, n=128,", mma(F8, 16, (70, 200, 300, 1000, 20300), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
-        ("sm_89",), "E4m3BlocksELi128ELi128E",
+        ("sm_89",), "E4m3Blocks, MmaTile{m=128, n=128,",
         mma(F8, 128, (5, 300, 14300), (1153, 290), F8(127, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "fp8_blocks_mma_64x128": Instance(
-        ("sm_89",), "E4m3BlocksELi64ELi128E",
+        ("sm_89",), "E4m3Blocks, MmaTile{m=64, n=128,",
         mma(F8, 64, (5, 300, 14300), (40, 400), F8(60, 272, 700, GATED, blocks=True), blocks=True),
     ),
     "int8_wgmma_128x128": Instance(
-        ("sm_90a",), "Int8ELi128ELi128E", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), clusters=1
+        ("sm_90a",), "Int8, WgmmaTile{m=128, n=128,", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), clusters=1
     ),
     "int8_wgmma_128x256": Instance(
-        ("sm_90a",), "Int8ELi128ELi256E",
+        ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
         (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN)), clusters=1, tiles=3,
     ),
-    "int8_wgmma_64x128": Instance(("sm_90a",), "Int8ELi64ELi128E", transposed(I8, 64), clusters=1),
+    "int8_wgmma_64x128": Instance(("sm_90a",), "Int8, WgmmaTile{m=64, n=128,", transposed(I8, 64), clusters=1),
     "int8_wgmma_16x128": Instance(
-        ("sm_90a",), "Int8ELi16ELi128E", transposed(I8, 16, I8(9, 40, 388, ZERO_POINT)), clusters=1
+        ("sm_90a",), "Int8, WgmmaTile{m=16, n=128,", transposed(I8, 16, I8(9, 40, 388, ZERO_POINT)), clusters=1
     ),
     "fp8_wgmma_128x128": Instance(
-        ("sm_90a",), "E4m3ELi128ELi128E",
+        ("sm_90a",), "E4m3, WgmmaTile{m=128, n=128,",
         (*wgmma(F8, 300, F8(100, 40, 1100, PLAIN)), *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
          F8(200, 300, 330, PLAIN, blocks=True, quantized=True)),
         clusters=1,
     ),
     "fp8_wgmma_128x256": Instance(
-        ("sm_90a",), "E4m3ELi128ELi256E",
+        ("sm_90a",), "E4m3, WgmmaTile{m=128, n=256,",
         (F8(200, 67 * 128, 40, PLAIN), F8(100, 133 * 128, 40, PLAIN, blocks=True),
          F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
         clusters=1, tiles=3,
     ),
     "fp8_wgmma_64x128": Instance(
-        ("sm_90a",), "E4m3ELi64ELi128E", transposed(F8, 64, *transposed(F8, 64, blocks=True)), clusters=1
+        ("sm_90a",), "E4m3, WgmmaTile{m=64, n=128,", transposed(F8, 64, *transposed(F8, 64, blocks=True)), clusters=1
     ),
     "fp8_wgmma_16x128": Instance(
-        ("sm_90a",), "E4m3ELi16ELi128E", transposed(F8, 16, *transposed(F8, 16, blocks=True)), clusters=1
+        ("sm_90a",), "E4m3, WgmmaTile{m=16, n=128,", transposed(F8, 16, *transposed(F8, 16, blocks=True)), clusters=1
     ),
     "w8a16_16x128": Instance(
-        ("sm_80", "sm_89"), "w8a16_gemm_kernelINS_11W8a16ConfigILNS_5DtypeE2ELi16E",
+        ("sm_80", "sm_89"), "W8a16Config<bf16, W8a16Tile{m=16,",
         tuple(W8((m,), n, k, torch.bfloat16, w, scales, activation=activation)
               for w in (torch.int8, E4M3)
               for m, n, k, scales, activation in ((9, 120, 500, "block", None), (16, 128, 30, "column", "silu_mul"),
                                                   (9, 40, 1100, "block", None), (9, 300, 16, "tensor", None))),
     ),
     "w8a16_128x128": Instance(
-        ("sm_80",), "w8a16_gemm_kernelINS_11W8a16ConfigILNS_5DtypeE1ELi128E",
+        ("sm_80",), "W8a16Config<f16, W8a16Tile{m=128,",
         tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
               for w in (torch.int8, E4M3)
               for m, n, k, scales, activation in ((70, 120, 500, "block", None), (128, 128, 30, "column", "silu_mul"),
                                                   (70, 40, 1100, "block", None), (1153, 130, 16, "tensor", None))),
     ),
     "w8a16_wgmma_128x16": Instance(
-        ("sm_90a",), "UpconvertedILNS_5DtypeE2EEELi128ELi16E", upconverted(torch.bfloat16, 9, 16), clusters=1,
+        ("sm_90a",), "Upconverted<bf16>, WgmmaTile{m=128, n=16,", upconverted(torch.bfloat16, 9, 16), clusters=1,
     ),
     "w8a16_wgmma_128x128": Instance(
-        ("sm_90a",), "UpconvertedILNS_5DtypeE1EEELi128ELi128E", upconverted(torch.float16, 70, 200), clusters=1,
+        ("sm_90a",), "Upconverted<f16>, WgmmaTile{m=128, n=128,", upconverted(torch.float16, 70, 200), clusters=1,
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",

@@ -1,10 +1,12 @@
 """Kernels in the mutation suite that are templates: an instance of one, and the cases that it is launched with."""
 
 import dataclasses
+import functools
 import struct
 import sys
 
 import torch
+from kernel_names import demangle
 from mutant_launches import recording
 
 import forwardpass as fp
@@ -15,7 +17,7 @@ from forwardpass.testing import poisoned_outputs
 @dataclasses.dataclass(frozen=True)
 class Instance:
     architectures: tuple[str, ...]
-    kernel: str  # in its name
+    kernel: str  # in its readable name
     cases: tuple
     implementation: str = "cuda"
     #: a kernel that computes one tile after the other: each launch with so many clusters, which make all tiles
@@ -23,6 +25,11 @@ class Instance:
     #: and no more tiles than these: the plan takes the largest tile only where there is one for every other
     #: multiprocessor, and mutants need no more than wrap around
     tiles: int = 0
+
+
+@functools.cache
+def readable_name(kernel):
+    return demangle([kernel])[0]
 
 
 def instance_launches(instance, arch):
@@ -40,7 +47,7 @@ def instance_launches(instance, arch):
             got = fp.dispatch.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
             module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
             for launch in recorded:
-                if instance.kernel in launch.kernel:
+                if instance.kernel in readable_name(launch.kernel):
                     launches.append(launch)
                     if instance.tiles:
                         make_fewer(launch, case.n, instance.tiles)
@@ -55,8 +62,8 @@ def instance_launches(instance, arch):
 
 
 def make_fewer(launch, columns, tiles):
-    """In WgmmaArguments (csrc/device/gemm_sm90a.cuh): the TileMap of one row of tiles, and behind it how many there are."""
-    there = struct.pack("III", 1, -(-columns // 256), -(-columns // 256))
-    assert launch.parameters.count(there) == 1
-    at = launch.parameters.index(there) + 8
-    struct.pack_into("I", launch.parameters, at, min(tiles, -(-columns // 256)))
+    """In a TileMap (csrc/schedule/gemm_tile.cuh) of one row of tiles: how many there are."""
+    count = -(-columns // 256)
+    tile_map = struct.pack("III", 1, count, count)
+    assert launch.parameters.count(tile_map) == 1
+    struct.pack_into("I", launch.parameters, launch.parameters.index(tile_map) + 8, min(tiles, count))

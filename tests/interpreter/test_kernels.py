@@ -1,4 +1,9 @@
-"""The package's own kernels, as compiled: every case of every operation, CUDA and Triton, on each architecture."""
+"""The kernels of the memory-bound operations, as compiled: every case of every operation, CUDA and Triton, on each architecture.
+
+Triton's code for them hardly knows the architecture: of these cases' PTX for sm_80 98 % is letter for letter that for sm_89, of
+that 96 % the one for sm_90, `.target` apart (Triton 3.7.1). So `make test` compiles and runs each of Triton's cases for one
+of the three, `make test-all` for all.
+"""
 
 import pytest
 
@@ -34,9 +39,14 @@ def check(name, case, implementation, arch, seed):
     assert (device.counters["launches"] > 0) == (args[0].numel() > 0)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def launches():
+    for i, (name, case) in enumerate(CASES):
+        for j, arch in enumerate(ARCHITECTURES):
+            yield pytest.param(name, case, "cuda", arch)
+            yield pytest.param(name, case, "triton", arch, marks=[pytest.mark.slow] * (i % 3 != j))
+
+
+@pytest.mark.parametrize(("name", "case", "implementation", "arch"), launches(), ids=str)
 def test_kernel(name, case, implementation, arch, seed):
     check(name, case, implementation, arch, seed)
 

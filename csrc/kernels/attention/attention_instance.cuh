@@ -1,29 +1,34 @@
 #pragma once
 // Which instance of the attention kernels a call needs.
+#include <type_traits>
+
 #include "device/dispatch.h"
 #include "params/attention.h"
 
 namespace forwardpass {
 
-// What the kernels are compiled for. T: dtype of q, k, v and out; D, V: columns of q and k, and of v; Modified: with
-// score modifiers (mask, ALiBi or softcap).
-template <Dtype T, int D, int V, bool Modified>
+// What the kernels are compiled for.
 struct AttentionInstance {
-  static constexpr Dtype kT = T;
-  static constexpr int kD = D, kV = V;
-  static constexpr bool kModified = Modified;
+  Dtype dtype;              // of q, k, v and out
+  int head_dim, value_dim;  // columns of q and k, and of v; value_dim is at most head_dim
+  bool modified;            // with score modifiers: mask, ALiBi or softcap
 };
 
-// Calls launch with the AttentionInstance of the smallest compiled head dims that hold p's. Each is a kernel: tile
-// sizes follow from its head dims, by what shared memory and registers hold.
-template <Dtype T, bool Modified, class Launch>
+// Calls launch with the AttentionInstance, a constant, of the smallest compiled head dims that hold p's. Each is a
+// kernel: tile sizes follow from its head dims, by what shared memory and registers hold.
+template <Dtype kDtype, bool kModified, class Launch>
 cudaError_t launch_head_dim(const AttentionParams& p, Launch launch) {
-  if (p.value_dim < p.head_dim) return launch(AttentionInstance<T, 192, 128, Modified>());
-  if (p.head_dim <= 64) return launch(AttentionInstance<T, 64, 64, Modified>());
-  if (p.head_dim <= 96) return launch(AttentionInstance<T, 96, 96, Modified>());
-  if (p.head_dim <= 128) return launch(AttentionInstance<T, 128, 128, Modified>());
-  if (p.head_dim <= 192) return launch(AttentionInstance<T, 192, 192, Modified>());
-  return launch(AttentionInstance<T, 256, 256, Modified>());
+  const auto dims = [&]<int kHeadDim, int kValueDim = kHeadDim>() {
+    constexpr AttentionInstance kInstance{
+        .dtype = kDtype, .head_dim = kHeadDim, .value_dim = kValueDim, .modified = kModified};
+    return launch(std::integral_constant<AttentionInstance, kInstance>());
+  };
+  if (p.value_dim < p.head_dim) return dims.template operator()<192, 128>();
+  if (p.head_dim <= 64) return dims.template operator()<64>();
+  if (p.head_dim <= 96) return dims.template operator()<96>();
+  if (p.head_dim <= 128) return dims.template operator()<128>();
+  if (p.head_dim <= 192) return dims.template operator()<192>();
+  return dims.template operator()<256>();
 }
 template <class Launch>
 cudaError_t launch_instance(const AttentionParams& p, Launch launch) {

@@ -10,12 +10,18 @@ namespace forwardpass {
 // L2: 16 bytes a clock for a multiprocessor, which gets about 14 on an L40S (5 TB/s for 142 at 2.5 GHz, published):
 // there L2 binds 128 x 128, at 7/8 of the peak.
 template <class E>
-using Tile128x128 = MmaConfig<E, 128, 128, 2, 4, 128, 3, 1>;
+using Tile128x128 =
+    MmaConfig<E,
+              MmaTile{.m = 128, .n = 128, .warps_m = 2, .warps_n = 4, .stage_k = 128, .stages = 3, .blocks_per_sm = 1}>;
 template <class E>
-using Tile64x128 = MmaConfig<E, 64, 128, 1, 4, 128, 3, 1>;
+using Tile64x128 =
+    MmaConfig<E,
+              MmaTile{.m = 64, .n = 128, .warps_m = 1, .warps_n = 4, .stage_k = 128, .stages = 3, .blocks_per_sm = 1}>;
 // Memory binds: four stages, 54 KB in flight.
 template <class E>
-using Tile16x128 = MmaConfig<E, 16, 128, 1, 4, 128, 4, 1>;
+using Tile16x128 =
+    MmaConfig<E,
+              MmaTile{.m = 16, .n = 128, .warps_m = 1, .warps_n = 4, .stage_k = 128, .stages = 4, .blocks_per_sm = 1}>;
 
 namespace {
 

@@ -9,11 +9,11 @@ namespace forwardpass {
 // promotion), 484 with the smaller tile. Registers: 128 accumulators and 64 partial ones; 256 x 128, with one warpgroup
 // below the other, would take as many, but of a gated product this tile has 128 outputs, a group of fp8_gemm_quantize.
 // Shared memory is what binds: wgmma reads 96 KB per stage, 16 more than for int8, as each 64 rows read all of b.
-using Tile128x256 = WgmmaConfig<E4m3, 128, 256, 1, 4>;
-using Tile128x128 = WgmmaConfig<E4m3, 128, 128, 2, 6>;
+using Tile128x256 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 256, .consumers_m = 1, .stages = 4}, PromotingMainloop>;
+using Tile128x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 128, .consumers_m = 2, .stages = 6}, PromotingMainloop>;
 // Few rows, as for int8.
-using Tile64x128 = WgmmaConfig<E4m3, 64, 128, 1, 8>;
-using Tile16x128 = WgmmaConfig<E4m3, 16, 128, 1, 8>;
+using Tile64x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 64, .n = 128, .consumers_m = 1, .stages = 8}, PromotingMainloop>;
+using Tile16x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 16, .n = 128, .consumers_m = 1, .stages = 8}, PromotingMainloop>;
 
 namespace {
 

@@ -14,6 +14,7 @@
 // without promotion leave.)
 #include "device/dispatch.h"
 #include "device/gemm_sm90a.cuh"
+#include "device/swizzled_rows.cuh"
 #include "device/upconvert.cuh"
 #include "kernels/gemm.h"
 #include "params/w8a16_gemm.h"
@@ -21,39 +22,51 @@
 namespace forwardpass {
 
 // a: the 8-bit weight, upconverted to X; b: x.
-template <Dtype X>
+template <Dtype X_>
 struct Upconverted {
+  static constexpr Dtype X = X_;
   using Acc = float;
   static constexpr Dtype kAcc = Dtype::f32;
   static constexpr int kSizeB = size_of(X);
   static constexpr bool kSwapAB = true, kPromoted = false;
 };
 
-template <Dtype X, int M, int N, int Stages>
-using UpconvertedConfig = WgmmaConfig<Upconverted<X>, M, N, 2, Stages>;
-
-template <Dtype X, int M, int N, int Stages>
-struct Consumer<UpconvertedConfig<X, M, N, Stages>> : ConsumerBase<UpconvertedConfig<X, M, N, Stages>> {
-  using Config = UpconvertedConfig<X, M, N, Stages>;
-  using ConsumerBase<Config>::pipeline, ConsumerBase<Config>::row;
-  static_assert(Config::kWaves == 1);
+// Every 128 of K the partial accumulators are added to a second set, times the weight's scale of that block if it has
+// block scales. One half of a stage is upconverted while the wgmmas of the other half run.
+template <class Config>
+struct UpconvertingMainloop {
+  static_assert(Config::kTilesM == 1);
+  static constexpr Dtype X = Config::Element::X;
   static constexpr int kHalf = Config::kStageK / 2, kSteps = kHalf / 16;
-  using Fragments = uint32_t[kSteps][4];  // of half a stage
-  uint32_t weight;                        // address of this lane's first two elements in the first stage
-  uint32_t x;                             // low half of x's descriptor in the first stage
+  using Operand = uint32_t[kSteps][4];  // the first one of half a stage's wgmmas
+  const WgmmaArguments& p;
+  ConsumerPipeline<Config> pipeline;
+  int row;          // this thread's first in the tile
+  uint32_t weight;  // address of this lane's first two elements in the first stage
+  uint32_t x;       // low half of x's descriptor in the first stage
 
-  __device__ Consumer(typename Config::SharedStorage& s, int warpgroup, bool) : ConsumerBase<Config>(s, warpgroup) {
-    const int lane = threadIdx.x % 32, g = lane / 4;
-    weight = uniform(ptx::shared_address(&s.stage[0].a[row + g][g * 16 + lane % 4 * 2]), lane);
+  __device__ UpconvertingMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
+                                  const ConsumerPlace<Config>& place)
+      : p(p), pipeline(s), row(place.row + accumulator_row(0)) {
+    const int chunk = SwizzledRows<Config::kStageK>::swizzle(group_id());
+    weight = uniform(ptx::shared_address(&s.stage[0].a[row][chunk * 16 + accumulator_column(0)]), threadIdx.x % 32);
     x = uniform(ptx::descriptor(ptx::shared_address(s.stage[0].b)));
   }
 
+  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) {
+    if (p.a_dtype == Dtype::i8)
+      multiply<Dtype::i8>(tile, acc);
+    else
+      multiply<Dtype::e4m3>(tile, acc);
+  }
+
+ private:
   template <Dtype W>
-  __device__ void upconvert_half(Fragments& upconverted, int half) const {
-    const uint32_t at = weight + pipeline.stage * sizeof(typename Config::Stage);
+  __device__ void upconvert_half(Operand& upconverted, int half) const {
+    const uint32_t first = weight + pipeline.stage * sizeof(typename Config::Stage);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const uint32_t from = at ^ (half * kSteps + step) * 16;  // the swizzle of TMA
+      const uint32_t from = first ^ (half * kSteps + step) * 16;  // the swizzle of TMA
       constexpr int kBelow = 8 * Config::kStageK;
       upconverted[step][0] = upconvert<W, X>(ptx::load_shared_16<0>(from));
       upconverted[step][1] = upconvert<W, X>(ptx::load_shared_16<kBelow>(from));
@@ -62,7 +75,7 @@ struct Consumer<UpconvertedConfig<X, M, N, Stages>> : ConsumerBase<UpconvertedCo
     }
   }
   // One group of wgmmas: all rows of x by half a stage.
-  __device__ void mma(float (&acc)[Config::kTiles][4], const Fragments& upconverted, int half, int stage) const {
+  __device__ void mma(typename Config::Accumulators::Row& acc, const Operand& upconverted, int half, int stage) const {
     constexpr int kBoxUnits = sizeof(Config::Stage::b[0]) / ptx::kDescriptorUnit;
     const uint32_t from = x + stage * Config::kStageUnits + half * kBoxUnits;
     ptx::wgmma_fence();
@@ -71,78 +84,55 @@ struct Consumer<UpconvertedConfig<X, M, N, Stages>> : ConsumerBase<UpconvertedCo
       ptx::wgmma_k16<X>(acc, upconverted[step], from + step * 32 / ptx::kDescriptorUnit, half > 0 || step > 0);
     ptx::wgmma_commit();
   }
+  template <Dtype W>
+  __device__ void multiply(const GemmTile& tile, typename Config::Accumulators& acc) {
+    const int64_t blocks = ceil_div(p.map.k, kScaleBlock), first = tile.row + row;
+    const float* scales[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      scales[i] =
+          p.row_scale ? p.row_scale + min(first + i * 8, p.out.columns - 1) * blocks + tile.k / kScaleBlock : nullptr;
+    acc.clear();
+    Operand upconverted[2];
+    pipeline.wait_full();
+    upconvert_half<W>(upconverted[0], 0);
+    const int slices = tile.slices(Config::kStageK);
+#pragma unroll 1
+    for (int i = 0; i < slices; ++i) {
+      const int stage = pipeline.stage;
+      typename Config::Accumulators::Row partial;
+      mma(partial, upconverted[0], 0, stage);
+      upconvert_half<W>(upconverted[1], 1);
+      mma(partial, upconverted[1], 1, stage);
+      const float scale[2] = {scales[0] ? scales[0][i] : 1, scales[1] ? scales[1][i] : 1};
+      pipeline.advance();
+      if (i + 1 < slices) {
+        pipeline.wait_full();
+        ptx::wgmma_wait<1>();
+        upconvert_half<W>(upconverted[0], 0);
+      }
+      ptx::wgmma_wait<0>();
+      pipeline.release(stage);
+#pragma unroll
+      for (int j = 0; j < Config::kTilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[0][j][e] = fmaf(partial[j][e], scale[e / 2], acc[0][j][e]);
+    }
+  }
 };
 
-// Every 128 of K the partial accumulators are added to a second set, times the weight's scale of that block if it has
-// block scales. One half of a stage is upconverted while the wgmmas of the other half run.
-template <Dtype W, class Config>
-__device__ inline void mainloop_upconverting(Consumer<Config>& m, const TileScheduler<Config>& scheduler,
-                                             float (&acc)[Config::kTiles][4]) {
-  const WgmmaArguments& p = scheduler.p;
-  const int64_t blocks = ceil_div(p.k, kScaleBlock), row = scheduler.row + m.row + threadIdx.x % 32 / 4;
-  const float* scales[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    scales[i] =
-        p.row_scale ? p.row_scale + min(row + i * 8, p.out.columns - 1) * blocks + scheduler.k / kScaleBlock : nullptr;
-#pragma unroll
-  for (int j = 0; j < Config::kTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[j][e] = 0;
-  typename Consumer<Config>::Fragments upconverted[2];
-  m.pipeline.wait_full();
-  m.template upconvert_half<W>(upconverted[0], 0);
-#pragma unroll 1
-  for (int i = 0; i < scheduler.slices; ++i) {
-    const int stage = m.pipeline.stage;
-    float partial[Config::kTiles][4];
-    m.mma(partial, upconverted[0], 0, stage);
-    m.template upconvert_half<W>(upconverted[1], 1);
-    m.mma(partial, upconverted[1], 1, stage);
-    const float scale[2] = {scales[0] ? scales[0][i] : 1, scales[1] ? scales[1][i] : 1};
-    m.pipeline.advance();
-    if (i + 1 < scheduler.slices) {
-      m.pipeline.wait_full();
-      ptx::wgmma_wait<1>();
-      m.template upconvert_half<W>(upconverted[0], 0);
-    }
-    ptx::wgmma_wait<0>();
-    m.release(stage);
-#pragma unroll
-    for (int j = 0; j < Config::kTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc[j][e] = fmaf(partial[j][e], scale[e / 2], acc[j][e]);
-  }
-}
-
-template <Dtype X, int M, int N, int Stages>
-__device__ inline void mainloop(Consumer<UpconvertedConfig<X, M, N, Stages>>& m,
-                                const TileScheduler<UpconvertedConfig<X, M, N, Stages>>& scheduler,
-                                float (&acc)[1][UpconvertedConfig<X, M, N, Stages>::kTiles][4]) {
-  if (scheduler.p.a_dtype == Dtype::i8)
-    mainloop_upconverting<Dtype::i8>(m, scheduler, acc[0]);
-  else
-    mainloop_upconverting<Dtype::e4m3>(m, scheduler, acc[0]);
-}
-
-template <Dtype X, int M, int N, int Stages>
-__device__ inline void store_tile(const Consumer<UpconvertedConfig<X, M, N, Stages>>& m,
-                                  const TileScheduler<UpconvertedConfig<X, M, N, Stages>>& scheduler,
-                                  const float (&acc)[1][UpconvertedConfig<X, M, N, Stages>::kTiles][4],
-                                  typename UpconvertedConfig<X, M, N, Stages>::SharedStorage& s, const GemmOutput& o,
-                                  int, int) {
-  finish_transposed(acc, s.staging[threadIdx.x / 32], o, scheduler.column, scheduler.row + m.row, scheduler.split);
-}
+template <Dtype X, WgmmaTile kTile>
+using UpconvertedConfig = WgmmaConfig<Upconverted<X>, kTile, UpconvertingMainloop>;
 
 // Memory binds: 112 KB of the weight are in flight.
 template <Dtype X>
-using Tile128x16 = UpconvertedConfig<X, 128, 16, 8>;
+using Tile128x16 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 16, .consumers_m = 2, .stages = 8}>;
 template <Dtype X>
-using Tile128x64 = UpconvertedConfig<X, 128, 64, 6>;
+using Tile128x64 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 64, .consumers_m = 2, .stages = 6}>;
 // 144 KB are in flight while one stage is used. In clusters of two a block reads 32 bytes a clock from L2, of about 39
 // that are available.
 template <Dtype X>
-using Tile128x128 = UpconvertedConfig<X, 128, 128, 4>;
+using Tile128x128 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 128, .consumers_m = 2, .stages = 4}>;
 
 namespace {
 

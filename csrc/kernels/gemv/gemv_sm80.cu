@@ -1,7 +1,7 @@
-#pragma once
-// GEMM of up to kGemvRows rows, bound by reading the weight once from memory to registers. The weight's rows are the
-// sixteen rows of an mma, the rows of x its eight columns. A block computes sixteen outputs of each row of x; its warps
-// share K, 128 at a time in turn, and their accumulators are added in the order of the warps.
+// int8_gemm, fp8_gemm and w8a16_gemm of up to kGemvRows rows, bound by reading the weight once from memory to
+// registers. The weight's rows are the sixteen rows of an mma, the rows of x its eight columns. A block computes
+// sixteen outputs of each row of x; its warps share K, 128 at a time in turn, and their accumulators are added in the
+// order of the warps.
 //
 // Memory binds. For 2 KB of the weight, sixteen rows of 128, a warp issues 65 instructions (int8), 168 (fp8) or, with
 // 16-bit x, 158 to 256 (sm_80: 189 to 398, the most from e4m3 to bf16); in the time in which they arrive a
@@ -16,10 +16,18 @@
 //
 // The order of K within an mma is free, as long as x and the weight agree: a lane loads 16 consecutive elements of a
 // row, which the mma's own order would have in four pieces.
-#include "device/gemm_epilogue.cuh"
+#include "device/dispatch.h"
+#include "device/gemm_operands.cuh"
 #include "device/upconvert.cuh"
+#include "kernels/gemm.h"
+#include "params/fp8_gemm.h"
+#include "params/int8_gemm.h"
+#include "params/w8a16_gemm.h"
 
 namespace forwardpass {
+
+// Of each row of x: the rows of an mma.
+constexpr int kGemvColumns = 16;
 
 // X: the elements of x. int8 uses the int8 mma. e4m3 x and weight are upconverted to fp16, which holds them exactly and
 // whose mma accumulates in fp32 on every architecture.
@@ -28,8 +36,8 @@ struct GemvConfig {
   using Acc = std::conditional_t<X == Dtype::i8, int32_t, float>;
   static constexpr Dtype kAcc = X == Dtype::i8 ? Dtype::i32 : Dtype::f32;
   static constexpr Dtype kMma = X == Dtype::e4m3 ? Dtype::f16 : X;
-  static constexpr int kN = 16, kWarps = 8, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = 2;  // 128 registers: 32 for the weight and up to 32 for x, both double-buffered
+  static constexpr int kN = kGemvColumns, kWarps = 8, kThreads = 32 * kWarps;
+  static constexpr int kBlocksPerSm = 2;  // 128 registers: 32 for the weight and up to 32 for x, both double-buffered
   static constexpr int kXSize = size_of(X);  // also the number of 16-byte loads for 16 elements
 };
 
@@ -49,7 +57,7 @@ __device__ inline uint4 load_bytes(const uint8_t* p, int64_t left, Load load) {
 }
 
 // A lane's share of 128 of K: elements from 16 t and from 64 + 16 t on, of rows g and g + 8 of the weight and of row g
-// of x (g = lane / 4, t = lane % 4).
+// of x (g = group_id(), t = thread_in_group()).
 template <Dtype X>
 struct GemvBlock {
   uint4 w[2][2];  // [half of K][row]
@@ -66,26 +74,27 @@ struct GemvOperands {
   int64_t x_scale_stride, columns;
   uint64_t policy;
 
-  __device__ GemvOperands(const GemmParams& p, int64_t row) : policy(ptx::evict_first_policy()) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  __device__ GemvOperands(const GemmArguments& p, int64_t row) : policy(ptx::evict_first_policy()) {
+    const int g = group_id(), t = thread_in_group();
     columns = p.a.columns;
     x = g < p.a.rows ? static_cast<const uint8_t*>(p.a.data) + (g * p.a.stride + t * 16) * kXSize : nullptr;
     x_scale_stride = p.blocks.a_stride;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t n =
-          min(row + g + i * 8, p.b.rows - 1);  // beyond the last row: the last one again, whose outputs are not stored
+      // Beyond the last row: the last one again, whose outputs are not stored.
+      int64_t n = min(row + g + i * 8, p.b.rows - 1);
+      ptx::compute_here(n);  // else the loop computes the addresses again: 374 instead of 333 instructions (fp8)
       w[i] = static_cast<const uint8_t*>(p.b.data) + n * p.b.stride + t * 16;
-      w_scale[i] = p.blocks.b ? p.blocks.b + scales_of(p, n) : nullptr;
+      w_scale[i] = p.blocks.b ? p.blocks.b + scale_offset(p, n) : nullptr;
       x_scale[i] = p.blocks.a && 2 * t + i < p.a.rows ? p.blocks.a + 2 * t + i : nullptr;
     }
   }
 
   // Offset of the scales of a row of the weight: per 128 x 128 block if x has block scales too, else per row.
-  __device__ static int64_t scales_of(const GemmParams& p, int64_t n) {
+  __device__ static int64_t scale_offset(const GemmArguments& p, int64_t n) {
     const int64_t groups = ceil_div(p.a.columns, kScaleBlock);
     if (!p.blocks.a) return n * groups;
-    const bool gated = is_gated(p.epilogue.activation), up = gated && n % 16 >= 8;
+    const bool gated = p.gated(), up = gated && n % 16 >= 8;
     return (gated ? n / 16 * 8 + n % 8 : n) / kScaleBlock * groups + (up ? p.blocks.up_offset : 0);
   }
 
@@ -98,7 +107,7 @@ struct GemvOperands {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = half * (kScaleBlock / 2);
-      const int64_t left = whole ? kScaleBlock : columns - first - threadIdx.x % 4 * 16 - at;
+      const int64_t left = whole ? kScaleBlock : columns - first - thread_in_group() * 16 - at;
 #pragma unroll
       for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + first + at, left, once);
 #pragma unroll
@@ -108,10 +117,10 @@ struct GemvOperands {
     if constexpr (X != Dtype::i8) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float of_w = w_scale[i] ? w_scale[i][block] : 1.0f;
+        const float scale_w = w_scale[i] ? w_scale[i][block] : 1.0f;
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          d.scale[i][j] = x_scale[j] ? __fmul_rn(x_scale[j][block * x_scale_stride], of_w) : of_w;
+          d.scale[i][j] = x_scale[j] ? __fmul_rn(x_scale[j][block * x_scale_stride], scale_w) : scale_w;
       }
     }
   }
@@ -154,29 +163,28 @@ __device__ inline void mma_upconverted(float (&acc)[4], const GemvBlock<X>& d) {
 }
 
 template <Dtype X>
-__device__ inline void mma(float (&acc)[4], const GemvBlock<X>& d, Dtype of_weight) {
-  if (X != Dtype::e4m3 && of_weight == Dtype::i8)
+__device__ inline void mma(float (&acc)[4], const GemvBlock<X>& d, Dtype w_dtype) {
+  if (X != Dtype::e4m3 && w_dtype == Dtype::i8)
     mma_upconverted<X, Dtype::i8>(acc, d);
   else
     mma_upconverted<X, Dtype::e4m3>(acc, d);
 }
 
 template <Dtype X>
-__global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlocks)
-    gemv_kernel(GemmParams p, int64_t tiles, GemmOutput out) {
+__global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlocksPerSm)
+    gemv_kernel(const __grid_constant__ GemmArguments p) {
   using Config = GemvConfig<X>;
   using Acc = typename Config::Acc;
   __shared__ Acc sums[Config::kWarps][kGemvRows][Config::kN];
   __shared__ Staging staging;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t column = blockIdx.x % tiles * Config::kN;
-  const int split = static_cast<int>(blockIdx.x / tiles);
-  const int64_t k_end = min((split + 1) * p.choice.split_k, p.a.columns), whole = k_end / kScaleBlock;
-  const GemvOperands<X> operands(p, column);
+  const GemmTile tile = p.map.in_one_row<Config::kN>(blockIdx.x);
+  const int64_t whole = tile.k_end / kScaleBlock;
+  const GemvOperands<X> operands(p, tile.column);
 
   Acc acc[4] = {};
   GemvBlock<X> blocks[2];  // one is used while the other arrives
-  int64_t block = split * p.choice.split_k / kScaleBlock + warp;
+  int64_t block = tile.k / kScaleBlock + warp;
   if (block < whole) operands.template load<true>(blocks[0], block);
 #pragma unroll 1
   while (block < whole) {
@@ -189,14 +197,14 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
       if (block >= whole) break;
     }
   }
-  if (block * kScaleBlock < k_end) {  // the warp whose turn it is takes the remainder
+  if (block * kScaleBlock < tile.k_end) {  // the warp whose turn it is takes the remainder
     operands.template load<false>(blocks[0], block);
     mma(acc, blocks[0], p.b.dtype);
   }
 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int m = lane % 4 * 2 + i % 2, n = lane / 4 + i / 2 * 8;
+    const int m = accumulator_column(i), n = accumulator_row(i);
     if (m < kGemvRows) sums[warp][m][n] = acc[i];
   }
   __syncthreads();
@@ -210,17 +218,34 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
     staging.at<Acc>(m, n) = sum;
   }
   __syncwarp();
-  finish_staged<Config::kN, Acc>(staging, out, 0, column, split);
+  finish_staged<Config::kN, Acc>(staging, p.out, 0, tile.column, tile.split);
 }
 
 template <Dtype X>
 cudaError_t launch_gemv(const GemmParams& p, cudaStream_t stream) {
   using Config = GemvConfig<X>;
-  const int64_t tiles = ceil_div(p.b.rows, Config::kN);
-  gemv_kernel<X>
-      <<<static_cast<unsigned>(tiles * p.choice.splits), Config::kThreads, 0, stream>>>(p, tiles, GemmOutput(p));
+  const GemmArguments arguments(p, kGemvRows, Config::kN);
+  gemv_kernel<X><<<arguments.map.tiles, Config::kThreads, 0, stream>>>(arguments);
   if (auto e = cudaGetLastError()) return e;
   return reduce_split_k(p, Config::kAcc, stream);
 }
 
+namespace {
+
+cudaError_t launch_w8a16(const GemmParams& p, cudaStream_t stream) {
+  return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch_gemv<X()>(p, stream); });
+}
+
+// A block reads all of x from L2: four rows of 16 bits are half as many bytes as its part of the weight. The second
+// launch of split-K takes about as long as a multiprocessor takes to stream 16 rows of 8192. unmeasured
+constexpr GemmKernel row(Arch arch, cudaError_t (*launch)(const GemmParams&, cudaStream_t)) {
+  return {.arch = arch, .tile_m = kGemvRows, .tile_n = kGemvColumns, .least_k = 8192, .launch = launch};
+}
+const GemmKernel int8[] = {row(sm_80, launch_gemv<Dtype::i8>)}, fp8[] = {row(sm_89, launch_gemv<Dtype::e4m3>)},
+                 w8a16[] = {row(sm_80, launch_w8a16)};
+const GemmKernels<Int8GemmParams> int8_registered(int8);
+const GemmKernels<Fp8GemmParams> fp8_registered(fp8);
+const GemmKernels<W8a16GemmParams> w8a16_registered(w8a16);
+
+}  // namespace
 }  // namespace forwardpass

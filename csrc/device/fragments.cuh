@@ -1,0 +1,46 @@
+#pragma once
+// Fragments: how the lanes of a warp share the matrices of the tensor cores.
+#include <cuda_runtime.h>
+
+namespace forwardpass {
+
+// PTX ISA 9.7.14.5: a warp is eight groups of four lanes. Called groupID and threadID_in_group there.
+__device__ inline int group_id() { return threadIdx.x % 32 / 4; }
+__device__ inline int thread_in_group() { return threadIdx.x % 4; }
+
+// Row and column of this thread's element e in an accumulator tile of 16 x 8: two neighbouring columns of two rows that
+// are eight apart.
+__device__ inline int accumulator_row(int e) { return group_id() + e / 2 * 8; }
+__device__ inline int accumulator_column(int e) { return thread_in_group() * 2 + e % 2; }
+
+// A warp's accumulators: kTilesM by kTilesN tiles of an mma m16n8, kStepM rows from one to the next below. Of a wgmma
+// m64nN each warp of the warpgroup has sixteen rows in the same layout; kStepM is 64 there.
+template <class T, int kTilesM_, int kTilesN_, int kStepM = 16>
+struct Fragments {
+  static constexpr int kTilesM = kTilesM_, kTilesN = kTilesN_;
+  using Element = T;
+  using Row = T[kTilesN][4];  // of tiles
+  T tile[kTilesM][kTilesN][4];
+
+  __device__ Row& operator[](int i) { return tile[i]; }
+  __device__ const Row& operator[](int i) const { return tile[i]; }
+  // Of this thread's element e of tile (i, j), in the warp's matrix.
+  __device__ static int row(int i, int e) { return i * kStepM + accumulator_row(e); }
+  __device__ static int column(int j, int e) { return j * 8 + accumulator_column(e); }
+
+  // f(element, i, j, e) for each element of this thread.
+  template <class F>
+  __device__ void for_each(F f) {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(tile[i][j][e], i, j, e);
+  }
+  __device__ void clear() {
+    for_each([](T& element, int, int, int) { element = 0; });
+  }
+};
+
+}  // namespace forwardpass

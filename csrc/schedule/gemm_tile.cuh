@@ -1,0 +1,61 @@
+#pragma once
+// Which tile of a GEMM's output a block computes, and which part of K.
+#include "params/common.h"
+
+namespace forwardpass {
+
+struct GemmTile {
+  int64_t row, column;  // of the output, the tile's first
+  int64_t k, k_end;     // the part of K
+  int split;            // which part
+
+  // Slices of `depth` of K, the last of which may be ragged.
+  __device__ int slices(int depth) const { return static_cast<int>((k_end - k + depth - 1) / depth); }
+};
+
+// The map from a block's index to its tile. Blocks that run at the same time share operands in L2: eight rows of tiles
+// are traversed column by column. A cluster counts as one block, whose tiles lie below each other.
+struct TileMap {
+  static constexpr uint32_t kGroup = 8;
+  uint32_t tiles_m, tiles_n;  // 2^32 tiles would have 2^46 outputs
+  uint32_t tiles;             // times splits
+  int64_t k, split_k;         // columns of a and b; of one split
+
+  TileMap(int64_t tiles_m, int64_t tiles_n, int64_t splits, int64_t k, int64_t split_k)
+      : tiles_m(static_cast<uint32_t>(tiles_m)),
+        tiles_n(static_cast<uint32_t>(tiles_n)),
+        tiles(static_cast<uint32_t>(tiles_m * tiles_n * splits)),
+        k(k),
+        split_k(split_k) {}
+  // cluster, rank: blocks of a cluster, and which of them this one is
+  template <int kM, int kN>
+  __device__ GemmTile at(uint32_t index, uint32_t cluster = 1, uint32_t rank = 0) const {
+    const uint32_t tile = index % (tiles_m * tiles_n), group = tile / (kGroup * tiles_n), first = group * kGroup,
+                   rows = min(kGroup, tiles_m - first), within = tile % (kGroup * tiles_n);
+    return tile_at((first + within % rows) * int64_t{cluster * kM} + rank * kM, int64_t{within / rows} * kN,
+                   index / (tiles_m * tiles_n));
+  }
+  // Where all tiles lie beside each other.
+  template <int kN>
+  __device__ GemmTile in_one_row(uint32_t index) const {
+    return tile_at(0, int64_t{index % tiles_n} * kN, index / tiles_n);
+  }
+
+ private:
+  __device__ GemmTile tile_at(int64_t row, int64_t column, uint32_t split) const {
+    return {row, column, split * split_k, min((split + 1) * split_k, k), static_cast<int>(split)};
+  }
+};
+
+// The schedule of kernels whose blocks compute one tile: f(tile).
+template <class Config>
+struct OneTile {
+  const TileMap& map;
+
+  template <class F>
+  __device__ void for_each(F f) const {
+    f(map.at<Config::kM, Config::kN>(blockIdx.x));
+  }
+};
+
+}  // namespace forwardpass
