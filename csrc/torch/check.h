@@ -23,6 +23,25 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// An optional tensor by reference, as a copy of a Tensor would cost two atomic operations. It cannot be made from a
+// temporary, which would not live long enough.
+class OptionalTensorRef {
+ public:
+  OptionalTensorRef() = default;
+  OptionalTensorRef(const Tensor& t) : tensor_(&t) {}
+  OptionalTensorRef(const OptionalTensor& t) : tensor_(t ? &*t : nullptr) {}
+  OptionalTensorRef(Tensor&&) = delete;
+  OptionalTensorRef(OptionalTensor&&) = delete;
+
+  bool has_value() const { return tensor_; }
+  explicit operator bool() const { return tensor_; }
+  const Tensor& operator*() const { return *tensor_; }
+  const Tensor* operator->() const { return tensor_; }
+
+ private:
+  const Tensor* tensor_ = nullptr;
+};
+
 // The shim's calls return an error code; torch's macro for it has another name from one release to the next.
 inline void check_shim(AOTITorchError error) {
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a call into libtorch failed");
@@ -97,8 +116,7 @@ inline Matrix weight_operand(const Tensor& t, Dtype type, int64_t columns, const
 
 // An optional contiguous vector of `size` elements on x's device.
 template <class T>
-const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op,
-                const char* name) {
+const T* vector(OptionalTensorRef v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
   if (!v) return nullptr;
   STD_TORCH_CHECK(v->scalar_type() == type, op, ": wrong dtype of ", name);
   STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size,
@@ -107,10 +125,10 @@ const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Te
   return static_cast<const T*>(v->const_data_ptr());
 }
 
-inline const float* floats(const OptionalTensor& v, int64_t size, const Tensor& x, const char* op, const char* name) {
+inline const float* floats(OptionalTensorRef v, int64_t size, const Tensor& x, const char* op, const char* name) {
   return vector<float>(v, size, ScalarType::Float, x, op, name);
 }
-inline const int32_t* ints(const OptionalTensor& v, int64_t size, const Tensor& x, const char* op, const char* name) {
+inline const int32_t* ints(OptionalTensorRef v, int64_t size, const Tensor& x, const char* op, const char* name) {
   return vector<int32_t>(v, size, ScalarType::Int, x, op, name);
 }
 

@@ -6,11 +6,11 @@ namespace forwardpass {
 
 struct QuantizeOptions {
   ScalarType dtype;
-  const OptionalTensor& scale;
-  const OptionalTensor& zero_point;
-  std::optional<int64_t> group_size;
-  bool symmetric;
-  const OptionalTensor& channel_scale;
+  OptionalTensorRef scale = {};  // static; without one it is computed
+  OptionalTensorRef zero_point = {};
+  std::optional<int64_t> group_size = {};
+  bool symmetric = true;
+  OptionalTensorRef channel_scale = {};
 };
 
 // Checks the options; allocates no results.
@@ -61,5 +61,8 @@ inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int6
   r.zero_point = shifted ? static_cast<int32_t*>(zero_point.mutable_data_ptr()) : nullptr;
   return {Quantized{q, scale, zero_point}, r};
 }
+
+// The operation `quantize`, for those of which it is a part.
+Quantized run_quantize(Backend backend, const Tensor& x, const QuantizeOptions& o, const char* op);
 
 }  // namespace forwardpass
