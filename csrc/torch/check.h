@@ -99,16 +99,16 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-// An operand of a product, int8 or e4m3, on x's device.
+// An operand of a GEMM, int8 or e4m3, on x's device.
 inline Matrix operand(const Tensor& t, Dtype type, const Tensor& x, const char* op, const char* name) {
   STD_TORCH_CHECK(same_device(t, x), op, ": ", name, " is on another device than the input");
   Matrix m = matrix(t, op, name);
   STD_TORCH_CHECK(m.dtype == type, op, ": ", name, " must be ", type == Dtype::i8 ? "int8" : "float8_e4m3fn");
   return m;
 }
-// The same, with shape [N, columns].
-inline Matrix weight_operand(const Tensor& t, Dtype type, int64_t columns, const Tensor& x, const char* op,
-                             const char* name) {
+// The second operand of a GEMM, [N, columns]: its b, or the weight of a Linear.
+inline Matrix b_operand(const Tensor& t, Dtype type, int64_t columns, const Tensor& x, const char* op,
+                        const char* name) {
   Matrix m = operand(t, type, x, op, name);
   STD_TORCH_CHECK(t.dim() == 2 && m.columns == columns, op, ": ", name, " must be [N, ", columns, "]");
   return m;
@@ -163,7 +163,7 @@ inline Tensor empty_rows(const std::vector<int64_t>& sizes, int64_t stride, Scal
 inline Tensor contiguous_rows(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   return empty_rows(sizes, sizes.back(), type, like);
 }
-// Rows padded to 16 bytes: what the main loops of the GEMMs need.
+// Rows padded to multiples of 16 bytes, as the main loops of the GEMMs need them.
 inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size,
                           const Tensor& like) {
   return empty_rows(sizes, round_up(sizes.back(), 16 / element_size), type, like);

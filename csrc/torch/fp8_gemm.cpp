@@ -51,7 +51,7 @@ CheckedGemm check_gemm(const Tensor& a, const Tensor& b, const Tensor& a_scale, 
   std::vector<int64_t> sizes = sizes_of(a);
   GemmParams p{};
   p.a = operand(a, Dtype::e4m3, a, op, "a");
-  p.b = weight_operand(b, Dtype::e4m3, p.a.columns, a, op, "b");
+  p.b = b_operand(b, Dtype::e4m3, p.a.columns, a, op, "b");
   sizes.back() = p.b.rows;
   const bool blocks = b_scale.dim() >= 2;
   if (!blocks) {

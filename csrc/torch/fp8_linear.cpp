@@ -14,7 +14,7 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   q.x = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
   GemmParams p{};
-  p.b = weight_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
+  p.b = b_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
   // blocks of the weight go with groups of 128 of x, a vector with whole rows
   const bool blocks = w_scale.dim() >= 2;
   QuantizeOptions x_options{.dtype = ScalarType::Float8_e4m3fn, .scale = scale, .channel_scale = channel_scale};

@@ -17,7 +17,7 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
   const char* op = "int8_gemm";
   GemmParams p{};
   p.a = operand(a, Dtype::i8, a, op, "a");
-  p.b = weight_operand(b, Dtype::i8, p.a.columns, a, op, "b");
+  p.b = b_operand(b, Dtype::i8, p.a.columns, a, op, "b");
   check_int8_depth(p.a.columns, a_zero_point.has_value(), op);
   auto sizes = sizes_of(a);
   sizes.back() = p.b.rows;

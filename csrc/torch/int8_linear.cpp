@@ -15,7 +15,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
   GemmParams p{};
-  p.b = weight_operand(weight, Dtype::i8, q.x.columns, x, op, "weight");
+  p.b = b_operand(weight, Dtype::i8, q.x.columns, x, op, "weight");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
   STD_TORCH_CHECK(w_sum.has_value() == !symmetric, op, ": w_sum goes with symmetric=False, and only with it");
   check_int8_depth(p.b.columns, !symmetric, op);
