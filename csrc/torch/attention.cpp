@@ -69,7 +69,7 @@ bool is_aligned(const AttentionTensor& t, Dtype dtype) {
 }
 
 // The result of rows without keys.
-void fill_without_keys(Tensor& out, OptionalTensor& lse, OptionalTensorRef sinks) {
+void fill_without_keys(Tensor& out, Tensor* lse, OptionalTensorRef sinks) {
   torch::stable::zero_(out);
   if (!lse) return;
   if (!sinks) {
@@ -96,7 +96,7 @@ struct Options {
 };
 
 Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o,
-           OptionalTensor* lse) {
+           Tensor* lse) {
   STD_TORCH_CHECK(o.cu_seqlens_q.has_value() == o.cu_seqlens_k.has_value(), op,
                   ": cu_seqlens_q and cu_seqlens_k go together");
   const bool varlen = o.cu_seqlens_q.has_value();
@@ -151,12 +151,11 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   sizes.back() = p.value_dim;
   Tensor out = contiguous_rows(sizes, q.scalar_type(), q);
   p.out = out.mutable_data_ptr();
-  OptionalTensor none;
-  OptionalTensor& l = lse ? *lse : none;
   if (lse) {
-    l = contiguous_rows(varlen ? std::vector<int64_t>{p.heads, p.rows} : std::vector<int64_t>{p.batch, p.heads, p.rows},
+    *lse =
+        contiguous_rows(varlen ? std::vector<int64_t>{p.heads, p.rows} : std::vector<int64_t>{p.batch, p.heads, p.rows},
                         ScalarType::Float, q);
-    p.lse = static_cast<float*>(l->mutable_data_ptr());
+    p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
   if (out.numel() == 0) return out;
   if (backend == Backend::cpu) {
@@ -164,7 +163,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     return out;
   }
   if (p.keys == 0 || p.batch == 0) {
-    fill_without_keys(out, l, o.sinks);
+    fill_without_keys(out, lse, o.sinks);
     return out;
   }
   STD_TORCH_CHECK(p.dtype != Dtype::f32, op, ": on a GPU q must be float16 or bfloat16");
@@ -173,11 +172,11 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
                   " with ", p.value_dim);
   std::array<OptionalTensor, 3> copies;  // which live until the kernel is launched
   AttentionTensor* operands[] = {&p.q, &p.k, &p.v};
-  const Tensor* given[] = {&q, &k, &v};
+  const Tensor* tensors[] = {&q, &k, &v};
   for (int i = 0; i < 3; ++i) {
     if (is_aligned(*operands[i], p.dtype)) continue;
-    copies[i] = contiguous_rows(sizes_of(*given[i]), q.scalar_type(), q);
-    torch::stable::copy_(*copies[i], *given[i]);
+    copies[i] = contiguous_rows(sizes_of(*tensors[i]), q.scalar_type(), q);
+    torch::stable::copy_(*copies[i], *tensors[i]);
     *operands[i] = strides_of(*copies[i]);
   }
   p.device = device_of(backend, q);
@@ -213,7 +212,7 @@ std::tuple<Tensor, Tensor> attention_with_lse(Backend backend, const Tensor& q, 
                                               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                               const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                               bool batch_invariant) {
-  OptionalTensor lse;
+  Tensor lse;
   Tensor out = run(backend, "attention_with_lse", q, k, v,
                    {.scale = scale,
                     .causal = causal,
@@ -227,7 +226,7 @@ std::tuple<Tensor, Tensor> attention_with_lse(Backend backend, const Tensor& q, 
                     .cu_seqlens_k = cu_seqlens_k,
                     .batch_invariant = batch_invariant},
                    &lse);
-  return {out, *lse};
+  return {out, lse};
 }
 
 }  // namespace forwardpass

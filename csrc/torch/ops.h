@@ -4,8 +4,8 @@
 
 namespace forwardpass {
 
-using Quantized =
-    std::tuple<Tensor, Tensor, Tensor>;  // q, scale, zero_point; the last two are empty if the caller gave them
+// q, scale, zero_point. A static scale or zero_point is empty here, and so is the zero_point of a symmetric q.
+using Quantized = std::tuple<Tensor, Tensor, Tensor>;
 
 Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, const OptionalTensor& scale,
                    const OptionalTensor& zero_point, std::optional<int64_t> group_size, bool symmetric,
