@@ -1,6 +1,6 @@
 #pragma once
-// Second line of defence: Python refuses bad arguments with a sentence (the op's __init__.py); callers of torch.ops
-// meet these checks. Also allocation of outputs, and the one way to launch.
+// The second line of argument checks, for callers of torch.ops: fp.ops refuses the same with a full sentence before it
+// comes here (the op's __init__.py). Also the allocation of outputs, and the one way to launch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "params/common.h"
@@ -42,7 +43,7 @@ class OptionalTensorRef {
   const Tensor* tensor_ = nullptr;
 };
 
-// The shim's calls return an error code; torch's macro for it has another name from one release to the next.
+// Throws if a call of the shim has failed. Torch's macro for that changes its name from release to release.
 inline void check_shim(AOTITorchError error) {
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a call into libtorch failed");
 }
@@ -68,12 +69,20 @@ inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
 
 inline bool is_float(Dtype t) { return t == Dtype::f32 || t == Dtype::f16 || t == Dtype::bf16; }
 
-// An activation by its name in Python (forwardpass/activations.py); None is none.
+// An activation by its name in Python (forwardpass/ops/common/activations.py).
 inline Activation activation_of(const std::optional<std::string>& name, const char* op) {
-  static const char* names[] = {"relu", "gelu", "gelu_tanh", "silu", "silu_mul", "gelu_mul", "gelu_tanh_mul"};
+  static constexpr std::pair<const char*, Activation> kActivations[] = {
+      {"relu", Activation::relu},
+      {"gelu", Activation::gelu},
+      {"gelu_tanh", Activation::gelu_tanh},
+      {"silu", Activation::silu},
+      {"silu_mul", Activation::silu_mul},
+      {"gelu_mul", Activation::gelu_mul},
+      {"gelu_tanh_mul", Activation::gelu_tanh_mul},
+  };
   if (!name) return Activation::none;
-  for (int i = 0; i < 7; ++i)
-    if (*name == names[i]) return static_cast<Activation>(i + 1);
+  for (const auto& [activation_name, activation] : kActivations)
+    if (*name == activation_name) return activation;
   STD_TORCH_CHECK(false, op, ": there is no activation ", *name);
 }
 
@@ -174,8 +183,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
   return std::vector<int64_t>(s.begin(), s.end());
 }
 
-// The one way to a kernel: a function of csrc/cpu, or the launcher of a kernel library that Params names. Without `cpu`
-// the op is for GPUs only, the interpreted one included.
+// The one way to a kernel: `cpu`, a function of csrc/cpu, or the launcher that Params names, in a kernel library. An op
+// without `cpu` has no CPU kernel.
 template <class Params>
 void launch(Backend backend, const Params& p, const Tensor& x, void (*cpu)(const Params&) = nullptr) {
   if (backend == Backend::cpu) return cpu(p);

@@ -15,10 +15,10 @@ struct EpilogueOptions {
   OptionalTensorRef b_sum = {};
 };
 
-// A vector of one element or of n.
+// A vector with one element for all rows or columns, or with one for each of n.
 template <class T>
-const T* scalar_or_vector(OptionalTensorRef v, int64_t n, ScalarType type, const Tensor& x, bool& is_vector,
-                          const char* op, const char* name) {
+const T* one_or_each(OptionalTensorRef v, int64_t n, ScalarType type, const Tensor& x, bool& is_vector, const char* op,
+                     const char* name) {
   is_vector = v && v->numel() != 1;
   return vector<T>(v, is_vector ? n : 1, type, x, op, name);
 }
@@ -30,11 +30,11 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
   Epilogue e{};
   const int64_t columns = sizes.back();
   e.activation = o.activation;
-  e.a_scale = scalar_or_vector<float>(o.a_scale, rows, ScalarType::Float, x, e.a_scale_per_row, op, "a_scale");
-  e.b_scale = scalar_or_vector<float>(o.b_scale, columns, ScalarType::Float, x, e.b_scale_per_column, op, "b_scale");
+  e.a_scale = one_or_each<float>(o.a_scale, rows, ScalarType::Float, x, e.a_scale_per_row, op, "a_scale");
+  e.b_scale = one_or_each<float>(o.b_scale, columns, ScalarType::Float, x, e.b_scale_per_column, op, "b_scale");
   STD_TORCH_CHECK(o.a_zero_point.has_value() == o.b_sum.has_value(), op, ": a_zero_point and b_sum go together");
   e.zero_point =
-      scalar_or_vector<int32_t>(o.a_zero_point, rows, ScalarType::Int, x, e.zero_point_per_row, op, "a_zero_point");
+      one_or_each<int32_t>(o.a_zero_point, rows, ScalarType::Int, x, e.zero_point_per_row, op, "a_zero_point");
   e.b_sum = ints(o.b_sum, columns, x, op, "b_sum");
   if (o.bias) {
     e.bias_dtype = dtype_of(o.bias->scalar_type(), op, "bias");
@@ -50,7 +50,7 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
   STD_TORCH_CHECK(o.out_scale.has_value() == !is_float(e.out_dtype) && e.out_dtype != Dtype::i32, op,
                   ": out_dtype must be a float type, or int8 or float8_e4m3fn with an out_scale");
   e.out_scale =
-      scalar_or_vector<float>(o.out_scale, sizes.back(), ScalarType::Float, x, e.out_scale_per_column, op, "out_scale");
+      one_or_each<float>(o.out_scale, sizes.back(), ScalarType::Float, x, e.out_scale_per_column, op, "out_scale");
   return e;
 }
 

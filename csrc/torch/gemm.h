@@ -1,5 +1,5 @@
 #pragma once
-// Torch side of the GEMMs on the GPU: selects the kernel, allocates one workspace for all that passes between kernels,
+// Torch side of the GEMMs on the GPU: selects the kernel, allocates one workspace for what passes between kernels,
 // launches.
 #include "params/gemm.h"
 #include "params/pad_rows.h"
@@ -38,7 +38,7 @@ KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& l
   return select_kernel(backend, Params::kSelector, selector.of(backend), p, group, like);
 }
 
-// What a GEMM whose kernel is selected needs besides its operands: aligned copies of operands that are not aligned, and
+// A GEMM whose kernel is selected, and what that needs in the workspace: aligned copies of unaligned operands, and
 // partial sums.
 class GemmCall {
  public:
