@@ -16,8 +16,8 @@ INLINE f32x16 polynomial(f32x16 x, float leading, C... rest) {
   return p;
 }
 
-// 2^y for y <= 0; 0 below -119, so that neither this nor gelu's product with it is denormal: where one value in a
-// hundred was, gelu took 1.7 times as long. Adding 1.5 * 2^23 rounds y to an integer, left in the sum's low bits.
+// 2^y for y <= 0. Below -119 it is 0, so that neither it nor gelu's product with it is denormal: with one denormal in a
+// hundred values gelu took 1.7 times as long. Adding 1.5 * 2^23 rounds y to an integer, in the low bits of the sum.
 INLINE f32x16 exp2_negative(f32x16 y) {
   const f32x16 shifted = y + 0x1.8p23f, r = y - (shifted - 0x1.8p23f);  // r in [-1/2, 1/2], exact
   const f32x16 p = polynomial(r, 0.00015353362f, 0.0013398875f, 0.00961843692f, 0.0555033237f, 0.240226477f,
@@ -26,8 +26,8 @@ INLINE f32x16 exp2_negative(f32x16 y) {
   return y < -119.0f ? f32x16{} : p * power;
 }
 
-// x / (1 + e^-z), where z has the sign of x. From e^-|z|, which cannot overflow: where it did, -infinity / infinity
-// would be NaN.
+// x / (1 + e^-z), where z has the sign of x. It is computed from e^-|z|, which cannot overflow: after an overflow
+// -infinity / infinity would give NaN.
 INLINE f32x16 times_sigmoid(f32x16 x, f32x16 z) {
   const f32x16 e = exp2_negative(abs(z) * -1.44269504f);
   return x * ((x < 0 ? e : splat(1)) / (1 + e));
@@ -38,11 +38,11 @@ INLINE f32x16 silu(f32x16 x) { return times_sigmoid(x, x); }
 // 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 INLINE f32x16 gelu_tanh(f32x16 x) { return times_sigmoid(x, x * fma(x * x, splat(0.0713548163f), splat(1.59576912f))); }
 
-// x Phi(x) with Phi(-a) = e^(-a^2 / 2) M(a), M a fraction of polynomials with positive coefficients (to 2^-27.6 for a
-// < 13.4), so nothing cancels, and the negative tail keeps its own scale where 1 + erf(x / sqrt 2) would not. A
-// polynomial in 1 / (1 + 0.27 a) was tried first: as fast, and twice the error. One for Phi itself in x^2 takes two
-// thirds of the time, for a division less, and is as exact, but not in the tail: some values more are then rounded to
-// another step of 8 bits than on a GPU. Beyond 14 the power is 0.
+// x Phi(x), where Phi(-a) = e^(-a^2 / 2) M(a), and M is a ratio of polynomials with positive coefficients (relative
+// error 2^-27.6 for a < 13.4). So nothing cancels, and the negative tail keeps its relative accuracy, which
+// 1 + erf(x / sqrt 2) would lose. Two alternatives were tried: a polynomial in 1 / (1 + 0.27 a) is as fast, with twice
+// the error. A polynomial in x^2 for Phi itself saves the division and a third of the time, but is less exact in the
+// tail, where more values then round to another 8-bit step than on a GPU. Beyond a = 14 the power is 0.
 INLINE f32x16 gelu(f32x16 x) {
   const f32x16 a = min(abs(x), splat(14));
   const f32x16 m = polynomial(a, 0.00402866583f, 0.0400416292f, 0.18147786f, 0.43591848f, 0.5f) /
@@ -53,7 +53,7 @@ INLINE f32x16 gelu(f32x16 x) {
 
 INLINE f32x16 relu(f32x16 x) { return x < 0 ? f32x16{} : x; }
 
-// f(function of 16 lanes): the activation, or that of the gate.
+// Calls f with the activation, if it is gated that of the gate, as a function of 16 lanes.
 template <class F>
 INLINE void with_activation(Activation activation, F f) {
   switch (activation) {
@@ -73,7 +73,7 @@ INLINE void with_activation(Activation activation, F f) {
   }
 }
 
-// n outputs, 16 or 8, from column c of theirs on: activate(gate) * up, where x has blocks of 8 of gate and 8 of up.
+// activate(gate) * up for n outputs, 16 or 8, from output column c on. x has 8 columns of gate, 8 of up, and so on.
 template <Dtype D, class F>
 INLINE f32x16 gated(F activate, const void* x, int64_t c, int n) {
   const f32x16 low = load<D>(x, 2 * c), high = load<D>(x, 2 * c + 16, 2 * n - 16);

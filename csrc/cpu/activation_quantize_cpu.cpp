@@ -13,21 +13,21 @@ using cpu::f32x16;
 
 // x[c, c + n) through an ungated activation, or the gate's activation times up.
 template <Dtype D, class F>
-INLINE f32x16 activated(const ActivationQuantizeParams& p, F activate, const void* x, int64_t c, int n) {
+INLINE f32x16 load_activated(const ActivationQuantizeParams& p, F activate, const void* x, int64_t c, int n) {
   if (!is_gated(p.activation)) return activate(cpu::load<D>(x, c, n));
   if (p.interleaved) return cpu::gated<D>(activate, x, c, n);
   return activate(cpu::load<D>(x, c, n)) * cpu::load<D>(x, p.out.columns + c, n);
 }
 
-// The activated row is kept in a buffer (L1 or L2), as the quantisation reads its values twice.
+// The activated row goes to a buffer, which stays in L1 or L2: quantisation reads its values twice.
 template <Dtype D, class F>
 INLINE void rows(const ActivationQuantizeParams& p, F activate, int64_t first, int64_t last) {
-  std::vector<float> kept(p.out.columns);
-  float* y = kept.data();
+  std::vector<float> buffer(p.out.columns);
+  float* y = buffer.data();
   for (int64_t row = first; row < last; ++row) {
     const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * size_of(D);
     cpu::for_each_vector(
-        0, p.out.columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(activated<D>(p, activate, x, c, n), y, c, n); });
+        0, p.out.columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(load_activated<D>(p, activate, x, c, n), y, c, n); });
     cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<Dtype::f32>(y, c, n); });
   }
 }

@@ -8,8 +8,8 @@
 namespace forwardpass {
 namespace {
 
-// Besides q, k and v torch's fused attention takes an additive mask only; it is written in parts of at most this many
-// floats.
+// Torch's fused attention takes an additive mask and no other option. The mask is written for some rows at a time, so
+// that it has at most this many elements.
 constexpr int64_t kMaskElements = int64_t{1} << 22;
 
 float float_at(const void* data, int64_t i, Dtype dtype) {
@@ -18,8 +18,9 @@ float float_at(const void* data, int64_t i, Dtype dtype) {
   return static_cast<const torch::headeronly::BFloat16*>(data)[i];
 }
 
-// Fewer rows do not pay for the copies of k and v: one row took 1.4 times as long as torch, four rows as long.
-constexpr int64_t kOwnRows = 4;
+// attention_rows does not pay for its copies of k and v with fewer rows: against torch, one row took 1.4 times as long,
+// four rows as long.
+constexpr int64_t kMinRows = 4;
 
 // A batch whose sequences have the same numbers of rows and keys; varlen: one sequence.
 struct Part {
@@ -32,7 +33,7 @@ class PartAttention {
                 Tensor& out)
       : p_(p),
         part_(part),
-        own_(p.dtype == Dtype::f32 && part.rows >= kOwnRows && takes_attention_rows(p.head_dim)),
+        uses_attention_rows_(p.dtype == Dtype::f32 && part.rows >= kMinRows && takes_attention_rows(p.head_dim)),
         q_(q),
         k_(k),
         v_(v),
@@ -44,7 +45,7 @@ class PartAttention {
     // torch's causal mask is aligned top-left; a single row at the end sees every key.
     const int64_t offset = part_.keys - part_.rows;
     const bool causal = p_.right == 0 && offset == 0, left = p_.left < part_.keys - 1,
-               right = !causal && p_.right < part_.rows - 1, limited = !own_ && (left || right);
+               right = !causal && p_.right < part_.rows - 1, limited = !uses_attention_rows_ && (left || right);
     if (!limited && p_.mask.kind == AttentionMaskKind::none && !p_.alibi_slopes) return rows(0, part_.rows, causal, {});
     const bool per_batch = p_.mask.batch || p_.alibi_batch_stride, per_head = p_.mask.head || p_.alibi_slopes;
     const int64_t batches = per_batch ? part_.batch : 1, heads = per_head ? p_.heads : 1;
@@ -62,28 +63,28 @@ class PartAttention {
     auto data = static_cast<float*>(t.mutable_data_ptr());
     torch::stable::parallel_for(0, batches * heads * count, 64, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
-        mask_row(data + i * part_.keys, i / (heads * count), i / count % heads, row + i % count);
+        fill_mask_row(data + i * part_.keys, i / (heads * count), i / count % heads, row + i % count);
     });
     return t;
   }
 
-  void mask_row(float* to, int64_t batch, int64_t head, int64_t row) const {
-    const int64_t at = row + part_.keys - part_.rows;
+  void fill_mask_row(float* row_mask, int64_t batch, int64_t head, int64_t row) const {
+    const int64_t position = row + part_.keys - part_.rows;
     const float slope =
         p_.alibi_slopes ? p_.alibi_slopes[(part_.first_batch + batch) * p_.alibi_batch_stride + head] : 0;
     const AttentionMask& m = p_.mask;
-    const int64_t from = (part_.first_batch + batch) * m.batch + head * m.head + row * m.row;
+    const int64_t mask_row = (part_.first_batch + batch) * m.batch + head * m.head + row * m.row;
     for (int64_t j = 0; j < part_.keys; ++j) {
-      const int64_t distance = j - at;
+      const int64_t distance = j - position;
       float value = p_.alibi_slopes ? -slope * static_cast<float>(std::abs(distance)) : 0;
       if (m.kind == AttentionMaskKind::boolean) {
-        if (!static_cast<const bool*>(m.data)[from + j * m.column]) value = -INFINITY;
+        if (!static_cast<const bool*>(m.data)[mask_row + j * m.column]) value = -INFINITY;
       } else if (m.kind != AttentionMaskKind::none) {
         const Dtype dtype = m.kind == AttentionMaskKind::f32 ? Dtype::f32 : p_.dtype;
-        const float added = float_at(m.data, from + j * m.column, dtype);
-        value += added * kLog2e == -INFINITY ? -INFINITY : added;
+        const float additive = float_at(m.data, mask_row + j * m.column, dtype);
+        value += additive * kLog2e == -INFINITY ? -INFINITY : additive;
       }
-      to[j] = distance < -p_.left || distance > p_.right ? -INFINITY : value;
+      row_mask[j] = distance < -p_.left || distance > p_.right ? -INFINITY : value;
     }
   }
 
@@ -100,29 +101,29 @@ class PartAttention {
   }
 
   void rows(int64_t first, int64_t count, bool causal, const OptionalTensor& mask) {
-    if (own_) {
-      own_rows(first, count, mask);
+    if (uses_attention_rows_) {
+      run_attention_rows(first, count, mask);
     } else {
-      torch_rows(first, count, causal, mask);
+      run_torch(first, count, causal, mask);
     }
   }
 
-  AttentionTensor part_of(AttentionTensor t, int64_t row) const {
+  // t from the part's first batch and from `row` on.
+  AttentionTensor from_row(AttentionTensor t, int64_t row) const {
     t.data = static_cast<const float*>(t.data) + part_.first_batch * t.batch + row * t.row;
     return t;
   }
 
-  void own_rows(int64_t first, int64_t count, const OptionalTensor& mask) {
-    const auto added = static_cast<const float*>(mask ? mask->const_data_ptr() : nullptr);
+  void run_attention_rows(int64_t first, int64_t count, const OptionalTensor& mask) {
     auto stride = [&](int64_t d) { return mask && mask->size(d) > 1 ? mask->stride(d) : 0; };
-    attention_rows({.q = part_of(p_.q, part_.first_row + first),
-                    .k = part_of(p_.k, part_.first_key),
-                    .v = part_of(p_.v, part_.first_key),
-                    .out = part_of(out_strides(), part_.first_row + first),
+    attention_rows({.q = from_row(p_.q, part_.first_row + first),
+                    .k = from_row(p_.k, part_.first_key),
+                    .v = from_row(p_.v, part_.first_key),
+                    .out = from_row(out_strides(), part_.first_row + first),
                     .lse = p_.lse ? lse_at(0, 0, first) : nullptr,
                     .lse_batch = int64_t{p_.heads} * p_.rows,
                     .lse_head = p_.rows,
-                    .mask = added,
+                    .mask = static_cast<const float*>(mask ? mask->const_data_ptr() : nullptr),
                     .mask_batch = stride(0),
                     .mask_head = stride(1),
                     .sinks = static_cast<const float*>(p_.sinks),
@@ -133,37 +134,37 @@ class PartAttention {
                     .keys = part_.keys,
                     .columns = p_.head_dim,
                     .scale = p_.scale,
-                    .place = part_.keys - part_.rows + first,
+                    .first_position = part_.keys - part_.rows + first,
                     .left = p_.left,
                     .right = p_.right});
   }
 
-  void torch_rows(int64_t first, int64_t count, bool causal, const OptionalTensor& mask) {
+  void run_torch(int64_t first, int64_t count, bool causal, const OptionalTensor& mask) {
     const Tensor q = operand(q_, p_.q, p_.heads, part_.first_row + first, count, p_.head_dim),
                  k = operand(k_, p_.k, p_.kv_heads, part_.first_key, part_.keys, p_.head_dim),
                  v = operand(v_, p_.v, p_.kv_heads, part_.first_key, part_.keys, p_.value_dim);
     const auto results = call_overload("aten::_scaled_dot_product_flash_attention_for_cpu", "", q, k, v, 0.0, causal,
                                        mask, std::optional<double>(p_.scale));
     const auto o = torch::stable::detail::to<Tensor>(results[0]), lse = torch::stable::detail::to<Tensor>(results[1]);
-    Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row + first, count, p_.value_dim);
+    Tensor rows_of_out = operand(out_, out_strides(), p_.heads, part_.first_row + first, count, p_.value_dim);
     // [batch, heads, count, 1]: the factor of each row
     Tensor factors = contiguous_rows({part_.batch, p_.heads, count, 1}, ScalarType::Float, q_);
     if (finish(lse, q, k, causal, mask, first, static_cast<float*>(factors.mutable_data_ptr()))) {
-      torch::stable::detail::to<Tensor>(call_overload("aten::mul", "out", o, factors, to)[0]);
+      torch::stable::detail::to<Tensor>(call_overload("aten::mul", "out", o, factors, rows_of_out)[0]);
     } else {
-      torch::stable::copy_(to, o);
+      torch::stable::copy_(rows_of_out, o);
     }
   }
 
   // Adds what torch lacks: sinks, and the lse of rows for which it returns 0. Returns whether any factor is not 1.
   bool finish(const Tensor& lse, const Tensor& q, const Tensor& k, bool causal, const OptionalTensor& mask,
               int64_t first, float* factors) {
-    auto from = static_cast<const float*>(lse.const_data_ptr());
+    auto torch_lse = static_cast<const float*>(lse.const_data_ptr());
     bool all_one = true;
     for (int64_t b = 0; b < part_.batch; ++b)
       for (int64_t h = 0; h < p_.heads; ++h)
         for (int64_t i = 0; i < q.size(2); ++i) {
-          float value = from[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
+          float value = torch_lse[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
           if (value == 0) value = lse_where_torch_has_0(q, k, causal, mask, b, h, i);
           const float factor = *factors++ = add_sink(value, h);
           all_one = all_one && factor == 1;
@@ -172,32 +173,32 @@ class PartAttention {
     return !all_one;
   }
 
-  // torch's maximum ignores NaN; if it stays -inf the row is 0 and so is its lse: either the row is fully masked, or
-  // all of its scores are NaN.
+  // Torch's running maximum ignores NaN. Where it stays -inf, torch returns 0 for the row and for its lse: either the
+  // row is fully masked, or all of its scores are NaN. Finds out which.
   float lse_where_torch_has_0(const Tensor& q, const Tensor& k, bool causal, const OptionalTensor& mask, int64_t b,
                               int64_t h, int64_t i) const {
-    const int64_t kv_head = h / (p_.heads / p_.kv_heads), from_q = b * q.stride(0) + h * q.stride(1) + i * q.stride(2),
-                  from_k = b * k.stride(0) + kv_head * k.stride(1);
-    const float* added = nullptr;  // [keys]
+    const int64_t kv_head = h / (p_.heads / p_.kv_heads), q_row = b * q.stride(0) + h * q.stride(1) + i * q.stride(2),
+                  k_head = b * k.stride(0) + kv_head * k.stride(1);
+    const float* row_mask = nullptr;  // the row's mask, [keys]
     if (mask) {
       const int64_t batch = mask->size(0) > 1 ? b : 0, head = mask->size(1) > 1 ? h : 0;
-      added = static_cast<const float*>(mask->const_data_ptr()) + batch * mask->stride(0) + head * mask->stride(1) +
-              i * mask->stride(2);
+      row_mask = static_cast<const float*>(mask->const_data_ptr()) + batch * mask->stride(0) + head * mask->stride(1) +
+                 i * mask->stride(2);
     }
     float lse = -INFINITY;
     for (int64_t j = 0; j < (causal ? i + 1 : part_.keys); ++j) {
-      if (added && added[j] == -INFINITY) continue;
-      float score = added ? added[j] : 0;
+      if (row_mask && row_mask[j] == -INFINITY) continue;
+      float score = row_mask ? row_mask[j] : 0;
       for (int64_t d = 0; d < p_.head_dim; ++d)
-        score += p_.scale * float_at(q.const_data_ptr(), from_q + d, p_.dtype) *
-                 float_at(k.const_data_ptr(), from_k + j * k.stride(2) + d, p_.dtype);
+        score += p_.scale * float_at(q.const_data_ptr(), q_row + d, p_.dtype) *
+                 float_at(k.const_data_ptr(), k_head + j * k.stride(2) + d, p_.dtype);
       if (std::isfinite(score)) return 0;  // an ordinary score: the sum of the exponentials is 1
       if (score != score) lse = score;
     }
     return lse;
   }
 
-  // Returns the factor of the row's output, NaN for a row of NaN.
+  // Adds the head's sink to a row's lse. Returns the factor of the row's output, which is NaN for a row of NaN.
   float add_sink(float& lse, int64_t head) const {
     if (!p_.sinks) return lse == lse ? 1 : lse;
     const float sink = float_at(p_.sinks, head, p_.sinks_dtype), without = lse;
@@ -212,8 +213,8 @@ class PartAttention {
   }
 
   void rows_without_keys() {
-    Tensor to = operand(out_, out_strides(), p_.heads, part_.first_row, part_.rows, p_.value_dim);
-    torch::stable::zero_(to);
+    Tensor rows_of_out = operand(out_, out_strides(), p_.heads, part_.first_row, part_.rows, p_.value_dim);
+    torch::stable::zero_(rows_of_out);
     if (!p_.lse) return;
     for (int64_t b = 0; b < part_.batch; ++b)
       for (int64_t h = 0; h < p_.heads; ++h)
@@ -226,7 +227,7 @@ class PartAttention {
 
   const AttentionParams& p_;
   const Part part_;
-  const bool own_;  // attention_rows instead of torch
+  const bool uses_attention_rows_;  // else torch's fused attention
   const Tensor &q_, &k_, &v_;
   Tensor& out_;
 };

@@ -4,11 +4,11 @@
 
 namespace forwardpass::cpu {
 
-// Whether ATEN_CPU_CAPABILITY, by which a user restricts torch to fewer instructions than the CPU has, allows AVX-512
-// and later ones. The kernels check the CPU as well.
-inline bool avx512_is_left() {
-  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  return !asked || std::string_view(asked).substr(0, 6) == "avx512";
+// Whether ATEN_CPU_CAPABILITY, with which a user restricts torch's instruction set, allows AVX-512 and later
+// extensions. Whether the CPU has them is for the caller to check.
+inline bool avx512_is_allowed() {
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  return !capability || std::string_view(capability).substr(0, 6) == "avx512";
 }
 
 }  // namespace forwardpass::cpu

@@ -4,16 +4,16 @@
 
 namespace forwardpass::cpu {
 
-// A row goes through the steps of the formula in blocks of this many columns; each step is a loop without branches over
-// a block that stays in L1. A single loop over vectors, with all branches in it, took 1.5 times as long.
+// A row goes through the steps of the formula in blocks of this many columns. Each step is a loop without branches over
+// the block, which stays in L1. One loop over vectors that contained all branches took 1.5 times as long.
 constexpr int64_t kBlock = 512;
 
-// y[i] = fma(float(acc[c + i] - zero_point * b_sum), a_scale * b_scale, bias) for i < n
+// y[i] = fma(float(acc[first + i] - zero_point * b_sum), a_scale * b_scale, bias) for i < n
 template <Dtype Acc>
 INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t first, int64_t n, float* y) {
   const float a_scale = e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
   const int32_t zero_point = e.zero_point ? e.zero_point[e.zero_point_per_row ? row : 0] : 0;
-  const float *each = e.b_scale_per_column ? e.b_scale + first : nullptr, one = e.b_scale ? *e.b_scale : 1.0f;
+  const float *b_scales = e.b_scale_per_column ? e.b_scale + first : nullptr, b_scale = e.b_scale ? *e.b_scale : 1.0f;
   auto with_bias = [&](auto bias) __attribute__((always_inline)) {
     for_each_vector(
         0, n, VECTOR_BODY(&) {
@@ -25,7 +25,7 @@ INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t 
           } else {
             v = load<Acc>(acc, first + c, n);
           }
-          const f32x16 scale = a_scale * (each ? load<Dtype::f32>(each, c, n) : splat(one));
+          const f32x16 scale = a_scale * (b_scales ? load<Dtype::f32>(b_scales, c, n) : splat(b_scale));
           store<Dtype::f32>(fma(v, scale, bias(c, n)), y, c, n);
         });
   };
@@ -35,7 +35,7 @@ INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t 
   });
 }
 
-// Activates y in place. Gated: n / 2 outputs, from 8 gates beside 8 ups each.
+// Activates y in place. Gated: y has 8 columns of gate, 8 of up, and so on, and n / 2 outputs replace them.
 INLINE void activate_block(Activation activation, float* y, int64_t n) {
   if (activation == Activation::none) return;
   with_activation(activation, [&](auto activate) __attribute__((always_inline)) {
@@ -55,9 +55,9 @@ INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t 
       for_each_vector(0, n, VECTOR_BODY(&) { store<decltype(D)::value>(load<Dtype::f32>(y, c, n), out, c, n); });
     });
   }
-  const float *each = e.out_scale_per_column ? e.out_scale + first : nullptr, one = *e.out_scale;
+  const float *scales = e.out_scale_per_column ? e.out_scale + first : nullptr, scale = *e.out_scale;
   auto scaled = [&](int64_t c, int n) __attribute__((always_inline)) {
-    return load<Dtype::f32>(y, c, n) / (each ? load<Dtype::f32>(each, c, n) : splat(one));
+    return load<Dtype::f32>(y, c, n) / (scales ? load<Dtype::f32>(scales, c, n) : splat(scale));
   };
   auto q = reinterpret_cast<uint8_t*>(out);
   if (e.out_dtype == Dtype::e4m3) {
@@ -73,14 +73,14 @@ INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t 
 // acc: a row of `columns` int32 or float accumulators; row: its row of the output.
 template <Dtype Acc>
 INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
-  float kept[kBlock];
+  float buffer[kBlock];
   for (int64_t c = 0; c < columns; c += kBlock) {
-    const int64_t n = columns - c < kBlock ? columns - c : kBlock, share = is_gated(e.activation) ? 2 : 1;
-    const bool direct = e.out_dtype == Dtype::f32 && share == 1;
-    float* y = direct ? static_cast<float*>(e.out) + row * e.out_stride + c : kept;
+    const int64_t n = columns - c < kBlock ? columns - c : kBlock, columns_per_output = is_gated(e.activation) ? 2 : 1;
+    const bool direct = e.out_dtype == Dtype::f32 && columns_per_output == 1;
+    float* y = direct ? static_cast<float*>(e.out) + row * e.out_stride + c : buffer;
     dequantize<Acc>(e, acc, row, c, n, y);
     activate_block(e.activation, y, n);
-    if (!direct) store_block(e, y, row, c / share, n / share);
+    if (!direct) store_block(e, y, row, c / columns_per_output, n / columns_per_output);
   }
 }
 

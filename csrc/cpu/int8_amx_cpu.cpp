@@ -1,9 +1,9 @@
 // The int8 GEMM on AMX tiles. A tile is 16 rows of 64 bytes; one instruction adds the products of 64 columns to 16 x 16
 // int32, in 16 cycles.
 //
-// The products cost a CPU less time than what surrounds them: 1024 x 384 times 384 x 384 takes 75 us of a core's tiles,
-// and 0.6 MB of int32 that one pass writes and the next one reads. So 32 rows at a time go through all three steps in a
-// core's own caches: quantisation, product with all of b, epilogue.
+// The multiplications cost less time than the memory traffic around them: of 1024 x 384 times 384 x 384 they are 75 us
+// of one core, but the 1.6 MB of int32 sums are written by one pass and read by the next. So 32 rows at a time go
+// through all three steps in a core's own caches: quantisation, product with all of b, epilogue.
 #include "cpu/int8_amx.h"
 
 #if defined(__x86_64__)
@@ -29,24 +29,22 @@ namespace {
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kTile = kTileRows * kTileBytes;
 constexpr int64_t kRows = 2 * kTileRows, kColumns = 2 * kTileRows;  // of accumulators, in four tiles
 
-int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// Memory aligned to cache lines, from which tiles are loaded.
-struct alignas(64) Lines {
+// Memory that tiles are loaded from and stored to is aligned to cache lines.
+struct alignas(64) CacheLine {
   uint8_t bytes[64];
 };
-using Memory = std::unique_ptr<Lines[]>;
-Memory lines(int64_t bytes) { return Memory(new Lines[(bytes + 63) / 64]); }
+using CacheLines = std::unique_ptr<CacheLine[]>;
+CacheLines allocate(int64_t bytes) { return CacheLines(new CacheLine[(bytes + 63) / 64]); }
 
-// Packs 16 rows by 64 columns of b into a tile, each of whose rows holds 4 columns of all 16. What is outside b is
-// zero, and so are its products with any values of a.
+// Packs 16 rows by 64 columns of b into a tile. A row of the tile holds 4 columns of all 16 rows. Elements outside of b
+// are zero, so that their products are zero whatever a has there.
 __attribute__((target("arch=x86-64-v4"))) void pack_tile(const Matrix& b, int64_t row, int64_t column, uint8_t* tile) {
   const int64_t rows = std::min(kTileRows, b.rows - row), bytes = std::min(kTileBytes, b.columns - column);
   const uint8_t* from = static_cast<const uint8_t*>(b.data) + row * b.stride + column;
   if (bytes == kTileBytes) return transpose(from, b.stride, static_cast<int>(rows), tile, kTileBytes);
-  alignas(64) uint8_t part[kTile] = {};
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(part + r * kTileBytes, from + r * b.stride, bytes);
-  transpose(part, kTileBytes, kTileRows, tile, kTileBytes);
+  alignas(64) uint8_t padded[kTile] = {};
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(padded + r * kTileBytes, from + r * b.stride, bytes);
+  transpose(padded, kTileBytes, kTileRows, tile, kTileBytes);
 }
 
 struct alignas(64) TileConfig {
@@ -89,8 +87,9 @@ __attribute__((target("amx-tile"))) void configure() {
 }
 __attribute__((target("amx-tile"))) void release() { _tile_release(); }
 
-bool allowed() {
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, for the whole process
+// Asks the kernel for the tile registers, which a process must do once before it uses them.
+bool request_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
@@ -100,9 +99,9 @@ bool allowed() {
 
 bool has_amx_int8() {
 #if defined(__x86_64__)
-  static const bool has = __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("x86-64-v4") &&
-                          cpu::avx512_is_left() && cpu::allowed();
-  return has;
+  static const bool available = __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("x86-64-v4") &&
+                                cpu::avx512_is_allowed() && cpu::request_tiles();
+  return available;
 #else
   return false;
 #endif
@@ -112,17 +111,17 @@ void int8_amx(const Matrix& a, const Matrix& b, const Epilogue& epilogue, const 
 #if defined(__x86_64__)
   using namespace cpu;
   const int64_t m = a.rows, k = a.columns, n = b.rows;
-  const int64_t depth = up_to(k, kTileBytes), columns = up_to(n, kColumns), tiles = depth / kTileBytes;
-  const Memory packed = lines(columns * depth);
-  auto b_tiles = packed[0].bytes;
-  torch::stable::parallel_for(0, up_to(n, kTileRows) / kTileRows, 4, [&](int64_t first, int64_t last) {
+  const int64_t depth = round_up(k, kTileBytes), columns = round_up(n, kColumns), tiles = depth / kTileBytes;
+  const CacheLines packed_b = allocate(columns * depth);
+  auto b_tiles = packed_b[0].bytes;
+  torch::stable::parallel_for(0, round_up(n, kTileRows) / kTileRows, 4, [&](int64_t first, int64_t last) {
     for (int64_t j = first; j < last; ++j)
       for (int64_t t = 0; t < tiles; ++t)
         pack_tile(b, j * kTileRows, t * kTileBytes, b_tiles + (j * tiles + t) * kTile);
   });
-  const int64_t a_stride = depth + kTileBytes;  // not a power of two, with which 16 rows would share a set of L1
-  torch::stable::parallel_for(0, up_to(m, kRows) / kRows, 1, [&](int64_t first, int64_t last) {
-    const Memory rows = lines(kRows * a_stride), sums = lines(kRows * columns * 4);
+  const int64_t a_stride = depth + kTileBytes;  // no power of two, as 16 rows would then share a set of L1
+  torch::stable::parallel_for(0, round_up(m, kRows) / kRows, 1, [&](int64_t first, int64_t last) {
+    const CacheLines rows = allocate(kRows * a_stride), sums = allocate(kRows * columns * 4);
     auto a_rows = rows[0].bytes;
     auto acc = reinterpret_cast<int32_t*>(sums[0].bytes);
     configure();

@@ -16,12 +16,13 @@ namespace {
 // Whether torch's _int_mm is oneDNN's: that needs VNNI, without which it is three nested loops.
 bool has_vnni() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512vnni") && cpu::avx512_is_left();
+  return __builtin_cpu_supports("avx512vnni") && cpu::avx512_is_allowed();
 #else
   return false;
 #endif
 }
 
+// Adds fp32 sums, which are integers, to acc; the first ones replace what is there.
 CLONES void add_to(int32_t* acc, int64_t stride, const float* part, int64_t rows, int64_t columns, bool first) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c)
@@ -31,28 +32,28 @@ CLONES void add_to(int32_t* acc, int64_t stride, const float* part, int64_t rows
 // By sgemm, which is exact: sums of 1024 int8 products are integers of at most 2^24, in any order. On one core of an
 // AVX2 EPYC 128 x 384 times 384 x 1536 takes 78 ms by _int_mm, 2.1 ms by sgemm.
 Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
-  constexpr int64_t kDepth = 1024, kColumns = 256;  // 1 MB of upconverted b
+  constexpr int64_t kDepth = 1024, kColumns = 256;  // b upconverted: 1 MB
   const int64_t m = a.size(0), k = a.size(1), n = b_transposed.size(1), stride = b_transposed.stride(1);
-  Tensor acc = contiguous_rows({m, n}, ScalarType::Int, a), rows = torch::stable::to(a, ScalarType::Float),
-         widened = contiguous_rows({std::min(kColumns, n), std::min(kDepth, k)}, ScalarType::Float, a);
+  Tensor acc = contiguous_rows({m, n}, ScalarType::Int, a), a_fp32 = torch::stable::to(a, ScalarType::Float),
+         b_fp32 = contiguous_rows({std::min(kColumns, n), std::min(kDepth, k)}, ScalarType::Float, a);
   auto out = static_cast<int32_t*>(acc.mutable_data_ptr());
-  auto to = static_cast<float*>(widened.mutable_data_ptr());
+  auto to = static_cast<float*>(b_fp32.mutable_data_ptr());
   for (int64_t d = 0; d < k; d += kDepth) {
     const int64_t depth = std::min(kDepth, k - d);
     const Matrix b{static_cast<const int8_t*>(b_transposed.const_data_ptr()) + d, Dtype::i8, n, depth, stride};
-    const Tensor some = torch::stable::narrow(rows, 1, d, depth);
+    const Tensor a_columns = torch::stable::narrow(a_fp32, 1, d, depth);
     for (int64_t c = 0; c < n; c += kColumns) {
       const int64_t columns = std::min(kColumns, n - c);
       upconvert_rows({b, nullptr, c, c + columns, to});
-      const Tensor part = call("aten::mm", some, transposed(widened, {to, Dtype::f32, columns, depth, depth}));
+      const Tensor part = call("aten::mm", a_columns, transposed(b_fp32, {to, Dtype::f32, columns, depth, depth}));
       add_to(out + c, n, static_cast<const float*>(part.const_data_ptr()), m, columns, d == 0);
     }
   }
   return acc;
 }
 
-// Whether oneDNN's kernel is exact. Restricted below VNNI by ONEDNN_MAX_CPU_ISA, it saturates the 16-bit sums of two
-// products; the largest products show that.
+// Whether oneDNN's kernel is exact. Where ONEDNN_MAX_CPU_ISA denies it VNNI, it saturates the 16-bit sums of two
+// products, which the product of the largest values shows.
 bool int_mm_is_exact(const Tensor& like) {
   constexpr int64_t kRows = 16, kDepth = 64;
   Tensor largest = contiguous_rows({kRows, kDepth}, ScalarType::Char, like);
@@ -67,35 +68,36 @@ Tensor multiply(const Tensor& a, const Tensor& b_transposed) {
   return use_int_mm ? call("aten::_int_mm", a, b_transposed) : multiply_as_floats(a, b_transposed);
 }
 
-// Fewer rows do not pay for packing b, and of a larger b, all of which every 32 rows read, not all stays in L2. One
-// thread takes 0.55 of oneDNN's time at 1024 x 384 times 384 x 384, 0.5 times 384 x 1536 and at 768 x 768, 0.95 with
-// 768 x 3072, and 1.1 with 1024 x 4096.
-constexpr int64_t kAmxRows = 32, kAmxWeight = 1 << 20;
+// int8_amx packs b, which does not pay with fewer rows, and reads all of b for every 32 rows, so that a larger one does
+// not stay in L2. Its time on one thread, as a fraction of oneDNN's, with 1024 rows of a: 0.55 where b is 384 x 384,
+// 0.5 for 384 x 1536 and 768 x 768, 0.95 for 768 x 3072, 1.1 for 1024 x 4096.
+constexpr int64_t kAmxMinRows = 32, kAmxMaxElements = 1 << 20;
 
 }  // namespace
 
 void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
                    const QuantizeParams* quantize) {
   const int64_t m = a.size(0), k = a.size(1), n = b_transposed.size(1);
-  if (m >= kAmxRows && n * k <= kAmxWeight && has_amx_int8()) {
+  if (m >= kAmxMinRows && n * k <= kAmxMaxElements && has_amx_int8()) {
     const Matrix b{b_transposed.const_data_ptr(), Dtype::i8, n, k, b_transposed.stride(1)};
     return int8_amx(matrix(a, "int8_gemm", "a"), b, epilogue, quantize);
   }
   auto rows = [&](int64_t first, int64_t count) {
     if (quantize) quantize_cpu(rows_from(*quantize, first, count));
-    Tensor whole = a;  // narrow takes a non-const reference
-    Tensor acc = multiply(torch::stable::narrow(whole, 0, first, count), b_transposed);
+    Tensor all_rows = a;  // narrow takes a non-const reference
+    Tensor acc = multiply(torch::stable::narrow(all_rows, 0, first, count), b_transposed);
     dequant_activation_cpu({matrix(acc, "int8_gemm", "acc"), rows_from(epilogue, first)});
   };
-  // If there are enough rows for every thread, a thread takes some of them through all three passes while they are in
-  // its cache. oneDNN packs b on each call, and a call costs about 20 us, which 128 rows hide for a small b and 512 for
-  // a large one (one EPYC 9005 core: 0.47 of 0.51 TMAC/s at 384 x 1536, 0.45 at 4096 x 4096). With fewer rows the
-  // threads share each pass. All 36 products of MiniLM at 8 x 128 tokens, two threads: 16.2 ms in chunks of 256 rows,
-  // 15.4 in chunks of 512.
-  const int64_t threads = torch::stable::get_num_threads(), share = (m + threads - 1) / threads;
-  constexpr int64_t kMost = 512;
-  if (share < (n * k <= (1 << 21) ? 128 : kMost)) return rows(0, m);
-  const int64_t each = (share + kMost - 1) / kMost, chunk = (share + each - 1) / each;
+  // With enough rows for every thread, each takes a chunk of rows through all three passes while it is in the thread's
+  // cache. oneDNN packs b on each call, and a call costs about 20 us, which 128 rows hide for a small b and 512 for a
+  // large one (one EPYC 9005 core: 0.47 of 0.51 TMAC/s at 384 x 1536, 0.45 at 4096 x 4096). With fewer rows the threads
+  // share each pass. All 36 GEMMs of MiniLM with 8 x 128 tokens on two threads take 16.2 ms in chunks of 256 rows, 15.4
+  // ms in chunks of 512.
+  const int64_t threads = torch::stable::get_num_threads(), rows_per_thread = (m + threads - 1) / threads;
+  constexpr int64_t kMaxChunk = 512;
+  if (rows_per_thread < (n * k <= (1 << 21) ? 128 : kMaxChunk)) return rows(0, m);
+  const int64_t chunks_per_thread = (rows_per_thread + kMaxChunk - 1) / kMaxChunk,
+                chunk = (rows_per_thread + chunks_per_thread - 1) / chunks_per_thread;
   torch::stable::parallel_for(0, (m + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) rows(c * chunk, std::min(chunk, m - c * chunk));
   });

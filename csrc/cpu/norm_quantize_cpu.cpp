@@ -39,7 +39,7 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
       f32x16 sums{};
       cpu::for_each_vector(
           0, columns, VECTOR_BODY(&) {
-            const f32x16 shifted = cpu::first(cpu::load<D>(x, c, n) - pivot, n);
+            const f32x16 shifted = cpu::first_lanes(cpu::load<D>(x, c, n) - pivot, n);
             cpu::store<Dtype::f32>(shifted, v, c, n);
             sums += shifted;
           });
@@ -50,7 +50,7 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
     f32x16 squares{};  // of the centred values: E[x^2] - E[x]^2 cancels
     cpu::for_each_vector(
         0, columns, VECTOR_BODY(&) {
-          const f32x16 d = cpu::first(cpu::load<Dtype::f32>(v, c, n) - mean, n);
+          const f32x16 d = cpu::first_lanes(cpu::load<Dtype::f32>(v, c, n) - mean, n);
           squares = cpu::fma(d, d, squares);
         });
     const float total = cpu::sum(squares);

@@ -106,7 +106,7 @@ INLINE f32x16 e4m3_to_float(u8x16 v) {  // exact; the multiplication re-biases t
 }
 
 // The first n lanes, the others zero.
-INLINE f32x16 first(f32x16 v, int n) {
+INLINE f32x16 first_lanes(f32x16 v, int n) {
   constexpr i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return n == kLanes ? v : bits<f32x16>(bits<i32x16>(v) & (lane < n));
 }
@@ -151,9 +151,9 @@ INLINE i32x16 to_int(f32x16 v, float low, float high) {
   return bits<i32x16>(min(max(v, splat(low)), splat(high)) + 0x1.8p23f) - bits<int32_t>(0x1.8p23f);
 }
 
-// f(constant of the dtype), which must be INLINE: device/dispatch.h's would leave the clone that calls it. One call per
-// dispatch: around the epilogue's load of a bias it kept g++ from moving the switch out of the loop, at 1.7 times the
-// time.
+// Calls f, which must be INLINE, with the dtype as a constant. (The dispatch of device/dispatch.h would not be compiled
+// with the clone that calls it.) It belongs outside of loops: around a single load of the bias in the epilogue's loop,
+// g++ did not move the switch out, and the epilogue took 1.7 times as long.
 template <class F>
 INLINE void with_float_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -166,7 +166,7 @@ INLINE void with_float_dtype(Dtype dtype, F f) {
   }
 }
 
-// f(column, n) for every 16 columns of [begin, end); n is the literal 16 but for the last, shorter one.
+// Calls f(column, n) for every 16 columns of [begin, end). n is the literal 16, except for a shorter rest at the end.
 template <class F>
 INLINE void for_each_vector(int64_t begin, int64_t end, F f) {
   int64_t c = begin;

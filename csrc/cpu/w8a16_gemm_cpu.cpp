@@ -10,30 +10,30 @@ namespace {
 Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
   if (e.b_scale_per_column) e.b_scale += column;
   if (e.bias) e.bias = static_cast<const char*>(e.bias) + column * size_of(e.bias_dtype);
-  const int64_t at = row * e.out_stride + (is_gated(e.activation) ? column / 2 : column);
-  e.out = static_cast<char*>(e.out) + at * size_of(e.out_dtype);
+  const int64_t offset = row * e.out_stride + (is_gated(e.activation) ? column / 2 : column);
+  e.out = static_cast<char*>(e.out) + offset * size_of(e.out_dtype);
   return e;
 }
 
 }  // namespace
 
-// A thread takes some rows of the weight (columns of the output) at a time: upconverted to fp32 they stay in its cache
-// while oneDNN multiplies by them, and so does the product until the epilogue has read it.
-void w8a16_gemm_cpu(const Tensor& x, const Matrix& w, const float* block_scale, const Epilogue& epilogue) {
-  const Tensor a = torch::stable::to(x, ScalarType::Float);
-  const int64_t m = x.size(0), n = w.rows, threads = torch::stable::get_num_threads();
-  constexpr int64_t kMostColumns = 256,
-                    kMostRows = 1024;  // the product of one thread: 1 MB of fp32, its second-level cache
-  const int64_t chunk = std::min(kMostColumns, round_up((n + threads - 1) / threads, 16));
+// A thread takes some rows of b (columns of the output) at a time. They are upconverted to fp32 and stay in its cache
+// while oneDNN multiplies by them; so does the product until the epilogue has read it.
+void w8a16_gemm_cpu(const Tensor& a, const Matrix& b, const float* block_scale, const Epilogue& epilogue) {
+  const Tensor a_fp32 = torch::stable::to(a, ScalarType::Float);
+  const int64_t m = a.size(0), n = b.rows, threads = torch::stable::get_num_threads();
+  constexpr int64_t kMaxColumns = 256,
+                    kMaxRows = 1024;  // the product of one thread: 1 MB of fp32, its second-level cache
+  const int64_t chunk = std::min(kMaxColumns, round_up((n + threads - 1) / threads, 16));
   torch::stable::parallel_for(0, (n + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
-    Tensor widened = contiguous_rows({chunk, w.columns}, ScalarType::Float, x), rows = a;
+    Tensor b_fp32 = contiguous_rows({chunk, b.columns}, ScalarType::Float, a), rows = a_fp32;
     for (int64_t column = begin * chunk; column < std::min(end * chunk, n); column += chunk) {
       const int64_t columns = std::min(chunk, n - column);
-      auto to = static_cast<float*>(widened.mutable_data_ptr());
-      upconvert_rows({w, block_scale, column, column + columns, to});
-      const Tensor b = transposed(widened, {to, Dtype::f32, columns, w.columns, w.columns});
-      for (int64_t row = 0; row < m; row += kMostRows) {
-        Tensor acc = call("aten::mm", torch::stable::narrow(rows, 0, row, std::min(kMostRows, m - row)), b);
+      auto b_data = static_cast<float*>(b_fp32.mutable_data_ptr());
+      upconvert_rows({b, block_scale, column, column + columns, b_data});
+      const Tensor b_transposed = transposed(b_fp32, {b_data, Dtype::f32, columns, b.columns, b.columns});
+      for (int64_t row = 0; row < m; row += kMaxRows) {
+        Tensor acc = call("aten::mm", torch::stable::narrow(rows, 0, row, std::min(kMaxRows, m - row)), b_transposed);
         dequant_activation_cpu({matrix(acc, "w8a16_gemm", "acc"), part_from(epilogue, row, column)});
       }
     }

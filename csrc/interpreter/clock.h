@@ -23,8 +23,8 @@ constexpr int kMaxAgents = kFirstWarp + kMaxCtas * kMaxWarps;
 
 constexpr bool is_async(int agent) { return agent < kAsyncAgents; }
 
-// As wide as the agents that it may know of: 16 asynchronous ones and a few warps most often, 528 at worst. What lies
-// beyond the width is not known of, and holds nothing.
+// Its width covers the agents that it may know of: most often 16 asynchronous ones and a few warps, at worst 528. Of
+// agents beyond the width it knows nothing, and their elements are not initialised.
 struct alignas(32) VectorClock {
   int width = 0;  // a multiple of 8; in front, as most clocks end long before the last agent
   alignas(32) Clock at[kMaxAgents];
@@ -54,7 +54,8 @@ struct alignas(32) VectorClock {
   }
 
  private:
-  // By hand: the width is not known to the compiler, whose loop would handle rests and overlaps that there are not.
+  // Vectorised by hand: the compiler does not know that the width is a multiple of 8 and that the arrays do not
+  // overlap.
   template <class F>
   void combine(const VectorClock& other, F f) {
     for (int i = 0; i < std::min(width, other.width); i += 8) {

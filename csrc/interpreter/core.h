@@ -26,8 +26,8 @@ int launch(const Module&, const Code&, const fpi_launch_config&, std::vector<uin
 int report(const Finding&);
 int report(const Finding&, int error);
 
-// For what a function of the C API has caught, of whatever type: keeps it as report() does. Memory that ran out and
-// what nobody foresaw become findings too, of kind unsupported.
+// Called in a catch block of the C API: keeps the exception as report() does. An exception that is no Finding, such as
+// std::bad_alloc, becomes a finding of kind unsupported.
 int report_caught() noexcept;
 
 // The body of each function of the C API that can fail: no exception leaves the library, the function returns `failed`,

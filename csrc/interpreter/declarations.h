@@ -128,7 +128,7 @@ class Declarations : public Lexer {
     });
     if (open) v.initial.resize((v.initial.size() + stride - 1) / stride * stride);
   }
-  // Initial values up to there: as many as the text has, not as many as the variable.
+  // Makes room for initial values up to `end`: for those that the text has, not for the whole variable.
   void grow(Variable& v, int64_t end) const {
     if (end > kMostGlobal) too_large();
     if (static_cast<int64_t>(v.initial.size()) < end) v.initial.resize(end);

@@ -1,18 +1,18 @@
 #pragma once
-// What decode.cpp has of others, and they of it.
+// What decode.cpp and the files that it calls share.
 #include "program.h"
 
 namespace forwardpass::interpreter {
 
-// Throws a Finding of kind unsupported, at a line of the PTX; 0: none, and no kernel: "".
+// Throws a Finding of kind unsupported, at a line of the PTX (0: at none) and in a kernel ("": in none).
 [[noreturn]] void refuse(const Module&, int line, const std::string& kernel, const std::string& why);
 // Bytes of a register in a frame, padded to 64.
 uint32_t frame_bytes(Type);
-// Where a branch may go, besides on.
+// Where a branch may go, other than to the next instruction.
 std::vector<uint32_t> branch_targets(const Instruction&);
-// Marks each wgmma.mma_async that a wgmma.fence is missing before. Before share_registers.
+// Marks each wgmma.mma_async before which a wgmma.fence is missing. Must be called before share_registers.
 void find_missing_wgmma_fences(Code&);
-// Rewrites every Offset of the code: nobody else may have kept one.
+// Rewrites every Offset in the code, so that one that was stored elsewhere is no longer valid.
 void share_registers(Code&);
 
 }  // namespace forwardpass::interpreter

@@ -163,8 +163,8 @@ class RoundingScope {
   int before_;
 };
 
-// Nearest even and subnormal numbers, for as long as this lives: threads inherit their maker's settings, and torch has
-// set_flush_denormal.
+// Rounding to nearest even and no flushing of subnormal numbers, for as long as this lives. A thread inherits the
+// settings of the one that created it, where torch.set_flush_denormal may have changed them.
 class PlainFloats {
  public:
   PlainFloats() {

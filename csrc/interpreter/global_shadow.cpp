@@ -21,7 +21,7 @@ void* zeros(size_t bytes) {
 
 }  // namespace
 
-// Both come from zeros(): no constructor runs, and what nobody touches takes no memory.
+// Both come from zeros(): no constructor runs, and pages that are never touched take no memory.
 struct GlobalShadow::Page {
   std::atomic<Cell> cells[kPageBytes / kWord];
 };
@@ -124,7 +124,8 @@ void GlobalShadow::Access::operator()(uint64_t begin, uint64_t bytes) const {
   write_ ? scan<true>(begin, bytes) : scan<false>(begin, bytes);
 }
 
-// Of a warp of a CTA of this launch: its clocks below this one, since its cluster began, come before the access.
+// For a warp of a CTA of this launch: what it did at clocks below the result, counted from when its cluster began,
+// comes before the access.
 Clock GlobalShadow::Access::known(uint64_t cta, int warp) const {
   Cluster& own = *warp_.cta->cluster;
   const auto& seen = warp_.knowledge.seen.at;

@@ -20,15 +20,15 @@
 
 namespace forwardpass::interpreter {
 
-// The lanes that touch some bytes: each of them all, or where they are spread the n-th of them the n-th of as many
-// equal parts.
+// The lanes that touch a range of bytes. Each of them touches the whole range; or it is spread over them, so that the
+// n-th lane touches the n-th of as many equal parts.
 struct LaneSet {
   Mask lanes = 0;
   uint32_t spread = false;  // as wide as lanes: the set is one register
   bool operator==(const LaneSet& other) const { return lanes == other.lanes && spread == other.spread; }
-  // log2 of the bytes that a lane touches of 1 << shift.
+  // log2 of the number of bytes that a lane touches in a range of 1 << shift.
   int part_shift(int shift) const { return spread ? shift - __builtin_ctz(__builtin_popcount(lanes)) : shift; }
-  // Those that touch the bytes from `offset` on, 1 << size_shift of them, where each lane has 1 << part_shift.
+  // The lanes that touch the 1 << size_shift bytes from `offset` on, if each lane has 1 << part_shift bytes.
   LaneSet part(int part_shift, uint32_t offset, int size_shift) const {
     if (!spread) return *this;
     const uint32_t count = size_shift > part_shift ? 1u << (size_shift - part_shift) : 1;
@@ -52,8 +52,8 @@ class LaneOrder {
     int lane = -1, other = -1;  // -1: none
     uint16_t bytes = 0;         // where
   };
-  // Of 1 << shift bytes that `before` touched at a clock above the floor and `now` touches, where nothing orders the
-  // two. `write`: before wrote them, so who wrote them together with others knows what is there.
+  // Which of 1 << shift bytes, that `before` touched at a clock above the floor, `now` touches unordered with it.
+  // `write`: `before` wrote them. Lanes that wrote a byte together know what is there.
   Clash clash(LaneSet before, Clock clock, LaneSet now, int shift, bool write) const;
 
  private:

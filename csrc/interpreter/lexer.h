@@ -39,7 +39,7 @@ class Lexer {
     throw SyntaxError{line_, why + ": " + std::string(from, std::min<std::ptrdiff_t>(to - from, 200))};
   }
 
-  // For as long as what nests in the text nests in the parser's calls.
+  // One level of nesting in the text, which is one of recursion in the parser. Limits the depth.
   class Nesting {
    public:
     explicit Nesting(Lexer& lexer) : lexer_(lexer) {
@@ -51,7 +51,7 @@ class Lexer {
    private:
     Lexer& lexer_;
   };
-  // Adds up what a text declares, each where its alignment puts it.
+  // Adds a declaration to the total of a text, at its alignment. Fails beyond `most` bytes.
   void claim(int64_t& total, int64_t bytes, int64_t alignment, int64_t most, const std::string& what) const {
     const int64_t begin = (total + alignment - 1) / alignment * alignment;
     if (begin > most || bytes > most - begin) fail(what + ": there may be " + std::to_string(most) + " bytes");

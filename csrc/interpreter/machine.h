@@ -142,7 +142,8 @@ struct alignas(64) Warp {
   void branch(Mask taken, uint32_t target);  // lanes of the running strand that jump; the others fall through
 
   Actor actor(Proxy p = Proxy::generic) const { return {agent, knowledge.seen.at[agent], &knowledge, p, line(), {}}; }
-  // Of a range of shared memory that is still to be placed, 1 << part_shift bytes a lane where they are spread.
+  // The warp's lanes on a range of shared memory whose begin and lanes the caller fills in. Where the range is spread
+  // over lanes, each has 1 << part_shift bytes.
   LaneRange lanes(int part_shift = 0) const { return {agent, lane_order.floor(), 0, part_shift, {}, &lane_order}; }
   uint32_t line() const { return frame->code->statements[strands[running].pc]->line; }
   void release() { ++knowledge.seen.at[agent]; }  // after giving away what it knows
@@ -209,7 +210,7 @@ struct Cluster {
   int live_warps = 0;
   Clock base = 1;       // of this cluster's clocks: those before it on this thread stayed below
   uint64_t events = 1;  // grows whenever something happened that a blocked warp may wait for
-  // `events` when nothing was left that could happen but that time passes: what has a time limit then reaches it.
+  // The value of `events` at which every warp was blocked and no operation pending: time limits then expire.
   uint64_t idle_at = 0;
   std::vector<std::shared_ptr<Pending>> pending;
   int next_async = 0;

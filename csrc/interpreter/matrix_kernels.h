@@ -78,8 +78,8 @@ void expand_b(Fragment const* fragments, int halves, int tiles, PanelB& panel) {
   }
 }
 
-// 8-bit integers: A becomes the unsigned operand of dot and B the signed one. What that adds to a signed A and takes
-// from an unsigned B is known in advance:
+// 8-bit integers: A becomes the unsigned operand of dot and B the signed one. For that, 128 is added to a signed A and
+// subtracted from an unsigned B. The effect on the sum is known in advance:
 //   sum a b = sum (u - 128 [a signed]) (s + 128 [b unsigned])
 // so the panels carry it as a bias by row and by column. No offset, no bias, where dot takes 16-bit products.
 void expand_integer_a(Fragment const* fragments, int halves, bool a_signed, bool b_signed, PanelA& panel) {

@@ -34,8 +34,8 @@ struct MBarrier {
 
 // The object at an offset of shared memory; a Finding where there is none.
 MBarrier& mbarrier_at(Cta&, uint32_t address);
-// The same, for an instruction of the warp: its init must be ordered before. Of another CTA the use must end before
-// that exits, unless nothing is `released`: to wait for such an arrival says no more than that it has happened.
+// The same for an instruction of the warp, which the object's init must be ordered before. In another CTA the use must
+// end before that CTA exits, unless it is not `released`: who waits for such an arrival learns only that it happened.
 MBarrier& use_mbarrier(Warp&, Cta&, uint32_t address, bool released = true);
 
 }  // namespace forwardpass::interpreter

@@ -30,7 +30,7 @@ int64_t Memory::remove(const void* pointer) {
   return static_cast<int64_t>(end - begin);
 }
 
-// Makes the regions anew that [begin, end) overlaps, from the intervals that they consist of.
+// Rebuilds the regions that [begin, end) overlaps from their intervals.
 void Memory::merge(uint64_t begin, uint64_t end) {
   const auto low = std::partition_point(regions_.begin(), regions_.end(), [&](auto& r) { return r.end <= begin; });
   const auto high = std::partition_point(low, regions_.end(), [&](auto& r) { return r.begin < end; });

@@ -19,8 +19,8 @@ struct Launch;
 constexpr uint64_t kSharedWindow = uint64_t{1} << 56, kLocalWindow = uint64_t{1} << 57;
 constexpr uint64_t kWindowMask = kSharedWindow | kLocalWindow;
 
-// Within the window of shared memory the lowest bits are an offset, above them stands the CTA: 0 for one's own, rank +
-// 1 for one of the cluster (.shared::cluster), so that an address that mapa has not made is never another's.
+// In the window of shared memory the low bits are an offset, and the bits above them name the CTA: 0 is the warp's own,
+// 1 + rank is one of the cluster (.shared::cluster). So only an address that mapa made can be in another CTA.
 constexpr int kRankShift = 24;
 constexpr uint64_t shared_offset_of(uint64_t address) { return address & ((uint64_t{1} << kRankShift) - 1); }
 constexpr uint64_t cluster_address(int rank, uint64_t offset) {
@@ -34,7 +34,7 @@ Cta* shared_cta(Cta& own, uint64_t address);
 // region, read-only if all of it is. Kernels add and remove too (device malloc), while others look up.
 class Memory {
  public:
-  // A range that is known to be covered by one region, of a version of the whole.
+  // Part of the registered memory. A copy is valid as long as version() stays the same.
   struct Region {
     uint64_t begin = 0, end = 0;
     bool read_only = false;

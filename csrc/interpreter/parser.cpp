@@ -68,7 +68,7 @@ class Parser : public Declarations {
     return nullptr;
   }
 
-  // Labels of the scope that ends get their statements; the rest is the surrounding scope's, or the module's.
+  // At the end of a scope: resolves its labels. Other names are left to the surrounding scope, or to the module.
   void resolve(Scope& scope) {
     for (const Fixup& f : scope.fixups) {
       Operand& o = function_->body[f.statement].operands[f.operand];
@@ -204,15 +204,15 @@ class Parser : public Declarations {
         fail("expected function_name or inlined_at");
       }
     }
-    // What was said last serves better than no line, the compiler's own, and than what LLVM says from Triton 3.9 on
-    // within inline assembly: the line that it stands in, and one more for each of its own.
+    // The previous location stays for line 0, which is the compiler's own code, and in inline assembly, where LLVM from
+    // Triton 3.9 on counts up from the line of the assembly for each line in it.
     if (l.line == 0 || inlined_assembly) return;
     location_ = static_cast<int>(module_.locations.size());
     module_.locations.push_back(l);
     latest_[here] = location_;
   }
 
-  // A file that must be there at the end: .file may come behind what names it.
+  // A file that must be declared by the end of the module: .file may come after the .loc that names it.
   unsigned named_file() {
     const unsigned file = count();
     if (file > last_file_) last_file_ = file, last_file_line_ = line_;

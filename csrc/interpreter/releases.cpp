@@ -6,7 +6,7 @@
 
 namespace forwardpass::interpreter {
 
-// Where they have run out, everything released counts as acquired.
+// After 2^32 - 1 releases time stands still, and everything that is released counts as acquired.
 Clock Releases::time() const { return static_cast<Clock>(std::min<uint64_t>(releases_, ~Clock{0})); }
 
 void Releases::release(const Warp& w, bool itself) {

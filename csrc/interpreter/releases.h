@@ -34,15 +34,17 @@ struct ReleaseLog {
 
 class Releases {
  public:
-  // Before a strong write to global memory, so that who reads what it wrote finds it.
+  // Called before a strong write to global memory, so that whoever reads the value finds the release.
   void release(const Warp&, bool itself);  // false: it is relaxed
-  // After a strong read of global memory, so that what it read has been released.
+  // Called after a strong read of global memory, so that the release of the value has been recorded.
   void acquire(Warp&) const;
-  // How far the clock of a warp of a cluster is known since it began, by who acquired at a time last; 0: not at all.
+  // The clock of a warp of a cluster, since the cluster began, up to which a warp that last acquired at time `acquired`
+  // knows it; 0: not at all.
   Clock known(uint64_t cluster, int warp, Clock acquired);
 
  private:
-  // Of the earlier releases two and two become one at the time of the first: what is forgotten is no false alarm.
+  // When a log is full, pairs of releases are merged, each to the clocks of the second at the time of the first. This
+  // forgets some races and raises no false alarm.
   static constexpr size_t kKept = 64;
   Clock time() const;
   std::atomic<uint64_t> releases_{0};

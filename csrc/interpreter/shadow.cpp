@@ -53,7 +53,7 @@ void Shadow::reset(const Cta& cta) {
   make_room();
 }
 
-// Neither what vectors held before nor where matters: it is all in the past.
+// The former content of the vectors may end up in any cell: all its clocks are in the past and have no effect.
 void Shadow::make_room() {
   if (cells_.size() < used_) cells_.resize(used_ + (used_ - granules_.size()) / 2);
   if (reads_.size() < cells_.size() * columns_) reads_.resize(cells_.size() * columns_);

@@ -79,9 +79,10 @@ class Shadow {
   void take_off(const Actor&, uint32_t begin, uint32_t bytes);
   void land(const Actor&, uint32_t begin, uint32_t bytes);
 
-  // An mbarrier object lives there (its 8 bytes are touched by mbarrier instructions only) or no more.
+  // alive: an mbarrier object is there from now on, and only mbarrier instructions may touch its 8 bytes; else no
+  // longer.
   void set_mbarrier(const Actor&, uint32_t begin, bool alive);
-  // Its init must be ordered before; `published`: it is, by fence.mbarrier_init.
+  // The object's init must be ordered before the use. `published`: fence.mbarrier_init has done that.
   void use_mbarrier(const Actor&, uint32_t begin, bool published = false);
 
   std::string name_of(int agent) const;  // "warp 3", "warp 3 of the CTA of rank 1", "an asynchronous operation"
@@ -91,8 +92,8 @@ class Shadow {
     Clock clock = 0;  // of the last write, by `writer`
     uint32_t write_line = 0, read_line = 0;
     int16_t writer = 0, reader = 0;
-    // Lanes of writer and reader. What the reader has read since the clock counts as of then, as far as its own lanes
-    // go: they may know of an earlier read, and a later one by another lane is no reason to ask more of them.
+    // Lanes of writer and reader. Among the reader's own lanes, all its reads since read_since count as made at that
+    // clock: lanes that know of the first one are not asked to know of a later one by another lane.
     Mask write_lanes = 0, read_lanes = 0;
     Clock read_since = 0;
     bool writers_spread = false, readers_spread = false;
@@ -127,8 +128,8 @@ class Shadow {
   bool reads_known(uint32_t cell, const VectorClock& seen) const;
   void record_read(const Actor&, uint32_t cell, LaneSet);
   void record_write(const Actor&, uint32_t cell, bool strong, LaneSet);
-  // Whether the warp's own lanes have read the cell so recently that those of before must be kept, and then whether one
-  // set can hold both.
+  // Whether lanes of the same warp have read the cell so recently that they must be kept beside the new ones; and
+  // whether one LaneSet can hold both.
   static bool reads_again(const Actor&, const Cell&);
   static bool fits(const Cell&, LaneSet);
   void split(uint32_t number, int shift);

@@ -26,7 +26,7 @@ class UndefinedRegisters {  // of one warp
   // In the lanes `of`, the register is now undefined where `undefined` says so, for the reason that `origin` has.
   void set(const Warp&, Offset, Mask of, Mask undefined, uint32_t origin);
   uint32_t origin_of(const Warp&, Offset) const;  // of one that is undefined in some lane
-  // Before the instruction runs: a finding, or its results' definedness as far as it is not the handler's to say.
+  // Called before an instruction runs. Throws a finding, or sets which results are undefined, unless the handler does.
   void before(const Warp&, const Instruction&, Mask);
   [[noreturn]] void depends(const Warp&, const Instruction&, Offset) const;
 

@@ -5,9 +5,9 @@
 
 namespace forwardpass {
 
-Quantized activation_quantize(Backend backend, const Tensor& x, std::string activation, ScalarType dtype,
-                              std::optional<int64_t> group_size, std::string layout, bool symmetric,
-                              OptionalTensor channel_scale) {
+Quantized activation_quantize(Backend backend, const Tensor& x, const std::string& activation, ScalarType dtype,
+                              std::optional<int64_t> group_size, const std::string& layout, bool symmetric,
+                              const OptionalTensor& channel_scale) {
   const char* op = "activation_quantize";
   ActivationQuantizeParams p{};
   p.x = matrix(x, op, "x");
@@ -22,7 +22,8 @@ Quantized activation_quantize(Backend backend, const Tensor& x, std::string acti
   std::vector<int64_t> sizes = sizes_of(x);
   if (gated) sizes.back() /= 2;
   Quantized result;
-  std::tie(result, p.out) = quantized_rows(sizes, {dtype, {}, {}, group_size, symmetric, channel_scale}, x, op);
+  std::tie(result, p.out) = quantized_rows(
+      sizes, {.dtype = dtype, .group_size = group_size, .symmetric = symmetric, .channel_scale = channel_scale}, x, op);
   if (x.numel()) launch(backend, p, x, activation_quantize_cpu);
   return result;
 }

@@ -36,7 +36,7 @@ void check_operand(const Tensor& x, const Tensor& q, bool varlen, const char* op
                   " must have the dtype and device of q");
 }
 
-AttentionMask mask_of(const OptionalTensor& m, const Tensor& q, const AttentionParams& p, const char* op) {
+AttentionMask mask_of(OptionalTensorRef m, const Tensor& q, const AttentionParams& p, const char* op) {
   AttentionMask mask{};
   if (!m) return mask;
   STD_TORCH_CHECK(same_device(*m, q), op, ": mask is on another device than q");
@@ -69,7 +69,7 @@ bool is_aligned(const AttentionTensor& t, Dtype dtype) {
 }
 
 // The result of rows without keys.
-void fill_without_keys(Tensor& out, OptionalTensor& lse, const OptionalTensor& sinks) {
+void fill_without_keys(Tensor& out, Tensor* lse, OptionalTensorRef sinks) {
   torch::stable::zero_(out);
   if (!lse) return;
   if (!sinks) {
@@ -86,15 +86,21 @@ bool has_kernel(int32_t head_dim, int32_t value_dim) {
   return head_dim == 192 && value_dim == 128;
 }
 
-Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-           const std::optional<double>& scale, bool causal, const std::optional<int64_t>& window_left,
-           const std::optional<int64_t>& window_right, double softcap, const OptionalTensor& mask,
-           const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
-           const OptionalTensor& cu_seqlens_k, bool batch_invariant, OptionalTensor* lse) {
-  STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), op,
+struct Options {
+  std::optional<double> scale;
+  bool causal;
+  std::optional<int64_t> window_left, window_right;
+  double softcap;
+  OptionalTensorRef mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k;
+  bool batch_invariant;
+};
+
+Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o,
+           Tensor* lse) {
+  STD_TORCH_CHECK(o.cu_seqlens_q.has_value() == o.cu_seqlens_k.has_value(), op,
                   ": cu_seqlens_q and cu_seqlens_k go together");
-  const bool varlen = cu_seqlens_q.has_value();
-  STD_TORCH_CHECK(!varlen || !mask, op, ": a mask does not go with cu_seqlens");
+  const bool varlen = o.cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(!varlen || !o.mask, op, ": a mask does not go with cu_seqlens");
   check_operand(q, q, varlen, op, "q");
   check_operand(k, q, varlen, op, "k");
   check_operand(v, q, varlen, op, "v");
@@ -110,47 +116,46 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v);
   p.dtype = dtype_of(q.scalar_type(), op, "q");
   STD_TORCH_CHECK(is_float(p.dtype), op, ": q must be float16, bfloat16 or float32");
-  if (varlen) STD_TORCH_CHECK(cu_seqlens_q->numel() >= 1, op, ": cu_seqlens must not be empty");
-  p.batch = size32(varlen ? cu_seqlens_q->numel() - 1 : q.size(0), op, "sequences");
+  if (varlen) STD_TORCH_CHECK(o.cu_seqlens_q->numel() >= 1, op, ": cu_seqlens must not be empty");
+  p.batch = size32(varlen ? o.cu_seqlens_q->numel() - 1 : q.size(0), op, "sequences");
   p.heads = size32(q.size(head), op, "heads");
   p.kv_heads = size32(k.size(head), op, "heads");
   p.rows = size32(q.size(row), op, "rows of q");
   p.keys = size32(k.size(row), op, "rows of k");
   p.head_dim = size32(q.size(dim), op, "columns of q");
   p.value_dim = size32(v.size(dim), op, "columns of v");
-  p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))));
+  p.scale = static_cast<float>(o.scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))));
   STD_TORCH_CHECK(p.scale > 0 && std::isfinite(p.scale), op, ": scale must be positive");
-  p.softcap = static_cast<float>(softcap);
+  p.softcap = static_cast<float>(o.softcap);
   STD_TORCH_CHECK(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap must be at least 0");
-  p.left = window_side(window_left, op);
-  p.right = std::min(window_side(window_right, op), causal ? 0 : kUnlimited);
-  p.mask = mask_of(mask, q, p, op);
-  if (alibi_slopes) {
-    const bool per_batch = alibi_slopes->dim() == 2;
-    p.alibi_slopes = floats(alibi_slopes, (per_batch ? int64_t{p.batch} : 1) * p.heads, q, op, "alibi_slopes");
+  p.left = window_side(o.window_left, op);
+  p.right = std::min(window_side(o.window_right, op), o.causal ? 0 : kUnlimited);
+  p.mask = mask_of(o.mask, q, p, op);
+  if (o.alibi_slopes) {
+    const bool per_batch = o.alibi_slopes->dim() == 2;
+    p.alibi_slopes = floats(o.alibi_slopes, (per_batch ? int64_t{p.batch} : 1) * p.heads, q, op, "alibi_slopes");
     p.alibi_batch_stride = per_batch ? p.heads : 0;
   }
-  if (sinks) {
-    const ScalarType type = sinks->scalar_type();
+  if (o.sinks) {
+    const ScalarType type = o.sinks->scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == q.scalar_type(), op,
                     ": sinks must be float32 or of q's dtype");
-    p.sinks = vector<void>(sinks, p.heads, type, q, op, "sinks");
+    p.sinks = vector<void>(o.sinks, p.heads, type, q, op, "sinks");
     p.sinks_dtype = dtype_of(type, op, "sinks");
   }
-  p.cu_seqlens_q = ints(cu_seqlens_q, int64_t{p.batch} + 1, q, op, "cu_seqlens_q");
-  p.cu_seqlens_k = ints(cu_seqlens_k, int64_t{p.batch} + 1, q, op, "cu_seqlens_k");
-  p.batch_invariant = batch_invariant;
+  p.cu_seqlens_q = ints(o.cu_seqlens_q, int64_t{p.batch} + 1, q, op, "cu_seqlens_q");
+  p.cu_seqlens_k = ints(o.cu_seqlens_k, int64_t{p.batch} + 1, q, op, "cu_seqlens_k");
+  p.batch_invariant = o.batch_invariant;
 
   auto sizes = sizes_of(q);
   sizes.back() = p.value_dim;
   Tensor out = contiguous_rows(sizes, q.scalar_type(), q);
   p.out = out.mutable_data_ptr();
-  OptionalTensor none;
-  OptionalTensor& l = lse ? *lse : none;
   if (lse) {
-    l = contiguous_rows(varlen ? std::vector<int64_t>{p.heads, p.rows} : std::vector<int64_t>{p.batch, p.heads, p.rows},
+    *lse =
+        contiguous_rows(varlen ? std::vector<int64_t>{p.heads, p.rows} : std::vector<int64_t>{p.batch, p.heads, p.rows},
                         ScalarType::Float, q);
-    p.lse = static_cast<float*>(l->mutable_data_ptr());
+    p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
   if (out.numel() == 0) return out;
   if (backend == Backend::cpu) {
@@ -158,7 +163,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     return out;
   }
   if (p.keys == 0 || p.batch == 0) {
-    fill_without_keys(out, l, sinks);
+    fill_without_keys(out, lse, o.sinks);
     return out;
   }
   STD_TORCH_CHECK(p.dtype != Dtype::f32, op, ": on a GPU q must be float16 or bfloat16");
@@ -167,11 +172,11 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
                   " with ", p.value_dim);
   std::array<OptionalTensor, 3> copies;  // which live until the kernel is launched
   AttentionTensor* operands[] = {&p.q, &p.k, &p.v};
-  const Tensor* given[] = {&q, &k, &v};
+  const Tensor* tensors[] = {&q, &k, &v};
   for (int i = 0; i < 3; ++i) {
     if (is_aligned(*operands[i], p.dtype)) continue;
-    copies[i] = contiguous_rows(sizes_of(*given[i]), q.scalar_type(), q);
-    torch::stable::copy_(*copies[i], *given[i]);
+    copies[i] = contiguous_rows(sizes_of(*tensors[i]), q.scalar_type(), q);
+    torch::stable::copy_(*copies[i], *tensors[i]);
     *operands[i] = strides_of(*copies[i]);
   }
   p.device = device_of(backend, q);
@@ -183,22 +188,45 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
 
 Tensor attention(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
                  bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-                 OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor cu_seqlens_q,
-                 OptionalTensor cu_seqlens_k, bool batch_invariant) {
-  return run(backend, "attention", q, k, v, scale, causal, window_left, window_right, softcap, mask, alibi_slopes,
-             sinks, cu_seqlens_q, cu_seqlens_k, batch_invariant, nullptr);
+                 const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool batch_invariant) {
+  return run(backend, "attention", q, k, v,
+             {.scale = scale,
+              .causal = causal,
+              .window_left = window_left,
+              .window_right = window_right,
+              .softcap = softcap,
+              .mask = mask,
+              .alibi_slopes = alibi_slopes,
+              .sinks = sinks,
+              .cu_seqlens_q = cu_seqlens_q,
+              .cu_seqlens_k = cu_seqlens_k,
+              .batch_invariant = batch_invariant},
+             nullptr);
 }
 
 std::tuple<Tensor, Tensor> attention_with_lse(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v,
                                               std::optional<double> scale, bool causal,
                                               std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                                              double softcap, OptionalTensor mask, OptionalTensor alibi_slopes,
-                                              OptionalTensor sinks, OptionalTensor cu_seqlens_q,
-                                              OptionalTensor cu_seqlens_k, bool batch_invariant) {
-  OptionalTensor lse;
-  Tensor out = run(backend, "attention_with_lse", q, k, v, scale, causal, window_left, window_right, softcap, mask,
-                   alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, batch_invariant, &lse);
-  return {out, *lse};
+                                              double softcap, const OptionalTensor& mask,
+                                              const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                              bool batch_invariant) {
+  Tensor lse;
+  Tensor out = run(backend, "attention_with_lse", q, k, v,
+                   {.scale = scale,
+                    .causal = causal,
+                    .window_left = window_left,
+                    .window_right = window_right,
+                    .softcap = softcap,
+                    .mask = mask,
+                    .alibi_slopes = alibi_slopes,
+                    .sinks = sinks,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .cu_seqlens_k = cu_seqlens_k,
+                    .batch_invariant = batch_invariant},
+                   &lse);
+  return {out, lse};
 }
 
 }  // namespace forwardpass

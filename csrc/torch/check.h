@@ -1,6 +1,6 @@
 #pragma once
-// Second line of defence: Python refuses bad arguments with a sentence (the op's __init__.py); callers of torch.ops
-// meet these checks. Also allocation of outputs, and the one way to launch.
+// The second line of argument checks, for callers of torch.ops: fp.ops refuses the same with a full sentence before it
+// comes here (the op's __init__.py). Also the allocation of outputs, and the one way to launch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "params/common.h"
@@ -23,7 +24,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The shim's calls return an error code; torch's macro for it has another name from one release to the next.
+// An optional tensor by reference, as a copy of a Tensor would cost two atomic operations. It cannot be made from a
+// temporary, which would not live long enough.
+class OptionalTensorRef {
+ public:
+  OptionalTensorRef() = default;
+  OptionalTensorRef(const Tensor& t) : tensor_(&t) {}
+  OptionalTensorRef(const OptionalTensor& t) : tensor_(t ? &*t : nullptr) {}
+  OptionalTensorRef(Tensor&&) = delete;
+  OptionalTensorRef(OptionalTensor&&) = delete;
+
+  bool has_value() const { return tensor_; }
+  explicit operator bool() const { return tensor_; }
+  const Tensor& operator*() const { return *tensor_; }
+  const Tensor* operator->() const { return tensor_; }
+
+ private:
+  const Tensor* tensor_ = nullptr;
+};
+
+// Throws if a call of the shim has failed. Torch's macro for that changes its name from release to release.
 inline void check_shim(AOTITorchError error) {
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a call into libtorch failed");
 }
@@ -49,12 +69,20 @@ inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
 
 inline bool is_float(Dtype t) { return t == Dtype::f32 || t == Dtype::f16 || t == Dtype::bf16; }
 
-// An activation by its name in Python (forwardpass/activations.py); None is none.
+// An activation by its name in Python (forwardpass/ops/common/activations.py).
 inline Activation activation_of(const std::optional<std::string>& name, const char* op) {
-  static const char* names[] = {"relu", "gelu", "gelu_tanh", "silu", "silu_mul", "gelu_mul", "gelu_tanh_mul"};
+  static constexpr std::pair<const char*, Activation> kActivations[] = {
+      {"relu", Activation::relu},
+      {"gelu", Activation::gelu},
+      {"gelu_tanh", Activation::gelu_tanh},
+      {"silu", Activation::silu},
+      {"silu_mul", Activation::silu_mul},
+      {"gelu_mul", Activation::gelu_mul},
+      {"gelu_tanh_mul", Activation::gelu_tanh_mul},
+  };
   if (!name) return Activation::none;
-  for (int i = 0; i < 7; ++i)
-    if (*name == names[i]) return static_cast<Activation>(i + 1);
+  for (const auto& [activation_name, activation] : kActivations)
+    if (*name == activation_name) return activation;
   STD_TORCH_CHECK(false, op, ": there is no activation ", *name);
 }
 
@@ -80,16 +108,16 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-// An operand of a product, int8 or e4m3, on x's device.
+// An operand of a GEMM, int8 or e4m3, on x's device.
 inline Matrix operand(const Tensor& t, Dtype type, const Tensor& x, const char* op, const char* name) {
   STD_TORCH_CHECK(same_device(t, x), op, ": ", name, " is on another device than the input");
   Matrix m = matrix(t, op, name);
   STD_TORCH_CHECK(m.dtype == type, op, ": ", name, " must be ", type == Dtype::i8 ? "int8" : "float8_e4m3fn");
   return m;
 }
-// The same, with shape [N, columns].
-inline Matrix weight_operand(const Tensor& t, Dtype type, int64_t columns, const Tensor& x, const char* op,
-                             const char* name) {
+// The second operand of a GEMM, [N, columns]: its b, or the weight of a Linear.
+inline Matrix b_operand(const Tensor& t, Dtype type, int64_t columns, const Tensor& x, const char* op,
+                        const char* name) {
   Matrix m = operand(t, type, x, op, name);
   STD_TORCH_CHECK(t.dim() == 2 && m.columns == columns, op, ": ", name, " must be [N, ", columns, "]");
   return m;
@@ -97,8 +125,7 @@ inline Matrix weight_operand(const Tensor& t, Dtype type, int64_t columns, const
 
 // An optional contiguous vector of `size` elements on x's device.
 template <class T>
-const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Tensor& x, const char* op,
-                const char* name) {
+const T* vector(OptionalTensorRef v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
   if (!v) return nullptr;
   STD_TORCH_CHECK(v->scalar_type() == type, op, ": wrong dtype of ", name);
   STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size,
@@ -107,10 +134,10 @@ const T* vector(const OptionalTensor& v, int64_t size, ScalarType type, const Te
   return static_cast<const T*>(v->const_data_ptr());
 }
 
-inline const float* floats(const OptionalTensor& v, int64_t size, const Tensor& x, const char* op, const char* name) {
+inline const float* floats(OptionalTensorRef v, int64_t size, const Tensor& x, const char* op, const char* name) {
   return vector<float>(v, size, ScalarType::Float, x, op, name);
 }
-inline const int32_t* ints(const OptionalTensor& v, int64_t size, const Tensor& x, const char* op, const char* name) {
+inline const int32_t* ints(OptionalTensorRef v, int64_t size, const Tensor& x, const char* op, const char* name) {
   return vector<int32_t>(v, size, ScalarType::Int, x, op, name);
 }
 
@@ -145,7 +172,7 @@ inline Tensor empty_rows(const std::vector<int64_t>& sizes, int64_t stride, Scal
 inline Tensor contiguous_rows(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   return empty_rows(sizes, sizes.back(), type, like);
 }
-// Rows padded to 16 bytes: what the main loops of the GEMMs need.
+// Rows padded to multiples of 16 bytes, as the main loops of the GEMMs need them.
 inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size,
                           const Tensor& like) {
   return empty_rows(sizes, round_up(sizes.back(), 16 / element_size), type, like);
@@ -156,8 +183,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
   return std::vector<int64_t>(s.begin(), s.end());
 }
 
-// The one way to a kernel: a function of csrc/cpu, or the launcher of a kernel library that Params names. Without `cpu`
-// the op is for GPUs only, the interpreted one included.
+// The one way to a kernel: `cpu`, a function of csrc/cpu, or the launcher that Params names, in a kernel library. An op
+// without `cpu` has no CPU kernel.
 template <class Params>
 void launch(Backend backend, const Params& p, const Tensor& x, void (*cpu)(const Params&) = nullptr) {
   if (backend == Backend::cpu) return cpu(p);

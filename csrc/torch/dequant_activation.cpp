@@ -4,19 +4,28 @@
 
 namespace forwardpass {
 
-Tensor dequant_activation(Backend backend, const Tensor& acc, OptionalTensor a_scale, OptionalTensor b_scale,
-                          OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
-                          OptionalTensor out_scale, OptionalTensor a_zero_point, OptionalTensor b_sum) {
+Tensor dequant_activation(Backend backend, const Tensor& acc, const OptionalTensor& a_scale,
+                          const OptionalTensor& b_scale, const OptionalTensor& bias,
+                          const std::optional<std::string>& activation, ScalarType out_dtype,
+                          const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
+                          const OptionalTensor& b_sum) {
+  const char* op = "dequant_activation";
   DequantActivationParams p{};
-  p.acc = matrix(acc, "dequant_activation", "acc");
-  STD_TORCH_CHECK(is_float(p.acc.dtype) || p.acc.dtype == Dtype::i32,
-                  "dequant_activation: acc must be int32, float32, float16 or bfloat16");
-  STD_TORCH_CHECK(p.acc.dtype == Dtype::i32 || !a_zero_point,
-                  "dequant_activation: a_zero_point goes with int32 accumulators");
+  p.acc = matrix(acc, op, "acc");
+  STD_TORCH_CHECK(is_float(p.acc.dtype) || p.acc.dtype == Dtype::i32, op,
+                  ": acc must be int32, float32, float16 or bfloat16");
+  STD_TORCH_CHECK(p.acc.dtype == Dtype::i32 || !a_zero_point, op, ": a_zero_point goes with int32 accumulators");
   Tensor out;
   std::tie(out, p.epilogue) = epilogue(sizes_of(acc), p.acc.rows,
-                                       {a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum},
-                                       acc, "dequant_activation");
+                                       {.a_scale = a_scale,
+                                        .b_scale = b_scale,
+                                        .bias = bias,
+                                        .activation = activation_of(activation, op),
+                                        .out_dtype = out_dtype,
+                                        .out_scale = out_scale,
+                                        .a_zero_point = a_zero_point,
+                                        .b_sum = b_sum},
+                                       acc, op);
   if (acc.numel()) launch(backend, p, acc, dequant_activation_cpu);
   return out;
 }

@@ -5,22 +5,22 @@
 namespace forwardpass {
 
 struct EpilogueOptions {
-  const OptionalTensor& a_scale;  // none: 1, or the caller fills it in
-  const OptionalTensor& b_scale;
-  const OptionalTensor& bias;
-  const std::optional<std::string>& activation;
+  OptionalTensorRef a_scale = {};  // without a scale: 1, or the caller fills it in
+  OptionalTensorRef b_scale = {};
+  OptionalTensorRef bias = {};
+  Activation activation = Activation::none;
   ScalarType out_dtype;
-  const OptionalTensor& out_scale;
-  const OptionalTensor& a_zero_point;
-  const OptionalTensor& b_sum;
+  OptionalTensorRef out_scale = {};
+  OptionalTensorRef a_zero_point = {};
+  OptionalTensorRef b_sum = {};
 };
 
-// A vector with one element for all, or n.
+// A vector with one element for all rows or columns, or with one for each of n.
 template <class T>
-const T* one_or_each(const OptionalTensor& v, int64_t n, ScalarType type, const Tensor& x, bool& each, const char* op,
+const T* one_or_each(OptionalTensorRef v, int64_t n, ScalarType type, const Tensor& x, bool& is_vector, const char* op,
                      const char* name) {
-  each = v && v->numel() != 1;
-  return vector<T>(v, each ? n : 1, type, x, op, name);
+  is_vector = v && v->numel() != 1;
+  return vector<T>(v, is_vector ? n : 1, type, x, op, name);
 }
 
 // Checks the options; allocates no output. sizes: [lead..., columns] of the accumulators on entry, of the output on
@@ -29,7 +29,7 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
                                  const char* op) {
   Epilogue e{};
   const int64_t columns = sizes.back();
-  e.activation = activation_of(o.activation, op);
+  e.activation = o.activation;
   e.a_scale = one_or_each<float>(o.a_scale, rows, ScalarType::Float, x, e.a_scale_per_row, op, "a_scale");
   e.b_scale = one_or_each<float>(o.b_scale, columns, ScalarType::Float, x, e.b_scale_per_column, op, "b_scale");
   STD_TORCH_CHECK(o.a_zero_point.has_value() == o.b_sum.has_value(), op, ": a_zero_point and b_sum go together");

@@ -40,59 +40,64 @@ void a_block_scales(const Tensor& a_scale, const Matrix& a, const Tensor& like, 
       ": block scales of a must begin at 16 bytes and their groups a multiple of 4 apart, as quantize returns them");
 }
 
-struct Product {
-  std::vector<int64_t> sizes;  // of the output
-  GemmParams params;           // without it
+// The output is neither allocated nor in the params yet.
+struct CheckedGemm {
+  std::vector<int64_t> out_sizes;
+  GemmParams params;
 };
 
-Product product(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale, OptionalTensor bias,
-                std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor out_scale, const char* op) {
-  Product p{sizes_of(a), {}};
-  p.params.a = operand(a, Dtype::e4m3, a, op, "a");
-  p.params.b = weight_operand(b, Dtype::e4m3, p.params.a.columns, a, op, "b");
+CheckedGemm check_gemm(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                       EpilogueOptions options, const char* op) {
+  std::vector<int64_t> sizes = sizes_of(a);
+  GemmParams p{};
+  p.a = operand(a, Dtype::e4m3, a, op, "a");
+  p.b = b_operand(b, Dtype::e4m3, p.a.columns, a, op, "b");
+  sizes.back() = p.b.rows;
   const bool blocks = b_scale.dim() >= 2;
-  const OptionalTensor none;
-  p.sizes.back() = p.params.b.rows;
-  p.params.epilogue = epilogue_options(
-      p.sizes, p.params.a.rows,
-      {blocks ? none : a_scale, blocks ? none : b_scale, bias, activation, out_dtype, out_scale, none, none}, a, op);
-  if (blocks) {
-    b_block_scales(b_scale, p.params.b.rows, p.params.b.columns, is_gated(p.params.epilogue.activation), a, op,
-                   p.params.blocks);
-    a_block_scales(a_scale, p.params.a, a, op, p.params.blocks);
+  if (!blocks) {
+    options.a_scale = a_scale;
+    options.b_scale = b_scale;
   }
-  return p;
+  p.epilogue = epilogue_options(sizes, p.a.rows, options, a, op);
+  if (blocks) {
+    b_block_scales(b_scale, p.b.rows, p.b.columns, is_gated(p.epilogue.activation), a, op, p.blocks);
+    a_block_scales(a_scale, p.a, a, op, p.blocks);
+  }
+  return {std::move(sizes), p};
 }
 
 }  // namespace
 
 Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
-                OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
-                OptionalTensor out_scale) {
+                const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
+                const OptionalTensor& out_scale) {
   const char* op = "fp8_gemm";
-  Product p = product(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, op);
-  const Tensor out = epilogue_output(p.params.epilogue, p.sizes, out_dtype, a);
-  run_gemm<Fp8GemmParams>(backend, p.params, a);
+  auto [sizes, p] = check_gemm(
+      a, b, a_scale, b_scale,
+      {.bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype, .out_scale = out_scale}, op);
+  const Tensor out = epilogue_output(p.epilogue, sizes, out_dtype, a);
+  run_gemm<Fp8GemmParams>(backend, p, a);
   return out;
 }
 
 // On wgmma a block has all of a group's columns and quantises them. Elsewhere, and with split-K, the GEMM in fp32 comes
 // first, which moves 8 more bytes per output.
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
-                                             const Tensor& b_scale, OptionalTensor bias,
-                                             std::optional<std::string> activation, int64_t group_size) {
+                                             const Tensor& b_scale, const OptionalTensor& bias,
+                                             const std::optional<std::string>& activation, int64_t group_size) {
   const char* op = "fp8_gemm_quantize";
   STD_TORCH_CHECK(group_size == kScaleBlock, op, ": group_size must be ", kScaleBlock);
-  const OptionalTensor none;
-  const ScalarType type = ScalarType::Float8_e4m3fn;
-  auto [sizes, p] = product(a, b, a_scale, b_scale, bias, activation, ScalarType::Float, none, op);
+  const QuantizeOptions options{.dtype = ScalarType::Float8_e4m3fn, .group_size = group_size};
+  auto [sizes, p] =
+      check_gemm(a, b, a_scale, b_scale,
+                 {.bias = bias, .activation = activation_of(activation, op), .out_dtype = ScalarType::Float}, op);
   Epilogue& e = p.epilogue;
   const bool empty = p.a.rows == 0 || p.b.rows == 0;
   const KernelChoice choice =
       empty ? KernelChoice{}
             : select_kernel<Fp8GemmParams>(backend, p, a, kScaleBlock * (is_gated(e.activation) ? 2 : 1));
   if (empty || (choice.quantizes && choice.splits == 1)) {
-    auto [quantized, rows] = quantized_rows(sizes, {type, none, none, group_size, true, none}, a, op);
+    auto [quantized, rows] = quantized_rows(sizes, options, a, op);
     p.choice = choice;
     e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
     e.group_scale = rows.scale, e.group_scale_stride = rows.scale_stride;
@@ -101,7 +106,7 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
   }
   const Tensor out = epilogue_output(e, sizes, ScalarType::Float, a);
   run_gemm<Fp8GemmParams>(backend, p, a);
-  auto [q, scale, zero_point] = quantize(backend, out, type, none, none, group_size, true, none);
+  auto [q, scale, zero_point] = run_quantize(backend, out, options, op);
   return {q, scale};
 }
 

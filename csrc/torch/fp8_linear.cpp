@@ -6,25 +6,29 @@
 
 namespace forwardpass {
 
-Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
-                  std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale,
-                  OptionalTensor channel_scale) {
+Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
+                  const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
+                  const OptionalTensor& scale, const OptionalTensor& channel_scale) {
   const char* op = "fp8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
   GemmParams p{};
-  p.b = weight_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
+  p.b = b_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
   // blocks of the weight go with groups of 128 of x, a vector with whole rows
   const bool blocks = w_scale.dim() >= 2;
-  const OptionalTensor none;
-  const std::optional<int64_t> group = blocks ? std::optional<int64_t>(kScaleBlock) : std::nullopt;
-  q.out = quantized_options(q.x.columns, {ScalarType::Float8_e4m3fn, scale, none, group, true, channel_scale}, x, op);
+  QuantizeOptions x_options{.dtype = ScalarType::Float8_e4m3fn, .scale = scale, .channel_scale = channel_scale};
+  EpilogueOptions out_options{.bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype};
+  if (blocks) {
+    x_options.group_size = kScaleBlock;
+  } else {
+    out_options.b_scale = w_scale;
+  }
+  q.out = quantized_options(q.x.columns, x_options, x, op);
   auto sizes = sizes_of(x);
   sizes.back() = p.b.rows;
   Tensor out;
-  std::tie(out, p.epilogue) =
-      epilogue(sizes, q.x.rows, {none, blocks ? none : w_scale, bias, activation, out_dtype, none, none, none}, x, op);
+  std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
   if (blocks) b_block_scales(w_scale, p.b.rows, p.b.columns, is_gated(p.epilogue.activation), x, op, p.blocks);
   quantize_and_multiply<Fp8GemmParams>(backend, q, p, x);
   return out;

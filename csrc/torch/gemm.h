@@ -1,5 +1,5 @@
 #pragma once
-// Torch side of the GEMMs on the GPU: selects the kernel, allocates one workspace for all that passes between kernels,
+// Torch side of the GEMMs on the GPU: selects the kernel, allocates one workspace for what passes between kernels,
 // launches.
 #include "params/gemm.h"
 #include "params/pad_rows.h"
@@ -8,13 +8,13 @@
 
 namespace forwardpass {
 
-// One allocation for all buffers of a call. Each is reserved first, and has an address after allocate().
+// One allocation for all buffers of a call. Buffers are reserved first, and have addresses after allocate().
 class Workspace {
  public:
   int64_t reserve(int64_t bytes) {
-    const int64_t at = bytes_;
+    const int64_t offset = bytes_;
     bytes_ += round_up(bytes, 256);
-    return at;
+    return offset;
   }
   void allocate(const Tensor& like) {
     if (bytes_) memory_ = contiguous_rows({bytes_}, ScalarType::Char, like);
@@ -38,7 +38,7 @@ KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& l
   return select_kernel(backend, Params::kSelector, selector.of(backend), p, group, like);
 }
 
-// What a GEMM whose kernel is selected needs besides its operands: aligned copies of operands that are not aligned, and
+// A GEMM whose kernel is selected, and what that needs in the workspace: aligned copies of unaligned operands, and
 // partial sums.
 class GemmCall {
  public:
@@ -62,7 +62,7 @@ class GemmCall {
   int64_t a_ = -1, b_ = -1, partial_ = -1;  // offsets of the copies and of the partial sums; -1: none
 };
 
-// A GEMM of given operands; selects the kernel unless p has one.
+// A GEMM of the operands in p. Selects the kernel, unless p.choice has one.
 template <class Params>
 void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
   if (p.a.rows == 0 || p.b.rows == 0) return;
@@ -73,8 +73,8 @@ void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
   call.run<Params>();
 }
 
-// A linear layer: x is quantised into the workspace, as q.out says, and multiplied by p.b. What p says of x is filled
-// in here.
+// A Linear: quantises x into the workspace, as q.out says, and multiplies it by the weight, which is p.b. Fills in p.a
+// and its scales.
 template <class Params>
 void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x) {
   if (q.x.rows == 0 || p.b.rows == 0) return;
@@ -83,22 +83,22 @@ void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, cons
   q.out.q_stride = round_up(q.out.columns, 16);
   q.out.scale_stride = round_up(rows, 4);
   const bool dynamic = !q.out.static_scale;
-  const int64_t at = workspace.reserve(rows * q.out.q_stride),
-                scale = dynamic ? workspace.reserve(groups * q.out.scale_stride * 4) : 0,
-                zero_point = dynamic && !q.out.symmetric ? workspace.reserve(rows * 4) : 0;
+  const int64_t q_offset = workspace.reserve(rows * q.out.q_stride),
+                scale_offset = dynamic ? workspace.reserve(groups * q.out.scale_stride * 4) : 0,
+                zero_point_offset = dynamic && !q.out.symmetric ? workspace.reserve(rows * 4) : 0;
   p.a = {nullptr, q.out.dtype, rows, q.out.columns, q.out.q_stride};
   p.choice = select_kernel<Params>(backend, p, x);
-  GemmCall product(backend, p, x, workspace);
+  GemmCall gemm(backend, p, x, workspace);
   workspace.allocate(x);
-  q.out.q = workspace.at<void>(at);
-  if (dynamic) q.out.scale = workspace.at<float>(scale);
-  if (dynamic && !q.out.symmetric) q.out.zero_point = workspace.at<int32_t>(zero_point);
+  q.out.q = workspace.at<void>(q_offset);
+  if (dynamic) q.out.scale = workspace.at<float>(scale_offset);
+  if (dynamic && !q.out.symmetric) q.out.zero_point = workspace.at<int32_t>(zero_point_offset);
 
-  Epilogue& e = product.params.epilogue;
-  product.params.a.data = q.out.q;
-  if (product.params.blocks.b) {
-    product.params.blocks.a = q.out.scale;
-    product.params.blocks.a_stride = q.out.scale_stride;
+  Epilogue& e = gemm.params.epilogue;
+  gemm.params.a.data = q.out.q;
+  if (gemm.params.blocks.b) {
+    gemm.params.blocks.a = q.out.scale;
+    gemm.params.blocks.a_stride = q.out.scale_stride;
   } else {
     e.a_scale = dynamic ? q.out.scale : q.out.static_scale;
     e.a_scale_per_row = dynamic;
@@ -108,7 +108,7 @@ void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, cons
     e.zero_point_per_row = dynamic;
   }
   launch(backend, q, x, quantize_cpu);
-  product.run<Params>();
+  gemm.run<Params>();
 }
 
 }  // namespace forwardpass

@@ -12,19 +12,30 @@ void check_int8_depth(int64_t k, bool zero_point, const char* op) {
 }
 
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
-                 OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
-                 OptionalTensor out_scale, OptionalTensor a_zero_point, OptionalTensor b_sum) {
-  const Matrix am = operand(a, Dtype::i8, a, "int8_gemm", "a"),
-               bm = weight_operand(b, Dtype::i8, am.columns, a, "int8_gemm", "b");
-  check_int8_depth(am.columns, a_zero_point.has_value(), "int8_gemm");
+                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
+                 const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum) {
+  const char* op = "int8_gemm";
+  GemmParams p{};
+  p.a = operand(a, Dtype::i8, a, op, "a");
+  p.b = b_operand(b, Dtype::i8, p.a.columns, a, op, "b");
+  check_int8_depth(p.a.columns, a_zero_point.has_value(), op);
   auto sizes = sizes_of(a);
-  sizes.back() = bm.rows;
-  auto [out, e] = epilogue(
-      sizes, am.rows, {a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum}, a, "int8_gemm");
+  sizes.back() = p.b.rows;
+  Tensor out;
+  std::tie(out, p.epilogue) = epilogue(sizes, p.a.rows,
+                                       {.a_scale = a_scale,
+                                        .b_scale = b_scale,
+                                        .bias = bias,
+                                        .activation = activation_of(activation, op),
+                                        .out_dtype = out_dtype,
+                                        .out_scale = out_scale,
+                                        .a_zero_point = a_zero_point,
+                                        .b_sum = b_sum},
+                                       a, op);
   if (backend != Backend::cpu) {
-    run_gemm<Int8GemmParams>(backend, {am, bm, {}, e, {}, nullptr, 0}, a);
+    run_gemm<Int8GemmParams>(backend, p, a);
   } else if (out.numel()) {
-    int8_gemm_cpu(as_matrix(a, am), transposed(b, bm), e, nullptr);
+    int8_gemm_cpu(as_matrix(a, p.a), transposed(b, p.b), p.epilogue, nullptr);
   }
   return out;
 }

@@ -6,12 +6,12 @@
 
 namespace forwardpass {
 
-// Throws if K products could overflow an int32: (-128)^2 131072 times is 2^31, one too many; of (a - zero point) times
-// b, both int8, 65793 still fit.
+// Throws if the sum of k products could overflow an int32: 131072 times (-128)^2 is 2^31, one too many. With a zero
+// point a factor is up to 255, and 65793 products of 255 and -128 still fit.
 void check_int8_depth(int64_t k, bool zero_point, const char* op);
 
-// int8 a [M, K] times b transposed [K, N], then the epilogue. With `quantize`, a is computed from quantize->x and need
-// not be stored.
+// int8 a [M, K] times b_transposed [K, N], then the epilogue. With `quantize`, a is what quantize->x is quantised to,
+// and need not be written to memory.
 void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
                    const QuantizeParams* quantize);
 

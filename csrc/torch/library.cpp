@@ -18,27 +18,27 @@ struct Library {
   std::mutex mutex;
 };
 Library libraries[2];  // [interpreted]
-std::atomic<bool> poisoned{false};
+std::atomic<bool> poisons_outputs{false};
 
 using StorageHook = void(const void* data, int64_t bytes, const char* name, int read_only);
 thread_local StorageHook* storage_hook = nullptr;
-thread_local bool keeping = false;
-thread_local std::vector<torch::stable::Tensor> kept;
+thread_local bool keeps_tensors = false;
+thread_local std::vector<torch::stable::Tensor> kept_tensors;
 
 }  // namespace
 
 void set_library(int64_t interpreted, std::string path) { libraries[interpreted != 0].path = std::move(path); }
 
-void set_poison(bool on) { poisoned = on; }
-bool poison() { return poisoned.load(std::memory_order_relaxed); }
+void set_poison(bool on) { poisons_outputs = on; }
+bool poison() { return poisons_outputs.load(std::memory_order_relaxed); }
 
 void set_storage_hook(int64_t address) { storage_hook = reinterpret_cast<StorageHook*>(address); }
 void keep_storage(bool on) {
-  keeping = on;
-  if (!on) kept.clear();
+  keeps_tensors = on;
+  if (!on) kept_tensors.clear();
 }
 void report_storage(const torch::stable::Tensor& t) {
-  if (keeping) kept.push_back(t);
+  if (keeps_tensors) kept_tensors.push_back(t);
   int64_t bytes;
   if (storage_hook && aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS)
     storage_hook(t.const_data_ptr(), bytes, "output or workspace", 0);
@@ -75,20 +75,20 @@ void* current_stream(int32_t device) {
 
 Device device_of(Backend backend, const torch::stable::Tensor& x) {
   constexpr const char* kName = "forwardpass_device";
-  static LibraryFunction<int(Device*)> ask(kName);
+  static LibraryFunction<int(Device*)> query(kName);
   Device device{};
   if (backend == Backend::interpreted) {  // the interpreted GPU may change between calls
-    check_cuda(backend, kName, ask.of(backend)(&device));
+    check_cuda(backend, kName, query.of(backend)(&device));
     return device;
   }
-  constexpr int kKnown = 64;
-  static std::atomic<Device> known[kKnown];
+  constexpr int kCached = 64;
+  static std::atomic<Device> cache[kCached];
   static_assert(std::atomic<Device>::is_always_lock_free);
   const int32_t index = x.get_device_index();
-  if (index < kKnown && (device = known[index].load(std::memory_order_relaxed)).arch) return device;
+  if (index < kCached && (device = cache[index].load(std::memory_order_relaxed)).arch) return device;
   torch::stable::accelerator::DeviceGuard guard(index);
-  check_cuda(backend, kName, ask.of(backend)(&device));
-  if (index < kKnown) known[index].store(device, std::memory_order_relaxed);
+  check_cuda(backend, kName, query.of(backend)(&device));
+  if (index < kCached) cache[index].store(device, std::memory_order_relaxed);
   return device;
 }
 

@@ -12,12 +12,13 @@ namespace forwardpass {
 // same objects in _kernels_interpreted.so on CPU tensors.
 enum class Backend { cpu, cuda, interpreted };
 
-// cudaStreamPerThread: the legacy stream cannot be captured, and whatever is put on that one by mistake shows.
+// cudaStreamPerThread. The legacy default stream cannot be captured, so that work put there by mistake is noticed.
 inline void* const kInterpretedStream = reinterpret_cast<void*>(2);
 
 void set_library(int64_t interpreted, std::string path);
 
-// For tests: outputs are filled with NaN or -1 before a kernel sees them, so that an element that no one writes shows.
+// For tests: outputs are filled with NaN or -1 before a kernel sees them, so that an element that it does not write is
+// noticed.
 void set_poison(bool on);
 bool poison();
 
@@ -39,14 +40,14 @@ class LibraryFunction {
  public:
   constexpr explicit LibraryFunction(const char* name) : name_(name) {}
   F* of(Backend backend) {
-    F*& f = found_[static_cast<int>(backend)];  // a race writes the same value twice
+    F*& f = functions_[static_cast<int>(backend)];  // a race writes the same value twice
     if (!f) f = reinterpret_cast<F*>(library_function(backend, name_));
     return f;
   }
 
  private:
   const char* name_;
-  F* found_[3] = {};
+  F* functions_[3] = {};
 };
 
 // The GPU of x, or the interpreted one.

@@ -5,89 +5,126 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+
 namespace forwardpass {
 namespace {
 
-// on<quantize, Backend::cpu>::call is quantize with its first argument bound, as a plain function for TORCH_BOX.
-template <auto F, Backend B, class = decltype(F)>
-struct on;
-template <auto F, Backend B, class R, class... Args>
-struct on<F, B, R (*)(Backend, Args...)> {
-  static R call(Args... args) { return F(B, args...); }
+// One operation. F is its torch side: a function of the backend and of the schema's arguments.
+template <auto F, bool kHasCpuKernel = true>
+struct Op {
+  static constexpr bool kHasCpu = kHasCpuKernel;
+  const char* schema;
+
+  std::string name(const char* suffix) const { return std::string(schema, std::strchr(schema, '(')) + suffix; }
+  std::string definition(const char* suffix) const { return name(suffix) + std::strchr(schema, '('); }
+
+  // F for one backend, in the form that torch calls.
+  template <Backend B>
+  static constexpr auto boxed() {
+    return TORCH_BOX((&OnBackend<B, decltype(F)>::call));
+  }
+
+ private:
+  template <Backend B, class>
+  struct OnBackend;
+  template <Backend B, class R, class... Args>
+  struct OnBackend<B, R (*)(Backend, Args...)> {
+    static R call(Args... args) { return F(B, args...); }
+  };
 };
 
-}  // namespace
-}  // namespace forwardpass
+// On GPUs only: the CPU has no fp8 arithmetic.
+template <auto F>
+using GpuOp = Op<F, false>;
 
-using namespace forwardpass;
+constexpr std::tuple kOps{
+    Op<quantize>{
+        "quantize(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, bool symmetric, "
+        "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point)"},
 
-#define QUANTIZE_OPTIONS "bool symmetric, Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point"
-#define NORM_OPTIONS "Tensor? weight, float eps, ScalarType dtype, str kind, Tensor? bias, "
+    Op<activation_quantize>{
+        "activation_quantize(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, bool symmetric, "
+        "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point)"},
 
-#define EPILOGUE_OPTIONS "Tensor? bias, str? activation, ScalarType out_dtype, "
+    Op<norm_quantize>{
+        "norm_quantize(Tensor x, Tensor? weight, float eps, ScalarType dtype, str kind, Tensor? bias, bool symmetric, "
+        "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point)"},
 
-#define GEMM_OPERANDS "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, "
+    Op<add_norm_quantize>{
+        "add_norm_quantize(Tensor x, Tensor residual, Tensor? weight, float eps, ScalarType dtype, str kind, "
+        "Tensor? bias, bool symmetric, Tensor? channel_scale) -> "
+        "(Tensor q, Tensor scale, Tensor zero_point, Tensor residual_out)"},
 
-#define ATTENTION_OPERANDS                                                                          \
-  "(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int? window_left, int? window_right, " \
-  "float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "        \
-  "Tensor? cu_seqlens_k, bool batch_invariant) -> "
+    Op<dequant_activation>{
+        "dequant_activation(Tensor acc, Tensor? a_scale, Tensor? b_scale, Tensor? bias, str? activation, "
+        "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
 
-// with kernels on every backend
-#define FOR_EACH_OP(X)                                                                                                 \
-  X(quantize,                                                                                                          \
-    "(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, " QUANTIZE_OPTIONS ")")          \
-  X(activation_quantize,                                                                                               \
-    "(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, " QUANTIZE_OPTIONS ")")                 \
-  X(norm_quantize, "(Tensor x, " NORM_OPTIONS QUANTIZE_OPTIONS ")")                                                    \
-  X(add_norm_quantize, "(Tensor x, Tensor residual, " NORM_OPTIONS QUANTIZE_OPTIONS ", Tensor residual_out)")          \
-  X(dequant_activation, "(Tensor acc, Tensor? a_scale, Tensor? b_scale, " EPILOGUE_OPTIONS                             \
-                        "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")                           \
-  X(int8_gemm, GEMM_OPERANDS EPILOGUE_OPTIONS "Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor")     \
-  X(int8_linear, "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS                                         \
-                 "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor") \
-  X(w8a16_gemm, "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor")                       \
-  X(attention, ATTENTION_OPERANDS "Tensor")                                                                            \
-  X(attention_with_lse, ATTENTION_OPERANDS "(Tensor o, Tensor lse)")
+    Op<int8_gemm>{"int8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
+                  "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
 
-// on GPUs only: the CPU has no fp8 arithmetic
-#define FOR_EACH_GPU_OP(X)                                                                                         \
-  X(fp8_gemm, GEMM_OPERANDS EPILOGUE_OPTIONS "Tensor? out_scale) -> Tensor")                                       \
-  X(fp8_gemm_quantize, GEMM_OPERANDS "Tensor? bias, str? activation, int group_size) -> (Tensor q, Tensor scale)") \
-  X(fp8_linear,                                                                                                    \
-    "(Tensor x, Tensor weight, Tensor w_scale, " EPILOGUE_OPTIONS "Tensor? scale, Tensor? channel_scale) -> Tensor")
+    Op<int8_linear>{
+        "int8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
+        "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor"},
+
+    Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
+
+    Op<attention>{
+        "attention(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int? window_left, int? window_right, "
+        "float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k, bool batch_invariant) -> Tensor"},
+
+    Op<attention_with_lse>{
+        "attention_with_lse(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int? window_left, "
+        "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
+
+    GpuOp<fp8_gemm>{"fp8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
+                    "ScalarType out_dtype, Tensor? out_scale) -> Tensor"},
+
+    GpuOp<fp8_gemm_quantize>{
+        "fp8_gemm_quantize(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
+        "int group_size) -> (Tensor q, Tensor scale)"},
+
+    GpuOp<fp8_linear>{
+        "fp8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
+        "Tensor? scale, Tensor? channel_scale) -> Tensor"},
+};
+
+template <class Function>
+void for_each_op(Function f) {
+  std::apply([&](auto... op) { (f(op), ...); }, kOps);
+}
 
 STABLE_TORCH_LIBRARY(forwardpass, m) {
-#define DEFINE(name, schema)     \
-  m.def(#name "_cpu" schema);    \
-  m.def(#name "_triton" schema); \
-  m.def(#name "_cuda" schema);
-  FOR_EACH_OP(DEFINE)
-#define DEFINE_GPU(name, schema) \
-  m.def(#name "_triton" schema); \
-  m.def(#name "_cuda" schema);
-  FOR_EACH_GPU_OP(DEFINE_GPU)
+  for_each_op([&](auto op) {
+    if (op.kHasCpu) m.def(op.definition("_cpu").c_str());
+    m.def(op.definition("_triton").c_str());
+    m.def(op.definition("_cuda").c_str());
+  });
   m.def("_set_library(int interpreted, str path) -> ()");
   m.def("_set_poison(bool on) -> ()");
   m.def("_set_storage_hook(int address) -> ()");
   m.def("_keep_storage(bool on) -> ()");
 }
+
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
-#define ON_CPU(name, schema)                                         \
-  m.impl(#name "_cpu", TORCH_BOX((&on<&name, Backend::cpu>::call))); \
-  m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::interpreted>::call)));
-  FOR_EACH_OP(ON_CPU)
-#define ON_INTERPRETED(name, schema) m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::interpreted>::call)));
-  FOR_EACH_GPU_OP(ON_INTERPRETED)
+  for_each_op([&](auto op) {
+    if constexpr (op.kHasCpu) m.impl(op.name("_cpu").c_str(), op.template boxed<Backend::cpu>());
+    m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
+  });
 }
+
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
-#define ON_CUDA(name, schema) m.impl(#name "_cuda", TORCH_BOX((&on<&name, Backend::cuda>::call)));
-  FOR_EACH_OP(ON_CUDA)
-  FOR_EACH_GPU_OP(ON_CUDA)
+  for_each_op([&](auto op) { m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>()); });
 }
+
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {
   m.impl("_set_library", TORCH_BOX(&set_library));
   m.impl("_set_poison", TORCH_BOX(&set_poison));
   m.impl("_set_storage_hook", TORCH_BOX(&set_storage_hook));
   m.impl("_keep_storage", TORCH_BOX(&keep_storage));
 }
+
+}  // namespace
+}  // namespace forwardpass

@@ -4,61 +4,67 @@
 
 namespace forwardpass {
 
-using Quantized =
-    std::tuple<Tensor, Tensor, Tensor>;  // q, scale, zero_point; the last two are empty if the caller gave them
+// q, scale, zero_point. A static scale or zero_point is empty here, and so is the zero_point of a symmetric q.
+using Quantized = std::tuple<Tensor, Tensor, Tensor>;
 
-Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, OptionalTensor scale, OptionalTensor zero_point,
-                   std::optional<int64_t> group_size, bool symmetric, OptionalTensor channel_scale);
+Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, const OptionalTensor& scale,
+                   const OptionalTensor& zero_point, std::optional<int64_t> group_size, bool symmetric,
+                   const OptionalTensor& channel_scale);
 
-Quantized activation_quantize(Backend backend, const Tensor& x, std::string activation, ScalarType dtype,
-                              std::optional<int64_t> group_size, std::string layout, bool symmetric,
-                              OptionalTensor channel_scale);
+Quantized activation_quantize(Backend backend, const Tensor& x, const std::string& activation, ScalarType dtype,
+                              std::optional<int64_t> group_size, const std::string& layout, bool symmetric,
+                              const OptionalTensor& channel_scale);
 
-Tensor dequant_activation(Backend backend, const Tensor& acc, OptionalTensor a_scale, OptionalTensor b_scale,
-                          OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
-                          OptionalTensor out_scale, OptionalTensor a_zero_point, OptionalTensor b_sum);
+Tensor dequant_activation(Backend backend, const Tensor& acc, const OptionalTensor& a_scale,
+                          const OptionalTensor& b_scale, const OptionalTensor& bias,
+                          const std::optional<std::string>& activation, ScalarType out_dtype,
+                          const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
+                          const OptionalTensor& b_sum);
 
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
-                 OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
-                 OptionalTensor out_scale, OptionalTensor a_zero_point, OptionalTensor b_sum);
+                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
+                 const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum);
 
-Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
-                   std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale,
-                   OptionalTensor zero_point, bool symmetric, OptionalTensor channel_scale, OptionalTensor w_sum);
+Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
+                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
+                   const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
+                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum);
 
 Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
-                OptionalTensor bias, std::optional<std::string> activation, ScalarType out_dtype,
-                OptionalTensor out_scale);
+                const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
+                const OptionalTensor& out_scale);
 
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
-                                             const Tensor& b_scale, OptionalTensor bias,
-                                             std::optional<std::string> activation, int64_t group_size);
+                                             const Tensor& b_scale, const OptionalTensor& bias,
+                                             const std::optional<std::string>& activation, int64_t group_size);
 
-Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale, OptionalTensor bias,
-                  std::optional<std::string> activation, ScalarType out_dtype, OptionalTensor scale,
-                  OptionalTensor channel_scale);
+Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
+                  const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
+                  const OptionalTensor& scale, const OptionalTensor& channel_scale);
 
-Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, OptionalTensor bias,
-                  std::optional<std::string> activation);
+Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const OptionalTensor& bias,
+                  const std::optional<std::string>& activation);
 
-Quantized norm_quantize(Backend backend, const Tensor& x, OptionalTensor weight, double eps, ScalarType dtype,
-                        std::string kind, OptionalTensor bias, bool symmetric, OptionalTensor channel_scale);
+Quantized norm_quantize(Backend backend, const Tensor& x, const OptionalTensor& weight, double eps, ScalarType dtype,
+                        const std::string& kind, const OptionalTensor& bias, bool symmetric,
+                        const OptionalTensor& channel_scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, const Tensor& x, const Tensor& residual,
-                                                             OptionalTensor weight, double eps, ScalarType dtype,
-                                                             std::string kind, OptionalTensor bias, bool symmetric,
-                                                             OptionalTensor channel_scale);
+                                                             const OptionalTensor& weight, double eps, ScalarType dtype,
+                                                             const std::string& kind, const OptionalTensor& bias,
+                                                             bool symmetric, const OptionalTensor& channel_scale);
 
 Tensor attention(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
                  bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-                 OptionalTensor mask, OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor cu_seqlens_q,
-                 OptionalTensor cu_seqlens_k, bool batch_invariant);
+                 const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool batch_invariant);
 
 std::tuple<Tensor, Tensor> attention_with_lse(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v,
                                               std::optional<double> scale, bool causal,
                                               std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                                              double softcap, OptionalTensor mask, OptionalTensor alibi_slopes,
-                                              OptionalTensor sinks, OptionalTensor cu_seqlens_q,
-                                              OptionalTensor cu_seqlens_k, bool batch_invariant);
+                                              double softcap, const OptionalTensor& mask,
+                                              const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                              bool batch_invariant);
 
 }  // namespace forwardpass

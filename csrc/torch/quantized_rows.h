@@ -6,11 +6,11 @@ namespace forwardpass {
 
 struct QuantizeOptions {
   ScalarType dtype;
-  const OptionalTensor& scale;
-  const OptionalTensor& zero_point;
-  std::optional<int64_t> group_size;
-  bool symmetric;
-  const OptionalTensor& channel_scale;
+  OptionalTensorRef scale = {};  // static; without one it is computed
+  OptionalTensorRef zero_point = {};
+  std::optional<int64_t> group_size = {};
+  bool symmetric = true;
+  OptionalTensorRef channel_scale = {};
 };
 
 // Checks the options; allocates no results.
@@ -54,12 +54,15 @@ inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int6
     strides.push_back(r.scale_stride);
   }
   const std::vector<int64_t> none{0}, one{1};
-  const bool dynamic = !o.scale, shifted = dynamic && !o.symmetric;
+  const bool dynamic = !o.scale, has_zero_point = dynamic && !o.symmetric;
   Tensor scale = empty_strided(dynamic ? shape : none, dynamic ? strides : one, ScalarType::Float, x);
-  Tensor zero_point = empty_strided(shifted ? shape : none, shifted ? strides : one, ScalarType::Int, x);
+  Tensor zero_point = empty_strided(has_zero_point ? shape : none, has_zero_point ? strides : one, ScalarType::Int, x);
   r.scale = dynamic ? static_cast<float*>(scale.mutable_data_ptr()) : nullptr;
-  r.zero_point = shifted ? static_cast<int32_t*>(zero_point.mutable_data_ptr()) : nullptr;
+  r.zero_point = has_zero_point ? static_cast<int32_t*>(zero_point.mutable_data_ptr()) : nullptr;
   return {Quantized{q, scale, zero_point}, r};
 }
+
+// The operation `quantize`, for those of which it is a part.
+Quantized run_quantize(Backend backend, const Tensor& x, const QuantizeOptions& o, const char* op);
 
 }  // namespace forwardpass

@@ -1,5 +1,5 @@
-// What the interpreter is made of on the host alone, as Python objects: the syntax tree of PTX and the number formats.
-// pybind11, and so of one Python version; optional, as no other library needs Python's C API (README.md).
+// The interpreter's parser of PTX and its number formats as Python objects. It is a pybind11 module, so a build serves
+// one Python version only, and it is optional: no other library needs Python's C API (csrc/interpreter/README.md).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -172,7 +172,7 @@ void check_global(Warp& w, Transfer& t, Use use, int lane) {
   check();
 }
 
-// The operation as it begins: of what the lanes of its warp do it knows what the one that issues it knows.
+// The operation as it begins. Of what the lanes of its warp have done it knows what the issuing lane knows.
 Actor issued_by(Warp& w, const Transfer& t, int lane) {
   Actor actor = w.cta->cluster->async_actor(t.agent);
   actor.lanes = w.lanes();
@@ -183,8 +183,8 @@ Actor issued_by(Warp& w, const Transfer& t, int lane) {
 // Its bytes are on their way to the target.
 void send(Warp& w, Transfer& t, uint32_t to, int lane) {
   Cta& target = *t.target;
-  // The copy signals the mbarrier, and whoever waits for it knows that; nobody need know of the thread that issued it
-  // (CUTLASS's multicasts: the CTAs that receive leave when their consumers have what they waited for).
+  // The copy itself signals the mbarrier, and whoever waits there learns of the copy; nobody needs to learn of the
+  // thread that issued it. (With CUTLASS's multicasts a receiving CTA exits once its consumers have their data.)
   use_mbarrier(w, target, t.mbarrier, false);
   t.agent = w.cta->cluster->async_agent(w);
   const Actor actor = issued_by(w, t, lane);

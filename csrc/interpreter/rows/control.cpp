@@ -13,7 +13,7 @@ Step bra(Warp& w, const Instruction& i, Mask mask) {
   return Step::jumped;
 }
 
-// Lanes go to as many places as their indices name.
+// Lanes with different indices go to different targets.
 Step brx(Warp& w, const Instruction& i, Mask mask) {
   const auto& targets = *static_cast<const std::vector<uint32_t>*>(i.data);
   const auto* index = w.operand<uint32_t>(i, 0);

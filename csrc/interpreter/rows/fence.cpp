@@ -32,7 +32,7 @@ void bind_plain(Bind& b) {
 }
 constexpr auto bind_no_effect = bind_plain<no_effect>;
 
-// Of the CTA alone it orders no other one.
+// A fence of scope .cta orders nothing between CTAs.
 void bind_fence(Bind& b) {
   if (b.has("cta")) return bind_no_effect(b);
   bind_plain<fence>(b);

@@ -202,11 +202,11 @@ bool phase_over(const Warp& w, const Form& form, const Instruction& i, const MBa
   return behind == 1;
 }
 
-// A loop around a failing test makes no progress: after so many in a row with nothing happening it counts as a wait.
+// A loop around a failing test makes no progress: after this many failures in a row, with no event, it counts as a
+// wait.
 constexpr int kPolls = 64;
-// try_wait suspends its thread up to a time limit, which passes once in so many looks, and when nothing else can
-// happen: the phase need not come (CUTLASS looks ahead to a stage that is not filled any more, and does not wait for
-// it).
+// try_wait suspends its thread up to a time limit. The limit expires at one try in this many, and when nothing else can
+// happen, as the phase need not end: CUTLASS tries a stage ahead that is never filled, and does not wait for it.
 constexpr uint32_t kTimeout = 16;
 
 template <bool suspends>

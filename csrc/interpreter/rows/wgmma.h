@@ -14,8 +14,9 @@
 
 namespace forwardpass::interpreter {
 
-// An instruction, decoded. Its option: 0, or 1 + the instruction that accesses one of its registers with no wgmma.fence
-// between (behind the last one: none does, and there is no fence at all); its immediate: which operand.
+// A decoded instruction. Instruction::option is 0, or 1 + the instruction that accesses one of its registers without a
+// wgmma.fence in between (or 1 + the number of instructions, if there is no fence at all); the immediate is the
+// operand.
 struct WgmmaShape {
   Product exact, truncating;
   int n, k, d_registers;
@@ -67,7 +68,7 @@ class RegistersInFlight {
   std::shared_ptr<Accumulator> make(const WgmmaShape&, const Offset* registers);
   std::shared_ptr<Accumulator> share(const Accumulator*) const;
   void drop(Offset);
-  // Fills in the registers whose last operation is not after this one, which no longer are in flight then.
+  // Fills in the registers whose last operation is this one or an earlier one. They are then no longer in flight.
   void land(uint64_t operation, uint8_t* registers);
 
  private:

@@ -1,7 +1,8 @@
 // Where a wgmma.fence is missing: PTX ISA 9.7.15.7.1 wants one before the first wgmma.mma_async, and between any access
 // to a register and a wgmma.mma_async that has it in D or A, except where D of another one of the same shape is that
-// access. Found when a function is decoded, so that running it costs nothing: forwards through its basic blocks goes,
-// for each register, an access that some path has made since its last fence. A path that is never taken counts too.
+// access. This is found when a function is decoded, so that it costs nothing to run: a forward dataflow analysis over
+// the basic blocks has, for each register, an access that some path has made since its last fence. Paths that are never
+// taken count too.
 //
 // Copies and constants are no accesses. Compilers put them where they like, behind the fence as well: nvcc the zeros of
 // fresh accumulators, Triton a copy of accumulators that are needed again. So a copy is as old as what it copies, and a
@@ -21,7 +22,7 @@ namespace {
 
 const WgmmaShape& shape_of(const Instruction& i) { return *static_cast<const WgmmaShape*>(i.data); }
 
-// What an instruction does to one register that wgmma may see. A slot is such a register's, and 0 that of constants.
+// What an instruction does to a register that wgmma may access. Each such register has a slot; slot 0 is for constants.
 struct Event {
   enum class Kind : uint8_t { access, copy, d, a, fence } kind;
   uint32_t instruction;
@@ -29,8 +30,8 @@ struct Event {
   int detail;  // copy: the slot of its source; d, a: which operand
 };
 
-// By slot: the instruction that has accessed it since the last fence; behind the last one: none has, but there was no
-// fence yet.
+// By slot: an instruction that has accessed it since the last fence; the number of instructions, if none has but there
+// was no fence yet; or kOrdered.
 using Accesses = std::vector<uint32_t>;
 constexpr uint32_t kOrdered = ~uint32_t{0};
 
