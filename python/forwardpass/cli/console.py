@@ -19,6 +19,8 @@ from ..swap.report import by_reason
 
 #: Seconds between lines of progress where stderr is no terminal.
 EVERY = 15.0
+#: Of a CPU on which int8 products are sgemm's.
+NO_INT8_GAIN = "no gain: without AMX or AVX-512 VNNI a swapped model is slower than in fp32"
 
 
 def say(console: Console, text: str) -> None:
@@ -95,6 +97,7 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
         ("driver", f"{driver['present'] or 'none'}; {needed}"),
         ("nvcc", found["nvcc"] or "none; only building the CUDA kernels needs one"),
         ("CPU", f"{cpu['name']}, {cpu['capability']}, {threads} on {cores}"),
+        ("int8", f"products by {cpu['int8']}" if cpu["int8"] else NO_INT8_GAIN),
         ("interpreter", describe_interpreter(found["interpreter"])),
         *(("GPU", f"{g['name']}, {g['arch']}, {g['memory_bytes'] / 2**30:.0f} GiB") for g in found["gpus"]),
     ]
@@ -127,22 +130,25 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
     say(console, "\n".join([*lines, "", *(problems or ["everything that should work here does"])]))
 
 
-def describe_interpreter(found: dict[str, Any]) -> str:
-    if found["problem"]:
-        return f"none: {found['problem']}"
-    gpus = ", ".join(f"{name} ({arch})" for arch, name in found["architectures"].items())
-    sentences = [f"stands in for {gpus}"]
+def describe_interpreter(interpreter: dict[str, Any]) -> str:
+    """The GPUs that it stands in for, and which kernels it runs as them."""
+    if interpreter["problem"]:
+        return f"none: {interpreter['problem']}"
+    gpus = ", ".join(f"{name} ({arch})" for arch, name in interpreter["architectures"].items())
+    kernels = interpreter["kernels"]
     runs = defaultdict(list)
-    for k in found["kernels"]:
+    for k in kernels:
         if k["code"] is None:
             runs[k["operation"]].append(k["backend"])
+    sentences = []
     for backends in dict.fromkeys(map(tuple, runs.values())):
-        sentences.append(
-            f"runs the {' and '.join(backends)} kernels of {', '.join(o for o in runs if tuple(runs[o]) == backends)}"
-        )
-    sentences += dict.fromkeys(f"no {k['backend']} kernels: {k['text']}" for k in found["kernels"]
-                          if k["code"] not in (None, "not_written"))  # fmt: skip
-    return "; ".join(sentences)
+        names = [o for o in runs if tuple(runs[o]) == backends]
+        every = len(names) == len({k["operation"] for k in kernels})
+        sentences.append(f"{' and '.join(backends)} kernels of {'every operation' if every else ', '.join(names)}")
+    sentences += dict.fromkeys(
+        f"no {k['backend']} kernels: {k['text']}" for k in kernels if k["code"] not in (None, "not_written")
+    )
+    return f"{gpus}: {'; '.join(sentences)}"
 
 
 def print_swap(result: dict[str, Any], console: Console) -> None:
