@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..common.batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
 from ..common.files import read_json, write_json
-from ..common.modules import tensor_bytes
+from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, interleave
 from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
@@ -122,13 +122,8 @@ class Subject:
 def shapes_of_calls(subject: Subject, leaves: list[Leaf], batches: list[Any]) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The shapes that each layer is called with in one pass over the batches."""
     calls: dict[str, list[tuple[int, ...]]] = {leaf.fqn: [] for leaf in leaves}
-    with ExitStack() as stack:
-        for leaf in leaves:
-
-            def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = leaf.fqn) -> None:
-                calls[fqn].append(tuple((args[0] if args else next(iter(kwargs.values()))).shape))
-
-            stack.callback(leaf.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    modules = ((leaf.fqn, leaf.module) for leaf in leaves)
+    with hooked(modules, before=lambda fqn, module, x: calls[fqn].append(tuple(x.shape))):
         for _ in subject.outputs(batches):
             pass
     return {fqn: tuple(found) for fqn, found in calls.items()}
@@ -303,22 +298,14 @@ class Measurer:
         done = track("measuring errors of layers", len(layers))
         batch = self.batches[0]  # its rows are enough: exact products are in fp64
 
-        def compare(leaf: Leaf, x: Tensor, expected: Tensor) -> None:
+        def compare(leaf: Leaf, module: nn.Module, x: Tensor, expected: Tensor) -> None:
             mask = padding_mask(batch, x.shape[:-1], leaf.fqn)
             for name, parity in found[leaf.fqn].items():
-                module = self._built(leaf, name)
-                parity.add(module, x, module(x), module.activated(expected), mask)
+                candidate = self._built(leaf, name)
+                parity.add(candidate, x, candidate(x), candidate.activated(expected), mask)
             done()
 
-        with ExitStack() as stack:
-            for layer in layers:
-
-                def hook(
-                    m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, leaf: Leaf = layer.leaf
-                ) -> None:
-                    compare(leaf, args[0] if args else next(iter(kwargs.values())), y)
-
-                stack.callback(layer.leaf.module.register_forward_hook(hook, with_kwargs=True).remove)
+        with hooked(((layer.leaf, layer.leaf.module) for layer in layers), after=compare):
             for _ in self.subject.outputs([batch]):
                 pass
         parts = {"error": "total", "quantisation": "quantisation", "kernel": "kernel"}

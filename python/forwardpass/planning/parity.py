@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
 from ..common.compare import relative_error
-from ..common.modules import plain_module
+from ..common.modules import hooked, plain_module
 from ..common.text import count, table, wrapped
 from ..nn import QuantizedLinear
 from ..swap import originals
@@ -270,21 +270,13 @@ def _compared(
 ) -> Iterator[None]:
     """Within it every call of a swapped layer is compared with its original, on the same input."""
 
-    def compare(fqn: str, module: QuantizedLinear, x: Tensor, y: Tensor) -> None:
+    def compare(fqn: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        assert isinstance(module, QuantizedLinear)
         with _on_device(pairs[fqn], x.device):
             expected = module.activated(pairs[fqn](x))
         found[fqn].add(module, x, y, expected, padding_mask(batch, x.shape[:-1], fqn))
 
-    with ExitStack() as stack:
-        for fqn, module in layers.items():
-
-            def hook(
-                m: QuantizedLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, fqn: str = fqn
-            ) -> None:
-                compare(fqn, m, args[0] if args else next(iter(kwargs.values())), y)
-
-            handle = module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+    with hooked(layers.items(), after=compare):
         yield
 
 
@@ -308,18 +300,21 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
     """
     swapped = originals.find(model)
     assert swapped is not None
+    elsewhere = [
+        (originals.Moved((), device), device, layer.original)
+        for layer in swapped.layers
+        if device_of(layer.original) != (device := device_of(layer.replacement))
+    ]
     with ExitStack() as stack:
-        for layer in swapped.layers:
-            device = device_of(layer.replacement)
-            if device_of(layer.original) != device:
-                moved = originals.Moved((), device)
-                stack.callback(moved.undo)  # where a forward fails half-way
-                before = layer.original.register_forward_pre_hook(
-                    lambda m, _, moved=moved, device=device: moved.add(m, device)
-                )
-                after = layer.original.register_forward_hook(lambda m, _, y, moved=moved: moved.undo())
-                stack.callback(before.remove)
-                stack.callback(after.remove)
+        for moved, _, _ in elsewhere:
+            stack.callback(moved.undo)  # where a forward fails half-way
+        stack.enter_context(
+            hooked(
+                (((moved, device), module) for moved, device, module in elsewhere),
+                before=lambda place, module, _: place[0].add(module, place[1]),
+                after=lambda place, *_: place[0].undo(),
+            )
+        )
         swapped.undo(model)
         stack.callback(swapped.put, model)
         yield

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.batches import tensors
+from ..common.modules import hooked
 from .phases import Request, sample
 from .roofline import Roofline, roofline
 
@@ -186,21 +187,11 @@ def _dtype(operands: Sequence[Tensor]) -> str:
     return str((small or floating or [torch.float32])[0]).removeprefix("torch.")
 
 
-@contextmanager
-def _at_layers(model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
-    """Within the block every call of a module is announced, from its beginning to its end, also where it raises."""
-    with ExitStack() as stack:
-        for fqn, module in model.named_modules():
-
-            def before(module: nn.Module, args: Any, fqn: str = fqn) -> None:
-                enter(fqn)
-
-            def after(module: nn.Module, args: Any, result: Any) -> None:
-                leave()
-
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after, always_call=True).remove)
-        yield
+def _at_layers(
+    model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]
+) -> AbstractContextManager[None]:
+    """Within it every call of a module is announced, from its beginning to its end, also where it raises."""
+    return hooked(model.named_modules(), lambda fqn, *_: enter(fqn), lambda *_: leave(), always=True)
 
 
 def look_inside(request: Request, items: Sequence[Any], passes: int = 3) -> Inside:

@@ -10,12 +10,12 @@ input was changed in between.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..common.batches import Forward, evaluating, padding_mask, run
+from ..common.modules import hooked
 from ..nn.layer import linear_weight
 from .calibration import LayerStatistics, round_weight, smoothing_scale
 from .walker import Leaf
@@ -55,20 +55,13 @@ def observe(
     statistics = {leaf.fqn: LayerStatistics(leaf.in_features) for leaf in leaves}
     batch: Any = None
 
-    def watch(leaf: Leaf, x: Tensor) -> None:
+    def watch(leaf: Leaf, module: nn.Module, x: Tensor) -> None:
         # the products where the activations are, the sums on the host
         here = LayerStatistics(leaf.in_features, x.device)
         statistics[leaf.fqn].merge(here.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
 
     count = 0
-    with ExitStack() as stack:
-        for leaf in leaves:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Leaf = leaf) -> None:
-                watch(leaf, args[0] if args else next(iter(kwargs.values())))
-
-            stack.callback(leaf.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(evaluating(model))
+    with hooked(((leaf, leaf.module) for leaf in leaves), before=watch), evaluating(model):
         for batch in batches:
             run(model, batch, forward)
             count += 1
