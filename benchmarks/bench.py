@@ -140,12 +140,12 @@ def ratios(median: float, peers: dict[str, float]) -> dict[str, float]:
     return {name: p / median for name, p in peers.items()}
 
 
-def check_same_work(what: str, got: Any, expected: Any) -> None:
-    pairs = [(g, e) for g, e in zip(tensors(got), tensors(expected)) if e.numel()]
+def check_same_work(name: str, actual: Any, expected: Any) -> None:
+    pairs = [(g, e) for g, e in zip(tensors(actual), tensors(expected)) if e.numel()]
     for g, e in pairs:
         error = finite_relative_error(g, e)
         if not error <= SAME_WORK:
-            sys.exit(f"{what} does other work than the baseline: relative error {error:.1e}")
+            sys.exit(f"{name} does other work than the baseline: relative error {error:.1e}")
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

@@ -480,7 +480,7 @@ def test_refuses_a_minilm_that_is_another(monkeypatch):
 
 @needs_minilm
 def test_minilm_is_found_without_importing_its_package():
-    assert embedding.find_model("minilm").chosen.startswith("all-MiniLM-L6-v2")
+    assert embedding.find_model("minilm").origin.startswith("all-MiniLM-L6-v2")
     assert embedding.MINILM_PACKAGE.replace("-", "_") not in sys.modules
 
 

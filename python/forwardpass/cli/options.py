@@ -79,14 +79,14 @@ def prepare(device: str | None, *files: str | None, read: tuple[str | None, ...]
 
     files: what is written. read: what is read, a model's folder included: none of its files is written over.
     """
-    written = [pathlib.Path(file) for file in files if file not in (None, "-")]
+    outputs = [pathlib.Path(file) for file in files if file not in (None, "-")]
     inputs = [pathlib.Path(name) for name in read if name and pathlib.Path(name).exists()]
-    for i, file in enumerate(written):
+    for i, file in enumerate(outputs):
         if not file.parent.is_dir():
             refuse(f"cannot write {file}: its folder does not exist")
         if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
             refuse(f"cannot write {file}: it is a folder, or may not be written")
-        if any(file.resolve() == other.resolve() for other in written[:i]):
+        if any(file.resolve() == other.resolve() for other in outputs[:i]):
             refuse(f"cannot write two results to {file}: give each a file of its own")
         if file.exists() and any(x.samefile(file) or (x.is_dir() and x.samefile(file.parent)) for x in inputs):
             refuse(f"cannot write {file}: this command reads it")

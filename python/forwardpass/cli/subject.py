@@ -42,7 +42,7 @@ def find(name: str, where: str, console: Console, swaps: bool) -> tuple[embeddin
     if source.swapped and swaps:
         raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
                          "original model")  # fmt: skip
-    say(console, f"model: {source.chosen}")
+    say(console, f"model: {source.origin}")
     return source, *embedding.load(source, where)
 
 

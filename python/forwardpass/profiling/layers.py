@@ -158,14 +158,14 @@ _LOOKUPS = {"aten::embedding", "aten::index_select", "aten::gather", "aten::inde
 
 def _bytes(func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> float:
     """That must be moved at least: every operand once, every result once, nothing for views."""
-    written = sum(map(_own_bytes, results))
+    result_bytes = sum(map(_own_bytes, results))
     if not func._schema.is_mutable and results and {*map(_storage, results)} <= {*map(_storage, operands)}:
         return (
             0.0  # by what it did: schemas do not say that _unsafe_view, or a reshape that needs no copy, gives a view
         )
     if func.name().partition(".")[0] in _LOOKUPS:
-        return 2 * written
-    return written + sum(map(_own_bytes, operands))
+        return 2 * result_bytes
+    return result_bytes + sum(map(_own_bytes, operands))
 
 
 def _storage(t: Tensor) -> int:
@@ -225,8 +225,8 @@ def look_inside(request: Request, items: Sequence[Any], passes: int = 3) -> Insi
         kinds[classes[fqn]].merge(layer)
 
     def rows(sums: Mapping[str, _Sum], kind: Mapping[str, str]) -> list[Row]:
-        made = [s.row(name, kind.get(name, ""), runs, times.forward) for name, s in sums.items() if s.seconds > 0]
-        return sorted(made, key=lambda row: -row.ms)
+        nonzero = [s.row(name, kind.get(name, ""), runs, times.forward) for name, s in sums.items() if s.seconds > 0]
+        return sorted(nonzero, key=lambda row: -row.ms)
 
     return Inside(
         rows(kinds, {}),
@@ -291,7 +291,7 @@ class _Times:
     forward: float
 
 
-def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[str]) -> tuple[_Times, str]:
+def _profiled(request: Request, items: Sequence[Any], passes: int, names: set[str]) -> tuple[_Times, str]:
     """Times under torch.profiler, and its Chrome trace."""
     cuda = request.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -330,7 +330,7 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
                 fqn = "" if child.name == root else child.name.removeprefix(_LAYER)
                 add(layers, fqn, seconds(child) - walk(child, fqn))
                 inner += seconds(child)
-            elif child.name in wanted:
+            elif child.name in names:
                 add(operations, (layer, child.name), seconds(child))
             else:
                 inner += walk(child, layer)
@@ -351,11 +351,11 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
 def _quiet() -> Iterator[None]:
     """The profiler's library writes lines about itself to stderr, which no level of its own turns off."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)

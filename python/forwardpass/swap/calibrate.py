@@ -33,17 +33,17 @@ def calibration_arguments(
     arguments: dict[str, dict[str, Any]] = {}
     unseen, broken = [], []
     for leaf in leaves:
-        seen = statistics.pop(leaf.fqn)  # gone as soon as it is used
-        if seen.rows == 0:
+        layer_statistics = statistics.pop(leaf.fqn)  # gone as soon as it is used
+        if layer_statistics.rows == 0:
             unseen.append(leaf.fqn)
-        elif not (seen.absmax.isfinite().all() and seen.second_moment.isfinite().all()):
+        elif not (layer_statistics.absmax.isfinite().all() and layer_statistics.second_moment.isfinite().all()):
             broken.append(leaf.fqn)
         else:
-            arguments[leaf.fqn] = _arguments(leaf.module, seen)
+            arguments[leaf.fqn] = _arguments(leaf.module, layer_statistics)
     return arguments, [
-        f"calibration {what} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
+        f"calibration {problem} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
         f"without it"
-        for what, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
+        for problem, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
         if names
     ]
 
@@ -72,9 +72,9 @@ def observe(
     return statistics
 
 
-def _arguments(layer: nn.Module, seen: LayerStatistics) -> dict[str, Any]:
+def _arguments(layer: nn.Module, statistics: LayerStatistics) -> dict[str, Any]:
     weight = linear_weight(layer).float()
-    channel_scale = smoothing_scale(seen, weight)
-    smoothed, channel_scale = seen.scaled(channel_scale), channel_scale.to(weight.device)
+    channel_scale = smoothing_scale(statistics, weight)
+    smoothed, channel_scale = statistics.scaled(channel_scale), channel_scale.to(weight.device)
     weight = weight / channel_scale
     return {"channel_scale": channel_scale, "quantized": round_weight(weight, smoothed.second_moment)}

@@ -85,9 +85,9 @@ def has_hooks(m: nn.Module) -> bool:
 def _behind(methods: tuple[Function, ...], name: str) -> str | None:
     """The member that forward calls on what `self.<name>` gives, and neither anywhere else in these methods."""
     forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
-    found = [behind for forward in forwards for behind in _pairs(forward, name)]
-    said = [word for method in methods for word in _words(method)]
-    return found[0] if len(found) == 1 and said.count(name) == said.count(found[0]) == 1 else None
+    activations = [behind for forward in forwards for behind in _pairs(forward, name)]
+    words = [word for method in methods for word in _words(method)]
+    return activations[0] if len(activations) == 1 and words.count(name) == words.count(activations[0]) == 1 else None
 
 
 def _words(method: Function) -> Iterator[Any]:

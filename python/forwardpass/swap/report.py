@@ -71,8 +71,8 @@ class Left:
     reason: Reason
 
     def to_json(self) -> dict[str, Any]:
-        own = {"module": self.module, "first": self.first, "count": self.count, "bytes": self.bytes}
-        return {**own, **vars(self.reason)}
+        entries = {"module": self.module, "first": self.first, "count": self.count, "bytes": self.bytes}
+        return {**entries, **vars(self.reason)}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Report:
 
     def __enter__(self) -> Report:
         current = self._current()
-        if current and not current[1].kept:
+        if current and not current[1].restorable:
             raise RuntimeError("with fp.swap(…) restores the model on exit, and keep=False let the originals go: call "
                                "fp.swap without `with`, or use another keep")  # fmt: skip
         return self
@@ -185,10 +185,10 @@ class Report:
     def _headline(self) -> str:
         b = self.weight_bytes
         verb = "would be swapped" if self.dry_run else "swapped"
-        kept = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
+        originals = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
-        return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{kept}, peak {megabytes(b.peak)}"
+        return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{originals}, peak {megabytes(b.peak)}"
 
 
 def by_reason(skipped: Iterable[tuple[str, str, str]]) -> list[tuple[str, list[str]]]:

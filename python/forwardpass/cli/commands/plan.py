@@ -77,7 +77,7 @@ def plan(
             raise typer.Exit(130) from None
     assert chosen_plan.evidence is not None
     about = {
-        "model": subject.source.chosen,
+        "model": subject.source.origin,
         "allocator": allocator,
         "texts": len(subject.texts),
         "batch": batch,

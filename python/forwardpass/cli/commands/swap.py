@@ -76,7 +76,7 @@ def swap(
     ok = compared["parity"]["cosine_min"] >= min_cosine  # false for NaN
     result = {
         "schema": "forwardpass.swap/1",
-        "model": {"name": model, "chosen": subject.source.chosen},
+        "model": {"name": model, "chosen": subject.source.origin},
         "precision": precision,
         "plan": plan,
         **{name: reported[name] for name in ("swapped", "attention", "skipped", "left", "warnings", "weight_bytes")},

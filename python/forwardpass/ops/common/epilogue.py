@@ -64,14 +64,15 @@ def fake_output(x: Tensor, shape: tuple[int, ...], activation: str | None, out_d
 
 def fake_gemm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    *rest: object,
+    *options: object,
 ) -> Tensor:  # fmt: skip
     """Of a product of a [..., K] and b [N, K]."""
     return fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
 
 
 def fake_linear(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype, *rest: object
+    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
+    *options: object,
 ) -> Tensor:  # fmt: skip
     """Of a product of x [..., K], quantised on the way, and weight [N, K]."""
     return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)

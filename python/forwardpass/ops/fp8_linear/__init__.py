@@ -75,7 +75,7 @@ def _check(
     check_epilogue(op, x, lead, n, one, one if blocks else w_scale, bias, activation, out_dtype, None, None, None)
 
 
-def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
+def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
     return copy_notes(weight=weight)
 
 

@@ -78,7 +78,7 @@ def _check(
     check_epilogue(op, x, lead, n, one, w_scale, bias, activation, out_dtype, None, shift, w_sum)
 
 
-def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
+def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
     return copy_notes(weight=weight)
 
 

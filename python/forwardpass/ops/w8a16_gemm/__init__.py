@@ -56,7 +56,7 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation
     return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
 
 
-def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
+def _why_not_gpu(x: Tensor, *options: object) -> Reason | None:
     if x.dtype != torch.float32:
         return None
     return Reason(
@@ -64,7 +64,7 @@ def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
     )
 
 
-def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:
+def _notes(x: Tensor, w: Tensor, *options: object) -> list[str]:
     return copy_notes(x=x, w=w)
 
 
