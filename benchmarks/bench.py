@@ -99,12 +99,12 @@ def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str
     named = dict(zip(op.parameters, call))
     torch.compiler.reset()
     compiled = torch.compile(baseline, dynamic=False)
-    ours = [b for b in BACKENDS if b != "reference" and op.why_not(b, *call) is None]
-    calls: dict[str, Callable[[], Any]] = {b: on_backend(op, b, call) for b in ours}
+    backends = [b for b in BACKENDS if b != "reference" and op.why_not(b, *call) is None]
+    calls: dict[str, Callable[[], Any]] = {b: on_backend(op, b, call) for b in backends}
     calls["torch eager"] = lambda: baseline(**named)
     calls["torch.compile"] = lambda: compiled(**named)
     expected = calls["torch eager"]()
-    for name in (*ours, "torch.compile"):
+    for name in (*backends, "torch.compile"):
         check_same_work(f"{name} of {op.describe(call)}", calls[name](), expected)
     timings = interleave(calls, device, rounds=rounds)
     peers = {p: timings[p].median for p in ("torch eager", "torch.compile")}

@@ -56,9 +56,9 @@ def run_load(
     for _ in range(rounds):
         profiled = fp.profile(request.model, items, **stages, rounds=1, layers=False)
         longest = max(p.total_ms for p in profiled.phases)
-        each = sum(p.total_ms for p in profiled.phases) / len(items)
+        item_ms = sum(p.total_ms for p in profiled.phases) / len(items)
         samples["predicted"].append(100 / profiled.overlap.speedup_of(len(items)))
-        samples["ideal"].append(100 * (each + longest * (1 - 1 / len(items))) / (each * len(items)))
+        samples["ideal"].append(100 * (item_ms + longest * (1 - 1 / len(items))) / (item_ms * len(items)))
         cores.append(profiled.overlap.cores)
         for name, loop in (("plain", plain), ("pipeline", lambda: list(pipeline(items)))):
             start = time.perf_counter()

@@ -172,8 +172,8 @@ def main() -> None:
     assert first is not None
     subject = Subject(model, texts, calibration, dict(first))
     print("running what else there is", file=sys.stderr)
-    ours = {budget: subject.entry(f"plan {budget}", plan) for budget, plan in plans.items()}
-    entries = [*ours.values(), *competitors(subject)]
+    planned = {budget: subject.entry(f"plan {budget}", plan) for budget, plan in plans.items()}
+    entries = [*planned.values(), *competitors(subject)]
     as_it_is = subject.entry("fp32", subject.plan({}))
 
     def call(plan: Plan) -> Callable[[], object]:
@@ -196,7 +196,7 @@ def main() -> None:
         ms = timings[e.name].low
         print(f"{e.name:<62}{e.cosine_min:>14.6f}{e.error_mean:>12.2e}{e.layers_ms:>12.2f}{ms:>11.1f}{fp32 / ms:>7.2f}")
     result["plans"] = [{k: v for k, v in vars(e).items() if k != "plan"} for e in (as_it_is, *entries)]
-    result |= {"seconds": seconds, "checks": checks(ours, entries, fp32)}
+    result |= {"seconds": seconds, "checks": checks(planned, entries, fp32)}
     for name, check in result["checks"].items():
         print(f"{'ok    ' if check['ok'] else 'MISSED'} {name}: {check['found']}")
     if args.plot:
@@ -204,14 +204,14 @@ def main() -> None:
     bench.write(result, args.json)
 
 
-def checks(ours: dict[float, Entry], entries: list[Entry], fp32: float) -> dict[str, dict[str, Any]]:
+def checks(planned: dict[float, Entry], entries: list[Entry], fp32: float) -> dict[str, dict[str, Any]]:
     """What is claimed of plans. Times of layers decide which of two plans is faster: they are the same for equal choices."""
     verdicts: dict[str, dict[str, Any]] = {}
-    for budget, e in ours.items():
+    for budget, e in planned.items():
         better = [x.name for x in entries if x.cosine_min > e.cosine_min and x.layers_ms < e.layers_ms]
         verdicts[f"plan {budget} holds its budget"] = {"ok": e.cosine_min >= budget, "found": e.cosine_min}
         verdicts[f"nothing is better in both than plan {budget}"] = {"ok": not better, "found": better or "nothing is"}
-    middle, int8 = ours[0.9995], next(e for e in entries if e.name == "int8 everywhere")
+    middle, int8 = planned[0.9995], next(e for e in entries if e.name == "int8 everywhere")
     assert middle.latency_ms and int8.latency_ms
     speed = fp32 / middle.latency_ms["low"]
     verdicts["plan 0.9995 is at least 2.5 times as fast as fp32"] = {"ok": speed >= 2.5, "found": speed}

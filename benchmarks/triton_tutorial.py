@@ -64,13 +64,13 @@ class Tutorial:
             tuner.cache.clear()
             try:
                 with self._capability():
-                    one = interpreted.run_call(
+                    result = interpreted.run_call(
                         lambda: self.module.attention(q, k, v, case.causal, scale, False), self.arch
                     )
             except Exception as e:  # shared memory that the GPU has not, what Triton cannot compile
                 reasons.add(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
                 continue
-            runs.append((one, str(config)))
+            runs.append((result, str(config)))
         if not runs:
             raise RuntimeError("; ".join(sorted(reasons)))
         return min(runs, key=lambda x: x[0].seconds)

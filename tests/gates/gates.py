@@ -176,12 +176,12 @@ def assembler_messages(commands: list[dict[str, str]]) -> list[str]:
 
 def compile_seconds(log: pathlib.Path) -> float:
     """The nvcc processes of ninja's log, one core each."""
-    took = {}
+    seconds = {}
     for line in log.read_text().splitlines()[1:]:
         start, end, _, output, _ = line.split("\t")
         if output.endswith(".cu.o"):
-            took[output] = (int(end) - int(start)) / 1000
-    return sum(took.values())
+            seconds[output] = (int(end) - int(start)) / 1000
+    return sum(seconds.values())
 
 
 def main(wheel: str) -> int:

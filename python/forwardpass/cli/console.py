@@ -124,8 +124,8 @@ def print_examination(examination: dict[str, Any], console: Console) -> None:
         alike: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
         for backend, names in where.items():
             alike[() if names == operations else tuple(names)].append(backend)
-        who = "; ".join(", ".join(b) + (f" of {', '.join(names)}" if names else "") for names, b in alike.items())
-        lines += wrapped(f"{who}: {why}")
+        subjects = "; ".join(", ".join(b) + (f" of {', '.join(names)}" if names else "") for names, b in alike.items())
+        lines += wrapped(f"{subjects}: {why}")
     problems = [line for problem in examination["problems"] for line in wrapped(f"problem: {problem}")]
     say(console, "\n".join([*lines, "", *(problems or ["everything that should work here does"])]))
 

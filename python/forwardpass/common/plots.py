@@ -29,9 +29,9 @@ def axes(*titles: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(3 + 5 * len(titles), 5), layout="constrained")
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
-    for one, title in zip(panels, titles):
-        one.set_title("\n".join(wrapped(title, "", _TITLE)), fontsize=10)
-        one.grid(alpha=0.3)
+    for panel, title in zip(panels, titles):
+        panel.set_title("\n".join(wrapped(title, "", _TITLE)), fontsize=10)
+        panel.grid(alpha=0.3)
     return figure, panels if len(titles) > 1 else panels[0]
 
 

@@ -84,11 +84,11 @@ def interleave(
     repeats = dict.fromkeys(calls, 1)
     for n in range(-warmup, rounds):
         for name, call in calls.items():
-            took = _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name])
+            seconds = _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name])
             if n >= 0:
-                samples[name].append(took)
+                samples[name].append(seconds)
             elif not cuda:
-                repeats[name] = max(1, min(1000, round(LEAST_SAMPLE_MS / max(took, 1e-6))))
+                repeats[name] = max(1, min(1000, round(LEAST_SAMPLE_MS / max(seconds, 1e-6))))
         on_round()
     timings = {}
     for name, times in samples.items():

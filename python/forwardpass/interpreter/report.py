@@ -38,12 +38,12 @@ def report(arguments: list[str]) -> int:
         status, counts = run(program, options.arguments, options.arch)
     if options.json:
         options.json.write_text(counts)
-    every = [KernelProfile.read(k) for k in json.loads(counts)]
-    kernels = [k for k in every if options.kernel in k.kernel]
+    profiles = [KernelProfile.read(k) for k in json.loads(counts)]
+    kernels = [k for k in profiles if options.kernel in k.kernel]
     if kernels:
         print(table(kernels, options.inlined))
-    elif every:
-        launched = ", ".join(dict.fromkeys(k.kernel for k in every))
+    elif profiles:
+        launched = ", ".join(dict.fromkeys(k.kernel for k in profiles))
         print(f"no kernel that was launched has {options.kernel!r} in its name; there are {launched}")
     else:
         print(f"{program} launched no kernel on the interpreted GPU")

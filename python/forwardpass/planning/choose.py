@@ -84,10 +84,10 @@ class Frontier:
 
     def choice(self, i: int) -> Choice:
         """Read back from the last layer to the first."""
-        total, picked = self._totals[i], []
+        total, options_of_layers = self._totals[i], []
         for units, options in zip(reversed(self._units), reversed(self._options)):
-            picked.append(int(options[total]))
-            total -= units[picked[-1]]
-        picked.reverse()
-        cost = sum(layer[o].cost for layer, o in zip(self._layers, picked))
-        return Choice(tuple(picked), cost, self.errors[i], max(cost - self.bounds[i], 0.0))
+            options_of_layers.append(int(options[total]))
+            total -= units[options_of_layers[-1]]
+        options_of_layers.reverse()
+        cost = sum(layer[o].cost for layer, o in zip(self._layers, options_of_layers))
+        return Choice(tuple(options_of_layers), cost, self.errors[i], max(cost - self.bounds[i], 0.0))

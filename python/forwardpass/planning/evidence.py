@@ -79,5 +79,5 @@ def blocks(
 
 def thinned(front: Frontier) -> list[list[float]]:
     """[least cost, predicted error], from the least error on."""
-    every = max(1, len(front) // POINTS)
-    return [[front.bounds[i], front.errors[i]] for i in sorted({*range(0, len(front), every), len(front) - 1})]
+    stride = max(1, len(front) // POINTS)
+    return [[front.bounds[i], front.errors[i]] for i in sorted({*range(0, len(front), stride), len(front) - 1})]

@@ -150,9 +150,9 @@ def plan(
         for leaf in leaves
     ]  # fmt: skip
     arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
-    some = spread(samples, references)
+    indices = spread(samples, references)
     measurer = Measurer(
-        subject, tried, arguments, [samples[i] for i in some], [references[i] for i in some], measurements
+        subject, tried, arguments, [samples[i] for i in indices], [references[i] for i in indices], measurements
     )
     measurer.time(layers, progress)
     measurer.local_errors(layers, progress)
@@ -178,8 +178,8 @@ def plan(
     def plan_of(choice: Choice) -> Plan:
         names = names_of(choice)
         pairs = [(leaf, tried[name]) for leaf in leaves if (name := names[leaf.fqn])]
-        same = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
-        return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], same)
+        batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
+        return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], batches_fingerprint)
 
     def verified(choice: Choice) -> tuple[float, float]:
         worst, errors = [], []
@@ -207,7 +207,7 @@ def plan(
             "criterion": {"kind": criterion.kind, "bound": criterion.bound},
             "target": target,
             "candidates": list(tried),
-            "batches": {"verified": len(samples), "measured": len(some), "calibrated": len(calibration)},
+            "batches": {"verified": len(samples), "measured": len(indices), "calibrated": len(calibration)},
             "result": _result(layers, criterion, attempts, latency, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
             "blocks": evidence.blocks(layers, names, lambda x: _cost(x, target)),
@@ -371,6 +371,6 @@ def _result(
     )
     if least is None:
         return "the model as it is: no candidate is a gain on any layer"
-    tried = ", ".join(f"{a['value']:.6g}" if a["value"] is not None else "not finite" for a in attempts)
-    return (f"the model as it is: no plan that was tried holds {criterion} (found: {tried}); the least error of any swap that "
+    values = ", ".join(f"{a['value']:.6g}" if a["value"] is not None else "not finite" for a in attempts)
+    return (f"the model as it is: no plan that was tried holds {criterion} (found: {values}); the least error of any swap that "
             f"gains is that of {least[1]} in {least[2]}")  # fmt: skip

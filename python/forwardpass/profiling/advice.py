@@ -109,22 +109,22 @@ def _forward(request: Request, inside: Inside, share: float) -> list[Advice]:
         part, reached = _sum(rows)
         dtype = rows[0].dtype
         plural = "layer takes" if len(rows) == 1 else "layers take"
-        say = f"{len(rows)} linear {plural} {part:.0%} of the forward at {reached:.0%} of the device's limit, which is "
+        sentence = (
+            f"{len(rows)} linear {plural} {part:.0%} of the forward at {reached:.0%} of the device's limit, which is "
+        )
         if bound == "compute":
             limit = roofline(request.device, {"int8"}).flops["int8"]
             times = limit / limits.flops[dtype]
-            say += f"arithmetic here; int8's limit is {limit / 1e9:.0f} GOP/s, {times:.1f} times {dtype}'s"
+            sentence += f"arithmetic here; int8's limit is {limit / 1e9:.0f} GOP/s, {times:.1f} times {dtype}'s"
             if times > 1:
-                advise("lower precision", part, times, f'{say}: try fp.swap(model, precision="int8")')
+                advise("lower precision", part, times, f'{sentence}: try fp.swap(model, precision="int8")')
         else:
             times, fraction = _WIDE[dtype]
-            say += "memory here"
-            text = f'{say}; 8-bit weights are a {fraction} of the bytes: try fp.swap(model, precision="w8a16")'
+            sentence += "memory here"
+            text = f'{sentence}; 8-bit weights are a {fraction} of the bytes: try fp.swap(model, precision="w8a16")'
             advise("lower precision", part, times, text)
             more = limits.flops[dtype] / limits.bytes_per_s * sum(r.bytes for r in rows) / sum(r.flops for r in rows)
-            text = (
-                f"{say}: a batch up to {more:.0f} times as large costs little more; fp.size_batch finds the one to run"
-            )
+            text = f"{sentence}: a batch up to {more:.0f} times as large costs little more; fp.size_batch finds the one to run"
             advise("batch", part, more, text)
     others = [r for r in inside.operations if not r.flops]
     part, reached = _sum(others)

@@ -50,11 +50,11 @@ svg .axis { stroke: var(--line); } svg .limit { stroke: var(--ink); fill: none; 
 def render(profile: Profile) -> str:
     """The whole page."""
     p = profile
-    each = p.wall_ms / p.items / p.rounds
+    item_ms = p.wall_ms / p.items / p.rounds
     body = [
         f"<h1>{escape(p.model)}: where the time goes</h1>",
         f'<p class="soft">{escape(p.device["name"])}; {count(p.items, "item")} × {count(p.rounds, "round")}, '
-        f"{each:.2f} ms an item in the plain loop</p>",
+        f"{item_ms:.2f} ms an item in the plain loop</p>",
         "<h2>Phases</h2>",
         _phase_bar(p),
         _phase_table(p),

@@ -319,8 +319,8 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, names: set[st
     def seconds(event: Any) -> float:
         return (event.device_time_total if cuda else event.cpu_time_total) / 1e6
 
-    def add(totals: dict[Any, tuple[int, float]], key: Any, took: float, calls: int = 1) -> None:
-        totals[key] = (totals[key][0] + calls, totals[key][1] + took)
+    def add(totals: dict[Any, tuple[int, float]], key: Any, seconds: float, calls: int = 1) -> None:
+        totals[key] = (totals[key][0] + calls, totals[key][1] + seconds)
 
     def walk(event: Any, layer: str) -> float:
         """Seconds of the layers within the event."""

@@ -112,8 +112,8 @@ class Profile:
         pathlib.Path(path).write_text(render(self), encoding="utf-8")
 
     def __str__(self) -> str:
-        each = f"{count(self.items, 'item')} x {count(self.rounds, 'round')} on {self.device['name']}"
-        lines = [f"{self.model}: {each}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", ""]
+        extent = f"{count(self.items, 'item')} x {count(self.rounds, 'round')} on {self.device['name']}"
+        lines = [f"{self.model}: {extent}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", ""]
         rows: list[tuple[str, ...]] = [("phase", "share", "median ms", "p99 ms", "CPU ms", "waiting")]
         rows += [(p.name, f"{p.share:.1%}", f"{p.median_ms:.2f}", f"{p.p99_ms:.2f}", f"{p.cpu_ms:.2f}", f"{p.waiting:.0%}")
                  for p in self.phases]  # fmt: skip
@@ -156,8 +156,8 @@ class Profile:
 
 def alike(layers: list[Row]) -> list[Row]:
     """Layers whose names differ in numbers alone, as one row; the longest first."""
-    same = together(layers, lambda row: row.name, lambda row: row.kind)
-    return sorted((Row.together(name, rows) for name, rows in same), key=lambda row: -row.ms)
+    groups = together(layers, lambda row: row.name, lambda row: row.kind)
+    return sorted((Row.together(name, rows) for name, rows in groups), key=lambda row: -row.ms)
 
 
 def _head(title: str) -> tuple[str, ...]:

@@ -528,8 +528,8 @@ class _Stages:
                 for entry in entries:
                     entry.fail("forward", e)
             else:  # one item must not fail another: each on its own
-                for one in ready:
-                    self._forward([one])
+                for member in ready:
+                    self._forward([member])
         else:
             self.results.put((entries, moved))
 

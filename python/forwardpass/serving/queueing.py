@@ -64,9 +64,9 @@ class ServiceTimes:
         """
         multiples: dict[tuple[bool, int], list[float]] = {(w, n): [] for w in (False, True) for n in self.sizes}
         in_order = []
-        for n, waited, took in samples:
+        for n, waited, seconds in samples:
             nearest = min(self.sizes, key=lambda size: abs(math.log(n / size)))
-            in_order.append(((waited, nearest), took / self.draw(n, waited, 0.5)))
+            in_order.append(((waited, nearest), seconds / self.draw(n, waited, 0.5)))
             multiples[waited, nearest].append(in_order[-1][1])
         for waited in (False, True):
             pool = [x for (w, _), values in multiples.items() if w == waited for x in values]
@@ -140,10 +140,10 @@ def simulate(arrivals: Sequence[float], policy: Policy, service: ServiceTimes, s
     while i < len(arrivals):
         start = _begins(arrivals, i, policy, free)
         n = max(1, bisect.bisect_right(arrivals, start, i, min(i + policy.max_batch, len(arrivals))) - i)
-        took = service.draw(n, start == free, next(quantiles))
-        free = start + took
+        service_time = service.draw(n, start == free, next(quantiles))
+        free = start + service_time
         latencies += [free - t for t in arrivals[i : i + n]]
-        i, batches, computed = i + n, batches + 1, computed + took
+        i, batches, computed = i + n, batches + 1, computed + service_time
     return Simulated(latencies, computed / (free - arrivals[0]), len(arrivals) / batches)
 
 

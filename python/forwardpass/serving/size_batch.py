@@ -187,11 +187,11 @@ class _Server:
         The requests of a batch come while the one before it is computed, as they do in a server: each wakes threads on the cores
         that compute. They are there some time before it ends.
         """
-        took = 0.0
+        seconds = 0.0
         with self.pipeline(Policy(n, 60_000.0)) as pipeline:
 
             def times(batches: int) -> list[float]:
-                nonlocal took
+                nonlocal seconds
                 ends = [0.0] * (1 + batches)
 
                 def note(_: Any, i: int) -> None:  # where results are made: this thread may see them late
@@ -205,13 +205,13 @@ class _Server:
                         if i == 0 and k == n - 1:
                             ends[0] = time.monotonic()
                         elif i > 0:
-                            time.sleep(ARRIVED * took / n)
+                            time.sleep(ARRIVED * seconds / n)
                         futures.append(pipeline.submit(None))
                     futures[-1].add_done_callback(functools.partial(note, i=1 + i))
                 for future in futures:
                     future.result()
                 periods = [b - a for a, b in itertools.pairwise(ends)]
-                took = periods[0]
+                seconds = periods[0]
                 return periods
 
             yield times
@@ -341,7 +341,7 @@ def _grow(
     while n <= most:
         advance()
         try:
-            peak, took = _try(server, n)
+            peak, seconds = _try(server, n)
         except Exception as e:
             if n == 1:
                 raise
@@ -352,12 +352,12 @@ def _grow(
                 raise ValueError(f"a batch of 1 takes {peak} bytes, more than the memory_limit of {limit}: raise it")
             return memory, f"a batch of {n} takes {peak / 1e6:.0f} MB, more than the limit"
         memory[n] = peak
-        if n > 1 and took > slo:
+        if n > 1 and seconds > slo:
             return memory, f"a batch of {n} takes longer than the objective"
-        without_gain = without_gain + 1 if n / took < best * (1 + LEAST_GAIN) else 0
+        without_gain = without_gain + 1 if n / seconds < best * (1 + LEAST_GAIN) else 0
         if without_gain == 2:
             return memory, f"batches of {n // 2} and {n} raise the rate by less than {LEAST_GAIN:.0%}"
-        best = max(best, n / took)
+        best = max(best, n / seconds)
         n *= 2
     return memory, f"no batch larger than {most} was asked for"
 
@@ -368,8 +368,8 @@ def _try(server: _Server, n: int) -> tuple[int | None, float]:
     with server.full_batches(n) as times:
         times(1)
         with peak_memory(device_of(server.model)) as peak:
-            took = min(times(1)[0] for _ in range(3))
-    return peak(), took
+            seconds = min(times(1)[0] for _ in range(3))
+    return peak(), seconds
 
 
 def _measure(
@@ -415,9 +415,9 @@ def _full_batches(server: _Server, sizes: list[int], seconds: float, progress: T
                 for _ in range(VISIT):
                     if first[n]:
                         time.sleep(min(first[n][-1], MOST_REST))
-                    took = send(1 + CHAIN)
-                    first[n].append(took[0])
-                    following[n] += took[1:]
+                    period = send(1 + CHAIN)
+                    first[n].append(period[0])
+                    following[n] += period[1:]
     return ServiceTimes({n: sorted(t) for n, t in first.items()}, {n: sorted(t) for n, t in following.items()})
 
 

@@ -98,9 +98,9 @@ def _why_skip(
     leaf: Leaf, context: rules.Context, attention: str | bool, units: dict[int, list[nn.Module]]
 ) -> Reason | None:
     module = leaf.module
-    for ask in (rules.excluded, rules.not_included):
-        if finding := ask(leaf, context, None):
-            return Reason(ask.__name__, *finding)
+    for name_rule in (rules.excluded, rules.not_included):
+        if finding := name_rule(leaf, context, None):
+            return Reason(name_rule.__name__, *finding)
     if attention is False:
         return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
@@ -220,9 +220,9 @@ def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
 def _names(model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf]) -> Iterable[_Attribute]:
     """The configs' names, and a Place in every module that asks them."""
     ids = {id(x.module) for x in swapped}
-    asking = [x.module for x in leaves if huggingface.dispatches(x.module)]
+    dispatching = [x.module for x in leaves if huggingface.dispatches(x.module)]
     configs: dict[int, Any] = {}
-    for config, group in _groups(asking, ids):
+    for config, group in _groups(dispatching, ids):
         windows = all(huggingface.passes_window(m) for m in group)
         before, after = config._attn_implementation, WINDOWED if windows else NAME
         configs[id(config)] = (config, before, after)
@@ -241,10 +241,10 @@ def _names(model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf]) ->
         yield _Attribute(config, "_attn_implementation_internal", before, after)
 
 
-def _groups(asking: list[nn.Module], swapped: set[int]) -> list[tuple[Any, list[nn.Module]]]:
+def _groups(dispatching: list[nn.Module], swapped: set[int]) -> list[tuple[Any, list[nn.Module]]]:
     """Each config that a swapped module asks, and all that ask it."""
     groups: dict[int, tuple[Any, list[nn.Module]]] = {}
-    for module in asking:
+    for module in dispatching:
         groups.setdefault(id(module.config), (module.config, []))[1].append(module)
     return [(config, group) for config, group in groups.values() if any(id(m) in swapped for m in group)]
 

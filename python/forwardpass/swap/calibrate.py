@@ -57,8 +57,8 @@ def observe(
 
     def watch(leaf: Leaf, module: nn.Module, x: Tensor) -> None:
         # the products where the activations are, the sums on the host
-        here = LayerStatistics(leaf.in_features, x.device)
-        statistics[leaf.fqn].merge(here.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
+        on_device = LayerStatistics(leaf.in_features, x.device)
+        statistics[leaf.fqn].merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
 
     count = 0
     with hooked(((leaf, leaf.module) for leaf in leaves), before=watch), evaluating(model):

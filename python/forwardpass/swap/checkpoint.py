@@ -127,7 +127,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
     config, generation = _configs(model)
     safetensors = _safetensors()
     folder.mkdir(parents=True, exist_ok=True)
-    weights = put_weights(folder, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
+    weights = put_weights(folder, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
     record = {
         "schema": SCHEMA,
         "forwardpass": __version__,
@@ -255,12 +255,14 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     values: dict[tuple[str, bool], Tensor] = {}  # what is tied is one object
     assignments: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, slot in slots.items():
-        ours, key = isinstance(slot.module, QuantizedLinear), (aliases.get(name, name), slot.is_parameter)
-        if ours or key not in values:
+        is_quantized, key = isinstance(slot.module, QuantizedLinear), (aliases.get(name, name), slot.is_parameter)
+        if is_quantized or key not in values:
             value, expected = file.get_tensor(key[0]), slot.tensor.dtype
-            if value.dtype != expected and (ours or not (value.is_floating_point() and expected.is_floating_point)):
+            if value.dtype != expected and (
+                is_quantized or not (value.is_floating_point() and expected.is_floating_point)
+            ):
                 raise fail(f"{name} is {value.dtype} in the file, not {expected}")
-            if ours:  # into the padded rows that are there
+            if is_quantized:  # into the padded rows that are there
                 slot.tensor.copy_(value)
                 continue
             value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later

@@ -88,10 +88,10 @@ def describe(evidence: Mapping[str, Any]) -> str:
     rows: list[tuple[str, ...] | str] = [("layers", f"as it is\n{unit}", *(_heading(name) for name in tried))]
     for section, members in sections.items():
         rows.append(f"{section}{_gain(members, target)}")
-        for name, same in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
-            rows.append((name, _costs([x["before"] for x in same], target),
-                         *(_costs([x["candidates"][n] for x in same], target) for n in tried)))  # fmt: skip
-            errors = [_errors([x["candidates"][n] for x in same]) for n in tried]
+        for name, group in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
+            rows.append((name, _costs([x["before"] for x in group], target),
+                         *(_costs([x["candidates"][n] for x in group], target) for n in tried)))  # fmt: skip
+            errors = [_errors([x["candidates"][n] for x in group]) for n in tried]
             if set(errors) != {"-"}:
                 rows.append(("  error at the output", "", *errors))
     lines += ["", *table(rows, right=range(1, 2 + len(tried)))]

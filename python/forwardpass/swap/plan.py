@@ -159,8 +159,8 @@ class Plan:
 
 def layers_of(leaves: Iterable[Leaf]) -> str:
     """Says of which Linear-like layers a model consists, planned or not: a plan may leave all of them as they are."""
-    of = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in leaves)
-    return f"{len(of)} Linear layers, sha256:{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}"
+    shapes = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in leaves)
+    return f"{len(shapes)} Linear layers, sha256:{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}"
 
 
 def _few(names: Any) -> str:

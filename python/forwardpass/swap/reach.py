@@ -148,7 +148,7 @@ def _methods(cls: type[nn.Module]) -> tuple[Function, ...] | None:
 
 def _hands_over(method: Function) -> bool:
     """Whether its `self` goes anywhere but to what only asks for its type or for an attribute."""
-    me = self_of(method)
+    self_name = self_of(method)
     harmless = {
         id(argument)
         for node in ast.walk(method)
@@ -156,7 +156,7 @@ def _hands_over(method: Function) -> bool:
         for argument in node.args
     } | {id(node.value) for node in ast.walk(method) if isinstance(node, ast.Attribute)}
     names = (node for node in ast.walk(method) if isinstance(node, ast.Name))
-    return any(node.id == (me or "self") and id(node) not in harmless for node in names)
+    return any(node.id == (self_name or "self") and id(node) not in harmless for node in names)
 
 
 def _is_method(function: FunctionType, owner: type | None) -> bool:
@@ -272,7 +272,7 @@ def _definitions(source: str, filename: str) -> dict[CodeType, Function]:
     while todo:
         code = todo.pop()
         todo += (c for c in code.co_consts if isinstance(c, CodeType))
-        here = nodes.get((code.co_firstlineno, code.co_name), [])
-        if len(here) == 1:  # and not two lambdas of a line
-            functions[code] = here[0]
+        definitions = nodes.get((code.co_firstlineno, code.co_name), [])
+        if len(definitions) == 1:  # and not two lambdas of a line
+            functions[code] = definitions[0]
     return functions

@@ -159,8 +159,8 @@ class Report:
             alike = together(self.swapped, lambda s: s.fqn, lambda s: (s.computes, s.in_features, s.out_features))
             rows += [
                 (name, s.computes, str(s.in_features), str(s.out_features),
-                 f"{sum(x.bytes_before for x in same):,} -> {sum(x.bytes_after for x in same):,}")
-                for name, same in alike for s in same[:1]
+                 f"{sum(x.bytes_before for x in group):,} -> {sum(x.bytes_after for x in group):,}")
+                for name, group in alike for s in group[:1]
             ]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3, 4))]
         if self.attention:
@@ -201,6 +201,6 @@ def by_reason(skipped: Iterable[tuple[str, str, str]]) -> list[tuple[str, list[s
     for fqn, code, text in skipped:
         reasons.setdefault((code, text.replace(repr(fqn), "its name")), []).append((fqn, text))
     return [
-        (f"{code}: {same[0][1] if len(same) == 1 else text}", [name for name, _ in together(same, lambda x: x[0])])
-        for (code, text), same in reasons.items()
+        (f"{code}: {group[0][1] if len(group) == 1 else text}", [name for name, _ in together(group, lambda x: x[0])])
+        for (code, text), group in reasons.items()
     ]

@@ -114,8 +114,10 @@ def swap(
     if calibrate is not None and not dry_run:
         from .calibrate import calibration_arguments
 
-        arguments, missed = calibration_arguments(model, decision.calibrated, fingerprint.reading(calibrate), forward)
-        notes += missed
+        arguments, calibration_notes = calibration_arguments(
+            model, decision.calibrated, fingerprint.reading(calibrate), forward
+        )
+        notes += calibration_notes
         if loaded and loaded.calibration not in (None, fingerprint.value):
             raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
                              "pass the same ones, or plan again")  # fmt: skip
@@ -284,12 +286,12 @@ _COMPUTING: tuple[tuple[Any, str, str, str], ...] = (
 )  # fmt: skip
 
 
-def _left(model: nn.Module, spoken_of: set[str]) -> list[Left]:
+def _left(model: nn.Module, reported: set[str]) -> list[Left]:
     """The layers that are neither Linear-like nor attention, by class: those that compute, and those that weigh something."""
     classes: dict[type, list[tuple[str, nn.Module]]] = {}
     for fqn, module in model.named_modules():
         names = {fqn, *(f"{fqn}.{name}" if fqn else name for name in module._parameters)}
-        if any(p is not None for p in module._parameters.values()) and names.isdisjoint(spoken_of):
+        if any(p is not None for p in module._parameters.values()) and names.isdisjoint(reported):
             classes.setdefault(type(module), []).append((fqn, module))
     least, groups = WEIGHS * tensor_bytes(model.modules()), []
     for cls, members in classes.items():
@@ -322,5 +324,5 @@ def planned(
                      p.precision.name, p.precision.version, p.calibrated)
         for leaf, p in layer_precisions
     )  # fmt: skip
-    of = layers_of(linear_leaves(model))
-    return Plan(type(model).__name__, of, tuple(layers), tuple(attention), calibration, __version__)
+    model_layers = layers_of(linear_leaves(model))
+    return Plan(type(model).__name__, model_layers, tuple(layers), tuple(attention), calibration, __version__)

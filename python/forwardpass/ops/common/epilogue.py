@@ -31,8 +31,8 @@ def apply_epilogue(
     """
     if a_zero_point is not None and b_sum is not None:
         acc = acc.long() - a_zero_point.long().reshape(per_row(a_zero_point, acc)) * b_sum.long()
-    one = torch.ones(1, device=acc.device)
-    a_scale, b_scale = one if a_scale is None else a_scale, one if b_scale is None else b_scale
+    unit = torch.ones(1, device=acc.device)
+    a_scale, b_scale = unit if a_scale is None else a_scale, unit if b_scale is None else b_scale
     y = acc.float().double() * (a_scale.reshape(per_row(a_scale, acc)) * b_scale).double()
     if bias is not None:
         y = y + bias.double()

@@ -39,8 +39,8 @@ class EpilogueCase:
         def positive(*shape: int) -> Tensor:
             return (torch.rand(shape, generator=g) + 0.5).to(device)
 
-        def scale(name: str | None, each: tuple[int, ...], step: float) -> Tensor | None:
-            return None if name is None else positive(*((1,) if name == "tensor" else each)) * step
+        def scale(name: str | None, shape: tuple[int, ...], step: float) -> Tensor | None:
+            return None if name is None else positive(*((1,) if name == "tensor" else shape)) * step
 
         outputs = columns // 2 if is_gated(self.activation) else columns
         zero_shape = {None: None, "row": lead, "tensor": (1,)}[self.zero_point]

@@ -149,8 +149,8 @@ def _check(
     elif isinstance(a_scale, Tensor) and a_scale.dim() == a.dim() > 1 and a_scale.shape[-1] != 1:
         raise ValueError(f"{op}: a_scale {tuple(a_scale.shape)} is of groups and b_scale {tuple(b_scale.shape)} is not of blocks: "
                          "pass both of one kind")  # fmt: skip
-    one = a.new_empty(1, dtype=torch.float32)
-    scales = (one, one) if blocks else (a_scale, b_scale)
+    unit = a.new_empty(1, dtype=torch.float32)
+    scales = (unit, unit) if blocks else (a_scale, b_scale)
     check_epilogue(op, a, tuple(a.shape[:-1]), b.shape[0], *scales, bias, activation, out_dtype, out_scale, None, None)
 
 

@@ -155,8 +155,8 @@ def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Te
     slack = 2.0**-22  # multiplying by the reciprocal, rounded, is not dividing by the scale
     expected = widest.clamp(min=LEAST_RANGE) / 448
     assert_close(scale, expected, off / 448 + slack * expected, "scale")
-    each = scale.cpu().repeat_interleave(BLOCK, -1)[..., : exact.shape[-1]]
-    assert_quantized_close(q, exact, bound + slack * exact.abs(), each)
+    column_scale = scale.cpu().repeat_interleave(BLOCK, -1)[..., : exact.shape[-1]]
+    assert_quantized_close(q, exact, bound + slack * exact.abs(), column_scale)
 
 
 def cases() -> Iterator[Case]:
