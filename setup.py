@@ -65,8 +65,8 @@ def torch_says(name):
     path = torch_folder() / "version.py"
     if not path.exists():
         sys.exit(f"forwardpass: {torch_folder()} is no torch folder, there is no version.py in it")
-    found = re.search(rf"^{name}(?:: .*)? = '(.*)'", path.read_text(), re.M)
-    return found[1] if found else None
+    match = re.search(rf"^{name}(?:: .*)? = '(.*)'", path.read_text(), re.M)
+    return match[1] if match else None
 
 
 def torch_cuda_major():
@@ -117,15 +117,15 @@ def cxx():
     """(the C++ compiler as a list of words, the machine that it compiles for)"""
     command = shlex.split(os.environ.get("CXX") or "g++")
     try:
-        asked = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True)
+        process = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True)
     except OSError:
         sys.exit(f"forwardpass: there is no C++ compiler {command[0]!r}: install g++, or set CXX to one")
-    machine, _, system = asked.stdout.strip().partition("-")
-    if asked.returncode or not system:
+    machine, _, system = process.stdout.strip().partition("-")
+    if process.returncode or not system:
         sys.exit(f"forwardpass: CXX={shlex.join(command)!r} does not answer -dumpmachine "
-                 f"({asked.stderr.strip() or asked.returncode}): set it to a g++")  # fmt: skip
+                 f"({process.stderr.strip() or process.returncode}): set it to a g++")  # fmt: skip
     if "linux" not in system:
-        sys.exit(f"forwardpass: it is for Linux only, and {shlex.join(command)} compiles for {asked.stdout.strip()}")
+        sys.exit(f"forwardpass: it is for Linux only, and {shlex.join(command)} compiles for {process.stdout.strip()}")
     macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True).stdout
     name = "clang++" if "#define __clang__ " in macros else "g++"  # which says that it is g++ 4, too
     version = re.search(rf"^#define {'__clang_major__' if name == 'clang++' else '__GNUC__'} (\d+)$", macros, re.M)
@@ -170,7 +170,7 @@ NAMED_ARCHES = {
 def arches():
     """(["80", "90a"], ["7.5 (the kernels need 8.0 or later)"]) from TORCH_CUDA_ARCH_LIST: what is built, what is left out."""
     listed = subprocess.run([cuda_home() / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
-    known = re.findall(r"compute_(\d+)", listed)
+    supported = re.findall(r"compute_(\d+)", listed)
     built, left_out = {}, []
     for word in re.findall(r"[^\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a"):
         name = word.removesuffix("+PTX")
@@ -182,7 +182,7 @@ def arches():
             arch = m[1] + m[2]
             if int(arch) < 80:
                 left_out.append(f"{entry} (the kernels need 8.0 or later)")
-            elif arch not in known:
+            elif arch not in supported:
                 left_out.append(f"{entry} (nvcc {nvcc_release(cuda_home())} does not know it)")
             else:  # Hopper's own kernels are for 9.0a; all others are portable
                 built["90a" if arch == "90" else arch] = None
@@ -197,22 +197,25 @@ def gencode(source):
     """
     minimum = re.search(r"_sm(\d+a?)\.cu$", source.name)[1]
     if minimum.endswith("a"):
-        mine = [a for a in arches()[0] if a == minimum]
+        architectures = [a for a in arches()[0] if a == minimum]
     else:
-        mine = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
+        architectures = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
     # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
-    own = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
-    return [f"-gencode=arch=compute_{a},code=[{'' if own and a == 90 else f'sm_{a},'}compute_{a}]" for a in mine]
+    has_sm90a = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
+    return [
+        f"-gencode=arch=compute_{a},code=[{'' if has_sm90a and a == 90 else f'sm_{a},'}compute_{a}]"
+        for a in architectures
+    ]
 
 
 def jobs(sources):
     """One g++ or nvcc process needs about 1.5 GB here (measured: 0.9 for a stable-ABI file, 0.6 for a kernel)."""
     pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     free, cores = pages * size / 2**30, len(os.sched_getaffinity(0))
-    wanted = int(os.environ.get("MAX_JOBS") or cores)
-    n = max(1, min(wanted, int(free * 0.8 / 1.5), sources))
-    print(f"forwardpass: {n} jobs = min({wanted} {'MAX_JOBS' if os.environ.get('MAX_JOBS') else 'cores'}, "
+    limit = int(os.environ.get("MAX_JOBS") or cores)
+    n = max(1, min(limit, int(free * 0.8 / 1.5), sources))
+    print(f"forwardpass: {n} jobs = min({limit} {'MAX_JOBS' if os.environ.get('MAX_JOBS') else 'cores'}, "
           f"0.8 * {free:.1f} GiB free / 1.5 GiB a job, {sources} files)", flush=True)  # fmt: skip
     return n
 
@@ -224,8 +227,8 @@ def nvcc_host(script):
     """
     command, _ = cxx()
     host = os.environ.get("NVCC_CCBIN") or os.environ.get("CUDAHOSTCXX")
-    told = os.environ.get("NVCC_PREPEND_FLAGS", "") + os.environ.get("NVCC_APPEND_FLAGS", "")
-    if not (host or os.environ.get("CXX")) or "-ccbin" in told or "--compiler-bindir" in told:
+    flags = os.environ.get("NVCC_PREPEND_FLAGS", "") + os.environ.get("NVCC_APPEND_FLAGS", "")
+    if not (host or os.environ.get("CXX")) or "-ccbin" in flags or "--compiler-bindir" in flags:
         return ""
     if not host and len(command) > 1:
         script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
@@ -261,12 +264,12 @@ def rules(out, obj, home):
         return re.sub(r"([$ :])", r"$\1", str(p))
 
     def objects(rule, sources, flags=lambda s: ""):
-        made = []
+        outputs = []
         for s in sources:
             s = s.relative_to(ROOT)
-            made.append(f"build/ninja/{str(s).replace('/', '.')}.o")
-            text.append(f"build {made[-1]}: {rule} {s}\n flags = {flags(s)}")
-        return " ".join(made)
+            outputs.append(f"build/ninja/{str(s).replace('/', '.')}.o")
+            text.append(f"build {outputs[-1]}: {rule} {s}\n flags = {flags(s)}")
+        return " ".join(outputs)
 
     csrc = ROOT / "csrc"
     cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] not in ("interpreter", "kernels"))
@@ -276,19 +279,19 @@ def rules(out, obj, home):
     if why_no_interpreter() is None:
         # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
         core = sorted((*csrc.glob("interpreter/*.cpp"), *csrc.glob("interpreter/rows/*.cpp")))
-        made = objects("cxx", core, lambda s: "-march=x86-64-v3 -mtune=generic")
+        outputs = objects("cxx", core, lambda s: "-march=x86-64-v3 -mtune=generic")
         flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
-        text.append(f"build {path(out / '_interpreter.so')}: link {made}\n flags = {flags}")
+        text.append(f"build {path(out / '_interpreter.so')}: link {outputs}\n flags = {flags}")
     host = sorted(csrc.glob("interpreter/python/*.cpp")) if WANT_HOST else []
     if host:  # pybind11 is among torch's headers
         python = f"-isystem {q(sysconfig.get_path('include'))}"
-        made = objects("cxx", host, lambda s: python)
+        outputs = objects("cxx", host, lambda s: python)
         parser = [csrc / f"interpreter/{name}.cpp" for name in ("parser", "types")]
         if not core:
             objects("cxx", parser)
-        made += "".join(f" build/ninja/csrc.interpreter.{p.name}.o" for p in parser)
+        outputs += "".join(f" build/ninja/csrc.interpreter.{p.name}.o" for p in parser)
         name = f"interpreter/_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-        text.append(f"build {path(out / name)}: link {made}\n flags = -Wl,-Bsymbolic")
+        text.append(f"build {path(out / name)}: link {outputs}\n flags = -Wl,-Bsymbolic")
     cu, standin = [], []
     if home:
         cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
@@ -345,13 +348,13 @@ def require_build_tools():
     """pip's --no-build-isolation checks nothing, and its users see the first ImportError: say all of it at once."""
     if BUILDING and sys.platform != "linux":
         sys.exit(f"forwardpass: it is for Linux only, and this is {platform.system()}")
-    found = {}
+    versions = {}
     for name in NEEDED:
         try:
-            found[name] = torch_says("__version__") if name == "torch" else importlib.metadata.version(name)
+            versions[name] = torch_says("__version__") if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    bad = {n: v for n, v in found.items() if v is None or release(v) < release(NEEDED[n])}
+            versions[name] = None
+    bad = {n: v for n, v in versions.items() if v is None or release(v) < release(NEEDED[n])}
     if (BUILDING and bad) or "setuptools" in bad:
         has = ", ".join(f"{n} {v or 'is missing'}" for n, v in bad.items())
         fix = " ".join(f"'{n}>={NEEDED[n]}'" for n in bad)

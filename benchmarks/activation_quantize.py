@@ -11,7 +11,7 @@ from forwardpass.ops.activation_quantize import OPERATION
 
 def baseline(
     x: Tensor, activation: str, dtype: torch.dtype, layout: str, symmetric: bool, channel_scale: Tensor | None,
-    **rest: Any,
+    **options: Any,
 ) -> Any:  # fmt: skip
     v = eager.activate(x, activation, layout).float()
     return eager.quantize_rows(v if channel_scale is None else v * channel_scale, dtype, symmetric)

@@ -32,10 +32,10 @@ def additive(
     if left is None and right is None and mask is None:
         return None
     distance = torch.arange(keys, device=q.device) - torch.arange(keys - rows, keys, device=q.device).unsqueeze(1)
-    seen = (distance >= -(keys if left is None else left)) & (distance <= (keys if right is None else right))
+    visible = (distance >= -(keys if left is None else left)) & (distance <= (keys if right is None else right))
     if mask is not None and mask.dtype == torch.bool:
-        seen, mask = seen & mask, None
-    hidden = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+        visible, mask = visible & mask, None
+    hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
     return hidden if mask is None else hidden + mask
 
 
@@ -80,24 +80,24 @@ SHAPES = (
 def row_of(implementation: str, arch: str, case: Case) -> dict[str, Any]:
     row = head(implementation, case)
     try:
-        found = interpreted.run(ATTENTION, implementation, arch, case)
+        result = interpreted.run(ATTENTION, implementation, arch, case)
     except RuntimeError as e:
         return {**row, "missing": str(e).splitlines()[0]}
-    row |= figures(found, case)
+    row |= figures(result, case)
     if not case.causal:  # what twice the keys add
         twice = dataclasses.replace(case, sizes=(case.sizes[0], 2 * case.sizes[1]))
         more = interpreted.run(ATTENTION, implementation, arch, twice)
-        row["main_loop_ptx_per_score"] = 32 * (more.counts.issued - found.counts.issued) / case.scores()
+        row["main_loop_ptx_per_score"] = 32 * (more.counts.issued - result.counts.issued) / case.scores()
     return row
 
 
 def row_of_tutorial(tutorial: Tutorial, case: Case) -> dict[str, Any]:
     row = head("tutorial", case)
     try:
-        found, row["config"] = tutorial.run(case)
+        result, row["config"] = tutorial.run(case)
     except RuntimeError as e:
         return {**row, "missing": str(e)}
-    return row | figures(found, case)
+    return row | figures(result, case)
 
 
 def head(implementation: str, case: Case) -> dict[str, Any]:
@@ -105,10 +105,10 @@ def head(implementation: str, case: Case) -> dict[str, Any]:
     return {"operation": case.op, "implementation": implementation, "case": described}
 
 
-def figures(found: Interpreted, case: Case) -> dict[str, Any]:
-    return found.row(case) | {
-        "tflops": case.flops() / found.seconds / 1e12,
-        "ptx_per_score": 32 * found.counts.issued / case.scores(),
+def figures(result: Interpreted, case: Case) -> dict[str, Any]:
+    return result.row(case) | {
+        "tflops": case.flops() / result.seconds / 1e12,
+        "ptx_per_score": 32 * result.counts.issued / case.scores(),
     }
 
 

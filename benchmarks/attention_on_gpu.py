@@ -69,8 +69,8 @@ def measure(
 ) -> dict[str, Any]:
     """sdpa: torch's, of the operation's arguments by name."""
     case, shape = make_case(length, head_dim, variant), (length, head_dim)
-    of_call = functools.partial(peers, sdpa)
-    return on_gpu.measure(ATTENTION, variant, case, shape, device, rounds, of_call, BARS, same_work=SDPA_KERNELS)
+    make_peers = functools.partial(peers, sdpa)
+    return on_gpu.measure(ATTENTION, variant, case, shape, device, rounds, make_peers, BARS, same_work=SDPA_KERNELS)
 
 
 def measure_all(rounds: int, sdpa: Callable[..., Any]) -> list[dict[str, Any]]:

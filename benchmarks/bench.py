@@ -99,12 +99,12 @@ def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str
     named = dict(zip(op.parameters, call))
     torch.compiler.reset()
     compiled = torch.compile(baseline, dynamic=False)
-    ours = [b for b in BACKENDS if b != "reference" and op.why_not(b, *call) is None]
-    calls: dict[str, Callable[[], Any]] = {b: on_backend(op, b, call) for b in ours}
+    backends = [b for b in BACKENDS if b != "reference" and op.why_not(b, *call) is None]
+    calls: dict[str, Callable[[], Any]] = {b: on_backend(op, b, call) for b in backends}
     calls["torch eager"] = lambda: baseline(**named)
     calls["torch.compile"] = lambda: compiled(**named)
     expected = calls["torch eager"]()
-    for name in (*ours, "torch.compile"):
+    for name in (*backends, "torch.compile"):
         check_same_work(f"{name} of {op.describe(call)}", calls[name](), expected)
     timings = interleave(calls, device, rounds=rounds)
     peers = {p: timings[p].median for p in ("torch eager", "torch.compile")}
@@ -140,12 +140,12 @@ def ratios(median: float, peers: dict[str, float]) -> dict[str, float]:
     return {name: p / median for name, p in peers.items()}
 
 
-def check_same_work(what: str, got: Any, expected: Any) -> None:
-    pairs = [(g, e) for g, e in zip(tensors(got), tensors(expected)) if e.numel()]
+def check_same_work(name: str, actual: Any, expected: Any) -> None:
+    pairs = [(g, e) for g, e in zip(tensors(actual), tensors(expected)) if e.numel()]
     for g, e in pairs:
         error = finite_relative_error(g, e)
         if not error <= SAME_WORK:
-            sys.exit(f"{what} does other work than the baseline: relative error {error:.1e}")
+            sys.exit(f"{name} does other work than the baseline: relative error {error:.1e}")
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

@@ -36,9 +36,9 @@ def baseline(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None,
     out_dtype: torch.dtype, out_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    one = torch.ones(1, device=a.device)
+    unit = torch.ones(1, device=a.device)
     acc = product(a, b, a_scale, b_scale)
-    return eager.dequantize(acc, one, one, bias, activation, out_dtype, out_scale=out_scale)
+    return eager.dequantize(acc, unit, unit, bias, activation, out_dtype, out_scale=out_scale)
 
 
 def baseline_quantize(*args: Any, group_size: int, **named: Any) -> tuple[Tensor, Tensor]:

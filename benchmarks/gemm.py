@@ -40,26 +40,26 @@ def make_case(op: Operation, m: int, n: int, k: int, options: dict[str, Any]) ->
     """Of the operation's cases.py: bf16 in and out, a scale a row and a column, no activation."""
     cases = importlib.import_module(f"{op.package}.cases")
     fields = {f.name for f in dataclasses.fields(cases.Case)}
-    given = {"m": m} if "m" in fields else {"lead": (m,)}
-    given |= {"n": n, "k": k, "x_dtype": torch.bfloat16, "out_dtype": torch.bfloat16, **options}
+    settings = {"m": m} if "m" in fields else {"lead": (m,)}
+    settings |= {"n": n, "k": k, "x_dtype": torch.bfloat16, "out_dtype": torch.bfloat16, **options}
     if "epilogue" in fields:
-        given["epilogue"] = importlib.import_module("forwardpass.ops.dequant_activation.cases").EpilogueCase(
+        settings["epilogue"] = importlib.import_module("forwardpass.ops.dequant_activation.cases").EpilogueCase(
             bias=torch.bfloat16, out_dtype=torch.bfloat16
         )
-    return cases.Case(**{name: value for name, value in given.items() if name in fields})
+    return cases.Case(**{name: value for name, value in settings.items() if name in fields})
 
 
 def problems(names: list[str] | None) -> list[tuple[Operation, str, dict[str, Any]]]:
     """(operation, variant, options) of those that this build has; a name is an operation's or its package's."""
-    found = [dispatch.operations[n] for n in OPERATIONS if n in dispatch.operations]
-    wanted = [op for op in found if not names or {op.name, op.package.split(".")[-1]} & set(names)]
-    return [(op, variant, options) for op in wanted for variant, options in OPERATIONS[op.name].items()]
+    available = [dispatch.operations[n] for n in OPERATIONS if n in dispatch.operations]
+    operations = [op for op in available if not names or {op.name, op.package.split(".")[-1]} & set(names)]
+    return [(op, variant, options) for op in operations for variant, options in OPERATIONS[op.name].items()]
 
 
 def main_loop(op: Operation, implementation: str, arch: str, case: Any, once: Interpreted) -> dict[str, Any]:
     """Of the main loop alone, which is what twice the depth adds to a kernel with tensor-core work launched the same way."""
     twice = run(op, implementation, arch, dataclasses.replace(case, k=2 * case.k))
-    before, after = ([k for k in found.kernels if k.counts.macs] for found in (once, twice))
+    before, after = ([k for k in result.kernels if k.counts.macs] for result in (once, twice))
     if [(k.kernel, k.grid, k.launches) for k in before] != [(k.kernel, k.grid, k.launches) for k in after]:
         return {}
 
@@ -77,14 +77,14 @@ def interpreted_row(op: Operation, variant: str, implementation: str, arch: str,
                     loop: bool) -> dict[str, Any]:  # fmt: skip
     row: dict[str, Any] = {"operation": op.name, "variant": variant, "implementation": implementation, "shape": shape}
     try:
-        found = run(op, implementation, arch, case)
+        result = run(op, implementation, arch, case)
     except RuntimeError as e:
         return {**row, "missing": str(e).splitlines()[0]}
     return {
         **row,
-        **found.row(case),
-        "ptx_per_mi_mac": found.counts.issued / (case.flops() / 2 / MI),
-        "main_loop": main_loop(op, implementation, arch, case, found) if loop else {},
+        **result.row(case),
+        "ptx_per_mi_mac": result.counts.issued / (case.flops() / 2 / MI),
+        "main_loop": main_loop(op, implementation, arch, case, result) if loop else {},
     }
 
 

@@ -37,24 +37,24 @@ def peers(op: Operation, variant: str, call: tuple[Any, ...]) -> dict[str, Calla
     named = dict(zip(op.parameters, call))
     baseline = importlib.import_module(f"benchmarks.{op.package.split('.')[-1]}").BASELINES[op]
     compiled = torch.compile(baseline, dynamic=False)
-    found: dict[str, Callable[[], Any]] = {"torch.compile": lambda: compiled(**named)}
+    calls: dict[str, Callable[[], Any]] = {"torch.compile": lambda: compiled(**named)}
     x, weight = (named[op.parameters[i]] for i in (0, 1))
     wide, wide_weight = (torch.randn(t.shape, device=t.device).bfloat16() for t in (x, weight))
-    found["bf16 F.linear"] = lambda: F.linear(wide, wide_weight)
+    calls["bf16 F.linear"] = lambda: F.linear(wide, wide_weight)
     if op.name == "int8_gemm":
-        found["torch._int_mm"] = lambda: torch._int_mm(x, weight.t())
+        calls["torch._int_mm"] = lambda: torch._int_mm(x, weight.t())
     if op.name == "fp8_gemm":
         a_scale, b_scale = named["a_scale"], named["b_scale"]
         scales = (a_scale, b_scale.t()) if variant == "blocks" else (a_scale.reshape(-1, 1), b_scale.reshape(1, -1))
-        found["torch._scaled_mm"] = lambda: torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16)
-    return found
+        calls["torch._scaled_mm"] = lambda: torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16)
+    return calls
 
 
 def measure(
     op: Operation, variant: str, case: Any, shape: tuple[int, int, int], device: str, rounds: int
 ) -> dict[str, Any]:
-    of_call = functools.partial(peers, op, variant)
-    return on_gpu.measure(op, variant, case, shape, device, rounds, of_call, BARS, same_work=("torch.compile",))
+    make_peers = functools.partial(peers, op, variant)
+    return on_gpu.measure(op, variant, case, shape, device, rounds, make_peers, BARS, same_work=("torch.compile",))
 
 
 def measure_all(
@@ -65,8 +65,8 @@ def measure_all(
 ) -> list[dict[str, Any]]:
     results = []
     for op, variant, options in problems:
-        of_bars = [b.shape for b in BARS if (b.operation, b.variant) == (op.name, variant) and b.shape[0] in rows]
-        for shape in dict.fromkeys([*of_bars, *((m, n, k) for n, k in SIZES for m in rows)]):
+        bar_shapes = [b.shape for b in BARS if (b.operation, b.variant) == (op.name, variant) and b.shape[0] in rows]
+        for shape in dict.fromkeys([*bar_shapes, *((m, n, k) for n, k in SIZES for m in rows)]):
             row = measure(op, variant, make_case(op, *shape, options), shape, "cuda", rounds)
             results.append(row)
             print(on_gpu.lines(row), flush=True)

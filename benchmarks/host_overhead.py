@@ -108,20 +108,20 @@ def microseconds(call: Callable[[], Any], n: int) -> float:
 @torch.inference_mode()
 def measure(n: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """name -> microseconds and launches of a call; name -> why it was not measured."""
-    made, found = calls(), {}
-    missing = {name: "it does not exist yet" for name in BARS if name not in made}
+    cases, results = calls(), {}
+    missing = {name: "it does not exist yet" for name in BARS if name not in cases}
     with launching_nothing() as launches:
-        for name, call in made.items():
+        for name, call in cases.items():
             try:
                 launches()
                 call()
             except (AttributeError, RuntimeError) as e:  # not in this build
                 missing[name] = str(e).splitlines()[0]
                 continue
-            found[name] = {"launches": launches(), "us": microseconds(call, n)}
-            if not found[name]["launches"]:
+            results[name] = {"launches": launches(), "us": microseconds(call, n)}
+            if not results[name]["launches"]:
                 raise RuntimeError(f"{name} launched nothing: what was timed is not the way to a kernel")
-    return found, missing
+    return results, missing
 
 
 def main() -> None:
@@ -134,9 +134,9 @@ def main() -> None:
     print(
         f"host time on {machine['name']}, median of {args.calls} calls; clock {microseconds(lambda: None, args.calls):.2f} us"
     )
-    found, missing = measure(args.calls)
+    results, missing = measure(args.calls)
     missed = 0
-    for name, f in found.items():
+    for name, f in results.items():
         bar = BARS.get(name)
         missed += bar is not None and f["us"] >= bar
         beside = "" if bar is None else f"   bar < {bar:g}   {'ok' if f['us'] < bar else 'MISSED'}"
@@ -144,9 +144,9 @@ def main() -> None:
     for name, why in missing.items():
         print(f"{name:<22}not measured: {why}")
     print(f"{missed} bars missed, {len(BARS.keys() & missing.keys())} not measured")
-    figures = {f"{name}_us": f["us"] for name, f in found.items()}
+    figures = {f"{name}_us": f["us"] for name, f in results.items()}
     bench.write({**bench.header("host-overhead", "cpu", list(figures)), **figures, "calls": args.calls, "bars_us": BARS,
-                 "launches": {name: f["launches"] for name, f in found.items()}, "missing": missing, "missed": missed},
+                 "launches": {name: f["launches"] for name, f in results.items()}, "missing": missing, "missed": missed},
                 args.json)  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from forwardpass.ops.int8_linear import OPERATION
 
 def baseline(
     x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    symmetric: bool, channel_scale: Tensor | None, w_sum: Tensor | None, **rest: Any,
+    symmetric: bool, channel_scale: Tensor | None, w_sum: Tensor | None, **options: Any,
 ) -> Tensor:  # fmt: skip
     v = x.float() if channel_scale is None else x.float() * channel_scale
     q, scale, zero_point = eager.quantize_rows(v, torch.int8, symmetric)

@@ -102,10 +102,10 @@ def measure(call: Callable[[], Any], arch: str, rounds: int, **options: Any) -> 
     return {"seconds": seconds, "instructions": instructions, "matrix_seconds": matrix_ns / 1e9, "macs": macs}
 
 
-def line(what: str, value: float, bar: float | None, unit: str, at_most: bool = False) -> bool:
-    met = bar is None or (value <= bar if at_most else value >= bar)
-    text = "" if bar is None else f"{'at most' if at_most else 'at least'} {bar:g}   {'ok' if met else 'MISSED'}"
-    print(f"{what:<58}{value:>8.3g} {unit:<12}{text}")
+def line(label: str, value: float, bar: float | None, unit: str, is_maximum: bool = False) -> bool:
+    met = bar is None or (value <= bar if is_maximum else value >= bar)
+    text = "" if bar is None else f"{'at most' if is_maximum else 'at least'} {bar:g}   {'ok' if met else 'MISSED'}"
+    print(f"{label:<58}{value:>8.3g} {unit:<12}{text}")
     return met
 
 
@@ -115,14 +115,14 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     result = bench.header("benchmark-interpreter", "cpu", ["figures"])
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     missed = 0
     for name, (make, products, arches) in KERNELS.items():
         for arch in arches:
             call = make()
             checked = measure(call, arch, args.rounds, threads=1)
             unchecked = measure(call, arch, args.rounds, threads=1, checks=False)
-            found[f"{name} {arch}"] = {"checked": checked, "unchecked": unchecked}
+            figures[f"{name} {arch}"] = {"checked": checked, "unchecked": unchecked}
             where = f"{name}, {arch}"
 
             def outside(m: dict[str, float]) -> float:
@@ -138,17 +138,17 @@ def main() -> None:
     for arch in ("sm_80", "sm_90a"):
         for threads in (1, 0):
             m = measure(attention(torch.float16), arch, args.rounds, threads=threads)
-            found[f"attention 1024 {arch}, threads {threads}"] = m
+            figures[f"attention 1024 {arch}, threads {threads}"] = m
             bar = None if threads else ATTENTION_1024_SECONDS
             missed += not line(
                 f"causal attention 1024 x 128, one head, {arch}, {'one core' if threads else 'every core'}",
-                m["seconds"], bar, "s", at_most=True,
+                m["seconds"], bar, "s", is_maximum=True,
             )  # fmt: skip
     m = measure(matmul(torch.float8_e4m3fn), "sm_90a", args.rounds, threads=1, truncating=True)
-    found["matmul e4m3 sm_90a, truncating"] = m
+    figures["matmul e4m3 sm_90a, truncating"] = m
     line("matmul e4m3, sm_90a: truncating accumulator", m["macs"] / m["matrix_seconds"] / 1e9, None, "GMAC/s")
     print(f"{missed} bars missed" if missed else "every bar met")
-    bench.write({**result, "missed": missed, "figures": found}, args.json)
+    bench.write({**result, "missed": missed, "figures": figures}, args.json)
 
 
 if __name__ == "__main__":

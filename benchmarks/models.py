@@ -173,7 +173,7 @@ def main() -> None:
         }
         # after the timing, as other lengths make torch.compile replace its graphs
         embeddings = {n: embedding.embed(run, batches) for n, run in built.items()}
-    result |= {"model": source.chosen, "length": args.length, "texts": len(texts), "not_run": missing}
+    result |= {"model": source.origin, "length": args.length, "texts": len(texts), "not_run": missing}
     result["peers"] = {
         n: {
             "latency_ms": {str(b): timings[b][n].to_json() for b in sizes},
@@ -181,7 +181,7 @@ def main() -> None:
         }
         for n in built
     }
-    print(f"{source.chosen}; {result['device']['name']}, {torch.get_num_threads()} threads; {len(texts)} texts")
+    print(f"{source.origin}; {result['device']['name']}, {torch.get_num_threads()} threads; {len(texts)} texts")
     print(f"{'':<28}{'lowest cosine':>14}" + "".join(f"{f'{b} x {args.length}':>28}" for b in sizes))
     for n, peer in result["peers"].items():
         cells = (f"{t['median']:.1f} ms [{t['low']:.0f}, {t['high']:.0f}]" for t in peer["latency_ms"].values())

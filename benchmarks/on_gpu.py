@@ -36,7 +36,7 @@ class Bar:
     source: str
 
 
-def of_gpu(table: dict[str, float], name: str) -> float | None:
+def value_of(table: dict[str, float], name: str) -> float | None:
     return next((value for pattern, value in table.items() if re.search(pattern, name)), None)
 
 
@@ -45,7 +45,7 @@ def achieved(bar: Bar, gpu: str, case: Any, ms: float) -> float | None:
     tflops, gb_per_s = case.flops() / ms / 1e9, case.bytes() / ms / 1e6
     if bar.unit == TFLOPS:
         return tflops
-    value, most = (tflops, of_gpu(PEAKS, gpu)) if bar.unit == OF_PEAK else (gb_per_s, of_gpu(BANDWIDTHS, gpu))
+    value, most = (tflops, value_of(PEAKS, gpu)) if bar.unit == OF_PEAK else (gb_per_s, value_of(BANDWIDTHS, gpu))
     return None if most is None else 100 * value / most
 
 
@@ -88,9 +88,9 @@ def measure(
     missing: dict[str, str] = {}
     for name, candidate in candidates.items():
         try:
-            got = candidate()
+            actual = candidate()
             if name in same_work:
-                bench.check_same_work(f"{name} of {op.name}", got, op(*call))
+                bench.check_same_work(f"{name} of {op.name}", actual, op(*call))
         except (Exception, SystemExit) as e:  # whatever a peer raises, or is caught at, is said beside its name
             missing[name] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
     timings = interleave({n: c for n, c in candidates.items() if n not in missing}, device, rounds=rounds)
@@ -125,12 +125,12 @@ def measure(
 
 
 def lines(row: dict[str, Any]) -> str:
-    said = [f"{row['operation']} {row['variant']} {' x '.join(map(str, row['shape']))}".replace("  ", " ")]
+    output = [f"{row['operation']} {row['variant']} {' x '.join(map(str, row['shape']))}".replace("  ", " ")]
     for name, t in row["timings"].items():
         beside = ", ".join(f"{r:.2f} x {peer}" for peer, r in t["times_as_fast_as"].items() if peer != name)
-        said.append(f"  {name:<18}{t['median'] * 1e3:9.1f} us [{t['low'] * 1e3:.1f}, {t['high'] * 1e3:.1f}], with host "
+        output.append(f"  {name:<18}{t['median'] * 1e3:9.1f} us [{t['low'] * 1e3:.1f}, {t['high'] * 1e3:.1f}], with host "
                     f"{t['with_host'] * 1e3:8.1f} us {t['tflops']:8.1f} TFLOP/s {t['gb_per_s']:7.0f} GB/s  {beside}")  # fmt: skip
-    said += [f"  {name:<18}not measured: {why}" for name, why in row["missing"].items()]
+    output += [f"  {name:<18}not measured: {why}" for name, why in row["missing"].items()]
     for bar in row["bars"]:
         reached = bar["achieved"]
         verdict = (
@@ -138,5 +138,5 @@ def lines(row: dict[str, Any]) -> str:
             if reached is None
             else f"{reached:.0f}: {'ok' if reached >= bar['least'] else 'MISSED'}"
         )
-        said.append(f"  bar: at least {bar['least']:g} {bar['unit']} ({bar['source']}), cuda {verdict}")
-    return "\n".join(said)
+        output.append(f"  bar: at least {bar['least']:g} {bar['unit']} ({bar['source']}), cuda {verdict}")
+    return "\n".join(output)

@@ -51,25 +51,25 @@ def run_load(
 
     if plain() != list(pipeline(items)):
         raise SystemExit("the pipeline's results are not those of the plain loop")
-    taken: dict[str, list[float]] = {name: [] for name in ("plain", "pipeline", "predicted", "ideal")}
+    samples: dict[str, list[float]] = {name: [] for name in ("plain", "pipeline", "predicted", "ideal")}
     cores = []
     for _ in range(rounds):
         profiled = fp.profile(request.model, items, **stages, rounds=1, layers=False)
         longest = max(p.total_ms for p in profiled.phases)
-        each = sum(p.total_ms for p in profiled.phases) / len(items)
-        taken["predicted"].append(100 / profiled.overlap.speedup_of(len(items)))
-        taken["ideal"].append(100 * (each + longest * (1 - 1 / len(items))) / (each * len(items)))
+        item_ms = sum(p.total_ms for p in profiled.phases) / len(items)
+        samples["predicted"].append(100 / profiled.overlap.speedup_of(len(items)))
+        samples["ideal"].append(100 * (item_ms + longest * (1 - 1 / len(items))) / (item_ms * len(items)))
         cores.append(profiled.overlap.cores)
         for name, loop in (("plain", plain), ("pipeline", lambda: list(pipeline(items)))):
             start = time.perf_counter()
             loop()
-            taken[name].append((time.perf_counter() - start) * 1e3 / len(items))
-    measured = statistics.median(100 * b / a for a, b in zip(taken["plain"], taken["pipeline"]))
-    predicted, ideal = (statistics.median(taken[name]) for name in ("predicted", "ideal"))
+            samples[name].append((time.perf_counter() - start) * 1e3 / len(items))
+    measured = statistics.median(100 * b / a for a, b in zip(samples["plain"], samples["pipeline"]))
+    predicted, ideal = (statistics.median(samples[name]) for name in ("predicted", "ideal"))
     return {
         "items": len(items),
-        "plain_ms": statistics.median(taken["plain"]),
-        "pipeline_ms": statistics.median(taken["pipeline"]),
+        "plain_ms": statistics.median(samples["plain"]),
+        "pipeline_ms": statistics.median(samples["pipeline"]),
         "measured_percent": measured,
         "predicted_percent": predicted,
         "ideal_percent": ideal,
@@ -77,7 +77,7 @@ def run_load(
         "points_apart": abs(measured - predicted),
         "of_ideal": (100 - measured) / (100 - ideal),
         "cores_free_of_others": statistics.median(cores),
-        "rounds": taken,
+        "rounds": samples,
     }
 
 
@@ -100,17 +100,17 @@ def main() -> None:
         return [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(args.items)]
 
     result = bench.header("pipeline", args.device, ["loads"]) | {"allocator": keep_freed_memory()}
-    result |= {"model": source.chosen, "length": args.length, "loads": {}, "checks": {}}
+    result |= {"model": source.origin, "length": args.length, "loads": {}, "checks": {}}
     loads = {
         "a: tokenise, 8 texts": (request.preprocess, items(8)),
         "b: wait 20 ms, tokenise, 1 text": (functools.partial(waiting, request.preprocess), items(1)),
     }
     print(
-        f"{source.chosen}; {result['device']['name']}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds"
+        f"{source.origin}; {result['device']['name']}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds"
     )
     print(f"{'':<34}{'plain ms':>10}{'pipeline':>10}{'% of plain':>12}{'predicted':>11}{'ideal':>8}{'of ideal':>10}")
-    for name, (preprocess, made) in loads.items():
-        r = result["loads"][name] = run_load(request, preprocess, made, args.rounds)
+    for name, (preprocess, requests) in loads.items():
+        r = result["loads"][name] = run_load(request, preprocess, requests, args.rounds)
         print(f"{name:<34}{r['plain_ms']:>10.2f}{r['pipeline_ms']:>10.2f}{r['measured_percent']:>12.1f}"
               f"{r['predicted_percent']:>11.1f}{r['ideal_percent']:>8.1f}{r['of_ideal']:>10.0%}", flush=True)  # fmt: skip
     a, b = result["loads"].values()

@@ -67,8 +67,8 @@ class Subject:
 
     def entry(self, name: str, plan: Plan) -> Entry:
         self.put(plan)
-        got = embedding.embed(embedding.hidden_states(self.model), self.batches)
-        cosine = torch.nn.functional.cosine_similarity(got.double(), self.expected.double())
+        actual = embedding.embed(embedding.hidden_states(self.model), self.batches)
+        cosine = torch.nn.functional.cosine_similarity(actual.double(), self.expected.double())
         ms = {fqn: x["before"]["ms"]["low"] for fqn, x in self.rows.items()}
         ms |= {
             x.fqn: self.rows[x.fqn]["candidates"][x.precision + CALIBRATED * x.calibrated]["ms"]["low"]
@@ -85,23 +85,23 @@ class Subject:
                 swap_planned(self.model, plan, self.arguments)
             self.current = plan
 
-    def greedy(self, name: str, order: list[str], rest: str | None) -> Callable[[float], Entry]:
-        """For a budget: the most layers, in that order, that hold it together, the others in `rest`."""
+    def greedy(self, name: str, order: list[str], fallback: str | None) -> Callable[[float], Entry]:
+        """For a budget: the most layers, in that order, that hold it together, the others in `fallback`."""
         tried: dict[int, Entry] = {}
 
-        def at(count: int) -> Entry:
+        def evaluate(count: int) -> Entry:
             if count not in tried:
-                choices = dict.fromkeys(order, rest) | dict.fromkeys(order[:count], BEST)
+                choices = dict.fromkeys(order, fallback) | dict.fromkeys(order[:count], BEST)
                 plan = self.plan({fqn: c for fqn, c in choices.items() if c is not None})
-                tried[count] = self.entry(f"greedy by {name}, {count} {BEST}, others {rest or 'fp32'}", plan)
+                tried[count] = self.entry(f"greedy by {name}, {count} {BEST}, others {fallback or 'fp32'}", plan)
             return tried[count]
 
         def within(budget: float) -> Entry:
             low, high = 0, len(order) + 1
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (middle, high) if at(middle).cosine_min >= budget else (low, middle)
-            return at(low)
+                low, high = (middle, high) if evaluate(middle).cosine_min >= budget else (low, middle)
+            return evaluate(low)
 
         return within
 
@@ -109,38 +109,38 @@ class Subject:
 def competitors(subject: Subject) -> list[Entry]:
     """One precision everywhere, and greedy plans for each budget."""
     gain = [fqn for fqn, x in subject.rows.items() if x["candidates"][BEST]["output"]]
-    found = [
+    entries = [
         subject.entry(f"{name} everywhere", subject.plan(dict.fromkeys(gain, name)))
         for name in ("int8", BEST, "w8a16", "bf16")
     ]
     by_output = sorted(gain, key=lambda fqn: subject.rows[fqn]["candidates"][BEST]["output"]["mean"])
     by_layer = sorted(gain, key=lambda fqn: subject.rows[fqn]["candidates"][BEST]["error"])
-    for name, order, rest in (
+    for name, order, fallback in (
         ("error of the output", by_output, "bf16"),
         ("error of the output", by_output, None),
         ("error of the layer", by_layer, "bf16"),
     ):
-        within = subject.greedy(name, order, rest)
-        found += [within(budget) for budget in BUDGETS]
-    return list({e.name: e for e in found}.values())
+        within = subject.greedy(name, order, fallback)
+        entries += [within(budget) for budget in BUDGETS]
+    return list({e.name: e for e in entries}.values())
 
 
 def draw(entries: list[Entry], file: str) -> None:
-    figure, drawn = plots.axes("all-MiniLM-L6-v2: error over time of whole models")
+    figure, axes = plots.axes("all-MiniLM-L6-v2: error over time of whole models")
     for kind, mark in (("plan", "o-"), ("greedy", "x"), ("everywhere", "s")):
-        mine = sorted((e for e in entries if kind in e.name), key=lambda e: e.layers_ms)
-        drawn.plot([e.layers_ms for e in mine], [1 - e.cosine_min for e in mine], mark, label=kind)
+        series = sorted((e for e in entries if kind in e.name), key=lambda e: e.layers_ms)
+        axes.plot([e.layers_ms for e in series], [1 - e.cosine_min for e in series], mark, label=kind)
     for e in entries:
         if "everywhere" in e.name:
-            drawn.annotate(
+            axes.annotate(
                 e.name, (e.layers_ms, 1 - e.cosine_min), fontsize=8, xytext=(4, 4), textcoords="offset points"
             )
     for budget in BUDGETS:
-        drawn.axhline(1 - budget, color="grey", lw=0.5, ls=":")
-    drawn.set_yscale("log")
-    drawn.set_xlabel("ms of the linear layers, 8 x 128 tokens")
-    drawn.set_ylabel("1 - lowest cosine of 288 texts")
-    drawn.legend()
+        axes.axhline(1 - budget, color="grey", lw=0.5, ls=":")
+    axes.set_yscale("log")
+    axes.set_xlabel("ms of the linear layers, 8 x 128 tokens")
+    axes.set_ylabel("1 - lowest cosine of 288 texts")
+    axes.legend()
     figure.savefig(file)
 
 
@@ -172,8 +172,8 @@ def main() -> None:
     assert first is not None
     subject = Subject(model, texts, calibration, dict(first))
     print("running what else there is", file=sys.stderr)
-    ours = {budget: subject.entry(f"plan {budget}", plan) for budget, plan in plans.items()}
-    entries = [*ours.values(), *competitors(subject)]
+    planned = {budget: subject.entry(f"plan {budget}", plan) for budget, plan in plans.items()}
+    entries = [*planned.values(), *competitors(subject)]
     as_it_is = subject.entry("fp32", subject.plan({}))
 
     def call(plan: Plan) -> Callable[[], object]:
@@ -196,7 +196,7 @@ def main() -> None:
         ms = timings[e.name].low
         print(f"{e.name:<62}{e.cosine_min:>14.6f}{e.error_mean:>12.2e}{e.layers_ms:>12.2f}{ms:>11.1f}{fp32 / ms:>7.2f}")
     result["plans"] = [{k: v for k, v in vars(e).items() if k != "plan"} for e in (as_it_is, *entries)]
-    result |= {"seconds": seconds, "checks": checks(ours, entries, fp32)}
+    result |= {"seconds": seconds, "checks": checks(planned, entries, fp32)}
     for name, check in result["checks"].items():
         print(f"{'ok    ' if check['ok'] else 'MISSED'} {name}: {check['found']}")
     if args.plot:
@@ -204,22 +204,22 @@ def main() -> None:
     bench.write(result, args.json)
 
 
-def checks(ours: dict[float, Entry], entries: list[Entry], fp32: float) -> dict[str, dict[str, Any]]:
+def checks(planned: dict[float, Entry], entries: list[Entry], fp32: float) -> dict[str, dict[str, Any]]:
     """What is claimed of plans. Times of layers decide which of two plans is faster: they are the same for equal choices."""
-    found: dict[str, dict[str, Any]] = {}
-    for budget, e in ours.items():
+    verdicts: dict[str, dict[str, Any]] = {}
+    for budget, e in planned.items():
         better = [x.name for x in entries if x.cosine_min > e.cosine_min and x.layers_ms < e.layers_ms]
-        found[f"plan {budget} holds its budget"] = {"ok": e.cosine_min >= budget, "found": e.cosine_min}
-        found[f"nothing is better in both than plan {budget}"] = {"ok": not better, "found": better or "nothing is"}
-    middle, int8 = ours[0.9995], next(e for e in entries if e.name == "int8 everywhere")
+        verdicts[f"plan {budget} holds its budget"] = {"ok": e.cosine_min >= budget, "found": e.cosine_min}
+        verdicts[f"nothing is better in both than plan {budget}"] = {"ok": not better, "found": better or "nothing is"}
+    middle, int8 = planned[0.9995], next(e for e in entries if e.name == "int8 everywhere")
     assert middle.latency_ms and int8.latency_ms
     speed = fp32 / middle.latency_ms["low"]
-    found["plan 0.9995 is at least 2.5 times as fast as fp32"] = {"ok": speed >= 2.5, "found": speed}
+    verdicts["plan 0.9995 is at least 2.5 times as fast as fp32"] = {"ok": speed >= 2.5, "found": speed}
     error = (1 - middle.cosine_min) / (1 - int8.cosine_min)
-    kept = int8.latency_ms["low"] / middle.latency_ms["low"]
-    found["its error is at most half of int8's"] = {"ok": error <= 0.5, "found": error}
-    found["at 80 % or more of int8's speed"] = {"ok": kept >= 0.8, "found": kept}
-    return found
+    speed_ratio = int8.latency_ms["low"] / middle.latency_ms["low"]
+    verdicts["its error is at most half of int8's"] = {"ok": error <= 0.5, "found": error}
+    verdicts["at 80 % or more of int8's speed"] = {"ok": speed_ratio >= 0.8, "found": speed_ratio}
+    return verdicts
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from benchmarks import bench, eager
 from forwardpass.ops.quantize import OPERATION
 
 
-def baseline(x: Tensor, dtype: torch.dtype, symmetric: bool, channel_scale: Tensor | None, **rest: Any) -> Any:
+def baseline(x: Tensor, dtype: torch.dtype, symmetric: bool, channel_scale: Tensor | None, **options: Any) -> Any:
     v = x.float() if channel_scale is None else x.float() * channel_scale
     return eager.quantize_rows(v, dtype, symmetric)
 

@@ -55,7 +55,7 @@ def run(model: Any, make_batch: Any, load: float, requests: int, seed: int, slo_
 
 
 def line(row: dict[str, Any]) -> str:
-    said = [
+    errors = [
         f"{name} {x['simulated_ms']:.1f} simulated, {x['measured_ms']:.1f} measured ms "
         f"[{x['interval_ms'][0]:.1f}, {x['interval_ms'][1]:.1f}] ({x['error']:+.1%})"
         for name, x in row["percentiles"].items()
@@ -63,20 +63,20 @@ def line(row: dict[str, Any]) -> str:
     p = row["policy"]
     return (
         f"load {row['load']:.0%}, {row['rate']:.1f} of {row['saturation_rate']:.1f} requests a second, max_batch "
-        f"{p['max_batch']}, max_wait {p['max_wait_ms']:g} ms: {'; '.join(said)}; sent late by "
+        f"{p['max_batch']}, max_wait {p['max_wait_ms']:g} ms: {'; '.join(errors)}; sent late by "
         f"{row['lateness_ms']['p50']:.2f} ms (p99 {row['lateness_ms']['p99']:.2f})"
     )
 
 
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the runs at one load: the median error of each percentile against its bar."""
-    found = {}
+    verdicts = {}
     for p, most in BARS.items():
-        mine = [row["percentiles"][f"p{p}"] for row in rows]
-        error = statistics.median(abs(x["error"]) for x in mine)
-        inside = statistics.median(float(x["within_interval"]) for x in mine) == 1
-        found[f"p{p}"] = {"median_error": error, "most": most, "ok": error <= most or (p == 99 and inside)}
-    return found
+        percentiles = [row["percentiles"][f"p{p}"] for row in rows]
+        error = statistics.median(abs(x["error"]) for x in percentiles)
+        inside = statistics.median(float(x["within_interval"]) for x in percentiles) == 1
+        verdicts[f"p{p}"] = {"median_error": error, "most": most, "ok": error <= most or (p == 99 and inside)}
+    return verdicts
 
 
 def main() -> None:
@@ -104,11 +104,12 @@ def main() -> None:
     result["verdicts"] = {
         str(load): verdict([row for row in result["results"] if row["load"] == load]) for load in args.loads
     }
-    for load, found in result["verdicts"].items():
-        said = [
-            f"{p} {x['median_error']:.1%} of {x['most']:.0%} {'ok' if x['ok'] else 'MISSED'}" for p, x in found.items()
+    for load, by_percentile in result["verdicts"].items():
+        parts = [
+            f"{p} {x['median_error']:.1%} of {x['most']:.0%} {'ok' if x['ok'] else 'MISSED'}"
+            for p, x in by_percentile.items()
         ]
-        print(f"load {float(load):.0%}, median error of {args.runs} runs: {', '.join(said)}")
+        print(f"load {float(load):.0%}, median error of {args.runs} runs: {', '.join(parts)}")
     bench.write(result, args.json)
 
 

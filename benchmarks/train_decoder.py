@@ -33,8 +33,8 @@ def text() -> bytes:
 
 def rows(data: bytes, count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """A batch of `count` pieces from random places."""
-    at = torch.randint(len(data) - LENGTH, (count,), generator=generator).tolist()
-    return {"input_ids": torch.tensor([list(data[i : i + LENGTH]) for i in at])}
+    starts = torch.randint(len(data) - LENGTH, (count,), generator=generator).tolist()
+    return {"input_ids": torch.tensor([list(data[i : i + LENGTH]) for i in starts])}
 
 
 def build() -> nn.Module:
@@ -86,10 +86,10 @@ def perplexity_change(logits: Tensor, reference: Tensor, batch: dict[str, Tensor
 @torch.inference_mode()
 def generate(model: Any, prompt: bytes, count: int = 64) -> bytes:
     ids = torch.tensor([list(prompt)])
-    made = model.generate(
+    output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
     )
-    return bytes(made[0].tolist())
+    return bytes(output[0].tolist())
 
 
 def main() -> None:
@@ -98,30 +98,30 @@ def main() -> None:
     args = p.parse_args()
     data = text()
     split = len(data) * 9 // 10
-    seen, held = data[:split], data[split:]
+    training, evaluation = data[:split], data[split:]
     model = build()
-    steps = train(model, seen, args.seconds)
+    steps = train(model, training, args.seconds)
     generator = torch.Generator().manual_seed(1)
-    batches = [rows(held, BATCH, generator) for _ in range(8)]
-    calibration = [rows(seen, BATCH, generator) for _ in range(4)]
-    before, said = perplexity(model, batches), generate(model, b"The value of ")
+    batches = [rows(evaluation, BATCH, generator) for _ in range(8)]
+    calibration = [rows(training, BATCH, generator) for _ in range(4)]
+    before, text_before = perplexity(model, batches), generate(model, b"The value of ")
     result = bench.header("train-decoder", "cpu", ["perplexity", "latency_ms"]) | {"allocator": keep_freed_memory()}
 
     plan = fp.plan(model, batches, metric=perplexity_change, tolerance=TOLERANCE, calibrate=calibration)
     print(plan)
     fp.swap(model, plan=plan, calibrate=calibration if plan.calibrated else None)
-    after, says = perplexity(model, batches), generate(model, b"The value of ")
+    after, text_after = perplexity(model, batches), generate(model, b"The value of ")
     assert plan.evidence is not None
     latency = {name: t["low"] for name, t in plan.evidence["latency_ms"].items()}
     print(f"\n{steps} steps; perplexity of a byte {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
     print(f"{BATCH} x {LENGTH} bytes: " + ", ".join(f"{ms:.1f} ms {name}" for name, ms in latency.items()))
-    for name, made in (("before", said), ("after", says)):
-        print(f"{name}: {made.decode(errors='replace')!r}")
+    for name, sample in (("before", text_before), ("after", text_after)):
+        print(f"{name}: {sample.decode(errors='replace')!r}")
     result |= {
         "steps": steps,
         "perplexity": {"before": before, "after": after},
         "latency_ms": latency,
-        "generated": {"before": list(said), "after": list(says)},
+        "generated": {"before": list(text_before), "after": list(text_after)},
         "plan": plan.to_json(),
     }
     bench.write(result, args.json)

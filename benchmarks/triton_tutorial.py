@@ -55,7 +55,7 @@ class Tutorial:
         """With the one of its own configurations that is modelled to be the fastest; and which one that is."""
         q, k, v = (x.transpose(1, 2).contiguous() for x in case.arguments()[:3])
         scale, tuner = case.dims[0] ** -0.5, self.module._attn_fwd
-        found: list[tuple[Interpreted, str]] = []
+        runs: list[tuple[Interpreted, str]] = []
         reasons = set()
         for config in self.configs:
             if config.kwargs["BLOCK_M"] < config.kwargs["BLOCK_N"] and case.causal:
@@ -64,13 +64,13 @@ class Tutorial:
             tuner.cache.clear()
             try:
                 with self._capability():
-                    one = interpreted.run_call(
+                    result = interpreted.run_call(
                         lambda: self.module.attention(q, k, v, case.causal, scale, False), self.arch
                     )
             except Exception as e:  # shared memory that the GPU has not, what Triton cannot compile
                 reasons.add(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
                 continue
-            found.append((one, str(config)))
-        if not found:
+            runs.append((result, str(config)))
+        if not runs:
             raise RuntimeError("; ".join(sorted(reasons)))
-        return min(found, key=lambda x: x[0].seconds)
+        return min(runs, key=lambda x: x[0].seconds)

@@ -99,7 +99,7 @@ def pytest_terminal_summary(terminalreporter):
     if total < 10:  # a run of a few tests wants no table
         return
     terminalreporter.write_sep("-", f"{total:.0f} core-seconds")
-    shown = [(area, s) for area, s in spent.most_common() if s >= total / 100]
-    rest = total - sum(s for _, s in shown)
-    for area, seconds in [*shown, ("the others", rest)]:
+    largest = [(area, s) for area, s in spent.most_common() if s >= total / 100]
+    remainder = total - sum(s for _, s in largest)
+    for area, seconds in [*largest, ("the others", remainder)]:
         terminalreporter.write_line(f"{seconds:8.1f}  {area}")

@@ -12,7 +12,7 @@ import types
 import pytest
 
 import forwardpass as fp
-from forwardpass.cli import commands as cli
+from forwardpass.cli.console import print_examination
 from forwardpass.interpreter import core
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -128,11 +128,11 @@ def test_doctor_names_the_architectures_that_were_left_out(monkeypatch):
         "arches_left_out": ["7.5 (the kernels need 8.0 or later)"],
     }
     found = {"versions": {}, "build": info, "driver": {"needed": None, "present": None}, "nvcc": None, "gpus": [],
-             "device": {"name": "a CPU", "capability": "AVX2", "threads": 2, "cores": 2}, "problems": [],
+             "device": {"name": "a CPU", "capability": "AVX2", "int8": None, "threads": 2, "cores": 2}, "problems": [],
              "kernels": [{"operation": "quantize", "backend": "cpu", "code": None, "parity": None}],
              "interpreter": {"problem": "none"}}  # fmt: skip
     console = Console(width=300, record=True, quiet=False)
-    cli.print_examination(found, console)
+    print_examination(found, console)
     printed = " ".join(console.export_text().split())
     assert "CUDA 13.0 for sm_80, without 7.5 (the kernels need 8.0 or later)" in printed
 

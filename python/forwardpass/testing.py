@@ -100,9 +100,9 @@ def awkward(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, device: str
     if x.numel():
         rows[:, rows.shape[1] // 3] *= 37.0
         rows[:, rows.shape[1] // 2] += 5.0
-        for at, value in ((1, 0.0), (2, 3e-7), (3, 6e4)):
-            if rows.shape[0] > at + 1:
-                rows[at] = rows[at].clamp(-1, 1) * value
+        for row, value in ((1, 0.0), (2, 3e-7), (3, 6e4)):
+            if rows.shape[0] > row + 1:
+                rows[row] = rows[row].clamp(-1, 1) * value
     return apart(x.to(dtype), device)
 
 
@@ -143,53 +143,53 @@ def poisoned_outputs() -> Iterator[None]:
         torch.ops.forwardpass._set_poison(False)
 
 
-def _report(what: str, got: Tensor, expected: Tensor, wrong: Tensor) -> None:
+def _report(label: str, actual: Tensor, expected: Tensor, wrong: Tensor) -> None:
     if not bool(wrong.any()):
         return
-    at = tuple(wrong.nonzero()[0].tolist())
-    raise AssertionError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {at}: "
-                         f"got {got[at].item()}, expected {expected[at].item()}")  # fmt: skip
+    index = tuple(wrong.nonzero()[0].tolist())
+    raise AssertionError(f"{label}: {int(wrong.sum())} of {wrong.numel()} differ, first at {index}: "
+                         f"got {actual[index].item()}, expected {expected[index].item()}")  # fmt: skip
 
 
-def assert_equal(got: Tensor, expected: Tensor, what: str = "result") -> None:
+def assert_equal(actual: Tensor, expected: Tensor, label: str = "result") -> None:
     """Same shape, strides, dtype and values; NaN equals NaN."""
-    for name, a, b in (("shape", tuple(got.shape), tuple(expected.shape)), ("dtype", got.dtype, expected.dtype),
-                       ("strides", got.stride(), expected.stride())):  # fmt: skip
-        if a != b and not (name == "strides" and got.numel() == 0):
-            raise AssertionError(f"{what}: {name} {a}, expected {b}")
-    g, e = (t.cpu().double() if t.dtype.is_floating_point else t.cpu() for t in (got, expected))
-    _report(what, g, e, (g != e) & ~((g != g) & (e != e)))
+    for name, a, b in (("shape", tuple(actual.shape), tuple(expected.shape)), ("dtype", actual.dtype, expected.dtype),
+                       ("strides", actual.stride(), expected.stride())):  # fmt: skip
+        if a != b and not (name == "strides" and actual.numel() == 0):
+            raise AssertionError(f"{label}: {name} {a}, expected {b}")
+    g, e = (t.cpu().double() if t.dtype.is_floating_point else t.cpu() for t in (actual, expected))
+    _report(label, g, e, (g != e) & ~((g != g) & (e != e)))
 
 
-def assert_close(got: Tensor, expected: Tensor, bound: Tensor, what: str = "result") -> None:
-    """|got - expected| <= bound element by element, expected and bound in fp64; NaN only where expected has one, and infinity
-    where expected is, or is beyond what got's dtype holds."""
-    if got.shape != expected.shape:
-        raise AssertionError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-    g, e, b = got.cpu().double(), expected.cpu().double(), bound.cpu().double()
-    most = torch.finfo(got.dtype).max if got.dtype.is_floating_point else torch.inf
+def assert_close(actual: Tensor, expected: Tensor, bound: Tensor, label: str = "result") -> None:
+    """|actual - expected| <= bound element by element, expected and bound in fp64; NaN only where expected has one, and infinity
+    where expected is, or is beyond what actual's dtype holds."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    g, e, b = actual.cpu().double(), expected.cpu().double(), bound.cpu().double()
+    most = torch.finfo(actual.dtype).max if actual.dtype.is_floating_point else torch.inf
     overflow = g.isinf() & (g.sign() == e.sign()) & (e.abs() + b >= most)
     ok = ((g - e).abs() <= b) | (g == e) | ((g != g) & (e != e)) | overflow
-    _report(what, g, e, ~ok)
+    _report(label, g, e, ~ok)
 
 
 def assert_quantized_close(
-    got: Tensor, values: Tensor, bound: Tensor, scale: Tensor, what: str = "q", zero_point: Tensor | None = None
+    actual: Tensor, values: Tensor, bound: Tensor, scale: Tensor, label: str = "q", zero_point: Tensor | None = None
 ) -> None:
-    """got quantises `values` (fp64, broadcast against scale) by the scale that came with it: each element is the nearest step
+    """actual quantises `values` (fp64, broadcast against scale) by the scale that came with it: each element is the nearest step
     of the value or of one within `bound` of it, so it differs by one step only where the value is that close to a tie."""
     s = scale.cpu().double()
     shift = zero_point.cpu().double() if zero_point is not None else torch.zeros((), dtype=torch.float64)
-    g, v = got.cpu().double(), values.cpu().double()
-    if got.dtype == torch.int8:
+    g, v = actual.cpu().double(), values.cpu().double()
+    if actual.dtype == torch.int8:
         least = -127.0 if zero_point is None else -128.0
         steps = [((v + d) / s).round() + shift for d in (-bound.cpu().double(), bound.cpu().double())]
         low, high = (t.clamp(least, 127.0) for t in steps)
         wrong = (g < low) | (g > high)
     else:
         ends = [
-            ((v + d) / s).clamp(-448, 448).float().to(got.dtype).double()
+            ((v + d) / s).clamp(-448, 448).float().to(actual.dtype).double()
             for d in (-bound.cpu().double(), bound.cpu().double())
         ]
         wrong = (g < ends[0]) | (g > ends[1])
-    _report(what, g, v / s + shift, wrong)
+    _report(label, g, v / s + shift, wrong)

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, what it refuses and with which exit code."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from command_line import NO_MINILM, refused, run
 
 import forwardpass as fp
 from forwardpass.cli import comparison, console, doctor, embedding
+from forwardpass.common import environment
 
 needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not installed")
 
@@ -74,8 +76,14 @@ def test_doctor_knows_what_can_be_interpreted():
     assert set(rows) == {(o, b) for o in fp.dispatch.operations for b in ("cuda", "triton")}
     assert rows["quantize", "cuda"] in (None, "not_built")
     said = console.describe_interpreter(found)
-    assert said.startswith("stands in for A100 (sm_80), L40S (sm_89), H100 (sm_90a); ")
-    assert ("quantize" in said) == (None in rows.values())
+    assert said.startswith("A100 (sm_80), L40S (sm_89), H100 (sm_90a): ")
+    assert ("kernels of every operation" in said) == (set(rows.values()) == {None})
+    quantize = [k for k in found["kernels"] if k["operation"] == "quantize"]
+    others = [k | {"operation": "other", "code": "no_fp8", "text": "it is old"} for k in quantize]
+    said = console.describe_interpreter(found | {"kernels": [k | {"code": None} for k in quantize] + others})
+    assert said.endswith(
+        ": cuda and triton kernels of quantize; no cuda kernels: it is old; no triton kernels: it is old"
+    )
     assert console.describe_interpreter({"problem": "it is missing; reinstall"}) == "none: it is missing; reinstall"
 
 
@@ -85,11 +93,32 @@ def test_doctor_table():
     lines = result.stdout.splitlines()
     for operation in fp.dispatch.operations:
         assert any(line.split()[:1] == [operation] for line in lines)
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 100 and len(lines) <= 35
     if not torch.cuda.is_available():
         assert (
             sum("this torch was built without CUDA" in line or "no GPU" in line for line in lines) <= 1
         )  # not for each
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "instructions", "line"),
+    [
+        ("AVX512", "avx512_vnni amx_int8", "AMX", "products by AMX"),
+        ("AVX512_BF16", "avx512_vnni", "VNNI", "products by VNNI"),
+        ("AVX512", "avx512f", None, "no gain"),
+        ("AVX2", "avx512_vnni amx_int8", None, "no gain"),
+    ],
+)
+def test_doctor_says_what_int8_gains_here(monkeypatch, capability, flags, instructions, line):
+    """AMX and VNNI, where neither the CPU nor ATEN_CPU_CAPABILITY rules them out."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: f"model name\t: a CPU\nflags\t\t: fpu {flags}\n")
+    cpu = environment.device()
+    monkeypatch.undo()
+    assert (cpu["name"], cpu["int8"]) == ("a CPU", instructions)
+    monkeypatch.setattr(doctor.environment, "device", lambda name="cpu": cpu)
+    row = next(x for x in run("doctor").stdout.splitlines() if x.startswith("int8  "))
+    assert row.split(None, 1)[1].startswith(line)
 
 
 def test_doctor_does_not_blame_an_a100_for_its_tensor_cores(monkeypatch):
@@ -451,7 +480,7 @@ def test_refuses_a_minilm_that_is_another(monkeypatch):
 
 @needs_minilm
 def test_minilm_is_found_without_importing_its_package():
-    assert embedding.find_model("minilm").chosen.startswith("all-MiniLM-L6-v2")
+    assert embedding.find_model("minilm").origin.startswith("all-MiniLM-L6-v2")
     assert embedding.MINILM_PACKAGE.replace("-", "_") not in sys.modules
 
 

@@ -55,30 +55,30 @@ def tensor_core(name: str, arch: str) -> list[str]:
 
 def failures(k: cubin.Kernel) -> list[str]:
     """Sentences, without the kernel's name."""
-    said = []
+    messages = []
     loop, expected = k.code.main_loop, tensor_core(k.name, k.arch)
     if k.local:
-        said.append(
+        messages.append(
             f"{k.local} bytes of local memory a thread: registers were spilled, or an array is indexed at run time"
         )
     if loop and loop.local:
-        said.append(f"local memory in the main loop: {mix(loop.local)}")
+        messages.append(f"local memory in the main loop: {mix(loop.local)}")
     if k.shared > k.limits.block_shared:
-        said.append(f"{k.shared} bytes of shared memory, a block has at most {k.limits.block_shared}")
+        messages.append(f"{k.shared} bytes of shared memory, a block has at most {k.limits.block_shared}")
     if k.uses_dynamic_shared and k.dynamic_shared is None:
-        said.append("dynamic shared memory of a size that nothing states: see csrc/device/shared_bytes.cuh")
+        messages.append("dynamic shared memory of a size that nothing states: see csrc/device/shared_bytes.cuh")
     if expected and not (loop and loop.mma):
-        said.append(f"no loop with a tensor-core instruction, {' and '.join(expected)} expected")
+        messages.append(f"no loop with a tensor-core instruction, {' and '.join(expected)} expected")
     elif missing := [e for e in expected if not any(re.match(e, opcode) for opcode in loop.mma)]:
-        said.append(f"no {' and no '.join(missing)} in the main loop, which has {mix(loop.mma)}")
-    return said + gemm_gates.failures(k) + attention_gates.failures(k)
+        messages.append(f"no {' and no '.join(missing)} in the main loop, which has {mix(loop.mma)}")
+    return messages + gemm_gates.failures(k) + attention_gates.failures(k)
 
 
 def mix(opcodes: collections.Counter) -> str:
     return ", ".join(f"{n} {opcode}" for opcode, n in opcodes.most_common())
 
 
-def table(found: list[cubin.Kernel]) -> str:
+def table(kernels: list[cubin.Kernel]) -> str:
     """A loop's instructions are those of all its branches; what it calls (a division's slow path) is not in the count."""
     rows = [
         (
@@ -91,7 +91,7 @@ def table(found: list[cubin.Kernel]) -> str:
             "MMA of the loop, or its loads",
         )
     ]
-    for k in sorted(found, key=lambda k: (k.name, k.arch)):
+    for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         loop = k.code.main_loop
         shared = f"{k.static_shared} + {k.dynamic_shared}" if k.dynamic_shared else f"{k.static_shared}"
         blocks = f"{k.blocks_per_sm} of {k.threads} threads" if k.threads else "no launch bounds"
@@ -103,19 +103,19 @@ def table(found: list[cubin.Kernel]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def missing_architectures(found: list[cubin.Kernel]) -> list[str]:
+def missing_architectures(kernels: list[cubin.Kernel]) -> list[str]:
     built = collections.defaultdict(set)
-    for k in found:
+    for k in kernels:
         built[k.source, k.name].add(k.arch)
-    said = []
+    messages = []
     for (source, name), arches in sorted(built.items()):
         minimum = lowest_architecture(source)
-        wanted = [minimum] if minimum.endswith("a") else [a for a in SHIPPED if int(a) >= int(minimum)]
+        targets = [minimum] if minimum.endswith("a") else [a for a in SHIPPED if int(a) >= int(minimum)]
         if not minimum.endswith("a") and (ROOT / re.sub(r"_sm\d+\.cu$", "_sm90a.cu", source)).exists():
-            wanted.remove("90")  # the operation has other kernels there
-        if missing := [f"sm_{a}" for a in wanted if f"sm_{a}" not in arches]:
-            said.append(f"{name}: not compiled for {', '.join(missing)}")
-    return said
+            targets.remove("90")  # the operation has other kernels there
+        if missing := [f"sm_{a}" for a in targets if f"sm_{a}" not in arches]:
+            messages.append(f"{name}: not compiled for {', '.join(missing)}")
+    return messages
 
 
 def lowest_architecture(source: str) -> str:
@@ -142,8 +142,8 @@ def compile_again(
     command = re.sub(r"-gencode=\S+( -gencode=\S+)*", flags, entry["command"]).replace(entry["output"], str(output))
     if source:
         command = command.replace(entry["file"], str(source))
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout + done.stderr or ("it failed without a message" if done.returncode else None)
+    process = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    return process.stdout + process.stderr or ("it failed without a message" if process.returncode else None)
 
 
 def compile_only(file: str) -> tuple[str, ...]:
@@ -153,55 +153,55 @@ def compile_only(file: str) -> tuple[str, ...]:
 
 def assembler_messages(commands: list[dict[str, str]]) -> list[str]:
     """From the logs of the build, then of a compilation for the architectures that are not shipped."""
-    said = []
+    messages = []
     for entry in commands:
         log = ROOT / (entry["output"] + ".log")
         text = log.read_text() if log.exists() else "no log of its compilation: build it here"
         if re.search(r"C75\d\d|warning|no log", text):
-            said.append(f"{entry['file']}: {text.strip()}")
+            messages.append(f"{entry['file']}: {text.strip()}")
     portable = [entry for entry in commands if not lowest_architecture(entry["file"]).endswith("a")]
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         outputs = [pathlib.Path(folder, f"{i}.o") for i in range(len(portable))]
-        told = pool.map(
+        stderrs = pool.map(
             lambda entry, output: compile_again(entry, compile_only(entry["file"]), output), portable, outputs
         )
-        said += [
+        messages += [
             f"{entry['file']} for {', '.join(compile_only(entry['file']))}: {t.strip()}"
-            for entry, t in zip(portable, told)
+            for entry, t in zip(portable, stderrs)
             if t
         ]
-    return said
+    return messages
 
 
 def compile_seconds(log: pathlib.Path) -> float:
     """The nvcc processes of ninja's log, one core each."""
-    took = {}
+    seconds = {}
     for line in log.read_text().splitlines()[1:]:
         start, end, _, output, _ = line.split("\t")
         if output.endswith(".cu.o"):
-            took[output] = (int(end) - int(start)) / 1000
-    return sum(took.values())
+            seconds[output] = (int(end) - int(start)) / 1000
+    return sum(seconds.values())
 
 
 def main(wheel: str) -> int:
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as z:
         if "forwardpass/_kernels.so" not in z.namelist():
             sys.exit(f"{wheel} has no CUDA kernels: build it where there is an nvcc")
-        found = cubin.kernels(pathlib.Path(z.extract("forwardpass/_kernels.so", folder)))
-    if not found:
+        kernels = cubin.kernels(pathlib.Path(z.extract("forwardpass/_kernels.so", folder)))
+    if not kernels:
         sys.exit("no kernel was found: the gates measured nothing")
     commands = compile_commands()
-    print(table(found), gemm_gates.table(found), attention_gates.table(found), sep="\n\n", end="\n\n")
+    print(table(kernels), gemm_gates.table(kernels), attention_gates.table(kernels), sep="\n\n", end="\n\n")
     figures = {
-        "compiled instances": len(found),
+        "compiled instances": len(kernels),
         "compile time, core seconds": compile_seconds(ROOT / "build/ninja/.ninja_log"),
         "wheel, MB": pathlib.Path(wheel).stat().st_size / 1e6,
     }
     for name, n in figures.items():
         print(f"{name:<28}{n:>8.1f} of {BUDGETS[name]:>4}")
-    failed = [f"{k.name} on {k.arch}: {sentence}" for k in found for sentence in failures(k)]
-    failed += missing_architectures(found) + assembler_messages(commands)
+    failed = [f"{k.name} on {k.arch}: {sentence}" for k in kernels for sentence in failures(k)]
+    failed += missing_architectures(kernels) + assembler_messages(commands)
     failed += [f"{name}: {n:.1f}, the budget is {BUDGETS[name]}" for name, n in figures.items() if n > BUDGETS[name]]
     print("", *(f"FAILS  {sentence}" for sentence in failed), f"{len(failed)} gates failed", sep="\n")
     return 1 if failed else 0

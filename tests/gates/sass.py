@@ -102,8 +102,8 @@ class Function:
         starts |= {i + 1 for i, x in enumerate(instructions[:-1]) if x.ends_block}
         self.starts = sorted(starts)
         self.ends = [*self.starts[1:], len(instructions)]
-        block_at = {start: block for block, start in enumerate(self.starts)}
-        self.block_of = {name: block_at[i] for name, i in labels.items() if i < len(instructions)}
+        block_by_start = {start: block for block, start in enumerate(self.starts)}
+        self.block_of = {name: block_by_start[i] for name, i in labels.items() if i < len(instructions)}
         self.successors = self.reachable_edges()
 
     def body(self, block: int) -> list[Instruction]:
@@ -139,16 +139,16 @@ class Function:
 
     def dominators(self) -> dict[int, int]:
         """Immediate dominators (Cooper, Harvey, Kennedy: A Simple, Fast Dominance Algorithm)."""
-        order, seen = [], {0}
+        order, visited = [], {0}
         stack = [(0, iter(self.successors[0]))]
         while stack:
-            block, rest = stack[-1]
-            after = next((b for b in rest if b not in seen), None)
+            block, successors = stack[-1]
+            after = next((b for b in successors if b not in visited), None)
             if after is None:
                 order.append(block)
                 stack.pop()
             else:
-                seen.add(after)
+                visited.add(after)
                 stack.append((after, iter(self.successors[after])))
         number = {block: i for i, block in enumerate(order)}
         predecessors = self.predecessors()
@@ -172,11 +172,11 @@ class Function:
         return above
 
     def predecessors(self) -> dict[int, list[int]]:
-        found = collections.defaultdict(list)
+        predecessors = collections.defaultdict(list)
         for block, after in self.successors.items():
             for b in after:
-                found[b].append(block)
-        return found
+                predecessors[b].append(block)
+        return predecessors
 
     @functools.cached_property
     def loops(self) -> list[Loop]:
@@ -223,7 +223,7 @@ class Function:
 
 def functions(text: str) -> dict[str, Function]:
     """From `nvdisasm -c`: a function for each section of code, by its mangled name."""
-    found = {}
+    by_name = {}
     for section in re.split(r"^\.text\.", text, flags=re.M)[1:]:
         name, _, code = section.partition(":\n")
         instructions, labels = [], {}
@@ -236,5 +236,5 @@ def functions(text: str) -> dict[str, Function]:
                 raise ValueError(f"not understood as an instruction: {line.strip()}")
         if not instructions:
             raise ValueError(f"{name}: no instructions in what nvdisasm printed")
-        found[name] = Function(instructions, labels)
-    return found
+        by_name[name] = Function(instructions, labels)
+    return by_name

@@ -29,10 +29,10 @@ W8A16_16 = "W8a16Config<f16, W8a16Tile{m=16, n=128, stages=3, blocks_per_sm=1}>"
 
 @pytest.fixture(scope="module")
 def commands():
-    found = gates.compile_commands() if (gates.ROOT / "build/ninja/build.ninja").exists() else []
-    if not found:
+    entries = gates.compile_commands() if (gates.ROOT / "build/ninja/build.ninja").exists() else []
+    if not entries:
         pytest.skip("the kernels were not built in this checkout, so there is no nvcc command to repeat")
-    return found
+    return entries
 
 
 def compiled(commands, output, *arches):
@@ -85,8 +85,8 @@ def test_the_built_kernels_pass(kernels):
 
     for k in kernels:
         functions = [block for label, block in k.code.block_of.items() if label.startswith("$")]
-        own = range(min(functions, default=len(k.code.starts)))
-        lost = [k.code.body(block)[0] for block in own if block not in k.code.successors]
+        blocks = range(min(functions, default=len(k.code.starts)))
+        lost = [k.code.body(block)[0] for block in blocks if block not in k.code.successors]
         padding = {"BRA", "NOP"}
         assert {i.name for i in lost} <= padding, (
             f"{k.name} on {k.arch}: code that no branch seems to reach, {lost[:3]}"
@@ -142,8 +142,8 @@ def test_a_right_kernel_passes(bad, kernel, arch):
     ],
 )
 def test_a_bad_kernel_fails(bad, kernel, arch, sentences):
-    found = gates.failures(bad[kernel, arch])
-    assert len(found) == len(sentences) and all(map(re.match, sentences, found)), found
+    messages = gates.failures(bad[kernel, arch])
+    assert len(messages) == len(sentences) and all(map(re.match, sentences, messages)), messages
 
 
 def test_what_attention_s_main_loop_issues(kernels):
@@ -205,9 +205,9 @@ def test_what_a_gemm_s_main_loop_issues(bad, monkeypatch):
 )
 def test_what_a_config_claims(bad, config, different, sentence):
     right = {"dynamic_shared": 61440, "registers": 128, **different}
-    found = gemm_gates.failures(as_gemm(bad["attention_kernel", "sm_90a"], config, **right))
-    found = [s for s in found if "main loop" not in s and "beside each MMA" not in s]
-    assert len(found) == 1 and re.match(sentence, found[0]), found
+    messages = gemm_gates.failures(as_gemm(bad["attention_kernel", "sm_90a"], config, **right))
+    messages = [s for s in messages if "main loop" not in s and "beside each MMA" not in s]
+    assert len(messages) == 1 and re.match(sentence, messages[0]), messages
 
 
 def test_a_wgmma_kernel_loads_by_tma(bad):
@@ -281,14 +281,14 @@ def test_tensor_core_table():
 def test_a_kernel_that_lacks_an_architecture_is_named(bad):
     assert gates.missing_architectures([bad["attention_kernel", "sm_90a"]]) == []
     source = "csrc/kernels/quantize/quantize_sm80.cu"
-    (said,) = gates.missing_architectures(
+    (message,) = gates.missing_architectures(
         [dataclasses.replace(bad["spilling_kernel", arch], source=source) for arch in ("sm_80", "sm_89")]
     )
-    assert said == "spilling_kernel: not compiled for sm_90"
+    assert message == "spilling_kernel: not compiled for sm_90"
     # beside a file for 9.0a, which gate_kernels_sm80.cu has
     assert gates.missing_architectures([bad["spilling_kernel", arch] for arch in ("sm_80", "sm_89")]) == []
-    (said,) = gates.missing_architectures([bad["spilling_kernel", "sm_80"]])
-    assert said == "spilling_kernel: not compiled for sm_89"
+    (message,) = gates.missing_architectures([bad["spilling_kernel", "sm_80"]])
+    assert message == "spilling_kernel: not compiled for sm_89"
 
 
 def test_an_unknown_architecture_is_refused():

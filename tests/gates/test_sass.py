@@ -112,10 +112,10 @@ def test_no_loop_no_main_loop():
 
 
 @pytest.mark.parametrize(
-    ("line", "says"), [("BRX R2 -0x620", "no label says where"), ("{ dual }", "not understood as an instruction")]
+    ("line", "words"), [("BRX R2 -0x620", "no label says where"), ("{ dual }", "not understood as an instruction")]
 )
-def test_what_is_not_understood_is_an_error(line, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_is_not_understood_is_an_error(line, words):
+    with pytest.raises(ValueError, match=words):
         function(line, "EXIT")
 
 

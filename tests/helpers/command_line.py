@@ -36,6 +36,6 @@ def refused(result, words):
     assert result.exit_code == 2, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert words in result.stderr
-    said = [line for line in result.stderr.splitlines() if not line.endswith(" …")]  # beside what was being done
-    assert len(said) == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.endswith(" …")]  # beside what was being done
+    assert len(lines) == 1, result.stderr
     assert result.stdout.count("\n") <= 1  # at most the model that was chosen

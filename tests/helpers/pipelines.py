@@ -30,10 +30,10 @@ def no_thread_stays():
     before = set(threading.enumerate())
     yield
     gc.collect()
-    left = [t for t in threading.enumerate() if t not in before and t.name.startswith("forwardpass")]
-    for t in left:
+    threads = [t for t in threading.enumerate() if t not in before and t.name.startswith("forwardpass")]
+    for t in threads:
         t.join(TIMEOUT)
-    assert not [t for t in left if t.is_alive()]
+    assert not [t for t in threads if t.is_alive()]
 
 
 def number(i):

@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -28,6 +27,7 @@ from forwardpass.ops.common.activations import GATED
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import apart, poisoned_outputs
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import mutant_attention
@@ -35,11 +35,12 @@ import mutant_edits
 import mutant_gemms
 from mutant_instances import instance_launches
 from mutant_launches import reached, recording
+from triton_version import triton_version
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
 INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES
-TRITON = ".".join(importlib.metadata.version("triton").split(".")[:2])
+TRITON = triton_version()
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in
 ENOUGH = 2

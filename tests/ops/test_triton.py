@@ -5,7 +5,6 @@ numpy: sums go in another order than on a GPU, and it does not round to bf16 as 
 """
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy
 import pytest
 import torch
+from triton_version import triton_version
 
 from forwardpass import dispatch
 from forwardpass.ops.activation_quantize import cases as activation_quantize
@@ -34,7 +34,7 @@ from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-TRITON = ".".join(importlib.metadata.version("triton").split(".")[:2]) if importlib.util.find_spec("triton") else ""
+TRITON = triton_version()
 CASES = {
     "activation_quantize": activation_quantize,
     "dequant_activation": dequant_activation,

@@ -19,6 +19,8 @@ from ..swap.report import by_reason
 
 #: Seconds between lines of progress where stderr is no terminal.
 EVERY = 15.0
+#: Of a CPU on which int8 products are sgemm's.
+NO_INT8_GAIN = "no gain: without AMX or AVX-512 VNNI a swapped model is slower than in fp32"
 
 
 def say(console: Console, text: str) -> None:
@@ -36,8 +38,8 @@ def tracking() -> Iterator[Track]:
         return
     with Progress(console=errors, transient=True) as progress:
 
-        def with_bar(what: str, steps: int | None) -> Callable[[], object]:
-            task = progress.add_task(what, total=steps)
+        def with_bar(label: str, steps: int | None) -> Callable[[], object]:
+            task = progress.add_task(label, total=steps)
             return lambda: progress.advance(task)
 
         yield with_bar
@@ -54,18 +56,18 @@ def telling() -> Iterator[Track]:
             if latest:
                 typer.echo(latest[-1](), err=True)
 
-    def track(what: str, steps: int | None) -> Callable[[], object]:
-        began, done = time.monotonic(), 0
+    def track(label: str, steps: int | None) -> Callable[[], object]:
+        began, steps_done = time.monotonic(), 0
 
         def advance() -> None:
-            nonlocal done
-            done += 1
+            nonlocal steps_done
+            steps_done += 1
 
         def so_far() -> str:
-            part = f"{done} of {steps}, " if steps else ""
-            return f"{what}: {part}{time.monotonic() - began:.0f} s …"
+            part = f"{steps_done} of {steps}, " if steps else ""
+            return f"{label}: {part}{time.monotonic() - began:.0f} s …"
 
-        typer.echo(f"{what} …", err=True)
+        typer.echo(f"{label} …", err=True)
         latest.append(so_far)
         return advance
 
@@ -78,8 +80,8 @@ def telling() -> Iterator[Track]:
         thread.join()
 
 
-def print_examination(found: dict[str, Any], console: Console) -> None:
-    build, driver, cpu = found["build"], found["driver"], found["device"]
+def print_examination(examination: dict[str, Any], console: Console) -> None:
+    build, driver, cpu = examination["build"], examination["driver"], examination["device"]
     build_line = f"with torch {build.get('torch')}, " + (
         f"CUDA {build['nvcc']} for {', '.join(build['arches'])}"
         if build.get("nvcc")
@@ -87,20 +89,21 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
     )
     if build.get("arches_left_out"):
         build_line += f", without {', '.join(build['arches_left_out'])}"
-    needed = f"the CUDA kernels need {driver['needed']} or later" if driver["needed"] else "none is needed"
+    requirement = f"the CUDA kernels need {driver['needed']} or later" if driver["needed"] else "none is needed"
     threads, cores = count(cpu["threads"], "thread"), count(cpu["cores"], "core")
     facts = [
-        ("versions", ", ".join(f"{name} {v or 'none'}" for name, v in found["versions"].items())),
+        ("versions", ", ".join(f"{name} {v or 'none'}" for name, v in examination["versions"].items())),
         ("built", build_line),
-        ("driver", f"{driver['present'] or 'none'}; {needed}"),
-        ("nvcc", found["nvcc"] or "none; only building the CUDA kernels needs one"),
+        ("driver", f"{driver['present'] or 'none'}; {requirement}"),
+        ("nvcc", examination["nvcc"] or "none; only building the CUDA kernels needs one"),
         ("CPU", f"{cpu['name']}, {cpu['capability']}, {threads} on {cores}"),
-        ("interpreter", describe_interpreter(found["interpreter"])),
-        *(("GPU", f"{g['name']}, {g['arch']}, {g['memory_bytes'] / 2**30:.0f} GiB") for g in found["gpus"]),
+        ("int8", f"products by {cpu['int8']}" if cpu["int8"] else NO_INT8_GAIN),
+        ("interpreter", describe_interpreter(examination["interpreter"])),
+        *(("GPU", f"{g['name']}, {g['arch']}, {g['memory_bytes'] / 2**30:.0f} GiB") for g in examination["gpus"]),
     ]
     lines = [*table(facts, heading=False), ""]
 
-    kernels = {(k["operation"], k["backend"]): k for k in found["kernels"]}
+    kernels = {(k["operation"], k["backend"]): k for k in examination["kernels"]}
     operations, backends = (list(dict.fromkeys(names)) for names in zip(*kernels))
     reasons: dict[str, defaultdict[str, list[str]]] = {}
     for (operation, backend), k in kernels.items():
@@ -121,35 +124,38 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
         alike: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
         for backend, names in where.items():
             alike[() if names == operations else tuple(names)].append(backend)
-        who = "; ".join(", ".join(b) + (f" of {', '.join(names)}" if names else "") for names, b in alike.items())
-        lines += wrapped(f"{who}: {why}")
-    problems = [line for problem in found["problems"] for line in wrapped(f"problem: {problem}")]
+        subjects = "; ".join(", ".join(b) + (f" of {', '.join(names)}" if names else "") for names, b in alike.items())
+        lines += wrapped(f"{subjects}: {why}")
+    problems = [line for problem in examination["problems"] for line in wrapped(f"problem: {problem}")]
     say(console, "\n".join([*lines, "", *(problems or ["everything that should work here does"])]))
 
 
-def describe_interpreter(found: dict[str, Any]) -> str:
-    if found["problem"]:
-        return f"none: {found['problem']}"
-    gpus = ", ".join(f"{name} ({arch})" for arch, name in found["architectures"].items())
-    sentences = [f"stands in for {gpus}"]
+def describe_interpreter(interpreter: dict[str, Any]) -> str:
+    """The GPUs that it stands in for, and which kernels it runs as them."""
+    if interpreter["problem"]:
+        return f"none: {interpreter['problem']}"
+    gpus = ", ".join(f"{name} ({arch})" for arch, name in interpreter["architectures"].items())
+    kernels = interpreter["kernels"]
     runs = defaultdict(list)
-    for k in found["kernels"]:
+    for k in kernels:
         if k["code"] is None:
             runs[k["operation"]].append(k["backend"])
+    sentences = []
     for backends in dict.fromkeys(map(tuple, runs.values())):
-        sentences.append(
-            f"runs the {' and '.join(backends)} kernels of {', '.join(o for o in runs if tuple(runs[o]) == backends)}"
-        )
-    sentences += dict.fromkeys(f"no {k['backend']} kernels: {k['text']}" for k in found["kernels"]
-                          if k["code"] not in (None, "not_written"))  # fmt: skip
-    return "; ".join(sentences)
+        names = [o for o in runs if tuple(runs[o]) == backends]
+        every = len(names) == len({k["operation"] for k in kernels})
+        sentences.append(f"{' and '.join(backends)} kernels of {'every operation' if every else ', '.join(names)}")
+    sentences += dict.fromkeys(
+        f"no {k['backend']} kernels: {k['text']}" for k in kernels if k["code"] not in (None, "not_written")
+    )
+    return f"{gpus}: {'; '.join(sentences)}"
 
 
 def print_swap(result: dict[str, Any], console: Console) -> None:
     parity, latency, weights = result["parity"], result["latency_ms"], result["weight_bytes"]
     changed = result["speedup"] is not None
-    what = f"{count(len(result['swapped']), 'layer')} to {result['precision'] or result['plan']}"
-    facts = [("swapped", what if changed else "nothing was changed: the model is as it was")]
+    summary = f"{count(len(result['swapped']), 'layer')} to {result['precision'] or result['plan']}"
+    facts = [("swapped", summary if changed else "nothing was changed: the model is as it was")]
     if result["attention"]:
         facts.append(("attention", f"of {count(len(result['attention']), 'module')} swapped"))
     reasons = by_reason(

@@ -91,14 +91,14 @@ def _interpreter() -> dict[str, Any]:
 def _driver() -> dict[str, Any]:
     """The driver that is there and the one that our kernels need: a problem only where there is one too old."""
     built = library.build_info.get("nvcc")
-    needed = environment.DRIVERS.get(int(built.split(".")[0])) if built else None
+    minimum = environment.DRIVERS.get(int(built.split(".")[0])) if built else None
     present = environment.driver()
     problem = None
-    if needed and present and int(present.split(".")[0]) < needed:
+    if minimum and present and int(present.split(".")[0]) < minimum:
         problem = (
-            f"the NVIDIA driver is {present}, and kernels built with CUDA {built} need {needed} or later: update it"
+            f"the NVIDIA driver is {present}, and kernels built with CUDA {built} need {minimum} or later: update it"
         )
-    return {"present": present, "needed": needed, "problem": problem}
+    return {"present": present, "needed": minimum, "problem": problem}
 
 
 def _kernel(op: Operation, name: str) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def _parity(op: Operation, name: str, device: torch.device) -> dict[str, Any]:
     """The op's smallest benchmark case on this backend, beside the reference on the same device."""
     args = min(benchmark_cases(op), key=lambda c: c.bytes()).arguments(str(device))
     with dispatch.use_backend(name):
-        got = op(*args)
+        actual = op(*args)
     expected = op.runs["reference"](*args)
-    pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (got, expected)))
+    pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (actual, expected)))
     worst = max((finite_relative_error(g, e) for g, e in pairs if e.numel()), default=0.0)
     return {"ok": worst <= PARITY_BOUND, "relative_error": worst, "text": f"relative error {worst:.1e}"}

@@ -34,7 +34,7 @@ class Source:
     """
 
     path: str
-    chosen: str
+    origin: str
     swapped: bool = False
 
 
@@ -98,7 +98,7 @@ def load(source: Source, device: torch.device | str = "cpu") -> tuple[torch.nn.M
         Exception
     ) as e:  # whatever a stranger's folder or a hub out of reach raises: OSError, ValueError, SafetensorError, …
         reason = " ".join(str(e).split())
-        raise ValueError(f"cannot load {source.chosen}: {reason[:300]}") from e
+        raise ValueError(f"cannot load {source.origin}: {reason[:300]}") from e
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.eval().requires_grad_(False).to(device)
@@ -134,15 +134,17 @@ def tokenize(
     tokenizer: Any, texts: list[str], model: torch.nn.Module, device: torch.device | str = "cpu", size: int = 32
 ) -> list[Batch]:
     """Padded batches of `size` texts in the order given. Raises ValueError on a text that is too long for the model."""
-    most, made = most_tokens(tokenizer, model), []
-    for at in range(0, len(texts), size):
-        batch = tokenizer(texts[at : at + size], padding=True, return_tensors="pt", verbose=False)
+    most, batches = most_tokens(tokenizer, model), []
+    for start in range(0, len(texts), size):
+        batch = tokenizer(texts[start : start + size], padding=True, return_tensors="pt", verbose=False)
         lengths = batch["attention_mask"].sum(1)
         if lengths.max() > most:
             worst = int(lengths.argmax())
-            raise ValueError(f"text {at + worst + 1} has {lengths[worst]} tokens, and the model takes {most}: split it")
-        made.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
-    return made
+            raise ValueError(
+                f"text {start + worst + 1} has {lengths[worst]} tokens, and the model takes {most}: split it"
+            )
+        batches.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
+    return batches
 
 
 def full_batch(
@@ -227,10 +229,10 @@ def hidden_states(model: torch.nn.Module) -> Callable[[Batch], Tensor]:
     return lambda batch: model(**batch).last_hidden_state
 
 
-def parity(got: Tensor, expected: Tensor) -> dict[str, float]:
+def parity(actual: Tensor, expected: Tensor) -> dict[str, float]:
     """cosine_min: the lowest over samples; relative_error: L2 over all of them."""
-    a, b = got.double(), expected.double()
+    a, b = actual.double(), expected.double()
     return {
         "cosine_min": F.cosine_similarity(a, b, dim=-1).min().item(),
-        "relative_error": relative_error(got, expected),
+        "relative_error": relative_error(actual, expected),
     }

@@ -104,11 +104,11 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._known = True
+        self._complete = True
 
     @property
     def value(self) -> str | None:
-        return f"sha256:{self._hash.hexdigest()}" if self._known else None
+        return f"sha256:{self._hash.hexdigest()}" if self._complete else None
 
     def add(self, values: Iterable[Any]) -> Fingerprint:
         for _ in self.reading(values):
@@ -134,7 +134,7 @@ class Fingerprint:
         elif value is None or isinstance(value, str | int | float | bytes):
             self._hash.update(repr(value).encode() + b";")
         else:
-            self._known = False
+            self._complete = False
 
 
 def padding_mask(batch: Any, lead: Sequence[int], fqn: str = "") -> Tensor | None:

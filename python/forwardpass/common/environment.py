@@ -9,6 +9,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def versions() -> dict[str, str | None]:
 
 
 def device(where: torch.device | str = "cpu") -> dict[str, Any]:
-    """Type and name of a device; of a CPU also the vector instructions and threads that torch uses."""
+    """Type and name of a device; of a CPU also the vector instructions and threads that torch uses, and the instructions that
+    multiply int8: "AMX", "VNNI", or None where int8 products are sgemm's.
+    """
     where = torch.device(where)
     if where.type == "cuda":
         p = torch.cuda.get_device_properties(where)
@@ -40,10 +43,23 @@ def device(where: torch.device | str = "cpu") -> dict[str, Any]:
         info = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
         info = ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    capability, cores = torch.backends.cpu.get_cpu_capability(), len(os.sched_getaffinity(0))
-    name = names[0] if names else platform.machine()
-    return {"type": "cpu", "name": name, "capability": capability, "threads": torch.get_num_threads(), "cores": cores}
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info.splitlines())}
+    capability, flags = torch.backends.cpu.get_cpu_capability(), fields.get("flags", "").split()
+    return {
+        "type": "cpu",
+        "name": fields.get("model name", platform.machine()),
+        "capability": capability,
+        "int8": _int8_instructions(capability, flags),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _int8_instructions(capability: str, flags: Collection[str]) -> str | None:
+    """As the kernels choose: both are AVX-512's, which ATEN_CPU_CAPABILITY may rule out."""
+    if not capability.startswith("AVX512"):
+        return None
+    return "AMX" if "amx_int8" in flags else "VNNI" if "avx512_vnni" in flags else None
 
 
 def driver() -> str | None:

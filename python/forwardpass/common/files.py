@@ -15,18 +15,18 @@ from typing import Any
 MAX_JSON_BYTES = 64 << 20
 
 
-def read_json(path: str | os.PathLike[str], what: str, fix: str) -> dict[str, Any]:
-    """A JSON object from a file. `what` and `fix` complete the one-sentence errors: FileNotFoundError, ValueError."""
+def read_json(path: str | os.PathLike[str], kind: str, fix: str) -> dict[str, Any]:
+    """A JSON object from a file. `kind` and `fix` complete the one-sentence errors: FileNotFoundError, ValueError."""
     path = pathlib.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no {what} at {path}: {fix}")
+        raise FileNotFoundError(f"there is no {kind} at {path}: {fix}")
     try:
         text = _read_regular(path)
         content = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, OSError) as e:  # RecursionError: a million brackets
-        raise ValueError(f"{path} is not a {what} ({type(e).__name__}: {str(e)[:80]}): {fix}") from None
+        raise ValueError(f"{path} is not a {kind} ({type(e).__name__}: {str(e)[:80]}): {fix}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a {what} (a JSON {type(content).__name__}, not an object): {fix}")
+        raise ValueError(f"{path} is not a {kind} (a JSON {type(content).__name__}, not an object): {fix}")
     return content
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+K = TypeVar("K")
 
 
 def plain_module(caller: str, model: nn.Module) -> nn.Module:
@@ -32,3 +36,38 @@ def tensor_bytes(modules: Iterable[nn.Module]) -> int:
             else:  # a wrapper, e.g. a DTensor, has no storage of its own
                 sizes[id(t)] = t.numel() * t.element_size()
     return sum(sizes.values())
+
+
+@contextmanager
+def hooked(
+    modules: Iterable[tuple[K, nn.Module]],
+    before: Callable[[K, nn.Module, Any], object] | None = None,
+    after: Callable[[K, nn.Module, Any, Any], object] | None = None,
+    always: bool = False,
+) -> Iterator[None]:
+    """Within the block each call of these modules also calls before(key, module, input) and after(key, module, input, output).
+
+    The input is the first argument, positional or not, None where there is none. always: `after` is called where the module
+    raises, too.
+    """
+    with ExitStack() as stack:
+        for key, module in modules:
+            if before is not None:
+                handle = module.register_forward_pre_hook(partial(_before, before, key), with_kwargs=True)
+                stack.callback(handle.remove)
+            if after is not None:
+                handle = module.register_forward_hook(partial(_after, after, key), with_kwargs=True, always_call=always)
+                stack.callback(handle.remove)
+        yield
+
+
+def _before(hook: Callable[..., object], key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+    hook(key, module, _first(args, kwargs))
+
+
+def _after(hook: Callable[..., object], key: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    hook(key, module, _first(args, kwargs), output)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)

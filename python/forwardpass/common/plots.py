@@ -28,13 +28,13 @@ def axes(*titles: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 + 5 * len(titles), 5), layout="constrained")
-    drawn = figure.subplots(1, len(titles), squeeze=False)[0]
-    for one, title in zip(drawn, titles):
-        one.set_title("\n".join(wrapped(title, "", _TITLE)), fontsize=10)
-        one.grid(alpha=0.3)
-    return figure, drawn if len(titles) > 1 else drawn[0]
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    for panel, title in zip(panels, titles):
+        panel.set_title("\n".join(wrapped(title, "", _TITLE)), fontsize=10)
+        panel.grid(alpha=0.3)
+    return figure, panels if len(titles) > 1 else panels[0]
 
 
-def empty(drawn: Any, why: str) -> None:
+def empty(panel: Any, why: str) -> None:
     """Says in the middle of axes why there is nothing in them."""
-    drawn.text(0.5, 0.5, "\n".join(wrapped(why, "", _TITLE // 2)), transform=drawn.transAxes, ha="center", va="center")
+    panel.text(0.5, 0.5, "\n".join(wrapped(why, "", _TITLE // 2)), transform=panel.transAxes, ha="center", va="center")

@@ -104,25 +104,26 @@ def together(
     groups: dict[tuple[Hashable, tuple[str, ...]], list[T]] = {}
     for item in items:
         groups.setdefault((kind(item), tuple(name(item).split("."))), []).append(item)
-    for at in reversed(range(max((len(parts) for _, parts in groups), default=0))):
+    for position in reversed(range(max((len(parts) for _, parts in groups), default=0))):
         alike: dict[tuple[Hashable, tuple[str, ...]], dict[str, list[T]]] = {}
-        for (what, parts), members in groups.items():
-            number = parts[at] if at < len(parts) and parts[at].isdigit() else ""
-            others = (*parts[:at], "", *parts[at + 1 :]) if number else parts
-            alike.setdefault((what, others), {})[number] = members
+        for (group_kind, parts), members in groups.items():
+            number = parts[position] if position < len(parts) and parts[position].isdigit() else ""
+            others = (*parts[:position], "", *parts[position + 1 :]) if number else parts
+            alike.setdefault((group_kind, others), {})[number] = members
         groups = {
-            (what, parts if "" in found else (*parts[:at], _numbers(found), *parts[at + 1 :])): [
-                *chain(*found.values())
-            ]
-            for (what, parts), found in alike.items()
+            (
+                group_kind,
+                parts if "" in by_number else (*parts[:position], _numbers(by_number), *parts[position + 1 :]),
+            ): [*chain(*by_number.values())]
+            for (group_kind, parts), by_number in alike.items()
         }
     return [(".".join(parts), members) for (_, parts), members in groups.items()]
 
 
-def _numbers(found: Iterable[str]) -> str:
+def _numbers(numbers: Iterable[str]) -> str:
     """`3`, or `{0-3,5}`."""
     runs: list[list[int]] = []
-    for n in sorted(map(int, found)):
+    for n in sorted(map(int, numbers)):
         if runs and n == runs[-1][1] + 1:
             runs[-1][1] = n
         else:

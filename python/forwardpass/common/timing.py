@@ -18,7 +18,7 @@ LEAST_SAMPLE_MS = 2.0
 FLUSH_BYTES = 256 << 20
 
 
-def untracked(what: str, steps: int | None) -> Callable[[], object]:
+def untracked(label: str, steps: int | None) -> Callable[[], object]:
     """The Track of whoever shows no progress."""
     return lambda: None
 
@@ -32,8 +32,8 @@ def keep_freed_memory() -> str:
     """
     trim_threshold, mmap_threshold = -1, -3  # M_… of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    kept = mallopt is not None and mallopt(trim_threshold, 1 << 30) == 1 and mallopt(mmap_threshold, 1 << 30) == 1
-    return "glibc, told to keep freed memory" if kept else "as it is"
+    success = mallopt is not None and mallopt(trim_threshold, 1 << 30) == 1 and mallopt(mmap_threshold, 1 << 30) == 1
+    return "glibc, told to keep freed memory" if success else "as it is"
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ def interleave(
     repeats = dict.fromkeys(calls, 1)
     for n in range(-warmup, rounds):
         for name, call in calls.items():
-            took = _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name])
+            seconds = _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name])
             if n >= 0:
-                samples[name].append(took)
+                samples[name].append(seconds)
             elif not cuda:
-                repeats[name] = max(1, min(1000, round(LEAST_SAMPLE_MS / max(took, 1e-6))))
+                repeats[name] = max(1, min(1000, round(LEAST_SAMPLE_MS / max(seconds, 1e-6))))
         on_round()
     timings = {}
-    for name, taken in samples.items():
-        low, median, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
+    for name, times in samples.items():
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
         timings[name] = Timing(median, low, high, rounds)
     return timings

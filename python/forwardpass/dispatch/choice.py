@@ -46,17 +46,17 @@ def interpreter() -> Interpreter | None:
     return selected.interpreter
 
 
-def interpret_everywhere(chosen: Interpreter) -> None:
+def interpret_everywhere(default: Interpreter) -> None:
     """In this thread and in those that begin later, outside of blocks of `interpreted_by`."""
-    Choice.everywhere = chosen
-    selected.interpreter, selected.arch = chosen, chosen.arch
+    Choice.everywhere = default
+    selected.interpreter, selected.arch = default, default.arch
 
 
 @contextlib.contextmanager
-def interpreted_by(chosen: Interpreter) -> Iterator[None]:
-    """Within the block and this thread, `chosen` runs the CUDA and Triton kernels."""
+def interpreted_by(instance: Interpreter) -> Iterator[None]:
+    """Within the block and this thread, `instance` runs the CUDA and Triton kernels."""
     before = selected.interpreter, selected.arch
-    selected.interpreter, selected.arch = chosen, chosen.arch
+    selected.interpreter, selected.arch = instance, instance.arch
     try:
         yield
     finally:
@@ -85,10 +85,10 @@ def current_choice() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def choosing(chosen: dict[str, Any]) -> Iterator[None]:
+def choosing(choice: dict[str, Any]) -> Iterator[None]:
     """Within the block this thread has what `current_choice` returned."""
     before = current_choice()
-    vars(selected).update(chosen)
+    vars(selected).update(choice)
     try:
         yield
     finally:

@@ -39,11 +39,11 @@ def gpu_capability(device: torch.device) -> tuple[int, int]:
     return _capability(device.index)
 
 
-def _why_not_gpu(device: torch.device, what: str) -> Reason | None:
+def _why_not_gpu(device: torch.device, kernels: str) -> Reason | None:
     if device.type == "cuda" or (device.type == "cpu" and selected.arch):
         return None
     return Reason(
-        "device", f"the {what} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU"
+        "device", f"the {kernels} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU"
     )
 
 

@@ -109,11 +109,11 @@ class Operation:
     def choose(self, *args: Any) -> str:
         """The backend that runs these arguments; raises Unsupported with every reason where there is none."""
         assert isinstance(selected.backend, str)
-        wanted = BACKENDS if selected.backend == "auto" else (selected.backend,)
-        for backend in wanted:
+        backends = BACKENDS if selected.backend == "auto" else (selected.backend,)
+        for backend in backends:
             if self.why_not(backend, *args) is None:
                 return backend
-        reasons = {b: r for b in wanted if (r := self.why_not(b, *args))}
+        reasons = {b: r for b in backends if (r := self.why_not(b, *args))}
         raise Unsupported(f"{self.name}: " + "; ".join(f"{b}: {r}" for b, r in reasons.items()), reasons)
 
     def _bind(self, args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -133,8 +133,8 @@ class Operation:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._refuse_grad()
         if torch.compiler.is_dynamo_compiling():
-            wanted = selected.backend in ("auto", "cuda", "triton")
-            if wanted and selected.arch and args[0].device.type == "cpu" and "cuda" in self.compiled:
+            may_interpret = selected.backend in ("auto", "cuda", "triton")
+            if may_interpret and selected.arch and args[0].device.type == "cpu" and "cuda" in self.compiled:
                 # a graph would have the kernel and nothing of what is around it
                 raise RuntimeError(
                     f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
@@ -164,7 +164,7 @@ class Operation:
     def _bind_checked(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """What runs these arguments, and all others of such types on this device."""
         run, backend = self._bind(args), self.choose(*args)
-        if backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) or any(map(of_subclass, args)):
+        if backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) or any(map(is_of_subclass, args)):
             return self._by_shape  # Triton and plain torch check nothing, and a log has every shape
         return getattr(run, "_op", run)  # torch's OpOverload without its __call__, a Python function that calls this
 
@@ -193,12 +193,12 @@ class Operation:
                 _log.info("%s -> %s", self.describe(args), self.choose(*args))
         return run(*args)
 
-    def _explain(self, args: tuple[Any, ...], asked: Explain) -> Explain:
+    def _explain(self, args: tuple[Any, ...], request: Explain) -> Explain:
         table = {b: self.why_not(b, *args) for b in BACKENDS}
-        wanted = BACKENDS if asked.wanted == "auto" else (asked.wanted,)
-        chosen = next((b for b in wanted if table[b] is None), None)
-        asked.explanation = Explanation(self.describe(args), chosen, table)
-        return asked
+        backends = BACKENDS if request.backend_name == "auto" else (request.backend_name,)
+        backend = next((b for b in backends if table[b] is None), None)
+        request.explanation = Explanation(self.describe(args), backend, table)
+        return request
 
     def _refuse_grad(self) -> None:
         raise RuntimeError(f"forwardpass.ops.{self.name} is for inference and has no backward: "
@@ -215,7 +215,7 @@ class Operation:
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
 
 
-def of_subclass(a: Any) -> bool:
+def is_of_subclass(a: Any) -> bool:
     """Whether it is a tensor that is fake, or wraps others."""
     return isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter)
 
@@ -241,9 +241,9 @@ class Explanation(dict[str, "Reason | None"]):
 class Explain(Exception):
     """In the place of a backend's name: the next operation explains itself, by raising this, and runs nothing."""
 
-    def __init__(self, wanted: str):
+    def __init__(self, backend_name: str):
         super().__init__()
-        self.wanted = wanted
+        self.backend_name = backend_name
         self.explanation: Explanation | None = None
 
 
@@ -255,13 +255,13 @@ def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     if name not in operations:
         raise KeyError(f"there is no operation {name!r}; there are {', '.join(sorted(operations))}")
-    wanted = selected.backend
-    assert isinstance(wanted, str)
-    selected.backend = Explain(wanted)
+    backend_name = selected.backend
+    assert isinstance(backend_name, str)
+    selected.backend = Explain(backend_name)
     try:
         operations[name].function(*args, **kwargs)
     except Explain as e:
         return e.explanation or Explanation(name, None, {})
     finally:
-        selected.backend = wanted
+        selected.backend = backend_name
     raise AssertionError(f"{name} called no operation")

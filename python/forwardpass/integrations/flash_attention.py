@@ -89,6 +89,6 @@ def _results(query: Tensor, key: Tensor, o: Tensor, lse: Tensor) -> tuple[Any, .
     o = o.transpose(1, 2)
     if o.stride() != (like := torch.empty_like(query)).stride():
         o = like.copy_(o)
-    nothing = query.new_empty(0)
+    empty = query.new_empty(0)
     seed, offset = (torch.zeros(size, dtype=torch.uint64, device=query.device) for size in ((2,), ()))
-    return o, lse, None, None, query.shape[2], key.shape[2], seed, offset, nothing
+    return o, lse, None, None, query.shape[2], key.shape[2], seed, offset, empty

@@ -75,7 +75,7 @@ def why_training(tensors: Iterable[Tensor | None], dropout: float) -> Reason | N
     return None
 
 
-_known: dict[Any, Reason | None] = {}
+_reasons: dict[Any, Reason | None] = {}
 
 
 def why_reference(call: tuple[Any, ...]) -> Reason | None:
@@ -87,9 +87,9 @@ def why_reference(call: tuple[Any, ...]) -> Reason | None:
     q, v, softcap = call[0], call[2], call[7]
     # all that the limits of its backends ask for; asking them takes 6 us
     key = q.dtype, q.device, q.shape[-1], v.shape[-1], softcap > 0, getattr(interpreter(), "arch", None)
-    if key not in _known:
-        _known[key] = _why_reference(call)
-    return _known[key]
+    if key not in _reasons:
+        _reasons[key] = _why_reference(call)
+    return _reasons[key]
 
 
 def _why_reference(call: tuple[Any, ...]) -> Reason | None:

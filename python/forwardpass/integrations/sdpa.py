@@ -129,9 +129,9 @@ def _why_not(
             "heads", "the heads of key and value are neither query's, nor one, nor grouped by enable_gqa", "repeat them"
         )
     if mask is not None:
-        wanted = (
+        shape = (
             [batch, heads, shapes[0][2], shapes[1][2]] if query.dim() == 4 else [batch, query.shape[1], key.shape[1]]
         )
-        if mask.dim() > len(wanted) or any(n != 1 and n != w for n, w in zip(reversed(mask.shape), reversed(wanted))):
+        if mask.dim() > len(shape) or any(n != 1 and n != w for n, w in zip(reversed(mask.shape), reversed(shape))):
             return Reason("mask", "attn_mask does not broadcast to the scores", "see torch's message")
     return None

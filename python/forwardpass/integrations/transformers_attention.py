@@ -72,11 +72,11 @@ def register() -> Reason | None:
         masks = importlib.import_module("transformers.masking_utils")
         functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
         _sdpa_mask, _bidirectional, interface = masks.sdpa_mask, masks.bidirectional_mask_function, type(functions)
-        known = inspect.signature(_sdpa_mask).parameters
+        parameters = inspect.signature(_sdpa_mask).parameters
         mask_interface = masks.AttentionMaskInterface
     except (ImportError, AttributeError) as e:
         return Reason("transformers", f"transformers {version} has no interface for attention and its masks ({e})", fix)
-    if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(known):
+    if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(parameters):
         return Reason("transformers", f"transformers {version} makes masks another way than is known here", fix)
     _interface = functions
     for name, mask in ((NAME, _mask), (WINDOWED, _windowed_mask)):
@@ -105,8 +105,8 @@ def _dispatch(cls: Any) -> tuple[type, str] | None:
     for c in cls.__mro__:
         if c.__module__.startswith("torch."):
             break
-        if found := _DISPATCH.search(source_of(c)):
-            return c, found[1]
+        if match := _DISPATCH.search(source_of(c)):
+            return c, match[1]
     return None
 
 
@@ -117,13 +117,13 @@ def dispatches(module: nn.Module) -> bool:
 
 def eager_function(module: nn.Module) -> Callable[..., Any] | None:
     """What the module runs where its config says eager."""
-    found = _dispatch(class_of(module))
-    return vars(sys.modules[found[0].__module__]).get(found[1]) if found else None
+    dispatch = _dispatch(class_of(module))
+    return vars(sys.modules[dispatch[0].__module__]).get(dispatch[1]) if dispatch else None
 
 
 def passes_window(module: nn.Module) -> bool:
-    found = _dispatch(class_of(module))
-    return found is not None and "sliding_window=" in source_of(found[0])
+    dispatch = _dispatch(class_of(module))
+    return dispatch is not None and "sliding_window=" in source_of(dispatch[0])
 
 
 @functools.lru_cache(maxsize=256)
@@ -133,10 +133,10 @@ def asks_for_a_name(python_module: str) -> str | None:
         source = inspect.getsource(sys.modules[python_module])
     except (OSError, TypeError, KeyError):
         return None
-    found = _ASKS_FOR_A_NAME.search(source)
-    if found is None:
+    match = _ASKS_FOR_A_NAME.search(source)
+    if match is None:
         return None
-    return source[source.rfind("\n", 0, found.start()) + 1 : source.find("\n", found.start())].strip()
+    return source[source.rfind("\n", 0, match.start()) + 1 : source.find("\n", match.start())].strip()
 
 
 def _mask(
@@ -204,10 +204,10 @@ def _attention(
     call = type(module).__name__
     if reason is not None:
         decline(call, reason)
-        given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window,
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window,
                  "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}  # fmt: skip
-        given = {name: x for name, x in given.items() if x is not None or name == "scaling"}
-        return _as_before(module, place, query, key, value, attention_mask, causal, left, given)
+        options = {name: x for name, x in options.items() if x is not None or name == "scaling"}
+        return _as_before(module, place, query, key, value, attention_mask, causal, left, options)
     mask = attention_mask
     if position_bias is not None:
         if mask is None:
@@ -223,8 +223,8 @@ def _attention(
     return ATTENTION(*arguments), None
 
 
-def _is_causal(module: nn.Module, given: bool | None) -> Any:
-    return getattr(module, "is_causal", True) if given is None else given
+def _is_causal(module: nn.Module, argument: bool | None) -> Any:
+    return getattr(module, "is_causal", True) if argument is None else argument
 
 
 def _why_not(
@@ -254,17 +254,17 @@ def _as_before(
     mask: Tensor | None,
     causal: bool,
     left: int | None,
-    given: dict[str, Any],
+    options: dict[str, Any],
 ) -> tuple[Tensor, Any]:
     """What the model ran before it was swapped, on the mask that it would have had."""
     if causal and key.shape[2] > query.shape[2]:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        if "position_bias" in given:
-            given["position_bias"] = given["position_bias"][..., : query.shape[2]]
+        if "position_bias" in options:
+            options["position_bias"] = options["position_bias"][..., : query.shape[2]]
     if left is not None:
         mask = _causal(query, key, left)
     if place is not None and place.before == "sdpa":
-        return _interface["sdpa"](module, query, key, value, mask, **given)
+        return _interface["sdpa"](module, query, key, value, mask, **options)
     eager = place.eager if place is not None else eager_function(module)
     if eager is None:
         raise RuntimeError(
@@ -274,7 +274,7 @@ def _as_before(
         mask = _causal(query, key, None)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return eager(module, query, key, value, mask, **given)
+    return eager(module, query, key, value, mask, **options)
 
 
 def _causal(query: Tensor, key: Tensor, left: int | None) -> Tensor:

@@ -19,13 +19,13 @@ usage: python -m forwardpass.interpreter build PROG.cu [nvcc flags] -o PROG
 
 
 def main(arguments: list[str]) -> int:
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    command, options = (arguments[0], arguments[1:]) if arguments else ("", [])
     try:
         if command == "build":
-            return build(rest)
+            return build(options)
         if command == "report":
-            return report(rest)
-        if command == "rows" and not rest:
+            return report(options)
+        if command == "rows" and not options:
             for r in core.rows():
                 print(f"{r['section']:<16}{r['pattern']}")
             return 0

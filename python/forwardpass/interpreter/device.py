@@ -101,20 +101,20 @@ class Device:
         """The time that each of `kernels` would take, modelled from its counts and the machine's rates: see model.py."""
         return [modelled(k) for k in self.kernels(kernel)]
 
-    def found(self, finding: InterpreterFinding) -> InterpreterFinding:
+    def record(self, finding: InterpreterFinding) -> InterpreterFinding:
         self.findings.append(finding)
         return finding
 
-    def check(self, error: int, what: str) -> None:
+    def check(self, error: int, action: str) -> None:
         """Raises the finding, or the CUDA error, with which a launch ended."""
         if error:
             finding = core.finding()
-            raise self.found(finding) if finding else RuntimeError(f"{what}: CUDA error {error} on {self!r}")
+            raise self.record(finding) if finding else RuntimeError(f"{action}: CUDA error {error} on {self!r}")
 
     def finish(self, guard: Guard, kernel: str) -> None:
         """Of guard mode, after a launch."""
         if problem := guard.finish():
-            raise self.found(
+            raise self.record(
                 InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed)
             )
 
@@ -125,7 +125,7 @@ class Device:
 
     def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """An operation of forwardpass on CPU tensors."""
-        if any(map(dispatch.of_subclass, args)):
+        if any(map(dispatch.is_of_subclass, args)):
             return run(*args)  # a fake tensor has no data to interpret
         with self.running() as scope:
             names = [f"argument {n} of {operation.name}" for n in operation.parameters]
@@ -145,7 +145,7 @@ class Device:
                 raise
             except RuntimeError:
                 if finding := core.finding():
-                    raise self.found(finding) from None
+                    raise self.record(finding) from None
                 raise
             finally:
                 torch.ops.forwardpass._set_storage_hook(0)

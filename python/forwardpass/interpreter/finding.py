@@ -51,11 +51,11 @@ class InterpreterFinding(RuntimeError):
         self.arch, self.seed = arch, seed
 
     def __reduce__(self) -> tuple[Any, ...]:  # to cross processes: exceptions are made anew from their text alone
-        return _made, ({**self.__dict__, "text": str(self)},)
+        return _restore, ({**self.__dict__, "text": str(self)},)
 
 
 InterpreterFinding.__module__ = "forwardpass"  # where users find it, and what a traceback shows
 
 
-def _made(fields: dict[str, Any]) -> InterpreterFinding:
+def _restore(fields: dict[str, Any]) -> InterpreterFinding:
     return InterpreterFinding(**fields)

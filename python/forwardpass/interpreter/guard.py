@@ -74,9 +74,9 @@ class Guard:
                     _distinct(original).copy_(_distinct(copy))
             changed = (r.buffer != r.expected).nonzero().flatten()
             if changed.numel():
-                what = "an input, which was changed" if self._read_only else "written outside of its elements"
+                problem = "an input, which was changed" if self._read_only else "written outside of its elements"
                 first = r.buffer.data_ptr() + int(changed[0]) - r.copies[0].data_ptr()
-                return f"{r.name} is {what}: {changed.numel()} bytes, the first {first} bytes from its first element"
+                return f"{r.name} is {problem}: {changed.numel()} bytes, the first {first} bytes from its first element"
         return None
 
 

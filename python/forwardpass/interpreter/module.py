@@ -28,7 +28,7 @@ class Module:
     def __init__(self, ptx: str, arch: str | None = None):
         api = core.load()
         api.fpi_finding_clear()
-        self._own = make(arch) if arch else None
+        self._device = make(arch) if arch else None
         self.handle = api.fpi_module_load(ptx.encode())
         if not self.handle:
             raise core.finding() or RuntimeError("the PTX module did not load, and no reason was given")
@@ -45,7 +45,7 @@ class Module:
         return Kernel(self, name)
 
     def device(self) -> Device:
-        return self._own if self._own and dispatch.interpreter() is None else current()
+        return self._device if self._device and dispatch.interpreter() is None else current()
 
 
 class Kernel:

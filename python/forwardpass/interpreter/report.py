@@ -29,22 +29,22 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--json", type=pathlib.Path, help="also keep the counts there")
     parser.add_argument("program", help="SCRIPT.py, PROG, or counts that --json kept")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    chosen = parser.parse_args(arguments)
-    program = pathlib.Path(chosen.program)
+    options = parser.parse_args(arguments)
+    program = pathlib.Path(options.program)
     if not program.is_file():
         raise ValueError(f"there is no {program}")
     status, counts = 0, program.read_text() if program.suffix == ".json" else ""
     if not counts:
-        status, counts = run(program, chosen.arguments, chosen.arch)
-    if chosen.json:
-        chosen.json.write_text(counts)
-    every = [KernelProfile.read(k) for k in json.loads(counts)]
-    kernels = [k for k in every if chosen.kernel in k.kernel]
+        status, counts = run(program, options.arguments, options.arch)
+    if options.json:
+        options.json.write_text(counts)
+    profiles = [KernelProfile.read(k) for k in json.loads(counts)]
+    kernels = [k for k in profiles if options.kernel in k.kernel]
     if kernels:
-        print(table(kernels, chosen.inlined))
-    elif every:
-        launched = ", ".join(dict.fromkeys(k.kernel for k in every))
-        print(f"no kernel that was launched has {chosen.kernel!r} in its name; there are {launched}")
+        print(table(kernels, options.inlined))
+    elif profiles:
+        launched = ", ".join(dict.fromkeys(k.kernel for k in profiles))
+        print(f"no kernel that was launched has {options.kernel!r} in its name; there are {launched}")
     else:
         print(f"{program} launched no kernel on the interpreted GPU")
     return status
@@ -67,10 +67,10 @@ def run(program: pathlib.Path, arguments: list[str], arch: str) -> tuple[int, st
         environment = {"FORWARDPASS_INTERPRET": arch, **os.environ, "FORWARDPASS_INTERPRET_COUNTERS": str(counts)}
         python = [sys.executable, "-c", SCRIPT, str(program)]
         command = python if program.suffix == ".py" else [str(program.absolute())]
-        done = subprocess.run([*command, *arguments], env=environment)
+        process = subprocess.run([*command, *arguments], env=environment)
         if not counts.exists():
-            raise RuntimeError(f"{program} ended with status {done.returncode} and without counts")
-        return done.returncode, counts.read_text()
+            raise RuntimeError(f"{program} ended with status {process.returncode} and without counts")
+        return process.returncode, counts.read_text()
 
 
 COLUMNS = ("line", "issued", "lanes", "MAC", "sectors/request", "global bytes", "wavefronts", "waits", "source")

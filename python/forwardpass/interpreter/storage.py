@@ -13,11 +13,11 @@ class Scope:
     """The intervals of one operation or launch. What an enclosing one has registered keeps its name and its protection."""
 
     def __init__(self, outer: Scope | None):
-        self._known: set[tuple[int, int]] = set(outer._known) if outer else set()
+        self._ranges: set[tuple[int, int]] = set(outer._ranges) if outer else set()
 
     def add(self, begin: int, size: int, name: str, read_only: bool = False) -> None:
-        if size and (begin, size) not in self._known:
-            self._known.add((begin, size))
+        if size and (begin, size) not in self._ranges:
+            self._ranges.add((begin, size))
             load().fpi_storage_add(begin, size, name.encode(), read_only)
 
     def add_tensor(self, tensor: Tensor, name: str, read_only: bool = False) -> None:

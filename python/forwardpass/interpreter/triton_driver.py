@@ -121,13 +121,13 @@ class Clock:
 
     class Event:
         def __init__(self, enable_timing: bool = True):
-            self.at = 0.0
+            self.seconds = 0.0
 
         def record(self) -> None:
-            self.at = time.perf_counter()
+            self.seconds = time.perf_counter()
 
         def elapsed_time(self, end: Clock.Event) -> float:
-            return 1e3 * (end.at - self.at)
+            return 1e3 * (end.seconds - self.seconds)
 
     @staticmethod
     def synchronize() -> None:
@@ -174,8 +174,8 @@ class Launcher:
             enter_hook(launch_metadata)
         if x * y * z > 0:
             with device.running() as scope:
-                given = list(self._given(args))
-                tensors = {name: t for _, name, v in given if isinstance(t := _tensor(v), Tensor)}
+                parameters = list(self._parameters(args))
+                tensors = {name: t for _, name, v in parameters if isinstance(t := _tensor(v), Tensor)}
                 guard = Guard(scope, read_only=False)
                 if device.guard:
                     tensors = guard.rehome(tensors)
@@ -184,7 +184,7 @@ class Launcher:
                         scope.add_tensor(tensor, f"argument {name} of {kernel.name}")
                 descriptors = iter(getattr(m, "tensordesc_meta", None) or ())
                 values: list[bytes] = []
-                for type_, name, v in given:
+                for type_, name, v in parameters:
                     values += self._values(type_, v, tensors.get(name), descriptors)
                 buffers = []  # alive until the launch is over
                 for name in ("global", "profile")[: len(kernel.parameters) - len(values)]:
@@ -201,7 +201,7 @@ class Launcher:
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
-    def _given(self, args: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
+    def _parameters(self, args: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
         """(type, name, value) of what the kernel takes at run time: tuples taken apart, constants left out."""
         for (name, type_), value in zip(self.signature, args):
             yield from _flat(type_, str(name), value)

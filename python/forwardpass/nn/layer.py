@@ -212,14 +212,14 @@ class QuantizedLinear(nn.Module):
         Raises:
             RuntimeError: the state dict is of a layer that is not swapped, or swapped another way.
         """
-        theirs = {name for name in self._buffers if name != "bias" and prefix + name in state_dict}
-        ours = {name for name, t in self._buffers.items() if name != "bias" and t is not None}
+        stored = {name for name in self._buffers if name != "bias" and prefix + name in state_dict}
+        present = {name for name, t in self._buffers.items() if name != "bias" and t is not None}
         weight = state_dict.get(prefix + "weight", self.weight)
         cast = self.weight_scale is None and weight.is_floating_point()
-        if (weight.dtype != self.weight.dtype and not cast) or (theirs and theirs != ours):
-            raise RuntimeError(f"load_state_dict: {prefix}weight holds {self.weight.dtype} with {', '.join(sorted(ours))}, and the "
-                               f"state dict has {weight.dtype} with {', '.join(sorted(theirs))}: load it into the original model "
-                               "(fp.restore(model) brings it back) and swap that, or swap as that model was")  # fmt: skip
+        if (weight.dtype != self.weight.dtype and not cast) or (stored and stored != present):
+            raise RuntimeError(f"load_state_dict: {prefix}weight holds {self.weight.dtype} with {', '.join(sorted(present))}, and "
+                               f"the state dict has {weight.dtype} with {', '.join(sorted(stored))}: load it into the original "
+                               "model (fp.restore(model) brings it back) and swap that, or swap as that model was")  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def exact(self, x: Tensor) -> Tensor:

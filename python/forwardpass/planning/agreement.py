@@ -21,7 +21,7 @@ IGNORED = -100
 class Agreement(Protocol):
     """Gathers over batches; `found` is what there is to say then."""
 
-    def add(self, got: Tensor, expected: Tensor, batch: Any) -> None: ...
+    def add(self, actual: Tensor, expected: Tensor, batch: Any) -> None: ...
 
     def found(self) -> dict[str, float | int]: ...
 
@@ -36,24 +36,24 @@ class CausalLm:
         self.tokens = self.agree = 0
         self.before = self.after = 0.0  # sums
 
-    def add(self, got: Tensor, expected: Tensor, batch: Any) -> None:
+    def add(self, actual: Tensor, expected: Tensor, batch: Any) -> None:
         if isinstance(batch, Mapping):
             ids = batch.get("labels", batch.get("input_ids"))
         else:
             ids = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(ids, Tensor) or got.dim() != 3 or ids.shape != got.shape[:2]:
+        if not isinstance(ids, Tensor) or actual.dim() != 3 or ids.shape != actual.shape[:2]:
             raise ValueError('task="causal_lm" takes logits [B, S, V] and batches with input_ids [B, S], and this output is '
-                             f"{list(got.shape)}: pass another task, or output=fn(result)")  # fmt: skip
-        target = ids[:, 1:].to(got.device)
+                             f"{list(actual.shape)}: pass another task, or output=fn(result)")  # fmt: skip
+        target = ids[:, 1:].to(actual.device)
         mask = padding_mask(batch, ids.shape)
-        counted = target != IGNORED if mask is None else (target != IGNORED) & mask[:, 1:].to(got.device)
-        got, expected, target = (t[counted] for t in (got[:, :-1], expected[:, :-1], target))
+        counted = target != IGNORED if mask is None else (target != IGNORED) & mask[:, 1:].to(actual.device)
+        actual, expected, target = (t[counted] for t in (actual[:, :-1], expected[:, :-1], target))
         if not len(target):
             return
         self.tokens += len(target)
-        self.agree += int((got.argmax(-1) == expected.argmax(-1)).sum())
+        self.agree += int((actual.argmax(-1) == expected.argmax(-1)).sum())
         self.before += F.cross_entropy(expected.float(), target, reduction="sum").item()
-        self.after += F.cross_entropy(got.float(), target, reduction="sum").item()
+        self.after += F.cross_entropy(actual.float(), target, reduction="sum").item()
 
     def found(self) -> dict[str, float | int]:
         if not self.tokens:
@@ -75,12 +75,12 @@ class Classification:
     def __init__(self) -> None:
         self.samples = self.agree = self.labelled = self.right_before = self.right_after = 0
 
-    def add(self, got: Tensor, expected: Tensor, batch: Any) -> None:
-        if got.dim() != 2:
-            raise ValueError(f'task="classification" takes logits [B, C], and this output is {list(got.shape)}: '
+    def add(self, actual: Tensor, expected: Tensor, batch: Any) -> None:
+        if actual.dim() != 2:
+            raise ValueError(f'task="classification" takes logits [B, C], and this output is {list(actual.shape)}: '
                              "pass another task, or output=fn(result)")  # fmt: skip
-        after, before = got.argmax(-1), expected.argmax(-1)
-        self.samples += len(got)
+        after, before = actual.argmax(-1), expected.argmax(-1)
+        self.samples += len(actual)
         self.agree += int((after == before).sum())
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if isinstance(labels, Tensor) and labels.shape == after.shape:
@@ -90,13 +90,13 @@ class Classification:
             self.right_after += int((after == labels).sum())
 
     def found(self) -> dict[str, float | int]:
-        found: dict[str, float | int] = {"class_agreement": self.agree / self.samples, "samples": self.samples}
+        figures: dict[str, float | int] = {"class_agreement": self.agree / self.samples, "samples": self.samples}
         if self.labelled:
-            found |= {
+            figures |= {
                 "accuracy_before": self.right_before / self.labelled,
                 "accuracy_after": self.right_after / self.labelled,
             }
-        return found
+        return figures
 
 
 class Embedding:
@@ -111,32 +111,34 @@ class Embedding:
         self.before: list[Tensor] = []
         self.after: list[Tensor] = []
 
-    def add(self, got: Tensor, expected: Tensor, batch: Any) -> None:
-        if got.dim() not in (2, 3):
+    def add(self, actual: Tensor, expected: Tensor, batch: Any) -> None:
+        if actual.dim() not in (2, 3):
             raise ValueError(f'task="embedding" takes hidden states [B, S, H] or embeddings [B, H], and this output is '
-                             f"{list(got.shape)}: pass another task, or output=fn(result)")  # fmt: skip
-        for kept, t in ((self.before, expected), (self.after, got)):
+                             f"{list(actual.shape)}: pass another task, or output=fn(result)")  # fmt: skip
+        for embeddings, t in ((self.before, expected), (self.after, actual)):
             t = t.double()
             if t.dim() == 3:
                 mask = padding_mask(batch, t.shape[:2])
                 weight = (torch.ones(t.shape[:2]) if mask is None else mask).to(t).unsqueeze(-1)
                 t = (t * weight).sum(1) / weight.sum(1).clamp_min(1)
-            if (room := MOST_EMBEDDINGS - sum(map(len, kept))) > 0:
-                kept.append(F.normalize(t[:room], dim=-1).cpu())
+            if (room := MOST_EMBEDDINGS - sum(map(len, embeddings))) > 0:
+                embeddings.append(F.normalize(t[:room], dim=-1).cpu())
 
     def found(self) -> dict[str, float | int]:
         before, after = torch.cat(self.before), torch.cat(self.after)
         cosine = (before * after).sum(-1)
-        found: dict[str, float | int] = {"samples": len(before), "cosine_min": cosine.min().item(),
+        figures: dict[str, float | int] = {"samples": len(before), "cosine_min": cosine.min().item(),
                                          "cosine_mean": cosine.mean().item()}  # fmt: skip
         if len(before) > 2:
             orders = [_others(t @ t.t()) for t in (before, after)]
             ranks = [order.argsort(-1).argsort(-1).double() for order in orders]
             a, b = (r - r.mean(-1, keepdim=True) for r in ranks)
             correlation = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
-            found["rank_agreement"] = correlation.mean().item()
-            found["nearest_neighbour_agreement"] = (orders[0].argmax(-1) == orders[1].argmax(-1)).double().mean().item()
-        return found
+            figures["rank_agreement"] = correlation.mean().item()
+            figures["nearest_neighbour_agreement"] = (
+                (orders[0].argmax(-1) == orders[1].argmax(-1)).double().mean().item()
+            )
+        return figures
 
 
 def _others(similarity: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Frontier:
         step = sum(map(max, beyond)) / max(GRID, STEPS * len(layers)) or 1.0
         self._layers = layers
         self._units = [[int(c / step) for c in costs] for costs in beyond]
-        self._taken: list[torch.Tensor] = []
+        self._options: list[torch.Tensor] = []
         size = sum(map(max, self._units)) + 1
         totals = torch.full((size,), float("inf"), dtype=torch.float64)  # least error at exactly this total on the grid
         totals[0] = 0
@@ -67,27 +67,27 @@ class Frontier:
             ways = torch.full((len(options), size), float("inf"), dtype=torch.float64)
             for way, option, n in zip(ways, options, units):
                 way[n:] = totals[: size - n] + option.error
-            totals, chosen = ways.min(0)
-            self._taken.append(chosen.to(torch.int16))
-        self._at: list[int] = []
+            totals, ways_of_least = ways.min(0)
+            self._options.append(ways_of_least.to(torch.int16))
+        self._totals: list[int] = []
         self.errors: list[float] = []
-        for at, error in enumerate(totals.tolist()):
+        for total, error in enumerate(totals.tolist()):
             if error < (self.errors[-1] if self.errors else float("inf")):
-                self._at.append(at)
+                self._totals.append(total)
                 self.errors.append(error)
-        for values in (self._at, self.errors):
+        for values in (self._totals, self.errors):
             values.reverse()
-        self.bounds = [sum(least) + at * step for at in self._at]
+        self.bounds = [sum(least) + total * step for total in self._totals]
 
     def __len__(self) -> int:
         return len(self.errors)
 
     def choice(self, i: int) -> Choice:
         """Read back from the last layer to the first."""
-        at, picked = self._at[i], []
-        for units, taken in zip(reversed(self._units), reversed(self._taken)):
-            picked.append(int(taken[at]))
-            at -= units[picked[-1]]
-        picked.reverse()
-        cost = sum(layer[o].cost for layer, o in zip(self._layers, picked))
-        return Choice(tuple(picked), cost, self.errors[i], max(cost - self.bounds[i], 0.0))
+        total, options_of_layers = self._totals[i], []
+        for units, options in zip(reversed(self._units), reversed(self._options)):
+            options_of_layers.append(int(options[total]))
+            total -= units[options_of_layers[-1]]
+        options_of_layers.reverse()
+        cost = sum(layer[o].cost for layer, o in zip(self._layers, options_of_layers))
+        return Choice(tuple(options_of_layers), cost, self.errors[i], max(cost - self.bounds[i], 0.0))

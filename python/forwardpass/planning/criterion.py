@@ -62,18 +62,18 @@ class Criterion:
     def budget(self) -> float:
         return {"min_cosine": 1 - self.bound, "max_error": self.bound**2, "metric": self.bound}[self.kind]
 
-    def additive(self, got: Tensor, expected: Tensor, batch: Any) -> Tensor:
+    def additive(self, actual: Tensor, expected: Tensor, batch: Any) -> Tensor:
         """fp64 on the host: for min_cosine 1 - cosine of every sample, else the batch's squared relative error [1]."""
         mask = padding_mask(batch, expected.shape[:-1])
-        got, expected = samples(got, mask).double(), samples(expected.to(got.device), mask).double()
+        actual, expected = samples(actual, mask).double(), samples(expected.to(actual.device), mask).double()
         if self.kind == "min_cosine":
-            return 1 - cosines(got, expected).cpu()
-        return squared_relative_error(got, expected).reshape(1).cpu()
+            return 1 - cosines(actual, expected).cpu()
+        return squared_relative_error(actual, expected).reshape(1).cpu()
 
-    def worst(self, errors: Tensor, got: Tensor, expected: Tensor, batch: Any) -> float:
+    def worst(self, errors: Tensor, actual: Tensor, expected: Tensor, batch: Any) -> float:
         """Of one batch, whose `additive` is given: what must not pass `budget`."""
         if self.metric is not None:
-            return float(self.metric(got, expected.to(got.device), batch))
+            return float(self.metric(actual, expected.to(actual.device), batch))
         return errors.max().item() if errors.numel() else 0.0
 
     def shown(self, worst: float) -> float:
@@ -93,8 +93,8 @@ def samples(t: Tensor, mask: Tensor | None) -> Tensor:
     return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
 
 
-def cosines(got: Tensor, expected: Tensor) -> Tensor:
+def cosines(actual: Tensor, expected: Tensor) -> Tensor:
     """Of the rows of two fp64 [samples, n]: 1 where both are zero, 0 where one is."""
-    norms = got.square().sum(1), expected.square().sum(1)
-    cosine = (got * expected).sum(1) / (norms[0] * norms[1]).sqrt().clamp_min(1e-300)
+    norms = actual.square().sum(1), expected.square().sum(1)
+    cosine = (actual * expected).sum(1) / (norms[0] * norms[1]).sqrt().clamp_min(1e-300)
     return torch.where((norms[0] == 0) & (norms[1] == 0), 1.0, cosine)

@@ -31,7 +31,7 @@ def row(layer: Layer, choice: str | None, target: str) -> dict[str, Any]:
 def candidate(c: Candidate) -> dict[str, Any]:
     """`output`: mean and worst of the samples (or batches), as the criterion adds them up."""
     return {
-        "refused": {"code": c.refused.code, "text": c.refused.text} if c.refused else None,
+        "refused": {"code": c.refusal.code, "text": c.refusal.text} if c.refusal else None,
         "ms": c.ms.to_json() if c.ms else None,
         "bytes": c.bytes,
         "error": c.error,
@@ -48,12 +48,12 @@ def reason(layer: Layer, choice: str | None, target: str) -> str:
             return f"{c.bytes} bytes, {layer.bytes} as it is"
         assert c.ms and layer.ms
         return f"{layer.ms.low / c.ms.low:.2f} times as fast: {c.ms.low:.3g} ms, {layer.ms.low:.3g} as it is"
-    if any(c.refused is None for c in layer.candidates.values()):
+    if any(c.refusal is None for c in layer.candidates.values()):
         return "left alone: the error that a swap brings here buys more elsewhere, or passes the budget"
     timed = [f"{name} {c.ms.low:.3g} ms" for name, c in layer.candidates.items() if c.ms]
     if timed and layer.ms and target == "latency":
         return f"{NO_GAIN} than {layer.ms.low:.3g} ms ({', '.join(timed)})"
-    refusals = dict.fromkeys(str(c.refused) for c in layer.candidates.values())
+    refusals = dict.fromkeys(str(c.refusal) for c in layer.candidates.values())
     return f"left alone: {'; '.join(refusals)}"
 
 
@@ -68,10 +68,10 @@ def blocks(
         if match := re.match(r"(.*\.)?\d+(?=\.)", layer.leaf.fqn):
             empty = {"before": 0.0, "after": 0.0, "error": 0.0, "candidates": dict.fromkeys(layer.candidates)}
             block = by_block.setdefault(match[0], empty)
-            chosen = layer.candidates[name] if (name := choices[layer.leaf.fqn]) else None
+            candidate = layer.candidates[name] if (name := choices[layer.leaf.fqn]) else None
             block["before"] += cost(layer)
-            block["after"] += cost(chosen or layer)
-            block["error"] += chosen.output_mean if chosen else 0.0
+            block["after"] += cost(candidate or layer)
+            block["error"] += candidate.output_mean if candidate else 0.0
             for name in layer.open():
                 block["candidates"][name] = (block["candidates"][name] or 0.0) + layer.candidates[name].output_mean
     return by_block
@@ -79,5 +79,5 @@ def blocks(
 
 def thinned(front: Frontier) -> list[list[float]]:
     """[least cost, predicted error], from the least error on."""
-    every = max(1, len(front) // POINTS)
-    return [[front.bounds[i], front.errors[i]] for i in sorted({*range(0, len(front), every), len(front) - 1})]
+    stride = max(1, len(front) // POINTS)
+    return [[front.bounds[i], front.errors[i]] for i in sorted({*range(0, len(front), stride), len(front) - 1})]

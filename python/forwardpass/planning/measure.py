@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..common.batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
 from ..common.files import read_json, write_json
-from ..common.modules import tensor_bytes
+from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, interleave
 from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
@@ -51,9 +51,9 @@ def find_candidate(name: str) -> LayerPrecision:
 
 @dataclass
 class Candidate:
-    """One candidate on one layer. Errors are relative L2; `refused` says why it cannot be, or is no gain."""
+    """One candidate on one layer. Errors are relative L2; `refusal` says why it cannot be, or is no gain."""
 
-    refused: Reason | None = None
+    refusal: Reason | None = None
     ms: Timing | None = None
     bytes: int = 0
     error: float | None = None  #: at the layer's output, on its real input
@@ -78,7 +78,7 @@ class Layer:
 
     def open(self) -> list[str]:
         """The candidates that are not refused."""
-        return [name for name, c in self.candidates.items() if c.refused is None]
+        return [name for name, c in self.candidates.items() if c.refusal is None]
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Subject:
 
     def reference(self, batches: list[Any], track: Track) -> list[Tensor]:
         """The model's own outputs, on the host. RuntimeError or ValueError, in one sentence, where a batch fails."""
-        done, kept = track("running the model as it is", len(batches)), []
+        advance, outputs = track("running the model as it is", len(batches)), []
         for i in range(len(batches)):
             try:
                 y = next(iter(self.outputs(batches[i : i + 1])))
@@ -110,9 +110,9 @@ class Subject:
             if not y.isfinite().all():
                 raise ValueError(f"the model's output of batch {i} holds NaN or infinity before any layer is replaced, so no "
                                  "error can be measured: repair or leave out that batch")  # fmt: skip
-            kept.append(y.cpu())
-            done()
-        return kept
+            outputs.append(y.cpu())
+            advance()
+        return outputs
 
     def swapped(self, plan: Plan, arguments: Arguments, keep: str = "auto") -> AbstractContextManager[object]:
         """Within it the model runs a plan."""
@@ -122,16 +122,11 @@ class Subject:
 def shapes_of_calls(subject: Subject, leaves: list[Leaf], batches: list[Any]) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The shapes that each layer is called with in one pass over the batches."""
     calls: dict[str, list[tuple[int, ...]]] = {leaf.fqn: [] for leaf in leaves}
-    with ExitStack() as stack:
-        for leaf in leaves:
-
-            def hook(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = leaf.fqn) -> None:
-                calls[fqn].append(tuple((args[0] if args else next(iter(kwargs.values()))).shape))
-
-            stack.callback(leaf.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    modules = ((leaf.fqn, leaf.module) for leaf in leaves)
+    with hooked(modules, before=lambda fqn, module, x: calls[fqn].append(tuple(x.shape))):
         for _ in subject.outputs(batches):
             pass
-    return {fqn: tuple(found) for fqn, found in calls.items()}
+    return {fqn: tuple(shapes) for fqn, shapes in calls.items()}
 
 
 def calibrated_arguments(
@@ -142,26 +137,26 @@ def calibrated_arguments(
     """
     names = [name for name, p in candidates.items() if p.calibrated]
     passes: list[list[Leaf]] = []
-    held = STATISTICS_BYTES
+    size_so_far = STATISTICS_BYTES
     for layer in layers:
-        if not any(layer.candidates[name].refused is None for name in names):
+        if not any(layer.candidates[name].refusal is None for name in names):
             continue
         size = 4 * layer.leaf.in_features**2
-        if held + size > STATISTICS_BYTES:
+        if size_so_far + size > STATISTICS_BYTES:
             passes.append([])
-            held = 0
+            size_so_far = 0
         passes[-1].append(layer.leaf)
-        held += size
+        size_so_far += size
     arguments: dict[str, dict[str, Any]] = {}
     if passes:
-        done = track("calibrating", len(passes))
+        advance = track("calibrating", len(passes))
     for leaves in passes:
         arguments |= calibration_arguments(subject.model, leaves, batches, subject.forward)[0]
-        done()
+        advance()
     for layer in layers:
         for name in names:
-            if layer.candidates[name].refused is None and layer.leaf.fqn not in arguments:
-                layer.candidates[name].refused = Reason(
+            if layer.candidates[name].refusal is None and layer.leaf.fqn not in arguments:
+                layer.candidates[name].refusal = Reason(
                     "not_calibrated", "calibration does not reach it, or meets NaN", ""
                 )
     return arguments
@@ -191,7 +186,7 @@ def annotated(text: str) -> Iterator[None]:
         raise
 
 
-class Kept:
+class Measurements:
     """Measurements so far, and the file that they are kept in, where there is one.
 
     Raises:
@@ -200,21 +195,27 @@ class Kept:
 
     def __init__(self, file: str | os.PathLike[str] | None, identity: str | None) -> None:
         self.file = pathlib.Path(file) if file is not None else None
-        self.known: dict[str, Any] = {"schema": PARTIAL, "identity": identity, "times": {}, "local": None, "output": {}}
+        self.content: dict[str, Any] = {
+            "schema": PARTIAL,
+            "identity": identity,
+            "times": {},
+            "local": None,
+            "output": {},
+        }
         if self.file is not None:
             if identity is None:
                 raise ValueError("resume= takes batches of tensors, mappings, lists and numbers, which can be told from others, "
                                  "and these hold something else: drop resume=")  # fmt: skip
             if self.file.exists():
-                found = read_json(self.file, "file of a plan's measurements", "remove it to measure anew")
-                if {k: found.get(k) for k in ("schema", "identity")} != {"schema": PARTIAL, "identity": identity}:
+                content = read_json(self.file, "file of a plan's measurements", "remove it to measure anew")
+                if {k: content.get(k) for k in ("schema", "identity")} != {"schema": PARTIAL, "identity": identity}:
                     raise ValueError(f"{self.file} holds measurements of another model, other batches or candidates, or of "
                                      "another machine: remove it to measure anew, or give another file")  # fmt: skip
-                self.known = found
+                self.content = content
 
     def keep(self) -> None:
         if self.file is not None:
-            write_json(self.file, self.known)
+            write_json(self.file, self.content)
 
 
 class Measurer:
@@ -231,11 +232,11 @@ class Measurer:
         arguments: Arguments,
         batches: list[Any],
         references: list[Tensor],
-        kept: Kept,
+        measurements: Measurements,
     ):
         self.subject, self.candidates, self.arguments = subject, candidates, arguments
         self.batches, self.references = batches, references
-        self.kept, self.known = kept, kept.known
+        self.measurements, self.content = measurements, measurements.content
 
     def time(self, layers: list[Layer], track: Track) -> None:
         """Fills in times and bytes: one timing for all layers of one form that are called alike."""
@@ -252,19 +253,19 @@ class Measurer:
                     leaf.formula,
                 )
                 groups.setdefault(repr((form, layer.calls, layer.open())), []).append(layer)
-        done = track("timing layers", len(groups))
+        advance = track("timing layers", len(groups))
         for key, group in groups.items():
-            if key not in self.known["times"]:
+            if key not in self.content["times"]:
                 with annotated(f"while timing {group[0].leaf.fqn}; the model is as it was"):
-                    self.known["times"][key] = self._time(group[0])
-                self.kept.keep()
+                    self.content["times"][key] = self._time(group[0])
+                self.measurements.keep()
             for layer in group:
-                measured = self.known["times"][key]
+                measured = self.content["times"][key]
                 layer.ms = Timing(**measured["before"]["ms"])
                 for name in layer.open():
                     c = layer.candidates[name]
                     c.ms, c.bytes = Timing(**measured[name]["ms"]), measured[name]["bytes"]
-            done()
+            advance()
 
     def _time(self, layer: Layer) -> dict[str, Any]:
         weight = linear_weight(layer.leaf.module)
@@ -288,74 +289,66 @@ class Measurer:
 
     def local_errors(self, layers: list[Layer], track: Track) -> None:
         """Fills in each candidate's error at its layer, on the input that the layer has in the first of the batches."""
-        found = self.known["local"]
-        if found is None:
+        errors = self.content["local"]
+        if errors is None:
             with annotated("while measuring errors of layers; the model is as it was"):
-                found = self.known["local"] = self._local_errors(layers, track)
-            self.kept.keep()
+                errors = self.content["local"] = self._local_errors(layers, track)
+            self.measurements.keep()
         for layer in layers:
             for name in layer.open():
-                for field, value in found[layer.leaf.fqn][name].items():
+                for field, value in errors[layer.leaf.fqn][name].items():
                     setattr(layer.candidates[name], field, value)
 
     def _local_errors(self, layers: list[Layer], track: Track) -> dict[str, Any]:
-        found = {x.leaf.fqn: {name: LayerParity(x.leaf.fqn, name) for name in x.open()} for x in layers}
-        done = track("measuring errors of layers", len(layers))
+        parities = {x.leaf.fqn: {name: LayerParity(x.leaf.fqn, name) for name in x.open()} for x in layers}
+        advance = track("measuring errors of layers", len(layers))
         batch = self.batches[0]  # its rows are enough: exact products are in fp64
 
-        def compare(leaf: Leaf, x: Tensor, expected: Tensor) -> None:
+        def compare(leaf: Leaf, module: nn.Module, x: Tensor, expected: Tensor) -> None:
             mask = padding_mask(batch, x.shape[:-1], leaf.fqn)
-            for name, parity in found[leaf.fqn].items():
-                module = self._built(leaf, name)
-                parity.add(module, x, module(x), module.activated(expected), mask)
-            done()
+            for name, parity in parities[leaf.fqn].items():
+                candidate = self._built(leaf, name)
+                parity.add(candidate, x, candidate(x), candidate.activated(expected), mask)
+            advance()
 
-        with ExitStack() as stack:
-            for layer in layers:
-
-                def hook(
-                    m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, leaf: Leaf = layer.leaf
-                ) -> None:
-                    compare(leaf, args[0] if args else next(iter(kwargs.values())), y)
-
-                stack.callback(layer.leaf.module.register_forward_hook(hook, with_kwargs=True).remove)
+        with hooked(((layer.leaf, layer.leaf.module) for layer in layers), after=compare):
             for _ in self.subject.outputs([batch]):
                 pass
         parts = {"error": "total", "quantisation": "quantisation", "kernel": "kernel"}
         return {
             fqn: {
                 name: {field: getattr(parity, part).to_json()["relative_error"] for field, part in parts.items()}
-                for name, parity in mine.items()
+                for name, parity in by_candidate.items()
             }
-            for fqn, mine in found.items()
+            for fqn, by_candidate in parities.items()
         }
 
     def output_errors(self, layers: list[Layer], track: Track) -> None:
         """Fills in what each candidate brings at the output: one pass of the model over the batches for each, alone."""
         todo = [(layer, name) for layer in layers for name in layer.open()]
-        done = track("measuring errors of the output", len(todo))
+        advance = track("measuring errors of the output", len(todo))
         for n, (layer, name) in enumerate(todo):
-            known = self.known["output"].setdefault(layer.leaf.fqn, {})
-            if name not in known:
-                file = self.kept.file
-                kept = f"; {n} of {len(todo)} layers and candidates are in {file}" if file else ""
-                with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{kept}"):
-                    known[name] = self._output_error(layer.leaf, name)
-                self.kept.keep()
-            layer.candidates[name].output = known[name]
-            if known[name] is None:
+            errors = self.content["output"].setdefault(layer.leaf.fqn, {})
+            if name not in errors:
+                file = self.measurements.file
+                progress = f"; {n} of {len(todo)} layers and candidates are in {file}" if file else ""
+                with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{progress}"):
+                    errors[name] = self._output_error(layer.leaf, name)
+                self.measurements.keep()
+            layer.candidates[name].output = errors[name]
+            if errors[name] is None:
                 text = "with it the model's output holds NaN or infinity"
-                layer.candidates[name].refused = Reason("not_finite", text, "")
-            done()
+                layer.candidates[name].refusal = Reason("not_finite", text, "")
+            advance()
 
     def _output_error(self, leaf: Leaf, name: str) -> list[float] | None:
         plan = planned(self.subject.model, [(leaf, self.candidates[name])], (), None)
         with self.subject.swapped(plan, self.arguments):
-            found = [
-                self.subject.criterion.additive(got, expected, batch)
-                for batch, got, expected in zip(self.batches, self.subject.outputs(self.batches), self.references)
+            errors = [
+                self.subject.criterion.additive(actual, expected, batch)
+                for batch, actual, expected in zip(self.batches, self.subject.outputs(self.batches), self.references)
             ]
-        output = torch.cat(found)
+        output = torch.cat(errors)
         return output.clamp_min(0).tolist() if output.isfinite().all() else None
 
 
@@ -376,16 +369,16 @@ def identity(
     *batches: list[Any],
 ) -> str | None:
     """What measurements are of; of every weight a few thousand elements speak for all."""
-    seen = Fingerprint()
+    fingerprint = Fingerprint()
     for leaf in leaves:
         weight = linear_weight(leaf.module)
         flat = weight.reshape(-1) if weight.is_contiguous() else weight.t().reshape(-1)
-        seen.add([leaf.fqn, list(weight.shape), flat[:: max(1, flat.numel() // 4096)]])
-    seen.add(
+        fingerprint.add([leaf.fqn, list(weight.shape), flat[:: max(1, flat.numel() // 4096)]])
+    fingerprint.add(
         [
             type(model).__name__,
             [(n, p.precision.name, p.precision.version, p.calibrated) for n, p in candidates.items()],
         ]
     )
-    seen.add([[p.text for p in context.include], [p.text for p in context.exclude]])
-    return seen.add([criterion.kind, torch.__version__, dict(device), *batches]).value
+    fingerprint.add([[p.text for p in context.include], [p.text for p in context.exclude]])
+    return fingerprint.add([criterion.kind, torch.__version__, dict(device), *batches]).value

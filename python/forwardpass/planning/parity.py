@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
 from ..common.compare import relative_error
-from ..common.modules import plain_module
+from ..common.modules import hooked, plain_module
 from ..common.text import count, table, wrapped
 from ..nn import QuantizedLinear
 from ..swap import originals
@@ -36,15 +36,15 @@ class Comparison:
     relative_error: float = 0.0  #: L2 norm of the error over that of the reference, worst of the batches
     max_abs_error: float = 0.0
 
-    def add(self, got: Tensor, expected: Tensor) -> None:
-        """got and expected [samples, n] of one batch."""
+    def add(self, actual: Tensor, expected: Tensor) -> None:
+        """actual and expected [samples, n] of one batch."""
         if not expected.numel():
             return
-        got, expected = got.double(), expected.double()
+        actual, expected = actual.double(), expected.double()
         self.samples += len(expected)
-        self.cosine_min = -_largest(-self.cosine_min, -cosines(got, expected).min().item())
-        self.relative_error = _largest(self.relative_error, relative_error(got, expected))
-        self.max_abs_error = _largest(self.max_abs_error, (got - expected).abs().max().item())
+        self.cosine_min = -_largest(-self.cosine_min, -cosines(actual, expected).min().item())
+        self.relative_error = _largest(self.relative_error, relative_error(actual, expected))
+        self.max_abs_error = _largest(self.max_abs_error, (actual - expected).abs().max().item())
 
     def to_json(self) -> dict[str, float | int | None]:
         """NaN and infinity, which JSON has not, are null; so is everything where nothing was compared."""
@@ -124,12 +124,12 @@ class ParityReport:
 
     def __str__(self) -> str:
         over = f"{count(self.output.samples, 'sample')} in {count(self.batches, 'batch')}"
-        head = [f"output over {over}: {_said(self.output)}"]
+        head = [f"output over {over}: {_sentence(self.output)}"]
         if self.compiled is not None:
-            head.append(f"under torch.compile: {_said(self.compiled)}")
+            head.append(f"under torch.compile: {_sentence(self.compiled)}")
         if self.task is not None:
-            said = (f"{k.replace('_', ' ')} {v:.6g}" for k, v in self.agreement.items())
-            head.append(f"as {self.task.replace('_', ' ')}: {', '.join(said)}")
+            figures = (f"{k.replace('_', ' ')} {v:.6g}" for k, v in self.agreement.items())
+            head.append(f"as {self.task.replace('_', ' ')}: {', '.join(figures)}")
         rows = [(
             "layer, worst first", "precision", "lowest\ncosine", "relative\nerror", "largest\nerror",
             "quanti-\nsation", "kernel",
@@ -150,8 +150,8 @@ class ParityReport:
         plots.parity(self.layers, os.fspath(path))
 
 
-def _said(found: Comparison) -> str:
-    cosine, relative, largest = found.cells()
+def _sentence(comparison: Comparison) -> str:
+    cosine, relative, largest = comparison.cells()
     return f"lowest cosine {cosine}, relative error {relative}, largest {largest}"
 
 
@@ -196,8 +196,8 @@ def parity(
             "parity compares a swapped model with its original, and this one is not swapped: call fp.swap first"
         )
     pairs = _originals(model, layers, reference)
-    found = {fqn: LayerParity(fqn, str(vars(m).get("precision", type(m).__name__))) for fqn, m in layers.items()}
-    result = ParityReport(Comparison(), list(found.values()), 0, str(device_of(next(iter(layers.values())))))
+    parities = {fqn: LayerParity(fqn, str(vars(m).get("precision", type(m).__name__))) for fqn, m in layers.items()}
+    result = ParityReport(Comparison(), list(parities.values()), 0, str(device_of(next(iter(layers.values())))))
     select = output or main_output
     result.task = task_of(model, task)
     agreement = None if result.task is None else TASKS[result.task]()
@@ -205,31 +205,31 @@ def parity(
     result.compiled = Comparison() if compiled else None
     for batch in batches:
         with evaluating(model):
-            with _compared(layers, pairs, found, batch):
-                got = select(run(model, batch, forward))
+            with _compared(layers, pairs, parities, batch):
+                actual = select(run(model, batch, forward))
             if reference is None:
                 with _originals_in_place(model):
                     expected = select(run(model, batch, forward))
         if reference is not None:
             with evaluating(reference):
                 expected = select(run(reference, batch, forward))
-        if got.shape != expected.shape:
-            raise ValueError(f"the outputs have different shapes, {tuple(got.shape)} and {tuple(expected.shape)}: pass "
+        if actual.shape != expected.shape:
+            raise ValueError(f"the outputs have different shapes, {tuple(actual.shape)} and {tuple(expected.shape)}: pass "
                              f"output=fn(result) that gives tensors to compare")  # fmt: skip
         mask = padding_mask(batch, expected.shape[:-1])
-        expected = expected.to(got.device)
-        result.output.add(samples(got, mask), samples(expected, mask))
+        expected = expected.to(actual.device)
+        result.output.add(samples(actual, mask), samples(expected, mask))
         if agreement is not None:
             try:
-                agreement.add(got, expected, batch)
+                agreement.add(actual, expected, batch)
             except ValueError:
                 if task != "auto":
                     raise
                 result.task = agreement = None  # its class is called like that, its output is something else
         if compiled_model is not None and result.compiled is not None:
             with eval_mode(model), torch.inference_mode():
-                got = select(run(compiled_model, batch, forward))
-            result.compiled.add(samples(got, mask), samples(expected, mask))
+                actual = select(run(compiled_model, batch, forward))
+            result.compiled.add(samples(actual, mask), samples(expected, mask))
         result.batches += 1
     if not result.batches:
         raise ValueError(
@@ -253,38 +253,30 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
             )
         return {fqn: names[fqn] for fqn in layers}
     swapped = originals.find(model)
-    if swapped is None or not swapped.kept:
+    if swapped is None or not swapped.restorable:
         why = "was loaded or copied" if swapped is None else "was swapped with keep=False"
         raise ValueError(f"this model {why} and has no originals to compare with: pass reference=, the original model")
-    kept = {x.fqn: x.original for x in swapped.layers}
-    if missing := [fqn for fqn in layers if fqn not in kept]:
+    by_fqn = {x.fqn: x.original for x in swapped.layers}
+    if missing := [fqn for fqn in layers if fqn not in by_fqn]:
         raise ValueError(
             f"{missing[0]} was not put there by fp.swap and has no original: pass reference=, the original model"
         )
-    return kept
+    return by_fqn
 
 
 @contextmanager
 def _compared(
-    layers: Mapping[str, QuantizedLinear], pairs: Mapping[str, nn.Module], found: dict[str, LayerParity], batch: Any
+    layers: Mapping[str, QuantizedLinear], pairs: Mapping[str, nn.Module], parities: dict[str, LayerParity], batch: Any
 ) -> Iterator[None]:
     """Within it every call of a swapped layer is compared with its original, on the same input."""
 
-    def compare(fqn: str, module: QuantizedLinear, x: Tensor, y: Tensor) -> None:
+    def compare(fqn: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        assert isinstance(module, QuantizedLinear)
         with _on_device(pairs[fqn], x.device):
             expected = module.activated(pairs[fqn](x))
-        found[fqn].add(module, x, y, expected, padding_mask(batch, x.shape[:-1], fqn))
+        parities[fqn].add(module, x, y, expected, padding_mask(batch, x.shape[:-1], fqn))
 
-    with ExitStack() as stack:
-        for fqn, module in layers.items():
-
-            def hook(
-                m: QuantizedLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, fqn: str = fqn
-            ) -> None:
-                compare(fqn, m, args[0] if args else next(iter(kwargs.values())), y)
-
-            handle = module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+    with hooked(layers.items(), after=compare):
         yield
 
 
@@ -308,18 +300,21 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
     """
     swapped = originals.find(model)
     assert swapped is not None
+    elsewhere = [
+        (originals.Moved((), device), device, layer.original)
+        for layer in swapped.layers
+        if device_of(layer.original) != (device := device_of(layer.replacement))
+    ]
     with ExitStack() as stack:
-        for layer in swapped.layers:
-            device = device_of(layer.replacement)
-            if device_of(layer.original) != device:
-                moved = originals.Moved((), device)
-                stack.callback(moved.undo)  # where a forward fails half-way
-                before = layer.original.register_forward_pre_hook(
-                    lambda m, _, moved=moved, device=device: moved.add(m, device)
-                )
-                after = layer.original.register_forward_hook(lambda m, _, y, moved=moved: moved.undo())
-                stack.callback(before.remove)
-                stack.callback(after.remove)
+        for moved, _, _ in elsewhere:
+            stack.callback(moved.undo)  # where a forward fails half-way
+        stack.enter_context(
+            hooked(
+                (((moved, device), module) for moved, device, module in elsewhere),
+                before=lambda place, module, _: place[0].add(module, place[1]),
+                after=lambda place, *_: place[0].undo(),
+            )
+        )
         swapped.undo(model)
         stack.callback(swapped.put, model)
         yield

@@ -37,8 +37,8 @@ from .measure import (
     WARMUP,
     Arguments,
     Candidate,
-    Kept,
     Layer,
+    Measurements,
     Measurer,
     Subject,
     annotated,
@@ -128,18 +128,19 @@ def plan(
     check_choice(attention, False)
     leaves = linear_like(model)
     refuse_model(model, leaves)
-    given = _listed("batches", batches)
-    timed = given[:1] if shapes is None else _listed("shapes", shapes)
+    samples = _listed("batches", batches)
+    timed = samples[:1] if shapes is None else _listed("shapes", shapes)
     calibration = [] if calibrate is None else _listed("calibrate", calibrate)
     tried = _candidates(candidates, calibrate is not None)
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
     attending = decide_attention(context, attention).swapped
 
     device = environment.device(device_of(model))
-    kept = Kept(resume, identity(model, leaves, tried, criterion, context, device, given, timed, calibration))
+    identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
+    measurements = Measurements(resume, identity_of_run)
 
     subject = Subject(model, criterion, forward, output)
-    references = subject.reference(given, progress)
+    references = subject.reference(samples, progress)
     calls = shapes_of_calls(subject, leaves, timed)
     layers = [
         Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
@@ -149,8 +150,10 @@ def plan(
         for leaf in leaves
     ]  # fmt: skip
     arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
-    some = spread(given, references)
-    measurer = Measurer(subject, tried, arguments, [given[i] for i in some], [references[i] for i in some], kept)
+    indices = spread(samples, references)
+    measurer = Measurer(
+        subject, tried, arguments, [samples[i] for i in indices], [references[i] for i in indices], measurements
+    )
     measurer.time(layers, progress)
     measurer.local_errors(layers, progress)
     for layer in layers:
@@ -167,44 +170,44 @@ def plan(
         ]
         for layer in layers
     }
-    front = Frontier([[option for _, option in mine] for mine in options.values()])
+    front = Frontier([[option for _, option in by_name] for by_name in options.values()])
 
-    def chosen(choice: Choice) -> dict[str, str | None]:
-        return {fqn: mine[o][0] for (fqn, mine), o in zip(options.items(), choice.options)}
+    def names_of(choice: Choice) -> dict[str, str | None]:
+        return {fqn: by_name[o][0] for (fqn, by_name), o in zip(options.items(), choice.options)}
 
-    def made(choice: Choice) -> Plan:
-        names = chosen(choice)
+    def plan_of(choice: Choice) -> Plan:
+        names = names_of(choice)
         pairs = [(leaf, tried[name]) for leaf in leaves if (name := names[leaf.fqn])]
-        same = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
-        return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], same)
+        batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
+        return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], batches_fingerprint)
 
     def verified(choice: Choice) -> tuple[float, float]:
         worst, errors = [], []
-        with annotated("while verifying a plan; the model is as it was"), subject.swapped(made(choice), arguments):
-            for batch, got, expected in zip(given, subject.outputs(given), references):
-                errors.append(criterion.additive(got, expected, batch))
-                worst.append(criterion.worst(errors[-1], got, expected, batch))
+        with annotated("while verifying a plan; the model is as it was"), subject.swapped(plan_of(choice), arguments):
+            for batch, actual, expected in zip(samples, subject.outputs(samples), references):
+                errors.append(criterion.additive(actual, expected, batch))
+                worst.append(criterion.worst(errors[-1], actual, expected, batch))
         finite = all(map(math.isfinite, worst))
         return max(worst) if finite else math.nan, torch.cat(errors).mean().item()
 
     as_it_is = Choice((0,) * len(layers), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
     choice, attempts = _search(front, as_it_is, criterion, verified, progress)
-    latency = _latency(subject, made(choice), arguments, timed, progress)
+    latency = _latency(subject, plan_of(choice), arguments, timed, progress)
     slower = target == "latency" and "after" in latency and latency["after"].low >= latency["before"].low
     if slower:
         choice = as_it_is
-    names = chosen(choice)
+    names = names_of(choice)
     after = sum(x.candidates[name].bytes if (name := names[x.leaf.fqn]) else x.bytes for x in layers)
     sizes = (sum(x.bytes for x in layers), after) if any(names.values()) else None
     return replace(
-        made(choice),
+        plan_of(choice),
         evidence={
             "versions": environment.versions(),
             "device": device,
             "criterion": {"kind": criterion.kind, "bound": criterion.bound},
             "target": target,
             "candidates": list(tried),
-            "batches": {"verified": len(given), "measured": len(some), "calibrated": len(calibration)},
+            "batches": {"verified": len(samples), "measured": len(indices), "calibrated": len(calibration)},
             "result": _result(layers, criterion, attempts, latency, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
             "blocks": evidence.blocks(layers, names, lambda x: _cost(x, target)),
@@ -234,10 +237,10 @@ def _listed(name: str, batches: Iterable[Any]) -> list[Any]:
 def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, LayerPrecision]:
     if isinstance(names, str):
         names = [names]
-    wanted = [n for n in CANDIDATES if calibrates or not n.endswith(CALIBRATED)] if names is None else list(names)
-    if not wanted or not all(isinstance(n, str) for n in wanted):
+    selection = [n for n in CANDIDATES if calibrates or not n.endswith(CALIBRATED)] if names is None else list(names)
+    if not selection or not all(isinstance(n, str) for n in selection):
         raise ValueError(f"candidates names at least one of {', '.join(CANDIDATES)}, and is {names!r}")
-    tried = {name: find_candidate(name) for name in wanted}
+    tried = {name: find_candidate(name) for name in selection}
     if calibrates != any(p.calibrated for p in tried.values()):
         raise ValueError(f"none of the candidates {', '.join(tried)} takes calibration: drop calibrate=, or add int8{CALIBRATED}"
                          if calibrates else f"a candidate {CALIBRATED} takes batches to calibrate on: pass calibrate=, or leave "
@@ -254,12 +257,14 @@ def _cost(x: Layer | Candidate, target: str) -> float:
 
 def _refuse_costly(layer: Layer, target: str) -> None:
     for c in layer.candidates.values():
-        if c.refused is None and _cost(c, target) >= _cost(layer, target):
-            what = "slower" if target == "latency" else "larger"
-            c.refused = Reason(what, f"it is no gain: {_shown(c, target)}, {_shown(layer, target)} as it is", "")
+        if c.refusal is None and _cost(c, target) >= _cost(layer, target):
+            code = "slower" if target == "latency" else "larger"
+            c.refusal = Reason(
+                code, f"it is no gain: {_cost_text(c, target)}, {_cost_text(layer, target)} as it is", ""
+            )
 
 
-def _shown(x: Layer | Candidate, target: str) -> str:
+def _cost_text(x: Layer | Candidate, target: str) -> str:
     return f"{_cost(x, target):.3g} ms" if target == "latency" else f"{x.bytes} bytes"
 
 
@@ -279,7 +284,7 @@ def _search(
     holds, fails, best = (-1 if any(front.choice(0).options) else 0), len(front), as_it_is
     ratio, aim = math.nan, criterion.budget
     attempts: list[dict[str, Any]] = []
-    done = progress("verifying plans", ATTEMPTS)
+    advance = progress("verifying plans", ATTEMPTS)
     while len(attempts) < ATTEMPTS and fails - holds > 1:
         if attempts and front.bounds[max(holds, 0)] - front.bounds[fails - 1] < WORTH * as_it_is.cost:
             break
@@ -302,7 +307,7 @@ def _search(
             fails, aim = i, 0.9 * aim
         if worst > 0 and choice.error > 0:
             ratio = worst / choice.error
-        done()
+        advance()
     return best, attempts
 
 
@@ -316,10 +321,10 @@ def _latency(
         for batch in timed:
             run(model, batch, subject.forward)
 
-    done = progress("timing the model", ROUNDS + WARMUP)
+    advance = progress("timing the model", ROUNDS + WARMUP)
     if not plan.layers:
         with evaluating(model):
-            return interleave({"before": call}, device, rounds=ROUNDS, warmup=WARMUP, on_round=done)
+            return interleave({"before": call}, device, rounds=ROUNDS, warmup=WARMUP, on_round=advance)
     with subject.swapped(plan, arguments, keep="device"), evaluating(model):
         swapped = originals.find(model)
         assert swapped is not None
@@ -336,7 +341,7 @@ def _latency(
 
         try:
             return interleave(
-                {"before": of(False), "after": of(True)}, device, rounds=ROUNDS, warmup=WARMUP, on_round=done
+                {"before": of(False), "after": of(True)}, device, rounds=ROUNDS, warmup=WARMUP, on_round=advance
             )
         finally:
             if not in_place[0]:
@@ -366,6 +371,6 @@ def _result(
     )
     if least is None:
         return "the model as it is: no candidate is a gain on any layer"
-    tried = ", ".join(f"{a['value']:.6g}" if a["value"] is not None else "not finite" for a in attempts)
-    return (f"the model as it is: no plan that was tried holds {criterion} (found: {tried}); the least error of any swap that "
+    values = ", ".join(f"{a['value']:.6g}" if a["value"] is not None else "not finite" for a in attempts)
+    return (f"the model as it is: no plan that was tried holds {criterion} (found: {values}); the least error of any swap that "
             f"gains is that of {least[1]} in {least[2]}")  # fmt: skip

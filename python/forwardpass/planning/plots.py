@@ -16,24 +16,24 @@ def plan(evidence: Mapping[str, Any], file: str) -> None:
     """Predicted error over the layers' cost: the frontier, uniform precisions, and the plans that were run."""
     require(file)
     unit = "ms" if evidence["target"] == "latency" else "bytes"
-    figure, drawn = axes(evidence["result"])
+    figure, panel = axes(evidence["result"])
     frontier = [(cost, error) for cost, error in evidence["frontier"] if error > 0]
     if frontier:
-        drawn.plot(*zip(*frontier), color="C0", label="frontier (predicted)")
+        panel.plot(*zip(*frontier), color="C0", label="frontier (predicted)")
     uniforms = uniform(evidence)
     for name, (cost, error) in uniforms.items():
-        drawn.plot(cost, error, "s", label=f"{name} wherever it is a gain")
+        panel.plot(cost, error, "s", label=f"{name} wherever it is a gain")
     for holds, mark, label in ((True, "o", "run: holds the budget"), (False, "x", "run: does not")):
         points = [(a["cost"], a["predicted"]) for a in evidence["attempts"] if a["holds"] is holds]
         if points:
-            drawn.plot(*zip(*points), mark, color="C2" if holds else "C3", label=label)
+            panel.plot(*zip(*points), mark, color="C2" if holds else "C3", label=label)
     if frontier or uniforms:
-        drawn.set_yscale("log")
-        drawn.legend(fontsize=8)
+        panel.set_yscale("log")
+        panel.legend(fontsize=8)
     else:
-        empty(drawn, "there was nothing to choose from: no candidate is a gain on any layer")
-    drawn.set_xlabel(f"{unit} of the layers ({evidence['predicted']['before']:.4g} as they are)")
-    drawn.set_ylabel("predicted error of the output, mean")
+        empty(panel, "there was nothing to choose from: no candidate is a gain on any layer")
+    panel.set_xlabel(f"{unit} of the layers ({evidence['predicted']['before']:.4g} as they are)")
+    panel.set_ylabel("predicted error of the output, mean")
     figure.savefig(file)
 
 
@@ -47,32 +47,32 @@ def uniform(evidence: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
     by_candidate = {}
     for name in evidence["candidates"]:
-        taken = [
+        options = [
             (cost(c), c["output"]["mean"]) if c["output"] and not c["refused"] else (cost(x["before"]), 0.0)
             for x in evidence["layers"]
             for c in [x["candidates"][name]]
         ]
-        if error := sum(e for _, e in taken):
-            by_candidate[name] = (sum(c for c, _ in taken), error)
+        if error := sum(e for _, e in options):
+            by_candidate[name] = (sum(c for c, _ in options), error)
     return by_candidate
 
 
 def parity(layers: Sequence[LayerParity], file: str) -> None:
     """Errors by depth, and a map of them: a column a block, a row a layer of a block."""
     require(file)
-    seen = [x for x in layers if x.total.samples and math.isfinite(x.total.relative_error)]
+    finite = [x for x in layers if x.total.samples and math.isfinite(x.total.relative_error)]
     figure, (depth, heat) = axes("error by depth, relative L2", "log10 of the error")
     for part, line in (("quantisation", "-"), ("kernel", "-"), ("total", "--")):  # it often lies on quantisation
-        errors = [getattr(x, part).relative_error for x in seen]
-        depth.plot(range(len(seen)), [e if e > 0 else math.nan for e in errors], line, marker=".", label=part)
-    if any(x.total.relative_error > 0 for x in seen):
+        errors = [getattr(x, part).relative_error for x in finite]
+        depth.plot(range(len(finite)), [e if e > 0 else math.nan for e in errors], line, marker=".", label=part)
+    if any(x.total.relative_error > 0 for x in finite):
         depth.set_yscale("log")
         depth.legend(fontsize=8)
     else:
-        empty(depth, "no layer has an error above 0" if seen else "no layer has a finite error: see the table")
+        empty(depth, "no layer has an error above 0" if finite else "no layer has a finite error: see the table")
     depth.set_xlabel("layer, in the model's order")
     blocks: dict[str, dict[int, float]] = {}  # layer of a block -> block -> error
-    for x in seen:
+    for x in finite:
         numbers = [part for part in x.fqn.split(".") if part.isdigit()]
         within = ".".join("*" if part.isdigit() else part for part in x.fqn.split("."))
         blocks.setdefault(within, {})[int(numbers[0]) if numbers else 0] = x.total.relative_error
@@ -81,8 +81,8 @@ def parity(layers: Sequence[LayerParity], file: str) -> None:
         [math.log10(row[b]) if row.get(b, 0.0) > 0 else math.nan for b in range(columns)] for row in blocks.values()
     ]
     heat.grid(False)
-    shown = heat.imshow(values or [[math.nan]], aspect="auto", cmap="viridis")
+    image = heat.imshow(values or [[math.nan]], aspect="auto", cmap="viridis")
     heat.set_yticks(range(len(blocks)), list(blocks), fontsize=7)
     heat.set_xlabel("block")
-    figure.colorbar(shown, ax=heat)
+    figure.colorbar(image, ax=heat)
     figure.savefig(file)

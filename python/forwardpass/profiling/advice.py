@@ -41,20 +41,20 @@ def advise(
     inside: Inside | None,
 ) -> list[Advice]:
     """The largest gain first. overlap: what overlapping gives with so many threads for the input."""
-    found = _overlap(overlap)
+    advice = _overlap(overlap)
     largest = max(phases, key=lambda p: p.total_ms).name
     if largest == "transfer":
-        found += _pin(request, item, phases[1])
+        advice += _pin(request, item, phases[1])
     if largest == "output" and request.device.type == "cuda":
         moved = phases[3].details["bytes"] / 1e6
         text = (
             f"{moved:.2f} MB an item come back to the host: pass output=fn(result) that pools, slices or takes the arg "
             "max on the device"
         )
-        found.append(Advice("output", "return less", text, 1.0))
+        advice.append(Advice("output", "return less", text, 1.0))
     if largest == "forward" and inside and inside.layers:
-        found += _forward(request, inside, phases[2].share)
-    return sorted(found, key=lambda a: -a.speedup)
+        advice += _forward(request, inside, phases[2].share)
+    return sorted(advice, key=lambda a: -a.speedup)
 
 
 def _overlap(overlap: Callable[[int], Overlap]) -> list[Advice]:
@@ -94,13 +94,13 @@ def _pin(request: Request, item: Any, transfer: Phase) -> list[Advice]:
 
 def _forward(request: Request, inside: Inside, share: float) -> list[Advice]:
     limits = inside.limits
-    found: list[Advice] = []
+    advice: list[Advice] = []
 
     def advise(action: str, part: float, times: float, text: str) -> None:
         """Where `part` of the forward could become `times` as fast."""
         gain = 1 / (1 - share * part * (1 - 1 / times))
         if gain >= LEAST_GAIN:
-            found.append(Advice("forward", action, f"{text}; a request at most {gain:.2f} times as fast", gain))
+            advice.append(Advice("forward", action, f"{text}; a request at most {gain:.2f} times as fast", gain))
 
     for bound in ("compute", "memory"):  # where neither binds, 8 bits are no faster
         rows = [r for r in inside.layers if r.kind in _LINEAR and r.flops and r.bound == bound and r.dtype in _WIDE]
@@ -109,22 +109,22 @@ def _forward(request: Request, inside: Inside, share: float) -> list[Advice]:
         part, reached = _sum(rows)
         dtype = rows[0].dtype
         plural = "layer takes" if len(rows) == 1 else "layers take"
-        say = f"{len(rows)} linear {plural} {part:.0%} of the forward at {reached:.0%} of the device's limit, which is "
+        sentence = (
+            f"{len(rows)} linear {plural} {part:.0%} of the forward at {reached:.0%} of the device's limit, which is "
+        )
         if bound == "compute":
             limit = roofline(request.device, {"int8"}).flops["int8"]
             times = limit / limits.flops[dtype]
-            say += f"arithmetic here; int8's limit is {limit / 1e9:.0f} GOP/s, {times:.1f} times {dtype}'s"
+            sentence += f"arithmetic here; int8's limit is {limit / 1e9:.0f} GOP/s, {times:.1f} times {dtype}'s"
             if times > 1:
-                advise("lower precision", part, times, f'{say}: try fp.swap(model, precision="int8")')
+                advise("lower precision", part, times, f'{sentence}: try fp.swap(model, precision="int8")')
         else:
             times, fraction = _WIDE[dtype]
-            say += "memory here"
-            text = f'{say}; 8-bit weights are a {fraction} of the bytes: try fp.swap(model, precision="w8a16")'
+            sentence += "memory here"
+            text = f'{sentence}; 8-bit weights are a {fraction} of the bytes: try fp.swap(model, precision="w8a16")'
             advise("lower precision", part, times, text)
             more = limits.flops[dtype] / limits.bytes_per_s * sum(r.bytes for r in rows) / sum(r.flops for r in rows)
-            text = (
-                f"{say}: a batch up to {more:.0f} times as large costs little more; fp.size_batch finds the one to run"
-            )
+            text = f"{sentence}: a batch up to {more:.0f} times as large costs little more; fp.size_batch finds the one to run"
             advise("batch", part, more, text)
     others = [r for r in inside.operations if not r.flops]
     part, reached = _sum(others)
@@ -141,8 +141,8 @@ def _forward(request: Request, inside: Inside, share: float) -> list[Advice]:
             f"the forward reaches {reached:.0%} of the device's limits: what a call costs whatever its size prevails, and "
             "a larger batch shares it; fp.size_batch finds the one to run"
         )
-        found.append(Advice("forward", "batch", text, 1.0))
-    return found
+        advice.append(Advice("forward", "batch", text, 1.0))
+    return advice
 
 
 def _sum(rows: Sequence[Row]) -> tuple[float, float]:

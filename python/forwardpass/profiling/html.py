@@ -50,11 +50,11 @@ svg .axis { stroke: var(--line); } svg .limit { stroke: var(--ink); fill: none; 
 def render(profile: Profile) -> str:
     """The whole page."""
     p = profile
-    each = p.wall_ms / p.items / p.rounds
+    item_ms = p.wall_ms / p.items / p.rounds
     body = [
         f"<h1>{escape(p.model)}: where the time goes</h1>",
         f'<p class="soft">{escape(p.device["name"])}; {count(p.items, "item")} × {count(p.rounds, "round")}, '
-        f"{each:.2f} ms an item in the plain loop</p>",
+        f"{item_ms:.2f} ms an item in the plain loop</p>",
         "<h2>Phases</h2>",
         _phase_bar(p),
         _phase_table(p),
@@ -180,7 +180,7 @@ def _rate(a_second: float) -> str:
     return f"{a_second / 1e9:.1f}" if a_second else "–"
 
 
-def _rows(rows: Sequence[Row], shown: int = 15) -> str:
+def _rows(rows: Sequence[Row], most: int = 15) -> str:
     longest = max((row.share for row in rows), default=1.0) or 1.0
 
     def cells(row: Row) -> list[str]:
@@ -194,12 +194,12 @@ def _rows(rows: Sequence[Row], shown: int = 15) -> str:
         ]  # fmt: skip
 
     head = ["", "share of the forward", "ms", "calls", "GFLOP/s", "GB/s", "of limit", "bound by"]
-    first = _table(head, map(cells, rows[:shown]), range(1, 7))
-    if len(rows) <= shown:
+    first = _table(head, map(cells, rows[:most]), range(1, 7))
+    if len(rows) <= most:
         return first
-    rest = _table(head, map(cells, rows[shown:]), range(1, 7))
-    share = sum(row.share for row in rows[shown:])
-    return f"{first}<details><summary>{len(rows) - shown} more, {share:.1%} of the forward</summary>{rest}</details>"
+    others = _table(head, map(cells, rows[most:]), range(1, 7))
+    share = sum(row.share for row in rows[most:])
+    return f"{first}<details><summary>{len(rows) - most} more, {share:.1%} of the forward</summary>{others}</details>"
 
 
 def _roofline(p: Profile) -> str:
@@ -209,13 +209,13 @@ def _roofline(p: Profile) -> str:
     points = [r for r in p.inside.operations if r.flops and r.bytes and r.ms]
     if not points:
         return '<p class="soft">No operation with products was counted.</p>'
-    used = {dtype: limits.flops[dtype] for dtype in sorted({r.dtype for r in points})}
-    ridge = max(used.values()) / limits.bytes_per_s  # where the memory's line meets the highest
-    at = [(r.flops / r.bytes, r.flops / (r.ms / 1e3), r) for r in points]
-    x0 = math.floor(math.log10(min(ridge / 4, *(x / 2 for x, _, _ in at))))
-    x1 = math.ceil(math.log10(max(ridge * 4, *(x for x, _, _ in at))))
-    y0 = math.floor(math.log10(min(y for _, y, _ in at) / 2))
-    y1 = math.ceil(math.log10(max(used.values()) * 1.1))
+    peaks = {dtype: limits.flops[dtype] for dtype in sorted({r.dtype for r in points})}
+    ridge = max(peaks.values()) / limits.bytes_per_s  # where the memory's line meets the highest
+    coordinates = [(r.flops / r.bytes, r.flops / (r.ms / 1e3), r) for r in points]
+    x0 = math.floor(math.log10(min(ridge / 4, *(x / 2 for x, _, _ in coordinates))))
+    x1 = math.ceil(math.log10(max(ridge * 4, *(x for x, _, _ in coordinates))))
+    y0 = math.floor(math.log10(min(y for _, y, _ in coordinates) / 2))
+    y1 = math.ceil(math.log10(max(peaks.values()) * 1.1))
     width, height, left, bottom, right = 960, 340, 76, 40, 30
 
     def px(x: float) -> float:
@@ -234,13 +234,13 @@ def _roofline(p: Profile) -> str:
     parts.append(f'<text x="{width - right}" y="{height - 6}" text-anchor="end">operations a byte</text>')
     parts.append('<text x="0" y="10">GFLOP/s</text>')
     low = max(10.0**x0, 10.0**y0 / limits.bytes_per_s)
-    for dtype, peak in used.items():
+    for dtype, peak in peaks.items():
         corner = peak / limits.bytes_per_s
         parts.append(f'<polyline class="limit" points="{px(low):.1f},{py(low * limits.bytes_per_s):.1f} {px(corner):.1f},'
                      f'{py(peak):.1f} {px(10.0**x1):.1f},{py(peak):.1f}"/>'
                      f'<text x="{px(10.0**x1):.1f}" y="{py(peak) - 6:.1f}" text-anchor="end">{escape(dtype)} '
                      f"{peak / 1e9:.0f}</text>")  # fmt: skip
-    for x, y, row in sorted(at, key=lambda point: -point[2].share):
+    for x, y, row in sorted(coordinates, key=lambda point: -point[2].share):
         radius, name = 4 + 22 * math.sqrt(row.share), escape(row.name.rpartition("::")[2])
         right_of = px(x) < (left + width) / 2
         beside = (

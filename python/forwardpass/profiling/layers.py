@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.batches import tensors
+from ..common.modules import hooked
 from .phases import Request, sample
 from .roofline import Roofline, roofline
 
@@ -157,14 +158,14 @@ _LOOKUPS = {"aten::embedding", "aten::index_select", "aten::gather", "aten::inde
 
 def _bytes(func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> float:
     """That must be moved at least: every operand once, every result once, nothing for views."""
-    written = sum(map(_own_bytes, results))
+    result_bytes = sum(map(_own_bytes, results))
     if not func._schema.is_mutable and results and {*map(_storage, results)} <= {*map(_storage, operands)}:
         return (
             0.0  # by what it did: schemas do not say that _unsafe_view, or a reshape that needs no copy, gives a view
         )
     if func.name().partition(".")[0] in _LOOKUPS:
-        return 2 * written
-    return written + sum(map(_own_bytes, operands))
+        return 2 * result_bytes
+    return result_bytes + sum(map(_own_bytes, operands))
 
 
 def _storage(t: Tensor) -> int:
@@ -186,21 +187,11 @@ def _dtype(operands: Sequence[Tensor]) -> str:
     return str((small or floating or [torch.float32])[0]).removeprefix("torch.")
 
 
-@contextmanager
-def _at_layers(model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
-    """Within the block every call of a module is announced, from its beginning to its end, also where it raises."""
-    with ExitStack() as stack:
-        for fqn, module in model.named_modules():
-
-            def before(module: nn.Module, args: Any, fqn: str = fqn) -> None:
-                enter(fqn)
-
-            def after(module: nn.Module, args: Any, result: Any) -> None:
-                leave()
-
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after, always_call=True).remove)
-        yield
+def _at_layers(
+    model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]
+) -> AbstractContextManager[None]:
+    """Within it every call of a module is announced, from its beginning to its end, also where it raises."""
+    return hooked(model.named_modules(), lambda fqn, *_: enter(fqn), lambda *_: leave(), always=True)
 
 
 def look_inside(request: Request, items: Sequence[Any], passes: int = 3) -> Inside:
@@ -234,8 +225,8 @@ def look_inside(request: Request, items: Sequence[Any], passes: int = 3) -> Insi
         kinds[classes[fqn]].merge(layer)
 
     def rows(sums: Mapping[str, _Sum], kind: Mapping[str, str]) -> list[Row]:
-        made = [s.row(name, kind.get(name, ""), runs, times.forward) for name, s in sums.items() if s.seconds > 0]
-        return sorted(made, key=lambda row: -row.ms)
+        nonzero = [s.row(name, kind.get(name, ""), runs, times.forward) for name, s in sums.items() if s.seconds > 0]
+        return sorted(nonzero, key=lambda row: -row.ms)
 
     return Inside(
         rows(kinds, {}),
@@ -300,7 +291,7 @@ class _Times:
     forward: float
 
 
-def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[str]) -> tuple[_Times, str]:
+def _profiled(request: Request, items: Sequence[Any], passes: int, names: set[str]) -> tuple[_Times, str]:
     """Times under torch.profiler, and its Chrome trace."""
     cuda = request.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -328,8 +319,8 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
     def seconds(event: Any) -> float:
         return (event.device_time_total if cuda else event.cpu_time_total) / 1e6
 
-    def add(totals: dict[Any, tuple[int, float]], key: Any, took: float, calls: int = 1) -> None:
-        totals[key] = (totals[key][0] + calls, totals[key][1] + took)
+    def add(totals: dict[Any, tuple[int, float]], key: Any, seconds: float, calls: int = 1) -> None:
+        totals[key] = (totals[key][0] + calls, totals[key][1] + seconds)
 
     def walk(event: Any, layer: str) -> float:
         """Seconds of the layers within the event."""
@@ -339,7 +330,7 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
                 fqn = "" if child.name == root else child.name.removeprefix(_LAYER)
                 add(layers, fqn, seconds(child) - walk(child, fqn))
                 inner += seconds(child)
-            elif child.name in wanted:
+            elif child.name in names:
                 add(operations, (layer, child.name), seconds(child))
             else:
                 inner += walk(child, layer)
@@ -360,11 +351,11 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, wanted: set[s
 def _quiet() -> Iterator[None]:
     """The profiler's library writes lines about itself to stderr, which no level of its own turns off."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)

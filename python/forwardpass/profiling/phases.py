@@ -83,9 +83,9 @@ class Loop:
     def samples(self) -> list[Sample]:
         return [sample for samples in self.rounds for sample in samples]
 
-    def typical(self, of: Callable[[Sample], Sequence[float]]) -> list[float]:
+    def typical(self, quantity: Callable[[Sample], Sequence[float]]) -> list[float]:
         """Per item, of each phase: the mean over the items of the median over the rounds."""
-        items = [[statistics.median(values) for values in zip(*map(of, item))] for item in zip(*self.rounds)]
+        items = [[statistics.median(values) for values in zip(*map(quantity, item))] for item in zip(*self.rounds)]
         return [statistics.fmean(values) for values in zip(*items)]
 
     @property
@@ -105,33 +105,33 @@ def measure(
 ) -> Loop:
     """Runs the plain loop over the items, `rounds` times."""
     idle = _Idle(_spinning(request, items[0]))
-    taken, seconds, begun, usage = [], 0.0, wall_clock(), _usage()
+    by_round, seconds, loop_start, usage = [], 0.0, wall_clock(), _usage()
     for _ in range(rounds):
-        samples, began = [], wall_clock()
+        samples, round_start = [], wall_clock()
         for item in items:
             samples.append(sample(request, item, idle))
-        seconds += wall_clock() - began
-        taken.append(samples)
+        seconds += wall_clock() - round_start
+        by_round.append(samples)
         for _ in items:  # behind the clock: a progress bar takes longer than a small model's item may
             on_item()
-    elapsed, after = wall_clock() - begun, _usage()
+    elapsed, after = wall_clock() - loop_start, _usage()
     others = (after[0] - usage[0] - (after[1] - usage[1])) / elapsed if usage and after and elapsed else 0.0
-    return Loop(taken, seconds, max(0.0, others))
+    return Loop(by_round, seconds, max(0.0, others))
 
 
 class _Idle:
     """Tells what threads compute from what they spend waiting, after a forward, for the next one."""
 
     def __init__(self, after_forward: float):
-        self.after_forward, self.left = after_forward, 0.0
+        self.after_forward, self.idle_time = after_forward, 0.0
 
     def computed(self, phase: str, process: float, thread: float) -> float:
         """Of the seconds that all threads of the process took in a phase, and this one."""
         if phase == "forward":
-            self.left = self.after_forward
+            self.idle_time = self.after_forward
             return process
-        waited = min(self.left, max(0.0, process - thread))
-        self.left -= waited
+        waited = min(self.idle_time, max(0.0, process - thread))
+        self.idle_time -= waited
         return process - waited
 
 

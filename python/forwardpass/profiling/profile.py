@@ -112,8 +112,8 @@ class Profile:
         pathlib.Path(path).write_text(render(self), encoding="utf-8")
 
     def __str__(self) -> str:
-        each = f"{count(self.items, 'item')} x {count(self.rounds, 'round')} on {self.device['name']}"
-        lines = [f"{self.model}: {each}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", ""]
+        extent = f"{count(self.items, 'item')} x {count(self.rounds, 'round')} on {self.device['name']}"
+        lines = [f"{self.model}: {extent}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", ""]
         rows: list[tuple[str, ...]] = [("phase", "share", "median ms", "p99 ms", "CPU ms", "waiting")]
         rows += [(p.name, f"{p.share:.1%}", f"{p.median_ms:.2f}", f"{p.p99_ms:.2f}", f"{p.cpu_ms:.2f}", f"{p.waiting:.0%}")
                  for p in self.phases]  # fmt: skip
@@ -125,26 +125,26 @@ class Profile:
                 lines += wrapped(f"{p.name}: {note}")
         lines.append("sum: of the loop's wall time")
         if self.inside:
-            for title, found in (
+            for title, members in (
                 ("layers of class", self.inside.kinds),
                 ("layers", alike(self.inside.layers)),
                 ("operation", self.inside.operations),
             ):
-                lines += ["", *table([_head(title), *(_cells(row) for row in found[:_SHOWN])], right=range(1, 6))]
-                if len(found) > _SHOWN:
-                    rest = sum(row.share for row in found[_SHOWN:])
-                    lines.append(f"and {len(found) - _SHOWN} more, {rest:.1%} of the forward")
+                lines += ["", *table([_head(title), *(_cells(row) for row in members[:_SHOWN])], right=range(1, 6))]
+                if len(members) > _SHOWN:
+                    share = sum(row.share for row in members[_SHOWN:])
+                    lines.append(f"and {len(members) - _SHOWN} more, {share:.1%} of the forward")
             limits = [f"{name.replace('_per_s', '')} {self._limit(name)}: {source}"
                       for name, source in self.inside.limits.sources.items()]  # fmt: skip
-            lines += ["", *(line for said in limits for line in wrapped(said))]
+            lines += ["", *(line for limit in limits for line in wrapped(limit))]
             if any(row.roofline > 1 for row in (*self.inside.layers, *self.inside.operations)):
                 lines += wrapped(BEYOND)
         o = self.overlap
-        said = [f"fp.Pipeline, modelled: {o.period_ms:.2f} ms an item after {o.plain_ms:.2f}, {o.speedup:.2f} times as fast; "
+        sentences = [f"fp.Pipeline, modelled: {o.period_ms:.2f} ms an item after {o.plain_ms:.2f}, {o.speedup:.2f} times as fast; "
                 f"{o.reason}", *map(str, self.advice)]  # fmt: skip
-        said += [f"failed: item {f.index} in {f.phase}: {f.error}" for f in self.failed]
-        said += [f"warning: {w}" for w in self.warnings]
-        return "\n".join([*lines, "", *(line for text in said for line in wrapped(text))])
+        sentences += [f"failed: item {f.index} in {f.phase}: {f.error}" for f in self.failed]
+        sentences += [f"warning: {w}" for w in self.warnings]
+        return "\n".join([*lines, "", *(line for text in sentences for line in wrapped(text))])
 
     def _limit(self, name: str) -> str:
         assert self.inside is not None
@@ -156,8 +156,8 @@ class Profile:
 
 def alike(layers: list[Row]) -> list[Row]:
     """Layers whose names differ in numbers alone, as one row; the longest first."""
-    same = together(layers, lambda row: row.name, lambda row: row.kind)
-    return sorted((Row.together(name, rows) for name, rows in same), key=lambda row: -row.ms)
+    groups = together(layers, lambda row: row.name, lambda row: row.kind)
+    return sorted((Row.together(name, rows) for name, rows in groups), key=lambda row: -row.ms)
 
 
 def _head(title: str) -> tuple[str, ...]:

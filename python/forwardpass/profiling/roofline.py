@@ -34,13 +34,13 @@ class Roofline:
 
 def roofline(device: torch.device, dtypes: set[str]) -> Roofline:
     """The limits for these dtypes ("float32", "int8", …): from data sheets for GPUs that rates.py knows, else measured."""
-    known = _datasheet(device)
-    if known is None:
-        known = Roofline(device, _measured_copy(device), {}, {"bytes_per_s": f"measured: a copy of {_COPY_BYTES >> 20} MiB, "
+    limits = _datasheet(device)
+    if limits is None:
+        limits = Roofline(device, _measured_copy(device), {}, {"bytes_per_s": f"measured: a copy of {_COPY_BYTES >> 20} MiB, "
                                                                             "bytes read and written"})  # fmt: skip
-    for dtype in dtypes - set(known.flops):
-        known.flops[dtype], known.sources[dtype] = _measured_gemm(device, dtype)
-    return known
+    for dtype in dtypes - set(limits.flops):
+        limits.flops[dtype], limits.sources[dtype] = _measured_gemm(device, dtype)
+    return limits
 
 
 def _datasheet(device: torch.device) -> Roofline | None:

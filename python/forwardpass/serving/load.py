@@ -25,19 +25,19 @@ def run_load(pipeline: Pipeline, item: Any, arrivals: Sequence[float]) -> Load:
     Latency counts from when a request was due: one that this thread sends late has waited that long already. Raises the first
     ItemError.
     """
-    done = [0.0] * len(arrivals)
+    ends = [0.0] * len(arrivals)
     lateness = []
     finished = threading.Semaphore(0)
     futures = []
     with pipeline:
         start = time.monotonic() + 0.01
-        for i, at in enumerate(arrivals):
-            if (left := start + at - time.monotonic()) > 0:
-                time.sleep(left)
-            lateness.append(time.monotonic() - start - at)
+        for i, arrival in enumerate(arrivals):
+            if (wait := start + arrival - time.monotonic()) > 0:
+                time.sleep(wait)
+            lateness.append(time.monotonic() - start - arrival)
 
             def note(_: Any, i: int = i) -> None:
-                done[i] = time.monotonic()
+                ends[i] = time.monotonic()
                 finished.release()
 
             future = pipeline.submit(item)
@@ -47,4 +47,4 @@ def run_load(pipeline: Pipeline, item: Any, arrivals: Sequence[float]) -> Load:
             finished.acquire()
         for future in futures:
             future.result()
-    return Load([d - start - at for d, at in zip(done, arrivals)], lateness)
+    return Load([end - start - arrival for end, arrival in zip(ends, arrivals)], lateness)

@@ -224,7 +224,7 @@ class Pipeline:
             stages = self._stages
             if self._users or not stages.close(drop):
                 return
-        if stages.mine():
+        if stages.has_this_thread():
             return
         try:
             stages.join()
@@ -357,7 +357,7 @@ class _Stages:
         self.transfer = transfer_for(self.device)
         self.inbox: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self.ordered: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self.done: queue.Queue[tuple[list[_Entry], Any] | None] = queue.Queue(pipeline.depth)
+        self.results: queue.Queue[tuple[list[_Entry], Any] | None] = queue.Queue(pipeline.depth)
         self.ahead = threading.Semaphore(max(pipeline.depth * (pipeline.max_batch or 1), pipeline.workers))
         self.pending = threading.Semaphore(pipeline.max_pending)
         self.lock = threading.RLock()  # both queues have the same order
@@ -390,15 +390,15 @@ class _Stages:
     def ended(self) -> bool:
         return not any(thread.is_alive() for thread in self.threads)
 
-    def mine(self) -> bool:
+    def has_this_thread(self) -> bool:
         """Whether the thread that asks is one of these."""
         return threading.current_thread() in self.threads
 
     def submit(self, item: Any, *, index: int | None = None, timeout: float | None = None) -> Future[Any]:
         if self.forked:
             raise RuntimeError(_FORKED)
-        own = self in _work.within
-        if not self.pending.acquire(blocking=timeout is not None or not own, timeout=timeout):
+        from_stage = self in _work.within
+        if not self.pending.acquire(blocking=timeout is not None or not from_stage, timeout=timeout):
             under_way = f"{self.pipeline.max_pending} items are under way"
             if timeout is None:
                 raise RuntimeError(f"a stage submits to its own pipeline while {under_way}, and would wait for itself: raise "
@@ -433,7 +433,7 @@ class _Stages:
             return True
 
     def join(self, until: float | None = None) -> None:
-        if self.mine():
+        if self.has_this_thread():
             raise RuntimeError("a stage begins its own pipeline, which is being closed, and would wait for itself: "
                                "iterate and submit within `with pipeline:`")  # fmt: skip
         for thread in self.threads:
@@ -478,7 +478,7 @@ class _Stages:
             if entries:
                 with self._working(entries):
                     self._compute_batch(entries)
-        self.done.put(None)
+        self.results.put(None)
 
     def _compute_batch(self, entries: list[_Entry]) -> None:
         ready = []
@@ -498,9 +498,9 @@ class _Stages:
             return [], False
         entries, until = [entry], entry.submitted + self.pipeline.max_wait_ms / 1e3
         while len(entries) < (self.pipeline.max_batch or 1):
-            left = until - time.monotonic()
+            wait = until - time.monotonic()
             try:
-                entry = self.ordered.get(timeout=left) if left > 0 else self.ordered.get_nowait()
+                entry = self.ordered.get(timeout=wait) if wait > 0 else self.ordered.get_nowait()
             except queue.Empty:
                 break
             if entry is None:
@@ -528,13 +528,13 @@ class _Stages:
                 for entry in entries:
                     entry.fail("forward", e)
             else:  # one item must not fail another: each on its own
-                for one in ready:
-                    self._forward([one])
+                for member in ready:
+                    self._forward([member])
         else:
-            self.done.put((entries, moved))
+            self.results.put((entries, moved))
 
     def _finish(self) -> None:
-        while (group := self.done.get()) is not None:
+        while (group := self.results.get()) is not None:
             with self._working(group[0]), named("output", self.device):
                 self._finish_batch(*group)
 

@@ -56,7 +56,7 @@ class ServiceTimes:
         low, share = _pick(times[sizes[above - 1]], u), (n - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
         return low + share * (high - low)
 
-    def under_load(self, seen: Iterable[tuple[int, bool, float]]) -> ServiceTimes:
+    def under_load(self, samples: Iterable[tuple[int, bool, float]]) -> ServiceTimes:
         """These times, measured in other conditions, as they are where `served` saw some.
 
         What was seen goes to the nearest size, as a multiple of the median here: a size between two has few of its own. A size
@@ -64,26 +64,26 @@ class ServiceTimes:
         """
         multiples: dict[tuple[bool, int], list[float]] = {(w, n): [] for w in (False, True) for n in self.sizes}
         in_order = []
-        for n, waited, took in seen:
+        for n, waited, seconds in samples:
             nearest = min(self.sizes, key=lambda size: abs(math.log(n / size)))
-            in_order.append(((waited, nearest), took / self.draw(n, waited, 0.5)))
+            in_order.append(((waited, nearest), seconds / self.draw(n, waited, 0.5)))
             multiples[waited, nearest].append(in_order[-1][1])
         for waited in (False, True):
-            of_all = [x for (w, _), found in multiples.items() if w == waited for x in found]
+            pool = [x for (w, _), values in multiples.items() if w == waited for x in values]
             for n in self.sizes:
                 if len(multiples[waited, n]) < LEAST_SEEN:
-                    multiples[waited, n] = of_all
-        ascending = {key: sorted(found) for key, found in multiples.items()}
+                    multiples[waited, n] = pool
+        ascending = {key: sorted(values) for key, values in multiples.items()}
 
         def times(waited: bool, n: int) -> Sequence[float]:
-            mine = ascending[waited, n]
-            if len(mine) < LEAST_SEEN:
+            ordered = ascending[waited, n]
+            if len(ordered) < LEAST_SEEN:
                 return (self.next if waited else self.first)[n]
-            return [x * self.draw(n, waited, 0.5) for x in mine]
+            return [x * self.draw(n, waited, 0.5) for x in ordered]
 
         def quantile(key: tuple[bool, int], x: float) -> float:
-            mine = ascending[key]
-            return (bisect.bisect_left(mine, x) + bisect.bisect_right(mine, x)) / (2 * len(mine))
+            ordered = ascending[key]
+            return (bisect.bisect_left(ordered, x) + bisect.bisect_right(ordered, x)) / (2 * len(ordered))
 
         return ServiceTimes(
             {n: times(False, n) for n in self.sizes}, {n: times(True, n) for n in self.sizes},
@@ -115,10 +115,10 @@ def _pick(ascending: Sequence[float], u: float) -> float:
 
 def poisson(rate: float, count: int, seed: int | str = 0) -> list[float]:
     """Times of arrivals that do not know of each other, `rate` of them a second on average."""
-    draw, at, times = random.Random(seed), 0.0, []
+    draw, now, times = random.Random(seed), 0.0, []
     for _ in range(count):
-        at += draw.expovariate(rate)
-        times.append(at)
+        now += draw.expovariate(rate)
+        times.append(now)
     return times
 
 
@@ -140,10 +140,10 @@ def simulate(arrivals: Sequence[float], policy: Policy, service: ServiceTimes, s
     while i < len(arrivals):
         start = _begins(arrivals, i, policy, free)
         n = max(1, bisect.bisect_right(arrivals, start, i, min(i + policy.max_batch, len(arrivals))) - i)
-        took = service.draw(n, start == free, next(quantiles))
-        free = start + took
+        service_time = service.draw(n, start == free, next(quantiles))
+        free = start + service_time
         latencies += [free - t for t in arrivals[i : i + n]]
-        i, batches, computed = i + n, batches + 1, computed + took
+        i, batches, computed = i + n, batches + 1, computed + service_time
     return Simulated(latencies, computed / (free - arrivals[0]), len(arrivals) / batches)
 
 
@@ -188,9 +188,9 @@ def bootstrap(
     block = min(block, len(values))
     blocks = values.unfold(0, block, 1)
     g = torch.Generator().manual_seed(seed)
-    found = []
+    percentiles = []
     for _ in range(resamples):
-        chosen = torch.randint(len(blocks), (math.ceil(len(values) / block),), generator=g)
-        again = blocks[chosen].flatten()[: len(values)]
-        found.append(again.kthvalue(max(1, math.ceil(p / 100 * len(again)))).values.item())
-    return percentile(found, 2.5), percentile(found, 97.5)
+        indices = torch.randint(len(blocks), (math.ceil(len(values) / block),), generator=g)
+        again = blocks[indices].flatten()[: len(values)]
+        percentiles.append(again.kthvalue(max(1, math.ceil(p / 100 * len(again)))).values.item())
+    return percentile(percentiles, 2.5), percentile(percentiles, 97.5)

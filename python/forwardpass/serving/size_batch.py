@@ -124,18 +124,18 @@ class BatchSizing:
     def __str__(self) -> str:
         goal = f"p{self.percentile:g} within {self.latency_slo_ms:g} ms at {self.arrival_rate:g} requests a second"
         if self.policy is None:
-            said = [f"no policy holds {goal}: {self.reason}"]
+            sentences = [f"no policy holds {goal}: {self.reason}"]
         else:
             p = self.policy
             simulated = ", ".join(f"{name} {ms:.1f} ms" for name, ms in p.latency_ms.items())
-            said = [
+            sentences = [
                 f"{goal}: max_batch={p.max_batch}, max_wait_ms={p.max_wait_ms:g}, {count(p.replicas, 'replica')}",
                 f"simulated: {simulated}; {p.busy:.0%} of the time computing, {p.mean_batch:.1f} requests a batch",
             ]
             if p.cost_per_million is not None:
-                said.append(f"{p.cost_per_million:.2f} per million predictions at {self.price_per_hour:g} an hour")
+                sentences.append(f"{p.cost_per_million:.2f} per million predictions at {self.price_per_hour:g} an hour")
         terms = [f"{self.fixed_ms:.2f}"] * (self.fixed_ms > 0) + [f"{self.per_item_ms:.3f} n"] * (self.per_item_ms > 0)
-        said += [
+        sentences += [
             f"one replica saturates at {self.saturation_rate:.1f} requests a second",
             f"a batch of n takes about {' + '.join(terms)} ms; {self.ended}",
             *self.notes,
@@ -145,7 +145,7 @@ class BatchSizing:
             memory = "-" if x.memory_bytes is None else f"{x.memory_bytes / 1e6:.1f}"
             rows.append((str(x.batch), f"{x.first_ms:.2f}", f"{x.next_ms:.2f}", f"{x.rate:.1f}", memory))
         means = "medians; first: from a free server to the result, next: from one result to the next under load"
-        return "\n".join([*(line for text in said for line in wrapped(text)), "", *table(rows, right=range(5)), "",
+        return "\n".join([*(line for text in sentences for line in wrapped(text)), "", *table(rows, right=range(5)), "",
                           *wrapped(means)])  # fmt: skip
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
@@ -176,7 +176,7 @@ class _Server:
         """What `served` sees of a run of these arrivals; not of its first batch, which warms up."""
         self.batches.clear()
         load = run_load(self.pipeline(policy), None, arrivals)
-        ends = [at + latency for at, latency in zip(arrivals, load.latencies)]
+        ends = [arrival + latency for arrival, latency in zip(arrivals, load.latencies)]
         return list(served(arrivals, ends, self.batches, policy))[1:]
 
     @contextlib.contextmanager
@@ -187,11 +187,11 @@ class _Server:
         The requests of a batch come while the one before it is computed, as they do in a server: each wakes threads on the cores
         that compute. They are there some time before it ends.
         """
-        took = 0.0
+        seconds = 0.0
         with self.pipeline(Policy(n, 60_000.0)) as pipeline:
 
             def times(batches: int) -> list[float]:
-                nonlocal took
+                nonlocal seconds
                 ends = [0.0] * (1 + batches)
 
                 def note(_: Any, i: int) -> None:  # where results are made: this thread may see them late
@@ -205,24 +205,24 @@ class _Server:
                         if i == 0 and k == n - 1:
                             ends[0] = time.monotonic()
                         elif i > 0:
-                            time.sleep(ARRIVED * took / n)
+                            time.sleep(ARRIVED * seconds / n)
                         futures.append(pipeline.submit(None))
                     futures[-1].add_done_callback(functools.partial(note, i=1 + i))
                 for future in futures:
                     future.result()
-                found = [b - a for a, b in itertools.pairwise(ends)]
-                took = found[0]
-                return found
+                periods = [b - a for a, b in itertools.pairwise(ends)]
+                seconds = periods[0]
+                return periods
 
             yield times
 
     def check_batch(self, n: int) -> None:
         """ValueError where the output is not one row a request, or is not finite."""
         with evaluating(self.model):
-            got = main_output(run(self.model, self.make_batch(n), self.forward))
-        if got.dim() == 0 or len(got) != n:
-            raise ValueError(f"make_batch({n}) gave an output of shape {tuple(got.shape)}, which has not {n} rows")
-        if not got.isfinite().all():
+            output = main_output(run(self.model, self.make_batch(n), self.forward))
+        if output.dim() == 0 or len(output) != n:
+            raise ValueError(f"make_batch({n}) gave an output of shape {tuple(output.shape)}, which has not {n} rows")
+        if not output.isfinite().all():
             raise ValueError(f"the output for make_batch({n}) has NaN or infinity: make batches as real requests are")
 
 
@@ -312,14 +312,14 @@ def try_policy(
     forward: Forward | None = None,
 ) -> Load:
     """A real run: an `fp.Pipeline` with this policy, and a request at each of the times, in seconds."""
-    chosen = Policy(policy.max_batch, policy.max_wait_ms)
-    return run_load(_Server(model, make_batch, forward).pipeline(chosen), None, arrivals)
+    replica_policy = Policy(policy.max_batch, policy.max_wait_ms)
+    return run_load(_Server(model, make_batch, forward).pipeline(replica_policy), None, arrivals)
 
 
 def _arrivals(rate: float | None, trace: Iterable[float] | None, seed: int) -> list[float]:
     if (rate is None) == (trace is None):
-        given = "neither was" if rate is None else "both were"
-        raise ValueError(f"size_batch takes either arrival_rate= or arrivals=, and {given} given")
+        clause = "neither was" if rate is None else "both were"
+        raise ValueError(f"size_batch takes either arrival_rate= or arrivals=, and {clause} given")
     if rate is not None:
         if not 0 < rate < math.inf:
             raise ValueError(f"arrival_rate is a number of requests a second above 0, not {rate!r}")
@@ -341,23 +341,23 @@ def _grow(
     while n <= most:
         advance()
         try:
-            used, took = _try(server, n)
+            peak, seconds = _try(server, n)
         except Exception as e:
             if n == 1:
                 raise
             torch.cuda.empty_cache()
             return memory, f"a batch of {n} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        if limit is not None and used is not None and used > limit:
+        if limit is not None and peak is not None and peak > limit:
             if n == 1:
-                raise ValueError(f"a batch of 1 takes {used} bytes, more than the memory_limit of {limit}: raise it")
-            return memory, f"a batch of {n} takes {used / 1e6:.0f} MB, more than the limit"
-        memory[n] = used
-        if n > 1 and took > slo:
+                raise ValueError(f"a batch of 1 takes {peak} bytes, more than the memory_limit of {limit}: raise it")
+            return memory, f"a batch of {n} takes {peak / 1e6:.0f} MB, more than the limit"
+        memory[n] = peak
+        if n > 1 and seconds > slo:
             return memory, f"a batch of {n} takes longer than the objective"
-        without_gain = without_gain + 1 if n / took < best * (1 + LEAST_GAIN) else 0
+        without_gain = without_gain + 1 if n / seconds < best * (1 + LEAST_GAIN) else 0
         if without_gain == 2:
             return memory, f"batches of {n // 2} and {n} raise the rate by less than {LEAST_GAIN:.0%}"
-        best = max(best, n / took)
+        best = max(best, n / seconds)
         n *= 2
     return memory, f"no batch larger than {most} was asked for"
 
@@ -367,9 +367,9 @@ def _try(server: _Server, n: int) -> tuple[int | None, float]:
     server.check_batch(n)
     with server.full_batches(n) as times:
         times(1)
-        with peak_memory(device_of(server.model)) as used:
-            took = min(times(1)[0] for _ in range(3))
-    return used(), took
+        with peak_memory(device_of(server.model)) as peak:
+            seconds = min(times(1)[0] for _ in range(3))
+    return peak(), seconds
 
 
 def _measure(
@@ -382,7 +382,7 @@ def _measure(
     a machine that takes 0.8 to 1.2 times as long for seconds.
     """
     alone = _full_batches(server, sizes, seconds / 2, progress)
-    largest, seen = max(sizes, key=alone.saturation), []
+    largest, samples = max(sizes, key=alone.saturation), []
     runs = list(itertools.product(LOAD_WAITS, LOADS))
     saturated, lasts, advance = (
         alone.saturation_rate,
@@ -392,9 +392,9 @@ def _measure(
     for wait, share in runs:
         rate = share * saturated
         arrivals = poisson(rate, max(LEAST_REQUESTS, int(rate * lasts)), f"load {seed}")
-        seen += server.loaded(Policy(largest, wait * slo_ms), arrivals)
+        samples += server.loaded(Policy(largest, wait * slo_ms), arrivals)
         advance()
-    return alone.under_load(seen)
+    return alone.under_load(samples)
 
 
 def _full_batches(server: _Server, sizes: list[int], seconds: float, progress: Track) -> ServiceTimes:
@@ -415,9 +415,9 @@ def _full_batches(server: _Server, sizes: list[int], seconds: float, progress: T
                 for _ in range(VISIT):
                     if first[n]:
                         time.sleep(min(first[n][-1], MOST_REST))
-                    took = send(1 + CHAIN)
-                    first[n].append(took[0])
-                    following[n] += took[1:]
+                    period = send(1 + CHAIN)
+                    first[n].append(period[0])
+                    following[n] += period[1:]
     return ServiceTimes({n: sorted(t) for n, t in first.items()}, {n: sorted(t) for n, t in following.items()})
 
 
@@ -434,14 +434,14 @@ def _choose(
     replicas = max(1, math.ceil(rate / service.saturation_rate))
     while replicas <= MAX_REPLICAS:
         replica_times = times[::replicas]  # a replica gets each so many-th of the requests
-        found = [_candidate(service, replica_times, n, w * slo_ms, p, price, rate, replicas, seed)
+        candidates = [_candidate(service, replica_times, n, w * slo_ms, p, price, rate, replicas, seed)
                  for n in service.sizes for w in (WAITS if n > 1 else WAITS[:1])
                  if service.saturation(n) * replicas > rate]  # fmt: skip
         name = _name(p)
-        if holding := [c for c in found if c.latency_ms[name] <= (1 - MARGIN) * slo_ms]:
-            frontier = [c for c in found if not any(
+        if holding := [c for c in candidates if c.latency_ms[name] <= (1 - MARGIN) * slo_ms]:
+            frontier = [c for c in candidates if not any(
                 d.latency_ms[name] <= c.latency_ms[name] and d.busy <= c.busy
-                and (d.latency_ms[name], d.busy) != (c.latency_ms[name], c.busy) for d in found)]  # fmt: skip
+                and (d.latency_ms[name], d.busy) != (c.latency_ms[name], c.busy) for d in candidates)]  # fmt: skip
             frontier.sort(key=lambda c: c.latency_ms[name])
             return min(holding, key=lambda c: (c.latency_ms[name], c.busy)), frontier, None
         replicas = max(replicas + 1, math.ceil(replicas * 1.1))
@@ -452,10 +452,10 @@ def _candidate(
     service: ServiceTimes, times: Sequence[float], n: int, wait_ms: float, p: float, price: float | None, rate: float,
     replicas: int, seed: int,
 ) -> Candidate:  # fmt: skip
-    found: Simulated = simulate(times, Policy(n, wait_ms), service, seed)
-    latency = {_name(x): 1e3 * found.percentile(x) for x in sorted({50.0, 95.0, float(p)})}
+    simulated: Simulated = simulate(times, Policy(n, wait_ms), service, seed)
+    latency = {_name(x): 1e3 * simulated.percentile(x) for x in sorted({50.0, 95.0, float(p)})}
     cost = None if price is None else price * replicas / (rate * 3600) * 1e6
-    return Candidate(n, round(wait_ms, 3), replicas, latency, found.busy, found.mean_batch, cost)
+    return Candidate(n, round(wait_ms, 3), replicas, latency, simulated.busy, simulated.mean_batch, cost)
 
 
 def _name(p: float) -> str:
@@ -476,20 +476,20 @@ def _line(points: list[Point]) -> tuple[float, float]:
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """Within it, of what the process uses; the function tells afterwards how much more that was at most than before."""
-    found: list[int | None] = []
+    peaks: list[int | None] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield lambda: found[0]
-        found.append(torch.cuda.max_memory_allocated(device) - before)
+        yield lambda: peaks[0]
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
         return
     gc.collect()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)  # what was freed but kept would be used again unseen
     before_kb = _status("VmRSS") if _reset_peak() else None
-    yield lambda: found[0]
+    yield lambda: peaks[0]
     after_kb = _status("VmHWM")
-    found.append(None if before_kb is None or after_kb is None else max(0, after_kb - before_kb) * 1024)
+    peaks.append(None if before_kb is None or after_kb is None else max(0, after_kb - before_kb) * 1024)
 
 
 def _reset_peak() -> bool:

@@ -21,7 +21,7 @@ def captured() -> Callable[[], AbstractContextManager[None]]:
     calls that are counted, autocast, and the current CUDA device. Grad mode is not among them: who works for a pipeline is
     in inference mode.
     """
-    chosen, counts, modes = current_choice(), counting(), _get_current_function_mode_stack()
+    choice, counts, modes = current_choice(), counting(), _get_current_function_mode_stack()
     autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
@@ -30,7 +30,7 @@ def captured() -> Callable[[], AbstractContextManager[None]]:
         with ExitStack() as stack:
             if gpu is not None:
                 stack.enter_context(torch.cuda.device(gpu))
-            stack.enter_context(choosing(chosen))
+            stack.enter_context(choosing(choice))
             for calls in counts:
                 stack.enter_context(counted(calls))
             for kind, dtype in autocasts:

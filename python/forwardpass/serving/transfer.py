@@ -87,13 +87,13 @@ class CudaTransfer(Transfer):
 
         with torch.cuda.stream(self.outward):
             moved = map_tensors(result, move)
-            done = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
-            done.record(self.outward)
-        return moved, done
+            event = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
+            event.record(self.outward)
+        return moved, event
 
     def wait(self, result: Any) -> Any:
-        moved, done = result
-        done.synchronize()
+        moved, event = result
+        event.synchronize()
         return moved
 
 

@@ -62,7 +62,7 @@ def _by_its_looks(module: nn.Module) -> bool:
 class AttentionDecision:
     """What becomes of each attention of a model."""
 
-    found: tuple[Leaf, ...]  #: every module that computes attention
+    leaves: tuple[Leaf, ...]  #: every module that computes attention
     swapped: tuple[Leaf, ...]
     skipped: tuple[Skipped, ...]  #: the others, each with its reason
 
@@ -72,9 +72,9 @@ def decide_attention(
 ) -> AttentionDecision:
     """`attention` is that of `fp.swap`; `planned`: the names in a plan, which decides itself. `context` is told what is swapped,
     as the Linear layers within are left to it."""
-    found, swapped, skipped = attention_like(context.model), [], []
+    leaves, swapped, skipped = attention_like(context.model), [], []
     units = _units(context.model)
-    for leaf in found:
+    for leaf in leaves:
         if planned is not None and leaf.fqn not in planned:
             reason: Reason | None = NOT_PLANNED
         else:
@@ -86,21 +86,21 @@ def decide_attention(
             name = type(context.model).__name__
             raise ValueError(f"the plan does not fit this {name}: it names attention {leaf.fqn}, and {reason}")
         skipped.append(Skipped(leaf.fqn, reason))
-    missing = set(planned or ()) - {leaf.fqn for leaf in found}
+    missing = set(planned or ()) - {leaf.fqn for leaf in leaves}
     if missing:
         raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
                          f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
     context.attention.update(id(leaf.module) for leaf in swapped)
-    return AttentionDecision(tuple(found), tuple(swapped), tuple(skipped))
+    return AttentionDecision(tuple(leaves), tuple(swapped), tuple(skipped))
 
 
 def _why_skip(
     leaf: Leaf, context: rules.Context, attention: str | bool, units: dict[int, list[nn.Module]]
 ) -> Reason | None:
     module = leaf.module
-    for ask in (rules.excluded, rules.not_included):
-        if finding := ask(leaf, context, None):
-            return Reason(ask.__name__, *finding)
+    for name_rule in (rules.excluded, rules.not_included):
+        if finding := name_rule(leaf, context, None):
+            return Reason(name_rule.__name__, *finding)
     if attention is False:
         return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
@@ -190,14 +190,14 @@ class AttentionSwap:
 
     def __init__(self, model: nn.Module, decision: AttentionDecision):
         """Builds; changes nothing."""
-        found, chosen = decision.found, decision.swapped
+        leaves, swapped = decision.leaves, decision.swapped
         self.replaced = tuple(
             Replaced(x.fqn, x.module, MultiheadAttention.from_torch(x.module))
-            for x in chosen
+            for x in swapped
             if isinstance(x.module, nn.MultiheadAttention)
         )
-        self.attributes = [*_names(model, found, chosen), *_nested_tensors(model, chosen)]
-        self.report = [_entry(x.fqn, x.module) for x in chosen]
+        self.attributes = [*_names(model, leaves, swapped), *_nested_tensors(model, swapped)]
+        self.report = [_entry(x.fqn, x.module) for x in swapped]
 
     def put(self) -> None:
         for a in self.attributes:
@@ -217,17 +217,17 @@ def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
     return SwappedAttention(fqn, type(module).__name__, str(module.config._attn_implementation))  # type: ignore[union-attr]
 
 
-def _names(model: nn.Module, found: Iterable[Leaf], chosen: Iterable[Leaf]) -> Iterable[_Attribute]:
+def _names(model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf]) -> Iterable[_Attribute]:
     """The configs' names, and a Place in every module that asks them."""
-    swapped = {id(x.module) for x in chosen}
-    asking = [x.module for x in found if huggingface.dispatches(x.module)]
+    ids = {id(x.module) for x in swapped}
+    dispatching = [x.module for x in leaves if huggingface.dispatches(x.module)]
     configs: dict[int, Any] = {}
-    for config, group in _groups(asking, swapped):
+    for config, group in _groups(dispatching, ids):
         windows = all(huggingface.passes_window(m) for m in group)
         before, after = config._attn_implementation, WINDOWED if windows else NAME
         configs[id(config)] = (config, before, after)
         for module in group:
-            place = Place(id(module) in swapped, before, huggingface.eager_function(module))
+            place = Place(id(module) in ids, before, huggingface.eager_function(module))
             yield _Attribute(module, PLACE, vars(module).get(PLACE, _ABSENT), place)
     if not configs:
         return
@@ -241,21 +241,21 @@ def _names(model: nn.Module, found: Iterable[Leaf], chosen: Iterable[Leaf]) -> I
         yield _Attribute(config, "_attn_implementation_internal", before, after)
 
 
-def _groups(asking: list[nn.Module], swapped: set[int]) -> list[tuple[Any, list[nn.Module]]]:
+def _groups(dispatching: list[nn.Module], swapped: set[int]) -> list[tuple[Any, list[nn.Module]]]:
     """Each config that a swapped module asks, and all that ask it."""
     groups: dict[int, tuple[Any, list[nn.Module]]] = {}
-    for module in asking:
+    for module in dispatching:
         groups.setdefault(id(module.config), (module.config, []))[1].append(module)
     return [(config, group) for config, group in groups.values() if any(id(m) in swapped for m in group)]
 
 
-def _nested_tensors(model: nn.Module, chosen: Iterable[Leaf]) -> Iterable[_Attribute]:
+def _nested_tensors(model: nn.Module, swapped: Iterable[Leaf]) -> Iterable[_Attribute]:
     """An encoder makes nested tensors of padded ones for the fast path of its layers, which the swapped ones do not take."""
-    swapped = {id(x.module) for x in chosen}
+    ids = {id(x.module) for x in swapped}
     for module in model.modules():
         if not (isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)):
             continue
-        if any(id(getattr(layer, "self_attn", None)) in swapped for layer in module.layers):
+        if any(id(getattr(layer, "self_attn", None)) in ids for layer in module.layers):
             yield _Attribute(module, "use_nested_tensor", True, False)
 
 

@@ -10,12 +10,12 @@ input was changed in between.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..common.batches import Forward, evaluating, padding_mask, run
+from ..common.modules import hooked
 from ..nn.layer import linear_weight
 from .calibration import LayerStatistics, round_weight, smoothing_scale
 from .walker import Leaf
@@ -33,17 +33,17 @@ def calibration_arguments(
     arguments: dict[str, dict[str, Any]] = {}
     unseen, broken = [], []
     for leaf in leaves:
-        seen = statistics.pop(leaf.fqn)  # gone as soon as it is used
-        if seen.rows == 0:
+        layer_statistics = statistics.pop(leaf.fqn)  # gone as soon as it is used
+        if layer_statistics.rows == 0:
             unseen.append(leaf.fqn)
-        elif not (seen.absmax.isfinite().all() and seen.second_moment.isfinite().all()):
+        elif not (layer_statistics.absmax.isfinite().all() and layer_statistics.second_moment.isfinite().all()):
             broken.append(leaf.fqn)
         else:
-            arguments[leaf.fqn] = _arguments(leaf.module, seen)
+            arguments[leaf.fqn] = _arguments(leaf.module, layer_statistics)
     return arguments, [
-        f"calibration {what} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
+        f"calibration {problem} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
         f"without it"
-        for what, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
+        for problem, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
         if names
     ]
 
@@ -55,20 +55,13 @@ def observe(
     statistics = {leaf.fqn: LayerStatistics(leaf.in_features) for leaf in leaves}
     batch: Any = None
 
-    def watch(leaf: Leaf, x: Tensor) -> None:
+    def watch(leaf: Leaf, module: nn.Module, x: Tensor) -> None:
         # the products where the activations are, the sums on the host
-        here = LayerStatistics(leaf.in_features, x.device)
-        statistics[leaf.fqn].merge(here.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
+        on_device = LayerStatistics(leaf.in_features, x.device)
+        statistics[leaf.fqn].merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
 
     count = 0
-    with ExitStack() as stack:
-        for leaf in leaves:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Leaf = leaf) -> None:
-                watch(leaf, args[0] if args else next(iter(kwargs.values())))
-
-            stack.callback(leaf.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(evaluating(model))
+    with hooked(((leaf, leaf.module) for leaf in leaves), before=watch), evaluating(model):
         for batch in batches:
             run(model, batch, forward)
             count += 1
@@ -79,9 +72,9 @@ def observe(
     return statistics
 
 
-def _arguments(layer: nn.Module, seen: LayerStatistics) -> dict[str, Any]:
+def _arguments(layer: nn.Module, statistics: LayerStatistics) -> dict[str, Any]:
     weight = linear_weight(layer).float()
-    channel_scale = smoothing_scale(seen, weight)
-    smoothed, channel_scale = seen.scaled(channel_scale), channel_scale.to(weight.device)
+    channel_scale = smoothing_scale(statistics, weight)
+    smoothed, channel_scale = statistics.scaled(channel_scale), channel_scale.to(weight.device)
     weight = weight / channel_scale
     return {"channel_scale": channel_scale, "quantized": round_weight(weight, smoothed.second_moment)}

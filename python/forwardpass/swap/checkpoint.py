@@ -127,7 +127,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
     config, generation = _configs(model)
     safetensors = _safetensors()
     folder.mkdir(parents=True, exist_ok=True)
-    weights = put_weights(folder, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
+    weights = put_weights(folder, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
     record = {
         "schema": SCHEMA,
         "forwardpass": __version__,
@@ -216,7 +216,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
 
     leaves = {leaf.fqn: leaf for leaf in linear_like(model)}
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no dict
-    made: dict[int, QuantizedLinear] = {}
+    replacements: dict[int, QuantizedLinear] = {}
     for layer in record["layers"]:
         leaf = leaves.get(layer["fqn"])
         if leaf is None:
@@ -229,21 +229,21 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         new = _empty_layer(layer, place(linear_weight(leaf.module)), fail).train(leaf.module.training)
         if new.activation not in (None, leaf.formula):
             raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
-        made[id(leaf.module)] = new
+        replacements[id(leaf.module)] = new
     try:
         attention = decide_attention(Context(model), True, record["attention"])
     except ValueError as e:
         raise fail(str(e)) from None
-    slots = dict(_slots(model, made))
+    slots = dict(_slots(model, replacements))
     aliases = record["aliases"]
     if unknown := [name for name in (*aliases, *aliases.values()) if name not in slots]:
         raise fail(f"it has no tensor {unknown[0][:80]!r}")
-    needed = {aliases.get(name, name) for name in slots}
-    missing, extra = sorted(needed - shapes.keys()), sorted(shapes.keys() - needed)
-    for names, what in ((missing, "is missing from the file"), (extra, "has no place in the model")):
+    names_in_model = {aliases.get(name, name) for name in slots}
+    missing, extra = sorted(names_in_model - shapes.keys()), sorted(shapes.keys() - names_in_model)
+    for names, problem in ((missing, "is missing from the file"), (extra, "has no place in the model")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise fail(f"{names[0][:80]!r}{more} {what}")
+            raise fail(f"{names[0][:80]!r}{more} {problem}")
     for name, slot in slots.items():
         if (shape := shapes[aliases.get(name, name)]) != tuple(slot.tensor.shape):
             raise fail(f"{name} has the shape {shape} in the file and {tuple(slot.tensor.shape)} in the model")
@@ -255,20 +255,22 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     values: dict[tuple[str, bool], Tensor] = {}  # what is tied is one object
     assignments: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, slot in slots.items():
-        ours, key = isinstance(slot.module, QuantizedLinear), (aliases.get(name, name), slot.is_parameter)
-        if ours or key not in values:
+        is_quantized, key = isinstance(slot.module, QuantizedLinear), (aliases.get(name, name), slot.is_parameter)
+        if is_quantized or key not in values:
             value, expected = file.get_tensor(key[0]), slot.tensor.dtype
-            if value.dtype != expected and (ours or not (value.is_floating_point() and expected.is_floating_point)):
+            if value.dtype != expected and (
+                is_quantized or not (value.is_floating_point() and expected.is_floating_point)
+            ):
                 raise fail(f"{name} is {value.dtype} in the file, not {expected}")
-            if ours:  # into the padded rows that are there
+            if is_quantized:  # into the padded rows that are there
                 slot.tensor.copy_(value)
                 continue
             value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later
             values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         assignments.append((slot.holder, slot.name, values[key]))
     layers = [leaves[layer["fqn"]] for layer in record["layers"]]
-    identities = originals.identities((leaf, made[id(leaf.module)]) for leaf in layers)
-    originals.exchange(model, [(leaf.fqn, leaf.module, made[id(leaf.module)]) for leaf in layers]
+    identities = originals.identities((leaf, replacements[id(leaf.module)]) for leaf in layers)
+    originals.exchange(model, [(leaf.fqn, leaf.module, replacements[id(leaf.module)]) for leaf in layers]
                        + [(x.fqn, x.original, x.replacement) for x in identities])  # fmt: skip
     for holder, name, value in assignments:
         holder[name] = value
@@ -315,20 +317,20 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"
         )
 
-    def require(holds: bool, what: str) -> None:
+    def require(holds: bool, problem: str) -> None:
         if not holds:
-            raise ValueError(f"{path} is damaged ({what}): {_FIX}")
+            raise ValueError(f"{path} is damaged ({problem}): {_FIX}")
 
     require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
     require(WEIGHTS.fullmatch(record["weights"]) is not None, "the name of its weights")
     names = (*record["aliases"].values(), *record["attention"])
     require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
-    seen = set()
+    fqns = set()
     for i, layer in enumerate(record["layers"]):
         require(isinstance(layer, dict) and _has(layer, _LAYER), f"layer {i}")
         require(layer["module"] in modules(), f"layer {i} is of an unknown module")
-        require(layer["fqn"] not in seen, f"layer {i} is there twice")
-        seen.add(layer["fqn"])
+        require(layer["fqn"] not in fqns, f"layer {i} is there twice")
+        fqns.add(layer["fqn"])
     return record
 
 
@@ -337,8 +339,8 @@ def _is(value: Any, kind: Any) -> bool:
     return type(value) in (typing.get_args(kind) or (kind,))
 
 
-def _has(given: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
-    return set(given) == set(kinds) and all(_is(given[name], kind) for name, kind in kinds.items())
+def _has(entries: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
+    return set(entries) == set(kinds) and all(_is(entries[name], kind) for name, kind in kinds.items())
 
 
 def _safetensors() -> Any:

@@ -72,7 +72,7 @@ def _decide_layers(
             if plan.calibrated:
                 raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint")
             raise ValueError("the plan was made without calibration: drop calibrate=, or plan again")
-        wanted = {
+        precisions = {
             layer.fqn: LayerPrecision(find_precision(layer.precision, layer.version), layer.calibrated)
             for layer in plan.layers
         }
@@ -80,21 +80,21 @@ def _decide_layers(
         preset = find_precision(precision)
         if calibrated and not preset.takes_calibration:
             raise ValueError(f'{precision} takes no calibration: drop calibrate=, or use precision="int8"')
-        wanted = {leaf.fqn: LayerPrecision(preset, calibrated) for leaf in leaves}
+        precisions = {leaf.fqn: LayerPrecision(preset, calibrated) for leaf in leaves}
     elif calibrated:
         raise ValueError('attention takes no calibration: drop calibrate=, or use precision="int8"')
     else:
-        wanted = {}
+        precisions = {}
     swapped, skipped = [], []
     for leaf in leaves:
-        if leaf.fqn not in wanted:
+        if leaf.fqn not in precisions:
             skipped.append(Skipped(leaf.fqn, NOT_PLANNED if plan is not None else _NO_PRECISION))
-        elif reason := why_skip(leaf, context, wanted[leaf.fqn].precision, defaults=plan is None):
+        elif reason := why_skip(leaf, context, precisions[leaf.fqn].precision, defaults=plan is None):
             if plan is not None and KINDS.get(reason.code) != "user":
                 raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
             skipped.append(Skipped(leaf.fqn, reason))
         else:
-            swapped.append((leaf, wanted[leaf.fqn]))
+            swapped.append((leaf, precisions[leaf.fqn]))
     return swapped, skipped
 
 
@@ -112,8 +112,8 @@ def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
 
 
 def refuse_skips(skipped: tuple[Skipped, ...]) -> None:
-    own = {s.fqn: s.reason for s in skipped if KINDS.get(s.reason.code, "model") == "model"}
-    if own:
-        fqn, reason = next(iter(own.items()))
-        more = f" (and {count(len(own) - 1, 'other layer')})" if len(own) > 1 else ""
-        raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", own)
+    reasons = {s.fqn: s.reason for s in skipped if KINDS.get(s.reason.code, "model") == "model"}
+    if reasons:
+        fqn, reason = next(iter(reasons.items()))
+        more = f" (and {count(len(reasons) - 1, 'other layer')})" if len(reasons) > 1 else ""
+        raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", reasons)

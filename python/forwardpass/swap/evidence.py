@@ -40,30 +40,30 @@ def check(evidence: Any) -> None:
     if any(len(point) != 2 for point in evidence["frontier"]):
         raise ValueError("a point of the frontier is no pair of cost and error")
     names = set(evidence["candidates"])
-    for what in ("layers", "blocks"):
-        given = evidence[what]
-        for key, x in given.items() if what == "blocks" else enumerate(given):
+    for entry in ("layers", "blocks"):
+        rows = evidence[entry]
+        for key, x in rows.items() if entry == "blocks" else enumerate(rows):
             if set(x["candidates"]) != names:
-                raise ValueError(f"{what}.{str(key)[:40]} has other candidates than {', '.join(sorted(names))[:80]}")
+                raise ValueError(f"{entry}.{str(key)[:40]} has other candidates than {', '.join(sorted(names))[:80]}")
 
 
-def _misfit(given: Any, form: Any, where: str) -> str | None:
+def _misfit(value: Any, form: Any, where: str) -> str | None:
     if isinstance(form, tuple):
-        found = [_misfit(given, one, where) for one in form]
-        return None if None in found else found[-1]
+        problems = [_misfit(value, one, where) for one in form]
+        return None if None in problems else problems[-1]
     if form is None or isinstance(form, type):
         kind = type(None) if form is None else form
-        return None if type(given) is kind else f"{where[1:]} is {str(given)[:40]!r}, no {kind.__name__}"
-    if type(given) is not type(form):
+        return None if type(value) is kind else f"{where[1:]} is {str(value)[:40]!r}, no {kind.__name__}"
+    if type(value) is not type(form):
         return f"{where[1:] or 'it'} is no {'list' if isinstance(form, list) else 'object'}"
     if isinstance(form, list):
-        parts = [(f"{where}.{i}", x, form[0]) for i, x in enumerate(given)]
+        parts = [(f"{where}.{i}", x, form[0]) for i, x in enumerate(value)]
     elif "*" in form:
-        parts = [(f"{where}.{key[:40]}", x, form["*"]) for key, x in given.items()]
+        parts = [(f"{where}.{key[:40]}", x, form["*"]) for key, x in value.items()]
     else:
-        if missing := form.keys() - given.keys():
+        if missing := form.keys() - value.keys():
             return f"{where[1:] or 'it'} has no {min(missing)}"
-        parts = [(f"{where}.{key}", given[key], one) for key, one in form.items()]
+        parts = [(f"{where}.{key}", value[key], one) for key, one in form.items()]
     return next((problem for part in parts if (problem := _misfit(part[1], part[2], part[0]))), None)
 
 
@@ -88,10 +88,10 @@ def describe(evidence: Mapping[str, Any]) -> str:
     rows: list[tuple[str, ...] | str] = [("layers", f"as it is\n{unit}", *(_heading(name) for name in tried))]
     for section, members in sections.items():
         rows.append(f"{section}{_gain(members, target)}")
-        for name, same in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
-            rows.append((name, _costs([x["before"] for x in same], target),
-                         *(_costs([x["candidates"][n] for x in same], target) for n in tried)))  # fmt: skip
-            errors = [_errors([x["candidates"][n] for x in same]) for n in tried]
+        for name, group in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
+            rows.append((name, _costs([x["before"] for x in group], target),
+                         *(_costs([x["candidates"][n] for x in group], target) for n in tried)))  # fmt: skip
+            errors = [_errors([x["candidates"][n] for x in group]) for n in tried]
             if set(errors) != {"-"}:
                 rows.append(("  error at the output", "", *errors))
     lines += ["", *table(rows, right=range(1, 2 + len(tried)))]
@@ -132,10 +132,10 @@ def _section(x: Mapping[str, Any]) -> str:
 
 
 def _gain(members: list[Mapping[str, Any]], target: str) -> str:
-    chosen = [(_cost(x["before"], target), _cost(x["candidates"][x["choice"]], target)) for x in members if x["choice"]]
-    gains = [before / after for before, after in chosen if before and after]
-    what = "times as fast" if target == "latency" else "times as small"
-    return f": {span(gains, '.2f')} {what}" if gains else ""
+    pairs = [(_cost(x["before"], target), _cost(x["candidates"][x["choice"]], target)) for x in members if x["choice"]]
+    gains = [before / after for before, after in pairs if before and after]
+    unit = "times as fast" if target == "latency" else "times as small"
+    return f": {span(gains, '.2f')} {unit}" if gains else ""
 
 
 def _cost(x: Mapping[str, Any], target: str) -> float | None:
@@ -145,11 +145,11 @@ def _cost(x: Mapping[str, Any], target: str) -> float | None:
     return x["ms"]["low"] if x["ms"] else None
 
 
-def _costs(found: list[Mapping[str, Any]], target: str) -> str:
-    costs = [cost for x in found if (cost := _cost(x, target)) is not None]
+def _costs(candidates: list[Mapping[str, Any]], target: str) -> str:
+    costs = [cost for x in candidates if (cost := _cost(x, target)) is not None]
     return span(costs, ".3g") if costs else "-"
 
 
-def _errors(found: list[Mapping[str, Any]]) -> str:
-    errors = [x["output"]["mean"] for x in found if x["output"]]
+def _errors(candidates: list[Mapping[str, Any]]) -> str:
+    errors = [x["output"]["mean"] for x in candidates if x["output"]]
     return f"{max(errors):.1e}" if errors else "-"

@@ -39,12 +39,14 @@ def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), ov
         raise ValueError(f"{folder} is no folder that can be written to: give another one to save to")
     names = os.listdir(folder)
     unfinished = all(WEIGHTS.fullmatch(name) or _UNFINISHED.fullmatch(name) for name in names)  # or empty
-    ours = RECORD in names or unfinished
-    originals = not ours or any(n.endswith((".safetensors", ".bin")) and not WEIGHTS.fullmatch(n) for n in names)
+    is_checkpoint = RECORD in names or unfinished
+    originals = not is_checkpoint or any(
+        n.endswith((".safetensors", ".bin")) and not WEIGHTS.fullmatch(n) for n in names
+    )
     if originals and any(os.path.isdir(source) and os.path.samefile(source, folder) for source in sources):
         raise ValueError(f"{folder} is where the model was loaded from, and its original is not overwritten by a swapped one: "
                          "save to another folder")  # fmt: skip
-    if not ours and not overwrite:
+    if not is_checkpoint and not overwrite:
         raise ValueError(f"{folder} holds files that are no checkpoint of forwardpass ({min(names)}, …): save to a new folder, "
                          "or pass overwrite=True (--overwrite)")  # fmt: skip
     return folder

@@ -85,9 +85,9 @@ def has_hooks(m: nn.Module) -> bool:
 def _behind(methods: tuple[Function, ...], name: str) -> str | None:
     """The member that forward calls on what `self.<name>` gives, and neither anywhere else in these methods."""
     forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
-    found = [behind for forward in forwards for behind in _pairs(forward, name)]
-    said = [word for method in methods for word in _words(method)]
-    return found[0] if len(found) == 1 and said.count(name) == said.count(found[0]) == 1 else None
+    activations = [behind for forward in forwards for behind in _pairs(forward, name)]
+    words = [word for method in methods for word in _words(method)]
+    return activations[0] if len(activations) == 1 and words.count(name) == words.count(activations[0]) == 1 else None
 
 
 def _words(method: Function) -> Iterator[Any]:
@@ -99,19 +99,19 @@ def _words(method: Function) -> Iterator[Any]:
             yield node.value
 
 
-def _called(node: ast.AST | None, me: str | None) -> tuple[str, ast.expr] | None:
+def _called(node: ast.AST | None, self_name: str | None) -> tuple[str, ast.expr] | None:
     """(name, argument) of `self.<name>(argument)`."""
-    if not (isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords and of(node.func, me)):
+    if not (isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords and of(node.func, self_name)):
         return None
     assert isinstance(node.func, ast.Attribute)
     return None if isinstance(node.args[0], ast.Starred) else (node.func.attr, node.args[0])
 
 
 def _pairs(function: ast.FunctionDef, name: str) -> Iterator[str]:
-    me = self_of(function)
+    self_name = self_of(function)
     for node in ast.walk(function):
-        outer = _called(node, me)
-        if outer and (inner := _called(outer[1], me)) and inner[0] == name:
+        outer = _called(node, self_name)
+        if outer and (inner := _called(outer[1], self_name)) and inner[0] == name:
             yield outer[0]
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
             if isinstance(block, list):
@@ -122,11 +122,11 @@ def _pairs(function: ast.FunctionDef, name: str) -> Iterator[str]:
 
 def _in_a_row(function: ast.FunctionDef, first: ast.stmt, second: ast.stmt, name: str) -> str | None:
     """`v = self.<name>(…)` and then `v = self.<behind>(v)`, or `return self.<behind>(v)`: nothing else sees the first v."""
-    me = self_of(function)
+    self_name = self_of(function)
     if not (isinstance(first, ast.Assign) and len(first.targets) == 1 and isinstance(first.targets[0], ast.Name)):
         return None
-    variable, inner = first.targets[0].id, _called(first.value, me)
-    outer = _called(second.value, me) if isinstance(second, ast.Assign | ast.Return) else None
+    variable, inner = first.targets[0].id, _called(first.value, self_name)
+    outer = _called(second.value, self_name) if isinstance(second, ast.Assign | ast.Return) else None
     if not inner or inner[0] != name or not outer or not isinstance(outer[1], ast.Name) or outer[1].id != variable:
         return None
     if isinstance(second, ast.Assign):
@@ -182,7 +182,7 @@ def _uses_whole(method: Function, name: str, kinds: list[type[nn.Module]]) -> bo
     if name in (node.value for node in ast.walk(method) if isinstance(node, ast.Constant)):
         return False
     parents = {id(child): node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-    me = self_of(method)
+    self_name = self_of(method)
 
     def whole(node: ast.AST, kinds: list[type[nn.Module]]) -> bool:
         parent = parents[id(node)]
@@ -203,4 +203,4 @@ def _uses_whole(method: Function, name: str, kinds: list[type[nn.Module]]) -> bo
         return False
 
     mentions = [x for x in ast.walk(method) if isinstance(x, ast.Attribute) and x.attr == name]
-    return all(of(x, me) and whole(x, kinds) for x in mentions)
+    return all(of(x, self_name) and whole(x, kinds) for x in mentions)

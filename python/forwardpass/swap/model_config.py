@@ -71,10 +71,10 @@ def check(content: Mapping[str, Any], tensors: int) -> None:
 def check_attention(config: Any) -> None:
     """ValueError where a config of transformers, or one within it, names attention or experts that would be downloaded."""
     for name in ("_attn_implementation", "_experts_implementation"):
-        chosen = getattr(config, name, None)
-        if chosen not in (None, "batched_mm", "grouped_mm", *LOCAL_ATTENTION):
-            raise ValueError(f"its config names the code {name.removeprefix('_')}={str(chosen)[:60]!r}, which may have to be "
-                             "downloaded: remove it from config.json")  # fmt: skip
+        implementation = getattr(config, name, None)
+        if implementation not in (None, "batched_mm", "grouped_mm", *LOCAL_ATTENTION):
+            raise ValueError(f"its config names the code {name.removeprefix('_')}={str(implementation)[:60]!r}, which may have "
+                             "to be downloaded: remove it from config.json")  # fmt: skip
     for name in getattr(config, "sub_configs", ()):
         check_attention(getattr(config, name, None))
 

@@ -47,10 +47,10 @@ class Attention(Protocol):
 
 @dataclass(eq=False)
 class Originals:
-    """What one swap replaced; `kept` is False where the originals were freed (then `layers` is empty)."""
+    """What one swap replaced; `restorable` is False where the originals were freed (then `layers` is empty)."""
 
     layers: tuple[Replaced, ...]
-    kept: bool
+    restorable: bool
     attention: Attention
     activations: tuple[Replaced, ...] = ()  #: modules whose work layers do now, and nn.Identity in their places
 
@@ -175,7 +175,7 @@ def restore(model: nn.Module) -> None:
     swapped = find(model)
     if swapped is None:
         raise RuntimeError(_why_nothing(model))
-    if not swapped.kept:
+    if not swapped.restorable:
         raise RuntimeError(
             "this model was swapped with keep=False, so its originals are gone: load the original model again"
         )

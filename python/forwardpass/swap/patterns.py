@@ -47,11 +47,11 @@ class Pattern:
         return self.spelled_out == fqn.rsplit(".", 1)[-1] and self.matches(fqn)
 
 
-def patterns(argument: str, given: str | Iterable[str]) -> tuple[Pattern, ...]:
+def patterns(argument: str, texts: str | Iterable[str]) -> tuple[Pattern, ...]:
     """`include=` or `exclude=`: a string is one pattern, not its letters."""
-    if isinstance(given, str):
-        given = (given,)
+    if isinstance(texts, str):
+        texts = (texts,)
     try:
-        return tuple(Pattern(text) for text in given)
+        return tuple(Pattern(text) for text in texts)
     except TypeError as e:
         raise TypeError(f"{argument}: {e}") from None

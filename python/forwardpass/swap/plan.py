@@ -86,18 +86,18 @@ class Plan:
         def fail(text: str) -> ValueError:
             return ValueError(f"{source} is not a plan ({text}): {_FIX}")
 
-        def fields(cls: type, given: Any, where: str, **special: Any) -> dict[str, Any]:
-            if not isinstance(given, Mapping):
+        def fields(cls: type, entries: Any, where: str, **special: Any) -> dict[str, Any]:
+            if not isinstance(entries, Mapping):
                 raise fail(f"{where} is not an object")
             expected = {
                 n: special.get(n) or {"str": str, "int": int, "bool": bool}[t] for n, t in cls.__annotations__.items()
             }
-            if set(given) != set(expected):
-                raise fail(f"{where} has the entries {_few(given)}, not {_few(expected)}")
+            if set(entries) != set(expected):
+                raise fail(f"{where} has the entries {_few(entries)}, not {_few(expected)}")
             for name, kind in expected.items():
-                if type(given[name]) is not kind:  # exact: True is not a size
-                    raise fail(f"{name} of {where} is {str(given[name])[:40]!r}, not of type {kind.__name__}")
-            return dict(given)
+                if type(entries[name]) is not kind:  # exact: True is not a size
+                    raise fail(f"{name} of {where} is {str(entries[name])[:40]!r}, not of type {kind.__name__}")
+            return dict(entries)
 
         if not isinstance(content, Mapping) or "schema" not in content:
             raise fail("it has no schema")
@@ -118,8 +118,8 @@ class Plan:
             except ValueError as e:
                 raise fail(f"its evidence: {e}") from None
         layers = []
-        for i, given in enumerate(plan["layers"]):
-            layer = PlannedLayer(**fields(PlannedLayer, given, f"layer {i}"))
+        for i, row in enumerate(plan["layers"]):
+            layer = PlannedLayer(**fields(PlannedLayer, row, f"layer {i}"))
             if layer.calibrated and not find_precision(layer.precision, layer.version).takes_calibration:
                 raise fail(f"layer {i} is calibrated, and {layer.precision} takes no calibration")
             layers.append(layer)
@@ -128,15 +128,15 @@ class Plan:
         return Plan(**{**plan, "layers": tuple(layers), "attention": tuple(plan["attention"])})
 
     @staticmethod
-    def load(given: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
+    def load(source: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
         """A plan as `fp.swap` takes it: itself, its JSON, or the path of its file."""
-        if isinstance(given, Plan):
-            return given
-        if isinstance(given, Mapping):
-            return Plan.from_json(given)
-        if not isinstance(given, str | os.PathLike):
-            raise TypeError(f"plan takes a Plan, a dict or a path, not {type(given).__name__}: {_FIX}")
-        return Plan.from_json(read_json(given, "plan", _FIX), str(given))
+        if isinstance(source, Plan):
+            return source
+        if isinstance(source, Mapping):
+            return Plan.from_json(source)
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(f"plan takes a Plan, a dict or a path, not {type(source).__name__}: {_FIX}")
+        return Plan.from_json(read_json(source, "plan", _FIX), str(source))
 
     def check_fits(self, leaves: Mapping[str, Leaf], model: str) -> None:
         """ValueError where the model has other Linear-like layers than the one that was planned: others of the plan first."""
@@ -159,8 +159,8 @@ class Plan:
 
 def layers_of(leaves: Iterable[Leaf]) -> str:
     """Says of which Linear-like layers a model consists, planned or not: a plan may leave all of them as they are."""
-    of = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in leaves)
-    return f"{len(of)} Linear layers, sha256:{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}"
+    shapes = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in leaves)
+    return f"{len(shapes)} Linear layers, sha256:{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}"
 
 
 def _few(names: Any) -> str:

@@ -78,9 +78,9 @@ def find_precision(name: str, version: int | None = None) -> Precision:
     """The preset of this name, its newest version where none is given; ValueError in one sentence where there is
     none.
     """
-    known = [p for p in PRECISIONS if p.name == name and version in (None, p.version)]
-    if not known:
-        wanted = repr(name) if version is None else f"{name!r} version {version}"
+    matches = [p for p in PRECISIONS if p.name == name and version in (None, p.version)]
+    if not matches:
+        label = repr(name) if version is None else f"{name!r} version {version}"
         have = ", ".join(f"{p.name!r} (version {p.version})" for p in PRECISIONS)
-        raise ValueError(f"there is no precision {wanted}: use one of {have}")
-    return known[-1]
+        raise ValueError(f"there is no precision {label}: use one of {have}")
+    return matches[-1]

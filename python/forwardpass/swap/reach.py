@@ -71,16 +71,16 @@ class Reach:
 
     def has_one_place(self, module: nn.Module) -> bool:
         """Whether it is one module's child, once, and nothing else refers to it."""
-        return self._places[id(module)] <= (module is not self.model) and id(module) not in self._found[0]
+        return self._places[id(module)] <= (module is not self.model) and id(module) not in self._references[0]
 
     def only_named_by(self, holder: nn.Module, names: Iterable[str]) -> bool:
         """Whether code that is not the holder's own takes no attribute of these names, but of a `self`, and no module without
         its name.
         """
-        own, wanted = type(holder).__mro__, frozenset(names)
-        return self._found[2] and all(
-            owner in own or _leaves_alone(function.__code__, wanted, _is_method(function, owner))
-            for function, owner in self._found[1]
+        bases, name_set = type(holder).__mro__, frozenset(names)
+        return self._references[2] and all(
+            owner in bases or _leaves_alone(function.__code__, name_set, _is_method(function, owner))
+            for function, owner in self._references[1]
         )
 
     def methods(self, cls: type[nn.Module]) -> tuple[Function, ...] | None:
@@ -93,7 +93,7 @@ class Reach:
         return self._methods[cls]
 
     @cached_property
-    def _found(self) -> tuple[set[int], list[tuple[FunctionType, type | None]], bool]:
+    def _references(self) -> tuple[set[int], list[tuple[FunctionType, type | None]], bool]:
         """(ids of modules that something besides their parent refers to, functions and the class each is a method of, whether
         that is all).
         """
@@ -102,15 +102,15 @@ class Reach:
         for m in self.model.modules():
             todo += ((value, None) for name, value in vars(m).items() if name != "_modules")
             todo.append((type(m), None))
-        seen: set[tuple[int, type | None]] = set()
+        visited: set[tuple[int, type | None]] = set()
         referred: set[int] = set()
         functions: list[tuple[FunctionType, type | None]] = []
-        while todo and len(seen) < _MOST:
+        while todo and len(visited) < _MOST:
             x, owner = todo.pop()
             key, cls = (id(x), owner), type(x)
-            if key in seen:
+            if key in visited:
                 continue
-            seen.add(key)
+            visited.add(key)
             if issubclass(cls, nn.Module):
                 referred.add(id(x))
                 if id(x) not in inside:
@@ -127,10 +127,10 @@ class Reach:
             elif cls is staticmethod:
                 todo.append((x.__func__, None))
             elif not issubclass(cls, ModuleType | torch.Tensor | str | bytes | int | float | complex | CodeType):
-                known = _known(cls.__module__)
-                if not known or cls.__module__ in _HOLDERS:
-                    todo += ((y, owner if known else None) for y in gc.get_referents(x) if y is not cls)
-                if not known:
+                is_library = _known(cls.__module__)
+                if not is_library or cls.__module__ in _HOLDERS:
+                    todo += ((y, owner if is_library else None) for y in gc.get_referents(x) if y is not cls)
+                if not is_library:
                     todo.append((cls, None))
         return referred, functions, not todo
 
@@ -138,25 +138,25 @@ class Reach:
 def _methods(cls: type[nn.Module]) -> tuple[Function, ...] | None:
     bases = [base for base in cls.__mro__[: cls.__mro__.index(nn.Module)] if not generic(base.__module__)]
     members = [(n, functions_in(x, base)) for base in bases for n, x in vars(base).items() if n not in SETUP]
-    functions = [f for _, found in members for f in found]
+    functions = [f for _, methods_of_name in members for f in methods_of_name]
     if not any("super" in mentioned(f.__code__) for f in functions):
-        functions = [f for found in dict(reversed(members)).values() for f in found]
+        functions = [f for methods_of_name in dict(reversed(members)).values() for f in methods_of_name]
     methods = [definition(f.__code__) for f in functions]
-    known = tuple(m for m in methods if m is not None and names_modules(m) and not _hands_over(m))
-    return known if len(known) == len(methods) else None
+    sound = tuple(m for m in methods if m is not None and names_modules(m) and not _hands_over(m))
+    return sound if len(sound) == len(methods) else None
 
 
 def _hands_over(method: Function) -> bool:
     """Whether its `self` goes anywhere but to what only asks for its type or for an attribute."""
-    me = self_of(method)
-    asked = {
+    self_name = self_of(method)
+    harmless = {
         id(argument)
         for node in ast.walk(method)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASK
         for argument in node.args
     } | {id(node.value) for node in ast.walk(method) if isinstance(node, ast.Attribute)}
     names = (node for node in ast.walk(method) if isinstance(node, ast.Name))
-    return any(node.id == (me or "self") and id(node) not in asked for node in names)
+    return any(node.id == (self_name or "self") and id(node) not in harmless for node in names)
 
 
 def _is_method(function: FunctionType, owner: type | None) -> bool:
@@ -190,8 +190,8 @@ def _leaves_alone(code: CodeType, names: frozenset[str], is_method: bool) -> boo
     node = definition(code)
     if node is None or not names_modules(node, names):
         return False
-    own = self_of(node) if is_method else None
-    return all(of(x, own) for x in ast.walk(node) if isinstance(x, ast.Attribute) and x.attr in names)
+    self_name = self_of(node) if is_method else None
+    return all(of(x, self_name) for x in ast.walk(node) if isinstance(x, ast.Attribute) and x.attr in names)
 
 
 def names_modules(node: ast.AST, names: Collection[str] = ()) -> bool:
@@ -235,19 +235,19 @@ def functions_in(value: Any, base: type) -> list[FunctionType]:
     """The functions that a member of a class is made of: itself, or what a property or a decorator holds; of libraries' decorators
     what they decorate.
     """
-    found, todo, seen = [], [value], set()
+    functions, todo, visited = [], [value], set()
     while todo:
         x = todo.pop()
-        if id(x) in seen or isinstance(x, type | ModuleType | nn.Module | torch.Tensor):
+        if id(x) in visited or isinstance(x, type | ModuleType | nn.Module | torch.Tensor):
             continue
-        seen.add(id(x))
+        visited.add(id(x))
         if isinstance(x, FunctionType):
             if not _known(_module_of(x)) or _module_of(x) == base.__module__:
-                found.append(x)
+                functions.append(x)
             todo += (y for y in (x.__closure__, x.__dict__) if y)
         elif type(x).__module__ in _HOLDERS:
             todo += gc.get_referents(x)
-    return found
+    return functions
 
 
 def definition(code: CodeType) -> Function | None:
@@ -272,7 +272,7 @@ def _definitions(source: str, filename: str) -> dict[CodeType, Function]:
     while todo:
         code = todo.pop()
         todo += (c for c in code.co_consts if isinstance(c, CodeType))
-        here = nodes.get((code.co_firstlineno, code.co_name), [])
-        if len(here) == 1:  # and not two lambdas of a line
-            functions[code] = here[0]
+        definitions = nodes.get((code.co_firstlineno, code.co_name), [])
+        if len(definitions) == 1:  # and not two lambdas of a line
+            functions[code] = definitions[0]
     return functions

@@ -71,8 +71,8 @@ class Left:
     reason: Reason
 
     def to_json(self) -> dict[str, Any]:
-        own = {"module": self.module, "first": self.first, "count": self.count, "bytes": self.bytes}
-        return {**own, **vars(self.reason)}
+        entries = {"module": self.module, "first": self.first, "count": self.count, "bytes": self.bytes}
+        return {**entries, **vars(self.reason)}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Report:
 
     def __enter__(self) -> Report:
         current = self._current()
-        if current and not current[1].kept:
+        if current and not current[1].restorable:
             raise RuntimeError("with fp.swap(…) restores the model on exit, and keep=False let the originals go: call "
                                "fp.swap without `with`, or use another keep")  # fmt: skip
         return self
@@ -159,8 +159,8 @@ class Report:
             alike = together(self.swapped, lambda s: s.fqn, lambda s: (s.computes, s.in_features, s.out_features))
             rows += [
                 (name, s.computes, str(s.in_features), str(s.out_features),
-                 f"{sum(x.bytes_before for x in same):,} -> {sum(x.bytes_after for x in same):,}")
-                for name, same in alike for s in same[:1]
+                 f"{sum(x.bytes_before for x in group):,} -> {sum(x.bytes_after for x in group):,}")
+                for name, group in alike for s in group[:1]
             ]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3, 4))]
         if self.attention:
@@ -185,10 +185,10 @@ class Report:
     def _headline(self) -> str:
         b = self.weight_bytes
         verb = "would be swapped" if self.dry_run else "swapped"
-        kept = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
+        originals = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
-        return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{kept}, peak {megabytes(b.peak)}"
+        return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{originals}, peak {megabytes(b.peak)}"
 
 
 def by_reason(skipped: Iterable[tuple[str, str, str]]) -> list[tuple[str, list[str]]]:
@@ -201,6 +201,6 @@ def by_reason(skipped: Iterable[tuple[str, str, str]]) -> list[tuple[str, list[s
     for fqn, code, text in skipped:
         reasons.setdefault((code, text.replace(repr(fqn), "its name")), []).append((fqn, text))
     return [
-        (f"{code}: {same[0][1] if len(same) == 1 else text}", [name for name, _ in together(same, lambda x: x[0])])
-        for (code, text), same in reasons.items()
+        (f"{code}: {group[0][1] if len(group) == 1 else text}", [name for name, _ in together(group, lambda x: x[0])])
+        for (code, text), group in reasons.items()
     ]

@@ -30,11 +30,11 @@ class Refusal:
 
 def refuse(model: nn.Module) -> None:
     for module in model.modules():
-        own = vars(module).get(_METHOD)
-        if not hasattr(type(module), _METHOD) or isinstance(own, Refusal):
+        method = vars(module).get(_METHOD)
+        if not hasattr(type(module), _METHOD) or isinstance(method, Refusal):
             continue
         if any(isinstance(m, QuantizedLinear) for m in module.modules()):
-            vars(module)[_METHOD] = Refusal(type(module).__name__, () if own is None else (own,))
+            vars(module)[_METHOD] = Refusal(type(module).__name__, () if method is None else (method,))
 
 
 def allow(model: nn.Module) -> None:

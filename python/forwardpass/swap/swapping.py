@@ -98,8 +98,8 @@ def swap(
         raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
     check_choice(attention, plan is not None)
     if (precision is None) == (plan is None) and not (plan is None and attention is True):
-        given = "neither was" if plan is None else "both were"
-        raise ValueError(f'swap takes either precision= or plan=, and {given} given: pass one, e.g. precision="int8"')
+        clause = "neither was" if plan is None else "both were"
+        raise ValueError(f'swap takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"')
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
     leaves = linear_like(model)
     refuse_model(model, leaves)
@@ -110,16 +110,18 @@ def swap(
     notes = _warnings(decision)
 
     arguments: dict[str, dict[str, Any]] = {}
-    seen = Fingerprint()
+    fingerprint = Fingerprint()
     if calibrate is not None and not dry_run:
         from .calibrate import calibration_arguments
 
-        arguments, missed = calibration_arguments(model, decision.calibrated, seen.reading(calibrate), forward)
-        notes += missed
-        if loaded and loaded.calibration not in (None, seen.value):
+        arguments, calibration_notes = calibration_arguments(
+            model, decision.calibrated, fingerprint.reading(calibrate), forward
+        )
+        notes += calibration_notes
+        if loaded and loaded.calibration not in (None, fingerprint.value):
             raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
                              "pass the same ones, or plan again")  # fmt: skip
-    calibration = seen.value if arguments else None
+    calibration = fingerprint.value if arguments else None
     return _carry_out(decision, notes, arguments, calibration, keep, dry_run)
 
 
@@ -151,7 +153,7 @@ def _carry_out(
     change = AttentionSwap(model, decision.attention)
     in_report = {
         *(s.fqn for s in decision.skipped),
-        *(leaf.fqn for leaf in decision.attention.found),
+        *(leaf.fqn for leaf in decision.attention.leaves),
         *(leaf.fqn for leaf, _ in swapped),
     }
     report = Report(
@@ -173,11 +175,11 @@ def _carry_out(
 
 def _warnings(decision: Decision) -> list[str]:
     context, leaves, attention = decision.context, decision.linear, decision.attention
-    names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.found)]
+    names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.leaves)]
     notes = [
         f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
-        for argument, given in (("include", context.include), ("exclude", context.exclude))
-        for pattern in given
+        for argument, patterns in (("include", context.include), ("exclude", context.exclude))
+        for pattern in patterns
         if not any(pattern.matches(fqn) for fqn in names)
     ]
     if not leaves and not attention.swapped:
@@ -198,8 +200,8 @@ def _warnings(decision: Decision) -> list[str]:
     }
     for operation, device, dtype in sorted(weights, key=str):
         if operation and only_reference_on(operation, device, dtype):
-            what = f"{str(dtype).removeprefix('torch.')} on {device}"
-            notes.append(f"{operation} has no kernel for {what} in this installation, so its layers run through the "
+            call = f"{str(dtype).removeprefix('torch.')} on {device}"
+            notes.append(f"{operation} has no kernel for {call} in this installation, so its layers run through the "
                          "plain-torch reference in float64, which shows their accuracy and is slower than what they "
                          "replace: see `forwardpass doctor`")  # fmt: skip
     return notes
@@ -227,13 +229,13 @@ def _fused(leaf: Leaf) -> dict[str, str]:
     return {"activation": leaf.formula} if leaf.formula is not None else {}
 
 
-def _empty(leaf: Leaf, wanted: LayerPrecision) -> QuantizedLinear:
+def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedLinear:
     """A replacement without values, for its size."""
-    options = {**wanted.precision.options, **_fused(leaf)}
-    if wanted.calibrated:
+    options = {**planned.precision.options, **_fused(leaf)}
+    if planned.calibrated:
         options["channel_scale"] = True
     dtype, bias = linear_weight(leaf.module).dtype, leaf.has_bias
-    return wanted.precision.module(
+    return planned.precision.module(
         leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options
     )
 
@@ -272,8 +274,8 @@ def _weight_bytes(
     before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
     after = tensor_bytes(m for m in model.modules() if id(m) not in gone) + new
     on = {_kept_on(leaf.module, keep) for leaf in swapped} - {None}
-    kept = tensor_bytes(leaf.module for leaf in swapped) if on else 0
-    return WeightBytes(before, after, kept, ", ".join(sorted(map(str, on))) or None, before + new)
+    original_bytes = tensor_bytes(leaf.module for leaf in swapped) if on else 0
+    return WeightBytes(before, after, original_bytes, ", ".join(sorted(map(str, on))) or None, before + new)
 
 
 #: What takes time whatever it weighs: (class, code, why it stays, what to do).
@@ -284,25 +286,25 @@ _COMPUTING: tuple[tuple[Any, str, str, str], ...] = (
 )  # fmt: skip
 
 
-def _left(model: nn.Module, spoken_of: set[str]) -> list[Left]:
+def _left(model: nn.Module, reported: set[str]) -> list[Left]:
     """The layers that are neither Linear-like nor attention, by class: those that compute, and those that weigh something."""
     classes: dict[type, list[tuple[str, nn.Module]]] = {}
     for fqn, module in model.named_modules():
         names = {fqn, *(f"{fqn}.{name}" if fqn else name for name in module._parameters)}
-        if any(p is not None for p in module._parameters.values()) and names.isdisjoint(spoken_of):
+        if any(p is not None for p in module._parameters.values()) and names.isdisjoint(reported):
             classes.setdefault(type(module), []).append((fqn, module))
-    least, left = WEIGHS * tensor_bytes(model.modules()), []
+    least, groups = WEIGHS * tensor_bytes(model.modules()), []
     for cls, members in classes.items():
         size = tensor_bytes(module for _, module in members)
-        found = next((why for kind, *why in _COMPUTING if issubclass(cls, kind)), None)
-        if found or size >= least > 0:
-            why = found or (
+        reason = next((why for kind, *why in _COMPUTING if issubclass(cls, kind)), None)
+        if reason or size >= least > 0:
+            why = reason or (
                 "own_weights",
                 f"{cls.__name__} computes with weights of its own in its own code",
                 "leave it",
             )
-            left.append(Left(cls.__name__, members[0][0], len(members), size, Reason(*why)))
-    return sorted(left, key=lambda x: -x.bytes)
+            groups.append(Left(cls.__name__, members[0][0], len(members), size, Reason(*why)))
+    return sorted(groups, key=lambda x: -x.bytes)
 
 
 def _swapped(leaf: Leaf, precision: Precision, new: QuantizedLinear) -> Swapped:
@@ -322,5 +324,5 @@ def planned(
                      p.precision.name, p.precision.version, p.calibrated)
         for leaf, p in layer_precisions
     )  # fmt: skip
-    of = layers_of(linear_leaves(model))
-    return Plan(type(model).__name__, of, tuple(layers), tuple(attention), calibration, __version__)
+    model_layers = layers_of(linear_leaves(model))
+    return Plan(type(model).__name__, model_layers, tuple(layers), tuple(attention), calibration, __version__)

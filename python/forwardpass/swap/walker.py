@@ -54,26 +54,26 @@ def linear_leaves(model: nn.Module) -> list[Leaf]:
     return leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
 
 
-def leaves(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Leaf]:
+def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool]) -> list[Leaf]:
     """Those below `model` that are wanted, as `linear_like` has them."""
     first_places: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
     places: dict[int, list[str]] = {}
     for fqn, name, module, parent, ancestors in _walk("", model, (("", model),), set()):
-        if wanted(module):
+        if predicate(module):
             first_places.setdefault(id(module), (fqn, module, parent, name, ancestors))
             places.setdefault(id(module), []).append(fqn)
     return [Leaf(*leaf, tuple(places[key])) for key, leaf in first_places.items()]
 
 
 def _walk(
-    prefix: str, module: nn.Module, ancestors: tuple[tuple[str, nn.Module], ...], seen: set[int]
+    prefix: str, module: nn.Module, ancestors: tuple[tuple[str, nn.Module], ...], visited: set[int]
 ) -> Iterator[tuple[str, str, nn.Module, nn.Module, tuple[tuple[str, nn.Module], ...]]]:
     """(fqn, name, child, parent, ancestors) of every edge of the module tree; what is below a shared module, once."""
-    seen.add(id(module))
+    visited.add(id(module))
     for name, child in module._modules.items():
         if child is None:
             continue
         fqn = f"{prefix}.{name}" if prefix else name
         yield fqn, name, child, module, ancestors
-        if id(child) not in seen:
-            yield from _walk(fqn, child, (*ancestors, (name, child)), seen)
+        if id(child) not in visited:
+            yield from _walk(fqn, child, (*ancestors, (name, child)), visited)

@@ -48,12 +48,12 @@ class Case:
         return n * (read + 1) + segments * (4 if self.symmetric else 8)
 
 
-def assert_matches(got: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) -> None:
-    """got is what a backend may return for args: a scale and a zero point within the activation's bound of the
+def assert_matches(actual: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) -> None:
+    """actual is what a backend may return for args: a scale and a zero point within the activation's bound of the
     reference's, and by them each element the step of a value within that bound."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     x, activation, dtype, group_size, layout, symmetric, channel_scale = args
-    q, scale, zero_point = (t.cpu() for t in got)
+    q, scale, zero_point = (t.cpu() for t in actual)
     expected = reference.activation_quantize(*args)
     inputs = [t.double() for t in (separate_gate_up(x, -1, layout) if is_gated(activation) else (x,))]
     channel = 1.0 if channel_scale is None else channel_scale.double()
@@ -77,11 +77,11 @@ def assert_matches(got: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) ->
     z = None
     if not symmetric:
         z = zero_point if group_size else zero_point.unsqueeze(-1)
-        at = largest_of((-values).clamp(min=0)) / s - 128  # before it was rounded
-        assert_close(z.double(), at, 0.5 + largest / s * 1.001, "zero_point")
+        unrounded = largest_of((-values).clamp(min=0)) / s - 128  # before it was rounded
+        assert_close(z.double(), unrounded, 0.5 + largest / s * 1.001, "zero_point")
         z = z[..., index]
     assert_quantized_close(q, values, bound, s[..., index], zero_point=z)
-    for name, g, e in zip(("q", "scale", "zero_point"), got, expected):
+    for name, g, e in zip(("q", "scale", "zero_point"), actual, expected):
         is_, should_be = ((t.dtype, tuple(t.shape), t.stride()) for t in (g, e))
         if is_ != should_be:
             raise AssertionError(f"{name}: {is_}, expected {should_be}")

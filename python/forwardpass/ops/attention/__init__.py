@@ -147,8 +147,8 @@ def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> N
         if x.device != q.device:
             raise ValueError(f"{op}: {name} is on {x.device} and q on {q.device}: move one of them")
         if x.dim() != (3 if packed else 4):
-            wanted = f"[T{shape} with cu_seqlens" if packed else f"[B, S{shape} without cu_seqlens"
-            raise ValueError(f"{op}: {name} must be {wanted}, and has shape {tuple(x.shape)}")
+            shape_text = f"[T{shape} with cu_seqlens" if packed else f"[B, S{shape} without cu_seqlens"
+            raise ValueError(f"{op}: {name} must be {shape_text}, and has shape {tuple(x.shape)}")
         if x.shape[-1] == 0 or x.shape[-2] == 0:
             raise ValueError(f"{op}: {name} must have a head and a column, and has shape {tuple(x.shape)}")
         if x.shape[-1] > 1 and x.stride(-1) != 1:
@@ -179,8 +179,8 @@ def _check_cu_seqlens(op: str, q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlen
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return False
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        given = "q" if cu_seqlens_k is None else "k"
-        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k go together, and only cu_seqlens_{given} was given")
+        side = "q" if cu_seqlens_k is None else "k"
+        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k go together, and only cu_seqlens_{side} was given")
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
             raise TypeError(
@@ -198,19 +198,19 @@ def _check_cu_seqlens(op: str, q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlen
 
 def _check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, packed: bool) -> None:
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        given = getattr(mask, "dtype", type(mask).__name__)
+        dtype = getattr(mask, "dtype", type(mask).__name__)
         raise TypeError(
-            f"{op}: mask must be a tensor of torch.bool, torch.float32 or q's dtype, {q.dtype}, not {given}: convert it, "
+            f"{op}: mask must be a tensor of torch.bool, torch.float32 or q's dtype, {q.dtype}, not {dtype}: convert it, "
             "integers with .bool()"
         )
     if packed:
         raise ValueError(
             f"{op}: a mask does not go with cu_seqlens: use causal, window or alibi_slopes, or a padded batch"
         )
-    wanted = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    if mask.dim() > 4 or any(n not in (1, w) for n, w in zip(mask.shape[::-1], wanted[::-1])):
+    full_shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.dim() > 4 or any(n not in (1, w) for n, w in zip(mask.shape[::-1], full_shape[::-1])):
         raise ValueError(
-            f"{op}: mask must broadcast to [B, H, Sq, Sk], here {list(wanted)}, and has shape {tuple(mask.shape)}"
+            f"{op}: mask must broadcast to [B, H, Sq, Sk], here {list(full_shape)}, and has shape {tuple(mask.shape)}"
         )
     if mask.device != q.device:
         raise ValueError(f"{op}: mask is on {mask.device} and q on {q.device}: move one of them")
@@ -266,11 +266,11 @@ def _check(
     check_vector(op, "sinks", sinks, heads, (torch.float32, q.dtype), q)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     return _fake(q, k, v), q.new_empty(shape, dtype=torch.float32)
 
@@ -290,12 +290,12 @@ def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int | 
     return wide and dtype == torch.float32 and head_dim in (16, 32, 48, 64)
 
 
-def _why_not_gpu(q: Tensor, *rest: Any) -> Reason | None:
+def _why_not_gpu(q: Tensor, *options: Any) -> Reason | None:
     if q.dtype == torch.float32:
         return Reason(
             "dtype", "tensor cores multiply 16-bit operands, and q is float32", "convert q, k and v to bfloat16"
         )
-    if rest and bucket(dims := q.shape[-1], values := rest[1].shape[-1]) is None:
+    if options and bucket(dims := q.shape[-1], values := options[1].shape[-1]) is None:
         return Reason(
             "head_dim",
             f"the kernels take head dims that are multiples of 8 from 32 to 256, or 192 with 128 of v, not {dims} with {values}",
@@ -304,11 +304,11 @@ def _why_not_gpu(q: Tensor, *rest: Any) -> Reason | None:
     return None
 
 
-def _why_not_cpu(q: Tensor, *rest: Any) -> Reason | None:
+def _why_not_cpu(q: Tensor, *options: Any) -> Reason | None:
     """It takes what torch's scaled_dot_product_attention takes, which it hands most on to."""
-    if rest and rest[6] > 0:
+    if options and options[6] > 0:
         return Reason("softcap", "torch's fused attention for CPUs has no softcap", "use the reference backend")
-    if rest and q.shape[-1] != (values := rest[1].shape[-1]):
+    if options and q.shape[-1] != (values := options[1].shape[-1]):
         return Reason(
             "head_dim",
             f"torch's fused attention for CPUs takes one head dim for q, k and v, not {q.shape[-1]} and {values}",
@@ -317,7 +317,7 @@ def _why_not_cpu(q: Tensor, *rest: Any) -> Reason | None:
     return None
 
 
-def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
+def _notes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[str]:
     notes = []
     size = q.element_size()
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -333,7 +333,7 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
         notes.append(
             f"head dim {dims[0]} runs as {b[0]} in CUDA and Triton kernels: {b[0] / dims[0]:.2f} times the work"
         )
-    _, causal, left, right, _, mask, alibi_slopes = rest[:7]
+    _, causal, left, right, _, mask, alibi_slopes = options[:7]
     limited = left is not None or right is not None or (causal and q.shape[-3] != k.shape[-3])
     faster = faster_than_torch(q.device, q.dtype, q.shape[-1])
     if q.device.type == "cpu" and ((limited and not faster) or mask is not None or alibi_slopes is not None):

@@ -169,8 +169,8 @@ class Case:
         return (rows * h + keys * hk) * (d + dv) * self.dtype.itemsize + mask + 4 * rows * h * self.lse
 
 
-def assert_matches(got: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], lse_bound: float = 1e-5) -> None:
-    """got is what a backend may return for args: o, or o and lse.
+def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], lse_bound: float = 1e-5) -> None:
+    """actual is what a backend may return for args: o, or o and lse.
 
     The yardstick is the error of the same maths in plain torch at q's dtype, scores and probabilities rounded to it, against
     fp64. A kernel that keeps its scores in float32 is far below: half of it is allowed besides the rounding of o itself, on
@@ -178,7 +178,7 @@ def assert_matches(got: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], l
     tanh, on a GPU, whose float32 sums are not the interpreter's, and for float32, in which torch's scores are no coarser.
     The lse is within lse_bound, relative or, where it is less than 1, absolute; within 1e-3 with a softcap.
     """
-    o, lse = got if isinstance(got, tuple) else (got, None)
+    o, lse = actual if isinstance(actual, tuple) else (actual, None)
     loose = o.device.type != "cpu" or args[7] > 0 or o.dtype == torch.float32
     times_max, times_mean = (2.0, 1.5) if loose else (0.5, 0.5)
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)

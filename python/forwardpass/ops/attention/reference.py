@@ -76,10 +76,10 @@ def attention_with_lse(
 
 def boundaries(name: str, cu_seqlens: Tensor, x: Tensor) -> Iterator[slice]:
     """The rows of x that each sequence has."""
-    at = cu_seqlens.tolist()
-    if at != sorted(at) or (at[0], at[-1]) != (0, x.shape[0]):
-        raise ValueError(f"attention: {name} must rise from 0 to the number of rows, {x.shape[0]}, and is {at}")
-    return map(slice, at, at[1:])
+    offsets = cu_seqlens.tolist()
+    if offsets != sorted(offsets) or (offsets[0], offsets[-1]) != (0, x.shape[0]):
+        raise ValueError(f"attention: {name} must rise from 0 to the number of rows, {x.shape[0]}, and is {offsets}")
+    return map(slice, offsets, offsets[1:])
 
 
 def attend(

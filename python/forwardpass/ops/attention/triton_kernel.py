@@ -82,9 +82,9 @@ def find_sequence(cu_seqlens_q_ptr, tile, sequences, M: tl.constexpr):
     need."""
     b = -1
     for first in range(0, sequences, 128):
-        at = first + tl.arange(0, 128)
-        begin = tl.load(cu_seqlens_q_ptr + at, mask=at < sequences, other=0)
-        b += tl.sum(((begin // M + at <= tile) & (at < sequences)).to(tl.int32))
+        i = first + tl.arange(0, 128)
+        begin = tl.load(cu_seqlens_q_ptr + i, mask=i < sequences, other=0)
+        b += tl.sum(((begin // M + i <= tile) & (i < sequences)).to(tl.int32))
     return tl.maximum(b, 0)
 
 
@@ -133,21 +133,21 @@ def tanh(x):
 
 
 @triton.jit
-def load_logits(ptr, at, kind, dtype: tl.constexpr):
+def load_logits(ptr, offset, kind, dtype: tl.constexpr):
     """Masks or sinks, bool, float32 or of q's dtype, in units of log2(e)."""
     if kind == 1:
-        logits = tl.where(tl.load(ptr + at) != 0, 0.0, float("-inf"))
+        logits = tl.where(tl.load(ptr + offset) != 0, 0.0, float("-inf"))
     elif kind == 2:
-        logits = tl.load(ptr.to(tl.pointer_type(tl.float32)) + at) * LOG2_E
+        logits = tl.load(ptr.to(tl.pointer_type(tl.float32)) + offset) * LOG2_E
     else:
-        logits = tl.load(ptr.to(tl.pointer_type(dtype)) + at).to(tl.float32) * LOG2_E
+        logits = tl.load(ptr.to(tl.pointer_type(dtype)) + offset).to(tl.float32) * LOG2_E
     return logits
 
 
 @triton.jit
 def general_scores(s, scale, column, keys, options, dtype: tl.constexpr):
     """Products [M, N] to scores in units of log2(e)."""
-    softcap, slope, place, row, rows, mask_ptr, mask_at, mask_kind, mask_row, mask_column = options
+    softcap, slope, place, row, rows, mask_ptr, mask_offset, mask_kind, mask_row, mask_column = options
     s *= scale
     if softcap > 0:
         s = tanh(s * (1 / softcap)) * (softcap * LOG2_E)
@@ -157,12 +157,12 @@ def general_scores(s, scale, column, keys, options, dtype: tl.constexpr):
         s -= slope * tl.abs(place[:, None] - column[None, :]).to(tl.float32)
     if mask_kind != 0:
         # beyond its end the last row and key again: scores that nobody uses
-        at = mask_at + tl.minimum(column, keys - 1).to(tl.int64) * mask_column
+        offset = mask_offset + tl.minimum(column, keys - 1).to(tl.int64) * mask_column
         if mask_row == 0:  # of keys alone, such as padding
-            s += load_logits(mask_ptr, at, mask_kind, dtype)[None, :]
+            s += load_logits(mask_ptr, offset, mask_kind, dtype)[None, :]
         else:
-            at_row = tl.minimum(row, rows - 1).to(tl.int64) * mask_row
-            s += load_logits(mask_ptr, at_row[:, None] + at[None, :], mask_kind, dtype)
+            row_offset = tl.minimum(row, rows - 1).to(tl.int64) * mask_row
+            s += load_logits(mask_ptr, row_offset[:, None] + offset[None, :], mask_kind, dtype)
     return s
 
 
@@ -251,18 +251,18 @@ def attention_kernel(
     whole = tl.minimum(tl.cdiv(last_low, N), end)
     whole_end = tl.maximum((first_high + 1) // N, whole)
 
-    batch_at = tl.where(packed, 0, sequence)
-    q += (batch_at.to(tl.int64) * q_batch + q_origin.to(tl.int64) * q_step + head.to(tl.int64) * q_head) * 8
-    k += (batch_at.to(tl.int64) * k_batch + k_origin.to(tl.int64) * k_step + kv_head.to(tl.int64) * k_head) * 8
-    v += (batch_at.to(tl.int64) * v_batch + k_origin.to(tl.int64) * v_step + kv_head.to(tl.int64) * v_head) * 8
+    batch_index = tl.where(packed, 0, sequence)
+    q += (batch_index.to(tl.int64) * q_batch + q_origin.to(tl.int64) * q_step + head.to(tl.int64) * q_head) * 8
+    k += (batch_index.to(tl.int64) * k_batch + k_origin.to(tl.int64) * k_step + kv_head.to(tl.int64) * k_head) * 8
+    v += (batch_index.to(tl.int64) * v_batch + k_origin.to(tl.int64) * v_step + kv_head.to(tl.int64) * v_head) * 8
     q_tiles = tiles_at(q, None, first_row, rows, 0, 0, 0, q_step, dim, M, PARTS, False)
     if not GENERAL:
         scale *= LOG2_E
     slope = 0.0
     if has_alibi:
         slope = tl.load(alibi_ptr + sequence.to(tl.int64) * alibi_batch + head) * LOG2_E
-    mask_at = sequence.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
-    options = (softcap, slope, place, row, rows, mask_ptr, mask_at, mask_kind, mask_row, mask_column)
+    mask_offset = sequence.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
+    options = (softcap, slope, place, row, rows, mask_ptr, mask_offset, mask_kind, mask_row, mask_column)
     acc = ()
     for j in tl.static_range(len(VALUE_PARTS)):
         acc += (tl.zeros((M, tl.constexpr(VALUE_PARTS[j])), tl.float32),)  # type: ignore[assignment]
@@ -270,11 +270,11 @@ def attention_kernel(
     total = tl.zeros((M,), tl.float32)
     acc, most, total = attend_blocks(
         q_tiles, acc, most, total, whole, whole_end, whole_end, 0, k, v, k_descriptors, v_descriptors, k_step, v_step, k_origin,
-        batch_at, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, True, GENERAL,
+        batch_index, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, True, GENERAL,
     )  # fmt: skip
     acc, most, total = attend_blocks(
         q_tiles, acc, most, total, begin, whole, end, whole_end - whole, k, v, k_descriptors, v_descriptors, k_step, v_step,
-        k_origin, batch_at, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, False, GENERAL,
+        k_origin, batch_index, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, False, GENERAL,
     )  # fmt: skip
 
     correction = tl.full((M,), 1.0, tl.float32)
@@ -286,17 +286,17 @@ def attention_kernel(
         total = total * correction + tl.exp2(sink - shift)
         most = highest
     inside = row < rows
-    row_at = batch_at.to(tl.int64) * all_rows + q_origin + row
+    row_index = batch_index.to(tl.int64) * all_rows + q_origin + row
     if has_lse:
-        lse_at = (batch_at.to(tl.int64) * heads + head) * all_rows + q_origin + row
-        tl.store(lse_ptr + lse_at, (most + tl.log2(total)) * LN_2, mask=inside)
+        lse_offset = (batch_index.to(tl.int64) * heads + head) * all_rows + q_origin + row
+        tl.store(lse_ptr + lse_offset, (most + tl.log2(total)) * LN_2, mask=inside)
     factor = correction / tl.where(total == 0, 1.0, total)  # a row that sees nothing is 0
     column = 0
     for j in tl.static_range(len(VALUE_PARTS)):
         c = (column + tl.arange(0, VALUE_PARTS[j]))[None, :]
-        at = ((row_at * heads + head) * (value_dim * 8))[:, None] + c
+        offset = ((row_index * heads + head) * (value_dim * 8))[:, None] + c
         o = (acc[j] * factor[:, None]).to(q.dtype.element_ty)
-        tl.store(out + at, o, mask=inside[:, None] & (c < value_dim * 8))
+        tl.store(out + offset, o, mask=inside[:, None] & (c < value_dim * 8))
         column += VALUE_PARTS[j]
 
 
@@ -383,15 +383,15 @@ def run(
         )  # fmt: skip
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     out = ATTENTION.fake(q, k, v)
-    run(out, None, q, k, v, *rest)
+    run(out, None, q, k, v, *options)
     return out
 
 
-def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out, lse = ATTENTION_WITH_LSE.fake(q, k, v)
-    run(out, lse, q, k, v, *rest)
+    run(out, lse, q, k, v, *options)
     return out, lse
 
 

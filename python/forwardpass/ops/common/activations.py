@@ -89,11 +89,11 @@ def interleave_gate_up(gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
 
 def separate_gate_up(x: Tensor, dim: int = 0, layout: str = "interleaved8") -> tuple[Tensor, Tensor]:
     """(gate, up) from x, twice as long along `dim`: "interleaved8" (a multiple of 16) or "halves" (views)."""
-    of = {"interleaved8": 16, "halves": 2}
-    if layout not in of:
+    multiples = {"interleaved8": 16, "halves": 2}
+    if layout not in multiples:
         raise ValueError(f"separate_gate_up: layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    if x.dim() == 0 or x.shape[dim] % of[layout]:
-        raise ValueError(f"separate_gate_up: dimension {dim} must be a multiple of {of[layout]} in {layout!r}, and "
+    if x.dim() == 0 or x.shape[dim] % multiples[layout]:
+        raise ValueError(f"separate_gate_up: dimension {dim} must be a multiple of {multiples[layout]} in {layout!r}, and "
                          f"x has shape {tuple(x.shape)}")  # fmt: skip
     if layout == "halves":
         gate, up = x.chunk(2, dim)

@@ -31,8 +31,8 @@ def apply_epilogue(
     """
     if a_zero_point is not None and b_sum is not None:
         acc = acc.long() - a_zero_point.long().reshape(per_row(a_zero_point, acc)) * b_sum.long()
-    one = torch.ones(1, device=acc.device)
-    a_scale, b_scale = one if a_scale is None else a_scale, one if b_scale is None else b_scale
+    unit = torch.ones(1, device=acc.device)
+    a_scale, b_scale = unit if a_scale is None else a_scale, unit if b_scale is None else b_scale
     y = acc.float().double() * (a_scale.reshape(per_row(a_scale, acc)) * b_scale).double()
     if bias is not None:
         y = y + bias.double()
@@ -64,14 +64,15 @@ def fake_output(x: Tensor, shape: tuple[int, ...], activation: str | None, out_d
 
 def fake_gemm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    *rest: object,
+    *options: object,
 ) -> Tensor:  # fmt: skip
     """Of a product of a [..., K] and b [N, K]."""
     return fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
 
 
 def fake_linear(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype, *rest: object
+    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
+    *options: object,
 ) -> Tensor:  # fmt: skip
     """Of a product of x [..., K], quantised on the way, and weight [N, K]."""
     return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)

@@ -161,9 +161,9 @@ def matrix_shape(x: Tensor) -> tuple[int, int, int]:
 def check_8bit(op: str, name: str, t: Tensor, dtype: torch.dtype) -> None:
     """t is a tensor of dtype, int8 or float8_e4m3fn."""
     if not isinstance(t, Tensor) or t.dtype != dtype:
-        wanted = "an int8" if dtype == torch.int8 else "a float8_e4m3fn"
+        dtype_text = "an int8" if dtype == torch.int8 else "a float8_e4m3fn"
         raise TypeError(
-            f"{op}: {name} must be {wanted} tensor, not {getattr(t, 'dtype', type(t).__name__)}: see fp.ops.quantize"
+            f"{op}: {name} must be {dtype_text} tensor, not {getattr(t, 'dtype', type(t).__name__)}: see fp.ops.quantize"
         )
 
 
@@ -185,9 +185,9 @@ def copy_notes(**operands: Tensor) -> list[str]:
         rows, columns, stride = matrix_shape(x)
         size = x.element_size()
         if rows and (stride * size % 16 or x.storage_offset() * size % 16):
-            at = f"rows of {name} {stride * size} bytes apart" if stride * size % 16 else f"the first byte of {name}"
+            place = f"rows of {name} {stride * size} bytes apart" if stride * size % 16 else f"the first byte of {name}"
             copied = rows * -(-columns * size // 16) * 16
-            notes.append(f"{at}, not at a multiple of 16: CUDA and Triton kernels first copy it, {copied} bytes")
+            notes.append(f"{place}, not at a multiple of 16: CUDA and Triton kernels first copy it, {copied} bytes")
     return notes
 
 
@@ -199,8 +199,8 @@ def check_vector(
         return
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     if not isinstance(v, Tensor) or v.dtype not in dtypes:
-        wanted = " or ".join(map(str, dict.fromkeys(dtypes)))
-        raise TypeError(f"{op}: {name} must be a tensor of {wanted}, not {getattr(v, 'dtype', type(v).__name__)}")
+        dtype_names = " or ".join(map(str, dict.fromkeys(dtypes)))
+        raise TypeError(f"{op}: {name} must be a tensor of {dtype_names}, not {getattr(v, 'dtype', type(v).__name__)}")
     if v.numel() != size or not v.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous with {size} elements, and has shape {tuple(v.shape)}")
     if v.device != x.device:

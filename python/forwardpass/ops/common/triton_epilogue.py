@@ -46,34 +46,35 @@ def options(
         return unread.view(torch.int32) if v is None else v
 
     _, columns, out_stride = matrix_shape(out)
-    given = out.view(torch.uint8)
+    out_bytes = out.view(torch.uint8)
     return {
         "a_scale_ptr": unread if a_scale is None else a_scale, "a_scale_step": -1 if scaled else step(a_scale),
         "b_scale_ptr": unread, "b_scale_step": -1 if scaled else step(b_scale),
         "zero_ptr": integers(a_zero_point), "zero_step": step(a_zero_point), "b_sum_ptr": integers(b_sum),
-        "bias_ptr": given if bias is None else bias.view(torch.uint8), "bias_type": _TYPES[None if bias is None else bias.dtype],
+        "bias_ptr": out_bytes if bias is None else bias.view(torch.uint8),
+        "bias_type": _TYPES[None if bias is None else bias.dtype],
         "activation": _ACTIVATIONS[activation and activation.removesuffix("_mul")],
         "out_scale_ptr": unread if out_scale is None else out_scale, "out_scale_step": step(out_scale),
-        "out_ptr": given, "out_type": _TYPES[out.dtype], "out_stride": out_stride, "out_columns": columns,
+        "out_ptr": out_bytes, "out_type": _TYPES[out.dtype], "out_stride": out_stride, "out_columns": columns,
     }  # fmt: skip
 
 
 @triton.jit
-def load_each(ptr, at, inside, step, other):
-    """One value for each of `at`, `other` where there is none."""
-    return tl.load(ptr + at * step, mask=inside & (step >= 0), other=other)
+def load_each(ptr, offset, inside, step, other):
+    """One value for each offset, `other` where there is none."""
+    return tl.load(ptr + offset * step, mask=inside & (step >= 0), other=other)
 
 
 @triton.jit
-def load_bias(ptr, at, inside, bias_type):
+def load_bias(ptr, offset, inside, bias_type):
     """In fp32."""
-    bias = tl.zeros(at.shape, tl.float32)
+    bias = tl.zeros(offset.shape, tl.float32)
     if bias_type == 1:
-        bias = tl.load(ptr.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        bias = tl.load(ptr.to(tl.pointer_type(tl.float32)) + offset, mask=inside, other=0.0)
     elif bias_type == 2:
-        bias = tl.load(ptr.to(tl.pointer_type(tl.float16)) + at, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(ptr.to(tl.pointer_type(tl.float16)) + offset, mask=inside, other=0.0).to(tl.float32)
     elif bias_type == 3:
-        bias = tl.load(ptr.to(tl.pointer_type(tl.bfloat16)) + at, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(ptr.to(tl.pointer_type(tl.bfloat16)) + offset, mask=inside, other=0.0).to(tl.float32)
     return bias
 
 
@@ -179,5 +180,5 @@ def store_group(y, row, rows, group, columns, q_ptr, stride, scale_ptr, scale_st
     # write it to the same shared memory before it is stored; of 8 columns two warps have each.
     is_first = (tl.arange(0, 16) == 0)[None, :]
     span = at_least_smallest(tl.where(is_first, most, parts).to(tl.float32, bitcast=True))
-    at = scale_ptr + row[:, None] + group.to(tl.int64) * scale_stride + tl.arange(0, 16)[None, :]
-    tl.store(at, tl.math.div_rn(span, tl.full((M, 16), 448.0, tl.float32)), mask=is_first & (row < rows)[:, None])
+    address = scale_ptr + row[:, None] + group.to(tl.int64) * scale_stride + tl.arange(0, 16)[None, :]
+    tl.store(address, tl.math.div_rn(span, tl.full((M, 16), 448.0, tl.float32)), mask=is_first & (row < rows)[:, None])

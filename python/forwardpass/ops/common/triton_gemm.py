@@ -139,11 +139,11 @@ def tiles_at(a, b, k, K, first_m, first_n, TMA: tl.constexpr, MASKED: tl.constex
     if TMA:
         a_tile, b_tile = a.load([first_m, k]), b.load([first_n, k])
     else:
-        at = (k + tl.arange(0, BLOCK_K))[None, :]
+        cols = (k + tl.arange(0, BLOCK_K))[None, :]
         if MASKED:
-            a_tile, b_tile = tl.load(a + at, mask=at < K, other=0.0), tl.load(b + at, mask=at < K, other=0.0)
+            a_tile, b_tile = tl.load(a + cols, mask=cols < K, other=0.0), tl.load(b + cols, mask=cols < K, other=0.0)
         else:
-            a_tile, b_tile = tl.load(a + at), tl.load(b + at)
+            a_tile, b_tile = tl.load(a + cols), tl.load(b + cols)
     return a_tile, b_tile
 
 

@@ -110,11 +110,11 @@ def segment_scale(
         span = at_least_smallest(span)
         steps = 448.0 if E4M3 else 127.0 if SYMMETRIC else 255.0
         inverse = tl.math.div_rn(steps, span)
-        at = row + group_index * scale_stride
-        tl.store(scale_ptr + at, tl.math.div_rn(span, steps))
+        offset = row + group_index * scale_stride
+        tl.store(scale_ptr + offset, tl.math.div_rn(span, steps))
         if not SYMMETRIC:
             zero_point = to_int(low * inverse, 0.0, 255.0) - 128
-            tl.store(zero_ptr + at, zero_point)
+            tl.store(zero_ptr + offset, zero_point)
     return inverse, zero_point
 
 

@@ -81,7 +81,7 @@ def _fake(
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
-    *rest: Tensor | None,
+    *options: Tensor | None,
 ) -> Tensor:
     return fake_output(acc, tuple(acc.shape), activation, out_dtype)
 

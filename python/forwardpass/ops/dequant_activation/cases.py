@@ -39,8 +39,8 @@ class EpilogueCase:
         def positive(*shape: int) -> Tensor:
             return (torch.rand(shape, generator=g) + 0.5).to(device)
 
-        def scale(name: str | None, each: tuple[int, ...], step: float) -> Tensor | None:
-            return None if name is None else positive(*((1,) if name == "tensor" else each)) * step
+        def scale(name: str | None, shape: tuple[int, ...], step: float) -> Tensor | None:
+            return None if name is None else positive(*((1,) if name == "tensor" else shape)) * step
 
         outputs = columns // 2 if is_gated(self.activation) else columns
         zero_shape = {None: None, "row": lead, "tensor": (1,)}[self.zero_point]
@@ -104,15 +104,15 @@ class Case:
         )
 
 
-def assert_epilogue_matches(got: Tensor, specification: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+def assert_epilogue_matches(actual: Tensor, specification: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
     """Bit for bit without an activation and behind relu; behind another one within that one's bound and a rounding."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     expected = specification(*args)
     named = dict(zip(inspect.signature(specification).parameters, args))
     activation, out_dtype = named["activation"], named["out_dtype"]
     if activation in (None, "relu"):
-        return assert_equal(got, expected)
-    assert got.stride() == expected.stride()
+        return assert_equal(actual, expected)
+    assert actual.stride() == expected.stride()
     # the fp32 values before the activation are equal bit for bit, so only the activation and the last rounding are off
     plain = (
         named | {"activation": None, "out_dtype": torch.float32} | ({"out_scale": None} if "out_scale" in named else {})
@@ -123,13 +123,13 @@ def assert_epilogue_matches(got: Tensor, specification: Callable[..., Tensor], a
     bound = element_bound(activation, gate, up)
     if out_dtype in ULP:
         least = {torch.float16: 2.0**-25}.get(out_dtype, 0.0)
-        return assert_close(got, exact, bound * (1 + ULP[out_dtype]) + ULP[out_dtype] * exact.abs() + least)
-    assert_quantized_close(got, exact, bound + 2.0**-23 * exact.abs(), named["out_scale"])
+        return assert_close(actual, exact, bound * (1 + ULP[out_dtype]) + ULP[out_dtype] * exact.abs() + least)
+    assert_quantized_close(actual, exact, bound + 2.0**-23 * exact.abs(), named["out_scale"])
 
 
-def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
-    """got is what every backend returns for args."""
-    assert_epilogue_matches(got, reference.dequant_activation, args)
+def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
+    """actual is what every backend returns for args."""
+    assert_epilogue_matches(actual, reference.dequant_activation, args)
 
 
 def cases() -> Iterator[Case]:

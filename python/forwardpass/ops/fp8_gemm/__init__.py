@@ -98,9 +98,9 @@ def check_fp8_weight(op: str, name: str, b: Tensor, scale_name: str, b_scale: Te
     n, k = b.shape
     gated = is_gated(activation)
     one_matrix = (-(-(n // 2 if gated else n) // BLOCK), -(-k // BLOCK))
-    wanted = (2, *one_matrix) if gated else one_matrix
-    if tuple(b_scale.shape) != wanted:
-        raise ValueError(f"{op}: {scale_name} of {BLOCK} x {BLOCK} blocks must be {list(wanted)} for {name} {(n, k)} with "
+    shape = (2, *one_matrix) if gated else one_matrix
+    if tuple(b_scale.shape) != shape:
+        raise ValueError(f"{op}: {scale_name} of {BLOCK} x {BLOCK} blocks must be {list(shape)} for {name} {(n, k)} with "
                          f"activation {activation}, and has shape {tuple(b_scale.shape)}: a scale per row is [{n}]")  # fmt: skip
     check_vector(op, scale_name, b_scale, b_scale.numel(), torch.float32, x)
     return True
@@ -110,10 +110,10 @@ def _check_group_scales(op: str, name: str, s: Tensor, x: Tensor) -> None:
     """s is what `quantize` returns beside x for groups of 128."""
     if not isinstance(s, Tensor) or s.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be a float32 tensor, not {getattr(s, 'dtype', type(s).__name__)}")
-    wanted = (*x.shape[:-1], -(-x.shape[-1] // BLOCK))
-    if tuple(s.shape) != wanted:
+    shape = (*x.shape[:-1], -(-x.shape[-1] // BLOCK))
+    if tuple(s.shape) != shape:
         raise ValueError(
-            f"{op}: {name} must be {list(wanted)}, as b_scale is of blocks, and has shape {tuple(s.shape)}: "
+            f"{op}: {name} must be {list(shape)}, as b_scale is of blocks, and has shape {tuple(s.shape)}: "
             f"see fp.ops.quantize(…, group_size={BLOCK})"
         )
     if s.device != x.device:
@@ -149,8 +149,8 @@ def _check(
     elif isinstance(a_scale, Tensor) and a_scale.dim() == a.dim() > 1 and a_scale.shape[-1] != 1:
         raise ValueError(f"{op}: a_scale {tuple(a_scale.shape)} is of groups and b_scale {tuple(b_scale.shape)} is not of blocks: "
                          "pass both of one kind")  # fmt: skip
-    one = a.new_empty(1, dtype=torch.float32)
-    scales = (one, one) if blocks else (a_scale, b_scale)
+    unit = a.new_empty(1, dtype=torch.float32)
+    scales = (unit, unit) if blocks else (a_scale, b_scale)
     check_epilogue(op, a, tuple(a.shape[:-1]), b.shape[0], *scales, bias, activation, out_dtype, out_scale, None, None)
 
 
@@ -188,7 +188,7 @@ def why_no_fp8(capability: tuple[int, int]) -> Reason | None:
                   'use int8: precision="int8", fp.nn.Int8Linear, fp.ops.int8_gemm')  # fmt: skip
 
 
-def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
+def _notes(a: Tensor, b: Tensor, *options: object) -> list[str]:
     return copy_notes(a=a, b=b)
 
 

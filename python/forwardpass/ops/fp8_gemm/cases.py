@@ -91,26 +91,28 @@ class Case:
         return 2 * self.m * self.n * self.k
 
 
-def assert_matches(got: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], truncating: bool = False) -> None:
-    """got is what a backend may return for args, those of fp8_gemm or of fp8_gemm_quantize; `truncating`: on tensor cores, or
+def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], truncating: bool = False) -> None:
+    """actual is what a backend may return for args, those of fp8_gemm or of fp8_gemm_quantize; `truncating`: on tensor cores, or
     their model, that keep 13 fractional bits of a sum."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
-    operation = FP8_GEMM if isinstance(got, Tensor) else FP8_GEMM_QUANTIZE
+    operation = FP8_GEMM if isinstance(actual, Tensor) else FP8_GEMM_QUANTIZE
     fakes = operation.fake(*args)
-    for g, f in zip((got,) if isinstance(got, Tensor) else got, (fakes,) if isinstance(fakes, Tensor) else fakes):
+    for g, f in zip(
+        (actual,) if isinstance(actual, Tensor) else actual, (fakes,) if isinstance(fakes, Tensor) else fakes
+    ):
         if (g.shape, g.dtype) != (f.shape, f.dtype) or (g.numel() and g.stride() != f.stride()):
             raise AssertionError(f"{g.dtype} {g.shape} {g.stride()}, expected {f.dtype} {f.shape} {f.stride()}")
-    a, b, a_scale, b_scale, bias, activation, *rest = args
+    a, b, a_scale, b_scale, bias, activation, *options = args
     c = TRUNCATING if truncating else EXACT
     exact, bound, cancels = expected_values(a, b, a_scale, b_scale, bias, activation, c)
-    if not isinstance(got, Tensor):
-        _assert_quantized_matches(*got, exact, bound)
-    elif got.dtype in FLOATS:
-        unit, least = HALF_UNIT[got.dtype], {torch.float16: 2.0**-25}.get(got.dtype, 0.0)
-        assert_close(got, exact, bound * (1 + unit) + unit * exact.abs() + least)
-        assert_rows_close(got, exact, cancels, least)
+    if not isinstance(actual, Tensor):
+        _assert_quantized_matches(*actual, exact, bound)
+    elif actual.dtype in FLOATS:
+        unit, least = HALF_UNIT[actual.dtype], {torch.float16: 2.0**-25}.get(actual.dtype, 0.0)
+        assert_close(actual, exact, bound * (1 + unit) + unit * exact.abs() + least)
+        assert_rows_close(actual, exact, cancels, least)
     else:
-        assert_quantized_close(got, exact, bound + 2.0**-23 * exact.abs(), rest[1])
+        assert_quantized_close(actual, exact, bound + 2.0**-23 * exact.abs(), options[1])
 
 
 def expected_values(
@@ -129,17 +131,19 @@ def expected_values(
     return exact, bound, bound.norm(dim=-1) > c * CANCELS[c] * exact.norm(dim=-1)
 
 
-def assert_rows_close(got: Tensor, exact: Tensor, cancels: Tensor, least: float = 0.0) -> None:
+def assert_rows_close(actual: Tensor, exact: Tensor, cancels: Tensor, least: float = 0.0) -> None:
     """1 - 2 <x, y> / (|x|^2 + |y|^2), which is |x - y|^2 over the same, below 1e-5 for every row that does not cancel, and for
-    all of them together. `least`: what x and y may differ by all the same, half the smallest number of got's type."""
-    x, y = got.cpu().double()[~cancels], exact[~cancels]
+    all of them together. `least`: what x and y may differ by all the same, half the smallest number of actual's type."""
+    x, y = actual.cpu().double()[~cancels], exact[~cancels]
     finite = x.isfinite()  # not beyond float16; that is assert_close's
     x, y = x.where(finite, 0), y.where(finite, 0)
-    for what, dims in (("a row", (-1,)), ("all rows", tuple(range(x.dim())))):
+    for extent, dims in (("a row", (-1,)), ("all rows", tuple(range(x.dim())))):
         off = ((x - y).abs() - least).clamp(min=0).square().sum(dims)
         share = off / (x.square() + y.square()).sum(dims).clamp(min=1e-300)
         if bool((share >= 1e-5).any()):
-            raise AssertionError(f"{what}: 1 - 2 <x, y> / (|x|^2 + |y|^2) is {share.max().item():.1e}, not below 1e-5")
+            raise AssertionError(
+                f"{extent}: 1 - 2 <x, y> / (|x|^2 + |y|^2) is {share.max().item():.1e}, not below 1e-5"
+            )
 
 
 def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Tensor) -> None:
@@ -151,8 +155,8 @@ def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Te
     slack = 2.0**-22  # multiplying by the reciprocal, rounded, is not dividing by the scale
     expected = widest.clamp(min=LEAST_RANGE) / 448
     assert_close(scale, expected, off / 448 + slack * expected, "scale")
-    each = scale.cpu().repeat_interleave(BLOCK, -1)[..., : exact.shape[-1]]
-    assert_quantized_close(q, exact, bound + slack * exact.abs(), each)
+    column_scale = scale.cpu().repeat_interleave(BLOCK, -1)[..., : exact.shape[-1]]
+    assert_quantized_close(q, exact, bound + slack * exact.abs(), column_scale)
 
 
 def cases() -> Iterator[Case]:

@@ -44,8 +44,8 @@ def fp8_gemm(
 ) -> Tensor:
     a_values = a.double() * rows_scale(a, a_scale, b_scale.dim() >= 2)
     acc = a_values @ (b.double() * columns_scale(b, b_scale)).t()
-    one = torch.ones(1, device=a.device)
-    return apply_epilogue(acc, one, one, bias, activation, out_dtype, out_scale)
+    unit = torch.ones(1, device=a.device)
+    return apply_epilogue(acc, unit, unit, bias, activation, out_dtype, out_scale)
 
 
 def fp8_gemm_quantize(

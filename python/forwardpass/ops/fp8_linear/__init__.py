@@ -70,12 +70,12 @@ def _check(
         raise TypeError(
             f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use fp8_gemm"
         )
-    one = x.new_empty(1, dtype=torch.float32)
+    unit = x.new_empty(1, dtype=torch.float32)
     lead, n = tuple(x.shape[:-1]), weight.shape[0]
-    check_epilogue(op, x, lead, n, one, one if blocks else w_scale, bias, activation, out_dtype, None, None, None)
+    check_epilogue(op, x, lead, n, unit, unit if blocks else w_scale, bias, activation, out_dtype, None, None, None)
 
 
-def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
+def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
     return copy_notes(weight=weight)
 
 

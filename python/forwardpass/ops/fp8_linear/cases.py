@@ -64,13 +64,13 @@ class Case:
         return 2 * math.prod(self.lead) * self.n * self.k
 
 
-def assert_matches(got: Tensor, args: tuple[Any, ...], truncating: bool = False) -> None:
-    """got is what a backend may return for args: that of fp8_gemm for the very x that the reference quantises to."""
+def assert_matches(actual: Tensor, args: tuple[Any, ...], truncating: bool = False) -> None:
+    """actual is what a backend may return for args: that of fp8_gemm for the very x that the reference quantises to."""
     x, weight, w_scale, bias, activation, out_dtype, scale, channel_scale = (
         a.cpu() if isinstance(a, Tensor) else a for a in args
     )
     a, a_scale = reference.quantized_input(x, w_scale, scale, channel_scale)
-    gemm.assert_matches(got, (a, weight, a_scale, w_scale, bias, activation, out_dtype, None), truncating)
+    gemm.assert_matches(actual, (a, weight, a_scale, w_scale, bias, activation, out_dtype, None), truncating)
 
 
 def cases() -> Iterator[Case]:

@@ -80,8 +80,8 @@ def _check(
     check_epilogue(op, a, lead, n, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
 
 
-def _notes(a: Tensor, b: Tensor, *rest: object) -> list[str]:
-    a_zero_point = rest[6]
+def _notes(a: Tensor, b: Tensor, *options: object) -> list[str]:
+    a_zero_point = options[6]
     notes = copy_notes(a=a, b=b)
     if a_zero_point is not None:
         notes.append(f"b_sum: {b.numel()} bytes of b are read once more where it is not given")

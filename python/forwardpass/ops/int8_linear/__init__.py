@@ -73,12 +73,12 @@ def _check(
         )
     if not isinstance(w_scale, Tensor):
         raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
-    lead, n, one = tuple(x.shape[:-1]), weight.shape[0], w_scale.new_empty(1, dtype=torch.float32, device=x.device)
-    shift = None if symmetric else one.int()
-    check_epilogue(op, x, lead, n, one, w_scale, bias, activation, out_dtype, None, shift, w_sum)
+    lead, n, unit = tuple(x.shape[:-1]), weight.shape[0], w_scale.new_empty(1, dtype=torch.float32, device=x.device)
+    shift = None if symmetric else unit.int()
+    check_epilogue(op, x, lead, n, unit, w_scale, bias, activation, out_dtype, None, shift, w_sum)
 
 
-def _notes(x: Tensor, weight: Tensor, *rest: object) -> list[str]:
+def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
     return copy_notes(weight=weight)
 
 

@@ -57,9 +57,9 @@ class Case:
         return 2 * math.prod(self.lead) * self.n * self.k
 
 
-def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
-    """got is what every backend returns for args."""
-    assert_epilogue_matches(got, reference.int8_linear, args)
+def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
+    """actual is what every backend returns for args."""
+    assert_epilogue_matches(actual, reference.int8_linear, args)
 
 
 def cases() -> Iterator[Case]:

@@ -99,13 +99,13 @@ def expected_values(
     return values, bound
 
 
-def assert_matches(got: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
-    """got is what a backend may return for args, those of norm_quantize or of add_norm_quantize: residual_out equal to
+def assert_matches(actual: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
+    """actual is what a backend may return for args, those of norm_quantize or of add_norm_quantize: residual_out equal to
     the reference's; scale and zero point within the bound of its, and by them each q the step of a value within it."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
-    q, scale, zero_point, *residual_out = (t.cpu() for t in got)
+    q, scale, zero_point, *residual_out = (t.cpu() for t in actual)
     expected: tuple[Tensor, ...] = (reference.add_norm_quantize if residual_out else reference.norm_quantize)(*args)
-    for name, g, e in zip(("q", "scale", "zero_point", "residual_out"), got, expected):
+    for name, g, e in zip(("q", "scale", "zero_point", "residual_out"), actual, expected):
         if (g.shape, g.dtype, g.stride()) != (e.shape, e.dtype, e.stride()):
             raise AssertionError(f"{name}: {g.dtype} {g.shape} {g.stride()}, expected {e.dtype} {e.shape} {e.stride()}")
     if residual_out:

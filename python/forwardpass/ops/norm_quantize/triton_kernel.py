@@ -19,11 +19,11 @@ from ..common.triton_rows import magnitudes, segment_scale, store_quantized
 
 
 @triton.jit
-def load_rounded_sum(x_ptr, residual_ptr, at, mask, RESIDUAL: tl.constexpr):
+def load_rounded_sum(x_ptr, residual_ptr, offset, mask, RESIDUAL: tl.constexpr):
     """x, or x + residual, in x's dtype."""
-    v = tl.load(x_ptr + at, mask=mask, other=0.0)
+    v = tl.load(x_ptr + offset, mask=mask, other=0.0)
     if RESIDUAL:
-        r = tl.load(residual_ptr + at, mask=mask, other=0.0)
+        r = tl.load(residual_ptr + offset, mask=mask, other=0.0)
         v = (v.to(tl.float32) + r.to(tl.float32)).to(x_ptr.dtype.element_ty)
     return v
 

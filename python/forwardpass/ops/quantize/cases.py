@@ -43,11 +43,11 @@ class Case:
         return n * (self.x_dtype.itemsize + 1) + segments * (0 if self.static else 4 if self.symmetric else 8)
 
 
-def assert_matches(got: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) -> None:
-    """got is what every backend returns for args: the reference's bits."""
+def assert_matches(actual: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) -> None:
+    """actual is what every backend returns for args: the reference's bits."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     expected = reference.quantize(*args)
-    for name, g, e in zip(("q", "scale", "zero_point"), got, expected):
+    for name, g, e in zip(("q", "scale", "zero_point"), actual, expected):
         assert_equal(g, e, name)
 
 

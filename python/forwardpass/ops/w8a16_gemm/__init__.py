@@ -41,14 +41,14 @@ def _check(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activatio
     if not isinstance(w_scale, Tensor):
         raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
     n, groups = w.shape[0], -(-w.shape[1] // 128)
-    one = x.new_empty(1, dtype=torch.float32)
+    unit = x.new_empty(1, dtype=torch.float32)
     blocks = w_scale.dim() == 2
     if blocks:
         if tuple(w_scale.shape) != (n, groups):
             raise ValueError(f"{op}: w_scale of blocks must be [{n}, {groups}], and has shape {tuple(w_scale.shape)}")
         check_vector(op, "w_scale", w_scale, n * groups, torch.float32, x)
     check_epilogue(
-        op, x, tuple(x.shape[:-1]), n, one, one if blocks else w_scale, bias, activation, x.dtype, None, None, None
+        op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else w_scale, bias, activation, x.dtype, None, None, None
     )
 
 
@@ -56,7 +56,7 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation
     return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
 
 
-def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
+def _why_not_gpu(x: Tensor, *options: object) -> Reason | None:
     if x.dtype != torch.float32:
         return None
     return Reason(
@@ -64,7 +64,7 @@ def _why_not_gpu(x: Tensor, *rest: object) -> Reason | None:
     )
 
 
-def _notes(x: Tensor, w: Tensor, *rest: object) -> list[str]:
+def _notes(x: Tensor, w: Tensor, *options: object) -> list[str]:
     return copy_notes(x=x, w=w)
 
 

@@ -57,13 +57,13 @@ class Case:
         return 2 * math.prod(self.lead) * self.n * self.k
 
 
-def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
-    """got is what a backend may return for args: an fp32 sum of K products in any order is within K 2^-24 of the sum of their
+def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
+    """actual is what a backend may return for args: an fp32 sum of K products in any order is within K 2^-24 of the sum of their
     magnitudes, and 3 more roundings follow."""
     activation = args[4]
     x, w, w_scale, bias = (a.cpu() if isinstance(a, Tensor) else a for a in args[:4])
-    if got.dtype != x.dtype or not got.is_contiguous():
-        raise AssertionError(f"{got.dtype} {got.stride()}, expected {x.dtype} and contiguous")
+    if actual.dtype != x.dtype or not actual.is_contiguous():
+        raise AssertionError(f"{actual.dtype} {actual.stride()}, expected {x.dtype} and contiguous")
     y = reference.w8a16_gemm(x.double(), w, w_scale, bias, None)
     exact = reference.w8a16_gemm(x.double(), w, w_scale, bias, activation)
     size = x.double().abs() @ reference.dequantize_weight(w, w_scale).abs().t() + (0 if bias is None else bias.abs())
@@ -72,7 +72,7 @@ def assert_matches(got: Tensor, args: tuple[Any, ...]) -> None:
     errors = separate_gate_up(error, -1) if is_gated(activation) else (error, 0.0)
     bound, unit = element_bound(activation, gate, up, *errors), ULP[x.dtype]
     least = {torch.float16: 2.0**-25}.get(x.dtype, 0.0)
-    assert_close(got, exact, bound * (1 + unit) + unit * exact.abs() + least)
+    assert_close(actual, exact, bound * (1 + unit) + unit * exact.abs() + least)
 
 
 def cases() -> Iterator[Case]:

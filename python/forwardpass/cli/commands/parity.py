@@ -1,0 +1,65 @@
+"""`forwardpass parity`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import forwardpass as fp
+
+from ...common.plots import require as require_plot
+from ...common.text import wrapped
+from .. import comparison
+from ..console import describe_calibration, say, tracking
+from ..options import (
+    Calibration,
+    Device,
+    Json,
+    ModelName,
+    PlanFile,
+    PrecisionName,
+    Texts,
+    precision_or_plan,
+    prepare,
+    refusing,
+    write_json,
+)
+from ..subject import load
+
+
+def parity(
+    model: ModelName,
+    precision: PrecisionName = None,
+    plan: PlanFile = None,
+    text: Texts = None,
+    calibrate: Calibration = None,
+    compiled: Annotated[bool, typer.Option(help="Compare the output under torch.compile too.")] = False,
+    device: Device = None,
+    json: Json = None,
+    plot: Annotated[str | None, typer.Option(help="Draw the errors by depth: a .png, .svg or .pdf file.")] = None,
+) -> None:  # fmt: skip
+    """Shows how far each swapped layer of a text embedding model is from the original, the worst first."""
+    console = Console(stderr=json == "-")
+    planned, calibrates = precision_or_plan(precision, plan)
+    where = prepare(device, json, plot, read=(model, plan, text, calibrate))
+    with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the report has them too
+        if plot:
+            require_plot(plot)
+        subject = load(model, where, text, calibrate, calibrates, console)
+        with tracking() as track:
+            track(subject.swapping(), None)
+            fp.swap(subject.model, precision=precision, plan=planned, calibrate=subject.calibration)
+            advance = track("comparing", len(subject.batches))
+            parity_report = fp.parity(subject.model, comparison.ticking(subject.batches, advance), compiled=compiled)
+    if subject.calibration:
+        say(console, "\n".join(wrapped(f"calibrated {describe_calibration(subject.calibrated_on)}")))
+    say(console, str(parity_report))
+    if json:
+        about = {"model": {"name": model, "chosen": subject.source.origin}, "precision": precision, "plan": plan}
+        write_json({**parity_report.to_json(), **about}, json)
+    if plot:
+        parity_report.save_plot(plot)

@@ -1,0 +1,93 @@
+"""`forwardpass plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import forwardpass as fp
+
+from ...common.plots import require as require_plot
+from ...common.text import count
+from ...common.timing import keep_freed_memory
+from ...planning.measure import CALIBRATED
+from ...planning.plan import CANDIDATES, TARGETS
+from ...planning.plots import plan as plot_plan
+from .. import embedding
+from ..console import say, tracking
+from ..options import Device, ModelName, number, prepare, refuse, refusing, write_json
+from ..subject import load
+
+
+def plan(
+    model: ModelName,
+    min_cosine: Annotated[float | None, number("The lowest cosine over the texts that may be; or", above=0, most=1)] = None,
+    max_error: Annotated[float | None, number("the largest relative error of the embeddings.", least=0)] = None,
+    candidates: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(CANDIDATES)}; "
+                                                   "default: all.")] = None,
+    target: Annotated[str, typer.Option(help=f"What is minimised: {' or '.join(TARGETS)}.")] = "latency",
+    text: Annotated[str | None, typer.Option(help="Texts that the budget must hold on, one a line; "
+                                             "default: 288 built in.")] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Other texts, to calibrate with: a file, builtin or none; "
+                                                  "default: builtin for what is calibrated.")] = None,
+    batch: Annotated[int, number("Rows of the timed batch.", least=1)] = 8,
+    length: Annotated[int, number("Tokens of each of its rows.", least=1)] = 128,
+    device: Device = None,
+    json: Annotated[str | None, typer.Option(help="Write the plan to this file, for `forwardpass swap --plan`, "
+                                             "or to stdout for -.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw what was to choose from: a .png, .svg or .pdf file.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Keep measurements in this file, and go on from it: after an "
+                                               "interrupt, or for another budget.")] = None,
+) -> None:  # fmt: skip
+    """Plans each layer's precision: the fastest text embedding model within a budget of error, from measurements."""
+    console = Console(stderr=json == "-")
+    if (min_cosine is None) == (max_error is None):
+        refuse("pass either --min-cosine or --max-error")
+    where = prepare(device, json, plot, resume, read=(model, text, calibrate))
+    named = [name.strip() for name in candidates.split(",")] if candidates is not None else list(CANDIDATES)
+    calibrates = any(name.endswith(CALIBRATED) for name in named)
+    if candidates is None and calibrate == "none":
+        named, calibrates = [name for name in named if not name.endswith(CALIBRATED)], False
+    with refusing(ValueError, OSError):
+        if plot:
+            require_plot(plot)
+        subject = load(model, where, text, calibrate, calibrates, console)
+        timed = embedding.full_batch(subject.tokenizer, subject.texts, batch, length, subject.model, where)
+    allocator = keep_freed_memory()
+    with tracking() as track, refusing(ValueError, TypeError, OSError, fp.Unsupported):
+        try:
+            chosen_plan = fp.plan(
+                subject.model,
+                subject.batches,
+                candidates=named,
+                min_cosine=min_cosine,
+                max_error=max_error,
+                target=target,
+                shapes=[timed],
+                calibrate=subject.calibration,
+                forward=embedding.forward,
+                resume=resume,
+                progress=track,
+            )
+        except KeyboardInterrupt as e:
+            typer.echo(f"forwardpass: interrupted {'; '.join(getattr(e, '__notes__', []))}", err=True)
+            raise typer.Exit(130) from None
+    assert chosen_plan.evidence is not None
+    about = {
+        "model": subject.source.origin,
+        "allocator": allocator,
+        "texts": len(subject.texts),
+        "batch": batch,
+        "length": length,
+    }
+    chosen_plan = dataclasses.replace(chosen_plan, evidence={**about, **chosen_plan.evidence})
+    if subject.calibration:
+        say(console, f"candidates {CALIBRATED}: on {count(subject.calibrated_on, 'text')}, in Python calibrate=batches")
+    say(console, str(chosen_plan))
+    if json:
+        write_json(chosen_plan.to_json(), json)
+    if plot:
+        plot_plan(chosen_plan.evidence or {}, plot)

@@ -1,0 +1,55 @@
+"""`forwardpass profile`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import forwardpass as fp
+
+from .. import embedding
+from ..console import say, tracking
+from ..options import Device, Json, SwappedName, number, prepare, refusing, write_json
+from ..subject import find
+
+
+def profile(
+    model: SwappedName,
+    text: Annotated[str | None, typer.Option(help="Texts to run, one a line; default: 288 built in.")] = None,
+    batch: Annotated[int, number("Texts of a batch.", least=1)] = 8,
+    length: Annotated[int, number("Tokens that each text is padded or cut to.", least=1)] = 128,
+    batches: Annotated[int, number("Batches, one after the other.", least=1)] = 8,
+    rounds: Annotated[int, number("Timed passes over the batches.", least=1)] = 3,
+    device: Device = None,
+    json: Json = None,
+    html: Annotated[str | None, typer.Option(help="Also write a report with plots to this file.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Also write a Chrome trace to this file.")] = None,
+) -> None:  # fmt: skip
+    """Shows where the time of a text embedding goes: tokenising, transfer, forward, pooled output; then by layer."""
+    console = Console(stderr=json == "-")
+    where = prepare(device, json, html, trace, read=(model, text))
+    with refusing(ValueError, OSError):
+        texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+        source, loaded, tokenizer = find(model, where, console, swaps=False)
+        request = embedding.Request(loaded, tokenizer, length)
+    items = [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(batches)]
+    with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported):
+        profiled = fp.profile(
+            loaded,
+            items,
+            preprocess=request.preprocess,
+            forward=request.forward,
+            postprocess=request.postprocess,
+            rounds=rounds,
+            progress=track,
+        )
+    say(console, str(profiled))
+    if html:
+        profiled.save_html(html)
+    if trace:
+        profiled.save_trace(trace)
+    if json:
+        request_of = {"name": model, "chosen": source.origin}
+        write_json(profiled.to_json() | {"model": request_of, "batch": batch, "length": length}, json)

@@ -1,0 +1,112 @@
+"""What commands take: their options, and what is refused of them in one sentence with exit code 2 (extra `cli`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from ..swap import Plan
+from ..swap.precision import PRECISIONS
+
+#: name -> whether calibration texts change the result
+CALIBRATES = {p.name: p.takes_calibration for p in PRECISIONS}
+
+
+def number(
+    help: str, above: float = -math.inf, least: float = -math.inf, most: float = math.inf, below: float = math.inf
+) -> Any:
+    """An option that is a finite number within these bounds; another is refused in one sentence."""
+    bounds = f"above {above:g}" if above > least else f"of {least:g} or more"
+    if (high := min(most, below)) < math.inf:
+        bounds += f" and {'at most' if most <= below else 'below'} {high:g}"
+
+    def check(param: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not (above < value < below and least <= value <= most and math.isfinite(value)):
+            refuse(f"{param.opts[0]} is a number {bounds}, not {value}")
+        return value
+
+    return typer.Option(help=help, callback=check)
+
+
+ModelName = Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")]
+SwappedName = Annotated[str, typer.Argument(help="As for swap, or a folder that `forwardpass swap --save` wrote.")]
+PrecisionName = Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")]
+PlanFile = Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")]
+Texts = Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Texts to calibrate with: a file, builtin or none; default: builtin for what is calibrated (int8, and plans "
+        "with it). In Python nothing is calibrated without calibrate=batches."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")]
+Json = Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")]
+
+
+def refuse(message: str) -> NoReturn:
+    typer.echo(f"forwardpass: {message}", err=True)
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Errors that blame the arguments become one sentence and exit code 2."""
+    try:
+        yield
+    except errors as e:
+        refuse(" ".join(str(e).split()))
+
+
+def write_json(result: dict[str, Any], out: str) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    if out == "-":
+        typer.echo(text, nl=False)
+    else:
+        pathlib.Path(out).write_text(text)
+
+
+def prepare(device: str | None, *files: str | None, read: tuple[str | None, ...] = ()) -> str:
+    """The device to run on; refuses one that is not there, and files that cannot be written.
+
+    files: what is written. read: what is read, a model's folder included: none of its files is written over.
+    """
+    outputs = [pathlib.Path(file) for file in files if file not in (None, "-")]
+    inputs = [pathlib.Path(name) for name in read if name and pathlib.Path(name).exists()]
+    for i, file in enumerate(outputs):
+        if not file.parent.is_dir():
+            refuse(f"cannot write {file}: its folder does not exist")
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            refuse(f"cannot write {file}: it is a folder, or may not be written")
+        if any(file.resolve() == other.resolve() for other in outputs[:i]):
+            refuse(f"cannot write two results to {file}: give each a file of its own")
+        if file.exists() and any(x.samefile(file) or (x.is_dir() and x.samefile(file.parent)) for x in inputs):
+            refuse(f"cannot write {file}: this command reads it")
+    if device not in (None, "cpu", "cuda"):
+        refuse(f"--device is cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        refuse("torch finds no GPU here: drop --device cuda")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def refuse_precision(precision: str | None) -> None:
+    if precision is not None and precision not in CALIBRATES:
+        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
+
+
+def precision_or_plan(precision: str | None, plan: str | None) -> tuple[Plan | None, bool]:
+    """The plan, where it is one, and whether there is something to calibrate. Exactly one of them is given."""
+    if (precision is None) == (plan is None):
+        refuse("pass either --precision or --plan")
+    refuse_precision(precision)
+    with refusing(ValueError, OSError):
+        planned = Plan.load(plan) if plan else None
+    return planned, planned.calibrated if planned else CALIBRATES[precision or ""]

@@ -1,0 +1,69 @@
+"""The model that a command is about, found and loaded, and the texts that it runs on (extra `cli`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..common.text import count
+from . import embedding
+from .console import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model that a command is about, and its texts."""
+
+    source: embedding.Source
+    model: torch.nn.Module
+    tokenizer: Any
+    texts: list[str]  #: to compare on
+    batches: list[embedding.Batch]  #: of them
+    calibration: list[embedding.Batch] | None  #: None where there is none
+
+    @property
+    def calibrated_on(self) -> int:
+        """How many texts there are to calibrate on."""
+        return sum(len(b["input_ids"]) for b in self.calibration or ())
+
+    def swapping(self) -> str:
+        """What a swap of it does first, in words: the long part of it is silent."""
+        return f"calibrating on {count(self.calibrated_on, 'text')}, and swapping" if self.calibration else "swapping"
+
+
+def find(name: str, where: str, console: Console, swaps: bool) -> tuple[embedding.Source, torch.nn.Module, Any]:
+    """Where the model comes from, which is printed, the model, and its tokenizer. swaps: whether the command takes the originals
+    of its layers, which a swapped model that was saved has not.
+    """
+    source = embedding.find_model(name)
+    if source.swapped and swaps:
+        raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
+                         "original model")  # fmt: skip
+    say(console, f"model: {source.origin}")
+    return source, *embedding.load(source, where)
+
+
+def load(
+    name: str,
+    where: str,
+    text: str | None,
+    calibrate: str | None,
+    calibrates: bool,
+    console: Console,
+    swaps: bool = True,
+) -> Subject:
+    """calibrates: whether there is calibration by default."""
+    texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
+    calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
+    source, model, tokenizer = find(name, where, console, swaps)
+    batches, others = (embedding.tokenize(tokenizer, t, model, where) for t in (texts, calibration))
+    return Subject(source, model, tokenizer, texts, batches, others or None)
+
+
+def calibration_texts(source: str) -> list[str]:
+    if source == "none":
+        return []
+    return embedding.builtin_texts()[0] if source == "builtin" else embedding.read_texts(source)

@@ -1,0 +1,30 @@
+"""torch.library.opcheck of every op that is registered: its schema, its fake, and what autograd and AOT dispatch make of it."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from forwardpass.dispatch import operations
+from forwardpass.testing import benchmark_cases
+
+OPS = [(op, backend) for op in operations.values() for backend in op.compiled]
+#: What changes the library itself and takes no tensor.
+SETTINGS = {"_set_library", "_set_poison", "_set_storage_hook", "_keep_storage"}
+
+
+def arguments(op, backend):
+    """Of its smallest benchmark case; where a GPU's kernel would compute, meta tensors, on which the fake alone runs."""
+    args = min(benchmark_cases(op), key=lambda case: case.bytes()).arguments()
+    return args if backend == "cpu" else [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def test_every_op_is_checked():
+    names = {
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("forwardpass::")
+    }
+    assert names == {f"{op.name}_{backend}" for op, backend in OPS} | SETTINGS
+
+
+@pytest.mark.parametrize(("op", "backend"), [pytest.param(*x, id=f"{x[0].name}_{x[1]}") for x in OPS])
+def test_opcheck(op, backend):
+    opcheck(op.runs[backend], arguments(op, backend))
