@@ -66,7 +66,7 @@ class GemmCall {
 template <class Params>
 void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
   if (p.a.rows == 0 || p.b.rows == 0) return;
-  if (!p.choice.tile_m) p.choice = select_kernel<Params>(backend, p, like);
+  if (!p.choice.kernel) p.choice = select_kernel<Params>(backend, p, like);
   Workspace workspace;
   GemmCall call(backend, p, like, workspace);
   workspace.allocate(like);
