@@ -6,9 +6,8 @@ FlashAttention-3's figure is of its kernels for fp16 at head dim 128.
 """
 
 import dataclasses
-import re
 
-from gemm_gates import broken_claims, macs
+from gemm_gates import broken_claims, macs, without_bytes
 from kernel_names import values
 
 #: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on; FlashAttention-3 issues as many
@@ -62,25 +61,28 @@ def failures(k) -> list[str]:
     """Sentences, without the kernel's name."""
     if not (c := claims(k.name)):
         return []
-    said = []
+    sentences = []
     issued, most, loop = counted(k), bar(k), k.code.main_loop
     if issued and most and issued > most:
-        said.append(f"{issued:.2f} instructions a score in the main loop, the bar is {most}")
+        sentences.append(f"{issued:.2f} instructions a score in the main loop, the bar is {most}")
     if loop and loop.mma:
         work = sum(n * macs(opcode) for opcode, n in loop.mma.items())
         expected = c.m * c.n * (c.d + c.v) * 32 // c.multiplying
         if work != expected:
-            said.append(f"{work} multiply-accumulates of a warp in the main loop, its Config's block has {expected}")
-    return said + broken_claims(k, c.threads, c.blocks)
+            sentences.append(
+                f"{work} multiply-accumulates of a warp in the main loop, its Config's block has {expected}"
+            )
+    return sentences + broken_claims(k, c.threads, c.blocks)
 
 
-def table(found: list) -> str:
+def table(kernels: list) -> str:
     """Of every attention kernel's main loop, beside its bar."""
-    said = "main loops of attention: instructions a score, mma among them"
-    lines = [f"{said:<96}{'a score':>8}{'mma':>6}{'bar':>6}"]
-    for k in sorted(found, key=lambda k: (k.name, k.arch)):
+    lines = [
+        "main loops of attention: instructions a score, mma among them",
+        f"{'':8}{'a score':>8}{'mma':>6}{'bar':>6}",
+    ]
+    for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         if issued := counted(k):
             mma = k.code.main_loop.mma.total() / claims(k.name).scores
-            name = re.sub(r", SharedBytes<.*", ">", k.name)
-            lines.append(f"{name:<88}{k.arch:<8}{issued:8.2f}{mma:6.2f}{bar(k) or '-':>6}")
+            lines.append(f"{k.arch:<8}{issued:8.2f}{mma:6.2f}{bar(k) or '-':>6}  {without_bytes(k.name)}")
     return "\n".join(lines)

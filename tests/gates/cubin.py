@@ -93,11 +93,11 @@ def sections(image: bytes) -> dict[str, bytes]:
     table, entry_size, count, names = struct.unpack_from("<40xQ10xHHH", image)
     headers = [struct.unpack_from("<IIQQQQ", image, table + i * entry_size) for i in range(count)]
     name_table = headers[names][4]
-    found = {}
+    contents = {}
     for name, kind, _, _, offset, size in headers:
         name = image[name_table + name : image.index(b"\0", name_table + name)].decode()
-        found[name] = b"" if kind == 8 else image[offset : offset + size]  # 8: NOBITS, nothing in the file
-    return found
+        contents[name] = b"" if kind == 8 else image[offset : offset + size]  # 8: NOBITS, nothing in the file
+    return contents
 
 
 MAX_THREADS, REQUIRED_THREADS = 0x05, 0x10  # EIATTR_MAX_THREADS, EIATTR_REQNTID: three 32-bit numbers
@@ -155,12 +155,12 @@ def kernels_of_cubin(cubin: pathlib.Path, usage: str) -> list[Kernel]:
     code = sass.functions(tool("nvdisasm", "-c", cubin))
     elf = sections(cubin.read_bytes())
     dynamic = users_of_dynamic_shared(elf)
-    found = []
+    kernels = []
     for mangled, name in zip(resources, demangle(list(resources))):
         use = resources[mangled]
         declared = re.search(r"\bSharedBytes<(\d+)", name)
         reserved = Limits.RESERVED if limits(fields["arch"]).reserved_is_counted and use["SHARED"] else 0
-        found.append(
+        kernels.append(
             Kernel(
                 name=name,
                 source=fields.get("identifier", ""),
@@ -174,4 +174,4 @@ def kernels_of_cubin(cubin: pathlib.Path, usage: str) -> list[Kernel]:
                 code=code[mangled],
             )
         )
-    return found
+    return kernels

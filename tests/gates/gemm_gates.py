@@ -106,51 +106,55 @@ def claims(name: str) -> Claims | None:
 
 def broken_claims(k, threads: int, blocks: int) -> list[str]:
     """What a launch of k does not have of its Config's numbers; blocks: on a multiprocessor."""
-    said = []
+    sentences = []
     if k.threads != threads:
-        said.append(f"{k.threads} threads, its Config says {threads}")
+        sentences.append(f"{k.threads} threads, its Config says {threads}")
     if k.blocks_per_sm is not None and k.blocks_per_sm < blocks:
-        said.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {blocks}")
-    return said
+        sentences.append(f"{k.blocks_per_sm} blocks fit a multiprocessor, its Config says {blocks}")
+    return sentences
 
 
 def failures(k) -> list[str]:
     """Sentences, without the kernel's name."""
-    said = []
+    sentences = []
     if figures := counted(k):
         issued, other = figures
-        asked = rule(k)
-        if asked.most and issued > asked.most:
-            said.append(
-                f"{issued:.0f} instructions for 2^20 multiply-accumulates in the main loop, the bar is {asked.most:g}"
+        gate = rule(k)
+        if gate.most and issued > gate.most:
+            sentences.append(
+                f"{issued:.0f} instructions for 2^20 multiply-accumulates in the main loop, the bar is {gate.most:g}"
             )
-        if asked.cutlass and asked.cutlass.same and other > asked.cutlass.other:
-            said.append(
-                f"{other:.2f} instructions beside each MMA, CUTLASS has {asked.cutlass.other:g} ({asked.cutlass.kernel})"
+        if gate.cutlass and gate.cutlass.same and other > gate.cutlass.other:
+            sentences.append(
+                f"{other:.2f} instructions beside each MMA, CUTLASS has {gate.cutlass.other:g} ({gate.cutlass.kernel})"
             )
     if claimed := claims(k.name):
-        said += broken_claims(k, claimed.threads, claimed.blocks)
+        sentences += broken_claims(k, claimed.threads, claimed.blocks)
         if (k.dynamic_shared or 0) < claimed.stages * claimed.stage_bytes:
-            said.append(f"{k.dynamic_shared} bytes of dynamic shared memory, its Config's {claimed.stages} stages are "
-                        f"{claimed.stages * claimed.stage_bytes}")  # fmt: skip
+            sentences.append(f"{k.dynamic_shared} bytes of dynamic shared memory, its Config's {claimed.stages} stages are "
+                             f"{claimed.stages * claimed.stage_bytes}")  # fmt: skip
     if k.name.startswith("gemm_wgmma_kernel"):
         loads = collections.Counter(i.opcode for loop in k.code.loops for i in loop.instructions if i.name == "UTMALDG")
         if not loads:
-            said.append("no loop loads by TMA (UTMALDG)")
-    return said
+            sentences.append("no loop loads by TMA (UTMALDG)")
+    return sentences
 
 
-def table(found: list) -> str:
+def table(kernels: list) -> str:
     """Of every GEMM's main loop, beside its bar and CUTLASS."""
-    said = "main loops: instructions issued for 2^20 multiply-accumulates, NOPs apart; others for each MMA"
-    lines = [f"{said:<96}{'issued':>8}{'NOPs':>6}{'bar':>6}{'others':>8}  CUTLASS"]
-    for k in sorted(found, key=lambda k: (k.name, k.arch)):
+    lines = [
+        "main loops: instructions issued for 2^20 multiply-accumulates, NOPs among them; others for each MMA",
+        f"{'':8}{'issued':>8}{'NOPs':>6}{'bar':>6}{'others':>8}  {'CUTLASS':<48}",
+    ]
+    for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         if figures := counted(k):
-            (issued, other), loop, asked = figures, k.code.main_loop, rule(k)
-            nops = issued * loop.nops / len(loop.instructions)
-            name, beside = re.sub(r", SharedBytes<.*", ">", k.name), asked.cutlass
-            lines.append(
-                f"{name:<88}{k.arch:<8}{issued:8.0f}{nops:6.0f}{asked.most or '-':>6}{other:8.2f}"
-                + (f"  {beside.issued}, {beside.other:g} ({beside.kernel})" if beside else "")
-            )
+            (issued, other), loop, gate = figures, k.code.main_loop, rule(k)
+            nops, cutlass = issued * loop.nops / len(loop.instructions), gate.cutlass
+            peer = f"{cutlass.issued}, {cutlass.other:g} ({cutlass.kernel})" if cutlass else ""
+            numbers = f"{issued:8.0f}{nops:6.0f}{gate.most or '-':>6}{other:8.2f}"
+            lines.append(f"{k.arch:<8}{numbers}  {peer:<48}{without_bytes(k.name)}")
     return "\n".join(lines)
+
+
+def without_bytes(name: str) -> str:
+    return re.sub(r", SharedBytes<.*", ">", name)

@@ -6,7 +6,7 @@
 namespace forwardpass {
 
 // Main loop: a consumer warp issues 412 instructions for 2^20 multiply-adds (206 for eight m64n128k32, 128 of them the
-// promotion), 484 with the smaller tile. Registers: 128 accumulators and 64 partial ones; 256 x 128, with one warpgroup
+// promotion), 468 with the smaller tile. Registers: 128 accumulators and 64 partial ones; 256 x 128, with one warpgroup
 // below the other, would take as many, but of a gated product this tile has 128 outputs, a group of fp8_gemm_quantize.
 // Shared memory is what binds: wgmma reads 96 KB per stage, 16 more than for int8, as each 64 rows read all of b.
 using Tile128x256 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 256, .consumers_m = 1, .stages = 4}, PromotingMainloop>;

@@ -3,7 +3,7 @@
 // sixteen outputs of each row of x; its warps share K, 128 at a time in turn, and their accumulators are added in the
 // order of the warps.
 //
-// Memory binds. For 2 KB of the weight, sixteen rows of 128, a warp issues 65 instructions (int8), 168 (fp8) or, with
+// Memory binds. For 2 KB of the weight, sixteen rows of 128, a warp issues 54 instructions (int8), 168 (fp8) or, with
 // 16-bit x, 158 to 256 (sm_80: 189 to 398, the most from e4m3 to bf16); in the time in which they arrive a
 // multiprocessor could issue 800 (A100), 560 (H100) or 400 (H200). One dp4a or fma per product would be 16 or 64 for
 // each row of x, instead of 8 or 16 mma for all rows. A warp loads its next 2 KB while it computes on the last: 32 KB
