@@ -84,7 +84,7 @@ def test_sums_are_promoted(arch, case, implementation, seed):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize("w_dtype", [torch.int8, torch.float8_e4m3fn])
-def test_weights_are_widened_exactly(w_dtype, implementation, arch, seed):
+def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     """All 256 in each byte of a word, NaN and denormals included, which no random weight is."""
     codes = torch.arange(-128, 128, dtype=torch.int8)
     w = torch.einsum("ij,n->inj", torch.eye(4, dtype=torch.int8), codes).reshape(1024, 4).view(w_dtype)

@@ -15,7 +15,7 @@ SCALES = ("row", "group")
 
 
 class W8A16Linear(QuantizedLinear):
-    """`y = x W^T + b` with W in int8 or e4m3, widened as it is read; x keeps its dtype.
+    """`y = x W^T + b` with W in int8 or e4m3, upconverted as it is read; x keeps its dtype.
 
     Half (against 16 bits) or a quarter (against 32) of the weight bytes, and their error alone. Made by `from_torch`; the
     constructor makes an empty layer of the same form, for `load_state_dict`. Inference only: raises under grad when the input

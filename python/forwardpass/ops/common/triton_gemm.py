@@ -72,11 +72,11 @@ def plan(m: int, n: int, k: int, a_bytes: int, scaled: bool, quantized: bool, ga
         # 64 accumulators a thread: promotion doubles them, and 128 x 256 spills in the epilogue even without (static, sm_90).
         block_m, block_n, warps = (64, 256, 8) if quantized and gated else (128, 128, 8)
         if scaled and a_bytes == 2:
-            block_n = 64  # b, widened, and twice 64 accumulators spill (static, sm_80)
+            block_n = 64  # b, upconverted, and twice 64 accumulators spill (static, sm_80)
     # 128 bytes of a row, the most that shared memory swizzles; the depth after which fp8 sums are promoted and block scales change
     block_k = 128 if a_bytes == 1 or m <= 16 else 64
     # Swapped, wgmma takes tiles of few rows, and mma.sync has 8 rows of gate and the 8 of up below them in the same threads, as
-    # wgmma has them anyway. b widened in registers is not swapped: Triton rewrites those that a wgmma in flight reads.
+    # wgmma has them anyway. b upconverted in registers is not swapped: Triton rewrites those that a wgmma in flight reads.
     swap = a_bytes == 1 and (m <= 64 or (gated and machine.arch // 10 != 9))
     stage = (block_m * a_bytes + block_n) * block_k
     buffers = min(5 if m <= 64 else 4, (machine.shared - 1024) // stage)  # 1 KB: barriers
@@ -113,7 +113,7 @@ def split_gate_up(acc):
 
 
 @triton.jit
-def widen(b, to: tl.constexpr, ON_BITS: tl.constexpr):
+def upconvert(b, to: tl.constexpr, ON_BITS: tl.constexpr):
     """8 bits to a 16-bit type, exactly. ON_BITS: the machine does not know e4m3, and b is uint8; or converts integers at an
     eighth of the rate of what is done here."""
     if ON_BITS:
@@ -150,13 +150,13 @@ def tiles_at(a, b, k, K, first_m, first_n, TMA: tl.constexpr, MASKED: tl.constex
 @triton.jit
 def multiply_add(
     a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step, b_scale_ptr, k_blocks,
-    SCALES: tl.constexpr, SWAP: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr, ON_BITS: tl.constexpr,
+    SCALES: tl.constexpr, SWAP: tl.constexpr, GATED: tl.constexpr, UPCONVERT: tl.constexpr, ON_BITS: tl.constexpr,
     PROMOTED: tl.constexpr,
 ):  # fmt: skip
     """The accumulators after one more block of K. They are in the order of the matrix instruction (SWAP: [N, M]) while nothing
     scales them, else [M, N], with gate and up apart where each has scales of its own."""
-    if WIDEN:
-        b_tile = widen(b_tile, a_tile.dtype, ON_BITS)
+    if UPCONVERT:
+        b_tile = upconvert(b_tile, a_tile.dtype, ON_BITS)
     if SWAP:
         first, second = b_tile, a_tile.T
     else:
@@ -212,7 +212,7 @@ def gemm_kernel(
     a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type,
     activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride, out_columns,
     SCALES: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
-    WIDEN: tl.constexpr, ON_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
+    UPCONVERT: tl.constexpr, ON_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """a_stride and b_stride count 16 bytes, per_part blocks of K, part_stride 16 elements: 16-byte alignment shows."""
@@ -232,7 +232,7 @@ def gemm_kernel(
 
     IN_ORDER: tl.constexpr = SWAP and SCALES == "vectors"
     HALVES: tl.constexpr = GATED and SCALES == "blocks"
-    sums: tl.constexpr = tl.float32 if PROMOTED or WIDEN else tl.int32
+    sums: tl.constexpr = tl.float32 if PROMOTED or UPCONVERT else tl.int32
     height: tl.constexpr = BLOCK_N if IN_ORDER else BLOCK_M
     width: tl.constexpr = BLOCK_M if IN_ORDER else BLOCK_N // 2 if HALVES else BLOCK_N
     acc = tl.zeros((height, width), sums)
@@ -240,12 +240,12 @@ def gemm_kernel(
     for k in tl.range(begin, whole, BLOCK_K, num_stages=STAGES):
         a_tile, b_tile = tiles_at(a, b, k, K, first_m, first_n, TMA, False, BLOCK_K)
         acc, up = multiply_add(a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step,
-                       b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, ON_BITS, PROMOTED)  # fmt: skip
+                       b_scale_ptr, k_blocks, SCALES, SWAP, GATED, UPCONVERT, ON_BITS, PROMOTED)  # fmt: skip
     if not TMA:  # noqa: SIM102 (of constants, and not)
         if whole < end:
             a_tile, b_tile = tiles_at(a, b, whole, K, first_m, first_n, TMA, True, BLOCK_K)
             acc, up = multiply_add(a_tile, b_tile, acc, up, whole, row, rows, column, first_n, columns, a_scale_ptr,
-                           a_group_step, b_scale_ptr, k_blocks, SCALES, SWAP, GATED, WIDEN, ON_BITS, PROMOTED)  # fmt: skip
+                           a_group_step, b_scale_ptr, k_blocks, SCALES, SWAP, GATED, UPCONVERT, ON_BITS, PROMOTED)  # fmt: skip
 
     if IN_ORDER:
         acc = tl.trans(acc)
@@ -343,7 +343,7 @@ def gemm(
             triton.cdiv(triton.cdiv(k, p.block_k), p.parts), width, parts,
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
-            GATED=gated and (not split or (scaled and not wide)), SPLIT=split, SWAP=p.swap, TMA=tma, WIDEN=wide,
+            GATED=gated and (not split or (scaled and not wide)), SPLIT=split, SWAP=p.swap, TMA=tma, UPCONVERT=wide,
             ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,
             BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, STAGES=p.stages, num_warps=p.warps,
             enable_fp_fusion=False,

@@ -14,7 +14,7 @@ from . import reference
 def w8a16_gemm(
     x: Tensor, w: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """`activation(x @ (w * w_scale).T + bias)`: weights are read as 8 bits and widened on the way.
+    """`activation(x @ (w * w_scale).T + bias)`: weights are read as 8 bits and upconverted in registers.
 
     Args:
         x: float16, bfloat16 (or, on the CPU, float32) [..., K], last stride 1, any row stride.

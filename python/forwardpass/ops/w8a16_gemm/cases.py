@@ -76,7 +76,7 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Every pair of sizes and options; 272 rows of weight are more than the CPU widens at a time."""
+    """Every pair of sizes and options; 272 rows of weight are more than the CPU upconverts at a time."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)  # most cases have the first, and GPUs do not take the last
     factors = {
         **GEMM_FACTORS,

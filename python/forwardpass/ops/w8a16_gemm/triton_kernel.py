@@ -1,4 +1,4 @@
-"""w8a16_gemm in Triton: forwardpass.triton_gemm, weights widened in registers."""
+"""w8a16_gemm in Triton: ops.common.triton_gemm, weights upconverted in registers."""
 
 from __future__ import annotations
 
