@@ -30,8 +30,8 @@ __device__ inline uint32_t descriptor(uint32_t address, int leading = kDescripto
 }
 constexpr uint32_t kDescriptorHigh = 1024 / kDescriptorUnit | 1 << 30;
 
-// Macros, because an asm statement takes its operands, their constraints and their numbers as they are written: neither a
-// template's pack nor a constant expression can be one.
+// Macros, because an asm statement takes its operands, their constraints and their numbers as they are written: neither
+// a template's pack nor a constant expression can be one.
 // clang-format off
 // The registers of n8 tiles, by how many there are: as operands of an asm, and as their numbers there.
 #define FORWARDPASS_NUMBERS_2 "%0, %1, %2, %3, %4, %5, %6, %7"
