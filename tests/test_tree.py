@@ -129,7 +129,8 @@ def test_no_test_imports_another():
 
 #: What readers of the field do not know, or know under another name: varlen, swap-AB, split-K, softcap, staging buffer, unmasked.
 GONE = ("one behind the other", "change places", "capped scores", r"\bslabs?\b", r"\bclean_(begin|end)", "begin_turn", "kTurns",
-        "let go", "told apart", "in earnest", "one scale an? ", "made least", "depth is split", "split depth", r"\blane [/%] 4\b")  # fmt: skip
+        "let go", "told apart", "in earnest", "one scale an? ", "made least", "depth is split", "split depth",
+        r"\blane [/%] 4\b")  # fmt: skip
 
 
 def test_words_that_must_not_come_back():
