@@ -24,9 +24,19 @@ class Device(ctypes.Structure):
     _fields_ = [("sms", ctypes.c_int32), ("arch", ctypes.c_int16)]
 
 
+class Kernel(ctypes.Structure):
+    """The first fields of a GemmKernel (csrc/kernels/gemm.h)."""
+
+    _fields_ = [
+        ("arch", ctypes.c_int32),
+        ("only", ctypes.c_bool),
+        ("tile_m", ctypes.c_int32),
+        ("tile_n", ctypes.c_int32),
+    ]
+
+
 class Choice(ctypes.Structure):
-    _fields_ = [("arch", ctypes.c_int32), ("tile_m", ctypes.c_int32), ("tile_n", ctypes.c_int32),
-                ("quantizes", ctypes.c_bool), ("splits", ctypes.c_int64), ("split_k", ctypes.c_int64),
+    _fields_ = [("kernel", ctypes.POINTER(Kernel)), ("quantizes", ctypes.c_bool), ("splits", ctypes.c_int64), ("split_k", ctypes.c_int64),
                 ("cluster", ctypes.c_int32), ("blocks", ctypes.c_int32)]  # fmt: skip
 
 
@@ -58,7 +68,8 @@ def select(op, device, m, n, k, group=0):
 def test_by_hand(op, device, shape, arch, tile, splits, cluster):
     error, choice = select(op, device, *shape)
     assert error == SUCCESS
-    assert (choice.arch, (choice.tile_m, choice.tile_n)) == (arch, tile)
+    kernel = choice.kernel.contents
+    assert (kernel.arch, (kernel.tile_m, kernel.tile_n)) == (arch, tile)
     assert (choice.splits, choice.cluster, choice.blocks) == (splits, cluster, device[0] if cluster else 0)
 
 
@@ -67,7 +78,8 @@ def test_by_hand(op, device, shape, arch, tile, splits, cluster):
                           (4, 128, (4, 16), False), (5, 0, (16, 128), False)])  # fmt: skip
 def test_a_block_that_quantises_has_all_of_a_group(m, group, tile, quantizes):
     error, choice = select("fp8_gemm", H100, m, 4096, 4096, group)
-    assert (error, (choice.tile_m, choice.tile_n), choice.quantizes) == (SUCCESS, tile, quantizes)
+    kernel = choice.kernel.contents
+    assert (error, (kernel.tile_m, kernel.tile_n), choice.quantizes) == (SUCCESS, tile, quantizes)
 
 
 def test_where_no_kernel_runs_there_is_an_error():
