@@ -15,8 +15,8 @@ demo: .venv/built
 	$(BIN)/forwardpass doctor
 	$(DEMO)
 
-# A process a core, each with one thread; the files of tests go to whoever is free.
-PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n auto --dist loadfile
+# A process a core, each with one thread; the files of tests go to whoever is free, those that take longest first (conftest.py).
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(call PYTEST,$(BIN)) -m "not slow"

@@ -60,7 +60,15 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+#: files that take half a minute and more: begun last, one of them would keep one process busy when the others have ended
+LONGEST = ("interpreter/test_gemm.py", "interpreter/test_mutants.py", "interpreter/test_attention_kernels.py",
+           "ops/test_triton.py", "cli/test_cli.py", "serving/test_pipeline.py", "interpreter/test_gemm_counters.py",
+           "ops/test_attention.py", "interpreter/test_kernels.py", "gates/test_gates.py")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(rank)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
         for item in items:
