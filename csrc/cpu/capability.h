@@ -11,4 +11,10 @@ inline bool avx512_is_allowed() {
   return !capability || std::string_view(capability).substr(0, 6) == "avx512";
 }
 
+// The same of AVX2: not where it is "default".
+inline bool avx2_is_allowed() {
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  return !capability || std::string_view(capability) != "default";
+}
+
 }  // namespace forwardpass::cpu

@@ -1,8 +1,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/capability.h"
 #include "cpu/int8_amx.h"
+#include "cpu/int8_avx2.h"
+#include "cpu/int8_vnni.h"
 #include "cpu/row_chunks.h"
 #include "cpu/upconvert_rows.h"
 #include "cpu/vector.h"
@@ -12,15 +13,6 @@
 
 namespace forwardpass {
 namespace {
-
-// Whether torch's _int_mm is oneDNN's: that needs VNNI, without which it is three nested loops.
-bool has_vnni() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512vnni") && cpu::avx512_is_allowed();
-#else
-  return false;
-#endif
-}
 
 // Adds fp32 sums, which are integers, to acc; the first ones replace what is there.
 CLONES void add_to(int32_t* acc, int64_t stride, const float* part, int64_t rows, int64_t columns, bool first) {
@@ -63,14 +55,9 @@ bool int_mm_is_exact(const Tensor& like) {
   return std::all_of(sum, sum + kRows * kRows, [](int32_t s) { return s == 127 * 127 * kDepth; });
 }
 
-Tensor multiply(const Tensor& a, const Tensor& b_transposed) {
-  static const bool use_int_mm = has_vnni() && int_mm_is_exact(a);
-  return use_int_mm ? call("aten::_int_mm", a, b_transposed) : multiply_as_floats(a, b_transposed);
-}
-
-// int8_amx packs b, which does not pay with fewer rows, and reads all of b for every 32 rows, so that a larger one does
-// not stay in L2. Its time on one thread, as a fraction of oneDNN's, with 1024 rows of a: 0.55 where b is 384 x 384,
-// 0.5 for 384 x 1536 and 768 x 768, 0.95 for 768 x 3072, 1.1 for 1024 x 4096.
+// int8_amx reads all of b for every 32 rows, so that a larger one does not stay in L2. Its time on one thread, as a
+// fraction of oneDNN's, with 1024 rows of a: 0.55 where b is 384 x 384, 0.5 for 384 x 1536 and 768 x 768, 0.95 for 768
+// x 3072, 1.1 for 1024 x 4096. With fewer rows than a block packing b for it does not pay.
 constexpr int64_t kAmxMinRows = 32, kAmxMaxElements = 1 << 20;
 
 }  // namespace
@@ -78,14 +65,20 @@ constexpr int64_t kAmxMinRows = 32, kAmxMaxElements = 1 << 20;
 void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
                    const QuantizeParams* quantize) {
   const int64_t m = a.size(0), k = a.size(1), n = b_transposed.size(1);
-  if (m >= kAmxMinRows && n * k <= kAmxMaxElements && has_amx_int8()) {
-    const Matrix b{b_transposed.const_data_ptr(), Dtype::i8, n, k, b_transposed.stride(1)};
-    return int8_amx(matrix(a, "int8_gemm", "a"), b, epilogue, quantize);
-  }
+  const Matrix a_matrix = matrix(a, "int8_gemm", "a"),
+               b{b_transposed.const_data_ptr(), Dtype::i8, n, k, b_transposed.stride(1)};
+  const bool use_amx = m >= kAmxMinRows && has_amx_int8();
+  if (use_amx && n * k <= kAmxMaxElements) return int8_amx(a_matrix, b, epilogue, quantize);
+  static const bool exact = has_amx_int8() && int_mm_is_exact(a);
+  const bool use_int_mm = use_amx && exact;
+  if (!use_int_mm && has_vnni()) return int8_vnni(a_matrix, b, epilogue, quantize);
+  if (!use_int_mm && has_avx2()) return int8_avx2(a_matrix, b, epilogue, quantize);
   auto rows = [&](int64_t first, int64_t count) {
     if (quantize) quantize_cpu(rows_from(*quantize, first, count));
     Tensor all_rows = a;  // narrow takes a non-const reference
-    Tensor acc = multiply(torch::stable::narrow(all_rows, 0, first, count), b_transposed);
+    const Tensor chunk = torch::stable::narrow(all_rows, 0, first, count);
+    const Tensor acc =
+        use_int_mm ? call("aten::_int_mm", chunk, b_transposed) : multiply_as_floats(chunk, b_transposed);
     dequant_activation_cpu({matrix(acc, "int8_gemm", "acc"), rows_from(epilogue, first)});
   };
   // With enough rows for every thread, each takes a chunk of rows through all three passes while it is in the thread's

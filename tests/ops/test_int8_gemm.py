@@ -129,18 +129,35 @@ def test_compiles_whole():
 
 _EXACT = """
 import torch, forwardpass as fp
-for m, n, k in ((1, 1, 1), (5, 300, 1024), (130, 17, 4100)):
-    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=torch.Generator().manual_seed(k)) for rows in (m, n))
-    a[0], b[0] = -128, -128  # 2^14 a product, 2^24 in 1024 of them
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_linear import cases as int8_linear
+
+def compare(a, b):
     got = fp.ops.int8_gemm(a, b, torch.ones(1), torch.ones(1), out_dtype=torch.float32)
-    assert torch.equal(got, (a.long() @ b.long().t()).float()), (m, n, k)
+    assert torch.equal(got, (a.long() @ b.long().t()).float()), (a.shape, b.shape)
+
+for m, n, k in ((1, 1, 1), (5, 300, 1024), (130, 17, 4100), (31, 40, 70), (64, 16, 64), (97, 2, 131071), (3, 3, 131071)):
+    g = torch.Generator().manual_seed(k)
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=g) for rows in (m, n))
+    a[0], b[0] = -128, -128  # 2^14 a product, 2^24 in 1024 of them
+    compare(a, b)
+    compare(a, torch.full_like(b, 127))
+    compare(a, (torch.randn(n, k, generator=g) * 40).clamp(-127, 127).to(torch.int8))  # as weights are
+for module in (int8_gemm, int8_linear):
+    for case in module.cases():
+        args = case.arguments()
+        module.assert_matches(getattr(torch.ops.forwardpass, module.__name__.split(".")[-2] + "_cpu")(*args), args)
 print(torch.backends.cpu.get_cpu_capability())
 """
 
 
-@pytest.mark.parametrize("less", [{}, {"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=str)
-def test_sums_are_exact_with_and_without_vnni(less):
-    """A product by oneDNN's int8, where the CPU has it, and by fp32."""
+@pytest.mark.parametrize(
+    "less",
+    [{}, {"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}],
+    ids=str,
+)
+def test_every_tier_of_the_cpu_is_exact(less):
+    """By AMX or oneDNN's int8, where the CPU has it; on AVX2 by hand; by fp32."""
     run = subprocess.run([sys.executable, "-c", _EXACT], capture_output=True, text=True, check=True,
                          env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **less})  # fmt: skip
     capability = less.get("ATEN_CPU_CAPABILITY")

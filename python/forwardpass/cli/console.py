@@ -20,7 +20,7 @@ from ..swap.report import by_reason
 #: Seconds between lines of progress where stderr is no terminal.
 EVERY = 15.0
 #: Of a CPU on which int8 products are sgemm's.
-NO_INT8_GAIN = "no gain: without AMX or AVX-512 VNNI a swapped model is slower than in fp32"
+NO_INT8_GAIN = "no gain: without AMX, VNNI or AVX2 a swapped model is slower than in fp32"
 
 
 def say(console: Console, text: str) -> None:

@@ -33,7 +33,7 @@ def versions() -> dict[str, str | None]:
 
 def device(where: torch.device | str = "cpu") -> dict[str, Any]:
     """Type and name of a device; of a CPU also the vector instructions and threads that torch uses, and the instructions that
-    multiply int8: "AMX", "VNNI", or None where int8 products are sgemm's.
+    multiply int8: "AMX", "VNNI", "AVX2", or None where int8 products are sgemm's.
     """
     where = torch.device(where)
     if where.type == "cuda":
@@ -56,10 +56,12 @@ def device(where: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _int8_instructions(capability: str, flags: Collection[str]) -> str | None:
-    """As the kernels choose: both are AVX-512's, which ATEN_CPU_CAPABILITY may rule out."""
-    if not capability.startswith("AVX512"):
-        return None
-    return "AMX" if "amx_int8" in flags else "VNNI" if "avx512_vnni" in flags else None
+    """As the kernels choose: AMX and VNNI are AVX-512's, which ATEN_CPU_CAPABILITY may rule out, and AVX2 too."""
+    if capability.startswith("AVX512") and "amx_int8" in flags:
+        return "AMX"
+    if capability.startswith("AVX512") and "avx512_vnni" in flags:
+        return "VNNI"
+    return "AVX2" if capability != "DEFAULT" and {"avx2", "fma", "bmi2"} <= set(flags) else None
 
 
 def driver() -> str | None:
