@@ -217,7 +217,7 @@ void chunk(const AttentionRows& p, int64_t batch, int64_t head, int64_t first, i
 }  // namespace
 }  // namespace cpu
 
-bool takes_attention_rows(int64_t columns) {
+bool takes_attention_rows([[maybe_unused]] int64_t columns) {
 #if defined(__x86_64__)
   static const bool wide = __builtin_cpu_supports("x86-64-v4") && cpu::avx512_is_allowed();
   return wide && columns % cpu::kLanes == 0 && columns <= cpu::kMaxColumns;
