@@ -1,6 +1,6 @@
 // The int8 GEMM on AMX tiles. A tile is 16 rows of 64 bytes; one instruction adds the products of 64 columns to 16 x 16
 // int32, in 16 cycles.
-#include "cpu/int8_amx.h"
+#include "cpu/int8_tiers.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

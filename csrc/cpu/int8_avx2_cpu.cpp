@@ -9,7 +9,7 @@
 // Measured on one core of a Zen 4, operands in L1, GMAC/s: 115; with |a| and the sign of a on b, which saturates
 // nowhere, 67; sgemm in fp32 52. Packing takes 1.4 ns an element of b, which up to about a hundred rows is more than it
 // saves: those are multiplied without, at 55 to 60 GMAC/s.
-#include "cpu/int8_avx2.h"
+#include "cpu/int8_tiers.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,7 +41,7 @@ struct ExcessPair {
 };
 
 struct Avx2Tier {
-  static constexpr int64_t kColumns = kTileRows, kRows = 4;
+  static constexpr int64_t kColumns = kTileRows, kRows = 4, kFewRows = 96;
   const int64_t columns, depth;
   const CacheLines tiles, corrections;  // corrections: int32 [columns], what the sums begin with
   struct Excess {
@@ -165,7 +165,8 @@ struct Avx2Tier {
 
   AVX2 void multiply(Scope& scope, uint8_t* a, int64_t a_stride, int64_t rows, int32_t* sums) const {
     uint8_t* transposed = scope.transposed[0].bytes;
-    transpose_rows(a, a_stride, transposed);
+    if (std::any_of(excess.begin(), excess.end(), [](const Excess& e) { return !e.pairs.empty(); }))
+      transpose_rows(a, a_stride, transposed);
     for (int64_t r = 0; r < rows; ++r)  // a + 128
       for (int64_t d = 0; d < depth; d += 32)
         store(a + r * a_stride + d, _mm256_xor_si256(load(a + r * a_stride + d), _mm256_set1_epi8(-128)));
@@ -244,9 +245,7 @@ bool has_avx2() {
 void int8_avx2([[maybe_unused]] const Matrix& a, [[maybe_unused]] const Matrix& b,
                [[maybe_unused]] const Epilogue& epilogue, [[maybe_unused]] const QuantizeParams* quantize) {
 #if defined(__x86_64__)
-  constexpr int64_t kFewRows = 96;
-  return a.rows <= kFewRows ? cpu::int8_few_rows<cpu::Avx2Rows>(a, b, epilogue, quantize)
-                            : cpu::int8_blocks<cpu::Avx2Tier>(a, b, epilogue, quantize);
+  cpu::int8_product<cpu::Avx2Tier, cpu::Avx2Rows>(a, b, epilogue, quantize);
 #endif
 }
 

@@ -115,4 +115,11 @@ void int8_few_rows(const Matrix& a, const Matrix& b, const Epilogue& epilogue, c
   dequant_activation_cpu({{sums, Dtype::i32, m, n, columns}, epilogue});
 }
 
+// Up to Tier::kFewRows rows of a without packing b, more with.
+template <class Tier, class Rows>
+void int8_product(const Matrix& a, const Matrix& b, const Epilogue& epilogue, const QuantizeParams* quantize) {
+  return a.rows <= Tier::kFewRows ? int8_few_rows<Rows>(a, b, epilogue, quantize)
+                                  : int8_blocks<Tier>(a, b, epilogue, quantize);
+}
+
 }  // namespace forwardpass::cpu

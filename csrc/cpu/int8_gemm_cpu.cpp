@@ -1,9 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/int8_amx.h"
-#include "cpu/int8_avx2.h"
-#include "cpu/int8_vnni.h"
+#include "cpu/int8_tiers.h"
 #include "cpu/row_chunks.h"
 #include "cpu/upconvert_rows.h"
 #include "cpu/vector.h"

@@ -3,7 +3,7 @@
 //
 // Time on one core of a Zen 4, as a fraction of that of oneDNN's product between passes that quantise and dequantise:
 // 0.85 for 1024 rows times 384 x 384 and x 1536, 0.97 for 1536 x 384, 0.63 for 32 rows, 0.5 for eight.
-#include "cpu/int8_vnni.h"
+#include "cpu/int8_tiers.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,7 +21,7 @@ namespace {
 #define VNNI __attribute__((target("arch=x86-64-v4,avx512vnni")))
 
 struct VnniTier {
-  static constexpr int64_t kColumns = 2 * kTileRows, kRows = 8;
+  static constexpr int64_t kColumns = 2 * kTileRows, kRows = 8, kFewRows = 6;
   const int64_t columns, depth;
   const CacheLines tiles, corrections;  // corrections: int32 [columns], what the sums begin with
 
@@ -137,9 +137,7 @@ bool has_vnni() {
 void int8_vnni([[maybe_unused]] const Matrix& a, [[maybe_unused]] const Matrix& b,
                [[maybe_unused]] const Epilogue& epilogue, [[maybe_unused]] const QuantizeParams* quantize) {
 #if defined(__x86_64__)
-  constexpr int64_t kFewRows = 6;
-  return a.rows <= kFewRows ? cpu::int8_few_rows<cpu::VnniRows>(a, b, epilogue, quantize)
-                            : cpu::int8_blocks<cpu::VnniTier>(a, b, epilogue, quantize);
+  cpu::int8_product<cpu::VnniTier, cpu::VnniRows>(a, b, epilogue, quantize);
 #endif
 }
 
