@@ -81,8 +81,8 @@ def test_params_name_a_launcher_of_their_own():
 
 
 def test_assembly_is_of_shared_device_code():
-    """The interpreter speaks of it, and the stand-in for cudart, host code, names its symbols with asm labels."""
-    assert not [p for _, p in folders("device", "interpreter") if re.search(r"\basm\b", p.read_text())]
+    """And of the CPU kernels. The interpreter speaks of it, and the stand-in for cudart names its symbols with asm labels."""
+    assert not [p for _, p in folders("device", "cpu", "interpreter") if re.search(r"\basm\b", p.read_text())]
 
 
 #: Of python/forwardpass: what a package may import, beside the version. Who stands later may import who stands earlier.

@@ -1,5 +1,5 @@
 #pragma once
-// Activations on 16 fp32 lanes, without branches on the values. The polynomials are minimax fits in relative error,
+// Activations on fp32 lanes, without branches on the values. The polynomials are minimax fits in relative error,
 // made for these intervals by reweighted least squares. Measured on every 97th float against fp64: the error is at most
 // 2^-22.7 |x| for gelu, gelu_tanh and silu (1.2 ulp of x; a result near x is rounded to half of one). With AVX-512:
 // 0.23, 0.18 and 0.13 ns an element. NaN gives NaN, +infinity itself, -infinity NaN, as torch's fp64 formulas do
@@ -9,77 +9,95 @@
 namespace forwardpass::cpu {
 
 // Horner's rule, the leading coefficient first.
-template <class... C>
-INLINE f32x16 polynomial(f32x16 x, float leading, C... rest) {
-  f32x16 p = splat(leading);
-  ((p = fma(p, x, splat(rest))), ...);
+template <class V, class... C>
+INLINE V polynomial(V x, float leading, C... rest) {
+  V p = splat<V>(leading);
+  ((p = fma(p, x, splat<V>(rest))), ...);
   return p;
 }
 
 // 2^y for y <= 0. Below -119 it is 0, so that neither it nor gelu's product with it is denormal: with one denormal in a
 // hundred values gelu took 1.7 times as long. Adding 1.5 * 2^23 rounds y to an integer, in the low bits of the sum.
-INLINE f32x16 exp2_negative(f32x16 y) {
-  const f32x16 shifted = y + 0x1.8p23f, r = y - (shifted - 0x1.8p23f);  // r in [-1/2, 1/2], exact
-  const f32x16 p = polynomial(r, 0.00015353362f, 0.0013398875f, 0.00961843692f, 0.0555033237f, 0.240226477f,
-                              0.693147182f, 1.0f);  // to 2^-28.9
-  const f32x16 power = bits<f32x16>((bits<i32x16>(shifted) + 127) << 23);
-  return y < -119.0f ? f32x16{} : p * power;
+template <class V>
+INLINE V exp2_negative(V y) {
+  const V shifted = y + 0x1.8p23f, r = y - (shifted - 0x1.8p23f);  // r in [-1/2, 1/2], exact
+  const V p = polynomial(r, 0.00015353362f, 0.0013398875f, 0.00961843692f, 0.0555033237f, 0.240226477f, 0.693147182f,
+                         1.0f);  // to 2^-28.9
+  const V power = bits<V>((bits<Ints<V>>(shifted) + 127) << 23);
+  return select_less(y, splat<V>(-119.0f), V{}, p * power);
 }
 
 // x / (1 + e^-z), where z has the sign of x. It is computed from e^-|z|, which cannot overflow: after an overflow
 // -infinity / infinity would give NaN.
-INLINE f32x16 times_sigmoid(f32x16 x, f32x16 z) {
-  const f32x16 e = exp2_negative(abs(z) * -1.44269504f);
-  return x * ((x < 0 ? e : splat(1)) / (1 + e));
+template <class V>
+INLINE V times_sigmoid(V x, V z) {
+  const V e = exp2_negative(abs(z) * -1.44269504f);
+  return x * (select_less(x, V{}, e, splat<V>(1.0f)) / (1 + e));
 }
 
-INLINE f32x16 silu(f32x16 x) { return times_sigmoid(x, x); }
+template <class V>
+INLINE V silu(V x) {
+  return times_sigmoid(x, x);
+}
 
 // 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-INLINE f32x16 gelu_tanh(f32x16 x) { return times_sigmoid(x, x * fma(x * x, splat(0.0713548163f), splat(1.59576912f))); }
+template <class V>
+INLINE V gelu_tanh(V x) {
+  return times_sigmoid(x, x * fma(x * x, splat<V>(0.0713548163f), splat<V>(1.59576912f)));
+}
 
 // x Phi(x), where Phi(-a) = e^(-a^2 / 2) M(a), and M is a ratio of polynomials with positive coefficients (relative
 // error 2^-27.6 for a < 13.4). So nothing cancels, and the negative tail keeps its relative accuracy, which
 // 1 + erf(x / sqrt 2) would lose. Two alternatives were tried: a polynomial in 1 / (1 + 0.27 a) is as fast, with twice
 // the error. A polynomial in x^2 for Phi itself saves the division and a third of the time, but is less exact in the
 // tail, where more values then round to another 8-bit step than on a GPU. Beyond a = 14 the power is 0.
-INLINE f32x16 gelu(f32x16 x) {
-  const f32x16 a = min(abs(x), splat(14));
-  const f32x16 m = polynomial(a, 0.00402866583f, 0.0400416292f, 0.18147786f, 0.43591848f, 0.5f) /
-                   polynomial(a, 0.0100982273f, 0.10037677f, 0.464831918f, 1.19519687f, 1.66972184f, 1.0f);
-  const f32x16 tail = exp2_negative(a * a * -0.721347520f) * m;
-  return x * (x < 0 ? tail : 1 - tail);
+template <class V>
+INLINE V gelu(V x) {
+  const V a = min(abs(x), splat<V>(14.0f));
+  const V m = polynomial(a, 0.00402866583f, 0.0400416292f, 0.18147786f, 0.43591848f, 0.5f) /
+              polynomial(a, 0.0100982273f, 0.10037677f, 0.464831918f, 1.19519687f, 1.66972184f, 1.0f);
+  const V tail = exp2_negative(a * a * -0.721347520f) * m;
+  return x * select_less(x, V{}, tail, 1 - tail);
 }
 
-INLINE f32x16 relu(f32x16 x) { return x < 0 ? f32x16{} : x; }
+template <class V>
+INLINE V relu(V x) {
+  return select_less(x, V{}, V{}, x);
+}
 
-// Calls f with the activation, if it is gated that of the gate, as a function of 16 lanes.
+// Calls f with the activation, if it is gated that of the gate, as a function of a vector.
 template <class F>
 INLINE void with_activation(Activation activation, F f) {
   switch (activation) {
     case Activation::none:
-      return f([](f32x16 x) __attribute__((always_inline)) { return x; });
+      return f([](auto x) __attribute__((always_inline)) { return x; });
     case Activation::relu:
-      return f([](f32x16 x) __attribute__((always_inline)) { return relu(x); });
+      return f([](auto x) __attribute__((always_inline)) { return relu(x); });
     case Activation::gelu:
     case Activation::gelu_mul:
-      return f([](f32x16 x) __attribute__((always_inline)) { return gelu(x); });
+      return f([](auto x) __attribute__((always_inline)) { return gelu(x); });
     case Activation::gelu_tanh:
     case Activation::gelu_tanh_mul:
-      return f([](f32x16 x) __attribute__((always_inline)) { return gelu_tanh(x); });
+      return f([](auto x) __attribute__((always_inline)) { return gelu_tanh(x); });
     case Activation::silu:
     case Activation::silu_mul:
-      return f([](f32x16 x) __attribute__((always_inline)) { return silu(x); });
+      return f([](auto x) __attribute__((always_inline)) { return silu(x); });
   }
 }
 
-// activate(gate) * up for n outputs, 16 or 8, from output column c on. x has 8 columns of gate, 8 of up, and so on.
-template <Dtype D, class F>
-INLINE f32x16 gated(F activate, const void* x, int64_t c, int n) {
-  const f32x16 low = load<D>(x, 2 * c), high = load<D>(x, 2 * c + 16, 2 * n - 16);
-  const f32x16 gate = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-  const f32x16 up = __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  return activate(gate) * up;
+// activate(gate) * up for n outputs from output column c on, a multiple of the lanes. x has 8 columns of gate, 8 of up,
+// and so on; of 16 lanes n is 16 or 8.
+template <class V, Dtype D, class F>
+INLINE V gated(F activate, const void* x, int64_t c, int n) {
+  if constexpr (kLanes<V> == 16) {
+    const V low = load<V, D>(x, 2 * c), high = load<V, D>(x, 2 * c + 16, 2 * n - 16);
+    const V gate = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const V up = __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    return activate(gate) * up;
+  } else {
+    const int64_t gate = c / 8 * 16 + c % 8;
+    return activate(load<V, D>(x, gate)) * load<V, D>(x, gate + 8);
+  }
 }
 
 }  // namespace forwardpass::cpu

@@ -9,33 +9,34 @@
 namespace forwardpass {
 namespace {
 
-using cpu::f32x16;
-
 // x[c, c + n) through an ungated activation, or the gate's activation times up.
-template <Dtype D, class F>
-INLINE f32x16 load_activated(const ActivationQuantizeParams& p, F activate, const void* x, int64_t c, int n) {
-  if (!is_gated(p.activation)) return activate(cpu::load<D>(x, c, n));
-  if (p.interleaved) return cpu::gated<D>(activate, x, c, n);
-  return activate(cpu::load<D>(x, c, n)) * cpu::load<D>(x, p.out.columns + c, n);
+template <class V, Dtype D, class F>
+INLINE V load_activated(const ActivationQuantizeParams& p, F activate, const void* x, int64_t c, int n) {
+  if (!is_gated(p.activation)) return activate(cpu::load<V, D>(x, c, n));
+  if (p.interleaved) return cpu::gated<V, D>(activate, x, c, n);
+  return activate(cpu::load<V, D>(x, c, n)) * cpu::load<V, D>(x, p.out.columns + c, n);
 }
 
 // The activated row goes to a buffer, which stays in L1 or L2: quantisation reads its values twice.
-template <Dtype D, class F>
+template <class V, Dtype D, class F>
 INLINE void rows(const ActivationQuantizeParams& p, F activate, int64_t first, int64_t last) {
   std::vector<float> buffer(p.out.columns);
   float* y = buffer.data();
   for (int64_t row = first; row < last; ++row) {
     const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * size_of(D);
-    cpu::for_each_vector(
-        0, p.out.columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(load_activated<D>(p, activate, x, c, n), y, c, n); });
-    cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<Dtype::f32>(y, c, n); });
+    cpu::for_each_vector<V>(
+        0, p.out.columns,
+        VECTOR_BODY(&) { cpu::store<Dtype::f32>(load_activated<V, D>(p, activate, x, c, n), y, c, n); });
+    cpu::quantize_row<V>(p.out, row, VECTOR_BODY(=) { return cpu::load<V, Dtype::f32>(y, c, n); });
   }
 }
 
-CLONES void activation_quantize_rows(const ActivationQuantizeParams& p, int64_t first, int64_t last) {
-  cpu::with_activation(p.activation, [&](auto activate) __attribute__((always_inline)) {
-    cpu::with_float_dtype(p.x.dtype,
-                          [&](auto D) __attribute__((always_inline)) { rows<D()>(p, activate, first, last); });
+void activation_quantize_rows(const ActivationQuantizeParams& p, int64_t first, int64_t last) {
+  cpu::with_vectors(VECTOR_CODE {
+    cpu::with_activation(p.activation, [&](auto activate) __attribute__((always_inline)) {
+      cpu::with_float_dtype(p.x.dtype,
+                            [&](auto D) __attribute__((always_inline)) { rows<V, D()>(p, activate, first, last); });
+    });
   });
 }
 

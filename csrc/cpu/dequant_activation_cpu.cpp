@@ -6,17 +6,22 @@
 namespace forwardpass {
 namespace {
 
-CLONES void dequant_activation_rows(const DequantActivationParams& p, int64_t first, int64_t last) {
+template <class V>
+INLINE void rows(const DequantActivationParams& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     auto acc = static_cast<const char*>(p.acc.data) + row * p.acc.stride * size_of(p.acc.dtype);
     if (p.acc.dtype == Dtype::i32) {
-      cpu::epilogue_row<Dtype::i32>(p.epilogue, acc, row, p.acc.columns);
+      cpu::epilogue_row<V, Dtype::i32>(p.epilogue, acc, row, p.acc.columns);
     } else {
       cpu::with_float_dtype(p.acc.dtype, [&](auto D) __attribute__((always_inline)) {
-        cpu::epilogue_row<decltype(D)::value>(p.epilogue, acc, row, p.acc.columns);
+        cpu::epilogue_row<V, decltype(D)::value>(p.epilogue, acc, row, p.acc.columns);
       });
     }
   }
+}
+
+void dequant_activation_rows(const DequantActivationParams& p, int64_t first, int64_t last) {
+  cpu::with_vectors(VECTOR_CODE { rows<V>(p, first, last); });
 }
 
 }  // namespace

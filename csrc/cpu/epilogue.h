@@ -9,78 +9,81 @@ namespace forwardpass::cpu {
 constexpr int64_t kBlock = 512;
 
 // y[i] = fma(float(acc[first + i] - zero_point * b_sum), a_scale * b_scale, bias) for i < n
-template <Dtype Acc>
+template <class V, Dtype Acc>
 INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t first, int64_t n, float* y) {
   const float a_scale = e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
   const int32_t zero_point = e.zero_point ? e.zero_point[e.zero_point_per_row ? row : 0] : 0;
   const float *b_scales = e.b_scale_per_column ? e.b_scale + first : nullptr, b_scale = e.b_scale ? *e.b_scale : 1.0f;
   auto with_bias = [&](auto bias) __attribute__((always_inline)) {
-    for_each_vector(
+    for_each_vector<V>(
         0, n, VECTOR_BODY(&) {
-          f32x16 v;
+          V v;
           if constexpr (Acc == Dtype::i32) {
-            i32x16 i = load_bits<i32x16>(static_cast<const int32_t*>(acc) + first + c, n);
-            if (e.zero_point) i -= zero_point * load_bits<i32x16>(e.b_sum + first + c, n);
-            v = __builtin_convertvector(i, f32x16);
+            Ints<V> i = load_bits<Ints<V>>(static_cast<const int32_t*>(acc) + first + c, n);
+            if (e.zero_point) i -= zero_point * load_bits<Ints<V>>(e.b_sum + first + c, n);
+            v = __builtin_convertvector(i, V);
           } else {
-            v = load<Acc>(acc, first + c, n);
+            v = load<V, Acc>(acc, first + c, n);
           }
-          const f32x16 scale = a_scale * (b_scales ? load<Dtype::f32>(b_scales, c, n) : splat(b_scale));
+          const V scale = a_scale * (b_scales ? load<V, Dtype::f32>(b_scales, c, n) : splat<V>(b_scale));
           store<Dtype::f32>(fma(v, scale, bias(c, n)), y, c, n);
         });
   };
-  if (!e.bias) return with_bias([](int64_t, int) __attribute__((always_inline)) { return f32x16{}; });
+  if (!e.bias) return with_bias([](int64_t, int) __attribute__((always_inline)) { return V{}; });
   with_float_dtype(e.bias_dtype, [&](auto D) __attribute__((always_inline)) {
-    with_bias(VECTOR_BODY(&) { return load<decltype(D)::value>(e.bias, first + c, n); });
+    with_bias(VECTOR_BODY(&) { return load<V, decltype(D)::value>(e.bias, first + c, n); });
   });
 }
 
 // Activates y in place. Gated: y has 8 columns of gate, 8 of up, and so on, and n / 2 outputs replace them.
+template <class V>
 INLINE void activate_block(Activation activation, float* y, int64_t n) {
   if (activation == Activation::none) return;
   with_activation(activation, [&](auto activate) __attribute__((always_inline)) {
     if (is_gated(activation)) {
-      for_each_vector(0, n / 2, VECTOR_BODY(&) { store<Dtype::f32>(gated<Dtype::f32>(activate, y, c, n), y, c, n); });
+      for_each_vector<V>(
+          0, n / 2, VECTOR_BODY(&) { store<Dtype::f32>(gated<V, Dtype::f32>(activate, y, c, n), y, c, n); });
     } else {
-      for_each_vector(0, n, VECTOR_BODY(&) { store<Dtype::f32>(activate(load<Dtype::f32>(y, c, n)), y, c, n); });
+      for_each_vector<V>(0, n, VECTOR_BODY(&) { store<Dtype::f32>(activate(load<V, Dtype::f32>(y, c, n)), y, c, n); });
     }
   });
 }
 
 // Stores n outputs from column `first` on.
+template <class V>
 INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t first, int64_t n) {
   auto out = static_cast<char*>(e.out) + (row * e.out_stride + first) * size_of(e.out_dtype);
   if (!e.out_scale) {
     return with_float_dtype(e.out_dtype, [&](auto D) __attribute__((always_inline)) {
-      for_each_vector(0, n, VECTOR_BODY(&) { store<decltype(D)::value>(load<Dtype::f32>(y, c, n), out, c, n); });
+      for_each_vector<V>(0, n, VECTOR_BODY(&) { store<decltype(D)::value>(load<V, Dtype::f32>(y, c, n), out, c, n); });
     });
   }
   const float *scales = e.out_scale_per_column ? e.out_scale + first : nullptr, scale = *e.out_scale;
   auto scaled = [&](int64_t c, int n) __attribute__((always_inline)) {
-    return load<Dtype::f32>(y, c, n) / (scales ? load<Dtype::f32>(scales, c, n) : splat(scale));
+    return load<V, Dtype::f32>(y, c, n) / (scales ? load<V, Dtype::f32>(scales, c, n) : splat<V>(scale));
   };
   auto q = reinterpret_cast<uint8_t*>(out);
   if (e.out_dtype == Dtype::e4m3) {
-    for_each_vector(0, n, VECTOR_BODY(&) { store_bits(to_e4m3(scaled(c, n)), q + c, n); });
+    for_each_vector<V>(0, n, VECTOR_BODY(&) { store_bits(to_e4m3(scaled(c, n)), q + c, n); });
   } else {
-    for_each_vector(
+    for_each_vector<V>(
         0, n, VECTOR_BODY(&) {
-          store_bits(__builtin_convertvector(to_int(scaled(c, n), -127.0f, 127.0f), i8x16), q + c, n);
+          store_bits(__builtin_convertvector(to_int(scaled(c, n), -127.0f, 127.0f), Chars<V>), q + c, n);
         });
   }
 }
 
 // acc: a row of `columns` int32 or float accumulators; row: its row of the output.
-template <Dtype Acc>
+template <class V, Dtype Acc>
 INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
   float buffer[kBlock];
   for (int64_t c = 0; c < columns; c += kBlock) {
     const int64_t n = columns - c < kBlock ? columns - c : kBlock, columns_per_output = is_gated(e.activation) ? 2 : 1;
     const bool direct = e.out_dtype == Dtype::f32 && columns_per_output == 1;
     float* y = direct ? static_cast<float*>(e.out) + row * e.out_stride + c : buffer;
-    dequantize<Acc>(e, acc, row, c, n, y);
-    activate_block(e.activation, y, n);
-    if (!direct) store_block(e, y, row, c / columns_per_output, n / columns_per_output);
+    dequantize<V, Acc>(e, acc, row, c, n, y);
+    activate_block<V>(e.activation, y, n);
+    if (!direct) store_block<V>(e, y, row, c / columns_per_output, n / columns_per_output);
   }
 }
 

@@ -1,29 +1,20 @@
 // The int8 GEMM on AVX2, exactly.
 //
 // vpmaddubsw multiplies unsigned bytes by signed ones and adds pairs of products in 16 bits, with saturation. a + 128
-// is unsigned, and 128 times the sum of b's row is subtracted in the end. A pair cannot saturate where its two elements
-// of b have magnitudes of at most 128 together: 255 * 128 = 32640. Where they have more, one of them is taken out of
-// the packed matrix, and its products are added apart, 32 rows of a at a time, in 16 bits by vpmaddwd. Of normal
-// weights with a scale a row that is one element in thirty.
+// is unsigned, and 128 times the sum of b's row is subtracted in the end. A pair cannot saturate where the sum of its
+// two elements of b is at most 128 in magnitude: 255 * 128 = 32640; elements of opposite signs never do. Where it is
+// more, one of the two is taken out of the packed matrix, and its products are added apart, 32 rows of a at a time, in
+// 16 bits by vpmaddwd. Of normal weights with a scale a row that is one element in sixty.
 //
 // Measured on one core of a Zen 4, operands in L1, GMAC/s: 115; with |a| and the sign of a on b, which saturates
-// nowhere, 67; sgemm in fp32 52. Packing takes 1.4 ns an element of b, which up to about a hundred rows is more than it
-// saves: those are multiplied without, at 55 to 60 GMAC/s.
-#include "cpu/int8_tiers.h"
+// nowhere, 67; sgemm in fp32 52. Packing takes 1.6 ns an element of b, so that without a packed weight up to some
+// hundred rows are multiplied as they are, at 55 to 60 GMAC/s.
+#include "cpu/int8_kernel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <vector>
-
-#include "cpu/int8_blocks.h"
-#endif
-#include "cpu/capability.h"
-
-namespace forwardpass {
-
-#if defined(__x86_64__)
-namespace cpu {
+namespace forwardpass::cpu {
 namespace {
 
 #define AVX2 __attribute__((target("arch=x86-64-v3")))
@@ -34,161 +25,134 @@ INLINE AVX2 void store(void* p, __m256i v) { _mm256_store_si256(static_cast<__m2
 // Byte i of each 32 bits, sign-extended.
 INLINE AVX2 __m256i byte_of(__m256i v, int i) { return _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24); }
 
-// Two elements that were taken out of a row of b.
-struct ExcessPair {
-  uint32_t k[2];
-  int16_t b[2];
-};
+using V = Vectors<8>::f32;
+constexpr int kRows = 4;  // at a time
 
-struct Avx2Tier {
-  static constexpr int64_t kColumns = kTileRows, kRows = 4, kFewRows = 96;
-  const int64_t columns, depth;
-  const CacheLines tiles, corrections;  // corrections: int32 [columns], what the sums begin with
-  struct Excess {
-    std::vector<ExcessPair> pairs;
-    uint32_t ends[kTileRows] = {};  // of each row's pairs
-  };
-  std::vector<Excess> excess;  // of each strip
-
-  struct Scope {
-    const CacheLines transposed;  // int16 [depth][32]: a, row by row in memory what is a column
-    explicit Scope(const Avx2Tier& t) : transposed(allocate(t.depth * kBlockRows * 2)) {}
-  };
-
-  Avx2Tier(int64_t columns, int64_t depth)
-      : columns(columns),
-        depth(depth),
-        tiles(allocate(columns * depth)),
-        corrections(allocate(columns * 4)),
-        excess(columns / kTileRows) {}
-
-  AVX2 void pack(const Matrix& b, int64_t strip) {
-    uint8_t* to = tiles[0].bytes + strip * depth * kTileRows;
-    for (int64_t d = 0; d < depth; d += kTileBytes) pack_tile(b, strip * kTileRows, d, to + d * kTileRows);
-    const __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1), most = _mm256_set1_epi16(128);
-    std::vector<std::pair<uint32_t, int16_t>> taken[kTileRows];
-    __m256i sums[2] = {};
-    for (int64_t d = 0; d < depth; d += 4, to += kTileBytes)
-      for (int half = 0; half < 2; ++half) {
-        uint8_t* eight = to + half * 32;  // rows of b, four columns each
-        const __m256i magnitudes = _mm256_maddubs_epi16(_mm256_abs_epi8(load(eight)), ones);
-        uint32_t over = _mm256_movemask_epi8(_mm256_cmpgt_epi16(magnitudes, most));
-        for (; over; over &= over - 1) {
-          const int byte = __builtin_ctz(over);  // both bytes of a pair are set
-          if (byte % 2 == 0) continue;
-          taken[half * 8 + byte / 4].emplace_back(d + byte % 4, static_cast<int8_t>(eight[byte]));
-          eight[byte] = 0;
-        }
-        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(_mm256_maddubs_epi16(ones, load(eight)), pairs));
-      }
-    auto correction = reinterpret_cast<int32_t*>(corrections[0].bytes) + strip * kTileRows;
-    for (int half = 0; half < 2; ++half)
-      store(correction + half * 8, _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sums[half], 7)));
-    Excess& e = excess[strip];
-    for (int i = 0; i < kTileRows; ++i) {
-      if (taken[i].size() % 2) taken[i].emplace_back(0, 0);
-      for (size_t j = 0; j < taken[i].size(); j += 2)
-        e.pairs.push_back({{taken[i][j].first, taken[i][j + 1].first}, {taken[i][j].second, taken[i][j + 1].second}});
-      e.ends[i] = static_cast<uint32_t>(e.pairs.size());
-    }
-  }
-
-  // a as 16 bits, [depth][32].
-  AVX2 void transpose_rows(const uint8_t* a, int64_t a_stride, uint8_t* to) const {
-    for (int64_t d = 0; d < depth; d += kTileBytes)
-      for (int half = 0; half < 2; ++half) {
-        alignas(64) uint8_t tile[kTile];  // [16 fours of columns][16 rows][4 columns]
-        transpose(a + half * kTileRows * a_stride + d, a_stride, kTileRows, tile, kTileBytes);
-        for (int four = 0; four < 16; ++four) {
-          const __m256i low = load(tile + four * 64), high = load(tile + four * 64 + 32);  // rows 0-7, 8-15
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i)  // of each 128 bits the first half is of rows 0-7
-            store(to + ((d + four * 4 + i) * 2 + half) * 32, _mm256_packs_epi32(byte_of(low, i), byte_of(high, i)));
-        }
-      }
-  }
-
-  // Four rows by sixteen columns.
-  AVX2 static void multiply_rows(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth,
-                                 const int32_t* correction, int32_t* sums, int64_t stride) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i acc[kRows][2];
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) acc[i][0] = load(correction), acc[i][1] = load(correction + 8);
-    for (int64_t d = 0; d < depth; d += 4, b += kTileBytes) {
-      const __m256i low = load(b), high = load(b + 32);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        int32_t four;
-        std::memcpy(&four, a + i * a_stride + d, 4);
-        const __m256i row = _mm256_set1_epi32(four);
-        acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(row, low), ones));
-        acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(row, high), ones));
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) store(sums + i * stride, acc[i][0]), store(sums + i * stride + 8, acc[i][1]);
-  }
-
-  // Adds the products of what was taken out of a strip.
-  AVX2 void add_excess(const Excess& e, const uint8_t* transposed, int32_t* sums) const {
-    alignas(64) int32_t products[kTileRows][kBlockRows];
-    const ExcessPair* pair = e.pairs.data();
-    for (int n = 0; n < kTileRows; ++n) {
-      __m256i acc[4] = {};
-      for (const ExcessPair* end = e.pairs.data() + e.ends[n]; pair != end; ++pair) {
-        int32_t two;
-        std::memcpy(&two, pair->b, 4);
-        const __m256i b = _mm256_set1_epi32(two);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          const __m256i first = load(transposed + (pair->k[0] * int64_t{2} + half) * 32),
-                        second = load(transposed + (pair->k[1] * int64_t{2} + half) * 32);
-          const __m256i low = _mm256_unpacklo_epi16(first, second), high = _mm256_unpackhi_epi16(first, second);
-          acc[half * 2] = _mm256_add_epi32(acc[half * 2], _mm256_madd_epi16(low, b));
-          acc[half * 2 + 1] = _mm256_add_epi32(acc[half * 2 + 1], _mm256_madd_epi16(high, b));
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store(products[n] + i * 8, acc[i]);
-    }
+AVX2 void pack_strip(const Matrix& b, int64_t strip, int64_t depth, uint8_t* to, int32_t* corrections,
+                     StripExcess& excess) {
+  for (int64_t d = 0; d < depth; d += kTileBytes) pack_tile<V>(b, strip * kTileRows, d, to + d * kTileRows);
+  const __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1), most = _mm256_set1_epi16(128);
+  std::vector<std::pair<uint32_t, int16_t>> taken[kTileRows];
+  __m256i sums[2] = {};
+  for (int64_t d = 0; d < depth; d += 4, to += kTileBytes)
     for (int half = 0; half < 2; ++half) {
-      alignas(64) int32_t by_rows[kTileRows][kTileRows];
-      transpose(products[0] + half * kTileRows, sizeof(products[0]), kTileRows, by_rows, sizeof(by_rows[0]));
-      for (int r = 0; r < kTileRows; ++r)
-        for (int i = 0; i < kTileRows; i += 8) {
-          int32_t* sum = sums + (half * kTileRows + r) * columns + i;
-          store(sum, _mm256_add_epi32(load(sum), load(by_rows[r] + i)));
-        }
+      uint8_t* eight = to + half * 32;  // rows of b, four columns each
+      const __m256i pair_sums = _mm256_maddubs_epi16(ones, load(eight));
+      uint32_t over = _mm256_movemask_epi8(_mm256_cmpgt_epi16(_mm256_abs_epi16(pair_sums), most));
+      for (; over; over &= over - 1) {
+        const int byte = __builtin_ctz(over);  // both bytes of a pair are set
+        if (byte % 2 == 0) continue;
+        taken[half * 8 + byte / 4].emplace_back(d + byte % 4, static_cast<int8_t>(eight[byte]));
+        eight[byte] = 0;
+      }
+      sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(_mm256_maddubs_epi16(ones, load(eight)), pairs));
     }
+  for (int half = 0; half < 2; ++half)
+    store(corrections + half * 8, _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sums[half], 7)));
+  for (int i = 0; i < kTileRows; ++i) {
+    if (taken[i].size() % 2) taken[i].emplace_back(0, 0);
+    for (size_t j = 0; j < taken[i].size(); j += 2)
+      excess.pairs.push_back(
+          {{taken[i][j].first, taken[i][j + 1].first}, {taken[i][j].second, taken[i][j + 1].second}});
+    excess.ends[i] = static_cast<uint32_t>(excess.pairs.size());
   }
+}
 
-  AVX2 void multiply(Scope& scope, uint8_t* a, int64_t a_stride, int64_t rows, int32_t* sums) const {
-    uint8_t* transposed = scope.transposed[0].bytes;
-    if (std::any_of(excess.begin(), excess.end(), [](const Excess& e) { return !e.pairs.empty(); }))
-      transpose_rows(a, a_stride, transposed);
-    for (int64_t r = 0; r < rows; ++r)  // a + 128
-      for (int64_t d = 0; d < depth; d += 32)
-        store(a + r * a_stride + d, _mm256_xor_si256(load(a + r * a_stride + d), _mm256_set1_epi8(-128)));
-    for (int64_t strip = 0; strip < columns / kTileRows; ++strip) {
-      const uint8_t* b = tiles[0].bytes + strip * depth * kTileRows;
-      const auto correction = reinterpret_cast<const int32_t*>(corrections[0].bytes) + strip * kTileRows;
-      int32_t* to = sums + strip * kTileRows;
-      for (int64_t r = 0; r < rows; r += kRows)
-        multiply_rows(a + r * a_stride, a_stride, b, depth, correction, to + r * columns, columns);
-      if (!excess[strip].pairs.empty()) add_excess(excess[strip], transposed, to);
+// a as 16 bits, [depth][32].
+AVX2 void transpose_rows(const uint8_t* a, int64_t a_stride, int64_t depth, uint8_t* to) {
+  for (int64_t d = 0; d < depth; d += kTileBytes)
+    for (int half = 0; half < 2; ++half) {
+      alignas(64) uint8_t tile[kTile];  // [16 fours of columns][16 rows][4 columns]
+      transpose<V>(a + half * kTileRows * a_stride + d, a_stride, kTileRows, tile, kTileBytes);
+      for (int four = 0; four < 16; ++four) {
+        const __m256i low = load(tile + four * 64), high = load(tile + four * 64 + 32);  // rows 0-7, 8-15
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)  // of each 128 bits the first half is of rows 0-7
+          store(to + ((d + four * 4 + i) * 2 + half) * 32, _mm256_packs_epi32(byte_of(low, i), byte_of(high, i)));
+      }
+    }
+}
+
+// Four rows by sixteen columns.
+AVX2 void multiply_rows(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth, const int32_t* correction,
+                        int32_t* sums, int64_t stride) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i acc[kRows][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) acc[i][0] = load(correction), acc[i][1] = load(correction + 8);
+  for (int64_t d = 0; d < depth; d += 4, b += kTileBytes) {
+    const __m256i low = load(b), high = load(b + 32);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      int32_t four;
+      std::memcpy(&four, a + i * a_stride + d, 4);
+      const __m256i row = _mm256_set1_epi32(four);
+      acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(row, low), ones));
+      acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(row, high), ones));
     }
   }
-};
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) store(sums + i * stride, acc[i][0]), store(sums + i * stride + 8, acc[i][1]);
+}
+
+// Adds the products of what was taken out of a strip, whose rows' pairs end at `ends`.
+AVX2 void add_excess(const ExcessPair* pair, const ExcessPair* pairs, const uint32_t* ends, const uint8_t* transposed,
+                     int32_t* sums, int64_t stride) {
+  alignas(64) int32_t products[kTileRows][kBlockRows];
+  for (int n = 0; n < kTileRows; ++n) {
+    __m256i acc[4] = {};
+    for (const ExcessPair* end = pairs + ends[n]; pair != end; ++pair) {
+      int32_t two;
+      std::memcpy(&two, pair->b, 4);
+      const __m256i b = _mm256_set1_epi32(two);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i first = load(transposed + (pair->k[0] * int64_t{2} + half) * 32),
+                      second = load(transposed + (pair->k[1] * int64_t{2} + half) * 32);
+        const __m256i low = _mm256_unpacklo_epi16(first, second), high = _mm256_unpackhi_epi16(first, second);
+        acc[half * 2] = _mm256_add_epi32(acc[half * 2], _mm256_madd_epi16(low, b));
+        acc[half * 2 + 1] = _mm256_add_epi32(acc[half * 2 + 1], _mm256_madd_epi16(high, b));
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store(products[n] + i * 8, acc[i]);
+  }
+  for (int half = 0; half < 2; ++half) {
+    alignas(64) int32_t by_rows[kTileRows][kTileRows];
+    transpose<V>(products[0] + half * kTileRows, sizeof(products[0]), kTileRows, by_rows, sizeof(by_rows[0]));
+    for (int r = 0; r < kTileRows; ++r)
+      for (int i = 0; i < kTileRows; i += 8) {
+        int32_t* sum = sums + (half * kTileRows + r) * stride + i;
+        store(sum, _mm256_add_epi32(load(sum), load(by_rows[r] + i)));
+      }
+  }
+}
+
+AVX2 void prepare_block(const PackedWeight& b, uint8_t* a, int64_t a_stride, uint8_t* transposed) {
+  if (b.ends[b.columns - 1]) transpose_rows(a, a_stride, b.depth, transposed);
+  for (int64_t r = 0; r < kBlockRows; ++r)  // a + 128
+    for (int64_t d = 0; d < b.depth; d += 32)
+      store(a + r * a_stride + d, _mm256_xor_si256(load(a + r * a_stride + d), _mm256_set1_epi8(-128)));
+}
+
+AVX2 void multiply_block(const PackedWeight& b, const uint8_t* a, int64_t a_stride, int64_t rows,
+                         const uint8_t* transposed, int64_t first_strip, int64_t strips, int32_t* sums) {
+  const int64_t stride = strips * kTileRows;
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t column = (first_strip + s) * kTileRows;
+    int32_t* to = sums + s * kTileRows;
+    for (int64_t r = 0; r < rows; r += kRows)
+      multiply_rows(a + r * a_stride, a_stride, b.tiles + column * b.depth, b.depth, b.corrections + column,
+                    to + r * stride, stride);
+    const uint32_t begin = column ? b.ends[column - 1] : 0;
+    if (begin != b.ends[column + kTileRows - 1])
+      add_excess(b.excess + begin, b.excess, b.ends + column, transposed, to, stride);
+  }
+}
 
 // Few rows: both operands as 16 bits, of which sixteen products are one instruction (vpmaddwd), exact.
-struct Avx2Rows {
-  const int64_t depth;
-  const CacheLines upconverted;  // int16 [rows][depth]
-
-  AVX2 Avx2Rows(const uint8_t* a, int64_t rows, int64_t depth) : depth(depth), upconverted(allocate(rows * depth * 2)) {
-    for (int64_t i = 0; i < rows * depth; i += 16) store(upconverted[0].bytes + i * 2, upconvert(a + i));
-  }
+struct Rows {
+  static constexpr int kBytes = 2;
   INLINE AVX2 static __m256i upconvert(const uint8_t* sixteen) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
   }
@@ -211,9 +175,8 @@ struct Avx2Rows {
     }
   }
   template <int kRows, int kColumns>
-  AVX2 void dots(int64_t first_row, const uint8_t* b, int64_t b_stride, int64_t k, int32_t* sums,
-                 int64_t stride) const {
-    const uint8_t* a = upconverted[0].bytes + first_row * depth * 2;
+  AVX2 static void dots(const uint8_t* a, int64_t depth, const uint8_t* b, int64_t b_stride, int64_t k, int32_t* sums,
+                        int64_t stride) {
     __m256i acc[kRows][kColumns] = {};
     int64_t d = 0;
     for (; d + 16 <= k; d += 16) add(acc, a + d * 2, depth * 2, b + d, b_stride);
@@ -229,24 +192,24 @@ struct Avx2Rows {
   }
 };
 
+AVX2 void prepare_few(const uint8_t* a, int64_t elements, uint8_t* prepared) {
+  for (int64_t i = 0; i < elements; i += 16) store(prepared + i * 2, Rows::upconvert(a + i));
+}
+
 }  // namespace
-}  // namespace cpu
-#endif
 
-bool has_avx2() {
-#if defined(__x86_64__)
-  static const bool available = __builtin_cpu_supports("x86-64-v3") && cpu::avx2_is_allowed();
-  return available;
-#else
-  return false;
-#endif
+const Int8Kernel& avx2_int8() {
+  static constexpr Int8Kernel kKernel{.few_rows = 16,
+                                      .few_rows_unpacked = 256,
+                                      .keeps_packed = true,
+                                      .scratch_bytes_per_column = kBlockRows * 2,
+                                      .pack_strip = pack_strip,
+                                      .prepare_block = prepare_block,
+                                      .multiply_block = multiply_block,
+                                      .prepare_few = prepare_few,
+                                      .multiply_few = multiply_few<Rows>};
+  return kKernel;
 }
 
-void int8_avx2([[maybe_unused]] const Matrix& a, [[maybe_unused]] const Matrix& b,
-               [[maybe_unused]] const Epilogue& epilogue, [[maybe_unused]] const QuantizeParams* quantize) {
-#if defined(__x86_64__)
-  cpu::int8_product<cpu::Avx2Tier, cpu::Avx2Rows>(a, b, epilogue, quantize);
+}  // namespace forwardpass::cpu
 #endif
-}
-
-}  // namespace forwardpass

@@ -8,15 +8,13 @@
 namespace forwardpass {
 namespace {
 
-using cpu::f32x16;
-
-template <Dtype D>
-INLINE f32x16 load_affine(const Affine& a, int64_t c, int n) {
-  return a.dtype == Dtype::f32 ? cpu::load<Dtype::f32>(a.data, c, n) : cpu::load<D>(a.data, c, n);
+template <class V, Dtype D>
+INLINE V load_affine(const Affine& a, int64_t c, int n) {
+  return a.dtype == Dtype::f32 ? cpu::load<V, Dtype::f32>(a.data, c, n) : cpu::load<V, D>(a.data, c, n);
 }
 
 // v: [columns] floats for the current row, which stays in the cache: 16-bit values are converted once.
-template <Dtype D>
+template <class V, Dtype D>
 INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
   constexpr int64_t kSize = size_of(D);
   const int64_t columns = p.x.columns;
@@ -25,9 +23,9 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
     if (p.residual.data) {
       const void* residual = static_cast<const char*>(p.residual.data) + row * p.residual.stride * kSize;
       void* sum = static_cast<char*>(p.residual_out) + row * columns * kSize;
-      cpu::for_each_vector(
+      cpu::for_each_vector<V>(
           0, columns,
-          VECTOR_BODY(&) { cpu::store<D>(cpu::load<D>(x, c, n) + cpu::load<D>(residual, c, n), sum, c, n); });
+          VECTOR_BODY(&) { cpu::store<D>(cpu::load<V, D>(x, c, n) + cpu::load<V, D>(residual, c, n), sum, c, n); });
       x = sum;
     }
 
@@ -35,40 +33,43 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
     // common offset costs no accuracy, and a constant row has variance 0 exactly.
     float mean = 0;
     if (p.kind == Norm::layer) {
-      const float pivot = cpu::load<D>(x, 0, 1)[0];
-      f32x16 sums{};
-      cpu::for_each_vector(
+      const float pivot = cpu::load<V, D>(x, 0, 1)[0];
+      V sums{};
+      cpu::for_each_vector<V>(
           0, columns, VECTOR_BODY(&) {
-            const f32x16 shifted = cpu::first_lanes(cpu::load<D>(x, c, n) - pivot, n);
+            const V shifted = cpu::first_lanes(cpu::load<V, D>(x, c, n) - pivot, n);
             cpu::store<Dtype::f32>(shifted, v, c, n);
             sums += shifted;
           });
       mean = cpu::sum(sums) / columns;
     } else {
-      cpu::for_each_vector(0, columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(x, c, n), v, c, n); });
+      cpu::for_each_vector<V>(
+          0, columns, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<V, D>(x, c, n), v, c, n); });
     }
-    f32x16 squares{};  // of the centred values: E[x^2] - E[x]^2 cancels
-    cpu::for_each_vector(
+    V squares{};  // of the centred values: E[x^2] - E[x]^2 cancels
+    cpu::for_each_vector<V>(
         0, columns, VECTOR_BODY(&) {
-          const f32x16 d = cpu::first_lanes(cpu::load<Dtype::f32>(v, c, n) - mean, n);
+          const V d = cpu::first_lanes(cpu::load<V, Dtype::f32>(v, c, n) - mean, n);
           squares = cpu::fma(d, d, squares);
         });
     const float total = cpu::sum(squares);
     // total * 0: squares that overflow show as NaN, not as values of 0
     const float inverse = 1.0f / std::sqrt(total / columns + p.eps) + total * 0.0f;
-    cpu::for_each_vector(
+    cpu::for_each_vector<V>(
         0, columns, VECTOR_BODY(&) {
-          f32x16 y = (cpu::load<Dtype::f32>(v, c, n) - mean) * inverse;
-          if (p.weight.data) y *= load_affine<D>(p.weight, c, n);
-          if (p.bias.data) y += load_affine<D>(p.bias, c, n);
+          V y = (cpu::load<V, Dtype::f32>(v, c, n) - mean) * inverse;
+          if (p.weight.data) y *= load_affine<V, D>(p.weight, c, n);
+          if (p.bias.data) y += load_affine<V, D>(p.bias, c, n);
           cpu::store<Dtype::f32>(y, v, c, n);
         });
-    cpu::quantize_row(p.out, row, VECTOR_BODY(=) { return cpu::load<Dtype::f32>(v, c, n); });
+    cpu::quantize_row<V>(p.out, row, VECTOR_BODY(=) { return cpu::load<V, Dtype::f32>(v, c, n); });
   }
 }
 
-CLONES void norm_quantize_rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
-  cpu::with_float_dtype(p.x.dtype, [&](auto D) __attribute__((always_inline)) { rows<D()>(p, v, first, last); });
+void norm_quantize_rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t last) {
+  cpu::with_vectors(VECTOR_CODE {
+    cpu::with_float_dtype(p.x.dtype, [&](auto D) __attribute__((always_inline)) { rows<V, D()>(p, v, first, last); });
+  });
 }
 
 }  // namespace

@@ -5,9 +5,9 @@
 
 namespace forwardpass::cpu {
 
-// value(c, n): the row's fp32 values at columns [c, c + 16), zero from c + n on, channel_scale applied. Evaluated
-// twice, INLINE.
-template <class Value>
+// value(c, n): the row's fp32 values in the lanes from column c on, zero from c + n on, channel_scale applied.
+// Evaluated twice, INLINE.
+template <class V, class Value>
 INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t group, Value value) {
   const int64_t begin = group * out.group, end = begin + out.group < out.columns ? begin + out.group : out.columns;
   const bool e4m3 = out.dtype == Dtype::e4m3, symmetric = out.symmetric;
@@ -19,11 +19,11 @@ INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t grou
   } else {
     // Compared as integers, magnitudes are ordered as the floats are, with infinity and NaN on top: a NaN makes the
     // scale NaN and cannot get lost.
-    u32x16 highs{}, lows{};  // of the values >= 0, and of those < 0
-    for_each_vector(
+    Uints<V> highs{}, lows{};  // of the values >= 0, and of those < 0
+    for_each_vector<V>(
         begin, end, VECTOR_BODY(&) {
-          const u32x16 b = bits<u32x16>(value(c, n)), a = b & 0x7fffffff,
-                       negative = bits<u32x16>(bits<i32x16>(b) >> 31);
+          const Uints<V> b = bits<Uints<V>>(value(c, n)), a = b & 0x7fffffff,
+                         negative = bits<Uints<V>>(bits<Ints<V>>(b) >> 31);
           highs = max(highs, a & ~negative);
           lows = max(lows, a & negative);
         });
@@ -40,24 +40,25 @@ INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t grou
   }
   auto q = static_cast<uint8_t*>(out.q) + row * out.q_stride;
   if (e4m3) {
-    for_each_vector(begin, end, VECTOR_BODY(&) { store_bits(to_e4m3(value(c, n) * inverse), q + c, n); });
+    for_each_vector<V>(begin, end, VECTOR_BODY(&) { store_bits(to_e4m3(value(c, n) * inverse), q + c, n); });
   } else {  // clamping first gives the same as clamping the rounded value, and keeps to_int in its range
     const float low = (symmetric ? -127 : -128) - zero_point, high = 127 - zero_point;
-    for_each_vector(
+    for_each_vector<V>(
         begin, end, VECTOR_BODY(&) {
-          store_bits(__builtin_convertvector(to_int(value(c, n) * inverse, low, high) + zero_point, i8x16), q + c, n);
+          store_bits(__builtin_convertvector(to_int(value(c, n) * inverse, low, high) + zero_point, Chars<V>), q + c,
+                     n);
         });
   }
 }
 
 // Every group of a row whose values, before channel_scale, are value(c, n).
-template <class Value>
+template <class V, class Value>
 INLINE void quantize_row(const QuantizedRows& out, int64_t row, Value value) {
   for (int64_t group = 0; group * out.group < out.columns; ++group) {
     if (const float* s = out.channel_scale) {
-      quantize_segment(out, row, group, VECTOR_BODY(&) { return value(c, n) * load<Dtype::f32>(s, c, n); });
+      quantize_segment<V>(out, row, group, VECTOR_BODY(&) { return value(c, n) * load<V, Dtype::f32>(s, c, n); });
     } else {
-      quantize_segment(out, row, group, value);
+      quantize_segment<V>(out, row, group, value);
     }
   }
 }

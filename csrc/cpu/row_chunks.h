@@ -1,5 +1,5 @@
 #pragma once
-// Rows of a GEMM that go through quantisation, product and epilogue together, a chunk at a time.
+// Parts of a GEMM that go through quantisation, product and epilogue together.
 #include "params/dequant_activation.h"
 #include "params/quantize.h"
 
@@ -18,6 +18,17 @@ inline Epilogue rows_from(Epilogue e, int64_t first) {
   if (e.a_scale_per_row) e.a_scale += first;
   if (e.zero_point_per_row) e.zero_point += first;
   e.out = static_cast<char*>(e.out) + first * e.out_stride * size_of(e.out_dtype);
+  return e;
+}
+
+// From a column of the product on, a multiple of 16.
+inline Epilogue columns_from(Epilogue e, int64_t first) {
+  const int64_t first_output = is_gated(e.activation) ? first / 2 : first;
+  if (e.b_scale_per_column) e.b_scale += first;
+  if (e.bias) e.bias = static_cast<const char*>(e.bias) + first * size_of(e.bias_dtype);
+  if (e.b_sum) e.b_sum += first;
+  if (e.out_scale_per_column) e.out_scale += first_output;
+  e.out = static_cast<char*>(e.out) + first_output * size_of(e.out_dtype);
   return e;
 }
 

@@ -5,7 +5,7 @@
 namespace forwardpass {
 namespace {
 
-template <Dtype D>
+template <class V, Dtype D>
 INLINE void upconvert(const UpconvertRowsParams& p) {
   const int64_t k = p.b.columns, blocks = ceil_div(k, kScaleBlock);
   for (int64_t row = p.first; row < p.last; ++row) {
@@ -14,17 +14,19 @@ INLINE void upconvert(const UpconvertRowsParams& p) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = block * kScaleBlock, end = std::min(begin + kScaleBlock, k);
       const float scale = p.block_scale ? p.block_scale[row * blocks + block] : 1.0f;
-      cpu::for_each_vector(
-          begin, end, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<D>(b, c, n) * scale, out, c, n); });
+      cpu::for_each_vector<V>(
+          begin, end, VECTOR_BODY(&) { cpu::store<Dtype::f32>(cpu::load<V, D>(b, c, n) * scale, out, c, n); });
     }
   }
 }
 
 }  // namespace
 
-CLONES void upconvert_rows(const UpconvertRowsParams& p) {
-  if (p.b.dtype == Dtype::i8) return upconvert<Dtype::i8>(p);
-  upconvert<Dtype::e4m3>(p);
+void upconvert_rows(const UpconvertRowsParams& p) {
+  cpu::with_vectors(VECTOR_CODE {
+    if (p.b.dtype == Dtype::i8) return upconvert<V, Dtype::i8>(p);
+    upconvert<V, Dtype::e4m3>(p);
+  });
 }
 
 }  // namespace forwardpass

@@ -1,31 +1,76 @@
 #pragma once
-// What the CPU kernels share: 16 fp32 lanes as a g++ vector type. A kernel's outer function is marked CLONES: it is
-// compiled three times (AVX-512: one register; AVX2: two; baseline: four) and one is chosen at load time; all functions
-// that it calls must be INLINE to be compiled with it. Loops left to the auto-vectoriser were tried first: it gave up
-// on most of them, at 3.4 ns an element.
+// What the CPU kernels share: fp32 lanes as a g++ vector type V, one register of the tier: 16 with AVX-512, 8 with
+// AVX2, 4 without. A kernel's code is called by `with_vectors`, which compiles it for each and runs the tier's; all
+// functions that it calls must be INLINE to be compiled with it. Loops left to the auto-vectoriser were tried first: it
+// gave up on most of them, at 3.4 ns an element. Then one type of 16 lanes was, which for AVX2 g++ was to split in two:
+// comparisons and shuffles it split into lanes, and gelu took 3.2 ns an element.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/tier.h"
 #include "params/common.h"
 
-#if defined(__x86_64__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
 #define INLINE inline __attribute__((always_inline))
+// Code for with_vectors: V is the type of its vectors.
+#define VECTOR_CODE [&]<class V>(V) __attribute__((always_inline))
 
 namespace forwardpass::cpu {
 
-constexpr int kLanes = 16;
-using f32x16 = float __attribute__((vector_size(64)));
-using i32x16 = int32_t __attribute__((vector_size(64)));
-using u32x16 = uint32_t __attribute__((vector_size(64)));
-using u16x16 = uint16_t __attribute__((vector_size(32)));
-using i8x16 = int8_t __attribute__((vector_size(16)));
-using u8x16 = uint8_t __attribute__((vector_size(16)));
+// Vectors of as many lanes.
+template <int kLanes>
+struct Vectors;
+#define VECTORS(lanes)                                            \
+  template <>                                                     \
+  struct Vectors<lanes> {                                         \
+    using f32 = float __attribute__((vector_size(4 * lanes)));    \
+    using i32 = int32_t __attribute__((vector_size(4 * lanes)));  \
+    using u32 = uint32_t __attribute__((vector_size(4 * lanes))); \
+    using u16 = uint16_t __attribute__((vector_size(2 * lanes))); \
+    using i8 = int8_t __attribute__((vector_size(lanes)));        \
+    using u8 = uint8_t __attribute__((vector_size(lanes)));       \
+  }
+VECTORS(4);
+VECTORS(8);
+VECTORS(16);
+#undef VECTORS
+constexpr int kMostLanes = 16;
+
+template <class V>
+constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
+template <class V>
+using Ints = typename Vectors<kLanes<V>>::i32;
+template <class V>
+using Uints = typename Vectors<kLanes<V>>::u32;
+template <class V>
+using Halves = typename Vectors<kLanes<V>>::u16;
+template <class V>
+using Chars = typename Vectors<kLanes<V>>::i8;
+template <class V>
+using Bytes = typename Vectors<kLanes<V>>::u8;
+
+#if defined(__x86_64__)
+template <class F>
+__attribute__((target("arch=x86-64-v4"))) void with_avx512(const F& code) {
+  code(Vectors<16>::f32{});
+}
+template <class F>
+__attribute__((target("arch=x86-64-v3"))) void with_avx2(const F& code) {
+  code(Vectors<8>::f32{});
+}
+#endif
+
+// Runs code, a VECTOR_CODE { … }, with the vectors of this process's tier.
+template <class F>
+void with_vectors(const F& code) {
+#if defined(__x86_64__)
+  const Tier t = tier();
+  if (t >= Tier::avx512) return with_avx512(code);
+  if (t >= Tier::avx2) return with_avx2(code);
+#endif
+  code(Vectors<4>::f32{});
+}
 
 template <class To, class From>
 INLINE To bits(From v) {
@@ -35,33 +80,52 @@ INLINE To bits(From v) {
   return to;
 }
 
-INLINE f32x16 splat(float v) { return f32x16{} + v; }
-INLINE f32x16 abs(f32x16 v) { return bits<f32x16>(bits<i32x16>(v) & 0x7fffffff); }
-INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }  // b where a is NaN
-INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
-INLINE u32x16 max(u32x16 a, u32x16 b) { return a > b ? a : b; }
-INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {  // one rounding, as the formulas say; contraction is off
-  f32x16 r;
-  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+template <class V, class T>
+INLINE V splat(T v) {
+  return V{} + v;
+}
+// Lanes of x where a < b, else of y.
+template <class C, class V>
+INLINE V select_less(C a, C b, V x, V y) {
+  return a < b ? x : y;
+}
+template <class V>
+INLINE V max(V a, V b) {  // b where a is NaN
+  return a > b ? a : b;
+}
+template <class V>
+INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+INLINE V abs(V v) {
+  return bits<V>(bits<Ints<V>>(v) & 0x7fffffff);
+}
+template <class V>
+INLINE V fma(V a, V b, V c) {  // one rounding, as the formulas say; contraction is off
+  V r;
+  for (int i = 0; i < kLanes<V>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
 }
-INLINE float sum(f32x16 v) {
+template <class V>
+INLINE float sum(V v) {
   float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
+  for (int i = 0; i < kLanes<V>; ++i) s += v[i];
   return s;
 }
-INLINE uint32_t largest(u32x16 v) {
+template <class V>
+INLINE uint32_t largest(V v) {
   uint32_t m = 0;
-  for (int i = 0; i < kLanes; ++i) m = m > v[i] ? m : v[i];
+  for (int i = 0; i < kLanes<V>; ++i) m = m > v[i] ? m : v[i];
   return m;
 }
 
-// n of 16 elements from memory, the others zero. Full vectors are one load, as n == 16 is known where it is inlined.
+// n elements from memory, the other lanes zero. Full vectors are one load, as n is known where it is inlined.
 template <class V, class T>
 INLINE V load_bits(const T* p, int n) {
-  static_assert(sizeof(V) == kLanes * sizeof(T));
+  static_assert(sizeof(V) == kLanes<V> * sizeof(T));
   V v{};
-  if (n == kLanes) {
+  if (n == kLanes<V>) {
     std::memcpy(&v, p, sizeof(v));
   } else {
     std::memcpy(&v, p, n * sizeof(T));
@@ -70,85 +134,103 @@ INLINE V load_bits(const T* p, int n) {
 }
 template <class V, class T>
 INLINE void store_bits(V v, T* p, int n) {
-  static_assert(sizeof(V) == kLanes * sizeof(T));
-  if (n == kLanes) {
+  static_assert(sizeof(V) == kLanes<V> * sizeof(T));
+  if (n == kLanes<V>) {
     std::memcpy(p, &v, sizeof(v));
   } else {
     std::memcpy(p, &v, n * sizeof(T));
   }
 }
 
-INLINE f32x16
-half_to_float(u16x16 h) {  // exact; the exponent is re-biased by a multiplication, which takes care of denormals
-  const u32x16 w = __builtin_convertvector(h, u32x16), a = w & 0x7fff, sign = (w & 0x8000) << 16;
-  const u32x16 finite = bits<u32x16>(bits<f32x16>(a << 13) * 0x1p112f), special = (a << 13) | 0x7f800000;
-  return bits<f32x16>((a >= 0x7c00 ? special : finite) | sign);
+template <class V>
+INLINE V half_to_float(Halves<V> h) {  // exact; a multiplication re-biases the exponent and takes care of denormals
+  using U = Uints<V>;
+  const U w = __builtin_convertvector(h, U), a = w & 0x7fff, sign = (w & 0x8000) << 16;
+  const U finite = bits<U>(bits<V>(a << 13) * 0x1p112f), special = (a << 13) | 0x7f800000;
+  return bits<V>(select_less(a, splat<U>(0x7c00), finite, special) | sign);
 }
-INLINE u16x16 float_to_half(f32x16 v) {  // round to nearest even, overflow to infinity, NaN stays NaN
-  const u32x16 b = bits<u32x16>(v), a = b & 0x7fffffff, sign = (b >> 16) & 0x8000;
-  const u32x16 normal = (a + 0xfff + ((a >> 13) & 1) - (112u << 23)) >> 13;
-  const u32x16 subnormal =
-      bits<u32x16>(bits<f32x16>(a) + 0.5f) - bits<uint32_t>(0.5f);  // the step is 2^-24: fp32 rounds to it
-  u32x16 h = a < (113u << 23) ? subnormal : normal;
-  h = a >= 0x477ff000 ? u32x16{} + 0x7c00 : h;  // from 65520
-  h = a > 0x7f800000 ? u32x16{} + 0x7e00 : h;
-  return __builtin_convertvector(h | sign, u16x16);
+template <class V>
+INLINE Halves<V> float_to_half(V v) {  // round to nearest even, overflow to infinity, NaN stays NaN
+  using U = Uints<V>;
+  const U b = bits<U>(v), a = b & 0x7fffffff, sign = (b >> 16) & 0x8000;
+  const U normal = (a + 0xfff + ((a >> 13) & 1) - (112u << 23)) >> 13;
+  const U subnormal = bits<U>(bits<V>(a) + 0.5f) - bits<uint32_t>(0.5f);  // the step is 2^-24: fp32 rounds to it
+  U h = select_less(a, splat<U>(113u << 23), subnormal, normal);
+  h = select_less(a, splat<U>(0x477ff000u), h, splat<U>(0x7c00));  // from 65520
+  h = select_less(splat<U>(0x7f800000u), a, splat<U>(0x7e00), h);
+  return __builtin_convertvector(h | sign, Halves<V>);
 }
-INLINE u16x16 float_to_bfloat(f32x16 v) {
-  const u32x16 b = bits<u32x16>(v), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16, nan = (b >> 16) | 0x40;
-  return __builtin_convertvector((b & 0x7fffffff) > 0x7f800000 ? nan : rounded, u16x16);
-}
-
-INLINE f32x16 e4m3_to_float(u8x16 v) {  // exact; the multiplication re-biases the exponent and takes care of denormals
-  const u32x16 w = __builtin_convertvector(v, u32x16), a = w & 0x7f;
-  const u32x16 finite = bits<u32x16>(bits<f32x16>(a << 20) * 0x1p120f);
-  return bits<f32x16>((a == 0x7f ? u32x16{} + 0x7fc00000 : finite) | (w & 0x80) << 24);
+template <class V>
+INLINE Halves<V> float_to_bfloat(V v) {
+  using U = Uints<V>;
+  const U b = bits<U>(v), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16, nan = (b >> 16) | 0x40;
+  return __builtin_convertvector(select_less(splat<U>(0x7f800000u), b & 0x7fffffff, nan, rounded), Halves<V>);
 }
 
+template <class V>
+INLINE V e4m3_to_float(Bytes<V> v) {  // exact; the multiplication re-biases the exponent and takes care of denormals
+  using U = Uints<V>;
+  const U w = __builtin_convertvector(v, U), a = w & 0x7f;
+  const U finite = bits<U>(bits<V>(a << 20) * 0x1p120f);
+  return bits<V>(select_less(a, splat<U>(0x7f), finite, splat<U>(0x7fc00000)) | (w & 0x80) << 24);
+}
+
+// 0, 1, 2, ...
+template <class V>
+INLINE Ints<V> lane_numbers() {
+  Ints<V> numbers;
+  for (int i = 0; i < kLanes<V>; ++i) numbers[i] = i;
+  return numbers;
+}
 // The first n lanes, the others zero.
-INLINE f32x16 first_lanes(f32x16 v, int n) {
-  constexpr i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return n == kLanes ? v : bits<f32x16>(bits<i32x16>(v) & (lane < n));
+template <class V>
+INLINE V first_lanes(V v, int n) {
+  return n == kLanes<V> ? v : select_less(lane_numbers<V>(), splat<Ints<V>>(n), v, V{});
 }
 
-template <Dtype D>
-INLINE f32x16 load(const void* row, int64_t column, int n = kLanes) {
-  if constexpr (D == Dtype::f32) return load_bits<f32x16>(static_cast<const float*>(row) + column, n);
+template <class V, Dtype D>
+INLINE V load(const void* row, int64_t column, int n = kLanes<V>) {
+  if constexpr (D == Dtype::f32) return load_bits<V>(static_cast<const float*>(row) + column, n);
   if constexpr (D == Dtype::i32)
-    return __builtin_convertvector(load_bits<i32x16>(static_cast<const int32_t*>(row) + column, n), f32x16);
+    return __builtin_convertvector(load_bits<Ints<V>>(static_cast<const int32_t*>(row) + column, n), V);
   if constexpr (D == Dtype::i8)
-    return __builtin_convertvector(load_bits<i8x16>(static_cast<const int8_t*>(row) + column, n), f32x16);
-  if constexpr (D == Dtype::e4m3) return e4m3_to_float(load_bits<u8x16>(static_cast<const uint8_t*>(row) + column, n));
-  if constexpr (D == Dtype::f16) return half_to_float(load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n));
+    return __builtin_convertvector(
+        __builtin_convertvector(load_bits<Chars<V>>(static_cast<const int8_t*>(row) + column, n), Ints<V>), V);
+  if constexpr (D == Dtype::e4m3)
+    return e4m3_to_float<V>(load_bits<Bytes<V>>(static_cast<const uint8_t*>(row) + column, n));
+  if constexpr (D == Dtype::f16)
+    return half_to_float<V>(load_bits<Halves<V>>(static_cast<const uint16_t*>(row) + column, n));
   if constexpr (D == Dtype::bf16)
-    return bits<f32x16>(
-        __builtin_convertvector(load_bits<u16x16>(static_cast<const uint16_t*>(row) + column, n), u32x16) << 16);
+    return bits<V>(
+        __builtin_convertvector(load_bits<Halves<V>>(static_cast<const uint16_t*>(row) + column, n), Uints<V>) << 16);
 }
 
-template <Dtype D>
-INLINE void store(f32x16 v, void* row, int64_t column, int n = kLanes) {
+template <Dtype D, class V>
+INLINE void store(V v, void* row, int64_t column, int n = kLanes<V>) {
   if constexpr (D == Dtype::f32) store_bits(v, static_cast<float*>(row) + column, n);
   if constexpr (D == Dtype::f16) store_bits(float_to_half(v), static_cast<uint16_t*>(row) + column, n);
   if constexpr (D == Dtype::bf16) store_bits(float_to_bfloat(v), static_cast<uint16_t*>(row) + column, n);
 }
 
 // fp32 -> e4m3 (1, 4, 3; bias 7; 448 largest; no infinity), round to nearest even, saturating; NaN stays NaN.
-INLINE u8x16 to_e4m3(f32x16 v) {
-  const u32x16 b = bits<u32x16>(v), sign = (b >> 24) & 0x80, a = b & 0x7fffffff;
+template <class V>
+INLINE Bytes<V> to_e4m3(V v) {
+  using U = Uints<V>;
+  const U b = bits<U>(v), sign = (b >> 24) & 0x80, a = b & 0x7fffffff;
   // normal, from 2^-6: round the mantissa to 3 bits, re-bias 127 -> 7; below, the step is 2^-9: adding 2^14 rounds to
   // it in fp32
-  const u32x16 normal = ((a + 0x7ffff + ((a >> 20) & 1)) >> 20) - (120 << 3);
-  const u32x16 subnormal = bits<u32x16>(bits<f32x16>(a) + 0x1p14f) - bits<uint32_t>(0x1p14f);
-  u32x16 q = a < bits<uint32_t>(0x1p-6f) ? subnormal : normal;
-  q = q > 0x7e ? u32x16{} + 0x7e : q;
-  q = a > 0x7f800000 ? u32x16{} + 0x7f : q;
-  return __builtin_convertvector(sign | q, u8x16);
+  const U normal = ((a + 0x7ffff + ((a >> 20) & 1)) >> 20) - (120 << 3);
+  const U subnormal = bits<U>(bits<V>(a) + 0x1p14f) - bits<uint32_t>(0x1p14f);
+  U q = min(select_less(a, splat<U>(bits<uint32_t>(0x1p-6f)), subnormal, normal), splat<U>(0x7e));
+  q = select_less(splat<U>(0x7f800000u), a, splat<U>(0x7f), q);
+  return __builtin_convertvector(sign | q, Bytes<V>);
 }
 
 // Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN
 // gives low.
-INLINE i32x16 to_int(f32x16 v, float low, float high) {
-  return bits<i32x16>(min(max(v, splat(low)), splat(high)) + 0x1.8p23f) - bits<int32_t>(0x1.8p23f);
+template <class V>
+INLINE Ints<V> to_int(V v, float low, float high) {
+  return bits<Ints<V>>(min(max(v, splat<V>(low)), splat<V>(high)) + 0x1.8p23f) - bits<int32_t>(0x1.8p23f);
 }
 
 // Calls f, which must be INLINE, with the dtype as a constant. (The dispatch of device/dispatch.h would not be compiled
@@ -166,11 +248,11 @@ INLINE void with_float_dtype(Dtype dtype, F f) {
   }
 }
 
-// Calls f(column, n) for every 16 columns of [begin, end). n is the literal 16, except for a shorter rest at the end.
-template <class F>
+// Calls f(column, n) for every vector of [begin, end). n is constant, except for a shorter rest at the end.
+template <class V, class F>
 INLINE void for_each_vector(int64_t begin, int64_t end, F f) {
   int64_t c = begin;
-  for (; c + kLanes <= end; c += kLanes) f(c, kLanes);
+  for (; c + kLanes<V> <= end; c += kLanes<V>) f(c, kLanes<V>);
   if (c < end) f(c, static_cast<int>(end - c));
 }
 #define VECTOR_BODY(captures) [captures](int64_t c, int n) __attribute__((always_inline))

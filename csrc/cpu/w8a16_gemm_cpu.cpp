@@ -1,22 +1,10 @@
+#include "cpu/row_chunks.h"
 #include "cpu/upconvert_rows.h"
 #include "cpu/w8a16_gemm.h"
 #include "params/dequant_activation.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
-namespace {
-
-// The epilogue for rows from `row` and columns from `column` on, a multiple of 16.
-Epilogue part_from(Epilogue e, int64_t row, int64_t column) {
-  if (e.b_scale_per_column) e.b_scale += column;
-  if (e.bias) e.bias = static_cast<const char*>(e.bias) + column * size_of(e.bias_dtype);
-  const int64_t offset = row * e.out_stride + (is_gated(e.activation) ? column / 2 : column);
-  e.out = static_cast<char*>(e.out) + offset * size_of(e.out_dtype);
-  return e;
-}
-
-}  // namespace
-
 // A thread takes some rows of b (columns of the output) at a time. They are upconverted to fp32 and stay in its cache
 // while oneDNN multiplies by them; so does the product until the epilogue has read it.
 void w8a16_gemm_cpu(const Tensor& a, const Matrix& b, const float* block_scale, const Epilogue& epilogue) {
@@ -34,7 +22,7 @@ void w8a16_gemm_cpu(const Tensor& a, const Matrix& b, const float* block_scale, 
       const Tensor b_transposed = transposed(b_fp32, {b_data, Dtype::f32, columns, b.columns, b.columns});
       for (int64_t row = 0; row < m; row += kMaxRows) {
         Tensor acc = call("aten::mm", torch::stable::narrow(rows, 0, row, std::min(kMaxRows, m - row)), b_transposed);
-        dequant_activation_cpu({matrix(acc, "w8a16_gemm", "acc"), part_from(epilogue, row, column)});
+        dequant_activation_cpu({matrix(acc, "w8a16_gemm", "acc"), columns_from(rows_from(epilogue, row), column)});
       }
     }
   });

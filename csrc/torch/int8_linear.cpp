@@ -10,7 +10,7 @@ namespace forwardpass {
 Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
-                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum) {
+                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed) {
   const char* op = "int8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -47,7 +47,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
     out_options.b_sum = w_sum;
   }
   std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
-  if (out.numel()) int8_gemm_cpu(a, transposed(weight, p.b), p.epilogue, &q);
+  if (out.numel()) int8_gemm_cpu(a, transposed(weight, p.b), p.epilogue, &q, packed);
   return out;
 }
 

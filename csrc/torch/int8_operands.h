@@ -11,8 +11,8 @@ namespace forwardpass {
 void check_int8_depth(int64_t k, bool zero_point, const char* op);
 
 // int8 a [M, K] times b_transposed [K, N], then the epilogue. With `quantize`, a is what quantize->x is quantised to,
-// and need not be written to memory.
+// and need not be written to memory. `packed`: what pack_int8_weight returned for b, or none.
 void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
-                   const QuantizeParams* quantize);
+                   const QuantizeParams* quantize, OptionalTensorRef packed = {});
 
 }  // namespace forwardpass

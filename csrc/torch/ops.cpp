@@ -65,7 +65,8 @@ constexpr std::tuple kOps{
 
     Op<int8_linear>{
         "int8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
-        "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum) -> Tensor"},
+        "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum, Tensor? packed) -> "
+        "Tensor"},
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
 
@@ -102,6 +103,9 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
     m.def(op.definition("_triton").c_str());
     m.def(op.definition("_cuda").c_str());
   });
+  m.def("pack_int8_weight(Tensor weight) -> Tensor");
+  m.def("_cpu_tiers() -> str");
+  m.def("_cpu_tier() -> str");
   m.def("_set_library(int interpreted, str path) -> ()");
   m.def("_set_poison(bool on) -> ()");
   m.def("_set_storage_hook(int address) -> ()");
@@ -113,6 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
     if constexpr (op.kHasCpu) m.impl(op.name("_cpu").c_str(), op.template boxed<Backend::cpu>());
     m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
   });
+  m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
@@ -120,6 +125,8 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_tiers", TORCH_BOX(&cpu_tiers));
+  m.impl("_cpu_tier", TORCH_BOX(&cpu_tier));
   m.impl("_set_library", TORCH_BOX(&set_library));
   m.impl("_set_poison", TORCH_BOX(&set_poison));
   m.impl("_set_storage_hook", TORCH_BOX(&set_storage_hook));

@@ -28,7 +28,13 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
 Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
-                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum);
+                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed);
+
+// weight as the int8 GEMM of this CPU reads it, uint8; empty where it reads it as it is.
+Tensor pack_int8_weight(const Tensor& weight);
+// The names of the tiers that the CPU kernels may use, in rising order with commas, and of the one that they use.
+std::string cpu_tiers();
+std::string cpu_tier();
 
 Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,

@@ -101,19 +101,20 @@ def test_doctor_table():
 
 
 @pytest.mark.parametrize(
-    ("capability", "flags", "instructions", "line"),
+    ("tier", "instructions", "line"),
     [
-        ("AVX512", "avx512_vnni amx_int8", "AMX", "products by AMX"),
-        ("AVX512_BF16", "avx512_vnni", "VNNI", "products by VNNI"),
-        ("AVX512", "avx512f", None, "no gain"),
-        ("AVX2", "avx512_vnni amx_int8 avx2 fma bmi2", "AVX2", "products by AVX2"),
-        ("DEFAULT", "avx512_vnni amx_int8 avx2 fma bmi2", None, "no gain"),
+        ("amx", "AMX", "products by AMX"),
+        ("avx512_vnni", "VNNI", "products by VNNI"),
+        ("avx512", "AVX2", "products by AVX2"),
+        ("avx_vnni", "AVX-VNNI", "products by AVX-VNNI"),
+        ("avx2", "AVX2", "products by AVX2"),
+        ("baseline", None, "no gain"),
+        (None, None, "no gain"),
     ],
 )
-def test_doctor_says_what_int8_gains_here(monkeypatch, capability, flags, instructions, line):
-    """AMX, VNNI and AVX2, where neither the CPU nor ATEN_CPU_CAPABILITY rules them out."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: f"model name\t: a CPU\nflags\t\t: fpu {flags}\n")
+def test_doctor_says_what_int8_gains_here(monkeypatch, tier, instructions, line):
+    monkeypatch.setattr(environment, "cpu_tier", lambda: tier)
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "model name\t: a CPU\n")
     cpu = environment.device()
     monkeypatch.undo()
     assert (cpu["name"], cpu["int8"]) == ("a CPU", instructions)

@@ -8,8 +8,8 @@ from forwardpass.dispatch import operations
 from forwardpass.testing import benchmark_cases
 
 OPS = [(op, backend) for op in operations.values() for backend in op.compiled]
-#: What changes the library itself and takes no tensor.
-SETTINGS = {"_set_library", "_set_poison", "_set_storage_hook", "_keep_storage"}
+#: What is about the library itself and takes no tensor.
+SETTINGS = {"_set_library", "_set_poison", "_set_storage_hook", "_keep_storage", "_cpu_tier", "_cpu_tiers"}
 
 
 def arguments(op, backend):
@@ -22,9 +22,13 @@ def test_every_op_is_checked():
     names = {
         name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("forwardpass::")
     }
-    assert names == {f"{op.name}_{backend}" for op, backend in OPS} | SETTINGS
+    assert names == {f"{op.name}_{backend}" for op, backend in OPS} | SETTINGS | {"pack_int8_weight"}
 
 
 @pytest.mark.parametrize(("op", "backend"), [pytest.param(*x, id=f"{x[0].name}_{x[1]}") for x in OPS])
 def test_opcheck(op, backend):
     opcheck(op.runs[backend], arguments(op, backend))
+
+
+def test_opcheck_of_packing():
+    opcheck(torch.ops.forwardpass.pack_int8_weight.default, (torch.ones(40, 70, dtype=torch.int8),))

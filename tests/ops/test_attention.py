@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import forwardpass as fp
+from forwardpass.common import environment
 from forwardpass.dispatch import operations
 from forwardpass.ops.attention import ATTENTION, bucket, cases, reference
 from forwardpass.testing import assert_equal, poisoned_outputs
@@ -66,17 +67,16 @@ for case in cases.cases():
         args = case.arguments()
         with fp.use_backend("cpu"):
             cases.assert_matches(operations[case.op](*args), args)
-print(torch.backends.cpu.get_cpu_capability())
 """
 
 
-def test_float32_on_a_cpu_without_avx512():
-    run = subprocess.run([sys.executable, "-c", _BOTH_WAYS], capture_output=True, text=True, check=True,
-                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "ATEN_CPU_CAPABILITY": "avx2"})  # fmt: skip
-    assert run.stdout.strip() == "AVX2"
+@pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2") if t in torch.ops.forwardpass._cpu_tiers()])
+def test_float32_on_a_lower_tier(tier):
+    subprocess.run([sys.executable, "-c", _BOTH_WAYS], check=True,
+                   env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "FORWARDPASS_CPU": tier})  # fmt: skip
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="torch's rows do without AVX-512")
+@pytest.mark.skipif(environment.cpu_tier() == "baseline", reason="torch's rows depend on others")
 def test_float32_rows_do_not_depend_on_others():
     """Tiles, chunks and blocks of keys are in other places with fewer rows, heads or sequences."""
     q, k, v = (torch.randn(3, n, 2, 48) for n in (700, 1000, 1000))

@@ -129,12 +129,20 @@ def test_compiles_whole():
 
 _EXACT = """
 import torch, forwardpass as fp
+from forwardpass.common import environment
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_linear import cases as int8_linear
 
 def compare(a, b):
-    got = fp.ops.int8_gemm(a, b, torch.ones(1), torch.ones(1), out_dtype=torch.float32)
-    assert torch.equal(got, (a.long() @ b.long().t()).float()), (a.shape, b.shape)
+    exact, one = (a.long() @ b.long().t()).float(), torch.ones(1)
+    got = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32)
+    assert torch.equal(got, exact), (a.shape, b.shape)
+    packed, x = fp.ops.pack_int8_weight(b), a.float()
+    if a.shape[1] <= 65536:
+        static = {"scale": one, "zero_point": torch.zeros(1, dtype=torch.int32), "symmetric": False}
+        for p in (None, packed):
+            got = fp.ops.int8_linear(x, b, one, **static, w_sum=b.sum(1, dtype=torch.int32), packed=p)
+            assert torch.equal(got, exact), (a.shape, b.shape, p is None)
 
 for m, n, k in ((1, 1, 1), (5, 300, 1024), (130, 17, 4100), (31, 40, 70), (64, 16, 64), (97, 2, 131071), (3, 3, 131071)):
     g = torch.Generator().manual_seed(k)
@@ -147,21 +155,38 @@ for module in (int8_gemm, int8_linear):
     for case in module.cases():
         args = case.arguments()
         module.assert_matches(getattr(torch.ops.forwardpass, module.__name__.split(".")[-2] + "_cpu")(*args), args)
-print(torch.backends.cpu.get_cpu_capability())
+print(environment.cpu_tier())
 """
 
 
+TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
+
+
 @pytest.mark.parametrize(
-    "less",
-    [{}, {"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}],
-    ids=str,
+    ("variable", "tier"),
+    [
+        *(("FORWARDPASS_CPU", tier) for tier in TIERS),
+        ("ATEN_CPU_CAPABILITY", "default"),
+        ("ATEN_CPU_CAPABILITY", "avx2"),
+    ],
 )
-def test_every_tier_of_the_cpu_is_exact(less):
-    """By AMX or oneDNN's int8, where the CPU has it; on AVX2 by hand; by fp32."""
+def test_every_tier_of_the_cpu_is_exact(variable, tier):
+    """Also where ATEN_CPU_CAPABILITY says less."""
     run = subprocess.run([sys.executable, "-c", _EXACT], capture_output=True, text=True, check=True,
-                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **less})  # fmt: skip
-    capability = less.get("ATEN_CPU_CAPABILITY")
-    assert capability is None or run.stdout.strip() == capability.upper()
+                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), variable: tier})  # fmt: skip
+    below_avx512 = [t for t in TIERS if t in ("baseline", "avx2", "avx_vnni")]
+    by_torch = {"default": "baseline", "avx2": below_avx512[-1]}
+    assert run.stdout.strip() == (tier if variable == "FORWARDPASS_CPU" else by_torch[tier])
+
+
+@pytest.mark.parametrize("tier", ["sse", "AVX2", *({"amx", "avx512_vnni"} - set(TIERS))])
+def test_a_tier_that_is_not_there_is_refused(tier):
+    run = subprocess.run([sys.executable, "-c", "import forwardpass"], capture_output=True, text=True,
+                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "FORWARDPASS_CPU": tier})  # fmt: skip
+    *_, sentence = run.stderr.splitlines()
+    assert sentence == (
+        f"ValueError: FORWARDPASS_CPU is one of {', '.join(TIERS)} here, not {tier!r}: unset it for the last of them"
+    )
 
 
 X, W, ONE = torch.ones(2, 32), torch.ones(16, 32, dtype=torch.int8), torch.ones(1)

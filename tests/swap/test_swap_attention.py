@@ -81,21 +81,21 @@ def test_a_decoder_layer():
 # ---- decisions
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
-def capability(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+@pytest.fixture(params=["avx2", "baseline"])
+def tier(request, monkeypatch):
+    monkeypatch.setattr(sys.modules["forwardpass.ops.attention"], "cpu_tier", lambda: request.param)
     return request.param
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_a_cpu_is_left_alone_unless_asked(name, capability):
-    """But for encoders, where there is AVX-512."""
+def test_a_cpu_is_left_alone_unless_asked(name, tier):
+    """But for encoders, where there is AVX2."""
     model = build(name, ATTENTION)
     modules = [n for n, m in model.named_modules() if n.endswith(("attention.self", "self_attn"))]
     assert len(modules) == 2
     report = fp.swap(model, "int8", dry_run=True)
     left = [s for s in report.skipped if s.reason.code == "attention_on_cpu"]
-    if (name, capability) == ("bert", "AVX512"):
+    if (name, tier) == ("bert", "avx2"):
         assert sites(report) == modules and not left
     else:
         assert not report.attention and [s.fqn for s in left] == modules
@@ -109,7 +109,7 @@ def test_a_cpu_is_left_alone_unless_asked(name, capability):
 
 def test_a_cpu_gets_what_is_faster_there(monkeypatch):
     """float32, of a few head dims."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(sys.modules["forwardpass.ops.attention"], "cpu_tier", lambda: "avx2")
     for heads, dtype, count in (
         (4, torch.float32, 2),
         (4, torch.bfloat16, 0),

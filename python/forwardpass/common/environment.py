@@ -9,11 +9,12 @@ import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection
 from typing import Any
 
 import torch
 
+#: what multiplies int8 in each tier of the CPU kernels; sgemm in the others
+INT8_INSTRUCTIONS = {"avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512": "AVX2", "avx512_vnni": "VNNI", "amx": "AMX"}
 #: the lowest Linux driver for each CUDA major version (NVIDIA, "CUDA compatibility", minor version compatibility)
 DRIVERS = {12: 525, 13: 580}
 
@@ -32,8 +33,8 @@ def versions() -> dict[str, str | None]:
 
 
 def device(where: torch.device | str = "cpu") -> dict[str, Any]:
-    """Type and name of a device; of a CPU also the vector instructions and threads that torch uses, and the instructions that
-    multiply int8: "AMX", "VNNI", "AVX2", or None where int8 products are sgemm's.
+    """Type and name of a device; of a CPU also the vector instructions and threads that torch uses, the tier of our kernels, and
+    the instructions that multiply int8: "AMX", "VNNI", "AVX-VNNI", "AVX2", or None where int8 products are sgemm's.
     """
     where = torch.device(where)
     if where.type == "cuda":
@@ -44,24 +45,27 @@ def device(where: torch.device | str = "cpu") -> dict[str, Any]:
     except OSError:
         info = ""
     fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info.splitlines())}
-    capability, flags = torch.backends.cpu.get_cpu_capability(), fields.get("flags", "").split()
     return {
         "type": "cpu",
         "name": fields.get("model name", platform.machine()),
-        "capability": capability,
-        "int8": _int8_instructions(capability, flags),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "tier": cpu_tier(),
+        "int8": INT8_INSTRUCTIONS.get(cpu_tier() or "baseline"),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
     }
 
 
-def _int8_instructions(capability: str, flags: Collection[str]) -> str | None:
-    """As the kernels choose: AMX and VNNI are AVX-512's, which ATEN_CPU_CAPABILITY may rule out, and AVX2 too."""
-    if capability.startswith("AVX512") and "amx_int8" in flags:
-        return "AMX"
-    if capability.startswith("AVX512") and "avx512_vnni" in flags:
-        return "VNNI"
-    return "AVX2" if capability != "DEFAULT" and {"avx2", "fma", "bmi2"} <= set(flags) else None
+def cpu_tier() -> str | None:
+    """The instruction sets that the CPU kernels use: "baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni" or "amx".
+
+    Each has those before it. It is the best that the CPU and ATEN_CPU_CAPABILITY allow, or the one that FORWARDPASS_CPU names, and
+    None where the op library did not load.
+    """
+    try:
+        return torch.ops.forwardpass._cpu_tier()
+    except AttributeError:
+        return None
 
 
 def driver() -> str | None:

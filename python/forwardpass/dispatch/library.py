@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -42,6 +43,13 @@ try:
         torch.ops.forwardpass._set_library(0, str(KERNELS))
 except Exception as e:  # OSError, RuntimeError: wrong torch, wrong platform, missing file
     load_error = e
+
+if load_error is None and (wanted := os.environ.get("FORWARDPASS_CPU")):
+    _tiers = torch.ops.forwardpass._cpu_tiers().split(",")
+    if wanted not in _tiers:
+        raise ValueError(
+            f"FORWARDPASS_CPU is one of {', '.join(_tiers)} here, not {wanted!r}: unset it for the last of them"
+        )
 
 
 def why_no_ops() -> str | None:

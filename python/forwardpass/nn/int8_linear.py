@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import library
 from ..ops.common.epilogue import per_row
 from ..ops.int8_gemm import MAX_K_ZERO_POINT
-from ..ops.int8_linear import OPERATION
+from ..ops.int8_linear import OPERATION, pack_int8_weight
 from ..ops.int8_linear.reference import quantized_input
 from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
@@ -33,6 +34,10 @@ class Int8Linear(QuantizedLinear):
     None, weight_sum int32 [N] (asymmetric), channel_scale fp32 [K] or None, input_scale fp32 [1] and input_zero_point int32 [1]
     (static).
 
+    On a CPU it also keeps its weight as the CPU's kernel reads it, in about as many bytes again, made from `weight` on the first
+    call after that was replaced. Where `weight` is written into in place the results follow, but each call packs it anew:
+    `layer.weight = layer.weight.clone()` ends that. It is no buffer, and not in the state_dict.
+
     Inference only: raises under grad when the input requires it.
     """
 
@@ -43,6 +48,7 @@ class Int8Linear(QuantizedLinear):
     channel_scale: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    _packed: tuple[Tensor | None, Tensor | None] = (None, None)  #: a weight, and that weight packed
 
     def __init__(
         self,
@@ -111,14 +117,33 @@ class Int8Linear(QuantizedLinear):
         if not symmetric:
             layer.weight_sum = layer.weight.sum(1, dtype=torch.int32)
         layer._copy(channel_scale=channel_scale, input_scale=input_scale, input_zero_point=input_zero_point)
+        layer._pack()  # here, as a graph that is compiled before the first call would not
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        b = self._buffers
+        b, packed = self._buffers, self._packed
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():  # for other machines
+                packed = (None, None)
+        elif packed[0] is not b["weight"]:
+            packed = self._pack()
         return OPERATION(
             rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
-            self.symmetric, b["channel_scale"], b["weight_sum"],
+            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
         )  # fmt: skip
+
+    def _pack(self) -> tuple[Tensor | None, Tensor | None]:
+        weight = self.weight
+        on_cpu = type(weight) is Tensor and weight.device.type == "cpu" and library.load_error is None
+        self._packed = packed = (weight, pack_int8_weight(weight) if on_cpu else None)
+        return packed
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._packed = (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed": (None, None)}  # another process may read it another way
 
     def _quantized(self, x: Tensor) -> Tensor:
         q, scale, zero_point = quantized_input(

@@ -7,7 +7,7 @@ from .dequant_activation import dequant_activation
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
 from .fp8_linear import fp8_linear
 from .int8_gemm import int8_gemm
-from .int8_linear import int8_linear
+from .int8_linear import int8_linear, pack_int8_weight
 from .norm_quantize import add_norm_quantize, norm_quantize
 from .quantize import quantize
 from .w8a16_gemm import w8a16_gemm
@@ -25,6 +25,7 @@ __all__ = [
     "int8_linear",
     "interleave_gate_up",
     "norm_quantize",
+    "pack_int8_weight",
     "quantize",
     "separate_gate_up",
     "w8a16_gemm",

@@ -135,7 +135,7 @@ def _why_no_kernel(module: nn.Module) -> Reason | None:
         if encoder and faster_than_torch(device, dtype, dim):
             return None
         return Reason("attention_on_cpu", "on a CPU torch's own attention is left in place, but for encoders of transformers in "
-                      "float32 with head dims 16, 32, 48 and 64 where there is AVX-512: for others there is none that is faster",
+                      "float32 with head dims 16, 32, 48 and 64 where there is AVX2: for others there is none that is faster",
                       "pass attention=True to swap it all the same")  # fmt: skip
     q = torch.empty((0, 0, 0, dim) if dim else 0, dtype=dtype, device="meta")
     reasons = [

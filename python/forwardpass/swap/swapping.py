@@ -56,7 +56,7 @@ def swap(
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model. One that was
             calibrated takes the same batches again as calibrate=.
         attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's, which is in
-            encoders of transformers in float32 with head dims 16, 32, 48 and 64 where there is AVX-512. True: wherever it
+            encoders of transformers in float32 with head dims 16, 32, 48 and 64 where there is AVX2. True: wherever it
             can be. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
             transformers run theirs through the AttentionInterface, where their configs name it; both keep their weights
             as they are. Attention that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.

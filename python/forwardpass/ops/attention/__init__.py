@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.environment import cpu_tier
 from ...dispatch import Operation, Reason
 from ..common.quantized_rows import FLOATS, check_vector
 from . import reference
@@ -286,8 +287,8 @@ def bucket(head_dim: int, value_dim: int) -> tuple[int, int] | None:
 
 def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> bool:
     """Whether the cpu backend takes this to its own kernel (csrc/cpu/attention_rows_cpu.cpp), in place of torch's."""
-    wide = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and dtype == torch.float32 and head_dim in (16, 32, 48, 64)
+    vectors = device.type == "cpu" and cpu_tier() not in (None, "baseline")
+    return vectors and dtype == torch.float32 and head_dim in (16, 32, 48, 64)
 
 
 def _why_not_gpu(q: Tensor, *options: Any) -> Reason | None:

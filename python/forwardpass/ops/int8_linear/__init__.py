@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Operation
+from ...dispatch import Operation, library
 from ..common.epilogue import check_epilogue, fake_linear
 from ..common.quantized_rows import FLOATS, check_float_rows, check_quantized, copy_notes
 from ..int8_gemm import check_int8_weight
@@ -25,6 +25,7 @@ def int8_linear(
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
     w_sum: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """`quantize(x)` then `int8_gemm` with `weight`: the same bits as the two calls, without what passes between them.
 
@@ -36,6 +37,8 @@ def int8_linear(
         out_dtype: float32, float16 or bfloat16; None: that of x.
         scale, zero_point, symmetric, channel_scale: how x is quantised, as in `quantize`; dynamic per row without `scale`.
         w_sum: int32 [N], weight.sum(1); required with symmetric=False (a layer keeps it; computing it would read the weight twice).
+        packed: `pack_int8_weight(weight)`, which the cpu backend then does not pack anew on each call; results are the same
+            with it and without, also where the weight has changed since. Other backends read weight.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous.
@@ -45,7 +48,31 @@ def int8_linear(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    return OPERATION(x, weight, w_scale, bias, activation, dtype, scale, zero_point, symmetric, channel_scale, w_sum)
+    return OPERATION(
+        x, weight, w_scale, bias, activation, dtype, scale, zero_point, symmetric, channel_scale, w_sum, packed
+    )
+
+
+def pack_int8_weight(weight: Tensor) -> Tensor:
+    """A weight as this process's int8 GEMM on the CPU reads it, for `int8_linear(packed=)`.
+
+    It holds a checksum of the weight, by which `int8_linear` knows whether it is still the same.
+
+    Args:
+        weight: int8 [N, K] on the CPU, last stride 1, any row stride.
+
+    Returns:
+        uint8 [bytes], of no form to rely on: of this version and of the instructions that `forwardpass doctor` names. On AVX2 up
+        to four times the weight's bytes, for normal weights 1.1 times; empty where the weight is read as it is.
+
+    Raises:
+        TypeError: weight is no int8 tensor.
+        ValueError: its shape, layout or device is not as above.
+    """
+    check_int8_weight("pack_int8_weight", "weight", weight, "weight", weight, False)
+    if weight.device.type != "cpu":
+        raise ValueError(f"pack_int8_weight: weight must be on the CPU, and is on {weight.device}")
+    return torch.ops.forwardpass.pack_int8_weight(weight)
 
 
 def _check(
@@ -60,6 +87,7 @@ def _check(
     symmetric: bool,
     channel_scale: Tensor | None,
     w_sum: Tensor | None,
+    packed: Tensor | None = None,
 ) -> None:
     op = "int8_linear"
     check_float_rows(op, "x", x)
@@ -71,6 +99,10 @@ def _check(
         raise TypeError(
             f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm"
         )
+    if packed is not None and not (
+        isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.device == x.device
+    ):
+        raise ValueError(f"{op}: packed must be what pack_int8_weight returned for this weight")
     if not isinstance(w_scale, Tensor):
         raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
     lead, n, unit = tuple(x.shape[:-1]), weight.shape[0], w_scale.new_empty(1, dtype=torch.float32, device=x.device)
@@ -80,6 +112,13 @@ def _check(
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
     return copy_notes(weight=weight)
+
+
+if library.load_error is None:
+
+    @torch.library.register_fake("forwardpass::pack_int8_weight")
+    def _(weight: Tensor) -> Tensor:
+        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 OPERATION = Operation(int8_linear, _check, reference.int8_linear, fake_linear, notes=_notes)

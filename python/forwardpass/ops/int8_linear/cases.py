@@ -15,7 +15,7 @@ from ..common.activations import GATED, PLAIN, is_gated
 from ..common.quantized_rows import FLOATS
 from ..dequant_activation.cases import assert_epilogue_matches
 from ..int8_gemm.cases import BENCHMARK_SHAPES
-from . import reference
+from . import pack_int8_weight, reference
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Case:
     symmetric: bool = False
     channel_scale: bool = False
     layout: str = "aligned"  # of the weight
+    packed: bool = False
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -45,8 +46,10 @@ class Case:
         channel = (torch.rand(self.k, generator=g) + 0.25).to(device) if self.channel_scale else None
         w_sum = None if self.symmetric else weight.sum(1, dtype=torch.int32).to(device)
         x = awkward((*self.lead, self.k), self.x_dtype, seed, device)
-        return (x, laid_out(weight, self.layout, device), w_scale.to(device), bias, self.activation, self.out_dtype, scale,
-                zero_point, self.symmetric, channel, w_sum)  # fmt: skip
+        weight = laid_out(weight, self.layout, device)
+        packed = pack_int8_weight(weight) if self.packed and device == "cpu" else None
+        return (x, weight, w_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point, self.symmetric, channel,
+                w_sum, packed)  # fmt: skip
 
     def bytes(self) -> int:
         m = math.prod(self.lead)
@@ -75,6 +78,7 @@ def cases() -> Iterator[Case]:
         "symmetric": (False, True),
         "channel_scale": (False, True),
         "layout": LAYOUTS,
+        "packed": (False, True),
     }
     for row in leads(pairwise(factors, few_macs)):
         if is_gated(row["activation"]):

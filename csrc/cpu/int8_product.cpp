@@ -1,0 +1,223 @@
+// The int8 GEMM on a CPU: one design for every tier.
+//
+// The multiplications cost less time than the memory traffic around them: of 1024 x 384 times 384 x 384 they are 75 us
+// of one core with AMX, but the 1.6 MB of int32 sums are written by one pass and read by the next. So a block of 32
+// rows at a time goes through all three steps in a core's own caches: quantisation, product with all of b, epilogue.
+// The last two take some columns at a time, whose sums stay in L1.
+#include <algorithm>
+#include <atomic>
+#include <optional>
+
+#include "cpu/int8_kernel.h"
+#include "cpu/row_chunks.h"
+#include "cpu/vector.h"
+#include "torch/check.h"
+
+namespace forwardpass::cpu {
+namespace {
+
+// Of sums of 32 rows: 16 KB of L1.
+constexpr int64_t kChunkColumns = 128;
+
+struct PackedHeader {
+  uint64_t magic;
+  int64_t tier, rows, columns, excess_pairs;
+  uint64_t checksum;  // of b
+};
+constexpr uint64_t kMagic = 0x3130'6465'6b63'6170;  // "packed01"
+static_assert(sizeof(PackedHeader) <= 64);
+
+// Where the parts of a packed weight are. The excess follows them.
+struct Layout {
+  int64_t columns, depth, tiles, corrections, ends, bytes;
+  explicit Layout(const Matrix& b)
+      : columns(round_up(b.rows, kColumnStep)),
+        depth(round_up(b.columns, kTileBytes)),
+        tiles(64),
+        corrections(tiles + columns * depth),
+        ends(corrections + columns * 4),
+        bytes(ends + columns * 4) {}
+
+  PackedWeight at(const uint8_t* memory, const ExcessPair* excess) const {
+    return {columns,
+            depth,
+            memory + tiles,
+            reinterpret_cast<const int32_t*>(memory + corrections),
+            reinterpret_cast<const uint32_t*>(memory + ends),
+            excess};
+  }
+};
+
+// In 64 lanes of 32 bits, of whatever vectors. The change of one element changes it for certain, any other one but for
+// one case in 2^32.
+template <class V>
+INLINE uint64_t checksum_rows(const Matrix& b, int64_t first, int64_t last) {
+  using U = Uints<V>;
+  constexpr int64_t kStep = 256, kVectors = kStep / sizeof(U);
+  U sums[kVectors] = {};
+  const auto add = [&](const uint8_t* p) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i)
+      sums[i] = (sums[i] ^ load_bits<U>(reinterpret_cast<const uint32_t*>(p) + i * kLanes<V>, kLanes<V>)) * 0x9e3779b1u;
+  };
+  for (int64_t r = first; r < last; ++r) {
+    const uint8_t* row = static_cast<const uint8_t*>(b.data) + r * b.stride;
+    int64_t c = 0;
+    for (; c + kStep <= b.columns; c += kStep) add(row + c);
+    if (c == b.columns) continue;
+    uint8_t rest[kStep] = {};
+    std::memcpy(rest, row + c, b.columns - c);
+    add(rest);
+  }
+  uint64_t total = static_cast<uint64_t>(first);
+  for (const U& sum : sums)
+    for (int i = 0; i < kLanes<V>; ++i) total = (total ^ sum[i]) * 0x9e37'79b9'7f4a'7c15u;
+  return total;
+}
+
+// Of rows of b, added up, so that threads share the work.
+uint64_t checksum(const Matrix& b) {
+  constexpr int64_t kRows = 64;
+  std::atomic<uint64_t> total{0};
+  torch::stable::parallel_for(0, (b.rows + kRows - 1) / kRows, (1 << 18) / (kRows * b.columns) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                with_vectors(VECTOR_CODE {
+                                  for (int64_t i = begin; i < end; ++i)
+                                    total += checksum_rows<V>(b, i * kRows, std::min(b.rows, (i + 1) * kRows));
+                                });
+                              });
+  return total;
+}
+
+// b, packed: all of it but what was taken out in `memory`.
+struct Packed {
+  Layout layout;
+  CacheLines memory;
+  std::vector<ExcessPair> excess;
+
+  Packed(const Int8Kernel& kernel, const Matrix& b) : layout(b), memory(allocate(layout.bytes)) {
+    uint8_t* to = memory[0].bytes;
+    const int64_t strips = layout.columns / kTileRows;
+    std::vector<StripExcess> by_strip(strips);
+    torch::stable::parallel_for(0, strips, 4, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        kernel.pack_strip(b, i, layout.depth, to + layout.tiles + i * kTileRows * layout.depth,
+                          reinterpret_cast<int32_t*>(to + layout.corrections) + i * kTileRows, by_strip[i]);
+    });
+    auto ends = reinterpret_cast<uint32_t*>(to + layout.ends);
+    for (const StripExcess& strip : by_strip) {
+      for (const uint32_t end : strip.ends) *ends++ = static_cast<uint32_t>(excess.size()) + end;
+      excess.insert(excess.end(), strip.pairs.begin(), strip.pairs.end());
+    }
+  }
+  PackedWeight weight() const { return layout.at(memory[0].bytes, excess.data()); }
+};
+
+// What is packed, where it is b.
+std::optional<PackedWeight> packed_weight(const Int8Weight& w) {
+  if (!w.packed_bytes) return {};
+  PackedHeader header;
+  const Layout layout(w.b);
+  STD_TORCH_CHECK(w.packed_bytes >= layout.bytes && reinterpret_cast<uintptr_t>(w.packed) % 64 == 0,
+                  "int8_linear: packed must be what pack_int8_weight returned for this weight");
+  std::memcpy(&header, w.packed, sizeof(header));
+  STD_TORCH_CHECK(header.magic == kMagic && header.rows == w.b.rows && header.columns == w.b.columns &&
+                      w.packed_bytes == layout.bytes + header.excess_pairs * int64_t{sizeof(ExcessPair)},
+                  "int8_linear: packed must be what pack_int8_weight returned for this weight");
+  if (header.tier != int64_t(tier()) || header.checksum != checksum(w.b)) return {};
+  return layout.at(w.packed, reinterpret_cast<const ExcessPair*>(w.packed + layout.bytes));
+}
+
+// Rows of a from `first` on, int8, to `to`: copied or, with `quantize`, made of x.
+void load_rows(const Matrix& a, const QuantizeParams* quantize, int64_t first, int64_t count, uint8_t* to,
+               int64_t stride) {
+  if (quantize) {
+    QuantizeParams q = rows_from(*quantize, first, count);
+    q.out.q = to, q.out.q_stride = stride;
+    return quantize_cpu(q);
+  }
+  auto from = static_cast<const uint8_t*>(a.data) + first * a.stride;
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * stride, from + i * a.stride, a.columns);
+}
+
+void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const PackedWeight& b,
+                     const Epilogue& epilogue, const QuantizeParams* quantize) {
+  const int64_t m = a.rows;
+  const int64_t a_stride = b.depth + kTileBytes;  // no power of two, as 16 rows would then share a set of L1
+  torch::stable::parallel_for(0, (m + kBlockRows - 1) / kBlockRows, 1, [&](int64_t first, int64_t last) {
+    const CacheLines rows = allocate(kBlockRows * a_stride), sums = allocate(kBlockRows * kChunkColumns * 4),
+                     scratch = allocate(kernel.scratch_bytes_per_column * b.depth);
+    auto acc = reinterpret_cast<int32_t*>(sums[0].bytes);
+    for (int64_t r = first * kBlockRows; r < std::min(m, last * kBlockRows); r += kBlockRows) {
+      const int64_t count = std::min(kBlockRows, m - r);
+      load_rows(a, quantize, r, count, rows[0].bytes, a_stride);
+      kernel.prepare_block(b, rows[0].bytes, a_stride, scratch[0].bytes);
+      for (int64_t c = 0; c < b.columns; c += kChunkColumns) {
+        const int64_t columns = std::min(kChunkColumns, b.columns - c);
+        kernel.multiply_block(b, rows[0].bytes, a_stride, count, scratch[0].bytes, c / kTileRows, columns / kTileRows,
+                              acc);
+        dequant_activation_cpu(
+            {{acc, Dtype::i32, count, std::min(columns, n - c), columns}, columns_from(rows_from(epilogue, r), c)});
+      }
+    }
+  });
+}
+
+void multiply_few_rows(const Int8Kernel& kernel, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
+                       const QuantizeParams* quantize) {
+  const int64_t m = a.rows, k = a.columns, n = b.rows, depth = round_up(k, kTileBytes), columns = round_up(n, 16);
+  const CacheLines quantized = allocate(m * depth), prepared = allocate(m * depth * 2),
+                   sums = allocate(m * columns * 4);
+  load_rows(a, quantize, 0, m, quantized[0].bytes, depth);
+  kernel.prepare_few(quantized[0].bytes, m * depth, prepared[0].bytes);
+  auto acc = reinterpret_cast<int32_t*>(sums[0].bytes);
+  // As many rows of b for a thread as take about 5 us.
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, 262144 / (k * m)), [&](int64_t first, int64_t last) {
+    kernel.multiply_few(prepared[0].bytes, m, depth, b, first, last, acc, columns);
+  });
+  dequant_activation_cpu({{acc, Dtype::i32, m, n, columns}, epilogue});
+}
+
+}  // namespace
+
+const Int8Kernel* int8_kernel([[maybe_unused]] Tier t) {
+#if defined(__x86_64__)
+  switch (t) {
+    case Tier::baseline:
+      return nullptr;
+    case Tier::avx2:
+    case Tier::avx512:
+      return &avx2_int8();
+    case Tier::avx_vnni:
+      return &avx_vnni_int8();
+    case Tier::avx512_vnni:
+      return &avx512_vnni_int8();
+    case Tier::amx:
+      return &amx_int8();
+  }
+#endif
+  return nullptr;
+}
+
+void int8_product(const Int8Kernel& kernel, const Matrix& a, const Int8Weight& weight, const Epilogue& epilogue,
+                  const QuantizeParams* quantize) {
+  const Matrix& b = weight.b;
+  if (a.rows <= kernel.few_rows) return multiply_few_rows(kernel, a, b, epilogue, quantize);
+  if (const auto packed = packed_weight(weight)) return multiply_blocks(kernel, a, b.rows, *packed, epilogue, quantize);
+  if (a.rows <= kernel.few_rows_unpacked) return multiply_few_rows(kernel, a, b, epilogue, quantize);
+  multiply_blocks(kernel, a, b.rows, Packed(kernel, b).weight(), epilogue, quantize);
+}
+
+void pack_weight(Tier t, const Matrix& b, const std::function<uint8_t*(int64_t bytes)>& allocate) {
+  const Int8Kernel* kernel = int8_kernel(t);
+  if (!kernel || !kernel->keeps_packed) return;
+  const Packed packed(*kernel, b);
+  const int64_t bytes = packed.layout.bytes, excess = packed.excess.size() * sizeof(ExcessPair);
+  uint8_t* to = allocate(bytes + excess);
+  std::memcpy(to, packed.memory[0].bytes, bytes);
+  std::memcpy(to + bytes, packed.excess.data(), excess);
+  const PackedHeader header{kMagic, int64_t(t), b.rows, b.columns, int64_t(packed.excess.size()), checksum(b)};
+  std::memcpy(to, &header, sizeof(header));
+}
+
+}  // namespace forwardpass::cpu
