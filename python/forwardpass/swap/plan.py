@@ -50,6 +50,9 @@ class Plan:
     attention: tuple[str, ...]  #: names of the modules whose attention is swapped
     calibration: str | None  #: `fingerprint` of the batches; None: any will do
     forwardpass: str  #: the version that wrote it
+    unpad: bool = (
+        False  #: whether encoders run without padding, where they can; plans from before that was written do not
+    )
     #: how `fp.plan` came to it: kept with the plan, and not looked at when it is replayed
     evidence: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -104,7 +107,7 @@ class Plan:
         if content["schema"] != SCHEMA:
             raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
                              f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
-        entries = {"evidence": None} | {k: v for k, v in content.items() if k != "schema"}
+        entries = {"evidence": None, "unpad": False} | {k: v for k, v in content.items() if k != "schema"}
         optional = {
             k: dict if k == "evidence" else str for k in ("calibration", "evidence") if entries.get(k) is not None
         }
