@@ -14,10 +14,10 @@ nobody reads what comes out. Within the stack of layers of a swapped encoder the
 
 A row of int8 is quantised by itself, so a token's result is that of the padded model but for the order of sums.
 
-A call stays padded, at the price of looking at the mask, where nothing is padded; where a row begins with padding, as heads read
-the first position (left padding, a row that is all padding); where there is no 2-D mask; where hidden states or attention
-weights are asked for; and in training. So does whatever is compiled, exported, traced or captured into a CUDA graph, as T
-differs from batch to batch. On a GPU a call waits for the mask, once.
+A call stays padded, at the price of looking at the mask, where less than a sixteenth of its rows are padding; where a row begins
+with padding, as heads read the first position (left padding, a row that is all padding); where there is no 2-D mask; where
+hidden states or attention weights are asked for; and in training. So does whatever is compiled, exported, traced or captured into
+a CUDA graph, as T differs from batch to batch. On a GPU a call waits for the mask, once.
 
 All of it is hooks, functions of this module: they go with a model into copies and pickles.
 """
@@ -38,6 +38,11 @@ from torch import Tensor, nn
 #: The attribute of a model that runs a stack of its layers without padding: the implementation that its config has to name for
 #: that, None where attention pads by itself.
 PLACE = "forwardpass_unpadding"
+
+
+#: The least share of padding in a batch that pays. CPU time of all-MiniLM-L6-v2 in int8, padded and not (one core of an AMD EPYC,
+#: the least of 40 calls): 31 tokens of 32 5.9 and 6.4 ms, 24 of 32 5.6 and 5.6, 960 of 1024 98.5 and 90.9.
+WORTH = 1 / 16
 
 
 class Rows:
@@ -119,7 +124,7 @@ def _rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ro
         if getattr(config, output, False) if x is None else x is not False:
             return None
     tokens = mask.cpu().bool()
-    if tokens.all() or not tokens[:, 0].all():
+    if tokens.sum() > (1 - WORTH) * tokens.numel() or not tokens[:, 0].all():
         return None
     return Rows(tokens, mask.device)
 
