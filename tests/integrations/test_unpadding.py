@@ -11,7 +11,7 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
-from forwardpass.integrations import unpadding
+from forwardpass.integrations import heads_first, unpadding
 from forwardpass.nn import QuantizedLinear
 from forwardpass.swap import originals
 
@@ -340,17 +340,49 @@ def test_attention_that_is_left_alone():
     assert off(hidden(second, batch), expected, batch["attention_mask"]) < 1e-5
 
 
-def test_models_without_a_kernel_for_their_attention():
-    """bfloat16 on a CPU: attention is not swapped, and q, k and v are padded around it."""
-    model, batch = build("modernbert").bfloat16(), ragged()
-    expected = hidden(swapped(model, unpad=False)[0], batch)
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_attention_that_is_not_swapped(name, kernel, monkeypatch):
+    """bfloat16 on a CPU: torch's kernel on each sequence, and where there is none on padded q, k and v."""
+    model, batch = build(name).bfloat16(), ragged()
+    exact = hidden(copy.deepcopy(model).float(), batch)
+    padded, _ = swapped(model, unpad=False)
     ours, report = swapped(model)
     assert not report.attention
-    assert report.unpadding.encoders[0].attention == "padded"
-    assert off(hidden(ours, batch).float(), expected.float(), batch["attention_mask"]) < 2e-2
+    assert report.unpadding.encoders[0].attention == "varlen"
+    if not kernel:
+        why = fp.dispatch.Reason("none", "there is none", "")
+        monkeypatch.setattr(heads_first, "why_reference", lambda call: why)
+    with counted(Calls()) as calls:
+        got = hidden(ours, batch)
+    assert calls.taken.total() == 3 * kernel
+    assert {reason.code for _, reason in calls.declined} == (set() if kernel else {"not_swapped"})
+    mask = batch["attention_mask"]
+    assert off(got.float(), exact, mask) < 1.5 * off(hidden(padded, batch).float(), exact, mask)
+    replayed = copy.deepcopy(model)
+    fp.swap(replayed, plan=report.plan)
+    assert torch.equal(hidden(replayed, batch), hidden(ours, batch))
     before = model.config._attn_implementation
     fp.restore(ours)
-    assert ours.config._attn_implementation == before
+    assert ours.config._attn_implementation == before != replayed.config._attn_implementation
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_kernels_for_gpus(name):
+    model, config, options, _ = FAMILIES[name]
+    torch.manual_seed(0)
+    options = {**options, "hidden_size": 128}  # heads of 32
+    model = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+    batch = ragged((5, 2, 3))
+    exact = hidden(model, batch)
+    model = model.half()
+    with fp.interpret("sm_80") as device, fp.use_backend("cuda"):
+        ours, _ = swapped(model, attention=True)
+        with counted(Calls()) as calls:
+            got = hidden(ours, batch)
+    assert calls.taken.total() == 3 and not calls.declined and not device.findings
+    assert off(got.float(), exact, batch["attention_mask"]) < 1e-2
 
 
 def with_hook(model):

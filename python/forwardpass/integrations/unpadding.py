@@ -8,9 +8,10 @@ nobody reads what comes out. Within the stack of layers of a swapped encoder the
 - The first layer of the stack gathers them, [B, S, H] to [1, T, H], the last one puts them back, zeros between them. Embeddings
   before and heads behind see padded tensors, and so does the loop over the layers for what it computes itself from
   the embeddings (relative positions). Rotary embeddings, which layers are given, are gathered as well.
-- Of what is in between attention alone looks at more than one row. Swapped, it runs varlen: each sequence by itself, without
-  a mask, a window as a number. Where no kernel takes a call, q, k and v are padded around it; attention that computes in its
-  own code (the biases of MPNet and DeBERTa are [B, H, S, S]) runs padded as a module, with its projections.
+- Of what is in between attention alone looks at more than one row. It runs varlen, each sequence by itself, without a mask, a
+  window as a number. Where no kernel takes a call, q, k and v are padded around it. Attention that does not come through
+  transformers' interface to us (MPNet and DeBERTa compute it in their own code, with biases of [B, H, S, S]; or a user keeps it
+  as it is) runs padded as a module, with its projections.
 
 A row of int8 is quantised by itself, so a token's result is that of the padded model but for the order of sums.
 

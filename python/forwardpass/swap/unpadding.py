@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from ..dispatch import Reason
+from ..common.batches import device_of
+from ..dispatch import Reason, gpu_takes
 from ..integrations.transformers_attention import dispatches
 from ..integrations.unpadding import PLACE, Stack
 from . import rules
-from .attention import AttentionDecision, holders_of_configs, why_not_named
+from .attention import NOT_PLANNED, AttentionDecision, holders_of_configs, why_not_named
 from .report import Unpadded, Unpadding
 from .walker import Leaf
 
@@ -57,7 +58,8 @@ class UnpaddingDecision:
         swapped = {id(leaf.module) for leaf in attention.swapped}
 
         def kind(stack: Stack) -> str:
-            return "varlen" if all(id(m) in swapped for m in stack.attention) else "padded"
+            kernels = all(id(m) in swapped or not gpu_takes(device_of(m)) for m in stack.attention)
+            return "varlen" if stack.by_interface and kernels else "padded"
 
         return Unpadding(tuple(Unpadded(x.fqn, len(x.layers), kind(x)) for x in self.stacks), self.reason)
 
@@ -117,7 +119,9 @@ def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: Attenti
             return False
         if id(leaf.module) in swapped:
             return True
-        return rules.KINDS.get(left[leaf.fqn].code) != "user" and why_not_named(leaf.module, holders) is None
+        reason = left[leaf.fqn]
+        is_users = rules.KINDS.get(reason.code) == "user" and reason != NOT_PLANNED  # the plan says whether it unpads
+        return not is_users and why_not_named(leaf.module, holders) is None
 
     by_interface = all(comes_to_us(leaf) for leaf in attention.leaves if id(leaf.module) in below)
     return Stack(fqn, model, tuple(layers), modules, by_interface)
