@@ -385,6 +385,22 @@ def test_kernels_for_gpus(name):
     assert off(got.float(), exact, batch["attention_mask"]) < 1e-2
 
 
+@torch.inference_mode()
+def test_a_mask_of_another_length_than_the_rows():
+    """As many rows of one text as the mask has tokens: they were not gathered, and the mask holds."""
+    ours, _ = swapped(build("bert"), attention=True)
+    ids, mask = ragged((9,))["input_ids"], torch.ones(1, 12, dtype=torch.long)
+    mask[:, 5:8] = 0  # 9 tokens
+    expected = ours(input_ids=ids, attention_mask=mask[:, :9]).last_hidden_state
+    create = ours._create_attention_masks
+    ours._create_attention_masks = lambda attention_mask, **others: create(
+        attention_mask=attention_mask[:, :9], **others
+    )
+    got = ours(input_ids=ids, attention_mask=mask).last_hidden_state
+    keep = mask[:, :9].bool()
+    assert torch.allclose(got[keep], expected[keep], atol=1e-5)
+
+
 def with_hook(model):
     model.encoder.layer[0].register_forward_hook(lambda *_: None)
     return model

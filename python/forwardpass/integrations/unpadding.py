@@ -73,8 +73,8 @@ class Rows:
         return padded.index_copy_(0, self.index.to(x.device), x.squeeze(0)).unflatten(0, self.shape)
 
     def are(self, x: Tensor) -> bool:
-        """Whether x is [1, T, ...], and not a padded batch."""
-        return x.shape[0] == 1 and x.shape[1] == len(self.index)
+        """Whether x is [1, T, ...] within the stack, and not a padded batch, whose rows are more."""
+        return self.are_out and x.shape[0] == 1 and x.shape[1] == len(self.index)
 
     def position_embeddings(self, x: Tensor) -> Tensor:
         """Gathered once for all layers."""
