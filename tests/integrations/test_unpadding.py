@@ -1,6 +1,7 @@
 """Encoders of transformers without their padding beside themselves with it, padded and in float32."""
 
 import copy
+import json
 import pickle
 import threading
 
@@ -115,7 +116,7 @@ def test_a_ragged_batch(name):
     report = fp.swap(model, precision="int8")
     [encoder] = report.unpadding.encoders
     assert (encoder.layers, encoder.attention, report.unpadding.reason) == (3, attention, None)
-    assert "padding: " in str(report) and report.plan.unpad
+    assert "padding: " in str(report) and report.plan.unpad == ("layers" if attention == "padded" else "attention")
     got = hidden(model, batch)
     assert got.shape == expected.shape
     # a row of int8 is quantised by itself, so that sums in another order flip a few roundings at most
@@ -311,9 +312,10 @@ def test_layers_that_were_taken_out():
     assert hidden(shorter, batch).shape == expected.shape
 
 
-def test_attention_that_is_left_alone():
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_attention_that_is_left_alone(name):
     """It computes padded, with its projections; excluded, off, and on a shared config."""
-    model, batch = build("bert"), ragged()
+    model, batch = build(name), ragged()
     first, second = (copy.deepcopy(model) for _ in range(2))
     fp.swap(first, precision="int8")
     for module in second.modules():
@@ -329,7 +331,7 @@ def test_attention_that_is_left_alone():
         return ours
 
     assert compare(model, attention=False).config._attn_implementation == "sdpa"
-    compare(model, exclude="encoder.layer.0.attention.self")
+    compare(model, exclude="encoder.layer.0.attention.self" if name == "bert" else "layers.0.attn")
     compare(second)
     expected = hidden(second, batch)
     fp.swap(second, precision="int8")
@@ -428,7 +430,7 @@ def test_why_an_encoder_stays_padded(change, code):
     report = fp.swap(change(build("bert")), precision="int8")
     assert report.unpadding.reason.code == code
     assert not report.unpadding.encoders
-    assert not report.plan.unpad
+    assert report.plan.unpad is None
     assert f"padding: stays: {report.unpadding.reason.text}" in " ".join(str(report).split())
     assert report.to_json()["unpadding"] == {"encoders": [], "reason": vars(report.unpadding.reason)}
 
@@ -455,7 +457,7 @@ def test_plans():
     model, batch = build("bert"), ragged()
     ours, report = swapped(model)
     stored = report.plan.to_json()
-    assert stored["unpad"] is True
+    assert stored["unpad"] == "attention"
     replayed, padded, old = (copy.deepcopy(model) for _ in range(3))
     fp.swap(replayed, plan=stored)
     assert torch.equal(hidden(replayed, batch), hidden(ours, batch))
@@ -464,18 +466,39 @@ def test_plans():
     del stored["unpad"]
     assert fp.swap(old, plan=stored).unpadding.reason.code == "not_planned"
     assert torch.equal(hidden(old, batch), hidden(padded, batch))
-    with pytest.raises(ValueError, match="unpad of the plan is 'yes', not of type bool"):
+    with pytest.raises(ValueError, match="unpad is 'yes', and not one of layers, attention"):
         fp.swap(model, plan={**stored, "unpad": "yes"})
+    with pytest.raises(ValueError, match="unpad of the plan is 'True', not of type"):
+        fp.swap(model, plan={**stored, "unpad": True})
+    # attention that a user kept is not named in a replay either
+    kept, again = (copy.deepcopy(model) for _ in range(2))
+    plan = fp.swap(kept, precision="int8", attention=False).plan
+    assert plan.unpad == "layers"
+    fp.swap(again, plan=plan)
+    assert again.config._attn_implementation == "sdpa"
+    assert torch.equal(hidden(again, batch), hidden(kept, batch))
 
 
 def test_checkpoints(tmp_path):
     model, batch = build("modernbert"), ragged()
-    for unpad in (True, False):
-        ours, _ = swapped(model, unpad)
+    for options in ({}, {"unpad": False}, {"attention": False}):
+        ours = copy.deepcopy(model)
+        fp.swap(ours, precision="int8", **options)
         fp.save_pretrained(ours, tmp_path)
         loaded = fp.load_pretrained(tmp_path)
         assert torch.equal(hidden(loaded, batch), hidden(ours, batch))
-        assert any(unpadding.PLACE in vars(m) for m in loaded.modules()) is unpad
+        assert loaded.config._attn_implementation == ours.config._attn_implementation
+        assert any(unpadding.PLACE in vars(m) for m in loaded.modules()) is options.get("unpad", True)
+    record = json.loads((tmp_path / "forwardpass.json").read_text())
+    assert record["unpad"] == "layers"
+    for unpad in (None, "absent", "yes"):  # from before it was written, and damaged
+        changed = {k: v for k, v in record.items() if k != "unpad"} | ({} if unpad == "absent" else {"unpad": unpad})
+        (tmp_path / "forwardpass.json").write_text(json.dumps(changed))
+        if unpad == "yes":
+            with pytest.raises(ValueError, match="what it says of padding"):
+                fp.load_pretrained(tmp_path)
+        else:
+            assert not any(unpadding.PLACE in vars(m) for m in fp.load_pretrained(tmp_path).modules())
 
 
 def test_parity_and_a_failed_swap(monkeypatch):

@@ -225,7 +225,7 @@ class Stack:
         yield self.model.register_forward_pre_hook(enter, with_kwargs=True)
         yield self.model.register_forward_hook(leave, always_call=True)
         yield self.layers[0].register_forward_pre_hook(gather, with_kwargs=True)
-        for layer in self.layers:
+        for layer in self.layers if self.by_interface else ():  # else attention gets padded rows, and all positions
             if "position_embeddings" in _parameters(type(layer).forward):
                 yield layer.register_forward_pre_hook(gather_positions, with_kwargs=True)
         # before hooks that were there: transformers' own record what layers return

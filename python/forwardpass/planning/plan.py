@@ -27,7 +27,7 @@ from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
 from ..swap.rules import Context
 from ..swap.swapping import planned
-from ..swap.unpadding import check_unpad
+from ..swap.unpadding import check_unpad, decide_unpadding
 from ..swap.walker import linear_like
 from . import evidence
 from .choose import Choice, Frontier, Option
@@ -137,7 +137,8 @@ def plan(
     calibration = [] if calibrate is None else _listed("calibrate", calibrate)
     tried = _candidates(candidates, calibrate is not None)
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
-    attending = decide_attention(context, attention).swapped
+    attending = decide_attention(context, attention)
+    unpads = decide_unpadding(context, leaves, attending, unpad).planned
 
     device = environment.device(device_of(model))
     identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
@@ -183,8 +184,8 @@ def plan(
         names = names_of(choice)
         pairs = [(leaf, tried[name]) for leaf in leaves if (name := names[leaf.fqn])]
         batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
-        attention_names = [leaf.fqn for leaf in attending] if pairs else []
-        return planned(model, pairs, attention_names, batches_fingerprint, unpad and bool(pairs))
+        attention_names = [leaf.fqn for leaf in attending.swapped] if pairs else []
+        return planned(model, pairs, attention_names, batches_fingerprint, unpads if pairs else None)
 
     def verified(choice: Choice) -> tuple[float, float]:
         worst, errors = [], []

@@ -26,6 +26,7 @@ from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
+from .plan import UNPAD
 from .precision import modules
 from .rules import Context
 from .unpadding import UnpaddingSwap, decide_unpadding, unpads
@@ -40,7 +41,7 @@ _RECORD = {
     "weights": str,
     "layers": list,
     "attention": list,
-    "unpad": bool,
+    "unpad": str | None,
     "aliases": dict,
 }
 _MODEL = {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None}
@@ -237,7 +238,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         context = Context(model)
         attention = decide_attention(context, True, record["attention"])
         layers = [leaves[layer["fqn"]] for layer in record["layers"]]
-        unpadding = decide_unpadding(context, layers, attention, record["unpad"])
+        unpadding = decide_unpadding(context, layers, attention, True, record["unpad"])
     except ValueError as e:
         raise fail(str(e)) from None
     slots = dict(_slots(model, replacements))
@@ -319,7 +320,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
             f"there is no folder {folder}: give load_pretrained a folder that fp.save_pretrained wrote"
         )
     path = folder / RECORD
-    record = {"unpad": False, **read_json(path, "checkpoint of forwardpass", _FIX)}  # older ones do not say
+    record = {"unpad": None, **read_json(path, "checkpoint of forwardpass", _FIX)}  # older ones do not say
     if record.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"
@@ -331,6 +332,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
 
     require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
     require(WEIGHTS.fullmatch(record["weights"]) is not None, "the name of its weights")
+    require(record["unpad"] in (None, *UNPAD), "what it says of padding")
     names = (*record["aliases"].values(), *record["attention"])
     require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
     fqns = set()

@@ -11,7 +11,7 @@ from ..dispatch import Reason, Unsupported
 from ..nn.layer import is_conv1d
 from . import originals
 from .attention import NOT_PLANNED, AttentionDecision, decide_attention
-from .plan import Plan
+from .plan import UNPAD, Plan
 from .precision import LayerPrecision, find_precision
 from .report import Skipped
 from .rules import KINDS, Context, fused_experts, why_skip
@@ -62,7 +62,8 @@ def decide(
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
-    unpadding = decide_unpadding(context, [leaf for leaf, _ in swapped], attentions, unpad, plan is None or plan.unpad)
+    unpads = UNPAD[1] if plan is None else plan.unpad
+    unpadding = decide_unpadding(context, [leaf for leaf, _ in swapped], attentions, unpad, unpads)
     return Decision(context, tuple(linear), tuple(swapped), attentions, unpadding, tuple(experts), tuple(skipped))
 
 

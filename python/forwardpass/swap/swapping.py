@@ -177,7 +177,7 @@ def _carry_out(
             swapped,
             [leaf.fqn for leaf in decision.attention.swapped],
             calibration,
-            bool(decision.unpadding.stacks),
+            decision.unpadding.planned,
         ),
         dry_run,
     )
@@ -335,7 +335,7 @@ def planned(
     layer_precisions: Iterable[tuple[Leaf, LayerPrecision]],
     attention: Iterable[str],
     calibration: str | None,
-    unpad: bool,
+    unpad: str | None,
 ) -> Plan:
     """The plan that swaps these layers, and the attention of these names."""
     layers = (

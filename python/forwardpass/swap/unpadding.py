@@ -17,6 +17,7 @@ from ..integrations.transformers_attention import dispatches
 from ..integrations.unpadding import PLACE, Stack
 from . import rules
 from .attention import NOT_PLANNED, AttentionDecision, holders_of_configs, why_not_named
+from .plan import UNPAD
 from .report import Unpadded, Unpadding
 from .walker import Leaf
 
@@ -50,6 +51,11 @@ class UnpaddingDecision:
     reason: Reason | None
 
     @property
+    def planned(self) -> str | None:
+        """What a plan says of it."""
+        return UNPAD[any(stack.by_interface for stack in self.stacks)] if self.stacks else None
+
+    @property
     def named(self) -> tuple[nn.Module, ...]:
         """Attention whose config has to name our implementation, swapped or not."""
         return tuple(module for stack in self.stacks if stack.by_interface for module in stack.attention)
@@ -70,15 +76,19 @@ def check_unpad(unpad: bool) -> None:
 
 
 def decide_unpadding(
-    context: rules.Context, swapped: list[Leaf], attention: AttentionDecision, unpad: bool, planned: bool = True
+    context: rules.Context,
+    swapped: list[Leaf],
+    attention: AttentionDecision,
+    unpad: bool,
+    planned: str | None = UNPAD[1],
 ) -> UnpaddingDecision:
-    """`unpad` is that of `fp.swap`; planned: that of a plan. swapped: layers."""
-    if not unpad or not planned:
+    """`unpad` is that of `fp.swap`; planned: that of a plan or a checkpoint. swapped: layers."""
+    if not unpad or planned is None:
         return UnpaddingDecision((), _NOT_PLANNED if unpad else _OFF)
     changed = {id(leaf.module) for leaf in (*swapped, *attention.swapped)}
     stacks, reasons = [], []
     for fqn, model, layers in _stacks(context.model):
-        stack = _stack(fqn, model, layers, attention)
+        stack = _stack(fqn, model, layers, attention, planned)
         reason = _why_not(stack, changed)
         if reason is None:
             stacks.append(stack)
@@ -107,7 +117,7 @@ def _is_pretrained(module: nn.Module) -> bool:
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
-def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: AttentionDecision) -> Stack:
+def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: AttentionDecision, planned: str) -> Stack:
     below = {id(m) for layer in layers for m in layer.modules()}
     modules = tuple(leaf.module for leaf in attention.leaves if id(leaf.module) in below)
     left = {s.fqn: s.reason for s in attention.skipped}
@@ -120,8 +130,8 @@ def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: Attenti
         if id(leaf.module) in swapped:
             return True
         reason = left[leaf.fqn]
-        is_users = rules.KINDS.get(reason.code) == "user" and reason != NOT_PLANNED  # the plan says whether it unpads
-        return not is_users and why_not_named(leaf.module, holders) is None
+        is_kept = planned != UNPAD[1] if reason == NOT_PLANNED else rules.KINDS.get(reason.code) == "user"
+        return not is_kept and why_not_named(leaf.module, holders) is None
 
     by_interface = all(comes_to_us(leaf) for leaf in attention.leaves if id(leaf.module) in below)
     return Stack(fqn, model, tuple(layers), modules, by_interface)
@@ -179,6 +189,7 @@ class UnpaddingSwap:
             vars(stack.model).pop(PLACE, None)
 
 
-def unpads(model: nn.Module) -> bool:
-    """Whether it holds an encoder that runs without padding."""
-    return any(PLACE in vars(m) for m in model.modules())
+def unpads(model: nn.Module) -> str | None:
+    """What a plan would say of this model."""
+    names = [vars(m)[PLACE] for m in model.modules() if PLACE in vars(m)]
+    return UNPAD[any(name is not None for name in names)] if names else None
