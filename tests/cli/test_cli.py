@@ -20,12 +20,15 @@ needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not insta
 
 
 class Report:
+    unpadding = "encoder.layer runs without it"
+
     def to_json(self):
         return {
             "swapped": [{"fqn": "a"}],
             "attention": [{"fqn": "b"}],
             "skipped": [{"fqn": "b", "code": "too_small", "text": "it is small", "fix": ""}],
             "left": [],
+            "unpadding": {"encoders": [], "reason": None},
             "warnings": ["mind the gap"],
             "weight_bytes": {"before": 4, "after": 1, "kept": 4},
         }
@@ -306,6 +309,7 @@ def test_swap_json(folder, stub_swap, tmp_path):
     assert str(folder) in result.stdout
     assert "too_small" in result.stdout
     assert "mind the gap" in result.stdout
+    assert "encoder.layer runs without it" in result.stdout
     assert stub_swap["precision"] == "int8"
     assert sum(len(b["input_ids"]) for b in stub_swap["calibrate"]) == 64
 
@@ -328,7 +332,7 @@ def test_swap_says_what_it_calibrated_on_and_how_steady_the_times_are(folder, st
 
 def test_an_unchanged_model_has_no_speed_up(folder, monkeypatch):
     unchanged = Report().to_json() | {"swapped": [], "attention": []}
-    monkeypatch.setattr(fp, "swap", lambda model, **_: types.SimpleNamespace(to_json=lambda: unchanged))
+    monkeypatch.setattr(fp, "swap", lambda model, **_: types.SimpleNamespace(to_json=lambda: unchanged, unpadding=""))
     result = run("swap", folder, "--precision", "int8", "--batch", 1, "--length", 8, "--json", "-")
     written = json.loads(result.stdout)
     assert (

@@ -128,6 +128,12 @@ def outputs(model, inputs):
     return result if isinstance(result, torch.Tensor) else result[0]
 
 
+def of_tokens(output, inputs):
+    """Rows of an output [B, S, ...] that are no padding, of which a swapped encoder has none."""
+    mask = inputs.get("attention_mask")
+    return output if mask is None or mask.shape != output.shape[:2] else output[mask.bool()]
+
+
 class Block(nn.Module):
     """A plain model: two layers that can be swapped, a head that is too small."""
 

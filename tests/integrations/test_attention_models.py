@@ -225,7 +225,7 @@ def test_a_window_over_a_cache_that_keeps_everything():
 @torch.inference_mode()
 def test_padding_of_an_encoder_is_not_written_out(given):
     model = build("bert", ATTENTION)
-    attention_only(model)
+    fp.swap(model, attention=True, unpad=False)
     model(**batch("bert"))
     for call in given():
         assert call["mask"].shape == (2, 1, 10, 10)

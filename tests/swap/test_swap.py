@@ -10,7 +10,19 @@ import warnings
 
 import pytest
 import torch
-from small_models import CONFIGS, Block, assert_same_objects, batch, block, build, codes, names, objects, outputs
+from small_models import (
+    CONFIGS,
+    Block,
+    assert_same_objects,
+    batch,
+    block,
+    build,
+    codes,
+    names,
+    objects,
+    of_tokens,
+    outputs,
+)
 from torch import nn
 from torch.nn.utils import prune
 
@@ -26,10 +38,10 @@ OFF = {"int8": 0.018, "fp8": 0.08, "w8a16": 0.016, "bf16": 0.006}
 @pytest.mark.parametrize("precision", OFF)
 def test_architectures(name, precision):
     model, inputs = build(name), batch(name)
-    before = outputs(model, inputs)
+    before = of_tokens(outputs(model, inputs), inputs)
     leaves = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     report = fp.swap(model, precision)
-    after = outputs(model, inputs)
+    after = of_tokens(outputs(model, inputs), inputs)
     fused = {n for n, c in codes(report).items() if c == "fused_experts"}
     attention = {n for n, c in codes(report).items() if c == "attention_on_cpu"}
     assert len(attention) + len(report.attention) >= 2

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..common.timing import Track, interleave, keep_freed_memory, untracked
-from . import embedding
 from .embedding import Batch
+from .readout import Readout
 
 T = TypeVar("T")
 
@@ -22,18 +22,17 @@ def compare(
     swapped: torch.nn.Module,
     batches: list[Batch],
     timed: Batch,
+    readout: Readout,
     track: Track = untracked,
 ) -> dict[str, Any]:
     """The measured part of what `forwardpass swap` writes.
 
     Args:
-        batches: real texts, for parity: pooled sentence embeddings of both models.
+        batches: real texts, for parity: what `readout` makes of both models' results.
         timed: one batch without padding, for latency; on a CPU torch's own dynamic INT8 takes part.
     """
     before, after = (
-        embedding.embed(
-            embedding.hidden_states(model), ticking(batches, track(f"embedding texts {when}", len(batches)))
-        )
+        readout.results(model, ticking(batches, track(f"running texts {when}", len(batches))))
         for when, model in (("before", original), ("after", swapped))
     )
     models = {"before": original, "after": swapped}
@@ -48,7 +47,7 @@ def compare(
         timings = interleave(calls, device, rounds=rounds, warmup=warmup, on_round=track("timing", rounds + warmup))
     medians = {name: t.median for name, t in timings.items()}
     return {
-        "parity": {**embedding.parity(after, before), "texts": len(before)},
+        "parity": readout.parity(after, before),
         "latency_ms": {"torch_dynamic_int8": None, **medians},
         "latency_quartiles_ms": {name: [t.low, t.high] for name, t in timings.items()},
         "allocator": allocator,

@@ -158,6 +158,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     facts = [("swapped", summary if changed else "nothing was changed: the model is as it was")]
     if result["attention"]:
         facts.append(("attention", f"of {count(len(result['attention']), 'module')} swapped"))
+    if result["padding"]:
+        facts.append(("padding", result["padding"]))
     reasons = by_reason(
         (s["fqn"], s["code"], "; ".join(filter(None, (s["text"], s["fix"])))) for s in result["skipped"]
     )
@@ -172,8 +174,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     check = result["checks"]["cosine_min"]
     passed = "passes" if check["ok"] else "FAILS"
     facts += [
-        ("parity", f"lowest cosine {parity['cosine_min']:.5f} over {count(parity['texts'], 'text')}, "
-                   f"{passed} >= {check['least']}; relative error {parity['relative_error']:.1e}"),
+        ("read out", result["readout"]),
+        ("parity", describe_parity(parity, f"{passed} >= {check['least']}")),
         ("weights", f"{megabytes(weights['before'])} before, {megabytes(weights['after'])} after; "
                     f"{megabytes(weights['kept'])} of originals kept for restore"),
         ("device", result["device"]["name"]),
@@ -190,6 +192,17 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     if why := result["reasons"].get("latency_ms.torch_dynamic_int8"):
         lines += wrapped(f"torch's dynamic INT8: {why}")
     say(console, "\n".join(lines))
+
+
+def describe_parity(parity: dict[str, Any], verdict: str) -> str:
+    error = f"relative error {parity['relative_error']:.1e}"
+    if "order" not in parity:
+        return f"lowest cosine {parity['cosine_min']:.5f} over {count(parity['texts'], 'text')}, {verdict}; {error}"
+    return (
+        f"lowest cosine {parity['cosine_min']:.5f} of a query's scores about their mean, {verdict}; {error}; "
+        f"{parity['order']:.2%} of two texts in the same order, the first one for {parity['first']} of "
+        f"{count(parity['queries'], 'query').replace('querys', 'queries')}"
+    )
 
 
 def describe_calibration(texts: int) -> str:

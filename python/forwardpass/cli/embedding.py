@@ -68,9 +68,9 @@ def _minilm() -> Source:
     return Source(str(folder), f"all-MiniLM-L6-v2 from {MINILM_PACKAGE} {version}, sha256 checked")
 
 
-def load(source: Source, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, Any]:
+def load(source: Source, device: torch.device | str = "cpu", head: bool = False) -> tuple[torch.nn.Module, Any]:
     """(model in eval mode, tokenizer); on a CPU in float32, on a GPU in the dtype that it was stored in. Of a swapped model with
-    a head the model below it, as `AutoModel` has it. Raises ValueError in one sentence.
+    a head the model below it, as `AutoModel` has it; head: a classifier with its own. Raises ValueError in one sentence.
     """
     try:
         import transformers
@@ -93,7 +93,8 @@ def load(source: Source, device: torch.device | str = "cpu") -> tuple[torch.nn.M
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up where there are no files of one
             raise ValueError("there is no tokenizer beside the model: save it there with tokenizer.save_pretrained")
         if not source.swapped:
-            model = transformers.AutoModel.from_pretrained(source.path, torch_dtype="auto", trust_remote_code=False)
+            auto = transformers.AutoModelForSequenceClassification if head else transformers.AutoModel
+            model = auto.from_pretrained(source.path, torch_dtype="auto", trust_remote_code=False)
     except (
         Exception
     ) as e:  # whatever a stranger's folder or a hub out of reach raises: OSError, ValueError, SafetensorError, …

@@ -342,7 +342,7 @@ class Measurer:
             advance()
 
     def _output_error(self, leaf: Leaf, name: str) -> list[float] | None:
-        plan = planned(self.subject.model, [(leaf, self.candidates[name])], (), None)
+        plan = planned(self.subject.model, [(leaf, self.candidates[name])], (), None, unpad=None)
         with self.subject.swapped(plan, self.arguments):
             errors = [
                 self.subject.criterion.additive(actual, expected, batch)

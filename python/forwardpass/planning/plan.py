@@ -27,6 +27,7 @@ from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
 from ..swap.rules import Context
 from ..swap.swapping import planned
+from ..swap.unpadding import check_unpad, decide_unpadding
 from ..swap.walker import linear_like
 from . import evidence
 from .choose import Choice, Frontier, Option
@@ -72,6 +73,7 @@ def plan(
     shapes: Iterable[Any] | None = None,
     calibrate: Iterable[Any] | None = None,
     attention: str | bool = "auto",
+    unpad: bool = True,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     forward: Forward | None = None,
@@ -99,7 +101,8 @@ def plan(
         target: "latency" or "memory": what is minimised; a candidate that does not reduce it is refused.
         shapes: batches of the shapes to time on; None: the first of `batches`.
         calibrate: batches for the calibrated candidate, as in `fp.swap`. Replaying the plan takes the same again.
-        attention, include, exclude: as in `fp.swap`. Layers too small for a swap to touch by default are measured here.
+        attention, unpad, include, exclude: as in `fp.swap`. Layers are timed on the rows that `shapes` have, padding included, and
+            whole plans as they run. Layers too small for a swap to touch by default are measured here.
         forward, output: forward(model, batch) and output(result), where the defaults do not fit.
         resume: a file that measurements are written to as they are made, and read from where it exists: after an interrupt, or
             for another budget.
@@ -126,6 +129,7 @@ def plan(
         raise ValueError(f"target is one of {', '.join(TARGETS)}, not {target!r}")
     model = plain_module("plan", model)
     check_choice(attention, False)
+    check_unpad(unpad)
     leaves = linear_like(model)
     refuse_model(model, leaves)
     samples = _listed("batches", batches)
@@ -133,7 +137,8 @@ def plan(
     calibration = [] if calibrate is None else _listed("calibrate", calibrate)
     tried = _candidates(candidates, calibrate is not None)
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
-    attending = decide_attention(context, attention).swapped
+    attending = decide_attention(context, attention)
+    unpads = decide_unpadding(context, leaves, attending, unpad).planned
 
     device = environment.device(device_of(model))
     identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
@@ -179,7 +184,8 @@ def plan(
         names = names_of(choice)
         pairs = [(leaf, tried[name]) for leaf in leaves if (name := names[leaf.fqn])]
         batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
-        return planned(model, pairs, [leaf.fqn for leaf in attending] if pairs else [], batches_fingerprint)
+        attention_names = [leaf.fqn for leaf in attending.swapped] if pairs else []
+        return planned(model, pairs, attention_names, batches_fingerprint, unpads if pairs else None)
 
     def verified(choice: Choice) -> tuple[float, float]:
         worst, errors = [], []

@@ -73,7 +73,7 @@ def decide_attention(
     """`attention` is that of `fp.swap`; `planned`: the names in a plan, which decides itself. `context` is told what is swapped,
     as the Linear layers within are left to it."""
     leaves, swapped, skipped = attention_like(context.model), [], []
-    units = _units(context.model)
+    units = holders_of_configs(context.model)
     for leaf in leaves:
         if planned is not None and leaf.fqn not in planned:
             reason: Reason | None = NOT_PLANNED
@@ -116,7 +116,7 @@ def _why_skip(
             if finding := rule(leaf, context, None):
                 return Reason(rule.__name__, *finding)
         return MultiheadAttention.why_not(module)
-    return _why_not_named(module, units[id(module.config)])
+    return why_not_named(module, units[id(module.config)])
 
 
 #: What modules call it. Where none is there, a head dim without a kernel shows in the first call.
@@ -145,7 +145,7 @@ def _why_no_kernel(module: nn.Module) -> Reason | None:
     return None if None in reasons else reasons[0]
 
 
-def _units(model: nn.Module) -> dict[int, list[nn.Module]]:
+def holders_of_configs(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules that hold each config, by its id."""
     units: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -155,7 +155,8 @@ def _units(model: nn.Module) -> dict[int, list[nn.Module]]:
     return units
 
 
-def _why_not_named(module: nn.Module, unit: list[nn.Module]) -> Reason | None:
+def why_not_named(module: nn.Module, unit: list[nn.Module]) -> Reason | None:
+    """Why the config of an attention module cannot name our implementation; unit: the modules that hold it."""
     if reason := huggingface.register():
         return reason
     name = module.config._attn_implementation  # type: ignore[union-attr]
@@ -188,15 +189,15 @@ _ABSENT = object()
 class AttentionSwap:
     """Everything that swapping attention changes in a model, besides the modules that take others' places."""
 
-    def __init__(self, model: nn.Module, decision: AttentionDecision):
-        """Builds; changes nothing."""
+    def __init__(self, model: nn.Module, decision: AttentionDecision, named: Iterable[nn.Module] = ()):
+        """Builds; changes nothing. named: attention that is not swapped, and whose config names us all the same."""
         leaves, swapped = decision.leaves, decision.swapped
         self.replaced = tuple(
             Replaced(x.fqn, x.module, MultiheadAttention.from_torch(x.module))
             for x in swapped
             if isinstance(x.module, nn.MultiheadAttention)
         )
-        self.attributes = [*_names(model, leaves, swapped), *_nested_tensors(model, swapped)]
+        self.attributes = [*_names(model, leaves, swapped, named), *_nested_tensors(model, swapped)]
         self.report = [_entry(x.fqn, x.module) for x in swapped]
 
     def put(self) -> None:
@@ -217,12 +218,14 @@ def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
     return SwappedAttention(fqn, type(module).__name__, str(module.config._attn_implementation))  # type: ignore[union-attr]
 
 
-def _names(model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf]) -> Iterable[_Attribute]:
+def _names(
+    model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf], named: Iterable[nn.Module]
+) -> Iterable[_Attribute]:
     """The configs' names, and a Place in every module that asks them."""
     ids = {id(x.module) for x in swapped}
     dispatching = [x.module for x in leaves if huggingface.dispatches(x.module)]
     configs: dict[int, Any] = {}
-    for config, group in _groups(dispatching, ids):
+    for config, group in _groups(dispatching, ids | {id(m) for m in named}):
         windows = all(huggingface.passes_window(m) for m in group)
         before, after = config._attn_implementation, WINDOWED if windows else NAME
         configs[id(config)] = (config, before, after)
@@ -241,12 +244,12 @@ def _names(model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf]) ->
         yield _Attribute(config, "_attn_implementation_internal", before, after)
 
 
-def _groups(dispatching: list[nn.Module], swapped: set[int]) -> list[tuple[Any, list[nn.Module]]]:
-    """Each config that a swapped module asks, and all that ask it."""
+def _groups(dispatching: list[nn.Module], named: set[int]) -> list[tuple[Any, list[nn.Module]]]:
+    """Each config that is to name us, and all modules that ask it."""
     groups: dict[int, tuple[Any, list[nn.Module]]] = {}
     for module in dispatching:
         groups.setdefault(id(module.config), (module.config, []))[1].append(module)
-    return [(config, group) for config, group in groups.values() if any(id(m) in swapped for m in group)]
+    return [(config, group) for config, group in groups.values() if any(id(m) in named for m in group)]
 
 
 def _nested_tensors(model: nn.Module, swapped: Iterable[Leaf]) -> Iterable[_Attribute]:

@@ -26,8 +26,10 @@ from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
+from .plan import UNPAD
 from .precision import modules
 from .rules import Context
+from .unpadding import UnpaddingSwap, decide_unpadding, unpads
 from .walker import linear_like
 
 SCHEMA = "forwardpass.checkpoint/2"
@@ -39,6 +41,7 @@ _RECORD = {
     "weights": str,
     "layers": list,
     "attention": list,
+    "unpad": str | None,
     "aliases": dict,
 }
 _MODEL = {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None}
@@ -140,6 +143,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
             for fqn, m in layers.items()
         ],
         "attention": originals.swapped_attention(model),
+        "unpad": unpads(model),
         "aliases": aliases,
     }  # fmt: skip
     write_json(folder / RECORD, record)
@@ -231,7 +235,10 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
             raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
         replacements[id(leaf.module)] = new
     try:
-        attention = decide_attention(Context(model), True, record["attention"])
+        context = Context(model)
+        attention = decide_attention(context, True, record["attention"])
+        layers = [leaves[layer["fqn"]] for layer in record["layers"]]
+        unpadding = decide_unpadding(context, layers, attention, True, record["unpad"])
     except ValueError as e:
         raise fail(str(e)) from None
     slots = dict(_slots(model, replacements))
@@ -268,15 +275,17 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
             value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later
             values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         assignments.append((slot.holder, slot.name, values[key]))
-    layers = [leaves[layer["fqn"]] for layer in record["layers"]]
     identities = originals.identities((leaf, replacements[id(leaf.module)]) for leaf in layers)
     originals.exchange(model, [(leaf.fqn, leaf.module, replacements[id(leaf.module)]) for leaf in layers]
                        + [(x.fqn, x.original, x.replacement) for x in identities])  # fmt: skip
     for holder, name, value in assignments:
         holder[name] = value
-    change = AttentionSwap(model, attention)  # modules of torch share the parameters that are there now
+    change = AttentionSwap(
+        model, attention, unpadding.named
+    )  # modules of torch share the parameters that are there now
     originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
     change.put()
+    UnpaddingSwap(unpadding).put()
     saving.refuse(model)
 
 
@@ -311,7 +320,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
             f"there is no folder {folder}: give load_pretrained a folder that fp.save_pretrained wrote"
         )
     path = folder / RECORD
-    record = read_json(path, "checkpoint of forwardpass", _FIX)
+    record = {"unpad": None, **read_json(path, "checkpoint of forwardpass", _FIX)}  # older ones do not say
     if record.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"
@@ -323,6 +332,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
 
     require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
     require(WEIGHTS.fullmatch(record["weights"]) is not None, "the name of its weights")
+    require(record["unpad"] in (None, *UNPAD), "what it says of padding")
     names = (*record["aliases"].values(), *record["attention"])
     require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
     fqns = set()

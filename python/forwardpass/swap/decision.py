@@ -11,10 +11,11 @@ from ..dispatch import Reason, Unsupported
 from ..nn.layer import is_conv1d
 from . import originals
 from .attention import NOT_PLANNED, AttentionDecision, decide_attention
-from .plan import Plan
+from .plan import UNPAD, Plan
 from .precision import LayerPrecision, find_precision
 from .report import Skipped
 from .rules import KINDS, Context, fused_experts, why_skip
+from .unpadding import UnpaddingDecision, decide_unpadding
 from .walker import Leaf
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
@@ -28,6 +29,7 @@ class Decision:
     linear: tuple[Leaf, ...]  #: every Linear-like layer
     swapped: tuple[tuple[Leaf, LayerPrecision], ...]
     attention: AttentionDecision
+    unpadding: UnpaddingDecision
     experts: tuple[str, ...]  #: names of the weights of fused experts, which are skipped
     skipped: tuple[Skipped, ...]  #: layers, attention and experts that stay, each with its reason
 
@@ -47,9 +49,10 @@ def decide(
     plan: Plan | None = None,
     *,
     attention: str | bool = "auto",
+    unpad: bool = True,
     calibrated: bool = False,
 ) -> Decision:
-    """What becomes of the Linear-like layers `linear` and of all attention.
+    """What becomes of the Linear-like layers `linear`, of all attention, and of padding.
 
     Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
     calibration does not go with it.
@@ -59,7 +62,9 @@ def decide(
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
-    return Decision(context, tuple(linear), tuple(swapped), attentions, tuple(experts), tuple(skipped))
+    unpads = UNPAD[1] if plan is None else plan.unpad
+    unpadding = decide_unpadding(context, [leaf for leaf, _ in swapped], attentions, unpad, unpads)
+    return Decision(context, tuple(linear), tuple(swapped), attentions, unpadding, tuple(experts), tuple(skipped))
 
 
 def _decide_layers(

@@ -34,15 +34,19 @@ class Replaced:
     replacement: nn.Module
 
 
-class Attention(Protocol):
-    """Modules whose attention was swapped, and what else that changed."""
-
-    @property
-    def replaced(self) -> tuple[Replaced, ...]: ...
+class Change(Protocol):
+    """What a swap changes besides modules."""
 
     def put(self) -> None: ...
 
     def undo(self) -> None: ...
+
+
+class Attention(Change, Protocol):
+    """Modules whose attention was swapped, and what else that changed."""
+
+    @property
+    def replaced(self) -> tuple[Replaced, ...]: ...
 
 
 @dataclass(eq=False)
@@ -52,6 +56,7 @@ class Originals:
     layers: tuple[Replaced, ...]
     restorable: bool
     attention: Attention
+    unpadding: Change
     activations: tuple[Replaced, ...] = ()  #: modules whose work layers do now, and nn.Identity in their places
 
     @property
@@ -62,10 +67,12 @@ class Originals:
         """Replacements into the places of originals, all or none."""
         exchange(model, [(x.fqn, x.original, x.replacement) for x in self.replaced])
         self.attention.put()
+        self.unpadding.put()
         saving.refuse(model)
 
     def undo(self, model: nn.Module) -> None:
         exchange(model, [(x.fqn, x.replacement, x.original) for x in self.replaced])
+        self.unpadding.undo()
         self.attention.undo()
         saving.allow(model)
 

@@ -16,6 +16,8 @@ from .precision import find_precision
 from .walker import Leaf
 
 SCHEMA = "forwardpass.plan/2"
+#: How much of an encoder runs without padding: all but attention, or attention too.
+UNPAD = ("layers", "attention")
 _FIX = "write one with fp.plan or report.save_plan(path)"
 
 
@@ -50,6 +52,8 @@ class Plan:
     attention: tuple[str, ...]  #: names of the modules whose attention is swapped
     calibration: str | None  #: `fingerprint` of the batches; None: any will do
     forwardpass: str  #: the version that wrote it
+    #: what of its encoders runs without padding: "layers", "attention" too, or nothing, as before there was a choice
+    unpad: str | None = None
     #: how `fp.plan` came to it: kept with the plan, and not looked at when it is replayed
     evidence: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -104,14 +108,18 @@ class Plan:
         if content["schema"] != SCHEMA:
             raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
                              f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
-        entries = {"evidence": None} | {k: v for k, v in content.items() if k != "schema"}
+        entries = {"evidence": None, "unpad": None} | {k: v for k, v in content.items() if k != "schema"}
         optional = {
-            k: dict if k == "evidence" else str for k in ("calibration", "evidence") if entries.get(k) is not None
+            k: dict if k == "evidence" else str
+            for k in ("calibration", "evidence", "unpad")
+            if entries.get(k) is not None
         }
-        absent = dict.fromkeys({"calibration", "evidence"} - set(optional), type(None))
+        absent = dict.fromkeys({"calibration", "evidence", "unpad"} - set(optional), type(None))
         plan = fields(Plan, entries, "the plan", layers=list, attention=list, **optional, **absent)
         if not all(isinstance(name, str) for name in plan["attention"]):
             raise fail("a name in attention is no string")
+        if plan["unpad"] not in (None, *UNPAD):
+            raise fail(f"unpad is {plan['unpad'][:40]!r}, and not one of {', '.join(UNPAD)}")
         if entries["evidence"] is not None:
             try:
                 check(entries["evidence"])

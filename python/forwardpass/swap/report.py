@@ -59,6 +59,38 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Unpadded:
+    """An encoder that runs without the padding of its batches."""
+
+    fqn: str  #: of the list of its layers
+    layers: int
+    attention: str  #: "varlen", or "padded" where attention computes on padded q, k and v or hidden states
+
+    def __str__(self) -> str:
+        around = "" if self.attention == "varlen" else " but in attention"
+        return f"{self.fqn} ({count(self.layers, 'layer')}) runs without it{around}"
+
+
+@dataclass(frozen=True)
+class Unpadding:
+    """The encoders that run without padding, and why another, or all there is, does not."""
+
+    encoders: tuple[Unpadded, ...]
+    reason: Reason | None
+
+    def to_json(self) -> dict[str, Any]:
+        reason = None if self.reason is None else dict(vars(self.reason))
+        return {"encoders": [dict(vars(x)) for x in self.encoders], "reason": reason}
+
+    def __str__(self) -> str:
+        """A line; empty where there is no text encoder."""
+        if self.reason is not None and self.reason.code == "no_encoder":
+            return ""
+        stays = [f"stays: {self.reason}"] if self.reason is not None else []
+        return "; ".join([*map(str, self.encoders), *stays])
+
+
+@dataclass(frozen=True)
 class Left:
     """Layers of a class that a swap has nothing for, neither Linear-like nor attention: those that compute, and those that hold a
     hundredth of the model's bytes.
@@ -100,6 +132,7 @@ class Report:
     attention: list[SwappedAttention]
     skipped: list[Skipped]
     left: list[Left]
+    unpadding: Unpadding
     warnings: list[str]
     weight_bytes: WeightBytes
     plan: Plan
@@ -131,6 +164,7 @@ class Report:
             "attention": [dict(vars(s)) for s in self.attention],
             "skipped": [s.to_json() for s in self.skipped],
             "left": [x.to_json() for x in self.left],
+            "unpadding": self.unpadding.to_json(),
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
             "plan": self.plan.to_json(),
@@ -167,6 +201,8 @@ class Report:
             modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
             rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]
             lines += ["", *table(rows)]
+        if line := str(self.unpadding):
+            lines += ["", *wrapped(f"padding: {line}")]
         if self.skipped:
             rows = [("skipped",)]
             for reason, names in by_reason((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped):

@@ -25,6 +25,7 @@ from .plan import Plan, PlannedLayer, layers_of
 from .precision import LayerPrecision, Precision
 from .report import Left, Report, Swapped, WeightBytes
 from .rules import Context
+from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, linear_leaves, linear_like
 
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
@@ -38,6 +39,7 @@ def swap(
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     attention: str | bool = "auto",
+    unpad: bool = True,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     strict: bool = False,
@@ -60,6 +62,10 @@ def swap(
             can be. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
             transformers run theirs through the AttentionInterface, where their configs name it; both keep their weights
             as they are. Attention that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
+        unpad: text encoders of transformers (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ModernBERT, DeBERTa) run batches of
+            texts that differ in length without the rows of padding, at which last_hidden_state is then zero; at tokens it is
+            what it is with them, but for the order of sums. Compiled, exported and captured models, and calls that ask for
+            hidden states or attention weights, stay padded. False: always padded.
         include, exclude: patterns of names, of layers and attention: globs over whole components ("layer.1" is not
             "layer.11"; "**" crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that
             layer's default skips.
@@ -97,6 +103,7 @@ def swap(
     if keep not in KEEP or keep is True:
         raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
     check_choice(attention, plan is not None)
+    check_unpad(unpad)
     if (precision is None) == (plan is None) and not (plan is None and attention is True):
         clause = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"')
@@ -104,7 +111,8 @@ def swap(
     leaves = linear_like(model)
     refuse_model(model, leaves)
     loaded = Plan.load(plan) if plan is not None else None
-    decision = decide(context, leaves, precision, loaded, attention=attention, calibrated=calibrate is not None)
+    calibrated = calibrate is not None
+    decision = decide(context, leaves, precision, loaded, attention=attention, unpad=unpad, calibrated=calibrated)
     if strict:
         refuse_skips(decision.skipped)
     notes = _warnings(decision)
@@ -150,7 +158,7 @@ def _carry_out(
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
         replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
-    change = AttentionSwap(model, decision.attention)
+    change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {
         *(s.fqn for s in decision.skipped),
         *(leaf.fqn for leaf in decision.attention.leaves),
@@ -161,15 +169,23 @@ def _carry_out(
         change.report,
         list(decision.skipped),
         _left(model, in_report),
+        decision.unpadding.report(decision.attention),
         notes,
         _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep),
-        planned(model, swapped, [leaf.fqn for leaf in decision.attention.swapped], calibration),
+        planned(
+            model,
+            swapped,
+            [leaf.fqn for leaf in decision.attention.swapped],
+            calibration,
+            decision.unpadding.planned,
+        ),
         dry_run,
     )
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
-        report.attach(model, _install(model, [leaf for leaf, _ in swapped], replacements, change, keep))
+        changes = change, UnpaddingSwap(decision.unpadding)
+        report.attach(model, _install(model, [leaf for leaf, _ in swapped], replacements, *changes, keep))
     return report
 
 
@@ -245,13 +261,15 @@ def _install(
     leaves: list[Leaf],
     replacements: list[QuantizedLinear],
     attention: originals.Attention,
+    unpadding: originals.Change,
     keep: str | bool,
 ) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
     layers = tuple(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in zip(leaves, replacements))
-    changed = originals.Originals(layers, True, attention, originals.identities(zip(leaves, replacements)))
+    activations = originals.identities(zip(leaves, replacements))
+    changed = originals.Originals(layers, True, attention, unpadding, activations)
     changed.put(model)
-    swapped = changed if keep else originals.Originals((), False, attention)
+    swapped = changed if keep else originals.Originals((), False, attention, unpadding)
     try:
         originals.remember(model, swapped)
         originals.Moved([x.original for x in layers if _kept_on(x.original, keep) == "cpu"], torch.device("cpu"))
@@ -317,6 +335,7 @@ def planned(
     layer_precisions: Iterable[tuple[Leaf, LayerPrecision]],
     attention: Iterable[str],
     calibration: str | None,
+    unpad: str | None,
 ) -> Plan:
     """The plan that swaps these layers, and the attention of these names."""
     layers = (
@@ -325,4 +344,4 @@ def planned(
         for leaf, p in layer_precisions
     )  # fmt: skip
     model_layers = layers_of(linear_leaves(model))
-    return Plan(type(model).__name__, model_layers, tuple(layers), tuple(attention), calibration, __version__)
+    return Plan(type(model).__name__, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad)

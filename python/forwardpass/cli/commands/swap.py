@@ -48,7 +48,9 @@ def swap(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --save use a folder that holds other files, but "
                                             "for the model's own.")] = False,
 ) -> None:  # fmt: skip
-    """Swaps a text embedding model, runs it on real text before and after, and shows what changed."""
+    """Swaps a text embedding model or a cross-encoder, runs it on real text before and after, and shows what changed.
+
+    A folder of sentence-transformers says itself how texts are pooled and prompted, or that pairs are scored."""
     console = Console(stderr=json == "-")
     planned, calibrates = precision_or_plan(precision, plan)
     where = prepare(device, json, read=(model, plan, text, calibrate))
@@ -57,7 +59,7 @@ def swap(
             if json and pathlib.Path(json).resolve() == pathlib.Path(save).resolve():
                 raise ValueError(f"--json and --save are both {save}: give each a path of its own")
             check_folder(save, [embedding.find_model(model).path], overwrite)
-        subject = load(model, where, text, calibrate, calibrates, console)
+        subject = load(model, where, text, calibrate, calibrates, console, as_its_folder_says=True)
         timed = embedding.full_batch(subject.tokenizer, subject.texts, batch, length, subject.model, where)
     swapped = copy.deepcopy(subject.model)  # both are wanted at once: their timing takes turns
     with tracking() as track:
@@ -65,7 +67,7 @@ def swap(
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
             report = fp.swap(swapped, precision=precision, plan=planned, calibrate=subject.calibration)
-        compared = comparison.compare(subject.model, swapped, subject.batches, timed, track)
+        compared = comparison.compare(subject.model, swapped, subject.batches, timed, subject.readout, track)
     if save:
         with refusing(ValueError, OSError):
             fp.save_pretrained(swapped, save, overwrite=overwrite)
@@ -77,9 +79,14 @@ def swap(
     result = {
         "schema": "forwardpass.swap/1",
         "model": {"name": model, "chosen": subject.source.origin},
+        "readout": subject.readout.describe(),
+        "padding": str(report.unpadding),
         "precision": precision,
         "plan": plan,
-        **{name: reported[name] for name in ("swapped", "attention", "skipped", "left", "warnings", "weight_bytes")},
+        **{
+            name: reported[name]
+            for name in ("swapped", "attention", "unpadding", "skipped", "left", "warnings", "weight_bytes")
+        },
         "calibration": {"texts": subject.calibrated_on} if subject.calibration else None,
         **compared,
         "batch": batch,
