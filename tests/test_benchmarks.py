@@ -69,6 +69,18 @@ def test_timing_tells_fast_from_slow():
     assert len(told) == 4
 
 
+def test_rounds_are_planned_from_the_last_untimed_one():
+    planned, told = [], []
+    timing = interleave(
+        {"": lambda: time.sleep(0.01)},
+        rounds=lambda seconds: planned.append(seconds) or 2,
+        warmup=2,
+        on_round=lambda: told.append(len(planned)),
+    )[""]
+    assert timing.rounds == 2 and told == [0, 0, 1, 1]
+    assert 0.02 <= planned[0] < 0.2  # a sample is two calls, of which the first is untimed
+
+
 def needs_kernels(module):
     from forwardpass.interpreter import core
 
