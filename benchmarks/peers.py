@@ -156,7 +156,9 @@ def fbgemm_instructions() -> str:
 
 
 def torchao(subject: Subject) -> Candidate:
-    """W8A8, dynamic per token, compiled: its documentation's way on CPUs. Once for all shapes, as each takes half a minute."""
+    """W8A8, dynamic per token, compiled: its documentation's way on CPUs. For any shape, as each by itself takes half a minute;
+    torch compiles twice all the same, with padding and without.
+    """
     quantization = need("torchao.quantization", "torchao")
     quantized = copy.deepcopy(subject.model)
     quantization.quantize_(quantized, quantization.Int8DynamicActivationInt8WeightConfig())
@@ -182,7 +184,7 @@ def onnxruntime(subject: Subject) -> Candidate:
     def with_threads(threads: int) -> Run:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        # its threads spin after a run by default, for a tenth of a second of CPU time that the next candidate would pay
+        # by default its threads spin after a run, for 37 ms of CPU time that the next candidate would pay
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
         return lambda batch: torch.from_numpy(session.run(None, {n: batch[n].numpy() for n in INPUTS})[0])
