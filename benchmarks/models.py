@@ -107,12 +107,12 @@ def fastest(candidates: dict[str, float]) -> tuple[str, float]:
 
 def grid_lines(result: dict[str, Any]) -> Iterable[str]:
     same = f"fastest >= {SAME_MODEL}"
-    yield f"{'':<24}{'ours, ms':>22}{'eager, ms':>22}  ours is … times as fast as eager, as the {same}, as the fastest of all"
+    yield f"{'':<24}{'ours, ms':>28}{'eager, ms':>28}  ours is … times as fast as eager, as the {same}, as the fastest of all"
     ratios: dict[str, list[float]] = {"eager": [], same: [], "fastest": []}
     for cell in result["cells"]:
         ours, eager = (cell["timings"][name] for name in (OURS, "eager"))
         line = f"{title(cell):<24}" + "".join(
-            f"{t['median']:>9.2f} [{t['low']:.2f}, {t['high']:.2f}]".rjust(22) for t in (ours, eager)
+            f"{t['median']:>9.2f} [{t['low']:.2f}, {t['high']:.2f}]".rjust(28) for t in (ours, eager)
         )
         compared = {
             "eager": ("eager", eager["median"]),
