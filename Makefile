@@ -52,7 +52,8 @@ bench: .venv/dev
 		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
 	for b in pipeline plan ragged size_batch train_decoder; do $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
 	$(INSTALL) -e '.[bench]' --no-build-isolation
-	$(BIN)/python -m benchmarks.models --model minilm --json benchmarks/results/models.json
+	for mode in "" -grid -ragged; do \
+		$(BIN)/python -m benchmarks.models $${mode:+-$$mode} --json benchmarks/results/models$$mode.json || exit 1; done
 
 clean:
 	rm -rf .venv .venv-cuda .venv-newest build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache

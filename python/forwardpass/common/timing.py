@@ -73,25 +73,34 @@ def interleave(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device | str = "cpu",
     *,
-    rounds: int = 15,
+    rounds: int | Callable[[float], int] = 15,
     warmup: int = 3,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Times each call once a round, in turn, after `warmup` untimed rounds; `on_round` is told after every round."""
+    """Times each call once a round, in turn, after `warmup` untimed rounds; `on_round` is told after every round.
+
+    rounds: their number, or what says it of the seconds that the last untimed round took.
+    """
     cuda = torch.device(device).type == "cuda"
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda else torch.empty(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
-    for n in range(-warmup, rounds):
+
+    def one_round(sampled: Callable[[str, float], object]) -> float:
+        start = time.perf_counter()
         for name, call in calls.items():
-            seconds = _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name])
-            if n >= 0:
-                samples[name].append(seconds)
-            elif not cuda:
-                repeats[name] = max(1, min(1000, round(LEAST_SAMPLE_MS / max(seconds, 1e-6))))
+            sampled(name, _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name]))
         on_round()
+        return time.perf_counter() - start
+
+    def fill_sample(name: str, ms: float) -> None:
+        repeats[name] = 1 if cuda else max(1, min(1000, round(LEAST_SAMPLE_MS / max(ms, 1e-6))))
+
+    seconds = [one_round(fill_sample) for _ in range(warmup)]
+    for _ in range(rounds if isinstance(rounds, int) else rounds(seconds[-1])):
+        one_round(lambda name, ms: samples[name].append(ms))
     timings = {}
     for name, times in samples.items():
         low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-        timings[name] = Timing(median, low, high, rounds)
+        timings[name] = Timing(median, low, high, len(times))
     return timings
