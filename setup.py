@@ -254,7 +254,8 @@ def rules(out, obj, home):
     text = [
         "ninja_required_version = 1.8\nbuilddir = build/ninja",
         f"rule cxx\n command = {compile_cxx}\n{depfile} description = {compiler} $in",
-        f"rule link\n command = {compiler} -shared $in $flags -o $out\n description = link $out",
+        f"rule link\n command = {compiler} -shared $in $flags -Wl,--version-script=csrc/exports.map -o $out\n"
+        " description = link $out",
         # One member, so that whoever needs a name of it gets what runs before main too.
         f"rule archive\n command = rm -f $out && {compiler} -r -nostdlib $in -o $flags && ar rcs $out $flags\n"
         " description = archive $out",
@@ -274,14 +275,14 @@ def rules(out, obj, home):
     csrc = ROOT / "csrc"
     cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] not in ("interpreter", "kernels"))
     flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
-    text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)}\n flags = {flags}")
+    text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)} | csrc/exports.map\n flags = {flags}")
     core = []
     if why_no_interpreter() is None:
         # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
         core = sorted((*csrc.glob("interpreter/*.cpp"), *csrc.glob("interpreter/rows/*.cpp")))
         outputs = objects("cxx", core, lambda s: "-march=x86-64-v3 -mtune=generic")
         flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
-        text.append(f"build {path(out / '_interpreter.so')}: link {outputs}\n flags = {flags}")
+        text.append(f"build {path(out / '_interpreter.so')}: link {outputs} | csrc/exports.map\n flags = {flags}")
     host = sorted(csrc.glob("interpreter/python/*.cpp")) if WANT_HOST else []
     if host:  # pybind11 is among torch's headers
         python = f"-isystem {q(sysconfig.get_path('include'))}"
@@ -291,7 +292,7 @@ def rules(out, obj, home):
             objects("cxx", parser)
         outputs += "".join(f" build/ninja/csrc.interpreter.{p.name}.o" for p in parser)
         name = f"interpreter/_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-        text.append(f"build {path(out / name)}: link {outputs}\n flags = -Wl,-Bsymbolic")
+        text.append(f"build {path(out / name)}: link {outputs} | csrc/exports.map\n flags = -Wl,-Bsymbolic")
     cu, standin = [], []
     if home:
         cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
@@ -313,7 +314,7 @@ def rules(out, obj, home):
         kernels = objects("nvcc", cu, lambda s: " ".join(gencode(s)))
         kernels += " " + objects("cxx", sorted(csrc.glob("kernels/**/*.cpp")), lambda s: cuda)
         flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
-        text.append(f"build {path(out / '_kernels.so')}: link {kernels}\n flags = {flags}")
+        text.append(f"build {path(out / '_kernels.so')}: link {kernels} | csrc/exports.map\n flags = {flags}")
     if home and core:
         # The same objects against the interpreter's stand-in for cudart; programs get it as an archive.
         standin = sorted(csrc.glob("interpreter/standin/*.cpp"))
@@ -321,9 +322,8 @@ def rules(out, obj, home):
         cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
         interpreter = path(out / "_interpreter.so")
         flags = f"{hide} -Wl,-rpath,'$$ORIGIN'"
-        text.append(
-            f"build {path(out / '_kernels_interpreted.so')}: link {kernels} {cudart} {interpreter}\n flags = {flags}"
-        )
+        inputs = f"{kernels} {cudart} {interpreter} | csrc/exports.map"
+        text.append(f"build {path(out / '_kernels_interpreted.so')}: link {inputs}\n flags = {flags}")
         text.append(f"build {path(out / '_standin.a')}: archive {cudart} {program}\n flags = build/ninja/standin.o")
     return "\n".join(text) + "\n", sum(rule.startswith("build build/ninja/") for rule in text)
 

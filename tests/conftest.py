@@ -1,6 +1,7 @@
 """Fixtures of several files, the tests that need a GPU, and what each area of the tests costs."""
 
 import collections
+import gc
 import os
 import pathlib
 
@@ -41,6 +42,14 @@ def refusing(request, monkeypatch):
     monkeypatch.setattr(Operation, "_bind_checked", bind)
     with fp.interpret("sm_90a"):  # for those without a kernel for the CPU
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Thirteen thousand tests, and Triton, are a heap that costs each collection of garbage a third of a second and more: no
+    collection looks again at what was there before the module's tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -255,3 +255,15 @@ def test_the_libraries_need_no_glibc_after_2_34():
         said = subprocess.run(["readelf", "-W", "-V", library], capture_output=True, text=True, check=True).stdout
         needed = [int(minor) for minor in re.findall(r"Name: GLIBC_2\.(\d+)", said)]
         assert needed and max(needed) <= 34, library.name
+
+
+def test_the_libraries_export_their_c_functions_alone():
+    """Any other name could be replaced by another library's, and replace it there."""
+    if not shutil.which("nm"):
+        pytest.skip("needs nm")
+    for library in fp.dispatch.library.FOLDER.glob("_*.so"):
+        table = subprocess.run(
+            ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+        ).stdout
+        names = [line.split()[-1] for line in table.splitlines()]
+        assert [n for n in names if not re.match("forwardpass_|fpi_", n)] == [], library.name

@@ -80,11 +80,11 @@ class Liveness {
   }
 
   std::vector<Interval> intervals() const {
-    std::vector<Interval> found(code_.offset_of.size());
-    for (size_t id = 0; id < found.size(); ++id) found[id] = {static_cast<int>(id), INT32_MAX, -1};
+    std::vector<Interval> intervals(code_.offset_of.size());
+    for (size_t id = 0; id < intervals.size(); ++id) intervals[id] = {static_cast<int>(id), INT32_MAX, -1};
     const auto extend = [&](int id, int at) {
-      found[id].begin = std::min(found[id].begin, at);
-      found[id].end = std::max(found[id].end, at);
+      intervals[id].begin = std::min(intervals[id].begin, at);
+      intervals[id].end = std::max(intervals[id].end, at);
     };
     for (size_t n = 0; n < blocks_.size(); ++n) {
       const BasicBlock& b = blocks_[n];
@@ -94,8 +94,9 @@ class Liveness {
         registers_.visit(code_.instructions[k], [&](int id, bool) { extend(id, k); });
       }
     }
-    found.erase(std::remove_if(found.begin(), found.end(), [](const Interval& i) { return i.end < 0; }), found.end());
-    return found;
+    intervals.erase(std::remove_if(intervals.begin(), intervals.end(), [](const Interval& i) { return i.end < 0; }),
+                    intervals.end());
+    return intervals;
   }
 
  private:

@@ -90,27 +90,27 @@ Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
   };
   switch (o.kind) {
     case Operand::Kind::reg: {
-      const Type own = code.source->registers[o.id];
-      const bool fits =
-          (own == Type::pred) == (type == Type::pred) &&
-          (ptx::size_of(own) == ptx::size_of(type) || (relaxed && ptx::size_of(own) > ptx::size_of(type)));
+      const Type register_type = code.source->registers[o.id];
+      const bool fits = (register_type == Type::pred) == (type == Type::pred) &&
+                        (ptx::size_of(register_type) == ptx::size_of(type) ||
+                         (relaxed && ptx::size_of(register_type) > ptx::size_of(type)));
       if (!fits) refuse("a register's size does not fit the instruction's type");
-      if (bytes) *bytes = own == Type::pred ? 4 : stored_bytes(own);
+      if (bytes) *bytes = register_type == Type::pred ? 4 : stored_bytes(register_type);
       return code.offset_of[o.id];
     }
     case Operand::Kind::special:
       if (const SpecialRegister* s = special_register(o.name)) return preset(s->value, 0);
       refuse("special register " + o.name + " is not known");
     case Operand::Kind::symbol: {
-      const auto found = [&](const auto& map) { return map.find(o.name) != map.end(); };
+      const auto has = [&](const auto& map) { return map.find(o.name) != map.end(); };
       const uint64_t more = static_cast<uint64_t>(o.offset);
-      if (found(code.local_offset)) return preset(nullptr, code.local_offset.at(o.name) + more);
-      if (found(code.param_offset)) return immediate(code.param_offset.at(o.name) + more);
-      if (found(code.shared_offset)) return immediate(code.shared_offset.at(o.name) + more);
+      if (has(code.local_offset)) return preset(nullptr, code.local_offset.at(o.name) + more);
+      if (has(code.param_offset)) return immediate(code.param_offset.at(o.name) + more);
+      if (has(code.shared_offset)) return immediate(code.shared_offset.at(o.name) + more);
       if (module.extern_shared.count(o.name)) return preset(dynamic_shared, more);
-      if (found(module.shared_offset)) return immediate(module.shared_offset.at(o.name) + more);
-      if (found(module.globals)) return immediate(reinterpret_cast<uint64_t>(module.globals.at(o.name).address) + more);
-      if (found(module.functions)) return immediate(reinterpret_cast<uint64_t>(&module.functions.at(o.name)));
+      if (has(module.shared_offset)) return immediate(module.shared_offset.at(o.name) + more);
+      if (has(module.globals)) return immediate(reinterpret_cast<uint64_t>(module.globals.at(o.name).address) + more);
+      if (has(module.functions)) return immediate(reinterpret_cast<uint64_t>(&module.functions.at(o.name)));
       refuse("symbol " + o.name + " is not declared");
     }
     case Operand::Kind::integer:

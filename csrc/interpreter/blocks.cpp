@@ -31,20 +31,20 @@ std::vector<BasicBlock> basic_blocks(const Code& of) {
 }
 
 std::vector<char> asynchronous_registers(const Code& code, const Registers& registers) {
-  std::vector<char> found(code.offset_of.size(), 0);
+  std::vector<char> marks(code.offset_of.size(), 0);
   for (bool again = true; again;) {
     again = false;
     for (const Instruction& i : code.instructions) {
       bool any = i.asynchronous;
-      if (is_move(i)) registers.visit(i, [&](int id, bool) { any |= found[id] != 0; });
+      if (is_move(i)) registers.visit(i, [&](int id, bool) { any |= marks[id] != 0; });
       if (!any) continue;
       registers.visit(i, [&](int id, bool) {
-        again |= !found[id];
-        found[id] = 1;
+        again |= !marks[id];
+        marks[id] = 1;
       });
     }
   }
-  return found;
+  return marks;
 }
 
 }  // namespace forwardpass::interpreter

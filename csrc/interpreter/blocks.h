@@ -21,14 +21,14 @@ class Registers {
   }
   // The register at an offset, or -1: an immediate, a special register, a sink.
   int id(Offset o) const {
-    const auto found = at_.find(o);
-    return found == at_.end() ? -1 : found->second;
+    const auto entry = at_.find(o);
+    return entry == at_.end() ? -1 : entry->second;
   }
   // f(register, whether the instruction replaces its value in all the lanes that it runs for)
   template <class F>
   void visit(const Instruction& i, F f) const {
     const auto each = [&](Offset o, bool replaces) {
-      if (const int found = id(o); found >= 0) f(found, replaces);
+      if (const int index = id(o); index >= 0) f(index, replaces);
     };
     for (int k = i.destinations; k < i.destinations + i.sources; ++k) each(i.operand[k], false);
     each(i.guard, false);

@@ -59,8 +59,8 @@ struct alignas(32) VectorClock {
   template <class F>
   void combine(const VectorClock& other, F f) {
     for (int i = 0; i < std::min(width, other.width); i += 8) {
-      auto* mine = reinterpret_cast<__m256i*>(at + i);
-      _mm256_store_si256(mine, f(*mine, *reinterpret_cast<const __m256i*>(other.at + i)));
+      auto* times = reinterpret_cast<__m256i*>(at + i);
+      _mm256_store_si256(times, f(*times, *reinterpret_cast<const __m256i*>(other.at + i)));
     }
   }
 };

@@ -74,11 +74,11 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
 
 int Cluster::async_agent(const Warp& issuer) {
   const int k = next_async++ % kAsyncAgents;
-  Knowledge& mine = async[k];
-  const Clock now = mine.seen.at[k] + 1;
+  Knowledge& knowledge = async[k];
+  const Clock now = knowledge.seen.at[k] + 1;
   // Only what the issuer knows: an agent that is handed out again is another operation.
-  mine = issuer.knowledge;
-  mine.seen.at[k] = now;
+  knowledge = issuer.knowledge;
+  knowledge.seen.at[k] = now;
   async_line[k] = issuer.line();
   return k;
 }

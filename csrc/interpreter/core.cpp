@@ -67,8 +67,8 @@ int report_caught() noexcept {
     f.kind = Kind::unsupported;
     try {
       throw;
-    } catch (const Finding& found) {
-      return report(found);
+    } catch (const Finding& finding) {
+      return report(finding);
     } catch (const std::bad_alloc&) {
       f.message = "the interpreter has no memory left for this";
       return report(f, kMemoryAllocation);

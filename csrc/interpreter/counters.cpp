@@ -48,17 +48,17 @@ uint64_t Footprint::sectors(bool written) const {
 }
 
 void Sheet::choose(const Code& code) {
-  auto& mine = counts[&code];
-  mine.resize(code.instructions.size());
-  counts_ = mine.data();
+  auto& rows = counts[&code];
+  rows.resize(code.instructions.size());
+  counts_ = rows.data();
   code_ = &code;
 }
 
 void Sheet::add(const Sheet& other) {
   for (const auto& [code, theirs] : other.counts) {
-    auto& mine = counts[code];
-    mine.resize(theirs.size());
-    for (size_t k = 0; k < theirs.size(); ++k) mine[k].add(theirs[k]);
+    auto& rows = counts[code];
+    rows.resize(theirs.size());
+    for (size_t k = 0; k < theirs.size(); ++k) rows[k].add(theirs[k]);
   }
   footprint.add(other.footprint);
 }
@@ -84,7 +84,7 @@ void count_global(Warp& w, const uint64_t address[kLanes], uint64_t bytes, Use u
 Wavefronts wavefronts_of(const uint64_t address[kLanes], int bytes, Mask mask) {
   constexpr uint64_t kBanks = 32, kWord = 4;
   const int words = std::max(1, bytes / static_cast<int>(kWord)), lanes = kLanes / words;  // of a lane; of a phase
-  Wavefronts found;
+  Wavefronts wavefronts;
   for (int first = 0; first < kLanes; first += lanes) {
     uint64_t seen[kLanes];
     int n = 0;
@@ -95,10 +95,10 @@ Wavefronts wavefronts_of(const uint64_t address[kLanes], int bytes, Mask mask) {
     n = static_cast<int>(std::unique(seen, seen + n) - seen);
     uint64_t of_bank[kBanks] = {}, most = 0;
     for (int k = 0; k < n; ++k) most = std::max(most, ++of_bank[seen[k] % kBanks]);
-    found.actual += most;
-    ++found.ideal;
+    wavefronts.actual += most;
+    ++wavefronts.ideal;
   }
-  return found;
+  return wavefronts;
 }
 
 void count_shared(Warp& w, const uint64_t address[kLanes], int bytes, Use use, Mask mask) {
@@ -107,9 +107,9 @@ void count_shared(Warp& w, const uint64_t address[kLanes], int bytes, Use use, M
   if (is_read(use)) c.shared_read += all;
   if (is_write(use)) c.shared_written += all;
   if (use == Use::atomic) return;
-  const Wavefronts found = wavefronts_of(address, bytes, mask);
-  c.wavefronts += found.actual;
-  c.ideal_wavefronts += found.ideal;
+  const Wavefronts wavefronts = wavefronts_of(address, bytes, mask);
+  c.wavefronts += wavefronts.actual;
+  c.ideal_wavefronts += wavefronts.ideal;
 }
 
 void count_access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes, Use use, Mask mask) {

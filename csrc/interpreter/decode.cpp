@@ -215,11 +215,11 @@ std::unique_ptr<Module> load(std::string text) {
 
 const Code* function(Module& m, const std::string& name) {
   const std::lock_guard lock(m.mutex);
-  const auto found = m.functions.find(name);
-  if (found == m.functions.end()) return nullptr;
-  if (!found->second.decoded) decode_whole(m, found->second);
+  const auto entry = m.functions.find(name);
+  if (entry == m.functions.end()) return nullptr;
+  if (!entry->second.decoded) decode_whole(m, entry->second);
   // A function's address may be taken and called: so everything that has a body, if anything is called at all.
-  bool again = found->second.calls;
+  bool again = entry->second.calls;
   while (again) {
     again = false;
     for (auto& [other, code] : m.functions) {
@@ -228,7 +228,7 @@ const Code* function(Module& m, const std::string& name) {
       again = true;
     }
   }
-  return &found->second;
+  return &entry->second;
 }
 
 }  // namespace forwardpass::interpreter

@@ -55,11 +55,11 @@ void* fpi_allocate(int64_t bytes, int kind) {
 int fpi_release(void* begin) {
   return guarded(0, [&]() -> int {
     const std::lock_guard lock(mutex);
-    const auto found = allocations().find(reinterpret_cast<uintptr_t>(begin));
-    if (found == allocations().end()) return 0;
-    used -= found->second.bytes;
+    const auto entry = allocations().find(reinterpret_cast<uintptr_t>(begin));
+    if (entry == allocations().end()) return 0;
+    used -= entry->second.bytes;
     storage().remove(begin);
-    allocations().erase(found);
+    allocations().erase(entry);
     std::free(begin);
     return 1;
   });
@@ -69,13 +69,13 @@ int64_t fpi_allocation(const void* pointer, void** begin, int* kind) {
   return guarded(int64_t{0}, [&]() -> int64_t {
     const std::lock_guard lock(mutex);
     const auto at = reinterpret_cast<uintptr_t>(pointer);
-    auto found = allocations().upper_bound(at);
-    if (found == allocations().begin()) return 0;
-    --found;
-    if (at - found->first >= static_cast<uint64_t>(found->second.bytes)) return 0;
-    *begin = reinterpret_cast<void*>(found->first);
-    *kind = found->second.kind;
-    return found->second.bytes;
+    auto entry = allocations().upper_bound(at);
+    if (entry == allocations().begin()) return 0;
+    --entry;
+    if (at - entry->first >= static_cast<uint64_t>(entry->second.bytes)) return 0;
+    *begin = reinterpret_cast<void*>(entry->first);
+    *kind = entry->second.kind;
+    return entry->second.bytes;
   });
 }
 

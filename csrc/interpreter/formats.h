@@ -110,9 +110,9 @@ struct Short {
   explicit Short(float x, Rounding mode = Rounding::rn) : bits(static_cast<uint16_t>(encode<F>(x, mode))) {}
   explicit Short(double x, Rounding mode = Rounding::rn) : bits(static_cast<uint16_t>(encode<F>(x, mode))) {}
   static Short from_bits(uint32_t bits) {
-    Short made;
-    made.bits = static_cast<uint16_t>(bits);
-    return made;
+    Short value;
+    value.bits = static_cast<uint16_t>(bits);
+    return value;
   }
   operator float() const { return decode<F>(bits); }
 };

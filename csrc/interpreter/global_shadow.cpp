@@ -36,15 +36,15 @@ GlobalShadow& global_shadow() {
 
 GlobalShadow::Page* GlobalShadow::page(uint64_t address, bool make) {
   const auto get = [&](auto& slot, auto* type) {
-    auto* found = slot.load(std::memory_order_acquire);
-    if (found || !make) return found;
-    auto* made = static_cast<decltype(type)>(zeros(sizeof *type));
-    if (slot.compare_exchange_strong(found, made, std::memory_order_acq_rel)) {
-      pages_ += std::is_same_v<decltype(made), Page*>;
-      return made;
+    auto* page = slot.load(std::memory_order_acquire);
+    if (page || !make) return page;
+    auto* candidate = static_cast<decltype(type)>(zeros(sizeof *type));
+    if (slot.compare_exchange_strong(page, candidate, std::memory_order_acq_rel)) {
+      pages_ += std::is_same_v<decltype(candidate), Page*>;
+      return candidate;
     }
-    munmap(made, sizeof *type);  // another thread was first
-    return found;
+    munmap(candidate, sizeof *type);  // another thread was first
+    return page;
   };
   Leaf* leaf = get(leaves_[(address >> (kPageBits + kLeafBits)) % std::size(leaves_)], static_cast<Leaf*>(nullptr));
   return leaf ? get(leaf->pages[(address >> kPageBits) % std::size(leaf->pages)], static_cast<Page*>(nullptr))
@@ -81,7 +81,7 @@ GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use)
   exempt_ = use == Use::constant ? 0 : me;
   const Cell clock = w.knowledge.seen.at[w.agent] - cta.cluster->base;
   // Beyond its field a clock cannot be compared: such a writer leaves no trace.
-  mine_ = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
+  stamp_ = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
 }
 
 template <bool kWrite>
@@ -96,10 +96,10 @@ void GlobalShadow::Access::scan(uint64_t begin, uint64_t bytes) const {
     }
     std::atomic<Cell>* cell = &p->cells[at % kPageBytes / kWord];
     const auto part = [&](Cell mask) {
-      const Cell found = cell->load(std::memory_order_relaxed);
-      if (found >= oldest_ && (found & mask) && (found & kOwner) != exempt_) check(found, at, mask);
-      const bool same = (found ^ mine_) >> kClock == 0;
-      if (kWrite) cell->store(mine_ ? mine_ | mask | (same ? found & kAll : 0) : 0, std::memory_order_relaxed);
+      const Cell value = cell->load(std::memory_order_relaxed);
+      if (value >= oldest_ && (value & mask) && (value & kOwner) != exempt_) check(value, at, mask);
+      const bool same = (value ^ stamp_) >> kClock == 0;
+      if (kWrite) cell->store(stamp_ ? stamp_ | mask | (same ? value & kAll : 0) : 0, std::memory_order_relaxed);
       ++cell;
     };
     if (const uint64_t into = at % kWord) {
@@ -107,10 +107,10 @@ void GlobalShadow::Access::scan(uint64_t begin, uint64_t bytes) const {
       part((kAll << into) & (kAll >> (kWord - into - (next - at))));
       at = next;
     }
-    const Cell whole = mine_ ? mine_ | kAll : 0;
+    const Cell whole = stamp_ ? stamp_ | kAll : 0;
     for (; at + kWord <= page_end; at += kWord, ++cell) {
-      const Cell found = cell->load(std::memory_order_relaxed);
-      if (found >= oldest_ && (found & kOwner) != exempt_) check(found, at, kAll);
+      const Cell value = cell->load(std::memory_order_relaxed);
+      if (value >= oldest_ && (value & kOwner) != exempt_) check(value, at, kAll);
       if (kWrite) cell->store(whole, std::memory_order_relaxed);
     }
     if (at < page_end) {
@@ -127,22 +127,22 @@ void GlobalShadow::Access::operator()(uint64_t begin, uint64_t bytes) const {
 // For a warp of a CTA of this launch: what it did at clocks below the result, counted from when its cluster began,
 // comes before the access.
 Clock GlobalShadow::Access::known(uint64_t cta, int warp) const {
-  Cluster& own = *warp_.cta->cluster;
+  Cluster& issuer = *warp_.cta->cluster;
   const auto& seen = warp_.knowledge.seen.at;
-  const uint64_t size = own.ctas.size(), cluster = cta / size;
+  const uint64_t size = issuer.ctas.size(), cluster = cta / size;
   const int of_cluster = static_cast<int>(cta % size * warp_.cta->warps.size()) + warp;
-  if (cluster == own.number) return seen[kFirstWarp + of_cluster] - (own.base - 1);
-  return own.launch->releases.known(cluster, of_cluster, seen[kAcquireAgent]);
+  if (cluster == issuer.number) return seen[kFirstWarp + of_cluster] - (issuer.base - 1);
+  return issuer.launch->releases.known(cluster, of_cluster, seen[kAcquireAgent]);
 }
 
-void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const {
+void GlobalShadow::Access::check(Cell cell, uint64_t address, Cell mask) const {
   const Warp& w = warp_;
   const Use use = use_;
   const Cta& cta = *w.cta;
   const Launch& l = *cta.launch;
-  const auto serial = static_cast<uint32_t>(found >> kSerial);
+  const auto serial = static_cast<uint32_t>(cell >> kSerial);
   const uint64_t number = serial - l.first_serial;  // of the block, if it is one of this launch
-  const uint64_t byte = address / kWord * kWord + __builtin_ctzll(found & mask);
+  const uint64_t byte = address / kWord * kWord + __builtin_ctzll(cell & mask);
   const auto fail = [&](const std::string& why) {
     const char* what = use == Use::atomic ? "atomic on " : is_write(use) ? "write to " : "read of ";
     w.fail_at(Kind::race, what + describe(l, byte) + ", which " + why, -1, byte);
@@ -164,15 +164,15 @@ void GlobalShadow::Access::check(Cell found, uint64_t address, Cell mask) const 
   }
   if (number >= l.grid_size()) return;  // another host thread launches at the same time
   if (use == Use::constant) fail(block() + ".nc is for data that does not change while the kernel runs");
-  if (is_strong(use) && (found >> kStrong & 1)) return;
+  if (is_strong(use) && (cell >> kStrong & 1)) return;
   // In place, a warp may load what its twin has stored already; it stores nothing and nobody sees the difference.
   if (l.module->replicates && !is_write(use) && serial == cta.serial) return;
-  const int warp = static_cast<int>(found >> kWarp & (kMaxWarps - 1));
-  if ((found & kOwner) != owner_) {
-    owner_ = found & kOwner;
+  const int warp = static_cast<int>(cell >> kWarp & (kMaxWarps - 1));
+  if ((cell & kOwner) != owner_) {
+    owner_ = cell & kOwner;
     known_ = known(number, warp);
   }
-  if (static_cast<Clock>(found >> kClock & (kClockLimit - 1)) < known_) return;
+  if (static_cast<Clock>(cell >> kClock & (kClockLimit - 1)) < known_) return;
   if (serial == cta.serial) fail("warp " + std::to_string(warp) + " of this block wrote: nothing orders the two");
   bool released = false;  // by the block, to this one
   for (size_t k = 0; k < cta.warps.size(); ++k) released |= known(number, static_cast<int>(k)) != 0;
@@ -204,7 +204,7 @@ void GlobalShadow::forget_everything() {
     Leaf* leaf = slot.load(std::memory_order_acquire);
     if (!leaf) continue;
     for (auto& p : leaf->pages)
-      if (Page* found = p.exchange(nullptr)) munmap(found, sizeof *found);
+      if (Page* page = p.exchange(nullptr)) munmap(page, sizeof *page);
   }
   pages_ = 0;
   past_.clear();

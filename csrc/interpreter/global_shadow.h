@@ -55,15 +55,15 @@ class GlobalShadow {
    private:
     template <bool kWrite>
     void scan(uint64_t begin, uint64_t bytes) const;
-    void check(Cell found, uint64_t address, Cell mask) const;
+    void check(Cell cell, uint64_t address, Cell mask) const;
     Clock known(uint64_t cta, int warp) const;
     GlobalShadow& shadow_;
     const Warp& warp_;
     const Use use_;
     const bool write_;
-    Cell oldest_, exempt_, mine_;  // cells below oldest_ and of exempt_'s owner are no conflict
-    mutable Cell owner_ = 0;       // of the cell before, as neighbours often have one,
-    mutable Clock known_ = 0;      // and how far it is known
+    Cell oldest_, exempt_, stamp_;  // cells below oldest_ and of exempt_'s owner are no conflict
+    mutable Cell owner_ = 0;        // of the cell before, as neighbours often have one,
+    mutable Clock known_ = 0;       // and how far it is known
   };
 
  private:

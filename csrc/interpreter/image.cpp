@@ -145,37 +145,37 @@ void drop(Image& image) {
   image.modules.clear();
 }
 
-struct Found {
+struct DeviceKernel {
   Kernel* kernel;
   Module* module;
   Code* code;
   const Device* device;
 };
 
-// What is known of a kernel on the device; 0, or the error and an unfinished Found. Called with the registry locked.
-int find(const void* host, Found& found) {
+// What is known of a kernel on the device; 0, or the error and an unfinished result. Called with the registry locked.
+int find(const void* host, DeviceKernel& result) {
   const auto k = registry().kernels.find(host);
   if (k == registry().kernels.end()) return cuda::kInvalidDeviceFunction;
-  found.kernel = &k->second;
-  found.device = current_device();
-  if (!found.device) return cuda::kNoDevice;
+  result.kernel = &k->second;
+  result.device = current_device();
+  if (!result.device) return cuda::kNoDevice;
   try {
-    found.module = &module_for(*found.kernel->image, *found.device);
+    result.module = &module_for(*result.kernel->image, *result.device);
   } catch (const Finding& f) {
     return report(f, cuda::kNoKernelImageForDevice);
   }
-  const auto code = found.module->functions.find(found.kernel->name);
-  if (code == found.module->functions.end()) return cuda::kInvalidDeviceFunction;
-  found.code = &code->second;
+  const auto code = result.module->functions.find(result.kernel->name);
+  if (code == result.module->functions.end()) return cuda::kInvalidDeviceFunction;
+  result.code = &code->second;
   return cuda::kSuccess;
 }
 
-int64_t max_dynamic_shared(const Found& f) {
+int64_t max_dynamic_shared(const DeviceKernel& f) {
   return f.kernel->max_dynamic_shared ? f.kernel->max_dynamic_shared
                                       : f.device->shared_per_block - f.code->shared_bytes;
 }
 
-int blocks_of(const Found& f, int threads, int64_t dynamic_shared) {
+int blocks_of(const DeviceKernel& f, int threads, int64_t dynamic_shared) {
   if (threads > static_cast<int>(max_threads(*f.code->source)) || dynamic_shared > max_dynamic_shared(f)) return 0;
   return resident_blocks(*f.device, *f.code, threads, f.code->shared_bytes + dynamic_shared);
 }
@@ -253,7 +253,7 @@ int fpi_variable(const void* host, void** address, int64_t* bytes) {
 int fpi_kernel(const void* host, fpi_kernel_properties* p) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
-    Found f{};
+    DeviceKernel f{};
     if (const int error = find(host, f)) return error;
     const ptx::Function& source = *f.code->source;
     *p = {};
@@ -274,7 +274,7 @@ int fpi_kernel(const void* host, fpi_kernel_properties* p) {
 int fpi_kernel_parameter(const void* host, int index, int64_t* bytes) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
-    Found f{};
+    DeviceKernel f{};
     if (const int error = find(host, f)) return error;
     const auto& parameters = f.code->source->parameters;
     if (index < 0 || index >= static_cast<int>(parameters.size())) return cuda::kInvalidValue;
@@ -286,7 +286,7 @@ int fpi_kernel_parameter(const void* host, int index, int64_t* bytes) {
 int fpi_kernel_allow_shared(const void* host, int64_t bytes) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
-    Found f{};
+    DeviceKernel f{};
     if (const int error = find(host, f)) return error;
     if (bytes < 0 || bytes + f.code->shared_bytes > f.device->shared_per_block_optin) return cuda::kInvalidValue;
     f.kernel->max_dynamic_shared = bytes;
@@ -297,7 +297,7 @@ int fpi_kernel_allow_shared(const void* host, int64_t bytes) {
 int fpi_kernel_allow_nonportable_clusters(const void* host, int allow) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
-    Found f{};
+    DeviceKernel f{};
     if (const int error = find(host, f)) return error;
     f.kernel->nonportable_clusters = allow != 0;
     return cuda::kSuccess;
@@ -307,7 +307,7 @@ int fpi_kernel_allow_nonportable_clusters(const void* host, int allow) {
 int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
-    Found f{};
+    DeviceKernel f{};
     if (const int error = find(host, f)) return error;
     if (threads < 1 || dynamic_shared < 0) return cuda::kInvalidValue;
     *blocks = blocks_of(f, threads, dynamic_shared);
@@ -318,7 +318,7 @@ int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* bl
 int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* largest, int* clusters) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
-    Found f{};
+    DeviceKernel f{};
     if (const int error = find(host, f)) return error;
     const int blocks = blocks_of(f, threads_of(*c), c->dynamic_shared);
     const int size = static_cast<int>(c->cluster[0] * c->cluster[1] * c->cluster[2]);
@@ -336,7 +336,7 @@ int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
   return guarded([&]() -> int {
     if (drops_launch()) return cuda::kSuccess;
     const Code* code = nullptr;
-    Found f{};
+    DeviceKernel f{};
     {
       const std::lock_guard lock(registry().mutex);
       if (const int error = find(host, f)) return error;

@@ -43,7 +43,7 @@ Mask LaneOrder::unknown(int lane, Mask others, Clock clock) const {
 }
 
 LaneOrder::Clash LaneOrder::clash(LaneSet before, Clock clock, LaneSet now, int shift, bool write) const {
-  Clash found;
+  Clash clash;
   const int before_shift = before.part_shift(shift), now_shift = now.part_shift(shift);
   const int step = std::min(before_shift, now_shift);
   for (uint32_t at = 0; at < 1u << shift; at += 1u << step) {
@@ -53,12 +53,12 @@ LaneOrder::Clash LaneOrder::clash(LaneSet before, Clock clock, LaneSet now, int 
       const Mask self = Mask{1} << lane;
       const Mask unordered = write && (theirs & self) ? 0 : unknown(lane, theirs & ~self, clock);
       if (!unordered) continue;
-      if (found.lane < 0) found = {lane, __builtin_ctz(unordered), 0};
-      found.bytes |= ((1u << (1u << step)) - 1) << at;
+      if (clash.lane < 0) clash = {lane, __builtin_ctz(unordered), 0};
+      clash.bytes |= ((1u << (1u << step)) - 1) << at;
       break;
     }
   }
-  return found;
+  return clash;
 }
 
 }  // namespace forwardpass::interpreter

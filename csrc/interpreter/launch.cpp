@@ -85,11 +85,11 @@ bool turn(Grid& grid, Resident& r) {
 
 void work(Grid& grid) {
   const PlainFloats plain;
-  std::deque<Resident> mine;
+  std::deque<Resident> residents;
   std::vector<std::unique_ptr<Cluster>> spare;  // their shared memory and shadow serve again
   const Launch& l = grid.launch;
   Sheet sheet;
-  for (bool more = true; (more || !mine.empty()) && !grid.failed;) {
+  for (bool more = true; (more || !residents.empty()) && !grid.failed;) {
     if (more && grid.resident < l.resident) {
       ++grid.resident;
       const uint64_t n = grid.next++;
@@ -98,23 +98,23 @@ void work(Grid& grid) {
         auto cluster = spare.empty() ? std::make_unique<Cluster>() : std::move(spare.back());
         if (!spare.empty()) spare.pop_back();
         cluster->begin(grid.launch, n, grid.counts ? &sheet : nullptr);
-        mine.push_back({std::move(cluster), n});
+        residents.push_back({std::move(cluster), n});
       } else {
         --grid.resident;
       }
     }
-    if (mine.empty()) {
+    if (residents.empty()) {
       if (more) std::this_thread::yield();
       continue;
     }
-    Resident r = std::move(mine.front());
-    mine.pop_front();
+    Resident r = std::move(residents.front());
+    residents.pop_front();
     const bool hopeless = r.number > grid.found_at;
     if (hopeless || turn(grid, r)) {
       --grid.resident;
       spare.push_back(std::move(r.cluster));
     } else {
-      mine.push_back(std::move(r));
+      residents.push_back(std::move(r));
     }
   }
   if (!grid.counts) return;

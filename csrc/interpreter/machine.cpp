@@ -130,14 +130,14 @@ void Warp::return_values(Mask lanes) {
   }
 }
 
-void Warp::branch(Mask taken, uint32_t target) {
+void Warp::branch(Mask lanes, uint32_t target) {
   Strand& s = strand();
-  if (taken == s.mask) {
+  if (lanes == s.mask) {
     s.pc = target;
     return;
   }
-  Strand rest{s.frame, s.pc + 1, s.mask & ~taken};
-  s.mask = taken;
+  Strand rest{s.frame, s.pc + 1, s.mask & ~lanes};
+  s.mask = lanes;
   s.pc = target;
   strands.push_back(rest);
 }

@@ -139,7 +139,7 @@ struct alignas(64) Warp {
   Frame* enter(const Code&, Frame* caller, const Instruction* call, Mask lanes);
   void leave(Mask lanes, bool exit);         // return, or exit, of the running strand's lanes
   void return_values(Mask lanes);            // from the running frame's .param space to the caller's
-  void branch(Mask taken, uint32_t target);  // lanes of the running strand that jump; the others fall through
+  void branch(Mask lanes, uint32_t target);  // lanes of the running strand that jump; the others fall through
 
   Actor actor(Proxy p = Proxy::generic) const { return {agent, knowledge.seen.at[agent], &knowledge, p, line(), {}}; }
   // The warp's lanes on a range of shared memory whose begin and lanes the caller fills in. Where the range is spread

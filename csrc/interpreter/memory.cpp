@@ -38,16 +38,16 @@ void Memory::merge(uint64_t begin, uint64_t end) {
     begin = std::min(begin, low->begin);
     end = std::max(end, (high - 1)->end);
   }
-  std::vector<Region> made;
+  std::vector<Region> spans;
   for (auto i = intervals_.lower_bound(begin); i != intervals_.end() && i->first < end; ++i) {
-    if (!made.empty() && i->first < made.back().end) {
-      made.back().end = std::max(made.back().end, i->second.end);
-      made.back().read_only &= i->second.read_only;
+    if (!spans.empty() && i->first < spans.back().end) {
+      spans.back().end = std::max(spans.back().end, i->second.end);
+      spans.back().read_only &= i->second.read_only;
     } else {
-      made.push_back({i->first, i->second.end, i->second.read_only});
+      spans.push_back({i->first, i->second.end, i->second.read_only});
     }
   }
-  regions_.insert(regions_.erase(low, high), made.begin(), made.end());
+  regions_.insert(regions_.erase(low, high), spans.begin(), spans.end());
   version_.fetch_add(1, std::memory_order_release);
 }
 
@@ -193,10 +193,10 @@ inline void each_range(const uint64_t a[kLanes], int bytes, F&& f) {
 
 }  // namespace
 
-Cta* shared_cta(Cta& own, uint64_t address) {
+Cta* shared_cta(Cta& issuer, uint64_t address) {
   const uint64_t rank = address >> kRankShift;
-  if (!rank) return &own;
-  const auto& ctas = own.cluster->ctas;
+  if (!rank) return &issuer;
+  const auto& ctas = issuer.cluster->ctas;
   return rank <= ctas.size() ? ctas[rank - 1].get() : nullptr;
 }
 
@@ -260,23 +260,23 @@ inline void each_lane_range(const uint64_t a[kLanes], int bytes, Mask mask, cons
 
 void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int bytes, Use use, Mask mask,
                    uint8_t* host[kLanes], const LaneSet* on_behalf) {
-  Cta& own = *w.cta;
-  const bool checks = own.launch->options.checks;
+  Cta& issuer = *w.cta;
+  const bool checks = issuer.launch->options.checks;
   Actor actor = w.actor();
   actor.lanes = w.lanes(__builtin_ctz(bytes));
   if (on_behalf) actor.lanes.part_shift = on_behalf->part_shift(actor.lanes.part_shift);  // the same for each row
   bool others = false, unwritten = false;
   each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int lane, const LaneSet& set) {
-    Cta* cta = &own;
-    if (__builtin_expect(begin > own.shared.size() || size > own.shared.size() - begin, 0)) {
+    Cta* cta = &issuer;
+    if (__builtin_expect(begin > issuer.shared.size() || size > issuer.shared.size() - begin, 0)) {
       const bool cluster = space == ptx::Space::shared_cluster;
       for (int l = lane; l < kLanes; ++l) shared_range(w, a[l], bytes, cluster, use, l);
       cta = &shared_range(w, begin, size, cluster, use, lane);
-      if (cta != &own) cta->visited(actor);
+      if (cta != &issuer) cta->visited(actor);
       others = true;
     }
     if (checks) {
-      const Use here = cta == &own && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
+      const Use here = cta == &issuer && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
       const auto offset = static_cast<uint32_t>(shared_offset_of(begin));
       actor.lanes.place(offset, set);
       cta->shadow.access(actor, offset, static_cast<uint32_t>(size), here);
@@ -285,9 +285,9 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
   });
   if (unwritten) note_unwritten(w, a, bytes, mask);
   if (!others) {
-    for (int l = 0; l < kLanes; ++l) host[l] = own.shared.data() + a[l];
+    for (int l = 0; l < kLanes; ++l) host[l] = issuer.shared.data() + a[l];
   } else {
-    for (int l = 0; l < kLanes; ++l) host[l] = shared_cta(own, a[l])->shared.data() + shared_offset_of(a[l]);
+    for (int l = 0; l < kLanes; ++l) host[l] = shared_cta(issuer, a[l])->shared.data() + shared_offset_of(a[l]);
   }
 }
 
@@ -304,13 +304,14 @@ void access_local(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask ma
 void access_param(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
   const Code& code = *w.frame->code;
   const auto& launched = w.cta->launch->parameters;
-  const uint64_t own = w.frame->caller ? 0 : code.own_param_bytes, size = std::max<uint64_t>(own, code.param_bytes);
+  const uint64_t kernel_bytes = w.frame->caller ? 0 : code.own_param_bytes,
+                 size = std::max<uint64_t>(kernel_bytes, code.param_bytes);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     if (a[l] > size || static_cast<uint64_t>(bytes) > size - a[l]) fail_bounds(w, "param", size, a[l], bytes, use, l);
-    host[l] = a[l] < own ? const_cast<uint8_t*>(launched.data()) + a[l]
-                         : w.frame->parameters.get() + l * code.param_bytes + a[l];
-    if (a[l] < own && is_write(use)) w.fail_at(Kind::illegal, "a kernel's parameters are read-only", l, a[l]);
+    host[l] = a[l] < kernel_bytes ? const_cast<uint8_t*>(launched.data()) + a[l]
+                                  : w.frame->parameters.get() + l * code.param_bytes + a[l];
+    if (a[l] < kernel_bytes && is_write(use)) w.fail_at(Kind::illegal, "a kernel's parameters are read-only", l, a[l]);
   }
 }
 

@@ -27,7 +27,7 @@ constexpr uint64_t cluster_address(int rank, uint64_t offset) {
   return static_cast<uint64_t>(rank + 1) << kRankShift | offset;
 }
 // Whose shared memory an address is of; null: no CTA of the cluster has it.
-Cta* shared_cta(Cta& own, uint64_t address);
+Cta* shared_cta(Cta& issuer, uint64_t address);
 
 // Which host memory kernels may touch. A pointer outside every interval is a finding; with no interval registered at
 // all there is nothing to compare with, and that is an error too. Intervals may nest and overlap: what overlaps is one

@@ -55,15 +55,15 @@ class Parser : public Declarations {
         if (end == to && error == std::errc() && n < r.count && (*from != '0' || to - from == 1))
           return {r.first.id + static_cast<int>(n) * r.first.elements, r.first.elements};
       }
-      const auto found = scopes_[s].registers.find(name);
-      if (found != scopes_[s].registers.end()) return found->second;
+      const auto entry = scopes_[s].registers.find(name);
+      if (entry != scopes_[s].registers.end()) return entry->second;
     }
     return {-1, 0};
   }
   const std::string* find_variable(std::string_view name) const {
     for (size_t s = scopes_.size(); s-- > 0;) {
-      const auto found = scopes_[s].variables.find(name);
-      if (found != scopes_[s].variables.end()) return &found->second;
+      const auto entry = scopes_[s].variables.find(name);
+      if (entry != scopes_[s].variables.end()) return &entry->second;
     }
     return nullptr;
   }
@@ -193,9 +193,9 @@ class Parser : public Declarations {
         Location outer;
         outer.file = named_file();
         outer.line = count();
-        const auto found = latest_.find(key(outer, count()));
-        if (found != latest_.end()) {
-          l.inlined_at = found->second;
+        const auto entry = latest_.find(key(outer, count()));
+        if (entry != latest_.end()) {
+          l.inlined_at = entry->second;
         } else {
           module_.locations.push_back(outer);
           l.inlined_at = static_cast<int>(module_.locations.size() - 1);

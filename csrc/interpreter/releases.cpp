@@ -41,17 +41,17 @@ void Releases::release(const Warp& w, bool itself) {
 }
 
 void Releases::acquire(Warp& w) const {
-  Clock& mine = w.knowledge.seen.at[kAcquireAgent];
-  mine = std::max(mine, time());
+  Clock& acquire_time = w.knowledge.seen.at[kAcquireAgent];
+  acquire_time = std::max(acquire_time, time());
 }
 
 Clock Releases::known(uint64_t cluster, int warp, Clock acquired) {
   ReleaseLog* log;
   {
     const std::lock_guard lock(mutex_);
-    const auto found = logs_.find(cluster);
-    if (found == logs_.end()) return 0;
-    log = found->second.get();
+    const auto entry = logs_.find(cluster);
+    if (entry == logs_.end()) return 0;
+    log = entry->second.get();
   }
   const std::lock_guard lock(log->mutex);
   const size_t count = std::upper_bound(log->times.begin(), log->times.end(), acquired) - log->times.begin();

@@ -166,7 +166,7 @@ inline bool Shadow::fits(const Cell& cell, LaneSet lanes) {
 }
 
 inline void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lanes) {
-  if (own(actor.agent)) {
+  if (is_local(actor.agent)) {
     reads_[static_cast<size_t>(index) * columns_ + actor.agent - first_] = actor.now;
   } else {
     other_reads_[static_cast<size_t>(index) * other_columns_ + actor.agent] = actor.now;
@@ -266,7 +266,7 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
 }
 
 void Shadow::meet(const Actor& actor) {
-  if (own(actor.agent) || any_other_) return;
+  if (is_local(actor.agent) || any_other_) return;
   any_other_ = true;
   make_room();
 }
@@ -458,7 +458,7 @@ void Shadow::settle_doubts() {
 }
 
 Clock Shadow::last_read(uint32_t index, int agent) const {
-  if (own(agent)) return reads_[static_cast<size_t>(index) * columns_ + agent - first_];
+  if (is_local(agent)) return reads_[static_cast<size_t>(index) * columns_ + agent - first_];
   return any_other_ && agent < other_columns_ ? other_reads_[static_cast<size_t>(index) * other_columns_ + agent] : 0;
 }
 

@@ -135,7 +135,7 @@ class Shadow {
   void split(uint32_t number, int shift);
   void make_room();
   void meet(const Actor&);  // before it reads: it might be the first that is none of the CTA's warps
-  bool own(int agent) const { return static_cast<unsigned>(agent - first_) < static_cast<unsigned>(warps_); }
+  bool is_local(int agent) const { return static_cast<unsigned>(agent - first_) < static_cast<unsigned>(warps_); }
   Clock last_read(uint32_t cell, int agent) const;
 
   // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.

@@ -78,10 +78,10 @@ class Bind {
   void collective() { instruction.collective = true; }
   template <class T>
   T& data() {  // a row specific record that lives as long as the code
-    auto made = std::make_shared<T>();
-    instruction.data = made.get();
-    code.data.push_back(made);
-    return *made;
+    auto data = std::make_shared<T>();
+    instruction.data = data.get();
+    code.data.push_back(data);
+    return *data;
   }
   [[noreturn]] void refuse(const std::string& why) const;  // throws a Finding of kind unsupported
 

@@ -1,6 +1,6 @@
 #pragma once
 // The truncating fp8 accumulator behind matrix.h's functions, with panels of its own: [element of K][row] for A and
-// [tile][element of K][column] for B, each entry a significand and an exponent.
+// [tile][element of K][columns 0 2 4 6 1 3 5 7] for B, each entry a significand and an exponent.
 #include "matrix.h"
 
 namespace forwardpass::interpreter {

@@ -94,16 +94,16 @@ uint32_t UndefinedRegisters::origin(const Warp& w, const uint64_t a[kLanes], int
 }
 
 void note_unwritten(Warp& w, const uint64_t a[kLanes], int bytes, Mask mask) {
-  Mask found = 0;
+  Mask lanes = 0;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     const auto begin = static_cast<uint32_t>(shared_offset_of(a[l]));
-    if (!shadow_at(w, a[l]).written(begin, bytes)) found |= Mask{1} << l;
+    if (!shadow_at(w, a[l]).written(begin, bytes)) lanes |= Mask{1} << l;
   }
-  if (!found) return;
+  if (!lanes) return;
   if (!w.undefined) w.undefined = std::make_shared<UndefinedRegisters>();
-  w.undefined->loaded = w.undefined->origin(w, a, bytes, __builtin_ctz(found));
-  w.unwritten |= found;
+  w.undefined->loaded = w.undefined->origin(w, a, bytes, __builtin_ctz(lanes));
+  w.unwritten |= lanes;
 }
 
 void set_undefined(Warp& w, Offset o, Mask of, Mask undefined) {

@@ -35,8 +35,8 @@ std::optional<std::string> decompress_zstandard(std::string_view frame, std::str
   std::string text;
   if (size <= kLargest) {
     text.resize(size);
-    const size_t made = zstd.decompress(text.data(), size, frame.data(), frame.size());
-    if (!zstd.is_error(made) && made == size) return text;
+    const size_t length = zstd.decompress(text.data(), size, frame.data(), frame.size());
+    if (!zstd.is_error(length) && length == size) return text;
   }
   *problem = "it is damaged";
   return std::nullopt;

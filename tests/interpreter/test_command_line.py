@@ -160,14 +160,19 @@ def test_pytest_s_plugin_costs_nothing_where_nothing_is_interpreted():
 
 
 @needs_triton
-def test_a_report_of_a_script_that_does_not_import_forwardpass(tmp_path):
-    report = ("-m", "forwardpass.interpreter", "report")
-    done = python(tmp_path, *report, "test_double.py", "test_double")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"test_double.py:10 .* tl.store\(x_ptr", done.stdout), done.stdout
-    failed = python(tmp_path, *report, "test_double.py", "test_beyond_the_end")
-    assert failed.returncode == 1 and "out_of_bounds" in failed.stderr
-    nothing = python(tmp_path, *report, "test_double.py")
-    assert (nothing.returncode, nothing.stdout) == (0, "test_double.py launched no kernel on the interpreted GPU\n")
-    other = python(tmp_path, *report, "--kernel=triple", "test_double.py", "test_double")
-    assert "no kernel that was launched has 'triple' in its name; there are double\n" in other.stdout
+def test_a_report_of_a_script_that_does_not_import_forwardpass(tmp_path, monkeypatch, capfd):
+    (tmp_path / "test_double.py").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+
+    def report(*arguments):
+        """(status, stdout, stderr); the script has a process of its own."""
+        return main(["report", *arguments]), *capfd.readouterr()
+
+    status, table, messages = report("test_double.py", "test_double")
+    assert status == 0, messages
+    assert re.search(r"test_double.py:10 .* tl.store\(x_ptr", table), table
+    status, _, messages = report("test_double.py", "test_beyond_the_end")
+    assert status == 1 and "out_of_bounds" in messages
+    assert report("test_double.py")[:2] == (0, "test_double.py launched no kernel on the interpreted GPU\n")
+    _, nothing, _ = report("--kernel=triple", "test_double.py", "test_double")
+    assert "no kernel that was launched has 'triple' in its name; there are double\n" in nothing

@@ -17,8 +17,8 @@ import zipfile
 import pytest
 
 import forwardpass
+from forwardpass.interpreter.__main__ import main
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
 
@@ -97,9 +97,7 @@ def build(sources, path):
             flags.append(f"-I{unpacked('nvidia-curand', CURAND, 'nvidia/cu13/include')}")
         partly = program.with_suffix(f".{os.getpid()}")
         partly.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "forwardpass.interpreter", "build", path, *flags, "-o", partly]
-        built = subprocess.run(command, capture_output=True, text=True)
-        assert built.returncode == 0, (built.stdout + built.stderr)[-4000:]
+        assert main(["build", str(path), *flags, "-o", str(partly)]) == 0
         partly.rename(program)
     return program
 

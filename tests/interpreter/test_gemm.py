@@ -1,7 +1,7 @@
 """The GEMMs' kernels, as compiled: every case of every operation, CUDA and Triton, on each architecture.
 
-FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones, and Triton's int8
-products on sm_89, whose PTX is letter for letter that for sm_80, `.target` apart.
+FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones, and Triton's kernels
+for int8 weights on sm_89, whose PTX is letter for letter that for sm_80, `.target` apart.
 """
 
 import itertools
@@ -57,7 +57,8 @@ def check(name, case, implementation, arch, seed, truncating):
 
 def launches():
     for (name, case), implementation, arch in itertools.product(CASES, ("cuda", "triton"), ARCHITECTURES):
-        again = implementation == "triton" and arch == "sm_89" and name.startswith("int8")
+        int8 = name.startswith("int8") or (name == "w8a16_gemm" and case.w_dtype == torch.int8)
+        again = implementation == "triton" and arch == "sm_89" and int8
         yield pytest.param(name, case, implementation, arch, marks=[pytest.mark.slow] * again)
 
 

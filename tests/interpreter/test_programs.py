@@ -10,8 +10,8 @@ import sys
 import pytest
 
 import forwardpass
+from forwardpass.interpreter.__main__ import main
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
 
@@ -22,9 +22,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 def build(folder, name):
     """Once for all architectures; the flags are nvcc's."""
     program = folder / name
-    command = [sys.executable, "-m", "forwardpass.interpreter", "build", FOLDER / f"{name}.cu"]
-    built = subprocess.run([*command, "-std=c++17", "-lineinfo", "-O3", "-o", program], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    assert main(["build", str(FOLDER / f"{name}.cu"), "-std=c++17", "-lineinfo", "-O3", "-o", str(program)]) == 0
     return program
 
 

@@ -97,15 +97,19 @@ def interpret(name, case):
 
 
 def start_compiling():
-    """Launches compile for the chosen architecture, and start nothing."""
+    """Launches compile for the chosen architecture, to PTX, and start nothing. The interpreter's compiler makes the PTX, so that
+    whoever of the tests compiles a kernel first, here or to run it, compiles it for all."""
+    from triton.backends import Backend, backends
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction
     from triton.runtime.driver import driver
 
+    from forwardpass.interpreter.triton_driver import PROPERTIES, PtxCompiler
+
     class Utils:
         def get_device_properties(self, device):
-            shared = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}[device]
-            return {"max_shared_mem": shared, "multiprocessor_count": 108, "warpSize": 32}
+            shared, multiprocessors = PROPERTIES["sm_90a" if device == 90 else f"sm_{device}"]
+            return {"max_shared_mem": shared, "multiprocessor_count": multiprocessors, "warpSize": 32}
 
         def load_binary(self, name, kernel, shared, device):
             return object(), object(), 0, 0, 1024  # module, function, registers, spills, threads
@@ -134,6 +138,7 @@ def start_compiling():
         return compiled[-1]
 
     original, JITFunction.run = JITFunction.run, launch
+    backends["nvidia"] = Backend(PtxCompiler, backends["nvidia"].driver)
     driver.set_active(Driver())
 
 
@@ -143,6 +148,7 @@ compiled = []
 def compile_for(architecture, name, case):
     """(PTX, stack frame in bytes) of the kernel that the case launches first, on rows that are contiguous."""
     import triton
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.driver import driver
 
     driver.active.architecture = architecture
@@ -151,15 +157,16 @@ def compile_for(architecture, name, case):
     scales_of_groups = getattr(case, "blocks", False)  # have a layout of their own
     args = case.arguments()
     run(name, case, args if scales_of_groups else [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
-    kernel = compiled[0]
+    kernel, assembler = compiled[0], CUDABackend(driver.active.get_current_target())
+    ptx, metadata = kernel.asm["ptx"], kernel.metadata._asdict()
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
+        cubin.write(assembler.make_cubin(ptx, metadata, assembler.parse_options(metadata), architecture))
         cubin.flush()
         usage = subprocess.run(
             [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
-    return kernel.asm["ptx"], int(re.search(r"STACK:(\d+)", usage)[1])
+    return ptx, int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def process(start):

@@ -35,12 +35,12 @@ inline Order order(const Bind& b) {
       {"volatile", Order::volatile_}, {"relaxed", Order::relaxed}, {"acquire", Order::acquire},
       {"release", Order::release},    {"acq_rel", Order::acq_rel},
   };
-  Order found = Order::weak;
+  Order order = Order::weak;
   int orders = 0, scopes = 0, spaces = 0;
   for (int i = 0; i < b.slots(); ++i) {
     for (const auto& [word, o] : names) {
       if (b.slot(i) != word) continue;
-      found = o;
+      order = o;
       ++orders;
     }
     if (b.slot(i) == "weak") ++orders;
@@ -49,10 +49,10 @@ inline Order order(const Bind& b) {
     for (const auto space : {"shared", "global", "const", "local", "param"}) spaces += name == space;
   }
   if (orders > 1 || scopes > 1 || spaces > 1) b.refuse("a modifier of its order, scope or state space is there twice");
-  if (scopes && found < Order::relaxed && b.slot(0) != "atom" && b.slot(0) != "red") {
+  if (scopes && order < Order::relaxed && b.slot(0) != "atom" && b.slot(0) != "red") {
     b.refuse("a scope is for .relaxed, .acquire and .release");
   }
-  return found;
+  return order;
 }
 
 // The address operand of a row.

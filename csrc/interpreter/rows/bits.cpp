@@ -53,9 +53,9 @@ struct Fns {
     const int32_t n = static_cast<int32_t>(offset);
     if (base > 31) return ~0u;
     if (n == 0) return mask >> base & 1 ? base : ~0u;
-    int64_t left = std::abs(static_cast<int64_t>(n));
+    int64_t count = std::abs(static_cast<int64_t>(n));
     for (int at = static_cast<int>(base); at >= 0 && at < 32; at += n > 0 ? 1 : -1)
-      if (mask >> at & 1 && --left == 0) return static_cast<uint32_t>(at);
+      if (mask >> at & 1 && --count == 0) return static_cast<uint32_t>(at);
     return ~0u;
   }
 };

@@ -48,10 +48,10 @@ template <class F>
 Mask collect(F f) {
   alignas(32) int32_t flags[kLanes];
   for (int l = 0; l < kLanes; ++l) flags[l] = -static_cast<int32_t>(f(l));
-  Mask found = 0;
+  Mask lanes = 0;
   for (int l = 0; l < kLanes; l += 8)
-    found |= static_cast<Mask>(_mm256_movemask_ps(_mm256_load_ps(reinterpret_cast<const float*>(flags + l)))) << l;
-  return found;
+    lanes |= static_cast<Mask>(_mm256_movemask_ps(_mm256_load_ps(reinterpret_cast<const float*>(flags + l)))) << l;
+  return lanes;
 }
 
 // A comparison of two registers. Part 1: of the upper halves of 32-bit ones.

@@ -118,7 +118,7 @@ uint32_t label(Bind& b, const Operand& o) {
 }
 
 std::vector<Code::Parameter> param_variables(Bind& b, const Operand& list) {
-  std::vector<Code::Parameter> found;
+  std::vector<Code::Parameter> parameters;
   for (const Operand& o : list.parts) {
     const auto at = b.code.param_offset.find(o.name);
     if (o.kind != Operand::Kind::symbol || at == b.code.param_offset.end()) {
@@ -128,9 +128,9 @@ std::vector<Code::Parameter> param_variables(Bind& b, const Operand& list) {
     for (const auto* variables : {&b.code.source->variables, &b.code.source->parameters, &b.code.source->returns})
       for (const auto& v : *variables)
         if (v.name == o.name) bytes = v.bytes;
-    found.push_back({at->second, bytes});
+    parameters.push_back({at->second, bytes});
   }
-  return found;
+  return parameters;
 }
 
 void bind_call(Bind& b) {

@@ -222,17 +222,18 @@ struct Arrival final : Pending {
 
   void complete(Cta& cta) override {
     CpAsync& state = *cta.warps[warp].cp_async;
-    Knowledge own = learnt(agent, completion_time(cta, agent));
+    Knowledge completion = learnt(agent, completion_time(cta, agent));
     for (const auto& c : copies) {
       if (const Mask landing = c->in_flight & lanes)
         c->land(cta, cta.cluster->async_actor(agent, Proxy::generic), landing);
-      own.join(c->landed);  // a later arrival may have been there first (CUTLASS's blockwise scales, two stages ahead)
+      // a later arrival may have been there first (CUTLASS's blockwise scales, two stages ahead)
+      completion.join(c->landed);
     }
     state.forget();
-    state.arrived.join(own);
+    state.arrived.join(completion);
     for (Mask rest = lanes; rest; rest &= rest - 1) {
       MBarrier& b = mbarrier_at(cta, mbarrier[__builtin_ctz(rest)]);
-      b.gathering.join(own);
+      b.gathering.join(completion);
       b.arrive(cta, 1);
     }
   }

@@ -104,10 +104,10 @@ bool has_property(T x) {
 template <Property P, class T>
 Step testp(Warp& w, const Instruction& i, Mask mask) {
   const T* a = w.operand<T>(i, 1);
-  Mask found = 0;
-  for (int l = 0; l < kLanes; ++l) found |= static_cast<Mask>(has_property<P>(a[l])) << l;
+  Mask lanes = 0;
+  for (int l = 0; l < kLanes; ++l) lanes |= static_cast<Mask>(has_property<P>(a[l])) << l;
   Mask& d = *w.operand<Mask>(i, 0);
-  d = (d & ~mask) | (found & mask);
+  d = (d & ~mask) | (lanes & mask);
   return Step::next;
 }
 template <Property P>

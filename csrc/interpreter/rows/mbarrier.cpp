@@ -44,11 +44,11 @@ void MBarrier::expect_transactions(Cta& cta, int64_t bytes) {
 void MBarrier::complete_transactions(Cta& cta, int64_t bytes) { expect_transactions(cta, -bytes); }
 
 MBarrier& mbarrier_at(Cta& cta, uint32_t address) {
-  const auto found = cta.mbarriers.find(address);
-  if (found == cta.mbarriers.end()) {
+  const auto entry = cta.mbarriers.find(address);
+  if (entry == cta.mbarriers.end()) {
     fault(Kind::mbarrier, "there is no mbarrier here: mbarrier.init has not run, or mbarrier.inval has", address);
   }
-  return *found->second;
+  return *entry->second;
 }
 
 MBarrier& use_mbarrier(Warp& w, Cta& cta, uint32_t address, bool released) {

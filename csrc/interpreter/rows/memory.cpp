@@ -209,8 +209,8 @@ Step is_space(Warp& w, const Instruction& i, Mask mask) {
   const auto& parameters = w.cta->launch->parameters;
   const auto space_of_address = [&](uint64_t a) {
     if ((a & kWindowMask) == kSharedWindow) {
-      const bool own = shared_cta(*w.cta, a & ~kSharedWindow) == w.cta;  // its window lies within the cluster's
-      return own && space != ptx::Space::shared_cluster ? ptx::Space::shared : ptx::Space::shared_cluster;
+      const bool same_cta = shared_cta(*w.cta, a & ~kSharedWindow) == w.cta;  // its window lies within the cluster's
+      return same_cta && space != ptx::Space::shared_cluster ? ptx::Space::shared : ptx::Space::shared_cluster;
     }
     if ((a & kWindowMask) == kLocalWindow) return ptx::Space::local;
     if (within(a, parameters.data(), parameters.size())) return ptx::Space::param;

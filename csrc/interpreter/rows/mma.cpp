@@ -42,9 +42,9 @@ void multiply_undefined(Warp& w, const Instruction& i, const Mma& m) {
     const Mask before = w.undefined->lanes(w, c[r]);
     Mask of_rows = 0, of_columns = 0;
     for (int l = 0; l < kLanes; ++l) {
-      const uint32_t mine = pairs == 1 ? 3u << l % 4 * 2 : 1u << (l % 4 * 2 + r % 2);
+      const uint32_t column_bits = pairs == 1 ? 3u << l % 4 * 2 : 1u << (l % 4 * 2 + r % 2);
       of_rows |= (rows.which >> (r / pairs * 8 + l / 4) & 1) << l;
-      of_columns |= Mask{(columns.which & mine) != 0} << l;
+      of_columns |= Mask{(columns.which & column_bits) != 0} << l;
     }
     results[r] = {before | of_rows | of_columns, before    ? w.undefined->origin_of(w, c[r])
                                                  : of_rows ? rows.origin

@@ -78,9 +78,9 @@ T exchange(uint8_t* at, F f) {
     Raw<T> wanted;
     std::memcpy(&wanted, &after, sizeof(T));
     // The older builtin, as the newer one calls libatomic for 16 bytes.
-    const Raw<T> found = __sync_val_compare_and_swap(cell, old, wanted);
-    if (found == old) return before;
-    old = found;
+    const Raw<T> current = __sync_val_compare_and_swap(cell, old, wanted);
+    if (current == old) return before;
+    old = current;
   }
 }
 

@@ -52,18 +52,18 @@ WgmmaOperation& meet(Warp& w, Wgmma& state, const Instruction& i, const WgmmaSha
       group.agent = w.cta->cluster->async_agent(w);  // one for a wgmma-group: its operations are waited for together
       group.now = w.cta->cluster->async_now(group.agent);
     }
-    const auto made = std::make_shared<WgmmaOperation>();
-    made->instruction = &i;
-    made->code = w.frame->code;
-    made->warp = w.id;
-    made->shape = &shape;
-    made->number = number;
-    made->group = &group;
-    made->agent = group.agent;
-    made->now = group.now;
-    group.pending.push_back(made);
-    w.cta->add(made);
-    return *made;
+    const auto operation = std::make_shared<WgmmaOperation>();
+    operation->instruction = &i;
+    operation->code = w.frame->code;
+    operation->warp = w.id;
+    operation->shape = &shape;
+    operation->number = number;
+    operation->group = &group;
+    operation->agent = group.agent;
+    operation->now = group.now;
+    group.pending.push_back(operation);
+    w.cta->add(operation);
+    return *operation;
   }
   WgmmaOperation& op = *group.pending[at];
   if (op.instruction != &i) {

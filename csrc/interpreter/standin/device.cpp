@@ -157,10 +157,10 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
 }
 
 cudaError_t entry_point(const char* symbol, void** function, cudaDriverEntryPointQueryResult* status) {
-  const bool found = !std::strcmp(symbol, "cuTensorMapEncodeTiled");
-  *function = found ? reinterpret_cast<void*>(encode_tiled) : nullptr;
-  if (status) *status = found ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return found ? finish(cudaSuccess) : unsupported(symbol);
+  const bool known = !std::strcmp(symbol, "cuTensorMapEncodeTiled");
+  *function = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
+  if (status) *status = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return known ? finish(cudaSuccess) : unsupported(symbol);
 }
 
 size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 128, 0};  // by cudaLimit: stack, printf FIFO, heap, ...
@@ -188,10 +188,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (const cudaError_t error = check(device)) return error;
   const auto& table = attributes();
-  const auto found = table.find(attribute);
-  if (found == table.end())
+  const auto entry = table.find(attribute);
+  if (entry == table.end())
     return unsupported(("cudaDeviceGetAttribute of attribute " + std::to_string(attribute)).c_str());
-  *value = static_cast<int>(found->second);
+  *value = static_cast<int>(entry->second);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int) {

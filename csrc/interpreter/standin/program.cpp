@@ -12,16 +12,16 @@
 namespace {
 
 constexpr int kFoundSomething = 3;
-bool found = false;
+bool has_finding = false;
 
 void print(const char* text, int error) {
   std::fflush(stdout);
   std::fprintf(stderr, "%s\n", text);
-  found |= error != cudaErrorAssert;  // a failed assertion is the program's own finding
+  has_finding |= error != cudaErrorAssert;  // a failed assertion is the program's own finding
 }
 
 void leave(int status, void*) {
-  if (!found || status) return;
+  if (!has_finding || status) return;
   std::fflush(nullptr);
   _exit(kFoundSomething);
 }

@@ -303,7 +303,7 @@ struct MmaAttentionEpilogue {
 
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    attention_kernel(const __grid_constant__ MmaAttentionArguments a) {
+    attention_mma_kernel(const __grid_constant__ MmaAttentionArguments a) {
   extern __shared__ __align__(128) uint8_t memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   const int warp_row = threadIdx.x / 32 * Config::kWarpM;
@@ -322,7 +322,7 @@ cudaError_t launch_mma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM), grid = tiles * all_heads(p);
   if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (auto e = allow_shared<attention_kernel<Config>>(kShared)) return e;
+  if (auto e = allow_shared<attention_mma_kernel<Config>>(kShared)) return e;
   const MmaAttentionArguments arguments{.p = p,
                                         .tiles = static_cast<unsigned>(tiles),
                                         .q_step = CopyQ<Config>::step(p.q),
@@ -331,7 +331,7 @@ cudaError_t launch_mma(const AttentionParams& p, cudaStream_t stream) {
                                         .k_back = Config::kN * 4 * p.k.row,
                                         .v_back = Config::kN * 4 * p.v.row,
                                         .scale = Config::kModified ? 1 : p.scale * kLog2e};
-  attention_kernel<Config><<<static_cast<unsigned>(grid), Config::kThreads, kShared, stream>>>(arguments);
+  attention_mma_kernel<Config><<<static_cast<unsigned>(grid), Config::kThreads, kShared, stream>>>(arguments);
   return cudaGetLastError();
 }
 
