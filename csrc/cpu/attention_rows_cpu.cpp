@@ -76,17 +76,6 @@ INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c,
     }
 }
 
-// Reduces all lanes by f, in a tree.
-template <class V, class F>
-INLINE float reduce(V x, F f) {
-  for (int half = kLanes<V> / 2; half; half /= 2) {
-    V other = x;
-    for (int i = 0; i < half; ++i) other[i] = x[i + half];
-    x = f(x, other);
-  }
-  return x[0];
-}
-
 // A key block of one head.
 struct Block {
   int64_t first, keys;  // the first key, the number of keys
@@ -114,7 +103,7 @@ INLINE void exponentials(const AttentionRows& p, const Block& block, float* scor
     largest = max(s, largest);
   }
   const float old_maximum = maximum;
-  maximum = std::max(old_maximum, reduce(largest, [](V a, V b) __attribute__((always_inline)) { return max(a, b); }));
+  maximum = std::max(old_maximum, cpu::largest(largest));
   // While no key counts yet the maximum is -inf, and the difference to it would be NaN.
   const float subtrahend = maximum == -INFINITY ? 0 : maximum;
   V sums{};
@@ -126,7 +115,7 @@ INLINE void exponentials(const AttentionRows& p, const Block& block, float* scor
   // There is no output to rescale before the first key. If all keys are in one block this saves a twelfth of the time.
   const float rescale =
       old_maximum == maximum || old_maximum == -INFINITY ? 1 : exp2_negative(splat<V>(old_maximum - subtrahend))[0];
-  sum = sum * rescale + reduce(sums, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+  sum = sum * rescale + cpu::sum(sums);
   if (rescale == 1) return;
   for (int64_t c = 0; c < p.columns; c += kLanes<V>) store<Dtype::f32>(load<V, Dtype::f32>(out, c) * rescale, out, c);
 }

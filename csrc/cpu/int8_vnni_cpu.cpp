@@ -34,19 +34,6 @@ struct Vnni {
       asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
     }
   }
-  INLINE static int32_t sum(Ints v) {
-    Vectors<8>::i32 eight;
-    if constexpr (kLanes == 16) {
-      eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    } else {
-      eight = v;
-    }
-    Vectors<4>::i32 four =
-        __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-    four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
-    return four[0] + four[1];
-  }
 };
 
 constexpr uint8_t kOnes[4] = {1, 1, 1, 1}, kShift[4] = {128, 128, 128, 128};  // v ^ kShift: each byte + 128
@@ -138,7 +125,7 @@ INLINE void dot_products(const uint8_t* a, int64_t depth, const uint8_t* b, int6
 #pragma GCC unroll 2
   for (int j = 0; j < kColumns; ++j)
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) sums[i * stride + j] = Isa::sum(acc[i][j] - b_sum[j] * 128);
+    for (int i = 0; i < kRows; ++i) sums[i * stride + j] = sum(acc[i][j] - b_sum[j] * 128);
 }
 
 // A kernel's functions, compiled for TARGET. Of g++'s targets a template has none.
