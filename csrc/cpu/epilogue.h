@@ -67,9 +67,7 @@ INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t 
     for_each_vector<V>(0, n, VECTOR_BODY(&) { store_bits(to_e4m3(scaled(c, n)), q + c, n); });
   } else {
     for_each_vector<V>(
-        0, n, VECTOR_BODY(&) {
-          store_bits(__builtin_convertvector(to_int(scaled(c, n), -127.0f, 127.0f), Chars<V>), q + c, n);
-        });
+        0, n, VECTOR_BODY(&) { store_bits(narrow<Chars<V>>(to_int(scaled(c, n), -127.0f, 127.0f)), q + c, n); });
   }
 }
 

