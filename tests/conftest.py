@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import forwardpass as fp
+from forwardpass.common import environment
 from forwardpass.dispatch import Operation
 from forwardpass.testing import poisoned_outputs
 
@@ -50,6 +51,12 @@ def frozen_heap():
     collection looks again at what was there before the module's tests."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def int8_on_any_cpu(monkeypatch):
+    """Swaps to int8 are tested on CPUs that gain nothing by it too."""
+    monkeypatch.setitem(environment.INT8_INSTRUCTIONS, "baseline", "sgemm")
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,7 @@ def test_doctor_table():
 )
 def test_doctor_says_what_int8_gains_here(monkeypatch, tier, instructions, line):
     monkeypatch.setattr(environment, "cpu_tier", lambda: tier)
+    monkeypatch.delitem(environment.INT8_INSTRUCTIONS, "baseline")
     monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "model name\t: a CPU\n")
     cpu = environment.device()
     monkeypatch.undo()

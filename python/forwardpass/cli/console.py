@@ -20,7 +20,7 @@ from ..swap.report import by_reason
 #: Seconds between lines of progress where stderr is no terminal.
 EVERY = 15.0
 #: Of a CPU on which int8 products are sgemm's.
-NO_INT8_GAIN = "no gain: without AMX, VNNI or AVX2 a swapped model is slower than in fp32"
+NO_INT8_GAIN = "no gain: without AMX, VNNI or AVX2 it would be slower than fp32"
 
 
 def say(console: Console, text: str) -> None:
@@ -99,7 +99,7 @@ def print_examination(examination: dict[str, Any], console: Console) -> None:
         ("driver", f"{driver['present'] or 'none'}; {requirement}"),
         ("nvcc", examination["nvcc"] or "none; only building the CUDA kernels needs one"),
         ("CPU", f"{cpu['name']}, {cpu['capability']}, {threads} on {cores}"),
-        ("int8", f"products by {cpu['int8']}" if cpu["int8"] else NO_INT8_GAIN),
+        ("int8", describe_int8(cpu)),
         ("interpreter", describe_interpreter(examination["interpreter"])),
         *(("GPU", f"{g['name']}, {g['arch']}, {g['memory_bytes'] / 2**30:.0f} GiB") for g in examination["gpus"]),
     ]
@@ -180,7 +180,7 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
         ("parity", describe_parity(parity, f"{passed} >= {check['least']}")),
         ("weights", f"{megabytes(weights['before'])} before, {megabytes(weights['after'])} after; "
                     f"{megabytes(weights['kept'])} of originals kept for restore"),
-        ("device", result["device"]["name"]),
+        ("device", describe_device(result["device"])),
     ]  # fmt: skip
     rows = [(f"{result['batch']} x {result['length']} tokens", "median", "quartiles", "")]
     names = {"before": "before", "after": "after"} if changed else {"before": "as it is"}
@@ -194,6 +194,14 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     if why := result["reasons"].get("latency_ms.torch_dynamic_int8"):
         lines += wrapped(f"torch's dynamic INT8: {why}")
     say(console, "\n".join(lines))
+
+
+def describe_device(device: dict[str, Any]) -> str:
+    return device["name"] + (f"; int8: {describe_int8(device)}" if device["type"] == "cpu" else "")
+
+
+def describe_int8(cpu: dict[str, Any]) -> str:
+    return f"products by {cpu['int8']}" if cpu["int8"] else NO_INT8_GAIN
 
 
 def describe_parity(parity: dict[str, Any], verdict: str) -> str:

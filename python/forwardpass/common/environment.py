@@ -50,7 +50,7 @@ def device(where: torch.device | str = "cpu") -> dict[str, Any]:
         "name": fields.get("model name", platform.machine()),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "tier": cpu_tier(),
-        "int8": INT8_INSTRUCTIONS.get(cpu_tier() or "baseline"),
+        "int8": int8_instructions(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
     }
@@ -66,6 +66,11 @@ def cpu_tier() -> str | None:
         return torch.ops.forwardpass._cpu_tier()
     except AttributeError:
         return None
+
+
+def int8_instructions() -> str | None:
+    """What multiplies int8 on this CPU, None where it is sgemm."""
+    return INT8_INSTRUCTIONS.get(cpu_tier() or "baseline")
 
 
 def driver() -> str | None:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..dispatch import Reason
+from ..common.environment import int8_instructions
+from ..dispatch import Reason, gpu_takes
+from ..nn import Int8Linear
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
 from .fusion import has_hooks
@@ -134,6 +136,14 @@ def moe_router(leaf: Leaf, context: Context, precision: Precision) -> Finding | 
 def too_small(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     if leaf.in_features * leaf.out_features < TOO_SMALL:
         return (f"{leaf.out_features} x {leaf.in_features} is too small to gain, below {TOO_SMALL} weights",
+                f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+    return None
+
+
+def no_int8_instructions(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    device = next((p.device for p in leaf.module.parameters()), torch.device("cpu"))
+    if precision.module is Int8Linear and device.type == "cpu" and not gpu_takes(device) and not int8_instructions():
+        return ("this CPU multiplies int8 as fp32 (AVX2, AVX-VNNI, VNNI or AMX would be faster), with a quantisation on top",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None
 
@@ -264,7 +274,7 @@ class Rule:
 _USER = (excluded, not_included)
 #: Without these there is nothing to ask the others about.
 _FIRST = (uninitialized, dotted)
-_DEFAULT = (lm_head, moe_router, too_small)
+_DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
 #: The last one reads the weight.
 _MODEL = (shared, lora, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
 _KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
