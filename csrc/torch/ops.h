@@ -30,7 +30,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
                    const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed);
 
-// weight as the int8 GEMM of this CPU reads it, uint8; empty where it reads it as it is.
+// weight as the int8 GEMM of this CPU reads it, int8; empty where it reads it as it is.
 Tensor pack_int8_weight(const Tensor& weight);
 // The names of the tiers that the CPU kernels may use, in rising order with commas, and of the one that they use.
 std::string cpu_tiers();

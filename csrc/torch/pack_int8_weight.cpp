@@ -6,9 +6,9 @@ namespace forwardpass {
 Tensor pack_int8_weight(const Tensor& weight) {
   const Matrix b = operand(weight, Dtype::i8, weight, "pack_int8_weight", "weight");
   STD_TORCH_CHECK(weight.dim() == 2, "pack_int8_weight: weight must be [N, K]");
-  Tensor packed = contiguous_rows({0}, ScalarType::Byte, weight);
+  Tensor packed = contiguous_rows({0}, ScalarType::Char, weight);
   const auto allocate = [&](int64_t bytes) {
-    packed = contiguous_rows({bytes}, ScalarType::Byte, weight);
+    packed = contiguous_rows({bytes}, ScalarType::Char, weight);
     return static_cast<uint8_t*>(packed.mutable_data_ptr());
   };
   if (weight.numel()) cpu::pack_weight(cpu::tier(), b, allocate);

@@ -1,7 +1,6 @@
 """The command line: what it prints, what it writes, what it refuses and with which exit code."""
 
 import json
-import pathlib
 import re
 import shutil
 import subprocess
@@ -14,8 +13,7 @@ import torch
 from command_line import NO_MINILM, refused, run
 
 import forwardpass as fp
-from forwardpass.cli import comparison, console, doctor, embedding
-from forwardpass.common import environment
+from forwardpass.cli import comparison, console, embedding
 
 needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not installed")
 
@@ -53,123 +51,6 @@ def stub_swap(monkeypatch):
 
 def test_version():
     assert run("--version").stdout == f"forwardpass {fp.__version__}\n"
-
-
-def test_doctor_json():
-    result = run("doctor", "--json")
-    found = json.loads(result.stdout)
-    assert result.exit_code == 0, found["problems"]
-    assert found["schema"] == "forwardpass.doctor/1"
-    assert {"versions", "device", "gpus", "build", "driver", "nvcc", "kernels", "measured", "problems"} <= set(found)
-    assert found["versions"]["torch"] == torch.__version__
-    rows = {(k["operation"], k["backend"]): k for k in found["kernels"]}
-    assert set(rows) == {(o, b) for o in fp.dispatch.operations for b in fp.dispatch.BACKENDS}
-    for k in rows.values():
-        assert (k["code"] is None) == (k["text"] is None) == (k["fix"] is None)
-    assert rows["quantize", "cpu"]["parity"]["ok"]
-    assert rows["quantize", "reference"]["code"] is None
-    if not torch.cuda.is_available():
-        assert rows["quantize", "cuda"]["code"] in ("no_gpu", "not_built")
-
-
-def test_doctor_knows_what_can_be_interpreted():
-    found = json.loads(run("doctor", "--json").stdout)["interpreter"]
-    assert found["problem"] is None
-    assert found["architectures"] == {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100"}
-    rows = {(k["operation"], k["backend"]): k["code"] for k in found["kernels"]}
-    assert set(rows) == {(o, b) for o in fp.dispatch.operations for b in ("cuda", "triton")}
-    assert rows["quantize", "cuda"] in (None, "not_built")
-    said = console.describe_interpreter(found)
-    assert said.startswith("A100 (sm_80), L40S (sm_89), H100 (sm_90a): ")
-    assert ("kernels of every operation" in said) == (set(rows.values()) == {None})
-    quantize = [k for k in found["kernels"] if k["operation"] == "quantize"]
-    others = [k | {"operation": "other", "code": "no_fp8", "text": "it is old"} for k in quantize]
-    said = console.describe_interpreter(found | {"kernels": [k | {"code": None} for k in quantize] + others})
-    assert said.endswith(
-        ": cuda and triton kernels of quantize; no cuda kernels: it is old; no triton kernels: it is old"
-    )
-    assert console.describe_interpreter({"problem": "it is missing; reinstall"}) == "none: it is missing; reinstall"
-
-
-def test_doctor_table():
-    result = run("doctor")
-    assert result.exit_code == 0
-    lines = result.stdout.splitlines()
-    for operation in fp.dispatch.operations:
-        assert any(line.split()[:1] == [operation] for line in lines)
-    assert max(map(len, lines)) <= 100 and len(lines) <= 35
-    if not torch.cuda.is_available():
-        assert (
-            sum("this torch was built without CUDA" in line or "no GPU" in line for line in lines) <= 1
-        )  # not for each
-
-
-@pytest.mark.parametrize(
-    ("tier", "instructions", "line"),
-    [
-        ("amx", "AMX", "products by AMX"),
-        ("avx512_vnni", "VNNI", "products by VNNI"),
-        ("avx512", "AVX2", "products by AVX2"),
-        ("avx_vnni", "AVX-VNNI", "products by AVX-VNNI"),
-        ("avx2", "AVX2", "products by AVX2"),
-        ("baseline", None, "no gain"),
-        (None, None, "no gain"),
-    ],
-)
-def test_doctor_says_what_int8_gains_here(monkeypatch, tier, instructions, line):
-    monkeypatch.setattr(environment, "cpu_tier", lambda: tier)
-    monkeypatch.delitem(environment.INT8_INSTRUCTIONS, "baseline")
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "model name\t: a CPU\n")
-    cpu = environment.device()
-    monkeypatch.undo()
-    assert (cpu["name"], cpu["int8"]) == ("a CPU", instructions)
-    monkeypatch.setattr(doctor.environment, "device", lambda name="cpu": cpu)
-    row = next(x for x in run("doctor").stdout.splitlines() if x.startswith("int8  "))
-    assert row.split(None, 1)[1].startswith(line)
-
-
-def test_doctor_does_not_blame_an_a100_for_its_tensor_cores(monkeypatch):
-    with fp.interpret("sm_80"), monkeypatch.context() as m:
-        m.setattr(fp.dispatch, "operations", {"fp8_gemm": fp.dispatch.operations["fp8_gemm"]})
-        m.setattr(torch.cuda, "is_available", lambda: True)
-        m.setattr(torch.cuda, "device_count", lambda: 1)
-        m.setattr(doctor.environment, "device", lambda name="cpu": {"name": name})
-        found = doctor.examine()
-    codes = {k["backend"]: k["code"] for k in found["kernels"]}
-    assert codes == {"cuda": "no_fp8", "triton": "no_fp8", "cpu": "not_written", "reference": None}
-    assert found["problems"] == []
-
-
-def test_doctor_finds_a_kernel_that_is_wrong(monkeypatch):
-    op = fp.dispatch.operations["quantize"]
-    right = op.runs["cpu"]
-    monkeypatch.setitem(op.runs, "cpu", lambda *args: tuple(r * 2 for r in right(*args)))
-    op._bound.clear()
-    result = run("doctor", "--json")
-    op._bound.clear()
-    assert result.exit_code == 1
-    assert "quantize on cpu differs" in json.loads(result.stdout)["problems"][0]
-
-
-def test_doctor_finds_a_kernel_that_raises(monkeypatch):
-    def broken(*args):
-        raise RuntimeError("an illegal\n instruction")
-
-    op = fp.dispatch.operations["quantize"]
-    monkeypatch.setitem(op.runs, "cpu", broken)
-    op._bound.clear()
-    result = run("doctor")
-    op._bound.clear()
-    assert result.exit_code == 1
-    assert "RuntimeError: an illegal instruction" in " ".join(result.stdout.split())
-
-
-def test_doctor_knows_an_old_driver(monkeypatch):
-    monkeypatch.setitem(fp.dispatch.library.build_info, "nvcc", "13.0")
-    monkeypatch.setattr(doctor.environment, "driver", lambda: "550.54.15")
-    assert "550.54.15" in doctor.examine()["problems"][0]
-    monkeypatch.setattr(doctor.environment, "driver", lambda: "580.65.06")
-    assert doctor.examine()["problems"] == []
 
 
 def test_swap_plan_and_save(folder, tmp_path):

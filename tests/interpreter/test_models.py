@@ -56,5 +56,6 @@ def test_swapped(name, precision, implementation):
     for layer in parity.layers:
         assert layer.kernel.relative_error < most, layer
         assert layer.total.relative_error < 0.06, layer
-    assert (got - expected).norm() < 0.1 * expected.norm()
+    tokens = inputs["attention_mask"].bool()  # encoders give zero at padding
+    assert (got - expected)[tokens].norm() < 0.1 * expected[tokens].norm()
     assert parity.output.cosine_min > 0.99

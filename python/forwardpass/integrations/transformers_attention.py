@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import Reason
+from ..dispatch import Reason, asked_for_by_name
 from ..dispatch.calls import decline, take
 from ..ops.attention import ATTENTION
 from . import heads_first, unpadding
@@ -249,6 +249,11 @@ def _varlen(
     left = right = None if window is None else window - 1  # to both sides, and not itself
     others = {name: x for name, x in options.items() if name not in _VARLEN}
     reason = _why_not_call(qkv, options["dropout"], options["scaling"], others)
+    place = vars(module).get(PLACE)
+    if reason is None and asked_for_by_name() and not (place and place.fused):
+        reason = Reason(
+            "not_swapped", "a backend asked for by name is for what is swapped", "see the report of fp.swap"
+        )
     if reason is None and window is not None and rows.has_holes:
         reason = Reason("holes", "padding between tokens counts in a window", "pad at the end")
     if reason is None:

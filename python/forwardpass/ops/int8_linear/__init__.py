@@ -62,7 +62,7 @@ def pack_int8_weight(weight: Tensor) -> Tensor:
         weight: int8 [N, K] on the CPU, last stride 1, any row stride.
 
     Returns:
-        uint8 [bytes], of no form to rely on: of this version and of the instructions that `forwardpass doctor` names. On AVX2 up
+        int8 [bytes], of no form to rely on: of this version and of the instructions that `forwardpass doctor` names. On AVX2 up
         to four times the weight's bytes, for normal weights 1.1 times; empty where the weight is read as it is.
 
     Raises:
@@ -100,7 +100,7 @@ def _check(
             f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm"
         )
     if packed is not None and not (
-        isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.device == x.device
+        isinstance(packed, Tensor) and packed.dtype == torch.int8 and packed.device == x.device
     ):
         raise ValueError(f"{op}: packed must be what pack_int8_weight returned for this weight")
     if not isinstance(w_scale, Tensor):
@@ -118,7 +118,7 @@ if library.load_error is None:
 
     @torch.library.register_fake("forwardpass::pack_int8_weight")
     def _(weight: Tensor) -> Tensor:
-        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+        return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int8)
 
 
 OPERATION = Operation(int8_linear, _check, reference.int8_linear, fake_linear, notes=_notes)
