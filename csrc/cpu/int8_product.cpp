@@ -145,7 +145,8 @@ void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const
   const int64_t m = a.rows;
   const int64_t a_stride = b.depth + kTileBytes;  // no power of two, as 16 rows would then share a set of L1
   torch::stable::parallel_for(0, (m + kBlockRows - 1) / kBlockRows, 1, [&](int64_t first, int64_t last) {
-    const CacheLines rows = allocate(kBlockRows * a_stride), sums = allocate(kBlockRows * std::min(kChunkColumns, b.columns) * 4),
+    const CacheLines rows = allocate(kBlockRows * a_stride),
+                     sums = allocate(kBlockRows * std::min(kChunkColumns, b.columns) * 4),
                      scratch = allocate(kernel.scratch_bytes_per_column * b.depth);
     auto acc = reinterpret_cast<int32_t*>(sums[0].bytes);
     for (int64_t r = first * kBlockRows; r < std::min(m, last * kBlockRows); r += kBlockRows) {
