@@ -54,9 +54,11 @@ def frozen_heap():
 
 
 @pytest.fixture(autouse=True)
-def int8_on_any_cpu(monkeypatch):
+def int8_on_any_cpu():
     """Swaps to int8 are tested on CPUs that gain nothing by it too."""
-    monkeypatch.setitem(environment.INT8_INSTRUCTIONS, "baseline", "sgemm")
+    with pytest.MonkeyPatch.context() as patch:  # of its own, as a test may undo its patches
+        patch.setitem(environment.INT8_INSTRUCTIONS, "baseline", "sgemm")
+        yield
 
 
 @pytest.fixture(scope="module")
