@@ -18,20 +18,20 @@ void add_to(int32_t* acc, int64_t stride, const float* part, int64_t rows, int64
 
 // By sgemm, which is exact: sums of 1024 int8 products are integers of at most 2^24, in any order. On one core of an
 // AVX2 EPYC 128 x 384 times 384 x 1536 takes 78 ms by _int_mm, 2.1 ms by sgemm.
-Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
+Tensor multiply_as_floats(const Tensor& a, const Matrix& b) {
   constexpr int64_t kDepth = 1024, kColumns = 256;  // b upconverted: 1 MB
-  const int64_t m = a.size(0), k = a.size(1), n = b_transposed.size(1), stride = b_transposed.stride(1);
+  const int64_t m = a.size(0), k = a.size(1), n = b.rows;
   Tensor acc = contiguous_rows({m, n}, ScalarType::Int, a), a_fp32 = torch::stable::to(a, ScalarType::Float),
          b_fp32 = contiguous_rows({std::min(kColumns, n), std::min(kDepth, k)}, ScalarType::Float, a);
   auto out = static_cast<int32_t*>(acc.mutable_data_ptr());
   auto to = static_cast<float*>(b_fp32.mutable_data_ptr());
   for (int64_t d = 0; d < k; d += kDepth) {
     const int64_t depth = std::min(kDepth, k - d);
-    const Matrix b{static_cast<const int8_t*>(b_transposed.const_data_ptr()) + d, Dtype::i8, n, depth, stride};
+    const Matrix b_columns{static_cast<const int8_t*>(b.data) + d, Dtype::i8, n, depth, b.stride};
     const Tensor a_columns = torch::stable::narrow(a_fp32, 1, d, depth);
     for (int64_t c = 0; c < n; c += kColumns) {
       const int64_t columns = std::min(kColumns, n - c);
-      upconvert_rows({b, nullptr, c, c + columns, to});
+      upconvert_rows({b_columns, nullptr, c, c + columns, to});
       const Tensor part = call("aten::mm", a_columns, transposed(b_fp32, {to, Dtype::f32, columns, depth, depth}));
       add_to(out + c, n, static_cast<const float*>(part.const_data_ptr()), m, columns, d == 0);
     }
@@ -41,16 +41,15 @@ Tensor multiply_as_floats(const Tensor& a, const Tensor& b_transposed) {
 
 }  // namespace
 
-void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
-                   const QuantizeParams* quantize, OptionalTensorRef packed) {
+void int8_gemm_cpu(const Tensor& a, const Matrix& b, const Epilogue& epilogue, const QuantizeParams* quantize,
+                   OptionalTensorRef packed) {
   if (const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier())) {
-    const Matrix b{b_transposed.const_data_ptr(), Dtype::i8, b_transposed.size(1), a.size(1), b_transposed.stride(1)};
     const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
     return cpu::int8_product(*kernel, matrix(a, "int8_gemm", "a"), {b, data, packed ? packed->numel() : 0}, epilogue,
                              quantize);
   }
   if (quantize) quantize_cpu(*quantize);
-  dequant_activation_cpu({matrix(multiply_as_floats(a, b_transposed), "int8_gemm", "acc"), epilogue});
+  dequant_activation_cpu({matrix(multiply_as_floats(a, b), "int8_gemm", "acc"), epilogue});
 }
 
 }  // namespace forwardpass

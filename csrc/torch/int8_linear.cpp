@@ -47,7 +47,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
     out_options.b_sum = w_sum;
   }
   std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
-  if (out.numel()) int8_gemm_cpu(a, transposed(weight, p.b), p.epilogue, &q, packed);
+  if (out.numel()) int8_gemm_cpu(a, p.b, p.epilogue, &q, packed);
   return out;
 }
 

@@ -1,6 +1,5 @@
 #pragma once
-// Torch side of what int8_gemm and int8_linear share: a check, and the GEMM on the CPU by AMX or oneDNN, which take
-// tensors.
+// Torch side of what int8_gemm and int8_linear share: a check, and the GEMM on the CPU.
 #include "params/quantize.h"
 #include "torch/ops.h"
 
@@ -10,9 +9,9 @@ namespace forwardpass {
 // point a factor is up to 255, and 65793 products of 255 and -128 still fit.
 void check_int8_depth(int64_t k, bool zero_point, const char* op);
 
-// int8 a [M, K] times b_transposed [K, N], then the epilogue. With `quantize`, a is what quantize->x is quantised to,
+// int8 a [M, K] times b [N, K], transposed, then the epilogue. With `quantize`, a is what quantize->x is quantised to,
 // and need not be written to memory. `packed`: what pack_int8_weight returned for b, or none.
-void int8_gemm_cpu(const Tensor& a, const Tensor& b_transposed, const Epilogue& epilogue,
-                   const QuantizeParams* quantize, OptionalTensorRef packed = {});
+void int8_gemm_cpu(const Tensor& a, const Matrix& b, const Epilogue& epilogue, const QuantizeParams* quantize,
+                   OptionalTensorRef packed = {});
 
 }  // namespace forwardpass

@@ -34,9 +34,9 @@ class Int8Linear(QuantizedLinear):
     None, weight_sum int32 [N] (asymmetric), channel_scale fp32 [K] or None, input_scale fp32 [1] and input_zero_point int32 [1]
     (static).
 
-    On a CPU it also keeps its weight as the CPU's kernel reads it, in about as many bytes again, made from `weight` on the first
-    call after that was replaced. Where `weight` is written into in place the results follow, but each call packs it anew:
-    `layer.weight = layer.weight.clone()` ends that. It is no buffer, and not in the state_dict.
+    On a CPU with AVX2 at most it also keeps its weight as the kernel reads it, in about as many bytes again, made from `weight` on
+    the first call after that was replaced. Where `weight` is written into in place the results follow, but each call packs it
+    anew: `layer.weight = layer.weight.clone()` ends that. It is no buffer, and not in the state_dict.
 
     Inference only: raises under grad when the input requires it.
     """
