@@ -180,9 +180,7 @@ constexpr Int8Kernel kernel{.few_rows = 12,
 }  // namespace
 
 const Int8Kernel& avx512_vnni_int8() { return kernel<Avx512Vnni>; }
-const Int8Kernel& avx_vnni_int8() {
-  return __builtin_cpu_supports("avxvnni") ? kernel<AvxVnni<true>> : kernel<AvxVnni<false>>;
-}
+const Int8Kernel& avx_vnni_int8() { return has_avx_vnni() ? kernel<AvxVnni<true>> : kernel<AvxVnni<false>>; }
 
 }  // namespace forwardpass::cpu
 #endif

@@ -11,6 +11,10 @@
 
 #include "torch/check.h"
 
+// The tests preload a library that defines it, and that runs the instructions of a feature by trapping them: so tiers
+// are tested on a CPU that lacks them.
+extern "C" __attribute__((weak)) bool forwardpass_emulates(const char* feature);
+
 namespace forwardpass::cpu {
 namespace {
 
@@ -35,6 +39,8 @@ bool request_tiles() {
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
+bool is_emulated(const char* feature) { return forwardpass_emulates && forwardpass_emulates(feature); }
+
 bool is_available(Tier t) {
   switch (t) {
     case Tier::baseline:
@@ -42,13 +48,14 @@ bool is_available(Tier t) {
     case Tier::avx2:
       return __builtin_cpu_supports("x86-64-v3");
     case Tier::avx_vnni:  // AVX-512 has its instruction too
-      return is_available(Tier::avx2) && (__builtin_cpu_supports("avxvnni") || is_available(Tier::avx512_vnni));
+      return is_available(Tier::avx2) && (has_avx_vnni() || is_available(Tier::avx512_vnni));
     case Tier::avx512:
       return __builtin_cpu_supports("x86-64-v4");
     case Tier::avx512_vnni:
       return is_available(Tier::avx512) && __builtin_cpu_supports("avx512vnni");
     case Tier::amx:
-      return is_available(Tier::avx512_vnni) && __builtin_cpu_supports("amx-int8") && request_tiles();
+      return is_available(Tier::avx512_vnni) &&
+             (is_emulated("amx-int8") || (__builtin_cpu_supports("amx-int8") && request_tiles()));
   }
   return false;
 }
@@ -66,6 +73,10 @@ Tier choose() {
 }
 
 }  // namespace
+
+#if defined(__x86_64__)
+bool has_avx_vnni() { return is_emulated("avxvnni") || __builtin_cpu_supports("avxvnni"); }
+#endif
 
 std::string_view name_of(Tier t) { return kNames[int(t)]; }
 

@@ -15,4 +15,7 @@ Tier tier();
 
 std::string_view name_of(Tier t);
 
+// Whether the CPU has the instruction as AVX-VNNI encodes it, and not only as AVX-512 does.
+bool has_avx_vnni();
+
 }  // namespace forwardpass::cpu

@@ -1,6 +1,9 @@
 """dequant_activation, int8_gemm and int8_linear on the CPU: the reference's bits, and within a bound behind an activation."""
 
 import contextlib
+import json
+import pathlib
+import platform
 import subprocess
 import sys
 
@@ -127,11 +130,11 @@ def test_compiles_whole():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
+# argv: the shapes, and the modules of the ops whose cases run too
 _EXACT = """
+import importlib, json, sys
 import torch, forwardpass as fp
 from forwardpass.common import environment
-from forwardpass.ops.int8_gemm import cases as int8_gemm
-from forwardpass.ops.int8_linear import cases as int8_linear
 
 def compare(a, b):
     exact, one = (a.long() @ b.long().t()).float(), torch.ones(1)
@@ -144,19 +147,26 @@ def compare(a, b):
             got = fp.ops.int8_linear(x, b, one, **static, w_sum=b.sum(1, dtype=torch.int32), packed=p)
             assert torch.equal(got, exact), (a.shape, b.shape, p is None)
 
-for m, n, k in ((1, 1, 1), (5, 300, 1024), (130, 17, 4100), (31, 40, 70), (64, 16, 64), (97, 2, 131071), (3, 3, 131071)):
+for m, n, k in json.loads(sys.argv[1]):
     g = torch.Generator().manual_seed(k)
     a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=g) for rows in (m, n))
     a[0], b[0] = -128, -128  # 2^14 a product, 2^24 in 1024 of them
     compare(a, b)
     compare(a, torch.full_like(b, 127))
     compare(a, (torch.randn(n, k, generator=g) * 40).clamp(-127, 127).to(torch.int8))  # as weights are
-for module in (int8_gemm, int8_linear):
+for op in sys.argv[2:]:
+    module = importlib.import_module(f"forwardpass.ops.{op}.cases")
     for case in module.cases():
         args = case.arguments()
-        module.assert_matches(getattr(torch.ops.forwardpass, module.__name__.split(".")[-2] + "_cpu")(*args), args)
+        module.assert_matches(getattr(torch.ops.forwardpass, op + "_cpu")(*args), args)
 print(environment.cpu_tier())
 """
+_SHAPES = [[1, 1, 1], [5, 300, 1024], [130, 17, 4100], [31, 40, 70], [64, 16, 64], [97, 2, 131071], [3, 3, 131071]]
+
+
+def run_exact(shapes, *ops, **environment):
+    return subprocess.run([sys.executable, "-c", _EXACT, json.dumps(shapes), *ops], capture_output=True, text=True, check=True,
+                          env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment}).stdout  # fmt: skip
 
 
 TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
@@ -172,11 +182,35 @@ TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
 )
 def test_every_tier_of_the_cpu_is_exact(variable, tier):
     """Also where ATEN_CPU_CAPABILITY says less."""
-    run = subprocess.run([sys.executable, "-c", _EXACT], capture_output=True, text=True, check=True,
-                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), variable: tier})  # fmt: skip
+    output = run_exact(_SHAPES, "int8_gemm", "int8_linear", **{variable: tier})
     below_avx512 = [t for t in TIERS if t in ("baseline", "avx2", "avx_vnni")]
     by_torch = {"default": "baseline", "avx2": below_avx512[-1]}
-    assert run.stdout.strip() == (tier if variable == "FORWARDPASS_CPU" else by_torch[tier])
+    assert output.strip() == (tier if variable == "FORWARDPASS_CPU" else by_torch[tier])
+
+
+@pytest.fixture(scope="module")
+def emulated_cpu(tmp_path_factory):
+    """A library that, preloaded, runs the instructions of AMX and of AVX-VNNI, 0.1 ms each."""
+    if platform.machine() != "x86_64":
+        pytest.skip("its instructions are x86-64's")
+    library = tmp_path_factory.mktemp("emulated_cpu") / "emulated_cpu.so"
+    source = pathlib.Path(__file__).with_name("emulated_cpu.cpp")
+    subprocess.run(["g++", "-std=c++20", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
+    return str(library)
+
+
+@pytest.mark.parametrize(
+    ("tier", "least", "shapes"),
+    [
+        ("avx_vnni", "avx2", [[1, 1, 1], [5, 3, 70], [14, 17, 70], [33, 2, 64]]),
+        ("amx", "avx512_vnni", [[14, 17, 70], [31, 40, 64], [65, 33, 200]]),
+    ],
+)
+def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu):
+    """By their own instructions: an AVX-512 CPU has another encoding of AVX-VNNI's."""
+    if least not in TIERS:
+        pytest.skip(f"the tier {tier} needs instructions of {least} that are not emulated")
+    assert run_exact(shapes, FORWARDPASS_CPU=tier, LD_PRELOAD=emulated_cpu).strip() == tier
 
 
 @pytest.mark.parametrize("tier", ["sse", "AVX2", *({"amx", "avx512_vnni"} - set(TIERS))])
