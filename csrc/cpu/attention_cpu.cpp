@@ -18,10 +18,6 @@ float float_at(const void* data, int64_t i, Dtype dtype) {
   return static_cast<const torch::headeronly::BFloat16*>(data)[i];
 }
 
-// attention_rows does not pay for its copies of k and v with fewer rows: against torch, one row took 1.4 times as long,
-// four rows as long.
-constexpr int64_t kMinRows = 4;
-
 // A batch whose sequences have the same numbers of rows and keys; varlen: one sequence.
 struct Part {
   int64_t first_batch, batch, first_row, rows, first_key, keys;
@@ -33,7 +29,7 @@ class PartAttention {
                 Tensor& out)
       : p_(p),
         part_(part),
-        uses_attention_rows_(p.dtype == Dtype::f32 && part.rows >= kMinRows && takes_attention_rows(p.head_dim)),
+        uses_attention_rows_(takes_attention_rows(p.dtype, p.head_dim, part.rows)),
         q_(q),
         k_(k),
         v_(v),
@@ -110,13 +106,16 @@ class PartAttention {
 
   // t from the part's first batch and from `row` on.
   AttentionTensor from_row(AttentionTensor t, int64_t row) const {
-    t.data = static_cast<const float*>(t.data) + part_.first_batch * t.batch + row * t.row;
+    t.data = static_cast<const char*>(t.data) + (part_.first_batch * t.batch + row * t.row) * size_of(p_.dtype);
     return t;
   }
 
   void run_attention_rows(int64_t first, int64_t count, const OptionalTensor& mask) {
+    std::vector<float> sinks(p_.sinks ? p_.heads : 0);
+    for (int64_t h = 0; h < std::ssize(sinks); ++h) sinks[h] = float_at(p_.sinks, h, p_.sinks_dtype);
     auto stride = [&](int64_t d) { return mask && mask->size(d) > 1 ? mask->stride(d) : 0; };
-    attention_rows({.q = from_row(p_.q, part_.first_row + first),
+    attention_rows({.dtype = p_.dtype,
+                    .q = from_row(p_.q, part_.first_row + first),
                     .k = from_row(p_.k, part_.first_key),
                     .v = from_row(p_.v, part_.first_key),
                     .out = from_row(out_strides(), part_.first_row + first),
@@ -126,7 +125,7 @@ class PartAttention {
                     .mask = static_cast<const float*>(mask ? mask->const_data_ptr() : nullptr),
                     .mask_batch = stride(0),
                     .mask_head = stride(1),
-                    .sinks = static_cast<const float*>(p_.sinks),
+                    .sinks = p_.sinks ? sinks.data() : nullptr,
                     .batch = part_.batch,
                     .heads = p_.heads,
                     .kv_heads = p_.kv_heads,

@@ -1,5 +1,5 @@
 #pragma once
-// Attention in fp32 on a CPU with AVX-512, hand-written.
+// Attention on a CPU with AVX-512 or AVX2, hand-written.
 #include "params/attention.h"
 
 namespace forwardpass {
@@ -7,7 +7,8 @@ namespace forwardpass {
 // Rows of one batch of sequences against all of their keys. Row i is at position p = first_position + i, and attends to
 // keys j with -left <= j - p <= right that the mask lets it.
 struct AttentionRows {
-  AttentionTensor q, k, v, out;  // fp32; all rows have the same columns, last stride 1
+  Dtype dtype;                   // f32, f16 or bf16
+  AttentionTensor q, k, v, out;  // all rows have the same columns, last stride 1
   float* lse;                    // rows contiguous, heads and batches by strides; or null
   int64_t lse_batch, lse_head;
   const float* mask;  // additive: [rows, keys] contiguous, heads and batches by strides, 0 if they share it; or null
@@ -18,8 +19,9 @@ struct AttentionRows {
   int64_t first_position, left, right;
 };
 
-// Whether attention_rows runs on this CPU, with this number of columns of q, k and v.
-bool takes_attention_rows(int64_t columns);
+// Whether attention_rows runs on this CPU, and is faster than torch, with q, k and v of this dtype and number of
+// columns and so many rows of q.
+bool takes_attention_rows(Dtype dtype, int64_t columns, int64_t rows);
 
 // The bits of a row of out depend on that row and on its keys only.
 void attention_rows(const AttentionRows& p);

@@ -76,6 +76,9 @@ Tier choose() {
 
 #if defined(__x86_64__)
 bool has_avx_vnni() { return is_emulated("avxvnni") || __builtin_cpu_supports("avxvnni"); }
+bool has_avx512_bf16() { return tier() >= Tier::avx512_vnni && __builtin_cpu_supports("avx512bf16"); }
+#else
+bool has_avx512_bf16() { return false; }
 #endif
 
 std::string_view name_of(Tier t) { return kNames[int(t)]; }

@@ -17,5 +17,7 @@ std::string_view name_of(Tier t);
 
 // Whether the CPU has the instruction as AVX-VNNI encodes it, and not only as AVX-512 does.
 bool has_avx_vnni();
+// Whether the CPU adds products of bfloat16, and the tier is not held below AVX-512 VNNI.
+bool has_avx512_bf16();
 
 }  // namespace forwardpass::cpu

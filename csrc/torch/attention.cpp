@@ -3,6 +3,7 @@
 #include <array>
 
 #include "cpu/attention.h"
+#include "cpu/attention_rows.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
@@ -227,6 +228,11 @@ std::tuple<Tensor, Tensor> attention_with_lse(Backend backend, const Tensor& q, 
                     .batch_invariant = batch_invariant},
                    &lse);
   return {out, lse};
+}
+
+// Whether the CPU has a kernel by hand for it, which is faster than torch's attention.
+bool cpu_has_attention(ScalarType dtype, int64_t head_dim, int64_t rows) {
+  return takes_attention_rows(dtype_of(dtype, "attention", "q"), head_dim, rows);
 }
 
 }  // namespace forwardpass

@@ -106,6 +106,7 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   m.def("pack_int8_weight(Tensor weight) -> Tensor");
   m.def("_cpu_tiers() -> str");
   m.def("_cpu_tier() -> str");
+  m.def("_cpu_has_attention(ScalarType dtype, int head_dim, int rows) -> bool");
   m.def("_set_library(int interpreted, str path) -> ()");
   m.def("_set_poison(bool on) -> ()");
   m.def("_set_storage_hook(int address) -> ()");
@@ -127,6 +128,7 @@ STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {
   m.impl("_cpu_tiers", TORCH_BOX(&cpu_tiers));
   m.impl("_cpu_tier", TORCH_BOX(&cpu_tier));
+  m.impl("_cpu_has_attention", TORCH_BOX(&cpu_has_attention));
   m.impl("_set_library", TORCH_BOX(&set_library));
   m.impl("_set_poison", TORCH_BOX(&set_poison));
   m.impl("_set_storage_hook", TORCH_BOX(&set_storage_hook));

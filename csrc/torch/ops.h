@@ -35,6 +35,7 @@ Tensor pack_int8_weight(const Tensor& weight);
 // The names of the tiers that the CPU kernels may use, in rising order with commas, and of the one that they use.
 std::string cpu_tiers();
 std::string cpu_tier();
+bool cpu_has_attention(ScalarType dtype, int64_t head_dim, int64_t rows);
 
 Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,

@@ -9,7 +9,15 @@ from forwardpass.testing import benchmark_cases
 
 OPS = [(op, backend) for op in operations.values() for backend in op.compiled]
 #: What is about the library itself and takes no tensor.
-SETTINGS = {"_set_library", "_set_poison", "_set_storage_hook", "_keep_storage", "_cpu_tier", "_cpu_tiers"}
+SETTINGS = {
+    "_set_library",
+    "_set_poison",
+    "_set_storage_hook",
+    "_keep_storage",
+    "_cpu_tier",
+    "_cpu_tiers",
+    "_cpu_has_attention",
+}
 
 
 def arguments(op, backend):

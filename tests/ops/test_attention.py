@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import forwardpass as fp
 from forwardpass.common import environment
 from forwardpass.dispatch import operations
-from forwardpass.ops.attention import ATTENTION, bucket, cases, reference
+from forwardpass.ops.attention import ATTENTION, bucket, cases, faster_than_torch, reference
 from forwardpass.testing import assert_equal, poisoned_outputs
 
 CASES = list(cases.cases())
@@ -52,34 +52,60 @@ FLOAT32 = [dataclasses.replace(c, dtype=torch.float32) for c in CASES if takes(c
 
 @pytest.mark.parametrize("case", FLOAT32, ids=str)
 def test_float32(case, seed):
-    """What models on a CPU are in: by hand where the CPU has AVX-512 and columns are a multiple of 16."""
+    """What models on a CPU are in."""
     args = case.arguments(seed=seed)
     cases.assert_matches(run(case, args, "cpu"), args)
 
 
-_BOTH_WAYS = """
+_ALL_DTYPES = """
 import dataclasses, torch, forwardpass as fp
 from forwardpass.ops.attention import cases
 from forwardpass.dispatch import operations
 for case in cases.cases():
     if case.softcap == 0 and case.dims == (64, 64):
-        case = dataclasses.replace(case, dtype=torch.float32)
-        args = case.arguments()
-        with fp.use_backend("cpu"):
-            cases.assert_matches(operations[case.op](*args), args)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            args = dataclasses.replace(case, dtype=dtype).arguments()
+            with fp.use_backend("cpu"):
+                cases.assert_matches(operations[case.op](*args), args, lse_bound=1e-3)
 """
 
 
-@pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2") if t in torch.ops.forwardpass._cpu_tiers()])
-def test_float32_on_a_lower_tier(tier):
-    subprocess.run([sys.executable, "-c", _BOTH_WAYS], check=True,
+@pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2", "avx512") if t in torch.ops.forwardpass._cpu_tiers()])
+def test_lower_tiers(tier):
+    """AVX-512 without VNNI: bfloat16 is multiplied as floats, not in pairs."""
+    subprocess.run([sys.executable, "-c", _ALL_DTYPES], check=True,
                    env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "FORWARDPASS_CPU": tier})  # fmt: skip
 
 
-@pytest.mark.skipif(environment.cpu_tier() == "baseline", reason="torch's rows depend on others")
-def test_float32_rows_do_not_depend_on_others():
+@pytest.mark.parametrize("dim", [16, 32, 48, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_head_dims_by_hand(dim, dtype, seed):
+    """Odd numbers of keys, of which bfloat16 is multiplied in pairs; and one row."""
+    for sizes in ((37, 45), (9, 259), (1, 33)):
+        case = cases.Case(
+            sizes, (dim, dim), dtype=dtype, heads=(4, 2), causal=True, mask="bool bhij", sinks="dtype", lse=True
+        )
+        args = case.arguments(seed=seed)
+        cases.assert_matches(run(case, args, "cpu"), args, lse_bound=1e-3)
+
+
+@pytest.mark.skipif(environment.cpu_tier() == "baseline", reason="without AVX2 nothing is by hand")
+def test_what_is_by_hand():
+    cpu = torch.device("cpu")
+    for dim, rows, expected in ((16, 4, True), (128, 4, True), (256, 4, False), (40, 4, False), (64, 3, False)):
+        assert faster_than_torch(cpu, torch.float32, dim, rows) == expected
+    for dim, rows, expected in ((256, 1, True), (272, 4, False), (8, 4, False)):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert faster_than_torch(cpu, dtype, dim, rows) == (expected and environment.cpu_tier() != "amx")
+    assert not faster_than_torch(cpu, torch.float64, 64, 64)
+    assert not faster_than_torch(torch.device("meta"), torch.float32, 64, 64)
+
+
+@pytest.mark.skipif(environment.cpu_tier() in ("baseline", "amx"), reason="torch's rows depend on others")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rows_by_hand_do_not_depend_on_others(dtype):
     """Tiles, chunks and blocks of keys are in other places with fewer rows, heads or sequences."""
-    q, k, v = (torch.randn(3, n, 2, 48) for n in (700, 1000, 1000))
+    q, k, v = (torch.randn(3, n, 2, 64).to(dtype) for n in (700, 1000, 1000))
     for options in ({}, {"causal": True}, {"window": (300, 20)}):
         o, lse = fp.ops.attention_with_lse(q, k, v, **options)
         for b, first in ((0, 0), (1, 1), (2, 695)):

@@ -83,13 +83,16 @@ def test_a_decoder_layer():
 
 @pytest.fixture(params=["avx2", "baseline"])
 def tier(request, monkeypatch):
-    monkeypatch.setattr(sys.modules["forwardpass.ops.attention"], "cpu_tier", lambda: request.param)
+    def faster_than_torch(device, dtype, head_dim, rows):
+        return request.param == "avx2" and (rows >= 4 or dtype != torch.float32)
+
+    monkeypatch.setattr(sys.modules["forwardpass.swap.attention"], "faster_than_torch", faster_than_torch)
     return request.param
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_cpu_is_left_alone_unless_asked(name, tier):
-    """But for encoders, where there is AVX2."""
+    """But for encoders, where there is AVX2, and decoders in 16 bits."""
     model = build(name, ATTENTION)
     modules = [n for n, m in model.named_modules() if n.endswith(("attention.self", "self_attn"))]
     assert len(modules) == 2
@@ -107,18 +110,20 @@ def test_a_cpu_is_left_alone_unless_asked(name, tier):
     assert {codes(off)[n] for n in modules} == {"attention_off"}
 
 
-def test_a_cpu_gets_what_is_faster_there(monkeypatch):
-    """float32, of a few head dims."""
-    monkeypatch.setattr(sys.modules["forwardpass.ops.attention"], "cpu_tier", lambda: "avx2")
-    for heads, dtype, count in (
-        (4, torch.float32, 2),
-        (4, torch.bfloat16, 0),
-        (1, torch.float32, 0),
-        (16, torch.float32, 0),
-    ):
-        options = {**ATTENTION["bert"][2], "num_attention_heads": heads, "num_key_value_heads": heads}
-        model = build("bert", {"bert": (*ATTENTION["bert"][:2], options)}).to(dtype)
-        assert len(fp.swap(model, "int8", dry_run=True).attention) == count, heads
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("tier", ["avx2"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "dtype", "count"),
+    [
+        ("bert", torch.float32, 2),
+        ("bert", torch.bfloat16, 2),
+        ("llama", torch.float32, 0),
+        ("llama", torch.float16, 2),
+    ],
+)
+def test_a_cpu_gets_what_is_faster_there(name, dtype, count):
+    """A decoder's steps have one row."""
+    assert len(fp.swap(build(name, ATTENTION).to(dtype), "int8", dry_run=True).attention) == count
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

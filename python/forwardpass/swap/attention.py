@@ -119,6 +119,9 @@ def _why_skip(
     return why_not_named(module, units[id(module.config)])
 
 
+#: Texts of fewer tokens do not take the time of a model's run.
+ENCODER_ROWS = 4
+
 #: What modules call it. Where none is there, a head dim without a kernel shows in the first call.
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
@@ -130,12 +133,12 @@ def _why_no_kernel(module: nn.Module) -> Reason | None:
     dtype = torch.get_default_dtype() if weight is None else weight.dtype
     dim = next((d for name in _HEAD_DIM if isinstance(d := getattr(module, name, None), int)), None)
     if not gpu_takes(device):
-        # Encoders have rows enough in every call; a decoder's steps have one.
-        encoder = huggingface.dispatches(module) and not getattr(module, "is_causal", True)
-        if encoder and faster_than_torch(device, dtype, dim):
+        # A decoder's steps have one row.
+        rows = 1 if getattr(module, "is_causal", True) else ENCODER_ROWS
+        if dim and huggingface.dispatches(module) and faster_than_torch(device, dtype, dim, rows):
             return None
-        return Reason("attention_on_cpu", "on a CPU torch's own attention is left in place, but for encoders of transformers in "
-                      "float32 with head dims 16, 32, 48 and 64 where there is AVX2: for others there is none that is faster",
+        return Reason("attention_on_cpu", "on a CPU torch's own attention is left in place, but for models of transformers of head "
+                      "dims for which ours is faster, with AVX2, and in float32 but for decoders",
                       "pass attention=True to swap it all the same")  # fmt: skip
     q = torch.empty((0, 0, 0, dim) if dim else 0, dtype=dtype, device="meta")
     reasons = [

@@ -57,11 +57,12 @@ def swap(
         precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model. One that was
             calibrated takes the same batches again as calibrate=.
-        attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's, which is in
-            encoders of transformers in float32 with head dims 16, 32, 48 and 64 where there is AVX2. True: wherever it
-            can be. False: left alone. `nn.MultiheadAttention` is replaced by `fp.nn.MultiheadAttention`; models of
-            transformers run theirs through the AttentionInterface, where their configs name it; both keep their weights
-            as they are. Attention that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
+        attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's: with AVX2, in
+            models of transformers with head dims that are multiples of 16, in float32 up to 128 and in encoders alone, in
+            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. `nn.MultiheadAttention`
+            is replaced by `fp.nn.MultiheadAttention`; models of transformers run theirs through the AttentionInterface,
+            where their configs name it; both keep their weights as they are. Attention that is called by name elsewhere
+            takes `with fp.sdpa():`. A plan decides itself.
         unpad: text encoders of transformers (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ModernBERT, DeBERTa) run batches of
             texts that differ in length without the rows of padding, at which last_hidden_state is then zero; at tokens it is
             what it is with them, but for the order of sums. Compiled, exported and captured models, and calls that ask for

@@ -285,10 +285,11 @@ def bucket(head_dim: int, value_dim: int) -> tuple[int, int] | None:
     return next((b for b in BUCKETS if b[0] == b[1] >= head_dim), None)
 
 
-def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> bool:
+def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -> bool:
     """Whether the cpu backend takes this to its own kernel (csrc/cpu/attention_rows_cpu.cpp), in place of torch's."""
-    vectors = device.type == "cpu" and cpu_tier() not in (None, "baseline")
-    return vectors and dtype == torch.float32 and head_dim in (16, 32, 48, 64)
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float16, torch.bfloat16) or cpu_tier() is None:
+        return False
+    return torch.ops.forwardpass._cpu_has_attention(dtype, head_dim, rows)
 
 
 def _why_not_gpu(q: Tensor, *options: Any) -> Reason | None:
@@ -336,7 +337,7 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[str]:
         )
     _, causal, left, right, _, mask, alibi_slopes = options[:7]
     limited = left is not None or right is not None or (causal and q.shape[-3] != k.shape[-3])
-    faster = faster_than_torch(q.device, q.dtype, q.shape[-1])
+    faster = faster_than_torch(q.device, q.dtype, q.shape[-1], q.shape[-3])
     if q.device.type == "cpu" and ((limited and not faster) or mask is not None or alibi_slopes is not None):
         notes.append("it takes an additive mask alone: the cpu backend writes one, of at most 16 MiB or one row of every head at a "
                      "time")  # fmt: skip
