@@ -64,7 +64,8 @@ std::string number(double x) {
 ReplayInput input_of(const Key& key, const Entry& e, uint64_t resident) {
   ReplayInput in;
   in.ops = &e.ops;
-  in.ctas = e.trace->ctas();
+  const auto ctas_recorded = e.trace->ctas();
+  in.ctas.assign(ctas_recorded.begin(), ctas_recorded.end());
   in.cluster_size = static_cast<uint64_t>(key.shape[6]) * key.shape[7] * key.shape[8];
   const uint64_t ctas = static_cast<uint64_t>(key.shape[0]) * key.shape[1] * key.shape[2];
   const uint64_t clusters = ctas / in.cluster_size, groups = e.trace->groups;
@@ -163,8 +164,12 @@ void keep_trace(const Launch& l, const Sheet& all) {
   for (const auto& [code, first] : l.trace->codes()) order.emplace_back(first, code);
   std::sort(order.begin(), order.end());
   for (const auto& [first, code] : order) e.ops.add(*l.module, *code);
-  for (const CtaTrace* cta : e.trace->ctas())
-    for (const WarpTrace& w : cta->warps) e.cut |= w.cut;
+  for (CtaTrace* cta : e.trace->ctas()) {
+    for (WarpTrace& w : cta->warps) {
+      e.cut |= w.cut;
+      e.ops.arrange(w.events);
+    }
+  }
 }
 
 }  // namespace forwardpass::interpreter

@@ -135,13 +135,6 @@ Op op_of(const Statement& s, const Instruction& i, const std::string& name) {
 
 // ---- What ptxas joins ----
 
-// f(register id) for the registers that a statement reads or writes: the first `destinations` operands are written.
-template <class F>
-void each_register(const Operand& o, F f) {
-  if (o.kind == Operand::Kind::reg) f(o.id);
-  for (const Operand& p : o.parts) each_register(p, f);
-}
-
 enum class Join : uint8_t { none, add, logic, shift, product, wide, add64 };
 Join join_of(const std::string& opcode) {
   static const std::pair<const char*, Join> kinds[] = {
@@ -171,7 +164,7 @@ void join(const Code& code, Op* ops) {
     const auto& operands = statements[k]->operands;
     for (size_t o = 0; o < operands.size(); ++o) {
       const bool address = operands[o].kind == Operand::Kind::address;
-      const bool written = !o && !address && code.instructions[k].destinations;
+      const bool written = !o && writes_first_operand(*statements[k], code.instructions[k]);
       each_register(operands[o], [&](int id) {
         if (written) return;
         ++uses[id];
@@ -218,15 +211,13 @@ void join(const Code& code, Op* ops) {
 void Ops::add(const Module& m, const Code& code) {
   const size_t begin = ops.size();
   auto described = describe(m, code);
-  std::unordered_map<Offset, uint32_t> numbers;
-  const auto number = [&](Offset o) {
-    const auto [entry, fresh] = numbers.emplace(o, register_count);
-    if (fresh) ++register_count;
-    return entry->second;
-  };
+  // By PTX register: the places that registers share (allocate.cpp) would be dependences that no compiler makes.
+  const uint32_t first_register = register_count;
+  register_count += static_cast<uint32_t>(code.source->registers.size());
   for (size_t k = 0; k < code.instructions.size(); ++k) {
     const Instruction& i = code.instructions[k];
-    Op op = op_of(*code.statements[k], i, described[k].name);
+    const Statement& statement = *code.statements[k];
+    Op op = op_of(statement, i, described[k].name);
     const MatrixWork& work = described[k].work;
     if (!work.type.empty()) {
       const std::string type = std::string(described[k].name) + " " + work.type;
@@ -237,19 +228,25 @@ void Ops::add(const Module& m, const Code& code) {
       op.matrix_bytes = static_cast<uint32_t>(work.shared_bytes);
     }
     op.first = static_cast<uint32_t>(registers.size());
+    const auto add_registers = [&](size_t operand) {
+      const size_t before = registers.size();
+      each_register(statement.operands[operand],
+                    [&](int id) { registers.push_back(first_register + static_cast<uint32_t>(id)); });
+      return static_cast<uint16_t>(registers.size() - before);
+    };
+    const bool writes = writes_first_operand(statement, i);
     // The accumulators of wgmma are waited for by its groups.
-    const int skipped = op.kind == Op::Kind::wgmma ? i.destinations : 0;
-    for (int o = skipped; o < i.destinations + i.sources; ++o) {
-      if (i.operand[o] == kSink) continue;
-      registers.push_back(number(i.operand[o]));
-      ++(o < i.destinations ? op.destinations : op.sources);
+    if (writes && op.kind != Op::Kind::wgmma) op.destinations = add_registers(0);
+    for (size_t o = writes; o < statement.operands.size(); ++o) {
+      op.sources = static_cast<uint16_t>(op.sources + add_registers(o));
     }
-    op.guarded = i.guard != kAlwaysTrue;
-    if (op.guarded) registers.push_back(number(i.guard));
+    op.guarded = statement.guard >= 0;
+    if (op.guarded) registers.push_back(first_register + static_cast<uint32_t>(statement.guard));
     ops.push_back(op);
   }
-  lines.insert(lines.end(), std::make_move_iterator(described.begin()), std::make_move_iterator(described.end()));
   join(code, ops.data() + begin);
+  schedule(code, described.data(), ops.data() + begin, begin ? ops[begin - 1].segment + 1 : 0);
+  lines.insert(lines.end(), std::make_move_iterator(described.begin()), std::make_move_iterator(described.end()));
 }
 
 }  // namespace forwardpass::interpreter

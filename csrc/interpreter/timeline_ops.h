@@ -7,6 +7,7 @@
 
 #include "counters.h"
 #include "program.h"
+#include "timeline_trace.h"
 
 namespace forwardpass::interpreter {
 
@@ -52,6 +53,7 @@ struct Op {
   uint32_t first = 0;         // into Ops::registers: destinations, sources, guard
   uint16_t destinations = 0, sources = 0;
   bool guarded = false;
+  uint32_t segment = 0, rank = 0;  // instructions of a segment are issued in the order of their ranks
 };
 
 struct Ops {
@@ -62,6 +64,22 @@ struct Ops {
   std::vector<std::string> matrix_types;  // "mma f16", "wgmma s8"
 
   void add(const Module&, const Code&);  // one after the other
+  // From the order of PTX to that of ptxas.
+  void arrange(std::vector<TraceEvent>&) const;
 };
+
+// f(register id) for those of an operand.
+template <class F>
+void each_register(const Operand& o, F f) {
+  if (o.kind == Operand::Kind::reg) f(o.id);
+  for (const Operand& p : o.parts) each_register(p, f);
+}
+// Results are the first operand, or there are none.
+inline bool writes_first_operand(const Statement& s, const Instruction& i) {
+  return i.destinations && !s.operands.empty() && s.operands[0].kind != Operand::Kind::address;
+}
+
+// Sets segments, from a number on, and ranks of a function's instructions.
+void schedule(const Code&, const Line*, Op*, uint32_t first_segment);
 
 }  // namespace forwardpass::interpreter

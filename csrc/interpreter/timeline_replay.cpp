@@ -313,11 +313,9 @@ void Replay::issue(Warp& w, Time now) {
       case Op::Kind::fence:
         w.free = now + ceiling(op.everywhere ? c_.l2_latency : c_.fence_latency);
         break;
-      case Op::Kind::branch: {
-        const bool taken = w.next + 1 < w.trace->events.size() && w.trace->events[w.next + 1].op != e.op + 1;
-        if (taken) w.free = now + ceiling(c_.branch_latency);
+      case Op::Kind::branch:
+        if (e.jumps) w.free = now + ceiling(c_.branch_latency);
         break;
-      }
       case Op::Kind::free:
       case Op::Kind::bulk_wait:
       case Op::Kind::cluster_wait:

@@ -127,8 +127,8 @@ uint32_t LaunchTrace::number(const Code& code) {
   return entry->second;
 }
 
-std::vector<const CtaTrace*> LaunchTrace::ctas() const {
-  std::vector<const CtaTrace*> all;
+std::vector<CtaTrace*> LaunchTrace::ctas() const {
+  std::vector<CtaTrace*> all;
   for (const auto& [number, trace] : ctas_) all.push_back(trace.get());
   return all;
 }

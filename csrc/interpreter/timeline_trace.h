@@ -36,6 +36,7 @@ struct TraceEvent {
   uint32_t op;      // LaunchTrace::number
   uint32_t signal;  // first of WarpTrace::signals
   uint16_t signals;
+  bool jumps;           // what follows stands elsewhere
   bool idle;            // no lane took part
   uint16_t wavefronts;  // of shared memory
   uint32_t sectors;     // of global memory
@@ -80,9 +81,9 @@ struct CtaTrace {
 class LaunchTrace {
  public:
   explicit LaunchTrace(const Launch&);
-  void begin(Cta&);                           // if it is one of them
-  uint32_t number(const Code&);               // of its first instruction
-  std::vector<const CtaTrace*> ctas() const;  // by number
+  void begin(Cta&);                     // if it is one of them
+  uint32_t number(const Code&);         // of its first instruction
+  std::vector<CtaTrace*> ctas() const;  // by number
   const std::map<const Code*, uint32_t>& codes() const { return codes_; }
   void add_to(Sheet&) const;  // what was counted
 

@@ -105,6 +105,19 @@ def test_instructions_become_others(text, slots):
     )
 
 
+def test_loads_go_early():
+    """Two loads in turn with what uses them: both are under way before the first is used, as ptxas has it; not past a barrier,
+    and not past a store to the same space."""
+    x = torch.zeros(1024)
+    body = (
+        "ld.global.f32 %f1, [%a0];\nadd.f32 %f2, %f1, %f1;\n{}ld.global.f32 %f3, [%a0+2048];\nadd.f32 %f4, %f3, %f3;\n"
+    )
+    latency = machine("sm_90a")["DRAM latency"]
+    none = cycles("", x)
+    for between, loads in (("", 1), ("bar.sync 0;\n", 2), ("st.global.f32 [%a0+1024], %f2;\n", 2)):
+        assert cycles(body.replace("{}", between), x) - none == pytest.approx(loads * latency, rel=0.1)
+
+
 # ---- memory ----
 
 
