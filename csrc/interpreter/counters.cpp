@@ -11,6 +11,7 @@
 #include "instruction_class.h"
 #include "machine.h"
 #include "table.h"
+#include "timeline_trace.h"
 
 namespace forwardpass::interpreter {
 
@@ -248,7 +249,7 @@ const bool reported = report_path() != nullptr;
 
 }  // namespace
 
-bool counted(const Options& o) { return o.counters || reported; }
+bool counted(const Options& o) { return o.counters || reported || recorded(o); }
 
 void record(const Launch& l, const Sheet& sheet) {
   Key key{l.options.counters, l.module->serial, l.code->name, {}, l.code->shared_bytes + l.dynamic_shared};

@@ -156,6 +156,8 @@ void fpi_profile_forget(uint64_t name);
 // [{kernel, arch, grid, block, cluster, launches, cycles, busy, instructions: [{opcode, file, line, ..., issued,
 // waited: {reason: cycles}}], tracks, names, spans: [[track, name, begin, end]]}]. The first launch of each shape
 // counts.
+// The environment's FORWARDPASS_INTERPRET_TIMELINE=FOLDER records every launch of a process, and writes all that to
+// FOLDER/timeline.json at exit; the machines are in FOLDER/sm_80.txt and so on.
 const char* fpi_timeline_json(uint64_t name, const char* kernel, const char* machine, int resident);
 void fpi_timeline_forget(uint64_t name);
 

@@ -147,7 +147,7 @@ void Launch::index_of(uint64_t number, unsigned index[3]) const {
 void Launch::run() {
   const GlobalShadow::Recording recording(global_shadow(), *this);
   Grid grid(*this);
-  if (grid.counts) trace = begin_trace(*this);
+  if (recorded(options)) trace = begin_trace(*this);
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());
   const uint64_t wanted = std::min<uint64_t>(options.threads > 0 ? options.threads : hardware, grid.total);
   std::vector<std::thread> others;
@@ -162,7 +162,7 @@ void Launch::run() {
   if (counters) ++counters->launches;
   if (trace) trace->add_to(grid.sheet);
   if (grid.counts) record(*this, grid.sheet);
-  if (options.timeline && grid.counts) keep_trace(*this, grid.sheet);
+  if (recorded(options)) keep_trace(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;
 }
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdlib>
 #include <fstream>
+#include <sstream>
 #include <tuple>
 
 #include "core.h"
@@ -140,10 +141,46 @@ std::string json_of(const Key& key, const Entry& e, const Machine& machine, uint
   return s + "]}";
 }
 
+// Of those that `selects` picks, with the machine that machine_of knows for an architecture.
+template <class S, class M>
+std::string timeline_json(S selects, M machine_of, uint64_t resident) {
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  std::string s = "[";
+  for (const auto& [key, entry] : r.entries) {
+    if (selects(key)) s += (s.size() > 1 ? ",\n" : "") + json_of(key, entry, machine_of(entry.device->arch), resident);
+  }
+  return s + "]\n";
+}
+
+std::string folder() {
+  const char* const path = std::getenv("FORWARDPASS_INTERPRET_TIMELINE");
+  return path ? path : "";
+}
+
+void write_timeline() {
+  try {
+    const std::string json = timeline_json([](const Key&) { return true; },
+                                           [](const std::string& arch) {
+                                             std::stringstream text;
+                                             text << std::ifstream(folder() + "/" + arch + ".txt").rdbuf();
+                                             return Machine(text.str());
+                                           },
+                                           0);
+    std::ofstream(folder() + "/timeline.json") << json;
+  } catch (...) {
+    report_caught();
+    std::fprintf(stderr, "forwardpass: no timeline: %s\n", fpi_finding());
+  }
+}
+// From the load of the library on.
+const bool written = !folder().empty() && !std::atexit(write_timeline);
+
 }  // namespace
 
+bool recorded(const Options& o) { return o.timeline || written; }
+
 std::shared_ptr<LaunchTrace> begin_trace(const Launch& l) {
-  if (!l.options.timeline) return nullptr;
   Record& r = the_record();
   const std::lock_guard lock(r.mutex);
   const auto entry = r.entries.find(key_of(l));
@@ -182,14 +219,8 @@ const char* fpi_timeline_json(uint64_t name, const char* kernel, const char* mac
   return guarded("", [&]() -> const char* {
     thread_local std::string json;
     const Machine rates(machine);
-    Record& r = the_record();
-    const std::lock_guard lock(r.mutex);
-    json = "[";
-    for (const auto& [key, entry] : r.entries) {
-      if (key.name != name || key.kernel.find(kernel) == std::string::npos) continue;
-      json += (json.size() > 1 ? ",\n" : "") + json_of(key, entry, rates, static_cast<uint64_t>(resident));
-    }
-    json += "]\n";
+    json = timeline_json([&](const Key& k) { return k.name == name && k.kernel.find(kernel) != std::string::npos; },
+                         [&](const std::string&) { return rates; }, static_cast<uint64_t>(resident));
     return json.c_str();
   });
 }

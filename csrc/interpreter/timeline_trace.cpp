@@ -14,6 +14,22 @@ bool is_barrier(const std::string& opcode) {
                                       : opcode.rfind("barrier.", 0) == 0 && opcode.rfind("barrier.cluster", 0) != 0;
 }
 
+// Registers of a thread: what the launch bounds say, else what is alive at once, by linear scan (allocate.cpp), of
+// which ptxas needs more or less.
+int expected_registers(const Device& device, const Code& code, int threads) {
+  if (code.source->max_registers || code.source->min_ctas) return assumed_registers(device, *code.source);
+  std::map<Offset, int> places;
+  for (size_t id = 0; id < code.offset_of.size(); ++id) {
+    const Type type = code.source->registers[id];
+    if (type != Type::pred) places[code.offset_of[id]] = std::max(1, ptx::size_of(type) / 4);
+  }
+  places.erase(kAlwaysTrue);  // of registers that nothing uses
+  int count = 0;
+  for (const auto& [place, registers] : places) count += registers;
+  const int most = device.registers_per_block / ((threads + kLanes - 1) / kLanes * kLanes);
+  return std::clamp(count, 16, std::min(most, 255));
+}
+
 }  // namespace
 
 // ---- A warp ----
@@ -95,7 +111,8 @@ void WarpTrace::signal(Signal::Kind kind, const Cta& target, const MBarrier& b, 
 LaunchTrace::LaunchTrace(const Launch& l) : size_(l.cluster_size()) {
   const Device& device = *current_device();
   const auto threads = static_cast<int>(l.block[0] * l.block[1] * l.block[2]);
-  blocks = std::max(1, resident_blocks(device, *l.code, threads, l.code->shared_bytes + l.dynamic_shared));
+  blocks = std::max(1, resident_blocks(device, expected_registers(device, *l.code, threads), threads,
+                                       l.code->shared_bytes + l.dynamic_shared));
   const auto size = static_cast<int>(size_);
   groups = static_cast<uint64_t>(std::max(1, size == 1 ? device.multiprocessors : resident_clusters(device, 1, size)));
   const uint64_t clusters = (l.grid_size() / size_ + groups - 1) / groups;

@@ -16,6 +16,7 @@ namespace forwardpass::interpreter {
 struct Cta;
 struct Launch;
 struct MBarrier;
+struct Options;
 struct Warp;
 
 // What an instruction does to an mbarrier.
@@ -100,7 +101,9 @@ class LaunchTrace {
   std::map<uint64_t, std::unique_ptr<CtaTrace>> ctas_;
 };
 
-// Null unless the launch is to be recorded: Options::timeline, and it is the first of its kernel and shape.
+// Whether launches are: Options::timeline, or the environment's FORWARDPASS_INTERPRET_TIMELINE (interpreter.h).
+bool recorded(const Options&);
+// Null unless the launch is to be, the first of its kernel and shape.
 std::shared_ptr<LaunchTrace> begin_trace(const Launch&);
 // Adds a launch that is over. `all`: what its CTAs counted, the recorded ones included.
 void keep_trace(const Launch&, const Sheet& all);

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -370,6 +372,41 @@ def test_table_and_trace(tmp_path):
     for thread in range(len(threads)):  # what one warp does, it does one after the other
         of_thread = sorted((e["ts"], e["ts"] + e["dur"]) for e in slices if e["tid"] == thread)
         assert all(b[0] >= a[1] - 1e-9 for a, b in itertools.pairwise(of_thread))
+
+
+SCRIPT = """
+import torch, sys
+from forwardpass import interpreter
+x = torch.zeros(4096, dtype=torch.uint8)
+interpreter.Module(open(sys.argv[1]).read())["k"].launch(1, 256, (x, torch.zeros_like(x)))
+"""
+
+
+def test_report(tmp_path):
+    """Of a program, through the environment, as its own process gives it."""
+    x = torch.zeros(4096, dtype=torch.uint8)
+    text = kernel(COPY, (x, x), block=256)
+    (tmp_path / "k.ptx").write_text(text)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "forwardpass.interpreter",
+        "report",
+        "--timeline",
+        "--trace",
+        tmp_path / "trace.json",
+    ]
+    done = subprocess.run([*command, tmp_path / "script.py", tmp_path / "k.ptx"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with fp.interpret("sm_90a", timeline=True) as device:
+        interpreter.Module(text)["k"].launch(1, 256, (x, torch.zeros_like(x)))
+    device.timeline().save_trace(tmp_path / "own.json")
+    assert str(device.timeline()) in done.stdout
+    assert (tmp_path / "trace.json").read_text() == (tmp_path / "own.json").read_text()
+    (tmp_path / "counts.json").write_text("[]")
+    refused = subprocess.run([*command, tmp_path / "counts.json"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "the program itself" in refused.stderr
 
 
 def test_counts_are_the_same_as_without():

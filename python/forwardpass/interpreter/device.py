@@ -22,7 +22,7 @@ from ..dispatch import Operation, Reason, Unsupported, library
 from . import core
 from .finding import InterpreterFinding
 from .guard import Guard
-from .latencies import machine
+from .latencies import as_text, machine
 from .model import Modelled, modelled
 from .profile import KernelProfile, LineProfile, by_line
 from .storage import Scope, add_function
@@ -117,10 +117,9 @@ class Device:
         if not self._options.timeline:
             raise ValueError("this device records nothing to time: it takes fp.interpret(..., timeline=True)")
         every = machine(self.arch, clock)
-        text = "".join(f"{name}\t{value}\n" for name, value in every.items())
         api = core.load()
         api.fpi_finding_clear()
-        answer = api.fpi_timeline_json(self._options.counters, kernel.encode(), text.encode(), resident)
+        answer = api.fpi_timeline_json(self._options.counters, kernel.encode(), as_text(every).encode(), resident)
         if not answer:
             raise core.finding() or RuntimeError("the timeline gave no answer, and no reason")
         return Timeline([KernelTimeline.read(k, every) for k in json.loads(answer.decode(errors="replace"))])

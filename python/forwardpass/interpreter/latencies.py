@@ -54,3 +54,8 @@ def machine(arch: str, clock: float | None = None) -> dict[str, float]:
     column = _COLUMNS.index(arch)
     every = rates(arch) | {name: values[column] for name, _, values, _ in LATENCIES}
     return every if clock is None else every | {"clock": clock}
+
+
+def as_text(figures: dict[str, float]) -> str:
+    """As fpi_timeline_json takes them (csrc/interpreter/interpreter.h)."""
+    return "".join(f"{name}\t{value}\n" for name, value in figures.items())
