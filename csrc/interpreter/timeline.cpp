@@ -109,7 +109,7 @@ std::string json_of(const Key& key, const Entry& e, const Machine& machine, uint
       ",\"dependency_cycle\":" + std::to_string(r.dependency) +
       ",\"replayed_cycles\":" + std::to_string(r.span_cycles) + ",\"busy\":{\"tensor cores\":" + number(r.tensor) +
       ",\"issue\":" + number(r.issue) + ",\"shared memory\":" + number(r.shared) + ",\"L2\":" + number(r.l2) +
-      ",\"DRAM\":" + number(r.dram) + "},\n\"instructions\":[";
+      ",\"L2 writes\":" + number(r.l2_writes) + ",\"DRAM\":" + number(r.dram) + "},\n\"instructions\":[";
   bool first = true;
   for (size_t k = 0; k < r.ops.size(); ++k) {
     if (!r.ops[k].issued) continue;

@@ -43,8 +43,10 @@ Constants::Constants(const Machine& m, const Ops& ops, const ReplayInput& in) {
   l1_latency = m["L1 latency"];
   l2_latency = m["L2 latency"];
   dram_latency = m["DRAM latency"];
-  l2_rate = std::min(m["L2 of a multiprocessor"], m["L2"] / in.active);
-  dram_rate = std::min(m["L2 of a multiprocessor"], m["DRAM"] * 1e3 / m["clock"] * m["DRAM efficiency"] / in.active);
+  const auto together = static_cast<double>(in.cluster_size);
+  inward_rate = m["L2 of a multiprocessor"];
+  l2_rate = std::min(inward_rate, m["L2"] / in.active) * together;
+  dram_rate = std::min(inward_rate, m["DRAM"] * 1e3 / m["clock"] * m["DRAM efficiency"] / in.active) * together;
   memory_queue = m["memory queue"];
   bulk_latency = m["TMA latency"];
   bulk_interval = m["TMA interval"];

@@ -377,7 +377,7 @@ ReplayResult Replay::run() {
   }
   Time end = *std::max_element(ends_.begin(), ends_.end());
   const Multiprocessor& m = multiprocessors_[0];
-  for (const auto& each : multiprocessors_) end = std::max({end, ceiling(each.l2.free), ceiling(each.dram.free)});
+  end = std::max({end, ceiling(l2_.free), ceiling(l2_writes_.free), ceiling(dram_.free)});
   result_.replayed = started_;
   result_.span_cycles = end;
   result_.cycles = end;
@@ -389,8 +389,9 @@ ReplayResult Replay::run() {
   result_.tensor = m.tensor_busy;
   for (const auto& s : m.schedulers) result_.issue += s.issued / kSchedulers;
   result_.shared = m.port.busy;
-  result_.l2 = m.l2.busy;
-  result_.dram = m.dram.busy;
+  result_.l2 = l2_.busy;
+  result_.l2_writes = l2_writes_.busy;
+  result_.dram = dram_.busy;
   return std::move(result_);
 }
 

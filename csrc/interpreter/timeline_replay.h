@@ -58,10 +58,11 @@ struct Span {
 };
 
 struct ReplayResult {
-  uint64_t cycles = 0, replayed = 0;                           // replayed: clusters; cycles are of all
-  uint64_t dependency = 0;                                     // the first griddepcontrol.wait; 0: none
-  double tensor = 0, issue = 0, shared = 0, l2 = 0, dram = 0;  // cycles that each was busy, of `span_cycles`
-  uint64_t span_cycles = 0;                                    // that were replayed
+  uint64_t cycles = 0, replayed = 0;  // replayed: clusters; cycles are of all
+  uint64_t dependency = 0;            // the first griddepcontrol.wait; 0: none
+  double tensor = 0, issue = 0, shared = 0, l2 = 0, l2_writes = 0,
+         dram = 0;           // cycles that each was busy, of `span_cycles`
+  uint64_t span_cycles = 0;  // that were replayed
   struct OfOp {
     uint64_t issued = 0, waited[kWaits] = {};
   };

@@ -23,8 +23,8 @@ struct Constants {
   double interval[kPipes], latency[kPipes];
   std::vector<double> matrix_rate;  // of a scheduler's tensor core, by Ops::matrix_types
   double mma_latency, mma_intervals, wgmma_latency, shared_rate, shared_latency, l1_latency, l2_latency, dram_latency,
-      l2_rate, dram_rate, memory_queue, bulk_latency, bulk_interval, signal_latency, barrier_latency, cluster_latency,
-      fence_latency, branch_latency, block_latency;
+      l2_rate, inward_rate, dram_rate, memory_queue, bulk_latency, bulk_interval, signal_latency, barrier_latency,
+      cluster_latency, fence_latency, branch_latency, block_latency;
 };
 
 // Something that takes what comes in its order, each as long as its amount asks for.
@@ -74,7 +74,8 @@ struct Multiprocessor {
   } schedulers[kSchedulers];
   // lsu: loads, stores and copies of warps. port: all that moves in shared memory, what wgmma reads and TMA writes too;
   // wgmma waits for it, a load only gets the cycles that wgmma leaves.
-  Queue lsu, port, l2, dram, bulk;
+  Queue lsu, port, bulk;
+  Queue inward;  // from L2, at the most that one multiprocessor can take
   double tensor_busy = 0;
   struct Matrix {  // a wgmma that all of its warpgroup have issued
     Block* block;
@@ -175,7 +176,10 @@ class Replay {
   void take_turn(Multiprocessor&, int scheduler, Time now);
   void issue(Warp&, Time now);
   void memory(Warp&, const Op&, const TraceEvent&, Time now);
-  Time move(Multiprocessor&, double start, const TraceEvent&) const;
+  double move(double start, const TraceEvent&, bool reads);
+  double take_in(Multiprocessor& m, double start, double bytes) const {
+    return m.inward.take(start, bytes / c_.inward_rate);
+  }
   void bulk(Warp&, const TraceEvent&, Time now);
   void matrix(Warp&, const Op&, Time now);
   void multiply(Multiprocessor&);
@@ -198,6 +202,7 @@ class Replay {
   const Constants c_;
   ReplayResult result_;
   std::vector<Multiprocessor> multiprocessors_;
+  Queue l2_, l2_writes_, dram_;  // shares of the multiprocessors together; reads and writes have ways of their own
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events_;
   std::unordered_map<std::string, uint32_t> names_, tracks_;

@@ -5,15 +5,13 @@ namespace forwardpass::interpreter::timeline {
 
 // ---- Memory ----
 
-// Sectors on their way between the multiprocessor and L2, and DRAM for those that are fresh.
-Time Replay::move(Multiprocessor& m, double start, const TraceEvent& e) const {
+// Sectors on their way through L2, and DRAM for those that are fresh: when they are there.
+double Replay::move(double start, const TraceEvent& e, bool reads) {
   const double bytes = e.sectors * static_cast<double>(kSectorBytes);
-  double done = m.l2.take(start, bytes / c_.l2_rate);
-  if (e.fresh) {
-    const double fresh = e.fresh * static_cast<double>(kSectorBytes) * in_.fresh_share;
-    done = std::max(done, m.dram.take(start, fresh / c_.dram_rate));
-  }
-  return static_cast<Time>(done);
+  const double done = (reads ? l2_ : l2_writes_).take(start, bytes / c_.l2_rate);
+  if (!e.fresh) return done;
+  const double fresh = e.fresh * static_cast<double>(kSectorBytes) * in_.fresh_share;
+  return std::max(done, dram_.take(start, fresh / c_.dram_rate));
 }
 
 // Of warps, in shared memory or L1: when it is done.
@@ -32,9 +30,15 @@ void Replay::memory(Warp& w, const Op& op, const TraceEvent& e, Time now) {
     set_results(w, op, ceiling(end - 1 + c_.shared_latency), Wait::shared);
     return;
   }
-  const bool hit = op.cached && in_.from_l1 && !e.fresh;
-  const Time done =
-      hit ? ceiling(end - 1 + c_.l1_latency) : move(m, end - 1, e) + ceiling(e.fresh ? c_.dram_latency : c_.l2_latency);
+  const bool reads = copies || op.loads;
+  Time done;
+  if (op.cached && in_.from_l1 && !e.fresh) {
+    done = ceiling(end - 1 + c_.l1_latency);
+  } else {
+    const double here = reads ? take_in(m, end - 1, bytes) : 0;
+    done =
+        static_cast<Time>(std::max(here, move(end - 1, e, reads))) + ceiling(e.fresh ? c_.dram_latency : c_.l2_latency);
+  }
   if (copies) {
     w.copies = std::max(w.copies, done);
   } else if (op.loads) {
@@ -45,26 +49,25 @@ void Replay::memory(Warp& w, const Op& op, const TraceEvent& e, Time now) {
 void Replay::bulk(Warp& w, const TraceEvent& e, Time now) {
   Multiprocessor& m = *w.block->multiprocessor;
   const double start = m.bulk.take(static_cast<double>(now), c_.bulk_interval);
-  const Time moved = e.sectors ? move(m, start, e) : ceiling(start);
-  const Time done = moved + ceiling(c_.bulk_latency + (e.sectors ? e.fresh ? c_.dram_latency : c_.l2_latency : 0));
-  bool loads = false;
+  const bool loads = e.signals > 0;
+  const Time moved = static_cast<Time>(e.sectors ? move(start, e, loads) : start);
+  const Time latency = ceiling(c_.bulk_latency + (!e.sectors ? 0 : e.fresh ? c_.dram_latency : c_.l2_latency));
   for (uint32_t k = e.signal; k < e.signal + e.signals; ++k) {
     const Signal& signal = w.trace->signals[k];
     Block& target = *w.block->cluster->blocks[signal.rank];
     object(target, signal);
     Event arrival{};
-    arrival.time = done;
+    arrival.time = std::max(moved, static_cast<Time>(take_in(*target.multiprocessor, start, signal.bytes))) + latency;
     arrival.kind = Event::Kind::arrive;
     arrival.block = &target;
     arrival.address = signal.address;
     arrival.bytes = signal.bytes;
     arrival.written = signal.bytes;
     push(arrival);
-    loads = true;
   }
   if (!loads) {
     m.port.take(static_cast<double>(now), e.operand / c_.shared_rate);
-    w.bulk = std::max(w.bulk, done);
+    w.bulk = std::max(w.bulk, moved + latency);
     w.bulk_read = std::max(w.bulk_read, moved + ceiling(c_.bulk_latency));
   }
   if (shown(w)) span(track("bulk copies"), name(loads ? "load" : "store"), now, std::max<Time>(now + 1, moved));
