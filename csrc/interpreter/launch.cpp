@@ -162,7 +162,7 @@ void Launch::run() {
   if (counters) ++counters->launches;
   if (trace) trace->add_to(grid.sheet);
   if (grid.counts) record(*this, grid.sheet);
-  if (recorded(options)) keep_trace(*this, grid.sheet);
+  if (recorded(options) && !grid.finding) keep_trace(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;
 }
 

@@ -434,6 +434,26 @@ def test_off_by_default():
         device.timeline()
 
 
+def test_refusals():
+    device = recorded(ONE)
+    for options in ({"resident": -1}, {"clock": 0}):
+        with pytest.raises(ValueError, match="resident is 0 or more clusters"):
+            device.timeline(**options)
+    # more than four million instructions of one multiprocessor
+    long = "loop:\nadd.u32 %r0, %r0, 1;\nsetp.lt.u32 %p0, %r0, 1500000;\n@%p0 bra loop;\n"
+    device = recorded("mov.u32 %r0, 0;\n" + long)
+    with pytest.raises(interpreter.InterpreterFinding, match="launch a smaller problem"):
+        device.timeline()
+
+
+def test_a_launch_with_a_finding_is_not_timed():
+    with fp.interpret("sm_90a", timeline=True) as device:
+        x = torch.zeros(4)
+        with pytest.raises(interpreter.InterpreterFinding):
+            interpreter.Module(kernel("ld.global.f32 %f0, [%a0+16];\n", (x,)))["k"].launch(1, 32, (x,))
+    assert device.timeline().kernels == []
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_figure_has_a_source(arch):
     assert all(source for *_, source in LATENCIES)

@@ -116,6 +116,8 @@ class Device:
         """
         if not self._options.timeline:
             raise ValueError("this device records nothing to time: it takes fp.interpret(..., timeline=True)")
+        if resident < 0 or (clock is not None and clock <= 0):
+            raise ValueError(f"resident is 0 or more clusters and clock is in MHz, not {resident} and {clock}")
         every = machine(self.arch, clock)
         api = core.load()
         api.fpi_finding_clear()
