@@ -115,14 +115,22 @@ LaunchTrace::LaunchTrace(const Launch& l) : size_(l.cluster_size()) {
                                        l.code->shared_bytes + l.dynamic_shared));
   const auto size = static_cast<int>(size_);
   groups = static_cast<uint64_t>(std::max(1, size == 1 ? device.multiprocessors : resident_clusters(device, 1, size)));
-  const uint64_t clusters = (l.grid_size() / size_ + groups - 1) / groups;
+  const uint64_t clusters = l.grid_size() / size_, used = std::min(groups, clusters);
   // The first wave and the next, which is as good as any.
-  sampled = std::min<uint64_t>(clusters, std::max<uint64_t>(2 * static_cast<uint64_t>(blocks), 4));
+  sampled =
+      std::min<uint64_t>((clusters + groups - 1) / groups, std::max<uint64_t>(2 * static_cast<uint64_t>(blocks), 4));
+  for (uint64_t k = 0; k < kRecordedGroups; ++k) {
+    const uint64_t group = k * (used - 1) / (kRecordedGroups - 1);
+    if (recorded_groups.empty() || recorded_groups.back() != group) recorded_groups.push_back(group);
+  }
 }
 
 void LaunchTrace::begin(Cta& cta) {
   const uint64_t cluster = cta.cluster->number;
-  if (cluster % groups || cluster / groups >= sampled) return;
+  if (cluster / groups >= sampled ||
+      std::count(recorded_groups.begin(), recorded_groups.end(), cluster % groups) == 0) {
+    return;
+  }
   auto trace = std::make_unique<CtaTrace>();
   trace->number = cluster * size_ + static_cast<uint64_t>(cta.rank);
   trace->warps.resize(cta.warps.size());
@@ -130,7 +138,7 @@ void LaunchTrace::begin(Cta& cta) {
   for (size_t k = 0; k < cta.warps.size(); ++k) {
     WarpTrace& w = trace->warps[k];
     w.launch_ = this;
-    w.most_ = kMostEvents / (cta.warps.size() * sampled * size_);
+    w.most_ = kMostEvents / (cta.warps.size() * sampled * size_ * recorded_groups.size());
     cta.warps[k].trace = &w;
   }
   const std::lock_guard lock(mutex_);
@@ -144,9 +152,10 @@ uint32_t LaunchTrace::number(const Code& code) {
   return entry->second;
 }
 
-std::vector<CtaTrace*> LaunchTrace::ctas() const {
+std::vector<CtaTrace*> LaunchTrace::ctas(uint64_t group) const {
   std::vector<CtaTrace*> all;
-  for (const auto& [number, trace] : ctas_) all.push_back(trace.get());
+  for (const auto& [number, trace] : ctas_)
+    if (number / size_ % groups == group) all.push_back(trace.get());
   return all;
 }
 

@@ -78,22 +78,25 @@ struct CtaTrace {
   std::vector<WarpTrace> warps;
 };
 
-// Of one launch: the CTAs of the first multiprocessor, and of those that share clusters with it.
+// Of one launch: the CTAs of a few multiprocessors, each with those that share clusters with it. Persistent kernels do
+// not give all of them the same work, so that the first and the last are among them.
 class LaunchTrace {
  public:
   explicit LaunchTrace(const Launch&);
-  void begin(Cta&);                     // if it is one of them
-  uint32_t number(const Code&);         // of its first instruction
-  std::vector<CtaTrace*> ctas() const;  // by number
+  void begin(Cta&);                                   // if it is one of them
+  uint32_t number(const Code&);                       // of its first instruction
+  std::vector<CtaTrace*> ctas(uint64_t group) const;  // by number
   const std::map<const Code*, uint32_t>& codes() const { return codes_; }
   void add_to(Sheet&) const;  // what was counted
 
   int blocks = 1;        // CTAs that a multiprocessor holds, registers assumed
   uint64_t groups = 1;   // of multiprocessors, each with one CTA of every cluster that it has
-  uint64_t sampled = 0;  // clusters
+  uint64_t sampled = 0;  // clusters of each that is recorded
+  std::vector<uint64_t> recorded_groups;
 
  private:
-  static constexpr uint64_t kMostEvents = 1 << 22;
+  static constexpr uint64_t kRecordedGroups = 4;
+  static constexpr uint64_t kMostEvents = 1 << 24;
   std::mutex mutex_;
   std::map<const Code*, uint32_t> codes_;
   uint32_t next_ = 0;

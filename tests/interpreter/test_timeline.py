@@ -324,6 +324,24 @@ def test_waves():
     assert many.cycles == pytest.approx(16 * 800 * 4, rel=0.1)
 
 
+@pytest.mark.parametrize("grid", [1, 2, 131, 132])
+def test_the_busiest_multiprocessor_counts(grid):
+    """The last CTA has ten times the work of the others."""
+    body = f"""
+    {ONES}
+    mov.u32 %r0, %ctaid.x;
+    mov.u32 %r1, 1;
+    setp.eq.u32 %p0, %r0, {grid - 1};
+    @%p0 mov.u32 %r1, 10;
+    loop:
+    {"fma.rn.f32 %f0, %f0, %f0, %f0;" * 50}
+    sub.u32 %r1, %r1, 1;
+    setp.ne.u32 %p0, %r1, 0;
+    @%p0 bra loop;
+    """
+    assert cycles(body, grid=grid) == pytest.approx(2000 + 300, rel=0.1)
+
+
 def test_residents_can_be_said():
     device = recorded("fma.rn.f32 %f0, %f0, %f0, %f0;\n" * 400, grid=132 * 4, block=32)
     assert device.timeline(resident=1).cycles > 3.5 * device.timeline(resident=4).cycles
@@ -439,8 +457,8 @@ def test_refusals():
     for options in ({"resident": -1}, {"clock": 0}):
         with pytest.raises(ValueError, match="resident is 0 or more clusters"):
             device.timeline(**options)
-    # more than four million instructions of one multiprocessor
-    long = "loop:\nadd.u32 %r0, %r0, 1;\nsetp.lt.u32 %p0, %r0, 1500000;\n@%p0 bra loop;\n"
+    # more than 2**24 instructions
+    long = "loop:\nadd.u32 %r0, %r0, 1;\nsetp.lt.u32 %p0, %r0, 6000000;\n@%p0 bra loop;\n"
     device = recorded("mov.u32 %r0, 0;\n" + long)
     with pytest.raises(interpreter.InterpreterFinding, match="launch a smaller problem"):
         device.timeline()
