@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "machine.h"
+#include "timeline_trace.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -46,6 +47,7 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
     l.index_of(number * size + rank, index);
     cta.begin(*this, static_cast<int>(rank), index);
     cta.sheet = sheet;
+    if (l.trace) l.trace->begin(cta);
     cta.serial = l.first_serial + static_cast<uint32_t>(number * size + rank);
     for (Warp& w : cta.warps) warps.push_back(&w);
   }

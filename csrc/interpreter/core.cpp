@@ -166,6 +166,7 @@ void fpi_set_options(const fpi_options* o) {
     options.approximate = o->approximate != 0;
     options.threads = o->threads;
     options.counters = o->counters;
+    options.timeline = o->timeline != 0;
     options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
   });
 }
@@ -175,7 +176,7 @@ void fpi_get_options(fpi_options* o) {
     const std::lock_guard lock(state().mutex);
     const Options& options = state().options;
     *o = {options.seed,    options.checks,     options.truncating, options.approximate,
-          options.threads, options.step_limit, options.counters};
+          options.threads, options.step_limit, options.counters,   options.timeline};
   });
 }
 

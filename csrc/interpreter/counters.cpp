@@ -11,6 +11,7 @@
 #include "instruction_class.h"
 #include "machine.h"
 #include "table.h"
+#include "timeline_trace.h"
 
 namespace forwardpass::interpreter {
 
@@ -28,14 +29,17 @@ void Footprint::touch(uint64_t sector, bool read, bool write) {
     last_page_ = &pages_[page];  // stays where it is as the map grows
     last_ = page;
   }
+  touched_ += !((last_page_->read | last_page_->written) & bit);
   if (read) last_page_->read |= bit;
   if (write) last_page_->written |= bit;
 }
 
 void Footprint::add(const Footprint& other) {
   for (const auto& [n, page] : other.pages_) {
-    pages_[n].read |= page.read;
-    pages_[n].written |= page.written;
+    Page& mine = pages_[n];
+    touched_ += static_cast<uint64_t>(__builtin_popcountll((page.read | page.written) & ~(mine.read | mine.written)));
+    mine.read |= page.read;
+    mine.written |= page.written;
   }
 }
 
@@ -134,14 +138,6 @@ void count_bulk(Warp& w, uint64_t address, uint64_t bytes, bool load) {
 
 namespace {
 
-// Outlives its module.
-struct Line {
-  std::string opcode, file, inner_file;
-  int line, inner_line, ptx_line;
-  const char* name;  // of its class
-  MatrixWork work;
-};
-
 struct Key {
   uint64_t name, module;  // Options::counters; Module::serial
   std::string kernel;
@@ -173,6 +169,8 @@ Record& the_record() {
   return *r;
 }
 
+}  // namespace
+
 std::vector<Line> describe(const Module& m, const Code& code) {
   std::vector<Line> lines;
   std::vector<std::string_view> slots;
@@ -184,10 +182,16 @@ std::vector<Line> describe(const Module& m, const Code& code) {
   return lines;
 }
 
+std::string Line::json() const {
+  return "\"opcode\":" + quoted(opcode) + ",\"class\":" + quoted(name) + ",\"file\":" + quoted(file) +
+         ",\"line\":" + std::to_string(line) + ",\"inner_file\":" + quoted(inner_file) +
+         ",\"inner_line\":" + std::to_string(inner_line) + ",\"ptx_line\":" + std::to_string(ptx_line);
+}
+
+namespace {
+
 std::string json_of(const Line& l, const Count& c) {
-  std::string s = "{\"opcode\":" + quoted(l.opcode) + ",\"class\":" + quoted(l.name) + ",\"file\":" + quoted(l.file) +
-                  ",\"line\":" + std::to_string(l.line) + ",\"inner_file\":" + quoted(l.inner_file) +
-                  ",\"inner_line\":" + std::to_string(l.inner_line) + ",\"ptx_line\":" + std::to_string(l.ptx_line);
+  std::string s = "{" + l.json();
   if (!l.work.type.empty()) {
     s += ",\"matrix\":" + quoted(l.work.type) + ",\"macs\":" + std::to_string(l.work.macs * c.active) +
          ",\"matrix_shared\":" + std::to_string(l.work.shared_bytes * c.active);
@@ -245,7 +249,7 @@ const bool reported = report_path() != nullptr;
 
 }  // namespace
 
-bool counted(const Options& o) { return o.counters || reported; }
+bool counted(const Options& o) { return o.counters || reported || recorded(o); }
 
 void record(const Launch& l, const Sheet& sheet) {
   Key key{l.options.counters, l.module->serial, l.code->name, {}, l.code->shared_bytes + l.dynamic_shared};

@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "instruction_class.h"
 #include "program.h"
 #include "shadow.h"
 
@@ -48,6 +49,7 @@ class Footprint {
   void touch(uint64_t sector, bool read, bool write);
   void add(const Footprint&);
   uint64_t sectors(bool written) const;
+  uint64_t touched() const { return touched_; }  // sectors, of reads and writes together
 
  private:
   static constexpr uint64_t kSectorsOfPage = 64;
@@ -55,6 +57,7 @@ class Footprint {
     uint64_t read = 0, written = 0;  // a bit a sector
   };
   std::unordered_map<uint64_t, Page> pages_;
+  uint64_t touched_ = 0;
   uint64_t last_ = ~uint64_t{0};
   Page* last_page_ = nullptr;
 };
@@ -89,6 +92,16 @@ struct Wavefronts {
   uint64_t actual = 0, ideal = 0;
 };
 Wavefronts wavefronts_of(const uint64_t address[kLanes], int bytes_of_lane, Mask);
+
+// An instruction and where it stands. Outlives its module.
+struct Line {
+  std::string opcode, file, inner_file;
+  int line, inner_line, ptx_line;
+  const char* name;  // of its class
+  MatrixWork work;
+  std::string json() const;  // all but the work, without braces
+};
+std::vector<Line> describe(const Module&, const Code&);
 
 // Whether a launch is: Options::counters, or FORWARDPASS_INTERPRET_COUNTERS=FILE, which gets the record at exit.
 bool counted(const Options&);

@@ -31,6 +31,7 @@ struct fpi_options {
   int32_t checks, truncating, approximate, threads;
   uint64_t step_limit;  // warp instructions of one CTA; 0: the default
   uint64_t counters;    // not 0: counts what launches do, under this name
+  int32_t timeline;     // records besides what fpi_timeline_json spends time on
 };
 void fpi_set_options(const struct fpi_options*);
 void fpi_get_options(struct fpi_options*);
@@ -148,6 +149,17 @@ void fpi_counters_reset(void);
 // FORWARDPASS_INTERPRET_COUNTERS=FILE counts every launch of a process, and writes all that to the file at exit.
 const char* fpi_profile_json(uint64_t name);
 void fpi_profile_forget(uint64_t name);
+
+// The modelled time of each kernel and shape of launch under a name (fpi_options::timeline), whose kernel's name has
+// `kernel` in it; "" and a finding where that fails. `machine` has a rate or latency a line, "name<tab>value", as
+// python/forwardpass/interpreter/latencies.py writes them; `resident`: clusters of a multiprocessor, 0: as assumed.
+// [{kernel, arch, grid, block, cluster, launches, cycles, busy, instructions: [{opcode, file, line, ..., issued,
+// waited: {reason: cycles}}], tracks, names, spans: [[track, name, begin, end]]}]. The first launch of each shape
+// counts.
+// The environment's FORWARDPASS_INTERPRET_TIMELINE=FOLDER records every launch of a process, and writes all that to
+// FOLDER/timeline.json at exit; the machines are in FOLDER/sm_80.txt and so on.
+const char* fpi_timeline_json(uint64_t name, const char* kernel, const char* machine, int resident);
+void fpi_timeline_forget(uint64_t name);
 
 // Every row of the instruction table as JSON: [{"pattern":…,"section":…}].
 const char* fpi_rows_json(void);

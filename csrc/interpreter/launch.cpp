@@ -9,6 +9,7 @@
 #include "global_shadow.h"
 #include "machine.h"
 #include "matrix.h"
+#include "timeline_trace.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -146,6 +147,7 @@ void Launch::index_of(uint64_t number, unsigned index[3]) const {
 void Launch::run() {
   const GlobalShadow::Recording recording(global_shadow(), *this);
   Grid grid(*this);
+  if (recorded(options)) trace = begin_trace(*this);
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());
   const uint64_t wanted = std::min<uint64_t>(options.threads > 0 ? options.threads : hardware, grid.total);
   std::vector<std::thread> others;
@@ -158,7 +160,9 @@ void Launch::run() {
   for (auto& t : others) t.join();
   if (grid.failure) std::rethrow_exception(grid.failure);
   if (counters) ++counters->launches;
+  if (trace) trace->add_to(grid.sheet);
   if (grid.counts) record(*this, grid.sheet);
+  if (recorded(options) && !grid.finding) keep_trace(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;
 }
 

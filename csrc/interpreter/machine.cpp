@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "limits.h"
+#include "timeline_trace.h"
 
 namespace forwardpass::interpreter {
 
@@ -224,13 +225,19 @@ void run_warp(Warp& w, uint64_t slice) {
         ++w.steps;
         Step step = Step::next;
         [[maybe_unused]] Count* count = nullptr;
-        if constexpr (kCounted) w.count = count = w.cta->sheet->at(*s.frame->code, i.index);
+        if constexpr (kCounted) {
+          const Code& code = *s.frame->code;
+          w.count = count = w.trace ? w.trace->begin(w, code, i, mask) : w.cta->sheet->at(code, i.index);
+        }
         if (__builtin_expect(w.watched, 0)) {
           step = run_watched(w, i, s.mask, mask);
         } else if (mask) {
           step = i.run(w, i, mask);
         }
-        if constexpr (kCounted) count->step(step, mask);
+        if constexpr (kCounted) {
+          count->step(step, mask);
+          if (w.trace) w.trace->end(w, i, step, mask);
+        }
         if (step == Step::next || step == Step::yielded) {
           Strand& now = w.strands[w.running];
           ++now.pc;

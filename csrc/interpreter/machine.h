@@ -27,6 +27,8 @@ namespace forwardpass::interpreter {
 struct Cluster;
 struct Cta;
 struct Launch;
+class LaunchTrace;
+class WarpTrace;
 
 struct Options {
   uint64_t seed = 0;
@@ -36,6 +38,7 @@ struct Options {
   bool guard = false;                   // arguments re-homed into padded, poisoned copies (Python's side)
   int threads = 0;                      // 0: one per core
   uint64_t counters = 0;                // not 0: the name under which launches are counted
+  bool timeline = false;                // records what timeline_replay.h spends time on; needs counters
   uint64_t step_limit = 4'000'000'000;  // warp instructions of one CTA
 };
 
@@ -105,6 +108,7 @@ struct alignas(64) Warp {
   std::vector<uint8_t> local[kLanes];          // .local memory, grown by the frames that need it
   int turn = 0;                                // steps of the running strand since another one ran
   Count* count = nullptr;                      // of the running instruction, if the launch is counted
+  WarpTrace* trace = nullptr;                  // if its CTA is recorded
   Mask carry = 0;                              // CC.CF of each lane: add.cc, addc, ...
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
@@ -263,7 +267,8 @@ struct Launch {
   }* counters = nullptr;
   uint32_t first_serial = 0, concurrent_serial = 0;  // of its own CTAs, and of those that may still be running
   Releases releases;
-  int resident = 1;  // clusters that the device holds at once: they may wait for each other
+  std::shared_ptr<LaunchTrace> trace;  // if it is recorded
+  int resident = 1;                    // clusters that the device holds at once: they may wait for each other
 
   // Runs the grid on Options::threads threads, clusters in order, as many resident as the device holds where they wait
   // for each other. Throws the finding of the lowest cluster.

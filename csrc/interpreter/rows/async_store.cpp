@@ -3,6 +3,7 @@
 // agent.
 #include "../mbarrier.h"
 #include "../table.h"
+#include "../timeline_trace.h"
 #include "async.h"
 #include "reductions.h"
 
@@ -77,7 +78,8 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
       std::memcpy(s->values[l] + k * form.element,
                   w.operand<uint8_t>(i, form.first + k) + static_cast<size_t>(l) * form.element, form.element);
     }
-    use_mbarrier(w, target, barrier.offset);
+    const MBarrier& object = use_mbarrier(w, target, barrier.offset);
+    if (w.trace) w.trace->signal(Signal::Kind::copy, target, object, 0, s->bytes);
     if (!checked(target)) continue;
     actor.lanes = w.lanes();
     actor.lanes.set = {Mask{1} << l, false};

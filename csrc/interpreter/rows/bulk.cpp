@@ -6,6 +6,7 @@
 #include "../mbarrier.h"
 #include "../table.h"
 #include "../tensor_map.h"
+#include "../timeline_trace.h"
 #include "async.h"
 #include "reductions.h"
 
@@ -185,7 +186,8 @@ void send(Warp& w, Transfer& t, uint32_t to, int lane) {
   Cta& target = *t.target;
   // The copy itself signals the mbarrier, and whoever waits there learns of the copy; nobody needs to learn of the
   // thread that issued it. (With CUTLASS's multicasts a receiving CTA exits once its consumers have their data.)
-  use_mbarrier(w, target, t.mbarrier, false);
+  const MBarrier& mbarrier = use_mbarrier(w, target, t.mbarrier, false);
+  if (w.trace) w.trace->signal(Signal::Kind::copy, target, mbarrier, 0, t.bytes);
   t.agent = w.cta->cluster->async_agent(w);
   const Actor actor = issued_by(w, t, lane);
   if (&target != w.cta) target.visited(actor);

@@ -5,6 +5,7 @@
 
 #include "../mbarrier.h"
 #include "../table.h"
+#include "../timeline_trace.h"
 #include "async.h"
 
 namespace forwardpass::interpreter {
@@ -255,6 +256,7 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
     const int l = __builtin_ctz(rest);
     a->mbarrier[l] = shared_offset(w, place, address[l], 8, 8, l, "an mbarrier");
     MBarrier& b = use_mbarrier(w, *w.cta, a->mbarrier[l]);
+    if (w.trace) w.trace->signal(Signal::Kind::copies, *w.cta, b, 1, noinc ? 0 : 1);
     if (!noinc && ++b.pending > MBarrier::kMaxCount) {
       w.fail_at(Kind::mbarrier, "the pending count passes 2^20 - 1", l, b.address);
     }

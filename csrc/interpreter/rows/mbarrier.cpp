@@ -3,6 +3,7 @@
 
 #include "../lanes.h"
 #include "../table.h"
+#include "../timeline_trace.h"
 #include "async.h"
 
 namespace forwardpass::interpreter {
@@ -168,6 +169,9 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
       w.fail_at(Kind::mbarrier, "mbarrier.arrive.noComplete completes the phase", l, b.address);
     }
     if (state) state[l] = state_of(b);
+    if (w.trace) {
+      w.trace->signal(Signal::Kind::arrive, cta, b, arrivals, kind == Arrival::expect ? count[l] : 0);
+    }
     b.arrive(cta, arrivals, dropping);
   }
   if (form.acquire_release) w.release();
@@ -182,6 +186,7 @@ Step transactions(Warp& w, const Instruction& i, Mask mask) {
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     MBarrier& b = objects[l];
+    if (w.trace) w.trace->signal(Signal::Kind::arrive, objects.cta(), b, 0, expect ? bytes[l] : -bytes[l]);
     expect ? b.expect_transactions(objects.cta(), bytes[l]) : b.complete_transactions(objects.cta(), bytes[l]);
   }
   return Step::next;
@@ -220,6 +225,7 @@ Step wait(Warp& w, const Instruction& i, Mask mask) {
     MBarrier& b = objects[l];
     if (phase_over(w, form, i, b, l)) {
       over |= Mask{1} << l;
+      if (w.trace) w.trace->signal(Signal::Kind::wait, objects.cta(), b, 0, 0);
       if (form.acquire_release && waited != &b) w.acquire(mask, b.completed);
       waited = &b;
     }

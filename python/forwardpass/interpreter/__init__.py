@@ -10,8 +10,9 @@ from .model import Modelled
 from .module import Kernel, Module
 from .profile import Counts, KernelProfile, LineProfile
 from .tensor_map import TensorMap, tensor_map
+from .timeline import KernelTimeline, LineTime, Timeline
 
 __all__ = [
-    "Counts", "Device", "InterpreterFinding", "Kernel", "KernelProfile", "LineProfile", "Modelled", "Module", "TensorMap",
-    "interpret", "tensor_map",
+    "Counts", "Device", "InterpreterFinding", "Kernel", "KernelProfile", "KernelTimeline", "LineProfile", "LineTime",
+    "Modelled", "Module", "TensorMap", "Timeline", "interpret", "tensor_map",
 ]  # fmt: skip

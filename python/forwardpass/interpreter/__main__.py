@@ -12,8 +12,10 @@ from .report import report
 USAGE = """\
 usage: python -m forwardpass.interpreter build PROG.cu [nvcc flags] -o PROG
            then FORWARDPASS_INTERPRET=sm_90a ./PROG runs it; FORWARDPASS_INTERPRET_SEED=N chooses another schedule
-       python -m forwardpass.interpreter report [--arch ARCH] [--kernel NAME] [--inlined] [--json FILE] PROG|SCRIPT.py [arguments]
-           runs it and prints its kernels by source line: instructions, conflicts, bytes, waits, and a modelled time
+       python -m forwardpass.interpreter report [--arch ARCH] [--kernel NAME] [--inlined] [--json FILE] [--timeline] [--trace FILE]
+                                                PROG|SCRIPT.py [arguments]
+           runs it and prints its kernels by source line: instructions, conflicts, bytes, waits, and a modelled time; with
+           --timeline also what warps wait for, cycle by cycle
        python -m forwardpass.interpreter rows
            prints every instruction that it knows, with its section of the PTX ISA"""
 

@@ -25,7 +25,7 @@ Dim3 = c_uint32 * 3
 class Options(ctypes.Structure):
     _fields_ = [
         ("seed", c_uint64), ("checks", c_int32), ("truncating", c_int32), ("approximate", c_int32), ("threads", c_int32),
-        ("step_limit", c_uint64), ("counters", c_uint64),
+        ("step_limit", c_uint64), ("counters", c_uint64), ("timeline", c_int32),
     ]  # fmt: skip
 
 
@@ -79,6 +79,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_counters_read": (None, [POINTER(Counters)]),
     "fpi_profile_json": (c_char_p, [c_uint64]),
     "fpi_profile_forget": (None, [c_uint64]),
+    "fpi_timeline_json": (c_char_p, [c_uint64, c_char_p, c_char_p, c_int]),
+    "fpi_timeline_forget": (None, [c_uint64]),
     "fpi_rows_json": (c_char_p, []),
 }  # fmt: skip
 

@@ -22,9 +22,11 @@ from ..dispatch import Operation, Reason, Unsupported, library
 from . import core
 from .finding import InterpreterFinding
 from .guard import Guard
+from .latencies import as_text, machine
 from .model import Modelled, modelled
 from .profile import KernelProfile, LineProfile, by_line
 from .storage import Scope, add_function
+from .timeline import KernelTimeline, Timeline
 
 #: the core has one device, one set of options and one set of intervals: a call at a time
 _lock = threading.RLock()
@@ -53,6 +55,8 @@ class Device:
         self._registered: list[tuple[Tensor, str]] = []
         if options.counters:
             weakref.finalize(self, core.load().fpi_profile_forget, options.counters)
+        if options.timeline:
+            weakref.finalize(self, core.load().fpi_timeline_forget, options.counters)
 
     def __repr__(self) -> str:
         return f"<interpreted {core.ARCHITECTURES[self.arch]} ({self.arch}), seed {self.seed}>"
@@ -100,6 +104,27 @@ class Device:
     def model(self, kernel: str = "") -> list[Modelled]:
         """The time that each of `kernels` would take, modelled from its counts and the machine's rates: see model.py."""
         return [modelled(k) for k in self.kernels(kernel)]
+
+    def timeline(self, kernel: str = "", *, clock: float | None = None, resident: int = 0) -> Timeline:
+        """The time that each kernel whose name contains this would take, modelled instruction by instruction on one
+        multiprocessor, and what its warps wait for: docs/interpreter.md says what is in it.
+
+        Args:
+            clock: MHz, in place of what rates.py has.
+            resident: clusters (most often of one CTA) that a multiprocessor has at once, in place of what the assumed
+                registers allow.
+        """
+        if not self._options.timeline:
+            raise ValueError("this device records nothing to time: it takes fp.interpret(..., timeline=True)")
+        if resident < 0 or (clock is not None and clock <= 0):
+            raise ValueError(f"resident is 0 or more clusters and clock is in MHz, not {resident} and {clock}")
+        every = machine(self.arch, clock)
+        api = core.load()
+        api.fpi_finding_clear()
+        answer = api.fpi_timeline_json(self._options.counters, kernel.encode(), as_text(every).encode(), resident)
+        if not answer:
+            raise core.finding() or RuntimeError("the timeline gave no answer, and no reason")
+        return Timeline([KernelTimeline.read(k, every) for k in json.loads(answer.decode(errors="replace"))])
 
     def record(self, finding: InterpreterFinding) -> InterpreterFinding:
         self.findings.append(finding)
@@ -196,6 +221,7 @@ def make(
     approximate: bool = True,
     guard: bool = False,
     counters: bool = False,
+    timeline: bool = False,
     threads: int = 0,
 ) -> Device:
     """A device, once everything that it needs is known to be there."""
@@ -211,7 +237,7 @@ def make(
         raise Unsupported(str(reason), dict.fromkeys(("cuda", "triton"), reason))
     options = core.Options(
         seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0,
-        counters=next(_names) if counters else 0,
+        counters=next(_names) if counters or timeline else 0, timeline=timeline,
     )  # fmt: skip
     if core.KERNELS.exists():
         torch.ops.forwardpass._set_library(1, str(core.KERNELS))
@@ -228,6 +254,7 @@ def interpret(
     approximate: bool = True,
     guard: bool = False,
     counters: bool = False,
+    timeline: bool = False,
     threads: int = 0,
 ) -> Iterator[Device]:
     """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
@@ -246,6 +273,7 @@ def interpret(
         guard: kernels get padded, poisoned copies of their arguments, and nothing but the elements may be touched.
         counters: instructions, bytes, conflicts and waits are counted by source line (`Device.profile`, `Device.model`),
             which takes time.
+        timeline: what the CTAs of one multiprocessor do is recorded (`Device.timeline`); it counts too.
         threads: of the interpreter, 0 for one a core.
 
     Yields:
@@ -258,7 +286,7 @@ def interpret(
     """
     device = make(
         arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard,
-        counters=counters, threads=threads,
+        counters=counters, timeline=timeline, threads=threads,
     )  # fmt: skip
     before = dispatch.interpreter()
     _take_triton()

@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Iterable
 
 from . import core
+from .latencies import as_text, machine
 from .model import modelled
 from .profile import Counts, KernelProfile, LineProfile, by_line
+from .timeline import KernelTimeline, Timeline
 
 
 def report(arguments: list[str]) -> int:
@@ -27,15 +29,22 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--inlined", action="store_true", help="by the lines of inlined functions, not of the kernel")
     parser.add_argument("--json", type=pathlib.Path, help="also keep the counts there")
+    parser.add_argument(
+        "--timeline", action="store_true", help="also print what the warps of one multiprocessor wait for"
+    )
+    parser.add_argument("--trace", type=pathlib.Path, help="also keep the timeline there, for ui.perfetto.dev")
     parser.add_argument("program", help="SCRIPT.py, PROG, or counts that --json kept")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     program = pathlib.Path(options.program)
     if not program.is_file():
         raise ValueError(f"there is no {program}")
-    status, counts = 0, program.read_text() if program.suffix == ".json" else ""
+    timed = options.timeline or options.trace is not None
+    status, counts, timeline = 0, program.read_text() if program.suffix == ".json" else "", ""
+    if counts and timed:
+        raise ValueError(f"{program} has counts alone: a timeline takes the program itself")
     if not counts:
-        status, counts = run(program, options.arguments, options.arch)
+        status, counts, timeline = run(program, options.arguments, options.arch, timed)
     if options.json:
         options.json.write_text(counts)
     profiles = [KernelProfile.read(k) for k in json.loads(counts)]
@@ -47,6 +56,13 @@ def report(arguments: list[str]) -> int:
         print(f"no kernel that was launched has {options.kernel!r} in its name; there are {launched}")
     else:
         print(f"{program} launched no kernel on the interpreted GPU")
+    if timeline:
+        records = (k for k in json.loads(timeline) if options.kernel in k["kernel"])
+        times = Timeline([KernelTimeline.read(k, machine(k["arch"])) for k in records])
+        if options.timeline:
+            print("\n\n".join(k.table(inlined=options.inlined) for k in times.kernels))
+        if options.trace:
+            times.save_trace(options.trace)
     return status
 
 
@@ -60,17 +76,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(program: pathlib.Path, arguments: list[str], arch: str) -> tuple[int, str]:
-    """Its exit status, and the counts that the core wrote at its end."""
+def run(program: pathlib.Path, arguments: list[str], arch: str, timed: bool) -> tuple[int, str, str]:
+    """Its exit status, the counts that the core wrote at its end, and the timeline."""
     with tempfile.TemporaryDirectory() as folder:
-        counts = pathlib.Path(folder) / "counts.json"
+        counts, timeline = (pathlib.Path(folder) / name for name in ("counts.json", "timeline.json"))
         environment = {"FORWARDPASS_INTERPRET": arch, **os.environ, "FORWARDPASS_INTERPRET_COUNTERS": str(counts)}
+        if timed:
+            environment["FORWARDPASS_INTERPRET_TIMELINE"] = folder
+            for name in core.ARCHITECTURES:
+                (pathlib.Path(folder) / f"{name}.txt").write_text(as_text(machine(name)))
         python = [sys.executable, "-c", SCRIPT, str(program)]
         command = python if program.suffix == ".py" else [str(program.absolute())]
         process = subprocess.run([*command, *arguments], env=environment)
-        if not counts.exists():
-            raise RuntimeError(f"{program} ended with status {process.returncode} and without counts")
-        return process.returncode, counts.read_text()
+        for wanted in (counts, timeline) if timed else (counts,):
+            if not wanted.exists():
+                raise RuntimeError(f"{program} ended with status {process.returncode} and without its {wanted.stem}")
+        return process.returncode, counts.read_text(), timeline.read_text() if timed else ""
 
 
 COLUMNS = ("line", "issued", "lanes", "MAC", "sectors/request", "global bytes", "wavefronts", "waits", "source")

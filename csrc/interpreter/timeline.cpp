@@ -1,0 +1,246 @@
+// What launches with Options::timeline have left, and fpi_timeline_json, which spends the time on it.
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <tuple>
+
+#include "core.h"
+#include "device.h"
+#include "machine.h"
+#include "timeline_replay.h"
+
+namespace forwardpass::interpreter {
+namespace {
+
+struct Key {
+  uint64_t name, module;  // Options::counters; Module::serial
+  std::string kernel;
+  std::array<unsigned, 9> shape;  // grid, block, cluster
+  int64_t shared_bytes;
+  bool operator<(const Key& o) const {
+    return std::tie(name, module, kernel, shape, shared_bytes) <
+           std::tie(o.name, o.module, o.kernel, o.shape, o.shared_bytes);
+  }
+};
+
+struct Entry {
+  std::shared_ptr<LaunchTrace> trace;
+  Ops ops;
+  const Device* device = nullptr;
+  uint64_t launches = 0, programmatic = 0;
+  uint64_t touched = 0;  // sectors of global memory, each once, of the first launch
+  bool cut = false;
+};
+
+struct Record {
+  std::mutex mutex;
+  std::map<Key, Entry> entries;
+};
+Record& the_record() {
+  static Record* const r = new Record;  // never destroyed: write_report reads it at exit
+  return *r;
+}
+
+Key key_of(const Launch& l) {
+  Key key{l.options.counters, l.module->serial, l.code->name, {}, l.code->shared_bytes + l.dynamic_shared};
+  std::copy(l.grid, l.grid + 3, key.shape.begin());
+  std::copy(l.block, l.block + 3, key.shape.begin() + 3);
+  std::copy(l.cluster, l.cluster + 3, key.shape.begin() + 6);
+  return key;
+}
+
+std::string list(const std::vector<std::string>& texts) {
+  std::string s = "[";
+  for (const auto& t : texts) s += (s.size() > 1 ? "," : "") + quoted(t);
+  return s + "]";
+}
+std::string number(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f", x);
+  return text;
+}
+
+ReplayInput input_of(const Key& key, const Entry& e, uint64_t resident, uint64_t group) {
+  ReplayInput in;
+  in.ops = &e.ops;
+  const auto ctas_recorded = e.trace->ctas(group);
+  in.ctas.assign(ctas_recorded.begin(), ctas_recorded.end());
+  in.cluster_size = static_cast<uint64_t>(key.shape[6]) * key.shape[7] * key.shape[8];
+  const uint64_t ctas = static_cast<uint64_t>(key.shape[0]) * key.shape[1] * key.shape[2];
+  const uint64_t clusters = ctas / in.cluster_size, groups = e.trace->groups;
+  in.clusters = (clusters - group + groups - 1) / groups;
+  in.resident = resident ? resident : static_cast<uint64_t>(e.trace->blocks);
+  in.active = static_cast<double>(std::min(groups, clusters) * in.cluster_size);
+  double fresh = 0;
+  for (const CtaTrace* cta : in.ctas) fresh += static_cast<double>(cta->sheet.footprint.touched());
+  const auto sampled = static_cast<double>(in.ctas.size());
+  const double all = fresh / sampled * static_cast<double>(ctas);
+  in.fresh_share = all > 0 ? std::min(1.0, static_cast<double>(e.touched) / all) : 1;
+  // L1 has what the resident CTAs' shared memory leaves of the multiprocessor's.
+  const int64_t shared = (key.shared_bytes + e.device->shared_reserved_per_block) * static_cast<int64_t>(in.resident);
+  const int64_t l1 = e.device->shared_per_multiprocessor + (28 << 10) - shared;
+  in.from_l1 = fresh / sampled * static_cast<double>(kSectorBytes * in.resident) <= static_cast<double>(l1);
+  return in;
+}
+
+std::string json_of(const Key& key, const Entry& e, const Machine& machine, uint64_t resident) {
+  if (e.cut) {
+    Finding f;
+    f.kind = Kind::unsupported;
+    f.kernel = key.kernel;
+    f.message = "a CTA executes more instructions than the timeline records: launch a smaller problem";
+    throw f;
+  }
+  ReplayInput in;  // of the slowest
+  ReplayResult r;
+  for (const uint64_t group : e.trace->recorded_groups) {
+    const ReplayInput next = input_of(key, e, resident, group);
+    ReplayResult result = replay(next, machine);
+    if (result.cycles <= r.cycles) continue;
+    in = next;
+    r = std::move(result);
+  }
+  const auto three = [&](size_t first) {
+    return "[" + std::to_string(key.shape[first]) + "," + std::to_string(key.shape[first + 1]) + "," +
+           std::to_string(key.shape[first + 2]) + "]";
+  };
+  std::string s =
+      "{\"kernel\":" + quoted(key.kernel) + ",\"arch\":" + quoted(e.device->arch) +
+      ",\"multiprocessors\":" + std::to_string(e.device->multiprocessors) + ",\"grid\":" + three(0) +
+      ",\"block\":" + three(3) + ",\"cluster\":" + three(6) + ",\"shared_bytes\":" + std::to_string(key.shared_bytes) +
+      ",\"launches\":" + std::to_string(e.launches) + ",\"programmatic\":" + std::to_string(e.programmatic) +
+      ",\"resident\":" + std::to_string(in.resident) + ",\"clusters\":" + std::to_string(in.clusters) +
+      ",\"replayed\":" + std::to_string(r.replayed) + ",\"cycles\":" + std::to_string(r.cycles) +
+      ",\"dependency_cycle\":" + std::to_string(r.dependency) +
+      ",\"replayed_cycles\":" + std::to_string(r.span_cycles) + ",\"busy\":{\"tensor cores\":" + number(r.tensor) +
+      ",\"issue\":" + number(r.issue) + ",\"shared memory\":" + number(r.shared) + ",\"L2\":" + number(r.l2) +
+      ",\"L2 writes\":" + number(r.l2_writes) + ",\"DRAM\":" + number(r.dram) + "},\n\"instructions\":[";
+  bool first = true;
+  for (size_t k = 0; k < r.ops.size(); ++k) {
+    if (!r.ops[k].issued) continue;
+    s += (first ? "{" : ",\n{") + e.ops.lines[k].json() + ",\"issued\":" + std::to_string(r.ops[k].issued) +
+         ",\"slots\":" + std::to_string(r.ops[k].issued * e.ops.ops[k].slots) + ",\"waited\":{";
+    first = false;
+    bool first_wait = true;
+    for (int w = 0; w < kWaits; ++w) {
+      if (!r.ops[k].waited[w]) continue;
+      s += std::string(first_wait ? "\"" : ",\"") + kWaitNames[w] + "\":" + std::to_string(r.ops[k].waited[w]);
+      first_wait = false;
+    }
+    s += "}}";
+  }
+  s += "],\n\"tracks\":" + list(r.tracks) + ",\"names\":" + list(r.names) +
+       ",\"spans_cut\":" + (r.spans_cut ? "true" : "false") + ",\"spans\":[";
+  first = true;
+  // A name is a number into "names", or ["file", line, "opcode"] of an instruction.
+  for (const Span& span : r.spans) {
+    const Line* line = span.name & kOfOp ? &e.ops.lines[span.name & ~kOfOp] : nullptr;
+    const std::string name = line ? "[" + quoted(line->file) + "," +
+                                        std::to_string(line->file.empty() ? line->ptx_line : line->line) + "," +
+                                        quoted(line->opcode) + "]"
+                                  : std::to_string(span.name);
+    s += std::string(first ? "[" : ",[") + std::to_string(span.track) + "," + name + "," + std::to_string(span.begin) +
+         "," + std::to_string(span.end) + "]";
+    first = false;
+  }
+  return s + "]}";
+}
+
+// Of those that `selects` picks, with the machine that machine_of knows for an architecture.
+template <class S, class M>
+std::string timeline_json(S selects, M machine_of, uint64_t resident) {
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  std::string s = "[";
+  for (const auto& [key, entry] : r.entries) {
+    if (selects(key)) s += (s.size() > 1 ? ",\n" : "") + json_of(key, entry, machine_of(entry.device->arch), resident);
+  }
+  return s + "]\n";
+}
+
+std::string folder() {
+  const char* const path = std::getenv("FORWARDPASS_INTERPRET_TIMELINE");
+  return path ? path : "";
+}
+
+void write_timeline() {
+  try {
+    const std::string json = timeline_json([](const Key&) { return true; },
+                                           [](const std::string& arch) {
+                                             std::stringstream text;
+                                             text << std::ifstream(folder() + "/" + arch + ".txt").rdbuf();
+                                             return Machine(text.str());
+                                           },
+                                           0);
+    std::ofstream(folder() + "/timeline.json") << json;
+  } catch (...) {
+    report_caught();
+    std::fprintf(stderr, "forwardpass: no timeline: %s\n", fpi_finding());
+  }
+}
+// From the load of the library on.
+const bool written = !folder().empty() && !std::atexit(write_timeline);
+
+}  // namespace
+
+bool recorded(const Options& o) { return o.timeline || written; }
+
+std::shared_ptr<LaunchTrace> begin_trace(const Launch& l) {
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  const auto entry = r.entries.find(key_of(l));
+  return entry == r.entries.end() ? std::make_shared<LaunchTrace>(l) : nullptr;
+}
+
+void keep_trace(const Launch& l, const Sheet& all) {
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  Entry& e = r.entries[key_of(l)];
+  ++e.launches;
+  e.programmatic += l.programmatic;
+  if (e.trace || !l.trace) return;
+  e.trace = l.trace;
+  e.device = current_device();
+  e.touched = all.footprint.touched();
+  std::vector<std::pair<uint32_t, const Code*>> order;
+  for (const auto& [code, first] : l.trace->codes()) order.emplace_back(first, code);
+  std::sort(order.begin(), order.end());
+  for (const auto& [first, code] : order) e.ops.add(*l.module, *code);
+  for (const uint64_t group : e.trace->recorded_groups) {
+    for (CtaTrace* cta : e.trace->ctas(group)) {
+      for (WarpTrace& w : cta->warps) {
+        e.cut |= w.cut;
+        e.ops.arrange(w.events);
+      }
+    }
+  }
+}
+
+}  // namespace forwardpass::interpreter
+
+using namespace forwardpass::interpreter;
+
+extern "C" {
+
+const char* fpi_timeline_json(uint64_t name, const char* kernel, const char* machine, int resident) {
+  return guarded("", [&]() -> const char* {
+    thread_local std::string json;
+    const Machine rates(machine);
+    json = timeline_json([&](const Key& k) { return k.name == name && k.kernel.find(kernel) != std::string::npos; },
+                         [&](const std::string&) { return rates; }, static_cast<uint64_t>(resident));
+    return json.c_str();
+  });
+}
+
+void fpi_timeline_forget(uint64_t name) {
+  guarded([&] {
+    Record& r = the_record();
+    const std::lock_guard lock(r.mutex);
+    for (auto e = r.entries.begin(); e != r.entries.end();)
+      e = e->first.name == name ? r.entries.erase(e) : std::next(e);
+  });
+}
+
+}  // extern "C"
