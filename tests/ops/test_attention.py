@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import two_threads
 
 import forwardpass as fp
 from forwardpass.common import environment
@@ -73,7 +74,7 @@ for case in cases.cases():
 @pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2") if t in torch.ops.forwardpass._cpu_tiers()])
 def test_float32_on_a_lower_tier(tier):
     subprocess.run([sys.executable, "-c", _BOTH_WAYS], check=True,
-                   env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "FORWARDPASS_CPU": tier})  # fmt: skip
+                   env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
 
 
 @pytest.mark.skipif(environment.cpu_tier() == "baseline", reason="torch's rows depend on others")
