@@ -28,17 +28,33 @@ LAYOUTS = ("aligned", "apart", "contiguous", "shifted")
 MOST_MACS = 2**26
 
 
+#: For `pairwise`: what Triton compiles its GEMM for, and its quantisation of rows, of the values of these factors.
+GEMM_KERNEL: dict[str, Callable[[Any], Any]] = {
+    "m": lambda m: (m > 16) + (m > 64),
+    "k": lambda k: k > 2048,  # split
+    "activation": lambda name: name is not None and name.endswith("_mul"),  # gated
+}
+QUANTIZE_KERNEL: dict[str, Callable[[Any], Any]] = {
+    "k": lambda k: (max(4, (k - 1).bit_length()), k == 1, k % 16 == 0),
+    **dict.fromkeys(("x_dtype", "static", "symmetric", "channel_scale"), str),
+}
+
+
 def few_macs(row: Mapping[str, Any]) -> bool:
     """For `pairwise`: whether sizes taken from GEMM_FACTORS, perhaps not all of them yet, stay below MOST_MACS."""
     return row.get("m", 1) * row.get("n", 1) * row.get("k", 1) <= MOST_MACS
 
 
 def pairwise(
-    factors: Mapping[str, Sequence[Any]], allowed: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    factors: Mapping[str, Sequence[Any]],
+    allowed: Callable[[Mapping[str, Any]], bool] = lambda row: True,
+    kernels: Sequence[Mapping[str, Callable[[Any], Any]]] = (),
 ) -> list[dict[str, Any]]:
     """A small list of combinations in which every pair of values of two factors occurs: greedy and deterministic.
 
-    `allowed` is asked about every row as it grows, and must let each pair and what is chosen last pass.
+    `allowed` is asked about every row as it grows, and must let each pair and what is chosen last pass. With `kernels` the list
+    is a third longer, of few kernels: for each that a case launches, the factors that it is compiled for, and what of their
+    values.
     """
     names = list(factors)
     uncovered = {
@@ -47,13 +63,22 @@ def pairwise(
         for i in range(len(factors[a]))
         for j in range(len(factors[b]))
     }
+    compiled: list[list[dict[str, Any]]] = [[] for _ in kernels]
+
+    def constants(row: dict[str, int]) -> list[dict[str, Any]]:
+        """Of each kernel, as far as the row tells them."""
+        return [{n: of(factors[n][row[n]]) for n, of in kernel.items() if n in row} for kernel in kernels]
 
     def gain(row: dict[str, int], name: str, value: int) -> int:
-        """How many uncovered pairs `value` makes with what the row has."""
+        """How many uncovered pairs `value` makes with what the row has; a kernel that is new costs as much as three."""
         pairs = (
             (name, value, m, w) if names.index(name) < names.index(m) else (m, w, name, value) for m, w in row.items()
         )
-        return sum(p in uncovered for p in pairs)
+        new = sum(
+            not any(known.items() >= kernel.items() for known in all_known)
+            for kernel, all_known in zip(constants({**row, name: value}), compiled)
+        )
+        return sum(p in uncovered for p in pairs) - 3 * new
 
     def values(row: dict[str, int]) -> dict[str, Any]:
         return {n: factors[n][i] for n, i in row.items()}
@@ -67,6 +92,8 @@ def pairwise(
                 choices = [v for v in range(len(factors[n])) if allowed(values({**row, n: v}))]
                 row[n] = max((gain(row, n, v), -v) for v in choices)[1] * -1
         uncovered -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
+        for kernel, known in zip(constants(row), compiled):
+            known.append(kernel)
         rows.append({n: factors[n][row[n]] for n in names})
     return rows
 
