@@ -16,6 +16,7 @@ from ...testing import (
     LAYOUTS,
     assert_close,
     assert_quantized_close,
+    compiled_for,
     few_macs,
     laid_out,
     pairwise,
@@ -186,7 +187,7 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "out_dtype": (*epilogue["out_dtype"], "quantize"),
     }
     kernels = (
-        [GEMM_KERNEL | {"scales": lambda scales: scales[2], "out_dtype": lambda dtype: dtype == "quantize"}]
+        compiled_for(GEMM_KERNEL | {"scales": lambda scales: scales[2], "out_dtype": lambda dtype: dtype == "quantize"})
         if few_kernels
         else []
     )

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, GEMM_KERNEL, LAYOUTS, QUANTIZE_KERNEL, awkward, few_macs, laid_out, leads, pairwise
+from ...testing import (
+    GEMM_FACTORS,
+    GEMM_KERNEL,
+    LAYOUTS,
+    QUANTIZE_KERNEL,
+    awkward,
+    compiled_for,
+    few_macs,
+    laid_out,
+    leads,
+    pairwise,
+)
 from ..common.activations import GATED, PLAIN, is_gated
 from ..common.quantized_rows import E4M3, FLOATS
 from ..fp8_gemm import cases as gemm
@@ -87,10 +98,10 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "layout": LAYOUTS,
     }
     kernels = (
-        [
+        compiled_for(
             GEMM_KERNEL | {"scales": lambda scales: scales[0] == "block"},
             QUANTIZE_KERNEL | {"scales": lambda scales: (scales[0] == "block", scales[1])},
-        ]
+        )
         if few_kernels
         else []
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, GEMM_KERNEL, LAYOUTS, few_macs, laid_out, pairwise
+from ...testing import GEMM_FACTORS, GEMM_KERNEL, LAYOUTS, compiled_for, few_macs, laid_out, pairwise
 from ..common.activations import is_gated
 from ..dequant_activation.cases import EpilogueCase, assert_epilogue_matches, epilogue_factors
 from . import reference
@@ -62,7 +62,7 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "layout_b": LAYOUTS,
         **epilogue_factors(),
     }
-    kernels = [GEMM_KERNEL] if few_kernels else []
+    kernels = compiled_for(GEMM_KERNEL) if few_kernels else []
     for row in pairwise(factors, few_macs, kernels):
         m, n, k, layouts = row.pop("m"), row.pop("n"), row.pop("k"), (row.pop("layout_a"), row.pop("layout_b"))
         if is_gated(row["activation"]):

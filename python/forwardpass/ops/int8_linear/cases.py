@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, GEMM_KERNEL, LAYOUTS, QUANTIZE_KERNEL, awkward, few_macs, laid_out, leads, pairwise
+from ...testing import (
+    GEMM_FACTORS,
+    GEMM_KERNEL,
+    LAYOUTS,
+    QUANTIZE_KERNEL,
+    awkward,
+    compiled_for,
+    few_macs,
+    laid_out,
+    leads,
+    pairwise,
+)
 from ..common.activations import GATED, PLAIN, is_gated
 from ..common.quantized_rows import FLOATS
 from ..dequant_activation.cases import assert_epilogue_matches
@@ -80,7 +91,7 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "layout": LAYOUTS,
         "packed": (False, True),
     }
-    kernels = [GEMM_KERNEL, QUANTIZE_KERNEL] if few_kernels else []
+    kernels = compiled_for(GEMM_KERNEL, QUANTIZE_KERNEL) if few_kernels else []
     for row in leads(pairwise(factors, few_macs, kernels)):
         if is_gated(row["activation"]):
             row["n"] = -(-row["n"] // 16) * 16

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, GEMM_KERNEL, LAYOUTS, assert_close, awkward, few_macs, laid_out, leads, pairwise
+from ...testing import (
+    GEMM_FACTORS,
+    GEMM_KERNEL,
+    LAYOUTS,
+    assert_close,
+    awkward,
+    compiled_for,
+    few_macs,
+    laid_out,
+    leads,
+    pairwise,
+)
 from ..common.activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3
 from ..int8_gemm.cases import BENCHMARK_SHAPES
@@ -89,7 +100,7 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "layout": LAYOUTS,
     }
     kernels = (
-        [GEMM_KERNEL | {"x_dtype": str, "w_dtype": str, "scales": lambda scales: scales == "block"}]
+        compiled_for(GEMM_KERNEL | {"x_dtype": str, "w_dtype": str, "scales": lambda scales: scales == "block"})
         if few_kernels
         else []
     )
