@@ -28,17 +28,44 @@ LAYOUTS = ("aligned", "apart", "contiguous", "shifted")
 MOST_MACS = 2**26
 
 
+#: For `pairwise`: what Triton compiles its GEMM for, and its quantisation of rows, of the values of these factors.
+GEMM_KERNEL: dict[str, Callable[[Any], Any]] = {
+    "m": lambda m: (m > 16) + (m > 64),
+    "k": lambda k: k > 2048,  # split
+    "activation": lambda name: name is not None and name.endswith("_mul"),  # gated
+}
+QUANTIZE_KERNEL: dict[str, Callable[[Any], Any]] = {
+    "k": lambda k: (max(4, (k - 1).bit_length()), k == 1, k % 16 == 0),
+    **dict.fromkeys(("x_dtype", "static", "symmetric", "channel_scale"), str),
+}
+
+
+Constants = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def compiled_for(*kernels: Mapping[str, Callable[[Any], Any]]) -> list[Constants]:
+    """The `kernels` of `pairwise`, where each constant is of one factor."""
+
+    def constants(of: Mapping[str, Callable[[Any], Any]]) -> Constants:
+        return lambda row: {name: of[name](value) for name, value in row.items() if name in of}
+
+    return [constants(of) for of in kernels]
+
+
 def few_macs(row: Mapping[str, Any]) -> bool:
     """For `pairwise`: whether sizes taken from GEMM_FACTORS, perhaps not all of them yet, stay below MOST_MACS."""
     return row.get("m", 1) * row.get("n", 1) * row.get("k", 1) <= MOST_MACS
 
 
 def pairwise(
-    factors: Mapping[str, Sequence[Any]], allowed: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    factors: Mapping[str, Sequence[Any]],
+    allowed: Callable[[Mapping[str, Any]], bool] = lambda row: True,
+    kernels: Sequence[Constants] = (),
 ) -> list[dict[str, Any]]:
     """A small list of combinations in which every pair of values of two factors occurs: greedy and deterministic.
 
-    `allowed` is asked about every row as it grows, and must let each pair and what is chosen last pass.
+    `allowed` is asked about every row as it grows, and must let each pair and what is chosen last pass. With `kernels` the list
+    is up to a half longer, of few kernels: for each that a case launches, what a row, whole or not, tells of its constants.
     """
     names = list(factors)
     uncovered = {
@@ -47,16 +74,19 @@ def pairwise(
         for i in range(len(factors[a]))
         for j in range(len(factors[b]))
     }
-
-    def gain(row: dict[str, int], name: str, value: int) -> int:
-        """How many uncovered pairs `value` makes with what the row has."""
-        pairs = (
-            (name, value, m, w) if names.index(name) < names.index(m) else (m, w, name, value) for m, w in row.items()
-        )
-        return sum(p in uncovered for p in pairs)
+    compiled: list[list[Mapping[str, Any]]] = []
 
     def values(row: dict[str, int]) -> dict[str, Any]:
         return {n: factors[n][i] for n, i in row.items()}
+
+    def gain(row: dict[str, int], name: str, value: int) -> int:
+        """How many uncovered pairs `value` makes with what the row has; a kernel that is new costs as much as three."""
+        pairs = (
+            (name, value, m, w) if names.index(name) < names.index(m) else (m, w, name, value) for m, w in row.items()
+        )
+        constants = [kernel(values({**row, name: value})) for kernel in kernels]
+        new = sum(not any(known[i].items() >= c.items() for known in compiled) for i, c in enumerate(constants))
+        return sum(p in uncovered for p in pairs) - 3 * new
 
     rows = []
     while uncovered:
@@ -67,7 +97,8 @@ def pairwise(
                 choices = [v for v in range(len(factors[n])) if allowed(values({**row, n: v}))]
                 row[n] = max((gain(row, n, v), -v) for v in choices)[1] * -1
         uncovered -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
-        rows.append({n: factors[n][row[n]] for n in names})
+        rows.append(values({n: row[n] for n in names}))
+        compiled.append([kernel(rows[-1]) for kernel in kernels])
     return rows
 
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, what it refuses and with which exit code."""
 
+import importlib
 import json
 import re
 import shutil
@@ -14,6 +15,9 @@ from command_line import NO_MINILM, refused, run
 
 import forwardpass as fp
 from forwardpass.cli import comparison, console, embedding
+from forwardpass.serving import size_batch
+from forwardpass.serving.load import Load
+from forwardpass.serving.queueing import Arrivals, Spread
 
 needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not installed")
 
@@ -471,6 +475,25 @@ def test_size_batch_gives_a_policy_and_tries_it(folder, tmp_path):
     assert written["check"]["requests"] == requests and written["check"]["ok"]
     assert written["policy"]["cost_per_million"] == pytest.approx(replicas / (50 * 3600) * 1e6)
     assert files["plot"].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_size_batch_tries_what_it_simulated(folder, monkeypatch):
+    """One of three replicas gets each third request; a run that took longer than any that was simulated is said to."""
+    sent = []
+
+    def trial(model, make_batch, policy, arrivals):
+        sent.append(arrivals)
+        return Load([0.001 if len(sent) == 1 else 60.0] * len(arrivals), [0.0] * len(arrivals))
+
+    three = size_batch.Candidate(1, 0.0, 3, {"p50": 1.0, "p95": 1.0, "p99": 1.0}, 0.5, 1.0, None)
+    size = ("size-batch", folder, "--length", 8, "--max-batch", 1, "--seconds", 0.1, "--rate", 30, "--check", 2)
+    monkeypatch.setattr(importlib.import_module("forwardpass.cli.commands.size_batch"), "try_policy", trial)
+    monkeypatch.setattr(size_batch, "_choose", lambda *args: (three, Spread(20, 0.5, 1.5), [], None))
+    holds, fails = (" ".join(run(*size, "--slo-ms", 100).stdout.split()) for _ in range(2))
+    assert sent == [Arrivals(30.0).of_replica(3, 20, seed=1)] * 2
+    assert "3 replicas, which take turns" in holds and "of 95% of runs of 20 requests p99 is 0.5 to 1.5 ms" in holds
+    assert "holds the objective" in holds and "not as simulated" not in holds
+    assert "FAILS the objective p99 is not as simulated" in fails
 
 
 def test_size_batch_with_a_trace_an_objective_that_cannot_hold_and_bad_usage(folder, tmp_path):

@@ -21,7 +21,7 @@ KERNELS = [
     pytest.param(("triton", "sm_89"), marks=pytest.mark.slow),
     ("triton", "sm_90a"),
 ]
-CASES = list(cases.cases())
+CASES, FEW_KERNELS = list(cases.cases()), list(cases.cases(few_kernels=True))
 #: (rows, keys) of packed sequences (varlen): of several tiles, on both sides of their edges, and of none
 LENGTHS = ((130, 300), (0, 64), (1, 257), (127, 127), (128, 65), (5, 0), (200, 64), (0, 0), (66, 191))
 
@@ -60,7 +60,19 @@ def reason_of_refusal(case):
     return None if bucket(*case.dims) else "head_dim"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def launches():
+    """Triton, which takes two seconds to compile a kernel, has cases with few of them; in `make test-all` CUDA's too."""
+    for case in dict.fromkeys(CASES + FEW_KERNELS):
+        for kernel in KERNELS:
+            implementation, arch = getattr(kernel, "values", (kernel,))[0]
+            if implementation == "triton" or case in CASES:
+                slow = arch == "sm_89" or (implementation == "triton" and case not in FEW_KERNELS)
+                yield pytest.param(case, (implementation, arch), marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel"), list(launches()), ids=lambda x: "-".join(x) if isinstance(x, tuple) else str(x)
+)
 def test_kernel(case, kernel, seed):
     args = case.arguments(seed=seed)
     implementation, arch = kernel

@@ -1,6 +1,7 @@
 """The GEMMs' kernels, as compiled: every case of every operation, CUDA and Triton, on each architecture.
 
-FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones, and Triton's kernels
+FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones. Triton takes about a
+second to compile a GEMM, so its cases cover the same pairs in few kernels; `make test-all` adds CUDA's cases, and Triton's kernels
 for int8 weights on sm_89, whose PTX is letter for letter that for sm_80, `.target` apart.
 """
 
@@ -12,6 +13,7 @@ import torch
 
 import forwardpass as fp
 from forwardpass import dispatch
+from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.fp8_linear import cases as fp8_linear
 from forwardpass.ops.int8_gemm import cases as int8_gemm
@@ -22,9 +24,11 @@ from forwardpass.testing import assert_equal
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+IMPLEMENTATIONS = ("cuda", "triton")
 FP8 = {"fp8_gemm": fp8_gemm, "fp8_linear": fp8_linear}
 MODULES = {"int8_gemm": int8_gemm, "int8_linear": int8_linear, "w8a16_gemm": w8a16_gemm, **FP8}
 CASES = [(name, case) for name, module in MODULES.items() for case in module.cases()]
+FEW_KERNELS = [(name, case) for name, module in MODULES.items() for case in module.cases(few_kernels=True)]
 PROMOTION = [(arch, case) for arch in ARCHITECTURES[1:] for case in fp8_gemm.PROMOTION_CASES]
 
 
@@ -55,14 +59,28 @@ def check(name, case, implementation, arch, seed, truncating):
     assert (device.counters["launches"] > 0) == (args[0].numel() > 0)
 
 
+def repeats(implementation, arch, dtype):
+    """Whether it is sm_80's PTX; dtype: that of the 8-bit operand."""
+    return implementation == "triton" and arch == "sm_89" and dtype == torch.int8
+
+
 def launches():
-    for (name, case), implementation, arch in itertools.product(CASES, ("cuda", "triton"), ARCHITECTURES):
-        int8 = name.startswith("int8") or (name == "w8a16_gemm" and case.w_dtype == torch.int8)
-        again = implementation == "triton" and arch == "sm_89" and int8
-        yield pytest.param(name, case, implementation, arch, marks=[pytest.mark.slow] * again)
+    """Triton's cases with few kernels, and in `make test-all` CUDA's too."""
+    for implementation, chosen, others in (("cuda", CASES, []), ("triton", FEW_KERNELS, CASES)):
+        first = dict.fromkeys(chosen)
+        for (name, case), arch in itertools.product({**first, **dict.fromkeys(others)}, ARCHITECTURES):
+            dtype = E4M3 if name in FP8 else getattr(case, "w_dtype", torch.int8)
+            slow = (name, case) not in first or repeats(implementation, arch, dtype)
+            yield pytest.param(name, case, implementation, arch, marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("name", "case", "implementation", "arch"), launches(), ids=str)
+def each(*values):
+    """(value, implementation, architecture) for each (value, type of the 8-bit operand)."""
+    for (value, dtype), implementation, arch in itertools.product(values, IMPLEMENTATIONS, ARCHITECTURES):
+        yield pytest.param(value, implementation, arch, marks=[pytest.mark.slow] * repeats(implementation, arch, dtype))
+
+
+@pytest.mark.parametrize(("name", "case", "implementation", "arch"), list(launches()), ids=str)
 def test_kernel(name, case, implementation, arch, seed):
     check(name, case, implementation, arch, seed, truncating=name in FP8)
 
@@ -82,9 +100,7 @@ def test_sums_are_promoted(arch, case, implementation, seed):
     check("fp8_gemm", case, implementation, arch, seed, truncating=True)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize("w_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("w_dtype", "implementation", "arch"), list(each((torch.int8, torch.int8), (E4M3, E4M3))))
 def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     """All 256 in each byte of a word, NaN and denormals included, which no random weight is."""
     codes = torch.arange(-128, 128, dtype=torch.int8)
@@ -100,12 +116,13 @@ def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     assert device.findings == []
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize("name", ["int8_gemm", "fp8_gemm", "w8a16_gemm"])
+@pytest.mark.parametrize(
+    ("name", "implementation", "arch"),
+    list(each(("int8_gemm", torch.int8), ("fp8_gemm", E4M3), ("w8a16_gemm", torch.int8))),
+)
 def test_rows_may_be_one_and_the_same(name, implementation, arch):
     """An operand of stride 0, which `expand` makes."""
-    dtype = {"int8_gemm": torch.int8, "fp8_gemm": torch.float8_e4m3fn, "w8a16_gemm": torch.bfloat16}[name]
+    dtype = {"int8_gemm": torch.int8, "fp8_gemm": E4M3, "w8a16_gemm": torch.bfloat16}[name]
     x = (torch.arange(160) % 7 - 3).to(dtype).expand(17, 160)
     w, one = torch.randint(-9, 9, (33, 160)).to(torch.int8 if name == "w8a16_gemm" else dtype), torch.ones(1)
     options = (None, None) if name == "w8a16_gemm" else (None, None, torch.float32, None)

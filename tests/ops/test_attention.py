@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import two_threads
 
 import forwardpass as fp
 from forwardpass.common import environment
@@ -74,7 +75,7 @@ for case in cases.cases():
 def test_lower_tiers(tier):
     """AVX-512 without VNNI: bfloat16 is multiplied as floats, not in pairs."""
     subprocess.run([sys.executable, "-c", _ALL_DTYPES], check=True,
-                   env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "FORWARDPASS_CPU": tier})  # fmt: skip
+                   env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
 
 
 @pytest.mark.parametrize("dim", [16, 32, 48, 80, 128, 256])

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from processes import two_threads
 
 import forwardpass as fp
 from forwardpass.ops.dequant_activation import cases as dequant_cases
@@ -166,7 +167,7 @@ _SHAPES = [[1, 1, 1], [5, 300, 1024], [130, 17, 4100], [31, 40, 70], [64, 16, 64
 
 def run_exact(shapes, *ops, **environment):
     return subprocess.run([sys.executable, "-c", _EXACT, json.dumps(shapes), *ops], capture_output=True, text=True, check=True,
-                          env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment}).stdout  # fmt: skip
+                          env=two_threads(environment)).stdout  # fmt: skip
 
 
 TIERS = torch.ops.forwardpass._cpu_tiers().split(",")

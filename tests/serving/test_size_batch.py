@@ -14,7 +14,18 @@ from torch import nn
 
 from forwardpass.serving import size_batch as module
 from forwardpass.serving.load import run_load
-from forwardpass.serving.queueing import Policy, ServiceTimes, bootstrap, percentile, poisson, served, settled, simulate
+from forwardpass.serving.queueing import (
+    Arrivals,
+    Policy,
+    ServiceTimes,
+    bootstrap,
+    percentile,
+    poisson,
+    served,
+    settled,
+    simulate,
+    spread,
+)
 from forwardpass.serving.size_batch import peak_memory, size_batch, try_policy
 
 
@@ -29,6 +40,44 @@ def test_arrivals_are_poisson():
     assert statistics.mean(gaps) == pytest.approx(1 / 50, rel=0.03)
     assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.03)  # of an exponential distribution the mean
     assert times == poisson(50.0, 20_000, seed=3) != poisson(50.0, 20_000, seed=4)
+
+
+def test_replicas_take_turns_with_the_arrivals():
+    """Which makes gaps of one replica more even than those of independent arrivals: a queue half as long."""
+    times, drawn = poisson(20.0, 40_000, seed=1)[::2], Arrivals(20.0).of_replica(2, 20_000, seed=2)
+    for of_one in (times, drawn):
+        gaps = [b - a for a, b in itertools.pairwise(of_one)]
+        assert statistics.mean(gaps) == pytest.approx(2 / 20, rel=0.03)
+        assert statistics.stdev(gaps) == pytest.approx(2**0.5 / 20, rel=0.03)
+    service, policy = constant({1: 0.028}), Policy(1, 0.0)
+    turns, drawn_turns, apart = (simulate(a, policy, service) for a in (times, drawn, poisson(10.0, 20_000)))
+    for p in (95, 99):
+        assert drawn_turns.percentile(p) == pytest.approx(turns.percentile(p), rel=0.05)
+        assert apart.percentile(p) > 1.25 * turns.percentile(p)
+    assert Arrivals(1.0, [5.0, 6.0, 7.0, 9.0]).of_replica(2, 1) == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_run_is_within_the_spread_of_such_runs(replicas):
+    """95 of 100 are, and the percentile of a long simulation alone is no bound for any."""
+    times = [0.02 + 0.001 * i for i in range(20)] + [0.06]
+    service, policy, requests = ServiceTimes({1: times}, {1: times}), Policy(1, 0.0), Arrivals(12.0 * replicas)
+    found = spread(requests.runs(replicas, 20.0), policy, service, 99)
+    assert found.requests == 240
+    runs = [
+        1e3 * simulate(requests.of_replica(replicas, 240, i), policy, service, f"{i}").percentile(99)
+        for i in range(400)
+    ]
+    assert 0.9 <= sum(found.low_ms <= p99 <= found.high_ms for p99 in runs) / 400 <= 0.98
+    assert found.high_ms > 1.2e3 * simulate(requests.of_replica(replicas, 50_000), policy, service).percentile(99)
+
+
+def test_the_runs_of_a_trace_are_its_sections():
+    requests = Arrivals(2.0, [0.5 * i for i in range(400)])
+    runs = list(requests.runs(2, 20.0))
+    assert {len(r) for r in runs} == {20} and runs[0][0] == 0 and runs[-1][-1] == 398 * 0.5
+    assert [len(r) for r in Arrivals(2.0, [0.0, 0.5, 1.0]).runs(1, 20.0)] == [3] * 200
+    assert {len(r) for r in Arrivals(1e4).runs(1, 20.0)} == {1000}
 
 
 @pytest.mark.parametrize("load", [0.3, 0.7, 0.9])
@@ -178,12 +227,16 @@ def test_a_sleeping_model_is_sized():
     assert kept["policy"]["max_batch"] == found.policy.max_batch and kept["policy"]["max_wait_ms"] >= 0
     assert kept["schema"] == "forwardpass.size_batch/1" and kept["measured"] == ["points", "saturation_rate"]
     assert f"max_batch={found.policy.max_batch}" in str(found)
+    assert kept["spread"]["requests"] == 1000 and "of 95% of runs of 1000 requests p99 is" in str(found)
     load = try_policy(Sleeper(), make_batch, found.policy, poisson(100.0, 50))
     assert len(load.latencies) == len(load.lateness) == 50 and min(load.latencies) > 0.002
 
 
 def chosen(times, rate, slo, p=99.0, price=None):
-    return module._choose(constant(times), poisson(rate, 5000), rate, slo, p, price, 0)
+    policy, varies, frontier, reason = module._choose(constant(times), Arrivals(rate), slo, p, price, 20.0, 0)
+    assert (policy is None) == (varies is None)
+    assert varies is None or varies.low_ms <= varies.high_ms <= 0.9 * slo
+    return policy, frontier, reason
 
 
 def test_the_policy_is_the_surest_of_those_that_hold_the_objective():
@@ -205,13 +258,23 @@ def test_replicas_share_what_one_cannot_serve():
     assert none is None and frontier == [] and "10.0 ms" in why
 
 
+def test_short_runs_need_more_to_spare():
+    """One replica holds 99 ms at 1000 requests in a row, and at 40 in a row not often enough."""
+
+    def replicas(run_seconds):
+        found = module._choose(constant({1: 0.028}), Arrivals(10.0), 110.0, 99.0, None, run_seconds, 0)
+        return found[0].replicas, found[1].requests
+
+    assert [replicas(t) for t in (100.0, 4.0)] == [(1, 1000), (2, 20)]
+
+
 def test_an_objective_that_cannot_hold_keeps_what_was_measured():
     found = sized(latency_slo_ms=1.0)
     assert found.policy is None and "free server" in found.reason and found.points[0].batch == 1
     assert "no policy holds p99 within 1 ms" in str(found) and found.to_json()["policy"] is None
 
 
-def test_what_is_printed_fits_and_its_line_is_not_below_0():
+def test_what_is_printed_fits_and_its_line_is_not_below_0(exact):
     found = dataclasses.replace(sized(price_per_hour=1.0), notes=["because " * 40], ended="because " * 40)
     text = str(found)
     assert max(map(len, text.splitlines())) <= 100 and ", 1 replica\n" in text
@@ -280,6 +343,7 @@ def test_outputs_that_say_nothing_are_refused(make, message):
         ({"arrival_rate": None, "arrivals": [2.0, 1.0]}, "ascending"),
         ({"arrival_rate": None, "arrivals": [0.0, math.nan, 1.0]}, "NaN"),
         ({"latency_slo_ms": -1}, "latency_slo_ms"),
+        ({"run_seconds": 0}, "run_seconds"),
         ({"percentile": 100}, "percentile"),
         ({"price_per_hour": -1}, "price_per_hour"),
         ({"max_batch": 0}, "max_batch"),

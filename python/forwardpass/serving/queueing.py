@@ -19,6 +19,8 @@ import torch
 WARM_UP = 0.05
 #: batches of a size that tell how long it takes under load
 LEAST_SEEN = 30
+#: runs that are simulated to see how they differ, and the most requests of one
+RUNS, MOST_OF_A_RUN = 200, 1000
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,39 @@ def _pick(ascending: Sequence[float], u: float) -> float:
     return ascending[min(int(u * len(ascending)), len(ascending) - 1)]
 
 
-def poisson(rate: float, count: int, seed: int | str = 0) -> list[float]:
-    """Times of arrivals that do not know of each other, `rate` of them a second on average."""
+def poisson(rate: float, count: int, seed: int | str = 0, replicas: int = 1) -> list[float]:
+    """Times of arrivals that do not know of each other, `rate` of them a second on average; of several replicas those of one,
+    which gets each so many-th: sums of so many gaps, which are more even than the gaps of as few independent arrivals.
+    """
     draw, now, times = random.Random(seed), 0.0, []
     for _ in range(count):
-        now += draw.expovariate(rate)
+        now += draw.gammavariate(replicas, 1 / rate)
         times.append(now)
     return times
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Requests that do not know of each other, or those of a trace, at a rate a second. Replicas take turns with them."""
+
+    rate: float
+    trace: Sequence[float] | None = None
+
+    def of_replica(self, replicas: int, count: int, seed: int | str = 0) -> list[float]:
+        """The times of so many requests that one of them gets; of a trace all."""
+        if self.trace is not None:
+            return [t - self.trace[0] for t in self.trace[::replicas]]
+        return poisson(self.rate, count, seed, replicas)
+
+    def runs(self, replicas: int, seconds: float) -> Iterator[list[float]]:
+        """What one of them gets in so many seconds, RUNS times: of a trace its sections, which overlap where it is short."""
+        count = min(max(1, round(seconds * self.rate / replicas)), MOST_OF_A_RUN)
+        if self.trace is None:
+            yield from (poisson(self.rate, count, f"run {i}", replicas) for i in range(RUNS))
+            return
+        times = self.of_replica(replicas, 0)
+        last = max(0, len(times) - count)
+        yield from (times[i * last // (RUNS - 1) :][:count] for i in range(RUNS))
 
 
 @dataclass(frozen=True)
@@ -145,6 +173,26 @@ def simulate(arrivals: Sequence[float], policy: Policy, service: ServiceTimes, s
         latencies += [free - t for t in arrivals[i : i + n]]
         i, batches, computed = i + n, batches + 1, computed + service_time
     return Simulated(latencies, computed / (free - arrivals[0]), len(arrivals) / batches)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a percentile of the latencies is in 95 % of runs of so many requests: the few slowest of a run decide it, and these
+    come together, as they share a queue.
+    """
+
+    requests: int
+    low_ms: float
+    high_ms: float
+
+
+def spread(runs: Iterable[Sequence[float]], policy: Policy, service: ServiceTimes, p: float) -> Spread:
+    """Of runs that are simulated apart, each from an empty queue on, as a real one is."""
+    count, percentiles = 0, []
+    for seed, arrivals in enumerate(runs):
+        percentiles.append(1e3 * simulate(arrivals, policy, service, seed).percentile(p))
+        count = len(arrivals)
+    return Spread(count, percentile(percentiles, 2.5), percentile(percentiles, 97.5))
 
 
 def _begins(arrivals: Sequence[float], i: int, policy: Policy, free: float) -> float:

@@ -29,10 +29,10 @@ from ..common.text import count, table, wrapped
 from ..common.timing import Track, untracked
 from .load import Load, run_load
 from .pipeline import Pipeline
-from .queueing import Policy, ServiceTimes, Simulated, percentile, poisson, served, simulate
+from .queueing import Arrivals, Policy, ServiceTimes, Simulated, Spread, percentile, poisson, served, simulate, spread
 
 SCHEMA = "forwardpass.size_batch/1"
-#: requests that are simulated for a policy; of a recorded trace all
+#: requests of one replica that are simulated for a policy; of a recorded trace all
 ARRIVALS = 10_000
 #: waits that are tried, as shares of the latency objective
 WAITS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
@@ -41,6 +41,8 @@ MARGIN = 0.1
 #: of two sizes in a row one has to raise the rate by this share, or larger ones are not measured
 LEAST_GAIN = 0.03
 MAX_BATCH = 4096
+#: seconds of a run whose percentile the objective is about
+RUN_SECONDS = 20.0
 #: replicas that are tried at most
 MAX_REPLICAS = 1024
 #: of a measurement: rounds at least, samples of a size in each, batches that wait behind the first one of a sample, and the
@@ -86,6 +88,7 @@ class BatchSizing:
     """What `fp.size_batch` found. `print` shows it; `policy` is None where no policy holds the objective, `reason` says why."""
 
     policy: Candidate | None
+    spread: Spread | None  #: of the policy's percentile, simulated
     reason: str | None
     latency_slo_ms: float
     percentile: float
@@ -111,10 +114,11 @@ class BatchSizing:
             **content,
             "device": environment.device(self.device),
             "policy": self.policy and asdict(self.policy),
+            "spread": self.spread and asdict(self.spread),
             "points": [{**asdict(p), "rate": p.rate} for p in self.points],
             "frontier": [asdict(c) for c in self.frontier],
             "measured": ["points", "saturation_rate"],
-            "simulated": ["policy", "frontier"],
+            "simulated": ["policy", "spread", "frontier"],
             "fitted": ["fixed_ms", "per_item_ms"],
         }
 
@@ -123,14 +127,17 @@ class BatchSizing:
 
     def __str__(self) -> str:
         goal = f"p{self.percentile:g} within {self.latency_slo_ms:g} ms at {self.arrival_rate:g} requests a second"
-        if self.policy is None:
+        if self.policy is None or self.spread is None:
             sentences = [f"no policy holds {goal}: {self.reason}"]
         else:
-            p = self.policy
+            p, spread = self.policy, self.spread
             simulated = ", ".join(f"{name} {ms:.1f} ms" for name, ms in p.latency_ms.items())
             sentences = [
-                f"{goal}: max_batch={p.max_batch}, max_wait_ms={p.max_wait_ms:g}, {count(p.replicas, 'replica')}",
+                f"{goal}: max_batch={p.max_batch}, max_wait_ms={p.max_wait_ms:g}, {count(p.replicas, 'replica')}"
+                + ", which take turns with the requests" * (p.replicas > 1),
                 f"simulated: {simulated}; {p.busy:.0%} of the time computing, {p.mean_batch:.1f} requests a batch",
+                f"of 95% of runs of {count(spread.requests, 'request')} {_name(self.percentile)} is {spread.low_ms:.1f} to "
+                f"{spread.high_ms:.1f} ms",
             ]
             if p.cost_per_million is not None:
                 sentences.append(f"{p.cost_per_million:.2f} per million predictions at {self.price_per_hour:g} an hour")
@@ -238,6 +245,7 @@ def size_batch(
     price_per_hour: float | None = None,
     forward: Forward | None = None,
     max_batch: int = MAX_BATCH,
+    run_seconds: float = RUN_SECONDS,
     seconds: float = 30.0,
     seed: int = 0,
     progress: Track = untracked,
@@ -246,9 +254,10 @@ def size_batch(
 
     Measures times and memory of batches of 1, 2, 4, … on this device, in a pipeline, until larger ones gain less than 3 % or
     one is too slow, too large or fails; simulates a queue before one server for each policy, drawing from the measured times;
-    and adds replicas, each with its share of the requests, until the objective holds with 10 % to spare. Replicas are the cost:
-    of the policies that hold it with the fewest, it takes the one of the lowest latency, which is the surest to hold. Those of
-    the frontier that compute less of the time pay with latency for what a shared device, or its power, costs.
+    and adds replicas, which take turns with the requests, until the objective holds with 10 % to spare, also in the slower ones
+    of the runs of `run_seconds`: in 97.5 % of them. Replicas are the cost: of the policies that hold it with the fewest, it
+    takes the one of the lowest latency, which is the surest to hold. Those of the frontier that compute less of the time pay
+    with latency for what a shared device, or its power, costs.
 
     Args:
         model: as `fp.Pipeline` takes it; eval mode while it is measured.
@@ -260,6 +269,7 @@ def size_batch(
             process's resident memory, where the system tells (Linux).
         price_per_hour: of one replica, in any currency.
         max_batch: no larger batch is tried.
+        run_seconds: how long a run is that the percentile is taken of; the shorter, the more it varies from run to run.
         seconds: how long times are gathered, after each size was tried once; half of it under load.
         progress: progress(what, steps or None) -> called after each step.
 
@@ -269,8 +279,8 @@ def size_batch(
         A batch of 1 that fails raises what it raised; a larger one ends the measurement, with what was found until then.
     """
     plain_module("size_batch", model)
-    times = _arrivals(arrival_rate, arrivals, seed)
-    for name, value in (("latency_slo_ms", latency_slo_ms), ("seconds", seconds)):
+    requests = _arrivals(arrival_rate, arrivals)
+    for name, value in (("latency_slo_ms", latency_slo_ms), ("run_seconds", run_seconds), ("seconds", seconds)):
         if not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"{name} is a number above 0, not {value!r}")
     if not 0 < percentile < 100:
@@ -289,15 +299,16 @@ def size_batch(
               len(service.next[n]), memory[n])
         for n in service.sizes
     ]  # fmt: skip
-    rate = len(times) / (times[-1] - times[0]) if arrivals is not None else float(arrival_rate or 0)
     progress("simulating", None)
-    policy, frontier, reason = _choose(service, times, rate, latency_slo_ms, percentile, price_per_hour, seed)
+    policy, varies, frontier, reason = _choose(
+        service, requests, latency_slo_ms, percentile, price_per_hour, run_seconds, seed
+    )
     fixed, per_item = _line(points)
     notes = []
     if memory_limit is not None and None in memory.values():
         notes.append("memory_limit was not applied: this system does not tell how much memory a batch takes")
     return BatchSizing(
-        policy, reason, float(latency_slo_ms), float(percentile), rate, points, frontier,
+        policy, varies, reason, float(latency_slo_ms), float(percentile), requests.rate, points, frontier,
         service.saturation_rate, fixed, per_item, price_per_hour, memory_limit, ended,
         str(device_of(model)), time.monotonic() - begin, service, notes,
     )  # fmt: skip
@@ -316,20 +327,20 @@ def try_policy(
     return run_load(_Server(model, make_batch, forward).pipeline(replica_policy), None, arrivals)
 
 
-def _arrivals(rate: float | None, trace: Iterable[float] | None, seed: int) -> list[float]:
+def _arrivals(rate: float | None, trace: Iterable[float] | None) -> Arrivals:
     if (rate is None) == (trace is None):
         clause = "neither was" if rate is None else "both were"
         raise ValueError(f"size_batch takes either arrival_rate= or arrivals=, and {clause} given")
     if rate is not None:
         if not 0 < rate < math.inf:
             raise ValueError(f"arrival_rate is a number of requests a second above 0, not {rate!r}")
-        return poisson(rate, ARRIVALS, seed)
+        return Arrivals(float(rate))
     times = [float(t) for t in trace or ()]
     if len(times) < 2 or times[0] == times[-1]:
         raise ValueError(f"arrivals are the times in seconds of at least two requests, not {len(times)}")
     if any(not math.isfinite(t) for t in times) or any(b < a for a, b in itertools.pairwise(times)):
         raise ValueError("arrivals are finite and ascending: sort them, and leave out what is NaN")
-    return times
+    return Arrivals(len(times) / (times[-1] - times[0]), times)
 
 
 def _grow(
@@ -422,30 +433,38 @@ def _full_batches(server: _Server, sizes: list[int], seconds: float, progress: T
 
 
 def _choose(
-    service: ServiceTimes, times: Sequence[float], rate: float, slo_ms: float, p: float, price: float | None, seed: int
-) -> tuple[Candidate | None, list[Candidate], str | None]:
-    """The policy, the frontier of those with as many replicas, and why there is no policy."""
-    if (fastest := 1e3 * percentile(service.first[1], p)) > (1 - MARGIN) * slo_ms:
-        return (
-            None,
-            [],
-            f"a batch of 1 on a free server takes {fastest:.1f} ms at this percentile ({MARGIN:.0%} are spare)",
-        )
-    replicas = max(1, math.ceil(rate / service.saturation_rate))
+    service: ServiceTimes,
+    requests: Arrivals,
+    slo_ms: float,
+    p: float,
+    price: float | None,
+    run_seconds: float,
+    seed: int,
+) -> tuple[Candidate | None, Spread | None, list[Candidate], str | None]:
+    """The policy, how its percentile differs from run to run, the frontier of those with as many replicas, and why there is no
+    policy.
+    """
+    most, name = (1 - MARGIN) * slo_ms, _name(p)
+    if (fastest := 1e3 * percentile(service.first[1], p)) > most:
+        why = f"a batch of 1 on a free server takes {fastest:.1f} ms at this percentile ({MARGIN:.0%} are spare)"
+        return None, None, [], why
+    replicas = max(1, math.ceil(requests.rate / service.saturation_rate))
     while replicas <= MAX_REPLICAS:
-        replica_times = times[::replicas]  # a replica gets each so many-th of the requests
-        candidates = [_candidate(service, replica_times, n, w * slo_ms, p, price, rate, replicas, seed)
+        times = requests.of_replica(replicas, ARRIVALS, seed)
+        candidates = [_candidate(service, times, n, w * slo_ms, p, price, requests.rate, replicas, seed)
                  for n in service.sizes for w in (WAITS if n > 1 else WAITS[:1])
-                 if service.saturation(n) * replicas > rate]  # fmt: skip
-        name = _name(p)
-        if holding := [c for c in candidates if c.latency_ms[name] <= (1 - MARGIN) * slo_ms]:
-            frontier = [c for c in candidates if not any(
-                d.latency_ms[name] <= c.latency_ms[name] and d.busy <= c.busy
-                and (d.latency_ms[name], d.busy) != (c.latency_ms[name], c.busy) for d in candidates)]  # fmt: skip
-            frontier.sort(key=lambda c: c.latency_ms[name])
-            return min(holding, key=lambda c: (c.latency_ms[name], c.busy)), frontier, None
+                 if service.saturation(n) * replicas > requests.rate]  # fmt: skip
+        surest = min(candidates, key=lambda c: (c.latency_ms[name], c.busy), default=None)
+        if surest is not None and surest.latency_ms[name] <= most:
+            policy = Policy(surest.max_batch, surest.max_wait_ms)
+            varies = spread(requests.runs(replicas, run_seconds), policy, service, p)
+            if varies.high_ms <= most:
+                frontier = [c for c in candidates if not any(
+                    d.latency_ms[name] <= c.latency_ms[name] and d.busy <= c.busy
+                    and (d.latency_ms[name], d.busy) != (c.latency_ms[name], c.busy) for d in candidates)]  # fmt: skip
+                return surest, varies, sorted(frontier, key=lambda c: c.latency_ms[name]), None
         replicas = max(replicas + 1, math.ceil(replicas * 1.1))
-    return None, [], f"{MAX_REPLICAS} replicas are not enough"
+    return None, None, [], f"{MAX_REPLICAS} replicas are not enough"
 
 
 def _candidate(

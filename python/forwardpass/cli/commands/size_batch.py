@@ -15,9 +15,9 @@ from ...common.plots import require as require_plot
 from ...common.text import count, wrapped
 from ...common.timing import keep_freed_memory
 from ...serving.load import Load
+from ...serving.queueing import Arrivals, Spread, settled
 from ...serving.queueing import percentile as percentile_of
-from ...serving.queueing import poisson, settled
-from ...serving.size_batch import try_policy
+from ...serving.size_batch import RUN_SECONDS, try_policy
 from .. import embedding
 from ..console import describe_calibration, say, tracking
 from ..options import (
@@ -78,21 +78,23 @@ def size_batch(
         sizing = fp.size_batch(
             subject.model, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
             memory_limit=None if memory_limit_mb is None else memory_limit_mb * 1_000_000,
-            price_per_hour=price_per_hour, max_batch=max_batch, seconds=seconds, progress=track,
+            price_per_hour=price_per_hour, max_batch=max_batch, run_seconds=check or RUN_SECONDS, seconds=seconds,
+            progress=track,
         )  # fmt: skip
         result = {
             **sizing.to_json(),
             "model": {"name": model, "chosen": subject.source.origin, "precision": precision, "length": length},
         }
         ok = sizing.policy is not None
-        if sizing.policy is not None and check:
+        if sizing.policy is not None and sizing.spread is not None and check:
             track("trying the policy", None)
-            rate_per_replica = sizing.arrival_rate / sizing.policy.replicas
-            times = poisson(rate_per_replica, max(1, round(check * rate_per_replica)), seed=1)
+            replicas = sizing.policy.replicas
+            count_of_run = max(1, round(check * sizing.arrival_rate / replicas))
+            times = Arrivals(sizing.arrival_rate, arrivals).of_replica(replicas, count_of_run, seed=1)
             if arrivals is not None:
-                times = [t - arrivals[0] for t in arrivals[:: sizing.policy.replicas] if t - arrivals[0] <= check]
+                times = [t for t in times if t <= check]
             trial = try_policy(subject.model, make_batch, sizing.policy, times)
-            result["check"] = checked(trial, percentile, slo_ms)
+            result["check"] = checked(trial, percentile, slo_ms, sizing.spread)
             result["measured"].append("check")
             ok = result["check"]["ok"]
     lines = [str(sizing)]
@@ -105,6 +107,11 @@ def size_batch(
             + ", ".join(f"{name} {ms:.1f} ms" for name, ms in run["latency_ms"].items())
             + f"; sent at most {run['lateness_ms']:.1f} ms late; {'holds' if ok else 'FAILS'} the objective"
         )
+        if not run["as_simulated"]:
+            lines += wrapped(
+                f"p{percentile:g} is not as simulated: batches took longer or shorter than when they were timed, as they do "
+                "beside other work on the machine"
+            )
     say(console, "\n".join(lines))
     if plot:
         with refusing(ValueError, RuntimeError, OSError):
@@ -115,7 +122,7 @@ def size_batch(
         raise typer.Exit(1)
 
 
-def checked(trial: Load, percentile: float, slo_ms: float) -> dict[str, Any]:
+def checked(trial: Load, percentile: float, slo_ms: float, spread: Spread) -> dict[str, Any]:
     """What a real run shows, the first requests left out as in the simulation."""
     latencies = settled(trial.latencies)
     latency_ms = {f"p{p:g}": 1e3 * percentile_of(latencies, p) for p in sorted({50.0, 95.0, percentile})}
@@ -123,5 +130,6 @@ def checked(trial: Load, percentile: float, slo_ms: float) -> dict[str, Any]:
         "requests": len(trial.latencies),
         "latency_ms": latency_ms,
         "lateness_ms": 1e3 * max(trial.lateness),
+        "as_simulated": spread.low_ms <= latency_ms[f"p{percentile:g}"] <= spread.high_ms,
         "ok": latency_ms[f"p{percentile:g}"] <= slo_ms,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...testing import assert_close, pairwise
-from . import reference
+from . import bucket, reference
 
 #: half a unit in the last place, relative; of float32 eight, as the sums are no wider, and are in another order
 ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-21}
@@ -210,8 +210,21 @@ SIZES = ((1, 1), (1, 128), (3, 799), (113, 203), (239, 1), (128, 217), (256, 512
 DIMS = (*((d, d) for d in (32, 40, 64, 72, 96, 128, 192, 256)), (192, 128))
 
 
-def cases() -> Iterator[Case]:
-    """Every pair of sizes and options. The first ones are what no kernel takes: float32, and other head dims."""
+def triton_kernel(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What it is compiled for, as far as a row of `pairwise` tells: the bucket, the dtype, and whether scores are modified."""
+    constants: dict[str, Any] = {"dtype": row["dtype"]} if "dtype" in row else {}
+    if "dims" in row:
+        constants["bucket"] = bucket(*row["dims"])
+    plain = {"masked": (None, "packed"), "softcap": (0.0,), "alibi": (None,)}
+    modified = [row[name] not in values for name, values in plain.items() if name in row]
+    if any(modified) or len(modified) == len(plain):
+        constants["general"] = any(modified)
+    return constants
+
+
+def cases(few_kernels: bool = False) -> Iterator[Case]:
+    """Every pair of sizes and options. The first ones are what no kernel takes: float32, and other head dims. few_kernels: in few
+    of Triton's kernels."""
     yield Case((113, 203), (64, 64), torch.float32, heads=(4, 2), causal=True, lse=True)
     yield Case(
         (128, 217), (7, 7), torch.float32, window=(9, 70), alibi="bh", sinks="float32", layout="unaligned", lse=True
@@ -247,7 +260,7 @@ def cases() -> Iterator[Case]:
         "lse": (True, False),
         "batch_invariant": (False, True),
     }
-    for row in pairwise(factors):
+    for row in pairwise(factors, kernels=[triton_kernel] if few_kernels else ()):
         masked = row.pop("masked")
         rows, keys = row["sizes"]
         mask, packed = (None, True) if masked == "packed" else (masked, False)

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, LAYOUTS, assert_close, assert_quantized_close, few_macs, laid_out, pairwise
+from ...testing import (
+    GEMM_FACTORS,
+    GEMM_KERNEL,
+    LAYOUTS,
+    assert_close,
+    assert_quantized_close,
+    compiled_for,
+    few_macs,
+    laid_out,
+    pairwise,
+)
 from ..common.activations import activate, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_scales
 from ..dequant_activation.cases import EpilogueCase, epilogue_factors
@@ -159,8 +169,8 @@ def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Te
     assert_quantized_close(q, exact, bound + slack * exact.abs(), column_scale)
 
 
-def cases() -> Iterator[Case]:
-    """Every pair of sizes and options, and no rows at all."""
+def cases(few_kernels: bool = False) -> Iterator[Case]:
+    """Every pair of sizes and options, and no rows at all. few_kernels: in few of Triton's kernels."""
     yield from (Case(0, 33, 130, blocks=blocks, quantized=blocks) for blocks in (False, True))
     # several rows of b's blocks, the last of each row not whole: of a few rows, and of many
     yield from (Case(m, 272, 515, blocks=True) for m in (2, 20))
@@ -176,7 +186,12 @@ def cases() -> Iterator[Case]:
         **epilogue,
         "out_dtype": (*epilogue["out_dtype"], "quantize"),
     }
-    for row in pairwise(factors, few_macs):
+    kernels = (
+        compiled_for(GEMM_KERNEL | {"scales": lambda scales: scales[2], "out_dtype": lambda dtype: dtype == "quantize"})
+        if few_kernels
+        else []
+    )
+    for row in pairwise(factors, few_macs, kernels):
         a_scale, b_scale, blocks = row.pop("scales")
         layouts = (row.pop("layout_a"), row.pop("layout_b"))
         if quantized := row["out_dtype"] == "quantize":

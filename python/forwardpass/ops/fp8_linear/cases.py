@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, LAYOUTS, awkward, few_macs, laid_out, leads, pairwise
+from ...testing import (
+    GEMM_FACTORS,
+    GEMM_KERNEL,
+    LAYOUTS,
+    QUANTIZE_KERNEL,
+    awkward,
+    compiled_for,
+    few_macs,
+    laid_out,
+    leads,
+    pairwise,
+)
 from ..common.activations import GATED, PLAIN, is_gated
 from ..common.quantized_rows import E4M3, FLOATS
 from ..fp8_gemm import cases as gemm
@@ -73,8 +84,9 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...], truncating: bool = Fal
     gemm.assert_matches(actual, (a, weight, a_scale, w_scale, bias, activation, out_dtype, None), truncating)
 
 
-def cases() -> Iterator[Case]:
-    """Every pair of sizes and options; a static scale and one of blocks exclude each other."""
+def cases(few_kernels: bool = False) -> Iterator[Case]:
+    """Every pair of sizes and options; a static scale and one of blocks exclude each other. few_kernels: in few of Triton's
+    kernels."""
     factors = {
         **GEMM_FACTORS,
         "x_dtype": FLOATS,
@@ -85,7 +97,15 @@ def cases() -> Iterator[Case]:
         "channel_scale": (False, True),
         "layout": LAYOUTS,
     }
-    for row in leads(pairwise(factors, few_macs)):
+    kernels = (
+        compiled_for(
+            GEMM_KERNEL | {"scales": lambda scales: scales[0] == "block"},
+            QUANTIZE_KERNEL | {"scales": lambda scales: (scales[0] == "block", scales[1])},
+        )
+        if few_kernels
+        else []
+    )
+    for row in leads(pairwise(factors, few_macs, kernels)):
         if is_gated(row["activation"]):
             row["n"] = -(-row["n"] // 16) * 16
         row["scales"], row["static"] = row["scales"]

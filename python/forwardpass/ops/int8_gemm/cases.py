@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, LAYOUTS, few_macs, laid_out, pairwise
+from ...testing import GEMM_FACTORS, GEMM_KERNEL, LAYOUTS, compiled_for, few_macs, laid_out, pairwise
 from ..common.activations import is_gated
 from ..dequant_activation.cases import EpilogueCase, assert_epilogue_matches, epilogue_factors
 from . import reference
@@ -51,8 +51,9 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     assert_epilogue_matches(actual, reference.int8_gemm, args)
 
 
-def cases() -> Iterator[Case]:
-    """Every pair of sizes and options, and no rows at all; 600 are more than one thread's on the CPU."""
+def cases(few_kernels: bool = False) -> Iterator[Case]:
+    """Every pair of sizes and options, and no rows at all; 600 are more than one thread's on the CPU. few_kernels: in few
+    of Triton's kernels."""
     yield Case(0, 33, 130)
     factors = {
         **GEMM_FACTORS,
@@ -61,7 +62,8 @@ def cases() -> Iterator[Case]:
         "layout_b": LAYOUTS,
         **epilogue_factors(),
     }
-    for row in pairwise(factors, few_macs):
+    kernels = compiled_for(GEMM_KERNEL) if few_kernels else []
+    for row in pairwise(factors, few_macs, kernels):
         m, n, k, layouts = row.pop("m"), row.pop("n"), row.pop("k"), (row.pop("layout_a"), row.pop("layout_b"))
         if is_gated(row["activation"]):
             n = -(-n // 16) * 16

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, LAYOUTS, awkward, few_macs, laid_out, leads, pairwise
+from ...testing import (
+    GEMM_FACTORS,
+    GEMM_KERNEL,
+    LAYOUTS,
+    QUANTIZE_KERNEL,
+    awkward,
+    compiled_for,
+    few_macs,
+    laid_out,
+    leads,
+    pairwise,
+)
 from ..common.activations import GATED, PLAIN, is_gated
 from ..common.quantized_rows import FLOATS
 from ..dequant_activation.cases import assert_epilogue_matches
@@ -65,8 +76,8 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     assert_epilogue_matches(actual, reference.int8_linear, args)
 
 
-def cases() -> Iterator[Case]:
-    """Every pair of sizes and options; 600 rows are more than one thread's on the CPU."""
+def cases(few_kernels: bool = False) -> Iterator[Case]:
+    """Every pair of sizes and options; 600 rows are more than one thread's on the CPU. few_kernels: in few of Triton's kernels."""
     factors = {
         **GEMM_FACTORS,
         "m": (*GEMM_FACTORS["m"], 600),
@@ -80,7 +91,8 @@ def cases() -> Iterator[Case]:
         "layout": LAYOUTS,
         "packed": (False, True),
     }
-    for row in leads(pairwise(factors, few_macs)):
+    kernels = compiled_for(GEMM_KERNEL, QUANTIZE_KERNEL) if few_kernels else []
+    for row in leads(pairwise(factors, few_macs, kernels)):
         if is_gated(row["activation"]):
             row["n"] = -(-row["n"] // 16) * 16
         yield Case(**row)

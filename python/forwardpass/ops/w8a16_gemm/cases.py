@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_FACTORS, LAYOUTS, assert_close, awkward, few_macs, laid_out, leads, pairwise
+from ...testing import (
+    GEMM_FACTORS,
+    GEMM_KERNEL,
+    LAYOUTS,
+    assert_close,
+    awkward,
+    compiled_for,
+    few_macs,
+    laid_out,
+    leads,
+    pairwise,
+)
 from ..common.activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3
 from ..int8_gemm.cases import BENCHMARK_SHAPES
@@ -75,8 +86,9 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     assert_close(actual, exact, bound * (1 + unit) + unit * exact.abs() + least)
 
 
-def cases() -> Iterator[Case]:
-    """Every pair of sizes and options; 272 rows of weight are more than the CPU upconverts at a time."""
+def cases(few_kernels: bool = False) -> Iterator[Case]:
+    """Every pair of sizes and options; 272 rows of weight are more than the CPU upconverts at a time. few_kernels: in few of
+    Triton's kernels."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)  # most cases have the first, and GPUs do not take the last
     factors = {
         **GEMM_FACTORS,
@@ -87,7 +99,12 @@ def cases() -> Iterator[Case]:
         "activation": (None, *PLAIN, *GATED),
         "layout": LAYOUTS,
     }
-    for row in leads(pairwise(factors, few_macs)):
+    kernels = (
+        compiled_for(GEMM_KERNEL | {"x_dtype": str, "w_dtype": str, "scales": lambda scales: scales == "block"})
+        if few_kernels
+        else []
+    )
+    for row in leads(pairwise(factors, few_macs, kernels)):
         if is_gated(row["activation"]):
             row["n"] = -(-row["n"] // 16) * 16
         yield Case(**row)

@@ -1,0 +1,10 @@
+"""Other processes of a test."""
+
+import sys
+
+
+def two_threads(variables):
+    """Their environment: nothing but `variables` and what `import forwardpass` needs. Threads of GNU OpenMP spin where they wait,
+    which beside another process of tests on the same cores is twice the time and more."""
+    waits = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"PATH": "", "PYTHONPATH": ":".join(sys.path), **waits, **variables}
