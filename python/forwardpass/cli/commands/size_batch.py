@@ -76,7 +76,8 @@ def size_batch(
             track(subject.swapping(), None)
             fp.swap(subject.model, precision, calibrate=subject.calibration)
         sizing = fp.size_batch(
-            subject.model, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
+            subject.model, make_batch, forward=subject.readout.outputs, latency_slo_ms=slo_ms, percentile=percentile,
+            arrival_rate=rate, arrivals=arrivals,
             memory_limit=None if memory_limit_mb is None else memory_limit_mb * 1_000_000,
             price_per_hour=price_per_hour, max_batch=max_batch, seconds=seconds, progress=track,
         )  # fmt: skip
@@ -91,7 +92,7 @@ def size_batch(
             times = poisson(rate_per_replica, max(1, round(check * rate_per_replica)), seed=1)
             if arrivals is not None:
                 times = [t - arrivals[0] for t in arrivals[:: sizing.policy.replicas] if t - arrivals[0] <= check]
-            trial = try_policy(subject.model, make_batch, sizing.policy, times)
+            trial = try_policy(subject.model, make_batch, sizing.policy, times, forward=subject.readout.outputs)
             result["check"] = checked(trial, percentile, slo_ms)
             result["measured"].append("check")
             ok = result["check"]["ok"]
