@@ -1,6 +1,6 @@
 """A real model, swapped, beside what else a CPU user could pick: latency and how far its embeddings move.
 
-    python -m benchmarks.models [--grid | --ragged] [--tier avx2] [--json FILE]
+    python -m benchmarks.models [--grid | --ragged | --compiled] [--tier avx2] [--json FILE]
 
 All candidates are built from the same fp32 model and take turns in one process, with the same number of threads.
 """
@@ -26,12 +26,14 @@ from forwardpass.common.timing import Timing, Track, interleave, keep_freed_memo
 
 #: A lowest cosine from which on a candidate counts as the same model.
 SAME_MODEL = 0.999
-OURS = "forwardpass int8"
+OURS, OURS_COMPILED, FP32_COMPILED = "forwardpass int8", "forwardpass int8 compiled", "fp32 compiled"
+#: Batches of texts at their own lengths that are timed, of all of them: a round of all takes a minute.
+RAGGED = 3
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is timed at once: one batch without padding, or with length None all texts in padded batches."""
+    """What is timed at once: one batch without padding, or with length None texts in RAGGED padded batches."""
 
     threads: int
     batch: int
@@ -101,6 +103,15 @@ def table_lines(result: dict[str, Any]) -> Iterable[str]:
         )
 
 
+def compiled_lines(result: dict[str, Any]) -> Iterable[str]:
+    yield from table_lines(result)
+    for cell in result["cells"]:
+        ms = medians(cell)
+        if FP32_COMPILED in ms and OURS_COMPILED in ms:
+            gain = ms[FP32_COMPILED] / ms[OURS_COMPILED]
+            yield f"{title(cell)}, both under torch.compile: ours is {gain:.2f} times as fast as fp32"
+
+
 def fastest(candidates: dict[str, float]) -> tuple[str, float]:
     return min(candidates.items(), key=lambda item: item[1])
 
@@ -129,7 +140,8 @@ def grid_lines(result: dict[str, Any]) -> Iterable[str]:
 
 def ragged_lines(result: dict[str, Any]) -> Iterable[str]:
     (cell,) = result["cells"]
-    yield f"{title(cell)}, {cell['tokens']} tokens, {cell['rounds']} rounds"
+    timed = f"{cell['batches']} of {result['ragged_batches']} batches"
+    yield f"{title(cell)}, {timed}, {cell['tokens']} tokens, {cell['rounds']} rounds"
     yield f"{'':<27}{'lowest cosine':>13}{'tokens a second':>28}{'times eager':>13}  instructions"
     for name, t in cell["timings"].items():
         rate, low, high = (cell["tokens"] / t[part] * 1e3 for part in ("median", "high", "low"))
@@ -140,14 +152,14 @@ def ragged_lines(result: dict[str, Any]) -> Iterable[str]:
         )
 
 
+EAGER = tuple(n for n in PEERS if n not in (OURS_COMPILED, FP32_COMPILED))
 MODES = {
-    "table": Mode(table_cells, tuple(n for n in PEERS if n != "forwardpass int8 compiled"), (15, 41), table_lines),
-    "grid": Mode(
-        grid_cells, tuple(n for n in PEERS if n not in ("forwardpass int8 compiled", "forwardpass w8a16")), (5, 31), grid_lines
-    ),
+    "table": Mode(table_cells, EAGER, (5, 41), table_lines),
+    "grid": Mode(grid_cells, tuple(n for n in EAGER if n != "forwardpass w8a16"), (3, 31), grid_lines),
     "ragged": Mode(
-        ragged_cells, ("onnxruntime", "openvino", "openvino f32", "openvino without int8"), (15, 31), ragged_lines
+        ragged_cells, ("onnxruntime", "openvino", "openvino f32", "openvino without int8"), (5, 31), ragged_lines
     ),
+    "compiled": Mode(table_cells, (FP32_COMPILED, OURS_COMPILED, "torchao"), (5, 41), compiled_lines),
 }  # fmt: skip
 
 
@@ -177,7 +189,8 @@ def time_cells(
         tokens = int(sum(batch["attention_mask"].sum() for batch in todo))
         done_rounds = next(iter(timings.values())).rounds
         named = {name: t.to_json() for name, t in timings.items()}
-        measured.append(asdict(cell) | {"rounds": done_rounds, "tokens": tokens, "timings": named})
+        facts = {"rounds": done_rounds, "batches": len(todo), "tokens": tokens, "timings": named}
+        measured.append(asdict(cell) | facts)
     torch.set_num_threads(at_first)
     return measured
 
@@ -213,7 +226,7 @@ def measure(args: argparse.Namespace, tier: str | None, highest: str | None) -> 
     ends = time.monotonic() + 60 * args.minutes
     mode = MODES[args.mode]
     cells = mode.cells(args)
-    names = ["eager", OURS, *(["forwardpass int8 compiled"] if args.compiled else []), *args.peers]
+    names = ["eager", OURS, *args.peers]
     names = [n for n in PEERS if n in names]  # eager first: all are compared with it
     varies = len({c.threads for c in cells}) > 1
     recompiled = {n: str(PEERS[n].recompiled) for n in names if varies and PEERS[n].recompiled}
@@ -226,7 +239,7 @@ def measure(args: argparse.Namespace, tier: str | None, highest: str | None) -> 
 
     def batches(cell: Cell) -> list[Batch]:
         if cell.length is None:
-            return ragged
+            return ragged[:: -(-len(ragged) // RAGGED)]
         return [embedding.full_batch(tokenizer, texts, cell.batch, cell.length, model, args.device)]
 
     for cell in cells:
@@ -249,6 +262,7 @@ def measure(args: argparse.Namespace, tier: str | None, highest: str | None) -> 
         "lowered": tier != highest,
         "model": source.origin,
         "texts": len(texts),
+        "ragged_batches": len(ragged),
         "seconds": time.monotonic() - ends + 60 * args.minutes,
         "not_run": missing | recompiled,
         "peers": {
@@ -275,11 +289,11 @@ def arguments() -> argparse.ArgumentParser:
     modes = p.add_mutually_exclusive_group()
     for mode, text in (
         ("grid", "batches of 1, 2, 8, 32 with 16, 128, 384 tokens, on one thread and on all"),
-        ("ragged", "the built-in texts at their own lengths, in padded batches of 32"),
+        ("ragged", f"built-in texts at their own lengths, in {RAGGED} padded batches of 32"),
+        ("compiled", "fp32 and ours both under torch.compile, which takes minutes"),
     ):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
     p.add_argument("--peers", help=f"comma-separated, beside eager and {OURS}: {', '.join(PEERS)}")
-    p.add_argument("--compiled", action="store_true", help=f"{OURS} under torch.compile too, which takes a minute")
     p.add_argument("--batch", help="comma-separated, by default 8,32; not with --grid or --ragged")
     p.add_argument("--length", type=int, help="tokens a text, by default 128; not with --grid or --ragged")
     p.add_argument("--texts", type=int, help="the first of the built-in ones alone: a trial")
@@ -295,7 +309,7 @@ def main() -> None:
     args.peers = args.peers.split(",") if args.peers is not None else MODES[args.mode].peers
     if unknown := [n for n in args.peers if n not in PEERS]:
         p.error(f"unknown peers {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    if args.mode != "table" and (args.batch or args.length):
+    if args.mode in ("grid", "ragged") and (args.batch or args.length):
         p.error(f"--{args.mode} has batches of its own: drop --batch and --length")
     try:
         tier, highest = tiers.choose(args.tier, os.environ.get(tiers.OURS), tiers.cpu_flags())

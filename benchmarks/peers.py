@@ -129,6 +129,11 @@ def eager(subject: Subject) -> Candidate:
     return of_torch(subject.model, f"{torch.backends.cpu.get_cpu_capability()}, products {mkl}")
 
 
+def compiled_fp32(subject: Subject) -> Candidate:
+    isa = importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
+    return of_torch(torch.compile(copy.deepcopy(subject.model), dynamic=True), f"{isa} (inductor), products MKL's")
+
+
 def forwardpass_int8(subject: Subject, compiled: bool = False) -> Candidate:
     model = torch.compile(subject.int8, dynamic=True) if compiled else subject.int8
     return of_torch(model, str(environment.device()["int8"]))
@@ -247,6 +252,7 @@ OPENVINO_LOWERING = (
 COMPILED = "compiled for one number of threads, and again for another, half a minute each time"
 PEERS = {
     "eager": Peer(eager),
+    "fp32 compiled": Peer(compiled_fp32, recompiled=COMPILED),
     "forwardpass int8": Peer(forwardpass_int8, lowering="FORWARDPASS_CPU"),
     "forwardpass int8 compiled": Peer(
         partial(forwardpass_int8, compiled=True), lowering="FORWARDPASS_CPU", recompiled=COMPILED

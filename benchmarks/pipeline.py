@@ -18,7 +18,7 @@ import torch
 
 import forwardpass as fp
 from benchmarks import bench
-from forwardpass.cli import embedding
+from forwardpass.cli import embedding, readout
 from forwardpass.common.timing import keep_freed_memory
 
 #: of (a) and (b): the pipeline is never slower than this times the plain loop; it gives this much of what is ideal
@@ -34,7 +34,7 @@ def waiting(preprocess: Callable[[list[str]], Any], texts: list[str]) -> Any:
 
 
 def run_load(
-    request: embedding.Request, preprocess: Callable[[list[str]], Any], items: list[list[str]], rounds: int
+    request: readout.Request, preprocess: Callable[[list[str]], Any], items: list[list[str]], rounds: int
 ) -> dict[str, Any]:
     """Medians over the rounds, in milliseconds an item, and what follows from them."""
     stages = {"preprocess": preprocess, "forward": request.forward, "postprocess": request.postprocess}
@@ -91,7 +91,7 @@ def main() -> None:
     try:
         source = embedding.find_model(args.model)
         model, tokenizer = embedding.load(source, args.device)
-        request = embedding.Request(model, tokenizer, args.length)
+        request = readout.Request(model, tokenizer, args.length, readout.of(source))
     except ValueError as e:
         p.error(str(e))
     texts = embedding.builtin_texts()[1]

@@ -24,6 +24,7 @@ import forwardpass as fp
 from benchmarks import bench
 from forwardpass.cli import embedding
 from forwardpass.cli.embedding import Batch
+from forwardpass.cli.readout import Embeddings
 from forwardpass.common import plots
 from forwardpass.common.timing import interleave, keep_freed_memory
 from forwardpass.planning.measure import CALIBRATED, find_candidate
@@ -164,7 +165,7 @@ def main() -> None:
             began = time.perf_counter()
             print(f"planning for {budget}", file=sys.stderr)
             plans[budget] = fp.plan(
-                model, texts, min_cosine=budget, shapes=[timed], calibrate=calibration, forward=embedding.forward,
+                model, texts, min_cosine=budget, shapes=[timed], calibrate=calibration, forward=Embeddings().forward,
                 resume=os.path.join(folder, "measurements.json"),
             )  # fmt: skip
             seconds[str(budget)] = time.perf_counter() - began

@@ -380,9 +380,23 @@ def test_grid_and_ragged_texts(small_model, broken_peer, monkeypatch):
 
     result = measure(small_model, "--ragged")
     (cell,) = result["cells"]
+    assert cell["batches"] == result["ragged_batches"] == 1
     assert list(cell["timings"]) == broken_peer and 4 < cell["tokens"] < 4 * 512
     line = next(line for line in models.ragged_lines(result) if line.startswith("eager"))
     assert f"{cell['tokens'] / cell['timings']['eager']['median'] * 1e3:.0f} [" in line
+
+
+def test_compiled_is_beside_compiled():
+    assert {"fp32 compiled", "forwardpass int8 compiled"} <= set(models.MODES["compiled"].peers)
+    assert {"fp32 compiled", "forwardpass int8 compiled"}.isdisjoint(
+        models.MODES["table"].peers + models.MODES["grid"].peers
+    )
+    ms = {"eager": 40.0, "fp32 compiled": 36.0, "forwardpass int8": 13.0, "forwardpass int8 compiled": 12.0}
+    timings = {n: {"median": t, "low": t, "high": t} for n, t in ms.items()}
+    cell = {"threads": 2, "batch": 8, "length": 128, "rounds": 9, "timings": timings}
+    said = {name: {"cosine_min": 1.0, "instructions": "AVX2", "lowering": ""} for name in ms}
+    line = list(models.compiled_lines({"peers": said, "cells": [cell], "lowered": False}))[-1]
+    assert line == "8 x 128, 2 threads, both under torch.compile: ours is 3.00 times as fast as fp32"
 
 
 def test_the_rival_is_the_fastest_that_is_the_same_model():

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from command_line import refused, run, small_bert
+from command_line import NO_MINILM, refused, run, small_bert
 from small_models import assert_same_objects, objects
 
 import forwardpass as fp
 from forwardpass.cli import embedding, readout
+from forwardpass.integrations import sentence_transformers as around
 
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -56,6 +57,9 @@ def test_a_sentence_transformer(tmp_path):
     before, expected = objects(model), model.encode(TEXTS)
     report = fp.swap(model, precision="int8")
     assert [x.fqn for x in report.unpadding.encoders] == ["0.model.encoder.layer"]
+    assert (
+        model[0].model.encoder.layer[0].intermediate.dense.activation == "gelu"
+    )  # as in a model of transformers by itself
     got = torch.from_numpy(model.encode(TEXTS))
     assert 0.995 < torch.cosine_similarity(got, torch.from_numpy(expected)).min() < 1 - 1e-7
     # in batches of one there is no padding
@@ -105,7 +109,7 @@ def test_the_folder_of_a_sentence_transformer(tmp_path, texts):
     model.save(str(folder))
     source = embedding.find_model(str(folder))
     reads = readout.of(source)
-    assert reads == readout.Embeddings("cls", True, "search: ")
+    assert reads == readout.Embeddings("cls", True, "search: ", 512)
     loaded, tokenizer = embedding.load(source)
     ours = reads.results(loaded, reads.tokenize(tokenizer, TEXTS, loaded, "cpu"))
     assert torch.allclose(ours, torch.from_numpy(model.encode(TEXTS)), atol=1e-5)
@@ -125,7 +129,8 @@ def test_ways_to_pool(mode):
     torch.testing.assert_close(readout.POOLING[mode](hidden, mask), expected)
     old = {"pooling_mode_cls_token": False, {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens",
            "max": "pooling_mode_max_tokens"}.get(mode, f"pooling_mode_{mode}"): True}  # fmt: skip
-    assert readout._modes(old) == readout._modes(pooling.get_config_dict()) == [mode]
+    configs = (old, pooling.get_config_dict())
+    assert [around._current("Pooling", config)["pooling_mode"] for config in configs] == [mode, mode]
 
 
 def test_the_folder_of_a_cross_encoder(tmp_path, texts):
@@ -160,9 +165,21 @@ def test_scores_that_are_ordered_otherwise():
     [
         ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pools by weightedmean"),
         (
-            {"modules.json": [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2_Dense"}]},
+            {
+                "modules.json": [
+                    {"type": "sentence_transformers.models.Transformer", "path": ""},
+                    {"type": "sentence_transformers.models.Dense", "path": "2_Dense"},
+                ]
+            },
             "a module Dense",
         ),
+        (
+            {"modules.json": [{"type": "os.system", "path": ""}]},
+            "a module os.system, which is none of sentence-transformers",
+        ),
+        ({"modules.json": [{"type": "sentence_transformers.models.BoW", "path": ""}]}, "a module BoW in place 0"),
+        ({"modules.json": [{"type": "sentence_transformers.models.Transformer", "path": "../.."}]}, "leads out of it"),
+        ({"modules.json": {"a": 1}}, "cannot read"),
         ({"config_sentence_transformers.json": "{"}, "cannot read"),
     ],
 )
@@ -171,3 +188,194 @@ def test_folders_that_are_refused(change, words, tmp_path):
     for file, content in change.items():
         (tmp_path / "model" / file).write_text(content if isinstance(content, str) else json.dumps(content))
     refused(run("swap", tmp_path / "model", "--precision", "int8"), words)
+
+
+def adjusted(folder, dense=False):
+    """With everything that is to come back set to something else than its default."""
+    model = encoder(folder)
+    model[1].pooling_mode = "cls"
+    if dense:
+        model.append(
+            sentence_transformers.sentence_transformer.modules.Dense(96, 64, activation_function=torch.nn.GELU())
+        )
+    model.max_seq_length = 32
+    model.prompts, model.default_prompt_name = {"query": "search: ", "document": ""}, "query"
+    model.truncate_dim, model.similarity_fn_name = 48, "dot"
+    return model
+
+
+LONG = [*TEXTS, "one two three four five " * 9]
+
+
+def assert_same_model(loaded, model):
+    assert type(loaded) is type(model)
+    assert [type(m) for m in loaded] == [type(m) for m in model]
+    assert [m.get_config_dict() for m in loaded] == [m.get_config_dict() for m in model]
+    for name in ("prompts", "default_prompt_name", "max_seq_length"):
+        assert getattr(loaded, name) == getattr(model, name), name
+    assert not loaded.training and {p.device.type for p in loaded.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_sentence_transformer_is_stored_whole(tmp_path, dense):
+    model = adjusted(tmp_path / "bert", dense)
+    fp.swap(model.eval(), precision="int8")
+    expected = model.encode(LONG)
+    assert expected.shape == (7, 48)
+    fp.save_pretrained(model, tmp_path / "saved")
+    loaded = fp.load_pretrained(tmp_path / "saved")
+    assert_same_model(loaded, model)
+    assert (loaded.truncate_dim, loaded.similarity_fn_name) == (48, "dot")
+    assert (loaded.encode(LONG) == expected).all()
+    assert (loaded.encode(LONG, prompt_name="document") == model.encode(LONG, prompt_name="document")).all()
+    fp.save_pretrained(loaded, tmp_path / "again")
+    records = [json.loads((tmp_path / name / "forwardpass.json").read_text()) for name in ("saved", "again")]
+    assert records[0] == records[1]
+    # another program finds no weights there that it would take for a float model's
+    with pytest.raises((OSError, ValueError)):
+        sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu", local_files_only=True)
+
+
+def test_a_cross_encoder_is_stored_whole(tmp_path):
+    model = sentence_transformers.CrossEncoder(
+        str(classifier(tmp_path / "bert")), device="cpu", max_length=24, activation_fn=torch.nn.Identity()
+    )
+    model.prompts, model.default_prompt_name = {"query": "rank: "}, "query"
+    pairs = [(TEXTS[0], text) for text in LONG[1:]]
+    fp.swap(model.eval(), precision="int8")
+    expected = model.predict(pairs)
+    fp.save_pretrained(model, tmp_path / "saved")
+    loaded = fp.load_pretrained(tmp_path / "saved")
+    assert_same_model(loaded, model)
+    assert type(loaded.activation_fn) is torch.nn.Identity
+    assert (
+        abs(loaded.predict(pairs) - expected).max() < 1e-6
+    )  # its head is in fp32, whose sums go by where a weight lies
+    assert readout.of(embedding.find_model(str(tmp_path / "saved"))) == readout.Scores(24)
+
+
+def test_what_would_not_come_back_is_refused_when_it_is_saved(tmp_path):
+    modules = sentence_transformers.sentence_transformer.modules
+    words = "cannot be saved whole .it has a module Dropout, .*: save the model of transformers in it"
+    model = encoder(tmp_path / "a")
+    fp.swap(model.eval(), precision="int8")
+    model.append(modules.Dropout())
+    with pytest.raises(ValueError, match=words):
+        fp.save_pretrained(model, tmp_path / "saved")
+    del model[-1]
+    model.append(modules.Dense(96, 8, activation_function=torch.nn.LeakyReLU(0.5)))
+    with pytest.raises(
+        ValueError, match=r"the activation LeakyReLU\(negative_slope=0.5\) is none of torch.nn as it is"
+    ):
+        fp.save_pretrained(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    fp.save_pretrained(model[0].model, tmp_path / "saved")
+    assert type(fp.load_pretrained(tmp_path / "saved")) is transformers.BertModel
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("class",), "SparseEncoder", "it is a SparseEncoder"),
+        (("modules", 1, "module"), "os.system", "a module os.system"),
+        (("modules", 1, "module"), "Router", "a module Router"),
+        (("modules", 1, "config", "trust_remote_code"), True, "Pooling has trust_remote_code, which is not known"),
+        (("modules", 0, "config", "model_kwargs"), {"a": 1}, "Transformer has model_kwargs, which is not known"),
+        (
+            ("modules", 0, "config", "modality_config"),
+            {"text": {"method": "save"}},
+            "another way than the model's forward",
+        ),
+        (("modules", 2, "config", "activation_function"), "os.system", "the activation os.system is none of torch.nn"),
+        (("modules", 2, "config", "activation_function"), "torch.nn.Module", "none of torch.nn"),
+        (("modules", 2, "config", "in_features"), True, "in_features='True', which is not of its type"),
+        (("settings", "prompts"), {"a": 1}, "a prompt is no text"),
+        (("settings",), None, "no settings"),
+    ],
+)
+def test_records_that_are_refused(tmp_path, path, value, words):
+    model = encoder(tmp_path / "bert")
+    model.append(sentence_transformers.sentence_transformer.modules.Dense(96, 64))
+    del model[2]
+    fp.swap(model.eval(), precision="int8")
+    fp.save_pretrained(model, tmp_path / "saved")
+    file = tmp_path / "saved" / "forwardpass.json"
+    record = json.loads(file.read_text())
+    entry = record["around"]
+    for name in path[:-1]:
+        entry = entry[name]
+    entry[path[-1]] = value
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="is damaged") as error:
+        fp.load_pretrained(tmp_path / "saved")
+    assert words in str(error.value)
+
+
+FEW = ("--batch", 1, "--length", 8)
+
+
+def json_of(*args):
+    result = run(*args, "--json", "-")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), " ".join(result.stderr.split())
+
+
+def test_commands_read_what_was_saved(tmp_path, texts):
+    """Every command that takes a model takes the folder of a SentenceTransformer, and the ones without a swap what was saved."""
+    folder, saved = tmp_path / "model", tmp_path / "saved"
+    model = adjusted(tmp_path / "bert")
+    model.save(str(folder))
+    described = (
+        "embeddings: cls of the tokens, normalised, the first 48 values, prompt 'search: ', texts cut to 32 tokens"
+    )
+    options = ("--text", texts, "--calibrate", "none")
+    _, printed = json_of("swap", folder, "--precision", "int8", *options, *FEW, "--min-cosine", 0.9, "--save", saved)
+    assert described in printed
+    reads = readout.of(embedding.find_model(str(folder)))
+    assert reads == readout.of(embedding.find_model(str(saved))) == readout.Embeddings("cls", True, "search: ", 32, 48)
+    loaded = fp.load_pretrained(saved)
+    assert_same_model(loaded, model)
+    fp.swap(model.eval(), precision="int8")
+    assert (loaded.encode(LONG) == model.encode(LONG)).all()
+    bert, tokenizer = embedding.load(embedding.find_model(str(saved)))
+    for texts_of_one in TEXTS[:1], LONG[-1:]:  # alone: a row of int8 is quantised by itself, but for padding
+        ours = reads.results(bert, reads.tokenize(tokenizer, texts_of_one, bert, "cpu"))
+        assert torch.allclose(ours, torch.from_numpy(model.encode(texts_of_one)), atol=1e-6)
+
+    written, printed = json_of("parity", folder, "--precision", "int8", *options)
+    assert described in printed and written["readout"] == described and written["agreement"]["samples"] == len(TEXTS)
+    written, printed = json_of("plan", folder, "--max-error", 0.1, "--candidates", "int8", *options, *FEW)
+    assert described in printed and written["evidence"]["readout"] == described
+    for name in (folder, saved):
+        written, printed = json_of("profile", name, "--text", texts, *FEW, "--batches", 1, "--rounds", 1)
+        assert described in printed
+        short = ("--slo-ms", 1000, "--rate", 1, "--max-batch", 2, "--seconds", 1, "--check", 0, "--length", 8)
+        assert json_of("size-batch", name, *short)[0]["policy"] is not None
+
+
+def test_commands_read_a_cross_encoder(tmp_path, texts):
+    folder, saved = tmp_path / "model", tmp_path / "saved"
+    sentence_transformers.CrossEncoder(str(classifier(tmp_path / "bert")), device="cpu").save_pretrained(str(folder))
+    described = "scores of pairs of texts: of every 32 texts the first is the query"
+    options = ("--text", texts, "--calibrate", "none")
+    _, printed = json_of("swap", folder, "--precision", "int8", *options, *FEW, "--min-cosine", 0.9, "--save", saved)
+    assert described in printed
+    assert type(fp.load_pretrained(saved)) is sentence_transformers.CrossEncoder
+    written, printed = json_of("parity", folder, "--precision", "int8", *options)
+    # of one query the five scores about their mean, where of a classifier it would be each score alone
+    assert (
+        described in printed and (written["samples"], written["agreement"]) == (1, {}) and written["cosine_min"] > 0.9
+    )
+    written, printed = json_of("plan", folder, "--max-error", 0.1, "--candidates", "int8", *options, *FEW)
+    assert described in printed
+    for name in (folder, saved):
+        written, printed = json_of("profile", name, "--text", texts, *FEW, "--batches", 1, "--rounds", 1)
+        assert described in printed
+        short = ("--slo-ms", 1000, "--rate", 1, "--max-batch", 2, "--seconds", 1, "--check", 0, "--length", 8)
+        assert json_of("size-batch", name, *short)[0]["policy"] is not None
+
+
+def test_minilm_reads_as_its_authors_stored_it():
+    if NO_MINILM:
+        pytest.skip("the extra demo is not installed")
+    assert readout.of(embedding.find_model("minilm")) == readout.Embeddings("mean", True, "", 256)

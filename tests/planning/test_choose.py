@@ -10,6 +10,7 @@ import torch
 from forwardpass.planning import plan as planning
 from forwardpass.planning.choose import Frontier, Option
 from forwardpass.planning.criterion import Criterion
+from forwardpass.planning.verify import Verdict
 
 # the integer program
 
@@ -88,9 +89,28 @@ def test_a_worst_sample_that_does_not_follow_the_mean_is_found_all_the_same():
 
     def verified(choice):
         tried.append(choice.error)
-        return choice.error * (1 + 0.05 * len(tried)), choice.error
+        return Verdict(choice.error * (1 + 0.05 * len(tried)), choice.error, 1)
 
     as_it_is = front.choice(0)
     choice, attempts = planning._search(front, as_it_is, criterion, verified, lambda what, steps: lambda: None)
-    assert choice.error > 2e-4 and len(attempts) <= planning.ATTEMPTS
+    assert choice.error > 2e-4 and len(attempts) <= planning.ATTEMPTS + planning.CHANGES
     assert choice.cost == min(a["cost"] for a in attempts if a["holds"])
+
+
+def test_single_layers_are_changed_in_the_end():
+    """Where the worst sample is another one for each choice, the best that the prediction leads to is not the last word."""
+    layers = [[Option(1.0, 0.0), Option(0.3, 1e-4)] for _ in range(10)]
+    front, criterion = Frontier(layers), Criterion("min_cosine", 1 - 6.5e-4)
+    lucky = 9  # of the ten alike, the one that costs the samples nothing; the frontier takes others first
+
+    def run(choice):
+        worst = 1e-4 * sum(o for n, o in enumerate(choice.options) if n != lucky)
+        return Verdict(worst, choice.error, 1)
+
+    as_it_is = front.choice(0)
+    choice, attempts = planning._search(front, as_it_is, criterion, run, lambda what, steps: lambda: None)
+    assert sum(choice.options) == 7 and choice.options[lucky] == 1
+    assert choice.cost == pytest.approx(7 * 0.3 + 3 * 1.0) == min(a["cost"] for a in attempts if a["holds"])
+    changed = front.changes(as_it_is)
+    assert [c.options for c in changed] == [tuple(int(n == i) for n in range(10)) for i in range(10)]
+    assert all((c.cost, c.error) == (pytest.approx(9.3), pytest.approx(1e-4)) and c.gap >= 0 for c in changed)

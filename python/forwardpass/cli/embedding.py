@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.compare import relative_error
-from ..swap import load_pretrained, model_config
+from ..integrations import sentence_transformers as sentences
+from ..swap import checkpoint, model_config
 from ..swap.folder import RECORD
 
 Batch = dict[str, Tensor]
@@ -36,6 +37,10 @@ class Source:
     path: str
     origin: str
     swapped: bool = False
+
+    def around(self) -> dict[str, Any] | None:
+        """What sentence-transformers has around the model in that folder, if anything. ValueError in one sentence."""
+        return checkpoint.description(self.path) if self.swapped else sentences.read(pathlib.Path(self.path))
 
 
 def find_model(name: str) -> Source:
@@ -79,8 +84,8 @@ def load(source: Source, device: torch.device | str = "cpu", head: bool = False)
     transformers.utils.logging.disable_progress_bar()  # a bar for a second's work, also where stderr is a file
     try:
         if source.swapped:
-            model = load_pretrained(source.path, device=device)
-            model = getattr(model, "base_model", model)
+            model = checkpoint.load_transformer(source.path, device=device)
+            model = model if head else getattr(model, "base_model", model)
             config: Any = model.config
         else:
             config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
@@ -132,17 +137,25 @@ def most_tokens(tokenizer: Any, model: torch.nn.Module) -> int:
 
 
 def tokenize(
-    tokenizer: Any, texts: list[str], model: torch.nn.Module, device: torch.device | str = "cpu", size: int = 32
+    tokenizer: Any,
+    texts: list[str],
+    model: torch.nn.Module,
+    device: torch.device | str = "cpu",
+    size: int = 32,
+    most: int | None = None,
 ) -> list[Batch]:
-    """Padded batches of `size` texts in the order given. Raises ValueError on a text that is too long for the model."""
-    most, batches = most_tokens(tokenizer, model), []
+    """Padded batches of `size` texts in the order given. most: tokens that a longer text is cut to; None: ValueError on one that
+    is too long for the model.
+    """
+    limit, batches = most_tokens(tokenizer, model), []
+    cut = {} if most is None else {"truncation": True, "max_length": min(limit, most)}
     for start in range(0, len(texts), size):
-        batch = tokenizer(texts[start : start + size], padding=True, return_tensors="pt", verbose=False)
+        batch = tokenizer(texts[start : start + size], padding=True, **cut, return_tensors="pt", verbose=False)
         lengths = batch["attention_mask"].sum(1)
-        if lengths.max() > most:
+        if lengths.max() > limit:
             worst = int(lengths.argmax())
             raise ValueError(
-                f"text {start + worst + 1} has {lengths[worst]} tokens, and the model takes {most}: split it"
+                f"text {start + worst + 1} has {lengths[worst]} tokens, and the model takes {limit}: split it"
             )
         batches.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
     return batches
@@ -166,38 +179,6 @@ def full_batch(
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
 
-@dataclass(frozen=True)
-class Request:
-    """Texts to sentence embeddings, as a service would: the arguments of `fp.profile` and `fp.Pipeline`.
-
-    Raises:
-        ValueError: the model takes fewer than `length` tokens.
-    """
-
-    model: torch.nn.Module
-    tokenizer: Any
-    length: int
-
-    def __post_init__(self) -> None:
-        check_length(self.length, self.tokenizer, self.model)
-
-    def preprocess(self, texts: list[str]) -> Batch:
-        """int64 [texts, length]: each text padded or cut."""
-        encoded = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt", verbose=False
-        )
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-    @staticmethod
-    def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
-        """[texts, hidden], pooled where the model is: less to bring back."""
-        return pool(model(**batch).last_hidden_state, batch["attention_mask"])
-
-    @staticmethod
-    def postprocess(embeddings: Tensor) -> list[list[float]]:
-        return embeddings.tolist()
-
-
 def check_length(length: int, tokenizer: Any, model: torch.nn.Module) -> None:
     if length > (most := most_tokens(tokenizer, model)):
         raise ValueError(f"a length of {length} tokens is more than the model's {most}: pass --length {most} or less")
@@ -212,11 +193,6 @@ def embed(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tensor:
     """
 
     return torch.cat([pool(run(b).float().cpu(), b["attention_mask"].cpu()) for b in batches])
-
-
-def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Sentence embeddings, as `fp.plan` and others take a forward."""
-    return pool(model(**batch).last_hidden_state.float(), batch["attention_mask"])
 
 
 def pool(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.compare import relative_error
 from ..common.text import count
+from ..integrations import sentence_transformers as sentences
 from . import embedding
 from .embedding import Batch, Source
 
@@ -21,9 +22,24 @@ from .embedding import Batch, Source
 class Readout(Protocol):
     """How texts go into a model, what is compared of its results, and how."""
 
-    head: bool  #: whether the model is loaded with its head
+    @property
+    def head(self) -> bool:
+        """Whether the model is loaded with its head."""
+
+    @property
+    def task(self) -> str | None:
+        """What `fp.parity` calls it."""
+
+    def inputs(self, texts: list[str]) -> tuple[list[str], ...]:
+        """What a tokenizer takes for them, a row for a text."""
 
     def tokenize(self, tokenizer: Any, texts: list[str], model: torch.nn.Module, device: str) -> list[Batch]: ...
+
+    def outputs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """What the model is run for: a row for a row of the batch, fp32, where the model is."""
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """[samples, …]: of what the cosines are that a budget bounds, as `fp.plan` and `fp.parity` take a forward."""
 
     def results(self, model: torch.nn.Module, batches: Iterable[Batch]) -> Tensor: ...
 
@@ -61,40 +77,59 @@ class Embeddings:
     pooling: str = "mean"
     normalize: bool = True
     prompt: str = ""  #: before every text
+    most: int | None = None  #: tokens that a longer text is cut to, as the library's encode does; None: it is refused
+    width: int | None = None  #: how many of the values are kept
+    lower: bool = False  #: whether texts are put into lower case
 
     head = False
+    task = "embedding"
+
+    def inputs(self, texts: list[str]) -> tuple[list[str], ...]:
+        prompted = [self.prompt + text for text in texts]
+        return ([text.lower() for text in prompted] if self.lower else prompted,)
 
     def tokenize(self, tokenizer: Any, texts: list[str], model: torch.nn.Module, device: str) -> list[Batch]:
-        return embedding.tokenize(tokenizer, [self.prompt + text for text in texts], model, device)
+        return embedding.tokenize(tokenizer, self.inputs(texts)[0], model, device, most=self.most)
+
+    def outputs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """[texts, hidden]"""
+        embeddings = POOLING[self.pooling](model(**batch).last_hidden_state.float(), batch["attention_mask"])
+        return (F.normalize(embeddings, dim=-1) if self.normalize else embeddings)[:, : self.width]
+
+    forward = outputs
 
     @torch.inference_mode()
     def results(self, model: torch.nn.Module, batches: Iterable[Batch]) -> Tensor:
         """fp32 [texts, hidden] on the CPU."""
-        vectors = []
-        for batch in batches:
-            hidden = model(**batch).last_hidden_state.float().cpu()
-            vectors.append(POOLING[self.pooling](hidden, batch["attention_mask"].cpu()))
-        embeddings = torch.cat(vectors)
-        return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
+        return torch.cat([self.outputs(model, batch).cpu() for batch in batches])
 
     def parity(self, actual: Tensor, expected: Tensor) -> dict[str, Any]:
         return {**embedding.parity(actual, expected), "texts": len(expected)}
 
     def describe(self) -> str:
         prompt = f", prompt {self.prompt!r}" if self.prompt else ""
-        return f"embeddings: {self.pooling} of the tokens, {'' if self.normalize else 'not '}normalised{prompt}"
+        width = f", the first {self.width} values" if self.width else ""
+        cut = f", texts cut to {self.most} tokens" if self.most else ""
+        return f"embeddings: {self.pooling} of the tokens, {'' if self.normalize else 'not '}normalised{width}{prompt}{cut}"
 
 
 @dataclass(frozen=True)
 class Scores:
     """A number for a pair of texts, as a reranker has it: of each batch of texts the first is the query, the others are ranked."""
 
+    most: int | None = None  #: tokens that a longer pair is cut to, where that is fewer than the model takes
+
     head = True
+    task = None
     size = 32  #: texts in a batch
+
+    def inputs(self, texts: list[str]) -> tuple[list[str], ...]:
+        """The first one with each."""
+        return texts[:1] * len(texts), texts
 
     def tokenize(self, tokenizer: Any, texts: list[str], model: torch.nn.Module, device: str) -> list[Batch]:
         groups = [texts[i : i + self.size] for i in range(0, len(texts), self.size)]
-        most = embedding.most_tokens(tokenizer, model)
+        most = min(embedding.most_tokens(tokenizer, model), self.most or sys.maxsize)
         batches = []
         for query, *documents in groups:
             if documents:
@@ -107,14 +142,24 @@ class Scores:
             raise ValueError("a single text makes no pair to score: pass a query and texts to rank, one a line")
         return batches
 
+    def outputs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """Logits [documents, 1]"""
+        logits: Tensor = model(**batch).logits
+        return logits.float()
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """[1, documents], about their mean, as the order is what counts."""
+        scores = self.outputs(model, batch).flatten()
+        return (scores - scores.mean()).unsqueeze(0)
+
     @torch.inference_mode()
     def results(self, model: torch.nn.Module, batches: Iterable[Batch]) -> Tensor:
         """Logits, fp32 [queries, most documents] on the CPU; NaN where a query has fewer."""
-        scores = [model(**batch).logits.float().cpu().flatten() for batch in batches]
+        scores = [self.outputs(model, batch).cpu().flatten() for batch in batches]
         return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=torch.nan)
 
     def parity(self, actual: Tensor, expected: Tensor) -> dict[str, Any]:
-        """cosine_min: of a query's scores about their mean, as the order is what counts; order: the share of pairs of documents
+        """cosine_min: of a query's scores about their mean; order: the share of pairs of documents
         that are ordered the same; first: of how many queries the first one is."""
         cosines, same, pairs, first = [], 0, 0, 0
         for a_row, e_row in zip(actual.double(), expected.double()):
@@ -142,50 +187,66 @@ class Scores:
 def of(source: Source) -> Readout:
     """Raises ValueError, in one sentence, on what is read out in another way than is known here."""
     folder = pathlib.Path(source.path)
-    config = _json(folder / "config.json")
-    settings = _json(folder / "config_sentence_transformers.json")
+    around = source.around()
+    config = sentences.json_of(folder / "config.json")
     architecture = next(iter(config.get("architectures") or ()), "")
-    known_as = settings.get("model_type") == "CrossEncoder" or "sentence_transformers" in config
+    kinds = {} if around is None else sentences.module_configs(around)
+    most = kinds.get("Transformer", {}).get("max_seq_length")
+    if around is not None and most is None:  # newer versions of the library leave it to the tokenizer
+        most = sentences.json_of(folder / "tokenizer_config.json").get("model_max_length")
+    saved_as = (around is not None and around["class"] == "CrossEncoder") or "sentence_transformers" in config
     old_name = "sbert_ce_default_activation_function" in config
-    if architecture.endswith("ForSequenceClassification") and (known_as or old_name or _labels(config) == 1):
+    if architecture.endswith("ForSequenceClassification") and (saved_as or old_name or _labels(config) == 1):
         if _labels(config) != 1:
             raise ValueError(f"{source.path} is a cross-encoder of {count(_labels(config), 'label')}, and a ranking has one: "
                              "use fp.swap in Python")  # fmt: skip
-        return Scores()
-    modules = _json(folder / "modules.json")
-    if not modules:
+        return Scores(most)
+    if around is None:
         return Embeddings()
-    kinds = {str(m.get("type", "")).rpartition(".")[2]: str(m.get("path", "")) for m in modules}
     if unknown := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise ValueError(f"{source.path} has a module {unknown[0]} behind its model, which is not read out here: use fp.swap in "
                          "Python on the SentenceTransformer")  # fmt: skip
-    pooling = _json(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
-    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name")) or ""
-    modes = _modes(pooling)
-    if len(modes) != 1 or modes[0] not in POOLING or (prompt and pooling.get("include_prompt") is False):
-        raise ValueError(f"{source.path} pools by {', '.join(modes) or 'nothing'}, and what is known here is one of "
-                         f"{', '.join(POOLING)}, prompts included: use fp.swap in Python on the SentenceTransformer")  # fmt: skip
-    return Embeddings(modes[0], "Normalize" in kinds, prompt)
+    settings, pooling = around["settings"], kinds.get("Pooling", {})
+    prompt = settings.get("prompts", {}).get(settings.get("default_prompt_name")) or ""
+    mode = pooling.get("pooling_mode", "mean" if "Pooling" in kinds else "nothing")
+    if not isinstance(mode, str) or mode not in POOLING or (prompt and pooling.get("include_prompt") is False):
+        modes = mode if isinstance(mode, str) else ", ".join(map(str, mode))
+        raise ValueError(f"{source.path} pools by {modes}, and what is known here is one of {', '.join(POOLING)}, with its prompt: "
+                         "use fp.swap in Python on the SentenceTransformer")  # fmt: skip
+    lower = kinds["Transformer"].get("do_lower_case", False)
+    return Embeddings(mode, "Normalize" in kinds, prompt, most, settings.get("truncate_dim"), lower)
 
 
 def _labels(config: dict[str, Any]) -> int:
     return len(config.get("id2label") or ()) or 2  # transformers' default
 
 
-def _modes(pooling: dict[str, Any]) -> list[str]:
-    """Of a Pooling's config, as it is written now, or with a flag for each mode."""
-    if isinstance(mode := pooling.get("pooling_mode"), str):
-        return [mode]
-    names = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}
-    flags = [name.removeprefix("pooling_mode_") for name, is_on in pooling.items() if is_on is True]
-    return [names.get(name, name) for name in flags if f"pooling_mode_{name}" in pooling]
+@dataclass(frozen=True)
+class Request:
+    """Texts to embeddings or scores, as a service would: the arguments of `fp.profile` and `fp.Pipeline`.
 
+    Raises:
+        ValueError: the model takes fewer than `length` tokens.
+    """
 
-def _json(file: pathlib.Path) -> Any:
-    """Empty where there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {file} ({type(e).__name__}): save the model again") from None
+    model: torch.nn.Module
+    tokenizer: Any
+    length: int
+    readout: Readout
+
+    def __post_init__(self) -> None:
+        embedding.check_length(self.length, self.tokenizer, self.model)
+
+    def preprocess(self, texts: list[str]) -> Batch:
+        """int64 [texts, length]: each text padded or cut."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.length}
+        encoded = self.tokenizer(*self.readout.inputs(texts), **options, return_tensors="pt", verbose=False)
+        return dict(encoded)
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """[texts, …], pooled where the model is: less to bring back."""
+        return self.readout.outputs(model, batch)
+
+    @staticmethod
+    def postprocess(outputs: Tensor) -> list[Any]:
+        return outputs.tolist()

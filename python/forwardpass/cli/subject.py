@@ -11,7 +11,7 @@ from rich.console import Console
 from ..common.text import count
 from . import embedding
 from .console import say
-from .readout import Embeddings, Readout, of
+from .readout import Readout, of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +36,19 @@ class Subject:
         return f"calibrating on {count(self.calibrated_on, 'text')}, and swapping" if self.calibration else "swapping"
 
 
-def find(name: str, where: str, console: Console, swaps: bool) -> tuple[embedding.Source, torch.nn.Module, Any]:
-    """Where the model comes from, which is printed, the model, and its tokenizer. swaps: whether the command takes the originals
-    of its layers, which a swapped model that was saved has not.
+def find(
+    name: str, where: str, console: Console, swaps: bool
+) -> tuple[embedding.Source, torch.nn.Module, Any, Readout]:
+    """Where the model comes from, which is printed, the model, its tokenizer, and what it is run for, as its folder says. swaps:
+    whether the command takes the originals of its layers, which a swapped model that was saved has not.
     """
-    source = _source(name, console, swaps)
-    return source, *embedding.load(source, where)
-
-
-def _source(name: str, console: Console, swaps: bool) -> embedding.Source:
     source = embedding.find_model(name)
     if source.swapped and swaps:
         raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
                          "original model")  # fmt: skip
     say(console, f"model: {source.origin}")
-    return source
+    readout = of(source)
+    return source, *embedding.load(source, where, readout.head), readout
 
 
 def load(
@@ -61,16 +59,11 @@ def load(
     calibrates: bool,
     console: Console,
     swaps: bool = True,
-    as_its_folder_says: bool = False,
 ) -> Subject:
-    """calibrates: whether there is calibration by default. as_its_folder_says: of a folder of sentence-transformers its pooling and
-    prompt, or its scores; else texts are embedded by the mean of their tokens.
-    """
+    """calibrates: whether there is calibration by default."""
     texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
     calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
-    source = _source(name, console, swaps)
-    readout = of(source) if as_its_folder_says else Embeddings()
-    model, tokenizer = embedding.load(source, where, readout.head)
+    source, model, tokenizer, readout = find(name, where, console, swaps)
     batches, others = (readout.tokenize(tokenizer, t, model, where) for t in (texts, calibration))
     return Subject(source, model, tokenizer, texts, batches, others or None, readout)
 

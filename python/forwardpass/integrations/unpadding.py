@@ -10,8 +10,10 @@ nobody reads what comes out. Within the stack of layers of a swapped encoder the
   the embeddings (relative positions). Rotary embeddings, which layers are given, are gathered as well.
 - Of what is in between attention alone looks at more than one row. It runs varlen, each sequence by itself, without a mask, a
   window as a number. Where no kernel takes a call, q, k and v are padded around it. Attention that does not come through
-  transformers' interface to us (MPNet and DeBERTa compute it in their own code, with biases of [B, H, S, S]; or a user keeps it
-  as it is) runs padded as a module, with its projections.
+  transformers' interface to us (MPNet and DeBERTa compute it in their own code; or a user keeps it as it is) runs padded as a
+  module, with its projections. That a sequence's bias is a corner of the batch's, bias[:, :, :n, :n] in MPNet, is not enough to
+  run those two varlen: the operation takes no mask with cu_seqlens, and between projections and scores there is no place for a
+  hook, so each module's forward would be written here a second time, DeBERTa's with its gathers by relative positions.
 
 A row of int8 is quantised by itself, so a token's result is that of the padded model but for the order of sums.
 

@@ -9,6 +9,7 @@ so the least total on the grid that holds a budget is a lower bound on what any 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,3 +92,18 @@ class Frontier:
         options_of_layers.reverse()
         cost = sum(layer[o].cost for layer, o in zip(self._layers, options_of_layers))
         return Choice(tuple(options_of_layers), cost, self.errors[i], max(cost - self.bounds[i], 0.0))
+
+    def changes(self, choice: Choice) -> list[Choice]:
+        """The choices that differ from this one in one layer and cost less."""
+        changed = []
+        for n, options in enumerate(self._layers):
+            now = options[choice.options[n]]
+            for o, option in enumerate(options):
+                if option.cost < now.cost:
+                    chosen = (*choice.options[:n], o, *choice.options[n + 1 :])
+                    cost, error = choice.cost - now.cost + option.cost, choice.error - now.error + option.error
+                    changed.append(Choice(chosen, cost, error, self._gap(cost, error)))
+        return changed
+
+    def _gap(self, cost: float, error: float) -> float:
+        return max(cost - self.bounds[max(bisect_right(self.errors, error) - 1, 0)], 0.0)

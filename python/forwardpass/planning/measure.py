@@ -33,10 +33,12 @@ from .parity import LayerParity
 CALIBRATED = "+calibrated"
 #: Effects on the output are measured on batches that hold at least this many samples together.
 SAMPLES = 32
+#: Rows of a layer's input that candidates are compared with the layer on, about.
+ROWS = 512
 #: Calibration statistics of so many bytes are held at once; a model that has more is calibrated in several passes.
 STATISTICS_BYTES = 1 << 30
 ROUNDS, WARMUP = 15, 3
-PARTIAL = "forwardpass.plan.partial/1"
+PARTIAL = "forwardpass.plan.partial/2"
 #: arguments of `from_torch` of calibrated layers, by layer
 Arguments = Mapping[str, Mapping[str, Any]]
 
@@ -222,7 +224,7 @@ class Measurer:
     """Measures layers in turn.
 
     Args:
-        candidates: by name; arguments: of calibrated layers, by layer; references: the outputs of `batches` as the model is.
+        candidates: by name; arguments: of calibrated layers, by layer.
     """
 
     def __init__(
@@ -230,12 +232,9 @@ class Measurer:
         subject: Subject,
         candidates: Mapping[str, LayerPrecision],
         arguments: Arguments,
-        batches: list[Any],
-        references: list[Tensor],
         measurements: Measurements,
     ):
         self.subject, self.candidates, self.arguments = subject, candidates, arguments
-        self.batches, self.references = batches, references
         self.measurements, self.content = measurements, measurements.content
 
     def time(self, layers: list[Layer], track: Track) -> None:
@@ -287,28 +286,30 @@ class Measurer:
         candidate = self.candidates[name]
         return build(leaf, candidate.precision, self.arguments.get(leaf.fqn, {}) if candidate.calibrated else {}).eval()
 
-    def local_errors(self, layers: list[Layer], track: Track) -> None:
-        """Fills in each candidate's error at its layer, on the input that the layer has in the first of the batches."""
+    def local_errors(self, layers: list[Layer], batch: Any, track: Track) -> None:
+        """Fills in each candidate's error at its layer, on rows of the input that the layer has in the batch."""
         errors = self.content["local"]
         if errors is None:
             with annotated("while measuring errors of layers; the model is as it was"):
-                errors = self.content["local"] = self._local_errors(layers, track)
+                errors = self.content["local"] = self._local_errors(layers, batch, track)
             self.measurements.keep()
         for layer in layers:
             for name in layer.open():
                 for field, value in errors[layer.leaf.fqn][name].items():
                     setattr(layer.candidates[name], field, value)
 
-    def _local_errors(self, layers: list[Layer], track: Track) -> dict[str, Any]:
+    def _local_errors(self, layers: list[Layer], batch: Any, track: Track) -> dict[str, Any]:
         parities = {x.leaf.fqn: {name: LayerParity(x.leaf.fqn, name) for name in x.open()} for x in layers}
         advance = track("measuring errors of layers", len(layers))
-        batch = self.batches[0]  # its rows are enough: exact products are in fp64
 
         def compare(leaf: Leaf, module: nn.Module, x: Tensor, expected: Tensor) -> None:
             mask = padding_mask(batch, x.shape[:-1], leaf.fqn)
+            x, expected = (t.reshape(-1, t.shape[-1]) if mask is None else t[mask.to(t.device)] for t in (x, expected))
+            stride = max(1, len(x) // ROWS)  # exact products are in fp64
+            x, expected = x[::stride].contiguous(), expected[::stride]
             for name, parity in parities[leaf.fqn].items():
                 candidate = self._built(leaf, name)
-                parity.add(candidate, x, candidate(x), candidate.activated(expected), mask)
+                parity.add(candidate, x, candidate(x), candidate.activated(expected), None)
             advance()
 
         with hooked(((layer.leaf, layer.leaf.module) for layer in layers), after=compare):
@@ -323,9 +324,18 @@ class Measurer:
             for fqn, by_candidate in parities.items()
         }
 
-    def output_errors(self, layers: list[Layer], track: Track) -> None:
-        """Fills in what each candidate brings at the output: one pass of the model over the batches for each, alone."""
+    def output_errors(
+        self, layers: list[Layer], batches: list[Any], worst: Tensor, surroundings: Plan, track: Track
+    ) -> None:
+        """Fills in what each candidate brings at the output: one pass of the model over the batches for each, alone. worst: the
+        samples that count. surroundings: a plan of no layer, for what a swap changes besides: it runs without padding.
+        """
         todo = [(layer, name) for layer in layers for name in layer.open()]
+        missing = [(x, name) for x, name in todo if name not in self.content["output"].get(x.leaf.fqn, {})]
+        references: list[Tensor] = []
+        if missing:
+            with self.subject.swapped(surroundings, {}):
+                references = [y.cpu() for y in self.subject.outputs(batches)]
         advance = track("measuring errors of the output", len(todo))
         for n, (layer, name) in enumerate(todo):
             errors = self.content["output"].setdefault(layer.leaf.fqn, {})
@@ -333,7 +343,7 @@ class Measurer:
                 file = self.measurements.file
                 progress = f"; {n} of {len(todo)} layers and candidates are in {file}" if file else ""
                 with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{progress}"):
-                    errors[name] = self._output_error(layer.leaf, name)
+                    errors[name] = self._output_error(layer.leaf, name, batches, references, worst, surroundings)
                 self.measurements.keep()
             layer.candidates[name].output = errors[name]
             if errors[name] is None:
@@ -341,22 +351,25 @@ class Measurer:
                 layer.candidates[name].refusal = Reason("not_finite", text, "")
             advance()
 
-    def _output_error(self, leaf: Leaf, name: str) -> list[float] | None:
-        plan = planned(self.subject.model, [(leaf, self.candidates[name])], (), None, unpad=None)
+    def _output_error(
+        self,
+        leaf: Leaf,
+        name: str,
+        batches: list[Any],
+        references: list[Tensor],
+        worst: Tensor,
+        surroundings: Plan,
+    ) -> list[float] | None:
+        plan = planned(
+            self.subject.model, [(leaf, self.candidates[name])], surroundings.attention, None, surroundings.unpad
+        )
         with self.subject.swapped(plan, self.arguments):
             errors = [
                 self.subject.criterion.additive(actual, expected, batch)
-                for batch, actual, expected in zip(self.batches, self.subject.outputs(self.batches), self.references)
+                for batch, actual, expected in zip(batches, self.subject.outputs(batches), references)
             ]
-        output = torch.cat(errors)
+        output = torch.cat(errors)[worst]
         return output.clamp_min(0).tolist() if output.isfinite().all() else None
-
-
-def spread(batches: list[Any], references: list[Tensor]) -> list[int]:
-    """Batches, spread over all of them, that hold SAMPLES samples together: more where one batch holds fewer."""
-    size = max(sum(len(r) if r.dim() > 1 else 1 for r in references) / len(references), 1)
-    count = min(len(batches), max(1, round(SAMPLES / size)))
-    return [(2 * i + 1) * len(batches) // (2 * count) for i in range(count)]
 
 
 def identity(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..common import environment
@@ -42,19 +41,20 @@ from .measure import (
     Measurements,
     Measurer,
     Subject,
-    annotated,
     calibrated_arguments,
     eligible,
     find_candidate,
     identity,
     shapes_of_calls,
-    spread,
 )
+from .verify import Verdict, Verifier
 
 CANDIDATES = ("fp8", "int8", f"int8{CALIBRATED}", "w8a16", "bf16")
 TARGETS = ("latency", "memory")
-#: Whole plans that are run before the best of those that held the budget is taken.
-ATTEMPTS = 10
+#: Whole plans that are run before the best of those that held the budget is taken; and changes of one layer that are tried on it.
+ATTEMPTS, CHANGES = 10, 8
+#: A change of one layer is tried where the predicted error is at most so many times what a plan was seen to hold.
+BEYOND = 1.25
 #: The search ends where the next plan to be tried could save no more than this share of the layers' cost.
 WORTH = 0.002
 _NEVER_CALLED = Reason("never_called", "no batch of `shapes` reaches it", "")
@@ -84,16 +84,17 @@ def plan(
     """Measures what every candidate precision costs and brings on every layer, and plans the fastest model within a budget.
 
     Every candidate is timed on every form of layer, at the shapes it has in `shapes`, quantisation included, and compared with
-    every layer on its input; one that is not faster is refused, whatever its error. The others are put into their layer, alone,
-    for the error at the model's output. A plan is then the least total time whose predicted error, the sum of the squared errors
-    of its layers, is within the budget; it is run on all of `batches` and tightened, or loosened, until the fastest that holds
-    is found.
+    every layer on its input; one that is not faster is refused, whatever its error, and so is one with a larger error than another
+    that takes no longer. The fastest of the others are run together, on all of `batches`; the samples that come out worst are those
+    that bind the budget, and on them each is put into its layer, alone, for the error at the model's output. A plan is then the
+    least total time whose predicted error, the sum of the squared errors of its layers, is within the budget; it is run on all of
+    `batches` and tightened, or loosened, until the fastest that holds is found, and changed layer by layer where that still holds.
 
     Args:
         model: not swapped. It is left as it was, after errors and interrupts too; one layer is replaced at a time, and in the
             end all of the plan's: the originals and their 8- or 16-bit replacements are the most there is at any time.
         batches: real input to hold the budget on (see `forwardpass.common.batches`), other than calibrate's. Their outputs are
-            kept on the host. Errors of single layers are measured on some of them, 32 samples or a batch.
+            kept on the host. Errors of single layers are measured on some of them, of 32 samples or a batch the worst quarter.
         candidates: of "fp8", "int8", "int8+calibrated", "w8a16", "bf16"; None: all, the calibrated one with calibrate= alone.
         max_error: the most relative L2 error of the output, worst of the batches; or
         min_cosine: the least cosine of an output sample with the model's own; or
@@ -155,15 +156,27 @@ def plan(
         for leaf in leaves
     ]  # fmt: skip
     arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
-    indices = spread(samples, references)
-    measurer = Measurer(
-        subject, tried, arguments, [samples[i] for i in indices], [references[i] for i in indices], measurements
-    )
+    measurer = Measurer(subject, tried, arguments, measurements)
     measurer.time(layers, progress)
-    measurer.local_errors(layers, progress)
+    measurer.local_errors(layers, samples[0], progress)
     for layer in layers:
         _refuse_costly(layer, target)
-    measurer.output_errors(layers, progress)
+        _refuse_dominated(layer, target)
+    by_fqn = {leaf.fqn: leaf for leaf in leaves}
+
+    def plan_of(names: Mapping[str, str | None]) -> Plan:
+        pairs = [(by_fqn[fqn], tried[name]) for fqn, name in names.items() if name]
+        batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
+        attention_names = [leaf.fqn for leaf in attending.swapped] if pairs else []
+        return planned(model, pairs, attention_names, batches_fingerprint, unpads if pairs else None)
+
+    verifier = Verifier(subject, arguments, samples, references)
+    fastest = {x.leaf.fqn: min(x.open(), key=lambda n: _cost(x.candidates[n], target), default=None) for x in layers}
+    if any(fastest.values()):
+        verifier.run(plan_of(fastest), to_the_end=True)
+    indices, worst = verifier.binding()
+    surroundings = planned(model, [], [leaf.fqn for leaf in attending.swapped], None, unpads)
+    measurer.output_errors(layers, [samples[i] for i in indices], worst, surroundings, progress)
     options = {
         layer.leaf.fqn: [
             (None, Option(_cost(layer, target), 0.0)),
@@ -180,25 +193,9 @@ def plan(
     def names_of(choice: Choice) -> dict[str, str | None]:
         return {fqn: by_name[o][0] for (fqn, by_name), o in zip(options.items(), choice.options)}
 
-    def plan_of(choice: Choice) -> Plan:
-        names = names_of(choice)
-        pairs = [(leaf, tried[name]) for leaf in leaves if (name := names[leaf.fqn])]
-        batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
-        attention_names = [leaf.fqn for leaf in attending.swapped] if pairs else []
-        return planned(model, pairs, attention_names, batches_fingerprint, unpads if pairs else None)
-
-    def verified(choice: Choice) -> tuple[float, float]:
-        worst, errors = [], []
-        with annotated("while verifying a plan; the model is as it was"), subject.swapped(plan_of(choice), arguments):
-            for batch, actual, expected in zip(samples, subject.outputs(samples), references):
-                errors.append(criterion.additive(actual, expected, batch))
-                worst.append(criterion.worst(errors[-1], actual, expected, batch))
-        finite = all(map(math.isfinite, worst))
-        return max(worst) if finite else math.nan, torch.cat(errors).mean().item()
-
     as_it_is = Choice((0,) * len(layers), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
-    choice, attempts = _search(front, as_it_is, criterion, verified, progress)
-    latency = _latency(subject, plan_of(choice), arguments, timed, progress)
+    choice, attempts = _search(front, as_it_is, criterion, lambda c: verifier.run(plan_of(names_of(c))), progress)
+    latency = _latency(subject, plan_of(names_of(choice)), arguments, timed, progress)
     slower = target == "latency" and "after" in latency and latency["after"].low >= latency["before"].low
     if slower:
         choice = as_it_is
@@ -206,7 +203,7 @@ def plan(
     after = sum(x.candidates[name].bytes if (name := names[x.leaf.fqn]) else x.bytes for x in layers)
     sizes = (sum(x.bytes for x in layers), after) if any(names.values()) else None
     return replace(
-        plan_of(choice),
+        plan_of(names),
         evidence={
             "versions": environment.versions(),
             "device": device,
@@ -270,19 +267,29 @@ def _refuse_costly(layer: Layer, target: str) -> None:
             )
 
 
+def _refuse_dominated(layer: Layer, target: str) -> None:
+    """A candidate beside which another one errs less at the layer and takes no longer, as far as their quartiles tell, as int8
+    calibrated does beside int8. It would cost a pass of the model to know what it brings at the output.
+    """
+    for name in layer.open():
+        c = layer.candidates[name]
+        for other in layer.open():
+            o = layer.candidates[other]
+            alike = o.ms.low <= c.ms.median if target == "latency" and o.ms and c.ms else o.bytes <= c.bytes
+            if alike and o.error is not None and c.error is not None and o.error < c.error:
+                c.refusal = Reason(
+                    "dominated", f"{other} takes no longer and errs less: {o.error:.1e}, not {c.error:.1e}", ""
+                )
+
+
 def _cost_text(x: Layer | Candidate, target: str) -> str:
     return f"{_cost(x, target):.3g} ms" if target == "latency" else f"{x.bytes} bytes"
 
 
 def _search(
-    front: Frontier,
-    as_it_is: Choice,
-    criterion: Criterion,
-    verified: Callable[[Choice], tuple[float, float]],
-    progress: Track,
+    front: Frontier, as_it_is: Choice, criterion: Criterion, run: Callable[[Choice], Verdict], progress: Track
 ) -> tuple[Choice, list[dict[str, Any]]]:
-    """The cheapest choice that is verified to hold the budget, and all that were tried. `verified` gives the worst error of a
-    choice, NaN where it is not finite, and the mean of what is predicted.
+    """The cheapest choice that is seen to hold the budget, and all that were run.
 
     The predicted error is a mean over samples and the budget bounds the worst, measured: the ratio of the two, from the last
     choice that was run, says which to run next; after each that fails in a row it is aimed a tenth lower.
@@ -290,30 +297,51 @@ def _search(
     holds, fails, best = (-1 if any(front.choice(0).options) else 0), len(front), as_it_is
     ratio, aim = math.nan, criterion.budget
     attempts: list[dict[str, Any]] = []
-    advance = progress("verifying plans", ATTEMPTS)
+    advance = progress("verifying plans", ATTEMPTS + CHANGES)
+
+    def hold(choice: Choice) -> bool:
+        nonlocal ratio, best
+        verdict = run(choice)
+        ok = verdict.worst <= criterion.budget  # False for NaN
+        attempts.append({
+            "cost": choice.cost,
+            "predicted": choice.error,
+            "measured": verdict.mean if math.isfinite(verdict.mean) else None,
+            "value": criterion.shown(verdict.worst) if math.isfinite(verdict.worst) else None,
+            "batches": verdict.batches,
+            "holds": ok,
+        })  # fmt: skip
+        if verdict.worst > 0 and choice.error > 0:
+            ratio = verdict.worst / choice.error
+        if ok:
+            best = choice
+        advance()
+        return ok
+
     while len(attempts) < ATTEMPTS and fails - holds > 1:
         if attempts and front.bounds[max(holds, 0)] - front.bounds[fails - 1] < WORTH * as_it_is.cost:
             break
         i = bisect_right(front.errors, aim / ratio) - 1 if ratio > 0 else fails - 1
         if not holds < i < fails:  # this side of what holds, or beyond what fails
             i = (holds + fails) // 2 if len(attempts) > 1 else min(max(i, holds + 1), fails - 1)
-        choice = front.choice(i)
-        worst, mean = verified(choice)
-        ok = worst <= criterion.budget  # False for NaN
-        attempts.append({
-            "cost": choice.cost,
-            "predicted": choice.error,
-            "measured": mean if math.isfinite(mean) else None,
-            "value": criterion.shown(worst) if math.isfinite(worst) else None,
-            "holds": ok,
-        })  # fmt: skip
-        if ok:
-            holds, best, aim = i, choice, criterion.budget
+        if hold(front.choice(i)):
+            holds, aim = i, criterion.budget
         else:
             fails, aim = i, 0.9 * aim
-        if worst > 0 and choice.error > 0:
-            ratio = worst / choice.error
-        advance()
+    # What the worst sample comes to differs by tens of per cent between plans of one predicted error.
+    held = [a["predicted"] for a in attempts if a["holds"]]
+    tried: set[tuple[int, ...]] = set()
+    for _ in range(CHANGES if held else 0):
+        changes = [
+            c
+            for c in front.changes(best)
+            if c.options not in tried and c.error <= BEYOND * max(held) and best.cost - c.cost > WORTH * as_it_is.cost
+        ]
+        if not changes:
+            break
+        choice = min(changes, key=lambda c: (c.error - best.error) / (best.cost - c.cost))
+        tried.add(choice.options)
+        hold(choice)
     return best, attempts
 
 

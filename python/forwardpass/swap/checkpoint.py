@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..common.files import read_json, write_json
 from ..common.modules import plain_module
+from ..integrations import sentence_transformers as sentences
 from ..nn import QuantizedLinear
 from ..nn.layer import linear_weight
 from ..version import __version__
@@ -43,6 +44,7 @@ _RECORD = {
     "attention": list,
     "unpad": str | None,
     "aliases": dict,
+    "around": dict | None,
 }
 _MODEL = {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None}
 _LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
@@ -83,7 +85,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
     Tied tensors are stored once. Over an older checkpoint it is one step: whenever it is interrupted, the old one or the new one
     is there, whole. `load_pretrained` reads forwardpass.json and the weights that it names; a Hugging Face model's config.json
     and generation_config.json are written beside them for other programs (a tokenizer saved there finds its class), which find
-    no weights of theirs.
+    no weights of theirs. Of a `SentenceTransformer` or a `CrossEncoder` its modules, prompts and other settings are stored, and its
+    tokenizer, so that `load_pretrained` gives the same again.
 
     Args:
         folder: new, empty, or one that holds a checkpoint of forwardpass, which is replaced.
@@ -91,14 +94,24 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
             folder that the model was loaded from (config._name_or_path) is refused all the same.
 
     Raises:
-        ValueError: the model is not swapped, or holds what safetensors cannot; the folder is not to be written to. ImportError:
-            safetensors is missing.
+        ValueError: the model is not swapped, or holds what safetensors cannot, or is of sentence-transformers and has other modules
+            than Transformer, Pooling, Normalize and Dense; the folder is not to be written to. ImportError: safetensors is missing.
 
     Example:
         >>> report = fp.swap(model, precision="int8")
         >>> fp.save_pretrained(model, "checkpoint")
     """
     model = plain_module("save_pretrained", model)
+    around = sentences.describe(model)
+    write(model, around, folder, overwrite)
+    if around is not None:
+        sentences.save_processor(model, pathlib.Path(folder))
+
+
+def write(
+    model: nn.Module, around: dict[str, Any] | None, folder: str | os.PathLike[str], overwrite: bool = False
+) -> None:
+    """`save_pretrained` of a model that is, or for its names stands for, what `around` describes; without its tokenizer."""
     layers = originals.quantised_layers(model)
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
@@ -127,14 +140,18 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
         storages.add(t.untyped_storage()._cdata)
         tensors[name] = t.cpu().contiguous() if alone else t.cpu().clone(memory_format=torch.contiguous_format)
 
-    config, generation = _configs(model)
+    transformer = model if around is None else sentences.transformer_of(model)
+    config, generation = _configs(transformer)
+    if around is not None and config is None:
+        raise ValueError(f"what this {around['class']} is around is a {type(transformer).__name__}, which is no class of "
+                         "transformers: save that model with its own method")  # fmt: skip
     safetensors = _safetensors()
     folder.mkdir(parents=True, exist_ok=True)
     weights = put_weights(folder, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
     record = {
         "schema": SCHEMA,
         "forwardpass": __version__,
-        "model": {"class": type(model).__name__, "attention": implementation_before(model),
+        "model": {"class": type(transformer).__name__, "attention": implementation_before(transformer),
                   "config": config, "generation_config": generation},
         "weights": weights,
         "layers": [
@@ -145,6 +162,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
         "attention": originals.swapped_attention(model),
         "unpad": unpads(model),
         "aliases": aliases,
+        "around": around,
     }  # fmt: skip
     write_json(folder / RECORD, record)
     for name, content in ((model_config.CONFIG, config), (model_config.GENERATION, generation)):
@@ -170,7 +188,8 @@ def load_pretrained(
     Args:
         folder: what was given to save_pretrained.
         model: a model of the same structure, not swapped, to be filled in place; it may be on the meta device. Its
-            parameters are replaced, not written to. None: Hugging Face's class is built from its stored config, in eval mode.
+            parameters are replaced, not written to. None: Hugging Face's class is built from its stored config, in eval mode, and
+            around it the SentenceTransformer or CrossEncoder that was saved.
             Attention that may have to be downloaded (flash_attention_2) is then left to the class's default, with a warning.
         device: where tensors go that have no place yet: those of a model on meta, or of one built here.
 
@@ -179,11 +198,35 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError, ValueError: the folder is no checkpoint, is damaged, or is for another model; a given model
-            is then as it was. ImportError: safetensors or transformers is missing.
+            is then as it was. ImportError: safetensors, transformers or sentence-transformers is missing.
 
     Example:
         >>> model = fp.load_pretrained("checkpoint", model=build_model())
     """
+    return _load(folder, model, device, sentences.build)
+
+
+def load_transformer(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of transformers of a checkpoint, without what sentence-transformers has around it, for which that package is not
+    needed.
+    """
+    model = _load(folder, None, device, lambda around, transformer, _: sentences.bare(around, transformer))
+    return sentences.transformer_of(model) if description(folder) else model
+
+
+def description(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What sentence-transformers has around the model of a checkpoint, if anything."""
+    around: dict[str, Any] | None = _read_record(pathlib.Path(folder))["around"]
+    return around
+
+
+def _load(
+    folder: str | os.PathLike[str],
+    model: nn.Module | None,
+    device: str | torch.device,
+    build: Callable[[dict[str, Any], nn.Module, str], nn.Module],
+) -> nn.Module:
+    """`load_pretrained`; build(around, transformer, folder) gives the model to be filled where there is something around it."""
     folder = pathlib.Path(folder)
     record = _read_record(folder)
     weights = folder / record["weights"]
@@ -197,6 +240,8 @@ def load_pretrained(
     with file:
         if model is None:
             model = _build(folder, record["model"], len(file.keys()))
+            if record["around"] is not None:
+                model = build(record["around"], model, str(folder))
         else:
             model = plain_module("load_pretrained", model)
             if originals.quantised_layers(model) or originals.swapped_attention(model):
@@ -320,7 +365,8 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
             f"there is no folder {folder}: give load_pretrained a folder that fp.save_pretrained wrote"
         )
     path = folder / RECORD
-    record = {"unpad": None, **read_json(path, "checkpoint of forwardpass", _FIX)}  # older ones do not say
+    # older ones do not say
+    record = {"unpad": None, "around": None, **read_json(path, "checkpoint of forwardpass", _FIX)}
     if record.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"
@@ -333,6 +379,11 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
     require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
     require(WEIGHTS.fullmatch(record["weights"]) is not None, "the name of its weights")
     require(record["unpad"] in (None, *UNPAD), "what it says of padding")
+    if record["around"] is not None:
+        try:
+            sentences.check(record["around"])
+        except (ValueError, TypeError, AttributeError) as e:
+            require(False, str(e))
     names = (*record["aliases"].values(), *record["attention"])
     require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
     fqns = set()

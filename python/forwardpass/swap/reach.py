@@ -55,7 +55,11 @@ def generic(module: str) -> bool:
 def _known(module: str) -> bool:
     """Libraries that use modules as their users have them, by calling them."""
     package = module.partition(".")[0]
-    return generic(module) or package in ("torch", "forwardpass") or package in sys.stdlib_module_names
+    return (
+        generic(module)
+        or package in ("torch", "forwardpass", "sentence_transformers")
+        or package in sys.stdlib_module_names
+    )
 
 
 class Reach:

@@ -29,9 +29,21 @@ from .patterns import Pattern
 from .precision import Precision
 from .walker import Leaf
 
-#: Weights with fewer elements than this stay: quantising the input costs more than the smaller product saves. One
-#: core with AVX-512 VNNI, fp32 over int8 time at 1024 tokens: 48 x 48 0.9, 64 x 64 1.3, 96 x 96 4.9; at 128 tokens
-#: 0.6, 0.4, 2.7.
+#: Weights with fewer elements than this stay: quantising the input costs more than the smaller product saves. Time of nn.Linear in
+#: fp32 over that of its Int8Linear, one core of an AMD EPYC (Zen 4) held to each tier by FORWARDPASS_CPU, the least of many calls,
+#: 2026-11-28:
+#:
+#:     rows            1     8    16    32   128  1024         1     8    16    32   128  1024
+#:     48 x 48      0.52  0.54  0.61  0.63  0.74  0.94      0.52  0.57  0.57  0.53  0.54  0.56
+#:     64 x 64      0.57  0.63  0.69  0.76  1.03  1.43      0.54  0.60  0.59  0.63  0.73  0.82
+#:     96 x 96      0.55  0.59  0.78  0.91  1.32  1.67      0.59  0.65  0.66  0.71  0.82  0.89
+#:     128 x 128    0.65  0.83  1.00  1.22  1.81  2.28      0.62  0.73  0.75  0.88  1.05  1.15
+#:     192 x 192    0.78  1.13  1.44  1.82  2.41  2.86      0.72  0.92  0.92  1.14  1.25  1.32
+#:     384 x 384    1.48  2.35  2.56  2.78  3.28  3.59      1.26  1.56  1.38  1.46  1.46  1.54
+#:                  avx512_vnni                             avx2
+#:
+#: So this is the least that gains at all, at a hundred rows and more on VNNI. From here to 192 x 192 it depends on the rows, which
+#: a swap does not know; `fp.plan` measures it.
 TOO_SMALL = 64 * 64
 
 Finding = tuple[str, str]

@@ -54,12 +54,20 @@ def parity(
             track(subject.swapping(), None)
             fp.swap(subject.model, precision=precision, plan=planned, calibrate=subject.calibration)
             advance = track("comparing", len(subject.batches))
-            parity_report = fp.parity(subject.model, comparison.ticking(subject.batches, advance), compiled=compiled)
+            parity_report = fp.parity(
+                subject.model,
+                comparison.ticking(subject.batches, advance),
+                forward=subject.readout.forward,
+                task=subject.readout.task,
+                compiled=compiled,
+            )
     if subject.calibration:
         say(console, "\n".join(wrapped(f"calibrated {describe_calibration(subject.calibrated_on)}")))
+    say(console, subject.readout.describe())
     say(console, str(parity_report))
     if json:
         about = {"model": {"name": model, "chosen": subject.source.origin}, "precision": precision, "plan": plan}
+        about["readout"] = subject.readout.describe()
         write_json({**parity_report.to_json(), **about}, json)
     if plot:
         parity_report.save_plot(plot)

@@ -42,7 +42,7 @@ def plan(
     resume: Annotated[str | None, typer.Option(help="Keep measurements in this file, and go on from it: after an "
                                                "interrupt, or for another budget.")] = None,
 ) -> None:  # fmt: skip
-    """Plans each layer's precision: the fastest text embedding model within a budget of error, from measurements."""
+    """Plans each layer's precision: the fastest text embedding model or cross-encoder within a budget of error, as measured."""
     console = Console(stderr=json == "-")
     if (min_cosine is None) == (max_error is None):
         refuse("pass either --min-cosine or --max-error")
@@ -68,7 +68,7 @@ def plan(
                 target=target,
                 shapes=[timed],
                 calibrate=subject.calibration,
-                forward=embedding.forward,
+                forward=subject.readout.forward,
                 resume=resume,
                 progress=track,
             )
@@ -78,6 +78,7 @@ def plan(
     assert chosen_plan.evidence is not None
     about = {
         "model": subject.source.origin,
+        "readout": subject.readout.describe(),
         "allocator": allocator,
         "texts": len(subject.texts),
         "batch": batch,
@@ -86,6 +87,7 @@ def plan(
     chosen_plan = dataclasses.replace(chosen_plan, evidence={**about, **chosen_plan.evidence})
     if subject.calibration:
         say(console, f"candidates {CALIBRATED}: on {count(subject.calibrated_on, 'text')}, in Python calibrate=batches")
+    say(console, subject.readout.describe())
     say(console, str(chosen_plan))
     if json:
         write_json(chosen_plan.to_json(), json)

@@ -12,6 +12,7 @@ import forwardpass as fp
 from .. import embedding
 from ..console import say, tracking
 from ..options import Device, Json, SwappedName, number, prepare, refusing, write_json
+from ..readout import Request
 from ..subject import find
 
 
@@ -27,13 +28,15 @@ def profile(
     html: Annotated[str | None, typer.Option(help="Also write a report with plots to this file.")] = None,
     trace: Annotated[str | None, typer.Option(help="Also write a Chrome trace to this file.")] = None,
 ) -> None:  # fmt: skip
-    """Shows where the time of a text embedding goes: tokenising, transfer, forward, pooled output; then by layer."""
+    """Shows where the time of a text embedding, or of scores, goes: tokenising, transfer, forward, output; then by layer.
+
+    A folder of sentence-transformers says itself how texts are pooled and prompted, or that each is scored with the first."""
     console = Console(stderr=json == "-")
     where = prepare(device, json, html, trace, read=(model, text))
     with refusing(ValueError, OSError):
         texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-        source, loaded, tokenizer = find(model, where, console, swaps=False)
-        request = embedding.Request(loaded, tokenizer, length)
+        source, loaded, tokenizer, readout = find(model, where, console, swaps=False)
+        request = Request(loaded, tokenizer, length, readout)
     items = [[texts[(i * batch + j) % len(texts)] for j in range(batch)] for i in range(batches)]
     with tracking() as track, refusing(ValueError, TypeError, fp.Unsupported):
         profiled = fp.profile(
@@ -45,7 +48,7 @@ def profile(
             rounds=rounds,
             progress=track,
         )
-    say(console, str(profiled))
+    say(console, f"{readout.describe()}\n{profiled}")
     if html:
         profiled.save_html(html)
     if trace:

@@ -76,7 +76,8 @@ def size_batch(
             track(subject.swapping(), None)
             fp.swap(subject.model, precision, calibrate=subject.calibration)
         sizing = fp.size_batch(
-            subject.model, make_batch, latency_slo_ms=slo_ms, percentile=percentile, arrival_rate=rate, arrivals=arrivals,
+            subject.model, make_batch, forward=subject.readout.outputs, latency_slo_ms=slo_ms, percentile=percentile,
+            arrival_rate=rate, arrivals=arrivals,
             memory_limit=None if memory_limit_mb is None else memory_limit_mb * 1_000_000,
             price_per_hour=price_per_hour, max_batch=max_batch, run_seconds=check or RUN_SECONDS, seconds=seconds,
             progress=track,
@@ -93,7 +94,7 @@ def size_batch(
             times = Arrivals(sizing.arrival_rate, arrivals).of_replica(replicas, count_of_run, seed=1)
             if arrivals is not None:
                 times = [t for t in times if t <= check]
-            trial = try_policy(subject.model, make_batch, sizing.policy, times)
+            trial = try_policy(subject.model, make_batch, sizing.policy, times, forward=subject.readout.outputs)
             result["check"] = checked(trial, percentile, slo_ms, sizing.spread)
             result["measured"].append("check")
             ok = result["check"]["ok"]

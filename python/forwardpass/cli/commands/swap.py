@@ -13,6 +13,8 @@ from rich.console import Console
 import forwardpass as fp
 
 from ...common import environment
+from ...integrations import sentence_transformers as sentences
+from ...swap import checkpoint
 from ...swap.folder import check_folder
 from .. import comparison, embedding
 from ..console import print_swap, tracking
@@ -59,7 +61,7 @@ def swap(
             if json and pathlib.Path(json).resolve() == pathlib.Path(save).resolve():
                 raise ValueError(f"--json and --save are both {save}: give each a path of its own")
             check_folder(save, [embedding.find_model(model).path], overwrite)
-        subject = load(model, where, text, calibrate, calibrates, console, as_its_folder_says=True)
+        subject = load(model, where, text, calibrate, calibrates, console)
         timed = embedding.full_batch(subject.tokenizer, subject.texts, batch, length, subject.model, where)
     swapped = copy.deepcopy(subject.model)  # both are wanted at once: their timing takes turns
     with tracking() as track:
@@ -70,7 +72,9 @@ def swap(
         compared = comparison.compare(subject.model, swapped, subject.batches, timed, subject.readout, track)
     if save:
         with refusing(ValueError, OSError):
-            fp.save_pretrained(swapped, save, overwrite=overwrite)
+            around = subject.source.around()
+            named = swapped if around is None else sentences.bare(around, swapped)
+            checkpoint.write(named, around, save, overwrite)
             subject.tokenizer.save_pretrained(save)
     reported = report.to_json()
     if not (reported["swapped"] or reported["attention"]):  # what two timings of one model differ by is no speed-up
