@@ -59,7 +59,7 @@ def parity(
         say(console, "\n".join(wrapped(f"calibrated {describe_calibration(subject.calibrated_on)}")))
     say(console, str(parity_report))
     if json:
-        about = {"model": {"name": model, "chosen": subject.source.origin}, "precision": precision, "plan": plan}
+        about = {"model": {"name": model, "origin": subject.source.origin}, "precision": precision, "plan": plan}
         write_json({**parity_report.to_json(), **about}, json)
     if plot:
         parity_report.save_plot(plot)
