@@ -135,14 +135,14 @@ def tokenize(
     tokenizer: Any, texts: list[str], model: torch.nn.Module, device: torch.device | str = "cpu", size: int = 32
 ) -> list[Batch]:
     """Padded batches of `size` texts in the order given. Raises ValueError on a text that is too long for the model."""
-    most, batches = most_tokens(tokenizer, model), []
+    limit, batches = most_tokens(tokenizer, model), []
     for start in range(0, len(texts), size):
         batch = tokenizer(texts[start : start + size], padding=True, return_tensors="pt", verbose=False)
         lengths = batch["attention_mask"].sum(1)
-        if lengths.max() > most:
+        if lengths.max() > limit:
             worst = int(lengths.argmax())
             raise ValueError(
-                f"text {start + worst + 1} has {lengths[worst]} tokens, and the model takes {most}: split it"
+                f"text {start + worst + 1} has {lengths[worst]} tokens, and the model takes {limit}: split it"
             )
         batches.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
     return batches
@@ -199,8 +199,8 @@ class Request:
 
 
 def check_length(length: int, tokenizer: Any, model: torch.nn.Module) -> None:
-    if length > (most := most_tokens(tokenizer, model)):
-        raise ValueError(f"a length of {length} tokens is more than the model's {most}: pass --length {most} or less")
+    if length > (limit := most_tokens(tokenizer, model)):
+        raise ValueError(f"a length of {length} tokens is more than the model's {limit}: pass --length {limit} or less")
 
 
 @torch.inference_mode()

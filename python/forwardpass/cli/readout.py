@@ -94,13 +94,13 @@ class Scores:
 
     def tokenize(self, tokenizer: Any, texts: list[str], model: torch.nn.Module, device: str) -> list[Batch]:
         groups = [texts[i : i + self.size] for i in range(0, len(texts), self.size)]
-        most = embedding.most_tokens(tokenizer, model)
+        limit = embedding.most_tokens(tokenizer, model)
         batches = []
         for query, *documents in groups:
             if documents:
                 pairs = [query] * len(documents), documents
                 batch = tokenizer(
-                    *pairs, padding=True, truncation=True, max_length=most, return_tensors="pt", verbose=False
+                    *pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt", verbose=False
                 )
                 batches.append({name: x.to(device) for name, x in batch.items()})
         if texts and not batches:
@@ -125,11 +125,11 @@ class Scores:
             same += int((before == after).sum())
             pairs += before.numel()
             first += int(a.argmax() == e.argmax())
-        there = ~expected.isnan()
+        present = ~expected.isnan()
         return {
             "cosine_min": min(cosines),
-            "relative_error": relative_error(actual[there], expected[there]),
-            "texts": int(there.sum()),
+            "relative_error": relative_error(actual[present], expected[present]),
+            "texts": int(present.sum()),
             "queries": len(expected),
             "order": same / pairs if pairs else 1.0,
             "first": first,
@@ -139,7 +139,7 @@ class Scores:
         return "scores of pairs of texts: of every 32 texts the first is the query"
 
 
-def of(source: Source) -> Readout:
+def readout_of(source: Source) -> Readout:
     """Raises ValueError, in one sentence, on what is read out in another way than is known here."""
     folder = pathlib.Path(source.path)
     config = _json(folder / "config.json")
@@ -173,7 +173,7 @@ def _labels(config: dict[str, Any]) -> int:
 
 
 def _modes(pooling: dict[str, Any]) -> list[str]:
-    """Of a Pooling's config, as it is written now, or with a flag for each mode."""
+    """The modes in a Pooling's config, which has them as it is written now or as a flag for each mode."""
     if isinstance(mode := pooling.get("pooling_mode"), str):
         return [mode]
     names = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}

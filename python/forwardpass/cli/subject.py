@@ -11,7 +11,7 @@ from rich.console import Console
 from ..common.text import count
 from . import embedding
 from .console import say
-from .readout import Embeddings, Readout, of
+from .readout import Embeddings, Readout, readout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def load(
     texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
     calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
     source = _source(name, console, swaps)
-    readout = of(source) if as_its_folder_says else Embeddings()
+    readout = readout_of(source) if as_its_folder_says else Embeddings()
     model, tokenizer = embedding.load(source, where, readout.head)
     batches, others = (readout.tokenize(tokenizer, t, model, where) for t in (texts, calibration))
     return Subject(source, model, tokenizer, texts, batches, others or None, readout)

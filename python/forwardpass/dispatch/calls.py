@@ -45,7 +45,7 @@ _open = _Open()
 
 
 def call_counts() -> Calls:
-    """Of this process, every thread: the calls of swapped attention and of `fp.sdpa()`, since it began."""
+    """The calls of swapped attention and of `fp.sdpa()` in every thread, since the process began."""
     return _everywhere
 
 
