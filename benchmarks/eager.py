@@ -34,9 +34,9 @@ def quantize_rows(v: Tensor, dtype: torch.dtype, symmetric: bool = True) -> tupl
         zero_point = -128 - (low / scale).round()
         q = ((v / scale).round() + zero_point).clamp(-128, 127).to(dtype)
         return q, scale.squeeze(-1), zero_point.to(torch.int32).squeeze(-1)
-    most = 127 if dtype == torch.int8 else 448
-    scale = (v.abs().amax(-1, keepdim=True) / most).clamp(min=1e-30)
-    scaled = (v / scale).clamp(-most, most)
+    limit = 127 if dtype == torch.int8 else 448
+    scale = (v.abs().amax(-1, keepdim=True) / limit).clamp(min=1e-30)
+    scaled = (v / scale).clamp(-limit, limit)
     q = scaled.round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
     return q, scale.squeeze(-1), torch.empty(0, dtype=torch.int32, device=v.device)
 
@@ -68,6 +68,6 @@ def dequantize(
     v = activate(v if bias is None else v + bias, activation, "interleaved8")
     if out_scale is None:
         return v.to(out_dtype)
-    most = 127 if out_dtype == torch.int8 else 448
-    v = (v / out_scale).clamp(-most, most)
+    limit = 127 if out_dtype == torch.int8 else 448
+    v = (v / out_scale).clamp(-limit, limit)
     return v.round().to(out_dtype) if out_dtype == torch.int8 else v.to(out_dtype)

@@ -37,7 +37,7 @@ MI = 2**20
 
 
 def make_case(op: Operation, m: int, n: int, k: int, options: dict[str, Any]) -> Any:
-    """Of the operation's cases.py: bf16 in and out, a scale a row and a column, no activation."""
+    """A case of the operation's cases.py: bf16 in and out, a scale a row and a column, no activation."""
     cases = importlib.import_module(f"{op.package}.cases")
     fields = {f.name for f in dataclasses.fields(cases.Case)}
     settings = {"m": m} if "m" in fields else {"lead": (m,)}
@@ -57,7 +57,7 @@ def problems(names: list[str] | None) -> list[tuple[Operation, str, dict[str, An
 
 
 def main_loop(op: Operation, implementation: str, arch: str, case: Any, once: Interpreted) -> dict[str, Any]:
-    """Of the main loop alone, which is what twice the depth adds to a kernel with tensor-core work launched the same way."""
+    """Counts of the main loop alone, which is what twice the depth adds to a kernel with tensor-core work launched the same way."""
     twice = run(op, implementation, arch, dataclasses.replace(case, k=2 * case.k))
     before, after = ([k for k in result.kernels if k.counts.macs] for result in (once, twice))
     if [(k.kernel, k.grid, k.launches) for k in before] != [(k.kernel, k.grid, k.launches) for k in after]:

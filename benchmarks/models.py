@@ -96,10 +96,10 @@ def table_lines(result: dict[str, Any]) -> Iterable[str]:
         yield from (f"{name} on this tier: {peer['lowering']}" for name, peer in result["peers"].items())
     for cell in result["cells"]:
         peer, ms = fastest(others(result, cell, SAME_MODEL))
-        ours, cosine = medians(cell)[OURS], result["peers"][OURS]["cosine_min"]
+        own_ms, cosine = medians(cell)[OURS], result["peers"][OURS]["cosine_min"]
         yield (
             f"{title(cell)}, {cell['rounds']} rounds: fastest peer with a lowest cosine >= {SAME_MODEL}: {peer}, {ms:.1f} ms; "
-            f"ours, with {cosine:.5f}: {ours:.1f} ms, {ms / ours:.2f} times as fast"
+            f"ours, with {cosine:.5f}: {own_ms:.1f} ms, {ms / own_ms:.2f} times as fast"
         )
 
 
@@ -121,9 +121,9 @@ def grid_lines(result: dict[str, Any]) -> Iterable[str]:
     yield f"{'':<24}{'ours, ms':>28}{'eager, ms':>28}  ours is … times as fast as eager, as the {same}, as the fastest of all"
     ratios: dict[str, list[float]] = {"eager": [], same: [], "fastest": []}
     for cell in result["cells"]:
-        ours, eager = (cell["timings"][name] for name in (OURS, "eager"))
+        timing, eager = (cell["timings"][name] for name in (OURS, "eager"))
         line = f"{title(cell):<24}" + "".join(
-            f"{t['median']:>9.2f} [{t['low']:.2f}, {t['high']:.2f}]".rjust(28) for t in (ours, eager)
+            f"{t['median']:>9.2f} [{t['low']:.2f}, {t['high']:.2f}]".rjust(28) for t in (timing, eager)
         )
         compared = {
             "eager": ("eager", eager["median"]),
@@ -131,8 +131,8 @@ def grid_lines(result: dict[str, Any]) -> Iterable[str]:
             "fastest": fastest(others(result, cell)),
         }
         for label, (_, ms) in compared.items():
-            ratios[label].append(ms / ours["median"])
-        yield line + "".join(f"  {ms / ours['median']:5.2f} {name}" for name, ms in compared.values())
+            ratios[label].append(ms / timing["median"])
+        yield line + "".join(f"  {ms / timing['median']:5.2f} {name}" for name, ms in compared.values())
     for label, of_cells in ratios.items():
         below = [title(c) for c, ratio in zip(result["cells"], of_cells) if ratio < 1]
         yield f"times as fast as {label}: {f'below 1.0 in {len(below)}: ' + '; '.join(below) if below else 'no cell below 1.0'}"
@@ -176,13 +176,13 @@ def time_cells(
     measured: list[dict[str, Any]] = []
     runs: dict[str, Run] = {}
     at_first, threads = torch.get_num_threads(), 0
-    for done, cell in enumerate(cells):
+    for index, cell in enumerate(cells):
         if cell.threads != threads:
             threads = cell.threads
             torch.set_num_threads(threads)
             runs = {name: b.candidate.with_threads(threads) for name, b in built.items()}
-        todo, share = batches(cell), (ends - time.monotonic()) / (len(cells) - done)
-        label = f"{cell} (cell {done + 1} of {len(cells)})"
+        todo, share = batches(cell), (ends - time.monotonic()) / (len(cells) - index)
+        label = f"{cell} (cell {index + 1} of {len(cells)})"
         timings = time_cell(
             {n: partial(run_all, run, todo) for n, run in runs.items()}, device, rounds, share, label, track
         )
@@ -208,8 +208,8 @@ def time_cell(
 
     def planned(seconds: float) -> int:
         nonlocal advance
-        least, most = rounds
-        count = max(least, min(most, int(share / seconds) - 1))
+        low, high = rounds
+        count = max(low, min(high, int(share / seconds) - 1))
         advance = track(f"{label}, {len(calls)} candidates", count)
         return count
 

@@ -45,8 +45,8 @@ def achieved(bar: Bar, gpu: str, case: Any, ms: float) -> float | None:
     tflops, gb_per_s = case.flops() / ms / 1e9, case.bytes() / ms / 1e6
     if bar.unit == TFLOPS:
         return tflops
-    value, most = (tflops, value_of(PEAKS, gpu)) if bar.unit == OF_PEAK else (gb_per_s, value_of(BANDWIDTHS, gpu))
-    return None if most is None else 100 * value / most
+    value, peak = (tflops, value_of(PEAKS, gpu)) if bar.unit == OF_PEAK else (gb_per_s, value_of(BANDWIDTHS, gpu))
+    return None if peak is None else 100 * value / peak
 
 
 def host_inclusive(call: Callable[[], Any], device: str, rounds: int) -> float:
@@ -78,7 +78,7 @@ def measure(
     bars: Collection[Bar],
     same_work: Collection[str],
 ) -> dict[str, Any]:
-    """Of each backend and peer the time, or why there is none.
+    """The time of each backend and peer, or why there is none.
 
     peers: of the call's arguments. same_work: those of them whose result is the operation's, and is compared with it.
     """

@@ -167,9 +167,9 @@ def torchao(subject: Subject) -> Candidate:
     quantization = need("torchao.quantization", "torchao")
     quantized = copy.deepcopy(subject.model)
     quantization.quantize_(quantized, quantization.Int8DynamicActivationInt8WeightConfig())
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "as it chooses")
+    onednn_isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "as it chooses")
     isa = importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
-    return of_torch(torch.compile(quantized, dynamic=True), f"{isa} (inductor), {most} (oneDNN)")
+    return of_torch(torch.compile(quantized, dynamic=True), f"{isa} (inductor), {onednn_isa} (oneDNN)")
 
 
 def onnxruntime(subject: Subject) -> Candidate:
@@ -234,7 +234,7 @@ def openvino_f32(subject: Subject) -> Candidate:
 
 
 def openvino_instructions(compiled: Any) -> str:
-    """Of the layers' products, then of what else was compiled, with the precision outside them."""
+    """The instructions of the layers' products, then of what else was compiled, with the precision outside them."""
     kernels: dict[bool, set[str]] = {True: set(), False: set()}
     for op in compiled.get_runtime_model().get_ops():
         info = {k: v.value for k, v in op.get_rt_info().items() if k in ("layerType", "primitiveType")}

@@ -61,7 +61,7 @@ class Subject:
         self.current: Plan | None = None
 
     def plan(self, choices: dict[str, str]) -> Plan:
-        """Of the candidate that each layer gets."""
+        """The plan that gives each layer its candidate."""
         return planned(
             self.model, [(self.leaves[fqn], find_candidate(name)) for fqn, name in choices.items()], (), None
         )

@@ -69,13 +69,13 @@ def line(row: dict[str, Any]) -> str:
 
 
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the runs at one load: the median error of each percentile against its bar."""
+    """The median error of each percentile against its bar, over the runs at one load."""
     verdicts = {}
-    for p, most in BARS.items():
+    for p, bar in BARS.items():
         percentiles = [row["percentiles"][f"p{p}"] for row in rows]
         error = statistics.median(abs(x["error"]) for x in percentiles)
         inside = statistics.median(float(x["within_interval"]) for x in percentiles) == 1
-        verdicts[f"p{p}"] = {"median_error": error, "most": most, "ok": error <= most or (p == 99 and inside)}
+        verdicts[f"p{p}"] = {"median_error": error, "bar": bar, "ok": error <= bar or (p == 99 and inside)}
     return verdicts
 
 

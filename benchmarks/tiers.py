@@ -54,19 +54,21 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
-def choose(asked: str | None, held: str | None, flags: Collection[str]) -> tuple[str | None, str | None]:
+def choose(argument: str | None, environment: str | None, flags: Collection[str]) -> tuple[str | None, str | None]:
     """(the tier to measure, the machine's own), None where the machine has none.
 
-    asked: for, by an argument; held: to, by the environment; with neither it is the machine's own.
+    argument: what the command asks for; environment: what holds this process to a tier; with neither it is the machine's own.
 
     Raises:
         ValueError: in one sentence, where the two differ, there is no such tier, or the machine lacks it.
     """
     possible = [name for name, tier in TIERS.items() if tier.flags <= set(flags)]
     highest = possible[-1] if possible else None
-    if asked and held and asked != held:
-        raise ValueError(f"the tier asked for is {asked}, and {OURS}={held} holds this process to another: unset it")
-    tier = asked or held or highest
+    if argument and environment and argument != environment:
+        raise ValueError(
+            f"the tier asked for is {argument}, and {OURS}={environment} holds this process to another: unset it"
+        )
+    tier = argument or environment or highest
     if tier and tier not in TIERS:
         raise ValueError(f"there is no tier {tier}: pass one of {', '.join(TIERS)}")
     if tier and tier not in possible:

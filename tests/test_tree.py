@@ -130,7 +130,7 @@ def test_no_test_imports_another():
 #: What readers of the field do not know, or know under another name: varlen, swap-AB, split-K, softcap, staging buffer, unmasked.
 GONE = ("one behind the other", "change places", "capped scores", r"\bslabs?\b", r"\bclean_(begin|end)", "begin_turn", "kTurns",
         "let go", "told apart", "in earnest", "one scale an? ", "made least", "depth is split", "split depth",
-        r"\blane [/%] 4\b")  # fmt: skip
+        r"\blane [/%] 4\b", '"""Of ')  # fmt: skip
 
 
 def test_words_that_must_not_come_back():
@@ -140,6 +140,71 @@ def test_words_that_must_not_come_back():
     assert len(files) > 300
     found = [(str(p.relative_to(ROOT)), word) for p in files for word in GONE if re.search(word, p.read_text(), re.I)]
     assert not found
+
+
+#: What variables are not called, as it does not say what they hold.
+NAMELESS = {
+    "at",
+    "chosen",
+    "found",
+    "given",
+    "held",
+    "kept",
+    "made",
+    "mine",
+    "of",
+    "own",
+    "said",
+    "taken",
+    "theirs",
+    "wanted",
+}
+
+
+def names_in_cpp(path):
+    """Of variables, parameters and members; of functions and containers' methods `at` and `of` are usual."""
+    code = re.sub(r"""'(\\.|[^'\\])'|"(\\.|[^"\\])*"|//.*""", "", path.read_text())
+    return set(re.findall(r"(?<![\w.])(?<!->)([a-z]\w*?)_?\b(?![\w(]|<\w)", code))
+
+
+def names_in_python(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_names_are_nouns():
+    files = {p: names_in_cpp(p) for _, p in folders()}
+    files |= {p: set(names_in_python(p)) for p in PYTHON.rglob("*.py")}
+    assert len(files) > 300 and {"stage", "backend"} <= set().union(*files.values())
+    assert not [(str(p.relative_to(ROOT)), name) for p, names in files.items() for name in names & NAMELESS]
+
+
+def test_paths_in_the_documentation_exist():
+    """A file by its path from the root, from csrc, from the document or within a folder named before it; a folder likewise."""
+    sources = {
+        str(p.relative_to(ROOT))
+        for d in ("csrc", "python", "tests", "benchmarks", "docs")
+        for p in (ROOT / d).rglob("*")
+    }
+    documents = [ROOT / "README.md", CSRC / "README.md", CSRC / "interpreter/README.md", *(ROOT / "docs").glob("*.md")]
+    paths = [
+        (str(document.relative_to(ROOT)), path.replace("<op>", "quantize").rstrip("/"))
+        for document in documents
+        for path in re.findall(r"`([\w./<>-]+(?:\.(?:py|cpp|h|cu|cuh|md)|/))`", document.read_text())
+        if not re.search(r"<(?!op>)|^(build|dist)/", path)
+    ]
+    assert len(paths) > 100
+    by_the_reader = ("double.py", "tests/interpreter/golden")
+    assert not [
+        (doc, path)
+        for doc, path in paths
+        if path not in by_the_reader and not any(f"/{s}".endswith(f"/{path}") for s in sources)
+    ]
 
 
 def test_files_do_one_job():

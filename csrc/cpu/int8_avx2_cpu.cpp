@@ -31,18 +31,18 @@ constexpr int kRows = 4;  // at a time
 AVX2 void pack_strip(const Matrix& b, int64_t strip, int64_t depth, uint8_t* to, int32_t* corrections,
                      StripExcess& excess) {
   for (int64_t d = 0; d < depth; d += kTileBytes) pack_tile<V>(b, strip * kTileRows, d, to + d * kTileRows);
-  const __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1), most = _mm256_set1_epi16(128);
-  std::vector<std::pair<uint32_t, int16_t>> taken[kTileRows];
+  const __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1), limit = _mm256_set1_epi16(128);
+  std::vector<std::pair<uint32_t, int16_t>> saturating[kTileRows];
   __m256i sums[2] = {};
   for (int64_t d = 0; d < depth; d += 4, to += kTileBytes)
     for (int half = 0; half < 2; ++half) {
       uint8_t* eight = to + half * 32;  // rows of b, four columns each
       const __m256i pair_sums = _mm256_maddubs_epi16(ones, load(eight));
-      uint32_t over = _mm256_movemask_epi8(_mm256_cmpgt_epi16(_mm256_abs_epi16(pair_sums), most));
+      uint32_t over = _mm256_movemask_epi8(_mm256_cmpgt_epi16(_mm256_abs_epi16(pair_sums), limit));
       for (; over; over &= over - 1) {
         const int byte = __builtin_ctz(over);  // both bytes of a pair are set
         if (byte % 2 == 0) continue;
-        taken[half * 8 + byte / 4].emplace_back(d + byte % 4, static_cast<int8_t>(eight[byte]));
+        saturating[half * 8 + byte / 4].emplace_back(d + byte % 4, static_cast<int8_t>(eight[byte]));
         eight[byte] = 0;
       }
       sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(_mm256_maddubs_epi16(ones, load(eight)), pairs));
@@ -50,10 +50,10 @@ AVX2 void pack_strip(const Matrix& b, int64_t strip, int64_t depth, uint8_t* to,
   for (int half = 0; half < 2; ++half)
     store(corrections + half * 8, _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sums[half], 7)));
   for (int i = 0; i < kTileRows; ++i) {
-    if (taken[i].size() % 2) taken[i].emplace_back(0, 0);
-    for (size_t j = 0; j < taken[i].size(); j += 2)
-      excess.pairs.push_back(
-          {{taken[i][j].first, taken[i][j + 1].first}, {taken[i][j].second, taken[i][j + 1].second}});
+    if (saturating[i].size() % 2) saturating[i].emplace_back(0, 0);
+    for (size_t j = 0; j < saturating[i].size(); j += 2)
+      excess.pairs.push_back({{saturating[i][j].first, saturating[i][j + 1].first},
+                              {saturating[i][j].second, saturating[i][j + 1].second}});
     excess.ends[i] = static_cast<uint32_t>(excess.pairs.size());
   }
 }

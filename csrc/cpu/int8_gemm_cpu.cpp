@@ -39,17 +39,24 @@ Tensor multiply_as_floats(const Tensor& a, const Matrix& b) {
   return acc;
 }
 
+Tensor quantized(QuantizeParams quantize, const Tensor& x) {
+  const Tensor q = padded_rows({quantize.x.rows, quantize.x.columns}, ScalarType::Char, 1, x);
+  quantize.out.q = q.mutable_data_ptr();
+  quantize.out.q_stride = q.stride(0);
+  quantize_cpu(quantize);
+  return q;
+}
+
 }  // namespace
 
-void int8_gemm_cpu(const Tensor& a, const Matrix& b, const Epilogue& epilogue, const QuantizeParams* quantize,
-                   OptionalTensorRef packed) {
+void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
+                   const QuantizeParams* quantize, OptionalTensorRef packed) {
   if (const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier())) {
     const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
-    return cpu::int8_product(*kernel, matrix(a, "int8_gemm", "a"), {b, data, packed ? packed->numel() : 0}, epilogue,
-                             quantize);
+    return cpu::int8_product(*kernel, a, {b, data, packed ? packed->numel() : 0}, epilogue, quantize);
   }
-  if (quantize) quantize_cpu(*quantize);
-  dequant_activation_cpu({matrix(multiply_as_floats(a, b), "int8_gemm", "acc"), epilogue});
+  const Tensor q = quantize ? quantized(*quantize, x) : as_matrix(x, a);
+  dequant_activation_cpu({matrix(multiply_as_floats(q, b), "int8_gemm", "acc"), epilogue});
 }
 
 }  // namespace forwardpass

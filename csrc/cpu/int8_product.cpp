@@ -38,7 +38,7 @@ struct Layout {
         ends(corrections + columns * 4),
         bytes(ends + columns * 4) {}
 
-  PackedWeight at(const uint8_t* memory, const ExcessPair* excess) const {
+  PackedWeight view(const uint8_t* memory, const ExcessPair* excess) const {
     return {columns,
             depth,
             memory + tiles,
@@ -110,22 +110,21 @@ struct Packed {
       excess.insert(excess.end(), strip.pairs.begin(), strip.pairs.end());
     }
   }
-  PackedWeight weight() const { return layout.at(memory[0].bytes, excess.data()); }
+  PackedWeight weight() const { return layout.view(memory[0].bytes, excess.data()); }
 };
 
 // What is packed, where it is b.
 std::optional<PackedWeight> packed_weight(const Int8Weight& w) {
   if (!w.packed_bytes) return {};
-  PackedHeader header;
+  PackedHeader header{};
   const Layout layout(w.b);
-  STD_TORCH_CHECK(w.packed_bytes >= layout.bytes && reinterpret_cast<uintptr_t>(w.packed) % 64 == 0,
-                  "int8_linear: packed must be what pack_int8_weight returned for this weight");
-  std::memcpy(&header, w.packed, sizeof(header));
+  const bool has_header = w.packed_bytes >= layout.bytes && reinterpret_cast<uintptr_t>(w.packed) % 64 == 0;
+  if (has_header) std::memcpy(&header, w.packed, sizeof(header));
   STD_TORCH_CHECK(header.magic == kMagic && header.rows == w.b.rows && header.columns == w.b.columns &&
                       w.packed_bytes == layout.bytes + header.excess_pairs * int64_t{sizeof(ExcessPair)},
                   "int8_linear: packed must be what pack_int8_weight returned for this weight");
   if (header.tier != int64_t(tier()) || header.checksum != checksum(w.b)) return {};
-  return layout.at(w.packed, reinterpret_cast<const ExcessPair*>(w.packed + layout.bytes));
+  return layout.view(w.packed, reinterpret_cast<const ExcessPair*>(w.packed + layout.bytes));
 }
 
 // Rows of a from `first` on, int8, to `to`: copied or, with `quantize`, made of x.

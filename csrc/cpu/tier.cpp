@@ -65,9 +65,9 @@ bool is_available(Tier t) { return t == Tier::baseline; }
 
 Tier choose() {
   const std::vector<Tier> all = tiers();
-  const std::string_view wanted = environment("FORWARDPASS_CPU");
-  if (wanted.empty()) return all.back();
-  const auto t = std::find_if(all.begin(), all.end(), [&](Tier t) { return name_of(t) == wanted; });
+  const std::string_view request = environment("FORWARDPASS_CPU");
+  if (request.empty()) return all.back();
+  const auto t = std::find_if(all.begin(), all.end(), [&](Tier t) { return name_of(t) == request; });
   STD_TORCH_CHECK(t != all.end(), "FORWARDPASS_CPU names no tier of this CPU");
   return *t;
 }
@@ -91,8 +91,8 @@ std::vector<Tier> tiers() {
 }
 
 Tier tier() {
-  static const Tier chosen = choose();
-  return chosen;
+  static const Tier tier = choose();
+  return tier;
 }
 
 }  // namespace forwardpass::cpu

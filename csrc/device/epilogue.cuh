@@ -80,14 +80,14 @@ __device__ inline void store_floats(const float (&y)[kVec], T* p, int n, bool al
 // output.
 __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
                                     int64_t column, int n) {
-  const int64_t at = row * e.out_stride + column;
+  const int64_t offset = row * e.out_stride + column;
   switch (e.out_dtype) {
     case Dtype::f32:
-      return store_floats(y, static_cast<float*>(e.out) + at, n, access.out);
+      return store_floats(y, static_cast<float*>(e.out) + offset, n, access.out);
     case Dtype::f16:
-      return store_floats(y, static_cast<__half*>(e.out) + at, n, access.out);
+      return store_floats(y, static_cast<__half*>(e.out) + offset, n, access.out);
     case Dtype::bf16:
-      return store_floats(y, static_cast<__nv_bfloat16*>(e.out) + at, n, access.out);
+      return store_floats(y, static_cast<__nv_bfloat16*>(e.out) + offset, n, access.out);
     default:
       break;
   }
@@ -106,7 +106,7 @@ __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const E
       q.e[i + 1] = __float2int_rn(fminf(fmaxf(b, -127.0f), 127.0f));
     }
   }
-  store_vec(q, static_cast<uint8_t*>(e.out) + at, n, access.out);
+  store_vec(q, static_cast<uint8_t*>(e.out) + offset, n, access.out);
 }
 
 // Eight accumulators of a row to the values of the output; gated: eight gates, and their ups from column + 8 on.

@@ -174,7 +174,7 @@ struct ConsumerPipeline : Config::Pipeline {
     empty = uniform(lane < ptx::cluster_size() ? mapped : 0, lane);
   }
   __device__ void release(int stage) const {
-    if (empty) ptx::mbarrier_arrive_cluster(empty + stage * 8);
+    if (empty) ptx::mbarrier_arrive_cluster(empty + stage * kBarrierBytes);
   }
 };
 

@@ -21,7 +21,8 @@ struct PipelineState {
   }
 };
 
-// In shared memory. A stage is full when its bytes have arrived, and empty when every consumer has arrived.
+// In shared memory, the empty barriers behind the full ones. A stage is full when its bytes have arrived, and empty
+// when every consumer has arrived.
 template <int Stages>
 struct PipelineBarriers {
   uint64_t full[Stages], empty[Stages];
@@ -34,24 +35,28 @@ struct PipelineBarriers {
   }
 };
 
+constexpr int kBarrierBytes = sizeof(uint64_t);
+
 // One side of a pipeline, in registers: the producer's or a consumer's.
 template <int Stages>
 struct Pipeline : PipelineState<Stages> {
-  uint32_t full;
+  uint32_t barriers;
 
-  __device__ explicit Pipeline(const PipelineBarriers<Stages>& b) : full(ptx::shared_address(b.full)) {}
+  __device__ explicit Pipeline(const PipelineBarriers<Stages>& b) : barriers(ptx::shared_address(b.full)) {}
   // The producer: waits until the stage is empty and announces `bytes` to its full barrier, which is returned for the
   // TMA loads.
   __device__ uint32_t acquire(int bytes) const {
-    await(full + (Stages + this->stage) * 8, this->parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full + this->stage * 8, bytes);
-    return full + this->stage * 8;
+    await(empty(this->stage), this->parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full(this->stage), bytes);
+    return full(this->stage);
   }
   // The consumers: a warp waits until the stage is full, and arrives at its empty barrier once it has read it.
-  __device__ void wait_full() const { await(full + this->stage * 8, this->parity); }
-  __device__ void release(int stage) const { ptx::mbarrier_arrive(full + (Stages + stage) * 8, threadIdx.x % 32 == 0); }
+  __device__ void wait_full() const { await(full(this->stage), this->parity); }
+  __device__ void release(int stage) const { ptx::mbarrier_arrive(empty(stage), threadIdx.x % 32 == 0); }
 
  private:
+  __device__ uint32_t full(int stage) const { return barriers + stage * kBarrierBytes; }
+  __device__ uint32_t empty(int stage) const { return barriers + (Stages + stage) * kBarrierBytes; }
   __device__ static void await(uint32_t barrier, uint32_t parity) {
     while (!ptx::mbarrier_try_wait(barrier, parity)) {
     }

@@ -75,11 +75,12 @@ __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, int column,
       : "memory");
 }
 // of a tensor of five dimensions, the innermost first
-__device__ inline void tma_load(uint32_t to, const CUtensorMap& map, const int (&at)[5], uint32_t barrier) {
+__device__ inline void tma_load(uint32_t to, const CUtensorMap& map, const int (&coordinates)[5], uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
-      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(barrier)
+      "l"(&map), "r"(coordinates[0]), "r"(coordinates[1]), "r"(coordinates[2]), "r"(coordinates[3]),
+      "r"(coordinates[4]), "r"(barrier)
       : "memory");
 }
 // to the same place of every CTA that `ctas` has a bit for, and each one's mbarrier

@@ -82,18 +82,19 @@ __device__ void for_each_vector(const Segment& s, int base, F f) {
   }
 }
 
-// Loads a chunk of a segment whose column c is p[at(c)]; the columns of a vector are contiguous. A vector that crosses
-// the segment's end gets 0 there, one beyond it anything. All loads are issued before the first is used: one at a time,
-// the 640 threads that fit a multiprocessor at 89 registers would have 10 KB in flight, and 3.35 TB/s (H100) at an
-// assumed latency of 600 ns need 15 KB per multiprocessor.
-template <class T, class At>
-__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned, At at) {
+// Loads a chunk of a segment whose column c is p[offset_of(c)]; the columns of a vector are contiguous. A vector that
+// crosses the segment's end gets 0 there, one beyond it anything. All loads are issued before the first is used: one at
+// a time, the 640 threads that fit a multiprocessor at 89 registers would have 10 KB in flight, and 3.35 TB/s (H100) at
+// an assumed latency of 600 ns need 15 KB per multiprocessor.
+template <class T, class Offset>
+__device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, bool aligned, Offset offset_of) {
   if (aligned && s.length % kVec == 0) {
     Vec<T> raw[RowsConfig::kVecs];
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i) {
       const int column = base + i * s.width * kVec;
-      raw[i] = *reinterpret_cast<const Vec<T>*>(p + at(column < s.length ? column : base));  // no branch between loads
+      const int clamped = column < s.length ? column : base;  // no branch between loads
+      raw[i] = *reinterpret_cast<const Vec<T>*>(p + offset_of(clamped));
     }
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i)
@@ -102,7 +103,7 @@ __device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, boo
   } else {
     for_each_vector(s, base, [&](int i, int column, int n) {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) v[i][j] = j < n ? to_float(p[at(column + j)]) : 0;
+      for (int j = 0; j < kVec; ++j) v[i][j] = j < n ? to_float(p[offset_of(column + j)]) : 0;
     });
   }
 }
@@ -139,7 +140,7 @@ struct SegmentValues {
 // by operation; _rn intrinsics keep the compiler from fusing a multiplication and an addition.
 template <class Values>
 __device__ void quantize_segment(Values& values, const Segment& s, const QuantizedRows& out) {
-  __shared__ float slots[2][32];
+  __shared__ float slots[2][32];  // of the two reductions
   const bool e4m3 = out.dtype == Dtype::e4m3;
   const float* channel_scale = out.channel_scale ? out.channel_scale + s.begin : nullptr;
   const bool whole_vectors = out.group % kVec == 0 || out.group == out.columns;  // a group begins where a vector may
@@ -183,14 +184,14 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
   }
 
   auto q = static_cast<uint8_t*>(out.q) + s.row * out.q_stride + s.begin;  // its rows are ours: 16-byte aligned
-  const float least = (out.symmetric ? -127 : -128) - zero_point, most = 127 - zero_point;
+  const float low = (out.symmetric ? -127 : -128) - zero_point, high = 127 - zero_point;
   for_each_scaled([&](int column, int n, const float (&v)[kVec]) {
     Vec<uint8_t> packed;
     if (e4m3) {
       packed = to_e4m3_vector(v, inverse);
     } else {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) packed.e[i] = to_int(__fmul_rn(v[i], inverse), least, most) + zero_point;
+      for (int i = 0; i < kVec; ++i) packed.e[i] = to_int(__fmul_rn(v[i], inverse), low, high) + zero_point;
     }
     store_vec(packed, q + column, n, whole_vectors);
   });

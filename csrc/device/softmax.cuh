@@ -6,6 +6,8 @@
 
 namespace forwardpass {
 
+constexpr float kLn2 = 0.693147181f;
+
 // One value per row of a thread.
 template <int kTilesM>
 using RowValues = float[kTilesM][2];
@@ -53,12 +55,12 @@ struct OnlineSoftmax {
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float most = fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]);
+        float block_max = fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]);
 #pragma unroll
-        for (int j = 1; j < kTilesN; ++j) most = fmaxf(most, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2)) * scale;
-        const float before = max[i][half], now = fmaxf(before, most);
+        for (int j = 1; j < kTilesN; ++j) block_max = fmaxf(block_max, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
+        block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 1));
+        block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 2)) * scale;
+        const float before = max[i][half], now = fmaxf(before, block_max);
         grown |= now > before;
         max[i][half] = now;
         // A row whose scores are all -inf so far has no maximum to subtract: 2^(-inf - 0) is the 0 that it should be.
@@ -86,10 +88,10 @@ struct OnlineSoftmax {
         float total = sum[i][half];
         total += __shfl_xor_sync(0xffffffff, total, 1);
         total += __shfl_xor_sync(0xffffffff, total, 2);
-        const float most = fmaxf(max[i][half], sink), base = most == -INFINITY ? 0 : most,
+        const float row_max = fmaxf(max[i][half], sink), base = row_max == -INFINITY ? 0 : row_max,
                     keys = ptx::ex2(max[i][half] - base), all = fmaf(total, keys, ptx::ex2(sink - base));
         factor[i][half] = all == 0 ? 0 : __fdividef(keys, all);
-        lse[i][half] = (base + log2f(all)) * 0.693147181f;
+        lse[i][half] = (base + log2f(all)) * kLn2;
       }
   }
 };

@@ -14,11 +14,11 @@ cudaError_t encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void*
                          const int64_t (&strides)[Rank - 1], const int (&box)[Rank], CUtensorMapSwizzle swizzle) {
   static void* encode = nullptr;  // a race writes the same value twice
   if (!encode) {
-    cudaDriverEntryPointQueryResult found;
+    cudaDriverEntryPointQueryResult status;
     // as of CUDA 12.0, where it appeared
-    if (auto e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found))
+    if (auto e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &status))
       return e;
-    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   }
   cuuint64_t sizes64[Rank], strides64[Rank];
   cuuint32_t boxes[Rank], steps[Rank];

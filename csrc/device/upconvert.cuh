@@ -30,8 +30,8 @@ __device__ inline void e4m3_to_f16(uint32_t four, uint32_t (&pairs)[2]) {
   // multiplication by 2^8 corrects it. The last bit goes to a byte of its own, the other bits follow the sign and a bit
   // that is 0 for any number. Only NaN has all ones: adding one carries into that bit, and all ones behind it are
   // fp16's NaN.
-  const uint32_t low = four << 7 & 0x80808080, most = four >> 1 & 0x3f3f3f3f, nan = most + (four & 0x01010101),
-                 high = (nan & 0x40404040) | most | (four & 0x80808080);
+  const uint32_t low = four << 7 & 0x80808080, upper = four >> 1 & 0x3f3f3f3f, nan = upper + (four & 0x01010101),
+                 high = (nan & 0x40404040) | upper | (four & 0x80808080);
   const __half2 scale{__ushort_as_half(0x5c00), __ushort_as_half(0x5c00)};
   pairs[0] = bits_of(__hmul2(pair_of<__half2>(__byte_perm(low, high, 0x5140)), scale));
   pairs[1] = bits_of(__hmul2(pair_of<__half2>(__byte_perm(low, high, 0x7362)), scale));

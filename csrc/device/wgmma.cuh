@@ -5,6 +5,9 @@
 
 namespace forwardpass::ptx {
 
+// Four warps issue a wgmma together; its first operand has 64 rows.
+constexpr int kWarpgroup = 128, kWgmmaRows = 64;
+
 // Orders accesses to registers before the wgmmas that follow and use them.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -25,10 +28,11 @@ __device__ inline void wgmma_keep(float (&d)[Tiles][4]) {
 // 1024 bytes. The low half has the address in units of 16 bytes, the upper half is the same for all. Rows along K: 32
 // bytes more of it are two units. Rows along N: `leading` bytes from 64 columns to the next.
 constexpr int kDescriptorUnit = 16;
+constexpr int kSwizzleBytes = 1024;  // after which the swizzle repeats, and at whose multiples an operand begins
 __device__ inline uint32_t descriptor(uint32_t address, int leading = kDescriptorUnit) {
   return (address & 0x3ffff) / kDescriptorUnit | leading / kDescriptorUnit << 16;
 }
-constexpr uint32_t kDescriptorHigh = 1024 / kDescriptorUnit | 1 << 30;
+constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
 
 // Macros, because an asm statement takes its operands, their constraints and their numbers as they are written: neither
 // a template's pack nor a constant expression can be one.
@@ -49,18 +53,22 @@ constexpr uint32_t kDescriptorHigh = 1024 / kDescriptorUnit | 1 << 30;
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
   "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FORWARDPASS_TILE(kind, j) kind(d[j][0]), kind(d[j][1]), kind(d[j][2]), kind(d[j][3])
-#define FORWARDPASS_TILES_2_AT(kind, j) FORWARDPASS_TILE(kind, j), FORWARDPASS_TILE(kind, j + 1)
-#define FORWARDPASS_TILES_6_AT(kind, j) \
-  FORWARDPASS_TILES_2_AT(kind, j), FORWARDPASS_TILES_2_AT(kind, j + 2), FORWARDPASS_TILES_2_AT(kind, j + 4)
-#define FORWARDPASS_TILES_8_AT(kind, j) FORWARDPASS_TILES_2_AT(kind, j), FORWARDPASS_TILES_6_AT(kind, j + 2)
-#define FORWARDPASS_TILES_2(kind) FORWARDPASS_TILES_2_AT(kind, 0)
-#define FORWARDPASS_TILES_8(kind) FORWARDPASS_TILES_2(kind), FORWARDPASS_TILES_6_AT(kind, 2)
-#define FORWARDPASS_TILES_10(kind) FORWARDPASS_TILES_8(kind), FORWARDPASS_TILES_2_AT(kind, 8)
-#define FORWARDPASS_TILES_12(kind) FORWARDPASS_TILES_10(kind), FORWARDPASS_TILES_2_AT(kind, 10)
-#define FORWARDPASS_TILES_14(kind) FORWARDPASS_TILES_12(kind), FORWARDPASS_TILES_2_AT(kind, 12)
-#define FORWARDPASS_TILES_16(kind) FORWARDPASS_TILES_14(kind), FORWARDPASS_TILES_2_AT(kind, 14)
-#define FORWARDPASS_TILES_24(kind) FORWARDPASS_TILES_16(kind), FORWARDPASS_TILES_8_AT(kind, 16)
-#define FORWARDPASS_TILES_32(kind) FORWARDPASS_TILES_24(kind), FORWARDPASS_TILES_8_AT(kind, 24)
+#define FORWARDPASS_TILES_2(kind) FORWARDPASS_TILE(kind, 0), FORWARDPASS_TILE(kind, 1)
+#define FORWARDPASS_TILES_8(kind) FORWARDPASS_TILES_2(kind), FORWARDPASS_TILE(kind, 2), FORWARDPASS_TILE(kind, 3), \
+  FORWARDPASS_TILE(kind, 4), FORWARDPASS_TILE(kind, 5), FORWARDPASS_TILE(kind, 6), FORWARDPASS_TILE(kind, 7)
+#define FORWARDPASS_TILES_10(kind) FORWARDPASS_TILES_8(kind), FORWARDPASS_TILE(kind, 8), FORWARDPASS_TILE(kind, 9)
+#define FORWARDPASS_TILES_12(kind) FORWARDPASS_TILES_10(kind), FORWARDPASS_TILE(kind, 10), \
+  FORWARDPASS_TILE(kind, 11)
+#define FORWARDPASS_TILES_14(kind) FORWARDPASS_TILES_12(kind), FORWARDPASS_TILE(kind, 12), \
+  FORWARDPASS_TILE(kind, 13)
+#define FORWARDPASS_TILES_16(kind) FORWARDPASS_TILES_14(kind), FORWARDPASS_TILE(kind, 14), \
+  FORWARDPASS_TILE(kind, 15)
+#define FORWARDPASS_TILES_24(kind) FORWARDPASS_TILES_16(kind), FORWARDPASS_TILE(kind, 16), \
+  FORWARDPASS_TILE(kind, 17), FORWARDPASS_TILE(kind, 18), FORWARDPASS_TILE(kind, 19), FORWARDPASS_TILE(kind, 20), \
+  FORWARDPASS_TILE(kind, 21), FORWARDPASS_TILE(kind, 22), FORWARDPASS_TILE(kind, 23)
+#define FORWARDPASS_TILES_32(kind) FORWARDPASS_TILES_24(kind), FORWARDPASS_TILE(kind, 24), \
+  FORWARDPASS_TILE(kind, 25), FORWARDPASS_TILE(kind, 26), FORWARDPASS_TILE(kind, 27), FORWARDPASS_TILE(kind, 28), \
+  FORWARDPASS_TILE(kind, 29), FORWARDPASS_TILE(kind, 30), FORWARDPASS_TILE(kind, 31)
 // The numbers of the operands behind the accumulators: low halves of the descriptors, the upper half, scale-d.
 #define FORWARDPASS_WGMMA(opcode, numbers, a, b, high, accumulate, scales) \
   "{\n" \
@@ -81,18 +89,16 @@ constexpr uint32_t kDescriptorHigh = 1024 / kDescriptorUnit | 1 << 30;
   "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1, %" \
   #trans_b ";\n" \
   "}"
-// Functions for 8-bit operands of one type, by its accumulators: their type and asm constraint, the opcode's, scales.
-#define FORWARDPASS_s8 int32_t, "+r", "s32", ""
-#define FORWARDPASS_e4m3 float, "+f", "f32", ", 1, 1"
-#define FORWARDPASS_K32(type, tiles, n, ...) FORWARDPASS_K32_OF(FORWARDPASS_##type, type, tiles, n, __VA_ARGS__)
-#define FORWARDPASS_K32_OF(...) FORWARDPASS_K32_AS(__VA_ARGS__)
-#define FORWARDPASS_K32_AS(Acc, kind, acc, scales, type, tiles, n, ...) \
+// Functions for 8-bit operands: their type, the accumulators' in C++, as asm constraint and in the opcode, the scales.
+#define FORWARDPASS_K32(Acc, kind, type, acc, scales, tiles, n, ...) \
   __device__ inline void wgmma_k32(Acc (&d)[tiles][4], uint32_t a, uint32_t b, bool accumulate) { \
-    asm volatile(FORWARDPASS_WGMMA("m64n" #n "k32." acc "." #type "." #type, FORWARDPASS_NUMBERS_##tiles, \
+    asm volatile(FORWARDPASS_WGMMA("m64n" #n "k32." acc "." type "." type, FORWARDPASS_NUMBERS_##tiles, \
                                    __VA_ARGS__, scales) \
                  : FORWARDPASS_TILES_##tiles(kind) \
                  : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate))); \
   }
+#define FORWARDPASS_S8(...) FORWARDPASS_K32(int32_t, "+r", "s8", "s32", "", __VA_ARGS__)
+#define FORWARDPASS_E4M3(...) FORWARDPASS_K32(float, "+f", "e4m3", "f32", ", 1, 1", __VA_ARGS__)
 // Functions for operands of 16-bit floats, and those for one type.
 #define FORWARDPASS_K16_OF(type, tiles, n, ...) \
   asm volatile(FORWARDPASS_WGMMA("m64n" #n "k16.f32." #type "." #type, FORWARDPASS_NUMBERS_##tiles, __VA_ARGS__, \
@@ -127,13 +133,13 @@ constexpr uint32_t kDescriptorHigh = 1024 / kDescriptorUnit | 1 << 30;
 
 // 9.7.15.5.2 wgmma.mma_async: d [64, 8 T] = a [64, 32] b [8 T, 32] transposed, plus d where `accumulate`. As in an mma
 // of m16n8, for each warp sixteen rows and for each n8 tile four registers.
-FORWARDPASS_K32(s8, 2, 16, 8, 9, 10, 11)
-FORWARDPASS_K32(s8, 8, 64, 32, 33, 34, 35)
-FORWARDPASS_K32(s8, 16, 128, 64, 65, 66, 67)
-FORWARDPASS_K32(s8, 32, 256, 128, 129, 130, 131)
-FORWARDPASS_K32(e4m3, 2, 16, 8, 9, 10, 11)
-FORWARDPASS_K32(e4m3, 8, 64, 32, 33, 34, 35)
-FORWARDPASS_K32(e4m3, 16, 128, 64, 65, 66, 67)
+FORWARDPASS_S8(2, 16, 8, 9, 10, 11)
+FORWARDPASS_S8(8, 64, 32, 33, 34, 35)
+FORWARDPASS_S8(16, 128, 64, 65, 66, 67)
+FORWARDPASS_S8(32, 256, 128, 129, 130, 131)
+FORWARDPASS_E4M3(2, 16, 8, 9, 10, 11)
+FORWARDPASS_E4M3(8, 64, 32, 33, 34, 35)
+FORWARDPASS_E4M3(16, 128, 64, 65, 66, 67)
 
 // The same of 16-bit floats: d [64, 8 T] = a [64, 16] b [8 T, 16] transposed, plus d where `accumulate`.
 FORWARDPASS_K16(8, 64, 32, 33, 34, 35)
@@ -158,9 +164,6 @@ FORWARDPASS_REGISTERS_K16(32, 256, 128, 129, 130, 131, 132, 133, 134, 135)
 #undef FORWARDPASS_NUMBERS_24
 #undef FORWARDPASS_NUMBERS_32
 #undef FORWARDPASS_TILE
-#undef FORWARDPASS_TILES_2_AT
-#undef FORWARDPASS_TILES_6_AT
-#undef FORWARDPASS_TILES_8_AT
 #undef FORWARDPASS_TILES_2
 #undef FORWARDPASS_TILES_8
 #undef FORWARDPASS_TILES_10
@@ -171,11 +174,9 @@ FORWARDPASS_REGISTERS_K16(32, 256, 128, 129, 130, 131, 132, 133, 134, 135)
 #undef FORWARDPASS_TILES_32
 #undef FORWARDPASS_WGMMA
 #undef FORWARDPASS_WGMMA_REGISTERS
-#undef FORWARDPASS_s8
-#undef FORWARDPASS_e4m3
 #undef FORWARDPASS_K32
-#undef FORWARDPASS_K32_OF
-#undef FORWARDPASS_K32_AS
+#undef FORWARDPASS_S8
+#undef FORWARDPASS_E4M3
 #undef FORWARDPASS_K16_OF
 #undef FORWARDPASS_K16
 #undef FORWARDPASS_REGISTERS_K16_OF

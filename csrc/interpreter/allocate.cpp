@@ -82,9 +82,9 @@ class Liveness {
   std::vector<Interval> intervals() const {
     std::vector<Interval> intervals(code_.offset_of.size());
     for (size_t id = 0; id < intervals.size(); ++id) intervals[id] = {static_cast<int>(id), INT32_MAX, -1};
-    const auto extend = [&](int id, int at) {
-      intervals[id].begin = std::min(intervals[id].begin, at);
-      intervals[id].end = std::max(intervals[id].end, at);
+    const auto extend = [&](int id, int instruction) {
+      intervals[id].begin = std::min(intervals[id].begin, instruction);
+      intervals[id].end = std::max(intervals[id].end, instruction);
     };
     for (size_t n = 0; n < blocks_.size(); ++n) {
       const BasicBlock& b = blocks_[n];

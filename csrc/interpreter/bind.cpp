@@ -58,9 +58,9 @@ uint64_t immediate_bits(const Operand& o, Type t) {
 uint64_t dynamic_shared(const Warp& w, int) { return static_cast<uint64_t>(w.cta->launch->code->shared_bytes); }
 
 template <class T>
-void broadcast(uint8_t* at, uint64_t bits) {
+void broadcast(uint8_t* lanes, uint64_t bits) {
   const T v = static_cast<T>(bits);
-  for (int l = 0; l < kLanes; ++l) std::memcpy(at + l * sizeof(T), &v, sizeof(T));
+  for (int l = 0; l < kLanes; ++l) std::memcpy(lanes + l * sizeof(T), &v, sizeof(T));
 }
 }  // namespace
 
@@ -69,10 +69,10 @@ Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
   if (o.kind != Operand::Kind::reg && stored_bytes(type) > 8) refuse("a 128-bit operand must be a register");
   const auto preset = [&](uint64_t (*special)(const Warp&, int), uint64_t bits) {
     const int size = stored_bytes(type);
-    const Offset at = static_cast<Offset>(code.image.size());
-    code.image.resize(at + size * kLanes);
-    code.presets.push_back({at, size, special, bits});
-    return at;
+    const Offset offset = static_cast<Offset>(code.image.size());
+    code.image.resize(offset + size * kLanes);
+    code.presets.push_back({offset, size, special, bits});
+    return offset;
   };
   const auto immediate = [&](uint64_t bits) {
     const int size = type == Type::pred ? 4 : stored_bytes(type);
@@ -80,11 +80,11 @@ Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
     if (fresh) {
       it->second = static_cast<Offset>(code.image.size());
       code.image.resize((it->second + size * (type == Type::pred ? 1 : kLanes) + 63) / 64 * 64);
-      uint8_t* at = code.image.data() + it->second;
-      if (size == 2) broadcast<uint16_t>(at, bits);
-      if (size == 4 && type != Type::pred) broadcast<uint32_t>(at, bits);
-      if (size == 8) broadcast<uint64_t>(at, bits);
-      if (type == Type::pred) std::memcpy(at, &bits, 4);
+      uint8_t* lanes = code.image.data() + it->second;
+      if (size == 2) broadcast<uint16_t>(lanes, bits);
+      if (size == 4 && type != Type::pred) broadcast<uint32_t>(lanes, bits);
+      if (size == 8) broadcast<uint64_t>(lanes, bits);
+      if (type == Type::pred) std::memcpy(lanes, &bits, 4);
     }
     return it->second;
   };

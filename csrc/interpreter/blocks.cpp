@@ -5,8 +5,8 @@
 
 namespace forwardpass::interpreter {
 
-std::vector<BasicBlock> basic_blocks(const Code& of) {
-  const auto& code = of.instructions;
+std::vector<BasicBlock> basic_blocks(const Code& function) {
+  const auto& code = function.instructions;
   std::vector<char> leader(code.size() + 1, 0);
   leader[0] = 1;
   for (size_t k = 0; k < code.size(); ++k) {

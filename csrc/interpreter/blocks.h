@@ -17,12 +17,12 @@ std::vector<BasicBlock> basic_blocks(const Code&);
 class Registers {
  public:
   explicit Registers(const Code& code) {
-    for (size_t id = 0; id < code.offset_of.size(); ++id) at_[code.offset_of[id]] = static_cast<int>(id);
+    for (size_t id = 0; id < code.offset_of.size(); ++id) ids_[code.offset_of[id]] = static_cast<int>(id);
   }
   // The register at an offset, or -1: an immediate, a special register, a sink.
   int id(Offset o) const {
-    const auto entry = at_.find(o);
-    return entry == at_.end() ? -1 : entry->second;
+    const auto entry = ids_.find(o);
+    return entry == ids_.end() ? -1 : entry->second;
   }
   // f(register, whether the instruction replaces its value in all the lanes that it runs for)
   template <class F>
@@ -36,7 +36,7 @@ class Registers {
   }
 
  private:
-  std::unordered_map<Offset, int> at_;
+  std::unordered_map<Offset, int> ids_;
 };
 
 // By register: whether asynchronous operations read or write it after their instruction, or a mov makes it an alias of

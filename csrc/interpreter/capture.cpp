@@ -118,16 +118,16 @@ int fpi_capture_mode(int mode) {
 
 int fpi_capturing(void) { return under_way; }
 
-int fpi_capture_keep(void* stream, const fpi_work* work, int* kept) {
+int fpi_capture_keep(void* stream, const fpi_work* work, int* captured) {
   return guarded([&]() -> int {
     const std::shared_ptr<Work> owned(new Work{*work});
     const std::lock_guard lock(mutex);
-    *kept = 0;
+    *captured = 0;
     if (is_legacy(stream)) return use_legacy();
     Capture* c = find(stream);
     if (!c) return kSuccess;
     if (c->invalid) return kInvalidated;
-    *kept = 1;
+    *captured = 1;
     c->graph.push_back(owned);
     return kSuccess;
   });

@@ -27,22 +27,22 @@ constexpr bool is_async(int agent) { return agent < kAsyncAgents; }
 // agents beyond the width it knows nothing, and their elements are not initialised.
 struct alignas(32) VectorClock {
   int width = 0;  // a multiple of 8; in front, as most clocks end long before the last agent
-  alignas(32) Clock at[kMaxAgents];
+  alignas(32) Clock clocks[kMaxAgents];
 
   VectorClock() = default;
   VectorClock(const VectorClock& other) { *this = other; }
   VectorClock& operator=(const VectorClock& other) {
     width = other.width;
-    std::memcpy(at, other.at, width * sizeof(Clock));
+    std::memcpy(clocks, other.clocks, width * sizeof(Clock));
     return *this;
   }
   void widen(int agents) {
-    for (const int wanted = (agents + 7) / 8 * 8; width < wanted; width += 8)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(at + width), _mm256_setzero_si256());
+    for (const int end = (agents + 7) / 8 * 8; width < end; width += 8)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(clocks + width), _mm256_setzero_si256());
   }
   void set(int agent, Clock clock) {
     widen(agent + 1);
-    at[agent] = clock;
+    clocks[agent] = clock;
   }
   void join(const VectorClock& other) {
     widen(other.width);
@@ -59,8 +59,8 @@ struct alignas(32) VectorClock {
   template <class F>
   void combine(const VectorClock& other, F f) {
     for (int i = 0; i < std::min(width, other.width); i += 8) {
-      auto* times = reinterpret_cast<__m256i*>(at + i);
-      _mm256_store_si256(times, f(*times, *reinterpret_cast<const __m256i*>(other.at + i)));
+      auto* times = reinterpret_cast<__m256i*>(clocks + i);
+      _mm256_store_si256(times, f(*times, *reinterpret_cast<const __m256i*>(other.clocks + i)));
     }
   }
 };

@@ -56,17 +56,17 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   Knowledge start;
   // The rows of a CTA's reads are compared eight columns at a time, past its last warp.
   start.seen.widen(ctas[size - 1]->first_agent + (static_cast<int>(ctas[0]->warps.size()) + 7) / 8 * 8);
-  std::fill_n(start.seen.at, start.seen.width, base - 1);
+  std::fill_n(start.seen.clocks, start.seen.width, base - 1);
   start.proxied = start.seen;
-  start.seen.at[kAcquireAgent] = 0;
-  start.seen.at[kGridAgent] = l.programmatic ? 0 : 1;
+  start.seen.clocks[kAcquireAgent] = 0;
+  start.seen.clocks[kGridAgent] = l.programmatic ? 0 : 1;
   for (int a = 0; a < kAsyncAgents; ++a) {
     async[a] = start;
-    async[a].seen.at[a] = base;
+    async[a].seen.clocks[a] = base;
   }
   for (Warp* w : warps) {
     w->knowledge = start;
-    w->knowledge.seen.at[w->agent] = base;
+    w->knowledge.seen.clocks[w->agent] = base;
     w->lane_order.begin(base - 1);
     w->random_state = mix(random_state_ + w->agent - kFirstWarp);
     w->strands.push_back({w->enter(*l.code, nullptr, nullptr, w->exists), 0, w->exists});
@@ -77,10 +77,10 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
 int Cluster::async_agent(const Warp& issuer) {
   const int k = next_async++ % kAsyncAgents;
   Knowledge& knowledge = async[k];
-  const Clock now = knowledge.seen.at[k] + 1;
+  const Clock now = knowledge.seen.clocks[k] + 1;
   // Only what the issuer knows: an agent that is handed out again is another operation.
   knowledge = issuer.knowledge;
-  knowledge.seen.at[k] = now;
+  knowledge.seen.clocks[k] = now;
   async_line[k] = issuer.line();
   return k;
 }
@@ -163,7 +163,7 @@ bool Cluster::run(uint64_t budget) {
   sweep();
   while (!pending.empty() && complete_one()) sweep();
   Clock highest = 0;
-  for (const Warp* w : warps) highest = std::max(highest, w->knowledge.seen.at[w->agent]);
+  for (const Warp* w : warps) highest = std::max(highest, w->knowledge.seen.clocks[w->agent]);
   for (int a = 0; a < kAsyncAgents; ++a) highest = std::max(highest, async_now(a));
   base = highest + 1;
   return true;

@@ -102,12 +102,12 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
     f.kernel = code.name;
     throw f;
   }
-  const uint64_t most = source.max_threads[0]
-                            ? static_cast<uint64_t>(source.max_threads[0]) * std::max(1u, source.max_threads[1]) *
-                                  std::max(1u, source.max_threads[2])
-                            : 1024;
+  const uint64_t limit = source.max_threads[0]
+                             ? static_cast<uint64_t>(source.max_threads[0]) * std::max(1u, source.max_threads[1]) *
+                                   std::max(1u, source.max_threads[2])
+                             : 1024;
   if (threads > 1024) return kInvalidConfiguration;
-  if (threads > most) return kInvalidValue;
+  if (threads > limit) return kInvalidValue;
   if (config.dynamic_shared < 0 || code.shared_bytes + config.dynamic_shared > device->shared_per_block_optin) {
     return kInvalidValue;
   }
@@ -251,10 +251,10 @@ const char* fpi_module_json(void* handle) {
       int64_t end = 0;
       for (size_t k = 0; k < f.parameters.size(); ++k) {
         const auto& p = f.parameters[k];
-        const int64_t a = std::max(p.alignment, 1), at = (end + a - 1) / a * a;
-        end = at + p.bytes;
-        json +=
-            (k ? ",{\"offset\":" : "{\"offset\":") + std::to_string(at) + ",\"size\":" + std::to_string(p.bytes) + "}";
+        const int64_t a = std::max(p.alignment, 1), offset = (end + a - 1) / a * a;
+        end = offset + p.bytes;
+        json += (k ? ",{\"offset\":" : "{\"offset\":") + std::to_string(offset) +
+                ",\"size\":" + std::to_string(p.bytes) + "}";
       }
       json += "]}";
     }

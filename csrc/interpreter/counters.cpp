@@ -59,10 +59,10 @@ void Sheet::choose(const Code& code) {
 }
 
 void Sheet::add(const Sheet& other) {
-  for (const auto& [code, theirs] : other.counts) {
+  for (const auto& [code, other_rows] : other.counts) {
     auto& rows = counts[code];
-    rows.resize(theirs.size());
-    for (size_t k = 0; k < theirs.size(); ++k) rows[k].add(theirs[k]);
+    rows.resize(other_rows.size());
+    for (size_t k = 0; k < other_rows.size(); ++k) rows[k].add(other_rows[k]);
   }
   footprint.add(other.footprint);
 }
@@ -90,16 +90,17 @@ Wavefronts wavefronts_of(const uint64_t address[kLanes], int bytes, Mask mask) {
   const int words = std::max(1, bytes / static_cast<int>(kWord)), lanes = kLanes / words;  // of a lane; of a phase
   Wavefronts wavefronts;
   for (int first = 0; first < kLanes; first += lanes) {
-    uint64_t seen[kLanes];
+    uint64_t word_numbers[kLanes];
     int n = 0;
     for (int l = first; l < first + lanes; ++l)
-      for (int k = 0; k < words && (mask >> l & 1); ++k) seen[n++] = address[l] / kWord + static_cast<uint64_t>(k);
+      for (int k = 0; k < words && (mask >> l & 1); ++k)
+        word_numbers[n++] = address[l] / kWord + static_cast<uint64_t>(k);
     if (!n) continue;
-    std::sort(seen, seen + n);
-    n = static_cast<int>(std::unique(seen, seen + n) - seen);
-    uint64_t of_bank[kBanks] = {}, most = 0;
-    for (int k = 0; k < n; ++k) most = std::max(most, ++of_bank[seen[k] % kBanks]);
-    wavefronts.actual += most;
+    std::sort(word_numbers, word_numbers + n);
+    n = static_cast<int>(std::unique(word_numbers, word_numbers + n) - word_numbers);
+    uint64_t of_bank[kBanks] = {}, busiest = 0;
+    for (int k = 0; k < n; ++k) busiest = std::max(busiest, ++of_bank[word_numbers[k] % kBanks]);
+    wavefronts.actual += busiest;
     ++wavefronts.ideal;
   }
   return wavefronts;

@@ -25,9 +25,9 @@ class Declarations : public Lexer {
   // ".param .align 8 .b8 x[136]" without what ends it; the elements' layout is left in dimensions_.
   Variable variable(std::string_view* name) {
     Variable v;
-    const char* from = at_;
+    const char* from = cursor_;
     v.space = space_of(directive());
-    if (v.space == Space::none) at_ = from, fail("an unknown directive");
+    if (v.space == Space::none) cursor_ = from, fail("an unknown directive");
     vector_ = 1;
     int alignment = 0;
     while (peek('.')) {
@@ -36,14 +36,14 @@ class Declarations : public Lexer {
         alignment = static_cast<int>(count());
         if (alignment > kMostAlignment) fail("an alignment of more than " + std::to_string(kMostAlignment) + " bytes");
       } else if (what == "attribute") {  // .managed and .unified: all memory is the host's here
-        while (skip(), *at_ != ')' && at_ != end_) ++at_;
+        while (skip(), *cursor_ != ')' && cursor_ != end_) ++cursor_;
         expect(')');
       } else if (what == "ptr") {  // the alignment of what it points to
         while (peek('.')) {
-          const std::string_view of = directive();
-          if (of == "align")
+          const std::string_view attribute = directive();
+          if (attribute == "align")
             count();
-          else if (space_of(of) == Space::none)
+          else if (space_of(attribute) == Space::none)
             fail("an unknown attribute of .ptr");
         }
       } else if (what == "v2" || what == "v4") {

@@ -29,9 +29,9 @@ namespace {
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 int64_t place(int64_t& end, const ptx::Variable& v) {
-  const int64_t at = round_up(end, std::max(v.alignment, 1));
-  end = at + v.bytes;
-  return at;
+  const int64_t offset = round_up(end, std::max(v.alignment, 1));
+  end = offset + v.bytes;
+  return offset;
 }
 
 void place_shared(Module& m, const ptx::Variable& v, std::map<std::string, int64_t>& offsets, int64_t& end) {
@@ -50,9 +50,9 @@ void place_global(Module& m, const ptx::Variable& v) {
   if (!zeros) throw std::bad_alloc();
   m.storage.emplace_back(zeros, std::free);
   const auto raw = reinterpret_cast<uint64_t>(m.storage.back().get());
-  auto* at = reinterpret_cast<uint8_t*>(round_up(static_cast<int64_t>(raw), alignment));
-  if (!v.initial.empty()) std::memcpy(at, v.initial.data(), v.initial.size());
-  m.globals[v.name] = {v.name, at, v.bytes, v.space == ptx::Space::constant};
+  auto* address = reinterpret_cast<uint8_t*>(round_up(static_cast<int64_t>(raw), alignment));
+  if (!v.initial.empty()) std::memcpy(address, v.initial.data(), v.initial.size());
+  m.globals[v.name] = {v.name, address, v.bytes, v.space == ptx::Space::constant};
 }
 
 void resolve_references(Module& m, const ptx::Variable& v) {

@@ -95,9 +95,9 @@ int assumed_registers(const Device& d, const ptx::Function& f) {
   const int blocks = std::clamp<int>(std::min<unsigned>(f.min_ctas, INT32_MAX), 1, d.blocks_per_multiprocessor);
   const int of_warp =
       d.registers_per_multiprocessor / (round_up(warps, kSchedulers) * blocks) / kRegisterUnit * kRegisterUnit;
-  const int most = std::min(255, of_warp / 32);
-  if (f.max_registers) return std::min(static_cast<int>(f.max_registers), most);
-  return f.min_ctas ? most : std::min(64, most);
+  const int limit = std::min(255, of_warp / 32);
+  if (f.max_registers) return std::min(static_cast<int>(f.max_registers), limit);
+  return f.min_ctas ? limit : std::min(64, limit);
 }
 
 int resident_blocks(const Device& d, int registers, int threads, int64_t shared_bytes) {

@@ -68,11 +68,11 @@ int fpi_release(void* begin) {
 int64_t fpi_allocation(const void* pointer, void** begin, int* kind) {
   return guarded(int64_t{0}, [&]() -> int64_t {
     const std::lock_guard lock(mutex);
-    const auto at = reinterpret_cast<uintptr_t>(pointer);
-    auto entry = allocations().upper_bound(at);
+    const auto address = reinterpret_cast<uintptr_t>(pointer);
+    auto entry = allocations().upper_bound(address);
     if (entry == allocations().begin()) return 0;
     --entry;
-    if (at - entry->first >= static_cast<uint64_t>(entry->second.bytes)) return 0;
+    if (address - entry->first >= static_cast<uint64_t>(entry->second.bytes)) return 0;
     *begin = reinterpret_cast<void*>(entry->first);
     *kind = entry->second.kind;
     return entry->second.bytes;

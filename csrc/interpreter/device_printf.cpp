@@ -16,16 +16,16 @@ class Arguments {
   explicit Arguments(const ArgumentAt& argument) : argument_(argument) {}
   template <class T>
   T next() {
-    at_ = (at_ + sizeof(T) - 1) / sizeof(T) * sizeof(T);
+    offset_ = (offset_ + sizeof(T) - 1) / sizeof(T) * sizeof(T);
     T value;
-    std::memcpy(&value, argument_(at_, sizeof value), sizeof value);
-    at_ += sizeof value;
+    std::memcpy(&value, argument_(offset_, sizeof value), sizeof value);
+    offset_ += sizeof value;
     return value;
   }
 
  private:
   const ArgumentAt& argument_;
-  size_t at_ = 0;
+  size_t offset_ = 0;
 };
 
 template <class T>

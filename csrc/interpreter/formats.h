@@ -62,14 +62,14 @@ inline uint32_t encode(S x, Rounding mode = Rounding::rn, bool saturate = false,
   const U base = above < kLeast ? above : kLeast, significand = magnitude - (base - kOne), shortfall = kLeast - base;
   const U room = kMost - shortfall, beyond = U{0} - (room >> (kWidth - 1));
   const U drop = (shortfall + (room & beyond) + (kDrop - 1) * kOne) >> kMantissa;
-  const U halves = significand >> drop, kept = halves >> 1, half = halves & 1;
+  const U halves = significand >> drop, truncated = halves >> 1, half = halves & 1;
   const U rest = significand != halves << drop ? 1 : 0;
   U up = 0;
-  if (mode == Rounding::rn) up = half & (rest | kept);
+  if (mode == Rounding::rn) up = half & (rest | truncated);
   if (mode == Rounding::rna) up = half;
   if (mode == Rounding::rm) up = (half | rest) & negative;
   if (mode == Rounding::rp) up = (half | rest) & ~negative;
-  const U rounded = kept + up;
+  const U rounded = truncated + up;
   // What a directed mode does not round outwards stops at the largest number; an infinite x stays infinite.
   const U inwards = mode == Rounding::rz   ? 1
                     : mode == Rounding::rm ? negative ^ 1

@@ -74,12 +74,12 @@ GlobalShadow::Recording::~Recording() {
 GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use)
     : shadow_(shadow), warp_(w), use_(use), write_(is_write(use)) {
   const Cta& cta = *w.cta;
-  const bool waited = w.knowledge.seen.at[kGridAgent] != 0;
+  const bool waited = w.knowledge.seen.clocks[kGridAgent] != 0;
   oldest_ = Cell{waited ? cta.launch->first_serial : cta.launch->concurrent_serial} << kSerial;
   const Cell me = Cell{cta.serial} << kSerial | static_cast<Cell>(w.id) << kWarp;
   // A warp's own writes are in order before it, but for .nc nobody may have written.
   exempt_ = use == Use::constant ? 0 : me;
-  const Cell clock = w.knowledge.seen.at[w.agent] - cta.cluster->base;
+  const Cell clock = w.knowledge.seen.clocks[w.agent] - cta.cluster->base;
   // Beyond its field a clock cannot be compared: such a writer leaves no trace.
   stamp_ = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
 }
@@ -87,35 +87,35 @@ GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use)
 template <bool kWrite>
 void GlobalShadow::Access::scan(uint64_t begin, uint64_t bytes) const {
   const uint64_t end = begin + bytes;
-  for (uint64_t at = begin; at < end;) {
-    const uint64_t page_end = std::min(end, (at | (kPageBytes - 1)) + 1);
-    Page* p = shadow_.page(at, kWrite);
+  for (uint64_t address = begin; address < end;) {
+    const uint64_t page_end = std::min(end, (address | (kPageBytes - 1)) + 1);
+    Page* p = shadow_.page(address, kWrite);
     if (!p) {
-      at = page_end;
+      address = page_end;
       continue;
     }
-    std::atomic<Cell>* cell = &p->cells[at % kPageBytes / kWord];
+    std::atomic<Cell>* cell = &p->cells[address % kPageBytes / kWord];
     const auto part = [&](Cell mask) {
       const Cell value = cell->load(std::memory_order_relaxed);
-      if (value >= oldest_ && (value & mask) && (value & kOwner) != exempt_) check(value, at, mask);
+      if (value >= oldest_ && (value & mask) && (value & kOwner) != exempt_) check(value, address, mask);
       const bool same = (value ^ stamp_) >> kClock == 0;
       if (kWrite) cell->store(stamp_ ? stamp_ | mask | (same ? value & kAll : 0) : 0, std::memory_order_relaxed);
       ++cell;
     };
-    if (const uint64_t into = at % kWord) {
-      const uint64_t next = std::min(page_end, at - into + kWord);
-      part((kAll << into) & (kAll >> (kWord - into - (next - at))));
-      at = next;
+    if (const uint64_t into = address % kWord) {
+      const uint64_t next = std::min(page_end, address - into + kWord);
+      part((kAll << into) & (kAll >> (kWord - into - (next - address))));
+      address = next;
     }
     const Cell whole = stamp_ ? stamp_ | kAll : 0;
-    for (; at + kWord <= page_end; at += kWord, ++cell) {
+    for (; address + kWord <= page_end; address += kWord, ++cell) {
       const Cell value = cell->load(std::memory_order_relaxed);
-      if (value >= oldest_ && (value & kOwner) != exempt_) check(value, at, kAll);
+      if (value >= oldest_ && (value & kOwner) != exempt_) check(value, address, kAll);
       if (kWrite) cell->store(whole, std::memory_order_relaxed);
     }
-    if (at < page_end) {
-      part(kAll >> (kWord - (page_end - at)));
-      at = page_end;
+    if (address < page_end) {
+      part(kAll >> (kWord - (page_end - address)));
+      address = page_end;
     }
   }
 }
@@ -128,11 +128,11 @@ void GlobalShadow::Access::operator()(uint64_t begin, uint64_t bytes) const {
 // comes before the access.
 Clock GlobalShadow::Access::known(uint64_t cta, int warp) const {
   Cluster& issuer = *warp_.cta->cluster;
-  const auto& seen = warp_.knowledge.seen.at;
+  const auto& clocks = warp_.knowledge.seen.clocks;
   const uint64_t size = issuer.ctas.size(), cluster = cta / size;
   const int of_cluster = static_cast<int>(cta % size * warp_.cta->warps.size()) + warp;
-  if (cluster == issuer.number) return seen[kFirstWarp + of_cluster] - (issuer.base - 1);
-  return issuer.launch->releases.known(cluster, of_cluster, seen[kAcquireAgent]);
+  if (cluster == issuer.number) return clocks[kFirstWarp + of_cluster] - (issuer.base - 1);
+  return issuer.launch->releases.known(cluster, of_cluster, clocks[kAcquireAgent]);
 }
 
 void GlobalShadow::Access::check(Cell cell, uint64_t address, Cell mask) const {
@@ -148,10 +148,10 @@ void GlobalShadow::Access::check(Cell cell, uint64_t address, Cell mask) const {
     w.fail_at(Kind::race, what + describe(l, byte) + ", which " + why, -1, byte);
   };
   const auto block = [&] {
-    unsigned at[3];
-    l.index_of(number, at);
-    return "block (" + std::to_string(at[0]) + ", " + std::to_string(at[1]) + ", " + std::to_string(at[2]) +
-           ") of this launch wrote: ";
+    unsigned coordinates[3];
+    l.index_of(number, coordinates);
+    return "block (" + std::to_string(coordinates[0]) + ", " + std::to_string(coordinates[1]) + ", " +
+           std::to_string(coordinates[2]) + ") of this launch wrote: ";
   };
   if (serial < l.first_serial) {
     std::string kernel = "an earlier kernel";
@@ -184,18 +184,18 @@ void GlobalShadow::Access::check(Cell cell, uint64_t address, Cell mask) const {
 
 void GlobalShadow::forget(uint64_t begin, uint64_t bytes) {
   const uint64_t end = begin + bytes;
-  for (uint64_t at = begin; at < end;) {
-    const uint64_t page_end = std::min(end, (at | (kPageBytes - 1)) + 1);
-    if (Page* p = page(at, false)) {
-      if (page_end - at == kPageBytes) {
+  for (uint64_t address = begin; address < end;) {
+    const uint64_t page_end = std::min(end, (address | (kPageBytes - 1)) + 1);
+    if (Page* p = page(address, false)) {
+      if (page_end - address == kPageBytes) {
         madvise(p, sizeof *p, MADV_DONTNEED);  // zeros again, and their memory is free
       } else {
-        for (uint64_t word = at / kWord; word * kWord < page_end; ++word) {
+        for (uint64_t word = address / kWord; word * kWord < page_end; ++word) {
           p->cells[word % std::size(p->cells)].store(0, std::memory_order_relaxed);
         }
       }
     }
-    at = page_end;
+    address = page_end;
   }
 }
 

@@ -78,20 +78,20 @@ void read(Image& image, const Wrapper& wrapper) {
   if (wrapper.magic != kWrapperMagic) return;
   std::memcpy(&header, wrapper.data, sizeof header);
   if (header.magic != kMagic) return;
-  const uint8_t *at = wrapper.data + header.header_bytes, *end = at + header.bytes;
-  while (at < end) {
+  const uint8_t *cursor = wrapper.data + header.header_bytes, *end = cursor + header.bytes;
+  while (cursor < end) {
     Entry e;
-    std::memcpy(&e, at, sizeof e);
+    std::memcpy(&e, cursor, sizeof e);
     const Ptx p{static_cast<int>(e.arch),
                 (e.flags & kSpecific) != 0,
                 (e.flags & kLz4) != 0,
                 (e.flags & kZstandard) != 0,
-                {reinterpret_cast<const char*>(at + e.header_bytes),
+                {reinterpret_cast<const char*>(cursor + e.header_bytes),
                  e.compressed_bytes ? e.compressed_bytes : static_cast<size_t>(e.bytes)}};
     if (e.kind == kPtx) image.ptx.push_back(p);
     image.holds += (image.holds.empty() ? "" : ", ") + std::string(e.kind == kPtx ? "compute_" : "sm_") + p.name() +
                    (e.kind == kPtx && p.lz4 ? " (compressed by LZ4)" : "");
-    at += e.header_bytes + e.bytes;
+    cursor += e.header_bytes + e.bytes;
   }
 }
 
@@ -322,11 +322,11 @@ int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* lar
     if (const int error = find(host, f)) return error;
     const int blocks = blocks_of(f, threads_of(*c), c->dynamic_shared);
     const int size = static_cast<int>(c->cluster[0] * c->cluster[1] * c->cluster[2]);
-    const int most = f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster;
+    const int limit = f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster;
     *largest = 0;
-    for (int n = 1; n <= most; n *= 2)
+    for (int n = 1; n <= limit; n *= 2)
       if (resident_clusters(*f.device, blocks, n)) *largest = n;
-    if (size > most) return cuda::kInvalidClusterSize;
+    if (size > limit) return cuda::kInvalidClusterSize;
     *clusters = resident_clusters(*f.device, blocks, size);
     return cuda::kSuccess;
   });

@@ -92,16 +92,16 @@ bool within(std::string_view section, std::string_view outer) {
 
 // The dimensions in "m64n128k16".
 bool parse_shape(std::string_view text, uint64_t out[3]) {
-  size_t at = 0;
+  size_t position = 0;
   for (int d = 0; d < 3; ++d) {
-    if (at >= text.size() || text[at] != "mnk"[d]) return false;
+    if (position >= text.size() || text[position] != "mnk"[d]) return false;
     out[d] = 0;
-    for (++at; at < text.size() && std::isdigit(static_cast<unsigned char>(text[at])); ++at) {
-      out[d] = out[d] * 10 + static_cast<uint64_t>(text[at] - '0');
+    for (++position; position < text.size() && std::isdigit(static_cast<unsigned char>(text[position])); ++position) {
+      out[d] = out[d] * 10 + static_cast<uint64_t>(text[position] - '0');
     }
     if (!out[d]) return false;
   }
-  return at == text.size();
+  return position == text.size();
 }
 
 }  // namespace
@@ -123,10 +123,10 @@ MatrixWork matrix_work(const Statement& s) {
   const bool wgmma = s.opcode.rfind("wgmma.mma_async.", 0) == 0;
   if (!wgmma && parts[0] != "mma") return work;
   uint64_t shape[3];
-  size_t at = 0;
-  while (at < parts.size() && !parse_shape(parts[at], shape)) ++at;
+  size_t shape_part = 0;
+  while (shape_part < parts.size() && !parse_shape(parts[shape_part], shape)) ++shape_part;
   std::vector<std::string_view> types;  // after the shape: D, A, B and of mma C
-  for (size_t k = at + 1; k < parts.size(); ++k)
+  for (size_t k = shape_part + 1; k < parts.size(); ++k)
     if (ptx::type_of(parts[k]) != ptx::Type::none) types.push_back(parts[k]);
   if (types.size() < 3) return work;
   work.type = types[1];

@@ -86,7 +86,7 @@ struct fpi_work {
   void* data;
 };
 // Work that is put into a stream. *kept: the graph will do it, and else whoever asks. Forgets it when nobody needs it.
-int fpi_capture_keep(void* stream, const struct fpi_work*, int* kept);
+int fpi_capture_keep(void* stream, const struct fpi_work*, int* captured);
 // Whether some capture forbids a call, which ends that capture: one that allocates, frees or may wait for the device
 // ("unsafe"), one that waits for a stream or for the device, a stream's waiting for what is outside of its capture.
 enum { fpi_unsafe, fpi_waits_for_stream, fpi_waits_for_device, fpi_waits_for_event };

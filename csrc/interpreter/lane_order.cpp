@@ -46,15 +46,16 @@ LaneOrder::Clash LaneOrder::clash(LaneSet before, Clock clock, LaneSet now, int 
   Clash clash;
   const int before_shift = before.part_shift(shift), now_shift = now.part_shift(shift);
   const int step = std::min(before_shift, now_shift);
-  for (uint32_t at = 0; at < 1u << shift; at += 1u << step) {
-    const Mask theirs = before.part(before_shift, at, step).lanes, ours = now.part(now_shift, at, step).lanes;
-    for (Mask rest = ours; rest; rest &= rest - 1) {
+  for (uint32_t byte = 0; byte < 1u << shift; byte += 1u << step) {
+    const Mask before_lanes = before.part(before_shift, byte, step).lanes,
+               now_lanes = now.part(now_shift, byte, step).lanes;
+    for (Mask rest = now_lanes; rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
       const Mask self = Mask{1} << lane;
-      const Mask unordered = write && (theirs & self) ? 0 : unknown(lane, theirs & ~self, clock);
+      const Mask unordered = write && (before_lanes & self) ? 0 : unknown(lane, before_lanes & ~self, clock);
       if (!unordered) continue;
       if (clash.lane < 0) clash = {lane, __builtin_ctz(unordered), 0};
-      clash.bytes |= ((1u << (1u << step)) - 1) << at;
+      clash.bytes |= ((1u << (1u << step)) - 1) << byte;
       break;
     }
   }

@@ -79,7 +79,7 @@ struct LaneRange {
     begin = from;
     set = lanes;
   }
-  LaneSet of(uint32_t at, int shift) const { return set.part(part_shift, at - begin, shift); }
+  LaneSet of(uint32_t address, int shift) const { return set.part(part_shift, address - begin, shift); }
 };
 
 }  // namespace forwardpass::interpreter

@@ -64,8 +64,8 @@ bool turn(Grid& grid, Resident& r) {
   } catch (Finding& f) {
     if (!f.ptx_line) {
       for (const Warp* w : cluster.warps) {
-        const bool at = cluster.running() ? w == cluster.running() : w->live != 0;
-        if (!at || w->strands.empty()) continue;
+        const bool culprit = cluster.running() ? w == cluster.running() : w->live != 0;
+        if (!culprit || w->strands.empty()) continue;
         w->cta->place(f, *w);
         break;
       }
@@ -149,10 +149,10 @@ void Launch::run() {
   Grid grid(*this);
   if (recorded(options)) trace = begin_trace(*this);
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());
-  const uint64_t wanted = std::min<uint64_t>(options.threads > 0 ? options.threads : hardware, grid.total);
+  const uint64_t threads = std::min<uint64_t>(options.threads > 0 ? options.threads : hardware, grid.total);
   std::vector<std::thread> others;
   try {
-    for (uint64_t k = 1; k < wanted; ++k) others.emplace_back([&] { work_safely(grid); });
+    for (uint64_t k = 1; k < threads; ++k) others.emplace_back([&] { work_safely(grid); });
   } catch (...) {  // no more threads
     grid.fail();
   }

@@ -28,11 +28,11 @@ inline bool is(char c, uint8_t what) { return kClass[static_cast<uint8_t>(c)] & 
 class Lexer {
  public:
   // The text must be followed by a zero, which ends every loop below.
-  Lexer(const char* begin, const char* end) : begin_(begin), at_(begin), end_(end) {}
+  Lexer(const char* begin, const char* end) : begin_(begin), cursor_(begin), end_(end) {}
 
  protected:
   [[noreturn]] void fail(const std::string& why) const {
-    const char *from = at_, *to = at_;
+    const char *from = cursor_, *to = cursor_;
     while (from > begin_ && from[-1] != '\n') --from;
     while (to < end_ && *to != '\n') ++to;
     while (from < to && is(*from, kBlank)) ++from;
@@ -51,10 +51,10 @@ class Lexer {
    private:
     Lexer& lexer_;
   };
-  // Adds a declaration to the total of a text, at its alignment. Fails beyond `most` bytes.
-  void claim(int64_t& total, int64_t bytes, int64_t alignment, int64_t most, const std::string& what) const {
+  // Adds a declaration to the total of a text, at its alignment. Fails beyond `limit` bytes.
+  void claim(int64_t& total, int64_t bytes, int64_t alignment, int64_t limit, const std::string& what) const {
     const int64_t begin = (total + alignment - 1) / alignment * alignment;
-    if (begin > most || bytes > most - begin) fail(what + ": there may be " + std::to_string(most) + " bytes");
+    if (begin > limit || bytes > limit - begin) fail(what + ": there may be " + std::to_string(limit) + " bytes");
     total = begin + bytes;
   }
   [[noreturn]] static void unknown(std::string_view name, int line) {
@@ -67,51 +67,51 @@ class Lexer {
   }
   void skip() {
     for (;;) {
-      if (is(*at_, kBlank)) {
-        ++at_;
-      } else if (*at_ == '\n') {
-        ++at_, ++line_;
-      } else if (at_[0] == '/' && at_[1] == '/') {
-        const char* from = at_ += 2;
-        while (at_ != end_ && *at_ != '\n') ++at_;
-        comment({from, static_cast<size_t>(at_ - from)});
-      } else if (at_[0] == '/' && at_[1] == '*') {
-        for (at_ += 2; !(at_[0] == '*' && at_[1] == '/'); ++at_) {
-          if (at_ == end_) fail("a comment without end");
-          line_ += *at_ == '\n';
+      if (is(*cursor_, kBlank)) {
+        ++cursor_;
+      } else if (*cursor_ == '\n') {
+        ++cursor_, ++line_;
+      } else if (cursor_[0] == '/' && cursor_[1] == '/') {
+        const char* from = cursor_ += 2;
+        while (cursor_ != end_ && *cursor_ != '\n') ++cursor_;
+        comment({from, static_cast<size_t>(cursor_ - from)});
+      } else if (cursor_[0] == '/' && cursor_[1] == '*') {
+        for (cursor_ += 2; !(cursor_[0] == '*' && cursor_[1] == '/'); ++cursor_) {
+          if (cursor_ == end_) fail("a comment without end");
+          line_ += *cursor_ == '\n';
         }
-        at_ += 2;
+        cursor_ += 2;
       } else {
         return;
       }
     }
   }
-  bool peek(char c) { return skip(), *at_ == c; }
-  bool accept(char c) { return peek(c) && (++at_, true); }
+  bool peek(char c) { return skip(), *cursor_ == c; }
+  bool accept(char c) { return peek(c) && (++cursor_, true); }
   void expect(char c) {
     if (!accept(c)) fail(std::string("expected '") + c + "'");
   }
   std::string_view identifier() {
     skip();
-    if (!is(*at_, kBegins)) fail("expected a name");
-    const char* from = at_++;
-    while (is(*at_, kContinues)) ++at_;
-    return {from, static_cast<size_t>(at_ - from)};
+    if (!is(*cursor_, kBegins)) fail("expected a name");
+    const char* from = cursor_++;
+    while (is(*cursor_, kContinues)) ++cursor_;
+    return {from, static_cast<size_t>(cursor_ - from)};
   }
   // ".visible" and the like, without the dot; empty if there is none.
   std::string_view directive() {
     if (!accept('.')) return {};
-    const char* from = at_;
-    while (is(*at_, kContinues)) ++at_;
-    return {from, static_cast<size_t>(at_ - from)};
+    const char* from = cursor_;
+    while (is(*cursor_, kContinues)) ++cursor_;
+    return {from, static_cast<size_t>(cursor_ - from)};
   }
   std::string_view quoted() {
     expect('"');
-    const char* from = at_;
-    while (*at_ != '"' && *at_ != '\n' && at_ != end_) ++at_;
-    std::string_view text(from, at_ - from);
-    if (*at_ != '"') fail("a string without end");
-    ++at_;
+    const char* from = cursor_;
+    while (*cursor_ != '"' && *cursor_ != '\n' && cursor_ != end_) ++cursor_;
+    std::string_view text(from, cursor_ - from);
+    if (*cursor_ != '"') fail("a string without end");
+    ++cursor_;
     return text;
   }
   template <class F>
@@ -127,49 +127,49 @@ class Lexer {
     Operand::Kind kind = Operand::Kind::integer;
     uint64_t bits = 0;
   };
-  bool warp_size() const { return std::strncmp(at_, "WARP_SZ", 7) == 0 && !is(at_[7], kContinues); }
+  bool warp_size() const { return std::strncmp(cursor_, "WARP_SZ", 7) == 0 && !is(cursor_[7], kContinues); }
   bool begins_number() {
     skip();
-    return (*at_ >= '0' && *at_ <= '9') || *at_ == '-' || *at_ == '~' || *at_ == '(' || warp_size();
+    return (*cursor_ >= '0' && *cursor_ <= '9') || *cursor_ == '-' || *cursor_ == '~' || *cursor_ == '(' || warp_size();
   }
 
   uint64_t digits(int base) {
     uint64_t value = 0;
-    const auto [end, error] = std::from_chars(at_, end_, value, base);
+    const auto [end, error] = std::from_chars(cursor_, end_, value, base);
     if (error != std::errc()) fail("a number that does not fit 64 bits, or has no digits");
-    at_ = end;
+    cursor_ = end;
     return value;
   }
   Number literal() {
     skip();
-    if (warp_size()) return at_ += 7, Number{Operand::Kind::integer, 32};
-    const char* from = at_;
+    if (warp_size()) return cursor_ += 7, Number{Operand::Kind::integer, 32};
+    const char* from = cursor_;
     Number n;
-    const char second = *at_ == '0' ? static_cast<char>(at_[1] | 0x20) : 0;
+    const char second = *cursor_ == '0' ? static_cast<char>(cursor_[1] | 0x20) : 0;
     if (second == 'f' || second == 'd') {
-      at_ += 2;
+      cursor_ += 2;
       n.kind = second == 'f' ? Operand::Kind::f32 : Operand::Kind::f64;
       n.bits = digits(16);
-      if (at_ - from != (second == 'f' ? 10 : 18)) fail("a 0f literal has 8 hexadecimal digits, a 0d literal 16");
+      if (cursor_ - from != (second == 'f' ? 10 : 18)) fail("a 0f literal has 8 hexadecimal digits, a 0d literal 16");
     } else if (second == 'x' || second == 'b') {
-      at_ += 2;
+      cursor_ += 2;
       n.bits = digits(second == 'x' ? 16 : 2);
     } else {
-      while (*at_ >= '0' && *at_ <= '9') ++at_;
-      if (*at_ == '.' || (*at_ | 0x20) == 'e') {
+      while (*cursor_ >= '0' && *cursor_ <= '9') ++cursor_;
+      if (*cursor_ == '.' || (*cursor_ | 0x20) == 'e') {
         n.kind = Operand::Kind::f64;
         double value = 0;
         const auto [end, error] = std::from_chars(from, end_, value);
         if (error != std::errc()) fail("a number that is no double");
-        at_ = end;
+        cursor_ = end;
         std::memcpy(&n.bits, &value, 8);
       } else {
-        at_ = from;
+        cursor_ = from;
         n.bits = digits(*from == '0' ? 8 : 10);
       }
     }
-    if (n.kind == Operand::Kind::integer && (*at_ == 'U' || *at_ == 'u')) ++at_;
-    if (is(*at_, kContinues)) fail("not a number");
+    if (n.kind == Operand::Kind::integer && (*cursor_ == 'U' || *cursor_ == 'u')) ++cursor_;
+    if (is(*cursor_, kContinues)) fail("not a number");
     return n;
   }
 
@@ -203,8 +203,8 @@ class Lexer {
   }
   std::string_view infix() {
     skip();
-    if (*at_ == '<' || *at_ == '>') return {at_, at_[1] == *at_ ? size_t{2} : 0};
-    return {at_, size_t{std::strchr("|^&+-*/%", *at_) && *at_}};
+    if (*cursor_ == '<' || *cursor_ == '>') return {cursor_, cursor_[1] == *cursor_ ? size_t{2} : 0};
+    return {cursor_, size_t{std::strchr("|^&+-*/%", *cursor_) && *cursor_}};
   }
   // Constant expressions, ISA 4.5.
   Number expression(int least = 1) {
@@ -213,7 +213,7 @@ class Lexer {
       const std::string_view op = infix();
       const int rank = precedence(op);
       if (rank < least || rank == 0) return left;
-      at_ += op.size();
+      cursor_ += op.size();
       const uint64_t a = integer(left), b = integer(expression(rank + 1));
       // 64 bits, signed or unsigned by rules that no compiler's output needs: refused where the difference would show.
       if ((op == "/" || op == "%" || op == ">>") && (static_cast<int64_t>(a | b) < 0 || (b == 0 && op != ">>")))
@@ -261,12 +261,12 @@ class Lexer {
 
   // "+ 4" or "- 4", of which the next character is the sign.
   int64_t displacement() {
-    const bool minus = *at_++ == '-';
+    const bool minus = *cursor_++ == '-';
     const uint64_t value = integer(expression());
     return static_cast<int64_t>(minus ? -value : value);
   }
 
-  const char *begin_, *at_, *end_;
+  const char *begin_, *cursor_, *end_;
   int line_ = 1;
   int depth_ = 0;        // of Nesting
   bool inline_ = false;  // within inline assembly

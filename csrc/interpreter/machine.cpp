@@ -293,11 +293,11 @@ std::unique_ptr<Frame> Cta::spare_frame(const Code& code) {
   return f;
 }
 
-void Cta::begin(Cluster& c, int r, const unsigned at[3]) {
+void Cta::begin(Cluster& c, int r, const unsigned coordinates[3]) {
   cluster = &c;
   launch = c.launch;
   rank = r;
-  std::copy(at, at + 3, index);
+  std::copy(coordinates, coordinates + 3, index);
   const Launch& l = *launch;
   const unsigned n = threads(), count = (n + kLanes - 1) / kLanes;
   first_agent = kFirstWarp + rank * static_cast<int>(count);
@@ -344,7 +344,7 @@ void Cta::exits(const Warp& last) {
   departed.join(last.knowledge);
   if (live_warps > 1 || !launch->options.checks) return;
   for (int a = 0; a < visitors.width; ++a) {
-    if (visitors.at[a] <= departed.seen.at[a]) continue;
+    if (visitors.clocks[a] <= departed.seen.clocks[a]) continue;
     last.fail(Kind::race,
               "the CTA exits while its shared memory may still be in use: nothing orders this after an access by " +
                   shadow.name_of(a) + "; a barrier of the cluster must come between");
@@ -374,14 +374,14 @@ void Cta::place(Finding& f, const Warp& w) const {
 }
 
 void Cta::place(Finding& f, const Code& code, uint32_t pc) const {
-  const Statement& at = *code.statements[pc];
+  const Statement& statement = *code.statements[pc];
   const ptx::Module& source = launch->module->source;
-  const ptx::Location& l = source.outermost(at.location);
+  const ptx::Location& l = source.outermost(statement.location);
   if (l.file) f.file = source.files[l.file];
   f.line = l.line;
-  f.ptx_line = at.line;
+  f.ptx_line = statement.line;
   std::copy(index, index + 3, f.block);
-  f.instruction = launch->module->line(at.line);
+  f.instruction = launch->module->line(statement.line);
 }
 
 }  // namespace forwardpass::interpreter

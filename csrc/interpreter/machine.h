@@ -145,14 +145,16 @@ struct alignas(64) Warp {
   void return_values(Mask lanes);            // from the running frame's .param space to the caller's
   void branch(Mask lanes, uint32_t target);  // lanes of the running strand that jump; the others fall through
 
-  Actor actor(Proxy p = Proxy::generic) const { return {agent, knowledge.seen.at[agent], &knowledge, p, line(), {}}; }
+  Actor actor(Proxy p = Proxy::generic) const {
+    return {agent, knowledge.seen.clocks[agent], &knowledge, p, line(), {}};
+  }
   // The warp's lanes on a range of shared memory whose begin and lanes the caller fills in. Where the range is spread
   // over lanes, each has 1 << part_shift bytes.
   LaneRange lanes(int part_shift = 0) const { return {agent, lane_order.floor(), 0, part_shift, {}, &lane_order}; }
   uint32_t line() const { return frame->code->statements[strands[running].pc]->line; }
-  void release() { ++knowledge.seen.at[agent]; }  // after giving away what it knows
+  void release() { ++knowledge.seen.clocks[agent]; }  // after giving away what it knows
   void acquire(Mask lanes, const Knowledge& k) {
-    if (k.seen.width > agent) lane_order.learn(lanes, live, k.seen.at[agent]);
+    if (k.seen.width > agent) lane_order.learn(lanes, live, k.seen.clocks[agent]);
     knowledge.join(k);
   }
   uint32_t random();  // seeded, one stream per warp
@@ -227,7 +229,7 @@ struct Cluster {
 
   // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
   int async_agent(const Warp& issuer);
-  Clock async_now(int agent) const { return async[agent].seen.at[agent]; }
+  Clock async_now(int agent) const { return async[agent].seen.clocks[agent]; }
   Actor async_actor(int agent, Proxy p = Proxy::async) const {
     return {agent, async_now(agent), &async[agent], p, async_line[agent], {}};
   }

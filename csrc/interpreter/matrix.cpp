@@ -154,17 +154,19 @@ inline void spread_columns(const Integers y[2], uint32_t* to, int stride) {
 
 // FORWARDPASS_INTERPRET_ISA=avx2 takes the narrow kernels on any processor, for comparing the two.
 const Kernels& choose() {
-  const char* wanted = std::getenv("FORWARDPASS_INTERPRET_ISA");
+  const char* isa = std::getenv("FORWARDPASS_INTERPRET_ISA");
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
-  return wide && !(wanted && std::strcmp(wanted, "avx2") == 0) ? avx512::kernels : avx2::kernels;
+  return wide && !(isa && std::strcmp(isa, "avx2") == 0) ? avx512::kernels : avx2::kernels;
 }
-const Kernels& chosen = choose();
+const Kernels& host_kernels = choose();
 
 bool is_float(Element e) { return static_cast<int>(e) < kFloatElements; }
 
-int steps_of(const Product& p) { return p.halves * 4 * (is_float(p.a) ? avx2::planes_of(p.a) : chosen.integer_planes); }
+int steps_of(const Product& p) {
+  return p.halves * 4 * (is_float(p.a) ? avx2::planes_of(p.a) : host_kernels.integer_planes);
+}
 
 }  // namespace
 
@@ -183,14 +185,14 @@ void transpose(Fragment from, uint32_t to[32]) {
 
 void expand_a(const Product& p, const Fragment* fragments, PanelA& panel) {
   if (p.truncation.group) return truncating_expand_a(p, fragments, panel);
-  if (is_float(p.a)) return chosen.expand_a[static_cast<int>(p.a)](fragments, p.halves, p.negate, panel);
-  chosen.expand_integer_a(fragments, p.halves, p.a == Element::s8, p.b == Element::s8, panel);
+  if (is_float(p.a)) return host_kernels.expand_a[static_cast<int>(p.a)](fragments, p.halves, p.negate, panel);
+  host_kernels.expand_integer_a(fragments, p.halves, p.a == Element::s8, p.b == Element::s8, panel);
 }
 
 void expand_b(const Product& p, const Fragment* fragments, int tiles, PanelB& panel) {
   if (p.truncation.group) return truncating_expand_b(p, fragments, tiles, panel);
-  if (is_float(p.b)) return chosen.expand_b[static_cast<int>(p.b)](fragments, p.halves, tiles, panel);
-  chosen.expand_integer_b(fragments, p.halves, tiles, p.a == Element::s8, p.b == Element::s8, panel);
+  if (is_float(p.b)) return host_kernels.expand_b[static_cast<int>(p.b)](fragments, p.halves, tiles, panel);
+  host_kernels.expand_integer_b(fragments, p.halves, tiles, p.a == Element::s8, p.b == Element::s8, panel);
 }
 
 void multiply(const Product& p, const PanelA& a, const PanelB& b, int tiles, uint32_t* accumulators) {
@@ -198,21 +200,21 @@ void multiply(const Product& p, const PanelA& a, const PanelB& b, int tiles, uin
     if (p.truncation.group) {
       truncating_multiply(p, a, b, tiles, sums);
     } else {
-      chosen.multiply_floats(a, b, steps_of(p), tiles, sums);
+      host_kernels.multiply_floats(a, b, steps_of(p), tiles, sums);
     }
   };
   alignas(64) static thread_local uint32_t wide[kMaxTiles * 128];
   if (p.d == Accumulate::f32) {
     floats(accumulators);
   } else if (p.d == Accumulate::f16) {
-    chosen.unpack_halves(accumulators, tiles * 2, wide);
+    host_kernels.unpack_halves(accumulators, tiles * 2, wide);
     floats(wide);
-    chosen.pack_halves(wide, tiles * 2, accumulators);
+    host_kernels.pack_halves(wide, tiles * 2, accumulators);
   } else if (!p.saturate) {
-    chosen.multiply_integers(a, b, steps_of(p), tiles, accumulators);
+    host_kernels.multiply_integers(a, b, steps_of(p), tiles, accumulators);
   } else {  // the products' sum fits, adding the accumulator need not
     std::memset(wide, 0, tiles * 512);
-    chosen.multiply_integers(a, b, steps_of(p), tiles, wide);
+    host_kernels.multiply_integers(a, b, steps_of(p), tiles, wide);
     for (int k = 0; k < tiles * 128; ++k) {
       const int64_t sum = int64_t{static_cast<int32_t>(accumulators[k])} + static_cast<int32_t>(wide[k]);
       accumulators[k] = static_cast<uint32_t>(std::min<int64_t>(std::max<int64_t>(sum, INT32_MIN), INT32_MAX));

@@ -45,11 +45,11 @@ constexpr int kMaxTiles = 32, kMaxSteps = 32;
 
 // A step is what one vector instruction multiplies: an element of K, or four (VNNI) or two (AVX2) 8-bit integers.
 struct alignas(64) PanelA {
-  uint32_t at[kMaxSteps][64];  // [step][row][4 times]
-  int32_t bias[64];            // to be added to every column: corrects the offset of signed operands under VNNI
+  uint32_t words[kMaxSteps][64];  // [step][row][4 times]
+  int32_t bias[64];               // to be added to every column: corrects the offset of signed operands under VNNI
 };
 struct alignas(64) PanelB {
-  uint32_t at[kMaxTiles * kMaxSteps * 8];  // [tile][step][columns 0 2 4 6 1 3 5 7]
+  uint32_t words[kMaxTiles * kMaxSteps * 8];  // [tile][step][columns 0 2 4 6 1 3 5 7]
   int32_t bias[kMaxTiles][8];
 };
 

@@ -55,7 +55,7 @@ void expand_a(Fragment const* fragments, int halves, bool negate, PanelA& panel)
       for (int v = 0; v < kVectors; ++v) {
         const Integers x = load(fragments[h * 2 + r] + v * W);
         each_plane<E>(
-            [&](auto p) { store_splats(plane<E, p>(x) ^ flip, &panel.at[h * 4 * P + p][r * 32 + v * W], P * 64); });
+            [&](auto p) { store_splats(plane<E, p>(x) ^ flip, &panel.words[h * 4 * P + p][r * 32 + v * W], P * 64); });
       }
     }
   }
@@ -72,7 +72,7 @@ void expand_b(Fragment const* fragments, int halves, int tiles, PanelB& panel) {
       each_plane<E>([&](auto p) {
         Integers y[kVectors];
         for (int v = 0; v < kVectors; ++v) y[v] = plane<E, p>(x[v]);
-        spread_columns(y, &panel.at[(t * steps + h * 4 * P + p) * 8], P * 8);
+        spread_columns(y, &panel.words[(t * steps + h * 4 * P + p) * 8], P * 8);
       });
     }
   }
@@ -91,7 +91,7 @@ void expand_integer_a(Fragment const* fragments, int halves, bool a_signed, bool
         const Integers x = load(fragments[h * 2 + r] + v * W);
         for (int p = 0; p < P; ++p) {
           const Integers y = integer_plane<true>(x, p, a_signed);
-          uint32_t* to = &panel.at[h * 4 * P + p][r * 32 + v * W];
+          uint32_t* to = &panel.words[h * 4 * P + p][r * 32 + v * W];
           store_splats(y, to, P * 64);
           if (kOffset && !b_signed) {  // by row: 128 sum u, and once more what both offsets have in common
             for (int c = 0; c < 4; ++c) sum = dot(sum, load(to + c * P * 64), Integers{} + 0x01010101);
@@ -114,12 +114,12 @@ void expand_integer_b(Fragment const* fragments, int halves, int tiles, bool a_s
         for (int v = 0; v < kVectors; ++v) {
           y[v] = integer_plane<false>(load(fragments[t * halves + h] + v * W), p, b_signed);
         }
-        spread_columns(y, &panel.at[(t * steps + h * 4 * P + p) * 8], P * 8);
+        spread_columns(y, &panel.words[(t * steps + h * 4 * P + p) * 8], P * 8);
       }
     }
     Eight sum{};
     if (kOffset && a_signed) {  // by column: -128 sum s; 0x80 is the unsigned 128
-      for (int s = 0; s < steps; ++s) sum = dot_eight(sum, &panel.at[(t * steps + s) * 8]);
+      for (int s = 0; s < steps; ++s) sum = dot_eight(sum, &panel.words[(t * steps + s) * 8]);
     }
     store_eight(panel.bias[t], -sum);
   }
@@ -142,8 +142,8 @@ inline void block(const PanelA& a, int row_block, const uint32_t* b, const int32
                   uint32_t* acc) {
   constexpr int V = R * kVectors;  // vectors of A in a step
   typename S::Sum sum[T][2][V];
-  const uint32_t* pa = &a.at[0][row_block * 32];
-  const auto at = [&](int t, int odd, int v) {
+  const uint32_t* pa = &a.words[0][row_block * 32];
+  const auto accumulators = [&](int t, int odd, int v) {
     return acc + ((t * 4 + (row_block + v / kVectors) * 2 + odd) * 32 + v % kVectors * W);
   };
 #pragma GCC unroll 8
@@ -152,7 +152,7 @@ inline void block(const PanelA& a, int row_block, const uint32_t* b, const int32
     for (int odd = 0; odd < 2; ++odd) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        sum[t][odd][v] = S::start((typename S::Sum)load(at(t, odd, v)),
+        sum[t][odd][v] = S::start((typename S::Sum)load(accumulators(t, odd, v)),
                                   load(reinterpret_cast<const uint32_t*>(a.bias) + row_block * 32 + v * W),
                                   broadcast(reinterpret_cast<const uint32_t*>(b_bias[t]) + odd * 4));
       }
@@ -177,7 +177,7 @@ inline void block(const PanelA& a, int row_block, const uint32_t* b, const int32
 #pragma GCC unroll 8
     for (int odd = 0; odd < 2; ++odd) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) store(at(t, odd, v), (Integers)sum[t][odd][v]);
+      for (int v = 0; v < V; ++v) store(accumulators(t, odd, v), (Integers)sum[t][odd][v]);
     }
   }
 }
@@ -187,10 +187,10 @@ void multiply(const PanelA& a, const PanelB& b, int steps, int tiles, uint32_t* 
   constexpr int R = W == 16 ? 2 : 1;
   int t = 0;
   if constexpr (W == 16) {  // 32 vector registers hold two tiles
-    for (; t + 2 <= tiles; t += 2) block<S, 2, R>(a, 0, b.at + t * steps * 8, b.bias + t, steps, acc + t * 128);
+    for (; t + 2 <= tiles; t += 2) block<S, 2, R>(a, 0, b.words + t * steps * 8, b.bias + t, steps, acc + t * 128);
   }
   for (; t < tiles; ++t) {
-    for (int r = 0; r < 2; r += R) block<S, 1, R>(a, r, b.at + t * steps * 8, b.bias + t, steps, acc + t * 128);
+    for (int r = 0; r < 2; r += R) block<S, 1, R>(a, r, b.words + t * steps * 8, b.bias + t, steps, acc + t * 128);
   }
 }
 

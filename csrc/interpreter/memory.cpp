@@ -69,10 +69,10 @@ std::string Memory::describe(uint64_t address) const {
     const uint64_t distance = past ? address - i.end + 1 : address < begin ? begin - address : 0;
     if (distance >= nearest) continue;
     nearest = distance;
-    const std::string of = i.name + " (" + std::to_string(i.end - begin) + " bytes)";
-    words = !distance ? "byte " + std::to_string(address - begin) + " of " + of
-            : past    ? std::to_string(address - i.end) + " bytes past the end of " + of
-                      : std::to_string(distance) + " bytes before " + of;
+    const std::string interval = i.name + " (" + std::to_string(i.end - begin) + " bytes)";
+    words = !distance ? "byte " + std::to_string(address - begin) + " of " + interval
+            : past    ? std::to_string(address - i.end) + " bytes past the end of " + interval
+                      : std::to_string(distance) + " bytes before " + interval;
   }
   if (nearest > uint64_t{1} << 32) return hexadecimal(address) + ", far from everything registered";
   return words;
@@ -94,8 +94,8 @@ const char* name_of(Use use) { return use == Use::atomic ? "atomic" : is_write(u
 // What is global memory besides the registered storage: the module's variables, and the launch's parameters.
 bool find_own(const Launch& l, uint64_t address, uint64_t bytes, Memory::Region* region) {
   const auto within = [&](const uint8_t* begin, uint64_t size, bool read_only) {
-    const auto at = reinterpret_cast<uint64_t>(begin);
-    *region = {at, at + size, read_only};
+    const auto first = reinterpret_cast<uint64_t>(begin);
+    *region = {first, first + size, read_only};
     return region->covers(address, bytes);
   };
   if (within(l.parameters.data(), l.parameters.size(), true)) return true;
@@ -108,11 +108,11 @@ bool find_own(const Launch& l, uint64_t address, uint64_t bytes, Memory::Region*
 
 std::string describe(const Launch& l, uint64_t address) {
   for (const auto& [name, g] : l.module->globals) {
-    const uint64_t at = address - reinterpret_cast<uint64_t>(g.address);
-    if (at < static_cast<uint64_t>(g.bytes)) return "byte " + std::to_string(at) + " of variable " + name;
+    const uint64_t offset = address - reinterpret_cast<uint64_t>(g.address);
+    if (offset < static_cast<uint64_t>(g.bytes)) return "byte " + std::to_string(offset) + " of variable " + name;
   }
-  const uint64_t at = address - reinterpret_cast<uint64_t>(l.parameters.data());
-  if (at < l.parameters.size()) return "byte " + std::to_string(at) + " of the kernel's parameters";
+  const uint64_t offset = address - reinterpret_cast<uint64_t>(l.parameters.data());
+  if (offset < l.parameters.size()) return "byte " + std::to_string(offset) + " of the kernel's parameters";
   return l.memory->describe(address);
 }
 

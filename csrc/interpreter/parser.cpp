@@ -15,7 +15,7 @@ class Parser : public Declarations {
   }
 
   Module parse() {
-    while (skip(), at_ != end_) statement_of_module();
+    while (skip(), cursor_ != end_) statement_of_module();
     if (last_file_ >= module_.files.size())
       throw SyntaxError{last_file_line_, "no .file has the number " + std::to_string(last_file_)};
     return std::move(module_);
@@ -114,10 +114,10 @@ class Parser : public Declarations {
     const Nesting nesting(*this);
     Operand o;
     skip();
-    if (*at_ == '{') {
+    if (*cursor_ == '{') {
       o.kind = Operand::Kind::vector;
       list('{', '}', [&] { o.parts.push_back(operand()); });
-    } else if (*at_ == '[') {
+    } else if (*cursor_ == '[') {
       o.kind = Operand::Kind::address;
       list('[', ']', [&] {
         o.parts.push_back(o.parts.empty() ? single() : operand());
@@ -156,14 +156,14 @@ class Parser : public Declarations {
     const std::string_view text = identifier();
     if (text == "_") return o;
     if (const Register r = find_register(text); r.id >= 0) {
-      if (*at_ == '.') return nth(r, element(r));
+      if (*cursor_ == '.') return nth(r, element(r));
       if (r.elements == 1) return nth(r, 0);
       o.kind = Operand::Kind::vector;  // V is {V.x, V.y}
       for (int i = 0; i < r.elements; ++i) o.parts.push_back(nth(r, i));
     } else if (text[0] == '%') {
       o.kind = Operand::Kind::special;
       o.name = text;
-      if (*at_ == '.') o.name += '.', o.name += directive();
+      if (*cursor_ == '.') o.name += '.', o.name += directive();
     } else {
       o.kind = Operand::Kind::symbol;
       const std::string* unique = find_variable(text);
@@ -224,22 +224,22 @@ class Parser : public Declarations {
     expect('{');
     scopes_.emplace_back();
     while (!accept('}')) {
-      if (at_ == end_) fail("a body without end");
-      if (*at_ == '{')
+      if (cursor_ == end_) fail("a body without end");
+      if (*cursor_ == '{')
         body();
-      else if (*at_ == '.')
+      else if (*cursor_ == '.')
         directive_of_body();
-      else if (*at_ != ';')
+      else if (*cursor_ != ';')
         statement();
       else
-        ++at_;
+        ++cursor_;
     }
     resolve(scopes_.back());
     scopes_.pop_back();
   }
 
   void directive_of_body() {
-    const char* from = at_;
+    const char* from = cursor_;
     const std::string_view what = directive();
     if (what == "reg") {
       registers();
@@ -248,7 +248,7 @@ class Parser : public Declarations {
     } else if (what == "pragma") {
       pragma();
     } else {
-      at_ = from;
+      cursor_ = from;
       variables(false, [&](Variable&& v, std::string_view name) { declare(std::move(v), name); });
     }
   }
@@ -307,17 +307,17 @@ class Parser : public Declarations {
       s.line = line_;
     }
     const std::string_view first = identifier();
-    if (peek(':') && at_[1] != ':') {
-      ++at_;
+    if (peek(':') && cursor_[1] != ':') {
+      ++cursor_;
       if (s.guard >= 0) fail("a label with a guard");
       return label(first);
     }
     s.opcode = first;
-    while (*at_ == '.') {  // modifiers, ".shared::cta"
-      ++at_;
-      const char* from = at_;
-      while (is(*at_, kContinues) || (at_[0] == ':' && at_[1] == ':' && ++at_)) ++at_;
-      (s.opcode += '.').append(from, at_ - from);
+    while (*cursor_ == '.') {  // modifiers, ".shared::cta"
+      ++cursor_;
+      const char* from = cursor_;
+      while (is(*cursor_, kContinues) || (cursor_[0] == ':' && cursor_[1] == ':' && ++cursor_)) ++cursor_;
+      (s.opcode += '.').append(from, cursor_ - from);
       skip();
     }
     if (first == "call") return call(std::move(s));
@@ -367,7 +367,7 @@ class Parser : public Declarations {
   void label(std::string_view name) {
     Scope& scope = scopes_.back();
     if (peek('.')) {
-      const char* dot = at_;
+      const char* dot = cursor_;
       const std::string_view what = directive();
       if (what == "branchtargets") {
         auto& names = scope.label_lists[name];
@@ -376,11 +376,11 @@ class Parser : public Declarations {
         return expect(';');
       }
       if (what == "callprototype" || what == "calltargets") {  // nothing that the call's own variables do not say
-        while (skip(), *at_ != ';' && at_ != end_) ++at_;
+        while (skip(), *cursor_ != ';' && cursor_ != end_) ++cursor_;
         scope.variables.emplace(name, name);
         return expect(';');
       }
-      at_ = dot;
+      cursor_ = dot;
     }
     if (!scope.labels.emplace(name, static_cast<int>(function_->body.size())).second)
       fail("a label twice in one scope");
@@ -389,29 +389,29 @@ class Parser : public Declarations {
   // ---- the module ----
 
   void statement_of_module() {
-    const char* from = at_;
+    const char* from = cursor_;
     if (accept(';')) return;
     std::string_view what = directive();
     bool is_extern = false;
     while (what == "visible" || what == "extern" || what == "weak" || what == "common") {
       is_extern |= what == "extern";
       skip();
-      from = at_;
+      from = cursor_;
       what = directive();
     }
     if (what == "entry" || what == "func") {
       function(what == "entry");
     } else if (what == "version") {
       skip();
-      const char* begin = at_;
-      while (is(*at_, kContinues) || *at_ == '.') ++at_;
-      module_.version.assign(begin, at_);
+      const char* begin = cursor_;
+      while (is(*cursor_, kContinues) || *cursor_ == '.') ++cursor_;
+      module_.version.assign(begin, cursor_);
     } else if (what == "target") {
       module_.target = identifier();
       while (accept(',')) identifier();
     } else if (what == "address_size") {
-      if (peek('6') && at_[1] == '4')
-        at_ += 2;
+      if (peek('6') && cursor_[1] == '4')
+        cursor_ += 2;
       else
         fail("only 64-bit addresses are supported");
     } else if (what == "file") {
@@ -423,14 +423,14 @@ class Parser : public Declarations {
       if (module_.files.size() <= index) module_.files.resize(index + 1);
       module_.files[index] = name;
     } else if (what == "section") {
-      while (skip(), *at_ != '{' && at_ != end_) ++at_;
+      while (skip(), *cursor_ != '{' && cursor_ != end_) ++cursor_;
       expect('{');
-      while (skip(), *at_ != '}' && at_ != end_) ++at_;
+      while (skip(), *cursor_ != '}' && cursor_ != end_) ++cursor_;
       expect('}');
     } else if (what == "pragma") {
       pragma();
     } else {
-      at_ = from;
+      cursor_ = from;
       variables(is_extern, [&](Variable&& v, std::string_view name) {
         globals_.insert(name);
         const bool shared = v.space == Space::shared;
@@ -494,16 +494,17 @@ class Parser : public Declarations {
   }
 
   void directive_of_function(Function& f) {
-    const char* from = at_;
+    const char* from = cursor_;
     const std::string_view what = directive();
-    const auto triple = [&](unsigned to[3], unsigned most) {
+    const auto triple = [&](unsigned to[3], unsigned limit) {
       to[1] = to[2] = 1;
       int n = 0;
       unsigned product = 1;
       do {
         if (n == 3) fail("more than three dimensions");
         to[n] = count();
-        if (to[n] == 0 || to[n] > most / product) fail("dimensions whose product is not 1 to " + std::to_string(most));
+        if (to[n] == 0 || to[n] > limit / product)
+          fail("dimensions whose product is not 1 to " + std::to_string(limit));
         product *= to[n++];
       } while (accept(','));
     };
@@ -528,7 +529,7 @@ class Parser : public Declarations {
     else if (what == "pragma")
       pragma();
     else if (what != "noreturn" && what != "noinline" && what != "unique_frame")
-      at_ = from, fail("an unknown directive");
+      cursor_ = from, fail("an unknown directive");
   }
 
   Module module_;

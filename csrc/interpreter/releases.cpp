@@ -12,7 +12,7 @@ Clock Releases::time() const { return static_cast<Clock>(std::min<uint64_t>(rele
 void Releases::release(const Warp& w, bool itself) {
   Cluster& cluster = *w.cta->cluster;
   if (!itself && !cluster.fenced.width) return;
-  const Clock *const seen = w.knowledge.seen.at + kFirstWarp, *const fenced = cluster.fenced.at + kFirstWarp;
+  const Clock *const seen = w.knowledge.seen.clocks + kFirstWarp, *const fenced = cluster.fenced.clocks + kFirstWarp;
   const size_t warps = cluster.warps.size();
   if (!cluster.releases) {
     const std::lock_guard lock(mutex_);
@@ -41,7 +41,7 @@ void Releases::release(const Warp& w, bool itself) {
 }
 
 void Releases::acquire(Warp& w) const {
-  Clock& acquire_time = w.knowledge.seen.at[kAcquireAgent];
+  Clock& acquire_time = w.knowledge.seen.clocks[kAcquireAgent];
   acquire_time = std::max(acquire_time, time());
 }
 

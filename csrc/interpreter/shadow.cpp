@@ -102,8 +102,8 @@ void Shadow::split(uint32_t number, int shift) {
 template <class F>
 inline void Shadow::each_granule(uint32_t begin, uint32_t bytes, F f) {
   const uint32_t end = begin + bytes;
-  for (uint32_t number = begin / kGranule, at = number * kGranule; at < end; ++number, at += kGranule) {
-    const uint32_t low = begin > at ? begin - at : 0, high = std::min(end - at, kGranule);
+  for (uint32_t number = begin / kGranule, start = number * kGranule; start < end; ++number, start += kGranule) {
+    const uint32_t low = begin > start ? begin - start : 0, high = std::min(end - start, kGranule);
     Granule& g = granules_[number];
     if (high - low == kGranule && g.shift == 4) {  // the rule
       f(g, number, 0xffff, number, 1);
@@ -123,12 +123,12 @@ inline bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
     const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(known));
     return _mm256_xor_si256(_mm256_max_epu32(r, k), k);
   };
-  const Clock *row = &reads_[static_cast<size_t>(cell) * columns_], *known = seen.at + first_;
+  const Clock *row = &reads_[static_cast<size_t>(cell) * columns_], *known = seen.clocks + first_;
   __m256i any = late(row, known);
   for (int block = 8; block < columns_; block += 8) any = _mm256_or_si256(any, late(row + block, known + block));
   if (any_other_) {
     row = &other_reads_[static_cast<size_t>(cell) * other_columns_];
-    for (int i = 0; i < other_columns_; i += 8) any = _mm256_or_si256(any, late(row + i, seen.at + i));
+    for (int i = 0; i < other_columns_; i += 8) any = _mm256_or_si256(any, late(row + i, seen.clocks + i));
   }
   return _mm256_testz_si256(any, any);
 }
@@ -142,9 +142,9 @@ template <Use use>
 inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, LaneSet lanes) {
   const Cell& cell = cells_[index];
   const Knowledge& k = *actor.knowledge;
-  const bool seen = cell.clock <= k.seen.at[cell.writer] || (is_strong(use) && cell.strong);
-  const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.at[cell.writer];
-  if (__builtin_expect(!(seen && fenced), 0)) fail_write(actor, index, number, mask, use, seen);
+  const bool write_seen = cell.clock <= k.seen.clocks[cell.writer] || (is_strong(use) && cell.strong);
+  const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.clocks[cell.writer];
+  if (__builtin_expect(!(write_seen && fenced), 0)) fail_write(actor, index, number, mask, use, write_seen);
   if constexpr (is_write(use)) {
     if (__builtin_expect(!reads_known(index, k.seen), 0)) fail_read(actor, index, number, mask, use);
   }
@@ -195,7 +195,9 @@ inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong
   cell.strong = strong;
   cell.async = actor.proxy == Proxy::async;
   cells_[index] = cell;
-  const auto clear = [](Clock* at) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_setzero_si256()); };
+  const auto clear = [](Clock* clocks) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(clocks), _mm256_setzero_si256());
+  };
   Clock* row = &reads_[static_cast<size_t>(index) * columns_];
   clear(row);
   for (int block = 8; block < columns_; block += 8) clear(row + block);
@@ -348,11 +350,11 @@ std::string Shadow::agent_at(int agent, uint32_t line) const {
 }
 
 void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, uint16_t mask, Use use) const {
-  const uint32_t at = number * kGranule;
+  const uint32_t start = number * kGranule;
   const uint16_t barriers = (g.mbarriers & 1 ? 0x00ff : 0) | (g.mbarriers & 2 ? 0xff00 : 0);
   const std::string who = agent_at(actor.agent, 0);
   if (const uint16_t bad = mask & barriers) {
-    const uint32_t half = at + (bad & 0xff ? 0 : 8);
+    const uint32_t half = start + (bad & 0xff ? 0 : 8);
     fail(Kind::mbarrier, half,
          std::string(verb(use)) + " by " + who + " of the mbarrier object at " + hexadecimal(half) +
              ", which mbarrier.inval has not ended");
@@ -360,8 +362,8 @@ void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, 
   if (const uint16_t bad = mask & g.flying) {
     const uint32_t byte = __builtin_ctz(bad);
     const Cell& cell = cells_[g.shift == 4 ? number : g.split + (byte >> g.shift)];
-    fail(Kind::in_flight, at + byte,
-         std::string(verb(use)) + " by " + who + " of " + range(at + byte, __builtin_popcount(bad)) + ", which " +
+    fail(Kind::in_flight, start + byte,
+         std::string(verb(use)) + " by " + who + " of " + range(start + byte, __builtin_popcount(bad)) + ", which " +
              agent_at(cell.writer, cell.write_line) + " is still writing");
   }
   const uint16_t bad = is_read(use) && use != Use::load ? mask & ~g.written : 0;
@@ -369,11 +371,11 @@ void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, 
 }
 
 Finding Shadow::unwritten_bytes(const Actor& actor, uint32_t number, uint16_t bad, Use use) const {
-  const uint32_t at = number * kGranule + __builtin_ctz(bad);
+  const uint32_t address = number * kGranule + __builtin_ctz(bad);
   return finding_at(Kind::uninitialised,
                     std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " +
-                        range(at, __builtin_popcount(bad)) + ", which nothing has written",
-                    at);
+                        range(address, __builtin_popcount(bad)) + ", which nothing has written",
+                    address);
 }
 
 Finding Shadow::unwritten(const Actor& actor, uint32_t begin, uint32_t bytes) {
@@ -397,20 +399,20 @@ void Shadow::store_undefined(uint32_t begin, uint32_t bytes) {
   each_granule(begin, bytes, [](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { g.written &= ~mask; });
 }
 
-void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool seen) {
+void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool write_seen) {
   const Cell& cell = cells_[index];
-  const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
-  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
+  const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
+  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(address, bytes);
   const std::string other = agent_at(cell.writer, cell.write_line);
-  if (seen) {
-    fail(Kind::race, at, what + " through the async proxy: missing fence.proxy.async after the write by " + other);
+  if (write_seen) {
+    fail(Kind::race, address, what + " through the async proxy: missing fence.proxy.async after the write by " + other);
   }
   if (is_async(cell.writer)) {
-    fail(Kind::in_flight, at, what + ", which " + other + " writes: nothing has waited for it");
+    fail(Kind::in_flight, address, what + ", which " + other + " writes: nothing has waited for it");
   }
   const std::string race = what + " is not ordered after the write by " + other;
-  if (use != Use::store) fail(Kind::race, at, race);
-  doubt(number, mask, finding_at(Kind::race, race, at));
+  if (use != Use::store) fail(Kind::race, address, race);
+  doubt(number, mask, finding_at(Kind::race, race, address));
 }
 
 void Shadow::doubt(uint32_t number, uint16_t mask, Finding finding) {
@@ -432,7 +434,7 @@ void Shadow::check_lanes(const Actor& actor, uint32_t index, uint32_t number, Us
   if (clash.lane < 0) return;
   const uint32_t offset = address_of(index, number) - number * kGranule;
   const auto mask = static_cast<uint16_t>(clash.bytes << offset);
-  const uint32_t at = number * kGranule + __builtin_ctz(mask);
+  const uint32_t address = number * kGranule + __builtin_ctz(mask);
   const Module& module = *cta_->launch->module;
   const auto lane_at = [&](int lane, uint32_t l) {
     return "lane " + std::to_string(lane) + " at " + source_place(module, l);
@@ -440,10 +442,10 @@ void Shadow::check_lanes(const Actor& actor, uint32_t index, uint32_t number, Us
   Finding f =
       finding_at(Kind::race,
                  std::string(verb(use)) + (is_async(actor.agent) ? " issued by " : " by ") +
-                     lane_at(clash.lane, actor.line) + " of " + range(at, __builtin_popcount(mask)) +
+                     lane_at(clash.lane, actor.line) + " of " + range(address, __builtin_popcount(mask)) +
                      ": no __syncwarp (bar.warp.sync) or barrier between it and the " + (write ? "write" : "read") +
                      " by " + lane_at(clash.other, line) + " of the same warp, " + name_of(actor.lanes.agent),
-                 at);
+                 address);
   f.lane = clash.lane;
   if (use != Use::store || !write) throw f;
   doubt(number, mask, std::move(f));
@@ -463,17 +465,17 @@ Clock Shadow::last_read(uint32_t index, int agent) const {
 }
 
 void Shadow::fail_read(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use) const {
-  const uint32_t at = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
+  const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
   int agent = 0;
-  while (last_read(index, agent) <= actor.knowledge->seen.at[agent]) ++agent;
+  while (last_read(index, agent) <= actor.knowledge->seen.clocks[agent]) ++agent;
   const Cell& cell = cells_[index];
   const uint32_t line = agent == cell.reader ? cell.read_line : 0;  // only the last reader's is known
   const std::string other = agent_at(agent, line);
-  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(at, bytes);
+  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(address, bytes);
   if (is_async(agent)) {
-    fail(Kind::in_flight, at, what + ", which " + other + " reads: nothing has waited for it");
+    fail(Kind::in_flight, address, what + ", which " + other + " reads: nothing has waited for it");
   }
-  fail(Kind::race, at, what + " is not ordered after the read by " + other);
+  fail(Kind::race, address, what + " is not ordered after the read by " + other);
 }
 
 }  // namespace forwardpass::interpreter

@@ -141,7 +141,7 @@ class Shadow {
   // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.
   void check_state(const Actor&, const Granule&, uint32_t number, uint16_t mask, Use) const;
   Finding unwritten_bytes(const Actor&, uint32_t number, uint16_t bad, Use) const;
-  void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool seen);  // or doubts
+  void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool write_seen);  // or doubts
   [[noreturn]] void fail_read(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
   void check_lanes(const Actor&, uint32_t cell, uint32_t number, Use, LaneSet, bool write);  // after a write, or reads
   void doubt(uint32_t number, uint16_t mask, Finding);

@@ -15,18 +15,18 @@ namespace {
 // Host pointer to bytes at a lane's generic address; a finding where there is no such memory.
 const uint8_t* host_pointer(Warp& w, int lane, uint64_t address, uint64_t bytes) {
   if ((address & kWindowMask) == kSharedWindow) {
-    const uint64_t at = address - kSharedWindow;
-    return shared_range(w, at, bytes, true, Use::read, lane).shared.data() + shared_offset_of(at);
+    const uint64_t offset = address - kSharedWindow;
+    return shared_range(w, offset, bytes, true, Use::read, lane).shared.data() + shared_offset_of(offset);
   }
   if ((address & kWindowMask) == kLocalWindow) {
-    const uint64_t at = address - kLocalWindow, size = w.local[lane].size();
-    if (at > size || bytes > size - at) {
+    const uint64_t offset = address - kLocalWindow, size = w.local[lane].size();
+    if (offset > size || bytes > size - offset) {
       w.fail_at(Kind::out_of_bounds,
-                "read of " + std::to_string(bytes) + " bytes at local " + hexadecimal(at) + ", of which there are " +
-                    std::to_string(size) + " bytes",
+                "read of " + std::to_string(bytes) + " bytes at local " + hexadecimal(offset) +
+                    ", of which there are " + std::to_string(size) + " bytes",
                 lane, address);
     }
-    return w.local[lane].data() + at;
+    return w.local[lane].data() + offset;
   }
   return access_global(w, address, bytes, Use::constant, lane);
 }
@@ -39,7 +39,8 @@ std::string text_at(Warp& w, int lane, uint64_t address) {
 
 uint64_t vprintf(Warp& w, int lane, const uint64_t* a) {
   const std::string text = device_printf(
-      text_at(w, lane, a[0]), [&](uint64_t at, uint64_t bytes) { return host_pointer(w, lane, a[1] + at, bytes); },
+      text_at(w, lane, a[0]),
+      [&](uint64_t offset, uint64_t bytes) { return host_pointer(w, lane, a[1] + offset, bytes); },
       [&](uint64_t address) { return text_at(w, lane, address); });
   std::fputs(text.c_str(), stdout);
   return text.size();

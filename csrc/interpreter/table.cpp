@@ -12,10 +12,10 @@ std::vector<const Row*>& table() {
   return rows;
 }
 
-std::vector<std::string_view> split(std::string_view text, char at) {
+std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
   for (size_t begin = 0;;) {
-    const size_t end = text.find(at, begin);
+    const size_t end = text.find(separator, begin);
     parts.push_back(text.substr(begin, end - begin));
     if (end == std::string_view::npos) return parts;
     begin = end + 1;
@@ -48,9 +48,9 @@ Register::Register(const Row* rows, size_t count) {
 std::vector<const Row*> all_rows() { return table(); }
 
 bool match(const char* pattern, std::string_view opcode, std::vector<std::string_view>& slots) {
-  const auto parts = split(opcode, '.'), wanted = split(pattern, '.');
-  slots.assign(wanted.size(), {});
-  return match_from(wanted, 0, parts, 0, slots);
+  const auto parts = split(opcode, '.'), pattern_parts = split(pattern, '.');
+  slots.assign(pattern_parts.size(), {});
+  return match_from(pattern_parts, 0, parts, 0, slots);
 }
 
 const Row* find_row(std::string_view opcode, std::vector<std::string_view>& slots) {

@@ -100,21 +100,21 @@ void TensorMap::finish_row(uint8_t* row, uint32_t begin, uint32_t end) const {
   const Element& element = kElements[type];
   const uint32_t bytes = row_bytes();
   if (element.flush || element.tf32) {
-    for (uint32_t at = begin; at < end; at += 4) {
+    for (uint32_t byte = begin; byte < end; byte += 4) {
       uint32_t bits;
-      std::memcpy(&bits, row + at, 4);
+      std::memcpy(&bits, row + byte, 4);
       const uint32_t exponent = bits >> 23 & 0xff;
       if (element.flush && exponent == 0) bits &= 0x80000000;
       // To nearest even, infinities and NaNs as they are: what hardware was seen to do, no document says it.
       if (element.tf32 && exponent != 0xff) bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
-      std::memcpy(row + at, &bits, 4);
+      std::memcpy(row + byte, &bits, 4);
     }
   }
   if (begin == 0 && end == bytes) return;
   uint64_t value = 0;
   if (fill) value = element.bytes == 8 ? uint64_t{element.nan} << 32 | 0xffffffff : element.nan;
-  for (uint32_t at = 0; at < bytes; at += element.bytes) {
-    if (at < begin || at >= end) std::memcpy(row + at, &value, element.bytes);
+  for (uint32_t byte = 0; byte < bytes; byte += element.bytes) {
+    if (byte < begin || byte >= end) std::memcpy(row + byte, &value, element.bytes);
   }
 }
 

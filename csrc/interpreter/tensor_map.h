@@ -40,17 +40,17 @@ struct alignas(64) TensorMap {
   // The innermost rows of the box at a coordinate: f(offset within the box, begin and end of the bytes of the row that
   // lie within the tensor, global address of the begin). A row outside has begin == end.
   template <class F>
-  void each_row(const int32_t* at, F f) const {
+  void each_row(const int32_t* coordinates, F f) const {
     const uint32_t size = element_bytes(), bytes = row_bytes();
     const int64_t width = box[0], extent = static_cast<int64_t>(dims[0]);
-    const int64_t first = std::clamp<int64_t>(-int64_t{at[0]}, 0, width);
-    const int64_t last = std::clamp<int64_t>(extent - at[0], first, width);
+    const int64_t first = std::clamp<int64_t>(-int64_t{coordinates[0]}, 0, width);
+    const int64_t last = std::clamp<int64_t>(extent - coordinates[0], first, width);
     uint32_t index[kMaxRank] = {}, offset = 0;
     for (;;) {
       bool inside = first < last;
-      uint64_t row = address + static_cast<uint64_t>((at[0] + first) * size);
+      uint64_t row = address + static_cast<uint64_t>((coordinates[0] + first) * size);
       for (int d = 1; d < rank; ++d) {
-        const int64_t c = int64_t{at[d]} + int64_t{index[d]} * steps[d];
+        const int64_t c = int64_t{coordinates[d]} + int64_t{index[d]} * steps[d];
         inside = inside && c >= 0 && c < static_cast<int64_t>(dims[d]);
         row += static_cast<uint64_t>(c) * strides[d - 1];
       }

@@ -136,8 +136,8 @@ struct ColumnSums {
                                               _mm256_sub_epi32(largest, exponent)));
     }
     // Exact in fp32, cut to the mantissa, and scaled in two steps, as the power may be subnormal.
-    const __m256i kept = set(static_cast<int32_t>(~0u << (23 - one.how.mantissa)));
-    const __m256 exact = _mm256_and_ps(_mm256_cvtepi32_ps(sum), _mm256_castsi256_ps(kept));
+    const __m256i mantissa_mask = set(static_cast<int32_t>(~0u << (23 - one.how.mantissa)));
+    const __m256 exact = _mm256_and_ps(_mm256_cvtepi32_ps(sum), _mm256_castsi256_ps(mantissa_mask));
     const __m256i scale = _mm256_sub_epi32(largest, set(fraction)), half = _mm256_srai_epi32(scale, 1);
     return _mm256_mul_ps(_mm256_mul_ps(exact, power(half)), power(_mm256_sub_epi32(scale, half)));
   }
@@ -161,7 +161,7 @@ void truncating_expand_a(const Product& p, const Fragment* fragments, PanelA& pa
       const uint32_t dword = fragments[k / 16 * 2 + row / 8][row % 8 * 4 + k % 16 / 4];
       Part part = parts[dword >> k % 4 * 8 & 0xff];
       if (p.negate) part.significand = static_cast<int16_t>(-part.significand);
-      panel.at[k][row] = bit_cast<uint32_t>(part);
+      panel.words[k][row] = bit_cast<uint32_t>(part);
     }
   }
 }
@@ -172,7 +172,7 @@ void truncating_expand_b(const Product& p, const Fragment* fragments, int tiles,
     for (int column = 0; column < 8; ++column) {
       for (int k = 0; k < p.halves * 16; ++k) {
         const uint32_t dword = fragments[t * p.halves + k / 16][column * 4 + k % 16 / 4];
-        panel.at[(t * p.halves * 16 + k) * 8 + column % 2 * 4 + column / 2] =
+        panel.words[(t * p.halves * 16 + k) * 8 + column % 2 * 4 + column / 2] =
             bit_cast<uint32_t>(parts[dword >> k % 4 * 8 & 0xff]);
       }
     }
@@ -184,9 +184,9 @@ void truncating_multiply(const Product& p, const PanelA& a, const PanelB& b, int
   const Sum one{p.truncation, p.d == Accumulate::f16, fraction_bits(p.a) + fraction_bits(p.b)};
   const ColumnSums eight{one};
   const bool narrow = !one.f16 && p.truncation.fraction <= ColumnSums::kMostFraction;
-  const Part* const left = reinterpret_cast<const Part*>(a.at);
+  const Part* const left = reinterpret_cast<const Part*>(a.words);
   for (int t = 0; t < tiles; ++t) {
-    const Part* const right = reinterpret_cast<const Part*>(b.at) + t * elements * 8;
+    const Part* const right = reinterpret_cast<const Part*>(b.words) + t * elements * 8;
     for (int row = 0; row < 16; ++row) {
       float* even = reinterpret_cast<float*>(sums + (t * 4 + row / 8 * 2) * 32 + row % 8 * 4);
       __m256 c = _mm256_loadu2_m128(even + 32, even);

@@ -33,16 +33,16 @@ Mask UndefinedRegisters::lanes(const Warp& w, Offset o) const {
   return e ? e->lanes : 0;
 }
 
-void UndefinedRegisters::set(const Warp& w, Offset o, Mask of, Mask undefined, uint32_t origin) {
+void UndefinedRegisters::set(const Warp& w, Offset o, Mask mask, Mask undefined, uint32_t origin) {
   if (o == kSink) return;
   const size_t depth = w.frame->depth;
-  undefined &= of;
-  if (!undefined && !(lanes(w, o) & of)) return;
+  undefined &= mask;
+  if (!undefined && !(lanes(w, o) & mask)) return;
   if (depth >= entries_.size()) entries_.resize(depth + 1);
   if (o / 64 >= entries_[depth].size()) entries_[depth].resize(o / 64 + 1);
   Entry& e = entries_[depth][o / 64];
   count_ -= e.lanes != 0;
-  e.lanes = (e.lanes & ~of) | undefined;
+  e.lanes = (e.lanes & ~mask) | undefined;
   count_ += e.lanes != 0;
   if (undefined) e.origin = origin;
 }
@@ -106,20 +106,22 @@ void note_unwritten(Warp& w, const uint64_t a[kLanes], int bytes, Mask mask) {
   w.unwritten |= lanes;
 }
 
-void set_undefined(Warp& w, Offset o, Mask of, Mask undefined) {
-  w.undefined->set(w, o, of, undefined, w.undefined->loaded);
+void set_undefined(Warp& w, Offset o, Mask mask, Mask undefined) {
+  w.undefined->set(w, o, mask, undefined, w.undefined->loaded);
   update_watched(w);
 }
 
 void store_undefined(Warp& w, const Instruction& i, int n, Mask mask, uint8_t* const host[kLanes], int offset,
                      int bytes) {
   for (Mask rest = w.undefined->lanes(w, i.operand[n]) & mask; rest; rest &= rest - 1) {
-    const uint8_t* const at = host[__builtin_ctz(rest)] + offset;
+    const uint8_t* const target = host[__builtin_ctz(rest)] + offset;
     const auto& ctas = w.cta->cluster->ctas;
-    const auto holds = [at](const auto& c) { return static_cast<size_t>(at - c->shared.data()) < c->shared.size(); };
+    const auto holds = [target](const auto& c) {
+      return static_cast<size_t>(target - c->shared.data()) < c->shared.size();
+    };
     const auto cta = std::find_if(ctas.begin(), ctas.end(), holds);
     if (cta == ctas.end()) w.undefined->depends(w, i, i.operand[n]);
-    (*cta)->shadow.store_undefined(static_cast<uint32_t>(at - (*cta)->shared.data()), bytes);
+    (*cta)->shadow.store_undefined(static_cast<uint32_t>(target - (*cta)->shared.data()), bytes);
   }
 }
 

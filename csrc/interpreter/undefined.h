@@ -23,8 +23,8 @@ class UndefinedRegisters {  // of one warp
  public:
   bool empty() const { return !count_; }
   Mask lanes(const Warp&, Offset) const;
-  // In the lanes `of`, the register is now undefined where `undefined` says so, for the reason that `origin` has.
-  void set(const Warp&, Offset, Mask of, Mask undefined, uint32_t origin);
+  // In the lanes of `mask`, the register is now undefined where `undefined` says so, for the reason that `origin` has.
+  void set(const Warp&, Offset, Mask mask, Mask undefined, uint32_t origin);
   uint32_t origin_of(const Warp&, Offset) const;  // of one that is undefined in some lane
   // Called before an instruction runs. Throws a finding, or sets which results are undefined, unless the handler does.
   void before(const Warp&, const Instruction&, Mask);
@@ -47,7 +47,7 @@ class UndefinedRegisters {  // of one warp
 // A load met bytes that nothing has written: fills in Warp::unwritten.
 void note_unwritten(Warp&, const uint64_t address[kLanes], int bytes, Mask);
 // A destination of that load.
-void set_undefined(Warp&, Offset, Mask of, Mask undefined);
+void set_undefined(Warp&, Offset, Mask mask, Mask undefined);
 
 // The end of a load: what it took from unwritten bytes is undefined.
 inline void loaded(Warp& w, const Instruction& i) {

@@ -44,8 +44,8 @@ KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& 
   }
   // Split-K: fewer tiles than multiprocessors leave memory bandwidth unused, so there are as many splits as fill them
   // once. The partial sums, 8 bytes per output and split, stay in L2; at 16 rows they are half of the weight's bytes.
-  const int64_t most = std::min(std::max<int64_t>(s.k / kernel.least_k, 1), int64_t{16});
-  c.splits = std::min(std::max<int64_t>(d.sms / (rows * columns), 1), most);
+  const int64_t most_splits = std::min(std::max<int64_t>(s.k / kernel.least_k, 1), int64_t{16});
+  c.splits = std::min(std::max<int64_t>(d.sms / (rows * columns), 1), most_splits);
   c.split_k = ceil_div(ceil_div(s.k, c.splits), kScaleBlock) * kScaleBlock;
   c.splits = ceil_div(s.k, c.split_k);
   return c;

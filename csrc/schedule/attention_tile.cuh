@@ -40,13 +40,18 @@ struct AttentionTile {
   // that the multiprocessors finish together. But only a few heads at a time, so that blocks that run together share
   // keys in L2. False: there is no such tile.
   __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block) {
-    const unsigned all = static_cast<unsigned>(all_heads(p)),
-                   together = min(all, kHeadsTogether * (p.heads / p.kv_heads)),
-                   first = block / (tiles * together) * together, count = min(together, all - first),
-                   within = block - first * tiles, of_all = first + within % count;
-    int tile = static_cast<int>(within / count), last;
-    head = static_cast<int>(of_all % p.heads), batch = static_cast<int>(of_all / p.heads);
-    rows = p.rows, keys = p.keys, first_row = first_key = 0;
+    const unsigned all = static_cast<unsigned>(all_heads(p));
+    // Groups of heads one after the other; within a group the last tiles of all its heads, then those before them.
+    const unsigned group_heads = min(all, kHeadsTogether * (p.heads / p.kv_heads));
+    const unsigned first_head = block / (tiles * group_heads) * group_heads;
+    const unsigned heads_here = min(group_heads, all - first_head);
+    const unsigned in_group = block - first_head * tiles, head_of_all = first_head + in_group % heads_here;
+    int tile = static_cast<int>(in_group / heads_here);
+    head = static_cast<int>(head_of_all % p.heads);
+    batch = static_cast<int>(head_of_all / p.heads);
+    rows = p.rows;
+    keys = p.keys;
+    first_row = first_key = 0;
     if (p.cu_seqlens_q) {
       // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more. Binary
       // search for b.
@@ -57,11 +62,13 @@ struct AttentionTile {
         n = batch == b ? n - half : half;
       }
       const SequenceRows of_q(p.cu_seqlens_q, batch, p.rows), of_k(p.cu_seqlens_k, batch, p.keys);
-      first_row = of_q.first, rows = of_q.rows;
-      first_key = of_k.first, keys = of_k.rows;
+      first_row = of_q.first;
+      rows = of_q.rows;
+      first_key = of_k.first;
+      keys = of_k.rows;
       tile -= of_q.first / tile_rows + batch;
     }
-    last = (rows - 1) / tile_rows;
+    const int last = (rows - 1) / tile_rows;
     row = (last - tile) * tile_rows;
     return rows > 0 && tile >= 0 && tile <= last;
   }

@@ -4,7 +4,7 @@
 #include "params/gemm.h"
 #include "params/pad_rows.h"
 #include "params/quantize.h"
-#include "torch/ops.h"
+#include "torch/quantized_rows.h"
 
 namespace forwardpass {
 
@@ -94,18 +94,12 @@ void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, cons
   if (dynamic) q.out.scale = workspace.at<float>(scale_offset);
   if (dynamic && !q.out.symmetric) q.out.zero_point = workspace.at<int32_t>(zero_point_offset);
 
-  Epilogue& e = gemm.params.epilogue;
   gemm.params.a.data = q.out.q;
   if (gemm.params.blocks.b) {
     gemm.params.blocks.a = q.out.scale;
     gemm.params.blocks.a_stride = q.out.scale_stride;
   } else {
-    e.a_scale = dynamic ? q.out.scale : q.out.static_scale;
-    e.a_scale_per_row = dynamic;
-  }
-  if (!q.out.symmetric) {
-    e.zero_point = dynamic ? q.out.zero_point : q.out.static_zero_point;
-    e.zero_point_per_row = dynamic;
+    undo_quantization(gemm.params.epilogue, q.out);
   }
   launch(backend, q, x, quantize_cpu);
   gemm.run<Params>();

@@ -35,7 +35,7 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
   if (backend != Backend::cpu) {
     run_gemm<Int8GemmParams>(backend, p, a);
   } else if (out.numel()) {
-    int8_gemm_cpu(as_matrix(a, p.a), p.b, p.epilogue, nullptr);
+    int8_gemm_cpu(a, p.a, p.b, p.epilogue, nullptr);
   }
   return out;
 }

@@ -25,29 +25,26 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                                   .zero_point = zero_point,
                                   .symmetric = symmetric,
                                   .channel_scale = channel_scale};
-  EpilogueOptions out_options{
+  const EpilogueOptions out_options{
       .b_scale = w_scale, .bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype};
   auto sizes = sizes_of(x);
   sizes.back() = p.b.rows;
   Tensor out;
+  std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
+  p.epilogue.b_sum = ints(w_sum, p.b.rows, x, op, "w_sum");
+  q.out = quantized_options(q.x.columns, x_options, x, op);
   if (backend != Backend::cpu) {  // what passes between the two kernels is in one workspace
-    std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
-    p.epilogue.b_sum = ints(w_sum, p.b.rows, x, op, "w_sum");
-    q.out = quantized_options(q.x.columns, x_options, x, op);
     quantize_and_multiply<Int8GemmParams>(backend, q, p, x);
     return out;
   }
 
-  Quantized quantized;
-  std::tie(quantized, q.out) = quantized_rows({q.x.rows, q.x.columns}, x_options, x, op);
-  const auto& [a, a_scale, a_zero_point] = quantized;  // the last two are empty where they are static
-  out_options.a_scale = scale ? OptionalTensorRef(scale) : a_scale;
-  if (!symmetric) {
-    out_options.a_zero_point = zero_point ? OptionalTensorRef(zero_point) : a_zero_point;
-    out_options.b_sum = w_sum;
-  }
-  std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
-  if (out.numel()) int8_gemm_cpu(a, p.b, p.epilogue, &q, packed);
+  const Tensor row_scale = contiguous_rows({scale ? 0 : q.x.rows}, ScalarType::Float, x),
+               row_zero_point = contiguous_rows({scale || symmetric ? 0 : q.x.rows}, ScalarType::Int, x);
+  if (!scale) q.out.scale = static_cast<float*>(row_scale.mutable_data_ptr());
+  if (!scale && !symmetric) q.out.zero_point = static_cast<int32_t*>(row_zero_point.mutable_data_ptr());
+  undo_quantization(p.epilogue, q.out);
+  p.a = {nullptr, Dtype::i8, q.x.rows, q.x.columns, 0};
+  if (out.numel()) int8_gemm_cpu(x, p.a, p.b, p.epilogue, &q, packed);
   return out;
 }
 

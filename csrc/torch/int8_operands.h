@@ -9,9 +9,10 @@ namespace forwardpass {
 // point a factor is up to 255, and 65793 products of 255 and -128 still fit.
 void check_int8_depth(int64_t k, bool zero_point, const char* op);
 
-// int8 a [M, K] times b [N, K], transposed, then the epilogue. With `quantize`, a is what quantize->x is quantised to,
-// and need not be written to memory. `packed`: what pack_int8_weight returned for b, or none.
-void int8_gemm_cpu(const Tensor& a, const Matrix& b, const Epilogue& epilogue, const QuantizeParams* quantize,
-                   OptionalTensorRef packed = {});
+// int8 a [M, K] times b [N, K], transposed, then the epilogue. x: the tensor that a is the matrix of or, with
+// `quantize`, is quantised from: a then has no memory, and gets some only where torch multiplies. `packed`: what
+// pack_int8_weight returned for b, or none.
+void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
+                   const QuantizeParams* quantize, OptionalTensorRef packed = {});
 
 }  // namespace forwardpass

@@ -70,12 +70,12 @@ constexpr std::tuple kOps{
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
 
-    Op<attention>{
+    Op<attention<false>>{
         "attention(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int? window_left, int? window_right, "
         "float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, bool batch_invariant) -> Tensor"},
 
-    Op<attention_with_lse>{
+    Op<attention<true>>{
         "attention_with_lse(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int? window_left, "
         "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},

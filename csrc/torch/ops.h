@@ -61,17 +61,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, co
                                                              const std::string& kind, const OptionalTensor& bias,
                                                              bool symmetric, const OptionalTensor& channel_scale);
 
-Tensor attention(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
-                 bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-                 const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool batch_invariant);
-
-std::tuple<Tensor, Tensor> attention_with_lse(Backend backend, const Tensor& q, const Tensor& k, const Tensor& v,
-                                              std::optional<double> scale, bool causal,
-                                              std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                                              double softcap, const OptionalTensor& mask,
-                                              const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                              bool batch_invariant);
+// o or, as attention_with_lse, o and lse.
+template <bool kLse>
+std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention(
+    Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale, bool causal,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap, const OptionalTensor& mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, bool batch_invariant);
 
 }  // namespace forwardpass

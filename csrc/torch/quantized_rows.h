@@ -62,6 +62,15 @@ inline std::pair<Quantized, QuantizedRows> quantized_rows(const std::vector<int6
   return {Quantized{q, scale, zero_point}, r};
 }
 
+// The GEMM's a is what q are: its epilogue multiplies by their scale and subtracts their zero point.
+inline void undo_quantization(Epilogue& e, const QuantizedRows& q) {
+  e.a_scale = q.static_scale ? q.static_scale : q.scale;
+  e.a_scale_per_row = !q.static_scale;
+  if (q.symmetric) return;
+  e.zero_point = q.static_scale ? q.static_zero_point : q.zero_point;
+  e.zero_point_per_row = !q.static_scale;
+}
+
 // The operation `quantize`, for those of which it is a part.
 Quantized run_quantize(Backend backend, const Tensor& x, const QuantizeOptions& o, const char* op);
 

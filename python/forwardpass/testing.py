@@ -198,8 +198,8 @@ def assert_close(actual: Tensor, expected: Tensor, bound: Tensor, label: str = "
     if actual.shape != expected.shape:
         raise AssertionError(f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     g, e, b = actual.cpu().double(), expected.cpu().double(), bound.cpu().double()
-    most = torch.finfo(actual.dtype).max if actual.dtype.is_floating_point else torch.inf
-    overflow = g.isinf() & (g.sign() == e.sign()) & (e.abs() + b >= most)
+    largest = torch.finfo(actual.dtype).max if actual.dtype.is_floating_point else torch.inf
+    overflow = g.isinf() & (g.sign() == e.sign()) & (e.abs() + b >= largest)
     ok = ((g - e).abs() <= b) | (g == e) | ((g != g) & (e != e)) | overflow
     _report(label, g, e, ~ok)
 

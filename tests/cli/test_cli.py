@@ -30,10 +30,10 @@ class Report:
             "swapped": [{"fqn": "a"}],
             "attention": [{"fqn": "b"}],
             "skipped": [{"fqn": "b", "code": "too_small", "text": "it is small", "fix": ""}],
-            "left": [],
+            "other_layers": [],
             "unpadding": {"encoders": [], "reason": None},
             "warnings": ["mind the gap"],
-            "weight_bytes": {"before": 4, "after": 1, "kept": 4},
+            "weight_bytes": {"before": 4, "after": 1, "originals": 4},
         }
 
 
@@ -193,7 +193,7 @@ def test_swap_json(folder, stub_swap, tmp_path):
     assert set(written["latency_ms"]) == {"before", "after", "torch_dynamic_int8"}
     assert written["latency_ms"]["torch_dynamic_int8"] or written["reasons"]["latency_ms.torch_dynamic_int8"]
     assert written["speedup"] == pytest.approx(written["latency_ms"]["before"] / written["latency_ms"]["after"])
-    assert set(written["weight_bytes"]) == {"before", "after", "kept"}
+    assert set(written["weight_bytes"]) == {"before", "after", "originals"}
     assert str(folder) in result.stdout
     assert "too_small" in result.stdout
     assert "mind the gap" in result.stdout
@@ -425,7 +425,7 @@ def test_profile_prints_the_phases_and_writes_json_page_and_trace(folder, tmp_pa
     written = json.loads(files["json"].read_text())
     assert list(written["phases"]) == ["input", "transfer", "forward", "output"]
     assert (written["schema"], written["batch"], written["length"]) == ("forwardpass.profile/1", 2, 16)
-    assert written["model"]["chosen"].startswith("the folder ")
+    assert written["model"]["origin"].startswith("the folder ")
     assert abs(written["unaccounted"]) < 0.05
     assert written["phases"]["forward"]["share"] > written["phases"]["output"]["share"] > 0
     assert "<svg" in files["html"].read_text(encoding="utf-8")

@@ -85,7 +85,7 @@ def test_outputs(name, run):
     attention_only(ours)
     with running(implementation, arch), counted(Calls()) as calls:
         got = ours(**on(ours, inputs))[0].double()
-    assert calls.taken and not calls.declined
+    assert calls.kernel_calls and not calls.fallbacks
     mask = inputs.get("attention_mask")
     keep = mask.bool() if mask is not None and got.shape[1] == mask.shape[1] else slice(None)
     own, error = ((y - reference)[keep].abs() for y in (expected, got))
@@ -143,7 +143,7 @@ def test_generation(name, run):
     with running(implementation, arch), counted(Calls()) as calls:
         got, _ = logits_of(ours, name, tokens, steps)
         free = logits_of(ours, name, steps=steps)[1]
-    assert calls.taken and not calls.declined
+    assert calls.kernel_calls and not calls.fallbacks
     own = (expected - reference).abs().max()
     assert (got - reference).abs().max() <= 2 * own
     top = reference.topk(2, -1).values
@@ -169,7 +169,7 @@ def test_generate_with_left_padding(name, cache):
     attention_only(model)
     with counted(Calls()) as calls:
         got = model.generate(**inputs, **options)
-    assert calls.taken and not calls.declined
+    assert calls.kernel_calls and not calls.fallbacks
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.logits, expected.logits):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -263,14 +263,14 @@ def swapped(request):
 
 
 def reasons(calls):
-    return {reason.code for _, reason in calls.declined}
+    return {reason.code for _, reason in calls.fallbacks}
 
 
 def test_weights_are_those_of_before(swapped):
     model, before = swapped
     with counted(Calls()) as calls, torch.inference_mode():
         got, expected = (m(**batch("llama"), output_attentions=True) for m in (model, before))
-    assert reasons(calls) == {"argument"} or expected.attentions is None or not calls.declined
+    assert reasons(calls) == {"argument"} or expected.attentions is None or not calls.fallbacks
     torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
@@ -318,7 +318,7 @@ def test_a_module_that_is_left_out_runs_as_before(name, padded):
     with counted(Calls()) as calls:
         got = model(**inputs)[0]
     assert reasons(calls) == {"not_swapped"}
-    assert sum(calls.taken.values()) == len(report.attention)
+    assert sum(calls.kernel_calls.values()) == len(report.attention)
     keep = inputs["attention_mask"].bool() if padded and name != "t5" else slice(None)
     torch.testing.assert_close(got[keep], expected[keep], rtol=1e-4, atol=1e-5)
 
@@ -337,7 +337,7 @@ def test_sinks_that_are_trained_or_of_another_type():
         layer.self_attn.sinks.data = layer.self_attn.sinks.data.bfloat16()
     with counted(Calls()) as calls, torch.inference_mode():
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
-    assert calls.taken and not calls.declined
+    assert calls.kernel_calls and not calls.fallbacks
 
 
 @torch.inference_mode()
@@ -400,7 +400,7 @@ def test_a_model_of_two_configs():
     assert all(c._attn_implementation in (huggingface.NAME, huggingface.WINDOWED) for c in configs)
     with counted(Calls()) as calls:
         torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=1e-4, atol=1e-5)
-    assert sum(calls.taken.values()) == 2
+    assert sum(calls.kernel_calls.values()) == 2
     fp.restore(model)
     assert all(c._attn_implementation == "sdpa" for c in configs)
 

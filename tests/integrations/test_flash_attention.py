@@ -48,7 +48,7 @@ def test_results(on_cpu, options, heads):
     for q, k, v in (operands(heads), [t.contiguous() for t in operands(heads)]):
         with counted(Calls()) as calls:
             o, lse, *rest = OP(q, k, v, **options)
-        assert calls.taken == {"_scaled_dot_product_flash_attention": 1}
+        assert calls.kernel_calls == {"_scaled_dot_product_flash_attention": 1}
         expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != 4, **options)
         torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-6)
         assert o.stride() == torch.empty_like(q).stride()
@@ -69,7 +69,7 @@ def test_what_it_does_not_take(on_cpu):
     ]:
         with counted(Calls()) as calls, pytest.raises(RuntimeError, match="this torch has nothing else"):
             OP(*given)
-        assert [reason.code for _, reason in calls.declined] == [code]
+        assert [reason.code for _, reason in calls.fallbacks] == [code]
 
 
 @pytest.mark.gpu
@@ -87,7 +87,7 @@ def test_on_a_card():
         finally:
             torch.nn.attention.restore_flash_attention_impl()
         assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
-    assert sum(calls.taken.values()) == 1
-    assert [reason.code for _, reason in calls.declined] == ["head_dim"]
+    assert sum(calls.kernel_calls.values()) == 1
+    assert [reason.code for _, reason in calls.fallbacks] == ["head_dim"]
     assert short.isfinite().all()
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)

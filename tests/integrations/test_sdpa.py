@@ -67,8 +67,8 @@ def test_arguments(kind, sizes, backend):
     expected = call(q, k, v, **options)
     with fp.use_backend(backend), fp.sdpa() as calls:
         got = call(q, k, v, **options)
-    assert calls.taken == {"scaled_dot_product_attention": 1}
-    assert not calls.declined
+    assert calls.kernel_calls == {"scaled_dot_product_attention": 1}
+    assert not calls.fallbacks
     assert got.shape == expected.shape
     torch.testing.assert_close(got.double(), exact(q, k, v, **options), rtol=1e-5, atol=1e-6)
 
@@ -91,7 +91,7 @@ def test_shapes(backend):
         expected = call(*tensors, **options)
         with fp.use_backend(backend), fp.sdpa() as calls:
             got = call(*tensors, **options)
-        assert calls.taken and not calls.declined
+        assert calls.kernel_calls and not calls.fallbacks
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_halves_and_autocast(dtype):
             expected = call(*tensors, attn_mask=mask)
             with fp.sdpa() as calls:
                 got = call(*tensors, attn_mask=mask)
-        assert calls.taken and not calls.declined
+        assert calls.kernel_calls and not calls.fallbacks
         assert got.dtype == expected.dtype == dtype
         own = (expected.double() - exact(q, k, v, mask)).abs().max()
         assert (got.double() - exact(q, k, v, mask)).abs().max() <= 2 * own
@@ -141,10 +141,10 @@ def test_declined(code, compiled):
     torch.manual_seed(0)
     with fp.sdpa() as calls:
         got = run(*tensors, **options)
-    assert [(name, reason.code, n) for (name, reason), n in calls.declined.items()] == [
+    assert [(name, reason.code, n) for (name, reason), n in calls.fallbacks.items()] == [
         ("scaled_dot_product_attention", code, 1)
     ]
-    assert not calls.taken
+    assert not calls.kernel_calls
     assert f"[{code}]" in str(calls)
     if not (compiled and code == "dropout"):  # other random numbers
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -154,7 +154,7 @@ def test_declined(code, compiled):
 def test_a_reason_is_logged_once(caplog):
     q, k, v = operands(rows=3, keys=11)
     with caplog.at_level("INFO", logger="forwardpass.dispatch"), fp.sdpa():
-        fp.call_counts().declined.clear()
+        fp.call_counts().fallbacks.clear()
         for _ in range(3):
             call(q, k, v, scale=-0.5)
     lines = [r.message for r in caplog.records if "left alone" in r.message]
@@ -177,7 +177,7 @@ def test_what_torch_refuses_is_torchs_to_refuse():
         with fp.sdpa() as calls, pytest.raises(RuntimeError) as got:
             call(*tensors, **options)
         assert str(got.value) == str(expected.value)
-        assert sum(calls.declined.values()) == 1
+        assert sum(calls.fallbacks.values()) == 1
 
 
 def test_a_backend_asked_for_by_name_raises():
@@ -188,12 +188,12 @@ def test_a_backend_asked_for_by_name_raises():
 
 def test_off_by_default_nested_and_undone():
     q, k, v = operands()
-    taken = fp.call_counts().taken["scaled_dot_product_attention"]
+    before = fp.call_counts().kernel_calls["scaled_dot_product_attention"]
     call(q, k, v)
     with pytest.raises(KeyError), fp.sdpa():
         raise KeyError
     call(q, k, v)
-    assert fp.call_counts().taken["scaled_dot_product_attention"] == taken
+    assert fp.call_counts().kernel_calls["scaled_dot_product_attention"] == before
     with fp.sdpa() as outer:
         call(q, k, v)
         with fp.sdpa() as inner:
@@ -201,8 +201,8 @@ def test_off_by_default_nested_and_undone():
         call(q, k, v)
     call(q, k, v)
     name = "scaled_dot_product_attention"
-    assert (outer.taken[name], inner.taken[name]) == (3, 1)
-    assert fp.call_counts().taken[name] == taken + 3
+    assert (outer.kernel_calls[name], inner.kernel_calls[name]) == (3, 1)
+    assert fp.call_counts().kernel_calls[name] == before + 3
 
 
 def test_one_thread_alone():
@@ -224,8 +224,8 @@ def test_one_thread_alone():
         done.wait(10)
         call(q, k, v)
     thread.join()
-    assert sum(calls.taken.values()) == 1
-    assert not elsewhere[0].taken and not elsewhere[0].declined
+    assert sum(calls.kernel_calls.values()) == 1
+    assert not elsewhere[0].kernel_calls and not elsewhere[0].fallbacks
 
 
 @pytest.mark.parametrize("where", ["around", "within"])
@@ -249,11 +249,11 @@ def test_compiled(where, dynamic):
                         got = compiled(q, k, v, **options)
                 else:
                     got = compiled(q, k, v, **options)
-            assert not calls.declined
+            assert not calls.fallbacks
             torch.testing.assert_close(got.double(), exact(q, k, v, **options), rtol=1e-5, atol=1e-6)
         with counted(Calls()) as calls:  # not in the graph of another mode
             compiled(q, k, v, **options)
-        assert not calls.taken or where == "within"
+        assert not calls.kernel_calls or where == "within"
 
 
 # ---- models
@@ -268,8 +268,8 @@ def test_a_vision_transformer():
     with fp.sdpa() as calls:
         got = model(x)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    assert calls.taken == {"scaled_dot_product_attention": 4}
-    assert not calls.declined
+    assert calls.kernel_calls == {"scaled_dot_product_attention": 4}
+    assert not calls.fallbacks
     for y in (got, compiled):
         assert (y - reference).abs().max() <= 2 * own
     report = fp.swap(model, attention=True, dry_run=True)
@@ -285,8 +285,8 @@ def test_torchs_own_layers_are_counted():
     with fp.sdpa() as calls:
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
         layer.self_attn(x, x, x, need_weights=False)
-    assert not calls.taken
-    assert {(name, reason.code): n for (name, reason), n in calls.declined.items()} == {
+    assert not calls.kernel_calls
+    assert {(name, reason.code): n for (name, reason), n in calls.fallbacks.items()} == {
         ("multi_head_attention_forward", "within"): 2
     }
 
@@ -301,6 +301,6 @@ def test_timm():
     expected = model(x)
     with fp.sdpa() as calls:
         got = model(x)
-    assert calls.taken == {"scaled_dot_product_attention": 12}
-    assert not calls.declined
+    assert calls.kernel_calls == {"scaled_dot_product_attention": 12}
+    assert not calls.fallbacks
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

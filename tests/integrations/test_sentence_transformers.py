@@ -108,7 +108,7 @@ def test_the_folder_of_a_sentence_transformer(tmp_path, texts):
     model.prompts, model.default_prompt_name = {"query": "search: "}, "query"
     model.save(str(folder))
     source = embedding.find_model(str(folder))
-    reads = readout.of(source)
+    reads = readout.readout_of(source)
     assert reads == readout.Embeddings("cls", True, "search: ", 512)
     loaded, tokenizer = embedding.load(source)
     ours = reads.results(loaded, reads.tokenize(tokenizer, TEXTS, loaded, "cpu"))
@@ -140,7 +140,7 @@ def test_the_folder_of_a_cross_encoder(tmp_path, texts):
     model.save_pretrained(str(tmp_path / "saved"))
     for path in (folder, tmp_path / "saved"):
         source = embedding.find_model(str(path))
-        reads = readout.of(source)
+        reads = readout.readout_of(source)
         loaded, tokenizer = embedding.load(source, head=reads.head)
         ours = reads.results(loaded, reads.tokenize(tokenizer, TEXTS, loaded, "cpu"))
         expected = model.predict([(TEXTS[0], text) for text in TEXTS[1:]])
@@ -251,7 +251,7 @@ def test_a_cross_encoder_is_stored_whole(tmp_path):
     assert (
         abs(loaded.predict(pairs) - expected).max() < 1e-6
     )  # its head is in fp32, whose sums go by where a weight lies
-    assert readout.of(embedding.find_model(str(tmp_path / "saved"))) == readout.Scores(24)
+    assert readout.readout_of(embedding.find_model(str(tmp_path / "saved"))) == readout.Scores(24)
 
 
 def test_what_would_not_come_back_is_refused_when_it_is_saved(tmp_path):
@@ -331,8 +331,12 @@ def test_commands_read_what_was_saved(tmp_path, texts):
     options = ("--text", texts, "--calibrate", "none")
     _, printed = json_of("swap", folder, "--precision", "int8", *options, *FEW, "--min-cosine", 0.9, "--save", saved)
     assert described in printed
-    reads = readout.of(embedding.find_model(str(folder)))
-    assert reads == readout.of(embedding.find_model(str(saved))) == readout.Embeddings("cls", True, "search: ", 32, 48)
+    reads = readout.readout_of(embedding.find_model(str(folder)))
+    assert (
+        reads
+        == readout.readout_of(embedding.find_model(str(saved)))
+        == readout.Embeddings("cls", True, "search: ", 32, 48)
+    )
     loaded = fp.load_pretrained(saved)
     assert_same_model(loaded, model)
     fp.swap(model.eval(), precision="int8")
@@ -378,4 +382,4 @@ def test_commands_read_a_cross_encoder(tmp_path, texts):
 def test_minilm_reads_as_its_authors_stored_it():
     if NO_MINILM:
         pytest.skip("the extra demo is not installed")
-    assert readout.of(embedding.find_model("minilm")) == readout.Embeddings("mean", True, "", 256)
+    assert readout.readout_of(embedding.find_model("minilm")) == readout.Embeddings("mean", True, "", 256)

@@ -141,7 +141,7 @@ def test_only_attention_is_swapped(name):
     assert report.unpadding.encoders[0].attention == "varlen"
     with counted(Calls()) as calls:
         got = hidden(ours, batch)
-    assert calls.taken.total() == 3 and not calls.declined
+    assert calls.kernel_calls.total() == 3 and not calls.fallbacks
     assert off(got.double(), exact, batch["attention_mask"]) < 1e-5
 
 
@@ -359,8 +359,8 @@ def test_attention_that_is_not_swapped(name, kernel, monkeypatch):
         monkeypatch.setattr(heads_first, "why_reference", lambda call: why)
     with counted(Calls()) as calls:
         got = hidden(ours, batch)
-    assert calls.taken.total() == 3 * kernel
-    assert {reason.code for _, reason in calls.declined} == (set() if kernel else {"not_swapped"})
+    assert calls.kernel_calls.total() == 3 * kernel
+    assert {reason.code for _, reason in calls.fallbacks} == (set() if kernel else {"not_swapped"})
     mask = batch["attention_mask"]
     assert off(got.float(), exact, mask) < 1.5 * off(hidden(padded, batch).float(), exact, mask)
     replayed = copy.deepcopy(model)
@@ -385,7 +385,7 @@ def test_kernels_for_gpus(name):
         ours, _ = swapped(model, attention=True)
         with counted(Calls()) as calls:
             got = hidden(ours, batch)
-    assert calls.taken.total() == 3 and not calls.declined and not device.findings
+    assert calls.kernel_calls.total() == 3 and not calls.fallbacks and not device.findings
     assert off(got.float(), exact, batch["attention_mask"]) < 1e-2
 
 

@@ -23,7 +23,7 @@ X = torch.randn(3, 40)
 
 
 def chosen():
-    return fp.explain("quantize", X, torch.int8).chosen
+    return fp.explain("quantize", X, torch.int8).backend
 
 
 def needs_cuda_kernels():
@@ -146,7 +146,7 @@ def python(code, **environment):
 def test_the_environment_interprets_every_thread():
     code = """
 import threading, torch, forwardpass as fp
-print(fp.explain("quantize", torch.ones(2, 8), torch.int8).chosen)
+print(fp.explain("quantize", torch.ones(2, 8), torch.int8).backend)
 t = threading.Thread(target=lambda: print(fp.dispatch.interpreter()))
 t.start(); t.join()
 with fp.interpret("sm_80") as device:

@@ -99,8 +99,8 @@ def test_as_torch(how, batch_first, kind, backend):
         close(got[0], expected[0])
         assert got[1] is None
         assert got[0].is_contiguous() or not expected[0].is_contiguous()
-        assert calls.taken == {"MultiheadAttention": 1}
-        assert not calls.declined
+        assert calls.kernel_calls == {"MultiheadAttention": 1}
+        assert not calls.fallbacks
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_weights_are_torchs_and_counted(batch_first, average):
         expected = original(*tensors, average_attn_weights=average)
         close(got[0], expected[0])
         close(got[1], expected[1])
-        assert [(call, reason.code, n) for (call, reason), n in calls.declined.items()] == [
+        assert [(call, reason.code, n) for (call, reason), n in calls.fallbacks.items()] == [
             ("MultiheadAttention", "need_weights", 1)
         ]
         assert "pass need_weights=False" in str(calls)
@@ -253,5 +253,5 @@ def test_the_fast_path_of_the_encoder_layer_does_not_pass_it_by(kind, norm_first
     layer.self_attn = fp.nn.MultiheadAttention.from_torch(layer.self_attn)
     with counted(Calls()) as calls:
         close(layer(x, **given), expected)
-    assert calls.taken == {"MultiheadAttention": 1}
-    assert not calls.declined
+    assert calls.kernel_calls == {"MultiheadAttention": 1}
+    assert not calls.fallbacks

@@ -380,7 +380,7 @@ def test_explain():
         assert fp.explain("attention", q.float(), q.float(), q.float())["cuda"].code == "dtype"
         assert ATTENTION.why_not("cuda", q.float()).code == "dtype"
     table = fp.explain("attention", q, q, q, softcap=30.0)
-    assert (table.chosen, table["cpu"].code) == ("reference", "softcap")
+    assert (table.backend, table["cpu"].code) == ("reference", "softcap")
     assert fp.explain("attention", q, q, q[..., :32])["cpu"].code == "head_dim"
 
 

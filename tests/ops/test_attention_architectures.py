@@ -90,7 +90,7 @@ def compare(model, run):
         got = run()
     assert report.attention
     assert not {s.reason.code for s in report.skipped} - {"no_precision", "fused_experts"}
-    assert {reason.code for _, reason in calls.declined} <= {"need_weights"}  # siglip's pooling
+    assert {reason.code for _, reason in calls.fallbacks} <= {"need_weights"}  # siglip's pooling
     for x, y in zip(got, expected):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
     fp.restore(model)

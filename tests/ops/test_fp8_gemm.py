@@ -235,7 +235,7 @@ def test_refuses_grad():
 def test_explain_says_what_an_unaligned_operand_costs():
     args = gemm_cases.Case(5, 16, 130, layouts=("apart", "shifted")).arguments()
     table = fp.explain("fp8_gemm", *args[:4], out_dtype=torch.float16)
-    assert table.chosen == "reference"
+    assert table.backend == "reference"
     assert table["cpu"].code == "not_written"
     for name in ("cuda", "triton"):
         assert table[name].code == ("device" if name in gemm_cases.FP8_GEMM.compiled else "not_written")
@@ -303,7 +303,7 @@ def test_needs_a_gpu_that_multiplies_fp8(arch, code):
             expected = code if name in gemm_cases.FP8_GEMM.compiled else "not_written"
             assert (table[name] and table[name].code) == expected
         if code:
-            assert table.chosen == "reference"
+            assert table.backend == "reference"
         if code and "cuda" in gemm_cases.FP8_GEMM.compiled:
             with fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match=r'sm_89.*precision="int8"'):
                 fp.ops.fp8_gemm(A, W, ONE, ONE, **GEMM)

@@ -282,7 +282,7 @@ def test_agreement_of_a_language_model(padded):
         before[0, 4:], after[0, 4:] = torch.nan, torch.nan
         before[0, 3], after[0, 3] = torch.nan, torch.nan  # predicts what is padding
     lm.add(after, before, batch)
-    found, tokens = lm.found(), 8 if padded else 10
+    found, tokens = lm.values(), 8 if padded else 10
     assert found["tokens"] == tokens and found["top1_agreement"] == (tokens - 1) / tokens
     assert found["perplexity_before"] == pytest.approx(1 + 7 * math.exp(-3))
     wrong = math.log(math.exp(9) + math.exp(2) + 6) - 2
@@ -290,11 +290,11 @@ def test_agreement_of_a_language_model(padded):
     assert found["perplexity_after"] == pytest.approx(math.exp((wrong + (tokens - 1) * right) / tokens), rel=1e-5)
     labels = CausalLm()
     labels.add(after, before, {**batch, "labels": torch.where(torch.arange(6) == 2, ids, -100)})
-    assert labels.found()["tokens"] == 2 and labels.found()["top1_agreement"] == 0.5
+    assert labels.values()["tokens"] == 2 and labels.values()["top1_agreement"] == 0.5
     with pytest.raises(ValueError, match="causal_lm"):
         lm.add(after[0], before[0], batch)
     with pytest.raises(ValueError, match="no perplexity"):
-        CausalLm().found()
+        CausalLm().values()
 
 
 def test_agreement_of_a_classifier():
@@ -303,7 +303,7 @@ def test_agreement_of_a_classifier():
     after = before[torch.tensor([0, 1, 2, 2])]
     task.add(after, before, {"labels": torch.tensor([0, 1, 3, 3])})
     task.add(before[:2], before[:2], torch.zeros(2))
-    assert task.found() == {"class_agreement": 5 / 6, "samples": 6, "accuracy_before": 0.75, "accuracy_after": 0.5}
+    assert task.values() == {"class_agreement": 5 / 6, "samples": 6, "accuracy_before": 0.75, "accuracy_after": 0.5}
     with pytest.raises(ValueError, match="classification"):
         task.add(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None)
 
@@ -318,7 +318,7 @@ def test_agreement_of_embeddings():
     noisy[~mask] = 77.0  # padding does not count
     for half in (slice(0, 7), slice(7, 20)):
         same.add(3 * noisy[half], before[half], {"attention_mask": mask[half].long()})
-    found = same.found()
+    found = same.values()
     assert found["samples"] == 20 and found["cosine_min"] == pytest.approx(1)
     assert found["rank_agreement"] == pytest.approx(1)
     assert found["nearest_neighbour_agreement"] == 1
@@ -328,7 +328,7 @@ def test_agreement_of_embeddings():
     points = [torch.stack([a.cos(), a.sin()], -1) for a in (angles, turned)]
     other = Embedding()
     other.add(points[1], points[0], None)
-    found = other.found()
+    found = other.values()
     assert found["cosine_min"] == pytest.approx(math.cos(0.5)) and found["cosine_mean"] < 1
     assert found["nearest_neighbour_agreement"] == 0.25 * sum(
         abs_nearest(angles, i) == abs_nearest(turned, i) for i in range(4)

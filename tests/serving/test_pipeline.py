@@ -175,11 +175,11 @@ def test_what_holds_in_the_thread_that_begins_holds_in_the_stages():
     with fp.use_backend("reference"), fp.sdpa() as calls, torch.autocast("cpu", torch.bfloat16):
         list(pipeline([number(1)]))
     assert seen == dict.fromkeys(("input", "forward", "output"), ("reference", True, torch.bfloat16, True))
-    assert calls.taken.total() + calls.declined.total() == 3
+    assert calls.kernel_calls.total() + calls.fallbacks.total() == 3
     seen.clear()
     list(pipeline([number(1)]))
     assert {s[0] for s in seen.values()} == {"auto"}
-    assert calls.taken.total() + calls.declined.total() == 3
+    assert calls.kernel_calls.total() + calls.fallbacks.total() == 3
 
 
 def test_mappings_dataclasses_and_tuples_go_through():

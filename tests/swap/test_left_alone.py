@@ -90,15 +90,15 @@ class Mixed(nn.Module):
 
 def test_what_is_neither_linear_nor_attention_is_reported():
     report = fp.swap(Mixed().eval(), "int8", dry_run=True)
-    left = [(x.module, x.first, x.count, x.bytes, x.reason.code) for x in report.left]
-    assert left == [
+    layers = [(x.module, x.first, x.count, x.bytes, x.reason.code) for x in report.other_layers]
+    assert layers == [
         ("LSTM", "lstm", 1, 4 * 8 * 64 * 65, "recurrent"),
         ("Mixed", "", 1, 4 * 4 * 64 * 64, "own_weights"),
         ("Embedding", "embedding", 1, 4 * 200 * 64, "embedding"),
         ("Conv1d", "conv", 2, 4 * (3 * 64 * 64 + 64 + 2), "convolution"),
     ]
-    assert all(f"{bytes_:,}" in str(report) for *_, bytes_, _ in left)
-    assert report.to_json()["left"][0] == {
+    assert all(f"{bytes_:,}" in str(report) for *_, bytes_, _ in layers)
+    assert report.to_json()["other_layers"][0] == {
         "module": "LSTM",
         "first": "lstm",
         "count": 1,
@@ -107,8 +107,10 @@ def test_what_is_neither_linear_nor_attention_is_reported():
         "text": "recurrent layers have no kernel here",
         "fix": "leave it",
     }
-    assert [x.module for x in fp.swap(build("mixtral"), "int8", dry_run=True).left] == ["Embedding"]  # experts: skipped
-    assert fp.swap(nn.TransformerEncoderLayer(256, 4, 256).eval(), "int8", dry_run=True).left == []
+    assert [x.module for x in fp.swap(build("mixtral"), "int8", dry_run=True).other_layers] == [
+        "Embedding"
+    ]  # experts: skipped
+    assert fp.swap(nn.TransformerEncoderLayer(256, 4, 256).eval(), "int8", dry_run=True).other_layers == []
 
 
 def test_the_report_says_which_activations_layers_took_over():

@@ -95,8 +95,8 @@ def test_keep_false_lets_the_originals_go():
     report = fp.swap(model, "int8", keep=False)
     gc.collect()
     assert gone() is None
-    assert report.weight_bytes.kept == 0
-    assert report.weight_bytes.kept_on is None
+    assert report.weight_bytes.originals == 0
+    assert report.weight_bytes.originals_device is None
     assert "originals not kept" in str(report)
     with pytest.raises(RuntimeError, match="keep=False, so its originals are gone"):
         fp.restore(model)
@@ -190,9 +190,9 @@ def test_on_a_gpu(keep):
     before, exact = objects(model), outputs(model, x)
     report = fp.swap(model, "int8", keep=keep)
     kept = originals.find(model).layers[0].original
-    assert kept.weight.device.type == ("cpu" if keep == "auto" else "cuda") == report.weight_bytes.kept_on
+    assert kept.weight.device.type == ("cpu" if keep == "auto" else "cuda") == report.weight_bytes.originals_device
     assert fp.parity(model, [x]).output.cosine_min > 0.99
-    assert kept.weight.device.type == report.weight_bytes.kept_on
+    assert kept.weight.device.type == report.weight_bytes.originals_device
     model.cpu()
     fp.restore(model)
     assert {p.device.type for p in model.parameters()} == {"cpu"}

@@ -127,9 +127,9 @@ def test_weight_bytes():
     b = report.weight_bytes
     assert b.before == before
     assert b.after == quantised + 4 * (head + 3) == sum(t.nbytes for t in model.state_dict().values())
-    assert b.kept == 4 * (first + 128 + second)
+    assert b.originals == 4 * (first + 128 + second)
     assert b.peak == before + quantised
-    assert (b.kept_on, report.to_json()["weight_bytes"]["kept_on"]) == ("cpu", "cpu")
+    assert (b.originals_device, report.to_json()["weight_bytes"]["originals_device"]) == ("cpu", "cpu")
 
 
 # ---- why a layer is left alone

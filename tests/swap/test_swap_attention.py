@@ -54,7 +54,7 @@ def test_an_encoder_with_padding(options):
     for given, y in zip(calls_of, expected):
         with counted(Calls()) as calls:
             got = model(x, **given)
-        assert calls.taken == {"MultiheadAttention": 2} and not calls.declined
+        assert calls.kernel_calls == {"MultiheadAttention": 2} and not calls.fallbacks
         keep = ~padding if "src_key_padding_mask" in given else slice(None)  # torch's fast path makes padding 0
         torch.testing.assert_close(got[keep], y[keep], rtol=1e-4, atol=1e-5)
     fp.restore(model)
@@ -244,7 +244,7 @@ def test_parity_runs_the_attention_that_was_there(name):
     after = objects(model)
     with counted(Calls()) as calls:
         found = fp.parity(model, [inputs])
-    assert sum(calls.taken.values()) == len(report.attention)
+    assert sum(calls.kernel_calls.values()) == len(report.attention)
     assert 0.999 < found.output.cosine_min < 1
     assert_same_objects(model, after)
 
@@ -277,7 +277,7 @@ def test_copies(how):
         other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
         with counted(Calls()) as calls:
             assert torch.equal(outputs(other, inputs), expected)
-        assert sum(calls.taken.values()) == 2 and not calls.declined
+        assert sum(calls.kernel_calls.values()) == 2 and not calls.fallbacks
         with pytest.raises(RuntimeError, match="2 swapped layers and no originals"):
             fp.restore(other)
         fp.restore(model)
@@ -316,7 +316,7 @@ def test_checkpoints(name, tmp_path):
     loaded = fp.load_pretrained(tmp_path, encoder() if name == "encoder" else None)
     with counted(Calls()) as calls:
         assert torch.equal(outputs(loaded, inputs), expected)
-    assert sum(calls.taken.values()) == len(report.attention)
+    assert sum(calls.kernel_calls.values()) == len(report.attention)
     if name != "encoder":
         assert loaded.config._attn_implementation == model.config._attn_implementation
     record["attention"] = ["nowhere"]
@@ -356,7 +356,7 @@ def test_compiled(name):
     torch._dynamo.reset()
     with counted(Calls()) as calls:
         got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
-    assert calls.taken and not calls.declined
+    assert calls.kernel_calls and not calls.fallbacks
     keep = inputs["attention_mask"].bool() if name != "vit" else slice(None)
     torch.testing.assert_close(got[keep], expected[keep], rtol=1e-4, atol=1e-5)
 
@@ -397,7 +397,7 @@ def test_on_a_card(name):
     assert unasked.attention and sites(unasked) == sites(fp.swap(model, attention=True))
     with counted(Calls()) as calls:
         got = model(**inputs)[0]
-    assert calls.taken and not calls.declined
+    assert calls.kernel_calls and not calls.fallbacks
     mask = inputs.get("attention_mask")
     keep = mask.bool() if mask is not None and got.shape[1] == mask.shape[1] else slice(None)
     own = (expected.float() - exact)[keep].abs().max()

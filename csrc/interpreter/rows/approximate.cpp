@@ -182,8 +182,8 @@ void bind_f32(Bind& b) {
 template <class Fn, class T, Type Pair>
 void bind_short(Bind& b) {
   const bool pair = b.type(b.slots() - 1) == Pair;
-  const Type held = pair ? Type::b32 : Type::b16;
-  bind_operands(b, held, held, 1);
+  const Type register_type = pair ? Type::b32 : Type::b16;
+  bind_operands(b, register_type, register_type, 1);
   b.run(pair ? &displaced<ApproximateBoth<Fn, false, T>, Fn::kSalt, uint32_t>
              : &displaced<Approximate<Fn, false>, Fn::kSalt, T>);
 }

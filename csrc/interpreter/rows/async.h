@@ -58,7 +58,7 @@ inline uint32_t shared_offset(Warp& w, const Place& place, uint64_t address, uin
 
 // Completion advances the agent's clock, so that operations which share an agent stay distinct: who has waited for one
 // does not know of those that complete after it.
-inline Clock completion_time(Cta& cta, int agent) { return ++cta.cluster->async[agent].seen.at[agent]; }
+inline Clock completion_time(Cta& cta, int agent) { return ++cta.cluster->async[agent].seen.clocks[agent]; }
 
 // The operation itself as it accesses memory now; messages name the line that issued it.
 inline Actor acting(const Pending& p, Actor actor) {

@@ -97,26 +97,26 @@ void bind_barrier(Bind& b) {
 // let every strand go on that could.
 Step bar_warp_sync(Warp& w, const Instruction& i, Mask mask) {
   const auto* members = w.operand<uint32_t>(i, 0);
-  const Mask wanted = members[__builtin_ctz(mask)];
+  const Mask group = members[__builtin_ctz(mask)];
   each_lane(mask, [&](int l) {
-    if (members[l] != wanted) w.fail(Kind::barrier, "bar.warp.sync with different masks in one warp", l);
-    if (!(wanted >> l & 1)) w.fail(Kind::barrier, "bar.warp.sync by a lane that its mask leaves out", l);
+    if (members[l] != group) w.fail(Kind::barrier, "bar.warp.sync with different masks in one warp", l);
+    if (!(group >> l & 1)) w.fail(Kind::barrier, "bar.warp.sync by a lane that its mask leaves out", l);
   });
   const auto at_one = [&](const Strand& s) {
     const Instruction& there = s.frame->code->instructions[s.pc];
     return s.waiting && there.run == &bar_warp_sync &&
-           reinterpret_cast<const uint32_t*>(s.frame->registers + there.operand[0])[__builtin_ctz(s.mask)] == wanted;
+           reinterpret_cast<const uint32_t*>(s.frame->registers + there.operand[0])[__builtin_ctz(s.mask)] == group;
   };
   Mask here = mask;
   for (const Strand& s : w.strands)
     if (at_one(s)) here |= s.mask;
-  if (wanted & w.live & ~here) return Step::blocked;
+  if (group & w.live & ~here) return Step::blocked;
   for (Strand& s : w.strands) {
-    if (&s == &w.strand() || !at_one(s) || (s.mask & ~wanted)) continue;
+    if (&s == &w.strand() || !at_one(s) || (s.mask & ~group)) continue;
     s.waiting = false;
     ++s.pc;
   }
-  w.lane_order.meet(wanted & w.live, w.live, w.knowledge.seen.at[w.agent]);
+  w.lane_order.meet(group & w.live, w.live, w.knowledge.seen.clocks[w.agent]);
   w.release();
   return Step::next;
 }

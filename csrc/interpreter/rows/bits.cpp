@@ -54,8 +54,8 @@ struct Fns {
     if (base > 31) return ~0u;
     if (n == 0) return mask >> base & 1 ? base : ~0u;
     int64_t count = std::abs(static_cast<int64_t>(n));
-    for (int at = static_cast<int>(base); at >= 0 && at < 32; at += n > 0 ? 1 : -1)
-      if (mask >> at & 1 && --count == 0) return static_cast<uint32_t>(at);
+    for (int bit = static_cast<int>(base); bit >= 0 && bit < 32; bit += n > 0 ? 1 : -1)
+      if (mask >> bit & 1 && --count == 0) return static_cast<uint32_t>(bit);
     return ~0u;
   }
 };

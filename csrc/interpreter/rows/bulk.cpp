@@ -30,7 +30,7 @@ struct Transfer : Pending {
   uint32_t to = 0;            // distribute: where in it
   Reduce reduce = nullptr;    // store, distribute: in place of a copy
   TensorMap map;
-  int32_t at[TensorMap::kMaxRank];
+  int32_t coordinates[TensorMap::kMaxRank];
   int agent = 0;
   uint32_t mbarrier = 0;  // load, distribute
   Clock read_time = 0;    // store: of the shared memory that it reads
@@ -41,7 +41,7 @@ struct Transfer : Pending {
   template <class F>
   void each_row(F f) const {
     if (tensor) {
-      map.each_row(at, f);
+      map.each_row(coordinates, f);
     } else {
       f(0u, 0u, bytes, reinterpret_cast<uint64_t>(global));
     }
@@ -248,7 +248,7 @@ Transfer described(Warp& w, const Instruction& i, const Form& form, uint64_t glo
   if (form.tensor) {
     t.tensor = true;
     t.map = read_tensor_map(w, global, form.rank, l);
-    for (int d = 0; d < form.rank; ++d) t.at[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
+    for (int d = 0; d < form.rank; ++d) t.coordinates[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
     t.bytes = t.map.box_bytes();
     if (!form.operation.empty()) t.reduce = tensor_reduction(w, form.operation, t.map, l);
     return t;
@@ -401,13 +401,13 @@ void bind_map(Bind& b, Form& form, const Operand& o) {
   }
   if (o.kind != Operand::Kind::address || o.parts.size() != 2) b.refuse("expected [tensor map, {coordinates}]");
   bind_place(b, form.global, o, true);
-  const Operand& at = o.parts[1];
-  const bool list = at.kind == Operand::Kind::vector;
-  if ((list ? static_cast<int>(at.parts.size()) : 1) != form.rank) {
+  const Operand& coordinates = o.parts[1];
+  const bool list = coordinates.kind == Operand::Kind::vector;
+  if ((list ? static_cast<int>(coordinates.parts.size()) : 1) != form.rank) {
     b.refuse("expected " + std::to_string(form.rank) + " coordinates");
   }
   form.coordinates = b.instruction.sources;
-  for (int d = 0; d < form.rank; ++d) b.source(list ? at.parts[d] : at, Type::b32);
+  for (int d = 0; d < form.rank; ++d) b.source(list ? coordinates.parts[d] : coordinates, Type::b32);
 }
 
 // The cache policy comes last and has no effect on what is copied.

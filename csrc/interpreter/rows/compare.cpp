@@ -58,13 +58,13 @@ Mask collect(F f) {
 using Comparison = Mask (*)(const uint8_t* a, const uint8_t* b);
 template <Compare C, class T, bool Ftz, class Held, int Part>
 Mask compare(const uint8_t* a, const uint8_t* b) {
-  const auto value = [](const uint8_t* at, int l) {
-    const Held held = reinterpret_cast<const Held*>(at)[l];
+  const auto value = [](const uint8_t* operand, int l) {
+    const Held bits = reinterpret_cast<const Held*>(operand)[l];
     if constexpr (is_short<T>) {
-      const T x = T::from_bits(static_cast<uint32_t>(held) >> (16 * Part));
+      const T x = T::from_bits(static_cast<uint32_t>(bits) >> (16 * Part));
       return static_cast<float>(Ftz ? flushed(x) : x);
     } else {
-      return Ftz ? flushed(held) : held;
+      return Ftz ? flushed(bits) : bits;
     }
   };
   return collect([&](int l) { return holds<C>(value(a, l), value(b, l)); });
@@ -96,7 +96,7 @@ Comparison comparison_of(Type type, bool ftz, int part) {
 Comparison find_comparison(const Bind& b, Type type, int part) {
   struct Name {
     const char* name;
-    Comparison (*of)(Type, bool, int);
+    Comparison (*select)(Type, bool, int);
   };
   constexpr Name names[] = {
       {"eq", comparison_of<Compare::eq>},   {"ne", comparison_of<Compare::ne>},   {"lt", comparison_of<Compare::lt>},
@@ -107,7 +107,7 @@ Comparison find_comparison(const Bind& b, Type type, int part) {
       {"geu", comparison_of<Compare::geu>}, {"num", comparison_of<Compare::num>}, {"nan", comparison_of<Compare::nan>},
   };
   for (const Name& n : names)
-    if (n.name == b.slot(1)) return n.of(type, b.has("ftz"), part);
+    if (n.name == b.slot(1)) return n.select(type, b.has("ftz"), part);
   b.refuse("comparison ." + std::string(b.slot(1)) + " is not known");
 }
 
@@ -142,9 +142,9 @@ Mask third(const Warp& w, const Instruction& i, const Test& t) {
   return t.combine == Combine::none ? 0 : w.predicate(i.operand[i.destinations + 2]);
 }
 
-void put(Warp& w, Offset at, Mask value, Mask mask) {
-  if (at == kSink) return;
-  Mask& d = *w.at<Mask>(at);
+void put(Warp& w, Offset offset, Mask value, Mask mask) {
+  if (offset == kSink) return;
+  Mask& d = *w.at<Mask>(offset);
   d = (d & ~mask) | (value & mask);
 }
 // p[|q]: the outcome and its complement; of packed types, the outcomes of the lower and the upper halves.

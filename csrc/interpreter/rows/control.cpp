@@ -120,15 +120,15 @@ uint32_t label(Bind& b, const Operand& o) {
 std::vector<Code::Parameter> param_variables(Bind& b, const Operand& list) {
   std::vector<Code::Parameter> parameters;
   for (const Operand& o : list.parts) {
-    const auto at = b.code.param_offset.find(o.name);
-    if (o.kind != Operand::Kind::symbol || at == b.code.param_offset.end()) {
+    const auto entry = b.code.param_offset.find(o.name);
+    if (o.kind != Operand::Kind::symbol || entry == b.code.param_offset.end()) {
       b.refuse("a call's arguments and results must be .param variables");
     }
     int64_t bytes = 0;
     for (const auto* variables : {&b.code.source->variables, &b.code.source->parameters, &b.code.source->returns})
       for (const auto& v : *variables)
         if (v.name == o.name) bytes = v.bytes;
-    parameters.push_back({at->second, bytes});
+    parameters.push_back({entry->second, bytes});
   }
   return parameters;
 }

@@ -64,8 +64,8 @@ struct Copy final : Pending {
     Actor a = acting(*this, actor);
     a.proxy = Proxy::async;
     a.lanes = cta.warps[warp].lanes(__builtin_ctz(bytes));
-    ranges(lanes, [&](uint32_t begin, uint32_t n, Mask of) {
-      a.lanes.place(begin, {of, true});
+    ranges(lanes, [&](uint32_t begin, uint32_t n, Mask lanes) {
+      a.lanes.place(begin, {lanes, true});
       cta.shadow.land(a, begin, n);
     });
   }
@@ -141,15 +141,15 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
   }
   if ((w.count = count)) {
     Mask reading = 0;
-    uint64_t bytes = 0, at[kLanes];
+    uint64_t bytes = 0, offsets[kLanes];
     for (Mask rest = mask; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
       if (all.read[l]) reading |= Mask{1} << l;
       bytes += all.read[l];
-      at[l] = all.to[l];
+      offsets[l] = all.to[l];
     }
     count_global(w, from, bytes, Use::read, reading);
-    count_shared(w, at, static_cast<int>(form.bytes), Use::write, mask);
+    count_shared(w, offsets, static_cast<int>(form.bytes), Use::write, mask);
   }
   if (checked(cta)) {
     Actor actor = w.actor();

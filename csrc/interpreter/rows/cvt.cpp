@@ -133,7 +133,7 @@ Step cvt(Warp& w, const Instruction& i, Mask mask) {
   const How& how = *static_cast<const How*>(i.data);
   alignas(32) S in[kLanes];
   alignas(32) D out[kLanes];
-  with_held(how.source_bytes, [&](auto held) { load(w.operand<decltype(held)>(i, 1), in); });
+  with_held(how.source_bytes, [&](auto word) { load(w.operand<decltype(word)>(i, 1), in); });
   const auto all = [&] {
     for (int l = 0; l < kLanes; ++l) out[l] = convert<D>(in[l], how);
   };
@@ -143,7 +143,7 @@ Step cvt(Warp& w, const Instruction& i, Mask mask) {
   } else {
     all();
   }
-  with_held(how.destination_bytes, [&](auto held) { store(out, w.operand<decltype(held)>(i, 0), mask); });
+  with_held(how.destination_bytes, [&](auto word) { store(out, w.operand<decltype(word)>(i, 0), mask); });
   return Step::next;
 }
 

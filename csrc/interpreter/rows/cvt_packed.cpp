@@ -82,8 +82,8 @@ void bind_tf32(Bind& b) {
 template <int Bits, bool Signed>
 struct Pack {
   static uint32_t clamp(int32_t x) {
-    const int32_t least = Signed ? -(1 << (Bits - 1)) : 0, most = (1 << (Signed ? Bits - 1 : Bits)) - 1;
-    return static_cast<uint32_t>(std::clamp(x, least, most)) & ((1u << Bits) - 1);
+    const int32_t low = Signed ? -(1 << (Bits - 1)) : 0, high = (1 << (Signed ? Bits - 1 : Bits)) - 1;
+    return static_cast<uint32_t>(std::clamp(x, low, high)) & ((1u << Bits) - 1);
   }
   uint32_t operator()(int32_t a, int32_t b) const { return clamp(a) << Bits | clamp(b); }
   uint32_t operator()(int32_t a, int32_t b, int32_t c) const {

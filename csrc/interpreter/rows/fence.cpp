@@ -39,7 +39,7 @@ void bind_fence(Bind& b) {
 }
 
 Step wait_for_grids(Warp& w, const Instruction&, Mask) {
-  w.knowledge.seen.at[kGridAgent] = 1;
+  w.knowledge.seen.clocks[kGridAgent] = 1;
   return Step::next;
 }
 

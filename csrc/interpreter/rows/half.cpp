@@ -20,8 +20,8 @@ bool is_pair(Type t) { return t == Type::f16x2 || t == Type::bf16x2; }
 template <class Op, int N>
 void bind_short(Bind& b) {
   const Type type = b.type(b.slots() - 1);
-  const Type held = is_pair(type) ? Type::b32 : Type::b16;
-  bind_operands(b, held, held, N);
+  const Type register_type = is_pair(type) ? Type::b32 : Type::b16;
+  bind_operands(b, register_type, register_type, N);
   choose(type == Type::bf16 || type == Type::bf16x2, [&](auto brain) {
     using T = std::conditional_t<decltype(brain)::value, BFloat16, Half>;
     b.run(is_pair(type) ? handler_of<Both<Op, T>, uint32_t, N>(uint32_t{}) : handler_of<Op, T, N>(T{}));

@@ -8,7 +8,7 @@
 namespace forwardpass::interpreter {
 namespace {
 
-constexpr uint32_t field(uint64_t bits, int at) { return static_cast<uint32_t>(bits >> at & 0x3fff) << 4; }
+constexpr uint32_t field(uint64_t bits, int shift) { return static_cast<uint32_t>(bits >> shift & 0x3fff) << 4; }
 
 // Shared memory as a sequence of reads, each checked; neighbours are checked together. A swizzle exchanges the two
 // halves of 32 bytes in every other row, hence both directions.

@@ -76,11 +76,11 @@ class Objects {
     place.read(w, i, addresses_);
   }
 
-  SharedRange at(int lane) const { return shared_at(w_, place_, addresses_[lane], 8, 8, lane, "an mbarrier"); }
+  SharedRange range(int lane) const { return shared_at(w_, place_, addresses_[lane], 8, 8, lane, "an mbarrier"); }
   MBarrier& operator[](int lane) {
     if (!last_ || addresses_[lane] != last_address_) {
       last_address_ = addresses_[lane];
-      const SharedRange place = at(lane);
+      const SharedRange place = range(lane);
       cta_ = place.cta;
       last_ = &use_mbarrier(w_, *cta_, place.offset, released_);
     }
@@ -113,16 +113,17 @@ Step init(Warp& w, const Instruction& i, Mask mask) {
   Objects objects(w, i, form.place);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    const uint32_t at = objects.at(l).offset;
+    const uint32_t offset = objects.range(l).offset;
     if (count[l] == 0 || count[l] > MBarrier::kMaxCount) {
-      w.fail_at(Kind::mbarrier, "mbarrier.init takes a count of 1 to 2^20 - 1, not " + std::to_string(count[l]), l, at);
+      w.fail_at(Kind::mbarrier, "mbarrier.init takes a count of 1 to 2^20 - 1, not " + std::to_string(count[l]), l,
+                offset);
     }
-    auto& slot = w.cta->mbarriers[at];
+    auto& slot = w.cta->mbarriers[offset];
     if (slot && checked(*w.cta)) {
-      w.fail_at(Kind::mbarrier, "initialised again while it is in use: mbarrier.inval must come first", l, at);
+      w.fail_at(Kind::mbarrier, "initialised again while it is in use: mbarrier.inval must come first", l, offset);
     }
-    slot = std::make_shared<MBarrier>(at, count[l], w.agent);
-    if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), at, true);
+    slot = std::make_shared<MBarrier>(offset, count[l], w.agent);
+    if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), offset, true);
   }
   return Step::next;
 }
@@ -131,10 +132,10 @@ Step inval(Warp& w, const Instruction& i, Mask mask) {
   Objects objects(w, i, form_of(i).place);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    const uint32_t at = objects.at(l).offset;
-    use_mbarrier(w, *w.cta, at);
-    if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), at, false);
-    w.cta->mbarriers.erase(at);
+    const uint32_t offset = objects.range(l).offset;
+    use_mbarrier(w, *w.cta, offset);
+    if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), offset, false);
+    w.cta->mbarriers.erase(offset);
   }
   return Step::next;
 }

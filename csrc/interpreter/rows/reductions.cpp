@@ -5,10 +5,10 @@ namespace {
 
 template <class Op, class T>
 void reduce(uint8_t* memory, const uint8_t* values, uint32_t bytes) {
-  for (uint32_t at = 0; at < bytes; at += sizeof(T)) {
+  for (uint32_t byte = 0; byte < bytes; byte += sizeof(T)) {
     T value;
-    std::memcpy(&value, values + at, sizeof(T));
-    exchange<T>(memory + at, [&](T old) { return static_cast<T>(Op{}(old, value)); });
+    std::memcpy(&value, values + byte, sizeof(T));
+    exchange<T>(memory + byte, [&](T old) { return static_cast<T>(Op{}(old, value)); });
   }
 }
 

@@ -66,19 +66,19 @@ using Raw = std::conditional_t<
     sizeof(T) == 2, uint16_t,
     std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 8, uint64_t, unsigned __int128>>>;
 
-// Replaces what is at `at` by f of it; what it was before.
+// Replaces the value in memory by f of it, and returns what it was before.
 template <class T, class F>
-T exchange(uint8_t* at, F f) {
-  auto* cell = reinterpret_cast<Raw<T>*>(at);
+T exchange(uint8_t* memory, F f) {
+  auto* cell = reinterpret_cast<Raw<T>*>(memory);
   Raw<T> old = *const_cast<volatile Raw<T>*>(cell);
   for (;;) {
     T before;
     std::memcpy(&before, &old, sizeof(T));
     const T after = f(before);
-    Raw<T> wanted;
-    std::memcpy(&wanted, &after, sizeof(T));
+    Raw<T> replacement;
+    std::memcpy(&replacement, &after, sizeof(T));
     // The older builtin, as the newer one calls libatomic for 16 bytes.
-    const Raw<T> current = __sync_val_compare_and_swap(cell, old, wanted);
+    const Raw<T> current = __sync_val_compare_and_swap(cell, old, replacement);
     if (current == old) return before;
     old = current;
   }

@@ -125,12 +125,12 @@ Step replace(Warp& w, const Instruction& i, Mask mask) {
     const int l = __builtin_ctz(rest);
     uint8_t* bytes;
     if (form.shared || (form.map.generic && (address[l] & kWindowMask) == kSharedWindow)) {
-      const uint32_t at = shared_offset(w, form.map, address[l], sizeof(TensorMap), 64, l, "a tensor map");
+      const uint32_t offset = shared_offset(w, form.map, address[l], sizeof(TensorMap), 64, l, "a tensor map");
       if (checked(*w.cta)) {
-        w.cta->shadow.read(w.actor(), at, sizeof(TensorMap));
-        w.cta->shadow.write(w.actor(), at, sizeof(TensorMap));
+        w.cta->shadow.read(w.actor(), offset, sizeof(TensorMap));
+        w.cta->shadow.write(w.actor(), offset, sizeof(TensorMap));
       }
-      bytes = w.cta->shared.data() + at;
+      bytes = w.cta->shared.data() + offset;
     } else {
       if (address[l] % 64) w.fail_at(Kind::misaligned, "a tensor map must be aligned to 64 bytes", l, address[l]);
       bytes = access_global(w, address[l], sizeof(TensorMap), Use::write, l);

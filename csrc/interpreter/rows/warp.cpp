@@ -48,8 +48,8 @@ void each_group(const Warp& w, const uint32_t* membermask, Mask mask, F f) {
     rest &= ~group;
   }
 }
-void put(Warp& w, Offset at, Mask value, Mask mask) {
-  Mask& d = *w.at<Mask>(at);
+void put(Warp& w, Offset offset, Mask value, Mask mask) {
+  Mask& d = *w.at<Mask>(offset);
   d = (d & ~mask) | (value & mask);
 }
 
@@ -67,12 +67,12 @@ Step shfl(Warp& w, const Instruction& i, Mask mask) {
     for (Mask rest = group; rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
       const int value = b[lane] & 31, clamp = c[lane] & 31, segment = c[lane] >> 8 & 31;
-      const int least = lane & segment, most = least | (clamp & ~segment);
+      const int low = lane & segment, high = low | (clamp & ~segment);
       const int source = S == Shuffle::up     ? lane - value
                          : S == Shuffle::down ? lane + value
                          : S == Shuffle::bfly ? lane ^ value
-                                              : least | (value & ~segment);
-      const bool valid = S == Shuffle::up ? source >= most : source <= most;
+                                              : low | (value & ~segment);
+      const bool valid = S == Shuffle::up ? source >= high : source <= high;
       const int from = valid ? source : lane;
       if (!(group >> from & 1)) {
         w.fail(Kind::barrier,

@@ -46,8 +46,8 @@ uint64_t descriptor(const Warp& w, Offset o, const char* what) {
 WgmmaOperation& meet(Warp& w, Wgmma& state, const Instruction& i, const WgmmaShape& shape) {
   Warpgroup& group = *state.group;
   const uint64_t number = state.issued + 1;
-  const size_t at = number - group.completed - 1;
-  if (at == group.pending.size()) {
+  const size_t index = number - group.completed - 1;
+  if (index == group.pending.size()) {
     if (state.issued == state.committed || !group.now) {
       group.agent = w.cta->cluster->async_agent(w);  // one for a wgmma-group: its operations are waited for together
       group.now = w.cta->cluster->async_now(group.agent);
@@ -65,7 +65,7 @@ WgmmaOperation& meet(Warp& w, Wgmma& state, const Instruction& i, const WgmmaSha
     w.cta->add(operation);
     return *operation;
   }
-  WgmmaOperation& op = *group.pending[at];
+  WgmmaOperation& op = *group.pending[index];
   if (op.instruction != &i) {
     w.fail(Kind::illegal, "the warps of a warpgroup issue different operations: this is number " +
                               std::to_string(number) + " of warp " + std::to_string(w.id) + ", and that of warp " +

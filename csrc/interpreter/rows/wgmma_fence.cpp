@@ -39,10 +39,10 @@ class MissingFences {
  public:
   explicit MissingFences(Code& code) : code_(code), blocks_(basic_blocks(code)) {
     const Registers registers(code);
-    const std::vector<char> seen = asynchronous_registers(code, registers);
-    std::vector<int> slots(seen.size(), -1);
-    for (size_t id = 0; id < seen.size(); ++id)
-      if (seen[id]) slots[id] = slots_++;
+    const std::vector<char> asynchronous = asynchronous_registers(code, registers);
+    std::vector<int> slots(asynchronous.size(), -1);
+    for (size_t id = 0; id < asynchronous.size(); ++id)
+      if (asynchronous[id]) slots[id] = slots_++;
     for (const BasicBlock& b : blocks_) {
       events_.emplace_back();
       for (int k = b.begin; k < b.end; ++k) add(code.instructions[k], registers, slots, events_.back());

@@ -44,8 +44,8 @@ std::shared_ptr<Accumulator> RegistersInFlight::share(const Accumulator* value) 
 void RegistersInFlight::release(Accumulator* value) {
   value->moved = true;
   if (--value->references) return;
-  const auto gone = [value](const auto& v) { return v.get() == value; };
-  values_.erase(std::find_if(values_.begin(), values_.end(), gone));  // an operation may still have it
+  const auto is_value = [value](const auto& v) { return v.get() == value; };
+  values_.erase(std::find_if(values_.begin(), values_.end(), is_value));  // an operation may still have it
 }
 
 void RegistersInFlight::stands_for(Offset o, Accumulator* value, int index, bool alias) {

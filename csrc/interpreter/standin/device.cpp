@@ -137,9 +137,9 @@ std::map<int, long long> make_attributes() {
 }
 
 const std::map<int, long long>& attributes() {
-  thread_local const fpi_device_properties* of = nullptr;
+  thread_local const fpi_device_properties* properties = nullptr;
   thread_local std::map<int, long long> table;
-  if (of != fpi_device_get()) table = make_attributes(), of = fpi_device_get();
+  if (properties != fpi_device_get()) table = make_attributes(), properties = fpi_device_get();
   return table;
 }
 

@@ -65,10 +65,10 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 
 cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, const void* host, int blocks, int threads) {
   fpi_kernel_properties p;
-  int most = 0;
+  int resident = 0;
   if (const int error = fpi_kernel(host, &p)) return finish(error);
-  if (const int error = fpi_occupancy(host, threads, 0, &most)) return finish(error);
-  if (blocks < 1 || blocks > most) return finish(cudaErrorInvalidValue);
+  if (const int error = fpi_occupancy(host, threads, 0, &resident)) return finish(error);
+  if (blocks < 1 || blocks > resident) return finish(cudaErrorInvalidValue);
   const auto& device = *fpi_device_get();
   const int64_t each = device.shared_per_multiprocessor / blocks / 128 * 128 - device.shared_reserved_per_block;
   *bytes = static_cast<size_t>(std::min(each, device.shared_per_block_optin) - p.static_shared);

@@ -42,15 +42,15 @@ cudaError_t launch(const void* host, const fpi_launch_config& config, void** arg
   if (!fpi_capturing()) return finish(fpi_launch(host, &config, args));
   fpi_kernel_properties p;
   if (const int error = fpi_kernel(host, &p)) return finish(error);
-  std::vector<std::vector<char>> kept;  // the arguments' values of now
+  std::vector<std::vector<char>> values;  // the arguments' values of now
   for (int i = 0; i < p.parameters; ++i) {
     int64_t bytes;
     if (const int error = fpi_kernel_parameter(host, i, &bytes)) return finish(error);
-    kept.emplace_back(static_cast<char*>(args[i]), static_cast<char*>(args[i]) + bytes);
+    values.emplace_back(static_cast<char*>(args[i]), static_cast<char*>(args[i]) + bytes);
   }
   return keep_or_do(stream, [=]() mutable {
     std::vector<void*> pointers;
-    for (auto& k : kept) pointers.push_back(k.data());
+    for (auto& k : values) pointers.push_back(k.data());
     return finish(fpi_launch(host, &config, pointers.data()));
   });
 }

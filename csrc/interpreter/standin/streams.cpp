@@ -41,9 +41,9 @@ namespace forwardpass::standin {
 cudaError_t keep_or_do(cudaStream_t stream, Work work) {
   const fpi_work owned{[](void* w) { return static_cast<int>((*static_cast<Work*>(w))()); },
                        [](void* w) { delete static_cast<Work*>(w); }, new Work(work)};
-  int kept = 0;
-  if (const int error = fpi_capture_keep(stream, &owned, &kept)) return finish(error);
-  return kept ? finish(cudaSuccess) : work();
+  int captured = 0;
+  if (const int error = fpi_capture_keep(stream, &owned, &captured)) return finish(error);
+  return captured ? finish(cudaSuccess) : work();
 }
 
 cudaError_t refused_by_capture() { return finish(fpi_capture_refuses(fpi_unsafe, nullptr)); }

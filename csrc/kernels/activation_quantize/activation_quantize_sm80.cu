@@ -13,14 +13,14 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
   auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride;  // [columns] or [2 columns]
   const bool gated = is_gated(p.activation);
   const int64_t to_up = p.interleaved ? 8 : p.out.columns;
-  const auto at = [&](int column) {  // column of x, or of the gate in x; the up's is to_up further
+  const auto offset_of = [&](int column) {  // column of x, or of the gate in x; the up's is to_up further
     const int64_t c = s.begin + column;
     return p.interleaved ? c + (c & ~int64_t{7}) : c;
   };
   SegmentValues values(s, [&](int base, Chunk& v) {
     Chunk up;
-    load_chunk(v, x, s, base, aligned, at);
-    if (gated) load_chunk(up, x + to_up, s, base, aligned, at);
+    load_chunk(v, x, s, base, aligned, offset_of);
+    if (gated) load_chunk(up, x + to_up, s, base, aligned, offset_of);
     for_each_vector(s, base, [&](int i, int, int) {
       activate(p.activation, v[i]);
       if (gated) {

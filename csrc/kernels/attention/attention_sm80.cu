@@ -321,7 +321,7 @@ template <class Config>
 cudaError_t launch_mma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM), grid = tiles * all_heads(p);
-  if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_mma_kernel<Config>>(kShared)) return e;
   const MmaAttentionArguments arguments{.p = p,
                                         .tiles = static_cast<unsigned>(tiles),

@@ -13,7 +13,7 @@
 
 namespace forwardpass {
 
-// What a block computes: 64 rows per consumer warpgroup, by blocks of n keys.
+// What a block computes: 64 rows, those of a wgmma, per consumer warpgroup, by blocks of n keys.
 struct WgmmaAttentionTile {
   int consumers;
   int n;
@@ -49,8 +49,8 @@ struct WgmmaAttentionConfig {
   static constexpr Dtype kDtype = kInstance.dtype;
   static constexpr int kHeadDim = kInstance.head_dim, kValueDim = kInstance.value_dim;
   static constexpr bool kModified = kInstance.modified;
-  static constexpr int kConsumers = kTile.consumers, kM = 64 * kConsumers, kN = kTile.n, kStages = 2;
-  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kConsumers = kTile.consumers, kM = ptx::kWgmmaRows * kConsumers, kN = kTile.n, kStages = 2;
+  static constexpr int kThreads = ptx::kWarpgroup * (1 + kConsumers);
   static constexpr int kPanelsD = (kHeadDim + kPanel - 1) / kPanel, kPanelsV = (kValueDim + kPanel - 1) / kPanel;
   // At launch each thread has 168 registers with 384 threads, 128 with 512; setmaxnreg moves them from the producer to
   // the consumers.
@@ -111,7 +111,7 @@ struct AttentionArguments {
 //
 // No NVIDIA document promises that wrap; Triton's ragged descriptors (triton/tools/ragged_tma.py) rely on it with the
 // same extents.
-constexpr int kEnd = 1 << 30, kAnyExtent = 0x7fff0000;
+constexpr int kEnd = 1 << 30, kAnyExtent = 0x7fff0000;  // the second: more than any coordinate
 constexpr int64_t kBack = int64_t{1} << 34;
 
 struct SequenceOrigin {
@@ -136,7 +136,8 @@ struct SequenceOrigin {
   }
 };
 
-// f(tile, its key blocks) for one tile after the other, back and forth through the grid.
+// The persistent tile schedule: f(tile, its key blocks) for each tile of this block. Every second round goes through
+// the grid backwards, as the tiles are in LPT order.
 template <class Config>
 struct WgmmaAttentionSchedule {
   const AttentionArguments& a;
@@ -186,7 +187,8 @@ __device__ inline void producer(const AttentionArguments& a, typename Config::Sh
 template <class Config>
 struct WgmmaAttentionMainloop {
   static constexpr Dtype kDtype = Config::kDtype;
-  static constexpr int kFirstTurn = 1;  // named barriers, one for each warpgroup; 0 is __syncthreads
+  // Named barriers, one for each warpgroup; 0 is __syncthreads. Two meet at one: who waits and who passes the turn.
+  static constexpr int kFirstTurn = 1, kTurnThreads = 2 * ptx::kWarpgroup;
   static constexpr int kStep = 16 * sizeof(uint16_t) / ptx::kDescriptorUnit;  // 16 columns
   static constexpr int kRow = kPanel * sizeof(uint16_t) / ptx::kDescriptorUnit;
   using Scores = typename Config::Scores;
@@ -200,16 +202,16 @@ struct WgmmaAttentionMainloop {
 
   __device__ WgmmaAttentionMainloop(const AttentionParams& p, typename Config::SharedStorage& s, int warpgroup)
       : p(p), q(s.q_barriers), k(s.k_barriers), v(s.v_barriers), warpgroup(warpgroup) {
-    q_rows = uniform(ptx::descriptor(ptx::shared_address(s.q[0][warpgroup * 64])));
+    q_rows = uniform(ptx::descriptor(ptx::shared_address(s.q[0][warpgroup * ptx::kWgmmaRows])));
     k_rows = uniform(ptx::descriptor(ptx::shared_address(s.k[0].panel)));
     v_rows = uniform(ptx::descriptor(ptx::shared_address(s.v[0].panel), Config::kN * kPanel * sizeof(uint16_t)));
   }
   // Ping-pong, by a named barrier per warpgroup: it waits for its turn, and passes the turn to the next one.
   __device__ void wait_turn() const {
-    if (Config::kPingPong) ptx::barrier_sync(kFirstTurn + warpgroup, 256);
+    if (Config::kPingPong) ptx::barrier_sync(kFirstTurn + warpgroup, kTurnThreads);
   }
   __device__ void pass_turn() const {
-    if (Config::kPingPong) ptx::barrier_arrive(kFirstTurn + (warpgroup + 1) % Config::kConsumers, 256);
+    if (Config::kPingPong) ptx::barrier_arrive(kFirstTurn + (warpgroup + 1) % Config::kConsumers, kTurnThreads);
   }
 
   // first_row: this warp's, in its sequence. The output has to be multiplied by what softmax.finish says.
@@ -263,6 +265,8 @@ struct WgmmaAttentionMainloop {
     if (block < begin) return;
     q.wait_full();
     attend(block--, std::true_type{}, std::true_type{});
+    // Masked blocks down to the first unmasked one, those, and masked ones again: two phases of one loop, so that the
+    // code for a masked block exists once.
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
       const int stop = phase == 0 ? unmasked_end : begin;
@@ -358,7 +362,7 @@ __device__ inline void consumer(const AttentionArguments& a, typename Config::Sh
   const typename Config::Epilogue epilogue{a.p};
   if (warpgroup == Config::kConsumers - 1) mainloop.pass_turn();
   typename Config::Schedule{a}.for_each([&](const AttentionTile& tile, const KeyBlocks& blocks) {
-    const int first_row = tile.row + warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
+    const int first_row = tile.row + warpgroup * ptx::kWgmmaRows + threadIdx.x / 32 % 4 * 16;
     OnlineSoftmax<1> softmax;
     typename Config::Output o;
     mainloop(tile, blocks, first_row, o, softmax);
@@ -371,7 +375,7 @@ __device__ inline void consumer(const AttentionArguments& a, typename Config::Sh
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attention_wgmma_kernel(const __grid_constant__ AttentionArguments a) {
-  extern __shared__ __align__(1024) uint8_t memory[];
+  extern __shared__ __align__(ptx::kSwizzleBytes) uint8_t memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(a.q);
@@ -384,10 +388,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const int warpgroup = uniform(threadIdx.x / 128);
+  const int warpgroup = uniform(threadIdx.x / ptx::kWarpgroup);
   if (warpgroup == Config::kConsumers) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == Config::kConsumers * 128) producer<Config>(a, s);
+    if (threadIdx.x == Config::kConsumers * ptx::kWarpgroup) producer<Config>(a, s);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     consumer<Config>(a, s, warpgroup);
@@ -399,19 +403,19 @@ cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM);
   AttentionArguments a{p, static_cast<unsigned>(tiles), tiles * all_heads(p), {}, {}, {}};
-  if (a.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  // A dimension over which an operand is broadcast is left out: no document promises that a tensor map may have a
-  // stride of 0.
+  if (a.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  // A dimension over which an operand is broadcast gets one element: no document promises that a tensor map may have a
+  // stride of 0. The stride of a dimension with one element is any multiple of 16, such as kNoStride.
   const auto operand = [&](CUtensorMap& to, const AttentionTensor& t, int dim, int rows, int heads, int box_rows) {
-    constexpr int64_t kSize = sizeof(uint16_t);
+    constexpr int64_t kSize = sizeof(uint16_t), kNoStride = 16;
     const auto type = p.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const auto bytes = [&](int64_t stride) { return stride ? stride * kSize : 16; };
-    const int64_t row = rows == 1 ? 16 : t.row * kSize, head = bytes(t.head);
+    const auto bytes = [&](int64_t stride) { return stride ? stride * kSize : kNoStride; };
+    const int64_t row = rows == 1 ? kNoStride : t.row * kSize, head = bytes(t.head);
     const int box[] = {kPanel, box_rows, 1, 1, 1};
     heads = t.head ? heads : 1;
     if (!p.cu_seqlens_q)
       return encode_boxes<5>(to, type, t.data, {dim, rows, heads, t.batch ? p.batch : 1, 1},
-                             {row, head, bytes(t.batch), 16}, box, CU_TENSOR_MAP_SWIZZLE_128B);
+                             {row, head, bytes(t.batch), kNoStride}, box, CU_TENSOR_MAP_SWIZZLE_128B);
     if (rows > kEnd || row >= kBack) return cudaErrorInvalidValue;
     return encode_boxes<5>(to, type, t.data, {dim, kEnd, heads, kAnyExtent, kAnyExtent}, {row, head, row, kBack - row},
                            box, CU_TENSOR_MAP_SWIZZLE_128B);

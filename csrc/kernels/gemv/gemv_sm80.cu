@@ -43,11 +43,11 @@ struct GemvConfig {
 
 // 16 bytes of a row, of which `left` are inside it; the others are zero.
 template <class Load>
-__device__ inline uint4 load_bytes(const uint8_t* p, int64_t left, Load load) {
-  if (left >= 16) return load(p);
+__device__ inline uint4 load_bytes(const uint8_t* p, int64_t remaining, Load load) {
+  if (remaining >= 16) return load(p);
   uint64_t low = 0, high = 0;
 #pragma unroll 1
-  for (int i = 0; i < left; ++i) {
+  for (int i = 0; i < remaining; ++i) {
     if (i < 8)
       low |= uint64_t{p[i]} << 8 * i;
     else
@@ -106,13 +106,14 @@ struct GemvOperands {
     const int64_t first = block * kScaleBlock;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int at = half * (kScaleBlock / 2);
-      const int64_t left = whole ? kScaleBlock : columns - first - thread_in_group() * 16 - at;
+      const int offset = half * (kScaleBlock / 2);
+      const int64_t remaining = whole ? kScaleBlock : columns - first - thread_in_group() * 16 - offset;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + first + at, left, once);
+      for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + first + offset, remaining, once);
 #pragma unroll
       for (int i = 0; i < kXSize; ++i)
-        d.x[half][i] = x ? load_bytes(x + (first + at) * kXSize + i * 16, left * kXSize - i * 16, again) : uint4{};
+        d.x[half][i] =
+            x ? load_bytes(x + (first + offset) * kXSize + i * 16, remaining * kXSize - i * 16, again) : uint4{};
     }
     if constexpr (X != Dtype::i8) {
 #pragma unroll
@@ -179,22 +180,22 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   __shared__ Staging staging;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const GemmTile tile = p.map.in_one_row<Config::kN>(blockIdx.x);
-  const int64_t whole = tile.k_end / kScaleBlock;
+  const int64_t whole_blocks = tile.k_end / kScaleBlock;
   const GemvOperands<X> operands(p, tile.column);
 
   Acc acc[4] = {};
   GemvBlock<X> blocks[2];  // one is used while the other arrives
   int64_t block = tile.k / kScaleBlock + warp;
-  if (block < whole) operands.template load<true>(blocks[0], block);
+  if (block < whole_blocks) operands.template load<true>(blocks[0], block);
 #pragma unroll 1
-  while (block < whole) {
+  while (block < whole_blocks) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t next = block + Config::kWarps;
-      if (next < whole) operands.template load<true>(blocks[1 - i], next);
+      if (next < whole_blocks) operands.template load<true>(blocks[1 - i], next);
       mma(acc, blocks[i], p.b.dtype);
       block = next;
-      if (block >= whole) break;
+      if (block >= whole_blocks) break;
     }
   }
   if (block * kScaleBlock < tile.k_end) {  // the warp whose turn it is takes the remainder

@@ -24,7 +24,7 @@ template <Dtype D>
 __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
   using T = cuda_t<D>;
-  __shared__ float slots[2][32];
+  __shared__ float slots[2][32];  // of the two reductions
   const Segment s(l, p.out);
   auto x = static_cast<const T*>(p.x.data) + s.row * p.x.stride;                       // [columns]
   auto residual = static_cast<const T*>(p.residual.data) + s.row * p.residual.stride;  // [columns]
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     for_each_affine<T>(v, p.bias, column, n, aligned, plus);
     trim(v, n);
   };
-  bool normalized =
-      false;  // values of a row that is not resident are read again; whether they are then to be normalised
+  // A row that does not fit the registers is loaded again in every pass; in the last one as normalised values.
+  bool normalized = false;
   SegmentValues values(s, [&](int base, Chunk& v) {
     load_chunk(v, x, s, base, aligned);
     if (add) {

@@ -10,8 +10,8 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) pad_rows_kernel(const uint8_t* from, int64_t from_stride, uint8_t* to,
                                                             int64_t to_stride, int64_t bytes, int64_t blocks) {
-  const int64_t row = blockIdx.x / blocks, at = blockIdx.x % blocks * kThreads + threadIdx.x;
-  if (at < bytes) to[row * to_stride + at] = from[row * from_stride + at];
+  const int64_t row = blockIdx.x / blocks, byte = blockIdx.x % blocks * kThreads + threadIdx.x;
+  if (byte < bytes) to[row * to_stride + byte] = from[row * from_stride + byte];
 }
 
 }  // namespace forwardpass

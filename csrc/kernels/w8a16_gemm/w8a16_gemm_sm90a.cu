@@ -63,15 +63,16 @@ struct UpconvertingMainloop {
  private:
   template <Dtype W>
   __device__ void upconvert_half(Operand& upconverted, int half) const {
+    // The first operand's registers: two columns, of this row and of the row eight below; then eight columns further.
+    constexpr int kBelow = 8 * Config::kStageK, kFurther = 8;
     const uint32_t first = weight + pipeline.stage * sizeof(typename Config::Stage);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t from = first ^ (half * kSteps + step) * 16;  // the swizzle of TMA
-      constexpr int kBelow = 8 * Config::kStageK;
       upconverted[step][0] = upconvert<W, X>(ptx::load_shared_16<0>(from));
       upconverted[step][1] = upconvert<W, X>(ptx::load_shared_16<kBelow>(from));
-      upconverted[step][2] = upconvert<W, X>(ptx::load_shared_16<8>(from));
-      upconverted[step][3] = upconvert<W, X>(ptx::load_shared_16<kBelow + 8>(from));
+      upconverted[step][2] = upconvert<W, X>(ptx::load_shared_16<kFurther>(from));
+      upconverted[step][3] = upconvert<W, X>(ptx::load_shared_16<kBelow + kFurther>(from));
     }
   }
   // One group of wgmmas: all rows of x by half a stage.

@@ -66,8 +66,10 @@ def telling() -> Iterator[Track]:
         def so_far() -> str:
             seconds = time.monotonic() - began
             part = f"{steps_done} of {steps}, " if steps else ""
-            left = f", about {seconds / steps_done * (steps - steps_done):.0f} s left" if steps and steps_done else ""
-            return f"{label}: {part}{seconds:.0f} s{left} …"
+            remaining = (
+                f", about {seconds / steps_done * (steps - steps_done):.0f} s left" if steps and steps_done else ""
+            )
+            return f"{label}: {part}{seconds:.0f} s{remaining} …"
 
         typer.echo(f"{label} …", err=True)
         latest.append(so_far)
@@ -167,8 +169,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     )
     facts += [("skipped", f"{', '.join(names)} ({reason})") for reason, names in reasons]
     facts += [
-        ("left", f"{x['module']} ({x['first']}, {x['count']} in all, {megabytes(x['bytes'])}): {x['text']}")
-        for x in result["left"]
+        ("other layers", f"{x['module']} ({x['first']}, {x['count']} in all, {megabytes(x['bytes'])}): {x['text']}")
+        for x in result["other_layers"]
     ]
     facts += [("warning", warning) for warning in result["warnings"]]
     if result["calibration"] and changed:
@@ -179,7 +181,7 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
         ("read out", result["readout"]),
         ("parity", describe_parity(parity, f"{passed} >= {check['least']}")),
         ("weights", f"{megabytes(weights['before'])} before, {megabytes(weights['after'])} after; "
-                    f"{megabytes(weights['kept'])} of originals kept for restore"),
+                    f"{megabytes(weights['originals'])} of originals kept for restore"),
         ("device", describe_device(result["device"])),
     ]  # fmt: skip
     rows = [(f"{result['batch']} x {result['length']} tokens", "median", "quartiles", "")]

@@ -180,8 +180,8 @@ def full_batch(
 
 
 def check_length(length: int, tokenizer: Any, model: torch.nn.Module) -> None:
-    if length > (most := most_tokens(tokenizer, model)):
-        raise ValueError(f"a length of {length} tokens is more than the model's {most}: pass --length {most} or less")
+    if length > (limit := most_tokens(tokenizer, model)):
+        raise ValueError(f"a length of {length} tokens is more than the model's {limit}: pass --length {limit} or less")
 
 
 @torch.inference_mode()

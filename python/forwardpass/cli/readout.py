@@ -129,13 +129,13 @@ class Scores:
 
     def tokenize(self, tokenizer: Any, texts: list[str], model: torch.nn.Module, device: str) -> list[Batch]:
         groups = [texts[i : i + self.size] for i in range(0, len(texts), self.size)]
-        most = min(embedding.most_tokens(tokenizer, model), self.most or sys.maxsize)
+        limit = min(embedding.most_tokens(tokenizer, model), self.most or sys.maxsize)
         batches = []
         for query, *documents in groups:
             if documents:
                 pairs = [query] * len(documents), documents
                 batch = tokenizer(
-                    *pairs, padding=True, truncation=True, max_length=most, return_tensors="pt", verbose=False
+                    *pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt", verbose=False
                 )
                 batches.append({name: x.to(device) for name, x in batch.items()})
         if texts and not batches:
@@ -170,11 +170,11 @@ class Scores:
             same += int((before == after).sum())
             pairs += before.numel()
             first += int(a.argmax() == e.argmax())
-        there = ~expected.isnan()
+        present = ~expected.isnan()
         return {
             "cosine_min": min(cosines),
-            "relative_error": relative_error(actual[there], expected[there]),
-            "texts": int(there.sum()),
+            "relative_error": relative_error(actual[present], expected[present]),
+            "texts": int(present.sum()),
             "queries": len(expected),
             "order": same / pairs if pairs else 1.0,
             "first": first,
@@ -184,7 +184,7 @@ class Scores:
         return "scores of pairs of texts: of every 32 texts the first is the query"
 
 
-def of(source: Source) -> Readout:
+def readout_of(source: Source) -> Readout:
     """Raises ValueError, in one sentence, on what is read out in another way than is known here."""
     folder = pathlib.Path(source.path)
     around = source.around()

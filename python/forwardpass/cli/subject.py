@@ -11,7 +11,7 @@ from rich.console import Console
 from ..common.text import count
 from . import embedding
 from .console import say
-from .readout import Readout, of
+from .readout import Readout, readout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def find(
         raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
                          "original model")  # fmt: skip
     say(console, f"model: {source.origin}")
-    readout = of(source)
+    readout = readout_of(source)
     return source, *embedding.load(source, where, readout.head), readout
 
 

@@ -98,8 +98,8 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 class Fingerprint:
-    """Of batches, whatever iterable they come from: `reading` passes them on, `value` is then the same for the same names,
-    shapes, dtypes and bytes in the same order, on any device. None where a batch holds what has no bytes of its own.
+    """A fingerprint of batches from any iterable: `reading` passes them on, `value` is then the same for the same names, shapes,
+    dtypes and bytes in the same order, on any device. None where a batch holds what has no bytes of its own.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ def plain_module(caller: str, model: nn.Module) -> nn.Module:
 
 
 def tensor_bytes(modules: Iterable[nn.Module]) -> int:
-    """Of the storages of parameters and buffers, each counted once."""
+    """Bytes of the storages of parameters and buffers, each counted once."""
     sizes: dict[Any, int] = {}
     for module in modules:
         for t in (*module._parameters.values(), *module._buffers.values()):

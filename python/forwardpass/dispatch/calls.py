@@ -19,18 +19,18 @@ _log = logging.getLogger("forwardpass.dispatch")
 
 
 class Calls:
-    """How many calls forwardpass took, and how many it declined for which reason; `print` shows both.
+    """How many calls ran forwardpass's kernel, and how many fell back to what ran before, for which reason; `print` shows both.
 
-    taken: of each kind of call, how many. declined: of each kind and Reason, how many.
+    kernel_calls: of each kind of call, how many. fallbacks: of each kind and Reason, how many.
     """
 
     def __init__(self) -> None:
-        self.taken: Counter[str] = Counter()
-        self.declined: Counter[tuple[str, Reason]] = Counter()
+        self.kernel_calls: Counter[str] = Counter()
+        self.fallbacks: Counter[tuple[str, Reason]] = Counter()
 
     def __str__(self) -> str:
-        lines = [f"{n} x {call}: forwardpass" for call, n in self.taken.items()]
-        lines += [f"{n} x {call}: left alone, {reason} [{reason.code}]" for (call, reason), n in self.declined.items()]
+        lines = [f"{n} x {call}: forwardpass" for call, n in self.kernel_calls.items()]
+        lines += [f"{n} x {call}: left alone, {reason} [{reason.code}]" for (call, reason), n in self.fallbacks.items()]
         return "\n".join(lines) or "no call yet"
 
 
@@ -45,7 +45,7 @@ _open = _Open()
 
 
 def call_counts() -> Calls:
-    """Of this process, every thread: the calls of swapped attention and of `fp.sdpa()`, since it began."""
+    """The calls of swapped attention and of `fp.sdpa()` in every thread, since the process began."""
     return _everywhere
 
 
@@ -90,11 +90,11 @@ _trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _count(call: str, reason: Reason | None) -> None:
     with _lock:
-        new = reason is not None and (call, reason) not in _everywhere.declined
+        new = reason is not None and (call, reason) not in _everywhere.fallbacks
         for calls in (_everywhere, *_open.calls):
             if reason is None:
-                calls.taken[call] += 1
+                calls.kernel_calls[call] += 1
             else:
-                calls.declined[call, reason] += 1
+                calls.fallbacks[call, reason] += 1
     if new and _log.isEnabledFor(logging.INFO):
         _log.info("%s -> left alone: %s", call, reason)

@@ -32,7 +32,7 @@ def why_no_triton() -> str | None:
 
 
 def gpu_capability(device: torch.device) -> tuple[int, int]:
-    """Of the GPU that runs CUDA and Triton kernels on tensors of this device: the interpreted one for CPU tensors."""
+    """Compute capability of the GPU that runs kernels on tensors of this device: the interpreted one for CPU tensors."""
     if device.type == "cpu" and selected.arch:
         digits = selected.arch[3:].rstrip("af")
         return int(digits[:-1]), int(digits[-1])

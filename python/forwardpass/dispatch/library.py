@@ -44,11 +44,11 @@ try:
 except Exception as e:  # OSError, RuntimeError: wrong torch, wrong platform, missing file
     load_error = e
 
-if load_error is None and (wanted := os.environ.get("FORWARDPASS_CPU")):
+if load_error is None and (request := os.environ.get("FORWARDPASS_CPU")):
     _tiers = torch.ops.forwardpass._cpu_tiers().split(",")
-    if wanted not in _tiers:
+    if request not in _tiers:
         raise ValueError(
-            f"FORWARDPASS_CPU is one of {', '.join(_tiers)} here, not {wanted!r}: unset it for the last of them"
+            f"FORWARDPASS_CPU is one of {', '.join(_tiers)} here, not {request!r}: unset it for the last of them"
         )
 
 

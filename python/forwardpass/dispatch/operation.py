@@ -229,13 +229,13 @@ def only_reference_on(operation: str, device: torch.device, dtype: torch.dtype) 
 class Explanation(dict[str, "Reason | None"]):
     """Backend -> Reason, or None where it can run; prints as a table."""
 
-    def __init__(self, call: str, chosen: str | None, table: dict[str, Reason | None]):
+    def __init__(self, call: str, backend: str | None, table: dict[str, Reason | None]):
         super().__init__(table)
-        self.call, self.chosen = call, chosen
+        self.call, self.backend = call, backend
 
     def __str__(self) -> str:
         mark = {True: "->", False: "  "}
-        return "\n".join([self.call, *(f"{mark[b == self.chosen]} {b:<10}{r or 'can run'}" for b, r in self.items())])
+        return "\n".join([self.call, *(f"{mark[b == self.backend]} {b:<10}{r or 'can run'}" for b, r in self.items())])
 
 
 class Explain(Exception):

@@ -67,7 +67,7 @@ def cast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def why_training(tensors: Iterable[Tensor | None], dropout: float) -> Reason | None:
-    """Of a call that is no inference, why it is not taken."""
+    """Why a call that is not inference falls back; None where it is inference."""
     if dropout:
         return Reason("dropout", "dropout is not 0, and forwardpass is for inference", "call model.eval()")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

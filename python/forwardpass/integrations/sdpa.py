@@ -40,7 +40,7 @@ def sdpa() -> Iterator[Calls]:
     Every call of torch within the block passes by Python, which is about a microsecond each; compiled code pays nothing.
 
     Yields:
-        Calls: what was taken, and what was declined for which reason. `print` it.
+        Calls: how many ran the kernel, and how many fell back for which reason. `print` it.
     """
     with counted(Calls()) as calls, _Mode():
         yield calls

@@ -208,7 +208,7 @@ def _with_hidden(
 
 
 def _changed(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Of a tuple the hidden states, which come first."""
+    """The output with its hidden states changed, which come first where it is a tuple."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 

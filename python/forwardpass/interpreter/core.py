@@ -133,7 +133,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def counters() -> dict[str, int]:
-    """Of the process so far."""
+    """What the process has counted so far."""
     read = Counters()
     load().fpi_counters_read(ctypes.byref(read))
     return {name: getattr(read, name) for name in COUNTERS}

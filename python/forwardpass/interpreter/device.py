@@ -137,7 +137,7 @@ class Device:
             raise self.record(finding) if finding else RuntimeError(f"{action}: CUDA error {error} on {self!r}")
 
     def finish(self, guard: Guard, kernel: str) -> None:
-        """Of guard mode, after a launch."""
+        """Raises what guard mode finds after a launch."""
         if problem := guard.finish():
             raise self.record(
                 InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed)

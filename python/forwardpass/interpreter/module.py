@@ -109,7 +109,7 @@ class Kernel:
         cluster: Sequence[int],
         programmatic: bool,
     ) -> None:
-        """With the bytes of each parameter, within `device.running()`."""
+        """Launches it with the bytes of each parameter, within `device.running()`."""
         packed = bytearray(max((offset + size for offset, size in self.parameters), default=0))
         for (offset, size), value in zip(self.parameters, values):
             assert len(value) == size
@@ -132,7 +132,7 @@ def _three(n: int | Sequence[int]) -> tuple[int, int, int]:
 
 
 def _bytes(kernel: str, i: int, tensor: Tensor | None, value: Any, size: int) -> bytes:
-    """Of one argument, as wide as its parameter."""
+    """The bytes of one argument, as many as its parameter has."""
     if isinstance(value, TensorMap):
         assert tensor is not None
         packed = value.encode(tensor)

@@ -52,7 +52,7 @@ class Counts:
 
     @classmethod
     def read(cls, instruction: dict[str, Any]) -> Counts:
-        """Of one instruction, as the core writes it; what is zero is not there."""
+        """The counts of one instruction, as the core writes it; what is zero is not there."""
         name = instruction["class"]
         counts = cls(**{k: instruction.get(k, 0) for k in _NUMBERS})
         for to, key, n in (
@@ -84,7 +84,7 @@ _NUMBERS = [f.name for f in dataclasses.fields(Counts) if f.name not in ("instru
 
 @dataclass
 class LineProfile:
-    """Of a source line; where a kernel was compiled without line information, file is "" and line that of the PTX."""
+    """The counts of a source line; where a kernel was compiled without line information, file is "" and line that of the PTX."""
 
     kernel: str
     file: str
@@ -95,7 +95,7 @@ class LineProfile:
 
 @dataclass
 class KernelProfile:
-    """Of the launches of one kernel in one shape.
+    """The counts of all launches of one kernel in one shape.
 
     Attributes:
         footprint_read, footprint_written: bytes of the distinct sectors of global memory that each launch touched,

@@ -57,7 +57,7 @@ class TensorMap:
         self.encode(tensor)
 
     def encode(self, tensor: Tensor) -> bytes:
-        """Of this tensor or of a copy of it."""
+        """The 128 bytes of the map of this tensor, or of a copy of it."""
         box, swizzle, fill, element_strides = self._how
         size = tensor.element_size()
         return encode(

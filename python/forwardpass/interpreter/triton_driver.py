@@ -242,7 +242,7 @@ class Launcher:
         yield from (_scalar("i64", n) for n in strides)
 
     def _scratch(self, name: str, programs: int, stream: int) -> Any:
-        """From the allocator that was given to Triton, which refuses where there is none."""
+        """Memory from the allocator that Triton was given; it refuses where there is none."""
         size = getattr(self.metadata, f"{name}_scratch_size")
         allocator = _allocation._allocator.get() if name == "global" else _allocation._profile_allocator
         return allocator(programs * size, getattr(self.metadata, f"{name}_scratch_align"), stream) if size else None
@@ -257,7 +257,7 @@ def _flat(type_: Any, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def _tensor(value: Any) -> Any:
-    """Of a tensor, a tensor seen as another type (triton.reinterpret) or a descriptor."""
+    """The tensor behind a tensor, a tensor seen as another type (triton.reinterpret) or a descriptor."""
     while not isinstance(value, Tensor) and hasattr(value, "base"):
         value = value.base
     return value

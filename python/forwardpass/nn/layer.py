@@ -70,7 +70,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def scales_shape(n: int, k: int, scales: str) -> tuple[int, ...]:
-    """Of the scales of a weight [N, K]: one for the whole ("tensor"), one an output channel ("row"), one for 128 columns of
+    """The shape of a weight's scales, [N, K]: one for the whole ("tensor"), one an output channel ("row"), one for 128 columns of
     it ("group"), one for 128 x 128 weights ("block")."""
     groups = -(-k // BLOCK)
     return {"tensor": (1,), "row": (n,), "group": (n, groups), "block": (-(-n // BLOCK), groups)}[scales]

@@ -19,11 +19,11 @@ IGNORED = -100
 
 
 class Agreement(Protocol):
-    """Gathers over batches; `found` is what there is to say then."""
+    """Gathers over batches; `values` is what there is to say then."""
 
     def add(self, actual: Tensor, expected: Tensor, batch: Any) -> None: ...
 
-    def found(self) -> dict[str, float | int]: ...
+    def values(self) -> dict[str, float | int]: ...
 
 
 class CausalLm:
@@ -55,7 +55,7 @@ class CausalLm:
         self.before += F.cross_entropy(expected.float(), target, reduction="sum").item()
         self.after += F.cross_entropy(actual.float(), target, reduction="sum").item()
 
-    def found(self) -> dict[str, float | int]:
+    def values(self) -> dict[str, float | int]:
         if not self.tokens:
             raise ValueError(
                 "no batch has a second token that is no padding, so there is no perplexity: pass longer ones"
@@ -89,7 +89,7 @@ class Classification:
             self.right_before += int((before == labels).sum())
             self.right_after += int((after == labels).sum())
 
-    def found(self) -> dict[str, float | int]:
+    def values(self) -> dict[str, float | int]:
         figures: dict[str, float | int] = {"class_agreement": self.agree / self.samples, "samples": self.samples}
         if self.labelled:
             figures |= {
@@ -124,13 +124,13 @@ class Embedding:
             if (room := MOST_EMBEDDINGS - sum(map(len, embeddings))) > 0:
                 embeddings.append(F.normalize(t[:room], dim=-1).cpu())
 
-    def found(self) -> dict[str, float | int]:
+    def values(self) -> dict[str, float | int]:
         before, after = torch.cat(self.before), torch.cat(self.after)
         cosine = (before * after).sum(-1)
         figures: dict[str, float | int] = {"samples": len(before), "cosine_min": cosine.min().item(),
                                          "cosine_mean": cosine.mean().item()}  # fmt: skip
         if len(before) > 2:
-            orders = [_others(t @ t.t()) for t in (before, after)]
+            orders = [_off_diagonal(t @ t.t()) for t in (before, after)]
             ranks = [order.argsort(-1).argsort(-1).double() for order in orders]
             a, b = (r - r.mean(-1, keepdim=True) for r in ranks)
             correlation = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
@@ -141,7 +141,7 @@ class Embedding:
         return figures
 
 
-def _others(similarity: Tensor) -> Tensor:
+def _off_diagonal(similarity: Tensor) -> Tensor:
     """[n, n - 1]: without the diagonal, each row's others in their order."""
     n = len(similarity)
     return similarity.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)

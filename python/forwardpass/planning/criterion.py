@@ -71,7 +71,7 @@ class Criterion:
         return squared_relative_error(actual, expected).reshape(1).cpu()
 
     def worst(self, errors: Tensor, actual: Tensor, expected: Tensor, batch: Any) -> float:
-        """Of one batch, whose `additive` is given: what must not pass `budget`."""
+        """The error of one batch that must not pass `budget`; `errors`: what `additive` gave for it."""
         if self.metric is not None:
             return float(self.metric(actual, expected.to(actual.device), batch))
         return errors.max().item() if errors.numel() else 0.0
@@ -94,7 +94,7 @@ def samples(t: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def cosines(actual: Tensor, expected: Tensor) -> Tensor:
-    """Of the rows of two fp64 [samples, n]: 1 where both are zero, 0 where one is."""
+    """The cosine of each pair of rows of two fp64 [samples, n]: 1 where both are zero, 0 where one is."""
     norms = actual.square().sum(1), expected.square().sum(1)
     cosine = (actual * expected).sum(1) / (norms[0] * norms[1]).sqrt().clamp_min(1e-300)
     return torch.where((norms[0] == 0) & (norms[1] == 0), 1.0, cosine)

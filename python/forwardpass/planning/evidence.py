@@ -60,8 +60,8 @@ def reason(layer: Layer, choice: str | None, target: str) -> str:
 def blocks(
     layers: list[Layer], choices: Mapping[str, str | None], cost: Callable[[Layer | Candidate], float]
 ) -> dict[str, dict[str, Any]]:
-    """Of each block, what a model repeats (`encoder.layer.3`): cost before and after, the predicted error that the plan brings in
-    it, and that of each candidate wherever it is a gain there, None where it is none.
+    """For each block that a model repeats (`encoder.layer.3`): the cost before and after, the error that the plan is predicted to
+    add there, and the error of each candidate in all its layers where it is a gain, None where it is no gain.
     """
     by_block: dict[str, dict[str, Any]] = {}
     for layer in layers:

@@ -236,7 +236,7 @@ def parity(
             "parity was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
         )
     if agreement is not None:
-        result.agreement = agreement.found()
+        result.agreement = agreement.values()
     return result
 
 

@@ -364,7 +364,7 @@ def _latency(
         assert swapped is not None
         in_place = [True]
 
-        def of(after: bool) -> Callable[[], None]:
+        def exchanged(after: bool) -> Callable[[], None]:
             def exchange_and_call() -> None:
                 if in_place[0] is not after:  # once a turn, in the call that is not timed
                     (swapped.put if after else swapped.undo)(model)
@@ -375,7 +375,11 @@ def _latency(
 
         try:
             return interleave(
-                {"before": of(False), "after": of(True)}, device, rounds=ROUNDS, warmup=WARMUP, on_round=advance
+                {"before": exchanged(False), "after": exchanged(True)},
+                device,
+                rounds=ROUNDS,
+                warmup=WARMUP,
+                on_round=advance,
             )
         finally:
             if not in_place[0]:

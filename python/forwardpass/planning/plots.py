@@ -38,7 +38,7 @@ def plan(evidence: Mapping[str, Any], file: str) -> None:
 
 
 def uniform(evidence: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Of each candidate, put wherever it is a gain: cost and predicted error."""
+    """Candidate -> (cost, predicted error) if it were used in every layer where it is a gain."""
     key = "ms" if evidence["target"] == "latency" else "bytes"
 
     def cost(x: Mapping[str, Any]) -> float:

@@ -180,7 +180,7 @@ def _rate(a_second: float) -> str:
     return f"{a_second / 1e9:.1f}" if a_second else "–"
 
 
-def _rows(rows: Sequence[Row], most: int = 15) -> str:
+def _rows(rows: Sequence[Row], limit: int = 15) -> str:
     longest = max((row.share for row in rows), default=1.0) or 1.0
 
     def cells(row: Row) -> list[str]:
@@ -194,12 +194,12 @@ def _rows(rows: Sequence[Row], most: int = 15) -> str:
         ]  # fmt: skip
 
     head = ["", "share of the forward", "ms", "calls", "GFLOP/s", "GB/s", "of limit", "bound by"]
-    first = _table(head, map(cells, rows[:most]), range(1, 7))
-    if len(rows) <= most:
+    first = _table(head, map(cells, rows[:limit]), range(1, 7))
+    if len(rows) <= limit:
         return first
-    others = _table(head, map(cells, rows[most:]), range(1, 7))
-    share = sum(row.share for row in rows[most:])
-    return f"{first}<details><summary>{len(rows) - most} more, {share:.1%} of the forward</summary>{others}</details>"
+    others = _table(head, map(cells, rows[limit:]), range(1, 7))
+    share = sum(row.share for row in rows[limit:])
+    return f"{first}<details><summary>{len(rows) - limit} more, {share:.1%} of the forward</summary>{others}</details>"
 
 
 def _roofline(p: Profile) -> str:

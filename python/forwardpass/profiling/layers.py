@@ -96,7 +96,7 @@ class Inside:
 
 @dataclass
 class Work:
-    """Of the calls of one operation in one layer: operations (2 a multiply-accumulate), bytes, and in which dtype."""
+    """The work of all calls of one operation in one layer: operations (2 a multiply-accumulate), bytes, and the dtype."""
 
     calls: int = 0
     flops: float = 0.0
@@ -240,7 +240,7 @@ def look_inside(request: Request, items: Sequence[Any], passes: int = 3) -> Insi
 
 @dataclass
 class _Sum:
-    """Of one row, over all runs."""
+    """The sums of one row over all runs."""
 
     seconds: float = 0.0
     calls: float = 0.0

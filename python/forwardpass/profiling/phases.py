@@ -126,7 +126,7 @@ class _Idle:
         self.after_forward, self.idle_time = after_forward, 0.0
 
     def computed(self, phase: str, process: float, thread: float) -> float:
-        """Of the seconds that all threads of the process took in a phase, and this one."""
+        """The seconds of computing in a phase, without waiting. process, thread: CPU seconds of all threads, and of this one."""
         if phase == "forward":
             self.idle_time = self.after_forward
             return process
@@ -227,7 +227,7 @@ class Overlap:
         return self.plain_ms / self.period_ms if self.period_ms else 1.0
 
     def speedup_of(self, items: int) -> float:
-        """With the first item's way through all stages, during which nothing overlaps."""
+        """The speedup over so many items, with the first one's way through all stages, during which nothing overlaps."""
         total = self.plain_ms + (items - 1) * self.period_ms
         return items * self.plain_ms / total if total else 1.0
 

@@ -92,5 +92,5 @@ def _measured_gemm(device: torch.device, dtype: str) -> tuple[float, str]:
 
 @torch.inference_mode()
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of the quickest quarter: a limit is what the device can do, not what others left of it."""
+    """Seconds of a call, the lower quartile: a limit is what the device can do, not what other work left of it."""
     return interleave({"": call}, device, rounds=7, warmup=2)[""].low / 1e3

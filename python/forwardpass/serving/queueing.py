@@ -205,8 +205,8 @@ def _begins(arrivals: Sequence[float], i: int, policy: Policy, free: float) -> f
 def served(
     arrivals: Sequence[float], ends: Sequence[float], batches: Sequence[int], policy: Policy
 ) -> Iterator[tuple[int, bool, float]]:
-    """Of the batches of a real run: requests, whether it waited for the server, and seconds, as `simulate` would have had to
-    draw them for the ends that there were.
+    """(requests, whether it waited for the server, seconds) of each batch of a real run: what `simulate` would have had to draw
+    for the ends that there were.
     """
     free, i = -math.inf, 0
     for n in batches:

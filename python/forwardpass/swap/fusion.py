@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .reach import CONTAINERS, Function, Reach, of, self_of
+from .reach import CONTAINERS, Function, Reach, is_attribute_of, self_of
 
 if TYPE_CHECKING:
     from .walker import Leaf
@@ -45,7 +45,7 @@ def formula_of(module: nn.Module) -> str | None:
 
 
 def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
-    """Of a Linear-like layer of the model that `reach` looks through."""
+    """The activation that a Linear-like layer can compute itself; `reach` looks through its model."""
     parent = leaf.parent
     beside = {name: f for name, m in parent._modules.items() if m is not None and (f := _fusible(m))}
     if not beside:  # in most modules: their code is not read, which takes milliseconds
@@ -101,7 +101,12 @@ def _words(method: Function) -> Iterator[Any]:
 
 def _called(node: ast.AST | None, self_name: str | None) -> tuple[str, ast.expr] | None:
     """(name, argument) of `self.<name>(argument)`."""
-    if not (isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords and of(node.func, self_name)):
+    if not (
+        isinstance(node, ast.Call)
+        and len(node.args) == 1
+        and not node.keywords
+        and is_attribute_of(node.func, self_name)
+    ):
         return None
     assert isinstance(node.func, ast.Attribute)
     return None if isinstance(node.args[0], ast.Starred) else (node.func.attr, node.args[0])
@@ -184,23 +189,23 @@ def _uses_whole(method: Function, name: str, kinds: list[type[nn.Module]]) -> bo
     parents = {id(child): node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     self_name = self_of(method)
 
-    def whole(node: ast.AST, kinds: list[type[nn.Module]]) -> bool:
+    def stays_whole(node: ast.AST, kinds: list[type[nn.Module]]) -> bool:
         parent = parents[id(node)]
         if isinstance(parent, ast.Call) and parent.func is node:
             return kinds[0] is nn.Sequential
         if len(kinds) == 1:
             return False
         if isinstance(parent, ast.Subscript) and parent.value is node and not isinstance(parent.slice, ast.Slice):
-            return whole(parent, kinds[1:])
+            return stays_whole(parent, kinds[1:])
         if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "len":
             return True
         if isinstance(parent, ast.For | ast.comprehension) and isinstance(parent.target, ast.Name):
             element = parent.target.id
             uses = [x for x in ast.walk(method) if isinstance(x, ast.Name) and x.id == element]
             return kinds[0] is not nn.ModuleDict and all(
-                isinstance(x.ctx, ast.Store) or whole(x, kinds[1:]) for x in uses
+                isinstance(x.ctx, ast.Store) or stays_whole(x, kinds[1:]) for x in uses
             )
         return False
 
     mentions = [x for x in ast.walk(method) if isinstance(x, ast.Attribute) and x.attr == name]
-    return all(of(x, self_name) and whole(x, kinds) for x in mentions)
+    return all(is_attribute_of(x, self_name) and stays_whole(x, kinds) for x in mentions)

@@ -58,13 +58,13 @@ def _entries(content: Any, is_config: bool = True) -> Iterator[tuple[str, Any, b
 
 def check(content: Mapping[str, Any], tensors: int) -> None:
     """ValueError where a config names code, or asks for more parts than a file of so many tensors can fill."""
-    most = max(1000, tensors)
+    limit = max(1000, tensors)
     for key, value, is_config in _entries(content):
         named = _CODE.fullmatch(key) or (_HUB.fullmatch(key) and isinstance(value, str) and re.search("[:/]", value))
         if named and value is not None:
             raise ValueError(f"{key[:40]}={str(value)[:60]!r} names code, and nothing that a checkpoint names is run")
         counts = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
-        if is_config and _COUNTS.fullmatch(key) and max(counts, default=0) > most:
+        if is_config and _COUNTS.fullmatch(key) and max(counts, default=0) > limit:
             raise ValueError(f"it asks for {key[:40]}={max(counts)}, and the file holds {tensors} tensors")
 
 

@@ -48,12 +48,12 @@ def _module_of(function: FunctionType) -> str:
 
 
 def generic(module: str) -> bool:
-    """Of transformers and timm: what is written for all models, and so knows the parts of none by name."""
+    """Whether a module of transformers or timm is written for all models, and so knows the parts of none by name."""
     return re.match(r"transformers(\.(?!models\.[\w.]+\.modeling_)|$)|timm\.models\._", module) is not None
 
 
-def _known(module: str) -> bool:
-    """Libraries that use modules as their users have them, by calling them."""
+def _only_calls(module: str) -> bool:
+    """Whether a library uses modules as their users do, by calling them."""
     package = module.partition(".")[0]
     return (
         generic(module)
@@ -120,10 +120,12 @@ class Reach:
                 if id(x) not in inside:
                     todo += ((y, None) for y in (vars(x), cls))
             elif issubclass(cls, type):
-                todo += ((y, base) for base in x.__mro__ if not _known(base.__module__) for y in vars(base).values())
+                todo += (
+                    (y, base) for base in x.__mro__ if not _only_calls(base.__module__) for y in vars(base).values()
+                )
             elif cls is FunctionType:
                 todo += ((y, owner) for y in (x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__) if y)
-                if not _known(_module_of(x)) and not (owner and x.__name__ in SETUP):
+                if not _only_calls(_module_of(x)) and not (owner and x.__name__ in SETUP):
                     functions.append((x, owner))
                     todo += ((y, None) for y in _globals(x))
             elif issubclass(cls, weakref.ref):
@@ -131,7 +133,7 @@ class Reach:
             elif cls is staticmethod:
                 todo.append((x.__func__, None))
             elif not issubclass(cls, ModuleType | torch.Tensor | str | bytes | int | float | complex | CodeType):
-                is_library = _known(cls.__module__)
+                is_library = _only_calls(cls.__module__)
                 if not is_library or cls.__module__ in _HOLDERS:
                     todo += ((y, owner if is_library else None) for y in gc.get_referents(x) if y is not cls)
                 if not is_library:
@@ -195,14 +197,16 @@ def _leaves_alone(code: CodeType, names: frozenset[str], is_method: bool) -> boo
     if node is None or not names_modules(node, names):
         return False
     self_name = self_of(node) if is_method else None
-    return all(of(x, self_name) for x in ast.walk(node) if isinstance(x, ast.Attribute) and x.attr in names)
+    return all(
+        is_attribute_of(x, self_name) for x in ast.walk(node) if isinstance(x, ast.Attribute) and x.attr in names
+    )
 
 
 def names_modules(node: ast.AST, names: Collection[str] = ()) -> bool:
     """Whether code gets at modules by their names alone, `getattr` of constants included, and by none of these so."""
     for x in ast.walk(node):
         name = x.id if isinstance(x, ast.Name) else x.attr if isinstance(x, ast.Attribute) else None
-        if name in _NAMELESS or (name == "apply" and isinstance(x, ast.Attribute) and of(x, "self")):
+        if name in _NAMELESS or (name == "apply" and isinstance(x, ast.Attribute) and is_attribute_of(x, "self")):
             return False
         if name == "getattr" and x not in _constant_gets(node, names):
             return False
@@ -230,7 +234,7 @@ def self_of(node: Function) -> str | None:
     return None if any(x.id == name for x in bound) or any(x.arg == name for x in again) else name
 
 
-def of(x: ast.AST, name: str | None) -> bool:
+def is_attribute_of(x: ast.AST, name: str | None) -> bool:
     """Whether it is an attribute of that variable."""
     return isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name) and x.value.id == name
 
@@ -246,7 +250,7 @@ def functions_in(value: Any, base: type) -> list[FunctionType]:
             continue
         visited.add(id(x))
         if isinstance(x, FunctionType):
-            if not _known(_module_of(x)) or _module_of(x) == base.__module__:
+            if not _only_calls(_module_of(x)) or _module_of(x) == base.__module__:
                 functions.append(x)
             todo += (y for y in (x.__closure__, x.__dict__) if y)
         elif type(x).__module__ in _HOLDERS:

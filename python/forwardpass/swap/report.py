@@ -91,7 +91,7 @@ class Unpadding:
 
 
 @dataclass(frozen=True)
-class Left:
+class OtherLayers:
     """Layers of a class that a swap has nothing for, neither Linear-like nor attention: those that compute, and those that hold a
     hundredth of the model's bytes.
     """
@@ -109,15 +109,15 @@ class Left:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of parameters and buffers. `after` is the model's own, `kept` what the originals take beside it, `peak`
+    """Bytes of parameters and buffers. `after` is the model's own, `originals` what the originals take beside it, `peak`
     the most that stood at any one time: originals are freed, or moved, only after every replacement is built and in
     its place.
     """
 
     before: int
     after: int
-    kept: int
-    kept_on: str | None
+    originals: int
+    originals_device: str | None
     peak: int
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Report:
     swapped: list[Swapped]
     attention: list[SwappedAttention]
     skipped: list[Skipped]
-    left: list[Left]
+    other_layers: list[OtherLayers]
     unpadding: Unpadding
     warnings: list[str]
     weight_bytes: WeightBytes
@@ -163,7 +163,7 @@ class Report:
             "swapped": [dict(vars(s)) for s in self.swapped],
             "attention": [dict(vars(s)) for s in self.attention],
             "skipped": [s.to_json() for s in self.skipped],
-            "left": [x.to_json() for x in self.left],
+            "other_layers": [x.to_json() for x in self.other_layers],
             "unpadding": self.unpadding.to_json(),
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
@@ -208,10 +208,10 @@ class Report:
             for reason, names in by_reason((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped):
                 rows += [reason, *((name,) for name in names)]
             lines += ["", *table(rows)]
-        if self.left:
-            rows = [("left", "first", "count", "bytes")]
-            for why in dict.fromkeys(x.reason for x in self.left):
-                rows += [str(why), *((x.module, x.first, str(x.count), f"{x.bytes:,}") for x in self.left
+        if self.other_layers:
+            rows = [("other layers", "first", "count", "bytes")]
+            for why in dict.fromkeys(x.reason for x in self.other_layers):
+                rows += [str(why), *((x.module, x.first, str(x.count), f"{x.bytes:,}") for x in self.other_layers
                                         if x.reason == why)]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3))]
         if self.warnings:
@@ -221,7 +221,11 @@ class Report:
     def _headline(self) -> str:
         b = self.weight_bytes
         verb = "would be swapped" if self.dry_run else "swapped"
-        originals = f", originals {megabytes(b.kept)} on {b.kept_on}" if b.kept_on else ", originals not kept"
+        originals = (
+            f", originals {megabytes(b.originals)} on {b.originals_device}"
+            if b.originals_device
+            else ", originals not kept"
+        )
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
         return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{originals}, peak {megabytes(b.peak)}"

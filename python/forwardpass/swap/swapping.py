@@ -23,7 +23,7 @@ from .decision import Decision, decide, refuse_model, refuse_skips
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import LayerPrecision, Precision
-from .report import Left, Report, Swapped, WeightBytes
+from .report import OtherLayers, Report, Swapped, WeightBytes
 from .rules import Context
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, linear_leaves, linear_like
@@ -169,7 +169,7 @@ def _carry_out(
         [_swapped(leaf, p.precision, new) for (leaf, p), new in zip(swapped, replacements)],
         change.report,
         list(decision.skipped),
-        _left(model, in_report),
+        _other_layers(model, in_report),
         decision.unpadding.report(decision.attention),
         notes,
         _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep),
@@ -273,7 +273,9 @@ def _install(
     swapped = changed if keep else originals.Originals((), False, attention, unpadding)
     try:
         originals.remember(model, swapped)
-        originals.Moved([x.original for x in layers if _kept_on(x.original, keep) == "cpu"], torch.device("cpu"))
+        originals.Moved(
+            [x.original for x in layers if _originals_device(x.original, keep) == "cpu"], torch.device("cpu")
+        )
     except BaseException:
         changed.undo(model)
         originals.forget(model)
@@ -281,7 +283,7 @@ def _install(
     return swapped
 
 
-def _kept_on(original: nn.Module, keep: str | bool) -> str | None:
+def _originals_device(original: nn.Module, keep: str | bool) -> str | None:
     device = device_of(original).type
     return None if keep is False else device if keep == "device" or (keep == "auto" and device == "cpu") else "cpu"
 
@@ -289,12 +291,12 @@ def _kept_on(original: nn.Module, keep: str | bool) -> str | None:
 def _weight_bytes(
     model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedLinear], keep: str | bool
 ) -> WeightBytes:
-    gone = {id(leaf.module) for leaf in swapped}
+    replaced = {id(leaf.module) for leaf in swapped}
     before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
-    after = tensor_bytes(m for m in model.modules() if id(m) not in gone) + new
-    on = {_kept_on(leaf.module, keep) for leaf in swapped} - {None}
-    original_bytes = tensor_bytes(leaf.module for leaf in swapped) if on else 0
-    return WeightBytes(before, after, original_bytes, ", ".join(sorted(map(str, on))) or None, before + new)
+    after = tensor_bytes(m for m in model.modules() if id(m) not in replaced) + new
+    devices = {_originals_device(leaf.module, keep) for leaf in swapped} - {None}
+    original_bytes = tensor_bytes(leaf.module for leaf in swapped) if devices else 0
+    return WeightBytes(before, after, original_bytes, ", ".join(sorted(map(str, devices))) or None, before + new)
 
 
 #: What takes time whatever it weighs: (class, code, why it stays, what to do).
@@ -305,7 +307,7 @@ _COMPUTING: tuple[tuple[Any, str, str, str], ...] = (
 )  # fmt: skip
 
 
-def _left(model: nn.Module, reported: set[str]) -> list[Left]:
+def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
     """The layers that are neither Linear-like nor attention, by class: those that compute, and those that weigh something."""
     classes: dict[type, list[tuple[str, nn.Module]]] = {}
     for fqn, module in model.named_modules():
@@ -322,7 +324,7 @@ def _left(model: nn.Module, reported: set[str]) -> list[Left]:
                 f"{cls.__name__} computes with weights of its own in its own code",
                 "leave it",
             )
-            groups.append(Left(cls.__name__, members[0][0], len(members), size, Reason(*why)))
+            groups.append(OtherLayers(cls.__name__, members[0][0], len(members), size, Reason(*why)))
     return sorted(groups, key=lambda x: -x.bytes)
 
 

@@ -120,7 +120,7 @@ def _is_pretrained(module: nn.Module) -> bool:
 def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: AttentionDecision, planned: str) -> Stack:
     below = {id(m) for layer in layers for m in layer.modules()}
     modules = tuple(leaf.module for leaf in attention.leaves if id(leaf.module) in below)
-    left = {s.fqn: s.reason for s in attention.skipped}
+    reasons = {s.fqn: s.reason for s in attention.skipped}
     swapped = {id(leaf.module) for leaf in attention.swapped}
     holders = holders_of_configs(model).get(id(model.config), [])
 
@@ -129,7 +129,7 @@ def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: Attenti
             return False
         if id(leaf.module) in swapped:
             return True
-        reason = left[leaf.fqn]
+        reason = reasons[leaf.fqn]
         is_kept = planned != UNPAD[1] if reason == NOT_PLANNED else rules.KINDS.get(reason.code) == "user"
         return not is_kept and why_not_named(leaf.module, holders) is None
 

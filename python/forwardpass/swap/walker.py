@@ -39,7 +39,7 @@ class Leaf:
 
     @property
     def formula(self) -> str | None:
-        """Of its activation."""
+        """The formula of its activation."""
         return self.activation.formula if self.activation is not None else None
 
 
@@ -55,7 +55,7 @@ def linear_leaves(model: nn.Module) -> list[Leaf]:
 
 
 def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool]) -> list[Leaf]:
-    """Those below `model` that are wanted, as `linear_like` has them."""
+    """The modules below `model` for which `predicate` holds, as `linear_like` has them."""
     first_places: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
     places: dict[int, list[str]] = {}
     for fqn, name, module, parent, ancestors in _walk("", model, (("", model),), set()):

@@ -66,7 +66,7 @@ def parity(
     say(console, subject.readout.describe())
     say(console, str(parity_report))
     if json:
-        about = {"model": {"name": model, "chosen": subject.source.origin}, "precision": precision, "plan": plan}
+        about = {"model": {"name": model, "origin": subject.source.origin}, "precision": precision, "plan": plan}
         about["readout"] = subject.readout.describe()
         write_json({**parity_report.to_json(), **about}, json)
     if plot:

@@ -54,5 +54,5 @@ def profile(
     if trace:
         profiled.save_trace(trace)
     if json:
-        request_of = {"name": model, "chosen": source.origin}
+        request_of = {"name": model, "origin": source.origin}
         write_json(profiled.to_json() | {"model": request_of, "batch": batch, "length": length}, json)

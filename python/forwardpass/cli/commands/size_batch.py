@@ -84,7 +84,7 @@ def size_batch(
         )  # fmt: skip
         result = {
             **sizing.to_json(),
-            "model": {"name": model, "chosen": subject.source.origin, "precision": precision, "length": length},
+            "model": {"name": model, "origin": subject.source.origin, "precision": precision, "length": length},
         }
         ok = sizing.policy is not None
         if sizing.policy is not None and sizing.spread is not None and check:

@@ -82,14 +82,14 @@ def swap(
     ok = compared["parity"]["cosine_min"] >= min_cosine  # false for NaN
     result = {
         "schema": "forwardpass.swap/1",
-        "model": {"name": model, "chosen": subject.source.origin},
+        "model": {"name": model, "origin": subject.source.origin},
         "readout": subject.readout.describe(),
         "padding": str(report.unpadding),
         "precision": precision,
         "plan": plan,
         **{
             name: reported[name]
-            for name in ("swapped", "attention", "unpadding", "skipped", "left", "warnings", "weight_bytes")
+            for name in ("swapped", "attention", "unpadding", "skipped", "other_layers", "warnings", "weight_bytes")
         },
         "calibration": {"texts": subject.calibrated_on} if subject.calibration else None,
         **compared,

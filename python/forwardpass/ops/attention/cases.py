@@ -126,7 +126,7 @@ class Case:
         return y.expand(x.shape) if expanded else y
 
     def _mask(self, g: torch.Generator, device: str) -> Tensor | None:
-        """Of one of MASKS: seven of ten keys may be attended to, by one row none."""
+        """The mask that the case names (one of MASKS): seven of ten keys may be attended to, by one row none."""
         if self.mask is None:
             return None
         kind, axes = self.mask.split()
@@ -154,7 +154,7 @@ class Case:
         return total * self.heads[0]
 
     def flops(self) -> int:
-        """Of the two products."""
+        """Operations of the two products, q k^T and p v."""
         return 2 * self.scores() * sum(self.dims)
 
     def bytes(self) -> int:
@@ -190,9 +190,9 @@ def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]
     error = (torchs.double() - exact).abs().nan_to_num()
     size = exact.abs().nan_to_num()
     if exact.numel():
-        most = times_max * error.max() + ULP[q.dtype] * size.max()
+        limit = times_max * error.max() + ULP[q.dtype] * size.max()
         no_keys = (exact_lse == -torch.inf) | (exact == 0).all(-1).transpose(-1, -2)  # without a sink, and with one
-        bound = torch.where(no_keys.transpose(-1, -2).unsqueeze(-1), 0, most)
+        bound = torch.where(no_keys.transpose(-1, -2).unsqueeze(-1), 0, limit)
         assert_close(o, exact, bound.expand_as(exact), "o")
         mean, least = (o.cpu().double() - exact).abs().nan_to_num().mean(), ULP[q.dtype] * size.mean() / 2
         if not mean <= times_mean * error.mean() + least:

@@ -70,10 +70,10 @@ def plan(dims: tuple[int, int], general: bool, arch: int) -> Plan:
     return Plan(block_m, block_n, warps, widths(dims[0], 256), widths(dims[1], min(block_m, 128)))
 
 
-def widths(columns: int, most: int) -> tuple[int, ...]:
+def widths(columns: int, limit: int) -> tuple[int, ...]:
     """Powers of two, which Triton's tiles are: 192 is 128 and 64."""
-    width = min(most, 1 << columns.bit_length() >> 1)
-    return (width, *widths(columns - width, most)) if columns else ()
+    width = min(limit, 1 << columns.bit_length() >> 1)
+    return (width, *widths(columns - width, limit)) if columns else ()
 
 
 @triton.jit
@@ -168,11 +168,11 @@ def general_scores(s, scale, column, keys, options, dtype: tl.constexpr):
 
 @triton.jit
 def attend_blocks(
-    q, acc, most, total, first, middle, last, gap, k, v, k_descriptors, v_descriptors, k_step, v_step, origin, batch, kv_head,
+    q, acc, maxima, total, first, middle, last, gap, k, v, k_descriptors, v_descriptors, k_step, v_step, origin, batch, kv_head,
     keys, dim, value_dim, low, high, scale, score_options, N: tl.constexpr, PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
     WHOLE: tl.constexpr, GENERAL: tl.constexpr,
 ):  # fmt: skip
-    """The accumulators, the maxima `most` and the sums `total` of rows after the blocks of N keys from `first` to `last`, but for
+    """The accumulators, `maxima` and the sums `total` of rows after the blocks of N keys from `first` to `last`, but for
     `gap` of them from `middle` on. low, high [M]: each row's first and last key. `scale` is times log2(e), except where GENERAL."""
     for i in tl.range(first, last - gap, disable_licm=GENERAL):
         key = (i if WHOLE else tl.where(i < middle, i, i + gap)) * N
@@ -190,20 +190,20 @@ def attend_blocks(
             factor = 1.0
         if not WHOLE:
             s = tl.where((column[None, :] >= low[:, None]) & (column[None, :] <= high[:, None]), s, float("-inf"))
-        highest = tl.maximum(most, tl.max(s, 1) * factor)
+        highest = tl.maximum(maxima, tl.max(s, 1) * factor)
         shift = highest
         if GENERAL or not WHOLE:
             shift = tl.where(highest == float("-inf"), 0.0, highest)  # no key yet
         p = tl.exp2(s * factor - shift[:, None])
-        correction = tl.exp2(most - shift)
-        most = highest
+        correction = tl.exp2(maxima - shift)
+        maxima = highest
         total = total * correction + tl.sum(p, 1)
         p = p.to(q[0].dtype)
         sums = ()
         for j in tl.static_range(len(VALUE_PARTS)):
             sums += (tl.dot(p, v_tiles[j], acc[j] * correction[:, None]),)  # type: ignore[assignment]
         acc = sums
-    return acc, most, total
+    return acc, maxima, total
 
 
 _RUN_TIME = [
@@ -266,30 +266,30 @@ def attention_kernel(
     acc = ()
     for j in tl.static_range(len(VALUE_PARTS)):
         acc += (tl.zeros((M, tl.constexpr(VALUE_PARTS[j])), tl.float32),)  # type: ignore[assignment]
-    most = tl.full((M,), float("-inf"), tl.float32)
+    maxima = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    acc, most, total = attend_blocks(
-        q_tiles, acc, most, total, whole, whole_end, whole_end, 0, k, v, k_descriptors, v_descriptors, k_step, v_step, k_origin,
+    acc, maxima, total = attend_blocks(
+        q_tiles, acc, maxima, total, whole, whole_end, whole_end, 0, k, v, k_descriptors, v_descriptors, k_step, v_step, k_origin,
         batch_index, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, True, GENERAL,
     )  # fmt: skip
-    acc, most, total = attend_blocks(
-        q_tiles, acc, most, total, begin, whole, end, whole_end - whole, k, v, k_descriptors, v_descriptors, k_step, v_step,
+    acc, maxima, total = attend_blocks(
+        q_tiles, acc, maxima, total, begin, whole, end, whole_end - whole, k, v, k_descriptors, v_descriptors, k_step, v_step,
         k_origin, batch_index, kv_head, keys, dim, value_dim, low, high, scale, options, N, PARTS, VALUE_PARTS, False, GENERAL,
     )  # fmt: skip
 
     correction = tl.full((M,), 1.0, tl.float32)
     if sinks_kind != 0:
         sink = load_logits(sinks_ptr, head, sinks_kind, q.dtype.element_ty)
-        highest = tl.maximum(most, sink)
+        highest = tl.maximum(maxima, sink)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
-        correction = tl.exp2(most - shift)
+        correction = tl.exp2(maxima - shift)
         total = total * correction + tl.exp2(sink - shift)
-        most = highest
+        maxima = highest
     inside = row < rows
     row_index = batch_index.to(tl.int64) * all_rows + q_origin + row
     if has_lse:
         lse_offset = (batch_index.to(tl.int64) * heads + head) * all_rows + q_origin + row
-        tl.store(lse_ptr + lse_offset, (most + tl.log2(total)) * LN_2, mask=inside)
+        tl.store(lse_ptr + lse_offset, (maxima + tl.log2(total)) * LN_2, mask=inside)
     factor = correction / tl.where(total == 0, 1.0, total)  # a row that sees nothing is 0
     column = 0
     for j in tl.static_range(len(VALUE_PARTS)):
@@ -310,13 +310,13 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def descriptors(x: Tensor, n: int, parts: tuple[int, ...]) -> tuple[TensorDescriptor, ...]:
-    """Of k or v as [batch, head, key, dim], one for each width of tile."""
+    """TMA descriptors of k or v as [batch, head, key, dim], one for each width of tile."""
     x = x.transpose(-2, -3) if x.dim() == 4 else x.transpose(0, 1).unsqueeze(0)
     return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, n, width]) for width in parts)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of batch, row and head, in 16 bytes."""
+    """Strides of batch, row and head, in units of 16 bytes."""
     row, head = (s // 8 for s in x.stride()[-3:-1])
     return (x.stride(0) // 8 if x.dim() == 4 else 0), row, head
 

@@ -66,7 +66,7 @@ def fake_gemm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
     *options: object,
 ) -> Tensor:  # fmt: skip
-    """Of a product of a [..., K] and b [N, K]."""
+    """Shape and dtype of what a product of a [..., K] and b [N, K] returns."""
     return fake_output(a, (*a.shape[:-1], b.shape[0]), activation, out_dtype)
 
 
@@ -74,7 +74,7 @@ def fake_linear(
     x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
     *options: object,
 ) -> Tensor:  # fmt: skip
-    """Of a product of x [..., K], quantised on the way, and weight [N, K]."""
+    """The same for x [..., K], which is quantised on the way, and weight [N, K]."""
     return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, out_dtype)
 
 

@@ -37,7 +37,7 @@ def options(
     """The arguments of a kernel that ends in `activated` and `store_output`; `scaled`: its accumulators are already."""
 
     def step(v: Tensor | None) -> int:
-        """From one element's value to the next one's: 0 where all share one, -1 where there is none."""
+        """The distance from one element's value to the next one's: 0 where all share one, -1 where there is none."""
         return -1 if v is None else int(v.numel() != 1)
 
     unread = torch.empty(1, device=out.device) if b_scale is None else b_scale  # stands for what is not there
@@ -172,13 +172,13 @@ def store_group(y, row, rows, group, columns, q_ptr, stride, scale_ptr, scale_st
     column = group * 128 + tl.arange(0, 128)
     high, low = magnitudes(tl.where((column < columns)[None, :], y, 0.0))
     parts = tl.max(tl.reshape(tl.maximum(high, low), (M, 16, 8)), 2)
-    most = tl.max(parts, 1)[:, None]
-    span = at_least_smallest(most.to(tl.float32, bitcast=True))
+    largest = tl.max(parts, 1)[:, None]
+    span = at_least_smallest(largest.to(tl.float32, bitcast=True))
     q = to_e4m3_bits(y * tl.math.div_rn(tl.full((M, 1), 448.0, tl.float32), span))
     store_as(q_ptr, q, row, rows, column, columns, stride, None)
     # The row's scale stands in the first of 16 columns. Were it alone, each warp would have it, and Triton have all of them
     # write it to the same shared memory before it is stored; of 8 columns two warps have each.
     is_first = (tl.arange(0, 16) == 0)[None, :]
-    span = at_least_smallest(tl.where(is_first, most, parts).to(tl.float32, bitcast=True))
+    span = at_least_smallest(tl.where(is_first, largest, parts).to(tl.float32, bitcast=True))
     address = scale_ptr + row[:, None] + group.to(tl.int64) * scale_stride + tl.arange(0, 16)[None, :]
     tl.store(address, tl.math.div_rn(span, tl.full((M, 16), 448.0, tl.float32)), mask=is_first & (row < rows)[:, None])
