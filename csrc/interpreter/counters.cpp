@@ -36,10 +36,10 @@ void Footprint::touch(uint64_t sector, bool read, bool write) {
 
 void Footprint::add(const Footprint& other) {
   for (const auto& [n, page] : other.pages_) {
-    Page& mine = pages_[n];
-    touched_ += static_cast<uint64_t>(__builtin_popcountll((page.read | page.written) & ~(mine.read | mine.written)));
-    mine.read |= page.read;
-    mine.written |= page.written;
+    Page& known = pages_[n];
+    touched_ += static_cast<uint64_t>(__builtin_popcountll((page.read | page.written) & ~(known.read | known.written)));
+    known.read |= page.read;
+    known.written |= page.written;
   }
 }
 

@@ -179,28 +179,28 @@ void Replay::take_turn(Multiprocessor& m, int number, Time now) {
   auto& s = m.schedulers[number];
   if (s.turn != now) return;
   s.turn = kNever;
-  Warp* chosen = nullptr;
+  Warp* next_warp = nullptr;
   Time soonest = kNever;
   const auto try_one = [&](Warp* w) {
-    if (w->blocked || chosen) return;
+    if (w->blocked || next_warp) return;
     const Time t = std::max(w->earliest, pipe_free(*w));
     if (t <= now) {
-      chosen = w;
+      next_warp = w;
     } else {
       soonest = std::min(soonest, t);
     }
   };
   if (s.last) try_one(s.last);
-  for (size_t k = s.warps.size(); k-- && !chosen;) try_one(s.warps[k]);
-  if (!chosen) {
+  for (size_t k = s.warps.size(); k-- && !next_warp;) try_one(s.warps[k]);
+  if (!next_warp) {
     if (soonest != kNever) turn(*s.warps[0], soonest);
     return;
   }
-  s.last = chosen;
-  const Op& op = op_of(chosen->trace->events[chosen->next]);
+  s.last = next_warp;
+  const Op& op = op_of(next_warp->trace->events[next_warp->next]);
   s.issued += op.slots;
   const Time after = now + op.slots;
-  issue(*chosen, now);
+  issue(*next_warp, now);
   if (!s.warps.empty()) turn(*s.warps[0], after);
 }
 
@@ -236,7 +236,7 @@ void Replay::issue(Warp& w, Time now) {
     w.span_end = now + op.slots;
   }
   w.free = now + op.slots;
-  bool held = false;  // blocked behind this instruction
+  bool is_blocked = false;  // blocked behind this instruction
   if (!e.idle) {
     switch (op.kind) {
       case Op::Kind::alu: {
@@ -298,7 +298,7 @@ void Replay::issue(Warp& w, Time now) {
       case Op::Kind::barrier:
         ++w.next;
         barrier(w, op, e, now);
-        held = true;
+        is_blocked = true;
         break;
       case Op::Kind::cluster_arrive: {
         Cluster& cluster = *w.block->cluster;
@@ -322,19 +322,19 @@ void Replay::issue(Warp& w, Time now) {
         break;
     }
   }
-  if (held) return;
+  if (is_blocked) return;
   ++w.next;
   prepare(w);
 }
 
 // ---- What is shown ----
 
-void Replay::span(uint32_t of, uint32_t what, Time begin, Time end) {
+void Replay::span(uint32_t track, uint32_t what, Time begin, Time end) {
   if (result_.spans.size() >= kMostSpans) {
     result_.spans_cut = true;
     return;
   }
-  result_.spans.push_back({of, what, begin, end});
+  result_.spans.push_back({track, what, begin, end});
 }
 
 uint32_t Replay::track(const std::string& text) {

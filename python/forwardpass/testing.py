@@ -46,10 +46,10 @@ Constants = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 def compiled_for(*kernels: Mapping[str, Callable[[Any], Any]]) -> list[Constants]:
     """The `kernels` of `pairwise`, where each constant is of one factor."""
 
-    def constants(of: Mapping[str, Callable[[Any], Any]]) -> Constants:
-        return lambda row: {name: of[name](value) for name, value in row.items() if name in of}
+    def constants(rules: Mapping[str, Callable[[Any], Any]]) -> Constants:
+        return lambda row: {name: rules[name](value) for name, value in row.items() if name in rules}
 
-    return [constants(of) for of in kernels]
+    return [constants(rules) for rules in kernels]
 
 
 def few_macs(row: Mapping[str, Any]) -> bool:

@@ -88,9 +88,9 @@ def run(program: pathlib.Path, arguments: list[str], arch: str, timed: bool) -> 
         python = [sys.executable, "-c", SCRIPT, str(program)]
         command = python if program.suffix == ".py" else [str(program.absolute())]
         process = subprocess.run([*command, *arguments], env=environment)
-        for wanted in (counts, timeline) if timed else (counts,):
-            if not wanted.exists():
-                raise RuntimeError(f"{program} ended with status {process.returncode} and without its {wanted.stem}")
+        for output in (counts, timeline) if timed else (counts,):
+            if not output.exists():
+                raise RuntimeError(f"{program} ended with status {process.returncode} and without its {output.stem}")
         return process.returncode, counts.read_text(), timeline.read_text() if timed else ""
 
 

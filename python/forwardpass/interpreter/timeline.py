@@ -17,7 +17,7 @@ WIDTH = 100
 
 @dataclass
 class LineTime:
-    """Of a source line; where a kernel was compiled without line information, file is "" and line that of the PTX.
+    """The time of a source line; where a kernel was compiled without line information, file is "" and line that of the PTX.
 
     Attributes:
         issued: instructions that warps issued, after the rules that stand for ptxas.
@@ -33,7 +33,7 @@ class LineTime:
 
 @dataclass
 class KernelTimeline:
-    """Of one kernel in one shape of launch, modelled from what the CTAs of one multiprocessor did in its first launch.
+    """The time of one kernel in one shape of launch, modelled from what the CTAs of one multiprocessor did in its first launch.
 
     Attributes:
         resident: clusters (most often of one CTA) that a multiprocessor has at once; by default of assumed registers.
@@ -85,7 +85,7 @@ class KernelTimeline:
 
     @property
     def seconds(self) -> float:
-        """Of all launches, one after the other. One with programmatic stream serialisation has begun, and done what comes before
+        """All launches, one after the other. One with programmatic stream serialisation has begun, and done what comes before
         its griddepcontrol.wait, when the launch before it ends."""
         one = self.cycles / (self.clock * 1e6) + self.launch_seconds
         hidden = self.launch_seconds + self.dependency_cycle / (self.clock * 1e6) if self.dependency_cycle else 0
@@ -151,12 +151,12 @@ class Timeline:
 
     @property
     def cycles(self) -> int:
-        """Of one launch of each."""
+        """One launch of each kernel."""
         return sum(k.cycles for k in self.kernels)
 
     @property
     def seconds(self) -> float:
-        """Of all launches."""
+        """All launches."""
         return sum(k.seconds for k in self.kernels)
 
     def __str__(self) -> str:

@@ -100,9 +100,9 @@ class Frontier:
             now = options[choice.options[n]]
             for o, option in enumerate(options):
                 if option.cost < now.cost:
-                    chosen = (*choice.options[:n], o, *choice.options[n + 1 :])
+                    one_changed = (*choice.options[:n], o, *choice.options[n + 1 :])
                     cost, error = choice.cost - now.cost + option.cost, choice.error - now.error + option.error
-                    changed.append(Choice(chosen, cost, error, self._gap(cost, error)))
+                    changed.append(Choice(one_changed, cost, error, self._gap(cost, error)))
         return changed
 
     def _gap(self, cost: float, error: float) -> float:

@@ -329,13 +329,15 @@ def _search(
         else:
             fails, aim = i, 0.9 * aim
     # What the worst sample comes to differs by tens of per cent between plans of one predicted error.
-    held = [a["predicted"] for a in attempts if a["holds"]]
+    predictions = [a["predicted"] for a in attempts if a["holds"]]
     tried: set[tuple[int, ...]] = set()
-    for _ in range(CHANGES if held else 0):
+    for _ in range(CHANGES if predictions else 0):
         changes = [
             c
             for c in front.changes(best)
-            if c.options not in tried and c.error <= BEYOND * max(held) and best.cost - c.cost > WORTH * as_it_is.cost
+            if c.options not in tried
+            and c.error <= BEYOND * max(predictions)
+            and best.cost - c.cost > WORTH * as_it_is.cost
         ]
         if not changes:
             break

@@ -187,7 +187,7 @@ class Spread:
 
 
 def spread(runs: Iterable[Sequence[float]], policy: Policy, service: ServiceTimes, p: float) -> Spread:
-    """Of runs that are simulated apart, each from an empty queue on, as a real one is."""
+    """The percentile of runs that are simulated apart, each from an empty queue on, as a real one is."""
     count, percentiles = 0, []
     for seed, arrivals in enumerate(runs):
         percentiles.append(1e3 * simulate(arrivals, policy, service, seed).percentile(p))
