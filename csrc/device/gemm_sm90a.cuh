@@ -320,10 +320,10 @@ struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators> {
       const Epilogue& e = this->out.epilogue;
       if (e.group_scale) {
         const auto direct = this->direct(tile, row, column);
-        if (is_gated(e.activation)) {
-          direct.template quantize<true>(acc, this->a_scale, [&](float& most, int r) { exchange(most, row + r); });
-        } else {
+        if (!is_gated(e.activation)) {
           direct.template quantize<false>(acc, this->a_scale, [](float&, int) {});
+        } else if constexpr (Config::kN == 2 * kScaleBlock) {
+          direct.template quantize<true>(acc, this->a_scale, [&](float& most, int r) { exchange(most, row + r); });
         }
         return;
       }
@@ -335,13 +335,12 @@ struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators> {
   // If gated, the outputs of warpgroups side by side make one group. Two buffers: a slower warp may still read that of
   // the tile before.
   __device__ void exchange(float& most, int row) {
-    if constexpr (Config::kConsumersM == 1) {
-      auto& largest = s.largest[tiles++ % 2];
-      const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
-      largest[warpgroup][row] = most;
-      ptx::barrier_sync(kBarrier, 128 * Config::kConsumers);
-      most = ptx::max_nan(most, largest[1 - warpgroup][row]);
-    }
+    static_assert(Config::kConsumersM == 1);
+    auto& largest = s.largest[tiles++ % 2];
+    const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
+    largest[warpgroup][row] = most;
+    ptx::barrier_sync(kBarrier, 128 * Config::kConsumers);
+    most = ptx::max_nan(most, largest[1 - warpgroup][row]);
   }
 };
 

@@ -84,6 +84,16 @@ def test_quantised_groups_with_a_ragged_edge_have_the_bits_of_whole_ones(activat
     assert ragged[0].dtype == E4M3
 
 
+def test_columns_outside_the_output_make_no_scale_larger():
+    """The last column's bias is large, and its outputs are not; products with the columns behind it are 0."""
+    m, n, one = 128, 300, torch.ones(1)
+    a, b, bias = torch.ones(m, 128).to(E4M3), torch.zeros(n, 128), torch.ones(n)
+    b[-1], bias[-1] = -1, 128
+    operation = dispatch.operations["fp8_gemm_quantize"]
+    (_, scale), _ = run(operation, (a, b.to(E4M3), one, one, bias, None, 128), "sm_90a")
+    assert_equal(scale, torch.full_like(scale, 1 / 448))
+
+
 def epilogue_lines(name, arch, dtype, activation=None):
     """Of an epilogue with scales of rows and columns and no bias."""
     case = EpilogueCase(bias=None, activation=activation, out_dtype=dtype)
