@@ -53,6 +53,15 @@ struct EpilogueColumns {
     if (kInteger && e.zero_point) b_sum = load_vec(e.b_sum + column, n, access.columns);
   }
 };
+
+__device__ inline float row_scale(const Epilogue& e, int64_t row) {
+  return e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
+}
+template <class Acc>
+__device__ inline float dequantized(Acc acc, float a_scale, float b_scale, float bias) {
+  return __fmaf_rn(to_float(acc), __fmul_rn(a_scale, b_scale), bias);
+}
+
 // y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias); Acc is int32_t or a float.
 template <class Acc>
 __device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue& e,
@@ -62,10 +71,9 @@ __device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue
 #pragma unroll
     for (int i = 0; i < kVec; ++i) acc.e[i] -= zero_point * columns.b_sum.e[i];
   }
-  const float a_scale = e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
+  const float a_scale = row_scale(e, row);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i)
-    y[i] = __fmaf_rn(to_float(acc.e[i]), __fmul_rn(a_scale, columns.scale[i]), columns.bias[i]);
+  for (int i = 0; i < kVec; ++i) y[i] = dequantized(acc.e[i], a_scale, columns.scale[i], columns.bias[i]);
 }
 
 template <class T>

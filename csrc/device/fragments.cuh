@@ -17,7 +17,7 @@ __device__ inline int accumulator_column(int e) { return thread_in_group() * 2 +
 // m64nN each warp of the warpgroup has sixteen rows in the same layout; kStepM is 64 there.
 template <class T, int kTilesM_, int kTilesN_, int kStepM = 16>
 struct Fragments {
-  static constexpr int kTilesM = kTilesM_, kTilesN = kTilesN_;
+  static constexpr int kTilesM = kTilesM_, kTilesN = kTilesN_, kStep = kStepM;
   using Element = T;
   using Row = T[kTilesN][4];  // of tiles
   T tile[kTilesM][kTilesN][4];

@@ -1,8 +1,8 @@
 #pragma once
 // From a warp's accumulators, fragments of the tensor cores, to outputs. Sixteen rows by 32 columns at a time go
 // through the warp's staging buffer in shared memory, in which a lane finds eight columns of a row, as the epilogue
-// takes them. That is 4 bytes of shared memory per output, written and read: 3 % of the time of a tile with K = 4096 on
-// an A100. In exchange there is one epilogue, its code exists once in a kernel, and stores are of whole sectors.
+// takes them: the general epilogue, of every option and of transposed fragments. Its code exists once in a kernel, and
+// stores are of whole sectors. What most products need is in fragment_epilogue.cuh.
 #include <utility>
 
 #include "device/epilogue.cuh"
@@ -36,16 +36,18 @@ struct Staging {
 };
 
 // f(std::integral_constant) of a run-time index that is the same for all threads: registers cannot be indexed at run
-// time.
+// time. The last index is not tested: on a path past all of them what f writes would be alive from the kernel's
+// beginning on (900 bytes of spills).
 template <class F, int... I>
 __device__ inline void at_index(int index, F f, std::integer_sequence<int, I...>) {
-  (void)((index == I && (f(std::integral_constant<int, I>{}), true)) || ...);
+  (void)(((index == I || I == sizeof...(I) - 1) && (f(std::integral_constant<int, I>{}), true)) || ...);
 }
 
 // Where a GEMM kernel stores: to the epilogue's output or, with split-K, as partial sums.
 struct GemmOutput {
   Epilogue epilogue;
   EpilogueAccess access;
+  bool direct;  // the outputs are made in the fragments' layout (fragment_epilogue.cuh)
   int64_t rows, columns;
   void* partial;
   int64_t partial_stride, split_stride;
@@ -53,6 +55,7 @@ struct GemmOutput {
   explicit GemmOutput(const GemmParams& p)
       : epilogue(p.epilogue),
         access(p.epilogue),
+        direct(!p.partial && !p.epilogue.zero_point && (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale)),
         rows(p.a.rows),
         columns(p.b.rows),
         partial(p.partial),
@@ -93,12 +96,11 @@ __device__ inline Vec<Acc> get_vector(const Staging& staging, int row, int colum
 }
 
 // Finishes the first kColumns columns of the staging buffer, whose first element is (row, column) of the output: stores
-// partial sums, or calls store(y, row, column of the output, n) with eight values, n of them inside. A lane has the
-// same columns in all rows. kBeside: the buffer holds that many blocks of kColumns columns; each is of the next sixteen
-// rows of the output.
-template <int kColumns, class Acc, int kBeside = 1, class Store>
+// partial sums, or outputs. A lane has the same columns in all rows. kBeside: the buffer holds that many blocks of
+// kColumns columns; each is of the next sixteen rows of the output.
+template <int kColumns, class Acc, int kBeside = 1>
 __device__ inline void finish_staged(const Staging& staging, const GemmOutput& o, int64_t row, int64_t column,
-                                     int split, Store store) {
+                                     int split) {
   static_assert(kColumns * kBeside <= kStagingColumns);
   const int lane = threadIdx.x % 32;
   if (o.partial) {  // in the workspace, padded and aligned; lanes side by side store whole sectors
@@ -126,22 +128,15 @@ __device__ inline void finish_staged(const Staging& staging, const GemmOutput& o
     epilogue_values(
         y, o.epilogue, o.access, [&] { return columns; }, row + r, column, n, acc,
         gated ? get_vector<Acc>(staging, r, c + kVec) : acc);
-    store(y, row + r, gated ? column / 2 : column, n);
+    store_output(y, o.epilogue, o.access, row + r, gated ? column / 2 : column, n);
   }
-}
-template <int kColumns, class Acc, int kBeside = 1>
-__device__ inline void finish_staged(const Staging& staging, const GemmOutput& o, int64_t row, int64_t column,
-                                     int split) {
-  finish_staged<kColumns, Acc, kBeside>(
-      staging, o, row, column, split,
-      [&](float (&y)[kVec], int64_t r, int64_t c, int n) { store_output(y, o.epilogue, o.access, r, c, n); });
 }
 
 // Stages and finishes a warp's accumulators, sixteen rows by up to 32 columns at a time, from (row, column) of the
-// output on. finish is finish_staged, or what a kernel does in its place.
-template <class Acc, int kTilesM, int kTilesN, int kStepM, class Finish>
-__device__ inline void for_each_staged(const Fragments<Acc, kTilesM, kTilesN, kStepM>& acc, Staging& staging,
-                                       int64_t row, int64_t column, Finish finish) {
+// output on.
+template <class Acc, int kTilesM, int kTilesN, int kStepM>
+__device__ inline void finish_fragments(const Fragments<Acc, kTilesM, kTilesN, kStepM>& acc, Staging& staging,
+                                        const GemmOutput& o, int64_t row, int64_t column, int split) {
   constexpr int kStagingTiles = kTilesN % 4 == 0 ? 4 : 2, kColumns = kStagingTiles * 8,
                 kAcross = kTilesN / kStagingTiles;
   static_assert(kTilesN % kStagingTiles == 0 && kColumns <= kStagingColumns);
@@ -157,38 +152,29 @@ __device__ inline void for_each_staged(const Fragments<Acc, kTilesM, kTilesN, kS
         },
         std::make_integer_sequence<int, kTilesM * kAcross>{});
     __syncwarp();
-    finish(std::integral_constant<int, kColumns>{}, row + chunk / kAcross * kStepM,
-           column + chunk % kAcross * kColumns);
+    finish_staged<kColumns, Acc>(staging, o, row + chunk / kAcross * kStepM, column + chunk % kAcross * kColumns,
+                                 split);
     __syncwarp();
   }
 }
 
-// Epilogues: from a warp's accumulators, whose first is in `row` and `column` of a tile, to the output.
-struct FragmentEpilogue {
-  Staging& staging;
+// A warp's epilogue: its part of the block's staging buffers, a Storage, and where the block stores.
+template <class Storage_>
+struct WarpEpilogue {
+  using Storage = Storage_;
+  Storage& staging;
   const GemmOutput& out;
 
   template <class SharedStorage>
-  __device__ FragmentEpilogue(SharedStorage& s, const GemmOutput& out)
-      : staging(s.staging[threadIdx.x / 32]), out(out) {}
-  template <class Acc, int kTilesM, int kTilesN, int kStepM>
-  __device__ void operator()(const Fragments<Acc, kTilesM, kTilesN, kStepM>& acc, const GemmTile& tile, int row,
-                             int column) const {
-    for_each_staged(acc, staging, tile.row + row, tile.column + column, [&](auto columns, int64_t r, int64_t c) {
-      finish_staged<decltype(columns)::value, Acc>(staging, out, r, c, tile.split);
-    });
-  }
+  __device__ WarpEpilogue(SharedStorage& s, const GemmOutput& out) : staging(s.staging[threadIdx.x / 32]), out(out) {}
 };
 
 // Of accumulators whose rows are the output's columns. kSwapAB: so it is with the tile's.
 template <bool kSwapAB>
-struct TransposedEpilogue {
-  Staging& staging;
-  const GemmOutput& out;
+struct TransposedEpilogue : WarpEpilogue<Staging> {
+  using WarpEpilogue::WarpEpilogue;
+  __device__ void begin(const GemmTile&, int, int) const {}  // as FragmentEpilogue has it
 
-  template <class SharedStorage>
-  __device__ TransposedEpilogue(SharedStorage& s, const GemmOutput& out)
-      : staging(s.staging[threadIdx.x / 32]), out(out) {}
   template <class Acc, int kTilesN, int kTilesM, int kStepN>
   __device__ void operator()(const Fragments<Acc, kTilesN, kTilesM, kStepN>& acc, const GemmTile& tile, int row,
                              int column) const {

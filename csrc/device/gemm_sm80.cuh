@@ -6,8 +6,8 @@
 // Tensor cores bind first, then issue. A warp's 64 x 64 x 32 takes 32 mma and 8 ldmatrix, 0.25 per mma; the copies of a
 // stage of 64 of K are 8 per thread, 0.125 per mma. L2: (M + N) / (M N) bytes per multiply-add, so 128 x 128 needs 32
 // bytes a clock for an A100's multiprocessor, which gets 47 (5120 a clock for 108).
+#include "device/fragment_epilogue.cuh"
 #include "device/fragments.cuh"
-#include "device/gemm_epilogue.cuh"
 #include "device/gemm_operands.cuh"
 #include "device/ptx_sm80.cuh"
 #include "device/shared_bytes.cuh"
@@ -58,7 +58,7 @@ struct MmaConfig {
   using Accumulators = Fragments<Acc, kTilesM, kTilesN>;
   using Pipeline = CpAsyncPipeline<kStages>;
   using Mainloop = MmaMainloop<Element, kTile>;
-  using Epilogue = FragmentEpilogue;
+  using Epilogue = FragmentEpilogue<Accumulators>;
 
   struct SharedStorage {
     union {
@@ -66,7 +66,7 @@ struct MmaConfig {
         uint8_t a[kStages][kM * kStageK], b[kStages][kN * kStageK];
         float a_scale[kStages][Element::kBlockScaled ? kM : 4];
       } stage;
-      Staging staging[kWarpsM * kWarpsN];
+      typename Epilogue::Storage staging[kWarpsM * kWarpsN];
     };
   };
 };
@@ -301,10 +301,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int warp = threadIdx.x / 32;
   const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
   const typename Config::Mainloop mainloop{p, s, warp_m, warp_n};
-  const typename Config::Epilogue epilogue(s, p.out);
+  typename Config::Epilogue epilogue(s, p.out);
   typename Config::Schedule{p.map}.for_each([&](const GemmTile& tile) {
     typename Config::Accumulators acc;
     mainloop(tile, acc);
+    epilogue.begin(tile, warp_m, warp_n);  // it writes where the stages were
     epilogue(acc, tile, warp_m, warp_n);
   });
 }

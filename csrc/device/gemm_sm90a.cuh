@@ -4,8 +4,8 @@
 // the matrices, into a pipeline of stages. Two consumer warpgroups run the mainloop, with operands in shared memory or,
 // upconverted, in registers (w8a16_gemm_sm90a.cu), and the epilogue of a tile while the producer loads the next one's
 // stages.
+#include "device/fragment_epilogue.cuh"
 #include "device/fragments.cuh"
-#include "device/gemm_epilogue.cuh"
 #include "device/gemm_operands.cuh"
 #include "device/pipeline.cuh"
 #include "device/ptx_sm90a.cuh"
@@ -82,11 +82,9 @@ struct WgmmaConfig {
   struct SharedStorage {
     Stage stage[kStages];
     Scales scales[Element::kPromoted ? kStages : 1];
-    Staging staging[kWarps];
-    // For this tile and the previous one, by warpgroup: the largest magnitude that each of four lanes found in a row.
-    // (An atomic maximum would need one value only, but with it the compiler no longer knows that the main loop's
-    // control flow is uniform: 238 instructions instead of 206.)
-    float4 largest[2][kConsumers][Element::kPromoted && !kTransposed ? kM : 1];
+    typename Epilogue::Storage staging[kWarps];
+    // For this tile and the previous one, by warpgroup: the largest magnitude in a row.
+    float largest[2][kConsumers][Element::kPromoted && kConsumersM == 1 ? kM : 1];
     PipelineBarriers<kStages> barriers;
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
@@ -156,7 +154,7 @@ struct ConsumerPlace {
   __device__ explicit ConsumerPlace(int warpgroup)
       : group_row(warpgroup % Config::kConsumersM * Config::kConsumerM),
         group_column(warpgroup / Config::kConsumersM * Config::kConsumerN) {
-    const int in_group = threadIdx.x / 32 % 4 * 16;
+    const int in_group = uniform(static_cast<int>(threadIdx.x) / 32 % 4) * 16;
     row = group_row + (Config::kTransposed ? 0 : in_group);
     column = group_column + (Config::kTransposed ? in_group : 0);
   }
@@ -201,7 +199,7 @@ struct SharedOperands {
 };
 
 // The mainloop with exact accumulators: the wgmmas of a stage run while the next ones are issued, and the stage is
-// released when they have completed.
+// released when they have completed. begin_epilogue(): Epilogue::begin, whose loads take as long as the first ones.
 template <class Config>
 struct ExactMainloop {
   static_assert(Config::kTilesM == 1);
@@ -210,12 +208,14 @@ struct ExactMainloop {
 
   __device__ ExactMainloop(const WgmmaArguments&, typename Config::SharedStorage& s, const ConsumerPlace<Config>& place)
       : pipeline(s), operands(s, place) {}
-  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) {
+  template <class F>
+  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
     int before = pipeline.stage;
     pipeline.wait_full();
     ptx::wgmma_fence();
     operands.mma(acc[0], pipeline.stage, 0, false);
     ptx::wgmma_commit();
+    begin_epilogue();
     pipeline.advance();
     const int slices = tile.slices(Config::kStageK);
 #pragma unroll 1
@@ -277,7 +277,9 @@ struct PromotingMainloop {
       }
     return factors;
   }
-  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) {
+  template <class F>
+  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
+    begin_epilogue();  // in the loop its instructions would be among every stage's
     acc.clear();
     const int slices = tile.slices(Config::kStageK);
 #pragma unroll 1
@@ -304,87 +306,41 @@ struct PromotingMainloop {
   }
 };
 
-// Quantises a tile's outputs to e4m3 with one scale for each row's group of 128, all of whose columns are in this tile.
-// Two passes through the epilogue: the first finds the largest magnitude, the second stores the values.
+// The epilogue of a kernel that may have to quantise its outputs in groups of 128, all of whose columns are in a tile.
 template <class Config>
-struct GroupQuantizer {
+struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators> {
+  using Base = FragmentEpilogue<typename Config::Accumulators>;
   static constexpr int kBarrier = 1;  // a named barrier of the consumers; 0 is __syncthreads
   typename Config::SharedStorage& s;
-  const GemmOutput& o;
-  int first_row;        // of the tile
-  int row;              // of the warp in the tile
-  int tile, warpgroup;  // tile: how many came before; a slower warp may still read the other half of s.largest
-
-  __device__ float4& largest(int g, int64_t row) const {
-    return s.largest[tile % 2][g][static_cast<int>(row) - first_row];
-  }
-  // If gated, the outputs of both warpgroups make one group.
-  __device__ bool shared() const { return Config::kConsumersM == 1 && is_gated(o.epilogue.activation); }
-
-  __device__ void begin() const {
-    for (int i = threadIdx.x % 32; i < Config::kTilesM * 16; i += 32)
-      largest(warpgroup, first_row + row + i / 16 * 64 + i % 16) = make_float4(0, 0, 0, 0);
-    __syncwarp();
-  }
-  __device__ void measure(const float (&y)[kVec], int64_t row, int n) const {
-    float& most =
-        reinterpret_cast<float*>(&largest(warpgroup, row))[threadIdx.x % 4];  // at most four lanes share a row
-    float v = most;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i)
-      if (i < n) v = ptx::max_nan(v, fabsf(y[i]));
-    most = v;
-  }
-  __device__ void exchange() const {
-    if (shared()) {
-      ptx::barrier_sync(kBarrier, 128 * Config::kConsumers);
-    } else {
-      __syncwarp();
-    }
-  }
-  __device__ void store(const float (&y)[kVec], int64_t row, int64_t column, int n) const {
-    const auto all = [](float4 v) { return ptx::max_nan(ptx::max_nan(v.x, v.y), ptx::max_nan(v.z, v.w)); };
-    float range = all(largest(warpgroup, row));
-    if (shared()) range = ptx::max_nan(range, all(largest(1 - warpgroup, row)));
-    range = range < kLeastRange ? kLeastRange : range;
-    const float inverse = __fdiv_rn(448.0f, range);
-    if (column % kScaleBlock == 0)
-      o.epilogue.group_scale[row + column / kScaleBlock * o.epilogue.group_scale_stride] = __fdiv_rn(range, 448.0f);
-    store_vec(to_e4m3_vector(y, inverse), static_cast<uint8_t*>(o.epilogue.out) + row * o.epilogue.out_stride + column,
-              n, o.access.out);
-  }
-};
-
-// The epilogue of a kernel that may have to quantise its outputs. Its code exists once: the loop runs twice if it does.
-template <class Config>
-struct QuantizingEpilogue {
-  typename Config::SharedStorage& s;
-  const GemmOutput& out;
   int tiles = 0;  // so far
 
-  __device__ QuantizingEpilogue(typename Config::SharedStorage& s, const GemmOutput& out) : s(s), out(out) {}
-  __device__ void operator()(const typename Config::Accumulators& acc, const GemmTile& tile, int row, int column) {
-    Staging& staging = s.staging[threadIdx.x / 32];
-    const bool quantized = Config::Element::kPromoted && out.epilogue.group_scale;
-    const GroupQuantizer<Config> groups{s,   out,     static_cast<int>(tile.row),
-                                        row, tiles++, uniform(static_cast<int>(threadIdx.x) / 128)};
-    if (quantized) groups.begin();
-#pragma unroll 1
-    for (int pass = quantized ? 0 : 1; pass < 2; ++pass) {
-      const auto store = [&](float (&y)[kVec], int64_t r, int64_t c, int n) {
-        if (!quantized) {
-          store_output(y, out.epilogue, out.access, r, c, n);
-        } else if (pass == 0) {
-          groups.measure(y, r, n);
-        } else {
-          groups.store(y, r, c, n);
+  __device__ QuantizingEpilogue(typename Config::SharedStorage& s, const GemmOutput& out) : Base(s, out), s(s) {}
+  __device__ void operator()(typename Config::Accumulators& acc, const GemmTile& tile, int row, int column) {
+    if constexpr (Config::Element::kPromoted) {
+      const Epilogue& e = this->out.epilogue;
+      if (e.group_scale) {
+        const auto direct = this->direct(tile, row, column);
+        if (!is_gated(e.activation)) {
+          direct.template quantize<false>(acc, this->a_scale, [](float&, int) {});
+        } else if constexpr (Config::kN == 2 * kScaleBlock) {
+          direct.template quantize<true>(acc, this->a_scale, [&](float& most, int r) { exchange(most, row + r); });
         }
-      };
-      for_each_staged(acc, staging, tile.row + row, tile.column + column, [&](auto columns, int64_t r, int64_t c) {
-        finish_staged<decltype(columns)::value, typename Config::Acc>(staging, out, r, c, tile.split, store);
-      });
-      if (quantized && pass == 0) groups.exchange();
+        return;
+      }
     }
+    Base::operator()(acc, tile, row, column);
+  }
+
+ private:
+  // If gated, the outputs of warpgroups side by side make one group. Two buffers: a slower warp may still read that of
+  // the tile before.
+  __device__ void exchange(float& most, int row) {
+    static_assert(Config::kConsumersM == 1);
+    auto& largest = s.largest[tiles++ % 2];
+    const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
+    largest[warpgroup][row] = most;
+    ptx::barrier_sync(kBarrier, 128 * Config::kConsumers);
+    most = ptx::max_nan(most, largest[1 - warpgroup][row]);
   }
 };
 
@@ -417,7 +373,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     typename Config::Epilogue epilogue(s, p.out);
     typename Config::Schedule(p.map).for_each([&](const GemmTile& tile) {
       typename Config::Accumulators acc;
-      mainloop(tile, acc);
+      mainloop(tile, acc, [&] { epilogue.begin(tile, place.row, place.column); });
       epilogue(acc, tile, place.row, place.column);
     });
   }

@@ -29,6 +29,15 @@ __device__ inline float ex2(float x) {
 
 // Nothing for the machine: the compiler has x computed where this stands, and not anew where it is used.
 __device__ inline void compute_here(int64_t& x) { asm("" : "+l"(x)); }
+template <class T>
+__device__ inline void compute_here(T*& x) {
+  asm("" : "+l"(x));
+}
+// A copy of x of which the compiler does not know that it is one.
+__device__ inline int32_t unknown(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // 9.7.9.18 createpolicy: first to be evicted from L2
 __device__ inline uint64_t evict_first_policy() {
@@ -83,6 +92,15 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t address) {
                : "r"(address)
                : "memory");
 }
+
+#if __CUDA_ARCH__ >= 900
+// 9.7.14.5.16 stmatrix: the other way; a lane gives of each matrix what ldmatrix would give it
+__device__ inline void stmatrix_x4(uint32_t address, const uint32_t (&s)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(s[0]), "r"(s[1]),
+               "r"(s[2]), "r"(s[3])
+               : "memory");
+}
+#endif
 
 // 9.7.14 mma: d [16, 8] = c + a [16, 32] b [32, 8]; exact, as sums of int8 products cannot reach 2^31 here
 __device__ inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const int32_t (&c)[4]) {

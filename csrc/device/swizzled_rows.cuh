@@ -1,5 +1,5 @@
 #pragma once
-// Rows of 64 or 128 bytes in shared memory, and how the threads of a block copy them by cp.async.
+// Rows of 32, 64 or 128 bytes in shared memory, and how the threads of a block copy them by cp.async.
 #include <cuda_runtime.h>
 
 namespace forwardpass {
@@ -10,8 +10,8 @@ namespace forwardpass {
 template <int kRowBytes>
 struct SwizzledRows {
   static constexpr int kChunks = kRowBytes / 16;
-  static_assert(kChunks == 4 || kChunks == 8);
-  __device__ static int swizzle(int row) { return kChunks == 8 ? row % 8 : row / 2 % 4; }
+  static_assert(kChunks == 2 || kChunks == 4 || kChunks == 8);
+  __device__ static int swizzle(int row) { return row / (8 / kChunks) % kChunks; }
   __device__ static int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ swizzle(row)) * 16; }
 };
 

@@ -26,6 +26,11 @@ EPILOGUE = (
 
 I8, F8, W8 = int8_gemm.Case, fp8_gemm.Case, w8a16_gemm.Case
 PLAIN, GATED = EpilogueCase(), EpilogueCase(activation="silu_mul", out_dtype=torch.bfloat16)
+#: of the direct epilogue beside GATED, both types and two of the biases; and a gated output of the general one
+HALF = EpilogueCase(bias=torch.float16, activation="relu", out_dtype=torch.bfloat16)
+FP16 = EpilogueCase(bias=torch.bfloat16, out_dtype=torch.float16)
+GATED_FP16 = EpilogueCase(activation="silu_mul", out_dtype=torch.float16)
+GATED_FP32 = EpilogueCase(activation="silu_mul")
 ZERO_POINT = EpilogueCase(zero_point="row", a_scale="tensor", b_scale="tensor")
 
 
@@ -34,6 +39,10 @@ def mma(case, m, depths, many, *more, **options):
     return (
         *(case(m, 128, k, PLAIN, **options) for k in depths),
         case(m - 1, 48, depths[0], GATED, **options),
+        case(m, 136, depths[0], HALF, **options),
+        case(m, 40, depths[0], FP16, **options),
+        case(m, 48, depths[0], GATED_FP16, **options),
+        case(m - 1, 48, depths[0], GATED_FP32, **options),
         case(m - 3, 36, 1100, PLAIN, **options),
         case(m - 3, 36, 10100, PLAIN, **options),
         case(*many, 16, PLAIN, layouts=("contiguous", "contiguous"), **options),
@@ -47,6 +56,10 @@ def wgmma(case, columns, *more, **options):
         case(100, columns, 1000, PLAIN, **options),
         case(200, columns, 330, PLAIN, **options),
         case(257, columns - 44, 100, GATED, **options),
+        case(200, columns + 4, 100, HALF, **options),
+        case(100, columns, 100, FP16, **options),
+        case(101, columns - 44, 100, GATED_FP16, **options),
+        case(257, columns - 44, 100, GATED_FP32, **options),
         *more,
     )
 
@@ -92,7 +105,9 @@ CUDA = {
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
-        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN)), clusters=1, tiles=3,
+        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN),
+         I8(200, 67 * 128, 40, HALF), I8(203, 67 * 128 - 3, 40, FP16), I8(203, 67 * 128, 40, GATED_FP16),
+         I8(200, 67 * 128, 40, GATED_FP32)), clusters=1, tiles=3,
     ),
     "int8_wgmma_64x128": Instance(("sm_90a",), "Int8, WgmmaTile{m=64, n=128,", transposed(I8, 64), clusters=1),
     "int8_wgmma_16x128": Instance(
@@ -106,7 +121,10 @@ CUDA = {
     ),
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3, WgmmaTile{m=128, n=256,",
-        (F8(200, 67 * 128, 40, PLAIN), F8(100, 133 * 128, 40, PLAIN, blocks=True),
+        (F8(200, 67 * 128, 40, PLAIN), F8(200, 67 * 128, 40, HALF), F8(203, 67 * 128 - 3, 40, FP16),
+         F8(200, 67 * 128, 40, GATED), F8(203, 67 * 128, 40, GATED_FP16), F8(200, 67 * 128, 40, GATED_FP32),
+         F8(100, 133 * 128, 40, PLAIN, blocks=True),
+         F8(200, 67 * 128 - 3, 40, PLAIN, quantized=True),
          F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
         clusters=1, tiles=3,
     ),

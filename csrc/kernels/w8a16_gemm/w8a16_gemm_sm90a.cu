@@ -53,7 +53,9 @@ struct UpconvertingMainloop {
     x = uniform(ptx::descriptor(ptx::shared_address(s.stage[0].b)));
   }
 
-  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) {
+  template <class F>
+  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
+    begin_epilogue();
     if (p.a_dtype == Dtype::i8)
       multiply<Dtype::i8>(tile, acc);
     else

@@ -1,0 +1,119 @@
+"""The two epilogues of the GEMMs with fragments of accumulators: the direct one (fragment_epilogue.cuh), which makes outputs of
+16 bits and those quantised in groups, and the general one, which makes the rest. They have the same bits, whatever the edge."""
+
+import itertools
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import dispatch
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.testing import assert_equal
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
+
+CASES = {"int8_gemm": int8_gemm.Case, "fp8_gemm": fp8_gemm.Case}
+LAUNCHES = (("int8_gemm", "sm_80"), ("int8_gemm", "sm_90a"), ("fp8_gemm", "sm_89"), ("fp8_gemm", "sm_90a"))
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "silu_mul", "gelu_mul", "gelu_tanh_mul")
+#: rows, columns: whole tiles of each kernel, and the same less a few, which is not a multiple of 8 unless it has to be
+WHOLE, RAGGED, RAGGED_GATED = (256, 512), (251, 499), (251, 496)
+EPILOGUE = ("fragment_epilogue.cuh", "gemm_epilogue.cuh", "epilogue.cuh", "activation.cuh", "vec.cuh", "cuda_bf16.hpp")
+#: PTX instructions of a warp for 16 x 256 accumulators: 973, 1080 (chunks of 32 columns), 1064 and 966; the general epilogue has
+#: 2100 to 3101
+MOST = {"sm_80": 1050, "sm_89": 1150, "sm_90a": 1150}
+BF16 = torch.bfloat16
+
+
+def run(operation, args, arch, seed=0, **options):
+    with fp.interpret(arch, seed=seed, approximate=False, **options) as device, fp.use_backend("cuda"):
+        got = operation(*args)
+    assert device.findings == []
+    return got, device
+
+
+def rows_and_columns(args, m, n):
+    """The arguments of the first m rows and n columns."""
+    a, b, a_scale, b_scale, bias, *options = args
+    b_scale, bias = (None if x is None else x[: n if x.numel() > 1 else 1] for x in (b_scale, bias))
+    return a[:m], b[:n], a_scale[: m if a_scale.numel() > 1 else 1], b_scale, bias, *options
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("name", "arch"), LAUNCHES)
+def test_direct_and_general_outputs_are_equal(name, arch, activation, seed):
+    """Of 16 bits, and of fp32 rounded to them: whole tiles and ragged ones, each kind of scale and of bias."""
+    operation = dispatch.operations[name]
+    ragged = RAGGED if activation is None or not activation.endswith("_mul") else RAGGED_GATED
+    kinds = itertools.cycle(
+        itertools.product((torch.float32, torch.float16, BF16, None), ("row", "tensor"), ("column", "tensor"))
+    )
+    for (m, n), dtype in itertools.product((WHOLE, ragged), (BF16, torch.float16)):
+        bias, a_scale, b_scale = next(kinds)
+        case = EpilogueCase(a_scale, b_scale, bias, activation, torch.float32)
+        args = rows_and_columns(CASES[name](*WHOLE, 128, case).arguments(seed=seed), m, n)
+        general, _ = run(operation, args, arch, seed)
+        direct, _ = run(operation, (*args[:6], dtype, *args[7:]), arch, seed)
+        assert_equal(direct, general.to(dtype))
+
+
+@pytest.mark.parametrize(("name", "arch"), LAUNCHES)
+def test_a_ragged_edge_changes_no_bits(name, arch, seed):
+    args = CASES[name](*WHOLE, 128, EpilogueCase(activation="gelu", out_dtype=BF16)).arguments(seed=seed)
+    whole, _ = run(dispatch.operations[name], args, arch, seed)
+    ragged, _ = run(dispatch.operations[name], rows_and_columns(args, *RAGGED), arch, seed)
+    assert_equal(ragged, whole[: RAGGED[0], : RAGGED[1]].contiguous())
+
+
+@pytest.mark.parametrize("activation", [None, "silu_mul"])
+def test_quantised_groups_with_a_ragged_edge_have_the_bits_of_whole_ones(activation, seed):
+    """Of the groups that the edge leaves whole; tiles of 128 x 128, and of 128 x 256 where two warpgroups share a group."""
+    gated = activation is not None
+    m, n = (129, 133 * 256) if gated else WHOLE
+    case = fp8_gemm.Case(m, n, 128, EpilogueCase(activation=activation), quantized=True)
+    args = case.arguments(seed=seed)
+    operation = dispatch.operations["fp8_gemm_quantize"]
+    whole, _ = run(operation, args, "sm_90a", seed)
+    ragged, _ = run(operation, rows_and_columns(args, m - 5, n - 16), "sm_90a", seed)
+    groups = (n // (2 if gated else 1) - 16) // 128
+    for w, r, columns in zip(whole, ragged, (groups * 128, groups)):
+        assert_equal(r[:, :columns].contiguous(), w[: m - 5, :columns].contiguous())
+    assert ragged[0].dtype == E4M3
+
+
+def test_columns_outside_the_output_make_no_scale_larger():
+    """The last column's bias is large, and its outputs are not; products with the columns behind it are 0."""
+    m, n, one = 128, 300, torch.ones(1)
+    a, b, bias = torch.ones(m, 128).to(E4M3), torch.zeros(n, 128), torch.ones(n)
+    b[-1], bias[-1] = -1, 128
+    operation = dispatch.operations["fp8_gemm_quantize"]
+    (_, scale), _ = run(operation, (a, b.to(E4M3), one, one, bias, None, 128), "sm_90a")
+    assert_equal(scale, torch.full_like(scale, 1 / 448))
+
+
+def epilogue_lines(name, arch, dtype, activation=None):
+    """Of an epilogue with scales of rows and columns and no bias."""
+    case = EpilogueCase(bias=None, activation=activation, out_dtype=dtype)
+    args = CASES[name](*WHOLE, 128, case).arguments()
+    _, device = run(dispatch.operations[name], args, arch, counters=True, checks=False)
+    return [p.counts for p in device.profile(inlined=True) if p.file.rpartition("/")[2] in EPILOGUE]
+
+
+@pytest.mark.parametrize(("name", "arch"), LAUNCHES)
+def test_common_outputs_take_the_direct_epilogue(name, arch):
+    direct, general = (
+        sum(counts.issued for counts in epilogue_lines(name, arch, dtype)) / (WHOLE[0] * WHOLE[1] / (16 * 256))
+        for dtype in (BF16, torch.float32)
+    )
+    assert direct < MOST[arch] < general
+
+
+@pytest.mark.parametrize("activation", [None, "silu_mul"])
+@pytest.mark.parametrize(("name", "arch"), LAUNCHES)
+def test_the_direct_epilogue_has_no_bank_conflicts(name, arch, activation):
+    """Outputs of 16 bits in rows of 128, 64 and 32 bytes."""
+    counts = epilogue_lines(name, arch, BF16, activation)
+    assert sum(c.wavefronts for c in counts) == sum(c.ideal_wavefronts for c in counts) > 0
