@@ -149,11 +149,11 @@ struct DirectEpilogue {
       constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const float4 of = columns_of(first + t);
+        const float4 pair = columns_of(first + t);
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           v[kGated ? t % 2 : 0][(kGated ? t / 2 : t) * 4 + e] =
-              dequantized(acc[i][first + t][e], a_scale[i][e / 2], e % 2 ? of.z : of.x, e % 2 ? of.w : of.y);
+              dequantized(acc[i][first + t][e], a_scale[i][e / 2], e % 2 ? pair.z : pair.x, e % 2 ? pair.w : pair.y);
       }
     });
     // A branch for each sixteen that are interleaved: 32 of the largest activation take more registers than there are.
@@ -285,15 +285,15 @@ struct DirectEpilogue {
     }
     constexpr int kOfLane = 2 * Accumulators::kTilesM;
     static_assert(kOfLane <= 4);
-    const int mine = thread_in_group() % kOfLane;  // the first lanes' store; others compute the same
+    const int row_of_lane = thread_in_group() % kOfLane;  // the first lanes' store; others compute the same
     float range = 0;
     for_each_row([&](int i, int half) {
       float m = most[i][half];
 #pragma unroll
       for (int lanes = 1; lanes < 4; lanes *= 2) m = ptx::max_nan(m, __shfl_xor_sync(0xffffffff, m, lanes));
-      if (i * 2 + half == mine) range = m;
+      if (i * 2 + half == row_of_lane) range = m;
     });
-    const int r = Accumulators::row(mine / 2, mine % 2 * 2);
+    const int r = Accumulators::row(row_of_lane / 2, row_of_lane % 2 * 2);
     exchange(range, r);
     if (empty()) return;
     range = range < kLeastRange ? kLeastRange : range;
