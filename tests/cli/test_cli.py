@@ -481,7 +481,7 @@ def test_size_batch_tries_what_it_simulated(folder, monkeypatch):
     """One of three replicas gets each third request; a run that took longer than any that was simulated is said to."""
     sent = []
 
-    def trial(model, make_batch, policy, arrivals):
+    def trial(model, make_batch, policy, arrivals, forward):
         sent.append(arrivals)
         return Load([0.001 if len(sent) == 1 else 60.0] * len(arrivals), [0.0] * len(arrivals))
 
