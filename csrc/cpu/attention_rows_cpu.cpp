@@ -320,7 +320,7 @@ void attention_rows(const AttentionRows& p) {
   const int64_t chunk_rows = p.batch * p.heads * ((p.rows + kChunk - 1) / kChunk) < 16 ? kChunk / 8 : kChunk,
                 chunks = (p.rows + chunk_rows - 1) / chunk_rows, items = p.batch * p.heads * chunks;
   const int64_t work = 2 * std::min(chunk_rows, p.rows) * p.keys * p.columns;
-  const bool pairs = p.dtype == Dtype::bf16 && has_avx512_bf16() && p.columns % (2 * kColumnStep) == 0;
+  [[maybe_unused]] const bool pairs = p.dtype == Dtype::bf16 && has_avx512_bf16() && p.columns % (2 * kColumnStep) == 0;
   torch::stable::parallel_for(0, items, (1 << 18) / work + 1, [&](int64_t begin, int64_t end) {
     const int64_t panel = round_up(p.columns, 32) * kKeys, scores = kMostTileRows * kKeys,
                   buffer = p.dtype == Dtype::f32 ? 0 : (kMostTileRows + std::min(chunk_rows, p.rows)) * p.columns;
