@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <fstream>
 #include <mutex>
-#include <tuple>
 
 #include "core.h"
 #include "device.h"
@@ -139,17 +138,6 @@ void count_bulk(Warp& w, uint64_t address, uint64_t bytes, bool load) {
 
 namespace {
 
-struct Key {
-  uint64_t name, module;  // Options::counters; Module::serial
-  std::string kernel;
-  std::array<unsigned, 9> shape;  // grid, block, cluster
-  int64_t shared_bytes;
-  bool operator<(const Key& o) const {
-    return std::tie(name, module, kernel, shape, shared_bytes) <
-           std::tie(o.name, o.module, o.kernel, o.shape, o.shared_bytes);
-  }
-};
-
 struct Entry {
   uint64_t launches = 0, sectors_read = 0, sectors_written = 0;
   const Device* device = nullptr;
@@ -163,7 +151,7 @@ struct Entry {
 
 struct Record {
   std::mutex mutex;
-  std::map<Key, Entry> entries;
+  std::map<LaunchKey, Entry> entries;
 };
 Record& the_record() {
   static Record* const r = new Record;  // never destroyed: write_report reads it at exit
@@ -189,6 +177,25 @@ std::string Line::json() const {
          ",\"inner_line\":" + std::to_string(inner_line) + ",\"ptx_line\":" + std::to_string(ptx_line);
 }
 
+LaunchKey::LaunchKey(const Launch& l)
+    : name(l.options.counters),
+      module(l.module->serial),
+      kernel(l.code->name),
+      shared_bytes(l.code->shared_bytes + l.dynamic_shared) {
+  std::copy(l.grid, l.grid + 3, shape.begin());
+  std::copy(l.block, l.block + 3, shape.begin() + 3);
+  std::copy(l.cluster, l.cluster + 3, shape.begin() + 6);
+}
+
+std::string LaunchKey::json() const {
+  const auto three = [&](size_t first) {
+    return "[" + std::to_string(shape[first]) + "," + std::to_string(shape[first + 1]) + "," +
+           std::to_string(shape[first + 2]) + "]";
+  };
+  return "\"grid\":" + three(0) + ",\"block\":" + three(3) + ",\"cluster\":" + three(6) +
+         ",\"shared_bytes\":" + std::to_string(shared_bytes);
+}
+
 namespace {
 
 std::string json_of(const Line& l, const Count& c) {
@@ -204,15 +211,10 @@ std::string json_of(const Line& l, const Count& c) {
   return s + "}";
 }
 
-std::string json_of(const Key& key, const Entry& e) {
-  const auto three = [&](int first) {
-    return "[" + std::to_string(key.shape[first]) + "," + std::to_string(key.shape[first + 1]) + "," +
-           std::to_string(key.shape[first + 2]) + "]";
-  };
+std::string json_of(const LaunchKey& key, const Entry& e) {
   std::string s = "{\"kernel\":" + quoted(key.kernel) + ",\"arch\":" + quoted(e.device->arch) +
                   ",\"multiprocessors\":" + std::to_string(e.device->multiprocessors) +
-                  ",\"resident\":" + std::to_string(e.resident) + ",\"grid\":" + three(0) + ",\"block\":" + three(3) +
-                  ",\"cluster\":" + three(6) + ",\"shared_bytes\":" + std::to_string(key.shared_bytes) +
+                  ",\"resident\":" + std::to_string(e.resident) + "," + key.json() +
                   ",\"launches\":" + std::to_string(e.launches) +
                   ",\"footprint_read\":" + std::to_string(e.sectors_read * kSectorBytes) +
                   ",\"footprint_written\":" + std::to_string(e.sectors_written * kSectorBytes) + ",\"instructions\":[";
@@ -253,13 +255,9 @@ const bool reported = report_path() != nullptr;
 bool counted(const Options& o) { return o.counters || reported || recorded(o); }
 
 void record(const Launch& l, const Sheet& sheet) {
-  Key key{l.options.counters, l.module->serial, l.code->name, {}, l.code->shared_bytes + l.dynamic_shared};
-  std::copy(l.grid, l.grid + 3, key.shape.begin());
-  std::copy(l.block, l.block + 3, key.shape.begin() + 3);
-  std::copy(l.cluster, l.cluster + 3, key.shape.begin() + 6);
   Record& r = the_record();
   const std::lock_guard lock(r.mutex);
-  Entry& e = r.entries[key];
+  Entry& e = r.entries[LaunchKey(l)];
   if (!e.device) {
     e.device = current_device();
     e.resident = std::max(1, l.resident / e.device->multiprocessors);

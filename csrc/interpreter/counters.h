@@ -3,6 +3,7 @@
 // rules. A thread that runs CTAs writes into a Sheet of its own; a launch adds its sheets to the process's record, from
 // which fpi_profile_json reads. Without counters a warp's `count` is null and the loop of another instantiation runs.
 #include <array>
+#include <compare>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -102,6 +103,18 @@ struct Line {
   std::string json() const;  // all but the work, without braces
 };
 std::vector<Line> describe(const Module&, const Code&);
+
+// Launches that are recorded together: of one kernel in one shape.
+struct LaunchKey {
+  uint64_t name, module;  // Options::counters; Module::serial
+  std::string kernel;
+  std::array<unsigned, 9> shape;  // grid, block, cluster
+  int64_t shared_bytes;
+
+  explicit LaunchKey(const Launch&);
+  std::string json() const;  // the shape and the shared bytes, without braces
+  auto operator<=>(const LaunchKey&) const = default;
+};
 
 // Whether a launch is: Options::counters, or FORWARDPASS_INTERPRET_COUNTERS=FILE, which gets the record at exit.
 bool counted(const Options&);

@@ -1,10 +1,8 @@
 // What launches with Options::timeline have left, and fpi_timeline_json, which spends the time on it.
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
-#include <tuple>
 
 #include "core.h"
 #include "device.h"
@@ -13,17 +11,6 @@
 
 namespace forwardpass::interpreter {
 namespace {
-
-struct Key {
-  uint64_t name, module;  // Options::counters; Module::serial
-  std::string kernel;
-  std::array<unsigned, 9> shape;  // grid, block, cluster
-  int64_t shared_bytes;
-  bool operator<(const Key& o) const {
-    return std::tie(name, module, kernel, shape, shared_bytes) <
-           std::tie(o.name, o.module, o.kernel, o.shape, o.shared_bytes);
-  }
-};
 
 struct Entry {
   std::shared_ptr<LaunchTrace> trace;
@@ -36,19 +23,11 @@ struct Entry {
 
 struct Record {
   std::mutex mutex;
-  std::map<Key, Entry> entries;
+  std::map<LaunchKey, Entry> entries;
 };
 Record& the_record() {
   static Record* const r = new Record;  // never destroyed: write_report reads it at exit
   return *r;
-}
-
-Key key_of(const Launch& l) {
-  Key key{l.options.counters, l.module->serial, l.code->name, {}, l.code->shared_bytes + l.dynamic_shared};
-  std::copy(l.grid, l.grid + 3, key.shape.begin());
-  std::copy(l.block, l.block + 3, key.shape.begin() + 3);
-  std::copy(l.cluster, l.cluster + 3, key.shape.begin() + 6);
-  return key;
 }
 
 std::string list(const std::vector<std::string>& texts) {
@@ -62,7 +41,7 @@ std::string number(double x) {
   return text;
 }
 
-ReplayInput input_of(const Key& key, const Entry& e, uint64_t resident, uint64_t group) {
+ReplayInput input_of(const LaunchKey& key, const Entry& e, uint64_t resident, uint64_t group) {
   ReplayInput in;
   in.ops = &e.ops;
   const auto ctas_recorded = e.trace->ctas(group);
@@ -85,7 +64,7 @@ ReplayInput input_of(const Key& key, const Entry& e, uint64_t resident, uint64_t
   return in;
 }
 
-std::string json_of(const Key& key, const Entry& e, const Machine& machine, uint64_t resident) {
+std::string json_of(const LaunchKey& key, const Entry& e, const Machine& machine, uint64_t resident) {
   if (e.cut) {
     Finding f;
     f.kind = Kind::unsupported;
@@ -102,14 +81,9 @@ std::string json_of(const Key& key, const Entry& e, const Machine& machine, uint
     in = next;
     r = std::move(result);
   }
-  const auto three = [&](size_t first) {
-    return "[" + std::to_string(key.shape[first]) + "," + std::to_string(key.shape[first + 1]) + "," +
-           std::to_string(key.shape[first + 2]) + "]";
-  };
   std::string s =
       "{\"kernel\":" + quoted(key.kernel) + ",\"arch\":" + quoted(e.device->arch) +
-      ",\"multiprocessors\":" + std::to_string(e.device->multiprocessors) + ",\"grid\":" + three(0) +
-      ",\"block\":" + three(3) + ",\"cluster\":" + three(6) + ",\"shared_bytes\":" + std::to_string(key.shared_bytes) +
+      ",\"multiprocessors\":" + std::to_string(e.device->multiprocessors) + "," + key.json() +
       ",\"launches\":" + std::to_string(e.launches) + ",\"programmatic\":" + std::to_string(e.programmatic) +
       ",\"resident\":" + std::to_string(in.resident) + ",\"clusters\":" + std::to_string(in.clusters) +
       ",\"replayed\":" + std::to_string(r.replayed) + ",\"cycles\":" + std::to_string(r.cycles) +
@@ -167,7 +141,7 @@ std::string folder() {
 
 void write_timeline() {
   try {
-    const std::string json = timeline_json([](const Key&) { return true; },
+    const std::string json = timeline_json([](const LaunchKey&) { return true; },
                                            [](const std::string& arch) {
                                              std::stringstream text;
                                              text << std::ifstream(folder() + "/" + arch + ".txt").rdbuf();
@@ -190,14 +164,14 @@ bool recorded(const Options& o) { return o.timeline || written; }
 std::shared_ptr<LaunchTrace> begin_trace(const Launch& l) {
   Record& r = the_record();
   const std::lock_guard lock(r.mutex);
-  const auto entry = r.entries.find(key_of(l));
+  const auto entry = r.entries.find(LaunchKey(l));
   return entry == r.entries.end() ? std::make_shared<LaunchTrace>(l) : nullptr;
 }
 
 void keep_trace(const Launch& l, const Sheet& all) {
   Record& r = the_record();
   const std::lock_guard lock(r.mutex);
-  Entry& e = r.entries[key_of(l)];
+  Entry& e = r.entries[LaunchKey(l)];
   ++e.launches;
   e.programmatic += l.programmatic;
   if (e.trace || !l.trace) return;
@@ -228,8 +202,9 @@ const char* fpi_timeline_json(uint64_t name, const char* kernel, const char* mac
   return guarded("", [&]() -> const char* {
     thread_local std::string json;
     const Machine rates(machine);
-    json = timeline_json([&](const Key& k) { return k.name == name && k.kernel.find(kernel) != std::string::npos; },
-                         [&](const std::string&) { return rates; }, static_cast<uint64_t>(resident));
+    json =
+        timeline_json([&](const LaunchKey& k) { return k.name == name && k.kernel.find(kernel) != std::string::npos; },
+                      [&](const std::string&) { return rates; }, static_cast<uint64_t>(resident));
     return json.c_str();
   });
 }

@@ -217,7 +217,7 @@ def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu
 @pytest.mark.parametrize("tier", ["sse", "AVX2", *({"amx", "avx512_vnni"} - set(TIERS))])
 def test_a_tier_that_is_not_there_is_refused(tier):
     run = subprocess.run([sys.executable, "-c", "import forwardpass"], capture_output=True, text=True,
-                         env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "FORWARDPASS_CPU": tier})  # fmt: skip
+                         env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
     *_, sentence = run.stderr.splitlines()
     assert sentence == (
         f"ValueError: FORWARDPASS_CPU is one of {', '.join(TIERS)} here, not {tier!r}: unset it for the last of them"
