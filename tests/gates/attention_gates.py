@@ -1,8 +1,9 @@
 """What the gates ask of the attention kernels: instructions a score in the main loop, and what a Config's name claims.
 
 A score is what one row and one key make. Instructions a score: those of a trip of the main loop, which is the unmasked one,
-divided by the scores that a thread of it has a part in: rows times keys of a block, divided by the threads that multiply.
-FlashAttention-3's figure is of its kernels for fp16 at head dim 128.
+divided by the scores that a thread of it has a part in: rows times keys of a block, divided by the threads that multiply. The
+trip is the shortest: no row's maximum grows, so that the output is not rescaled. FlashAttention-3, which rescales in every
+trip, issues about 7 for fp16 at head dim 128.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ import dataclasses
 from gemm_gates import broken_claims, macs, without_bytes
 from kernel_names import values
 
-#: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on; FlashAttention-3 issues as many
-MOST = {("sm_90a", 128, 128): 7.4}
+#: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on
+MOST = {("sm_90a", 128, 128): 6.5}
 
 
 @dataclasses.dataclass
@@ -54,7 +55,12 @@ def bar(k) -> float | None:
 def counted(k) -> float | None:
     """Instructions a score."""
     loop = k.code.main_loop
-    return len(loop.instructions) / c.scores if (c := claims(k.name)) and loop and loop.mma else None
+    return len(loop.shortest_trip) / c.scores if (c := claims(k.name)) and loop and loop.mma else None
+
+
+def rescaling(k) -> float:
+    """Those of all its branches, the rescaling one among them."""
+    return len(k.code.main_loop.instructions) / claims(k.name).scores
 
 
 def failures(k) -> list[str]:
@@ -78,11 +84,13 @@ def failures(k) -> list[str]:
 def table(kernels: list) -> str:
     """Of every attention kernel's main loop, beside its bar."""
     lines = [
-        "main loops of attention: instructions a score, mma among them",
-        f"{'':8}{'a score':>8}{'mma':>6}{'bar':>6}",
+        "main loops of attention: instructions a score, where no maximum grows and of all branches, mma among them",
+        f"{'':8}{'a score':>8}{'all':>8}{'mma':>6}{'bar':>6}",
     ]
     for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         if issued := counted(k):
             mma = k.code.main_loop.mma.total() / claims(k.name).scores
-            lines.append(f"{k.arch:<8}{issued:8.2f}{mma:6.2f}{bar(k) or '-':>6}  {without_bytes(k.name)}")
+            lines.append(
+                f"{k.arch:<8}{issued:8.2f}{rescaling(k):8.2f}{mma:6.2f}{bar(k) or '-':>6}  {without_bytes(k.name)}"
+            )
     return "\n".join(lines)

@@ -56,8 +56,17 @@ def tensor_core(name: str, arch: str) -> list[str]:
     return [rf"{kind}\b" for kind in kinds]
 
 
+def left_out(k: cubin.Kernel) -> bool:
+    """Empty on an architecture whose multiprocessors do not hold its blocks: it is not launched there."""
+    c = attention_gates.claims(k.name)
+    held = c and c.blocks * (k.shared + k.limits.RESERVED) <= k.limits.sm_shared
+    return c is not None and not held and len(k.code.instructions) - sum(i.is_nop for i in k.code.instructions) < 4
+
+
 def failures(k: cubin.Kernel) -> list[str]:
     """Sentences, without the kernel's name."""
+    if left_out(k):
+        return []
     messages = []
     loop, expected = k.code.main_loop, tensor_core(k.name, k.arch)
     if k.local:

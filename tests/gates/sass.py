@@ -7,6 +7,7 @@ slow path of a wait stands behind the kernel and branches back into the middle o
 import collections
 import dataclasses
 import functools
+import heapq
 import re
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -70,6 +71,7 @@ class Instruction:
 class Loop:
     blocks: frozenset[int]
     instructions: list[Instruction]
+    shortest_trip: list[Instruction]  # of the ways around, the one with the fewest instructions: what may be skipped is
     nops: int = 0
 
     @property
@@ -207,7 +209,29 @@ class Function:
         inline = [b for b in sorted(blocks) if head <= b <= tail or tail < head]  # tail < head: a rotated loop
         body = [i for b in inline for i in self.body(b)]
         instructions = [i for i in body if not i.is_nop]
-        return Loop(frozenset(blocks), instructions, len(body) - len(instructions))
+        return Loop(
+            frozenset(blocks), instructions, self.shortest_trip(head, tail, blocks), len(body) - len(instructions)
+        )
+
+    def shortest_trip(self, head: int, tail: int, blocks: set[int]) -> list[Instruction]:
+        """Without NOPs, from the head to the back edge (Dijkstra)."""
+        before: dict[int, int | None] = {}
+        todo: list[tuple[int, int, int | None]] = [(0, head, None)]
+        while tail not in before:
+            issued, block, previous = heapq.heappop(todo)
+            if block in before:
+                continue
+            before[block] = previous
+            issued += sum(not i.is_nop for i in self.body(block))
+            for b in self.successors[block]:
+                if b in blocks and b not in before:
+                    heapq.heappush(todo, (issued, b, block))
+        way: list[int] = []
+        block = tail
+        while block is not None:
+            way.append(block)
+            block = before[block]
+        return [i for b in reversed(way) for i in self.body(b) if not i.is_nop]
 
     @property
     def main_loop(self) -> Loop | None:

@@ -15,6 +15,7 @@ import attention_gates
 import cubin
 import gates
 import gemm_gates
+import sass
 
 import forwardpass
 
@@ -80,6 +81,9 @@ def test_the_built_kernels_pass(kernels):
     assert all(gemm_gates.claims(k.name) for k in gemms if "Config<" in k.name)
     assert len(gemm_gates.table(kernels).splitlines()) == 2 + len(gemms)
     attention = [k for k in kernels if k.name.startswith("attention")]
+    left_out = [k for k in attention if gates.left_out(k)]
+    assert {(k.arch, "m=128, n=64" in k.name) for k in left_out} == {("sm_89", True)}
+    attention = [k for k in attention if k not in left_out]
     assert attention and all(attention_gates.claims(k.name) and attention_gates.counted(k) for k in attention)
     assert len(attention_gates.table(kernels).splitlines()) == 2 + len(attention)
 
@@ -149,10 +153,14 @@ def test_a_bad_kernel_fails(bad, kernel, arch, sentences):
 def test_what_attention_s_main_loop_issues(kernels):
     k = next(k for k in kernels if k.arch == "sm_90a" and HEAD_DIM_128 in k.name)
     issued = attention_gates.counted(k)
-    assert 6 < issued <= 7.4 and attention_gates.failures(k) == []
+    assert 6 < issued <= 6.5 and attention_gates.failures(k) == []
+    rescales = len(k.code.main_loop.instructions) - len(k.code.main_loop.shortest_trip)
+    assert (
+        64 <= rescales <= 70 and k.code.main_loop.mma == sass.Loop(frozenset(), k.code.main_loop.shortest_trip, []).mma
+    )
     fewer_keys = dataclasses.replace(k, name=k.name.replace("n=128}", "n=64}"))
     assert attention_gates.failures(fewer_keys) == [
-        f"{2 * issued:.2f} instructions a score in the main loop, the bar is 7.4",
+        f"{2 * issued:.2f} instructions a score in the main loop, the bar is 6.5",
         f"{64 * 2 * 128 * 256 // 8} multiply-accumulates of a warp in the main loop, its Config's block has {64 * 128 * 256 // 8}",
     ]
     assert attention_gates.failures(dataclasses.replace(k, threads=256)) == ["256 threads, its Config says 384"]

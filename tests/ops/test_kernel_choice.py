@@ -21,7 +21,7 @@ class Shape(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = [("sms", ctypes.c_int32), ("arch", ctypes.c_int16)]
+    _fields_ = [("sms", ctypes.c_int32), ("arch", ctypes.c_int16), ("shared_kib", ctypes.c_int16)]
 
 
 class Kernel(ctypes.Structure):

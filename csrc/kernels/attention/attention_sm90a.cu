@@ -19,9 +19,10 @@ struct WgmmaAttentionTile {
   int n;
 };
 
-// Instructions per score in the main loop: 6.6 at 64 columns, 7.0 at 96, 7.4 at 128, 8.6 at 192, 11.5 at 256; 7.7 at
-// 192 with 128 of v. Of the consumers' registers (240 with two warpgroups, 160 with three) a thread's accumulators take
-// value_dim / 2, its scores n / 2 and p n / 4; tile, pipelines and softmax take about 40.
+// Instructions per score in the main loop: 6.1 at 64 columns, 6.3 at 96, 6.5 at 128, 7.0 at 192, 8.4 at 256; 6.7 at
+// 192 with 128 of v. Where a row's maximum grows, value_dim / n more, which rescale the output. Of the consumers'
+// registers (240 with two warpgroups, 160 with three) a thread's accumulators take value_dim / 2, its scores n / 2 and
+// p n / 4; tile, pipelines and softmax take about 40.
 constexpr WgmmaAttentionTile tile_of(AttentionInstance i) {
   // Shared memory binds: q and two stages fill it. Score modifiers need registers.
   if (i.value_dim == 256) return {.consumers = 2, .n = i.modified ? 64 : 80};
@@ -29,8 +30,8 @@ constexpr WgmmaAttentionTile tile_of(AttentionInstance i) {
   // At 64 columns there are enough registers for three consumer warpgroups, except with score modifiers; 160 keys would
   // spill 404 bytes.
   if (i.value_dim == 64 && !i.modified) return {.consumers = 3, .n = 128};
-  // At 96 and 128 columns 176 keys would fit, with 6.7 instructions per score instead of 7.4. But blocks of 128 end
-  // where the rows of a causal tile end; with 2048 keys, blocks of 176 compute 7 % more scores.
+  // At 96 and 128 columns 176 keys would fit: with the rescaling, 6.7 instructions per score instead of 7.4. But blocks
+  // of 128 end where the rows of a causal tile end; with 2048 keys, blocks of 176 compute 7 % more scores.
   return {.consumers = 2, .n = 128};
 }
 
@@ -221,7 +222,6 @@ struct WgmmaAttentionMainloop {
     const ScoreModifiers<Scores> modify(p, tile, first_row);
     const float scale = Config::kModified ? 1 : p.scale * kLog2e;
     Weights weights;
-    RowValues<1> factor;
     o.clear();
     const auto attend = [&](int block, auto first, auto masked) {
       constexpr bool kFirst = decltype(first)::value;
@@ -229,7 +229,6 @@ struct WgmmaAttentionMainloop {
       mma_q_k(scores);
       const int v_stage = v.stage;
       if (!kFirst) {
-        rescale(o, factor);
         mma_p_v(o, weights);
         v.advance();
       }
@@ -250,12 +249,15 @@ struct WgmmaAttentionMainloop {
         modify(scores, first_key);
       }
       if (decltype(masked)::value) bounds(scores, first_key);
-      softmax.update(scores, scale, factor);
+      RowValues<1> factor;
+      const bool grown = softmax.update(scores, scale, factor);
       ptx::wgmma_keep(scores[0]);
       // This wait is here, not where v is needed: ptxas moves the wgmma wait below it upwards across anything but a
       // branch, and the softmax would then begin after p v has completed.
       v.wait_full();
       if (!Config::kModified) end_p_v();
+      // Here, not before mma_p_v: it would stand before the wgmmas of this warpgroup's turn.
+      if (!kFirst && grown) rescale(o, factor);
 #pragma unroll
       for (int i = 0; i < Config::kN / 16; ++i) pack_operand<kDtype>(weights[i], scores[0], i);
     };
@@ -278,7 +280,6 @@ struct WgmmaAttentionMainloop {
     }
     q.release(q.stage);
     q.advance();
-    rescale(o, factor);
     mma_p_v(o, weights);
     ptx::wgmma_wait<0>();
     ptx::wgmma_keep(o[0]);
