@@ -12,6 +12,7 @@ import torch
 import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.common.timing import interleave, untracked
+from forwardpass.interpreter import core
 from forwardpass.testing import benchmark_cases, poisoned_outputs
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -276,6 +277,24 @@ def test_attention_is_counted_and_modelled():
     causal = attention.row_of("cuda", "sm_80", dataclasses.replace(case, causal=True))
     assert causal["tflops"] < row["tflops"] and "main_loop_ptx_per_score" not in causal
     assert "missing" in attention.row_of("cuda", "sm_80", dataclasses.replace(case, dims=(320, 320)))
+
+
+@pytest.mark.interpreted
+def test_published_figures_beside_modelled_ones(monkeypatch, capsys, tmp_path):
+    published = importlib.import_module("benchmarks.published")
+    small = [("int8", (130, 256, 128)), ("fp8 block", (130, 256, 128)), ("fp8 rowwise", (130, 256, 128)),
+             ("attention", (1, 128, 1, 64))]  # fmt: skip
+    rows = [published.Row(kind, shape, "them", "H100", 100, "their paper") for kind, shape in small]
+    monkeypatch.setattr(published, "ROWS", rows)
+    monkeypatch.setattr("sys.argv", ["published", "--json", str(tmp_path / "out.json")])
+    if core.why_not() or not core.KERNELS.exists():
+        pytest.skip("there are no CUDA kernels that could be interpreted")
+    published.main()
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [r["kind"] for r in results] == [kind for kind, _ in small]
+    assert all(r["modelled"] > 0 and r["even_at"] == r["clock"] * 100 / r["modelled"] for r in results)
+    said = capsys.readouterr().out
+    assert "no GPU was timed" in said and "attention 1 x 128 x 1 x 64" in said
 
 
 models, peers, tiers = (importlib.import_module(f"benchmarks.{m}") for m in ("models", "peers", "tiers"))

@@ -62,6 +62,9 @@ struct WgmmaConfig {
   static constexpr int kBoxes = Element::kSizeB;  // of b in a stage, each as wide as the box of a
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
+  // Its outputs in groups of 128 columns, all of which a tile has.
+  static constexpr bool kQuantizes = Element::kPromoted && !kTransposed && kN % kScaleBlock == 0;
+
   using Schedule = PersistentTiles<WgmmaConfig>;
   using Pipeline = forwardpass::Pipeline<kStages>;
   using Accumulators = Fragments<Acc, kTilesM, kTilesN, 64>;
@@ -73,7 +76,7 @@ struct WgmmaConfig {
     uint8_t a[kM][kStageK], b[kBoxes][kN][kStageK];
   };
   // The factors by which a stage's accumulators are promoted: one per row of a; for b two, those of gate and up, or of
-  // the first and the second 128 columns. TMA writes at multiples of 128 bytes, at least 16 bytes.
+  // the first and the second block of columns. TMA writes at multiples of 128 bytes, at least 16 bytes.
   struct Scales {
     alignas(128) float a[kM];
     alignas(128) float b[2][32];
@@ -239,13 +242,16 @@ struct ExactMainloop {
 // wgmmas run.
 template <class Config>
 struct PromotingMainloop {
+  // A warpgroup's columns are not whole blocks of b's scales: 192, which begin with a block or in the middle of one.
+  static constexpr bool kStraddles = Config::kConsumerN > kScaleBlock;
   // The factors for a thread's accumulators of a stage: for each pair of rows of a that the thread has, the scale of
-  // either row times each of the two scales of b.
+  // either row times each of the two scales of b; and again that of the 64 columns in the middle.
   struct Factors {
     static constexpr int kPairs = Config::kTransposed ? Config::kTilesN : Config::kTilesM;
-    float factor[kPairs][2][2];
+    float factor[kPairs][2][kStraddles ? 3 : 2];
     __device__ float of(int i, int j, int e) const {
-      return Config::kTransposed ? factor[j][e % 2][e / 2] : factor[i][e / 2][j % 2];
+      if (Config::kTransposed) return factor[j][e % 2][e / 2];
+      return factor[i][e / 2][!kStraddles ? j % 2 : j < 8 ? 0 : j < 16 ? 2 : 1];
     }
   };
   ConsumerPipeline<Config> pipeline;
@@ -253,6 +259,7 @@ struct PromotingMainloop {
   // In the first stage: scales of a from this thread's first row on; of b for even and for odd n8 tiles or, if
   // transposed, for a thread's first row and the row eight below.
   uint32_t a_scale, b_scale[2];
+  bool middle_second = false;  // whether the columns in the middle have the second
 
   __device__ PromotingMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
                                const ConsumerPlace<Config>& place)
@@ -261,7 +268,7 @@ struct PromotingMainloop {
     a_scale = uniform(ptx::shared_address(&s.scales[0].a[first]), threadIdx.x % 32);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      b_scale[i] = uniform(ptx::shared_address(s.scales[0].b[p.gated ? i : place.column / kScaleBlock]));
+      b_scale[i] = uniform(ptx::shared_address(s.scales[0].b[p.gated || kStraddles ? i : place.column / kScaleBlock]));
   }
   __device__ Factors load_factors() const {
     const uint32_t first = pipeline.stage * sizeof(typename Config::Scales);
@@ -274,6 +281,7 @@ struct PromotingMainloop {
         const int row = Config::kTransposed ? i * 8 + j : i * 64 + j * 8;
         const float a = ptx::load_shared(a_scale + first + row * sizeof(float));
         factors.factor[i][j][0] = a * b[0], factors.factor[i][j][1] = a * b[1];
+        if constexpr (kStraddles) factors.factor[i][j][2] = a * (middle_second ? b[1] : b[0]);
       }
     return factors;
   }
@@ -281,17 +289,19 @@ struct PromotingMainloop {
   __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
     begin_epilogue();  // in the loop its instructions would be among every stage's
     acc.clear();
+    if (kStraddles) middle_second = tile.column % kScaleBlock != 0;
     const int slices = tile.slices(Config::kStageK);
 #pragma unroll 1
     for (int slice = 0; slice < slices; ++slice) {
       pipeline.wait_full();
-      const Factors factors = load_factors();
+      Factors factors;
 #pragma unroll
       for (int i = 0; i < Config::kTilesM; ++i) {
         typename Config::Accumulators::Row partial;
         ptx::wgmma_fence();
         operands.mma(partial, pipeline.stage, i, false);
         ptx::wgmma_commit();
+        if (i == 0) factors = load_factors();  // while the wgmmas run
         ptx::wgmma_wait<0>();
         if (i == Config::kTilesM - 1) {
           pipeline.release(pipeline.stage);
@@ -316,7 +326,7 @@ struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators> {
 
   __device__ QuantizingEpilogue(typename Config::SharedStorage& s, const GemmOutput& out) : Base(s, out), s(s) {}
   __device__ void operator()(typename Config::Accumulators& acc, const GemmTile& tile, int row, int column) {
-    if constexpr (Config::Element::kPromoted) {
+    if constexpr (Config::kQuantizes) {
       const Epilogue& e = this->out.epilogue;
       if (e.group_scale) {
         const auto direct = this->direct(tile, row, column);

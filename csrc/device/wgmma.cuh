@@ -136,10 +136,12 @@ constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
 FORWARDPASS_S8(2, 16, 8, 9, 10, 11)
 FORWARDPASS_S8(8, 64, 32, 33, 34, 35)
 FORWARDPASS_S8(16, 128, 64, 65, 66, 67)
+FORWARDPASS_S8(24, 192, 96, 97, 98, 99)
 FORWARDPASS_S8(32, 256, 128, 129, 130, 131)
 FORWARDPASS_E4M3(2, 16, 8, 9, 10, 11)
 FORWARDPASS_E4M3(8, 64, 32, 33, 34, 35)
 FORWARDPASS_E4M3(16, 128, 64, 65, 66, 67)
+FORWARDPASS_E4M3(24, 192, 96, 97, 98, 99)
 
 // The same of 16-bit floats: d [64, 8 T] = a [64, 16] b [8 T, 16] transposed, plus d where `accumulate`.
 FORWARDPASS_K16(8, 64, 32, 33, 34, 35)

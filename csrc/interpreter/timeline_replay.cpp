@@ -363,6 +363,8 @@ ReplayResult Replay::run() {
       take_turn(multiprocessors_[e.multiprocessor], static_cast<int>(e.scheduler), now);
     } else if (e.kind == Event::Kind::arrive) {
       arrive(e);
+    } else if (e.kind == Event::Kind::write) {
+      e.block->multiprocessor->port.take(static_cast<double>(now), static_cast<double>(e.bytes) / c_.shared_rate);
     } else if (e.kind == Event::Kind::multiply) {
       multiply(multiprocessors_[e.multiprocessor]);
     } else {

@@ -132,11 +132,11 @@ class Replay {
   struct Event {
     Time time;
     uint64_t order;
-    enum class Kind : uint8_t { turn, arrive, begin, multiply } kind;
+    enum class Kind : uint8_t { turn, arrive, write, begin, multiply } kind;
     uint32_t multiprocessor = 0, scheduler = 0;  // turn, multiply
-    Block* block = nullptr;                      // arrive
+    Block* block = nullptr;                      // arrive, write
     uint32_t address = 0;
-    int64_t count = 0, bytes = 0, written = 0;
+    int64_t count = 0, bytes = 0;
     size_t slot = 0;  // begin
     bool operator>(const Event& o) const { return time != o.time ? time > o.time : order > o.order; }
   };
@@ -181,6 +181,7 @@ class Replay {
     return m.inward.take(start, bytes / c_.inward_rate);
   }
   void bulk(Warp&, const TraceEvent&, Time now);
+  void write(Block& target, Time end, uint32_t bytes, double duration);
   void matrix(Warp&, const Op&, Time now);
   void multiply(Multiprocessor&);
   double access(Multiprocessor&, Time now, double cycles);

@@ -75,8 +75,12 @@ void WarpTrace::end(Warp& w, const Instruction& i, Step step, Mask mask) {
   const bool waits = signals.size() > signals_ && signals.back().kind == Signal::Kind::wait;
   if (step == Step::yielded && !waits) failed_ = static_cast<int64_t>(events.size());
   if (events.size() >= most_) {
-    cut = true;
-    return;
+    const size_t more = launch_->share();
+    if (!more) {
+      cut = true;
+      return;
+    }
+    most_ += more;
   }
   TraceEvent e{};
   e.op = op;
@@ -138,12 +142,13 @@ void LaunchTrace::begin(Cta& cta) {
   for (size_t k = 0; k < cta.warps.size(); ++k) {
     WarpTrace& w = trace->warps[k];
     w.launch_ = this;
-    w.most_ = kMostEvents / (cta.warps.size() * sampled * size_ * recorded_groups.size());
     cta.warps[k].trace = &w;
   }
   const std::lock_guard lock(mutex_);
   ctas_[trace->number] = std::move(trace);
 }
+
+size_t LaunchTrace::share() { return shares_.fetch_add(kShare) + kShare <= kMostEvents ? kShare : 0; }
 
 uint32_t LaunchTrace::number(const Code& code) {
   const std::lock_guard lock(mutex_);

@@ -2,6 +2,7 @@
 // What the warps of a few CTAs executed, in order, recorded where Options::timeline asks for it: timeline_replay.h
 // spends time on it. Which lanes took part and what was touched is kept; values are not. docs/interpreter.md has the
 // rules.
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -64,7 +65,7 @@ class WarpTrace {
   LaunchTrace* launch_ = nullptr;
   const Code* code_ = nullptr;
   uint32_t base_ = 0;  // number of the code's first instruction
-  size_t most_ = 0;
+  size_t most_ = 0;    // events that it may have, until it gets more
   Count delta_;
   uint64_t touched_ = 0;
   uint32_t operand_ = 0;
@@ -88,6 +89,7 @@ class LaunchTrace {
   std::vector<CtaTrace*> ctas(uint64_t group) const;  // by number
   const std::map<const Code*, uint32_t>& codes() const { return codes_; }
   void add_to(Sheet&) const;  // what was counted
+  size_t share();             // of the events that are kept, for one warp; 0: there are no more
 
   int blocks = 1;        // CTAs that a multiprocessor holds, registers assumed
   uint64_t groups = 1;   // of multiprocessors, each with one CTA of every cluster that it has
@@ -96,11 +98,12 @@ class LaunchTrace {
 
  private:
   static constexpr uint64_t kRecordedGroups = 4;
-  static constexpr uint64_t kMostEvents = 1 << 24;
+  static constexpr uint64_t kMostEvents = 1 << 25, kShare = 1 << 12;
   std::mutex mutex_;
   std::map<const Code*, uint32_t> codes_;
   uint32_t next_ = 0;
-  uint64_t size_;  // of a cluster
+  uint64_t size_;                    // of a cluster
+  std::atomic<uint64_t> shares_{0};  // events, of those that are kept
   std::map<uint64_t, std::unique_ptr<CtaTrace>> ctas_;
 };
 

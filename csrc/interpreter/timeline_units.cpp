@@ -51,6 +51,7 @@ void Replay::bulk(Warp& w, const TraceEvent& e, Time now) {
   const double start = m.bulk.take(static_cast<double>(now), c_.bulk_interval);
   const bool loads = e.signals > 0;
   const Time moved = static_cast<Time>(e.sectors ? move(start, e, loads) : start);
+  const double through_l2 = e.sectors * static_cast<double>(kSectorBytes) / c_.l2_rate;
   const Time latency = ceiling(c_.bulk_latency + (!e.sectors ? 0 : e.fresh ? c_.dram_latency : c_.l2_latency));
   for (uint32_t k = e.signal; k < e.signal + e.signals; ++k) {
     const Signal& signal = w.trace->signals[k];
@@ -62,8 +63,8 @@ void Replay::bulk(Warp& w, const TraceEvent& e, Time now) {
     arrival.block = &target;
     arrival.address = signal.address;
     arrival.bytes = signal.bytes;
-    arrival.written = signal.bytes;
     push(arrival);
+    write(target, arrival.time, signal.bytes, std::max(signal.bytes / c_.inward_rate, through_l2));
   }
   if (!loads) {
     m.port.take(static_cast<double>(now), e.operand / c_.shared_rate);
@@ -71,6 +72,19 @@ void Replay::bulk(Warp& w, const TraceEvent& e, Time now) {
     w.bulk_read = std::max(w.bulk_read, moved + ceiling(c_.bulk_latency));
   }
   if (shown(w)) span(track("bulk copies"), name(loads ? "load" : "store"), now, std::max<Time>(now + 1, moved));
+}
+
+// What a bulk copy brings is written as it arrives, the last of it at `end`: so much at a time as TMA asks L2 for.
+void Replay::write(Block& target, Time end, uint32_t bytes, double duration) {
+  constexpr uint32_t kPart = 2048;
+  for (uint32_t left = bytes; left > 0; left -= std::min(left, kPart)) {
+    Event e{};
+    e.time = end - std::min(end, static_cast<Time>(duration * (bytes - left) / bytes));
+    e.kind = Event::Kind::write;
+    e.block = &target;
+    e.bytes = std::min(left, kPart);
+    push(e);
+  }
 }
 
 // ---- Tensor cores ----
@@ -149,7 +163,6 @@ void Replay::signals(Warp& w, const TraceEvent& e, Time now) {
 
 void Replay::arrive(const Event& e) {
   Block::Object& o = e.block->objects[e.address];
-  e.block->multiprocessor->port.take(static_cast<double>(e.time), static_cast<double>(e.written) / c_.shared_rate);
   o.pending -= e.count;
   o.transactions -= e.bytes;
   if (o.pending > 0 || o.transactions) return;

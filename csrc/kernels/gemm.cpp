@@ -25,7 +25,7 @@ bool preferred(const GemmKernel& a, const GemmKernel& b, const GemmShape& s, con
   if (a.tile_m != b.tile_m) return std::min(a.tile_m, b.tile_m) >= s.m ? a.tile_m < b.tile_m : a.tile_m > b.tile_m;
   if (a.arch.number != b.arch.number) return a.arch.number > b.arch.number;
   // 128 x 256 reads 48 bytes a clock from L2, 32 in clusters of two; 128 x 128 reads 64 or 48. But of large tiles there
-  // are half as many, and their last round may leave more of the multiprocessors idle.
+  // are fewer, and their last round may leave more of the multiprocessors idle.
   const int64_t of_a = relative_time(a, s, d), of_b = relative_time(b, s, d);
   return of_a != of_b ? of_a < of_b : a.tile_n > b.tile_n;
 }
@@ -57,6 +57,7 @@ cudaError_t select(const GemmShape& s, const Device& d, KernelChoice& choice) {
   const auto consider = [&](bool quantizes) {
     GemmKernels<Params>::for_each([&](const GemmKernel& k) {
       if (!runs_on(k.arch, d) || (quantizes && !(k.quantizes && k.tile_n >= s.group))) return;
+      if (s.gated_blocks && k.tile_n > kScaleBlock && k.tile_n % kScaleBlock != 0) return;  // parts of four blocks
       if (!best || preferred(k, *best, s, d)) best = &k;
     });
   };

@@ -19,10 +19,11 @@ struct BlockScales {
 };
 
 // a [m, k] times b [n, k] transposed. group: columns of an output row that share a scale as the output is quantised:
-// 128, or the 256 of gate and up; 0: it is not quantised in groups.
+// 128, or the 256 of gate and up; 0: it is not quantised in groups. gated_blocks: gate and up have block scales.
 struct GemmShape {
   int64_t m, n, k;
   int32_t group;
+  bool gated_blocks;
 };
 
 // Which kernel computes a GEMM, and how the output is divided (kernels/gemm.cpp). With split-K it leaves `splits`

@@ -13,7 +13,7 @@ int64_t padded_stride(const Matrix& m) { return round_up(m.columns, 16 / size_of
 
 KernelChoice select_kernel(Backend backend, const char* name, KernelSelector* selector, const GemmParams& p,
                            int32_t group, const Tensor& like) {
-  const GemmShape shape{p.a.rows, p.b.rows, p.a.columns, group};
+  const GemmShape shape{p.a.rows, p.b.rows, p.a.columns, group, p.blocks.b && is_gated(p.epilogue.activation)};
   STD_TORCH_CHECK(std::max(shape.m, shape.n) < (int64_t{1} << 31) && shape.k < (1 << 30),
                   "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, not [", shape.m, ", ", shape.k,
                   "] and [", shape.n, ", ", shape.k, "]: split them");

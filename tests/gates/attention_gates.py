@@ -55,7 +55,7 @@ def bar(k) -> float | None:
 def counted(k) -> float | None:
     """Instructions a score."""
     loop = k.code.main_loop
-    return len(loop.shortest_trip) / c.scores if (c := claims(k.name)) and loop and loop.mma else None
+    return len(k.code.shortest_trip(loop)) / c.scores if (c := claims(k.name)) and loop and loop.mma else None
 
 
 def rescaling(k) -> float:

@@ -71,8 +71,8 @@ class Instruction:
 class Loop:
     blocks: frozenset[int]
     instructions: list[Instruction]
-    shortest_trip: list[Instruction]  # of the ways around, the one with the fewest instructions: what may be skipped is
     nops: int = 0
+    edge: tuple[int, int] = (0, 0)  # the back edge: its target and where it begins
 
     @property
     def mma(self) -> collections.Counter:
@@ -209,12 +209,11 @@ class Function:
         inline = [b for b in sorted(blocks) if head <= b <= tail or tail < head]  # tail < head: a rotated loop
         body = [i for b in inline for i in self.body(b)]
         instructions = [i for i in body if not i.is_nop]
-        return Loop(
-            frozenset(blocks), instructions, self.shortest_trip(head, tail, blocks), len(body) - len(instructions)
-        )
+        return Loop(frozenset(blocks), instructions, len(body) - len(instructions), (head, tail))
 
-    def shortest_trip(self, head: int, tail: int, blocks: set[int]) -> list[Instruction]:
-        """Without NOPs, from the head to the back edge (Dijkstra)."""
+    def shortest_trip(self, loop: Loop) -> list[Instruction]:
+        """Of the ways around, the one with the fewest instructions, NOPs apart (Dijkstra): what may be skipped is."""
+        head, tail = loop.edge
         before: dict[int, int | None] = {}
         todo: list[tuple[int, int, int | None]] = [(0, head, None)]
         while tail not in before:
@@ -224,7 +223,7 @@ class Function:
             before[block] = previous
             issued += sum(not i.is_nop for i in self.body(block))
             for b in self.successors[block]:
-                if b in blocks and b not in before:
+                if b in loop.blocks and b not in before:
                     heapq.heappush(todo, (issued, b, block))
         way: list[int] = []
         block = tail

@@ -44,6 +44,18 @@ def test_the_shorter_branch_of_a_loop_whose_branches_each_end_it():
     assert f.main_loop is f.loops[0]
 
 
+def test_the_shortest_trip_skips_what_may_be_skipped():
+    mma = "HGMMA.64x8x16.F32 R24, gdesc[UR8], R24"
+    f = function(
+        ".L_main:", mma, "@P2 BRA `(.L_long)", "@P0 BRA `(.L_as_it_is)", "FMUL R1, R1, R2", "FMUL R3, R3, R2",
+        ".L_as_it_is:", "NOP", "FADD R1, R1, R3", "@P1 BRA `(.L_main)", "EXIT",
+        ".L_long:", "FADD R5, R5, R5", "FADD R5, R5, R5", "BRA `(.L_as_it_is)",
+    )  # fmt: skip
+    assert len(f.main_loop.instructions) == 7
+    shortest = f.shortest_trip(f.main_loop)
+    assert [i.name for i in shortest] == ["HGMMA", "BRA", "BRA", "FADD", "BRA"]
+
+
 def test_more_tensor_core_instructions_before_fewer_instructions():
     f = function(*STEADY, ".L_wide:", *["HGMMA.64x128x16.F32 R24, gdesc[UR8], R24"] * 2, "@P0 BRA `(.L_wide)", "EXIT")
     assert f.main_loop.mma == {"HGMMA.64x128x16.F32": 2}

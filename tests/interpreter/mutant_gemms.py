@@ -105,9 +105,9 @@ CUDA = {
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
-        (I8(200, 67 * 128, 330, PLAIN), I8(200, 67 * 128, 40, GATED), I8(100, 133 * 128, 40, PLAIN),
-         I8(200, 67 * 128, 40, HALF), I8(203, 67 * 128 - 3, 40, FP16), I8(203, 67 * 128, 40, GATED_FP16),
-         I8(200, 67 * 128, 40, GATED_FP32)), clusters=1, tiles=3,
+        (I8(200, 50 * 256, 330, PLAIN), I8(200, 50 * 256, 40, GATED), I8(100, 100 * 256, 40, PLAIN),
+         I8(200, 50 * 256, 40, HALF), I8(203, 50 * 256 - 3, 40, FP16), I8(203, 50 * 256, 40, GATED_FP16),
+         I8(200, 50 * 256, 40, GATED_FP32)), clusters=1, tiles=3,
     ),
     "int8_wgmma_64x128": Instance(("sm_90a",), "Int8, WgmmaTile{m=64, n=128,", transposed(I8, 64), clusters=1),
     "int8_wgmma_16x128": Instance(
@@ -121,11 +121,18 @@ CUDA = {
     ),
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3, WgmmaTile{m=128, n=256,",
-        (F8(200, 67 * 128, 40, PLAIN), F8(200, 67 * 128, 40, HALF), F8(203, 67 * 128 - 3, 40, FP16),
-         F8(200, 67 * 128, 40, GATED), F8(203, 67 * 128, 40, GATED_FP16), F8(200, 67 * 128, 40, GATED_FP32),
-         F8(100, 133 * 128, 40, PLAIN, blocks=True),
-         F8(200, 67 * 128 - 3, 40, PLAIN, quantized=True),
+        (F8(200, 50 * 256, 40, PLAIN), F8(200, 50 * 256, 40, HALF), F8(203, 50 * 256 - 3, 40, FP16),
+         F8(200, 50 * 256, 40, GATED), F8(203, 50 * 256, 40, GATED_FP16), F8(200, 50 * 256, 40, GATED_FP32),
+         F8(100, 100 * 256, 40, PLAIN, blocks=True),
+         F8(200, 50 * 256 - 3, 40, PLAIN, quantized=True),
          F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
+        clusters=1, tiles=3,
+    ),
+    "fp8_wgmma_128x192": Instance(
+        ("sm_90a",), "E4m3, WgmmaTile{m=128, n=192,",
+        (F8(200, 66 * 192, 40, PLAIN), F8(200, 66 * 192, 40, HALF), F8(203, 66 * 192 - 3, 40, FP16),
+         F8(200, 66 * 192, 40, GATED), F8(203, 66 * 192, 40, GATED_FP16), F8(200, 66 * 192, 40, GATED_FP32),
+         F8(200, 66 * 192, 300, PLAIN, blocks=True)),
         clusters=1, tiles=3,
     ),
     "fp8_wgmma_64x128": Instance(

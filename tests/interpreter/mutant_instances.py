@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import struct
 import sys
 
@@ -25,6 +26,11 @@ class Instance:
     #: and no more tiles than these: the plan takes the largest tile only where there is one for every other
     #: multiprocessor, and mutants need no more than wrap around
     tiles: int = 0
+
+    @property
+    def columns(self):
+        """Of a tile."""
+        return int(re.search(r"\bn=(\d+)", self.kernel)[1])
 
 
 @functools.cache
@@ -50,7 +56,7 @@ def instance_launches(instance, arch):
                 if instance.kernel in readable_name(launch.kernel):
                     launches.append(launch)
                     if instance.tiles:
-                        make_fewer(launch, case.n, instance.tiles)
+                        make_fewer(launch, case.n, instance.columns, instance.tiles)
             recorded.clear()
     torch.use_deterministic_algorithms(False)
     launches = [launch for launch in launches if (launch.kernel, launch.ptx) == (launches[0].kernel, launches[0].ptx)]
@@ -61,9 +67,9 @@ def instance_launches(instance, arch):
     return launches
 
 
-def make_fewer(launch, columns, tiles):
+def make_fewer(launch, columns, of_tile, tiles):
     """In a TileMap (csrc/schedule/gemm_tile.cuh) of one row of tiles: how many there are."""
-    count = -(-columns // 256)
+    count = -(-columns // of_tile)
     tile_map = struct.pack("III", 1, count, count)
     assert launch.parameters.count(tile_map) == 1
     struct.pack_into("I", launch.parameters, launch.parameters.index(tile_map) + 8, min(tiles, count))

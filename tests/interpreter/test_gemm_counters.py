@@ -16,8 +16,8 @@ gemm = pytest.importorskip("benchmarks.gemm", reason="benchmarks are in the chec
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 #: a tile of each height; a tile for each multiprocessor, so that K is not split
-SHAPES = ((1, 256), (16, 16896), (64, 16896), (256, 8448), (1024, 4096))
-DEPTH = 256
+SHAPES = ((1, 256), (16, 16896), (64, 16896), (256, 8448), (1024, 4096), (1408, 2304))
+DEPTH = 128
 HALF = {"x_dtype": torch.float16}
 
 

@@ -16,8 +16,9 @@ from forwardpass.testing import assert_equal
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 #: (M, N, K), with 132 multiprocessors: the depth split; an even number of rows of tiles, in clusters of two; an odd one,
-#: alone; more than 16, of which the last cluster has one too many; 128 x 256 and more of them than multiprocessors
-SHAPES = ((100, 130, 4100), (257, 520, 1), (300, 640, 130), (2176, 300, 130), (1700, 2600, 130))
+#: alone; more than 16, of which the last cluster has one too many; 128 x 256 and more of them than multiprocessors; 128 x 192,
+#: of which every second one begins inside a block of scales
+SHAPES = ((100, 130, 4100), (257, 520, 1), (300, 640, 130), (2176, 300, 130), (1700, 4600, 130), (1400, 2100, 300))
 #: of w8a16_gemm, whose product is made transposed: for each height of tile the same of N, and parts of the depth
 WEIGHTS = ((16, 130, 4100), (9, 300, 130), (64, 2176, 130), (50, 260, 1), (300, 640, 130), (1700, 2600, 130))
 BF16 = EpilogueCase(out_dtype=torch.bfloat16)

@@ -457,8 +457,8 @@ def test_refusals():
     for options in ({"resident": -1}, {"clock": 0}):
         with pytest.raises(ValueError, match="resident is 0 or more clusters"):
             device.timeline(**options)
-    # more than 2**24 instructions
-    long = "loop:\nadd.u32 %r0, %r0, 1;\nsetp.lt.u32 %p0, %r0, 6000000;\n@%p0 bra loop;\n"
+    # more than 2**25 instructions
+    long = "loop:\nadd.u32 %r0, %r0, 1;\nsetp.lt.u32 %p0, %r0, 12000000;\n@%p0 bra loop;\n"
     device = recorded("mov.u32 %r0, 0;\n" + long)
     with pytest.raises(interpreter.InterpreterFinding, match="launch a smaller problem"):
         device.timeline()

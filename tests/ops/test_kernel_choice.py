@@ -17,7 +17,8 @@ SUCCESS, INVALID_VALUE, NO_KERNEL = 0, 1, 209  # of cudaError_t
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("group", ctypes.c_int32)]
+    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("group", ctypes.c_int32),
+                ("gated_blocks", ctypes.c_bool)]  # fmt: skip
 
 
 class Device(ctypes.Structure):
@@ -58,6 +59,7 @@ def select(op, device, m, n, k, group=0):
         ("int8_gemm", H100, (16, 1024, 1024), 90, (16, 128), 4, 1),
         ("int8_gemm", H100, (4096, 4096, 4096), 90, (128, 256), 1, 2),
         ("int8_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2),  # 128 tiles are one round, as 64 would be
+        ("fp8_gemm", H100, (4096, 2112, 7168), 90, (128, 192), 1, 2),  # three rounds, of 256 columns too
         ("int8_gemm", RTX5090, (4096, 4096, 4096), 80, (128, 128), 1, 0),
         ("fp8_gemm", L40S, (64, 18176, 512), 89, (64, 128), 1, 0),
         ("fp8_gemm", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0),

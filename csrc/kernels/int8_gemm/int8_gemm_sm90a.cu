@@ -13,6 +13,8 @@ using Tile128x256 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 256, .consumers_m
 // Twice as many tiles, for small products. L2 binds, at 48 bytes a clock in clusters: modelled, 512 x 4096 x 4096 takes
 // 11.3 us; bound by the tensor cores it would take 8.9.
 using Tile128x128 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 128, .consumers_m = 2, .stages = 6}, ExactMainloop>;
+// Between them, for products whose last round of the others leaves multiprocessors idle: 40 KB a stage, 768 clocks.
+using Tile128x192 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 192, .consumers_m = 2, .stages = 4}, ExactMainloop>;
 // Few rows, which are the n16 or n64 of a wgmma: 16 KB of the weight per stage, of which an H100's multiprocessor needs
 // 15 KB in flight (gemv_sm80.cu).
 using Tile64x128 = WgmmaConfig<Int8, WgmmaTile{.m = 64, .n = 128, .consumers_m = 1, .stages = 8}, ExactMainloop>;
@@ -28,7 +30,8 @@ constexpr GemmKernel row() {
           .cluster = Cluster::along_m,
           .launch = launch_gemm_wgmma<Tile>};
 }
-const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x192>(), row<Tile128x128>(), row<Tile64x128>(),
+                              row<Tile16x128>()};
 const GemmKernels<Int8GemmParams> registered(kernels);
 
 }  // namespace
