@@ -38,8 +38,8 @@ struct PersistentTiles {
       : map(map), cluster(ptx::cluster_size()), rank(ptx::cluster_rank()) {}
   template <class F>
   __device__ void for_each(F f) const {
-    for_each_tile<Rounds::same>(map.tiles, blockIdx.x / cluster, gridDim.x / cluster,
-                                [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, cluster, rank)); });
+    for_each_tile(map.tiles, blockIdx.x / cluster, gridDim.x / cluster, false,
+                  [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, cluster, rank)); });
   }
 };
 

@@ -167,6 +167,15 @@ def test_many_sequences(kernel):
     cases.assert_matches(run(kernel, "attention_with_lse", args), args)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_more_heads_than_run_together(arch, causal):
+    """Groups of 32, of which every second one has its tiles in the opposite order, the last one few."""
+    case = cases.Case((260, 200), (64, 64), batch=5, heads=(14, 14), causal=causal, lse=True)
+    args = case.arguments()
+    cases.assert_matches(run(("cuda", arch), "attention_with_lse", args), args)
+
+
 def test_a_row_has_the_same_bits_in_every_batch(kernel):
     case = cases.Case((130, 300), (40, 40), batch=3, heads=(4, 2), mask="dtype bij", alibi="bh", sinks="float32", lse=True,
                       batch_invariant=True, causal=True)  # fmt: skip
