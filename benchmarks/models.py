@@ -42,6 +42,11 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.batch} x {self.length or 'texts'}, {self.threads} thread{'s' * (self.threads > 1)}"
 
+    @property
+    def share(self) -> int:
+        """By which time is divided among cells: their tokens, so that large ones have their rounds, and a little more."""
+        return self.batch * (self.length or 128) + 1000
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -181,7 +186,8 @@ def time_cells(
             threads = cell.threads
             torch.set_num_threads(threads)
             runs = {name: b.candidate.with_threads(threads) for name, b in built.items()}
-        todo, share = batches(cell), (ends - time.monotonic()) / (len(cells) - index)
+        todo = batches(cell)
+        share = (ends - time.monotonic()) * cell.share / sum(c.share for c in cells[index:])
         label = f"{cell} (cell {index + 1} of {len(cells)})"
         timings = time_cell(
             {n: partial(run_all, run, todo) for n, run in runs.items()}, device, rounds, share, label, track

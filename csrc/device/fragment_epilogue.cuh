@@ -141,10 +141,26 @@ struct DirectEpilogue {
       return kGated ? __fmul_rn(v[0][t * 4 + e], v[kGated][t * 4 + e]) : v[0][t * 4 + e];
     }
   };
-  template <bool kGated>
+  // The accumulators are the outputs, as block scales are in them already. (One that underflowed to -0 stays -0; a
+  // bias of 0 would make it 0.)
+  __device__ bool plain() const {
+    const Epilogue& e = o.epilogue;
+    return !e.a_scale && !e.b_scale && !e.bias && e.activation == Activation::none;
+  }
+  template <bool kGated, bool kPlain = false>
   __device__ Values<kGated> values(const Accumulators& acc, const OfRows& a_scale, int chunk) const {
     Values<kGated> values;
     auto& v = values.v;
+    if constexpr (kPlain) {
+      at_chunk(chunk, [&](auto tiles, auto tile) {
+        constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) v[0][t * 4 + e] = acc[i][first + t][e];
+      });
+      return values;
+    }
     at_chunk(chunk, [&](auto tiles, auto tile) {
       constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
 #pragma unroll
@@ -237,12 +253,12 @@ struct DirectEpilogue {
   }
 
   // Outputs of 16 bits.
-  template <bool kGated>
+  template <bool kGated, bool kPlain = false>
   __device__ void store_16(const Accumulators& acc, const OfRows& a_scale) const {
     const Store<kOut<kGated>, uint16_t> store(*this, kGated);
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const auto y = values<kGated>(acc, a_scale, chunk);
+      const auto y = values<kGated, kPlain>(acc, a_scale, chunk);
       uint32_t word[kOut<kGated>][2];
       const auto pack = [&](auto to_pair) {
 #pragma unroll
@@ -337,8 +353,9 @@ struct DirectEpilogue {
   }
 };
 
-// Epilogues: from a warp's accumulators, whose first is in `row` and `column` of a tile, to the output.
-template <class Accumulators>
+// Epilogues: from a warp's accumulators, whose first is in `row` and `column` of a tile, to the output. kBlockScaled:
+// there may be block scales, so that the accumulators are the outputs.
+template <class Accumulators, bool kBlockScaled>
 struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>> {
   using WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>>::WarpEpilogue;
 
@@ -357,6 +374,8 @@ struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8
       return finish_fragments(acc, this->staging.general, out, tile.row + row, tile.column + column, tile.split);
     const auto direct = this->direct(tile, row, column);
     if (direct.empty()) return;
+    if constexpr (kBlockScaled)
+      if (direct.plain()) return direct.template store_16<false, true>(acc, a_scale);
     if (is_gated(out.epilogue.activation)) {
       direct.template store_16<true>(acc, a_scale);
     } else {

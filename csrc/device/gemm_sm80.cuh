@@ -58,7 +58,7 @@ struct MmaConfig {
   using Accumulators = Fragments<Acc, kTilesM, kTilesN>;
   using Pipeline = CpAsyncPipeline<kStages>;
   using Mainloop = MmaMainloop<Element, kTile>;
-  using Epilogue = FragmentEpilogue<Accumulators>;
+  using Epilogue = FragmentEpilogue<Accumulators, Element::kBlockScaled>;
 
   struct SharedStorage {
     union {

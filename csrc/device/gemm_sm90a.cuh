@@ -318,8 +318,8 @@ struct PromotingMainloop {
 
 // The epilogue of a kernel that may have to quantise its outputs in groups of 128, all of whose columns are in a tile.
 template <class Config>
-struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators> {
-  using Base = FragmentEpilogue<typename Config::Accumulators>;
+struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators, Config::Element::kPromoted> {
+  using Base = FragmentEpilogue<typename Config::Accumulators, Config::Element::kPromoted>;
   static constexpr int kBarrier = 1;  // a named barrier of the consumers; 0 is __syncthreads
   typename Config::SharedStorage& s;
   int tiles = 0;  // so far

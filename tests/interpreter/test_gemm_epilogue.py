@@ -60,6 +60,19 @@ def test_direct_and_general_outputs_are_equal(name, arch, activation, seed):
         assert_equal(direct, general.to(dtype))
 
 
+@pytest.mark.parametrize("bias", [None, torch.float32])
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
+def test_direct_and_general_outputs_of_block_scales_are_equal(arch, bias, seed):
+    """Without a bias the accumulators are the outputs, and are not multiplied by anything."""
+    operation = dispatch.operations["fp8_gemm"]
+    for m, n in (WHOLE, RAGGED):
+        args = fp8_gemm.Case(m, n, 300, EpilogueCase(bias=bias), blocks=True).arguments(seed=seed)
+        general, _ = run(operation, args, arch, seed)
+        for dtype in (BF16, torch.float16):
+            direct, _ = run(operation, (*args[:6], dtype, *args[7:]), arch, seed)
+            assert_equal(direct, general.to(dtype))
+
+
 @pytest.mark.parametrize(("name", "arch"), LAUNCHES)
 def test_a_ragged_edge_changes_no_bits(name, arch, seed):
     args = CASES[name](*WHOLE, 128, EpilogueCase(activation="gelu", out_dtype=BF16)).arguments(seed=seed)
