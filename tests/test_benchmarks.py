@@ -12,7 +12,6 @@ import torch
 import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.common.timing import interleave, untracked
-from forwardpass.interpreter import core
 from forwardpass.testing import benchmark_cases, poisoned_outputs
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -281,14 +280,12 @@ def test_attention_is_counted_and_modelled():
 
 @pytest.mark.interpreted
 def test_published_figures_beside_modelled_ones(monkeypatch, capsys, tmp_path):
-    published = importlib.import_module("benchmarks.published")
+    published = needs_kernels("published")
     small = [("int8", (130, 256, 128)), ("fp8 block", (130, 256, 128)), ("fp8 rowwise", (130, 256, 128)),
              ("attention", (1, 128, 1, 64))]  # fmt: skip
     rows = [published.Row(kind, shape, "them", "H100", 100, "their paper") for kind, shape in small]
     monkeypatch.setattr(published, "ROWS", rows)
     monkeypatch.setattr("sys.argv", ["published", "--json", str(tmp_path / "out.json")])
-    if core.why_not() or not core.KERNELS.exists():
-        pytest.skip("there are no CUDA kernels that could be interpreted")
     published.main()
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [r["kind"] for r in results] == [kind for kind, _ in small]
