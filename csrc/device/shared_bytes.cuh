@@ -18,15 +18,6 @@ namespace forwardpass {
 template <unsigned Bytes>
 struct SharedBytes {};
 
-// The most shared memory of a multiprocessor that runs what is being compiled, in KB.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kSharedKib = 100;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int kSharedKib = 228;
-#else
-constexpr int kSharedKib = 164;
-#endif
-
 template <class Config>
 using SharedBytesOf = SharedBytes<sizeof(typename Config::SharedStorage)>;
 

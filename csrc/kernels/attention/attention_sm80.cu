@@ -22,8 +22,8 @@ struct MmaAttentionTile {
 
 // Two warps per scheduler, so that one's softmax overlaps the other's mma: two blocks of four warps with 32 rows each
 // or, where those accumulators do not fit the registers, one of eight warps with 16 rows. Blocks of 64 keys, which take
-// a fifth fewer instructions per score than those of 32, where the multiprocessor's shared memory holds them (`large`):
-// in an A100's 164 KB always, in an L40S's 100 KB at some head dims.
+// a fifth fewer instructions per score than those of 32, where the multiprocessor's shared memory holds them: in an
+// A100's 164 KB always (`large`), in an L40S's 100 KB at some head dims.
 constexpr MmaAttentionTile tile_of(AttentionInstance i, bool large) {
   if (i.head_dim >= 192) return {.m = 128, .n = i.head_dim == 256 && !large ? 32 : 64, .warps = 8, .blocks_per_sm = 1};
   if (i.modified) return {.m = 128, .n = 64, .warps = 8, .blocks_per_sm = 1};
@@ -305,6 +305,14 @@ struct MmaAttentionEpilogue {
   }
 };
 
+// Large tiles are compiled for 8.0 alone. What is compiled for 8.9 runs on every later architecture, where some have no
+// more shared memory than an L40S, and ptxas spills 64 bytes for 10.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+constexpr int kSharedKib = 100;
+#else
+constexpr int kSharedKib = 164;
+#endif
+
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attention_mma_kernel(const __grid_constant__ MmaAttentionArguments a) {
@@ -346,7 +354,8 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   return launch_instance(p, [&](auto instance) {
     using Large = MmaAttentionConfig<instance(), tile_of(instance(), true)>;
     using Small = MmaAttentionConfig<instance(), tile_of(instance(), false)>;
-    return p.device.shared_kib >= Large::kLeastSharedKib ? launch_mma<Large>(p, stream) : launch_mma<Small>(p, stream);
+    const bool large = p.device.arch < 89 && p.device.shared_kib >= Large::kLeastSharedKib;
+    return large ? launch_mma<Large>(p, stream) : launch_mma<Small>(p, stream);
   });
 }
 
