@@ -3,8 +3,8 @@
 python -m benchmarks.published [--only NAME] [--json FILE]
 
 Modelled by the interpreter's timeline (docs/interpreter.md), at the clock of the data sheet, which a GPU under a power limit does
-not hold: 1830 MHz on an H100, where 1400 to 1700 under such loads have been reported. So the last column says at which
-clock our kernel would be as fast as what was published; what is below the clock that the others had is ahead of them.
+not hold: 1830 MHz on an H100, where published times of GEMMs fit 1600. So the last column says at which clock our kernel would
+be as fast as what was published; what is below the clock that the others had is ahead of them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ namespace forwardpass {
 using Tile128x256 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 256, .consumers_m = 1, .stages = 4}, PromotingMainloop>;
 using Tile128x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 128, .consumers_m = 2, .stages = 6}, PromotingMainloop>;
 // Between them, for products whose last round of the others leaves multiprocessors idle. With 96 accumulators and as
-// many partial ones a warpgroup has all columns, so that wgmma reads 64 KB per stage of 40: 135 bytes a clock for 144.
+// many partial ones a warpgroup has all columns, so that wgmma reads 64 KB per stage of 40: 139 bytes a clock for 144.
 using Tile128x192 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 192, .consumers_m = 2, .stages = 4}, PromotingMainloop>;
 // Few rows, as for int8.
 using Tile64x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 64, .n = 128, .consumers_m = 1, .stages = 8}, PromotingMainloop>;
