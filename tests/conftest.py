@@ -11,6 +11,7 @@ import torch
 import forwardpass as fp
 from forwardpass.common import environment
 from forwardpass.dispatch import Operation
+from forwardpass.swap import rules
 from forwardpass.testing import poisoned_outputs
 
 #: Of this checkout: what Triton compiled names the files it came from, and the mutants' reasons go by those names.
@@ -55,9 +56,10 @@ def frozen_heap():
 
 @pytest.fixture(autouse=True)
 def int8_on_any_cpu():
-    """Swaps to int8 are tested on CPUs that gain nothing by it too."""
+    """Swaps to int8 are tested on CPUs that gain nothing by it too, and of layers so small that no CPU does."""
     with pytest.MonkeyPatch.context() as patch:  # of its own, as a test may undo its patches
         patch.setitem(environment.INT8_INSTRUCTIONS, "baseline", "sgemm")
+        patch.setattr(rules, "LEAST_SIZES_ON_CPU", {})
         yield
 
 

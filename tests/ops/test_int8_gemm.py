@@ -110,6 +110,24 @@ def test_bits_do_not_depend_on_the_batch():
     assert torch.equal(torch.cat([fp.ops.int8_linear(x[:1], wq, ws), fp.ops.int8_linear(x[1:], wq, ws)]), whole)
 
 
+@pytest.mark.parametrize("activation", [None, "silu_mul"])
+def test_bits_do_not_depend_on_the_threads(activation):
+    """Which take parts of the columns where there are few rows."""
+    x, w, threads = torch.randn(70, 1000), torch.randn(656, 1000), torch.get_num_threads()
+    wq, ws, _ = fp.ops.quantize(w, torch.int8)
+    results = []
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(fp.ops.int8_linear(x, wq, ws, activation=activation))
+    finally:
+        torch.set_num_threads(threads)
+    with fp.use_backend("reference"):
+        reference = fp.ops.int8_linear(x, wq, ws, activation=activation)
+    torch.testing.assert_close(results[0], reference, rtol=0 if activation is None else 1e-5, atol=1e-5)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
 def test_nan_stays():
     x = torch.randn(3, 64)
     x[1, 5] = float("nan")
@@ -162,7 +180,16 @@ for op in sys.argv[2:]:
         module.assert_matches(getattr(torch.ops.forwardpass, op + "_cpu")(*args), args)
 print(environment.cpu_tier())
 """
-_SHAPES = [[1, 1, 1], [5, 300, 1024], [130, 17, 4100], [31, 40, 70], [64, 16, 64], [97, 2, 131071], [3, 3, 131071]]
+_SHAPES = [
+    [1, 1, 1],
+    [5, 300, 1024],
+    [70, 300, 1024],
+    [130, 17, 4100],
+    [31, 40, 70],
+    [64, 16, 64],
+    [97, 2, 131071],
+    [3, 3, 131071],
+]
 
 
 def run_exact(shapes, *ops, **environment):

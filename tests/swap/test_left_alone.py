@@ -1,4 +1,5 @@
-"""Layers that a swap leaves as they are, and what the report says of them: lazy, of other kinds; and subclasses that it takes."""
+"""Layers that a swap leaves as they are, and what the report says of them: lazy, of other kinds, slower in int8 on this CPU; and
+subclasses that it takes."""
 
 import pytest
 import torch
@@ -6,6 +7,9 @@ from small_models import assert_same_objects, build, codes, names, objects, outp
 from torch import nn
 
 import forwardpass as fp
+from forwardpass.common import environment
+from forwardpass.swap import rules
+from forwardpass.swap.rules import LEAST_SIZES_ON_CPU
 
 
 class Dotted(nn.Module):
@@ -117,3 +121,33 @@ def test_the_report_says_which_activations_layers_took_over():
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
     lines = str(fp.swap(model, "int8")).splitlines()
     assert any("int8 v1 + gelu" in line for line in lines) and sum("gelu" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("tier", ["avx2", "avx_vnni", "avx512", "avx512_vnni", "amx"])
+def test_a_cpu_keeps_layers_that_int8_would_slow_down(monkeypatch, tier):
+    sizes = {"avx2": (102400, 256), "avx512": (102400, 256)}
+    elements, side = sizes.get(tier, (65536, 64))
+    monkeypatch.setattr(rules, "LEAST_SIZES_ON_CPU", LEAST_SIZES_ON_CPU)
+    monkeypatch.setattr(rules, "cpu_tier", lambda: tier)
+    long = elements // (side - 1) + 1
+    model = nn.Sequential(*(nn.Linear(k, n) for n, k in ((side, elements // side), (side, elements // side - 1),
+                                                         (side - 1, long), (long, side - 1))))  # fmt: skip
+    report = fp.swap(model, "int8", dry_run=True)
+    assert [s.fqn for s in report.swapped] == ["0"] and {s.reason.code for s in report.skipped} == {"too_small"}
+    assert f"too small to gain on this CPU, below {elements} weights with {side} rows" in " ".join(str(report).split())
+    assert len(fp.swap(model, "int8", include=list("0123"), dry_run=True).swapped) == 4  # spelled out
+    assert len(fp.swap(model, "w8a16", dry_run=True).swapped) == 4  # was not measured
+    with fp.interpret("sm_90a"):  # as on a GPU
+        assert len(fp.swap(model, "int8", dry_run=True).swapped) == 4
+
+
+def test_a_cpu_without_int8_instructions_keeps_its_layers(monkeypatch):
+    monkeypatch.setattr(environment, "INT8_INSTRUCTIONS", {})
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    report = fp.swap(model, "int8", dry_run=True)
+    assert {s.reason.code for s in report.skipped} == {"no_int8_instructions"} and not report.swapped
+    assert "multiplies int8 as fp32" in str(report)
+    assert [s.fqn for s in fp.swap(model, "int8", include=["1"], dry_run=True).swapped] == ["1"]  # spelled out
+    assert len(fp.swap(model, "bf16", dry_run=True).swapped) == 2
+    with fp.interpret("sm_90a"):  # whose kernels have what multiplies int8
+        assert len(fp.swap(model, "int8", dry_run=True).swapped) == 2

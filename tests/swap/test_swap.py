@@ -27,7 +27,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 import forwardpass as fp
-from forwardpass.common import environment
 from forwardpass.nn import QuantizedLinear
 from forwardpass.swap.patterns import Pattern
 
@@ -567,15 +566,3 @@ def test_a_device_without_kernels_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="int8_linear has no kernel for float32 on cpu"):
         report = fp.swap(model, precision="int8")
     assert any("plain-torch reference" in note for note in report.warnings)
-
-
-def test_a_cpu_without_int8_instructions_keeps_its_layers(monkeypatch):
-    monkeypatch.setattr(environment, "INT8_INSTRUCTIONS", {})
-    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
-    report = fp.swap(model, "int8", dry_run=True)
-    assert {s.reason.code for s in report.skipped} == {"no_int8_instructions"} and not report.swapped
-    assert "multiplies int8 as fp32" in str(report)
-    assert [s.fqn for s in fp.swap(model, "int8", include=["1"], dry_run=True).swapped] == ["1"]  # spelled out
-    assert len(fp.swap(model, "bf16", dry_run=True).swapped) == 2
-    with fp.interpret("sm_90a"):  # whose kernels have what multiplies int8
-        assert len(fp.swap(model, "int8", dry_run=True).swapped) == 2

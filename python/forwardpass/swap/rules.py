@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..common.environment import int8_instructions
+from ..common.environment import cpu_tier, int8_instructions
 from ..dispatch import Reason, gpu_takes
 from ..nn import Int8Linear
 from ..nn.layer import is_linear
@@ -29,22 +29,34 @@ from .patterns import Pattern
 from .precision import Precision
 from .walker import Leaf
 
-#: Weights with fewer elements than this stay: quantising the input costs more than the smaller product saves. Time of nn.Linear in
-#: fp32 over that of its Int8Linear, one core of an AMD EPYC (Zen 4) held to each tier by FORWARDPASS_CPU, the least of many calls,
-#: 2026-11-28:
+
+class LeastSize(NamedTuple):
+    """The least weight that is quantised."""
+
+    elements: int
+    side: int  #: of rows and of columns
+
+
+#: Smaller weights stay: quantising the input costs more than the smaller product saves.
+LEAST_SIZE = LeastSize(64 * 64, 1)
+
+#: The same for int8 on a CPU, by its tier: from here on one row takes no longer than in fp32, nor do more. What gains from some
+#: rows on only is left to `fp.plan`, which measures it. Time of nn.Linear in fp32 over that of its Int8Linear, one core of an AMD
+#: EPYC (Zen 4) held to each tier by FORWARDPASS_CPU, the least of 480 calls, 2026-11-28:
 #:
-#:     rows            1     8    16    32   128  1024         1     8    16    32   128  1024
-#:     48 x 48      0.52  0.54  0.61  0.63  0.74  0.94      0.52  0.57  0.57  0.53  0.54  0.56
-#:     64 x 64      0.57  0.63  0.69  0.76  1.03  1.43      0.54  0.60  0.59  0.63  0.73  0.82
-#:     96 x 96      0.55  0.59  0.78  0.91  1.32  1.67      0.59  0.65  0.66  0.71  0.82  0.89
-#:     128 x 128    0.65  0.83  1.00  1.22  1.81  2.28      0.62  0.73  0.75  0.88  1.05  1.15
-#:     192 x 192    0.78  1.13  1.44  1.82  2.41  2.86      0.72  0.92  0.92  1.14  1.25  1.32
-#:     384 x 384    1.48  2.35  2.56  2.78  3.28  3.59      1.26  1.56  1.38  1.46  1.46  1.54
-#:                  avx512_vnni                             avx2
+#:     rows            1     2     8    32   128   512       1     2     8    32   128   512
+#:     192 x 192    0.86  1.08  1.19  1.92  2.45  2.76    0.79  0.98  0.97  1.16  1.27  1.33
+#:     256 x 256    1.04  1.36  1.66  2.37  2.88  3.12    0.94  1.23  1.26  1.35  1.38  1.39
+#:     320 x 320    1.31  1.76  2.07  2.69  3.16  3.33    1.13  1.52  1.36  1.41  1.42  1.43
+#:     384 x 384    1.57  2.12  2.46  2.89  3.31  3.50    1.40  1.88  1.58  1.49  1.48  1.47
+#:     1024 x 64    1.01  1.26  1.10  2.04  2.37  2.53    0.94  1.18  0.90  0.93  0.96  1.01
+#:     64 x 1024    1.05  1.41  2.35  2.51  2.68  2.82    0.88  1.17  1.69  1.38  1.27  1.27
+#:     32 x 2048    0.98  1.31  2.25  2.14  2.27  2.39    0.88  1.14  1.57  1.21  1.13  1.12
+#:                  avx512_vnni                           avx2
 #:
-#: So this is the least that gains at all, at a hundred rows and more on VNNI. From here to 192 x 192 it depends on the rows, which
-#: a swap does not know; `fp.plan` measures it.
-TOO_SMALL = 64 * 64
+#: AVX-VNNI is within 0.1 of AVX-512 VNNI. AMX was not there to be measured.
+_VNNI, _AVX2 = LeastSize(256 * 256, 64), LeastSize(320 * 320, 256)
+LEAST_SIZES_ON_CPU = {"avx2": _AVX2, "avx_vnni": _VNNI, "avx512": _AVX2, "avx512_vnni": _VNNI, "amx": _VNNI}
 
 Finding = tuple[str, str]
 
@@ -145,16 +157,24 @@ def moe_router(leaf: Leaf, context: Context, precision: Precision) -> Finding | 
     return None
 
 
+def _multiplies_int8_on_cpu(leaf: Leaf, precision: Precision) -> bool:
+    device = next((p.device for p in leaf.module.parameters()), torch.device("cpu"))
+    return precision.module is Int8Linear and device.type == "cpu" and not gpu_takes(device)
+
+
 def too_small(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
-    if leaf.in_features * leaf.out_features < TOO_SMALL:
-        return (f"{leaf.out_features} x {leaf.in_features} is too small to gain, below {TOO_SMALL} weights",
-                f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
-    return None
+    n, k = leaf.out_features, leaf.in_features
+    on_cpu = _multiplies_int8_on_cpu(leaf, precision) and LEAST_SIZES_ON_CPU.get(cpu_tier() or "")
+    least = on_cpu or LEAST_SIZE
+    if n * k >= least.elements and min(n, k) >= least.side:
+        return None
+    sides = f" with {least.side} rows and columns" if least.side > 1 else ""
+    return (f"{n} x {k} is too small to gain{' on this CPU' if on_cpu else ''}, below {least.elements} weights{sides}",
+            f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
 
 
 def no_int8_instructions(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
-    device = next((p.device for p in leaf.module.parameters()), torch.device("cpu"))
-    if precision.module is Int8Linear and device.type == "cpu" and not gpu_takes(device) and not int8_instructions():
+    if _multiplies_int8_on_cpu(leaf, precision) and not int8_instructions():
         return ("this CPU multiplies int8 as fp32 (AVX2, AVX-VNNI, VNNI or AMX would be faster), with a quantisation on top",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None
