@@ -5,7 +5,7 @@ and guesses CUDA_HOME. Environment:
 
 FORWARDPASS_BUILD_CUDA    auto (default): CUDA kernels where there is an nvcc; 1: required; 0: none, earlier ones removed
 FORWARDPASS_BUILD_STRICT  1: a warning fails the build, and so does a spill; 0 (default): it is printed
-TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a"; every entry's PTX is there, with or without "+PTX"; 9.0 means 9.0a too.
+TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a 12.0"; PTX is there of every entry to 9.0, with or without "+PTX"; 9.0 means 9.0a too.
                           What the kernels or this nvcc cannot be built for is left out, and named
 CXX                       default g++; a g++ >= 12, no clang++; arguments may follow ("ccache g++"). It compiles nvcc's host
                           code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
@@ -172,7 +172,7 @@ def arches():
     listed = subprocess.run([cuda_home() / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
     supported = re.findall(r"compute_(\d+)", listed)
     built, left_out = {}, []
-    for word in re.findall(r"[^\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a"):
+    for word in re.findall(r"[^\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a 12.0"):
         name = word.removesuffix("+PTX")
         for entry in NAMED_ARCHES.get(name, name).split():
             m = re.fullmatch(r"(\d+)\.(\d)[af]?", entry)
@@ -193,20 +193,21 @@ def gencode(source):
     """-gencode flags of one file: its name says the lowest architecture that runs it (…_sm80.cu; …_sm90a.cu: that one only).
 
     A file without an "a" is portable: built for the plain architectures. PTX comes with each: the interpreter runs it, and
-    of the highest plain one the driver makes code for GPUs that came later (Blackwell).
+    the driver makes code of it for GPUs that came later. Where there is 9.0, Blackwell's code is made of 9.0's PTX: for 12.0 nvcc
+    makes other PTX (packed fp32), which the kernels have no need of and the tests would have to run as well.
     """
     minimum = re.search(r"_sm(\d+a?)\.cu$", source.name)[1]
     if minimum.endswith("a"):
-        architectures = [a for a in arches()[0] if a == minimum]
-    else:
-        architectures = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
+        return [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches()[0] if a == minimum]
+    plain = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
     # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
     has_sm90a = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
-    return [
-        f"-gencode=arch=compute_{a},code=[{'' if has_sm90a and a == 90 else f'sm_{a},'}compute_{a}]"
-        for a in architectures
-    ]
+    code = {a: [f"sm_{a}"] * (not (has_sm90a and a == 90)) for a in plain if a <= 90 or 90 not in plain}
+    for a in plain:
+        if a not in code:
+            code[90].append(f"sm_{a}")
+    return [f"-gencode=arch=compute_{a},code=[{','.join([*real, f'compute_{a}'])}]" for a, real in code.items()]
 
 
 def jobs(sources):

@@ -109,7 +109,7 @@ def row_of(row: Row) -> dict[str, Any]:
     """Raises RuntimeError where this build has no kernel for it."""
     case = row.case
     call = bench.as_a_layer_has_them(case.arguments())
-    op = dispatch.operations[getattr(case, "op", {"int8": "int8_gemm"}.get(row.kind, row.kind))]
+    op = dispatch.operations[getattr(case, "op", f"{row.kind}_gemm")]
     started = time.monotonic()
     with torch.inference_mode(), interpret(row.arch, timeline=True, checks=False) as device, use_backend("cuda"):
         op(*call)

@@ -94,7 +94,7 @@ def test_a_missing_or_old_setuptools_is_one_sentence(tmp_path, version):
 @pytest.mark.parametrize(
     ("listed", "built", "left_out"),
     [
-        ("", ["80", "89", "90a"], []),
+        ("", ["80", "89", "90a", "120"], []),
         ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["80", "86", "90a", "100", "120"], ["7.5 (the kernels need 8.0 or later)"]),
         ("9.0;9.0a ", ["90a"], []),
         ("Ampere;Hopper+PTX", ["80", "86", "90a"], []),
@@ -106,6 +106,19 @@ def test_architectures(setup_py, listed, built, left_out):
     assert made.arches() == (built, left_out)
     hopper = made.gencode(ROOT / "csrc/kernels/attention/attention_sm90a.cu")
     assert hopper == (["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"] if "90a" in built else [])
+
+
+@pytest.mark.parametrize(
+    ("listed", "quantize", "fp8"),
+    [
+        ("8.0 9.0 12.0", ["80,code=[sm_80,compute_80]", "90,code=[sm_90,sm_120,compute_90]"], ["90,code=[sm_120,compute_90]"]),
+        ("8.9 12.0", *[["89,code=[sm_89,compute_89]", "120,code=[sm_120,compute_120]"]] * 2),
+    ],
+)
+def test_code_for_blackwell_is_made_of_ptx_for_hopper(setup_py, listed, quantize, fp8):
+    made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
+    for name, flags in (("quantize/quantize_sm80.cu", quantize), ("fp8_gemm/fp8_gemm_sm89.cu", fp8)):
+        assert made.gencode(ROOT / "csrc/kernels" / name) == [f"-gencode=arch=compute_{f}" for f in flags]
 
 
 def test_architectures_that_are_all_too_old(setup_py):

@@ -151,27 +151,20 @@ struct DirectEpilogue {
   __device__ Values<kGated> values(const Accumulators& acc, const OfRows& a_scale, int chunk) const {
     Values<kGated> values;
     auto& v = values.v;
-    if constexpr (kPlain) {
-      at_chunk(chunk, [&](auto tiles, auto tile) {
-        constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) v[0][t * 4 + e] = acc[i][first + t][e];
-      });
-      return values;
-    }
     at_chunk(chunk, [&](auto tiles, auto tile) {
       constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const float4 pair = columns_of(first + t);
+        const float4 pair = kPlain ? float4{} : columns_of(first + t);
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
+        for (int e = 0; e < 4; ++e) {
+          const auto a = acc[i][first + t][e];
           v[kGated ? t % 2 : 0][(kGated ? t / 2 : t) * 4 + e] =
-              dequantized(acc[i][first + t][e], a_scale[i][e / 2], e % 2 ? pair.z : pair.x, e % 2 ? pair.w : pair.y);
+              kPlain ? a : dequantized(a, a_scale[i][e / 2], e % 2 ? pair.z : pair.x, e % 2 ? pair.w : pair.y);
+        }
       }
     });
+    if constexpr (kPlain) return values;
     // A branch for each sixteen that are interleaved: 32 of the largest activation take more registers than there are.
     constexpr int kTogether = kOut<kGated> * 4 < 16 ? kOut<kGated> * 4 : 16;
 #pragma unroll

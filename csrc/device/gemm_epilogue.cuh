@@ -204,15 +204,17 @@ struct TransposedEpilogue : WarpEpilogue<Staging> {
   }
 };
 
-// In dequant_activation_sm80.cu: each accumulator is the sum of `splits` parts, split_stride elements apart.
+// In dequant_activation_sm80.cu: each accumulator is the sum of `splits` parts, split_stride elements apart. arch: of
+// the device, where the launch may be a dependent one.
 cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride,
-                                      cudaStream_t stream);
+                                      cudaStream_t stream, int arch = 0);
 
 // After a GEMM with split-K: reduces the partial sums and runs the epilogue.
 inline cudaError_t reduce_split_k(const GemmParams& p, Dtype acc, cudaStream_t stream) {
   if (!p.partial) return cudaSuccess;
   const Matrix sums{p.partial, acc, p.a.rows, p.b.rows, p.partial_stride};
-  return launch_dequant_activation({sums, p.epilogue}, p.choice.splits, p.a.rows * p.partial_stride, stream);
+  return launch_dequant_activation({sums, p.epilogue}, p.choice.splits, p.a.rows * p.partial_stride, stream,
+                                   p.choice.arch);
 }
 
 }  // namespace forwardpass

@@ -6,6 +6,7 @@
 // Tensor cores bind first, then issue. A warp's 64 x 64 x 32 takes 32 mma and 8 ldmatrix, 0.25 per mma; the copies of a
 // stage of 64 of K are 8 per thread, 0.125 per mma. L2: (M + N) / (M N) bytes per multiply-add, so 128 x 128 needs 32
 // bytes a clock for an A100's multiprocessor, which gets 47 (5120 a clock for 108).
+#include "device/dependent_launch.cuh"
 #include "device/fragment_epilogue.cuh"
 #include "device/fragments.cuh"
 #include "device/gemm_operands.cuh"
@@ -297,6 +298,8 @@ template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     gemm_mma_kernel(const __grid_constant__ GemmArguments p) {
   extern __shared__ __align__(128) uint8_t shared[];
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
   const int warp = threadIdx.x / 32;
   const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
@@ -315,8 +318,11 @@ cudaError_t launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const GemmArguments arguments(p, Config::kM, Config::kN);
   if (auto e = allow_shared<gemm_mma_kernel<Config>>(kShared)) return e;
-  gemm_mma_kernel<Config><<<arguments.map.tiles, Config::kThreads, kShared, stream>>>(arguments);
-  if (auto e = cudaGetLastError()) return e;
+  const Launch launch{.grid = arguments.map.tiles,
+                      .block = Config::kThreads,
+                      .shared = kShared,
+                      .dependent = waits_for_earlier_kernels(p.choice.arch)};
+  if (auto e = launch_kernel(gemm_mma_kernel<Config>, launch, stream, arguments)) return e;
   return reduce_split_k(p, Config::Element::kAcc, stream);
 }
 

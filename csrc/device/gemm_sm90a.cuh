@@ -4,6 +4,7 @@
 // the matrices, into a pipeline of stages. Two consumer warpgroups run the mainloop, with operands in shared memory or,
 // upconverted, in registers (w8a16_gemm_sm90a.cu), and the epilogue of a tile while the producer loads the next one's
 // stages.
+#include "device/dependent_launch.cuh"
 #include "device/fragment_epilogue.cuh"
 #include "device/fragments.cuh"
 #include "device/gemm_operands.cuh"
@@ -370,6 +371,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
   }
   __syncwarp();
   ptx::cluster_sync();
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
 
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == Config::kConsumers) {
@@ -429,17 +432,12 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   }
   auto kernel = gemm_wgmma_kernel<Config>;
   if (auto e = allow_shared<gemm_wgmma_kernel<Config>>(kShared)) return e;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = std::min<unsigned>(p.choice.blocks / cluster, arguments.map.tiles) * cluster;
-  config.blockDim = Config::kThreads;
-  config.dynamicSmemBytes = kShared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  if (auto e = cudaLaunchKernelEx(&config, kernel, arguments)) return e;
+  const Launch launch{.grid = std::min<unsigned>(p.choice.blocks / cluster, arguments.map.tiles) * cluster,
+                      .block = Config::kThreads,
+                      .shared = kShared,
+                      .cluster = cluster,
+                      .dependent = true};
+  if (auto e = launch_kernel(kernel, launch, stream, arguments)) return e;
   return reduce_split_k(p, Element::kAcc, stream);
 }
 

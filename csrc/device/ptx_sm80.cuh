@@ -128,6 +128,20 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
   }
 }
 
+// 9.7.13.13 griddepcontrol, nothing before sm_90. A kernel that is launched to begin before those before it have ended
+// waits for them here: earlier it may neither read what they write nor write what they read.
+__device__ inline void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// From here on such a kernel may take what multiprocessors have left; all blocks of this one have their place.
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #if __CUDA_ARCH__ >= 890
 // d = c + a b of e4m3, in the accumulator of the tensor cores; c may be d, or zeros, which take no registers
 __device__ inline void mma_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {

@@ -3,6 +3,7 @@
 // registers of the threads that share it, reduced to its range, and stored as int8 or e4m3. For bf16 to int8 an H100
 // can issue 26 instructions per element while its 3 bytes move; the aligned path takes 13, and another 13 are what a
 // thread does once for its 32 elements (counted in the SASS for sm_90).
+#include "device/ptx_sm80.cuh"
 #include "device/vec.cuh"
 
 namespace forwardpass {

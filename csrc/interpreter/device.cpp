@@ -11,10 +11,11 @@ namespace {
 
 constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20, kGiB = 1 << 30;
 
-// Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (8.0, 8.9, 9.0).
+// Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (8.0, 8.9, 9.0, 12.0).
 // Multiprocessors, caches, memory: NVIDIA A100 Tensor Core GPU Architecture (A100 80GB SXM: 2039 GB/s), NVIDIA L40S
-// datasheet (864 GB/s), NVIDIA H100 Tensor Core GPU Architecture (SXM5: 3352 GB/s). The bandwidths are
-// 2 x memory_clock x memory_bus_bits / 8. Clocks are the boost clocks.
+// datasheet (864 GB/s), NVIDIA H100 Tensor Core GPU Architecture (SXM5: 3352 GB/s), NVIDIA RTX PRO 6000 Blackwell
+// Workstation Edition datasheet (1792 GB/s). The bandwidths are 2 x memory_clock x memory_bus_bits / 8. Clocks are the
+// boost clocks. How much of its L2 the last one lets persist is assumed, as on the L40S.
 constexpr Device devices[] = {
     {"sm_80",    "NVIDIA A100-SXM4-80GB (interpreted)",
      8,          0,
@@ -49,6 +50,17 @@ constexpr Device devices[] = {
      50 * kMiB,  32 * kMiB,
      1980000,    2619000,
      5120},
+    {"sm_120",   "NVIDIA RTX PRO 6000 Blackwell (interpreted)",
+     12,         0,
+     188,        48 * kKiB,
+     99 * kKiB,  100 * kKiB,
+     1 * kKiB,   65536,
+     65536,      kThreadsPerBlock,
+     1536,       24,
+     1,          96 * kGiB,
+     128 * kMiB, 88 * kMiB,
+     2617000,    14000000,
+     512},
 };
 std::atomic<const Device*> current{nullptr};
 thread_local int64_t dropped = -1;  // launches; -1: they run
@@ -117,11 +129,13 @@ int resident_blocks(const Device& d, const Code& code, int threads, int64_t shar
 
 int resident_clusters(const Device& d, int blocks_per_multiprocessor, int size) {
   if (!d.clusters || size < 1) return 0;
-  // 132 multiprocessors are left of 8 GPCs of 18; which ones are missing differs from one H100 to the next: assumed are
-  // six GPCs of 16 and two of 18.
-  int clusters = 0;
-  for (int gpc = 0; gpc < 8; ++gpc) clusters += (gpc < 6 ? 16 : 18) * blocks_per_multiprocessor / size;
-  return clusters;
+  // A cluster is within a GPC. 132 multiprocessors are left of the H100's 8 GPCs of 18, 188 of the PRO 6000's 12 of 16;
+  // which ones are missing differs from one GPU to the next: assumed are six of 16 and two of 18, eight of 16 and four
+  // of 15.
+  const auto of_gpcs = [&](int count, int multiprocessors) {
+    return count * (multiprocessors * blocks_per_multiprocessor / size);
+  };
+  return d.major == 9 ? of_gpcs(6, 16) + of_gpcs(2, 18) : of_gpcs(8, 16) + of_gpcs(4, 15);
 }
 
 }  // namespace forwardpass::interpreter

@@ -33,6 +33,7 @@ bool preferred(const GemmKernel& a, const GemmKernel& b, const GemmShape& s, con
 KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& d) {
   KernelChoice c{};
   c.kernel = &kernel;
+  c.arch = d.arch;
   c.quantizes = s.group && kernel.quantizes && kernel.tile_n >= s.group;
   const int64_t rows = ceil_div(s.m, kernel.tile_m), columns = ceil_div(s.n, kernel.tile_n);
   if (kernel.cluster != Cluster::none) {
@@ -57,7 +58,7 @@ cudaError_t select(const GemmShape& s, const Device& d, KernelChoice& choice) {
   const auto consider = [&](bool quantizes) {
     GemmKernels<Params>::for_each([&](const GemmKernel& k) {
       if (!runs_on(k.arch, d) || (quantizes && !(k.quantizes && k.tile_n >= s.group))) return;
-      if (s.gated_blocks && k.tile_n > kScaleBlock && k.tile_n % kScaleBlock != 0) return;  // parts of four blocks
+      if (s.gated_blocks && !k.gated_blocks) return;
       if (!best || preferred(k, *best, s, d)) best = &k;
     });
   };

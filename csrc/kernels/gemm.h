@@ -18,6 +18,7 @@ struct GemmKernel {
   int64_t least_k = 256;
   Cluster cluster = Cluster::none;  // a kernel with clusters is persistent: one block per multiprocessor
   bool quantizes = false;           // it can quantise outputs in groups of 128 columns that a tile holds whole
+  bool gated_blocks = true;         // it takes block scales of b where gates and ups alternate
   cudaError_t (*launch)(const GemmParams& p, cudaStream_t stream);
 };
 

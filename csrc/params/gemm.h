@@ -33,6 +33,7 @@ struct KernelChoice {
   bool quantizes;                   // it quantises the shape's groups, unless there is split-K
   int64_t splits, split_k;          // split_k: of K, for one split; a multiple of kScaleBlock
   int32_t cluster, blocks;          // of persistent kernels: blocks of a cluster, blocks of the grid
+  int32_t arch;                     // of the device
 };
 
 // A function of shape and device only: the same inputs give the same bits. Returns a cudaError_t.

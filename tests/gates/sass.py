@@ -57,6 +57,13 @@ class Instruction:
         return self.guard is not None
 
     @property
+    def registers(self) -> int:
+        """One more than the number of the highest that it names; 0: none."""
+        wide = 3 if ".128" in self.opcode else 1 if re.search(r"\.(?:64|WIDE)(?=\.|$)", self.opcode) else 0
+        named = re.findall(r"(?<![A-Z])R(\d+)(\.64)?", self.operands)
+        return max((int(n) + 1 + (1 if pair else wide) for n, pair in named), default=0)
+
+    @property
     def loaded_bytes(self) -> int:
         """Of a global load; those whose size is in a register or descriptor count as one vector."""
         if not GLOBAL_LOAD.match(self.opcode):
@@ -231,6 +238,23 @@ class Function:
             way.append(block)
             block = before[block]
         return [i for b in reversed(way) for i in self.body(b) if not i.is_nop]
+
+    def registers_behind_release(self) -> list[tuple[int, int]]:
+        """Of each setmaxnreg.dec the registers that it leaves a thread, and how many are used from there on."""
+        figures = []
+        for block in self.successors:
+            for i, released in enumerate(self.body(block)):
+                if not released.opcode.startswith("USETMAXREG.DEALLOC"):
+                    continue
+                seen, todo = set(), list(self.successors[block])
+                while todo:
+                    b = todo.pop()
+                    if b not in seen:
+                        seen.add(b)
+                        todo += self.successors[b]
+                behind = [*self.body(block)[i + 1 :], *(x for b in seen for x in self.body(b))]
+                figures.append((int(released.operands, 0), max((x.registers for x in behind), default=0)))
+        return figures
 
     @property
     def main_loop(self) -> Loop | None:

@@ -82,7 +82,7 @@ def test_the_built_kernels_pass(kernels):
     assert len(gemm_gates.table(kernels).splitlines()) == 2 + len(gemms)
     attention = [k for k in kernels if k.name.startswith("attention")]
     left_out = [k for k in attention if gates.left_out(k)]
-    assert {(k.arch, "m=128, n=64" in k.name) for k in left_out} == {("sm_89", True)}
+    assert {(k.arch, "m=128, n=64" in k.name) for k in left_out} == {("sm_89", True), ("sm_120", True)}
     attention = [k for k in attention if k not in left_out]
     assert attention and all(attention_gates.claims(k.name) and attention_gates.counted(k) for k in attention)
     assert len(attention_gates.table(kernels).splitlines()) == 2 + len(attention)
@@ -105,7 +105,7 @@ def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys
     assert gates.main(str(wheel)) == 1
     printed = capsys.readouterr().out
     assert re.search(r"^kernel +arch +registers", printed, re.M) and re.search(
-        r"compiled instances +14.0 of +190", printed
+        r"compiled instances +14.0 of +240", printed
     )
     for sentence in (
         "int8_gemm_dp4a_kernel on sm_80: no loop",
@@ -291,15 +291,16 @@ def test_a_kernel_that_lacks_an_architecture_is_named(bad):
     (message,) = gates.missing_architectures(
         [dataclasses.replace(bad["spilling_kernel", arch], source=source) for arch in ("sm_80", "sm_89")]
     )
-    assert message == "spilling_kernel: not compiled for sm_90"
+    assert message == "spilling_kernel: not compiled for sm_90, sm_120"
     # beside a file for 9.0a, which gate_kernels_sm80.cu has
-    assert gates.missing_architectures([bad["spilling_kernel", arch] for arch in ("sm_80", "sm_89")]) == []
+    (message,) = gates.missing_architectures([bad["spilling_kernel", arch] for arch in ("sm_80", "sm_89")])
+    assert message == "spilling_kernel: not compiled for sm_120"
     (message,) = gates.missing_architectures([bad["spilling_kernel", "sm_80"]])
-    assert message == "spilling_kernel: not compiled for sm_89"
+    assert message == "spilling_kernel: not compiled for sm_89, sm_120"
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ValueError, match="sm_75: the limits are known of sm_80, sm_89, sm_90"):
+    with pytest.raises(ValueError, match="sm_75: the limits are known of sm_80, sm_89, sm_90, sm_120"):
         cubin.limits("sm_75")
 
 

@@ -56,6 +56,17 @@ def test_the_shortest_trip_skips_what_may_be_skipped():
     assert [i.name for i in shortest] == ["HGMMA", "BRA", "BRA", "FADD", "BRA"]
 
 
+def test_registers_behind_a_release():
+    f = function(
+        "IMAD R200, R1, R2, R3", "@P0 BRA `(.L_consumer)", "USETMAXREG.DEALLOC.CTAPOOL 0x18", "LDG.E.128 R16, [R22.64]",
+        ".L_load:", "IMAD.WIDE R20, R1, R2, R3", "@P1 BRA `(.L_load)", "EXIT",
+        ".L_consumer:", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0", "FADD R239, R1, R2", "EXIT",
+    )  # fmt: skip
+    assert f.registers_behind_release() == [(24, 24)]
+    assert function("USETMAXREG.DEALLOC.CTAPOOL 0x18", "LDG.E.64 R24, [R2.64]", "EXIT").registers_behind_release() == [(24, 26)]
+    assert function("FADD R239, R1, R2", "EXIT").registers_behind_release() == []
+
+
 def test_more_tensor_core_instructions_before_fewer_instructions():
     f = function(*STEADY, ".L_wide:", *["HGMMA.64x128x16.F32 R24, gdesc[UR8], R24"] * 2, "@P0 BRA `(.L_wide)", "EXIT")
     assert f.main_loop.mma == {"HGMMA.64x128x16.F32": 2}

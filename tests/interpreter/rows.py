@@ -78,7 +78,7 @@ def by_lane(pattern, destination, sources, model, **more):
 
 DTYPES = {
     "u8": np.uint8, "s8": np.int8, "b8": np.uint8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.uint16,
-    "bf16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "f16x2": np.uint32,
+    "bf16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "f16x2": np.uint32, "f32x2": np.uint64,
     "bf16x2": np.uint32, "u16x2": np.uint32, "s16x2": np.uint32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
     "f64": np.float64, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "tf32": np.uint32, "pred": np.bool_,
 }  # fmt: skip
@@ -97,9 +97,10 @@ def edges(type):
     dtype = np.dtype(DTYPES[type])
     if type in ("f16", "bf16"):
         return np.array(F16_EDGES if type == "f16" else BF16_EDGES, np.uint16)
-    if type in ("f16x2", "bf16x2"):
-        one = edges(type[:-2]).astype(np.uint32)
-        return (one[:, None] | one[None, ::-1] << 16).ravel()
+    if type in ("f16x2", "bf16x2", "f32x2"):
+        one = edges(type[:-2])
+        one, bits = one.view(f"u{one.itemsize}").astype(dtype), dtype.type(4 * dtype.itemsize)
+        return (one[:, None] | one[None, ::-1] << bits).ravel()
     if type == "f32":
         return np.array(F32_EDGES, np.uint32).view(np.float32)
     if type == "f64":
@@ -127,9 +128,10 @@ def random_values(type, n, rng):
         return np.where(rng.random(n) < 0.33, bits, near.astype(np.float16).view(np.uint16))
     if type == "bf16":
         return np.where(rng.random(n) < 0.33, bits, (near.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
-    if type in ("f16x2", "bf16x2"):
-        halves = random_values(type[:-2], 2 * n, rng).astype(np.uint32)
-        return halves[:n] | halves[n:] << 16
+    if type in ("f16x2", "bf16x2", "f32x2"):
+        halves = random_values(type[:-2], 2 * n, rng).astype(DTYPES[type[:-2]])
+        halves = halves.view(f"u{halves.itemsize}").astype(dtype)
+        return halves[:n] | halves[n:] << dtype.type(4 * dtype.itemsize)
     return np.where(rng.random(n) < 0.5, bits, rng.integers(0, 70, n).astype(dtype))
 
 

@@ -20,6 +20,8 @@ KERNELS = [
     ("triton", "sm_80"),
     pytest.param(("triton", "sm_89"), marks=pytest.mark.slow),
     ("triton", "sm_90a"),
+    pytest.param(("cuda", "sm_120"), marks=pytest.mark.slow),
+    pytest.param(("triton", "sm_120"), marks=pytest.mark.slow),
 ]
 CASES, FEW_KERNELS = list(cases.cases()), list(cases.cases(few_kernels=True))
 #: (rows, keys) of packed sequences (varlen): of several tiles, on both sides of their edges, and of none
@@ -66,7 +68,7 @@ def launches():
         for kernel in KERNELS:
             implementation, arch = getattr(kernel, "values", (kernel,))[0]
             if implementation == "triton" or case in CASES:
-                slow = arch == "sm_89" or (implementation == "triton" and case not in FEW_KERNELS)
+                slow = arch in ("sm_89", "sm_120") or (implementation == "triton" and case not in FEW_KERNELS)
                 yield pytest.param(case, (implementation, arch), marks=[pytest.mark.slow] * slow)
 
 

@@ -2,7 +2,8 @@
 
 FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones. Triton takes about a
 second to compile a GEMM, so its cases cover the same pairs in few kernels; `make test-all` adds CUDA's cases, and Triton's kernels
-for int8 weights on sm_89, whose PTX is letter for letter that for sm_80, `.target` apart.
+for int8 weights on sm_89, whose PTX is letter for letter that for sm_80, `.target` apart, and all of sm_120's, of which
+test_sm120.py has some.
 """
 
 import itertools
@@ -23,13 +24,13 @@ from forwardpass.testing import assert_equal
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_120")
 IMPLEMENTATIONS = ("cuda", "triton")
 FP8 = {"fp8_gemm": fp8_gemm, "fp8_linear": fp8_linear}
 MODULES = {"int8_gemm": int8_gemm, "int8_linear": int8_linear, "w8a16_gemm": w8a16_gemm, **FP8}
 CASES = [(name, case) for name, module in MODULES.items() for case in module.cases()]
 FEW_KERNELS = [(name, case) for name, module in MODULES.items() for case in module.cases(few_kernels=True)]
-PROMOTION = [(arch, case) for arch in ARCHITECTURES[1:] for case in fp8_gemm.PROMOTION_CASES]
+PROMOTION = [(arch, case) for arch in ("sm_89", "sm_90a") for case in fp8_gemm.PROMOTION_CASES]
 
 
 def reason_of_refusal(operation, args, arch):
@@ -60,8 +61,8 @@ def check(name, case, implementation, arch, seed, truncating):
 
 
 def repeats(implementation, arch, dtype):
-    """Whether it is sm_80's PTX; dtype: that of the 8-bit operand."""
-    return implementation == "triton" and arch == "sm_89" and dtype == torch.int8
+    """Whether another architecture's PTX is the same, or nearly; dtype: that of the 8-bit operand."""
+    return arch == "sm_120" or (implementation == "triton" and arch == "sm_89" and dtype == torch.int8)
 
 
 def launches():

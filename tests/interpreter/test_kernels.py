@@ -2,7 +2,7 @@
 
 Triton's code for them hardly knows the architecture: of these cases' PTX for sm_80 98 % is letter for letter that for sm_89, of
 that 96 % the one for sm_90, `.target` apart (Triton 3.7.1). So `make test` compiles and runs each of Triton's cases for one
-of the three, `make test-all` for all.
+of the three, `make test-all` for all. What sm_120 runs is in test_sm120.py, and in `make test-all` here too.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from forwardpass.testing import assert_equal
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_120")
 MODULES = {
     "activation_quantize": activation_quantize,
     "dequant_activation": dequant_activation,
@@ -42,7 +42,7 @@ def check(name, case, implementation, arch, seed):
 def launches():
     for i, (name, case) in enumerate(CASES):
         for j, arch in enumerate(ARCHITECTURES):
-            yield pytest.param(name, case, "cuda", arch)
+            yield pytest.param(name, case, "cuda", arch, marks=[pytest.mark.slow] * (arch == "sm_120"))
             yield pytest.param(name, case, "triton", arch, marks=[pytest.mark.slow] * (i % 3 != j))
 
 

@@ -19,7 +19,7 @@ ROUNDINGS = ("rn", "rz", "rm", "rp")
 CODES = {"f32": np.uint32, "f64": np.uint64, "f16": np.uint16, "bf16": np.uint16}
 
 
-def one(type):  # f16x2 -> f16
+def one(type):  # f16x2 -> f16, f32x2 -> f32
     return type.removesuffix("x2")
 
 
@@ -33,9 +33,11 @@ def by_code(function, type=T):
         if not name.endswith("x2"):
             columns = [c.view(codes) for c in columns]
             return map_codes(lambda *x: function(op, f, *x), *columns).astype(codes).view(DTYPES[name])
-        low = map_codes(lambda *x: function(op, f, *x), *(c & 0xFFFF for c in columns))
-        high = map_codes(lambda *x: function(op, f, *x), *(c >> 16 for c in columns))
-        return (low | high << np.uint64(16)).astype(np.uint32)
+        pair = np.uint64 if name == "f32x2" else np.uint32
+        bits, columns = pair(4 * pair().itemsize), [c.view(pair) for c in columns]
+        low = map_codes(lambda *x: function(op, f, *x), *(c & ((pair(1) << bits) - pair(1)) for c in columns))
+        high = map_codes(lambda *x: function(op, f, *x), *(c >> bits for c in columns))
+        return (low | high << np.uint64(bits)).astype(pair)
 
     return model
 
@@ -52,11 +54,13 @@ MODES = "rn|rz|rm|rp"
 for name, n in {"add": 2, "sub": 2, "mul": 2}.items():
     by_lane(f"{name}.{MODES}?.ftz?.sat?.f32", T, [T] * n, rounded(name))
     by_lane(f"{name}.{MODES}?.f64", T, [T] * n, rounded(name))
+    by_lane(f"{name}.{MODES}?.ftz?.f32x2", T, [T] * n, rounded(name))
     by_lane(f"{name}.rn?.ftz?.sat?.f16|f16x2", T, [T] * n, rounded(name))
     by_lane(f"{name}.rn?.bf16|bf16x2", T, [T] * n, rounded(name))
 for name in ("fma", "mad"):
     by_lane(f"{name}.{MODES}.ftz?.sat?.f32", T, [T] * 3, rounded("fma"))
     by_lane(f"{name}.{MODES}.f64", T, [T] * 3, rounded("fma"))
+by_lane(f"fma.{MODES}.ftz?.f32x2", T, [T] * 3, rounded("fma"))
 by_lane("fma.rn.ftz?.sat?.f16|f16x2", T, [T] * 3, rounded("fma"))
 by_lane("fma.rn.ftz?.relu.f16|f16x2", T, [T] * 3, rounded("fma"))
 by_lane("fma.rn.relu?.bf16|bf16x2", T, [T] * 3, rounded("fma"))
@@ -162,6 +166,7 @@ def extreme(op, f, a, b):
 
 for name in ("min", "max"):
     by_lane(f"{name}.ftz?.NaN?.f32", T, [T, T], by_code(extreme))
+    by_lane(f"{name}.ftz?.NaN?.f32", T, [T, T, T], by_code(lambda op, f, a, b, c: extreme(op, f, extreme(op, f, a, b), c)))
     by_lane(f"{name}.ftz?.NaN?.xorsign.abs.f32", T, [T, T], by_code(extreme))
     by_lane(f"{name}.f64", T, [T, T], by_code(extreme))
     by_lane(f"{name}.ftz?.NaN?.f16|f16x2", T, [T, T], by_code(extreme))

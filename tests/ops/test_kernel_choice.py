@@ -38,7 +38,8 @@ class Kernel(ctypes.Structure):
 
 class Choice(ctypes.Structure):
     _fields_ = [("kernel", ctypes.POINTER(Kernel)), ("quantizes", ctypes.c_bool), ("splits", ctypes.c_int64),
-                ("split_k", ctypes.c_int64), ("cluster", ctypes.c_int32), ("blocks", ctypes.c_int32)]  # fmt: skip
+                ("split_k", ctypes.c_int64), ("cluster", ctypes.c_int32), ("blocks", ctypes.c_int32),
+                ("arch", ctypes.c_int32)]  # fmt: skip
 
 
 def select(op, device, m, n, k, group=0):

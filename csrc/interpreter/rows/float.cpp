@@ -53,6 +53,29 @@ void bind_rounded(Bind& b) {
   });
 }
 
+// Two of fp32 in a register of 64 bits, which sm_100 and later have.
+template <class Op>
+struct InPairs {
+  template <class... T>
+  uint64_t operator()(T... pairs) const {
+    const auto half = [&](int shift) {
+      return uint64_t{bits_of(Op{}(from_bits<float>(static_cast<uint32_t>(pairs >> shift))...))} << shift;
+    };
+    return half(0) | half(32);
+  }
+};
+template <class Op, int N>
+void bind_pairs(Bind& b) {
+  bind_operands(b, Type::b64, Type::b64, N);
+  const Rounding mode = rounding_of(b);
+  b.instruction.option = static_cast<uint32_t>(mode);
+  choose(b.has("ftz"), [&](auto ftz) {
+    using O = InPairs<Modified<Op, decltype(ftz)::value, Clamp::none>>;
+    if constexpr (N == 2) b.run(rounded_handler<O, uint64_t, uint64_t>(mode));
+    if constexpr (N == 3) b.run(rounded_handler<O, uint64_t, uint64_t, uint64_t>(mode));
+  });
+}
+
 template <class Op, int N>
 void bind_sign(Bind& b) {
   const Type type = b.type(b.slots() - 1);
@@ -68,10 +91,14 @@ void bind_sign(Bind& b) {
 template <bool Greatest>
 void bind_extreme(Bind& b) {
   const Type type = b.type(b.slots() - 1);
-  bind_operands(b, type, type, 2);
+  const bool three = b.operands() == 4 && type == Type::f32 && !b.has("xorsign");  // from sm_100 on
+  bind_operands(b, type, type, three ? 3 : 2);
   if (type == Type::f64) return b.run(handler_of<Extreme<Greatest, false, false, false>, double, 2>(double{}));
   choose(b.has("ftz"), [&](auto ftz) {
     choose(b.has("NaN"), [&](auto nan) {
+      if (three)
+        return b.run(
+            handler_of<Extreme<Greatest, decltype(ftz)::value, decltype(nan)::value, false>, float, 3>(float{}));
       choose(b.has("xorsign"), [&](auto sign) {
         using Op = Extreme<Greatest, decltype(ftz)::value, decltype(nan)::value, decltype(sign)::value>;
         b.run(handler_of<Op, float, 2>(float{}));
@@ -128,12 +155,16 @@ const Row rows[] = {
     {"copysign.f32|f64", "9.7.3.2", bind_sign<CopySign, 2>},
     {"add.rn|rz|rm|rp?.ftz?.sat?.f32", "9.7.3.3", bind_rounded<Plus, 2>},
     {"add.rn|rz|rm|rp?.f64", "9.7.3.3", bind_rounded<Plus, 2>},
+    {"add.rn|rz|rm|rp?.ftz?.f32x2", "9.7.3.3", bind_pairs<Plus, 2>},
     {"sub.rn|rz|rm|rp?.ftz?.sat?.f32", "9.7.3.4", bind_rounded<Minus, 2>},
     {"sub.rn|rz|rm|rp?.f64", "9.7.3.4", bind_rounded<Minus, 2>},
+    {"sub.rn|rz|rm|rp?.ftz?.f32x2", "9.7.3.4", bind_pairs<Minus, 2>},
     {"mul.rn|rz|rm|rp?.ftz?.sat?.f32", "9.7.3.5", bind_rounded<Times, 2>},
     {"mul.rn|rz|rm|rp?.f64", "9.7.3.5", bind_rounded<Times, 2>},
+    {"mul.rn|rz|rm|rp?.ftz?.f32x2", "9.7.3.5", bind_pairs<Times, 2>},
     {"fma.rn|rz|rm|rp.ftz?.sat?.f32", "9.7.3.6", bind_rounded<TimesPlus, 3>},
     {"fma.rn|rz|rm|rp.f64", "9.7.3.6", bind_rounded<TimesPlus, 3>},
+    {"fma.rn|rz|rm|rp.ftz?.f32x2", "9.7.3.6", bind_pairs<TimesPlus, 3>},
     {"mad.rn|rz|rm|rp.ftz?.sat?.f32", "9.7.3.7", bind_rounded<TimesPlus, 3>},  // fused too, since sm_20
     {"mad.rn|rz|rm|rp.f64", "9.7.3.7", bind_rounded<TimesPlus, 3>},
     {"div.rn|rz|rm|rp.ftz?.f32", "9.7.3.8", bind_rounded<Quotient, 2>},

@@ -145,6 +145,10 @@ struct Extreme {
     if (XorSign) d |= sign;
     return from_bits<T>(z != z ? static_cast<decltype(d)>(kNanOf<T>) : d);
   }
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return (*this)((*this)(a, b), c);
+  }
 };
 
 }  // namespace forwardpass::interpreter

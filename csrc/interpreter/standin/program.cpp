@@ -32,7 +32,7 @@ __attribute__((constructor(101))) void begin() {
   if (!arch || fpi_set_device(arch)) {
     std::fprintf(stderr,
                  "This program runs on the forwardpass interpreter: FORWARDPASS_INTERPRET has to be sm_80 (A100), "
-                 "sm_89 (L40S) or sm_90a (H100), and is %s\n",
+                 "sm_89 (L40S), sm_90a (H100) or sm_120 (RTX PRO 6000), and is %s\n",
                  arch ? arch : "not set");
     _exit(2);
   }

@@ -9,6 +9,7 @@ namespace forwardpass {
 template <Dtype D>
 __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     activation_quantize_kernel(ActivationQuantizeParams p, RowsLaunch l, bool aligned) {
+  ptx::launch_dependents();
   const Segment s(l, p.out);
   auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride;  // [columns] or [2 columns]
   const bool gated = is_gated(p.activation);

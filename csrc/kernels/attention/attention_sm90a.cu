@@ -1,6 +1,7 @@
 // attention on wgmma. Blocks are persistent: each computes tile after tile of 64 rows per consumer warpgroup. One
 // producer thread loads q, and block after block of keys and values, by TMA. A consumer's q k^T of the next block runs
 // while it computes the softmax of this one, and so does p v, which takes p from registers.
+#include "device/dependent_launch.cuh"
 #include "device/pipeline.cuh"
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
@@ -391,6 +392,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
   const int warpgroup = uniform(threadIdx.x / ptx::kWarpgroup);
   if (warpgroup == Config::kConsumers) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
@@ -430,9 +433,11 @@ cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   if (auto e = operand(a.k, p.k, p.head_dim, p.keys, p.kv_heads, Config::kN)) return e;
   if (auto e = operand(a.v, p.v, p.value_dim, p.keys, p.kv_heads, Config::kN)) return e;
   if (auto e = allow_shared<attention_wgmma_kernel<Config>>(kShared)) return e;
-  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(a.blocks, p.device.sms));
-  attention_wgmma_kernel<Config><<<grid, Config::kThreads, kShared, stream>>>(a);
-  return cudaGetLastError();
+  const Launch launch{.grid = std::min<int64_t>(a.blocks, p.device.sms),
+                      .block = Config::kThreads,
+                      .shared = kShared,
+                      .dependent = true};
+  return launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a);
 }
 
 namespace {

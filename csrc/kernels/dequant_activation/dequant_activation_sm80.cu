@@ -1,8 +1,10 @@
 // dequant_activation: 2 or 4 bytes per element in, 1 to 4 out. A thread makes eight consecutive outputs; per-column
 // values come from L1 or L2 (at most 12 bytes per element beside 6 from memory, and L1 has eight times the memory's
 // bandwidth).
+#include "device/dependent_launch.cuh"
 #include "device/dispatch.h"
 #include "device/gemm_epilogue.cuh"
+#include "device/ptx_sm80.cuh"
 #include "params/dequant_activation.h"
 
 namespace forwardpass {
@@ -25,6 +27,7 @@ template <Dtype D>
 __global__ void __launch_bounds__(kThreads)
     dequant_activation_kernel(DequantActivationParams p, int64_t splits, int64_t split_stride, int64_t vectors,
                               EpilogueAccess access, bool aligned) {
+  ptx::wait_for_earlier_kernels();
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = index / vectors,
                 out_column = index % vectors * kVec;
   if (row >= p.acc.rows) return;
@@ -43,18 +46,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride,
-                                      cudaStream_t stream) {
+                                      cudaStream_t stream, int arch) {
   const int64_t vectors = (p.acc.columns / (is_gated(p.epilogue.activation) ? 2 : 1) + kVec - 1) / kVec;
   // Few outputs, as split-K products have, are spread over as many multiprocessors as possible. modelled on an H100: 16
   // x 1024 with four parts takes 0.10 us in blocks of 64 threads and 0.39 us in blocks of 256
   const int64_t all = p.acc.rows * vectors, threads = all < 256 * kThreads ? 64 : kThreads;
-  const unsigned grid = static_cast<unsigned>((all + threads - 1) / threads);
+  const Launch launch{
+      .grid = ceil_div(all, threads), .block = static_cast<int>(threads), .dependent = waits_for_earlier_kernels(arch)};
   const int64_t word = 16 / size_of(p.acc.dtype);
   const bool aligned = is_aligned(p.acc.data) && p.acc.stride % word == 0 && split_stride % word == 0;
   return dispatch<Dtype::i32, Dtype::f32, Dtype::f16, Dtype::bf16>(p.acc.dtype, [&](auto D) {
-    dequant_activation_kernel<D()>
-        <<<grid, threads, 0, stream>>>(p, splits, split_stride, vectors, EpilogueAccess(p.epilogue), aligned);
-    return cudaGetLastError();
+    return launch_kernel(dequant_activation_kernel<D()>, launch, stream, p, splits, split_stride, vectors,
+                         EpilogueAccess(p.epilogue), aligned);
   });
 }
 

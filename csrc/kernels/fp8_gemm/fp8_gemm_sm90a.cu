@@ -27,6 +27,7 @@ constexpr GemmKernel row() {
           .tile_n = Tile::kN,
           .cluster = Cluster::along_m,
           .quantizes = Tile::kQuantizes,
+          .gated_blocks = Tile::kN % kScaleBlock == 0,  // else a tile has parts of four blocks
           .launch = launch_gemm_wgmma<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x192>(), row<Tile128x128>(), row<Tile64x128>(),

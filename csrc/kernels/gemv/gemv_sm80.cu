@@ -16,6 +16,7 @@
 //
 // The order of K within an mma is free, as long as x and the weight agree: a lane loads 16 consecutive elements of a
 // row, which the mma's own order would have in four pieces.
+#include "device/dependent_launch.cuh"
 #include "device/dispatch.h"
 #include "device/gemm_operands.cuh"
 #include "device/upconvert.cuh"
@@ -178,6 +179,8 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   using Acc = typename Config::Acc;
   __shared__ Acc sums[Config::kWarps][kGemvRows][Config::kN];
   __shared__ Staging staging;
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const GemmTile tile = p.map.in_one_row<Config::kN>(blockIdx.x);
   const int64_t whole_blocks = tile.k_end / kScaleBlock;
@@ -226,8 +229,9 @@ template <Dtype X>
 cudaError_t launch_gemv(const GemmParams& p, cudaStream_t stream) {
   using Config = GemvConfig<X>;
   const GemmArguments arguments(p, kGemvRows, Config::kN);
-  gemv_kernel<X><<<arguments.map.tiles, Config::kThreads, 0, stream>>>(arguments);
-  if (auto e = cudaGetLastError()) return e;
+  const Launch launch{
+      .grid = arguments.map.tiles, .block = Config::kThreads, .dependent = waits_for_earlier_kernels(p.choice.arch)};
+  if (auto e = launch_kernel(gemv_kernel<X>, launch, stream, arguments)) return e;
   return reduce_split_k(p, Config::kAcc, stream);
 }
 

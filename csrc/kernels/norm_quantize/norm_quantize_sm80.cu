@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
   using T = cuda_t<D>;
   __shared__ float slots[2][32];  // of the two reductions
+  ptx::launch_dependents();
   const Segment s(l, p.out);
   auto x = static_cast<const T*>(p.x.data) + s.row * p.x.stride;                       // [columns]
   auto residual = static_cast<const T*>(p.residual.data) + s.row * p.residual.stride;  // [columns]

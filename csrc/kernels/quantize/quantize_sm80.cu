@@ -7,6 +7,7 @@ namespace forwardpass {
 
 template <Dtype D>
 __global__ void __launch_bounds__(RowsConfig::kMaxWidth) quantize_kernel(QuantizeParams p, RowsLaunch l, bool aligned) {
+  ptx::launch_dependents();
   const Segment s(l, p.out);
   auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride + s.begin;  // [length]
   SegmentValues values(s, [&](int base, Chunk& v) { load_chunk(v, x, s, base, aligned); });

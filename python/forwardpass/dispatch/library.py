@@ -69,9 +69,7 @@ def why_no_kernels() -> str | None:
 def runs_on(capability: tuple[int, int]) -> bool:
     """Whether the portable kernels were built for a GPU of this compute capability, as machine code or as PTX.
 
-    Machine code runs on its own major version from its minor on; PTX of the highest plain architecture on anything later.
+    Machine code runs on its own major version from its minor on; PTX, which is there of each, on anything later.
     """
-    built = [(int(a[3:].rstrip("af")[:-1]), int(a[3:].rstrip("af")[-1])) for a in build_info.get("arches", ())]
-    return any(b[0] == capability[0] and b[1] <= capability[1] for b in built) or (
-        bool(built) and max(built) <= capability
-    )
+    built = (a[3:].rstrip("af") for a in build_info.get("arches", ()))
+    return any((int(a[:-1]), int(a[-1])) <= capability for a in built)

@@ -13,7 +13,7 @@ from ..dispatch import Reason, library
 from .finding import InterpreterFinding
 
 #: architecture -> the GPU that is modelled
-ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100"}
+ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_120": "RTX PRO 6000"}
 LIBRARY = library.FOLDER / "_interpreter.so"
 #: the objects of _kernels.so, linked against the interpreter's stand-in for cudart
 KERNELS = library.FOLDER / "_kernels_interpreted.so"

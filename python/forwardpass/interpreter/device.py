@@ -264,7 +264,7 @@ def interpret(
     FORWARDPASS_INTERPRET_SEED.
 
     Args:
-        arch: the GPU: "sm_80" (A100), "sm_89" (L40S) or "sm_90a" (H100).
+        arch: the GPU: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100) or "sm_120" (RTX PRO 6000).
         seed: of the schedule, of when asynchronous operations complete, and of what .approx instructions give.
         checks: races, data in flight, uninitialised shared memory; without them it is faster. Bounds and alignment are
             always checked.

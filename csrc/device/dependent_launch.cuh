@@ -1,0 +1,41 @@
+#pragma once
+// Programmatic dependent launches: a kernel that is launched so may begin before the kernels before it in the stream
+// have ended. Its launch and what it does until ptx::wait_for_earlier_kernels then take no time of their own. That wait
+// comes before the first access to memory that those kernels read or write, in every thread that has any.
+#include <cuda_runtime.h>
+
+namespace forwardpass {
+
+// Whether this file's code for a device of this architecture has the wait: it is the highest that was compiled and that
+// the device can run, and there is no wait before sm_90. Not inline, as files are compiled for different architectures.
+[[maybe_unused]] static bool waits_for_earlier_kernels(int arch) {
+  for (const int compiled : {__CUDA_ARCH_LIST__})
+    if (compiled >= 900 && compiled <= arch * 10) return true;
+  return false;
+}
+
+struct Launch {
+  int64_t grid;
+  int block, shared = 0, cluster = 1;
+  bool dependent;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& l, cudaStream_t stream,
+                          const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(l.grid);
+  config.blockDim = static_cast<unsigned>(l.block);
+  config.dynamicSmemBytes = static_cast<size_t>(l.shared);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = l.dependent ? 2 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace forwardpass
