@@ -5,8 +5,8 @@ and guesses CUDA_HOME. Environment:
 
 FORWARDPASS_BUILD_CUDA    auto (default): CUDA kernels where there is an nvcc; 1: required; 0: none, earlier ones removed
 FORWARDPASS_BUILD_STRICT  1: a warning fails the build, and so does a spill; 0 (default): it is printed
-TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a 12.0"; PTX is there of every entry to 9.0, with or without "+PTX"; 9.0 means 9.0a too.
-                          What the kernels or this nvcc cannot be built for is left out, and named
+TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a 12.0"; PTX is there of every entry to 9.0, with or without "+PTX"; 9.0
+                          means 9.0a too. What the kernels or this nvcc cannot be built for is left out, and named
 CXX                       default g++; a g++ >= 12, no clang++; arguments may follow ("ccache g++"). It compiles nvcc's host
                           code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
 CUDA_HOME, MAX_JOBS       as everywhere

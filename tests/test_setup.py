@@ -111,7 +111,11 @@ def test_architectures(setup_py, listed, built, left_out):
 @pytest.mark.parametrize(
     ("listed", "quantize", "fp8"),
     [
-        ("8.0 9.0 12.0", ["80,code=[sm_80,compute_80]", "90,code=[sm_90,sm_120,compute_90]"], ["90,code=[sm_120,compute_90]"]),
+        (
+            "8.0 9.0 12.0",
+            ["80,code=[sm_80,compute_80]", "90,code=[sm_90,sm_120,compute_90]"],
+            ["90,code=[sm_120,compute_90]"],
+        ),
         ("8.9 12.0", *[["89,code=[sm_89,compute_89]", "120,code=[sm_120,compute_120]"]] * 2),
     ],
 )

@@ -63,7 +63,9 @@ def test_registers_behind_a_release():
         ".L_consumer:", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0", "FADD R239, R1, R2", "EXIT",
     )  # fmt: skip
     assert f.registers_behind_release() == [(24, 24)]
-    assert function("USETMAXREG.DEALLOC.CTAPOOL 0x18", "LDG.E.64 R24, [R2.64]", "EXIT").registers_behind_release() == [(24, 26)]
+    assert function("USETMAXREG.DEALLOC.CTAPOOL 0x18", "LDG.E.64 R24, [R2.64]", "EXIT").registers_behind_release() == [
+        (24, 26)
+    ]
     assert function("FADD R239, R1, R2", "EXIT").registers_behind_release() == []
 
 

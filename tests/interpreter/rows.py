@@ -78,8 +78,9 @@ def by_lane(pattern, destination, sources, model, **more):
 
 DTYPES = {
     "u8": np.uint8, "s8": np.int8, "b8": np.uint8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.uint16,
-    "bf16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "f16x2": np.uint32, "f32x2": np.uint64,
-    "bf16x2": np.uint32, "u16x2": np.uint32, "s16x2": np.uint32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "bf16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "f16x2": np.uint32,
+    "f32x2": np.uint64, "bf16x2": np.uint32, "u16x2": np.uint32, "s16x2": np.uint32, "b64": np.uint64, "u64": np.uint64,
+    "s64": np.int64,
     "f64": np.float64, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "tf32": np.uint32, "pred": np.bool_,
 }  # fmt: skip
 F16_EDGES = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00,

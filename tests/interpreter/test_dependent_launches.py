@@ -1,5 +1,5 @@
-"""Launches that may begin while the kernel before them ends, from sm_90 on. What such a kernel touches before it has waited is found in
-every interpreted test: here, that launches are of this kind, and the order in which results need them."""
+"""Launches that may begin while the kernel before them ends, from sm_90 on. What such a kernel touches before it has waited is
+found in every interpreted test; here, which launches are of this kind."""
 
 import pytest
 import torch

@@ -166,7 +166,9 @@ def extreme(op, f, a, b):
 
 for name in ("min", "max"):
     by_lane(f"{name}.ftz?.NaN?.f32", T, [T, T], by_code(extreme))
-    by_lane(f"{name}.ftz?.NaN?.f32", T, [T, T, T], by_code(lambda op, f, a, b, c: extreme(op, f, extreme(op, f, a, b), c)))
+    by_lane(
+        f"{name}.ftz?.NaN?.f32", T, [T, T, T], by_code(lambda op, f, a, b, c: extreme(op, f, extreme(op, f, a, b), c))
+    )
     by_lane(f"{name}.ftz?.NaN?.xorsign.abs.f32", T, [T, T], by_code(extreme))
     by_lane(f"{name}.f64", T, [T, T], by_code(extreme))
     by_lane(f"{name}.ftz?.NaN?.f16|f16x2", T, [T, T], by_code(extreme))

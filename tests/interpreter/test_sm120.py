@@ -1,5 +1,5 @@
-"""What an RTX 50, a PRO 6000 or a DGX Spark runs: the portable kernels, whose machine code is made of the PTX for sm_90, and Triton's. Some
-cases of every operation; the others are in `make test-all`.
+"""What an RTX 50, a PRO 6000 or a DGX Spark runs: the portable kernels, whose machine code is made of the PTX for sm_90, and
+Triton's. Some cases of every operation; the others are in `make test-all`.
 """
 
 import itertools

@@ -41,7 +41,7 @@ LATENCIES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
     ("TMA interval", "cycles", (1, 1, 8, 8), "assumed: an instruction"),
     ("mbarrier latency", "cycles", (20, 20, 20, 20), "assumed: until an arrival counts, and of a test"),
     ("barrier latency", "cycles", (20, 20, 20, 20), "assumed: after the last arrival"),
-    ("cluster latency", "cycles", (180, 180, 180, 180), "Luo et al.: between two multiprocessors; assumed of the RTX PRO 6000; the others have no clusters"),
+    ("cluster latency", "cycles", (180, 180, 180, 180), "Luo et al.: between two multiprocessors; RTX PRO 6000: assumed"),
     ("fence latency", "cycles", (20, 20, 20, 20), "assumed: within a CTA; beyond, as L2"),
     ("branch latency", "cycles", (8, 8, 8, 8), "assumed: taken"),
     ("block latency", "cycles", (300, 300, 300, 300), "assumed: until a CTA's first instruction"),

@@ -29,7 +29,12 @@ from .module import Kernel, Module
 from .tensor_map import encode
 
 #: what Triton asks of a device before it launches: shared memory a block, multiprocessors
-PROPERTIES = {"sm_80": (163 << 10, 108), "sm_89": (99 << 10, 142), "sm_90a": (227 << 10, 132), "sm_120": (99 << 10, 188)}
+PROPERTIES = {
+    "sm_80": (163 << 10, 108),
+    "sm_89": (99 << 10, 142),
+    "sm_90a": (227 << 10, 132),
+    "sm_120": (99 << 10, 188),
+}
 
 
 class PtxCompiler(CUDABackend):

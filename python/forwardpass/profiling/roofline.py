@@ -49,7 +49,9 @@ def _datasheet(device: torch.device) -> Roofline | None:
     from ..interpreter.rates import rates
 
     properties = torch.cuda.get_device_properties(device)
-    arch = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90a", (12, 0): "sm_120"}.get((properties.major, properties.minor))
+    arch = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90a", (12, 0): "sm_120"}.get(
+        (properties.major, properties.minor)
+    )
     if arch is None:
         return None
     rate = rates(arch)
