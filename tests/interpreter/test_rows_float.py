@@ -12,6 +12,8 @@ from float_rows import APPROXIMATE, BOUNDS_16, PATTERNS, assert_within, values_o
 from floats import FORMATS, compute, encode, flush, map_codes, value
 from rows import DTYPES, Opcode, by_lane, random_values, row, run, sample, seed_of, spellings
 
+import forwardpass as fp
+
 pytestmark = pytest.mark.interpreted
 
 T = -1
@@ -54,13 +56,11 @@ MODES = "rn|rz|rm|rp"
 for name, n in {"add": 2, "sub": 2, "mul": 2}.items():
     by_lane(f"{name}.{MODES}?.ftz?.sat?.f32", T, [T] * n, rounded(name))
     by_lane(f"{name}.{MODES}?.f64", T, [T] * n, rounded(name))
-    by_lane(f"{name}.{MODES}?.ftz?.f32x2", T, [T] * n, rounded(name))
     by_lane(f"{name}.rn?.ftz?.sat?.f16|f16x2", T, [T] * n, rounded(name))
     by_lane(f"{name}.rn?.bf16|bf16x2", T, [T] * n, rounded(name))
 for name in ("fma", "mad"):
     by_lane(f"{name}.{MODES}.ftz?.sat?.f32", T, [T] * 3, rounded("fma"))
     by_lane(f"{name}.{MODES}.f64", T, [T] * 3, rounded("fma"))
-by_lane(f"fma.{MODES}.ftz?.f32x2", T, [T] * 3, rounded("fma"))
 by_lane("fma.rn.ftz?.sat?.f16|f16x2", T, [T] * 3, rounded("fma"))
 by_lane("fma.rn.ftz?.relu.f16|f16x2", T, [T] * 3, rounded("fma"))
 by_lane("fma.rn.relu?.bf16|bf16x2", T, [T] * 3, rounded("fma"))
@@ -166,9 +166,6 @@ def extreme(op, f, a, b):
 
 for name in ("min", "max"):
     by_lane(f"{name}.ftz?.NaN?.f32", T, [T, T], by_code(extreme))
-    by_lane(
-        f"{name}.ftz?.NaN?.f32", T, [T, T, T], by_code(lambda op, f, a, b, c: extreme(op, f, extreme(op, f, a, b), c))
-    )
     by_lane(f"{name}.ftz?.NaN?.xorsign.abs.f32", T, [T, T], by_code(extreme))
     by_lane(f"{name}.f64", T, [T, T], by_code(extreme))
     by_lane(f"{name}.ftz?.NaN?.f16|f16x2", T, [T, T], by_code(extreme))
@@ -272,3 +269,30 @@ by_lane("rcp.approx.ftz.f64", T, [T], lambda op, a: upper(1 / upper(a)))
 by_lane("rsqrt.approx.ftz.f64", T, [T], lambda op, a: upper(1 / np.sqrt(upper(a))))
 by_lane("rsqrt.approx.f64", T, [T], lambda op, a: 1 / np.sqrt(a),
         compare=lambda op, d, e, a: (abs(d - e) <= 2.0**-51 * abs(e)) | (d == e) | np.isnan(e) & np.isnan(d))  # fmt: skip
+
+
+# ---- what sm_100 and later have: pairs of fp32, and minima and maxima of three ----
+
+LATER = [
+    (f"{name}.{MODES}{'?' * (n == 2)}.ftz?.f32x2", n, rounded(name))
+    for name, n in (("add", 2), ("sub", 2), ("mul", 2), ("fma", 3))
+]
+LATER += [
+    (f"{name}.ftz?.NaN?.f32", 3, by_code(lambda op, f, a, b, c: extreme(op, f, extreme(op, f, a, b), c)))
+    for name in ("min", "max")
+]
+
+
+@row(*(pattern for pattern, _, _ in LATER))
+@pytest.mark.parametrize(("pattern", "sources", "model"), LATER, ids=lambda x: x if isinstance(x, str) else None)
+def test_rows_of_later_architectures(pattern, sources, model):
+    for op in map(Opcode, spellings(pattern)):
+        type = op.type(T)
+        columns = sample([type] * sources, np.random.default_rng(seed_of(str(op))))
+        inputs = dict(zip("abc", columns))
+        body = f"{op} %d, {', '.join(f'%{n}' for n in inputs)};"
+        made = run(body, inputs, {"d": np.dtype(DTYPES[type])}, arch="sm_120")["d"]
+        expected = model(op, *columns)
+        assert np.array_equal(made.view(expected.dtype).view(np.uint8), expected.view(np.uint8)), op
+        with pytest.raises(fp.InterpreterFinding, match="needs sm_100 or higher"):
+            run(body, inputs, {"d": np.dtype(DTYPES[type])})

@@ -35,7 +35,7 @@ def some(name, count):
 
 
 def launches():
-    for name, (implementation, count) in itertools.product(MODULES, (("cuda", 6), ("triton", 2))):
+    for name, (implementation, count) in itertools.product(MODULES, (("cuda", 4), ("triton", 1))):
         for case in some(name, count):
             yield pytest.param(name, case, implementation)
 

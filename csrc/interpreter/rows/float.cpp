@@ -1,5 +1,6 @@
 // fp32 and fp64 (ISA 9.7.3) without the approximate functions.
 #include "interpreter/rows/floating.h"
+#include "interpreter/rows/matrix_rows.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -53,7 +54,7 @@ void bind_rounded(Bind& b) {
   });
 }
 
-// Two of fp32 in a register of 64 bits, which sm_100 and later have.
+// Two of fp32 in a register of 64 bits.
 template <class Op>
 struct InPairs {
   template <class... T>
@@ -66,6 +67,7 @@ struct InPairs {
 };
 template <class Op, int N>
 void bind_pairs(Bind& b) {
+  require_capability(b, 100);
   bind_operands(b, Type::b64, Type::b64, N);
   const Rounding mode = rounding_of(b);
   b.instruction.option = static_cast<uint32_t>(mode);
@@ -91,7 +93,8 @@ void bind_sign(Bind& b) {
 template <bool Greatest>
 void bind_extreme(Bind& b) {
   const Type type = b.type(b.slots() - 1);
-  const bool three = b.operands() == 4 && type == Type::f32 && !b.has("xorsign");  // from sm_100 on
+  const bool three = b.operands() == 4 && type == Type::f32 && !b.has("xorsign");
+  if (three) require_capability(b, 100);
   bind_operands(b, type, type, three ? 3 : 2);
   if (type == Type::f64) return b.run(handler_of<Extreme<Greatest, false, false, false>, double, 2>(double{}));
   choose(b.has("ftz"), [&](auto ftz) {
