@@ -156,8 +156,8 @@ int64_t columns_of_part(int64_t blocks, const PackedWeight& b) {
 //
 // An MLP's two products as one, so that what is between them stays in a core's caches, would gain little: with all
 // blocks' intermediates in the same 32 rows, which nothing can beat, 1024 and 4096 rows times 384 x 1536 and 768 x 3072
-// and back took 5 to 8 % less time with VNNI and 3 to 5 % less with AVX2. One quantisation for q, k and v in place of
-// three is 1.4 % of a MiniLM layer's time.
+// and back took one thread 6 to 8 % less time with VNNI and 3 to 5 % less with AVX2, two threads less than that. One
+// quantisation for q, k and v in place of three is 1.4 % of a MiniLM layer's time.
 void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const PackedWeight& b,
                      const Epilogue& epilogue, const QuantizeParams* quantize) {
   const int64_t m = a.rows, blocks = (m + kBlockRows - 1) / kBlockRows;
