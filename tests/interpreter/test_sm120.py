@@ -40,7 +40,7 @@ def launches():
             yield pytest.param(name, case, implementation)
 
 
-@pytest.mark.parametrize(("name", "case", "implementation"), launches(), ids=str)
+@pytest.mark.parametrize(("name", "case", "implementation"), list(launches()), ids=str)
 def test_kernel(name, case, implementation):
     args = case.arguments()
     operation = dispatch.operations[getattr(case, "op", name)]

@@ -5,6 +5,7 @@ checked against them again. "Assumed" is a figure that no public microbenchmark 
 on the L40S, but for TMA's, as on the H100.
 """
 
+from .core import ARCHITECTURES
 from .rates import rates
 
 _LUO = (
@@ -14,7 +15,7 @@ _LUO = (
 _ABDELKHALIK = "Abdelkhalik et al., Demystifying the Nvidia Ampere Architecture through Microbenchmarking (2022)"
 _SUN = "Sun et al., Dissecting Tensor Cores via Microbenchmarks (2022)"
 
-#: quantity, unit, (sm_80, sm_89, sm_90a, sm_120), source
+#: quantity, unit, of each of ARCHITECTURES, source
 LATENCIES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
     ("integer latency", "cycles", (4, 4, 4, 4), f"{_ABDELKHALIK}: a dependent add; assumed of the others"),
     ("float latency", "cycles", (4, 4, 4, 4), f"{_ABDELKHALIK}: a dependent add; assumed of the others"),
@@ -47,12 +48,11 @@ LATENCIES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
     ("block latency", "cycles", (300, 300, 300, 300), "assumed: until a CTA's first instruction"),
     ("launch", "us", (1.5, 1.5, 1.5, 1.5), "assumed: of a kernel that does nothing"),
 ]  # fmt: skip
-_COLUMNS = ("sm_80", "sm_89", "sm_90a", "sm_120")
 
 
 def machine(arch: str, clock: float | None = None) -> dict[str, float]:
     """Every rate and latency of a GPU; `clock` in MHz in place of its own."""
-    column = _COLUMNS.index(arch)
+    column = list(ARCHITECTURES).index(arch)
     every = rates(arch) | {name: values[column] for name, _, values, _ in LATENCIES}
     return every if clock is None else every | {"clock": clock}
 

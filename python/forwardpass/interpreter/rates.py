@@ -4,6 +4,8 @@ Per multiprocessor and clock where the unit says so. A100: SXM4 80 GB. L40S. H10
 Blackwell Workstation Edition; a GeForce multiplies 16 bits, and e4m3, at half of its rate where sums are fp32.
 """
 
+from .core import ARCHITECTURES
+
 _A100 = "NVIDIA A100 Tensor Core GPU Architecture (2020)"
 _ADA = "NVIDIA Ada GPU Architecture (2022), AD102"
 _H100 = "NVIDIA H100 Tensor Core GPU Architecture (2022), SXM5"
@@ -12,7 +14,7 @@ _GUIDE = "CUDA C++ Programming Guide, throughput of native arithmetic instructio
 _TUNING = "NVIDIA Ampere, Ada and Hopper tuning guides: four schedulers, each one warp instruction a clock"
 _SHARED = "CUDA C++ Programming Guide, shared memory of compute capability 5.x and later: 32 banks of 4 bytes a clock"
 
-#: quantity, unit, (sm_80, sm_89, sm_90a, sm_120), source
+#: quantity, unit, of each of ARCHITECTURES, source
 RATES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
     ("clock", "MHz", (1410, 2520, 1830, 2617),
      f"{_A100}: boost; L40S datasheet: boost; {_H100}: what its 989.4 TFLOPS of f16 come to; RTX PRO 6000 datasheet: boost"),
@@ -41,9 +43,8 @@ RATES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
      f"{_A100}: read bandwidth; not published for the others: assumed, as on the A100 and 5.2 TB/s"),
     ("DRAM", "GB/s, of the device", (2039, 864, 3352, 1792), f"{_A100}; L40S datasheet; {_H100}; RTX PRO 6000 datasheet"),
 ]  # fmt: skip
-_COLUMNS = ("sm_80", "sm_89", "sm_90a", "sm_120")
 
 
 def rates(arch: str) -> dict[str, float]:
-    column = _COLUMNS.index(arch)
+    column = list(ARCHITECTURES).index(arch)
     return {name: values[column] for name, _, values, _ in RATES}

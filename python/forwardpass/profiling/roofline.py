@@ -46,12 +46,12 @@ def roofline(device: torch.device, dtypes: set[str]) -> Roofline:
 def _datasheet(device: torch.device) -> Roofline | None:
     if device.type != "cuda":
         return None
+    from ..interpreter.core import ARCHITECTURES
     from ..interpreter.rates import rates
 
     properties = torch.cuda.get_device_properties(device)
-    arch = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90a", (12, 0): "sm_120"}.get(
-        (properties.major, properties.minor)
-    )
+    capability = f"sm_{properties.major}{properties.minor}"
+    arch = next((a for a in ARCHITECTURES if a.rstrip("a") == capability), None)
     if arch is None:
         return None
     rate = rates(arch)
