@@ -16,7 +16,7 @@ namespace forwardpass {
 
 struct Launch {
   int64_t grid;
-  int block, shared = 0, cluster = 1;
+  int block, shared = 0, cluster = 0;  // 0: the kernel has none
   bool dependent;
 };
 
@@ -24,17 +24,22 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& l, cudaStream_t stream,
                           const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+  unsigned count = 0;
+  if (l.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (l.cluster) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(l.grid);
   config.blockDim = static_cast<unsigned>(l.block);
   config.dynamicSmemBytes = static_cast<size_t>(l.shared);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = l.dependent ? 2 : 0;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
