@@ -44,7 +44,7 @@ __device__ inline void load_columns(float (&v)[kCount], const T* p, int columns)
 }
 
 // A tile of a warp's accumulators to outputs of 16 bits, or to e4m3 with a scale for each group.
-template <class Accumulators>
+template <class Accumulators, bool kBlockScaled>
 struct DirectEpilogue {
   static constexpr int kRows = (Accumulators::kTilesM - 1) * Accumulators::kStep + 16,
                        kColumns = Accumulators::kTilesN * 8;
@@ -141,30 +141,32 @@ struct DirectEpilogue {
       return kGated ? __fmul_rn(v[0][t * 4 + e], v[kGated][t * 4 + e]) : v[0][t * 4 + e];
     }
   };
-  // The accumulators are the outputs, as block scales are in them already. (One that underflowed to -0 stays -0; a
-  // bias of 0 would make it 0.)
-  __device__ bool plain() const {
-    const Epilogue& e = o.epilogue;
-    return !e.a_scale && !e.b_scale && !e.bias && e.activation == Activation::none;
-  }
-  template <bool kGated, bool kPlain = false>
+  template <bool kGated>
   __device__ Values<kGated> values(const Accumulators& acc, const OfRows& a_scale, int chunk) const {
     Values<kGated> values;
     auto& v = values.v;
-    at_chunk(chunk, [&](auto tiles, auto tile) {
-      constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
+    // f(accumulator, row of this lane, tile of the chunk, element) for each of the chunk's
+    const auto each = [&](auto f) {
+      at_chunk(chunk, [&](auto tiles, auto tile) {
+        constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const float4 pair = kPlain ? float4{} : columns_of(first + t);
+        for (int t = 0; t < kTiles; ++t)
+          f(acc[i][first + t], a_scale[i], first + t, v[kGated ? t % 2 : 0] + (kGated ? t / 2 : t) * 4);
+      });
+    };
+    if (kBlockScaled && o.plain) {
+      each([](const auto& acc, const auto&, int, float* v) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const auto a = acc[i][first + t][e];
-          v[kGated ? t % 2 : 0][(kGated ? t / 2 : t) * 4 + e] =
-              kPlain ? a : dequantized(a, a_scale[i][e / 2], e % 2 ? pair.z : pair.x, e % 2 ? pair.w : pair.y);
-        }
-      }
-    });
-    if constexpr (kPlain) return values;
+        for (int e = 0; e < 4; ++e) v[e] = acc[e];
+      });
+    } else {
+      each([&](const auto& acc, const auto& a_scale, int tile, float* v) {
+        const float4 pair = columns_of(tile);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          v[e] = dequantized(acc[e], a_scale[e / 2], e % 2 ? pair.z : pair.x, e % 2 ? pair.w : pair.y);
+      });
+    }
     // A branch for each sixteen that are interleaved: 32 of the largest activation take more registers than there are.
     constexpr int kTogether = kOut<kGated> * 4 < 16 ? kOut<kGated> * 4 : 16;
 #pragma unroll
@@ -246,12 +248,12 @@ struct DirectEpilogue {
   }
 
   // Outputs of 16 bits.
-  template <bool kGated, bool kPlain = false>
+  template <bool kGated>
   __device__ void store_16(const Accumulators& acc, const OfRows& a_scale) const {
     const Store<kOut<kGated>, uint16_t> store(*this, kGated);
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const auto y = values<kGated, kPlain>(acc, a_scale, chunk);
+      const auto y = values<kGated>(acc, a_scale, chunk);
       uint32_t word[kOut<kGated>][2];
       const auto pack = [&](auto to_pair) {
 #pragma unroll
@@ -271,63 +273,64 @@ struct DirectEpilogue {
     }
   }
 
-  // Outputs in e4m3 with a scale for each group of a row, of which this warp's columns are one, or a part. Two passes:
-  // the values take their accumulators' place, until exchange(most, row) has made of a row's largest magnitude in these
-  // columns that of its group. Of the rows that four lanes share, each lane has one's scale to compute.
-  template <bool kGated, class Exchange>
-  __device__ void quantize(Accumulators& acc, const OfRows& a_scale, Exchange exchange) const {
-    OfRows most = {};
+  // Outputs in e4m3 with a scale for each group of a row, all of whose columns this warp has. Two passes: the values
+  // take their accumulators' place, until a row's largest magnitudes are known. Of the rows and groups that four lanes
+  // share, each lane has one's scale to compute.
+  template <bool kGated>
+  __device__ void quantize(Accumulators& acc, const OfRows& a_scale) const {
+    constexpr int kChunkColumns = kOut<kGated> * 8, kGroups = kAcross * kChunkColumns / kScaleBlock;
+    static_assert(Accumulators::kTilesM == 1 && (kGroups == 1 || kGroups == 2));
+    float most[kGroups][2] = {};
 #pragma unroll 1
-    for (int chunk = empty() ? kChunks : 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
       auto y = values<kGated>(acc, a_scale, chunk);
-      if (!whole) trim(y, columns - chunk % kAcross * kTiles * 8);
-      at_chunk(chunk, [&](auto tiles, auto tile) {
-        constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
+      if (!whole) trim(y, columns - chunk * kTiles * 8);
+      at_chunk(chunk, [&](auto, auto tile) {
+        constexpr int first = decltype(tile)::value, group = first / kTiles * kChunkColumns / kScaleBlock;
 #pragma unroll
         for (int t = 0; t < kOut<kGated>; ++t)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            acc[i][first + t][e] = y(t, e);
-            most[i][e / 2] = ptx::max_nan(most[i][e / 2], fabsf(acc[i][first + t][e]));
+            acc[0][first + t][e] = y(t, e);
+            most[group][e / 2] = ptx::max_nan(most[group][e / 2], fabsf(acc[0][first + t][e]));
           }
       });
     }
-    constexpr int kOfLane = 2 * Accumulators::kTilesM;
-    static_assert(kOfLane <= 4);
-    const int row_of_lane = thread_in_group() % kOfLane;  // the first lanes' store; others compute the same
+    constexpr int kOfLane = 2 * kGroups;
+    const int of_lane = thread_in_group() % kOfLane;  // the first lanes' store; others compute the same
     float range = 0;
-    for_each_row([&](int i, int half) {
-      float m = most[i][half];
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      float m = most[i / 2][i % 2];
 #pragma unroll
       for (int lanes = 1; lanes < 4; lanes *= 2) m = ptx::max_nan(m, __shfl_xor_sync(0xffffffff, m, lanes));
-      if (i * 2 + half == row_of_lane) range = m;
-    });
-    const int r = Accumulators::row(row_of_lane / 2, row_of_lane % 2 * 2);
-    exchange(range, r);
-    if (empty()) return;
+      if (i == of_lane) range = m;
+    }
     range = range < kLeastRange ? kLeastRange : range;
     const float inverse_of_mine = __fdiv_rn(448.0f, range);
     const Epilogue& e = o.epilogue;
-    const int64_t out_column = kGated ? column / 2 : column;
-    if (out_column % kScaleBlock == 0 && thread_in_group() < kOfLane && r < rows)
-      e.group_scale[row + r + out_column / kScaleBlock * e.group_scale_stride] = __fdiv_rn(range, 448.0f);
-    OfRows inverse;
-    for_each_row(
-        [&](int i, int half) { inverse[i][half] = __shfl_sync(0xffffffff, inverse_of_mine, i * 2 + half, 4); });
+    const int r = Accumulators::row(0, of_lane % 2 * 2), group = of_lane / 2;
+    if (thread_in_group() < kOfLane && r < rows && group * kScaleBlock * (kGated ? 2 : 1) < columns)
+      e.group_scale[row + r + (column / (kGated ? 2 : 1) / kScaleBlock + group) * e.group_scale_stride] =
+          __fdiv_rn(range, 448.0f);
+    float inverse[kGroups][2];
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) inverse[i / 2][i % 2] = __shfl_sync(0xffffffff, inverse_of_mine, i, 4);
     const Store<kOut<kGated> / 2, uint8_t> store(*this, kGated);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t word[kOut<kGated> / 2][2];
-      at_chunk(chunk, [&](auto tiles, auto tile) {
-        constexpr int i = decltype(tiles)::value, first = decltype(tile)::value;
+      at_chunk(chunk, [&](auto, auto tile) {
+        constexpr int first = decltype(tile)::value, group = first / kTiles * kChunkColumns / kScaleBlock;
 #pragma unroll
         for (int w = 0; w < kOut<kGated> / 2; ++w)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
+            const float scale = inverse[group][half];
             const auto pair = [&](const float (&y)[4]) {
-              return to_e4m3x2(__fmul_rn(y[half * 2 + 1], inverse[i][half]), __fmul_rn(y[half * 2], inverse[i][half]));
+              return to_e4m3x2(__fmul_rn(y[half * 2 + 1], scale), __fmul_rn(y[half * 2], scale));
             };
-            word[w][half] = pair(acc[i][first + 2 * w]) | pair(acc[i][first + 2 * w + 1]) << 16;
+            word[w][half] = pair(acc[0][first + 2 * w]) | pair(acc[0][first + 2 * w + 1]) << 16;
           }
       });
       store(word, chunk);
@@ -352,14 +355,15 @@ template <class Accumulators, bool kBlockScaled>
 struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>> {
   using WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>>::WarpEpilogue;
 
-  typename DirectEpilogue<Accumulators>::OfRows a_scale = {};  // of this lane's rows in the tile that has begun
+  typename DirectEpilogue<Accumulators, kBlockScaled>::OfRows a_scale =
+      {};  // of this lane's rows in the tile that has begun
 
-  __device__ DirectEpilogue<Accumulators> direct(const GemmTile& tile, int row, int column) const {
+  __device__ DirectEpilogue<Accumulators, kBlockScaled> direct(const GemmTile& tile, int row, int column) const {
     return {this->staging, this->out, tile.row + row, tile.column + column};
   }
   // What a tile's outputs need beside its accumulators, loaded while those are computed.
   __device__ void begin(const GemmTile& tile, int row, int column) {
-    if (this->out.direct) direct(tile, row, column).load(a_scale);
+    if (this->out.direct && !(kBlockScaled && this->out.plain)) direct(tile, row, column).load(a_scale);
   }
   __device__ void operator()(const Accumulators& acc, const GemmTile& tile, int row, int column) const {
     const GemmOutput& out = this->out;
@@ -367,8 +371,6 @@ struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8
       return finish_fragments(acc, this->staging.general, out, tile.row + row, tile.column + column, tile.split);
     const auto direct = this->direct(tile, row, column);
     if (direct.empty()) return;
-    if constexpr (kBlockScaled)
-      if (direct.plain()) return direct.template store_16<false, true>(acc, a_scale);
     if (is_gated(out.epilogue.activation)) {
       direct.template store_16<true>(acc, a_scale);
     } else {

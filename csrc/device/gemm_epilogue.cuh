@@ -48,6 +48,7 @@ struct GemmOutput {
   Epilogue epilogue;
   EpilogueAccess access;
   bool direct;  // the outputs are made in the fragments' layout (fragment_epilogue.cuh)
+  bool plain;   // there is nothing to multiply by or to add: block scales are in the accumulators already
   int64_t rows, columns;
   void* partial;
   int64_t partial_stride, split_stride;
@@ -56,6 +57,7 @@ struct GemmOutput {
       : epilogue(p.epilogue),
         access(p.epilogue),
         direct(!p.partial && !p.epilogue.zero_point && (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale)),
+        plain(!p.epilogue.a_scale && !p.epilogue.b_scale && !p.epilogue.bias),
         rows(p.a.rows),
         columns(p.b.rows),
         partial(p.partial),

@@ -18,12 +18,11 @@
 
 namespace forwardpass {
 
-// What a kernel's tile is made of. A tile of fewer than 128 rows is computed as its transpose: the 64 rows of a wgmma
-// come from b, and the N of the instruction is all rows of a.
+// What a kernel's tile is made of. Its two consumer warpgroups have 64 rows each; a tile of fewer than 128 rows is
+// computed as its transpose: the 64 rows of a wgmma come from b, and the N of the instruction is all rows of a.
 struct WgmmaTile {
-  int m, n;         // of the output, what a block computes
-  int consumers_m;  // how the two consumer warpgroups divide it: 2 by rows, 1 by columns
-  int stages;       // of 128 bytes of a's K
+  int m, n;    // of the output, what a block computes
+  int stages;  // of 128 bytes of a's K
 };
 
 template <class Config>
@@ -49,14 +48,16 @@ template <class Element_, WgmmaTile kTile, template <class> class Mainloop_>
 struct WgmmaConfig {
   using Element = Element_;
   using Acc = typename Element::Acc;
-  static constexpr int kM = kTile.m, kN = kTile.n, kStages = kTile.stages, kConsumers = 2,
-                       kConsumersM = kTile.consumers_m;
+  static constexpr int kM = kTile.m, kN = kTile.n, kStages = kTile.stages, kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers), kWarps = 4 * kConsumers;  // kWarps: of the consumers
   static constexpr bool kTransposed = kM < 128;
+  static constexpr int kConsumersM = kTransposed ? 1 : kConsumers;  // that the rows are divided among; else the columns
   static constexpr int kConsumerM = kM / kConsumersM, kConsumerN = kN * kConsumersM / kConsumers;
-  // Of a consumer warpgroup: wgmmas below each other, 64 rows of the wgmma's a each; n8 tiles of its b.
-  static constexpr int kTilesM = (kTransposed ? kConsumerN : kConsumerM) / 64,
-                       kTilesN = (kTransposed ? kConsumerM : kConsumerN) / 8;
+  static_assert((kTransposed ? kConsumerN : kConsumerM) == ptx::kWgmmaRows);
+  // Of a consumer warpgroup, n8 tiles of the wgmma's b: all, and those of one group of wgmmas. Promotion leaves
+  // registers for 64 partial accumulators beside 128, so that the columns are computed in two passes then.
+  static constexpr int kTilesN = (kTransposed ? kConsumerM : kConsumerN) / 8,
+                       kPasses = Element::kPromoted && kTilesN == 32 ? 2 : 1, kPassTiles = kTilesN / kPasses;
   static constexpr int kStageK = 128, kSteps = kStageK / 32;  // a row of a stage is one 128-byte swizzle atom
   // At launch each of the 384 threads has 168 registers; setmaxnreg moves them: 128 * 24 + 256 * 240 are as many.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -67,8 +68,9 @@ struct WgmmaConfig {
   static constexpr bool kQuantizes = Element::kPromoted && !kTransposed && kN % kScaleBlock == 0;
 
   using Schedule = PersistentTiles<WgmmaConfig>;
-  using Pipeline = forwardpass::Pipeline<kStages>;
-  using Accumulators = Fragments<Acc, kTilesM, kTilesN, 64>;
+  // A stage's parts: its a and the b of the first pass, the b of the second.
+  using Pipeline = forwardpass::Pipeline<kStages, kPasses>;
+  using Accumulators = Fragments<Acc, 1, kTilesN, ptx::kWgmmaRows>;
   using Mainloop = Mainloop_<WgmmaConfig>;
   using Epilogue = std::conditional_t<kTransposed || Element::kSwapAB, TransposedEpilogue<Element::kSwapAB>,
                                       QuantizingEpilogue<WgmmaConfig>>;
@@ -77,21 +79,26 @@ struct WgmmaConfig {
     uint8_t a[kM][kStageK], b[kBoxes][kN][kStageK];
   };
   // The factors by which a stage's accumulators are promoted: one per row of a; for b two, those of gate and up, or of
-  // the first and the second block of columns. TMA writes at multiples of 128 bytes, at least 16 bytes.
+  // the first and the second block of columns. TMA writes at multiples of 128 bytes, at least 16 bytes: room that the
+  // barriers take, as four stages of 128 x 256 with their scales and staging buffers are 227 KB.
   struct Scales {
     alignas(128) float a[kM];
-    alignas(128) float b[2][32];
+    alignas(128) float b[4];
+    PipelineBarriers<kStages, kPasses> barriers;  // those of the first stage's scales are used
+    alignas(128) float next_b[4];
   };
-  static constexpr int kScaleBytes = sizeof(Scales::a) + 2 * 16;
+  static constexpr int kScaleBytes = sizeof(Scales::a) + sizeof(Scales::b) + sizeof(Scales::next_b);
   struct SharedStorage {
     Stage stage[kStages];
     Scales scales[Element::kPromoted ? kStages : 1];
     typename Epilogue::Storage staging[kWarps];
-    // For this tile and the previous one, by warpgroup: the largest magnitude in a row.
-    float largest[2][kConsumers][Element::kPromoted && kConsumersM == 1 ? kM : 1];
-    PipelineBarriers<kStages> barriers;
+    __device__ auto& barriers() { return scales[0].barriers; }
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
+  // Rows of b that a TMA load has: those of a pass, or a block's share in a cluster.
+  __host__ __device__ static constexpr int share_of_b(int cluster) {
+    return kN / (cluster > kPasses ? cluster : kPasses);
+  }
 };
 
 // Where the block scales of b are in the one row that TMA sees: where they begin, the distance from one row of blocks
@@ -111,40 +118,45 @@ struct WgmmaArguments {
 };
 
 // The producer's main function. A block loads its own rows of a, and its share of the rows of b for all blocks of its
-// cluster.
+// cluster: with two passes those of one of them. So a stage's loads are issued as its parts become empty, which spreads
+// them over its time: as a burst they keep wgmma from shared memory, of which it needs half (fp8 128 x 256, modelled:
+// 1277 clocks a stage as one burst, 1159 in parts).
 template <class Config>
 __device__ inline void producer(const WgmmaArguments& p, typename Config::SharedStorage& s) {
   const typename Config::Schedule schedule(p.map);
   const int bytes = sizeof(typename Config::Stage) + (p.scaled ? Config::kScaleBytes : 0);
-  const int share = Config::kN / schedule.cluster;
+  const int share = Config::share_of_b(schedule.cluster);
   const uint16_t all_blocks = (1 << schedule.cluster) - 1;
-  typename Config::Pipeline pipeline(s.barriers);
+  typename Config::Pipeline pipeline(s.barriers());
   schedule.for_each([&](const GemmTile& tile) {
-    const int row = static_cast<int>(tile.row), b_row = static_cast<int>(tile.column) + schedule.rank * share,
-              first_block = static_cast<int>(tile.column) / (p.gated ? 2 * kScaleBlock : kScaleBlock);
-    const int slices = tile.slices(Config::kStageK);
-    for (int i = 0; i < slices; ++i, pipeline.advance()) {
-      const int k = static_cast<int>(tile.k) + i * Config::kStageK;
+    const int row = static_cast<int>(tile.row), column = static_cast<int>(tile.column),
+              b_block = p.order.first + column / (p.gated ? 2 * kScaleBlock : kScaleBlock) * p.order.row;
+    const int end = static_cast<int>(tile.k_end);
+    for (int k = static_cast<int>(tile.k); k < end; k += Config::kStageK, pipeline.advance()) {
       const uint32_t full = pipeline.acquire(bytes);
       auto& stage = s.stage[pipeline.stage];
       ptx::tma_load(ptx::shared_address(stage.a), p.a, k, row, full);
-#pragma unroll
-      for (int box = 0; box < Config::kBoxes; ++box) {
-        const uint32_t b = ptx::shared_address(stage.b[box][schedule.rank * share]);
-        const int b_k = k + box * (Config::kStageK / Config::kBoxes);
-        if (schedule.cluster == 1) {
-          ptx::tma_load(b, p.b, b_k, b_row, full);
-        } else {
-          ptx::tma_load_multicast(b, p.b, b_k, b_row, full, all_blocks);
-        }
-      }
       if (Config::Element::kPromoted && p.scaled) {
-        const int block = k / kScaleBlock, b_block = p.order.first + first_block * p.order.row + block;
+        const int block = k / kScaleBlock;
         auto& scales = s.scales[pipeline.stage];
         ptx::tma_load(ptx::shared_address(scales.a), p.a_scale, row, block, full);
-        ptx::tma_load(ptx::shared_address(scales.b[0]), p.b_scale, b_block, 0, full);
-        ptx::tma_load(ptx::shared_address(scales.b[1]), p.b_scale, b_block + p.order.next, 0, full);
+        ptx::tma_load(ptx::shared_address(scales.b), p.b_scale, b_block + block, 0, full);
+        ptx::tma_load(ptx::shared_address(scales.next_b), p.b_scale, b_block + block + p.order.next, 0, full);
       }
+      int part = schedule.rank;  // of b
+      do {
+        if (Config::kPasses > 1) pipeline.await_empty(part);
+#pragma unroll
+        for (int box = 0; box < Config::kBoxes; ++box) {
+          const uint32_t b = ptx::shared_address(stage.b[box][part * share]);
+          const int b_k = k + box * (Config::kStageK / Config::kBoxes);
+          if (schedule.cluster == 1) {
+            ptx::tma_load(b, p.b, b_k, column + part * share, full);
+          } else {
+            ptx::tma_load_multicast(b, p.b, b_k, column + part * share, full, all_blocks);
+          }
+        }
+      } while (Config::kPasses > 1 && schedule.cluster == 1 && ++part < Config::kPasses);
     }
   });
 }
@@ -167,16 +179,22 @@ struct ConsumerPlace {
 // A consumer's side of the pipeline, whose stages other blocks of the cluster fill too.
 template <class Config>
 struct ConsumerPipeline : Config::Pipeline {
-  // Empty barrier of the cluster's block whose rank is this lane, or 0: its producer fills this block's stages too.
+  // First empty barrier of the cluster's block whose rank is this lane, or 0: its producer fills this block's stages
+  // too.
   uint32_t empty;
 
-  __device__ explicit ConsumerPipeline(typename Config::SharedStorage& s) : Config::Pipeline(s.barriers) {
+  __device__ explicit ConsumerPipeline(typename Config::SharedStorage& s) : Config::Pipeline(s.barriers()) {
     const uint32_t lane = threadIdx.x % 32;
-    const uint32_t mapped = ptx::map_shared(ptx::shared_address(s.barriers.empty), min(lane, ptx::cluster_size() - 1));
+    const uint32_t mapped =
+        ptx::map_shared(ptx::shared_address(s.barriers().empty), min(lane, ptx::cluster_size() - 1));
     empty = uniform(lane < ptx::cluster_size() ? mapped : 0, lane);
+    this->barriers = uniform(this->barriers);
   }
-  __device__ void release(int stage) const {
-    if (empty) ptx::mbarrier_arrive_cluster(empty + stage * kBarrierBytes);
+  __device__ void release(int stage, int part = 0) const {
+    if (!empty) return;
+    // The part is an offset in the instruction then; else the compiler takes five instructions for the second one.
+    const uint32_t first = ptx::unknown(empty + stage * kBarrierBytes);
+    ptx::mbarrier_arrive_cluster(first + part * Config::kStages * kBarrierBytes);
   }
 };
 
@@ -190,15 +208,47 @@ struct SharedOperands {
     a = uniform(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_b : rows_a)));
     b = uniform(ptx::descriptor(ptx::shared_address(Config::kTransposed ? rows_a : rows_b)));
   }
-  // One group of wgmmas: 64 rows of the wgmma's a, those of tile `i` of the accumulators, by the 128 of K of a stage.
-  __device__ void mma(typename Config::Accumulators::Row& acc, int stage, int i, bool accumulate) const {
+  __device__ void load(int) {}
+  // One group of wgmmas: 64 rows by the 128 of K of a stage.
+  template <class Row>
+  __device__ void mma(Row& acc, int stage, int, bool accumulate) const {
     const uint32_t first = stage * Config::kStageUnits;
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
       const uint32_t k = step * 32 / ptx::kDescriptorUnit;
-      ptx::wgmma_k32(acc, a + first + k + i * 64 * Config::kStageK / ptx::kDescriptorUnit, b + first + k,
-                     accumulate || step > 0);
+      ptx::wgmma_k32(acc, a + first + k, b + first + k, accumulate || step > 0);
     }
+  }
+};
+
+// Those whose a is in registers. From shared memory each group of wgmmas would read it anew: of a stage of 128 x 256 in
+// two passes 96 KB are read instead of 80, which with the 48 that TMA writes take 1152 clocks, of which the tensor
+// cores work 1024.
+template <class Config>
+struct RegisterOperands {
+  uint32_t a;  // address of this lane's 16 bytes in the first stage
+  uint32_t b;  // low half of the wgmma descriptor in the first stage
+  uint32_t rows[Config::kSteps][4];
+
+  __device__ RegisterOperands(typename Config::SharedStorage& s, const ConsumerPlace<Config>& place) {
+    using Rows = SwizzledRows<Config::kStageK>;
+    const int lane = threadIdx.x % 32;
+    a = uniform(ptx::shared_address(s.stage[0].a[place.row]) + Rows::offset(lane % 16, lane / 16), lane);
+    b = uniform(ptx::descriptor(ptx::shared_address(s.stage[0].b[0][place.group_column])));
+  }
+  // A stage's a, once it is full and the wgmmas of the stage before have completed.
+  __device__ void load(int stage) {
+#pragma unroll
+    for (int step = 0; step < Config::kSteps; ++step)
+      ptx::ldmatrix_x4(rows[step], (a + stage * sizeof(typename Config::Stage)) ^ step * 32);
+  }
+  template <class Row>
+  __device__ void mma(Row& acc, int stage, int pass, bool accumulate) const {
+    const uint32_t first =
+        b + stage * Config::kStageUnits + pass * Config::kPassTiles * 8 * Config::kStageK / ptx::kDescriptorUnit;
+#pragma unroll
+    for (int step = 0; step < Config::kSteps; ++step)
+      ptx::wgmma_k32(acc, rows[step], first + step * 32 / ptx::kDescriptorUnit, accumulate || step > 0);
   }
 };
 
@@ -206,7 +256,6 @@ struct SharedOperands {
 // released when they have completed. begin_epilogue(): Epilogue::begin, whose loads take as long as the first ones.
 template <class Config>
 struct ExactMainloop {
-  static_assert(Config::kTilesM == 1);
   ConsumerPipeline<Config> pipeline;
   SharedOperands<Config> operands;
 
@@ -239,28 +288,28 @@ struct ExactMainloop {
 };
 
 // The mainloop with promotion: after each stage the partial accumulators, times the stage's scales, are added to the
-// fp32 ones. Registers allow partial accumulators of 64 rows only; while one warpgroup promotes them, the other's
-// wgmmas run.
+// fp32 ones. While one warpgroup promotes them, the other's wgmmas run.
 template <class Config>
 struct PromotingMainloop {
   // A warpgroup's columns are not whole blocks of b's scales: 192, which begin with a block or in the middle of one.
-  static constexpr bool kStraddles = Config::kConsumerN > kScaleBlock;
+  static constexpr bool kStraddles = !Config::kTransposed && Config::kConsumerN % kScaleBlock != 0;
   // The factors for a thread's accumulators of a stage: for each pair of rows of a that the thread has, the scale of
-  // either row times each of the two scales of b; and again that of the 64 columns in the middle.
+  // either row times those of b: for each pass of even and of odd n8 tiles (or, transposed, of a thread's first row and
+  // of the row eight below), which differ if they are gates and ups. Of 192 columns those of the first 64, of the last,
+  // and of the 64 in the middle.
+  static constexpr int kPairs = Config::kTransposed ? Config::kTilesN : 1, kSets = kStraddles ? 3 : 2 * Config::kPasses;
   struct Factors {
-    static constexpr int kPairs = Config::kTransposed ? Config::kTilesN : Config::kTilesM;
-    float factor[kPairs][2][kStraddles ? 3 : 2];
-    __device__ float of(int i, int j, int e) const {
+    float factor[kPairs][2][kSets];
+    __device__ float of(int j, int e) const {
       if (Config::kTransposed) return factor[j][e % 2][e / 2];
-      return factor[i][e / 2][!kStraddles ? j % 2 : j < 8 ? 0 : j < 16 ? 2 : 1];
+      return factor[0][e / 2][!kStraddles ? j / Config::kPassTiles * 2 + j % 2 : j < 8 ? 0 : j < 16 ? 2 : 1];
     }
   };
+  using Operands = std::conditional_t<Config::kPasses == 1, SharedOperands<Config>, RegisterOperands<Config>>;
   ConsumerPipeline<Config> pipeline;
-  SharedOperands<Config> operands;
-  // In the first stage: scales of a from this thread's first row on; of b for even and for odd n8 tiles or, if
-  // transposed, for a thread's first row and the row eight below.
-  uint32_t a_scale, b_scale[2];
-  bool middle_second = false;  // whether the columns in the middle have the second
+  Operands operands;
+  // In the first stage: scales of a from this thread's first row on; of b those of the sets.
+  uint32_t a_scale, b_scale[kSets];
 
   __device__ PromotingMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
                                const ConsumerPlace<Config>& place)
@@ -268,21 +317,24 @@ struct PromotingMainloop {
     const int first = place.row + (Config::kTransposed ? accumulator_column(0) : accumulator_row(0));
     a_scale = uniform(ptx::shared_address(&s.scales[0].a[first]), threadIdx.x % 32);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      b_scale[i] = uniform(ptx::shared_address(s.scales[0].b[p.gated || kStraddles ? i : place.column / kScaleBlock]));
+    for (int i = 0; i < kSets; ++i) {
+      const bool next = p.gated || kStraddles ? i % 2 : i / 2;
+      b_scale[i] = uniform(ptx::shared_address(next ? s.scales[0].next_b : s.scales[0].b));
+    }
   }
   __device__ Factors load_factors() const {
     const uint32_t first = pipeline.stage * sizeof(typename Config::Scales);
-    const float b[2] = {ptx::load_shared(b_scale[0] + first), ptx::load_shared(b_scale[1] + first)};
+    float b[kSets];
+#pragma unroll
+    for (int i = 0; i < kSets; ++i) b[i] = ptx::load_shared(b_scale[i] + first);
     Factors factors;
 #pragma unroll
-    for (int i = 0; i < Factors::kPairs; ++i)
+    for (int i = 0; i < kPairs; ++i)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int row = Config::kTransposed ? i * 8 + j : i * 64 + j * 8;
-        const float a = ptx::load_shared(a_scale + first + row * sizeof(float));
-        factors.factor[i][j][0] = a * b[0], factors.factor[i][j][1] = a * b[1];
-        if constexpr (kStraddles) factors.factor[i][j][2] = a * (middle_second ? b[1] : b[0]);
+        const float a = ptx::load_shared(a_scale + first + (Config::kTransposed ? i * 8 + j : j * 8) * sizeof(float));
+#pragma unroll
+        for (int k = 0; k < kSets; ++k) factors.factor[i][j][k] = a * b[k];
       }
     return factors;
   }
@@ -290,68 +342,61 @@ struct PromotingMainloop {
   __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
     begin_epilogue();  // in the loop its instructions would be among every stage's
     acc.clear();
-    if (kStraddles) middle_second = tile.column % kScaleBlock != 0;
+    if (kStraddles) b_scale[kSets - 1] = tile.column % kScaleBlock == 0 ? b_scale[0] : b_scale[1];
     const int slices = tile.slices(Config::kStageK);
+    pipeline.wait_full();
+    operands.load(pipeline.stage);
 #pragma unroll 1
-    for (int slice = 0; slice < slices; ++slice) {
-      pipeline.wait_full();
+    for (int slice = 1; slice <= slices; ++slice) {
       Factors factors;
 #pragma unroll
-      for (int i = 0; i < Config::kTilesM; ++i) {
-        typename Config::Accumulators::Row partial;
+      for (int pass = 0; pass < Config::kPasses; ++pass) {
+        typename Config::Acc partial[Config::kPassTiles][4];
         ptx::wgmma_fence();
-        operands.mma(partial, pipeline.stage, i, false);
+        operands.mma(partial, pipeline.stage, pass, false);
         ptx::wgmma_commit();
-        if (i == 0) factors = load_factors();  // while the wgmmas run
+        if (pass == 0) factors = load_factors();  // while the wgmmas run
         ptx::wgmma_wait<0>();
-        if (i == Config::kTilesM - 1) {
-          pipeline.release(pipeline.stage);
+        pipeline.release(pipeline.stage, pass);
+        if (pass == Config::kPasses - 1) {
           pipeline.advance();
+          if (slice < slices) {  // what is loaded arrives during the promotion
+            pipeline.wait_full();
+            operands.load(pipeline.stage);
+          }
         }
 #pragma unroll
-        for (int j = 0; j < Config::kTilesN; ++j)
+        for (int j = 0; j < Config::kPassTiles; ++j)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) acc[i][j][e] = fmaf(partial[j][e], factors.of(i, j, e), acc[i][j][e]);
+          for (int e = 0; e < 4; ++e) {
+            const int all = pass * Config::kPassTiles + j;
+            acc[0][all][e] = fmaf(partial[j][e], factors.of(all, e), acc[0][all][e]);
+          }
       }
     }
   }
 };
 
-// The epilogue of a kernel that may have to quantise its outputs in groups of 128, all of whose columns are in a tile.
+// The epilogue of a kernel that may have to quantise its outputs in groups of 128, all of whose columns are a warp's.
 template <class Config>
 struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators, Config::Element::kPromoted> {
   using Base = FragmentEpilogue<typename Config::Accumulators, Config::Element::kPromoted>;
-  static constexpr int kBarrier = 1;  // a named barrier of the consumers; 0 is __syncthreads
-  typename Config::SharedStorage& s;
-  int tiles = 0;  // so far
-
-  __device__ QuantizingEpilogue(typename Config::SharedStorage& s, const GemmOutput& out) : Base(s, out), s(s) {}
-  __device__ void operator()(typename Config::Accumulators& acc, const GemmTile& tile, int row, int column) {
+  using Base::Base;
+  __device__ void operator()(typename Config::Accumulators& acc, const GemmTile& tile, int row, int column) const {
     if constexpr (Config::kQuantizes) {
       const Epilogue& e = this->out.epilogue;
       if (e.group_scale) {
         const auto direct = this->direct(tile, row, column);
+        if (direct.empty()) return;
         if (!is_gated(e.activation)) {
-          direct.template quantize<false>(acc, this->a_scale, [](float&, int) {});
-        } else if constexpr (Config::kN == 2 * kScaleBlock) {
-          direct.template quantize<true>(acc, this->a_scale, [&](float& most, int r) { exchange(most, row + r); });
+          direct.template quantize<false>(acc, this->a_scale);
+        } else if constexpr (Config::kConsumerN == 2 * kScaleBlock) {
+          direct.template quantize<true>(acc, this->a_scale);
         }
         return;
       }
     }
     Base::operator()(acc, tile, row, column);
-  }
-
- private:
-  // If gated, the outputs of warpgroups side by side make one group. Two buffers: a slower warp may still read that of
-  // the tile before.
-  __device__ void exchange(float& most, int row) {
-    static_assert(Config::kConsumersM == 1);
-    auto& largest = s.largest[tiles++ % 2];
-    const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
-    largest[warpgroup][row] = most;
-    ptx::barrier_sync(kBarrier, 128 * Config::kConsumers);
-    most = ptx::max_nan(most, largest[1 - warpgroup][row]);
   }
 };
 
@@ -362,12 +407,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(p.a);
     ptx::prefetch_tensor_map(p.b);
-    s.barriers.init(Config::kWarps * ptx::cluster_size());
+    s.barriers().init(Config::kWarps * ptx::cluster_size());
     ptx::fence_mbarrier_init();
   }
   if (Config::Element::kPromoted && !p.scaled) {
-    auto one = reinterpret_cast<float*>(s.scales);
-    for (unsigned i = threadIdx.x; i < sizeof(s.scales) / sizeof(float); i += Config::kThreads) one[i] = 1;
+    for (auto& scales : s.scales) {
+      if (threadIdx.x < Config::kM) scales.a[threadIdx.x] = 1;
+      if (threadIdx.x == 0) scales.b[0] = scales.next_b[0] = 1;
+    }
   }
   __syncwarp();
   ptx::cluster_sync();
@@ -413,7 +460,7 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
                         m.columns, m.stride * size, box_rows, Config::kStageK / size, CU_TENSOR_MAP_SWIZZLE_128B);
   };
   if (auto e = operand(arguments.a, a, Config::kM)) return e;
-  if (auto e = operand(arguments.b, b, Config::kN / cluster)) return e;
+  if (auto e = operand(arguments.b, b, Config::share_of_b(cluster))) return e;
   if (scaled) {
     const int64_t depth = ceil_div(p.a.columns, kScaleBlock), next = gated ? p.blocks.up_offset : depth,
                   count = gated ? 2 * next : depth * ceil_div(p.b.rows, kScaleBlock);

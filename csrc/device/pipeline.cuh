@@ -21,16 +21,17 @@ struct PipelineState {
   }
 };
 
-// In shared memory, the empty barriers behind the full ones. A stage is full when its bytes have arrived, and empty
-// when every consumer has arrived.
-template <int Stages>
+// In shared memory, the empty barriers behind the full ones. A stage is full when its bytes have arrived, and a part of
+// it is empty when every consumer has arrived.
+template <int Stages, int Parts = 1>
 struct PipelineBarriers {
-  uint64_t full[Stages], empty[Stages];
+  uint64_t full[Stages], empty[Parts][Stages];
   __device__ void init(int consumers) {
 #pragma unroll
     for (int i = 0; i < Stages; ++i) {
       ptx::mbarrier_init(ptx::shared_address(&full[i]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&empty[i]), consumers);
+#pragma unroll
+      for (auto& part : empty) ptx::mbarrier_init(ptx::shared_address(&part[i]), consumers);
     }
   }
 };
@@ -38,25 +39,28 @@ struct PipelineBarriers {
 constexpr int kBarrierBytes = sizeof(uint64_t);
 
 // One side of a pipeline, in registers: the producer's or a consumer's.
-template <int Stages>
+template <int Stages, int Parts = 1>
 struct Pipeline : PipelineState<Stages> {
   uint32_t barriers;
 
-  __device__ explicit Pipeline(const PipelineBarriers<Stages>& b) : barriers(ptx::shared_address(b.full)) {}
-  // The producer: waits until the stage is empty and announces `bytes` to its full barrier, which is returned for the
-  // TMA loads.
+  __device__ explicit Pipeline(const PipelineBarriers<Stages, Parts>& b) : barriers(ptx::shared_address(b.full)) {}
+  // The producer: waits until the stage's first part is empty and announces `bytes`, of all parts, to its full barrier,
+  // which is returned for the TMA loads.
   __device__ uint32_t acquire(int bytes) const {
-    await(empty(this->stage), this->parity ^ 1);
+    await_empty(0);
     ptx::mbarrier_arrive_expect_tx(full(this->stage), bytes);
     return full(this->stage);
   }
+  __device__ void await_empty(int part) const { await(empty(this->stage, part), this->parity ^ 1); }
   // The consumers: a warp waits until the stage is full, and arrives at its empty barrier once it has read it.
   __device__ void wait_full() const { await(full(this->stage), this->parity); }
   __device__ void release(int stage) const { ptx::mbarrier_arrive(empty(stage), threadIdx.x % 32 == 0); }
 
  private:
   __device__ uint32_t full(int stage) const { return barriers + stage * kBarrierBytes; }
-  __device__ uint32_t empty(int stage) const { return barriers + (Stages + stage) * kBarrierBytes; }
+  __device__ uint32_t empty(int stage, int part = 0) const {
+    return barriers + ((1 + part) * Stages + stage) * kBarrierBytes;
+  }
   __device__ static void await(uint32_t barrier, uint32_t parity) {
     while (!ptx::mbarrier_try_wait(barrier, parity)) {
     }

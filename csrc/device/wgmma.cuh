@@ -1,6 +1,6 @@
 #pragma once
-// wgmma: PTX ISA 9.7.15. One instruction per function, and only the N that are used. 8-bit operands are both in shared
-// memory; of 16-bit ones the first may be in registers.
+// wgmma: PTX ISA 9.7.15. One instruction per function, and only the N that are used. Operands are in shared memory; the
+// first one may be in registers.
 #include "device/ptx_sm80.cuh"
 
 namespace forwardpass::ptx {
@@ -79,15 +79,15 @@ constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
   "mov.b64 b, {%" #b ", %" #high "};\n" \
   "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, a, b, p" scales ";\n" \
   "}"
-// The same with four registers of the first operand in place of its descriptor, and imm-trans-b.
+// The same with four registers of the first operand in place of its descriptor; trans_b: a string, imm-trans-b if any.
 #define FORWARDPASS_WGMMA_REGISTERS(opcode, numbers, a0, a1, a2, a3, b, high, accumulate, trans_b) \
   "{\n" \
   ".reg .pred p;\n" \
   ".reg .b64 b;\n" \
   "setp.ne.b32 p, %" #accumulate ", 0;\n" \
   "mov.b64 b, {%" #b ", %" #high "};\n" \
-  "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1, %" \
-  #trans_b ";\n" \
+  "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1" \
+  trans_b ";\n" \
   "}"
 // Functions for 8-bit operands: their type, the accumulators' in C++, as asm constraint and in the opcode, the scales.
 #define FORWARDPASS_K32(Acc, kind, type, acc, scales, tiles, n, ...) \
@@ -99,6 +99,14 @@ constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
   }
 #define FORWARDPASS_S8(...) FORWARDPASS_K32(int32_t, "+r", "s8", "s32", "", __VA_ARGS__)
 #define FORWARDPASS_E4M3(...) FORWARDPASS_K32(float, "+f", "e4m3", "f32", ", 1, 1", __VA_ARGS__)
+#define FORWARDPASS_REGISTERS_E4M3(tiles, n, ...) \
+  __device__ inline void wgmma_k32(float (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) { \
+    asm volatile(FORWARDPASS_WGMMA_REGISTERS("m64n" #n "k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_##tiles, __VA_ARGS__, \
+                                             "") \
+                 : FORWARDPASS_TILES_##tiles("+f") \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh), \
+                   "r"(static_cast<int>(accumulate))); \
+  }
 // Functions for operands of 16-bit floats, and those for one type.
 #define FORWARDPASS_K16_OF(type, tiles, n, ...) \
   asm volatile(FORWARDPASS_WGMMA("m64n" #n "k16.f32." #type "." #type, FORWARDPASS_NUMBERS_##tiles, __VA_ARGS__, \
@@ -114,9 +122,9 @@ constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
     else \
       FORWARDPASS_K16_OF(bf16, tiles, n, __VA_ARGS__); \
   }
-#define FORWARDPASS_REGISTERS_K16_OF(type, tiles, n, ...) \
-  asm volatile(FORWARDPASS_WGMMA_REGISTERS("m64n" #n "k16.f32." #type "." #type, FORWARDPASS_NUMBERS_##tiles, \
-                                           __VA_ARGS__) \
+#define FORWARDPASS_REGISTERS_K16_OF(type, tiles, n, a0, a1, a2, a3, b0, high, scale_d, trans_b) \
+  asm volatile(FORWARDPASS_WGMMA_REGISTERS("m64n" #n "k16.f32." #type "." #type, FORWARDPASS_NUMBERS_##tiles, a0, a1, \
+                                           a2, a3, b0, high, scale_d, ", %" #trans_b) \
                : FORWARDPASS_TILES_##tiles("+f") \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh), \
                  "r"(static_cast<int>(accumulate)), "n"(TransB))
@@ -142,6 +150,9 @@ FORWARDPASS_E4M3(2, 16, 8, 9, 10, 11)
 FORWARDPASS_E4M3(8, 64, 32, 33, 34, 35)
 FORWARDPASS_E4M3(16, 128, 64, 65, 66, 67)
 FORWARDPASS_E4M3(24, 192, 96, 97, 98, 99)
+// With a as fragments of an mma of m16n8k32, for each warp sixteen rows; its registers may change once a wgmma_wait has
+// followed.
+FORWARDPASS_REGISTERS_E4M3(16, 128, 64, 65, 66, 67, 68, 69, 70)
 
 // The same of 16-bit floats: d [64, 8 T] = a [64, 16] b [8 T, 16] transposed, plus d where `accumulate`.
 FORWARDPASS_K16(8, 64, 32, 33, 34, 35)
@@ -179,6 +190,7 @@ FORWARDPASS_REGISTERS_K16(32, 256, 128, 129, 130, 131, 132, 133, 134, 135)
 #undef FORWARDPASS_K32
 #undef FORWARDPASS_S8
 #undef FORWARDPASS_E4M3
+#undef FORWARDPASS_REGISTERS_E4M3
 #undef FORWARDPASS_K16_OF
 #undef FORWARDPASS_K16
 #undef FORWARDPASS_REGISTERS_K16_OF

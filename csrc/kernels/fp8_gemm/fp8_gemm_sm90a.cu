@@ -5,18 +5,19 @@
 
 namespace forwardpass {
 
-// Main loop: a consumer warp issues 412 instructions for 2^20 multiply-adds (206 for eight m64n128k32, 128 of them the
-// promotion), 468 with the smaller tile. Registers: 128 accumulators and 64 partial ones; 256 x 128, with one warpgroup
-// below the other, would take as many, but of a gated product this tile has 128 outputs, a group of fp8_gemm_quantize.
-// Shared memory is what binds: wgmma reads 96 KB per stage, 16 more than for int8, as each 64 rows read all of b.
-using Tile128x256 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 256, .consumers_m = 1, .stages = 4}, PromotingMainloop>;
-using Tile128x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 128, .consumers_m = 2, .stages = 6}, PromotingMainloop>;
+// Main loop: a consumer warp issues 416 instructions for 2^20 multiply-adds (208 for eight m64n128k32, 128 of them the
+// promotion), 476 with the smaller tile. Registers: 128 accumulators, 64 partial ones, 16 of a. The 256 columns of a
+// warpgroup are two groups of fp8_gemm_quantize or, of a gated product, one. Shared memory: 80 KB read and 48 KB
+// written a stage, in the tensor cores' 1024 clocks; with a in shared memory, or 128 x 128 a warpgroup, 96 KB were read
+// (1303 clocks a stage, modelled; 1159 now).
+using Tile128x256 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 256, .stages = 4}, PromotingMainloop>;
+using Tile128x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 128, .stages = 6}, PromotingMainloop>;
 // Between them, for products whose last round of the others leaves multiprocessors idle. With 96 accumulators and as
 // many partial ones a warpgroup has all columns, so that wgmma reads 64 KB per stage of 40: 139 bytes a clock for 144.
-using Tile128x192 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 192, .consumers_m = 2, .stages = 4}, PromotingMainloop>;
+using Tile128x192 = WgmmaConfig<E4m3, WgmmaTile{.m = 128, .n = 192, .stages = 4}, PromotingMainloop>;
 // Few rows, as for int8.
-using Tile64x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 64, .n = 128, .consumers_m = 1, .stages = 8}, PromotingMainloop>;
-using Tile16x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 16, .n = 128, .consumers_m = 1, .stages = 8}, PromotingMainloop>;
+using Tile64x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 64, .n = 128, .stages = 8}, PromotingMainloop>;
+using Tile16x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 16, .n = 128, .stages = 8}, PromotingMainloop>;
 
 namespace {
 

@@ -9,16 +9,16 @@ namespace forwardpass {
 // smaller tile. 168 registers at launch. A stage of 48 KB is used for 1024 clocks, if the tensor cores bind, while
 // three more, 144 KB, are in flight. From L2 it takes 32 bytes a clock in clusters of two; an H100's multiprocessor is
 // assumed to get 39. Shared memory: 48 KB written and 80 KB read by wgmma in 1024 clocks, all of its 128 bytes a clock.
-using Tile128x256 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 256, .consumers_m = 2, .stages = 4}, ExactMainloop>;
+using Tile128x256 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 256, .stages = 4}, ExactMainloop>;
 // Twice as many tiles, for small products. L2 binds, at 48 bytes a clock in clusters: modelled, 512 x 4096 x 4096 takes
 // 11.3 us; bound by the tensor cores it would take 8.9.
-using Tile128x128 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 128, .consumers_m = 2, .stages = 6}, ExactMainloop>;
+using Tile128x128 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 128, .stages = 6}, ExactMainloop>;
 // Between them, for products whose last round of the others leaves multiprocessors idle: 40 KB a stage, 768 clocks.
-using Tile128x192 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 192, .consumers_m = 2, .stages = 4}, ExactMainloop>;
+using Tile128x192 = WgmmaConfig<Int8, WgmmaTile{.m = 128, .n = 192, .stages = 4}, ExactMainloop>;
 // Few rows, which are the n16 or n64 of a wgmma: 16 KB of the weight per stage, of which an H100's multiprocessor needs
 // 15 KB in flight (gemv_sm80.cu).
-using Tile64x128 = WgmmaConfig<Int8, WgmmaTile{.m = 64, .n = 128, .consumers_m = 1, .stages = 8}, ExactMainloop>;
-using Tile16x128 = WgmmaConfig<Int8, WgmmaTile{.m = 16, .n = 128, .consumers_m = 1, .stages = 8}, ExactMainloop>;
+using Tile64x128 = WgmmaConfig<Int8, WgmmaTile{.m = 64, .n = 128, .stages = 8}, ExactMainloop>;
+using Tile16x128 = WgmmaConfig<Int8, WgmmaTile{.m = 16, .n = 128, .stages = 8}, ExactMainloop>;
 
 namespace {
 

@@ -35,7 +35,6 @@ struct Upconverted {
 // block scales. One half of a stage is upconverted while the wgmmas of the other half run.
 template <class Config>
 struct UpconvertingMainloop {
-  static_assert(Config::kTilesM == 1);
   static constexpr Dtype X = Config::Element::X;
   static constexpr int kHalf = Config::kStageK / 2, kSteps = kHalf / 16;
   using Operand = uint32_t[kSteps][4];  // the first one of half a stage's wgmmas
@@ -129,13 +128,13 @@ using UpconvertedConfig = WgmmaConfig<Upconverted<X>, kTile, UpconvertingMainloo
 
 // Memory binds: 112 KB of the weight are in flight.
 template <Dtype X>
-using Tile128x16 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 16, .consumers_m = 2, .stages = 8}>;
+using Tile128x16 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 16, .stages = 8}>;
 template <Dtype X>
-using Tile128x64 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 64, .consumers_m = 2, .stages = 6}>;
+using Tile128x64 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 64, .stages = 6}>;
 // 144 KB are in flight while one stage is used. In clusters of two a block reads 32 bytes a clock from L2, of about 39
 // that are available.
 template <Dtype X>
-using Tile128x128 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 128, .consumers_m = 2, .stages = 4}>;
+using Tile128x128 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 128, .stages = 4}>;
 
 namespace {
 
