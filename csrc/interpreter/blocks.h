@@ -14,6 +14,10 @@ struct BasicBlock {
 };
 std::vector<BasicBlock> basic_blocks(const Code&);
 
+// By instruction, its place in an order in which every block comes after all those that cannot avoid it: where it
+// postdominates a branch, after whatever lies between the two.
+std::vector<uint32_t> converging_order(const Code&);
+
 class Registers {
  public:
   explicit Registers(const Code& code) {

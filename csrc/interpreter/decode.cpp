@@ -111,6 +111,7 @@ void decode(Module& m, Code& code) {
     Instruction& i = code.instructions[k];
     i.index = static_cast<uint32_t>(k);
     if (is_lanewise(s.opcode)) i.undefined = Undefined::lanewise;
+    i.aligned = s.opcode.find(".aligned") != std::string::npos;
     code.statements.push_back(&s);
     const Row* row = find_row(s.opcode, slots);
     if (!row) {
@@ -130,6 +131,7 @@ void decode(Module& m, Code& code) {
            std::to_string(registers) + " registers in " + std::to_string(blocks) +
                " basic blocks: the product may be " + std::to_string(ptx::kMostLive));
   }
+  code.order = converging_order(code);
   find_missing_wgmma_fences(code);
   share_registers(code);
   code.decoded = true;

@@ -16,6 +16,9 @@ namespace {
 
 // A cluster that needs more than this may be waiting for another one: the next is begun beside it.
 constexpr uint64_t kTurn = 1 << 22;
+// Where the timeline is recorded all that are resident begin, and turns are shorter than most tiles take, so that a
+// counter that hands out tiles gives each CTA about as many as on a GPU, and not all of them to the first.
+constexpr uint64_t kRecordedTurn = 1 << 13;
 
 struct Grid {
   explicit Grid(Launch& l) : launch(l), total(l.grid_size() / l.cluster_size()) {}
@@ -55,7 +58,8 @@ struct Resident {
 bool turn(Grid& grid, Resident& r) {
   Cluster& cluster = *r.cluster;
   try {
-    if (!cluster.run(std::min(kTurn, grid.launch.options.step_limit * cluster.ctas.size()))) {
+    const uint64_t budget = grid.launch.trace ? kRecordedTurn * cluster.ctas.size() : kTurn;
+    if (!cluster.run(std::min(budget, grid.launch.options.step_limit * cluster.ctas.size()))) {
       if (cluster.steps() < grid.launch.options.step_limit * cluster.ctas.size()) return false;
       cluster.warps[0]->fail(Kind::deadlock,
                              "the CTA has not ended after " + std::to_string(cluster.steps()) +
@@ -100,6 +104,7 @@ void work(Grid& grid) {
         if (!spare.empty()) spare.pop_back();
         cluster->begin(grid.launch, n, grid.counts ? &sheet : nullptr);
         residents.push_back({std::move(cluster), n});
+        if (l.trace) continue;
       } else {
         --grid.resident;
       }

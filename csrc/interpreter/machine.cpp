@@ -1,5 +1,6 @@
 #include "machine.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "limits.h"
@@ -145,6 +146,20 @@ void Warp::branch(Mask lanes, uint32_t target) {
 
 namespace {
 
+// The deepest frame, then what comes first in the order of its code.
+bool goes_first(const Strand& a, const Strand& b) {
+  if (a.frame->depth != b.frame->depth) return a.frame->depth > b.frame->depth;
+  return a.frame->code->order[a.pc] < b.frame->code->order[b.pc];
+}
+
+// Whether an instruction has to wait for the strands that are not here: a collective one for all, an aligned one for
+// those that go first and so may still come. Without any, it runs with a part of the warp, which is a finding.
+bool waits_for_others(const Warp& w, const Instruction& i, const Strand& here) {
+  if (here.mask == w.live) return false;
+  return i.collective || (i.aligned && std::any_of(w.strands.begin(), w.strands.end(),
+                                                   [&](const Strand& other) { return goes_first(other, here); }));
+}
+
 // Strands that stand in one place become one; then the one to run is chosen. `forced`: it goes through a collective
 // instruction as it is, since every other waits at one too. False: each is blocked, or (`refused`) was forced in vain.
 bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
@@ -167,11 +182,7 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
     return !((blocked | refused) & all[0].mask);
   }
   int best = -1;
-  const auto before = [&](int a, int b) {  // the deepest frame, then the lowest program counter
-    if (b < 0) return true;
-    const Strand &x = all[a], &y = all[b];
-    return x.frame->depth > y.frame->depth || (x.frame->depth == y.frame->depth && x.pc < y.pc);
-  };
+  const auto before = [&](int a, int b) { return b < 0 || goes_first(all[a], all[b]); };
   bool any_blocked = false;
   for (int k = 0; k < static_cast<int>(all.size()); ++k) {
     if (blocked & all[k].mask) {
@@ -219,7 +230,7 @@ void run_warp(Warp& w, uint64_t slice) {
       const Instruction& i = s.frame->code->instructions[s.pc];
       const Mask mask = s.mask & (w.predicate(i.guard) ^ i.guard_flip);
       const bool divided = w.strands.size() > 1;
-      if (i.collective && divided && !forced && s.mask != w.live) {
+      if (divided && !forced && waits_for_others(w, i, s)) {
         s.waiting = true;
       } else {
         ++w.steps;

@@ -3,9 +3,10 @@
 // shared memory, a warp is 32 lanes in one or more strands.
 //
 // A strand is a set of lanes with one program counter. A divergent branch splits a strand, strands that meet in the
-// same frame at the same instruction merge; the deepest frame and then the lowest program counter goes first, so that
-// lanes reconverge where the compiler laid out their join, and a turn is taken after a while, so that none starves
-// (independent thread scheduling, ISA 3.1). A collective instruction waits until its lanes have merged.
+// same frame at the same instruction merge; the deepest frame goes first, then what comes first in converging_order, so
+// that lanes reconverge at their branch's immediate postdominator, wherever the compiler laid that out, and a turn is
+// taken after a while, so that none starves (independent thread scheduling, ISA 3.1). A collective instruction waits
+// until its lanes have merged.
 #include <atomic>
 #include <cstdint>
 #include <memory>

@@ -59,7 +59,8 @@ struct Instruction {
   uint64_t immediate = 0;
   const void* data = nullptr;
   uint32_t index = 0;         // of itself within Code
-  bool collective = false;    // .sync/.aligned: waits until the warp has converged
+  bool collective = false;    // waits until the warp has converged, or every part of it is at such an instruction
+  bool aligned = false;       // .aligned: waits for lanes that may still come here
   bool updates = false;       // may leave a destination's old value in a lane that it runs for
   bool asynchronous = false;  // reads or writes its registers later (wgmma)
   Flow flow = Flow::next;
@@ -80,6 +81,7 @@ struct Code {
   const ptx::Function* source = nullptr;
   std::vector<Instruction> instructions;
   std::vector<const Statement*> statements;  // by instruction index
+  std::vector<uint32_t> order;               // by instruction index: who goes first of lanes that have diverged
   std::vector<Preset> presets;
   std::vector<uint8_t> image;                             // what a new frame holds: immediates, the rest poison
   std::vector<Offset> offset_of;                          // by PTX register id

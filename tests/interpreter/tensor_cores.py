@@ -93,9 +93,14 @@ def mma_shape(op):
     return int(m), int(n), int(k)
 
 
+def types_of(op):
+    """Those of D, A, B and C."""
+    return op.removesuffix(".satfinite").split(".")[-4:]
+
+
 def mma_elements(op):
     """name of a matrix -> (its type, its shape, which element a lane holds)"""
-    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    d_type, a_type, b_type, _ = types_of(op)
     m, n, k = mma_shape(op)
     return {
         "a": (a_type, (m, k), lambda g, t, i: a_element(m, k, a_type, g, t, i)),

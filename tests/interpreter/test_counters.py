@@ -291,6 +291,31 @@ def test_tma():
     assert k.counts.instructions["TMA"] == 1
 
 
+@pytest.mark.parametrize(("lanes", "last", "boxes"), [(1, 0, 1), (32, 0, 1), (32, 8, 2)])
+def test_a_store_of_one_box_by_several_lanes_is_one(lanes, last, boxes):
+    x = integers(64, 64)
+    device = counted(
+        f"""
+        shl.b32 %r1, %t, 2;
+        add.u32 %r1, %s, %r1;
+        st.shared.u32 [%r1], %t;
+        fence.proxy.async.shared::cta;
+        bar.warp.sync 0xffffffff;
+        setp.lt.u32 %p0, %t, {lanes};
+        setp.eq.u32 %p1, %t, 31;
+        selp.u32 %r2, {last}, 0, %p1;
+        mov.u32 %r3, 0;
+        @%p0 cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%a0, {{%r3, %r2}}], [%s];
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        """,
+        interpreter.tensor_map(x, box=(8, 4)),
+        shared=128,
+    )
+    (k,) = device.kernels()
+    assert (k.counts.bulk_written, k.counts.bulk_shared) == (boxes * 128, boxes * 128)
+
+
 def test_generic_addresses_and_atomics():
     x = torch.zeros(64, dtype=torch.int32)
     body = """

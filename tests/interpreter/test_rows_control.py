@@ -67,6 +67,88 @@ JOIN:
     assert torch.equal(out, (way + ballot).to(torch.int32))
 
 
+# %r2 = 65537, a matrix of ones, by an instruction that wants a whole warp
+MATRIX = "mov.b32 %r3, 65537;\n  movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r3;"
+
+
+def test_branches_reconverge_where_the_join_lies_before_them():
+    # a rotated loop: its latch, where the branch's two ways meet, comes first
+    out = run(f"""
+  mov.u32 %r0, 0;
+  mov.u32 %r1, 0;
+  setp.lt.u32 %p0, %r60, 2;
+  bra.uni BODY;
+LATCH:
+  add.u32 %r1, %r1, 1;
+  setp.eq.u32 %p1, %r1, 3;
+  @%p1 bra DONE;
+BODY:
+  {MATRIX}
+  add.u32 %r0, %r0, %r2;
+  @!%p0 bra LATCH;
+  add.u32 %r0, %r0, 1;
+  bra.uni LATCH;
+DONE:
+""")
+    assert torch.equal(out, (3 * 65537 + 3 * (torch.arange(32) < 2)).to(torch.int32))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_aligned_instructions_wait_for_lanes_that_may_still_come(seed):
+    # lane 0 waits long for another warp, 1 and 2 for each other, before the warp's lanes meet
+    out = run(f"""
+  mov.u32 %r5, scratch;
+  setp.eq.u32 %p0, %r60, 0;
+  @%p0 mbarrier.init.shared.b64 [%r5], 1;
+  bar.sync 0;
+  mov.u32 %r2, 0;
+  setp.ge.u32 %p1, %r60, 32;
+  @%p1 bra LATE;
+  setp.gt.u32 %p2, %r60, 2;
+  @%p2 bra JOIN;
+  @%p0 bra WAIT;
+  bar.warp.sync 6;
+  bra.uni JOIN;
+WAIT:
+  mbarrier.try_wait.parity.shared.b64 %p3, [%r5], 0;
+  @!%p3 bra WAIT;
+JOIN:
+  {MATRIX}
+  bra.uni DONE;
+LATE:
+  add.u32 %r2, %r2, 1;
+  setp.lt.u32 %p4, %r2, 50000;
+  @%p4 bra LATE;
+  setp.eq.u32 %p5, %r60, 32;
+  @%p5 mbarrier.arrive.shared.b64 _, [%r5];
+DONE:
+  mov.u32 %r0, %r2;
+""", threads=64, seed=seed)  # fmt: skip
+    assert torch.equal(out, torch.where(torch.arange(64) < 32, 65537, 50000).to(torch.int32))
+
+
+def test_aligned_instructions_that_lanes_come_to_in_turn_are_found():
+    # even lanes in even turns, odd ones in odd turns: never together, though each half comes by
+    f = finding(
+        f"""
+  mov.u32 %r0, 0;
+  mov.u32 %r1, 0;
+LOOP:
+  xor.b32 %r4, %r60, %r1;
+  and.b32 %r4, %r4, 1;
+  setp.ne.u32 %p0, %r4, 0;
+  @%p0 bra NEXT;
+  {MATRIX}
+NEXT:
+  add.u32 %r1, %r1, 1;
+  setp.lt.u32 %p1, %r1, 4;
+  @%p1 bra LOOP;
+""",
+        threads=32,
+    )
+    assert f.kind == "barrier" and "16 are here" in f.message
+
+
 def test_predicates_of_lanes_that_wait_outlive_the_halves_of_lanes_that_loop():
     # The loop is long enough for the other lanes to take turns between its instructions. A place that %h1 and a predicate
     # of theirs shared would change all lanes' predicates: two of its values are as wide as a mask.

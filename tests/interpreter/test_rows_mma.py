@@ -24,7 +24,10 @@ FLOATS = [
     "mma.sync.aligned.m16n8k16|m16n8k32.row.col.f16.e4m3|e5m2.e4m3|e5m2.f16",
     "mma.sync.aligned.m8n8k4|m16n8k4|m16n8k8|m16n8k16.row.col.rn?.f64.f64.f64.f64",
 ]
-INTEGERS = ["mma.sync.aligned.m8n8k16|m16n8k16|m16n8k32.row.col.satfinite?.s32.s8|u8.s8|u8.s32"]
+INTEGERS = [
+    "mma.sync.aligned.m8n8k16|m16n8k16|m16n8k32.row.col.satfinite?.s32.s8|u8.s8|u8.s32",
+    "mma.sync.aligned.m8n8k16|m16n8k16|m16n8k32.row.col.s32.s8|u8.s8|u8.s32.satfinite",
+]
 REFUSED = [
     "mma.sync.aligned.m8n8k4.row|col.row|col.f16|f32.f16.f16.f16|f32",
     "mma.sync.aligned.m8n8k32|m16n8k32|m16n8k64.row.col.satfinite?.s32.s4|u4.s4|u4.s32",
@@ -43,7 +46,7 @@ REFUSED += [
 
 
 def operands(op, exact, warps=4):
-    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    d_type, a_type, b_type, _ = tc.types_of(op)
     m, n, k = tc.mma_shape(op)
     rng = np.random.default_rng(seed_of(op))
     a = [tc.encode(tc.random_matrix(rng, (m, k), a_type, exact), a_type) for _ in range(warps)]
@@ -57,7 +60,7 @@ def operands(op, exact, warps=4):
 @row(*FLOATS)
 @pytest.mark.parametrize("op", [op for p in FLOATS for op in spellings(p)])
 def test_floats(op):
-    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    d_type, a_type, b_type, _ = tc.types_of(op)
     for exact in True, False:
         a, b, c = operands(op, exact)
         for got, x, y, z in zip(mma(op, a, b, c), a, b, c):
@@ -71,9 +74,9 @@ def test_floats(op):
 
 
 @row(*INTEGERS)
-@pytest.mark.parametrize("op", spellings(INTEGERS[0]))
+@pytest.mark.parametrize("op", [op for p in INTEGERS for op in spellings(p)])
 def test_integers(op):
-    d_type, a_type, b_type, _ = op.split(".")[-4:]
+    d_type, a_type, b_type, _ = tc.types_of(op)
     a, b, c = operands(op, exact=True)
     m, n, k = tc.mma_shape(op)
     # the largest and smallest sums that there are, on accumulators that they overflow
@@ -118,7 +121,7 @@ def test_subnormal_elements_count():
         width = 8 * tc.BYTES[type]
         a = [(rng.integers(0, 8, x.shape) | rng.integers(0, 2, x.shape) << width - 1).astype(x.dtype) for x in a]
         c = [np.zeros_like(x) for x in c]
-        _, a_type, b_type, _ = op.split(".")[-4:]
+        _, a_type, b_type, _ = tc.types_of(op)
         for got, x, y in zip(mma(op, a, b, c), a, b):
             expected = tc.decode(x, a_type) @ tc.decode(y, b_type)
             assert np.array_equal(tc.decode(got, "f32"), expected) and np.abs(expected).any()

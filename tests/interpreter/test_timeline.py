@@ -342,6 +342,34 @@ def test_the_busiest_multiprocessor_counts(grid):
     assert cycles(body, grid=grid) == pytest.approx(2000 + 300, rel=0.1)
 
 
+def test_a_counter_hands_out_tiles_to_all_that_are_there():
+    """A persistent kernel whose CTAs take the next tile when they have done one: 64 tiles of 25 thousand instructions."""
+    counter, taken = (torch.zeros(n, dtype=torch.int32) for n in (1, 16))
+    body = f"""
+    {ONES}
+    mov.u32 %r0, 0;
+    tile:
+    atom.relaxed.gpu.global.add.u32 %r1, [%a0], 1;
+    setp.ge.u32 %p0, %r1, 64;
+    @%p0 bra done;
+    add.u32 %r0, %r0, 1;
+    mov.u32 %r2, 500;
+    work:
+    {"fma.rn.f32 %f0, %f0, %f0, %f0;" * 50}
+    sub.u32 %r2, %r2, 1;
+    setp.ne.u32 %p0, %r2, 0;
+    @%p0 bra work;
+    bra.uni tile;
+    done:
+    mov.u32 %r3, %ctaid.x;
+    mul.wide.u32 %rd0, %r3, 4;
+    add.u64 %rd0, %rd0, %a1;
+    st.global.u32 [%rd0], %r0;
+    """
+    recorded(body, counter, taken, grid=16, block=1, threads=1)
+    assert taken.sum() == 64 and taken.min() >= 3 and taken.max() <= 5
+
+
 def test_residents_can_be_said():
     device = recorded("fma.rn.f32 %f0, %f0, %f0, %f0;\n" * 400, grid=132 * 4, block=32)
     assert device.timeline(resident=1).cycles > 3.5 * device.timeline(resident=4).cycles

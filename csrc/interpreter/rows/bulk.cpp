@@ -285,6 +285,16 @@ std::vector<Cta*> targets(Warp& w, const Instruction& i, const Form& form, Cta& 
   return named;
 }
 
+// What a store names is the same in both lanes.
+bool same_store(const Warp& w, const Instruction& i, const Form& form, int a, int b) {
+  if (!form.tensor) return w.operand<uint32_t>(i, form.size)[a] == w.operand<uint32_t>(i, form.size)[b];
+  for (int d = 0; d < form.rank; ++d) {
+    const auto* coordinate = w.operand<int32_t>(i, form.coordinates + d);
+    if (coordinate[a] != coordinate[b]) return false;
+  }
+  return true;
+}
+
 Step transfer(Warp& w, const Instruction& i, Mask mask) {
   const auto& form = *static_cast<const Form*>(i.data);
   uint64_t shared[kLanes], global[kLanes], mbarrier[kLanes], to[kLanes];
@@ -293,6 +303,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
   if (form.direction != Direction::prefetch) form.shared.read(w, i, shared);
   if (form.direction == Direction::distribute) form.to.read(w, i, to);
   if (sends) form.mbarrier.read(w, i, mbarrier);
+  const int first = __builtin_ctz(mask);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     Transfer t = described(w, i, form, form.direction == Direction::distribute ? 0 : global[l], l);
@@ -304,7 +315,11 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
         shared_at(w, form.shared, shared[l], t.bytes, form.tensor ? kTensorAlignment : kBulkAlignment, l,
                   "the shared memory of a bulk copy");
     t.shared = here.offset;
-    if (w.count) count(w, t);
+    // A store by every lane of a warp, as CUTLASS's epilogues have it, is one in SASS: ptxas 13.0 makes the UTMASTG of
+    // it that it makes of one lane's.
+    const bool again = l != first && !sends && !t.reduce && global[l] == global[first] && shared[l] == shared[first] &&
+                       same_store(w, i, form, l, first);
+    if (w.count && !again) count(w, t);
     if (!sends) {
       auto store = std::make_shared<Transfer>(std::move(t));
       store->agent = w.cta->cluster->async_agent(w);

@@ -87,7 +87,7 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
 
 void bind_mma(Bind& b) {
   expect_operands(b, 4);
-  const int last = b.slots() - 1;
+  const int last = b.slots() - (b.slot(b.slots() - 1) == "satfinite" ? 2 : 1);
   const Shape shape = shape_of(b.slot(3));
   Mma& m = b.data<Mma>();
   m.exact.a = element_of(b, last - 2);
@@ -180,6 +180,8 @@ const Row rows[] = {
     {"mma.sync.aligned.m16n8k16|m16n8k32.row.col.f32.e4m3|e5m2.e4m3|e5m2.f32", kSection, bind_mma},
     {"mma.sync.aligned.m16n8k16|m16n8k32.row.col.f16.e4m3|e5m2.e4m3|e5m2.f16", kSection, bind_mma},
     {"mma.sync.aligned.m8n8k16|m16n8k16|m16n8k32.row.col.satfinite?.s32.s8|u8.s8|u8.s32", kSection, bind_mma},
+    // not the ISA's spelling, but CUTLASS's, and ptxas takes it
+    {"mma.sync.aligned.m8n8k16|m16n8k16|m16n8k32.row.col.s32.s8|u8.s8|u8.s32.satfinite", kSection, bind_mma},
     {"mma.sync.aligned.m8n8k4|m16n8k4|m16n8k8|m16n8k16.row.col.rn?.f64.f64.f64.f64", kSection, bind_mma_f64},
     {"mma.sync.aligned.m8n8k4.row|col.row|col.f16|f32.f16.f16.f16|f32", kSection, refuse<kVolta>},
     {"mma.sync.aligned.m8n8k32|m16n8k32|m16n8k64.row.col.satfinite?.s32.s4|u4.s4|u4.s32", kSection, refuse<kSubByte>},
