@@ -17,6 +17,7 @@ struct GemmKernel {
   // us instead of 2.24
   int64_t least_k = 256;
   Cluster cluster = Cluster::none;  // a kernel with clusters is persistent: one block per multiprocessor
+  int32_t stage_clocks = 0;         // that a tile takes for 128 of K, modelled; 0: as its columns
   bool quantizes = false;           // it can quantise outputs in groups of 128 columns that a tile holds whole
   bool gated_blocks = true;         // it takes block scales of b where gates and ups alternate
   cudaError_t (*launch)(const GemmParams& p, cudaStream_t stream);

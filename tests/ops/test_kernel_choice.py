@@ -61,6 +61,7 @@ def select(op, device, m, n, k, group=0):
         ("int8_gemm", H100, (4096, 4096, 4096), 90, (128, 256), 1, 2),
         ("int8_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2),  # 128 tiles are one round, as 64 would be
         ("fp8_gemm", H100, (4096, 2112, 7168), 90, (128, 192), 1, 2),  # three rounds, of 256 columns too
+        ("fp8_gemm", H100, (4096, 24576, 1536), 90, (128, 256), 1, 2),  # 47 rounds of 128 columns are fewer
         ("int8_gemm", RTX5090, (4096, 4096, 4096), 80, (128, 128), 1, 0),
         ("fp8_gemm", L40S, (64, 18176, 512), 89, (64, 128), 1, 0),
         ("fp8_gemm", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0),

@@ -22,16 +22,17 @@ using Tile16x128 = WgmmaConfig<E4m3, WgmmaTile{.m = 16, .n = 128, .stages = 8}, 
 namespace {
 
 template <class Tile>
-constexpr GemmKernel row() {
+constexpr GemmKernel row(int stage_clocks = 0) {
   return {.arch = sm_90a,
           .tile_m = Tile::kM,
           .tile_n = Tile::kN,
           .cluster = Cluster::along_m,
+          .stage_clocks = stage_clocks,
           .quantizes = Tile::kQuantizes,
           .gated_blocks = Tile::kN % kScaleBlock == 0,  // else a tile has parts of four blocks
           .launch = launch_gemm_wgmma<Tile>};
 }
-const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x192>(), row<Tile128x128>(), row<Tile64x128>(),
+const GemmKernel kernels[] = {row<Tile128x256>(1163), row<Tile128x192>(893), row<Tile128x128>(689), row<Tile64x128>(),
                               row<Tile16x128>()};
 const GemmKernels<Fp8GemmParams> registered(kernels);
 

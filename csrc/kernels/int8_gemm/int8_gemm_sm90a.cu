@@ -23,14 +23,15 @@ using Tile16x128 = WgmmaConfig<Int8, WgmmaTile{.m = 16, .n = 128, .stages = 8}, 
 namespace {
 
 template <class Tile>
-constexpr GemmKernel row() {
+constexpr GemmKernel row(int stage_clocks = 0) {
   return {.arch = sm_90a,
           .tile_m = Tile::kM,
           .tile_n = Tile::kN,
           .cluster = Cluster::along_m,
+          .stage_clocks = stage_clocks,
           .launch = launch_gemm_wgmma<Tile>};
 }
-const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x192>(), row<Tile128x128>(), row<Tile64x128>(),
+const GemmKernel kernels[] = {row<Tile128x256>(1084), row<Tile128x192>(860), row<Tile128x128>(656), row<Tile64x128>(),
                               row<Tile16x128>()};
 const GemmKernels<Int8GemmParams> registered(kernels);
 
