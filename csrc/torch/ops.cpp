@@ -84,7 +84,7 @@ constexpr std::tuple kOps{
         "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
 
-    CpuOp<attention_decode>{
+    Op<attention_decode>{
         "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, "
         "Tensor? k_scale, Tensor? v_scale, float? scale, int? window_left, int? window_right, float softcap, "
         "Tensor? sinks, bool batch_invariant) -> Tensor"},

@@ -68,25 +68,39 @@ def test_rows_at_a_time(heads, cache):
         cases.assert_matches(run(args, "cpu"), args)
 
 
-TRITON = [
+ON_GPU = [
     dataclasses.replace(c, lengths=tuple(min(n, 700) for n in c.lengths))
     for c in CASES
     if c.dtype != torch.float32 and c.dim <= 256
 ]
+BY_HAND = [c for c in ON_GPU if c.dim * (c.cache or c.dtype).itemsize % 16 == 0]  # else there is a reason
 
 
-def interpreted(case, arch, seed, **options):
+def interpreted(case, arch, seed, backend="triton", **options):
     args = case.arguments(seed=seed)
-    with fp.interpret(arch, seed=seed, guard=True, **options), fp.use_backend("triton"):
+    with fp.interpret(arch, seed=seed, guard=True, **options), fp.use_backend(backend), poisoned_outputs():
         return args, OPERATION(*args)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 12 > 0)) for i, c in enumerate(TRITON)], ids=str
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 12 > 0)) for i, c in enumerate(ON_GPU)], ids=str
 )
 def test_triton(case, arch, seed):
     args, got = interpreted(case, arch, seed)
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 8 != j), id=f"{arch} {case}")
+        for i, case in enumerate(BY_HAND)
+        for j, arch in enumerate(("sm_90a", "sm_80", "sm_89", "sm_120"))
+    ],
+)
+def test_cuda(case, arch, seed):
+    args, got = interpreted(case, arch, seed, "cuda")
     cases.assert_matches(got, args)
 
 
@@ -319,8 +333,8 @@ def test_a_gpu_takes_what_is_there():
     case = cases.Case((20, 40, 33), 1, 64, (4, 2))
     args = list(case.arguments())
     args[4][1, 1], args[4][2, 0] = -1, 99
-    for arch in ("sm_80", "sm_90a"):
-        with fp.interpret(arch, guard=True), fp.use_backend("triton"):
+    for arch, backend in (("sm_80", "triton"), ("sm_90a", "triton"), ("sm_80", "cuda"), ("sm_90a", "cuda")):
+        with fp.interpret(arch, guard=True), fp.use_backend(backend):
             got = OPERATION(*args)
             OPERATION(*args[:3], args[3] + 10**6, *args[4:])  # the interpreter would find what lies outside
         with fp.interpret(arch):  # in which the reference looks at nothing either

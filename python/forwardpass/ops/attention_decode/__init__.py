@@ -124,6 +124,25 @@ def _why_not_triton(q: Tensor, *options: Any) -> Reason | None:
     return None
 
 
+def _why_not_cuda(q: Tensor, *options: Any) -> Reason | None:
+    if reason := _why_not_triton(q) or not options:
+        return reason or None
+    for name, x in (("k_cache", options[0]), ("v_cache", options[1])):
+        size = x.element_size()
+        strides = [s for n, s in zip(x.shape[:-1], x.stride()) if n > 1]
+        if any(s * size % 16 for s in (x.shape[-1], *strides, x.storage_offset())):
+            return Reason(
+                "alignment",
+                f"16 bytes are copied at a time, and rows of {name} are not of a multiple of 16 bytes, or not at multiples",
+                "use the triton backend, or a cache with such rows",
+            )
+    return None
+
+
 OPERATION = Operation(
-    attention_decode, _check, reference.attention_decode, _fake, ("triton", "cpu"), why_not={"triton": _why_not_triton}
+    attention_decode,
+    _check,
+    reference.attention_decode,
+    _fake,
+    why_not={"triton": _why_not_triton, "cuda": _why_not_cuda},
 )
