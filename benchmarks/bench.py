@@ -6,6 +6,7 @@ python -m benchmarks.quantize [--device cpu|cuda] [--rounds N] [--json FILE]
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import subprocess
@@ -96,16 +97,16 @@ def main(
 def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str, rounds: int) -> dict[str, Any]:
     """Milliseconds, GB/s and ratios of one case."""
     call = as_a_layer_has_them(case.arguments(device))
-    named = dict(zip(op.parameters, call))
     torch.compiler.reset()
     compiled = torch.compile(baseline, dynamic=False)
     backends = [b for b in BACKENDS if b != "reference" and op.why_not(b, *call) is None]
-    calls: dict[str, Callable[[], Any]] = {b: on_backend(op, b, call) for b in backends}
-    calls["torch eager"] = lambda: baseline(**named)
-    calls["torch.compile"] = lambda: compiled(**named)
-    expected = calls["torch eager"]()
-    for name in (*backends, "torch.compile"):
-        check_same_work(f"{name} of {op.describe(call)}", calls[name](), expected)
+    runs: dict[str, Callable[..., Any]] = {b: lambda *args, b=b: on_backend(op, b, args)() for b in backends}
+    runs["torch eager"] = lambda *args: baseline(**dict(zip(op.parameters, args)))
+    runs["torch.compile"] = lambda *args: compiled(**dict(zip(op.parameters, args)))
+    expected = op.results(runs["torch eager"], call)
+    for name, run in runs.items():
+        check_same_work(f"{name} of {op.describe(call)}", op.results(run, call), expected)
+    calls = {name: functools.partial(run, *call) for name, run in runs.items()}
     timings = interleave(calls, device, rounds=rounds)
     peers = {p: timings[p].median for p in ("torch eager", "torch.compile")}
     return {

@@ -21,6 +21,7 @@
 #include "cpu/attention_rows.h"
 #include "cpu/memory.h"
 #include "cpu/transpose.h"
+#include "cpu/words.h"
 #include "torch/check.h"
 
 namespace forwardpass {
@@ -38,51 +39,6 @@ constexpr int64_t kColumnStep = 16;
 constexpr int64_t kMaxColumns = 128, kMaxColumns16 = 256;
 constexpr int64_t kKeys = 256;   // keys of a block: at 64 columns k and v are 128 KB, part of L2
 constexpr int64_t kChunk = 512;  // rows that share the copies of k and v, which take a fortieth of the time
-
-// The arithmetics. Operands are words of 32 bits: floats, to which q, k and v of any dtype D are converted ...
-template <class Vector, Dtype D>
-struct Floats {
-  using V = Vector;
-  static constexpr Dtype kDtype = D;
-  static constexpr int kElements = 1;  // of a word
-
-  // A broadcast that is one load, where splat also adds zero. It must not replace splat: in the loops of the quantising
-  // kernels g++ then built constants lane by lane, which took twice as long.
-  INLINE static V broadcast(const float* p) {
-    const float v = *p;
-    if constexpr (kLanes<V> == 16) {
-      return V{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v};
-    } else {
-      return V{v, v, v, v, v, v, v, v};
-    }
-  }
-  INLINE static V multiply_add(V a, V b, V sum) { return fma(a, b, sum); }
-  INLINE static void store_probabilities(V v, float* row, int64_t column) { store<Dtype::f32>(v, row, column); }
-};
-
-#if defined(__x86_64__)
-// ... or pairs of bfloat16, of which one instruction adds both products. Written as assembly, as Vnni is.
-struct BfloatPairs {
-  using V = Vectors<16>::f32;
-  static constexpr Dtype kDtype = Dtype::bf16;
-  static constexpr int kElements = 2;
-
-  INLINE static V broadcast(const float* p) {
-    V v;
-    asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
-    return v;
-  }
-  INLINE static V multiply_add(V a, V b, V sum) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
-  }
-  INLINE static void store_probabilities(V v, float* row, int64_t column) {
-    Halves<V> h;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(v));
-    store_bits(h, reinterpret_cast<uint16_t*>(row) + column, kLanes<V>);
-  }
-};
-#endif
 
 // c [R, N] = or += a [R, depth] b [depth, N], N being the columns of a panel and depth that of the words.
 template <class A, int R, bool kAdd, class V = typename A::V>

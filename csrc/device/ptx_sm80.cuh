@@ -70,6 +70,10 @@ __device__ inline void cp_async_16(uint32_t to, const void* from, int size) {
 __device__ inline void cp_async_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+// 4 bytes, through L1
+__device__ inline void cp_async_4(uint32_t to, const void* from, int size) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
+}
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 __device__ inline void cp_async_wait() {

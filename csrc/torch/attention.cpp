@@ -14,14 +14,6 @@ int32_t window_side(const std::optional<int64_t>& side, const char* op) {
   return static_cast<int32_t>(std::min<int64_t>(side.value_or(kUnlimited), kUnlimited));
 }
 
-int32_t size32(int64_t n, const char* op, const char* what) {
-  STD_TORCH_CHECK(n >= 0 && n <= 1 << 30, op, ": ", what, " must be at most 2^30, not ", n);
-  return static_cast<int32_t>(n);
-}
-
-// 0 for a dimension with one element, so that alignment checks need not look at it.
-int64_t stride_of(const Tensor& x, int64_t d) { return x.size(d) == 1 ? 0 : x.stride(d); }
-
 // q, k or v: [batch, row, head, dim], varlen: [row, head, dim].
 AttentionTensor strides_of(const Tensor& x) {
   const int64_t row = x.dim() - 3;

@@ -104,6 +104,14 @@ inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
   return m;
 }
 
+// 0 for a dimension with one element, so that alignment checks need not look at it.
+inline int64_t stride_of(const Tensor& x, int64_t d) { return x.size(d) == 1 ? 0 : x.stride(d); }
+
+inline int32_t size32(int64_t n, const char* op, const char* what) {
+  STD_TORCH_CHECK(n >= 0 && n <= 1 << 30, op, ": ", what, " must be at most 2^30, not ", n);
+  return static_cast<int32_t>(n);
+}
+
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }

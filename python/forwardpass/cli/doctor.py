@@ -6,7 +6,6 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import dispatch
 from ..common import environment
@@ -133,8 +132,7 @@ def _parity(op: Operation, name: str, device: torch.device) -> dict[str, Any]:
     """The op's smallest benchmark case on this backend, beside the reference on the same device."""
     args = min(benchmark_cases(op), key=lambda c: c.bytes()).arguments(str(device))
     with dispatch.use_backend(name):
-        actual = op(*args)
-    expected = op.runs["reference"](*args)
-    pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (actual, expected)))
+        actual = op.results(op, args)
+    pairs = zip(actual, op.results(op.runs["reference"], args))
     worst = max((finite_relative_error(g, e) for g, e in pairs if e.numel()), default=0.0)
     return {"ok": worst <= PARITY_BOUND, "relative_error": worst, "text": f"relative error {worst:.1e}"}

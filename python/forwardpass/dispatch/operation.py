@@ -45,6 +45,7 @@ class Operation:
             which may be asked with the first argument alone.
         why_not_arch: f((major, minor)) -> Reason | None, what its CUDA and Triton kernels ask of a GPU beyond (8, 0).
         notes: f(*args) -> sentences on what the op does besides its kernel (a copy of an unaligned operand, its bytes).
+        writes: the names of the arguments that it changes, in place of returning anything.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class Operation:
         why_not: dict[str, Callable[..., Reason | None]] | None = None,
         why_not_arch: Callable[[tuple[int, int]], Reason | None] | None = None,
         notes: Callable[..., list[str]] | None = None,
+        writes: tuple[str, ...] = (),
     ):
         self.name, self.function = function.__name__, function
         named = inspect.signature(reference).parameters.items()
         self.parameters = tuple(name for name, p in named if p.kind is not p.KEYWORD_ONLY)
         self.package = function.__module__
-        self.check, self.fake, self.notes = check, fake, notes
+        self.check, self.fake, self.notes, self.writes = check, fake, notes, writes
         self.limits, self.why_not_arch = why_not or {}, why_not_arch
         self.runs: dict[str, Callable[..., Any]] = {"reference": reference}
         for backend in backends if library.load_error is None else ():
@@ -191,7 +193,21 @@ class Operation:
             self._bound_by_shape[hit] = run
             if _log.isEnabledFor(logging.INFO):
                 _log.info("%s -> %s", self.describe(args), self.choose(*args))
-        return run(*args)
+        try:
+            return run(*args)
+        except RuntimeError:
+            self.check(*args)  # what tensors on a CPU hold is not in the key: a better sentence on it
+            raise
+
+    def results(self, run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """What run(*args) returns; of an operation that writes into its arguments, those, of which it is given copies."""
+        if not self.writes:
+            returned = run(*args)
+            return (returned,) if isinstance(returned, Tensor) else returned
+        written = [n in self.writes and isinstance(a, Tensor) for n, a in zip(self.parameters, args)]
+        copies = tuple(a.clone() if w else a for w, a in zip(written, args))
+        run(*copies)
+        return tuple(a for w, a in zip(written, copies) if w)
 
     def _explain(self, args: tuple[Any, ...], request: Explain) -> Explain:
         table = {b: self.why_not(b, *args) for b in BACKENDS}

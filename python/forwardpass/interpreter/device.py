@@ -155,13 +155,16 @@ class Device:
         with self.running() as scope:
             names = [f"argument {n} of {operation.name}" for n in operation.parameters]
             tensors = {n: a for n, a in zip(names, args) if isinstance(a, Tensor)}
-            guard = Guard(scope, read_only=True)
-            if self.guard:
-                copies = guard.rehome(tensors)
-                args = tuple(copies.get(n, a) for n, a in zip(names, args))
-            else:
-                for name, tensor in tensors.items():
-                    scope.add_tensor(tensor, name, read_only=True)
+            written = {f"argument {n} of {operation.name}" for n in operation.writes}
+            guards = {read_only: Guard(scope, read_only) for read_only in (False, True)}
+            for read_only, guard in guards.items():
+                some = {n: t for n, t in tensors.items() if (n not in written) == read_only}
+                if self.guard:
+                    copies = guard.rehome(some)
+                    args = tuple(copies.get(n, a) for n, a in zip(names, args))
+                else:
+                    for name, tensor in some.items():
+                        scope.add_tensor(tensor, name, read_only)
             core.load().fpi_finding_clear()
             torch.ops.forwardpass._set_storage_hook(add_function())
             try:
@@ -174,7 +177,8 @@ class Device:
                 raise
             finally:
                 torch.ops.forwardpass._set_storage_hook(0)
-            self.finish(guard, operation.name)
+            for guard in guards.values():
+                self.finish(guard, operation.name)
             return result
 
 

@@ -1,7 +1,9 @@
 """`fp.ops.<name>`: every operation. Each lives in the package of its own name, or of its family's."""
 
 from .activation_quantize import activation_quantize
+from .append_kv import append_kv
 from .attention import attention, attention_with_lse
+from .attention_decode import attention_decode
 from .common.activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
@@ -15,7 +17,9 @@ from .w8a16_gemm import w8a16_gemm
 __all__ = [
     "activation_quantize",
     "add_norm_quantize",
+    "append_kv",
     "attention",
+    "attention_decode",
     "attention_with_lse",
     "dequant_activation",
     "fp8_gemm",

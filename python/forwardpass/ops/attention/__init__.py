@@ -83,7 +83,7 @@ def attention(
         Unsupported: a backend asked for by name cannot run these arguments. Kernels for GPUs take float16 and bfloat16, with
             D = Dv a multiple of 8 from 32 to 256, or D = 192 and Dv = 128.
     """
-    left, right = _window("attention", window)
+    left, right = split_window("attention", window)
     return ATTENTION(
         q, k, v, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, batch_invariant
     )  # fmt: skip
@@ -119,13 +119,13 @@ def attention_with_lse(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
-    left, right = _window("attention_with_lse", window)
+    left, right = split_window("attention_with_lse", window)
     return ATTENTION_WITH_LSE(
         q, k, v, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, batch_invariant
     )  # fmt: skip
 
 
-def _window(op: str, window: Window | None) -> Window:
+def split_window(op: str, window: Window | None) -> Window:
     """(left, right), which the schema has apart."""
     if window is None:
         return None, None
@@ -217,7 +217,15 @@ def _check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, packed: bool) -> No
         raise ValueError(f"{op}: mask is on {mask.device} and q on {q.device}: move one of them")
 
 
-def _check_number(op: str, name: str, value: object) -> float:
+def check_window(op: str, left: int | None, right: int | None) -> None:
+    for side in (left, right):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"{op}: each side of window must be an integer or None, not {side!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"{op}: each side of window must be at least 0, not {side}: None is unlimited")
+
+
+def check_number(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, not {type(value).__name__}: pass .item() of a tensor")
     return value
@@ -244,18 +252,14 @@ def _check(
     _check_operands(op, q, k, v, packed)
     heads = q.shape[-2]
     batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
-    if scale is not None and not 0 < _check_number(op, "scale", scale) < math.inf:
+    if scale is not None and not 0 < check_number(op, "scale", scale) < math.inf:
         raise ValueError(f"{op}: scale must be positive and finite, not {scale}: negate q for a negative one")
-    if not 0 <= _check_number(op, "softcap", softcap) < math.inf:
+    if not 0 <= check_number(op, "softcap", softcap) < math.inf:
         raise ValueError(f"{op}: softcap must be finite and at least 0, which is none, not {softcap}")
     for name, flag in (("causal", causal), ("batch_invariant", batch_invariant)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name} must be True or False, not {flag!r}")
-    for side in (window_left, window_right):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise TypeError(f"{op}: each side of window must be an integer or None, not {side!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"{op}: each side of window must be at least 0, not {side}: None is unlimited")
+    check_window(op, window_left, window_right)
     if mask is not None:
         _check_mask(op, mask, q, k, packed)
     per_batch = isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2

@@ -37,7 +37,7 @@ class Machine:
 
 
 @functools.cache
-def _machine(device: Any) -> Machine:
+def machine_of(device: Any) -> Machine:
     properties = driver.active.utils.get_device_properties(device)
     return Machine(
         driver.active.get_current_target().arch, properties["max_shared_mem"], properties["multiprocessor_count"]
@@ -322,7 +322,7 @@ def gemm(
     if group_scale is not None:
         arguments |= {"out_scale_ptr": group_scale, "out_scale_step": group_scale.stride(-1)}
     with torch.cuda.device_of(a):
-        machine = _machine(driver.active.get_current_device())
+        machine = machine_of(driver.active.get_current_device())
         a, b = aligned(a), aligned(b)
         (m, k), n = a.shape, b.shape[0]
         p = plan(m, n, k, a.element_size(), scaled, group_scale is not None, gated, machine)

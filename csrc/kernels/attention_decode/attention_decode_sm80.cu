@@ -1,0 +1,519 @@
+// attention_decode on mma.sync m16n8k16: a few rows of q against the keys of a cache. Rows of all query heads that
+// share a kv head are one tile of sixteen, so that each key is read once.
+//
+// Memory binds: 2 head_dim bytes of keys and as many of values, in 16 bits, take a multiprocessor of an H100 (14 bytes
+// a clock of its share) 37 clocks a key at head dim 128; a warp issues about 14 instructions a key. So what counts is
+// the bytes in flight. Each warp has keys, stages and softmax of its own: sixteen of each block of 64 keys, by
+// cp.async, with nothing to wait for but its own copies; the warps are combined where a part of a head ends.
+//
+// 8-bit elements stay as they are in shared memory. What ldmatrix gives a lane of them is four neighbours of a row of
+// k, where the mma wants two pairs eight apart: which elements of a row meet is free as long as q has the same order.
+// Of v it gives two neighbours of two rows; they become two tiles, of even and of odd columns.
+#include <type_traits>
+
+#include "device/dependent_launch.cuh"
+#include "device/dispatch.h"
+#include "device/shared_bytes.cuh"
+#include "device/softmax.cuh"
+#include "device/swizzled_rows.cuh"
+#include "device/vec.cuh"
+#include "kernels/registry.h"
+#include "params/attention_decode.h"
+#include "schedule/decode_share.cuh"
+
+namespace forwardpass {
+
+// A slice: the sixteen keys of a block that are a warp's.
+template <Dtype X_, Dtype Cache_, int kHeadDim_>
+struct DecodeConfig {
+  static constexpr Dtype X = X_, Cache = Cache_;
+  static constexpr int kHeadDim = kHeadDim_, kSlice = 16;
+  static constexpr bool k8Bit = size_of(Cache) == 1;
+  static constexpr int kRowBytes = kHeadDim * size_of(Cache), kSliceBytes = kSlice * kRowBytes;
+  // A warp's accumulators are sixteen rows of a head dim: of 256 two warps fill the registers of four.
+  static constexpr int kWarps = kHeadDim == 256 ? 2 : 4, kThreads = 32 * kWarps, kBlocksPerSm = 3;
+  // 64 KB of keys and values, of which an H100 holds three, an A100 two, an L40S one: 32 KB or more are in flight, of
+  // the 18 KB that an H100's 3.35 TB/s times 0.7 us come to for a multiprocessor.
+  static constexpr int kStages = 64 * 1024 / (kWarps * 2 * kSliceBytes);
+
+  struct Stage {
+    alignas(128) uint8_t k[kSliceBytes], v[kSliceBytes];
+  };
+  // A part's result so far, of a warp or of a thread block: for each row the largest score in units of log2(e), the sum
+  // of 2^(score - largest), and the values times those.
+  struct Partial {
+    float max[kDecodeRows], sum[kDecodeRows], o[kDecodeRows][kHeadDim];
+  };
+  struct SharedStorage {
+    union {
+      Stage stage[kWarps][kStages];
+      Partial partial[kWarps];
+    };
+    float k_scale[kWarps][kStages][kSlice],
+        v_scale[kWarps][kStages][kSlice];  // per token
+    uint32_t there[kWarps][kStages];  // a bit for each key that is
+    uint4 q[kHeadDim / 16][32];            // as fragments, a lane's four registers
+  };
+  // Thread blocks of a multiprocessor.
+  static int blocks_per_sm(const Device& d) {
+    const int fit = d.shared_kib * 1024 / static_cast<int>(sizeof(SharedStorage) + 1024);
+    return fit < kBlocksPerSm ? fit : kBlocksPerSm;
+  }
+};
+
+// The rows of a slice in shared memory, in panels of up to 128 bytes.
+template <int kRowBytes>
+struct SliceRows {
+  static constexpr int kPanelBytes = kRowBytes < 128 ? kRowBytes : 128, kChunks = kRowBytes / 16;
+  using Rows = SwizzledRows<kPanelBytes>;
+  __device__ static int offset(int row, int chunk) {
+    return chunk / Rows::kChunks * 16 * kPanelBytes + Rows::offset(row, chunk % Rows::kChunks);
+  }
+  // A lane's address for an ldmatrix of sixteen rows of two chunks: kLowerSecond as Panels of attention_sm80.cu.
+  template <bool kLowerSecond>
+  __device__ static int matrices(int chunk) {
+    const int lane = threadIdx.x % 32, i = lane / 8, lower = kLowerSecond ? i % 2 : i / 2;
+    return offset(lower * 8 + lane % 8, chunk + (kLowerSecond ? i / 2 : i % 2));
+  }
+};
+
+// Copies slices to a warp's stages. A lane finds the row of one key, one slice ahead of the copy, as a table has to be
+// read for it.
+template <class Config>
+struct SliceCopy {
+  using Rows = SliceRows<Config::kRowBytes>;
+  static constexpr int kElementBytes = size_of(Config::Cache),
+                       kElements = 16 / kElementBytes;  // of a chunk
+  static constexpr int kAtOnce = Rows::kChunks < 32 ? 32 / Rows::kChunks : 1, kAcross = kAtOnce * Rows::kChunks / 32;
+  const AttentionDecodeParams& p;
+  const int batch, head, stored;  // keys of the sequence that there are
+  int64_t first;  // page of this lane's key, -1: none
+  int row;        // and the row in it
+
+  // key: the slice's first
+  __device__ void find(int key) {
+    key += threadIdx.x % Config::kSlice;
+    const KvCache& c = p.cache;
+    row = key, first = key < stored ? batch : -1;
+    if (!c.block_table || first < 0) return;
+    const int page = c.block_table[batch * c.table_stride + key / c.page];
+    row = key % c.page, first = page >= 0 && page < c.pages ? page : -1;  // nothing outside the cache is read
+  }
+  // The slice that was found.
+  __device__ void copy(typename Config::SharedStorage& s, int warp, int at) const {
+    auto& stage = s.stage[warp][at];
+    const uint32_t there = __ballot_sync(0xffffffff, first >= 0);
+    if (threadIdx.x % 32 == 0) s.there[warp][at] = there;
+    copy_rows(stage.k, p.cache.k), copy_rows(stage.v, p.cache.v);
+    const int lane = threadIdx.x % 32;
+    const CacheScale& scale = lane < Config::kSlice ? p.cache.k_scale : p.cache.v_scale;
+    if (Config::k8Bit && scale.per_token)
+      ptx::cp_async_4(
+          ptx::shared_address((lane < Config::kSlice ? s.k_scale : s.v_scale)[warp][at] + lane % Config::kSlice),
+          scale.data + (first < 0 ? 0 : first * scale.first + row * scale.row + head * scale.head), first < 0 ? 0 : 4);
+  }
+
+ private:
+  __device__ void copy_rows(uint8_t* to, const CacheTensor& t) const {
+    const int lane = threadIdx.x % 32;
+    const int64_t mine = first < 0 ? -1 : first * t.first + row * t.row + head * t.head;
+    const auto data = static_cast<const uint8_t*>(t.data);
+#pragma unroll
+    for (int r = 0; r < Config::kSlice; r += kAtOnce) {
+      const int in_slice = r + (Rows::kChunks < 32 ? lane / Rows::kChunks : 0);
+      const int64_t offset = __shfl_sync(0xffffffff, mine, in_slice);
+      const int chunk = lane % Rows::kChunks, column = chunk * kElements;
+      const bool inside = offset >= 0 && column < p.cache.head_dim;
+      ptx::cp_async_16(ptx::shared_address(to) + Rows::offset(in_slice, chunk),
+                       data + (inside ? (offset + column) * kElementBytes : 0), inside ? 16 : 0);
+    }
+  }
+};
+
+// A warp's part of a part of a head.
+template <class Config>
+struct DecodeWarp {
+  static constexpr Dtype X = Config::X;
+  using Rows = SliceRows<Config::kRowBytes>;
+  using Scores = Fragments<float, 1, 2>;
+  using Output = Fragments<float, 1, Config::kHeadDim / 8>;
+  const AttentionDecodeParams& p;
+  typename Config::SharedStorage& s;
+  const DecodePart& part;
+  const int warp, head, row;  // kv head, and the first row of q
+  Output o;
+  OnlineSoftmax<1> softmax;
+  float k_scale, v_exponent = -126;  // v_scale per token: a power of two that no
+                                     // scale so far exceeds
+
+  __device__ DecodeWarp(const AttentionDecodeParams& p, typename Config::SharedStorage& s, const DecodePart& part)
+      : p(p),
+        s(s),
+        part(part),
+        warp(threadIdx.x / 32),
+        head(part.head / decode_groups(p)),
+        row(part.head % decode_groups(p) * kDecodeRows) {
+    o.clear();
+    for (int step = warp; step < Config::kHeadDim / 16; step += Config::kWarps) {
+      const auto q = [&](int i) { return load_q(row + accumulator_row(i % 2 * 2), step, i / 2); };
+      s.q[step][threadIdx.x % 32] = {q(0), q(1), q(2), q(3)};
+    }
+    k_scale = Config::k8Bit && !p.cache.k_scale.per_token ? p.cache.k_scale.data[head * p.cache.k_scale.head] : 1;
+  }
+  // Two columns of a row, in the order of k's: of each sixteen, for 8-bit elements four neighbours a lane.
+  __device__ uint32_t load_q(int r, int step, int second) const {
+    const int column =
+        step * 16 + (Config::k8Bit ? thread_in_group() * 4 + second * 2 : accumulator_column(0) + second * 8);
+    if (r >= decode_rows(p) || column >= p.cache.head_dim) return 0;
+    const int q_head = head * (p.heads / p.cache.heads) + r / p.rows;
+    return *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.q.data) + part.batch * p.q.batch +
+                                              r % p.rows * p.q.row + q_head * p.q.head + column);
+  }
+
+  __device__ void run() {
+    constexpr int kSlices = kDecodeKeys / Config::kSlice;
+    const int first = part.begin * kSlices + warp, end = part.end * kSlices;
+    SliceCopy<Config> copy{p, part.batch, head, part.keys.stored};
+    copy.find(first * Config::kSlice);
+    const auto copy_next = [&](int slice, int at) {
+      if (slice < end) copy.copy(s, warp, at);
+      ptx::cp_async_commit();
+      if (slice + Config::kWarps < end) copy.find((slice + Config::kWarps) * Config::kSlice);
+    };
+#pragma unroll 1
+    for (int i = 0; i < Config::kStages - 1; ++i) copy_next(first + i * Config::kWarps, i);
+    __syncthreads();  // q is there
+    int at = 0, last = Config::kStages - 1;
+#pragma unroll 1
+    for (int slice = first; slice < end; slice += Config::kWarps) {
+      ptx::cp_async_wait<Config::kStages - 2>();
+      __syncwarp();
+      copy_next(slice + (Config::kStages - 1) * Config::kWarps, last);
+      attend(at, slice * Config::kSlice);
+      last = at, at = at == Config::kStages - 1 ? 0 : at + 1;
+      __syncwarp();
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+ private:
+  __device__ void attend(int at, int key) {
+    const float *k_scales = s.k_scale[warp][at], *v_scales = s.v_scale[warp][at];
+    Scores scores;
+    scores.clear();
+    multiply_k(scores, ptx::shared_address(s.stage[warp][at].k));
+    const auto each = [&](auto f) {  // f(score, row half, column of this lane)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(scores[0][j][e], e / 2, j * 8 + accumulator_column(e));
+    };
+    const float scale = p.scale * kLog2e * k_scale;
+    if (Config::k8Bit && p.cache.k_scale.per_token) {
+      each([&](float& v, int, int column) { v *= scale * k_scales[column]; });
+    } else {
+      each([&](float& v, int, int) { v *= scale; });
+    }
+    if (p.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + exp(2 x))
+      const float cap = p.softcap * kLog2e, x = 2 / p.softcap;
+      each([&](float& v, int, int) { v = cap - __fdividef(2 * cap, 1 + ptx::ex2(v * x)); });
+    }
+    const int first_position = part.keys.length - p.rows, last_position = part.keys.length - 1;
+    const uint32_t there = s.there[warp][at];
+    if (there != 0xffffffff || key + Config::kSlice - 1 > first_position ||
+        (p.left != kUnlimited && key < last_position - p.left)) {
+      int position[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) position[half] = first_position + (row + accumulator_row(half * 2)) % p.rows;
+      each([&](float& v, int half, int column) {
+        const int back = position[half] - key - column;
+        if (back < 0 || back > p.left || !(there >> column & 1)) v = -INFINITY;
+      });
+    }
+    RowValues<1> factor;
+    bool grown = softmax.update(scores, 1, factor);
+    if (Config::k8Bit && p.cache.v_scale.per_token) {
+      float most = 0;
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) most = fmaxf(most, v_scales[j * 8 + accumulator_column(e)]);
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+      const float exponent = fmaxf(v_exponent, static_cast<float>(ilogbf(most) + 1));
+      if (exponent > v_exponent) {
+        const float smaller = ptx::ex2(v_exponent - exponent);
+        factor[0][0] *= smaller, factor[0][1] *= smaller, v_exponent = exponent, grown = true;
+      }
+      const float unit = ptx::ex2(-v_exponent);
+      each([&](float& v, int, int column) { v *= v_scales[column] * unit; });
+    }
+    if (grown) rescale(o, factor);
+    multiply_v(scores, ptx::shared_address(s.stage[warp][at].v));
+  }
+  // scores = q k^T
+  __device__ void multiply_k(Scores& scores, uint32_t k) const {
+#pragma unroll
+    for (int chunk = 0; chunk < Rows::kChunks; chunk += 2) {
+      uint32_t r[4];
+      ptx::ldmatrix_x4(r, k + Rows::template matrices<false>(chunk));
+#pragma unroll
+      for (int step = 0; step < (Config::k8Bit ? 2 : 1); ++step) {
+        const uint4 words = s.q[Config::k8Bit ? chunk + step : chunk / 2][threadIdx.x % 32];
+        const uint32_t q[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t pair[2] = {r[j * 2], r[j * 2 + 1]};
+          if constexpr (Config::k8Bit) upconvert<Config::Cache, X>(r[j * 2 + step], pair);
+          ptx::mma_m16n8k16<X>(scores[0][j], q, pair, scores[0][j]);
+        }
+      }
+    }
+  }
+  // o += p v
+  __device__ void multiply_v(const Scores& p, uint32_t v) {
+    uint32_t weights[4];
+    pack_operand<X>(weights, p[0], 0);
+#pragma unroll
+    for (int chunk = 0; chunk < Rows::kChunks; chunk += 2) {
+      uint32_t r[4];
+      ptx::ldmatrix_x4_trans(r, v + Rows::template matrices<true>(chunk));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // tiles
+        if (!Config::k8Bit && i >= 2) break;
+        uint32_t pair[2] = {r[i % 2 * 2], r[i % 2 * 2 + 1]};
+        if constexpr (Config::k8Bit)
+          upconvert<Config::Cache, X>(__byte_perm(r[i / 2 * 2], r[i / 2 * 2 + 1], i % 2 ? 0x7531 : 0x6420), pair);
+        auto& tile = o[0][Config::k8Bit ? chunk * 2 + i : chunk + i];
+        ptx::mma_m16n8k16<X>(tile, weights, pair, tile);
+      }
+    }
+  }
+
+ public:
+  // The column of this thread's element e of tile j.
+  __device__ static int column(int j, int e) {
+    return Config::k8Bit ? j / 2 * 16 + thread_in_group() * 4 + e % 2 * 2 + j % 2 : j * 8 + accumulator_column(e);
+  }
+};
+
+// From a part's or a head's sums to out.
+template <Dtype X>
+struct DecodeOutput {
+  const AttentionDecodeParams& p;
+  const int batch, head, row;
+
+  __device__ DecodeOutput(const AttentionDecodeParams& p, int batch, int list_head)
+      : p(p), batch(batch), head(list_head / decode_groups(p)), row(list_head % decode_groups(p) * kDecodeRows) {}
+  __device__ bool has(int r) const { return row + r < decode_rows(p); }
+  __device__ int q_head(int r) const { return head * (p.heads / p.cache.heads) + (row + r) / p.rows; }
+  // What o has to be multiplied by.
+  __device__ float factor(int r, float max, float sum) const {
+    float sink = -INFINITY;
+    if (p.sinks) {
+      sink = p.sinks_dtype == Dtype::f32 ? static_cast<const float*>(p.sinks)[q_head(r)]
+                                         : to_float(static_cast<const cuda_t<X>*>(p.sinks)[q_head(r)]);
+      sink *= kLog2e;
+    }
+    const float most = fmaxf(max, sink), base = most == -INFINITY ? 0 : most, keys = ptx::ex2(max - base),
+                all = fmaf(sum, keys, ptx::ex2(sink - base));
+    const CacheScale& v = p.cache.v_scale;
+    const float scale = v.data && !v.per_token ? v.data[head * v.head] : 1;
+    return all == 0 ? 0 : __fdividef(keys, all) * scale;
+  }
+  __device__ void store(int r, int column, float low, float high) const {
+    if (!has(r) || column >= p.cache.head_dim) return;
+    const int64_t out =
+        ((int64_t{batch} * p.rows + (row + r) % p.rows) * p.heads + q_head(r)) * p.cache.head_dim + column;
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out) = pack<X>(low, high);
+  }
+};
+
+// The warps' results of a part, in their order: to out if it is all of a head, else to the workspace.
+template <class Config>
+__device__ inline void finish_part(const AttentionDecodeParams& p, typename Config::SharedStorage& s,
+                                   DecodeWarp<Config>& warp, const DecodePart& part, int64_t slot) {
+  using Partial = typename Config::Partial;
+  __syncthreads();  // all have read their stages
+  auto& mine = s.partial[threadIdx.x / 32];
+  const float unit = Config::k8Bit && p.cache.v_scale.per_token ? ptx::ex2(warp.v_exponent) : 1;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = warp.softmax.sum[0][half];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    const int r = accumulator_row(half * 2);
+    if (thread_in_group() == 0) mine.max[r] = warp.softmax.max[0][half], mine.sum[r] = sum;
+  }
+#pragma unroll
+  for (int j = 0; j < Config::kHeadDim / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) mine.o[accumulator_row(e)][DecodeWarp<Config>::column(j, e)] = warp.o[0][j][e] * unit;
+  __syncthreads();
+  const DecodeOutput<Config::X> output(p, part.batch, part.head);
+  auto& to = reinterpret_cast<Partial*>(p.workspace)[slot];
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kDecodeRows * Config::kHeadDim / 2; i += Config::kThreads) {
+    const int r = i / (Config::kHeadDim / 2), column = i % (Config::kHeadDim / 2) * 2;
+    float max = -INFINITY, sum = 0, low = 0, high = 0;
+#pragma unroll
+    for (int w = 0; w < Config::kWarps; ++w) max = fmaxf(max, s.partial[w].max[r]);
+    const float base = max == -INFINITY ? 0 : max;
+#pragma unroll
+    for (int w = 0; w < Config::kWarps; ++w) {
+      const auto& of = s.partial[w];
+      const float f = ptx::ex2(of.max[r] - base);
+      sum = fmaf(of.sum[r], f, sum), low = fmaf(of.o[r][column], f, low), high = fmaf(of.o[r][column + 1], f, high);
+    }
+    if (part.whole()) {
+      const float f = output.has(r) ? output.factor(r, max, sum) : 0;
+      output.store(r, column, low * f, high * f);
+    } else if (output.has(r)) {
+      if (column == 0) to.max[r] = max, to.sum[r] = sum;
+      reinterpret_cast<float2&>(to.o[r][column]) = {low, high};
+    }
+  }
+  __syncthreads();  // before stages are filled again
+}
+
+template <class Config, class = SharedBytesOf<Config>>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    attention_decode_kernel(const __grid_constant__ AttentionDecodeParams p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  auto& s = *reinterpret_cast<typename Config::SharedStorage*>(memory);
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
+  const auto attend = [&](const DecodePart& part, int64_t slot) {
+    DecodeWarp<Config> warp(p, s, part);
+    warp.run();
+    finish_part<Config>(p, s, warp, part, slot);
+  };
+  const int heads = decode_heads(p);
+  if (p.batch_invariant) {
+    const int64_t parts = invariant_parts(p), of_head = blockIdx.x / parts;
+    DecodePart part{.batch = static_cast<int>(of_head / heads),
+                    .head = static_cast<int>(of_head % heads),
+                    .begin = static_cast<int>(blockIdx.x % parts) * kInvariantBlocks,
+                    .keys = DecodeKeys(p, static_cast<int>(of_head / heads))};
+    part.end = min(part.begin + kInvariantBlocks, part.keys.end), part.begin = max(part.begin, part.keys.begin);
+    if (part.begin < part.end) attend(part, blockIdx.x);
+    return;
+  }
+  const DecodeList list(p);
+  const int64_t shares = list.shares(gridDim.x);
+  if (blockIdx.x >= shares) return;
+  int64_t index = list.begin_of(blockIdx.x, shares), begin;
+  const int64_t end = list.begin_of(blockIdx.x + 1, shares);
+  int batch;
+  list.find(index, batch, begin);
+#pragma unroll 1
+  while (index < end) {
+    const DecodeKeys keys(p, batch);
+    if (index >= begin + int64_t{keys.count()} * heads) {  // a sequence without keys, or
+                                                           // after a sequence's last head
+      begin += int64_t{keys.count()} * heads, ++batch;
+      continue;
+    }
+    const int in_batch = static_cast<int>(index - begin), first = in_batch % keys.count(),
+              count = static_cast<int>(min(int64_t{keys.count() - first}, end - index));
+    attend({batch, in_batch / keys.count(), keys.begin + first, keys.begin + first + count, keys},
+           2 * int64_t{blockIdx.x} + (first == 0));
+    index += count;
+  }
+}
+
+// A block for each head of the list: combines its parts, if there are several, in the order of their keys. A head
+// without keys is 0.
+template <Dtype X>
+__global__ void __launch_bounds__(128)
+    combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks, int columns) {
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
+  const int heads = decode_heads(p), batch = blockIdx.x / heads, head = blockIdx.x % heads;
+  const DecodeKeys keys(p, batch);
+  // Slots of the parts: the first, those from `next` on.
+  int64_t first = 0, next = 0, step = 1;
+  int parts = 0;
+  if (p.batch_invariant) {
+    const int from = keys.begin / kInvariantBlocks, to = (keys.end + kInvariantBlocks - 1) / kInvariantBlocks;
+    first = blockIdx.x * invariant_parts(p) + from, next = first + 1, parts = keys.count() ? to - from : 0;
+  } else if (keys.count()) {
+    const DecodeList list(p);
+    const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count();
+    const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count() - 1, shares);
+    first = 2 * of_first + 1, next = 2 * of_first + 2, step = 2, parts = static_cast<int>(of_last - of_first) + 1;
+  }
+  if (parts == 1) return;  // in out already
+  const auto slot = [&](int i) {
+    return p.workspace + (i == 0 ? first : next + (i - 1) * step) * (kDecodeRows * (2 + columns));
+  };
+  const DecodeOutput<X> output(p, batch, head);
+  for (int i = threadIdx.x; i < kDecodeRows * columns / 2; i += blockDim.x) {
+    const int r = i / (columns / 2), column = i % (columns / 2) * 2;
+    if (!output.has(r)) return;
+    float max = -INFINITY, sum = 0, low = 0, high = 0;
+#pragma unroll 4
+    for (int n = 0; n < parts; ++n) max = fmaxf(max, slot(n)[r]);
+    const float base = max == -INFINITY ? 0 : max;
+#pragma unroll 4
+    for (int n = 0; n < parts; ++n) {
+      const float* of = slot(n);
+      const float f = ptx::ex2(of[r] - base);
+      const float2 o = *reinterpret_cast<const float2*>(of + kDecodeRows * 2 + r * columns + column);
+      sum = fmaf(of[kDecodeRows + r], f, sum), low = fmaf(o.x, f, low), high = fmaf(o.y, f, high);
+    }
+    const float f = output.factor(r, max, sum);
+    output.store(r, column, low * f, high * f);
+  }
+}
+
+namespace {
+
+template <class Config>
+int64_t grid_of(const AttentionDecodeParams& p) {
+  return p.batch_invariant ? p.cache.batch * decode_heads(p) * invariant_parts(p)
+                           : int64_t{p.device.sms} * Config::blocks_per_sm(p.device);
+}
+template <class F>
+cudaError_t with_config(const AttentionDecodeParams& p, F f) {
+  return dispatch<Dtype::f16, Dtype::bf16>(p.dtype, [&](auto X) {
+    const auto dims = [&](auto C) {
+      if (p.cache.head_dim <= 64) return f(DecodeConfig<X(), C(), 64>());
+      if (p.cache.head_dim <= 128) return f(DecodeConfig<X(), C(), 128>());
+      return f(DecodeConfig<X(), C(), 256>());
+    };
+    if (p.cache.dtype == p.dtype) return dims(X);
+    return dispatch<Dtype::i8, Dtype::e4m3>(p.cache.dtype, dims);
+  });
+}
+template <class Config>
+cudaError_t launch_decode(const AttentionDecodeParams& p, cudaStream_t stream) {
+  constexpr int kShared = sizeof(typename Config::SharedStorage);
+  const int64_t grid = grid_of<Config>(p), heads = int64_t{p.cache.batch} * decode_heads(p);
+  if (grid > INT32_MAX || heads > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (auto e = allow_shared<attention_decode_kernel<Config>>(kShared)) return e;
+  const bool dependent = waits_for_earlier_kernels(p.device.arch);
+  const Launch launch{.grid = grid, .block = Config::kThreads, .shared = kShared, .dependent = dependent};
+  if (auto e = launch_kernel(attention_decode_kernel<Config>, launch, stream, p)) return e;
+  return launch_kernel(combine_decode_kernel<Config::X>, {.grid = heads, .block = 128, .dependent = dependent}, stream,
+                       p, static_cast<int>(grid), Config::kHeadDim);
+}
+
+}  // namespace
+}  // namespace forwardpass
+
+using namespace forwardpass;
+
+int64_t forwardpass_attention_decode_workspace(const AttentionDecodeParams* p) {
+  int64_t bytes = 0;
+  (void)with_config(*p, [&](auto config) {
+    using Config = decltype(config);
+    bytes = grid_of<Config>(*p) * (p->batch_invariant ? 1 : 2) * sizeof(typename Config::Partial);
+    return cudaSuccess;
+  });
+  return bytes;
+}
+int forwardpass_attention_decode(const AttentionDecodeParams* p, void* stream) {
+  return with_config(
+      *p, [&](auto config) { return launch_decode<decltype(config)>(*p, static_cast<cudaStream_t>(stream)); });
+}

@@ -1,0 +1,34 @@
+#pragma once
+#include "params/attention.h"
+#include "params/device.h"
+#include "params/kv_cache.h"
+
+namespace forwardpass {
+
+// attention_decode. Row i of a sequence is at position seq_len - rows + i; the score of its key j is
+//
+//   s = scale q k k_scale;  softcap: s = softcap tanh(s / softcap)
+//
+// and the key is attended to if position - left <= j <= position. A row without keys gives 0.
+struct AttentionDecodeParams {
+  static constexpr const char* kLauncher = "forwardpass_attention_decode";
+  AttentionTensor q;  // [batch, row, head, dim]
+  void* out;          // [batch, rows, heads, dim] contiguous
+  Dtype dtype;        // of q and out
+  int32_t heads, rows;
+  float scale, softcap;  // softcap 0: none
+  int32_t left;
+  const void* sinks;  // [heads], logits that enter the denominator only; or null
+  Dtype sinks_dtype;  // f32, or dtype
+  KvCache cache;
+  bool batch_invariant;  // how a sequence's keys are divided depends on the cache's shape only
+  float* workspace;      // on a GPU, of forwardpass_attention_decode_workspace bytes
+  Device device;         // that runs it; unused on a CPU
+};
+
+void attention_decode_cpu(const AttentionDecodeParams& p);
+
+}  // namespace forwardpass
+
+KERNEL_LIBRARY int64_t forwardpass_attention_decode_workspace(const forwardpass::AttentionDecodeParams* p);
+KERNEL_LIBRARY int forwardpass_attention_decode(const forwardpass::AttentionDecodeParams* p, void* stream);

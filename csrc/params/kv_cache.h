@@ -1,0 +1,34 @@
+#pragma once
+#include "params/common.h"
+
+namespace forwardpass {
+
+// Keys or values of a cache: [first, row, head, dim] by strides in elements, the last dimension with stride 1. `first`
+// is the sequence or, with a block table, the page.
+struct CacheTensor {
+  void* data;
+  int64_t first, row, head;
+};
+
+// The scales of 8-bit elements by the same indices, strides 0 in dimensions that share one.
+struct CacheScale {
+  float* data;  // or null
+  int64_t first, row, head;
+  bool per_token;
+};
+
+// A cache of the keys and values of sequences. k and v may overlap.
+struct KvCache {
+  CacheTensor k, v;
+  CacheScale k_scale, v_scale;
+  Dtype dtype;                 // of k and v: f32, f16, bf16, i8, e4m3
+  const int32_t* seq_lens;     // [batch], on the device
+  const int32_t* block_table;  // [batch, blocks], rows table_stride apart: pages of `page` rows; or null
+  int64_t table_stride;
+  int32_t batch, heads, head_dim;
+  int32_t pages, page, blocks;  // contiguous: batch, L and 1
+
+  HOST_DEVICE int64_t capacity() const { return int64_t{page} * blocks; }
+};
+
+}  // namespace forwardpass

@@ -1,0 +1,118 @@
+#pragma once
+// How attention_decode divides its keys among blocks, on the device: a captured launch replays with other lengths.
+//
+// All keys that count are one list of blocks of keys: those of a sequence's first head, of its next head, then of the
+// next sequence. A thread block takes an equal share of the list, which is at most a part of one head, some whole
+// heads, and a part of another. A head's parts are combined in the list's order by a second kernel. Batch invariant: a
+// thread block takes a fixed number of key blocks of one head, so that nothing depends on the other sequences.
+#include "params/attention_decode.h"
+
+namespace forwardpass {
+
+constexpr int kDecodeRows = 16;       // of q that a block computes together: of all heads that share keys
+constexpr int kDecodeKeys = 64;       // a block of keys
+constexpr int kInvariantBlocks = 32;  // of keys that a thread block takes if batch invariant: 2048 keys
+
+// Rows of q that share keys, in groups of kDecodeRows.
+HOST_DEVICE inline int decode_rows(const AttentionDecodeParams& p) { return p.heads / p.cache.heads * p.rows; }
+HOST_DEVICE inline int decode_groups(const AttentionDecodeParams& p) {
+  return (decode_rows(p) + kDecodeRows - 1) / kDecodeRows;
+}
+// The heads of a sequence's list: its kv heads, for each group of rows.
+HOST_DEVICE inline int decode_heads(const AttentionDecodeParams& p) { return p.cache.heads * decode_groups(p); }
+// Thread blocks that a head's keys may be divided among if batch invariant.
+HOST_DEVICE inline int64_t invariant_parts(const AttentionDecodeParams& p) {
+  return (p.cache.capacity() + kDecodeKeys * kInvariantBlocks - 1) / (kDecodeKeys * kInvariantBlocks);
+}
+
+// The keys that rows of a sequence may attend to, in whole blocks.
+struct DecodeKeys {
+  int length, stored;  // keys that there should be, and those that the cache has room for
+  int begin, end;      // of blocks
+
+  __device__ DecodeKeys(const AttentionDecodeParams& p, int batch) {
+    length = max(p.cache.seq_lens[batch], 0);
+    stored = static_cast<int>(min(int64_t{length}, p.cache.capacity()));
+    const int first = p.left >= length ? 0 : max(length - p.rows - p.left, 0);
+    end = (stored + kDecodeKeys - 1) / kDecodeKeys, begin = min(first / kDecodeKeys, end);
+  }
+  __device__ int count() const { return end - begin; }
+};
+
+// A part of a head's keys: blocks [begin, end) of all its keys.
+struct DecodePart {
+  int batch, head, begin, end;
+  DecodeKeys keys;
+  __device__ bool whole() const { return begin == keys.begin && end == keys.end; }
+};
+
+// The list, as a warp sees it.
+struct DecodeList {
+  const AttentionDecodeParams& p;
+  int64_t total = 0;  // key blocks
+
+  __device__ explicit DecodeList(const AttentionDecodeParams& p) : p(p) {
+    each_batch([&](int, int64_t, int64_t all) {
+      total = all;
+      return true;
+    });
+  }
+  __device__ int64_t shares(int64_t blocks) const { return min(blocks, total); }
+  // Where a share begins, and which share has an index.
+  __device__ int64_t begin_of(int64_t share, int64_t shares) const { return total * share / shares; }
+  __device__ int64_t share_of(int64_t index, int64_t shares) const { return ((index + 1) * shares - 1) / total; }
+
+  // The sequence that has `index`, or the one that follows all, and where its blocks begin.
+  __device__ void find(int64_t index, int& batch, int64_t& begin) const {
+    batch = p.cache.batch, begin = total;
+    each_batch([&](int first, int64_t before, int64_t all) {
+      if (index >= all) return true;
+      const int lane = threadIdx.x % 32;
+      // of this lane's sequence: the end in the list
+      const int64_t count = blocks_of(first + lane), end = before + scan(count);
+      const int found = __ffs(__ballot_sync(0xffffffff, end > index)) - 1;
+      batch = first + found, begin = __shfl_sync(0xffffffff, end - count, found);
+      return false;
+    });
+  }
+  // Where a sequence's blocks begin.
+  __device__ int64_t begin_of_batch(int batch) const {
+    int64_t begin = 0;
+    each_batch([&](int first, int64_t before, int64_t) {
+      if (batch >= first + 32) return true;
+      const int64_t count = blocks_of(first + static_cast<int>(threadIdx.x % 32));
+      begin = __shfl_sync(0xffffffff, before + scan(count) - count, batch - first);
+      return false;
+    });
+    return begin;
+  }
+
+ private:
+  __device__ int64_t blocks_of(int batch) const {
+    return batch < p.cache.batch ? int64_t{DecodeKeys(p, batch).count()} * decode_heads(p) : 0;
+  }
+  // Sum over the lanes up to this one.
+  __device__ static int64_t scan(int64_t count) {
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int64_t below = __shfl_up_sync(0xffffffff, count, d);
+      if (static_cast<int>(threadIdx.x % 32) >= d) count += below;
+    }
+    return count;
+  }
+  // f(first, before, all) for 32 sequences at a time, until it returns false: blocks of the sequences before these, and
+  // with these.
+  template <class F>
+  __device__ void each_batch(F f) const {
+    int64_t before = 0;
+#pragma unroll 1
+    for (int first = 0; first < p.cache.batch; first += 32) {
+      const int64_t all =
+          before + __shfl_sync(0xffffffff, scan(blocks_of(first + static_cast<int>(threadIdx.x % 32))), 31);
+      if (!f(first, before, all)) return;
+      before = all;
+    }
+  }
+};
+
+}  // namespace forwardpass

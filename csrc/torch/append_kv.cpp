@@ -1,0 +1,54 @@
+#include "params/append_kv.h"
+
+#include "torch/kv_cache.h"
+#include "torch/ops.h"
+
+namespace forwardpass {
+namespace {
+
+void check_written(const Tensor& x, const char* name) {
+  for (int64_t d = 0; d < x.dim(); ++d)
+    STD_TORCH_CHECK(x.size(d) <= 1 || x.stride(d) != 0, "append_kv: ", name, " is expanded and cannot be written");
+}
+
+AttentionTensor rotary(const Tensor& x, const Tensor& k, const Tensor& cos, const char* name) {
+  const char* op = "append_kv";
+  STD_TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(0) == k.size(0)) && x.size(1) == k.size(1) &&
+                      x.size(2) == cos.size(2) && x.size(2) >= 2 && x.size(2) <= k.size(3) && x.size(2) % 2 == 0,
+                  op, ": ", name, " must be [B or 1, S, R], R even");
+  STD_TORCH_CHECK(x.stride(2) == 1 && same_device(x, k), op, ": ", name,
+                  " must be on k's device, its columns in order");
+  STD_TORCH_CHECK(x.scalar_type() == cos.scalar_type() &&
+                      (x.scalar_type() == ScalarType::Float || x.scalar_type() == k.scalar_type()),
+                  op, ": ", name, " must be float32 or of k's dtype");
+  return {x.const_data_ptr(), stride_of(x, 0), stride_of(x, 1), 0};
+}
+
+}  // namespace
+
+void append_kv(Backend, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
+               const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin) {
+  const char* op = "append_kv";
+  AppendKvParams p{};
+  p.k = new_rows(k, op, "k"), p.v = new_rows(v, op, "v");
+  p.dtype = dtype_of(k.scalar_type(), op, "k");
+  for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(k.size(d) == v.size(d), op, ": k and v must have one shape");
+  STD_TORCH_CHECK(k.scalar_type() == v.scalar_type() && same_device(k, v), op,
+                  ": k and v must have one dtype and device");
+  p.cache = kv_cache(k, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, op);
+  STD_TORCH_CHECK(k.size(2) == p.cache.heads, op, ": k must have the heads of k_cache");
+  check_written(k_cache, "k_cache"), check_written(v_cache, "v_cache");
+  if (k_scale) check_written(*k_scale, "k_scale"), check_written(*v_scale, "v_scale");
+  p.tokens = size32(k.size(1), op, "tokens");
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), op, ": cos and sin go together");
+  if (cos) {
+    p.cos = rotary(*cos, k, *cos, "cos"), p.sin = rotary(*sin, k, *cos, "sin");
+    p.rotary_dtype = dtype_of(cos->scalar_type(), op, "cos");
+    p.rotated = static_cast<int32_t>(cos->size(2));
+  }
+  check_lengths(p.cache, p.tokens, op);
+  append_kv_cpu(p);
+}
+
+}  // namespace forwardpass

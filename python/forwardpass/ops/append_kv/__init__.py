@@ -1,0 +1,115 @@
+"""append_kv: new tokens' keys and values into the cache that attention_decode reads.
+
+The contract; what it computes is in reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Operation
+from ..common.kv_cache import check_cache, check_lengths, check_new_rows
+from . import reference
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Writes the last S tokens of each sequence into its cache, at positions seq_len - S to seq_len - 1, in place.
+
+    It is the one operation that changes its arguments: the caches and, where each token has scales of its own, k_scale and v_scale.
+    A position before the first is not written: of a sequence whose seq_len is less than S, the tokens at the front are padding.
+
+    Args:
+        k, v: float16, bfloat16 or float32 [B, S, Hk, D] of one dtype; last stride 1, others free.
+        k_cache: [B, L, Hk, D] or, with a block_table, pages [P, page, Hk, D] of at least 16 tokens; of k's dtype, int8 or
+            float8_e4m3fn. Last stride 1, others free, but not 0.
+        v_cache: as k_cache; the two may be views of one tensor that overlap, in rows that no sequence shares.
+        seq_lens: int32 [B], the new tokens included.
+        block_table: int32 [B, n], as in fp.ops.attention_decode. No two sequences have new tokens in one page.
+        k_scale: of an 8-bit cache, float32: [1] or [Hk], by which k is divided, or k_cache's shape without D, to which the scale of
+            each token and head is written, its largest value divided by 127 or 448, as fp.ops.quantize does.
+        v_scale: as k_scale, of v_cache.
+        rotary: (cos, sin), [B, S, R] or [1, S, R], float32 or k's dtype: rotary embedding of the first R columns of k, R even, in
+            halves, as rotate_half of transformers does: k * cos + rotate_half(k) * sin, in float32, before it is rounded.
+
+    Raises:
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for lengths
+            beyond the cache or the table, and for entries in use that name no page. Nothing is then written. On a GPU no host looks
+            at them, as that would wait for it: kernels write of each sequence what has a place.
+        Unsupported: a backend asked for by name cannot run these arguments.
+    """
+    cos, sin = None, None
+    if rotary is not None:
+        if not isinstance(rotary, tuple | list) or len(rotary) != 2:
+            raise TypeError(f"append_kv: rotary must be (cos, sin) or None, not {type(rotary).__name__}")
+        cos, sin = rotary
+    OPERATION(k, v, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, cos, sin)
+
+
+def _check(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    op = "append_kv"
+    check_new_rows(op, "kv", k, v)
+    if k.shape != v.shape or k.dtype != v.dtype:
+        raise ValueError(f"{op}: k and v must have one shape and dtype, and are {k.dtype} {tuple(k.shape)} and {v.dtype} "
+                         f"{tuple(v.shape)}")  # fmt: skip
+    if k.device != v.device:
+        raise ValueError(f"{op}: v is on {v.device} and k on {k.device}: move one of them")
+    check_cache(op, "k", k, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale)
+    if k.shape[2] != k_cache.shape[2]:
+        raise ValueError(f"{op}: k must have the heads of k_cache, {k_cache.shape[2]}, not {k.shape[2]}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None and any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride())):
+            raise ValueError(
+                f"{op}: {name} is expanded, so that its elements cannot be written: pass {name}.contiguous()"
+            )
+    if cos is not None or sin is not None:
+        for name, x in (("cos", cos), ("sin", sin)):
+            if not isinstance(x, Tensor) or x.dtype not in (torch.float32, k.dtype):
+                raise TypeError(f"{op}: {name} of rotary must be a tensor of float32 or k's dtype, {k.dtype}, not "
+                                f"{getattr(x, 'dtype', type(x).__name__)}")  # fmt: skip
+            if x.dim() != 3 or x.shape[0] not in (1, k.shape[0]) or x.shape[1] != k.shape[1] or x.shape[2] % 2:
+                raise ValueError(f"{op}: {name} of rotary must be [{k.shape[0]} or 1, {k.shape[1]}, an even number], and has shape "
+                                 f"{tuple(x.shape)}")  # fmt: skip
+            if not 0 < x.shape[2] <= k.shape[3] or x.stride(2) != 1:
+                raise ValueError(f"{op}: {name} of rotary must have 2 to {k.shape[3]} columns of stride 1, and has "
+                                 f"{x.shape[2]} of stride {x.stride(2)}")  # fmt: skip
+            if x.device != k.device:
+                raise ValueError(f"{op}: {name} of rotary is on {x.device} and k on {k.device}: move one of them")
+        assert cos is not None and sin is not None
+        if cos.shape != sin.shape or cos.dtype != sin.dtype:
+            raise ValueError(f"{op}: cos and sin of rotary must have one shape and dtype, and are {cos.dtype} {tuple(cos.shape)} "
+                             f"and {sin.dtype} {tuple(sin.shape)}")  # fmt: skip
+    check_lengths(op, k_cache, seq_lens, block_table, seq_lens - k.shape[1])
+
+
+def _fake(*args: object) -> None:
+    return None
+
+
+OPERATION = Operation(
+    append_kv, _check, reference.append_kv, _fake, ("triton", "cpu"),
+    writes=("k_cache", "v_cache", "k_scale", "v_scale"),
+)  # fmt: skip

@@ -1,0 +1,129 @@
+"""Shapes and options of append_kv, for tests (awkward) and benchmarks (real models); every backend writes the reference's bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...testing import assert_equal, pairwise
+from ..attention_decode.cases import LAYOUTS, SCALES, Cache, as_bytes
+from ..common.kv_cache import QUANTIZED
+from ..common.quantized_rows import E4M3
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...] = (0, 1, 15, 16, 17, 33)  # with the new tokens
+    tokens: int = 1
+    dim: int = 64
+    heads: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    cache: torch.dtype | None = None  # of the cache, None: of k
+    page: int | None = 16  # None: contiguous
+    scales: str = "token"  # of an 8-bit cache, one of SCALES
+    rotary: str | None = None  # or "whole", "half" of the columns; cos and sin of k's dtype, "float32"
+    layout: str = "contiguous"
+    awkward: bool = True  # rows of zeros and of extremes, rows of k and v apart in memory
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        """In the schema's order."""
+        g = torch.Generator().manual_seed(seed)
+        batch, tokens, h, d = len(self.lengths), self.tokens, self.heads, self.dim
+        old_k, old_v = (torch.randn(batch, max(*self.lengths, 0, 1) + 5, h, d, generator=g) for _ in "kv")
+        cache = Cache.build(
+            old_k, old_v, self.lengths, self.page, self.cache or self.dtype, self.scales, self.layout, g
+        )
+        k, v = (torch.randn(batch, tokens, h, d, generator=g) for _ in "kv")
+        if self.awkward:
+            for x in (k, v):
+                x[..., d // 3] *= 37.0
+                x[:1] *= 3e-7
+                x[-1:, :, -1:] = 0.0
+            k, v = torch.cat((k, v), -1)[..., :d], torch.cat((k, v), -1)[..., d:]
+        cos, sin = None, None
+        if self.rotary is not None:
+            angle = 100 * torch.rand(batch, tokens, d // (1 if "whole" in self.rotary else 2), generator=g)
+            rotary_dtype = torch.float32 if "float32" in self.rotary else self.dtype
+            cos, sin = angle.cos().to(rotary_dtype), angle.sin().to(rotary_dtype)
+            if "one" in self.rotary:
+                cos, sin = cos[:1], sin[:1]
+        if cache.k_scale is not None and self.scales == "token":
+            cache.k_scale.fill_(torch.nan)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        args = (k.to(self.dtype), v.to(self.dtype), cache.k, cache.v, lengths, cache.block_table, cache.k_scale, cache.v_scale,
+                cos, sin)  # fmt: skip
+        return tuple(a.to(device) if isinstance(a, Tensor) and device != "cpu" else a for a in args)
+
+    def bytes(self) -> int:
+        """Each new row read once and written once."""
+        rows = len(self.lengths) * self.tokens
+        scale = 8 if self.cache in QUANTIZED and self.scales == "token" else 0
+        each = 2 * self.dim * (self.dtype.itemsize + (self.cache or self.dtype).itemsize) + scale
+        rotary = 0 if self.rotary is None else 2 * self.dim * self.dtype.itemsize
+        return rows * (self.heads * each + rotary)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of the memory behind x."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """args with a copy of what is written, its layout and what it shares kept."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        memory = copies.setdefault(x.untyped_storage().data_ptr(), whole(x).clone())
+        return memory.view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    return (*args[:2], *map(copy, args[2:4]), *args[4:6], *map(copy, args[6:8]), *args[8:])
+
+
+def assert_matches(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    """Arguments after a call, and after the reference's: the whole memory behind what was written has the same bits."""
+    for i, name in ((2, "k_cache"), (3, "v_cache"), (6, "k_scale"), (7, "v_scale")):
+        if actual[i] is not None:
+            got, want = (as_bytes(whole(x[i])) for x in (actual, expected))
+            assert_equal(got, want, name)
+
+
+def cases() -> Iterator[Case]:
+    """Every pair of options; float32, a head dim of no multiple of 8, a prompt, nothing at all."""
+    yield Case(dtype=torch.float32, rotary="whole", page=None)
+    yield Case((40, 3), 3, 7, 3, torch.float32, page=17, layout="apart")
+    yield Case((70, 3, 65), 70, 64, rotary="whole")
+    yield Case((9,), 2, 12, 1, torch.float16, torch.int8, rotary="half")
+    yield Case((), page=None)
+    factors: dict[str, tuple[Any, ...]] = {
+        "tokens": (1, 2, 5),
+        "dim": (64, 128, 256, 40),
+        "heads": (2, 1, 5),
+        "types": tuple(
+            (t, c) for t in (torch.bfloat16, torch.float16, torch.float32) for c in (None, torch.int8, E4M3)
+        ),
+        "page": (None, 16, 64, 23),
+        "scales": SCALES,
+        "rotary": (None, "whole", "half", "whole float32", "half float32 one"),
+        "layout": LAYOUTS,
+    }
+    for row in pairwise(factors):
+        dtype, cache = row.pop("types")
+        yield Case(**row, dtype=dtype, cache=cache)
+
+
+def real(length: int, batch: int, heads: int, dim: int = 128, **options: Any) -> Case:
+    return Case((length,) * batch, 1, dim, heads, awkward=False, **options)
+
+
+#: Qwen2.5-0.5B; Llama-8B with pages, and an int8 cache
+BENCHMARK_CASES = (
+    real(512, 1, 2, 64, dtype=torch.float32, page=None),
+    real(2048, 16, 8, rotary="whole"),
+    real(2048, 16, 8, rotary="whole", cache=torch.int8),
+)

@@ -1,0 +1,54 @@
+"""append_kv in plain torch: the specification. Every backend writes these bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.kv_cache import QUANTIZED, check_lengths, is_per_token, locate
+from ..common.quantized_rows import quantize_values
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    tokens = k.shape[1]
+    check_lengths("append_kv", k_cache, seq_lens, block_table, seq_lens - tokens)
+    positions = seq_lens[:, None] - tokens + torch.arange(tokens, device=k.device)
+    first, row, live = locate(positions, k_cache, block_table)
+    slots = first[live], row[live]
+    keys = k.float() if cos is None or sin is None else rotate(k.float(), cos.float(), sin.float())
+    for x, cache, scale in ((keys, k_cache, k_scale), (v.float(), v_cache, v_scale)):
+        if cache.dtype not in QUANTIZED:
+            cache[slots] = x.to(cache.dtype)[live]
+            continue
+        q, dynamic = quantize(x, cache.dtype, None if is_per_token(scale) else scale)
+        cache.view(torch.uint8)[slots] = q.view(torch.uint8)[live]
+        if scale is not None and is_per_token(scale):
+            scale[slots] = dynamic[live]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first columns of x [B, S, heads, D], as many as cos and sin [B or 1, S, R] have, as transformers' rotate_half does."""
+    columns = cos.shape[-1]
+    low, high = x[..., : columns // 2], x[..., columns // 2 : columns]
+    turned = torch.cat((-high, low), -1)
+    rotated = x[..., :columns] * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
+    return torch.cat((rotated, x[..., columns:]), -1)
+
+
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As fp.ops.quantize, symmetric: by a scale for each row, or by static ones, [1] or of each head."""
+    if scale is None:
+        return quantize_values(x, dtype)[:2]
+    heads = [quantize_values(x[:, :, h], dtype, scale[h % len(scale)])[0] for h in range(x.shape[2])]
+    return torch.stack([q.view(torch.uint8) for q in heads], 2).view(dtype), x.new_empty(0)

@@ -1,0 +1,124 @@
+"""append_kv in Triton: a program takes one head of one new token, its key and its value.
+
+Launched with enable_fp_fusion=False: the formula's products are rounded before they are added.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention_decode.triton_kernel import scales
+from ..common.kv_cache import QUANTIZED, capacity, is_per_token
+from ..common.quantized_rows import E4M3
+from ..common.triton_rows import magnitudes, segment_scale, store_quantized
+
+
+@triton.jit
+def store_row(
+    x, column, cache, first, row, head, first_step, row_step, head_step, scale_ptr, scale_first, scale_row, scale_head,
+    DIM: tl.constexpr, QUANTIZED: tl.constexpr, E4M3: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    """x [BLOCK_D], zeros from DIM on, to its place in the cache."""
+    to = (
+        cache + (first.to(tl.int64) * first_step + row.to(tl.int64) * row_step + head.to(tl.int64) * head_step) + column
+    )
+    if QUANTIZED:
+        scale_ptr += first.to(tl.int64) * scale_first + row.to(tl.int64) * scale_row + head.to(tl.int64) * scale_head
+        high, low = magnitudes(x)
+        inverse, zero_point = segment_scale(
+            tl.max(high), tl.max(low), 0, 0, scale_ptr, scale_ptr, 0, E4M3, True, STATIC
+        )  # fmt: skip
+        store_quantized(x, to, column < DIM, inverse, zero_point, E4M3, True)
+    else:
+        tl.store(to, x.to(cache.dtype.element_ty), mask=column < DIM)
+
+
+_RUN_TIME = [
+    "k_scale_first", "k_scale_row", "k_scale_head", "v_scale_first", "v_scale_row", "v_scale_head", "table_step", "page", "pages",
+    "room", "tokens", "rotated", "cos_batch", "cos_row", "sin_batch", "sin_row",
+]  # fmt: skip
+_ANY_ALIGNMENT = ["k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr"]
+
+
+@triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def append_kernel(
+    k, k_batch, k_row, k_head, v, v_batch, v_row, v_head, k_cache, k_cache_first, k_cache_row, k_cache_head, v_cache,
+    v_cache_first, v_cache_row, v_cache_head, k_scale_ptr, k_scale_first, k_scale_row, k_scale_head, v_scale_ptr,
+    v_scale_first, v_scale_row, v_scale_head, seq_lens_ptr, table_ptr, table_step, page, pages, room, tokens, cos_ptr,
+    cos_batch, cos_row, sin_ptr, sin_batch, sin_row, rotated, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr,
+    QUANTIZED: tl.constexpr, E4M3: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    batch, token = tl.program_id(0) // tokens, tl.program_id(0) % tokens
+    head = tl.program_id(1)
+    position = tl.load(seq_lens_ptr + batch) - tokens + token
+    if position < 0 or position >= room:
+        return
+    first, row = batch, position
+    if PAGED:
+        first = tl.load(table_ptr + batch.to(tl.int64) * table_step + position // page)
+        row = position % page
+        if first < 0 or first >= pages:
+            return
+    column = tl.arange(0, BLOCK_D)
+    k += batch.to(tl.int64) * k_batch + token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
+    v += batch.to(tl.int64) * v_batch + token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
+    x = tl.load(k + column, mask=column < DIM, other=0.0).to(tl.float32)
+    if ROTARY:
+        turned = column < rotated
+        low = column < rotated // 2
+        partner = tl.where(low, column + rotated // 2, column - rotated // 2)
+        y = tl.load(k + partner, mask=turned, other=0.0).to(tl.float32)
+        cos = tl.load(
+            cos_ptr + batch.to(tl.int64) * cos_batch + token.to(tl.int64) * cos_row + column, mask=turned, other=0.0
+        )
+        sin = tl.load(
+            sin_ptr + batch.to(tl.int64) * sin_batch + token.to(tl.int64) * sin_row + column, mask=turned, other=0.0
+        )
+        # by -1: Triton's -y is 0 - y, which is 0 of 0
+        rotation = x * cos.to(tl.float32) + tl.where(low, y * -1.0, y) * sin.to(tl.float32)
+        x = tl.where(turned, rotation, x)
+    store_row(x, column, k_cache, first, row, head, k_cache_first, k_cache_row, k_cache_head, k_scale_ptr, k_scale_first,
+              k_scale_row, k_scale_head, DIM, QUANTIZED, E4M3, K_STATIC)  # fmt: skip
+    x = tl.load(v + column, mask=column < DIM, other=0.0).to(tl.float32)
+    store_row(x, column, v_cache, first, row, head, v_cache_first, v_cache_row, v_cache_head, v_scale_ptr, v_scale_first,
+              v_scale_row, v_scale_head, DIM, QUANTIZED, E4M3, V_STATIC)  # fmt: skip
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    if not k.numel():
+        return
+    batch, tokens, heads, dim = k.shape
+    caches = [x.view(torch.uint8) if x.dtype == E4M3 else x for x in (k_cache, v_cache)]
+    floats = seq_lens.view(torch.float32)  # for what is not there
+    with torch.cuda.device_of(k):
+        append_kernel[(batch * tokens, heads)](
+            k, *k.stride()[:3], v, *v.stride()[:3], caches[0], *k_cache.stride()[:3], caches[1], *v_cache.stride()[:3],
+            *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, seq_lens if block_table is None else block_table,
+            0 if block_table is None else block_table.stride(0), k_cache.shape[1], k_cache.shape[0],
+            min(capacity(k_cache, block_table), 2**30), tokens, *rotation(cos, k), *rotation(sin, k),
+            0 if cos is None else cos.shape[2], DIM=dim, BLOCK_D=triton.next_power_of_2(dim), PAGED=block_table is not None,
+            QUANTIZED=k_cache.dtype in QUANTIZED, E4M3=k_cache.dtype == E4M3, K_STATIC=not is_per_token(k_scale),
+            V_STATIC=not is_per_token(v_scale), ROTARY=cos is not None, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def rotation(x: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int, int]:
+    """cos or sin [B or 1, S, R], and the strides of sequences and tokens."""
+    return (stand_in, 0, 0) if x is None else (x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1))
+
+
+torch.library.impl("forwardpass::append_kv_triton", ("cuda", "cpu"))(append_kv)

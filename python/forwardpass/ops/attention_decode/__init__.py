@@ -1,0 +1,148 @@
+"""attention_decode: attention of the last few tokens of each sequence to a cache of keys and values.
+
+The contract; what it computes is in reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Operation, Reason
+from ..attention import Window, check_number, check_window, split_window
+from ..common.kv_cache import check_cache, check_lengths, check_new_rows
+from ..common.quantized_rows import check_vector
+from . import reference
+
+MOST_ROWS = 8
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """Attention of new tokens to what their sequences' cache has, the tokens themselves included: fp.ops.append_kv came first.
+
+    Row i of Sq stands at place seq_len - Sq + i of its sequence, and sees the keys up to there. Scores, softmax and rounding are
+    those of fp.ops.attention.
+
+    Args:
+        q: float16, bfloat16 (or, on a CPU, float32) [B, Sq, H, D], Sq from 1 to 8; last stride 1.
+        k_cache: [B, L, Hk, D] or, with a block_table, pages [P, page, Hk, D] of at least 16 tokens; of q's dtype, int8 or
+            float8_e4m3fn; H is a multiple of Hk. Last stride 1, others free; what is beyond a sequence's length is never read.
+        v_cache: as k_cache; the two may be views of one tensor that overlap.
+        seq_lens: int32 [B]: keys that count. A row before the first key, as all are where it is 0, gives 0.
+        block_table: int32 [B, n]: sequence b's token j is row j % page of page block_table[b, j // page]. Entries of which no row
+            sees a key, such as -1, are never read as pages.
+        k_scale: float32 [1], [Hk] or k_cache's shape without D: what the elements of an 8-bit cache are multiplied by.
+        v_scale: as k_scale, of v_cache.
+        scale: positive; None: 1 / sqrt(D).
+        window: (left, right): keys from place - left on only; no row sees a key to its right anyway. None: unlimited.
+        softcap: 0: none.
+        sinks: float32 or q's dtype [H]: a logit more in each row's softmax, whose value is 0.
+        batch_invariant: a row's bits do not depend on what else is in the batch.
+
+    Returns:
+        [B, Sq, H, D] of q's dtype, contiguous.
+
+    Raises:
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for lengths
+            beyond the cache or the table, and for entries in use that name no page. On a GPU no host looks at them, as that would
+            wait for it: kernels take of each sequence what is there.
+        Unsupported: a backend asked for by name cannot run these arguments.
+    """
+    left, right = split_window("attention_decode", window)
+    return OPERATION(
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, scale, left, right, softcap, sinks, batch_invariant
+    )  # fmt: skip
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    sinks: Tensor | None,
+    batch_invariant: bool,
+) -> None:
+    op = "attention_decode"
+    check_new_rows(op, "q", q)
+    if not 1 <= q.shape[1] <= MOST_ROWS:
+        raise ValueError(f"{op}: q must have 1 to {MOST_ROWS} rows a sequence, not {q.shape[1]}: use fp.ops.attention")
+    check_cache(op, "q", q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale)
+    if q.shape[2] % k_cache.shape[2]:
+        raise ValueError(
+            f"{op}: the heads of q must be a multiple of the cache's, and are {q.shape[2]} and {k_cache.shape[2]}"
+        )
+    if scale is not None and not 0 < check_number(op, "scale", scale) < math.inf:
+        raise ValueError(f"{op}: scale must be positive and finite, not {scale}: negate q for a negative one")
+    if not 0 <= check_number(op, "softcap", softcap) < math.inf:
+        raise ValueError(f"{op}: softcap must be finite and at least 0, which is none, not {softcap}")
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"{op}: batch_invariant must be True or False, not {batch_invariant!r}")
+    check_window(op, window_left, window_right)
+    check_vector(op, "sinks", sinks, q.shape[2], (torch.float32, q.dtype), q)
+    first = reference.first_key(seq_lens, q.shape[1], window_left)
+    check_lengths(op, k_cache, seq_lens, block_table, first)
+
+
+def _fake(q: Tensor, *options: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _why_not_triton(q: Tensor, *options: Any) -> Reason | None:
+    if q.dtype == torch.float32:
+        return Reason(
+            "dtype", "tensor cores multiply 16-bit operands, and q is float32", "convert q and the cache to bfloat16"
+        )
+    if q.shape[-1] > 256:
+        return Reason(
+            "head_dim", f"the kernel takes head dims up to 256, not {q.shape[-1]}", "use the reference backend"
+        )
+    return None
+
+
+def _why_not_cuda(q: Tensor, *options: Any) -> Reason | None:
+    if reason := _why_not_triton(q) or not options:
+        return reason or None
+    for name, x in (("k_cache", options[0]), ("v_cache", options[1])):
+        size = x.element_size()
+        strides = [s for n, s in zip(x.shape[:-1], x.stride()) if n > 1]
+        if any(s * size % 16 for s in (x.shape[-1], *strides, x.storage_offset())):
+            return Reason(
+                "alignment",
+                f"16 bytes are copied at a time, and rows of {name} are not of a multiple of 16 bytes, or not at multiples",
+                "use the triton backend, or a cache with such rows",
+            )
+    return None
+
+
+OPERATION = Operation(
+    attention_decode,
+    _check,
+    reference.attention_decode,
+    _fake,
+    why_not={"triton": _why_not_triton, "cuda": _why_not_cuda},
+)

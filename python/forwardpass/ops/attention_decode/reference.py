@@ -1,0 +1,65 @@
+"""attention_decode in plain torch: the specification."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..attention.reference import attend
+from ..common.kv_cache import capacity, check_lengths, locate
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    sinks: Tensor | None,
+    batch_invariant: bool,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """In `dtype`, by default float32, or q's where that is wider. Row i stands at place seq_len - Sq + i and sees no key beyond,
+    whatever window_right is."""
+    check_lengths("attention_decode", k_cache, seq_lens, block_table, first_key(seq_lens, q.shape[1], window_left))
+    dtype = dtype or torch.promote_types(q.dtype, torch.float32)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    keys = torch.arange(capacity(k_cache, block_table), device=q.device).expand(q.shape[0], -1)
+    first, row, live = locate(keys, k_cache, block_table)
+    k, v = (
+        read(cache, s, first, row, live & (keys < seq_lens[:, None]), dtype)
+        for cache, s in ((k_cache, k_scale), (v_cache, v_scale))
+    )
+    place = seq_lens[:, None, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)[:, None]  # [B, Sq, 1]
+    seen = live[:, None] & (keys[:, None] <= place)
+    if window_left is not None:
+        seen = seen & (keys[:, None] >= place - window_left)
+    shares = [slice(b, b + 1) for b in range(q.shape[0])] if batch_invariant else [slice(None)]
+    parts = [
+        attend(q[b].to(dtype), k[b], v[b], scale, None, None, softcap, seen[b][:, None], None, sinks)[0] for b in shares
+    ]
+    return torch.cat(parts).to(q.dtype) if parts else q.new_empty(q.shape)
+
+
+def first_key(seq_lens: Tensor, rows: int, window_left: int | None) -> Tensor | None:
+    """The first key that the first of a sequence's rows may see; None where it is the first of all."""
+    return None if window_left is None else seq_lens - rows - window_left
+
+
+def read(cache: Tensor, scale: Tensor | None, first: Tensor, row: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a cache [B, T, Hk, D], dequantised, zeros where none is live."""
+    # an indexed e4m3 tensor is not implemented everywhere
+    x = cache.view(torch.uint8)[first, row].view(cache.dtype) if cache.element_size() == 1 else cache[first, row]
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    if scale is not None:
+        wide = wide * (scale[first, row] if scale.dim() == 3 else scale).to(wide.dtype).unsqueeze(-1)
+    return torch.where(live[:, :, None, None], wide, 0).to(dtype)

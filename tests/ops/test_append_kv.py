@@ -1,0 +1,168 @@
+"""append_kv: every backend writes the reference's bits, and nothing else."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass.ops.append_kv import OPERATION, cases, reference
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.testing import assert_equal
+
+CASES = list(cases.cases())
+
+
+def after(case, backend, seed=0, **interpreted):
+    """The arguments after the call."""
+    args = case.arguments(seed=seed)
+    with fp.use_backend(backend):
+        if backend == "triton":
+            with fp.interpret(**interpreted, seed=seed):
+                OPERATION(*args)
+        else:
+            assert OPERATION(*args) is None
+    return args
+
+
+def expected(case, seed=0):
+    args = case.arguments(seed=seed)
+    reference.append_kv(*args)
+    return args
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu(case, seed):
+    cases.assert_matches(after(case, "cpu", seed), expected(case, seed))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 8 > 0)) for i, c in enumerate(CASES)], ids=str
+)
+def test_triton(case, arch, seed):
+    """Guarded: whatever is written elsewhere is noticed, also where the caches are views of one tensor that overlap."""
+    cases.assert_matches(after(case, "triton", seed, arch=arch, guard=True), expected(case, seed))
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_what_is_written(page):
+    """Word by word: a row for each token, at its position; nothing where there is none."""
+    case = cases.Case((5, 1, 0), 3, 8, 1, torch.float32, page=page)
+    args = after(case, "cpu")
+    k, k_cache, lengths, table = args[0], args[2], args[4], args[5]
+    before = case.arguments()[2]
+    written = torch.zeros(k_cache.shape[:2], dtype=torch.bool)
+    for b, length in enumerate(lengths.tolist()):
+        for i in range(3):
+            position = length - 3 + i
+            if position < 0:
+                continue
+            at = (b, position) if page is None else (int(table[b, position // page]), position % page)
+            assert torch.equal(k_cache[at], k[b, i])
+            written[at] = True
+    assert_equal(k_cache[~written], before[~written])
+
+
+def test_rotary_is_that_of_transformers():
+    """Its rotate_half, word by word."""
+    k = torch.randn(2, 3, 2, 16)
+    angle = torch.rand(2, 3, 8).repeat(1, 1, 2)
+    cache = torch.zeros(2, 3, 2, 16)
+    lengths = torch.tensor([3, 3], dtype=torch.int32)
+    fp.ops.append_kv(k, k, cache, cache.clone(), lengths, rotary=(angle.cos(), angle.sin()))
+    rotate_half = torch.cat((-k[..., 8:], k[..., :8]), -1)
+    torch.testing.assert_close(cache, k * angle.cos().unsqueeze(2) + rotate_half * angle.sin().unsqueeze(2))
+
+
+def test_scales_per_token_are_those_of_quantize():
+    x = torch.randn(2, 1, 2, 64)
+    for dtype in (torch.int8, E4M3):
+        k_cache, v_cache = (torch.zeros(2, 4, 2, 64, dtype=dtype) for _ in "kv")
+        k_scale, v_scale = torch.zeros(2, 4, 2), torch.zeros(2, 4, 2)
+        lengths = torch.tensor([4, 1], dtype=torch.int32)
+        fp.ops.append_kv(x, x, k_cache, v_cache, lengths, k_scale=k_scale, v_scale=v_scale)
+        q, scale, _ = fp.ops.quantize(x, dtype)
+        for b, position in enumerate((3, 0)):
+            assert_equal(k_cache[b, position].float(), q[b, 0].float())
+            assert_equal(v_scale[b, position], scale[b, 0])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.cache != E4M3][::7], ids=str)
+def test_opcheck(case):
+    """Of dtypes that torch's own check can compute with."""
+    torch.library.opcheck(torch.ops.forwardpass.append_kv_cpu.default, case.arguments())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], cases.Case(cache=E4M3), cases.Case(layout="together")], ids=str)
+def test_compiles_whole(case):
+    def f(*args):
+        OPERATION(*args)
+        return args[2].sum() if args[2].dtype != E4M3 else args[0]
+
+    torch.compiler.reset()
+    args = case.arguments()
+    with fp.use_backend("cpu"):
+        torch.compile(f, fullgraph=True, backend="aot_eager")(*args)
+    cases.assert_matches(args, expected(case))
+
+
+K, CACHE = torch.ones(2, 1, 2, 8), torch.zeros(2, 4, 2, 8)
+LENGTHS = torch.tensor([3, 1], dtype=torch.int32)
+PAGES, TABLE = torch.zeros(3, 16, 2, 8), torch.tensor([[0, -1], [2, -1]], dtype=torch.int32)
+ONE = torch.ones(1)
+ROTARY = torch.ones(1, 1, 8)
+INT8 = CACHE.to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "words"),
+    [
+        ((K, K[:, :, :1], CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k and v must have one shape"),
+        ((K, K.half(), CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k and v must have one shape and dtype"),
+        ((K.half(), K.half(), CACHE, CACHE.clone(), LENGTHS), {}, TypeError, "k_cache must be a tensor of k's dtype"),
+        ((K[:, :, :1], K[:, :, :1], CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k must have the heads of k_cache, 2, not 1"),
+        ((K, K, CACHE[:, :1].expand(2, 4, 2, 8), CACHE, LENGTHS), {}, ValueError, "k_cache is expanded"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": ROTARY}, TypeError, r"rotary must be \(cos, sin\) or None, not Tensor"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, None)}, TypeError, "sin of rotary must be a tensor"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, ROTARY[..., :7])}, ValueError, "an even number"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, ROTARY[..., :6])}, ValueError, "cos and sin of rotary must"),
+        ((K, K, INT8, INT8.clone(), LENGTHS), {"k_scale": ONE}, TypeError, "v_scale must be a float32 tensor for a cache"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS + 2), {}, ValueError, "seq_lens must be from 0 to 4, the rows of the cache, and of "
+         "sequence 0 is 5"),
+        ((K, K, PAGES, PAGES.clone(), LENGTHS + 14), {"block_table": TABLE}, ValueError, "entry 1 of sequence 0, of 17 tokens, "
+         "is -1"),
+    ],
+)  # fmt: skip
+def test_refusals_leave_the_cache(args, options, error, words):
+    before = args[2].clone()
+    for backend in ("cpu", "reference"):
+        with fp.use_backend(backend), pytest.raises(error, match=words):
+            fp.ops.append_kv(*args, **options)
+    assert_equal(args[2].contiguous(), before.contiguous())
+
+
+def test_lengths_are_looked_at_in_every_call():
+    """Of the same shapes, which Python checks once."""
+    cache, lengths = CACHE.clone(), LENGTHS.clone()
+    for backend in ("cpu", "reference"):
+        with fp.use_backend(backend):
+            fp.ops.append_kv(K, K, cache, cache.clone(), lengths)
+            before = cache.clone()
+            with pytest.raises(ValueError, match="of sequence 1 is -1"):
+                fp.ops.append_kv(2 * K, K, cache, cache.clone(), torch.tensor([3, -1], dtype=torch.int32))
+        assert_equal(cache, before)
+
+
+def test_a_gpu_writes_what_has_a_place():
+    """Nobody looks at lengths and tables there: beyond the cache, and where an entry is no page, nothing is written."""
+    case = cases.Case((16, 17, 3))
+    args = list(case.arguments())
+    args[4] = torch.tensor([16, 200, 3], dtype=torch.int32)
+    args[5][2, 0] = -1
+    want = cases.copied(tuple(args))
+    with fp.interpret("sm_80", guard=True), fp.use_backend("triton"):
+        OPERATION(*args)
+    alone = list(want)
+    for i in (0, 1, 4, 5):
+        alone[i] = want[i][:1]
+    reference.append_kv(*alone)
+    cases.assert_matches(tuple(args), want)

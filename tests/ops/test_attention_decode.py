@@ -1,0 +1,357 @@
+"""attention_decode: every backend is far closer to fp64 than the same maths in 16 bits, and reads what a sequence has alone."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from processes import two_threads
+
+import forwardpass as fp
+from forwardpass.ops.attention_decode import OPERATION, cases, reference
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.testing import assert_equal, poisoned_outputs
+
+CASES = list(cases.cases())
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    return request.param
+
+
+def run(args, backend):
+    with poisoned_outputs(), fp.use_backend(backend):
+        return OPERATION(*args)
+
+
+def costs(case):
+    """Whether its reference takes seconds."""
+    return sum(case.lengths) * case.heads[0] * case.rows * case.dim > 2**25
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * costs(c)) for c in CASES], ids=str)
+def test_backend(case, backend, seed):
+    args = case.arguments(seed=seed)
+    cases.assert_matches(run(args, backend), args)
+
+
+_ALL = """
+import itertools, torch
+import forwardpass as fp
+from forwardpass.ops.attention_decode import OPERATION, cases
+from forwardpass.ops.common.quantized_rows import E4M3
+heads = itertools.cycle(((2, 2), (4, 2), (3, 1), (7, 1), (10, 1), (17, 1)))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for cache in (None, torch.int8, E4M3, None, torch.int8):
+        h = next(heads)
+        case = cases.Case((0, 1, 15, 70), 1, 40, h, dtype, cache, softcap=8.0 if h[1] == 1 else 0.0, window=66)
+        args = case.arguments()
+        with fp.use_backend("cpu"):
+            cases.assert_matches(OPERATION(*args), args)
+"""
+
+
+@pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2", "avx512") if t in torch.ops.forwardpass._cpu_tiers()])
+def test_lower_tiers(tier):
+    """Every number of rows that is multiplied at a time, without pairs of bfloat16."""
+    subprocess.run([sys.executable, "-c", _ALL], check=True, env=two_threads({"FORWARDPASS_CPU": tier}))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (7, 1), (10, 1), (17, 1)], ids=str)
+@pytest.mark.parametrize("cache", [None, torch.int8, E4M3], ids=str)
+def test_rows_at_a_time(heads, cache):
+    """Of pairs of bfloat16, where the CPU multiplies them: odd numbers of keys, and head dims of no whole vector."""
+    for dim in (40, 33):
+        args = cases.Case((0, 1, 15, 70), 1, dim, heads, cache=cache).arguments()
+        cases.assert_matches(run(args, "cpu"), args)
+
+
+ON_GPU = [
+    dataclasses.replace(c, lengths=tuple(min(n, 700) for n in c.lengths))
+    for c in CASES
+    if c.dtype != torch.float32 and c.dim <= 256
+]
+BY_HAND = [c for c in ON_GPU if c.dim * (c.cache or c.dtype).itemsize % 16 == 0]  # else there is a reason
+
+
+def interpreted(case, arch, seed, backend="triton", **options):
+    args = case.arguments(seed=seed)
+    with fp.interpret(arch, seed=seed, guard=True, **options), fp.use_backend(backend), poisoned_outputs():
+        return args, OPERATION(*args)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 12 > 0)) for i, c in enumerate(ON_GPU)], ids=str
+)
+def test_triton(case, arch, seed):
+    args, got = interpreted(case, arch, seed)
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 8 != j), id=f"{arch} {case}")
+        for i, case in enumerate(BY_HAND)
+        for j, arch in enumerate(("sm_90a", "sm_80", "sm_89", "sm_120"))
+    ],
+)
+def test_cuda(case, arch, seed):
+    args, got = interpreted(case, arch, seed, "cuda")
+    cases.assert_matches(got, args)
+
+
+def test_bits_repeat(backend):
+    case = cases.Case((1300, 0, 5), 2, 64, (6, 2), cache=torch.int8)
+    args = case.arguments()
+    first = run(args, backend)
+    threads = torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        try:
+            if backend == "cpu":  # whatever the number of threads
+                assert_equal(run(args, backend), first)
+        finally:
+            torch.set_num_threads(threads)
+    assert_equal(run(args, backend), first)
+
+
+def test_bits_of_triton_repeat():
+    case = cases.Case((300, 1, 0), 1, 64, (4, 2))
+    _, first = interpreted(case, "sm_80", 0)
+    args = case.arguments(seed=0)
+    for seed in (1, 2):
+        with fp.interpret("sm_80", seed=seed, approximate=False), fp.use_backend("triton"):
+            a = OPERATION(*args)
+        with fp.interpret("sm_80", seed=seed + 10, approximate=False), fp.use_backend("triton"):
+            assert_equal(a, OPERATION(*args))
+    assert first.isfinite().all()
+
+
+def alone(args, b):
+    """The arguments of sequence b by itself."""
+    table = args[4]
+    each = [a[b : b + 1] if isinstance(a, torch.Tensor) and i in (0, 3, 4) else a for i, a in enumerate(args)]
+    if table is None:
+        each[1:3] = [a[b : b + 1] for a in args[1:3]]
+        each[5:7] = [a[b : b + 1] if isinstance(a, torch.Tensor) and a.dim() == 3 else a for a in args[5:7]]
+    return tuple(each)
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_a_batch_invariant_row_is_that_of_its_own(backend, page):
+    case = cases.Case((1100, 3, 600), 2, 64, (4, 2), cache=torch.int8, page=page, batch_invariant=True)
+    args = case.arguments()
+    together = run(args, backend)
+    for b in range(3):
+        assert_equal(run(alone(args, b), backend), together[b : b + 1])
+
+
+def test_a_batch_invariant_row_of_triton_is_that_of_its_own():
+    case = cases.Case((1100, 3), 1, 64, (4, 2), page=None, batch_invariant=True)
+    args = case.arguments()
+    with fp.interpret("sm_80", approximate=False), fp.use_backend("triton"):
+        together = OPERATION(*args)
+        for b in range(2):
+            assert_equal(OPERATION(*alone(args, b)), together[b : b + 1])
+
+
+def test_reference_is_attention():
+    """Of the keys that a sequence has, causal."""
+    case = cases.Case((5, 40, 17), 3, 16, (4, 2), torch.float32, window=20, sinks="float32", softcap=5.0)
+    args = case.arguments()
+    got = run(args, "reference")
+    q, k_cache, v_cache, lengths, table = args[:5]
+    for b, n in enumerate(lengths.tolist()):
+        k, v = (torch.cat([c[p] for p in table[b] if p >= 0])[None, :n] for c in (k_cache, v_cache))
+        with fp.use_backend("reference"):
+            expected = fp.ops.attention(q[b : b + 1], k, v, causal=True, window=(20, None), softcap=5.0, sinks=args[11])
+        torch.testing.assert_close(got[b : b + 1], expected)
+
+
+def test_rows_before_the_first_key(backend):
+    q, cache = torch.ones(3, 4, 2, 8), torch.ones(3, 6, 1, 8)
+    o = run((q, cache, cache, torch.tensor([0, 2, 4], dtype=torch.int32), *(None,) * 6, 0.0, None, False), backend)
+    assert o.any(-1).all(-1).tolist() == [[False] * 4, [False, False, True, True], [True] * 4]
+    sinks = torch.full((2,), 8**0.5)  # as much as each key's score
+    o = run((q, cache, cache, torch.tensor([0, 2, 4], dtype=torch.int32), *(None,) * 6, 0.0, sinks, False), backend)
+    torch.testing.assert_close(o[1, :, 0, 0], torch.tensor([0, 0, 1 / 2, 2 / 3]))
+
+
+def test_nan_passes_through(backend):
+    for at in range(3):
+        case = cases.Case((40, 30), 2, 16, (4, 2), torch.float32, page=None, awkward=False)
+        args = case.arguments()
+        args[at][0, 1 if at == 0 else 20, 1, 2] = torch.nan
+        got, expected = run(args, backend), reference.attention_decode(*args)
+        assert expected.isnan().any() and not expected[1].isnan().any()
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_the_bound_can_fail():
+    case = cases.Case((300, 40), 2, 64, (4, 2))
+    args = case.arguments()
+    o = run(args, "cpu")
+    cases.assert_matches(o, args)
+    later = (*args[:3], args[3] - 1, *args[4:])
+    for wrong in (
+        reference.attention_decode(*args, dtype=torch.bfloat16),
+        o * 1.02,
+        run(later, "cpu"),
+        run((*args[:8], 30, *args[9:]), "cpu"),
+    ):
+        with pytest.raises(AssertionError, match="o: "):
+            cases.assert_matches(wrong, args)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not costs(c) and c.cache != E4M3][::6], ids=str)
+def test_opcheck(case):
+    """Of dtypes that torch's own check can compute with."""
+    torch.library.opcheck(torch.ops.forwardpass.attention_decode_cpu.default, case.arguments())
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
+def test_compiles_whole(backend):
+    case = cases.Case((20, 3), 1, 16, (4, 2), torch.float32, torch.int8)
+    args = case.arguments()
+    with fp.use_backend(backend):
+        for dynamic in (False, True):
+            torch.compiler.reset()
+            compiled = torch.compile(lambda *a: OPERATION(*a) * 2, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            torch.testing.assert_close(compiled(*args), OPERATION(*args) * 2)
+
+
+def test_a_step_compiles_whole():
+    """What is appended is seen: the graph keeps the order."""
+
+    def step(k, v, q, k_cache, v_cache, lengths):
+        fp.ops.append_kv(k, v, k_cache, v_cache, lengths)
+        return fp.ops.attention_decode(q, k_cache, v_cache, lengths)
+
+    k, v, q = (torch.randn(2, 1, h, 16) for h in (2, 2, 4))
+    lengths = torch.tensor([3, 1], dtype=torch.int32)
+    caches = [torch.randn(2, 2, 5, 2, 16) for _ in range(2)]
+    eager = [c.clone() for c in caches]
+    expected = step(k, v, q, *(c[0] for c in eager), lengths)
+    torch.compiler.reset()
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(k, v, q, *(c[0] for c in caches), lengths)
+    torch.testing.assert_close(got, expected)
+    assert_equal(caches[0], eager[0])
+
+
+def test_explain():
+    args = cases.Case().arguments()
+    table = fp.explain("attention_decode", *args[:4], block_table=args[4])
+    assert (table.backend, table["cuda"].code) == ("cpu", "not_written")
+    with fp.interpret("sm_80"):
+        assert fp.explain("attention_decode", *args[:4], block_table=args[4]).backend == "triton"
+        wide = cases.Case(dim=320).arguments()
+        assert fp.explain("attention_decode", *wide[:4], block_table=wide[4])["triton"].code == "head_dim"
+        single = cases.Case(dtype=torch.float32).arguments()
+        assert fp.explain("attention_decode", *single[:4], block_table=single[4])["triton"].code == "dtype"
+
+
+Q, CACHE = torch.ones(2, 1, 4, 8), torch.zeros(2, 4, 2, 8)
+LENGTHS = torch.tensor([3, 1], dtype=torch.int32)
+PAGES, TABLE = torch.zeros(3, 16, 2, 8), torch.tensor([[0, -1], [2, 1]], dtype=torch.int32)
+ONE, INT8 = torch.ones(1), CACHE.to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "words"),
+    [
+        ((None, CACHE, CACHE, LENGTHS), {}, TypeError, "q must be a tensor, not NoneType"),
+        ((Q.double(), CACHE, CACHE, LENGTHS), {}, TypeError, "q must be float16, bfloat16 or float32, not torch.float64"),
+        ((Q[0], CACHE, CACHE, LENGTHS), {}, ValueError, r"q must be \[B, S, heads, D\], and has shape \(1, 4, 8\)"),
+        ((Q.expand(2, 9, 4, 8), CACHE, CACHE, LENGTHS), {}, ValueError, "1 to 8 rows a sequence, not 9: use fp.ops.attention"),
+        ((Q[:, :0], CACHE, CACHE, LENGTHS), {}, ValueError, "1 to 8 rows a sequence, not 0"),
+        ((Q.transpose(2, 3), CACHE, CACHE, LENGTHS), {}, ValueError, r"last dimension of q must have stride 1, not 8"),
+        ((Q, CACHE.half(), CACHE, LENGTHS), {}, TypeError, "k_cache must be a tensor of q's dtype, torch.float32, int8 or "
+         "float8_e4m3fn, not torch.float16"),
+        ((Q, CACHE, INT8, LENGTHS), {}, ValueError, "k_cache and v_cache must have one shape and dtype"),
+        ((Q, CACHE, CACHE[:, :3], LENGTHS), {}, ValueError, "k_cache and v_cache must have one shape and dtype"),
+        ((Q, CACHE, CACHE.to("meta"), LENGTHS), {}, ValueError, "v_cache is on meta and q on cpu"),
+        ((Q, CACHE[..., :7], CACHE, LENGTHS), {}, ValueError, r"k_cache must be \[B, L, Hk, 8\], and has shape \(2, 4, 2, 7\)"),
+        ((Q, CACHE.transpose(2, 3).contiguous().transpose(2, 3), CACHE, LENGTHS), {}, ValueError, "last dimension of k_cache"),
+        ((Q[:, :, :3], CACHE, CACHE, LENGTHS), {}, ValueError, "must be a multiple of the cache's, and are 3 and 2"),
+        ((Q, CACHE[:1], CACHE[:1], LENGTHS), {}, ValueError, "without a block_table k_cache must be of q's batch size, 2"),
+        ((Q, CACHE, CACHE, LENGTHS.long()), {}, TypeError, r"seq_lens must be an int32 tensor, not torch.int64: use .int\(\)"),
+        ((Q, CACHE, CACHE, [3, 1]), {}, TypeError, "seq_lens must be an int32 tensor, not list"),
+        ((Q, CACHE, CACHE, LENGTHS[:1]), {}, ValueError, r"seq_lens must be contiguous \[2\], and has shape \(1,\)"),
+        ((Q, CACHE, CACHE, LENGTHS.to("meta")), {}, ValueError, "seq_lens is on meta and q on cpu: move one of them"),
+        ((Q, CACHE, CACHE, LENGTHS + 2), {}, ValueError, "seq_lens must be from 0 to 4, the rows of the cache, and of sequence 0 "
+         "is 5"),
+        ((Q, CACHE, CACHE, LENGTHS - 2), {}, ValueError, "of sequence 1 is -1"),
+        ((Q, PAGES, PAGES, LENGTHS + 30), {"block_table": TABLE}, ValueError, "from 0 to 32, the tokens of the 2 pages in "
+         "block_table, and of sequence 0 is 33"),
+        ((Q, PAGES, PAGES, LENGTHS + 14), {"block_table": TABLE}, ValueError, "must name pages below 3 for what a sequence has, "
+         "and entry 1 of sequence 0, of 17 tokens, is -1"),
+        ((Q, PAGES, PAGES, LENGTHS), {"block_table": TABLE + 1}, ValueError, "entry 0 of sequence 1, of 1 tokens, is 3"),
+        ((Q, PAGES, PAGES, LENGTHS), {"block_table": TABLE.long()}, TypeError, "block_table must be an int32 tensor"),
+        ((Q, PAGES, PAGES, LENGTHS), {"block_table": TABLE[:1]}, ValueError, r"block_table must be \[2, n\]"),
+        ((Q, PAGES, PAGES, LENGTHS), {"block_table": TABLE.t()}, ValueError, "last dimension of block_table must have stride 1"),
+        ((Q, PAGES[:, :8], PAGES[:, :8], LENGTHS), {"block_table": TABLE}, ValueError, "a page must have at least 16 tokens"),
+        ((Q, INT8, INT8, LENGTHS), {}, TypeError, "k_scale must be a float32 tensor for a cache of torch.int8, not NoneType"),
+        ((Q, INT8, INT8, LENGTHS), {"k_scale": ONE, "v_scale": torch.ones(3)}, ValueError, r"v_scale must be \[1\], \[2\] or "
+         r"\[2, 4, 2\], and has shape \(3,\)"),
+        ((Q, CACHE, CACHE, LENGTHS), {"k_scale": ONE}, ValueError, "k_scale goes with an int8 or float8_e4m3fn cache"),
+        ((Q, CACHE, CACHE, LENGTHS), {"scale": 0.0}, ValueError, "scale must be positive and finite, not 0.0"),
+        ((Q, CACHE, CACHE, LENGTHS), {"softcap": -1.0}, ValueError, "softcap must be finite and at least 0"),
+        ((Q, CACHE, CACHE, LENGTHS), {"window": 5}, TypeError, r"window must be \(left, right\) or None, not 5"),
+        ((Q, CACHE, CACHE, LENGTHS), {"window": (-1, 0)}, ValueError, "each side of window must be at least 0, not -1"),
+        ((Q, CACHE, CACHE, LENGTHS), {"sinks": torch.ones(3)}, ValueError, "sinks must be contiguous with 4 elements"),
+        ((Q, CACHE, CACHE, LENGTHS), {"batch_invariant": 1}, TypeError, "batch_invariant must be True or False, not 1"),
+    ],
+)  # fmt: skip
+def test_refusals(args, options, error, words):
+    with pytest.raises(error, match=words) as raised:
+        fp.ops.attention_decode(*args, **options)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_lengths_are_looked_at_in_every_call(backend):
+    """Of the same shapes, which Python checks once."""
+    with fp.use_backend(backend):
+        fp.ops.attention_decode(Q, CACHE, CACHE, LENGTHS)
+        with pytest.raises(ValueError, match="of sequence 0 is 5"):
+            fp.ops.attention_decode(Q, CACHE, CACHE, LENGTHS + 2)
+        # a page that no row sees may be gone
+        table = TABLE.clone()
+        fp.ops.attention_decode(Q, PAGES, PAGES, LENGTHS, block_table=table)
+        gone = torch.tensor([[0, -1], [-1, 1]], dtype=torch.int32)
+        lengths = torch.tensor([3, 30], dtype=torch.int32)
+        fp.ops.attention_decode(Q, PAGES, PAGES, lengths, block_table=gone, window=(13, None))
+        with pytest.raises(ValueError, match="entry 0 of sequence 1, of 30 tokens, is -1"):
+            fp.ops.attention_decode(Q, PAGES, PAGES, lengths, block_table=gone, window=(14, None))
+
+
+def test_a_gpu_takes_what_is_there():
+    """Nobody looks at lengths and tables there: keys beyond the cache, and of entries that are no page, do not count."""
+    case = cases.Case((20, 40, 33), 1, 64, (4, 2))
+    args = list(case.arguments())
+    args[4][1, 1], args[4][2, 0] = -1, 99
+    for arch, backend in (("sm_80", "triton"), ("sm_90a", "triton"), ("sm_80", "cuda"), ("sm_90a", "cuda")):
+        with fp.interpret(arch, guard=True), fp.use_backend(backend):
+            got = OPERATION(*args)
+            OPERATION(*args[:3], args[3] + 10**6, *args[4:])  # the interpreter would find what lies outside
+        with fp.interpret(arch):  # in which the reference looks at nothing either
+            cases.assert_matches(got, tuple(args))
+
+
+@pytest.mark.parametrize("cache", [None, torch.int8, E4M3], ids=str)
+def test_offsets_are_64_bits(cache):
+    """A page 5 GiB from the first, of memory that is never touched in between."""
+    dtype = cache or torch.bfloat16
+    step = 2**32 + 2**20
+    memory = torch.empty(2 * step, dtype=dtype)
+    pages = memory.as_strided((2, 16, 1, 64), (step, 64, 64, 1))
+    small = torch.randn(2, 16, 1, 64).to(dtype)
+    pages[:] = small
+    q, lengths = torch.randn(1, 1, 2, 64).bfloat16(), torch.tensor([27], dtype=torch.int32)
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    scale = {} if cache is None else {"k_scale": ONE, "v_scale": ONE}
+    expected = fp.ops.attention_decode(q, small, small, lengths, block_table=table, **scale)
+    assert_equal(fp.ops.attention_decode(q, pages, pages, lengths, block_table=table, **scale), expected)
