@@ -70,8 +70,8 @@ struct DecodeList {
       const int lane = threadIdx.x % 32;
       // of this lane's sequence: the end in the list
       const int64_t count = blocks_of(first + lane), end = before + scan(count);
-      const int found = __ffs(__ballot_sync(0xffffffff, end > index)) - 1;
-      batch = first + found, begin = __shfl_sync(0xffffffff, end - count, found);
+      const int owner = __ffs(__ballot_sync(0xffffffff, end > index)) - 1;
+      batch = first + owner, begin = __shfl_sync(0xffffffff, end - count, owner);
       return false;
     });
   }

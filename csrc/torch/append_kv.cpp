@@ -26,7 +26,7 @@ AttentionTensor rotary(const Tensor& x, const Tensor& k, const Tensor& cos, cons
 
 }  // namespace
 
-void append_kv(Backend, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
                const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin) {
   const char* op = "append_kv";
@@ -47,8 +47,12 @@ void append_kv(Backend, const Tensor& k, const Tensor& v, const Tensor& k_cache,
     p.rotary_dtype = dtype_of(cos->scalar_type(), op, "cos");
     p.rotated = static_cast<int32_t>(cos->size(2));
   }
-  check_lengths(p.cache, p.tokens, op);
-  append_kv_cpu(p);
+  if (backend == Backend::cpu) {
+    check_lengths(p.cache, p.tokens, op);
+  } else {
+    p.device = device_of(backend, k);
+  }
+  if (k.numel()) launch(backend, p, k, append_kv_cpu);
 }
 
 }  // namespace forwardpass

@@ -11,9 +11,9 @@ namespace forwardpass {
 namespace {
 
 // One operation. F is its torch side: a function of the backend and of the schema's arguments.
-template <auto F, bool kHasCpuKernel = true, bool kHasCudaKernel = true>
+template <auto F, bool kHasCpuKernel = true>
 struct Op {
-  static constexpr bool kHasCpu = kHasCpuKernel, kHasCuda = kHasCudaKernel;
+  static constexpr bool kHasCpu = kHasCpuKernel;
   const char* schema;
 
   std::string name(const char* suffix) const { return std::string(schema, std::strchr(schema, '(')) + suffix; }
@@ -37,10 +37,6 @@ struct Op {
 // On GPUs only: the CPU has no fp8 arithmetic.
 template <auto F>
 using GpuOp = Op<F, false>;
-
-// On the CPU, and on GPUs by Triton's kernel.
-template <auto F>
-using CpuOp = Op<F, true, false>;
 
 constexpr std::tuple kOps{
     Op<quantize>{
@@ -89,7 +85,7 @@ constexpr std::tuple kOps{
         "Tensor? k_scale, Tensor? v_scale, float? scale, int? window_left, int? window_right, float softcap, "
         "Tensor? sinks, bool batch_invariant) -> Tensor"},
 
-    CpuOp<append_kv>{
+    Op<append_kv>{
         "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? block_table, "
         "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? cos, Tensor? sin) -> ()"},
 
@@ -114,7 +110,7 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   for_each_op([&](auto op) {
     if (op.kHasCpu) m.def(op.definition("_cpu").c_str());
     m.def(op.definition("_triton").c_str());
-    if (op.kHasCuda) m.def(op.definition("_cuda").c_str());
+    m.def(op.definition("_cuda").c_str());
   });
   m.def("pack_int8_weight(Tensor weight) -> Tensor");
   m.def("_cpu_tiers() -> str");
@@ -129,15 +125,13 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   for_each_op([&](auto op) {
     if constexpr (op.kHasCpu) m.impl(op.name("_cpu").c_str(), op.template boxed<Backend::cpu>());
-    if constexpr (op.kHasCuda) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
+    m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
   });
   m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
-  for_each_op([&](auto op) {
-    if constexpr (op.kHasCuda) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>());
-  });
+  for_each_op([&](auto op) { m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>()); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {

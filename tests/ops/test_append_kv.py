@@ -15,7 +15,7 @@ def after(case, backend, seed=0, **interpreted):
     """The arguments after the call."""
     args = case.arguments(seed=seed)
     with fp.use_backend(backend):
-        if backend == "triton":
+        if interpreted:
             with fp.interpret(**interpreted, seed=seed):
                 OPERATION(*args)
         else:
@@ -41,6 +41,18 @@ def test_cpu(case, seed):
 def test_triton(case, arch, seed):
     """Guarded: whatever is written elsewhere is noticed, also where the caches are views of one tensor that overlap."""
     cases.assert_matches(after(case, "triton", seed, arch=arch, guard=True), expected(case, seed))
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 4 != j), id=f"{arch} {case}")
+        for i, case in enumerate(CASES)
+        for j, arch in enumerate(("sm_90a", "sm_80", "sm_89", "sm_120"))
+    ],
+)
+def test_cuda(case, arch, seed):
+    cases.assert_matches(after(case, "cuda", seed, arch=arch, guard=True), expected(case, seed))
 
 
 @pytest.mark.parametrize("page", [None, 16])

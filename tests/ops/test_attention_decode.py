@@ -245,9 +245,12 @@ def test_a_step_compiles_whole():
 def test_explain():
     args = cases.Case().arguments()
     table = fp.explain("attention_decode", *args[:4], block_table=args[4])
-    assert (table.backend, table["cuda"].code) == ("cpu", "not_written")
+    assert (table.backend, table["cuda"].code) == ("cpu", "device")
     with fp.interpret("sm_80"):
-        assert fp.explain("attention_decode", *args[:4], block_table=args[4]).backend == "triton"
+        assert fp.explain("attention_decode", *args[:4], block_table=args[4]).backend == "cuda"
+        narrow = cases.Case(dim=40, cache=torch.int8).arguments()
+        table = fp.explain("attention_decode", *narrow[:4], block_table=narrow[4], k_scale=narrow[5], v_scale=narrow[6])
+        assert (table.backend, table["cuda"].code) == ("triton", "alignment")
         wide = cases.Case(dim=320).arguments()
         assert fp.explain("attention_decode", *wide[:4], block_table=wide[4])["triton"].code == "head_dim"
         single = cases.Case(dtype=torch.float32).arguments()

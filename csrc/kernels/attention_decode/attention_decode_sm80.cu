@@ -51,7 +51,7 @@ struct DecodeConfig {
     };
     float k_scale[kWarps][kStages][kSlice],
         v_scale[kWarps][kStages][kSlice];  // per token
-    uint32_t there[kWarps][kStages];  // a bit for each key that is
+    uint32_t there[kWarps][kStages];       // a bit for each key that is
     uint4 q[kHeadDim / 16][32];            // as fragments, a lane's four registers
   };
   // Thread blocks of a multiprocessor.
@@ -87,8 +87,8 @@ struct SliceCopy {
   static constexpr int kAtOnce = Rows::kChunks < 32 ? 32 / Rows::kChunks : 1, kAcross = kAtOnce * Rows::kChunks / 32;
   const AttentionDecodeParams& p;
   const int batch, head, stored;  // keys of the sequence that there are
-  int64_t first;  // page of this lane's key, -1: none
-  int row;        // and the row in it
+  int64_t first;                  // page of this lane's key, -1: none
+  int row;                        // and the row in it
 
   // key: the slice's first
   __device__ void find(int key) {
@@ -100,28 +100,28 @@ struct SliceCopy {
     row = key % c.page, first = page >= 0 && page < c.pages ? page : -1;  // nothing outside the cache is read
   }
   // The slice that was found.
-  __device__ void copy(typename Config::SharedStorage& s, int warp, int at) const {
-    auto& stage = s.stage[warp][at];
+  __device__ void copy(typename Config::SharedStorage& s, int warp, int index) const {
+    auto& stage = s.stage[warp][index];
     const uint32_t there = __ballot_sync(0xffffffff, first >= 0);
-    if (threadIdx.x % 32 == 0) s.there[warp][at] = there;
+    if (threadIdx.x % 32 == 0) s.there[warp][index] = there;
     copy_rows(stage.k, p.cache.k), copy_rows(stage.v, p.cache.v);
     const int lane = threadIdx.x % 32;
     const CacheScale& scale = lane < Config::kSlice ? p.cache.k_scale : p.cache.v_scale;
     if (Config::k8Bit && scale.per_token)
       ptx::cp_async_4(
-          ptx::shared_address((lane < Config::kSlice ? s.k_scale : s.v_scale)[warp][at] + lane % Config::kSlice),
+          ptx::shared_address((lane < Config::kSlice ? s.k_scale : s.v_scale)[warp][index] + lane % Config::kSlice),
           scale.data + (first < 0 ? 0 : first * scale.first + row * scale.row + head * scale.head), first < 0 ? 0 : 4);
   }
 
  private:
   __device__ void copy_rows(uint8_t* to, const CacheTensor& t) const {
     const int lane = threadIdx.x % 32;
-    const int64_t mine = first < 0 ? -1 : first * t.first + row * t.row + head * t.head;
+    const int64_t begin = first < 0 ? -1 : first * t.first + row * t.row + head * t.head;
     const auto data = static_cast<const uint8_t*>(t.data);
 #pragma unroll
     for (int r = 0; r < Config::kSlice; r += kAtOnce) {
       const int in_slice = r + (Rows::kChunks < 32 ? lane / Rows::kChunks : 0);
-      const int64_t offset = __shfl_sync(0xffffffff, mine, in_slice);
+      const int64_t offset = __shfl_sync(0xffffffff, begin, in_slice);
       const int chunk = lane % Rows::kChunks, column = chunk * kElements;
       const bool inside = offset >= 0 && column < p.cache.head_dim;
       ptx::cp_async_16(ptx::shared_address(to) + Rows::offset(in_slice, chunk),
@@ -154,10 +154,6 @@ struct DecodeWarp {
         head(part.head / decode_groups(p)),
         row(part.head % decode_groups(p) * kDecodeRows) {
     o.clear();
-    for (int step = warp; step < Config::kHeadDim / 16; step += Config::kWarps) {
-      const auto q = [&](int i) { return load_q(row + accumulator_row(i % 2 * 2), step, i / 2); };
-      s.q[step][threadIdx.x % 32] = {q(0), q(1), q(2), q(3)};
-    }
     k_scale = Config::k8Bit && !p.cache.k_scale.per_token ? p.cache.k_scale.data[head * p.cache.k_scale.head] : 1;
   }
   // Two columns of a row, in the order of k's: of each sixteen, for 8-bit elements four neighbours a lane.
@@ -175,33 +171,37 @@ struct DecodeWarp {
     const int first = part.begin * kSlices + warp, end = part.end * kSlices;
     SliceCopy<Config> copy{p, part.batch, head, part.keys.stored};
     copy.find(first * Config::kSlice);
-    const auto copy_next = [&](int slice, int at) {
-      if (slice < end) copy.copy(s, warp, at);
+    const auto copy_next = [&](int slice, int index) {
+      if (slice < end) copy.copy(s, warp, index);
       ptx::cp_async_commit();
       if (slice + Config::kWarps < end) copy.find((slice + Config::kWarps) * Config::kSlice);
     };
 #pragma unroll 1
     for (int i = 0; i < Config::kStages - 1; ++i) copy_next(first + i * Config::kWarps, i);
+    for (int step = warp; step < Config::kHeadDim / 16; step += Config::kWarps) {
+      const auto q = [&](int i) { return load_q(row + accumulator_row(i % 2 * 2), step, i / 2); };
+      s.q[step][threadIdx.x % 32] = {q(0), q(1), q(2), q(3)};
+    }
     __syncthreads();  // q is there
-    int at = 0, last = Config::kStages - 1;
+    int stage = 0, last = Config::kStages - 1;
 #pragma unroll 1
     for (int slice = first; slice < end; slice += Config::kWarps) {
       ptx::cp_async_wait<Config::kStages - 2>();
       __syncwarp();
       copy_next(slice + (Config::kStages - 1) * Config::kWarps, last);
-      attend(at, slice * Config::kSlice);
-      last = at, at = at == Config::kStages - 1 ? 0 : at + 1;
+      attend(stage, slice * Config::kSlice);
+      last = stage, stage = stage == Config::kStages - 1 ? 0 : stage + 1;
       __syncwarp();
     }
     ptx::cp_async_wait<0>();
   }
 
  private:
-  __device__ void attend(int at, int key) {
-    const float *k_scales = s.k_scale[warp][at], *v_scales = s.v_scale[warp][at];
+  __device__ void attend(int index, int key) {
+    const float *k_scales = s.k_scale[warp][index], *v_scales = s.v_scale[warp][index];
     Scores scores;
     scores.clear();
-    multiply_k(scores, ptx::shared_address(s.stage[warp][at].k));
+    multiply_k(scores, ptx::shared_address(s.stage[warp][index].k));
     const auto each = [&](auto f) {  // f(score, row half, column of this lane)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
@@ -219,7 +219,7 @@ struct DecodeWarp {
       each([&](float& v, int, int) { v = cap - __fdividef(2 * cap, 1 + ptx::ex2(v * x)); });
     }
     const int first_position = part.keys.length - p.rows, last_position = part.keys.length - 1;
-    const uint32_t there = s.there[warp][at];
+    const uint32_t there = s.there[warp][index];
     if (there != 0xffffffff || key + Config::kSlice - 1 > first_position ||
         (p.left != kUnlimited && key < last_position - p.left)) {
       int position[2];
@@ -249,7 +249,7 @@ struct DecodeWarp {
       each([&](float& v, int, int column) { v *= v_scales[column] * unit; });
     }
     if (grown) rescale(o, factor);
-    multiply_v(scores, ptx::shared_address(s.stage[warp][at].v));
+    multiply_v(scores, ptx::shared_address(s.stage[warp][index].v));
   }
   // scores = q k^T
   __device__ void multiply_k(Scores& scores, uint32_t k) const {
@@ -335,7 +335,7 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
                                    DecodeWarp<Config>& warp, const DecodePart& part, int64_t slot) {
   using Partial = typename Config::Partial;
   __syncthreads();  // all have read their stages
-  auto& mine = s.partial[threadIdx.x / 32];
+  auto& partial = s.partial[threadIdx.x / 32];
   const float unit = Config::k8Bit && p.cache.v_scale.per_token ? ptx::ex2(warp.v_exponent) : 1;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -343,12 +343,13 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     const int r = accumulator_row(half * 2);
-    if (thread_in_group() == 0) mine.max[r] = warp.softmax.max[0][half], mine.sum[r] = sum;
+    if (thread_in_group() == 0) partial.max[r] = warp.softmax.max[0][half], partial.sum[r] = sum;
   }
 #pragma unroll
   for (int j = 0; j < Config::kHeadDim / 8; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) mine.o[accumulator_row(e)][DecodeWarp<Config>::column(j, e)] = warp.o[0][j][e] * unit;
+    for (int e = 0; e < 4; ++e)
+      partial.o[accumulator_row(e)][DecodeWarp<Config>::column(j, e)] = warp.o[0][j][e] * unit;
   __syncthreads();
   const DecodeOutput<Config::X> output(p, part.batch, part.head);
   auto& to = reinterpret_cast<Partial*>(p.workspace)[slot];
@@ -361,9 +362,10 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
     const float base = max == -INFINITY ? 0 : max;
 #pragma unroll
     for (int w = 0; w < Config::kWarps; ++w) {
-      const auto& of = s.partial[w];
-      const float f = ptx::ex2(of.max[r] - base);
-      sum = fmaf(of.sum[r], f, sum), low = fmaf(of.o[r][column], f, low), high = fmaf(of.o[r][column + 1], f, high);
+      const auto& from = s.partial[w];
+      const float f = ptx::ex2(from.max[r] - base);
+      sum = fmaf(from.sum[r], f, sum), low = fmaf(from.o[r][column], f, low),
+      high = fmaf(from.o[r][column + 1], f, high);
     }
     if (part.whole()) {
       const float f = output.has(r) ? output.factor(r, max, sum) : 0;
@@ -422,49 +424,68 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
 }
 
-// A block for each head of the list: combines its parts, if there are several, in the order of their keys. A head
-// without keys is 0.
+// Combines the parts of each head, if there are several, in the order of their keys; a head without keys is 0. A thread
+// has two columns of a row, a warp's lanes have the factors of as many parts: loads of one another's parts wait for
+// nothing.
+constexpr int kCombineThreads = 128;
+
+// Blocks for a head of the list.
+HOST_DEVICE inline int combine_blocks(const AttentionDecodeParams& p, int columns) {
+  const int rows = decode_rows(p) < kDecodeRows ? decode_rows(p) : kDecodeRows;
+  return (rows * columns / 2 + kCombineThreads - 1) / kCombineThreads;
+}
+
 template <Dtype X>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(kCombineThreads)
     combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks, int columns) {
   ptx::wait_for_earlier_kernels();
   ptx::launch_dependents();
-  const int heads = decode_heads(p), batch = blockIdx.x / heads, head = blockIdx.x % heads;
+  const int per_head = combine_blocks(p, columns), of_list = blockIdx.x / per_head, heads = decode_heads(p),
+            batch = of_list / heads, head = of_list % heads;
   const DecodeKeys keys(p, batch);
   // Slots of the parts: the first, those from `next` on.
   int64_t first = 0, next = 0, step = 1;
   int parts = 0;
   if (p.batch_invariant) {
     const int from = keys.begin / kInvariantBlocks, to = (keys.end + kInvariantBlocks - 1) / kInvariantBlocks;
-    first = blockIdx.x * invariant_parts(p) + from, next = first + 1, parts = keys.count() ? to - from : 0;
+    first = of_list * invariant_parts(p) + from, next = first + 1, parts = keys.count() ? to - from : 0;
   } else if (keys.count()) {
     const DecodeList list(p);
     const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count();
     const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count() - 1, shares);
     first = 2 * of_first + 1, next = 2 * of_first + 2, step = 2, parts = static_cast<int>(of_last - of_first) + 1;
   }
-  if (parts == 1) return;  // in out already
-  const auto slot = [&](int i) {
-    return p.workspace + (i == 0 ? first : next + (i - 1) * step) * (kDecodeRows * (2 + columns));
-  };
   const DecodeOutput<X> output(p, batch, head);
-  for (int i = threadIdx.x; i < kDecodeRows * columns / 2; i += blockDim.x) {
-    const int r = i / (columns / 2), column = i % (columns / 2) * 2;
-    if (!output.has(r)) return;
-    float max = -INFINITY, sum = 0, low = 0, high = 0;
-#pragma unroll 4
-    for (int n = 0; n < parts; ++n) max = fmaxf(max, slot(n)[r]);
-    const float base = max == -INFINITY ? 0 : max;
-#pragma unroll 4
-    for (int n = 0; n < parts; ++n) {
-      const float* of = slot(n);
-      const float f = ptx::ex2(of[r] - base);
-      const float2 o = *reinterpret_cast<const float2*>(of + kDecodeRows * 2 + r * columns + column);
-      sum = fmaf(of[kDecodeRows + r], f, sum), low = fmaf(o.x, f, low), high = fmaf(o.y, f, high);
+  const int i = blockIdx.x % per_head * kCombineThreads + threadIdx.x, r = i / (columns / 2),
+            column = i % (columns / 2) * 2, lane = threadIdx.x % 32;
+  if (parts == 1 || r >= kDecodeRows || !output.has(r)) return;  // of a single part the result is in out already
+  const auto slot = [&](int n) {
+    return p.workspace + (n == 0 ? first : next + (n - 1) * step) * (kDecodeRows * (2 + columns));
+  };
+  float max = -INFINITY;
+  for (int n = lane; n < parts; n += 32) max = fmaxf(max, slot(n)[r]);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, lanes));
+  const float base = max == -INFINITY ? 0 : max;
+  float sum = 0, low = 0, high = 0;
+  for (int from = 0; from < parts; from += 32) {
+    float factor = 0;
+    if (from + lane < parts) {
+      const float* partial = slot(from + lane);
+      factor = ptx::ex2(partial[r] - base), sum = fmaf(partial[kDecodeRows + r], factor, sum);
     }
-    const float f = output.factor(r, max, sum);
-    output.store(r, column, low * f, high * f);
+    const int count = min(32, parts - from);
+#pragma unroll 8
+    for (int n = 0; n < count; ++n) {
+      const float f = __shfl_sync(0xffffffff, factor, n);
+      const float2 o = *reinterpret_cast<const float2*>(slot(from + n) + kDecodeRows * 2 + r * columns + column);
+      low = fmaf(o.x, f, low), high = fmaf(o.y, f, high);
+    }
   }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+  const float f = output.factor(r, max, sum);
+  output.store(r, column, low * f, high * f);
 }
 
 namespace {
@@ -478,7 +499,7 @@ template <class F>
 cudaError_t with_config(const AttentionDecodeParams& p, F f) {
   return dispatch<Dtype::f16, Dtype::bf16>(p.dtype, [&](auto X) {
     const auto dims = [&](auto C) {
-      if (p.cache.head_dim <= 64) return f(DecodeConfig<X(), C(), 64>());
+      // One for 64 would save instructions, which do not bind; bytes beyond the head dim are not read.
       if (p.cache.head_dim <= 128) return f(DecodeConfig<X(), C(), 128>());
       return f(DecodeConfig<X(), C(), 256>());
     };
@@ -490,13 +511,14 @@ template <class Config>
 cudaError_t launch_decode(const AttentionDecodeParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t grid = grid_of<Config>(p), heads = int64_t{p.cache.batch} * decode_heads(p);
-  if (grid > INT32_MAX || heads > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (grid > INT32_MAX || heads * combine_blocks(p, Config::kHeadDim) > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_decode_kernel<Config>>(kShared)) return e;
   const bool dependent = waits_for_earlier_kernels(p.device.arch);
   const Launch launch{.grid = grid, .block = Config::kThreads, .shared = kShared, .dependent = dependent};
   if (auto e = launch_kernel(attention_decode_kernel<Config>, launch, stream, p)) return e;
-  return launch_kernel(combine_decode_kernel<Config::X>, {.grid = heads, .block = 128, .dependent = dependent}, stream,
-                       p, static_cast<int>(grid), Config::kHeadDim);
+  const Launch combine{
+      .grid = heads * combine_blocks(p, Config::kHeadDim), .block = kCombineThreads, .dependent = dependent};
+  return launch_kernel(combine_decode_kernel<Config::X>, combine, stream, p, static_cast<int>(grid), Config::kHeadDim);
 }
 
 }  // namespace

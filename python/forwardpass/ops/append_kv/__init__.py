@@ -110,6 +110,5 @@ def _fake(*args: object) -> None:
 
 
 OPERATION = Operation(
-    append_kv, _check, reference.append_kv, _fake, ("triton", "cpu"),
-    writes=("k_cache", "v_cache", "k_scale", "v_scale"),
-)  # fmt: skip
+    append_kv, _check, reference.append_kv, _fake, writes=("k_cache", "v_cache", "k_scale", "v_scale")
+)
