@@ -46,7 +46,12 @@ struct Pipeline : PipelineState<Stages> {
   // The producer: waits until the stage is empty and announces `bytes` to its full barrier, which is returned for the
   // TMA loads.
   __device__ uint32_t acquire(int bytes) const {
-    await(empty(this->stage), this->parity ^ 1);
+    wait_empty();
+    return announce(bytes);
+  }
+  // The same in two steps: what the thread writes between them is for the consumers too.
+  __device__ void wait_empty() const { await(empty(this->stage), this->parity ^ 1); }
+  __device__ uint32_t announce(int bytes) const {
     ptx::mbarrier_arrive_expect_tx(full(this->stage), bytes);
     return full(this->stage);
   }
