@@ -13,6 +13,23 @@ __device__ inline int thread_in_group() { return threadIdx.x % 4; }
 __device__ inline int accumulator_row(int e) { return group_id() + e / 2 * 8; }
 __device__ inline int accumulator_column(int e) { return thread_in_group() * 2 + e % 2; }
 
+// Transposes 4 x 4 words that the four lanes of a group have: word i of lane t is then what word t of lane i was.
+template <int kCount>
+__device__ inline void transpose_in_group(uint32_t (&x)[kCount][4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & bit) continue;
+        const bool upper = threadIdx.x & bit;
+        uint32_t &low = x[k][i], &high = x[k][i + bit];
+        const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? low : high, bit);
+        (upper ? low : high) = received;
+      }
+}
+
 // A warp's accumulators: kTilesM by kTilesN tiles of an mma m16n8, kStepM rows from one to the next below. Of a wgmma
 // m64nN each warp of the warpgroup has sixteen rows in the same layout; kStepM is 64 there.
 template <class T, int kTilesM_, int kTilesN_, int kStepM = 16>

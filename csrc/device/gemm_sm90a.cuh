@@ -145,7 +145,7 @@ __device__ inline void producer(const WgmmaArguments& p, typename Config::Shared
       }
       int part = schedule.rank;  // of b
       do {
-        if (Config::kPasses > 1) pipeline.await_empty(part);
+        if (Config::kPasses > 1) pipeline.wait_empty(part);
 #pragma unroll
         for (int box = 0; box < Config::kBoxes; ++box) {
           const uint32_t b = ptx::shared_address(stage.b[box][part * share]);

@@ -47,11 +47,15 @@ struct Pipeline : PipelineState<Stages> {
   // The producer: waits until the stage's first part is empty and announces `bytes`, of all parts, to its full barrier,
   // which is returned for the TMA loads.
   __device__ uint32_t acquire(int bytes) const {
-    await_empty(0);
+    wait_empty();
+    return announce(bytes);
+  }
+  // The same in two steps: what the thread writes between them is for the consumers too.
+  __device__ void wait_empty(int part = 0) const { await(empty(this->stage, part), this->parity ^ 1); }
+  __device__ uint32_t announce(int bytes) const {
     ptx::mbarrier_arrive_expect_tx(full(this->stage), bytes);
     return full(this->stage);
   }
-  __device__ void await_empty(int part) const { await(empty(this->stage, part), this->parity ^ 1); }
   // The consumers: a warp waits until the stage is full, and arrives at its empty barrier once it has read it.
   __device__ void wait_full() const { await(full(this->stage), this->parity); }
   __device__ void release(int stage) const { ptx::mbarrier_arrive(empty(stage), threadIdx.x % 32 == 0); }

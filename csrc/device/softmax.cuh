@@ -78,9 +78,9 @@ struct OnlineSoftmax {
       }
     return __any_sync(0xffffffff, grown);
   }
-  // After all keys: the output accumulators have to be multiplied by `factor`, and `lse` is the natural logarithm of
-  // the denominator. sink: one more score, in units of log2(e). A row without keys has factor 0.
-  __device__ void finish(float sink, RowValues<kTilesM>& factor, RowValues<kTilesM>& lse) const {
+  // After all keys: the output accumulators have to be multiplied by `factor`; sum is the whole row's, times 2^-max.
+  // sink: one more score, in units of log2(e). A row without keys has factor 0.
+  __device__ void finish(float sink, RowValues<kTilesM>& factor) {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
@@ -91,9 +91,11 @@ struct OnlineSoftmax {
         const float row_max = fmaxf(max[i][half], sink), base = row_max == -INFINITY ? 0 : row_max,
                     keys = ptx::ex2(max[i][half] - base), all = fmaf(total, keys, ptx::ex2(sink - base));
         factor[i][half] = all == 0 ? 0 : __fdividef(keys, all);
-        lse[i][half] = (base + log2f(all)) * kLn2;
+        max[i][half] = base, sum[i][half] = all;
       }
   }
+  // Then: the natural logarithm of a row's denominator.
+  __device__ float lse(int i, int half) const { return (max[i][half] + log2f(sum[i][half])) * kLn2; }
 };
 
 }  // namespace forwardpass

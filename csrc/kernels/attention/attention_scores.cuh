@@ -15,74 +15,164 @@ using RowOf = T[Scores::kTilesM][2];
 template <class Scores>
 class ScoreModifiers {
  public:
+  // What of a mask of 8 or 16 bits a thread loads for a block of keys, four words at a time.
+  using MaskWords = RowOf<Scores, uint32_t[(Scores::kTilesN + 3) / 4][4]>;
+
   // first_row: the warp's, in its sequence.
-  __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row)
-      : p_(p), last_key_(t.keys - 1) {
+  __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row) : p_(p), keys_(t.keys) {
     slope_ = p.alibi_slopes ? p.alibi_slopes[t.batch * p.alibi_batch_stride + t.head] * kLog2e : 0;
+    const AttentionMask& m = p.mask;
+    const unsigned size = m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
+    const auto address = reinterpret_cast<uintptr_t>(m.data);
+    vectors_ = m.column == 1 && (static_cast<unsigned>(m.batch | m.head | m.row | t.keys) * size | address) % 16 == 0;
 #pragma unroll
     for (int i = 0; i < Scores::kTilesM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = min(first_row + Scores::row(i, 2 * half), t.rows - 1);
         position_[i][half] = t.position(row);
-        mask_[i][half] = t.batch * p.mask.batch + t.head * p.mask.head + row * p.mask.row;
+        mask_[i][half] = static_cast<const char*>(m.data) + (t.batch * m.batch + t.head * m.head + row * m.row) * size;
       }
   }
+  // Begins to load the mask of a block of keys, before there are scores, as loads take long. What is not read in
+  // vectors, and float32, which would take 64 registers, is loaded when it is needed.
+  __device__ void load(MaskWords& words, int first_key) const {
+    if (!vectors_) return;
+    if (p_.mask.kind == AttentionMaskKind::boolean)
+      load_vectors<uint8_t>(words, first_key);
+    else if (p_.mask.kind == AttentionMaskKind::f16 || p_.mask.kind == AttentionMaskKind::bf16)
+      load_vectors<uint16_t>(words, first_key);
+  }
   // first_key: of this thread's first column.
-  __device__ void operator()(Scores& s, int first_key) const {
+  __device__ void operator()(Scores& s, MaskWords& words, int first_key) const {
     if (p_.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + exp(2 x)), exact to 2^-22 of the cap
       const float twice = 2 * p_.softcap * kLog2e, cap = p_.softcap * kLog2e, x = p_.scale * 2 * kLog2e / p_.softcap;
-      each(s, first_key, [&](float& v, int, int, int) { v = cap - __fdividef(twice, 1 + ptx::ex2(v * x)); });
+      s.for_each([&](float& v, int, int, int) { v = cap - __fdividef(twice, 1 + ptx::ex2(v * x)); });
     } else {
       const float scale = p_.scale * kLog2e;
-      each(s, first_key, [&](float& v, int, int, int) { v *= scale; });
+      s.for_each([&](float& v, int, int, int) { v *= scale; });
     }
     if (p_.alibi_slopes)
-      each(s, first_key, [&](float& v, int i, int half, int key) {
-        v = fmaf(-slope_, fabsf(static_cast<float>(position_[i][half] - key)), v);
+      s.for_each([&](float& v, int i, int j, int e) {
+        v = fmaf(-slope_, fabsf(static_cast<float>(position_[i][e / 2] - (first_key + j * 8 + e % 2))), v);
       });
     switch (p_.mask.kind) {
       case AttentionMaskKind::none:
         break;
       case AttentionMaskKind::boolean:
-        masked<uint8_t>(s, first_key, [](float v, uint8_t m) { return m ? v : -INFINITY; });
+        masked<uint8_t>(s, words, first_key,
+                        [](float v, uint32_t word, int shift) { return word & 0xffu << shift ? v : -INFINITY; });
         break;
       case AttentionMaskKind::f16:
-        masked<__half>(s, first_key, add<__half>);
+        masked<uint16_t>(s, words, first_key, add<__half>);
         break;
       case AttentionMaskKind::bf16:
-        masked<__nv_bfloat16>(s, first_key, add<__nv_bfloat16>);
+        masked<uint16_t>(s, words, first_key, add<__nv_bfloat16>);
         break;
       case AttentionMaskKind::f32:
-        masked<float>(s, first_key, add<float>);
+        masked(s, first_key);
     }
   }
 
  private:
   template <class T>
-  __device__ static float add(float v, T m) {
-    return fmaf(to_float(m), kLog2e, v);
+  __device__ static float add(float v, uint32_t word, int shift) {
+    const auto bits = static_cast<uint16_t>(word >> shift);
+    return fmaf(to_float(*reinterpret_cast<const T*>(&bits)), kLog2e, v);
   }
-  // f(score, i, half, key): half is 0 in the upper eight rows of tile i, 1 in the lower ones
-  template <class F>
-  __device__ static void each(Scores& s, int first_key, F f) {
-    s.for_each([&](float& v, int i, int j, int e) { f(v, i, e / 2, first_key + j * 8 + e % 2); });
-  }
-  template <class T, class F>
-  __device__ void masked(Scores& s, int first_key, F f) const {
+  // An element of the mask. A key beyond the last one reads the last one's: its score is not used.
+  template <class T>
+  __device__ T element(int i, int half, int key) const {
     const int step = static_cast<int>(p_.mask.column * sizeof(T));  // 32 bits, so that an address is one multiply-add
-    each(s, first_key, [&](float& v, int i, int half, int key) {
-      // A key beyond the last one reads the last one's mask; its score is not used.
-      const auto row = reinterpret_cast<const char*>(static_cast<const T*>(p_.mask.data) + mask_[i][half]);
-      v = f(v, *reinterpret_cast<const T*>(row + int64_t{min(key, last_key_)} * step));
+    return *reinterpret_cast<const T*>(mask_[i][half] + int64_t{min(key, keys_ - 1)} * step);
+  }
+  // f(i, half) for each row of this thread
+  template <class F>
+  __device__ static void each_row(F f) {
+#pragma unroll
+    for (int i = 0; i < Scores::kTilesM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) f(i, half);
+  }
+  // A lane's scores are two columns of each tile of eight, but it loads 16 bytes of neighbours: one lane after the
+  // other those of one tile, or of two.
+  template <class T>
+  static constexpr int kTiles = 16 / sizeof(T) / 8;
+  template <class T>
+  static constexpr int kChunks = (Scores::kTilesN + kTiles<T> - 1) / kTiles<T>;
+
+  template <class T>
+  __device__ void load_vectors(MaskWords& words, int first_key) const {
+    each_row([&](int i, int half) {
+#pragma unroll
+      for (int k = 0; k < (kChunks<T> + 3) / 4; ++k) {
+        const int chunk = k * 4 + thread_in_group(), key = first_key - accumulator_column(0) + chunk * kTiles<T> * 8;
+        uint4 x{};
+        if (chunk < kChunks<T> && key < keys_)
+          x = *reinterpret_cast<const uint4*>(mask_[i][half] + key * int64_t{sizeof(T)});
+        words[i][half][k][0] = x.x, words[i][half][k][1] = x.y, words[i][half][k][2] = x.z, words[i][half][k][3] = x.w;
+      }
     });
+  }
+  // Adds the mask, whose elements are in `words` if they are read in vectors, by f(score, word, position of its bits).
+  template <class T, class F>
+  __device__ void masked(Scores& s, MaskWords& words, int first_key, F f) const {
+    constexpr int kBits = 8 * sizeof(T);
+    each_row([&](int i, int half) {
+      auto& x = words[i][half];
+      if (vectors_) {
+        if constexpr (kTiles<T> == 2) {  // a word for each lane: two bytes of either tile
+#pragma unroll
+          for (auto& w : x) {
+            const uint32_t tiles[2][2] = {{w[0], w[1]}, {w[2], w[3]}};
+#pragma unroll
+            for (int lane = 0; lane < 4; ++lane)
+              w[lane] = __byte_perm(tiles[0][lane / 2], tiles[1][lane / 2], lane % 2 ? 0x7632 : 0x5410);
+          }
+        }
+        transpose_in_group(x);
+      } else {
+#pragma unroll
+        for (int j = 0; j < Scores::kTilesN; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int chunk = j / kTiles<T>, shift = (j % kTiles<T> * 2 + e) * kBits;
+            const uint32_t bits = element<T>(i, half, first_key + j * 8 + e);
+            auto& word = x[chunk / 4][chunk % 4];
+            word = shift ? word | bits << shift : bits;
+          }
+      }
+    });
+    s.for_each([&](float& v, int i, int j, int e) {
+      const int chunk = j / kTiles<T>, shift = (j % kTiles<T> * 2 + e % 2) * kBits;
+      v = f(v, words[i][e / 2][chunk / 4][chunk % 4], shift);
+    });
+  }
+  // The same of float32.
+  __device__ void masked(Scores& s, int first_key) const {
+    if (vectors_)
+      each_row([&](int i, int half) {
+#pragma unroll
+        for (int j = 0; j < Scores::kTilesN; ++j) {
+          const int key = first_key + j * 8;
+          float2 m{};
+          if (key < keys_) m = *reinterpret_cast<const float2*>(mask_[i][half] + key * int64_t{sizeof(float)});
+          float &first = s[i][j][half * 2], &second = s[i][j][half * 2 + 1];
+          first = fmaf(m.x, kLog2e, first), second = fmaf(m.y, kLog2e, second);
+        }
+      });
+    else
+      s.for_each([&](float& v, int i, int j, int e) {
+        v = fmaf(element<float>(i, e / 2, first_key + j * 8 + e % 2), kLog2e, v);
+      });
   }
 
   const AttentionParams& p_;
-  int last_key_;
-  float slope_;  // ALiBi's, in units of log2(e)
+  int keys_;
+  float slope_;   // ALiBi's, in units of log2(e)
+  bool vectors_;  // the mask's rows can be read 16 bytes at a time
   RowOf<Scores, int> position_;
-  RowOf<Scores, int64_t> mask_;  // offset of each row's first key, in elements
+  RowOf<Scores, const char*> mask_;  // each row's first key
 };
 
 // The keys that the causal mask and the window leave, for the rows of a thread.
@@ -110,7 +200,7 @@ struct RowBounds {
 
 // first_row: the warp's, in its sequence.
 template <class Scores>
-__device__ inline void store_lse(const RowValues<Scores::kTilesM>& lse, const AttentionParams& p,
+__device__ inline void store_lse(const OnlineSoftmax<Scores::kTilesM>& softmax, const AttentionParams& p,
                                  const AttentionTile& tile, int first_row) {
   if (!p.lse || thread_in_group() != 0) return;
 #pragma unroll
@@ -118,7 +208,7 @@ __device__ inline void store_lse(const RowValues<Scores::kTilesM>& lse, const At
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + Scores::row(i, 2 * half);
-      if (row < tile.rows) p.lse[tile.lse(p, row)] = lse[i][half];
+      if (row < tile.rows) p.lse[tile.lse(p, row)] = softmax.lse(i, half);
     }
 }
 

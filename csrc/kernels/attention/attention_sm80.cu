@@ -178,13 +178,15 @@ struct MmaAttentionMainloop {
       ptx::cp_async_wait<0>();
       __syncthreads();  // k has arrived for all warps, and all have read v
       copy_v.template copy<!decltype(masked)::value>(s.v, a.v_step, tile.keys - block * Config::kN, p.value_dim);
+      const int key = block * Config::kN + accumulator_column(0);
+      typename ScoreModifiers<Scores>::MaskWords mask;
+      if (Config::kModified) ScoreModifiers<Scores>(p, tile, first_row()).load(mask, key);
       mma_q_k(scores);
       ptx::cp_async_wait<0>();
       __syncthreads();  // v has arrived, and all have read k
       copy_v.from -= a.v_back, copy_k.from -= a.k_back;
       if (block > blocks.begin) copy_k.template copy<true>(s.k, a.k_step, Config::kN, p.head_dim);
-      const int key = block * Config::kN + accumulator_column(0);
-      if (Config::kModified) ScoreModifiers<Scores>(p, tile, first_row())(scores, key);
+      if (Config::kModified) ScoreModifiers<Scores>(p, tile, first_row())(scores, mask, key);
       if (decltype(masked)::value) RowBounds<Scores>(p, tile, first_row())(scores, key);
       RowValues<Config::kTilesM> factor;
       if (softmax.update(scores, a.scale, factor)) rescale(o, factor);
@@ -261,13 +263,12 @@ struct MmaAttentionEpilogue {
   typename Config::SharedStorage& s;
   const int warp_row;  // this warp's first row in the tile
 
-  __device__ void operator()(const AttentionTile& tile, Output& o,
-                             const OnlineSoftmax<Config::kTilesM>& softmax) const {
-    RowValues<Config::kTilesM> factor, lse;
-    softmax.finish(sink_of(p, tile.head), factor, lse);
+  __device__ void operator()(const AttentionTile& tile, Output& o, OnlineSoftmax<Config::kTilesM>& softmax) const {
+    RowValues<Config::kTilesM> factor;
+    softmax.finish(sink_of(p, tile.head), factor);
     rescale(o, factor);
     store_rows(o, tile);
-    store_lse<Output>(lse, p, tile, tile.row + warp_row);
+    store_lse<Output>(softmax, p, tile, tile.row + warp_row);
   }
 
  private:

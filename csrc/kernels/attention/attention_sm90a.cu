@@ -1,6 +1,6 @@
 // attention on wgmma. Blocks are persistent: each computes tile after tile of 64 rows per consumer warpgroup. One
-// producer thread loads q, and block after block of keys and values, by TMA. A consumer's q k^T of the next block runs
-// while it computes the softmax of this one, and so does p v, which takes p from registers.
+// producer thread finds the tiles and loads q, and block after block of keys and values, by TMA. A consumer's q k^T of
+// the next block runs while it computes the softmax of this one, and so does p v, which takes p from registers.
 #include "device/dependent_launch.cuh"
 #include "device/pipeline.cuh"
 #include "device/shared_bytes.cuh"
@@ -28,6 +28,7 @@ constexpr WgmmaAttentionTile tile_of(AttentionInstance i) {
   // Shared memory binds: q and two stages fill it. Score modifiers need registers.
   if (i.value_dim == 256) return {.consumers = 2, .n = i.modified ? 64 : 80};
   if (i.value_dim == 192) return {.consumers = 2, .n = i.modified ? 80 : 112};
+  if (i.head_dim == 192 && i.modified) return {.consumers = 2, .n = 112};
   // At 64 columns there are enough registers for three consumer warpgroups, except with score modifiers; 160 keys would
   // spill 404 bytes.
   if (i.value_dim == 64 && !i.modified) return {.consumers = 3, .n = 128};
@@ -38,6 +39,15 @@ constexpr WgmmaAttentionTile tile_of(AttentionInstance i) {
 
 // Columns of 16 bits in a 128-byte swizzle atom.
 constexpr int kPanel = 64;
+// What a block may have.
+constexpr int kSharedBytes = 227 << 10;
+
+// A tile, as the producer tells the consumers of it: they have no time to divide.
+struct WgmmaAttentionWork {
+  AttentionTile tile;
+  KeyBlocks blocks;
+  bool exists;  // false: there are no more
+};
 
 template <class Config>
 struct WgmmaAttentionSchedule;
@@ -51,18 +61,26 @@ struct WgmmaAttentionConfig {
   static constexpr Dtype kDtype = kInstance.dtype;
   static constexpr int kHeadDim = kInstance.head_dim, kValueDim = kInstance.value_dim;
   static constexpr bool kModified = kInstance.modified;
-  static constexpr int kConsumers = kTile.consumers, kM = ptx::kWgmmaRows * kConsumers, kN = kTile.n, kStages = 2;
+  static constexpr int kConsumers = kTile.consumers, kM = ptx::kWgmmaRows * kConsumers, kN = kTile.n,
+                       kStages = kHeadDim == 64 ? 4 : 2;  // what shared memory holds
   static constexpr int kThreads = ptx::kWarpgroup * (1 + kConsumers);
   static constexpr int kPanelsD = (kHeadDim + kPanel - 1) / kPanel, kPanelsV = (kValueDim + kPanel - 1) / kPanel;
+  // Two stages of q, where shared memory holds them, so that the next tile's is there when this one ends.
+  static constexpr int kRowBytes = kPanel * sizeof(uint16_t), kBlockBytes = kN * (kPanelsD + kPanelsV) * kRowBytes,
+                       kQBytes = kM * kPanelsD * kRowBytes,
+                       kQStages = 2 * kQBytes + kStages * kBlockBytes <= kSharedBytes - 1024 ? 2 : 1;
   // At launch each thread has 168 registers with 384 threads, 128 with 512; setmaxnreg moves them from the producer to
   // the consumers.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32, kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  // Ping-pong: the warpgroups take turns at issuing wgmmas, so that one computes its softmax while the other's wgmmas
-  // run. With more columns the wgmmas take so long that they overlap anyway.
-  static constexpr bool kPingPong = kHeadDim <= 128;
+  // Ping-pong: two warpgroups take turns at issuing wgmmas, so that one computes its softmax while the other's wgmmas
+  // run. With more columns the wgmmas take so long that they overlap anyway. Three of 64 columns wait for the special
+  // functions as much as for the tensor cores: in turns, all three wait for the one whose softmax the schedulers serve
+  // last, and 16 x 1024 rows take 8 % longer (modelled; 4 % in turns from the youngest to the oldest).
+  static constexpr bool kPingPong = kHeadDim <= 128 && kConsumers == 2;
 
   using Schedule = WgmmaAttentionSchedule<WgmmaAttentionConfig>;
   using Pipeline = forwardpass::Pipeline<kStages>;
+  using QPipeline = forwardpass::Pipeline<kQStages>;
   using Scores = Fragments<float, 1, kN / 8>;
   using Output = Fragments<float, 1, kValueDim / 8>;
   using Mainloop = WgmmaAttentionMainloop<WgmmaAttentionConfig>;
@@ -75,11 +93,15 @@ struct WgmmaAttentionConfig {
   struct Value {
     Rows panel[kPanelsV][kN];
   };
+  struct Query {
+    Rows panel[kPanelsD][kM];
+  };
   struct SharedStorage {
-    Rows q[kPanelsD][kM];
+    Query q[kQStages];
     Key k[kStages];
     Value v[kStages];
-    PipelineBarriers<1> q_barriers;
+    WgmmaAttentionWork work[kQStages];  // whose q it is
+    PipelineBarriers<kQStages> q_barriers;
     PipelineBarriers<kStages> k_barriers, v_barriers;
   };
 };
@@ -158,10 +180,19 @@ struct WgmmaAttentionSchedule {
 
 template <class Config>
 __device__ inline void producer(const AttentionArguments& a, typename Config::SharedStorage& s) {
-  Pipeline<1> q(s.q_barriers);
+  typename Config::QPipeline q(s.q_barriers);
   typename Config::Pipeline k(s.k_barriers), v(s.v_barriers);
+  const auto announce = [&](const WgmmaAttentionWork& work, int bytes) {
+    q.wait_empty();
+    s.work[q.stage] = work;
+    return q.announce(bytes);
+  };
   typename Config::Schedule{a}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
-    if (blocks.end <= blocks.begin) return;
+    const bool any = blocks.end > blocks.begin;
+    const uint32_t q_full = announce({t, blocks, true}, any ? sizeof(typename Config::Query) : 0);
+    const int q_stage = q.stage;
+    q.advance();
+    if (!any) return;
     const bool varlen = a.p.cu_seqlens_q;
     const SequenceOrigin rows(a.p.q, varlen, t.batch, t.head, t.first_row, t.rows),
         k_keys(a.p.k, varlen, t.batch, t.kv_head(a.p), t.first_key, t.keys),
@@ -174,8 +205,7 @@ __device__ inline void producer(const AttentionArguments& a, typename Config::Sh
       v_keys.load(s.v[v.stage].panel, a.v, block * Config::kN, v.acquire(sizeof(typename Config::Value)));
       v.advance();
     };
-    rows.load(s.q, a.q, t.row, q.acquire(sizeof s.q));
-    q.advance();
+    rows.load(s.q[q_stage].panel, a.q, t.row, q_full);
     // in the order in which the consumers use them
     int block = blocks.end - 1;
     load_k(block);
@@ -185,6 +215,7 @@ __device__ inline void producer(const AttentionArguments& a, typename Config::Sh
     }
     load_v(block);
   });
+  announce({.exists = false}, 0);
 }
 
 // A consumer warpgroup's mainloop, with its side of the pipelines.
@@ -199,14 +230,14 @@ struct WgmmaAttentionMainloop {
   using Output = typename Config::Output;
   using Weights = uint32_t[Config::kN / 16][4];  // p, rounded to 16 bits: the first operand of p v
   const AttentionParams& p;
-  Pipeline<1> q;
+  typename Config::QPipeline q;
   typename Config::Pipeline k, v;
   uint32_t q_rows, k_rows, v_rows;  // low halves of the wgmma descriptors: of this warpgroup's rows; in the first stage
   int warpgroup;
 
   __device__ WgmmaAttentionMainloop(const AttentionParams& p, typename Config::SharedStorage& s, int warpgroup)
       : p(p), q(s.q_barriers), k(s.k_barriers), v(s.v_barriers), warpgroup(warpgroup) {
-    q_rows = uniform(ptx::descriptor(ptx::shared_address(s.q[0][warpgroup * ptx::kWgmmaRows])));
+    q_rows = uniform(ptx::descriptor(ptx::shared_address(s.q[0].panel[0][warpgroup * ptx::kWgmmaRows])));
     k_rows = uniform(ptx::descriptor(ptx::shared_address(s.k[0].panel)));
     v_rows = uniform(ptx::descriptor(ptx::shared_address(s.v[0].panel), Config::kN * kPanel * sizeof(uint16_t)));
   }
@@ -218,7 +249,7 @@ struct WgmmaAttentionMainloop {
     if (Config::kPingPong) ptx::barrier_arrive(kFirstTurn + (warpgroup + 1) % Config::kConsumers, kTurnThreads);
   }
 
-  // first_row: this warp's, in its sequence. The output has to be multiplied by what softmax.finish says.
+  // first_row: this warp's, in its sequence. The last p v runs on, until wait_output.
   __device__ void operator()(const AttentionTile& tile, const KeyBlocks& blocks, int first_row, Output& o,
                              OnlineSoftmax<1>& softmax) {
     const RowBounds<Scores> bounds(p, tile, first_row);
@@ -226,7 +257,7 @@ struct WgmmaAttentionMainloop {
     const float scale = Config::kModified ? 1 : p.scale * kLog2e;
     Weights weights;
     o.clear();
-    const auto attend = [&](int block, auto first, auto masked) {
+    const auto attend = [&](int block, auto first, bool masked) {
       constexpr bool kFirst = decltype(first)::value;
       Scores scores;
       mma_q_k(scores);
@@ -236,6 +267,9 @@ struct WgmmaAttentionMainloop {
         v.advance();
       }
       pass_turn();
+      const int first_key = block * Config::kN + accumulator_column(0);
+      typename ScoreModifiers<Scores>::MaskWords mask;
+      if (Config::kModified) modify.load(mask, first_key);
       const auto end_p_v = [&] {
         if (kFirst) return;
         ptx::wgmma_wait<0>();
@@ -246,12 +280,13 @@ struct WgmmaAttentionMainloop {
       ptx::wgmma_keep(scores[0]);
       k.release(k.stage);
       k.advance();
-      const int first_key = block * Config::kN + accumulator_column(0);
       if (Config::kModified) {
-        end_p_v();  // the registers of `weights` are needed
-        modify(scores, first_key);
+        // The registers of `weights` are needed: without this wait 968 bytes are spilled at 128 columns. Blocks of 96
+        // keys need no wait here; with them a bool mask was 7 % faster and one of 16 bits slower (modelled).
+        end_p_v();
+        modify(scores, mask, first_key);
       }
-      if (decltype(masked)::value) bounds(scores, first_key);
+      if (masked) bounds(scores, first_key);
       RowValues<1> factor;
       const bool grown = softmax.update(scores, scale, factor);
       ptx::wgmma_keep(scores[0]);
@@ -267,25 +302,31 @@ struct WgmmaAttentionMainloop {
     const int begin = uniform(blocks.begin), unmasked_begin = uniform(blocks.unmasked_begin),
               unmasked_end = uniform(blocks.unmasked_end);
     int block = uniform(blocks.end) - 1;
-    if (block < begin) return;
-    q.wait_full();
-    attend(block--, std::true_type{}, std::true_type{});
+    const bool any = block >= begin;
+    if (any) {
+      attend(block, std::true_type{}, block >= unmasked_end);
+      --block;
+    }
     // Masked blocks down to the first unmasked one, those, and masked ones again: two phases of one loop, so that the
     // code for a masked block exists once.
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
       const int stop = phase == 0 ? unmasked_end : begin;
 #pragma unroll 1
-      for (; block >= stop; --block) attend(block, std::false_type{}, std::true_type{});
+      for (; block >= stop; --block) attend(block, std::false_type{}, true);
       if (phase == 1) break;
 #pragma unroll 1
-      for (; block >= unmasked_begin; --block) attend(block, std::false_type{}, std::false_type{});
+      for (; block >= unmasked_begin; --block) attend(block, std::false_type{}, false);
     }
     q.release(q.stage);
     q.advance();
-    mma_p_v(o, weights);
+    if (any) mma_p_v(o, weights);
+  }
+  // After the mainloop. The output has then to be multiplied by what softmax.finish says.
+  __device__ void wait_output(const KeyBlocks& blocks, Output& o) {
     ptx::wgmma_wait<0>();
     ptx::wgmma_keep(o[0]);
+    if (blocks.end <= blocks.begin) return;
     v.release(v.stage);
     v.advance();
   }
@@ -295,11 +336,12 @@ struct WgmmaAttentionMainloop {
     k.wait_full();
     wait_turn();
     ptx::wgmma_fence();
-    const uint32_t rows = k_rows + k.stage * (sizeof(typename Config::Key) / ptx::kDescriptorUnit);
+    const uint32_t q_stage = q_rows + q.stage * (sizeof(typename Config::Query) / ptx::kDescriptorUnit),
+                   rows = k_rows + k.stage * (sizeof(typename Config::Key) / ptx::kDescriptorUnit);
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
       const int column = i % 4 * kStep, panel = i / 4 * kRow;
-      ptx::wgmma_k16<kDtype>(scores[0], q_rows + panel * Config::kM + column, rows + panel * Config::kN + column,
+      ptx::wgmma_k16<kDtype>(scores[0], q_stage + panel * Config::kM + column, rows + panel * Config::kN + column,
                              i > 0);
     }
     ptx::wgmma_commit();
@@ -320,41 +362,30 @@ struct WgmmaAttentionEpilogue {
   const AttentionParams& p;
 
   // first_row: this warp's, in its sequence.
-  __device__ void operator()(const AttentionTile& tile, int first_row, Output& o,
-                             const OnlineSoftmax<1>& softmax) const {
-    RowValues<1> factor, lse;
-    softmax.finish(sink_of(p, tile.head), factor, lse);
+  __device__ void operator()(const AttentionTile& tile, int first_row, Output& o, const RowValues<1>& factor) const {
     rescale(o, factor);
     store_rows(o, tile, first_row);
-    store_lse<Output>(lse, p, tile, first_row);
   }
 
  private:
   // Stores a tile's rows. The four lanes that share a row exchange their columns so that each has eight neighbouring
   // ones: 16 bytes.
   __device__ void store_rows(const Output& o, const AttentionTile& tile, int first_row) const {
-    const int lane = thread_in_group();
+    constexpr int kVectors = Output::kTilesN / 4;  // of eight columns, in a lane
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + Output::row(0, half * 2);
       const auto out = static_cast<uint16_t*>(p.out) + tile.out(p, min(row, tile.rows - 1));
+      uint32_t x[kVectors][4];
 #pragma unroll
-      for (int j = 0; j < Output::kTilesN; j += 4) {
-        uint32_t x[4];
+      for (int j = 0; j < Output::kTilesN; ++j)
+        x[j / 4][j % 4] = pack<Config::kDtype>(o[0][j][half * 2], o[0][j][half * 2 + 1]);
+      transpose_in_group(x);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = pack<Config::kDtype>(o[0][j + i][half * 2], o[0][j + i][half * 2 + 1]);
-#pragma unroll
-        for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (i & bit) continue;
-            uint32_t &low = x[i], &high = x[i + bit];
-            const uint32_t received = __shfl_xor_sync(0xffffffff, lane & bit ? low : high, bit);
-            (lane & bit ? low : high) = received;
-          }
-        const int column = (j + lane) * 8;
+      for (int i = 0; i < kVectors; ++i) {
+        const int column = (i * 4 + thread_in_group()) * 8;
         if (row < tile.rows && column < p.value_dim)
-          *reinterpret_cast<uint4*>(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
+          *reinterpret_cast<uint4*>(out + column) = make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
       }
     }
   }
@@ -365,14 +396,23 @@ __device__ inline void consumer(const AttentionArguments& a, typename Config::Sh
   typename Config::Mainloop mainloop(a.p, s, warpgroup);
   const typename Config::Epilogue epilogue{a.p};
   if (warpgroup == Config::kConsumers - 1) mainloop.pass_turn();
-  typename Config::Schedule{a}.for_each([&](const AttentionTile& tile, const KeyBlocks& blocks) {
+  for (;;) {
+    mainloop.q.wait_full();
+    const WgmmaAttentionWork work = s.work[mainloop.q.stage];
+    if (!work.exists) break;
+    const AttentionTile& tile = work.tile;
     const int first_row = tile.row + warpgroup * ptx::kWgmmaRows + threadIdx.x / 32 % 4 * 16;
     OnlineSoftmax<1> softmax;
     typename Config::Output o;
-    mainloop(tile, blocks, first_row, o, softmax);
-    epilogue(tile, first_row, o, softmax);
+    mainloop(tile, work.blocks, first_row, o, softmax);
+    RowValues<1> factor;
+    softmax.finish(sink_of(a.p, tile.head), factor);
+    store_lse<typename Config::Output>(softmax, a.p, tile, first_row);
     __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
-  });
+    mainloop.wait_output(work.blocks, o);
+    epilogue(tile, first_row, o, factor);
+    __syncwarp();
+  }
   if (warpgroup == 0) mainloop.wait_turn();  // takes the last pass, so that the barrier is left empty
 }
 
