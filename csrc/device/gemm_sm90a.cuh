@@ -11,6 +11,7 @@
 #include "device/pipeline.cuh"
 #include "device/ptx_sm90a.cuh"
 #include "device/shared_bytes.cuh"
+#include "device/swapped_epilogue.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
 #include "schedule/gemm_tile.cuh"
@@ -23,11 +24,22 @@ namespace forwardpass {
 struct WgmmaTile {
   int m, n;         // of the output, what a block computes
   int consumers_m;  // how the two consumer warpgroups divide it: 2 by rows, 1 by columns
-  int stages;       // of 128 bytes of a's K
+  int stages;
+  int stage_k = kScaleBlock;  // of K, in a stage; as many bytes of a's rows
 };
 
 template <class Config>
 struct QuantizingEpilogue;
+// The epilogue of a Config.
+template <class Config, bool kSwapAB>
+struct WgmmaEpilogue {
+  using type = std::conditional_t<Config::kTransposed, TransposedEpilogue<false>, QuantizingEpilogue<Config>>;
+};
+template <class Config>
+struct WgmmaEpilogue<Config, true> {  // outputs have the type of the operand of 16 bits
+  using type = std::conditional_t<(Config::kN < kChunkRows), TransposedEpilogue<true>,
+                                  SwappedEpilogue<Config::Element::X, Config::kTilesN>>;
+};
 
 // The schedule: f(tile) for one tile after the other, of a block in its cluster.
 template <class Config>
@@ -57,10 +69,13 @@ struct WgmmaConfig {
   // Of a consumer warpgroup: wgmmas below each other, 64 rows of the wgmma's a each; n8 tiles of its b.
   static constexpr int kTilesM = (kTransposed ? kConsumerN : kConsumerM) / 64,
                        kTilesN = (kTransposed ? kConsumerM : kConsumerN) / 8;
-  static constexpr int kStageK = 128, kSteps = kStageK / 32;  // a row of a stage is one 128-byte swizzle atom
+  static constexpr int kStageK = kTile.stage_k, kSteps = kStageK / 32;
   // At launch each of the 384 threads has 168 registers; setmaxnreg moves them: 128 * 24 + 256 * 240 are as many.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kBoxes = Element::kSizeB;  // of b in a stage, each as wide as the box of a
+  // A row of a box is one atom of the swizzle: of b, of which there may be several in a stage, 128 bytes; of a all that
+  // it has in a stage, 64 or 128.
+  static constexpr int kBoxBytes = 128, kBoxes = kStageK * Element::kSizeB / kBoxBytes;
+  static_assert(kStageK == 128 || kStageK == 64);
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
   // Its outputs in groups of 128 columns, all of which a tile has.
@@ -70,11 +85,10 @@ struct WgmmaConfig {
   using Pipeline = forwardpass::Pipeline<kStages>;
   using Accumulators = Fragments<Acc, kTilesM, kTilesN, 64>;
   using Mainloop = Mainloop_<WgmmaConfig>;
-  using Epilogue = std::conditional_t<kTransposed || Element::kSwapAB, TransposedEpilogue<Element::kSwapAB>,
-                                      QuantizingEpilogue<WgmmaConfig>>;
+  using Epilogue = typename WgmmaEpilogue<WgmmaConfig, Element::kSwapAB>::type;
 
   struct Stage {
-    uint8_t a[kM][kStageK], b[kBoxes][kN][kStageK];
+    uint8_t a[kM][kStageK], b[kBoxes][kN][kBoxBytes];
   };
   // The factors by which a stage's accumulators are promoted: one per row of a; for b two, those of gate and up, or of
   // the first and the second block of columns. TMA writes at multiples of 128 bytes, at least 16 bytes.
@@ -407,13 +421,14 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
                            .gated = gated,
                            .a_dtype = a.dtype,
                            .row_scale = scaled ? nullptr : p.blocks.b};
-  const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
+  const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows, int box_bytes) {
     const int64_t size = size_of(m.dtype);
     return encode_boxes(to, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, m.data, m.rows,
-                        m.columns, m.stride * size, box_rows, Config::kStageK / size, CU_TENSOR_MAP_SWIZZLE_128B);
+                        m.columns, m.stride * size, box_rows, box_bytes / size,
+                        box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   };
-  if (auto e = operand(arguments.a, a, Config::kM)) return e;
-  if (auto e = operand(arguments.b, b, Config::kN / cluster)) return e;
+  if (auto e = operand(arguments.a, a, Config::kM, Config::kStageK)) return e;
+  if (auto e = operand(arguments.b, b, Config::kN / cluster, Config::kBoxBytes)) return e;
   if (scaled) {
     const int64_t depth = ceil_div(p.a.columns, kScaleBlock), next = gated ? p.blocks.up_offset : depth,
                   count = gated ? 2 * next : depth * ceil_div(p.b.rows, kScaleBlock);
