@@ -11,6 +11,7 @@
 #include "device/pipeline.cuh"
 #include "device/ptx_sm90a.cuh"
 #include "device/shared_bytes.cuh"
+#include "device/swapped_epilogue.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
 #include "schedule/gemm_tile.cuh"
@@ -21,12 +22,23 @@ namespace forwardpass {
 // What a kernel's tile is made of. Its two consumer warpgroups have 64 rows each; a tile of fewer than 128 rows is
 // computed as its transpose: the 64 rows of a wgmma come from b, and the N of the instruction is all rows of a.
 struct WgmmaTile {
-  int m, n;    // of the output, what a block computes
-  int stages;  // of 128 bytes of a's K
+  int m, n;  // of the output, what a block computes
+  int stages;
+  int stage_k = kScaleBlock;  // of K, in a stage; as many bytes of a's rows
 };
 
 template <class Config>
 struct QuantizingEpilogue;
+// The epilogue of a Config.
+template <class Config, bool kSwapAB>
+struct WgmmaEpilogue {
+  using type = std::conditional_t<Config::kTransposed, TransposedEpilogue<false>, QuantizingEpilogue<Config>>;
+};
+template <class Config>
+struct WgmmaEpilogue<Config, true> {  // outputs have the type of the operand of 16 bits
+  using type = std::conditional_t<(Config::kN < kChunkRows), TransposedEpilogue<true>,
+                                  SwappedEpilogue<Config::Element::X, Config::kTilesN>>;
+};
 
 // The schedule: f(tile) for one tile after the other, of a block in its cluster.
 template <class Config>
@@ -58,10 +70,13 @@ struct WgmmaConfig {
   // registers for 64 partial accumulators beside 128, so that the columns are computed in two passes then.
   static constexpr int kTilesN = (kTransposed ? kConsumerM : kConsumerN) / 8,
                        kPasses = Element::kPromoted && kTilesN == 32 ? 2 : 1, kPassTiles = kTilesN / kPasses;
-  static constexpr int kStageK = 128, kSteps = kStageK / 32;  // a row of a stage is one 128-byte swizzle atom
+  static constexpr int kStageK = kTile.stage_k, kSteps = kStageK / 32;
   // At launch each of the 384 threads has 168 registers; setmaxnreg moves them: 128 * 24 + 256 * 240 are as many.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kBoxes = Element::kSizeB;  // of b in a stage, each as wide as the box of a
+  // A row of a box is one atom of the swizzle: of b, of which there may be several in a stage, 128 bytes; of a all that
+  // it has in a stage, 64 or 128.
+  static constexpr int kBoxBytes = 128, kBoxes = kStageK * Element::kSizeB / kBoxBytes;
+  static_assert(kStageK == 128 || kStageK == 64);
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
   // Its outputs in groups of 128 columns, all of which a tile has.
@@ -72,11 +87,10 @@ struct WgmmaConfig {
   using Pipeline = forwardpass::Pipeline<kStages, kPasses>;
   using Accumulators = Fragments<Acc, 1, kTilesN, ptx::kWgmmaRows>;
   using Mainloop = Mainloop_<WgmmaConfig>;
-  using Epilogue = std::conditional_t<kTransposed || Element::kSwapAB, TransposedEpilogue<Element::kSwapAB>,
-                                      QuantizingEpilogue<WgmmaConfig>>;
+  using Epilogue = typename WgmmaEpilogue<WgmmaConfig, Element::kSwapAB>::type;
 
   struct Stage {
-    uint8_t a[kM][kStageK], b[kBoxes][kN][kStageK];
+    uint8_t a[kM][kStageK], b[kBoxes][kN][kBoxBytes];
   };
   // The factors by which a stage's accumulators are promoted: one per row of a; for b two, those of gate and up, or of
   // the first and the second block of columns. TMA writes at multiples of 128 bytes, at least 16 bytes: room that the
@@ -454,13 +468,14 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
                            .gated = gated,
                            .a_dtype = a.dtype,
                            .row_scale = scaled ? nullptr : p.blocks.b};
-  const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows) {
+  const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows, int box_bytes) {
     const int64_t size = size_of(m.dtype);
     return encode_boxes(to, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, m.data, m.rows,
-                        m.columns, m.stride * size, box_rows, Config::kStageK / size, CU_TENSOR_MAP_SWIZZLE_128B);
+                        m.columns, m.stride * size, box_rows, box_bytes / size,
+                        box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   };
-  if (auto e = operand(arguments.a, a, Config::kM)) return e;
-  if (auto e = operand(arguments.b, b, Config::share_of_b(cluster))) return e;
+  if (auto e = operand(arguments.a, a, Config::kM, Config::kStageK)) return e;
+  if (auto e = operand(arguments.b, b, Config::share_of_b(cluster), Config::kBoxBytes)) return e;
   if (scaled) {
     const int64_t depth = ceil_div(p.a.columns, kScaleBlock), next = gated ? p.blocks.up_offset : depth,
                   count = gated ? 2 * next : depth * ceil_div(p.b.rows, kScaleBlock);

@@ -66,6 +66,13 @@ __device__ inline uint32_t load_shared_16(uint32_t address) {
   return value;
 }
 
+// 9.7.14.5.16 stmatrix, as stmatrix_x4, each matrix transposed
+__device__ inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&s)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(s[0]),
+               "r"(s[1]), "r"(s[2]), "r"(s[3])
+               : "memory");
+}
+
 // 9.7.9.25.5.2 cp.async.bulk.tensor: a box at (column, row) of a matrix to shared memory; zeros beyond the matrix
 __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {
   asm volatile(

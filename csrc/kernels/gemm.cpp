@@ -10,27 +10,31 @@
 namespace forwardpass {
 namespace {
 
-// A kernel's time, relative to others with as many rows per tile: rounds of tiles over the multiprocessors, times what
-// a tile takes. Its epilogue is about ten clocks a column on an H100 (modelled).
+// Rows of a tile for which the tensor cores bind. Below, the weight's bytes do (64 rows do 128 operations per byte; an
+// A100 does 312 per byte of its memory's bandwidth, an L40S 850, an H100 590; unmeasured).
+constexpr int kBoundByTensorCores = 128;
+
+// A kernel's time, relative to others': rounds of tiles over the multiprocessors, times what a tile takes. Its epilogue
+// is about ten clocks for 128 outputs on an H100 (modelled).
 int64_t relative_time(const GemmKernel& k, const GemmShape& s, const Device& d) {
-  const int64_t stage = k.stage_clocks ? k.stage_clocks : 4 * k.tile_n,
-                tile = ceil_div(s.k, kScaleBlock) * stage + 10 * k.tile_n;
+  const int64_t outputs = k.tile_m * k.tile_n, stage = k.stage_clocks ? k.stage_clocks : outputs / 32,
+                tile = ceil_div(s.k, kScaleBlock) * stage + outputs * 10 / 128;
   return ceil_div(ceil_div(s.m, k.tile_m) * ceil_div(s.n, k.tile_n), d.sms) * tile;
 }
 
 // Whether a is preferred to b.
 bool preferred(const GemmKernel& a, const GemmKernel& b, const GemmShape& s, const Device& d) {
-  // The tile with the fewest rows that hold M or, if none does, with the most. Below 128 rows the weight's bytes bind,
-  // not the tensor cores (64 rows do 128 operations per byte; an A100 does 312 per byte of its memory's bandwidth, an
-  // L40S 850, an H100 590; unmeasured). But a tile's rows of a go through shared memory even if they are zeros:
-  // modelled on an H100, int8 16 x 1024 x 1024 takes 1.68 us in tiles of 128 rows, 0.58 in tiles of 16.
-  if (a.tile_m != b.tile_m) return std::min(a.tile_m, b.tile_m) >= s.m ? a.tile_m < b.tile_m : a.tile_m > b.tile_m;
+  // The tile with the fewest rows that hold M or, if none does, one for which the tensor cores bind. A tile's rows of a
+  // go through shared memory even if they are zeros: modelled on an H100, int8 16 x 1024 x 1024 takes 1.68 us in tiles
+  // of 128 rows, 0.58 in tiles of 16.
+  const int rows_a = std::min(a.tile_m, kBoundByTensorCores), rows_b = std::min(b.tile_m, kBoundByTensorCores);
+  if (rows_a != rows_b) return std::min(rows_a, rows_b) >= s.m ? rows_a < rows_b : rows_a > rows_b;
   if (a.arch.number != b.arch.number) return a.arch.number > b.arch.number;
   // 128 x 256 reads 48 bytes a clock from L2, 32 in clusters of two; 128 x 128 reads 64 or 48. But of large tiles there
   // are fewer, and their last round may leave more of the multiprocessors idle: fp8 4096 x 24576 x 1536 in 24 rounds of
   // 256 columns, or in 47 of 128, which are fewer columns and 11 % slower.
   const int64_t of_a = relative_time(a, s, d), of_b = relative_time(b, s, d);
-  return of_a != of_b ? of_a < of_b : a.tile_n > b.tile_n;
+  return of_a != of_b ? of_a < of_b : a.tile_m * a.tile_n > b.tile_m * b.tile_n;
 }
 
 KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& d) {

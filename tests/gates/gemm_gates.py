@@ -51,7 +51,9 @@ LOOPS = [
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=128\b", r"", None, PING_PONG),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, WgmmaTile\{m=128, n=256\b", r"", 420, BLOCKS_WIDE),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, WgmmaTile\{m=128, n=128\b", r"", None, BLOCKS),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16>, WgmmaTile\{m=128, n=128\b", r"", 800, None),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16, false>, WgmmaTile\{m=128, n=256\b", r"", 350, None),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16, true>, WgmmaTile\{m=128, n=256\b", r"", 950, None),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16, true>, WgmmaTile\{m=128, n=128\b", r"", 800, None),
     Loop(r"gemm_(mma|wgmma)_kernel|gemv_kernel", r"", None, None),
 ]
 
@@ -97,7 +99,7 @@ def claims(name: str) -> Claims | None:
         return Claims(threads, tile["stages"], (tile["m"] + tile["n"]) * tile["stage_k"], tile["blocks_per_sm"])
     if "WgmmaTile{" in name:
         b_size = 2 if "Upconverted" in name else 1
-        return Claims(3 * 128, tile["stages"], (tile["m"] + tile["n"] * b_size) * 128, 1)
+        return Claims(3 * 128, tile["stages"], (tile["m"] + tile["n"] * b_size) * tile["stage_k"], 1)
     if "W8a16Tile{" in name:
         warps = tile["n"] // 32 * max(1, tile["m"] // 64)
         return Claims(32 * warps, tile["stages"], (2 * tile["m"] + tile["n"]) * 128, tile["blocks_per_sm"])

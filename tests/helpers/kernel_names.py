@@ -21,7 +21,7 @@ def fields(struct: str) -> list[str]:
     bodies = set(re.findall(rf"^struct {struct} {{\n(.*?)^}};", _sources(), re.M | re.S))
     if len(bodies) != 1:
         raise ValueError(f"csrc declares {len(bodies)} structs {struct}, one was expected")
-    declarations = re.findall(r"^ +\w+ ([\w, ]+);", bodies.pop(), re.M)
+    declarations = re.findall(r"^ +\w+ ([\w, ]+)(?: = \w+)?;", bodies.pop(), re.M)
     return [name for declaration in declarations for name in declaration.split(", ")]
 
 

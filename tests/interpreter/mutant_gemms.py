@@ -163,10 +163,17 @@ CUDA = {
                                                   (70, 40, 1100, "block", None), (1153, 130, 16, "tensor", None))),
     ),
     "w8a16_wgmma_128x16": Instance(
-        ("sm_90a",), "Upconverted<bf16>, WgmmaTile{m=128, n=16,", upconverted(torch.bfloat16, 9, 16), clusters=1,
+        ("sm_90a",), "Upconverted<bf16, true>, WgmmaTile{m=128, n=16,", upconverted(torch.bfloat16, 9, 16), clusters=1,
     ),
     "w8a16_wgmma_128x128": Instance(
-        ("sm_90a",), "Upconverted<f16>, WgmmaTile{m=128, n=128,", upconverted(torch.float16, 70, 200), clusters=1,
+        ("sm_90a",), "Upconverted<f16, true>, WgmmaTile{m=128, n=128,", upconverted(torch.float16, 70, 200), clusters=1,
+    ),
+    "w8a16_wgmma_128x256": Instance(
+        ("sm_90a",), "Upconverted<f16, false>, WgmmaTile{m=128, n=256,",
+        tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
+              for w in (torch.int8, E4M3)
+              for m, n, k, scales, activation in ((50 * 256, 200, 700, "column", None), (100 * 256, 112, 40, "tensor", "silu_mul"),
+                                                  (100 * 256 - 3, 123, 40, "column", "relu"))), clusters=1, tiles=3,
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",

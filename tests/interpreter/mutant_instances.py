@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import struct
 import sys
@@ -56,7 +57,9 @@ def instance_launches(instance, arch):
                 if instance.kernel in readable_name(launch.kernel):
                     launches.append(launch)
                     if instance.tiles:
-                        make_fewer(launch, case.n, instance.columns, instance.tiles)
+                        # swap-AB: the tile's columns are rows of x
+                        columns = math.prod(case.lead) if hasattr(case, "lead") else case.n
+                        make_fewer(launch, columns, instance.columns, instance.tiles)
             recorded.clear()
     torch.use_deterministic_algorithms(False)
     launches = [launch for launch in launches if (launch.kernel, launch.ptx) == (launches[0].kernel, launches[0].ptx)]

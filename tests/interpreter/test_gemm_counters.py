@@ -26,6 +26,8 @@ def variants():
         if "linear" not in name:  # the same kernels
             yield from ((name, o) for o in options.values())
     yield from (("w8a16_gemm", {**o, **HALF}) for o in gemm.OPERATIONS["w8a16_gemm"].values())
+    # of block scales there is a kernel of its own, of either weight
+    yield from (("w8a16_gemm", {"scales": "block", **dtype}) for dtype in ({}, HALF))
 
 
 @dataclasses.dataclass

@@ -19,8 +19,10 @@ pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 #: alone; more than 16, of which the last cluster has one too many; 128 x 256 and more of them than multiprocessors; 128 x 192,
 #: of which every second one begins inside a block of scales
 SHAPES = ((100, 130, 4100), (257, 520, 1), (300, 640, 130), (2176, 300, 130), (1700, 4600, 130), (1400, 2100, 300))
-#: of w8a16_gemm, whose product is made transposed: for each height of tile the same of N, and parts of the depth
-WEIGHTS = ((16, 130, 4100), (9, 300, 130), (64, 2176, 130), (50, 260, 1), (300, 640, 130), (1700, 2600, 130))
+#: of w8a16_gemm, whose product is made transposed: for each height of tile the same of N, and parts of the depth; the last
+#: three in tiles of 256 rows
+WEIGHTS = ((16, 130, 4100), (9, 300, 130), (64, 2176, 130), (50, 260, 1), (300, 640, 130), (1700, 2600, 130),
+           (2100, 1100, 130), (2090, 1230, 700), (5100, 1270, 70))  # fmt: skip
 BF16 = EpilogueCase(out_dtype=torch.bfloat16)
 FP8 = [
     *(fp8_gemm.Case(*shape, BF16, blocks=blocks) for shape in SHAPES for blocks in (False, True)),

@@ -67,6 +67,9 @@ def select(op, device, m, n, k, group=0):
         ("fp8_gemm", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0),
         ("w8a16_gemm", H100, (64, 512, 4096), 90, (64, 128), 16, 2),  # four tiles beside each other: two clusters
         ("w8a16_gemm", H100, (64, 384, 4096), 90, (64, 128), 16, 1),  # three
+        ("w8a16_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2),  # 128 tiles are one round, as 64 would be
+        ("w8a16_gemm", H100, (2048, 4096, 4096), 90, (256, 128), 1, 2),
+        ("w8a16_gemm", H100, (1280, 4096, 4096), 90, (128, 128), 1, 2),  # three rounds, not two of twice the rows
     ],
 )
 def test_by_hand(op, device, shape, arch, tile, splits, cluster):

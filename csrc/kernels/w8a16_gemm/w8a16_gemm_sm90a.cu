@@ -7,11 +7,14 @@
 // tensor cores. So loads are of two bytes, 32 for the 64 elements that a lane has of a stage; four loads of 16 bytes
 // would need 16 shuffles and 48 selections and permutations.
 //
-// A stage of 128 x 128 takes the tensor cores 1024 clocks. For it a consumer warp issues 198 instructions (e4m3 to
-// fp16), 263 (int8 to fp16), 294 (e4m3 to bf16) or 295 (int8 to bf16), and a scheduler has two such warps. Static
-// counts, nvcc 13.0. Shared memory is what binds: 48 KB written, 64 KB read by wgmma, and 16 KB by loads that use half
-// of its width, 1152 clocks. (A tile of 256 rows of x would need 960, and 128 more registers, which only accumulators
-// without promotion leave.)
+// Shared memory binds, at 128 bytes a clock. Of 128 x 256, 64 of K take the tensor cores 1024 clocks, and it 960: 40 KB
+// written by TMA, 64 KB read by wgmma, and 8 KB by loads that use half of its width. (Of 128 x 128 it was 576 of 512; a
+// weight that is upconverted into shared memory would take 1152 of 1024, as it is written and read once more.)
+//
+// For these 1024 clocks a consumer warp issues 79 instructions (e4m3 to fp16), 112 (int8 to fp16), 127 (e4m3 to bf16)
+// or 128 (int8 to bf16), and with block scales 230 to 280; a scheduler has two such warps. Static counts, nvcc 13.0.
+// Modelled on an H100 at 1600 MHz, 2048 x 4096 x 4096, int8 to bf16: 750 TFLOP/s, with block scales 650; in tiles of
+// 128 x 128 it was 591 and 582.
 #include "device/dispatch.h"
 #include "device/gemm_sm90a.cuh"
 #include "device/swizzled_rows.cuh"
@@ -21,22 +24,26 @@
 
 namespace forwardpass {
 
-// a: the 8-bit weight, upconverted to X; b: x.
-template <Dtype X_>
+// a: the 8-bit weight, upconverted to X; b: x. kBlockScaled: there may be block scales. Of 128 x 256 a kernel for both
+// has too few registers, and ptxas serialises its wgmmas.
+template <Dtype X_, bool kBlockScaled_>
 struct Upconverted {
   static constexpr Dtype X = X_;
   using Acc = float;
   static constexpr Dtype kAcc = Dtype::f32;
   static constexpr int kSizeB = size_of(X);
-  static constexpr bool kSwapAB = true, kPromoted = false;
+  static constexpr bool kSwapAB = true, kPromoted = false, kBlockScaled = kBlockScaled_;
 };
 
-// Every 128 of K the partial accumulators are added to a second set, times the weight's scale of that block if it has
-// block scales. One half of a stage is upconverted while the wgmmas of the other half run.
+// One half of a stage is upconverted while the wgmmas of the other half run. With block scales each stage's products
+// are added to the accumulators in fp32, times the scales of their block: those of 128 rows of x at a time, as
+// registers allow, while the other warpgroup's wgmmas run.
 template <class Config>
 struct UpconvertingMainloop {
+  static_assert(Config::kConsumersM == Config::kConsumers);
   static constexpr Dtype X = Config::Element::X;
   static constexpr int kHalf = Config::kStageK / 2, kSteps = kHalf / 16;
+  static constexpr int kPartTiles = Config::kTilesN < 16 ? Config::kTilesN : 16, kParts = Config::kTilesN / kPartTiles;
   using Operand = uint32_t[kSteps][4];  // the first one of half a stage's wgmmas
   const WgmmaArguments& p;
   ConsumerPipeline<Config> pipeline;
@@ -55,6 +62,7 @@ struct UpconvertingMainloop {
   template <class F>
   __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
     begin_epilogue();
+    acc.clear();
     if (p.a_dtype == Dtype::i8)
       multiply<Dtype::i8>(tile, acc);
     else
@@ -62,6 +70,16 @@ struct UpconvertingMainloop {
   }
 
  private:
+  template <Dtype W>
+  __device__ void multiply(const GemmTile& tile, typename Config::Accumulators& acc) {
+    Operand upconverted[2];
+    pipeline.wait_full();
+    upconvert_half<W>(upconverted[0], 0);
+    if constexpr (Config::Element::kBlockScaled)
+      multiply_blocks<W>(tile, acc, upconverted);
+    else
+      multiply_all<W>(tile, acc, upconverted);
+  }
   template <Dtype W>
   __device__ void upconvert_half(Operand& upconverted, int half) const {
     // The first operand's registers: two columns, of this row and of the row eight below; then eight columns further.
@@ -76,55 +94,89 @@ struct UpconvertingMainloop {
       upconverted[step][3] = upconvert<W, X>(ptx::load_shared_16<kBelow + kFurther>(from));
     }
   }
-  // One group of wgmmas: all rows of x by half a stage.
-  __device__ void mma(typename Config::Accumulators::Row& acc, const Operand& upconverted, int half, int stage) const {
-    constexpr int kBoxUnits = sizeof(Config::Stage::b[0]) / ptx::kDescriptorUnit;
-    const uint32_t from = x + stage * Config::kStageUnits + half * kBoxUnits;
+  // One group of wgmmas: kTiles * 8 rows of x, from part `part` on, by half a stage.
+  template <int kTiles>
+  __device__ void mma(float (&acc)[kTiles][4], const Operand& upconverted, int half, int stage, int part,
+                      bool accumulate) const {
+    const uint32_t rows =
+        x + stage * Config::kStageUnits + part * kTiles * 8 * Config::kBoxBytes / ptx::kDescriptorUnit;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      ptx::wgmma_k16<X>(acc, upconverted[step], from + step * 32 / ptx::kDescriptorUnit, half > 0 || step > 0);
+    for (int step = 0; step < kSteps; ++step) {
+      const int bytes = (half * kSteps + step) * 32, box = bytes / Config::kBoxBytes;
+      ptx::wgmma_k16<X>(
+          acc, upconverted[step],
+          rows + (box * int{sizeof(Config::Stage::b[0])} + bytes % Config::kBoxBytes) / ptx::kDescriptorUnit,
+          accumulate || step > 0);
+    }
     ptx::wgmma_commit();
   }
   template <Dtype W>
-  __device__ void multiply(const GemmTile& tile, typename Config::Accumulators& acc) {
-    const int64_t blocks = ceil_div(p.map.k, kScaleBlock), first = tile.row + row;
-    const float* scales[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      scales[i] =
-          p.row_scale ? p.row_scale + min(first + i * 8, p.out.columns - 1) * blocks + tile.k / kScaleBlock : nullptr;
-    acc.clear();
-    Operand upconverted[2];
-    pipeline.wait_full();
-    upconvert_half<W>(upconverted[0], 0);
+  __device__ void multiply_all(const GemmTile& tile, typename Config::Accumulators& acc, Operand (&upconverted)[2]) {
     const int slices = tile.slices(Config::kStageK);
+    int before = 0;
 #pragma unroll 1
     for (int i = 0; i < slices; ++i) {
       const int stage = pipeline.stage;
-      typename Config::Accumulators::Row partial;
-      mma(partial, upconverted[0], 0, stage);
+      mma(acc[0], upconverted[0], 0, stage, 0, true);
+      ptx::wgmma_wait<1>();
+      if (i > 0) pipeline.release(before);
       upconvert_half<W>(upconverted[1], 1);
-      mma(partial, upconverted[1], 1, stage);
-      const float scale[2] = {scales[0] ? scales[0][i] : 1, scales[1] ? scales[1][i] : 1};
+      mma(acc[0], upconverted[1], 1, stage, 0, true);
+      before = stage;
       pipeline.advance();
       if (i + 1 < slices) {
         pipeline.wait_full();
         ptx::wgmma_wait<1>();
         upconvert_half<W>(upconverted[0], 0);
       }
-      ptx::wgmma_wait<0>();
-      pipeline.release(stage);
+    }
+    ptx::wgmma_wait<0>();
+    pipeline.release(before);
+  }
+  template <Dtype W>
+  __device__ void multiply_blocks(const GemmTile& tile, typename Config::Accumulators& acc, Operand (&upconverted)[2]) {
+    const int64_t blocks = ceil_div(p.map.k, kScaleBlock), first = tile.row + row;
+    const float* scales[2];
 #pragma unroll
-      for (int j = 0; j < Config::kTilesN; ++j)
+    for (int i = 0; i < 2; ++i)
+      scales[i] =
+          p.row_scale ? p.row_scale + min(first + i * 8, p.out.columns - 1) * blocks + tile.k / kScaleBlock : nullptr;
+    const int slices = tile.slices(Config::kStageK);
+#pragma unroll 1
+    for (int i = 0; i < slices; ++i) {
+      const int stage = pipeline.stage, block = i * Config::kStageK / kScaleBlock;
+      const float scale[2] = {scales[0] ? scales[0][block] : 1, scales[1] ? scales[1][block] : 1};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[0][j][e] = fmaf(partial[j][e], scale[e / 2], acc[0][j][e]);
+      for (int part = 0; part < kParts; ++part) {
+        float partial[kPartTiles][4];
+        mma(partial, upconverted[0], 0, stage, part, false);
+        if (part == 0) upconvert_half<W>(upconverted[1], 1);
+        mma(partial, upconverted[1], 1, stage, part, true);
+        if (part == kParts - 1) {
+          pipeline.advance();
+          if (i + 1 < slices) {
+            pipeline.wait_full();
+            ptx::wgmma_wait<1>();
+            upconvert_half<W>(upconverted[0], 0);
+          }
+        }
+        ptx::wgmma_wait<0>();
+        if (part == kParts - 1) pipeline.release(stage);
+#pragma unroll
+        for (int j = 0; j < kPartTiles; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& sum = acc[0][part * kPartTiles + j][e];
+            sum = fmaf(partial[j][e], scale[e / 2], sum);
+          }
+      }
     }
   }
 };
 
-template <Dtype X, WgmmaTile kTile>
-using UpconvertedConfig = WgmmaConfig<Upconverted<X>, kTile, UpconvertingMainloop>;
+template <Dtype X, WgmmaTile kTile, bool kBlockScaled = true>
+using UpconvertedConfig = WgmmaConfig<Upconverted<X, kBlockScaled>, kTile, UpconvertingMainloop>;
 
 // Memory binds: 112 KB of the weight are in flight.
 template <Dtype X>
@@ -135,6 +187,14 @@ using Tile128x64 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 64, .stages = 6
 // that are available.
 template <Dtype X>
 using Tile128x128 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 128, .stages = 4}>;
+// Shared memory has room for five stages of 64 of K, of which four, 160 KB, are in flight; two of 128 would be all. In
+// clusters of two a block reads 24 bytes a clock from L2.
+template <Dtype X, bool kBlockScaled>
+using Tile128x256 = UpconvertedConfig<X, WgmmaTile{.m = 128, .n = 256, .stages = 5, .stage_k = 64}, kBlockScaled>;
+template <Dtype X>
+using Tile128x256Blocks = Tile128x256<X, true>;
+template <Dtype X>
+using Tile128x256Plain = Tile128x256<X, false>;
 
 namespace {
 
@@ -142,16 +202,20 @@ template <template <Dtype> class Tile>
 cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
   return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch_gemm_wgmma<Tile<X()>>(p, stream); });
 }
+cudaError_t launch_128x256(const GemmParams& p, cudaStream_t stream) {
+  return p.blocks.b ? launch<Tile128x256Blocks>(p, stream) : launch<Tile128x256Plain>(p, stream);
+}
 // The tile's rows are the output's columns; a cluster shares the rows of x.
 template <template <Dtype> class Tile>
-constexpr GemmKernel row() {
+constexpr GemmKernel row(cudaError_t (*launcher)(const GemmParams&, cudaStream_t) = launch<Tile>) {
   return {.arch = sm_90a,
           .tile_m = Tile<Dtype::f16>::kN,
           .tile_n = Tile<Dtype::f16>::kM,
           .cluster = Cluster::along_n,
-          .launch = launch<Tile>};
+          .launch = launcher};
 }
-const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile128x64>(), row<Tile128x16>()};
+const GemmKernel kernels[] = {row<Tile128x256Plain>(launch_128x256), row<Tile128x128>(), row<Tile128x64>(),
+                              row<Tile128x16>()};
 const GemmKernels<W8a16GemmParams> registered(kernels);
 
 }  // namespace
