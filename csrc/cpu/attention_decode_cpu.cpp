@@ -1,10 +1,11 @@
 // A few rows against all keys of their sequence: what binds is reading the cache once.
 //
 // An item is one head of the cache and kSplitKeys keys of a sequence; all query heads that share the head are its rows.
-// Tiles of kTileKeys keys become words (words.h) in a buffer that stays in the caches, and rows are multiplied with
-// them R at a time. Items leave their sums to a workspace, and a second pass adds those of a sequence in order: which
-// keys an item has depends on the sequence alone, so that bits depend neither on the number of threads nor on the
-// batch.
+// Tiles of kTileKeys keys become words (words.h) in a buffer that stays in L2, those of up to kTogether heads at once,
+// as they lie side by side in memory: head by head, reads of 128 bytes a kilobyte apart waited for memory three
+// quarters of the time. Rows are multiplied with a tile R at a time. Items leave their sums to a workspace, and a
+// second pass adds those of a sequence in order: which keys an item has depends on the sequence alone, so that bits
+// depend neither on the number of threads nor on the batch.
 //
 // Scores are computed for R rows and w = lanes / R keys a vector: a product's lane r * w + t is of row r and of every
 // w-th word of a key from the t-th on, so that no lane is idle whatever R is. `fold` adds the w lanes of w keys at
@@ -24,7 +25,8 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kSplitKeys = 512;
-constexpr int kTileKeys = 64;
+constexpr int kTileKeys = 32;
+constexpr int64_t kTogether = 8;
 constexpr int64_t kColumnStep = 2 * kMostLanes;  // what columns are padded to: two vectors
 
 // Keys of one sequence, from the first that any of its rows sees.
@@ -54,7 +56,7 @@ struct Head {
 
   int64_t rows() const { return int64_t{p.heads / p.cache.heads} * p.rows; }
 
-  // Calls f(row, i) with the address of the i-th of n keys from `key` on, of a tensor of the cache.
+  // Calls f(row, i) with the address of the i-th of n keys from `key` on, of a tensor of the cache and this head.
   template <class Strides, class F>
   INLINE void for_each_key(const Strides& t, int64_t size, int64_t key, int n, F f) const {
     const KvCache& c = p.cache;
@@ -103,28 +105,34 @@ INLINE void copy_words(const char* row, int64_t columns, float* words) {
       });
 }
 
+// The tiles of `count` heads, the first one's given.
 template <class A, Dtype D, class V = typename A::V>
-INLINE void copy_tile(const Head& head, const Tile& tile) {
+INLINE void copy_tiles(const Head& head, const Tile* tiles, int64_t count) {
   constexpr int64_t kPanel = 2 * kLanes<V>, kDepth = kTileKeys / A::kElements;
   const KvCache& c = head.p.cache;
+  const Tile& tile = tiles[0];
   const int64_t columns = c.head_dim, words = words_of<A>(columns);
   head.for_each_key(c.k, size_of(D), tile.key, tile.n, [&](const char* row, int i) __attribute__((always_inline)) {
-    copy_words<A, D>(row, columns, tile.k + i * words);
+    for (int64_t h = 0; h < count; ++h)
+      copy_words<A, D>(row + h * c.k.head * size_of(D), columns, tiles[h].k + i * words);
   });
   const char* rows[kTileKeys];
   head.for_each_key(c.v, size_of(D), tile.key, tile.n, [&](const char* row, int i) { rows[i] = row; });
   for (int i = 0; i < tile.n; i += A::kElements)
-    for_each_vector<V>(
-        0, columns, VECTOR_BODY(&) {
-          V word = load<V, D>(rows[i], c, n);
-          if constexpr (A::kElements == 2) {
-            Uints<V> high{};  // what is missing is 0, as its probability is
-            if (i + 1 < tile.n) high = bits<Uints<V>>(load<V, D>(rows[i + 1], c, n)) & 0xffff0000;
-            word = bits<V>(bits<Uints<V>>(word) >> 16 | high);
-          }
-          const int64_t row = c / kPanel * kDepth + i / A::kElements;
-          store<Dtype::f32>(word, tile.v + row * kPanel, c % kPanel);
-        });
+    for (int64_t h = 0; h < count; ++h) {
+      const int64_t offset = h * c.v.head * size_of(D);
+      for_each_vector<V>(
+          0, columns, VECTOR_BODY(&) {
+            V word = load<V, D>(rows[i] + offset, c, n);
+            if constexpr (A::kElements == 2) {
+              Uints<V> high{};  // what is missing is 0, as its probability is
+              if (i + 1 < tile.n) high = bits<Uints<V>>(load<V, D>(rows[i + 1] + offset, c, n)) & 0xffff0000;
+              word = bits<V>(bits<Uints<V>>(word) >> 16 | high);
+            }
+            const int64_t row = c / kPanel * kDepth + i / A::kElements;
+            store<Dtype::f32>(word, tiles[h].v + row * kPanel, c % kPanel);
+          });
+    }
 }
 
 // Lane i of the result is lane f(i) of a and, behind it, b.
@@ -231,14 +239,16 @@ INLINE void attend(const Head& head, const Tile& tile, int64_t length, const flo
   constexpr auto kKeyOf = [](int i) { return i / R; };
   const AttentionDecodeParams& p = head.p;
   const int64_t words = words_of<A>(p.cache.head_dim);
-  const Ints<V> key_of_lane = lane_numbers<V>() / R;
   const int64_t place = length - p.rows;  // of each head's first row
   const bool masked = tile.key + tile.n - 1 > place || tile.key + p.left < length - 1 || tile.n % kN;
-  Ints<V> low{}, high{};
+  // A lane's keys by their middle and half their number, which is below 0 where there are none: g++ 12 makes scalars of
+  // two comparisons with the first and the last one.
+  alignas(64) float middle[kN], half[kN], slot[kN];
   for (int i = 0; masked && i < kN; ++i) {
     const int64_t row = place + (first + i % R) % p.rows - tile.key;
-    low[i] = static_cast<int>(std::clamp<int64_t>(row - p.left, 0, kTileKeys));
-    high[i] = static_cast<int>(std::clamp<int64_t>(row, -1, tile.n - 1));
+    const auto low = static_cast<float>(std::clamp<int64_t>(row - p.left, 0, kTileKeys)),
+               high = static_cast<float>(std::clamp<int64_t>(row, -1, tile.n - 1));
+    middle[i] = (high + low) / 2, half[i] = (high - low) / 2, slot[i] = static_cast<float>(i / R);
   }
   const float factor = p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e;
   V largest = splat<V>(-INFINITY);
@@ -260,8 +270,9 @@ INLINE void attend(const Head& head, const Tile& tile, int64_t length, const flo
       s *= permute<kKeyOf>(load<V, Dtype::f32>(tile.k_scale, first_key)) * factor;
       if (p.softcap > 0) s = tanh(s) * (p.softcap * kLog2e);
       if (masked) {
-        const Ints<V> j = key_of_lane + first_key;
-        s = (j >= low) & (j <= high) ? s : splat<V>(-INFINITY);
+        const V j = load<V, Dtype::f32>(slot, 0) + static_cast<float>(first_key);
+        const V distance = abs(j - load<V, Dtype::f32>(middle, 0));
+        s = select_less(load<V, Dtype::f32>(half, 0), distance, splat<V>(-INFINITY), s);
       }
       store<Dtype::f32>(s, tile.scores, first_key * R);
       largest = max(s, largest);
@@ -368,72 +379,89 @@ INLINE void with_cache_dtype(Dtype dtype, F f) {
 // What a thread works in.
 class Worker {
  public:
-  Worker(const AttentionDecodeParams& p, int64_t rows) : p_(p), pairs_(uses_pairs(p)), padded_rows_(rows) {
-    const int64_t columns = round_up(p.cache.head_dim, kColumnStep),
-                  scores = kTileKeys * std::max<int64_t>(rows, kMostLanes);
+  Worker(const AttentionDecodeParams& p, int64_t rows)
+      : p_(p), pairs_(uses_pairs(p)), padded_rows_(rows), together_(std::min<int64_t>(p.cache.heads, kTogether)) {
+    const int64_t columns = round_up(p.cache.head_dim, kColumnStep);
     const int64_t sizes[] = {kTileKeys * columns,
                              kTileKeys * columns,
                              kTileKeys + kMostLanes,
                              kTileKeys + kMostLanes,
-                             scores,
+                             kTileKeys * std::max<int64_t>(rows, kMostLanes),
                              rows * columns,
-                             columns,
-                             Sums::floats(rows, columns)};
-    int64_t total = 0;
-    for (int64_t n : sizes) total += round_up(n, kMostLanes);
+                             round_up(Sums::floats(rows, p.cache.head_dim), kMostLanes)};
+    int64_t total = columns;
+    for (int64_t n : sizes) total += together_ * n;
     memory_ = allocate(4 * total);
-    auto next = reinterpret_cast<float*>(memory_[0].bytes);
-    std::fill_n(next, total, 0.0f);  // words beyond a row's columns are multiplied
-    float** parts[] = {&tile_.k, &tile_.v, &tile_.k_scale, &tile_.v_scale, &tile_.scores, &q_, &row_, &sums_};
-    for (int i = 0; i < 8; ++i) *parts[i] = next, next += round_up(sizes[i], kMostLanes);
-  }
-
-  // Fills in the sums of the head's rows and of keys from `begin` to `end` of a sequence that is `length` long.
-  void run(const Head& head, int64_t begin, int64_t end, int64_t length, const Sums& sums) {
-    const int64_t columns = round_up(p_.cache.head_dim, kColumnStep);
-    std::fill_n(sums.values, padded_rows_ * columns, 0.0f);
-    std::fill_n(sums.maxima, padded_rows_, -INFINITY);
-    std::fill_n(sums.totals, padded_rows_, 0.0f);
-    with_arithmetic(pairs_, [&]<class A>(A) __attribute__((always_inline)) {
-      with_rows<typename A::V>(
-          head.rows(), [&](auto rows) __attribute__((always_inline)) { arrange_rows<A, rows()>(head, row_, q_); });
-    });
-    for (tile_.key = begin; tile_.key < end; tile_.key += kTileKeys) {
-      tile_.n = static_cast<int>(std::min<int64_t>(kTileKeys, end - tile_.key));
-      head.copy_scales(p_.cache.k_scale, tile_.key, tile_.n, tile_.k_scale);
-      head.copy_scales(p_.cache.v_scale, tile_.key, tile_.n, tile_.v_scale);
-      copy(head);
-      attend_all(head, length, sums);
+    row_ = reinterpret_cast<float*>(memory_[0].bytes);
+    std::fill_n(row_, total, 0.0f);  // words beyond a row's columns are multiplied
+    float* next = row_ + columns;
+    for (int64_t h = 0; h < together_; ++h) {
+      float** parts[] = {&tiles_[h].k,      &tiles_[h].v, &tiles_[h].k_scale, &tiles_[h].v_scale,
+                         &tiles_[h].scores, &q_[h],       &sums_[h]};
+      for (int i = 0; i < 7; ++i) *parts[i] = next, next += sizes[i];
     }
   }
 
-  Sums own_sums() const { return Sums(sums_, padded_rows_, p_.cache.head_dim); }
+  // Heads that a call of `run` may have.
+  int64_t together() const { return together_; }
+
+  // Fills in the sums of `count` heads' rows, of keys from `begin` to `end` of a sequence that is `length` long.
+  void run(const Head& first, int64_t count, int64_t begin, int64_t end, int64_t length, const Sums* sums) {
+    const int64_t columns = round_up(p_.cache.head_dim, kColumnStep);
+    for (int64_t h = 0; h < count; ++h) {
+      std::fill_n(sums[h].values, padded_rows_ * columns, 0.0f);
+      std::fill_n(sums[h].maxima, padded_rows_, -INFINITY);
+      std::fill_n(sums[h].totals, padded_rows_, 0.0f);
+      arrange({p_, first.batch, first.head + h}, q_[h]);
+    }
+    for (int64_t key = begin; key < end; key += kTileKeys) {
+      for (int64_t h = 0; h < count; ++h) {
+        tiles_[h].key = key, tiles_[h].n = static_cast<int>(std::min<int64_t>(kTileKeys, end - key));
+        const Head head{p_, first.batch, first.head + h};
+        head.copy_scales(p_.cache.k_scale, key, tiles_[h].n, tiles_[h].k_scale);
+        head.copy_scales(p_.cache.v_scale, key, tiles_[h].n, tiles_[h].v_scale);
+      }
+      copy(first, count);
+      for (int64_t h = 0; h < count; ++h)
+        attend_all({p_, first.batch, first.head + h}, tiles_[h], length, q_[h], sums[h]);
+    }
+  }
+
+  Sums own_sums(int64_t h) const { return Sums(sums_[h], padded_rows_, p_.cache.head_dim); }
 
  private:
-  // Two functions, so that kernels of every dtype are not compiled with those for every number of rows.
-  __attribute__((noinline)) void copy(const Head& head) const {
+  // Functions apart, so that kernels of every dtype are not compiled with those for every number of rows.
+  __attribute__((noinline)) void arrange(const Head& head, float* q) const {
+    with_arithmetic(pairs_, [&]<class A>(A) __attribute__((always_inline)) {
+      with_rows<typename A::V>(
+          head.rows(), [&](auto rows) __attribute__((always_inline)) { arrange_rows<A, rows()>(head, row_, q); });
+    });
+  }
+  __attribute__((noinline)) void copy(const Head& first, int64_t count) const {
     with_arithmetic(pairs_, [&]<class A>(A) __attribute__((always_inline)) {
       with_cache_dtype<A>(p_.cache.dtype, [&](auto dtype) __attribute__((always_inline)) {
-        copy_tile<A, decltype(dtype)::value>(head, tile_);
+        copy_tiles<A, decltype(dtype)::value>(first, tiles_, count);
       });
     });
   }
-  __attribute__((noinline)) void attend_all(const Head& head, int64_t length, const Sums& sums) const {
+  __attribute__((noinline)) void attend_all(const Head& head, const Tile& tile, int64_t length, const float* q,
+                                            const Sums& sums) const {
     with_arithmetic(pairs_, [&]<class A>(A) __attribute__((always_inline)) {
       with_rows<typename A::V>(head.rows(), [&](auto rows) __attribute__((always_inline)) {
         constexpr int kRows = rows();
         for (int64_t first = 0; first < head.rows(); first += kRows)
-          attend<A, kRows>(head, tile_, length, q_ + first * words_of<A>(p_.cache.head_dim), first, sums);
+          attend<A, kRows>(head, tile, length, q + first * words_of<A>(p_.cache.head_dim), first, sums);
       });
     });
   }
 
   const AttentionDecodeParams& p_;
   const bool pairs_;
-  const int64_t padded_rows_;
+  const int64_t padded_rows_, together_;
   CacheLines memory_;
-  Tile tile_;
-  float *q_, *row_, *sums_;
+  float* row_;
+  Tile tiles_[kTogether];
+  float *q_[kTogether], *sums_[kTogether];
 };
 
 float sink_of(const AttentionDecodeParams& p, int64_t h) {
@@ -504,14 +532,16 @@ void attention_decode_cpu(const AttentionDecodeParams& p) {
   torch::stable::parallel_for(0, items, (1 << 16) / (work + 1) + 1, [&](int64_t first, int64_t last) {
     Worker worker(p, padded_rows);
     int64_t b = 0;
-    for (int64_t item = first; item < last; ++item) {
+    for (int64_t item = first, count; item < last; item += count) {
       while (b + 1 < p.cache.batch && sequences[b + 1].first_item <= item) ++b;
       const auto [begin, end, splits, first_item] = sequences[b];
-      const int64_t split = (item - first_item) / heads, key = begin + split * kSplitKeys;
-      const Head head{p, b, (item - first_item) % heads};
-      const Sums sums = splits == 1 ? worker.own_sums() : Sums(partial(item), padded_rows, columns);
-      worker.run(head, key, std::min(key + kSplitKeys, end), end, sums);
-      if (splits == 1) finish(head, sums.values, padded_rows, 1, 0);
+      const int64_t head = (item - first_item) % heads, key = begin + (item - first_item) / heads * kSplitKeys;
+      count = std::min({last - item, heads - head, worker.together()});
+      std::vector<Sums> sums;
+      for (int64_t h = 0; h < count; ++h)
+        sums.push_back(splits == 1 ? worker.own_sums(h) : Sums(partial(item + h), padded_rows, columns));
+      worker.run({p, b, head}, count, key, std::min(key + kSplitKeys, end), end, sums.data());
+      for (int64_t h = 0; splits == 1 && h < count; ++h) finish({p, b, head + h}, sums[h].values, padded_rows, 1, 0);
     }
   });
   if (most_splits == 1) return;
