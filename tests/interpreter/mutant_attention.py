@@ -39,6 +39,8 @@ def general(dtype, dim, below):
     masks = ("bool bhij", "dtype bhij", "float32 bhij", "dtype hj", "bool bj")
     return (
         *(Case((40, 767), (dim, dim), dtype, 2, (2, 1), window=(500, 30), mask=mask) for mask in masks),
+        # rows of a mask that are read 16 bytes at a time
+        *(Case((40, 752), (dim, dim), dtype, 1, (1, 1), window=(500, 30), mask=mask) for mask in masks[:3]),
         Case(
             (150, 90), (dim, dim), dtype, 2, (1, 1), softcap=8.0, lse=True, mask="dtype bij", sinks="dtype", alibi="h"
         ),

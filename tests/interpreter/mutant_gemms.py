@@ -33,6 +33,7 @@ GATED_FP16 = EpilogueCase(activation="silu_mul", out_dtype=torch.float16)
 GATED_FP32 = EpilogueCase(activation="silu_mul")
 #: whose accumulators are the outputs, with block scales
 BARE, BARE_FP16 = (EpilogueCase(bias=None, out_dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
+BARE_GATED = EpilogueCase(bias=None, activation="silu_mul", out_dtype=torch.bfloat16)
 ZERO_POINT = EpilogueCase(zero_point="row", a_scale="tensor", b_scale="tensor")
 
 
@@ -97,12 +98,14 @@ CUDA = {
     "fp8_blocks_mma_128x128": Instance(
         ("sm_89",), "E4m3Blocks, MmaTile{m=128, n=128,",
         mma(F8, 128, (5, 300, 14300), (1153, 290), F8(127, 272, 700, GATED, blocks=True),
-            F8(128, 256, 40, BARE, blocks=True), F8(123, 251, 40, BARE_FP16, blocks=True), blocks=True),
+            F8(128, 256, 40, BARE, blocks=True), F8(123, 251, 40, BARE_FP16, blocks=True),
+            F8(128, 256, 40, BARE_GATED, blocks=True), blocks=True),
     ),
     "fp8_blocks_mma_64x128": Instance(
         ("sm_89",), "E4m3Blocks, MmaTile{m=64, n=128,",
         mma(F8, 64, (5, 300, 14300), (40, 400), F8(60, 272, 700, GATED, blocks=True),
-            F8(64, 256, 40, BARE, blocks=True), F8(59, 251, 40, BARE_FP16, blocks=True), blocks=True),
+            F8(64, 256, 40, BARE, blocks=True), F8(59, 251, 40, BARE_FP16, blocks=True),
+            F8(64, 256, 40, BARE_GATED, blocks=True), blocks=True),
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=128,", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), clusters=1
@@ -121,7 +124,8 @@ CUDA = {
         ("sm_90a",), "E4m3, WgmmaTile{m=128, n=128,",
         (*wgmma(F8, 300, F8(100, 40, 1100, PLAIN)), *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
          F8(200, 300, 330, PLAIN, blocks=True, quantized=True),
-         F8(256, 256, 40, BARE, blocks=True), F8(251, 251, 40, BARE_FP16, blocks=True)),
+         F8(256, 256, 40, BARE, blocks=True), F8(251, 251, 40, BARE_FP16, blocks=True),
+         F8(256, 256, 40, BARE_GATED, blocks=True)),
         clusters=1,
     ),
     "fp8_wgmma_128x256": Instance(
@@ -129,8 +133,8 @@ CUDA = {
         (F8(200, 50 * 256, 40, PLAIN), F8(200, 50 * 256, 40, HALF), F8(203, 50 * 256 - 3, 40, FP16),
          F8(200, 50 * 256, 40, GATED), F8(203, 50 * 256, 40, GATED_FP16), F8(200, 50 * 256, 40, GATED_FP32),
          F8(100, 100 * 256, 40, PLAIN, blocks=True), F8(200, 50 * 256, 40, BARE, blocks=True),
-         F8(203, 50 * 256 - 3, 40, BARE_FP16, blocks=True),
-         F8(200, 50 * 256 - 3, 40, PLAIN, quantized=True),
+         F8(203, 50 * 256 - 3, 40, BARE_FP16, blocks=True), F8(200, 50 * 256, 40, BARE_GATED, blocks=True),
+         F8(200, 50 * 256 - 3, 40, PLAIN, quantized=True), F8(250, 592, 330, BARE_GATED, blocks=True, quantized=True),
          F8(250, 592, 330, GATED, blocks=True, quantized=True), F8(100, 592, 700, GATED, blocks=True, quantized=True)),
         clusters=1, tiles=3,
     ),

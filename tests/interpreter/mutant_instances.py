@@ -13,6 +13,7 @@ from mutant_launches import recording
 
 import forwardpass as fp
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.testing import poisoned_outputs
 
 
@@ -58,7 +59,7 @@ def instance_launches(instance, arch):
                     launches.append(launch)
                     if instance.tiles:
                         # swap-AB: the tile's columns are rows of x
-                        columns = math.prod(case.lead) if hasattr(case, "lead") else case.n
+                        columns = math.prod(case.lead) if isinstance(case, w8a16_gemm.Case) else case.n
                         make_fewer(launch, columns, instance.columns, instance.tiles)
             recorded.clear()
     torch.use_deterministic_algorithms(False)

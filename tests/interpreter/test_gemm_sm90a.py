@@ -55,6 +55,19 @@ def test_w8a16(shape, w_dtype, x_dtype, scales, seed):
     w8a16_gemm.assert_matches(got, args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 240, 40), (6700, 300, 40)], ids=str)
+def test_a_bias_of_each_type(shape, dtype):
+    """Added to what is the same without it."""
+    m, n, k = shape
+    case = w8a16_gemm.Case((m,), n, k, torch.float16, torch.int8, "column")
+    x, w, w_scale, bias, activation = case.arguments()
+    bias = bias.to(dtype)
+    with fp.interpret("sm_90a"), fp.use_backend("cuda"):
+        got = fp.ops.w8a16_gemm(x, w, w_scale, bias=bias, activation=activation)
+    w8a16_gemm.assert_matches(got, (x, w, w_scale, bias.float(), activation))
+
+
 @pytest.mark.parametrize("case", FP8, ids=str)
 def test_fp8(case, seed):
     got, args = interpreted(case, seed, "gemm_wgmma_kernel")

@@ -8,7 +8,9 @@
 //
 // 8-bit elements stay as they are in shared memory. What ldmatrix gives a lane of them is four neighbours of a row of
 // k, where the mma wants two pairs eight apart: which elements of a row meet is free as long as q has the same order.
-// Of v it gives two neighbours of two rows; they become two tiles, of even and of odd columns.
+// Of v it gives two neighbours of two rows; they become two tiles, of even and of odd columns. They are multiplied in
+// fp16 whatever q's dtype, which holds them exactly and takes fewer conversions: a row of q is divided by a power of
+// two that makes its largest element 1 to 2, so that what fp16 has no room for is 2^-24 of it.
 #include <type_traits>
 
 #include "device/dependent_launch.cuh"
@@ -24,9 +26,9 @@
 namespace forwardpass {
 
 // A slice: the sixteen keys of a block that are a warp's.
-template <Dtype X_, Dtype Cache_, int kHeadDim_>
+template <Dtype Cache_, int kHeadDim_>
 struct DecodeConfig {
-  static constexpr Dtype X = X_, Cache = Cache_;
+  static constexpr Dtype Cache = Cache_, X = size_of(Cache) == 1 ? Dtype::f16 : Cache;  // X: as it is multiplied
   static constexpr int kHeadDim = kHeadDim_, kSlice = 16;
   static constexpr bool k8Bit = size_of(Cache) == 1;
   static constexpr int kRowBytes = kHeadDim * size_of(Cache), kSliceBytes = kSlice * kRowBytes;
@@ -49,10 +51,10 @@ struct DecodeConfig {
       Stage stage[kWarps][kStages];
       Partial partial[kWarps];
     };
-    float k_scale[kWarps][kStages][kSlice],
-        v_scale[kWarps][kStages][kSlice];  // per token
-    uint32_t there[kWarps][kStages];       // a bit for each key that is
-    uint4 q[kHeadDim / 16][32];            // as fragments, a lane's four registers
+    float k_scale[kWarps][kStages][kSlice], v_scale[kWarps][kStages][kSlice];  // per token
+    float q_largest[kWarps][kDecodeRows];
+    uint32_t there[kWarps][kStages];  // a bit for each key that is
+    uint4 q[kHeadDim / 16][32];       // as fragments, a lane's four registers
   };
   // Thread blocks of a multiprocessor.
   static int blocks_per_sm(const Device& d) {
@@ -143,8 +145,7 @@ struct DecodeWarp {
   const int warp, head, row;  // kv head, and the first row of q
   Output o;
   OnlineSoftmax<1> softmax;
-  float k_scale, v_exponent = -126;  // v_scale per token: a power of two that no
-                                     // scale so far exceeds
+  float q_scale[2], v_exponent = -126;  // of this lane's rows; v_scale per token: a power of two above all so far
 
   __device__ DecodeWarp(const AttentionDecodeParams& p, typename Config::SharedStorage& s, const DecodePart& part)
       : p(p),
@@ -154,9 +155,11 @@ struct DecodeWarp {
         head(part.head / decode_groups(p)),
         row(part.head % decode_groups(p) * kDecodeRows) {
     o.clear();
-    k_scale = Config::k8Bit && !p.cache.k_scale.per_token ? p.cache.k_scale.data[head * p.cache.k_scale.head] : 1;
+    const bool one = Config::k8Bit && !p.cache.k_scale.per_token;
+    q_scale[0] = q_scale[1] = p.scale * kLog2e * (one ? p.cache.k_scale.data[head * p.cache.k_scale.head] : 1);
   }
-  // Two columns of a row, in the order of k's: of each sixteen, for 8-bit elements four neighbours a lane.
+  // Two columns of a row as they are in memory, in the order of k's: of each sixteen, for 8-bit elements four
+  // neighbours a lane.
   __device__ uint32_t load_q(int r, int step, int second) const {
     const int column =
         step * 16 + (Config::k8Bit ? thread_in_group() * 4 + second * 2 : accumulator_column(0) + second * 8);
@@ -178,10 +181,7 @@ struct DecodeWarp {
     };
 #pragma unroll 1
     for (int i = 0; i < Config::kStages - 1; ++i) copy_next(first + i * Config::kWarps, i);
-    for (int step = warp; step < Config::kHeadDim / 16; step += Config::kWarps) {
-      const auto q = [&](int i) { return load_q(row + accumulator_row(i % 2 * 2), step, i / 2); };
-      s.q[step][threadIdx.x % 32] = {q(0), q(1), q(2), q(3)};
-    }
+    place_q();
     __syncthreads();  // q is there
     int stage = 0, last = Config::kStages - 1;
 #pragma unroll 1
@@ -197,6 +197,59 @@ struct DecodeWarp {
   }
 
  private:
+  __device__ float2 q_floats(uint32_t pair) const {
+    return p.dtype == Dtype::bf16 ? __bfloat1622float2(pair_of<__nv_bfloat162>(pair))
+                                  : __half22float2(pair_of<__half2>(pair));
+  }
+  // q to shared memory, by all warps: each has some of the steps.
+  __device__ void place_q() {
+    constexpr int kSteps = Config::kHeadDim / 16 / Config::kWarps;
+    uint32_t pairs[kSteps][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        pairs[step][i] = load_q(row + accumulator_row(i % 2 * 2), step * Config::kWarps + warp, i / 2);
+    if constexpr (Config::k8Bit) {
+      float most[2] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = q_floats(pairs[step][i]);
+          most[i % 2] = fmaxf(most[i % 2], fmaxf(fabsf(pair.x), fabsf(pair.y)));
+        }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 1));
+        most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 2));
+        if (thread_in_group() == 0) s.q_largest[warp][accumulator_row(half * 2)] = most[half];
+      }
+      __syncthreads();
+      float smaller[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int w = 0; w < Config::kWarps; ++w)
+          most[half] = fmaxf(most[half], s.q_largest[w][accumulator_row(half * 2)]);
+        // the power of two below it, by its exponent's bits; of 0, denormal and infinite ones any will do
+        const uint32_t exponent = min(max(__float_as_uint(most[half]) >> 23, 2u), 252u);
+        smaller[half] = __uint_as_float((254 - exponent) << 23), q_scale[half] *= __uint_as_float(exponent << 23);
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = q_floats(pairs[step][i]);
+          pairs[step][i] = pack<X>(pair.x * smaller[i % 2], pair.y * smaller[i % 2]);
+        }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const auto& q = pairs[step];
+      s.q[step * Config::kWarps + warp][threadIdx.x % 32] = {q[0], q[1], q[2], q[3]};
+    }
+  }
   __device__ void attend(int index, int key) {
     const float *k_scales = s.k_scale[warp][index], *v_scales = s.v_scale[warp][index];
     Scores scores;
@@ -208,11 +261,10 @@ struct DecodeWarp {
 #pragma unroll
         for (int e = 0; e < 4; ++e) f(scores[0][j][e], e / 2, j * 8 + accumulator_column(e));
     };
-    const float scale = p.scale * kLog2e * k_scale;
     if (Config::k8Bit && p.cache.k_scale.per_token) {
-      each([&](float& v, int, int column) { v *= scale * k_scales[column]; });
+      each([&](float& v, int half, int column) { v *= q_scale[half] * k_scales[column]; });
     } else {
-      each([&](float& v, int, int) { v *= scale; });
+      each([&](float& v, int half, int) { v *= q_scale[half]; });
     }
     if (p.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + exp(2 x))
       const float cap = p.softcap * kLog2e, x = 2 / p.softcap;
@@ -298,7 +350,6 @@ struct DecodeWarp {
 };
 
 // From a part's or a head's sums to out.
-template <Dtype X>
 struct DecodeOutput {
   const AttentionDecodeParams& p;
   const int batch, head, row;
@@ -312,7 +363,8 @@ struct DecodeOutput {
     float sink = -INFINITY;
     if (p.sinks) {
       sink = p.sinks_dtype == Dtype::f32 ? static_cast<const float*>(p.sinks)[q_head(r)]
-                                         : to_float(static_cast<const cuda_t<X>*>(p.sinks)[q_head(r)]);
+             : p.dtype == Dtype::f16     ? to_float(static_cast<const __half*>(p.sinks)[q_head(r)])
+                                         : to_float(static_cast<const __nv_bfloat16*>(p.sinks)[q_head(r)]);
       sink *= kLog2e;
     }
     const float most = fmaxf(max, sink), base = most == -INFINITY ? 0 : most, keys = ptx::ex2(max - base),
@@ -325,7 +377,8 @@ struct DecodeOutput {
     if (!has(r) || column >= p.cache.head_dim) return;
     const int64_t out =
         ((int64_t{batch} * p.rows + (row + r) % p.rows) * p.heads + q_head(r)) * p.cache.head_dim + column;
-    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out) = pack<X>(low, high);
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out) =
+        p.dtype == Dtype::f16 ? pack<Dtype::f16>(low, high) : pack<Dtype::bf16>(low, high);
   }
 };
 
@@ -351,7 +404,7 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
     for (int e = 0; e < 4; ++e)
       partial.o[accumulator_row(e)][DecodeWarp<Config>::column(j, e)] = warp.o[0][j][e] * unit;
   __syncthreads();
-  const DecodeOutput<Config::X> output(p, part.batch, part.head);
+  const DecodeOutput output(p, part.batch, part.head);
   auto& to = reinterpret_cast<Partial*>(p.workspace)[slot];
 #pragma unroll 1
   for (int i = threadIdx.x; i < kDecodeRows * Config::kHeadDim / 2; i += Config::kThreads) {
@@ -435,7 +488,6 @@ HOST_DEVICE inline int combine_blocks(const AttentionDecodeParams& p, int column
   return (rows * columns / 2 + kCombineThreads - 1) / kCombineThreads;
 }
 
-template <Dtype X>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks, int columns) {
   ptx::wait_for_earlier_kernels();
@@ -455,7 +507,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count() - 1, shares);
     first = 2 * of_first + 1, next = 2 * of_first + 2, step = 2, parts = static_cast<int>(of_last - of_first) + 1;
   }
-  const DecodeOutput<X> output(p, batch, head);
+  const DecodeOutput output(p, batch, head);
   const int i = blockIdx.x % per_head * kCombineThreads + threadIdx.x, r = i / (columns / 2),
             column = i % (columns / 2) * 2, lane = threadIdx.x % 32;
   if (parts == 1 || r >= kDecodeRows || !output.has(r)) return;  // of a single part the result is in out already
@@ -497,14 +549,9 @@ int64_t grid_of(const AttentionDecodeParams& p) {
 }
 template <class F>
 cudaError_t with_config(const AttentionDecodeParams& p, F f) {
-  return dispatch<Dtype::f16, Dtype::bf16>(p.dtype, [&](auto X) {
-    const auto dims = [&](auto C) {
-      // One for 64 would save instructions, which do not bind; bytes beyond the head dim are not read.
-      if (p.cache.head_dim <= 128) return f(DecodeConfig<X(), C(), 128>());
-      return f(DecodeConfig<X(), C(), 256>());
-    };
-    if (p.cache.dtype == p.dtype) return dims(X);
-    return dispatch<Dtype::i8, Dtype::e4m3>(p.cache.dtype, dims);
+  return dispatch<Dtype::f16, Dtype::bf16, Dtype::i8, Dtype::e4m3>(p.cache.dtype, [&](auto C) {
+    // One for 64 would save instructions, which do not bind; bytes beyond the head dim are not read.
+    return p.cache.head_dim <= 128 ? f(DecodeConfig<C(), 128>()) : f(DecodeConfig<C(), 256>());
   });
 }
 template <class Config>
@@ -518,7 +565,7 @@ cudaError_t launch_decode(const AttentionDecodeParams& p, cudaStream_t stream) {
   if (auto e = launch_kernel(attention_decode_kernel<Config>, launch, stream, p)) return e;
   const Launch combine{
       .grid = heads * combine_blocks(p, Config::kHeadDim), .block = kCombineThreads, .dependent = dependent};
-  return launch_kernel(combine_decode_kernel<Config::X>, combine, stream, p, static_cast<int>(grid), Config::kHeadDim);
+  return launch_kernel(combine_decode_kernel, combine, stream, p, static_cast<int>(grid), Config::kHeadDim);
 }
 
 }  // namespace
