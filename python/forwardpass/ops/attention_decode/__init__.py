@@ -125,8 +125,8 @@ def _why_not_triton(q: Tensor, *options: Any) -> Reason | None:
 
 
 def _why_not_cuda(q: Tensor, *options: Any) -> Reason | None:
-    if reason := _why_not_triton(q) or not options:
-        return reason or None
+    if (reason := _why_not_triton(q)) or not options:
+        return reason
     for name, x in (("k_cache", options[0]), ("v_cache", options[1])):
         size = x.element_size()
         strides = [s for n, s in zip(x.shape[:-1], x.stride()) if n > 1]
