@@ -2,9 +2,10 @@
 // share a kv head are one tile of sixteen, so that each key is read once.
 //
 // Memory binds: 2 head_dim bytes of keys and as many of values, in 16 bits, take a multiprocessor of an H100 (14 bytes
-// a clock of its share) 37 clocks a key at head dim 128; a warp issues about 14 instructions a key. So what counts is
-// the bytes in flight. Each warp has keys, stages and softmax of its own: sixteen of each block of 64 keys, by
-// cp.async, with nothing to wait for but its own copies; the warps are combined where a part of a head ends.
+// a clock of its share) 37 clocks a key at head dim 128; a warp issues 39 instructions for it (PTX; 41 where it is
+// int8), ten clocks of four schedulers. So what counts is the bytes in flight. Each warp has keys, stages and softmax
+// of its own: sixteen of each block of 64 keys, by cp.async, with nothing to wait for but its own copies; the warps are
+// combined where a part of a head ends.
 //
 // 8-bit elements stay as they are in shared memory. What ldmatrix gives a lane of them is four neighbours of a row of
 // k, where the mma wants two pairs eight apart: which elements of a row meet is free as long as q has the same order.
