@@ -52,7 +52,7 @@ struct DecodeList {
   int64_t total = 0;  // key blocks
 
   __device__ explicit DecodeList(const AttentionDecodeParams& p) : p(p) {
-    each_batch([&](int, int64_t, int64_t all) {
+    each_batch([&](int, int64_t, int64_t, int64_t all) {
       total = all;
       return true;
     });
@@ -65,11 +65,8 @@ struct DecodeList {
   // The sequence that has `index`, or the one that follows all, and where its blocks begin.
   __device__ void find(int64_t index, int& batch, int64_t& begin) const {
     batch = p.cache.batch, begin = total;
-    each_batch([&](int first, int64_t before, int64_t all) {
+    each_batch([&](int first, int64_t count, int64_t end, int64_t all) {
       if (index >= all) return true;
-      const int lane = threadIdx.x % 32;
-      // of this lane's sequence: the end in the list
-      const int64_t count = blocks_of(first + lane), end = before + scan(count);
       const int owner = __ffs(__ballot_sync(0xffffffff, end > index)) - 1;
       batch = first + owner, begin = __shfl_sync(0xffffffff, end - count, owner);
       return false;
@@ -78,10 +75,9 @@ struct DecodeList {
   // Where a sequence's blocks begin.
   __device__ int64_t begin_of_batch(int batch) const {
     int64_t begin = 0;
-    each_batch([&](int first, int64_t before, int64_t) {
+    each_batch([&](int first, int64_t count, int64_t end, int64_t) {
       if (batch >= first + 32) return true;
-      const int64_t count = blocks_of(first + static_cast<int>(threadIdx.x % 32));
-      begin = __shfl_sync(0xffffffff, before + scan(count) - count, batch - first);
+      begin = __shfl_sync(0xffffffff, end - count, batch - first);
       return false;
     });
     return begin;
@@ -100,16 +96,16 @@ struct DecodeList {
     }
     return count;
   }
-  // f(first, before, all) for 32 sequences at a time, until it returns false: blocks of the sequences before these, and
-  // with these.
+  // f(first, count, end, all) for 32 sequences at a time, until it returns false: the blocks of this lane's sequence,
+  // and where they and those of all 32 end in the list.
   template <class F>
   __device__ void each_batch(F f) const {
     int64_t before = 0;
 #pragma unroll 1
     for (int first = 0; first < p.cache.batch; first += 32) {
-      const int64_t all =
-          before + __shfl_sync(0xffffffff, scan(blocks_of(first + static_cast<int>(threadIdx.x % 32))), 31);
-      if (!f(first, before, all)) return;
+      const int64_t count = blocks_of(first + static_cast<int>(threadIdx.x % 32)), end = before + scan(count),
+                    all = __shfl_sync(0xffffffff, end, 31);
+      if (!f(first, count, end, all)) return;
       before = all;
     }
   }

@@ -12,15 +12,12 @@
 // Of v it gives two neighbours of two rows; they become two tiles, of even and of odd columns. They are multiplied in
 // fp16 whatever q's dtype, which holds them exactly and takes fewer conversions: a row of q is divided by a power of
 // two that makes its largest element 1 to 2, so that what fp16 has no room for is 2^-24 of it.
-#include <type_traits>
-
 #include "device/dependent_launch.cuh"
 #include "device/dispatch.h"
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
 #include "device/swizzled_rows.cuh"
 #include "device/vec.cuh"
-#include "kernels/registry.h"
 #include "params/attention_decode.h"
 #include "schedule/decode_share.cuh"
 
@@ -85,9 +82,8 @@ struct SliceRows {
 template <class Config>
 struct SliceCopy {
   using Rows = SliceRows<Config::kRowBytes>;
-  static constexpr int kElementBytes = size_of(Config::Cache),
-                       kElements = 16 / kElementBytes;  // of a chunk
-  static constexpr int kAtOnce = Rows::kChunks < 32 ? 32 / Rows::kChunks : 1, kAcross = kAtOnce * Rows::kChunks / 32;
+  static constexpr int kElementBytes = size_of(Config::Cache), kElements = 16 / kElementBytes;  // of a chunk
+  static constexpr int kAtOnce = 32 / Rows::kChunks;                                            // rows
   const AttentionDecodeParams& p;
   const int batch, head, stored;  // keys of the sequence that there are
   int64_t first;                  // page of this lane's key, -1: none
@@ -123,7 +119,7 @@ struct SliceCopy {
     const auto data = static_cast<const uint8_t*>(t.data);
 #pragma unroll
     for (int r = 0; r < Config::kSlice; r += kAtOnce) {
-      const int in_slice = r + (Rows::kChunks < 32 ? lane / Rows::kChunks : 0);
+      const int in_slice = r + lane / Rows::kChunks;
       const int64_t offset = __shfl_sync(0xffffffff, begin, in_slice);
       const int chunk = lane % Rows::kChunks, column = chunk * kElements;
       const bool inside = offset >= 0 && column < p.cache.head_dim;
