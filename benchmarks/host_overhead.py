@@ -69,7 +69,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
     a_scale, b_scale, weight = torch.ones(M), torch.ones(N), torch.ones(K).bfloat16()
     q, kv = torch.randn(1, M, 8, 64).bfloat16(), torch.randn(1, M, 2, 64).bfloat16()
-    cache, length = kv.clone(), torch.full((1,), M, dtype=torch.int32)
+    cache, v_cache, length = kv.clone(), kv.clone(), torch.full((1,), M, dtype=torch.int32)
     acc, out = torch.ones(M, N, dtype=torch.int32), torch.bfloat16
     return {
         "quantize": lambda: ops.quantize(x, torch.int8),
@@ -86,7 +86,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "attention": lambda: ops.attention(q, kv, kv, causal=True),
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
         "attention_decode": lambda: ops.attention_decode(q[:, :1], kv, kv, length),
-        "append_kv": lambda: ops.append_kv(kv[:, :1], kv[:, :1], cache, cache, length),
+        "append_kv": lambda: ops.append_kv(kv[:, :1], kv[:, :1], cache, v_cache, length),
         **{name: module(name, x) for name in fp.nn.__all__ if getattr(getattr(fp.nn, name), "operation", None)},
     }
 

@@ -519,7 +519,7 @@ void attention_decode_cpu(const AttentionDecodeParams& p) {
       rows < kMostLanes ? std::bit_ceil(static_cast<uint64_t>(rows)) : round_up(rows, kMostLanes);
   int64_t items = 0, keys = 0, most_splits = 1;
   for (int64_t b = 0; b < p.cache.batch; ++b) {
-    const int64_t length = p.cache.seq_lens[b], begin = std::max<int64_t>(length - p.rows - p.left, 0);
+    const int64_t length = p.cache.seq_lens[b], begin = std::min<int64_t>(p.first_key(b), length);
     const int64_t splits = std::max<int64_t>((length - begin + kSplitKeys - 1) / kSplitKeys, 1);
     sequences[b] = {begin, length, splits, items};
     items += splits * heads, keys += length - begin;

@@ -9,7 +9,7 @@ namespace forwardpass {
 //
 //   s = scale q k k_scale;  softcap: s = softcap tanh(s / softcap)
 //
-// and the key is attended to if position - left <= j <= position. A row without keys gives 0.
+// and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0.
 struct AttentionDecodeParams {
   static constexpr const char* kLauncher = "forwardpass_attention_decode";
   AttentionTensor q;  // [batch, row, head, dim]
@@ -18,12 +18,20 @@ struct AttentionDecodeParams {
   int32_t heads, rows;
   float scale, softcap;  // softcap 0: none
   int32_t left;
-  const void* sinks;  // [heads], logits that enter the denominator only; or null
-  Dtype sinks_dtype;  // f32, or dtype
+  const void* sinks;       // [heads], logits that enter the denominator only; or null
+  Dtype sinks_dtype;       // f32, or dtype
+  const int32_t* leftpad;  // [batch], on the device; or null: 0
   KvCache cache;
   bool batch_invariant;  // how a sequence's keys are divided depends on the cache's shape only
   float* workspace;      // on a GPU, of forwardpass_attention_decode_workspace bytes
   Device device;         // that runs it; unused on a CPU
+
+  // The first key that any row of a sequence may attend to; none before it is read.
+  HOST_DEVICE int32_t first_key(int64_t sequence) const {
+    const int32_t length = cache.seq_lens[sequence], padding = leftpad ? leftpad[sequence] : 0;
+    const int32_t first = left >= length ? 0 : length - rows - left;
+    return first > padding ? first : padding > 0 ? padding : 0;
+  }
 };
 
 void attention_decode_cpu(const AttentionDecodeParams& p);

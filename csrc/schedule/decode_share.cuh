@@ -25,25 +25,24 @@ HOST_DEVICE inline int64_t invariant_parts(const AttentionDecodeParams& p) {
   return (p.cache.capacity() + kDecodeKeys * kInvariantBlocks - 1) / (kDecodeKeys * kInvariantBlocks);
 }
 
-// The keys that rows of a sequence may attend to, in whole blocks.
+// The keys that rows of a sequence may attend to, [first, stored), and in how many blocks.
 struct DecodeKeys {
   int length, stored;  // keys that there should be, and those that the cache has room for
-  int begin, end;      // of blocks
+  int first, count;
 
   __device__ DecodeKeys(const AttentionDecodeParams& p, int batch) {
     length = max(p.cache.seq_lens[batch], 0);
     stored = static_cast<int>(min(int64_t{length}, p.cache.capacity()));
-    const int first = p.left >= length ? 0 : max(length - p.rows - p.left, 0);
-    end = (stored + kDecodeKeys - 1) / kDecodeKeys, begin = min(first / kDecodeKeys, end);
+    first = min(p.first_key(batch), stored);
+    count = (stored - first + kDecodeKeys - 1) / kDecodeKeys;
   }
-  __device__ int count() const { return end - begin; }
 };
 
-// A part of a head's keys: blocks [begin, end) of all its keys.
+// A part of a head's keys: their blocks [begin, end).
 struct DecodePart {
   int batch, head, begin, end;
   DecodeKeys keys;
-  __device__ bool whole() const { return begin == keys.begin && end == keys.end; }
+  __device__ bool whole() const { return begin == 0 && end == keys.count; }
 };
 
 // The list, as a warp sees it.
@@ -85,7 +84,7 @@ struct DecodeList {
 
  private:
   __device__ int64_t blocks_of(int batch) const {
-    return batch < p.cache.batch ? int64_t{DecodeKeys(p, batch).count()} * decode_heads(p) : 0;
+    return batch < p.cache.batch ? int64_t{DecodeKeys(p, batch).count} * decode_heads(p) : 0;
   }
   // Sum over the lanes up to this one.
   __device__ static int64_t scan(int64_t count) {

@@ -11,6 +11,13 @@ void check_written(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.size(d) <= 1 || x.stride(d) != 0, "append_kv: ", name, " is expanded and cannot be written");
 }
 
+// Of one memory what is written of v would overwrite k.
+template <class T>
+void check_apart(const T& k, const T& v, const char* name) {
+  STD_TORCH_CHECK(!k.data || k.data != v.data || k.first != v.first || k.row != v.row || k.head != v.head,
+                  "append_kv: the ", name, " of k and v are the same memory");
+}
+
 AttentionTensor rotary(const Tensor& x, const Tensor& k, const Tensor& cos, const char* name) {
   const char* op = "append_kv";
   STD_TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(0) == k.size(0)) && x.size(1) == k.size(1) &&
@@ -40,6 +47,8 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
   STD_TORCH_CHECK(k.size(2) == p.cache.heads, op, ": k must have the heads of k_cache");
   check_written(k_cache, "k_cache"), check_written(v_cache, "v_cache");
   if (k_scale) check_written(*k_scale, "k_scale"), check_written(*v_scale, "v_scale");
+  check_apart(p.cache.k, p.cache.v, "caches");
+  if (p.cache.k_scale.per_token && p.cache.v_scale.per_token) check_apart(p.cache.k_scale, p.cache.v_scale, "scales");
   p.tokens = size32(k.size(1), op, "tokens");
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), op, ": cos and sin go together");
   if (cos) {
@@ -48,7 +57,7 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
     p.rotated = static_cast<int32_t>(cos->size(2));
   }
   if (backend == Backend::cpu) {
-    check_lengths(p.cache, p.tokens, op);
+    check_lengths(p.cache, [&](int64_t b) { return int64_t{p.cache.seq_lens[b]} - p.tokens; }, op);
   } else {
     p.device = device_of(backend, k);
   }

@@ -21,7 +21,8 @@ Tensor attention_decode(Backend backend, const Tensor& q, const Tensor& k_cache,
                         const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
                         const OptionalTensor& v_scale, std::optional<double> scale, std::optional<int64_t> window_left,
                         std::optional<int64_t> window_right, double softcap, const OptionalTensor& sinks,
-                        bool batch_invariant) {  // of the CPU's kernel no row depends on others
+                        bool batch_invariant,  // of the CPU's kernel no row depends on others
+                        const OptionalTensor& leftpad) {
   const char* op = "attention_decode";
   AttentionDecodeParams p{};
   p.q = new_rows(q, op, "q");
@@ -45,10 +46,13 @@ Tensor attention_decode(Backend backend, const Tensor& q, const Tensor& k_cache,
     p.sinks = vector<void>(sinks, p.heads, type, q, op, "sinks");
     p.sinks_dtype = dtype_of(type, op, "sinks");
   }
+  if (leftpad) p.leftpad = ints(leftpad, p.cache.batch, q, op, "leftpad");
   Tensor out = contiguous_rows(sizes_of(q), q.scalar_type(), q);
   p.out = out.mutable_data_ptr();
   if (backend == Backend::cpu) {
-    check_lengths(p.cache, window_left ? p.rows + *window_left : p.cache.capacity(), op);
+    for (int64_t b = 0; p.leftpad && b < p.cache.batch; ++b)
+      STD_TORCH_CHECK(p.leftpad[b] >= 0, op, ": leftpad must be at least 0, and of sequence ", b, " is ", p.leftpad[b]);
+    check_lengths(p.cache, [&](int64_t b) { return p.first_key(b); }, op);
     if (out.numel()) attention_decode_cpu(p);
     return out;
   }

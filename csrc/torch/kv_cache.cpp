@@ -1,7 +1,5 @@
 #include "torch/kv_cache.h"
 
-#include <algorithm>
-
 namespace forwardpass {
 namespace {
 
@@ -79,20 +77,6 @@ KvCache kv_cache(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, 
   c.table_stride = stride_of(t, 0);
   c.blocks = size32(t.size(1), op, "columns of block_table");
   return c;
-}
-
-void check_lengths(const KvCache& c, int64_t before, const char* op) {
-  for (int64_t b = 0; b < c.batch; ++b) {
-    const int64_t length = c.seq_lens[b];
-    STD_TORCH_CHECK(length >= 0 && length <= c.capacity(), op, ": seq_lens must be from 0 to ", c.capacity(),
-                    ", the cache's rows, and of sequence ", b, " is ", length);
-    if (!c.block_table) continue;
-    for (int64_t n = std::max<int64_t>(length - before, 0) / c.page; n * c.page < length; ++n) {
-      const int32_t page = c.block_table[b * c.table_stride + n];
-      STD_TORCH_CHECK(page >= 0 && page < c.pages, op, ": block_table must name pages below ", c.pages,
-                      " for what a sequence has, and entry ", n, " of sequence ", b, " is ", page);
-    }
-  }
 }
 
 }  // namespace forwardpass

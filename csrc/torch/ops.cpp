@@ -83,7 +83,7 @@ constexpr std::tuple kOps{
     Op<attention_decode>{
         "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, "
         "Tensor? k_scale, Tensor? v_scale, float? scale, int? window_left, int? window_right, float softcap, "
-        "Tensor? sinks, bool batch_invariant) -> Tensor"},
+        "Tensor? sinks, bool batch_invariant, Tensor? leftpad) -> Tensor"},
 
     Op<append_kv>{
         "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? block_table, "

@@ -73,7 +73,7 @@ Tensor attention_decode(Backend backend, const Tensor& q, const Tensor& k_cache,
                         const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
                         const OptionalTensor& v_scale, std::optional<double> scale, std::optional<int64_t> window_left,
                         std::optional<int64_t> window_right, double softcap, const OptionalTensor& sinks,
-                        bool batch_invariant);
+                        bool batch_invariant, const OptionalTensor& leftpad);
 
 void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,

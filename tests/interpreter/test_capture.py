@@ -46,7 +46,7 @@ CASES = [
     ("fp8_linear", fp8_linear.Case((5,), 33, 130)),
     ("attention", attention.Case((40, 70), causal=True)),
     ("attention", attention.Case((40, 70), causal=True, sinks="float32", lse=True, packed=True)),
-    ("attention_decode", attention_decode.Case((0, 300, 17), cache=torch.int8)),
+    ("attention_decode", attention_decode.Case((0, 300, 17), cache=torch.int8, leftpad=(0, 50, 20))),
     ("attention_decode", attention_decode.Case((0, 300, 17), 2, page=None, batch_invariant=True)),
     ("append_kv", append_kv.Case((0, 40, 17), 2, cache=torch.int8, rotary="whole")),
 ]
@@ -88,7 +88,8 @@ def bits(t):
 @pytest.mark.parametrize(("name", "case"), CASES, ids=str)
 def test_replay_is_a_call(name, case, arch):
     operation = dispatch.operations[getattr(case, "op", name)]
-    other = dataclasses.replace(case, lengths=case.lengths[::-1]) if name in ("attention_decode", "append_kv") else case
+    on_device = {"attention_decode": ("lengths", "leftpad"), "append_kv": ("lengths",)}.get(name, ())
+    other = dataclasses.replace(case, **{field: getattr(case, field)[::-1] for field in on_device})
     args, others = case.arguments(seed=0), other.arguments(seed=1)
     run = operation.runs["cuda"]
     written = [a for a, name in zip(args, operation.parameters) if name in operation.writes]

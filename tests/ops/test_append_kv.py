@@ -123,6 +123,7 @@ PAGES, TABLE = torch.zeros(3, 16, 2, 8), torch.tensor([[0, -1], [2, -1]], dtype=
 ONE = torch.ones(1)
 ROTARY = torch.ones(1, 1, 8)
 INT8 = CACHE.to(torch.int8)
+SCALE = torch.ones(2, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,10 @@ INT8 = CACHE.to(torch.int8)
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, None)}, TypeError, "sin of rotary must be a tensor"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, ROTARY[..., :7])}, ValueError, "an even number"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, ROTARY[..., :6])}, ValueError, "cos and sin of rotary must"),
+        ((K, K, CACHE, CACHE[:], LENGTHS), {}, ValueError, "k_cache and v_cache are the same memory, where v would overwrite k: "
+         "pass two tensors"),
+        ((K, K, INT8, INT8.clone(), LENGTHS), {"k_scale": SCALE, "v_scale": SCALE}, ValueError, "k_scale and v_scale are the same "
+         "memory"),
         ((K, K, INT8, INT8.clone(), LENGTHS), {"k_scale": ONE}, TypeError, "v_scale must be a float32 tensor for a cache"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS + 2), {}, ValueError, "seq_lens must be from 0 to 4, the rows of the cache, and of "
          "sequence 0 is 5"),
@@ -161,6 +166,8 @@ def test_lengths_are_looked_at_in_every_call():
             before = cache.clone()
             with pytest.raises(ValueError, match="of sequence 1 is -1"):
                 fp.ops.append_kv(2 * K, K, cache, cache.clone(), torch.tensor([3, -1], dtype=torch.int32))
+            with pytest.raises(ValueError, match="k_cache and v_cache are the same memory"):
+                fp.ops.append_kv(2 * K, K, cache, cache, lengths)
         assert_equal(cache, before)
 
 

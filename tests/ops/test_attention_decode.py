@@ -1,5 +1,6 @@
 """attention_decode: every backend is far closer to fp64 than the same maths in 16 bits, and reads what a sequence has alone."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_bits_of_triton_repeat():
 def alone(args, b):
     """The arguments of sequence b by itself."""
     table = args[4]
-    each = [a[b : b + 1] if isinstance(a, torch.Tensor) and i in (0, 3, 4) else a for i, a in enumerate(args)]
+    each = [a[b : b + 1] if isinstance(a, torch.Tensor) and i in (0, 3, 4, 13) else a for i, a in enumerate(args)]
     if table is None:
         each[1:3] = [a[b : b + 1] for a in args[1:3]]
         each[5:7] = [a[b : b + 1] if isinstance(a, torch.Tensor) and a.dim() == 3 else a for a in args[5:7]]
@@ -143,7 +144,9 @@ def alone(args, b):
 
 @pytest.mark.parametrize("page", [None, 16])
 def test_a_batch_invariant_row_is_that_of_its_own(backend, page):
-    case = cases.Case((1100, 3, 600), 2, 64, (4, 2), cache=torch.int8, page=page, batch_invariant=True)
+    case = cases.Case(
+        (1100, 3, 600), 2, 64, (4, 2), cache=torch.int8, page=page, batch_invariant=True, leftpad=(0, 0, 37)
+    )
     args = case.arguments()
     together = run(args, backend)
     for b in range(3):
@@ -157,6 +160,22 @@ def test_a_batch_invariant_row_of_triton_is_that_of_its_own():
         together = OPERATION(*args)
         for b in range(2):
             assert_equal(OPERATION(*alone(args, b)), together[b : b + 1])
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(
+    ("backend", "arch"), [("cpu", None), ("cuda", "sm_80"), ("cuda", "sm_90a"), ("triton", "sm_80")], ids=str
+)
+def test_padding_is_as_if_the_sequence_began_behind_it(backend, arch, window):
+    """Bit by bit: keys are divided from the first that counts."""
+    case = cases.Case((300, 41), 2, 64, (6, 2), window=window, page=None, batch_invariant=True, leftpad=(37, 16))
+    args = case.arguments()
+    with fp.interpret(arch, approximate=False) if arch else contextlib.nullcontext(), fp.use_backend(backend):
+        together = OPERATION(*args)
+        for b, padding in enumerate(case.leftpad):
+            q, k, v, length, *options = alone(args, b)
+            rest = OPERATION(q, k[:, padding:], v[:, padding:], length - padding, *options[:-1], None)
+            assert_equal(rest, together[b : b + 1])
 
 
 def test_reference_is_attention():
@@ -174,10 +193,14 @@ def test_reference_is_attention():
 
 def test_rows_before_the_first_key(backend):
     q, cache = torch.ones(3, 4, 2, 8), torch.ones(3, 6, 1, 8)
-    o = run((q, cache, cache, torch.tensor([0, 2, 4], dtype=torch.int32), *(None,) * 6, 0.0, None, False), backend)
+    o = run(
+        (q, cache, cache, torch.tensor([0, 2, 4], dtype=torch.int32), *(None,) * 6, 0.0, None, False, None), backend
+    )
     assert o.any(-1).all(-1).tolist() == [[False] * 4, [False, False, True, True], [True] * 4]
     sinks = torch.full((2,), 8**0.5)  # as much as each key's score
-    o = run((q, cache, cache, torch.tensor([0, 2, 4], dtype=torch.int32), *(None,) * 6, 0.0, sinks, False), backend)
+    o = run(
+        (q, cache, cache, torch.tensor([0, 2, 4], dtype=torch.int32), *(None,) * 6, 0.0, sinks, False, None), backend
+    )
     torch.testing.assert_close(o[1, :, 0, 0], torch.tensor([0, 0, 1 / 2, 2 / 3]))
 
 
@@ -307,6 +330,11 @@ ONE, INT8 = torch.ones(1), CACHE.to(torch.int8)
         ((Q, CACHE, CACHE, LENGTHS), {"window": (-1, 0)}, ValueError, "each side of window must be at least 0, not -1"),
         ((Q, CACHE, CACHE, LENGTHS), {"sinks": torch.ones(3)}, ValueError, "sinks must be contiguous with 4 elements"),
         ((Q, CACHE, CACHE, LENGTHS), {"batch_invariant": 1}, TypeError, "batch_invariant must be True or False, not 1"),
+        ((Q, CACHE, CACHE, LENGTHS), {"leftpad": [0, 1]}, TypeError, r"leftpad must be an int32 tensor, not list: use .int\(\)"),
+        ((Q, CACHE, CACHE, LENGTHS), {"leftpad": LENGTHS.long()}, TypeError, "leftpad must be an int32 tensor, not torch.int64"),
+        ((Q, CACHE, CACHE, LENGTHS), {"leftpad": LENGTHS[:1]}, ValueError, r"leftpad must be contiguous \[2\], and has shape"),
+        ((Q, CACHE, CACHE, LENGTHS), {"leftpad": LENGTHS.to("meta")}, ValueError, "leftpad is on meta and q on cpu: move one"),
+        ((Q, CACHE, CACHE, LENGTHS), {"leftpad": LENGTHS - 2}, ValueError, "leftpad must be at least 0, and of sequence 1 is -1"),
     ],
 )  # fmt: skip
 def test_refusals(args, options, error, words):
@@ -329,6 +357,17 @@ def test_lengths_are_looked_at_in_every_call(backend):
         fp.ops.attention_decode(Q, PAGES, PAGES, lengths, block_table=gone, window=(13, None))
         with pytest.raises(ValueError, match="entry 0 of sequence 1, of 30 tokens, is -1"):
             fp.ops.attention_decode(Q, PAGES, PAGES, lengths, block_table=gone, window=(14, None))
+        leftpad = torch.tensor([0, 16], dtype=torch.int32)
+        for window in (None, (14, None)):
+            fp.ops.attention_decode(Q, PAGES, PAGES, lengths, block_table=gone, leftpad=leftpad, window=window)
+        with pytest.raises(ValueError, match="entry 0 of sequence 1, of 30 tokens, is -1"):
+            fp.ops.attention_decode(
+                Q, PAGES, PAGES, lengths, block_table=gone, leftpad=torch.tensor([0, 15], dtype=torch.int32)
+            )
+        with pytest.raises(ValueError, match="leftpad must be at least 0, and of sequence 0 is -1"):
+            fp.ops.attention_decode(Q, PAGES, PAGES, lengths, block_table=gone, leftpad=leftpad - 1)
+        nothing = torch.full((2, 2), -1, dtype=torch.int32)
+        assert not fp.ops.attention_decode(Q, PAGES + 1, PAGES + 1, lengths, block_table=nothing, leftpad=lengths).any()
 
 
 def test_a_gpu_takes_what_is_there():
@@ -340,8 +379,23 @@ def test_a_gpu_takes_what_is_there():
         with fp.interpret(arch, guard=True), fp.use_backend(backend):
             got = OPERATION(*args)
             OPERATION(*args[:3], args[3] + 10**6, *args[4:])  # the interpreter would find what lies outside
+            assert_equal(OPERATION(*args[:13], torch.full_like(args[3], -7)), got)
+            assert not OPERATION(*args[:13], torch.full_like(args[3], 2**31 - 1)).any()
         with fp.interpret(arch):  # in which the reference looks at nothing either
             cases.assert_matches(got, tuple(args))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 70}, {"page": 16}, {"cache": torch.int8}, {"batch_invariant": True}], ids=str
+)
+def test_what_is_read(options):
+    """Keys that a row sees, each once, and q; besides them lengths, tables and sectors that are read in part."""
+    case = cases.Case((1000, 700, 40), 1, 128, (8, 2), **{"page": None, "leftpad": (437, 0, 39), **options})
+    args = case.arguments()
+    with fp.interpret("sm_90a", counters=True) as device, fp.use_backend("cuda"):
+        OPERATION(*args)
+    (counts,) = device.kernels("attention_decode_kernel")
+    assert 0 <= counts.footprint_read - (case.bytes() - args[0].nbytes) < 1024
 
 
 @pytest.mark.parametrize("cache", [None, torch.int8, E4M3], ids=str)

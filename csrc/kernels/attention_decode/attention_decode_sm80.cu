@@ -169,12 +169,13 @@ struct DecodeWarp {
   __device__ void run() {
     constexpr int kSlices = kDecodeKeys / Config::kSlice;
     const int first = part.begin * kSlices + warp, end = part.end * kSlices;
+    const auto key = [&](int slice) { return part.keys.first + slice * Config::kSlice; };
     SliceCopy<Config> copy{p, part.batch, head, part.keys.stored};
-    copy.find(first * Config::kSlice);
+    copy.find(key(first));
     const auto copy_next = [&](int slice, int index) {
       if (slice < end) copy.copy(s, warp, index);
       ptx::cp_async_commit();
-      if (slice + Config::kWarps < end) copy.find((slice + Config::kWarps) * Config::kSlice);
+      if (slice + Config::kWarps < end) copy.find(key(slice + Config::kWarps));
     };
 #pragma unroll 1
     for (int i = 0; i < Config::kStages - 1; ++i) copy_next(first + i * Config::kWarps, i);
@@ -186,7 +187,7 @@ struct DecodeWarp {
       ptx::cp_async_wait<Config::kStages - 2>();
       __syncwarp();
       copy_next(slice + (Config::kStages - 1) * Config::kWarps, last);
-      attend(stage, slice * Config::kSlice);
+      attend(stage, key(slice));
       last = stage, stage = stage == Config::kStages - 1 ? 0 : stage + 1;
       __syncwarp();
     }
@@ -447,7 +448,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                     .head = static_cast<int>(of_head % heads),
                     .begin = static_cast<int>(blockIdx.x % parts) * kInvariantBlocks,
                     .keys = DecodeKeys(p, static_cast<int>(of_head / heads))};
-    part.end = min(part.begin + kInvariantBlocks, part.keys.end), part.begin = max(part.begin, part.keys.begin);
+    part.end = min(part.begin + kInvariantBlocks, part.keys.count);
     if (part.begin < part.end) attend(part, blockIdx.x);
     return;
   }
@@ -461,15 +462,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll 1
   while (index < end) {
     const DecodeKeys keys(p, batch);
-    if (index >= begin + int64_t{keys.count()} * heads) {  // a sequence without keys, or
-                                                           // after a sequence's last head
-      begin += int64_t{keys.count()} * heads, ++batch;
+    if (index >= begin + int64_t{keys.count} * heads) {  // a sequence without keys, or
+                                                         // after a sequence's last head
+      begin += int64_t{keys.count} * heads, ++batch;
       continue;
     }
-    const int in_batch = static_cast<int>(index - begin), first = in_batch % keys.count(),
-              count = static_cast<int>(min(int64_t{keys.count() - first}, end - index));
-    attend({batch, in_batch / keys.count(), keys.begin + first, keys.begin + first + count, keys},
-           2 * int64_t{blockIdx.x} + (first == 0));
+    const int in_batch = static_cast<int>(index - begin), first = in_batch % keys.count,
+              count = static_cast<int>(min(int64_t{keys.count - first}, end - index));
+    attend({batch, in_batch / keys.count, first, first + count, keys}, 2 * int64_t{blockIdx.x} + (first == 0));
     index += count;
   }
 }
@@ -496,12 +496,12 @@ __global__ void __launch_bounds__(kCombineThreads)
   int64_t first = 0, next = 0, step = 1;
   int parts = 0;
   if (p.batch_invariant) {
-    const int from = keys.begin / kInvariantBlocks, to = (keys.end + kInvariantBlocks - 1) / kInvariantBlocks;
-    first = of_list * invariant_parts(p) + from, next = first + 1, parts = keys.count() ? to - from : 0;
-  } else if (keys.count()) {
+    first = of_list * invariant_parts(p), next = first + 1;
+    parts = (keys.count + kInvariantBlocks - 1) / kInvariantBlocks;
+  } else if (keys.count) {
     const DecodeList list(p);
-    const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count();
-    const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count() - 1, shares);
+    const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count;
+    const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count - 1, shares);
     first = 2 * of_first + 1, next = 2 * of_first + 2, step = 2, parts = static_cast<int>(of_last - of_first) + 1;
   }
   const DecodeOutput output(p, batch, head);

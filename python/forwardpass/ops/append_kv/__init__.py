@@ -34,7 +34,7 @@ def append_kv(
         k, v: float16, bfloat16 or float32 [B, S, Hk, D] of one dtype; last stride 1, others free.
         k_cache: [B, L, Hk, D] or, with a block_table, pages [P, page, Hk, D] of at least 16 tokens; of k's dtype, int8 or
             float8_e4m3fn. Last stride 1, others free, but not 0.
-        v_cache: as k_cache; the two may be views of one tensor that overlap, in rows that no sequence shares.
+        v_cache: as k_cache; the two may be views of one tensor that overlap, but in no row that is written.
         seq_lens: int32 [B], the new tokens included.
         block_table: int32 [B, n], as in fp.ops.attention_decode. No two sequences have new tokens in one page.
         k_scale: of an 8-bit cache, float32: [1] or [Hk], by which k is divided, or k_cache's shape without D, to which the scale of
@@ -85,6 +85,7 @@ def _check(
             raise ValueError(
                 f"{op}: {name} is expanded, so that its elements cannot be written: pass {name}.contiguous()"
             )
+    reference.check_memory(k_cache, v_cache, k_scale, v_scale)
     if cos is not None or sin is not None:
         for name, x in (("cos", cos), ("sin", sin)):
             if not isinstance(x, Tensor) or x.dtype not in (torch.float32, k.dtype):

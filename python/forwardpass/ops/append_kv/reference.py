@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.kv_cache import QUANTIZED, check_lengths, is_per_token, locate
+from ..common.kv_cache import QUANTIZED, check_apart, check_lengths, is_per_token, locate
 from ..common.quantized_rows import quantize_values
 
 
@@ -21,6 +21,7 @@ def append_kv(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> None:
+    check_memory(k_cache, v_cache, k_scale, v_scale)
     tokens = k.shape[1]
     check_lengths("append_kv", k_cache, seq_lens, block_table, seq_lens - tokens)
     positions = seq_lens[:, None] - tokens + torch.arange(tokens, device=k.device)
@@ -35,6 +36,12 @@ def append_kv(
         cache.view(torch.uint8)[slots] = q.view(torch.uint8)[live]
         if scale is not None and is_per_token(scale):
             scale[slots] = dynamic[live]
+
+
+def check_memory(k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    check_apart("append_kv", "cache", k_cache, v_cache)
+    if is_per_token(k_scale) and is_per_token(v_scale):
+        check_apart("append_kv", "scale", k_scale, v_scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...dispatch import Operation, Reason
 from ..attention import Window, check_number, check_window, split_window
-from ..common.kv_cache import check_cache, check_lengths, check_new_rows
+from ..common.kv_cache import check_cache, check_ints, check_leftpad, check_lengths, check_new_rows
 from ..common.quantized_rows import check_vector
 from . import reference
 
@@ -34,6 +34,7 @@ def attention_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     batch_invariant: bool = False,
+    leftpad: Tensor | None = None,
 ) -> Tensor:
     """Attention of new tokens to what their sequences' cache has, the tokens themselves included: fp.ops.append_kv came first.
 
@@ -55,6 +56,8 @@ def attention_decode(
         softcap: 0: none.
         sinks: float32 or q's dtype [H]: a logit more in each row's softmax, whose value is 0.
         batch_invariant: a row's bits do not depend on what else is in the batch.
+        leftpad: int32 [B]: a sequence's keys before this one are padding on the left, as prompts of different lengths have it;
+            seq_lens counts them, and they are never read. A row that stands before it, as all do from seq_len on, gives 0.
 
     Returns:
         [B, Sq, H, D] of q's dtype, contiguous.
@@ -62,13 +65,14 @@ def attention_decode(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for lengths
-            beyond the cache or the table, and for entries in use that name no page. On a GPU no host looks at them, as that would
-            wait for it: kernels take of each sequence what is there.
+            beyond the cache or the table, a leftpad below 0, and entries in use that name no page. On a GPU no host looks at them,
+            as that would wait for it: kernels take of each sequence what is there.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     left, right = split_window("attention_decode", window)
     return OPERATION(
-        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, scale, left, right, softcap, sinks, batch_invariant
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, scale, left, right, softcap, sinks, batch_invariant,
+        leftpad,
     )  # fmt: skip
 
 
@@ -86,6 +90,7 @@ def _check(
     softcap: float,
     sinks: Tensor | None,
     batch_invariant: bool,
+    leftpad: Tensor | None,
 ) -> None:
     op = "attention_decode"
     check_new_rows(op, "q", q)
@@ -104,7 +109,10 @@ def _check(
         raise TypeError(f"{op}: batch_invariant must be True or False, not {batch_invariant!r}")
     check_window(op, window_left, window_right)
     check_vector(op, "sinks", sinks, q.shape[2], (torch.float32, q.dtype), q)
-    first = reference.first_key(seq_lens, q.shape[1], window_left)
+    if leftpad is not None:
+        check_ints(op, "leftpad", leftpad, "q", q)
+        check_leftpad(op, leftpad)
+    first = reference.first_key(seq_lens, q.shape[1], window_left, leftpad)
     check_lengths(op, k_cache, seq_lens, block_table, first)
 
 

@@ -24,11 +24,12 @@ SCALES = ("token", "head", "tensor")
 
 @dataclass
 class Cache:
-    """Caches of sequences' keys and values [B, T, Hk, D], what is beyond a sequence's length poisoned: NaN, or 127 and a NaN scale.
+    """Caches of sequences' keys and values [B, T, Hk, D], what is before leftpad and beyond a sequence's length poisoned: NaN, or
+    127 and a NaN scale.
 
-    In pages, these are in any order, those of no sequence poisoned too, and entries of the table beyond a sequence's last page -1.
-    Layouts: contiguous; rows and heads 8 elements apart; heads before rows; k and v in one tensor, a
-    sequence or page of v behind each of k, as views that overlap where there are pages."""
+    In pages, these are in any order, those of no sequence poisoned too, and entries of the table before a sequence's first page and
+    beyond its last one -1. Layouts: contiguous; rows and heads 8 elements apart; heads before rows, as caches of transformers; k
+    and v in one tensor, a sequence or page of v behind each of k, as views that overlap where there are pages."""
 
     k: Tensor
     v: Tensor
@@ -39,7 +40,7 @@ class Cache:
     @classmethod
     def build(
         cls, k: Tensor, v: Tensor, lengths: tuple[int, ...], page: int | None, dtype: torch.dtype, scales: str, layout: str,
-        g: torch.Generator,
+        g: torch.Generator, leftpad: tuple[int, ...] = (),
     ) -> Cache:  # fmt: skip
         batch, room, heads, dim = k.shape
         table, size = None, room
@@ -49,6 +50,7 @@ class Cache:
             table = torch.full((batch, max(1, -(-room // page) + 1)), -1, dtype=torch.int32)
             for b, n in enumerate(used):
                 table[b, :n] = pages[sum(used[:b]) : sum(used[: b + 1])]
+                table[b, : (min(leftpad[b], lengths[b]) // page if leftpad else 0)] = -1
         count = batch if page is None else sum(used) + 2
         if layout == "together":
             both = poisoned(2 * count, size, heads, dim, dtype=dtype)
@@ -75,12 +77,14 @@ class Cache:
                 scale[i] = static
             stored = stored.reshape(x.shape)
             for b, n in enumerate(lengths):
-                for first in range(0, n, size):
+                begin = leftpad[b] if leftpad else 0
+                for first in range(begin // size * size, n, size):
                     to = b if table is None else int(table[b, first // size])
-                    rows = slice(first, min(first + size, n))
-                    as_bytes(memory[i])[to, : rows.stop - first] = as_bytes(stored)[b, rows]
+                    rows = slice(max(first, begin), min(first + size, n))
+                    there = slice(rows.start - first, rows.stop - first)
+                    as_bytes(memory[i])[to, there] = as_bytes(stored)[b, rows]
                     if dtype in QUANTIZED and scales == "token":
-                        scale[i][to, : rows.stop - first] = dynamic.reshape(x.shape[:3])[b, rows]  # type: ignore[index]
+                        scale[i][to, there] = dynamic.reshape(x.shape[:3])[b, rows]  # type: ignore[index]
         return cls(memory[0], memory[1], table, *scale)
 
 
@@ -111,6 +115,7 @@ class Case:
     sinks: str | None = None  # or "float32", "dtype"
     layout: str = "contiguous"
     batch_invariant: bool = False
+    leftpad: tuple[int, ...] = ()  # of the first sequences, the others' being 0; none: not given
     awkward: bool = True  # K with outliers and a bias of its channels; else normal data
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
@@ -123,7 +128,10 @@ class Case:
         if self.awkward:
             k += 2 * torch.randn(hk, d, generator=g)
             k[..., d // 3] *= 12.0
-        cache = Cache.build(k, v, self.lengths, self.page, self.cache or self.dtype, self.scales, self.layout, g)
+        leftpad = self.paddings()
+        cache = Cache.build(
+            k, v, self.lengths, self.page, self.cache or self.dtype, self.scales, self.layout, g, leftpad
+        )
         sinks = 2 * torch.randn(h, generator=g) + 1
         return tuple(
             a.to(device) if isinstance(a, Tensor) else a
@@ -131,13 +139,17 @@ class Case:
                 q.to(self.dtype), cache.k, cache.v, torch.tensor(self.lengths, dtype=torch.int32), cache.block_table,
                 cache.k_scale, cache.v_scale, self.scale, self.window, None, self.softcap,
                 {None: None, "float32": sinks, "dtype": sinks.to(self.dtype)}[self.sinks], self.batch_invariant,
+                torch.tensor(leftpad, dtype=torch.int32) if self.leftpad else None,
             )
         )  # fmt: skip
+
+    def paddings(self) -> tuple[int, ...]:
+        return (*self.leftpad, *(0,) * len(self.lengths))[: len(self.lengths)]
 
     def keys(self) -> int:
         """Those that any row of any sequence sees."""
         most = max(self.lengths, default=0) if self.window is None else self.window + self.rows
-        return sum(min(n, most) for n in self.lengths)
+        return sum(max(min(n - padding, most), 0) for n, padding in zip(self.lengths, self.paddings()))
 
     def flops(self) -> int:
         return 4 * self.keys() * self.rows * self.heads[0] * self.dim
@@ -159,7 +171,7 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     loose = actual.device.type != "cpu" or args[10] > 0 or actual.dtype == torch.float32
     times_max, times_mean = (2.0, 1.5) if loose else (0.5, 0.5)
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
-    q, seq_lens = args[0], args[3]
+    q, seq_lens, leftpad = args[0], args[3], args[13]
     exact = reference.attention_decode(q.double(), *args[1:])
     torchs = functools.partial(reference.attention_decode, dtype=q.dtype)(*args)
     if (actual.shape, actual.dtype) != (q.shape, q.dtype) or not actual.is_contiguous():
@@ -170,7 +182,8 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
         return
     error, size = (torchs.double() - exact).abs(), exact.abs()
     # rows that see no key
-    none = (seq_lens[:, None] - q.shape[1] + torch.arange(q.shape[1]) < 0)[:, :, None, None]
+    first = torch.zeros_like(seq_lens) if leftpad is None else leftpad
+    none = (seq_lens[:, None] - q.shape[1] + torch.arange(q.shape[1]) < first[:, None])[:, :, None, None]
     limit = torch.where(none, 0, times_max * error.max() + ULP[q.dtype] * size.max())
     assert_close(actual, exact, limit.expand_as(exact), "o")
     mean, least = (actual.cpu().double() - exact).abs().mean(), ULP[q.dtype] * size.mean() / 2
@@ -183,6 +196,8 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
 SOME = (0, 1, 15, 16, 17, 300)
 #: of a batch, each
 LENGTHS = (SOME, (5000,), (130, 0, 4095), (17,))
+#: none; of SOME's sequences: nothing, all, more than all, in a block of keys, at the edge of one, beyond it
+LEFTPADS = ((), (0, 1, 16, 7, 16, 260), (64, 0, 2100), (16, 3))
 FACTORS: dict[str, tuple[Any, ...]] = {
     "lengths": LENGTHS,
     "rows": (1, 2, 5, 8),
@@ -197,6 +212,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "softcap": (0.0, 8.0),
     "sinks": (None, "float32", "dtype"),
     "batch_invariant": (False, True),
+    "leftpad": LEFTPADS,
 }
 
 
@@ -208,6 +224,7 @@ def cases() -> Iterator[Case]:
     yield Case((1000, 20), 8, 320, (2, 1), page=64)
     yield Case((), page=None)
     yield Case((0, 0), 3)
+    yield Case((300, 300, 300), dim=64, heads=(9, 3), page=None, layout="heads first", leftpad=(0, 35, 299))
     for row in pairwise(FACTORS):
         dtype, cache = row.pop("types")
         yield Case(**row, dtype=dtype, cache=cache)

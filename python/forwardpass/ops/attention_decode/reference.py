@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.reference import attend
-from ..common.kv_cache import capacity, check_lengths, locate
+from ..common.kv_cache import capacity, check_leftpad, check_lengths, locate
 
 
 def attention_decode(
@@ -25,20 +25,25 @@ def attention_decode(
     softcap: float,
     sinks: Tensor | None,
     batch_invariant: bool,
+    leftpad: Tensor | None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """In `dtype`, by default float32, or q's where that is wider. Row i stands at place seq_len - Sq + i and sees no key beyond,
-    whatever window_right is."""
-    check_lengths("attention_decode", k_cache, seq_lens, block_table, first_key(seq_lens, q.shape[1], window_left))
+    whatever window_right is, and none before leftpad."""
+    if leftpad is not None:
+        check_leftpad("attention_decode", leftpad)
+    check_lengths(
+        "attention_decode", k_cache, seq_lens, block_table, first_key(seq_lens, q.shape[1], window_left, leftpad)
+    )
     dtype = dtype or torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     keys = torch.arange(capacity(k_cache, block_table), device=q.device).expand(q.shape[0], -1)
     first, row, live = locate(keys, k_cache, block_table)
-    k, v = (
-        read(cache, s, first, row, live & (keys < seq_lens[:, None]), dtype)
-        for cache, s in ((k_cache, k_scale), (v_cache, v_scale))
-    )
+    live = live & (keys < seq_lens[:, None])
+    if leftpad is not None:
+        live = live & (keys >= leftpad[:, None])
+    k, v = (read(cache, s, first, row, live, dtype) for cache, s in ((k_cache, k_scale), (v_cache, v_scale)))
     place = seq_lens[:, None, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)[:, None]  # [B, Sq, 1]
     seen = live[:, None] & (keys[:, None] <= place)
     if window_left is not None:
@@ -50,9 +55,10 @@ def attention_decode(
     return torch.cat(parts).to(q.dtype) if parts else q.new_empty(q.shape)
 
 
-def first_key(seq_lens: Tensor, rows: int, window_left: int | None) -> Tensor | None:
-    """The first key that the first of a sequence's rows may see; None where it is the first of all."""
-    return None if window_left is None else seq_lens - rows - window_left
+def first_key(seq_lens: Tensor, rows: int, window_left: int | None, leftpad: Tensor | None) -> Tensor | None:
+    """The first key that any of a sequence's rows may see; None where it is the first of all."""
+    first = None if window_left is None else seq_lens - rows - window_left
+    return leftpad if first is None else first if leftpad is None else torch.maximum(first, leftpad)
 
 
 def read(cache: Tensor, scale: Tensor | None, first: Tensor, row: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:

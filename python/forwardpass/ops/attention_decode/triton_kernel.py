@@ -91,9 +91,9 @@ def sink_of(sinks_ptr, head, kind, dtype: tl.constexpr):
 
 _RUN_TIME = [
     "k_scale_first", "k_scale_row", "k_scale_head", "v_scale_first", "v_scale_row", "v_scale_head", "table_step", "page", "pages",
-    "room", "heads", "kv_heads", "group", "rows", "tiles", "left", "sinks_kind", "chunk", "splits",
+    "room", "heads", "kv_heads", "group", "rows", "tiles", "left", "sinks_kind", "is_padded", "chunk", "splits",
 ]  # fmt: skip
-_ANY_ALIGNMENT = ["k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr", "sinks_ptr"]
+_ANY_ALIGNMENT = ["k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr", "sinks_ptr", "leftpad_ptr"]
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -101,8 +101,8 @@ def decode_kernel(
     q, q_batch, q_row, q_head, k, k_first, k_row, k_head, v, v_first, v_row, v_head, k_scale_ptr, k_scale_first, k_scale_row,
     k_scale_head, v_scale_ptr, v_scale_first, v_scale_row, v_scale_head, seq_lens_ptr, table_ptr, table_step, page, pages,
     room, out, partial_ptr, lse_ptr, heads, kv_heads, group, rows, tiles, scale, softcap, left, sinks_ptr, sinks_kind,
-    chunk, splits, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    leftpad_ptr, is_padded, chunk, splits, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """rows: of a sequence; group: query heads of a head of the cache; room: keys that a sequence can have; chunk: keys of a range,
     0 where ranges share what there is."""
@@ -115,7 +115,8 @@ def decode_kernel(
     split = tl.program_id(1)
     place = tl.load(seq_lens_ptr + batch) - rows  # of the first row
     length = tl.minimum(tl.maximum(place + rows, 0), room)
-    begin = tl.minimum(tl.maximum(place - left, 0), length)
+    leftpad = tl.load(leftpad_ptr + batch, mask=is_padded != 0, other=0)
+    begin = tl.minimum(tl.maximum(place - left, tl.maximum(leftpad, 0)), length)
     share = chunk
     if chunk == 0:
         share = tl.cdiv(tl.cdiv(length - begin, splits), N) * N
@@ -237,6 +238,7 @@ def attention_decode(
     softcap: float,
     sinks: Tensor | None,
     batch_invariant: bool,
+    leftpad: Tensor | None,
 ) -> Tensor:
     out = OPERATION.fake(q)
     if not out.numel():
@@ -266,8 +268,9 @@ def attention_decode(
             *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, seq_lens if block_table is None else block_table,
             0 if block_table is None else block_table.stride(0), k_cache.shape[1], k_cache.shape[0], room, out, partial, lse,
             heads, kv_heads, group, rows, p.tiles, dim**-0.5 if scale is None else scale, softcap, left, *sink,
-            CHUNK if batch_invariant else 0, p.splits, M=p.block_m, N=p.block_n, DIM=dim, BLOCK_D=columns,
-            PAGED=block_table is not None, QUANTIZED=quantized, num_warps=p.warps, num_stages=p.stages,
+            seq_lens if leftpad is None else leftpad, leftpad is not None, CHUNK if batch_invariant else 0, p.splits,
+            M=p.block_m, N=p.block_n, DIM=dim, BLOCK_D=columns, PAGED=block_table is not None, QUANTIZED=quantized,
+            num_warps=p.warps, num_stages=p.stages,
         )  # fmt: skip
         if p.splits > 1:
             merge_kernel[(results,)](

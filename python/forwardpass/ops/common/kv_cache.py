@@ -71,14 +71,7 @@ def check_cache(
     if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
         raise ValueError(f"{op}: k_cache and v_cache must have one shape and dtype, and are {k_cache.dtype} "
                          f"{tuple(k_cache.shape)} and {v_cache.dtype} {tuple(v_cache.shape)}")  # fmt: skip
-    batch, heads = x.shape[0], k_cache.shape[2]
-    if not isinstance(seq_lens, Tensor) or seq_lens.dtype != torch.int32:
-        raise TypeError(f"{op}: seq_lens must be an int32 tensor, not "
-                        f"{getattr(seq_lens, 'dtype', type(seq_lens).__name__)}: use .int()")  # fmt: skip
-    if seq_lens.shape != (batch,) or not seq_lens.is_contiguous():
-        raise ValueError(f"{op}: seq_lens must be contiguous [{batch}], and has shape {tuple(seq_lens.shape)}")
-    if seq_lens.device != x.device:
-        raise ValueError(f"{op}: seq_lens is on {seq_lens.device} and {name} on {x.device}: move one of them")
+    check_ints(op, "seq_lens", seq_lens, name, x)
     _check_table(op, name, x, k_cache, block_table)
     for scale_name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if k_cache.dtype not in QUANTIZED:
@@ -88,11 +81,22 @@ def check_cache(
         if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
             raise TypeError(f"{op}: {scale_name} must be a float32 tensor for a cache of {k_cache.dtype}, not "
                             f"{getattr(scale, 'dtype', type(scale).__name__)}")  # fmt: skip
-        if scale.shape not in ((1,), (heads,), k_cache.shape[:3]):
-            raise ValueError(f"{op}: {scale_name} must be [1], [{heads}] or {list(k_cache.shape[:3])}, and has shape "
+        if scale.shape not in ((1,), k_cache.shape[2:3], k_cache.shape[:3]):
+            raise ValueError(f"{op}: {scale_name} must be [1], [{k_cache.shape[2]}] or {list(k_cache.shape[:3])}, and has shape "
                              f"{tuple(scale.shape)}")  # fmt: skip
         if scale.device != x.device:
             raise ValueError(f"{op}: {scale_name} is on {scale.device} and {name} on {x.device}: move one of them")
+
+
+def check_ints(op: str, name: str, ints: Tensor, x_name: str, x: Tensor) -> None:
+    """One of each sequence of x."""
+    if not isinstance(ints, Tensor) or ints.dtype != torch.int32:
+        dtype = getattr(ints, "dtype", type(ints).__name__)
+        raise TypeError(f"{op}: {name} must be an int32 tensor, not {dtype}: use .int()")
+    if ints.shape != (x.shape[0],) or not ints.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous [{x.shape[0]}], and has shape {tuple(ints.shape)}")
+    if ints.device != x.device:
+        raise ValueError(f"{op}: {name} is on {ints.device} and {x_name} on {x.device}: move one of them")
 
 
 def _check_table(op: str, name: str, x: Tensor, k_cache: Tensor, block_table: Tensor | None) -> None:
@@ -117,17 +121,40 @@ def _check_table(op: str, name: str, x: Tensor, k_cache: Tensor, block_table: Te
         raise ValueError(f"{op}: k_cache must have a page, and has shape {tuple(k_cache.shape)}")
 
 
+def _may_look(*tensors: Tensor | None) -> bool:
+    """Whether values are there, and a CPU's: a GPU's would have to be waited for, and its kernels leave out what is not there."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(
+        x.device.type == "cpu" and not gpu_takes(x.device) and not is_of_subclass(x) for x in tensors if x is not None
+    )
+
+
+def check_leftpad(op: str, leftpad: Tensor) -> None:
+    """What a tensor on a CPU says."""
+    if _may_look(leftpad) and (leftpad < 0).any():
+        b = int((leftpad < 0).nonzero()[0])
+        raise ValueError(f"{op}: leftpad must be at least 0, and of sequence {b} is {int(leftpad[b])}")
+
+
+def check_apart(op: str, name: str, k: Tensor | None, v: Tensor | None) -> None:
+    """What is written for keys and for values: of the same memory the second would overwrite the first."""
+    if k is None or v is None or torch.compiler.is_compiling() or is_of_subclass(k) or is_of_subclass(v):
+        return
+    if k.data_ptr() and k.data_ptr() == v.data_ptr() and k.stride() == v.stride():
+        raise ValueError(
+            f"{op}: k_{name} and v_{name} are the same memory, where v would overwrite k: pass two tensors"
+        )
+
+
 def check_lengths(
     op: str, k_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, first: Tensor | None = None
 ) -> None:
-    """What the tensors on a CPU say; a GPU's would have to be waited for, and its kernels leave out what is not there.
+    """What the tensors on a CPU say.
 
     first [B]: of each sequence the first key that is read or written; without it 0.
     """
-    tensors = (seq_lens, block_table) if block_table is not None else (seq_lens,)
-    if torch.compiler.is_compiling() or gpu_takes(seq_lens.device) or any(map(is_of_subclass, tensors)):
-        return
-    if seq_lens.device.type != "cpu":
+    if not _may_look(seq_lens, block_table):
         return
     most = capacity(k_cache, block_table)
     wrong = (seq_lens < 0) | (seq_lens > most)
@@ -143,7 +170,7 @@ def check_lengths(
         return
     begin = torch.arange(block_table.shape[1]) * k_cache.shape[1]
     start = torch.zeros_like(seq_lens) if first is None else first.clamp(min=0)
-    used = (begin < seq_lens[:, None]) & (begin + k_cache.shape[1] > start[:, None])
+    used = (begin < seq_lens[:, None]) & (begin + k_cache.shape[1] > start[:, None]) & (start < seq_lens)[:, None]
     wrong = used & ((block_table < 0) | (block_table >= k_cache.shape[0]))
     if wrong.any():
         b, n = wrong.nonzero()[0].tolist()
