@@ -18,7 +18,7 @@ from .swap import Plan, Precision, Report, load_pretrained, register_precision, 
 from .version import __version__ as __version__
 
 __all__ = [
-    "BatchSizing", "InterpreterFinding", "ItemError", "ParityReport", "Pipeline", "Plan", "Precision", "Profile",
+    "BatchSizing", "InterpreterFinding", "ItemError", "KVCache", "ParityReport", "Pipeline", "Plan", "Precision", "Profile",
     "Reason", "Report", "Unsupported", "call_counts", "explain", "interpret", "load_pretrained", "nn", "ops",
     "parity", "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision",
     "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
@@ -31,11 +31,15 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> _Any:
-    """The interpreter is imported by whoever asks for it."""
+    """The interpreter, and what is made of transformers' classes, are imported by whoever asks for them."""
     if name in ("InterpreterFinding", "interpret"):
         from . import interpreter
 
         return getattr(interpreter, name)
+    if name == "KVCache":
+        from .integrations.transformers_cache import KVCache
+
+        return KVCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

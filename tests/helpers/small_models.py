@@ -92,6 +92,17 @@ ATTENTION = {
             "experts_implementation": "eager",
         },
     ),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _LONG),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            **_LONG,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "bert": ("BertModel", "BertConfig", _WIDE),
     "vit": ("ViTModel", "ViTConfig", {**CONFIGS["vit"][2], "hidden_size": 128}),
     "t5": ("T5ForConditionalGeneration", "T5Config", {**CONFIGS["t5"][2], "d_kv": 32, "decoder_start_token_id": 0}),

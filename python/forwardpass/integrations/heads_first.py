@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..dispatch import Reason, asked_for_by_name, interpreter
 from ..ops.attention import ATTENTION
+from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
 from ..ops.common.quantized_rows import FLOATS
+from .kv_scales import scale_of
 
 
 def arguments(
@@ -51,6 +53,54 @@ def arguments(
         k, v = (t if t.shape[2] == kv_heads else t.expand(-1, -1, kv_heads, -1) for t in (k, v))
     causal = is_causal and right is None
     return q, k, v, scale, causal, left, right, softcap, mask, None, sinks, None, None, False
+
+
+def decode_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Any, ...] | None:
+    """What `ATTENTION_DECODE` takes of a step of decoding, of views; None where it is no such step or no kernel takes it.
+
+    Args:
+        query, key, value: [B, H, S, D] of one batch size and dtype; or key and value are of 8 bits and carry their scales.
+        bounds: as in `key_ranges`; None: the one row sees all keys.
+    """
+    batch, heads, rows, dim = query.shape
+    if bounds is None and rows != 1:
+        return None
+    if key.shape[0] != batch or value.shape != key.shape or key.shape[3] != dim or heads % key.shape[1]:
+        return None
+    q, k, v = _rows(query), _rows(key), _rows(value)
+    k_scale, v_scale = scale_of(key), scale_of(value)
+    if q.dtype not in FLOATS or (k_scale is None and not q.dtype == k.dtype == v.dtype):
+        return None
+    if bounds is None:
+        leftpad, seq_lens = None, torch.full((batch,), k.shape[1], dtype=torch.int32, device=q.device)
+    else:
+        leftpad, seq_lens = bounds[0, 0]
+    call = q, k, v, seq_lens, None, k_scale, v_scale, scale, None, None, softcap, sinks, False, leftpad
+    return call if _has_decode_kernel(call) else None
+
+
+_has_kernel: dict[Any, bool] = {}
+
+
+def _has_decode_kernel(call: tuple[Any, ...]) -> bool:
+    if asked_for_by_name():
+        return True
+    if torch.compiler.is_compiling():
+        return ATTENTION_DECODE.choose(*call) != "reference"
+    q, k, v = call[:3]
+    aligned = not any(s * x.element_size() % 16 for x in (k, v) for s in (*x.stride()[:-1], x.storage_offset()))
+    key = q.dtype, k.dtype, q.device, q.shape[-1], aligned, getattr(interpreter(), "arch", None)
+    if key not in _has_kernel:
+        _has_kernel[key] = ATTENTION_DECODE.choose(*call) != "reference"
+    return _has_kernel[key]
 
 
 def _rows(x: Tensor) -> Tensor:

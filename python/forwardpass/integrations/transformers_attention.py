@@ -12,8 +12,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +22,16 @@ from torch import Tensor, nn
 
 from ..dispatch import Reason, asked_for_by_name
 from ..dispatch.calls import decline, take
+from ..ops.append_kv import OPERATION as APPEND_KV
 from ..ops.attention import ATTENTION
-from . import heads_first, unpadding
+from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
+from . import heads_first, key_ranges, kv_scales, unpadding
 
 #: Where masks hold the window, and where it comes as a number: with every module of the config that passes sliding_window=.
 NAME, WINDOWED = "forwardpass", "forwardpass_windowed"
+#: What is added to both for decoders: continuous batching takes an implementation by this word in its name.
+FLASH = "_flash"
+NAMES = frozenset((NAME, WINDOWED, NAME + FLASH, WINDOWED + FLASH))
 #: The attribute of an attention module that holds its Place.
 PLACE = "forwardpass_attention"
 #: What models hand on that says nothing about attention, or what the mask says too.
@@ -37,6 +43,7 @@ _DISPATCH = re.compile(r"get_interface\(\s*self\.config\._attn_implementation,\s
 #: Code that does something else for an implementation that it knows by name. Eager's is none of our masks.
 _ASKS_FOR_A_NAME = re.compile(r"""_attn_implementation\s*(?:==\s*["'](?!eager)|!=|(?:not\s+)?in\b|\])""")
 
+_masks: ModuleType
 _sdpa_mask: Callable[..., Tensor | None]
 _bidirectional: Callable[..., Any]
 _interface: Any
@@ -63,7 +70,7 @@ def _place(fused: bool, before: str, eager: Callable[..., Any] | None) -> Place:
 @functools.cache
 def register() -> Reason | None:
     """Makes both names known to transformers, with their masks: without these no padding would reach attention."""
-    global _sdpa_mask, _bidirectional, _interface
+    global _masks, _sdpa_mask, _bidirectional, _interface
     version = getattr(sys.modules.get("transformers"), "__version__", "")
     fix = "install transformers 5.24 or later"
     if importlib.util.find_spec("transformers") is None:
@@ -71,7 +78,8 @@ def register() -> Reason | None:
     try:
         masks = importlib.import_module("transformers.masking_utils")
         functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
-        _sdpa_mask, _bidirectional, interface = masks.sdpa_mask, masks.bidirectional_mask_function, type(functions)
+        _masks, _sdpa_mask, _bidirectional = masks, masks.sdpa_mask, masks.bidirectional_mask_function
+        interface = type(functions)
         parameters = inspect.signature(_sdpa_mask).parameters
         mask_interface = masks.AttentionMaskInterface
     except (ImportError, AttributeError) as e:
@@ -79,9 +87,9 @@ def register() -> Reason | None:
     if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(parameters):
         return Reason("transformers", f"transformers {version} makes masks another way than is known here", fix)
     _interface = functions
-    for name, mask in ((NAME, _mask), (WINDOWED, _windowed_mask)):
+    for name in NAMES:
         interface.register(name, _attention)
-        mask_interface.register(name, mask)
+        mask_interface.register(name, _windowed_mask if name.startswith(WINDOWED) else _mask)
     return None
 
 
@@ -126,13 +134,33 @@ def passes_window(module: nn.Module) -> bool:
     return dispatch is not None and "sliding_window=" in source_of(dispatch[0])
 
 
+def name_of(attention: Iterable[nn.Module], holders: Iterable[nn.Module]) -> str:
+    """What the config of these attention modules names; holders: all modules that hold the config.
+
+    Decoders of which nothing does something else for an implementation called flash get that word, for generate_batch().
+    """
+    attention = tuple(attention)
+    windows = all(passes_window(m) for m in attention)
+    decodes = all(getattr(m, "is_causal", False) for m in attention)
+    asks = any(_ASKS_FOR_FLASH in source_of_module(type(m).__module__) for m in holders)
+    return (WINDOWED if windows else NAME) + (FLASH if decodes and not asks else "")
+
+
+_ASKS_FOR_FLASH = "is_flash_attention_requested"
+
+
+@functools.lru_cache(maxsize=256)
+def source_of_module(python_module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[python_module])
+    except (OSError, TypeError, KeyError):
+        return ""
+
+
 @functools.lru_cache(maxsize=256)
 def asks_for_a_name(python_module: str) -> str | None:
     """The line of a model's code that wants a name it knows, or None."""
-    try:
-        source = inspect.getsource(sys.modules[python_module])
-    except (OSError, TypeError, KeyError):
-        return None
+    source = source_of_module(python_module)
     match = _ASKS_FOR_A_NAME.search(source)
     if match is None:
         return None
@@ -143,23 +171,36 @@ def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    *args: Any,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
     mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """As for sdpa: bool, True where a key is allowed; None where nothing is masked but by causality."""
-    options = {} if mask_function is None else {"mask_function": mask_function}
+    """As for sdpa: bool, True where a key is allowed; None where nothing is masked but by causality. Of a step of decoding the
+    range of keys, where that says the same."""
+    if not use_vmap:
+        window = key_ranges.reach(_masks, mask_function)
+        step = key_ranges.of_step(batch_size, q_length, kv_length, q_offset, kv_offset, window, attention_mask, device)
+        if step is not None:
+            return step
+    rest = {"attention_mask": attention_mask, "use_vmap": use_vmap, "device": device, **kwargs}
+    if mask_function is not None:
+        rest["mask_function"] = mask_function
     if mask_function is _bidirectional:  # the same row for all: it is not written out
-        row = _sdpa_mask(batch_size, 1, kv_length, *args, **options, **kwargs)
+        row = _sdpa_mask(batch_size, 1, kv_length, q_offset, kv_offset, **rest)
         return None if row is None else row.expand(-1, -1, q_length, -1)
-    return _sdpa_mask(batch_size, q_length, kv_length, *args, **options, **kwargs)
+    return _sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
 
 
 def _windowed_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: Any = 0,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     *,
     local_size: int | None = None,
@@ -192,39 +233,87 @@ def _attention(
 ) -> tuple[Tensor, Any]:
     """query [B, H, Sq, D], key [B, Hk, Sk, D], value [B, Hk, Sk, Dv] to [B, Sq, H, Dv] and no weights.
 
-    is_causal is top-left, as sdpa has it, and without effect beside a mask. Of a cache that is yet empty keys beyond the rows
-    are not seen. Of an encoder that runs without padding S are the tokens of all sequences, B is 1, and the mask that of
-    the padded batch.
+    attention_mask: as `_mask` makes it. is_causal is top-left, as sdpa has it, and without effect beside a mask. Of a cache that is
+    yet empty keys beyond the rows are not seen. Of an encoder that runs without padding S are the tokens of all sequences, B is 1,
+    and the mask that of the padded batch. Packed sequences come with cu_seq_lens_q.
     """
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window,
                "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}  # fmt: skip
+    if attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
+        return _packed(module, (query, key, value), options)
     rows = unpadding.current()
     if rows is not None and rows.are(query.transpose(1, 2)):
         return _varlen(rows, module, (query, key, value), attention_mask, options)
-    causal = attention_mask is None and query.shape[2] > 1 and bool(_is_causal(module, is_causal))
-    by_number = causal and sliding_window and module.config._attn_implementation == WINDOWED  # type: ignore[union-attr]
-    left = sliding_window - 1 if by_number and sliding_window else None
     place = vars(module).get(PLACE)
     tensors = query, key, value, attention_mask, position_bias, s_aux
     reason = _why_not(place, tensors, dropout, scaling, kwargs)
     call = type(module).__name__
+    softcap, sinks = softcap or 0.0, s_aux if s_aux is None or s_aux.dtype == query.dtype else s_aux.float()
+    is_range = attention_mask is not None and key_ranges.is_range(attention_mask)
+    if reason is None and position_bias is None and (is_range or attention_mask is None):
+        step = heads_first.decode_arguments(query, key, value, attention_mask, scaling, softcap, sinks)
+        if step is not None:
+            take(call)
+            return ATTENTION_DECODE(*step), None
+    key, value = (kv_scales.widened(x, query.dtype) for x in (key, value))
+    mask = attention_mask
+    if mask is not None:
+        # of a cache that was empty a mask has all its places, and attention what was put there
+        mask = key_ranges.as_mask(mask, query.shape[2], key.shape[2]) if is_range else mask[..., : key.shape[2]]
+    causal = mask is None and query.shape[2] > 1 and bool(_is_causal(module, is_causal))
+    config: Any = module.config
+    by_number = causal and sliding_window and config._attn_implementation.startswith(WINDOWED)
+    left = sliding_window - 1 if by_number and sliding_window else None
     if reason is not None:
         decline(call, reason)
         options = {name: x for name, x in options.items() if x is not None or name == "scaling"}
-        return _as_before(module, place, query, key, value, attention_mask, causal, left, options)
-    mask = attention_mask
+        return _as_before(module, place, query, key, value, mask, causal, left, options)
     if position_bias is not None:
         if mask is None:
             mask = position_bias
         else:
             mask = position_bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else position_bias + mask
-    if s_aux is not None and s_aux.dtype != query.dtype:
-        s_aux = s_aux.float()
     take(call)
-    arguments = heads_first.arguments(
-        query, key, value, mask, causal, scaling, left=left, softcap=softcap or 0.0, sinks=s_aux
-    )
+    arguments = heads_first.arguments(query, key, value, mask, causal, scaling, left=left, softcap=softcap, sinks=sinks)
     return ATTENTION(*arguments), None
+
+
+#: What `_packed` takes of the options of `_attention`: those of flash-attention, as transformers' continuous batching passes them,
+#: and what that passes besides.
+_PACKED = ("dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k",
+           "max_length_q", "max_length_k", "block_table", "k_cache", "v_cache", "cache", "read_index", "write_index",
+           "logits_indices", "logits_processor_args")  # fmt: skip
+
+
+def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Attention of sequences in a row: q [1, H, T, D], k and v [1, Hk, T', D], T' with what the cache holds
+    of each. With a block_table they are one token each, which is appended to its sequence's pages here, as flash-attention's
+    flash_attn_with_kvcache does it.
+
+    Raises:
+        RuntimeError: the call is none that fused attention takes; what is packed has no other way to run.
+    """
+    others = {name: x for name, x in options.items() if name not in _PACKED}
+    reason = _why_not(vars(module).get(PLACE), qkv, options["dropout"], options["scaling"], others)
+    if reason is not None:
+        raise RuntimeError(f"{type(module).__name__} was given packed sequences, and {reason}")
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in qkv)  # [T, H, D]
+    ends_q, ends_k = options["cu_seq_lens_q"], options["cu_seq_lens_k"]
+    window, softcap, scale = options["sliding_window"], options["softcap"] or 0.0, options["scaling"]
+    sinks = None if options["s_aux"] is None else options["s_aux"].float()
+    left = None if window is None else window - 1
+    take(type(module).__name__)
+    table = options.get("block_table")
+    if table is not None:
+        k_cache, v_cache = options["k_cache"], options["v_cache"]
+        seq_lens = ends_k.diff()[: len(q)].int()
+        APPEND_KV(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, None, None)
+        step = q.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, scale, left, None, softcap, sinks, False
+        return ATTENTION_DECODE(*step, None).transpose(0, 1), None
+    causal = bool(_is_causal(module, options["is_causal"]))
+    right = left if not causal else None
+    call = q, k, v, scale, causal, left, right, softcap, None, None, sinks, ends_q.int(), ends_k.int(), False
+    return ATTENTION(*call).unsqueeze(0), None
 
 
 #: What `_varlen` takes of the options of `_attention`.

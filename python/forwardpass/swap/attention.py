@@ -16,7 +16,7 @@ from torch import nn
 
 from ..dispatch import Reason, gpu_takes
 from ..integrations import transformers_attention as huggingface
-from ..integrations.transformers_attention import NAME, PLACE, WINDOWED, Place
+from ..integrations.transformers_attention import NAME, NAMES, PLACE, Place
 from ..nn import MultiheadAttention
 from ..ops.attention import ATTENTION, faster_than_torch
 from . import rules
@@ -163,7 +163,7 @@ def why_not_named(module: nn.Module, unit: list[nn.Module]) -> Reason | None:
     if reason := huggingface.register():
         return reason
     name = module.config._attn_implementation  # type: ignore[union-attr]
-    if name in (NAME, WINDOWED):
+    if name in NAMES:
         return Reason("shared_config", "another model that is swapped holds the same config object",
                       "give each its own, copy.deepcopy(config)")  # fmt: skip
     for other in unit:
@@ -228,9 +228,9 @@ def _names(
     ids = {id(x.module) for x in swapped}
     dispatching = [x.module for x in leaves if huggingface.dispatches(x.module)]
     configs: dict[int, Any] = {}
+    holders = holders_of_configs(model)
     for config, group in _groups(dispatching, ids | {id(m) for m in named}):
-        windows = all(huggingface.passes_window(m) for m in group)
-        before, after = config._attn_implementation, WINDOWED if windows else NAME
+        before, after = config._attn_implementation, huggingface.name_of(group, holders[id(config)])
         configs[id(config)] = (config, before, after)
         for module in group:
             place = Place(id(module) in ids, before, huggingface.eager_function(module))
@@ -268,5 +268,5 @@ def _nested_tensors(model: nn.Module, swapped: Iterable[Leaf]) -> Iterable[_Attr
 def implementation_before(model: nn.Module) -> str | None:
     """What the config of a Hugging Face model names where it is not swapped."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    places = [vars(m)[PLACE] for m in model.modules() if PLACE in vars(m)] if name in (NAME, WINDOWED) else []
+    places = [vars(m)[PLACE] for m in model.modules() if PLACE in vars(m)] if name in NAMES else []
     return places[0].before if places else name

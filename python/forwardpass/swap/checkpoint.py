@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from ..common.files import read_json, write_json
 from ..common.modules import plain_module
 from ..integrations import sentence_transformers as sentences
+from ..integrations.kv_scales import KV_CACHES
 from ..nn import QuantizedLinear
 from ..nn.layer import linear_weight
 from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
+from .kv_cache import CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
 from .precision import modules
 from .rules import Context
@@ -43,6 +45,7 @@ _RECORD = {
     "layers": list,
     "attention": list,
     "unpad": str | None,
+    "kv_cache": str | None,
     "aliases": dict,
     "around": dict | None,
 }
@@ -161,6 +164,7 @@ def write(
         ],
         "attention": originals.swapped_attention(model),
         "unpad": unpads(model),
+        "kv_cache": kv_cache_of(model),
         "aliases": aliases,
         "around": around,
     }  # fmt: skip
@@ -284,6 +288,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         attention = decide_attention(context, True, record["attention"])
         layers = [leaves[layer["fqn"]] for layer in record["layers"]]
         unpadding = decide_unpadding(context, layers, attention, True, record["unpad"])
+        caches = decide_kv_cache(model, attention, record["kv_cache"])
     except ValueError as e:
         raise fail(str(e)) from None
     slots = dict(_slots(model, replacements))
@@ -331,6 +336,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
     change.put()
     UnpaddingSwap(unpadding).put()
+    CacheSwap(caches).put()
     saving.refuse(model)
 
 
@@ -366,7 +372,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
         )
     path = folder / RECORD
     # older ones do not say
-    record = {"unpad": None, "around": None, **read_json(path, "checkpoint of forwardpass", _FIX)}
+    record = {"unpad": None, "kv_cache": None, "around": None, **read_json(path, "checkpoint of forwardpass", _FIX)}
     if record.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"
@@ -379,6 +385,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
     require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
     require(WEIGHTS.fullmatch(record["weights"]) is not None, "the name of its weights")
     require(record["unpad"] in (None, *UNPAD), "what it says of padding")
+    require(record["kv_cache"] in (None, *KV_CACHES), "what it says of caches")
     if record["around"] is not None:
         try:
             sentences.check(record["around"])

@@ -11,6 +11,7 @@ from ..dispatch import Reason, Unsupported
 from ..nn.layer import is_conv1d
 from . import originals
 from .attention import NOT_PLANNED, AttentionDecision, decide_attention
+from .kv_cache import CacheDecision, decide_kv_cache
 from .plan import UNPAD, Plan
 from .precision import LayerPrecision, find_precision
 from .report import Skipped
@@ -30,6 +31,7 @@ class Decision:
     swapped: tuple[tuple[Leaf, LayerPrecision], ...]
     attention: AttentionDecision
     unpadding: UnpaddingDecision
+    kv_cache: CacheDecision
     experts: tuple[str, ...]  #: names of the weights of fused experts, which are skipped
     skipped: tuple[Skipped, ...]  #: layers, attention and experts that stay, each with its reason
 
@@ -50,13 +52,18 @@ def decide(
     *,
     attention: str | bool = "auto",
     unpad: bool = True,
+    kv_cache: str | None = None,
     calibrated: bool = False,
 ) -> Decision:
-    """What becomes of the Linear-like layers `linear`, of all attention, and of padding.
+    """What becomes of the Linear-like layers `linear`, of all attention, of padding, and of caches.
 
     Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
     calibration does not go with it.
     """
+    if plan is not None:
+        kv_cache = plan.kv_cache
+    if kv_cache is not None:
+        attention = True
     attentions = decide_attention(context, attention, plan.attention if plan else None)
     swapped, skipped = _decide_layers(context, linear, precision, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
@@ -64,7 +71,10 @@ def decide(
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
     unpads = UNPAD[1] if plan is None else plan.unpad
     unpadding = decide_unpadding(context, [leaf for leaf, _ in swapped], attentions, unpad, unpads)
-    return Decision(context, tuple(linear), tuple(swapped), attentions, unpadding, tuple(experts), tuple(skipped))
+    caches = decide_kv_cache(context.model, attentions, kv_cache)
+    return Decision(
+        context, tuple(linear), tuple(swapped), attentions, unpadding, caches, tuple(experts), tuple(skipped)
+    )
 
 
 def _decide_layers(

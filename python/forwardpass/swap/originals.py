@@ -56,7 +56,7 @@ class Originals:
     layers: tuple[Replaced, ...]
     restorable: bool
     attention: Attention
-    unpadding: Change
+    changes: tuple[Change, ...]  #: others, made after attention's
     activations: tuple[Replaced, ...] = ()  #: modules whose work layers do now, and nn.Identity in their places
 
     @property
@@ -66,14 +66,14 @@ class Originals:
     def put(self, model: nn.Module) -> None:
         """Replacements into the places of originals, all or none."""
         exchange(model, [(x.fqn, x.original, x.replacement) for x in self.replaced])
-        self.attention.put()
-        self.unpadding.put()
+        for change in (self.attention, *self.changes):
+            change.put()
         saving.refuse(model)
 
     def undo(self, model: nn.Module) -> None:
         exchange(model, [(x.fqn, x.replacement, x.original) for x in self.replaced])
-        self.unpadding.undo()
-        self.attention.undo()
+        for change in (*reversed(self.changes), self.attention):
+            change.undo()
         saving.allow(model)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..common.files import read_json, write_json
 from ..common.text import count, table, together
+from ..integrations.kv_scales import KV_CACHES
 from .evidence import check, describe
 from .precision import find_precision
 from .walker import Leaf
@@ -18,6 +19,8 @@ from .walker import Leaf
 SCHEMA = "forwardpass.plan/2"
 #: How much of an encoder runs without padding: all but attention, or attention too.
 UNPAD = ("layers", "attention")
+#: What older plans do not say.
+_OPTIONAL = ("evidence", "unpad", "kv_cache")
 _FIX = "write one with fp.plan or report.save_plan(path)"
 
 
@@ -54,6 +57,7 @@ class Plan:
     forwardpass: str  #: the version that wrote it
     #: what of its encoders runs without padding: "layers", "attention" too, or nothing, as before there was a choice
     unpad: str | None = None
+    kv_cache: str | None = None  #: what its caches become, one of KV_CACHES; None: they stay what they are
     #: how `fp.plan` came to it: kept with the plan, and not looked at when it is replayed
     evidence: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -108,18 +112,18 @@ class Plan:
         if content["schema"] != SCHEMA:
             raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
                              f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
-        entries = {"evidence": None, "unpad": None} | {k: v for k, v in content.items() if k != "schema"}
+        entries = dict.fromkeys(_OPTIONAL) | {k: v for k, v in content.items() if k != "schema"}
         optional = {
-            k: dict if k == "evidence" else str
-            for k in ("calibration", "evidence", "unpad")
-            if entries.get(k) is not None
+            k: dict if k == "evidence" else str for k in ("calibration", *_OPTIONAL) if entries.get(k) is not None
         }
-        absent = dict.fromkeys({"calibration", "evidence", "unpad"} - set(optional), type(None))
+        absent = dict.fromkeys({"calibration", *_OPTIONAL} - set(optional), type(None))
         plan = fields(Plan, entries, "the plan", layers=list, attention=list, **optional, **absent)
         if not all(isinstance(name, str) for name in plan["attention"]):
             raise fail("a name in attention is no string")
         if plan["unpad"] not in (None, *UNPAD):
             raise fail(f"unpad is {plan['unpad'][:40]!r}, and not one of {', '.join(UNPAD)}")
+        if plan["kv_cache"] not in (None, *KV_CACHES):
+            raise fail(f"kv_cache is {plan['kv_cache'][:40]!r}, and not one of {', '.join(KV_CACHES)}")
         if entries["evidence"] is not None:
             try:
                 check(entries["evidence"])

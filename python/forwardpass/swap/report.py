@@ -133,6 +133,7 @@ class Report:
     skipped: list[Skipped]
     other_layers: list[OtherLayers]
     unpadding: Unpadding
+    kv_cache: str | None
     warnings: list[str]
     weight_bytes: WeightBytes
     plan: Plan
@@ -165,6 +166,7 @@ class Report:
             "skipped": [s.to_json() for s in self.skipped],
             "other_layers": [x.to_json() for x in self.other_layers],
             "unpadding": self.unpadding.to_json(),
+            "kv_cache": self.kv_cache,
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
             "plan": self.plan.to_json(),
@@ -203,6 +205,9 @@ class Report:
             lines += ["", *table(rows)]
         if line := str(self.unpadding):
             lines += ["", *wrapped(f"padding: {line}")]
+        if self.kv_cache is not None:
+            dtype = "the model's dtype" if self.kv_cache == "auto" else self.kv_cache
+            lines += ["", f"caches of keys and values: {dtype}, appended to in place"]
         if self.skipped:
             rows = [("skipped",)]
             for reason, names in by_reason((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped):

@@ -20,6 +20,7 @@ from ..version import __version__
 from . import originals
 from .attention import AttentionSwap, check_choice
 from .decision import Decision, decide, refuse_model, refuse_skips
+from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import LayerPrecision, Precision
@@ -40,6 +41,7 @@ def swap(
     *,
     attention: str | bool = "auto",
     unpad: bool = True,
+    kv_cache: str | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     strict: bool = False,
@@ -67,6 +69,9 @@ def swap(
             texts that differ in length without the rows of padding, at which last_hidden_state is then zero; at tokens it is
             what it is with them, but for the order of sums. Compiled, exported and captured models, and calls that ask for
             hidden states or attention weights, stay padded. False: always padded.
+        kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
+            place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
+            with a scale for each token and head. Attention is then swapped wherever it can be. None: they stay what they are.
         include, exclude: patterns of names, of layers and attention: globs over whole components ("layer.1" is not
             "layer.11"; "**" crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that
             layer's default skips.
@@ -105,7 +110,8 @@ def swap(
         raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
     check_choice(attention, plan is not None)
     check_unpad(unpad)
-    if (precision is None) == (plan is None) and not (plan is None and attention is True):
+    check_kv_cache(kv_cache, attention, plan is not None)
+    if (precision is None) == (plan is None) and not (plan is None and (attention is True or kv_cache is not None)):
         clause = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"')
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
@@ -113,7 +119,9 @@ def swap(
     refuse_model(model, leaves)
     loaded = Plan.load(plan) if plan is not None else None
     calibrated = calibrate is not None
-    decision = decide(context, leaves, precision, loaded, attention=attention, unpad=unpad, calibrated=calibrated)
+    decision = decide(
+        context, leaves, precision, loaded, attention=attention, unpad=unpad, kv_cache=kv_cache, calibrated=calibrated
+    )
     if strict:
         refuse_skips(decision.skipped)
     notes = _warnings(decision)
@@ -171,6 +179,7 @@ def _carry_out(
         list(decision.skipped),
         _other_layers(model, in_report),
         decision.unpadding.report(decision.attention),
+        decision.kv_cache.kv_cache,
         notes,
         _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep),
         planned(
@@ -179,14 +188,15 @@ def _carry_out(
             [leaf.fqn for leaf in decision.attention.swapped],
             calibration,
             decision.unpadding.planned,
+            decision.kv_cache.kv_cache,
         ),
         dry_run,
     )
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
-        changes = change, UnpaddingSwap(decision.unpadding)
-        report.attach(model, _install(model, [leaf for leaf, _ in swapped], replacements, *changes, keep))
+        changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache)
+        report.attach(model, _install(model, [leaf for leaf, _ in swapped], replacements, change, changes, keep))
     return report
 
 
@@ -262,15 +272,15 @@ def _install(
     leaves: list[Leaf],
     replacements: list[QuantizedLinear],
     attention: originals.Attention,
-    unpadding: originals.Change,
+    changes: tuple[originals.Change, ...],
     keep: str | bool,
 ) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
     layers = tuple(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in zip(leaves, replacements))
     activations = originals.identities(zip(leaves, replacements))
-    changed = originals.Originals(layers, True, attention, unpadding, activations)
+    changed = originals.Originals(layers, True, attention, changes, activations)
     changed.put(model)
-    swapped = changed if keep else originals.Originals((), False, attention, unpadding)
+    swapped = changed if keep else originals.Originals((), False, attention, changes)
     try:
         originals.remember(model, swapped)
         originals.Moved(
@@ -339,6 +349,7 @@ def planned(
     attention: Iterable[str],
     calibration: str | None,
     unpad: str | None,
+    kv_cache: str | None = None,
 ) -> Plan:
     """The plan that swaps these layers, and the attention of these names."""
     layers = (
@@ -347,4 +358,5 @@ def planned(
         for leaf, p in layer_precisions
     )  # fmt: skip
     model_layers = layers_of(linear_leaves(model))
-    return Plan(type(model).__name__, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad)
+    name = type(model).__name__
+    return Plan(name, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad, kv_cache)

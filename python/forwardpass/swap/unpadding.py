@@ -104,7 +104,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
             continue
         names = fqn.split(".")
         above = (model.get_submodule(".".join(names[:i])) for i in reversed(range(len(names))))
-        holder = next((m for m in above if _is_pretrained(m)), None)
+        holder = next((m for m in above if is_pretrained(m)), None)
         if holder is not None:
             yield fqn, holder, layers
 
@@ -113,7 +113,7 @@ def _is_known(layer: nn.Module) -> bool:
     return f"{type(layer).__module__}.{type(layer).__qualname__}" in LAYERS
 
 
-def _is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> bool:
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 

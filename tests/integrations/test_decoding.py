@@ -1,0 +1,396 @@
+"""Steps of decoding in models of transformers: what they read of which cache, with which operation."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from small_models import ATTENTION, batch, build
+
+import forwardpass as fp
+from forwardpass.dispatch.calls import Calls, counted
+from forwardpass.integrations import heads_first, key_ranges, kv_scales
+from forwardpass.integrations import transformers_attention as huggingface
+
+transformers = pytest.importorskip("transformers")
+masking_utils = transformers.masking_utils
+
+STEPS = 12
+DECODERS = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss"]
+OPTIONS = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True,
+           "output_logits": True, "disable_compile": True}  # fmt: skip
+
+
+def decoder(name):
+    model = build(name, ATTENTION)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def padded(name):
+    """Two prompts, the second shorter and padded on the left."""
+    inputs = {k: v for k, v in batch(name).items() if k != "decoder_input_ids"}
+    if name in DECODERS:
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    return inputs
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What attention_decode is given."""
+    seen = []
+    operation = huggingface.ATTENTION_DECODE
+    monkeypatch.setattr(huggingface, "ATTENTION_DECODE", lambda *args: seen.append(args) or operation(*args))
+    return lambda: [dict(zip(operation.parameters, args)) for args in seen]
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_step_is_attention_decode(name, cache, steps):
+    """And no mask is made: of each sequence there are its first key and its end."""
+    model = decoder(name)
+    layers = model.config.num_hidden_layers
+    expected = model.generate(**padded(name), **OPTIONS, cache_implementation=cache)
+    fp.swap(model, attention=True)
+    with counted(Calls()) as calls:
+        got = model.generate(**padded(name), **OPTIONS, cache_implementation=cache)
+    assert not calls.fallbacks
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.logits, expected.logits):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    calls = steps()
+    assert len(calls) == layers * (STEPS - 1)
+    assert all(call["q"].shape[1] == 1 and call["leftpad"].shape == (2,) for call in calls)
+    if name == "llama":
+        assert [call["leftpad"].tolist() for call in calls] == [[0, 4]] * len(calls)
+        assert [call["seq_lens"].tolist() for call in calls[::layers]] == [[n, n] for n in range(11, 10 + STEPS)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [2, 8, 9])
+def test_several_rows_see_each_what_is_before_them(rows, steps):
+    """As candidates of speculative decoding do; of more than 8 rows a mask is made."""
+    model = decoder("llama")
+    swapped = copy.deepcopy(model)
+    fp.swap(swapped, attention=True)
+    ids = batch("llama")["input_ids"]
+    more = ids.repeat(1, 2)[:, :rows]
+    both = []
+    for m in (model, swapped):
+        cache = m(input_ids=ids).cache
+        both.append(m(input_ids=more, cache=cache).logits)
+    torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
+    assert len(steps()) == (2 if rows <= 8 else 0)
+
+
+@torch.inference_mode()
+def test_padding_behind_tokens_is_a_mask(steps):
+    """A prompt that is padded on the right, and goes on behind its padding."""
+    model = decoder("llama")
+    swapped = copy.deepcopy(model)
+    fp.swap(swapped, attention=True)
+    inputs = batch("llama")
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    both = []
+    for m in (model, swapped):
+        cache = m(**inputs).cache
+        both.append(m(input_ids=inputs["input_ids"][:, :1], attention_mask=mask, cache=cache).logits)
+    torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
+    assert not steps()
+
+
+def test_what_a_mask_function_says():
+    causal, reach = masking_utils.causal_mask_function, key_ranges.reach
+    assert reach(masking_utils, None) == reach(masking_utils, causal) == float("inf")
+    assert reach(masking_utils, masking_utils.sliding_window_causal_mask_function(7)) == 7
+    chunked = masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int))
+    other = masking_utils.and_masks(masking_utils.sliding_window_overlay(7), chunked)
+    for function in (chunked, other, masking_utils.bidirectional_mask_function, lambda *index: True):
+        assert reach(masking_utils, function) is None
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_range_says_what_the_mask_does(rows, window):
+    before, offset, keys = 9, 2, 11
+    padding = torch.ones(3, before + rows, dtype=torch.bool)
+    padding[1, :1] = False
+    padding[2, :5] = False
+    function = (
+        masking_utils.causal_mask_function
+        if window is None
+        else masking_utils.sliding_window_causal_mask_function(window)
+    )
+    reach = key_ranges.reach(masking_utils, function)
+    bounds = key_ranges.of_step(3, rows, keys, before, offset, reach, padding, "cpu")
+    if window is not None and rows > 1:
+        assert bounds is None
+        return
+    arguments = {"q_offset": before, "kv_offset": offset, "attention_mask": padding, "allow_is_causal_skip": False}
+    mask = masking_utils.sdpa_mask(3, rows, keys, mask_function=function, **arguments)
+    assert key_ranges.is_range(bounds)
+    assert not key_ranges.is_range(mask)
+    assert torch.equal(key_ranges.as_mask(bounds, rows, keys), mask)
+    on_device = key_ranges.of_step(3, rows, keys, torch.tensor(before), offset, reach, padding, "cpu")
+    assert torch.equal(on_device, bounds)
+
+
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@torch.inference_mode()
+def test_compiled_with_a_static_cache(name, kv_cache):
+    """One graph a step, whose length is on the device."""
+    model = decoder(name)
+    fp.swap(model, attention=True, kv_cache=kv_cache)
+    ids = batch(name)["input_ids"]
+    with pytest.warns(UserWarning, match="sliding layers") if name == "gemma2" and kv_cache else _quiet():
+        caches = [transformers.StaticCache(config=model.config, max_cache_len=24) for _ in range(2)]
+        for cache in caches:
+            model(input_ids=ids, cache=cache)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    for token in range(5, 9):
+        step = torch.full((2, 1), token)
+        got, expected = compiled(input_ids=step, cache=caches[0]), model(input_ids=step, cache=caches[1])
+        torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+class _quiet:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+
+# ---- continuous batching
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate_batch(name):
+    """The config's name has the word that continuous batching asks for, and packed sequences come to us."""
+    continuous = pytest.importorskip("transformers.generation.configuration_utils")
+    model = decoder(name)
+    prompts = [[5, 6, 7, 8], [9, 10, 11], [12] * 9, [4, 3]]
+    config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = [model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist() for p in prompts]
+    fp.swap(model, attention=True)
+    before = sum(fp.call_counts().kernel_calls.values())
+    options = continuous.ContinuousBatchingConfig(
+        page_size=16, max_memory_percent=0.02, max_batch_tokens=64, use_cuda_graph=False
+    )
+    got = model.generate_batch(prompts, generation_config=config, continuous_batching_config=options)
+    assert [x.generated_tokens for x in got.values()] == expected
+    assert sum(fp.call_counts().kernel_calls.values()) > before
+    fp.restore(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@torch.inference_mode()
+def test_pages_of_continuous_batching(steps):
+    """One token each of two sequences, appended to their pages: K and V are overlapping views, and one page is not there."""
+    model = decoder("llama")
+    fp.swap(model, attention=True)
+    attention = model.model.layers[0].self_attn
+    g = torch.Generator().manual_seed(0)
+    memory = torch.randn(9, 16, 2, 32, generator=g)
+    before = memory.clone()
+    k_cache, v_cache = memory[:-1], memory[1:]
+    table = torch.tensor([[0, 4], [2, -1]], dtype=torch.int32)
+    q, k, v = (torch.randn(1, heads, 2, 32, generator=g) for heads in (4, 2, 2))
+    options = {"cu_seq_lens_q": torch.arange(3, dtype=torch.int32), "max_length_q": 1, "max_length_k": 20,
+               "cu_seq_lens_k": torch.tensor([0, 20, 27], dtype=torch.int32), "is_causal": True}  # fmt: skip
+    paged = {"block_table": table, "k_cache": k_cache, "v_cache": v_cache}
+    got, _ = huggingface._attention(attention, q, k, v, None, **options, **paged)
+    keys = [torch.cat([before[0], before[4][:3], k[0, :, 0][None]]), torch.cat([before[2][:6], k[0, :, 1][None]])]
+    values = [torch.cat([before[1], before[5][:3], v[0, :, 0][None]]), torch.cat([before[3][:6], v[0, :, 1][None]])]
+    packed = [torch.cat(x).transpose(0, 1)[None] for x in (keys, values)]
+    expected, _ = huggingface._attention(attention, q, *packed, None, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert len(steps()) == 1
+    changed = (memory != before).flatten(2).any(2).nonzero().tolist()
+    assert changed == [[2 + 0, 6], [3, 6], [4, 3], [5, 3]]
+
+
+# ---- caches
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "t5", "whisper"])
+@pytest.mark.parametrize("kv_cache", ["auto", "int8", "fp8"])
+def test_kv_cache(name, kv_cache):
+    """As with transformers' own cache, bits and all where it is of the model's dtype, and beam search reorders it."""
+    model = decoder(name)
+    expected = model.generate(**padded(name), **OPTIONS)
+    beams = model.generate(**padded(name), **OPTIONS, num_beams=3).sequences
+    report = fp.swap(model, kv_cache=kv_cache)
+    assert report.kv_cache == kv_cache
+    assert not report.swapped
+    got = model.generate(**padded(name), **OPTIONS)
+    ends = {"auto": 1e-5, "int8": 0.03, "fp8": 0.12}[kv_cache]
+    for i, (a, b) in enumerate(zip(got.logits, expected.logits)):
+        torch.testing.assert_close(a, b, rtol=0, atol=ends * b.abs().max().item())
+        if kv_cache != "auto" and not torch.equal(
+            got.sequences[:, : -STEPS + i + 1], expected.sequences[:, : -STEPS + i + 1]
+        ):
+            break
+    else:
+        assert torch.equal(got.sequences, expected.sequences) or kv_cache != "auto"
+    if kv_cache == "auto":
+        assert torch.equal(model.generate(**padded(name), **OPTIONS, num_beams=3).sequences, beams)
+    cache = got.cache.self_attention_cache if name in ("t5", "whisper") else got.cache
+    for layer in cache.layers if name != "whisper" else ():  # whose generate returns copies of what layers hold
+        assert layer.keys.dtype == {"auto": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kv_cache]
+        assert (kv_scales.scale_of(layer.keys) is None) == (kv_cache == "auto")
+    fp.restore(model)
+    again = model.generate(**padded(name), **OPTIONS)
+    assert torch.equal(again.sequences, expected.sequences)
+    own = again.cache.self_attention_cache if name in ("t5", "whisper") else again.cache
+    assert {type(layer).__module__ for layer in own.layers} == {"transformers.cache_utils"}
+
+
+@torch.inference_mode()
+def test_a_cache_that_already_holds_something_goes_on():
+    """A prompt's cache from before the swap, and chunks of many rows over 8 bits."""
+    model = decoder("gemma2")
+    ids = batch("gemma2")["input_ids"]
+    expected = model(input_ids=ids.repeat(1, 3)).logits[:, -1]
+    cache = model(input_ids=ids).cache
+    fp.swap(model, kv_cache="int8")
+    more = model(input_ids=ids, cache=cache)
+    assert more.cache is cache
+    last = model(input_ids=ids, cache=cache).logits[:, -1]
+    torch.testing.assert_close(last, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert cache.get_seq_length() == 30
+    sliding = cache.layers[[layer.is_sliding for layer in cache.layers].index(True)]
+    assert sliding.keys.shape[2] == 5  # a window of 6, the new token's own key included
+
+
+@torch.inference_mode()
+def test_what_can_be_done_to_a_cache():
+    from forwardpass.integrations.transformers_cache import GrowingLayer
+
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 2, 3, 190, 32, generator=g)
+    for window in (None, 8):
+        ours = GrowingLayer(None, window)
+        own = transformers.cache_utils
+        theirs = own.DynamicLayer() if window is None else own.DynamicSlidingWindowLayer(window)
+        for begin, end in ((0, 5), (5, 6), (6, 7), (7, 20), *((i, i + 1) for i in range(20, 190))):
+            assert ours.get_mask_sizes(end - begin) == theirs.get_mask_sizes(end - begin)
+            part = k[:, :, begin:end], v[:, :, begin:end]
+            for a, b in zip(ours.update(*part), theirs.update(*part)):
+                assert torch.equal(a, b)
+            assert torch.equal(ours.keys, theirs.keys)
+            assert ours.get_seq_length() == theirs.get_seq_length() == end
+        for layer in (ours, theirs):
+            layer.batch_repeat_interleave(2)
+            layer.reorder_cache(torch.tensor([3, 0, 1, 1]))
+            layer.batch_select_indices(torch.tensor([0, 2]))
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+        if window is None:
+            for layer in (ours, theirs):
+                layer.crop(-3)
+            assert torch.equal(ours.values, theirs.values)
+            with pytest.raises(ValueError, match="negative"):
+                ours.crop(3)
+        else:
+            with pytest.raises(RuntimeError, match="window of 8 has left"):
+                ours.crop(-60)
+        again = copy.deepcopy(ours)
+        ours.reset()
+        assert ours.get_seq_length() == 0 and again.get_seq_length() == (187 if window is None else 190)
+        assert torch.equal(again.update(k[:, :, :1], v[:, :, :1])[0][:, :, -1], k[:, :, 0])
+
+
+@torch.inference_mode()
+def test_a_quarter_of_the_memory():
+    model = decoder("llama").to(torch.bfloat16)
+    fp.swap(model, kv_cache="int8")
+    cache = fp.KVCache(model.config, "int8")
+    model(input_ids=torch.zeros(1, 100, dtype=torch.long), cache=cache)
+    layer = cache.layers[0]
+    stored = layer._stored
+    sizes = [x.nbytes for x in (stored.keys, stored.values, *stored.scales)]
+    assert sum(sizes) == stored.capacity * 2 * 2 * (32 + 4)  # heads, K and V; a byte an element and 4 for the scale
+    assert stored.capacity <= 100 * 5 // 4 + 64
+
+
+def test_kv_cache_in_plans_and_checkpoints(tmp_path):
+    model = decoder("llama")
+    report = fp.swap(model, "int8", kv_cache="int8", include=["lm_head", "**"])
+    assert "int8, appended to in place" in str(report)
+    assert report.to_json()["kv_cache"] == "int8"
+    tokens = model.generate(**padded("llama"), **OPTIONS).sequences
+    fp.save_pretrained(model, tmp_path / "saved")
+    report.save_plan(tmp_path / "plan.json")
+    loaded = fp.load_pretrained(tmp_path / "saved")
+    replayed = decoder("llama")
+    assert fp.swap(replayed, plan=tmp_path / "plan.json").kv_cache == "int8"
+    for other in (loaded, replayed, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        got = other.generate(**padded("llama"), **OPTIONS)
+        assert torch.equal(got.sequences, tokens)
+        assert got.cache.layers[0].keys.dtype == torch.int8
+
+
+def test_refusals():
+    model = decoder("llama")
+    before = model.config._attn_implementation
+    for kwargs, message in (
+        ({"kv_cache": "int4"}, r"kv_cache is None or one of 'auto', 'int8', 'fp8', not 'int4'"),
+        ({"kv_cache": "int8", "attention": False}, "drop attention=False"),
+        ({"kv_cache": "int8", "exclude": "model.layers.*.self_attn"}, "needs swapped attention"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fp.swap(model, **kwargs)
+    assert model.config._attn_implementation == before and not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="is for decoders of transformers"):
+        fp.swap(build("bert", ATTENTION), kv_cache="int8")
+    with pytest.raises(ValueError, match="KVCache: dtype is one of"):
+        fp.KVCache(model.config, "int4")
+    with pytest.raises(RuntimeError, match=r"call fp\.swap"), torch.inference_mode():
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), cache=fp.KVCache(model.config, "int8"))
+
+
+@torch.inference_mode()
+def test_a_static_cache_that_is_full():
+    model = decoder("llama")
+    fp.swap(model, kv_cache="int8")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    model(input_ids=batch("llama")["input_ids"], cache=cache)
+    step = torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(2):
+        model(input_ids=step, cache=cache)
+    keys = cache.layers[0].keys.clone()
+    with pytest.raises(ValueError, match="seq_lens must be from 0 to 12"):
+        model(input_ids=step, cache=cache)
+    assert torch.equal(cache.layers[0].keys, keys)
+
+
+@torch.inference_mode()
+def test_attention_that_is_left_out_reads_8_bits_too():
+    """A module that shares the config: it runs what it ran, on keys that are widened."""
+    model = decoder("llama")
+    fp.swap(model, kv_cache="int8")
+    step = dict(zip(("key", "value"), torch.randn(2, 2, 2, 5, 32)))
+    scale = torch.rand(2, 5, 2) / 100
+    for name, x in step.items():
+        step[name] = torch.clamp(x * 40, -127, 127).to(torch.int8)
+        kv_scales.attach(step[name], scale)
+    wide = {name: kv_scales.widened(x, torch.float32) for name, x in step.items()}
+    query = torch.randn(2, 4, 1, 32)
+    attention = model.model.layers[0].self_attn
+    expected = huggingface._attention(attention, query, **wide, attention_mask=None)[0]
+    got = huggingface._attention(attention, query, **step, attention_mask=None)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with counted(Calls()) as calls:
+        declined = huggingface._attention(attention, query, **step, attention_mask=None, scaling=32**-0.5, unknown=1)[0]
+    assert calls.fallbacks
+    torch.testing.assert_close(declined, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_kernel_no_step(monkeypatch):
+    """Where only the reference could run it, attention_decode is not asked."""
+    q, k = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 9, 32)
+    assert heads_first.decode_arguments(q, k, k, None, None, 0.0, None) is not None
+    monkeypatch.setattr(heads_first, "_has_decode_kernel", lambda call: False)
+    assert heads_first.decode_arguments(q, k, k, None, None, 0.0, None) is None
