@@ -332,3 +332,35 @@ class Request:
     @staticmethod
     def postprocess(outputs: Tensor) -> list[Any]:
         return outputs.tolist()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to prompts of one length, and tokens to texts, around a decoder: as a `Request` for `fp.profile`.
+
+    Raises:
+        ValueError: the model takes fewer than `length` tokens and the `steps` that follow.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    length: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        embedding.check_length(self.length + self.steps, self.tokenizer, self.model)
+
+    def pieces(self, texts: list[str]) -> list[str]:
+        """One after the other, cut so that each has as many tokens as a prompt, or more: a token is rarely of eight letters."""
+        text, size = "\n".join(texts), 8 * self.length
+        return [text[i : i + size] for i in range(0, max(1, len(text) - size), size)]
+
+    def preprocess(self, texts: list[str]) -> Batch:
+        """int64 [texts, length]: without padding, so all of them as short as the shortest."""
+        rows = self.tokenizer(texts, truncation=True, max_length=self.length, verbose=False)["input_ids"]
+        ids = torch.tensor([row[: min(map(len, rows))] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def postprocess(self, tokens: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(tokens)
+        return texts
