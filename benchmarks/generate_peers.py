@@ -54,7 +54,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Candidate:
-    """prepare: what is run of a cell. losses: rows [n, length] -> of every token but the first its loss, in nats. weight_bytes: that
+    """prepare: what a cell runs. losses: rows [n, length] -> of every token but the first its loss in nats; weight_bytes: that
     a step reads; cache_itemsize: of a value of the cache, bytes.
     """
 

@@ -454,7 +454,7 @@ def test_parity_lists_layers_and_draws(folder, tmp_path):
     assert written["schema"] == "forwardpass.parity/1" and written["agreement"]["samples"] == 288
     assert written["precision"] == "int8" and written["layers"]
     assert files["plot"].read_bytes()[:4] == b"\x89PNG"
-    refused(run("parity", folder), "pass either --precision or --plan")
+    refused(run("parity", folder, "--precision", "int8", "--plan", "x"), "pass either --precision or --plan")
     refused(run("parity", folder, "--precision", "int9"), "--precision is one of")
     refused(run("parity", folder, "--precision", "int8", "--plot", tmp_path / "parity.txt"), "give it another name")
 

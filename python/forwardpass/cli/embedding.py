@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import pathlib
 from collections.abc import Callable, Iterable
@@ -51,9 +53,11 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
         if not source.swapped:
             # Q4_1 says nothing of the dtype that it was made from, which was bfloat16
             dtype = torch.bfloat16 if file and torch.device(device).type == "cuda" else "auto"
-            model = getattr(transformers, auto).from_pretrained(
-                source.path, torch_dtype=dtype, trust_remote_code=False, **file
-            )
+            # it draws a bar of its own as it reads GGUF
+            with contextlib.redirect_stderr(io.StringIO()) if file else contextlib.nullcontext():
+                model = getattr(transformers, auto).from_pretrained(
+                    source.path, torch_dtype=dtype, trust_remote_code=False, **file
+                )
             if file:
                 _forget_file(model)
     except (

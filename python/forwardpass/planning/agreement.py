@@ -33,7 +33,7 @@ def next_tokens(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
     else:
         ids = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(ids, Tensor) or logits.dim() != 3 or ids.shape != logits.shape[:2]:
-        raise ValueError("the perplexity takes logits [B, S, V] and batches with input_ids [B, S], and this output is "
+        raise ValueError('task="causal_lm" and a perplexity take logits [B, S, V] and batches with input_ids [B, S], and this is '
                          f"{list(logits.shape)}: pass another task or criterion, or output=fn(result)")  # fmt: skip
     target = ids[:, 1:].to(logits.device)
     mask = padding_mask(batch, ids.shape)
