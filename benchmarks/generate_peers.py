@@ -84,13 +84,13 @@ def eager_bf16(subject: Subject) -> Candidate:
 
 
 def compiled(subject: Subject) -> Candidate:
-    """torch.compile with a cache of one size, as transformers' generate has it with cache_implementation="static"."""
+    """torch.compile of a step, with a cache of one size, as transformers' generate has it with cache_implementation="static"."""
     cache_utils = importlib.import_module("transformers.cache_utils")
     model = subject.model
     forward = torch.compile(model.forward, dynamic=False)
 
     def prepare(decoding: Decoding) -> Run:
-        torch.compiler.reset()  # shapes are of the cell
+        torch.compiler.reset()  # sizes are the cell's, and compiling takes minutes
         cache = cache_utils.StaticCache(config=model.config, max_cache_len=decoding.length)
 
         def run(ids: Tensor, steps: int) -> list[float]:

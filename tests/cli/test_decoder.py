@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -12,6 +13,7 @@ from command_line import NO_SMOLLM2, refused, run, small_llama
 
 import forwardpass as fp
 from forwardpass.cli import embedding, readout, source
+from forwardpass.common.decoding import Generation
 
 needs_smollm2 = pytest.mark.skipif(NO_SMOLLM2, reason="the extra generate is not installed")
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests.\n"
@@ -45,7 +47,7 @@ def test_swap_times_prefill_and_decode_and_compares_perplexity(folder, text, tmp
             low, high = written["tokens_per_s_quartiles"][when][phase]
             assert 0 < low <= written["tokens_per_s"][when][phase] <= high
     parity = written["parity"]
-    assert parity["tokens"] == 4 * len(TEXT) // 64 * 63  # of every piece of 64 all but the first
+    assert parity["tokens"] == (4 * len(TEXT) - 1) // 64 * 63  # of every piece of 64 all but the first
     assert parity["perplexity_increase"] == pytest.approx(parity["perplexity_after"] / parity["perplexity_before"] - 1)
     assert written["checks"] == {"perplexity_increase": {"most": 0.05, "ok": True}}
     assert {"tokens_per_s", "tokens_per_s_quartiles"} <= set(written["measured"])
@@ -94,8 +96,11 @@ def test_plan_of_a_decoder_replays(folder, text, tmp_path):
     assert by_name["lm_head"]["calls"] == {"prefill": [[1, 1, 64]], "decode": [[1, 1, 64]]}
     assert by_name["lm_head"]["candidates"]["w8a16"]["ms"]  # a head is a choice of the plan, tied or not
     assert "  decode" in done.stdout and "  prefill" in done.stdout
-    done = run("swap", folder, "--plan", file, *args)
-    assert done.exit_code == 0, done.output
+    plan = json.loads(file.read_text())
+    for layers in (plan["layers"], []):  # nothing to swap is no error
+        file.write_text(json.dumps(plan | {"layers": layers}))
+        done = run("swap", folder, "--plan", file, *args)
+        assert done.exit_code == 0 and "decode, " in done.stdout, done.output
 
 
 def test_profile_has_prefill_and_decode_as_phases(folder, text, tmp_path):
@@ -154,11 +159,7 @@ def test_what_smollm2_lacks_is_said_in_one_sentence(monkeypatch, tmp_path):
     file.parent.mkdir()
     file.write_bytes(b"GGUF")
     refused(run("swap", "smollm2"), "is not SmolLM2-135M-Instruct in Q4_1 (its sha256 is ")
-    digest = "8d1d8a3c7b5c0ea5f1b5bcd7a1c1b7b9"
-    assert not packaged.sha256.startswith(digest)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.2")
-    import hashlib
-
     same = dataclasses.replace(packaged, sha256=hashlib.sha256(b"GGUF").hexdigest())
     monkeypatch.setitem(source.PACKAGED, "smollm2", same)
     found = embedding.importlib.util.find_spec
@@ -188,11 +189,9 @@ def test_smollm2_answers_and_keeps_its_perplexity():
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
 
     def said():
-        from forwardpass.common.decoding import Generation
-
         with torch.inference_mode():
             return tokenizer.decode(Generation(model, ids).generate(2)[0][0])
 
-    assert said() == " Paris."[: len(said())] and "Paris" in said()
+    assert said().startswith(" Paris.")
     fp.swap(model, "w8a16", include=["*", "lm_head"])
     assert "Paris" in said()

@@ -202,10 +202,9 @@ def rates(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]
         for key, name in names.items():
             low, high = result["tokens_per_s_quartiles"][key][phase]
             gain = f"{result['speedup'][phase]:.2f} times as fast" if key == "after" else ""
-            rows.append(
-                (f"{phase}, {name}", f"{result['tokens_per_s'][key][phase]:.1f}", f"{low:.1f} to {high:.1f}", gain)
-            )
-    return rows
+            median = f"{result['tokens_per_s'][key][phase]:.1f}"
+            rows.append((f"{phase}, {name}", median, f"{low:.1f} to {high:.1f}", gain))
+    return rows if "after" in names else [row[:3] for row in rows]
 
 
 def latencies(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]]:

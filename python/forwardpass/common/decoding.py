@@ -78,7 +78,7 @@ class Generation:
 
     Args:
         ids: the prompts, int64 [batch, tokens]; mask: 0 where they are padded, on the left.
-        forward: what is called in place of the model, as what was compiled of it; cache: to be used in place of the model's own.
+        forward: what steps call in place of the model, as what was compiled of it; cache: to be used in place of the model's own.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Generation:
         forward: Callable[..., Any] | None = None,
         cache: Any = None,
     ) -> None:
-        self.forward, self.ids, self.cache = forward or model, ids, cache
+        self.model, self.forward, self.ids, self.cache = model, forward or model, ids, cache
         self.mask = None if mask is None or mask.all() else mask
         parameters = inspect.signature(model.forward).parameters
         #: transformers renamed it in version 5
@@ -98,19 +98,19 @@ class Generation:
 
     def prefill(self) -> Tensor:
         """int64 [batch, 1]: the next token of each prompt."""
-        return self._run(self.ids, self.mask)
+        return self._run(self.model, self.ids, self.mask)
 
     def step(self, ids: Tensor) -> Tensor:
         """The tokens [batch, n] go in, the next one [batch, 1] comes out."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(ids.shape)], 1)
-        return self._run(ids, self.mask)
+        return self._run(self.forward, ids, self.mask)
 
-    def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, forward: Callable[..., Any], ids: Tensor, mask: Tensor | None) -> Tensor:
         kwargs: dict[str, Any] = self._last if self.cache is None else {self._argument: self.cache, **self._last}
         if mask is not None:
             kwargs = {"attention_mask": mask, **kwargs}
-        result = self.forward(input_ids=ids, use_cache=True, **kwargs)
+        result = forward(input_ids=ids, use_cache=True, **kwargs)
         self.cache = result[self._argument]
         logits: Tensor = result.logits
         return logits[:, -1:].argmax(-1)
