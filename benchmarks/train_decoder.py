@@ -19,16 +19,11 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from benchmarks import bench
+from forwardpass.cli.readout import documentation
 from forwardpass.common.timing import keep_freed_memory
 
 LENGTH, BATCH = 128, 16
 TOLERANCE = 0.01  #: of the perplexity
-
-
-def text() -> bytes:
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics)).encode()
 
 
 def rows(data: bytes, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -96,7 +91,7 @@ def main() -> None:
     p = bench.parser(__doc__)
     p.add_argument("--seconds", type=float, default=120, help="of training")
     args = p.parse_args()
-    data = text()
+    data = documentation().encode()
     split = len(data) * 9 // 10
     training, evaluation = data[:split], data[split:]
     model = build()
@@ -107,7 +102,9 @@ def main() -> None:
     before, text_before = perplexity(model, batches), generate(model, b"The value of ")
     result = bench.header("train-decoder", "cpu", ["perplexity", "latency_ms"]) | {"allocator": keep_freed_memory()}
 
-    plan = fp.plan(model, batches, metric=perplexity_change, tolerance=TOLERANCE, calibrate=calibration)
+    plan = fp.plan(
+        model, batches, metric=perplexity_change, tolerance=TOLERANCE, shapes=batches[:1], calibrate=calibration
+    )
     print(plan)
     fp.swap(model, plan=plan, calibrate=calibration if plan.calibrated else None)
     after, text_after = perplexity(model, batches), generate(model, b"The value of ")

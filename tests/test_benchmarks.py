@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import time
 
@@ -447,3 +448,109 @@ def test_models_refuse_what_they_cannot_run(arguments, reason, monkeypatch, caps
     with pytest.raises(SystemExit):
         models.main()
     assert reason in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def small_decoder(tmp_path_factory):
+    from command_line import small_llama
+
+    return str(small_llama(tmp_path_factory.mktemp("decoder"), max_position_embeddings=300))
+
+
+def generated(model, *options):
+    generate = importlib.import_module("benchmarks.generate")
+    args = generate.arguments().parse_args(
+        ["--model", model, "--texts", "1", "--rounds", "2", "--steps", "3", *options]
+    )
+    return generate, generate.measure(args)
+
+
+def test_generate_beside_its_peers(small_decoder, monkeypatch):
+    from forwardpass.common.decoding import Decoding
+
+    peers = importlib.import_module("benchmarks.generate_peers")
+
+    def failing(subject):
+        def prepare(cell):
+            raise ZeroDivisionError("of its own")
+
+        return dataclasses.replace(peers.eager_fp32(subject), prepare=prepare)
+
+    def absent(subject):
+        peers.need("no_such_package", "no-such-package")
+
+    monkeypatch.setitem(peers.PEERS, "absent", absent)
+    monkeypatch.setitem(peers.PEERS, "failing", failing)
+    asked = ("--peers", "eager bf16,llama.cpp Q8_0,absent,failing", "--precisions", "int8,w8a16+head")
+    generate, result = generated(small_decoder, "--batch", "1,2", "--prompt", "4", *asked)
+    ran = ["forwardpass int8", "forwardpass w8a16+head", "eager fp32", "eager bf16"]
+    assert list(result["candidates"]) == [*ran, "failing"]
+    assert "no-such-package" in result["not_run"]["absent"] and result["not_run"]["llama.cpp Q8_0"]
+    assert result["not_run"]["compiled fp32"] == "not asked for"
+    assert [(c["batch"], c["prompt"], c["steps"], c["rounds"]) for c in result["cells"]] == [(1, 4, 3, 2), (2, 4, 3, 2)]
+    sizes = {name: c["weight_bytes"] for name, c in result["candidates"].items()}
+    assert sizes["forwardpass w8a16+head"] < sizes["eager bf16"] < sizes["eager fp32"]
+    for cell in result["cells"]:
+        assert (
+            cell["not_run"] == {"failing": "failed: ZeroDivisionError: of its own"}
+            and list(cell["tokens_per_s"]) == ran
+        )
+        for name, phases in cell["tokens_per_s"].items():
+            assert all(0 < phases[p]["low"] <= phases[p]["median"] <= phases[p]["high"] for p in ("prefill", "decode"))
+            moved = cell["decode_bytes"][name]
+            rate = moved["a_token"] * phases["decode"]["median"] / result["copy_bytes_per_s"]
+            assert moved["of_copy"] == pytest.approx(rate)
+    # 2 layers of 2 heads of 16 values, keys and values, fp32, and of the 3 steps the half
+    cache = 2 * 2 * 2 * 16 * (4 + 1.5) * 4
+    assert result["cells"][1]["decode_bytes"]["eager fp32"]["a_token"] == sizes["eager fp32"] / 2 + cache
+    perplexities = [c["perplexity"] for c in result["candidates"].values()]
+    assert max(perplexities) < 1.05 * min(perplexities) and result["perplexity_tokens"] == 255
+    said = "\n".join(generate.lines(result))
+    assert str(Decoding(2, 4, 3)) in said and "compiled fp32           not run: not asked for" in said
+    json.dumps(result)
+
+
+def test_generate_passes_kv_cache_on(small_decoder, monkeypatch):
+    import forwardpass as fp
+
+    seen, swap = [], fp.swap
+
+    def with_cache(model, precision=None, *, plan=None, kv_cache=None, dry_run=False):
+        seen.append((dry_run, kv_cache))
+        return swap(model, precision, plan=plan, dry_run=dry_run)
+
+    options = ("--batch", "1", "--prompt", "4", "--peers", "", "--precisions", "int8", "--kv-cache", "int8")
+    if "kv_cache" not in inspect.signature(fp.swap).parameters:
+        with pytest.raises(ValueError, match="has no kv_cache="):
+            generated(small_decoder, *options)
+    monkeypatch.setattr(fp, "swap", with_cache)
+    _, result = generated(small_decoder, *options)
+    assert seen == [(True, None), (False, "int8")] and result["kv_cache"] == "int8"
+    moved = result["cells"][0]["decode_bytes"]
+    sizes = {n: c["weight_bytes"] for n, c in result["candidates"].items()}
+    caches = [moved[n]["a_token"] - sizes[n] for n in ("forwardpass int8", "eager fp32")]
+    assert caches[1] == 4 * caches[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--peers", "nobody"), "unknown peers nobody"),
+        (("--precisions", "int3"), "there is no precision 'int3'"),
+        (("--prompt", "299"), "302 tokens"),
+    ],
+)
+def test_generate_refuses(small_decoder, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        generated(small_decoder, *options)
+
+
+def test_each_installed_peer_of_generate_runs(small_decoder):
+    """Of those that take a folder; they are compared by their perplexity."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        pytest.skip("the extra bench is not installed")
+    options = ("--batch", "2", "--prompt", "4", "--peers", "ctranslate2 int8", "--precisions", "int8")
+    _, result = generated(small_decoder, *options)
+    rates, found = result["cells"][0]["tokens_per_s"], result["candidates"]
+    assert set(rates["ctranslate2 int8"]) == {"prefill", "decode"}
+    assert found["ctranslate2 int8"]["perplexity"] == pytest.approx(found["eager fp32"]["perplexity"], rel=0.02)

@@ -4,6 +4,7 @@ import os as _os
 from typing import Any as _Any
 
 from . import nn, ops
+from .common.decoding import Decoding
 from .dispatch import Reason, Unsupported, explain, use_backend
 from .dispatch.calls import call_counts
 from .integrations.flash_attention import register_flash_attention_impl
@@ -18,7 +19,8 @@ from .swap import Plan, Precision, Report, load_pretrained, register_precision, 
 from .version import __version__ as __version__
 
 __all__ = [
-    "BatchSizing", "InterpreterFinding", "ItemError", "KVCache", "ParityReport", "Pipeline", "Plan", "Precision", "Profile",
+    "BatchSizing", "Decoding", "InterpreterFinding", "ItemError", "KVCache", "ParityReport", "Pipeline", "Plan", "Precision",
+    "Profile",
     "Reason", "Report", "Unsupported", "call_counts", "explain", "interpret", "load_pretrained", "nn", "ops",
     "parity", "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision",
     "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, what it refuses and with which exit code."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -14,7 +15,7 @@ import torch
 from command_line import NO_MINILM, refused, run
 
 import forwardpass as fp
-from forwardpass.cli import comparison, console, embedding
+from forwardpass.cli import comparison, console, embedding, source
 from forwardpass.serving import size_batch
 from forwardpass.serving.load import Load
 from forwardpass.serving.queueing import Arrivals, Spread
@@ -287,7 +288,6 @@ def test_swap_reads_texts(folder, stub_swap, tmp_path):
         (["/no/such/folder", "--precision", "int8"], "neither a folder"),
         (["../minilm", "--precision", "int8"], "neither a folder"),
         ([".", "--precision", "int8"], "config.json"),
-        (["minilm"], "either --precision or --plan"),
         (["minilm", "--precision", "int8", "--plan", "x.json"], "either --precision or --plan"),
         (["minilm", "--precision", "int3"], "int8, fp8, w8a16, bf16, not 'int3'"),
         (["minilm", "--plan", "missing.json"], "missing.json"),
@@ -369,14 +369,14 @@ def test_refuses_a_broken_or_wrong_model(folder, tmp_path):
 
 @needs_minilm
 def test_refuses_a_minilm_that_is_another(monkeypatch):
-    monkeypatch.setattr(embedding, "MINILM_SHA256", "0" * 64)
+    monkeypatch.setitem(source.PACKAGED, "minilm", dataclasses.replace(source.PACKAGED["minilm"], sha256="0" * 64))
     refused(run("swap", "minilm", "--precision", "int8"), "is not all-MiniLM-L6-v2")
 
 
 @needs_minilm
 def test_minilm_is_found_without_importing_its_package():
     assert embedding.find_model("minilm").origin.startswith("all-MiniLM-L6-v2")
-    assert embedding.MINILM_PACKAGE.replace("-", "_") not in sys.modules
+    assert source.PACKAGED["minilm"].package.replace("-", "_") not in sys.modules
 
 
 def test_torch_dynamic_int8_says_why_it_is_missing(monkeypatch):
@@ -454,7 +454,7 @@ def test_parity_lists_layers_and_draws(folder, tmp_path):
     assert written["schema"] == "forwardpass.parity/1" and written["agreement"]["samples"] == 288
     assert written["precision"] == "int8" and written["layers"]
     assert files["plot"].read_bytes()[:4] == b"\x89PNG"
-    refused(run("parity", folder), "pass either --precision or --plan")
+    refused(run("parity", folder, "--precision", "int8", "--plan", "x"), "pass either --precision or --plan")
     refused(run("parity", folder, "--precision", "int9"), "--precision is one of")
     refused(run("parity", folder, "--precision", "int8", "--plot", tmp_path / "parity.txt"), "give it another name")
 

@@ -35,7 +35,7 @@ def minilm_like():
                 f"4.56 times as fast: 0.247 ms, {i} as it is" if choice else "left alone: the error buys more elsewhere"
             )
             layers.append({
-                "fqn": f"encoder.layer.{i}.{part}", "in_features": k, "out_features": n, "calls": [[8, 128, k]],
+                "fqn": f"encoder.layer.{i}.{part}", "in_features": k, "out_features": n, "calls": {"forward": [[8, 128, k]]},
                 "before": {"ms": timing["before"], "bytes": 4000}, "candidates": {name: candidate(name) for name in names},
                 "choice": choice, "reason": why,
             })  # fmt: skip

@@ -35,7 +35,7 @@ def times(monkeypatch):
     """Timers that run each call twice and say what the table says."""
     table, calls = dict(TIMES), []
 
-    def interleave(named, device, *, rounds, warmup, on_round=lambda: None):
+    def interleave(named, device, *, rounds, warmup, on_round=lambda: None, cold=False):
         for name, call in named.items():
             calls.append(name)
             call(), call()
@@ -506,7 +506,7 @@ def test_the_command_writes_a_plan_that_swap_replays(times, folder, tmp_path):
     assert written["schema"] == "forwardpass.plan/2"
     evidence = written["evidence"]
     assert evidence["texts"] == 288 and evidence["batches"]["calibrated"] == 2
-    assert [tuple(c) for c in evidence["layers"][0]["calls"]] == [(2, 16, 96)]  # of the timed batch
+    assert [tuple(c) for c in evidence["layers"][0]["calls"]["forward"]] == [(2, 16, 96)]  # of the timed batch
     assert len(written["layers"]) > 2 and f"{count(len(evidence['attempts']), 'plan')} verified" in " ".join(
         done.stdout.split()
     )

@@ -28,6 +28,7 @@ from torch.nn.utils import prune
 
 import forwardpass as fp
 from forwardpass.nn import QuantizedLinear
+from forwardpass.swap import originals
 from forwardpass.swap.patterns import Pattern
 
 #: About 1.5 times the worst of the models' relative errors, which is T5's.
@@ -317,9 +318,40 @@ def test_a_name_spelled_out_overrides_the_default_skips():
     assert "gate" in names(fp.swap(Router().eval(), "int8", include=["*", "gate"]))
 
 
-def test_a_tied_head_stays_even_when_it_is_spelled_out():
-    report = fp.swap(build("llama_tied"), "int8", include=["*", "lm_head"])
-    assert codes(report)["lm_head"] == "tied"
+def test_a_tied_head_that_is_spelled_out_gets_a_copy_of_its_own(tmp_path):
+    model, ids = build("llama_tied"), batch("llama_tied")
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    weight = embedding.weight
+    assert head.weight is weight
+    with torch.inference_mode():
+        before, values = model(**ids).logits, weight.clone()
+        report = fp.swap(model, "w8a16", include=["lm_head"])
+        assert names(report) == ["lm_head"] and codes(report)["model.layers.0.mlp.up_proj"] == "not_included"
+        assert model.get_input_embeddings().weight is weight and torch.equal(weight, values)
+        copy, sizes = model.lm_head.weight, report.weight_bytes
+        assert type(model.lm_head) is fp.nn.W8A16Linear and copy.dtype == torch.int8
+        assert (
+            sizes.after - sizes.before == report.swapped[0].bytes_after > copy.numel()
+        )  # the embedding's is still there
+        assert sizes.originals == 0  # what is kept is the embedding's, too
+        assert report.swapped[0].tied_to == "model.embed_tokens.weight"
+        assert "lm_head has a copy of its own now, beside model.embed_tokens.weight" in " ".join(str(report).split())
+        after = model(**ids).logits
+        assert 0 < (after - before).norm() / before.norm() < 0.02
+        fp.save_pretrained(model, tmp_path)
+        assert torch.equal(fp.load_pretrained(tmp_path)(**ids).logits, after)
+        fp.restore(model)
+        assert model.lm_head is head and model.lm_head.weight is weight and torch.equal(model(**ids).logits, before)
+
+
+def test_originals_that_are_moved_leave_what_the_model_still_has():
+    head = build("llama_tied").lm_head
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):  # nothing is moved to where there are no values
+        originals.Moved([head], torch.device("meta"))
+    originals.Moved([head], torch.device("meta"), but=[head.weight])
+
+
+def test_a_head_is_swapped_where_it_is_spelled_out():
     assert "lm_head" in names(fp.swap(build("llama"), "int8", include=["*", "lm_head"]))
 
 

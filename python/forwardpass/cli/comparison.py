@@ -1,15 +1,16 @@
-"""A text embedding model before and after a swap: the same texts, the same batch, in turn, in one process."""
+"""A model before and after a swap: the same texts, the same batch, in turn, in one process."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 
+from ..common import decoding
 from ..common.timing import Track, interleave, keep_freed_memory, untracked
 from .embedding import Batch
 from .readout import Readout
@@ -31,11 +32,8 @@ def compare(
         batches: real texts, for parity: what `readout` makes of both models' results.
         timed: one batch without padding, for latency; on a CPU torch's own dynamic INT8 takes part.
     """
-    before, after = (
-        readout.results(model, ticking(batches, track(f"running texts {when}", len(batches))))
-        for when, model in (("before", original), ("after", swapped))
-    )
     models = {"before": original, "after": swapped}
+    parity = compare_results(models, batches, readout, track)
     dynamic, reason = torch_dynamic_int8(original)
     if dynamic is not None:
         models["torch_dynamic_int8"] = dynamic
@@ -47,12 +45,52 @@ def compare(
         timings = interleave(calls, device, rounds=rounds, warmup=warmup, on_round=track("timing", rounds + warmup))
     medians = {name: t.median for name, t in timings.items()}
     return {
-        "parity": readout.parity(after, before),
+        "parity": parity,
         "latency_ms": {"torch_dynamic_int8": None, **medians},
         "latency_quartiles_ms": {name: [t.low, t.high] for name, t in timings.items()},
         "allocator": allocator,
         "speedup": medians["before"] / medians["after"],
         "reasons": {"latency_ms.torch_dynamic_int8": reason} if reason else {},
+    }
+
+
+def compare_results(
+    models: Mapping[str, torch.nn.Module], batches: list[Batch], readout: Readout, track: Track
+) -> dict[str, Any]:
+    """What the readout says of the results on real texts, of the models "before" and "after"."""
+    before, after = (
+        readout.results(models[when], ticking(batches, track(f"running texts {when}", len(batches))))
+        for when in ("before", "after")
+    )
+    return readout.parity(after, before)
+
+
+def compare_decoding(
+    original: torch.nn.Module,
+    swapped: torch.nn.Module,
+    batches: list[Batch],
+    prompts: Batch,
+    steps: int,
+    readout: Readout,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """The same of a decoder: tokens a second of prefill and of decode, from `prompts` on for so many steps."""
+    models = {"before": original, "after": swapped}
+    parity = compare_results(models, batches, readout, track)
+    rounds, allocator = 7, keep_freed_memory()
+    on_round = track("timing", rounds + 1)
+    runs = {name: decoding.run_of(model) for name, model in models.items()}
+    timings = decoding.rates(runs, prompts["input_ids"], steps, rounds, on_round=on_round)
+    medians = {name: {phase: t.median for phase, t in phases.items()} for name, phases in timings.items()}
+    return {
+        "parity": parity,
+        "tokens_per_s": medians,
+        "tokens_per_s_quartiles": {
+            name: {phase: [t.low, t.high] for phase, t in phases.items()} for name, phases in timings.items()
+        },
+        "allocator": allocator,
+        "speedup": {phase: medians["after"][phase] / medians["before"][phase] for phase in decoding.PHASES},
+        "reasons": {},
     }
 
 

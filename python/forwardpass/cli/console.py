@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from ..common.decoding import PHASES
 from ..common.text import count, megabytes, table, wrapped
 from ..common.timing import Track
-from ..swap.report import by_reason
+from ..swap.report import by_reason, tied
 
 #: Seconds between lines of progress where stderr is no terminal.
 EVERY = 15.0
@@ -156,10 +157,11 @@ def describe_interpreter(interpreter: dict[str, Any]) -> str:
 
 
 def print_swap(result: dict[str, Any], console: Console) -> None:
-    parity, latency, weights = result["parity"], result["latency_ms"], result["weight_bytes"]
+    parity, weights = result["parity"], result["weight_bytes"]
     changed = result["speedup"] is not None
     summary = f"{count(len(result['swapped']), 'layer')} to {result['precision'] or result['plan']}"
     facts = [("swapped", summary if changed else "nothing was changed: the model is as it was")]
+    facts += [("head", tied(x["fqn"], x["tied_to"])) for x in result["swapped"] if x.get("tied_to")]
     if result["attention"]:
         facts.append(("attention", f"of {count(len(result['attention']), 'module')} swapped"))
     if result["padding"]:
@@ -175,27 +177,46 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     facts += [("warning", warning) for warning in result["warnings"]]
     if result["calibration"] and changed:
         facts.append(("calibrated", describe_calibration(result["calibration"]["texts"])))
-    check = result["checks"]["cosine_min"]
-    passed = "passes" if check["ok"] else "FAILS"
+    ((name, check),) = result["checks"].items()
+    bound = f">= {check['least']}" if name == "cosine_min" else f"<= {check['most']:.2%}"
     facts += [
         ("read out", result["readout"]),
-        ("parity", describe_parity(parity, f"{passed} >= {check['least']}")),
+        ("parity", describe_parity(parity, f"{'passes' if check['ok'] else 'FAILS'} {bound}")),
         ("weights", f"{megabytes(weights['before'])} before, {megabytes(weights['after'])} after; "
                     f"{megabytes(weights['originals'])} of originals kept for restore"),
         ("device", describe_device(result["device"])),
     ]  # fmt: skip
-    rows = [(f"{result['batch']} x {result['length']} tokens", "median", "quartiles", "")]
     names = {"before": "before", "after": "after"} if changed else {"before": "as it is"}
+    rows = rates(result, names) if "tokens_per_s" in result else latencies(result, names)
+    lines = [*table(facts, heading=False), "", *table(rows, right=(1, 2))]
+    if why := result["reasons"].get("latency_ms.torch_dynamic_int8"):
+        lines += wrapped(f"torch's dynamic INT8: {why}")
+    say(console, "\n".join(lines))
+
+
+def rates(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]]:
+    """A decoder's tokens a second."""
+    prompts = f"{result['batch']} x {result['length']} tokens, then {result['steps']} more"
+    rows: list[tuple[str, ...]] = [(prompts, "tokens/s", "quartiles", "")]
+    for phase in PHASES:
+        for key, name in names.items():
+            low, high = result["tokens_per_s_quartiles"][key][phase]
+            gain = f"{result['speedup'][phase]:.2f} times as fast" if key == "after" else ""
+            median = f"{result['tokens_per_s'][key][phase]:.1f}"
+            rows.append((f"{phase}, {name}", median, f"{low:.1f} to {high:.1f}", gain))
+    return rows if "after" in names else [row[:3] for row in rows]
+
+
+def latencies(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]]:
+    latency = result["latency_ms"]
+    rows: list[tuple[str, ...]] = [(f"{result['batch']} x {result['length']} tokens", "median", "quartiles", "")]
     for key, name in (names | {"torch_dynamic_int8": "torch's dynamic INT8"}).items():
         if latency[key] is None:
             continue
         low, high = result["latency_quartiles_ms"][key]
         gain = "" if key == "before" else f"{latency['before'] / latency[key]:.2f} times as fast"
         rows.append((name, f"{latency[key]:.1f} ms", f"{low:.1f} to {high:.1f}", gain))
-    lines = [*table(facts, heading=False), "", *table(rows, right=(1, 2))]
-    if why := result["reasons"].get("latency_ms.torch_dynamic_int8"):
-        lines += wrapped(f"torch's dynamic INT8: {why}")
-    say(console, "\n".join(lines))
+    return rows
 
 
 def describe_device(device: dict[str, Any]) -> str:
@@ -207,6 +228,12 @@ def describe_int8(cpu: dict[str, Any]) -> str:
 
 
 def describe_parity(parity: dict[str, Any], verdict: str) -> str:
+    if "perplexity_after" in parity:
+        return (
+            f"perplexity {parity['perplexity_before']:.3f} before, {parity['perplexity_after']:.3f} after "
+            f"({parity['perplexity_increase']:+.2%}) over {count(parity['tokens'], 'token')}, {verdict}; the likeliest token "
+            f"stays for {parity['top1_agreement']:.1%}"
+        )
     error = f"relative error {parity['relative_error']:.1e}"
     if "order" not in parity:
         return f"lowest cosine {parity['cosine_min']:.5f} over {count(parity['texts'], 'text')}, {verdict}; {error}"

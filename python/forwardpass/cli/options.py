@@ -36,11 +36,37 @@ def number(
     return typer.Option(help=help, callback=check)
 
 
-ModelName = Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, or a hub id.")]
+def share(help: str) -> Any:
+    """An option that is a share of something; `share_of` reads it."""
+    return typer.Option(help=f"{help} 0.5% or 0.005 is half a per cent.", metavar="SHARE")
+
+
+def share_of(text: str | None) -> float | None:
+    """The number that 0.5% or 0.005 says. Refuses what is none above 0, in one sentence."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        refuse(f"a share is above 0 and written 0.5% or 0.005, not {text}")
+    return value
+
+
+ModelName = Annotated[
+    str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, the decoder `smollm2`, or a hub id.")
+]
 SwappedName = Annotated[str, typer.Argument(help="As for swap, or a folder that `forwardpass swap --save` wrote.")]
-PrecisionName = Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}.")]
+PrecisionName = Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}; default: int8.")]
 PlanFile = Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")]
-Texts = Annotated[str | None, typer.Option(help="Texts to compare on, one a line; default: 288 built in.")]
+Texts = Annotated[
+    str | None,
+    typer.Option(help="Texts to compare on, one a line; default: 288 built in, for a decoder Python's documentation."),
+]
+Batch = Annotated[int | None, number("Rows of the timed batch; default: 8, of a decoder 1.", least=1)]
+Length = Annotated[int, number("Tokens of each of its rows; of a decoder those of the prompt.", least=1)]
+Steps = Annotated[int, number("Of a decoder: tokens that it generates after a prompt.", least=1)]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -102,11 +128,13 @@ def refuse_precision(precision: str | None) -> None:
         refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
 
 
-def precision_or_plan(precision: str | None, plan: str | None) -> tuple[Plan | None, bool]:
-    """The plan, where it is one, and whether there is something to calibrate. Exactly one of them is given."""
-    if (precision is None) == (plan is None):
+def precision_or_plan(precision: str | None, plan: str | None) -> tuple[str | None, Plan | None, bool]:
+    """The precision or the plan, and whether there is something to calibrate. Without either it is int8."""
+    if precision is not None and plan is not None:
         refuse("pass either --precision or --plan")
+    if plan is None:
+        precision = precision or "int8"
     refuse_precision(precision)
     with refusing(ValueError, OSError):
         planned = Plan.load(plan) if plan else None
-    return planned, planned.calibrated if planned else CALIBRATES[precision or ""]
+    return precision, planned, planned.calibrated if planned else CALIBRATES[precision or ""]

@@ -1,7 +1,8 @@
-"""What a model's result is for, as the files in its folder say: embeddings of texts, or scores of pairs."""
+"""What a model's result is for, as the files in its folder say: embeddings of texts, scores of pairs, or the next token."""
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
@@ -15,20 +16,28 @@ from torch import Tensor
 from ..common.compare import relative_error
 from ..common.text import count
 from ..integrations import sentence_transformers as sentences
+from ..planning.agreement import next_tokens
 from . import embedding
-from .embedding import Batch, Source
+from .embedding import Batch
+from .source import Source
+
+#: Characters of the built-in documentation that decoders are calibrated and measured on, about four to a token.
+CALIBRATION, EVALUATION = 32_000, 18_000
 
 
 class Readout(Protocol):
     """How texts go into a model, what is compared of its results, and how."""
 
     @property
-    def head(self) -> bool:
-        """Whether the model is loaded with its head."""
+    def auto(self) -> str:
+        """The class of transformers that loads the model."""
 
     @property
     def task(self) -> str | None:
         """What `fp.parity` calls it."""
+
+    def builtin(self) -> tuple[list[str], list[str]]:
+        """(texts to calibrate with, others to measure on)."""
 
     def inputs(self, texts: list[str]) -> tuple[list[str], ...]:
         """What a tokenizer takes for them, a row for a text."""
@@ -81,8 +90,9 @@ class Embeddings:
     width: int | None = None  #: how many of the values are kept
     lower: bool = False  #: whether texts are put into lower case
 
-    head = False
+    auto = "AutoModel"
     task = "embedding"
+    builtin = staticmethod(embedding.builtin_texts)
 
     def inputs(self, texts: list[str]) -> tuple[list[str], ...]:
         prompted = [self.prompt + text for text in texts]
@@ -119,9 +129,10 @@ class Scores:
 
     most: int | None = None  #: tokens that a longer pair is cut to, where that is fewer than the model takes
 
-    head = True
+    auto = "AutoModelForSequenceClassification"
     task = None
     size = 32  #: texts in a batch
+    builtin = staticmethod(embedding.builtin_texts)
 
     def inputs(self, texts: list[str]) -> tuple[list[str], ...]:
         """The first one with each."""
@@ -184,12 +195,83 @@ class Scores:
         return "scores of pairs of texts: of every 32 texts the first is the query"
 
 
+@dataclass(frozen=True)
+class NextTokens:
+    """Of every token of a text, how well the ones before it foretell it: what the perplexity is the mean of."""
+
+    auto = "AutoModelForCausalLM"
+    task = "causal_lm"
+    length = 256  #: tokens of a piece
+
+    def builtin(self) -> tuple[list[str], list[str]]:
+        """Documentation that ships with Python: its last tenth is measured on."""
+        text = documentation()
+        split = len(text) * 9 // 10
+        return [text[:CALIBRATION]], [text[split : split + EVALUATION]]
+
+    def inputs(self, texts: list[str]) -> tuple[list[str], ...]:
+        return ("\n".join(texts),)  # type: ignore[return-value]
+
+    def tokenize(self, tokenizer: Any, texts: list[str], model: torch.nn.Module, device: str) -> list[Batch]:
+        """The texts one after the other, in pieces of one length: what is left over is dropped. One piece a batch, as logits are
+        large."""
+        if not texts:
+            return []
+        ids = tokenizer(*self.inputs(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        length = min(self.length, embedding.most_tokens(tokenizer, model), len(ids))
+        if length < 2:
+            raise ValueError("the texts have fewer than two tokens, and nothing can be foretold: pass longer ones")
+        rows = torch.tensor(ids[: len(ids) // length * length], device=device).view(-1, 1, length)
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+    def outputs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """Logits [texts, length, vocabulary]"""
+        logits: Tensor = model(**batch).logits
+        return logits.float()
+
+    forward = outputs
+
+    @torch.inference_mode()
+    def results(self, model: torch.nn.Module, batches: Iterable[Batch]) -> Tensor:
+        """fp32 [tokens, 2] on the CPU: of each token that is foretold its loss in nats, and the one that was likeliest."""
+        results = []
+        for batch in batches:
+            logits, target = next_tokens(self.outputs(model, batch), batch)
+            results.append(
+                torch.stack([F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1).float()], -1)
+            )
+        return torch.cat(results).cpu()
+
+    def parity(self, actual: Tensor, expected: Tensor) -> dict[str, Any]:
+        """top1_agreement: how often the likeliest token stays. relative_error: of the losses."""
+        before, after = (math.exp(t[:, 0].double().mean().item()) for t in (expected, actual))
+        return {
+            "perplexity_before": before,
+            "perplexity_after": after,
+            "perplexity_increase": after / before - 1,
+            "top1_agreement": (actual[:, 1] == expected[:, 1]).double().mean().item(),
+            "relative_error": relative_error(actual[:, 0], expected[:, 0]),
+            "tokens": len(expected),
+        }
+
+    def describe(self) -> str:
+        return f"next tokens: logits, in pieces of {self.length} tokens"
+
+
+def documentation() -> str:
+    """What `help()` knows, which ships with Python."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
 def readout_of(source: Source) -> Readout:
     """Raises ValueError, in one sentence, on what is read out in another way than is known here."""
+    if source.decoder:
+        return NextTokens()
     folder = pathlib.Path(source.path)
     around = source.around()
-    config = sentences.json_of(folder / "config.json")
-    architecture = next(iter(config.get("architectures") or ()), "")
+    config, architecture = source.config, source.architecture
     kinds = {} if around is None else sentences.module_configs(around)
     most = kinds.get("Transformer", {}).get("max_seq_length")
     if around is not None and most is None:  # newer versions of the library leave it to the tokenizer
@@ -250,3 +332,35 @@ class Request:
     @staticmethod
     def postprocess(outputs: Tensor) -> list[Any]:
         return outputs.tolist()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to prompts of one length, and tokens to texts, around a decoder: as a `Request` for `fp.profile`.
+
+    Raises:
+        ValueError: the model takes fewer than `length` tokens and the `steps` that follow.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    length: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        embedding.check_length(self.length + self.steps, self.tokenizer, self.model)
+
+    def pieces(self, texts: list[str]) -> list[str]:
+        """One after the other, cut so that each has as many tokens as a prompt, or more: a token is rarely of eight letters."""
+        text, size = "\n".join(texts), 8 * self.length
+        return [text[i : i + size] for i in range(0, max(1, len(text) - size), size)]
+
+    def preprocess(self, texts: list[str]) -> Batch:
+        """int64 [texts, length]: without padding, so all of them as short as the shortest."""
+        rows = self.tokenizer(texts, truncation=True, max_length=self.length, verbose=False)["input_ids"]
+        ids = torch.tensor([row[: min(map(len, rows))] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def postprocess(self, tokens: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(tokens)
+        return texts

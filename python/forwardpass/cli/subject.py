@@ -12,13 +12,14 @@ from ..common.text import count
 from . import embedding
 from .console import say
 from .readout import Readout, readout_of
+from .source import Source, find_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """The model that a command is about, and its texts."""
 
-    source: embedding.Source
+    source: Source
     model: torch.nn.Module
     tokenizer: Any
     texts: list[str]  #: to compare on
@@ -36,19 +37,17 @@ class Subject:
         return f"calibrating on {count(self.calibrated_on, 'text')}, and swapping" if self.calibration else "swapping"
 
 
-def find(
-    name: str, where: str, console: Console, swaps: bool
-) -> tuple[embedding.Source, torch.nn.Module, Any, Readout]:
+def find(name: str, where: str, console: Console, swaps: bool) -> tuple[Source, torch.nn.Module, Any, Readout]:
     """Where the model comes from, which is printed, the model, its tokenizer, and what it is run for, as its folder says. swaps:
     whether the command takes the originals of its layers, which a swapped model that was saved has not.
     """
-    source = embedding.find_model(name)
+    source = find_model(name)
     if source.swapped and swaps:
         raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
                          "original model")  # fmt: skip
     say(console, f"model: {source.origin}")
     readout = readout_of(source)
-    return source, *embedding.load(source, where, readout.head), readout
+    return source, *embedding.load(source, where, readout.auto), readout
 
 
 def load(
@@ -61,14 +60,12 @@ def load(
     swaps: bool = True,
 ) -> Subject:
     """calibrates: whether there is calibration by default."""
-    texts = embedding.read_texts(text) if text else embedding.builtin_texts()[1]
-    calibration = calibration_texts(calibrate or ("builtin" if calibrates else "none"))
+    calibrate = calibrate or ("builtin" if calibrates else "none")
+    texts = embedding.read_texts(text) if text else None
+    calibration = embedding.read_texts(calibrate) if calibrate not in ("builtin", "none") else []
     source, model, tokenizer, readout = find(name, where, console, swaps)
+    for_calibration, to_measure = readout.builtin()
+    texts = to_measure if texts is None else texts
+    calibration = for_calibration if calibrate == "builtin" else calibration
     batches, others = (readout.tokenize(tokenizer, t, model, where) for t in (texts, calibration))
     return Subject(source, model, tokenizer, texts, batches, others or None, readout)
-
-
-def calibration_texts(source: str) -> list[str]:
-    if source == "none":
-        return []
-    return embedding.builtin_texts()[0] if source == "builtin" else embedding.read_texts(source)

@@ -26,6 +26,21 @@ class Agreement(Protocol):
     def values(self) -> dict[str, float | int]: ...
 
 
+def next_tokens(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """(logits [tokens, V], the token that came [tokens]) of logits [B, S, V] for input_ids, or labels, [B, S], without padding."""
+    if isinstance(batch, Mapping):
+        ids = batch.get("labels", batch.get("input_ids"))
+    else:
+        ids = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(ids, Tensor) or logits.dim() != 3 or ids.shape != logits.shape[:2]:
+        raise ValueError('task="causal_lm" and a perplexity take logits [B, S, V] and batches with input_ids [B, S], and this is '
+                         f"{list(logits.shape)}: pass another task or criterion, or output=fn(result)")  # fmt: skip
+    target = ids[:, 1:].to(logits.device)
+    mask = padding_mask(batch, ids.shape)
+    counted = target != IGNORED if mask is None else (target != IGNORED) & mask[:, 1:].to(logits.device)
+    return logits[:, :-1][counted], target[counted]
+
+
 class CausalLm:
     """Logits [B, S, V] of a model that predicts the next token of input_ids (or of labels), before and after.
 
@@ -37,17 +52,7 @@ class CausalLm:
         self.before = self.after = 0.0  # sums
 
     def add(self, actual: Tensor, expected: Tensor, batch: Any) -> None:
-        if isinstance(batch, Mapping):
-            ids = batch.get("labels", batch.get("input_ids"))
-        else:
-            ids = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(ids, Tensor) or actual.dim() != 3 or ids.shape != actual.shape[:2]:
-            raise ValueError('task="causal_lm" takes logits [B, S, V] and batches with input_ids [B, S], and this output is '
-                             f"{list(actual.shape)}: pass another task, or output=fn(result)")  # fmt: skip
-        target = ids[:, 1:].to(actual.device)
-        mask = padding_mask(batch, ids.shape)
-        counted = target != IGNORED if mask is None else (target != IGNORED) & mask[:, 1:].to(actual.device)
-        actual, expected, target = (t[counted] for t in (actual[:, :-1], expected[:, :-1], target))
+        (actual, target), (expected, _) = next_tokens(actual, batch), next_tokens(expected, batch)
         if not len(target):
             return
         self.tokens += len(target)

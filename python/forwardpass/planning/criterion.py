@@ -8,39 +8,53 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.batches import padding_mask
 from ..common.compare import squared_relative_error
+from .agreement import next_tokens
 
+PERPLEXITY = "max_perplexity_increase"
 #: metric(output, reference, batch): how much worse the output is, 0 where it is the reference
 Metric = Callable[[Tensor, Tensor, Any], float]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One of: the lowest cosine over samples, the largest relative L2 error over batches, the largest value of a metric.
+    """One of: the lowest cosine over samples, the largest relative L2 error over batches, the largest value of a metric, the rise
+    of a decoder's perplexity over all batches together.
 
     Errors that layers bring are small and independent of each other, so their squares add up at the output: 1 - cosine, which
     is half of the squared error across the output, and the squared relative error. Those are `additive`; `budget` and `worst`
-    are in the same units but for a metric, whose own are unknown.
+    are in the same units but for a metric, whose own are unknown, and perplexity, of which they are the logarithm.
     """
 
-    kind: str  #: min_cosine, max_error or metric
+    kind: str  #: min_cosine, max_error, metric or max_perplexity_increase
     bound: float
     metric: Metric | None = None
 
     @staticmethod
     def of(
-        max_error: float | None, min_cosine: float | None, metric: Metric | None, tolerance: float | None
+        max_error: float | None,
+        min_cosine: float | None,
+        metric: Metric | None,
+        tolerance: float | None,
+        max_perplexity_increase: float | None = None,
     ) -> Criterion:
-        criteria = {"max_error": max_error, "min_cosine": min_cosine, "metric": metric}
+        criteria = {
+            "max_error": max_error,
+            "min_cosine": min_cosine,
+            "metric": metric,
+            PERPLEXITY: max_perplexity_increase,
+        }
         named = [name for name, value in criteria.items() if value is not None]
         if len(named) != 1 or (metric is None) != (tolerance is None):
-            raise ValueError("plan takes exactly one criterion, max_error=, min_cosine=, or metric= with tolerance=, and got "
+            raise ValueError("plan takes exactly one criterion, max_error=, min_cosine=, metric= with tolerance=, or "
+                             "max_perplexity_increase=, and got "
                              f"{', '.join([*named, *(['tolerance'] if tolerance is not None else [])]) or 'none'}: pass one, "
                              "e.g. min_cosine=0.9995")  # fmt: skip
-        bound = next(v for v in (max_error, min_cosine, tolerance) if v is not None)
+        bound = next(v for v in (max_error, min_cosine, tolerance, max_perplexity_increase) if v is not None)
         low, high = (-1, 1) if min_cosine is not None else (0, math.inf)
         if (
             isinstance(bound, bool)
@@ -60,7 +74,16 @@ class Criterion:
 
     @property
     def budget(self) -> float:
+        if self.kind == PERPLEXITY:
+            return math.log1p(self.bound)
         return {"min_cosine": 1 - self.bound, "max_error": self.bound**2, "metric": self.bound}[self.kind]
+
+    def compared(self, output: Tensor, batch: Any) -> Tensor:
+        """What is kept and compared of a batch's output: all, or for perplexity the losses of its tokens, in nats [tokens, 1]."""
+        if self.kind != PERPLEXITY:
+            return output
+        logits, target = next_tokens(output, batch)
+        return F.cross_entropy(logits.float(), target, reduction="none").unsqueeze(1)
 
     def additive(self, actual: Tensor, expected: Tensor, batch: Any) -> Tensor:
         """fp64 on the host: for min_cosine 1 - cosine of every sample, else the batch's squared relative error [1]."""
@@ -74,16 +97,33 @@ class Criterion:
         """The error of one batch that must not pass `budget`; `errors`: what `additive` gave for it."""
         if self.metric is not None:
             return float(self.metric(actual, expected.to(actual.device), batch))
+        if self.kind == PERPLEXITY:
+            return (actual.double() - expected.to(actual.device).double()).mean().item()
         return errors.max().item() if errors.numel() else 0.0
 
+    def together(self, worst: list[float], tokens: list[int]) -> float:
+        """What must not pass `budget`, of what `worst` gave for each batch: the largest, or of perplexity the mean over tokens."""
+        if self.kind == PERPLEXITY:
+            return sum(w * n for w, n in zip(worst, tokens)) / max(sum(tokens), 1)
+        return max(worst)
+
+    def fails(self, worst: float) -> bool:
+        """Whether one batch says already that the plan does not hold. Of NaN it does."""
+        return self.kind != PERPLEXITY and not worst <= self.budget
+
     def shown(self, worst: float) -> float:
-        """What `worst` found in the units of `bound`."""
+        """What `together` found in the units of `bound`."""
+        if self.kind == PERPLEXITY:
+            return math.expm1(worst)
         return {"min_cosine": 1 - worst, "max_error": math.sqrt(max(worst, 0.0)), "metric": worst}[self.kind]
 
     def __str__(self) -> str:
-        return {"min_cosine": "lowest cosine >= ", "max_error": "relative error <= ", "metric": "metric <= "}[
-            self.kind
-        ] + f"{self.bound:g}"
+        return {
+            "min_cosine": "lowest cosine >= ",
+            "max_error": "relative error <= ",
+            "metric": "metric <= ",
+            PERPLEXITY: "perplexity's increase <= ",
+        }[self.kind] + f"{self.bound:g}"
 
 
 def samples(t: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..common.timing import Timing
 from ..swap.evidence import NO_GAIN
 from .choose import Frontier
 from .measure import Candidate, Layer
@@ -20,8 +21,8 @@ def row(layer: Layer, choice: str | None, target: str) -> dict[str, Any]:
         "fqn": layer.leaf.fqn,
         "in_features": layer.leaf.in_features,
         "out_features": layer.leaf.out_features,
-        "calls": [list(shape) for shape in layer.calls],
-        "before": {"ms": layer.ms.to_json() if layer.ms else None, "bytes": layer.bytes},
+        "calls": {phase: [list(shape) for shape in shapes] for phase, shapes in layer.calls.items()},
+        "before": {"ms": layer.ms.to_json() if layer.ms else None, "phases": _json(layer.phases), "bytes": layer.bytes},
         "candidates": {name: candidate(c) for name, c in layer.candidates.items()},
         "choice": choice,
         "reason": reason(layer, choice, target),
@@ -33,12 +34,17 @@ def candidate(c: Candidate) -> dict[str, Any]:
     return {
         "refused": {"code": c.refusal.code, "text": c.refusal.text} if c.refusal else None,
         "ms": c.ms.to_json() if c.ms else None,
+        "phases": _json(c.phases),
         "bytes": c.bytes,
         "error": c.error,
         "quantisation": c.quantisation,
         "kernel": c.kernel,
         "output": {"mean": c.output_mean, "worst": max(c.output)} if c.output else None,
     }
+
+
+def _json(phases: Mapping[str, Timing]) -> dict[str, Any]:
+    return {name: timing.to_json() for name, timing in phases.items()}
 
 
 def reason(layer: Layer, choice: str | None, target: str) -> str:

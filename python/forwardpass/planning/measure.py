@@ -9,13 +9,14 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
+from ..common.decoding import Decoding, Generation, clock_of
 from ..common.files import read_json, write_json
 from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, interleave
@@ -38,7 +39,7 @@ ROWS = 512
 #: Calibration statistics of so many bytes are held at once; a model that has more is calibrated in several passes.
 STATISTICS_BYTES = 1 << 30
 ROUNDS, WARMUP = 15, 3
-PARTIAL = "forwardpass.plan.partial/2"
+PARTIAL = "forwardpass.plan.partial/3"
 #: arguments of `from_torch` of calibrated layers, by layer
 Arguments = Mapping[str, Mapping[str, Any]]
 
@@ -51,12 +52,17 @@ def find_candidate(name: str) -> LayerPrecision:
     return LayerPrecision(base, name.endswith(CALIBRATED))
 
 
+#: phase -> the shapes of a layer's inputs in it
+Calls = Mapping[str, tuple[tuple[int, ...], ...]]
+
+
 @dataclass
 class Candidate:
     """One candidate on one layer. Errors are relative L2; `refusal` says why it cannot be, or is no gain."""
 
     refusal: Reason | None = None
     ms: Timing | None = None
+    phases: dict[str, Timing] = field(default_factory=dict)  #: of it, of one time that there is each
     bytes: int = 0
     error: float | None = None  #: at the layer's output, on its real input
     quantisation: float | None = None  #: of it, by the operands' rounding
@@ -70,13 +76,14 @@ class Candidate:
 
 @dataclass
 class Layer:
-    """A layer as it is, and what it may become; `calls`: the shapes of its inputs in one pass over the timed batches."""
+    """A layer as it is, and what it may become; `calls`: the shapes of its inputs in each phase of what is timed."""
 
     leaf: Leaf
-    calls: tuple[tuple[int, ...], ...]
+    calls: Calls
     bytes: int
     candidates: dict[str, Candidate]
     ms: Timing | None = None
+    phases: dict[str, Timing] = field(default_factory=dict)
 
     def open(self) -> list[str]:
         """The candidates that are not refused."""
@@ -97,6 +104,7 @@ class Subject:
         for batch in batches:
             with evaluating(self.model):  # and left before the output is used: the model may be restored by then
                 y = (self.output or main_output)(run(self.model, batch, self.forward))
+                y = self.criterion.compared(y, batch)
             yield y
 
     def reference(self, batches: list[Any], track: Track) -> list[Tensor]:
@@ -121,14 +129,64 @@ class Subject:
         return swap_planned(self.model, plan, arguments, keep)
 
 
-def shapes_of_calls(subject: Subject, leaves: list[Leaf], batches: list[Any]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The shapes that each layer is called with in one pass over the batches."""
-    calls: dict[str, list[tuple[int, ...]]] = {leaf.fqn: [] for leaf in leaves}
-    modules = ((leaf.fqn, leaf.module) for leaf in leaves)
-    with hooked(modules, before=lambda fqn, module, x: calls[fqn].append(tuple(x.shape))):
-        for _ in subject.outputs(batches):
-            pass
-    return {fqn: tuple(shapes) for fqn, shapes in calls.items()}
+class Workload:
+    """What is timed: batches, whose forward is one phase, and what decoders generate, which has two, prefill and decode.
+
+    Args:
+        shapes: batches and `Decoding`s, at least one.
+    """
+
+    def __init__(self, subject: Subject, shapes: list[Any]) -> None:
+        self.subject = subject
+        self.batches = [x for x in shapes if not isinstance(x, Decoding)]
+        self.decodings = [(x, x.prompts(subject.model)) for x in shapes if isinstance(x, Decoding)]
+        #: how often there is each phase
+        self.times: dict[str, int] = {"forward": 1} if self.batches else {}
+        for i, (decoding, _) in enumerate(self.decodings):
+            self.times |= {self._name("prefill", i): 1, self._name("decode", i): decoding.steps}
+
+    def _name(self, phase: str, i: int) -> str:
+        return f"{phase}, {self.decodings[i][0]}" if len(self.decodings) > 1 else phase
+
+    def calls(self, leaves: list[Leaf]) -> dict[str, Calls]:
+        """Of each layer the shapes of its inputs, of those phases in which it is called."""
+        shapes: dict[str, dict[str, list[tuple[int, ...]]]] = {leaf.fqn: {} for leaf in leaves}
+        phase = ""
+
+        def note(fqn: str, module: nn.Module, x: Tensor) -> None:
+            shapes[fqn].setdefault(phase, []).append(tuple(x.shape))
+
+        model = self.subject.model
+        with evaluating(model), hooked(((leaf.fqn, leaf.module) for leaf in leaves), before=note):
+            phase = "forward"
+            for batch in self.batches:
+                run(model, batch, self.subject.forward)
+            for i, (decoding, prompts) in enumerate(self.decodings):
+                generation = Generation(model, prompts)
+                phase = self._name("prefill", i)
+                token = generation.prefill()
+                phase = self._name("decode", i)
+                generation.step(token.expand(-1, decoding.tokens))
+        return {fqn: {p: tuple(x) for p, x in phases.items()} for fqn, phases in shapes.items()}
+
+    def run(self, record: dict[str, list[float]]) -> None:
+        """All of it; the milliseconds of each phase, of a step of decode, are appended."""
+        model = self.subject.model
+        for batch in self.batches:
+            run(model, batch, self.subject.forward)
+        for i, (decoding, prompts) in enumerate(self.decodings):
+            _, times = Generation(model, prompts).generate(decoding.steps, decoding.tokens, clock_of(model))
+            spent = {"prefill": times[1] - times[0], "decode": (times[-1] - times[1]) / decoding.steps}
+            for phase, seconds in spent.items():
+                record.setdefault(self._name(phase, i), []).append(seconds * 1e3)
+
+    def total(self, phases: Mapping[str, Timing]) -> Timing:
+        """The time of all, each phase as often as there is it."""
+
+        def add(quantile: str) -> float:
+            return sum(getattr(t, quantile) * self.times[phase] for phase, t in phases.items())
+
+        return Timing(add("median"), add("low"), add("high"), next(iter(phases.values())).rounds)
 
 
 def calibrated_arguments(
@@ -165,9 +223,9 @@ def calibrated_arguments(
 
 
 def eligible(leaf: Leaf, context: Context, candidate: Precision) -> Reason | None:
-    """Why a candidate is not tried on a layer. Small layers are tried: whether they gain is measured here."""
+    """Why a candidate is not tried on a layer. Small layers and heads are: what they gain and what they cost is measured here."""
     reason = why_skip(leaf, context, candidate, defaults=True)
-    if reason and reason.code == "too_small":
+    if reason and reason.code in ("too_small", "lm_head"):
         reason = why_skip(leaf, context, candidate, defaults=False)
     weight = linear_weight(leaf.module) if reason is None else None
     operation = candidate.module.operation
@@ -233,8 +291,9 @@ class Measurer:
         candidates: Mapping[str, LayerPrecision],
         arguments: Arguments,
         measurements: Measurements,
+        workload: Workload,
     ):
-        self.subject, self.candidates, self.arguments = subject, candidates, arguments
+        self.subject, self.candidates, self.arguments, self.workload = subject, candidates, arguments, workload
         self.measurements, self.content = measurements, measurements.content
 
     def time(self, layers: list[Layer], track: Track) -> None:
@@ -260,27 +319,35 @@ class Measurer:
                 self.measurements.keep()
             for layer in group:
                 measured = self.content["times"][key]
-                layer.ms = Timing(**measured["before"]["ms"])
-                for name in layer.open():
-                    c = layer.candidates[name]
-                    c.ms, c.bytes = Timing(**measured[name]["ms"]), measured[name]["bytes"]
+                parts: dict[str, Layer | Candidate] = {
+                    "before": layer,
+                    **{n: layer.candidates[n] for n in layer.open()},
+                }
+                for name, x in parts.items():
+                    x.phases = {phase: Timing(**timing) for phase, timing in measured[name]["phases"].items()}
+                    x.ms, x.bytes = self.workload.total(x.phases), measured[name]["bytes"]
             advance()
 
     def _time(self, layer: Layer) -> dict[str, Any]:
         weight = linear_weight(layer.leaf.module)
         modules = {"before": layer.leaf.module} | {name: self._built(layer.leaf, name) for name in layer.open()}
-        inputs = [torch.randn(shape, dtype=weight.dtype, device=weight.device) for shape in layer.calls]
-
         behind = None if layer.leaf.activation is None else layer.leaf.activation.module
 
-        def call(module: nn.Module) -> Callable[[], object]:
+        def call(module: nn.Module, inputs: list[Tensor]) -> Callable[[], object]:
             if behind is None or (isinstance(module, QuantizedLinear) and module.activation is not None):
                 return lambda: [module(x) for x in inputs]
             return lambda: [behind(module(x)) for x in inputs]  # which a fused layer saves
 
-        with torch.inference_mode():
-            timings = interleave({n: call(m) for n, m in modules.items()}, weight.device, rounds=ROUNDS, warmup=WARMUP)
-        return {n: {"ms": timings[n].to_json(), "bytes": tensor_bytes([m])} for n, m in modules.items()}
+        measured: dict[str, Any] = {n: {"phases": {}, "bytes": tensor_bytes([m])} for n, m in modules.items()}
+        for phase, shapes in layer.calls.items():
+            inputs = [torch.randn(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
+            calls = {n: call(m, inputs) for n, m in modules.items()}
+            cold = phase.startswith("decode")  # between two steps come the weights of all other layers
+            with torch.inference_mode():
+                timings = interleave(calls, weight.device, rounds=ROUNDS, warmup=WARMUP, cold=cold)
+            for name, timing in timings.items():
+                measured[name]["phases"][phase] = timing.to_json()
+        return measured
 
     def _built(self, leaf: Leaf, name: str) -> Any:
         candidate = self.candidates[name]
@@ -295,8 +362,8 @@ class Measurer:
             self.measurements.keep()
         for layer in layers:
             for name in layer.open():
-                for field, value in errors[layer.leaf.fqn][name].items():
-                    setattr(layer.candidates[name], field, value)
+                for part, value in errors[layer.leaf.fqn][name].items():
+                    setattr(layer.candidates[name], part, value)
 
     def _local_errors(self, layers: list[Layer], batch: Any, track: Track) -> dict[str, Any]:
         parities = {x.leaf.fqn: {name: LayerParity(x.leaf.fqn, name) for name in x.open()} for x in layers}
@@ -394,4 +461,5 @@ def identity(
         ]
     )
     fingerprint.add([[p.text for p in context.include], [p.text for p in context.exclude]])
-    return fingerprint.add([criterion.kind, torch.__version__, dict(device), *batches]).value
+    told = [[asdict(x) if isinstance(x, Decoding) else x for x in listed] for listed in batches]
+    return fingerprint.add([criterion.kind, torch.__version__, dict(device), *told]).value

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from ..common import environment
-from ..common.batches import Fingerprint, Forward, Output, device_of, evaluating, run
+from ..common.batches import Fingerprint, Forward, Output, device_of, evaluating
+from ..common.decoding import Decoding
 from ..common.modules import plain_module, tensor_bytes
 from ..common.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
@@ -41,11 +42,11 @@ from .measure import (
     Measurements,
     Measurer,
     Subject,
+    Workload,
     calibrated_arguments,
     eligible,
     find_candidate,
     identity,
-    shapes_of_calls,
 )
 from .verify import Verdict, Verifier
 
@@ -53,6 +54,8 @@ CANDIDATES = ("fp8", "int8", f"int8{CALIBRATED}", "w8a16", "bf16")
 TARGETS = ("latency", "memory")
 #: Whole plans that are run before the best of those that held the budget is taken; and changes of one layer that are tried on it.
 ATTEMPTS, CHANGES = 10, 8
+#: Of a decoder, whose turn is a prompt and all its steps.
+DECODING_ROUNDS = 5
 #: A change of one layer is tried where the predicted error is at most so many times what a plan was seen to hold.
 BEYOND = 1.25
 #: The search ends where the next plan to be tried could save no more than this share of the layers' cost.
@@ -69,6 +72,7 @@ def plan(
     min_cosine: float | None = None,
     metric: Metric | None = None,
     tolerance: float | None = None,
+    max_perplexity_increase: float | None = None,
     target: str = "latency",
     shapes: Iterable[Any] | None = None,
     calibrate: Iterable[Any] | None = None,
@@ -98,9 +102,13 @@ def plan(
         candidates: of "fp8", "int8", "int8+calibrated", "w8a16", "bf16"; None: all, the calibrated one with calibrate= alone.
         max_error: the most relative L2 error of the output, worst of the batches; or
         min_cosine: the least cosine of an output sample with the model's own; or
-        metric, tolerance: metric(output, reference, batch) is at most tolerance in every batch. Exactly one of the three.
+        metric, tolerance: metric(output, reference, batch) is at most tolerance in every batch; or
+        max_perplexity_increase: of a decoder, the share by which the perplexity of all batches together may rise: 0.005 is half a
+            per cent. Exactly one of the four.
         target: "latency" or "memory": what is minimised; a candidate that does not reduce it is refused.
-        shapes: batches of the shapes to time on; None: the first of `batches`.
+        shapes: batches of the shapes to time on, and of decoders also `fp.Decoding`s: prompts of a length, then steps of some
+            tokens, each timed apart, with the steps from cold caches. A candidate that makes steps slower is refused, whatever it
+            makes of prompts. None: the first of `batches`, of a decoder one prompt and its steps.
         calibrate: batches for the calibrated candidate, as in `fp.swap`. Replaying the plan takes the same again.
         attention, unpad, include, exclude: as in `fp.swap`. Layers are timed on the rows that `shapes` have, padding included, and
             whole plans as they run. Layers too small for a swap to touch by default are measured here.
@@ -125,7 +133,7 @@ def plan(
         >>> report = fp.swap(model, plan="plan.json")
     """
     began = time.perf_counter()
-    criterion = Criterion.of(max_error, min_cosine, metric, tolerance)
+    criterion = Criterion.of(max_error, min_cosine, metric, tolerance, max_perplexity_increase)
     if target not in TARGETS:
         raise ValueError(f"target is one of {', '.join(TARGETS)}, not {target!r}")
     model = plain_module("plan", model)
@@ -134,7 +142,8 @@ def plan(
     leaves = linear_like(model)
     refuse_model(model, leaves)
     samples = _listed("batches", batches)
-    timed = samples[:1] if shapes is None else _listed("shapes", shapes)
+    default = Decoding.default_of(model)
+    timed = _listed("shapes", shapes) if shapes is not None else [default] if default else samples[:1]
     calibration = [] if calibrate is None else _listed("calibrate", calibrate)
     tried = _candidates(candidates, calibrate is not None)
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
@@ -146,8 +155,9 @@ def plan(
     measurements = Measurements(resume, identity_of_run)
 
     subject = Subject(model, criterion, forward, output)
+    workload = Workload(subject, timed)
     references = subject.reference(samples, progress)
-    calls = shapes_of_calls(subject, leaves, timed)
+    calls = workload.calls(leaves)
     layers = [
         Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
             name: Candidate(eligible(leaf, context, p.precision) if calls[leaf.fqn] else _NEVER_CALLED)
@@ -156,7 +166,7 @@ def plan(
         for leaf in leaves
     ]  # fmt: skip
     arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
-    measurer = Measurer(subject, tried, arguments, measurements)
+    measurer = Measurer(subject, tried, arguments, measurements, workload)
     measurer.time(layers, progress)
     measurer.local_errors(layers, samples[0], progress)
     for layer in layers:
@@ -195,8 +205,8 @@ def plan(
 
     as_it_is = Choice((0,) * len(layers), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
     choice, attempts = _search(front, as_it_is, criterion, lambda c: verifier.run(plan_of(names_of(c))), progress)
-    latency = _latency(subject, plan_of(names_of(choice)), arguments, timed, progress)
-    slower = target == "latency" and "after" in latency and latency["after"].low >= latency["before"].low
+    latency, phases = _latency(subject, plan_of(names_of(choice)), arguments, workload, progress)
+    slower = target == "latency" and _is_slower(latency, phases)
     if slower:
         choice = as_it_is
     names = names_of(choice)
@@ -211,15 +221,16 @@ def plan(
             "target": target,
             "candidates": list(tried),
             "batches": {"verified": len(samples), "measured": len(indices), "calibrated": len(calibration)},
-            "result": _result(layers, criterion, attempts, latency, sizes, slower),
+            "result": _result(layers, criterion, attempts, latency, phases, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
             "blocks": evidence.blocks(layers, names, lambda x: _cost(x, target)),
             "predicted": {"before": as_it_is.cost, "after": choice.cost, "gap": choice.gap, "error": choice.error},
             "attempts": attempts,
             "frontier": evidence.thinned(front),
             "latency_ms": {name: t.to_json() for name, t in latency.items()},
+            "phases_ms": {name: {p: t.to_json() for p, t in x.items()} for name, x in phases.items()},
             "seconds": time.perf_counter() - began,
-            "measured": ["layers", "attempts", "latency_ms", "seconds"],
+            "measured": ["layers", "attempts", "latency_ms", "phases_ms", "seconds"],
         },
     )
 
@@ -265,6 +276,10 @@ def _refuse_costly(layer: Layer, target: str) -> None:
             c.refusal = Reason(
                 code, f"it is no gain: {_cost_text(c, target)}, {_cost_text(layer, target)} as it is", ""
             )
+        for phase, ms in layer.phases.items() if target == "latency" and c.refusal is None else ():
+            if phase.startswith("decode") and c.phases[phase].low >= ms.low:
+                text = f"it makes a step slower: {c.phases[phase].low:.3g} ms, {ms.low:.3g} as it is"
+                c.refusal = Reason("slower_step", text, "")
 
 
 def _refuse_dominated(layer: Layer, target: str) -> None:
@@ -348,19 +363,24 @@ def _search(
 
 
 def _latency(
-    subject: Subject, plan: Plan, arguments: Arguments, timed: list[Any], progress: Track
-) -> dict[str, Timing]:
-    """The model as it is and under the plan, in turn: `before`, and `after` where the plan has layers."""
+    subject: Subject, plan: Plan, arguments: Arguments, workload: Workload, progress: Track
+) -> tuple[dict[str, Timing], dict[str, dict[str, Timing]]]:
+    """The model as it is and under the plan, in turn: `before`, and `after` where there are layers; of decoders also by phase."""
     model, device = subject.model, device_of(subject.model)
+    records: dict[str, dict[str, list[float]]] = {"before": {}}
+    rounds, warmup = (DECODING_ROUNDS, 1) if workload.decodings else (ROUNDS, WARMUP)
+    advance = progress("timing the model", rounds + warmup)
 
-    def call() -> None:
-        for batch in timed:
-            run(model, batch, subject.forward)
+    def timed(calls: Mapping[str, Callable[[], None]]) -> tuple[dict[str, Timing], dict[str, dict[str, Timing]]]:
+        latency = interleave(calls, device, rounds=rounds, warmup=warmup, on_round=advance)
+        # the first call of a turn is not timed, and is no slower than the others but in the first turns
+        phases = {n: {p: Timing.of(ms[len(ms) // 4 :]) for p, ms in x.items()} for n, x in records.items()}
+        return latency, phases
 
-    advance = progress("timing the model", ROUNDS + WARMUP)
     if not plan.layers:
         with evaluating(model):
-            return interleave({"before": call}, device, rounds=ROUNDS, warmup=WARMUP, on_round=advance)
+            return timed({"before": lambda: workload.run(records["before"])})
+    records["after"] = {}
     with subject.swapped(plan, arguments, keep="device"), evaluating(model):
         swapped = originals.find(model)
         assert swapped is not None
@@ -371,21 +391,23 @@ def _latency(
                 if in_place[0] is not after:  # once a turn, in the call that is not timed
                     (swapped.put if after else swapped.undo)(model)
                     in_place[0] = after
-                call()
+                workload.run(records["after" if after else "before"])
 
             return exchange_and_call
 
         try:
-            return interleave(
-                {"before": exchanged(False), "after": exchanged(True)},
-                device,
-                rounds=ROUNDS,
-                warmup=WARMUP,
-                on_round=advance,
-            )
+            return timed({"before": exchanged(False), "after": exchanged(True)})
         finally:
             if not in_place[0]:
                 swapped.put(model)
+
+
+def _is_slower(latency: Mapping[str, Timing], phases: Mapping[str, Mapping[str, Timing]]) -> bool:
+    """Whether the whole model, or a step of a decoder, takes no less time under the plan."""
+    if "after" not in latency:
+        return False
+    before, after = ({"": latency[n], **phases[n]} for n in ("before", "after"))
+    return any(after[p].low >= t.low for p, t in before.items() if not p.startswith("prefill"))
 
 
 def _result(
@@ -393,18 +415,22 @@ def _result(
     criterion: Criterion,
     attempts: list[dict[str, Any]],
     latency: dict[str, Timing],
+    phases: dict[str, dict[str, Timing]],
     planned_bytes: tuple[int, int] | None,
     slower: bool,
 ) -> str:
     """What came out, in a sentence. `planned_bytes`: of the layers, before and after, where the plan has any."""
     if slower:
+        apart = "".join(f", {p} {phases['after'][p].low:.3g} and {t.low:.3g}" for p, t in phases["before"].items())
         return (f"the model as it is: it takes {latency['after'].low:.3g} ms with the best plan and {latency['before'].low:.3g} "
-                "without, though its layers gain one by one")  # fmt: skip
+                f"without{apart}, though its layers gain one by one")  # fmt: skip
     if planned_bytes:
         value = next(a["value"] for a in reversed(attempts) if a["holds"])
         gain = latency["before"].low / latency["after"].low
         weights = " -> ".join(map(megabytes, planned_bytes))
-        return f"{criterion}: {value:.6g} with the whole plan; {gain:.2f} times as fast as the model as it is; layers {weights}"
+        apart = ", ".join(f"{p} {t.low / phases['after'][p].low:.2f}" for p, t in phases["before"].items())
+        return (f"{criterion}: {value:.6g} with the whole plan; {gain:.2f} times as fast as the model as it is"
+                f"{f' ({apart})' if apart else ''}; layers {weights}")  # fmt: skip
     least = min(
         ((x.candidates[name].output_mean, x.leaf.fqn, name) for x in layers for name in x.open()),
         default=None,

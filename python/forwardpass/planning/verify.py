@@ -49,7 +49,7 @@ class Verifier:
         """The plan on all batches, or up to the first that passes the budget."""
         if plan in self._verdicts:
             return self._verdicts[plan]
-        criterion, worst, errors = self.subject.criterion, [], []
+        criterion, worst, errors, tokens = self.subject.criterion, [], [], []
         order = sorted(self._worst, key=lambda i: -self._worst[i])
         outputs = self.subject.outputs(self.batches[i] for i in order)
         with annotated("while verifying a plan; the model is as it was"), self.subject.swapped(plan, self.arguments):
@@ -57,12 +57,15 @@ class Verifier:
                 batch, expected = self.batches[i], self.references[i]
                 errors.append(criterion.additive(actual, expected, batch))
                 worst.append(criterion.worst(errors[-1], actual, expected, batch))
+                tokens.append(len(expected))
                 self._errors[i] = errors[-1]
                 self._worst[i] = worst[-1] if math.isfinite(worst[-1]) else math.inf
-                if not (to_the_end or worst[-1] <= criterion.budget):  # NaN does not
+                if criterion.fails(worst[-1]) and not to_the_end:
                     break
         finite = all(map(math.isfinite, worst))
-        verdict = Verdict(max(worst) if finite else math.nan, torch.cat(errors).mean().item(), len(worst))
+        verdict = Verdict(
+            criterion.together(worst, tokens) if finite else math.nan, torch.cat(errors).mean().item(), len(worst)
+        )
         self._verdicts[plan] = verdict
         return verdict
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..common.batches import map_tensors, tensors
 from ..common.timing import interleave
 from .layers import OVERHEAD, Inside, Row
-from .phases import Overlap, Phase, Request
+from .phases import FORWARDS, Overlap, Phase, Request
 from .roofline import roofline
 
 #: what gives less than this is not advised
@@ -46,14 +46,14 @@ def advise(
     if largest == "transfer":
         advice += _pin(request, item, phases[1])
     if largest == "output" and request.device.type == "cuda":
-        moved = phases[3].details["bytes"] / 1e6
+        moved = phases[-1].details["bytes"] / 1e6
         text = (
             f"{moved:.2f} MB an item come back to the host: pass output=fn(result) that pools, slices or takes the arg "
             "max on the device"
         )
         advice.append(Advice("output", "return less", text, 1.0))
-    if largest == "forward" and inside and inside.layers:
-        advice += _forward(request, inside, phases[2].share)
+    if largest in FORWARDS and inside and inside.layers:
+        advice += _forward(request, inside, sum(p.share for p in phases if p.name in FORWARDS))
     return sorted(advice, key=lambda a: -a.speedup)
 
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from ..common.text import count
 from .layers import BEYOND, Row
-from .phases import PHASES
 
 if TYPE_CHECKING:
     from .profile import Profile
 
-_COLOURS = dict(
-    zip(PHASES, ("#e69f00", "#cc79a7", "#0072b2", "#009e73"))
-)  # Okabe and Ito's, which colour-blind readers distinguish too
+#: Okabe and Ito's, which colour-blind readers distinguish too
+_COLOURS = {
+    "input": "#e69f00", "transfer": "#cc79a7", "forward": "#0072b2", "prefill": "#0072b2", "decode": "#56b4e9",
+    "output": "#009e73",
+}  # fmt: skip
 _BOUNDS = {"compute": "#0072b2", "memory": "#d55e00", "overhead": "#888888"}
 _STYLE = """
 :root { --ink: #1b1f24; --soft: #667080; --line: #dfe3e8; --paper: #ffffff; --panel: #f6f8fa; color-scheme: light dark; }
@@ -153,7 +154,7 @@ def _timeline(p: Profile) -> str:
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for i, sample in enumerate(samples):
         y = float(height)
-        for phase, seconds in zip(PHASES, sample.wall):
+        for phase, seconds in zip([x.name for x in p.phases], sample.wall):
             tall = seconds / top * (height - 10)
             y -= tall
             if tall > 0.05:

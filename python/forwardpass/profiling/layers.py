@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.batches import tensors
 from ..common.modules import hooked
-from .phases import Request, sample
+from .phases import FORWARDS, Request, sample
 from .roofline import Roofline, roofline
 
 _LAYER = "layer "
@@ -338,7 +338,7 @@ def _profiled(request: Request, items: Sequence[Any], passes: int, names: set[st
 
     forward = 0.0
     for event in profiler.events():
-        if event.name == "forward" and event.device_type == torch.autograd.DeviceType.CPU:
+        if event.name in FORWARDS and event.device_type == torch.autograd.DeviceType.CPU:
             forward += seconds(event)
             add(layers, "", seconds(event) - walk(event, ""), calls=0)
     with tempfile.TemporaryDirectory() as folder:  # the profiler writes its trace once, to a file

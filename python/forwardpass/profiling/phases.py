@@ -11,7 +11,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common import decoding
 from ..common.batches import Forward, map_tensors, run, tensors
 from ..serving.transfer import bytes_of, named
 
 PHASES = ("input", "transfer", "forward", "output")
+#: what the forward is, by name: of a decoder that generates it is two phases
+FORWARDS = ("forward", *decoding.PHASES)
 
 #: shorter phases are too short for the clock of CPU time
 _LEAST_S = 1e-3
@@ -42,6 +45,15 @@ class Request:
     postprocess: Callable[[Any], Any] | None = None
     forward: Forward | None = None
     output: Callable[[Any], Any] | None = None
+    steps: int | None = None  #: of a decoder, that it generates
+
+    @property
+    def phases(self) -> dict[str, Callable[[Any], Any]]:
+        """Each takes what the one before it gave."""
+        forward: dict[str, Callable[[Any], Any]] = {"forward": self.run}
+        if self.steps is not None:
+            forward = {"prefill": self.prefill, "decode": self.decode}
+        return {"input": self.input, "transfer": self.transfer, **forward, "output": self.finish}
 
     def input(self, item: Any) -> Any:
         return item if self.preprocess is None else self.preprocess(item)
@@ -49,7 +61,23 @@ class Request:
     def transfer(self, batch: Any) -> Any:
         return map_tensors(batch, lambda t: t.to(self.device)) if self.device.type == "cuda" else batch
 
+    def prefill(self, batch: Any) -> tuple[decoding.Generation, torch.Tensor]:
+        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        generation = decoding.Generation(self.model, ids, mask)
+        return generation, generation.prefill()
+
+    def decode(self, prompts: tuple[decoding.Generation, torch.Tensor]) -> torch.Tensor:
+        """The tokens that were generated, [batch, steps + 1]."""
+        generation, token = prompts
+        tokens = [token]
+        for _ in range(self.steps or 0):
+            tokens.append(generation.step(tokens[-1]))
+        return torch.cat(tokens, 1)
+
     def run(self, batch: Any) -> Any:
+        if self.steps is not None:
+            return self.decode(self.prefill(batch))
         result = run(self.model, batch, self.forward)
         return result if self.output is None else self.output(result)
 
@@ -127,7 +155,7 @@ class _Idle:
 
     def computed(self, phase: str, process: float, thread: float) -> float:
         """The seconds of computing in a phase, without waiting. process, thread: CPU seconds of all threads, and of this one."""
-        if phase == "forward":
+        if phase in FORWARDS:
             self.idle_time = self.after_forward
             return process
         waited = min(self.idle_time, max(0.0, process - thread))
@@ -156,7 +184,7 @@ def sample(
     cuda = request.device.type == "cuda"
     value, passed, events, cpu = item, [], [], []
     wall, process, thread = [wall_clock()], cpu_clock(), thread_clock()
-    for phase, step in zip(PHASES, (request.input, request.transfer, request.run, request.finish)):
+    for phase, step in request.phases.items():
         if phase == "transfer" and not cuda:  # nothing, and not the clock's cost either
             passed.append(value)
             wall.append(wall[-1])
@@ -173,7 +201,7 @@ def sample(
         before, process, thread = (process, thread), cpu_clock(), thread_clock()
         wall.append(wall_clock())
         cpu.append(idle.computed(phase, process - before[0], thread - before[1]))
-    batch, result = passed[0], passed[2]
+    batch, result = passed[0], passed[-2]
     return Sample(
         tuple(b - a for a, b in itertools.pairwise(wall)),
         tuple(cpu),
@@ -263,7 +291,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Phase:
-    """One of the four, per item. `waiting` is the share of its time in which none of this process's threads computed."""
+    """One of them, per item. `waiting` is the share of its time in which none of this process's threads computed."""
 
     name: str
     share: float
@@ -280,11 +308,16 @@ class Phase:
         return values | values.pop("details")
 
 
-def summarise(loop: Loop, device: torch.device) -> list[Phase]:
-    """The four phases of a loop."""
+def whole_forward(phases: Sequence[float]) -> list[float]:
+    """Of the phases of an item the four, where the forward is in two."""
+    return [*phases[:2], sum(phases[2:-1]), phases[-1]]
+
+
+def summarise(loop: Loop, device: torch.device, names: Iterable[str] = PHASES) -> list[Phase]:
+    """The phases of a loop."""
     samples = loop.samples
     phases = []
-    for i, name in enumerate(PHASES):
+    for i, name in enumerate(names):
         wall, cpu = [s.wall[i] * 1e3 for s in samples], [s.cpu[i] * 1e3 for s in samples]
         total = sum(wall)
         details: dict[str, Any] = {}

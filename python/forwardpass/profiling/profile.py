@@ -6,8 +6,8 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..common.timing import Track, untracked
 from ..serving.pipeline import Pipeline
 from .advice import Advice, advise
 from .layers import BEYOND, Inside, Row, look_inside
-from .phases import PHASES, Overlap, Phase, Request, Sample, measure, predict, summarise
+from .phases import FORWARDS, Overlap, Phase, Request, Sample, measure, predict, summarise, whole_forward
 
 SCHEMA = "forwardpass.profile/1"
 #: the items whose layers are looked at, and how often
@@ -186,6 +186,7 @@ def profile(
     postprocess: Callable[[Any], Any] | None = None,
     forward: Forward | None = None,
     output: Callable[[Any], Any] | None = None,
+    steps: int | None = None,
     rounds: int = 3,
     layers: bool = True,
     progress: Track = untracked,
@@ -201,6 +202,8 @@ def profile(
         preprocess, postprocess: of an item, of a result on the host. As for `fp.Pipeline`.
         forward, output: forward(model, batch), where the convention does not fit; output(result), on the device: what is
             copied to the host (default: all of the result).
+        steps: of a decoder of transformers: how many tokens it generates, greedily, after each batch of prompts. Its forward is
+            two phases, prefill and decode, and what postprocess takes are the tokens.
         rounds: timed passes over the items.
         layers: whether to look inside the forward.
         progress: progress(what, steps or None) -> called after each step.
@@ -216,12 +219,16 @@ def profile(
         raise TypeError(f"profile takes an iterable of batches, not {type(batches).__name__}: pass [batch] for one")
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds is a number of passes of 1 or more, not {rounds!r}")
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(f"steps is a number of tokens of 1 or more, not {steps!r}")
+    if steps is not None and (forward is not None or output is not None):
+        raise ValueError("profile takes steps=, or forward= and output=: with steps the model's own forward is called")
     items = list(batches)
     if not items:
         raise ValueError(
             "profile was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
         )
-    request = Request(model, device_of(plain), preprocess, postprocess, forward, output)
+    request = Request(model, device_of(plain), preprocess, postprocess, forward, output, steps)
     with eval_mode(plain), torch.inference_mode():
         good, failed, warnings = _first_pass(request, items, progress("first pass", len(items)))
         loop = measure(request, good, rounds, on_item=progress("timing", rounds * len(good)))
@@ -229,17 +236,32 @@ def profile(
     if layers:
         with evaluating(plain):
             few = good[:_INSIDE_ITEMS]
-            looking = Request(plain, request.device, preprocess, postprocess, forward, output)
+            looking = Request(plain, request.device, preprocess, postprocess, forward, output, steps)
             progress("looking inside the forward", None)
             inside = look_inside(looking, few, _INSIDE_PASSES)
-    phases = summarise(loop, request.device)
-    overlap = functools.partial(
-        predict, loop.typical(lambda s: s.wall), loop.typical(lambda s: s.cpu), loop.cores, handover=_handover()
-    )
+    phases = summarise(loop, request.device, request.phases)
+    if steps is not None:
+        phases = [_with_rate(p, request, good[0]) for p in phases]
+    wall, cpu = (whole_forward(loop.typical(quantity)) for quantity in (lambda s: s.wall, lambda s: s.cpu))
+    overlap = functools.partial(predict, wall, cpu, loop.cores, handover=_handover())
     return Profile(
         type(plain).__name__, len(good), rounds, phases, loop.seconds * 1e3, overlap(1), inside,
         advise(request, good[0], phases, overlap, inside), failed, warnings, environment.device(request.device), loop.samples,
     )  # fmt: skip
+
+
+def _with_rate(phase: Phase, request: Request, item: Any) -> Phase:
+    """A phase of a decoder, with the tokens that it goes through each second."""
+    if phase.name not in FORWARDS or request.steps is None:
+        return phase
+    batch = request.input(item)
+    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    tokens = ids.numel() if phase.name == "prefill" else len(ids) * request.steps
+    rate = tokens / phase.median_ms * 1e3 if phase.median_ms else 0.0
+    return replace(
+        phase,
+        details={"tokens": tokens, "tokens_per_s": rate, "reason": f"{tokens} tokens an item, {rate:.1f} a second"},
+    )
 
 
 @functools.cache
@@ -260,14 +282,14 @@ def _first_pass(
     first: Exception | None = None
     for index, item in enumerate(items):
         value = item
-        for phase, run in zip(PHASES, (request.input, request.transfer, request.run, request.finish)):
+        for phase, run in request.phases.items():
             try:
                 value = run(value)
             except Exception as e:
                 first = first or e
                 failed.append(Failed(index, phase, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"))
                 break
-            if phase == "forward" and any(t.is_floating_point() and t.isnan().any() for t in tensors(value)):
+            if phase in FORWARDS and any(t.is_floating_point() and t.isnan().any() for t in tensors(value)):
                 strange.append(index)
         else:
             good.append(item)

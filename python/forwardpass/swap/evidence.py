@@ -91,6 +91,9 @@ def describe(evidence: Mapping[str, Any]) -> str:
         for name, group in together(members, lambda x: x["fqn"], lambda x: (x["in_features"], x["out_features"])):
             rows.append((name, _costs([x["before"] for x in group], target),
                          *(_costs([x["candidates"][n] for x in group], target) for n in tried)))  # fmt: skip
+            for phase in _phases(group) if target == "latency" else ():
+                rows.append((f"  {phase}", _costs([x["before"] for x in group], target, phase),
+                             *(_costs([x["candidates"][n] for x in group], target, phase) for n in tried)))  # fmt: skip
             errors = [_errors([x["candidates"][n] for x in group]) for n in tried]
             if set(errors) != {"-"}:
                 rows.append(("  error at the output", "", *errors))
@@ -117,6 +120,7 @@ _MEANING = {
     "min_cosine": "mean of 1 - cosine",
     "max_error": "mean of the squared relative error",
     "metric": "mean of the metric",
+    "max_perplexity_increase": "squared relative error of the tokens' losses",
 }
 
 
@@ -138,15 +142,23 @@ def _gain(members: list[Mapping[str, Any]], target: str) -> str:
     return f": {span(gains, '.2f')} {unit}" if gains else ""
 
 
-def _cost(x: Mapping[str, Any], target: str) -> float | None:
-    """Milliseconds or megabytes, of a layer as it is or of a candidate."""
+def _phases(group: list[Mapping[str, Any]]) -> list[str]:
+    """Those of a decoder, a prefill and a step of decode, where it was timed in them."""
+    return [
+        name for name in dict.fromkeys(n for x in group for n in x["before"].get("phases") or ()) if name != "forward"
+    ]
+
+
+def _cost(x: Mapping[str, Any], target: str, phase: str | None = None) -> float | None:
+    """Milliseconds or megabytes, of a layer as it is or of a candidate; of all, or of one phase."""
     if target == "memory":
         return x["bytes"] / 1e6 if x["bytes"] else None
-    return x["ms"]["low"] if x["ms"] else None
+    ms = x["ms"] if phase is None else (x.get("phases") or {}).get(phase)
+    return ms["low"] if ms else None
 
 
-def _costs(candidates: list[Mapping[str, Any]], target: str) -> str:
-    costs = [cost for x in candidates if (cost := _cost(x, target)) is not None]
+def _costs(candidates: list[Mapping[str, Any]], target: str, phase: str | None = None) -> str:
+    costs = [cost for x in candidates if (cost := _cost(x, target, phase)) is not None]
     return span(costs, ".3g") if costs else "-"
 
 

@@ -125,12 +125,13 @@ def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]
 
 
 class Moved:
-    """Parameters and buffers of modules on another device: the same objects, their data moved. `undo` takes them
-    back.
+    """Parameters and buffers of modules on another device, `but` these: the same objects, their data moved. `undo` takes
+    them back.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device):
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device, but: Iterable[Tensor] = ()):
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._but = {id(t) for t in but}
         try:
             for module in modules:
                 self.add(module, device)
@@ -141,7 +142,7 @@ class Moved:
     def add(self, module: nn.Module, device: torch.device) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             for t in (tensor, tensor.grad):
-                if t is not None and t.device != device:
+                if id(tensor) not in self._but and t is not None and t.device != device:
                     self._before.append((t, t.data))
                     t.data = t.data.to(device)
 

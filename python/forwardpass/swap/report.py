@@ -31,6 +31,7 @@ class Swapped:
     bytes_before: int
     bytes_after: int
     activation: str | None = None  #: that stood behind it, and is computed in it
+    tied_to: str | None = None  #: the embedding's weight that was its own too, and stays as it is
 
     @property
     def computes(self) -> str:
@@ -199,6 +200,8 @@ class Report:
                 for name, group in alike for s in group[:1]
             ]  # fmt: skip
             lines += ["", *table(rows, right=(2, 3, 4))]
+            for s in self.swapped:
+                lines += wrapped(tied(s.fqn, s.tied_to)) if s.tied_to else []
         if self.attention:
             modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
             rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]
@@ -234,6 +237,11 @@ class Report:
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
         return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{originals}, peak {megabytes(b.peak)}"
+
+
+def tied(fqn: str, embedding: str) -> str:
+    """What became of a head that shared its weight."""
+    return f"{fqn} has a copy of its own now, beside {embedding}, to which it was tied, and which stays as it is"
 
 
 def by_reason(skipped: Iterable[tuple[str, str, str]]) -> list[tuple[str, list[str]]]:

@@ -242,13 +242,20 @@ def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding 
 
 
 def tied(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    for name, other in ties(leaf, context):
+        if not (id(leaf.module) in context.output_layers and type(other.owner) is nn.Embedding):
+            return (f"its {name} is tied to {other.name}, which needs it as it is",
+                    "untie them (give the layer its own copy of the weight)")  # fmt: skip
+    return None  # a head gets a copy of its own, and the embedding looks its rows up as before
+
+
+def ties(leaf: Leaf, context: Context) -> Iterator[tuple[str, Memory]]:
+    """The layer's tensors that lie in the memory of another module, each with that one."""
     for name, tensor in _own_tensors(leaf.module):
         storage, begin, end = _extent(tensor)
         for other in context.memory.get(storage, ()):
             if other.owner is not leaf.module and other.begin < end and begin < other.end:
-                return (f"its {name} is tied to {other.name}, which needs it as it is",
-                        "untie them (give the layer its own copy of the weight)")  # fmt: skip
-    return None
+                yield name, other
 
 
 def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:

@@ -25,7 +25,7 @@ from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import LayerPrecision, Precision
 from .report import OtherLayers, Report, Swapped, WeightBytes
-from .rules import Context
+from .rules import Context, ties
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, linear_leaves, linear_like
 
@@ -174,7 +174,7 @@ def _carry_out(
         *(leaf.fqn for leaf, _ in swapped),
     }
     report = Report(
-        [_swapped(leaf, p.precision, new) for (leaf, p), new in zip(swapped, replacements)],
+        [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(swapped, replacements)],
         change.report,
         list(decision.skipped),
         _other_layers(model, in_report),
@@ -284,7 +284,9 @@ def _install(
     try:
         originals.remember(model, swapped)
         originals.Moved(
-            [x.original for x in layers if _originals_device(x.original, keep) == "cpu"], torch.device("cpu")
+            [x.original for x in layers if _originals_device(x.original, keep) == "cpu"],
+            torch.device("cpu"),
+            but=(*model.parameters(), *model.buffers()),  # a tied head's weight is the embedding's
         )
     except BaseException:
         changed.undo(model)
@@ -303,9 +305,12 @@ def _weight_bytes(
 ) -> WeightBytes:
     replaced = {id(leaf.module) for leaf in swapped}
     before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
-    after = tensor_bytes(m for m in model.modules() if id(m) not in replaced) + new
     devices = {_originals_device(leaf.module, keep) for leaf in swapped} - {None}
-    original_bytes = tensor_bytes(leaf.module for leaf in swapped) if devices else 0
+    remaining = [m for m in model.modules() if id(m) not in replaced]
+    after = tensor_bytes(remaining) + new
+    original_bytes = (
+        tensor_bytes([*remaining, *(x.module for x in swapped)]) - tensor_bytes(remaining) if devices else 0
+    )
     return WeightBytes(before, after, original_bytes, ", ".join(sorted(map(str, devices))) or None, before + new)
 
 
@@ -338,9 +343,10 @@ def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
     return sorted(groups, key=lambda x: -x.bytes)
 
 
-def _swapped(leaf: Leaf, precision: Precision, new: QuantizedLinear) -> Swapped:
+def _swapped(leaf: Leaf, precision: Precision, new: QuantizedLinear, context: Context) -> Swapped:
+    tied_to = next((other.name for _, other in ties(leaf, context)), None)
     return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
-                   tensor_bytes([leaf.module]), tensor_bytes([new]), new.activation)  # fmt: skip
+                   tensor_bytes([leaf.module]), tensor_bytes([new]), new.activation, tied_to)  # fmt: skip
 
 
 def planned(

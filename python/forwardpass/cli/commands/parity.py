@@ -41,9 +41,9 @@ def parity(
     json: Json = None,
     plot: Annotated[str | None, typer.Option(help="Draw the errors by depth: a .png, .svg or .pdf file.")] = None,
 ) -> None:  # fmt: skip
-    """Shows how far each swapped layer of a text embedding model is from the original, the worst first."""
+    """Shows how far each swapped layer of a model is from the original, the worst first."""
     console = Console(stderr=json == "-")
-    planned, calibrates = precision_or_plan(precision, plan)
+    precision, planned, calibrates = precision_or_plan(precision, plan)
     where = prepare(device, json, plot, read=(model, plan, text, calibrate))
     with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has them too

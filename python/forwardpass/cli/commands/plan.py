@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,14 +18,28 @@ from ...planning.plan import CANDIDATES, TARGETS
 from ...planning.plots import plan as plot_plan
 from .. import embedding
 from ..console import say, tracking
-from ..options import Device, ModelName, number, prepare, refuse, refusing, write_json
+from ..options import (
+    Batch,
+    Device,
+    Length,
+    ModelName,
+    Steps,
+    number,
+    prepare,
+    refuse,
+    refusing,
+    share,
+    share_of,
+    write_json,
+)
 from ..subject import load
 
 
 def plan(
     model: ModelName,
     min_cosine: Annotated[float | None, number("The lowest cosine over the texts that may be; or", above=0, most=1)] = None,
-    max_error: Annotated[float | None, number("the largest relative error of the embeddings.", least=0)] = None,
+    max_error: Annotated[float | None, number("the largest relative error of the embeddings; or", least=0)] = None,
+    max_perplexity_increase: Annotated[str | None, share("of a decoder: the most that its perplexity may rise.")] = None,
     candidates: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(CANDIDATES)}; "
                                                    "default: all.")] = None,
     target: Annotated[str, typer.Option(help=f"What is minimised: {' or '.join(TARGETS)}.")] = "latency",
@@ -33,8 +47,9 @@ def plan(
                                              "default: 288 built in.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Other texts, to calibrate with: a file, builtin or none; "
                                                   "default: builtin for what is calibrated.")] = None,
-    batch: Annotated[int, number("Rows of the timed batch.", least=1)] = 8,
-    length: Annotated[int, number("Tokens of each of its rows.", least=1)] = 128,
+    batch: Batch = None,
+    length: Length = 128,
+    steps: Steps = 32,
     device: Device = None,
     json: Annotated[str | None, typer.Option(help="Write the plan to this file, for `forwardpass swap --plan`, "
                                              "or to stdout for -.")] = None,
@@ -42,10 +57,11 @@ def plan(
     resume: Annotated[str | None, typer.Option(help="Keep measurements in this file, and go on from it: after an "
                                                "interrupt, or for another budget.")] = None,
 ) -> None:  # fmt: skip
-    """Plans each layer's precision: the fastest text embedding model or cross-encoder within a budget of error, as measured."""
+    """Plans each layer's precision: the fastest text embedding model, cross-encoder or decoder within a budget, as measured."""
     console = Console(stderr=json == "-")
-    if (min_cosine is None) == (max_error is None):
-        refuse("pass either --min-cosine or --max-error")
+    increase = share_of(max_perplexity_increase)
+    if sum(bound is not None for bound in (min_cosine, max_error, increase)) != 1:
+        refuse("pass either --min-cosine or --max-error, or of a decoder --max-perplexity-increase")
     where = prepare(device, json, plot, resume, read=(model, text, calibrate))
     named = [name.strip() for name in candidates.split(",")] if candidates is not None else list(CANDIDATES)
     calibrates = any(name.endswith(CALIBRATED) for name in named)
@@ -55,7 +71,14 @@ def plan(
         if plot:
             require_plot(plot)
         subject = load(model, where, text, calibrate, calibrates, console)
-        timed = embedding.full_batch(subject.tokenizer, subject.texts, batch, length, subject.model, where)
+        batch = batch or (1 if subject.source.decoder else 8)
+        if subject.source.decoder:
+            embedding.check_length(length + steps, subject.tokenizer, subject.model)
+            timed: Any = fp.Decoding(batch, length, steps)
+        elif increase is not None:
+            raise ValueError("--max-perplexity-increase is for decoders, and this is none: pass --min-cosine")
+        else:
+            timed = embedding.full_batch(subject.tokenizer, subject.texts, batch, length, subject.model, where)
     allocator = keep_freed_memory()
     with tracking() as track, refusing(ValueError, TypeError, OSError, fp.Unsupported):
         try:
@@ -65,6 +88,7 @@ def plan(
                 candidates=named,
                 min_cosine=min_cosine,
                 max_error=max_error,
+                max_perplexity_increase=increase,
                 target=target,
                 shapes=[timed],
                 calibrate=subject.calibration,
@@ -83,6 +107,7 @@ def plan(
         "texts": len(subject.texts),
         "batch": batch,
         "length": length,
+        **({"steps": steps} if subject.source.decoder else {}),
     }
     chosen_plan = dataclasses.replace(chosen_plan, evidence={**about, **chosen_plan.evidence})
     if subject.calibration:

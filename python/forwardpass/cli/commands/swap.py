@@ -19,17 +19,22 @@ from ...swap.folder import check_folder
 from .. import comparison, embedding
 from ..console import print_swap, tracking
 from ..options import (
+    Batch,
     Calibration,
     Device,
     Json,
+    Length,
     ModelName,
     PlanFile,
     PrecisionName,
+    Steps,
     Texts,
     number,
     precision_or_plan,
     prepare,
     refusing,
+    share,
+    share_of,
     write_json,
 )
 from ..subject import load
@@ -41,20 +46,26 @@ def swap(
     plan: PlanFile = None,
     text: Texts = None,
     calibrate: Calibration = None,
-    batch: Annotated[int, number("Rows of the timed batch.", least=1)] = 8,
-    length: Annotated[int, number("Tokens of each of its rows.", least=1)] = 128,
+    include: Annotated[list[str] | None, typer.Option(help="As in fp.swap: swap nothing but what this names; a name "
+                                                     "spelled out, as lm_head, overrides a default skip.")] = None,
+    batch: Batch = None,
+    length: Length = 128,
+    steps: Steps = 32,
     min_cosine: Annotated[float, number("The lowest cosine over the texts that passes.", above=0, most=1)] = 0.999,
+    max_perplexity_increase: Annotated[str, share("Of a decoder: the most that its perplexity may rise.")] = "2%",
     device: Device = None,
     json: Json = None,
     save: Annotated[str | None, typer.Option(help="Store the swapped model and its tokenizer in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --save use a folder that holds other files, but "
                                             "for the model's own.")] = False,
 ) -> None:  # fmt: skip
-    """Swaps a text embedding model or a cross-encoder, runs it on real text before and after, and shows what changed.
+    """Swaps a text embedding model, a cross-encoder or a decoder, runs it on real text before and after, and shows what changed.
 
-    A folder of sentence-transformers says itself how texts are pooled and prompted, or that pairs are scored."""
+    A folder of sentence-transformers says itself how texts are pooled and prompted, or that pairs are scored. Of a decoder tokens
+    a second are timed, those of prompts and those that it generates apart, and its perplexity is compared."""
     console = Console(stderr=json == "-")
-    planned, calibrates = precision_or_plan(precision, plan)
+    precision, planned, calibrates = precision_or_plan(precision, plan)
+    limit_of_perplexity = share_of(max_perplexity_increase) or 0.0
     where = prepare(device, json, read=(model, plan, text, calibrate))
     with refusing(ValueError, OSError):
         if save:
@@ -62,14 +73,25 @@ def swap(
                 raise ValueError(f"--json and --save are both {save}: give each a path of its own")
             check_folder(save, [embedding.find_model(model).path], overwrite)
         subject = load(model, where, text, calibrate, calibrates, console)
+        decoder = subject.source.decoder
+        batch = batch or (1 if decoder else 8)
+        if decoder:
+            embedding.check_length(length + steps, subject.tokenizer, subject.model)
         timed = embedding.full_batch(subject.tokenizer, subject.texts, batch, length, subject.model, where)
     swapped = copy.deepcopy(subject.model)  # both are wanted at once: their timing takes turns
     with tracking() as track:
         track(subject.swapping(), None)
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
-            report = fp.swap(swapped, precision=precision, plan=planned, calibrate=subject.calibration)
-        compared = comparison.compare(subject.model, swapped, subject.batches, timed, subject.readout, track)
+            report = fp.swap(
+                swapped, precision=precision, plan=planned, calibrate=subject.calibration, include=include or ()
+            )
+        if decoder:
+            compared = comparison.compare_decoding(
+                subject.model, swapped, subject.batches, timed, steps, subject.readout, track
+            )
+        else:
+            compared = comparison.compare(subject.model, swapped, subject.batches, timed, subject.readout, track)
     if save:
         with refusing(ValueError, OSError):
             around = subject.source.around()
@@ -79,7 +101,12 @@ def swap(
     reported = report.to_json()
     if not (reported["swapped"] or reported["attention"]):  # what two timings of one model differ by is no speed-up
         compared |= {"speedup": None, "reasons": {**compared["reasons"], "speedup": "nothing was changed"}}
-    ok = compared["parity"]["cosine_min"] >= min_cosine  # false for NaN
+    if decoder:
+        name, bound, limit = "perplexity_increase", "most", limit_of_perplexity
+        ok = compared["parity"][name] <= limit  # false for NaN
+    else:
+        name, bound, limit = "cosine_min", "least", min_cosine
+        ok = compared["parity"][name] >= limit
     result = {
         "schema": "forwardpass.swap/1",
         "model": {"name": model, "origin": subject.source.origin},
@@ -95,17 +122,23 @@ def swap(
         **compared,
         "batch": batch,
         "length": length,
-        "checks": {"cosine_min": {"least": min_cosine, "ok": ok}},
+        **({"steps": steps} if decoder else {}),
+        "checks": {name: {bound: limit, "ok": ok}},
         "versions": environment.versions(),
         "device": environment.device(where),
-        "measured": ["parity", "latency_ms", "latency_quartiles_ms", "speedup", "weight_bytes"],
+        "measured": [
+            "parity",
+            *(x for x in compared if x.startswith(("latency_ms", "latency_quartiles", "tokens_per_s"))),
+            "speedup",
+            "weight_bytes",
+        ],
     }
     print_swap(result, console)
     if json:
         write_json(result, json)
     if not ok:
         typer.echo(
-            f"forwardpass: the check cosine_min >= {min_cosine} failed: it is {compared['parity']['cosine_min']:.5f}",
+            f"forwardpass: the check {name} {'<=' if decoder else '>='} {limit} failed: it is {compared['parity'][name]:.5f}",
             err=True,
         )
         raise typer.Exit(1)

@@ -1,0 +1,223 @@
+"""A decoder, swapped, beside what else a CPU user could generate text with: tokens a second of prefill and decode, perplexity.
+
+    python -m benchmarks.generate [--model smollm2] [--precisions int8,int8+head] [--peers …] [--json FILE]
+
+All candidates are built from the same fp32 model and take turns in one process, with the same number of threads. A turn is one
+prefill of the prompts and the steps that follow it, each of one token for every sequence, greedily.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from benchmarks import bench, generate_peers
+from benchmarks.generate_peers import Candidate, Subject
+from forwardpass.cli import embedding
+from forwardpass.cli.console import tracking
+from forwardpass.cli.readout import NextTokens
+from forwardpass.cli.source import find_model
+from forwardpass.common import decoding
+from forwardpass.common.decoding import Decoding, Run
+from forwardpass.common.timing import Track, keep_freed_memory
+from forwardpass.profiling.roofline import roofline
+
+#: The least and most rounds of a cell.
+ROUNDS = (3, 21)
+FIRST = "eager fp32"  #: what others are compared with
+
+
+def cells_of(args: argparse.Namespace) -> list[Decoding]:
+    return [Decoding(batch, prompt, args.steps) for batch in args.batch for prompt in args.prompt]
+
+
+def time_cell(
+    cell: Decoding,
+    built: dict[str, Candidate],
+    ids: torch.Tensor,
+    rounds: tuple[int, int],
+    share: float,
+    track: Track,
+) -> dict[str, Any]:
+    """An untimed round, in which candidates that fail fall out; then as many as fit into `share` seconds, within `rounds`."""
+    runs: dict[str, Run] = {}
+    failed: dict[str, str] = {}
+    seconds = 0.0
+    for name, candidate in built.items():
+        track(f"{cell}: {name}, untimed", None)
+        try:
+            run = candidate.prepare(cell)
+            run(ids, cell.steps)  # compiles, and chooses kernels
+            began = time.perf_counter()
+            run(ids, cell.steps)
+            seconds += time.perf_counter() - began
+            runs[name] = run
+        except Exception as e:  # a peer's failure is its result
+            failed[name] = generate_peers.failure(e)
+    low, high = rounds
+    count = max(low, min(high, int(share / max(seconds, 1e-9))))
+    on_round = track(f"{cell}: {len(runs)} candidates", count)
+    rates = decoding.rates(runs, ids, cell.steps, count, warmup=0, on_round=on_round)
+    named = {name: {phase: t.to_json() for phase, t in phases.items()} for name, phases in rates.items()}
+    return {**asdict(cell), "rounds": count, "tokens_per_s": named, "not_run": failed}
+
+
+def bytes_of_step(candidate: Candidate, cell: Decoding, config: Any) -> float:
+    """That a step reads at least: the weights once, and of every sequence the keys and values so far, on average."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = 2 * config.num_hidden_layers * heads * width * (cell.prompt + cell.steps / 2)
+    return candidate.weight_bytes + cell.batch * values * candidate.cache_itemsize
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The result of a run. Raises ValueError in one sentence where there is no such model, or it takes no such cell."""
+    began = time.monotonic()
+    generate_peers.check_kv_cache(args.kv_cache)
+    builders = generate_peers.candidates(args.precisions)
+    if unknown := [name for name in args.peers or () if name not in builders]:
+        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(generate_peers.PEERS)}")
+    asked = [n for n in builders if args.peers is None or n.startswith("forwardpass") or n in (FIRST, *args.peers)]
+    source = find_model(args.model)
+    if not source.decoder:
+        raise ValueError(f"{args.model} is no decoder: pass smollm2, or the folder of one")
+    readout, cells = NextTokens(), cells_of(args)
+    model, tokenizer = embedding.load(source, "cpu", readout.auto)
+    texts = readout.builtin()[1]
+    rows = torch.cat([b["input_ids"] for b in readout.tokenize(tokenizer, texts, model, "cpu")])[: args.texts]
+    prompts = {c: embedding.full_batch(tokenizer, texts, c.batch, c.prompt, model)["input_ids"] for c in cells}
+    for cell in cells:
+        embedding.check_length(cell.length, tokenizer, model)
+    result = bench.header("generate", "cpu", ["candidates", "cells", "copy_bytes_per_s"])
+    result |= {"allocator": keep_freed_memory(), "threads": torch.get_num_threads(), "kv_cache": args.kv_cache}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), tracking() as track:
+        subject = Subject(source, model, tokenizer, pathlib.Path(folder), args.kv_cache)
+        built, missing = generate_peers.build({n: builders[n] for n in asked}, subject, track)
+        missing |= {name: "not asked for" for name in builders if name not in asked}
+        perplexities: dict[str, float] = {}
+        for name, candidate in list(built.items()):
+            track(f"perplexity of {name}", None)
+            try:
+                perplexities[name] = math.exp(candidate.losses(rows).double().mean().item())
+            except Exception as e:
+                missing[name] = generate_peers.failure(e)
+                del built[name]
+        track("measuring the bandwidth of a copy", None)
+        copy = roofline(torch.device("cpu"), set()).bytes_per_s
+        rounds = (args.rounds, args.rounds) if args.rounds else ROUNDS
+        measured = []
+        for i, cell in enumerate(cells):
+            left = 60 * args.minutes - (time.monotonic() - began)
+            weights = [c.batch * c.length for c in cells[i:]]  # of the time that is left
+            share = left * weights[0] / sum(weights)
+            measured.append(time_cell(cell, built, prompts[cell], rounds, share, track))
+            for name in measured[-1]["tokens_per_s"]:
+                moved = bytes_of_step(built[name], cell, model.config)
+                rate = measured[-1]["tokens_per_s"][name]["decode"]["median"]
+                measured[-1].setdefault("decode_bytes", {})[name] = {
+                    "a_token": moved / cell.batch,
+                    "of_copy": moved / cell.batch * rate / copy,
+                }
+    return result | {
+        "model": source.origin,
+        "perplexity_tokens": rows[:, 1:].numel(),
+        "copy_bytes_per_s": copy,
+        "not_run": missing,
+        "candidates": {
+            name: {
+                "perplexity": perplexities[name],
+                "weight_bytes": candidate.weight_bytes,
+                "version": generate_peers.version(name),
+            }
+            for name, candidate in built.items()
+        },
+        "cells": measured,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def lines(result: dict[str, Any]) -> Iterable[str]:
+    yield (
+        f"{result['model']}; {result['device']['name']}, {result['threads']} threads; a copy moves "
+        f"{result['copy_bytes_per_s'] / 1e9:.1f} GB/s, read and written; {result['seconds']:.0f} s"
+    )
+    yield f"{'':<24}{'perplexity':>11}{'weights, MB':>13}  of {result['perplexity_tokens']} tokens"
+    for name, c in result["candidates"].items():
+        told = f"  {c['version']}" if c["version"] else ""
+        yield f"{name:<24}{c['perplexity']:>11.3f}{c['weight_bytes'] / 1e6:>13.1f}{told}"
+    for cell in result["cells"]:
+        rates = cell["tokens_per_s"]
+        yield f"\n{Decoding(*(cell[n] for n in ('batch', 'prompt', 'steps')))}; {cell['rounds']} rounds"
+        yield f"{'':<24}{'prefill, tokens/s':>28}{'decode, tokens/s':>28}{'times ' + FIRST:>18}{'MB a token':>12}{'of copy':>9}"
+        for name, phases in rates.items():
+            cells = (f"{t['median']:.1f} [{t['low']:.1f}, {t['high']:.1f}]" for t in phases.values())
+            times = [t["median"] / rates[FIRST][p]["median"] for p, t in phases.items()] if FIRST in rates else []
+            moved = cell["decode_bytes"][name]
+            yield (
+                f"{name:<24}" + "".join(f"{c:>28}" for c in cells) + f"{', '.join(f'{x:.2f}' for x in times):>18}"
+                f"{moved['a_token'] / 1e6:>12.1f}{moved['of_copy']:>9.0%}"
+            )
+        yield from (f"{name:<24}not run: {why}" for name, why in cell["not_run"].items())
+    yield from (f"{name:<24}not run: {why}" for name, why in result["not_run"].items())
+
+
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """Of an option: whole numbers, with commas between them."""
+
+    def parse(text: str) -> list[int]:
+        values = [int(part) for part in text.split(",")]
+        if min(values) < least:
+            raise argparse.ArgumentTypeError(f"{text} has a number below {least}")
+        return values
+
+    return parse
+
+
+def words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p.add_argument("--model", default="smollm2", help="smollm2, or the folder of a decoder")
+    p.add_argument("--precisions", type=words, default=["int8", "int8+head"],
+                   help="of ours, with commas; behind one, +head puts the head into w8a16")  # fmt: skip
+    p.add_argument("--kv-cache", help="of ours, passed on to fp.swap: int8 or fp8")
+    p.add_argument(
+        "--peers", type=words, help=f"beside {FIRST} and ours; default: all of {', '.join(generate_peers.PEERS)}"
+    )
+    p.add_argument("--batch", type=numbers(1), default=[1, 4, 16])
+    p.add_argument("--prompt", type=numbers(1), default=[16, 512, 2048], help="tokens of each prompt")
+    p.add_argument("--steps", type=int, default=32, help="tokens generated after each")
+    p.add_argument("--texts", type=int, help="pieces of 256 tokens that the perplexity is of; default: all")
+    p.add_argument("--rounds", type=int, help=f"default: as many as fit, of {ROUNDS[0]} to {ROUNDS[1]}")
+    p.add_argument("--minutes", type=float, default=60.0, help="for all; the least rounds may take longer")
+    p.add_argument("--small", action="store_true", help="a trial of a minute: one small cell, one piece, two rounds")
+    p.add_argument("--json", metavar="FILE", help="also write the result to this file")
+    return p
+
+
+def main() -> None:
+    p = arguments()
+    args = p.parse_args()
+    if args.small:
+        args.batch, args.prompt, args.steps, args.texts, args.rounds = [2], [8], 2, 1, 2
+    try:
+        result = measure(args)
+    except ValueError as e:
+        p.error(" ".join(str(e).split()))
+    for line in lines(result):
+        print(line)
+    bench.write(result, args.json)
+
+
+if __name__ == "__main__":
+    main()

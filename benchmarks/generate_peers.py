@@ -1,0 +1,342 @@
+"""What a CPU user could generate text with, ours and its peers: built once from one fp32 decoder."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import pathlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import forwardpass as fp
+from benchmarks.peers import Missing, need
+from forwardpass.cli.source import Source
+from forwardpass.common.decoding import Decoding, Generation, Run, run_of
+from forwardpass.common.modules import tensor_bytes
+from forwardpass.common.timing import Track, untracked
+from forwardpass.swap.plan import PlannedLayer
+from forwardpass.swap.precision import find_precision
+from forwardpass.swap.walker import linear_like
+
+HEAD = "+head"  #: behind a precision: the head in w8a16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What candidates are built from. kv_cache: of ours, passed on to `fp.swap`."""
+
+    source: Source
+    model: nn.Module
+    tokenizer: Any
+    folder: pathlib.Path  #: for what others convert
+    kv_cache: str | None = None
+
+    @cached_property
+    def saved(self) -> str:
+        """The model as save_pretrained writes it."""
+        path = self.folder / "model"
+        self.model.save_pretrained(path)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(path)
+        return str(path)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """prepare: what a cell runs. losses: rows [n, length] -> of every token but the first its loss in nats; weight_bytes: that
+    a step reads; cache_itemsize: of a value of the cache, bytes.
+    """
+
+    prepare: Callable[[Decoding], Run]
+    losses: Callable[[Tensor], Tensor]
+    weight_bytes: int
+    cache_itemsize: float
+
+
+def of_model(model: nn.Module, prepare: Callable[[Decoding], Run] | None = None, itemsize: float = 4) -> Candidate:
+    """A decoder of transformers. Of its embedding a step reads a row, and all where the head is tied to it."""
+
+    def losses(rows: Tensor) -> Tensor:
+        logits = (model(input_ids=row[None]).logits[0, :-1].float() for row in rows)
+        return torch.cat([F.cross_entropy(x, row[1:], reduction="none") for x, row in zip(logits, rows)])
+
+    read = tensor_bytes(m for m in model.modules() if not isinstance(m, nn.Embedding))
+    return Candidate(prepare or (lambda decoding: run_of(model)), losses, read, itemsize)
+
+
+def eager_fp32(subject: Subject) -> Candidate:
+    return of_model(subject.model)
+
+
+def eager_bf16(subject: Subject) -> Candidate:
+    return of_model(copy.deepcopy(subject.model).bfloat16(), itemsize=2)
+
+
+def compiled(subject: Subject) -> Candidate:
+    """torch.compile of a step, with a cache of one size, as transformers' generate has it with cache_implementation="static"."""
+    cache_utils = importlib.import_module("transformers.cache_utils")
+    model = subject.model
+    forward = torch.compile(model.forward, dynamic=False)
+
+    def prepare(decoding: Decoding) -> Run:
+        torch.compiler.reset()  # sizes are the cell's, and compiling takes minutes
+        cache = cache_utils.StaticCache(config=model.config, max_cache_len=decoding.length)
+
+        def run(ids: Tensor, steps: int) -> list[float]:
+            cache.reset()
+            return Generation(model, ids, forward=forward, cache=cache).generate(steps)[1]
+
+        return run
+
+    return of_model(model, prepare)
+
+
+def ours(precision: str) -> Callable[[Subject], Candidate]:
+    """A swapped copy. With HEAD behind the precision the head has a w8a16 copy of its own, though it is tied to the embedding."""
+
+    def build(subject: Subject) -> Candidate:
+        model = copy.deepcopy(subject.model)
+        name, head = precision.removesuffix(HEAD), precision.endswith(HEAD)
+        options: dict[str, Any] = {} if subject.kv_cache is None else {"kv_cache": subject.kv_cache}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            plan = fp.swap(model, name, dry_run=True).plan
+            if head:
+                plan = dataclasses.replace(plan, layers=(*plan.layers, head_layer(model)))
+            fp.swap(model, plan=plan, **options)
+        return of_model(model, itemsize=4 if subject.kv_cache is None else 1)
+
+    return build
+
+
+def head_layer(model: Any) -> PlannedLayer:
+    module = model.get_output_embeddings()
+    leaf = next(leaf for leaf in linear_like(model) if leaf.module is module)
+    p = find_precision("w8a16")
+    return PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version, False)
+
+
+def llama_cpp(subject: Subject) -> Candidate:
+    """Q8_0, made by llama.cpp of the file that the other candidates are read from; flash attention and cache as it chooses."""
+    lib = need("llama_cpp", "llama-cpp-python")
+    if subject.source.gguf is None:
+        raise Missing("it reads GGUF files, and this model is none: pass smollm2")
+    quantized = subject.folder / "q8_0.gguf"
+    silent = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
+    settings = lib.llama_model_quantize_default_params()
+    settings.allow_requantize, settings.ftype = True, lib.LLAMA_FTYPE_MOSTLY_Q8_0
+    original = str(pathlib.Path(subject.source.path, subject.source.gguf)).encode()
+    if not quantized.exists() and lib.llama_model_quantize(original, str(quantized).encode(), ctypes.byref(settings)):
+        raise Missing("llama.cpp does not quantise the file")
+    model = lib.llama_model_load_from_file(str(quantized).encode(), lib.llama_model_default_params())
+    if not model:
+        raise Missing("llama.cpp does not load its own Q8_0 file")
+    return LlamaCpp(lib, model, silent, subject.model.config.vocab_size).candidate(quantized.stat().st_size)
+
+
+@dataclass
+class LlamaCpp:
+    """Its C interface, which takes several sequences at once."""
+
+    lib: Any
+    model: Any
+    silent: Any  #: what C holds a pointer to
+    vocabulary: int
+    context: Any = None
+
+    BATCH = 2048  #: tokens of a call; it divides them by itself
+
+    def candidate(self, file_bytes: int) -> Candidate:
+        return Candidate(self.prepare, self.losses, file_bytes, 2)
+
+    def start(self, sequences: int, length: int) -> None:
+        """A cache for so many sequences, in place of the one before."""
+        if self.context:
+            self.lib.llama_free(self.context)
+        settings = self.lib.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = sequences * -(-(length + 1) // 256) * 256, sequences
+        settings.n_batch = self.BATCH
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        settings.no_perf = True
+        self.context = self.lib.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp makes no context of {settings.n_ctx} tokens")
+
+    def feed(self, rows: list[list[int]], begin: int, every: bool = False) -> Iterator[Tensor]:
+        """Tokens of each sequence go in, from position `begin` on; logits [vocabulary] of the last of each come out, or of all."""
+        entries = [
+            (sequence, begin + i, token, every or i == len(row) - 1)
+            for sequence, row in enumerate(rows)
+            for i, token in enumerate(row)
+        ]
+        for start in range(0, len(entries), self.BATCH):
+            part = entries[start : start + self.BATCH]
+            batch = self.lib.llama_batch_init(len(part), 0, 1)
+            batch.n_tokens = len(part)
+            for i, (sequence, position, token, wanted) in enumerate(part):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
+                batch.seq_id[i][0] = sequence
+            failed = self.lib.llama_decode(self.context, batch)
+            self.lib.llama_batch_free(batch)
+            if failed:
+                raise RuntimeError(f"llama_decode returned {failed}")
+            for i, (*_, wanted) in enumerate(part):
+                if wanted:
+                    logits = self.lib.llama_get_logits_ith(self.context, i)
+                    address = ctypes.addressof(logits.contents)
+                    yield torch.frombuffer(
+                        (ctypes.c_float * self.vocabulary).from_address(address), dtype=torch.float32
+                    )
+
+    def prepare(self, decoding: Decoding) -> Run:
+        self.start(decoding.batch, decoding.length)
+
+        def run(ids: Tensor, steps: int) -> list[float]:
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+            rows, times = ids.tolist(), [time.perf_counter()]
+            for step in range(steps + 1):
+                rows = [[int(logits.argmax())] for logits in self.feed(rows, step and ids.shape[1] + step - 1)]
+                times.append(time.perf_counter())
+            return times
+
+        return run
+
+    def losses(self, rows: Tensor) -> Tensor:
+        self.start(1, rows.shape[1])
+        losses = []
+        for row in rows:
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+            for logits, target in zip(self.feed([row.tolist()], 0, every=True), row[1:]):
+                losses.append(F.cross_entropy(logits, target))
+        return torch.stack(losses)
+
+
+def ctranslate2(subject: Subject) -> Candidate:
+    """int8 by its own converter; sums and the cache in float32. It works on tokens as words."""
+    ct2 = need("ctranslate2", "ctranslate2")
+    converters = need("ctranslate2.converters", "ctranslate2")
+    folder = subject.folder / "ctranslate2"
+    if not folder.exists():
+        converters.TransformersConverter(subject.saved).convert(str(folder), quantization="int8")
+    generator = ct2.Generator(str(folder), device="cpu", compute_type="int8", intra_threads=torch.get_num_threads())
+    words_of = subject.tokenizer.convert_ids_to_tokens
+
+    def prepare(decoding: Decoding) -> Run:
+        def run(ids: Tensor, steps: int) -> list[float]:
+            prompts = [words_of(row) for row in ids.tolist()]
+            times = [time.perf_counter()]
+
+            def note(result: Any) -> bool:
+                if result.step == len(times) - 1:  # the first sequence of a step
+                    times.append(time.perf_counter())
+                return False
+
+            length = {"max_length": steps + 1, "min_length": steps + 1}
+            generator.generate_batch(prompts, **length, beam_size=1, include_prompt_in_result=False, callback=note)
+            times.append(time.perf_counter())
+            return [*times[: steps + 1], times[-1]]
+
+        return run
+
+    def losses(rows: Tensor) -> Tensor:
+        scores = generator.score_batch([words_of(row) for row in rows.tolist()])
+        return -torch.cat([torch.tensor(score.log_probs) for score in scores])
+
+    return Candidate(prepare, losses, (folder / "model.bin").stat().st_size, 4)
+
+
+def openvino(subject: Subject) -> Candidate:
+    """8-bit weights by nncf, the cache as the model's state: what optimum-intel makes."""
+    optimum = need("optimum.intel", "optimum-intel")
+    settings = {"export": True, "load_in_8bit": True, "ov_config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}}
+    model = optimum.OVModelForCausalLM.from_pretrained(subject.saved, **settings)
+
+    class Clock:
+        """What generate() tells of each token."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, tokens: Tensor) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None: ...
+
+    def prepare(decoding: Decoding) -> Run:
+        def run(ids: Tensor, steps: int) -> list[float]:
+            clock = Clock()  # the first that it is told are the prompts
+            length = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1}
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, streamer=clock, **length)
+            return clock.times
+
+        return run
+
+    def losses(rows: Tensor) -> Tensor:
+        logits = (model(input_ids=row[None], attention_mask=torch.ones_like(row[None])).logits[0, :-1] for row in rows)
+        return torch.cat([F.cross_entropy(x.float(), row[1:], reduction="none") for x, row in zip(logits, rows)])
+
+    return Candidate(prepare, losses, sum(p.numel() for p in subject.model.parameters()), 4)
+
+
+PEERS: dict[str, Callable[[Subject], Candidate]] = {
+    "eager fp32": eager_fp32,
+    "eager bf16": eager_bf16,
+    "compiled fp32": compiled,
+    "llama.cpp Q8_0": llama_cpp,
+    "ctranslate2 int8": ctranslate2,
+    "openvino int8": openvino,
+}
+#: what else has a version to be told
+PACKAGES = {"llama.cpp Q8_0": "llama-cpp-python", "ctranslate2 int8": "ctranslate2", "openvino int8": "optimum-intel"}
+
+
+def candidates(precisions: Iterable[str]) -> dict[str, Callable[[Subject], Candidate]]:
+    """Ours in these precisions, and all peers. ValueError, in one sentence, on a precision that is none."""
+    for precision in precisions:
+        find_precision(precision.removesuffix(HEAD))
+    return {f"forwardpass {p}": ours(p) for p in precisions} | PEERS
+
+
+def check_kv_cache(kv_cache: str | None) -> None:
+    """ValueError, in one sentence, where `fp.swap` takes none."""
+    if kv_cache is not None and "kv_cache" not in inspect.signature(fp.swap).parameters:
+        raise ValueError("fp.swap of this version has no kv_cache=: drop --kv-cache")
+
+
+def version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(PACKAGES[name])
+    except (KeyError, importlib.metadata.PackageNotFoundError):
+        return None
+
+
+def build(
+    builders: dict[str, Callable[[Subject], Candidate]], subject: Subject, track: Track = untracked
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """(candidate -> what was built, candidate -> why there is none)."""
+    built, missing = {}, {}
+    for name, builder in builders.items():
+        track(f"building {name}", None)
+        try:
+            built[name] = builder(subject)
+        except Missing as e:
+            missing[name] = str(e)
+        except Exception as e:  # whatever a peer raises is its result; it is shown and the others go on
+            missing[name] = failure(e)
+    return built, missing
+
+
+def failure(e: Exception) -> str:
+    return f"failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}"

