@@ -53,6 +53,7 @@ bench: .venv/dev
 		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
 	for b in published pipeline plan ragged size_batch train_decoder; do $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
 	$(INSTALL) -e '.[bench]' --no-build-isolation
+	$(BIN)/python -m benchmarks.generate --json benchmarks/results/generate.json
 	for mode in "" -grid -ragged -compiled; do \
 		$(BIN)/python -m benchmarks.models $${mode:+-$$mode} --json benchmarks/results/models$$mode.json || exit 1; done
 
