@@ -170,7 +170,7 @@ def lines(result: dict[str, Any]) -> Iterable[str]:
 
 
 def numbers(least: int) -> Callable[[str], list[int]]:
-    """Of an option: whole numbers, with commas between them."""
+    """For an option: whole numbers, with commas between them."""
 
     def parse(text: str) -> list[int]:
         values = [int(part) for part in text.split(",")]

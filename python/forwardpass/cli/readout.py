@@ -197,7 +197,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class NextTokens:
-    """Of every token of a text, how well the ones before it foretell it: what the perplexity is the mean of."""
+    """How well the tokens of a text foretell each next one: what the perplexity is the mean of."""
 
     auto = "AutoModelForCausalLM"
     task = "causal_lm"

@@ -46,7 +46,7 @@ class Decoding:
 
     @property
     def length(self) -> int:
-        """Of a sequence in the end."""
+        """The tokens of a sequence in the end."""
         return self.prompt + self.steps * self.tokens
 
     def produced(self, phase: str) -> int:

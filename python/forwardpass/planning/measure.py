@@ -149,7 +149,7 @@ class Workload:
         return f"{phase}, {self.decodings[i][0]}" if len(self.decodings) > 1 else phase
 
     def calls(self, leaves: list[Leaf]) -> dict[str, Calls]:
-        """Of each layer the shapes of its inputs, of those phases in which it is called."""
+        """The shapes of each layer's inputs, in those phases in which it is called."""
         shapes: dict[str, dict[str, list[tuple[int, ...]]]] = {leaf.fqn: {} for leaf in leaves}
         phase = ""
 

@@ -309,7 +309,7 @@ class Phase:
 
 
 def whole_forward(phases: Sequence[float]) -> list[float]:
-    """Of the phases of an item the four, where the forward is in two."""
+    """The four phases of an item, where its forward is in two."""
     return [*phases[:2], sum(phases[2:-1]), phases[-1]]
 
 

@@ -36,9 +36,9 @@ def profile(
     console = Console(stderr=json == "-")
     where = prepare(device, json, html, trace, read=(model, text))
     with refusing(ValueError, OSError):
-        given = embedding.read_texts(text) if text else None
+        texts = embedding.read_texts(text) if text else []
         source, loaded, tokenizer, readout = find(model, where, console, swaps=False)
-        texts = given or readout.builtin()[1]
+        texts = texts or readout.builtin()[1]
         batch = batch or (1 if source.decoder else 8)
         if source.decoder:
             prompts = Prompts(loaded, tokenizer, length, steps)
