@@ -13,7 +13,7 @@ from command_line import NO_SMOLLM2, refused, run, small_llama
 
 import forwardpass as fp
 from forwardpass.cli import embedding, readout, source
-from forwardpass.common.decoding import Generation
+from forwardpass.common.decoding import Generation, logits_by_steps
 
 needs_smollm2 = pytest.mark.skipif(NO_SMOLLM2, reason="the extra generate is not installed")
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests.\n"
@@ -82,6 +82,22 @@ def test_a_perplexity_that_rises_fails_the_check(folder, text, monkeypatch):
     monkeypatch.setattr(readout.NextTokens, "parity", lambda *a: before(*a) | {"perplexity_increase": math.nan})
     done = run("swap", folder, "--precision", "bf16", "--text", text, "--length", 4, "--steps", 1)
     assert done.exit_code == 1 and "the check perplexity_increase <= 0.02 failed" in done.stderr
+
+
+def test_perplexity_of_an_8_bit_cache_is_that_of_steps(folder, text, tmp_path):
+    args = ("swap", folder, "--text", text, "--length", 8, "--steps", 3, "--max-perplexity-increase", "5%")
+    done = run(*args, "--precision", "bf16", "--kv-cache", "int8", "--json", tmp_path / "swap.json")
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "swap.json").read_text())
+    assert written["kv_cache"] == "int8" and written["parity"]["perplexity_increase"] != 0
+    refused(run(*args, "--kv-cache", "int4"), "kv_cache is None or one of 'auto', 'int8', 'fp8', not 'int4'")
+
+
+def test_steps_see_what_is_before_them(folder):
+    model, _ = embedding.load(source.find_model(str(folder)), auto="AutoModelForCausalLM")
+    ids = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits_by_steps(model, ids), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_plan_of_a_decoder_replays(folder, text, tmp_path):

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.compare import relative_error
+from ..common.decoding import logits_by_steps
 from ..common.text import count
 from ..integrations import sentence_transformers as sentences
 from ..planning.agreement import next_tokens
+from ..swap.kv_cache import kv_cache_of
 from . import embedding
 from .embedding import Batch
 from .source import Source
@@ -225,7 +227,9 @@ class NextTokens:
         return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
 
     def outputs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """Logits [texts, length, vocabulary]"""
+        """Logits [texts, length, vocabulary]; where the swap changed the cache, as steps give them, which read it."""
+        if kv_cache_of(model) is not None:
+            return logits_by_steps(model, batch["input_ids"]).float()
         logits: Tensor = model(**batch).logits
         return logits.float()
 

@@ -91,10 +91,8 @@ class Generation:
     ) -> None:
         self.model, self.forward, self.ids, self.cache = model, forward or model, ids, cache
         self.mask = None if mask is None or mask.all() else mask
-        parameters = inspect.signature(model.forward).parameters
-        #: transformers renamed it in version 5
-        self._argument = "cache" if "cache" in parameters else "past_key_values"
-        self._last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._argument = cache_argument(model)
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def prefill(self) -> Tensor:
         """int64 [batch, 1]: the next token of each prompt."""
@@ -126,6 +124,23 @@ class Generation:
             generated.append(self.step(generated[-1].expand(-1, tokens)))
             times.append(clock())
         return torch.cat(generated, 1), times
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a decoder's forward calls its cache, which transformers renamed in version 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def logits_by_steps(model: nn.Module, ids: Tensor, tokens: int = 8) -> Tensor:
+    """Logits [batch, S, vocabulary] of ids [batch, S], read `tokens` at a time (8: the most of attention_decode), so that each step
+    sees the ones before it through the cache, in its dtype."""
+    name, parts = cache_argument(model), []
+    cache: dict[str, Any] = {}
+    for part in ids.split(tokens, 1):
+        result = model(input_ids=part, use_cache=True, **cache)
+        cache = {name: result[name]}
+        parts.append(result.logits)
+    return torch.cat(parts, 1)
 
 
 #: From prompts [batch, tokens] and how many steps: the times before the prefill, after it, and after each step.

@@ -14,6 +14,7 @@ import forwardpass as fp
 
 from ...common import environment
 from ...integrations import sentence_transformers as sentences
+from ...integrations.kv_scales import KV_CACHES
 from ...swap import checkpoint
 from ...swap.folder import check_folder
 from .. import comparison, embedding
@@ -48,6 +49,8 @@ def swap(
     calibrate: Calibration = None,
     include: Annotated[list[str] | None, typer.Option(help="As in fp.swap: swap nothing but what this names; a name "
                                                      "spelled out, as lm_head, overrides a default skip.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(metavar=" | ".join(KV_CACHES), help="Of a decoder: what its cache of keys and "
+                                                 "values becomes, as in fp.swap; perplexity is then that of steps.")] = None,
     batch: Batch = None,
     length: Length = 128,
     steps: Steps = 32,
@@ -84,7 +87,12 @@ def swap(
         with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report has them too
             report = fp.swap(
-                swapped, precision=precision, plan=planned, calibrate=subject.calibration, include=include or ()
+                swapped,
+                precision=precision,
+                plan=planned,
+                calibrate=subject.calibration,
+                include=include or (),
+                kv_cache=kv_cache,
             )
         if decoder:
             compared = comparison.compare_decoding(
@@ -112,6 +120,7 @@ def swap(
         "model": {"name": model, "origin": subject.source.origin},
         "readout": subject.readout.describe(),
         "padding": str(report.unpadding),
+        "kv_cache": report.kv_cache,
         "precision": precision,
         "plan": plan,
         **{
