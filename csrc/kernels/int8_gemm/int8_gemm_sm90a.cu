@@ -28,7 +28,9 @@ constexpr GemmKernel row() {
           .tile_m = Tile::kM,
           .tile_n = Tile::kN,
           .cluster = Cluster::along_m,
-          .launch = launch_gemm_wgmma<Tile>};
+          .cluster_sums = Tile::kClusterSums,
+          .launch = launch_gemm_wgmma<Tile>,
+          .resident_clusters = resident_clusters<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x256>(), row<Tile128x192>(), row<Tile128x128>(), row<Tile64x128>(),
                               row<Tile16x128>()};

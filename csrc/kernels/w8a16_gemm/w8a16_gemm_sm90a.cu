@@ -47,7 +47,7 @@ struct UpconvertingMainloop {
 
   __device__ UpconvertingMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
                                   const ConsumerPlace<Config>& place)
-      : p(p), pipeline(s), row(place.row + accumulator_row(0)) {
+      : p(p), pipeline(p.map, s), row(place.row + accumulator_row(0)) {
     const int chunk = SwizzledRows<Config::kStageK>::swizzle(group_id());
     weight = uniform(ptx::shared_address(&s.stage[0].a[row][chunk * 16 + accumulator_column(0)]), threadIdx.x % 32);
     x = uniform(ptx::descriptor(ptx::shared_address(s.stage[0].b)));
@@ -150,7 +150,9 @@ constexpr GemmKernel row() {
           .tile_m = Tile<Dtype::f16>::kN,
           .tile_n = Tile<Dtype::f16>::kM,
           .cluster = Cluster::along_n,
-          .launch = launch<Tile>};
+          .cluster_sums = Tile<Dtype::f16>::kClusterSums,
+          .launch = launch<Tile>,
+          .resident_clusters = resident_clusters<Tile<Dtype::f16>>};
 }
 const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile128x64>(), row<Tile128x16>()};
 const GemmKernels<W8a16GemmParams> registered(kernels);
