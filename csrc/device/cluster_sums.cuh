@@ -43,16 +43,16 @@ struct ClusterSums {
     const bool gated = is_gated(o.epilogue.activation);
     // A warp has eight rows by four vectors, so that loads are free of bank conflicts; then others with the same
     // columns. Its first are next to those of the same warp in other blocks, as all of these have few.
-    const int width = gated ? 2 * kVec : kVec, lane = threadIdx.x % 32, across = kColumns / (4 * width),
+    const int width = gated ? 2 * kVec : kVec, across = kColumns / (4 * width),
               splits = ptx::cluster_size() >> map.share_bits, part = threadIdx.x / 32 * splits + tile.split,
-              c = (part % across * 4 + lane % 4) * width;
+              c = (part % across * 4 + thread_in_group()) * width;
     const int64_t row = kSwapAB ? tile.column : tile.row, column = (kSwapAB ? tile.row : tile.column) + c;
     const int n = static_cast<int>(min(int64_t{kVec}, o.columns - column)),
               rows = n > 0 ? static_cast<int>(min(int64_t{kRows}, o.rows - row)) : 0;
     const EpilogueColumns<Acc> columns(o.epilogue, o.access, column, n);
     ptx::cluster_sync();
 #pragma unroll 1
-    for (int r = part / across * 8 + lane / 4; r < rows; r += splits * kWarps / across * 8) {
+    for (int r = part / across * 8 + group_id(); r < rows; r += splits * kWarps / across * 8) {
       const Vec<Acc> acc = sum(shared, r, c, map.share_bits, splits);
       float y[kVec];
       epilogue_values(

@@ -76,11 +76,11 @@ bool fits_beside(const LaunchKey& key, const Entry& e, const LaunchKey& before_k
   const auto all = static_cast<uint64_t>(d.multiprocessors);
   if (ctas_of(before_key) + rounds(ctas_of(key), static_cast<uint64_t>(e.trace->blocks)) <= all) return true;
   int64_t registers = 0, shared = 0, threads = 0;
-  const auto add = [&](const LaunchKey& k, const Entry& of) {
+  const auto add = [&](const LaunchKey& k, const Entry& entry) {
     const auto blocks = static_cast<int64_t>(rounds(ctas_of(k), all));
     const int64_t of_block = static_cast<int64_t>(k.shape[3]) * k.shape[4] * k.shape[5];
     threads += blocks * of_block;
-    registers += blocks * of_block * of.trace->registers;
+    registers += blocks * of_block * entry.trace->registers;
     shared += blocks * (k.shared_bytes + d.shared_reserved_per_block);
   };
   add(key, e);
