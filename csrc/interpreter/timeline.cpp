@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <optional>
 #include <sstream>
 
 #include "core.h"
@@ -17,13 +18,15 @@ struct Entry {
   Ops ops;
   const Device* device = nullptr;
   uint64_t launches = 0, programmatic = 0;
-  uint64_t touched = 0;  // sectors of global memory, each once, of the first launch
+  std::optional<LaunchKey> before;  // the launch before a programmatic one
+  uint64_t touched = 0;             // sectors of global memory, each once, of the first launch
   bool cut = false;
 };
 
 struct Record {
   std::mutex mutex;
   std::map<LaunchKey, Entry> entries;
+  std::optional<LaunchKey> last;
 };
 Record& the_record() {
   static Record* const r = new Record;  // never destroyed: write_report reads it at exit
@@ -64,7 +67,54 @@ ReplayInput input_of(const LaunchKey& key, const Entry& e, uint64_t resident, ui
   return in;
 }
 
-std::string json_of(const LaunchKey& key, const Entry& e, const Machine& machine, uint64_t resident) {
+uint64_t ctas_of(const LaunchKey& key) { return static_cast<uint64_t>(key.shape[0]) * key.shape[1] * key.shape[2]; }
+
+// Whether a launch's CTAs find room while those of the one before run: beside them, or on multiprocessors without any.
+bool fits_beside(const LaunchKey& key, const Entry& e, const LaunchKey& before_key, const Entry& before) {
+  const Device& d = *e.device;
+  const auto rounds = [](uint64_t n, uint64_t by) { return (n + by - 1) / by; };
+  const auto all = static_cast<uint64_t>(d.multiprocessors);
+  if (ctas_of(before_key) + rounds(ctas_of(key), static_cast<uint64_t>(e.trace->blocks)) <= all) return true;
+  int64_t registers = 0, shared = 0, threads = 0;
+  const auto add = [&](const LaunchKey& k, const Entry& entry) {
+    const auto blocks = static_cast<int64_t>(rounds(ctas_of(k), all));
+    const int64_t of_block = static_cast<int64_t>(k.shape[3]) * k.shape[4] * k.shape[5];
+    threads += blocks * of_block;
+    registers += blocks * of_block * entry.trace->registers;
+    shared += blocks * (k.shared_bytes + d.shared_reserved_per_block);
+  };
+  add(key, e);
+  add(before_key, before);
+  return registers <= d.registers_per_multiprocessor && shared <= d.shared_per_multiprocessor &&
+         threads <= d.threads_per_multiprocessor;
+}
+
+// The slowest of the multiprocessors that were recorded.
+std::pair<ReplayInput, ReplayResult> slowest(const LaunchKey& key, const Entry& e, const Machine& machine,
+                                             uint64_t resident, uint64_t head_start) {
+  std::pair<ReplayInput, ReplayResult> r;
+  for (const uint64_t group : e.trace->recorded_groups) {
+    ReplayInput in = input_of(key, e, resident, group);
+    in.head_start = head_start;
+    ReplayResult result = replay(in, machine);
+    if (result.cycles > r.second.cycles) r = {std::move(in), std::move(result)};
+  }
+  return r;
+}
+
+// Of a programmatic launch, from the end of the launch before on: by then its CTAs have begun, when all of that launch
+// had let them, and have done at least what comes before their griddepcontrol.wait.
+uint64_t cycles_after(const Record& record, const LaunchKey& key, const Entry& e, const Machine& machine,
+                      const ReplayResult& alone, uint64_t resident) {
+  uint64_t head_start = alone.dependency;
+  const auto before = e.before ? record.entries.find(*e.before) : record.entries.end();
+  if (before != record.entries.end() && !before->second.cut && fits_beside(key, e, before->first, before->second))
+    head_start = std::max(head_start, slowest(before->first, before->second, machine, 0, 0).second.tail);
+  return slowest(key, e, machine, resident, head_start).second.cycles - head_start;
+}
+
+std::string json_of(const Record& record, const LaunchKey& key, const Entry& e, const Machine& machine,
+                    uint64_t resident) {
   if (e.cut) {
     Finding f;
     f.kind = Kind::unsupported;
@@ -72,22 +122,15 @@ std::string json_of(const LaunchKey& key, const Entry& e, const Machine& machine
     f.message = "a CTA executes more instructions than the timeline records: launch a smaller problem";
     throw f;
   }
-  ReplayInput in;  // of the slowest
-  ReplayResult r;
-  for (const uint64_t group : e.trace->recorded_groups) {
-    const ReplayInput next = input_of(key, e, resident, group);
-    ReplayResult result = replay(next, machine);
-    if (result.cycles <= r.cycles) continue;
-    in = next;
-    r = std::move(result);
-  }
+  const auto [in, r] = slowest(key, e, machine, resident, 0);
+  const uint64_t after = e.programmatic && r.dependency ? cycles_after(record, key, e, machine, r, resident) : r.cycles;
   std::string s =
       "{\"kernel\":" + quoted(key.kernel) + ",\"arch\":" + quoted(e.device->arch) +
       ",\"multiprocessors\":" + std::to_string(e.device->multiprocessors) + "," + key.json() +
       ",\"launches\":" + std::to_string(e.launches) + ",\"programmatic\":" + std::to_string(e.programmatic) +
       ",\"resident\":" + std::to_string(in.resident) + ",\"clusters\":" + std::to_string(in.clusters) +
       ",\"replayed\":" + std::to_string(r.replayed) + ",\"cycles\":" + std::to_string(r.cycles) +
-      ",\"dependency_cycle\":" + std::to_string(r.dependency) +
+      ",\"dependency_cycle\":" + std::to_string(r.dependency) + ",\"after_cycles\":" + std::to_string(after) +
       ",\"replayed_cycles\":" + std::to_string(r.span_cycles) + ",\"busy\":{\"tensor cores\":" + number(r.tensor) +
       ",\"issue\":" + number(r.issue) + ",\"shared memory\":" + number(r.shared) + ",\"L2\":" + number(r.l2) +
       ",\"L2 writes\":" + number(r.l2_writes) + ",\"DRAM\":" + number(r.dram) + "},\n\"instructions\":[";
@@ -129,7 +172,8 @@ std::string timeline_json(S selects, M machine_of, uint64_t resident) {
   const std::lock_guard lock(r.mutex);
   std::string s = "[";
   for (const auto& [key, entry] : r.entries) {
-    if (selects(key)) s += (s.size() > 1 ? ",\n" : "") + json_of(key, entry, machine_of(entry.device->arch), resident);
+    if (selects(key))
+      s += (s.size() > 1 ? ",\n" : "") + json_of(r, key, entry, machine_of(entry.device->arch), resident);
   }
   return s + "]\n";
 }
@@ -171,9 +215,12 @@ std::shared_ptr<LaunchTrace> begin_trace(const Launch& l) {
 void keep_trace(const Launch& l, const Sheet& all) {
   Record& r = the_record();
   const std::lock_guard lock(r.mutex);
-  Entry& e = r.entries[LaunchKey(l)];
+  const LaunchKey key(l);
+  Entry& e = r.entries[key];
   ++e.launches;
   e.programmatic += l.programmatic;
+  if (l.programmatic && !e.before && r.last && r.last->name == key.name) e.before = r.last;
+  r.last = key;
   if (e.trace || !l.trace) return;
   e.trace = l.trace;
   e.device = current_device();

@@ -309,6 +309,12 @@ void Replay::issue(Warp& w, Time now) {
       }
       case Op::Kind::dependency_wait:
         if (!result_.dependency) result_.dependency = now;
+        w.free = std::max(w.free, static_cast<Time>(in_.head_start));
+        break;
+      case Op::Kind::trigger:
+        if (std::exchange(w.block->triggered, true)) break;
+        ++triggers_;
+        last_trigger_ = now;
         break;
       case Op::Kind::fence:
         w.free = now + ceiling(op.everywhere ? c_.l2_latency : c_.fence_latency);
@@ -383,6 +389,7 @@ ReplayResult Replay::run() {
   result_.replayed = started_;
   result_.span_cycles = end;
   result_.cycles = end;
+  if (started_ == in_.clusters && triggers_ == started_ * in_.cluster_size) result_.tail = end - last_trigger_;
   if (started_ < in_.clusters) {
     std::sort(ends_.begin(), ends_.end());
     const double each = static_cast<double>(ends_.back() - ends_[first - 1]) / static_cast<double>(started_ - first);

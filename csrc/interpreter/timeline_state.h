@@ -24,7 +24,7 @@ struct Constants {
   std::vector<double> matrix_rate;  // of a scheduler's tensor core, by Ops::matrix_types
   double mma_latency, mma_intervals, wgmma_latency, shared_rate, shared_latency, l1_latency, l2_latency, dram_latency,
       l2_rate, inward_rate, dram_rate, memory_queue, bulk_latency, bulk_interval, signal_latency, barrier_latency,
-      cluster_latency, fence_latency, branch_latency, block_latency;
+      cluster_latency, cluster_rate, fence_latency, branch_latency, block_latency;
 };
 
 // Something that takes what comes in its order, each as long as its amount asks for.
@@ -76,6 +76,7 @@ struct Multiprocessor {
   // wgmma waits for it, a load only gets the cycles that wgmma leaves.
   Queue lsu, port, bulk;
   Queue inward;  // from L2, at the most that one multiprocessor can take
+  Queue from_cluster;
   double tensor_busy = 0;
   struct Matrix {  // a wgmma that all of its warpgroup have issued
     Block* block;
@@ -91,6 +92,7 @@ struct Block {
   Cluster* cluster = nullptr;
   Multiprocessor* multiprocessor = nullptr;
   int rank = 0, live = 0;
+  bool triggered = false;  // it has let dependent launches begin
   std::vector<Warp> warps;
   struct Barrier {
     int expected = 0, arrived = 0;  // warps; 0: all that live
@@ -207,7 +209,8 @@ class Replay {
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events_;
   std::unordered_map<std::string, uint32_t> names_, tracks_;
-  uint64_t order_ = 0, started_ = 0, issued_ = 0;
+  uint64_t order_ = 0, started_ = 0, issued_ = 0, triggers_ = 0;
+  Time last_trigger_ = 0;
   std::vector<Time> ends_;  // of clusters, in order
 };
 

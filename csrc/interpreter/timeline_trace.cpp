@@ -26,7 +26,8 @@ int expected_registers(const Device& device, const Code& code, int threads) {
   places.erase(kAlwaysTrue);  // of registers that nothing uses
   int count = 0;
   for (const auto& [place, registers] : places) count += registers;
-  const int most = device.registers_per_block / ((threads + kLanes - 1) / kLanes * kLanes);
+  const int bound = code.source->max_threads[0] ? static_cast<int>(max_threads(*code.source)) : threads;
+  const int most = device.registers_per_block / ((bound + kLanes - 1) / kLanes * kLanes);
   return std::clamp(count, 16, std::min(most, 255));
 }
 
@@ -115,8 +116,8 @@ void WarpTrace::signal(Signal::Kind kind, const Cta& target, const MBarrier& b, 
 LaunchTrace::LaunchTrace(const Launch& l) : size_(l.cluster_size()) {
   const Device& device = *current_device();
   const auto threads = static_cast<int>(l.block[0] * l.block[1] * l.block[2]);
-  blocks = std::max(1, resident_blocks(device, expected_registers(device, *l.code, threads), threads,
-                                       l.code->shared_bytes + l.dynamic_shared));
+  registers = expected_registers(device, *l.code, threads);
+  blocks = std::max(1, resident_blocks(device, registers, threads, l.code->shared_bytes + l.dynamic_shared));
   const auto size = static_cast<int>(size_);
   groups = static_cast<uint64_t>(std::max(1, size == 1 ? device.multiprocessors : resident_clusters(device, 1, size)));
   const uint64_t clusters = l.grid_size() / size_, used = std::min(groups, clusters);

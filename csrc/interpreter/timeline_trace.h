@@ -91,7 +91,8 @@ class LaunchTrace {
   void add_to(Sheet&) const;  // what was counted
   size_t share();             // of the events that are kept, for one warp; 0: there are no more
 
-  int blocks = 1;        // CTAs that a multiprocessor holds, registers assumed
+  int registers = 0;     // of a thread, assumed
+  int blocks = 1;        // CTAs that a multiprocessor holds
   uint64_t groups = 1;   // of multiprocessors, each with one CTA of every cluster that it has
   uint64_t sampled = 0;  // clusters of each that is recorded
   std::vector<uint64_t> recorded_groups;

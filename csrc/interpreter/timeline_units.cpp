@@ -27,7 +27,11 @@ void Replay::memory(Warp& w, const Op& op, const TraceEvent& e, Time now) {
   const double bytes = e.sectors * static_cast<double>(kSectorBytes);
   const double end = access(m, now, std::max(1.0, e.wavefronts + std::ceil(bytes / c_.shared_rate)));
   if (!e.sectors) {
-    set_results(w, op, ceiling(end - 1 + c_.shared_latency), Wait::shared);
+    // Of a cluster, as if all of it came from other multiprocessors.
+    const double bytes = e.wavefronts * c_.shared_rate;
+    const Time done = op.remote ? ceiling(m.from_cluster.take(end - 1, bytes / c_.cluster_rate) + c_.cluster_latency)
+                                : ceiling(end - 1 + c_.shared_latency);
+    set_results(w, op, done, Wait::shared);
     return;
   }
   const bool reads = copies || op.loads;

@@ -385,6 +385,23 @@ def test_dependent_launches_hide_what_comes_before_their_wait():
     assert programmatic.seconds == pytest.approx(plain.seconds - 3 * (1.5e-6 + plain.dependency_cycle / 1830e6))
 
 
+def test_dependent_launches_begin_when_they_are_let_and_have_room():
+    def after(body, **options):
+        x = torch.zeros(4096, dtype=torch.uint8)
+        (k,) = recorded(body, x, launches=2, programmatic=True, **options).timeline().kernels
+        return k.after_cycles, k.cycles - k.dependency_cycle
+
+    work = "fma.rn.f32 %f0, %f0, %f0, %f0;\n" * 200
+    body = work + "ld.global.u32 %r0, [%a0];\ngriddepcontrol.wait;\nadd.u32 %r0, %r0, %r0;\n" + work
+    late, alone = after(body)
+    assert late == alone > 1000  # the load's latency, from L2
+    let = "griddepcontrol.launch_dependents;\n" + body
+    early, alone = after(let)
+    assert early < 800 + 50 and alone == late
+    crowded, alone = after(let, grid=132, block=32, shared=120 << 10)
+    assert crowded == alone
+
+
 # ---- what is said of it ----
 
 

@@ -30,7 +30,9 @@ constexpr GemmKernel row(int stage_clocks = 0) {
           .stage_clocks = stage_clocks,
           .quantizes = Tile::kQuantizes,
           .gated_blocks = Tile::kN % kScaleBlock == 0,  // else a tile has parts of four blocks
-          .launch = launch_gemm_wgmma<Tile>};
+          .cluster_sums = Tile::kClusterSums,
+          .launch = launch_gemm_wgmma<Tile>,
+          .resident_clusters = resident_clusters<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x256>(1163), row<Tile128x192>(893), row<Tile128x128>(689), row<Tile64x128>(),
                               row<Tile16x128>()};

@@ -29,7 +29,9 @@ constexpr GemmKernel row(int stage_clocks = 0) {
           .tile_n = Tile::kN,
           .cluster = Cluster::along_m,
           .stage_clocks = stage_clocks,
-          .launch = launch_gemm_wgmma<Tile>};
+          .cluster_sums = Tile::kClusterSums,
+          .launch = launch_gemm_wgmma<Tile>,
+          .resident_clusters = resident_clusters<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x256>(1084), row<Tile128x192>(860), row<Tile128x128>(656), row<Tile64x128>(),
                               row<Tile16x128>()};

@@ -43,6 +43,8 @@ LATENCIES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
     ("mbarrier latency", "cycles", (20, 20, 20, 20), "assumed: until an arrival counts, and of a test"),
     ("barrier latency", "cycles", (20, 20, 20, 20), "assumed: after the last arrival"),
     ("cluster latency", "cycles", (180, 180, 180, 180), "Luo et al.: between two multiprocessors; RTX PRO 6000: assumed"),
+    ("shared memory of a cluster", "bytes", (11, 11, 11, 11),
+     "Luo et al.: what a multiprocessor of the H100 takes from others, 2.65 TB/s of all in clusters of four"),
     ("fence latency", "cycles", (20, 20, 20, 20), "assumed: within a CTA; beyond, as L2"),
     ("branch latency", "cycles", (8, 8, 8, 8), "assumed: taken"),
     ("block latency", "cycles", (300, 300, 300, 300), "assumed: until a CTA's first instruction"),
