@@ -2,8 +2,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <numeric>
 #include <optional>
+#include <queue>
 #include <sstream>
+#include <tuple>
 
 #include "core.h"
 #include "device.h"
@@ -44,21 +47,57 @@ std::string number(double x) {
   return text;
 }
 
-ReplayInput input_of(const LaunchKey& key, const Entry& e, uint64_t resident, uint64_t group) {
+// The clusters of each group of multiprocessors, as a GPU hands them out: the next to the first that has room. Time is
+// counted in instructions.
+std::vector<std::vector<uint64_t>> hand_out(const LaunchTrace& t, uint64_t resident) {
+  using Room = std::pair<uint64_t, uint64_t>;  // since when, and whose
+  std::priority_queue<Room, std::vector<Room>, std::greater<Room>> rooms;
+  for (uint64_t k = 0; k < std::min<uint64_t>(t.groups * resident, t.lengths.size()); ++k) rooms.emplace(0, k);
+  std::vector<std::vector<uint64_t>> clusters(t.groups);
+  for (uint64_t n = 0; n < t.lengths.size(); ++n) {
+    const auto [since, room] = rooms.top();
+    rooms.pop();
+    clusters[room % t.groups].push_back(n);
+    rooms.emplace(since + t.lengths[n], room);
+  }
+  return clusters;
+}
+
+// A group's clusters, each with the recorded one that stands for it: itself, or the nearest in length, of the same
+// group if there is one, by turns where several are.
+std::vector<ReplayInput::Turn> turns_of(const LaunchTrace& t, const std::vector<uint64_t>& clusters, uint64_t group) {
+  std::vector<ReplayInput::Turn> turns;
+  for (const uint64_t n : clusters) {
+    std::vector<size_t> nearest;
+    std::tuple<bool, uint64_t, bool> least(true, ~uint64_t{0}, true);
+    for (size_t r = 0; r < t.recorded_clusters.size(); ++r) {
+      const uint64_t number = t.recorded_clusters[r], length = t.lengths[number];
+      const std::tuple distance(number != n, std::max(length, t.lengths[n]) - std::min(length, t.lengths[n]),
+                                number % t.groups != group);
+      if (distance < least) nearest.clear();
+      if (distance <= least) nearest.push_back(r);
+      least = std::min(least, distance);
+    }
+    const size_t recorded = nearest[turns.size() % nearest.size()];
+    turns.push_back({recorded, t.lengths[n], t.lengths[t.recorded_clusters[recorded]]});
+  }
+  return turns;
+}
+
+ReplayInput input_of(const LaunchKey& key, const Entry& e, uint64_t resident) {
   ReplayInput in;
+  const LaunchTrace& trace = *e.trace;
   in.ops = &e.ops;
-  const auto ctas_recorded = e.trace->ctas(group);
-  in.ctas.assign(ctas_recorded.begin(), ctas_recorded.end());
+  const auto ctas = trace.ctas();
+  in.ctas.assign(ctas.begin(), ctas.end());
   in.cluster_size = static_cast<uint64_t>(key.shape[6]) * key.shape[7] * key.shape[8];
-  const uint64_t ctas = static_cast<uint64_t>(key.shape[0]) * key.shape[1] * key.shape[2];
-  const uint64_t clusters = ctas / in.cluster_size, groups = e.trace->groups;
-  in.clusters = (clusters - group + groups - 1) / groups;
-  in.resident = resident ? resident : static_cast<uint64_t>(e.trace->blocks);
-  in.active = static_cast<double>(std::min(groups, clusters) * in.cluster_size);
-  double fresh = 0;
+  in.resident = resident;
+  double fresh = 0, recorded = 0, every = 0;
   for (const CtaTrace* cta : in.ctas) fresh += static_cast<double>(cta->sheet.footprint.touched());
+  for (const uint64_t n : trace.recorded_clusters) recorded += static_cast<double>(trace.lengths[n]);
+  for (const uint64_t length : trace.lengths) every += static_cast<double>(length);
   const auto sampled = static_cast<double>(in.ctas.size());
-  const double all = fresh / sampled * static_cast<double>(ctas);
+  const double all = fresh / recorded * every;
   in.fresh_share = all > 0 ? std::min(1.0, static_cast<double>(e.touched) / all) : 1;
   // L1 has what the resident CTAs' shared memory leaves of the multiprocessor's.
   const int64_t shared = (key.shared_bytes + e.device->shared_reserved_per_block) * static_cast<int64_t>(in.resident);
@@ -89,15 +128,33 @@ bool fits_beside(const LaunchKey& key, const Entry& e, const LaunchKey& before_k
          threads <= d.threads_per_multiprocessor;
 }
 
-// The slowest of the multiprocessors that were recorded.
-std::pair<ReplayInput, ReplayResult> slowest(const LaunchKey& key, const Entry& e, const Machine& machine,
-                                             uint64_t resident, uint64_t head_start) {
-  std::pair<ReplayInput, ReplayResult> r;
-  for (const uint64_t group : e.trace->recorded_groups) {
-    ReplayInput in = input_of(key, e, resident, group);
-    in.head_start = head_start;
+// The slowest of a launch's multiprocessors, or groups of them that have a cluster.
+struct Slowest {
+  uint64_t resident, clusters;  // at once; in all
+  ReplayResult result;
+};
+Slowest slowest(const LaunchKey& key, const Entry& e, const Machine& machine, uint64_t resident, uint64_t head_start) {
+  const LaunchTrace& trace = *e.trace;
+  ReplayInput in = input_of(key, e, resident ? resident : static_cast<uint64_t>(trace.blocks));
+  in.head_start = head_start;
+  const auto clusters = hand_out(trace, in.resident);
+  // Those of which most is recorded, and the one that has most to do, unless one of them has as much.
+  std::vector<uint64_t> groups = trace.recorded_groups, work(trace.groups);
+  for (uint64_t g = 0; g < trace.groups; ++g)
+    for (const uint64_t n : clusters[g]) work[g] += trace.lengths[n];
+  const auto busiest = static_cast<uint64_t>(std::max_element(work.begin(), work.end()) - work.begin());
+  if (std::all_of(groups.begin(), groups.end(), [&](uint64_t g) { return work[g] < work[busiest]; })) {
+    groups.push_back(busiest);
+  }
+  const double every = std::accumulate(work.begin(), work.end(), 0.0);
+  in.active = every / static_cast<double>(work[busiest]) * static_cast<double>(in.cluster_size);
+  Slowest r{.resident = in.resident, .clusters = 0, .result = {}};
+  for (const uint64_t group : groups) {
+    in.turns = turns_of(trace, clusters[group], group);
     ReplayResult result = replay(in, machine);
-    if (result.cycles > r.second.cycles) r = {std::move(in), std::move(result)};
+    if (result.cycles <= r.result.cycles) continue;
+    r.clusters = clusters[group].size();
+    r.result = std::move(result);
   }
   return r;
 }
@@ -109,8 +166,8 @@ uint64_t cycles_after(const Record& record, const LaunchKey& key, const Entry& e
   uint64_t head_start = alone.dependency;
   const auto before = e.before ? record.entries.find(*e.before) : record.entries.end();
   if (before != record.entries.end() && !before->second.cut && fits_beside(key, e, before->first, before->second))
-    head_start = std::max(head_start, slowest(before->first, before->second, machine, 0, 0).second.tail);
-  return slowest(key, e, machine, resident, head_start).second.cycles - head_start;
+    head_start = std::max(head_start, slowest(before->first, before->second, machine, 0, 0).result.tail);
+  return slowest(key, e, machine, resident, head_start).result.cycles - head_start;
 }
 
 std::string json_of(const Record& record, const LaunchKey& key, const Entry& e, const Machine& machine,
@@ -122,13 +179,13 @@ std::string json_of(const Record& record, const LaunchKey& key, const Entry& e, 
     f.message = "a CTA executes more instructions than the timeline records: launch a smaller problem";
     throw f;
   }
-  const auto [in, r] = slowest(key, e, machine, resident, 0);
+  const auto [at_once, in_all, r] = slowest(key, e, machine, resident, 0);
   const uint64_t after = e.programmatic && r.dependency ? cycles_after(record, key, e, machine, r, resident) : r.cycles;
   std::string s =
       "{\"kernel\":" + quoted(key.kernel) + ",\"arch\":" + quoted(e.device->arch) +
       ",\"multiprocessors\":" + std::to_string(e.device->multiprocessors) + "," + key.json() +
       ",\"launches\":" + std::to_string(e.launches) + ",\"programmatic\":" + std::to_string(e.programmatic) +
-      ",\"resident\":" + std::to_string(in.resident) + ",\"clusters\":" + std::to_string(in.clusters) +
+      ",\"resident\":" + std::to_string(at_once) + ",\"clusters\":" + std::to_string(in_all) +
       ",\"replayed\":" + std::to_string(r.replayed) + ",\"cycles\":" + std::to_string(r.cycles) +
       ",\"dependency_cycle\":" + std::to_string(r.dependency) + ",\"after_cycles\":" + std::to_string(after) +
       ",\"replayed_cycles\":" + std::to_string(r.span_cycles) + ",\"busy\":{\"tensor cores\":" + number(r.tensor) +
@@ -229,12 +286,10 @@ void keep_trace(const Launch& l, const Sheet& all) {
   for (const auto& [code, first] : l.trace->codes()) order.emplace_back(first, code);
   std::sort(order.begin(), order.end());
   for (const auto& [first, code] : order) e.ops.add(*l.module, *code);
-  for (const uint64_t group : e.trace->recorded_groups) {
-    for (CtaTrace* cta : e.trace->ctas(group)) {
-      for (WarpTrace& w : cta->warps) {
-        e.cut |= w.cut;
-        e.ops.arrange(w.events);
-      }
+  for (CtaTrace* cta : e.trace->ctas()) {
+    for (WarpTrace& w : cta->warps) {
+      e.cut |= w.cut;
+      e.ops.arrange(w.events);
     }
   }
 }

@@ -41,11 +41,15 @@ extern const char* const kWaitNames[kWaits];
 
 struct ReplayInput {
   const Ops* ops;
-  std::vector<const CtaTrace*> ctas;  // cluster by cluster, each by rank
+  std::vector<const CtaTrace*> ctas;  // that are recorded: cluster by cluster, each by rank
   uint64_t cluster_size = 1;
-  uint64_t resident = 1;    // clusters at once
-  uint64_t clusters = 1;    // of the busiest multiprocessor, in all
-  double active = 1;        // multiprocessors that have work
+  uint64_t resident = 1;  // clusters at once
+  struct Turn {
+    size_t recorded;                   // that stands for the cluster
+    uint64_t length, recorded_length;  // instructions
+  };
+  std::vector<Turn> turns;  // the clusters of the multiprocessor, one after the other
+  double active = 1;        // multiprocessors that have work, on an average over the time of the busiest
   double fresh_share = 1;   // of the sectors that CTAs touch first: what DRAM moves
   bool from_l1 = false;     // what a CTA touches again is still in L1
   uint64_t head_start = 0;  // cycles until the launch before has ended, and griddepcontrol.wait returns

@@ -69,6 +69,7 @@ struct Multiprocessor {
     std::vector<Warp*> warps;  // oldest first
     Warp* last = nullptr;
     double pipes[kPipes] = {};
+    std::deque<double> memory;  // its last loads, stores and copies: when each has left the scheduler's queue
     double tensor = 0;
     double issued = 0;
   } schedulers[kSchedulers];
@@ -186,7 +187,7 @@ class Replay {
   void write(Block& target, Time end, uint32_t bytes, double duration);
   void matrix(Warp&, const Op&, Time now);
   void multiply(Multiprocessor&);
-  double access(Multiprocessor&, Time now, double cycles);
+  double access(Warp&, Time now, double cycles);
   void signals(Warp&, const TraceEvent&, Time now);
   void barrier(Warp&, const Op&, const TraceEvent&, Time now);
   void settle(Block&, Block::Barrier&, Time now);

@@ -13,6 +13,7 @@ _LUO = (
     "the L40S"
 )
 _ABDELKHALIK = "Abdelkhalik et al., Demystifying the Nvidia Ampere Architecture through Microbenchmarking (2022)"
+_HUERTA = "Huerta et al., Dissecting and Modeling the Architecture of Modern GPU Cores (MICRO 2025), table 1"
 _SUN = "Sun et al., Dissecting Tensor Cores via Microbenchmarks (2022)"
 
 #: quantity, unit, of each of ARCHITECTURES, source
@@ -37,7 +38,9 @@ LATENCIES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
     ("L2 of a multiprocessor", "bytes", (64, 64, 64, 64), "assumed: the most that one can take"),
     ("DRAM efficiency", "of its bandwidth", (0.92, 0.92, 0.92, 0.92),
      "assumed; Azure's AI benchmarking guide has 0.95 of reads and 0.87 of copies on the H100"),
-    ("memory queue", "cycles", (32, 32, 32, 32), "assumed: what loads and stores may be behind before no more are issued"),
+    ("memory queue", "instructions of a scheduler", (5, 5, 5, 5),
+     f"{_HUERTA}: loads and stores that a scheduler of an Ampere GPU issues before it waits for the first to leave; assumed of "
+     "the others"),
     ("TMA latency", "cycles more than L2 or DRAM", (0, 0, 170, 170), "assumed"),
     ("TMA interval", "cycles", (1, 1, 8, 8), "assumed: an instruction"),
     ("mbarrier latency", "cycles", (20, 20, 20, 20), "assumed: until an arrival counts, and of a test"),
