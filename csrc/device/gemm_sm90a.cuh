@@ -296,7 +296,8 @@ struct RegisterOperands {
 };
 
 // The mainloop with exact accumulators: the wgmmas of a stage run while the next ones are issued, and the stage is
-// released when they have completed. begin_epilogue(): Epilogue::begin, whose loads take as long as the first ones.
+// released when they have completed. begin_epilogue(): Epilogue::begin, whose loads take as long as two stages (behind
+// one, modelled: int8 1024 x 4096 x 1024 takes 15917 clocks, behind two 15272).
 template <class Config>
 struct ExactMainloop {
   ConsumerPipeline<Config> pipeline;
@@ -307,24 +308,29 @@ struct ExactMainloop {
       : pipeline(p.map, s), operands(s, place) {}
   template <class F>
   __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
-    int before = pipeline.stage;
-    pipeline.wait_full();
-    ptx::wgmma_fence();
-    operands.mma(acc[0], pipeline.stage, 0, false);
-    ptx::wgmma_commit();
-    begin_epilogue();
-    pipeline.advance();
     const int slices = tile.slices(Config::kStageK);
-#pragma unroll 1
-    for (int i = 1; i < slices; ++i) {
+    int before = pipeline.stage;
+    const auto multiply = [&](bool accumulate) {
       pipeline.wait_full();
       ptx::wgmma_fence();
-      operands.mma(acc[0], pipeline.stage, 0, true);
+      operands.mma(acc[0], pipeline.stage, 0, accumulate);
       ptx::wgmma_commit();
+    };
+    const auto release_before = [&] {
       ptx::wgmma_wait<1>();
       pipeline.release(before);
       before = pipeline.stage;
       pipeline.advance();
+    };
+    multiply(false);
+    pipeline.advance();
+    if (slices > 1) multiply(true);
+    begin_epilogue();
+    if (slices > 1) release_before();
+#pragma unroll 1
+    for (int left = slices - 2; left > 0; --left) {
+      multiply(true);
+      release_before();
     }
     ptx::wgmma_wait<0>();
     pipeline.release(before);

@@ -5,7 +5,7 @@
 
 namespace forwardpass {
 
-// Main loop: a consumer warp issues 86 instructions for 2^20 multiply-adds (43 for four m64n256k32), 164 with the
+// Main loop: a consumer warp issues 86 instructions for 2^20 multiply-adds (43 for four m64n256k32), 168 with the
 // smaller tile. 168 registers at launch. A stage of 48 KB is used for 1024 clocks, if the tensor cores bind, while
 // three more, 144 KB, are in flight. From L2 it takes 32 bytes a clock in clusters of two; an H100's multiprocessor is
 // assumed to get 39. Shared memory: 48 KB written and 80 KB read by wgmma in 1024 clocks, all of its 128 bytes a clock.
