@@ -83,7 +83,8 @@ def select(op, device, m, n, k, group=0):
         ("w8a16_gemm", H100, (64, 2048, 4096), 90, (64, 128), 8, 1, True),
         ("w8a16_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2, False),  # 128 tiles are one round, as 64 would be
         ("w8a16_gemm", H100, (2048, 4096, 4096), 90, (256, 128), 1, 2, False),
-        ("w8a16_gemm", H100, (1280, 4096, 4096), 90, (128, 128), 1, 2, False),  # three rounds, not two of twice the rows
+        # three rounds, not two of twice the rows
+        ("w8a16_gemm", H100, (1280, 4096, 4096), 90, (128, 128), 1, 2, False),
     ],
 )
 def test_by_hand(op, device, shape, arch, tile, splits, cluster, cluster_sums):
