@@ -17,12 +17,12 @@ namespace forwardpass {
 struct Launch {
   int64_t grid;
   int block, shared = 0, cluster = 0;  // 0: the kernel has none
-  bool dependent;
+  bool dependent = false;
 };
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& l, cudaStream_t stream,
-                          const Arguments&... arguments) {
+// f(the launch as cudart takes it)
+template <class F>
+cudaError_t with_config(const Launch& l, cudaStream_t stream, F f) {
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (l.dependent) {
@@ -40,7 +40,13 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& l, cudaSt
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return f(config);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& l, cudaStream_t stream,
+                          const Arguments&... arguments) {
+  return with_config(l, stream, [&](const auto& config) { return cudaLaunchKernelEx(&config, kernel, arguments...); });
 }
 
 }  // namespace forwardpass

@@ -354,11 +354,11 @@ struct DirectEpilogue {
 template <class Accumulators, bool kBlockScaled>
 struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>> {
   using WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>>::WarpEpilogue;
+  using Direct = DirectEpilogue<Accumulators, kBlockScaled>;
 
-  typename DirectEpilogue<Accumulators, kBlockScaled>::OfRows a_scale =
-      {};  // of this lane's rows in the tile that has begun
+  typename Direct::OfRows a_scale = {};  // of this lane's rows in the tile that has begun
 
-  __device__ DirectEpilogue<Accumulators, kBlockScaled> direct(const GemmTile& tile, int row, int column) const {
+  __device__ Direct direct(const GemmTile& tile, int row, int column) const {
     return {this->staging, this->out, tile.row + row, tile.column + column};
   }
   // What a tile's outputs need beside its accumulators, loaded while those are computed.

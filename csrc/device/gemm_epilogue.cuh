@@ -15,12 +15,14 @@ namespace forwardpass {
 
 constexpr int kStagingRows = 16, kStagingColumns = 32;
 
-// The staging buffer. Rows are 40 words apart, and swizzled: in odd rows the halves of each eight words are exchanged,
-// in the second four of each eight rows the eights of each sixteen. So fragments (two words per lane, eight rows),
-// transposed fragments (one word per lane, eight rows by eight) and half vectors (four words per lane, eight rows by
-// four) are all free of bank conflicts.
-struct Staging {
-  uint32_t word[kStagingRows][kStagingColumns + 8];
+// Accumulators in shared memory. Rows are eight words more than a multiple of 32 apart, and swizzled: in odd rows the
+// halves of each eight words are exchanged, in the second four of each eight rows the eights of each sixteen. So
+// fragments (two words per lane, eight rows), transposed fragments (one word per lane, eight rows by eight) and half
+// vectors (four words per lane, eight rows by four) are all free of bank conflicts.
+template <int kRows, int kColumns>
+struct StagedTile {
+  static_assert(kColumns % 32 == 0);
+  uint32_t word[kRows][kColumns + 8];
 
   template <class T>
   __device__ T& at(int row, int column) {
@@ -34,6 +36,7 @@ struct Staging {
  private:
   __device__ static int swizzled(int row, int column) { return column ^ (row & 1) * 4 ^ (row & 4) * 2; }
 };
+using Staging = StagedTile<kStagingRows, kStagingColumns>;
 
 // f(std::integral_constant) of a run-time index that is the same for all threads: registers cannot be indexed at run
 // time. The last index is not tested: on a path past all of them what f writes would be alive from the kernel's
@@ -56,7 +59,8 @@ struct GemmOutput {
   explicit GemmOutput(const GemmParams& p)
       : epilogue(p.epilogue),
         access(p.epilogue),
-        direct(!p.partial && !p.epilogue.zero_point && (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale)),
+        direct(p.choice.splits == 1 && !p.epilogue.zero_point &&
+               (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale)),
         plain(!p.epilogue.a_scale && !p.epilogue.b_scale && !p.epilogue.bias),
         rows(p.a.rows),
         columns(p.b.rows),
@@ -67,22 +71,22 @@ struct GemmOutput {
   __device__ int staging_rows(int64_t row) const { return static_cast<int>(min(int64_t{kStagingRows}, rows - row)); }
 };
 
-// Stages an accumulator tile at `column` of the staging buffer.
-template <class Acc>
-__device__ inline void stage_accumulators(Staging& staging, int column, const Acc (&c)[4]) {
+// Stages an accumulator tile at (row, column) of a buffer.
+template <class Acc, class Tile>
+__device__ inline void stage_accumulators(Tile& staging, int row, int column, const Acc (&c)[4]) {
   struct alignas(8) Pair {
     Acc a, b;
   };
 #pragma unroll
   for (int e = 0; e < 4; e += 2)
-    staging.at<Pair>(accumulator_row(e), column + accumulator_column(e)) = {c[e], c[e + 1]};
+    staging.template at<Pair>(row + accumulator_row(e), column + accumulator_column(e)) = {c[e], c[e + 1]};
 }
 
-// The same of transposed accumulators: the staging buffer's rows from `row` on are the tile's columns.
-template <class Acc>
-__device__ inline void stage_transposed(Staging& staging, int row, int column, const Acc (&c)[4]) {
+// The same of transposed accumulators: the buffer's rows from `row` on are the tile's columns.
+template <class Acc, class Tile>
+__device__ inline void stage_transposed(Tile& staging, int row, int column, const Acc (&c)[4]) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) staging.at<Acc>(row + accumulator_column(e), column + accumulator_row(e)) = c[e];
+  for (int e = 0; e < 4; ++e) staging.template at<Acc>(row + accumulator_column(e), column + accumulator_row(e)) = c[e];
 }
 
 template <class Acc>
@@ -150,7 +154,7 @@ __device__ inline void finish_fragments(const Fragments<Acc, kTilesM, kTilesN, k
           constexpr int kRow = decltype(constant)::value / kAcross, kColumn = decltype(constant)::value % kAcross;
 #pragma unroll
           for (int t = 0; t < kStagingTiles; ++t)
-            stage_accumulators(staging, t * 8, acc[kRow][kColumn * kStagingTiles + t]);
+            stage_accumulators(staging, 0, t * 8, acc[kRow][kColumn * kStagingTiles + t]);
         },
         std::make_integer_sequence<int, kTilesM * kAcross>{});
     __syncwarp();

@@ -31,13 +31,15 @@ struct GemmArguments {
   BlockScales blocks;
   TileMap map;
   GemmOutput out;
+  bool b_first;  // b may be read before earlier kernels have ended
 
   GemmArguments(const GemmParams& p, int tile_m, int tile_n)
       : a(p.a),
         b(p.b),
         blocks(p.blocks),
         map(ceil_div(p.a.rows, tile_m), ceil_div(p.b.rows, tile_n), p.choice.splits, p.a.columns, p.choice.split_k),
-        out(p) {}
+        out(p),
+        b_first(p.b_first) {}
   __device__ bool gated() const { return is_gated(out.epilogue.activation); }
 };
 

@@ -4,6 +4,7 @@
 // the matrices, into a pipeline of stages. Two consumer warpgroups run the mainloop, with operands in shared memory or,
 // upconverted, in registers (w8a16_gemm_sm90a.cu), and the epilogue of a tile while the producer loads the next one's
 // stages.
+#include "device/cluster_sums.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/fragment_epilogue.cuh"
 #include "device/fragments.cuh"
@@ -40,18 +41,25 @@ struct WgmmaEpilogue<Config, true> {  // outputs have the type of the operand of
                                   SwappedEpilogue<Config::Element::X, Config::kTilesN>>;
 };
 
-// The schedule: f(tile) for one tile after the other, of a block in its cluster.
+// The schedule: f(tile) for one tile after the other, of a block in its cluster. Its blocks share b by `share`; behind
+// those with one split of the tiles are those with the next.
 template <class Config>
 struct PersistentTiles {
   const TileMap& map;
-  const uint32_t cluster, rank;
+  const uint32_t rank, split;
 
   __device__ explicit PersistentTiles(const TileMap& map)
-      : map(map), cluster(ptx::cluster_size()), rank(ptx::cluster_rank()) {}
+      : map(map),
+        rank(ptx::cluster_rank() & (map.share() - 1)),
+        split(Config::kClusterSums ? ptx::cluster_rank() >> map.share_bits : 0) {}
   template <class F>
   __device__ void for_each(F f) const {
+    const uint32_t cluster = ptx::cluster_size();
     for_each_tile(map.tiles, blockIdx.x / cluster, gridDim.x / cluster, false,
-                  [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, cluster, rank)); });
+                  [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, rank, split)); });
+  }
+  __device__ GemmTile first() const {
+    return map.at<Config::kM, Config::kN>(blockIdx.x / ptx::cluster_size(), rank, split);
   }
 };
 
@@ -71,13 +79,20 @@ struct WgmmaConfig {
   static constexpr int kTilesN = (kTransposed ? kConsumerM : kConsumerN) / 8,
                        kPasses = Element::kPromoted && kTilesN == 32 ? 2 : 1, kPassTiles = kTilesN / kPasses;
   static constexpr int kStageK = kTile.stage_k, kSteps = kStageK / 32;
-  // At launch each of the 384 threads has 168 registers; setmaxnreg moves them: 128 * 24 + 256 * 240 are as many.
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // The threads among which a multiprocessor's registers are divided: at launch each of 384 has 168. Tiles of few rows
+  // take 128, and leave a quarter: to the quantisation before, beside whose blocks these can then begin, and the next
+  // kernel. setmaxnreg moves them: 128 * 24 + 256 * 240 are as many as 384 * 168, with 176 no more than 384 * 128.
+  static constexpr int kBoundThreads = kTransposed ? 512 : kThreads;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = kTransposed ? 176 : 240;
   // A row of a box is one atom of the swizzle: of b, of which there may be several in a stage, 128 bytes; of a all that
   // it has in a stage, 64 or 128.
   static constexpr int kBoxBytes = 128, kBoxes = kStageK * Element::kSizeB / kBoxBytes;
   static_assert(kStageK == 128 || kStageK == 64);
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
+  // Larger tiles spill with the code of cluster sums; wider ones are not chosen where there are few.
+  static constexpr bool kClusterSums = kN <= (Element::kSwapAB ? 64 : 128);
+  // Whether the first stages' b may be loaded before earlier kernels have ended, if it is what none of them writes.
+  static constexpr bool kLoadsEarly = kClusterSums && !Element::kSwapAB;
 
   // Its outputs in groups of 128 columns, all of which a tile has.
   static constexpr bool kQuantizes = Element::kPromoted && !kTransposed && kN % kScaleBlock == 0;
@@ -124,6 +139,8 @@ struct BlockOrder {
 struct WgmmaArguments {
   GemmOutput out;
   TileMap map;         // of clusters
+  bool b_first;        // the operation's b may be read before earlier kernels have ended
+  bool cluster_sums;   // the blocks of a cluster have all splits of its tiles
   bool scaled, gated;  // scaled: with block scales
   BlockOrder order;
   Dtype a_dtype;           // w8a16_gemm: of the weight
@@ -132,24 +149,49 @@ struct WgmmaArguments {
 };
 
 // The producer's main function. A block loads its own rows of a, and its share of the rows of b for all blocks of its
-// cluster: with two passes those of one of them. So a stage's loads are issued as its parts become empty, which spreads
-// them over its time: as a burst they keep wgmma from shared memory, of which it needs half (fp8 128 x 256, modelled:
-// 1277 clocks a stage as one burst, 1159 in parts).
+// cluster that have the same split: with two passes those of one of them. So a stage's loads are issued as its parts
+// become empty, which spreads them over its time: as a burst they keep wgmma from shared memory, of which it needs half
+// (fp8 128 x 256, modelled: 1277 clocks a stage as one burst, 1159 in parts).
 template <class Config>
 __device__ inline void producer(const WgmmaArguments& p, typename Config::SharedStorage& s) {
   const typename Config::Schedule schedule(p.map);
   const int bytes = sizeof(typename Config::Stage) + (p.scaled ? Config::kScaleBytes : 0);
-  const int share = Config::share_of_b(schedule.cluster);
-  const uint16_t all_blocks = (1 << schedule.cluster) - 1;
+  const int share = Config::share_of_b(p.map.share());
   typename Config::Pipeline pipeline(s.barriers());
+  const auto load_b = [&](const GemmTile& tile, int stage, int k, uint32_t full) {
+    const int column = static_cast<int>(tile.column);
+    int part = schedule.rank;
+    do {
+      if (Config::kPasses > 1 && part > 0) pipeline.wait_empty(part);
+#pragma unroll
+      for (int box = 0; box < Config::kBoxes; ++box) {
+        const uint32_t b = ptx::shared_address(s.stage[stage].b[box][part * share]);
+        const int b_k = k + box * (Config::kStageK / Config::kBoxes);
+        if (p.map.share_bits == 0) {
+          ptx::tma_load(b, p.b, b_k, column + part * share, full);
+        } else {
+          const uint16_t sharing = ((1 << p.map.share()) - 1) << (schedule.split << p.map.share_bits);
+          ptx::tma_load_multicast(b, p.b, b_k, column + part * share, full, sharing);
+        }
+      }
+    } while (Config::kPasses > 1 && p.map.share_bits == 0 && ++part < Config::kPasses);
+  };
+  int ahead = 0;  // stages whose b is under way
+  if (Config::kLoadsEarly && p.b_first) {
+    const GemmTile tile = schedule.first();
+    auto early = pipeline;
+    for (; ahead < min(Config::kStages, tile.slices(Config::kStageK)); ++ahead, early.advance())
+      load_b(tile, ahead, static_cast<int>(tile.k) + ahead * Config::kStageK, early.acquire(bytes));
+    ptx::wait_for_earlier_kernels();
+  }
   schedule.for_each([&](const GemmTile& tile) {
     const int row = static_cast<int>(tile.row), column = static_cast<int>(tile.column),
               b_block = p.order.first + column / (p.gated ? 2 * kScaleBlock : kScaleBlock) * p.order.row;
     const int end = static_cast<int>(tile.k_end);
     for (int k = static_cast<int>(tile.k); k < end; k += Config::kStageK, pipeline.advance()) {
-      const uint32_t full = pipeline.acquire(bytes);
-      auto& stage = s.stage[pipeline.stage];
-      ptx::tma_load(ptx::shared_address(stage.a), p.a, k, row, full);
+      const bool has_b = Config::kLoadsEarly && ahead-- > 0;
+      const uint32_t full = has_b ? pipeline.full(pipeline.stage) : pipeline.acquire(bytes);
+      ptx::tma_load(ptx::shared_address(s.stage[pipeline.stage].a), p.a, k, row, full);
       if (Config::Element::kPromoted && p.scaled) {
         const int block = k / kScaleBlock;
         auto& scales = s.scales[pipeline.stage];
@@ -157,20 +199,7 @@ __device__ inline void producer(const WgmmaArguments& p, typename Config::Shared
         ptx::tma_load(ptx::shared_address(scales.b), p.b_scale, b_block + block, 0, full);
         ptx::tma_load(ptx::shared_address(scales.next_b), p.b_scale, b_block + block + p.order.next, 0, full);
       }
-      int part = schedule.rank;  // of b
-      do {
-        if (Config::kPasses > 1) pipeline.wait_empty(part);
-#pragma unroll
-        for (int box = 0; box < Config::kBoxes; ++box) {
-          const uint32_t b = ptx::shared_address(stage.b[box][part * share]);
-          const int b_k = k + box * (Config::kStageK / Config::kBoxes);
-          if (schedule.cluster == 1) {
-            ptx::tma_load(b, p.b, b_k, column + part * share, full);
-          } else {
-            ptx::tma_load_multicast(b, p.b, b_k, column + part * share, full, all_blocks);
-          }
-        }
-      } while (Config::kPasses > 1 && schedule.cluster == 1 && ++part < Config::kPasses);
+      if (!has_b) load_b(tile, pipeline.stage, k, full);
     }
   });
 }
@@ -193,15 +222,15 @@ struct ConsumerPlace {
 // A consumer's side of the pipeline, whose stages other blocks of the cluster fill too.
 template <class Config>
 struct ConsumerPipeline : Config::Pipeline {
-  // First empty barrier of the cluster's block whose rank is this lane, or 0: its producer fills this block's stages
-  // too.
+  // First empty barrier of that one of the blocks sharing b whose number is this lane, or 0: its producer fills this
+  // block's stages too.
   uint32_t empty;
 
-  __device__ explicit ConsumerPipeline(typename Config::SharedStorage& s) : Config::Pipeline(s.barriers()) {
-    const uint32_t lane = threadIdx.x % 32;
+  __device__ ConsumerPipeline(const TileMap& map, typename Config::SharedStorage& s) : Config::Pipeline(s.barriers()) {
+    const uint32_t lane = threadIdx.x % 32, first = ptx::cluster_rank() & ~(map.share() - 1);
     const uint32_t mapped =
-        ptx::map_shared(ptx::shared_address(s.barriers().empty), min(lane, ptx::cluster_size() - 1));
-    empty = uniform(lane < ptx::cluster_size() ? mapped : 0, lane);
+        ptx::map_shared(ptx::shared_address(s.barriers().empty), first + min(lane, map.share() - 1));
+    empty = uniform(lane < map.share() ? mapped : 0, lane);
     this->barriers = uniform(this->barriers);
   }
   __device__ void release(int stage, int part = 0) const {
@@ -267,34 +296,41 @@ struct RegisterOperands {
 };
 
 // The mainloop with exact accumulators: the wgmmas of a stage run while the next ones are issued, and the stage is
-// released when they have completed. begin_epilogue(): Epilogue::begin, whose loads take as long as the first ones.
+// released when they have completed. begin_epilogue(): Epilogue::begin, whose loads take as long as two stages (behind
+// one, modelled: int8 1024 x 4096 x 1024 takes 15917 clocks, behind two 15272).
 template <class Config>
 struct ExactMainloop {
   ConsumerPipeline<Config> pipeline;
   SharedOperands<Config> operands;
 
-  __device__ ExactMainloop(const WgmmaArguments&, typename Config::SharedStorage& s, const ConsumerPlace<Config>& place)
-      : pipeline(s), operands(s, place) {}
+  __device__ ExactMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
+                           const ConsumerPlace<Config>& place)
+      : pipeline(p.map, s), operands(s, place) {}
   template <class F>
   __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc, F begin_epilogue) {
-    int before = pipeline.stage;
-    pipeline.wait_full();
-    ptx::wgmma_fence();
-    operands.mma(acc[0], pipeline.stage, 0, false);
-    ptx::wgmma_commit();
-    begin_epilogue();
-    pipeline.advance();
     const int slices = tile.slices(Config::kStageK);
-#pragma unroll 1
-    for (int i = 1; i < slices; ++i) {
+    int before = pipeline.stage;
+    const auto multiply = [&](bool accumulate) {
       pipeline.wait_full();
       ptx::wgmma_fence();
-      operands.mma(acc[0], pipeline.stage, 0, true);
+      operands.mma(acc[0], pipeline.stage, 0, accumulate);
       ptx::wgmma_commit();
+    };
+    const auto release_before = [&] {
       ptx::wgmma_wait<1>();
       pipeline.release(before);
       before = pipeline.stage;
       pipeline.advance();
+    };
+    multiply(false);
+    pipeline.advance();
+    if (slices > 1) multiply(true);
+    begin_epilogue();
+    if (slices > 1) release_before();
+#pragma unroll 1
+    for (int left = slices - 2; left > 0; --left) {
+      multiply(true);
+      release_before();
     }
     ptx::wgmma_wait<0>();
     pipeline.release(before);
@@ -327,7 +363,7 @@ struct PromotingMainloop {
 
   __device__ PromotingMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
                                const ConsumerPlace<Config>& place)
-      : pipeline(s), operands(s, place) {
+      : pipeline(p.map, s), operands(s, place) {
     const int first = place.row + (Config::kTransposed ? accumulator_column(0) : accumulator_row(0));
     a_scale = uniform(ptx::shared_address(&s.scales[0].a[first]), threadIdx.x % 32);
 #pragma unroll
@@ -415,13 +451,14 @@ struct QuantizingEpilogue : FragmentEpilogue<typename Config::Accumulators, Conf
 };
 
 template <class Config, class = SharedBytesOf<Config>>
-__global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
+__global__ void __launch_bounds__(Config::kBoundThreads, 1)
+    gemm_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(p.a);
     ptx::prefetch_tensor_map(p.b);
-    s.barriers().init(Config::kWarps * ptx::cluster_size());
+    s.barriers().init(Config::kWarps * p.map.share());
     ptx::fence_mbarrier_init();
   }
   if (Config::Element::kPromoted && !p.scaled) {
@@ -432,14 +469,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
   }
   __syncwarp();
   ptx::cluster_sync();
-  ptx::wait_for_earlier_kernels();
+  const int warpgroup = uniform(threadIdx.x / 128);
+  // By whole warps: one lane would not get ahead of others that wait.
+  if (!(Config::kLoadsEarly && p.b_first) || warpgroup != Config::kConsumers) ptx::wait_for_earlier_kernels();
   ptx::launch_dependents();
 
-  const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == Config::kConsumers) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == Config::kConsumers * 128) producer<Config>(p, s);
     __syncwarp();
+    if (p.cluster_sums) ptx::cluster_sync();  // as in ClusterSums::add
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     const ConsumerPlace<Config> place(warpgroup);
@@ -448,22 +487,58 @@ __global__ void __launch_bounds__(Config::kThreads, 1) gemm_wgmma_kernel(const _
     typename Config::Schedule(p.map).for_each([&](const GemmTile& tile) {
       typename Config::Accumulators acc;
       mainloop(tile, acc, [&] { epilogue.begin(tile, place.row, place.column); });
+      if constexpr (Config::kClusterSums)
+        if (p.cluster_sums) return ClusterSums<Config>::stage(acc, s, place.row, place.column);
       epilogue(acc, tile, place.row, place.column);
     });
+    if constexpr (Config::kClusterSums)
+      if (p.cluster_sums) ClusterSums<Config>::add(s, p.out, p.map);  // in the loop its registers would spill
   }
-  ptx::cluster_sync();  // other blocks of the cluster may still arrive at this block's barriers
+  ptx::cluster_sync();  // other blocks of the cluster may still arrive at this block's barriers, and read its sums
+}
+
+// How many clusters of `size` blocks run at once. Asked for once on each device, or MIG slice of one.
+template <class Config>
+cudaError_t resident_clusters(const Device& device, int size, int& count) {
+  constexpr int kDevices = 64;                                       // beyond, each time
+  static std::atomic<uint64_t> known[kDevices][kClusterBlocks + 1];  // the device's multiprocessors above the count
+  const bool keep = device.index < kDevices;
+  if (keep) {
+    const uint64_t answer = known[device.index][size].load(std::memory_order_relaxed);
+    if (answer >> 32 == static_cast<uint64_t>(device.sms)) return count = static_cast<int>(answer), cudaSuccess;
+  }
+  int before = 0;
+  if (auto e = cudaGetDevice(&before)) return e;
+  if (auto e = cudaSetDevice(device.index)) return e;
+  const auto query = [&] {
+    constexpr int kShared = sizeof(typename Config::SharedStorage);
+    if (auto e = allow_shared<gemm_wgmma_kernel<Config>>(kShared)) return e;
+    const Launch launch{.grid = size, .block = Config::kThreads, .shared = kShared, .cluster = size};
+    return with_config(launch, nullptr, [&](const cudaLaunchConfig_t& config) {
+      return cudaOccupancyMaxActiveClusters(&count, gemm_wgmma_kernel<Config>, &config);
+    });
+  };
+  const cudaError_t error = query();
+  if (auto e = cudaSetDevice(before)) return e;
+  if (!error && keep)
+    known[device.index][size] = static_cast<uint64_t>(device.sms) << 32 | static_cast<uint32_t>(count);
+  return error;
 }
 
 template <class Config>
 cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   using Element = typename Config::Element;
   constexpr int kShared = sizeof(typename Config::SharedStorage);
-  const int cluster = p.choice.cluster;
+  const int share = p.choice.cluster, share_bits = share - 1;  // one block or two
+  const bool cluster_sums = p.choice.cluster_sums;
+  const int64_t splits = p.choice.splits, cluster = cluster_sums ? share * splits : share;
   const Matrix &a = Element::kSwapAB ? p.b : p.a, &b = Element::kSwapAB ? p.a : p.b;
   const bool scaled = p.blocks.a, gated = is_gated(p.epilogue.activation);
   WgmmaArguments arguments{.out = GemmOutput(p),
-                           .map = TileMap(ceil_div(ceil_div(a.rows, Config::kM), cluster), ceil_div(b.rows, Config::kN),
-                                          p.choice.splits, a.columns, p.choice.split_k),
+                           .map = TileMap(ceil_div(ceil_div(a.rows, Config::kM), share), ceil_div(b.rows, Config::kN),
+                                          cluster_sums ? 1 : splits, a.columns, p.choice.split_k, share_bits),
+                           .b_first = p.b_first,
+                           .cluster_sums = cluster_sums,
                            .scaled = scaled,
                            .gated = gated,
                            .a_dtype = a.dtype,
@@ -475,7 +550,7 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
                         box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   };
   if (auto e = operand(arguments.a, a, Config::kM, Config::kStageK)) return e;
-  if (auto e = operand(arguments.b, b, Config::share_of_b(cluster), Config::kBoxBytes)) return e;
+  if (auto e = operand(arguments.b, b, Config::share_of_b(share), Config::kBoxBytes)) return e;
   if (scaled) {
     const int64_t depth = ceil_div(p.a.columns, kScaleBlock), next = gated ? p.blocks.up_offset : depth,
                   count = gated ? 2 * next : depth * ceil_div(p.b.rows, kScaleBlock);
@@ -494,10 +569,12 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   }
   auto kernel = gemm_wgmma_kernel<Config>;
   if (auto e = allow_shared<gemm_wgmma_kernel<Config>>(kShared)) return e;
-  const Launch launch{.grid = std::min<unsigned>(p.choice.blocks / cluster, arguments.map.tiles) * cluster,
+  // A cluster that adds its splits has one tile: its stages become the place for the sums.
+  const int64_t tiles = arguments.map.tiles;
+  const Launch launch{.grid = (cluster_sums ? tiles : std::min(p.choice.blocks / cluster, tiles)) * cluster,
                       .block = Config::kThreads,
                       .shared = kShared,
-                      .cluster = cluster,
+                      .cluster = static_cast<int>(cluster),
                       .dependent = true};
   if (auto e = launch_kernel(kernel, launch, stream, arguments)) return e;
   return reduce_split_k(p, Element::kAcc, stream);

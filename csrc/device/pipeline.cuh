@@ -59,9 +59,9 @@ struct Pipeline : PipelineState<Stages> {
   // The consumers: a warp waits until the stage is full, and arrives at its empty barrier once it has read it.
   __device__ void wait_full() const { await(full(this->stage), this->parity); }
   __device__ void release(int stage) const { ptx::mbarrier_arrive(empty(stage), threadIdx.x % 32 == 0); }
+  __device__ uint32_t full(int stage) const { return barriers + stage * kBarrierBytes; }
 
  private:
-  __device__ uint32_t full(int stage) const { return barriers + stage * kBarrierBytes; }
   __device__ uint32_t empty(int stage, int part = 0) const {
     return barriers + ((1 + part) * Stages + stage) * kBarrierBytes;
   }

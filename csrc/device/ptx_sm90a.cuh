@@ -59,6 +59,15 @@ __device__ inline float load_shared(uint32_t address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+// of any CTA of the cluster, as map_shared gives the address
+__device__ inline uint4 load_cluster(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
 template <int Offset>
 __device__ inline uint32_t load_shared_16(uint32_t address) {
   uint32_t value;

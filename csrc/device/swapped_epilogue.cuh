@@ -60,17 +60,6 @@ struct SwappedEpilogue : TransposedEpilogue<true> {
   }
 
  private:
-  __device__ static float load_float(const void* p, Dtype dtype, int64_t i) {
-    switch (dtype) {
-      case Dtype::f32:
-        return static_cast<const float*>(p)[i];
-      case Dtype::f16:
-        return to_float(static_cast<const __half*>(p)[i]);
-      default:
-        return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
-    }
-  }
-
   // To (row, column) of the output on. Gated: of a lane's two columns the first is a gate and the second its up.
   template <bool kGated>
   __device__ void store(const Accumulators& acc, int64_t row, int64_t column) {

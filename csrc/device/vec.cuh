@@ -41,6 +41,18 @@ __device__ inline void from_float(float v, float& to) { to = v; }
 __device__ inline void from_float(float v, __half& to) { to = __float2half_rn(v); }
 __device__ inline void from_float(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
 
+// Element i of p, of a type that is known at run time: fp32, fp16 or bf16.
+__device__ inline float load_float(const void* p, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::f32:
+      return static_cast<const float*>(p)[i];
+    case Dtype::f16:
+      return to_float(static_cast<const __half*>(p)[i]);
+    default:
+      return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
+  }
+}
+
 // Eight elements of T in registers; moved as 16-byte (or, for 1-byte T, 8-byte) words.
 template <class T>
 struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec {

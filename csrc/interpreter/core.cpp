@@ -140,7 +140,8 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   const int blocks =
       std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared));
   const int size = static_cast<int>(l.cluster_size());
-  l.resident = size == 1 ? blocks * device->multiprocessors : std::max(1, resident_clusters(*device, blocks, size));
+  l.resident = size == 1 ? blocks * device->multiprocessors : resident_clusters(*device, blocks, size);
+  if (!l.resident) return kLaunchOutOfResources;  // no GPC has room for one
   try {
     l.run();
   } catch (Finding& f) {

@@ -44,6 +44,31 @@ struct Count {
   void add(const Count&);
 };
 
+// What a warp has executed, without the tests that failed: those are made again, and how often is up to the schedule.
+// All from the failed one on is dropped where the next one is a short loop away.
+class Length {
+ public:
+  // `passes`: a test that some lanes have passed.
+  void step(const Instruction& i, Step how, bool passes = false) {
+    if (how == Step::blocked) return;  // it comes again
+    if (&i == failed_) {
+      constexpr uint64_t kLongestLoop = 8;
+      if (count_ - before_failed_ <= kLongestLoop) count_ = before_failed_;
+      failed_ = nullptr;
+    }
+    if (how == Step::yielded && !passes) {
+      failed_ = &i;
+      before_failed_ = count_;
+    }
+    ++count_;
+  }
+  uint64_t count() const { return count_; }
+
+ private:
+  uint64_t count_ = 0, before_failed_ = 0;
+  const Instruction* failed_ = nullptr;
+};
+
 // The sectors of global memory that were touched, each once.
 class Footprint {
  public:

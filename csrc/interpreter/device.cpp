@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -75,6 +78,18 @@ T round_up(T n, T multiple) {
 constexpr int kRegisterUnit = 256, kSchedulers = 4;
 constexpr int64_t kSharedUnit = 128;
 
+// Slices that have been asked for, which others keep pointers to.
+const Device* find_slice(const Device& whole, int multiprocessors) {
+  if (multiprocessors < 1 || multiprocessors > whole.multiprocessors) return nullptr;
+  if (multiprocessors == whole.multiprocessors) return &whole;
+  static std::mutex mutex;
+  static auto* const slices = new std::map<std::pair<const Device*, int>, Device>;
+  const std::lock_guard lock(mutex);
+  Device& slice = slices->emplace(std::pair(&whole, multiprocessors), whole).first->second;
+  slice.multiprocessors = multiprocessors;
+  return &slice;
+}
+
 unsigned product(const unsigned (&n)[3]) { return n[0] * std::max(n[1], 1u) * std::max(n[2], 1u); }
 
 }  // namespace
@@ -82,8 +97,12 @@ unsigned product(const unsigned (&n)[3]) { return n[0] * std::max(n[1], 1u) * st
 const Device* current_device() { return current; }
 
 const Device* find_device(const char* arch) {
-  for (const Device& d : devices)
-    if (!std::strcmp(d.arch, arch)) return &d;
+  const char* const slice = std::strchr(arch, '/');
+  const size_t length = slice ? static_cast<size_t>(slice - arch) : std::strlen(arch);
+  for (const Device& d : devices) {
+    if (std::strlen(d.arch) != length || std::strncmp(d.arch, arch, length) != 0) continue;
+    return slice ? find_slice(d, std::atoi(slice + 1)) : &d;
+  }
   return nullptr;
 }
 
@@ -131,10 +150,12 @@ int resident_clusters(const Device& d, int blocks_per_multiprocessor, int size) 
   if (!d.clusters || size < 1) return 0;
   // A cluster is within a GPC. 132 multiprocessors are left of the H100's 8 GPCs of 18, 188 of the PRO 6000's 12 of 16;
   // which ones are missing differs from one GPU to the next: assumed are six of 16 and two of 18, eight of 16 and four
-  // of 15.
+  // of 15. A slice is of 16 and what remains.
   const auto of_gpcs = [&](int count, int multiprocessors) {
     return count * (multiprocessors * blocks_per_multiprocessor / size);
   };
+  if (d.multiprocessors != find_device(d.arch)->multiprocessors)
+    return of_gpcs(d.multiprocessors / 16, 16) + of_gpcs(1, d.multiprocessors % 16);
   return d.major == 9 ? of_gpcs(6, 16) + of_gpcs(2, 18) : of_gpcs(8, 16) + of_gpcs(4, 15);
 }
 

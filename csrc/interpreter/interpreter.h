@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-// Which GPU there is: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100), "sm_120" (RTX PRO 6000). Null: none; launches
-// then return cudaErrorNoDevice.
+// Which GPU there is: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100), "sm_120" (RTX PRO 6000); "sm_90a/16": so many of
+// its multiprocessors, as a MIG slice has. Null: none; launches then return cudaErrorNoDevice.
 int fpi_set_device(const char* arch);
 const char* fpi_device(void);
 

@@ -78,6 +78,7 @@ bool turn(Grid& grid, Resident& r) {
     f.seed = grid.launch.options.seed;
     grid.report(r.number, std::move(f));
   }
+  if (grid.launch.trace) grid.launch.trace->end(cluster);
   if (auto* counters = grid.launch.counters) {
     counters->warp_instructions += cluster.steps();
     for (const auto& cta : cluster.ctas) {

@@ -247,7 +247,7 @@ void run_warp(Warp& w, uint64_t slice) {
         }
         if constexpr (kCounted) {
           count->step(step, mask);
-          if (w.trace) w.trace->end(w, i, step, mask);
+          w.trace ? w.trace->end(w, i, step, mask) : w.length.step(i, step);
         }
         if (step == Step::next || step == Step::yielded) {
           Strand& now = w.strands[w.running];

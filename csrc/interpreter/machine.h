@@ -126,6 +126,7 @@ struct alignas(64) Warp {
   Mask unwritten = 0;           // lanes whose bytes of the load under way nothing has written: access() to its handler
   uint64_t cluster_phases = 0;  // of the cluster's barrier that it has waited for
   std::vector<const Instruction*> register_changes;  // setmaxnreg so far
+  Length length;                                     // of what it has executed, if the launch is counted
 
   template <class T>
   T* at(Offset o) const {

@@ -53,6 +53,7 @@ Constants::Constants(const Machine& m, const Ops& ops, const ReplayInput& in) {
   signal_latency = m["mbarrier latency"];
   barrier_latency = m["barrier latency"];
   cluster_latency = m["cluster latency"];
+  cluster_rate = m["shared memory of a cluster"];
   fence_latency = m["fence latency"];
   branch_latency = m["branch latency"];
   block_latency = m["block latency"];

@@ -120,6 +120,7 @@ Op op_of(const Statement& s, const Instruction& i, const std::string& name) {
     op.everywhere = contains(opcode, ".gl") || contains(opcode, ".gpu") || contains(opcode, ".sys");
   } else if (name == "control") {
     if (opcode == "griddepcontrol.wait") op.kind = Kind::dependency_wait;
+    if (opcode == "griddepcontrol.launch_dependents") op.kind = Kind::trigger;
     if (i.flow == Flow::branch || i.flow == Flow::table || i.flow == Flow::end) op.kind = Kind::branch;
     // ptxas lays code out so that what always follows stands there.
     if (i.flow == Flow::branch && s.guard < 0) op.kind = Kind::free;
@@ -129,6 +130,7 @@ Op op_of(const Statement& s, const Instruction& i, const std::string& name) {
     const bool weak = !contains(opcode, ".cg") && !contains(opcode, ".cv") && !contains(opcode, ".volatile") &&
                       !contains(opcode, ".relaxed") && !contains(opcode, ".acquire");
     op.cached = op.loads && name != "atomic" && weak;
+    op.remote = contains(opcode, "shared::cluster");
   }
   return op;
 }

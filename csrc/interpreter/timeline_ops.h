@@ -36,12 +36,14 @@ struct Op {
     cluster_arrive,
     cluster_wait,
     dependency_wait,  // griddepcontrol.wait
+    trigger,          // griddepcontrol.launch_dependents
     fence,
     branch,
   } kind = Kind::alu;
   Pipe pipe = Pipe::integer;
   bool loads = false;         // memory: somebody waits for the result
   bool cached = false;        // memory: by L1
+  bool remote = false;        // memory: shared, of any CTA of the cluster
   bool everywhere = false;    // fence: beyond the CTA
   bool waits = true;          // barrier: not .arrive
   bool reads_only = false;    // bulk_wait: .read

@@ -21,13 +21,13 @@ constexpr Time kShortestSpan = 16;  // of a wait, to have a span of its own
 // ---- Blocks ----
 
 void Replay::begin_cluster(size_t slot, Time now) {
-  const size_t sampled = in_.ctas.size() / in_.cluster_size;
-  const size_t sample = started_++ % sampled;
+  if (started_ == in_.turns.size()) return;
+  const size_t recorded = in_.turns[started_++].recorded;
   auto cluster = std::make_unique<Cluster>();
   cluster->slot = slot;
   cluster->live = static_cast<int>(in_.cluster_size);
   for (size_t rank = 0; rank < in_.cluster_size; ++rank) {
-    const CtaTrace& trace = *in_.ctas[sample * in_.cluster_size + rank];
+    const CtaTrace& trace = *in_.ctas[recorded * in_.cluster_size + rank];
     auto block = std::make_unique<Block>();
     block->cluster = cluster.get();
     block->multiprocessor = &multiprocessors_[rank];
@@ -74,7 +74,7 @@ void Replay::finish(Warp& w, Time now) {
   settle(*block.cluster, now);
   if (block.live || --block.cluster->live) return;
   ends_.push_back(now);
-  if (started_ < in_.clusters && issued_ < kMostReplayed) {
+  if (issued_ < kMostReplayed) {
     Event e{};
     e.time = now + ceiling(c_.block_latency);
     e.kind = Event::Kind::begin;
@@ -164,7 +164,7 @@ Time Replay::pipe_free(const Warp& w) const {
   double free = 0;
   if (op.kind == Op::Kind::memory || op.kind == Op::Kind::copy ||
       (op.kind == Op::Kind::alu && op.pipe == Pipe::shuffle)) {
-    free = m.lsu.free - c_.memory_queue;
+    if (static_cast<double>(s.memory.size()) >= c_.memory_queue) free = s.memory.front();
   } else if (op.kind == Op::Kind::alu) {
     free = s.pipes[static_cast<int>(op.pipe)];
   } else if (op.kind == Op::Kind::mma) {
@@ -243,7 +243,7 @@ void Replay::issue(Warp& w, Time now) {
         const int p = static_cast<int>(op.pipe);
         const double extra = op.slots - 1;
         if (op.pipe == Pipe::shuffle) {
-          set_results(w, op, ceiling(access(m, now, 1) - 1 + c_.latency[p]), Wait::special);
+          set_results(w, op, ceiling(access(w, now, 1) - 1 + c_.latency[p]), Wait::special);
           break;
         }
         s.pipes[p] = std::max(s.pipes[p], static_cast<double>(now)) + c_.interval[p];
@@ -309,6 +309,12 @@ void Replay::issue(Warp& w, Time now) {
       }
       case Op::Kind::dependency_wait:
         if (!result_.dependency) result_.dependency = now;
+        w.free = std::max(w.free, static_cast<Time>(in_.head_start));
+        break;
+      case Op::Kind::trigger:
+        if (std::exchange(w.block->triggered, true)) break;
+        ++triggers_;
+        last_trigger_ = now;
         break;
       case Op::Kind::fence:
         w.free = now + ceiling(op.everywhere ? c_.l2_latency : c_.fence_latency);
@@ -352,7 +358,7 @@ uint32_t Replay::name(const std::string& text) {
 ReplayResult Replay::run() {
   track("tensor cores");
   track("bulk copies");
-  const auto first = std::min(in_.resident, in_.clusters);
+  const auto first = std::min<uint64_t>(in_.resident, in_.turns.size());
   for (uint64_t slot = 0; slot < first; ++slot) begin_cluster(slot, ceiling(c_.block_latency));
   Time now = 0;
   while (!events_.empty()) {
@@ -382,11 +388,23 @@ ReplayResult Replay::run() {
   end = std::max({end, ceiling(l2_.free), ceiling(l2_writes_.free), ceiling(dram_.free)});
   result_.replayed = started_;
   result_.span_cycles = end;
-  result_.cycles = end;
-  if (started_ < in_.clusters) {
+  if (started_ == in_.turns.size() && triggers_ == started_ * in_.cluster_size) result_.tail = end - last_trigger_;
+  // Clusters that are longer or shorter than those that stand for them take so much longer or shorter.
+  const auto lengths = [&](uint64_t from, uint64_t to, uint64_t ReplayInput::Turn::* length) {
+    double sum = 0;
+    for (uint64_t k = from; k < to; ++k) sum += static_cast<double>(in_.turns[k].*length);
+    return sum;
+  };
+  constexpr auto kOwn = &ReplayInput::Turn::length, kReplayed = &ReplayInput::Turn::recorded_length;
+  const Time late = std::min(end, in_.head_start);
+  result_.cycles =
+      late + ceiling(static_cast<double>(end - late) * lengths(0, started_, kOwn) / lengths(0, started_, kReplayed));
+  if (started_ < in_.turns.size()) {
     std::sort(ends_.begin(), ends_.end());
-    const double each = static_cast<double>(ends_.back() - ends_[first - 1]) / static_cast<double>(started_ - first);
-    result_.cycles += ceiling(each * static_cast<double>(in_.clusters - started_));
+    const auto warm = started_ > first ? first : 0;  // without the first wave, if it is over
+    const double each =
+        static_cast<double>(ends_.back() - (warm ? ends_[warm - 1] : late)) / lengths(warm, started_, kReplayed);
+    result_.cycles += ceiling(each * lengths(started_, in_.turns.size(), kOwn));
   }
   result_.tensor = m.tensor_busy;
   for (const auto& s : m.schedulers) result_.issue += s.issued / kSchedulers;

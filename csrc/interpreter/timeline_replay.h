@@ -41,13 +41,18 @@ extern const char* const kWaitNames[kWaits];
 
 struct ReplayInput {
   const Ops* ops;
-  std::vector<const CtaTrace*> ctas;  // cluster by cluster, each by rank
+  std::vector<const CtaTrace*> ctas;  // that are recorded: cluster by cluster, each by rank
   uint64_t cluster_size = 1;
-  uint64_t resident = 1;   // clusters at once
-  uint64_t clusters = 1;   // of the busiest multiprocessor, in all
-  double active = 1;       // multiprocessors that have work
-  double fresh_share = 1;  // of the sectors that CTAs touch first: what DRAM moves
-  bool from_l1 = false;    // what a CTA touches again is still in L1
+  uint64_t resident = 1;  // clusters at once
+  struct Turn {
+    size_t recorded;                   // that stands for the cluster
+    uint64_t length, recorded_length;  // instructions
+  };
+  std::vector<Turn> turns;  // the clusters of the multiprocessor, one after the other
+  double active = 1;        // multiprocessors that have work, on an average over the time of the busiest
+  double fresh_share = 1;   // of the sectors that CTAs touch first: what DRAM moves
+  bool from_l1 = false;     // what a CTA touches again is still in L1
+  uint64_t head_start = 0;  // cycles until the launch before has ended, and griddepcontrol.wait returns
 };
 
 constexpr uint32_t kOfOp = 1u << 31;  // a span's name is the number of an op, else an index into names
@@ -60,6 +65,7 @@ struct Span {
 struct ReplayResult {
   uint64_t cycles = 0, replayed = 0;  // replayed: clusters; cycles are of all
   uint64_t dependency = 0;            // the first griddepcontrol.wait; 0: none
+  uint64_t tail = 0;                  // from when every CTA has let dependent launches begin; 0: not every one does
   double tensor = 0, issue = 0, shared = 0, l2 = 0, l2_writes = 0,
          dram = 0;           // cycles that each was busy, of `span_cycles`
   uint64_t span_cycles = 0;  // that were replayed

@@ -24,7 +24,7 @@ struct Constants {
   std::vector<double> matrix_rate;  // of a scheduler's tensor core, by Ops::matrix_types
   double mma_latency, mma_intervals, wgmma_latency, shared_rate, shared_latency, l1_latency, l2_latency, dram_latency,
       l2_rate, inward_rate, dram_rate, memory_queue, bulk_latency, bulk_interval, signal_latency, barrier_latency,
-      cluster_latency, fence_latency, branch_latency, block_latency;
+      cluster_latency, cluster_rate, fence_latency, branch_latency, block_latency;
 };
 
 // Something that takes what comes in its order, each as long as its amount asks for.
@@ -69,6 +69,7 @@ struct Multiprocessor {
     std::vector<Warp*> warps;  // oldest first
     Warp* last = nullptr;
     double pipes[kPipes] = {};
+    std::deque<double> memory;  // its last loads, stores and copies: when each has left the scheduler's queue
     double tensor = 0;
     double issued = 0;
   } schedulers[kSchedulers];
@@ -76,6 +77,7 @@ struct Multiprocessor {
   // wgmma waits for it, a load only gets the cycles that wgmma leaves.
   Queue lsu, port, bulk;
   Queue inward;  // from L2, at the most that one multiprocessor can take
+  Queue from_cluster;
   double tensor_busy = 0;
   struct Matrix {  // a wgmma that all of its warpgroup have issued
     Block* block;
@@ -91,6 +93,7 @@ struct Block {
   Cluster* cluster = nullptr;
   Multiprocessor* multiprocessor = nullptr;
   int rank = 0, live = 0;
+  bool triggered = false;  // it has let dependent launches begin
   std::vector<Warp> warps;
   struct Barrier {
     int expected = 0, arrived = 0;  // warps; 0: all that live
@@ -184,7 +187,7 @@ class Replay {
   void write(Block& target, Time end, uint32_t bytes, double duration);
   void matrix(Warp&, const Op&, Time now);
   void multiply(Multiprocessor&);
-  double access(Multiprocessor&, Time now, double cycles);
+  double access(Warp&, Time now, double cycles);
   void signals(Warp&, const TraceEvent&, Time now);
   void barrier(Warp&, const Op&, const TraceEvent&, Time now);
   void settle(Block&, Block::Barrier&, Time now);
@@ -207,7 +210,8 @@ class Replay {
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events_;
   std::unordered_map<std::string, uint32_t> names_, tracks_;
-  uint64_t order_ = 0, started_ = 0, issued_ = 0;
+  uint64_t order_ = 0, started_ = 0, issued_ = 0, triggers_ = 0;
+  Time last_trigger_ = 0;
   std::vector<Time> ends_;  // of clusters, in order
 };
 

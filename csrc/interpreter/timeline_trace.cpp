@@ -26,7 +26,8 @@ int expected_registers(const Device& device, const Code& code, int threads) {
   places.erase(kAlwaysTrue);  // of registers that nothing uses
   int count = 0;
   for (const auto& [place, registers] : places) count += registers;
-  const int most = device.registers_per_block / ((threads + kLanes - 1) / kLanes * kLanes);
+  const int bound = code.source->max_threads[0] ? static_cast<int>(max_threads(*code.source)) : threads;
+  const int most = device.registers_per_block / ((bound + kLanes - 1) / kLanes * kLanes);
   return std::clamp(count, 16, std::min(most, 255));
 }
 
@@ -58,22 +59,15 @@ void WarpTrace::end(Warp& w, const Instruction& i, Step step, Mask mask) {
     signals.resize(signals_);
     return;
   }
-  const uint32_t op = base_ + i.index;
-  // A test that fails is made again: what the machine does meanwhile is wait, and how often is up to the schedule. All
-  // from the failed one on is dropped where the next one is a short loop away.
-  constexpr int64_t kLongestLoop = 8;
-  const auto count = static_cast<int64_t>(events.size());
-  if (failed_ >= 0 && count - failed_ <= kLongestLoop && events[static_cast<size_t>(failed_)].op == op) {
-    const auto keep = static_cast<size_t>(failed_);
+  w.length.step(i, step, signals.size() > signals_ && signals.back().kind == Signal::Kind::wait);
+  const size_t keep = w.length.count() - 1;
+  if (keep < events.size()) {  // since a test that has failed
     const size_t first = events[keep].signal;
     signals.erase(signals.begin() + static_cast<std::ptrdiff_t>(first),
                   signals.begin() + static_cast<std::ptrdiff_t>(signals_));
     signals_ = first;
     events.resize(keep);
-    failed_ = -1;
   }
-  const bool waits = signals.size() > signals_ && signals.back().kind == Signal::Kind::wait;
-  if (step == Step::yielded && !waits) failed_ = static_cast<int64_t>(events.size());
   if (events.size() >= most_) {
     const size_t more = launch_->share();
     if (!more) {
@@ -83,7 +77,7 @@ void WarpTrace::end(Warp& w, const Instruction& i, Step step, Mask mask) {
     most_ += more;
   }
   TraceEvent e{};
-  e.op = op;
+  e.op = base_ + i.index;
   e.signal = static_cast<uint32_t>(signals_);
   e.signals = static_cast<uint16_t>(signals.size() - signals_);
   e.idle = !mask;
@@ -115,26 +109,28 @@ void WarpTrace::signal(Signal::Kind kind, const Cta& target, const MBarrier& b, 
 LaunchTrace::LaunchTrace(const Launch& l) : size_(l.cluster_size()) {
   const Device& device = *current_device();
   const auto threads = static_cast<int>(l.block[0] * l.block[1] * l.block[2]);
-  blocks = std::max(1, resident_blocks(device, expected_registers(device, *l.code, threads), threads,
-                                       l.code->shared_bytes + l.dynamic_shared));
+  registers = expected_registers(device, *l.code, threads);
+  blocks = std::max(1, resident_blocks(device, registers, threads, l.code->shared_bytes + l.dynamic_shared));
   const auto size = static_cast<int>(size_);
   groups = static_cast<uint64_t>(std::max(1, size == 1 ? device.multiprocessors : resident_clusters(device, 1, size)));
   const uint64_t clusters = l.grid_size() / size_, used = std::min(groups, clusters);
-  // The first wave and the next, which is as good as any.
-  sampled =
-      std::min<uint64_t>((clusters + groups - 1) / groups, std::max<uint64_t>(2 * static_cast<uint64_t>(blocks), 4));
+  lengths.resize(clusters);
   for (uint64_t k = 0; k < kRecordedGroups; ++k) {
     const uint64_t group = k * (used - 1) / (kRecordedGroups - 1);
-    if (recorded_groups.empty() || recorded_groups.back() != group) recorded_groups.push_back(group);
+    if (!recorded_groups.empty() && recorded_groups.back() == group) continue;
+    recorded_groups.push_back(group);
+    // The first, the last, and others between them.
+    const uint64_t last = (clusters - 1 - group) / groups;
+    const uint64_t most = std::min(last, std::max<uint64_t>(2 * static_cast<uint64_t>(blocks), 4) - 1);
+    for (uint64_t n = 0; n <= most; ++n)
+      recorded_clusters.push_back(group + groups * (n * last / std::max<uint64_t>(most, 1)));
   }
+  std::sort(recorded_clusters.begin(), recorded_clusters.end());
 }
 
 void LaunchTrace::begin(Cta& cta) {
   const uint64_t cluster = cta.cluster->number;
-  if (cluster / groups >= sampled ||
-      std::count(recorded_groups.begin(), recorded_groups.end(), cluster % groups) == 0) {
-    return;
-  }
+  if (!std::binary_search(recorded_clusters.begin(), recorded_clusters.end(), cluster)) return;
   auto trace = std::make_unique<CtaTrace>();
   trace->number = cluster * size_ + static_cast<uint64_t>(cta.rank);
   trace->warps.resize(cta.warps.size());
@@ -148,6 +144,10 @@ void LaunchTrace::begin(Cta& cta) {
   ctas_[trace->number] = std::move(trace);
 }
 
+void LaunchTrace::end(const Cluster& c) {
+  for (const Warp* w : c.warps) lengths[c.number] += w->length.count();
+}
+
 size_t LaunchTrace::share() { return shares_.fetch_add(kShare) + kShare <= kMostEvents ? kShare : 0; }
 
 uint32_t LaunchTrace::number(const Code& code) {
@@ -157,10 +157,9 @@ uint32_t LaunchTrace::number(const Code& code) {
   return entry->second;
 }
 
-std::vector<CtaTrace*> LaunchTrace::ctas(uint64_t group) const {
+std::vector<CtaTrace*> LaunchTrace::ctas() const {
   std::vector<CtaTrace*> all;
-  for (const auto& [number, trace] : ctas_)
-    if (number / size_ % groups == group) all.push_back(trace.get());
+  for (const auto& [number, trace] : ctas_) all.push_back(trace.get());
   return all;
 }
 

@@ -14,6 +14,7 @@
 
 namespace forwardpass::interpreter {
 
+struct Cluster;
 struct Cta;
 struct Launch;
 struct MBarrier;
@@ -70,7 +71,6 @@ class WarpTrace {
   uint64_t touched_ = 0;
   uint32_t operand_ = 0;
   size_t signals_ = 0;
-  int64_t failed_ = -1;  // the event of the last wait whose test failed
 };
 
 struct CtaTrace {
@@ -79,22 +79,25 @@ struct CtaTrace {
   std::vector<WarpTrace> warps;
 };
 
-// Of one launch: the CTAs of a few multiprocessors, each with those that share clusters with it. Persistent kernels do
-// not give all of them the same work, so that the first and the last are among them.
+// Of one launch: some CTAs of a few multiprocessors, each with those that share clusters with it, and the length of
+// every one, so that the recorded ones can stand for the others. Kernels do not give all of them the same work, so that
+// the first and the last are among them.
 class LaunchTrace {
  public:
   explicit LaunchTrace(const Launch&);
-  void begin(Cta&);                                   // if it is one of them
-  uint32_t number(const Code&);                       // of its first instruction
-  std::vector<CtaTrace*> ctas(uint64_t group) const;  // by number
+  void begin(Cta&);  // if it is one of them
+  void end(const Cluster&);
+  uint32_t number(const Code&);         // of its first instruction
+  std::vector<CtaTrace*> ctas() const;  // by number
   const std::map<const Code*, uint32_t>& codes() const { return codes_; }
   void add_to(Sheet&) const;  // what was counted
   size_t share();             // of the events that are kept, for one warp; 0: there are no more
 
-  int blocks = 1;        // CTAs that a multiprocessor holds, registers assumed
-  uint64_t groups = 1;   // of multiprocessors, each with one CTA of every cluster that it has
-  uint64_t sampled = 0;  // clusters of each that is recorded
-  std::vector<uint64_t> recorded_groups;
+  int registers = 0;    // of a thread, assumed
+  int blocks = 1;       // CTAs that a multiprocessor holds
+  uint64_t groups = 1;  // of multiprocessors, each with one CTA of every cluster that it has
+  std::vector<uint64_t> recorded_groups, recorded_clusters;  // in order
+  std::vector<uint64_t> lengths;                             // of all clusters: instructions of their warps
 
  private:
   static constexpr uint64_t kRecordedGroups = 4;

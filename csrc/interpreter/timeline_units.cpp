@@ -14,9 +14,13 @@ double Replay::move(double start, const TraceEvent& e, bool reads) {
   return std::max(done, dram_.take(start, fresh / c_.dram_rate));
 }
 
-// Of warps, in shared memory or L1: when it is done.
-double Replay::access(Multiprocessor& m, Time now, double cycles) {
+// Of warps, in shared memory or L1: when it is done. It is in the queue of its scheduler until its turn comes.
+double Replay::access(Warp& w, Time now, double cycles) {
+  Multiprocessor& m = *w.block->multiprocessor;
   const auto start = static_cast<double>(now);
+  auto& queue = m.schedulers[w.scheduler].memory;
+  queue.push_back(std::max(start, m.lsu.free));
+  if (static_cast<double>(queue.size()) > c_.memory_queue) queue.pop_front();
   m.port.take(start, cycles);
   return m.lsu.take(start, start < m.matrix_end ? cycles / (1 - m.matrix_share) : cycles);
 }
@@ -25,9 +29,13 @@ void Replay::memory(Warp& w, const Op& op, const TraceEvent& e, Time now) {
   Multiprocessor& m = *w.block->multiprocessor;
   const bool copies = op.kind == Op::Kind::copy;
   const double bytes = e.sectors * static_cast<double>(kSectorBytes);
-  const double end = access(m, now, std::max(1.0, e.wavefronts + std::ceil(bytes / c_.shared_rate)));
+  const double end = access(w, now, std::max(1.0, e.wavefronts + std::ceil(bytes / c_.shared_rate)));
   if (!e.sectors) {
-    set_results(w, op, ceiling(end - 1 + c_.shared_latency), Wait::shared);
+    // Of a cluster, as if all of it came from other multiprocessors.
+    const double bytes = e.wavefronts * c_.shared_rate;
+    const Time done = op.remote ? ceiling(m.from_cluster.take(end - 1, bytes / c_.cluster_rate) + c_.cluster_latency)
+                                : ceiling(end - 1 + c_.shared_latency);
+    set_results(w, op, done, Wait::shared);
     return;
   }
   const bool reads = copies || op.loads;

@@ -8,12 +8,14 @@ KERNEL_LIBRARY const char* forwardpass_error_string(int error) {
 }
 
 int forwardpass_device(forwardpass::Device* device) {
-  int index = 0, major = 0, minor = 0, shared = 0;
+  int index = 0, major = 0, minor = 0, shared = 0, sms = 0;
   if (auto e = cudaGetDevice(&index)) return e;
   if (auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
   if (auto e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
   device->arch = 10 * major + minor;
   if (auto e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index)) return e;
   device->shared_kib = shared >> 10;
-  return cudaDeviceGetAttribute(&device->sms, cudaDevAttrMultiProcessorCount, index);
+  if (auto e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index)) return e;
+  device->sms = sms, device->index = index;
+  return cudaSuccess;
 }

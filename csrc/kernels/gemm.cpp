@@ -51,12 +51,38 @@ KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& 
     c.blocks = d.sms;
   }
   // Split-K: fewer tiles than multiprocessors leave memory bandwidth unused, so there are as many splits as fill them
-  // once. The partial sums, 8 bytes per output and split, stay in L2; at 16 rows they are half of the weight's bytes.
+  // once. Partial sums in the workspace, 8 bytes per output and split, stay in L2; at 16 rows they are half of the
+  // weight's bytes.
   const int64_t most_splits = std::min(std::max<int64_t>(s.k / kernel.least_k, 1), int64_t{16});
   c.splits = std::min(std::max<int64_t>(d.sms / (rows * columns), 1), most_splits);
   c.split_k = ceil_div(ceil_div(s.k, c.splits), kScaleBlock) * kScaleBlock;
   c.splits = ceil_div(s.k, c.split_k);
+  c.cluster_sums = kernel.cluster_sums && c.splits > 1 && c.splits <= kClusterBlocks;
+  if (c.cluster_sums && c.cluster * c.splits > kClusterBlocks) c.cluster = 1;
   return c;
+}
+
+// The blocks of a cluster are in one GPC, so how many clusters run at once depends on which multiprocessors a GPU has
+// left, and a MIG slice may have no place for any. A choice that asks for more takes the variant with the same bits.
+cudaError_t place(const GemmShape& s, const Device& d, KernelChoice& c) {
+  int resident = 0;
+  if (c.cluster_sums) {
+    if (auto e = c.kernel->resident_clusters(d, static_cast<int>(c.cluster * c.splits), resident)) return e;
+    const int64_t rows = ceil_div(s.m, c.kernel->tile_m), columns = ceil_div(s.n, c.kernel->tile_n);
+    const bool along_m = c.kernel->cluster == Cluster::along_m;
+    const int64_t clusters = ceil_div(along_m ? rows : columns, c.cluster) * (along_m ? columns : rows);
+    if (clusters <= resident) return cudaSuccess;  // a second round would take as long as the first
+    c.cluster_sums = false;
+  }
+  if (c.cluster > 1) {
+    if (auto e = c.kernel->resident_clusters(d, c.cluster, resident)) return e;
+    if (resident) {
+      c.blocks = resident * c.cluster;
+    } else {
+      c.cluster = 1;
+    }
+  }
+  return cudaSuccess;
 }
 
 template <class Params>
@@ -73,7 +99,7 @@ cudaError_t select(const GemmShape& s, const Device& d, KernelChoice& choice) {
   if (!best) consider(false);
   if (!best) return cudaErrorNoKernelImageForDevice;
   choice = cut_up(*best, s, d);
-  return cudaSuccess;
+  return place(s, d, choice);
 }
 
 cudaError_t launch(const GemmParams& p, void* stream) {

@@ -20,7 +20,10 @@ struct GemmKernel {
   int32_t stage_clocks = 0;         // that a tile takes for 128 of K, modelled; 0: as its columns
   bool quantizes = false;           // it can quantise outputs in groups of 128 columns that a tile holds whole
   bool gated_blocks = true;         // it takes block scales of b where gates and ups alternate
+  bool cluster_sums = false;        // it can add the splits of K in a cluster
   cudaError_t (*launch)(const GemmParams& p, cudaStream_t stream);
+  // With clusters: how many of `size` blocks run at once.
+  cudaError_t (*resident_clusters)(const Device& device, int size, int& count) = nullptr;
 };
 
 template <class Params>

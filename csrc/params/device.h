@@ -5,7 +5,7 @@
 namespace forwardpass {
 
 struct Device {
-  int32_t sms;         // multiprocessors
+  int16_t sms, index;  // multiprocessors; index: cudart's
   int16_t arch;        // 80, 89, 90, …
   int16_t shared_kib;  // shared memory of a multiprocessor
 };

@@ -26,13 +26,16 @@ struct GemmShape {
   bool gated_blocks;
 };
 
-// Which kernel computes a GEMM, and how the output is divided (kernels/gemm.cpp). With split-K it leaves `splits`
-// partial sums of each output in the workspace; dequant_activation's kernel reduces them and runs the epilogue.
+// Which kernel computes a GEMM, and how the output is divided (kernels/gemm.cpp). With split-K there are `splits`
+// partial sums of each output. Either the splits of a tile are the blocks of a cluster, which adds them in shared
+// memory and runs the epilogue; or the kernel leaves them in the workspace, and dequant_activation's kernel does so.
+// The bits are the same: both add in the order of the splits, and have one epilogue.
 struct KernelChoice {
   const struct GemmKernel* kernel;  // a row of the operation's table
   bool quantizes;                   // it quantises the shape's groups, unless there is split-K
   int64_t splits, split_k;          // split_k: of K, for one split; a multiple of kScaleBlock
-  int32_t cluster, blocks;          // of persistent kernels: blocks of a cluster, blocks of the grid
+  int32_t cluster, blocks;          // of persistent kernels: blocks that share an operand, blocks of the grid
+  bool cluster_sums;                // a cluster has all splits of its tiles, `cluster` times `splits` blocks
   int32_t arch;                     // of the device
 };
 
@@ -42,13 +45,17 @@ using KernelSelector = int(const GemmShape* shape, const Device* device, KernelC
 // The most rows that the GEMV takes (gemv_sm80.cu).
 constexpr int kGemvRows = 4;
 
+// The most blocks of a cluster, on every device that has clusters.
+constexpr int kClusterBlocks = 8;
+
 // a [M, K] times b [N, K] transposed, then the epilogue. Rows of a and b begin at multiples of 16 bytes.
 struct GemmParams {
   Matrix a, b;  // i8, or e4m3
   BlockScales blocks;
   Epilogue epilogue;
   KernelChoice choice;
-  void* partial;  // [splits, M, N] accumulators, rows partial_stride elements apart; null without split-K
+  bool b_first;   // no kernel that may still run when this one begins writes b
+  void* partial;  // [splits, M, N] accumulators, rows partial_stride elements apart; null if no kernel leaves any
   int64_t partial_stride;
 };
 

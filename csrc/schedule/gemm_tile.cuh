@@ -14,26 +14,30 @@ struct GemmTile {
 };
 
 // The map from a block's index to its tile. Blocks that run at the same time share operands in L2: eight rows of tiles
-// are traversed column by column. A cluster counts as one block, whose tiles lie below each other.
+// are traversed column by column. A cluster counts as one block, whose tiles lie below each other; or of each of its
+// splits they do.
 struct TileMap {
   static constexpr uint32_t kGroup = 8;
   uint32_t tiles_m, tiles_n;  // 2^32 tiles would have 2^46 outputs
   uint32_t tiles;             // times splits
+  uint32_t share_bits;        // log2 of the blocks of a cluster that have tiles below each other
   int64_t k, split_k;         // columns of a and b; of one split
 
-  TileMap(int64_t tiles_m, int64_t tiles_n, int64_t splits, int64_t k, int64_t split_k)
+  TileMap(int64_t tiles_m, int64_t tiles_n, int64_t splits, int64_t k, int64_t split_k, uint32_t share_bits = 0)
       : tiles_m(static_cast<uint32_t>(tiles_m)),
         tiles_n(static_cast<uint32_t>(tiles_n)),
         tiles(static_cast<uint32_t>(tiles_m * tiles_n * splits)),
+        share_bits(share_bits),
         k(k),
         split_k(split_k) {}
-  // cluster, rank: blocks of a cluster, and which of them this one is
+  __device__ uint32_t share() const { return 1 << share_bits; }
+  // rank: which of the blocks with tiles below each other this one is; split: of its cluster
   template <int kM, int kN>
-  __device__ GemmTile at(uint32_t index, uint32_t cluster = 1, uint32_t rank = 0) const {
+  __device__ GemmTile at(uint32_t index, uint32_t rank = 0, uint32_t split = 0) const {
     const uint32_t tile = index % (tiles_m * tiles_n), group = tile / (kGroup * tiles_n), first = group * kGroup,
                    rows = min(kGroup, tiles_m - first), within = tile % (kGroup * tiles_n);
-    return tile_at((first + within % rows) * int64_t{cluster * kM} + rank * kM, int64_t{within / rows} * kN,
-                   index / (tiles_m * tiles_n));
+    return tile_at(((first + within % rows << share_bits) + rank) * int64_t{kM}, int64_t{within / rows} * kN,
+                   index / (tiles_m * tiles_n) + split);
   }
   // Where all tiles lie beside each other.
   template <int kN>

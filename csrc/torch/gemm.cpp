@@ -27,8 +27,8 @@ GemmCall::GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Wor
     : params(p), backend_(backend), like_(like), workspace_(workspace) {
   const int64_t m = p.a.rows, n = p.b.rows;
   if (!is_aligned(p.a)) a_ = workspace.reserve(m * padded_stride(p.a) * size_of(p.a.dtype));
-  if (!is_aligned(p.b)) b_ = workspace.reserve(n * padded_stride(p.b) * size_of(p.b.dtype));
-  if (params.choice.splits > 1) {
+  if (!is_aligned(p.b)) b_ = workspace.reserve(n * padded_stride(p.b) * size_of(p.b.dtype)), params.b_first = false;
+  if (params.choice.splits > 1 && !params.choice.cluster_sums) {
     params.partial_stride = round_up(n, 8);
     partial_ = workspace.reserve(params.choice.splits * m * params.partial_stride * 4);
   }

@@ -88,6 +88,7 @@ void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, cons
                 zero_point_offset = dynamic && !q.out.symmetric ? workspace.reserve(rows * 4) : 0;
   p.a = {nullptr, q.out.dtype, rows, q.out.columns, q.out.q_stride};
   p.choice = select_kernel<Params>(backend, p, x);
+  p.b_first = true;  // the quantisation begins when all that came before it has ended
   GemmCall gemm(backend, p, x, workspace);
   workspace.allocate(x);
   q.out.q = workspace.at<void>(q_offset);

@@ -99,7 +99,8 @@ def claims(name: str) -> Claims | None:
         return Claims(threads, tile["stages"], (tile["m"] + tile["n"]) * tile["stage_k"], tile["blocks_per_sm"])
     if "WgmmaTile{" in name:
         b_size = 2 if "Upconverted" in name else 1
-        return Claims(3 * 128, tile["stages"], (tile["m"] + tile["n"] * b_size) * tile["stage_k"], 1)
+        threads = 3 * 128 if tile["m"] >= 128 else 4 * 128  # few rows leave registers to another kernel
+        return Claims(threads, tile["stages"], (tile["m"] + tile["n"] * b_size) * tile["stage_k"], 1)
     if "W8a16Tile{" in name:
         warps = tile["n"] // 32 * max(1, tile["m"] // 64)
         return Claims(32 * warps, tile["stages"], (2 * tile["m"] + tile["n"]) * 128, tile["blocks_per_sm"])

@@ -11,6 +11,7 @@ from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_linear import cases as int8_linear
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 #: Whose arithmetic is not mutated here. CUDA's lines are in dequant_activation's kernel too, and mutated there; Triton's
@@ -73,6 +74,7 @@ def transposed(case, m, *more, **options):
         case(m, 300, 500, PLAIN, **options),
         case(m - 3, 144, 330, GATED, **options),
         case(m - 5, 40, 2100, PLAIN, **options),
+        case(m - 7, 48, 2100, GATED, **options),
         *more,
     )
 
@@ -118,7 +120,9 @@ CUDA = {
     ),
     "int8_wgmma_64x128": Instance(("sm_90a",), "Int8, WgmmaTile{m=64, n=128,", transposed(I8, 64), clusters=1),
     "int8_wgmma_16x128": Instance(
-        ("sm_90a",), "Int8, WgmmaTile{m=16, n=128,", transposed(I8, 16, I8(9, 40, 388, ZERO_POINT)), clusters=1
+        ("sm_90a",), "Int8, WgmmaTile{m=16, n=128,",
+        transposed(I8, 16, I8(9, 40, 388, ZERO_POINT), int8_linear.Case((9,), 300, 500), int8_linear.Case((7,), 40, 2100)),
+        clusters=1,
     ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3, WgmmaTile{m=128, n=128,",

@@ -23,7 +23,8 @@ class Instance:
     kernel: str  # in its readable name
     cases: tuple
     implementation: str = "cuda"
-    #: a kernel that computes one tile after the other: each launch with so many clusters, which make all tiles
+    #: a kernel that computes one tile after the other: each launch with so many clusters, which make all tiles; but clusters of
+    #: more than the two blocks that share an operand add splits of one tile
     clusters: int = 0
     #: and no more tiles than these: the plan takes the largest tile only where there is one for every other
     #: multiprocessor, and mutants need no more than wrap around
@@ -67,7 +68,8 @@ def instance_launches(instance, arch):
     if instance.clusters:
         for launch in launches:
             (_, block, (x, y, z), *rest) = launch.config
-            launch.config = (x * instance.clusters, y, z), block, (x, y, z), *rest
+            if x <= 2:
+                launch.config = (x * instance.clusters, y, z), block, (x, y, z), *rest
     return launches
 
 

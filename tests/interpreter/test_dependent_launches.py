@@ -17,17 +17,19 @@ def programmatic(device):
 
 
 @pytest.mark.parametrize(
-    ("arch", "rows", "launches"),
+    ("arch", "rows", "depth", "launches"),
     [
-        ("sm_80", 70, {"quantize": (0, 1), "gemm_mma": (0, 1), "dequant_activation": (0, 1)}),
-        ("sm_90a", 1, {"quantize": (0, 1), "gemv": (1, 1)}),
-        ("sm_90a", 16, {"quantize": (0, 1), "gemm_wgmma": (1, 1), "dequant_activation": (1, 1)}),
-        ("sm_90a", 300, {"quantize": (0, 1), "gemm_wgmma": (1, 1), "dequant_activation": (1, 1)}),
-        ("sm_120", 70, {"quantize": (0, 1), "gemm_mma": (1, 1), "dequant_activation": (1, 1)}),
+        ("sm_80", 70, 1024, {"quantize": (0, 1), "gemm_mma": (0, 1), "dequant_activation": (0, 1)}),
+        ("sm_90a", 1, 1024, {"quantize": (0, 1), "gemv": (1, 1)}),
+        ("sm_90a", 16, 1024, {"quantize": (0, 1), "gemm_wgmma": (1, 1)}),
+        ("sm_90a", 300, 1024, {"quantize": (0, 1), "gemm_wgmma": (1, 1)}),
+        # more splits than a cluster has blocks
+        ("sm_90a", 16, 4096, {"quantize": (0, 1), "gemm_wgmma": (1, 1), "dequant_activation": (1, 1)}),
+        ("sm_120", 70, 1024, {"quantize": (0, 1), "gemm_mma": (1, 1), "dequant_activation": (1, 1)}),
     ],
 )
-def test_linear(arch, rows, launches):
-    x, w = torch.randn(rows, 1024), torch.randn(256, 1024)
+def test_linear(arch, rows, depth, launches):
+    x, w = torch.randn(rows, depth), torch.randn(256, depth)
     q, scale, _ = fp.ops.quantize(w, torch.int8)
     exact = fp.ops.int8_linear(x, q, scale)
     with fp.interpret(arch, timeline=True) as device, fp.use_backend("cuda"):
@@ -36,6 +38,30 @@ def test_linear(arch, rows, launches):
         results = [fp.ops.int8_linear(x, q, scale) for _ in range(2)]
     assert device.findings == [] and all(torch.equal(r, exact) for r in results)
     assert programmatic(device) == {name: (2 * n, 2 * of) for name, (n, of) in launches.items()}
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_the_weight_is_on_its_way_before_the_quantisation_ends(rows):
+    x, w = torch.randn(rows, 4096), torch.randint(-127, 128, (4096, 4096), dtype=torch.int8)
+    with fp.interpret("sm_90a", timeline=True, checks=False) as device, fp.use_backend("cuda"):
+        if reason := device.why_not("cuda"):
+            pytest.skip(str(reason))
+        fp.ops.int8_linear(x, w, torch.ones(4096))
+    (gemm,) = (k for k in device.timeline().kernels if k.programmatic)
+    early = gemm.cycles - gemm.dependency_cycle - gemm.after_cycles
+    # 300 rows leave no multiprocessor without rows that are quantised, and none has registers for both kernels
+    assert early > 500 if rows < 300 else early == 0
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_weight_that_is_copied_is_waited_for(rows):
+    x, w = torch.randn(rows, 1000), torch.randint(-127, 128, (256, 1001), dtype=torch.int8)[:, :1000]
+    exact = fp.ops.int8_linear(x, w, torch.ones(256))
+    with fp.interpret("sm_90a", counters=True) as device, fp.use_backend("cuda"):
+        if reason := device.why_not("cuda"):
+            pytest.skip(str(reason))
+        assert torch.equal(fp.ops.int8_linear(x, w, torch.ones(256)), exact)
+    assert device.findings == [] and device.kernels("pad_rows")
 
 
 def test_attention():

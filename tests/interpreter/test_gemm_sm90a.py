@@ -101,6 +101,29 @@ def test_fp8_gemm_quantize_is_one_kernel_with_the_bits_of_two(m, n, activation, 
     assert device.findings == []
 
 
+@pytest.mark.parametrize(("m", "activation"), [(9, None), (61, "silu_mul"), (128, "gelu")])
+def test_sums_of_a_cluster_are_those_of_the_parts_in_order(m, activation, seed):
+    """27 tiles beside each other: four splits each, of 384 columns."""
+    case = fp8_gemm.Case(m, 27 * 128 - 16, 1536, EpilogueCase(activation=activation, out_dtype=torch.bfloat16))
+    args = case.arguments(seed=seed)
+    a, b, a_scale, b_scale, bias, *_ = args
+    one = torch.ones(1)
+    with fp.interpret("sm_90a", seed=seed, counters=True, approximate=False) as device, fp.use_backend("cuda"):
+        got = dispatch.operations["fp8_gemm"](*args)
+        (kernel,) = device.kernels()
+        parts = [
+            fp.ops.fp8_gemm(a[:, k : k + 384], b[:, k : k + 384], one, one, out_dtype=torch.float32)
+            for k in range(0, 1536, 384)
+        ]
+        expected = fp.ops.dequant_activation(
+            parts[0] + parts[1] + parts[2] + parts[3], a_scale, b_scale, bias=bias, activation=activation,
+            out_dtype=torch.bfloat16,
+        )  # fmt: skip
+    assert device.findings == [] and (kernel.cluster[0], kernel.grid[0]) == (4, 4 * 27)
+    assert_equal(got, expected)
+    fp8_gemm.assert_matches(got, args)
+
+
 def test_scales_of_b_that_begin_anywhere(seed):
     """TMA wants multiples of 16 bytes."""
     case = fp8_gemm.Case(200, 300, 400, BF16, blocks=True)

@@ -342,6 +342,40 @@ def test_the_busiest_multiprocessor_counts(grid):
     assert cycles(body, grid=grid) == pytest.approx(2000 + 300, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("arch", "length"),
+    [
+        ("sm_90a", lambda n, last: (last - n) // 132),  # the longest first
+        ("sm_90a", lambda n, last: n // 132),
+        ("sm_90a", lambda n, last: n * 5 % 13),
+        ("sm_80", lambda n, last: (last - n) // 132),  # of 132 CTAs, on 108 multiprocessors
+        ("sm_80", lambda n, last: 60 * (n == last // 2)),  # one, which no recorded multiprocessor has
+    ],
+)
+def test_ctas_of_different_lengths(arch, length):
+    """Few CTAs of a multiprocessor are recorded, and stand for those that are longer or shorter too. 1024 threads issue all
+    that a multiprocessor can, which has two such CTAs: at most so many are late at the end."""
+    grid = 132 * 12
+    lengths = torch.tensor([1 + length(n, grid - 1) for n in range(grid)], dtype=torch.int32)
+    body = f"""
+    mov.f32 %f0, 0f3F800000;
+    mov.u32 %r0, %ctaid.x;
+    mul.wide.u32 %rd0, %r0, 4;
+    add.u64 %rd0, %rd0, %a0;
+    ld.global.u32 %r1, [%rd0];
+    loop:
+    {"fma.rn.f32 %f0, %f0, %f0, %f0;" * 100}
+    sub.u32 %r1, %r1, 1;
+    setp.ne.u32 %p0, %r1, 0;
+    @%p0 bra loop;
+    """
+    (k,) = recorded(body, lengths, arch=arch, grid=grid, block=1024, checks=False).timeline().kernels
+    one = 8 * 100 * (2 if arch == "sm_80" else 1)  # eight warps of a scheduler
+    fair, longest = int(lengths.sum()) * one / {"sm_80": 108, "sm_90a": 132}[arch], int(lengths.max()) * one
+    assert k.resident == 2
+    assert max(fair, longest) < k.cycles < 1.05 * fair + 2 * longest + 2000
+
+
 def test_a_counter_hands_out_tiles_to_all_that_are_there():
     """A persistent kernel whose CTAs take the next tile when they have done one: 64 tiles of 25 thousand instructions."""
     counter, taken = (torch.zeros(n, dtype=torch.int32) for n in (1, 16))
@@ -383,6 +417,23 @@ def test_dependent_launches_hide_what_comes_before_their_wait():
     assert plain.launches == 3 and plain.dependency_cycle > 800
     assert plain.seconds == 3 * (plain.cycles / 1830e6 + 1.5e-6)
     assert programmatic.seconds == pytest.approx(plain.seconds - 3 * (1.5e-6 + plain.dependency_cycle / 1830e6))
+
+
+def test_dependent_launches_begin_when_they_are_let_and_have_room():
+    def after(body, **options):
+        x = torch.zeros(4096, dtype=torch.uint8)
+        (k,) = recorded(body, x, launches=2, programmatic=True, **options).timeline().kernels
+        return k.after_cycles, k.cycles - k.dependency_cycle
+
+    work = "fma.rn.f32 %f0, %f0, %f0, %f0;\n" * 200
+    body = work + "ld.global.u32 %r0, [%a0];\ngriddepcontrol.wait;\nadd.u32 %r0, %r0, %r0;\n" + work
+    late, alone = after(body)
+    assert late == alone > 1000  # the load's latency, from L2
+    let = "griddepcontrol.launch_dependents;\n" + body
+    early, alone = after(let)
+    assert early < 800 + 50 and alone == late
+    crowded, alone = after(let, grid=132, block=32, shared=120 << 10)
+    assert crowded == alone
 
 
 # ---- what is said of it ----

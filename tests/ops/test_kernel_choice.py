@@ -1,5 +1,6 @@
 """Which kernel computes a GEMM, and in which tiles and parts of K: what the kernel library selects of those that it has."""
 
+import contextlib
 import ctypes
 import pathlib
 import shutil
@@ -7,9 +8,9 @@ import subprocess
 
 import pytest
 
-import forwardpass
+import forwardpass as fp
 
-LIBRARY = pathlib.Path(forwardpass.__file__).parent / "_kernels_interpreted.so"
+LIBRARY = pathlib.Path(fp.__file__).parent / "_kernels_interpreted.so"
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA kernels, or without the interpreter")
 
 A100, L40S, H100, RTX5090 = (108, 80), (142, 89), (132, 90), (170, 120)  # multiprocessors, architecture
@@ -22,7 +23,12 @@ class Shape(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = [("sms", ctypes.c_int32), ("arch", ctypes.c_int16), ("shared_kib", ctypes.c_int16)]
+    _fields_ = [
+        ("sms", ctypes.c_int16),
+        ("index", ctypes.c_int16),
+        ("arch", ctypes.c_int16),
+        ("shared_kib", ctypes.c_int16),
+    ]
 
 
 class Kernel(ctypes.Structure):
@@ -39,45 +45,73 @@ class Kernel(ctypes.Structure):
 class Choice(ctypes.Structure):
     _fields_ = [("kernel", ctypes.POINTER(Kernel)), ("quantizes", ctypes.c_bool), ("splits", ctypes.c_int64),
                 ("split_k", ctypes.c_int64), ("cluster", ctypes.c_int32), ("blocks", ctypes.c_int32),
-                ("arch", ctypes.c_int32)]  # fmt: skip
+                ("cluster_sums", ctypes.c_bool), ("arch", ctypes.c_int32)]  # fmt: skip
 
 
 def select(op, device, m, n, k, group=0):
+    sms, arch = device
     choice = Choice()
     selector = getattr(ctypes.CDLL(str(LIBRARY)), f"forwardpass_select_{op}")
-    error = selector(ctypes.byref(Shape(m, n, k, group)), ctypes.byref(Device(*device)), ctypes.byref(choice))
+    shape = Shape(m, n, k, group)
+    with contextlib.ExitStack() as stack:
+        if arch == 90:  # how many clusters fit is asked of the device
+            stack.enter_context(fp.interpret("sm_90a", multiprocessors=sms))
+        error = selector(ctypes.byref(shape), ctypes.byref(Device(sms, 0, arch)), ctypes.byref(choice))
     return error, choice
 
 
 @pytest.mark.parametrize(
-    ("op", "device", "shape", "arch", "tile", "splits", "cluster"),
+    ("op", "device", "shape", "arch", "tile", "splits", "cluster", "cluster_sums"),
     [
-        ("int8_gemm", A100, (4, 4096, 4096), 80, (4, 16), 1, 0),
-        ("int8_gemm", A100, (5, 4096, 4096), 80, (16, 128), 3, 0),  # 32 tiles, of 108 multiprocessors
-        ("int8_gemm", A100, (64, 4096, 300), 80, (64, 128), 1, 0),  # of K there is too little to split
-        ("int8_gemm", A100, (4096, 4096, 4096), 80, (128, 128), 1, 0),
-        ("int8_gemm", H100, (1, 4096, 4096), 80, (4, 16), 1, 0),
-        ("int8_gemm", H100, (16, 1024, 1024), 90, (16, 128), 4, 1),
-        ("int8_gemm", H100, (4096, 4096, 4096), 90, (128, 256), 1, 2),
-        ("int8_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2),  # 128 tiles are one round, as 64 would be
-        ("fp8_gemm", H100, (4096, 2112, 7168), 90, (128, 192), 1, 2),  # three rounds, of 256 columns too
-        ("fp8_gemm", H100, (4096, 24576, 1536), 90, (128, 256), 1, 2),  # 47 rounds of 128 columns are fewer
-        ("int8_gemm", RTX5090, (4096, 4096, 4096), 80, (128, 128), 1, 0),
-        ("fp8_gemm", L40S, (64, 18176, 512), 89, (64, 128), 1, 0),
-        ("fp8_gemm", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0),
-        ("w8a16_gemm", H100, (64, 512, 4096), 90, (64, 128), 16, 2),  # four tiles beside each other: two clusters
-        ("w8a16_gemm", H100, (64, 384, 4096), 90, (64, 128), 16, 1),  # three
-        ("w8a16_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2),  # 128 tiles are one round, as 64 would be
-        ("w8a16_gemm", H100, (2048, 4096, 4096), 90, (256, 128), 1, 2),
-        ("w8a16_gemm", H100, (1280, 4096, 4096), 90, (128, 128), 1, 2),  # three rounds, not two of twice the rows
+        ("int8_gemm", A100, (4, 4096, 4096), 80, (4, 16), 1, 0, False),
+        ("int8_gemm", A100, (5, 4096, 4096), 80, (16, 128), 3, 0, False),  # 32 tiles, of 108 multiprocessors
+        ("int8_gemm", A100, (64, 4096, 300), 80, (64, 128), 1, 0, False),  # of K there is too little to split
+        ("int8_gemm", A100, (4096, 4096, 4096), 80, (128, 128), 1, 0, False),
+        ("int8_gemm", H100, (1, 4096, 4096), 80, (4, 16), 1, 0, False),
+        ("int8_gemm", H100, (16, 1024, 1024), 90, (16, 128), 4, 1, True),
+        ("int8_gemm", H100, (4096, 4096, 4096), 90, (128, 256), 1, 2, False),
+        ("int8_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2, False),  # 128 tiles are one round, as 64 would be
+        ("fp8_gemm", H100, (4096, 2112, 7168), 90, (128, 192), 1, 2, False),  # three rounds, of 256 columns too
+        ("fp8_gemm", H100, (4096, 24576, 1536), 90, (128, 256), 1, 2, False),  # 47 rounds of 128 columns are fewer
+        ("int8_gemm", RTX5090, (4096, 4096, 4096), 80, (128, 128), 1, 0, False),
+        ("fp8_gemm", L40S, (64, 18176, 512), 89, (64, 128), 1, 0, False),
+        ("fp8_gemm", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0, False),
+        # four tiles beside each other: two clusters
+        ("w8a16_gemm", H100, (64, 512, 4096), 90, (64, 128), 16, 2, False),
+        ("w8a16_gemm", H100, (64, 384, 4096), 90, (64, 128), 16, 1, False),  # three
+        # too many splits for clusters that share x too
+        ("w8a16_gemm", H100, (64, 2048, 4096), 90, (64, 128), 8, 1, True),
+        ("w8a16_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2, False),  # 128 tiles are one round, as 64 would be
+        ("w8a16_gemm", H100, (2048, 4096, 4096), 90, (256, 128), 1, 2, False),
+        # three rounds, not two of twice the rows
+        ("w8a16_gemm", H100, (1280, 4096, 4096), 90, (128, 128), 1, 2, False),
     ],
 )
-def test_by_hand(op, device, shape, arch, tile, splits, cluster):
+def test_by_hand(op, device, shape, arch, tile, splits, cluster, cluster_sums):
     error, choice = select(op, device, *shape)
     assert error == SUCCESS
     kernel = choice.kernel.contents
     assert (kernel.arch, (kernel.tile_m, kernel.tile_n)) == (arch, tile)
     assert (choice.splits, choice.cluster, choice.blocks) == (splits, cluster, device[0] if cluster else 0)
+    assert choice.cluster_sums == cluster_sums
+
+
+@pytest.mark.parametrize(
+    ("sms", "shape", "splits", "cluster", "cluster_sums", "blocks"),
+    [
+        (19, (16, 384, 4096), 6, 1, False, 19),  # three clusters of six: of 16 multiprocessors two, of three none
+        (20, (16, 256, 2560), 10, 1, False, 20),  # too many for a cluster
+        (24, (16, 384, 4096), 8, 1, True, 24),
+        (34, (300, 512, 4096), 2, 1, True, 34),  # three rows of tiles, which share nothing
+        (34, (200, 512, 4096), 4, 2, True, 34),  # two rows: clusters of eight, four of them
+        (35, (4096, 4096, 4096), 1, 2, False, 34),  # 17 clusters, of the last multiprocessor none
+        (1, (4096, 4096, 4096), 1, 1, False, 1),  # no cluster fits
+    ],
+)
+def test_clusters_are_those_that_the_device_has_room_for(sms, shape, splits, cluster, cluster_sums, blocks):
+    error, c = select("int8_gemm", (sms, 90), *shape)
+    assert error == SUCCESS
+    assert (c.splits, c.cluster, c.cluster_sums, c.blocks) == (splits, cluster, cluster_sums, blocks)
 
 
 @pytest.mark.parametrize(("m", "group", "tile", "quantizes"),

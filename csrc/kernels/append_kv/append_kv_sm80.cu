@@ -8,17 +8,6 @@ namespace forwardpass {
 
 constexpr int kAppendWarps = 4;
 
-__device__ inline float load_float(const void* data, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::f32:
-      return static_cast<const float*>(data)[i];
-    case Dtype::f16:
-      return to_float(static_cast<const __half*>(data)[i]);
-    default:
-      return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
-  }
-}
-
 // Where a token goes: false if it is before its sequence, or the cache has no such row.
 struct CacheRow {
   int64_t first, row;

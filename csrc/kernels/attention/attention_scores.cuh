@@ -214,11 +214,7 @@ __device__ inline void store_lse(const OnlineSoftmax<Scores::kTilesM>& softmax, 
 
 // The sink of a head, a logit that enters the denominator only, in units of log2(e); -inf without one.
 __device__ inline float sink_of(const AttentionParams& p, int head) {
-  if (!p.sinks) return -INFINITY;
-  const float sink = p.sinks_dtype == Dtype::f32   ? static_cast<const float*>(p.sinks)[head]
-                     : p.sinks_dtype == Dtype::f16 ? to_float(static_cast<const __half*>(p.sinks)[head])
-                                                   : to_float(static_cast<const __nv_bfloat16*>(p.sinks)[head]);
-  return sink * kLog2e;
+  return p.sinks ? load_float(p.sinks, p.sinks_dtype, head) * kLog2e : -INFINITY;
 }
 
 }  // namespace forwardpass

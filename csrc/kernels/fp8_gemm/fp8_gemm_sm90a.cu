@@ -6,7 +6,7 @@
 namespace forwardpass {
 
 // Main loop: a consumer warp issues 416 instructions for 2^20 multiply-adds (208 for eight m64n128k32, 128 of them the
-// promotion), 476 with the smaller tile. Registers: 128 accumulators, 64 partial ones, 16 of a. The 256 columns of a
+// promotion), 496 with the smaller tile. Registers: 128 accumulators, 64 partial ones, 16 of a. The 256 columns of a
 // warpgroup are two groups of fp8_gemm_quantize or, of a gated product, one. Shared memory: 80 KB read and 48 KB
 // written a stage, in the tensor cores' 1024 clocks; with a in shared memory, or 128 x 128 a warpgroup, 96 KB were read
 // (1303 clocks a stage, modelled; 1159 now).
@@ -30,7 +30,9 @@ constexpr GemmKernel row(int stage_clocks = 0) {
           .stage_clocks = stage_clocks,
           .quantizes = Tile::kQuantizes,
           .gated_blocks = Tile::kN % kScaleBlock == 0,  // else a tile has parts of four blocks
-          .launch = launch_gemm_wgmma<Tile>};
+          .cluster_sums = Tile::kClusterSums,
+          .launch = launch_gemm_wgmma<Tile>,
+          .resident_clusters = resident_clusters<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x256>(1163), row<Tile128x192>(893), row<Tile128x128>(689), row<Tile64x128>(),
                               row<Tile16x128>()};

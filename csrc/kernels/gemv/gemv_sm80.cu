@@ -102,19 +102,29 @@ struct GemvOperands {
   // Loads block `block` of K; whole: all of its columns are inside.
   template <bool whole>
   __device__ void load(GemvBlock<X>& d, int64_t block) const {
+    load_weight<whole>(d, block);
+    load_x<whole>(d, block);
+  }
+  template <bool whole>
+  __device__ void load_weight(GemvBlock<X>& d, int64_t block) const {
     const auto once = [this](const uint8_t* p) { return ptx::ld_once(p, policy); };
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        d.w[half][i] = load_bytes(w[i] + offset_of(block, half), remaining<whole>(block, half), once);
+  }
+  // And the scales.
+  template <bool whole>
+  __device__ void load_x(GemvBlock<X>& d, int64_t block) const {
     const auto again = [](const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); };
-    const int64_t first = block * kScaleBlock;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int offset = half * (kScaleBlock / 2);
-      const int64_t remaining = whole ? kScaleBlock : columns - first - thread_in_group() * 16 - offset;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) d.w[half][i] = load_bytes(w[i] + first + offset, remaining, once);
+      const int64_t remaining = this->remaining<whole>(block, half);
 #pragma unroll
       for (int i = 0; i < kXSize; ++i)
         d.x[half][i] =
-            x ? load_bytes(x + (first + offset) * kXSize + i * 16, remaining * kXSize - i * 16, again) : uint4{};
+            x ? load_bytes(x + offset_of(block, half) * kXSize + i * 16, remaining * kXSize - i * 16, again) : uint4{};
     }
     if constexpr (X != Dtype::i8) {
 #pragma unroll
@@ -125,6 +135,15 @@ struct GemvOperands {
           d.scale[i][j] = x_scale[j] ? __fmul_rn(x_scale[j][block * x_scale_stride], scale_w) : scale_w;
       }
     }
+  }
+
+ private:
+  __device__ static int64_t offset_of(int64_t block, int half) {
+    return block * kScaleBlock + half * (kScaleBlock / 2);
+  }
+  template <bool whole>
+  __device__ int64_t remaining(int64_t block, int half) const {
+    return whole ? kScaleBlock : columns - offset_of(block, half) - thread_in_group() * 16;
   }
 };
 
@@ -179,8 +198,6 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   using Acc = typename Config::Acc;
   __shared__ Acc sums[Config::kWarps][kGemvRows][Config::kN];
   __shared__ Staging staging;
-  ptx::wait_for_earlier_kernels();
-  ptx::launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const GemmTile tile = p.map.in_one_row<Config::kN>(blockIdx.x);
   const int64_t whole_blocks = tile.k_end / kScaleBlock;
@@ -189,7 +206,12 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
   Acc acc[4] = {};
   GemvBlock<X> blocks[2];  // one is used while the other arrives
   int64_t block = tile.k / kScaleBlock + warp;
-  if (block < whole_blocks) operands.template load<true>(blocks[0], block);
+  const bool begins = block < whole_blocks;
+  if (begins && p.b_first) operands.template load_weight<true>(blocks[0], block);
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
+  if (begins && !p.b_first) operands.template load_weight<true>(blocks[0], block);
+  if (begins) operands.template load_x<true>(blocks[0], block);
 #pragma unroll 1
   while (block < whole_blocks) {
 #pragma unroll

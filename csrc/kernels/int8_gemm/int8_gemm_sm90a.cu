@@ -5,7 +5,7 @@
 
 namespace forwardpass {
 
-// Main loop: a consumer warp issues 86 instructions for 2^20 multiply-adds (43 for four m64n256k32), 164 with the
+// Main loop: a consumer warp issues 86 instructions for 2^20 multiply-adds (43 for four m64n256k32), 168 with the
 // smaller tile. 168 registers at launch. A stage of 48 KB is used for 1024 clocks, if the tensor cores bind, while
 // three more, 144 KB, are in flight. From L2 it takes 32 bytes a clock in clusters of two; an H100's multiprocessor is
 // assumed to get 39. Shared memory: 48 KB written and 80 KB read by wgmma in 1024 clocks, all of its 128 bytes a clock.
@@ -29,7 +29,9 @@ constexpr GemmKernel row(int stage_clocks = 0) {
           .tile_n = Tile::kN,
           .cluster = Cluster::along_m,
           .stage_clocks = stage_clocks,
-          .launch = launch_gemm_wgmma<Tile>};
+          .cluster_sums = Tile::kClusterSums,
+          .launch = launch_gemm_wgmma<Tile>,
+          .resident_clusters = resident_clusters<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x256>(1084), row<Tile128x192>(860), row<Tile128x128>(656), row<Tile64x128>(),
                               row<Tile16x128>()};

@@ -53,7 +53,7 @@ struct UpconvertingMainloop {
 
   __device__ UpconvertingMainloop(const WgmmaArguments& p, typename Config::SharedStorage& s,
                                   const ConsumerPlace<Config>& place)
-      : p(p), pipeline(s), row(place.row + accumulator_row(0)) {
+      : p(p), pipeline(p.map, s), row(place.row + accumulator_row(0)) {
     const int chunk = SwizzledRows<Config::kStageK>::swizzle(group_id());
     weight = uniform(ptx::shared_address(&s.stage[0].a[row][chunk * 16 + accumulator_column(0)]), threadIdx.x % 32);
     x = uniform(ptx::descriptor(ptx::shared_address(s.stage[0].b)));
@@ -94,6 +94,15 @@ struct UpconvertingMainloop {
       upconverted[step][3] = upconvert<W, X>(ptx::load_shared_16<kBelow + kFurther>(from));
     }
   }
+  // To the next stage, if there is one, while the wgmmas of this one's second half run.
+  template <Dtype W>
+  __device__ void advance(Operand& upconverted, bool more) {
+    pipeline.advance();
+    if (!more) return;
+    pipeline.wait_full();
+    ptx::wgmma_wait<1>();
+    upconvert_half<W>(upconverted, 0);
+  }
   // One group of wgmmas: kTiles * 8 rows of x, from part `part` on, by half a stage.
   template <int kTiles>
   __device__ void mma(float (&acc)[kTiles][4], const Operand& upconverted, int half, int stage, int part,
@@ -124,12 +133,7 @@ struct UpconvertingMainloop {
       upconvert_half<W>(upconverted[1], 1);
       mma(acc[0], upconverted[1], 1, stage, 0, true);
       before = stage;
-      pipeline.advance();
-      if (i + 1 < slices) {
-        pipeline.wait_full();
-        ptx::wgmma_wait<1>();
-        upconvert_half<W>(upconverted[0], 0);
-      }
+      advance<W>(upconverted[0], i + 1 < slices);
     }
     ptx::wgmma_wait<0>();
     pipeline.release(before);
@@ -153,14 +157,7 @@ struct UpconvertingMainloop {
         mma(partial, upconverted[0], 0, stage, part, false);
         if (part == 0) upconvert_half<W>(upconverted[1], 1);
         mma(partial, upconverted[1], 1, stage, part, true);
-        if (part == kParts - 1) {
-          pipeline.advance();
-          if (i + 1 < slices) {
-            pipeline.wait_full();
-            ptx::wgmma_wait<1>();
-            upconvert_half<W>(upconverted[0], 0);
-          }
-        }
+        if (part == kParts - 1) advance<W>(upconverted[0], i + 1 < slices);
         ptx::wgmma_wait<0>();
         if (part == kParts - 1) pipeline.release(stage);
 #pragma unroll
@@ -212,7 +209,9 @@ constexpr GemmKernel row(cudaError_t (*launcher)(const GemmParams&, cudaStream_t
           .tile_m = Tile<Dtype::f16>::kN,
           .tile_n = Tile<Dtype::f16>::kM,
           .cluster = Cluster::along_n,
-          .launch = launcher};
+          .cluster_sums = Tile<Dtype::f16>::kClusterSums,
+          .launch = launcher,
+          .resident_clusters = resident_clusters<Tile<Dtype::f16>>};
 }
 const GemmKernel kernels[] = {row<Tile128x256Plain>(launch_128x256), row<Tile128x128>(), row<Tile128x64>(),
                               row<Tile128x16>()};

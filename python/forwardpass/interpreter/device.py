@@ -46,8 +46,9 @@ class Device:
         findings: every InterpreterFinding so far, in order.
     """
 
-    def __init__(self, arch: str, options: core.Options, guard: bool):
+    def __init__(self, arch: str, options: core.Options, guard: bool, multiprocessors: int = 0):
         self.arch, self.seed, self.guard = arch, int(options.seed), guard
+        self._name = f"{arch}/{multiprocessors}" if multiprocessors else arch
         self.counters = dict.fromkeys(core.COUNTERS, 0)
         self.findings: list[InterpreterFinding] = []
         self._options = options
@@ -202,7 +203,8 @@ def _install(device: Device | None) -> None:
     if device is _installed:
         return
     api = core.load()
-    api.fpi_set_device(device.arch.encode() if device else None)
+    if api.fpi_set_device(device._name.encode() if device else None) and device:
+        raise ValueError(f"an {core.ARCHITECTURES[device.arch]} has not as many multiprocessors as {device._name} says")
     if device:
         api.fpi_set_options(ctypes.byref(device._options))
     _installed = device
@@ -227,6 +229,7 @@ def make(
     counters: bool = False,
     timeline: bool = False,
     threads: int = 0,
+    multiprocessors: int = 0,
 ) -> Device:
     """A device, once everything that it needs is known to be there."""
     if arch not in core.ARCHITECTURES:
@@ -235,6 +238,8 @@ def make(
         raise ValueError(f"seed is an integer from 0 to 2**64 - 1, not {seed!r}")
     if not isinstance(threads, int) or threads < 0:
         raise ValueError(f"threads is a number of threads, or 0 for one a core, not {threads!r}")
+    if not isinstance(multiprocessors, int) or multiprocessors < 0:
+        raise ValueError(f"multiprocessors is how many a slice of the GPU has, or 0 for all, not {multiprocessors!r}")
     if reason := core.why_not() or (
         library.load_error and Reason("not_built", library.why_no_ops() or "", "reinstall")
     ):
@@ -245,7 +250,7 @@ def make(
     )  # fmt: skip
     if core.KERNELS.exists():
         torch.ops.forwardpass._set_library(1, str(core.KERNELS))
-    return Device(arch, options, guard)
+    return Device(arch, options, guard, multiprocessors)
 
 
 @contextlib.contextmanager
@@ -260,6 +265,7 @@ def interpret(
     counters: bool = False,
     timeline: bool = False,
     threads: int = 0,
+    multiprocessors: int = 0,
 ) -> Iterator[Device]:
     """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
 
@@ -279,6 +285,7 @@ def interpret(
             which takes time.
         timeline: what the CTAs of one multiprocessor do is recorded (`Device.timeline`); it counts too.
         threads: of the interpreter, 0 for one a core.
+        multiprocessors: of the GPU, as a MIG slice has; 0 for all.
 
     Yields:
         The `Device`: its counters, and its findings.
@@ -286,11 +293,11 @@ def interpret(
     Raises:
         InterpreterFinding: out of the block, by the call that launched the kernel.
         Unsupported: this installation or this CPU cannot interpret.
-        ValueError: an unknown architecture, seed or number of threads.
+        ValueError: an unknown architecture, seed, number of threads or of multiprocessors.
     """
     device = make(
         arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard,
-        counters=counters, timeline=timeline, threads=threads,
+        counters=counters, timeline=timeline, threads=threads, multiprocessors=multiprocessors,
     )  # fmt: skip
     before = dispatch.interpreter()
     _take_triton()

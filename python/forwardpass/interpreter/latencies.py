@@ -13,6 +13,7 @@ _LUO = (
     "the L40S"
 )
 _ABDELKHALIK = "Abdelkhalik et al., Demystifying the Nvidia Ampere Architecture through Microbenchmarking (2022)"
+_HUERTA = "Huerta et al., Dissecting and Modeling the Architecture of Modern GPU Cores (MICRO 2025), table 1"
 _SUN = "Sun et al., Dissecting Tensor Cores via Microbenchmarks (2022)"
 
 #: quantity, unit, of each of ARCHITECTURES, source
@@ -37,12 +38,16 @@ LATENCIES: list[tuple[str, str, tuple[float, float, float, float], str]] = [
     ("L2 of a multiprocessor", "bytes", (64, 64, 64, 64), "assumed: the most that one can take"),
     ("DRAM efficiency", "of its bandwidth", (0.92, 0.92, 0.92, 0.92),
      "assumed; Azure's AI benchmarking guide has 0.95 of reads and 0.87 of copies on the H100"),
-    ("memory queue", "cycles", (32, 32, 32, 32), "assumed: what loads and stores may be behind before no more are issued"),
+    ("memory queue", "instructions of a scheduler", (5, 5, 5, 5),
+     f"{_HUERTA}: loads and stores that a scheduler of an Ampere GPU issues before it waits for the first to leave; assumed of "
+     "the others"),
     ("TMA latency", "cycles more than L2 or DRAM", (0, 0, 170, 170), "assumed"),
     ("TMA interval", "cycles", (1, 1, 8, 8), "assumed: an instruction"),
     ("mbarrier latency", "cycles", (20, 20, 20, 20), "assumed: until an arrival counts, and of a test"),
     ("barrier latency", "cycles", (20, 20, 20, 20), "assumed: after the last arrival"),
     ("cluster latency", "cycles", (180, 180, 180, 180), "Luo et al.: between two multiprocessors; RTX PRO 6000: assumed"),
+    ("shared memory of a cluster", "bytes", (11, 11, 11, 11),
+     "Luo et al.: what a multiprocessor of the H100 takes from others, 2.65 TB/s of all in clusters of four"),
     ("fence latency", "cycles", (20, 20, 20, 20), "assumed: within a CTA; beyond, as L2"),
     ("branch latency", "cycles", (8, 8, 8, 8), "assumed: taken"),
     ("block latency", "cycles", (300, 300, 300, 300), "assumed: until a CTA's first instruction"),

@@ -41,6 +41,7 @@ class KernelTimeline:
             is extrapolated.
         cycles: of a launch, from its first CTA on.
         dependency_cycle: of the first griddepcontrol.wait; 0 where there is none.
+        after_cycles: of a launch with programmatic stream serialisation, those that come after the launch before has ended.
         busy: resource -> share of the cycles; of "tensor cores" their occupancy.
         clock: MHz.
         launch_seconds: what a launch costs besides.
@@ -58,6 +59,7 @@ class KernelTimeline:
     replayed: int
     cycles: int
     dependency_cycle: int
+    after_cycles: int
     busy: dict[str, float]
     clock: float
     launch_seconds: float
@@ -76,6 +78,7 @@ class KernelTimeline:
             "replayed",
             "cycles",
             "dependency_cycle",
+            "after_cycles",
         )
         busy = {name: n / max(1, record["replayed_cycles"]) for name, n in record["busy"].items()}
         return cls(
@@ -86,10 +89,10 @@ class KernelTimeline:
     @property
     def seconds(self) -> float:
         """All launches, one after the other. One with programmatic stream serialisation has begun, and done what comes before
-        its griddepcontrol.wait, when the launch before it ends."""
+        its griddepcontrol.wait, when the launch before it ends; and more, if that lets it begin early and there is room."""
         one = self.cycles / (self.clock * 1e6) + self.launch_seconds
-        hidden = self.launch_seconds + self.dependency_cycle / (self.clock * 1e6) if self.dependency_cycle else 0
-        return self.launches * one - self.programmatic * hidden
+        dependent = self.after_cycles / (self.clock * 1e6) if self.dependency_cycle else one
+        return (self.launches - self.programmatic) * one + self.programmatic * dependent
 
     @property
     def waited(self) -> Counter[str]:
