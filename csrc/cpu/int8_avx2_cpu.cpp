@@ -150,50 +150,31 @@ AVX2 void multiply_block(const PackedWeight& b, const uint8_t* a, int64_t a_stri
   }
 }
 
-// Few rows: both operands as 16 bits, of which sixteen products are one instruction (vpmaddwd), exact.
-struct Rows {
-  static constexpr int kBytes = 2;
-  INLINE AVX2 static __m256i upconvert(const uint8_t* sixteen) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
+// Few rows: both operands as 16 bits, of which sixteen products are one instruction (vpmaddwd), exact. Written as
+// assembly, as an intrinsic could only be inlined into functions of its own target.
+struct Dot {
+  using Sums = Vectors<8>::i32;
+  using Wide = Sums;
+  static constexpr int kStep = 16, kBytes = 2, kSums = 8;
+  INLINE static Wide widen(const uint8_t* b) {
+    Wide wide;
+    asm("vpmovsxbw %1, %0" : "=x"(wide) : "m"(*reinterpret_cast<const char (*)[kStep]>(b)));
+    return wide;
   }
-  INLINE AVX2 static int32_t sum(__m256i v) {
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)),
-                  two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
-  }
-  template <int kRows, int kColumns>
-  INLINE AVX2 static void add(__m256i (&acc)[kRows][kColumns], const uint8_t* a, int64_t a_stride, const uint8_t* b,
-                              int64_t b_stride) {
-    __m256i wide[kColumns];
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) wide[j] = upconvert(b + j * b_stride);
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) {
-      const __m256i row = load(a + i * a_stride);
-#pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(row, wide[j]));
-    }
-  }
-  template <int kRows, int kColumns>
-  AVX2 static void dots(const uint8_t* a, int64_t depth, const uint8_t* b, int64_t b_stride, int64_t k, int32_t* sums,
-                        int64_t stride) {
-    __m256i acc[kRows][kColumns] = {};
-    int64_t d = 0;
-    for (; d + 16 <= k; d += 16) add(acc, a + d * 2, depth * 2, b + d, b_stride);
-    if (d < k) {
-      uint8_t last[kColumns][16] = {};
-      for (int j = 0; j < kColumns; ++j) std::memcpy(last[j], b + j * b_stride + d, k - d);
-      add(acc, a + d * 2, depth * 2, last[0], sizeof(last[0]));
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sums[i * stride + j] = sum(acc[i][j]);
+  INLINE static void add(Sums& sums, const uint8_t* a, Wide b) {
+    Sums products;
+    asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(b), "m"(*reinterpret_cast<const char (*)[kStep * kBytes]>(a)));
+    sums += products;
   }
 };
 
-AVX2 void prepare_few(const uint8_t* a, int64_t elements, uint8_t* prepared) {
-  for (int64_t i = 0; i < elements; i += 16) store(prepared + i * 2, Rows::upconvert(a + i));
+AVX2 void prepare_few(const uint8_t* a, int64_t rows, int64_t stride, uint8_t* prepared, uint32_t* corrections) {
+  for (int64_t i = 0; i < rows * stride; i += 16) store(prepared + i * 2, bits<__m256i>(Dot::widen(a + i)));
+  std::fill(corrections, corrections + rows, 0);
+}
+
+AVX2 void multiply_few(const FewRows& a, const Matrix& b, int64_t first, int64_t last, int32_t* sums, int64_t stride) {
+  cpu::multiply_few<Dot>(a, b, first, last, sums, stride);
 }
 
 }  // namespace
@@ -206,8 +187,9 @@ const Int8Kernel& avx2_int8() {
                                       .pack_strip = pack_strip,
                                       .prepare_block = prepare_block,
                                       .multiply_block = multiply_block,
+                                      .few_bytes = 2,
                                       .prepare_few = prepare_few,
-                                      .multiply_few = multiply_few<Rows>};
+                                      .multiply_few = multiply_few};
   return kKernel;
 }
 

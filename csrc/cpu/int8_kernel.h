@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
-#include <type_traits>
 #include <vector>
 
+#include "cpu/few_rows.h"
 #include "cpu/memory.h"
 #include "cpu/tier.h"
 #include "cpu/transpose.h"
@@ -43,6 +43,13 @@ struct PackedWeight {
   const ExcessPair* excess;
 };
 
+// Few rows of a, prepared, rows `stride` bytes apart; zero from K on. What is added to a row's sums, modulo 2^32.
+struct FewRows {
+  const uint8_t* data;
+  int64_t rows, stride;
+  const uint32_t* corrections;
+};
+
 struct Int8Kernel {
   // Up to so many rows of a, b is read once, as it is; with more it is packed, or has been.
   int64_t few_rows, few_rows_unpacked;
@@ -57,11 +64,11 @@ struct Int8Kernel {
   void (*prepare_block)(const PackedWeight& b, uint8_t* a, int64_t a_stride, uint8_t* scratch);
   void (*multiply_block)(const PackedWeight& b, const uint8_t* a, int64_t a_stride, int64_t rows,
                          const uint8_t* scratch, int64_t first_strip, int64_t strips, int32_t* sums);
-  // sums[i * stride + j] = a[i] b[j] for `rows` rows of a and b's from `first` to `last`; a [rows, depth] is prepared
-  // by prepare_few, into two bytes an element.
-  void (*prepare_few)(const uint8_t* a, int64_t elements, uint8_t* prepared);
-  void (*multiply_few)(const uint8_t* prepared, int64_t rows, int64_t depth, const Matrix& b, int64_t first,
-                       int64_t last, int32_t* sums, int64_t stride);
+  // Of few rows: `few_bytes` of an element of a, as prepare_few makes them and their corrections from a [rows, stride],
+  // and sums[i * stride + j - first] = a[i] b[j] for the rows of b from `first` to `last`.
+  int64_t few_bytes;
+  void (*prepare_few)(const uint8_t* a, int64_t rows, int64_t stride, uint8_t* prepared, uint32_t* corrections);
+  void (*multiply_few)(const FewRows& a, const Matrix& b, int64_t first, int64_t last, int32_t* sums, int64_t stride);
 };
 
 const Int8Kernel& avx2_int8();
@@ -100,29 +107,19 @@ INLINE void pack_tile(const Matrix& b, int64_t row, int64_t column, uint8_t* til
   transpose<V>(padded, kTileBytes, kTileRows, tile, kTileBytes);
 }
 
-// multiply_few of a tier, by its dots:
-//   dots<kRows, kColumns>(prepared, depth, b, b_stride, k, sums, stride)
-//                               sums[i * stride + j] = a[i] b[j], of kRows rows of a and kColumns of b
-// Four rows of a by two of b at a time; sixteen of b stay in L1 for all of a.
-template <class Rows>
-void multiply_few(const uint8_t* prepared, int64_t rows, int64_t depth, const Matrix& b, int64_t first, int64_t last,
-                  int32_t* sums, int64_t stride) {
-  const auto by_columns = [&](auto count, int64_t r, int64_t begin, int64_t end) {
-    constexpr int kRows = decltype(count)::value;
-    const uint8_t *a = prepared + r * depth * Rows::kBytes, *data = static_cast<const uint8_t*>(b.data);
-    int64_t j = begin;
-    for (; j + 2 <= end; j += 2)
-      Rows::template dots<kRows, 2>(a, depth, data + j * b.stride, b.stride, b.columns, sums + r * stride + j, stride);
-    if (j < end)
-      Rows::template dots<kRows, 1>(a, depth, data + j * b.stride, b.stride, b.columns, sums + r * stride + j, stride);
-  };
-  for (int64_t begin = first; begin < last; begin += kTileRows) {
-    const int64_t end = std::min(last, begin + kTileRows);
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) by_columns(std::integral_constant<int, 4>{}, r, begin, end);
-    if (rows - r >= 2) by_columns(std::integral_constant<int, 2>{}, r, begin, end), r += 2;
-    if (r < rows) by_columns(std::integral_constant<int, 1>{}, r, begin, end);
-  }
+// multiply_few of a tier.
+template <class Dot>
+INLINE void multiply_few(const FewRows& a, const Matrix& b, int64_t first, int64_t last, int32_t* sums,
+                         int64_t stride) {
+  const auto data = static_cast<const uint8_t*>(b.data);
+  for_each_tile<Dot>(a.rows, first, last,
+                     [&](auto rows, auto columns, int64_t i, int64_t j) __attribute__((always_inline)) {
+                       Tile<Dot, rows, columns> tile;
+                       tile.add(a.data + i * a.stride, a.stride, data + j * b.stride, b.stride, 0, b.columns);
+                       tile.store(sums + i * stride + j - first, stride, [&](int32_t sum, int row) {
+                         return static_cast<int32_t>(static_cast<uint32_t>(sum) + a.corrections[i + row]);
+                       });
+                     });
 }
 
 }  // namespace forwardpass::cpu

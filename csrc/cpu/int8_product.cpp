@@ -203,19 +203,17 @@ void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const
   });
 }
 
-void multiply_few_rows(const Int8Kernel& kernel, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
-                       const QuantizeParams* quantize) {
-  const int64_t m = a.rows, k = a.columns, n = b.rows, depth = round_up(k, kTileBytes), columns = round_up(n, 16);
-  const CacheLines quantized = allocate(m * depth), prepared = allocate(m * depth * 2),
-                   sums = allocate(m * columns * 4);
-  load_rows(a, quantize, 0, m, quantized[0].bytes, depth);
-  kernel.prepare_few(quantized[0].bytes, m * depth, prepared[0].bytes);
-  auto acc = reinterpret_cast<int32_t*>(sums[0].bytes);
-  // As many rows of b for a thread as take about 5 us.
-  torch::stable::parallel_for(0, n, std::max<int64_t>(1, 262144 / (k * m)), [&](int64_t first, int64_t last) {
-    kernel.multiply_few(prepared[0].bytes, m, depth, b, first, last, acc, columns);
+void multiply_rows(const Int8Kernel& kernel, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
+                   const QuantizeParams* quantize) {
+  const int64_t m = a.rows, k = a.columns, depth = round_up(k, kTileBytes), bytes = m * depth;
+  const CacheLines rows = allocate(bytes), prepared = allocate(bytes * kernel.few_bytes), corrections = allocate(m * 4);
+  load_rows(a, quantize, 0, m, rows[0].bytes, depth);
+  for (int64_t r = 0; r < m; ++r) std::memset(rows[0].bytes + r * depth + k, 0, depth - k);
+  const FewRows few{prepared[0].bytes, m, depth * kernel.few_bytes, reinterpret_cast<uint32_t*>(corrections[0].bytes)};
+  kernel.prepare_few(rows[0].bytes, m, depth, prepared[0].bytes, reinterpret_cast<uint32_t*>(corrections[0].bytes));
+  multiply_few_rows<Dtype::i32>(m, b, epilogue, [&](int64_t first, int64_t last, int32_t* sums, int64_t stride) {
+    kernel.multiply_few(few, b, first, last, sums, stride);
   });
-  dequant_activation_cpu({{acc, Dtype::i32, m, n, columns}, epilogue});
 }
 
 }  // namespace
@@ -242,9 +240,9 @@ const Int8Kernel* int8_kernel([[maybe_unused]] Tier t) {
 void int8_product(const Int8Kernel& kernel, const Matrix& a, const Int8Weight& weight, const Epilogue& epilogue,
                   const QuantizeParams* quantize) {
   const Matrix& b = weight.b;
-  if (a.rows <= kernel.few_rows) return multiply_few_rows(kernel, a, b, epilogue, quantize);
+  if (a.rows <= kernel.few_rows) return multiply_rows(kernel, a, b, epilogue, quantize);
   if (const auto packed = packed_weight(weight)) return multiply_blocks(kernel, a, b.rows, *packed, epilogue, quantize);
-  if (a.rows <= kernel.few_rows_unpacked) return multiply_few_rows(kernel, a, b, epilogue, quantize);
+  if (a.rows <= kernel.few_rows_unpacked) return multiply_rows(kernel, a, b, epilogue, quantize);
   multiply_blocks(kernel, a, b.rows, Packed(kernel, b).weight(), epilogue, quantize);
 }
 

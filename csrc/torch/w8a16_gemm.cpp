@@ -30,7 +30,7 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
   if (backend != Backend::cpu) {
     run_gemm<W8a16GemmParams>(backend, p, x);
   } else if (out.numel()) {
-    w8a16_gemm_cpu(as_matrix(x, p.a), p.b, p.blocks.b, p.epilogue);
+    w8a16_gemm_cpu(x, p.a, p.b, p.blocks.b, p.epilogue);
   }
   return out;
 }

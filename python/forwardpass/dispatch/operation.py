@@ -142,8 +142,6 @@ class Operation:
                     f"{self.name} cannot be interpreted within a graph: leave out fullgraph=True or torch.compile"
                 )
             return self._bind(args)(*args)
-        if self.limits:
-            return self._by_shape(*args)
         # What the compiled implementations check each time is not looked at again in Python: a key of shapes, strides and
         # values made 10.5 us of int8_gemm's 7.5, on one core of an EPYC without AVX-512.
         x = args[0]
@@ -168,6 +166,8 @@ class Operation:
         run, backend = self._bind(args), self.choose(*args)
         if backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) or any(map(is_of_subclass, args)):
             return self._by_shape  # Triton and plain torch check nothing, and a log has every shape
+        if any(self.why_not_on(b, args[0].device) is None for b in self.limits):
+            return self._by_shape  # what limits a backend that this device has may be a shape
         return getattr(run, "_op", run)  # torch's OpOverload without its __call__, a Python function that calls this
 
     def _by_shape(self, *args: Any) -> Any:

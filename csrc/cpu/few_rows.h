@@ -1,0 +1,164 @@
+#pragma once
+// Few rows of a times b [N, K] as it is in memory, whose bytes bind: they are read once, and sixteen rows of b stay in
+// L1 or L2 for all of a's. Each product is a sum over the lanes of a vector; four of those are added up at a time.
+//
+// A tier's Dot says how:
+//   Sums, Wide      vectors of partial sums, and of kStep elements of b as they are multiplied
+//   kBytes          of an element of a
+//   kSums           how many Sums the registers hold
+//   widen(b)        kStep elements of b
+//   add(sums, a, wide)
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/memory.h"
+#include "cpu/row_chunks.h"
+#include "cpu/vector.h"
+#include "torch/check.h"
+
+namespace forwardpass::cpu {
+
+constexpr int kLine = 64, kAhead = 16384, kToL2 = 2;
+constexpr int64_t kGroupColumns = 16;  // of the product: rows of b; an epilogue begins at multiples of them
+
+// f(0), f(1), ... as constants. Of loops that are unrolled later g++ keeps an array of vectors in memory.
+template <int kCount, class F>
+INLINE void unrolled(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+template <int... kIndices, class V, class F>
+INLINE V shuffle(V a, V b, F, std::integer_sequence<int, kIndices...>) {
+  return __builtin_shufflevector(a, b, F{}(kIndices)...);
+}
+// f(i): which lane of a, or from kLanes on of b, becomes lane i.
+template <class V, class F>
+INLINE V shuffle(V a, V b, F f) {
+  return shuffle(a, b, f, std::make_integer_sequence<int, kLanes<V>>{});
+}
+
+// The sums over the lanes of four vectors.
+template <class V>
+INLINE auto sums_of_lanes(V a, V b, V c, V d) {
+  constexpr int kOther = kLanes<V>;
+  // Within 128 bits: a0 + a2, b0 + b2, a1 + a3, b1 + b3
+  const auto by_elements = [](V x, V y) __attribute__((always_inline)) {
+    return shuffle(x, y, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kOther; }) +
+           shuffle(x, y, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kOther + 2; });
+  };
+  const V ab = by_elements(a, b), cd = by_elements(c, d);
+  const V abcd = shuffle(ab, cd, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kOther; }) +
+                 shuffle(ab, cd, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kOther + 2; });
+  if constexpr (kLanes<V> == 16) {
+    const auto half = __builtin_shufflevector(abcd, abcd, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(abcd, abcd, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  } else if constexpr (kLanes<V> == 8) {
+    return __builtin_shufflevector(abcd, abcd, 0, 1, 2, 3) + __builtin_shufflevector(abcd, abcd, 4, 5, 6, 7);
+  } else {
+    return abcd;
+  }
+}
+
+// kRows rows of a by kColumns of b.
+template <class Dot, int kRows, int kColumns>
+struct Tile {
+  typename Dot::Sums sums[kRows][kColumns] = {};
+
+  // Adds the products of K's columns from `begin` to `end`; a is zero from there to the next multiple of kStep.
+  INLINE void add(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int64_t begin, int64_t end) {
+    int64_t k = begin;
+    for (; k + kLine <= end; k += kLine) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) __builtin_prefetch(b + j * b_stride + k + kAhead, 0, kToL2);
+#pragma GCC unroll 8
+      for (int i = 0; i < kLine; i += Dot::kStep) step(a + (k + i) * Dot::kBytes, a_stride, b + k + i, b_stride);
+    }
+    for (; k + Dot::kStep <= end; k += Dot::kStep) step(a + k * Dot::kBytes, a_stride, b + k, b_stride);
+    if (k == end) return;
+    uint8_t rest[kColumns][Dot::kStep] = {};
+    for (int j = 0; j < kColumns; ++j) std::memcpy(rest[j], b + j * b_stride + k, end - k);
+    step(a + k * Dot::kBytes, a_stride, rest[0], Dot::kStep);
+  }
+
+  // Adds another tile's sums, a column's times scale(column).
+  template <class F>
+  INLINE void add_scaled(const Tile& part, F scale) {
+    unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
+      const float s = scale(j);
+      unrolled<kRows>([&](auto i) __attribute__((always_inline)) { sums[i][j] += part.sums[i][j] * s; });
+    });
+  }
+
+  // to[i * stride + j] = the sums over lanes, row i's through finish(sum, i)
+  template <class T, class F>
+  INLINE void store(T* to, int64_t stride, F finish) const {
+    constexpr int kCount = kRows * kColumns;
+    unrolled<(kCount + 3) / 4>([&](auto group) __attribute__((always_inline)) {
+      constexpr int kFirst = group * 4;
+      const auto four = sums_of_lanes(at(kFirst), at(kFirst + 1), at(kFirst + 2), at(kFirst + 3));
+      unrolled<std::min(4, kCount - kFirst)>([&](auto i) __attribute__((always_inline)) {
+        constexpr int kLane = i, kRow = (kFirst + i) / kColumns, kColumn = (kFirst + i) % kColumns;
+        to[kRow * stride + kColumn] = finish(four[kLane], kRow);
+      });
+    });
+  }
+
+ private:
+  INLINE void step(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride) {
+    typename Dot::Wide wide[kColumns];
+    unrolled<kColumns>([&](auto j) __attribute__((always_inline)) { wide[j] = Dot::widen(b + j * b_stride); });
+    unrolled<kRows * kColumns>([&](auto i) __attribute__((always_inline)) {
+      Dot::add(sums[i / kColumns][i % kColumns], a + i / kColumns * a_stride, wide[i % kColumns]);
+    });
+  }
+  INLINE typename Dot::Sums at(int i) const {
+    return i < kRows * kColumns ? sums[i / kColumns][i % kColumns] : typename Dot::Sums{};
+  }
+};
+
+// Calls tile(rows, columns, i, j), the first two constants, for tiles of `rows` rows of a and b's from `first` to
+// `last`.
+template <class Dot, class F>
+INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, F tile) {
+  for (int64_t begin = first; begin < last; begin += kGroupColumns) {
+    const int64_t end = std::min(last, begin + kGroupColumns);
+    int64_t i = 0;
+    const auto by_rows = [&](auto tile_rows) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(tile_rows)::value, kColumns = std::min(4, Dot::kSums / kRows);
+      for (; i + kRows <= rows; i += kRows) {
+        int64_t j = begin;
+        for (; j + kColumns <= end; j += kColumns) tile(tile_rows, std::integral_constant<int, kColumns>{}, i, j);
+        for (; j < end; ++j) tile(tile_rows, std::integral_constant<int, 1>{}, i, j);
+      }
+    };
+    by_rows(std::integral_constant<int, 4>{});
+    by_rows(std::integral_constant<int, 2>{});
+    by_rows(std::integral_constant<int, 1>{});
+  }
+}
+
+// The product and its epilogue, by threads that take columns: multiply(first, last, sums, stride) gives `rows` sums of
+// the columns from `first` to `last`, as many as stay in L1.
+template <Dtype kAcc, class F>
+void multiply_few_rows(int64_t rows, const Matrix& b, const Epilogue& epilogue, F multiply) {
+  using T = std::conditional_t<kAcc == Dtype::i32, int32_t, float>;
+  constexpr int64_t kLeast = 262144;  // products of a thread, about 5 us
+  const int64_t n = b.rows, chunk = rows > 4 ? 256 : 1024, groups = (n + kGroupColumns - 1) / kGroupColumns;
+  torch::stable::parallel_for(
+      0, groups, kLeast / (kGroupColumns * b.columns * rows) + 1, [&](int64_t begin, int64_t end) {
+        const int64_t stop = std::min(n, end * kGroupColumns);
+        const CacheLines buffer = allocate(rows * chunk * sizeof(T));
+        auto sums = reinterpret_cast<T*>(buffer[0].bytes);
+        for (int64_t first = begin * kGroupColumns; first < stop; first += chunk) {
+          const int64_t last = std::min(stop, first + chunk);
+          multiply(first, last, sums, chunk);
+          dequant_activation_cpu({{sums, kAcc, rows, last - first, chunk}, columns_from(epilogue, first)});
+        }
+      });
+}
+
+}  // namespace forwardpass::cpu
