@@ -35,7 +35,7 @@ def times(monkeypatch):
     """Timers that run each call twice and say what the table says."""
     table, calls = dict(TIMES), []
 
-    def interleave(named, device, *, rounds, warmup, on_round=lambda: None, cold=False):
+    def interleave(named, device, *, rounds, warmup, on_round=lambda: None):
         for name, call in named.items():
             calls.append(name)
             call(), call()

@@ -1,6 +1,7 @@
 """Plans of decoders: prefill and steps are weighed apart, a slower step is refused, perplexity is bounded over all batches."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from small_models import build
 
 import forwardpass as fp
-from forwardpass.common.timing import Timing, interleave
+from forwardpass.common.timing import Timing
 from forwardpass.planning import measure
 from forwardpass.planning import plan as planning
 from forwardpass.planning.criterion import Criterion
@@ -18,15 +19,16 @@ DECODING = fp.Decoding(batch=2, prompt=6, steps=4)
 
 @pytest.fixture
 def times(monkeypatch):
-    """A timer that says what the table does, of layers by phase: the steps are those that are timed cold."""
+    """A timer that says what the table does, of layers by phase: a prefill and a step take turns."""
+    turns = itertools.cycle(("prefill", "decode"))
     table = {"prefill": {}, "decode": {}, "model": {"before": 4.0, "after": 2.0}}
 
-    def interleave(named, device, *, rounds, warmup, on_round=lambda: None, cold=False):
+    def interleave(named, device, *, rounds, warmup, on_round=lambda: None):
         for call in named.values():
             call()
             call()
         of_model = set(named) <= {"before", "after"}
-        ms = table["model"] if of_model else {"before": 2.0} | table["decode" if cold else "prefill"]
+        ms = table["model"] if of_model else {"before": 2.0} | table[next(turns)]
         return {n: Timing(ms[n] * 1.01, ms[n], ms[n] * 1.02, rounds) for n in named}
 
     monkeypatch.setattr(measure, "interleave", interleave)
@@ -166,7 +168,20 @@ def test_a_decoding_takes_a_decoder_and_no_more_tokens_than_it_does(times):
         planned(build("llama"), shapes=DECODING)
 
 
-def test_cold_samples_are_of_single_calls(monkeypatch):
-    calls = []
-    timing = interleave({"a": lambda: calls.append("a")}, rounds=3, warmup=1, cold=True)["a"]
-    assert len(calls) == 4 and 0 < timing.low <= timing.high  # none is repeated, none goes before untimed
+@pytest.mark.parametrize("precision", [None, "int8", "w8a16", "bf16"])
+def test_twins_compute_the_same_with_weights_of_their_own(precision, monkeypatch):
+    monkeypatch.setattr(measure, "beyond_caches", lambda: 1_000_000)
+    model, x = torch.nn.Sequential(torch.nn.Linear(100, 96)).eval(), torch.randn(1, 100)  # rows of int8 are padded
+    with torch.inference_mode():
+        if precision:
+            fp.swap(model, precision, include=["0"])
+        module = model[0]
+        first, *others = measure.twins(module, x)
+        assert first is module and len(others) == 1_000_000 // sum(
+            t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())
+        )
+        weights = {m.weight.data_ptr() for m in (module, *others)}
+        assert len(weights) == 1 + len(others) and {m.weight.stride() for m in others} == {module.weight.stride()}
+        assert all(torch.equal(m(x), module(x)) for m in others[:3])
+        others[0].weight.zero_()
+        assert module.weight.any() and others[1].weight.any()

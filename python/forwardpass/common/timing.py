@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,12 +65,13 @@ def _cpu_sample(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) * 1e3 / repeats
 
 
-def _cold_sample(call: Callable[[], object], flush: torch.Tensor) -> float:
-    """One call after a write that leaves nothing else in the caches, and the threads awake."""
-    flush.zero_()
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+def beyond_caches() -> int:
+    """Bytes, twice what the last cache of the CPU holds, at most 128 MiB; 64 MiB where the system does not say."""
+    try:
+        text = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text()
+        return min(2 * int(text.strip().removesuffix("K")) << 10, 128 << 20)
+    except (OSError, ValueError):
+        return 64 << 20
 
 
 def _cuda_sample(call: Callable[[], object], flush: torch.Tensor) -> float:
@@ -90,32 +92,25 @@ def interleave(
     rounds: int | Callable[[float], int] = 15,
     warmup: int = 3,
     on_round: Callable[[], object] = lambda: None,
-    cold: bool = False,
 ) -> dict[str, Timing]:
     """Times each call once a round, in turn, after `warmup` untimed rounds; `on_round` is told after every round.
 
-    rounds: their number, or what says it of the seconds that the last untimed round took. cold: on a CPU too from memory, as the
-    weights come that a model reads once a step.
+    rounds: their number, or what says it of the seconds that the last untimed round took.
     """
     cuda = torch.device(device).type == "cuda"
-    flush = torch.empty(FLUSH_BYTES if cuda or cold else 0, dtype=torch.uint8, device=device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda else torch.empty(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
-
-    def timed(name: str, call: Callable[[], object]) -> float:
-        if cuda:
-            return _cuda_sample(call, flush)
-        return _cold_sample(call, flush) if cold else _cpu_sample(call, repeats[name])
 
     def one_round(sampled: Callable[[str, float], object]) -> float:
         start = time.perf_counter()
         for name, call in calls.items():
-            sampled(name, timed(name, call))
+            sampled(name, _cuda_sample(call, flush) if cuda else _cpu_sample(call, repeats[name]))
         on_round()
         return time.perf_counter() - start
 
     def fill_sample(name: str, ms: float) -> None:
-        repeats[name] = 1 if cuda or cold else max(1, min(1000, round(LEAST_SAMPLE_MS / max(ms, 1e-6))))
+        repeats[name] = 1 if cuda else max(1, min(1000, round(LEAST_SAMPLE_MS / max(ms, 1e-6))))
 
     seconds = [one_round(fill_sample) for _ in range(warmup)]
     for _ in range(rounds if isinstance(rounds, int) else rounds(seconds[-1])):

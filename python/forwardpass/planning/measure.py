@@ -5,6 +5,8 @@ One layer is replaced at a time, and put back before the next.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +21,7 @@ from ..common.batches import Fingerprint, Forward, Output, evaluating, main_outp
 from ..common.decoding import Decoding, Generation, clock_of
 from ..common.files import read_json, write_json
 from ..common.modules import hooked, tensor_bytes
-from ..common.timing import Timing, Track, interleave
+from ..common.timing import Timing, Track, beyond_caches, interleave
 from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
 from ..swap.calibrate import calibration_arguments
@@ -39,6 +41,8 @@ ROWS = 512
 #: Calibration statistics of so many bytes are held at once; a model that has more is calibrated in several passes.
 STATISTICS_BYTES = 1 << 30
 ROUNDS, WARMUP = 15, 3
+#: Copies of a layer that steps are timed with: of one of 64 KiB they fill 16 MiB.
+MOST_TWINS = 256
 PARTIAL = "forwardpass.plan.partial/3"
 #: arguments of `from_torch` of calibrated layers, by layer
 Arguments = Mapping[str, Mapping[str, Any]]
@@ -246,6 +250,31 @@ def annotated(text: str) -> Iterator[None]:
         raise
 
 
+def twins(module: nn.Module, x: Tensor) -> list[nn.Module]:
+    """The module, and on a CPU as many others with weights of their own as leave no cache anything to keep: between two steps of a
+    decoder come the weights of all other layers. Each has been called. On a GPU timing writes over the cache by itself.
+    """
+    size = max(tensor_bytes([module]), 1)
+    count = min(beyond_caches() // size, MOST_TWINS) if x.device.type == "cpu" else 0
+    modules = [module, *(_twin(module) for _ in range(count))]
+    for m in modules:  # int8 packs its weight
+        m(x)
+    return modules
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    for name in ("_parameters", "_buffers"):
+        tensors: dict[str, Tensor | None] = {}
+        for key, t in vars(module)[name].items():
+            value = (
+                None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+            )
+            tensors[key] = nn.Parameter(value, False) if value is not None and name == "_parameters" else value
+        vars(twin)[name] = tensors
+    return twin
+
+
 class Measurements:
     """Measurements so far, and the file that they are kept in, where there is one.
 
@@ -333,18 +362,20 @@ class Measurer:
         modules = {"before": layer.leaf.module} | {name: self._built(layer.leaf, name) for name in layer.open()}
         behind = None if layer.leaf.activation is None else layer.leaf.activation.module
 
-        def call(module: nn.Module, inputs: list[Tensor]) -> Callable[[], object]:
-            if behind is None or (isinstance(module, QuantizedLinear) and module.activation is not None):
-                return lambda: [module(x) for x in inputs]
-            return lambda: [behind(module(x)) for x in inputs]  # which a fused layer saves
+        def call(modules: list[nn.Module], inputs: list[Tensor]) -> Callable[[], object]:
+            fused = behind is None or (isinstance(modules[0], QuantizedLinear) and modules[0].activation is not None)
+            turns = itertools.cycle(modules)
+            if fused:
+                return lambda: [next(turns)(x) for x in inputs]
+            return lambda: [behind(next(turns)(x)) for x in inputs]  # type: ignore[misc]  # which a fused layer saves
 
         measured: dict[str, Any] = {n: {"phases": {}, "bytes": tensor_bytes([m])} for n, m in modules.items()}
         for phase, shapes in layer.calls.items():
             inputs = [torch.randn(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
-            calls = {n: call(m, inputs) for n, m in modules.items()}
-            cold = phase.startswith("decode")  # between two steps come the weights of all other layers
             with torch.inference_mode():
-                timings = interleave(calls, weight.device, rounds=ROUNDS, warmup=WARMUP, cold=cold)
+                turns = {n: twins(m, inputs[0]) if phase.startswith("decode") else [m] for n, m in modules.items()}
+                calls = {n: call(t, inputs) for n, t in turns.items()}
+                timings = interleave(calls, weight.device, rounds=ROUNDS, warmup=WARMUP)
             for name, timing in timings.items():
                 measured[name]["phases"][phase] = timing.to_json()
         return measured

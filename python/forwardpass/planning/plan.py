@@ -107,7 +107,7 @@ def plan(
             per cent. Exactly one of the four.
         target: "latency" or "memory": what is minimised; a candidate that does not reduce it is refused.
         shapes: batches of the shapes to time on, and of decoders also `fp.Decoding`s: prompts of a length, then steps of some
-            tokens, each timed apart, with the steps from cold caches. A candidate that makes steps slower is refused, whatever it
+            tokens, each timed apart, steps with weights from memory. A candidate that makes steps slower is refused, whatever it
             makes of prompts. None: the first of `batches`, of a decoder one prompt and its steps.
         calibrate: batches for the calibrated candidate, as in `fp.swap`. Replaying the plan takes the same again.
         attention, unpad, include, exclude: as in `fp.swap`. Layers are timed on the rows that `shapes` have, padding included, and
