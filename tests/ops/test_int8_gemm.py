@@ -189,6 +189,7 @@ _SHAPES = [
     [64, 16, 64],
     [97, 2, 131071],
     [3, 3, 131071],
+    *([m, (1, 4, 19, 34)[m % 4], (63, 65, 577, 130, 16)[m % 5]] for m in (*range(2, 18), 32, 33)),
 ]
 
 
@@ -230,8 +231,8 @@ def emulated_cpu(tmp_path_factory):
 @pytest.mark.parametrize(
     ("tier", "least", "shapes"),
     [
-        ("avx_vnni", "avx2", [[1, 1, 1], [5, 3, 70], [14, 17, 70], [33, 2, 64]]),
-        ("amx", "avx512_vnni", [[14, 17, 70], [31, 40, 64], [65, 33, 200]]),
+        ("avx_vnni", "avx2", [[1, 1, 1], [5, 3, 70], [7, 17, 150], [33, 2, 64]]),
+        ("amx", "avx512_vnni", [[14, 17, 70], [34, 40, 64], [65, 33, 200]]),
     ],
 )
 def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu):
