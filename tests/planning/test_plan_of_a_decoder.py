@@ -2,15 +2,16 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
 import torch
-from small_models import build
+from small_models import ATTENTION, build
 
 import forwardpass as fp
 from forwardpass.common.timing import Timing
-from forwardpass.planning import measure
+from forwardpass.planning import caches, measure
 from forwardpass.planning import plan as planning
 from forwardpass.planning.criterion import Criterion
 
@@ -80,6 +81,54 @@ def test_a_tied_head_is_a_choice_of_the_plan(times):
     assert [x.fqn for x in report.swapped if x.tied_to] == ["lm_head"]
     alone = planned(build("llama_tied"), exclude="lm_head")
     assert "lm_head" not in {x.fqn for x in alone.layers}
+
+
+@pytest.mark.parametrize(
+    ("steps", "chosen"), [((0.8, 0.7, 0.6), "fp8"), ((0.8, 0.7, 0.75), "int8"), ((0.8, 0.8, 0.9), None)]
+)
+def test_a_cache_whose_steps_are_fastest_is_planned(times, monkeypatch, steps, chosen):
+    times["prefill"] |= {"int8": 1.0}
+    times["decode"] |= {"int8": 1.0}
+    left = iter(steps)
+    monkeypatch.setattr(caches, "_step", lambda phases: next(left))
+    model = build("llama", ATTENTION)
+    plan = planned(model, candidates="int8", kv_cache=["int8", "fp8"])
+    results = plan.evidence["kv_cache"]
+    assert plan.kv_cache == chosen and [n for n, x in results.items() if x["chosen"]] == ([chosen] if chosen else [])
+    assert all(x["holds"] and x["without"] == 0.8 for x in results.values())
+    assert len({x["value"] for x in results.values()}) == 2  # what steps see through the one and the other
+    assert ("cache fp8, planned: perplexity" in str(plan)) == (chosen == "fp8")
+    assert fp.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    report = fp.swap(model, plan=plan)
+    assert report.kv_cache == chosen and len(report.attention) == (2 if chosen else 0)
+
+
+def test_a_cache_that_perplexity_forbids(times, monkeypatch):
+    times["prefill"] |= {"int8": 1.0}
+    times["decode"] |= {"int8": 1.0}
+    monkeypatch.setattr(caches, "_step", lambda phases: 1.0)
+    plan = planned(build("llama", ATTENTION), candidates="int8", kv_cache="fp8", max_perplexity_increase=1e-9)
+    (result,) = plan.evidence["kv_cache"].values()
+    assert plan.kv_cache is None and result["step"] is None and not result["holds"]
+    assert "cache fp8, not within the budget" in str(plan)
+
+
+def test_refusals_of_caches(times):
+    times["prefill"] |= {"int8": 1.0, "w8a16": 1.0}
+    times["decode"] |= {"int8": 1.0, "w8a16": 1.0}
+    model = build("llama", ATTENTION)
+    for options, message in (
+        ({"kv_cache": "int4"}, "kv_cache names at least one of auto, int8, fp8"),
+        ({"kv_cache": "int8", "max_perplexity_increase": None, "min_cosine": 0.9}, "chosen by perplexity"),
+        ({"kv_cache": "int8", "shapes": rows(3)}, "a Decoding among shapes="),
+        ({"kv_cache": "int8", "exclude": "model.layers.*.self_attn"}, "needs swapped attention"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planned(model, **options)
+    padded = [{**rows(0)[0], "attention_mask": torch.tensor([[1] * 16, [0] + [1] * 15])}]
+    with pytest.raises(ValueError, match="without padding"):
+        fp.plan(model, padded, candidates=["int8"], max_perplexity_increase=0.5, shapes=[DECODING], kv_cache="int8")
+    assert not model._forward_pre_hooks
 
 
 def test_several_lengths_and_batches_are_phases_of_their_own(times):

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
-from ..common.decoding import Decoding, Generation, clock_of
+from ..common.decoding import Decoding, Generation, clock_of, logits_by_steps
 from ..common.files import read_json, write_json
 from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, beyond_caches, interleave
 from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear, linear_weight
 from ..swap.calibrate import calibration_arguments
+from ..swap.kv_cache import kv_cache_of
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision, Precision, find_precision
 from ..swap.rules import Context, why_skip
@@ -107,7 +108,10 @@ class Subject:
         """What is compared, batch by batch."""
         for batch in batches:
             with evaluating(self.model):  # and left before the output is used: the model may be restored by then
-                y = (self.output or main_output)(run(self.model, batch, self.forward))
+                if kv_cache_of(self.model) is not None and self.forward is None:
+                    y = logits_by_steps(self.model, _unpadded(batch))
+                else:
+                    y = (self.output or main_output)(run(self.model, batch, self.forward))
                 y = self.criterion.compared(y, batch)
             yield y
 
@@ -131,6 +135,16 @@ class Subject:
     def swapped(self, plan: Plan, arguments: Arguments, keep: str = "auto") -> AbstractContextManager[object]:
         """Within it the model runs a plan."""
         return swap_planned(self.model, plan, arguments, keep)
+
+
+def _unpadded(batch: Any) -> Tensor:
+    """The input_ids that go through a decoder step by step."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    mask = batch.get("attention_mask") if ids is not None else None
+    if ids is None or (mask is not None and not mask.all()):
+        raise ValueError("kv_cache= takes batches that are mappings with input_ids and without padding, whose perplexity is that "
+                         "of steps: pass such batches, or forward=")  # fmt: skip
+    return ids
 
 
 class Workload:

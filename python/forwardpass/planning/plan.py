@@ -22,6 +22,7 @@ from ..dispatch import Reason
 from ..swap import originals
 from ..swap.attention import check_choice, decide_attention
 from ..swap.decision import refuse_model
+from ..swap.kv_cache import decide_kv_cache
 from ..swap.patterns import patterns
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
@@ -30,6 +31,7 @@ from ..swap.swapping import planned
 from ..swap.unpadding import check_unpad, decide_unpadding
 from ..swap.walker import linear_like
 from . import evidence
+from .caches import kv_cache_candidates, with_cache
 from .choose import Choice, Frontier, Option
 from .criterion import Criterion, Metric
 from .measure import (
@@ -78,6 +80,7 @@ def plan(
     calibrate: Iterable[Any] | None = None,
     attention: str | bool = "auto",
     unpad: bool = True,
+    kv_cache: str | Iterable[str] | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     forward: Forward | None = None,
@@ -112,6 +115,9 @@ def plan(
         calibrate: batches for the calibrated candidate, as in `fp.swap`. Replaying the plan takes the same again.
         attention, unpad, include, exclude: as in `fp.swap`. Layers are timed on the rows that `shapes` have, padding included, and
             whole plans as they run. Layers too small for a swap to touch by default are measured here.
+        kv_cache: what a decoder's cache of keys and values may become, of "auto", "int8" and "fp8" (see `fp.swap`): each is tried
+            with the chosen layers, by the perplexity of steps that read it. The one whose steps are fastest is planned; None: it
+            stays.
         forward, output: forward(model, batch) and output(result), where the defaults do not fit.
         resume: a file that measurements are written to as they are made, and read from where it exists: after an interrupt, or
             for another budget.
@@ -146,8 +152,14 @@ def plan(
     timed = _listed("shapes", shapes) if shapes is not None else [default] if default else samples[:1]
     calibration = [] if calibrate is None else _listed("calibrate", calibrate)
     tried = _candidates(candidates, calibrate is not None)
+    caches = kv_cache_candidates(kv_cache, criterion, any(isinstance(x, Decoding) for x in timed))
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
     attending = decide_attention(context, attention)
+    cached: tuple[str, ...] = ()
+    if caches:
+        everywhere = decide_attention(Context(model, context.include, context.exclude), True)
+        decide_kv_cache(model, everywhere, caches[0])  # refuses
+        cached = tuple(leaf.fqn for leaf in everywhere.swapped)
     unpads = decide_unpadding(context, leaves, attending, unpad).planned
 
     device = environment.device(device_of(model))
@@ -210,10 +222,14 @@ def plan(
     if slower:
         choice = as_it_is
     names = names_of(choice)
+    without, result = {} if slower else phases, plan_of(names)
+    result, cache_results = with_cache(
+        result, without, cached, caches, verifier, lambda p: _latency(subject, p, arguments, workload, progress)[1]
+    )
     after = sum(x.candidates[name].bytes if (name := names[x.leaf.fqn]) else x.bytes for x in layers)
     sizes = (sum(x.bytes for x in layers), after) if any(names.values()) else None
     return replace(
-        plan_of(names),
+        result,
         evidence={
             "versions": environment.versions(),
             "device": device,
@@ -223,6 +239,7 @@ def plan(
             "batches": {"verified": len(samples), "measured": len(indices), "calibrated": len(calibration)},
             "result": _result(layers, criterion, attempts, latency, phases, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
+            "kv_cache": cache_results,
             "blocks": evidence.blocks(layers, names, lambda x: _cost(x, target)),
             "predicted": {"before": as_it_is.cost, "after": choice.cost, "gap": choice.gap, "error": choice.error},
             "attempts": attempts,
@@ -377,7 +394,7 @@ def _latency(
         phases = {n: {p: Timing.of(ms[len(ms) // 4 :]) for p, ms in x.items()} for n, x in records.items()}
         return latency, phases
 
-    if not plan.layers:
+    if not plan.layers and plan.kv_cache is None:
         with evaluating(model):
             return timed({"before": lambda: workload.run(records["before"])})
     records["after"] = {}

@@ -98,6 +98,7 @@ def describe(evidence: Mapping[str, Any]) -> str:
             if set(errors) != {"-"}:
                 rows.append(("  error at the output", "", *errors))
     lines += ["", *table(rows, right=range(1, 2 + len(tried)))]
+    lines += [line for text in _caches(evidence.get("kv_cache", {})) for line in ("", *wrapped(text))]
     lines += ["", *wrapped(f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row; "
                            "-: no gain, not measured")]  # fmt: skip
     for name in evidence["candidates"]:
@@ -113,6 +114,19 @@ def describe(evidence: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         lines += ["", *table(rows, right=range(1, 4 + len(tried)))]
     return "\n".join(lines)
+
+
+def _caches(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What each cache of keys and values came to."""
+    lines = []
+    for name, x in results.items():
+        steps = (
+            "" if x["step"] is None else f"; steps take {x['step']:.2f} of the model's own, {x['without']:.2f} without"
+        )
+        outcome = "planned" if x["chosen"] else "no gain" if x["holds"] else "not within the budget"
+        change = "not finite" if x["value"] is None else f"{x['value']:+.2%}"
+        lines.append(f"cache {name}, {outcome}: perplexity {change}{steps}")
+    return lines
 
 
 #: What errors at the output are, by the kind of criterion.

@@ -13,6 +13,7 @@ import forwardpass as fp
 from ...common.plots import require as require_plot
 from ...common.text import count
 from ...common.timing import keep_freed_memory
+from ...integrations.kv_scales import KV_CACHES
 from ...planning.measure import CALIBRATED
 from ...planning.plan import CANDIDATES, TARGETS
 from ...planning.plots import plan as plot_plan
@@ -47,6 +48,8 @@ def plan(
                                              "default: 288 built in.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Other texts, to calibrate with: a file, builtin or none; "
                                                   "default: builtin for what is calibrated.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help=f"Of a decoder: what its cache of keys and values may become, "
+                                                 f"comma-separated, of {', '.join(KV_CACHES)}.")] = None,
     batch: Batch = None,
     length: Length = 128,
     steps: Steps = 32,
@@ -91,6 +94,7 @@ def plan(
                 max_perplexity_increase=increase,
                 target=target,
                 shapes=[timed],
+                kv_cache=[name.strip() for name in kv_cache.split(",")] if kv_cache is not None else None,
                 calibrate=subject.calibration,
                 forward=subject.readout.forward,
                 resume=resume,
