@@ -1,7 +1,11 @@
 """Steps of decoding in models of transformers: what they read of which cache, with which operation."""
 
 import copy
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -184,6 +188,42 @@ def test_generate_batch(name):
     assert sum(fp.call_counts().kernel_calls.values()) > before
     fp.restore(model)
     assert model.config._attn_implementation == "eager"
+
+
+#: In a process of its own, as continuous batching generates in a thread.
+_INTERPRETED = """
+import sys
+import torch, transformers
+import forwardpass as fp
+from forwardpass.dispatch import interpreter
+from small_models import ATTENTION, build
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+model = build(sys.argv[1], ATTENTION).half()
+prompts = [[5, 6, 7, 8], [9, 10, 11], [12] * 9]
+config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+alone = [model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist() for p in prompts]
+fp.swap(model, attention=True)
+options = {"cache_implementation": "static", "disable_compile": True}
+static = [model.generate(torch.tensor([p]), generation_config=config, **options)[0, len(p) :].tolist() for p in prompts]
+options = ContinuousBatchingConfig(page_size=16, max_memory_percent=0.02, max_batch_tokens=64, use_cuda_graph=False)
+batched = model.generate_batch(prompts, generation_config=config, continuous_batching_config=options)
+assert static == alone, (static, alone)
+assert [x.generated_tokens for x in batched.values()] == alone
+assert fp.call_counts().kernel_calls and not interpreter().findings
+print(interpreter().arch)
+"""
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_generate_batch_and_static_caches_interpreted(name, arch):
+    helpers = pathlib.Path(__file__).parents[1] / "helpers"
+    paths = os.pathsep.join([str(helpers), *sys.path])
+    environment = {**os.environ, "FORWARDPASS_INTERPRET": arch, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", _INTERPRETED, name], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().endswith(arch), done.stderr
 
 
 @torch.inference_mode()
