@@ -10,6 +10,7 @@ from mutant_instances import Instance
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_linear import cases as fp8_linear
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_linear import cases as int8_linear
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
@@ -55,10 +56,11 @@ def mma(case, m, depths, many, *more, **options):
 
 
 def wgmma(case, columns, *more, **options):
-    """Clusters of one and of two, the last row of tiles ragged or missing; `columns`: three tiles."""
+    """Clusters of one and of two, the last row of tiles ragged or missing; `columns`: three tiles, which together come to
+    each stage twice."""
     return (
         case(100, columns, 1000, PLAIN, **options),
-        case(200, columns, 330, PLAIN, **options),
+        case(200, columns, 460, PLAIN, **options),
         case(257, columns - 44, 100, GATED, **options),
         case(200, columns + 4, 100, HALF, **options),
         case(100, columns, 100, FP16, **options),
@@ -69,12 +71,12 @@ def wgmma(case, columns, *more, **options):
 
 
 def transposed(case, m, *more, **options):
-    """m rows, all of a tile's: depths short of the stages and beyond them, ragged; gated; parts of K."""
+    """m rows, all of a tile's: tiles that come to each stage twice, ragged; gated; the most parts of K that a cluster adds."""
     return (
-        case(m, 300, 500, PLAIN, **options),
+        case(m, 600, 500, PLAIN, **options),
         case(m - 3, 144, 330, GATED, **options),
-        case(m - 5, 40, 2100, PLAIN, **options),
-        case(m - 7, 48, 2100, GATED, **options),
+        case(m - 5, 40, 3000, PLAIN, **options),
+        case(m - 7, 48, 3000, GATED, **options),
         *more,
     )
 
@@ -110,7 +112,8 @@ CUDA = {
             F8(64, 256, 40, BARE_GATED, blocks=True), blocks=True),
     ),
     "int8_wgmma_128x128": Instance(
-        ("sm_90a",), "Int8, WgmmaTile{m=128, n=128,", wgmma(I8, 300, I8(100, 40, 1100, PLAIN)), clusters=1
+        ("sm_90a",), "Int8, WgmmaTile{m=128, n=128,",
+        wgmma(I8, 300, I8(100, 40, 3000, PLAIN), int8_linear.Case((100,), 300, 500)), clusters=1,
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
@@ -118,7 +121,9 @@ CUDA = {
          I8(200, 50 * 256, 40, HALF), I8(203, 50 * 256 - 3, 40, FP16), I8(203, 50 * 256, 40, GATED_FP16),
          I8(200, 50 * 256, 40, GATED_FP32)), clusters=1, tiles=3,
     ),
-    "int8_wgmma_64x128": Instance(("sm_90a",), "Int8, WgmmaTile{m=64, n=128,", transposed(I8, 64), clusters=1),
+    "int8_wgmma_64x128": Instance(
+        ("sm_90a",), "Int8, WgmmaTile{m=64, n=128,", transposed(I8, 64, int8_linear.Case((57,), 300, 500)), clusters=1
+    ),
     "int8_wgmma_16x128": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=16, n=128,",
         transposed(I8, 16, I8(9, 40, 388, ZERO_POINT), int8_linear.Case((9,), 300, 500), int8_linear.Case((7,), 40, 2100)),
@@ -126,7 +131,8 @@ CUDA = {
     ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3, WgmmaTile{m=128, n=128,",
-        (*wgmma(F8, 300, F8(100, 40, 1100, PLAIN)), *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
+        (*wgmma(F8, 300, F8(100, 40, 3000, PLAIN), fp8_linear.Case((100,), 300, 500)),
+         *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
          F8(200, 300, 330, PLAIN, blocks=True, quantized=True),
          F8(256, 256, 40, BARE, blocks=True), F8(251, 251, 40, BARE_FP16, blocks=True),
          F8(256, 256, 40, BARE_GATED, blocks=True)),
@@ -151,10 +157,12 @@ CUDA = {
         clusters=1, tiles=3,
     ),
     "fp8_wgmma_64x128": Instance(
-        ("sm_90a",), "E4m3, WgmmaTile{m=64, n=128,", transposed(F8, 64, *transposed(F8, 64, blocks=True)), clusters=1
+        ("sm_90a",), "E4m3, WgmmaTile{m=64, n=128,",
+        transposed(F8, 64, fp8_linear.Case((57,), 300, 500), *transposed(F8, 64, blocks=True)), clusters=1,
     ),
     "fp8_wgmma_16x128": Instance(
-        ("sm_90a",), "E4m3, WgmmaTile{m=16, n=128,", transposed(F8, 16, *transposed(F8, 16, blocks=True)), clusters=1
+        ("sm_90a",), "E4m3, WgmmaTile{m=16, n=128,",
+        transposed(F8, 16, fp8_linear.Case((9,), 300, 500), *transposed(F8, 16, blocks=True)), clusters=1,
     ),
     "w8a16_16x128": Instance(
         ("sm_80", "sm_89"), "W8a16Config<bf16, W8a16Tile{m=16,",

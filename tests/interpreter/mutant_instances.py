@@ -13,6 +13,7 @@ from mutant_launches import recording
 
 import forwardpass as fp
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_linear import cases as fp8_linear
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.testing import poisoned_outputs
 
@@ -54,7 +55,7 @@ def instance_launches(instance, arch):
         for case in instance.cases:
             args, module = case.arguments(), sys.modules[type(case).__module__]
             got = fp.dispatch.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
-            module.assert_matches(got, args, **({"truncating": True} if module is fp8_gemm else {}))
+            module.assert_matches(got, args, **({"truncating": True} if module in (fp8_gemm, fp8_linear) else {}))
             for launch in recorded:
                 if instance.kernel in readable_name(launch.kernel):
                     launches.append(launch)
