@@ -288,6 +288,20 @@ def test_kv_cache(name, kv_cache):
     assert {type(layer).__module__ for layer in own.layers} == {"transformers.cache_utils"}
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+def test_drafts_are_taken_back_and_prompts_come_in_pieces(name, kv_cache):
+    """What a model generates alone it generates with drafts, of which it crops the cache, and from a prompt in pieces."""
+    model, draft = decoder(name), decoder(name)
+    for m in (model, draft):
+        fp.swap(m, kv_cache=kv_cache)
+    ids = batch(name)["input_ids"][:1]
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    alone = model.generate(ids, **options)
+    for more in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}, {"prefill_chunk_size": 10}):
+        assert torch.equal(model.generate(ids, **options, **more), alone), more
+
+
 @torch.inference_mode()
 def test_a_cache_that_already_holds_something_goes_on():
     """A prompt's cache from before the swap, and chunks of many rows over 8 bits."""

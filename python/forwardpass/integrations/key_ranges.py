@@ -67,7 +67,7 @@ def of_step(
     first, ends = bounds[0, 0]
     ends += end
     if padding is not None:
-        if torch.compiler.is_compiling() or (padding[:, 1:] < padding[:, :-1]).any():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or (padding[:, 1:] < padding[:, :-1]).any():
             return None  # padding behind tokens is no matter of a first key
         first += (padding.shape[1] - padding.sum(1) - offset).clamp(min=0)
     if window != math.inf and (isinstance(end, Tensor) or end > window):
