@@ -216,8 +216,7 @@ print(interpreter().arch)
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize(("name", "arch"), [("llama", "sm_90a"), ("gpt_oss", "sm_80")])
 def test_generate_batch_and_static_caches_interpreted(name, arch):
     helpers = pathlib.Path(__file__).parents[1] / "helpers"
     paths = os.pathsep.join([str(helpers), *sys.path])
