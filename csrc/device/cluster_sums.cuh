@@ -22,6 +22,9 @@ struct ClusterSums {
   // By the consumers: a warp's accumulators, which are at (row, column) of the tile.
   __device__ static void stage(const typename Config::Accumulators& acc, Shared& shared, int row, int column) {
     Sums& sums = in_place_of_stages(shared);
+    // Else every launch computes all addresses before its first tile, whether it has splits or not.
+    row = ptx::unknown(row);
+    column = ptx::unknown(column);
     ptx::barrier_sync(kConsumerBarrier, 32 * kWarps);  // wgmmas of the others may still read the stages
 #pragma unroll
     for (int j = 0; j < Config::kTilesN; ++j) {

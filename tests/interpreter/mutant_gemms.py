@@ -82,12 +82,13 @@ def transposed(case, m, *more, **options):
 
 
 def upconverted(dtype, few, many):
-    """Weights on wgmma: the product is made transposed, so it is N that makes clusters of one and of two."""
+    """Weights on wgmma: the product is made transposed, so it is N that makes clusters of one and of two, and tiles that come
+    to each stage twice."""
     return tuple(
         W8((m,), n, k, dtype, w, scales, activation=activation)
         for w in (torch.int8, E4M3)
         for m, n, k, scales, activation in ((few, 120, 2300, "block", None), (many, 240, 330, "column", "silu_mul"),
-                                            (few, 300, 100, "tensor", None), (few, 250, 1100, "block", None))
+                                            (few, 1100, 500, "tensor", None), (few, 250, 1100, "block", None))
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ CUDA = {
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=128,",
-        wgmma(I8, 300, I8(100, 40, 3000, PLAIN), int8_linear.Case((100,), 300, 500)), clusters=1,
+        wgmma(I8, 300, I8(100, 40, 3000, PLAIN), I8(101, 48, 1100, GATED), int8_linear.Case((100,), 300, 500)), clusters=1,
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
@@ -131,7 +132,7 @@ CUDA = {
     ),
     "fp8_wgmma_128x128": Instance(
         ("sm_90a",), "E4m3, WgmmaTile{m=128, n=128,",
-        (*wgmma(F8, 300, F8(100, 40, 3000, PLAIN), fp8_linear.Case((100,), 300, 500)),
+        (*wgmma(F8, 300, F8(100, 40, 3000, PLAIN), F8(101, 48, 1100, GATED), fp8_linear.Case((100,), 300, 500)),
          *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
          F8(200, 300, 330, PLAIN, blocks=True, quantized=True),
          F8(256, 256, 40, BARE, blocks=True), F8(251, 251, 40, BARE_FP16, blocks=True),
@@ -194,12 +195,12 @@ CUDA = {
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",
         (I8(3, 40, 3005, PLAIN), I8(4, 48, 1389, GATED), I8(1, 70, 5, PLAIN), I8(3, 40, 1285, PLAIN),
-         I8(3, 40, 1349, PLAIN), I8(2, 20, 16500, PLAIN)),
+         I8(3, 40, 1349, PLAIN), I8(2, 20, 16500, PLAIN), int8_linear.Case((3,), 40, 1389)),
     ),
     "gemv_fp8": Instance(
         ("sm_89",), "gemv_kernel",
         (F8(3, 140, 3005, PLAIN), F8(4, 48, 1389, GATED), F8(4, 140, 3005, PLAIN, blocks=True),
-         F8(2, 272, 1389, GATED, blocks=True), F8(2, 20, 16500, PLAIN)),
+         F8(2, 272, 1389, GATED, blocks=True), F8(2, 20, 16500, PLAIN), fp8_linear.Case((3,), 40, 1389)),
     ),
     "gemv_w8a16": Instance(
         ("sm_80",), "gemv_kernel",

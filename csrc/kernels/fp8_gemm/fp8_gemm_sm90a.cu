@@ -6,7 +6,7 @@
 namespace forwardpass {
 
 // Main loop: a consumer warp issues 416 instructions for 2^20 multiply-adds (208 for eight m64n128k32, 128 of them the
-// promotion), 496 with the smaller tile. Registers: 128 accumulators, 64 partial ones, 16 of a. The 256 columns of a
+// promotion), 492 with the smaller tile. Registers: 128 accumulators, 64 partial ones, 16 of a. The 256 columns of a
 // warpgroup are two groups of fp8_gemm_quantize or, of a gated product, one. Shared memory: 80 KB read and 48 KB
 // written a stage, in the tensor cores' 1024 clocks; with a in shared memory, or 128 x 128 a warpgroup, 96 KB were read
 // (1303 clocks a stage, modelled; 1159 now).
