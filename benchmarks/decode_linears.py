@@ -41,7 +41,7 @@ CANDIDATES: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype]] = {
 
 
 def weight_bytes(layers: list[nn.Module]) -> int:
-    """Of the weights as a step reads them."""
+    """What a step reads."""
     weights = [layer.weight for layer in layers]
     return sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
 
