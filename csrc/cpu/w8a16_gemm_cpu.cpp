@@ -1,5 +1,6 @@
 #include "cpu/few_rows.h"
 #include "cpu/row_chunks.h"
+#include "cpu/tier.h"
 #include "cpu/upconvert_rows.h"
 #include "cpu/w8a16_gemm.h"
 #include "params/dequant_activation.h"
@@ -109,9 +110,10 @@ void by_upconverted_columns(const Tensor& a, const Matrix& b, const float* block
 
 void w8a16_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const float* block_scale,
                     const Epilogue& epilogue) {
-  // One core of a Zen 4 multiplies 16 rows by 1536 x 576 in 0.3 ms with AVX-512 and 0.37 with AVX2, and by upconverted
-  // columns in 0.55; 64 rows in 1.2 and 1.5, and in 1.5. More instructions upconvert e4m3, for every four rows.
-  const int64_t few = b.dtype == Dtype::i8 ? 48 : 16;
+  // Milliseconds of one core of a Zen 4 for 1536 x 576, with AVX-512 and AVX2: 16 rows 0.30 and 0.37, by upconverted
+  // columns 0.55 and 0.54; 48 rows 0.87 and 1.06 for 1.18 and 1.17; 64 rows 1.18 and 1.48 for 1.46 and 1.44. e4m3 takes
+  // more instructions, for every four rows, and what is neither has vectors of four.
+  const int64_t few = tier() == Tier::baseline ? 4 : b.dtype == Dtype::i8 ? 48 : 16;
   if (a.rows <= few) return by_few_rows(a, b, block_scale, epilogue);
   by_upconverted_columns(as_matrix(x, a), b, block_scale, epilogue);
 }
