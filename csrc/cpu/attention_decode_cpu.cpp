@@ -51,9 +51,10 @@ struct Head {
 
   int64_t rows() const { return int64_t{p.heads / p.cache.heads} * p.rows; }
 
-  // Calls f(row, i) with the address of the i-th of n keys from `key` on, of a tensor of the cache and this head.
+  // Calls f(data, i, end) with the address of keys i to end - 1 of n from `key` on, of a tensor of the cache and this
+  // head; they are t.row apart.
   template <class Strides, class F>
-  INLINE void for_each_key(const Strides& t, int64_t size, int64_t key, int n, F f) const {
+  INLINE void for_each_run(const Strides& t, int64_t size, int64_t key, int n, F f) const {
     const KvCache& c = p.cache;
     for (int i = 0; i < n;) {
       int64_t first = batch, row = key + i;
@@ -61,27 +62,48 @@ struct Head {
         first = c.block_table[batch * c.table_stride + row / c.page];
         row %= c.page;
       }
-      auto data = reinterpret_cast<const char*>(t.data) + (first * t.first + row * t.row + head * t.head) * size;
       const int end = static_cast<int>(std::min<int64_t>(n, i + c.page - row));
-      for (; i < end; ++i, data += t.row * size) f(data, i);
+      f(reinterpret_cast<const char*>(t.data) + (first * t.first + row * t.row + head * t.head) * size, i, end);
+      i = end;
     }
   }
 };
 
-// Keys from `key` on of a head, n of them. What is behind the last, up to kTileKeys, is the last one.
+// Keys from `begin` to `end` of a head.
+struct Keys {
+  Head head;
+  int64_t begin, end;
+};
+
+// n keys from `key` on. What is behind the last, up to kTileKeys, is the last one.
 struct Tile {
   int64_t key;
-  int n = 0;
+  int n;
   const char *k[kTileKeys], *v[kTileKeys];
 
-  INLINE void find(const Head& head, int64_t first, int64_t end) {
-    const KvCache& c = head.p.cache;
-    key = first, n = static_cast<int>(std::min<int64_t>(kTileKeys, end - first));
-    head.for_each_key(c.k, size_of(c.dtype), key, n, [&](const char* row, int i) { k[i] = row; });
-    head.for_each_key(c.v, size_of(c.dtype), key, n, [&](const char* row, int i) { v[i] = row; });
-    for (int i = n; i < kTileKeys; ++i) k[i] = k[n - 1], v[i] = v[n - 1];
+  void find(const Keys& keys, int64_t first) {
+    const KvCache& c = keys.head.p.cache;
+    key = first, n = static_cast<int>(std::min<int64_t>(kTileKeys, keys.end - first));
+    find_rows(keys.head, c.k, size_of(c.dtype), k), find_rows(keys.head, c.v, size_of(c.dtype), v);
+  }
+
+ private:
+  INLINE void find_rows(const Head& head, const CacheTensor& t, int64_t size, const char** rows) const {
+    head.for_each_run(t, size, key, n, [&](const char* row, int i, int end) {
+      for (; i < end; ++i, row += t.row * size) rows[i] = row;
+    });
+    std::fill(rows + n, rows + kTileKeys, rows[n - 1]);
   }
 };
+
+// f(0), f(1), ... f(N - 1), as constants: what arrays have is then in registers.
+template <int N, class F>
+INLINE void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+#define UNROLLED_BODY(i) [&](auto i) __attribute__((always_inline))
 
 // Lane i of the result is lane f(i) of a and, behind it, b.
 template <auto F, class V>
@@ -90,15 +112,25 @@ INLINE V permute(V a, V b) {
     return __builtin_shufflevector(a, b, F(I)...);
   }(std::make_integer_sequence<int, kLanes<V>>{});
 }
-// x[0]: sums of neighbours, x[0]'s, x[1]'s and so on, until of n vectors one is left.
-template <int N, class V>
-INLINE void fold(V* x) {
+// Lane i of every second unit of a and, behind it, b, within groups of as many lanes.
+constexpr int every_second(int i, int lanes, int group, int unit) {
+  const int half = group / 2, in_half = i % half;
+  return i / group * group + in_half / unit * 2 * unit + in_half % unit + (i % group < half ? 0 : lanes);
+}
+// Sums of two neighbours, or of every fourth lanes, a's and b's. The shuffles are one instruction each.
+template <int Level, class S, class V>
+INLINE S fold_pair(S x, S y) {
+  constexpr int kUnit = Level < 2 ? 1 : 4, kGroup = Level < 2 ? 4 : kLanes<V>;
+  const V a = bits<V>(x), b = bits<V>(y);
+  return bits<S>(permute<[](int i) { return every_second(i, kLanes<V>, kGroup, kUnit); }>(a, b)) +
+         bits<S>(permute<[](int i) { return every_second(i, kLanes<V>, kGroup, kUnit) + kUnit; }>(a, b));
+}
+// x[0]: in lane i the sum of x[i]'s lanes, at Level 0; levels may be taken one after the other.
+template <class V, int N, int Level, class S>
+INLINE void fold(S* x) {
   if constexpr (N > 1) {
-#pragma GCC unroll 8
-    for (int i = 0; i < N; i += 2)
-      x[i / 2] = permute<[](int i) { return 2 * i; }>(x[i], x[i + 1]) +
-                 permute<[](int i) { return 2 * i + 1; }>(x[i], x[i + 1]);
-    fold<N / 2>(x);
+    unrolled<N / 2>(UNROLLED_BODY(i) { x[i] = fold_pair<Level, S, V>(x[2 * i], x[2 * i + 1]); });
+    fold<V, N / 2, Level + 1>(x);
   }
 }
 
@@ -155,6 +187,16 @@ struct Buffers {
 // Where column i of n is that low_pairs and, behind them, high_pairs have, four columns in turn.
 constexpr int in_order(int i, int n) { return i / 8 * 4 + i % 4 + (i / 4 % 2) * n; }
 
+template <class V>
+INLINE void put_in_order(V& low, V& high) {
+  const V first = permute<[](int i) { return in_order(i, kLanes<V>); }>(low, high);
+  high = permute<[](int i) { return in_order(i, kLanes<V>) + kLanes<V> / 2; }>(low, high);
+  low = first;
+}
+
+// To L2: to L1 they were taken no faster than without a prefetch, as a core has few such requests at a time.
+INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
 // sums [R, columns of C vectors of words from `vector` on] = sums * correction + unit * p v
 template <class A, int R, int C>
 INLINE void add_values(const Tile& tile, const Tile& next, const float* p, int64_t vector, const float* corrections,
@@ -162,51 +204,39 @@ INLINE void add_values(const Tile& tile, const Tile& next, const float* p, int64
   using V = typename A::V;
   using Sum = typename A::Sum;
   constexpr int kE = A::kElements, kN = kLanes<V>;
-  Sum x[R][C * kE];
-#pragma GCC unroll 16
-  for (int i = 0; i < R * C * kE; ++i) x[i / (C * kE)][i % (C * kE)] = Sum{};
-  const int64_t byte = vector * kN * kE * size_of(A::kDtype);
+  constexpr int kBytes = C * kN * kE * static_cast<int>(size_of(A::kDtype));
+  Sum x[R * C * kE];
+  unrolled<R * C * kE>(UNROLLED_BODY(i) { x[i] = Sum{}; });
   for (int j = 0; j < tile.n; j += kE) {
     V v[C * kE];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
+    unrolled<C>(UNROLLED_BODY(c) {
       v[c * kE] = A::load_words(tile.v[j], vector + c);
       if constexpr (kE == 2) {
         const V even = v[c * kE], odd = A::load_words(tile.v[j + 1], vector + c);
         v[c * kE] = A::low_pairs(even, odd), v[c * kE + 1] = A::high_pairs(even, odd);
       }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
+    });
+    unrolled<R>(UNROLLED_BODY(r) {
       const V weight = A::broadcast(p + r * kTileKeys + j / kE);
-#pragma GCC unroll 8
-      for (int c = 0; c < C * kE; ++c) x[r][c] = A::multiply_add(weight, v[c], x[r][c]);
-    }
-#pragma GCC unroll 2
-    for (int e = 0; e < kE; ++e)
-      for (int b = 0; b < C * kN * kE * size_of(A::kDtype); b += 64) __builtin_prefetch(next.v[j + e] + byte + b);
+      unrolled<C * kE>(UNROLLED_BODY(c) { x[r * C * kE + c] = A::multiply_add(weight, v[c], x[r * C * kE + c]); });
+    });
+    for (int b = 0; b < kBytes; b += 64)
+      unrolled<kE>(UNROLLED_BODY(e) { prefetch(next.v[j + e] + vector * (kBytes / C) + b); });
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
+  unrolled<R>(UNROLLED_BODY(r) {
+    unrolled<C>(UNROLLED_BODY(c) {
       V y[kE];
-#pragma GCC unroll 2
-      for (int e = 0; e < kE; ++e) y[e] = floats<V>(x[r][c * kE + e]) * units[r];
-      if constexpr (kE == 2) {
-        const V low = y[0];
-        y[0] = permute<[](int i) { return in_order(i, kN); }>(low, y[1]);
-        y[1] = permute<[](int i) { return in_order(i, kN) + kN / 2; }>(low, y[1]);
-      }
-#pragma GCC unroll 2
-      for (int e = 0; e < kE; ++e) {
+      unrolled<kE>(UNROLLED_BODY(e) { y[e] = floats<V>(x[(r * C + c) * kE + e]) * units[r]; });
+      if constexpr (kE == 2) put_in_order(y[0], y[1]);
+      unrolled<kE>(UNROLLED_BODY(e) {
         float* to = sums + r * stride + (vector + c) * kN * kE + e * kN;
         store<Dtype::f32>(load<V, Dtype::f32>(to, 0) * corrections[r] + y[e], to, 0);
-      }
-    }
+      });
+    });
+  });
 }
 
-// R rows against a tile.
+// R rows against a tile, while the next one is prefetched.
 template <class A, int R>
 INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
                    const Buffers& buffers) {
@@ -221,34 +251,27 @@ INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile&
     Sum x[R][kN / kKeys];
     for (int i = 0; i < kN; i += kKeys) {
       Sum s[R][kKeys];
-#pragma GCC unroll 16
-      for (int j = 0; j < R * kKeys; ++j) s[j / kKeys][j % kKeys] = Sum{};
+      unrolled<R * kKeys>(UNROLLED_BODY(j) { s[j / kKeys][j % kKeys] = Sum{}; });
       const char* const* k = tile.k + key + i;
       for (int64_t w = 0; w < words / kN; ++w) {
         V row[kKeys];
-#pragma GCC unroll 4
-        for (int j = 0; j < kKeys; ++j) row[j] = A::load_words(k[j], w);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
+        unrolled<kKeys>(UNROLLED_BODY(j) { row[j] = A::load_words(k[j], w); });
+        unrolled<R>(UNROLLED_BODY(r) {
           const V q = load<V, Dtype::f32>(rows.q + r * words, w * kN);
-#pragma GCC unroll 4
-          for (int j = 0; j < kKeys; ++j) s[r][j] = A::multiply_add(q, row[j], s[r][j]);
-        }
+          unrolled<kKeys>(UNROLLED_BODY(j) { s[r][j] = A::multiply_add(q, row[j], s[r][j]); });
+        });
       }
-#pragma GCC unroll 4
-      for (int j = 0; j < kKeys; ++j)
-        for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(next.k[key + i + j] + b);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        fold<kKeys>(s[r]);
+      unrolled<R>(UNROLLED_BODY(r) {
+        fold<V, kKeys, 0>(s[r]);
         x[r][i / kKeys] = s[r][0];
-      }
+      });
+      for (int64_t b = 0; b < row_bytes; b += 64)
+        unrolled<kKeys>(UNROLLED_BODY(j) { prefetch(next.k[key + i + j] + b); });
     }
     const V k_scale = load<V, Dtype::f32>(buffers.k_scale, key);
     const auto j = lane_numbers<V>() + key;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      fold<kN / kKeys>(x[r]);
+    unrolled<R>(UNROLLED_BODY(r) {
+      fold<V, kN / kKeys, kKeys == 4 ? 2 : 1>(x[r]);
       V s = floats<V>(x[r][0]) * (k_scale * rows.factors[r]);
       if (p.softcap > 0) s = tanh(s) * (p.softcap * kLog2e);
       if (rows.low[r] > key || rows.high[r] < key + kN - 1) {
@@ -257,7 +280,7 @@ INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile&
       }
       store<Dtype::f32>(s, buffers.scores + r * kTileKeys, key);
       largest[r] = max(s, largest[r]);
-    }
+    });
   }
   float corrections[R], units[R];
   for (int r = 0; r < R; ++r) {
@@ -293,6 +316,8 @@ INLINE void with_arithmetic(const AttentionDecodeParams& p, F f) {
 #if defined(__x86_64__)
     if constexpr (kLanes<V> == 16)
       if (cache == Dtype::bf16 && has_avx512_bf16()) return f(BfloatPairs{});
+    if constexpr (kLanes<V> == 16)
+      if (cache == Dtype::i8 && p.dtype != Dtype::f32 && tier() >= Tier::avx512_vnni) return f(VnniPairs{});
     if constexpr (kLanes<V> >= 8)  // of 16 bits, float32 has more to tell than integers
       if (cache == Dtype::i8 && p.dtype != Dtype::f32) return f(IntegerPairs<V>{});
 #endif
@@ -354,49 +379,57 @@ class Worker {
 
   Sums own_sums() const { return Sums(sums_, rows_, p_.cache.head_dim); }
 
-  // Fills in the sums of a head's rows, of keys from `begin` to `end` of a sequence that is `length` long.
-  void run(const Head& head, int64_t begin, int64_t end, int64_t length, const Sums& sums) {
+  // Fills in the sums of a head's rows, of keys of a sequence that is `length` long. What follows is prefetched.
+  void run(const Keys& keys, int64_t length, const Sums& sums, const Keys& following) {
+    const auto& [head, begin, end] = keys;
     std::fill_n(sums.values, rows_ * columns_, 0.0f);
     std::fill_n(sums.maxima, rows_, -INFINITY);
     std::fill_n(sums.totals, rows_, 0.0f);
-    if (begin < end)
-      with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) { run<A>(head, begin, end, length, sums); });
-  }
-
- private:
-  template <class A>
-  INLINE void run(const Head& head, int64_t begin, int64_t end, int64_t length, const Sums& sums) {
-    constexpr int64_t kStep = kLanes<typename A::V> * A::kElements;
-    const int64_t words = round_up(p_.cache.head_dim, kStep) / A::kElements;
-    place_rows<A>(head, words);
-    const bool whole = p_.cache.head_dim % kStep == 0;  // rows that are no whole vectors are copied
+    if (begin >= end) return;
+    place_rows(head);
     Tile tiles[2];
-    tiles[0].find(head, begin, end);
-    if (!whole) std::fill_n(copies_, 4 * kTileKeys * columns_, 0.0f);
+    tiles[0].find(keys, begin);
+    if (copies_rows_) std::fill_n(copies_, 4 * kTileKeys * columns_, 0.0f);
     for (int64_t key = begin, t = 0; key < end; key += kTileKeys, t ^= 1) {
       Tile &tile = tiles[t], &next = tiles[t ^ 1];
-      next.find(head, std::min(key + kTileKeys, end - 1), end);
-      if (!whole) copy_rows(tile);
+      if (key + kTileKeys < end)
+        next.find(keys, key + kTileKeys);
+      else if (following.begin < following.end)
+        next.find(following, following.begin);
+      else
+        next = tile;
+      if (copies_rows_) copy_rows(tile);
       place_scales(head, p_.cache.k_scale, tile, buffers_.k_scale);
       place_scales(head, p_.cache.v_scale, tile, buffers_.v_scale);
-      for (int64_t first = 0; first < rows_; first += kMostRows)
-        with_rows(std::min<int64_t>(rows_ - first, kMostRows), [&](auto count) __attribute__((always_inline)) {
-          Rows rows{q_ + first * words, factors_ + first, words, {}, {}, sums};
-          rows.sums.values += first * columns_, rows.sums.maxima += first, rows.sums.totals += first;
-          for (int r = 0; r < count(); ++r) {
-            const int64_t place = length - p_.rows + (first + r) % p_.rows - key;
-            rows.low[r] = static_cast<int>(std::clamp<int64_t>(place - p_.left, 0, kTileKeys));
-            rows.high[r] = static_cast<int>(std::clamp<int64_t>(place, -1, tile.n - 1));
-          }
-          attend<A, count()>(p_, tile, next, rows, buffers_);
+      for (int64_t first = 0; first < rows_; first += kMostRows) {
+        Rows rows{q_ + first * words_, factors_ + first, words_, {}, {}, sums};
+        const auto count = static_cast<int>(std::min<int64_t>(rows_ - first, kMostRows));
+        rows.sums.values += first * columns_, rows.sums.maxima += first, rows.sums.totals += first;
+        for (int r = 0; r < count; ++r) {
+          const int64_t place = length - p_.rows + (first + r) % p_.rows - key;
+          rows.low[r] = static_cast<int>(std::clamp<int64_t>(place - p_.left, 0, kTileKeys));
+          rows.high[r] = static_cast<int>(std::clamp<int64_t>(place, -1, tile.n - 1));
+        }
+        with_rows(count, [&](auto count) __attribute__((always_inline)) {
+          with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) {
+            attend<A, count()>(p_, tile, next, rows, buffers_);
+          });
         });
+      }
     }
   }
 
+ private:
   // The rows of q as words, and what scores have to be multiplied by.
+  void place_rows(const Head& head) {
+    with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) { place_rows<A>(head); });
+  }
   template <class A>
-  INLINE void place_rows(const Head& head, int64_t words) {
+  INLINE void place_rows(const Head& head) {
     using V = typename A::V;
+    constexpr int64_t kStep = kLanes<V> * A::kElements;
+    words_ = round_up(p_.cache.head_dim, kStep) / A::kElements;
+    copies_rows_ = p_.cache.head_dim % kStep != 0;
     const int64_t columns = p_.cache.head_dim;
     // sums of products with int8 are less than 2^31
     const auto most = static_cast<float>(std::min<int64_t>(INT16_MAX, (int64_t{1} << 23) / columns_ - 1));
@@ -409,14 +442,20 @@ class Worker {
         for_each_vector<V>(
             0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(dtype)::value>(q, c, n), row_, c, n); });
       });
-      const float unit = pack<A>(row_, words * A::kElements, most, q_ + row * words);
+      const float unit = pack<A>(row_, words_ * A::kElements, most, q_ + row * words_);
       factors_[row] = (p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2e) * unit;
     }
   }
 
   void place_scales(const Head& head, const CacheScale& s, const Tile& tile, float* to) const {
     if (s.per_token) {
-      head.for_each_key(s, 4, tile.key, tile.n, [&](const char* scale, int i) { std::memcpy(to + i, scale, 4); });
+      head.for_each_run(s, 4, tile.key, tile.n, [&](const char* data, int i, int end) {
+        const auto scales = reinterpret_cast<const float*>(data);
+        if (s.row == 1)
+          std::copy_n(scales, end - i, to + i);
+        else
+          for (int j = i; j < end; ++j) to[j] = scales[(j - i) * s.row];
+      });
     } else {
       std::fill_n(to, tile.n, s.data ? s.data[head.head * s.head] : 1);
     }
@@ -434,6 +473,8 @@ class Worker {
 
   const AttentionDecodeParams& p_;
   const int64_t rows_, columns_;
+  int64_t words_;     // of a row of q
+  bool copies_rows_;  // of the cache, as they are no whole vectors
   float *q_, *factors_, *row_, *copies_, *sums_;
   Buffers buffers_;
 };
@@ -504,14 +545,19 @@ void attention_decode_cpu(const AttentionDecodeParams& p) {
   torch::stable::parallel_for(0, items, (1 << 16) / (work + 1) + 1, [&](int64_t first, int64_t last) {
     Worker worker(p);
     int64_t b = 0;
-    for (int64_t item = first; item < last; ++item) {
+    const auto keys_of = [&](int64_t item) {
       while (b + 1 < p.cache.batch && sequences[b + 1].first_item <= item) ++b;
       const auto [begin, end, splits, first_item] = sequences[b];
       const int64_t key = begin + (item - first_item) / heads * kSplitKeys;
-      const Head head{p, b, (item - first_item) % heads};
-      const Sums sums = splits == 1 ? worker.own_sums() : Sums(partials + item * stride, rows, columns);
-      worker.run(head, key, std::min(key + kSplitKeys, end), end, sums);
-      if (splits == 1) finish(head, sums.values, 1, 0);
+      return Keys{{p, b, (item - first_item) % heads}, key, std::min(key + kSplitKeys, end)};
+    };
+    for (int64_t item = first; item < last; ++item) {
+      const Keys keys = keys_of(item);
+      const Sequence& sequence = sequences[b];
+      const bool whole = sequence.splits == 1;
+      const Sums sums = whole ? worker.own_sums() : Sums(partials + item * stride, rows, columns);
+      worker.run(keys, sequence.end, sums, item + 1 < last ? keys_of(item + 1) : keys);
+      if (whole) finish(keys.head, sums.values, 1, 0);
     }
   });
   if (most_splits == 1) return;

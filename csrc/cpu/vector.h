@@ -186,6 +186,13 @@ INLINE I widen(Q q) {
 
 template <class V>
 INLINE V half_to_float(Halves<V> h) {  // exact; a multiplication re-biases the exponent and takes care of denormals
+#if defined(__x86_64__)
+  if constexpr (kLanes<V> >= 8) {
+    V v;
+    asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(h));
+    return v;
+  }
+#endif
   using U = Uints<V>;
   const U w = __builtin_convertvector(h, U), a = w & 0x7fff, sign = (w & 0x8000) << 16;
   const U finite = bits<U>(bits<V>(a << 13) * 0x1p112f), special = (a << 13) | 0x7f800000;

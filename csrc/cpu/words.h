@@ -4,6 +4,15 @@
 
 namespace forwardpass::cpu {
 
+// What is loaded once: g++ 12 loaded it again for every use.
+template <class V>
+INLINE V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Operands are words of 32 bits: floats, to which q, k and v of any dtype D are converted ...
 template <class Vector, Dtype D>
 struct Floats {
@@ -25,7 +34,7 @@ struct Floats {
     }
   }
   // Words of a row, from its vector `i` on.
-  INLINE static V load_words(const void* row, int64_t i) { return load<V, D>(row, i * kLanes<V>); }
+  INLINE static V load_words(const void* row, int64_t i) { return in_register(load<V, D>(row, i * kLanes<V>)); }
   INLINE static V multiply_add(V a, V b, V sum) {
     if constexpr (kLanes<V> == 4) return a * b + sum;  // plain x86-64 has no fma, and calls a function for each lane
     return fma(a, b, sum);
@@ -63,7 +72,9 @@ struct BfloatPairs : Pairs<Vectors<16>::f32> {
   using Sum = V;
   static constexpr Dtype kDtype = Dtype::bf16;
 
-  INLINE static V load_words(const void* row, int64_t i) { return load<V, Dtype::f32>(row, i * kLanes<V>); }
+  INLINE static V load_words(const void* row, int64_t i) {
+    return in_register(load<V, Dtype::f32>(row, i * kLanes<V>));
+  }
   INLINE static V multiply_add(V a, V b, V sum) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
@@ -97,6 +108,12 @@ struct IntegerPairs : Pairs<Vector> {
     Sum products;
     asm("vpmaddwd %2, %1, %0" : "=v"(products) : "v"(a), "v"(b));
     return products + sum;
+  }
+};
+struct VnniPairs : IntegerPairs<Vectors<16>::f32> {
+  INLINE static Sum multiply_add(V a, V b, Sum sum) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
   }
 };
 #endif
