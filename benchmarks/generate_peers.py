@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -9,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pathlib
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -258,7 +260,7 @@ def ctranslate2(subject: Subject) -> Candidate:
 
 
 def openvino(subject: Subject) -> Candidate:
-    """8-bit weights by nncf, the cache as the model's state: what optimum-intel makes."""
+    """8-bit weights by nncf, the cache as the model's state: what optimum-intel makes, with its own generate()."""
     optimum = need("optimum.intel", "optimum-intel")
     settings = {"export": True, "load_in_8bit": True, "ov_config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}}
     model = optimum.OVModelForCausalLM.from_pretrained(subject.saved, **settings)
@@ -330,7 +332,8 @@ def build(
     for name, builder in builders.items():
         track(f"building {name}", None)
         try:
-            built[name] = builder(subject)
+            with contextlib.redirect_stdout(sys.stderr):  # nncf draws tables
+                built[name] = builder(subject)
         except Missing as e:
             missing[name] = str(e)
         except Exception as e:  # whatever a peer raises is its result; it is shown and the others go on

@@ -141,7 +141,7 @@ def test_the_folder_of_a_cross_encoder(tmp_path, texts):
     for path in (folder, tmp_path / "saved"):
         source = embedding.find_model(str(path))
         reads = readout.readout_of(source)
-        loaded, tokenizer = embedding.load(source, head=reads.head)
+        loaded, tokenizer = embedding.load(source, auto=reads.auto)
         ours = reads.results(loaded, reads.tokenize(tokenizer, TEXTS, loaded, "cpu"))
         expected = model.predict([(TEXTS[0], text) for text in TEXTS[1:]])
         assert torch.allclose(ours.sigmoid()[0], torch.from_numpy(expected), atol=1e-5)
