@@ -81,7 +81,6 @@ def bytes_of_step(candidate: Candidate, cell: Decoding, config: Any) -> float:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The result of a run. Raises ValueError in one sentence where there is no such model, or it takes no such cell."""
     began = time.monotonic()
-    generate_peers.check_kv_cache(args.kv_cache)
     builders = generate_peers.candidates(args.precisions)
     if unknown := [name for name in args.peers or () if name not in builders]:
         raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(generate_peers.PEERS)}")
@@ -190,7 +189,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--model", default="smollm2", help="smollm2, or the folder of a decoder")
     p.add_argument("--precisions", type=words, default=["int8", "int8+head"],
                    help="of ours, with commas; behind one, +head puts the head into w8a16")  # fmt: skip
-    p.add_argument("--kv-cache", help="of ours, passed on to fp.swap: int8 or fp8")
+    p.add_argument("--kv-cache", choices=("auto", "int8", "fp8"), help="of ours, passed on to fp.swap")
     p.add_argument(
         "--peers", type=words, help=f"beside {FIRST} and ours; default: all of {', '.join(generate_peers.PEERS)}"
     )

@@ -8,7 +8,6 @@ import ctypes
 import dataclasses
 import importlib
 import importlib.metadata
-import inspect
 import pathlib
 import sys
 import time
@@ -309,12 +308,6 @@ def candidates(precisions: Iterable[str]) -> dict[str, Callable[[Subject], Candi
     for precision in precisions:
         find_precision(precision.removesuffix(HEAD))
     return {f"forwardpass {p}": ours(p) for p in precisions} | PEERS
-
-
-def check_kv_cache(kv_cache: str | None) -> None:
-    """ValueError, in one sentence, where `fp.swap` takes none."""
-    if kv_cache is not None and "kv_cache" not in inspect.signature(fp.swap).parameters:
-        raise ValueError("fp.swap of this version has no kv_cache=: drop --kv-cache")
 
 
 def version(name: str) -> str | None:

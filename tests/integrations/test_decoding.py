@@ -376,6 +376,10 @@ def test_kv_cache_in_plans_and_checkpoints(tmp_path):
     tokens = model.generate(**padded("llama"), **OPTIONS).sequences
     fp.save_pretrained(model, tmp_path / "saved")
     report.save_plan(tmp_path / "plan.json")
+    fp.restore(model)
+    assert fp.swap(model, plan=tmp_path / "plan.json", kv_cache="fp8").kv_cache == "fp8"  # in place of the plan's
+    fp.restore(model)
+    fp.swap(model, plan=tmp_path / "plan.json")
     loaded = fp.load_pretrained(tmp_path / "saved")
     replayed = decoder("llama")
     assert fp.swap(replayed, plan=tmp_path / "plan.json").kv_cache == "int8"

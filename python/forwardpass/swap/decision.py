@@ -60,11 +60,12 @@ def decide(
     Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
     calibration does not go with it.
     """
-    if plan is not None:
+    modules = plan.attention if plan is not None else None
+    if kv_cache is not None:  # attention reads it, whatever a plan says
+        attention, modules = True, None
+    elif plan is not None:
         kv_cache = plan.kv_cache
-    if kv_cache is not None:
-        attention = True
-    attentions = decide_attention(context, attention, plan.attention if plan else None)
+    attentions = decide_attention(context, attention, modules)
     swapped, skipped = _decide_layers(context, linear, precision, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped

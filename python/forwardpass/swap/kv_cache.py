@@ -28,15 +28,13 @@ class CacheDecision:
     models: tuple[nn.Module, ...] = ()
 
 
-def check_kv_cache(kv_cache: str | None, attention: str | bool, planned: bool) -> None:
+def check_kv_cache(kv_cache: str | None, attention: str | bool) -> None:
     if kv_cache is None:
         return
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache is None or one of {', '.join(map(repr, KV_CACHES))}, not {kv_cache!r}")
     if attention is False:
         raise ValueError(f"kv_cache={kv_cache!r} needs swapped attention, which reads it: drop attention=False")
-    if planned:
-        raise ValueError(f"kv_cache={kv_cache!r} does not go with plan=, which names what is swapped: drop it")
 
 
 def decide_kv_cache(model: nn.Module, attention: AttentionDecision, kv_cache: str | None) -> CacheDecision:

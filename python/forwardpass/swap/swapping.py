@@ -71,7 +71,7 @@ def swap(
             hidden states or attention weights, stay padded. False: always padded.
         kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
             place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
-            with a scale for each token and head. Attention is then swapped wherever it can be. None: they stay what they are.
+            with a scale for each token and head. Attention is then swapped wherever it can be. None: as a plan says, or they stay.
         include, exclude: patterns of names, of layers and attention: globs over whole components ("layer.1" is not
             "layer.11"; "**" crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that
             layer's default skips.
@@ -110,7 +110,7 @@ def swap(
         raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
     check_choice(attention, plan is not None)
     check_unpad(unpad)
-    check_kv_cache(kv_cache, attention, plan is not None)
+    check_kv_cache(kv_cache, attention)
     if (precision is None) == (plan is None) and not (plan is None and (attention is True or kv_cache is not None)):
         clause = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"')
