@@ -19,9 +19,9 @@
 
 namespace forwardpass::cpu {
 
-// b is prefetched a line at a time, so many bytes ahead, into L2. GB a second of one core of a Zen 4 from memory, one row
-// by VNNI, K of 576 and 4096: by the hardware alone 7 and 14.6, prefetched into L1 8.6 and 14.5, into L2 15 and 19. 8 KB
-// and 64 KB ahead are each slower for one of the two.
+// b is prefetched a line at a time, so many bytes ahead, into L2. GB a second of one core of a Zen 4 from memory, one
+// row by VNNI, K of 576 and 4096: by the hardware alone 7 and 14.6, prefetched into L1 8.6 and 14.5, into L2 15 and 19.
+// 8 KB and 64 KB ahead are each slower for one of the two.
 constexpr int kLine = 64, kAhead = 16384, kToL2 = 2;
 constexpr int64_t kGroupColumns = 16;  // of the product: rows of b; an epilogue begins at multiples of them
 
