@@ -56,10 +56,10 @@ struct PersistentTiles {
   __device__ void for_each(F f) const {
     const uint32_t cluster = ptx::cluster_size();
     for_each_tile(map.tiles, blockIdx.x / cluster, gridDim.x / cluster, false,
-                  [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, rank, split)); });
+                  [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, map.share_bits, rank, split)); });
   }
   __device__ GemmTile first() const {
-    return map.at<Config::kM, Config::kN>(blockIdx.x / ptx::cluster_size(), rank, split);
+    return map.at<Config::kM, Config::kN>(blockIdx.x / ptx::cluster_size(), map.share_bits, rank, split);
   }
 };
 

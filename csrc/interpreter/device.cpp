@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -101,7 +102,10 @@ const Device* find_device(const char* arch) {
   const size_t length = slice ? static_cast<size_t>(slice - arch) : std::strlen(arch);
   for (const Device& d : devices) {
     if (std::strlen(d.arch) != length || std::strncmp(d.arch, arch, length) != 0) continue;
-    return slice ? find_slice(d, std::atoi(slice + 1)) : &d;
+    if (!slice) return &d;
+    int multiprocessors = 0;  // not atoi: it binds the library to glibc 2.38
+    std::from_chars(slice + 1, slice + std::strlen(slice), multiprocessors);
+    return find_slice(d, multiprocessors);
   }
   return nullptr;
 }

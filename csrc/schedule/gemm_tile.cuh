@@ -31,12 +31,13 @@ struct TileMap {
         k(k),
         split_k(split_k) {}
   __device__ uint32_t share() const { return 1 << share_bits; }
-  // rank: which of the blocks with tiles below each other this one is; split: of its cluster
+  // shared: share_bits, where there are clusters; rank: which of the blocks with tiles below each other this one is;
+  // split: of its cluster
   template <int kM, int kN>
-  __device__ GemmTile at(uint32_t index, uint32_t rank = 0, uint32_t split = 0) const {
+  __device__ GemmTile at(uint32_t index, uint32_t shared = 0, uint32_t rank = 0, uint32_t split = 0) const {
     const uint32_t tile = index % (tiles_m * tiles_n), group = tile / (kGroup * tiles_n), first = group * kGroup,
                    rows = min(kGroup, tiles_m - first), within = tile % (kGroup * tiles_n);
-    return tile_at(((first + within % rows << share_bits) + rank) * int64_t{kM}, int64_t{within / rows} * kN,
+    return tile_at(((first + within % rows << shared) + rank) * int64_t{kM}, int64_t{within / rows} * kN,
                    index / (tiles_m * tiles_n) + split);
   }
   // Where all tiles lie beside each other.

@@ -25,6 +25,7 @@ needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not insta
 
 class Report:
     unpadding = "encoder.layer runs without it"
+    kv_cache = None
 
     def to_json(self):
         return {

@@ -143,7 +143,9 @@ def name_of(attention: Iterable[nn.Module], holders: Iterable[nn.Module]) -> str
     windows = all(passes_window(m) for m in attention)
     decodes = all(getattr(m, "is_causal", False) for m in attention)
     asks = any(_ASKS_FOR_FLASH in source_of_module(type(m).__module__) for m in holders)
-    return (WINDOWED if windows else NAME) + (FLASH if decodes and not asks else "")
+    # transformers takes chunks for something that no flash attention does, where keys are more than one has
+    chunks = any(getattr(getattr(m, "config", None), "attention_chunk_size", None) for m in attention)
+    return (WINDOWED if windows else NAME) + (FLASH if decodes and not asks and not chunks else "")
 
 
 _ASKS_FOR_FLASH = "is_flash_attention_requested"

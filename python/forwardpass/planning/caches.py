@@ -48,6 +48,8 @@ def with_cache(
         phases: the times under the plan without; run: those under another.
         attention: the modules that are swapped where there is such a cache.
     """
+    if not names:
+        return plan, {}
     criterion, without = verifier.subject.criterion, _step(phases)
     best, least = plan, without
     results: dict[str, dict[str, Any]] = {}
