@@ -222,7 +222,9 @@ def test_swap_says_what_it_calibrated_on_and_how_steady_the_times_are(folder, st
 
 def test_an_unchanged_model_has_no_speed_up(folder, monkeypatch):
     unchanged = Report().to_json() | {"swapped": [], "attention": []}
-    monkeypatch.setattr(fp, "swap", lambda model, **_: types.SimpleNamespace(to_json=lambda: unchanged, unpadding=""))
+    monkeypatch.setattr(
+        fp, "swap", lambda model, **_: types.SimpleNamespace(to_json=lambda: unchanged, unpadding="", kv_cache=None)
+    )
     result = run("swap", folder, "--precision", "int8", "--batch", 1, "--length", 8, "--json", "-")
     written = json.loads(result.stdout)
     assert (
