@@ -28,6 +28,7 @@ from forwardpass.cli.source import find_model
 from forwardpass.common import decoding
 from forwardpass.common.decoding import Decoding, Run
 from forwardpass.common.timing import Track, keep_freed_memory
+from forwardpass.integrations.kv_scales import KV_CACHES
 from forwardpass.profiling.roofline import roofline
 
 #: The least and most rounds of a cell.
@@ -189,7 +190,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--model", default="smollm2", help="smollm2, or the folder of a decoder")
     p.add_argument("--precisions", type=words, default=["int8", "int8+head"],
                    help="of ours, with commas; behind one, +head puts the head into w8a16")  # fmt: skip
-    p.add_argument("--kv-cache", choices=("auto", "int8", "fp8"), help="of ours, passed on to fp.swap")
+    p.add_argument("--kv-cache", choices=tuple(KV_CACHES), help="of ours, passed on to fp.swap")
     p.add_argument(
         "--peers", type=words, help=f"beside {FIRST} and ours; default: all of {', '.join(generate_peers.PEERS)}"
     )

@@ -27,6 +27,7 @@ from forwardpass.cli.source import Source
 from forwardpass.common.decoding import Decoding, Generation, Run, run_of
 from forwardpass.common.modules import tensor_bytes
 from forwardpass.common.timing import Track, untracked
+from forwardpass.integrations.kv_scales import KV_CACHES
 from forwardpass.swap.plan import PlannedLayer
 from forwardpass.swap.precision import find_precision
 from forwardpass.swap.walker import linear_like
@@ -116,7 +117,7 @@ def ours(precision: str) -> Callable[[Subject], Candidate]:
             if head:
                 plan = dataclasses.replace(plan, layers=(*plan.layers, head_layer(model)))
             fp.swap(model, plan=plan, **options)
-        return of_model(model, itemsize=4 if subject.kv_cache is None else 1)
+        return of_model(model, itemsize=4 if KV_CACHES.get(subject.kv_cache or "auto") is None else 1)
 
     return build
 

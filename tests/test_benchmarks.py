@@ -526,6 +526,9 @@ def test_generate_passes_kv_cache_on(small_decoder, monkeypatch):
     sizes = {n: c["weight_bytes"] for n, c in result["candidates"].items()}
     caches = [moved[n]["a_token"] - sizes[n] for n in ("forwardpass int8", "eager fp32")]
     assert caches[1] == 4 * caches[0] > 0
+    _, result = generated(small_decoder, *options[:-1], "auto")  # of the model's dtype, as eager's
+    moved = result["cells"][0]["decode_bytes"]
+    assert moved["forwardpass int8"]["a_token"] - sizes["forwardpass int8"] == caches[1]
 
 
 @pytest.mark.parametrize(
