@@ -55,7 +55,7 @@ struct PersistentTiles {
   template <class F>
   __device__ void for_each(F f) const {
     const uint32_t cluster = ptx::cluster_size();
-    for_each_tile(map.tiles, blockIdx.x / cluster, gridDim.x / cluster, false,
+    for_each_tile(map.tiles, blockIdx.x / cluster, gridDim.x / cluster,
                   [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, map.share_bits, rank, split)); });
   }
   __device__ GemmTile first() const {

@@ -3,16 +3,10 @@
 // other.
 namespace forwardpass {
 
-// f(index of a tile) for each tile of this worker. In every round each worker takes one. Alternating: every second
-// round goes through the workers backwards, so that each gets long tiles and short ones where they are sorted.
+// f(index of a tile) for each tile of this worker. In every round each worker takes one.
 template <class Index, class F>
-__device__ inline void for_each_tile(Index tiles, unsigned worker, unsigned workers, bool alternating, F f) {
-  for (unsigned round = 0;; ++round) {
-    const bool backwards = alternating && round % 2;
-    const Index index = Index{round} * workers + (backwards ? workers - 1 - worker : worker);
-    if (index >= tiles) return;
-    f(index);
-  }
+__device__ inline void for_each_tile(Index tiles, unsigned worker, unsigned workers, F f) {
+  for (Index index = worker; index < tiles; index += workers) f(index);
 }
 
 }  // namespace forwardpass

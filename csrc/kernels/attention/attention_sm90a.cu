@@ -111,7 +111,6 @@ struct AttentionArguments {
   AttentionParams p;
   unsigned tiles;  // of a head
   int64_t blocks;  // of all heads
-  bool alternating;
   CUtensorMap q, k, v;
 };
 
@@ -161,16 +160,14 @@ struct SequenceOrigin {
   }
 };
 
-// The persistent tile schedule: f(tile, its key blocks) for each tile of this block. Of one group of heads, whose tiles
-// are in LPT order, every second round goes through the grid backwards; of more, every second group is in the opposite
-// order.
+// The persistent tile schedule: f(tile, its key blocks) for each tile of this block.
 template <class Config>
 struct WgmmaAttentionSchedule {
   const AttentionArguments& a;
 
   template <class F>
   __device__ void for_each(F f) const {
-    for_each_tile(a.blocks, blockIdx.x, gridDim.x, a.alternating, [&](int64_t block) {
+    for_each_tile(a.blocks, blockIdx.x, gridDim.x, [&](int64_t block) {
       AttentionTile tile;
       if (tile.find(a.p, Config::kM, a.tiles, static_cast<unsigned>(block)))
         f(tile, KeyBlocks(a.p, tile, Config::kM, Config::kN));
@@ -448,10 +445,7 @@ template <class Config>
 cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM);
-  AttentionArguments a{.p = p,
-                       .tiles = static_cast<unsigned>(tiles),
-                       .blocks = tiles * all_heads(p),
-                       .alternating = heads_together(p) >= all_heads(p)};
+  AttentionArguments a{.p = p, .tiles = static_cast<unsigned>(tiles), .blocks = tiles * all_heads(p)};
   if (a.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   // A dimension over which an operand is broadcast gets one element: no document promises that a tensor map may have a
   // stride of 0. The stride of a dimension with one element is any multiple of 16, such as kNoStride.
