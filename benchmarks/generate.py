@@ -1,6 +1,6 @@
 """A decoder, swapped, beside what else a CPU user could generate text with: tokens a second of prefill and decode, perplexity.
 
-    python -m benchmarks.generate [--model smollm2] [--precisions int8,int8+head] [--peers …] [--json FILE]
+    python -m benchmarks.generate [--model smollm2] [--precisions int8,int8+head+compiled] [--peers …] [--json FILE]
 
 All candidates are built from the same fp32 model and take turns in one process, with the same number of threads. A turn is one
 prefill of the prompts and the steps that follow it, each of one token for every sequence, greedily.
@@ -52,6 +52,7 @@ def time_cell(
     runs: dict[str, Run] = {}
     failed: dict[str, str] = {}
     seconds = 0.0
+    torch.compiler.reset()  # compiled code is for the sizes of a cell, and there is a limit to how much of it is kept
     for name, candidate in built.items():
         track(f"{cell}: {name}, untimed", None)
         try:
@@ -188,8 +189,8 @@ def words(text: str) -> list[str]:
 def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--model", default="smollm2", help="smollm2, or the folder of a decoder")
-    p.add_argument("--precisions", type=words, default=["int8", "int8+head"],
-                   help="of ours, with commas; behind one, +head puts the head into w8a16")  # fmt: skip
+    p.add_argument("--precisions", type=words, default=["int8", "int8+head", "int8+head+compiled"],
+                   help="of ours, with commas; behind one, +head puts the head into w8a16, +compiled compiles steps")  # fmt: skip
     p.add_argument("--kv-cache", choices=tuple(KV_CACHES), help="of ours, passed on to fp.swap")
     p.add_argument(
         "--peers", type=words, help=f"beside {FIRST} and ours; default: all of {', '.join(generate_peers.PEERS)}"

@@ -32,7 +32,7 @@ from forwardpass.swap.plan import PlannedLayer
 from forwardpass.swap.precision import find_precision
 from forwardpass.swap.walker import linear_like
 
-HEAD = "+head"  #: behind a precision: the head in w8a16
+HEAD, COMPILED = "+head", "+compiled"  #: behind a precision: the head in w8a16; steps compiled
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,15 @@ def eager_bf16(subject: Subject) -> Candidate:
 
 
 def compiled(subject: Subject) -> Candidate:
+    return of_model(subject.model, compiled_steps(subject.model))
+
+
+def compiled_steps(model: Any) -> Callable[[Decoding], Run]:
     """torch.compile of a step, with a cache of one size, as transformers' generate has it with cache_implementation="static"."""
     cache_utils = importlib.import_module("transformers.cache_utils")
-    model = subject.model
     forward = torch.compile(model.forward, dynamic=False)
 
     def prepare(decoding: Decoding) -> Run:
-        torch.compiler.reset()  # sizes are the cell's, and compiling takes minutes
         cache = cache_utils.StaticCache(config=model.config, max_cache_len=decoding.length)
 
         def run(ids: Tensor, steps: int) -> list[float]:
@@ -101,7 +103,7 @@ def compiled(subject: Subject) -> Candidate:
 
         return run
 
-    return of_model(model, prepare)
+    return prepare
 
 
 def ours(precision: str) -> Callable[[Subject], Candidate]:
@@ -109,7 +111,7 @@ def ours(precision: str) -> Callable[[Subject], Candidate]:
 
     def build(subject: Subject) -> Candidate:
         model = copy.deepcopy(subject.model)
-        name, head = precision.removesuffix(HEAD), precision.endswith(HEAD)
+        name, head, compiles = parts_of(precision)
         options: dict[str, Any] = {} if subject.kv_cache is None else {"kv_cache": subject.kv_cache}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -117,9 +119,16 @@ def ours(precision: str) -> Callable[[Subject], Candidate]:
             if head:
                 plan = dataclasses.replace(plan, layers=(*plan.layers, head_layer(model)))
             fp.swap(model, plan=plan, **options)
-        return of_model(model, itemsize=4 if KV_CACHES.get(subject.kv_cache or "auto") is None else 1)
+        prepare = compiled_steps(model) if compiles else None
+        return of_model(model, prepare, itemsize=4 if KV_CACHES.get(subject.kv_cache or "auto") is None else 1)
 
     return build
+
+
+def parts_of(precision: str) -> tuple[str, bool, bool]:
+    """The precision of the Linears, whether the head has one too, and whether steps are compiled."""
+    name = precision.removesuffix(COMPILED)
+    return name.removesuffix(HEAD), name.endswith(HEAD), precision.endswith(COMPILED)
 
 
 def head_layer(model: Any) -> PlannedLayer:
@@ -307,7 +316,7 @@ PACKAGES = {"llama.cpp Q8_0": "llama-cpp-python", "ctranslate2 int8": "ctranslat
 def candidates(precisions: Iterable[str]) -> dict[str, Callable[[Subject], Candidate]]:
     """Ours in these precisions, and all peers. ValueError, in one sentence, on a precision that is none."""
     for precision in precisions:
-        find_precision(precision.removesuffix(HEAD))
+        find_precision(parts_of(precision)[0])
     return {f"forwardpass {p}": ours(p) for p in precisions} | PEERS
 
 

@@ -1,5 +1,8 @@
-// New tokens into a cache: every row of k, rotated, and of v goes through a buffer of floats.
+// New tokens into a cache: every row of q, k and v goes through a buffer of floats.
 #include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
 
 #include "cpu/memory.h"
 #include "cpu/quantize_rows.h"
@@ -21,20 +24,53 @@ INLINE void to_floats(const char* from, Dtype dtype, int64_t columns, float* to)
   });
 }
 
-// buffer: the row and, from `columns` on, its cosines and sines.
 template <class V>
-INLINE void rotate(const AppendKvParams& p, int64_t batch, int64_t token, float* buffer) {
-  const int64_t half = p.rotated / 2;
-  float *cos = buffer + p.cache.head_dim, *sin = cos + p.rotated;
-  to_floats<V>(element(p.cos, batch, token, 0, p.rotary_dtype), p.rotary_dtype, p.rotated, cos);
-  to_floats<V>(element(p.sin, batch, token, 0, p.rotary_dtype), p.rotary_dtype, p.rotated, sin);
+INLINE void from_floats(const float* from, Dtype dtype, int64_t columns, char* to) {
+  with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
+    for_each_vector<V>(
+        0, columns, VECTOR_BODY(&) { store<decltype(d)::value>(load<V, Dtype::f32>(from, c, n), to, c, n); });
+  });
+}
+
+// A row that is worked on, the cosines and sines of its token, and the sums of a norm.
+struct Buffers {
+  float *row, *cos, *sin, *sums;
+};
+
+template <class V>
+INLINE void norm(const Affine& weight, float eps, int64_t columns, const Buffers& b) {
+  float *row = b.row, *sums = b.sums;
+  std::fill_n(sums, kNormSums, 0.0f);
+  for (int64_t first = 0; first < columns; first += kNormSums)
+    for_each_vector<V>(
+        0, std::min<int64_t>(kNormSums, columns - first), VECTOR_BODY(=) {
+          const V x = load<V, Dtype::f32>(row, first + c, n);
+          store<Dtype::f32>(load<V, Dtype::f32>(sums, c, n) + x * x, sums, c, n);
+        });
+  for (int left = kNormSums / 2; left > 0; left /= 2)
+    for (int i = 0; i < left; ++i) sums[i] += sums[i + left];
+  const float inverse = 1 / std::sqrt(sums[0] / static_cast<float>(columns) + eps) + sums[0] * 0;
+  with_float_dtype(weight.dtype, [&](auto d) __attribute__((always_inline)) {
+    for_each_vector<V>(
+        0, columns, VECTOR_BODY(=) {
+          const V x = load<V, Dtype::f32>(row, c, n) * inverse;
+          store<Dtype::f32>(x * load<V, decltype(d)::value>(weight.data, c, n), row, c, n);
+        });
+  });
+}
+
+template <class V>
+INLINE void rotate(int64_t rotated, const Buffers& b) {
+  const int64_t half = rotated / 2;
+  float* row = b.row;
+  const float *cos = b.cos, *sin = b.sin;
   for_each_vector<V>(
       0, half, VECTOR_BODY(=) {
         const auto part = [&](const float* x, int64_t first)
                               __attribute__((always_inline)) { return load<V, Dtype::f32>(x, first + c, n); };
-        const V low = part(buffer, 0), high = part(buffer, half);
-        store<Dtype::f32>(low * part(cos, 0) - high * part(sin, 0), buffer, c, n);
-        store<Dtype::f32>(high * part(cos, half) + low * part(sin, half), buffer, half + c, n);
+        const V low = part(row, 0), high = part(row, half);
+        store<Dtype::f32>(low * part(cos, 0) - high * part(sin, 0), row, c, n);
+        store<Dtype::f32>(high * part(cos, half) + low * part(sin, half), row, half + c, n);
       });
 }
 
@@ -56,22 +92,35 @@ INLINE void write(const AppendKvParams& p, const float* row, const CacheTensor& 
       return load<V, Dtype::f32>(row, column, n);
     });
   } else {
-    with_float_dtype(c.dtype, [&](auto d) __attribute__((always_inline)) {
-      for_each_vector<V>(0, c.head_dim, [&](int64_t column, int n) __attribute__((always_inline)) {
-        store<decltype(d)::value>(load<V, Dtype::f32>(row, column, n), data, column, n);
-      });
-    });
+    from_floats<V>(row, c.dtype, c.head_dim, data);
   }
 }
 
 // Of each token of all sequences, one after the other, from the first to the last.
 void append(const AppendKvParams& p, int64_t begin, int64_t end) {
   const KvCache& c = p.cache;
-  const CacheLines memory = allocate(4 * (c.head_dim + 2 * p.rotated));
-  auto row = reinterpret_cast<float*>(memory.get());
+  const CacheLines memory = allocate(4 * (c.head_dim + 2 * p.rotated + kNormSums));
+  Buffers b;
+  b.row = reinterpret_cast<float*>(memory.get());
+  b.cos = b.row + c.head_dim, b.sin = b.cos + p.rotated, b.sums = b.sin + p.rotated;
   with_vectors(VECTOR_CODE {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / p.tokens, token = i % p.tokens;
+      if (p.rotated) {
+        to_floats<V>(element(p.cos, batch, token, 0, p.rotary_dtype), p.rotary_dtype, p.rotated, b.cos);
+        to_floats<V>(element(p.sin, batch, token, 0, p.rotary_dtype), p.rotary_dtype, p.rotated, b.sin);
+      }
+      const auto prepare = [&](const AttentionTensor& x, int64_t head, const Affine& weight)
+                               __attribute__((always_inline)) {
+                                 to_floats<V>(element(x, batch, token, head, p.dtype), p.dtype, c.head_dim, b.row);
+                                 if (weight.data) norm<V>(weight, p.eps, c.head_dim, b);
+                                 if (p.rotated) rotate<V>(p.rotated, b);
+                               };
+      for (int64_t head = 0; head < p.q_heads; ++head) {
+        prepare(p.q, head, p.q_norm);
+        char* out = static_cast<char*>(p.q_out) + (i * p.q_heads + head) * c.head_dim * size_of(p.dtype);
+        from_floats<V>(b.row, p.dtype, c.head_dim, out);
+      }
       int64_t position = c.seq_lens[batch] - p.tokens + token, first = batch;
       if (position < 0) continue;
       if (c.block_table) {
@@ -79,11 +128,10 @@ void append(const AppendKvParams& p, int64_t begin, int64_t end) {
         position %= c.page;
       }
       for (int64_t head = 0; head < c.heads; ++head) {
-        to_floats<V>(element(p.k, batch, token, head, p.dtype), p.dtype, c.head_dim, row);
-        if (p.rotated) rotate<V>(p, batch, token, row);
-        write<V>(p, row, c.k, c.k_scale, first, position, head);
-        to_floats<V>(element(p.v, batch, token, head, p.dtype), p.dtype, c.head_dim, row);
-        write<V>(p, row, c.v, c.v_scale, first, position, head);
+        prepare(p.k, head, p.k_norm);
+        write<V>(p, b.row, c.k, c.k_scale, first, position, head);
+        to_floats<V>(element(p.v, batch, token, head, p.dtype), p.dtype, c.head_dim, b.row);
+        write<V>(p, b.row, c.v, c.v_scale, first, position, head);
       }
     }
   });
@@ -93,7 +141,8 @@ void append(const AppendKvParams& p, int64_t begin, int64_t end) {
 }  // namespace cpu
 
 void append_kv_cpu(const AppendKvParams& p) {
-  torch::stable::parallel_for(0, int64_t{p.cache.batch} * p.tokens, cpu::grain(p.cache.heads * p.cache.head_dim),
+  torch::stable::parallel_for(0, int64_t{p.cache.batch} * p.tokens,
+                              cpu::grain((p.cache.heads + p.q_heads) * p.cache.head_dim),
                               [&](int64_t begin, int64_t end) { cpu::append(p, begin, end); });
 }
 

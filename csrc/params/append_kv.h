@@ -1,22 +1,31 @@
 #pragma once
+#include "params/affine.h"
 #include "params/attention.h"
 #include "params/device.h"
 #include "params/kv_cache.h"
 
 namespace forwardpass {
 
-// append_kv: token i of a sequence goes to position seq_len - tokens + i, if that is at least 0. Of k, the first
-// `rotated` columns are rotated:
+// append_kv: token i of a sequence goes to position seq_len - tokens + i, if that is at least 0. Rows of k, and of q,
+// which goes to q_out, are normed, where there is a weight for it, and their first `rotated` columns rotated:
 //
+//   k[c] = k[c] / sqrt(sum(k^2) / head_dim + eps) weight[c]
 //   k[c] = k[c] cos[c] + (c < rotated / 2 ? -k[c + rotated / 2] : k[c - rotated / 2]) sin[c]
 //
-// each operation rounded once to fp32. Scales per token are written, others divide.
+// each operation rounded once to fp32. The sum is made of kNormSums, each of every kNormSums-th column in their order;
+// then the second half of the sums is added to the first, until one is left. A sum that overflows makes NaN. Scales per
+// token are written, others divide.
+constexpr int kNormSums = 32;
 struct AppendKvParams {
   static constexpr const char* kLauncher = "forwardpass_append_kv";
   AttentionTensor k, v;      // [batch, token, head, dim]
+  AttentionTensor q;         // [batch, token, q_heads, dim]; null: none
+  void* q_out;               // as q, contiguous
+  Affine q_norm, k_norm;     // weights
   AttentionTensor cos, sin;  // [batch, token, 0, rotated], by strides; or null
   Dtype dtype, rotary_dtype;
-  int32_t tokens, rotated;
+  float eps;
+  int32_t q_heads, tokens, rotated;
   KvCache cache;
   Device device;  // that runs it; unused on a CPU
 };

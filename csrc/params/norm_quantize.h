@@ -1,15 +1,9 @@
 #pragma once
-#include "params/common.h"
+#include "params/affine.h"
 
 namespace forwardpass {
 
 enum class Norm : int32_t { rms, layer };
-
-// A vector over the columns, in x's dtype or fp32; null: none.
-struct Affine {
-  const void* data;
-  Dtype dtype;
-};
 
 // norm_quantize or, with a residual, add_norm_quantize: normalises x + residual, rounded to x's dtype, and stores it
 // too.

@@ -1,5 +1,7 @@
 #include "params/append_kv.h"
 
+#include <cmath>
+
 #include "torch/kv_cache.h"
 #include "torch/ops.h"
 
@@ -16,6 +18,14 @@ template <class T>
 void check_apart(const T& k, const T& v, const char* name) {
   STD_TORCH_CHECK(!k.data || k.data != v.data || k.first != v.first || k.row != v.row || k.head != v.head,
                   "append_kv: the ", name, " of k and v are the same memory");
+}
+
+Affine norm_weight(const OptionalTensor& w, const Tensor& k, const char* name) {
+  if (!w) return {};
+  const char* op = "append_kv";
+  STD_TORCH_CHECK(w->scalar_type() == ScalarType::Float || w->scalar_type() == k.scalar_type(), op, ": ", name,
+                  " must be float32 or of k's dtype");
+  return {vector<void>(w, k.size(3), w->scalar_type(), k, op, name), dtype_of(w->scalar_type(), op, name)};
 }
 
 AttentionTensor rotary(const Tensor& x, const Tensor& k, const Tensor& cos, const char* name) {
@@ -35,7 +45,9 @@ AttentionTensor rotary(const Tensor& x, const Tensor& k, const Tensor& cos, cons
 
 void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
-               const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin) {
+               const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin,
+               const OptionalTensor& q, const OptionalTensor& q_out, const OptionalTensor& q_norm,
+               const OptionalTensor& k_norm, double norm_eps) {
   const char* op = "append_kv";
   AppendKvParams p{};
   p.k = new_rows(k, op, "k"), p.v = new_rows(v, op, "v");
@@ -56,6 +68,21 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
     p.rotary_dtype = dtype_of(cos->scalar_type(), op, "cos");
     p.rotated = static_cast<int32_t>(cos->size(2));
   }
+  STD_TORCH_CHECK(q.has_value() == q_out.has_value(), op, ": q and q_out go together");
+  if (q) {
+    p.q = new_rows(*q, op, "q");
+    for (const Tensor& x : {*q, *q_out})
+      STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == k.size(0) && x.size(1) == k.size(1) && x.size(2) == q->size(2) &&
+                          x.size(3) == k.size(3) && x.scalar_type() == k.scalar_type() && same_device(x, k),
+                      op, ": q and q_out must have the sequences, tokens, columns, dtype and device of k");
+    STD_TORCH_CHECK(q_out->is_contiguous(), op, ": q_out must be contiguous");
+    p.q_out = q_out->mutable_data_ptr();
+    p.q_heads = size32(q->size(2), op, "heads of q");
+  }
+  STD_TORCH_CHECK(q || !q_norm, op, ": q_norm goes with q");
+  p.q_norm = norm_weight(q_norm, k, "q_norm"), p.k_norm = norm_weight(k_norm, k, "k_norm");
+  p.eps = static_cast<float>(norm_eps);
+  STD_TORCH_CHECK(p.eps >= 0 && std::isfinite(p.eps), op, ": norm_eps must be at least 0");
   if (backend == Backend::cpu) {
     check_lengths(p.cache, [&](int64_t b) { return int64_t{p.cache.seq_lens[b]} - p.tokens; }, op);
   } else {

@@ -77,6 +77,8 @@ Tensor attention_decode(Backend backend, const Tensor& q, const Tensor& k_cache,
 
 void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
-               const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin);
+               const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin,
+               const OptionalTensor& q, const OptionalTensor& q_out, const OptionalTensor& q_norm,
+               const OptionalTensor& k_norm, double norm_eps);
 
 }  // namespace forwardpass

@@ -48,7 +48,7 @@ CASES = [
     ("attention", attention.Case((40, 70), causal=True, sinks="float32", lse=True, packed=True)),
     ("attention_decode", attention_decode.Case((0, 300, 17), cache=torch.int8, leftpad=(0, 50, 20))),
     ("attention_decode", attention_decode.Case((0, 300, 17), 2, page=None, batch_invariant=True)),
-    ("append_kv", append_kv.Case((0, 40, 17), 2, cache=torch.int8, rotary="whole")),
+    ("append_kv", append_kv.Case((0, 40, 17), 2, cache=torch.int8, rotary="whole", q_heads=4, norm="qk")),
 ]
 
 

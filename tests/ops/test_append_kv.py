@@ -85,6 +85,28 @@ def test_rotary_is_that_of_transformers():
     torch.testing.assert_close(cache, k * angle.cos().unsqueeze(2) + rotate_half * angle.sin().unsqueeze(2))
 
 
+def test_norm_is_that_of_torch():
+    """Qwen3's: of each head of q and k, before the rotation."""
+    q, k = torch.randn(2, 3, 4, 40), torch.randn(2, 3, 2, 40)
+    weights = {name: torch.rand(40) for name in ("q_norm", "k_norm")}
+    cache, lengths = torch.zeros(2, 3, 2, 40), torch.tensor([3, 3], dtype=torch.int32)
+    given = q.clone()
+    got = fp.ops.append_kv(k, k, cache, cache.clone(), lengths, q=q, **weights, norm_eps=1e-3)
+    for actual, x, weight in ((got, q, weights["q_norm"]), (cache, k, weights["k_norm"])):
+        torch.testing.assert_close(actual, torch.nn.functional.rms_norm(x, (40,), weight, 1e-3))
+    assert got.is_contiguous()
+    assert_equal(q, given)
+
+
+def test_sum_of_squares_that_overflows_shows():
+    k = torch.full((1, 1, 1, 64), 1e20)
+    for backend in ("cpu", "reference"):
+        cache = torch.zeros(1, 1, 1, 64)
+        with fp.use_backend(backend):
+            fp.ops.append_kv(k, k, cache, cache.clone(), torch.ones(1, dtype=torch.int32), k_norm=torch.ones(64))
+        assert cache.isnan().all()
+
+
 def test_scales_per_token_are_those_of_quantize():
     x = torch.randn(2, 1, 2, 64)
     for dtype in (torch.int8, E4M3):
@@ -138,6 +160,13 @@ SCALE = torch.ones(2, 4, 2)
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, None)}, TypeError, "sin of rotary must be a tensor"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, ROTARY[..., :7])}, ValueError, "an even number"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, ROTARY[..., :6])}, ValueError, "cos and sin of rotary must"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"q": K.half()}, ValueError, r"q must be torch.float32 \[2, 1, H, 8\], as k but"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"q": K[:1]}, ValueError, "q must be torch.float32"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"q": 1}, TypeError, "q must be a tensor, not int"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"q_norm": ONE}, ValueError, "q_norm is the norm of q: pass q"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"k_norm": ONE}, ValueError, "k_norm must be contiguous with 8 elements"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"k_norm": ONE.double()}, TypeError, "k_norm must be a tensor of torch.float32"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"norm_eps": -1.0}, ValueError, "norm_eps must be a number of at least 0"),
         ((K, K, CACHE, CACHE[:], LENGTHS), {}, ValueError, "k_cache and v_cache are the same memory, where v would overwrite k: "
          "pass two tensors"),
         ((K, K, INT8, INT8.clone(), LENGTHS), {"k_scale": SCALE, "v_scale": SCALE}, ValueError, "k_scale and v_scale are the same "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..dispatch import Reason, asked_for_by_name
 from ..dispatch.calls import decline, take
 from ..ops.append_kv import OPERATION as APPEND_KV
+from ..ops.append_kv import PLAIN
 from ..ops.attention import ATTENTION
 from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
 from . import heads_first, key_ranges, kv_scales, unpadding
@@ -309,7 +310,7 @@ def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict
     if table is not None:
         k_cache, v_cache = options["k_cache"], options["v_cache"]
         seq_lens = ends_k.diff()[: len(q)].int()
-        APPEND_KV(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, None, None)
+        APPEND_KV(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, *PLAIN)
         step = q.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, scale, left, None, softcap, sinks, False
         return ATTENTION_DECODE(*step, None).transpose(0, 1), None
     causal = bool(_is_causal(module, options["is_causal"]))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import cache_utils
 
 from ..ops.append_kv import OPERATION as APPEND_KV
+from ..ops.append_kv import PLAIN
 from . import kv_scales
 from .transformers_attention import NAMES
 
@@ -48,7 +49,7 @@ class _Stored:
     def append(self, key: Tensor, value: Tensor, seq_lens: Tensor) -> None:
         k_scale, v_scale = (None, None) if self.scales is None else (x.transpose(1, 2) for x in self.scales)
         k, v, k_cache, v_cache = (x.transpose(1, 2) for x in (key, value, self.keys, self.values))
-        APPEND_KV(k, v, k_cache, v_cache, seq_lens, None, k_scale, v_scale, None, None)
+        APPEND_KV(k, v, k_cache, v_cache, seq_lens, None, k_scale, v_scale, *PLAIN)
 
     def between(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Views, with their scales."""

@@ -5,11 +5,14 @@ The contract; what it computes is in reference.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ...dispatch import Operation
 from ..common.kv_cache import check_cache, check_lengths, check_new_rows
+from ..common.quantized_rows import check_vector
 from . import reference
 
 
@@ -24,11 +27,16 @@ def append_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
-) -> None:
+    q: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor | None:
     """Writes the last S tokens of each sequence into its cache, at positions seq_len - S to seq_len - 1, in place.
 
     It is the one operation that changes its arguments: the caches and, where each token has scales of its own, k_scale and v_scale.
     A position before the first is not written: of a sequence whose seq_len is less than S, the tokens at the front are padding.
+    What a model does to the rows of q and k before, a norm of each head and rotary embedding, can be done in the same launch.
 
     Args:
         k, v: float16, bfloat16 or float32 [B, S, Hk, D] of one dtype; last stride 1, others free.
@@ -42,6 +50,12 @@ def append_kv(
         v_scale: as k_scale, of v_cache.
         rotary: (cos, sin), [B, S, R] or [1, S, R], float32 or k's dtype: rotary embedding of the first R columns of k, R even, in
             halves, as rotate_half of transformers does: k * cos + rotate_half(k) * sin, in float32, before it is rounded.
+        q: [B, S, H, D] of k's dtype, last stride 1: the queries of the new tokens, to which the same is done as to k.
+        q_norm, k_norm: float32 or k's dtype [D], contiguous: the weight of an RMS norm (arXiv 1910.07467) of each head of q, and of
+            k, before the rotation, as Qwen3 has it: x / sqrt(mean(x^2) + norm_eps) * weight, in float32. Gemma's is 1 + weight.
+
+    Returns:
+        q, normed and rotated, of its dtype, contiguous [B, S, H, D], padding too; None without q.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
@@ -50,12 +64,17 @@ def append_kv(
             at them, as that would wait for it: kernels write of each sequence what has a place.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
-    cos, sin = None, None
+    cos, sin, q_out = None, None, None
     if rotary is not None:
         if not isinstance(rotary, tuple | list) or len(rotary) != 2:
             raise TypeError(f"append_kv: rotary must be (cos, sin) or None, not {type(rotary).__name__}")
         cos, sin = rotary
-    OPERATION(k, v, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, cos, sin)
+    if isinstance(q, Tensor):
+        q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    OPERATION(
+        k, v, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, cos, sin, q, q_out, q_norm, k_norm, norm_eps
+    )
+    return q_out
 
 
 def _check(
@@ -69,6 +88,11 @@ def _check(
     v_scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    q: Tensor | None,
+    q_out: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
 ) -> None:
     op = "append_kv"
     check_new_rows(op, "kv", k, v)
@@ -103,13 +127,36 @@ def _check(
         if cos.shape != sin.shape or cos.dtype != sin.dtype:
             raise ValueError(f"{op}: cos and sin of rotary must have one shape and dtype, and are {cos.dtype} {tuple(cos.shape)} "
                              f"and {sin.dtype} {tuple(sin.shape)}")  # fmt: skip
+    _check_prepared(op, k, q, q_norm, k_norm, norm_eps)
     check_lengths(op, k_cache, seq_lens, block_table, seq_lens - k.shape[1])
+
+
+def _check_prepared(
+    op: str, k: Tensor, q: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, norm_eps: float
+) -> None:
+    if q is not None:
+        check_new_rows(op, "q", q)
+        if q.dtype != k.dtype or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+            raise ValueError(f"{op}: q must be {k.dtype} [{k.shape[0]}, {k.shape[1]}, H, {k.shape[3]}], as k but for the heads, "
+                             f"and is {q.dtype} {tuple(q.shape)}")  # fmt: skip
+        if q.device != k.device:
+            raise ValueError(f"{op}: q is on {q.device} and k on {k.device}: move one of them")
+    elif q_norm is not None:
+        raise ValueError(f"{op}: q_norm is the norm of q: pass q")
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            check_vector(op, name, weight, k.shape[3], (torch.float32, k.dtype), k)
+    if not isinstance(norm_eps, int | float) or not 0 <= norm_eps < math.inf:
+        raise ValueError(f"{op}: norm_eps must be a number of at least 0, not {norm_eps!r}")
 
 
 def _fake(*args: object) -> None:
     return None
 
 
+#: The last arguments of OPERATION where k is written as it is: neither cos nor sin, nor q, nor norms.
+PLAIN = (None, None, None, None, None, None, 1e-6)
+
 OPERATION = Operation(
-    append_kv, _check, reference.append_kv, _fake, writes=("k_cache", "v_cache", "k_scale", "v_scale")
+    append_kv, _check, reference.append_kv, _fake, writes=("k_cache", "v_cache", "k_scale", "v_scale", "q_out")
 )

@@ -26,6 +26,8 @@ class Case:
     page: int | None = 16  # None: contiguous
     scales: str = "token"  # of an 8-bit cache, one of SCALES
     rotary: str | None = None  # or "whole", "half" of the columns; cos and sin of k's dtype, "float32"
+    q_heads: int = 0  # 0: without q
+    norm: str | None = None  # of q and k, or "k" alone; weights of k's dtype, "float32"
     layout: str = "contiguous"
     awkward: bool = True  # rows of zeros and of extremes, rows of k and v apart in memory
 
@@ -51,20 +53,33 @@ class Case:
             cos, sin = angle.cos().to(rotary_dtype), angle.sin().to(rotary_dtype)
             if "one" in self.rotary:
                 cos, sin = cos[:1], sin[:1]
+        q = q_out = q_norm = k_norm = None
+        if self.q_heads:
+            q = torch.randn(batch, tokens, self.q_heads, 2 * d if self.awkward else d, generator=g).to(self.dtype)[
+                ..., :d
+            ]
+            q_out = torch.full(q.shape, torch.nan, dtype=self.dtype)
+        if self.norm is not None:
+            q_norm, k_norm = (
+                (1 + torch.randn(d, generator=g)).to(torch.float32 if "float32" in self.norm else self.dtype)
+                for _ in "qk"
+            )
+            q_norm = None if q is None or self.norm == "k" else q_norm
         if cache.k_scale is not None and self.scales == "token":
             cache.k_scale.fill_(torch.nan)
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         args = (k.to(self.dtype), v.to(self.dtype), cache.k, cache.v, lengths, cache.block_table, cache.k_scale, cache.v_scale,
-                cos, sin)  # fmt: skip
+                cos, sin, q, q_out, q_norm, k_norm, 1e-6)  # fmt: skip
         return tuple(a.to(device) if isinstance(a, Tensor) and device != "cpu" else a for a in args)
 
     def bytes(self) -> int:
-        """Each new row read once and written once."""
+        """Each new row, of q too, read once and written once."""
         rows = len(self.lengths) * self.tokens
+        q = 2 * self.q_heads * self.dim * self.dtype.itemsize
         scale = 8 if self.cache in QUANTIZED and self.scales == "token" else 0
         each = 2 * self.dim * (self.dtype.itemsize + (self.cache or self.dtype).itemsize) + scale
         rotary = 0 if self.rotary is None else 2 * self.dim * self.dtype.itemsize
-        return rows * (self.heads * each + rotary)
+        return rows * (self.heads * each + rotary + q)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -82,12 +97,16 @@ def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
         memory = copies.setdefault(x.untyped_storage().data_ptr(), whole(x).clone())
         return memory.view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
 
-    return (*args[:2], *map(copy, args[2:4]), *args[4:6], *map(copy, args[6:8]), *args[8:])
+    return tuple(copy(a) if i in WRITTEN else a for i, a in enumerate(args))
+
+
+#: By their places among the arguments.
+WRITTEN = {2: "k_cache", 3: "v_cache", 6: "k_scale", 7: "v_scale", 11: "q_out"}
 
 
 def assert_matches(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     """Arguments after a call, and after the reference's: the whole memory behind what was written has the same bits."""
-    for i, name in ((2, "k_cache"), (3, "v_cache"), (6, "k_scale"), (7, "v_scale")):
+    for i, name in WRITTEN.items():
         if actual[i] is not None:
             got, want = (as_bytes(whole(x[i])) for x in (actual, expected))
             assert_equal(got, want, name)
@@ -99,7 +118,9 @@ def cases() -> Iterator[Case]:
     yield Case((40, 3), 3, 7, 3, torch.float32, page=17, layout="apart")
     yield Case((70, 3, 65), 70, 64, rotary="whole")
     yield Case((9,), 2, 12, 1, torch.float16, torch.int8, rotary="half")
-    yield Case((), page=None)
+    yield Case((), page=None, q_heads=2)
+    yield Case((9, 70), 3, 200, 1, torch.float32, rotary="half", q_heads=3, norm="qk")
+    yield Case((4,), 1, 3, 1, torch.float16, norm="k float32")
     factors: dict[str, tuple[Any, ...]] = {
         "tokens": (1, 2, 5),
         "dim": (64, 128, 256, 40),
@@ -111,6 +132,8 @@ def cases() -> Iterator[Case]:
         "scales": SCALES,
         "rotary": (None, "whole", "half", "whole float32", "half float32 one"),
         "layout": LAYOUTS,
+        "q_heads": (0, 2, 7),
+        "norm": (None, "qk", "qk float32", "k"),
     }
     for row in pairwise(factors):
         dtype, cache = row.pop("types")
@@ -121,9 +144,10 @@ def real(length: int, batch: int, heads: int, dim: int = 128, **options: Any) ->
     return Case((length,) * batch, 1, dim, heads, awkward=False, **options)
 
 
-#: Qwen2.5-0.5B; Llama-8B with pages, and an int8 cache
+#: Qwen2.5-0.5B; Llama-8B with pages, and an int8 cache; Qwen3-8B, whose heads have norms
 BENCHMARK_CASES = (
     real(512, 1, 2, 64, dtype=torch.float32, page=None),
     real(2048, 16, 8, rotary="whole"),
     real(2048, 16, 8, rotary="whole", cache=torch.int8),
+    real(2048, 16, 8, rotary="whole", cache=torch.int8, q_heads=32, norm="qk"),
 )

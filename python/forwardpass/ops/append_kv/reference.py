@@ -20,6 +20,11 @@ def append_kv(
     v_scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    q: Tensor | None,
+    q_out: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
 ) -> None:
     check_memory(k_cache, v_cache, k_scale, v_scale)
     tokens = k.shape[1]
@@ -27,7 +32,14 @@ def append_kv(
     positions = seq_lens[:, None] - tokens + torch.arange(tokens, device=k.device)
     first, row, live = locate(positions, k_cache, block_table)
     slots = first[live], row[live]
-    keys = k.float() if cos is None or sin is None else rotate(k.float(), cos.float(), sin.float())
+
+    def prepare(x: Tensor, weight: Tensor | None) -> Tensor:
+        x = x.float() if weight is None else norm(x.float(), weight.float(), norm_eps)
+        return x if cos is None or sin is None else rotate(x, cos.float(), sin.float())
+
+    if q is not None and q_out is not None:
+        q_out.copy_(prepare(q, q_norm))
+    keys = prepare(k, k_norm)
     for x, cache, scale in ((keys, k_cache, k_scale), (v.float(), v_cache, v_scale)):
         if cache.dtype not in QUANTIZED:
             cache[slots] = x.to(cache.dtype)[live]
@@ -42,6 +54,25 @@ def check_memory(k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_sca
     check_apart("append_kv", "cache", k_cache, v_cache)
     if is_per_token(k_scale) and is_per_token(v_scale):
         check_apart("append_kv", "scale", k_scale, v_scale)
+
+
+#: The sum of a norm's squares is made of so many, each of as manieth columns in their order, of which then halves are added up.
+NORM_SUMS = 32
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] / sqrt(mean(x^2) + eps) * weight, fp32; NaN where the sum overflows."""
+    columns = x.shape[-1]
+    squares = torch.nn.functional.pad(x * x, (0, -columns % NORM_SUMS)).unflatten(-1, (-1, NORM_SUMS))
+    sums = squares[..., 0, :]
+    for part in squares.unbind(-2)[1:]:
+        sums = sums + part
+    while sums.shape[-1] > 1:
+        low, high = sums.chunk(2, -1)
+        sums = low + high
+    mean = sums / torch.full_like(sums, columns) + eps
+    inverse = 1 / mean.double().sqrt().float() + sums * 0  # torch's root of float32 is not always the nearest
+    return x * inverse * weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

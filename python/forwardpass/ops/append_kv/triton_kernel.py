@@ -1,4 +1,4 @@
-"""append_kv in Triton: a program takes one head of one new token, its key and its value.
+"""append_kv in Triton: a program takes one head of one new token: its key and its value, or a row of q.
 
 Launched with enable_fp_fusion=False: the formula's products are rounded before they are added.
 """
@@ -14,6 +14,7 @@ from ..attention_decode.triton_kernel import scales
 from ..common.kv_cache import QUANTIZED, capacity, is_per_token
 from ..common.quantized_rows import E4M3
 from ..common.triton_rows import magnitudes, segment_scale, store_quantized
+from .reference import NORM_SUMS
 
 
 @triton.jit
@@ -36,11 +37,57 @@ def store_row(
         tl.store(to, x.to(cache.dtype.element_ty), mask=column < DIM)
 
 
+@triton.jit
+def prepare_row(
+    x, column, norm_ptr, norm_eps, cos, sin, rotated,
+    DIM: tl.constexpr, NORM: tl.constexpr, NORM_SUMS: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """The row [BLOCK_D] at x, normed and rotated, zeros from DIM on."""
+    inverse = 1.0
+    if NORM:
+        index = tl.arange(0, NORM_SUMS)
+        sums = tl.zeros([NORM_SUMS], tl.float32)
+        for first in tl.static_range(0, DIM, NORM_SUMS):
+            part = tl.load(x + first + index, mask=first + index < DIM, other=0.0).to(tl.float32)
+            sums += part * part
+        squares = added_halves(sums, NORM_SUMS)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, DIM * 1.0) + norm_eps)) + squares * 0.0
+    row = load_normed(x, column, column < DIM, norm_ptr, inverse, NORM)
+    if ROTARY:
+        turned = column < rotated
+        low = column < rotated // 2
+        partner = tl.where(low, column + rotated // 2, column - rotated // 2)
+        y = load_normed(x, partner, turned, norm_ptr, inverse, NORM)
+        cosines = tl.load(cos + column, mask=turned, other=0.0).to(tl.float32)
+        sines = tl.load(sin + column, mask=turned, other=0.0).to(tl.float32)
+        # by -1: Triton's -y is 0 - y, which is 0 of 0
+        row = tl.where(turned, row * cosines + tl.where(low, y * -1.0, y) * sines, row)
+    return row
+
+
+@triton.jit
+def load_normed(x, column, mask, norm_ptr, inverse, NORM: tl.constexpr):
+    row = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        row = row * inverse * tl.load(norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
+def added_halves(sums, COUNT: tl.constexpr):
+    """The second half of sums [COUNT] is added to the first, until one is left."""
+    half = tl.sum(tl.reshape(sums, [2, COUNT // 2]), 0)
+    if COUNT == 4:
+        return tl.sum(half, 0)
+    else:
+        return added_halves(half, COUNT // 2)
+
+
 _RUN_TIME = [
     "k_scale_first", "k_scale_row", "k_scale_head", "v_scale_first", "v_scale_row", "v_scale_head", "table_step", "page", "pages",
-    "room", "tokens", "rotated", "cos_batch", "cos_row", "sin_batch", "sin_row",
+    "room", "tokens", "rotated", "cos_batch", "cos_row", "sin_batch", "sin_row", "kv_heads", "q_heads",
 ]  # fmt: skip
-_ANY_ALIGNMENT = ["k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr"]
+_ANY_ALIGNMENT = ["k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr", "q_norm_ptr", "k_norm_ptr"]
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -48,11 +95,23 @@ def append_kernel(
     k, k_batch, k_row, k_head, v, v_batch, v_row, v_head, k_cache, k_cache_first, k_cache_row, k_cache_head, v_cache,
     v_cache_first, v_cache_row, v_cache_head, k_scale_ptr, k_scale_first, k_scale_row, k_scale_head, v_scale_ptr,
     v_scale_first, v_scale_row, v_scale_head, seq_lens_ptr, table_ptr, table_step, page, pages, room, tokens, cos_ptr,
-    cos_batch, cos_row, sin_ptr, sin_batch, sin_row, rotated, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr,
-    QUANTIZED: tl.constexpr, E4M3: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, ROTARY: tl.constexpr,
+    cos_batch, cos_row, sin_ptr, sin_batch, sin_row, rotated, kv_heads, q, q_batch, q_row, q_head, q_out, q_heads, q_norm_ptr,
+    k_norm_ptr, norm_eps, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, QUANTIZED: tl.constexpr,
+    E4M3: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, ROTARY: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, NORM_SUMS: tl.constexpr,
 ):  # fmt: skip
     batch, token = tl.program_id(0) // tokens, tl.program_id(0) % tokens
     head = tl.program_id(1)
+    column = tl.arange(0, BLOCK_D)
+    cos_ptr += batch.to(tl.int64) * cos_batch + token.to(tl.int64) * cos_row
+    sin_ptr += batch.to(tl.int64) * sin_batch + token.to(tl.int64) * sin_row
+    if head >= kv_heads:
+        head -= kv_heads
+        q += batch.to(tl.int64) * q_batch + token.to(tl.int64) * q_row + head.to(tl.int64) * q_head
+        x = prepare_row(q, column, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, Q_NORM, NORM_SUMS, ROTARY)
+        q_out += ((batch.to(tl.int64) * tokens + token) * q_heads + head) * DIM
+        tl.store(q_out + column, x.to(q_out.dtype.element_ty), mask=column < DIM)
+        return
     position = tl.load(seq_lens_ptr + batch) - tokens + token
     if position < 0 or position >= room:
         return
@@ -62,24 +121,9 @@ def append_kernel(
         row = position % page
         if first < 0 or first >= pages:
             return
-    column = tl.arange(0, BLOCK_D)
     k += batch.to(tl.int64) * k_batch + token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
     v += batch.to(tl.int64) * v_batch + token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
-    x = tl.load(k + column, mask=column < DIM, other=0.0).to(tl.float32)
-    if ROTARY:
-        turned = column < rotated
-        low = column < rotated // 2
-        partner = tl.where(low, column + rotated // 2, column - rotated // 2)
-        y = tl.load(k + partner, mask=turned, other=0.0).to(tl.float32)
-        cos = tl.load(
-            cos_ptr + batch.to(tl.int64) * cos_batch + token.to(tl.int64) * cos_row + column, mask=turned, other=0.0
-        )
-        sin = tl.load(
-            sin_ptr + batch.to(tl.int64) * sin_batch + token.to(tl.int64) * sin_row + column, mask=turned, other=0.0
-        )
-        # by -1: Triton's -y is 0 - y, which is 0 of 0
-        rotation = x * cos.to(tl.float32) + tl.where(low, y * -1.0, y) * sin.to(tl.float32)
-        x = tl.where(turned, rotation, x)
+    x = prepare_row(k, column, k_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, K_NORM, NORM_SUMS, ROTARY)
     store_row(x, column, k_cache, first, row, head, k_cache_first, k_cache_row, k_cache_head, k_scale_ptr, k_scale_first,
               k_scale_row, k_scale_head, DIM, QUANTIZED, E4M3, K_STATIC)  # fmt: skip
     x = tl.load(v + column, mask=column < DIM, other=0.0).to(tl.float32)
@@ -98,21 +142,30 @@ def append_kv(
     v_scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    q: Tensor | None,
+    q_out: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
 ) -> None:
     if not k.numel():
         return
     batch, tokens, heads, dim = k.shape
     caches = [x.view(torch.uint8) if x.dtype == E4M3 else x for x in (k_cache, v_cache)]
     floats = seq_lens.view(torch.float32)  # for what is not there
+    table, table_step = (seq_lens, 0) if block_table is None else (block_table, block_table.stride(0))
+    queries, q_heads = (k, 0) if q is None else (q, q.shape[2])
     with torch.cuda.device_of(k):
-        append_kernel[(batch * tokens, heads)](
+        append_kernel[(batch * tokens, heads + q_heads)](
             k, *k.stride()[:3], v, *v.stride()[:3], caches[0], *k_cache.stride()[:3], caches[1], *v_cache.stride()[:3],
-            *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, seq_lens if block_table is None else block_table,
-            0 if block_table is None else block_table.stride(0), k_cache.shape[1], k_cache.shape[0],
+            *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, table, table_step, k_cache.shape[1], k_cache.shape[0],
             min(capacity(k_cache, block_table), 2**30), tokens, *rotation(cos, k), *rotation(sin, k),
-            0 if cos is None else cos.shape[2], DIM=dim, BLOCK_D=triton.next_power_of_2(dim), PAGED=block_table is not None,
-            QUANTIZED=k_cache.dtype in QUANTIZED, E4M3=k_cache.dtype == E4M3, K_STATIC=not is_per_token(k_scale),
-            V_STATIC=not is_per_token(v_scale), ROTARY=cos is not None, num_warps=1, enable_fp_fusion=False,
+            0 if cos is None else cos.shape[2], heads, queries, *queries.stride()[:3], k if q_out is None else q_out, q_heads,
+            floats if q_norm is None else q_norm, floats if k_norm is None else k_norm, norm_eps, DIM=dim,
+            BLOCK_D=triton.next_power_of_2(dim), PAGED=block_table is not None, QUANTIZED=k_cache.dtype in QUANTIZED,
+            E4M3=k_cache.dtype == E4M3, K_STATIC=not is_per_token(k_scale), V_STATIC=not is_per_token(v_scale),
+            ROTARY=cos is not None, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, NORM_SUMS=NORM_SUMS, num_warps=1,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
