@@ -293,19 +293,21 @@ class _Maker:
 
 
 def _adapted(layer: Any, dtype: torch.dtype | None) -> Any:
+    is_static = isinstance(layer, cache_utils.StaticLayer)
+    if is_static and dtype is None:
+        return layer  # before its length is read, a tensor: that would end a graph
     length = int(layer.get_seq_length()) if layer.is_initialized else 0
-    if not isinstance(layer, cache_utils.StaticLayer):
-        growing = GrowingLayer(dtype, getattr(layer, "sliding_window", None))
+    if is_static:
+        assert dtype is not None
+        static = StaticLayer(dtype, layer.max_cache_len)
         if length:
-            growing.update(layer.keys, layer.values)
-            growing.move(length)
-        return growing
-    if dtype is None:
-        return layer
-    static = StaticLayer(dtype, layer.max_cache_len)
+            static.fill(layer, length)
+        return static
+    growing = GrowingLayer(dtype, getattr(layer, "sliding_window", None))
     if length:
-        static.fill(layer, length)
-    return static
+        growing.update(layer.keys, layer.values)
+        growing.move(length)
+    return growing
 
 
 class Adapter:
