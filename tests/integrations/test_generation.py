@@ -368,6 +368,21 @@ def test_a_quarter_of_the_memory():
     assert stored.capacity <= 100 * 5 // 4 + 64
 
 
+def test_calibrated_scales_are_reported():
+    """compressed-tensors' beside the projections, ModelOpt's in them; a cache in the model's dtype has no use for any."""
+    model = decoder("llama")
+    layers = [layer.self_attn for layer in model.model.layers]
+    layers[0].register_parameter("k_scale", torch.nn.Parameter(torch.ones(1)))
+    layers[1].v_proj.register_buffer("v_scale", torch.ones(1))
+    with pytest.warns(
+        UserWarning, match=r"calibrated scales of 2 attention modules \(model.layers.0.self_attn, …\) are not used"
+    ):
+        fp.swap(model, kv_cache="fp8")
+    fp.restore(model)
+    report = fp.swap(model, kv_cache="auto")
+    assert not any("calibrated" in w for w in report.warnings)
+
+
 def test_kv_cache_in_plans_and_checkpoints(tmp_path):
     model = decoder("llama")
     report = fp.swap(model, "int8", kv_cache="int8", include=["lm_head", "**"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..integrations import transformers_attention as huggingface
 from ..integrations.kv_scales import KV_CACHES
@@ -26,6 +26,7 @@ class CacheDecision:
 
     kv_cache: str | None
     models: tuple[nn.Module, ...] = ()
+    calibrated: tuple[str, ...] = ()  #: attention with scales of its own for an 8-bit cache, which are not used
 
 
 def check_kv_cache(kv_cache: str | None, attention: str | bool) -> None:
@@ -55,12 +56,19 @@ def decide_kv_cache(model: nn.Module, attention: AttentionDecision, kv_cache: st
             raise ValueError(
                 f"kv_cache={kv_cache!r} needs swapped attention, which reads it, and {leaf.fqn} is not: {reason}"
             )
-    return CacheDecision(kv_cache, models)
+    calibrated = readers if KV_CACHES[kv_cache] is not None else ()
+    return CacheDecision(kv_cache, models, tuple(leaf.fqn for leaf in calibrated if _is_calibrated(leaf.module)))
 
 
 def _reads_cache(module: nn.Module) -> bool:
     """Attention of a decoder: that of an encoder has a place among layers too, and no cache."""
     return hasattr(module, "layer_idx") and any(getattr(module, name, False) for name in ("is_causal", "is_decoder"))
+
+
+def _is_calibrated(attention: nn.Module) -> bool:
+    """Whether a checkpoint brought scales for its cache: compressed-tensors keeps them beside the projections, ModelOpt in them."""
+    places = (attention, *(getattr(attention, name, None) for name in ("k_proj", "v_proj")))
+    return any(isinstance(getattr(x, name, None), Tensor) for x in places for name in ("k_scale", "v_scale"))
 
 
 def _with_cache(model: nn.Module) -> Iterator[nn.Module]:

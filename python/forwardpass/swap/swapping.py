@@ -225,6 +225,9 @@ def _warnings(decision: Decision) -> list[str]:
         for p in leaf.module.parameters()
         if p.dtype in FLOATS
     }
+    if calibrated := decision.kv_cache.calibrated:
+        notes.append(f"the calibrated scales of {len(calibrated)} attention modules ({calibrated[0]}, …) are not used: an 8-bit "
+                     "cache has a scale for each token and head, which is finer")  # fmt: skip
     for operation, device, dtype in sorted(weights, key=str):
         if operation and only_reference_on(operation, device, dtype):
             call = f"{str(dtype).removeprefix('torch.')} on {device}"
