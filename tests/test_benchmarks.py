@@ -509,6 +509,16 @@ def test_generate_beside_its_peers(small_decoder, monkeypatch):
     json.dumps(result)
 
 
+@pytest.mark.slow
+def test_generate_compiled(small_decoder):
+    """Ours and the peer: steps of every cell are compiled, and none fails."""
+    asked = ("--peers", "compiled fp32", "--precisions", "int8+head+compiled", "--kv-cache", "auto")
+    _, result = generated(small_decoder, "--batch", "1,2", "--prompt", "4", *asked)
+    for cell in result["cells"]:
+        assert cell["not_run"] == {}
+        assert list(cell["tokens_per_s"]) == ["forwardpass int8+head+compiled", "eager fp32", "compiled fp32"]
+
+
 def test_generate_passes_kv_cache_on(small_decoder, monkeypatch):
     import forwardpass as fp
 
