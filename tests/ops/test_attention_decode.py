@@ -370,6 +370,51 @@ def test_lengths_are_looked_at_in_every_call(backend):
         assert not fp.ops.attention_decode(Q, PAGES + 1, PAGES + 1, lengths, block_table=nothing, leftpad=lengths).any()
 
 
+_DEBUG = """
+import pytest, torch
+import forwardpass as fp
+from forwardpass.ops.common import kv_cache
+from forwardpass.testing import assert_equal
+q, k, lengths = torch.ones(2, 1, 4, 64).half(), torch.ones(2, 1, 2, 64).half(), torch.tensor([3, 1], dtype=torch.int32)
+static, pages = torch.zeros(2, 4, 2, 64).half(), torch.zeros(3, 16, 2, 64).half()
+table = torch.tensor([[0, -1], [2, 1]], dtype=torch.int32)
+cases = (
+    (static, lengths + 2, None, "seq_lens must be from 0 to 4, the rows of the cache, and of sequence 0 is 5"),
+    (static, lengths - 2, None, "of sequence 1 is -1"),
+    (pages, lengths + 30, table, "from 0 to 32, the tokens of the 2 pages in block_table, and of sequence 0 is 33"),
+    (pages, lengths + 14, table, "entry 1 of sequence 0, of 17 tokens, is -1"),
+    (pages, lengths, table + 1, "entry 0 of sequence 1, of 1 tokens, is 3"),
+)
+for arch, backend in (("sm_90a", "cuda"), ("sm_80", "triton")):
+    with fp.interpret(arch), fp.use_backend(backend):
+        for cache, wrong, names, words in cases:
+            right = torch.tensor([3, 20 if names is not None else 1], dtype=torch.int32)
+            fp.ops.append_kv(k, k, cache, cache.clone(), right, block_table=table if names is not None else None)
+            fp.ops.attention_decode(q, cache, cache, right, block_table=table if names is not None else None)
+            caches, before = (cache, cache + 1), (cache.clone(), cache + 1)
+            for _ in range(2):
+                with pytest.raises(ValueError, match=words):
+                    fp.ops.attention_decode(q, *caches, wrong, block_table=names)
+                with pytest.raises(ValueError, match=words):
+                    fp.ops.append_kv(k, k, *caches, wrong, block_table=names)
+            for now, then in zip(caches, before):
+                assert_equal(now, then)
+        fp.ops.attention_decode(q, static, static, lengths, leftpad=lengths)
+        with pytest.raises(ValueError, match="leftpad must be at least 0, and of sequence 1 is -1"):
+            fp.ops.attention_decode(q, static, static, lengths, leftpad=lengths - 2)
+torch.cuda.is_current_stream_capturing = lambda: True
+class OnGpu:
+    device, is_cuda = torch.device("cuda", 0), True
+with pytest.raises(RuntimeError, match="append_kv: FORWARDPASS_DEBUG=1 reads lengths on the host, which a graph that is captured"):
+    kv_cache.check_lengths("append_kv", static, OnGpu(), None)
+"""
+
+
+def test_a_gpu_is_looked_at_where_that_is_asked_for():
+    """With the CPU's sentences, in every call, and nothing is written."""
+    subprocess.run([sys.executable, "-c", _DEBUG], check=True, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
+
+
 def test_a_gpu_takes_what_is_there():
     """Nobody looks at lengths and tables there: keys beyond the cache, and of entries that are no page, do not count."""
     case = cases.Case((20, 40, 33), 1, 64, (4, 2))

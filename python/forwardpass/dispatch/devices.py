@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,9 @@ import torch
 from . import library
 from .choice import selected
 from .reason import Reason
+
+#: FORWARDPASS_DEBUG=1: what tensors on a GPU hold is checked too, before each call
+DEBUG = os.environ.get("FORWARDPASS_DEBUG", "0") not in ("", "0")
 
 
 @functools.cache

@@ -61,7 +61,8 @@ def append_kv(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for lengths
             beyond the cache or the table, and for entries in use that name no page. Nothing is then written. On a GPU no host looks
-            at them, as that would wait for it: kernels write of each sequence what has a place.
+            at them, as that would wait for it: kernels write of each sequence what has a place. FORWARDPASS_DEBUG=1 in the
+            environment makes it look, outside of graphs.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     cos, sin, q_out = None, None, None

@@ -66,7 +66,8 @@ def attention_decode(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for lengths
             beyond the cache or the table, a leftpad below 0, and entries in use that name no page. On a GPU no host looks at them,
-            as that would wait for it: kernels take of each sequence what is there.
+            as that would wait for it: kernels take of each sequence what is there. FORWARDPASS_DEBUG=1 in the environment
+            makes it look, outside of graphs.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     left, right = split_window("attention_decode", window)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import gpu_takes, is_of_subclass
+from ...dispatch import DEBUG, gpu_takes, is_of_subclass
 from .quantized_rows import E4M3, FLOATS
 
 QUANTIZED = (torch.int8, E4M3)
@@ -121,18 +121,23 @@ def _check_table(op: str, name: str, x: Tensor, k_cache: Tensor, block_table: Te
         raise ValueError(f"{op}: k_cache must have a page, and has shape {tuple(k_cache.shape)}")
 
 
-def _may_look(*tensors: Tensor | None) -> bool:
+def _may_look(op: str, *tensors: Tensor | None) -> bool:
     """Whether values are there, and a CPU's: a GPU's would have to be waited for, and its kernels leave out what is not there."""
-    if torch.compiler.is_compiling():
+    there = [x for x in tensors if x is not None]
+    if torch.compiler.is_compiling() or any(x.device.type == "meta" or is_of_subclass(x) for x in there):
         return False
-    return all(
-        x.device.type == "cpu" and not gpu_takes(x.device) and not is_of_subclass(x) for x in tensors if x is not None
-    )
+    if not DEBUG:
+        return all(x.device.type == "cpu" and not gpu_takes(x.device) for x in there)
+    if any(x.is_cuda for x in there) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op}: FORWARDPASS_DEBUG=1 reads lengths on the host, which a graph that is captured cannot: capture without it"
+        )
+    return True
 
 
 def check_leftpad(op: str, leftpad: Tensor) -> None:
-    """What a tensor on a CPU says."""
-    if _may_look(leftpad) and (leftpad < 0).any():
+    """What the tensor says, on a CPU or under FORWARDPASS_DEBUG."""
+    if _may_look(op, leftpad) and (leftpad < 0).any():
         b = int((leftpad < 0).nonzero()[0])
         raise ValueError(f"{op}: leftpad must be at least 0, and of sequence {b} is {int(leftpad[b])}")
 
@@ -150,11 +155,11 @@ def check_apart(op: str, name: str, k: Tensor | None, v: Tensor | None) -> None:
 def check_lengths(
     op: str, k_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, first: Tensor | None = None
 ) -> None:
-    """What the tensors on a CPU say.
+    """What the tensors say, on a CPU or under FORWARDPASS_DEBUG.
 
     first [B]: of each sequence the first key that is read or written; without it 0.
     """
-    if not _may_look(seq_lens, block_table):
+    if not _may_look(op, seq_lens, block_table):
         return
     most = capacity(k_cache, block_table)
     wrong = (seq_lens < 0) | (seq_lens > most)
@@ -168,7 +173,7 @@ def check_lengths(
         )
     if block_table is None:
         return
-    begin = torch.arange(block_table.shape[1]) * k_cache.shape[1]
+    begin = torch.arange(block_table.shape[1], device=block_table.device) * k_cache.shape[1]
     start = torch.zeros_like(seq_lens) if first is None else first.clamp(min=0)
     used = (begin < seq_lens[:, None]) & (begin + k_cache.shape[1] > start[:, None]) & (start < seq_lens)[:, None]
     wrong = used & ((block_table < 0) | (block_table >= k_cache.shape[0]))
