@@ -48,9 +48,11 @@ struct DecodePart {
 // The list, as a warp sees it.
 struct DecodeList {
   const AttentionDecodeParams& p;
-  int64_t total = 0;  // key blocks
+  int64_t total = 0;               // key blocks
+  int64_t first_count, first_end;  // of this lane's one of the first 32 sequences, whose lengths are read once
 
   __device__ explicit DecodeList(const AttentionDecodeParams& p) : p(p) {
+    first_count = blocks_of(threadIdx.x % 32), first_end = scan(first_count);
     each_batch([&](int, int64_t, int64_t, int64_t all) {
       total = all;
       return true;
@@ -102,8 +104,9 @@ struct DecodeList {
     int64_t before = 0;
 #pragma unroll 1
     for (int first = 0; first < p.cache.batch; first += 32) {
-      const int64_t count = blocks_of(first + static_cast<int>(threadIdx.x % 32)), end = before + scan(count),
-                    all = __shfl_sync(0xffffffff, end, 31);
+      int64_t count = first_count, end = first_end;
+      if (first) count = blocks_of(first + static_cast<int>(threadIdx.x % 32)), end = before + scan(count);
+      const int64_t all = __shfl_sync(0xffffffff, end, 31);
       if (!f(first, count, end, all)) return;
       before = all;
     }

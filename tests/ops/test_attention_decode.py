@@ -162,6 +162,16 @@ def test_a_batch_invariant_row_of_triton_is_that_of_its_own():
             assert_equal(OPERATION(*alone(args, b)), together[b : b + 1])
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_a_batch_invariant_row_of_a_gpu_is_that_of_its_own(arch):
+    """Also where a batch has more rows than the second kernel gives a block each."""
+    args = cases.Case((4200, 3, 600), 2, 64, (4, 2), page=None, batch_invariant=True).arguments()
+    with fp.interpret(arch, approximate=False, multiprocessors=2), fp.use_backend("cuda"):
+        together = OPERATION(*args)
+        for b in range(3):
+            assert_equal(OPERATION(*alone(args, b)), together[b : b + 1])
+
+
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(
     ("backend", "arch"), [("cpu", None), ("cuda", "sm_80"), ("cuda", "sm_90a"), ("triton", "sm_80")], ids=str

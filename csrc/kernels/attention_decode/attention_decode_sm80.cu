@@ -18,6 +18,7 @@
 #include "device/softmax.cuh"
 #include "device/swizzled_rows.cuh"
 #include "device/vec.cuh"
+#include "kernels/attention_decode/combine_decode.cuh"
 #include "params/attention_decode.h"
 #include "schedule/decode_share.cuh"
 
@@ -347,39 +348,6 @@ struct DecodeWarp {
   }
 };
 
-// From a part's or a head's sums to out.
-struct DecodeOutput {
-  const AttentionDecodeParams& p;
-  const int batch, head, row;
-
-  __device__ DecodeOutput(const AttentionDecodeParams& p, int batch, int list_head)
-      : p(p), batch(batch), head(list_head / decode_groups(p)), row(list_head % decode_groups(p) * kDecodeRows) {}
-  __device__ bool has(int r) const { return row + r < decode_rows(p); }
-  __device__ int q_head(int r) const { return head * (p.heads / p.cache.heads) + (row + r) / p.rows; }
-  // What o has to be multiplied by.
-  __device__ float factor(int r, float max, float sum) const {
-    float sink = -INFINITY;
-    if (p.sinks) {
-      sink = p.sinks_dtype == Dtype::f32 ? static_cast<const float*>(p.sinks)[q_head(r)]
-             : p.dtype == Dtype::f16     ? to_float(static_cast<const __half*>(p.sinks)[q_head(r)])
-                                         : to_float(static_cast<const __nv_bfloat16*>(p.sinks)[q_head(r)]);
-      sink *= kLog2e;
-    }
-    const float most = fmaxf(max, sink), base = most == -INFINITY ? 0 : most, keys = ptx::ex2(max - base),
-                all = fmaf(sum, keys, ptx::ex2(sink - base));
-    const CacheScale& v = p.cache.v_scale;
-    const float scale = v.data && !v.per_token ? v.data[head * v.head] : 1;
-    return all == 0 ? 0 : __fdividef(keys, all) * scale;
-  }
-  __device__ void store(int r, int column, float low, float high) const {
-    if (!has(r) || column >= p.cache.head_dim) return;
-    const int64_t out =
-        ((int64_t{batch} * p.rows + (row + r) % p.rows) * p.heads + q_head(r)) * p.cache.head_dim + column;
-    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out) =
-        p.dtype == Dtype::f16 ? pack<Dtype::f16>(low, high) : pack<Dtype::bf16>(low, high);
-  }
-};
-
 // The warps' results of a part, in their order: to out if it is all of a head, else to the workspace.
 template <class Config>
 __device__ inline void finish_part(const AttentionDecodeParams& p, typename Config::SharedStorage& s,
@@ -403,9 +371,10 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
       partial.o[accumulator_row(e)][DecodeWarp<Config>::column(j, e)] = warp.o[0][j][e] * unit;
   __syncthreads();
   const DecodeOutput output(p, part.batch, part.head);
+  const int rows = min(decode_rows(p) - output.row, kDecodeRows);
   auto& to = reinterpret_cast<Partial*>(p.workspace)[slot];
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kDecodeRows * Config::kHeadDim / 2; i += Config::kThreads) {
+  for (int i = threadIdx.x; i < rows * Config::kHeadDim / 2; i += Config::kThreads) {
     const int r = i / (Config::kHeadDim / 2), column = i % (Config::kHeadDim / 2) * 2;
     float max = -INFINITY, sum = 0, low = 0, high = 0;
 #pragma unroll
@@ -419,9 +388,9 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
       high = fmaf(from.o[r][column + 1], f, high);
     }
     if (part.whole()) {
-      const float f = output.has(r) ? output.factor(r, max, sum) : 0;
+      const float f = output.factor(r, max, sum);
       output.store(r, column, low * f, high * f);
-    } else if (output.has(r)) {
+    } else if (column < p.cache.head_dim) {
       if (column == 0) to.max[r] = max, to.sum[r] = sum;
       reinterpret_cast<float2&>(to.o[r][column]) = {low, high};
     }
@@ -474,69 +443,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
 }
 
-// Combines the parts of each head, if there are several, in the order of their keys; a head without keys is 0. A thread
-// has two columns of a row, a warp's lanes have the factors of as many parts: loads of one another's parts wait for
-// nothing.
-constexpr int kCombineThreads = 128;
-
-// Blocks for a head of the list.
-HOST_DEVICE inline int combine_blocks(const AttentionDecodeParams& p, int columns) {
-  const int rows = decode_rows(p) < kDecodeRows ? decode_rows(p) : kDecodeRows;
-  return (rows * columns / 2 + kCombineThreads - 1) / kCombineThreads;
-}
-
-__global__ void __launch_bounds__(kCombineThreads)
-    combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks, int columns) {
-  ptx::wait_for_earlier_kernels();
-  ptx::launch_dependents();
-  const int per_head = combine_blocks(p, columns), of_list = blockIdx.x / per_head, heads = decode_heads(p),
-            batch = of_list / heads, head = of_list % heads;
-  const DecodeKeys keys(p, batch);
-  // Slots of the parts: the first, those from `next` on.
-  int64_t first = 0, next = 0, step = 1;
-  int parts = 0;
-  if (p.batch_invariant) {
-    first = of_list * invariant_parts(p), next = first + 1;
-    parts = (keys.count + kInvariantBlocks - 1) / kInvariantBlocks;
-  } else if (keys.count) {
-    const DecodeList list(p);
-    const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count;
-    const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count - 1, shares);
-    first = 2 * of_first + 1, next = 2 * of_first + 2, step = 2, parts = static_cast<int>(of_last - of_first) + 1;
-  }
-  const DecodeOutput output(p, batch, head);
-  const int i = blockIdx.x % per_head * kCombineThreads + threadIdx.x, r = i / (columns / 2),
-            column = i % (columns / 2) * 2, lane = threadIdx.x % 32;
-  if (parts == 1 || r >= kDecodeRows || !output.has(r)) return;  // of a single part the result is in out already
-  const auto slot = [&](int n) {
-    return p.workspace + (n == 0 ? first : next + (n - 1) * step) * (kDecodeRows * (2 + columns));
-  };
-  float max = -INFINITY;
-  for (int n = lane; n < parts; n += 32) max = fmaxf(max, slot(n)[r]);
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, lanes));
-  const float base = max == -INFINITY ? 0 : max;
-  float sum = 0, low = 0, high = 0;
-  for (int from = 0; from < parts; from += 32) {
-    float factor = 0;
-    if (from + lane < parts) {
-      const float* partial = slot(from + lane);
-      factor = ptx::ex2(partial[r] - base), sum = fmaf(partial[kDecodeRows + r], factor, sum);
-    }
-    const int count = min(32, parts - from);
-#pragma unroll 8
-    for (int n = 0; n < count; ++n) {
-      const float f = __shfl_sync(0xffffffff, factor, n);
-      const float2 o = *reinterpret_cast<const float2*>(slot(from + n) + kDecodeRows * 2 + r * columns + column);
-      low = fmaf(o.x, f, low), high = fmaf(o.y, f, high);
-    }
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
-  const float f = output.factor(r, max, sum);
-  output.store(r, column, low * f, high * f);
-}
-
 namespace {
 
 template <class Config>
@@ -555,13 +461,13 @@ template <class Config>
 cudaError_t launch_decode(const AttentionDecodeParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t grid = grid_of<Config>(p), heads = int64_t{p.cache.batch} * decode_heads(p);
-  if (grid > INT32_MAX || heads * combine_blocks(p, Config::kHeadDim) > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const CombineShape shape(p, Config::kHeadDim);
+  if (grid > INT32_MAX || heads * shape.per_head > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_decode_kernel<Config>>(kShared)) return e;
   const bool dependent = waits_for_earlier_kernels(p.device.arch);
   const Launch launch{.grid = grid, .block = Config::kThreads, .shared = kShared, .dependent = dependent};
   if (auto e = launch_kernel(attention_decode_kernel<Config>, launch, stream, p)) return e;
-  const Launch combine{
-      .grid = heads * combine_blocks(p, Config::kHeadDim), .block = kCombineThreads, .dependent = dependent};
+  const Launch combine{.grid = heads * shape.per_head, .block = 32 * shape.warps * shape.rows, .dependent = dependent};
   return launch_kernel(combine_decode_kernel, combine, stream, p, static_cast<int>(grid), Config::kHeadDim);
 }
 
