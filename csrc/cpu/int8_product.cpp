@@ -255,6 +255,7 @@ void pack_weight(Tier t, const Matrix& b, const std::function<uint8_t*(int64_t b
   std::memcpy(to, packed.memory[0].bytes, bytes);
   std::memcpy(to + bytes, packed.excess.data(), excess);
   const PackedHeader header{kMagic, int64_t(t), b.rows, b.columns, int64_t(packed.excess.size()), checksum(b)};
+  std::memset(to, 0, packed.layout.tiles);  // the same weight has the same bytes
   std::memcpy(to, &header, sizeof(header));
 }
 
