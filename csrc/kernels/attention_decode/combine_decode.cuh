@@ -79,7 +79,7 @@ struct CombineShape {
     panels = columns / kCombineColumns;
     // the order of a sum is not for the batch to change where that is promised
     const bool many =
-        !p.batch_invariant && int64_t{p.cache.batch} * decode_heads(p) * of_head * panels > 8 * p.device.sms;
+        !p.batch_invariant && int64_t{p.cache.batch} * decode_heads(p) * of_head * panels > 2 * p.device.sms;
     warps = many ? 1 : kCombineWarps;
     rows = many ? (of_head < kCombineWarps ? of_head : kCombineWarps) : 1;
     per_head = (of_head + rows - 1) / rows * panels;
