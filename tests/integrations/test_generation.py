@@ -159,6 +159,20 @@ def test_compiled_with_a_static_cache(name, kv_cache):
     torch._dynamo.reset()
 
 
+@torch.inference_mode()
+def test_a_step_with_a_static_cache_is_not_broken_up():
+    """Without fullgraph=, which lets a graph take the value of a tensor, a cache's length would end it."""
+    model = decoder("llama")
+    fp.swap(model, kv_cache="auto")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=24)
+    model(input_ids=batch("llama")["input_ids"], cache=cache)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.compile(model.forward, backend="aot_eager")(input_ids=torch.full((2, 1), 5), cache=cache)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
 class _quiet:
     def __enter__(self):
         return self
