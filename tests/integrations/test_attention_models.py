@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from recorded_calls import recorded_calls
 from small_models import ATTENTION, batch, build
 
 import forwardpass as fp
@@ -178,10 +179,7 @@ def test_generate_with_left_padding(name, cache):
 @pytest.fixture
 def given(monkeypatch):
     """What the operation is given by models."""
-    seen = []
-    operation = huggingface.ATTENTION
-    monkeypatch.setattr(huggingface, "ATTENTION", lambda *args: seen.append(args) or operation(*args))
-    return lambda: [dict(zip(operation.parameters, args)) for args in seen]
+    return recorded_calls(monkeypatch, huggingface, "ATTENTION")
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from recorded_calls import recorded_calls
 from small_models import ATTENTION, batch, build
 
 import forwardpass as fp
@@ -42,10 +43,14 @@ def padded(name):
 @pytest.fixture
 def steps(monkeypatch):
     """What attention_decode is given."""
-    seen = []
-    operation = huggingface.ATTENTION_DECODE
-    monkeypatch.setattr(huggingface, "ATTENTION_DECODE", lambda *args: seen.append(args) or operation(*args))
-    return lambda: [dict(zip(operation.parameters, args)) for args in seen]
+    return recorded_calls(monkeypatch, huggingface, "ATTENTION_DECODE")
+
+
+def static_cache(model, name, length):
+    """With the prompts of `batch` in it."""
+    cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+    model(input_ids=batch(name)["input_ids"], cache=cache)
+    return cache
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -146,11 +151,8 @@ def test_compiled_with_a_static_cache(name, kv_cache):
     """One graph a step, whose length is on the device."""
     model = decoder(name)
     fp.swap(model, attention=True, kv_cache=kv_cache)
-    ids = batch(name)["input_ids"]
     with pytest.warns(UserWarning, match="sliding layers") if name == "gemma2" and kv_cache == "int8" else _quiet():
-        caches = [transformers.StaticCache(config=model.config, max_cache_len=24) for _ in range(2)]
-        for cache in caches:
-            model(input_ids=ids, cache=cache)
+        caches = [static_cache(model, name, 24) for _ in range(2)]
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     for token in range(5, 9):
         step = torch.full((2, 1), token)
@@ -164,8 +166,7 @@ def test_a_step_with_a_static_cache_is_not_broken_up():
     """Without fullgraph=, which lets a graph take the value of a tensor, a cache's length would end it."""
     model = decoder("llama")
     fp.swap(model, kv_cache="auto")
-    cache = transformers.StaticCache(config=model.config, max_cache_len=24)
-    model(input_ids=batch("llama")["input_ids"], cache=cache)
+    cache = static_cache(model, "llama", 24)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.compile(model.forward, backend="aot_eager")(input_ids=torch.full((2, 1), 5), cache=cache)
@@ -441,8 +442,7 @@ def test_refusals():
 def test_a_static_cache_that_is_full():
     model = decoder("llama")
     fp.swap(model, kv_cache="int8")
-    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
-    model(input_ids=batch("llama")["input_ids"], cache=cache)
+    cache = static_cache(model, "llama", 12)
     step = torch.zeros(2, 1, dtype=torch.long)
     for _ in range(2):
         model(input_ids=step, cache=cache)

@@ -1,0 +1,9 @@
+"""What operations are given by models."""
+
+
+def recorded_calls(monkeypatch, module, name):
+    """Records each call of the operation that `module` knows by `name`; the result is called for their arguments by name."""
+    seen = []
+    operation = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: seen.append(args) or operation(*args))
+    return lambda: [dict(zip(operation.parameters, args)) for args in seen]
