@@ -163,9 +163,9 @@ class Operation:
 
     def _bind_checked(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """What runs these arguments, and all others of such types on this device."""
-        run, backend = self._bind(args), self.choose(*args)
         if DEBUG:
             return self._unbound  # each call is checked in Python
+        run, backend = self._bind(args), self.choose(*args)
         if backend not in ("cuda", "cpu") or _log.isEnabledFor(logging.INFO) or any(map(is_of_subclass, args)):
             return self._by_shape  # Triton and plain torch check nothing, and a log has every shape
         if any(self.why_not_on(b, args[0].device) is None for b in self.limits):
