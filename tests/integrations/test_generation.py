@@ -186,20 +186,29 @@ class _quiet:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_generate_batch(name):
-    """The config's name has the word that continuous batching asks for, and packed sequences come to us."""
+def test_generate_batch(name, monkeypatch):
+    """The config's name has the word that continuous batching asks for, and packed sequences come to us; the steps' with pages,
+    where no layer has a window."""
     continuous = pytest.importorskip("transformers.generation.configuration_utils")
     model = decoder(name)
     prompts = [[5, 6, 7, 8], [9, 10, 11], [12] * 9, [4, 3]]
     config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
     expected = [model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist() for p in prompts]
     fp.swap(model, attention=True)
+    in_pages = []
+    packed = huggingface._packed
+    monkeypatch.setattr(
+        huggingface, "_packed", lambda m, qkv, o: in_pages.append(o["block_table"] is not None) or packed(m, qkv, o)
+    )
     before = sum(fp.call_counts().kernel_calls.values())
     options = continuous.ContinuousBatchingConfig(
         page_size=16, max_memory_percent=0.02, max_batch_tokens=64, use_cuda_graph=False
     )
     got = model.generate_batch(prompts, generation_config=config, continuous_batching_config=options)
     assert [x.generated_tokens for x in got.values()] == expected
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    assert any(in_pages) == (kinds == {"full_attention"} and not getattr(model.config, "sliding_window", None))
+    assert not all(in_pages)
     assert sum(fp.call_counts().kernel_calls.values()) > before
     fp.restore(model)
     assert model.config._attn_implementation == "eager"

@@ -26,7 +26,7 @@ from ..ops.append_kv import OPERATION as APPEND_KV
 from ..ops.append_kv import PLAIN
 from ..ops.attention import ATTENTION
 from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
-from . import heads_first, key_ranges, kv_scales, unpadding
+from . import continuous_batching, heads_first, key_ranges, kv_scales, unpadding
 
 #: Where masks hold the window, and where it comes as a number: with every module of the config that passes sliding_window=.
 NAME, WINDOWED = "forwardpass", "forwardpass_windowed"
@@ -91,6 +91,7 @@ def register() -> Reason | None:
     for name in NAMES:
         interface.register(name, _attention)
         mask_interface.register(name, _windowed_mask if name.startswith(WINDOWED) else _mask)
+    continuous_batching.open_pages(NAMES)
     return None
 
 
