@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import cache_utils
 
 from ..ops.append_kv import OPERATION as APPEND_KV
-from ..ops.append_kv import PLAIN
-from . import kv_scales
+from ..ops.append_kv import WITHOUT_NORMS
+from . import kv_scales, rotary
 from .transformers_attention import NAMES
 
 #: What is allocated beyond what is there: tokens, and a part of it.
@@ -47,9 +47,10 @@ class _Stored:
             self.scales = change(self.scales[0]), change(self.scales[1])
 
     def append(self, key: Tensor, value: Tensor, seq_lens: Tensor) -> None:
+        """Rotates the keys and their queries before, where that is pending."""
         k_scale, v_scale = (None, None) if self.scales is None else (x.transpose(1, 2) for x in self.scales)
         k, v, k_cache, v_cache = (x.transpose(1, 2) for x in (key, value, self.keys, self.values))
-        APPEND_KV(k, v, k_cache, v_cache, seq_lens, None, k_scale, v_scale, *PLAIN)
+        APPEND_KV(k, v, k_cache, v_cache, seq_lens, None, k_scale, v_scale, *rotary.pending(key), *WITHOUT_NORMS)
 
     def between(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Views, with their scales."""
@@ -79,6 +80,10 @@ class GrowingLayer(cache_utils.DynamicLayer):
         self.device = key_states.device
         self._stored = _Stored(key_states, value_states, self._capacity_for(key_states.shape[2]), self.dtype)
         self.is_initialized = True
+
+    def appends_in_place(self) -> bool:
+        """Whether all that attention gets of the next update comes from the cache."""
+        return self._end > 0
 
     @staticmethod
     def _capacity_for(tokens: int) -> int:
@@ -210,6 +215,10 @@ class StaticLayer(cache_utils.StaticLayer):
         lengths = self.cumulative_length.int().expand(key_states.shape[0]).contiguous()
         self._stored.append(key_states, value_states, lengths)
         return (key_states, value_states) if first else self._stored.between(0, self.max_cache_len)
+
+    def appends_in_place(self) -> bool:
+        """Whether all that attention gets of the next update comes from the cache."""
+        return not self._fresh
 
     def fill(self, layer: Any, length: int) -> None:
         """With the first tokens of what another static layer holds."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..integrations import rotary
 from ..integrations import transformers_attention as huggingface
 from ..integrations.kv_scales import KV_CACHES
 from .attention import AttentionDecision
@@ -26,6 +27,7 @@ class CacheDecision:
 
     kv_cache: str | None
     models: tuple[nn.Module, ...] = ()
+    rotating: tuple[nn.Module, ...] = ()  #: attention whose rotary embedding is left to its cache
     calibrated: tuple[str, ...] = ()  #: attention with scales of its own for an 8-bit cache, which are not used
 
 
@@ -57,7 +59,10 @@ def decide_kv_cache(model: nn.Module, attention: AttentionDecision, kv_cache: st
                 f"kv_cache={kv_cache!r} needs swapped attention, which reads it, and {leaf.fqn} is not: {reason}"
             )
     calibrated = readers if KV_CACHES[kv_cache] is not None else ()
-    return CacheDecision(kv_cache, models, tuple(leaf.fqn for leaf in calibrated if _is_calibrated(leaf.module)))
+    rotating = tuple(leaf.module for leaf in readers if rotary.why_apart(leaf.module) is None)
+    return CacheDecision(
+        kv_cache, models, rotating, tuple(leaf.fqn for leaf in calibrated if _is_calibrated(leaf.module))
+    )
 
 
 def _reads_cache(module: nn.Module) -> bool:
@@ -96,6 +101,7 @@ class CacheSwap:
         for model in self._decision.models:
             vars(model)[PLACE] = self._decision.kv_cache
             self._handles.append(model.register_forward_pre_hook(adapter, prepend=True, with_kwargs=True))
+        self._handles += [rotary.defer(attention) for attention in self._decision.rotating]
 
     def undo(self) -> None:
         for handle in self._handles:

@@ -155,8 +155,10 @@ def _fake(*args: object) -> None:
     return None
 
 
-#: The last arguments of OPERATION where k is written as it is: neither cos nor sin, nor q, nor norms.
-PLAIN = (None, None, None, None, None, None, 1e-6)
+#: The last arguments of OPERATION, q_norm, k_norm and norm_eps, where there are no norms.
+WITHOUT_NORMS = (None, None, 1e-6)
+#: And those from cos on, where k is written as it is.
+PLAIN = (None, None, None, None, *WITHOUT_NORMS)
 
 OPERATION = Operation(
     append_kv, _check, reference.append_kv, _fake, writes=("k_cache", "v_cache", "k_scale", "v_scale", "q_out")
