@@ -4,15 +4,11 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
+#include "torch/attention_scores.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {
-
-int32_t window_side(const std::optional<int64_t>& side, const char* op) {
-  STD_TORCH_CHECK(!side || *side >= 0, op, ": each side of a window is at least 0, or None");
-  return static_cast<int32_t>(std::min<int64_t>(side.value_or(kUnlimited), kUnlimited));
-}
 
 // q, k or v: [batch, row, head, dim], varlen: [row, head, dim].
 AttentionTensor strides_of(const Tensor& x) {
@@ -117,10 +113,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   p.keys = size32(k.size(row), op, "rows of k");
   p.head_dim = size32(q.size(dim), op, "columns of q");
   p.value_dim = size32(v.size(dim), op, "columns of v");
-  p.scale = static_cast<float>(o.scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))));
-  STD_TORCH_CHECK(p.scale > 0 && std::isfinite(p.scale), op, ": scale must be positive");
-  p.softcap = static_cast<float>(o.softcap);
-  STD_TORCH_CHECK(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap must be at least 0");
+  set_scores(p, p.head_dim, o.scale, o.softcap, o.sinks, q, op);
   p.left = window_side(o.window_left, op);
   p.right = std::min(window_side(o.window_right, op), o.causal ? 0 : kUnlimited);
   p.mask = mask_of(o.mask, q, p, op);
@@ -128,13 +121,6 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     const bool per_batch = o.alibi_slopes->dim() == 2;
     p.alibi_slopes = floats(o.alibi_slopes, (per_batch ? int64_t{p.batch} : 1) * p.heads, q, op, "alibi_slopes");
     p.alibi_batch_stride = per_batch ? p.heads : 0;
-  }
-  if (o.sinks) {
-    const ScalarType type = o.sinks->scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == q.scalar_type(), op,
-                    ": sinks must be float32 or of q's dtype");
-    p.sinks = vector<void>(o.sinks, p.heads, type, q, op, "sinks");
-    p.sinks_dtype = dtype_of(type, op, "sinks");
   }
   p.cu_seqlens_q = ints(o.cu_seqlens_q, int64_t{p.batch} + 1, q, op, "cu_seqlens_q");
   p.cu_seqlens_k = ints(o.cu_seqlens_k, int64_t{p.batch} + 1, q, op, "cu_seqlens_k");

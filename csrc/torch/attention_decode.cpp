@@ -1,7 +1,6 @@
 #include "params/attention_decode.h"
 
-#include <algorithm>
-
+#include "torch/attention_scores.h"
 #include "torch/kv_cache.h"
 #include "torch/ops.h"
 
@@ -32,20 +31,9 @@ Tensor attention_decode(Backend backend, const Tensor& q, const Tensor& k_cache,
   STD_TORCH_CHECK(p.rows >= 1 && p.rows <= 8, op, ": q must have 1 to 8 rows a sequence, not ", p.rows);
   p.cache = kv_cache(q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, op);
   STD_TORCH_CHECK(p.heads % p.cache.heads == 0, op, ": the heads of q must be a multiple of the cache's");
-  p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(p.cache.head_dim))));
-  STD_TORCH_CHECK(p.scale > 0 && std::isfinite(p.scale), op, ": scale must be positive");
-  p.softcap = static_cast<float>(softcap);
-  STD_TORCH_CHECK(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap must be at least 0");
-  STD_TORCH_CHECK(window_left.value_or(0) >= 0 && window_right.value_or(0) >= 0, op,
-                  ": each side of a window is at least 0, or None");
-  p.left = static_cast<int32_t>(std::min<int64_t>(window_left.value_or(kUnlimited), kUnlimited));
-  if (sinks) {
-    const ScalarType type = sinks->scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == q.scalar_type(), op,
-                    ": sinks must be float32 or of q's dtype");
-    p.sinks = vector<void>(sinks, p.heads, type, q, op, "sinks");
-    p.sinks_dtype = dtype_of(type, op, "sinks");
-  }
+  set_scores(p, p.cache.head_dim, scale, softcap, sinks, q, op);
+  p.left = window_side(window_left, op);
+  window_side(window_right, op);  // checked alone: causality bounds that side
   if (leftpad) p.leftpad = ints(leftpad, p.cache.batch, q, op, "leftpad");
   Tensor out = contiguous_rows(sizes_of(q), q.scalar_type(), q);
   p.out = out.mutable_data_ptr();

@@ -356,7 +356,7 @@ def test_attention_that_is_not_swapped(name, kernel, monkeypatch):
     assert report.unpadding.encoders[0].attention == "varlen"
     if not kernel:
         why = fp.dispatch.Reason("none", "there is none", "")
-        monkeypatch.setattr(heads_first, "why_reference", lambda call: why)
+        monkeypatch.setattr(heads_first, "why_no_kernel", lambda operation, call: why)
     with counted(Calls()) as calls:
         got = hidden(ours, batch)
     assert calls.kernel_calls.total() == 3 * kernel

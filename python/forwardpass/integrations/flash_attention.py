@@ -51,7 +51,8 @@ class Activated:
             scale: float | None = None,
         ) -> Any:
             call = heads_first.arguments(query, key, value, None, is_causal, scale)
-            reason = _why_not(query, key, value, dropout_p, return_debug_mask) or heads_first.why_reference(call)
+            reason = _why_not(query, key, value, dropout_p, return_debug_mask)
+            reason = reason or heads_first.why_no_kernel(ATTENTION_WITH_LSE, call)
             if reason is None:
                 take(_OP)
                 return _results(query, key, *ATTENTION_WITH_LSE(*call))

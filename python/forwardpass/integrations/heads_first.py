@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import Reason, asked_for_by_name, interpreter
-from ..ops.attention import ATTENTION
+from ..dispatch import Operation, Reason, asked_for_by_name, interpreter
+from ..ops.attention import ATTENTION, ATTENTION_WITH_LSE
 from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
 from ..ops.common.quantized_rows import FLOATS
 from .kv_scales import scale_of
@@ -84,23 +84,7 @@ def decode_arguments(
     else:
         leftpad, seq_lens = bounds[0, 0]
     call = q, k, v, seq_lens, None, k_scale, v_scale, scale, None, None, softcap, sinks, False, leftpad
-    return call if _has_decode_kernel(call) else None
-
-
-_has_kernel: dict[Any, bool] = {}
-
-
-def _has_decode_kernel(call: tuple[Any, ...]) -> bool:
-    if asked_for_by_name():
-        return True
-    if torch.compiler.is_compiling():
-        return ATTENTION_DECODE.choose(*call) != "reference"
-    q, k, v = call[:3]
-    aligned = not any(s * x.element_size() % 16 for x in (k, v) for s in (*x.stride()[:-1], x.storage_offset()))
-    key = q.dtype, k.dtype, q.device, q.shape[-1], aligned, getattr(interpreter(), "arch", None)
-    if key not in _has_kernel:
-        _has_kernel[key] = ATTENTION_DECODE.choose(*call) != "reference"
-    return _has_kernel[key]
+    return call if why_no_kernel(ATTENTION_DECODE, call) is None else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -125,24 +109,39 @@ def why_training(tensors: Iterable[Tensor | None], dropout: float) -> Reason | N
     return None
 
 
+def _limits_of_attention(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    q, v, softcap = call[0], call[2], call[7]
+    return q.dtype, q.device, q.shape[-1], v.shape[-1], softcap > 0
+
+
+def _limits_of_decode(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    q, k, v = call[:3]
+    aligned = not any(s * x.element_size() % 16 for x in (k, v) for s in (*x.stride()[:-1], x.storage_offset()))
+    return q.dtype, k.dtype, q.device, q.shape[-1], aligned
+
+
+#: All of a call that the limits of an operation's backends ask for; asking them takes 6 us.
+_LIMITS = {
+    ATTENTION.name: _limits_of_attention,
+    ATTENTION_WITH_LSE.name: _limits_of_attention,
+    ATTENTION_DECODE.name: _limits_of_decode,
+}
 _reasons: dict[Any, Reason | None] = {}
 
 
-def why_reference(call: tuple[Any, ...]) -> Reason | None:
-    """Where no kernel takes the call of `ATTENTION`, why; what torch has is then faster than the plain-torch reference."""
+def why_no_kernel(operation: Operation, call: tuple[Any, ...]) -> Reason | None:
+    """Where no kernel takes a call of one of these three operations, why; torch's own is then faster than the reference."""
     if asked_for_by_name():
         return None
     if torch.compiler.is_compiling():
-        return _why_reference(call)
-    q, v, softcap = call[0], call[2], call[7]
-    # all that the limits of its backends ask for; asking them takes 6 us
-    key = q.dtype, q.device, q.shape[-1], v.shape[-1], softcap > 0, getattr(interpreter(), "arch", None)
+        return _ask(operation, call)
+    key = operation.name, getattr(interpreter(), "arch", None), *_LIMITS[operation.name](call)
     if key not in _reasons:
-        _reasons[key] = _why_reference(call)
+        _reasons[key] = _ask(operation, call)
     return _reasons[key]
 
 
-def _why_reference(call: tuple[Any, ...]) -> Reason | None:
-    if ATTENTION.choose(*call) != "reference":
+def _ask(operation: Operation, call: tuple[Any, ...]) -> Reason | None:
+    if operation.choose(*call) != "reference":
         return None
-    return ATTENTION.why_not("cpu" if call[0].device.type == "cpu" else "cuda", *call)
+    return operation.why_not("cpu" if call[0].device.type == "cpu" else "cuda", *call)

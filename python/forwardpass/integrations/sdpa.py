@@ -78,7 +78,7 @@ def _attention(
         q, k, v = (t.unsqueeze(1) if flat else t for t in (query, key, value))
         mask = attn_mask.unsqueeze(1) if flat and attn_mask is not None and attn_mask.dim() == 3 else attn_mask
         arguments = heads_first.arguments(q, k, v, mask, is_causal, scale)
-        reason = heads_first.why_reference(arguments)
+        reason = heads_first.why_no_kernel(ATTENTION, arguments)
     if reason is None:
         take(_CALL)
         o = ATTENTION(*arguments).transpose(1, 2)

@@ -355,7 +355,7 @@ def _varlen(
         q, k, v = (x.squeeze(0) for x in (q, k, v))
         cu_seqlens = rows.cu_seqlens.to(q.device)
         call = q, k, v, scale, False, left, right, 0.0, None, None, None, cu_seqlens, cu_seqlens, False
-        reason = heads_first.why_reference(call)
+        reason = heads_first.why_no_kernel(ATTENTION, call)
     if reason is None:
         take(type(module).__name__)
         return ATTENTION(*call).unsqueeze(0), None
