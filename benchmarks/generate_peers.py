@@ -138,8 +138,8 @@ def head_layer(model: Any) -> PlannedLayer:
     return PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias, p.name, p.version, False)
 
 
-def llama_cpp(subject: Subject) -> Candidate:
-    """Q8_0, made by llama.cpp of the file that the other candidates are read from; flash attention and cache as it chooses."""
+def q8_0(subject: Subject) -> str:
+    """GGUF in 8 bits, made by llama.cpp of the file that the other candidates are read from."""
     lib = need("llama_cpp", "llama-cpp-python")
     if subject.source.gguf is None:
         raise Missing("it reads GGUF files, and this model is none: pass smollm2")
@@ -151,10 +151,21 @@ def llama_cpp(subject: Subject) -> Candidate:
     original = str(pathlib.Path(subject.source.path, subject.source.gguf)).encode()
     if not quantized.exists() and lib.llama_model_quantize(original, str(quantized).encode(), ctypes.byref(settings)):
         raise Missing("llama.cpp does not quantise the file")
-    model = lib.llama_model_load_from_file(str(quantized).encode(), lib.llama_model_default_params())
+    _silent.append(silent)
+    return str(quantized)
+
+
+_silent: list[Any] = []  #: what C holds pointers to
+
+
+def llama_cpp(subject: Subject) -> Candidate:
+    """Flash attention and cache as it chooses."""
+    file = pathlib.Path(q8_0(subject))
+    lib = importlib.import_module("llama_cpp")
+    model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
     if not model:
         raise Missing("llama.cpp does not load its own Q8_0 file")
-    return LlamaCpp(lib, model, silent, subject.model.config.vocab_size).candidate(quantized.stat().st_size)
+    return LlamaCpp(lib, model, subject.model.config.vocab_size).candidate(file.stat().st_size)
 
 
 @dataclass
@@ -163,7 +174,6 @@ class LlamaCpp:
 
     lib: Any
     model: Any
-    silent: Any  #: what C holds a pointer to
     vocabulary: int
     context: Any = None
 
@@ -269,36 +279,42 @@ def ctranslate2(subject: Subject) -> Candidate:
 
 
 def openvino(subject: Subject) -> Candidate:
-    """8-bit weights by nncf, the cache as the model's state: what optimum-intel makes, with its own generate()."""
-    optimum = need("optimum.intel", "optimum-intel")
-    settings = {"export": True, "load_in_8bit": True, "ov_config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}}
-    model = optimum.OVModelForCausalLM.from_pretrained(subject.saved, **settings)
+    """OpenVINO GenAI on llama.cpp's Q8_0 file: continuous batching, without its cache of prefixes, which the rounds share."""
+    genai, ov = need("openvino_genai", "openvino-genai"), need("openvino", "openvino")
+    file = pathlib.Path(q8_0(subject))
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.max_num_batched_tokens = 4, 1 << 20  # GB; prompts go in at once
+    scheduler.dynamic_split_fuse = scheduler.enable_prefix_caching = False
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    pipeline = genai.ContinuousBatchingPipeline(str(file), scheduler, "CPU", options)
 
-    class Clock:
-        """What generate() tells of each token."""
+    def begin(rows: Tensor, tokens: int, **settings: Any) -> list[Any]:
+        config = genai.GenerationConfig()
+        config.max_new_tokens = config.min_new_tokens = tokens
+        config.do_sample, config.ignore_eos, config.apply_chat_template = False, True, False
+        for name, value in settings.items():
+            setattr(config, name, value)
+        return [pipeline.add_request(i, ov.Tensor(row[None].numpy()), config) for i, row in enumerate(rows)]
 
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, tokens: Tensor) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None: ...
-
-    def prepare(decoding: Decoding) -> Run:
-        def run(ids: Tensor, steps: int) -> list[float]:
-            clock = Clock()  # the first that it is told are the prompts
-            length = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1}
-            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, streamer=clock, **length)
-            return clock.times
-
-        return run
+    def run(ids: Tensor, steps: int) -> list[float]:
+        times, handles = [time.perf_counter()], begin(ids, steps + 1)
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            times.append(time.perf_counter())
+        if len(times) != steps + 2 or any(len(h.read_all()[0].generated_ids) != steps + 1 for h in handles):
+            raise RuntimeError(f"it took {len(times) - 1} calls for a prefill and {steps} steps")
+        return times
 
     def losses(rows: Tensor) -> Tensor:
-        logits = (model(input_ids=row[None], attention_mask=torch.ones_like(row[None])).logits[0, :-1] for row in rows)
-        return torch.cat([F.cross_entropy(x.float(), row[1:], reduction="none") for x, row in zip(logits, rows)])
+        parts = []
+        for row in rows:
+            (handle,) = begin(row[None], 1, echo=True, logprobs=1)
+            while pipeline.has_non_finished_requests():
+                pipeline.step()
+            parts.append(-torch.tensor(handle.read_all()[0].generated_log_probs[1 : len(row)]))
+        return torch.cat(parts)
 
-    return Candidate(prepare, losses, sum(p.numel() for p in subject.model.parameters()), 4)
+    return Candidate(lambda decoding: run, losses, file.stat().st_size, 1)
 
 
 PEERS: dict[str, Callable[[Subject], Candidate]] = {
@@ -310,7 +326,7 @@ PEERS: dict[str, Callable[[Subject], Candidate]] = {
     "openvino int8": openvino,
 }
 #: what else has a version to be told
-PACKAGES = {"llama.cpp Q8_0": "llama-cpp-python", "ctranslate2 int8": "ctranslate2", "openvino int8": "optimum-intel"}
+PACKAGES = {"llama.cpp Q8_0": "llama-cpp-python", "ctranslate2 int8": "ctranslate2", "openvino int8": "openvino-genai"}
 
 
 def candidates(precisions: Iterable[str]) -> dict[str, Callable[[Subject], Candidate]]:
