@@ -109,6 +109,10 @@ struct IntegerPairs : Pairs<Vector> {
     asm("vpmaddwd %2, %1, %0" : "=v"(products) : "v"(a), "v"(b));
     return products + sum;
   }
+  static constexpr float kMost = 32767;  // of an integer
+  INLINE static void store_integers(Sum v, float* row, int64_t i) {
+    store_bits(__builtin_convertvector(v, Halves<V>), reinterpret_cast<uint16_t*>(row) + i, kLanes<V>);
+  }
 };
 struct VnniPairs : IntegerPairs<Vectors<16>::f32> {
   INLINE static Sum multiply_add(V a, V b, Sum sum) {

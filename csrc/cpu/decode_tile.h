@@ -1,0 +1,372 @@
+#pragma once
+// attention_decode on a CPU: some rows against a tile of keys.
+#include <algorithm>
+#include <cfloat>
+
+#include "cpu/activation.h"
+#include "cpu/words.h"
+#include "params/attention_decode.h"
+#include "torch/check.h"
+
+namespace forwardpass::cpu {
+
+constexpr int kTileKeys = 64;
+constexpr int kMostRows = 4;
+constexpr int64_t kColumnStep = 2 * kMostLanes;  // what columns are padded to: a vector of pairs
+using Four = Vectors<kMostRows>::f32;            // one number of each row
+
+// The sums of an item's rows, maxima in units of log2(e).
+struct Sums {
+  float* values;           // [rows][padded columns]
+  float *maxima, *totals;  // of kMostRows rows at a time
+
+  static int64_t floats(int64_t rows, int64_t columns) {
+    return round_up(rows * round_up(columns, kColumnStep) + 2 * round_up(rows, kMostRows), kMostLanes);
+  }
+  Sums(float* memory, int64_t rows, int64_t columns)
+      : values(memory),
+        maxima(memory + rows * round_up(columns, kColumnStep)),
+        totals(maxima + round_up(rows, kMostRows)) {}
+};
+
+// One head of the cache, and the rows that read it: query head by query head, each with those of its sequence.
+struct Head {
+  const AttentionDecodeParams& p;
+  int64_t batch, head;
+
+  int64_t rows() const { return int64_t{p.heads / p.cache.heads} * p.rows; }
+
+  // Calls f(data, i, end) with the address of keys i to end - 1 of n from `key` on, of a tensor of the cache and this
+  // head; they are t.row apart.
+  template <class Strides, class F>
+  INLINE void for_each_run(const Strides& t, int64_t size, int64_t key, int n, F f) const {
+    const KvCache& c = p.cache;
+    for (int i = 0; i < n;) {
+      int64_t first = batch, row = key + i;
+      if (c.block_table) {
+        first = c.block_table[batch * c.table_stride + row / c.page];
+        row %= c.page;
+      }
+      const int end = static_cast<int>(std::min<int64_t>(n, i + c.page - row));
+      f(reinterpret_cast<const char*>(t.data) + (first * t.first + row * t.row + head * t.head) * size, i, end);
+      i = end;
+    }
+  }
+};
+
+// Keys from `begin` to `end` of a head, or of several from that one on.
+struct Keys {
+  Head head;
+  int64_t begin, end;
+};
+
+// n keys from `key` on. What is behind the last, up to kTileKeys, is the last one.
+struct Tile {
+  int64_t key;
+  int n;
+  const char *k[kTileKeys], *v[kTileKeys];
+
+  void find(const Keys& keys, int64_t first) {
+    const KvCache& c = keys.head.p.cache;
+    key = first, n = static_cast<int>(std::min<int64_t>(kTileKeys, keys.end - first));
+    find_rows(keys.head, c.k, size_of(c.dtype), k), find_rows(keys.head, c.v, size_of(c.dtype), v);
+  }
+  // The same keys of the next head, so many bytes further on.
+  void next_head(int64_t k_bytes, int64_t v_bytes) {
+    for (int i = 0; i < kTileKeys; ++i) k[i] += k_bytes, v[i] += v_bytes;
+  }
+  // One head's share of the rows that all of them have, in the order of memory.
+  void find_share(const Tile& first, int64_t head, int64_t heads, int64_t k_bytes, int64_t v_bytes) {
+    int64_t row = head * kTileKeys / heads, in_row = head * kTileKeys % heads;
+    for (int i = 0; i < kTileKeys; ++i) {
+      k[i] = first.k[row] + in_row * k_bytes, v[i] = first.v[row] + in_row * v_bytes;
+      if (++in_row == heads) in_row = 0, ++row;
+    }
+  }
+
+ private:
+  INLINE void find_rows(const Head& head, const CacheTensor& t, int64_t size, const char** rows) const {
+    head.for_each_run(t, size, key, n, [&](const char* row, int i, int end) {
+      for (; i < end; ++i, row += t.row * size) rows[i] = row;
+    });
+    std::fill(rows + n, rows + kTileKeys, rows[n - 1]);
+  }
+};
+
+// f(0), f(1), ... f(N - 1), as constants: what arrays have is then in registers.
+template <int N, class F>
+INLINE void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+#define UNROLLED_BODY(i) [&](auto i) __attribute__((always_inline))
+
+// Lane i of the result is lane f(i) of a and, behind it, b.
+template <auto F, class V>
+INLINE V permute(V a, V b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, F(I)...);
+  }(std::make_integer_sequence<int, kLanes<V>>{});
+}
+// Lane i of every second unit of a and, behind it, b, within groups of as many lanes.
+constexpr int every_second(int i, int lanes, int group, int unit) {
+  const int half = group / 2, in_half = i % half;
+  return i / group * group + in_half / unit * 2 * unit + in_half % unit + (i % group < half ? 0 : lanes);
+}
+// f of two neighbours, or of every fourth lanes, a's and b's. The shuffles are one instruction each.
+template <int Level, class V, class S, class F>
+INLINE S fold_pair(S x, S y, F f) {
+  constexpr int kUnit = Level < 2 ? 1 : 4, kGroup = Level < 2 ? 4 : kLanes<V>;
+  const V a = bits<V>(x), b = bits<V>(y);
+  return f(bits<S>(permute<[](int i) { return every_second(i, kLanes<V>, kGroup, kUnit); }>(a, b)),
+           bits<S>(permute<[](int i) { return every_second(i, kLanes<V>, kGroup, kUnit) + kUnit; }>(a, b)));
+}
+constexpr auto kAdd = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+constexpr auto kMax = [](auto a, auto b) __attribute__((always_inline)) { return max(a, b); };
+// Every fourth lanes, reduced by f.
+template <class S, class F>
+INLINE auto fours(S x, F f) {
+  if constexpr (kLanes<S> == 16) {
+    return fours(f(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                   __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)),
+                 f);
+  } else if constexpr (kLanes<S> == 8) {
+    return f(__builtin_shufflevector(x, x, 0, 1, 2, 3), __builtin_shufflevector(x, x, 4, 5, 6, 7));
+  } else {
+    return x;
+  }
+}
+// x[0]: in lane i the sum of x[i]'s lanes, at Level 0; levels may be taken one after the other.
+template <class V, int N, int Level, class S>
+INLINE void fold(S* x) {
+  if constexpr (N > 1) {
+    unrolled<N / 2>(UNROLLED_BODY(i) { x[i] = fold_pair<Level, V>(x[2 * i], x[2 * i + 1], kAdd); });
+    fold<V, N / 2, Level + 1>(x);
+  }
+}
+// Each row's lanes reduced by f, of all rows at once: one after the other their instructions wait for each other.
+template <int R, class S, class F>
+INLINE auto of_rows(const S (&x)[R], F f) {
+  using V = typename Vectors<kLanes<S>>::f32;
+  if constexpr (R == 1) {
+    auto all = fours(x[0], f);
+    all = f(all, __builtin_shufflevector(all, all, 2, 3, 0, 1));
+    return f(all, __builtin_shufflevector(all, all, 1, 0, 3, 2));
+  } else {
+    const S a = fold_pair<0, V>(x[0], x[1], f), b = R == 2 ? a : fold_pair<0, V>(x[R == 2 ? 0 : 2], x[R - 1], f);
+    return fours(fold_pair<1, V>(a, b, f), f);
+  }
+}
+
+template <class V>
+INLINE V floats(Ints<V> sums) {
+  return __builtin_convertvector(sums, V);
+}
+template <class V>
+INLINE V floats(V sums) {
+  return sums;
+}
+
+template <class V>
+INLINE V tanh(V x) {
+  const V e = exp2_negative(abs(x) * (-2 * kLog2e));
+  return bits<V>(bits<Uints<V>>((1 - e) / (1 + e)) | (bits<Uints<V>>(x) & 0x80000000));
+}
+
+// Whether words are integers, whose range has to be known.
+template <class A>
+constexpr bool kIntegers = A::kDtype == Dtype::i8 && A::kElements > 1;
+
+// R rows of a head, which see the keys from low to high of a tile.
+struct Rows {
+  const float* q;        // [R][words]
+  const float* factors;  // [R], of scores
+  int64_t words;
+  int low[kMostRows], high[kMostRows];
+  Sums sums;  // the first row's
+};
+
+// What a tile's scores and values are multiplied by, scores that become probabilities, and these as words;
+// [kMostRows][kTileKeys] those by row.
+struct Buffers {
+  float *k_scale, *v_scale, *scores, *words;
+};
+// What rows are multiplied by: sums so far, and products of words.
+struct Factors {
+  Four corrections, units;
+};
+
+// Where column i of n is that low_pairs and, behind them, high_pairs have, four columns in turn.
+constexpr int in_order(int i, int n) { return i / 8 * 4 + i % 4 + (i / 4 % 2) * n; }
+
+template <class V>
+INLINE void put_in_order(V& low, V& high) {
+  const V first = permute<[](int i) { return in_order(i, kLanes<V>); }>(low, high);
+  high = permute<[](int i) { return in_order(i, kLanes<V>) + kLanes<V> / 2; }>(low, high);
+  low = first;
+}
+
+// To L2: to L1 they were taken no faster than without a prefetch, as a core has few such requests at a time.
+INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// sums [R, columns of C vectors of words from `vector` on] = sums * correction + unit * p v
+template <class A, int R, int C>
+INLINE void add_values(const Tile& tile, const Tile& next, const float* p, int64_t vector, const Factors& factors,
+                       float* sums, int64_t stride) {
+  using V = typename A::V;
+  using Sum = typename A::Sum;
+  constexpr int kE = A::kElements, kN = kLanes<V>;
+  constexpr int kBytes = C * kN * kE * static_cast<int>(size_of(A::kDtype));
+  Sum x[R * C * kE];
+  unrolled<R * C * kE>(UNROLLED_BODY(i) { x[i] = Sum{}; });
+  for (int j = 0; j < tile.n; j += kE) {
+    V v[C * kE];
+    unrolled<C>(UNROLLED_BODY(c) {
+      v[c * kE] = A::load_words(tile.v[j], vector + c);
+      if constexpr (kE == 2) {
+        const V even = v[c * kE], odd = A::load_words(tile.v[j + 1], vector + c);
+        v[c * kE] = A::low_pairs(even, odd), v[c * kE + 1] = A::high_pairs(even, odd);
+      }
+    });
+    unrolled<R>(UNROLLED_BODY(r) {
+      const V weight = A::broadcast(p + r * kTileKeys + j / kE);
+      unrolled<C * kE>(UNROLLED_BODY(c) { x[r * C * kE + c] = A::multiply_add(weight, v[c], x[r * C * kE + c]); });
+    });
+    for (int b = 0; b < kBytes; b += 64)
+      unrolled<kE>(UNROLLED_BODY(e) { prefetch(next.v[j + e] + vector * (kBytes / C) + b); });
+  }
+  unrolled<R>(UNROLLED_BODY(r) {
+    unrolled<C>(UNROLLED_BODY(c) {
+      V y[kE];
+      unrolled<kE>(UNROLLED_BODY(e) { y[e] = floats<V>(x[(r * C + c) * kE + e]) * factors.units[r()]; });
+      if constexpr (kE == 2) put_in_order(y[0], y[1]);
+      unrolled<kE>(UNROLLED_BODY(e) {
+        float* to = sums + r * stride + (vector + c) * kN * kE + e * kN;
+        store<Dtype::f32>(load<V, Dtype::f32>(to, 0) * factors.corrections[r()] + y[e], to, 0);
+      });
+    });
+  });
+}
+
+// x [R][keys of V] = q k
+template <class A, int R, class V = typename A::V>
+INLINE void multiply_keys(const Tile& tile, const Tile& next, int key, const Rows& rows, int64_t row_bytes, V (&x)[R]) {
+  using Sum = typename A::Sum;
+  constexpr int kN = kLanes<V>, kKeys = kN == 16 ? 4 : 2;  // whose sums are in registers together
+  Sum sums[R][kN / kKeys];
+  for (int i = 0; i < kN; i += kKeys) {
+    Sum s[R][kKeys];
+    unrolled<R * kKeys>(UNROLLED_BODY(j) { s[j / kKeys][j % kKeys] = Sum{}; });
+    const char* const* k = tile.k + key + i;
+    for (int64_t w = 0; w < rows.words / kN; ++w) {
+      V row[kKeys];
+      unrolled<kKeys>(UNROLLED_BODY(j) { row[j] = A::load_words(k[j], w); });
+      unrolled<R>(UNROLLED_BODY(r) {
+        const V q = load<V, Dtype::f32>(rows.q + r * rows.words, w * kN);
+        unrolled<kKeys>(UNROLLED_BODY(j) { s[r][j] = A::multiply_add(q, row[j], s[r][j]); });
+      });
+    }
+    unrolled<R>(UNROLLED_BODY(r) {
+      fold<V, kKeys, 0>(s[r]);
+      sums[r][i / kKeys] = s[r][0];
+    });
+    for (int64_t b = 0; b < row_bytes; b += 64)
+      unrolled<kKeys>(UNROLLED_BODY(j) { prefetch(next.k[key + i + j] + b); });
+  }
+  unrolled<R>(UNROLLED_BODY(r) {
+    fold<V, kN / kKeys, kKeys == 4 ? 2 : 1>(sums[r]);
+    x[r] = floats<V>(sums[r][0]);
+  });
+}
+
+// Scores of R rows; the largest of each.
+template <class A, int R>
+INLINE Four find_scores(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
+                        const Buffers& buffers) {
+  using V = typename A::V;
+  constexpr int kN = kLanes<V>;
+  const int keys = static_cast<int>(round_up(tile.n, kN));
+  V largest[R];
+  unrolled<R>(UNROLLED_BODY(r) { largest[r] = splat<V>(-INFINITY); });
+  for (int key = 0; key < keys; key += kN) {
+    V x[R];
+    multiply_keys<A, R>(tile, next, key, rows, p.cache.head_dim * size_of(A::kDtype), x);
+    const V k_scale = load<V, Dtype::f32>(buffers.k_scale, key);
+    const auto j = lane_numbers<V>() + key;
+    unrolled<R>(UNROLLED_BODY(r) {
+      V s = x[r] * (k_scale * rows.factors[r]);
+      if (p.softcap > 0) s = tanh(s) * (p.softcap * kLog2e);
+      if (rows.low[r] > key || rows.high[r] < key + kN - 1) {
+        s = select_less(j, splat<Ints<V>>(rows.low[r]), splat<V>(-INFINITY), s);
+        s = select_less(splat<Ints<V>>(rows.high[r]), j, splat<V>(-INFINITY), s);
+      }
+      store<Dtype::f32>(s, buffers.scores + r * kTileKeys, key);
+      largest[r] = max(s, largest[r]);
+    });
+  }
+  return of_rows(largest, kMax);
+}
+
+// Scores become probabilities, times v_scale, as words.
+template <class A, int R>
+INLINE Factors find_probabilities(const Tile& tile, Four largest, const Sums& sums, const Buffers& buffers) {
+  using V = typename A::V;
+  constexpr int kN = kLanes<V>;
+  const int keys = static_cast<int>(round_up(tile.n, kN));
+  const Four before = load<Four, Dtype::f32>(sums.maxima, 0), maxima = max(largest, before);
+  // While no key counts yet the maximum is -inf, and the difference to it would be NaN.
+  const Four subtrahends = select_less(maxima, splat<Four>(-FLT_MAX), Four{}, maxima);
+  Factors factors{exp2_negative(before - subtrahends), splat<Four>(1.0f)};
+  store<Dtype::f32>(maxima, sums.maxima, 0);
+  V totals[R];
+  Ints<V> ranges[R];
+  unrolled<R>(UNROLLED_BODY(r) { totals[r] = V{}, ranges[r] = Ints<V>{}; });
+  for (int key = 0; key < keys; key += kN) {
+    const V v_scale = load<V, Dtype::f32>(buffers.v_scale, key);
+    unrolled<R>(UNROLLED_BODY(r) {
+      const V e = exp2_negative(load<V, Dtype::f32>(buffers.scores + r * kTileKeys, key) - subtrahends[r()]);
+      totals[r] += e;
+      if constexpr (kIntegers<A>) {
+        const V x = e * v_scale;
+        // As integers, of which a NaN's is beyond infinity's.
+        ranges[r] = max(bits<Ints<V>>(abs(x)), ranges[r]);
+        store<Dtype::f32>(x, buffers.scores + r * kTileKeys, key);
+      } else {
+        A::store_probabilities(e * v_scale, buffers.words + r * kTileKeys, key);
+      }
+    });
+  }
+  store<Dtype::f32>(load<Four, Dtype::f32>(sums.totals, 0) * factors.corrections + of_rows(totals, kAdd), sums.totals,
+                    0);
+  if constexpr (kIntegers<A>) {
+    const Four range = bits<Four>(of_rows(ranges, kMax));
+    const Four inverses = select_less(Four{}, range, A::kMost / range, Four{});
+    factors.units = range * (1 / A::kMost) + range * 0;  // NaN of an infinity or a NaN
+    for (int key = 0; key < keys; key += kN)
+      unrolled<R>(UNROLLED_BODY(r) {
+        const V x = load<V, Dtype::f32>(buffers.scores + r * kTileKeys, key) * inverses[r()];
+        // in the low bits the integer, as its range is known
+        A::store_integers(bits<Ints<V>>(x + 0x1.8p23f) - bits<int32_t>(0x1.8p23f), buffers.words + r * kTileKeys, key);
+      });
+  }
+  return factors;
+}
+
+// R rows against a tile, while a part of the next one is prefetched.
+template <class A, int R>
+INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
+                   const Buffers& buffers) {
+  const Four largest = find_scores<A, R>(p, tile, next, rows, buffers);
+  const Factors factors = find_probabilities<A, R>(tile, largest, rows.sums, buffers);
+  const int64_t stride = round_up(p.cache.head_dim, kColumnStep);
+  constexpr int kN = kLanes<typename A::V>, kVectors = (kN == 16 ? 4 : 2) / A::kElements;
+  const int64_t vectors = rows.words / kN;
+  int64_t c = 0;
+  for (; c + kVectors <= vectors; c += kVectors)
+    add_values<A, R, kVectors>(tile, next, buffers.words, c, factors, rows.sums.values, stride);
+  if constexpr (kVectors > 1)
+    for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, buffers.words, c, factors, rows.sums.values, stride);
+}
+
+}  // namespace forwardpass::cpu
