@@ -185,14 +185,12 @@ struct DecodeWarp {
     int stage = 0, last = Config::kStages - 1;
 #pragma unroll 1
     for (int slice = first; slice < end; slice += Config::kWarps) {
-      ptx::cp_async_wait<Config::kStages - 2>();
-      __syncwarp();
+      ptx::cp_async_wait<Config::kStages - 2>();  // in the end for all but empty groups
+      __syncwarp();                               // and all lanes have read the stage that is filled next
       copy_next(slice + (Config::kStages - 1) * Config::kWarps, last);
       attend(stage, key(slice));
       last = stage, stage = stage == Config::kStages - 1 ? 0 : stage + 1;
-      __syncwarp();
     }
-    ptx::cp_async_wait<0>();
   }
 
  private:
