@@ -12,6 +12,7 @@ from kernel_names import demangle
 from mutant_launches import recording
 
 import forwardpass as fp
+from forwardpass.ops.append_kv import cases as append_kv
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.fp8_linear import cases as fp8_linear
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
@@ -30,6 +31,7 @@ class Instance:
     #: and no more tiles than these: the plan takes the largest tile only where there is one for every other
     #: multiprocessor, and mutants need no more than wrap around
     tiles: int = 0
+    multiprocessors: int = 0  # of the GPU, 0: all
 
     @property
     def columns(self):
@@ -50,12 +52,19 @@ def instance_launches(instance, arch):
         recording() as recorded,
         poisoned_outputs(),
         fp.use_backend(instance.implementation),
-        fp.interpret(arch, approximate=False, truncating=True),
+        fp.interpret(arch, approximate=False, truncating=True, multiprocessors=instance.multiprocessors),
     ):
         for case in instance.cases:
             args, module = case.arguments(), sys.modules[type(case).__module__]
-            got = fp.dispatch.operations[getattr(case, "op", module.__name__.split(".")[-2])](*args)
-            module.assert_matches(got, args, **({"truncating": True} if module in (fp8_gemm, fp8_linear) else {}))
+            operation = fp.dispatch.operations[getattr(case, "op", module.__name__.split(".")[-2])]
+            if module is append_kv:  # which returns nothing
+                with fp.use_backend("reference"):
+                    operation(*(expected := append_kv.copied(args)))
+                operation(*args)
+                module.assert_matches(args, expected)
+            else:
+                got = operation(*args)
+                module.assert_matches(got, args, **({"truncating": True} if module in (fp8_gemm, fp8_linear) else {}))
             for launch in recorded:
                 if instance.kernel in readable_name(launch.kernel):
                     launches.append(launch)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import mutant_attention
+import mutant_decode
 import mutant_edits
 import mutant_gemms
 from mutant_instances import instance_launches
@@ -39,7 +40,7 @@ from triton_version import triton_version
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
-INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES
+INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES | mutant_decode.INSTANCES
 TRITON = triton_version()
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in
