@@ -11,9 +11,9 @@
 //
 // Of the bandwidth of a copy, read and written, one core of an EPYC (Zen 4), caches of 128 MiB, 64 and 128 columns,
 // 1024 keys, int8 4096 too, in CPU time. One row of one head on each of the cache's: float32 62 to 77 %, bfloat16 72 to
-// 77 %, float16 71 to 85 %, int8 59 to 78 % (63 to 75 with a float32 q, whose products are in float32), e4m3 39 to 45
-// %. Of 3 or 4 heads: float32 65 to 76 %, bfloat16 69 to 78 %, float16 56 to 79 %, int8 38 to 72 % (36 to 51), e4m3 26
-// to 33 %.
+// 77 %, float16 71 to 85 %, int8 67 to 79 % (59 to 68 with a float32 q, whose products are in float32), e4m3 39 to 45
+// %. Of 3 or 4 heads: float32 65 to 76 %, bfloat16 69 to 78 %, float16 56 to 79 %, int8 44 to 66 % (36 to 53), e4m3 26
+// to 33 %. Tiles of 32 and of 128 keys came no faster.
 //
 // With 4 heads the products with 64 columns of int8 take 16 clocks a key of the 30 in which 70 % of that bandwidth
 // brings it, softmax and sums over lanes as many again. Four products a lane, by vpdpbusd, were no faster: q and

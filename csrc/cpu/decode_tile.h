@@ -78,9 +78,10 @@ struct Tile {
   // One head's share of the rows that all of them have, in the order of memory.
   void find_share(const Tile& first, int64_t head, int64_t heads, int64_t k_bytes, int64_t v_bytes) {
     int64_t row = head * kTileKeys / heads, in_row = head * kTileKeys % heads;
-    for (int i = 0; i < kTileKeys; ++i) {
-      k[i] = first.k[row] + in_row * k_bytes, v[i] = first.v[row] + in_row * v_bytes;
-      if (++in_row == heads) in_row = 0, ++row;
+    for (int i = 0; i < kTileKeys; ++row, in_row = 0) {
+      const int n = static_cast<int>(std::min<int64_t>(heads - in_row, kTileKeys - i));
+      const char *k_row = first.k[row] + in_row * k_bytes, *v_row = first.v[row] + in_row * v_bytes;
+      for (const int end = i + n; i < end; ++i, k_row += k_bytes, v_row += v_bytes) k[i] = k_row, v[i] = v_row;
     }
   }
 
