@@ -69,6 +69,25 @@ def test_rows_at_a_time(heads, cache):
         cases.assert_matches(run(args, "cpu"), args)
 
 
+@pytest.mark.parametrize("cache", [torch.int8, E4M3], ids=str)
+@pytest.mark.parametrize(("dim", "heads"), [(64, (7, 7)), (40, (15, 5)), (200, (5, 5)), (128, (30, 3))], ids=str)
+def test_heads_that_are_taken_together(dim, heads, cache):
+    """Give what each gives by itself: as many as are taken together, more, and numbers that do not divide a tile's keys."""
+    for case in (
+        cases.Case((700, 0, 1, 65), 1, dim, heads, cache=cache),
+        cases.Case((130, 64), 2, dim, heads, torch.float32, cache, page=None, layout="heads first", scales="head"),
+        cases.Case((1100, 3), 1, dim, heads, cache=cache, page=None, layout="apart", window=600),
+    ):
+        q, k, v, lengths, table, k_scale, v_scale, *options = args = case.arguments()
+        got, group = run(args, "cpu"), heads[0] // heads[1]
+        for h in range(heads[1]):
+            one = slice(h, h + 1)
+            scales = (s[..., one].contiguous() if case.scales == "head" else s[..., one] for s in (k_scale, v_scale))
+            rows = slice(h * group, (h + 1) * group)
+            alone = run((q[:, :, rows], k[:, :, one], v[:, :, one], lengths, table, *scales, *options), "cpu")
+            assert_equal(got[:, :, rows].contiguous(), alone)
+
+
 ON_GPU = [
     dataclasses.replace(c, lengths=tuple(min(n, 700) for n in c.lengths))
     for c in CASES
