@@ -17,7 +17,11 @@ struct PipelineState {
   int stage = 0;
   uint32_t parity = 0;
   __device__ void advance() {
-    if (++stage == Stages) stage = 0, parity ^= 1;
+    if constexpr (Stages == 2) {  // two instructions, not four
+      stage ^= 1, parity ^= stage ^ 1;
+    } else {
+      if (++stage == Stages) stage = 0, parity ^= 1;
+    }
   }
 };
 

@@ -8,6 +8,11 @@ namespace forwardpass {
 
 constexpr float kLn2 = 0.693147181f;
 
+// By how much, in units of log2(e), scores may exceed the maximum that is subtracted before theirs takes its place. p
+// is up to 2^8 then, which 16 bits hold as well as 1, and outputs are seldom rescaled: of 16 x 1024 x 16 causal rows of
+// normal data, on wgmma, 0.03 times a tile in place of 3.5.
+constexpr float kMostGrowth = 8;
+
 // One value per row of a thread.
 template <int kTilesM>
 using RowValues = float[kTilesM][2];
@@ -60,8 +65,10 @@ struct OnlineSoftmax {
         for (int j = 1; j < kTilesN; ++j) block_max = fmaxf(block_max, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
         block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 1));
         block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 2)) * scale;
-        const float before = max[i][half], now = fmaxf(before, block_max);
-        grown |= now > before;
+        const float before = max[i][half];
+        const bool grows = block_max > before + kMostGrowth;
+        const float now = grows ? block_max : before;
+        grown |= grows;
         max[i][half] = now;
         // A row whose scores are all -inf so far has no maximum to subtract: 2^(-inf - 0) is the 0 that it should be.
         const float base = now == -INFINITY ? 0 : now;

@@ -19,6 +19,8 @@ def plain(dtype, dim, below, **every):
     return (
         case((40, 330), below, causal=True, lse=True, sinks="float32", layout="apart"),
         case((150, 90), causal=True, lse=True),  # rows without keys
+        case((400, 90), causal=True, lse=True, sinks="float32", batch=2),  # whole tiles of them
+        case((40, 700), scale=2.0),  # maxima that grow from block to block
         # clean blocks between others, and none
         case((100, 700), window=(400, 30), lse=True, heads=(4, 2), sinks="dtype", layout="unaligned"),
         case((40, 700), window=(500, 30)),
@@ -26,6 +28,7 @@ def plain(dtype, dim, below, **every):
         case((280, 420), below, packed=True, causal=True, lse=True, heads=(2, 1)),
         case((70, 50), below, packed=True, batch=7, awkward=False),
         case((2, 3), below, packed=True, batch=140, awkward=False),
+        case((131, 3), packed=True, batch=140, causal=True, awkward=False),  # several tiles of a block have no keys
         # more heads than run together, in one tile and in two
         case((5, 9), heads=(18, 9), batch=4, lse=True, layout="expanded"),
         case((200, 5), heads=(6, 6), batch=6),

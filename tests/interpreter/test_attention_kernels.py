@@ -178,6 +178,23 @@ def test_more_heads_than_run_together(arch, causal):
     cases.assert_matches(run(("cuda", arch), "attention_with_lse", args), args)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("seen", [{}, {"causal": True}, {"window_left": 70, "window_right": 3}], ids=str)
+def test_a_tile_has_the_same_bits_after_others(dim, seen):
+    """A persistent block's tiles, among them some without keys, have the bits of each in a block of its own."""
+    (q, k, v), starts = packed(dim)
+    args = (q, k, v, None, seen.get("causal", False), seen.get("window_left"), seen.get("window_right"), 0.0)
+    args += (None, None, torch.tensor([1.0, -1.0, 0.0, 2.0]), *starts, False)
+    alone = run(("cuda", "sm_90a"), "attention_with_lse", args)
+    cases.assert_matches(alone, args)
+    for multiprocessors in (1, 3):
+        with fp.interpret("sm_90a", multiprocessors=multiprocessors) as device, fp.use_backend("cuda"):
+            got = dispatch.operations["attention_with_lse"](*args)
+        assert device.findings == []
+        for x, y in zip(got, alone):
+            assert_equal(x, y)
+
+
 def test_a_row_has_the_same_bits_in_every_batch(kernel):
     case = cases.Case((130, 300), (40, 40), batch=3, heads=(4, 2), mask="dtype bij", alibi="bh", sinks="float32", lse=True,
                       batch_invariant=True, causal=True)  # fmt: skip

@@ -18,8 +18,9 @@ class ScoreModifiers {
   // What of a mask of 8 or 16 bits a thread loads for a block of keys, four words at a time.
   using MaskWords = RowOf<Scores, uint32_t[(Scores::kTilesN + 3) / 4][4]>;
 
+  ScoreModifiers() = default;
   // first_row: the warp's, in its sequence.
-  __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row) : p_(p), keys_(t.keys) {
+  __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row) : p_(&p), keys_(t.keys) {
     slope_ = p.alibi_slopes ? p.alibi_slopes[t.batch * p.alibi_batch_stride + t.head] * kLog2e : 0;
     const AttentionMask& m = p.mask;
     const unsigned size = m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
@@ -38,25 +39,26 @@ class ScoreModifiers {
   // vectors, and float32, which would take 64 registers, is loaded when it is needed.
   __device__ void load(MaskWords& words, int first_key) const {
     if (!vectors_) return;
-    if (p_.mask.kind == AttentionMaskKind::boolean)
+    if (p_->mask.kind == AttentionMaskKind::boolean)
       load_vectors<uint8_t>(words, first_key);
-    else if (p_.mask.kind == AttentionMaskKind::f16 || p_.mask.kind == AttentionMaskKind::bf16)
+    else if (p_->mask.kind == AttentionMaskKind::f16 || p_->mask.kind == AttentionMaskKind::bf16)
       load_vectors<uint16_t>(words, first_key);
   }
   // first_key: of this thread's first column.
   __device__ void operator()(Scores& s, MaskWords& words, int first_key) const {
-    if (p_.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + exp(2 x)), exact to 2^-22 of the cap
-      const float twice = 2 * p_.softcap * kLog2e, cap = p_.softcap * kLog2e, x = p_.scale * 2 * kLog2e / p_.softcap;
+    if (p_->softcap > 0) {  // tanh(x) = 1 - 2 / (1 + exp(2 x)), exact to 2^-22 of the cap
+      const float twice = 2 * p_->softcap * kLog2e, cap = p_->softcap * kLog2e,
+                  x = p_->scale * 2 * kLog2e / p_->softcap;
       s.for_each([&](float& v, int, int, int) { v = cap - __fdividef(twice, 1 + ptx::ex2(v * x)); });
     } else {
-      const float scale = p_.scale * kLog2e;
+      const float scale = p_->scale * kLog2e;
       s.for_each([&](float& v, int, int, int) { v *= scale; });
     }
-    if (p_.alibi_slopes)
+    if (p_->alibi_slopes)
       s.for_each([&](float& v, int i, int j, int e) {
         v = fmaf(-slope_, fabsf(static_cast<float>(position_[i][e / 2] - (first_key + j * 8 + e % 2))), v);
       });
-    switch (p_.mask.kind) {
+    switch (p_->mask.kind) {
       case AttentionMaskKind::none:
         break;
       case AttentionMaskKind::boolean:
@@ -83,7 +85,7 @@ class ScoreModifiers {
   // An element of the mask. A key beyond the last one reads the last one's: its score is not used.
   template <class T>
   __device__ T element(int i, int half, int key) const {
-    const int step = static_cast<int>(p_.mask.column * sizeof(T));  // 32 bits, so that an address is one multiply-add
+    const int step = static_cast<int>(p_->mask.column * sizeof(T));  // 32 bits, so that an address is one multiply-add
     return *reinterpret_cast<const T*>(mask_[i][half] + int64_t{min(key, keys_ - 1)} * step);
   }
   // f(i, half) for each row of this thread
@@ -167,7 +169,7 @@ class ScoreModifiers {
       });
   }
 
-  const AttentionParams& p_;
+  const AttentionParams* p_;
   int keys_;
   float slope_;   // ALiBi's, in units of log2(e)
   bool vectors_;  // the mask's rows can be read 16 bytes at a time
@@ -178,22 +180,28 @@ class ScoreModifiers {
 // The keys that the causal mask and the window leave, for the rows of a thread.
 template <class Scores>
 struct RowBounds {
-  RowOf<Scores, int> first, count;
+  RowOf<Scores, int> first, end;
+  bool from_first;  // some first is not the first of all
 
-  __device__ RowBounds(const AttentionParams& p, const AttentionTile& t, int first_row) {
+  RowBounds() = default;
+  __device__ RowBounds(const AttentionParams& p, const AttentionTile& t, int first_row)
+      : from_first(t.first(p, t.rows - 1) > 0) {
 #pragma unroll
     for (int i = 0; i < Scores::kTilesM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = min(first_row + Scores::row(i, 2 * half), t.rows - 1);
-        first[i][half] = t.first(p, row), count[i][half] = max(t.end(p, row) - t.first(p, row), 0);
+        first[i][half] = t.first(p, row), end[i][half] = t.end(p, row);
       }
   }
-  // -inf for all other keys; first_key: of this thread's first column.
+  // -inf for all other keys; first_key: of this thread's first column. What has no window needs one comparison a score.
   __device__ void operator()(Scores& s, int first_key) const {
     s.for_each([&](float& v, int i, int j, int e) {
-      const unsigned from_first = first_key + j * 8 + e % 2 - first[i][e / 2];
-      if (from_first >= static_cast<unsigned>(count[i][e / 2])) v = -INFINITY;
+      if (j * 8 + e % 2 >= end[i][e / 2] - first_key) v = -INFINITY;
+    });
+    if (!from_first) return;
+    s.for_each([&](float& v, int i, int j, int e) {
+      if (j * 8 + e % 2 < first[i][e / 2] - first_key) v = -INFINITY;
     });
   }
 };

@@ -69,6 +69,10 @@ struct WgmmaAttentionConfig {
   static constexpr int kRowBytes = kPanel * sizeof(uint16_t), kBlockBytes = kN * (kPanelsD + kPanelsV) * kRowBytes,
                        kQBytes = kM * kPanelsD * kRowBytes,
                        kQStages = 2 * kQBytes + kStages * kBlockBytes <= kSharedBytes - 1024 ? 2 : 1;
+  // Whether a tile's last p v runs beside the next one's first q k^T, as within a tile. Head dim 128, modelled: without
+  // it 16 x 1024 rows take 3 % longer, causal 7 %. Three consumers' registers do not hold both tiles (44 bytes are
+  // spilled), nor do those of two with score modifiers at 128 columns (8 bytes).
+  static constexpr bool kAhead = kQStages == 2 && kConsumers == 2 && !kModified;
   // At launch each thread has 168 registers with 384 threads, 128 with 512; setmaxnreg moves them from the producer to
   // the consumers.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32, kConsumerRegisters = kConsumers == 2 ? 240 : 160;
@@ -141,6 +145,7 @@ constexpr int64_t kBack = int64_t{1} << 34;
 struct SequenceOrigin {
   int row, head, sequence[2];  // coordinates; those of `sequence` select it
 
+  SequenceOrigin() = default;
   // rows: those of the sequence, from row `first` of the packed tensor on.
   __device__ SequenceOrigin(const AttentionTensor& t, bool varlen, int batch, int head, int64_t first, int rows)
       : row(varlen ? kEnd - rows : 0),
@@ -184,12 +189,23 @@ __device__ inline void producer(const AttentionArguments& a, typename Config::Sh
     s.work[q.stage] = work;
     return q.announce(bytes);
   };
+  const auto load_v = [&](const SequenceOrigin& keys, int block) {
+    keys.load(s.v[v.stage].panel, a.v, block * Config::kN, v.acquire(sizeof(typename Config::Value)));
+    v.advance();
+  };
+  // The last v of a tile, where the next one's first k comes before it.
+  SequenceOrigin last_v;
+  int last_block = -1;
+  const auto load_last_v = [&] {
+    if (last_block >= 0) load_v(last_v, last_block);
+    last_block = -1;
+  };
   typename Config::Schedule{a}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
     const bool any = blocks.end > blocks.begin;
     const uint32_t q_full = announce({t, blocks, true}, any ? sizeof(typename Config::Query) : 0);
     const int q_stage = q.stage;
     q.advance();
-    if (!any) return;
+    if (!any) return load_last_v();
     const bool varlen = a.p.cu_seqlens_q;
     const SequenceOrigin rows(a.p.q, varlen, t.batch, t.head, t.first_row, t.rows),
         k_keys(a.p.k, varlen, t.batch, t.kv_head(a.p), t.first_key, t.keys),
@@ -198,20 +214,19 @@ __device__ inline void producer(const AttentionArguments& a, typename Config::Sh
       k_keys.load(s.k[k.stage].panel, a.k, block * Config::kN, k.acquire(sizeof(typename Config::Key)));
       k.advance();
     };
-    const auto load_v = [&](int block) {
-      v_keys.load(s.v[v.stage].panel, a.v, block * Config::kN, v.acquire(sizeof(typename Config::Value)));
-      v.advance();
-    };
     rows.load(s.q[q_stage].panel, a.q, t.row, q_full);
     // in the order in which the consumers use them
     int block = blocks.end - 1;
     load_k(block);
+    load_last_v();
     for (; block > blocks.begin; --block) {
       load_k(block - 1);
-      load_v(block);
+      load_v(v_keys, block);
     }
-    load_v(block);
+    last_v = v_keys, last_block = block;
+    if (!Config::kAhead) load_last_v();
   });
+  load_last_v();
   announce({.exists = false}, 0);
 }
 
@@ -225,6 +240,8 @@ struct WgmmaAttentionMainloop {
   static constexpr int kRow = kPanel * sizeof(uint16_t) / ptx::kDescriptorUnit;
   using Scores = typename Config::Scores;
   using Output = typename Config::Output;
+  // To a block of keys: of a tile after which nothing is under way, of the same tile, or of the one that follows it.
+  enum class Step { first, next_block, next_tile };
   using Weights = uint32_t[Config::kN / 16][4];  // p, rounded to 16 bits: the first operand of p v
   const AttentionParams& p;
   typename Config::QPipeline q;
@@ -246,41 +263,97 @@ struct WgmmaAttentionMainloop {
     if (Config::kPingPong) ptx::barrier_arrive(kFirstTurn + (warpgroup + 1) % Config::kConsumers, kTurnThreads);
   }
 
-  // first_row: this warp's, in its sequence. The last p v runs on, until wait_output.
-  __device__ void operator()(const AttentionTile& tile, const KeyBlocks& blocks, int first_row, Output& o,
-                             OnlineSoftmax<1>& softmax) {
-    const RowBounds<Scores> bounds(p, tile, first_row);
-    const ScoreModifiers<Scores> modify(p, tile, first_row);
+  // All tiles of this block.
+  __device__ void operator()(const typename Config::SharedStorage& s) {
+    const typename Config::Epilogue epilogue{p};
+    AttentionTile tile;
+    KeyBlocks blocks;
+    int first_row;  // this warp's, in its sequence
+    RowBounds<Scores> bounds;
+    ScoreModifiers<Scores> modify;
+    OnlineSoftmax<1> softmax;
     const float scale = Config::kModified ? 1 : p.scale * kLog2e;
+    Output o;
     Weights weights;
-    o.clear();
-    const auto attend = [&](int block, auto first, bool masked) {
-      constexpr bool kFirst = decltype(first)::value;
+    const auto begin_tile = [&] {
+      const WgmmaAttentionWork& work = s.work[q.stage];
+      tile = work.tile, blocks = work.blocks;
+      first_row = tile.row + warpgroup * ptx::kWgmmaRows + threadIdx.x / 32 % 4 * 16;
+      bounds = RowBounds<Scores>(p, tile, first_row);
+      modify = ScoreModifiers<Scores>(p, tile, first_row);
+      softmax = OnlineSoftmax<1>();
+    };
+    const auto next_has_keys = [&] {
+      const WgmmaAttentionWork& work = s.work[q.stage];
+      return uniform(work.exists && work.blocks.end > work.blocks.begin);
+    };
+    const auto release_q = [&] {
+      q.release(q.stage);
+      q.advance();
+    };
+    // The output has then to be multiplied by `factor`.
+    const auto finish_softmax = [&](RowValues<1>& factor) {
+      softmax.finish(sink_of(p, tile.head), factor);
+      store_lse<Output>(softmax, p, tile, first_row);
+      __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
+    };
+    // Of a tile without keys: zeros, and the sink. Not o: with another way to its epilogue ptxas would serialise the
+    // wgmmas that add to it (C7515).
+    const auto store_nothing = [&] {
+      const float sink = sink_of(p, tile.head);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) softmax.max[0][half] = sink, softmax.sum[0][half] = 1;
+      store_lse<Output>(softmax, p, tile, first_row);
+      __syncwarp();
+      Output none;
+      none.clear();
+      const RowValues<1> factor = {{1, 1}};
+      epilogue(tile, first_row, none, factor);
+    };
+    const auto end_p_v = [&](int stage) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_keep(o[0]);
+      v.release(stage);
+    };
+    // The scores of a block of keys and its p, and the p v of the block before, which may be the last one of the tile
+    // before. A tile's first block, and whether it is masked, are found here.
+    const auto attend = [&](auto of_step, int block, bool masked) {
+      constexpr Step kStep = decltype(of_step)::value;
       Scores scores;
       mma_q_k(scores);
       const int v_stage = v.stage;
-      if (!kFirst) {
+      if (kStep != Step::first) {
         mma_p_v(o, weights);
         v.advance();
       }
       pass_turn();
+      const AttentionTile last_tile = tile;
+      const int last_row = first_row;
+      RowValues<1> last_factor;
+      if (kStep == Step::next_tile) finish_softmax(last_factor);
+      if (kStep != Step::next_block) {
+        begin_tile();
+        block = uniform(blocks.end) - 1;
+        masked = block >= uniform(blocks.unmasked_end);
+      }
       const int first_key = block * Config::kN + accumulator_column(0);
       typename ScoreModifiers<Scores>::MaskWords mask;
       if (Config::kModified) modify.load(mask, first_key);
-      const auto end_p_v = [&] {
-        if (kFirst) return;
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(o[0]);
-        v.release(v_stage);
+      const auto end_last_p_v = [&] {
+        if (kStep == Step::first) return;
+        end_p_v(v_stage);
+        if (kStep == Step::next_block) return;
+        epilogue(last_tile, last_row, o, last_factor);
+        o.clear();
       };
-      ptx::wgmma_wait<kFirst ? 0 : 1>();
+      ptx::wgmma_wait<kStep == Step::first ? 0 : 1>();
       ptx::wgmma_keep(scores[0]);
       k.release(k.stage);
       k.advance();
       if (Config::kModified) {
         // The registers of `weights` are needed: without this wait 968 bytes are spilled at 128 columns. Blocks of 96
         // keys need no wait here; with them a bool mask was 7 % faster and one of 16 bits slower (modelled).
-        end_p_v();
+        end_last_p_v();
         modify(scores, mask, first_key);
       }
       if (masked) bounds(scores, first_key);
@@ -288,44 +361,60 @@ struct WgmmaAttentionMainloop {
       const bool grown = softmax.update(scores, scale, factor);
       ptx::wgmma_keep(scores[0]);
       // This wait is here, not where v is needed: ptxas moves the wgmma wait below it upwards across anything but a
-      // branch, and the softmax would then begin after p v has completed.
+      // branch, and the softmax would then begin after p v has completed. A third stage of v, or of k, for which there
+      // is room at head dim 128, changes little: 4 x 4096 rows are 1.2 % faster, 16 x 1024 causal ones 1.4 % slower.
       v.wait_full();
-      if (!Config::kModified) end_p_v();
+      if (!Config::kModified) end_last_p_v();
       // Here, not before mma_p_v: it would stand before the wgmmas of this warpgroup's turn.
-      if (!kFirst && grown) rescale(o, factor);
+      if (kStep == Step::next_block && grown) rescale(o, factor);
 #pragma unroll
       for (int i = 0; i < Config::kN / 16; ++i) pack_operand<kDtype>(weights[i], scores[0], i);
     };
-    const int begin = uniform(blocks.begin), unmasked_begin = uniform(blocks.unmasked_begin),
-              unmasked_end = uniform(blocks.unmasked_end);
-    int block = uniform(blocks.end) - 1;
-    const bool any = block >= begin;
-    if (any) {
-      attend(block, std::true_type{}, block >= unmasked_end);
-      --block;
+    constexpr std::integral_constant<Step, Step::first> kFirst;
+    constexpr std::integral_constant<Step, Step::next_block> kNextBlock;
+    constexpr std::integral_constant<Step, Step::next_tile> kNextTile;
+    for (;;) {
+      q.wait_full();
+      if (!uniform(s.work[q.stage].exists)) break;
+      if (!next_has_keys()) {
+        begin_tile();
+        store_nothing();
+        release_q();
+        continue;
+      }
+      o.clear();
+      attend(kFirst, 0, false);
+      bool more;
+      do {
+        const int begin = uniform(blocks.begin), unmasked_begin = uniform(blocks.unmasked_begin),
+                  unmasked_end = uniform(blocks.unmasked_end);
+        int block = uniform(blocks.end) - 2;
+        // Masked blocks down to the first unmasked one, those, and masked ones again: two phases of one loop, so that
+        // the code for a masked block exists once.
+#pragma unroll 1
+        for (int phase = 0; phase < 2; ++phase) {
+          const int stop = phase == 0 ? unmasked_end : begin;
+#pragma unroll 1
+          for (; block >= stop; --block) attend(kNextBlock, block, true);
+          if (phase == 1) break;
+#pragma unroll 1
+          for (; block >= unmasked_begin; --block) attend(kNextBlock, block, false);
+        }
+        release_q();
+        more = false;
+        if (Config::kAhead) {
+          q.wait_full();
+          more = next_has_keys();
+          if (more) attend(kNextTile, 0, false);
+        }
+      } while (more);
+      mma_p_v(o, weights);
+      RowValues<1> factor;
+      finish_softmax(factor);
+      end_p_v(v.stage);
+      v.advance();
+      epilogue(tile, first_row, o, factor);
     }
-    // Masked blocks down to the first unmasked one, those, and masked ones again: two phases of one loop, so that the
-    // code for a masked block exists once.
-#pragma unroll 1
-    for (int phase = 0; phase < 2; ++phase) {
-      const int stop = phase == 0 ? unmasked_end : begin;
-#pragma unroll 1
-      for (; block >= stop; --block) attend(block, std::false_type{}, true);
-      if (phase == 1) break;
-#pragma unroll 1
-      for (; block >= unmasked_begin; --block) attend(block, std::false_type{}, false);
-    }
-    q.release(q.stage);
-    q.advance();
-    if (any) mma_p_v(o, weights);
-  }
-  // After the mainloop. The output has then to be multiplied by what softmax.finish says.
-  __device__ void wait_output(const KeyBlocks& blocks, Output& o) {
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_keep(o[0]);
-    if (blocks.end <= blocks.begin) return;
-    v.release(v.stage);
-    v.advance();
   }
 
  private:
@@ -362,6 +451,7 @@ struct WgmmaAttentionEpilogue {
   __device__ void operator()(const AttentionTile& tile, int first_row, Output& o, const RowValues<1>& factor) const {
     rescale(o, factor);
     store_rows(o, tile, first_row);
+    __syncwarp();
   }
 
  private:
@@ -391,25 +481,8 @@ struct WgmmaAttentionEpilogue {
 template <class Config>
 __device__ inline void consumer(const AttentionArguments& a, typename Config::SharedStorage& s, int warpgroup) {
   typename Config::Mainloop mainloop(a.p, s, warpgroup);
-  const typename Config::Epilogue epilogue{a.p};
   if (warpgroup == Config::kConsumers - 1) mainloop.pass_turn();
-  for (;;) {
-    mainloop.q.wait_full();
-    const WgmmaAttentionWork work = s.work[mainloop.q.stage];
-    if (!work.exists) break;
-    const AttentionTile& tile = work.tile;
-    const int first_row = tile.row + warpgroup * ptx::kWgmmaRows + threadIdx.x / 32 % 4 * 16;
-    OnlineSoftmax<1> softmax;
-    typename Config::Output o;
-    mainloop(tile, work.blocks, first_row, o, softmax);
-    RowValues<1> factor;
-    softmax.finish(sink_of(a.p, tile.head), factor);
-    store_lse<typename Config::Output>(softmax, a.p, tile, first_row);
-    __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
-    mainloop.wait_output(work.blocks, o);
-    epilogue(tile, first_row, o, factor);
-    __syncwarp();
-  }
+  mainloop(s);
   if (warpgroup == 0) mainloop.wait_turn();  // takes the last pass, so that the barrier is left empty
 }
 
