@@ -94,22 +94,6 @@ struct Tile {
   }
 };
 
-// f(0), f(1), ... f(N - 1), as constants: what arrays have is then in registers.
-template <int N, class F>
-INLINE void unrolled(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
-#define UNROLLED_BODY(i) [&](auto i) __attribute__((always_inline))
-
-// Lane i of the result is lane f(i) of a and, behind it, b.
-template <auto F, class V>
-INLINE V permute(V a, V b) {
-  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    return __builtin_shufflevector(a, b, F(I)...);
-  }(std::make_integer_sequence<int, kLanes<V>>{});
-}
 // Lane i of every second unit of a and, behind it, b, within groups of as many lanes.
 constexpr int every_second(int i, int lanes, int group, int unit) {
   const int half = group / 2, in_half = i % half;

@@ -25,36 +25,18 @@ namespace forwardpass::cpu {
 constexpr int kLine = 64, kAhead = 16384, kToL2 = 2;
 constexpr int64_t kGroupColumns = 16;  // of the product: rows of b; an epilogue begins at multiples of them
 
-// f(0), f(1), ... as constants. Of loops that are unrolled later g++ keeps an array of vectors in memory.
-template <int kCount, class F>
-INLINE void unrolled(F f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
-
-template <int... kIndices, class V, class F>
-INLINE V shuffle(V a, V b, F, std::integer_sequence<int, kIndices...>) {
-  return __builtin_shufflevector(a, b, F{}(kIndices)...);
-}
-// f(i): which lane of a, or from kLanes on of b, becomes lane i.
-template <class V, class F>
-INLINE V shuffle(V a, V b, F f) {
-  return shuffle(a, b, f, std::make_integer_sequence<int, kLanes<V>>{});
-}
-
 // The sums over the lanes of four vectors.
 template <class V>
 INLINE auto sums_of_lanes(V a, V b, V c, V d) {
   constexpr int kOther = kLanes<V>;
   // Within 128 bits: a0 + a2, b0 + b2, a1 + a3, b1 + b3
   const auto by_elements = [](V x, V y) __attribute__((always_inline)) {
-    return shuffle(x, y, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kOther; }) +
-           shuffle(x, y, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kOther + 2; });
+    return permute<[](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kOther; }>(x, y) +
+           permute<[](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kOther + 2; }>(x, y);
   };
   const V ab = by_elements(a, b), cd = by_elements(c, d);
-  const V abcd = shuffle(ab, cd, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kOther; }) +
-                 shuffle(ab, cd, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kOther + 2; });
+  const V abcd = permute<[](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kOther; }>(ab, cd) +
+                 permute<[](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kOther + 2; }>(ab, cd);
   if constexpr (kLanes<V> == 16) {
     const auto half = __builtin_shufflevector(abcd, abcd, 0, 1, 2, 3, 4, 5, 6, 7) +
                       __builtin_shufflevector(abcd, abcd, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -90,9 +72,9 @@ struct Tile {
   // Adds another tile's sums, a column's times scale(column).
   template <class F>
   INLINE void add_scaled(const Tile& part, F scale) {
-    unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
+    unrolled<kColumns>(UNROLLED_BODY(j) {
       const float s = scale(j);
-      unrolled<kRows>([&](auto i) __attribute__((always_inline)) { sums[i][j] += part.sums[i][j] * s; });
+      unrolled<kRows>(UNROLLED_BODY(i) { sums[i][j] += part.sums[i][j] * s; });
     });
   }
 
@@ -100,10 +82,10 @@ struct Tile {
   template <class T, class F>
   INLINE void store(T* to, int64_t stride, F finish) const {
     constexpr int kCount = kRows * kColumns;
-    unrolled<(kCount + 3) / 4>([&](auto group) __attribute__((always_inline)) {
+    unrolled<(kCount + 3) / 4>(UNROLLED_BODY(group) {
       constexpr int kFirst = group * 4;
       const auto four = sums_of_lanes(at(kFirst), at(kFirst + 1), at(kFirst + 2), at(kFirst + 3));
-      unrolled<std::min(4, kCount - kFirst)>([&](auto i) __attribute__((always_inline)) {
+      unrolled<std::min(4, kCount - kFirst)>(UNROLLED_BODY(i) {
         constexpr int kLane = i, kRow = (kFirst + i) / kColumns, kColumn = (kFirst + i) % kColumns;
         to[kRow * stride + kColumn] = finish(four[kLane], kRow);
       });
@@ -113,8 +95,8 @@ struct Tile {
  private:
   INLINE void step(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride) {
     typename Dot::Wide wide[kColumns];
-    unrolled<kColumns>([&](auto j) __attribute__((always_inline)) { wide[j] = Dot::widen(b + j * b_stride); });
-    unrolled<kRows * kColumns>([&](auto i) __attribute__((always_inline)) {
+    unrolled<kColumns>(UNROLLED_BODY(j) { wide[j] = Dot::widen(b + j * b_stride); });
+    unrolled<kRows * kColumns>(UNROLLED_BODY(i) {
       Dot::add(sums[i / kColumns][i % kColumns], a + i / kColumns * a_stride, wide[i % kColumns]);
     });
   }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/tier.h"
 #include "params/common.h"
@@ -49,6 +50,23 @@ template <class V>
 using Chars = typename Vectors<kLanes<V>>::i8;
 template <class V>
 using Bytes = typename Vectors<kLanes<V>>::u8;
+
+// f(0), f(1), ... f(N - 1), as constants. Of loops that are unrolled later g++ keeps an array of vectors in memory.
+template <int N, class F>
+INLINE void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+#define UNROLLED_BODY(i) [&](auto i) __attribute__((always_inline))
+
+// Lane i of the result is lane f(i) of a and, behind it, b.
+template <auto F, class V>
+INLINE V permute(V a, V b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, F(I)...);
+  }(std::make_integer_sequence<int, kLanes<V>>{});
+}
 
 #if defined(__x86_64__)
 template <class F>
