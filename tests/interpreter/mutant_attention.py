@@ -43,7 +43,7 @@ def general(dtype, dim, below):
     return (
         *(Case((40, 767), (dim, dim), dtype, 2, (2, 1), window=(500, 30), mask=mask) for mask in masks),
         # rows of a mask that are read 16 bytes at a time
-        *(Case((40, 752), (dim, dim), dtype, 1, (1, 1), window=(500, 30), mask=mask) for mask in masks[:3]),
+        *(Case((40, 752), (dim, dim), dtype, 1, (2, 1), window=(500, 30), mask=mask) for mask in masks[:3]),
         Case(
             (150, 90), (dim, dim), dtype, 2, (1, 1), softcap=8.0, lse=True, mask="dtype bij", sinks="dtype", alibi="h"
         ),
