@@ -107,21 +107,6 @@ INLINE S fold_pair(S x, S y, F f) {
   return f(bits<S>(permute<[](int i) { return every_second(i, kLanes<V>, kGroup, kUnit); }>(a, b)),
            bits<S>(permute<[](int i) { return every_second(i, kLanes<V>, kGroup, kUnit) + kUnit; }>(a, b)));
 }
-constexpr auto kAdd = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
-constexpr auto kMax = [](auto a, auto b) __attribute__((always_inline)) { return max(a, b); };
-// Every fourth lanes, reduced by f.
-template <class S, class F>
-INLINE auto fours(S x, F f) {
-  if constexpr (kLanes<S> == 16) {
-    return fours(f(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
-                   __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)),
-                 f);
-  } else if constexpr (kLanes<S> == 8) {
-    return f(__builtin_shufflevector(x, x, 0, 1, 2, 3), __builtin_shufflevector(x, x, 4, 5, 6, 7));
-  } else {
-    return x;
-  }
-}
 // x[0]: in lane i the sum of x[i]'s lanes, at Level 0; levels may be taken one after the other.
 template <class V, int N, int Level, class S>
 INLINE void fold(S* x) {

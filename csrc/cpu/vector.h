@@ -125,27 +125,35 @@ INLINE V fma(V a, V b, V c) {  // one rounding, as the formulas say; contraction
   for (int i = 0; i < kLanes<V>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
 }
-// Reduces all lanes by f, in a tree.
+constexpr auto kAdd = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+constexpr auto kMax = [](auto a, auto b) __attribute__((always_inline)) { return max(a, b); };
+// Four lanes: every fourth of v's, reduced by f in a tree.
+template <class V, class F>
+INLINE auto fours(V v, F f) {
+  if constexpr (kLanes<V> == 16) {
+    return fours(f(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
+                 f);
+  } else if constexpr (kLanes<V> == 8) {
+    return f(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  } else {
+    return v;
+  }
+}
+// All lanes.
 template <class V, class F>
 INLINE auto reduce(V v, F f) {
-  if constexpr (kLanes<V> == 16) {
-    return reduce(f(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
-                  f);
-  } else if constexpr (kLanes<V> == 8) {
-    return reduce(f(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)), f);
-  } else {
-    v = f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
-    return f(v, __builtin_shufflevector(v, v, 1, 0, 3, 2))[0];
-  }
+  auto x = fours(v, f);
+  x = f(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+  return f(x, __builtin_shufflevector(x, x, 1, 0, 3, 2))[0];
 }
 template <class V>
 INLINE auto sum(V v) {
-  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  return reduce(v, kAdd);
 }
 template <class V>
 INLINE auto largest(V v) {
-  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return max(a, b); });
+  return reduce(v, kMax);
 }
 
 // n elements from memory, the other lanes zero. Full vectors are one load, as n is known where it is inlined.
