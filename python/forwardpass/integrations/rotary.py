@@ -72,7 +72,7 @@ def why_apart(attention: nn.Module) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _why_apart(cls: Any) -> str | None:
-    owner = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
+    owner = _owner_of_forward(cls)
     module = sys.modules.get(owner.__module__)
     try:
         tree = ast.parse(inspect.getsource(module)) if module is not None else ast.parse("")
@@ -86,6 +86,11 @@ def _why_apart(cls: Any) -> str | None:
     if len(calls) != 1 or statements[calls[0] + 1 : calls[0] + 2] != [_APPEND]:
         return "its forward does something else between rotation and cache"
     return None
+
+
+def _owner_of_forward(cls: Any) -> Any:
+    """The class, of those that it derives from or itself, whose forward it has."""
+    return next(c for c in cls.__mro__ if "forward" in vars(c))  # nn.Module has one
 
 
 def _named(tree: ast.AST | None, name: str) -> ast.AST | None:
@@ -103,8 +108,7 @@ def _body(function: ast.AST | None) -> str:
 
 def defer(attention: nn.Module) -> Any:
     """Rotates a module's queries and keys in its cache, where that appends in place; returns the handle of a hook that does so."""
-    owner = next(c for c in type(attention).__mro__ if "forward" in vars(c))
-    module: Any = sys.modules[owner.__module__]
+    module: Any = sys.modules[_owner_of_forward(type(attention)).__module__]
     if not hasattr(vars(module)[NAME], _DEFERS):
         setattr(module, NAME, _deferring(vars(module)[NAME]))
     return attention.register_forward_pre_hook(_mark, with_kwargs=True)
