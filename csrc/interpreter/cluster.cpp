@@ -25,7 +25,7 @@ uint64_t Cluster::steps() const {
 void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   launch = &l;
   number = n;
-  random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.number + 1) + mix(number * 2 + 1));
+  random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.stream + 1) + mix(number * 2 + 1));
   completion_ = static_cast<Completion>(random() % 3);
   order_ = static_cast<Order>(random() % 3);
   if (base >= kHighestBase) {

@@ -18,6 +18,7 @@ struct State {
   Memory memory;
   std::vector<std::vector<const void*>> scopes;
   std::atomic<uint64_t> launches{0};
+  uint64_t seeded = 0;            // launches since the options were set
   uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
   Launch::Counters counters;
   std::atomic<void (*)(const char*, int)> listener{nullptr};
@@ -125,6 +126,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
     const std::lock_guard lock(s.mutex);
     l.options = s.options;
     l.number = ++s.launches;
+    l.stream = ++s.seeded;
     if (!config.programmatic) s.first_concurrent = l.number;
     l.first_concurrent = config.programmatic && l.number > 1 ? std::min(s.first_concurrent, l.number - 1) : l.number;
   }
@@ -161,6 +163,7 @@ void fpi_set_options(const fpi_options* o) {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     Options& options = state().options;
+    state().seeded = 0;
     options.seed = o->seed;
     options.checks = o->checks != 0;
     options.truncating = o->truncating != 0;

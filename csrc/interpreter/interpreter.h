@@ -33,6 +33,7 @@ struct fpi_options {
   uint64_t counters;    // not 0: counts what launches do, under this name
   int32_t timeline;     // records besides what fpi_timeline_json spends time on
 };
+// Starts the seed's schedules anew: the first launch after it is scheduled as the first of any process is.
 void fpi_set_options(const struct fpi_options*);
 void fpi_get_options(struct fpi_options*);
 

@@ -262,7 +262,8 @@ struct Launch {
   int64_t dynamic_shared = 0;
   std::vector<uint8_t> parameters;  // as the kernel's .param area
   bool programmatic = false;        // the PDL attribute: may begin before the previous launch has ended
-  uint64_t number = 0;              // of launches so far: seeds, and PDL
+  uint64_t number = 0;              // of launches so far
+  uint64_t stream = 0;              // of launches since the seed was set: which of its random streams
   uint64_t first_concurrent = 0;    // the lowest launch that may still be running: what it wrote needs the wait
   Options options;
   const Memory* memory = nullptr;  // storage intervals
