@@ -2,8 +2,8 @@
 
     python -m benchmarks.generate [--model smollm2] [--precisions int8,int8+head+compiled] [--peers …] [--json FILE]
 
-All candidates are built from the same fp32 model and take turns in one process, with the same number of threads. A turn is one
-prefill of the prompts and the steps that follow it, each of one token for every sequence, greedily.
+All candidates are built of the same fp32 model and take turns, each in a process of its own, with the same number of threads. A
+turn is one prefill of the prompts and the steps that follow it, each of one token for every sequence, greedily.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, generate_peers
+from benchmarks import bench, generate_peers, own_process
 from benchmarks.generate_peers import Candidate, Subject
 from forwardpass.cli import embedding
 from forwardpass.cli.console import tracking
@@ -34,6 +34,10 @@ from forwardpass.profiling.roofline import roofline
 #: The least and most rounds of a cell.
 ROUNDS = (3, 21)
 FIRST = "eager fp32"  #: what others are compared with
+
+
+#: A candidate of its name.
+Make = Callable[[str, Subject], Candidate]
 
 
 def cells_of(args: argparse.Namespace) -> list[Decoding]:
@@ -52,7 +56,6 @@ def time_cell(
     runs: dict[str, Run] = {}
     failed: dict[str, str] = {}
     seconds = 0.0
-    torch.compiler.reset()  # compiled code is for the sizes of a cell, and there is a limit to how much of it is kept
     for name, candidate in built.items():
         track(f"{cell}: {name}, untimed", None)
         try:
@@ -80,48 +83,58 @@ def bytes_of_step(candidate: Candidate, cell: Decoding, config: Any) -> float:
     return candidate.weight_bytes + cell.batch * values * candidate.cache_itemsize
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The result of a run. Raises ValueError in one sentence where there is no such model, or it takes no such cell."""
-    began = time.monotonic()
-    builders = generate_peers.candidates(args.precisions)
-    if unknown := [name for name in args.peers or () if name not in builders]:
-        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(generate_peers.PEERS)}")
-    asked = [n for n in builders if args.peers is None or n.startswith("forwardpass") or n in (FIRST, *args.peers)]
-    source = find_model(args.model)
-    if not source.decoder:
-        raise ValueError(f"{args.model} is no decoder: pass smollm2, or the folder of one")
-    readout, cells = NextTokens(), cells_of(args)
-    model, tokenizer = embedding.load(source, "cpu", readout.auto)
-    texts = readout.builtin()[1]
+def inputs(args: argparse.Namespace, subject: Subject) -> tuple[torch.Tensor, dict[Decoding, torch.Tensor], Any]:
+    """(pieces of text [n, length], prompts [batch, tokens] of each cell, the model's config); saves the model for the candidates.
+    ValueError, in one sentence, where it takes no such cell.
+    """
+    (model, tokenizer), readout = embedding.load(subject.source, "cpu", NextTokens.auto), NextTokens()
+    for part in () if subject.source.swapped else (model, tokenizer):
+        part.save_pretrained(subject.saved)
+    texts, cells = readout.builtin()[1], cells_of(args)
     rows = torch.cat([b["input_ids"] for b in readout.tokenize(tokenizer, texts, model, "cpu")])[: args.texts]
     prompts = {c: embedding.full_batch(tokenizer, texts, c.batch, c.prompt, model)["input_ids"] for c in cells}
     for cell in cells:
         embedding.check_length(cell.length, tokenizer, model)
+    return rows, prompts, model.config
+
+
+def measure(args: argparse.Namespace, make: Make = own_process.make) -> dict[str, Any]:
+    """The result of a run. Raises ValueError in one sentence where there is no such model, or it takes no such cell."""
+    began = time.monotonic()
+    names = generate_peers.candidates(args.precisions)
+    if unknown := [name for name in args.peers or () if name not in names]:
+        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(generate_peers.PEERS)}")
+    asked = [n for n in names if args.peers is None or n.startswith(generate_peers.OURS) or n in (FIRST, *args.peers)]
+    source = find_model(args.model)
+    if not source.decoder:
+        raise ValueError(f"{args.model} is no decoder: pass smollm2, or the folder of one")
     result = bench.header("generate", "cpu", ["candidates", "cells", "copy_bytes_per_s"])
     result |= {"allocator": keep_freed_memory(), "threads": torch.get_num_threads(), "kv_cache": args.kv_cache}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), tracking() as track:
-        subject = Subject(source, model, tokenizer, pathlib.Path(folder), args.kv_cache)
-        built, missing = generate_peers.build({n: builders[n] for n in asked}, subject, track)
-        missing |= {name: "not asked for" for name in builders if name not in asked}
+        rows, prompts, config = inputs(args, subject := Subject(source, pathlib.Path(folder), args.kv_cache))
+        missing = {name: "not asked for" for name in names if name not in asked}
+        built: dict[str, Candidate] = {}
         perplexities: dict[str, float] = {}
-        for name, candidate in list(built.items()):
-            track(f"perplexity of {name}", None)
+        for name in asked:
+            track(f"building {name}, and its perplexity", None)
             try:
+                candidate = make(name, subject)
                 perplexities[name] = math.exp(candidate.losses(rows).double().mean().item())
+                built[name] = candidate
             except Exception as e:
                 missing[name] = generate_peers.failure(e)
-                del built[name]
         track("measuring the bandwidth of a copy", None)
         copy = roofline(torch.device("cpu"), set()).bytes_per_s
         rounds = (args.rounds, args.rounds) if args.rounds else ROUNDS
         measured = []
+        cells = list(prompts)
         for i, cell in enumerate(cells):
             left = 60 * args.minutes - (time.monotonic() - began)
             weights = [c.batch * c.length for c in cells[i:]]  # of the time that is left
             share = left * weights[0] / sum(weights)
             measured.append(time_cell(cell, built, prompts[cell], rounds, share, track))
             for name in measured[-1]["tokens_per_s"]:
-                moved = bytes_of_step(built[name], cell, model.config)
+                moved = bytes_of_step(built[name], cell, config)
                 rate = measured[-1]["tokens_per_s"][name]["decode"]["median"]
                 measured[-1].setdefault("decode_bytes", {})[name] = {
                     "a_token": moved / cell.batch,

@@ -1,15 +1,13 @@
-"""What a CPU user could generate text with, ours and its peers: built once from one fp32 decoder."""
+"""What a CPU user could generate text with, ours and its peers: built of one fp32 decoder."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import ctypes
 import dataclasses
 import importlib
 import importlib.metadata
 import pathlib
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +21,11 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from benchmarks.peers import Missing, need
+from forwardpass.cli import embedding
+from forwardpass.cli.readout import NextTokens
 from forwardpass.cli.source import Source
 from forwardpass.common.decoding import Decoding, Generation, Run, run_of
 from forwardpass.common.modules import tensor_bytes
-from forwardpass.common.timing import Track, untracked
 from forwardpass.integrations.kv_scales import KV_CACHES
 from forwardpass.swap.plan import PlannedLayer
 from forwardpass.swap.precision import find_precision
@@ -37,21 +36,32 @@ HEAD, COMPILED = "+head", "+compiled"  #: behind a precision: the head in w8a16;
 
 @dataclass(frozen=True)
 class Subject:
-    """What candidates are built from. kv_cache: of ours, passed on to `fp.swap`."""
+    """What candidates are built of. kv_cache: of ours, passed on to `fp.swap`."""
 
     source: Source
-    model: nn.Module
-    tokenizer: Any
     folder: pathlib.Path  #: for what others convert
     kv_cache: str | None = None
 
+    @property
+    def saved(self) -> pathlib.Path:
+        """Where the model is once more, as save_pretrained writes it; not if it is one that is swapped already."""
+        return self.folder / "model"
+
     @cached_property
-    def saved(self) -> str:
-        """The model as save_pretrained writes it."""
-        path = self.folder / "model"
-        self.model.save_pretrained(path)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(path)
-        return str(path)
+    def loaded(self) -> tuple[nn.Module, Any]:
+        """(model, tokenizer). Of a GGUF file to read what was saved takes a second in place of tens."""
+        source = (
+            dataclasses.replace(self.source, path=str(self.saved), gguf=None) if self.saved.exists() else self.source
+        )
+        return embedding.load(source, "cpu", NextTokens.auto)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded[1]
 
 
 @dataclass(frozen=True)
@@ -92,9 +102,13 @@ def compiled(subject: Subject) -> Candidate:
 def compiled_steps(model: Any) -> Callable[[Decoding], Run]:
     """torch.compile of a step, with a cache of one size, as transformers' generate has it with cache_implementation="static"."""
     cache_utils = importlib.import_module("transformers.cache_utils")
-    forward = torch.compile(model.forward, dynamic=False)
+    # nothing of a model changes here, and it is the only one of its class in its process: guards on modules tell no more than
+    # that, in 1.4 ms of a step of 11
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    forward = torch.compile(model.forward, dynamic=False, options=options)
 
     def prepare(decoding: Decoding) -> Run:
+        torch.compiler.reset()  # the code is for the sizes of a cell, and there is a limit to how much of it is kept
         cache = cache_utils.StaticCache(config=model.config, max_cache_len=decoding.length)
 
         def run(ids: Tensor, steps: int) -> list[float]:
@@ -250,7 +264,7 @@ def ctranslate2(subject: Subject) -> Candidate:
     converters = need("ctranslate2.converters", "ctranslate2")
     folder = subject.folder / "ctranslate2"
     if not folder.exists():
-        converters.TransformersConverter(subject.saved).convert(str(folder), quantization="int8")
+        converters.TransformersConverter(str(subject.saved)).convert(str(folder), quantization="int8")
     generator = ct2.Generator(str(folder), device="cpu", compute_type="int8", intra_threads=torch.get_num_threads())
     words_of = subject.tokenizer.convert_ids_to_tokens
 
@@ -329,11 +343,19 @@ PEERS: dict[str, Callable[[Subject], Candidate]] = {
 PACKAGES = {"llama.cpp Q8_0": "llama-cpp-python", "ctranslate2 int8": "ctranslate2", "openvino int8": "openvino-genai"}
 
 
-def candidates(precisions: Iterable[str]) -> dict[str, Callable[[Subject], Candidate]]:
+OURS = "forwardpass "  #: before a precision
+
+
+def candidates(precisions: Iterable[str]) -> list[str]:
     """Ours in these precisions, and all peers. ValueError, in one sentence, on a precision that is none."""
     for precision in precisions:
         find_precision(parts_of(precision)[0])
-    return {f"forwardpass {p}": ours(p) for p in precisions} | PEERS
+    return [*(OURS + p for p in precisions), *PEERS]
+
+
+def make(name: str, subject: Subject) -> Candidate:
+    """Raises Missing where it cannot be had here."""
+    return ours(name.removeprefix(OURS))(subject) if name.startswith(OURS) else PEERS[name](subject)
 
 
 def version(name: str) -> str | None:
@@ -343,22 +365,12 @@ def version(name: str) -> str | None:
         return None
 
 
-def build(
-    builders: dict[str, Callable[[Subject], Candidate]], subject: Subject, track: Track = untracked
-) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """(candidate -> what was built, candidate -> why there is none)."""
-    built, missing = {}, {}
-    for name, builder in builders.items():
-        track(f"building {name}", None)
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # nncf draws tables
-                built[name] = builder(subject)
-        except Missing as e:
-            missing[name] = str(e)
-        except Exception as e:  # whatever a peer raises is its result; it is shown and the others go on
-            missing[name] = failure(e)
-    return built, missing
+class Failed(Exception):
+    """A candidate failed: how, as `failure` says it."""
 
 
 def failure(e: Exception) -> str:
+    """Whatever a candidate raises is its result; it is shown and the others go on."""
+    if isinstance(e, Failed | Missing):
+        return str(e)
     return f"failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import multiprocessing
 import time
 
 import pytest
@@ -456,12 +457,13 @@ def small_decoder(tmp_path_factory):
     return str(small_llama(tmp_path_factory.mktemp("decoder"), max_position_embeddings=300))
 
 
-def generated(model, *options):
+def generated(model, *options, module="generate_peers"):
+    """module: whose `make` makes candidates; by default in this process, which has what tests patch."""
     generate = importlib.import_module("benchmarks.generate")
     args = generate.arguments().parse_args(
         ["--model", model, "--texts", "1", "--rounds", "2", "--steps", "3", *options]
     )
-    return generate, generate.measure(args)
+    return generate, generate.measure(args, importlib.import_module(f"benchmarks.{module}").make)
 
 
 def test_generate_beside_its_peers(small_decoder, monkeypatch):
@@ -509,11 +511,36 @@ def test_generate_beside_its_peers(small_decoder, monkeypatch):
     json.dumps(result)
 
 
+def test_candidates_have_processes_of_their_own(small_decoder, tmp_path):
+    own, peers = (importlib.import_module(f"benchmarks.{name}") for name in ("own_process", "generate_peers"))
+    from forwardpass.cli.source import find_model
+    from forwardpass.common.decoding import Decoding
+
+    subject, rows = peers.Subject(find_model(small_decoder), tmp_path), torch.arange(2, 34).view(2, 16)
+    here, there = peers.make("eager fp32", subject), own.make("eager fp32", subject)
+    assert (there.weight_bytes, there.cache_itemsize) == (here.weight_bytes, here.cache_itemsize)
+    with torch.inference_mode():
+        torch.testing.assert_close(there.losses(rows), here.losses(rows))
+    before = time.perf_counter()
+    times = [before, *there.prepare(Decoding(2, 16, 3))(rows, 3), time.perf_counter()]
+    assert times == sorted(times) and len(times) == 7
+    with pytest.raises(peers.Failed, match="failed: IndexError"):
+        there.losses(rows + 10**6)
+    assert there.losses(rows).shape == (30,)  # goes on after that
+    with pytest.raises(peers.Missing):
+        own.make("llama.cpp Q8_0", subject)  # of a model that is no GGUF file, if it is installed
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(peers.Failed, match="its process ended with -9"):
+        there.losses(rows)
+
+
 @pytest.mark.slow
 def test_generate_compiled(small_decoder):
-    """Ours and the peer: steps of every cell are compiled, and none fails."""
+    """Ours and the peer: steps of every cell are compiled, and none fails. In one process one would run the other's code, as the
+    guards that tell models of one class apart are dropped."""
     asked = ("--peers", "compiled fp32", "--precisions", "int8+head+compiled", "--kv-cache", "auto")
-    _, result = generated(small_decoder, "--batch", "1,2", "--prompt", "4", *asked)
+    _, result = generated(small_decoder, "--batch", "1,2", "--prompt", "4", *asked, module="own_process")
     for cell in result["cells"]:
         assert cell["not_run"] == {}
         assert list(cell["tokens_per_s"]) == ["forwardpass int8+head+compiled", "eager fp32", "compiled fp32"]
