@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import DEBUG, gpu_takes, is_of_subclass
+from ...dispatch import is_of_subclass
 from .quantized_rows import E4M3, FLOATS
+from .values import may_look
 
 QUANTIZED = (torch.int8, E4M3)
 LEAST_PAGE = 16
@@ -121,23 +122,9 @@ def _check_table(op: str, name: str, x: Tensor, k_cache: Tensor, block_table: Te
         raise ValueError(f"{op}: k_cache must have a page, and has shape {tuple(k_cache.shape)}")
 
 
-def _may_look(op: str, *tensors: Tensor | None) -> bool:
-    """Whether values are there, and a CPU's: a GPU's would have to be waited for, and its kernels leave out what is not there."""
-    there = [x for x in tensors if x is not None]
-    if torch.compiler.is_compiling() or any(x.device.type == "meta" or is_of_subclass(x) for x in there):
-        return False
-    if not DEBUG:
-        return all(x.device.type == "cpu" and not gpu_takes(x.device) for x in there)
-    if any(x.is_cuda for x in there) and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{op}: FORWARDPASS_DEBUG=1 reads lengths on the host, which a graph that is captured cannot: capture without it"
-        )
-    return True
-
-
 def check_leftpad(op: str, leftpad: Tensor) -> None:
     """What the tensor says, on a CPU or under FORWARDPASS_DEBUG."""
-    if _may_look(op, leftpad) and (leftpad < 0).any():
+    if may_look(op, leftpad) and (leftpad < 0).any():
         b = int((leftpad < 0).nonzero()[0])
         raise ValueError(f"{op}: leftpad must be at least 0, and of sequence {b} is {int(leftpad[b])}")
 
@@ -159,7 +146,7 @@ def check_lengths(
 
     first [B]: of each sequence the first key that is read or written; without it 0.
     """
-    if not _may_look(op, seq_lens, block_table):
+    if not may_look(op, seq_lens, block_table):
         return
     most = capacity(k_cache, block_table)
     wrong = (seq_lens < 0) | (seq_lens > most)

@@ -54,10 +54,15 @@ def check_int8_weight(op: str, name: str, b: Tensor, x_name: str, x: Tensor, zer
     check_8bit(op, name, b, torch.int8)
     check_rows(op, x_name, x)
     check_weight(op, name, b, x_name, x)
+    check_int8_depth(op, b.shape[1], zero_point)
+
+
+def check_int8_depth(op: str, k: int, zero_point: bool) -> None:
+    """int32 accumulators hold a sum of k products."""
     limit = MAX_K_ZERO_POINT if zero_point else MAX_K
-    if b.shape[1] > limit:
+    if k > limit:
         raise ValueError(
-            f"{op}: K must be at most {limit}, so that int32 accumulators cannot overflow, and is {b.shape[1]}: split K"
+            f"{op}: K must be at most {limit}, so that int32 accumulators cannot overflow, and is {k}: split K"
         )
 
 
