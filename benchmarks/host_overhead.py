@@ -71,6 +71,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     q, kv = torch.randn(1, M, 8, 64).bfloat16(), torch.randn(1, M, 2, 64).bfloat16()
     cache, v_cache, length = kv.clone(), kv.clone(), torch.full((1,), M, dtype=torch.int32)
     acc, out = torch.ones(M, N, dtype=torch.int32), torch.bfloat16
+    experts, ends = torch.stack([b] * 4), torch.tensor([4, 4, 9, M], dtype=torch.int32)
+    experts_scale, experts_bias = b_scale.expand(4, N).contiguous(), bias.expand(4, N).contiguous()
     return {
         "quantize": lambda: ops.quantize(x, torch.int8),
         "norm_quantize": lambda: ops.norm_quantize(x, weight, 1e-5, torch.int8),
@@ -78,6 +80,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "activation_quantize": lambda: ops.activation_quantize(gate_up, "silu_mul", torch.int8),
         "dequant_activation": lambda: ops.dequant_activation(acc, a_scale, b_scale, bias=bias, out_dtype=out),
         "int8_gemm": lambda: ops.int8_gemm(a, b, a_scale, b_scale, bias=bias, out_dtype=out),
+        "int8_grouped_gemm": lambda: ops.int8_grouped_gemm(
+            a, experts, a_scale, experts_scale, ends, bias=experts_bias, out_dtype=out
+        ),
         "fp8_gemm": lambda: ops.fp8_gemm(a8, b8, a_scale, b_scale, bias=bias, out_dtype=out),
         "fp8_gemm_quantize": lambda: ops.fp8_gemm_quantize(a8, b8, a_scale, b_scale, bias=bias),
         "int8_linear": lambda: ops.int8_linear(x, b, b_scale, bias=bias),

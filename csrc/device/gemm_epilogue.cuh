@@ -63,10 +63,13 @@ struct GemmOutput {
                (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale)),
         plain(!p.epilogue.a_scale && !p.epilogue.b_scale && !p.epilogue.bias),
         rows(p.a.rows),
-        columns(p.b.rows),
+        columns(p.columns()),
         partial(p.partial),
         partial_stride(p.partial_stride),
-        split_stride(p.a.rows * p.partial_stride) {}
+        split_stride(p.a.rows * p.partial_stride) {
+    // What an expert has begins anywhere.
+    if (p.groups.ends) access.columns = access.columns && columns % kVec == 0;
+  }
   // how many of the staging buffer's rows, which begin at `row`, are inside the output
   __device__ int staging_rows(int64_t row) const { return static_cast<int>(min(int64_t{kStagingRows}, rows - row)); }
 };

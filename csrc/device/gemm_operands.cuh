@@ -1,6 +1,6 @@
 #pragma once
 // What GEMM kernels are given: the types of their operands, and the arguments of those that read them by address.
-#include "device/gemm_epilogue.cuh"
+#include "device/grouped_output.cuh"
 
 namespace forwardpass {
 
@@ -25,6 +25,26 @@ struct E4m3Blocks : E4m3 {
   static constexpr bool kBlockScaled = true;
 };
 
+// Of a grouped GEMM: b is many experts'.
+template <class Element>
+struct Grouped : Element {};
+template <class Element>
+constexpr bool kIsGrouped = false;
+template <class Element>
+constexpr bool kIsGrouped<Grouped<Element>> = true;
+
+// What a kernel's epilogue is given.
+template <class Element>
+using OutputOf = std::conditional_t<kIsGrouped<Element>, GroupOutput, const GemmOutput&>;
+
+// Of a launch.
+template <class Config>
+int dynamic_shared(const GemmParams& p) {
+  int bytes = sizeof(typename Config::SharedStorage);
+  if constexpr (kIsGrouped<typename Config::Element>) bytes -= unused_bytes<Config::kExperts>(p.groups.experts);
+  return bytes;
+}
+
 // A launch of a kernel on mma.sync, or of a GEMV.
 struct GemmArguments {
   Matrix a, b;
@@ -32,14 +52,17 @@ struct GemmArguments {
   TileMap map;
   GemmOutput out;
   bool b_first;  // b may be read before earlier kernels have ended
+  Groups groups;
 
   GemmArguments(const GemmParams& p, int tile_m, int tile_n)
       : a(p.a),
         b(p.b),
         blocks(p.blocks),
-        map(ceil_div(p.a.rows, tile_m), ceil_div(p.b.rows, tile_n), p.choice.splits, p.a.columns, p.choice.split_k),
+        map(p.groups.ends ? most_tile_rows(p.groups, p.a.rows, tile_m) : ceil_div(p.a.rows, tile_m),
+            ceil_div(p.columns(), tile_n), p.choice.splits, p.a.columns, p.choice.split_k),
         out(p),
-        b_first(p.b_first) {}
+        b_first(p.b_first),
+        groups(p.groups) {}
   __device__ bool gated() const { return is_gated(out.epilogue.activation); }
 };
 

@@ -55,7 +55,10 @@ struct MmaConfig {
   static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;  // of a warp, each of 16 x 8
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
 
-  using Schedule = OneTile<MmaConfig>;
+  // Of a grouped GEMM, at most: with the list of 144 two blocks of 128 x 128 fit the 100 KB of an L40S.
+  static constexpr int kExperts = !kIsGrouped<Element> ? 0 : kM * kN > 64 * 128 ? 144 : 512;
+
+  using Schedule = std::conditional_t<kIsGrouped<Element>, SharedTiles<MmaConfig>, OneTile<MmaConfig>>;
   using Accumulators = Fragments<Acc, kTilesM, kTilesN>;
   using Pipeline = CpAsyncPipeline<kStages>;
   using Mainloop = MmaMainloop<Element, kTile>;
@@ -69,6 +72,8 @@ struct MmaConfig {
       } stage;
       typename Epilogue::Storage staging[kWarpsM * kWarpsN];
     };
+    [[no_unique_address]] typename Schedule::Storage tile;
+    [[no_unique_address]] ExpertStorage<kExperts> experts;
   };
 };
 
@@ -224,7 +229,7 @@ struct MmaMainloop {
   __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) const {
     const int whole = static_cast<int>((tile.k_end - tile.k) / Config::kStageK), slices = tile.slices(Config::kStageK);
     Copy<Config::kM> copy_a(p.a, tile.row, tile.k, tile.k_end, s.stage.a[0]);
-    Copy<Config::kN> copy_b(p.b, tile.column, tile.k, tile.k_end, s.stage.b[0]);
+    Copy<Config::kN> copy_b(p.b, tile.b_row, tile.k, tile.k_end, s.stage.b[0]);
     const SliceProduct<Config> product(s, warp_m, warp_n, threadIdx.x % 32);
     BlockScaleCopy<Config> scales(p, tile.row, tile.column + warp_n, tile.k, s.stage.a_scale[0]);
     const auto copy_masked = [&](int stage, int ahead, int slice) {
@@ -281,7 +286,7 @@ struct MmaMainloop {
     // 687 instructions for 2^20 MAC of e4m3.
     const int next_k = tile.k + (slice + kStages - 1) * Config::kStageK;
     copy_a = Copy<Config::kM>(p.a, tile.row, next_k, tile.k_end, s.stage.a[0]);
-    copy_b = Copy<Config::kN>(p.b, tile.column, next_k, tile.k_end, s.stage.b[0]);
+    copy_b = Copy<Config::kN>(p.b, tile.b_row, next_k, tile.k_end, s.stage.b[0]);
 #pragma unroll 1
     for (int ahead = 0; slice < slices; ++slice, ++ahead) {
       Pipeline::wait();
@@ -302,15 +307,33 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   ptx::launch_dependents();
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(shared);
   const int warp = threadIdx.x / 32;
-  const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
+  constexpr bool kGrouped = kIsGrouped<typename Config::Element>;
+  const typename Config::Schedule schedule(p, s);
+  if constexpr (kGrouped) {
+    if (warp == 0) schedule.list.template make<Config::kM>(static_cast<int>(p.a.rows));
+    __syncthreads();
+  }
+  int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
   const typename Config::Mainloop mainloop{p, s, warp_m, warp_n};
-  typename Config::Epilogue epilogue(s, p.out);
-  typename Config::Schedule{p.map}.for_each([&](const GemmTile& tile) {
+  OutputOf<typename Config::Element> out(p.out);
+  typename Config::Epilogue epilogue(s, out);
+  schedule.for_each([&](const auto& tile) {
     typename Config::Accumulators acc;
-    mainloop(tile, acc);
+    if constexpr (kGrouped) {
+      // Else addresses that are the same in every tile would be alive in all main loops, and spill.
+      warp_m = ptx::unknown(warp_m), warp_n = ptx::unknown(warp_n);
+      typename Config::Mainloop{p, s, warp_m, warp_n}(tile, acc);
+      out.take(tile, schedule.list);
+    } else {
+      mainloop(tile, acc);
+    }
     epilogue.begin(tile, warp_m, warp_n);  // it writes where the stages were
     epilogue(acc, tile, warp_m, warp_n);
   });
+  if constexpr (kGrouped) {
+    constexpr int kWarps = Config::kThreads / 32;
+    clear_unowned_rows(schedule.list, p.out, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
+  }
 }
 
 template <class Config>
@@ -318,9 +341,11 @@ cudaError_t launch_gemm_mma(const GemmParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const GemmArguments arguments(p, Config::kM, Config::kN);
   if (auto e = allow_shared<gemm_mma_kernel<Config>>(kShared)) return e;
-  const Launch launch{.grid = arguments.map.tiles,
+  const int64_t tiles = arguments.map.tiles;
+  constexpr bool kGrouped = kIsGrouped<typename Config::Element>;
+  const Launch launch{.grid = kGrouped ? std::min<int64_t>(p.choice.blocks, tiles) : tiles,
                       .block = Config::kThreads,
-                      .shared = kShared,
+                      .shared = dynamic_shared<Config>(p),
                       .dependent = waits_for_earlier_kernels(p.choice.arch)};
   if (auto e = launch_kernel(gemm_mma_kernel<Config>, launch, stream, arguments)) return e;
   return reduce_split_k(p, Config::Element::kAcc, stream);

@@ -5,6 +5,7 @@
 // upconverted, in registers (w8a16_gemm_sm90a.cu), and the epilogue of a tile while the producer loads the next one's
 // stages.
 #include "device/cluster_sums.cuh"
+#include "device/cluster_tiles.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/fragment_epilogue.cuh"
 #include "device/fragments.cuh"
@@ -15,8 +16,6 @@
 #include "device/swapped_epilogue.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
-#include "schedule/gemm_tile.cuh"
-#include "schedule/persistent.cuh"
 
 namespace forwardpass {
 
@@ -39,28 +38,6 @@ template <class Config>
 struct WgmmaEpilogue<Config, true> {  // outputs have the type of the operand of 16 bits
   using type = std::conditional_t<(Config::kN < kChunkRows), TransposedEpilogue<true>,
                                   SwappedEpilogue<Config::Element::X, Config::kTilesN>>;
-};
-
-// The schedule: f(tile) for one tile after the other, of a block in its cluster. Its blocks share b by `share`; behind
-// those with one split of the tiles are those with the next.
-template <class Config>
-struct PersistentTiles {
-  const TileMap& map;
-  const uint32_t rank, split;
-
-  __device__ explicit PersistentTiles(const TileMap& map)
-      : map(map),
-        rank(ptx::cluster_rank() & (map.share() - 1)),
-        split(Config::kClusterSums ? ptx::cluster_rank() >> map.share_bits : 0) {}
-  template <class F>
-  __device__ void for_each(F f) const {
-    const uint32_t cluster = ptx::cluster_size();
-    for_each_tile(map.tiles, blockIdx.x / cluster, gridDim.x / cluster,
-                  [&](uint32_t index) { f(map.at<Config::kM, Config::kN>(index, map.share_bits, rank, split)); });
-  }
-  __device__ GemmTile first() const {
-    return map.at<Config::kM, Config::kN>(blockIdx.x / ptx::cluster_size(), map.share_bits, rank, split);
-  }
 };
 
 // Mainloop_: a consumer's, of those below, or of a file that has its own.
@@ -90,14 +67,17 @@ struct WgmmaConfig {
   static_assert(kStageK == 128 || kStageK == 64);
   static_assert(!Element::kPromoted || kStageK == kScaleBlock, "promotion is once a stage");
   // Larger tiles spill with the code of cluster sums; wider ones are not chosen where there are few.
-  static constexpr bool kClusterSums = kN <= (Element::kSwapAB ? 64 : 128);
+  static constexpr bool kClusterSums = !kIsGrouped<Element> && kN <= (Element::kSwapAB ? 64 : 128);
   // Whether the first stages' b may be loaded before earlier kernels have ended, if it is what none of them writes.
   static constexpr bool kLoadsEarly = kClusterSums && !Element::kSwapAB;
 
   // Its outputs in groups of 128 columns, all of which a tile has.
   static constexpr bool kQuantizes = Element::kPromoted && !kTransposed && kN % kScaleBlock == 0;
 
-  using Schedule = PersistentTiles<WgmmaConfig>;
+  // Of a grouped GEMM, at most: a tile of 128 x 256 leaves no more shared memory.
+  static constexpr int kExperts = !kIsGrouped<Element> ? 0 : kM * kN > 128 * 192 ? 384 : 512;
+
+  using Schedule = std::conditional_t<kIsGrouped<Element>, GroupedTiles<WgmmaConfig>, PersistentTiles<WgmmaConfig>>;
   // A stage's parts: its a and the b of the first pass, the b of the second.
   using Pipeline = forwardpass::Pipeline<kStages, kPasses>;
   using Accumulators = Fragments<Acc, 1, kTilesN, ptx::kWgmmaRows>;
@@ -121,6 +101,7 @@ struct WgmmaConfig {
     Stage stage[kStages];
     Scales scales[Element::kPromoted ? kStages : 1];
     typename Epilogue::Storage staging[kWarps];
+    [[no_unique_address]] ExpertStorage<kExperts> experts;
     __device__ auto& barriers() { return scales[0].barriers; }
   };
   static constexpr int kStageUnits = sizeof(Stage) / ptx::kDescriptorUnit;
@@ -146,6 +127,7 @@ struct WgmmaArguments {
   Dtype a_dtype;           // w8a16_gemm: of the weight
   const float* row_scale;  // w8a16_gemm: its 1 x 128 scales, [rows of a, K blocks]; null: none
   CUtensorMap a, b, a_scale, b_scale;
+  Groups groups;
 };
 
 // The producer's main function. A block loads its own rows of a, and its share of the rows of b for all blocks of its
@@ -154,12 +136,12 @@ struct WgmmaArguments {
 // (fp8 128 x 256, modelled: 1277 clocks a stage as one burst, 1159 in parts).
 template <class Config>
 __device__ inline void producer(const WgmmaArguments& p, typename Config::SharedStorage& s) {
-  const typename Config::Schedule schedule(p.map);
+  const typename Config::Schedule schedule(p, s);
   const int bytes = sizeof(typename Config::Stage) + (p.scaled ? Config::kScaleBytes : 0);
   const int share = Config::share_of_b(p.map.share());
   typename Config::Pipeline pipeline(s.barriers());
   const auto load_b = [&](const GemmTile& tile, int stage, int k, uint32_t full) {
-    const int column = static_cast<int>(tile.column);
+    const int row = static_cast<int>(tile.b_row);
     int part = schedule.rank;
     do {
       if (Config::kPasses > 1 && part > 0) pipeline.wait_empty(part);
@@ -168,22 +150,23 @@ __device__ inline void producer(const WgmmaArguments& p, typename Config::Shared
         const uint32_t b = ptx::shared_address(s.stage[stage].b[box][part * share]);
         const int b_k = k + box * (Config::kStageK / Config::kBoxes);
         if (p.map.share_bits == 0) {
-          ptx::tma_load(b, p.b, b_k, column + part * share, full);
+          ptx::tma_load(b, p.b, b_k, row + part * share, full);
         } else {
           const uint16_t sharing = ((1 << p.map.share()) - 1) << (schedule.split << p.map.share_bits);
-          ptx::tma_load_multicast(b, p.b, b_k, column + part * share, full, sharing);
+          ptx::tma_load_multicast(b, p.b, b_k, row + part * share, full, sharing);
         }
       }
     } while (Config::kPasses > 1 && p.map.share_bits == 0 && ++part < Config::kPasses);
   };
   int ahead = 0;  // stages whose b is under way
-  if (Config::kLoadsEarly && p.b_first) {
-    const GemmTile tile = schedule.first();
-    auto early = pipeline;
-    for (; ahead < min(Config::kStages, tile.slices(Config::kStageK)); ++ahead, early.advance())
-      load_b(tile, ahead, static_cast<int>(tile.k) + ahead * Config::kStageK, early.acquire(bytes));
-    ptx::wait_for_earlier_kernels();
-  }
+  if constexpr (Config::kLoadsEarly)
+    if (p.b_first) {
+      const GemmTile tile = schedule.first();
+      auto early = pipeline;
+      for (; ahead < min(Config::kStages, tile.slices(Config::kStageK)); ++ahead, early.advance())
+        load_b(tile, ahead, static_cast<int>(tile.k) + ahead * Config::kStageK, early.acquire(bytes));
+      ptx::wait_for_earlier_kernels();
+    }
   schedule.for_each([&](const GemmTile& tile) {
     const int row = static_cast<int>(tile.row), column = static_cast<int>(tile.column),
               b_block = p.order.first + column / (p.gated ? 2 * kScaleBlock : kScaleBlock) * p.order.row;
@@ -467,6 +450,11 @@ __global__ void __launch_bounds__(Config::kBoundThreads, 1)
       if (threadIdx.x == 0) scales.b[0] = scales.next_b[0] = 1;
     }
   }
+  if constexpr (kIsGrouped<typename Config::Element>)
+    if (threadIdx.x < 32) {
+      ptx::wait_for_earlier_kernels();
+      ExpertList(p.groups, s.experts).template make<Config::kM>(static_cast<int>(p.out.rows));
+    }
   __syncwarp();
   ptx::cluster_sync();
   const int warpgroup = uniform(threadIdx.x / 128);
@@ -483,8 +471,12 @@ __global__ void __launch_bounds__(Config::kBoundThreads, 1)
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     const ConsumerPlace<Config> place(warpgroup);
     typename Config::Mainloop mainloop(p, s, place);
-    typename Config::Epilogue epilogue(s, p.out);
-    typename Config::Schedule(p.map).for_each([&](const GemmTile& tile) {
+    constexpr bool kGrouped = kIsGrouped<typename Config::Element>;
+    OutputOf<typename Config::Element> out(p.out);
+    typename Config::Epilogue epilogue(s, out);
+    const typename Config::Schedule schedule(p, s);
+    schedule.for_each([&](const auto& tile) {
+      if constexpr (kGrouped) out.take(tile, schedule.list);
       typename Config::Accumulators acc;
       mainloop(tile, acc, [&] { epilogue.begin(tile, place.row, place.column); });
       if constexpr (Config::kClusterSums)
@@ -493,6 +485,10 @@ __global__ void __launch_bounds__(Config::kBoundThreads, 1)
     });
     if constexpr (Config::kClusterSums)
       if (p.cluster_sums) ClusterSums<Config>::add(s, p.out, p.map);  // in the loop its registers would spill
+    if constexpr (kGrouped) {
+      const int warp = uniform(threadIdx.x / 32);
+      clear_unowned_rows(schedule.list, p.out, blockIdx.x * Config::kWarps + warp, gridDim.x * Config::kWarps);
+    }
   }
   ptx::cluster_sync();  // other blocks of the cluster may still arrive at this block's barriers, and read its sums
 }
@@ -534,15 +530,19 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   const int64_t splits = p.choice.splits, cluster = cluster_sums ? share * splits : share;
   const Matrix &a = Element::kSwapAB ? p.b : p.a, &b = Element::kSwapAB ? p.a : p.b;
   const bool scaled = p.blocks.a, gated = is_gated(p.epilogue.activation);
+  constexpr bool kGrouped = kIsGrouped<Element>;
+  const int64_t rows = kGrouped ? most_tile_rows(p.groups, a.rows, Config::kM) : ceil_div(a.rows, Config::kM),
+                columns = kGrouped ? p.columns() : b.rows;
   WgmmaArguments arguments{.out = GemmOutput(p),
-                           .map = TileMap(ceil_div(ceil_div(a.rows, Config::kM), share), ceil_div(b.rows, Config::kN),
+                           .map = TileMap(ceil_div(rows, share), ceil_div(columns, Config::kN),
                                           cluster_sums ? 1 : splits, a.columns, p.choice.split_k, share_bits),
                            .b_first = p.b_first,
                            .cluster_sums = cluster_sums,
                            .scaled = scaled,
                            .gated = gated,
                            .a_dtype = a.dtype,
-                           .row_scale = scaled ? nullptr : p.blocks.b};
+                           .row_scale = scaled ? nullptr : p.blocks.b,
+                           .groups = p.groups};
   const auto operand = [](CUtensorMap& to, const Matrix& m, int box_rows, int box_bytes) {
     const int64_t size = size_of(m.dtype);
     return encode_boxes(to, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, m.data, m.rows,
@@ -573,7 +573,7 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   const int64_t tiles = arguments.map.tiles;
   const Launch launch{.grid = (cluster_sums ? tiles : std::min(p.choice.blocks / cluster, tiles)) * cluster,
                       .block = Config::kThreads,
-                      .shared = kShared,
+                      .shared = dynamic_shared<Config>(p),
                       .cluster = static_cast<int>(cluster),
                       .dependent = true};
   if (auto e = launch_kernel(kernel, launch, stream, arguments)) return e;

@@ -5,6 +5,7 @@
 
 #include "params/fp8_gemm.h"
 #include "params/int8_gemm.h"
+#include "params/int8_grouped_gemm.h"
 #include "params/w8a16_gemm.h"
 
 namespace forwardpass {
@@ -19,7 +20,7 @@ constexpr int kBoundByTensorCores = 128;
 int64_t relative_time(const GemmKernel& k, const GemmShape& s, const Device& d) {
   const int64_t outputs = k.tile_m * k.tile_n, stage = k.stage_clocks ? k.stage_clocks : outputs / 32,
                 tile = ceil_div(s.k, kScaleBlock) * stage + outputs * 10 / 128;
-  return ceil_div(ceil_div(s.m, k.tile_m) * ceil_div(s.n, k.tile_n), d.sms) * tile;
+  return ceil_div(s.experts * ceil_div(s.m, k.tile_m) * ceil_div(s.n, k.tile_n), d.sms) * tile;
 }
 
 // Whether a is preferred to b.
@@ -42,6 +43,11 @@ KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& 
   c.kernel = &kernel;
   c.arch = d.arch;
   c.quantizes = s.group && kernel.quantizes && kernel.tile_n >= s.group;
+  if (kernel.experts > 1) {  // how many tiles there are only the device knows
+    c.cluster = 1, c.splits = 1, c.split_k = s.k;
+    c.blocks = d.sms * kernel.blocks_per_sm;
+    return c;
+  }
   const int64_t rows = ceil_div(s.m, kernel.tile_m), columns = ceil_div(s.n, kernel.tile_n);
   if (kernel.cluster != Cluster::none) {
     // With an odd number of tiles one block of each last cluster has no work; from 16 tiles on that costs less than the
@@ -91,7 +97,7 @@ cudaError_t select(const GemmShape& s, const Device& d, KernelChoice& choice) {
   const auto consider = [&](bool quantizes) {
     GemmKernels<Params>::for_each([&](const GemmKernel& k) {
       if (!runs_on(k.arch, d) || (quantizes && !(k.quantizes && k.tile_n >= s.group))) return;
-      if (s.gated_blocks && !k.gated_blocks) return;
+      if ((s.gated_blocks && !k.gated_blocks) || s.experts > k.experts) return;
       if (!best || preferred(k, *best, s, d)) best = &k;
     });
   };
@@ -114,6 +120,9 @@ using namespace forwardpass;
 int forwardpass_select_int8_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
   return select<Int8GemmParams>(*shape, *device, *choice);
 }
+int forwardpass_select_int8_grouped_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
+  return select<Int8GroupedGemmParams>(*shape, *device, *choice);
+}
 int forwardpass_select_fp8_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
   return select<Fp8GemmParams>(*shape, *device, *choice);
 }
@@ -121,5 +130,6 @@ int forwardpass_select_w8a16_gemm(const GemmShape* shape, const Device* device, 
   return select<W8a16GemmParams>(*shape, *device, *choice);
 }
 int forwardpass_int8_gemm(const Int8GemmParams* p, void* stream) { return launch(*p, stream); }
+int forwardpass_int8_grouped_gemm(const Int8GroupedGemmParams* p, void* stream) { return launch(*p, stream); }
 int forwardpass_fp8_gemm(const Fp8GemmParams* p, void* stream) { return launch(*p, stream); }
 int forwardpass_w8a16_gemm(const W8a16GemmParams* p, void* stream) { return launch(*p, stream); }

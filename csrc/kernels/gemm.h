@@ -21,6 +21,8 @@ struct GemmKernel {
   bool quantizes = false;           // it can quantise outputs in groups of 128 columns that a tile holds whole
   bool gated_blocks = true;         // it takes block scales of b where gates and ups alternate
   bool cluster_sums = false;        // it can add the splits of K in a cluster
+  int32_t experts = 1;              // at most; of a grouped GEMM, which is persistent
+  int32_t blocks_per_sm = 1;        // of such a one
   cudaError_t (*launch)(const GemmParams& p, cudaStream_t stream);
   // With clusters: how many of `size` blocks run at once.
   cudaError_t (*resident_clusters)(const Device& device, int size, int& count) = nullptr;

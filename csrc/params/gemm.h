@@ -18,12 +18,24 @@ struct BlockScales {
   int64_t up_offset;  // 128 x 128, gated: those of up are up_offset elements behind those of gate
 };
 
+// A grouped GEMM: each row of a is an expert's, and multiplied by that expert's rows of b, [experts, columns, k]. Rows
+// of a are sorted by expert, or there is room for as many of each. Rows of none are zeros in the output.
+struct Groups {
+  const int32_t*
+      ends;  // [experts]: sorted, where each one's rows end; else how many of its rows count. null: one product
+  int32_t experts;
+  bool sorted;
+  int64_t room;  // not sorted: rows for each
+};
+
 // a [m, k] times b [n, k] transposed. group: columns of an output row that share a scale as the output is quantised:
 // 128, or the 256 of gate and up; 0: it is not quantised in groups. gated_blocks: gate and up have block scales.
+// experts: so many such products, of m rows on average; 1: this one.
 struct GemmShape {
   int64_t m, n, k;
   int32_t group;
   bool gated_blocks;
+  int32_t experts;
 };
 
 // Which kernel computes a GEMM, and how the output is divided (kernels/gemm.cpp). With split-K there are `splits`
@@ -57,8 +69,19 @@ struct GemmParams {
   bool b_first;   // no kernel that may still run when this one begins writes b
   void* partial;  // [splits, M, N] accumulators, rows partial_stride elements apart; null if no kernel leaves any
   int64_t partial_stride;
+  Groups groups;
+
+  // Of the accumulators, of an expert if there are several.
+  int64_t columns() const { return groups.ends ? b.rows / groups.experts : b.rows; }
 };
 
 HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What one expert has in place of what all have, from its first row of b on.
+HOST_DEVICE inline void take_expert(Epilogue& e, const Epilogue& all, int64_t first) {
+  e.b_scale = all.b_scale + first;
+  if (all.bias) e.bias = static_cast<const char*>(all.bias) + first * (all.bias_dtype == Dtype::f32 ? 4 : 2);
+  if (all.b_sum) e.b_sum = all.b_sum + first;
+}
 
 }  // namespace forwardpass

@@ -6,6 +6,7 @@ namespace forwardpass {
 
 struct GemmTile {
   int64_t row, column;  // of the output, the tile's first
+  int64_t b_row;        // of b, the tile's first: its column, behind the rows of the experts before
   int64_t k, k_end;     // the part of K
   int split;            // which part
 
@@ -48,15 +49,18 @@ struct TileMap {
 
  private:
   __device__ GemmTile tile_at(int64_t row, int64_t column, uint32_t split) const {
-    return {row, column, split * split_k, min((split + 1) * split_k, k), static_cast<int>(split)};
+    return {row, column, column, split * split_k, min((split + 1) * split_k, k), static_cast<int>(split)};
   }
 };
 
 // The schedule of kernels whose blocks compute one tile: f(tile).
 template <class Config>
 struct OneTile {
+  struct Storage {};
   const TileMap& map;
 
+  template <class Arguments, class SharedStorage>
+  __device__ OneTile(const Arguments& p, const SharedStorage&) : map(p.map) {}
   template <class F>
   __device__ void for_each(F f) const {
     f(map.at<Config::kM, Config::kN>(blockIdx.x));

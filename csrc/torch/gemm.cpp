@@ -13,10 +13,16 @@ int64_t padded_stride(const Matrix& m) { return round_up(m.columns, 16 / size_of
 
 KernelChoice select_kernel(Backend backend, const char* name, KernelSelector* selector, const GemmParams& p,
                            int32_t group, const Tensor& like) {
-  const GemmShape shape{p.a.rows, p.b.rows, p.a.columns, group, p.blocks.b && is_gated(p.epilogue.activation)};
-  STD_TORCH_CHECK(std::max(shape.m, shape.n) < (int64_t{1} << 31) && shape.k < (1 << 30),
-                  "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, not [", shape.m, ", ", shape.k,
-                  "] and [", shape.n, ", ", shape.k, "]: split them");
+  const int32_t experts = p.groups.ends ? p.groups.experts : 1;
+  const GemmShape shape{ceil_div(p.a.rows, experts),
+                        p.columns(),
+                        p.a.columns,
+                        group,
+                        p.blocks.b && is_gated(p.epilogue.activation),
+                        experts};
+  STD_TORCH_CHECK(std::max(p.a.rows, p.b.rows) < (int64_t{1} << 31) && shape.k < (1 << 30),
+                  "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, not [", p.a.rows, ", ", shape.k,
+                  "] and [", p.b.rows, ", ", shape.k, "]: split them");
   const Device device = device_of(backend, like);
   KernelChoice choice{};
   check_cuda(backend, name, selector(&shape, &device, &choice));

@@ -1,5 +1,6 @@
 #pragma once
 // Torch side of what int8_gemm and int8_linear share: a check, and the GEMM on the CPU.
+#include "params/gemm.h"
 #include "params/quantize.h"
 #include "torch/ops.h"
 
@@ -14,5 +15,8 @@ void check_int8_depth(int64_t k, bool zero_point, const char* op);
 // pack_int8_weight returned for b, or none.
 void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
                    const QuantizeParams* quantize, OptionalTensorRef packed = {});
+
+// The same of each expert's rows of a, which p.a is the matrix of; p.groups has been checked.
+void int8_grouped_gemm_cpu(const Tensor& a, const GemmParams& p);
 
 }  // namespace forwardpass

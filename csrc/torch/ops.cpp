@@ -63,6 +63,10 @@ constexpr std::tuple kOps{
     Op<int8_gemm>{"int8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
                   "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
 
+    Op<int8_grouped_gemm>{
+        "int8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
+        "str? activation, ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
+
     Op<int8_linear>{
         "int8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
         "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum, Tensor? packed) -> "

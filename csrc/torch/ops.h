@@ -25,6 +25,12 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
                  const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                  const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum);
 
+Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
+                         const Tensor& b_scale, const Tensor& offs, const OptionalTensor& bias,
+                         const std::optional<std::string>& activation, ScalarType out_dtype,
+                         const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
+                         const OptionalTensor& b_sum);
+
 Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,

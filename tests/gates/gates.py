@@ -35,9 +35,9 @@ EMULATED = {"fp8_gemm_sm89.cu": ("100a",)}
 # What the main loop of a kernel has to contain, by the kernel's name and architecture: patterns of opcodes, each of them. The
 # first entry that matches counts; a kernel that matches none is bound by memory and needs none.
 TENSOR_CORE = [
-    (r"gemm_mma_kernel<MmaConfig<Int8\b", r"", ["IMMA"]),
+    (r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8\b", r"", ["IMMA"]),
     (r"gemm_mma_kernel<MmaConfig<E4m3", r"", ["QMMA"]),
-    (r"gemm_wgmma_kernel<WgmmaConfig<Int8\b", r"", ["IGMMA"]),
+    (r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?Int8\b", r"", ["IGMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<E4m3", r"", ["QGMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<Upconverted", r"", ["HGMMA"]),
     (r"gemm_mma_kernel<W8a16Config\b", r"", ["HMMA"]),

@@ -41,14 +41,14 @@ class Loop:
 
 # The bars are of the tiles that large products take; smaller ones have less to reuse.
 LOOPS = [
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_80$", 450, SM80),
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_89$", 450, SM89),
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"", 450, None),
+    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8>?, MmaTile\{m=128, n=128\b", r"sm_80$", 450, SM80),
+    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8>?, MmaTile\{m=128, n=128\b", r"sm_89$", 450, SM89),
+    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8>?, MmaTile\{m=128, n=128\b", r"", 450, None),
     Loop(r"gemm_mma_kernel<MmaConfig<E4m3, MmaTile\{m=128, n=128\b", r"", 700, None),
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_80$", None, SM80),
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_89$", None, SM89),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=256\b", r"", 120, COOPERATIVE),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=128\b", r"", None, PING_PONG),
+    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8\b", r"sm_80$", None, SM80),
+    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8\b", r"sm_89$", None, SM89),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?Int8>?, WgmmaTile\{m=128, n=256\b", r"", 120, COOPERATIVE),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?Int8>?, WgmmaTile\{m=128, n=128\b", r"", None, PING_PONG),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, WgmmaTile\{m=128, n=256\b", r"", 420, BLOCKS_WIDE),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3, WgmmaTile\{m=128, n=128\b", r"", None, BLOCKS),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16, false>, WgmmaTile\{m=128, n=256\b", r"", 350, None),

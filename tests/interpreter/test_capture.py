@@ -20,6 +20,7 @@ from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.fp8_linear import cases as fp8_linear
 from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.int8_linear import cases as int8_linear
 from forwardpass.ops.norm_quantize import cases as norm_quantize
 from forwardpass.ops.quantize import cases as quantize
@@ -39,6 +40,7 @@ CASES = [
     ("dequant_activation", dequant_activation.Case((5, 64), epilogue=GATED)),
     ("int8_gemm", int8_gemm.Case(2, 33, 4100, layouts=("apart", "apart"))),
     ("int8_gemm", int8_gemm.Case(70, 64, 1030)),
+    ("int8_grouped_gemm", int8_grouped_gemm.Case((3, 0, 70), 33, 130, layouts=("apart", "apart"))),
     ("int8_linear", int8_linear.Case((5,), 33, 130, symmetric=False)),
     ("w8a16_gemm", w8a16_gemm.Case((20,), 48, 600)),
     ("fp8_gemm", fp8_gemm.Case(20, 48, 600)),
@@ -88,7 +90,11 @@ def bits(t):
 @pytest.mark.parametrize(("name", "case"), CASES, ids=str)
 def test_replay_is_a_call(name, case, arch):
     operation = dispatch.operations[getattr(case, "op", name)]
-    on_device = {"attention_decode": ("lengths", "leftpad"), "append_kv": ("lengths",)}.get(name, ())
+    on_device = {
+        "attention_decode": ("lengths", "leftpad"),
+        "append_kv": ("lengths",),
+        "int8_grouped_gemm": ("counts",),
+    }.get(name, ())
     other = dataclasses.replace(case, **{field: getattr(case, field)[::-1] for field in on_device})
     args, others = case.arguments(seed=0), other.arguments(seed=1)
     run = operation.runs["cuda"]

@@ -21,6 +21,11 @@ def int8(m, n, k):
     return torch.ones(m, k, dtype=I8), torch.ones(n, k, dtype=I8)
 
 
+def experts(n, k):
+    """Two: b, a_scale, b_scale."""
+    return torch.ones(2, n, k, dtype=I8), ONE, torch.ones(2, n)
+
+
 def fp8(m, n, k):
     return torch.ones(m, k).to(E4M3), torch.ones(n, k).to(E4M3)
 
@@ -39,6 +44,16 @@ GEMMS = {
         *int8(m, n, k), ONE, ONE, out_dtype=I8, out_scale=ONE, a_zero_point=torch.ones(m, dtype=I32)
     ),
     "int8_gemm gated": lambda m, n, k: fp.ops.int8_gemm(*int8(m, n, k), ONE, ONE, activation="silu_mul", out_dtype=F32),
+    "int8_grouped_gemm": lambda m, n, k: fp.ops.int8_grouped_gemm(
+        torch.ones(m, k, dtype=I8),
+        *experts(n, k),
+        torch.tensor([min(m, 1), m], dtype=I32),
+        bias=torch.ones(2, n),
+        out_dtype=F16,
+    ),
+    "int8_grouped_gemm of each": lambda m, n, k: fp.ops.int8_grouped_gemm(
+        torch.ones(2, m, k, dtype=I8), *experts(n, k), torch.tensor([0, m], dtype=I32), out_dtype=F32
+    ),
     "int8_linear": lambda m, n, k: fp.ops.int8_linear(torch.ones(m, k, dtype=F16), int8(m, n, k)[1], torch.ones(n)),
     "fp8_gemm": lambda m, n, k: fp.ops.fp8_gemm(*fp8(m, n, k), ONE, torch.ones(n), out_dtype=F16),
     "fp8_gemm of blocks": lambda m, n, k: fp.ops.fp8_gemm(*blocks(m, n, k), out_dtype=F16),

@@ -19,7 +19,7 @@ SUCCESS, INVALID_VALUE, NO_KERNEL = 0, 1, 209  # of cudaError_t
 
 class Shape(ctypes.Structure):
     _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("group", ctypes.c_int32),
-                ("gated_blocks", ctypes.c_bool)]  # fmt: skip
+                ("gated_blocks", ctypes.c_bool), ("experts", ctypes.c_int32)]  # fmt: skip
 
 
 class Device(ctypes.Structure):
@@ -48,11 +48,11 @@ class Choice(ctypes.Structure):
                 ("cluster_sums", ctypes.c_bool), ("arch", ctypes.c_int32)]  # fmt: skip
 
 
-def select(op, device, m, n, k, group=0):
+def select(op, device, m, n, k, group=0, experts=1):
     sms, arch = device
     choice = Choice()
     selector = getattr(ctypes.CDLL(str(LIBRARY)), f"forwardpass_select_{op}")
-    shape = Shape(m, n, k, group)
+    shape = Shape(m, n, k, group, False, experts)
     with contextlib.ExitStack() as stack:
         if arch == 90:  # how many clusters fit is asked of the device
             stack.enter_context(fp.interpret("sm_90a", multiprocessors=sms))

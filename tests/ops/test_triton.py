@@ -28,6 +28,7 @@ from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.norm_quantize import cases as norm_quantize
 from forwardpass.ops.quantize import cases as quantize
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
@@ -269,6 +270,8 @@ COMPILED_GEMMS = [
     ("int8_gemm", int8_gemm.Case(64, 6912, 256)),
     ("int8_gemm", int8_gemm.Case(256, 6912, 256)),
     ("int8_gemm", int8_gemm.Case(256, 6912, 256, GATED)),
+    ("int8_grouped_gemm", int8_grouped_gemm.Case((1, 3, 0, 5), 512, 256)),
+    ("int8_grouped_gemm", int8_grouped_gemm.Case((100, 90, 200), 512, 256, GATED)),
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256)),
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, GATED, blocks=True)),
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, blocks=True, quantized=True)),
@@ -281,7 +284,7 @@ COMPILED_GEMMS = [
 @pytest.mark.parametrize(
     ("name", "case", "architecture"),
     [
-        pytest.param(name, case, arch, marks=[pytest.mark.slow] * (arch == 89 and name == "int8_gemm"))
+        pytest.param(name, case, arch, marks=[pytest.mark.slow] * (arch == 89 and name.startswith("int8")))
         for name, case in COMPILED_GEMMS
         for arch in ARCHITECTURES
     ],
@@ -293,7 +296,12 @@ def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, arc
     ptx, stack = compiler.submit(compile_for, architecture, name, case).result()
     assert f".target sm_{architecture}" in ptx
     assert stack == 0
-    types = {"int8_gemm": "s32.s8.s8", "fp8_gemm": "f32.e4m3.e4m3", "w8a16_gemm": r"f32.b?f16.b?f16"}[name]
+    types = {
+        "int8_gemm": "s32.s8.s8",
+        "int8_grouped_gemm": "s32.s8.s8",
+        "fp8_gemm": "f32.e4m3.e4m3",
+        "w8a16_gemm": r"f32.b?f16.b?f16",
+    }[name]
     # few rows of 16 bits are the first operand, and a wgmma has 64
     wgmma = architecture == 90 and not (name == "w8a16_gemm" and case.lead == (16,))
     assert re.search(rf"wgmma\.mma_async.*{types}" if wgmma else rf"mma\.sync.*{types}", ptx)

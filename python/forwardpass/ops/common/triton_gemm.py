@@ -58,8 +58,19 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, a_bytes: int, scaled: bool, quantized: bool, gated: bool, machine: Machine) -> Plan:
-    """A function of the shape and the machine alone. `scaled`: by blocks; `quantized`: a tile has 128 outputs, a group.
+def plan(
+    m: int,
+    n: int,
+    k: int,
+    a_bytes: int,
+    scaled: bool,
+    quantized: bool,
+    gated: bool,
+    machine: Machine,
+    grouped: bool = False,
+) -> Plan:
+    """A function of the shape and the machine alone. `scaled`: by blocks; `quantized`: a tile has 128 outputs, a group;
+    `grouped`: m is the mean of the experts' rows.
 
     unmeasured: no figure here is from a GPU; the limits are computed.
     """
@@ -83,7 +94,8 @@ def plan(m: int, n: int, k: int, a_bytes: int, scaled: bool, quantized: bool, ga
     stages = buffers if machine.arch >= 90 else buffers + 1  # cp.async: what is being multiplied needs no further one
     tiles, blocks = _tiles(m, n, block_m, block_n), triton.cdiv(k, block_k)
     parts = 1
-    if 2 * tiles <= machine.multiprocessors and not quantized:  # a quantised group's maximum needs whole sums
+    # a quantised group's maximum needs whole sums, and how many tiles experts have only the device knows
+    if 2 * tiles <= machine.multiprocessors and not quantized and not grouped:
         # idle multiprocessors take parts of K, each at least 4 trips, as filling the pipeline takes about as many
         parts = max(1, min(machine.multiprocessors // tiles, blocks // 4))
         parts = triton.cdiv(blocks, triton.cdiv(blocks, parts))  # none is empty
@@ -101,6 +113,31 @@ def tile_of(program, tiles_m, tiles_n):
     height = tl.minimum(tiles_m - group * 8, 8)
     within = program % (8 * tiles_n)
     return group * 8 + within % height, within // height
+
+
+@triton.jit
+def expert_of(tile, rows, ends_ptr, experts, room, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The expert that has this row of tiles, its first row of the output there, and the one behind its last; where none has it, no
+    row. room 0: rows are sorted by expert, as in csrc/schedule/grouped_tile.cuh."""
+    each = tl.arange(0, EXPERTS)
+    end = tl.maximum(tl.load(ends_ptr + each, mask=each < experts, other=0), 0)
+    if room == 0:
+        before = tl.maximum(tl.load(ends_ptr + each - 1, mask=(each > 0) & (each <= experts), other=0), 0)
+        begin = tl.associative_scan(tl.minimum(before, rows), 0, larger)
+        end = tl.where(each < experts, tl.associative_scan(tl.minimum(end, rows), 0, larger), begin)
+    else:
+        begin = each * room
+        end = begin + tl.minimum(end, room)
+    tiles = tl.cdiv(end - begin, BLOCK_M)
+    tile_end = tl.cumsum(tiles, 0)
+    expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
+    first = tl.sum(tl.where(each == expert, begin + (tile - (tile_end - tiles)) * BLOCK_M, 0), 0)
+    return expert, first, tl.sum(tl.where(each == expert, end, 0), 0)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
@@ -199,8 +236,9 @@ def store_part(part, ptr, stride, row, rows, column, columns):
 
 
 _RUN_TIME = [
-    "a_stride", "b_stride", "rows", "columns", "K", "per_part", "part_stride", "a_group_step", "a_scale_step",
-    "b_scale_step", "zero_step", "bias_type", "activation", "out_type", "out_stride", "out_columns", "out_scale_step",
+    "tile_rows", "experts", "room", "a_stride", "b_stride", "rows", "columns", "K", "per_part", "part_stride", "a_group_step",
+    "a_scale_step", "b_scale_step", "zero_step", "bias_type", "activation", "out_type", "out_stride", "out_columns",
+    "out_scale_step",
 ]  # fmt: skip
 _OF_PARTS = ["parts", "acc_stride", "part_stride", "rows", "blocks", *_RUN_TIME[_RUN_TIME.index("a_scale_step") :]]
 _ANY_ALIGNMENT = ["a_scale_ptr", "b_scale_ptr", "zero_ptr", "b_sum_ptr", "bias_ptr", "out_scale_ptr"]
@@ -208,21 +246,31 @@ _ANY_ALIGNMENT = ["a_scale_ptr", "b_scale_ptr", "zero_ptr", "b_sum_ptr", "bias_p
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def gemm_kernel(
-    a, b, a_stride, b_stride, rows, columns, K, per_part, part_stride, parts_ptr, a_group_step,
+    ends_ptr, tile_rows, experts, room, a, b, a_stride, b_stride, rows, columns, K, per_part, part_stride, parts_ptr, a_group_step,
     a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type,
     activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride, out_columns,
     SCALES: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     UPCONVERT: tl.constexpr, ON_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """a_stride and b_stride count 16 bytes, per_part blocks of K, part_stride 16 elements: 16-byte alignment shows."""
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
+    """a_stride and b_stride count 16 bytes, per_part blocks of K, part_stride 16 elements: 16-byte alignment shows. EXPERTS: so
+    many rows of tiles, of that many experts at most, as `ends_ptr` says; 0: one product."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tile_rows, tl.cdiv(columns, BLOCK_N))
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    first_b = first_n
+    if EXPERTS:
+        expert, first_m, rows = expert_of(tile_m, rows, ends_ptr, experts, room, EXPERTS, BLOCK_M)
+        if first_m >= rows:
+            return
+        first_b += expert * columns
+        b_scale_ptr += expert * columns
+        b_sum_ptr += tl.where(zero_step >= 0, expert * columns, 0)
+        bias_ptr += tl.where(bias_type > 0, expert * columns, 0) * tl.where(bias_type == 1, 4, 2)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     if not TMA:
         # rows beyond the last are the last: their sums are not stored
         a_row = tl.minimum(row, rows - 1).to(tl.int64)
-        b_row = tl.minimum(column, columns - 1).to(tl.int64)
+        b_row = (tl.minimum(column, columns - 1) + (first_b - first_n)).to(tl.int64)
         a += a_row[:, None] * (a_stride * (128 // a.dtype.element_ty.primitive_bitwidth))
         b += b_row[:, None] * (b_stride * 16)
     k_blocks = tl.cdiv(K, 128)
@@ -238,12 +286,12 @@ def gemm_kernel(
     acc = tl.zeros((height, width), sums)
     up = acc
     for k in tl.range(begin, whole, BLOCK_K, num_stages=STAGES):
-        a_tile, b_tile = tiles_at(a, b, k, K, first_m, first_n, TMA, False, BLOCK_K)
+        a_tile, b_tile = tiles_at(a, b, k, K, first_m, first_b, TMA, False, BLOCK_K)
         acc, up = multiply_add(a_tile, b_tile, acc, up, k, row, rows, column, first_n, columns, a_scale_ptr, a_group_step,
                        b_scale_ptr, k_blocks, SCALES, SWAP, GATED, UPCONVERT, ON_BITS, PROMOTED)  # fmt: skip
     if not TMA:  # noqa: SIM102 (of constants, and not)
         if whole < end:
-            a_tile, b_tile = tiles_at(a, b, whole, K, first_m, first_n, TMA, True, BLOCK_K)
+            a_tile, b_tile = tiles_at(a, b, whole, K, first_m, first_b, TMA, True, BLOCK_K)
             acc, up = multiply_add(a_tile, b_tile, acc, up, whole, row, rows, column, first_n, columns, a_scale_ptr,
                            a_group_step, b_scale_ptr, k_blocks, SCALES, SWAP, GATED, UPCONVERT, ON_BITS, PROMOTED)  # fmt: skip
 
@@ -311,12 +359,14 @@ def gemm(
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
     group_scale: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Tensor:
     """Fills `out`, and returns it. a is int8, e4m3 or (without a_scale) of 16 bits; `group_scale` is filled with the scales of an
-    e4m3 output in groups of 128."""
+    e4m3 output in groups of 128. ends: b is [E, N, K], as are its scales and bias; which rows are an expert's, see `experts.py`."""
     if not out.numel():
         return out
-    wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= 2, is_gated(activation)
+    experts, room = 0 if ends is None else b.shape[0], 0 if ends is None or a.dim() == 2 else a.shape[1]
+    wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= 2 and not experts, is_gated(activation)
     promoted = wide or b.dtype is E4M3
     arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, scaled)
     if group_scale is not None:
@@ -324,8 +374,13 @@ def gemm(
     with torch.cuda.device_of(a):
         machine = machine_of(driver.active.get_current_device())
         a, b = aligned(a), aligned(b)
-        (m, k), n = a.shape, b.shape[0]
-        p = plan(m, n, k, a.element_size(), scaled, group_scale is not None, gated, machine)
+        (m, k), n = a.shape, b.shape[0] // max(experts, 1)
+        p = plan(triton.cdiv(m, max(experts, 1)), n, k, a.element_size(), scaled, group_scale is not None, gated, machine,
+                 experts > 0)  # fmt: skip
+        tile_rows = triton.cdiv(m, p.block_m)
+        if experts:  # at most, as tiles are of one expert's rows each
+            out.zero_()
+            tile_rows = experts * triton.cdiv(room, p.block_m) if room else min(m, m // p.block_m + experts)
         width, split = triton.cdiv(n, 16), p.parts > 1
         parts = out.view(torch.uint8)
         if split:
@@ -338,15 +393,16 @@ def gemm(
                 TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, p.block_k])
                 for t, rows in zip(operands, (p.block_m, p.block_n))
             ]
-        gemm_kernel[(_tiles(m, n, p.block_m, p.block_n), p.parts)](
-            *operands, a.stride(0) * a.element_size() // 16, b.stride(0) // 16, m, n, k,
+        gemm_kernel[(tile_rows * triton.cdiv(n, p.block_n), p.parts)](
+            arguments["zero_ptr"] if ends is None else ends, tile_rows, experts, room, *operands,
+            a.stride(0) * a.element_size() // 16, b.stride(0) // 16, m, n, k,
             triton.cdiv(triton.cdiv(k, p.block_k), p.parts), width, parts,
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
             GATED=gated and (not split or (scaled and not wide)), SPLIT=split, SWAP=p.swap, TMA=tma, UPCONVERT=wide,
             ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,
-            BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, STAGES=p.stages, num_warps=p.warps,
-            enable_fp_fusion=False,
+            BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, STAGES=p.stages,
+            EXPERTS=max(32, triton.next_power_of_2(experts)) if experts else 0, num_warps=p.warps, enable_fp_fusion=False,
         )  # fmt: skip
         if split:
             block = 256  # 4 accumulators, 16 bytes, for each thread of 2 warps

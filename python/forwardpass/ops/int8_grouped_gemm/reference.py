@@ -1,0 +1,31 @@
+"""int8_grouped_gemm in plain torch: int8_gemm's specification, expert by expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.experts import by_expert, of_expert, of_rows
+from ..int8_gemm.reference import int8_gemm
+
+
+def int8_grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    a_zero_point: Tensor | None,
+    b_sum: Tensor | None,
+) -> Tensor:
+    def product(e: int, rows: slice, of_e: Tensor) -> Tensor:
+        scale = of_rows(a_scale, rows)
+        assert scale is not None
+        return int8_gemm(of_e, b[e], scale, b_scale[e], of_expert(bias, e), activation, out_dtype, out_scale,
+                         of_rows(a_zero_point, rows), of_expert(b_sum, e))  # fmt: skip
+
+    return by_expert(a, offs, activation, out_dtype, b.shape[1], product)

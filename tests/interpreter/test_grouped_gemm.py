@@ -1,0 +1,136 @@
+"""The grouped GEMMs' kernels, as compiled: every case on each architecture, and what only they have: lists of experts, tiles that
+end with an expert, rows of none."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import dispatch
+from forwardpass.ops.common.experts import MOST_EXPERTS
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.int8_grouped_gemm import cases
+from forwardpass.testing import assert_equal
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_120")
+BF16 = EpilogueCase(out_dtype=torch.bfloat16)
+OPERATION = dispatch.operations["int8_grouped_gemm"]
+
+
+def interpreted(args, arch, implementation="cuda", seed=0, **options):
+    """The result, and the tile that computed it."""
+    with fp.interpret(arch, seed=seed, guard=True, counters=True, **options) as device, fp.use_backend(implementation):
+        if reason := device.why_not(implementation):
+            pytest.skip(str(reason))
+        got = OPERATION(*args)
+    assert device.findings == []
+    return got, [k.kernel for k in device.kernels()]
+
+
+def launches():
+    """CUDA's cases on each architecture, Triton's of few kernels on those whose code differs."""
+    for case in cases.cases():
+        for arch in ARCHITECTURES:
+            yield pytest.param(case, "cuda", arch, marks=[pytest.mark.slow] * (arch == "sm_120"))
+    for case in cases.cases(few_kernels=True):
+        for arch in ARCHITECTURES:
+            yield pytest.param(case, "triton", arch, marks=[pytest.mark.slow] * (arch not in ("sm_80", "sm_90a")))
+
+
+@pytest.mark.parametrize(("case", "implementation", "arch"), list(launches()), ids=str)
+def test_kernel(case, implementation, arch, seed):
+    args = case.arguments(seed=seed)
+    with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
+        if reason := device.why_not(implementation):
+            pytest.skip(str(reason))
+        got = OPERATION(*args)
+    cases.assert_matches(got, args)
+    assert device.findings == []
+
+
+#: (counts, N, K) of 132 multiprocessors: more tiles than blocks, of every height, with ends inside a tile and between two
+LARGE = {
+    (128, 256): ((700, 0, 1, 300), 4090, 130),
+    (128, 128): ((140, 130, 129, 128, 1), 600, 260),
+    (64, 128): ((70, 0, 64, 63, 65, 3) * 4, 1600, 130),
+    (16, 128): ((1, 0, 17, 2, 16, 5, 31) * 6, 520, 130),
+}
+
+
+@pytest.mark.parametrize("room", [False, True])
+@pytest.mark.parametrize("tile", LARGE)
+def test_blocks_compute_tile_after_tile(tile, room, seed):
+    counts, n, k = LARGE[tile]
+    case = cases.Case(counts, n, k, BF16, room=max(counts) if room else None)
+    args = case.arguments(seed=seed)
+    got, kernels = interpreted(args, "sm_90a", seed=seed)
+    assert room or all("WgmmaTileELi{}ELi{}E".format(*tile) in name for name in kernels)
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_blocks_compute_tile_after_tile_on_few_multiprocessors(arch, seed):
+    for counts in ((5, 0, 33, 2, 60), (130, 200, 1)):
+        args = cases.Case(counts, 300, 200, BF16).arguments(seed=seed)
+        got, _ = interpreted(args, arch, seed=seed, multiprocessors=3)
+        cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("experts", [32, 33, 384, 385, MOST_EXPERTS])
+def test_as_many_experts_as_there_may_be(experts, arch, seed):
+    """Of which a few have rows, as of one token; and of rows that the list of a large tile would have no room for."""
+    counts = [0] * experts
+    for e in (0, 1, experts // 3, experts // 2, experts - 2, experts - 1):
+        counts[e] = 1 + e % 3
+    args = cases.Case(tuple(counts), 16, 64, BF16).arguments(seed=seed)
+    got, _ = interpreted(args, arch, seed=seed)
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    ("room", "given", "meant"),
+    [
+        (None, (5, 3, 9, 100), (5, 5, 9, 40)),
+        (None, (-4, 7, -1, 20), (0, 7, 7, 20)),
+        (None, (2**31 - 1, 0, -(2**31), 3), (40, 40, 40, 40)),
+        (10, (11, -1, 2**31 - 1, 3), (10, 0, 10, 3)),
+    ],
+)
+def test_ends_are_clamped(room, given, meant, arch, implementation):
+    """An end is at least the one before, and at most what rows there are."""
+    case = cases.Case((10,) * 4, 33, 70, BF16, room=room, beyond=0)
+    a, b, a_scale, b_scale, _, *options = case.arguments()
+    got, expected = (
+        interpreted((a, b, a_scale, b_scale, torch.tensor(ends, dtype=torch.int32), *options), arch, implementation)[0]
+        for ends in (given, meant)
+    )
+    assert_equal(got, expected)
+    cases.assert_matches(got, (a, b, a_scale, b_scale, torch.tensor(meant, dtype=torch.int32), *options))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_rows_of_no_expert_are_zero(out_dtype, arch):
+    """Also where a bias or an activation would make something else of a sum of 0, and in rows of any alignment."""
+    for n, room in ((33, None), (48, None), (33, 9), (48, 9)):
+        case = cases.Case((2, 0, 5), n, 64, EpilogueCase(out_dtype=out_dtype), room=room, beyond=200)
+        args = case.arguments()
+        cases.assert_matches(interpreted(args, arch)[0], args)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_an_experts_bits_do_not_depend_on_the_others(arch, seed):
+    case = cases.Case((3, 70, 0, 20), 130, 300, BF16, beyond=0)
+    a, b, a_scale, b_scale, _, bias, *options = case.arguments(seed=seed)
+    got, _ = interpreted(
+        (a, b, a_scale, b_scale, torch.tensor([3, 73, 73, 93], dtype=torch.int32), bias, *options), arch
+    )
+    alone, _ = interpreted(
+        (a[3:73], b[1:2], a_scale[3:73].contiguous(), b_scale[1:2], torch.tensor([70], dtype=torch.int32), bias[1:2], *options),
+        arch,
+    )  # fmt: skip
+    assert_equal(got[3:73], alone)
