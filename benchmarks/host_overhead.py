@@ -70,6 +70,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     a_scale, b_scale, weight = torch.ones(M), torch.ones(N), torch.ones(K).bfloat16()
     q, kv = torch.randn(1, M, 8, 64).bfloat16(), torch.randn(1, M, 2, 64).bfloat16()
     cache, v_cache, length = kv.clone(), kv.clone(), torch.full((1,), M, dtype=torch.int32)
+    index = torch.arange(2 * M).reshape(M, 2) % 8
+    position, weights = index.int(), torch.ones(M, 2)
     acc, out = torch.ones(M, N, dtype=torch.int32), torch.bfloat16
     experts, ends = torch.stack([b] * 4), torch.tensor([4, 4, 9, M], dtype=torch.int32)
     experts_scale, experts_bias = b_scale.expand(4, N).contiguous(), bias.expand(4, N).contiguous()
@@ -92,6 +94,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
         "attention_decode": lambda: ops.attention_decode(q[:, :1], kv, kv, length),
         "append_kv": lambda: ops.append_kv(kv[:, :1], kv[:, :1], cache, v_cache, length),
+        "permute_quantize": lambda: ops.permute_quantize(x, index, 8, torch.int8),
+        "unpermute": lambda: ops.unpermute(x, position, weights),
         **{name: module(name, x) for name in fp.nn.__all__ if getattr(getattr(fp.nn, name), "operation", None)},
     }
 

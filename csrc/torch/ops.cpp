@@ -74,6 +74,12 @@ constexpr std::tuple kOps{
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
 
+    Op<permute_quantize>{
+        "permute_quantize(Tensor x, Tensor index, int num_experts, ScalarType dtype, Tensor? channel_scale) -> "
+        "(Tensor q, Tensor scale, Tensor offs, Tensor position)"},
+
+    Op<unpermute>{"unpermute(Tensor y, Tensor position, Tensor weights) -> Tensor"},
+
     Op<attention<false>>{
         "attention(Tensor q, Tensor k, Tensor v, float? scale, bool causal, int? window_left, int? window_right, "
         "float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "

@@ -11,6 +11,12 @@ Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, const Opt
                    const OptionalTensor& zero_point, std::optional<int64_t> group_size, bool symmetric,
                    const OptionalTensor& channel_scale);
 
+// q, scale, offs, position.
+std::tuple<Tensor, Tensor, Tensor, Tensor> permute_quantize(Backend backend, const Tensor& x, const Tensor& index,
+                                                            int64_t num_experts, ScalarType dtype,
+                                                            const OptionalTensor& channel_scale);
+Tensor unpermute(Backend backend, const Tensor& y, const Tensor& position, const Tensor& weights);
+
 Quantized activation_quantize(Backend backend, const Tensor& x, const std::string& activation, ScalarType dtype,
                               std::optional<int64_t> group_size, const std::string& layout, bool symmetric,
                               const OptionalTensor& channel_scale);

@@ -23,7 +23,9 @@ from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.int8_linear import cases as int8_linear
 from forwardpass.ops.norm_quantize import cases as norm_quantize
+from forwardpass.ops.permute_quantize import cases as permute_quantize
 from forwardpass.ops.quantize import cases as quantize
+from forwardpass.ops.unpermute import cases as unpermute
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.testing import assert_equal
 
@@ -51,6 +53,8 @@ CASES = [
     ("attention_decode", attention_decode.Case((0, 300, 17), cache=torch.int8, leftpad=(0, 50, 20))),
     ("attention_decode", attention_decode.Case((0, 300, 17), 2, page=None, batch_invariant=True)),
     ("append_kv", append_kv.Case((0, 40, 17), 2, cache=torch.int8, rotary="whole", q_heads=4, norm="qk")),
+    ("permute_quantize", permute_quantize.Case(700, 4, 60, 33, routing="sentinels")),
+    ("unpermute", unpermute.Case(20, 3, 40, left_out=0.3)),
 ]
 
 

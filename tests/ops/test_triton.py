@@ -30,7 +30,9 @@ from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.norm_quantize import cases as norm_quantize
+from forwardpass.ops.permute_quantize import cases as permute_quantize
 from forwardpass.ops.quantize import cases as quantize
+from forwardpass.ops.unpermute import cases as unpermute
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -249,6 +251,8 @@ COMPILED = {
         ),
         dequant_activation.Case((2, 416), torch.float32, dequant_activation.EpilogueCase(activation="silu_mul")),
     ],
+    "permute_quantize": [permute_quantize.Case(40, 4, 60, 33)],  # the kernel that finds positions
+    "unpermute": [unpermute.Case(9, 4, 4096, layout="contiguous"), unpermute.Case(9, 4, 203, torch.float32)],
 }
 
 

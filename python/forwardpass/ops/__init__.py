@@ -12,7 +12,9 @@ from .int8_gemm import int8_gemm
 from .int8_grouped_gemm import int8_grouped_gemm
 from .int8_linear import int8_linear, pack_int8_weight
 from .norm_quantize import add_norm_quantize, norm_quantize
+from .permute_quantize import permute_quantize
 from .quantize import quantize
+from .unpermute import unpermute
 from .w8a16_gemm import w8a16_gemm
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "interleave_gate_up",
     "norm_quantize",
     "pack_int8_weight",
+    "permute_quantize",
     "quantize",
     "separate_gate_up",
+    "unpermute",
     "w8a16_gemm",
 ]

@@ -22,19 +22,12 @@ def load_values(x_ptr, channel_ptr, start, length, BLOCK: tl.constexpr, CHANNEL_
     return v
 
 
-@triton.jit(do_not_specialize=["scale_stride"])
-def quantize_kernel(
-    x_ptr, x_stride, q_ptr, q_stride, scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, group, groups,
-    CHANNEL_SCALE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def quantize_segment(
+    x_ptr, channel_ptr, q_ptr, length, row, group_index, scale_ptr, zero_ptr, scale_stride, CHANNEL_SCALE: tl.constexpr,
+    E4M3: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(0).to(tl.int64)
-    row, group_index = segment // groups, segment % groups
-    begin = group_index * group
-    length = tl.minimum(columns - begin, group)
-    x_ptr += row * x_stride + begin
-    q_ptr += row * q_stride + begin
-    channel_ptr += begin
-
+    """The segment at x_ptr to q_ptr; its scale is that of row and group_index."""
     first = load_values(x_ptr, channel_ptr, 0, length, BLOCK, CHANNEL_SCALE)
     high, low = magnitudes(first)
     if not STATIC:
@@ -49,6 +42,21 @@ def quantize_kernel(
     for start in range(BLOCK, length, BLOCK):
         v = load_values(x_ptr, channel_ptr, start, length, BLOCK, CHANNEL_SCALE)
         store_quantized(v, q_ptr + start + c, start + c < length, inverse, zero_point, E4M3, SYMMETRIC)
+
+
+@triton.jit(do_not_specialize=["scale_stride"])
+def quantize_kernel(
+    x_ptr, x_stride, q_ptr, q_stride, scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, group, groups,
+    CHANNEL_SCALE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0).to(tl.int64)
+    row, group_index = segment // groups, segment % groups
+    begin = group_index * group
+    length = tl.minimum(columns - begin, group)
+    quantize_segment(
+        x_ptr + row * x_stride + begin, channel_ptr + begin, q_ptr + row * q_stride + begin, length, row, group_index, scale_ptr,
+        zero_ptr, scale_stride, CHANNEL_SCALE, E4M3, SYMMETRIC, STATIC, BLOCK,
+    )  # fmt: skip
 
 
 def quantize(

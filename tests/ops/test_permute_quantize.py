@@ -1,0 +1,100 @@
+"""permute_quantize: every backend gives the reference's bits."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass.ops.permute_quantize import OPERATION, cases, reference
+from forwardpass.testing import poisoned_outputs
+
+CASES = list(cases.cases())
+ARCHITECTURES = ("sm_90a", "sm_80", "sm_89", "sm_120")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu(case, seed):
+    args = case.arguments(seed=seed)
+    with poisoned_outputs():
+        cases.assert_matches(torch.ops.forwardpass.permute_quantize_cpu(*args), args)
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 4 != j), id=f"{arch} {case}")
+        for i, case in enumerate(CASES)
+        for j, arch in enumerate(ARCHITECTURES)
+    ],
+)
+def test_cuda(case, arch, seed):
+    args = case.arguments(seed=seed)
+    with poisoned_outputs(), fp.use_backend("cuda"), fp.interpret(arch, seed=seed, guard=True) as device:
+        cases.assert_matches(OPERATION(*args), args)
+    assert device.findings == []
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, c in enumerate(CASES)], ids=str
+)
+def test_triton(case, arch, seed):
+    args = case.arguments(seed=seed)
+    with poisoned_outputs(), fp.use_backend("triton"), fp.interpret(arch, seed=seed, guard=True) as device:
+        cases.assert_matches(OPERATION(*args), args)
+    assert device.findings == []
+
+
+def test_reference_means_what_it_says():
+    x = torch.tensor([[1.0, -2.0], [4.0, 1.0], [0.5, 0.25]])
+    index = torch.tensor([[2, 0], [0, -1], [3, 2]])
+    q, scale, offs, position = reference.permute_quantize(x, index, 3, torch.int8, None)
+    assert offs.tolist() == [2, 2, 4]  # expert 0 has tokens 0 and 1, expert 2 tokens 0 and 2
+    assert position.tolist() == [[2, 0], [1, -1], [-1, 3]]
+    assert q.tolist() == [[64, -127], [127, 32], [64, -127], [127, 64], [0, 0], [0, 0]]
+    assert scale.tolist() == pytest.approx([2 / 127, 4 / 127, 2 / 127, 0.5 / 127, 0, 0])
+
+
+def test_rows_are_those_of_quantize():
+    case = cases.Case(65, 2, 8, 130, torch.float16, channel_scale=True)
+    x, index, experts, dtype, channel = case.arguments()
+    q, scale, offs, position = fp.ops.permute_quantize(x, index, experts, dtype, channel_scale=channel)
+    expected, expected_scale, _ = fp.ops.quantize(x, dtype, channel_scale=channel)
+    for choice in range(2):
+        assert torch.equal(q[position[:, choice].long()], expected)
+        assert torch.equal(scale[position[:, choice].long()], expected_scale)
+    begin = 0
+    for expert, end in enumerate(offs.tolist()):
+        tokens = (index == expert).any(1).nonzero()[:, 0]
+        assert torch.equal(q[begin:end], expected[tokens])
+        begin = end
+
+
+@pytest.mark.parametrize("case", CASES[::7], ids=str)
+def test_opcheck(case):
+    if case.dtype == torch.int8:  # opcheck compares its inputs, and torch cannot compare e4m3
+        torch.library.opcheck(torch.ops.forwardpass.permute_quantize_cpu.default, case.arguments())
+
+
+X, INDEX = torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.int64)
+
+
+@pytest.mark.usefixtures("refusing")
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "words"),
+    [
+        ((X.double(), INDEX, 4, torch.int8), {}, TypeError, "float32, float16 or bfloat16"),
+        ((X[None], INDEX, 4, torch.int8), {}, ValueError, r"x must be \[T, K\]"),
+        ((X, [0, 1], 4, torch.int8), {}, TypeError, "int32 or int64 tensor, not list"),
+        ((X, INDEX.float(), 4, torch.int8), {}, TypeError, "torch.int32 or torch.int64"),
+        ((X, INDEX[:1], 4, torch.int8), {}, ValueError, r"index must be \[2, k\]"),
+        ((X, torch.zeros(2, 4, dtype=torch.int32)[:, ::2], 4, torch.int8), {}, ValueError, "contiguous"),
+        ((X, INDEX, 0, torch.int8), {}, ValueError, "from 1 to 512, not 0"),
+        ((X, INDEX, 513, torch.int8), {}, ValueError, "from 1 to 512, not 513"),
+        ((X, INDEX, 4, torch.uint8), {}, TypeError, "torch.int8 or torch.float8_e4m3fn"),
+        ((X, INDEX, 4, torch.int8), {"channel_scale": torch.ones(2)}, ValueError, "3 elements"),
+    ],
+)
+def test_refusals(args, kwargs, error, words):
+    with pytest.raises(error, match=words) as e:
+        fp.ops.permute_quantize(*args, **kwargs)
+    assert "\n" not in str(e.value)
