@@ -126,23 +126,30 @@ INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, F tile) {
   }
 }
 
-// The product and its epilogue, by threads that take columns: multiply(first, last, sums, stride) gives `rows` sums of
-// the columns from `first` to `last`, as many as stay in L1.
+// The columns from `begin`, a multiple of kGroupColumns, to `end` of the product of `rows` rows and of its epilogue:
+// multiply(first, last, sums, stride) gives the sums of some of them, as many as stay in L1.
+template <Dtype kAcc, class F>
+void multiply_columns(int64_t rows, int64_t begin, int64_t end, const Epilogue& epilogue, F multiply) {
+  using T = std::conditional_t<kAcc == Dtype::i32, int32_t, float>;
+  const int64_t chunk = rows > 4 ? 256 : 1024;
+  const CacheLines buffer = allocate(rows * chunk * sizeof(T));
+  auto sums = reinterpret_cast<T*>(buffer[0].bytes);
+  for (int64_t first = begin; first < end; first += chunk) {
+    const int64_t last = std::min(end, first + chunk);
+    multiply(first, last, sums, chunk);
+    dequant_activation_cpu({{sums, kAcc, rows, last - first, chunk}, columns_from(epilogue, first)});
+  }
+}
+
+constexpr int64_t kLeastProducts = 262144;  // of a thread, about 5 us
+
+// All columns, by threads that take some.
 template <Dtype kAcc, class F>
 void multiply_few_rows(int64_t rows, const Matrix& b, const Epilogue& epilogue, F multiply) {
-  using T = std::conditional_t<kAcc == Dtype::i32, int32_t, float>;
-  constexpr int64_t kLeast = 262144;  // products of a thread, about 5 us
-  const int64_t n = b.rows, chunk = rows > 4 ? 256 : 1024, groups = (n + kGroupColumns - 1) / kGroupColumns;
+  const int64_t groups = (b.rows + kGroupColumns - 1) / kGroupColumns;
   torch::stable::parallel_for(
-      0, groups, kLeast / (kGroupColumns * b.columns * rows) + 1, [&](int64_t begin, int64_t end) {
-        const int64_t stop = std::min(n, end * kGroupColumns);
-        const CacheLines buffer = allocate(rows * chunk * sizeof(T));
-        auto sums = reinterpret_cast<T*>(buffer[0].bytes);
-        for (int64_t first = begin * kGroupColumns; first < stop; first += chunk) {
-          const int64_t last = std::min(stop, first + chunk);
-          multiply(first, last, sums, chunk);
-          dequant_activation_cpu({{sums, kAcc, rows, last - first, chunk}, columns_from(epilogue, first)});
-        }
+      0, groups, kLeastProducts / (kGroupColumns * b.columns * rows) + 1, [&](int64_t begin, int64_t end) {
+        multiply_columns<kAcc>(rows, begin * kGroupColumns, std::min(b.rows, end * kGroupColumns), epilogue, multiply);
       });
 }
 

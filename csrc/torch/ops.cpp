@@ -11,9 +11,9 @@ namespace forwardpass {
 namespace {
 
 // One operation. F is its torch side: a function of the backend and of the schema's arguments.
-template <auto F, bool kHasCpuKernel = true>
+template <auto F, bool kHasCpuKernel = true, bool kHasGpuKernels = true>
 struct Op {
-  static constexpr bool kHasCpu = kHasCpuKernel;
+  static constexpr bool kHasCpu = kHasCpuKernel, kHasGpu = kHasGpuKernels;
   const char* schema;
 
   std::string name(const char* suffix) const { return std::string(schema, std::strchr(schema, '(')) + suffix; }
@@ -37,6 +37,10 @@ struct Op {
 // On GPUs only: the CPU has no fp8 arithmetic.
 template <auto F>
 using GpuOp = Op<F, false>;
+
+// On a CPU only: no kernels are written.
+template <auto F>
+using CpuOp = Op<F, true, false>;
 
 constexpr std::tuple kOps{
     Op<quantize>{
@@ -73,6 +77,9 @@ constexpr std::tuple kOps{
         "Tensor"},
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
+
+    CpuOp<w8a16_grouped_gemm>{
+        "w8a16_grouped_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor offs, Tensor? bias, str? activation) -> Tensor"},
 
     Op<permute_quantize>{
         "permute_quantize(Tensor x, Tensor index, int num_experts, ScalarType dtype, Tensor? channel_scale) -> "
@@ -120,6 +127,7 @@ void for_each_op(Function f) {
 STABLE_TORCH_LIBRARY(forwardpass, m) {
   for_each_op([&](auto op) {
     if (op.kHasCpu) m.def(op.definition("_cpu").c_str());
+    if (!op.kHasGpu) return;
     m.def(op.definition("_triton").c_str());
     m.def(op.definition("_cuda").c_str());
   });
@@ -136,13 +144,15 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   for_each_op([&](auto op) {
     if constexpr (op.kHasCpu) m.impl(op.name("_cpu").c_str(), op.template boxed<Backend::cpu>());
-    m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
+    if constexpr (op.kHasGpu) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
   });
   m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
-  for_each_op([&](auto op) { m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>()); });
+  for_each_op([&](auto op) {
+    if constexpr (op.kHasGpu) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>());
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {

@@ -64,6 +64,9 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const OptionalTensor& bias,
                   const std::optional<std::string>& activation);
 
+Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const Tensor& offs,
+                          const OptionalTensor& bias, const std::optional<std::string>& activation);
+
 Quantized norm_quantize(Backend backend, const Tensor& x, const OptionalTensor& weight, double eps, ScalarType dtype,
                         const std::string& kind, const OptionalTensor& bias, bool symmetric,
                         const OptionalTensor& channel_scale);

@@ -15,8 +15,11 @@ from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.int8_linear import cases as int8_linear
 from forwardpass.ops.norm_quantize import cases as norm_quantize
+from forwardpass.ops.permute_quantize import cases as permute_quantize
 from forwardpass.ops.quantize import cases as quantize
+from forwardpass.ops.unpermute import cases as unpermute
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
+from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -30,8 +33,11 @@ MODULES = {
     "int8_grouped_gemm": int8_grouped_gemm,
     "int8_linear": int8_linear,
     "norm_quantize": norm_quantize,
+    "permute_quantize": permute_quantize,
     "quantize": quantize,
+    "unpermute": unpermute,
     "w8a16_gemm": w8a16_gemm,
+    "w8a16_grouped_gemm": w8a16_grouped_gemm,
 }
 #: one case in so many runs under compute-sanitizer, which makes a launch a hundred times as long
 SMOKE = 12

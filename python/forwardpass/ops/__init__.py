@@ -16,6 +16,7 @@ from .permute_quantize import permute_quantize
 from .quantize import quantize
 from .unpermute import unpermute
 from .w8a16_gemm import w8a16_gemm
+from .w8a16_grouped_gemm import w8a16_grouped_gemm
 
 __all__ = [
     "activation_quantize",
@@ -39,4 +40,5 @@ __all__ = [
     "separate_gate_up",
     "unpermute",
     "w8a16_gemm",
+    "w8a16_grouped_gemm",
 ]

@@ -1,0 +1,32 @@
+#include "cpu/w8a16_gemm.h"
+#include "torch/epilogue.h"
+#include "torch/experts.h"
+#include "torch/ops.h"
+
+namespace forwardpass {
+
+Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const Tensor& offs,
+                          const OptionalTensor& bias, const std::optional<std::string>& activation) {
+  const char* op = "w8a16_grouped_gemm";
+  GemmParams p{};
+  p.a = matrix(x, op, "x");
+  STD_TORCH_CHECK(is_float(p.a.dtype), op, ": x must be float16, bfloat16 or float32");
+  const Dtype w_dtype = dtype_of(w.scalar_type(), op, "w");
+  STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": w must be int8 or float8_e4m3fn");
+  p.b = expert_weight(w, w_dtype, p.a.columns, x, op, "w");
+  p.groups = groups(x, w, offs, op);
+  STD_TORCH_CHECK(p.a.rows <= kMostGroupedRows, op, ": x must have at most ", kMostGroupedRows, " rows, not ",
+                  p.a.rows);
+  auto sizes = sizes_of(x);
+  sizes.back() = w.size(1);
+  Tensor out;
+  std::tie(out, p.epilogue) =
+      epilogue(sizes, p.a.rows, {.activation = activation_of(activation, op), .out_dtype = x.scalar_type()}, x, op);
+  take_experts(p.epilogue, p.b.rows, w_scale, bias, {}, x, op);
+  STD_TORCH_CHECK(backend == Backend::cpu, op, ": there is no CUDA kernel");
+  check_ends(p.groups, p.a.rows, op);
+  if (out.numel()) w8a16_grouped_gemm_cpu(x, p);
+  return out;
+}
+
+}  // namespace forwardpass

@@ -1,0 +1,72 @@
+"""w8a16_grouped_gemm: `w8a16_gemm` of each expert's rows with that expert's weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Operation
+from ..common.epilogue import check_epilogue, fake_output
+from ..common.experts import check_ends, check_expert_weight, check_of_experts
+from ..common.quantized_rows import E4M3, FLOATS, check_float_rows
+from . import reference
+
+
+def w8a16_grouped_gemm(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    offs: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`activation(x @ (w[e] * w_scale[e]).T + bias[e])`, e the expert that a row of x is of.
+
+    Weights of experts that have rows are read once, as 8 bits, and where they are. Rows come in one of two layouts::
+
+        sorted by expert   x [S, K], offs [E]: where each expert's rows end; the first one's begin at 0
+        room for each      x [E, max_m, K], offs [E]: how many rows each expert has, its first ones
+
+    Args:
+        x: float32, float16 or bfloat16, see above, last stride 1, any row stride.
+        w: int8 or float8_e4m3fn [E, N, K], E <= 512: of each expert nn.Linear's weight.
+        w_scale: float32 [E, N].
+        offs: int32 [E], on x's device, see above. Experts may have no rows, and any number needs no alignment.
+        bias: float32, float16 or bfloat16 [E, N].
+        activation: as in `dequant_activation`; gated ones want the rows of each w, w_scale and bias interleaved by
+            `interleave_gate_up`.
+
+    Returns:
+        [S, N] or [E, max_m, N] (gated: N / 2) of x's dtype, contiguous. Rows that no expert has are 0.
+
+    Raises:
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above, ends that fall or are
+            beyond the rows among them.
+        Unsupported: a backend asked for by name cannot run these arguments; there are no kernels for GPUs yet.
+    """
+    return OPERATION(x, w, w_scale, offs, bias, activation)
+
+
+def _check(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    op = "w8a16_grouped_gemm"
+    check_float_rows(op, "x", x)
+    if not isinstance(w, Tensor) or w.dtype not in (torch.int8, E4M3):
+        raise TypeError(f"{op}: w must be an int8 or float8_e4m3fn tensor, not {getattr(w, 'dtype', type(w).__name__)}")
+    check_expert_weight(op, "w", w, "x", x)
+    experts, n = w.shape[:2]
+    check_epilogue(op, x, tuple(x.shape[:-1]), n, None, None, None, activation, x.dtype, None, None, None,
+                   optional=("a_scale", "b_scale"))  # fmt: skip
+    if not isinstance(w_scale, Tensor):
+        raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
+    check_of_experts(op, "w_scale", w_scale, (experts, n), (torch.float32,), x)
+    check_of_experts(op, "bias", bias, (experts, n), FLOATS, x)
+    check_ends(op, offs, experts, "x", x)
+
+
+def _fake(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return fake_output(x, (*x.shape[:-1], w.shape[1]), activation, x.dtype)
+
+
+OPERATION = Operation(w8a16_grouped_gemm, _check, reference.w8a16_grouped_gemm, _fake, backends=("cpu",))

@@ -1,0 +1,138 @@
+"""w8a16_grouped_gemm on the CPU: for each expert's rows what w8a16_gemm gives."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from processes import two_threads
+
+import forwardpass as fp
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.w8a16_grouped_gemm import OPERATION, cases
+from forwardpass.testing import assert_equal, poisoned_outputs
+
+CASES = list(cases.cases())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_against_reference(case, seed):
+    args = case.arguments(seed=seed)
+    with poisoned_outputs():
+        got = torch.ops.forwardpass.w8a16_grouped_gemm_cpu(*args)
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("room", [None, 50])
+@pytest.mark.parametrize("w_dtype", [torch.int8, E4M3], ids=str)
+def test_bits_of_few_rows_are_those_of_w8a16_gemm(w_dtype, room):
+    """With any number of threads."""
+    case = cases.Case((0, 1, 3, 16, 0, 4, 2), 272, 515, torch.float16, w_dtype, room=room)
+    x, w, w_scale, _, bias, _ = args = case.arguments()
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            with poisoned_outputs():
+                rows, begin = OPERATION(*args).flatten(0, -2), 0
+            for e, count in enumerate(case.counts):
+                begin = begin if room is None else e * room
+                own_rows = slice(begin, begin + count)
+                expected = fp.ops.w8a16_gemm(x.flatten(0, -2)[own_rows], w[e], w_scale[e], bias=bias[e])
+                assert_equal(rows[own_rows], expected, f"expert {e}")
+                begin += count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_weights_of_experts_without_rows_are_not_read():
+    """Nor those beyond: what is read of a NaN shows in a product with 0."""
+    case = cases.Case((0, 2, 0, 60, 0), 33, 70, torch.float32, E4M3, bias=False)
+    x, w, w_scale, offs, bias, activation = args = case.arguments()
+    expected = OPERATION(*args)
+    w = w.clone()
+    for e in (0, 2, 4):
+        w[e].view(torch.uint8).fill_(0x7F)
+    assert_equal(OPERATION(x, w, w_scale, offs, bias, activation), expected)
+
+
+_CASES = """
+import torch
+from forwardpass.common import environment
+from forwardpass.ops.w8a16_grouped_gemm import cases
+from forwardpass.testing import poisoned_outputs
+
+for case in list(cases.cases())[::4]:
+    args = case.arguments()
+    with poisoned_outputs():
+        got = torch.ops.forwardpass.w8a16_grouped_gemm_cpu(*args)
+    cases.assert_matches(got, args)
+print(environment.cpu_tier())
+"""
+
+
+@pytest.mark.parametrize("tier", torch.ops.forwardpass._cpu_tiers().split(","))
+def test_every_tier(tier):
+    run = subprocess.run([sys.executable, "-c", _CASES], capture_output=True, text=True,
+                         env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
+    assert run.stdout.strip() == tier, run.stderr
+
+
+def test_opcheck():
+    for case in [c for c in CASES if c.w_dtype == torch.int8][::9]:  # torch cannot compare e4m3
+        torch.library.opcheck(torch.ops.forwardpass.w8a16_grouped_gemm_cpu.default, case.arguments())
+
+
+X, W, SCALE = torch.ones(4, 32), torch.ones(3, 16, 32, dtype=torch.int8), torch.ones(3, 16)
+OFFS = torch.tensor([1, 1, 4], dtype=torch.int32)
+
+
+def call(x=X, w=W, w_scale=SCALE, offs=OFFS, **options):
+    return fp.ops.w8a16_grouped_gemm(x, w, w_scale, offs, **options)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+REFUSALS = [
+    (lambda: call(X.double()), TypeError, "float32, float16 or bfloat16"),
+    (lambda: call(X[0]), ValueError, r"x must be \[S, K\] or \[E, max_m, K\]"),
+    (lambda: call(w=W.float()), TypeError, "int8 or float8_e4m3fn tensor, not torch.float32"),
+    (lambda: call(w=W[0]), ValueError, r"w must be \[E, N, 32\]"),
+    (lambda: call(torch.ones(2, 5, 32), offs=ints(1, 1)), ValueError, r"w must be \[2, N, 32\]"),
+    (lambda: call(w_scale=torch.ones(16)), ValueError, r"w_scale must be contiguous \[3, 16\]"),
+    (lambda: call(w_scale=SCALE.half()), TypeError, "w_scale must be a tensor of torch.float32"),
+    (lambda: call(bias=torch.ones(16)), ValueError, r"bias must be contiguous \[3, 16\]"),
+    (lambda: call(offs=OFFS.long()), TypeError, "offs must be a tensor of torch.int32"),
+    (lambda: call(activation="swish"), ValueError, "silu"),
+    (lambda: call(w=W[:, :10].contiguous(), w_scale=torch.ones(3, 10), activation="silu_mul"), ValueError, "multiple of 16"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("refusing")
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS)
+def test_refusals(refused, error, words):
+    with pytest.raises(error, match=words) as e:
+        refused()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"offs": ints(1, 0, 4)}, "ends that never fall, from 0 to 4, the rows of x, and of expert 1 is 0"),
+        ({"offs": ints(1, 2, 5)}, "of expert 2 is 5"),
+        ({"x": torch.ones(3, 2, 32), "offs": ints(0, 3, 1)}, "from 0 to 2, the rows that x has for each"),
+    ],
+)
+def test_ends_that_no_rows_have(arguments, words):
+    call()
+    for _ in range(2):  # the first call is checked in Python, the second is refused by the kernel
+        with pytest.raises(ValueError, match=words):
+            call(**arguments)
+
+
+def test_gpus_have_no_kernels_yet():
+    with fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match="no such implementation"):
+        call()
