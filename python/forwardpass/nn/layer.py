@@ -97,13 +97,77 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype = torch.int8, scales: str
     return pad_rows(scaled.clamp(-448, 448).to(E4M3)), (span / 448).reshape(tall, wide)
 
 
-class QuantizedLinear(nn.Module):
-    """Base of the layers that hold a smaller weight in plain buffers: weight [N, K], weight_scale fp32 (`scales_shape`; None for
-    a weight of 16 bits), bias [N] or None.
+class QuantizedModule(nn.Module):
+    """Base of the modules that hold smaller weights in plain buffers, beside their scales and biases (names that end in "bias").
 
-    Rows of an 8-bit `weight` are padded to 16 bytes in memory, for the kernels; `state_dict` has the plain shape. Weights keep
-    their dtype and scales stay fp32 when the model is cast: `half()` and `to(torch.bfloat16)` change the bias alone.
+    Rows of 8-bit weights are padded to 16 bytes in memory, for the kernels; `state_dict` has the plain shape. Weights keep
+    their dtype and scales stay fp32 when the model is cast: `half()` and `to(torch.bfloat16)` change biases alone.
     """
+
+    activation: str | None  #: that it applies besides
+
+    def exact(self, *args: Tensor) -> Tensor:
+        """What forward gives, but for the error of its kernels: in fp64 on the operands that its input is quantised to."""
+        raise NotImplementedError
+
+    def activated(self, y: Tensor) -> Tensor:
+        """What the module makes of the output of the one that it replaces."""
+        return y
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON takes them: `cls(**config)` is this module without its values."""
+        raise NotImplementedError
+
+    def _own(self) -> dict[str, Tensor]:
+        """The buffers that keep their dtype."""
+        return {name: t for name, t in self._buffers.items() if t is not None and not name.endswith("bias")}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        before = self._own()
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, new := old.to(new.device))
+            if new.itemsize == 1 and new.stride(-2) % 16:  # .to() makes it contiguous
+                setattr(self, name, pad_rows(new))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        """Takes weights with the scales that they were quantised with, or raises: `copy_` would cut a float weight to integers,
+        and strict=False would leave them under scales of another.
+
+        Raises:
+            RuntimeError: the state dict is of a module that is not swapped, or swapped another way.
+        """
+        own = self._own()
+        stored = {n for n in self._buffers if not n.endswith("bias") and prefix + n in state_dict}
+        cast = not any(t.itemsize == 1 for t in own.values())  # a weight of 16 bits
+        misfits = [n for n, t in own.items() if n in stored and state_dict[prefix + n].dtype != t.dtype
+                   and not (cast and state_dict[prefix + n].is_floating_point())]  # fmt: skip
+        if misfits or (stored and stored != own.keys()):
+            name = misfits[0] if misfits else next(iter(own))
+            other = state_dict.get(prefix + name)
+            raise RuntimeError(f"load_state_dict: {prefix}{name} holds {own[name].dtype} with {', '.join(sorted(own))}, and "
+                               f"the state dict has {getattr(other, 'dtype', 'none')} with {', '.join(sorted(stored))}: load it "
+                               "into the original model (fp.restore(model) brings it back) and swap that, or swap as that "
+                               "model was")  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """torch 2.13 cannot read e4m3 tensors that pickle wrote (torch.save's it can): such a weight travels as bytes."""
+        buffers = {n: t.view(torch.uint8) if t is not None and t.dtype == E4M3 else t for n, t in self._buffers.items()}
+        return {**vars(self), "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, t in self._own().items():
+            if t.dtype == torch.uint8:
+                setattr(self, name, t.view(E4M3))
+
+
+class QuantizedLinear(QuantizedModule):
+    """Base of the layers: weight [N, K], weight_scale fp32 (`scales_shape`; None for a weight of 16 bits), bias [N] or None."""
 
     #: of the weight, where the constructor does not say another
     weight_dtype: ClassVar[torch.dtype] = torch.int8
@@ -194,41 +258,11 @@ class QuantizedLinear(nn.Module):
                 buffer = getattr(self, name)
                 setattr(self, name, v.detach().to(self.weight.device, buffer.dtype).reshape(-1).clone())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        before = {name: old for name, old in self._buffers.items() if name != "bias" and old is not None}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
-        if self.weight.itemsize == 1 and self.weight.stride(0) % 16:  # .to() makes it contiguous
-            self.weight = pad_rows(self.weight)
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        """Takes a weight with the scales that it was quantised with, or raises: `copy_` would cut a float weight to integers, and
-        strict=False would leave them under scales of another.
-
-        Raises:
-            RuntimeError: the state dict is of a layer that is not swapped, or swapped another way.
-        """
-        stored = {name for name in self._buffers if name != "bias" and prefix + name in state_dict}
-        present = {name for name, t in self._buffers.items() if name != "bias" and t is not None}
-        weight = state_dict.get(prefix + "weight", self.weight)
-        cast = self.weight_scale is None and weight.is_floating_point()
-        if (weight.dtype != self.weight.dtype and not cast) or (stored and stored != present):
-            raise RuntimeError(f"load_state_dict: {prefix}weight holds {self.weight.dtype} with {', '.join(sorted(present))}, and "
-                               f"the state dict has {weight.dtype} with {', '.join(sorted(stored))}: load it into the original "
-                               "model (fp.restore(model) brings it back) and swap that, or swap as that model was")  # fmt: skip
-        super()._load_from_state_dict(state_dict, prefix, *others)
-
-    def exact(self, x: Tensor) -> Tensor:
-        """The result in fp64 on the operands that x is quantised to: from here to `forward` is the kernel's error."""
+    def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
         y = self._quantized(x) @ self._dequantized_weight().t()
         return self.activated(y if self.bias is None else y + self.bias.double())
 
     def activated(self, y: Tensor) -> Tensor:
-        """What the layer makes of a Linear's output: its activation of it."""
         return activate(self.activation, y)
 
     def _quantized(self, x: Tensor) -> Tensor:
@@ -236,16 +270,6 @@ class QuantizedLinear(nn.Module):
 
     def _dequantized_weight(self) -> Tensor:
         return dequantize_weight(self.weight, self.weight_scale)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """torch 2.13 cannot read e4m3 tensors that pickle wrote (torch.save's it can): such a weight travels as bytes."""
-        weight = self.weight.view(torch.uint8) if self.weight.dtype == E4M3 else self.weight
-        return {**vars(self), "_buffers": {**self._buffers, "weight": weight}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.weight.dtype == torch.uint8:
-            self.weight = self.weight.view(E4M3)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON takes them: `cls(**config)` is this layer without its values."""
