@@ -44,29 +44,42 @@ def hooked(
     before: Callable[[K, nn.Module, Any], object] | None = None,
     after: Callable[[K, nn.Module, Any, Any], object] | None = None,
     always: bool = False,
+    every: bool = False,
 ) -> Iterator[None]:
     """Within the block each call of these modules also calls before(key, module, input) and after(key, module, input, output).
 
-    The input is the first argument, positional or not, None where there is none. always: `after` is called where the module
-    raises, too.
+    The input is the first argument, positional or not, None where there is none; every: a tuple of all. always: `after` is called
+    where the module raises, too.
     """
+    inputs = _all if every else _first
     with ExitStack() as stack:
         for key, module in modules:
             if before is not None:
-                handle = module.register_forward_pre_hook(partial(_before, before, key), with_kwargs=True)
+                handle = module.register_forward_pre_hook(partial(_before, before, key, inputs), with_kwargs=True)
                 stack.callback(handle.remove)
             if after is not None:
-                handle = module.register_forward_hook(partial(_after, after, key), with_kwargs=True, always_call=always)
+                handle = module.register_forward_hook(
+                    partial(_after, after, key, inputs), with_kwargs=True, always_call=always
+                )
                 stack.callback(handle.remove)
         yield
 
 
-def _before(hook: Callable[..., object], key: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
-    hook(key, module, _first(args, kwargs))
+def _before(hook: Callable[..., object], key: Any, inputs: _Inputs, module: nn.Module, args: Any, kwargs: Any) -> None:
+    hook(key, module, inputs(args, kwargs))
 
 
-def _after(hook: Callable[..., object], key: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    hook(key, module, _first(args, kwargs), output)
+def _after(
+    hook: Callable[..., object], key: Any, inputs: _Inputs, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
+    hook(key, module, inputs(args, kwargs), output)
+
+
+_Inputs = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return (*args, *kwargs.values())
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

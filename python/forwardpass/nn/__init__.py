@@ -1,10 +1,20 @@
 """`fp.nn`: drop-in modules."""
 
 from .bf16_linear import Bf16Linear
+from .experts import Experts
 from .fp8_linear import Fp8Linear
 from .int8_linear import Int8Linear
-from .layer import QuantizedLinear
+from .layer import QuantizedLinear, QuantizedModule
 from .multihead_attention import MultiheadAttention
 from .w8a16_linear import W8A16Linear
 
-__all__ = ["Bf16Linear", "Fp8Linear", "Int8Linear", "MultiheadAttention", "QuantizedLinear", "W8A16Linear"]
+__all__ = [
+    "Bf16Linear",
+    "Experts",
+    "Fp8Linear",
+    "Int8Linear",
+    "MultiheadAttention",
+    "QuantizedLinear",
+    "QuantizedModule",
+    "W8A16Linear",
+]

@@ -23,11 +23,11 @@ from ..common.files import read_json, write_json
 from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, beyond_caches, interleave
 from ..dispatch import Reason, only_reference_on
-from ..nn.layer import QuantizedLinear, linear_weight
+from ..nn.layer import QuantizedLinear
 from ..swap.calibrate import calibration_arguments
 from ..swap.kv_cache import kv_cache_of
 from ..swap.plan import Plan
-from ..swap.precision import LayerPrecision, Precision, find_precision
+from ..swap.precision import LayerPrecision, find_precision
 from ..swap.rules import Context, why_skip
 from ..swap.swapping import build, planned, swap_planned
 from ..swap.walker import Leaf
@@ -57,7 +57,7 @@ def find_candidate(name: str) -> LayerPrecision:
     return LayerPrecision(base, name.endswith(CALIBRATED))
 
 
-#: phase -> the shapes of a layer's inputs in it
+#: phase -> the shapes of a layer's inputs in it; of experts [tokens, hidden, choices of a token]
 Calls = Mapping[str, tuple[tuple[int, ...], ...]]
 
 
@@ -171,11 +171,12 @@ class Workload:
         shapes: dict[str, dict[str, list[tuple[int, ...]]]] = {leaf.fqn: {} for leaf in leaves}
         phase = ""
 
-        def note(fqn: str, module: nn.Module, x: Tensor) -> None:
-            shapes[fqn].setdefault(phase, []).append(tuple(x.shape))
+        def note(leaf: Leaf, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            choices = (inputs[1].shape[-1],) if leaf.is_experts else ()
+            shapes[leaf.fqn].setdefault(phase, []).append((*inputs[0].shape, *choices))
 
         model = self.subject.model
-        with evaluating(model), hooked(((leaf.fqn, leaf.module) for leaf in leaves), before=note):
+        with evaluating(model), hooked(((leaf, leaf.module) for leaf in leaves), before=note, every=True):
             phase = "forward"
             for batch in self.batches:
                 run(model, batch, self.subject.forward)
@@ -240,16 +241,18 @@ def calibrated_arguments(
     return arguments
 
 
-def eligible(leaf: Leaf, context: Context, candidate: Precision) -> Reason | None:
+def eligible(leaf: Leaf, context: Context, planned: LayerPrecision) -> Reason | None:
     """Why a candidate is not tried on a layer. Small layers and heads are: what they gain and what they cost is measured here."""
+    candidate = planned.precision
+    if leaf.is_experts and planned.calibrated:
+        return Reason("not_calibrated", f"experts take no calibration: {candidate.name} is the same for them", "")
     reason = why_skip(leaf, context, candidate, defaults=True)
     if reason and reason.code in ("too_small", "lm_head"):
         reason = why_skip(leaf, context, candidate, defaults=False)
-    weight = linear_weight(leaf.module) if reason is None else None
-    operation = candidate.module.operation
-    if weight is not None and operation and only_reference_on(operation, weight.device, weight.dtype):
-        return Reason("reference", f"{operation} has no kernel for {str(weight.dtype).removeprefix('torch.')} on "
-                      f"{weight.device}, and its reference is slower than what it replaces", "")  # fmt: skip
+    operation, w = candidate.operation(leaf.is_experts), leaf.weight
+    if reason is None and operation and only_reference_on(operation, w.device, w.dtype):
+        return Reason("reference", f"{operation} has no kernel for {str(w.dtype).removeprefix('torch.')} on "
+                      f"{w.device}, and its reference is slower than what it replaces", "")  # fmt: skip
     return reason
 
 
@@ -264,15 +267,25 @@ def annotated(text: str) -> Iterator[None]:
         raise
 
 
-def twins(module: nn.Module, x: Tensor) -> list[nn.Module]:
+def sample_inputs(leaf: Leaf, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """What a layer is timed on; experts on tokens that choose among them at random."""
+    options: dict[str, Any] = {"dtype": leaf.weight.dtype, "device": leaf.weight.device}
+    if not leaf.is_experts:
+        return (torch.randn(shape, **options),)
+    scores = torch.rand(*shape[:-2], leaf.weight.shape[0], **options)
+    weights, index = scores.topk(shape[-1])
+    return torch.randn(shape[:-1], **options), index, weights
+
+
+def twins(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[nn.Module]:
     """The module, and on a CPU as many others with weights of their own as leave no cache anything to keep: between two steps of a
     decoder come the weights of all other layers. Each has been called. On a GPU timing writes over the cache by itself.
     """
     size = max(tensor_bytes([module]), 1)
-    count = min(beyond_caches() // size, MOST_TWINS) if x.device.type == "cpu" else 0
+    count = min(beyond_caches() // size, MOST_TWINS) if inputs[0].device.type == "cpu" else 0
     modules = [module, *(_twin(module) for _ in range(count))]
     for m in modules:  # int8 packs its weight
-        m(x)
+        m(*inputs)
     return modules
 
 
@@ -344,7 +357,7 @@ class Measurer:
         groups: dict[str, list[Layer]] = {}
         for layer in layers:
             if layer.open():
-                leaf, weight = layer.leaf, linear_weight(layer.leaf.module)
+                leaf, weight = layer.leaf, layer.leaf.weight
                 form = (
                     leaf.out_features,
                     leaf.in_features,
@@ -372,20 +385,20 @@ class Measurer:
             advance()
 
     def _time(self, layer: Layer) -> dict[str, Any]:
-        weight = linear_weight(layer.leaf.module)
+        weight = layer.leaf.weight
         modules = {"before": layer.leaf.module} | {name: self._built(layer.leaf, name) for name in layer.open()}
         behind = None if layer.leaf.activation is None else layer.leaf.activation.module
 
-        def call(modules: list[nn.Module], inputs: list[Tensor]) -> Callable[[], object]:
+        def call(modules: list[nn.Module], inputs: list[tuple[Tensor, ...]]) -> Callable[[], object]:
             fused = behind is None or (isinstance(modules[0], QuantizedLinear) and modules[0].activation is not None)
             turns = itertools.cycle(modules)
             if fused:
-                return lambda: [next(turns)(x) for x in inputs]
-            return lambda: [behind(next(turns)(x)) for x in inputs]  # type: ignore[misc]  # which a fused layer saves
+                return lambda: [next(turns)(*x) for x in inputs]
+            return lambda: [behind(next(turns)(*x)) for x in inputs]  # type: ignore[misc]  # which a fused layer saves
 
         measured: dict[str, Any] = {n: {"phases": {}, "bytes": tensor_bytes([m])} for n, m in modules.items()}
         for phase, shapes in layer.calls.items():
-            inputs = [torch.randn(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
+            inputs = [sample_inputs(layer.leaf, shape) for shape in shapes]
             with torch.inference_mode():
                 turns = {n: twins(m, inputs[0]) if phase.startswith("decode") else [m] for n, m in modules.items()}
                 calls = {n: call(t, inputs) for n, t in turns.items()}
@@ -414,17 +427,18 @@ class Measurer:
         parities = {x.leaf.fqn: {name: LayerParity(x.leaf.fqn, name) for name in x.open()} for x in layers}
         advance = track("measuring errors of layers", len(layers))
 
-        def compare(leaf: Leaf, module: nn.Module, x: Tensor, expected: Tensor) -> None:
-            mask = padding_mask(batch, x.shape[:-1], leaf.fqn)
-            x, expected = (t.reshape(-1, t.shape[-1]) if mask is None else t[mask.to(t.device)] for t in (x, expected))
-            stride = max(1, len(x) // ROWS)  # exact products are in fp64
-            x, expected = x[::stride].contiguous(), expected[::stride]
+        def compare(leaf: Leaf, module: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
+            mask = padding_mask(batch, expected.shape[:-1], leaf.fqn)
+            rows = [t.reshape(-1, t.shape[-1]) if mask is None else t[mask.to(t.device)] for t in (*inputs, expected)]
+            stride = max(1, len(rows[0]) // ROWS)  # exact products are in fp64
+            *inputs_of_rows, expected = (t[::stride].contiguous() for t in rows)
             for name, parity in parities[leaf.fqn].items():
                 candidate = self._built(leaf, name)
-                parity.add(candidate, x, candidate(x), candidate.activated(expected), None)
+                actual = candidate(*inputs_of_rows)
+                parity.add(candidate, tuple(inputs_of_rows), actual, candidate.activated(expected), None)
             advance()
 
-        with hooked(((layer.leaf, layer.leaf.module) for layer in layers), after=compare):
+        with hooked(((layer.leaf, layer.leaf.module) for layer in layers), after=compare, every=True):
             for _ in self.subject.outputs([batch]):
                 pass
         parts = {"error": "total", "quantisation": "quantisation", "kernel": "kernel"}
@@ -496,7 +510,7 @@ def identity(
     """What measurements are of; of every weight a few thousand elements speak for all."""
     fingerprint = Fingerprint()
     for leaf in leaves:
-        weight = linear_weight(leaf.module)
+        weight = leaf.weight
         flat = weight.reshape(-1) if weight.is_contiguous() else weight.t().reshape(-1)
         fingerprint.add([leaf.fqn, list(weight.shape), flat[:: max(1, flat.numel() // 4096)]])
     fingerprint.add(

@@ -16,7 +16,7 @@ from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, 
 from ..common.compare import relative_error
 from ..common.modules import hooked, plain_module
 from ..common.text import count, table, wrapped
-from ..nn import QuantizedLinear
+from ..nn import QuantizedModule
 from ..swap import originals
 from ..version import __version__
 from .agreement import TASKS, task_of
@@ -62,7 +62,8 @@ def _largest(a: float, b: float) -> float:
 
 @dataclass
 class LayerParity:
-    """One swapped layer, all three on the very input that it gets in the swapped model; a sample is a row (a token).
+    """One swapped layer, or module of experts, all three on the very input that it gets in the swapped model; a sample is a row
+    (a token).
 
     `total` compares the layer with the original, `kernel` with the exact product of the same quantised operands
     (fp64), and `quantisation` that exact product with the original. No batch reached the layer where they have no
@@ -75,9 +76,11 @@ class LayerParity:
     quantisation: Comparison = field(default_factory=Comparison)
     kernel: Comparison = field(default_factory=Comparison)
 
-    def add(self, module: QuantizedLinear, x: Tensor, y: Tensor, expected: Tensor, mask: Tensor | None) -> None:
-        """One call: what the layer made of x, and what the original does; rows that the mask leaves out do not count."""
-        y, expected, exact = (_rows(t, mask) for t in (y, expected, module.exact(x)))
+    def add(
+        self, module: QuantizedModule, inputs: tuple[Any, ...], y: Tensor, expected: Tensor, mask: Tensor | None
+    ) -> None:
+        """One call: what the layer made of its inputs, and what the original does; rows that the mask leaves out do not count."""
+        y, expected, exact = (_rows(t, mask) for t in (y, expected, module.exact(*inputs)))
         self.total.add(y, expected)
         self.quantisation.add(exact, expected)
         self.kernel.add(y, exact)
@@ -266,17 +269,17 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
 
 @contextmanager
 def _compared(
-    layers: Mapping[str, QuantizedLinear], pairs: Mapping[str, nn.Module], parities: dict[str, LayerParity], batch: Any
+    layers: Mapping[str, QuantizedModule], pairs: Mapping[str, nn.Module], parities: dict[str, LayerParity], batch: Any
 ) -> Iterator[None]:
     """Within it every call of a swapped layer is compared with its original, on the same input."""
 
-    def compare(fqn: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        assert isinstance(module, QuantizedLinear)
-        with _on_device(pairs[fqn], x.device):
-            expected = module.activated(pairs[fqn](x))
-        parities[fqn].add(module, x, y, expected, padding_mask(batch, x.shape[:-1], fqn))
+    def compare(fqn: str, module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+        assert isinstance(module, QuantizedModule)
+        with _on_device(pairs[fqn], y.device):
+            expected = module.activated(pairs[fqn](*inputs))
+        parities[fqn].add(module, inputs, y, expected, padding_mask(batch, y.shape[:-1], fqn))
 
-    with hooked(layers.items(), after=compare):
+    with hooked(layers.items(), after=compare, every=True):
         yield
 
 

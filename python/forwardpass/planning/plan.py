@@ -29,7 +29,7 @@ from ..swap.precision import LayerPrecision
 from ..swap.rules import Context
 from ..swap.swapping import planned
 from ..swap.unpadding import check_unpad, decide_unpadding
-from ..swap.walker import linear_like
+from ..swap.walker import experts_leaves, linear_like
 from . import evidence
 from .caches import kv_cache_candidates, with_cache
 from .choose import Choice, Frontier, Option
@@ -147,6 +147,7 @@ def plan(
     check_unpad(unpad)
     leaves = linear_like(model)
     refuse_model(model, leaves)
+    leaves += experts_leaves(model)
     samples = _listed("batches", batches)
     default = Decoding.default_of(model)
     timed = _listed("shapes", shapes) if shapes is not None else [default] if default else samples[:1]
@@ -172,7 +173,7 @@ def plan(
     calls = workload.calls(leaves)
     layers = [
         Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
-            name: Candidate(eligible(leaf, context, p.precision) if calls[leaf.fqn] else _NEVER_CALLED)
+            name: Candidate(eligible(leaf, context, p) if calls[leaf.fqn] else _NEVER_CALLED)
             for name, p in tried.items()
         })
         for leaf in leaves

@@ -22,8 +22,8 @@ from ..common.files import read_json, write_json
 from ..common.modules import plain_module
 from ..integrations import sentence_transformers as sentences
 from ..integrations.kv_scales import KV_CACHES
-from ..nn import QuantizedLinear
-from ..nn.layer import linear_weight
+from ..nn import Experts, QuantizedModule
+from ..nn.experts import experts_sizes
 from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
@@ -33,7 +33,7 @@ from .plan import UNPAD
 from .precision import modules
 from .rules import Context
 from .unpadding import UnpaddingSwap, decide_unpadding, unpads
-from .walker import linear_like
+from .walker import Leaf, experts_leaves, linear_like
 
 SCHEMA = "forwardpass.checkpoint/2"
 _FIX = "save it again with fp.save_pretrained(model, folder)"
@@ -267,21 +267,24 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     def place(tensor: Tensor) -> torch.device:
         return device if tensor.is_meta else tensor.device
 
-    leaves = {leaf.fqn: leaf for leaf in linear_like(model)}
+    leaves = {leaf.fqn: leaf for leaf in (*linear_like(model), *experts_leaves(model))}
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no dict
-    replacements: dict[int, QuantizedLinear] = {}
+    replacements: dict[int, QuantizedModule] = {}
     for layer in record["layers"]:
         leaf = leaves.get(layer["fqn"])
         if leaf is None:
-            raise fail(f"it has no Linear layer {layer['fqn'][:80]!r}")
-        size = (leaf.out_features, leaf.in_features)
-        recorded = (layer["config"].get("out_features"), layer["config"].get("in_features"))
-        in_file = shapes.get(f"{leaf.fqn}.weight", size)
+            raise fail(f"it has no Linear layer or experts {layer['fqn'][:80]!r}")
+        size, recorded, name = _sizes(leaf, layer["config"])
+        in_file = shapes.get(f"{leaf.fqn}.{name}", size)
         if not size == recorded == in_file:  # before memory of that size is asked for
-            raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.weight in the file is {in_file}")
-        new = _empty_layer(layer, place(linear_weight(leaf.module)), fail).train(leaf.module.training)
+            raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.{name} in the file is {in_file}")
+        if (layer["module"] == Experts.__name__) != leaf.is_experts:
+            raise fail(f"{leaf.fqn} is recorded as {layer['module']}, and is a {type(leaf.module).__name__}")
+        new = _empty_layer(layer, place(leaf.weight), fail).train(leaf.module.training)
         if new.activation not in (None, leaf.formula):
             raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
+        if isinstance(new, Experts):
+            new.adopt(leaf.module)
         replacements[id(leaf.module)] = new
     try:
         context = Context(model)
@@ -312,7 +315,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     values: dict[tuple[str, bool], Tensor] = {}  # what is tied is one object
     assignments: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, slot in slots.items():
-        is_quantized, key = isinstance(slot.module, QuantizedLinear), (aliases.get(name, name), slot.is_parameter)
+        is_quantized, key = isinstance(slot.module, QuantizedModule), (aliases.get(name, name), slot.is_parameter)
         if is_quantized or key not in values:
             value, expected = file.get_tensor(key[0]), slot.tensor.dtype
             if value.dtype != expected and (
@@ -340,6 +343,15 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     saving.refuse(model)
 
 
+def _sizes(leaf: Leaf, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...], str]:
+    """(its weight's shape, the same by what is recorded of it, that weight's name)."""
+    if not leaf.is_experts:
+        return (leaf.out_features, leaf.in_features), (config.get("out_features"), config.get("in_features")), "weight"
+    experts, intermediate, hidden = experts_sizes(leaf.module)
+    names = ("num_experts", "hidden_features", "intermediate_features")
+    return (experts, hidden, intermediate), tuple(config.get(name) for name in names), "down_weight"
+
+
 def _build(folder: pathlib.Path, model: Mapping[str, Any], tensors: int) -> nn.Module:
     if model["config"] is None:
         raise ValueError(f"{folder} holds a {model['class'][:60]}, which is no class of transformers: build "
@@ -349,7 +361,7 @@ def _build(folder: pathlib.Path, model: Mapping[str, Any], tensors: int) -> nn.M
     )
 
 
-def _empty_layer(layer: Mapping[str, Any], device: torch.device, fail: Callable[[str], ValueError]) -> QuantizedLinear:
+def _empty_layer(layer: Mapping[str, Any], device: torch.device, fail: Callable[[str], ValueError]) -> QuantizedModule:
     """The quantised layer, without values."""
     module, config = modules()[layer["module"]], layer["config"]
     kinds = typing.get_type_hints(module.__init__)

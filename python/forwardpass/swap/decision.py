@@ -24,15 +24,15 @@ _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay a
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of each Linear-like layer and each attention of a model."""
+    """What becomes of each Linear-like layer, each module of experts and each attention of a model."""
 
     context: Context
-    linear: tuple[Leaf, ...]  #: every Linear-like layer
+    layers: tuple[Leaf, ...]  #: every Linear-like layer, and every module of experts
     swapped: tuple[tuple[Leaf, LayerPrecision], ...]
     attention: AttentionDecision
     unpadding: UnpaddingDecision
     kv_cache: CacheDecision
-    experts: tuple[str, ...]  #: names of the weights of fused experts, which are skipped
+    experts: tuple[str, ...]  #: names of the weights of experts of other kinds, which are skipped
     skipped: tuple[Skipped, ...]  #: layers, attention and experts that stay, each with its reason
 
     @property
@@ -46,7 +46,7 @@ class Decision:
 
 def decide(
     context: Context,
-    linear: list[Leaf],
+    layers: list[Leaf],
     precision: str | None = None,
     plan: Plan | None = None,
     *,
@@ -55,7 +55,7 @@ def decide(
     kv_cache: str | None = None,
     calibrated: bool = False,
 ) -> Decision:
-    """What becomes of the Linear-like layers `linear`, of all attention, of padding, and of caches.
+    """What becomes of `layers`, Linear-like ones and experts, of all attention, of padding, and of caches.
 
     Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
     calibration does not go with it.
@@ -66,7 +66,7 @@ def decide(
     elif plan is not None:
         kv_cache = plan.kv_cache
     attentions = decide_attention(context, attention, modules)
-    swapped, skipped = _decide_layers(context, linear, precision, plan, calibrated)
+    swapped, skipped = _decide_layers(context, layers, precision, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
@@ -74,7 +74,7 @@ def decide(
     unpadding = decide_unpadding(context, [leaf for leaf, _ in swapped], attentions, unpad, unpads)
     caches = decide_kv_cache(context.model, attentions, kv_cache)
     return Decision(
-        context, tuple(linear), tuple(swapped), attentions, unpadding, caches, tuple(experts), tuple(skipped)
+        context, tuple(layers), tuple(swapped), attentions, unpadding, caches, tuple(experts), tuple(skipped)
     )
 
 
@@ -96,7 +96,7 @@ def _decide_layers(
         preset = find_precision(precision)
         if calibrated and not preset.takes_calibration:
             raise ValueError(f'{precision} takes no calibration: drop calibrate=, or use precision="int8"')
-        precisions = {leaf.fqn: LayerPrecision(preset, calibrated) for leaf in leaves}
+        precisions = {leaf.fqn: LayerPrecision(preset, calibrated and not leaf.is_experts) for leaf in leaves}
     elif calibrated:
         raise ValueError('attention takes no calibration: drop calibrate=, or use precision="int8"')
     else:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..nn.experts import experts_sizes
+from ..ops.common.activations import GATED
 from .reach import CONTAINERS, Function, Reach, is_attribute_of, self_of
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 #: of transformers.activations, by class; what is not here has another formula or constants of its own
 _TRANSFORMERS = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
                  "NewGELUActivation": "gelu_tanh", "SiLUActivation": "silu"}  # fmt: skip
+
+_DEFAULT_GATE = "transformers.integrations.moe._default_apply_gate"  #: act(gate) * up
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,21 @@ def formula_of(module: nn.Module) -> str | None:
     if cls in (nn.ReLU, nn.SiLU):
         return cls.__name__.lower()
     return _TRANSFORMERS.get(cls.__name__) if cls.__module__ == "transformers.activations" else None
+
+
+def activation_within(experts: nn.Module) -> str | None:
+    """The activation of a module of experts that an epilogue can apply, where it applies it as transformers does by default."""
+    act = experts._modules.get("act_fn")
+    formula = None if act is None else _fusible(act)
+    if formula is None or not experts.has_gate:
+        return formula
+    gate = getattr(type(experts), "_apply_gate", None)
+    place = f"{getattr(gate, '__module__', '')}.{getattr(gate, '__name__', '')}"
+    return (
+        f"{formula}_mul"
+        if place == _DEFAULT_GATE and f"{formula}_mul" in GATED and experts_sizes(experts)[1] % 8 == 0
+        else None
+    )
 
 
 def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..common.batches import device_of
 from ..common.modules import plain_module
 from ..integrations.transformers_attention import PLACE
-from ..nn import MultiheadAttention, QuantizedLinear
+from ..nn import MultiheadAttention, QuantizedModule
 from . import saving
 from .walker import Leaf
 
@@ -152,7 +152,7 @@ class Moved:
         self._before.clear()
 
 
-def identities(layers: Iterable[tuple[Leaf, QuantizedLinear]]) -> tuple[Replaced, ...]:
+def identities(layers: Iterable[tuple[Leaf, QuantizedModule]]) -> tuple[Replaced, ...]:
     """For the activations that the replacements of these layers compute themselves."""
     return tuple(
         Replaced(leaf.activation.fqn, leaf.activation.module, nn.Identity().train(leaf.activation.module.training))
@@ -207,9 +207,9 @@ def restore(model: nn.Module) -> None:
                       "register them again on the restored layers", stacklevel=2)  # fmt: skip
 
 
-def quantised_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantised layers of forwardpass.nn in a model, by name."""
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
+    """The quantised layers of forwardpass.nn in a model, and its quantised experts, by name."""
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedModule)}
 
 
 def swapped_attention(model: nn.Module) -> list[str]:

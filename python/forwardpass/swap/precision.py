@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nn import Bf16Linear, Fp8Linear, Int8Linear, QuantizedLinear, W8A16Linear
+from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,12 @@ class Precision:
     version: int
     module: type[QuantizedLinear]
     options: Mapping[str, Any] = field(default_factory=dict)  #: arguments of `module.from_torch`
-    takes_calibration: bool = False  #: whether calibration batches change the result
+    takes_calibration: bool = False  #: whether calibration batches change the result of a Linear-like layer
+    experts: str | None = None  #: the `kind` of `fp.nn.Experts` that modules of experts become; None: they stay
+
+    def operation(self, experts: bool = False) -> str | None:
+        """What its modules call for their products; None: torch's own."""
+        return f"{self.experts}_grouped_gemm" if experts else self.module.operation
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,11 @@ class LayerPrecision:
 PRECISIONS = [
     # W8A8, activations asymmetric and dynamic per token, weights symmetric per channel; with calibration batches also
     # smoothing, error-compensated rounding of the weights.
-    Precision("int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True),
+    Precision("int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True, experts="int8"),
     # e4m3 weights per channel, e4m3 activations dynamic per token.
     Precision("fp8", 1, Fp8Linear, {"scales": "row"}),
     # int8 weights per channel, activations as they are.
-    Precision("w8a16", 1, W8A16Linear),
+    Precision("w8a16", 1, W8A16Linear, experts="w8a16"),
     # weights and activations bfloat16, sums fp32: for layers of a float32 model that 8 bits are too coarse for.
     Precision("bf16", 1, Bf16Linear),
 ]
@@ -69,9 +74,9 @@ def register_precision(precision: Precision) -> None:
     PRECISIONS.append(precision)
 
 
-def modules() -> dict[str, type[QuantizedLinear]]:
+def modules() -> dict[str, type[QuantizedModule]]:
     """The module classes of all precisions, by the name that a checkpoint has."""
-    return {p.module.__name__: p.module for p in PRECISIONS}
+    return {p.module.__name__: p.module for p in PRECISIONS} | {Experts.__name__: Experts}
 
 
 def find_precision(name: str, version: int | None = None) -> Precision:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..common.environment import cpu_tier, int8_instructions
-from ..dispatch import Reason, gpu_takes
-from ..nn import Int8Linear
+from ..dispatch import Reason, gpu_takes, operations
+from ..nn import Experts, Int8Linear
+from ..nn.experts import is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
 from .fusion import has_hooks
@@ -314,6 +315,8 @@ _USER = (excluded, not_included)
 #: Without these there is nothing to ask the others about.
 _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
+#: Of what a Linear has alone, or of what it is called by.
+_OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read)
 #: The last one reads the weight.
 _MODEL = (shared, lora, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
 _KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
@@ -332,19 +335,27 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     """
     named = any(p.spells_out(leaf.fqn) for p in context.include)
     for rule in RULES:
+        if leaf.is_experts and rule.ask in _OF_LINEARS:
+            continue
         if rule.kind == "default" and (named or not defaults):
             continue
         if finding := rule.ask(leaf, context, precision):
             return Reason(rule.code, *finding)
-    return precision.module.why_not(leaf.module)
+    if not leaf.is_experts:
+        return precision.module.why_not(leaf.module)
+    if precision.experts is None:
+        return Reason("experts", f"there is no {precision.name} for experts", "use int8 or w8a16 for them")
+    operation = operations[f"{precision.experts}_grouped_gemm"]
+    return Experts.why_not(leaf.module) or operation.too_old(leaf.weight.device)
 
 
 def fused_experts(context: Context) -> Iterator[tuple[str, Reason]]:
-    """Expert weights that are 3-D parameters of one module (transformers 5): most of such a model, and no Linear
-    layer.
+    """Expert weights that are 3-D parameters of a module that is not as transformers 5 has them: most of such a model, and no
+    Linear layer.
     """
     for fqn, module in context.model.named_modules():
-        if fqn.rpartition(".")[2] != "experts" and not type(module).__name__.endswith("Experts"):
+        named = fqn.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+        if is_experts(module) or not named:
             continue
         for name, p in module._parameters.items():
             if p is not None and p.dim() == 3 and p.is_floating_point():

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ..nn import QuantizedLinear
+from ..nn import QuantizedModule
 
 _METHOD = "save_pretrained"
 
@@ -33,7 +33,7 @@ def refuse(model: nn.Module) -> None:
         method = vars(module).get(_METHOD)
         if not hasattr(type(module), _METHOD) or isinstance(method, Refusal):
             continue
-        if any(isinstance(m, QuantizedLinear) for m in module.modules()):
+        if any(isinstance(m, QuantizedModule) for m in module.modules()):
             vars(module)[_METHOD] = Refusal(type(module).__name__, () if method is None else (method,))
 
 

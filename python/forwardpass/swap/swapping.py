@@ -1,4 +1,4 @@
-"""`fp.swap`: decides about Linear-like layers and attention, builds the replacements, and puts them in place all at once."""
+"""`fp.swap`: decides about Linear-like layers, experts and attention, builds the replacements, and puts all in place at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from ..common.batches import Fingerprint, device_of
 from ..common.modules import plain_module, tensor_bytes
 from ..dispatch import Reason, only_reference_on
-from ..nn.layer import QuantizedLinear, linear_weight
+from ..nn import Experts, QuantizedModule
+from ..nn.experts import experts_sizes
 from ..ops.common.quantized_rows import FLOATS
 from ..version import __version__
 from . import originals
@@ -27,7 +28,7 @@ from .precision import LayerPrecision, Precision
 from .report import OtherLayers, Report, Swapped, WeightBytes
 from .rules import Context, ties
 from .unpadding import UnpaddingSwap, check_unpad
-from .walker import Leaf, linear_leaves, linear_like
+from .walker import Leaf, experts_leaves, linear_leaves, linear_like
 
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
@@ -117,6 +118,7 @@ def swap(
     context = Context(model, patterns("include", include), patterns("exclude", exclude))
     leaves = linear_like(model)
     refuse_model(model, leaves)
+    leaves += experts_leaves(model)
     loaded = Plan.load(plan) if plan is not None else None
     calibrated = calibrate is not None
     decision = decide(
@@ -148,7 +150,8 @@ def swap_planned(
     """`swap(model, plan=plan)` where the calibration is done: `arguments` has, for each calibrated layer, those of its
     module's `from_torch`. Without the warnings.
     """
-    decision = decide(Context(model), linear_like(model), None, plan, calibrated=plan.calibrated)
+    layers = [*linear_like(model), *experts_leaves(model)]
+    decision = decide(Context(model), layers, None, plan, calibrated=plan.calibrated)
     arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf in decision.calibrated}
     return _carry_out(decision, [], arguments, plan.calibration, keep, dry_run=False)
 
@@ -201,7 +204,7 @@ def _carry_out(
 
 
 def _warnings(decision: Decision) -> list[str]:
-    context, leaves, attention = decision.context, decision.linear, decision.attention
+    context, leaves, attention = decision.context, decision.layers, decision.attention
     names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.leaves)]
     notes = [
         f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
@@ -216,8 +219,7 @@ def _warnings(decision: Decision) -> list[str]:
     if (decision.swapped or attention.swapped) and context.model.training:
         notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
     weights: set[tuple[Any, ...]] = {
-        (p.precision.module.operation, leaf.module.weight.device, leaf.module.weight.dtype)
-        for leaf, p in decision.swapped
+        (p.precision.operation(leaf.is_experts), leaf.weight.device, leaf.weight.dtype) for leaf, p in decision.swapped
     }
     weights |= {
         ("attention", p.device, p.dtype)
@@ -237,34 +239,45 @@ def _warnings(decision: Decision) -> list[str]:
     return notes
 
 
-def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> QuantizedLinear:
+def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> QuantizedModule:
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its
     precision.
     """
-    options = {**precision.options, **_fused(leaf)}
+    module: Any = Experts if leaf.is_experts else precision.module
     try:
-        new: QuantizedLinear = precision.module.from_torch(leaf.module, **options, **arguments)  # type: ignore[attr-defined]
+        new: QuantizedModule = module.from_torch(leaf.module, **_options(leaf, precision), **arguments)
     except Exception as e:
         if hasattr(e, "add_note"):
             e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
         raise
     for name, value in vars(leaf.module).items():
-        vars(new).setdefault(name, value)
+        if not hasattr(type(new), name):  # as `config` of experts
+            vars(new).setdefault(name, value)
     vars(new).update(precision=precision.name, precision_version=precision.version)
     return new.train(leaf.module.training)
 
 
+def _options(leaf: Leaf, precision: Precision) -> dict[str, Any]:
+    """The arguments of `from_torch`."""
+    return {**({"kind": precision.experts} if leaf.is_experts else precision.options), **_fused(leaf)}
+
+
 def _fused(leaf: Leaf) -> dict[str, str]:
-    """The argument of `from_torch` for the activation that the layer computes itself."""
+    """The one for the activation that the replacement computes itself."""
     return {"activation": leaf.formula} if leaf.formula is not None else {}
 
 
-def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedLinear:
+def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
     """A replacement without values, for its size."""
-    options = {**planned.precision.options, **_fused(leaf)}
+    options = _options(leaf, planned.precision)
+    if leaf.is_experts:
+        experts, intermediate, hidden = experts_sizes(leaf.module)
+        sizes = (experts, hidden, intermediate)
+        gated, dtype = bool(leaf.module.has_gate), leaf.weight.dtype
+        return Experts(*sizes, gated=gated, bias=leaf.has_bias, dtype=dtype, device="meta", **options)
     if planned.calibrated:
         options["channel_scale"] = True
-    dtype, bias = linear_weight(leaf.module).dtype, leaf.has_bias
+    dtype, bias = leaf.weight.dtype, leaf.has_bias
     return planned.precision.module(
         leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options
     )
@@ -273,7 +286,7 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedLinear:
 def _install(
     model: nn.Module,
     leaves: list[Leaf],
-    replacements: list[QuantizedLinear],
+    replacements: list[QuantizedModule],
     attention: originals.Attention,
     changes: tuple[originals.Change, ...],
     keep: str | bool,
@@ -304,7 +317,7 @@ def _originals_device(original: nn.Module, keep: str | bool) -> str | None:
 
 
 def _weight_bytes(
-    model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedLinear], keep: str | bool
+    model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedModule], keep: str | bool
 ) -> WeightBytes:
     replaced = {id(leaf.module) for leaf in swapped}
     before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
@@ -346,7 +359,7 @@ def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
     return sorted(groups, key=lambda x: -x.bytes)
 
 
-def _swapped(leaf: Leaf, precision: Precision, new: QuantizedLinear, context: Context) -> Swapped:
+def _swapped(leaf: Leaf, precision: Precision, new: QuantizedModule, context: Context) -> Swapped:
     tied_to = next((other.name for _, other in ties(leaf, context)), None)
     return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
                    tensor_bytes([leaf.module]), tensor_bytes([new]), new.activation, tied_to)  # fmt: skip

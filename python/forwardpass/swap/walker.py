@@ -1,4 +1,5 @@
-"""Finds modules of a model: the Linear-like ones are `nn.Linear`, Hugging Face's `Conv1D` (GPT-2), and what derives from them."""
+"""Finds modules of a model: the Linear-like ones are `nn.Linear`, Hugging Face's `Conv1D` (GPT-2), and what derives from them;
+and modules of experts."""
 
 from __future__ import annotations
 
@@ -6,16 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..nn.layer import is_conv1d
-from .fusion import Activation, activation_behind
+from ..nn.experts import experts_sizes, is_experts
+from ..nn.layer import is_conv1d, linear_weight
+from .fusion import Activation, activation_behind, activation_within
 from .reach import Reach
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A module that may be replaced, Linear-like or attention, and where it is."""
+    """A module that may be replaced, Linear-like, attention or experts, and where it is."""
 
     fqn: str
     module: nn.Module
@@ -26,20 +28,38 @@ class Leaf:
     activation: Activation | None = None  #: what its output goes into, and nothing else does
 
     @property
+    def is_experts(self) -> bool:
+        return is_experts(self.module)
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K]; of experts [E, N, K], their first."""
+        return next(self.module.parameters()).detach() if self.is_experts else linear_weight(self.module)
+
+    @property
     def in_features(self) -> int:
+        if self.is_experts:
+            return experts_sizes(self.module)[2]
         return self.module.nx if is_conv1d(self.module) else self.module.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
+        """Of experts: between an expert's two projections."""
+        if self.is_experts:
+            return experts_sizes(self.module)[1]
         return self.module.nf if is_conv1d(self.module) else self.module.out_features  # type: ignore[return-value]
 
     @property
     def has_bias(self) -> bool:
+        if self.is_experts:
+            return bool(self.module.has_bias)
         return self.module.bias is not None
 
     @property
     def formula(self) -> str | None:
         """The formula of its activation."""
+        if self.is_experts:
+            return activation_within(self.module)
         return self.activation.formula if self.activation is not None else None
 
 
@@ -47,6 +67,11 @@ def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
     reach = Reach(model)
     return [replace(leaf, activation=activation_behind(leaf, reach)) for leaf in linear_leaves(model)]
+
+
+def experts_leaves(model: nn.Module) -> list[Leaf]:
+    """The modules of experts below `model`, as `linear_like` has Linears."""
+    return leaves(model, is_experts)
 
 
 def linear_leaves(model: nn.Module) -> list[Leaf]:

@@ -1,0 +1,264 @@
+"""Experts: all experts of a mixture in one module, their weights in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..dispatch import Reason, use_backend
+from ..ops.common.activations import GATED, PLAIN, check_activation, interleave_gate_up
+from ..ops.common.quantized_rows import FLOATS, empty_q
+from ..ops.permute_quantize import MOST_EXPERTS
+from .layer import QuantizedModule, as_dtype, quantize_weight, rows
+
+#: What activations are quantised to; None: they stay as they are.
+_ACTIVATIONS: dict[str, torch.dtype | None] = {"int8": torch.int8, "w8a16": None}
+#: What transformers' `use_experts_implementation` sets.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_Gate = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Experts(QuantizedModule):
+    """What transformers' modules of experts compute: of each token the experts that its router chose, weighed and added up::
+
+        y = sum over j of weights[:, j] * down[e](act(gate[e](x)) * up[e](x)),    e = index[:, j]
+
+    Every chosen expert's weights are read once, in 8 bits. Its tokens are rows of one product (`fp.ops.int8_grouped_gemm`); the
+    activation is applied in its epilogue, the sum is in float32, in the order of the choices. A choice that is no expert (from
+    num_experts on, as transformers marks those of another device) adds nothing. Made by `from_torch`; the constructor makes an
+    empty module of the same form, for `load_state_dict`. Inference only.
+
+    Args:
+        num_experts, hidden_features, intermediate_features: E, H and I.
+        kind: "int8": weights int8 with a scale an output channel, rows of activations int8 as they come, symmetric; "w8a16": int8
+            weights alone.
+        gated: whether there is a gate beside the up projection; then I % 8 == 0.
+        activation: of the up projection, "silu_mul", "gelu_mul" or "gelu_tanh_mul" if gated, else as in `Int8Linear`; None: the
+            module that was replaced applies its own, in its own code.
+        bias: of both projections.
+        dtype: of the biases; outputs have the dtype of the input.
+
+    Shapes: hidden_states [..., H], top_k_index [..., k] int32 or int64, top_k_weights [..., k]; output [..., H]. Buffers:
+    up_weight [E, U, H], up_scale fp32 [E, U], up_bias [E, U] or None, with U = 2 I if gated, by `interleave_gate_up` where an
+    activation is given; down_weight [E, H, I], down_scale [E, H], down_bias [E, H] or None.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = tuple(_ACTIVATIONS)
+
+    up_weight: Tensor
+    up_scale: Tensor
+    up_bias: Tensor | None
+    down_weight: Tensor
+    down_scale: Tensor
+    down_bias: Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_features: int,
+        intermediate_features: int,
+        *,
+        kind: str,
+        gated: bool = True,
+        activation: str | None = None,
+        bias: bool = False,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in self.kinds:
+            raise ValueError(f"Experts: kind must be one of {', '.join(self.kinds)}, not {kind!r}")
+        check_activation("Experts", activation, (None, *(GATED if gated else PLAIN)))
+        self.num_experts, self.hidden_features, self.intermediate_features = (
+            num_experts,
+            hidden_features,
+            intermediate_features,
+        )
+        self.kind, self.gated, self.activation = kind, gated, activation
+        sizes = {
+            "up": (intermediate_features * (2 if gated else 1), hidden_features),
+            "down": (hidden_features, intermediate_features),
+        }
+        for name, (n, k) in sizes.items():
+            weight = empty_q(torch.empty(0, device=device), (num_experts, n, k), torch.int8)
+            self.register_buffer(f"{name}_weight", weight)
+            self.register_buffer(f"{name}_scale", torch.empty(num_experts, n, dtype=torch.float32, device=device))
+            self.register_buffer(
+                f"{name}_bias", torch.empty(num_experts, n, dtype=as_dtype(dtype), device=device) if bias else None
+            )
+        self._gate: _Gate | None = None
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> Reason | None:
+        """None where `from_torch` takes this module, else the reason."""
+        if not is_experts(module):
+            return Reason("experts", f"a {type(module).__name__} is no module of experts as transformers 5 has them",
+                          "leave it, or swap its Linears")  # fmt: skip
+        for name in _weight_names(module):
+            weight = module._parameters[name]
+            assert weight is not None
+            if weight.is_meta:
+                return Reason("meta", f"its {name} is on the meta device", "load the weights first")
+            if weight.dtype not in FLOATS:
+                return Reason("dtype", f"its {name} is {weight.dtype}", "use float32, float16 or bfloat16")
+            if not weight.numel():
+                return Reason("empty", f"its {name} is {list(weight.shape)}", "nothing is to be gained")
+        if (experts := experts_sizes(module)[0]) > MOST_EXPERTS:
+            return Reason("experts", f"it has {experts} experts, and kernels take {MOST_EXPERTS}", "leave it")
+        return None
+
+    @classmethod
+    def from_torch(cls, module: nn.Module, *, kind: str, activation: str | None = None) -> Experts:
+        """The 8-bit form of a module of experts of transformers 5, on its device; its weights are read and not changed, those of
+        one expert at a time.
+
+        Args:
+            kind, activation: see above. Without an activation the module's own `_apply_gate`, or `act_fn`, is called.
+
+        Raises:
+            ValueError: the module does not fit, and how.
+        """
+        if reason := cls.why_not(module):
+            raise ValueError(f"Experts.from_torch: {reason}")
+        up_name, down_name = _weight_names(module)
+        experts, intermediate, hidden = experts_sizes(module)
+        up_bias, down_bias = (module._parameters.get(f"{n}_bias") for n in (up_name, down_name))
+        weights = {"up": module._parameters[up_name], "down": module._parameters[down_name]}
+        up = weights["up"]
+        assert up is not None
+        new = cls(experts, hidden, intermediate, kind=kind, gated=bool(module.has_gate), activation=activation,
+                  bias=up_bias is not None, dtype=up.dtype if up_bias is None else up_bias.dtype, device=up.device)  # fmt: skip
+        for name, weight in weights.items():
+            assert weight is not None
+            for e in range(experts):
+                w = weight.detach()[e]
+                w = w.t() if module.is_transposed else w  # [N, K]
+                q, scale = quantize_weight(new._arranged(w) if name == "up" else w)
+                getattr(new, f"{name}_weight")[e] = q
+                getattr(new, f"{name}_scale")[e] = scale
+        for name, bias in (("up", up_bias), ("down", down_bias)):
+            if bias is not None:
+                for e in range(experts):
+                    getattr(new, f"{name}_bias")[e] = (
+                        new._arranged(bias.detach()[e]) if name == "up" else bias.detach()[e]
+                    )
+        new.adopt(module)
+        return new.train(module.training)
+
+    def _arranged(self, x: Tensor) -> Tensor:
+        """Rows of the up projection as its epilogue wants them; `gate` and `up` stand one behind the other."""
+        if not self.gated or self.activation is None:
+            return x
+        gate, up = x.chunk(2)
+        return interleave_gate_up(gate, up)
+
+    def adopt(self, module: nn.Module) -> None:
+        """Takes over what is no weight: how the module that is replaced applies its gate, and its norm behind each expert."""
+        if self.activation is None:
+            original: Any = type(module)
+            self._gate = original._apply_gate if self.gated else _apply_activation
+            if isinstance(act := module._modules.get("act_fn"), nn.Module):
+                self.act_fn = act
+        if isinstance(norm := module._modules.get("post_expert_norm"), nn.Module):
+            self.post_expert_norm = norm
+        for name, value in vars(module).items():  # what its code reads
+            if not hasattr(type(self), name):
+                vars(self).setdefault(name, value)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        dtype = _ACTIVATIONS[self.kind]
+        x = rows(hidden_states.flatten(0, -2))
+        index, weights = (t.flatten(0, -2).contiguous() for t in (top_k_index, top_k_weights))
+        if dtype is None:
+            a, offs, position = _permute(x, index, self.num_experts)
+            scale = None
+        else:
+            a, scale, offs, position = ops.permute_quantize(x, index, self.num_experts, dtype)
+        up = self._product("up", a, scale, offs, self.activation, x.dtype)
+        if self.activation is None:
+            assert self._gate is not None
+            up = rows(self._gate(self, up))
+        if dtype is not None:
+            up, scale, _ = ops.quantize(up, dtype)
+        y = self._product("down", up, scale, offs, None, x.dtype)
+        if (norm := self._modules.get("post_expert_norm")) is not None:
+            y = norm(y)
+        weights = weights if weights.dtype in (torch.float32, y.dtype) else weights.float()
+        return ops.unpermute(y, position, weights).view(hidden_states.shape)
+
+    def _product(
+        self, name: str, a: Tensor, scale: Tensor | None, offs: Tensor, activation: str | None, dtype: torch.dtype
+    ) -> Tensor:
+        weight, weight_scale, bias = (self._buffers[f"{name}_{part}"] for part in ("weight", "scale", "bias"))
+        if scale is None:
+            return ops.w8a16_grouped_gemm(a, weight, weight_scale, offs, bias=bias, activation=activation)
+        return ops.int8_grouped_gemm(
+            a, weight, scale, weight_scale, offs, bias=bias, activation=activation, out_dtype=dtype
+        )
+
+    def exact(self, *args: Tensor) -> Tensor:
+        """By the reference of each operation, in float64 on the same operands; what is between two of them is rounded as in
+        forward."""
+        with use_backend("reference"):
+            return self.forward(*args).double()  # not __call__: hooks are for forward
+
+    def config(self) -> dict[str, Any]:
+        bias = self.up_bias
+        return {
+            "num_experts": self.num_experts,
+            "hidden_features": self.hidden_features,
+            "intermediate_features": self.intermediate_features,
+            "kind": self.kind,
+            "gated": self.gated,
+            **({} if self.activation is None else {"activation": self.activation}),
+            "bias": bias is not None,
+            "dtype": str(torch.float32 if bias is None else bias.dtype).removeprefix("torch."),
+        }
+
+    def extra_repr(self) -> str:
+        return (f"num_experts={self.num_experts}, hidden_features={self.hidden_features}, "
+                f"intermediate_features={self.intermediate_features}, kind={self.kind}, gated={self.gated}, "
+                f"activation={self.activation or 'its own'}, bias={self.up_bias is not None}")  # fmt: skip
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is a module of experts as transformers 5 has them: its decorator left its marks, and its weights are two
+    parameters of 3 dimensions. Does not import transformers."""
+    if not all(isinstance(vars(module).get(mark), bool) for mark in _MARKS):
+        return False
+    weights = [module._parameters.get(name) for name in _weight_names(module)]
+    return all(w is not None and w.dim() == 3 for w in weights)
+
+
+def _weight_names(module: nn.Module) -> tuple[str, str]:
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def experts_sizes(module: nn.Module) -> tuple[int, int, int]:
+    """(E, I, H) of a module of experts."""
+    down = module._parameters["down_proj"]
+    assert down is not None
+    experts, n, k = down.shape
+    return (experts, n, k) if module.is_transposed else (experts, k, n)
+
+
+def _apply_activation(module: nn.Module, x: Tensor) -> Tensor:
+    """What transformers does where there is no gate."""
+    result: Tensor = module.act_fn(x)  # type: ignore[operator]
+    return result
+
+
+def _permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`permute_quantize` without a quantisation: (rows, offs, position)."""
+    flat = index.flatten()
+    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    order = flat.argsort(stable=True)
+    offs = torch.searchsorted(flat[order], torch.arange(experts, device=x.device, dtype=flat.dtype), right=True)
+    position = torch.empty_like(order, dtype=torch.int32)
+    position[order] = torch.arange(len(flat), device=x.device, dtype=torch.int32)
+    position = torch.where(flat < experts, position, -1).view(index.shape)
+    return x[order // index.shape[1]], offs.to(torch.int32), position
