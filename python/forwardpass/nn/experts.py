@@ -193,7 +193,8 @@ class Experts(QuantizedModule):
     def _product(
         self, name: str, a: Tensor, scale: Tensor | None, offs: Tensor, activation: str | None, dtype: torch.dtype
     ) -> Tensor:
-        weight, weight_scale, bias = (self._buffers[f"{name}_{part}"] for part in ("weight", "scale", "bias"))
+        b: dict[str, Any] = self._buffers
+        weight, weight_scale, bias = (b[f"{name}_{part}"] for part in ("weight", "scale", "bias"))
         if scale is None:
             return ops.w8a16_grouped_gemm(a, weight, weight_scale, offs, bias=bias, activation=activation)
         return ops.int8_grouped_gemm(
