@@ -355,7 +355,10 @@ def test_damaged_files_are_refused(saved, case):
 
 def test_another_model_is_refused(saved):
     folder, _, _ = saved
-    for model, words in ((block(width=96), "recorded as"), (nn.Sequential(block()), "no Linear layer or experts 'first'")):
+    for model, words in (
+        (block(width=96), "recorded as"),
+        (nn.Sequential(block()), "no Linear layer or experts 'first'"),
+    ):
         before = objects(model)
         with pytest.raises(ValueError, match=words):
             fp.load_pretrained(folder, model=model)

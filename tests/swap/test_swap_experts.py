@@ -21,12 +21,17 @@ MODELS = {
         "v_head_dim": 16, "num_key_value_heads": 4}),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {
         **_SIZES, "head_dim": 16, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 4}),
+    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", {
+        **_SIZES, "head_dim": 16, "global_head_dim": 16, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 4,
+        "moe_intermediate_size": 96, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"]}),
     "nemotron_h": ("NemotronHForCausalLM", "NemotronHConfig", {
         **_SIZES, "head_dim": 16, "layers_block_type": ["attention", "moe"], "n_routed_experts": 4, "num_experts_per_tok": 4,
         "moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 96, "n_group": 1, "topk_group": 1}),
 }  # fmt: skip
-#: of the logits; with both, the output of a Linear in float32
-OFF = {"int8": 0.02, "w8a16": 0.02}
+#: Of the logits. Gemma 4 normalises behind each block: its Linears alone bring 0.024.
+OFF = {"gemma4": 0.05}
+PRECISIONS = ("int8", "w8a16")
 
 
 def ids(tokens=12):
@@ -42,7 +47,7 @@ def experts_of(model):
     return [leaf.fqn for leaf in experts_leaves(model)]
 
 
-@pytest.mark.parametrize("precision", OFF)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_architectures(name, precision, tmp_path):
     model = build(name, MODELS)
@@ -53,7 +58,7 @@ def test_architectures(name, precision, tmp_path):
     assert all(isinstance(model.get_submodule(fqn), fp.nn.Experts) for fqn in experts)
     assert report.weight_bytes.after < 0.6 * report.weight_bytes.before
     after = logits(model)
-    assert 0 < (after - before).norm() / before.norm() < OFF[precision]
+    assert 0 < (after - before).norm() / before.norm() < OFF.get(name, 0.02)
     parity = fp.parity(model, [{"input_ids": ids(), "attention_mask": torch.ones(2, 12)}])
     by_name = {layer.fqn: layer for layer in parity.layers}
     for fqn in experts:
