@@ -89,6 +89,22 @@ def test_as_many_experts_as_there_may_be(experts, arch, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.parametrize(
+    ("arch", "experts", "n", "tile"),
+    [
+        ("sm_80", 144, 16, (128, 128)),
+        ("sm_80", 145, 16, (64, 128)),
+        ("sm_90a", 384, 240, (128, 256)),
+        ("sm_90a", 385, 240, (128, 128)),
+    ],
+)
+def test_lists_that_a_large_tile_has_no_room_for(arch, experts, n, tile):
+    args = cases.Case((66, 65) * (experts // 2) + (67,) * (experts % 2), n, 16, BF16).arguments()
+    got, kernels = interpreted(args, arch)
+    assert all("TileELi{}ELi{}E".format(*tile) in name for name in kernels)
+    cases.assert_matches(got, args)
+
+
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from forwardpass.testing import assert_equal, poisoned_outputs
 
 CASES = list(cases.cases())
 COUNTS = (0, 1, 3, 64, 65, 1000)
+BF16 = EpilogueCase(out_dtype=torch.bfloat16)
 
 
 def by_int8_gemm(args, expert, rows):
@@ -88,6 +89,13 @@ def test_b_sum_is_computed(room):
     )
     assert b_sum is not None
     assert_equal(got, OPERATION(*args))
+
+
+def test_compiles_whole():
+    args = cases.Case((3, 0, 4), 20, 40, BF16).arguments()
+    assert_equal(
+        torch.compile(lambda: OPERATION(*args) * 2, fullgraph=True, backend="aot_eager")(), OPERATION(*args) * 2
+    )
 
 
 def test_opcheck():
