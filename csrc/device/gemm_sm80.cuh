@@ -59,6 +59,7 @@ struct MmaConfig {
   static constexpr int kExperts = !kIsGrouped<Element> ? 0 : kM * kN > 64 * 128 ? 144 : 512;
 
   using Schedule = std::conditional_t<kIsGrouped<Element>, SharedTiles<MmaConfig>, OneTile<MmaConfig>>;
+  __device__ static uint32_t rank() { return 0; }  // there are no clusters
   using Accumulators = Fragments<Acc, kTilesM, kTilesN>;
   using Pipeline = CpAsyncPipeline<kStages>;
   using Mainloop = MmaMainloop<Element, kTile>;
@@ -310,7 +311,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr bool kGrouped = kIsGrouped<typename Config::Element>;
   const typename Config::Schedule schedule(p, s);
   if constexpr (kGrouped) {
-    if (warp == 0) schedule.list.template make<Config::kM>(static_cast<int>(p.a.rows));
+    if (warp == 0) schedule.make_list(static_cast<int>(p.a.rows));
     __syncthreads();
   }
   int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;

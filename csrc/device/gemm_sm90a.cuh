@@ -78,6 +78,7 @@ struct WgmmaConfig {
   static constexpr int kExperts = !kIsGrouped<Element> ? 0 : kM * kN > 128 * 192 ? 384 : 512;
 
   using Schedule = std::conditional_t<kIsGrouped<Element>, GroupedTiles<WgmmaConfig>, PersistentTiles<WgmmaConfig>>;
+  __device__ static uint32_t rank() { return ptx::cluster_rank(); }
   // A stage's parts: its a and the b of the first pass, the b of the second.
   using Pipeline = forwardpass::Pipeline<kStages, kPasses>;
   using Accumulators = Fragments<Acc, 1, kTilesN, ptx::kWgmmaRows>;
@@ -453,7 +454,7 @@ __global__ void __launch_bounds__(Config::kBoundThreads, 1)
   if constexpr (kIsGrouped<typename Config::Element>)
     if (threadIdx.x < 32) {
       ptx::wait_for_earlier_kernels();
-      ExpertList(p.groups, s.experts).template make<Config::kM>(static_cast<int>(p.out.rows));
+      typename Config::Schedule(p, s).make_list(static_cast<int>(p.out.rows));
     }
   __syncwarp();
   ptx::cluster_sync();
@@ -531,11 +532,12 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   const Matrix &a = Element::kSwapAB ? p.b : p.a, &b = Element::kSwapAB ? p.a : p.b;
   const bool scaled = p.blocks.a, gated = is_gated(p.epilogue.activation);
   constexpr bool kGrouped = kIsGrouped<Element>;
-  const int64_t rows = kGrouped ? most_tile_rows(p.groups, a.rows, Config::kM) : ceil_div(a.rows, Config::kM),
+  const int64_t rows = kGrouped ? most_tile_rows(p.groups, a.rows, Config::kM * share)
+                                : ceil_div(ceil_div(a.rows, Config::kM), share),
                 columns = kGrouped ? p.columns() : b.rows;
   WgmmaArguments arguments{.out = GemmOutput(p),
-                           .map = TileMap(ceil_div(rows, share), ceil_div(columns, Config::kN),
-                                          cluster_sums ? 1 : splits, a.columns, p.choice.split_k, share_bits),
+                           .map = TileMap(rows, ceil_div(columns, Config::kN), cluster_sums ? 1 : splits, a.columns,
+                                          p.choice.split_k, share_bits),
                            .b_first = p.b_first,
                            .cluster_sums = cluster_sums,
                            .scaled = scaled,

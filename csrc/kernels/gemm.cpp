@@ -44,7 +44,9 @@ KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& 
   c.arch = d.arch;
   c.quantizes = s.group && kernel.quantizes && kernel.tile_n >= s.group;
   if (kernel.experts > 1) {  // how many tiles there are only the device knows
-    c.cluster = 1, c.splits = 1, c.split_k = s.k;
+    // An expert's last tile may be alone in its cluster: half a tile of each, on average.
+    c.cluster = kernel.cluster != Cluster::none && s.m >= 16 * kernel.tile_m ? 2 : 1;
+    c.splits = 1, c.split_k = s.k;
     c.blocks = d.sms * kernel.blocks_per_sm;
     return c;
   }

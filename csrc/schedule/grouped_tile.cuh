@@ -15,9 +15,10 @@ struct GroupTile : GemmTile {
   uint32_t index;  // of the schedule's tiles
 };
 
-// At most so many rows of tiles, of all experts.
-inline int64_t most_tile_rows(const Groups& g, int64_t rows, int tile_m) {
-  return g.sorted ? std::min(rows / tile_m + g.experts, rows) : g.experts * ceil_div(g.room, tile_m);
+// At most so many rows of tiles, of all experts, each of `height` rows of the output: a tile's, or those of a cluster's
+// blocks, whose tiles lie below each other.
+inline int64_t most_tile_rows(const Groups& g, int64_t rows, int height) {
+  return g.sorted ? std::min(rows / height + g.experts, rows) : g.experts * ceil_div(g.room, height);
 }
 
 // The list's memory, of up to so many experts; a launch has it for those that there are.
@@ -46,9 +47,8 @@ struct ExpertList {
         tile_end(reinterpret_cast<uint16_t*>(rows_end + groups.experts)) {}
 
   // By one warp, of whose lanes each has experts beside each other. An end is at least the one before, and at most
-  // `rows`; a count from 0 to the room.
-  template <int kTileM>
-  __device__ void make(int rows) const {
+  // `rows`; a count from 0 to the room. height_bits: log2 of the rows of a row of tiles.
+  __device__ void make(int rows, int height_bits) const {
     const int lane = threadIdx.x % 32, share = (groups.experts + 31) / 32, first = min(lane * share, groups.experts),
               last = min(first + share, groups.experts), room = static_cast<int>(groups.room),
               most = groups.sorted ? rows : room;
@@ -65,9 +65,9 @@ struct ExpertList {
     }
     __syncwarp();
     int tiles = 0;
-    for (int e = first; e < last; ++e) tiles += tiles_of<kTileM>(e);
+    for (int e = first; e < last; ++e) tiles += tiles_of(e, height_bits);
     tiles = of_lanes_before(tiles, [](int a, int b) { return a + b; });
-    for (int e = first; e < last; ++e) tile_end[e] = static_cast<uint16_t>(tiles += tiles_of<kTileM>(e));
+    for (int e = first; e < last; ++e) tile_end[e] = static_cast<uint16_t>(tiles += tiles_of(e, height_bits));
   }
 
   __device__ int rows_begin(int expert) const {
@@ -90,9 +90,8 @@ struct ExpertList {
   }
 
  private:
-  template <int kTileM>
-  __device__ int tiles_of(int expert) const {
-    return (rows_end[expert] - rows_begin(expert) + (kTileM - 1)) / kTileM;
+  __device__ int tiles_of(int expert, int height_bits) const {
+    return (rows_end[expert] - rows_begin(expert) + ((1 << height_bits) - 1)) >> height_bits;
   }
   // f of what the lanes before have, 0 if there are none.
   template <class F>
@@ -112,17 +111,21 @@ struct ExpertList {
 // whose weight they share in L2.
 template <class Config>
 struct GroupedTiles {
-  static constexpr uint32_t rank = 0, split = 0;  // as of a cluster of one block
+  static constexpr uint32_t split = 0;
+  const uint32_t rank;  // of the blocks of a cluster, whose tiles lie below each other
   const TileMap& map;
   const int64_t& columns;  // of an expert
   const ExpertList list;
 
   template <class Arguments, class SharedStorage>
   __device__ GroupedTiles(const Arguments& p, SharedStorage& s)
-      : map(p.map), columns(p.out.columns), list(p.groups, s.experts) {}
+      : rank(Config::rank()), map(p.map), columns(p.out.columns), list(p.groups, s.experts) {}
+  // By one warp.
+  __device__ void make_list(int rows) const { list.make(rows, 31 - __clz(Config::kM << map.share_bits)); }
   template <class F>
   __device__ void for_each(F f) const {
-    for_each_tile(tiles(), blockIdx.x, gridDim.x, [&](uint32_t index) { f(at(index)); });
+    for_each_tile(tiles(), blockIdx.x >> map.share_bits, gridDim.x >> map.share_bits,
+                  [&](uint32_t index) { f(at(index)); });
   }
   __device__ uint32_t tiles() const { return list.tile_rows() * map.tiles_n; }
   __device__ GroupTile at(uint32_t index) const {
@@ -130,7 +133,8 @@ struct GroupedTiles {
     const uint32_t first = list.tile_begin(expert);
     TileMap of_expert = map;
     of_expert.tiles_m = list.tile_end[expert] - first;
-    GroupTile tile{of_expert.at<Config::kM, Config::kN>(index - first * map.tiles_n), expert, index};
+    GroupTile tile{of_expert.at<Config::kM, Config::kN>(index - first * map.tiles_n, map.share_bits, rank), expert,
+                   index};
     tile.row += list.rows_begin(expert);
     tile.b_row += expert * columns;
     return tile;

@@ -19,13 +19,13 @@ OPERATION = dispatch.operations["int8_grouped_gemm"]
 
 
 def interpreted(args, arch, implementation="cuda", seed=0, **options):
-    """The result, and the tile that computed it."""
+    """The result, and the kernels that computed it."""
     with fp.interpret(arch, seed=seed, guard=True, counters=True, **options) as device, fp.use_backend(implementation):
         if reason := device.why_not(implementation):
             pytest.skip(str(reason))
         got = OPERATION(*args)
     assert device.findings == []
-    return got, [k.kernel for k in device.kernels()]
+    return got, device.kernels()
 
 
 def launches():
@@ -65,7 +65,17 @@ def test_blocks_compute_tile_after_tile(tile, room, seed):
     case = cases.Case(counts, n, k, BF16, room=max(counts) if room else None)
     args = case.arguments(seed=seed)
     got, kernels = interpreted(args, "sm_90a", seed=seed)
-    assert room or all("WgmmaTileELi{}ELi{}E".format(*tile) in name for name in kernels)
+    assert room or all("WgmmaTileELi{}ELi{}E".format(*tile) in k.kernel for k in kernels)
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("room", [None, 5300])
+def test_pairs_of_blocks_have_the_same_expert(room, seed):
+    """And share its weight, where experts have many rows: odd numbers of tiles, one, none, and even ones."""
+    case = cases.Case((2100, 1, 0, 5300, 256, 4900), 140, 70, BF16, room=room)
+    args = case.arguments(seed=seed)
+    got, (kernel,) = interpreted(args, "sm_90a", seed=seed, multiprocessors=20)
+    assert kernel.cluster[0] == 2 and kernel.grid[0] <= 20
     cases.assert_matches(got, args)
 
 
@@ -101,7 +111,7 @@ def test_as_many_experts_as_there_may_be(experts, arch, seed):
 def test_lists_that_a_large_tile_has_no_room_for(arch, experts, n, tile):
     args = cases.Case((66, 65) * (experts // 2) + (67,) * (experts % 2), n, 16, BF16).arguments()
     got, kernels = interpreted(args, arch)
-    assert all("TileELi{}ELi{}E".format(*tile) in name for name in kernels)
+    assert all("TileELi{}ELi{}E".format(*tile) in k.kernel for k in kernels)
     cases.assert_matches(got, args)
 
 

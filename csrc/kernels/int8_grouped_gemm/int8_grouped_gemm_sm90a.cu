@@ -17,9 +17,11 @@ constexpr GemmKernel row(int stage_clocks = 0) {
   return {.arch = sm_90a,
           .tile_m = Tile::kM,
           .tile_n = Tile::kN,
+          .cluster = Cluster::along_m,
           .stage_clocks = stage_clocks,
           .experts = Tile::kExperts,
-          .launch = launch_gemm_wgmma<Tile>};
+          .launch = launch_gemm_wgmma<Tile>,
+          .resident_clusters = resident_clusters<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x256>(1084), row<Tile128x128>(656), row<Tile64x128>(), row<Tile16x128>()};
 const GemmKernels<Int8GroupedGemmParams> registered(kernels);
