@@ -18,15 +18,16 @@ using Tile16x128 =
 namespace {
 
 template <class Tile>
-constexpr GemmKernel row() {
+constexpr GemmKernel row(int blocks_per_sm = Tile::kBlocksPerSm) {
   return {.arch = sm_80,
           .tile_m = Tile::kM,
           .tile_n = Tile::kN,
           .experts = Tile::kExperts,
-          .blocks_per_sm = Tile::kBlocksPerSm,
+          .blocks_per_sm = blocks_per_sm,
           .launch = launch_gemm_mma<Tile>};
 }
-const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
+// Two blocks of 16 rows fit an A100's multiprocessor; an L40S has the second ones when the first have ended.
+const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>(2)};
 const GemmKernels<Int8GroupedGemmParams> registered(kernels);
 
 }  // namespace
