@@ -11,9 +11,9 @@ namespace forwardpass {
 namespace {
 
 // One operation. F is its torch side: a function of the backend and of the schema's arguments.
-template <auto F, bool kHasCpuKernel = true, bool kHasGpuKernels = true>
+template <auto F, bool kHasCpuKernel = true, bool kHasCudaKernel = true>
 struct Op {
-  static constexpr bool kHasCpu = kHasCpuKernel, kHasGpu = kHasGpuKernels;
+  static constexpr bool kHasCpu = kHasCpuKernel, kHasCuda = kHasCudaKernel;
   const char* schema;
 
   std::string name(const char* suffix) const { return std::string(schema, std::strchr(schema, '(')) + suffix; }
@@ -38,9 +38,9 @@ struct Op {
 template <auto F>
 using GpuOp = Op<F, false>;
 
-// On a CPU only: no kernels are written.
+// On GPUs by Triton only.
 template <auto F>
-using CpuOp = Op<F, true, false>;
+using TritonOp = Op<F, true, false>;
 
 constexpr std::tuple kOps{
     Op<quantize>{
@@ -78,7 +78,7 @@ constexpr std::tuple kOps{
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
 
-    CpuOp<w8a16_grouped_gemm>{
+    TritonOp<w8a16_grouped_gemm>{
         "w8a16_grouped_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor offs, Tensor? bias, str? activation) -> Tensor"},
 
     Op<permute_quantize>{
@@ -127,9 +127,8 @@ void for_each_op(Function f) {
 STABLE_TORCH_LIBRARY(forwardpass, m) {
   for_each_op([&](auto op) {
     if (op.kHasCpu) m.def(op.definition("_cpu").c_str());
-    if (!op.kHasGpu) return;
     m.def(op.definition("_triton").c_str());
-    m.def(op.definition("_cuda").c_str());
+    if (op.kHasCuda) m.def(op.definition("_cuda").c_str());
   });
   m.def("pack_int8_weight(Tensor weight) -> Tensor");
   m.def("_cpu_tiers() -> str");
@@ -144,14 +143,14 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   for_each_op([&](auto op) {
     if constexpr (op.kHasCpu) m.impl(op.name("_cpu").c_str(), op.template boxed<Backend::cpu>());
-    if constexpr (op.kHasGpu) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
+    if constexpr (op.kHasCuda) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
   });
   m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
   for_each_op([&](auto op) {
-    if constexpr (op.kHasGpu) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>());
+    if constexpr (op.kHasCuda) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>());
   });
 }
 

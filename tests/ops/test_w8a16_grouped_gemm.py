@@ -1,4 +1,4 @@
-"""w8a16_grouped_gemm on the CPU: for each expert's rows what w8a16_gemm gives."""
+"""w8a16_grouped_gemm on the CPU and in Triton: for each expert's rows what w8a16_gemm gives."""
 
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from forwardpass.ops.w8a16_grouped_gemm import OPERATION, cases
 from forwardpass.testing import assert_equal, poisoned_outputs
 
 CASES = list(cases.cases())
+GPU_CASES = [c for c in CASES if c.x_dtype != torch.float32]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -21,6 +22,17 @@ def test_cpu_against_reference(case, seed):
     with poisoned_outputs():
         got = torch.ops.forwardpass.w8a16_grouped_gemm_cpu(*args)
     cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 6 > 0)) for i, c in enumerate(GPU_CASES)], ids=str
+)
+def test_triton(case, arch, seed):
+    args = case.arguments(seed=seed)
+    with poisoned_outputs(), fp.use_backend("triton"), fp.interpret(arch, seed=seed, guard=True) as device:
+        cases.assert_matches(OPERATION(*args), args)
+    assert device.findings == []
 
 
 @pytest.mark.parametrize("room", [None, 50])
@@ -133,6 +145,6 @@ def test_ends_that_no_rows_have(arguments, words):
             call(**arguments)
 
 
-def test_gpus_have_no_kernels_yet():
+def test_there_is_no_cuda_kernel():
     with fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match="no such implementation"):
         call()

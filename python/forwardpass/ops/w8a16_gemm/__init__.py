@@ -56,7 +56,7 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation
     return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
 
 
-def _why_not_gpu(x: Tensor, *options: object) -> Reason | None:
+def why_not_gpu(x: Tensor, *options: object) -> Reason | None:
     if x.dtype != torch.float32:
         return None
     return Reason(
@@ -73,6 +73,6 @@ OPERATION = Operation(
     _check,
     reference.w8a16_gemm,
     _fake,
-    why_not={"cuda": _why_not_gpu, "triton": _why_not_gpu},
+    why_not={"cuda": why_not_gpu, "triton": why_not_gpu},
     notes=_notes,
 )

@@ -8,7 +8,8 @@ from torch import Tensor
 from ...dispatch import Operation
 from ..common.epilogue import check_epilogue, fake_output
 from ..common.experts import check_ends, check_expert_weight, check_of_experts
-from ..common.quantized_rows import E4M3, FLOATS, check_float_rows
+from ..common.quantized_rows import E4M3, FLOATS, check_float_rows, copy_notes
+from ..w8a16_gemm import why_not_gpu
 from . import reference
 
 
@@ -29,7 +30,7 @@ def w8a16_grouped_gemm(
         room for each      x [E, max_m, K], offs [E]: how many rows each expert has, its first ones
 
     Args:
-        x: float32, float16 or bfloat16, see above, last stride 1, any row stride.
+        x: float16, bfloat16 (or, on the CPU, float32), see above, last stride 1, any row stride.
         w: int8 or float8_e4m3fn [E, N, K], E <= 512: of each expert nn.Linear's weight.
         w_scale: float32 [E, N].
         offs: int32 [E], on x's device, see above. Experts may have no rows, and any number needs no alignment.
@@ -42,9 +43,10 @@ def w8a16_grouped_gemm(
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
-        ValueError: a shape, layout, device, value or combination of arguments is not one of those above, ends that fall or are
-            beyond the rows among them.
-        Unsupported: a backend asked for by name cannot run these arguments; there are no kernels for GPUs yet.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for
+            ends that fall, or are beyond the rows. On a GPU no host looks at them: there an end is taken to be at least the
+            one before and at most S, a count from 0 to max_m.
+        Unsupported: a backend asked for by name cannot run these arguments; there are no CUDA kernels.
     """
     return OPERATION(x, w, w_scale, offs, bias, activation)
 
@@ -69,4 +71,16 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | No
     return fake_output(x, (*x.shape[:-1], w.shape[1]), activation, x.dtype)
 
 
-OPERATION = Operation(w8a16_grouped_gemm, _check, reference.w8a16_grouped_gemm, _fake, backends=("cpu",))
+def _notes(x: Tensor, w: Tensor, *options: object) -> list[str]:
+    return copy_notes(x=x, w=w)
+
+
+OPERATION = Operation(
+    w8a16_grouped_gemm,
+    _check,
+    reference.w8a16_grouped_gemm,
+    _fake,
+    backends=("triton", "cpu"),
+    why_not={"triton": why_not_gpu},
+    notes=_notes,
+)
