@@ -63,6 +63,9 @@ GEMMS = {
     "w8a16_gemm": lambda m, n, k: fp.ops.w8a16_gemm(
         torch.ones(m, k, dtype=F16), int8(m, n, k)[1], torch.ones(n), bias=torch.ones(n)
     ),
+    "w8a16_grouped_gemm": lambda m, n, k: fp.ops.w8a16_grouped_gemm(
+        torch.ones(m, k, dtype=F16), int8(m, n, k)[1][None], torch.ones(1, n), torch.full((1,), m, dtype=I32)
+    ),
     "w8a16_gemm of blocks": lambda m, n, k: fp.ops.w8a16_gemm(
         torch.ones(m, k, dtype=F16), fp8(m, n, k)[1], torch.ones(n, -(-k // 128))
     ),
@@ -76,6 +79,15 @@ ROWS = {
         torch.ones(m, k, dtype=F16), torch.ones(m, k, dtype=F16), torch.ones(k), 1e-5, I8
     ),
     "activation_quantize": lambda m, k: fp.ops.activation_quantize(torch.ones(m, k, dtype=F16), "silu_mul", I8),
+    "permute_quantize": lambda m, k: fp.ops.permute_quantize(
+        torch.ones(m, k, dtype=F16), torch.zeros(m, 2, dtype=torch.int64), 4, I8
+    ),
+    "permute_quantize of no choices": lambda m, k: fp.ops.permute_quantize(
+        torch.ones(m, k, dtype=F16), torch.zeros(m, 0, dtype=I32), 4, E4M3
+    ),
+    "unpermute": lambda m, k: fp.ops.unpermute(
+        torch.ones(2 * m, k, dtype=F16), torch.zeros(m, 2, dtype=I32), torch.ones(m, 2)
+    ),
     "dequant_activation": lambda m, k: fp.ops.dequant_activation(
         torch.ones(m, k, dtype=I32), ONE, torch.ones(k), out_dtype=F16
     ),

@@ -34,6 +34,7 @@ from forwardpass.ops.permute_quantize import cases as permute_quantize
 from forwardpass.ops.quantize import cases as quantize
 from forwardpass.ops.unpermute import cases as unpermute
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
+from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -282,6 +283,7 @@ COMPILED_GEMMS = [
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, GATED, blocks=True, quantized=True)),
     ("w8a16_gemm", w8a16_gemm.Case((16,), 6912, 256)),
     ("w8a16_gemm", w8a16_gemm.Case((256,), 6912, 256, torch.float16, E4M3, scales="block")),
+    ("w8a16_grouped_gemm", w8a16_grouped_gemm.Case((100, 90, 200), 512, 256)),
 ]
 
 
@@ -305,6 +307,7 @@ def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, arc
         "int8_grouped_gemm": "s32.s8.s8",
         "fp8_gemm": "f32.e4m3.e4m3",
         "w8a16_gemm": r"f32.b?f16.b?f16",
+        "w8a16_grouped_gemm": r"f32.b?f16.b?f16",
     }[name]
     # few rows of 16 bits are the first operand, and a wgmma has 64
     wgmma = architecture == 90 and not (name == "w8a16_gemm" and case.lead == (16,))

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import typer
@@ -128,11 +128,22 @@ def print_examination(examination: dict[str, Any], console: Console) -> None:
     for why, where in reasons.items():
         alike: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
         for backend, names in where.items():
-            alike[() if names == operations else tuple(names)].append(backend)
-        subjects = "; ".join(", ".join(b) + (f" of {', '.join(names)}" if names else "") for names, b in alike.items())
+            alike[tuple(names)].append(backend)
+        subjects = "; ".join(
+            ", ".join(b) + ("" if list(names) == operations else f" of {listed(names, operations)}")
+            for names, b in alike.items()
+        )
         lines += wrapped(f"{subjects}: {why}")
     problems = [line for problem in examination["problems"] for line in wrapped(f"problem: {problem}")]
     say(console, "\n".join([*lines, "", *(problems or ["everything that should work here does"])]))
+
+
+def listed(names: Sequence[str], operations: Sequence[str]) -> str:
+    """These of the operations, or those that are not among them where they are fewer."""
+    others = [o for o in operations if o not in names]
+    if len(others) >= len(names):
+        return ", ".join(names)
+    return f"all operations but {', '.join(others)}" if others else "every operation"
 
 
 def describe_interpreter(interpreter: dict[str, Any]) -> str:
@@ -148,8 +159,8 @@ def describe_interpreter(interpreter: dict[str, Any]) -> str:
     sentences = []
     for backends in dict.fromkeys(map(tuple, runs.values())):
         names = [o for o in runs if tuple(runs[o]) == backends]
-        every = len(names) == len({k["operation"] for k in kernels})
-        sentences.append(f"{' and '.join(backends)} kernels of {'every operation' if every else ', '.join(names)}")
+        operations = list(dict.fromkeys(k["operation"] for k in kernels))
+        sentences.append(f"{' and '.join(backends)} kernels of {listed(names, operations)}")
     sentences += dict.fromkeys(
         f"no {k['backend']} kernels: {k['text']}" for k in kernels if k["code"] not in (None, "not_written")
     )
