@@ -8,7 +8,6 @@ python -m benchmarks.decode_linears [--rows 1 4 16] [--threads N] [--rounds N] [
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import forwardpass as fp
-from benchmarks import bench
-from benchmarks.attention_decode import copy_bandwidth
-from forwardpass.common import environment
-from forwardpass.common.timing import interleave, keep_freed_memory
+from benchmarks import bench, on_cpu
+from forwardpass.common.timing import interleave
 
 HIDDEN, INTERMEDIATE, KEYS, LAYERS, VOCABULARY = 576, 1536, 192, 30, 49152
 #: [N, K] of q, k, v, o, gate, up, down
@@ -67,27 +64,20 @@ def measure(rows: int, candidates: dict[str, tuple[list[nn.Module], torch.dtype]
 
 @torch.inference_mode()
 def main() -> None:
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16], help="sequences that are decoded together")
-    p.add_argument("--threads", type=int, help="torch's own number by default")
-    p.add_argument("--rounds", type=int, default=15, help="timed samples of each candidate")
-    p.add_argument("--json", metavar="FILE", help="also write the result to this file")
-    args = p.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    result = bench.header("decode-linears", "cpu", ["copy_gb_per_s", "results"])
-    result |= {"allocator": keep_freed_memory(), "threads": torch.get_num_threads(), "tier": environment.cpu_tier()}
+    args, result = on_cpu.begin(
+        __doc__,
+        "decode-linears",
+        lambda p: p.add_argument(
+            "--rows", type=int, nargs="+", default=[1, 4, 16], help="sequences that are decoded together"
+        ),
+    )
     linears = [nn.Linear(k, n, bias=False) for n, k in SHAPES]
     candidates = {name: ([make(x) for x in linears], dtype) for name, (make, dtype) in CANDIDATES.items()}
-    result["copy_gb_per_s"] = copy = copy_bandwidth(args.rounds) / 1e9
-    print(f"{result['device']['name']}, {result['tier']}, {result['threads']} threads; "
-          f"copy: {copy:.1f} GB/s, read and written")  # fmt: skip
-    result["results"] = []
-    for rows, row in zip(args.rows, (measure(m, candidates, args.rounds) for m in args.rows)):
+    for rows in args.rows:
+        row = measure(rows, candidates, args.rounds)
         for name, t in row.items():
-            t["of_copy"] = t["bytes"] / t["median"] / 1e6 / copy
             print(f"rows {rows:<4}{name:<14}{t['median']:9.2f} ms [{t['low']:.2f}, {t['high']:.2f}]  "
-                  f"{t['bytes'] / t['median'] / 1e6:6.1f} GB/s, {t['of_copy']:.2f} of the copy; "
+                  f"{t['bytes'] / t['median'] / 1e6:6.1f} GB/s, {on_cpu.of_copy(t, result):.2f} of the copy; "
                   f"{t['times_as_fast_as_fp32']:5.2f} x fp32", flush=True)  # fmt: skip
         result["results"].append({"rows": rows, "timings": row})
     bench.write(result, args.json)

@@ -9,7 +9,6 @@ python -m benchmarks.experts [--tokens 1 16 512] [--threads N] [--rounds N] [--j
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import itertools
@@ -20,10 +19,8 @@ import torch
 from torch import nn
 
 import forwardpass as fp
-from benchmarks import bench
-from benchmarks.attention_decode import copy_bandwidth
-from forwardpass.common import environment
-from forwardpass.common.timing import interleave, keep_freed_memory
+from benchmarks import bench, on_cpu
+from forwardpass.common.timing import interleave
 
 EXPERTS, CHOSEN, HIDDEN, INTERMEDIATE, ROUTINGS = 64, 8, 1024, 512, 16
 FIRST = "fp32 grouped_mm"  #: what others are compared with
@@ -90,27 +87,15 @@ def measure(tokens: int, made: dict[str, tuple[Callable[..., Any], torch.dtype, 
 
 @torch.inference_mode()
 def main() -> None:
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512])
-    p.add_argument("--threads", type=int, help="torch's own number by default")
-    p.add_argument("--rounds", type=int, default=15, help="timed samples of each candidate")
-    p.add_argument("--json", metavar="FILE", help="also write the result to this file")
-    args = p.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    result = bench.header("experts", "cpu", ["copy_gb_per_s", "results"])
-    result |= {"allocator": keep_freed_memory(), "threads": torch.get_num_threads(), "tier": environment.cpu_tier()}
+    args, result = on_cpu.begin(
+        __doc__, "experts", lambda p: p.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512])
+    )
     made = candidates()
-    result["copy_gb_per_s"] = copied = copy_bandwidth(args.rounds) / 1e9
-    print(f"{result['device']['name']}, {result['tier']}, {result['threads']} threads; "
-          f"copy: {copied:.1f} GB/s, read and written")  # fmt: skip
-    result["results"] = []
     for tokens in args.tokens:
         row = measure(tokens, made, args.rounds)
         for name, t in row.items():
-            t["of_copy"] = t["bytes"] / t["median"] / 1e6 / copied
             print(f"{tokens:>4} tokens  {name:<18}{t['median']:9.2f} ms [{t['low']:.2f}, {t['high']:.2f}]  "
-                  f"{t['times_as_fast_as_fp32']:6.2f} x {FIRST}, {t['of_copy']:.2f} of the copy, "
+                  f"{t['times_as_fast_as_fp32']:6.2f} x {FIRST}, {on_cpu.of_copy(t, result):.2f} of the copy, "
                   f"relative error {t['relative_error']:.1e}", flush=True)  # fmt: skip
         result["results"].append({"tokens": tokens, "timings": row})
     bench.write(result, args.json)
