@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..dispatch import Reason, use_backend
 from ..ops.common.activations import GATED, PLAIN, check_activation, interleave_gate_up
+from ..ops.common.experts import MOST_EXPERTS
 from ..ops.common.quantized_rows import FLOATS, empty_q
-from ..ops.permute_quantize import MOST_EXPERTS
 from .layer import QuantizedModule, as_dtype, quantize_weight, rows
 
 #: What activations are quantised to; None: they stay as they are.

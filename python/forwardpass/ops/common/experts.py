@@ -15,7 +15,7 @@ from .epilogue import fake_output
 from .quantized_rows import FLOATS, check_rows
 from .values import may_look
 
-#: Kernels keep a list of as many in shared memory.
+#: Kernels have a list of as many in shared memory, and count as many there.
 MOST_EXPERTS = 512
 MOST_ROWS = 2**22
 

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Operation
+from ..common.experts import MOST_EXPERTS
 from ..common.quantized_rows import check_float_rows, check_quantized, check_vector, empty_q
 from . import reference
-
-#: What thread blocks count in shared memory.
-MOST_EXPERTS = 512
 
 
 def permute_quantize(
