@@ -126,26 +126,20 @@ class Experts(QuantizedModule):
             raise ValueError(f"Experts.from_torch: {reason}")
         up_name, down_name = _weight_names(module)
         experts, intermediate, hidden = experts_sizes(module)
-        up_bias, down_bias = (module._parameters.get(f"{n}_bias") for n in (up_name, down_name))
-        weights = {"up": module._parameters[up_name], "down": module._parameters[down_name]}
-        up = weights["up"]
+        up, up_bias = module._parameters[up_name], module._parameters.get(f"{up_name}_bias")
         assert up is not None
         new = cls(experts, hidden, intermediate, kind=kind, gated=bool(module.has_gate), activation=activation,
                   bias=up_bias is not None, dtype=up.dtype if up_bias is None else up_bias.dtype, device=up.device)  # fmt: skip
-        for name, weight in weights.items():
+        for name, original, arranged in (("up", up_name, new._arranged), ("down", down_name, lambda x: x)):
+            weight, bias = module._parameters[original], module._parameters.get(f"{original}_bias")
             assert weight is not None
             for e in range(experts):
                 w = weight.detach()[e]
-                w = w.t() if module.is_transposed else w  # [N, K]
-                q, scale = quantize_weight(new._arranged(w) if name == "up" else w)
+                q, scale = quantize_weight(arranged(w.t() if module.is_transposed else w))  # [N, K]
                 getattr(new, f"{name}_weight")[e] = q
                 getattr(new, f"{name}_scale")[e] = scale
-        for name, bias in (("up", up_bias), ("down", down_bias)):
-            if bias is not None:
-                for e in range(experts):
-                    getattr(new, f"{name}_bias")[e] = (
-                        new._arranged(bias.detach()[e]) if name == "up" else bias.detach()[e]
-                    )
+                if bias is not None:
+                    getattr(new, f"{name}_bias")[e] = arranged(bias.detach()[e])
         new.adopt(module)
         return new.train(module.training)
 
