@@ -10,6 +10,7 @@ import torch
 import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.interpreter import core
+from forwardpass.ops.int8_grouped_gemm import cases as experts
 
 pytestmark = pytest.mark.interpreted
 gemm = pytest.importorskip("benchmarks.gemm", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -17,6 +18,13 @@ gemm = pytest.importorskip("benchmarks.gemm", reason="benchmarks are in the chec
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 #: a tile of each height; a tile for each multiprocessor, so that K is not split
 SHAPES = ((1, 256), (16, 16896), (64, 16896), (256, 8448), (1024, 4096), (1408, 2304))
+#: (rows of each expert, N): the same of a grouped GEMM
+EXPERTS = (
+    ((1, 0, 17, 2, 16) * 8, 520),
+    ((70, 0, 64, 63) * 4, 1600),
+    ((140, 130, 129, 128), 600),
+    ((700, 0, 1, 300), 4090),
+)
 DEPTH = 128
 HALF = {"x_dtype": torch.float16}
 
@@ -28,6 +36,17 @@ def variants():
     yield from (("w8a16_gemm", {**o, **HALF}) for o in gemm.OPERATIONS["w8a16_gemm"].values())
     # of block scales there is a kernel of its own, of either weight
     yield from (("w8a16_gemm", {"scales": "block", **dtype}) for dtype in ({}, HALF))
+
+
+def launches(arch):
+    """(operation, case) that have kernels"""
+    for name, options in variants():
+        operation = dispatch.operations[name]
+        with fp.interpret(arch):
+            shapes = () if operation.why_not_on("cuda", torch.device("cpu")) else SHAPES
+        yield from ((operation, gemm.make_case(operation, m, n, DEPTH, options)) for m, n in shapes)
+    grouped = dispatch.operations["int8_grouped_gemm"]
+    yield from ((grouped, experts.Case(counts, n, DEPTH)) for counts, n in EXPERTS)
 
 
 @dataclasses.dataclass
@@ -56,23 +75,17 @@ def main_loops(arch):
     if core.why_not() or not core.KERNELS.exists():
         pytest.skip("there are no CUDA kernels that could be interpreted")
     found = {}
-    for name, options in variants():
-        operation = dispatch.operations[name]
-        with fp.interpret(arch):
-            shapes = () if operation.why_not_on("cuda", torch.device("cpu")) else SHAPES
-        for m, n in shapes:
-            case = gemm.make_case(operation, m, n, DEPTH, options)
-            once, twice = (run(operation, dataclasses.replace(case, k=k), arch) for k in (DEPTH, 2 * DEPTH))
-            assert {key[0] for key in once} == {key[0] for key in twice}, "another depth, another kernel"
-            for (kernel, file, line), counts in twice.items():
-                before = once.get((kernel, file, line))
-                added = [
-                    getattr(counts, c) - (getattr(before, c) if before else 0)
-                    for c in ("wavefronts", "ideal_wavefronts")
-                ]
-                found.setdefault(kernel, [])
-                if added[1]:
-                    found[kernel].append(Line(f"{operation.name} {m} x {n}: {file.rpartition('/')[2]}:{line}", *added))
+    for operation, case in launches(arch):
+        once, twice = (run(operation, dataclasses.replace(case, k=k), arch) for k in (DEPTH, 2 * DEPTH))
+        assert {key[0] for key in once} == {key[0] for key in twice}, "another depth, another kernel"
+        for (kernel, file, line), counts in twice.items():
+            before = once.get((kernel, file, line))
+            added = [
+                getattr(counts, c) - (getattr(before, c) if before else 0) for c in ("wavefronts", "ideal_wavefronts")
+            ]
+            found.setdefault(kernel, [])
+            if added[1]:
+                found[kernel].append(Line(f"{operation.name} {case}: {file.rpartition('/')[2]}:{line}", *added))
     return found
 
 

@@ -429,19 +429,6 @@ def test_strict():
     assert codes(fp.swap(Head().eval(), "int8", strict=True)) == {"lm_head": "lm_head"}
 
 
-def test_strict_speaks_of_experts():
-    model = build("mixtral")
-    with pytest.raises(fp.Unsupported, match="there is no fp8 for experts"):
-        fp.swap(model, "fp8", strict=True)
-    for layer in model.model.layers:
-        layer.mlp.experts.has_gate = None  # as a class that is not transformers' own
-    with pytest.raises(fp.Unsupported, match="holds its experts' weights as one parameter"):
-        fp.swap(model, "int8", strict=True)
-    report = fp.swap(model, "int8", strict=True, exclude="experts")
-    assert not report.warnings
-    assert "fused_experts" not in codes(report).values()
-
-
 @pytest.mark.parametrize("calibrate", [None, [torch.randn(9, 64)]])
 def test_dry_run_reports_the_same_and_changes_nothing(calibrate):
     model = block()

@@ -95,6 +95,19 @@ def test_what_stays_and_why():
     assert codes(fp.swap(model, "w8a16", dry_run=True))[second] in ("tied", "shared")
 
 
+def test_strict_speaks_of_experts():
+    model = build("mixtral", MODELS)
+    with pytest.raises(fp.Unsupported, match="there is no fp8 for experts"):
+        fp.swap(model, "fp8", strict=True)
+    for layer in model.model.layers:
+        layer.mlp.experts.has_gate = None  # as a class that is not transformers' own
+    with pytest.raises(fp.Unsupported, match="holds its experts' weights as one parameter"):
+        fp.swap(model, "int8", strict=True)
+    report = fp.swap(model, "int8", strict=True, exclude="experts")
+    assert not report.warnings
+    assert "fused_experts" not in codes(report).values()
+
+
 def test_a_dry_run_is_the_same(tmp_path):
     model = build("qwen3_moe", MODELS)
     dry, report = fp.swap(model, "w8a16", dry_run=True), fp.swap(model, "w8a16")

@@ -144,7 +144,7 @@ class Experts(QuantizedModule):
         return new.train(module.training)
 
     def _arranged(self, x: Tensor) -> Tensor:
-        """Rows of the up projection as its epilogue wants them; `gate` and `up` stand one behind the other."""
+        """Rows of the up projection as its epilogue wants them, of all gates and then all ups."""
         if not self.gated or self.activation is None:
             return x
         gate, up = x.chunk(2)

@@ -118,12 +118,12 @@ class QuantizedModule(nn.Module):
         """The constructor's arguments, as JSON takes them: `cls(**config)` is this module without its values."""
         raise NotImplementedError
 
-    def _own(self) -> dict[str, Tensor]:
+    def _fixed(self) -> dict[str, Tensor]:
         """The buffers that keep their dtype."""
         return {name: t for name, t in self._buffers.items() if t is not None and not name.endswith("bias")}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        before = self._own()
+        before = self._fixed()
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
@@ -140,15 +140,15 @@ class QuantizedModule(nn.Module):
         Raises:
             RuntimeError: the state dict is of a module that is not swapped, or swapped another way.
         """
-        own = self._own()
+        fixed = self._fixed()
         stored = {n for n in self._buffers if not n.endswith("bias") and prefix + n in state_dict}
-        cast = not any(t.itemsize == 1 for t in own.values())  # a weight of 16 bits
-        misfits = [n for n, t in own.items() if n in stored and state_dict[prefix + n].dtype != t.dtype
+        cast = not any(t.itemsize == 1 for t in fixed.values())  # a weight of 16 bits
+        misfits = [n for n, t in fixed.items() if n in stored and state_dict[prefix + n].dtype != t.dtype
                    and not (cast and state_dict[prefix + n].is_floating_point())]  # fmt: skip
-        if misfits or (stored and stored != own.keys()):
-            name = misfits[0] if misfits else next(iter(own))
+        if misfits or (stored and stored != fixed.keys()):
+            name = misfits[0] if misfits else next(iter(fixed))
             other = state_dict.get(prefix + name)
-            raise RuntimeError(f"load_state_dict: {prefix}{name} holds {own[name].dtype} with {', '.join(sorted(own))}, and "
+            raise RuntimeError(f"load_state_dict: {prefix}{name} holds {fixed[name].dtype} with {', '.join(sorted(fixed))}, and "
                                f"the state dict has {getattr(other, 'dtype', 'none')} with {', '.join(sorted(stored))}: load it "
                                "into the original model (fp.restore(model) brings it back) and swap that, or swap as that "
                                "model was")  # fmt: skip
@@ -161,7 +161,7 @@ class QuantizedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, t in self._own().items():
+        for name, t in self._fixed().items():
             if t.dtype == torch.uint8:
                 setattr(self, name, t.view(E4M3))
 

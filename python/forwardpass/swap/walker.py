@@ -44,7 +44,7 @@ class Leaf:
 
     @property
     def out_features(self) -> int:
-        """Of experts: between an expert's two projections."""
+        """As Linears have it; of experts what is between the two projections."""
         if self.is_experts:
             return experts_sizes(self.module)[1]
         return self.module.nf if is_conv1d(self.module) else self.module.out_features  # type: ignore[return-value]
