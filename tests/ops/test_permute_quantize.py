@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from every_backend import in_triton, interpreted, on_cuda
 
 import forwardpass as fp
 from forwardpass.ops.permute_quantize import OPERATION, cases, reference
 from forwardpass.testing import poisoned_outputs
 
 CASES = list(cases.cases())
-ARCHITECTURES = ("sm_90a", "sm_80", "sm_89", "sm_120")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -18,30 +18,17 @@ def test_cpu(case, seed):
         cases.assert_matches(torch.ops.forwardpass.permute_quantize_cpu(*args), args)
 
 
-@pytest.mark.parametrize(
-    ("case", "arch"),
-    [
-        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 4 != j), id=f"{arch} {case}")
-        for i, case in enumerate(CASES)
-        for j, arch in enumerate(ARCHITECTURES)
-    ],
-)
+@pytest.mark.parametrize(("case", "arch"), on_cuda(CASES))
 def test_cuda(case, arch, seed):
     args = case.arguments(seed=seed)
-    with poisoned_outputs(), fp.use_backend("cuda"), fp.interpret(arch, seed=seed, guard=True) as device:
-        cases.assert_matches(OPERATION(*args), args)
-    assert device.findings == []
+    cases.assert_matches(interpreted(OPERATION, args, "cuda", arch, seed), args)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, c in enumerate(CASES)], ids=str
-)
+@pytest.mark.parametrize("case", in_triton(CASES), ids=str)
 def test_triton(case, arch, seed):
     args = case.arguments(seed=seed)
-    with poisoned_outputs(), fp.use_backend("triton"), fp.interpret(arch, seed=seed, guard=True) as device:
-        cases.assert_matches(OPERATION(*args), args)
-    assert device.findings == []
+    cases.assert_matches(interpreted(OPERATION, args, "triton", arch, seed), args)
 
 
 def test_reference_means_what_it_says():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..dispatch import Reason, use_backend
 from ..ops.common.activations import GATED, PLAIN, check_activation, interleave_gate_up
-from ..ops.common.experts import MOST_EXPERTS
+from ..ops.common.experts import MOST_EXPERTS, rows_of_choices
 from ..ops.common.quantized_rows import FLOATS, empty_q
 from .layer import QuantizedModule, as_dtype, quantize_weight, rows
 
@@ -151,7 +151,8 @@ class Experts(QuantizedModule):
         return interleave_gate_up(gate, up)
 
     def adopt(self, module: nn.Module) -> None:
-        """Takes over what is no weight: how the module that is replaced applies its gate, and its norm behind each expert."""
+        """And how it applies its gate, whose code reads those attributes, and its norm behind each expert."""
+        super().adopt(module)
         if self.activation is None:
             original: Any = type(module)
             self._gate = original._apply_gate if self.gated else _apply_activation
@@ -159,17 +160,14 @@ class Experts(QuantizedModule):
                 self.act_fn = act
         if isinstance(norm := module._modules.get("post_expert_norm"), nn.Module):
             self.post_expert_norm = norm
-        for name, value in vars(module).items():  # what its code reads
-            if not hasattr(type(self), name):
-                vars(self).setdefault(name, value)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         dtype = _ACTIVATIONS[self.kind]
         x = rows(hidden_states.flatten(0, -2))
         index, weights = (t.flatten(0, -2).contiguous() for t in (top_k_index, top_k_weights))
         if dtype is None:
-            a, offs, position = _permute(x, index, self.num_experts)
-            scale = None
+            token, offs, position = rows_of_choices(index, self.num_experts)
+            a, scale = x[token], None
         else:
             a, scale, offs, position = ops.permute_quantize(x, index, self.num_experts, dtype)
         up = self._product("up", a, scale, offs, self.activation, x.dtype)
@@ -245,15 +243,3 @@ def _apply_activation(module: nn.Module, x: Tensor) -> Tensor:
     """What transformers does where there is no gate."""
     result: Tensor = module.act_fn(x)  # type: ignore[operator]
     return result
-
-
-def _permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`permute_quantize` without a quantisation: (rows, offs, position)."""
-    flat = index.flatten()
-    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
-    order = flat.argsort(stable=True)
-    offs = torch.searchsorted(flat[order], torch.arange(experts, device=x.device, dtype=flat.dtype), right=True)
-    position = torch.empty_like(order, dtype=torch.int32)
-    position[order] = torch.arange(len(flat), device=x.device, dtype=torch.int32)
-    position = torch.where(flat < experts, position, -1).view(index.shape)
-    return x[order // index.shape[1]], offs.to(torch.int32), position

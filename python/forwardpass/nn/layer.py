@@ -114,6 +114,12 @@ class QuantizedModule(nn.Module):
         """What the module makes of the output of the one that it replaces."""
         return y
 
+    def adopt(self, module: nn.Module) -> None:
+        """Takes over from the module that is replaced what was set on it besides: attributes that this one has not."""
+        for name, value in vars(module).items():
+            if not hasattr(type(self), name):  # as `config`
+                vars(self).setdefault(name, value)
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON takes them: `cls(**config)` is this module without its values."""
         raise NotImplementedError

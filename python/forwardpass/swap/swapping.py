@@ -250,9 +250,7 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
         if hasattr(e, "add_note"):
             e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
         raise
-    for name, value in vars(leaf.module).items():
-        if not hasattr(type(new), name):  # as `config` of experts
-            vars(new).setdefault(name, value)
+    new.adopt(leaf.module)
     vars(new).update(precision=precision.name, precision_version=precision.version)
     return new.train(leaf.module.training)
 

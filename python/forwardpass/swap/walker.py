@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from .reach import Reach
 
 @dataclass(frozen=True)
 class Leaf:
-    """A module that may be replaced, Linear-like, attention or experts, and where it is."""
+    """A module that may be replaced, Linear-like or attention, and where it is."""
 
     fqn: str
     module: nn.Module
@@ -27,40 +27,57 @@ class Leaf:
     places: tuple[str, ...]  #: every name of the module; more than one where it is shared
     activation: Activation | None = None  #: what its output goes into, and nothing else does
 
-    @property
-    def is_experts(self) -> bool:
-        return is_experts(self.module)
+    is_experts: ClassVar[bool] = False
 
     @property
     def weight(self) -> Tensor:
-        """[N, K]; of experts [E, N, K], their first."""
-        return next(self.module.parameters()).detach() if self.is_experts else linear_weight(self.module)
+        """[N, K]"""
+        return linear_weight(self.module)
 
     @property
     def in_features(self) -> int:
-        if self.is_experts:
-            return experts_sizes(self.module)[2]
         return self.module.nx if is_conv1d(self.module) else self.module.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
-        """As Linears have it; of experts what is between the two projections."""
-        if self.is_experts:
-            return experts_sizes(self.module)[1]
         return self.module.nf if is_conv1d(self.module) else self.module.out_features  # type: ignore[return-value]
 
     @property
     def has_bias(self) -> bool:
-        if self.is_experts:
-            return bool(self.module.has_bias)
         return self.module.bias is not None
 
     @property
     def formula(self) -> str | None:
         """The formula of its activation."""
-        if self.is_experts:
-            return activation_within(self.module)
         return self.activation.formula if self.activation is not None else None
+
+
+class ExpertsLeaf(Leaf):
+    """A module of experts."""
+
+    is_experts: ClassVar[bool] = True
+
+    @property
+    def weight(self) -> Tensor:
+        """[E, N, K], or transposed: the first of the two."""
+        return next(self.module.parameters()).detach()
+
+    @property
+    def in_features(self) -> int:
+        return experts_sizes(self.module)[2]
+
+    @property
+    def out_features(self) -> int:
+        """What is between the two projections."""
+        return experts_sizes(self.module)[1]
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.module.has_bias)
+
+    @property
+    def formula(self) -> str | None:
+        return activation_within(self.module)
 
 
 def linear_like(model: nn.Module) -> list[Leaf]:
@@ -71,7 +88,7 @@ def linear_like(model: nn.Module) -> list[Leaf]:
 
 def experts_leaves(model: nn.Module) -> list[Leaf]:
     """The modules of experts below `model`, as `linear_like` has Linears."""
-    return leaves(model, is_experts)
+    return leaves(model, is_experts, ExpertsLeaf)
 
 
 def linear_leaves(model: nn.Module) -> list[Leaf]:
@@ -79,7 +96,7 @@ def linear_leaves(model: nn.Module) -> list[Leaf]:
     return leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
 
 
-def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool]) -> list[Leaf]:
+def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool], kind: type[Leaf] = Leaf) -> list[Leaf]:
     """The modules below `model` for which `predicate` holds, as `linear_like` has them."""
     first_places: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
     places: dict[int, list[str]] = {}
@@ -87,7 +104,7 @@ def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool]) -> list[Lea
         if predicate(module):
             first_places.setdefault(id(module), (fqn, module, parent, name, ancestors))
             places.setdefault(id(module), []).append(fqn)
-    return [Leaf(*leaf, tuple(places[key])) for key, leaf in first_places.items()]
+    return [kind(*leaf, tuple(places[key])) for key, leaf in first_places.items()]
 
 
 def _walk(

@@ -30,6 +30,23 @@ def row_ranges(a: Tensor, ends: Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *clamped], clamped))
 
 
+def rows_of_choices(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """index [T, k], the experts that tokens chose -> (the token of each row, by expert, stably; offs [E]; position [T, k]).
+
+    A choice that is no expert has the position -1, and its row is one of those behind offs[-1]."""
+    choices = index.shape[1]
+    expert = index.reshape(-1).long()
+    valid = (expert >= 0) & (expert < num_experts)
+    expert = torch.where(valid, expert, num_experts)  # behind all that are experts
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=index.device)
+    offs = counts.scatter_add(0, expert, torch.ones_like(expert))[:num_experts].cumsum(0).int()
+    order = torch.sort(expert, stable=True).indices  # the choice that each row is of
+    row = torch.empty_like(order)
+    row[order] = torch.arange(len(order), device=index.device)
+    position = torch.where(valid, row, -1).int().reshape(index.shape)
+    return torch.div(order, max(choices, 1), rounding_mode="floor"), offs, position
+
+
 def by_expert(
     a: Tensor, ends: Tensor, activation: str | None, out_dtype: torch.dtype, columns: int,
     product: Callable[[int, slice, Tensor], Tensor],

@@ -86,7 +86,11 @@ def _check(
 
 
 def _notes(a: Tensor, b: Tensor, *options: object) -> list[str]:
-    a_zero_point = options[6]
+    return int8_notes(a, b, options[6])
+
+
+def int8_notes(a: Tensor, b: Tensor, a_zero_point: object) -> list[str]:
+    """What a product costs besides, for `explain` and the log."""
     notes = copy_notes(a=a, b=b)
     if a_zero_point is not None:
         notes.append(f"b_sum: {b.numel()} bytes of b are read once more where it is not given")

@@ -8,8 +8,8 @@ from torch import Tensor
 from ...dispatch import Operation
 from ..common.epilogue import check_epilogue
 from ..common.experts import check_ends, check_expert_weight, check_experts_epilogue, fake_grouped_gemm
-from ..common.quantized_rows import check_8bit, copy_notes
-from ..int8_gemm import check_int8_depth
+from ..common.quantized_rows import check_8bit
+from ..int8_gemm import check_int8_depth, int8_notes
 from . import reference
 
 
@@ -90,11 +90,7 @@ def _check(
 
 
 def _notes(a: Tensor, b: Tensor, *options: object) -> list[str]:
-    a_zero_point = options[7]
-    notes = copy_notes(a=a, b=b)
-    if a_zero_point is not None:
-        notes.append(f"b_sum: {b.numel()} bytes of b are read once more where it is not given")
-    return notes
+    return int8_notes(a, b, options[7])
 
 
 OPERATION = Operation(int8_grouped_gemm, _check, reference.int8_grouped_gemm, fake_grouped_gemm, notes=_notes)
