@@ -100,7 +100,7 @@ class Fp8Linear(QuantizedLinear):
         layer._copy(channel_scale=channel_scale, input_scale=input_scale)
         return layer.train(module.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         b = self._buffers
         return OPERATION(
             rows(x),

@@ -42,6 +42,7 @@ class Int8Linear(QuantizedLinear):
     """
 
     operation: ClassVar[str] = "int8_linear"
+    output_buffers: ClassVar[tuple[str, ...]] = (*QuantizedLinear.output_buffers, "weight_sum")
     max_in_features: ClassVar[int | None] = MAX_K_ZERO_POINT
 
     weight_sum: Tensor | None
@@ -117,10 +118,10 @@ class Int8Linear(QuantizedLinear):
         if not symmetric:
             layer.weight_sum = layer.weight.sum(1, dtype=torch.int32)
         layer._copy(channel_scale=channel_scale, input_scale=input_scale, input_zero_point=input_zero_point)
-        layer._pack()  # here, as a graph that is compiled before the first call would not
+        layer.settle()  # here, as a graph that is compiled before the first call would not
         return layer.train(module.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         b, packed = self._buffers, self._packed
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # for other machines
@@ -131,6 +132,12 @@ class Int8Linear(QuantizedLinear):
             rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
             self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
         )  # fmt: skip
+
+    def settle(self, alone: bool = True) -> None:
+        if alone:
+            self._pack()
+        else:
+            self._packed = (None, None)
 
     def _pack(self) -> tuple[Tensor | None, Tensor | None]:
         weight = self.weight

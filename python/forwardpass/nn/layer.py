@@ -15,6 +15,7 @@ from ..ops.common.activations import PLAIN, activate, check_activation
 from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
+from .joined import Joined
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -179,12 +180,15 @@ class QuantizedLinear(QuantizedModule):
     weight_dtype: ClassVar[torch.dtype] = torch.int8
     #: the operation that its forward calls; None: torch's own product
     operation: ClassVar[str | None]
+    #: buffers with a row or an element an output
+    output_buffers: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "bias")
     #: the deepest K that the layer's kernels take
     max_in_features: ClassVar[int | None] = None
 
     weight: Tensor
     weight_scale: Tensor  #: None where the weight has 16 bits: such a layer reads its weight itself
     bias: Tensor | None
+    joined: Joined | None = None  #: with layers that are called with the same input
 
     def __init__(
         self,
@@ -263,6 +267,17 @@ class QuantizedLinear(QuantizedModule):
             if v is not None:
                 buffer = getattr(self, name)
                 setattr(self, name, v.detach().to(self.weight.device, buffer.dtype).reshape(-1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.joined is None else self.joined(self, x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b and the activation, of this layer alone."""
+        raise NotImplementedError
+
+    def settle(self, alone: bool = True) -> None:
+        """Makes what the layer keeps beside its buffers, which now have their values; not alone: drops it, as another layer
+        computes for this one."""
 
     def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
         y = self._quantized(x) @ self._dequantized_weight().t()

@@ -32,6 +32,7 @@ from .kv_cache import CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
 from .precision import modules
 from .rules import Context
+from .siblings import JoinedSwap
 from .unpadding import UnpaddingSwap, decide_unpadding, unpads
 from .walker import Leaf, experts_leaves, linear_like
 
@@ -328,6 +329,8 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
             value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later
             values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         assignments.append((slot.holder, slot.name, values[key]))
+    joined = JoinedSwap((leaf, replacements[id(leaf.module)]) for leaf in layers)
+    joined.join()
     identities = originals.identities((leaf, replacements[id(leaf.module)]) for leaf in layers)
     originals.exchange(model, [(leaf.fqn, leaf.module, replacements[id(leaf.module)]) for leaf in layers]
                        + [(x.fqn, x.original, x.replacement) for x in identities])  # fmt: skip
@@ -340,6 +343,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     change.put()
     UnpaddingSwap(unpadding).put()
     CacheSwap(caches).put()
+    joined.put()
     saving.refuse(model)
 
 

@@ -130,6 +130,7 @@ class Report:
     """The result of `fp.swap`. As a context manager it restores the model on exit. `print(report)` shows a table."""
 
     swapped: list[Swapped]
+    joined: list[tuple[str, ...]]  #: swapped layers that are called with one input, and are one product
     attention: list[SwappedAttention]
     skipped: list[Skipped]
     other_layers: list[OtherLayers]
@@ -163,6 +164,7 @@ class Report:
             "versions": {"forwardpass": self.plan.forwardpass, "torch": torch.__version__},
             "dry_run": self.dry_run,
             "swapped": [dict(vars(s)) for s in self.swapped],
+            "joined": [list(names) for names in self.joined],
             "attention": [dict(vars(s)) for s in self.attention],
             "skipped": [s.to_json() for s in self.skipped],
             "other_layers": [x.to_json() for x in self.other_layers],
@@ -202,6 +204,15 @@ class Report:
             lines += ["", *table(rows, right=(2, 3, 4))]
             for s in self.swapped:
                 lines += wrapped(tied(s.fqn, s.tied_to)) if s.tied_to else []
+        if self.joined:
+            runs = together(
+                self.joined, lambda names: names[0], lambda names: tuple(n.rpartition(".")[2] for n in names[1:])
+            )
+            rows = [
+                ("one product", "with"),
+                *((name, ", ".join(n.rpartition(".")[2] for n in x[0][1:])) for name, x in runs),
+            ]
+            lines += ["", *table(rows)]
         if self.attention:
             modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
             rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]

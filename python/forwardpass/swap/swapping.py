@@ -27,6 +27,7 @@ from .plan import Plan, PlannedLayer, layers_of
 from .precision import LayerPrecision, Precision
 from .report import OtherLayers, Report, Swapped, WeightBytes
 from .rules import Context, ties
+from .siblings import JoinedSwap
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, experts_leaves, linear_leaves, linear_like
 
@@ -170,6 +171,7 @@ def _carry_out(
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
         replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
+    joined = JoinedSwap((leaf, new) for (leaf, _), new in zip(swapped, replacements))
     change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {
         *(s.fqn for s in decision.skipped),
@@ -178,13 +180,14 @@ def _carry_out(
     }
     report = Report(
         [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(swapped, replacements)],
+        joined.names,
         change.report,
         list(decision.skipped),
         _other_layers(model, in_report),
         decision.unpadding.report(decision.attention),
         decision.kv_cache.kv_cache,
         notes,
-        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep),
+        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep, joined.peak),
         planned(
             model,
             swapped,
@@ -198,7 +201,8 @@ def _carry_out(
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
-        changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache)
+        joined.join()
+        changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
         report.attach(model, _install(model, [leaf for leaf, _ in swapped], replacements, change, changes, keep))
     return report
 
@@ -315,7 +319,7 @@ def _originals_device(original: nn.Module, keep: str | bool) -> str | None:
 
 
 def _weight_bytes(
-    model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedModule], keep: str | bool
+    model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedModule], keep: str | bool, joining: int
 ) -> WeightBytes:
     replaced = {id(leaf.module) for leaf in swapped}
     before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
@@ -325,7 +329,8 @@ def _weight_bytes(
     original_bytes = (
         tensor_bytes([*remaining, *(x.module for x in swapped)]) - tensor_bytes(remaining) if devices else 0
     )
-    return WeightBytes(before, after, original_bytes, ", ".join(sorted(map(str, devices))) or None, before + new)
+    return WeightBytes(before, after, original_bytes, ", ".join(sorted(map(str, devices))) or None,
+                       before + new + joining)  # fmt: skip
 
 
 #: What takes time whatever it weighs: (class, code, why it stays, what to do).

@@ -1,0 +1,133 @@
+"""Layers that are called with one input, one after another, as one product, as q, k and v of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .layer import QuantizedLinear
+
+#: More rows are not worth it there.
+MOST_ROWS_ON_CPU = 32
+
+
+class Joined:
+    """The layers of one input: their weights are rows of one, which the first of them multiplies for all.
+
+    That reads the input, and quantises it, once; and where rows are few, a call's fixed time is much of it. The layers stay:
+    their names, their hooks, and their buffers, which are views. The first computes, the others take their columns of the result
+    if what they are called with is the same tensor, in the forward of the module that holds them, whose code was read (see
+    `swap.siblings`): between the first call and the last nothing writes to that tensor. Called in another way each layer
+    computes alone, and so it does where the views are no longer what it holds: moved, cast, copied. Those are joined again by the
+    next call that is not compiled.
+    """
+
+    def __init__(self, members: Sequence[QuantizedLinear]) -> None:
+        self.members = tuple(members)
+        self._sizes = [m.out_features for m in members]
+        self._columns = [*zip(accumulate(self._sizes, initial=0), self._sizes)]
+        self._begun = False
+        self._result: tuple[Tensor, list[Tensor]] | None = None  #: the input, and each layer's columns
+        self._join()
+
+    def _join(self) -> None:
+        """Makes the weight of all, and the layers' buffers views of it, one at a time."""
+        first = self.members[0]
+        config = first.config() | {"out_features": sum(self._sizes)}
+        with torch.inference_mode(False), torch.no_grad():  # for a later load_state_dict, which writes in place
+            self.layer = type(first)(**config, device=first.weight.device).eval()
+            for name, whole in self.layer._buffers.items():
+                if whole is None:
+                    continue
+                if name not in first.output_buffers:
+                    whole.copy_(first._buffers[name])  # type: ignore[arg-type]
+                    continue
+                for member, part in zip(self.members, whole.split(self._sizes)):
+                    part.copy_(member._buffers[name])
+                    member._buffers[name] = part
+        self.layer.settle()
+        for member in self.members:
+            member.settle(alone=False)
+            member.joined = self
+        self._views = [(m._buffers, name, t) for m in self.members for name, t in m._buffers.items() if t is not None]
+
+    def _is_whole(self) -> bool:
+        for buffers, name, view in self._views:  # noqa: SIM110, a generator takes three times as long
+            if buffers[name] is not view:
+                return False
+        return True
+
+    def begin(self, *_: Any) -> None:
+        """A hook before the forward of the module that calls the layers: the next calls are those that were read."""
+        self._begun, self._result = True, None
+
+    def __call__(self, member: QuantizedLinear, x: Tensor) -> Tensor:
+        if member is self.members[0]:
+            begun, self._begun = self._begun, False
+            if not begun or _has_too_many_rows(x) or torch.compiler.is_exporting():
+                return member.product(x)  # what is exported asks for no number of rows
+            if not self._is_whole():
+                if torch.compiler.is_compiling() or why_apart(self.members):
+                    return member.product(x)
+                self._join()
+            y = self.layer.product(x)
+            columns = [y.narrow(-1, start, n) for start, n in self._columns]
+            self._result = x, columns
+            return columns[0]
+        result = self._result
+        if result is None or result[0] is not x:
+            return member.product(x)
+        if member is self.members[-1]:
+            self._result = None
+        return result[1][self.members.index(member)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_begun": False,
+            "_result": None,
+            "_views": [({"": None}, "", self)],
+        }  # a copy's tensors are others
+
+
+def _has_too_many_rows(x: Tensor) -> bool:
+    """On a CPU the product itself is then all of the time, and an output in one piece is new memory for each call, where those of
+    the layers are used again: SmolLM2-135M in int8, 512 rows, two cores of Zen 4: 520 ms joined, 390 ms apart."""
+    return x.device.type == "cpu" and x.numel() > MOST_ROWS_ON_CPU * x.shape[-1]
+
+
+def why_apart(layers: Sequence[nn.Module]) -> str | None:
+    """Why these layers cannot be one product; None where they can."""
+    from .layer import QuantizedLinear
+
+    first = layers[0]
+    for layer in layers:
+        if not isinstance(layer, QuantizedLinear) or type(layer) is not type(first):
+            return "they are of several kinds"
+        if type(layer).forward is not QuantizedLinear.forward:
+            return f"{type(layer).__name__} has a forward of its own"
+        if _form(layer) != _form(first):
+            return "their activations, biases, scales or dtypes differ"
+        if layer.out_features % 8:
+            return "rows of 16 bytes would be divided"
+        for name, t in layer._buffers.items():
+            if t is None:
+                continue
+            if name in layer.output_buffers:
+                if t.shape[0] != layer.out_features:
+                    return f"{name} is not by output"
+            elif not t.is_meta and not torch.equal(t, first._buffers[name]):  # type: ignore[arg-type]
+                return f"{name} differs"
+    return None
+
+
+def _form(layer: QuantizedLinear) -> Any:
+    """What layers that are joined have in common."""
+    return layer.config() | {"out_features": None}, {
+        name: (t.dtype, t.device) for name, t in layer._buffers.items() if t is not None
+    }
