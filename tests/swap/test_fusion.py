@@ -148,7 +148,9 @@ def test_a_layer_computes_its_activation(cls, activation):
     assert f"activation={activation}" in repr(layer) and "activation=" not in repr(plain)
     assert cls(**json.loads(json.dumps(layer.config()))).activation == activation
     with pytest.raises(ValueError, match="activation must be one of"):
-        cls(4, 4, activation="silu_mul")
+        cls(4, 4, activation="swish")
+    with pytest.raises(ValueError, match="a multiple of 16"):
+        cls(4, 40, activation="silu_mul")
 
 
 @torch.inference_mode()

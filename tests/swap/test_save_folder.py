@@ -210,7 +210,8 @@ def test_a_swapped_models_own_method_refuses(tmp_path, made):
         other.save_pretrained(tmp_path / "none")
     assert "\n" not in str(e.value)
     assert not (tmp_path / "none").exists()
-    assert made == "part" or {k.removeprefix("_orig_mod.") for k in other.state_dict()} >= keys
+    names = {k.removeprefix("_orig_mod.") for k in other.state_dict()}
+    assert made == "part" or names >= {k for k in keys if ".mlp." not in k}
     fp.restore(model)
     model.save_pretrained(tmp_path / "none")
     assert "save_pretrained" not in vars(model)

@@ -52,7 +52,9 @@ def test_architectures(name, precision):
     assert not set(names(report)) & set(codes(report))
     assert len(names(report)) >= 4
     for swapped in (s for s in report.swapped if s.fqn not in experts):
-        layer = model.get_submodule(swapped.fqn)
+        holder, _, part = swapped.fqn.rpartition(".")
+        holder = model.get_submodule(holder)
+        layer = holder.separate()[part] if isinstance(holder, fp.nn.GatedMLP) else getattr(holder, part)
         assert isinstance(layer, QuantizedLinear)
         assert (layer.in_features, layer.out_features) == (swapped.in_features, swapped.out_features)
     assert 0 < (after - before).norm() / before.norm() < OFF[precision]

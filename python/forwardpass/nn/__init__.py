@@ -3,6 +3,7 @@
 from .bf16_linear import Bf16Linear
 from .experts import Experts
 from .fp8_linear import Fp8Linear
+from .gated_mlp import GatedMLP
 from .int8_linear import Int8Linear
 from .layer import QuantizedLinear, QuantizedModule
 from .multihead_attention import MultiheadAttention
@@ -12,6 +13,7 @@ __all__ = [
     "Bf16Linear",
     "Experts",
     "Fp8Linear",
+    "GatedMLP",
     "Int8Linear",
     "MultiheadAttention",
     "QuantizedLinear",

@@ -101,8 +101,8 @@ def _has_too_many_rows(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() > MOST_ROWS_ON_CPU * x.shape[-1]
 
 
-def why_apart(layers: Sequence[nn.Module]) -> str | None:
-    """Why these layers cannot be one product; None where they can."""
+def why_apart(layers: Sequence[nn.Module], but_activation: bool = False) -> str | None:
+    """Why these layers cannot be one product; None where they can. but_activation: whatever they apply to their outputs."""
     from .layer import QuantizedLinear
 
     first = layers[0]
@@ -111,7 +111,7 @@ def why_apart(layers: Sequence[nn.Module]) -> str | None:
             return "they are of several kinds"
         if type(layer).forward is not QuantizedLinear.forward:
             return f"{type(layer).__name__} has a forward of its own"
-        if _form(layer) != _form(first):
+        if _form(layer) != _form(first) or not (but_activation or layer.activation == first.activation):
             return "their activations, biases, scales or dtypes differ"
         if layer.out_features % 8:
             return "rows of 16 bytes would be divided"
@@ -128,6 +128,6 @@ def why_apart(layers: Sequence[nn.Module]) -> str | None:
 
 def _form(layer: QuantizedLinear) -> Any:
     """What layers that are joined have in common."""
-    return layer.config() | {"out_features": None}, {
+    return layer.config() | {"out_features": None, "activation": None}, {
         name: (t.dtype, t.device) for name, t in layer._buffers.items() if t is not None
     }

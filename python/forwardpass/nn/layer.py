@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..dispatch import Reason, operations
 from ..ops import quantize
-from ..ops.common.activations import PLAIN, activate, check_activation
+from ..ops.common.activations import GATED, PLAIN, activate, check_activation, is_gated, separate_gate_up
 from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
@@ -174,7 +174,10 @@ class QuantizedModule(nn.Module):
 
 
 class QuantizedLinear(QuantizedModule):
-    """Base of the layers: weight [N, K], weight_scale fp32 (`scales_shape`; None for a weight of 16 bits), bias [N] or None."""
+    """Base of the layers: weight [N, K], weight_scale fp32 (`scales_shape`; None for a weight of 16 bits), bias [N] or None.
+
+    With a gated activation ("silu_mul") rows are those of a gate and an up projection by `interleave_gate_up`, and outputs N / 2.
+    """
 
     #: of the weight, where the constructor does not say another
     weight_dtype: ClassVar[torch.dtype] = torch.int8
@@ -202,7 +205,10 @@ class QuantizedLinear(QuantizedModule):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        check_activation(type(self).__name__, activation, (None, *PLAIN))
+        check_activation(type(self).__name__, activation, (None, *PLAIN, *GATED))
+        if is_gated(activation) and out_features % 16:
+            raise ValueError(f"{type(self).__name__}: with {activation} out_features must be a multiple of 16, blocks of 8 of gate "
+                             f"and 8 of up, and is {out_features}: pad both")  # fmt: skip
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         shape, weight_dtype = (out_features, in_features), weight_dtype or self.weight_dtype
         if scales is None:
@@ -284,7 +290,8 @@ class QuantizedLinear(QuantizedModule):
         return self.activated(y if self.bias is None else y + self.bias.double())
 
     def activated(self, y: Tensor) -> Tensor:
-        return activate(self.activation, y)
+        gate, up = separate_gate_up(y, -1) if is_gated(self.activation) else (y, None)
+        return activate(self.activation, gate, up)
 
     def _quantized(self, x: Tensor) -> Tensor:
         return x.double()

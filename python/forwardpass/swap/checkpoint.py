@@ -22,12 +22,13 @@ from ..common.files import read_json, write_json
 from ..common.modules import plain_module
 from ..integrations import sentence_transformers as sentences
 from ..integrations.kv_scales import KV_CACHES
-from ..nn import Experts, QuantizedModule
+from ..nn import Experts, GatedMLP, QuantizedModule
 from ..nn.experts import experts_sizes
 from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
+from .gated_mlps import GatedMLPSwap
 from .kv_cache import CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
 from .precision import modules
@@ -71,16 +72,18 @@ class Slot:
         return self.module._parameters if self.is_parameter else self.module._buffers
 
 
-def _slots(model: nn.Module, instead: Mapping[int, nn.Module]) -> Iterator[tuple[str, Slot]]:
+def _slots(model: nn.Module, instead: Mapping[int, nn.Module], prefix: str = "") -> Iterator[tuple[str, Slot]]:
     """Every parameter and buffer under every name; buffers that state_dict leaves out (rotary frequencies) too, as a
     model built without values cannot compute them. `instead`: modules that stand for others, by id.
     """
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        module = instead.get(id(module), module)
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    yield f"{fqn}.{name}" if fqn else name, Slot(module, name, tensor)
+    module = instead.get(id(model), model)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                yield prefix + name, Slot(module, name, tensor)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _slots(child, instead, f"{prefix}{name}.")
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -116,7 +119,15 @@ def write(
     model: nn.Module, around: dict[str, Any] | None, folder: str | os.PathLike[str], overwrite: bool = False
 ) -> None:
     """`save_pretrained` of a model that is, or for its names stands for, what `around` describes; without its tokenizer."""
-    layers = originals.quantised_layers(model)
+    layers: dict[str, QuantizedModule] = {}
+    separate: dict[int, nn.Module] = {}  # what stands for a module in the file
+    for fqn, quantised in originals.quantised_layers(model).items():
+        if isinstance(quantised, GatedMLP):
+            three = quantised.separate()
+            separate[id(quantised)] = nn.ModuleDict(three)
+            layers |= {f"{fqn}.{name}": layer for name, layer in three.items()}
+        else:
+            layers[fqn] = quantised
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
                          "first, or use the model's own save method")  # fmt: skip
@@ -130,7 +141,7 @@ def write(
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{fqn} ({type(module).__name__}) has extra state that is no tensor, which safetensors "
                              f"cannot hold: save that model with its own method")  # fmt: skip
-    for name, slot in _slots(model, {}):
+    for name, slot in _slots(model, separate):
         t = slot.tensor.detach()
         if type(t) is not Tensor or t.is_meta:
             raise ValueError(f"{name} is {'on the meta device' if t.is_meta else f'a {type(t).__name__}'}, and only "
@@ -329,11 +340,17 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
             value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later
             values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         assignments.append((slot.holder, slot.name, values[key]))
-    joined = JoinedSwap((leaf, replacements[id(leaf.module)]) for leaf in layers)
+    built = {leaf.fqn: (leaf, replacements[id(leaf.module)]) for leaf in layers}
+    gated = GatedMLPSwap(built)
+    alone = {fqn: layer for fqn, layer in built.items() if fqn not in gated.members}
+    joined = JoinedSwap(alone)
+    slots.clear()
+    replacements.clear()
+    built.clear()
     joined.join()
-    identities = originals.identities((leaf, replacements[id(leaf.module)]) for leaf in layers)
-    originals.exchange(model, [(leaf.fqn, leaf.module, replacements[id(leaf.module)]) for leaf in layers]
-                       + [(x.fqn, x.original, x.replacement) for x in identities])  # fmt: skip
+    replaced = (*originals.identities(alone.values()), *gated.build())
+    originals.exchange(model, [(leaf.fqn, leaf.module, layer) for leaf, layer in alone.values()]
+                       + [(x.fqn, x.original, x.replacement) for x in replaced])  # fmt: skip
     for holder, name, value in assignments:
         holder[name] = value
     change = AttentionSwap(

@@ -73,7 +73,7 @@ def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
     if in_sequence:
         behind = dict(itertools.pairwise(parent._modules)).get(leaf.name)
     else:
-        behind = None if _is_watched(parent) else _behind(reach.methods(type(parent)) or (), leaf.name)
+        behind = None if is_watched(parent) else _behind(reach.methods(type(parent)) or (), leaf.name)
     if behind not in beside or "." in behind:  # which no path leads to
         return None
     module = parent._modules[behind]
@@ -86,10 +86,11 @@ def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
 
 def _fusible(module: nn.Module) -> str | None:
     """Its formula, where it may be replaced."""
-    return None if _is_watched(module) else formula_of(module)
+    return None if is_watched(module) else formula_of(module)
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether something is around its forward."""
     return has_hooks(module) or "forward" in vars(module)
 
 
@@ -118,7 +119,7 @@ def _words(method: Function) -> Iterator[Any]:
             yield node.value
 
 
-def _called(node: ast.AST | None, self_name: str | None) -> tuple[str, ast.expr] | None:
+def called(node: ast.AST | None, self_name: str | None) -> tuple[str, ast.expr] | None:
     """(name, argument) of `self.<name>(argument)`."""
     if not (
         isinstance(node, ast.Call)
@@ -134,8 +135,8 @@ def _called(node: ast.AST | None, self_name: str | None) -> tuple[str, ast.expr]
 def _pairs(function: ast.FunctionDef, name: str) -> Iterator[str]:
     self_name = self_of(function)
     for node in ast.walk(function):
-        outer = _called(node, self_name)
-        if outer and (inner := _called(outer[1], self_name)) and inner[0] == name:
+        outer = called(node, self_name)
+        if outer and (inner := called(outer[1], self_name)) and inner[0] == name:
             yield outer[0]
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
             if isinstance(block, list):
@@ -149,8 +150,8 @@ def _in_a_row(function: ast.FunctionDef, first: ast.stmt, second: ast.stmt, name
     self_name = self_of(function)
     if not (isinstance(first, ast.Assign) and len(first.targets) == 1 and isinstance(first.targets[0], ast.Name)):
         return None
-    variable, inner = first.targets[0].id, _called(first.value, self_name)
-    outer = _called(second.value, self_name) if isinstance(second, ast.Assign | ast.Return) else None
+    variable, inner = first.targets[0].id, called(first.value, self_name)
+    outer = called(second.value, self_name) if isinstance(second, ast.Assign | ast.Return) else None
     if not inner or inner[0] != name or not outer or not isinstance(outer[1], ast.Name) or outer[1].id != variable:
         return None
     if isinstance(second, ast.Assign):
@@ -185,7 +186,7 @@ def _called_as_a_whole(leaf: Leaf, reach: Reach) -> bool:
     containers: list[tuple[str, nn.Module]] = []
     while chain and type(chain[-1][1]) in CONTAINERS:
         containers.insert(0, chain.pop())
-    if not all(reach.has_one_place(m) and not _is_watched(m) for _, m in containers):
+    if not all(reach.has_one_place(m) and not is_watched(m) for _, m in containers):
         return False
     kinds = [type(m) for _, m in containers]
     if not chain:  # the user calls it

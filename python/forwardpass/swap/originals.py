@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..common.batches import device_of
 from ..common.modules import plain_module
 from ..integrations.transformers_attention import PLACE
-from ..nn import MultiheadAttention, QuantizedModule
+from ..nn import GatedMLP, MultiheadAttention, QuantizedModule
 from . import saving
 from .walker import Leaf
 
@@ -208,8 +208,10 @@ def restore(model: nn.Module) -> None:
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
-    """The quantised layers of forwardpass.nn in a model, and its quantised experts, by name."""
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    """The quantised layers of forwardpass.nn in a model, its quantised experts, and its MLPs that are one module, by name."""
+    modules = {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    within = {id(layer) for m in modules.values() if isinstance(m, GatedMLP) for layer in m.children()}
+    return {fqn: m for fqn, m in modules.items() if id(m) not in within}
 
 
 def swapped_attention(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from typing import TypeVar
@@ -126,12 +126,11 @@ def _changes_in_place(statement: ast.stmt) -> bool:
 class JoinedSwap:
     """Swapped layers of one input as one product, where they can be: `join` before they are in the model, `put` after."""
 
-    def __init__(self, layers: Iterable[tuple[Leaf, QuantizedModule]]) -> None:
-        new = {leaf.fqn: (leaf, replacement) for leaf, replacement in layers}
+    def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
         self.runs = [
             (run, members)
-            for run in siblings(leaf for leaf, _ in new.values())
-            if why_apart(members := [new[leaf.fqn][1] for leaf in run]) is None
+            for run in siblings(leaf for leaf, _ in layers.values())
+            if why_apart(members := [layers[leaf.fqn][1] for leaf in run]) is None
         ]
         self._joined: list[Joined] = []
         self._handles: list[RemovableHandle] = []

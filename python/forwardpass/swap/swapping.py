@@ -21,6 +21,7 @@ from ..version import __version__
 from . import originals
 from .attention import AttentionSwap, check_choice
 from .decision import Decision, decide, refuse_model, refuse_skips
+from .gated_mlps import GatedMLPSwap
 from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
@@ -171,7 +172,9 @@ def _carry_out(
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
         replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
-    joined = JoinedSwap((leaf, new) for (leaf, _), new in zip(swapped, replacements))
+    layers = {leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}
+    gated = GatedMLPSwap(layers)
+    joined = JoinedSwap({fqn: layer for fqn, layer in layers.items() if fqn not in gated.members})
     change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {
         *(s.fqn for s in decision.skipped),
@@ -180,14 +183,14 @@ def _carry_out(
     }
     report = Report(
         [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(swapped, replacements)],
-        joined.names,
+        [*joined.names, *gated.names],
         change.report,
         list(decision.skipped),
         _other_layers(model, in_report),
         decision.unpadding.report(decision.attention),
         decision.kv_cache.kv_cache,
         notes,
-        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep, joined.peak),
+        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep, max(joined.peak, gated.peak)),
         planned(
             model,
             swapped,
@@ -201,9 +204,14 @@ def _carry_out(
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
+        alone = [layer for fqn, layer in layers.items() if fqn not in gated.members]
+        layers.clear()
+        replacements.clear()
         joined.join()
+        replaced = (*(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone), *gated.build())
         changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
-        report.attach(model, _install(model, [leaf for leaf, _ in swapped], replacements, change, changes, keep))
+        changed = originals.Originals(replaced, True, change, changes, originals.identities(alone))
+        report.attach(model, _install(model, changed, keep))
     return report
 
 
@@ -285,24 +293,14 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
     )
 
 
-def _install(
-    model: nn.Module,
-    leaves: list[Leaf],
-    replacements: list[QuantizedModule],
-    attention: originals.Attention,
-    changes: tuple[originals.Change, ...],
-    keep: str | bool,
-) -> originals.Originals:
+def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
-    layers = tuple(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in zip(leaves, replacements))
-    activations = originals.identities(zip(leaves, replacements))
-    changed = originals.Originals(layers, True, attention, changes, activations)
     changed.put(model)
-    swapped = changed if keep else originals.Originals((), False, attention, changes)
+    swapped = changed if keep else originals.Originals((), False, changed.attention, changed.changes)
     try:
         originals.remember(model, swapped)
         originals.Moved(
-            [x.original for x in layers if _originals_device(x.original, keep) == "cpu"],
+            [x.original for x in changed.layers if _originals_device(x.original, keep) == "cpu"],
             torch.device("cpu"),
             but=(*model.parameters(), *model.buffers()),  # a tied head's weight is the embedding's
         )

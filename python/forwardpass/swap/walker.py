@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn.experts import experts_sizes, is_experts
 from ..nn.layer import is_conv1d, linear_weight
 from .fusion import Activation, activation_behind, activation_within
+from .gated_mlps import GatedBlock, gated_block
 from .reach import Reach
 
 
@@ -26,6 +27,7 @@ class Leaf:
     ancestors: tuple[tuple[str, nn.Module], ...]  #: from the root, (name in its parent, module); the root's name is ""
     places: tuple[str, ...]  #: every name of the module; more than one where it is shared
     activation: Activation | None = None  #: what its output goes into, and nothing else does
+    block: GatedBlock | None = None  #: the module whose gate it is, where that is all it computes
 
     is_experts: ClassVar[bool] = False
 
@@ -83,7 +85,14 @@ class ExpertsLeaf(Leaf):
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
     reach = Reach(model)
-    return [replace(leaf, activation=activation_behind(leaf, reach)) for leaf in linear_leaves(model)]
+    return [_proven(leaf, reach) for leaf in linear_leaves(model)]
+
+
+def _proven(leaf: Leaf, reach: Reach) -> Leaf:
+    """With what the model's code says of it."""
+    if (activation := activation_behind(leaf, reach)) is None:
+        return leaf
+    return replace(leaf, activation=activation, block=gated_block(leaf, activation, reach))
 
 
 def experts_leaves(model: nn.Module) -> list[Leaf]:
