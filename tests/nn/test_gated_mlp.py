@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import forwardpass as fp
 from forwardpass.nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, W8A16Linear
 
 CLASSES = (Int8Linear, W8A16Linear, Fp8Linear, Bf16Linear)
@@ -142,3 +143,22 @@ def test_fewer_bytes_between_the_products(cls):
     mlp.gate_up.register_forward_hook(lambda *call: written.append(call[-1].shape[-1]))
     mlp(torch.randn(3, 72))
     assert written == [40]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+@torch.no_grad()
+def test_on_gpus(arch, backend):
+    """By the interpreter: fewer launches than the layers have, and the same result but for a rounding between."""
+    for cls in (Int8Linear, W8A16Linear, *((Fp8Linear,) if arch != "sm_80" else ())):
+        three = layers(cls, k=80, i=48, n=24, dtype=torch.bfloat16)
+        mlp = GatedMLP.from_layers(*three)
+        x = torch.randn(5, 80, dtype=torch.bfloat16)
+        with fp.interpret(arch, counters=True) as device, fp.use_backend(backend):
+            y = mlp(x)
+        launches = sum(k.launches for k in device.kernels())
+        with fp.interpret(arch, counters=True) as device, fp.use_backend(backend):
+            beside = three[2](three[0](x) * three[1](x))
+        assert launches < sum(k.launches for k in device.kernels())
+        torch.testing.assert_close(y.double(), mlp.exact(x), rtol=2**-7, atol=DIFFERS[torch.bfloat16])
+        torch.testing.assert_close(y, beside, rtol=0, atol=DIFFERS[torch.bfloat16])

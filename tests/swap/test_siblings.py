@@ -288,6 +288,9 @@ def test_what_differs_stays_apart():
         model, "int8", include=["0.a", "0.b", "0.c"], calibrate=[torch.randn(64, SIZE)]
     )  # smoothed each by its own weight
     assert report.joined == []
+    fp.restore(model)
+    report = fp.swap(model, "int8", include=["0.a", "0.b", "0.c"], calibrate=[torch.randn(64, SIZE)], dry_run=True)
+    assert report.joined == []
 
 
 def test_no_trace_of_a_dry_run():

@@ -121,7 +121,7 @@ def why_apart(layers: Sequence[nn.Module], but_activation: bool = False) -> str 
             if name in layer.output_buffers:
                 if t.shape[0] != layer.out_features:
                     return f"{name} is not by output"
-            elif not t.is_meta and not torch.equal(t, first._buffers[name]):  # type: ignore[arg-type]
+            elif t.is_meta or not torch.equal(t, first._buffers[name]):  # type: ignore[arg-type]
                 return f"{name} differs"
     return None
 

@@ -201,7 +201,7 @@ def restore(model: nn.Module) -> None:
     layers = swapped.replaced
     for layer in layers:
         layer.original.train(layer.replacement.training)
-    hooked = [x.fqn for x in layers if x.replacement._forward_hooks or x.replacement._forward_pre_hooks]
+    hooked = [x.fqn for x in layers if any(m._forward_hooks or m._forward_pre_hooks for m in x.replacement.modules())]
     if hooked:
         warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
                       "register them again on the restored layers", stacklevel=2)  # fmt: skip
