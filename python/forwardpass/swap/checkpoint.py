@@ -28,7 +28,6 @@ from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
 from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
-from .gated_mlps import GatedMLPSwap
 from .kv_cache import CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
 from .precision import modules
@@ -340,17 +339,10 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
             value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later
             values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         assignments.append((slot.holder, slot.name, values[key]))
-    built = {leaf.fqn: (leaf, replacements[id(leaf.module)]) for leaf in layers}
-    gated = GatedMLPSwap(built)
-    alone = {fqn: layer for fqn, layer in built.items() if fqn not in gated.members}
-    joined = JoinedSwap(alone)
-    slots.clear()
-    replacements.clear()
-    built.clear()
-    joined.join()
-    replaced = (*originals.identities(alone.values()), *gated.build())
-    originals.exchange(model, [(leaf.fqn, leaf.module, layer) for leaf, layer in alone.values()]
-                       + [(x.fqn, x.original, x.replacement) for x in replaced])  # fmt: skip
+    joined = JoinedSwap({leaf.fqn: (leaf, replacements.pop(id(leaf.module))) for leaf in layers})
+    slots.clear()  # which hold the layers too
+    in_place = [x for part in joined.build() for x in part]
+    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in in_place])
     for holder, name, value in assignments:
         holder[name] = value
     change = AttentionSwap(

@@ -81,53 +81,42 @@ def _formula(forward: ast.FunctionDef, gate: str, act: str) -> tuple[str, str] |
     return beside[0], down
 
 
-class GatedMLPSwap:
-    """The replacements of such modules, where gate, up and down were swapped so that they go together."""
+class GatedMLPs:
+    """Of swapped layers those that make such a module, where gate, up and down became what goes together."""
 
     def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
-        self._layers = dict(layers)
-        self._blocks: list[tuple[GatedBlock, tuple[str, str, str]]] = []
-        for fqn, (leaf, gate) in layers.items():
+        self._blocks: list[tuple[GatedBlock, tuple[str, str, str], list[QuantizedLinear]]] = []
+        for fqn, (leaf, _) in layers.items():
             if leaf.block is None:
                 continue
             names = (fqn, f"{leaf.block.fqn}.{leaf.block.up}", f"{leaf.block.fqn}.{leaf.block.down}")
-            up, down = (layers[name][1] if name in layers else None for name in names[1:])
-            if (
-                isinstance(gate, QuantizedLinear)
-                and isinstance(up, QuantizedLinear)
-                and isinstance(down, QuantizedLinear)
-                and GatedMLP.why_not(gate, up) is None
-            ):
-                self._blocks.append((leaf.block, names))
+            three = [m for name in names if name in layers and isinstance(m := layers[name][1], QuantizedLinear)]
+            if len(three) == 3 and GatedMLP.why_not(*three[:2]) is None:
+                self._blocks.append((leaf.block, names, three))
 
     @property
     def names(self) -> list[tuple[str, ...]]:
         """Names of gates and ups."""
-        return [names[:2] for _, names in self._blocks]
+        return [names[:2] for _, names, _ in self._blocks]
 
     @property
     def members(self) -> set[str]:
-        return {name for _, names in self._blocks for name in names}
+        return {name for _, names, _ in self._blocks for name in names}
 
     @property
     def peak(self) -> int:
         """Bytes that are held twice while one module after another is made."""
-        return max((tensor_bytes(self._layers[n][1] for n in pair) for pair in self.names), default=0)
+        return max((tensor_bytes(three[:2]) for _, _, three in self._blocks), default=0)
 
     def build(self) -> tuple[originals.Replaced, ...]:
         """The modules that stand for the originals; the separate layers are freed one after another."""
         replaced = []
-        for block, names in self._blocks:
-            gate, up, down = (self._layers.pop(name)[1] for name in names)
-            assert (
-                isinstance(gate, QuantizedLinear)
-                and isinstance(up, QuantizedLinear)
-                and isinstance(down, QuantizedLinear)
-            )
-            new = GatedMLP.from_layers(gate, up, down).train(block.module.training)
-            new.gate_up.adopt(gate)
+        for block, names, three in self._blocks:
+            new = GatedMLP.from_layers(*three).train(block.module.training)
+            new.gate_up.adopt(three[0])
             new.adopt(block.module)
-            new.adopt(gate)  # its precision
             new.members = (names[0].rpartition(".")[2], block.up, block.down)
+            vars(new).update((name, x) for name, x in vars(three[0]).items() if name.startswith("precision"))
             replaced.append(originals.Replaced(block.fqn, block.module, new))
+            three.clear()
         return tuple(replaced)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from typing import TypeVar
@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from ..common.modules import tensor_bytes
 from ..nn import QuantizedModule
 from ..nn.joined import Joined, why_apart
+from . import originals
+from .gated_mlps import GatedMLPs
 from .reach import CONTAINERS, definition, functions_in, is_attribute_of, self_of
 from .walker import Leaf
 
@@ -124,32 +126,45 @@ def _changes_in_place(statement: ast.stmt) -> bool:
 
 
 class JoinedSwap:
-    """Swapped layers of one input as one product, where they can be: `join` before they are in the model, `put` after."""
+    """Swapped layers in the places of originals, those that belong together as one product: `build` before they are in the model,
+    `put` after.
 
-    def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
-        self.runs = [
+    Args:
+        layers: by name; emptied by `build`, so that nothing else holds a layer that is copied into another.
+    """
+
+    def __init__(self, layers: dict[str, tuple[Leaf, QuantizedModule]]) -> None:
+        self._layers, self._gated = layers, GatedMLPs(layers)
+        alone = {fqn: layer for fqn, layer in layers.items() if fqn not in self._gated.members}
+        self._runs = [
             (run, members)
-            for run in siblings(leaf for leaf, _ in layers.values())
-            if why_apart(members := [layers[leaf.fqn][1] for leaf in run]) is None
+            for run in siblings(leaf for leaf, _ in alone.values())
+            if why_apart(members := [alone[leaf.fqn][1] for leaf in run]) is None
         ]
         self._joined: list[Joined] = []
         self._handles: list[RemovableHandle] = []
 
     @property
     def names(self) -> list[tuple[str, ...]]:
-        return [tuple(leaf.fqn for leaf in run) for run, _ in self.runs]
+        """Those of each product."""
+        return [*(tuple(leaf.fqn for leaf in run) for run, _ in self._runs), *self._gated.names]
 
     @property
     def peak(self) -> int:
-        """Bytes that are held twice while one run after another is joined."""
-        return max((tensor_bytes(members) for _, members in self.runs), default=0)
+        """Bytes that are held twice while one product after another is made."""
+        return max((self._gated.peak, *(tensor_bytes(members) for _, members in self._runs)))
 
-    def join(self) -> None:
-        self._joined = [Joined(members) for _, members in self.runs]  # type: ignore[arg-type]
+    def build(self) -> tuple[tuple[originals.Replaced, ...], tuple[originals.Replaced, ...]]:
+        """(layers and MLPs, activations that they compute): what is to be put in place."""
+        alone = [layer for fqn, layer in self._layers.items() if fqn not in self._gated.members]
+        self._layers.clear()
+        self._joined = [Joined(members) for _, members in self._runs]  # type: ignore[arg-type]
+        layers = (originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
+        return (*layers, *self._gated.build()), originals.identities(alone)
 
     def put(self) -> None:
         self._handles = [
-            run[0].parent.register_forward_pre_hook(joined.begin) for (run, _), joined in zip(self.runs, self._joined)
+            run[0].parent.register_forward_pre_hook(joined.begin) for (run, _), joined in zip(self._runs, self._joined)
         ]
 
     def undo(self) -> None:

@@ -21,7 +21,6 @@ from ..version import __version__
 from . import originals
 from .attention import AttentionSwap, check_choice
 from .decision import Decision, decide, refuse_model, refuse_skips
-from .gated_mlps import GatedMLPSwap
 from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
@@ -172,9 +171,7 @@ def _carry_out(
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
         replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
-    layers = {leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}
-    gated = GatedMLPSwap(layers)
-    joined = JoinedSwap({fqn: layer for fqn, layer in layers.items() if fqn not in gated.members})
+    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)})
     change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {
         *(s.fqn for s in decision.skipped),
@@ -183,14 +180,14 @@ def _carry_out(
     }
     report = Report(
         [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(swapped, replacements)],
-        [*joined.names, *gated.names],
+        joined.names,
         change.report,
         list(decision.skipped),
         _other_layers(model, in_report),
         decision.unpadding.report(decision.attention),
         decision.kv_cache.kv_cache,
         notes,
-        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep, max(joined.peak, gated.peak)),
+        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep, joined.peak),
         planned(
             model,
             swapped,
@@ -204,14 +201,10 @@ def _carry_out(
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
-        alone = [layer for fqn, layer in layers.items() if fqn not in gated.members]
-        layers.clear()
         replacements.clear()
-        joined.join()
-        replaced = (*(originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone), *gated.build())
+        layers, activations = joined.build()
         changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
-        changed = originals.Originals(replaced, True, change, changes, originals.identities(alone))
-        report.attach(model, _install(model, changed, keep))
+        report.attach(model, _install(model, originals.Originals(layers, True, change, changes, activations), keep))
     return report
 
 
