@@ -32,6 +32,7 @@ class Instance:
     #: multiprocessor, and mutants need no more than wrap around
     tiles: int = 0
     multiprocessors: int = 0  # of the GPU, 0: all
+    files: tuple[str, ...] = ()  # whose lines are mutated; none: all
 
     @property
     def columns(self):
@@ -56,7 +57,7 @@ def instance_launches(instance, arch):
     ):
         for case in instance.cases:
             args, module = case.arguments(), sys.modules[type(case).__module__]
-            operation = fp.dispatch.operations[getattr(case, "op", module.__name__.split(".")[-2])]
+            operation = fp.dispatch.operations[getattr(case, "op", None) or module.__name__.split(".")[-2]]
             if module is append_kv:  # which returns nothing
                 with fp.use_backend("reference"):
                     operation(*(expected := append_kv.copied(args)))

@@ -33,6 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import mutant_attention
 import mutant_decode
 import mutant_edits
+import mutant_experts
 import mutant_gemms
 from mutant_instances import instance_launches
 from mutant_launches import reached, recording
@@ -40,7 +41,7 @@ from triton_version import triton_version
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
-INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES | mutant_decode.INSTANCES
+INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES | mutant_decode.INSTANCES | mutant_experts.INSTANCES
 TRITON = triton_version()
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in
@@ -174,6 +175,8 @@ class Subject:
         self.text = mutant_edits.only(self.launches[0].ptx, kernel)
         self.mutants = mutant_edits.mutants(self.text, name, arch)
         if name in INSTANCES:
+            files = INSTANCES[name].files
+            self.mutants = [m for m in self.mutants if not files or m.file in files]
             self.mutants = [m for m in self.mutants if m.file not in mutant_gemms.EPILOGUE or not m.arithmetic]
         module = Module(self.text)
         lines = {m.line - 1 for m in self.mutants}

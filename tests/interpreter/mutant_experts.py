@@ -1,0 +1,141 @@
+"""The kernels for experts in the mutation suite: permute_quantize's and unpermute's, which are one for all types, and instances of
+int8_grouped_gemm's."""
+
+import torch
+from mutant_instances import Instance
+
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.int8_grouped_gemm.cases import Case as Grouped
+from forwardpass.ops.int8_grouped_gemm.cases import assert_matches as assert_matches  # of Falling, too
+from forwardpass.ops.permute_quantize.cases import Case as Permute
+from forwardpass.ops.unpermute.cases import Case as Unpermute
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+#: columns beside which a thread has none, and those that it has in registers, where a row has the most threads
+VECTOR, THREADS = 8, 512
+IN_REGISTERS = 4 * VECTOR * THREADS
+#: One kernel for its three launches: one and two thread blocks of choices, tokens without any place, rows of a thread, of a warp
+#: and of several; and of each type, rows that end within each of a thread's vectors, and those that are read twice.
+PERMUTE = (
+    Permute(9, 3, 60, 33, routing="sentinels"),
+    Permute(70, 2, 8, 40, F16, E4M3, torch.int32, channel_scale=True),
+    Permute(3, 5, 300, 2100, F32, routing="sentinels"),
+    Permute(12, 2, 8, 40, routing="none"),
+    Permute(300, 8, 512, 16, routing="sentinels", layout="aligned"),
+    Permute(1300, 8, 60, 8, F32, layout="contiguous"),
+    Permute(20, 2, 8, 264, F16, layout="aligned"),
+    Permute(20, 2, 8, 1035, layout="aligned"),
+    Permute(60, 1, 8, 2100, F16),
+    Permute(60, 1, 8, 4104, F32, layout="aligned"),
+    Permute(60, 1, 8, 4104, BF16, E4M3, channel_scale=True, layout="aligned"),
+    # of each warp the largest value
+    *(Permute(3, 1, 8, 3 * (4096 + 256 * warp + 100), F32, layout="aligned") for warp in range(16)),
+    # the largest is in each of a thread's vectors once
+    *(
+        Permute(2, 1, 8, 3 * (IN_REGISTERS + vector * VECTOR * THREADS + VECTOR + 2), dtype)
+        for dtype in (F32, F16, BF16)
+        for vector in range(4)
+    ),
+    *(
+        Permute(2, 2, 8, columns, dtype, layout="shifted")
+        for dtype in (F32, F16, BF16)
+        for columns in (16, IN_REGISTERS + VECTOR)
+    ),
+    *(
+        Permute(2, 6, 8, before + vector * apart + n, dtype, q, channel_scale=before > 0 and n == 7, layout="aligned")
+        for dtype, q in ((F32, torch.int8), (F16, E4M3), (BF16, torch.int8))
+        for before, apart in ((0, VECTOR), (IN_REGISTERS, VECTOR * THREADS))
+        for vector in range(4)
+        for n in (3, 7, 8)
+    ),
+)
+UNPERMUTE = (
+    Unpermute(5, 3, 33, left_out=0.3),
+    Unpermute(3, 6, 264, F16, F16, layout="contiguous"),
+    Unpermute(4, 8, 40, F32, left_out=0.3, layout="aligned"),
+    Unpermute(4, 3, 36, F32, layout="contiguous"),  # the last row's last vector ends where the storage does
+    Unpermute(20, 2, 72, F32, layout="shifted"),
+    Unpermute(4, 4, 24),
+    Unpermute(4, 12, 24, F16),
+    Unpermute(4, 12, 24, F32),
+    Unpermute(4, 4, 24, F16),
+    Unpermute(9, 5, 64, weights_dtype=BF16, groups=7),
+)
+
+HALF = EpilogueCase(bias=F16, activation="relu", out_dtype=BF16)
+GATED = EpilogueCase(activation="silu_mul", out_dtype=BF16)
+ZERO_POINT = EpilogueCase(zero_point="row", b_scale="column")
+#: whose lines are mutated in the grouped instances; the others' are in those of one product
+FILES = (
+    "csrc/device/gemm_sm80.cuh",
+    "csrc/device/gemm_sm90a.cuh",
+    "csrc/device/grouped_output.cuh",
+    "csrc/params/gemm.h",
+    "csrc/schedule/grouped_tile.cuh",
+    "csrc/schedule/persistent.cuh",
+)
+
+
+class Falling(Grouped):
+    """Of seven ends one is what it would be, the others are less; and of odd numbers of experts one is the last one's."""
+
+    op = "int8_grouped_gemm"
+
+    def arguments(self, device="cpu", seed=0):
+        args = super().arguments(device, seed)
+        ends, at = args[4], torch.arange(len(self.counts))
+        last = ends[-1].clone()
+        ends[at % 7 != 3] //= 3
+        if len(ends) % 2:
+            ends[len(ends) // 4] = last
+        return args
+
+
+def many(experts):
+    """Rows of experts of which a lane has several, beside each other: none, some, the last of a lane none."""
+    return tuple((5 * e) % 4 * (e % 3) for e in range(experts))
+
+
+def grouped(m, *lists):
+    """Of tiles of m rows, whose launches have as many for an expert on average as choose them: in both layouts, experts that lanes
+    have none of, one and several (`lists`: how many experts), ends inside a tile and between two, tile after tile, rows of none."""
+    mean = m // 2 + 8
+
+    def case(counts, n, k, epilogue, of=Grouped):
+        return of(counts, n, k, epilogue, beyond=mean * len(counts) - sum(counts))
+
+    return (
+        case((m, 0, 1, m + 1, 2 * m, m - 1) + (0,) * (m // 4), 300, 260, HALF),
+        case((m, 0, m // 2), 40, 1540, ZERO_POINT),
+        case((m // 2, 0, 1), 33, 70, HALF),
+        case((m // 2, 0, 1), 96, 16, HALF),
+        case((0,) * 60, 144, 64, HALF),
+        Grouped((0, m, 0, m // 2, m - 1), 48, 700, GATED, room=m),
+        Grouped((m, m - 1), 33, 70, EpilogueCase(out_dtype=torch.int8), room=m),
+        Grouped((m // 2, m - 1, 0), 273, 70, EpilogueCase(), room=m),
+        *(case(many(experts), 16, 64, HALF, of) for experts in lists for of in (Grouped, Falling)),
+        *(Grouped(many(experts), 16, 64, HALF, room=mean) for experts in lists),
+    )
+
+
+#: of a tile of many outputs on mma.sync a list has 144 experts
+LISTS_MMA, LISTS_ALL = (32, 33, 75, 130), (32, 33, 75, 130, 300)
+
+
+def mma(m, cases):
+    return Instance(("sm_80",), f"Grouped<Int8>, MmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
+
+
+def wgmma(m, cases):
+    return Instance(("sm_90a",), f"Grouped<Int8>, WgmmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
+
+
+INSTANCES = {
+    "permute_quantize": Instance(("sm_80",), "permute_quantize_kernel", PERMUTE),
+    "unpermute": Instance(("sm_80",), "unpermute_kernel", UNPERMUTE),
+    "grouped_mma_128x128": mma(128, grouped(128, *LISTS_MMA)),
+    "grouped_mma_16x128": mma(16, grouped(16, *LISTS_ALL)),
+    "grouped_wgmma_128x128": wgmma(128, (*grouped(128, *LISTS_ALL), Grouped((2100, 1, 4300), 16, 16, HALF))),
+    "grouped_wgmma_16x128": wgmma(16, grouped(16, *LISTS_ALL)),
+}
