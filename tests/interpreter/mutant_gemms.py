@@ -167,15 +167,17 @@ CUDA = {
         transposed(F8, 16, fp8_linear.Case((9,), 300, 500), *transposed(F8, 16, blocks=True)), clusters=1,
     ),
     "w8a16_16x128": Instance(
-        ("sm_80", "sm_89"), "W8a16Config<bf16, W8a16Tile{m=16,",
-        tuple(W8((m,), n, k, torch.bfloat16, w, scales, activation=activation)
+        ("sm_80", "sm_89"), "W8a16Config<W8a16, W8a16Tile{m=16,",
+        tuple(W8((m,), n, k, dtype, w, scales, activation=activation)
+              for dtype in (torch.float16, torch.bfloat16)
               for w in (torch.int8, E4M3)
               for m, n, k, scales, activation in ((9, 120, 500, "block", None), (16, 128, 30, "column", "silu_mul"),
                                                   (9, 40, 1100, "block", None), (9, 300, 16, "tensor", None))),
     ),
     "w8a16_128x128": Instance(
-        ("sm_80",), "W8a16Config<f16, W8a16Tile{m=128,",
-        tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
+        ("sm_80",), "W8a16Config<W8a16, W8a16Tile{m=128,",
+        tuple(W8((m,), n, k, dtype, w, scales, activation=activation)
+              for dtype in (torch.float16, torch.bfloat16)
               for w in (torch.int8, E4M3)
               for m, n, k, scales, activation in ((70, 120, 500, "block", None), (128, 128, 30, "column", "silu_mul"),
                                                   (70, 40, 1100, "block", None), (1153, 130, 16, "tensor", None))),

@@ -1,199 +1,23 @@
-// w8a16_gemm on mma.sync m16n8k16: the 8-bit weight is upconverted in registers, x is used as it is. Swap-AB, as on
-// wgmma and in the GEMV: the mma's first operand, the weight, is four consecutive registers, which upconversion fills
-// without a move; the second is two, and a 16-byte load of x fills it twice. The other way round a third of all
-// instructions were moves.
-//
-// Memory binds up to 64 rows, beyond that the tensor cores. Of 128 x 128 a warp has 64 x 32, so that no element of the
-// weight is upconverted by more than two warps. For 128 mma, 1024 clocks of an A100, a warp issues 514 instructions
-// (int8 to fp16), 662 (int8 to bf16), 737 (e4m3 to fp16) or 929 (e4m3 to bf16), and a scheduler has two warps: the last
-// is nearly bound by issue. With the instruction for e4m3 (sm_90) they are 452 and 644. Static counts, nvcc 13.0, of a
-// kernel for one of the two weight types.
-#include "device/dispatch.h"
-#include "device/gemm_sm80.cuh"
-#include "device/upconvert.cuh"
+// w8a16_gemm on mma.sync.
+#include "device/w8a16_sm80.cuh"
 #include "kernels/gemm.h"
 #include "params/w8a16_gemm.h"
 
 namespace forwardpass {
 
-// What a kernel's tile is made of.
-struct W8a16Tile {
-  int m, n;           // of the output, what a block computes
-  int stages;         // of 128 of K
-  int blocks_per_sm;  // that share a multiprocessor
-};
-
-template <Dtype X, W8a16Tile kTile>
-struct W8a16Mainloop;
-
-// A stage is two slices of 64 of K: rows of 128 bytes of x, of 64 bytes of the weight. A lane loads its elements by 16
-// bytes: 16 consecutive ones of the weight, and the same 16 of x in two loads. ldmatrix would give it elements of x and
-// of the weight that do not belong together. Eight lanes read two rows of the weight, 128 contiguous bytes, and every
-// second chunk of two rows of x, which the swizzle makes contiguous.
-template <Dtype X_, W8a16Tile kTile>
-struct W8a16Config {
-  static constexpr Dtype X = X_;
-  struct Element {
-    static constexpr Dtype kAcc = Dtype::f32;
-  };
-  static constexpr int kM = kTile.m, kN = kTile.n, kStages = kTile.stages, kBlocksPerSm = kTile.blocks_per_sm;
-  static constexpr int kWarpN = 32, kWarpM = kM < 64 ? kM : 64, kWarpsN = kN / kWarpN, kWarpsM = kM / kWarpM;
-  static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
-  static constexpr int kTilesN = kWarpN / 16, kTilesM = kWarpM / 8;  // of a warp, each of 16 x 8
-  static constexpr int kSliceX = 128, kSliceW = 64;                  // bytes of a row in a slice
-
-  using Schedule = OneTile<W8a16Config>;
-  using Accumulators = Fragments<float, kTilesN, kTilesM>;
-  using Pipeline = CpAsyncPipeline<kStages>;
-  using Mainloop = W8a16Mainloop<X, kTile>;
-  using Epilogue = TransposedEpilogue<false>;
-
-  struct SharedStorage {
-    union {
-      struct {
-        uint8_t x[2 * kStages][kM * kSliceX], w[2 * kStages][kN * kSliceW];
-      } slice;
-      Staging staging[kWarps];
-    };
-  };
-};
-
-// A matrix of 16-bit elements as a matrix of bytes.
-__device__ inline Matrix in_bytes(Matrix m) {
-  m.columns *= 2, m.stride *= 2;
-  return m;
-}
-
-// A lane's offsets in a slice.
-template <class Config>
-struct SliceOffset {
-  int x[2], w;  // of x for each half of the slice; of the weight for both
-
-  __device__ SliceOffset(int warp_m, int warp_n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      x[half] = SwizzledRows<Config::kSliceX>::offset(warp_m + group_id(), 2 * thread_in_group() + half);
-    w = SwizzledRows<Config::kSliceW>::offset(warp_n + group_id(), thread_in_group());
-  }
-};
-
-// sum [weight's rows, x's rows] = weight x^T, of the slices in stage `stage`.
-template <class Config, Dtype W>
-__device__ inline void mma_stage(typename Config::Accumulators& sum, const typename Config::SharedStorage& s, int stage,
-                                 const SliceOffset<Config>& from) {
-  constexpr float kZeros[4] = {};
-#pragma unroll
-  for (int slice = 0; slice < 2; ++slice) {
-    const uint8_t *x_rows = s.slice.x[stage * 2 + slice], *w_rows = s.slice.w[stage * 2 + slice] + from.w;
-    uint4 weight[Config::kTilesN][2];  // of a tile, two rows that are eight apart
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kTilesN; ++i)
-      weight[i / 2][i % 2] = *reinterpret_cast<const uint4*>(w_rows + i * 8 * Config::kSliceW);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t upconverted[Config::kTilesN][2][4];
-#pragma unroll
-      for (int i = 0; i < Config::kTilesN; ++i)
-#pragma unroll
-        for (int step = 0; step < 2; ++step)
-          upconvert_rows<W, Config::X>(word(weight[i][0], half * 2 + step), word(weight[i][1], half * 2 + step),
-                                       upconverted[i][step]);
-#pragma unroll
-      for (int j = 0; j < Config::kTilesM; ++j) {
-        const uint4 x = *reinterpret_cast<const uint4*>(x_rows + from.x[half] + j * 8 * Config::kSliceX);
-        const uint32_t columns[2][2] = {{x.x, x.y}, {x.z, x.w}};
-#pragma unroll
-        for (int i = 0; i < Config::kTilesN; ++i)
-#pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            if (slice == 0 && half == 0 && step == 0)
-              ptx::mma_m16n8k16<Config::X>(sum[i][j], upconverted[i][step], columns[step], kZeros);
-            else
-              ptx::mma_m16n8k16<Config::X>(sum[i][j], upconverted[i][step], columns[step], sum[i][j]);
-          }
-      }
-    }
-  }
-}
-
-// Scales of this lane's rows of the weight, from `row` on, for block `block` of K.
-template <int kTilesN>
-__device__ inline void load_block_scales(float (&scale)[kTilesN][2], const GemmArguments& p, int64_t row,
-                                         int64_t block) {
-  const int64_t blocks = ceil_div(p.a.columns, kScaleBlock);
-#pragma unroll
-  for (int i = 0; i < 2 * kTilesN; ++i)
-    scale[i / 2][i % 2] = p.blocks.b ? p.blocks.b[min(row + i * 8, p.b.rows - 1) * blocks + block] : 1.0f;
-}
-
-// Every 128 of K the partial accumulators are added to a second set, times the weight's scale of that block if it has
-// block scales.
-template <Dtype X, W8a16Tile kTile>
-struct W8a16Mainloop {
-  using Config = W8a16Config<X, kTile>;
-  using Pipeline = typename Config::Pipeline;
-  const GemmArguments& p;
-  typename Config::SharedStorage& s;
-  const int warp_m, warp_n;  // this warp's first row and column in the tile
-
-  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) const {
-    OperandCopy<Config::kSliceX, Config::kM, Config::kThreads> copy_x(in_bytes(p.a), tile.row, tile.k * 2,
-                                                                      tile.k_end * 2, s.slice.x[0]);
-    OperandCopy<Config::kSliceW, Config::kN, Config::kThreads> copy_w(p.b, tile.column, tile.k, tile.k_end,
-                                                                      s.slice.w[0]);
-    const SliceOffset<Config> from(warp_m, warp_n);
-    const auto copy_next = [&](int stage) {  // zeros beyond K
-#pragma unroll
-      for (int slice = 0; slice < 2; ++slice) {
-        copy_x.masked(stage * 2 + slice, slice), copy_w.masked(stage * 2 + slice, slice);
-      }
-      copy_x.advance(2), copy_w.advance(2);
-      ptx::cp_async_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < Config::kStages - 1; ++i) copy_next(i);
-
-    acc.clear();
-    int stage = 0;
-    const int64_t last_block = ceil_div(tile.k_end, kScaleBlock);
-#pragma unroll 1
-    for (int64_t block = tile.k / kScaleBlock; block < last_block; ++block) {
-      Pipeline::wait();
-      copy_next(Pipeline::before(stage));
-      float scale[Config::kTilesN][2];
-      load_block_scales(scale, p, tile.column + warp_n + group_id(), block);
-      typename Config::Accumulators sum;
-      if (p.b.dtype == Dtype::i8)
-        mma_stage<Config, Dtype::i8>(sum, s, stage, from);
-      else
-        mma_stage<Config, Dtype::e4m3>(sum, s, stage, from);
-      acc.for_each([&](float& a, int i, int j, int e) { a = __fmaf_rn(sum[i][j][e], scale[i][e / 2], a); });
-      stage = Pipeline::after(stage);
-    }
-    Pipeline::drain();
-  }
-};
-
 // Memory binds: three stages in flight, 48 KB of the weight, with one block per multiprocessor (an H100 needs 15 KB,
 // see gemv_sm80.cu).
-template <Dtype X>
-using Tile16x128 = W8a16Config<X, W8a16Tile{.m = 16, .n = 128, .stages = 4, .blocks_per_sm = 1}>;
-template <Dtype X>
-using Tile64x128 = W8a16Config<X, W8a16Tile{.m = 64, .n = 128, .stages = 3, .blocks_per_sm = 1}>;
+using Tile16x128 = W8a16Config<W8a16, W8a16Tile{.m = 16, .n = 128, .stages = 4, .blocks_per_sm = 1}>;
+using Tile64x128 = W8a16Config<W8a16, W8a16Tile{.m = 64, .n = 128, .stages = 3, .blocks_per_sm = 1}>;
 // Two stages are 96 KB, all that an L40S has: one is used, for 2048 clocks of an A100, while the other arrives. Two
 // sets of accumulators are 128 registers, so eight warps per multiprocessor.
-template <Dtype X>
-using Tile128x128 = W8a16Config<X, W8a16Tile{.m = 128, .n = 128, .stages = 2, .blocks_per_sm = 1}>;
+using Tile128x128 = W8a16Config<W8a16, W8a16Tile{.m = 128, .n = 128, .stages = 2, .blocks_per_sm = 1}>;
 
 namespace {
 
-template <template <Dtype> class Tile>
-cudaError_t launch(const GemmParams& p, cudaStream_t stream) {
-  return dispatch<Dtype::f16, Dtype::bf16>(p.a.dtype, [&](auto X) { return launch_gemm_mma<Tile<X()>>(p, stream); });
-}
-template <template <Dtype> class Tile>
+template <class Tile>
 constexpr GemmKernel row() {
-  return {.arch = sm_80, .tile_m = Tile<Dtype::f16>::kM, .tile_n = Tile<Dtype::f16>::kN, .launch = launch<Tile>};
+  return {.arch = sm_80, .tile_m = Tile::kM, .tile_n = Tile::kN, .launch = launch_gemm_mma<Tile>};
 }
 const GemmKernel kernels[] = {row<Tile128x128>(), row<Tile64x128>(), row<Tile16x128>()};
 const GemmKernels<W8a16GemmParams> registered(kernels);
