@@ -11,9 +11,9 @@ namespace forwardpass {
 namespace {
 
 // One operation. F is its torch side: a function of the backend and of the schema's arguments.
-template <auto F, bool kHasCpuKernel = true, bool kHasCudaKernel = true>
+template <auto F, bool kHasCpuKernel = true>
 struct Op {
-  static constexpr bool kHasCpu = kHasCpuKernel, kHasCuda = kHasCudaKernel;
+  static constexpr bool kHasCpu = kHasCpuKernel;
   const char* schema;
 
   std::string name(const char* suffix) const { return std::string(schema, std::strchr(schema, '(')) + suffix; }
@@ -37,10 +37,6 @@ struct Op {
 // On GPUs only: the CPU has no fp8 arithmetic.
 template <auto F>
 using GpuOp = Op<F, false>;
-
-// On GPUs by Triton only.
-template <auto F>
-using TritonOp = Op<F, true, false>;
 
 constexpr std::tuple kOps{
     Op<quantize>{
@@ -78,7 +74,7 @@ constexpr std::tuple kOps{
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
 
-    TritonOp<w8a16_grouped_gemm>{
+    Op<w8a16_grouped_gemm>{
         "w8a16_grouped_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor offs, Tensor? bias, str? activation) -> Tensor"},
 
     Op<permute_quantize>{
@@ -128,7 +124,7 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
   for_each_op([&](auto op) {
     if (op.kHasCpu) m.def(op.definition("_cpu").c_str());
     m.def(op.definition("_triton").c_str());
-    if (op.kHasCuda) m.def(op.definition("_cuda").c_str());
+    m.def(op.definition("_cuda").c_str());
   });
   m.def("pack_int8_weight(Tensor weight) -> Tensor");
   m.def("_cpu_tiers() -> str");
@@ -143,15 +139,13 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   for_each_op([&](auto op) {
     if constexpr (op.kHasCpu) m.impl(op.name("_cpu").c_str(), op.template boxed<Backend::cpu>());
-    if constexpr (op.kHasCuda) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
+    m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
   });
   m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
-  for_each_op([&](auto op) {
-    if constexpr (op.kHasCuda) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>());
-  });
+  for_each_op([&](auto op) { m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>()); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {

@@ -1,6 +1,9 @@
+#include "params/w8a16_grouped_gemm.h"
+
 #include "cpu/w8a16_gemm.h"
 #include "torch/epilogue.h"
 #include "torch/experts.h"
+#include "torch/gemm.h"
 #include "torch/ops.h"
 
 namespace forwardpass {
@@ -11,6 +14,7 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, con
   GemmParams p{};
   p.a = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(p.a.dtype), op, ": x must be float16, bfloat16 or float32");
+  STD_TORCH_CHECK(backend == Backend::cpu || p.a.dtype != Dtype::f32, op, ": on a GPU x must be float16 or bfloat16");
   const Dtype w_dtype = dtype_of(w.scalar_type(), op, "w");
   STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": w must be int8 or float8_e4m3fn");
   p.b = expert_weight(w, w_dtype, p.a.columns, x, op, "w");
@@ -23,7 +27,10 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, con
   std::tie(out, p.epilogue) =
       epilogue(sizes, p.a.rows, {.activation = activation_of(activation, op), .out_dtype = x.scalar_type()}, x, op);
   take_experts(p.epilogue, p.b.rows, w_scale, bias, {}, x, op);
-  STD_TORCH_CHECK(backend == Backend::cpu, op, ": there is no CUDA kernel");
+  if (backend != Backend::cpu) {
+    run_gemm<W8a16GroupedGemmParams>(backend, p, x);
+    return out;
+  }
   check_ends(p.groups, p.a.rows, op);
   if (out.numel()) w8a16_grouped_gemm_cpu(x, p);
   return out;

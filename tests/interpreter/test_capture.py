@@ -27,6 +27,7 @@ from forwardpass.ops.permute_quantize import cases as permute_quantize
 from forwardpass.ops.quantize import cases as quantize
 from forwardpass.ops.unpermute import cases as unpermute
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
+from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 from forwardpass.testing import assert_equal
 
 pytestmark = pytest.mark.interpreted
@@ -45,6 +46,7 @@ CASES = [
     ("int8_grouped_gemm", int8_grouped_gemm.Case((3, 0, 70), 33, 130, layouts=("apart", "apart"))),
     ("int8_linear", int8_linear.Case((5,), 33, 130, symmetric=False)),
     ("w8a16_gemm", w8a16_gemm.Case((20,), 48, 600)),
+    ("w8a16_grouped_gemm", w8a16_grouped_gemm.Case((3, 0, 70), 33, 130, layout="apart")),
     ("fp8_gemm", fp8_gemm.Case(20, 48, 600)),
     ("fp8_gemm", fp8_gemm.Case(20, 256, 300, quantized=True)),
     ("fp8_linear", fp8_linear.Case((5,), 33, 130)),
@@ -98,6 +100,7 @@ def test_replay_is_a_call(name, case, arch):
         "attention_decode": ("lengths", "leftpad"),
         "append_kv": ("lengths",),
         "int8_grouped_gemm": ("counts",),
+        "w8a16_grouped_gemm": ("counts",),
     }.get(name, ())
     other = dataclasses.replace(case, **{field: getattr(case, field)[::-1] for field in on_device})
     args, others = case.arguments(seed=0), other.arguments(seed=1)

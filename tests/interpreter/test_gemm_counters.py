@@ -10,7 +10,8 @@ import torch
 import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.interpreter import core
-from forwardpass.ops.int8_grouped_gemm import cases as experts
+from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
+from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 
 pytestmark = pytest.mark.interpreted
 gemm = pytest.importorskip("benchmarks.gemm", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -45,8 +46,8 @@ def launches(arch):
         with fp.interpret(arch):
             shapes = () if operation.why_not_on("cuda", torch.device("cpu")) else SHAPES
         yield from ((operation, gemm.make_case(operation, m, n, DEPTH, options)) for m, n in shapes)
-    grouped = dispatch.operations["int8_grouped_gemm"]
-    yield from ((grouped, experts.Case(counts, n, DEPTH)) for counts, n in EXPERTS)
+    for name, cases in (("int8_grouped_gemm", int8_grouped_gemm), ("w8a16_grouped_gemm", w8a16_grouped_gemm)):
+        yield from ((dispatch.operations[name], cases.Case(counts, n, DEPTH)) for counts, n in EXPERTS)
 
 
 @dataclasses.dataclass

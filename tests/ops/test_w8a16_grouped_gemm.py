@@ -143,8 +143,3 @@ def test_ends_that_no_rows_have(arguments, words):
     for _ in range(2):  # the first call is checked in Python, the second is refused by the kernel
         with pytest.raises(ValueError, match=words):
             call(**arguments)
-
-
-def test_there_is_no_cuda_kernel():
-    with fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match="no such implementation"):
-        call()

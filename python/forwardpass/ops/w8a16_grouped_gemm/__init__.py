@@ -46,7 +46,7 @@ def w8a16_grouped_gemm(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for
             ends that fall, or are beyond the rows. On a GPU no host looks at them: there an end is taken to be at least the
             one before and at most S, a count from 0 to max_m.
-        Unsupported: a backend asked for by name cannot run these arguments; there are no CUDA kernels.
+        Unsupported: a backend asked for by name cannot run these arguments.
     """
     return OPERATION(x, w, w_scale, offs, bias, activation)
 
@@ -80,7 +80,6 @@ OPERATION = Operation(
     _check,
     reference.w8a16_grouped_gemm,
     _fake,
-    backends=("triton", "cpu"),
-    why_not={"triton": why_not_gpu},
+    why_not={"cuda": why_not_gpu, "triton": why_not_gpu},
     notes=_notes,
 )
