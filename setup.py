@@ -189,6 +189,11 @@ def arches():
     return list(built), left_out
 
 
+#: Files of which a GPU of 8.9 runs the machine code for 8.0: its own is the same, instruction by instruction, but for a zero that
+#: is moved and not multiplied by itself (of pad_rows) and the allocation of registers.
+OF_80_ON_89 = ("pad_rows_sm80.cu", "unpermute_sm80.cu")
+
+
 def gencode(source):
     """-gencode flags of one file: its name says the lowest architecture that runs it (…_sm80.cu; …_sm90a.cu: that one only).
 
@@ -200,6 +205,8 @@ def gencode(source):
     if minimum.endswith("a"):
         return [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches()[0] if a == minimum]
     plain = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
+    if source.name in OF_80_ON_89 and 80 in plain:
+        plain = [n for n in plain if n != 89]
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
     # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
     has_sm90a = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()

@@ -125,6 +125,14 @@ def test_code_for_blackwell_is_made_of_ptx_for_hopper(setup_py, listed, quantize
         assert made.gencode(ROOT / "csrc/kernels" / name) == [f"-gencode=arch=compute_{f}" for f in flags]
 
 
+def test_code_for_8_0_is_8_9_s_where_its_own_gains_nothing(setup_py):
+    for listed, arches in (("8.0 8.9", ["80"]), ("8.9", ["89"])):
+        made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
+        for name in made.OF_80_ON_89:
+            (source,) = (ROOT / "csrc/kernels").rglob(name)
+            assert made.gencode(source) == [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches]
+
+
 def test_architectures_that_are_all_too_old(setup_py):
     made = setup_py(TORCH_CUDA_ARCH_LIST="7.0;7.5")
     assert "nothing can be built: 7.0 (the kernels need 8.0 or later); 7.5 (the" in made.why_no_cuda()
