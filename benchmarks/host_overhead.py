@@ -86,6 +86,9 @@ def calls() -> dict[str, Callable[[], Any]]:
             a, experts, a_scale, experts_scale, ends, bias=experts_bias, out_dtype=out
         ),
         "fp8_gemm": lambda: ops.fp8_gemm(a8, b8, a_scale, b_scale, bias=bias, out_dtype=out),
+        "fp8_grouped_gemm": lambda: ops.fp8_grouped_gemm(
+            a8, experts.to(a8.dtype), a_scale, experts_scale, ends, bias=experts_bias, out_dtype=out
+        ),
         "fp8_gemm_quantize": lambda: ops.fp8_gemm_quantize(a8, b8, a_scale, b_scale, bias=bias),
         "int8_linear": lambda: ops.int8_linear(x, b, b_scale, bias=bias),
         "fp8_linear": lambda: ops.fp8_linear(x, b8, b_scale, bias=bias),

@@ -359,7 +359,7 @@ struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8
   typename Direct::OfRows a_scale = {};  // of this lane's rows in the tile that has begun
 
   __device__ Direct direct(const GemmTile& tile, int row, int column) const {
-    return {this->staging, this->out, tile.row + row, tile.column + column};
+    return {*this->staging, this->out, tile.row + row, tile.column + column};
   }
   // What a tile's outputs need beside its accumulators, loaded while those are computed.
   __device__ void begin(const GemmTile& tile, int row, int column) {
@@ -368,7 +368,7 @@ struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8
   __device__ void operator()(const Accumulators& acc, const GemmTile& tile, int row, int column) const {
     const GemmOutput& out = this->out;
     if (!out.direct)
-      return finish_fragments(acc, this->staging.general, out, tile.row + row, tile.column + column, tile.split);
+      return finish_fragments(acc, this->staging->general, out, tile.row + row, tile.column + column, tile.split);
     const auto direct = this->direct(tile, row, column);
     if (direct.empty()) return;
     if (is_gated(out.epilogue.activation)) {

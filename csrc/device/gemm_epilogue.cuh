@@ -171,11 +171,16 @@ __device__ inline void finish_fragments(const Fragments<Acc, kTilesM, kTilesN, k
 template <class Storage_>
 struct WarpEpilogue {
   using Storage = Storage_;
-  Storage& staging;
+  Storage* staging;
   const GemmOutput& out;
 
   template <class SharedStorage>
-  __device__ WarpEpilogue(SharedStorage& s, const GemmOutput& out) : staging(s.staging[threadIdx.x / 32]), out(out) {}
+  __device__ WarpEpilogue(SharedStorage& s, const GemmOutput& out) : staging(&s.staging[threadIdx.x / 32]), out(out) {}
+  // The same again. Else addresses that are the same in every tile would be alive in all main loops, and spill.
+  template <class SharedStorage>
+  __device__ void find_staging(SharedStorage& s) {
+    staging = &s.staging[ptx::unknown(threadIdx.x / 32)];
+  }
 };
 
 // Of accumulators whose rows are the output's columns. kSwapAB: so it is with the tile's.
@@ -202,12 +207,12 @@ struct TransposedEpilogue : WarpEpilogue<Staging> {
             for (int i = 0; i < kTilesN; ++i)
 #pragma unroll
               for (int j = 0; j < 2 * kBeside; ++j)
-                stage_transposed(staging, j % 2 * 8, j / 2 * kColumns + i * 16,
+                stage_transposed(*staging, j % 2 * 8, j / 2 * kColumns + i * 16,
                                  acc[i][decltype(constant)::value * 2 * kBeside + j]);
           },
           std::make_integer_sequence<int, kTilesM / 2 / kBeside>{});
       __syncwarp();
-      finish_staged<kColumns, Acc, kBeside>(staging, out, out_row + chunk * kStagingRows, out_column, tile.split);
+      finish_staged<kColumns, Acc, kBeside>(*staging, out, out_row + chunk * kStagingRows, out_column, tile.split);
       __syncwarp();
     }
   }

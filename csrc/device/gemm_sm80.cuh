@@ -119,30 +119,50 @@ struct OperandCopy {
   }
 };
 
+// What block scales are where there are none, of a kernel for both.
+static __device__ const float kOne = 1;
+
 // Block scales, one per 128 of K: those of a's rows are copied with each slice; b has one for all columns of a warp,
 // two if gated.
 template <class Config>
 struct BlockScaleCopy {
   static_assert(!Config::Element::kBlockScaled || kScaleBlock % Config::kWarpN == 0,
                 "a warp's columns lie in one block");
+  // Rows that a thread copies the scales of: an expert's rows begin anywhere.
+  static constexpr bool kGrouped = kIsGrouped<typename Config::Element>;
+  static constexpr int kRows = kGrouped ? 1 : 4;
   const float *a, *b;
   int64_t a_stride, up_offset;
   uint32_t to;
-  int size;
+  int size, b_stride = 1;
 
-  __device__ BlockScaleCopy(const GemmArguments& p, int64_t row, int64_t column, int64_t k, float* stage) {
-    const int64_t block = k / kScaleBlock, k_blocks = (p.a.columns + kScaleBlock - 1) / kScaleBlock;
-    const int64_t first = row + threadIdx.x * 4, last_column = min(column, p.b.rows - 1);
+  // warp_n: this warp's first column in the tile
+  template <class Tile>
+  __device__ BlockScaleCopy(const GemmArguments& p, const Tile& tile, int warp_n, float* stage) {
+    const int64_t block = tile.k / kScaleBlock, k_blocks = (p.a.columns + kScaleBlock - 1) / kScaleBlock;
+    const int64_t first = tile.row + threadIdx.x * kRows,
+                  last_column = min(tile.column + warp_n, (kGrouped ? p.out.columns : p.b.rows) - 1);
     a = p.blocks.a + block * p.blocks.a_stride + first;
     a_stride = p.blocks.a_stride;
     b = p.blocks.b + (p.gated() ? last_column / 2 : last_column) / kScaleBlock * k_blocks + block;
+    if constexpr (kGrouped) {
+      b += tile.expert * block_scales_of(p.blocks, p.gated(), p.out.columns, p.a.columns);
+      if (!p.blocks.a) a = b = &kOne, a_stride = b_stride = 0;  // its scales are of rows
+    }
     up_offset = p.blocks.up_offset;  // 0 unless gated
-    to = ptx::shared_address(stage) + threadIdx.x * 16;
-    size = static_cast<int>(min(max(p.a.rows - first, int64_t{0}), int64_t{4})) * 4;
+    to = ptx::shared_address(stage) + threadIdx.x * kRows * 4;
+    size = static_cast<int>(min(max(p.a.rows - first, int64_t{0}), int64_t{kRows})) * 4;
   }
   // Copies those of the next slice, if there is one (`inside`).
   __device__ void operator()(int stage, bool inside) {
-    if (threadIdx.x < Config::kM / 4) ptx::cp_async_16(to + stage * Config::kM * 4, a, inside ? size : 0);
+    if (threadIdx.x < Config::kM / kRows) {
+      const uint32_t in_stage = to + stage * Config::kM * 4;
+      if constexpr (kGrouped) {
+        ptx::cp_async_4(in_stage, a, inside ? size : 0);
+      } else {
+        ptx::cp_async_16(in_stage, a, inside ? size : 0);
+      }
+    }
     a += a_stride;
   }
 };
@@ -227,12 +247,13 @@ struct MmaMainloop {
   typename Config::SharedStorage& s;
   const int warp_m, warp_n;  // this warp's first row and column in the tile
 
-  __device__ void operator()(const GemmTile& tile, typename Config::Accumulators& acc) const {
+  template <class Tile>
+  __device__ void operator()(const Tile& tile, typename Config::Accumulators& acc) const {
     const int whole = static_cast<int>((tile.k_end - tile.k) / Config::kStageK), slices = tile.slices(Config::kStageK);
     Copy<Config::kM> copy_a(p.a, tile.row, tile.k, tile.k_end, s.stage.a[0]);
     Copy<Config::kN> copy_b(p.b, tile.b_row, tile.k, tile.k_end, s.stage.b[0]);
     const SliceProduct<Config> product(s, warp_m, warp_n, threadIdx.x % 32);
-    BlockScaleCopy<Config> scales(p, tile.row, tile.column + warp_n, tile.k, s.stage.a_scale[0]);
+    BlockScaleCopy<Config> scales(p, tile, warp_n, s.stage.a_scale[0]);
     const auto copy_masked = [&](int stage, int ahead, int slice) {
       if constexpr (Element::kBlockScaled) scales(stage, slice < slices);
       copy_a.masked(stage, ahead), copy_b.masked(stage, ahead);
@@ -246,7 +267,7 @@ struct MmaMainloop {
     const auto promote = [&](int stage, const auto& partial) {
       float b_scale[2] = {1, 1};
       if constexpr (Element::kBlockScaled) b_scale[0] = scales.b[0], b_scale[1] = scales.b[scales.up_offset];
-      ++scales.b;
+      scales.b += scales.b_stride;
 #pragma unroll
       for (int i = 0; i < Config::kTilesM; ++i)
 #pragma unroll
@@ -314,19 +335,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     if (warp == 0) schedule.make_list(static_cast<int>(p.a.rows));
     __syncthreads();
   }
-  int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
+  const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
   const typename Config::Mainloop mainloop{p, s, warp_m, warp_n};
   OutputOf<typename Config::Element> out(p.out);
   typename Config::Epilogue epilogue(s, out);
   schedule.for_each([&](const auto& tile) {
     typename Config::Accumulators acc;
+    mainloop(tile, acc);
     if constexpr (kGrouped) {
-      // Else addresses that are the same in every tile would be alive in all main loops, and spill.
-      warp_m = ptx::unknown(warp_m), warp_n = ptx::unknown(warp_n);
-      typename Config::Mainloop{p, s, warp_m, warp_n}(tile, acc);
       out.take(tile, schedule.list);
-    } else {
-      mainloop(tile, acc);
+      epilogue.find_staging(s);
     }
     epilogue.begin(tile, warp_m, warp_n);  // it writes where the stages were
     epilogue(acc, tile, warp_m, warp_n);

@@ -72,7 +72,8 @@ struct WgmmaConfig {
   static constexpr bool kLoadsEarly = kClusterSums && !Element::kSwapAB;
 
   // Its outputs in groups of 128 columns, all of which a tile has.
-  static constexpr bool kQuantizes = Element::kPromoted && !kTransposed && kN % kScaleBlock == 0;
+  static constexpr bool kQuantizes =
+      Element::kPromoted && !kIsGrouped<Element> && !kTransposed && kN % kScaleBlock == 0;
 
   // Of a grouped GEMM, at most: a tile of 128 x 256 leaves no more shared memory.
   static constexpr int kExperts = !kIsGrouped<Element> ? 0 : kM * kN > 128 * 192 ? 384 : 512;
@@ -131,6 +132,13 @@ struct WgmmaArguments {
   Groups groups;
 };
 
+// Block scales of the experts before the tile's.
+__device__ inline int blocks_before(const WgmmaArguments&, const GemmTile&) { return 0; }
+__device__ inline int blocks_before(const WgmmaArguments& p, const GroupTile& tile) {
+  const int columns = ptx::unknown(static_cast<int>(p.out.columns));  // else the product, the same in all tiles, spills
+  return tile.expert * (p.gated ? 2 * p.order.next : (columns + kScaleBlock - 1) / kScaleBlock * p.order.row);
+}
+
 // The producer's main function. A block loads its own rows of a, and its share of the rows of b for all blocks of its
 // cluster that have the same split: with two passes those of one of them. So a stage's loads are issued as its parts
 // become empty, which spreads them over its time: as a burst they keep wgmma from shared memory, of which it needs half
@@ -168,9 +176,10 @@ __device__ inline void producer(const WgmmaArguments& p, typename Config::Shared
         load_b(tile, ahead, static_cast<int>(tile.k) + ahead * Config::kStageK, early.acquire(bytes));
       ptx::wait_for_earlier_kernels();
     }
-  schedule.for_each([&](const GemmTile& tile) {
+  schedule.for_each([&](const auto& tile) {
     const int row = static_cast<int>(tile.row), column = static_cast<int>(tile.column),
-              b_block = p.order.first + column / (p.gated ? 2 * kScaleBlock : kScaleBlock) * p.order.row;
+              b_block = p.order.first + column / (p.gated ? 2 * kScaleBlock : kScaleBlock) * p.order.row +
+                        blocks_before(p, tile);
     const int end = static_cast<int>(tile.k_end);
     for (int k = static_cast<int>(tile.k); k < end; k += Config::kStageK, pipeline.advance()) {
       const bool has_b = Config::kLoadsEarly && ahead-- > 0;
@@ -477,7 +486,10 @@ __global__ void __launch_bounds__(Config::kBoundThreads, 1)
     typename Config::Epilogue epilogue(s, out);
     const typename Config::Schedule schedule(p, s);
     schedule.for_each([&](const auto& tile) {
-      if constexpr (kGrouped) out.take(tile, schedule.list);
+      if constexpr (kGrouped) {
+        out.take(tile, schedule.list);
+        epilogue.find_staging(s);
+      }
       typename Config::Accumulators acc;
       mainloop(tile, acc, [&] { epilogue.begin(tile, place.row, place.column); });
       if constexpr (Config::kClusterSums)
@@ -555,7 +567,8 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   if (auto e = operand(arguments.b, b, Config::share_of_b(share), Config::kBoxBytes)) return e;
   if (scaled) {
     const int64_t depth = ceil_div(p.a.columns, kScaleBlock), next = gated ? p.blocks.up_offset : depth,
-                  count = gated ? 2 * next : depth * ceil_div(p.b.rows, kScaleBlock);
+                  of_one = block_scales_of(p.blocks, gated, p.columns(), p.a.columns),
+                  count = kGrouped ? p.groups.experts * of_one : of_one;
     // The row that TMA sees begins at a multiple of 16 bytes; the first scale may lie behind that.
     const auto address = reinterpret_cast<uintptr_t>(p.blocks.b);
     const int first = static_cast<int>(address % 16 / sizeof(float));

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "params/fp8_gemm.h"
+#include "params/fp8_grouped_gemm.h"
 #include "params/int8_gemm.h"
 #include "params/int8_grouped_gemm.h"
 #include "params/w8a16_gemm.h"
@@ -129,6 +130,9 @@ int forwardpass_select_int8_grouped_gemm(const GemmShape* shape, const Device* d
 int forwardpass_select_fp8_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
   return select<Fp8GemmParams>(*shape, *device, *choice);
 }
+int forwardpass_select_fp8_grouped_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
+  return select<Fp8GroupedGemmParams>(*shape, *device, *choice);
+}
 int forwardpass_select_w8a16_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
   return select<W8a16GemmParams>(*shape, *device, *choice);
 }
@@ -138,5 +142,6 @@ int forwardpass_select_w8a16_grouped_gemm(const GemmShape* shape, const Device* 
 int forwardpass_int8_gemm(const Int8GemmParams* p, void* stream) { return launch(*p, stream); }
 int forwardpass_int8_grouped_gemm(const Int8GroupedGemmParams* p, void* stream) { return launch(*p, stream); }
 int forwardpass_fp8_gemm(const Fp8GemmParams* p, void* stream) { return launch(*p, stream); }
+int forwardpass_fp8_grouped_gemm(const Fp8GroupedGemmParams* p, void* stream) { return launch(*p, stream); }
 int forwardpass_w8a16_gemm(const W8a16GemmParams* p, void* stream) { return launch(*p, stream); }
 int forwardpass_w8a16_grouped_gemm(const W8a16GroupedGemmParams* p, void* stream) { return launch(*p, stream); }

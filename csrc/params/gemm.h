@@ -77,9 +77,14 @@ struct GemmParams {
 
 HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of 128 x 128 scales, those of a b [columns, k]; of a grouped GEMM, of each expert's.
+HOST_DEVICE constexpr int64_t block_scales_of(const BlockScales& scales, bool gated, int64_t columns, int64_t k) {
+  return gated ? 2 * scales.up_offset : ceil_div(columns, kScaleBlock) * ceil_div(k, kScaleBlock);
+}
+
 // What one expert has in place of what all have, from its first row of b on.
 HOST_DEVICE inline void take_expert(Epilogue& e, const Epilogue& all, int64_t first) {
-  e.b_scale = all.b_scale + first;
+  if (all.b_scale) e.b_scale = all.b_scale + first;
   if (all.bias) e.bias = static_cast<const char*>(all.bias) + first * (all.bias_dtype == Dtype::f32 ? 4 : 2);
   if (all.b_sum) e.b_sum = all.b_sum + first;
 }

@@ -137,6 +137,7 @@ struct GroupedTiles {
                    index};
     tile.row += list.rows_begin(expert);
     tile.b_row += expert * columns;
+    tile.k = 0, tile.k_end = map.k, tile.split = 0;  // there is one split, but the compiler does not know
     return tile;
   }
 };

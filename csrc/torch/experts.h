@@ -30,10 +30,10 @@ inline Groups groups(const Tensor& a, const Tensor& b, const Tensor& ends, const
 }
 
 // What each expert has for itself, [E, N], `rows` elements.
-inline void take_experts(Epilogue& e, int64_t rows, const Tensor& b_scale, const OptionalTensor& bias,
+inline void take_experts(Epilogue& e, int64_t rows, OptionalTensorRef b_scale, const OptionalTensor& bias,
                          const OptionalTensor& b_sum, const Tensor& a, const char* op) {
   e.b_scale = floats(b_scale, rows, a, op, "b_scale");
-  e.b_scale_per_column = true;
+  e.b_scale_per_column = b_scale.has_value();
   e.b_sum = ints(b_sum, rows, a, op, "b_sum");
   if (!bias) return;
   e.bias_dtype = dtype_of(bias->scalar_type(), op, "bias");

@@ -8,19 +8,17 @@
 namespace forwardpass {
 
 void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, const Tensor& like, const char* op,
-                    BlockScales& blocks) {
+                    BlockScales& blocks, int64_t experts) {
   const int64_t matrices = gated ? 2 : 1, rows = ceil_div(n / matrices, kScaleBlock),
                 columns = ceil_div(k, kScaleBlock);
   const int64_t dim = b_scale.dim();
-  STD_TORCH_CHECK(dim == (gated ? 3 : 2) && b_scale.size(dim - 2) == rows && b_scale.size(dim - 1) == columns, op,
-                  ": block scales of b must be [", gated ? "2, " : "", rows, ", ", columns, "]");
-  blocks.b = floats(b_scale, matrices * rows * columns, like, op, "b_scale");
+  STD_TORCH_CHECK(
+      dim == (gated ? 3 : 2) + (experts ? 1 : 0) && b_scale.size(dim - 2) == rows && b_scale.size(dim - 1) == columns,
+      op, ": block scales of b must be [", experts ? "E, " : "", gated ? "2, " : "", rows, ", ", columns, "]");
+  blocks.b = floats(b_scale, std::max<int64_t>(experts, 1) * matrices * rows * columns, like, op, "b_scale");
   blocks.up_offset = gated ? rows * columns : 0;
 }
 
-namespace {
-
-// The layout in which `quantize` returns groups of 128: [lead..., K blocks], rows contiguous.
 void a_block_scales(const Tensor& a_scale, const Matrix& a, const Tensor& like, const char* op, BlockScales& blocks) {
   const int64_t dim = a_scale.dim(), columns = ceil_div(a.columns, kScaleBlock);
   STD_TORCH_CHECK(a_scale.scalar_type() == ScalarType::Float && same_device(a_scale, like), op,
@@ -39,6 +37,8 @@ void a_block_scales(const Tensor& a_scale, const Matrix& a, const Tensor& like, 
       reinterpret_cast<uintptr_t>(blocks.a) % 16 == 0 && blocks.a_stride % 4 == 0, op,
       ": block scales of a must begin at 16 bytes and their groups a multiple of 4 apart, as quantize returns them");
 }
+
+namespace {
 
 // The output is neither allocated nor in the params yet.
 struct CheckedGemm {

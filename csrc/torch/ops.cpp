@@ -106,6 +106,10 @@ constexpr std::tuple kOps{
     GpuOp<fp8_gemm>{"fp8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
                     "ScalarType out_dtype, Tensor? out_scale) -> Tensor"},
 
+    GpuOp<fp8_grouped_gemm>{
+        "fp8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
+        "str? activation, ScalarType out_dtype, Tensor? out_scale) -> Tensor"},
+
     GpuOp<fp8_gemm_quantize>{
         "fp8_gemm_quantize(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
         "int group_size) -> (Tensor q, Tensor scale)"},

@@ -53,6 +53,10 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                 const OptionalTensor& out_scale);
 
+Tensor fp8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                        const Tensor& offs, const OptionalTensor& bias, const std::optional<std::string>& activation,
+                        ScalarType out_dtype, const OptionalTensor& out_scale);
+
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                              const Tensor& b_scale, const OptionalTensor& bias,
                                              const std::optional<std::string>& activation, int64_t group_size);

@@ -73,7 +73,10 @@ def kernels():
 
 def test_the_built_kernels_pass(kernels):
     assert {"quantize_kernel", "norm_quantize_kernel"} <= {k.name.split("<")[0] for k in kernels}
-    assert not [f"{k.name} on {k.arch}: {sentence}" for k in kernels for sentence in gates.failures(k)]
+    both = kernels + gates.elsewhere(kernels)
+    assert len(both) > len(kernels)
+    assert not [f"{k.name} on {k.arch}: {sentence}" for k in both for sentence in gates.failures(k)]
+    assert not gates.missing_architectures(kernels)
     assert all(k.threads for k in kernels), "a kernel without launch bounds"
     assert len(gates.table(kernels).splitlines()) == 1 + len(kernels)
     gemms = [k for k in kernels if re.search("gem[mv]", k.name)]
@@ -95,6 +98,20 @@ def test_the_built_kernels_pass(kernels):
         assert {i.name for i in lost} <= padding, (
             f"{k.name} on {k.arch}: code that no branch seems to reach, {lost[:3]}"
         )
+
+
+def test_main_loops_of_experts_are_those_of_one_product(kernels):
+    """Issued instructions, of each tile that both have, at most 3 % more."""
+    issued = {False: {}, True: {}}
+    for k in kernels:
+        if tile := re.match(r"gemm_(\w+)_kernel<\w+<(Grouped<)?(\w+)>?, \w+\{m=(\d+), n=(\d+),", k.name):
+            kind, grouped, *rest = tile.groups()
+            issued[grouped is not None][(k.arch, kind, *rest)] = gemm_gates.counted(k)[0]
+    assert {(arch, element) for arch, _, element, *_ in issued[True]} >= {
+        ("sm_80", "Int8"), ("sm_90a", "Int8"), ("sm_89", "E4m3Blocks"), ("sm_90a", "E4m3")
+    }  # fmt: skip
+    more = {tile: n / issued[False][tile] for tile, n in issued[True].items() if n > 1.03 * issued[False][tile]}
+    assert not more
 
 
 def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys):

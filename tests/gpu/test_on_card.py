@@ -10,6 +10,7 @@ from forwardpass.ops.activation_quantize import cases as activation_quantize
 from forwardpass.ops.attention import cases as attention
 from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_grouped_gemm import cases as fp8_grouped_gemm
 from forwardpass.ops.fp8_linear import cases as fp8_linear
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
@@ -28,6 +29,7 @@ MODULES = {
     "attention": attention,
     "dequant_activation": dequant_activation,
     "fp8_gemm": fp8_gemm,
+    "fp8_grouped_gemm": fp8_grouped_gemm,
     "fp8_linear": fp8_linear,
     "int8_gemm": int8_gemm,
     "int8_grouped_gemm": int8_grouped_gemm,

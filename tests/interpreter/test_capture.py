@@ -18,6 +18,7 @@ from forwardpass.ops.attention import cases as attention
 from forwardpass.ops.attention_decode import cases as attention_decode
 from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_grouped_gemm import cases as fp8_grouped_gemm
 from forwardpass.ops.fp8_linear import cases as fp8_linear
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
@@ -44,6 +45,7 @@ CASES = [
     ("int8_gemm", int8_gemm.Case(2, 33, 4100, layouts=("apart", "apart"))),
     ("int8_gemm", int8_gemm.Case(70, 64, 1030)),
     ("int8_grouped_gemm", int8_grouped_gemm.Case((3, 0, 70), 33, 130, layouts=("apart", "apart"))),
+    ("fp8_grouped_gemm", fp8_grouped_gemm.Case((3, 0, 70), 33, 130, blocks=True)),
     ("int8_linear", int8_linear.Case((5,), 33, 130, symmetric=False)),
     ("w8a16_gemm", w8a16_gemm.Case((20,), 48, 600)),
     ("w8a16_grouped_gemm", w8a16_grouped_gemm.Case((3, 0, 70), 33, 130, layout="apart")),
@@ -101,6 +103,7 @@ def test_replay_is_a_call(name, case, arch):
         "append_kv": ("lengths",),
         "int8_grouped_gemm": ("counts",),
         "w8a16_grouped_gemm": ("counts",),
+        "fp8_grouped_gemm": ("counts",),
     }.get(name, ())
     other = dataclasses.replace(case, **{field: getattr(case, field)[::-1] for field in on_device})
     args, others = case.arguments(seed=0), other.arguments(seed=1)

@@ -10,6 +10,7 @@ import torch
 import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.interpreter import core
+from forwardpass.ops.fp8_grouped_gemm import cases as fp8_grouped_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 
@@ -48,6 +49,10 @@ def launches(arch):
         yield from ((operation, gemm.make_case(operation, m, n, DEPTH, options)) for m, n in shapes)
     for name, cases in (("int8_grouped_gemm", int8_grouped_gemm), ("w8a16_grouped_gemm", w8a16_grouped_gemm)):
         yield from ((dispatch.operations[name], cases.Case(counts, n, DEPTH)) for counts, n in EXPERTS)
+    grouped = dispatch.operations["fp8_grouped_gemm"]
+    if arch != "sm_80":
+        for blocks in (False, True):
+            yield from ((grouped, fp8_grouped_gemm.Case(counts, n, DEPTH, blocks=blocks)) for counts, n in EXPERTS)
 
 
 @dataclasses.dataclass

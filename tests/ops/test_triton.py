@@ -27,6 +27,7 @@ from forwardpass.ops.attention import cases as attention
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.fp8_grouped_gemm import cases as fp8_grouped_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.norm_quantize import cases as norm_quantize
@@ -281,6 +282,8 @@ COMPILED_GEMMS = [
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, GATED, blocks=True)),
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, blocks=True, quantized=True)),
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256, GATED, blocks=True, quantized=True)),
+    ("fp8_grouped_gemm", fp8_grouped_gemm.Case((1, 3, 0, 5), 512, 256)),
+    ("fp8_grouped_gemm", fp8_grouped_gemm.Case((100, 90, 200), 512, 256, GATED, blocks=True)),
     ("w8a16_gemm", w8a16_gemm.Case((16,), 6912, 256)),
     ("w8a16_gemm", w8a16_gemm.Case((256,), 6912, 256, torch.float16, E4M3, scales="block")),
     ("w8a16_grouped_gemm", w8a16_grouped_gemm.Case((100, 90, 200), 512, 256)),
@@ -297,7 +300,7 @@ COMPILED_GEMMS = [
     ids=str,
 )
 def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, architecture):
-    if name == "fp8_gemm" and architecture == 80:
+    if name.startswith("fp8") and architecture == 80:
         pytest.skip("tensor cores of sm_80 multiply no e4m3")
     ptx, stack = compiler.submit(compile_for, architecture, name, case).result()
     assert f".target sm_{architecture}" in ptx
@@ -306,6 +309,7 @@ def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, arc
         "int8_gemm": "s32.s8.s8",
         "int8_grouped_gemm": "s32.s8.s8",
         "fp8_gemm": "f32.e4m3.e4m3",
+        "fp8_grouped_gemm": "f32.e4m3.e4m3",
         "w8a16_gemm": r"f32.b?f16.b?f16",
         "w8a16_grouped_gemm": r"f32.b?f16.b?f16",
     }[name]

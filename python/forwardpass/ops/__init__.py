@@ -7,6 +7,7 @@ from .attention_decode import attention_decode
 from .common.activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
+from .fp8_grouped_gemm import fp8_grouped_gemm
 from .fp8_linear import fp8_linear
 from .int8_gemm import int8_gemm
 from .int8_grouped_gemm import int8_grouped_gemm
@@ -28,6 +29,7 @@ __all__ = [
     "dequant_activation",
     "fp8_gemm",
     "fp8_gemm_quantize",
+    "fp8_grouped_gemm",
     "fp8_linear",
     "int8_gemm",
     "int8_grouped_gemm",

@@ -108,13 +108,20 @@ def check_of_experts(
 
 
 def check_experts_epilogue(
-    op: str, x: Tensor, experts: int, columns: int, b_scale: Tensor, bias: Tensor | None, b_sum: Tensor | None
+    op: str,
+    x: Tensor,
+    experts: int,
+    columns: int,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    b_sum: Tensor | None,
+    scale_shape: tuple[int, ...] | None = None,
 ) -> None:
-    """What of the epilogue each expert has for itself."""
+    """What of the epilogue each expert has for itself; scale_shape: of b_scale, if not one a column."""
     if not isinstance(b_scale, Tensor):
         raise TypeError(f"{op}: b_scale must be a float32 tensor, not {type(b_scale).__name__}")
     shape = experts, columns
-    check_of_experts(op, "b_scale", b_scale, shape, (torch.float32,), x)
+    check_of_experts(op, "b_scale", b_scale, scale_shape or shape, (torch.float32,), x)
     check_of_experts(op, "bias", bias, shape, FLOATS, x)
     check_of_experts(op, "b_sum", b_sum, shape, (torch.int32,), x)
 

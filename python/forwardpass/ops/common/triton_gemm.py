@@ -263,7 +263,11 @@ def gemm_kernel(
         if first_m >= rows:
             return
         first_b += expert * columns
-        b_scale_ptr += expert * columns
+        if SCALES == "vectors":
+            b_scale_ptr += expert * columns
+        else:
+            of_one = tl.cdiv(columns, 256) * 2 if GATED else tl.cdiv(columns, 128)
+            b_scale_ptr += (expert * of_one).to(tl.int64) * tl.cdiv(K, 128)
         b_sum_ptr += tl.where(zero_step >= 0, expert * columns, 0)
         bias_ptr += tl.where(bias_type > 0, expert * columns, 0) * tl.where(bias_type == 1, 4, 2)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -366,7 +370,7 @@ def gemm(
     if not out.numel():
         return out
     experts, room = 0 if ends is None else b.shape[0], 0 if ends is None or a.dim() == 2 else a.shape[1]
-    wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= 2 and not experts, is_gated(activation)
+    wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= (3 if experts else 2), is_gated(activation)
     promoted = wide or b.dtype is E4M3
     arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, scaled)
     if group_scale is not None:

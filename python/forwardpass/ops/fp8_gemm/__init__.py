@@ -106,7 +106,7 @@ def check_fp8_weight(op: str, name: str, b: Tensor, scale_name: str, b_scale: Te
     return True
 
 
-def _check_group_scales(op: str, name: str, s: Tensor, x: Tensor) -> None:
+def check_group_scales(op: str, name: str, s: Tensor, x: Tensor) -> None:
     """s is what `quantize` returns beside x for groups of 128."""
     if not isinstance(s, Tensor) or s.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be a float32 tensor, not {getattr(s, 'dtype', type(s).__name__)}")
@@ -145,7 +145,7 @@ def _check(
     check_rows(op, "a", a)
     blocks = check_fp8_weight(op, "b", b, "b_scale", b_scale, activation, "a", a)
     if blocks:
-        _check_group_scales(op, "a_scale", a_scale, a)
+        check_group_scales(op, "a_scale", a_scale, a)
     elif isinstance(a_scale, Tensor) and a_scale.dim() == a.dim() > 1 and a_scale.shape[-1] != 1:
         raise ValueError(f"{op}: a_scale {tuple(a_scale.shape)} is of groups and b_scale {tuple(b_scale.shape)} is not of blocks: "
                          "pass both of one kind")  # fmt: skip

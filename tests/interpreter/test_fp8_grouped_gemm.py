@@ -1,0 +1,146 @@
+"""fp8_grouped_gemm's kernels, as compiled: every case on each architecture whose tensor cores multiply e4m3, and what of experts
+test_grouped_gemm.py cannot see: scales of blocks whose rows begin anywhere, sums that are promoted."""
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import dispatch
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.fp8_grouped_gemm import cases
+from forwardpass.testing import assert_equal
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
+
+ARCHITECTURES = ("sm_89", "sm_90a", "sm_120")
+BF16 = EpilogueCase(out_dtype=torch.bfloat16)
+OPERATION = dispatch.operations["fp8_grouped_gemm"]
+
+
+def interpreted(args, arch, implementation="cuda", seed=0, truncating=True, **options):
+    """The result, and the kernels that computed it."""
+    with (
+        fp.interpret(arch, seed=seed, guard=True, counters=True, truncating=truncating, **options) as device,
+        fp.use_backend(implementation),
+    ):
+        if reason := device.why_not(implementation):
+            pytest.skip(str(reason))
+        got = OPERATION(*args)
+    assert device.findings == []
+    return got, device.kernels()
+
+
+def launches():
+    """CUDA's cases on each architecture, Triton's of few kernels on those whose code differs."""
+    for case in cases.cases():
+        for arch in ARCHITECTURES:
+            yield pytest.param(case, "cuda", arch, marks=[pytest.mark.slow] * (arch == "sm_120"))
+    for case in cases.cases(few_kernels=True):
+        for arch in ARCHITECTURES:
+            yield pytest.param(case, "triton", arch, marks=[pytest.mark.slow] * (arch == "sm_120"))
+
+
+@pytest.mark.parametrize(("case", "implementation", "arch"), list(launches()), ids=str)
+def test_kernel(case, implementation, arch, seed):
+    args = case.arguments(seed=seed)
+    got, _ = interpreted(args, arch, implementation, seed)
+    cases.assert_matches(got, args, truncating=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("case", cases.PROMOTION_CASES, ids=str)
+def test_sums_are_promoted(case, implementation, arch, seed):
+    args = case.arguments(seed=seed)
+    cases.assert_matches(interpreted(args, arch, implementation, seed)[0], args, truncating=True)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
+def test_bits_are_those_of_fp8_gemm(arch, blocks, seed):
+    """In a tile of the same height, in which sums have the same order."""
+    case = cases.Case((70, 0, 100, 66), 272, 300, BF16, blocks=blocks, beyond=5)
+    args = case.arguments(seed=seed)
+    got, _ = interpreted(args, arch, seed=seed)
+    for where, (*operands, bias, activation, out_dtype, out_scale) in cases.expert_arguments(args):
+        with fp.interpret(arch, truncating=True), fp.use_backend("cuda"):
+            alone = fp.ops.fp8_gemm(
+                *operands, bias=bias, activation=activation, out_dtype=out_dtype, out_scale=out_scale
+            )
+        assert_equal(got[where], alone)
+
+
+#: (counts, N, K) of 132 multiprocessors: more tiles than blocks, of every height, with ends inside a tile and between two
+LARGE = {
+    (128, 256): ((700, 0, 1, 300), 4090, 130),
+    (128, 128): ((140, 130, 129, 128, 1), 600, 260),
+    (64, 128): ((70, 0, 64, 63, 65, 3) * 4, 1600, 130),
+    (16, 128): ((1, 0, 17, 2, 16, 5, 31) * 6, 520, 130),
+}
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("room", [False, True])
+@pytest.mark.parametrize("tile", LARGE)
+def test_blocks_compute_tile_after_tile(tile, room, blocks, seed):
+    counts, n, k = LARGE[tile]
+    args = cases.Case(counts, n, k, BF16, blocks=blocks, room=max(counts) if room else None).arguments(seed=seed)
+    got, kernels = interpreted(args, "sm_90a", seed=seed, truncating=False)
+    assert room or all("WgmmaTileELi{}ELi{}E".format(*tile) in k.kernel for k in kernels)
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_blocks_compute_tile_after_tile_on_few_multiprocessors(blocks, arch, seed):
+    """In rows of every remainder by 4, at which scales of groups may not be copied by 16 bytes."""
+    for counts in ((5, 0, 33, 2, 60), (130, 201, 1, 64)):
+        args = cases.Case(counts, 300, 200, BF16, blocks=blocks).arguments(seed=seed)
+        got, _ = interpreted(args, arch, seed=seed, multiprocessors=3)
+        cases.assert_matches(got, args, truncating=True)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("room", [None, 5300])
+def test_pairs_of_blocks_have_the_same_expert(room, blocks, seed):
+    """And share its weight, where experts have many rows: odd numbers of tiles, one, none, and even ones."""
+    args = cases.Case((2100, 1, 0, 5300, 256, 4900), 140, 70, BF16, blocks=blocks, room=room).arguments(seed=seed)
+    got, (kernel,) = interpreted(args, "sm_90a", seed=seed, truncating=False, multiprocessors=20)
+    assert kernel.cluster[0] == 2 and kernel.grid[0] <= 20
+    cases.assert_matches(got, args)
+
+
+@pytest.mark.parametrize(("arch", "experts"), [("sm_89", 144), ("sm_89", 145), ("sm_90a", 384), ("sm_90a", 512)])
+def test_as_many_experts_as_there_may_be(arch, experts, seed):
+    """Of which a few have rows; on sm_89 large tiles have no room for the list of more than 144."""
+    for rows in (1, 70):
+        counts = [0] * experts
+        for e in (0, 1, experts // 3, experts - 2, experts - 1):
+            counts[e] = rows * (1 + e % 3)
+        args = cases.Case(tuple(counts), 16, 64, BF16, blocks=True).arguments(seed=seed)
+        got, _ = interpreted(args, arch, seed=seed)
+        cases.assert_matches(got, args, truncating=True)
+
+
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
+@pytest.mark.parametrize(
+    ("room", "given", "meant"),
+    [
+        (None, (5, 3, 9, 100), (5, 5, 9, 40)),
+        (None, (-4, 7, -1, 20), (0, 7, 7, 20)),
+        (10, (11, -1, 2**31 - 1, 3), (10, 0, 10, 3)),
+    ],
+)
+def test_ends_are_clamped(room, given, meant, arch, implementation):
+    """An end is at least the one before, and at most what rows there are."""
+    case = cases.Case((10,) * 4, 33, 70, BF16, blocks=True, room=room, beyond=0)
+    a, b, a_scale, b_scale, _, *options = case.arguments()
+    got, expected = (
+        interpreted((a, b, a_scale, b_scale, torch.tensor(ends, dtype=torch.int32), *options), arch, implementation)[0]
+        for ends in (given, meant)
+    )
+    assert_equal(got, expected)
+    cases.assert_matches(
+        got, (a, b, a_scale, b_scale, torch.tensor(meant, dtype=torch.int32), *options), truncating=True
+    )
