@@ -23,7 +23,7 @@ def test_experts_are_chosen_like_layers(tmp_path):
     with torch.inference_mode():
         before = model(**batches[0]).logits
     options = {
-        "candidates": ["int8", "int8+calibrated", "bf16"],
+        "candidates": ["int8", "int8+calibrated", "fp8", "bf16"],
         "max_error": 0.1,
         "target": "memory",
         "calibrate": batches,
@@ -39,6 +39,7 @@ def test_experts_are_chosen_like_layers(tmp_path):
         assert 0 < told["int8"]["error"] < 0.03 and told["int8"]["kernel"] < 0.1 * told["int8"]["quantisation"]
         assert (
             told["bf16"]["refused"]["code"] == "experts"
+            and told["fp8"]["refused"]["code"] == "reference"  # a CPU has no kernel for it
             and told["int8+calibrated"]["refused"]["code"] == "not_calibrated"
         )
     assert str(plan)

@@ -31,7 +31,9 @@ MODELS = {
 }  # fmt: skip
 #: Of the logits. Gemma 4 normalises behind each block: its Linears alone bring 0.024.
 OFF = {"gemma4": 0.05}
-PRECISIONS = ("int8", "w8a16")
+#: e4m3 has 3 bits of mantissa
+COARSER = {"fp8": 4}
+PRECISIONS = ("int8", "fp8", "w8a16")
 
 
 def ids(tokens=12):
@@ -47,6 +49,7 @@ def experts_of(model):
     return [leaf.fqn for leaf in experts_leaves(model)]
 
 
+@pytest.mark.filterwarnings("ignore:swap. fp8_.* has no kernel:UserWarning")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_architectures(name, precision, tmp_path):
@@ -58,7 +61,7 @@ def test_architectures(name, precision, tmp_path):
     assert all(isinstance(model.get_submodule(fqn), fp.nn.Experts) for fqn in experts)
     assert report.weight_bytes.after < 0.6 * report.weight_bytes.before
     after = logits(model)
-    assert 0 < (after - before).norm() / before.norm() < OFF.get(name, 0.02)
+    assert 0 < (after - before).norm() / before.norm() < OFF.get(name, 0.02) * COARSER.get(precision, 1)
     parity = fp.parity(model, [{"input_ids": ids(), "attention_mask": torch.ones(2, 12)}])
     by_name = {layer.fqn: layer for layer in parity.layers}
     for fqn in experts:
@@ -97,8 +100,8 @@ def test_what_stays_and_why():
 
 def test_strict_speaks_of_experts():
     model = build("mixtral", MODELS)
-    with pytest.raises(fp.Unsupported, match="there is no fp8 for experts"):
-        fp.swap(model, "fp8", strict=True)
+    with pytest.raises(fp.Unsupported, match="there is no bf16 for experts"):
+        fp.swap(model, "bf16", strict=True)
     for layer in model.model.layers:
         layer.mlp.experts.has_gate = None  # as a class that is not transformers' own
     with pytest.raises(fp.Unsupported, match="holds its experts' weights as one parameter"):

@@ -12,11 +12,11 @@ from .. import ops
 from ..dispatch import Reason, use_backend
 from ..ops.common.activations import GATED, PLAIN, check_activation, interleave_gate_up
 from ..ops.common.experts import MOST_EXPERTS, rows_of_choices
-from ..ops.common.quantized_rows import FLOATS, empty_q
+from ..ops.common.quantized_rows import E4M3, FLOATS, empty_q
 from .layer import QuantizedModule, as_dtype, quantize_weight, rows
 
 #: What activations are quantised to; None: they stay as they are.
-_ACTIVATIONS: dict[str, torch.dtype | None] = {"int8": torch.int8, "w8a16": None}
+_ACTIVATIONS: dict[str, torch.dtype | None] = {"int8": torch.int8, "fp8": E4M3, "w8a16": None}
 #: What transformers' `use_experts_implementation` sets.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _Gate = Callable[[nn.Module, Tensor], Tensor]
@@ -27,15 +27,16 @@ class Experts(QuantizedModule):
 
         y = sum over j of weights[:, j] * down[e](act(gate[e](x)) * up[e](x)),    e = index[:, j]
 
-    Every chosen expert's weights are read once, in 8 bits. Its tokens are rows of one product (`fp.ops.int8_grouped_gemm`); the
-    activation is applied in its epilogue, the sum is in float32, in the order of the choices. A choice that is no expert (from
-    num_experts on, as transformers marks those of another device) adds nothing. Made by `from_torch`; the constructor makes an
-    empty module of the same form, for `load_state_dict`. Inference only.
+    Every chosen expert's weights are read once, in 8 bits. Its tokens are rows of one product (`fp.ops.int8_grouped_gemm`, or that
+    of the kind); the activation is applied in its epilogue, the sum is in float32, in the order of the choices. A choice that is no
+    expert (from num_experts on, as transformers marks those of another device) adds nothing. Made by `from_torch`; the constructor
+    makes an empty module of the same form, for `load_state_dict`. Inference only.
 
     Args:
         num_experts, hidden_features, intermediate_features: E, H and I.
-        kind: "int8": weights int8 with a scale an output channel, rows of activations int8 as they come, symmetric; "w8a16": int8
-            weights alone.
+        kind: "int8": weights int8 with a scale an output channel, rows of activations int8 as they come, symmetric; "fp8": the same
+            in e4m3, for GPUs from sm_89 on, where a CPU runs the reference, for trials of its accuracy; "w8a16": int8 weights
+            alone.
         gated: whether there is a gate beside the up projection; then I % 8 == 0.
         activation: of the up projection, "silu_mul", "gelu_mul" or "gelu_tanh_mul" if gated, else as in `Int8Linear`; None: the
             module that was replaced applies its own, in its own code.
@@ -84,7 +85,7 @@ class Experts(QuantizedModule):
             "down": (hidden_features, intermediate_features),
         }
         for name, (n, k) in sizes.items():
-            weight = empty_q(torch.empty(0, device=device), (num_experts, n, k), torch.int8)
+            weight = empty_q(torch.empty(0, device=device), (num_experts, n, k), self._weight_dtype)
             self.register_buffer(f"{name}_weight", weight)
             self.register_buffer(f"{name}_scale", torch.empty(num_experts, n, dtype=torch.float32, device=device))
             self.register_buffer(
@@ -135,13 +136,17 @@ class Experts(QuantizedModule):
             assert weight is not None
             for e in range(experts):
                 w = weight.detach()[e]
-                q, scale = quantize_weight(arranged(w.t() if module.is_transposed else w))  # [N, K]
+                q, scale = quantize_weight(arranged(w.t() if module.is_transposed else w), new._weight_dtype)  # [N, K]
                 getattr(new, f"{name}_weight")[e] = q
                 getattr(new, f"{name}_scale")[e] = scale
                 if bias is not None:
                     getattr(new, f"{name}_bias")[e] = arranged(bias.detach()[e])
         new.adopt(module)
         return new.train(module.training)
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return _ACTIVATIONS[self.kind] or torch.int8
 
     def _arranged(self, x: Tensor) -> Tensor:
         """Rows of the up projection as its epilogue wants them, of all gates and then all ups."""
@@ -189,9 +194,8 @@ class Experts(QuantizedModule):
         weight, weight_scale, bias = (b[f"{name}_{part}"] for part in ("weight", "scale", "bias"))
         if scale is None:
             return ops.w8a16_grouped_gemm(a, weight, weight_scale, offs, bias=bias, activation=activation)
-        return ops.int8_grouped_gemm(
-            a, weight, scale, weight_scale, offs, bias=bias, activation=activation, out_dtype=dtype
-        )
+        product = ops.fp8_grouped_gemm if self.kind == "fp8" else ops.int8_grouped_gemm
+        return product(a, weight, scale, weight_scale, offs, bias=bias, activation=activation, out_dtype=dtype)
 
     def exact(self, *args: Tensor) -> Tensor:
         """By the reference of each operation, in float64 on the same operands; what is between two of them is rounded as in

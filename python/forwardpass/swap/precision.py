@@ -39,7 +39,7 @@ PRECISIONS = [
     # smoothing, error-compensated rounding of the weights.
     Precision("int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True, experts="int8"),
     # e4m3 weights per channel, e4m3 activations dynamic per token.
-    Precision("fp8", 1, Fp8Linear, {"scales": "row"}),
+    Precision("fp8", 1, Fp8Linear, {"scales": "row"}, experts="fp8"),
     # int8 weights per channel, activations as they are.
     Precision("w8a16", 1, W8A16Linear, experts="w8a16"),
     # weights and activations bfloat16, sums fp32: for layers of a float32 model that 8 bits are too coarse for.

@@ -344,7 +344,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     if not leaf.is_experts:
         return precision.module.why_not(leaf.module)
     if precision.experts is None:
-        return Reason("experts", f"there is no {precision.name} for experts", "use int8 or w8a16 for them")
+        return Reason("experts", f"there is no {precision.name} for experts", "use int8, fp8 or w8a16 for them")
     operation = operations[f"{precision.experts}_grouped_gemm"]
     return Experts.why_not(leaf.module) or operation.too_old(leaf.weight.device)
 
