@@ -10,6 +10,7 @@ from forwardpass.ops.int8_grouped_gemm.cases import Case as Grouped
 from forwardpass.ops.int8_grouped_gemm.cases import assert_matches as assert_matches  # of Falling, too
 from forwardpass.ops.permute_quantize.cases import Case as Permute
 from forwardpass.ops.unpermute.cases import Case as Unpermute
+from forwardpass.ops.w8a16_grouped_gemm.cases import Case as W8
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 #: columns beside which a thread has none, and those that it has in registers, where a row has the most threads
@@ -119,6 +120,17 @@ def grouped(m, *lists):
     )
 
 
+#: The same lists, of each type of x and of the weight; depths short of the stages and beyond them, ragged.
+UPCONVERTED = tuple(
+    W8(counts, n, k, x, w, activation=activation, room=room)
+    for x in (F16, BF16)
+    for w in (torch.int8, E4M3)
+    for counts, n, k, activation, room in (
+        ((16, 0, 1, 17, 32, 15, 0, 0, 0), 300, 260, "relu", None),
+        ((0, 16, 0, 7, 15), 48, 1100, "silu_mul", 16),
+        ((9, 0, 1), 33, 30, None, None),
+    )
+)
 #: of a tile of many outputs on mma.sync a list has 144 experts
 LISTS_MMA, LISTS_ALL = (32, 33, 75, 130), (32, 33, 75, 130, 300)
 
@@ -132,6 +144,13 @@ def wgmma(m, cases):
 
 
 INSTANCES = {
+    "grouped_w8a16_16x128": Instance(
+        ("sm_80",),
+        "Grouped<W8a16>, W8a16Tile{m=16,",
+        UPCONVERTED,
+        multiprocessors=2,
+        files=("csrc/device/w8a16_sm80.cuh", "csrc/device/gemm_sm80.cuh"),
+    ),
     "permute_quantize": Instance(("sm_80",), "permute_quantize_kernel", PERMUTE),
     "unpermute": Instance(("sm_80",), "unpermute_kernel", UNPERMUTE),
     "grouped_mma_128x128": mma(128, grouped(128, *LISTS_MMA)),

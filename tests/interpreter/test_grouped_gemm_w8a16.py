@@ -60,8 +60,8 @@ def mixed(experts):
 def test_experts_of_any_number_of_rows(case, arch, seed):
     for s in range(seed, seed + 3):
         args = case.arguments(seed=s)
-        got, (*_, kernel) = interpreted(args, arch, s)
-        assert "Grouped" in kernel.kernel
+        got, kernels = interpreted(args, arch, s)
+        assert any("Grouped" in k.kernel for k in kernels)
         cases.assert_matches(got, args)
 
 
@@ -77,8 +77,8 @@ def test_blocks_compute_tile_after_tile(arch, seed):
 def test_as_many_experts_as_there_may_be(experts, tile, seed):
     """More than the list of the larger tile has room for take the smaller."""
     args = cases.Case((18, 17, 20, 13) * (experts // 4) + (1,) * (experts % 4), 16, 16).arguments(seed=seed)
-    got, (*_, kernel) = interpreted(args, "sm_80", seed)
-    assert f"TileELi{tile}E" in kernel.kernel
+    got, kernels = interpreted(args, "sm_80", seed)
+    assert any(f"W8a16TileELi{tile}E" in k.kernel for k in kernels)
     cases.assert_matches(got, args)
 
 
