@@ -1,5 +1,7 @@
 """The Linears of one decode step, in their order, as generate calls them: 30 layers of SmolLM2-135M and its head, swapped and not.
 
+Swapped ones as a swapped model has them: q, k and v are one product, and gate and up.
+
 Their weights, 135 MB in 8 bits, are more than a last-level cache holds, so that each is read from memory. Beside the milliseconds
 stands what share of the copy bandwidth, measured in the same run, the bytes of the weights make.
 
@@ -22,7 +24,9 @@ HIDDEN, INTERMEDIATE, KEYS, LAYERS, VOCABULARY = 576, 1536, 192, 30, 49152
 #: [N, K] of q, k, v, o, gate, up, down
 LAYER = ((HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN),
          (INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))  # fmt: skip
-SHAPES = (*LAYER * LAYERS, (VOCABULARY, HIDDEN))
+#: of q with k and v, o, gate with up, down
+JOINED = ((HIDDEN + 2 * KEYS, HIDDEN), (HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+HEAD = (VOCABULARY, HIDDEN)
 
 E4M3 = torch.float8_e4m3fn
 #: name -> what becomes of a Linear, and the dtype of its inputs
@@ -46,7 +50,7 @@ def weight_bytes(layers: list[nn.Module]) -> int:
 def measure(rows: int, candidates: dict[str, tuple[list[nn.Module], torch.dtype]], rounds: int) -> dict[str, Any]:
     def step(layers: list[nn.Module], dtype: torch.dtype) -> Callable[[], None]:
         inputs = {k: torch.randn(rows, 1, k).to(dtype) for k in (HIDDEN, INTERMEDIATE)}
-        calls = [(layer, inputs[k]) for layer, (_, k) in zip(layers, SHAPES)]
+        calls = [(layer, inputs[layer.in_features]) for layer in layers]  # type: ignore[index]
 
         def run() -> None:
             for layer, x in calls:
@@ -71,8 +75,11 @@ def main() -> None:
             "--rows", type=int, nargs="+", default=[1, 4, 16], help="sequences that are decoded together"
         ),
     )
-    linears = [nn.Linear(k, n, bias=False) for n, k in SHAPES]
-    candidates = {name: ([make(x) for x in linears], dtype) for name, (make, dtype) in CANDIDATES.items()}
+    linears = {layer: [nn.Linear(k, n, bias=False) for n, k in (*layer * LAYERS, HEAD)] for layer in (LAYER, JOINED)}
+    candidates = {
+        name: ([make(x) for x in linears[LAYER if name == "fp32" else JOINED]], dtype)
+        for name, (make, dtype) in CANDIDATES.items()
+    }
     for rows in args.rows:
         row = measure(rows, candidates, args.rounds)
         for name, t in row.items():
