@@ -93,6 +93,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "int8_linear": lambda: ops.int8_linear(x, b, b_scale, bias=bias),
         "fp8_linear": lambda: ops.fp8_linear(x, b8, b_scale, bias=bias),
         "w8a16_gemm": lambda: ops.w8a16_gemm(x, b, b_scale, bias=bias),
+        "w8a16_grouped_gemm": lambda: ops.w8a16_grouped_gemm(x, experts, experts_scale, ends, bias=experts_bias),
         "attention": lambda: ops.attention(q, kv, kv, causal=True),
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
         "attention_decode": lambda: ops.attention_decode(q[:, :1], kv, kv, length),

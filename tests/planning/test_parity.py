@@ -43,7 +43,7 @@ def test_architectures(name, precision):
             2**-8 if precision == "bf16" else 1e-6
         )  # its product is rounded to bfloat16
         gated = (
-            2 if isinstance(model.get_submodule(layer.fqn), fp.nn.GatedMLP) else 1
+            2 if isinstance(model.get_submodule(layer.fqn), fp.nn.GatedMLP | fp.nn.Experts) else 1
         )  # three layers, one of them times another
         assert 1e-4 < layer.quantisation.relative_error < gated * (0.05 if fp8 else 0.03)
         apart = math.hypot(layer.quantisation.relative_error, layer.kernel.relative_error)

@@ -48,7 +48,7 @@ def test_architectures(name, precision):
     attention = {n for n, c in codes(report).items() if c == "attention_on_cpu"}
     assert len(attention) + len(report.attention) >= 2
     assert set(names(report)) | set(codes(report)) - attention == leaves | experts
-    assert experts <= set(names(report) if precision in ("int8", "w8a16") else codes(report))
+    assert experts <= set(names(report) if precision in ("int8", "fp8", "w8a16") else codes(report))
     assert not set(names(report)) & set(codes(report))
     assert len(names(report)) >= 4
     for swapped in (s for s in report.swapped if s.fqn not in experts):

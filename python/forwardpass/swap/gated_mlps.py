@@ -82,7 +82,7 @@ def _formula(forward: ast.FunctionDef, gate: str, act: str) -> tuple[str, str] |
 
 
 class GatedMLPs:
-    """Of swapped layers those that make such a module, where gate, up and down became what goes together."""
+    """Swapped layers that make such a module: gate, up and down that became what goes together."""
 
     def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
         self._blocks: list[tuple[GatedBlock, tuple[str, str, str], list[QuantizedLinear]]] = []
