@@ -1,8 +1,10 @@
 """Layers of one input: which are, by the code that calls them, and that as one product they are what they were."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -297,6 +299,21 @@ def test_no_trace_of_a_dry_run():
     model = nn.Sequential(Straight()).eval()
     report = fp.swap(model, "int8", include=["0.a", "0.b", "0.c"], dry_run=True)
     assert report.joined == [("0.a", "0.b", "0.c")] and not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("cls", [Straight, Gated])
+def test_neither_originals_nor_the_model_are_kept(cls):
+    model = nn.Sequential(cls()).eval()
+    original = weakref.ref(model[0].a)
+    fp.swap(model, "int8", include=["0.a", "0.b", "0.c"], keep=False)
+    gc.collect()
+    assert original() is None
+    model = nn.Sequential(cls()).eval()
+    fp.swap(model, "int8", include=["0.a", "0.b", "0.c"])
+    dropped = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dropped() is None
 
 
 def test_threads_do_not_mix():

@@ -28,11 +28,8 @@ class GatedMLP(QuantizedModule):
     def __init__(self, gate_up: QuantizedLinear, down: QuantizedLinear) -> None:
         super().__init__()
         self.gate_up, self.down, self.activation = gate_up, down, None
-        self.members = (
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        )  #: names of the three layers in the module that it stands for
+        #: names of the three layers in the module that it stands for
+        self.members = ("gate_proj", "up_proj", "down_proj")
 
     @classmethod
     def why_not(cls, gate: QuantizedLinear, up: QuantizedLinear) -> str | None:

@@ -55,8 +55,11 @@ class Joined:
             member.settle(alone=False)
             member.joined = self
         self._views = [(m._buffers, name, t) for m in self.members for name, t in m._buffers.items() if t is not None]
+        self._is_copy = False
 
     def _is_whole(self) -> bool:
+        if self._is_copy:
+            return False
         for buffers, name, view in self._views:  # noqa: SIM110, a generator takes three times as long
             if buffers[name] is not view:
                 return False
@@ -87,12 +90,8 @@ class Joined:
         return result[1][self.members.index(member)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_begun": False,
-            "_result": None,
-            "_views": [({"": None}, "", self)],
-        }  # a copy's tensors are others
+        """A copy has tensors of its own, which its next call joins."""
+        return {**vars(self), "_begun": False, "_result": None, "_views": [], "_is_copy": True}
 
 
 def _has_too_many_rows(x: Tensor) -> bool:

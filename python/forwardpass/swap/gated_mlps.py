@@ -111,7 +111,8 @@ class GatedMLPs:
     def build(self) -> tuple[originals.Replaced, ...]:
         """The modules that stand for the originals; the separate layers are freed one after another."""
         replaced = []
-        for block, names, three in self._blocks:
+        blocks, self._blocks = self._blocks, []
+        for block, names, three in blocks:
             new = GatedMLP.from_layers(*three).train(block.module.training)
             new.gate_up.adopt(three[0])
             new.adopt(block.module)

@@ -9,9 +9,10 @@ is done with the variable but to ask for its shape, and nothing that is written 
 from __future__ import annotations
 
 import ast
+import weakref
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import TypeVar
 
@@ -57,7 +58,7 @@ def _parts(run: Iterable[str], members: Container[str]) -> list[tuple[str, ...]]
     return [part for part in parts if len(part) > 1]
 
 
-@cache
+@lru_cache(maxsize=1024)
 def runs_of(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """The names of the members that a class's forward calls with one variable, one after another, each once."""
     base = next(base for base in cls.__mro__ if "forward" in vars(base))
@@ -127,21 +128,19 @@ def _changes_in_place(statement: ast.stmt) -> bool:
 
 class JoinedSwap:
     """Swapped layers in the places of originals, those that belong together as one product: `build` before they are in the model,
-    `put` after.
-
-    Args:
-        layers: by name; emptied by `build`, so that nothing else holds a layer that is copied into another.
+    `put` after. Holds no layer that `build` copies into another: where nothing else does, it is freed at once.
     """
 
-    def __init__(self, layers: dict[str, tuple[Leaf, QuantizedModule]]) -> None:
-        self._layers, self._gated = layers, GatedMLPs(layers)
-        alone = {fqn: layer for fqn, layer in layers.items() if fqn not in self._gated.members}
+    def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
+        self._gated = GatedMLPs(layers)
+        within = self._gated.members
+        self._alone = {fqn: layer for fqn, layer in layers.items() if fqn not in within}
         self._runs = [
             (run, members)
-            for run in siblings(leaf for leaf, _ in alone.values())
-            if why_apart(members := [alone[leaf.fqn][1] for leaf in run]) is None
+            for run in siblings(leaf for leaf, _ in self._alone.values())
+            if why_apart(members := [self._alone[leaf.fqn][1] for leaf in run]) is None
         ]
-        self._joined: list[Joined] = []
+        self._joined: list[tuple[weakref.ref[nn.Module], Joined]] = []
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -156,16 +155,16 @@ class JoinedSwap:
 
     def build(self) -> tuple[tuple[originals.Replaced, ...], tuple[originals.Replaced, ...]]:
         """(layers and MLPs, activations that they compute): what is to be put in place."""
-        alone = [layer for fqn, layer in self._layers.items() if fqn not in self._gated.members]
-        self._layers.clear()
-        self._joined = [Joined(members) for _, members in self._runs]  # type: ignore[arg-type]
+        alone = [*self._alone.values()]
+        # It stands in the table of originals, and may neither keep these nor the model.
+        self._joined = [(weakref.ref(run[0].parent), Joined(members)) for run, members in self._runs]  # type: ignore[arg-type]
+        self._runs, self._alone = [], {}
         layers = (originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
         return (*layers, *self._gated.build()), originals.identities(alone)
 
     def put(self) -> None:
-        self._handles = [
-            run[0].parent.register_forward_pre_hook(joined.begin) for (run, _), joined in zip(self._runs, self._joined)
-        ]
+        holders = ((holder(), joined) for holder, joined in self._joined)
+        self._handles = [h.register_forward_pre_hook(joined.begin) for h, joined in holders if h is not None]
 
     def undo(self) -> None:
         while self._handles:
