@@ -3,20 +3,23 @@
 Models of transformers rotate by a function of their Python module, `apply_rotary_pos_emb`, and give the keys to the cache in the
 next statement. Where the code says just that, a hook on the attention marks the cosines if its layer of the cache appends in place;
 the function, wrapped once for each Python module, then leaves the work to that layer's `update`. Without a mark it does as before.
+Norms of the heads right before it are left to the same launch (`head_norms`).
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..ops.append_kv import PLAIN, WITHOUT_NORMS
+from . import head_norms
+from .class_source import body_of, dump, named, owner_of_forward, tree_of_module
 
 NAME = "apply_rotary_pos_emb"
 #: Attributes: of cosines, that the next rotation by them is left to the cache, and of the function that looks at it; of keys, what
@@ -25,7 +28,7 @@ _DEFERS, _PENDING = "forwardpass_defers_rotation", "forwardpass_rotary"
 
 #: What the operation does, as models write it: of all columns, and of the first.
 _ROTATIONS = frozenset(
-    ast.dump(ast.parse(textwrap.dedent(code)))
+    dump(code)
     for code in (
         """
         cos = cos.unsqueeze(unsqueeze_dim)
@@ -48,20 +51,17 @@ _ROTATIONS = frozenset(
         """,
     )
 )
-_HALVES = ast.dump(
-    ast.parse("x1 = x[..., : x.shape[-1] // 2]\nx2 = x[..., x.shape[-1] // 2 :]\nreturn torch.cat((-x2, x1), dim=-1)")
-)
+_HALVES = dump("x1 = x[..., : x.shape[-1] // 2]\nx2 = x[..., x.shape[-1] // 2 :]\nreturn torch.cat((-x2, x1), dim=-1)")
 #: In the forward of attention, one right behind the other.
 _CALL = ast.dump(ast.parse(f"query_states, key_states = {NAME}(query_states, key_states, cos, sin)").body[0])
 _UPDATE = "key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)"
 _APPEND = ast.dump(ast.parse(f"if cache is not None:\n    {_UPDATE}").body[0])
 
 
-def pending(key: Tensor) -> tuple[Tensor | None, ...]:
-    """(cos, sin, q, q_out), as `append_kv` has them, where k [B, Hk, S, D] is yet to be rotated, else None in their places. The
-    mark goes."""
-    nothing = None, None, None, None
-    return nothing if torch.compiler.is_compiling() else vars(key).pop(_PENDING, nothing)
+def pending(key: Tensor) -> tuple[Any, ...]:
+    """(cos, sin, q, q_out, q_norm, k_norm, norm_eps), for `append_kv`, where k [B, Hk, S, D] is yet to be rotated, else what
+    stands for nothing. The mark goes."""
+    return PLAIN if torch.compiler.is_compiling() else vars(key).pop(_PENDING, PLAIN)
 
 
 def why_apart(attention: nn.Module) -> str | None:
@@ -72,66 +72,86 @@ def why_apart(attention: nn.Module) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _why_apart(cls: Any) -> str | None:
-    owner = _owner_of_forward(cls)
-    module = sys.modules.get(owner.__module__)
-    try:
-        tree = ast.parse(inspect.getsource(module)) if module is not None else ast.parse("")
-    except (OSError, TypeError):
+    owner = owner_of_forward(cls)
+    tree = tree_of_module(owner)
+    if tree is None:
         return "its code is not at hand"
-    if _body(_named(tree, NAME)) not in _ROTATIONS or _body(_named(tree, "rotate_half")) != _HALVES:
+    if body_of(named(tree, NAME)) not in _ROTATIONS or body_of(named(tree, "rotate_half")) != _HALVES:
         return f"its module has another {NAME}"
-    forward = _named(_named(tree, owner.__name__), "forward")
-    statements = [ast.dump(x) for x in forward.body] if isinstance(forward, ast.FunctionDef) else []
-    calls = [i for i, x in enumerate(statements) if x == _CALL]
-    if len(calls) != 1 or statements[calls[0] + 1 : calls[0] + 2] != [_APPEND]:
+    statements = _statements(owner, tree)
+    dumped = [ast.dump(x) for x in statements]
+    calls = [i for i, x in enumerate(dumped) if x == _CALL]
+    if len(calls) != 1 or dumped[calls[0] + 1 : calls[0] + 2] != [_APPEND]:
         return "its forward does something else between rotation and cache"
     return None
 
 
-def _owner_of_forward(cls: Any) -> Any:
-    """The class, of those that it derives from or itself, whose forward it has."""
-    return next(c for c in cls.__mro__ if "forward" in vars(c))  # nn.Module has one
+def _statements(owner: Any, tree: ast.Module) -> list[ast.stmt]:
+    forward = named(named(tree, owner.__name__), "forward")
+    return forward.body if isinstance(forward, ast.FunctionDef) else []
 
 
-def _named(tree: ast.AST | None, name: str) -> ast.AST | None:
-    """The function or class of a name in the body of another."""
-    return next((x for x in getattr(tree, "body", ()) if getattr(x, "name", None) == name), None)
+@functools.lru_cache(maxsize=1024)
+def norms_precede(cls: Any) -> bool:
+    """Whether norms of the heads come right before the rotation, of a class with no `why_apart`."""
+    owner = owner_of_forward(cls)
+    tree = tree_of_module(owner)
+    assert tree is not None
+    statements = _statements(owner, tree)
+    return head_norms.precede(statements[: [ast.dump(x) for x in statements].index(_CALL)])
 
 
-def _body(function: ast.AST | None) -> str:
-    """Without its docstring."""
-    if not isinstance(function, ast.FunctionDef):
-        return ""
-    first = 1 if ast.get_docstring(function, clean=False) is not None else 0
-    return ast.dump(ast.Module(body=function.body[first:], type_ignores=[]))
-
-
-def defer(attention: nn.Module) -> Any:
-    """Rotates a module's queries and keys in its cache, where that appends in place; returns the handle of a hook that does so."""
-    module: Any = sys.modules[_owner_of_forward(type(attention)).__module__]
+def defer(attention: nn.Module) -> tuple[Any, ...]:
+    """Rotates a module's queries and keys in its cache, where that appends in place, their norms before it; returns the handles of
+    the hooks that do so."""
+    cls: Any = type(attention)
+    module: Any = sys.modules[owner_of_forward(cls).__module__]
     if not hasattr(vars(module)[NAME], _DEFERS):
         setattr(module, NAME, _deferring(vars(module)[NAME]))
-    return attention.register_forward_pre_hook(_mark, with_kwargs=True)
+    if not norms_precede(cls) or not head_norms.wrap(attention):
+        return (attention.register_forward_pre_hook(_mark, with_kwargs=True),)
+    return (
+        attention.register_forward_pre_hook(_mark_with_norms, with_kwargs=True),
+        attention.register_forward_hook(_forget, always_call=True),  # also after one that failed before its norms
+    )
 
 
-def _mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_norms: bool = False) -> None:
     if torch.compiler.is_compiling():  # which fuses the rotation into its neighbours, and knows no marks
         return
     embeddings, layers = kwargs.get("position_embeddings"), getattr(kwargs.get("cache"), "layers", ())
     index: Any = attention.layer_idx
     if embeddings is not None:
         layer: Any = layers[index] if index < len(layers) else None
-        setattr(embeddings[0], _DEFERS, hasattr(layer, "appends_in_place") and layer.appends_in_place())
+        defers = hasattr(layer, "appends_in_place") and layer.appends_in_place()
+        norms = head_norms.skip(attention) if defers and has_norms else None
+        setattr(embeddings[0], _DEFERS, (norms,) if defers else ())
+
+
+def _mark_with_norms(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _mark(attention, args, kwargs, has_norms=True)
+
+
+def _forget(*args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        head_norms.forget()
 
 
 def _deferring(rotate: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(rotate)
     def deferred(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not vars(cos).pop(_DEFERS, False) or not _fits(q, k, cos):
+        marks = () if torch.compiler.is_compiling() else vars(cos).pop(_DEFERS, ())
+        if not marks:
+            return rotate(q, k, cos, sin, *args, **kwargs)
+        norms = marks[0]
+        weights = WITHOUT_NORMS if norms is None else head_norms.weights(norms, k)
+        if weights is None or not _fits(q, k, cos):
+            if norms is not None:
+                q, k = norms[0](q), norms[1](k)
             return rotate(q, k, cos, sin, *args, **kwargs)
         rows = q.transpose(1, 2)
         q_out = torch.empty(rows.shape, dtype=q.dtype, device=q.device)
-        setattr(k, _PENDING, (cos, sin, rows, q_out))
+        setattr(k, _PENDING, (cos, sin, rows, q_out, *weights))
         return q_out.transpose(1, 2), k
 
     setattr(deferred, _DEFERS, True)

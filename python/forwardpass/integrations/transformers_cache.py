@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import cache_utils
 
 from ..ops.append_kv import OPERATION as APPEND_KV
-from ..ops.append_kv import WITHOUT_NORMS
 from . import kv_scales, rotary
 from .transformers_attention import NAMES
 
@@ -50,7 +49,7 @@ class _Stored:
         """Rotates the keys and their queries before, where that is pending."""
         k_scale, v_scale = (None, None) if self.scales is None else (x.transpose(1, 2) for x in self.scales)
         k, v, k_cache, v_cache = (x.transpose(1, 2) for x in (key, value, self.keys, self.values))
-        APPEND_KV(k, v, k_cache, v_cache, seq_lens, None, k_scale, v_scale, *rotary.pending(key), *WITHOUT_NORMS)
+        APPEND_KV(k, v, k_cache, v_cache, seq_lens, None, k_scale, v_scale, *rotary.pending(key))
 
     def between(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Views, with their scales."""

@@ -101,7 +101,7 @@ class CacheSwap:
         for model in self._decision.models:
             vars(model)[PLACE] = self._decision.kv_cache
             self._handles.append(model.register_forward_pre_hook(adapter, prepend=True, with_kwargs=True))
-        self._handles += [rotary.defer(attention) for attention in self._decision.rotating]
+        self._handles += [handle for attention in self._decision.rotating for handle in rotary.defer(attention)]
 
     def undo(self) -> None:
         for handle in self._handles:
