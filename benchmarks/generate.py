@@ -9,11 +9,12 @@ turn is one prefill of the prompts and the steps that follow it, each of one tok
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +33,7 @@ from forwardpass.integrations.kv_scales import KV_CACHES
 from forwardpass.profiling.roofline import roofline
 
 #: The least and most rounds of a cell.
-ROUNDS = (3, 21)
+ROUNDS = (2, 21)
 FIRST = "eager fp32"  #: what others are compared with
 
 
@@ -60,10 +61,9 @@ def time_cell(
         track(f"{cell}: {name}, untimed", None)
         try:
             run = candidate.prepare(cell)
-            run(ids, cell.steps)  # compiles, and chooses kernels
-            began = time.perf_counter()
-            run(ids, cell.steps)
-            seconds += time.perf_counter() - began
+            times = run(ids, cell.steps)  # compiles, and chooses kernels
+            steps = sorted(end - begin for begin, end in itertools.pairwise(times[1:]))
+            seconds += times[1] - times[0] + len(steps) * steps[len(steps) // 2]
             runs[name] = run
         except Exception as e:  # a peer's failure is its result
             failed[name] = generate_peers.failure(e)
@@ -98,8 +98,9 @@ def inputs(args: argparse.Namespace, subject: Subject) -> tuple[torch.Tensor, di
     return rows, prompts, model.config
 
 
-def measure(args: argparse.Namespace, make: Make = own_process.make) -> dict[str, Any]:
-    """The result of a run. Raises ValueError in one sentence where there is no such model, or it takes no such cell."""
+def measure(args: argparse.Namespace, make: Make = own_process.make) -> Iterator[dict[str, Any]]:
+    """The result of a run so far, after each cell, the largest first. Raises ValueError in one sentence where there is no such
+    model, or it takes no such cell."""
     began = time.monotonic()
     names = generate_peers.candidates(args.precisions)
     if unknown := [name for name in args.peers or () if name not in names]:
@@ -126,36 +127,35 @@ def measure(args: argparse.Namespace, make: Make = own_process.make) -> dict[str
         track("measuring the bandwidth of a copy", None)
         copy = roofline(torch.device("cpu"), set()).bytes_per_s
         rounds = (args.rounds, args.rounds) if args.rounds else ROUNDS
-        measured = []
-        cells = list(prompts)
+        result |= {
+            "model": source.origin,
+            "perplexity_tokens": rows[:, 1:].numel(),
+            "copy_bytes_per_s": copy,
+            "not_run": missing,
+            "candidates": {
+                name: {
+                    "perplexity": perplexities[name],
+                    "weight_bytes": candidate.weight_bytes,
+                    "version": generate_peers.version(name),
+                }
+                for name, candidate in built.items()
+            },
+        }
+        measured: dict[Decoding, dict[str, Any]] = {}
+        cells = sorted(prompts, key=lambda c: c.batch * c.length, reverse=True)
         for i, cell in enumerate(cells):
             left = 60 * args.minutes - (time.monotonic() - began)
             weights = [c.batch * c.length for c in cells[i:]]  # of the time that is left
             share = left * weights[0] / sum(weights)
-            measured.append(time_cell(cell, built, prompts[cell], rounds, share, track))
-            for name in measured[-1]["tokens_per_s"]:
+            timed = measured[cell] = time_cell(cell, built, prompts[cell], rounds, share, track)
+            for name, rates in timed["tokens_per_s"].items():
                 moved = bytes_of_step(built[name], cell, config)
-                rate = measured[-1]["tokens_per_s"][name]["decode"]["median"]
-                measured[-1].setdefault("decode_bytes", {})[name] = {
+                timed.setdefault("decode_bytes", {})[name] = {
                     "a_token": moved / cell.batch,
-                    "of_copy": moved / cell.batch * rate / copy,
+                    "of_copy": moved / cell.batch * rates["decode"]["median"] / copy,
                 }
-    return result | {
-        "model": source.origin,
-        "perplexity_tokens": rows[:, 1:].numel(),
-        "copy_bytes_per_s": copy,
-        "not_run": missing,
-        "candidates": {
-            name: {
-                "perplexity": perplexities[name],
-                "weight_bytes": candidate.weight_bytes,
-                "version": generate_peers.version(name),
-            }
-            for name, candidate in built.items()
-        },
-        "cells": measured,
-        "seconds": time.monotonic() - began,
-    }
+            in_order = [measured[c] for c in prompts if c in measured]
+            yield result | {"cells": in_order, "seconds": time.monotonic() - began}
 
 
 def lines(result: dict[str, Any]) -> Iterable[str]:
@@ -224,13 +224,14 @@ def main() -> None:
     args = p.parse_args()
     if args.small:
         args.batch, args.prompt, args.steps, args.texts, args.rounds = [2], [8], 2, 1, 2
+    result: dict[str, Any] = {}
     try:
-        result = measure(args)
+        for result in measure(args):
+            bench.write(result, args.json)
     except ValueError as e:
         p.error(" ".join(str(e).split()))
     for line in lines(result):
         print(line)
-    bench.write(result, args.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ and 80 without them (two cores of an EPYC, Zen 4).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import sys
 from multiprocessing.connection import Connection
@@ -20,6 +21,9 @@ from benchmarks.generate_peers import Candidate, Failed, Subject
 from benchmarks.peers import Missing
 from forwardpass.common.decoding import Decoding, Run
 from forwardpass.common.timing import keep_freed_memory
+
+#: Prompts of more tokens together leave gigabytes to an allocator that keeps what is freed: all candidates' do not fit into 24 GiB.
+MOST_KEPT = 8192
 
 
 def make(name: str, subject: Subject) -> Candidate:
@@ -62,6 +66,7 @@ def _serve(connection: Connection, name: str, subject: Subject, threads: int) ->
         except Exception as e:
             return connection.send(e if isinstance(e, Missing) else Failed(generate_peers.failure(e)))
         connection.send((candidate.weight_bytes, candidate.cache_itemsize))
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
         run: Run | None = None
         with contextlib.suppress(EOFError):
             while True:
@@ -70,11 +75,15 @@ def _serve(connection: Connection, name: str, subject: Subject, threads: int) ->
                 try:
                     if request == "prepare":
                         run = candidate.prepare(*arguments)
+                        give_back(0)
                     elif request == "losses":
                         answer = candidate.losses(torch.tensor(*arguments)).tolist()
+                        give_back(0)
                     elif run:
                         ids, steps = arguments
                         answer = run(torch.tensor(ids), steps)
+                        if len(ids) * len(ids[0]) > MOST_KEPT:
+                            give_back(0)
                 except Exception as e:
                     answer = Failed(generate_peers.failure(e))
                 connection.send(answer)

@@ -465,7 +465,8 @@ def generated(model, *options, module="generate_peers"):
     args = generate.arguments().parse_args(
         ["--model", model, "--texts", "1", "--rounds", "2", "--steps", "3", *options]
     )
-    return generate, generate.measure(args, importlib.import_module(f"benchmarks.{module}").make)
+    *_, result = generate.measure(args, importlib.import_module(f"benchmarks.{module}").make)
+    return generate, result
 
 
 def test_generate_beside_its_peers(small_decoder, monkeypatch):
