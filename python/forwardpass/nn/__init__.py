@@ -3,13 +3,14 @@
 from .bf16_linear import Bf16Linear
 from .experts import Experts
 from .fp8_linear import Fp8Linear
-from .gated_mlp import GatedMLP
 from .int8_linear import Int8Linear
 from .layer import QuantizedLinear, QuantizedModule
+from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
 from .w8a16_linear import W8A16Linear
 
 __all__ = [
+    "MLP",
     "Bf16Linear",
     "Experts",
     "Fp8Linear",

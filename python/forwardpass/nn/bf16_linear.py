@@ -70,7 +70,7 @@ class Bf16Linear(QuantizedLinear):
             layer.bias = bias.detach().clone()
         return layer.train(module.training)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("Bf16Linear has no backward, and its input requires grad: call it under "
                                "torch.inference_mode(), or detach its input")  # fmt: skip

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.common.quantized_rows import E4M3
-from ..ops.fp8_gemm.reference import columns_scale, rows_scale
+from ..ops.fp8_gemm import FP8_GEMM, FP8_GEMM_QUANTIZE
+from ..ops.fp8_gemm.reference import BLOCK, columns_scale, rows_scale
 from ..ops.fp8_linear import OPERATION
 from ..ops.fp8_linear.reference import quantized_input
-from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+from ..ops.quantize import OPERATION as QUANTIZE
+from .layer import Quantized, QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 SCALES = ("tensor", "row", "block")
 
@@ -100,8 +102,12 @@ class Fp8Linear(QuantizedLinear):
         layer._copy(channel_scale=channel_scale, input_scale=input_scale)
         return layer.train(module.training)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor | Quantized) -> Tensor:
         b = self._buffers
+        if isinstance(x, Quantized):
+            return FP8_GEMM(
+                x.values, b["weight"], x.scale, b["weight_scale"], b["bias"], self.activation, x.dtype, None
+            )
         return OPERATION(
             rows(x),
             b["weight"],
@@ -113,8 +119,28 @@ class Fp8Linear(QuantizedLinear):
             b["channel_scale"],
         )
 
-    def _quantized(self, x: Tensor) -> Tensor:
-        a, a_scale = quantized_input(x, self.weight_scale, self.input_scale, self.channel_scale)
+    def quantizes_for(self, then: QuantizedLinear) -> bool:
+        """Static ones, and those of groups of 128: other dynamic scales are of whole rows, which no tile of a product has."""
+        if not isinstance(then, Fp8Linear):
+            return False
+        return then.channel_scale is None if then.scales == "block" else then.input_scale is not None
+
+    def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:
+        b = self._buffers
+        options = b["weight_scale"], b["input_scale"], b["channel_scale"]
+        a, a_scale = quantized_input(rows(x), *options, QUANTIZE)  # type: ignore[arg-type]
+        product = a, b["weight"], a_scale, b["weight_scale"], b["bias"], self.activation
+        static = then._buffers["input_scale"]
+        if static is None:
+            q, scale = FP8_GEMM_QUANTIZE(*product, BLOCK)
+            return Quantized(q, scale, x.dtype)
+        return Quantized(FP8_GEMM(*product, E4M3, then.divisor()), static, x.dtype)
+
+    def _quantized(self, x: Tensor | Quantized) -> Tensor:
+        if isinstance(x, Quantized):
+            a, a_scale = x.values, x.scale
+        else:
+            a, a_scale = quantized_input(x, self.weight_scale, self.input_scale, self.channel_scale)
         return a.double() * rows_scale(a, a_scale, self.scales == "block")
 
     def _dequantized_weight(self) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from ..dispatch import library
 from ..ops.common.epilogue import per_row
 from ..ops.int8_gemm import MAX_K_ZERO_POINT
+from ..ops.int8_gemm import OPERATION as GEMM
 from ..ops.int8_linear import OPERATION, pack_int8_weight
 from ..ops.int8_linear.reference import quantized_input
-from .layer import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+from ..ops.quantize import OPERATION as QUANTIZE
+from .layer import Quantized, QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
 
 
 class Int8Linear(QuantizedLinear):
@@ -121,8 +123,12 @@ class Int8Linear(QuantizedLinear):
         layer.settle()  # here, as a graph that is compiled before the first call would not
         return layer.train(module.training)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor | Quantized) -> Tensor:
         b, packed = self._buffers, self._packed
+        if isinstance(x, Quantized):
+            return GEMM(
+                x.values, b["weight"], x.scale, b["weight_scale"], b["bias"], self.activation, x.dtype, None, None, None
+            )
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # for other machines
                 packed = (None, None)
@@ -132,6 +138,20 @@ class Int8Linear(QuantizedLinear):
             rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
             self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
         )  # fmt: skip
+
+    def quantizes_for(self, then: QuantizedLinear) -> bool:
+        """Symmetric ones: an epilogue adds no zero point."""
+        return isinstance(then, Int8Linear) and then.symmetric and then.input_scale is not None
+
+    def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:
+        b = self._buffers
+        options = b["input_scale"], b["input_zero_point"], self.symmetric, b["channel_scale"]
+        a, scale, zero_point = quantized_input(rows(x), *options, QUANTIZE)
+        q = GEMM(
+            a, b["weight"], scale, b["weight_scale"], b["bias"], self.activation, torch.int8, then.divisor(), zero_point,
+            b["weight_sum"],
+        )  # fmt: skip
+        return Quantized(q, then._buffers["input_scale"], x.dtype)  # type: ignore[arg-type]
 
     def settle(self, alone: bool = True) -> None:
         if alone:
@@ -152,7 +172,9 @@ class Int8Linear(QuantizedLinear):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": (None, None)}  # another process may read it another way
 
-    def _quantized(self, x: Tensor) -> Tensor:
+    def _quantized(self, x: Tensor | Quantized) -> Tensor:
+        if isinstance(x, Quantized):
+            return x.values.double() * x.scale.double()
         q, scale, zero_point = quantized_input(
             x, self.input_scale, self.input_zero_point, self.symmetric, self.channel_scale
         )

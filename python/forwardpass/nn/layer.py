@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +173,14 @@ class QuantizedModule(nn.Module):
                 setattr(self, name, t.view(E4M3))
 
 
+class Quantized(NamedTuple):
+    """An input that a layer before has quantised, as this one would: `values * scale`, and the dtype that it stands for."""
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
 class QuantizedLinear(QuantizedModule):
     """Base of the layers: weight [N, K], weight_scale fp32 (`scales_shape`; None for a weight of 16 bits), bias [N] or None.
 
@@ -192,6 +200,8 @@ class QuantizedLinear(QuantizedModule):
     weight_scale: Tensor  #: None where the weight has 16 bits: such a layer reads its weight itself
     bias: Tensor | None
     joined: Joined | None = None  #: with layers that are called with the same input
+    #: input_scale and channel_scale, and the one over the other
+    _divided: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
     def __init__(
         self,
@@ -274,18 +284,51 @@ class QuantizedLinear(QuantizedModule):
                 buffer = getattr(self, name)
                 setattr(self, name, v.detach().to(self.weight.device, buffer.dtype).reshape(-1).clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
+        """then: a layer for which `quantizes_for` holds, and which is called with the result and nothing else."""
+        if isinstance(x, Quantized):
+            return self.product(x)
+        if then is not None:
+            return self.quantized_product(x, then)
         return self.product(x) if self.joined is None else self.joined(self, x)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor | Quantized) -> Tensor:
         """x W^T + b and the activation, of this layer alone."""
         raise NotImplementedError
+
+    def quantizes_for(self, then: QuantizedLinear) -> bool:
+        """Whether this layer's epilogue can write its output as `then` quantises it."""
+        return False
+
+    def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:
+        """`product`, never rounded to 16 bits, as `then` quantises it but for the last bit of a quotient: where that decides
+        between two neighbours it may be the other one."""
+        raise NotImplementedError
+
+    def divisor(self) -> Tensor:
+        """What a static layer's inputs are divided by to be quantised, channel_scale included: [1] or [K]."""
+        b, (scale, channel, divided) = self._buffers, self._divided
+        if b["channel_scale"] is None:
+            return b["input_scale"]  # type: ignore[return-value]
+        if divided is None or scale is not b["input_scale"] or channel is not b["channel_scale"]:
+            scale, channel = b["input_scale"], b["channel_scale"]
+            divided = scale / channel  # type: ignore[operator, arg-type]
+            if not torch.compiler.is_compiling():
+                self._divided = scale, channel, divided
+        return divided
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._divided = (None, None, None)  # it writes into buffers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_divided": (None, None, None)}
 
     def settle(self, alone: bool = True) -> None:
         """Makes what the layer keeps beside its buffers, which now have their values; not alone: drops it, as another layer
         computes for this one."""
 
-    def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def exact(self, x: Tensor | Quantized) -> Tensor:  # type: ignore[override]
         y = self._quantized(x) @ self._dequantized_weight().t()
         return self.activated(y if self.bias is None else y + self.bias.double())
 
@@ -293,8 +336,10 @@ class QuantizedLinear(QuantizedModule):
         gate, up = separate_gate_up(y, -1) if is_gated(self.activation) else (y, None)
         return activate(self.activation, gate, up)
 
-    def _quantized(self, x: Tensor) -> Tensor:
-        return x.double()
+    def _quantized(self, x: Any) -> Tensor:
+        """In float64, the values that x is quantised to."""
+        exact: Tensor = x.double()
+        return exact
 
     def _dequantized_weight(self) -> Tensor:
         return dequantize_weight(self.weight, self.weight_scale)

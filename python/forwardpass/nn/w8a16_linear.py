@@ -77,7 +77,7 @@ class W8A16Linear(QuantizedLinear):
         layer._fill(*quantize_weight(weight, layer.weight.dtype, scales), bias)
         return layer.train(module.training)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
         b = self._buffers
         return OPERATION(rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation)
 
