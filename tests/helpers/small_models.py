@@ -113,6 +113,23 @@ ATTENTION = {
     ),
 }
 
+_IMAGES = CONFIGS["vit"][2]
+#: MLPs as they are written: two layers, three, gate and up as one, with dropouts, and with what T5 has around its last layer.
+MLPS = {
+    **{name: CONFIGS[name] for name in ("llama", "gpt2", "vit", "t5")},
+    "t5_gated": ("T5ForConditionalGeneration", "T5Config", {**CONFIGS["t5"][2], "feed_forward_proj": "gated-gelu"}),
+    "phi": ("PhiForCausalLM", "PhiConfig", _DECODER),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**_DECODER, "pad_token_id": 0}),
+    "gemma3": ATTENTION["gemma3"],
+    "modernbert": (
+        "ModernBertModel",
+        "ModernBertConfig",
+        {**_DECODER, **_SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "mlp_dropout": 0.5},
+    ),
+    "clip": ("CLIPVisionModel", "CLIPVisionConfig", {**_IMAGES, "hidden_act": "gelu"}),
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", _IMAGES),
+}
+
 
 def build(name, configs=CONFIGS):
     model, config, options = configs[name]
@@ -123,13 +140,17 @@ def build(name, configs=CONFIGS):
 def batch(name, seed=1):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 100, (2, 10), generator=g)
-    if name == "vit":
+    if name in ("vit", "clip", "siglip"):
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=g)}
     if name == "whisper":
         return {"input_features": torch.randn(2, 16, 32, generator=g), "decoder_input_ids": ids}
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask, **({"decoder_input_ids": ids[:, :7]} if name == "t5" else {})}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        **({"decoder_input_ids": ids[:, :7]} if name.startswith("t5") else {}),
+    }
 
 
 @torch.inference_mode()

@@ -124,6 +124,10 @@ def test_dropouts_drop_in_training():
         (lambda g, u, d: GatedMLP.from_halves(Int8Linear.from_torch(nn.Linear(K, 24)), d, "silu"), "no multiple of 8"),
         (lambda g, u, d: GatedMLP.from_halves(Fp8Linear.from_torch(g, scales="tensor"), d, "silu"), "not by output"),
         (lambda g, u, d: GatedMLP.from_halves(Int8Linear.from_torch(g), d, "silu"), "128 outputs"),
+        (
+            lambda g, u, d: GatedMLP.from_halves(Fp8Linear.from_torch(nn.Linear(K, 128), scales="block"), d, "silu"),
+            "a block",
+        ),
     ],
 )
 def test_refused_with_the_reason(make, words):
@@ -136,18 +140,34 @@ def d_of(down):
     return nn.Linear(K, down.out_features)
 
 
-@pytest.mark.parametrize("cls", [Int8Linear, W8A16Linear, Fp8Linear, Bf16Linear])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (Int8Linear, {}),
+        (W8A16Linear, {}),
+        (W8A16Linear, {"scales": "group"}),
+        (Fp8Linear, {}),
+        (Fp8Linear, {"scales": "block"}),
+        (Bf16Linear, {}),
+    ],
+)
 @torch.no_grad()
-def test_halves_are_gate_and_up(cls):
+def test_halves_are_gate_and_up(cls, options):
     """One layer of both is the GatedMLP of the two, and is given back as it was."""
     gate, up, down = linears()
     both = nn.Linear(K, 2 * I)
     both.weight, both.bias = (nn.Parameter(torch.cat([getattr(m, n) for m in (gate, up)])) for n in ("weight", "bias"))
-    both, down = cls.from_torch(both), cls.from_torch(down)
+    both, down = cls.from_torch(both, **options), cls.from_torch(down, **options)
     mlp = GatedMLP.from_halves(both, down, "silu")
-    layers = cls.from_torch(gate, activation="silu"), cls.from_torch(up), down
+    layers = cls.from_torch(gate, activation="silu", **options), cls.from_torch(up, **options), down
     x = torch.randn(5, K)
     assert torch.equal(mlp(x), GatedMLP.from_layers(*layers)(x))
+    torch.testing.assert_close(mlp(x), down(layers[0](x) * layers[1](x)), rtol=0, atol=2e-5)
+    torch.testing.assert_close(mlp(x).double(), mlp.exact(x), rtol=0, atol=2e-2 if cls is Bf16Linear else 1e-5)
+    for before, after in zip(layers, GatedMLP.from_layers(*layers).separate().values()):
+        assert after.config() == before.config() and torch.equal(
+            after(x if after is not down else both(x)[..., :I]), before(x if after is not down else both(x)[..., :I])
+        )
     again = mlp.separate()
     assert [*again] == ["gate_up_proj", "down_proj"] and again["down_proj"] is down
     again = again["gate_up_proj"]
@@ -170,39 +190,39 @@ def test_within_a_step_of_what_the_second_layer_quantises(dtype, cls, gated, smo
     mlp = build(cls, gated, static(cls, smoothed), dtype)
     x = torch.randn(40, K, dtype=dtype)
     with fp.use_backend(backend):
-        h, handed = mlp.first(x), mlp.first(x, mlp.second)
+        h, handed = mlp.layers[0](x), mlp.layers[0](x, mlp.layers[1])
     expected, *_ = fp.ops.quantize(
-        h, handed.values.dtype, scale=mlp.second.input_scale, channel_scale=mlp.second.channel_scale
+        h, handed.values.dtype, scale=mlp.layers[1].input_scale, channel_scale=mlp.layers[1].channel_scale
     )
-    assert handed.scale is mlp.second.input_scale and handed.dtype == dtype
+    assert handed.scale is mlp.layers[1].input_scale and handed.dtype == dtype
     assert neighbours(handed.values, expected) <= 1
     differ = (handed.values.float() != expected.float()).double().mean()
     assert differ < (0.01 if dtype == torch.float32 else 0.1)
     assert handed.values.float().abs().max() > (50 if cls is Int8Linear else 100)  # the steps are not too wide to see
     back = (handed.values.float() * STEP / (1 if cls is Int8Linear else 4)).to(dtype)
     if not smoothed and dtype == torch.float32:  # the very product of these values
-        assert torch.equal(mlp.second(handed), mlp.second(back))
+        assert torch.equal(mlp.layers[1](handed), mlp.layers[1](back))
     with fp.use_backend("reference"):
-        exact = mlp.second.exact(handed)
+        exact = mlp.layers[1].exact(handed)
         assert exact.dtype == torch.float64
         bound = 1e-5 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(mlp.second(handed).double(), exact, rtol=0, atol=bound)
+        torch.testing.assert_close(mlp.layers[1](handed).double(), exact, rtol=0, atol=bound)
 
 
 @torch.no_grad()
 def test_on_a_cpu_each_layer_quantises_its_own_input():
     mlp = build(Int8Linear, gated=False)
     x = torch.randn(9, K)
-    assert torch.equal(mlp(x), mlp.second(mlp.first(x)))
+    assert torch.equal(mlp(x), mlp.layers[1](mlp.layers[0](x)))
 
 
 @torch.no_grad()
 def test_a_smoothed_layer_that_is_loaded_divides_by_its_new_scales():
     one, other = (build(Int8Linear, False, static(Int8Linear, channel_scale=torch.full((I,), c))) for c in (1.0, 2.0))
-    assert one.second.divisor() is one.second.divisor()  # once for all calls
+    assert one.layers[1].divisor() is one.layers[1].divisor()  # once for all calls
     one.load_state_dict(other.state_dict())
-    assert torch.equal(one.second.divisor(), torch.full((I,), STEP / 2))
-    assert copy.deepcopy(one).second._divided == (None, None, None)
+    assert torch.equal(one.layers[1].divisor(), torch.full((I,), STEP / 2))
+    assert copy.deepcopy(one).layers[1]._divided == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -217,33 +237,40 @@ def test_a_smoothed_layer_that_is_loaded_divides_by_its_new_scales():
 )
 def test_what_quantises_for_another(down, hands_over):
     up, _, last = linears()
-    assert Int8Linear.from_torch(up).quantizes_for(down(last)) is hands_over
+    assert Int8Linear.from_torch(up).quantizes_for(down(last), last.weight.device) is hands_over
 
 
-@pytest.mark.parametrize(("scales", "hands_over"), [("block", True), ("row", False), ("tensor", False)])
-def test_what_quantises_for_fp8(scales, hands_over):
+@pytest.mark.parametrize(("arch", "expected"), [("sm_89", ()), ("sm_90a", ("block",)), ("sm_120", ())])
+def test_what_quantises_for_fp8(arch, expected):
     up, _, last = linears()
-    up, down = Fp8Linear.from_torch(up), Fp8Linear.from_torch(last, scales=scales)
-    assert up.quantizes_for(down) is hands_over and not up.quantizes_for(Int8Linear.from_torch(last))
-    smoothed = Fp8Linear.from_torch(last, scales=scales, channel_scale=torch.ones(I))
-    assert not up.quantizes_for(smoothed)
+    up, cpu = Fp8Linear.from_torch(up), last.weight.device
+    with fp.interpret(arch):
+        for scales in ("block", "row", "tensor"):
+            down = Fp8Linear.from_torch(last, scales=scales)
+            assert up.quantizes_for(down, cpu) is (scales in expected)
+            smoothed = Fp8Linear.from_torch(last, scales=scales, channel_scale=torch.ones(I))
+            assert not up.quantizes_for(smoothed, cpu)
+        assert not up.quantizes_for(Int8Linear.from_torch(last), cpu)
 
 
-CASES = [("sm_80", Int8Linear, {}), ("sm_89", Fp8Linear, {}), ("sm_90a", Int8Linear, {}), ("sm_90a", Fp8Linear, {}),
-         ("sm_90a", Fp8Linear, {"scales": "block"}), ("sm_120", Int8Linear, {})]  # fmt: skip
+BLOCKS = {"scales": "block"}
+#: Architecture, class, the second layer if not static, the first.
+CASES = [("sm_80", Int8Linear, None, {}), ("sm_89", Fp8Linear, None, {}), ("sm_90a", Int8Linear, None, {}),
+         ("sm_90a", Fp8Linear, None, {}), ("sm_90a", Fp8Linear, BLOCKS, {}), ("sm_90a", Fp8Linear, BLOCKS, BLOCKS),
+         ("sm_90a", Fp8Linear, None, BLOCKS), ("sm_89", Fp8Linear, None, BLOCKS), ("sm_120", Int8Linear, None, {})]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize(("arch", "cls", "down"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(("arch", "cls", "down", "up"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
 @torch.no_grad()
-def test_on_gpus(arch, cls, down, backend):
+def test_on_gpus(arch, cls, down, up, backend):
     """By the interpreter: a launch less than the two layers have, fewer bytes, and within a step's effect the same result."""
     dtype = torch.bfloat16
     for gated in (False, True):
-        mlp = build(cls, gated, down or static(cls, smoothed=gated), dtype)
+        mlp = build(cls, gated, down or static(cls, smoothed=gated), dtype, up=up)
         x = torch.randn(5, K, dtype=dtype)
         results, counted = [], []
-        for call in (mlp, lambda x, mlp=mlp: mlp.second(mlp.first(x))):
+        for call in (mlp, lambda x, mlp=mlp: mlp.layers[1](mlp.layers[0](x))):
             with fp.interpret(arch, counters=True) as device, fp.use_backend(backend):
                 results.append(call(x))
             kernels = device.kernels()

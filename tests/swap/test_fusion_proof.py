@@ -417,3 +417,29 @@ def test_vision_libraries(library, model):
     models = pytest.importorskip(library)
     make = models.create_model if library == "timm" else models.get_model
     assert len(behind(make(model))) == {"timm": 12}.get(library, 18)
+
+
+class ByEnd(nn.Module):
+    """As rotary embeddings ask for a table of a kind of layer, which no name of a layer ends like, or does."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.full_table, self.kind = Mlp(), 1, "full"
+
+    def forward(self, x):
+        return self.mlp(x) * getattr(self, f"{self.kind}_table")
+
+
+class ByEndOfALayer(ByEnd):
+    def forward(self, x):
+        return self.mlp(x) + getattr(self.mlp, f"{self.kind[0]}c1")(x)[:, :WIDTH]
+
+
+class ByBeginning(ByEnd):
+    def forward(self, x):
+        return self.mlp(x) + getattr(self.mlp, f"fc{len(self.kind) - 3}")(x)[:, :WIDTH]
+
+
+@pytest.mark.parametrize(("cls", "expected"), [(ByEnd, {"mlp.fc1": "gelu"}), (ByEndOfALayer, {}), (ByBeginning, {})])
+def test_names_of_which_the_end_is_known(cls, expected):
+    assert behind(cls()) == expected

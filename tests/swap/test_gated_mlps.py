@@ -146,7 +146,7 @@ def test_restored():
 def test_an_error_leaves_the_model(monkeypatch):
     model = Holder(Mlp()).eval()
     mlp = model.mlp
-    monkeypatch.setattr(GatedMLP, "from_layers", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(GatedMLP, "from_layers", lambda *_, **options: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         fp.swap(model, "int8", include="mlp.*")
     assert model.mlp is mlp and isinstance(mlp.up_proj, nn.Linear)

@@ -54,7 +54,7 @@ def test_architectures(name, precision):
     for swapped in (s for s in report.swapped if s.fqn not in experts):
         holder, _, part = swapped.fqn.rpartition(".")
         holder = model.get_submodule(holder)
-        layer = holder.separate()[part] if isinstance(holder, fp.nn.GatedMLP) else getattr(holder, part)
+        layer = holder.separate()[part] if isinstance(holder, fp.nn.MLP | fp.nn.GatedMLP) else getattr(holder, part)
         assert isinstance(layer, QuantizedLinear)
         assert (layer.in_features, layer.out_features) == (swapped.in_features, swapped.out_features)
     assert 0 < (after - before).norm() / before.norm() < OFF[precision]

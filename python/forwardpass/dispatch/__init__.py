@@ -16,12 +16,12 @@ from .choice import (
     interpreter,
     use_backend,
 )
-from .devices import DEBUG, gpu_takes, why_no_triton
+from .devices import DEBUG, gpu_capability, gpu_takes, why_no_triton
 from .operation import Explanation, Operation, explain, is_of_subclass, only_reference_on, operations
 from .reason import Reason, Unsupported
 
 __all__ = [
     "BACKENDS", "DEBUG", "Explanation", "Interpreter", "Operation", "Reason", "Unsupported", "asked_for_by_name", "choosing",
-    "current_choice", "explain", "gpu_takes", "interpret_everywhere", "interpreted_by", "interpreter", "is_of_subclass",
-    "only_reference_on", "operations", "use_backend", "why_no_triton",
+    "current_choice", "explain", "gpu_capability", "gpu_takes", "interpret_everywhere", "interpreted_by", "interpreter",
+    "is_of_subclass", "only_reference_on", "operations", "use_backend", "why_no_triton",
 ]  # fmt: skip

@@ -43,17 +43,17 @@ def gpu_capability(device: torch.device) -> tuple[int, int]:
     return _capability(device.index)
 
 
+def gpu_takes(device: torch.device) -> bool:
+    """Whether this device's tensors are for CUDA and Triton kernels: on a GPU, or interpreted as if they were."""
+    return device.type == "cuda" or (device.type == "cpu" and selected.arch is not None)
+
+
 def _why_not_gpu(device: torch.device, kernels: str) -> Reason | None:
-    if device.type == "cuda" or (device.type == "cpu" and selected.arch):
+    if gpu_takes(device):
         return None
     return Reason(
         "device", f"the {kernels} kernels take CUDA tensors, and this one is on {device.type}", "move it to a GPU"
     )
-
-
-def gpu_takes(device: torch.device) -> bool:
-    """Whether this device's tensors are for CUDA and Triton kernels: on a GPU, or interpreted as if they were."""
-    return _why_not_gpu(device, "") is None
 
 
 def _why_no_gpu() -> Reason | None:

@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import gpu_capability
+from ..ops.common.activations import is_gated
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import FP8_GEMM, FP8_GEMM_QUANTIZE
 from ..ops.fp8_gemm.reference import BLOCK, columns_scale, rows_scale
 from ..ops.fp8_linear import OPERATION
 from ..ops.fp8_linear.reference import quantized_input
 from ..ops.quantize import OPERATION as QUANTIZE
-from .layer import Quantized, QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+from .layer import Quantized, QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows, scales_shape
 
 SCALES = ("tensor", "row", "block")
 
@@ -35,7 +37,8 @@ class Fp8Linear(QuantizedLinear):
         scales: "tensor", "row" or "block"; static: not with "block"; channel_scale: see above.
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: weight e4m3 [N, K], weight_scale fp32 [1], [N] or
-    [ceil(N / 128), ceil(K / 128)], bias [N] or None, channel_scale fp32 [K] or None, input_scale fp32 [1] (static) or None.
+    [ceil(N / 128), ceil(K / 128)] (of gate and up as one layer [2, ceil(N / 256), ceil(K / 128)]), bias [N] or None,
+    channel_scale fp32 [K] or None, input_scale fp32 [1] (static) or None.
 
     Inference only: raises under grad when the input requires it.
     """
@@ -65,6 +68,9 @@ class Fp8Linear(QuantizedLinear):
             raise ValueError('Fp8Linear: static activations go with scales "tensor" or "row", not with "block"')
         super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=scales, activation=activation)
         self.scales = scales
+        if scales == "block" and is_gated(activation):  # of the gate matrix, and of the up matrix
+            shape = 2, *scales_shape(out_features // 2, in_features, scales)
+            self.weight_scale = torch.empty(shape, dtype=torch.float32, device=device)
         self._optional("channel_scale", channel_scale, in_features)
         self._optional("input_scale", static, 1)
 
@@ -119,11 +125,14 @@ class Fp8Linear(QuantizedLinear):
             b["channel_scale"],
         )
 
-    def quantizes_for(self, then: QuantizedLinear) -> bool:
-        """Static ones, and those of groups of 128: other dynamic scales are of whole rows, which no tile of a product has."""
+    def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
+        """Static ones; and those of groups of 128, which a tile of sm_90a's products has whole: others write fp32 first. Scales of
+        whole rows no tile has."""
         if not isinstance(then, Fp8Linear):
             return False
-        return then.channel_scale is None if then.scales == "block" else then.input_scale is not None
+        if then.scales != "block":
+            return then.input_scale is not None
+        return then.channel_scale is None and gpu_capability(device)[0] == 9
 
     def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:
         b = self._buffers

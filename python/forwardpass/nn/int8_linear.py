@@ -139,7 +139,7 @@ class Int8Linear(QuantizedLinear):
             self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
         )  # fmt: skip
 
-    def quantizes_for(self, then: QuantizedLinear) -> bool:
+    def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
         """Symmetric ones: an epilogue adds no zero point."""
         return isinstance(then, Int8Linear) and then.symmetric and then.input_scale is not None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +100,11 @@ def _has_too_many_rows(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() > MOST_ROWS_ON_CPU * x.shape[-1]
 
 
-def why_apart(layers: Sequence[nn.Module], but_activation: bool = False) -> str | None:
-    """Why these layers cannot be one product; None where they can. but_activation: whatever they apply to their outputs."""
+def why_apart(
+    layers: Sequence[nn.Module], but_activation: bool = False, but_buffers: Container[str] = ()
+) -> str | None:
+    """Why these layers cannot be one product; None where they can. but_activation: whatever they apply to their outputs;
+    but_buffers: these are not looked at."""
     from .layer import QuantizedLinear
 
     first = layers[0]
@@ -115,7 +118,7 @@ def why_apart(layers: Sequence[nn.Module], but_activation: bool = False) -> str 
         if layer.out_features % 8:
             return "rows of 16 bytes would be divided"
         for name, t in layer._buffers.items():
-            if t is None:
+            if t is None or name in but_buffers:
                 continue
             if name in layer.output_buffers:
                 if t.shape[0] != layer.out_features:

@@ -296,8 +296,8 @@ class QuantizedLinear(QuantizedModule):
         """x W^T + b and the activation, of this layer alone."""
         raise NotImplementedError
 
-    def quantizes_for(self, then: QuantizedLinear) -> bool:
-        """Whether this layer's epilogue can write its output as `then` quantises it."""
+    def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
+        """Whether this layer's epilogue can write its output as `then` quantises it, on the GPU that takes such tensors."""
         return False
 
     def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..dispatch import gpu_takes, use_backend
 from ..ops.common.activations import GATED, PLAIN, interleave_gate_up, separate_gate_up
+from ..ops.fp8_gemm import BLOCK
 from .joined import why_apart
 from .layer import Quantized, QuantizedLinear, QuantizedModule
 
@@ -20,12 +21,12 @@ _NONE: Mapping[str, nn.Module] = {}
 class TwoProducts(QuantizedModule):
     """Base of the MLPs: a first layer with the activation in its epilogue, and a second one.
 
-    On a GPU, where the second layer's scales do not depend on what a row holds (static and symmetric int8; static e4m3, or with
-    block scales), the first writes its output in 8 bits as the second quantises it: a half or a fourth of the bytes, and a launch
-    less. The second layer's channel_scale is in what the first one divides by. On a CPU each layer quantises its own input, a
-    block of rows at a time in cache, and 8 bits between them gain nothing: two layers of 384 x 1536 and 1024 x 4096, 1, 16 and
-    512 rows, one core of Zen 4: 0.96 to 1.06 times as fast with VNNI, with AVX2, whose weight would be packed anew, 0.78 to 0.95
-    of 512 rows.
+    On a GPU, where the second layer's scales do not depend on what a row holds (static and symmetric int8; static e4m3; on Hopper
+    also e4m3 with block scales), the first writes its output in 8 bits as the second quantises it: a half or a fourth of the
+    bytes, and a launch less. The second layer's channel_scale is in what the first one divides by. On a CPU each layer quantises
+    its own input, a block of rows at a time in cache, and 8 bits between them gain nothing: two layers of 384 x 1536 and 1024 x
+    4096, 1, 16 and 512 rows, one core of Zen 4: 0.96 to 1.06 times as fast with VNNI, with AVX2, whose weight would be packed
+    anew, 0.78 to 0.95 of 512 rows.
 
     Args:
         layers: the two by their names.
@@ -46,13 +47,9 @@ class TwoProducts(QuantizedModule):
         self._between, self._behind = tuple(between), tuple(behind)
 
     @property
-    def first(self) -> QuantizedLinear:
-        """The layer that has the activation."""
-        return self._modules[self._first]  # type: ignore[return-value]
-
-    @property
-    def second(self) -> QuantizedLinear:
-        return self._modules[self._second]  # type: ignore[return-value]
+    def layers(self) -> tuple[QuantizedLinear, QuantizedLinear]:
+        """The one that has the activation, and the other."""
+        return self._modules[self._first], self._modules[self._second]  # type: ignore[return-value]
 
     def separate(self) -> dict[str, QuantizedLinear]:
         """The layers as they were given, by the names that a checkpoint has for them."""
@@ -60,18 +57,18 @@ class TwoProducts(QuantizedModule):
 
     def _hands_over(self, x: Tensor) -> bool:
         """Whether the first layer quantises for the second."""
-        if not (self.first.quantizes_for(self.second) and gpu_takes(x.device)):
+        first, second = self.layers
+        if not (gpu_takes(x.device) and first.quantizes_for(second, x.device)):
             return False
         return not any(self._modules[name].training for name in self._between)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
-        modules = self._modules
-        first, second = modules[self._first], modules[self._second]
-        h = first(x, second) if self._hands_over(x) else first(x)  # type: ignore[misc]
+        modules, (first, second) = self._modules, self.layers
+        h = first(x, second) if self._hands_over(x) else first(x)
         if not isinstance(h, Quantized):
             for name in self._between:
                 h = modules[name](h)  # type: ignore[misc]
-        y: Tensor = second(h)  # type: ignore[misc]
+        y: Tensor = second(h)
         for name in self._behind:
             y = modules[name](y)  # type: ignore[misc]
         return y
@@ -79,12 +76,12 @@ class TwoProducts(QuantizedModule):
     def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """By the reference of each operation, in float64, without dropouts; what is between the two products is rounded as in
         forward."""
-        first, second, in_8_bits = self.first, self.second, self._hands_over(x)
+        (first, second), in_8_bits = self.layers, self._hands_over(x)
         with use_backend("reference"):
             return second.exact(first.quantized_product(x, second) if in_8_bits else first.product(x))
 
     def config(self) -> dict[str, Any]:
-        return {self._first: self.first.config(), self._second: self.second.config()}
+        return {name: layer.config() for name, layer in zip((self._first, self._second), self.layers)}
 
 
 class MLP(TwoProducts):
@@ -122,7 +119,7 @@ class MLP(TwoProducts):
         return cls(dict(zip(names, (up, down))), between, behind)
 
     def separate(self) -> dict[str, QuantizedLinear]:
-        return {self._first: self.first, self._second: self.second}
+        return dict(zip((self._first, self._second), self.layers))
 
 
 class GatedMLP(TwoProducts):
@@ -157,7 +154,7 @@ class GatedMLP(TwoProducts):
             return reason
         if up.activation is not None or gate.out_features != up.out_features:
             return "gate and up have other sizes, or up has an activation"
-        return why_apart((gate, up), but_activation=True)
+        return why_apart((gate, up), but_activation=True, but_buffers=_of_blocks(gate))
 
     @classmethod
     def why_no_halves(cls, gate_up: QuantizedLinear, activation: str) -> str | None:
@@ -166,7 +163,10 @@ class GatedMLP(TwoProducts):
             return reason
         if gate_up.activation is not None or gate_up.out_features % 16:
             return "it has an activation, or halves that are no multiple of 8"
-        return why_apart((gate_up,))
+        blocks = _of_blocks(gate_up)
+        if blocks and gate_up.out_features // 2 % BLOCK:
+            return f"a block of {BLOCK} rows with one scale is of gate and up"
+        return why_apart((gate_up,), but_buffers=blocks)
 
     @classmethod
     def from_layers(
@@ -194,9 +194,8 @@ class GatedMLP(TwoProducts):
         if reason := cls.why_not(gate, up):
             raise ValueError(f"GatedMLP.from_layers: {reason}")
         _check_fit("GatedMLP", "gate", gate.out_features, down)
-        both = {name: (t, up._buffers[name]) for name, t in _by_output(gate).items()}
-        interleaved = {name: interleave_gate_up(*parts) for name, parts in both.items()}  # type: ignore[arg-type]
-        gate_up = _like(gate, 2 * gate.out_features, f"{gate.activation}_mul", interleaved)
+        halves = {name: (t, up._buffers[name]) for name, t in _by_output(gate).items()}
+        gate_up = _like(gate, 2 * gate.out_features, f"{gate.activation}_mul", _together(gate, halves))
         return cls(_settled(gate_up), down, names, between, behind)
 
     @classmethod
@@ -218,16 +217,15 @@ class GatedMLP(TwoProducts):
         if reason := cls.why_no_halves(gate_up, activation):
             raise ValueError(f"GatedMLP.from_halves: {reason}")
         _check_fit("GatedMLP", "gate_up", gate_up.out_features // 2, down)
-        rows = {
-            name: interleave_gate_up(*separate_gate_up(t, layout="halves")) for name, t in _by_output(gate_up).items()
-        }
-        interleaved = _like(gate_up, gate_up.out_features, f"{activation}_mul", rows)
+        halves = {name: separate_gate_up(t, layout="halves") for name, t in _by_output(gate_up).items()}
+        interleaved = _like(gate_up, gate_up.out_features, f"{activation}_mul", _together(gate_up, halves))
         return cls(_settled(interleaved), down, names, between, behind)
 
     def separate(self) -> dict[str, QuantizedLinear]:
         first, n = self.gate_up, self.gate_up.out_features
         assert first.activation is not None
-        halves = {name: separate_gate_up(t) for name, t in _by_output(first).items()}
+        blocks = _of_blocks(first)
+        halves = {name: t.unbind() if name in blocks else separate_gate_up(t) for name, t in _by_output(first).items()}
         if len(self.members) == 2:
             layers = [_like(first, n, None, {name: torch.cat(both) for name, both in halves.items()})]
         else:
@@ -253,6 +251,16 @@ def _why_no_gate(activation: str | None) -> str | None:
 
 def _by_output(layer: QuantizedLinear) -> dict[str, Tensor]:
     return {name: t for name in layer.output_buffers if (t := layer._buffers[name]) is not None}
+
+
+def _of_blocks(layer: QuantizedLinear) -> tuple[str, ...]:
+    """Its buffers that have an element for 128 outputs; of gate and up as one, two matrices of those."""
+    return ("weight_scale",) if getattr(layer, "scales", None) == "block" else ()
+
+
+def _together(layer: QuantizedLinear, halves: Mapping[str, tuple[Any, Any]]) -> dict[str, Tensor]:
+    blocks = _of_blocks(layer)
+    return {name: torch.stack(both) if name in blocks else interleave_gate_up(*both) for name, both in halves.items()}
 
 
 def _like(layer: L, outputs: int, activation: str | None, by_output: Mapping[str, Tensor]) -> L:

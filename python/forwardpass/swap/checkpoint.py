@@ -22,8 +22,9 @@ from ..common.files import read_json, write_json
 from ..common.modules import plain_module
 from ..integrations import sentence_transformers as sentences
 from ..integrations.kv_scales import KV_CACHES
-from ..nn import Experts, GatedMLP, QuantizedModule
+from ..nn import Experts, QuantizedModule
 from ..nn.experts import experts_sizes
+from ..nn.mlp import TwoProducts
 from ..version import __version__
 from . import model_config, originals, saving
 from .attention import AttentionSwap, decide_attention, implementation_before
@@ -121,10 +122,10 @@ def write(
     layers: dict[str, QuantizedModule] = {}
     separate: dict[int, nn.Module] = {}  # what stands for a module in the file
     for fqn, quantised in originals.quantised_layers(model).items():
-        if isinstance(quantised, GatedMLP):
-            three = quantised.separate()
-            separate[id(quantised)] = nn.ModuleDict(three)
-            layers |= {f"{fqn}.{name}": layer for name, layer in three.items()}
+        if isinstance(quantised, TwoProducts):
+            parts = quantised.separate()
+            separate[id(quantised)] = nn.ModuleDict(parts)
+            layers |= {f"{fqn}.{name}": layer for name, layer in parts.items()}
         else:
             layers[fqn] = quantised
     if not layers:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..common.batches import device_of
 from ..common.modules import plain_module
 from ..integrations.transformers_attention import PLACE
-from ..nn import GatedMLP, MultiheadAttention, QuantizedModule
+from ..nn import MultiheadAttention, QuantizedModule
+from ..nn.mlp import TwoProducts
 from . import saving
 from .walker import Leaf
 
@@ -200,7 +201,10 @@ def restore(model: nn.Module) -> None:
     forget(model)
     layers = swapped.replaced
     for layer in layers:
+        flags = {m: m.training for m in layer.replacement.modules()}
         layer.original.train(layer.replacement.training)
+        for module, flag in flags.items():  # a dropout is in both, with a flag of its own
+            module.training = flag
     hooked = [x.fqn for x in layers if any(m._forward_hooks or m._forward_pre_hooks for m in x.replacement.modules())]
     if hooked:
         warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
@@ -210,7 +214,7 @@ def restore(model: nn.Module) -> None:
 def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
     """The quantised layers of forwardpass.nn in a model, its quantised experts, and its MLPs that are one module, by name."""
     modules = {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedModule)}
-    within = {id(layer) for m in modules.values() if isinstance(m, GatedMLP) for layer in m.children()}
+    within = {id(layer) for m in modules.values() if isinstance(m, TwoProducts) for layer in m.children()}
     return {fqn: m for fqn, m in modules.items() if id(m) not in within}
 
 

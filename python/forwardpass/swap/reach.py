@@ -214,15 +214,19 @@ def names_modules(node: ast.AST, names: Collection[str] = ()) -> bool:
 
 
 def _constant_gets(node: ast.AST, names: Collection[str]) -> list[ast.expr]:
-    """The `getattr` in calls that have a constant for a name, and none of `names`."""
+    """The `getattr` in calls that have a constant for a name, or a constant at its end, and get none of `names`."""
     return [
-        x.func
-        for x in ast.walk(node)
-        if isinstance(x, ast.Call)
-        and len(x.args) > 1
-        and isinstance(x.args[1], ast.Constant)
-        and str(x.args[1].value) not in names
+        x.func for x in ast.walk(node) if isinstance(x, ast.Call) and len(x.args) > 1 and _is_another(x.args[1], names)
     ]
+
+
+def _is_another(name: ast.expr, names: Collection[str]) -> bool:
+    match name:
+        case ast.Constant(value=value):
+            return str(value) not in names
+        case ast.JoinedStr(values=[*_, ast.Constant(value=end)]):  # f"{layer_type}_inv_freq"
+            return bool(names) and not any(x.endswith(str(end)) for x in names)
+    return False
 
 
 def self_of(node: Function) -> str | None:

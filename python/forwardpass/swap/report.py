@@ -131,6 +131,8 @@ class Report:
 
     swapped: list[Swapped]
     joined: list[tuple[str, ...]]  #: swapped layers that are called with one input, and are one product
+    mlps: list[tuple[str, ...]]  #: swapped layers that are one `fp.nn.MLP` or `fp.nn.GatedMLP`
+    apart: list[Skipped]  #: first layers of MLPs that stay layers of their own, each with its reason
     attention: list[SwappedAttention]
     skipped: list[Skipped]
     other_layers: list[OtherLayers]
@@ -165,6 +167,8 @@ class Report:
             "dry_run": self.dry_run,
             "swapped": [dict(vars(s)) for s in self.swapped],
             "joined": [list(names) for names in self.joined],
+            "mlps": [list(names) for names in self.mlps],
+            "apart": [s.to_json() for s in self.apart],
             "attention": [dict(vars(s)) for s in self.attention],
             "skipped": [s.to_json() for s in self.skipped],
             "other_layers": [x.to_json() for x in self.other_layers],
@@ -204,15 +208,12 @@ class Report:
             lines += ["", *table(rows, right=(2, 3, 4))]
             for s in self.swapped:
                 lines += wrapped(tied(s.fqn, s.tied_to)) if s.tied_to else []
-        if self.joined:
-            runs = together(
-                self.joined, lambda names: names[0], lambda names: tuple(n.rpartition(".")[2] for n in names[1:])
-            )
-            rows = [
-                ("one product", "with"),
-                *((name, ", ".join(n.rpartition(".")[2] for n in x[0][1:])) for name, x in runs),
-            ]
-            lines += ["", *table(rows)]
+        for title, groups in (("one product", self.joined), ("one MLP", self.mlps)):
+            if groups:
+                runs = together(groups, lambda names: names[0], lambda names: tuple(_last(n) for n in names[1:]))
+                lines += ["", *table([(title, "with"), *((name, ", ".join(map(_last, x[0][1:]))) for name, x in runs)])]
+        if self.apart:
+            lines += ["", *_reasons("layers of MLPs that stay apart", self.apart)]
         if self.attention:
             modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
             rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]
@@ -223,10 +224,7 @@ class Report:
             dtype = "the model's dtype" if self.kv_cache == "auto" else self.kv_cache
             lines += ["", f"caches of keys and values: {dtype}, appended to in place"]
         if self.skipped:
-            rows = [("skipped",)]
-            for reason, names in by_reason((s.fqn, s.reason.code, str(s.reason)) for s in self.skipped):
-                rows += [reason, *((name,) for name in names)]
-            lines += ["", *table(rows)]
+            lines += ["", *_reasons("skipped", self.skipped)]
         if self.other_layers:
             rows = [("other layers", "first", "count", "bytes")]
             for why in dict.fromkeys(x.reason for x in self.other_layers):
@@ -248,6 +246,17 @@ class Report:
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
         return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{originals}, peak {megabytes(b.peak)}"
+
+
+def _last(fqn: str) -> str:
+    return fqn.rpartition(".")[2]
+
+
+def _reasons(title: str, layers: Iterable[Skipped]) -> list[str]:
+    rows: list[tuple[str, ...] | str] = [(title,)]
+    for reason, names in by_reason((s.fqn, s.reason.code, str(s.reason)) for s in layers):
+        rows += [reason, *((name,) for name in names)]
+    return table(rows)
 
 
 def tied(fqn: str, embedding: str) -> str:

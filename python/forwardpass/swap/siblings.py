@@ -23,7 +23,7 @@ from ..common.modules import tensor_bytes
 from ..nn import QuantizedModule
 from ..nn.joined import Joined, why_apart
 from . import originals
-from .gated_mlps import GatedMLPs
+from .mlps import MLPs
 from .reach import CONTAINERS, definition, functions_in, is_attribute_of, self_of
 from .walker import Leaf
 
@@ -132,8 +132,9 @@ class JoinedSwap:
     """
 
     def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
-        self._gated = GatedMLPs(layers)
-        within = self._gated.members
+        self._mlps = MLPs(layers)
+        self.mlps, self.apart = self._mlps.names, self._mlps.apart
+        within = self._mlps.members
         self._alone = {fqn: layer for fqn, layer in layers.items() if fqn not in within}
         self._runs = [
             (run, members)
@@ -146,12 +147,12 @@ class JoinedSwap:
     @property
     def names(self) -> list[tuple[str, ...]]:
         """Those of each product."""
-        return [*(tuple(leaf.fqn for leaf in run) for run, _ in self._runs), *self._gated.names]
+        return [*(tuple(leaf.fqn for leaf in run) for run, _ in self._runs), *self._mlps.joined]
 
     @property
     def peak(self) -> int:
         """Bytes that are held twice while one product after another is made."""
-        return max((self._gated.peak, *(tensor_bytes(members) for _, members in self._runs)))
+        return max((self._mlps.peak, *(tensor_bytes(members) for _, members in self._runs)))
 
     def build(self) -> tuple[tuple[originals.Replaced, ...], tuple[originals.Replaced, ...]]:
         """(layers and MLPs, activations that they compute): what is to be put in place."""
@@ -160,7 +161,7 @@ class JoinedSwap:
         self._joined = [(weakref.ref(run[0].parent), Joined(members)) for run, members in self._runs]  # type: ignore[arg-type]
         self._runs, self._alone = [], {}
         layers = (originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
-        return (*layers, *self._gated.build()), originals.identities(alone)
+        return (*layers, *self._mlps.build()), originals.identities(alone)
 
     def put(self) -> None:
         holders = ((holder(), joined) for holder, joined in self._joined)

@@ -25,7 +25,7 @@ from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import LayerPrecision, Precision
-from .report import OtherLayers, Report, Swapped, WeightBytes
+from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
 from .unpadding import UnpaddingSwap, check_unpad
@@ -181,6 +181,8 @@ def _carry_out(
     report = Report(
         [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(swapped, replacements)],
         joined.names,
+        joined.mlps,
+        [Skipped(fqn, reason) for fqn, reason in joined.apart],
         change.report,
         list(decision.skipped),
         _other_layers(model, in_report),

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..dispatch import Reason
 from ..nn.experts import experts_sizes, is_experts
 from ..nn.layer import is_conv1d, linear_weight
 from .fusion import Activation, activation_behind, activation_within
-from .gated_mlps import GatedBlock, gated_block
+from .mlps import Block, block_of
 from .reach import Reach
 
 
@@ -27,7 +28,7 @@ class Leaf:
     ancestors: tuple[tuple[str, nn.Module], ...]  #: from the root, (name in its parent, module); the root's name is ""
     places: tuple[str, ...]  #: every name of the module; more than one where it is shared
     activation: Activation | None = None  #: what its output goes into, and nothing else does
-    block: GatedBlock | None = None  #: the module whose gate it is, where that is all it computes
+    block: Block | Reason | None = None  #: the MLP whose first layer it is, or why that is no module of its own
 
     is_experts: ClassVar[bool] = False
 
@@ -90,9 +91,11 @@ def linear_like(model: nn.Module) -> list[Leaf]:
 
 def _proven(leaf: Leaf, reach: Reach) -> Leaf:
     """With what the model's code says of it."""
-    if (activation := activation_behind(leaf, reach)) is None:
-        return leaf
-    return replace(leaf, activation=activation, block=gated_block(leaf, activation, reach))
+    activation = activation_behind(leaf, reach)
+    block = block_of(leaf, activation, reach)
+    if activation is None and isinstance(block, Block):
+        activation = block.behind_first
+    return replace(leaf, activation=activation, block=block) if activation or block else leaf
 
 
 def experts_leaves(model: nn.Module) -> list[Leaf]:
