@@ -9,14 +9,17 @@ from benchmarks import bench, eager
 from forwardpass.ops.permute_quantize import OPERATION
 
 
-def baseline(x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, channel_scale: Tensor | None) -> Any:
+def baseline(
+    x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, group_size: int | None, channel_scale: Tensor | None
+) -> Any:
     """Where each choice is an expert."""
     expert, order = index.flatten().sort(stable=True)
     offs = torch.bincount(expert, minlength=num_experts).cumsum(0).int()
     position = torch.empty_like(order, dtype=torch.int32)
     position[order] = torch.arange(len(order), dtype=torch.int32, device=x.device)
     rows = x[order // index.shape[1]].float()
-    q, scale, _ = eager.quantize_rows(rows if channel_scale is None else rows * channel_scale, dtype)
+    v = rows if channel_scale is None else rows * channel_scale
+    q, scale = eager.quantize_groups(v, dtype, group_size) if group_size else eager.quantize_rows(v, dtype)[:2]
     return q, scale, offs, position.view_as(index)
 
 

@@ -29,7 +29,10 @@ void find_positions(const PermuteQuantizeParams& p) {
 template <class V, Dtype D>
 INLINE void quantize_tokens(const PermuteQuantizeParams& p, int64_t first_token, int64_t last_token) {
   const auto q = [&](int64_t row) { return static_cast<char*>(p.out.q) + row * p.out.q_stride; };
-  const int64_t used = p.offs[p.experts - 1];
+  const auto scale = [&](int64_t row, int64_t group) -> float& {
+    return p.out.scale[row + group * p.out.scale_stride];
+  };
+  const int64_t groups = (p.out.columns + p.out.group - 1) / p.out.group, used = p.offs[p.experts - 1];
   for (int64_t token = first_token; token < last_token; ++token) {
     const char* x = static_cast<const char*>(p.x.data) + token * p.x.stride * size_of(D);
     const int64_t begin = token * p.choices, end = begin + p.choices;
@@ -42,12 +45,12 @@ INLINE void quantize_tokens(const PermuteQuantizeParams& p, int64_t first_token,
         cpu::quantize_row<V>(p.out, row, VECTOR_BODY(=) { return cpu::load<V, D>(x, c, n); });
       } else {
         std::memcpy(q(row), q(first), p.out.columns);
-        p.out.scale[row] = p.out.scale[first];
+        for (int64_t group = 0; group < groups; ++group) scale(row, group) = scale(first, group);
       }
     }
     for (int64_t row = std::max(begin, used); row < end; ++row) {
       std::memset(q(row), 0, p.out.columns);
-      p.out.scale[row] = 0;
+      for (int64_t group = 0; group < groups; ++group) scale(row, group) = 0;
     }
   }
 }

@@ -13,7 +13,7 @@ struct PermuteQuantizeParams {
   const void* index;  // [tokens, choices], int32 or int64
   bool wide_index;    // int64
   int32_t choices, experts;
-  QuantizedRows out;  // [tokens * choices, columns], a scale per row, symmetric
+  QuantizedRows out;  // [tokens * choices, columns], symmetric, scales of rows or of groups
   int32_t* offs;      // [experts], where their rows end
   int32_t* position;  // [tokens, choices], rows of q, -1: none
   int32_t* counts;    // on a GPU: [blocks, experts], of blocks of kCountedChoices choices, where there are several

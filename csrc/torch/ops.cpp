@@ -77,9 +77,8 @@ constexpr std::tuple kOps{
     Op<w8a16_grouped_gemm>{
         "w8a16_grouped_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor offs, Tensor? bias, str? activation) -> Tensor"},
 
-    Op<permute_quantize>{
-        "permute_quantize(Tensor x, Tensor index, int num_experts, ScalarType dtype, Tensor? channel_scale) -> "
-        "(Tensor q, Tensor scale, Tensor offs, Tensor position)"},
+    Op<permute_quantize>{"permute_quantize(Tensor x, Tensor index, int num_experts, ScalarType dtype, int? group_size, "
+                         "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor offs, Tensor position)"},
 
     Op<unpermute>{"unpermute(Tensor y, Tensor position, Tensor weights) -> Tensor"},
 

@@ -14,6 +14,7 @@ Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, const Opt
 // q, scale, offs, position.
 std::tuple<Tensor, Tensor, Tensor, Tensor> permute_quantize(Backend backend, const Tensor& x, const Tensor& index,
                                                             int64_t num_experts, ScalarType dtype,
+                                                            std::optional<int64_t> group_size,
                                                             const OptionalTensor& channel_scale);
 Tensor unpermute(Backend backend, const Tensor& y, const Tensor& position, const Tensor& weights);
 

@@ -8,6 +8,7 @@ namespace forwardpass {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> permute_quantize(Backend backend, const Tensor& x, const Tensor& index,
                                                             int64_t num_experts, ScalarType dtype,
+                                                            std::optional<int64_t> group_size,
                                                             const OptionalTensor& channel_scale) {
   const char* op = "permute_quantize";
   PermuteQuantizeParams p{};
@@ -25,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute_quantize(Backend backend, con
   Tensor offs = contiguous_rows({num_experts}, ScalarType::Int, x),
          position = contiguous_rows(sizes_of(index), ScalarType::Int, x);
   Quantized quantized;
-  std::tie(quantized, p.out) =
-      quantized_rows({rows, p.x.columns}, {.dtype = dtype, .channel_scale = channel_scale}, x, op);
+  std::tie(quantized, p.out) = quantized_rows(
+      {rows, p.x.columns}, {.dtype = dtype, .group_size = group_size, .channel_scale = channel_scale}, x, op);
   p.offs = static_cast<int32_t*>(offs.mutable_data_ptr());
   p.position = static_cast<int32_t*>(position.mutable_data_ptr());
   Workspace workspace;

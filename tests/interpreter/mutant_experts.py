@@ -1,6 +1,8 @@
 """The kernels for experts in the mutation suite: permute_quantize's and unpermute's, which are one for all types, and instances of
 int8_grouped_gemm's."""
 
+import itertools
+
 import torch
 from mutant_instances import Instance
 
@@ -16,6 +18,23 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 #: columns beside which a thread has none, and those that it has in registers, where a row has the most threads
 VECTOR, THREADS = 8, 512
 IN_REGISTERS = 4 * VECTOR * THREADS
+LONG = IN_REGISTERS + VECTOR
+
+
+class Largest(Permute):
+    """Groups that are read twice, whose largest values are in each element of each of a thread's vectors once."""
+
+    __module__ = Permute.__module__  # whose operation and comparison are taken
+
+    def arguments(self, device="cpu", seed=0):
+        x, *others = super().arguments(device, seed)
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        groups = x.unflatten(1, (-1, LONG))
+        for i, (token, group) in enumerate(itertools.product(range(groups.shape[0]), range(groups.shape[1]))):
+            groups[token, group, i // VECTOR * VECTOR * THREADS + i % VECTOR] = 40
+        return x, *others
+
+
 #: One kernel for its three launches: one and two thread blocks of choices, tokens without any place, rows of a thread, of a warp
 #: and of several; and of each type, rows that end within each of a thread's vectors, and those that are read twice.
 PERMUTE = (
@@ -32,12 +51,7 @@ PERMUTE = (
     Permute(60, 1, 8, 4104, BF16, E4M3, channel_scale=True, layout="aligned"),
     # of each warp the largest value
     *(Permute(3, 1, 8, 3 * (4096 + 256 * warp + 100), F32, layout="aligned") for warp in range(16)),
-    # the largest is in each of a thread's vectors once
-    *(
-        Permute(2, 1, 8, 3 * (IN_REGISTERS + vector * VECTOR * THREADS + VECTOR + 2), dtype)
-        for dtype in (F32, F16, BF16)
-        for vector in range(4)
-    ),
+    *(Largest(2, 1, 8, 16 * LONG, dtype, group_size=LONG) for dtype in (F32, F16, BF16)),
     *(
         Permute(2, 2, 8, columns, dtype, layout="shifted")
         for dtype in (F32, F16, BF16)
@@ -49,6 +63,16 @@ PERMUTE = (
         for before, apart in ((0, VECTOR), (IN_REGISTERS, VECTOR * THREADS))
         for vector in range(4)
         for n in (3, 7, 8)
+    ),
+    # groups: of a thread's part, of a warp's and of a block's threads, that begin where no vector may, rows of none
+    *(
+        Permute(9, 3, 8, columns, dtype, E4M3, routing=routing, group_size=group, layout=layout)
+        for columns, group in ((300, 50), (560, 128), (700, 256), (2500, 1100))
+        for dtype, routing, layout in (
+            (BF16, "sentinels", "aligned"),
+            (F32, "even", "aligned"),
+            (F16, "none", "shifted"),
+        )
     ),
 )
 UNPERMUTE = (

@@ -58,6 +58,7 @@ CASES = [
     ("attention_decode", attention_decode.Case((0, 300, 17), 2, page=None, batch_invariant=True)),
     ("append_kv", append_kv.Case((0, 40, 17), 2, cache=torch.int8, rotary="whole", q_heads=4, norm="qk")),
     ("permute_quantize", permute_quantize.Case(700, 4, 60, 33, routing="sentinels")),
+    ("permute_quantize", permute_quantize.Case(20, 4, 8, 300, group_size=128)),
     ("unpermute", unpermute.Case(20, 3, 40, left_out=0.3)),
 ]
 

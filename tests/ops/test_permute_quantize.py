@@ -34,18 +34,31 @@ def test_triton(case, arch, seed):
 def test_reference_means_what_it_says():
     x = torch.tensor([[1.0, -2.0], [4.0, 1.0], [0.5, 0.25]])
     index = torch.tensor([[2, 0], [0, -1], [3, 2]])
-    q, scale, offs, position = reference.permute_quantize(x, index, 3, torch.int8, None)
+    q, scale, offs, position = reference.permute_quantize(x, index, 3, torch.int8, None, None)
     assert offs.tolist() == [2, 2, 4]  # expert 0 has tokens 0 and 1, expert 2 tokens 0 and 2
     assert position.tolist() == [[2, 0], [1, -1], [-1, 3]]
     assert q.tolist() == [[64, -127], [127, 32], [64, -127], [127, 64], [0, 0], [0, 0]]
     assert scale.tolist() == pytest.approx([2 / 127, 4 / 127, 2 / 127, 0.5 / 127, 0, 0])
 
 
-def test_rows_are_those_of_quantize():
-    case = cases.Case(65, 2, 8, 130, torch.float16, channel_scale=True)
-    x, index, experts, dtype, channel = case.arguments()
-    q, scale, offs, position = fp.ops.permute_quantize(x, index, experts, dtype, channel_scale=channel)
-    expected, expected_scale, _ = fp.ops.quantize(x, dtype, channel_scale=channel)
+def test_groups_mean_what_they_say():
+    x, index = torch.tensor([[1.0, -2.0, 4.0], [4.0, 1.0, 0.5]]), torch.tensor([[1, -1], [0, 1]])
+    q, scale, offs, _ = reference.permute_quantize(x, index, 2, torch.int8, 2, None)
+    assert offs.tolist() == [1, 3] and scale.stride() == (1, 4)
+    assert q.tolist() == [[127, 32, 127], [64, -127, 127], [127, 32, 127], [0, 0, 0]]
+    assert scale[:, 0].tolist() == pytest.approx([4 / 127, 2 / 127, 4 / 127, 0])
+    assert scale[:, 1].tolist() == pytest.approx([0.5 / 127, 4 / 127, 0.5 / 127, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("group_size", [None, 128, 50])
+def test_rows_are_those_of_quantize(group_size, dtype):
+    case = cases.Case(65, 2, 8, 530, torch.float16, dtype, group_size=group_size, channel_scale=True)
+    x, index, experts, dtype, group_size, channel = case.arguments()
+    options = {"group_size": group_size, "channel_scale": channel}
+    q, scale, offs, position = fp.ops.permute_quantize(x, index, experts, dtype, **options)
+    expected, expected_scale, _ = fp.ops.quantize(x, dtype, **options)
+    q, expected = q.view(torch.uint8), expected.view(torch.uint8)
     for choice in range(2):
         assert torch.equal(q[position[:, choice].long()], expected)
         assert torch.equal(scale[position[:, choice].long()], expected_scale)
@@ -79,6 +92,12 @@ X, INDEX = torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.int64)
         ((X, INDEX, 513, torch.int8), {}, ValueError, "from 1 to 512, not 513"),
         ((X, INDEX, 4, torch.uint8), {}, TypeError, "torch.int8 or torch.float8_e4m3fn"),
         ((X, INDEX, 4, torch.int8), {"channel_scale": torch.ones(2)}, ValueError, "3 elements"),
+        (
+            (X, INDEX, 4, torch.int8),
+            {"group_size": 0},
+            ValueError,
+            "group_size must be a positive integer or None, not 0",
+        ),
     ],
 )
 def test_refusals(args, kwargs, error, words):

@@ -103,12 +103,15 @@ __device__ void find_positions(const PermuteQuantizeParams& p, bool counting) {
   });
 }
 
-// A token's row to the first of its places, by the threads that share it; each then copies what it has written to the
-// others. So the row is quantised once: once for each of eight choices issue would bind, not bytes.
+// A token's row, or a group of it, to the first of its places, by the threads that share it; each then copies what it
+// has written to the others. So it is quantised once: once for each of eight choices issue would bind, not bytes.
 __device__ void quantize_token(const PermuteQuantizeParams& p, const RowsLaunch& l, bool aligned) {
   Segment s(l, p.out);
-  const int64_t token = s.row, begin = token * p.choices, end = s.active ? begin + p.choices : begin;
-  const auto load = [&](auto* x, int base, Chunk& v) { load_chunk(v, x + token * p.x.stride, s, base, aligned); };
+  const int64_t token = s.row;
+  const int begin = static_cast<int>(token) * p.choices, end = s.active ? begin + p.choices : begin;  // at most 2^30
+  const auto load = [&](auto* x, int base, Chunk& v) {
+    load_chunk(v, x + token * p.x.stride + s.begin, s, base, aligned);
+  };
   SegmentValues values(s, [&](int base, Chunk& v) {
     if (p.x.dtype == Dtype::f32)
       load(static_cast<const float*>(p.x.data), base, v);
@@ -119,7 +122,7 @@ __device__ void quantize_token(const PermuteQuantizeParams& p, const RowsLaunch&
   });
   if (values.resident()) values.for_each([](int, int, float (&)[kVec]) {});  // loads do not wait for positions
 
-  int64_t i = begin;
+  int i = begin;
   while (i < end && p.position[i] < 0) ++i;
   if (i < end) {
     s.row = p.position[i];
@@ -129,30 +132,35 @@ __device__ void quantize_token(const PermuteQuantizeParams& p, const RowsLaunch&
   }
   quantize_segment(values, s, p.out);
 
-  const auto q = [&](int64_t row) { return static_cast<uint8_t*>(p.out.q) + row * p.out.q_stride; };
-  const auto for_each_other = [&](auto f) {  // f(row)
+  const bool whole_vectors = p.out.group % kVec == 0 || p.out.group == p.out.columns;  // a group begins where one may
+  const auto q = [&](int64_t row) { return static_cast<uint8_t*>(p.out.q) + row * p.out.q_stride + s.begin; };
+  float* const scale = p.out.scale + s.group * p.out.scale_stride;  // [rows]
+  const auto for_each_other = [&](auto f) {                         // f(row)
 #pragma unroll 4
-    for (int64_t other = i + 1; other < end; ++other)
+    for (int other = i + 1; other < end; ++other)
       if (const int row = __ldg(p.position + other); row >= 0) f(int64_t{row});
   };
   if (i + 1 < end) {
     // A chunk at a time, so that its loads are in flight together.
     for (int base = s.lane * kVec; base < s.length; base += s.width * kVec * RowsConfig::kVecs) {
       Vec<uint8_t> vectors[RowsConfig::kVecs];
-      for_each_vector(s, base, [&](int j, int column, int n) { vectors[j] = load_vec(q(s.row) + column, n, true); });
+      for_each_vector(s, base,
+                      [&](int j, int column, int n) { vectors[j] = load_vec(q(s.row) + column, n, whole_vectors); });
       for_each_other([&](int64_t row) {
-        for_each_vector(s, base, [&](int j, int column, int n) { store_vec(vectors[j], q(row) + column, n, true); });
+        for_each_vector(s, base,
+                        [&](int j, int column, int n) { store_vec(vectors[j], q(row) + column, n, whole_vectors); });
       });
     }
     if (s.lane == 0) {
-      const float scale = p.out.scale[s.row];
-      for_each_other([&](int64_t row) { p.out.scale[row] = scale; });
+      const float of_first = scale[s.row];
+      for_each_other([&](int64_t row) { scale[row] = of_first; });
     }
   }
-  for (int64_t row = max(begin, int64_t{p.offs[p.experts - 1]}); row < end; ++row) {
-    for (int column = s.lane * kVec; column < p.out.columns; column += s.width * kVec)
-      store_vec(Vec<uint8_t>{}, q(row) + column, static_cast<int>(min(int64_t{kVec}, p.out.columns - column)), true);
-    if (s.lane == 0) p.out.scale[row] = 0;
+  const int of_group = static_cast<int>(min(p.out.group, p.out.columns - s.begin));
+  for (int row = max(begin, p.offs[p.experts - 1]); row < end; ++row) {
+    for (int column = s.lane * kVec; column < of_group; column += s.width * kVec)
+      store_vec(Vec<uint8_t>{}, q(row) + column, min(kVec, of_group - column), whole_vectors);
+    if (s.lane == 0) scale[row] = 0;
   }
 }
 
@@ -177,7 +185,8 @@ int forwardpass_permute_quantize(const forwardpass::PermuteQuantizeParams* p, vo
   // without choices too, as offs are written all the same
   const int64_t blocks = std::max<int64_t>(1, (p->rows() + kCountedChoices - 1) / kCountedChoices);
   const RowsLaunch l = rows_launch(p->x.rows, p->out);
-  const bool aligned = aligned16(p->x.data, p->x.stride * size_of(p->x.dtype), 0, 1);
+  const int64_t size = size_of(p->x.dtype);
+  const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups);
   const auto launch = [&](Phase phase, int64_t grid, int block, size_t shared) {
     permute_quantize_kernel<PositionsConfig>
         <<<static_cast<unsigned>(grid), block, shared, cudaStream_t(stream)>>>(*p, phase, l, aligned);

@@ -7,12 +7,18 @@ from torch import Tensor
 
 from ...dispatch import Operation
 from ..common.experts import MOST_EXPERTS
-from ..common.quantized_rows import check_float_rows, check_quantized, check_vector, empty_q
+from ..common.quantized_rows import check_float_rows, check_quantized, check_vector, fake_quantized
 from . import reference
 
 
 def permute_quantize(
-    x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, *, channel_scale: Tensor | None = None
+    x: Tensor,
+    index: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    *,
+    group_size: int | None = None,
+    channel_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows that grouped GEMMs take: x [T, K] quantised as `quantize` does, a row for each expert that a token chose.
 
@@ -24,21 +30,26 @@ def permute_quantize(
         index: int32 or int64 [T, k], contiguous: the experts of each token.
         num_experts: 1 to 512.
         dtype: torch.int8 (-127..127) or torch.float8_e4m3fn (-448..448), both saturating.
+        group_size: columns that share a scale; None: the whole row.
         channel_scale: float32 [K], multiplies the columns of x first.
 
     Returns:
-        q [T * k, K] of dtype, its rows padded to 16 bytes; scale, float32 [T * k]; offs, int32 [num_experts], where each expert's
-        rows end, as the grouped GEMMs take it; position, int32 [T, k], the row of each choice, as `unpermute` takes it.
+        q [T * k, K] of dtype, its rows padded to 16 bytes; scale, float32 [T * k], or [T * k, ceil(K / group_size)] with the rows
+        contiguous; offs, int32 [num_experts], where each expert's rows end; position, int32 [T, k], the row of each choice, as
+        `unpermute` takes it. The grouped GEMMs take q, offs and the scales: `fp8_grouped_gemm` those of 128 columns beside
+        blocks.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
-    return OPERATION(x, index, num_experts, dtype, channel_scale)
+    return OPERATION(x, index, num_experts, dtype, group_size, channel_scale)
 
 
-def _check(x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, channel_scale: Tensor | None) -> None:
+def _check(
+    x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, group_size: int | None, channel_scale: Tensor | None
+) -> None:
     op = "permute_quantize"
     check_float_rows(op, "x", x)
     if x.dim() != 2:
@@ -54,16 +65,16 @@ def _check(x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, chann
         raise ValueError(f"{op}: index must have at most 2^30 elements, and has {index.numel()}")
     if not isinstance(num_experts, int) or not 1 <= num_experts <= MOST_EXPERTS:
         raise ValueError(f"{op}: num_experts must be an integer from 1 to {MOST_EXPERTS}, not {num_experts!r}")
-    check_quantized(op, x, x.shape[1], dtype, None, None, None, True, channel_scale)
+    check_quantized(op, x, x.shape[1], dtype, None, None, group_size, True, channel_scale)
 
 
 def _fake(
-    x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, channel_scale: Tensor | None
+    x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, group_size: int | None, channel_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = index.shape[0] * index.shape[1]
+    q, scale, _ = fake_quantized(x, (index.shape[0] * index.shape[1], x.shape[1]), dtype, False, group_size, True)
     return (
-        empty_q(x, (rows, x.shape[1]), dtype),
-        x.new_empty(rows, dtype=torch.float32),
+        q,
+        scale,
         x.new_empty(num_experts, dtype=torch.int32),
         x.new_empty(index.shape, dtype=torch.int32),
     )

@@ -42,6 +42,7 @@ class Case:
     dtype: torch.dtype = torch.int8
     index_dtype: torch.dtype = torch.int64
     routing: str = "even"
+    group_size: int | None = None
     channel_scale: bool = False
     layout: str = "apart"  # of x
 
@@ -55,14 +56,15 @@ class Case:
         channel = (torch.rand(self.columns, generator=g) + 0.25).to(device) if self.channel_scale else None
         x = awkward((self.tokens, self.columns), self.x_dtype, seed).contiguous()
         index = choose_experts(self.tokens, self.choices, self.experts, self.routing, seed, self.index_dtype)
-        return laid_out(x, self.layout, device), index.to(device), self.experts, self.dtype, channel
+        return laid_out(x, self.layout, device), index.to(device), self.experts, self.dtype, self.group_size, channel
 
     def bytes(self) -> int:
         """Read once, written once for each choice."""
         rows = self.tokens * self.choices
+        scales = -(-self.columns // (self.group_size or self.columns))
         return (
             self.tokens * self.columns * self.x_dtype.itemsize
-            + rows * (self.columns + 8 + self.index_dtype.itemsize)
+            + rows * (self.columns + 4 * scales + 4 + self.index_dtype.itemsize)
             + 4 * self.experts
         )
 
@@ -82,6 +84,7 @@ def cases() -> Iterator[Case]:
     yield Case(799, 8, 256, 33, torch.float16, index_dtype=torch.int32, routing="sentinels")
     yield Case(3000, 2, 512, 16)
     yield Case(3, 2, 8, 16400, dtype=torch.float8_e4m3fn, routing="sentinels", channel_scale=True)
+    yield Case(2, 3, 8, 33000, routing="sentinels", group_size=16400)
     factors = {
         "tokens": (1, 3, 65, 1000),
         "choices": (1, 2, 8),
@@ -91,6 +94,7 @@ def cases() -> Iterator[Case]:
         "dtype": (torch.int8, torch.float8_e4m3fn),
         "index_dtype": (torch.int32, torch.int64),
         "routing": ROUTINGS,
+        "group_size": (None, 128, 50),
         "channel_scale": (False, True),
         "layout": LAYOUTS,
     }
@@ -98,10 +102,13 @@ def cases() -> Iterator[Case]:
         yield Case(**row)
 
 
-#: tokens of decode and of prefill: OLMoE and Qwen3-30B-A3B, whose experts are many and small, and Mixtral's
+#: tokens of decode and of prefill: OLMoE and Qwen3-30B-A3B, whose experts are many and small, and Mixtral's; DeepSeek-V3's
 BENCHMARK_CASES = tuple(
     Case(tokens, choices, experts, columns, dtype, layout="contiguous")
     for tokens in (1, 16, 1024)
     for choices, experts, columns in ((8, 64, 2048), (8, 128, 2048), (2, 8, 4096))
     for dtype in (torch.float32, torch.bfloat16)
+) + tuple(
+    Case(tokens, 8, 256, 7168, dtype=torch.float8_e4m3fn, group_size=128, layout="contiguous")
+    for tokens in (1, 16, 1024)
 )

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from ..common.experts import rows_of_choices
-from ..common.quantized_rows import pad_rows, quantize_values
+from ..common.quantized_rows import pad_rows, quantize_values, scales_layout
 
 
 def permute_quantize(
-    x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, channel_scale: Tensor | None
+    x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, group_size: int | None, channel_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     token, offs, position = rows_of_choices(index, num_experts)
-    q, scale, _ = quantize_values(x.float(), dtype, channel_scale=channel_scale)
-    used = torch.arange(len(token), device=x.device) < offs[-1]
-    rows = torch.where(used[:, None], q.view(torch.uint8)[token], 0).to(torch.uint8)
-    return pad_rows(rows.view(dtype)), torch.where(used, scale[token], 0.0), offs, position
+    q, scale, _ = quantize_values(x.float(), dtype, group_size=group_size, channel_scale=channel_scale)
+    scale = scale[:, None] if group_size is None else scale
+    used = (torch.arange(len(token), device=x.device) < offs[-1])[:, None]
+    rows = torch.where(used, q.view(torch.uint8)[token], 0).to(torch.uint8)
+    scales = torch.where(used, scale[token], 0.0)
+    return pad_rows(rows.view(dtype)), scales_layout(scales, group_size), offs, position
