@@ -70,6 +70,31 @@ def test_bits_are_those_of_fp8_gemm(arch, blocks, seed):
         assert_equal(got[where], alone)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp8_block"])
+@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@torch.inference_mode()
+def test_a_module_of_experts(implementation, arch, kind, seed):
+    """Its operations take what those before them give: rows in the order of experts, scales of groups, a gated product."""
+    experts = fp.nn.Experts(5, 400, 264, kind=kind, activation="silu_mul")
+    g = torch.Generator().manual_seed(seed)
+    for name in ("up", "down"):
+        weight, scale = getattr(experts, f"{name}_weight"), getattr(experts, f"{name}_scale")
+        weight.copy_((torch.randn(weight.shape, generator=g) * 100).clamp(-448, 448))
+        scale.copy_((torch.rand(scale.shape, generator=g) + 0.5) / 2000)
+    x = torch.randn(30, 400, generator=g).bfloat16()
+    index = torch.rand(30, 6, generator=g).argsort(-1)[:, :3]  # 5 is no expert
+    weights = torch.rand(30, 3, generator=g)
+    expected = experts.exact(x, index, weights)
+    with fp.interpret(arch, seed=seed, guard=True, truncating=True) as device, fp.use_backend(implementation):
+        if reason := device.why_not(implementation):
+            pytest.skip(str(reason))
+        got = experts(x, index, weights)
+    assert device.findings == []
+    # where a sum is rounded to the other of two, one of e4m3's few values differs between the products
+    assert (got.double() - expected).norm() < 0.02 * expected.norm()
+
+
 #: (counts, N, K) of 132 multiprocessors: more tiles than blocks, of every height, with ends inside a tile and between two
 LARGE = {
     (128, 256): ((700, 0, 1, 300), 4090, 130),

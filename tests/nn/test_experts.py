@@ -11,7 +11,9 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.nn.experts import is_experts
+from forwardpass.nn.layer import quantize_weight
 from forwardpass.ops.common.activations import separate_gate_up
+from forwardpass.ops.fp8_gemm.reference import columns_scale
 from forwardpass.swap.fusion import activation_within
 
 moe = pytest.importorskip("transformers.integrations.moe")
@@ -31,7 +33,8 @@ class Eager(nn.Module):
     def __init__(self, config):
         super().__init__()
         g = torch.Generator().manual_seed(0)
-        sizes = {"gate_up_proj" if self.gated else "up_proj": (2 * I if self.gated else I, H), "down_proj": (H, I)}
+        h, i = config.sizes
+        sizes = {"gate_up_proj" if self.gated else "up_proj": (2 * i if self.gated else i, h), "down_proj": (h, i)}
         for name, (n, k) in sizes.items():
             shape = (E, k, n) if self.transposed else (E, n, k)
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=g) / k**0.5))
@@ -76,7 +79,7 @@ class NoGate(Eager):
 class Normed(Eager):
     def __init__(self, config):
         super().__init__(config)
-        self.post_expert_norm = nn.RMSNorm(H)
+        self.post_expert_norm = nn.RMSNorm(config.sizes[0])
 
 
 class OddGate(Eager):
@@ -98,16 +101,16 @@ CLASSES = {cls.__name__: moe.use_experts_implementation(cls, **options) for cls,
 ACTIVATIONS = {cls.__name__: activation for cls, (_, activation) in KINDS.items()}
 
 
-def module(name, dtype=torch.float32):
-    return CLASSES[name](config()).eval().to(dtype)
+def module(name, dtype=torch.float32, sizes=(H, I)):
+    return CLASSES[name](config(sizes=sizes)).eval().to(dtype)
 
 
-def inputs(tokens=7, k=2, dtype=torch.float32, seed=1):
+def inputs(tokens=7, k=2, dtype=torch.float32, seed=1, hidden=H):
     g = torch.Generator().manual_seed(seed)
     index = (
         torch.stack([torch.randperm(E, generator=g)[:k] for _ in range(tokens)]) if tokens else torch.zeros(0, k).long()
     )
-    return torch.randn(tokens, H, generator=g).to(dtype), index, torch.rand(tokens, k, generator=g).to(dtype)
+    return torch.randn(tokens, hidden, generator=g).to(dtype), index, torch.rand(tokens, k, generator=g).to(dtype)
 
 
 def swapped(original, kind):
@@ -119,7 +122,8 @@ def with_dequantised(original, new):
     other = copy.deepcopy(original).float()
     for name, old in (("up", "gate_up_proj" if original.has_gate else "up_proj"), ("down", "down_proj")):
         for e in range(E):
-            w = getattr(new, f"{name}_weight")[e].double() * getattr(new, f"{name}_scale")[e].double()[:, None]
+            weight, scale = (getattr(new, f"{name}_{part}")[e] for part in ("weight", "scale"))
+            w = weight.double() * columns_scale(weight, scale)
             if name == "up" and (new.activation or "").endswith("_mul"):
                 w = torch.cat(separate_gate_up(w))
             getattr(other, old).data[e] = w.t() if original.is_transposed else w
@@ -143,11 +147,12 @@ def test_weights_alone(name, dtype):
     assert error < (2e-6 if dtype == torch.float32 else 6e-3), error
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8_block"])
 @pytest.mark.parametrize("name", CLASSES)
 @torch.inference_mode()
 def test_rows_of_8_bits(name, kind):
-    original, x = module(name), inputs(40)
+    sizes = (300, 136) if kind == "fp8_block" else (H, I)  # several blocks, the last of each not whole
+    original, x = module(name, sizes=sizes), inputs(40, hidden=sizes[0])
     new = swapped(original, kind)
     expected, actual = original(*x), new(*x)
     assert 1e-4 < (actual - expected).norm() / expected.norm() < (0.02 if kind == "int8" else 0.08)
@@ -155,6 +160,24 @@ def test_rows_of_8_bits(name, kind):
     assert (
         new.exact(*x) - actual
     ).norm() / actual.norm() < 1e-3  # a step of int8 apart here and there, between the products
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.inference_mode()
+def test_blocks_of_weights(name):
+    """A block is of 128 rows of the gate, of the up or of the down projection as they come, however an epilogue wants them."""
+    original = module(name, sizes=(300, 136))
+    new = swapped(original, "fp8_block")
+    both = 2 if new.activation == "silu_mul" else 1
+    assert new.up_scale.shape == ((E, 2, 2, 3) if both == 2 else (E, 3 if original.has_gate else 2, 3))
+    assert new.down_scale.shape == (E, 3, 2)
+    again = with_dequantised(original, new)
+    for proj, parts in (("gate_up_proj" if original.has_gate else "up_proj", both), ("down_proj", 1)):
+        for weights in zip(getattr(original, proj), getattr(again, proj)):
+            w, copied = ((x.t() if original.transposed else x).chunk(parts) for x in weights)
+            for part, of_part in zip(w, copied, strict=True):
+                q, scale = quantize_weight(part, torch.float8_e4m3fn, "block")
+                torch.testing.assert_close(of_part, (q.double() * columns_scale(q, scale)).float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", fp.nn.Experts.kinds)
@@ -179,10 +202,12 @@ def test_tokens_and_choices(kind):
     assert torch.equal(new(x, torch.full_like(index, E), weights), torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8_block"])
+@pytest.mark.parametrize("name", ["Gpt", "Plain"])
 @torch.inference_mode()
-def test_kept_and_moved():
-    original, x = module("Gpt"), inputs()
-    new = swapped(original, "int8")
+def test_kept_and_moved(name, kind):
+    original, x = module(name), inputs()
+    new = swapped(original, kind)
     before = new(*x)
     for other in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
         assert torch.equal(other(*x), before)
@@ -191,8 +216,9 @@ def test_kept_and_moved():
     empty.adopt(original)
     assert torch.equal(empty(*x), before)
     half = copy.deepcopy(new).half()
-    assert half.up_weight.dtype == torch.int8 and half.up_scale.dtype == torch.float32
-    assert half.up_bias.dtype == torch.float16 and half.down_weight.stride(1) % 16 == 0
+    assert half.up_weight.dtype == new.up_weight.dtype and half.up_scale.dtype == torch.float32
+    assert half.up_bias is None or half.up_bias.dtype == torch.float16
+    assert half.down_weight.stride(1) % 16 == 0
     with pytest.raises(RuntimeError, match=r"load_state_dict: (down|up)_weight"):
         new.load_state_dict({n: t.float() for n, t in new.state_dict().items()})
 
@@ -204,7 +230,7 @@ def test_compiled():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="kind must be one of int8, fp8, w8a16, not 'int4'"):
+    with pytest.raises(ValueError, match="kind must be one of int8, fp8, fp8_block, w8a16, not 'int4'"):
         fp.nn.Experts(E, H, I, kind="int4")
     with pytest.raises(ValueError, match="activation must be one of"):
         fp.nn.Experts(E, H, I, kind="int8", gated=False, activation="silu_mul")

@@ -5,6 +5,7 @@ from small_models import build, names
 
 import forwardpass as fp
 from forwardpass.planning.measure import sample_inputs
+from forwardpass.swap import precision
 from forwardpass.swap.walker import experts_leaves
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
@@ -14,7 +15,9 @@ MODEL = {
 }
 
 
-def test_experts_are_chosen_like_layers(tmp_path):
+def test_experts_are_chosen_like_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "PRECISIONS", list(precision.PRECISIONS))
+    fp.register_precision(fp.Precision("fp8_block", 1, fp.nn.Fp8Linear, {"scales": "block"}, experts="fp8_block"))
     model = build("mixtral", MODEL)
     experts = [leaf.fqn for leaf in experts_leaves(model)]
     batches = [
@@ -23,7 +26,7 @@ def test_experts_are_chosen_like_layers(tmp_path):
     with torch.inference_mode():
         before = model(**batches[0]).logits
     options = {
-        "candidates": ["int8", "int8+calibrated", "fp8", "bf16"],
+        "candidates": ["int8", "int8+calibrated", "fp8", "fp8_block", "bf16"],
         "max_error": 0.1,
         "target": "memory",
         "calibrate": batches,
@@ -40,6 +43,7 @@ def test_experts_are_chosen_like_layers(tmp_path):
         assert (
             told["bf16"]["refused"]["code"] == "experts"
             and told["fp8"]["refused"]["code"] == "reference"  # a CPU has no kernel for it
+            and told["fp8_block"]["refused"]["code"] == "reference"
             and told["int8+calibrated"]["refused"]["code"] == "not_calibrated"
         )
     assert str(plan)

@@ -72,10 +72,11 @@ class Int8Linear(fp.nn.Fp8Linear):
     ("given", "error", "words"),
     [
         (("int8", 1, fp.nn.Int8Linear), ValueError, "'int8' of version 1 already"),
+        (("mine", 1, fp.nn.Int8Linear, {}, False, "int4"), ValueError, "no kind 'int4' of fp.nn.Experts"),
         (("mine", 1, nn.Linear), TypeError, r"derives from fp\.nn\.QuantizedLinear"),
         (("mine", 1, Int8Linear), ValueError, "another module class Int8Linear already"),
     ],
-    ids=["name", "base", "module"],
+    ids=["name", "experts", "base", "module"],
 )
 def test_what_is_no_new_precision_is_refused(given, error, words):
     with pytest.raises(error, match=words):

@@ -5,6 +5,7 @@ import torch
 from small_models import build, codes, names
 
 import forwardpass as fp
+from forwardpass.swap import precision as precision_module
 from forwardpass.swap.walker import experts_leaves
 
 _SIZES = {"vocab_size": 100, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -32,8 +33,15 @@ MODELS = {
 #: Of the logits. Gemma 4 normalises behind each block: its Linears alone bring 0.024.
 OFF = {"gemma4": 0.05}
 #: e4m3 has 3 bits of mantissa
-COARSER = {"fp8": 4}
-PRECISIONS = ("int8", "fp8", "w8a16")
+COARSER = {"fp8": 4, "fp8_block": 4}
+PRECISIONS = ("int8", "fp8", "fp8_block", "w8a16")
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """A precision whose Linears and experts have scales of blocks."""
+    monkeypatch.setattr(precision_module, "PRECISIONS", list(precision_module.PRECISIONS))
+    fp.register_precision(fp.Precision("fp8_block", 1, fp.nn.Fp8Linear, {"scales": "block"}, experts="fp8_block"))
 
 
 def ids(tokens=12):

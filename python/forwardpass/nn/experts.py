@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..dispatch import Reason, use_backend
-from ..ops.common.activations import GATED, PLAIN, check_activation, interleave_gate_up
+from ..ops.common.activations import GATED, PLAIN, check_activation, interleave_gate_up, is_gated
 from ..ops.common.experts import MOST_EXPERTS, rows_of_choices
 from ..ops.common.quantized_rows import E4M3, FLOATS, empty_q
+from ..ops.fp8_gemm import BLOCK
+from ..ops.fp8_grouped_gemm import block_scales
 from .layer import QuantizedModule, as_dtype, quantize_weight, rows
 
-#: What activations are quantised to; None: they stay as they are.
-_ACTIVATIONS: dict[str, torch.dtype | None] = {"int8": torch.int8, "fp8": E4M3, "w8a16": None}
+#: What activations are quantised to (None: they stay as they are), and what has a scale, as `quantize_weight` names it.
+_KINDS: dict[str, tuple[torch.dtype | None, str]] = {
+    "int8": (torch.int8, "row"),
+    "fp8": (E4M3, "row"),
+    "fp8_block": (E4M3, "block"),
+    "w8a16": (None, "row"),
+}
 #: What transformers' `use_experts_implementation` sets.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _Gate = Callable[[nn.Module, Tensor], Tensor]
@@ -35,8 +42,8 @@ class Experts(QuantizedModule):
     Args:
         num_experts, hidden_features, intermediate_features: E, H and I.
         kind: "int8": weights int8 with a scale an output channel, rows of activations int8 as they come, symmetric; "fp8": the same
-            in e4m3, for GPUs from sm_89 on, where a CPU runs the reference, for trials of its accuracy; "w8a16": int8 weights
-            alone.
+            in e4m3, for GPUs from sm_89 on, where a CPU runs the reference, for trials of its accuracy; "fp8_block": in e4m3
+            with scales of 128 x 128 weights and of 128 columns of a row (DeepSeek-V3's); "w8a16": int8 weights alone.
         gated: whether there is a gate beside the up projection; then I % 8 == 0.
         activation: of the up projection, "silu_mul", "gelu_mul" or "gelu_tanh_mul" if gated, else as in `Int8Linear`; None: the
             module that was replaced applies its own, in its own code.
@@ -45,10 +52,11 @@ class Experts(QuantizedModule):
 
     Shapes: hidden_states [..., H], top_k_index [..., k] int32 or int64, top_k_weights [..., k]; output [..., H]. Buffers:
     up_weight [E, U, H], up_scale fp32 [E, U], up_bias [E, U] or None, with U = 2 I if gated, by `interleave_gate_up` where an
-    activation is given; down_weight [E, H, I], down_scale [E, H], down_bias [E, H] or None.
+    activation is given; down_weight [E, H, I], down_scale [E, H], down_bias [E, H] or None. With "fp8_block" scales are as
+    `fp.ops.fp8_grouped_gemm` has those of blocks.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = tuple(_ACTIVATIONS)
+    kinds: ClassVar[tuple[str, ...]] = tuple(_KINDS)
 
     up_weight: Tensor
     up_scale: Tensor
@@ -87,7 +95,8 @@ class Experts(QuantizedModule):
         for name, (n, k) in sizes.items():
             weight = empty_q(torch.empty(0, device=device), (num_experts, n, k), self._weight_dtype)
             self.register_buffer(f"{name}_weight", weight)
-            self.register_buffer(f"{name}_scale", torch.empty(num_experts, n, dtype=torch.float32, device=device))
+            of_one = block_scales(n, k, activation if name == "up" else None) if self._group else (n,)
+            self.register_buffer(f"{name}_scale", torch.empty(num_experts, *of_one, dtype=torch.float32, device=device))
             self.register_buffer(
                 f"{name}_bias", torch.empty(num_experts, n, dtype=as_dtype(dtype), device=device) if bias else None
             )
@@ -131,29 +140,44 @@ class Experts(QuantizedModule):
         assert up is not None
         new = cls(experts, hidden, intermediate, kind=kind, gated=bool(module.has_gate), activation=activation,
                   bias=up_bias is not None, dtype=up.dtype if up_bias is None else up_bias.dtype, device=up.device)  # fmt: skip
-        for name, original, arranged in (("up", up_name, new._arranged), ("down", down_name, lambda x: x)):
+        for name, original in (("up", up_name), ("down", down_name)):
             weight, bias = module._parameters[original], module._parameters.get(f"{original}_bias")
             assert weight is not None
             for e in range(experts):
                 w = weight.detach()[e]
-                q, scale = quantize_weight(arranged(w.t() if module.is_transposed else w), new._weight_dtype)  # [N, K]
+                q, scale = new._quantized(name, w.t() if module.is_transposed else w)  # [N, K]
                 getattr(new, f"{name}_weight")[e] = q
                 getattr(new, f"{name}_scale")[e] = scale
                 if bias is not None:
-                    getattr(new, f"{name}_bias")[e] = arranged(bias.detach()[e])
+                    getattr(new, f"{name}_bias")[e] = new._arranged(name, bias.detach()[e])
         new.adopt(module)
         return new.train(module.training)
 
     @property
     def _weight_dtype(self) -> torch.dtype:
-        return _ACTIVATIONS[self.kind] or torch.int8
+        return _KINDS[self.kind][0] or torch.int8
 
-    def _arranged(self, x: Tensor) -> Tensor:
-        """Rows of the up projection as its epilogue wants them, of all gates and then all ups."""
-        if not self.gated or self.activation is None:
+    @property
+    def _group(self) -> int | None:
+        """Columns of activations that share a scale; None: a row."""
+        return BLOCK if _KINDS[self.kind][1] == "block" else None
+
+    def _arranged(self, name: str, x: Tensor) -> Tensor:
+        """Rows of the up projection as its epilogue wants them, of all gates and then all ups; others stay."""
+        if name == "down" or not self.gated or self.activation is None:
             return x
         gate, up = x.chunk(2)
         return interleave_gate_up(gate, up)
+
+    def _quantized(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """One expert's weight [N, K] in 8 bits, its rows arranged, and its scales. A block is of rows as they come."""
+        scales = _KINDS[self.kind][1]
+        if scales != "block":
+            return quantize_weight(self._arranged(name, weight), self._weight_dtype, scales)
+        parts = weight.chunk(2) if name == "up" and is_gated(self.activation) else (weight,)
+        quantized = [quantize_weight(part, self._weight_dtype, scales) for part in parts]
+        q, scale = torch.cat([q for q, _ in quantized]), torch.stack([s for _, s in quantized])
+        return self._arranged(name, q), scale.squeeze(0)  # of gate and up two remain
 
     def adopt(self, module: nn.Module) -> None:
         """And how it applies its gate, whose code reads those attributes, and its norm behind each expert."""
@@ -167,20 +191,20 @@ class Experts(QuantizedModule):
             self.post_expert_norm = norm
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        dtype = _ACTIVATIONS[self.kind]
+        dtype, group_size = _KINDS[self.kind][0], self._group
         x = rows(hidden_states.flatten(0, -2))
         index, weights = (t.flatten(0, -2).contiguous() for t in (top_k_index, top_k_weights))
         if dtype is None:
             token, offs, position = rows_of_choices(index, self.num_experts)
             a, scale = x[token], None
         else:
-            a, scale, offs, position = ops.permute_quantize(x, index, self.num_experts, dtype)
+            a, scale, offs, position = ops.permute_quantize(x, index, self.num_experts, dtype, group_size=group_size)
         up = self._product("up", a, scale, offs, self.activation, x.dtype)
         if self.activation is None:
             assert self._gate is not None
             up = rows(self._gate(self, up))
         if dtype is not None:
-            up, scale, _ = ops.quantize(up, dtype)
+            up, scale, _ = ops.quantize(up, dtype, group_size=group_size)
         y = self._product("down", up, scale, offs, None, x.dtype)
         if (norm := self._modules.get("post_expert_norm")) is not None:
             y = norm(y)
@@ -194,7 +218,7 @@ class Experts(QuantizedModule):
         weight, weight_scale, bias = (b[f"{name}_{part}"] for part in ("weight", "scale", "bias"))
         if scale is None:
             return ops.w8a16_grouped_gemm(a, weight, weight_scale, offs, bias=bias, activation=activation)
-        product = ops.fp8_grouped_gemm if self.kind == "fp8" else ops.int8_grouped_gemm
+        product = ops.fp8_grouped_gemm if self._weight_dtype is E4M3 else ops.int8_grouped_gemm
         return product(a, weight, scale, weight_scale, offs, bias=bias, activation=activation, out_dtype=dtype)
 
     def exact(self, *args: Tensor) -> Tensor:
@@ -220,6 +244,11 @@ class Experts(QuantizedModule):
         return (f"num_experts={self.num_experts}, hidden_features={self.hidden_features}, "
                 f"intermediate_features={self.intermediate_features}, kind={self.kind}, gated={self.gated}, "
                 f"activation={self.activation or 'its own'}, bias={self.up_bias is not None}")  # fmt: skip
+
+
+def experts_operation(kind: str) -> str:
+    """The operation that experts of a kind call for their products."""
+    return f"{kind.removesuffix('_block')}_grouped_gemm"
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
+from ..nn.experts import experts_operation
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Precision:
 
     def operation(self, experts: bool = False) -> str | None:
         """What its modules call for their products; None: torch's own."""
-        return f"{self.experts}_grouped_gemm" if experts else self.module.operation
+        return experts_operation(self.experts) if experts and self.experts else self.module.operation
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,20 @@ def register_precision(precision: Precision) -> None:
 
     Raises:
         TypeError: the module does not derive from `fp.nn.QuantizedLinear`.
-        ValueError: there is a precision of this name and version, or a module of this class name, already.
+        ValueError: there is a precision of this name and version, or a module of this class name, already; `experts` is no kind.
 
     Example:
-        >>> fp.register_precision(fp.Precision("fp8_block", 1, fp.nn.Fp8Linear, {"scales": "block"}))
+        >>> fp.register_precision(fp.Precision("fp8_block", 1, fp.nn.Fp8Linear, {"scales": "block"}, experts="fp8_block"))
         >>> report = fp.swap(model, "fp8_block")
     """
     module = precision.module
     if not (isinstance(module, type) and issubclass(module, QuantizedLinear) and hasattr(module, "from_torch")):
         raise TypeError(
             f"a precision's module derives from fp.nn.QuantizedLinear and has from_torch, unlike {module!r}"
+        )
+    if precision.experts not in (None, *Experts.kinds):
+        raise ValueError(
+            f"there is no kind {precision.experts!r} of fp.nn.Experts: use one of {', '.join(Experts.kinds)}, or None"
         )
     if any((p.name, p.version) == (precision.name, precision.version) for p in PRECISIONS):
         raise ValueError(f"there is a precision {precision.name!r} of version {precision.version} already: use another name, or "

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from ..common.environment import cpu_tier, int8_instructions
 from ..dispatch import Reason, gpu_takes, operations
 from ..nn import Experts, Int8Linear
-from ..nn.experts import is_experts
+from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
 from .fusion import has_hooks
@@ -345,7 +345,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
         return precision.module.why_not(leaf.module)
     if precision.experts is None:
         return Reason("experts", f"there is no {precision.name} for experts", "use int8, fp8 or w8a16 for them")
-    operation = operations[f"{precision.experts}_grouped_gemm"]
+    operation = operations[experts_operation(precision.experts)]
     return Experts.why_not(leaf.module) or operation.too_old(leaf.weight.device)
 
 
