@@ -89,7 +89,7 @@ def upconverted(dtype, few, many):
         for w in (torch.int8, E4M3)
         for m, n, k, scales, activation in ((few, 120, 3000, "block", None), (many, 240, 330, "column", "silu_mul"),
                                             (few, 1100, 500, "tensor", None), (few, 250, 1100, "block", None),
-                                            (few, 96, 3000, "column", "silu_mul"))
+                                            (few, 96, 3000, "column", "silu_mul"), (few, 1096, 40, "tensor", None))
     )  # fmt: skip
 
 
