@@ -99,8 +99,8 @@ def inputs(args: argparse.Namespace, subject: Subject) -> tuple[torch.Tensor, di
 
 
 def measure(args: argparse.Namespace, make: Make = own_process.make) -> Iterator[dict[str, Any]]:
-    """The result of a run so far, after each cell, the largest first. Raises ValueError in one sentence where there is no such
-    model, or it takes no such cell."""
+    """The result of a run so far, after each cell. Raises ValueError in one sentence where there is no such model, or it takes no
+    such cell."""
     began = time.monotonic()
     names = generate_peers.candidates(args.precisions)
     if unknown := [name for name in args.peers or () if name not in names]:
@@ -141,21 +141,21 @@ def measure(args: argparse.Namespace, make: Make = own_process.make) -> Iterator
                 for name, candidate in built.items()
             },
         }
-        measured: dict[Decoding, dict[str, Any]] = {}
-        cells = sorted(prompts, key=lambda c: c.batch * c.length, reverse=True)
+        measured: list[dict[str, Any]] = []
+        cells = list(prompts)
         for i, cell in enumerate(cells):
             left = 60 * args.minutes - (time.monotonic() - began)
             weights = [c.batch * c.length for c in cells[i:]]  # of the time that is left
             share = left * weights[0] / sum(weights)
-            timed = measured[cell] = time_cell(cell, built, prompts[cell], rounds, share, track)
+            timed = time_cell(cell, built, prompts[cell], rounds, share, track)
             for name, rates in timed["tokens_per_s"].items():
                 moved = bytes_of_step(built[name], cell, config)
                 timed.setdefault("decode_bytes", {})[name] = {
                     "a_token": moved / cell.batch,
                     "of_copy": moved / cell.batch * rates["decode"]["median"] / copy,
                 }
-            in_order = [measured[c] for c in prompts if c in measured]
-            yield result | {"cells": in_order, "seconds": time.monotonic() - began}
+            measured.append(timed)
+            yield result | {"cells": measured, "seconds": time.monotonic() - began}
 
 
 def lines(result: dict[str, Any]) -> Iterable[str]:

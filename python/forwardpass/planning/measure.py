@@ -199,11 +199,15 @@ class Workload:
             for phase, seconds in spent.items():
                 record.setdefault(self._name(phase, i), []).append(seconds * 1e3)
 
+    def sum_of(self, phases: Mapping[str, float]) -> float:
+        """Of all, each phase as often as there is it."""
+        return sum(ms * self.times[phase] for phase, ms in phases.items())
+
     def total(self, phases: Mapping[str, Timing]) -> Timing:
-        """The time of all, each phase as often as there is it."""
+        """The time of all."""
 
         def add(quantile: str) -> float:
-            return sum(getattr(t, quantile) * self.times[phase] for phase, t in phases.items())
+            return self.sum_of({phase: getattr(t, quantile) for phase, t in phases.items()})
 
         return Timing(add("median"), add("low"), add("high"), next(iter(phases.values())).rounds)
 
@@ -265,6 +269,19 @@ def annotated(text: str) -> Iterator[None]:
         if hasattr(e, "add_note"):
             e.add_note(text)
         raise
+
+
+def form_of(leaf: Leaf) -> tuple[Any, ...]:
+    """What the time of a layer depends on."""
+    weight = leaf.weight
+    return (
+        leaf.out_features,
+        leaf.in_features,
+        leaf.has_bias,
+        str(weight.dtype),
+        str(weight.device),
+        leaf.formula,
+    )
 
 
 def sample_inputs(leaf: Leaf, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -357,16 +374,7 @@ class Measurer:
         groups: dict[str, list[Layer]] = {}
         for layer in layers:
             if layer.open():
-                leaf, weight = layer.leaf, layer.leaf.weight
-                form = (
-                    leaf.out_features,
-                    leaf.in_features,
-                    leaf.has_bias,
-                    str(weight.dtype),
-                    str(weight.device),
-                    leaf.formula,
-                )
-                groups.setdefault(repr((form, layer.calls, layer.open())), []).append(layer)
+                groups.setdefault(repr((form_of(layer.leaf), layer.calls, layer.open())), []).append(layer)
         advance = track("timing layers", len(groups))
         for key, group in groups.items():
             if key not in self.content["times"]:
@@ -386,7 +394,7 @@ class Measurer:
 
     def _time(self, layer: Layer) -> dict[str, Any]:
         weight = layer.leaf.weight
-        modules = {"before": layer.leaf.module} | {name: self._built(layer.leaf, name) for name in layer.open()}
+        modules = {"before": layer.leaf.module} | {name: self.built(layer.leaf, name) for name in layer.open()}
         behind = None if layer.leaf.activation is None else layer.leaf.activation.module
 
         def call(modules: list[nn.Module], inputs: list[tuple[Tensor, ...]]) -> Callable[[], object]:
@@ -407,7 +415,8 @@ class Measurer:
                 measured[name]["phases"][phase] = timing.to_json()
         return measured
 
-    def _built(self, leaf: Leaf, name: str) -> Any:
+    def built(self, leaf: Leaf, name: str) -> Any:
+        """What a layer becomes."""
         candidate = self.candidates[name]
         return build(leaf, candidate.precision, self.arguments.get(leaf.fqn, {}) if candidate.calibrated else {}).eval()
 
@@ -433,7 +442,7 @@ class Measurer:
             stride = max(1, len(rows[0]) // ROWS)  # exact products are in fp64
             *inputs_of_rows, expected = (t[::stride].contiguous() for t in rows)
             for name, parity in parities[leaf.fqn].items():
-                candidate = self._built(leaf, name)
+                candidate = self.built(leaf, name)
                 actual = candidate(*inputs_of_rows)
                 parity.add(candidate, tuple(inputs_of_rows), actual, candidate.activated(expected), None)
             advance()

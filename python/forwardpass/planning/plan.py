@@ -50,6 +50,7 @@ from .measure import (
     find_candidate,
     identity,
 )
+from .together import Saved, options_of, pairs_of, time_pairs, units_of
 from .verify import Verdict, Verifier
 
 CANDIDATES = ("fp8", "int8", f"int8{CALIBRATED}", "w8a16", "bf16")
@@ -182,8 +183,10 @@ def plan(
     measurer = Measurer(subject, tried, arguments, measurements, workload)
     measurer.time(layers, progress)
     measurer.local_errors(layers, samples[0], progress)
-    for layer in layers:
-        _refuse_costly(layer, target)
+    pairs = pairs_of(layers) if target == "latency" else []
+    units = units_of(layers, pairs, time_pairs(pairs, measurer, progress))
+    for layer, saved in ((layer, saved) for unit, saved in units for layer in unit):
+        _refuse_costly(layer, target, saved, workload)
         _refuse_dominated(layer, target)
     by_fqn = {leaf.fqn: leaf for leaf in leaves}
 
@@ -211,12 +214,15 @@ def plan(
         ]
         for layer in layers
     }
-    front = Frontier([[option for _, option in by_name] for by_name in options.values()])
+    together = [options_of(unit, options, {n: workload.sum_of(p) for n, p in saved.items()}) for unit, saved in units]
+    front = Frontier([[option for _, option in by_names] for by_names in together])
 
     def names_of(choice: Choice) -> dict[str, str | None]:
-        return {fqn: by_name[o][0] for (fqn, by_name), o in zip(options.items(), choice.options)}
+        chosen = (by_names[o][0] for by_names, o in zip(together, choice.options))
+        names = {x.leaf.fqn: name for (unit, _), names in zip(units, chosen) for x, name in zip(unit, names)}
+        return {layer.leaf.fqn: names[layer.leaf.fqn] for layer in layers}
 
-    as_it_is = Choice((0,) * len(layers), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
+    as_it_is = Choice((0,) * len(together), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
     choice, attempts = _search(front, as_it_is, criterion, lambda c: verifier.run(plan_of(names_of(c))), progress)
     latency, phases = _latency(subject, plan_of(names_of(choice)), arguments, workload, progress)
     slower = target == "latency" and _is_slower(latency, phases)
@@ -241,6 +247,7 @@ def plan(
             "result": _result(layers, criterion, attempts, latency, phases, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
             "kv_cache": cache_results,
+            "pairs": [{"layers": [x.leaf.fqn for x in u], "saved_ms": saved} for u, saved in units if len(u) > 1],
             "blocks": evidence.blocks(layers, names, lambda x: _cost(x, target)),
             "predicted": {"before": as_it_is.cost, "after": choice.cost, "gap": choice.gap, "error": choice.error},
             "attempts": attempts,
@@ -248,7 +255,7 @@ def plan(
             "latency_ms": {name: t.to_json() for name, t in latency.items()},
             "phases_ms": {name: {p: t.to_json() for p, t in x.items()} for name, x in phases.items()},
             "seconds": time.perf_counter() - began,
-            "measured": ["layers", "attempts", "latency_ms", "phases_ms", "seconds"],
+            "measured": ["layers", "pairs", "attempts", "latency_ms", "phases_ms", "seconds"],
         },
     )
 
@@ -287,15 +294,17 @@ def _cost(x: Layer | Candidate, target: str) -> float:
     return x.ms.low if x.ms else 0.0
 
 
-def _refuse_costly(layer: Layer, target: str) -> None:
-    for c in layer.candidates.values():
-        if c.refusal is None and _cost(c, target) >= _cost(layer, target):
+def _refuse_costly(layer: Layer, target: str, saved: Saved, workload: Workload) -> None:
+    """saved: by the layer and another one as one product; half of it is the layer's."""
+    for name, c in layer.candidates.items():
+        half = {phase: max(ms, 0.0) / 2 for phase, ms in saved.get(name, {}).items()}
+        if c.refusal is None and _cost(c, target) - workload.sum_of(half) >= _cost(layer, target):
             code = "slower" if target == "latency" else "larger"
             c.refusal = Reason(
                 code, f"it is no gain: {_cost_text(c, target)}, {_cost_text(layer, target)} as it is", ""
             )
         for phase, ms in layer.phases.items() if target == "latency" and c.refusal is None else ():
-            if phase.startswith("decode") and c.phases[phase].low >= ms.low:
+            if phase.startswith("decode") and c.phases[phase].low - half.get(phase, 0.0) >= ms.low:
                 text = f"it makes a step slower: {c.phases[phase].low:.3g} ms, {ms.low:.3g} as it is"
                 c.refusal = Reason("slower_step", text, "")
 
