@@ -303,6 +303,20 @@ def test_stored_layer_by_layer(cls, precision, x, tmp_path):
         }
 
 
+def test_timm(x):
+    mlp = pytest.importorskip("timm.layers").Mlp
+    cls = lambda: mlp(WIDTH, 128, drop=0.5)  # noqa: E731
+    model, report = model_of(cls)
+    assert isinstance(model.mlp, MLP) and report.mlps == [("mlp.fc1", "mlp.fc2")]
+    assert [type(model.mlp.get_submodule(name)) for name in ("drop1", "norm", "drop2")] == [
+        nn.Dropout,
+        nn.Identity,
+        nn.Dropout,
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), original_of(cls)(x), rtol=0, atol=1e-2)
+
+
 # ---- models of transformers
 
 EXPECTED = {name: (2, {"phi3", "llama", "gemma3", "modernbert"}) for name in MLPS} | {"t5": (4, ()), "t5_gated": (4, {"t5_gated"}),
