@@ -32,11 +32,11 @@ struct QuantizingEpilogue;
 // The epilogue of a Config.
 template <class Config, bool kSwapAB>
 struct WgmmaEpilogue {
-  using type = std::conditional_t<Config::kTransposed, TransposedEpilogue<false>, QuantizingEpilogue<Config>>;
+  using type = std::conditional_t<Config::kTransposed, CachedEpilogue<false>, QuantizingEpilogue<Config>>;
 };
 template <class Config>
 struct WgmmaEpilogue<Config, true> {  // outputs have the type of the operand of 16 bits
-  using type = std::conditional_t<(Config::kN < kChunkRows), TransposedEpilogue<true>,
+  using type = std::conditional_t<(Config::kN < kChunkRows), CachedEpilogue<true>,
                                   SwappedEpilogue<Config::Element::X, Config::kTilesN>>;
 };
 
