@@ -200,7 +200,7 @@ class Workload:
                 record.setdefault(self._name(phase, i), []).append(seconds * 1e3)
 
     def sum_of(self, phases: Mapping[str, float]) -> float:
-        """Of all, each phase as often as there is it."""
+        """The milliseconds of all, each phase as often as there is it."""
         return sum(ms * self.times[phase] for phase, ms in phases.items())
 
     def total(self, phases: Mapping[str, Timing]) -> Timing:

@@ -218,8 +218,8 @@ def plan(
     front = Frontier([[option for _, option in by_names] for by_names in together])
 
     def names_of(choice: Choice) -> dict[str, str | None]:
-        chosen = (by_names[o][0] for by_names, o in zip(together, choice.options))
-        names = {x.leaf.fqn: name for (unit, _), names in zip(units, chosen) for x, name in zip(unit, names)}
+        names_of_units = (by_names[o][0] for by_names, o in zip(together, choice.options))
+        names = {x.leaf.fqn: name for (unit, _), names in zip(units, names_of_units) for x, name in zip(unit, names)}
         return {layer.leaf.fqn: names[layer.leaf.fqn] for layer in layers}
 
     as_it_is = Choice((0,) * len(together), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
