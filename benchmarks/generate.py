@@ -145,7 +145,8 @@ def measure(args: argparse.Namespace, make: Make = own_process.make) -> Iterator
         cells = list(prompts)
         for i, cell in enumerate(cells):
             left = 60 * args.minutes - (time.monotonic() - began)
-            weights = [c.batch * c.length for c in cells[i:]]  # of the time that is left
+            # of the time that is left; in proportion to its tokens a small cell would have the least rounds
+            weights = [math.sqrt(c.batch * c.length) for c in cells[i:]]
             share = left * weights[0] / sum(weights)
             timed = time_cell(cell, built, prompts[cell], rounds, share, track)
             for name, rates in timed["tokens_per_s"].items():
