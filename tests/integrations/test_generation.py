@@ -151,7 +151,7 @@ def test_compiled_with_a_static_cache(name, kv_cache):
     """One graph a step, whose length is on the device."""
     model = decoder(name)
     fp.swap(model, attention=True, kv_cache=kv_cache)
-    with pytest.warns(UserWarning, match="sliding layers") if name == "gemma2" and kv_cache == "int8" else _quiet():
+    with _quiet():
         caches = [static_cache(model, name, 24) for _ in range(2)]
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     for token in range(5, 9):
@@ -377,6 +377,41 @@ def test_what_can_be_done_to_a_cache():
         ours.reset()
         assert ours.get_seq_length() == 0 and again.get_seq_length() == (187 if window is None else 190)
         assert torch.equal(again.update(k[:, :, :1], v[:, :, :1])[0][:, :, -1], k[:, :, 0])
+
+
+@pytest.mark.parametrize(("kv_cache", "tolerance"), [("int8", 0.02), ("fp8", 0.07)])
+@torch.inference_mode()
+def test_a_window_of_8_bits_in_a_static_cache(kv_cache, tolerance):
+    """Beside transformers' own: prompts below and beyond the window, steps, several tokens at once; and a cache that was in use."""
+    from forwardpass.integrations import transformers_cache as ours
+
+    own, dtype, window = transformers.cache_utils, ours.kv_scales.KV_CACHES[kv_cache], 8
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 2, 3, 60, 32, generator=g)
+    for parts in ((5, 1, 1, 1, 1, 1, 4, 1, 9, 1), (3, 7, 1, 1), (20, 1, 1, 2), (8, 1, 1), (1, 1, 12, 1)):
+        for adopted in (0, 2):
+            theirs, layer = own.StaticSlidingWindowLayer(24, window), None
+            begin = 0
+            for i, n in enumerate(parts):
+                part = k[:, :, begin : begin + n], v[:, :, begin : begin + n]
+                if i == adopted:
+                    layer = ours._adapted(copy.deepcopy(theirs), dtype)
+                    assert type(layer) is ours.StaticSlidingLayer and not layer.appends_in_place()
+                if layer is not None:
+                    assert layer.get_mask_sizes(n) == theirs.get_mask_sizes(n)
+                    got = layer.update(*part)
+                expected = theirs.update(*part)
+                begin += n
+                if layer is not None:
+                    assert layer.get_seq_length() == theirs.get_seq_length() == begin
+                    for a, b in zip(got, expected):
+                        rows = n if i == 0 == adopted else b.shape[2]  # of an empty cache the prompt's own alone
+                        wide = ours.kv_scales.widened(a, torch.float32)
+                        torch.testing.assert_close(wide, b[:, :, :rows], rtol=0, atol=tolerance * 4)
+            assert layer.keys.dtype == dtype and layer.is_croppable == theirs.is_croppable
+            layer.reset(), theirs.reset()
+            assert torch.equal(layer.update(*part)[0], part[0])  # a prompt's own keys
+            assert layer.get_seq_length() == parts[-1]
 
 
 @torch.inference_mode()

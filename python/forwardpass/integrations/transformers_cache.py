@@ -6,7 +6,6 @@ transformers' DynamicCache copies all that it holds for every token. Imported on
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +43,12 @@ class _Stored:
         self.keys, self.values = change(self.keys), change(self.values)
         if self.scales is not None:
             self.scales = change(self.scales[0]), change(self.scales[1])
+
+    def move(self, tokens: int) -> None:
+        """All tokens to the front, by so many places, in place."""
+        for x in (self.keys, self.values, *(self.scales or ())):
+            raw = x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x  # which torch cannot roll
+            raw.copy_(raw.roll(-tokens, 2))
 
     def append(self, key: Tensor, value: Tensor, seq_lens: Tensor) -> None:
         """Rotates the keys and their queries before, where that is pending."""
@@ -232,6 +237,48 @@ class StaticLayer(cache_utils.StaticLayer):
         self._stored.map(lambda x: x.copy_(x.index_select(0, beam_idx.to(x.device))))
 
 
+class StaticSlidingLayer(StaticLayer, cache_utils.StaticSlidingWindowLayer):
+    """The same of a window's last tokens: with each token that is more, the others move by a place, as in transformers' own."""
+
+    def __init__(self, dtype: torch.dtype, layer: Any):
+        cache_utils.StaticSlidingWindowLayer.__init__(self, layer.max_cache_len, layer.max_cache_len)
+        self._is_croppable = layer._is_croppable
+        self.dtype = dtype
+        self._fresh = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, before, window = key_states.shape[2], self.cumulative_length_int, self.max_cache_len
+        if before + rows <= window:
+            self.cumulative_length_int += rows
+            return super().update(key_states, value_states)
+        first, self._fresh = self._fresh, False
+        self.cumulative_length_int += rows
+        stored, seen = self._stored, None
+        if first:
+            seen = key_states, value_states
+        elif rows > 1 or before < window:  # the first of them see tokens that leave
+            old = stored.between(1, window) if before >= window else stored.between(0, before)
+            wide = (kv_scales.widened(x, key_states.dtype) for x in old)
+            seen = torch.cat((next(wide), key_states), 2), torch.cat((next(wide), value_states), 2)
+        stored.move(min(before, window) + min(rows, window) - window)
+        lengths = torch.full((key_states.shape[0],), window, dtype=torch.int32, device=key_states.device)
+        stored.append(key_states, value_states, lengths)
+        return stored.between(0, window) if seen is None else seen
+
+    def appends_in_place(self) -> bool:
+        return False  # not where tokens are several
+
+    def fill(self, layer: Any, length: int) -> None:
+        super().fill(layer, min(length, self.max_cache_len))
+        self.cumulative_length_int = length
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length_int = 0
+
+
 class KVCache(cache_utils.DynamicCache):
     """A cache to pass to `generate` or to a model's forward, whose attention is swapped (`fp.swap(model, attention=True)`).
 
@@ -266,11 +313,7 @@ class KVCache(cache_utils.DynamicCache):
 
 
 def adapt(cache: Any, dtype: torch.dtype | None) -> None:
-    """Puts our layers into the place of transformers' own, with what those hold. Others, such as of linear attention, stay.
-
-    Sliding layers of a static cache stay too, as they hold no more than their windows; of 8 bits that were asked for, a warning
-    says so.
-    """
+    """Puts our layers into the place of transformers' own, with what those hold. Others, such as of linear attention, stay."""
     if isinstance(cache, cache_utils.EncoderDecoderCache):
         adapt(cache.self_attention_cache, dtype)
         adapt(cache.cross_attention_cache, dtype)
@@ -282,12 +325,14 @@ def adapt(cache: Any, dtype: torch.dtype | None) -> None:
     for i, layer in enumerate(cache.layers):
         if type(layer) in _LAYERS:
             cache.layers[i] = _adapted(layer, dtype)
-        elif dtype is not None and type(layer) is cache_utils.StaticSlidingWindowLayer and not layer.is_initialized:
-            warnings.warn("sliding layers of a static cache stay in the model's dtype, as they hold no more than their windows: "
-                          "use a dynamic cache for 8 bits", stacklevel=2)  # fmt: skip
 
 
-_LAYERS = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.StaticLayer)
+_LAYERS = (
+    cache_utils.DynamicLayer,
+    cache_utils.DynamicSlidingWindowLayer,
+    cache_utils.StaticLayer,
+    cache_utils.StaticSlidingWindowLayer,
+)
 
 
 class _Maker:
@@ -307,7 +352,10 @@ def _adapted(layer: Any, dtype: torch.dtype | None) -> Any:
     length = int(layer.get_seq_length()) if layer.is_initialized else 0
     if is_static:
         assert dtype is not None
-        static = StaticLayer(dtype, layer.max_cache_len)
+        if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
+            static: StaticLayer = StaticSlidingLayer(dtype, layer)
+        else:
+            static = StaticLayer(dtype, layer.max_cache_len)
         if length:
             static.fill(layer, length)
         return static
