@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 import pathlib
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -62,8 +63,8 @@ def time_cell(
         try:
             run = candidate.prepare(cell)
             times = run(ids, cell.steps)  # compiles, and chooses kernels
-            steps = sorted(end - begin for begin, end in itertools.pairwise(times[1:]))
-            seconds += times[1] - times[0] + len(steps) * steps[len(steps) // 2]
+            step = statistics.median(end - begin for begin, end in itertools.pairwise(times[1:]))
+            seconds += times[1] - times[0] + cell.steps * step
             runs[name] = run
         except Exception as e:  # a peer's failure is its result
             failed[name] = generate_peers.failure(e)

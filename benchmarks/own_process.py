@@ -75,15 +75,13 @@ def _serve(connection: Connection, name: str, subject: Subject, threads: int) ->
                 try:
                     if request == "prepare":
                         run = candidate.prepare(*arguments)
-                        give_back(0)
                     elif request == "losses":
                         answer = candidate.losses(torch.tensor(*arguments)).tolist()
-                        give_back(0)
                     elif run:
                         ids, steps = arguments
                         answer = run(torch.tensor(ids), steps)
-                        if len(ids) * len(ids[0]) > MOST_KEPT:
-                            give_back(0)
                 except Exception as e:
                     answer = Failed(generate_peers.failure(e))
+                if request != "run" or sum(map(len, arguments[0])) > MOST_KEPT:
+                    give_back(0)
                 connection.send(answer)

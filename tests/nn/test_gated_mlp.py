@@ -1,10 +1,8 @@
 """GatedMLP: what its three layers compute, from two products."""
 
-import copy
-import pickle
-
 import pytest
 import torch
+from module_copies import copied_and_cast
 from torch import nn
 
 import forwardpass as fp
@@ -82,16 +80,7 @@ def test_separate_gives_the_layers_back(cls):
             assert t is None or torch.equal(t.float(), after._buffers[name].float()), name
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: m.half().float(),
-        lambda m: (m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}), m)[1],
-    ],
-    ids=["deepcopy", "pickle", "half", "loaded"],
-)
+@copied_and_cast
 @torch.no_grad()
 def test_copied_and_cast(change):
     mlp = GatedMLP.from_layers(*layers(bias=False))

@@ -1,10 +1,10 @@
 """MLP, and 8 bits between the two products of either MLP: what the layers give one by one, in fewer launches and bytes."""
 
 import copy
-import pickle
 
 import pytest
 import torch
+from module_copies import copied_and_cast
 from torch import nn
 
 import forwardpass as fp
@@ -62,16 +62,7 @@ def test_is_what_its_layers_are(cls, activation):
     assert mlp.separate() == {"up": up, "down": down} and mlp.config() == {"up": up.config(), "down": down.config()}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: m.half().float(),
-        lambda m: (m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}), m)[1],
-    ],
-    ids=["deepcopy", "pickle", "half", "loaded"],
-)
+@copied_and_cast
 @torch.no_grad()
 def test_copied_and_cast(change):
     up, _, down = linears(bias=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 import textwrap
+from types import ModuleType
 from typing import Any
 
 
@@ -17,8 +19,13 @@ def owner_of_forward(cls: Any) -> Any:
 def tree_of_module(cls: Any) -> ast.Module | None:
     """The Python module of a class; None where its code is not at hand."""
     module = sys.modules.get(cls.__module__)
+    return None if module is None else _parsed(module)
+
+
+@functools.lru_cache(maxsize=1)  # questions about a model's classes are of one module, one after another
+def _parsed(module: ModuleType) -> ast.Module | None:
     try:
-        return None if module is None else ast.parse(inspect.getsource(module))
+        return ast.parse(inspect.getsource(module))
     except (OSError, TypeError):
         return None
 
