@@ -8,6 +8,7 @@ import torch
 import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.int8_grouped_gemm.cases import mixed
 from forwardpass.ops.w8a16_grouped_gemm import cases
 from forwardpass.testing import assert_equal
 
@@ -35,13 +36,6 @@ def test_kernel(case, arch, seed):
         got = OPERATION(*args)
     cases.assert_matches(got, args)
     assert device.findings == []
-
-
-def mixed(experts):
-    """Rows of each: all that are given to few experts, others among many."""
-    rows = (1000, 0, 65, 1, 64, 3, 0, 3) if experts <= 8 else (0, 1, 3, 0, 65, 0, 1, 64)
-    counts = [rows[e % 8] if experts <= 60 or e % 32 < 8 else e % 5 % 2 for e in range(experts)]
-    return tuple(counts)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])

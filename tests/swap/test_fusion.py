@@ -27,6 +27,43 @@ class Returned(Mlp):
         return None
 
 
+class BoundAnew(Mlp):
+    """The variable between the two is another's before it is read again."""
+
+    def forward(self, x):
+        y = self.fc1(x)
+        z = self.act(y)
+        y = self.skip(x)
+        return self.fc2(z + y)
+
+
+class ReadAgain(Mlp):
+    def forward(self, x):
+        y = self.fc1(x)
+        z = self.act(y)
+        y = y + z
+        return self.fc2(y)
+
+
+class InBranchAgain(Mlp):
+    def forward(self, x):
+        y = self.fc1(x)
+        z = self.act(y)
+        if x.dim() > 2:
+            y = self.skip(x)
+        return self.fc2(z + y)
+
+
+class ReadByFunction(Mlp):
+    def forward(self, x):
+        later = lambda: y  # noqa: E731
+        y = self.fc1(x)
+        z = self.act(y)
+        read = later()
+        y = self.skip(x)
+        return self.fc2(z + read)
+
+
 class Between(Mlp):
     def forward(self, x):
         x = self.fc1(x)
@@ -101,9 +138,11 @@ def shared():
         (lambda: Mlp(nn.SiLU()), {"fc1": "silu"}),
         (Nested, {"fc1": "gelu"}),
         (Returned, {"fc1": "gelu"}),
+        (BoundAnew, {"fc1": "gelu"}),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), {"0": "relu"}),
         (lambda: nn.Sequential(Mlp(), nn.Sequential(nn.Linear(4, 4), nn.SiLU())), {"0.fc1": "gelu", "1.0": "silu"}),
         *[(m, {}) for m in (AlsoUsed, Between, Twice, Elsewhere, Derived, ThroughSuper, Either, hooked, shared)],
+        *[(m, {}) for m in (ReadAgain, InBranchAgain, ReadByFunction)],
         (lambda: Mlp(nn.Tanh()), {}),
         (lambda: Mlp(Scaled()), {}),
         (lambda: Mlp(nn.Identity()), {}),

@@ -38,6 +38,16 @@ def tensor_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(sizes.values())
 
 
+def has_hooks(m: nn.Module) -> bool:
+    """Around its forward or its backward."""
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def is_watched(m: nn.Module) -> bool:
+    """Whether something is around its forward."""
+    return has_hooks(m) or "forward" in vars(m)
+
+
 @contextmanager
 def hooked(
     modules: Iterable[tuple[K, nn.Module]],

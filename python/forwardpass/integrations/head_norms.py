@@ -14,29 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .class_source import body_of, dump, named, owner_of_forward, tree_of_module
+from ..common.modules import is_watched
+from .class_source import owner_of_forward
+from .norm_formulas import written_formula
 
 _NAMES = {"query_states": "q_norm", "key_states": "k_norm"}
 _SKIPS = "forwardpass_skips_norms"  #: attribute of a forward that is wrapped
-
-#: What the operation computes, as models write it: the name of epsilon, and what is added to the weight.
-_LLAMA = dump(
-    """
-    input_dtype = hidden_states.dtype
-    hidden_states = hidden_states.to(torch.float32)
-    variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-    return self.weight * hidden_states.to(input_dtype)
-    """
-)
-_GEMMA = dump(
-    """
-    output = self._norm(x.float())
-    output = output * (1.0 + self.weight.float())
-    return output.type_as(x)
-    """
-)
-_GEMMAS_NORM = dump("return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)")
 _EMBEDDINGS = ast.dump(ast.parse("cos, sin = position_embeddings").body[0])
 
 
@@ -82,28 +65,10 @@ def _ends_in_norm(statements: list[ast.stmt], states: str, norm: str) -> bool:
     return False
 
 
-def _formula(norm: nn.Module) -> tuple[str, float] | None:
-    cls: Any = type(norm)  # mypy takes type[nn.Module] for unhashable
-    return _formula_of(cls)
-
-
-@functools.lru_cache(maxsize=1024)
-def _formula_of(cls: Any) -> tuple[str, float] | None:
-    """(the attribute that is epsilon, what is added to the weight) of a class of norms that the operation computes, or None."""
-    owner = owner_of_forward(cls)
-    tree = named(tree_of_module(owner), owner.__name__)
-    match body_of(named(tree, "forward")):
-        case code if code == _LLAMA:
-            return "variance_epsilon", 0.0
-        case code if code == _GEMMA and body_of(named(tree, "_norm")) == _GEMMAS_NORM:
-            return "eps", 1.0
-    return None
-
-
 def wrap(attention: nn.Module) -> bool:
     """Lets its norms be left out; False where they are none that the operation computes."""
     norms = [getattr(attention, name, None) for name in _NAMES.values()]
-    if not all(isinstance(norm, nn.Module) and _formula(norm) for norm in norms):
+    if not all(isinstance(norm, nn.Module) and written_formula(norm) for norm in norms):
         return False
     for norm in norms:
         owner = owner_of_forward(type(norm))
@@ -128,7 +93,7 @@ def skip(attention: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """Leaves out the next calls of its norms in this thread, and returns them; None where something else may look at them."""
     norms: Any = tuple(attention._modules[name] for name in _NAMES.values())
     for norm in norms:
-        if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm) or _formula(norm) is None:
+        if is_watched(norm) or written_formula(norm) is None:
             return None
     _skipped.norms = list(norms)
     return norms
@@ -143,10 +108,10 @@ def weights(norms: tuple[nn.Module, nn.Module], k: Tensor) -> tuple[Tensor, Tens
     """(q_norm, k_norm, norm_eps), as `append_kv` has them with keys k [..., D]; None where it takes no such ones."""
     parts = []
     for norm in norms:
-        formula, weight = _formula(norm), norm.weight
+        formula, weight = written_formula(norm), norm.weight
         assert formula is not None and isinstance(weight, Tensor)
         if weight.dtype not in (torch.float32, k.dtype) or weight.shape != k.shape[-1:] or not weight.is_contiguous():
             return None
-        parts.append((weight.float() + formula[1] if formula[1] else weight, getattr(norm, formula[0])))
+        parts.append((weight.float() + formula.offset if formula.offset else weight, getattr(norm, formula.eps)))
     (q_norm, q_eps), (k_norm, k_eps) = parts
     return (q_norm, k_norm, k_eps) if q_eps == k_eps else None

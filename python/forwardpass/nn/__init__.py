@@ -7,6 +7,7 @@ from .int8_linear import Int8Linear
 from .layer import QuantizedLinear, QuantizedModule
 from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
+from .norm import QuantizingNorm
 from .w8a16_linear import W8A16Linear
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "MultiheadAttention",
     "QuantizedLinear",
     "QuantizedModule",
+    "QuantizingNorm",
     "W8A16Linear",
 ]

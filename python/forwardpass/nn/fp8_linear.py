@@ -125,6 +125,9 @@ class Fp8Linear(QuantizedLinear):
             b["channel_scale"],
         )
 
+    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None] | None:
+        return (E4M3, True, self.channel_scale) if self.input_scale is None and self.scales != "block" else None
+
     def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
         """Static ones; and those of groups of 128, which a tile of sm_90a's products has whole: others write fp32 first. Scales of
         whole rows no tile has."""
@@ -134,10 +137,13 @@ class Fp8Linear(QuantizedLinear):
             return then.input_scale is not None
         return then.channel_scale is None and gpu_capability(device)[0] == 9
 
-    def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:
+    def quantized_product(self, x: Tensor | Quantized, then: QuantizedLinear) -> Quantized:
         b = self._buffers
         options = b["weight_scale"], b["input_scale"], b["channel_scale"]
-        a, a_scale = quantized_input(rows(x), *options, QUANTIZE)  # type: ignore[arg-type]
+        if isinstance(x, Quantized):
+            a, a_scale = x.values, x.scale
+        else:
+            a, a_scale = quantized_input(rows(x), *options, QUANTIZE)  # type: ignore[arg-type]
         product = a, b["weight"], a_scale, b["weight_scale"], b["bias"], self.activation
         static = then._buffers["input_scale"]
         if static is None:

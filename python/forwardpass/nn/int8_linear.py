@@ -126,9 +126,7 @@ class Int8Linear(QuantizedLinear):
     def product(self, x: Tensor | Quantized) -> Tensor:
         b, packed = self._buffers, self._packed
         if isinstance(x, Quantized):
-            return GEMM(
-                x.values, b["weight"], x.scale, b["weight_scale"], b["bias"], self.activation, x.dtype, None, None, None
-            )
+            return self._gemm(*self._operands(x), x.dtype, None)
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # for other machines
                 packed = (None, None)
@@ -139,19 +137,34 @@ class Int8Linear(QuantizedLinear):
             self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
         )  # fmt: skip
 
+    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None] | None:
+        return (torch.int8, self.symmetric, self.channel_scale) if self.input_scale is None else None
+
     def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
         """Symmetric ones: an epilogue adds no zero point."""
         return isinstance(then, Int8Linear) and then.symmetric and then.input_scale is not None
 
-    def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:
+    def quantized_product(self, x: Tensor | Quantized, then: QuantizedLinear) -> Quantized:
+        q = self._gemm(*self._operands(x), torch.int8, then.divisor())
+        return Quantized(q, then._buffers["input_scale"], x.dtype)  # type: ignore[arg-type]
+
+    def _operands(self, x: Tensor | Quantized) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Quantised input, its scale and zero point, in launches of their own if at all."""
+        if isinstance(x, Quantized):
+            return x.values, x.scale, x.zero_point
         b = self._buffers
-        options = b["input_scale"], b["input_zero_point"], self.symmetric, b["channel_scale"]
-        a, scale, zero_point = quantized_input(rows(x), *options, QUANTIZE)
-        q = GEMM(
-            a, b["weight"], scale, b["weight_scale"], b["bias"], self.activation, torch.int8, then.divisor(), zero_point,
+        return quantized_input(
+            rows(x), b["input_scale"], b["input_zero_point"], self.symmetric, b["channel_scale"], QUANTIZE
+        )
+
+    def _gemm(
+        self, a: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, out_scale: Tensor | None
+    ) -> Tensor:
+        b = self._buffers
+        return GEMM(
+            a, b["weight"], scale, b["weight_scale"], b["bias"], self.activation, dtype, out_scale, zero_point,
             b["weight_sum"],
         )  # fmt: skip
-        return Quantized(q, then._buffers["input_scale"], x.dtype)  # type: ignore[arg-type]
 
     def settle(self, alone: bool = True) -> None:
         if alone:
@@ -174,10 +187,11 @@ class Int8Linear(QuantizedLinear):
 
     def _quantized(self, x: Tensor | Quantized) -> Tensor:
         if isinstance(x, Quantized):
-            return x.values.double() * x.scale.double()
-        q, scale, zero_point = quantized_input(
-            x, self.input_scale, self.input_zero_point, self.symmetric, self.channel_scale
-        )
+            q, scale, zero_point = x.values, x.scale, x.zero_point
+        else:
+            q, scale, zero_point = quantized_input(
+                x, self.input_scale, self.input_zero_point, self.symmetric, self.channel_scale
+            )
         a = q.double() if zero_point is None else q.double() - zero_point.reshape(per_row(zero_point, q))
         return a * scale.reshape(per_row(scale, q)).double()
 

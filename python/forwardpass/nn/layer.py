@@ -174,11 +174,13 @@ class QuantizedModule(nn.Module):
 
 
 class Quantized(NamedTuple):
-    """An input that a layer before has quantised, as this one would: `values * scale`, and the dtype that it stands for."""
+    """An input that a layer or a norm before has quantised, as this one would: `(values - zero_point) * scale`, and the dtype that
+    it stands for."""
 
     values: Tensor
     scale: Tensor
     dtype: torch.dtype
+    zero_point: Tensor | None = None
 
 
 class QuantizedLinear(QuantizedModule):
@@ -286,21 +288,24 @@ class QuantizedLinear(QuantizedModule):
 
     def forward(self, x: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
         """then: a layer for which `quantizes_for` holds, and which is called with the result and nothing else."""
-        if isinstance(x, Quantized):
-            return self.product(x)
         if then is not None:
             return self.quantized_product(x, then)
-        return self.product(x) if self.joined is None else self.joined(self, x)
+        return self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         """x W^T + b and the activation, of this layer alone."""
         raise NotImplementedError
 
+    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None] | None:
+        """(dtype, symmetric, channel_scale), as `norm_quantize` takes them, of a layer that quantises each row of its input by
+        itself; else None."""
+        return None
+
     def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
         """Whether this layer's epilogue can write its output as `then` quantises it, on the GPU that takes such tensors."""
         return False
 
-    def quantized_product(self, x: Tensor, then: QuantizedLinear) -> Quantized:
+    def quantized_product(self, x: Tensor | Quantized, then: QuantizedLinear) -> Quantized:
         """`product`, never rounded to 16 bits, as `then` quantises it but for the last bit of a quotient: where that decides
         between two neighbours it may be the other one."""
         raise NotImplementedError

@@ -55,14 +55,16 @@ class TwoProducts(QuantizedModule):
         """The layers as they were given, by the names that a checkpoint has for them."""
         raise NotImplementedError
 
-    def _hands_over(self, x: Tensor) -> bool:
+    def _hands_over(self, x: Tensor | Quantized) -> bool:
         """Whether the first layer quantises for the second."""
         first, second = self.layers
-        if not (gpu_takes(x.device) and first.quantizes_for(second, x.device)):
+        device = x.values.device if isinstance(x, Quantized) else x.device
+        if not (gpu_takes(device) and first.quantizes_for(second, device)):
             return False
         return not any(self._modules[name].training for name in self._between)  # type: ignore[union-attr]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x: of a `QuantizingNorm` before it, quantised."""
         modules, (first, second) = self._modules, self.layers
         h = first(x, second) if self._hands_over(x) else first(x)
         if not isinstance(h, Quantized):
@@ -73,7 +75,7 @@ class TwoProducts(QuantizedModule):
             y = modules[name](y)  # type: ignore[misc]
         return y
 
-    def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def exact(self, x: Tensor | Quantized) -> Tensor:  # type: ignore[override]
         """By the reference of each operation, in float64, without dropouts; what is between the two products is rounded as in
         forward."""
         (first, second), in_8_bits = self.layers, self._hands_over(x)

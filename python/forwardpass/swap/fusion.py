@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..common.modules import is_watched
 from ..nn.experts import experts_sizes
 from ..ops.common.activations import GATED
 from .reach import CONTAINERS, Function, Reach, is_attribute_of, self_of
@@ -73,7 +74,7 @@ def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
     if in_sequence:
         behind = dict(itertools.pairwise(parent._modules)).get(leaf.name)
     else:
-        behind = None if is_watched(parent) else _behind(reach.methods(type(parent)) or (), leaf.name)
+        behind = None if is_watched(parent) else called_behind(reach.methods(type(parent)) or (), leaf.name)
     if behind not in beside or "." in behind:  # which no path leads to
         return None
     module = parent._modules[behind]
@@ -89,20 +90,10 @@ def _fusible(module: nn.Module) -> str | None:
     return None if is_watched(module) else formula_of(module)
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether something is around its forward."""
-    return has_hooks(module) or "forward" in vars(module)
-
-
-def has_hooks(m: nn.Module) -> bool:
-    """Around its forward or its backward."""
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
 # ---- the code of the module that holds both
 
 
-def _behind(methods: tuple[Function, ...], name: str) -> str | None:
+def called_behind(methods: tuple[Function, ...], name: str) -> str | None:
     """The member that forward calls on what `self.<name>` gives, and neither anywhere else in these methods."""
     forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
     activations = [behind for forward in forwards for behind in _pairs(forward, name)]
@@ -140,14 +131,15 @@ def _pairs(function: ast.FunctionDef, name: str) -> Iterator[str]:
             yield outer[0]
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
             if isinstance(block, list):
-                for first, second in itertools.pairwise(block):
-                    if behind := _in_a_row(function, first, second, name):
+                for i in range(len(block) - 1):
+                    if behind := _in_a_row(function, block[i:], name):
                         yield behind
 
 
-def _in_a_row(function: ast.FunctionDef, first: ast.stmt, second: ast.stmt, name: str) -> str | None:
-    """`v = self.<name>(…)` and then `v = self.<behind>(v)`, or `return self.<behind>(v)`: nothing else sees the first v."""
-    self_name = self_of(function)
+def _in_a_row(function: ast.FunctionDef, block: list[ast.stmt], name: str) -> str | None:
+    """`v = self.<name>(…)` and then `v = self.<behind>(v)`, or `return self.<behind>(v)`, or `w = self.<behind>(v)` and v is bound
+    anew before it is read again: nothing else sees the first v."""
+    self_name, (first, second, *later) = self_of(function), block
     if not (isinstance(first, ast.Assign) and len(first.targets) == 1 and isinstance(first.targets[0], ast.Name)):
         return None
     variable, inner = first.targets[0].id, called(first.value, self_name)
@@ -155,11 +147,27 @@ def _in_a_row(function: ast.FunctionDef, first: ast.stmt, second: ast.stmt, name
     if not inner or inner[0] != name or not outer or not isinstance(outer[1], ast.Name) or outer[1].id != variable:
         return None
     if isinstance(second, ast.Assign):
-        targets = second.targets
-        overwritten = len(targets) == 1 and isinstance(targets[0], ast.Name) and targets[0].id == variable
+        overwritten = _binds(second, variable) or _bound_anew(function, later, variable)
     else:
         overwritten = not _outlives_return(function, variable)
     return outer[0] if overwritten else None
+
+
+def _binds(statement: ast.stmt, variable: str) -> bool:
+    """Whether it is `variable = …`."""
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            return name == variable
+    return False
+
+
+def _bound_anew(function: ast.FunctionDef, later: list[ast.stmt], variable: str) -> bool:
+    """Whether the first of these statements that mentions a variable binds it and does not read it."""
+    for statement in later:
+        uses = [x for x in ast.walk(statement) if isinstance(x, ast.Name) and x.id == variable]
+        if uses:
+            return len(uses) == 1 and _binds(statement, variable) and not _outlives_return(function, variable)
+    return False
 
 
 def _outlives_return(function: ast.FunctionDef, variable: str) -> bool:

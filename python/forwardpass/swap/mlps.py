@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..common.modules import tensor_bytes
+from ..common.modules import is_watched, tensor_bytes
 from ..dispatch import Reason
 from ..nn import MLP, GatedMLP, QuantizedLinear, QuantizedModule
 from ..nn.layer import is_conv1d
 from ..nn.mlp import TwoProducts
 from . import originals
-from .fusion import Activation, called, formula_of, is_watched
+from .fusion import Activation, called, formula_of
+from .norms import NormBefore, norm_before
 from .reach import Function, Reach, self_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Block:
     module: nn.Module
     formula: Formula
     activation: str  #: by the name that it has in `forwardpass.activations`
+    norm: NormBefore | None  #: that nothing but this reads
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,7 +130,9 @@ def block_of(leaf: Leaf, activation: Activation | None, reach: Reach) -> Block |
     if not alone or not reach.only_named_by(holder, (*formula.layers, formula.activation)):  # dropouts keep their names
         return Reason("reached", f"hooks or other code may get at the parts of its {name}", "remove them")
     applied = formula_of(act)
-    return None if applied is None else Block(leaf.fqn.rpartition(".")[0], holder, formula, applied)
+    if applied is None:
+        return None
+    return Block(leaf.fqn.rpartition(".")[0], holder, formula, applied, norm_before(leaf, reach))
 
 
 # ---- the code of the module
@@ -308,11 +312,21 @@ class MLPs:
         """Bytes that are held twice while one module after another is made."""
         return max((tensor_bytes(layers[:-1]) for block, layers in self._blocks if block.formula.gated), default=0)
 
-    def build(self) -> tuple[originals.Replaced, ...]:
-        """The modules that stand for the originals; the separate layers are freed one after another."""
+    @property
+    def norms(self) -> list[NormBefore]:
+        """Those that quantise as a first layer would."""
+        return [
+            block.norm
+            for block, layers in self._blocks
+            if block.norm is not None and layers[0].row_quantization() is not None
+        ]
+
+    def build(self) -> tuple[tuple[originals.Replaced, ...], tuple[originals.Replaced, ...]]:
+        """(MLPs, norms before them) that stand for the originals; the separate layers are freed one after another."""
+        norms = tuple(norm.replaced() for norm in self.norms)
         replaced = []
         blocks, self._blocks = self._blocks, []
         for block, layers in blocks:
             replaced.append(originals.Replaced(block.fqn, block.module, block.build(layers)))
             layers.clear()
-        return tuple(replaced)
+        return tuple(replaced), norms

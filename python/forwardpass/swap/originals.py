@@ -58,11 +58,12 @@ class Originals:
     restorable: bool
     attention: Attention
     changes: tuple[Change, ...]  #: others, made after attention's
-    activations: tuple[Replaced, ...] = ()  #: modules whose work layers do now, and nn.Identity in their places
+    #: activations that layers compute now, with nn.Identity in their places, and norms that quantise for an MLP
+    around: tuple[Replaced, ...] = ()
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
-        return (*self.layers, *self.activations, *self.attention.replaced)
+        return (*self.layers, *self.around, *self.attention.replaced)
 
     def put(self, model: nn.Module) -> None:
         """Replacements into the places of originals, all or none."""

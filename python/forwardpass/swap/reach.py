@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 #: Methods that make a module and set its weights: what they leave behind is seen in the objects.
-SETUP = ("__init__", "_init_weights", "init_weights", "reset_parameters", "load_pretrained")
+SETUP = ("__init__", "_init_weights", "init_weights", "reset_parameters", "load_pretrained", "fix_init_weight")
 #: Ways to get at modules without their names.
 _NAMELESS = frozenset({
     "children", "modules", "named_children", "named_modules", "get_submodule", "_modules", "__dict__", "vars", "attrgetter",
@@ -153,14 +153,14 @@ def _methods(cls: type[nn.Module]) -> tuple[Function, ...] | None:
 
 
 def _hands_over(method: Function) -> bool:
-    """Whether its `self` goes anywhere but to what only asks for its type or for an attribute."""
+    """Whether its `self` goes anywhere but to what only asks for its type or for an attribute, or into a text."""
     self_name = self_of(method)
     harmless = {
         id(argument)
         for node in ast.walk(method)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASK
         for argument in node.args
-    } | {id(node.value) for node in ast.walk(method) if isinstance(node, ast.Attribute)}
+    } | {id(node.value) for node in ast.walk(method) if isinstance(node, ast.Attribute | ast.FormattedValue)}
     names = (node for node in ast.walk(method) if isinstance(node, ast.Name))
     return any(node.id == (self_name or "self") and id(node) not in harmless for node in names)
 

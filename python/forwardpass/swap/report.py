@@ -133,6 +133,7 @@ class Report:
     joined: list[tuple[str, ...]]  #: swapped layers that are called with one input, and are one product
     mlps: list[tuple[str, ...]]  #: swapped layers that are one `fp.nn.MLP` or `fp.nn.GatedMLP`
     apart: list[Skipped]  #: first layers of MLPs that stay layers of their own, each with its reason
+    norms: list[str]  #: norms before MLPs that quantise for them on a GPU
     attention: list[SwappedAttention]
     skipped: list[Skipped]
     other_layers: list[OtherLayers]
@@ -169,6 +170,7 @@ class Report:
             "joined": [list(names) for names in self.joined],
             "mlps": [list(names) for names in self.mlps],
             "apart": [s.to_json() for s in self.apart],
+            "norms": list(self.norms),
             "attention": [dict(vars(s)) for s in self.attention],
             "skipped": [s.to_json() for s in self.skipped],
             "other_layers": [x.to_json() for x in self.other_layers],
@@ -214,6 +216,9 @@ class Report:
                 lines += ["", *table([(title, "with"), *((name, ", ".join(map(_last, x[0][1:]))) for name, x in runs)])]
         if self.apart:
             lines += ["", *_reasons("layers of MLPs that stay apart", self.apart)]
+        if self.norms:
+            names = [name for name, _ in together(self.norms, lambda fqn: fqn)]
+            lines += ["", *table([("norms that quantise for an MLP, on a GPU",), *((name,) for name in names)])]
         if self.attention:
             modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
             rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..common.environment import cpu_tier, int8_instructions
+from ..common.modules import has_hooks
 from ..dispatch import Reason, gpu_takes, operations
 from ..nn import Experts, Int8Linear
 from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
-from .fusion import has_hooks
 from .patterns import Pattern
 from .precision import Precision
 from .walker import Leaf

@@ -134,6 +134,7 @@ class JoinedSwap:
     def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
         self._mlps = MLPs(layers)
         self.mlps, self.apart = self._mlps.names, self._mlps.apart
+        self.norms = [norm.fqn for norm in self._mlps.norms]
         within = self._mlps.members
         self._alone = {fqn: layer for fqn, layer in layers.items() if fqn not in within}
         self._runs = [
@@ -155,13 +156,14 @@ class JoinedSwap:
         return max((self._mlps.peak, *(tensor_bytes(members) for _, members in self._runs)))
 
     def build(self) -> tuple[tuple[originals.Replaced, ...], tuple[originals.Replaced, ...]]:
-        """(layers and MLPs, activations that they compute): what is to be put in place."""
+        """(layers and MLPs, activations that they compute and norms before them): what is to be put in place."""
         alone = [*self._alone.values()]
         # It stands in the table of originals, and may neither keep these nor the model.
         self._joined = [(weakref.ref(run[0].parent), Joined(members)) for run, members in self._runs]  # type: ignore[arg-type]
         self._runs, self._alone = [], {}
         layers = (originals.Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
-        return (*layers, *self._mlps.build()), originals.identities(alone)
+        mlps, norms = self._mlps.build()
+        return (*layers, *mlps), (*originals.identities(alone), *norms)
 
     def put(self) -> None:
         holders = ((holder(), joined) for holder, joined in self._joined)

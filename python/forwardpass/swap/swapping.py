@@ -183,6 +183,7 @@ def _carry_out(
         joined.names,
         joined.mlps,
         [Skipped(fqn, reason) for fqn, reason in joined.apart],
+        joined.norms,
         change.report,
         list(decision.skipped),
         _other_layers(model, in_report),
@@ -204,9 +205,9 @@ def _carry_out(
         warnings.warn(f"swap: {note}", stacklevel=3)
     if not dry_run:
         replacements.clear()
-        layers, activations = joined.build()
+        layers, around = joined.build()
         changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
-        report.attach(model, _install(model, originals.Originals(layers, True, change, changes, activations), keep))
+        report.attach(model, _install(model, originals.Originals(layers, True, change, changes, around), keep))
     return report
 
 

@@ -16,7 +16,7 @@ from ..common.quantized_rows import E4M3, empty_scales
 from ..dequant_activation.cases import EpilogueCase, epilogue_factors
 from ..fp8_gemm import BLOCK
 from ..fp8_gemm import cases as fp8_gemm
-from ..int8_grouped_gemm.cases import BENCHMARK_SHAPES, COUNTS, routed, rows_of
+from ..int8_grouped_gemm.cases import BENCHMARK_SHAPES, COUNTS, mixed, routed, rows_of
 from . import OPERATION, block_scales
 
 
@@ -127,6 +127,7 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
     kernel = {"counts": rows_of, "activation": GEMM_KERNEL["activation"], "blocks": bool}
     yield from (Case((0, 0), 33, 130, blocks=blocks, beyond=0) for blocks in (False, True))
     yield Case((0, 0), 16, 64, room=0)
+    yield from (Case(mixed(experts), 33, 70, blocks=experts > 8) for experts in (8, 256))
     yield Case((70, 0, 5), 272, 515, blocks=True)  # several rows of b's blocks, the last of each not whole
     for row in pairwise(factors, kernels=compiled_for(kernel) if few_kernels else []):
         in_order = row.pop("sorted")

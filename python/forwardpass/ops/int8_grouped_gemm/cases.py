@@ -75,6 +75,12 @@ COUNTS = (
 )
 
 
+def mixed(experts: int) -> tuple[int, ...]:
+    """Rows of each: all that are given to few experts, others among many."""
+    rows = (1000, 0, 65, 1, 64, 3, 0, 3) if experts <= 8 else (0, 1, 3, 0, 65, 0, 1, 64)
+    return tuple(rows[e % 8] if experts <= 60 or e % 32 < 8 else e % 5 % 2 for e in range(experts))
+
+
 def cases(few_kernels: bool = False) -> Iterator[Case]:
     """Every pair of sizes and options, in both layouts, and no rows at all. few_kernels: in few of Triton's kernels."""
     factors = {
@@ -90,6 +96,7 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
     kernels = compiled_for({"counts": rows_of, "activation": GEMM_KERNEL["activation"]}) if few_kernels else []
     yield Case((0, 0), 33, 130, beyond=0)
     yield Case((0, 0), 16, 64, room=0)
+    yield from (Case(mixed(experts), 33, 70) for experts in (8, 256))
     for row in pairwise(factors, kernels=kernels):
         counts, n, k, in_order = row.pop("counts"), row.pop("n"), row.pop("k"), row.pop("sorted")
         layouts = row.pop("layout_a"), row.pop("layout_b")
