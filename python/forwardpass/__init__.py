@@ -15,13 +15,24 @@ from .planning.plan import plan
 from .profiling.profile import Profile, profile
 from .serving.pipeline import ItemError, Pipeline
 from .serving.size_batch import BatchSizing, size_batch
-from .swap import Plan, Precision, Report, load_pretrained, register_precision, restore, save_pretrained, swap
+from .swap import (
+    Plan,
+    Precision,
+    Report,
+    export_pretrained,
+    load_pretrained,
+    register_precision,
+    restore,
+    save_pretrained,
+    swap,
+)
+from .swap.auto_model import register_when_imported as _register_when_imported
 from .version import __version__ as __version__
 
 __all__ = [
     "BatchSizing", "Decoding", "InterpreterFinding", "ItemError", "KVCache", "ParityReport", "Pipeline", "Plan", "Precision",
     "Profile",
-    "Reason", "Report", "Unsupported", "call_counts", "explain", "interpret", "load_pretrained", "nn", "ops",
+    "Reason", "Report", "Unsupported", "call_counts", "explain", "export_pretrained", "interpret", "load_pretrained", "nn", "ops",
     "parity", "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision",
     "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
 ]  # fmt: skip
@@ -44,6 +55,8 @@ def __getattr__(name: str) -> _Any:
         return KVCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
+
+_register_when_imported()
 
 if _os.environ.get("FORWARDPASS_INTERPRET"):
     from .interpreter.device import interpret_process as _interpret_process

@@ -102,10 +102,8 @@ class Fp8Linear(QuantizedLinear):
         assert bias is None or isinstance(bias, Tensor)
         layer = cls(k, n, bias is not None, scales=scales, static=input_scale is not None,
                     channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
-        layer._fill(
-            *quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales), bias
-        )
-        layer._copy(channel_scale=channel_scale, input_scale=input_scale)
+        quantized = quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales)
+        layer.filled(*quantized, bias, channel_scale=channel_scale, input_scale=input_scale)
         return layer.train(module.training)
 
     def product(self, x: Tensor | Quantized) -> Tensor:

@@ -116,12 +116,14 @@ class Int8Linear(QuantizedLinear):
         layer = cls(k, n, own_bias is not None, symmetric=symmetric, static=input_scale is not None,
                     channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
         assert own_bias is None or isinstance(own_bias, Tensor)
-        layer._fill(*quantized, own_bias)
-        if not symmetric:
-            layer.weight_sum = layer.weight.sum(1, dtype=torch.int32)
-        layer._copy(channel_scale=channel_scale, input_scale=input_scale, input_zero_point=input_zero_point)
-        layer.settle()  # here, as a graph that is compiled before the first call would not
+        layer.filled(*quantized, own_bias, channel_scale=channel_scale, input_scale=input_scale,
+                     input_zero_point=input_zero_point)  # fmt: skip
         return layer.train(module.training)
+
+    def _fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super()._fill(weight, scale, bias)
+        if not self.symmetric:
+            self.weight_sum = self.weight.sum(1, dtype=torch.int32)
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         b, packed = self._buffers, self._packed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -183,6 +183,9 @@ class Quantized(NamedTuple):
     zero_point: Tensor | None = None
 
 
+L = TypeVar("L", bound="QuantizedLinear")
+
+
 class QuantizedLinear(QuantizedModule):
     """Base of the layers: weight [N, K], weight_scale fp32 (`scales_shape`; None for a weight of 16 bits), bias [N] or None.
 
@@ -285,6 +288,13 @@ class QuantizedLinear(QuantizedModule):
             if v is not None:
                 buffer = getattr(self, name)
                 setattr(self, name, v.detach().to(self.weight.device, buffer.dtype).reshape(-1).clone())
+
+    def filled(self: L, weight: Tensor, scale: Tensor, bias: Tensor | None, **vectors: Tensor | None) -> L:
+        """This empty layer with values: a weight that is quantised already, its scales, and vectors beside it."""
+        self._fill(weight, scale, bias)
+        self._copy(**vectors)
+        self.settle()  # here, as a graph that is compiled before the first call would not
+        return self
 
     def forward(self, x: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
         """then: a layer for which `quantizes_for` holds, and which is called with the result and nothing else."""

@@ -74,8 +74,7 @@ class W8A16Linear(QuantizedLinear):
         layer = cls(
             k, n, bias is not None, weight_dtype=weight_dtype, scales=scales, activation=activation, device="meta"
         )
-        layer._fill(*quantize_weight(weight, layer.weight.dtype, scales), bias)
-        return layer.train(module.training)
+        return layer.filled(*quantize_weight(weight, layer.weight.dtype, scales), bias).train(module.training)
 
     def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
         b = self._buffers

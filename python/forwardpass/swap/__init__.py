@@ -1,6 +1,7 @@
 """Swapping a model's layers in place, undoing it, and storing the result."""
 
 from .checkpoint import load_pretrained, save_pretrained
+from .export import export_pretrained
 from .originals import restore
 from .plan import Plan
 from .precision import Precision, register_precision
@@ -8,5 +9,6 @@ from .report import Report
 from .swapping import swap
 
 __all__ = [
-    "Plan", "Precision", "Report", "load_pretrained", "register_precision", "restore", "save_pretrained", "swap",
+    "Plan", "Precision", "Report", "export_pretrained", "load_pretrained", "register_precision", "restore", "save_pretrained",
+    "swap",
 ]  # fmt: skip

@@ -26,15 +26,16 @@ from ..nn import Experts, QuantizedModule
 from ..nn.experts import experts_sizes
 from ..nn.mlp import TwoProducts
 from ..version import __version__
-from . import model_config, originals, saving
-from .attention import AttentionSwap, decide_attention, implementation_before
-from .folder import RECORD, WEIGHTS, check_folder, put_weights, remove_other_weights
-from .kv_cache import CacheSwap, decide_kv_cache, kv_cache_of
+from . import auto_model, model_config, originals, saving
+from .attention import AttentionDecision, AttentionSwap, decide_attention, implementation_before
+from .folder import RECORD, WEIGHTS, check_folder, local_folder, put_weights, remove_other_weights
+from .kv_cache import CacheDecision, CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
 from .precision import modules
 from .rules import Context
 from .siblings import JoinedSwap
-from .unpadding import UnpaddingSwap, decide_unpadding, unpads
+from .stored import checkpoint as stored_checkpoint
+from .unpadding import UnpaddingDecision, UnpaddingSwap, decide_unpadding, unpads
 from .walker import Leaf, experts_leaves, linear_like
 
 SCHEMA = "forwardpass.checkpoint/2"
@@ -181,6 +182,8 @@ def write(
         "around": around,
     }  # fmt: skip
     write_json(folder / RECORD, record)
+    if config is not None:  # which transformers reads where forwardpass is imported: see auto_model.py
+        config = config | {"quantization_config": auto_model.entry(record)}
     for name, content in ((model_config.CONFIG, config), (model_config.GENERATION, generation)):
         if content is not None:
             write_json(folder / name, content)
@@ -201,8 +204,13 @@ def load_pretrained(
 ) -> nn.Module:
     """Reads a model that `save_pretrained` wrote; its outputs are those of the model that was saved, bit for bit.
 
+    Or one that another library stored in 8 bits in transformers' form: compressed-tensors, DeepSeek's and Qwen's fp8, modelopt,
+    bitsandbytes, GPTQ in 8 bits, fbgemm. Each layer takes over the bytes that are there, and the scales of inputs. Where the device
+    multiplies no fp8, such weights are read as they are, and inputs stay in 16 bits or more.
+
     Args:
-        folder: what was given to save_pretrained.
+        folder: what was given to save_pretrained, a folder of such a checkpoint, or the id of either on the hub, whose JSON and
+            safetensors files are downloaded.
         model: a model of the same structure, not swapped, to be filled in place; it may be on the meta device. Its
             parameters are replaced, not written to. None: Hugging Face's class is built from its stored config, in eval mode, and
             around it the SentenceTransformer or CrossEncoder that was saved.
@@ -243,7 +251,11 @@ def _load(
     build: Callable[[dict[str, Any], nn.Module, str], nn.Module],
 ) -> nn.Module:
     """`load_pretrained`; build(around, transformer, folder) gives the model to be filled where there is something around it."""
-    folder = pathlib.Path(folder)
+    folder = local_folder(folder)
+    if not (folder / RECORD).exists() and (other := stored_checkpoint.find(folder)):
+        if model is not None:
+            raise ValueError(f"{folder} is no checkpoint of forwardpass, and is loaded without model=")
+        return stored_checkpoint.load(other, torch.device(device))
     record = _read_record(folder)
     weights = folder / record["weights"]
     if not weights.is_file():
@@ -279,33 +291,9 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     def place(tensor: Tensor) -> torch.device:
         return device if tensor.is_meta else tensor.device
 
-    leaves = {leaf.fqn: leaf for leaf in (*linear_like(model), *experts_leaves(model))}
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no dict
-    replacements: dict[int, QuantizedModule] = {}
-    for layer in record["layers"]:
-        leaf = leaves.get(layer["fqn"])
-        if leaf is None:
-            raise fail(f"it has no Linear layer or experts {layer['fqn'][:80]!r}")
-        size, recorded, name = _sizes(leaf, layer["config"])
-        in_file = shapes.get(f"{leaf.fqn}.{name}", size)
-        if not size == recorded == in_file:  # before memory of that size is asked for
-            raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.{name} in the file is {in_file}")
-        if (layer["module"] == Experts.__name__) != leaf.is_experts:
-            raise fail(f"{leaf.fqn} is recorded as {layer['module']}, and is a {type(leaf.module).__name__}")
-        new = _empty_layer(layer, place(leaf.weight), fail).train(leaf.module.training)
-        if new.activation not in (None, leaf.formula):
-            raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
-        if isinstance(new, Experts):
-            new.adopt(leaf.module)
-        replacements[id(leaf.module)] = new
-    try:
-        context = Context(model)
-        attention = decide_attention(context, True, record["attention"])
-        layers = [leaves[layer["fqn"]] for layer in record["layers"]]
-        unpadding = decide_unpadding(context, layers, attention, True, record["unpad"])
-        caches = decide_kv_cache(model, attention, record["kv_cache"])
-    except ValueError as e:
-        raise fail(str(e)) from None
+    layers, replacements = empty_layers(model, record, shapes, place, fail)
+    changes = decide_changes(model, layers, record, fail)
     slots = dict(_slots(model, replacements))
     aliases = record["aliases"]
     if unknown := [name for name in (*aliases, *aliases.values()) if name not in slots]:
@@ -346,15 +334,63 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in in_place])
     for holder, name, value in assignments:
         holder[name] = value
-    change = AttentionSwap(
-        model, attention, unpadding.named
-    )  # modules of torch share the parameters that are there now
+    put_changes(model, changes)
+    joined.put()
+    saving.refuse(model)
+
+
+Fail = Callable[[str], ValueError]
+Changes = tuple[AttentionDecision, UnpaddingDecision, CacheDecision]
+
+
+def empty_layers(
+    model: nn.Module,
+    record: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    place: Callable[[Tensor], torch.device],
+    fail: Fail,
+) -> tuple[list[Leaf], dict[int, QuantizedModule]]:
+    """(the layers that a record names, quantised layers without values by the ids of those)."""
+    leaves = {leaf.fqn: leaf for leaf in (*linear_like(model), *experts_leaves(model))}
+    replacements: dict[int, QuantizedModule] = {}
+    for layer in record["layers"]:
+        leaf = leaves.get(layer["fqn"])
+        if leaf is None:
+            raise fail(f"it has no Linear layer or experts {layer['fqn'][:80]!r}")
+        size, recorded, name = _sizes(leaf, layer["config"])
+        in_file = shapes.get(f"{leaf.fqn}.{name}", size)
+        if not size == recorded == in_file:  # before memory of that size is asked for
+            raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.{name} in the file is {in_file}")
+        if (layer["module"] == Experts.__name__) != leaf.is_experts:
+            raise fail(f"{leaf.fqn} is recorded as {layer['module']}, and is a {type(leaf.module).__name__}")
+        new = _empty_layer(layer, place(leaf.weight), fail).train(leaf.module.training)
+        if new.activation not in (None, leaf.formula):
+            raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
+        if isinstance(new, Experts):
+            new.adopt(leaf.module)
+        replacements[id(leaf.module)] = new
+    return [leaves[layer["fqn"]] for layer in record["layers"]], replacements
+
+
+def decide_changes(model: nn.Module, layers: list[Leaf], record: Mapping[str, Any], fail: Fail) -> Changes:
+    """What a record says of attention, padding and caches."""
+    try:
+        context = Context(model)
+        attention = decide_attention(context, True, record["attention"])
+        unpadding = decide_unpadding(context, layers, attention, True, record["unpad"])
+        return attention, unpadding, decide_kv_cache(model, attention, record["kv_cache"])
+    except ValueError as e:
+        raise fail(str(e)) from None
+
+
+def put_changes(model: nn.Module, changes: Changes) -> None:
+    """Attention, unpadding and caches, after layers: modules of torch share the parameters that are there now."""
+    attention, unpadding, caches = changes
+    change = AttentionSwap(model, attention, unpadding.named)
     originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
     change.put()
     UnpaddingSwap(unpadding).put()
     CacheSwap(caches).put()
-    joined.put()
-    saving.refuse(model)
 
 
 def _sizes(leaf: Leaf, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...], str]:
@@ -396,9 +432,12 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"there is no folder {folder}: give load_pretrained a folder that fp.save_pretrained wrote"
         )
-    path = folder / RECORD
-    # older ones do not say
-    record = {"unpad": None, "kv_cache": None, "around": None, **read_json(path, "checkpoint of forwardpass", _FIX)}
+    return checked(read_json(folder / RECORD, "checkpoint of forwardpass", _FIX), folder / RECORD)
+
+
+def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
+    """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
+    record = {"unpad": None, "kv_cache": None, "around": None, **content}  # older ones do not say
     if record.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"

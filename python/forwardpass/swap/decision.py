@@ -13,9 +13,10 @@ from . import originals
 from .attention import NOT_PLANNED, AttentionDecision, decide_attention
 from .kv_cache import CacheDecision, decide_kv_cache
 from .plan import UNPAD, Plan
-from .precision import LayerPrecision, find_precision
+from .precision import STORED, LayerPrecision, Presets, find_precision
 from .report import Skipped
 from .rules import KINDS, Context, fused_experts, why_skip
+from .stored.loaded import is_stored
 from .unpadding import UnpaddingDecision, decide_unpadding
 from .walker import Leaf
 
@@ -47,7 +48,7 @@ class Decision:
 def decide(
     context: Context,
     layers: list[Leaf],
-    precision: str | None = None,
+    presets: Presets | None = None,
     plan: Plan | None = None,
     *,
     attention: str | bool = "auto",
@@ -57,7 +58,7 @@ def decide(
 ) -> Decision:
     """What becomes of `layers`, Linear-like ones and experts, of all attention, of padding, and of caches.
 
-    Either of `precision` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
+    Either of `presets` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
     calibration does not go with it.
     """
     modules = plan.attention if plan is not None else None
@@ -66,7 +67,7 @@ def decide(
     elif plan is not None:
         kv_cache = plan.kv_cache
     attentions = decide_attention(context, attention, modules)
-    swapped, skipped = _decide_layers(context, layers, precision, plan, calibrated)
+    swapped, skipped = _decide_layers(context, layers, presets, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
@@ -79,7 +80,7 @@ def decide(
 
 
 def _decide_layers(
-    context: Context, leaves: list[Leaf], precision: str | None, plan: Plan | None, calibrated: bool
+    context: Context, leaves: list[Leaf], presets: Presets | None, plan: Plan | None, calibrated: bool
 ) -> tuple[list[tuple[Leaf, LayerPrecision]], list[Skipped]]:
     name = type(context.model).__name__
     if plan is not None:
@@ -92,11 +93,11 @@ def _decide_layers(
             layer.fqn: LayerPrecision(find_precision(layer.precision, layer.version), layer.calibrated)
             for layer in plan.layers
         }
-    elif precision is not None:
-        preset = find_precision(precision)
-        if calibrated and not preset.takes_calibration:
-            raise ValueError(f'{precision} takes no calibration: drop calibrate=, or use precision="int8"')
-        precisions = {leaf.fqn: LayerPrecision(preset, calibrated and not leaf.is_experts) for leaf in leaves}
+    elif presets is not None:
+        precisions = {leaf.fqn: p for leaf in leaves if (p := _by_hand(leaf, presets, calibrated)) is not None}
+        if calibrated and precisions and not any(p.precision.takes_calibration for p in precisions.values()):
+            names = ", ".join(dict.fromkeys(p.precision.name for p in precisions.values()))
+            raise ValueError(f'{names} takes no calibration: drop calibrate=, or use precision="int8"')
     elif calibrated:
         raise ValueError('attention takes no calibration: drop calibrate=, or use precision="int8"')
     else:
@@ -112,6 +113,14 @@ def _decide_layers(
         else:
             swapped.append((leaf, precisions[leaf.fqn]))
     return swapped, skipped
+
+
+def _by_hand(leaf: Leaf, presets: Presets, calibrated: bool) -> LayerPrecision | None:
+    preset = presets.find(leaf.fqn, leaf.module)
+    if preset is not None and is_stored(leaf.module):
+        return LayerPrecision(STORED)
+    calibrates = preset is not None and preset.takes_calibration and calibrated and not leaf.is_experts
+    return None if preset is None else LayerPrecision(preset, calibrates)
 
 
 def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:

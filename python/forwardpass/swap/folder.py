@@ -7,6 +7,7 @@ that its forwardpass.json is renamed into place, and until then the old one is, 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -50,6 +51,24 @@ def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), ov
         raise ValueError(f"{folder} holds files that are no checkpoint of forwardpass ({min(names)}, …): save to a new folder, "
                          "or pass overwrite=True (--overwrite)")  # fmt: skip
     return folder
+
+
+def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """A folder as it is, or that of a hub id, whose JSON and safetensors files are downloaded. FileNotFoundError in a sentence."""
+    path = pathlib.Path(folder)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):
+        return path
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise FileNotFoundError(
+            f"there is no folder {folder}, and a hub id needs huggingface_hub: pip install 'forwardpass[hf]'"
+        )
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:  # of the hub, of the network, of the disk
+        why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
+        raise FileNotFoundError(f"there is no folder {folder}, and the hub gives none of that name ({why})") from None
 
 
 def put_weights(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -> str:

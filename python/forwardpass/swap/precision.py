@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
 from ..nn.experts import experts_operation
+from .patterns import Pattern, patterns
+from .stored.loaded import TakenOver
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,37 @@ PRECISIONS = [
     # weights and activations bfloat16, sums fp32: for layers of a float32 model that 8 bits are too coarse for.
     Precision("bf16", 1, Bf16Linear),
 ]
+#: What a layer of another library holds in 8 bits already, as it is. No choice for a model of floats.
+STORED = Precision("stored", 1, TakenOver)
+
+
+#: By name; by pattern of layers' names, of which the first that matches decides; or as a function of a layer's name and module.
+ByHand = str | Mapping[str, str] | Callable[[str, nn.Module], str | None]
+
+
+class Presets:
+    """Which precision each layer gets, of what a user gives for `precision`."""
+
+    def __init__(self, precision: ByHand) -> None:
+        self.patterns: tuple[Pattern, ...] = ()  #: those that say it
+        self._of: Callable[[str, nn.Module], str | None]
+        if isinstance(precision, str):
+            find_precision(precision)
+            self._of = lambda fqn, module: precision
+        elif isinstance(precision, Mapping):
+            self.patterns = patterns("precision", precision)
+            names = [find_precision(name).name for name in precision.values()]
+            pairs = [*zip(self.patterns, names)]
+            self._of = lambda fqn, module: next((name for p, name in pairs if p.matches(fqn)), None)
+        elif callable(precision):
+            self._of = precision
+        else:
+            raise TypeError(f"precision is a name, a dict of patterns and names, or a function, not {precision!r}")
+
+    def find(self, fqn: str, module: nn.Module) -> Precision | None:
+        """None for a layer that stays as it is. ValueError where there is none of that name."""
+        name = self._of(fqn, module)
+        return None if name is None else find_precision(name)
 
 
 def register_precision(precision: Precision) -> None:
@@ -71,7 +106,7 @@ def register_precision(precision: Precision) -> None:
         raise ValueError(
             f"there is no kind {precision.experts!r} of fp.nn.Experts: use one of {', '.join(Experts.kinds)}, or None"
         )
-    if any((p.name, p.version) == (precision.name, precision.version) for p in PRECISIONS):
+    if any((p.name, p.version) == (precision.name, precision.version) for p in (*PRECISIONS, STORED)):
         raise ValueError(f"there is a precision {precision.name!r} of version {precision.version} already: use another name, or "
                          "a higher version")  # fmt: skip
     if modules().get(module.__name__, module) is not module:
@@ -88,7 +123,7 @@ def find_precision(name: str, version: int | None = None) -> Precision:
     """The preset of this name, its newest version where none is given; ValueError in one sentence where there is
     none.
     """
-    matches = [p for p in PRECISIONS if p.name == name and version in (None, p.version)]
+    matches = [p for p in (*PRECISIONS, STORED) if p.name == name and version in (None, p.version)]
     if not matches:
         label = repr(name) if version is None else f"{name!r} version {version}"
         have = ", ".join(f"{p.name!r} (version {p.version})" for p in PRECISIONS)

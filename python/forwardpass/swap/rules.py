@@ -27,7 +27,7 @@ from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
 from .patterns import Pattern
-from .precision import Precision
+from .precision import STORED, Precision
 from .walker import Leaf
 
 
@@ -79,6 +79,7 @@ class Context:
     model: nn.Module
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
+    by_hand: tuple[Pattern, ...] = ()  #: that say which precision a layer gets
     #: modules whose attention is swapped, by id
     attention: set[int] = field(default_factory=set)
     memory: dict[int, list[Memory]] = field(init=False)
@@ -317,6 +318,8 @@ _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
 #: Of what a Linear has alone, or of what it is called by.
 _OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read)
+#: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
+_OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 #: The last one reads the weight.
 _MODEL = (shared, lora, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
 _KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
@@ -324,6 +327,7 @@ RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {
     "attention_off": "user",
     "no_precision": "user",
+    "floats": "user",
     "not_planned": "user",
     "attention_on_cpu": "default",
 }
@@ -333,11 +337,13 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     """The first reason to leave a layer alone, or None. `defaults`: whether the default rules are asked; a plan
     decides itself.
     """
-    named = any(p.spells_out(leaf.fqn) for p in context.include)
+    named = any(p.spells_out(leaf.fqn) for p in (*context.include, *context.by_hand))
     for rule in RULES:
         if leaf.is_experts and rule.ask in _OF_LINEARS:
             continue
         if rule.kind == "default" and (named or not defaults):
+            continue
+        if precision is STORED and rule.ask in _OF_FLOATS:
             continue
         if finding := rule.ask(leaf, context, precision):
             return Reason(rule.code, *finding)

@@ -24,10 +24,11 @@ from .decision import Decision, decide, refuse_model, refuse_skips
 from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
-from .precision import LayerPrecision, Precision
+from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
+from .stored.loaded import is_stored
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, experts_leaves, linear_leaves, linear_like
 
@@ -38,7 +39,7 @@ KEEP = ("auto", "device", "cpu", False)
 
 def swap(
     model: nn.Module,
-    precision: str | None = None,
+    precision: ByHand | None = None,
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     attention: str | bool = "auto",
@@ -59,6 +60,11 @@ def swap(
 
     Args:
         precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
+            "stored", for a model that another library has loaded in 8 bits (transformers' FP8Linear and
+            CompressedTensorsFP8Linear, bitsandbytes' Linear8bitLt): these layers' bytes are taken over, which they are in
+            other presets too. Such a model needs neither precision nor plan. By hand: a dict of patterns, as include has
+            them, and presets, of which the first that matches a layer decides, {"*.mlp": "int8", "o_proj": "bf16"}; or a
+            function of a layer's name and module that returns a preset, or None for one that stays.
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model. One that was
             calibrated takes the same batches again as calibrate=.
         attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's: with AVX2, in
@@ -113,17 +119,22 @@ def swap(
     check_choice(attention, plan is not None)
     check_unpad(unpad)
     check_kv_cache(kv_cache, attention)
+    if precision is None and plan is None and any(map(is_stored, model.modules())):
+        precision = STORED.name
     if (precision is None) == (plan is None) and not (plan is None and (attention is True or kv_cache is not None)):
         clause = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"')
-    context = Context(model, patterns("include", include), patterns("exclude", exclude))
+    presets = None if precision is None else Presets(precision)
+    context = Context(
+        model, patterns("include", include), patterns("exclude", exclude), presets.patterns if presets else ()
+    )
     leaves = linear_like(model)
     refuse_model(model, leaves)
     leaves += experts_leaves(model)
     loaded = Plan.load(plan) if plan is not None else None
     calibrated = calibrate is not None
     decision = decide(
-        context, leaves, precision, loaded, attention=attention, unpad=unpad, kv_cache=kv_cache, calibrated=calibrated
+        context, leaves, presets, loaded, attention=attention, unpad=unpad, kv_cache=kv_cache, calibrated=calibrated
     )
     if strict:
         refuse_skips(decision.skipped)
@@ -216,7 +227,11 @@ def _warnings(decision: Decision) -> list[str]:
     names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.leaves)]
     notes = [
         f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
-        for argument, patterns in (("include", context.include), ("exclude", context.exclude))
+        for argument, patterns in (
+            ("include", context.include),
+            ("exclude", context.exclude),
+            ("precision", context.by_hand),
+        )
         for pattern in patterns
         if not any(pattern.matches(fqn) for fqn in names)
     ]
@@ -274,7 +289,9 @@ def _fused(leaf: Leaf) -> dict[str, str]:
 
 
 def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
-    """A replacement without values, for its size."""
+    """A replacement without values, for its size; one that takes bytes over has them."""
+    if planned.precision is STORED:
+        return build(leaf, STORED, {})
     options = _options(leaf, planned.precision)
     if leaf.is_experts:
         experts, intermediate, hidden = experts_sizes(leaf.module)

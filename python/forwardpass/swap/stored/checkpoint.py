@@ -1,0 +1,261 @@
+"""Checkpoints of other libraries in 8 bits: read by transformers, layer by layer taken over.
+
+transformers finds the files, renames what a model's class has under other names today, and puts tensors where they belong. In place
+of each Linear of which the file holds 8 bits stands a StoredLinear meanwhile, so no weight is ever widened. Nothing that a
+checkpoint names is run: no pickle, no remote code, no kernel of a hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...common.files import read_json, write_json
+from .. import model_config, originals, saving
+from ..attention import AttentionSwap, decide_attention
+from ..rules import Context
+from ..siblings import JoinedSwap
+from ..walker import linear_like
+from . import FORMATS, Header, Refused
+from .layer import StoredLinear
+
+_METHOD = "forwardpass-stored"
+_FIX = "load it with transformers instead"
+_INDEX = "model.safetensors.index.json"
+#: As safetensors call them.
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+#: Scales of queries, keys and values, which belong to no layer.
+_OF_CACHES = re.compile(r".*\.[qkv](_proj\.)?_?(scale|zero_point|output_scale)")
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A folder whose config.json says that its weights are quantised."""
+
+    folder: pathlib.Path
+    quantization: Mapping[str, Any]
+    headers: Mapping[str, Header]  #: of every tensor, by the file's names
+
+    def put_layers(self, model: Any) -> None:
+        """StoredLinears into the places of the Linears of which the file holds 8 bits."""
+        of_modules: dict[str, dict[str, Header]] = {}
+        written: dict[str, str] = {}
+        for name, new_name in self._renamed(model).items():
+            module, _, tensor = new_name.rpartition(".")
+            of_modules.setdefault(module, {})[tensor] = self.headers[name]
+            written.setdefault(module, name.rpartition(".")[0])
+        recipe_of = FORMATS[self.quantization["quant_method"]]
+        for fqn, module in [*model.named_modules()]:
+            tensors = of_modules.get(fqn)
+            if tensors is None or type(module) is not nn.Linear:
+                continue
+            n, k = module.out_features, module.in_features
+            try:
+                if "weight" in tensors and tensors["weight"].shape != (n, k):
+                    raise Refused(
+                        f"its weight is {list(tensors['weight'].shape)} in the file, and [{n}, {k}] in the model"
+                    )
+                recipe = recipe_of(tensors, self.quantization, written[fqn])
+            except Refused as e:
+                raise ValueError(f"{fqn}: {e}; {_FIX}") from None
+            if recipe is not None:
+                model.set_submodule(fqn, StoredLinear(k, n, tensors, recipe))
+
+    def _renamed(self, model: Any) -> dict[str, str]:
+        """The model's names of the file's tensors, by the file's."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        transforms = get_model_conversion_mapping(model)
+        renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
+        converters = [x for x in transforms if isinstance(x, WeightConverter)]
+        state = model.state_dict()
+        prefix = model.base_model_prefix
+        return {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in self.headers}
+
+
+def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
+    """The checkpoint in a folder, if there is one of another library's.
+
+    Raises ValueError, in a sentence, where it is of a format that is not read, or is damaged.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / model_config.CONFIG).is_file():
+        return None
+    quantization = read_json(folder / model_config.CONFIG, "config of a model", _FIX).get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if method not in FORMATS:
+        raise ValueError(
+            f"{folder} is quantised by {str(method)[:40]!r}, and these can be read: {', '.join(FORMATS)}; {_FIX}"
+        )
+    return StoredCheckpoint(folder, quantization, _headers(folder))
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    names = read_json(folder / _INDEX, "index of weights", _FIX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+        raise ValueError(f"{folder / _INDEX} has no weight_map of names: {_FIX}")
+    files = sorted(set(names.values()))
+    for name in files:
+        if not name.endswith(".safetensors") or name != os.path.basename(name) or not (folder / name).is_file():
+            raise ValueError(
+                f"{folder / _INDEX} names {name[:60]!r}, which is no file of safetensors in that folder: {_FIX}"
+            )
+    return [folder / name for name in files]
+
+
+def _headers(folder: pathlib.Path) -> dict[str, Header]:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError("checkpoints need safetensors: pip install 'forwardpass[hf]'")
+    import safetensors
+
+    headers: dict[str, Header] = {}
+    for path in _files(folder):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, it is no dict
+                    about = file.get_slice(name)
+                    if name in headers or about.get_dtype() not in _DTYPES:
+                        raise ValueError(f"{name[:60]!r} is there twice, or is {about.get_dtype()}")
+                    headers[name] = Header(tuple(about.get_shape()), _DTYPES[about.get_dtype()])
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
+            raise ValueError(f"{path} is damaged or no safetensors file ({e}): {_FIX}") from None
+    return headers
+
+
+def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
+    """The model, in eval mode, its 8-bit layers those of forwardpass, and its attention as `fp.swap` has it by default.
+
+    Raises:
+        ValueError: a layer holds what there are no kernels for, or the folder does not fit its model. ImportError: transformers is
+            missing.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("this checkpoint needs transformers: pip install 'forwardpass[hf]'")
+    import transformers
+
+    folder = stored.folder
+    content = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
+    content = {k: v for k, v in content.items() if k not in ("quantization_config", "auto_map")}
+    try:
+        model_config.check(content, len(stored.headers))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"the config of {folder} is refused ({e}): {_FIX}") from None
+    (name, *_) = content.get("architectures") or [None]
+    cls: Any = model_config.model_class(name)
+    if cls is None:
+        raise ValueError(f"transformers {transformers.__version__} has no model class {str(name)[:60]!r}: {_FIX}")
+    with tempfile.TemporaryDirectory() as clean:  # of what was checked, and nothing else
+        write_json(pathlib.Path(clean, model_config.CONFIG), content)
+        config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
+    config.quantization_config = _quantizer()(stored)
+    try:
+        model, about = cls.from_pretrained(
+            folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
+            local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+    except ValueError:
+        raise
+    except Exception as e:  # transformers raises many kinds
+        why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
+        raise ValueError(f"transformers cannot load {folder} ({why})") from None
+    _check_loaded(folder, about)
+    return _finish(model.to(device).eval())
+
+
+def _check_loaded(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
+    """ValueError where a tensor of the model or of the file is left over; a warning where scales of caches are."""
+    extra = sorted(about["unexpected_keys"])
+    caches = [name for name in extra if _OF_CACHES.fullmatch(name)]
+    extra = [name for name in extra if name not in caches]
+    for names, problem in (
+        (sorted(about["missing_keys"]), "is missing from the file"),
+        (extra, "has no place in the model"),
+        (sorted(str(x) for x in about["mismatched_keys"]), "has another shape in the file"),
+        (sorted(about["error_msgs"]), "is an error of transformers"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{folder} does not fit its model: {names[0][:120]!r}{more} {problem}; {_FIX}")
+    if caches:
+        warnings.warn(f"the calibrated scales of caches ({caches[0]}, …: {len(caches)}) are not used: kv_cache= of fp.swap has a "
+                      "scale for each token and head, which is finer", stacklevel=4)  # fmt: skip
+
+
+def _finish(model: nn.Module) -> nn.Module:
+    """Layers of forwardpass in the places of the stored ones."""
+    layers = {}
+    leaves = [leaf for leaf in linear_like(model) if isinstance(leaf.module, StoredLinear)]
+    for leaf in leaves:
+        assert isinstance(leaf.module, StoredLinear)
+        try:
+            layers[leaf.fqn] = leaf, leaf.module.made(leaf.formula)
+        except Refused as e:
+            raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
+    joined = JoinedSwap(layers)
+    layers.clear()
+    in_place = [x for part in joined.build() for x in part]
+    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in in_place])
+    change = AttentionSwap(model, decide_attention(Context(model), "auto"), ())
+    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
+    change.put()
+    joined.put()
+    saving.refuse(model)
+    return model
+
+
+@functools.cache
+def _quantizer() -> Any:
+    """The config of a quantizer of transformers that only puts StoredLinears into a model."""
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(_METHOD)
+    class StoredConfig(QuantizationConfigMixin):
+        def __init__(self, stored: StoredCheckpoint) -> None:
+            self.quant_method: Any = _METHOD  # no QuantizationMethod, but what is registered
+            self.stored = stored
+
+        def get(self, key: str, default: Any = None) -> Any:
+            return getattr(self, key, default)
+
+    @register_quantizer(_METHOD)
+    class StoredQuantizer(HfQuantizer):
+        quantization_config: StoredConfig
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            self.quantization_config.stored.put_layers(model)
+
+        def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+            self.remove_quantization_config(model)
+            return model
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return StoredConfig

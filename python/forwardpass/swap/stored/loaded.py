@@ -1,0 +1,80 @@
+"""Layers of a model that is loaded, which another library holds in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...dispatch import Reason
+from ...nn import QuantizedLinear
+from . import FORMATS
+from .recipe import Header, Refused
+
+#: What a layer's library would write of it: the method, what of `quantization_config` its format asks for, and its tensors.
+_Written = tuple[str, Mapping[str, Any], Mapping[str, Tensor | None]]
+
+
+def _fine_grained(module: Any) -> _Written:
+    return "fp8", {"activation_scheme": module.activation_scheme}, module._parameters
+
+
+def _compressed(module: Any) -> _Written:
+    weights, inputs = ({"num_bits": 8, "dynamic": dynamic} for dynamic in (False, True))
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return "compressed-tensors", {"config_groups": {"all": group}}, module._parameters
+
+
+def _bitsandbytes(module: Any) -> _Written:
+    weight, state = module.weight, module.state
+    scale = state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
+    return "bitsandbytes", {}, {"weight": weight.data.as_subclass(Tensor), "SCB": scale, "bias": module.bias}
+
+
+_READERS: dict[str, Callable[[Any], _Written]] = {
+    "transformers.integrations.finegrained_fp8.FP8Linear": _fine_grained,
+    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": _compressed,
+    "bitsandbytes.nn.modules.Linear8bitLt": _bitsandbytes,
+}
+
+
+def is_stored(module: nn.Module) -> bool:
+    """Whether it is a layer of another library that holds 8 bits."""
+    cls = type(module)
+    weight = module._parameters.get("weight")
+    return f"{cls.__module__}.{cls.__qualname__}" in _READERS and weight is not None and weight.element_size() == 1
+
+
+class TakenOver(QuantizedLinear):
+    """What a precision's module would be for such layers: it makes those of other classes, which take their bytes over."""
+
+    operation: ClassVar[str | None] = None
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> Reason | None:
+        if not is_stored(module):
+            return Reason("floats", "it holds no 8 bits that could be taken over", 'pass a precision, e.g. "int8"')
+        try:
+            _recipe(module)
+        except Refused as e:
+            return Reason("stored", str(e), "leave it")
+        return None
+
+    @classmethod
+    def from_torch(cls, module: nn.Module, *, activation: str | None = None) -> QuantizedLinear:
+        """The layer that computes with the bytes of this one. Raises ValueError where there is none, and why."""
+        if reason := cls.why_not(module):
+            raise ValueError(f"TakenOver.from_torch: {reason}")
+        recipe, tensors = _recipe(module)
+        return recipe.make(tensors, activation).train(module.training)
+
+
+def _recipe(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    cls = type(module)
+    method, config, parameters = _READERS[f"{cls.__module__}.{cls.__qualname__}"](module)
+    tensors = {name: t.detach() for name, t in parameters.items() if t is not None}
+    recipe = FORMATS[method]({name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}, config, "")
+    if recipe is None:
+        raise Refused("it holds no 8 bits")
+    return recipe, tensors
