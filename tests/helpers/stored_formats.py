@@ -7,8 +7,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from forwardpass.nn import GatedMLP
 from forwardpass.nn.layer import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.swap import originals
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
@@ -160,6 +162,14 @@ def write(folder, name, model=None, shards=None):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     edit(folder, quantization_config=config)
     return weights
+
+
+def layers_of(model):
+    """Each quantised layer as it is stored, by name."""
+    layers = {}
+    for fqn, m in originals.quantised_layers(model).items():
+        layers |= {f"{fqn}.{n}": x for n, x in m.separate().items()} if isinstance(m, GatedMLP) else {fqn: m}
+    return layers
 
 
 def edit(folder, **entries):

@@ -6,20 +6,11 @@ import pytest
 import torch
 import transformers
 from small_models import build, outputs
-from stored_formats import llama
+from stored_formats import layers_of, llama
 
 import forwardpass as fp
-from forwardpass.nn import GatedMLP
-from forwardpass.swap import originals
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
-
-
-def layers_of(model):
-    layers = {}
-    for fqn, m in originals.quantised_layers(model).items():
-        layers |= {f"{fqn}.{n}": x for n, x in m.separate().items()} if isinstance(m, GatedMLP) else {fqn: m}
-    return layers
 
 
 def swapped(precision, **options):

@@ -6,21 +6,12 @@ import pytest
 import torch
 import transformers
 from small_models import outputs
-from stored_formats import FORMATS, edit, llama, write, write_compressed
+from stored_formats import FORMATS, edit, layers_of, llama, write, write_compressed
 
 import forwardpass as fp
-from forwardpass.nn import GatedMLP, QuantizedModule
-from forwardpass.swap import originals
+from forwardpass.nn import QuantizedModule
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
-
-
-def layers_of(model):
-    """Each quantised layer as it was stored, by name."""
-    layers = {}
-    for fqn, m in originals.quantised_layers(model).items():
-        layers |= {f"{fqn}.{n}": x for n, x in m.separate().items()} if isinstance(m, GatedMLP) else {fqn: m}
-    return layers
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_models import objects, outputs
-from stored_formats import llama
+from stored_formats import layers_of, llama
 from torch import nn
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -11,7 +11,6 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 import forwardpass as fp
 from forwardpass.nn.layer import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
-from forwardpass.swap import originals
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 
@@ -74,10 +73,7 @@ def test_taken_over(kind, tmp_path):
     report = fp.swap(model)
     assert {s.fqn for s in report.swapped} == weights.keys() and {s.precision for s in report.swapped} == {"stored"}
     assert [s.fqn for s in report.skipped if s.reason.code != "attention_on_cpu"] == ["lm_head"]
-    layers = {}
-    for fqn, m in originals.quantised_layers(model).items():
-        layers |= {f"{fqn}.{n}": x for n, x in m.separate().items()} if isinstance(m, fp.nn.GatedMLP) else {fqn: m}
-    for fqn, layer in layers.items():
+    for fqn, layer in layers_of(model).items():
         torch.testing.assert_close(layer._dequantized_weight(), weights[fqn], rtol=1e-6, atol=0)
     assert model.model.layers[0].self_attn.o_proj.weight.data_ptr() in storages or kind == "bitsandbytes"  # no copy
     y, expected = outputs(model, X), outputs(llama(), X)
