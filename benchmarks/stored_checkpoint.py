@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import pathlib
-import resource
 import statistics
 import tempfile
 import time
@@ -55,37 +54,45 @@ def write(folder: pathlib.Path, model_name: str, preset: str, dtype: torch.dtype
     return (folder / "model.safetensors").stat().st_size
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def memory(entry: str) -> int:
+    """Bytes, of an entry of /proc/self/status: VmRSS, or VmHWM, its highest since that was reset. (ru_maxrss begins at what the
+    process had that this one was forked from.)"""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition(f"{entry}:")[2].split()[0]) << 10
 
 
 def serve(connection: Connection, name: str, folder: str, prompt: int, steps: int, threads: int) -> None:
     """Loads, says what that took, and answers each request with the seconds of a prefill and of the steps."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
-    import transformers  # with all that it imports, before memory is read
+    import transformers
 
-    if name == "forwardpass":
-        import forwardpass as fp
-        from forwardpass.swap.stored import checkpoint  # noqa: F401
-    transformers.AutoModelForCausalLM  # noqa: B018
-    before, began = peak(), time.monotonic()
+    import forwardpass as fp
+
+    # The class, and all that it imports, before memory is read.
+    config = transformers.AutoConfig.from_pretrained(folder)
+    transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before, began = memory("VmRSS"), time.monotonic()
     model: Any
     if name == "forwardpass":
         model = fp.load_pretrained(folder)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    loading = memory("VmHWM") - before
     ids = torch.arange(1, prompt + 1)[None]
     with torch.inference_mode():
         logits = model(input_ids=ids).logits  # transformers decompresses here
-        connection.send((time.monotonic() - began, peak() - before, logits[0, -1].float().tolist()))
+        first = time.monotonic() - began, loading, memory("VmHWM") - before, logits[0, -1].float().tolist()
+        connection.send(first)
+        keep_freed_memory()  # not before: it takes memory
         while connection.recv():
             began = time.monotonic()
             output = model(input_ids=ids, use_cache=True)
+            cache = "cache" if "cache" in output else "past_key_values"  # by the version of transformers
             middle = time.monotonic()
             for _ in range(steps):
                 token = output.logits[:, -1:].argmax(-1)
-                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                output = model(input_ids=token, **{cache: output[cache]}, use_cache=True)
             connection.send((middle - began, time.monotonic() - middle))
 
 
@@ -109,13 +116,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 times[candidate].append(pipe.recv())
         for pipe in pipes.values():
             pipe.send(False)
-    logits = [torch.tensor(x[2]) for x in loaded.values()]
+    logits = [torch.tensor(x[3]) for x in loaded.values()]
     candidates = {}
     for candidate, rounds in times.items():
         prefill, decode = zip(*rounds[1:])
         candidates[candidate] = {
             "load_s": loaded[candidate][0],
-            "memory_bytes": loaded[candidate][1],
+            "load_bytes": loaded[candidate][1],
+            "first_call_bytes": loaded[candidate][2],
             "prefill_tokens_per_s": sorted(args.prompt / s for s in prefill),
             "decode_tokens_per_s": sorted(args.steps / s for s in decode),
         }
@@ -139,10 +147,11 @@ def main() -> None:
     result = measure(args)
     print(f"{args.model} in {args.preset}, {args.dtype}, {result['file_bytes'] / 1e6:.0f} MB; cosine of logits "
           f"{result['logits_cosine']:.5f}")  # fmt: skip
-    print(f"{'':14}{'load, s':>9}{'memory, MB':>12}{'prefill/s':>11}{'decode/s':>10}")
+    print(f"{'':14}{'load, s':>9}{'peak, MB':>10}{'with a call':>13}{'prefill/s':>11}{'decode/s':>10}")
     for name, c in result["candidates"].items():
         rates = (statistics.median(c[f"{phase}_tokens_per_s"]) for phase in ("prefill", "decode"))
-        print(f"{name:14}{c['load_s']:9.1f}{c['memory_bytes'] / 1e6:12.0f}" + "".join(f"{r:11.1f}" for r in rates))
+        peaks = f"{c['load_bytes'] / 1e6:10.0f}{c['first_call_bytes'] / 1e6:13.0f}"
+        print(f"{name:14}{c['load_s']:9.1f}{peaks}" + "".join(f"{r:11.1f}" for r in rates))
     bench.write(result, args.json)
 
 
