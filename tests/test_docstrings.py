@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 import torch
+from stored_formats import llama
 from torch import nn
 
 import forwardpass as fp
@@ -11,6 +12,7 @@ from forwardpass.nn import layer
 from forwardpass.swap import precision
 
 WITH_EXAMPLE = (
+    "export_pretrained",
     "load_pretrained",
     "parity",
     "plan",
@@ -50,7 +52,7 @@ def test_examples(name, tmp_path, monkeypatch):
     names = {
         "fp": fp,
         "torch": torch,
-        "model": build_model(),
+        "model": llama() if name == "export_pretrained" else build_model(),
         "build_model": build_model,
         "batches": batches,
         "x": batches[0],
