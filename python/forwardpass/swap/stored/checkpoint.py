@@ -72,7 +72,7 @@ class StoredCheckpoint:
                     )
                 recipe = recipe_of(tensors, self.quantization, written[fqn])
             except Refused as e:
-                raise ValueError(f"{fqn}: {e}; {_FIX}") from None
+                raise Refused(f"{fqn}: {e}; {_FIX}") from None
             if recipe is not None:
                 model.set_submodule(fqn, StoredLinear(k, n, tensors, recipe))
 
@@ -165,17 +165,17 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
     cls: Any = model_config.model_class(name)
     if cls is None:
         raise ValueError(f"transformers {transformers.__version__} has no model class {str(name)[:60]!r}: {_FIX}")
-    with tempfile.TemporaryDirectory() as clean:  # of what was checked, and nothing else
-        write_json(pathlib.Path(clean, model_config.CONFIG), content)
-        config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
-    config.quantization_config = _quantizer()(stored)
     try:
+        with tempfile.TemporaryDirectory() as clean:  # of what was checked, and nothing else
+            write_json(pathlib.Path(clean, model_config.CONFIG), content)
+            config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
+        config.quantization_config = _quantizer()(stored)
         model, about = cls.from_pretrained(
             folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip
-    except ValueError:
-        raise
+    except Refused as e:
+        raise ValueError(str(e)) from None
     except Exception as e:  # transformers raises many kinds
         why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
         raise ValueError(f"transformers cannot load {folder} ({why})") from None
