@@ -64,6 +64,24 @@ def test_activations_are_as_the_file_says(tmp_path):
 
 
 @torch.inference_mode()
+def test_modelopts_config_may_be_a_file_of_its_own(tmp_path):
+    write(tmp_path, "modelopt")
+    y = outputs(fp.load_pretrained(tmp_path), X)
+    edit(tmp_path, quantization_config=None)
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}})
+    )
+    assert torch.equal(outputs(fp.load_pretrained(tmp_path), X), y)
+
+
+@pytest.mark.parametrize(("name", "words"), [("bitsandbytes", "outliers"), ("fbgemm", "input_scale_ub")])
+def test_what_is_done_in_another_way_is_said(name, words, tmp_path):
+    write(tmp_path, name)
+    with pytest.warns(UserWarning, match=words):
+        fp.load_pretrained(tmp_path)
+
+
+@torch.inference_mode()
 def test_sharded(tmp_path):
     write(tmp_path / "one", "int8_token")
     write(tmp_path / "three", "int8_token", shards=3)

@@ -71,6 +71,7 @@ def test_taken_over(kind, tmp_path):
         m.weight.data_ptr() for m in model.modules() if type(m).__name__ in ("FP8Linear", "CompressedTensorsFP8Linear")
     }
     report = fp.swap(model)
+    assert any("outliers" in w for w in report.warnings) == (kind == "bitsandbytes")
     assert {s.fqn for s in report.swapped} == weights.keys() and {s.precision for s in report.swapped} == {"stored"}
     assert [s.fqn for s in report.skipped if s.reason.code != "attention_on_cpu"] == ["lm_head"]
     for fqn, layer in layers_of(model).items():

@@ -28,7 +28,7 @@ from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
-from .stored.loaded import is_stored
+from .stored.loaded import is_stored, note_on
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, experts_leaves, linear_leaves, linear_like
 
@@ -250,6 +250,9 @@ def _warnings(decision: Decision) -> list[str]:
         for p in leaf.module.parameters()
         if p.dtype in FLOATS
     }
+    notes += dict.fromkeys(
+        note for leaf, p in decision.swapped if p.precision is STORED and (note := note_on(leaf.module))
+    )
     if calibrated := decision.kv_cache.calibrated:
         notes.append(f"the calibrated scales of {len(calibrated)} attention modules ({calibrated[0]}, …) are not used: an 8-bit "
                      "cache has a scale for each token and head, which is finer")  # fmt: skip

@@ -17,4 +17,11 @@ FORMATS: dict[str, Format] = {
     "fbgemm_fp8": fbgemm_fp8.layer_recipe,
 }
 
-__all__ = ["FORMATS", "Format", "Header", "Recipe", "Refused"]
+#: What a format says that is done in another way here.
+NOTES = {
+    "bitsandbytes": "bitsandbytes keeps columns of an input with outliers in 16 bits, and here each row is quantised whole: "
+    "compare outputs",
+    "fbgemm_fp8": "fbgemm cuts rows at input_scale_ub, and here none is cut",
+}
+
+__all__ = ["FORMATS", "NOTES", "Format", "Header", "Recipe", "Refused"]

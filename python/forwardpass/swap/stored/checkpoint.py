@@ -27,12 +27,13 @@ from ..attention import AttentionSwap, decide_attention
 from ..rules import Context
 from ..siblings import JoinedSwap
 from ..walker import linear_like
-from . import FORMATS, Header, Refused
+from . import FORMATS, NOTES, Header, Refused
 from .layer import StoredLinear
 
 _METHOD = "forwardpass-stored"
 _FIX = "load it with transformers instead"
 _INDEX = "model.safetensors.index.json"
+_MODELOPT = "hf_quant_config.json"  #: modelopt's, where config.json says nothing
 #: As safetensors call them.
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -98,6 +99,8 @@ def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
     if not (folder / model_config.CONFIG).is_file():
         return None
     quantization = read_json(folder / model_config.CONFIG, "config of a model", _FIX).get("quantization_config")
+    if quantization is None and (folder / _MODELOPT).is_file():
+        quantization = {"quant_method": "modelopt", **read_json(folder / _MODELOPT, "config of modelopt", _FIX)}
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -180,6 +183,8 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
         why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
         raise ValueError(f"transformers cannot load {folder} ({why})") from None
     _check_loaded(folder, about)
+    if note := NOTES.get(stored.quantization["quant_method"]):
+        warnings.warn(f"load_pretrained: {note}", stacklevel=4)
     return _finish(model.to(device).eval())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...dispatch import Reason
 from ...nn import QuantizedLinear
-from . import FORMATS
+from . import FORMATS, NOTES
 from .recipe import Header, Refused
 
 #: What a layer's library would write of it: the method, what of `quantization_config` its format asks for, and its tensors.
@@ -46,6 +46,16 @@ def is_stored(module: nn.Module) -> bool:
     return f"{cls.__module__}.{cls.__qualname__}" in _READERS and weight is not None and weight.element_size() == 1
 
 
+def note_on(module: nn.Module) -> str | None:
+    """What is done in another way than by its library."""
+    return NOTES.get(_reader(module)(module)[0]) if is_stored(module) else None
+
+
+def _reader(module: nn.Module) -> Callable[[Any], _Written]:
+    cls = type(module)
+    return _READERS[f"{cls.__module__}.{cls.__qualname__}"]
+
+
 class TakenOver(QuantizedLinear):
     """What a precision's module would be for such layers: it makes those of other classes, which take their bytes over."""
 
@@ -71,8 +81,7 @@ class TakenOver(QuantizedLinear):
 
 
 def _recipe(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-    cls = type(module)
-    method, config, parameters = _READERS[f"{cls.__module__}.{cls.__qualname__}"](module)
+    method, config, parameters = _reader(module)(module)
     tensors = {name: t.detach() for name, t in parameters.items() if t is not None}
     recipe = FORMATS[method]({name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}, config, "")
     if recipe is None:
