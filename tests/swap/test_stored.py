@@ -179,6 +179,8 @@ def test_no_code_is_run_and_no_model_is_filled(tmp_path):
     assert any(isinstance(m, QuantizedModule) for m in fp.load_pretrained(tmp_path).modules())
     with pytest.raises(ValueError, match="without model="):
         fp.load_pretrained(tmp_path, model=llama())
+    with pytest.raises(ValueError, match="meta holds none"):
+        fp.load_pretrained(tmp_path, device="meta")
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="damaged"):

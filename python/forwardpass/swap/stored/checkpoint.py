@@ -153,9 +153,17 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
         ValueError: a layer holds what there are no kernels for, or the folder does not fit its model. ImportError: transformers is
             missing.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError("this checkpoint needs transformers: pip install 'forwardpass[hf]'")
-    import transformers
+    if device.type == "meta":
+        raise ValueError(
+            f"{stored.folder} is read onto a device that holds values, and meta holds none: pass another device="
+        )
+    try:
+        import transformers
+        import transformers.core_model_loading
+    except ImportError:
+        raise ImportError(
+            "this checkpoint needs transformers 5: pip install 'forwardpass[hf]' 'transformers>=5'"
+        ) from None
 
     folder = stored.folder
     content = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
