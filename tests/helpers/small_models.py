@@ -166,6 +166,17 @@ def of_tokens(output, inputs):
     return output if mask is None or mask.shape != output.shape[:2] else output[mask.bool()]
 
 
+class TwoLayers(nn.Module):
+    """The plainest MLP."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(width, 128), nn.Linear(128, width), nn.GELU()
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class Block(nn.Module):
     """A plain model: two layers that can be swapped, a head that is too small."""
 

@@ -7,7 +7,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from forwardpass.nn import GatedMLP
 from forwardpass.nn.layer import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.swap import originals
@@ -166,10 +165,7 @@ def write(folder, name, model=None, shards=None):
 
 def layers_of(model):
     """Each quantised layer as it is stored, by name."""
-    layers = {}
-    for fqn, m in originals.quantised_layers(model).items():
-        layers |= {f"{fqn}.{n}": x for n, x in m.separate().items()} if isinstance(m, GatedMLP) else {fqn: m}
-    return layers
+    return originals.separate_layers(model)[0]
 
 
 def edit(folder, **entries):

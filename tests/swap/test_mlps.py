@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from small_models import MLPS, assert_same_objects, batch, build, objects, of_tokens, outputs
+from small_models import TwoLayers as Mlp
 from torch import nn
 
 import forwardpass as fp
@@ -13,15 +14,6 @@ from forwardpass.nn.mlp import TwoProducts
 from forwardpass.swap import mlps, walker
 
 WIDTH = 64
-
-
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2, self.act = nn.Linear(WIDTH, 128), nn.Linear(128, WIDTH), nn.GELU()
-
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class Lines(Mlp):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from small_models import MLPS, assert_same_objects, batch, build, objects, outputs
+from small_models import TwoLayers as Mlp
 from torch import nn
 
 import forwardpass as fp
@@ -17,15 +18,6 @@ WIDTH = 64
 NORMS = {"llama": "post_attention_layernorm", "gpt2": "ln_2", "vit": "layernorm_after", "t5": "layer_norm", "phi": None,
          "t5_gated": "layer_norm", "phi3": "post_attention_layernorm", "gemma3": "pre_feedforward_layernorm",
          "modernbert": "mlp_norm", "clip": "layer_norm2", "siglip": "layer_norm2"}  # fmt: skip
-
-
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2, self.act = nn.Linear(WIDTH, 128), nn.Linear(128, WIDTH), nn.GELU()
-
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class Layer(nn.Module):

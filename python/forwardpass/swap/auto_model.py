@@ -7,6 +7,7 @@ fills, and then does what else the record says.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
@@ -58,9 +59,24 @@ class _Finder:
         return spec
 
 
+@functools.cache
+def reading_quantizer() -> Any:
+    """The base of quantizers that read a model for inference."""
+    from transformers.quantizers.base import HfQuantizer
+
+    class ReadingQuantizer(HfQuantizer):
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return ReadingQuantizer
+
+
 def _register() -> None:
     from transformers.quantizers import auto
-    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     if METHOD in auto.AUTO_QUANTIZER_MAPPING:
@@ -78,9 +94,7 @@ def _register() -> None:
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": METHOD, **self.entries}
 
-    class ForwardpassQuantizer(HfQuantizer):
-        quantization_config: ForwardpassConfig
-
+    class ForwardpassQuantizer(reading_quantizer()):  # type: ignore[misc]
         def update_attn_implementation(self, config: Any) -> Any:
             from .checkpoint import checked
 
@@ -95,13 +109,6 @@ def _register() -> None:
             self.remove_quantization_config(model)
             self.filled.finish()
             return model
-
-        def is_serializable(self) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
 
     auto.register_quantization_config(METHOD)(ForwardpassConfig)
     auto.register_quantizer(METHOD)(ForwardpassQuantizer)
@@ -141,12 +148,12 @@ class _Filled:
         layers, self.layers = self.layers, {}
         if any("_hf_hook" in vars(m) for m in self.model.modules()):  # accelerate's, which a module made now has not
             around = originals.identities([*layers.values()])
-            originals.exchange(self.model, [(x.fqn, x.original, x.replacement) for x in around])
+            originals.put_in_place(self.model, around)
             put_changes(self.model, self.changes)
         else:
             joined = JoinedSwap(layers)
             in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]
-            originals.exchange(self.model, [(x.fqn, x.original, x.replacement) for x in in_place])
+            originals.put_in_place(self.model, in_place)
             put_changes(self.model, self.changes)
             joined.put()
         saving.refuse(self.model)

@@ -7,7 +7,6 @@ Nothing in a checkpoint is executed: no pickle, no remote code, no kernel of a h
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import typing
@@ -24,11 +23,18 @@ from ..integrations import sentence_transformers as sentences
 from ..integrations.kv_scales import KV_CACHES
 from ..nn import Experts, QuantizedModule
 from ..nn.experts import experts_sizes
-from ..nn.mlp import TwoProducts
 from ..version import __version__
 from . import auto_model, model_config, originals, saving
 from .attention import AttentionDecision, AttentionSwap, decide_attention, implementation_before
-from .folder import RECORD, WEIGHTS, check_folder, local_folder, put_weights, remove_other_weights
+from .folder import (
+    RECORD,
+    WEIGHTS,
+    check_folder,
+    local_folder,
+    put_weights,
+    remove_other_weights,
+    safetensors_module,
+)
 from .kv_cache import CacheDecision, CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
 from .precision import modules
@@ -120,20 +126,11 @@ def write(
     model: nn.Module, around: dict[str, Any] | None, folder: str | os.PathLike[str], overwrite: bool = False
 ) -> None:
     """`save_pretrained` of a model that is, or for its names stands for, what `around` describes; without its tokenizer."""
-    layers: dict[str, QuantizedModule] = {}
-    separate: dict[int, nn.Module] = {}  # what stands for a module in the file
-    for fqn, quantised in originals.quantised_layers(model).items():
-        if isinstance(quantised, TwoProducts):
-            parts = quantised.separate()
-            separate[id(quantised)] = nn.ModuleDict(parts)
-            layers |= {f"{fqn}.{name}": layer for name, layer in parts.items()}
-        else:
-            layers[fqn] = quantised
+    layers, separate = originals.separate_layers(model)
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
                          "first, or use the model's own save method")  # fmt: skip
-    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in model.modules())
-    folder = check_folder(folder, {name for name in names if isinstance(name, str)}, overwrite)
+    folder = check_folder(folder, model_config.sources(model), overwrite)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
@@ -157,11 +154,11 @@ def write(
         tensors[name] = t.cpu().contiguous() if alone else t.cpu().clone(memory_format=torch.contiguous_format)
 
     transformer = model if around is None else sentences.transformer_of(model)
-    config, generation = _configs(transformer)
+    config, generation = model_config.configs(transformer)
     if around is not None and config is None:
         raise ValueError(f"what this {around['class']} is around is a {type(transformer).__name__}, which is no class of "
                          "transformers: save that model with its own method")  # fmt: skip
-    safetensors = _safetensors()
+    safetensors = safetensors_module()
     folder.mkdir(parents=True, exist_ok=True)
     weights = put_weights(folder, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
     record = {
@@ -188,15 +185,6 @@ def write(
         if content is not None:
             write_json(folder / name, content)
     remove_other_weights(folder, weights)
-
-
-def _configs(model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The config of a model of transformers, and its settings for generation, as JSON has them."""
-    if model_config.model_class(type(model).__name__) is not type(model):
-        return None, None
-    config = dict(sorted({**model_config.stored(model.config), "architectures": [type(model).__name__]}.items()))
-    generation = getattr(model, "generation_config", None)
-    return config, None if generation is None else model_config.stored(generation)
 
 
 def load_pretrained(
@@ -260,7 +248,7 @@ def _load(
     weights = folder / record["weights"]
     if not weights.is_file():
         raise FileNotFoundError(f"there is no {weights.name} in {folder}: {_FIX}")
-    safetensors = _safetensors()
+    safetensors = safetensors_module()
     try:
         file = safetensors.safe_open(weights, framework="pt")
     except (safetensors.SafetensorError, OSError) as e:
@@ -331,7 +319,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     joined = JoinedSwap({leaf.fqn: (leaf, replacements.pop(id(leaf.module))) for leaf in layers})
     slots.clear()  # which hold the layers too
     in_place = [x for part in joined.build() for x in part]
-    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in in_place])
+    originals.put_in_place(model, in_place)
     for holder, name, value in assignments:
         holder[name] = value
     put_changes(model, changes)
@@ -387,7 +375,7 @@ def put_changes(model: nn.Module, changes: Changes) -> None:
     """Attention, unpadding and caches, after layers: modules of torch share the parameters that are there now."""
     attention, unpadding, caches = changes
     change = AttentionSwap(model, attention, unpadding.named)
-    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
+    originals.put_in_place(model, change.replaced)
     change.put()
     UnpaddingSwap(unpadding).put()
     CacheSwap(caches).put()
@@ -474,11 +462,3 @@ def _is(value: Any, kind: Any) -> bool:
 
 def _has(entries: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
     return set(entries) == set(kinds) and all(_is(entries[name], kind) for name, kind in kinds.items())
-
-
-def _safetensors() -> Any:
-    if importlib.util.find_spec("safetensors") is None:
-        raise ImportError("checkpoints need safetensors: pip install 'forwardpass[hf]'")
-    import safetensors.torch
-
-    return safetensors

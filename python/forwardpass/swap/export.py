@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,10 @@ from ..common.files import beside, write_json
 from ..common.modules import plain_module
 from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, Int8Linear, QuantizedModule, W8A16Linear
-from ..nn.mlp import TwoProducts
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
 from . import model_config, originals
-from .folder import check_folder
+from .folder import check_folder, safetensors_module
 
 FORMATS = ("compressed-tensors",)
 
@@ -54,39 +52,26 @@ def export_pretrained(
     if format not in FORMATS:
         raise ValueError(f"export_pretrained writes {', '.join(FORMATS)}, not {format!r}")
     model = plain_module("export_pretrained", model)
-    if model_config.model_class(type(model).__name__) is not type(model):
+    config, generation = model_config.configs(model)
+    if config is None:
         raise ValueError(f"export_pretrained writes models of transformers, and {type(model).__name__} is none: use "
                          "fp.save_pretrained")  # fmt: skip
-    layers = _layers(model)
+    layers, _ = originals.separate_layers(model)
     if not layers:
         raise ValueError(
             "export_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap first"
         )
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
-    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in model.modules())
-    folder = check_folder(folder, {name for name in names if isinstance(name, str)}, overwrite)
+    folder = check_folder(folder, model_config.sources(model), overwrite)
     tensors = dict(_tensors(model, layers))
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(tensors, folder, max_shard_size)
-    config = dict(sorted({**model_config.stored(model.config), "architectures": [type(model).__name__]}.items()))
     config["quantization_config"] = _quantization_config(model, schemes)
     if _is_untied(model, layers):
         config["tie_word_embeddings"] = False
-    generation = getattr(model, "generation_config", None)
     if generation is not None:
-        write_json(folder / model_config.GENERATION, model_config.stored(generation))
+        write_json(folder / model_config.GENERATION, generation)
     write_json(folder / model_config.CONFIG, config)
-
-
-def _layers(model: nn.Module) -> dict[str, QuantizedModule]:
-    """Every quantised layer by its name, those of an MLP one by one."""
-    layers: dict[str, QuantizedModule] = {}
-    for fqn, module in originals.quantised_layers(model).items():
-        if isinstance(module, TwoProducts):
-            layers |= {f"{fqn}.{name}": layer for name, layer in module.separate().items()}
-        else:
-            layers[fqn] = module
-    return layers
 
 
 def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
@@ -199,11 +184,9 @@ def _is_untied(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> bool:
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: pathlib.Path, max_shard_size: int | str) -> None:
-    if importlib.util.find_spec("safetensors") is None or importlib.util.find_spec("huggingface_hub") is None:
-        raise ImportError("exports need transformers and safetensors: pip install 'forwardpass[hf]'")
-    import huggingface_hub
-    import safetensors.torch
+    import huggingface_hub  # which transformers needs
 
+    safetensors = safetensors_module()
     plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         part = {name: tensors[name].cpu().clone(memory_format=torch.contiguous_format) for name in names}

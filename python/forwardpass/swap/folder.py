@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from ..common.files import beside
 
@@ -90,3 +91,12 @@ def remove_other_weights(folder: pathlib.Path, keep: str) -> None:
     for path in folder.iterdir():
         if path.name != keep and (WEIGHTS.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
             path.unlink(missing_ok=True)
+
+
+def safetensors_module() -> Any:
+    """With its functions for torch. ImportError, in a sentence, where it is missing."""
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError("checkpoints need safetensors: pip install 'forwardpass[hf]'")
+    import safetensors.torch
+
+    return safetensors

@@ -79,6 +79,28 @@ def check_attention(config: Any) -> None:
         check_attention(getattr(config, name, None))
 
 
+def read(cls: Any, file: str, content: Mapping[str, Any], **options: Any) -> Any:
+    """What a class of transformers makes of that content of its file, from a folder with nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(pathlib.Path(folder, file), dict(content))
+        return cls.from_pretrained(folder, local_files_only=True, **options)
+
+
+def sources(model: nn.Module) -> set[str]:
+    """What a model, or parts of it, were loaded from: folders and hub ids."""
+    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in model.modules())
+    return {name for name in names if isinstance(name, str)}
+
+
+def configs(model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The config of a model of transformers, and its settings for generation, as JSON has them; None of another model."""
+    if model_class(type(model).__name__) is not type(model):
+        return None, None
+    config = dict(sorted({**stored(model.config), "architectures": [type(model).__name__]}.items()))
+    generation = getattr(model, "generation_config", None)
+    return config, None if generation is None else stored(generation)
+
+
 def model_class(name: Any) -> type[nn.Module] | None:
     """The model class of that name in transformers, where transformers is loaded."""
     transformers = sys.modules.get("transformers")
@@ -113,14 +135,9 @@ def build(
         raise ValueError(f"transformers {transformers.__version__} has no model class {name[:60]!r}: install the version "
                          "it was saved with, or build the model and pass it as model=")  # fmt: skip
     try:
-        with tempfile.TemporaryDirectory() as folder:  # of what was checked, and nothing else
-            write_json(pathlib.Path(folder, CONFIG), config)
-            built_config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-            if generation is not None:
-                write_json(pathlib.Path(folder, GENERATION), generation)
-                generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        built_config = read(transformers.AutoConfig, CONFIG, config, trust_remote_code=False)
+        if generation is not None:
+            generation = read(transformers.GenerationConfig, GENERATION, generation)
         built_config._name_or_path = source
         if attention in LOCAL_ATTENTION:
             built_config._attn_implementation = attention

@@ -67,7 +67,7 @@ class Originals:
 
     def put(self, model: nn.Module) -> None:
         """Replacements into the places of originals, all or none."""
-        exchange(model, [(x.fqn, x.original, x.replacement) for x in self.replaced])
+        put_in_place(model, self.replaced)
         for change in (self.attention, *self.changes):
             change.put()
         saving.refuse(model)
@@ -124,6 +124,11 @@ def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]
             for parent, name, old, _ in edges:
                 parent._modules[name] = old
             raise
+
+
+def put_in_place(model: nn.Module, replaced: Iterable[Replaced]) -> None:
+    """Replacements into the places of their originals, all or none."""
+    exchange(model, [(x.fqn, x.original, x.replacement) for x in replaced])
 
 
 class Moved:
@@ -217,6 +222,20 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
     modules = {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedModule)}
     within = {id(layer) for m in modules.values() if isinstance(m, TwoProducts) for layer in m.children()}
     return {fqn: m for fqn, m in modules.items() if id(m) not in within}
+
+
+def separate_layers(model: nn.Module) -> tuple[dict[str, QuantizedModule], dict[int, nn.Module]]:
+    """(the same as a checkpoint has them, those of an MLP one by one; what stands for an MLP then, by the MLP's id)."""
+    layers: dict[str, QuantizedModule] = {}
+    instead: dict[int, nn.Module] = {}
+    for fqn, module in quantised_layers(model).items():
+        if isinstance(module, TwoProducts):
+            parts = module.separate()
+            instead[id(module)] = nn.ModuleDict(parts)
+            layers |= {f"{fqn}.{name}": layer for name, layer in parts.items()}
+        else:
+            layers[fqn] = module
+    return layers, instead
 
 
 def swapped_attention(model: nn.Module) -> list[str]:

@@ -8,11 +8,9 @@ checkpoint names is run: no pickle, no remote code, no kernel of a hub.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import pathlib
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...common.files import read_json, write_json
+from ...common.files import read_json
 from .. import model_config, originals, saving
 from ..attention import AttentionSwap, decide_attention
+from ..auto_model import reading_quantizer
+from ..folder import safetensors_module
 from ..rules import Context
 from ..siblings import JoinedSwap
 from ..walker import linear_like
@@ -49,6 +49,7 @@ class StoredCheckpoint:
     """A folder whose config.json says that its weights are quantised."""
 
     folder: pathlib.Path
+    config: Mapping[str, Any]  #: what config.json says
     quantization: Mapping[str, Any]
     headers: Mapping[str, Header]  #: of every tensor, by the file's names
 
@@ -98,7 +99,8 @@ def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
     folder = pathlib.Path(folder)
     if not (folder / model_config.CONFIG).is_file():
         return None
-    quantization = read_json(folder / model_config.CONFIG, "config of a model", _FIX).get("quantization_config")
+    config = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
+    quantization = config.get("quantization_config")
     if quantization is None and (folder / _MODELOPT).is_file():
         quantization = {"quant_method": "modelopt", **read_json(folder / _MODELOPT, "config of modelopt", _FIX)}
     if quantization is None:
@@ -108,7 +110,7 @@ def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
         raise ValueError(
             f"{folder} is quantised by {str(method)[:40]!r}, and these can be read: {', '.join(FORMATS)}; {_FIX}"
         )
-    return StoredCheckpoint(folder, quantization, _headers(folder))
+    return StoredCheckpoint(folder, config, quantization, _headers(folder))
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -128,10 +130,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _headers(folder: pathlib.Path) -> dict[str, Header]:
-    if importlib.util.find_spec("safetensors") is None:
-        raise ImportError("checkpoints need safetensors: pip install 'forwardpass[hf]'")
-    import safetensors
-
+    safetensors = safetensors_module()
     headers: dict[str, Header] = {}
     for path in _files(folder):
         try:
@@ -166,8 +165,7 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
         ) from None
 
     folder = stored.folder
-    content = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
-    content = {k: v for k, v in content.items() if k not in ("quantization_config", "auto_map")}
+    content = {k: v for k, v in stored.config.items() if k not in ("quantization_config", "auto_map")}
     try:
         model_config.check(content, len(stored.headers))
     except (ValueError, RecursionError) as e:
@@ -177,9 +175,7 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
     if cls is None:
         raise ValueError(f"transformers {transformers.__version__} has no model class {str(name)[:60]!r}: {_FIX}")
     try:
-        with tempfile.TemporaryDirectory() as clean:  # of what was checked, and nothing else
-            write_json(pathlib.Path(clean, model_config.CONFIG), content)
-            config = transformers.AutoConfig.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
+        config = model_config.read(transformers.AutoConfig, model_config.CONFIG, content, trust_remote_code=False)
         config.quantization_config = _quantizer()(stored)
         model, about = cls.from_pretrained(
             folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
@@ -228,9 +224,9 @@ def _finish(model: nn.Module) -> nn.Module:
     joined = JoinedSwap(layers)
     layers.clear()
     in_place = [x for part in joined.build() for x in part]
-    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in in_place])
+    originals.put_in_place(model, in_place)
     change = AttentionSwap(model, decide_attention(Context(model), "auto"), ())
-    originals.exchange(model, [(x.fqn, x.original, x.replacement) for x in change.replaced])
+    originals.put_in_place(model, change.replaced)
     change.put()
     joined.put()
     saving.refuse(model)
@@ -241,7 +237,6 @@ def _finish(model: nn.Module) -> nn.Module:
 def _quantizer() -> Any:
     """The config of a quantizer of transformers that only puts StoredLinears into a model."""
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     @register_quantization_config(_METHOD)
@@ -254,21 +249,12 @@ def _quantizer() -> Any:
             return getattr(self, key, default)
 
     @register_quantizer(_METHOD)
-    class StoredQuantizer(HfQuantizer):
-        quantization_config: StoredConfig
-
+    class StoredQuantizer(reading_quantizer()):  # type: ignore[misc]
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             self.quantization_config.stored.put_layers(model)
 
         def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
             self.remove_quantization_config(model)
             return model
-
-        def is_serializable(self) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
 
     return StoredConfig
