@@ -38,7 +38,9 @@ std::vector<ExpertProduct> products_of(const GemmParams& p, const float* x, int6
     b.data = static_cast<const char*>(p.b.data) + expert * columns * p.b.stride, b.rows = columns;
     Epilogue e = rows_from(p.epilogue, begin);
     take_expert(e, p.epilogue, expert * columns);
-    products.push_back({{x + begin * stride, end - begin, stride, b, nullptr, e}, begin});
+    const float* block_scale =
+        p.blocks.b ? p.blocks.b + expert * columns * ceil_div(p.b.columns, kScaleBlock) : nullptr;
+    products.push_back({{x + begin * stride, end - begin, stride, b, block_scale, e}, begin});
   });
   clear_until(p.a.rows);
   std::stable_sort(products.begin(), products.end(),

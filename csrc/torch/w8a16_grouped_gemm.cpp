@@ -26,7 +26,12 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, con
   Tensor out;
   std::tie(out, p.epilogue) =
       epilogue(sizes, p.a.rows, {.activation = activation_of(activation, op), .out_dtype = x.scalar_type()}, x, op);
-  take_experts(p.epilogue, p.b.rows, w_scale, bias, {}, x, op);
+  const bool in_groups = w_scale.dim() == 3;
+  take_experts(p.epilogue, p.b.rows, in_groups ? OptionalTensorRef{} : OptionalTensorRef{w_scale}, bias, {}, x, op);
+  if (in_groups) {
+    STD_TORCH_CHECK(backend == Backend::cpu, op, ": w_scale of groups of columns is for the CPU and Triton");
+    p.blocks.b = floats(w_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "w_scale");
+  }
   if (backend != Backend::cpu) {
     run_gemm<W8a16GroupedGemmParams>(backend, p, x);
     return out;

@@ -35,11 +35,17 @@ def test_triton(case, arch, seed):
     assert device.findings == []
 
 
+def test_groups_of_columns_are_not_for_cuda():
+    args = cases.Case((3, 0), 16, 200, groups=True).arguments()
+    with fp.interpret("sm_80"), fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match=r"one scale a row.*Triton"):
+        OPERATION(*args)
+
+
 @pytest.mark.parametrize("room", [None, 50])
 @pytest.mark.parametrize("w_dtype", [torch.int8, E4M3], ids=str)
 def test_bits_of_few_rows_are_those_of_w8a16_gemm(w_dtype, room):
     """With any number of threads."""
-    case = cases.Case((0, 1, 3, 16, 0, 4, 2), 272, 515, torch.float16, w_dtype, room=room)
+    case = cases.Case((0, 1, 3, 16, 0, 4, 2), 272, 515, torch.float16, w_dtype, room=room, groups=room is None)
     x, w, w_scale, _, bias, _ = args = case.arguments()
     threads = torch.get_num_threads()
     try:
@@ -115,6 +121,8 @@ REFUSALS = [
     (lambda: call(torch.ones(2, 5, 32), offs=ints(1, 1)), ValueError, r"w must be \[2, N, 32\]"),
     (lambda: call(w_scale=torch.ones(16)), ValueError, r"w_scale must be contiguous \[3, 16\]"),
     (lambda: call(w_scale=SCALE.half()), TypeError, "w_scale must be a tensor of torch.float32"),
+    (lambda: call(w_scale=torch.ones(3, 16, 2)), ValueError, r"w_scale must be contiguous \[3, 16, 1\]"),
+    (lambda: call(w_scale=0.1), TypeError, "w_scale must be a float32 tensor, not float"),
     (lambda: call(bias=torch.ones(16)), ValueError, r"bias must be contiguous \[3, 16\]"),
     (lambda: call(offs=OFFS.long()), TypeError, "offs must be a tensor of torch.int32"),
     (lambda: call(activation="swish"), ValueError, "silu"),

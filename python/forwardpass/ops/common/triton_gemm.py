@@ -266,7 +266,9 @@ def gemm_kernel(
         if SCALES == "vectors":
             b_scale_ptr += expert * columns
         else:
-            of_one = tl.cdiv(columns, 256) * 2 if GATED else tl.cdiv(columns, 128)
+            of_one = columns
+            if SCALES == "blocks":
+                of_one = tl.cdiv(columns, 256) * 2 if GATED else tl.cdiv(columns, 128)
             b_scale_ptr += (expert * of_one).to(tl.int64) * tl.cdiv(K, 128)
         b_sum_ptr += tl.where(zero_step >= 0, expert * columns, 0)
         bias_ptr += tl.where(bias_type > 0, expert * columns, 0) * tl.where(bias_type == 1, 4, 2)

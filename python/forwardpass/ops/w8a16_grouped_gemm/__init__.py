@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Operation
+from ...dispatch import Operation, Reason
 from ..common.epilogue import check_epilogue, fake_output
 from ..common.experts import check_ends, check_expert_weight, check_of_experts
 from ..common.quantized_rows import E4M3, FLOATS, check_float_rows, copy_notes
+from ..fp8_gemm import BLOCK
 from ..w8a16_gemm import why_not_gpu
 from . import reference
 
@@ -32,7 +33,7 @@ def w8a16_grouped_gemm(
     Args:
         x: float16, bfloat16 (or, on the CPU, float32), see above, last stride 1, any row stride.
         w: int8 or float8_e4m3fn [E, N, K], E <= 512: of each expert nn.Linear's weight.
-        w_scale: float32 [E, N].
+        w_scale: float32 [E, N]; on a CPU and in Triton also [E, N, ceil(K / 128)], for groups of 128 columns.
         offs: int32 [E], on x's device, see above. Experts may have no rows, and any number needs no alignment.
         bias: float32, float16 or bfloat16 [E, N].
         activation: as in `dequant_activation`; gated ones want the rows of each w, w_scale and bias interleaved by
@@ -57,18 +58,25 @@ def _check(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | N
     if not isinstance(w, Tensor) or w.dtype not in (torch.int8, E4M3):
         raise TypeError(f"{op}: w must be an int8 or float8_e4m3fn tensor, not {getattr(w, 'dtype', type(w).__name__)}")
     check_expert_weight(op, "w", w, "x", x)
-    experts, n = w.shape[:2]
+    experts, n, k = w.shape
     check_epilogue(op, x, tuple(x.shape[:-1]), n, None, None, None, activation, x.dtype, None, None, None,
                    optional=("a_scale", "b_scale"))  # fmt: skip
     if not isinstance(w_scale, Tensor):
         raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
-    check_of_experts(op, "w_scale", w_scale, (experts, n), (torch.float32,), x)
+    shape = (experts, n, -(-k // BLOCK)) if w_scale.dim() == 3 else (experts, n)
+    check_of_experts(op, "w_scale", w_scale, shape, (torch.float32,), x)
     check_of_experts(op, "bias", bias, (experts, n), FLOATS, x)
     check_ends(op, offs, experts, "x", x)
 
 
 def _fake(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     return fake_output(x, (*x.shape[:-1], w.shape[1]), activation, x.dtype)
+
+
+def _why_not_cuda(x: Tensor, w: Tensor, w_scale: Tensor, *options: object) -> Reason | None:
+    if w_scale.dim() == 3:
+        return Reason("scales", "this kernel has one scale a row, and w_scale has groups of columns", "use Triton's")
+    return why_not_gpu(x)
 
 
 def _notes(x: Tensor, w: Tensor, *options: object) -> list[str]:
@@ -80,6 +88,6 @@ OPERATION = Operation(
     _check,
     reference.w8a16_grouped_gemm,
     _fake,
-    why_not={"cuda": why_not_gpu, "triton": why_not_gpu},
+    why_not={"cuda": _why_not_cuda, "triton": why_not_gpu},
     notes=_notes,
 )

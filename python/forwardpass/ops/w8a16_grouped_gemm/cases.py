@@ -13,6 +13,7 @@ from ...testing import LAYOUTS, awkward, laid_out, pairwise
 from ..common.activations import GATED, PLAIN, is_gated
 from ..common.experts import outputs, row_ranges
 from ..common.quantized_rows import E4M3
+from ..fp8_gemm import BLOCK
 from ..w8a16_gemm import cases as w8a16_gemm
 
 
@@ -28,6 +29,7 @@ class Case:
     layout: str = "aligned"  # of the weight
     room: int | None = None  # rows for each expert; None: they are sorted by expert
     beyond: int = 3  # rows of no expert, where they are sorted
+    groups: bool = False  # scales of 128 columns, not of rows
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -38,10 +40,11 @@ class Case:
         if self.w_dtype == E4M3:
             w = (w.float() * 3).to(E4M3)
         counts = torch.tensor(self.counts, dtype=torch.int32)
+        of_row = (-(-self.k // BLOCK),) if self.groups else ()
         return (
             awkward((*lead, self.k), self.x_dtype, seed, device),
             laid_out(w, self.layout, device),
-            ((torch.rand(experts, self.n, generator=g) + 0.5) / 2000).to(device),
+            ((torch.rand(experts, self.n, *of_row, generator=g) + 0.5) / 2000).to(device),
             (counts.cumsum(0).int() if self.room is None else counts).to(device),
             torch.randn(experts, self.n, generator=g).to(device) if self.bias else None,
             self.activation,
@@ -96,6 +99,7 @@ def cases() -> Iterator[Case]:
         "activation": (None, *PLAIN, *GATED),
         "layout": LAYOUTS,
         "sorted": (True, False),
+        "groups": (False, True),
     }
     yield Case((0, 0), 33, 130, beyond=0)
     yield Case((0, 0), 16, 64, room=0)

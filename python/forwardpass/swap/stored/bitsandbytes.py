@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recipe import Header, Recipe, Refused, as_scale, check_shape, int8_layer, recipe
+from .recipe import EightBits, Header, Recipe, Refused, as_scale, check_shape, recipe
 
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
@@ -22,9 +22,9 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
         raise Refused("its SCB is missing")
     check_shape(tensors, "SCB", (tensors["weight"].shape[0],))
 
-    def make(t: Mapping[str, Tensor], activation: str | None) -> Any:
+    def read(t: Mapping[str, Tensor]) -> EightBits:
         if "weight_format" in t and int(t["weight_format"]) != 0:
             raise Refused(f"its weight_format is {int(t['weight_format'])}, and 0, rows, can be read")
-        return int8_layer(t["weight"], as_scale("SCB", t["SCB"]) / 127, t.get("bias"), activation)
+        return EightBits(t["weight"], as_scale("SCB", t["SCB"]) / 127, "row")
 
-    return recipe(tensors, make, ("weight", "SCB"), ("weight_format",))
+    return recipe(tensors, read, ("weight", "SCB"), ("weight_format",))

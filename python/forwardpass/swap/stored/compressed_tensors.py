@@ -15,17 +15,15 @@ from torch import Tensor
 
 from ...ops.common.quantized_rows import E4M3
 from .recipe import (
+    EightBits,
     Header,
     Recipe,
     Refused,
     as_scale,
     check_dtype,
     check_shape,
-    e4m3_layer,
-    int8_layer,
     recipe,
     scales_kind,
-    w8a16_layer,
 )
 
 _PACKED = 4  #: of 8 bits in an int32, the first in the lowest byte, each with 128 added
@@ -82,13 +80,7 @@ def _int8(tensors: Mapping[str, Header], inputs: Any) -> Recipe:
     n, k = tensors["weight"].shape
     kind = scales_kind(n, k, tensors, "weight_scale")
     if inputs is None:
-        return recipe(
-            tensors,
-            lambda t, activation: w8a16_layer(
-                t["weight"], as_scale("weight_scale", t["weight_scale"]), kind, t.get("bias"), activation
-            ),
-            ("weight", "weight_scale"),
-        )
+        return _weights_alone(tensors, kind)
     if kind not in ("tensor", "row"):
         raise Refused(f"its int8 weights have scales by {kind}, and its inputs 8 bits")
     names = ["weight", "weight_scale"]
@@ -96,30 +88,35 @@ def _int8(tensors: Mapping[str, Header], inputs: Any) -> Recipe:
     if static := _static(tensors, inputs):
         names += ["input_scale"] + ([] if symmetric else ["input_zero_point"])
 
-    def make(t: Mapping[str, Tensor], activation: str | None) -> Any:
-        zero = t["input_zero_point"].reshape(1).int() if static and not symmetric else None
-        return int8_layer(
-            t["weight"], as_scale("weight_scale", t["weight_scale"]), t.get("bias"), activation, symmetric=symmetric,
-            input_scale=as_scale("input_scale", t["input_scale"]).reshape(1) if static else None, input_zero_point=zero,
+    def read(t: Mapping[str, Tensor]) -> EightBits:
+        return EightBits(
+            t["weight"], as_scale("weight_scale", t["weight_scale"]), kind, symmetric=symmetric,
+            input_scale=as_scale("input_scale", t["input_scale"]).reshape(1) if static else None,
+            input_zero_point=t["input_zero_point"].reshape(1).int() if static and not symmetric else None,
         )  # fmt: skip
 
-    return recipe(tensors, make, tuple(names))
+    return recipe(tensors, read, tuple(names))
+
+
+def _weights_alone(tensors: Mapping[str, Header], kind: str) -> Recipe:
+    def read(t: Mapping[str, Tensor]) -> EightBits:
+        return EightBits(t["weight"], as_scale("weight_scale", t["weight_scale"]), kind, inputs=False)
+
+    return recipe(tensors, read, ("weight", "weight_scale"))
 
 
 def _e4m3(tensors: Mapping[str, Header], inputs: Any) -> Recipe:
     n, k = tensors["weight"].shape
     kind = scales_kind(n, k, tensors, "weight_scale")
-    static = inputs is not None and _static(tensors, inputs)
-    names = ("weight", "weight_scale", *(("input_scale",) if static else ()))
+    if inputs is None:
+        return _weights_alone(tensors, kind)
+    static = _static(tensors, inputs)
 
-    def make(t: Mapping[str, Tensor], activation: str | None) -> Any:
-        weight, scale = t["weight"], as_scale("weight_scale", t["weight_scale"])
-        if inputs is None:
-            return w8a16_layer(weight, scale, kind, t.get("bias"), activation)
+    def read(t: Mapping[str, Tensor]) -> EightBits:
         of_inputs = as_scale("input_scale", t["input_scale"]).reshape(1) if static else None
-        return e4m3_layer(weight, scale, kind, t.get("bias"), activation, of_inputs)
+        return EightBits(t["weight"], as_scale("weight_scale", t["weight_scale"]), kind, input_scale=of_inputs)
 
-    return recipe(tensors, make, names)
+    return recipe(tensors, read, ("weight", "weight_scale", *(("input_scale",) if static else ())))
 
 
 def _packed(tensors: Mapping[str, Header], inputs: Any) -> Recipe:
@@ -129,12 +126,12 @@ def _packed(tensors: Mapping[str, Header], inputs: Any) -> Recipe:
     n, words = tensors["weight_packed"].shape
     check_dtype(tensors, "weight_packed", torch.int32)
 
-    def make(t: Mapping[str, Tensor], activation: str | None) -> Any:
+    def read(t: Mapping[str, Tensor]) -> EightBits:
         rows, k = (int(x) for x in t["weight_shape"])
         if rows != n or -(-k // _PACKED) != words:
             raise Refused(f"its weight_shape is {[rows, k]}, and its weight_packed {[n, words]}")
         weight = (t["weight_packed"].contiguous().view(torch.uint8)[:, :k] ^ 0x80).view(torch.int8)
         kind = scales_kind(n, k, tensors, "weight_scale")
-        return w8a16_layer(weight, as_scale("weight_scale", t["weight_scale"]), kind, t.get("bias"), activation)
+        return EightBits(weight, as_scale("weight_scale", t["weight_scale"]), kind, inputs=False)
 
-    return recipe(tensors, make, ("weight_packed", "weight_scale", "weight_shape"))
+    return recipe(tensors, read, ("weight_packed", "weight_scale", "weight_shape"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...ops.common.quantized_rows import E4M3
-from .recipe import Header, Recipe, as_scale, check_shape, e4m3_layer, recipe
+from .recipe import EightBits, Header, Recipe, as_scale, check_shape, recipe
 
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
@@ -17,9 +17,7 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
         return None
     result = recipe(
         tensors,
-        lambda t, activation: e4m3_layer(
-            t["weight"], as_scale("weight_scale", t["weight_scale"]), "row", t.get("bias"), activation
-        ),
+        lambda t: EightBits(t["weight"], as_scale("weight_scale", t["weight_scale"]), "row"),
         ("weight", "weight_scale"),
         ("input_scale_ub",),
     )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.common.quantized_rows import E4M3
-from .recipe import Header, Recipe, as_scale, check_shape, e4m3_layer, recipe, scales_kind
+from .recipe import EightBits, Header, Recipe, as_scale, check_shape, recipe, scales_kind
 
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
@@ -24,10 +24,10 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
     if static:
         check_shape(tensors, "activation_scale", (), (1,))
 
-    def make(t: Mapping[str, Tensor], activation: str | None) -> Any:
+    def read(t: Mapping[str, Tensor]) -> EightBits:
         of_inputs = as_scale("activation_scale", t["activation_scale"]).reshape(1) if static else None
         scale = as_scale("weight_scale_inv", t["weight_scale_inv"])
-        return e4m3_layer(t["weight"], scale, kind, t.get("bias"), activation, of_inputs)
+        return EightBits(t["weight"], scale, kind, input_scale=of_inputs)
 
     names = ("weight", "weight_scale_inv", *(("activation_scale",) if static else ()))
-    return recipe(tensors, make, names)
+    return recipe(tensors, read, names)

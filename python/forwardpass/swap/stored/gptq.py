@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.fp8_gemm import BLOCK
-from .recipe import Header, Recipe, Refused, as_scale, check_dtype, check_shape, recipe, w8a16_layer
+from .recipe import EightBits, Header, Read, Recipe, Refused, as_scale, check_dtype, check_shape, recipe
 
 _PACKED = 4
 _ZERO = 128  #: what stands for 0; in files of the first version less one
@@ -27,14 +27,14 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
         raise Refused(f"its group_size is {group}, and there are kernels for {BLOCK} and for whole rows")
     groups = -(-k // BLOCK) if group == BLOCK else 1
     required = ("qweight", "qzeros", "scales")
-    result = recipe(tensors, _make(k, n, groups), required, ("g_idx",))
+    result = recipe(tensors, _reader(k, n, groups), required, ("g_idx",))
     check_shape(tensors, "scales", (groups, n))
     check_shape(tensors, "qzeros", (groups, n // _PACKED))
     return result
 
 
-def _make(k: int, n: int, groups: int) -> Any:
-    def make(t: Mapping[str, Tensor], activation: str | None) -> Any:
+def _reader(k: int, n: int, groups: int) -> Read:
+    def read(t: Mapping[str, Tensor]) -> EightBits:
         order = t.get("g_idx")
         size = -(-k // groups)
         if order is not None and not torch.equal(
@@ -46,7 +46,6 @@ def _make(k: int, n: int, groups: int) -> Any:
             raise Refused("its weights have zero points, and there are kernels for symmetric ones")
         weight = t["qweight"].contiguous().view(torch.uint8).view(-1, n, _PACKED).transpose(0, 1).reshape(n, k)
         scale = as_scale("scales", t["scales"]).t().contiguous()
-        kind = "row" if groups == 1 else "group"
-        return w8a16_layer((weight ^ 0x80).view(torch.int8), scale, kind, t.get("bias"), activation)
+        return EightBits((weight ^ 0x80).view(torch.int8), scale, "row" if groups == 1 else "group", inputs=False)
 
-    return make
+    return read

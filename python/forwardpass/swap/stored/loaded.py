@@ -77,7 +77,7 @@ class TakenOver(QuantizedLinear):
         if reason := cls.why_not(module):
             raise ValueError(f"TakenOver.from_torch: {reason}")
         recipe, tensors = _recipe(module)
-        return recipe.make(tensors, activation).train(module.training)
+        return recipe.layer(tensors, activation).train(module.training)
 
 
 def _recipe(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:

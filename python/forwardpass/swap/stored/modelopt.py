@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.common.quantized_rows import E4M3
-from .recipe import Header, Recipe, Refused, as_scale, check_shape, e4m3_layer, int8_layer, recipe, scales_kind
+from .recipe import EightBits, Header, Recipe, Refused, as_scale, check_shape, recipe, scales_kind
 
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
@@ -28,14 +28,12 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
     if smoothed:
         check_shape(tensors, "pre_quant_scale", (k,))
 
-    def make(t: Mapping[str, Tensor], activation: str | None) -> Any:
+    def read(t: Mapping[str, Tensor]) -> EightBits:
         scale = as_scale("weight_scale", t["weight_scale"])
         of_inputs = as_scale("input_scale", t["input_scale"]).reshape(1) if static else None
-        if not is_int8:
-            return e4m3_layer(t["weight"], scale, kind, t.get("bias"), activation, of_inputs)
         channel = as_scale("pre_quant_scale", t["pre_quant_scale"]) if smoothed else None
-        return int8_layer(t["weight"], scale, t.get("bias"), activation, input_scale=of_inputs, channel_scale=channel)
+        return EightBits(t["weight"], scale, kind, input_scale=of_inputs, channel_scale=channel)
 
     return recipe(
-        tensors, make, ("weight", "weight_scale"), ("input_scale", *(("pre_quant_scale",) if is_int8 else ()))
+        tensors, read, ("weight", "weight_scale"), ("input_scale", *(("pre_quant_scale",) if is_int8 else ()))
     )

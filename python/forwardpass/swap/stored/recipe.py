@@ -28,15 +28,72 @@ class Header:
 
 
 @dataclass(frozen=True)
+class EightBits:
+    """A Linear's weight as it is stored, and how its inputs are quantised."""
+
+    weight: Tensor  #: int8 or e4m3 [N, K]
+    scale: Tensor  #: float32, of as many elements as its kind has
+    kind: str  #: "tensor" or "row", "group": 128 columns of a row, "block": 128 x 128
+    inputs: bool = (
+        True  #: whether they have 8 bits: each row as it comes, or in groups of 128 beside blocks, or by input_scale
+    )
+    symmetric: bool = True
+    input_scale: Tensor | None = None  #: float32 [1]
+    input_zero_point: Tensor | None = None  #: int32 [1]
+    channel_scale: Tensor | None = None  #: float32 [K]
+
+    @property
+    def multiplies_as_8_bits(self) -> bool:
+        """Whether the device has a product of 8-bit inputs and this weight; inputs stay as they are else."""
+        if self.weight.dtype == torch.int8 or not self.inputs:
+            return self.inputs
+        device = self.weight.device
+        return self.kind != "group" and gpu_takes(device) and not operations["fp8_linear"].too_old(device)
+
+    def scale_of(self, kind: str) -> Tensor:
+        """The same scales as another kind has them, which has as many or more."""
+        n, k = self.weight.shape
+        scale = self.scale.reshape(-1) if self.kind in ("tensor", "row") else self.scale
+        if self.kind == "block" and kind == "group":
+            scale = scale.reshape(scales_shape(n, k, "block")).repeat_interleave(BLOCK, 0)[:n]
+        elif self.kind == "tensor":
+            scale = scale.expand(n) if kind == "row" else scale
+        return scale.reshape(scales_shape(n, k, kind)).contiguous()
+
+    def layer(self, bias: Tensor | None, activation: str | None) -> QuantizedLinear:
+        """The layer that computes with it."""
+        n, k = self.weight.shape
+        options: dict[str, Any] = {"activation": activation, "device": "meta"}
+        static = self.input_scale is not None
+        if not self.multiplies_as_8_bits:
+            kind = "group" if self.kind in ("block", "group") else "row"
+            weights = W8A16Linear(k, n, bias is not None, weight_dtype=self.weight.dtype, scales=kind, **options)
+            return weights.filled(self.weight, self.scale_of(kind), bias)
+        if self.weight.dtype == torch.int8:
+            smoothed = self.channel_scale is not None
+            int8 = Int8Linear(
+                k, n, bias is not None, symmetric=self.symmetric, static=static, channel_scale=smoothed, **options
+            )
+            return int8.filled(self.weight, self.scale_of("row"), bias, input_scale=self.input_scale,
+                               input_zero_point=self.input_zero_point, channel_scale=self.channel_scale)  # fmt: skip
+        fp8 = Fp8Linear(k, n, bias is not None, scales=self.kind, static=static, **options)
+        return fp8.filled(self.weight, self.scale_of(self.kind), bias, input_scale=self.input_scale)
+
+
+#: The tensors of a layer, by their names behind the layer's -> what is stored in them. Raises Refused.
+Read = Callable[[Mapping[str, Tensor]], EightBits]
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How one layer is made: of which tensors, by their names behind the layer's."""
+    """How one layer is read: of which tensors, by their names behind the layer's."""
 
     names: frozenset[str]
-    make: Make
+    read: Read
 
-
-#: (tensors by those names, the activation that the layer computes besides) -> the layer
-Make = Callable[[Mapping[str, Tensor], str | None], QuantizedLinear]
+    def layer(self, tensors: Mapping[str, Tensor], activation: str | None) -> QuantizedLinear:
+        """activation: the one that the layer computes besides."""
+        return self.read(tensors).layer(tensors.get("bias"), activation)
 
 
 #: (its tensors in the file, by their names behind the layer's; `quantization_config`; its name in the file) -> the recipe, or None
@@ -46,7 +103,7 @@ Format = Callable[[Mapping[str, Header], Mapping[str, Any], str], Recipe | None]
 
 def recipe(
     tensors: Mapping[str, Header],
-    make: Make,
+    read: Read,
     required: tuple[str, ...],
     optional: tuple[str, ...] = (),
 ) -> Recipe:
@@ -55,7 +112,7 @@ def recipe(
         raise Refused(f"its {missing[0]} is missing")
     if unknown := sorted(tensors.keys() - {*required, *optional, "bias"}):
         raise Refused(f"it has a tensor {unknown[0][:60]!r}, of which nothing is known")
-    return Recipe(frozenset(tensors), make)
+    return Recipe(frozenset(tensors), read)
 
 
 def check_shape(tensors: Mapping[str, Header], name: str, *shapes: tuple[int, ...]) -> None:
@@ -93,54 +150,3 @@ def scales_kind(n: int, k: int, tensors: Mapping[str, Header], name: str) -> str
             return kind
     raise Refused(f"its {name} is {list(shape)}: of a weight of {n} x {k} there are kernels for one scale, one a row, one for "
                   f"{BLOCK} columns of a row, and one for {BLOCK} x {BLOCK} weights")  # fmt: skip
-
-
-def int8_layer(
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    *,
-    symmetric: bool = True,
-    input_scale: Tensor | None = None,
-    input_zero_point: Tensor | None = None,
-    channel_scale: Tensor | None = None,
-) -> Int8Linear:
-    """The layer of a weight int8 [N, K] with one scale or one a row; input_scale: of static activations."""
-    n, k = weight.shape
-    layer = Int8Linear(k, n, bias is not None, symmetric=symmetric, static=input_scale is not None,
-                       channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
-    return layer.filled(weight, scale.reshape(-1).expand(n).contiguous(), bias, input_scale=input_scale,
-                        input_zero_point=input_zero_point, channel_scale=channel_scale)  # fmt: skip
-
-
-def w8a16_layer(weight: Tensor, scale: Tensor, kind: str, bias: Tensor | None, activation: str | None) -> W8A16Linear:
-    """The layer of an 8-bit weight [N, K] with scales of a kind."""
-    n, k = weight.shape
-    scales = "group" if kind in ("block", "group") else "row"
-    if kind == "block":
-        scale = scale.reshape(scales_shape(n, k, kind)).repeat_interleave(BLOCK, 0)[:n]
-    elif kind == "tensor":
-        scale = scale.reshape(-1).expand(n)
-    layer = W8A16Linear(
-        k, n, bias is not None, weight_dtype=weight.dtype, scales=scales, activation=activation, device="meta"
-    )
-    return layer.filled(weight, scale.reshape(scales_shape(n, k, scales)).contiguous(), bias)
-
-
-def e4m3_layer(
-    weight: Tensor,
-    scale: Tensor,
-    kind: str,
-    bias: Tensor | None,
-    activation: str | None,
-    input_scale: Tensor | None = None,
-) -> Fp8Linear | W8A16Linear:
-    """The layer of a weight e4m3 [N, K] with scales of a kind. Where the device multiplies no fp8, activations stay as they are."""
-    if kind == "group" or not gpu_takes(weight.device) or operations["fp8_linear"].too_old(weight.device):
-        return w8a16_layer(weight, scale, kind, bias, activation)
-    n, k = weight.shape
-    layer = Fp8Linear(
-        k, n, bias is not None, scales=kind, static=input_scale is not None, activation=activation, device="meta"
-    )
-    return layer.filled(weight, scale.reshape(scales_shape(n, k, kind)), bias, input_scale=input_scale)
