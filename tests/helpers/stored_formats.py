@@ -20,9 +20,26 @@ def llama(**options):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | options)).eval()
 
 
+#: Mixtures of experts, by transformers' class; mixtral's names in a file are others.
+_MOE = SIZES | {"num_experts_per_tok": 2, "moe_intermediate_size": 192}
+MIXTURES = {
+    "Qwen3MoeForCausalLM": _MOE | {"num_experts": 4, "head_dim": 64},
+    "MixtralForCausalLM": _MOE | {"num_local_experts": 4, "intermediate_size": 192},
+    "DeepseekV3ForCausalLM": _MOE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+        "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+def mixture(name, **options):
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**MIXTURES[name] | options)).eval()
+
+
 def _scaled(q, scale, n, k):
     rows = scale.double()
-    if rows.dim() == 2 and rows.shape[1] > 1:
+    if rows.dim() == 2 and (rows.shape[1] > 1 or rows.shape[0] not in (1, n)):
         tall = -(-n // rows.shape[0]) if rows.shape[0] != n else 1
         rows = rows.repeat_interleave(128 if tall > 1 else 1, 0)[:n].repeat_interleave(128, 1)[:, :k]
     elif rows.numel() > 1:
@@ -144,7 +161,7 @@ def write(folder, name, model=None, shards=None):
     tensors = {}
     for key, t in load_file(folder / "model.safetensors").items():
         layer = key.removesuffix(".weight")
-        if t.dim() == 2 and layer.endswith("_proj"):
+        if t.dim() == 2 and layer.endswith(("_proj", ".w1", ".w2", ".w3")):
             of_layer, weights[layer] = tensors_of(t)
             tensors |= {f"{layer}.{n}": x.clone() for n, x in of_layer.items()}
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +15,18 @@ from ..ops.common.experts import MOST_EXPERTS, rows_of_choices
 from ..ops.common.quantized_rows import E4M3, FLOATS, empty_q
 from ..ops.fp8_gemm import BLOCK
 from ..ops.fp8_grouped_gemm import block_scales
-from .layer import QuantizedModule, as_dtype, quantize_weight, rows
+from .layer import QuantizedModule, as_dtype, quantize_weight, rows, scales_shape
 
-#: What activations are quantised to (None: they stay as they are), and what has a scale, as `quantize_weight` names it.
-_KINDS: dict[str, tuple[torch.dtype | None, str]] = {
-    "int8": (torch.int8, "row"),
-    "fp8": (E4M3, "row"),
-    "fp8_block": (E4M3, "block"),
-    "w8a16": (None, "row"),
+#: What activations are quantised to (None: they stay as they are), what weights are, and what has a scale, as `quantize_weight`
+#: names it.
+_KINDS: dict[str, tuple[torch.dtype | None, torch.dtype, str]] = {
+    "int8": (torch.int8, torch.int8, "row"),
+    "fp8": (E4M3, E4M3, "row"),
+    "fp8_block": (E4M3, E4M3, "block"),
+    "w8a16": (None, torch.int8, "row"),
+    "w8a16_group": (None, torch.int8, "group"),
+    "w8a16_fp8": (None, E4M3, "row"),
+    "w8a16_fp8_group": (None, E4M3, "group"),
 }
 #: What transformers' `use_experts_implementation` sets.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -43,7 +47,8 @@ class Experts(QuantizedModule):
         num_experts, hidden_features, intermediate_features: E, H and I.
         kind: "int8": weights int8 with a scale an output channel, rows of activations int8 as they come, symmetric; "fp8": the same
             in e4m3, for GPUs from sm_89 on, where a CPU runs the reference, for trials of its accuracy; "fp8_block": in e4m3
-            with scales of 128 x 128 weights and of 128 columns of a row (DeepSeek-V3's); "w8a16": int8 weights alone.
+            with scales of 128 x 128 weights and of 128 columns of a row (DeepSeek-V3's); "w8a16": int8 weights alone;
+            "w8a16_fp8": e4m3 ones; with "_group" behind, for which CUDA has no kernel, with scales of 128 columns of a row.
         gated: whether there is a gate beside the up projection; then I % 8 == 0.
         activation: of the up projection, "silu_mul", "gelu_mul" or "gelu_tanh_mul" if gated, else as in `Int8Linear`; None: the
             module that was replaced applies its own, in its own code.
@@ -95,7 +100,11 @@ class Experts(QuantizedModule):
         for name, (n, k) in sizes.items():
             weight = empty_q(torch.empty(0, device=device), (num_experts, n, k), self._weight_dtype)
             self.register_buffer(f"{name}_weight", weight)
-            of_one = block_scales(n, k, activation if name == "up" else None) if self._group else (n,)
+            of_one = (
+                block_scales(n, k, activation if name == "up" else None)
+                if self._group
+                else scales_shape(n, k, self.scales)
+            )
             self.register_buffer(f"{name}_scale", torch.empty(num_experts, *of_one, dtype=torch.float32, device=device))
             self.register_buffer(
                 f"{name}_bias", torch.empty(num_experts, n, dtype=as_dtype(dtype), device=device) if bias else None
@@ -108,7 +117,7 @@ class Experts(QuantizedModule):
         if not is_experts(module):
             return Reason("experts", f"a {type(module).__name__} is no module of experts as transformers 5 has them",
                           "leave it, or swap its Linears")  # fmt: skip
-        for name in _weight_names(module):
+        for name in weight_names(module):
             weight = module._parameters[name]
             assert weight is not None
             if weight.is_meta:
@@ -134,7 +143,7 @@ class Experts(QuantizedModule):
         """
         if reason := cls.why_not(module):
             raise ValueError(f"Experts.from_torch: {reason}")
-        up_name, down_name = _weight_names(module)
+        up_name, down_name = weight_names(module)
         experts, intermediate, hidden = experts_sizes(module)
         up, up_bias = module._parameters[up_name], module._parameters.get(f"{up_name}_bias")
         assert up is not None
@@ -145,22 +154,44 @@ class Experts(QuantizedModule):
             assert weight is not None
             for e in range(experts):
                 w = weight.detach()[e]
-                q, scale = new._quantized(name, w.t() if module.is_transposed else w)  # [N, K]
-                getattr(new, f"{name}_weight")[e] = q
-                getattr(new, f"{name}_scale")[e] = scale
-                if bias is not None:
-                    getattr(new, f"{name}_bias")[e] = new._arranged(name, bias.detach()[e])
+                w = w.t() if module.is_transposed else w  # [N, K]
+                parts = w.chunk(2) if new._apart(name) else (w,)
+                new.fill(e, name, [quantize_weight(part, new._weight_dtype, new.scales) for part in parts],
+                         None if bias is None else bias.detach()[e])  # fmt: skip
         new.adopt(module)
         return new.train(module.training)
 
+    def fill(self, expert: int, name: str, parts: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None) -> None:
+        """The "up" or "down" projection of one expert: its weight [N, K] in 8 bits and its scales as `quantize_weight` gives them
+        for these, in one part, or of a gate and an up projection in two; its bias [N].
+
+        With blocks a gated activation wants two parts: blocks of each begin at its first row.
+        """
+        weight, scale = (torch.cat(tensors) for tensors in zip(*parts))
+        if self._group is None:
+            scale = self._arranged(name, scale)
+        getattr(self, f"{name}_weight")[expert] = self._arranged(name, weight)
+        getattr(self, f"{name}_scale")[expert] = scale.reshape(getattr(self, f"{name}_scale").shape[1:])
+        if bias is not None:
+            getattr(self, f"{name}_bias")[expert] = self._arranged(name, bias)
+
     @property
     def _weight_dtype(self) -> torch.dtype:
-        return _KINDS[self.kind][0] or torch.int8
+        return _KINDS[self.kind][1]
+
+    @property
+    def scales(self) -> str:
+        """Of weights, as `quantize_weight` names them."""
+        return _KINDS[self.kind][2]
 
     @property
     def _group(self) -> int | None:
         """Columns of activations that share a scale; None: a row."""
-        return BLOCK if _KINDS[self.kind][1] == "block" else None
+        return BLOCK if self.scales == "block" else None
+
+    def _apart(self, name: str) -> bool:
+        """Whether blocks of the gate and of the up projection are each their own."""
+        return self._group is not None and name == "up" and is_gated(self.activation)
 
     def _arranged(self, name: str, x: Tensor) -> Tensor:
         """Rows of the up projection as its epilogue wants them, of all gates and then all ups; others stay."""
@@ -168,16 +199,6 @@ class Experts(QuantizedModule):
             return x
         gate, up = x.chunk(2)
         return interleave_gate_up(gate, up)
-
-    def _quantized(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """One expert's weight [N, K] in 8 bits, its rows arranged, and its scales. A block is of rows as they come."""
-        scales = _KINDS[self.kind][1]
-        if scales != "block":
-            return quantize_weight(self._arranged(name, weight), self._weight_dtype, scales)
-        parts = weight.chunk(2) if name == "up" and is_gated(self.activation) else (weight,)
-        quantized = [quantize_weight(part, self._weight_dtype, scales) for part in parts]
-        q, scale = torch.cat([q for q, _ in quantized]), torch.stack([s for _, s in quantized])
-        return self._arranged(name, q), scale.squeeze(0)  # of gate and up two remain
 
     def adopt(self, module: nn.Module) -> None:
         """And how it applies its gate, whose code reads those attributes, and its norm behind each expert."""
@@ -248,7 +269,7 @@ class Experts(QuantizedModule):
 
 def experts_operation(kind: str) -> str:
     """The operation that experts of a kind call for their products."""
-    return f"{kind.removesuffix('_block')}_grouped_gemm"
+    return f"{kind.partition('_')[0]}_grouped_gemm"
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -256,11 +277,12 @@ def is_experts(module: nn.Module) -> bool:
     parameters of 3 dimensions. Does not import transformers."""
     if not all(isinstance(vars(module).get(mark), bool) for mark in _MARKS):
         return False
-    weights = [module._parameters.get(name) for name in _weight_names(module)]
+    weights = [module._parameters.get(name) for name in weight_names(module)]
     return all(w is not None and w.dim() == 3 for w in weights)
 
 
-def _weight_names(module: nn.Module) -> tuple[str, str]:
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    """The parameters that are the stacks of a module of experts: of its up and of its down projection."""
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 

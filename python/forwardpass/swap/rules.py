@@ -347,7 +347,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
             continue
         if finding := rule.ask(leaf, context, precision):
             return Reason(rule.code, *finding)
-    if not leaf.is_experts:
+    if not leaf.is_experts or precision is STORED:
         return precision.module.why_not(leaf.module)
     if precision.experts is None:
         return Reason("experts", f"there is no {precision.name} for experts", "use int8, fp8 or w8a16 for them")

@@ -269,7 +269,7 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its
     precision.
     """
-    module: Any = Experts if leaf.is_experts else precision.module
+    module: Any = Experts if leaf.is_experts and precision is not STORED else precision.module
     try:
         new: QuantizedModule = module.from_torch(leaf.module, **_options(leaf, precision), **arguments)
     except Exception as e:
@@ -283,7 +283,10 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
 
 def _options(leaf: Leaf, precision: Precision) -> dict[str, Any]:
     """The arguments of `from_torch`."""
-    return {**({"kind": precision.experts} if leaf.is_experts else precision.options), **_fused(leaf)}
+    return {
+        **({"kind": precision.experts} if leaf.is_experts and precision is not STORED else precision.options),
+        **_fused(leaf),
+    }
 
 
 def _fused(leaf: Leaf) -> dict[str, str]:

@@ -20,14 +20,17 @@ import torch
 from torch import nn
 
 from ...common.files import read_json
+from ...nn import QuantizedModule
+from ...nn.experts import experts_sizes, is_experts
 from .. import model_config, originals, saving
 from ..attention import AttentionSwap, decide_attention
 from ..auto_model import reading_quantizer
 from ..folder import safetensors_module
 from ..rules import Context
 from ..siblings import JoinedSwap
-from ..walker import linear_like
-from . import FORMATS, NOTES, Header, Refused
+from ..walker import Leaf, linear_like
+from . import FORMATS, NOTES, Format, Header, Refused
+from .experts import put_tensors, read_experts, stacked, stored_experts, with_scales
 from .layer import StoredLinear
 
 _METHOD = "forwardpass-stored"
@@ -55,40 +58,66 @@ class StoredCheckpoint:
 
     def put_layers(self, model: Any) -> None:
         """StoredLinears into the places of the Linears of which the file holds 8 bits."""
-        of_modules: dict[str, dict[str, Header]] = {}
-        written: dict[str, str] = {}
+        sources: dict[str, dict[str, list[str]]] = {}
         for name, new_name in self._renamed(model).items():
             module, _, tensor = new_name.rpartition(".")
-            of_modules.setdefault(module, {})[tensor] = self.headers[name]
-            written.setdefault(module, name.rpartition(".")[0])
-        recipe_of = FORMATS[self.quantization["quant_method"]]
+            sources.setdefault(module, {}).setdefault(tensor, []).append(name)
         for fqn, module in [*model.named_modules()]:
-            tensors = of_modules.get(fqn)
-            if tensors is None or type(module) is not nn.Linear:
+            if (names := sources.get(fqn)) is None:
                 continue
-            n, k = module.out_features, module.in_features
             try:
-                if "weight" in tensors and tensors["weight"].shape != (n, k):
-                    raise Refused(
-                        f"its weight is {list(tensors['weight'].shape)} in the file, and [{n}, {k}] in the model"
-                    )
-                recipe = recipe_of(tensors, self.quantization, written[fqn])
+                if is_experts(module):
+                    self._put_experts(module, names)
+                elif type(module) is nn.Linear:
+                    self._put_linear(model, fqn, module, names)
             except Refused as e:
                 raise Refused(f"{fqn}: {e}; {_FIX}") from None
-            if recipe is not None:
-                model.set_submodule(fqn, StoredLinear(k, n, tensors, recipe))
+
+    def _put_linear(self, model: Any, fqn: str, module: nn.Linear, names: Mapping[str, list[str]]) -> None:
+        tensors = {tensor: self.headers[of_tensor[0]] for tensor, of_tensor in names.items()}
+        n, k = module.out_features, module.in_features
+        in_parts = any(len(of_tensor) > 1 for of_tensor in names.values())
+        if not in_parts and "weight" in tensors and tensors["weight"].shape != (n, k):
+            raise Refused(f"its weight is {list(tensors['weight'].shape)} in the file, and [{n}, {k}] in the model")
+        recipe = self._format(tensors, self.quantization, _layer_name(names))
+        if recipe is None:
+            return
+        if in_parts:
+            raise Refused("the file has it in parts, with scales of their own")
+        model.set_submodule(fqn, StoredLinear(k, n, tensors, recipe))
+
+    def _put_experts(self, module: nn.Module, names: Mapping[str, list[str]]) -> None:
+        experts = experts_sizes(module)[0]
+        tensors = {
+            tensor: self.headers[of_tensor[0]]
+            if len(of_tensor) == 1
+            else stacked([self.headers[name] for name in of_tensor], experts)
+            for tensor, of_tensor in names.items()
+        }
+        recipe = read_experts(module, tensors, self.quantization, _layer_name(names), self._format)
+        if recipe is not None:
+            put_tensors(module, tensors, recipe)
+
+    @property
+    def _format(self) -> Format:
+        return FORMATS[self.quantization["quant_method"]]
 
     def _renamed(self, model: Any) -> dict[str, str]:
         """The model's names of the file's tensors, by the file's."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        transforms = get_model_conversion_mapping(model)
+        transforms = with_scales(get_model_conversion_mapping(model), self.headers)
         renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
         converters = [x for x in transforms if isinstance(x, WeightConverter)]
         state = model.state_dict()
         prefix = model.base_model_prefix
         return {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in self.headers}
+
+
+def _layer_name(names: Mapping[str, list[str]]) -> str:
+    """A layer's name in the file, by its tensors' there."""
+    return next(iter(names.values()))[0].rpartition(".")[0]
 
 
 def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
@@ -213,12 +242,18 @@ def _check_loaded(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
 
 def _finish(model: nn.Module) -> nn.Module:
     """Layers of forwardpass in the places of the stored ones."""
-    layers = {}
+    layers: dict[str, tuple[Leaf, QuantizedModule]] = {}
     leaves = [leaf for leaf in linear_like(model) if isinstance(leaf.module, StoredLinear)]
     for leaf in leaves:
         assert isinstance(leaf.module, StoredLinear)
         try:
             layers[leaf.fqn] = leaf, leaf.module.made(leaf.formula)
+        except Refused as e:
+            raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
+    for leaf, recipe in stored_experts(model):
+        try:
+            layers[leaf.fqn] = leaf, recipe.module(leaf.module)
+            leaf.module._parameters = dict.fromkeys(leaf.module._parameters)
         except Refused as e:
             raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
     joined = JoinedSwap(layers)
@@ -252,6 +287,9 @@ def _quantizer() -> Any:
     class StoredQuantizer(reading_quantizer()):  # type: ignore[misc]
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             self.quantization_config.stored.put_layers(model)
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            return with_scales(weight_conversions, self.quantization_config.stored.headers)
 
         def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
             self.remove_quantization_config(model)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ...dispatch import Reason
 from ...nn import QuantizedLinear
+from ...nn.experts import is_experts
 from . import FORMATS, NOTES
-from .recipe import Header, Refused
+from .experts import StoredExperts, read_experts
+from .recipe import Header, Recipe, Refused
 
 #: What a layer's library would write of it: the method, what of `quantization_config` its format asks for, and its tensors.
 _Written = tuple[str, Mapping[str, Any], Mapping[str, Tensor | None]]
@@ -34,15 +36,16 @@ def _bitsandbytes(module: Any) -> _Written:
 
 _READERS: dict[str, Callable[[Any], _Written]] = {
     "transformers.integrations.finegrained_fp8.FP8Linear": _fine_grained,
+    "transformers.integrations.finegrained_fp8.FP8Experts": _fine_grained,
     "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": _compressed,
     "bitsandbytes.nn.modules.Linear8bitLt": _bitsandbytes,
 }
 
 
 def is_stored(module: nn.Module) -> bool:
-    """Whether it is a layer of another library that holds 8 bits."""
+    """Whether it is a layer of another library that holds 8 bits, or experts."""
     cls = type(module)
-    weight = module._parameters.get("weight")
+    weight = next((p for p in module._parameters.values() if p is not None), None)
     return f"{cls.__module__}.{cls.__qualname__}" in _READERS and weight is not None and weight.element_size() == 1
 
 
@@ -72,18 +75,24 @@ class TakenOver(QuantizedLinear):
         return None
 
     @classmethod
-    def from_torch(cls, module: nn.Module, *, activation: str | None = None) -> QuantizedLinear:
-        """The layer that computes with the bytes of this one. Raises ValueError where there is none, and why."""
+    def from_torch(cls, module: nn.Module, *, activation: str | None = None) -> Any:
+        """The layer, or the experts, that compute with the bytes of this one. Raises ValueError where there are none, and why."""
         if reason := cls.why_not(module):
             raise ValueError(f"TakenOver.from_torch: {reason}")
         recipe, tensors = _recipe(module)
-        return recipe.layer(tensors, activation).train(module.training)
+        new = recipe.module(module) if isinstance(recipe, StoredExperts) else recipe.layer(tensors, activation)
+        return new.train(module.training)
 
 
-def _recipe(module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+def _recipe(module: nn.Module) -> tuple[Recipe | StoredExperts, dict[str, Tensor]]:
     method, config, parameters = _reader(module)(module)
     tensors = {name: t.detach() for name, t in parameters.items() if t is not None}
-    recipe = FORMATS[method]({name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}, config, "")
+    headers = {name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    recipe: Recipe | StoredExperts | None
+    if is_experts(module):
+        recipe = read_experts(module, headers, config, "", FORMATS[method])
+    else:
+        recipe = FORMATS[method](headers, config, "")
     if recipe is None:
         raise Refused("it holds no 8 bits")
     return recipe, tensors

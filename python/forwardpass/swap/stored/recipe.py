@@ -116,7 +116,9 @@ def recipe(
 
 
 def check_shape(tensors: Mapping[str, Header], name: str, *shapes: tuple[int, ...]) -> None:
-    """Refused where a tensor has none of these shapes."""
+    """Refused where there is no such tensor, or it has none of these shapes."""
+    if name not in tensors:
+        raise Refused(f"its {name} is missing")
     if (shape := tensors[name].shape) not in shapes:
         raise Refused(f"its {name} is {list(shape)}, and should be {' or '.join(str(list(s)) for s in shapes)}")
 
