@@ -123,6 +123,31 @@ def _smoothed(w):
     return {**tensors, "pre_quant_scale": channel}, weight
 
 
+def _torchao(kind, inputs):
+    """`header` is what the file itself says of each weight."""
+    about = {"_type": kind, "_data": {"act_quant_kwargs": inputs, "block_size": [1, 256]}}
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": "Config", "_data": {}}}, "header": about}
+
+
+def _torchao_parts(dtype, scales="row", **others):
+    def tensors(w):
+        q, s = quantize_weight(w, dtype, scales)
+        shape = (-1, 1)
+        parts = {"qdata": q.contiguous(), "scale": s.reshape(shape)}
+        if dtype == torch.int8:
+            parts["zero_point"] = torch.zeros(len(s), 1, dtype=torch.int8)
+        others_of_k = {n: x(w.shape[1]) if callable(x) else x for n, x in others.items()}
+        weight = _scaled(q, s, *w.shape)
+        return {f"_weight_{n}": t for n, t in (parts | others_of_k).items()}, weight
+
+    return tensors
+
+
+_ROWS = {
+    "_type": "QuantizeTensorToInt8Kwargs",
+    "_data": {"mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"}},
+}
+
 #: name -> (quantization_config, tensors of a layer and its weight, class of the layer on a CPU)
 FORMATS = {
     "int8_token": (_ct("int", "channel"), _plain(torch.int8, "row", "weight_scale", _column, torch.bfloat16), "Int8Linear"),
@@ -149,12 +174,22 @@ FORMATS = {
     "gptq_rows": ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, lambda w: _gptq(w, -1), "W8A16Linear"),
     "fbgemm": ({"quant_method": "fbgemm_fp8"},
                _plain(E4M3, "row", "weight_scale", _column, input_scale_ub=torch.tensor([1200.0])), "W8A16Linear"),
+    "torchao": (_torchao("Int8Tensor", _ROWS), _torchao_parts(torch.int8), "Int8Linear"),
+    "torchao_static": (_torchao("Int8Tensor", _ROWS),
+                       _torchao_parts(torch.int8, act_quant_scale=STATIC[None], act_pre_scale=torch.ones), "Int8Linear"),
+    "torchao_weights": (_torchao("Int8Tensor", None), _torchao_parts(torch.int8), "W8A16Linear"),
+    "torchao_fp8": (_torchao("Float8Tensor", {"_type": "QuantizeTensorToFloat8Kwargs", "_data": {}}),
+                    _torchao_parts(E4M3), "W8A16Linear"),
+    "torchao_fp8_tensor": (_torchao("Float8Tensor", {"_type": "QuantizeTensorToFloat8Kwargs", "_data": {}}),
+                           _torchao_parts(E4M3, "tensor"), "W8A16Linear"),
 }  # fmt: skip
 
 
 def write(folder, name, model=None, shards=None):
     """The folder of a model in a format, and of each of its quantised layers the weight that it stores."""
     config, tensors_of, _ = FORMATS[name]
+    config = dict(config)
+    about = json.dumps(config.pop("header", None))
     model, folder, weights = model or llama(), pathlib.Path(folder), {}
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
@@ -175,7 +210,8 @@ def write(folder, name, model=None, shards=None):
         index = {"metadata": {}, "weight_map": {n: file for file, part in files.items() for n in part}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        header = {f"{layer}.weight": about for layer in weights if about != "null"}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **header})
     edit(folder, quantization_config=config)
     return weights
 

@@ -49,6 +49,73 @@ def test_what_compressed_tensors_writes(preset, tmp_path):
     assert (outputs(model, X).float() - expected).norm() < 0.05 * expected.norm()
 
 
+AO = {
+    "int8": ("Int8DynamicActivationInt8WeightConfig", {"version": 2}, "Int8Linear"),
+    "weights": ("Int8WeightOnlyConfig", {"version": 2}, "W8A16Linear"),
+    "fp8 weights": ("Float8WeightOnlyConfig", {}, "W8A16Linear"),
+}
+
+
+@pytest.mark.parametrize("name", AO)
+@torch.no_grad()
+def test_what_torchao_writes(name, tmp_path):
+    """Weights equal those that it dequantises, outputs are near its own, and taken over from its model the same to the bit."""
+    quantization = pytest.importorskip("torchao.quantization")
+    config, options, cls = AO[name]
+    llama().bfloat16().save_pretrained(tmp_path / "floats")
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "floats",
+        quantization_config=transformers.TorchAoConfig(getattr(quantization, config)(**options)),
+        dtype=torch.bfloat16,
+    )
+    quantised.save_pretrained(tmp_path / "theirs")
+    model = fp.load_pretrained(tmp_path / "theirs")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    expected, y = outputs(reference, X).float(), outputs(model, X)
+    layers = layers_of(model)
+    assert len(layers) == 14 and {type(m).__name__ for m in layers.values()} == {cls}
+    for fqn, layer in layers.items():
+        assert torch.equal(layer._dequantized_weight().bfloat16(), reference.get_submodule(fqn).weight.dequantize()), (
+            fqn
+        )
+    assert (y.float() - expected).norm() < 0.05 * expected.norm()
+    report = fp.swap(reference)
+    assert len(report.swapped) == 14 and len(report.mlps) == 2
+    assert torch.equal(outputs(reference, X), y)
+    fp.restore(reference)
+    assert torch.equal(outputs(reference, X).float(), expected)
+
+
+AO_BROKEN = {
+    "no header": (lambda t, h: h.clear(), "header does not say"),
+    "no JSON": (lambda t, h: h.update({f"{LAYER}.weight": "{"}), "header does not say"),
+    "4 bits": (lambda t, h: h.update({f"{LAYER}.weight": '{"_type": "Int4Tensor", "_data": {}}'}), "its weight is a Int4Tensor"),
+    "lies": (lambda t, h: h.update({f"{LAYER}.weight": '{"_type": "Float8Tensor"}'}), "_weight_qdata is torch.int8"),
+    "zero points": (lambda t, h: t[f"{LAYER}._weight_zero_point"].fill_(1), "zero points"),
+    "no data": (lambda t, h: t.pop(f"{LAYER}._weight_qdata"), "its _weight_qdata is missing"),
+    "groups": (lambda t, h: t.update({f"{LAYER}._weight_scale": torch.ones(384, 2)}), "scales by group"),
+    "unknown": (lambda t, h: t.update({f"{LAYER}._weight_more": torch.ones(1)}), "'_weight_more', of which nothing"),
+}  # fmt: skip
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("name", AO_BROKEN)
+def test_broken_torchao(name, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    change, words = AO_BROKEN[name]
+    write(tmp_path, "torchao")
+    tensors = load_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        header = file.metadata()
+    change(tensors, header)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"} | header)
+    with pytest.raises(ValueError, match=words) as e:
+        fp.load_pretrained(tmp_path)
+    assert "\n" not in str(e.value)
+
+
 @torch.inference_mode()
 def test_activations_are_as_the_file_says(tmp_path):
     write(tmp_path / "a", "int8_asymmetric")
@@ -207,7 +274,9 @@ def test_a_hub_id_is_downloaded_without_code(tmp_path, monkeypatch):
         fp.load_pretrained(tmp_path / "nothing" / "here")
 
 
-@pytest.mark.parametrize("name", ["int8_token", "fp8_block", "gptq", "int8_packed", "bitsandbytes", "modelopt_int8"])
+@pytest.mark.parametrize(
+    "name", ["int8_token", "fp8_block", "gptq", "int8_packed", "bitsandbytes", "modelopt_int8", "torchao"]
+)
 def test_damaged_files(name, tmp_path):
     """60 of each: a sentence, or a model of what is still whole; 10 400 of them were tried."""
     small = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2,

@@ -7,6 +7,7 @@ implementation.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from ..integrations import transformers_attention as huggingface
 from ..integrations.transformers_attention import NAME, NAMES, PLACE, Place
 from ..nn import MultiheadAttention
 from ..ops.attention import ATTENTION, faster_than_torch
+from ..ops.common.quantized_rows import FLOATS
 from . import rules
 from .originals import Replaced
 from .report import Skipped, SwappedAttention
@@ -104,7 +106,7 @@ def _why_skip(
     if attention is False:
         return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
-    if attention == "auto" and not named and (reason := _why_no_kernel(module)):
+    if attention == "auto" and not named and (reason := _why_no_kernel(module, context.model)):
         return reason
     if not _swappable(module):
         if "scaled_dot_product_attention" in huggingface.source_of(huggingface.class_of(module)):
@@ -126,11 +128,12 @@ ENCODER_ROWS = 4
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
-def _why_no_kernel(module: nn.Module) -> Reason | None:
+def _why_no_kernel(module: nn.Module, model: nn.Module) -> Reason | None:
     """Why torch's own attention is left where it is, unless it is asked for."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = torch.device("cpu") if weight is None else weight.device
-    dtype = torch.get_default_dtype() if weight is None else weight.dtype
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    # Layers of 8 bits have no dtype that queries are of: other weights of the model have.
+    parameters = itertools.chain(module.parameters(), model.parameters())
+    dtype = next((p.dtype for p in parameters if p.dtype in FLOATS), torch.get_default_dtype())
     dim = next((d for name in _HEAD_DIM if isinstance(d := getattr(module, name, None), int)), None)
     if not gpu_takes(device):
         # A decoder's steps have one row.

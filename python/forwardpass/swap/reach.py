@@ -104,7 +104,8 @@ class Reach:
         inside = {id(m) for m in self.model.modules()}
         todo: list[tuple[Any, type | None]] = []
         for m in self.model.modules():
-            todo += ((value, None) for name, value in vars(m).items() if name != "_modules")
+            # torchao has each layer print itself in another way
+            todo += ((value, None) for name, value in vars(m).items() if name not in ("_modules", "extra_repr"))
             todo.append((type(m), None))
         visited: set[tuple[int, type | None]] = set()
         referred: set[int] = set()

@@ -4,7 +4,7 @@ A format is a module with `layer_recipe(tensors, config, name)`: what the tensor
 config.json says of it. `FORMATS` has them by transformers' `quant_method`.
 """
 
-from . import bitsandbytes, compressed_tensors, fbgemm_fp8, fine_grained_fp8, gptq, modelopt
+from . import bitsandbytes, compressed_tensors, fbgemm_fp8, fine_grained_fp8, gptq, modelopt, torchao
 from .recipe import Format, Header, Recipe, Refused
 
 #: By `quantization_config["quant_method"]`.
@@ -15,6 +15,7 @@ FORMATS: dict[str, Format] = {
     "bitsandbytes": bitsandbytes.layer_recipe,
     "gptq": gptq.layer_recipe,
     "fbgemm_fp8": fbgemm_fp8.layer_recipe,
+    "torchao": torchao.layer_recipe,
 }
 
 #: What a format says that is done in another way here.

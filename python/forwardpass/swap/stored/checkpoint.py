@@ -53,7 +53,7 @@ class StoredCheckpoint:
 
     folder: pathlib.Path
     config: Mapping[str, Any]  #: what config.json says
-    quantization: Mapping[str, Any]
+    quantization: Mapping[str, Any]  #: and as "header" what the files themselves say
     headers: Mapping[str, Header]  #: of every tensor, by the file's names
 
     def put_layers(self, model: Any) -> None:
@@ -139,7 +139,8 @@ def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
         raise ValueError(
             f"{folder} is quantised by {str(method)[:40]!r}, and these can be read: {', '.join(FORMATS)}; {_FIX}"
         )
-    return StoredCheckpoint(folder, config, quantization, _headers(folder))
+    headers, metadata = _headers(folder)
+    return StoredCheckpoint(folder, config, {**quantization, "header": metadata}, headers)
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -158,12 +159,15 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in files]
 
 
-def _headers(folder: pathlib.Path) -> dict[str, Header]:
+def _headers(folder: pathlib.Path) -> tuple[dict[str, Header], dict[str, str]]:
+    """Of every tensor, and what the files say besides."""
     safetensors = safetensors_module()
     headers: dict[str, Header] = {}
+    metadata: dict[str, str] = {}
     for path in _files(folder):
         try:
             with safetensors.safe_open(path, framework="pt") as file:
+                metadata |= file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118, it is no dict
                     about = file.get_slice(name)
                     if name in headers or about.get_dtype() not in _DTYPES:
@@ -171,7 +175,7 @@ def _headers(folder: pathlib.Path) -> dict[str, Header]:
                     headers[name] = Header(tuple(about.get_shape()), _DTYPES[about.get_dtype()])
         except (safetensors.SafetensorError, OSError, ValueError) as e:
             raise ValueError(f"{path} is damaged or no safetensors file ({e}): {_FIX}") from None
-    return headers
+    return headers, metadata
 
 
 def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:

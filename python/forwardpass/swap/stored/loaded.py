@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ...dispatch import Reason
 from ...nn import QuantizedLinear
 from ...nn.experts import is_experts
+from ...nn.layer import is_linear
 from . import FORMATS, NOTES
 from .experts import StoredExperts, read_experts
 from .recipe import Header, Recipe, Refused
@@ -34,29 +36,42 @@ def _bitsandbytes(module: Any) -> _Written:
     return "bitsandbytes", {}, {"weight": weight.data.as_subclass(Tensor), "SCB": scale, "bias": module.bias}
 
 
+def _torchao(module: Any) -> _Written:
+    weight = module.weight
+    names = ("qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
+    tensors = {f"_weight_{name}": getattr(weight, name, None) for name in names}
+    inputs = None if weight.act_quant_kwargs is None else str(weight.act_quant_kwargs)
+    about = json.dumps({"_type": type(weight).__name__, "_data": {"act_quant_kwargs": inputs}})
+    return "torchao", {"header": {"weight": about}}, {**tensors, "bias": module.bias}
+
+
+#: By the class of a module, or of its weight.
 _READERS: dict[str, Callable[[Any], _Written]] = {
     "transformers.integrations.finegrained_fp8.FP8Linear": _fine_grained,
     "transformers.integrations.finegrained_fp8.FP8Experts": _fine_grained,
     "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": _compressed,
     "bitsandbytes.nn.modules.Linear8bitLt": _bitsandbytes,
+    "torchao.quantization.Int8Tensor": _torchao,
+    "torchao.quantization.Float8Tensor": _torchao,
 }
 
 
 def is_stored(module: nn.Module) -> bool:
     """Whether it is a layer of another library that holds 8 bits, or experts."""
-    cls = type(module)
     weight = next((p for p in module._parameters.values() if p is not None), None)
-    return f"{cls.__module__}.{cls.__qualname__}" in _READERS and weight is not None and weight.element_size() == 1
+    reader = _reader(module)
+    return reader is not None and weight is not None and (reader is _torchao or weight.element_size() == 1)
 
 
 def note_on(module: nn.Module) -> str | None:
     """What is done in another way than by its library."""
-    return NOTES.get(_reader(module)(module)[0]) if is_stored(module) else None
+    reader = _reader(module)
+    return NOTES.get(reader(module)[0]) if reader is not None and is_stored(module) else None
 
 
-def _reader(module: nn.Module) -> Callable[[Any], _Written]:
-    cls = type(module)
-    return _READERS[f"{cls.__module__}.{cls.__qualname__}"]
+def _reader(module: nn.Module) -> Callable[[Any], _Written] | None:
+    classes = (type(module), type(module._parameters.get("weight")) if is_linear(module) else type(module))
+    return next((r for cls in classes if (r := _READERS.get(f"{cls.__module__}.{cls.__qualname__}"))), None)
 
 
 class TakenOver(QuantizedLinear):
@@ -85,7 +100,9 @@ class TakenOver(QuantizedLinear):
 
 
 def _recipe(module: nn.Module) -> tuple[Recipe | StoredExperts, dict[str, Tensor]]:
-    method, config, parameters = _reader(module)(module)
+    reader = _reader(module)
+    assert reader is not None
+    method, config, parameters = reader(module)
     tensors = {name: t.detach() for name, t in parameters.items() if t is not None}
     headers = {name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     recipe: Recipe | StoredExperts | None

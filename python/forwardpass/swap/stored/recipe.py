@@ -115,16 +115,20 @@ def recipe(
     return Recipe(frozenset(tensors), read)
 
 
-def check_shape(tensors: Mapping[str, Header], name: str, *shapes: tuple[int, ...]) -> None:
-    """Refused where there is no such tensor, or it has none of these shapes."""
+def _there(tensors: Mapping[str, Header], name: str) -> Header:
     if name not in tensors:
         raise Refused(f"its {name} is missing")
-    if (shape := tensors[name].shape) not in shapes:
+    return tensors[name]
+
+
+def check_shape(tensors: Mapping[str, Header], name: str, *shapes: tuple[int, ...]) -> None:
+    """Refused where there is no such tensor, or it has none of these shapes."""
+    if (shape := _there(tensors, name).shape) not in shapes:
         raise Refused(f"its {name} is {list(shape)}, and should be {' or '.join(str(list(s)) for s in shapes)}")
 
 
 def check_dtype(tensors: Mapping[str, Header], name: str, *dtypes: torch.dtype) -> None:
-    if (dtype := tensors[name].dtype) not in dtypes:
+    if (dtype := _there(tensors, name).dtype) not in dtypes:
         raise Refused(f"its {name} is {dtype}, and should be {' or '.join(map(str, dtypes))}")
 
 
@@ -140,9 +144,7 @@ def as_scale(name: str, values: Tensor) -> Tensor:
 
 def scales_kind(n: int, k: int, tensors: Mapping[str, Header], name: str) -> str:
     """The kind of scales, in the words of `scales_shape`, that a tensor has for a weight [N, K]."""
-    if name not in tensors:
-        raise Refused(f"its {name} is missing")
-    shape = tensors[name].shape
+    shape = _there(tensors, name).shape
     if shape in ((), (1,), (1, 1)):
         return "tensor"
     if shape in ((n,), (n, 1), (1, n)):
