@@ -227,13 +227,13 @@ def edit(folder, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-def write_compressed(folder, preset):
+def write_compressed(folder, preset, model=None):
     """By compressed-tensors itself: a preset of its schemes, weights rounded to nearest."""
     import compressed_tensors.compressors as compressors
     import compressed_tensors.quantization as ct
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    model = llama(hidden_size=256, intermediate_size=512).bfloat16()
+    model = (model or llama(hidden_size=256, intermediate_size=512)).bfloat16()
     scheme = ct.preset_name_to_scheme(preset, ["Linear"])
     ct.apply_quantization_config(model, ct.QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
     for m in model.modules():

@@ -23,9 +23,9 @@ Batch = dict[str, Tensor]
 
 
 def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoModel") -> tuple[torch.nn.Module, Any]:
-    """(model in eval mode, tokenizer); on a CPU in float32, on a GPU in the dtype that it was stored in. auto: the class of
-    transformers that loads it; of a swapped model with a head `AutoModel` gives the model below it. Raises ValueError in one
-    sentence.
+    """(model in eval mode, tokenizer); on a CPU in float32, on a GPU, or where it holds 8 bits, in the dtype that it was stored in.
+    auto: the class of transformers that loads it; of a swapped model with a head `AutoModel` gives the model below it. One that
+    another library stored in 8 bits is loaded into layers of forwardpass. Raises ValueError in one sentence.
     """
     try:
         import transformers
@@ -36,7 +36,7 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
     if missing := [name for name in ("gguf", "accelerate") if file and importlib.util.find_spec(name) is None]:
         raise ValueError(f"reading {source.gguf} needs {' and '.join(missing)}: pip install 'forwardpass[generate]'")
     try:
-        if source.swapped:
+        if source.swapped or source.stored:
             model = checkpoint.load_transformer(source.path, device=device)
             model = getattr(model, "base_model", model) if auto == "AutoModel" else model
             config: Any = model.config
@@ -50,7 +50,7 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **file)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up where there are no files of one
             raise ValueError("there is no tokenizer beside the model: save it there with tokenizer.save_pretrained")
-        if not source.swapped:
+        if not (source.swapped or source.stored):
             # Q4_1 says nothing of the dtype that it was made from, which was bfloat16
             dtype = torch.bfloat16 if file and torch.device(device).type == "cuda" else "auto"
             # it draws a bar of its own as it reads GGUF
@@ -68,7 +68,8 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.eval().requires_grad_(False).to(device)
-    return (model.float() if torch.device(device).type == "cpu" else model), tokenizer
+    as_stored = source.stored or hasattr(model, "hf_quantizer")  # which transformers does not convert
+    return (model.float() if torch.device(device).type == "cpu" and not as_stored else model), tokenizer
 
 
 def _forget_file(model: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from ..integrations import sentence_transformers as sentences
 from ..swap import checkpoint
 from ..swap.folder import RECORD
+from ..swap.stored import checkpoint as stored_checkpoint
 
 #: how the classes of decoders end, as transformers names them
 DECODERS = ("ForCausalLM", "LMHeadModel")
@@ -66,6 +67,7 @@ class Source:
     path: str
     origin: str
     swapped: bool = False
+    stored: bool = False  #: whether another library stored it in 8 bits, which are taken over
     gguf: str | None = None  #: the file in that folder that has all of it
 
     def around(self) -> dict[str, Any] | None:
@@ -105,6 +107,8 @@ def find_model(name: str) -> Source:
             return Source(str(folder), f"the swapped model in the folder {folder.resolve()}", swapped=True)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} is a folder without a config.json: pass one that save_pretrained wrote")
+        if stored_checkpoint.is_there(folder):
+            return Source(str(folder), f"the 8-bit model in the folder {folder.resolve()}", stored=True)
         return Source(str(folder), f"the folder {folder.resolve()}")
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"{name} is neither a folder, nor a hub id, nor one of {', '.join(PACKAGED)}: check the path")

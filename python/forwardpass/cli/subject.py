@@ -42,6 +42,9 @@ def find(name: str, where: str, console: Console, swaps: bool) -> tuple[Source, 
     whether the command takes the originals of its layers, which a swapped model that was saved has not.
     """
     source = find_model(name)
+    if source.stored and swaps:
+        raise ValueError(f"{name} holds a model whose layers have 8 bits already: `forwardpass swap` runs it as it is; give this "
+                         "command the original model")  # fmt: skip
     if source.swapped and swaps:
         raise ValueError(f"{name} holds a model that is swapped already, without its original layers: give this command the "
                          "original model")  # fmt: skip

@@ -223,11 +223,12 @@ def load_transformer(folder: str | os.PathLike[str], *, device: str | torch.devi
     needed.
     """
     model = _load(folder, None, device, lambda around, transformer, _: sentences.bare(around, transformer))
-    return sentences.transformer_of(model) if description(folder) else model
+    is_wrapped = (pathlib.Path(folder) / RECORD).is_file() and description(folder)
+    return sentences.transformer_of(model) if is_wrapped else model
 
 
 def description(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What sentence-transformers has around the model of a checkpoint, if anything."""
+    """What sentence-transformers has around the model of a checkpoint of forwardpass, if anything."""
     around: dict[str, Any] | None = _read_record(pathlib.Path(folder))["around"]
     return around
 

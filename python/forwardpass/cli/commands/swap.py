@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pathlib
 import warnings
 from typing import Annotated
@@ -17,6 +18,7 @@ from ...integrations import sentence_transformers as sentences
 from ...integrations.kv_scales import KV_CACHES
 from ...swap import checkpoint
 from ...swap.folder import check_folder
+from ...swap.precision import STORED
 from .. import comparison, embedding
 from ..console import print_swap, tracking
 from ..options import (
@@ -38,6 +40,7 @@ from ..options import (
     share_of,
     write_json,
 )
+from ..stored import as_reported
 from ..subject import load
 
 
@@ -64,10 +67,17 @@ def swap(
 ) -> None:  # fmt: skip
     """Swaps a text embedding model, a cross-encoder or a decoder, runs it on real text before and after, and shows what changed.
 
-    A folder of sentence-transformers says itself how texts are pooled and prompted, or that pairs are scored. Of a decoder tokens
-    a second are timed, those of prompts and those that it generates apart, and its perplexity is compared."""
+    Of a folder that another library stored in 8 bits the bytes are taken over as they are, without --precision; what was before
+    is the model that transformers loads from it. A folder of sentence-transformers says itself how texts are pooled and
+    prompted, or that pairs are scored. Of a decoder tokens a second are timed, those of prompts and those that it generates
+    apart, and its perplexity is compared."""
     console = Console(stderr=json == "-")
-    precision, planned, calibrates = precision_or_plan(precision, plan)
+    with refusing(ValueError, OSError):
+        stored = embedding.find_model(model).stored
+        if stored and (precision, plan, calibrate, kv_cache, include) != (None, None, None, None, None):
+            raise ValueError(f"{model} holds a model whose layers have 8 bits already, which are taken over as they are: drop "
+                             "--precision, --plan, --calibrate, --include and --kv-cache")  # fmt: skip
+    precision, planned, calibrates = (STORED.name, None, False) if stored else precision_or_plan(precision, plan)
     limit_of_perplexity = share_of(max_perplexity_increase) or 0.0
     where = prepare(device, json, read=(model, plan, text, calibrate))
     with refusing(ValueError, OSError):
@@ -75,38 +85,46 @@ def swap(
             if json and pathlib.Path(json).resolve() == pathlib.Path(save).resolve():
                 raise ValueError(f"--json and --save are both {save}: give each a path of its own")
             check_folder(save, [embedding.find_model(model).path], overwrite)
-        subject = load(model, where, text, calibrate, calibrates, console)
+        subject = load(model, where, text, calibrate, calibrates, console, swaps=not stored)
         decoder = subject.source.decoder
         batch = batch or (1 if decoder else 8)
         if decoder:
             embedding.check_length(length + steps, subject.tokenizer, subject.model)
         timed = embedding.full_batch(subject.tokenizer, subject.texts, batch, length, subject.model, where)
-    swapped = copy.deepcopy(subject.model)  # both are wanted at once: their timing takes turns
     with tracking() as track:
-        track(subject.swapping(), None)
-        with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the report has them too
-            report = fp.swap(
-                swapped,
-                precision=precision,
-                plan=planned,
-                calibrate=subject.calibration,
-                include=include or (),
-                kv_cache=kv_cache,
-            )
+        if stored:
+            track("loading it with transformers", None)
+            swapped = subject.model
+            with refusing(ValueError):
+                source = dataclasses.replace(subject.source, stored=False)
+                original, _ = embedding.load(source, where, subject.readout.auto)
+            reported, padding = as_reported(swapped, original), ""
+        else:
+            original, swapped = subject.model, copy.deepcopy(subject.model)  # both at once: their timing takes turns
+            track(subject.swapping(), None)
+            with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the report has them too
+                report = fp.swap(
+                    swapped,
+                    precision=precision,
+                    plan=planned,
+                    calibrate=subject.calibration,
+                    include=include or (),
+                    kv_cache=kv_cache,
+                )
+            reported, padding = report.to_json(), str(report.unpadding)
         if decoder:
             compared = comparison.compare_decoding(
-                subject.model, swapped, subject.batches, timed, steps, subject.readout, track
+                original, swapped, subject.batches, timed, steps, subject.readout, track
             )
         else:
-            compared = comparison.compare(subject.model, swapped, subject.batches, timed, subject.readout, track)
+            compared = comparison.compare(original, swapped, subject.batches, timed, subject.readout, track)
     if save:
         with refusing(ValueError, OSError):
             around = subject.source.around()
             named = swapped if around is None else sentences.bare(around, swapped)
             checkpoint.write(named, around, save, overwrite)
             subject.tokenizer.save_pretrained(save)
-    reported = report.to_json()
     if not (reported["swapped"] or reported["attention"]):  # what two timings of one model differ by is no speed-up
         compared |= {"speedup": None, "reasons": {**compared["reasons"], "speedup": "nothing was changed"}}
     if decoder:
@@ -119,8 +137,8 @@ def swap(
         "schema": "forwardpass.swap/1",
         "model": {"name": model, "origin": subject.source.origin},
         "readout": subject.readout.describe(),
-        "padding": str(report.unpadding),
-        "kv_cache": report.kv_cache,
+        "padding": padding,
+        "kv_cache": reported["kv_cache"],
         "precision": precision,
         "plan": plan,
         **{

@@ -120,6 +120,16 @@ def _layer_name(names: Mapping[str, list[str]]) -> str:
     return next(iter(names.values()))[0].rpartition(".")[0]
 
 
+def is_there(folder: pathlib.Path) -> bool:
+    """Whether config.json, or modelopt's own, names a format that is read."""
+    try:
+        config = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
+        quantization = config.get("quantization_config") or read_json(folder / _MODELOPT, "config", _FIX)
+    except (ValueError, OSError):
+        return False
+    return isinstance(quantization, Mapping) and quantization.get("quant_method", "modelopt") in FORMATS
+
+
 def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
     """The checkpoint in a folder, if there is one of another library's.
 
