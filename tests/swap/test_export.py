@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import transformers
+from command_line import NO_MINILM
 from small_models import build, outputs
 from stored_formats import layers_of, llama
 
 import forwardpass as fp
+from forwardpass.cli import embedding
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 
@@ -65,6 +67,30 @@ def test_a_plan_of_several_precisions(tmp_path):
     if pytest.importorskip("compressed_tensors"):
         reference = outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), X)
         assert (reference - outputs(model, X)).norm() < 0.05 * reference.norm()
+
+
+@pytest.mark.skipif(NO_MINILM, reason="the extra demo is not installed")
+@torch.inference_mode()
+def test_a_plan_of_minilm(tmp_path):
+    """Of three precisions, as a measured one has them: read back to the bit, and by compressed-tensors within kernel error."""
+    pytest.importorskip("compressed_tensors")
+    model, tokenizer = embedding.load(embedding.find_model("minilm"))
+    by_hand = {"**.attention.self.*": "w8a16", "**.intermediate.dense": "int8", "pooler.dense": "bf16", "**": "w8a16"}
+    plan = fp.swap(model, by_hand, dry_run=True).plan
+    assert len(fp.swap(model, plan=plan).swapped) == 37
+    fp.export_pretrained(model, tmp_path)
+    batch = dict(tokenizer(embedding.builtin_texts()[1][:4], padding=True, return_tensors="pt"))
+    tokens = batch["attention_mask"].bool()
+    y, again = (m(**batch).last_hidden_state[tokens] for m in (model, fp.load_pretrained(tmp_path)))
+    assert torch.equal(y, again)
+    reference = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    theirs = reference(**batch).last_hidden_state[tokens]
+    assert torch.nn.functional.cosine_similarity(theirs, y, dim=-1).min() > 0.998
+    stored = {fqn: m for fqn, m in layers_of(model).items() if not isinstance(m, fp.nn.Bf16Linear)}
+    assert len(stored) == 36
+    for fqn, layer in stored.items():
+        weight = reference.get_submodule(fqn).weight.double()
+        torch.testing.assert_close(weight, layer._dequantized_weight(), rtol=2e-7, atol=0)
 
 
 @torch.inference_mode()

@@ -256,10 +256,10 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
             )
         return {fqn: names[fqn] for fqn in layers}
     swapped = originals.find(model)
-    if swapped is None or not swapped.restorable:
+    if swapped is None or not all(s.restorable for s in swapped.all()):
         why = "was loaded or copied" if swapped is None else "was swapped with keep=False"
         raise ValueError(f"this model {why} and has no originals to compare with: pass reference=, the original model")
-    by_fqn = {x.fqn: x.original for x in swapped.layers}
+    by_fqn = {x.fqn: x.original for s in swapped.all() for x in s.layers}
     if missing := [fqn for fqn in layers if fqn not in by_fqn]:
         raise ValueError(
             f"{missing[0]} was not put there by fp.swap and has no original: pass reference=, the original model"
@@ -305,7 +305,7 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
     assert swapped is not None
     elsewhere = [
         (originals.Moved((), device), device, layer.original)
-        for layer in swapped.layers
+        for layer in (x for s in swapped.all() for x in s.layers)
         if device_of(layer.original) != (device := device_of(layer.replacement))
     ]
     with ExitStack() as stack:
@@ -318,6 +318,7 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
                 after=lambda place, *_: place[0].undo(),
             )
         )
-        swapped.undo(model)
-        stack.callback(swapped.put, model)
+        for s in swapped.all():
+            s.undo(model)
+            stack.callback(s.put, model)
         yield

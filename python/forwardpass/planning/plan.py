@@ -21,7 +21,7 @@ from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
 from ..swap import originals
 from ..swap.attention import check_choice, decide_attention
-from ..swap.decision import refuse_model
+from ..swap.decision import refuse_model, refuse_swapped
 from ..swap.kv_cache import decide_kv_cache
 from ..swap.patterns import patterns
 from ..swap.plan import Plan
@@ -147,6 +147,7 @@ def plan(
     check_choice(attention, False)
     check_unpad(unpad)
     leaves = linear_like(model)
+    refuse_swapped(model)
     refuse_model(model, leaves)
     leaves += experts_leaves(model)
     samples = _listed("batches", batches)

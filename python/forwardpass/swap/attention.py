@@ -22,7 +22,7 @@ from ..nn import MultiheadAttention
 from ..ops.attention import ATTENTION, faster_than_torch
 from ..ops.common.quantized_rows import FLOATS
 from . import rules
-from .originals import Replaced
+from .originals import Replaced, is_swapped_attention
 from .report import Skipped, SwappedAttention
 from .walker import Leaf, leaves
 
@@ -42,13 +42,16 @@ def check_choice(attention: str | bool, planned: bool) -> None:
 
 def attention_like(model: nn.Module) -> list[Leaf]:
     """Modules that compute attention: torch's, those that transformers dispatches, and others that are called Attention and
-    have no attention below."""
+    have no attention below. Not what is swapped already."""
     has_attention_below: set[int] = set()
     looks_like_attention = leaves(model, _by_its_looks)
     for leaf in looks_like_attention:
         has_attention_below.update(id(ancestor) for _, ancestor in leaf.ancestors)
     return [
-        leaf for leaf in looks_like_attention if _swappable(leaf.module) or id(leaf.module) not in has_attention_below
+        leaf
+        for leaf in looks_like_attention
+        if (_swappable(leaf.module) or id(leaf.module) not in has_attention_below)
+        and not is_swapped_attention(leaf.module)
     ]
 
 

@@ -123,13 +123,18 @@ def _by_hand(leaf: Leaf, presets: Presets, calibrated: bool) -> LayerPrecision |
     return None if preset is None else LayerPrecision(preset, calibrates)
 
 
+def refuse_swapped(model: nn.Module, remaining: str = "") -> None:
+    """RuntimeError where a model is swapped already; remaining: what there is to say of what is not."""
+    if swapped := [*originals.quantised_layers(model), *originals.swapped_attention(model)]:
+        fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
+        text = f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …)"
+        raise RuntimeError(f"{text}{remaining}: {fix}")
+
+
 def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
                          "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
-    if swapped := [*originals.quantised_layers(model), *originals.swapped_attention(model)]:
-        fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
-        raise RuntimeError(f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …): {fix}")
     if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
         raise ValueError("every Linear layer of this model is on the meta device, without values: load its weights "
                          "first, or fill it from a checkpoint with fp.load_pretrained(folder, "

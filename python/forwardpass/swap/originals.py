@@ -10,7 +10,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,16 @@ class Originals:
     changes: tuple[Change, ...]  #: others, made after attention's
     #: activations that layers compute now, with nn.Identity in their places, and norms that quantise for an MLP
     around: tuple[Replaced, ...] = ()
+    before: Originals | None = (
+        None  #: that of an earlier swap of the same model, which left alone what this one replaced
+    )
+
+    def all(self) -> Iterator[Originals]:
+        """This swap and those before it, the newest first."""
+        swapped: Originals | None = self
+        while swapped is not None:
+            yield swapped
+            swapped = swapped.before
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -77,6 +87,7 @@ class Originals:
         for change in (*reversed(self.changes), self.attention):
             change.undo()
         saving.allow(model)
+        saving.refuse(model)  # what an earlier swap replaced is still there
 
 
 _exchanging = threading.Lock()  #: two threads that swap one model: the second finds it changed
@@ -98,7 +109,7 @@ def forget(model: nn.Module) -> None:
 
 
 def find(model: nn.Module) -> Originals | None:
-    """What was replaced in this model, or None: never swapped, restored, a copy, or loaded."""
+    """What was replaced in this model, by the newest of its swaps, or None: never swapped, restored, a copy, or loaded."""
     entry = _swapped.get(id(model))
     return entry[1] if entry else None
 
@@ -169,7 +180,8 @@ def identities(layers: Iterable[tuple[Leaf, QuantizedModule]]) -> tuple[Replaced
 
 
 def restore(model: nn.Module) -> None:
-    """Puts the original modules back: the same Module and Parameter objects, values and dtypes bit for bit.
+    """Puts the original modules back, of all swaps of this model: the same Module and Parameter objects, values and dtypes bit
+    for bit.
 
     They arrive on the device that the model is on now, with the training flags that it has now; requires_grad,
     gradients and dtype are as they were. Hooks and attributes that were set on the replacements go with them.
@@ -190,22 +202,34 @@ def restore(model: nn.Module) -> None:
     swapped = find(model)
     if swapped is None:
         raise RuntimeError(_why_nothing(model))
-    if not swapped.restorable:
+    undo_swaps(model, [*swapped.all()])
+
+
+def undo_swaps(model: nn.Module, swaps: Sequence[Originals]) -> None:
+    """Undoes these, the newest of a model, the newest first: all or none. Raises RuntimeError as `restore` does."""
+    if not all(swapped.restorable for swapped in swaps):
         raise RuntimeError(
             "this model was swapped with keep=False, so its originals are gone: load the original model again"
         )
-    moved = Moved((), torch.device("cpu"))
+    moved, undone = Moved((), torch.device("cpu")), []
     try:
-        for layer in swapped.layers:
+        for layer in (x for swapped in swaps for x in swapped.layers):
             device = device_of(layer.replacement)
             if device.type != "meta":  # there is nothing there to be restored to
                 moved.add(layer.original, device)
-        swapped.undo(model)
+        for swapped in swaps:
+            swapped.undo(model)
+            undone.append(swapped)
     except BaseException:
+        for swapped in reversed(undone):
+            swapped.put(model)
         moved.undo()
         raise
-    forget(model)
-    layers = swapped.replaced
+    if (earlier := swaps[-1].before) is None:
+        forget(model)
+    else:
+        remember(model, earlier)
+    layers = [x for swapped in swaps for x in swapped.replaced]
     for layer in layers:
         flags = {m: m.training for m in layer.replacement.modules()}
         layer.original.train(layer.replacement.training)
@@ -214,7 +238,7 @@ def restore(model: nn.Module) -> None:
     hooked = [x.fqn for x in layers if any(m._forward_hooks or m._forward_pre_hooks for m in x.replacement.modules())]
     if hooked:
         warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
-                      "register them again on the restored layers", stacklevel=2)  # fmt: skip
+                      "register them again on the restored layers", stacklevel=3)  # fmt: skip
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
@@ -240,11 +264,11 @@ def separate_layers(model: nn.Module) -> tuple[dict[str, QuantizedModule], dict[
 
 def swapped_attention(model: nn.Module) -> list[str]:
     """The names of the modules whose attention is swapped."""
-    return [
-        fqn
-        for fqn, m in model.named_modules()
-        if isinstance(m, MultiheadAttention) or getattr(vars(m).get(PLACE), "fused", False)
-    ]
+    return [fqn for fqn, m in model.named_modules() if is_swapped_attention(m)]
+
+
+def is_swapped_attention(module: nn.Module) -> bool:
+    return isinstance(module, MultiheadAttention) or getattr(vars(module).get(PLACE), "fused", False)
 
 
 def _why_nothing(model: nn.Module) -> str:

@@ -151,10 +151,11 @@ class Report:
         self._model, self._swap = weakref.ref(model), weakref.ref(swapped)
 
     def _current(self) -> tuple[nn.Module, originals.Originals] | None:
-        """The model and its swap, while this report still describes it: not restored since, perhaps swapped again."""
+        """The model and its swap, while it is there: not restored since, perhaps swapped again."""
         model = self._model() if self._model else None
         swap = self._swap() if self._swap else None
-        return (model, swap) if model is not None and swap is not None and originals.find(model) is swap else None
+        newest = originals.find(model) if model is not None else None
+        return (model, swap) if model and swap and newest and any(s is swap for s in newest.all()) else None
 
     def save_plan(self, path: str) -> None:
         """Writes the plan as JSON; `fp.swap(model, plan=path)` replays it."""
@@ -192,7 +193,11 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if current := self._current():
-            originals.restore(current[0])
+            model, swap = current
+            newest = originals.find(model)
+            assert newest is not None
+            swaps = [*newest.all()]
+            originals.undo_swaps(model, swaps[: swaps.index(swap) + 1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": None, "_swap": None}

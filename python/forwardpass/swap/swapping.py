@@ -20,7 +20,7 @@ from ..ops.common.quantized_rows import FLOATS
 from ..version import __version__
 from . import originals
 from .attention import AttentionSwap, check_choice
-from .decision import Decision, decide, refuse_model, refuse_skips
+from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
 from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
@@ -102,7 +102,8 @@ def swap(
         ValueError: not exactly one of precision and plan is given; there is no such precision; the plan is of another model, of
             other calibration batches or damaged; calibration does not go with the precision; the model is itself a Linear, or
             has no values yet.
-        RuntimeError: the model is swapped already.
+        RuntimeError: the model is swapped already, and nothing is left to swap. A second call swaps what the first left alone,
+            with a report and a plan of its own; `fp.restore` undoes both.
         FileNotFoundError: there is no plan file of this name.
         Unsupported: with strict=True, a layer would be skipped.
         After any exception, an interrupt included, the model is as it was.
@@ -130,12 +131,19 @@ def swap(
     )
     leaves = linear_like(model)
     refuse_model(model, leaves)
+    again = bool(originals.quantised_layers(model) or originals.swapped_attention(model))
+    if originals.swapped_attention(model):
+        if attention is True or kv_cache is not None:
+            refuse_swapped(model, ", with their attention, and attention=True and kv_cache= belong to that call")
+        attention, unpad = False, False
     leaves += experts_leaves(model)
     loaded = Plan.load(plan) if plan is not None else None
     calibrated = calibrate is not None
     decision = decide(
         context, leaves, presets, loaded, attention=attention, unpad=unpad, kv_cache=kv_cache, calibrated=calibrated
     )
+    if again and not (decision.swapped or decision.attention.swapped):
+        refuse_swapped(model, ", and nothing else that would be swapped")
     if strict:
         refuse_skips(decision.skipped)
     notes = _warnings(decision)
@@ -218,7 +226,8 @@ def _carry_out(
         replacements.clear()
         layers, around = joined.build()
         changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
-        report.attach(model, _install(model, originals.Originals(layers, True, change, changes, around), keep))
+        changed = originals.Originals(layers, True, change, changes, around, originals.find(model))
+        report.attach(model, _install(model, changed, keep))
     return report
 
 
@@ -315,7 +324,9 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
 def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
     changed.put(model)
-    swapped = changed if keep else originals.Originals((), False, changed.attention, changed.changes)
+    swapped = (
+        changed if keep else originals.Originals((), False, changed.attention, changed.changes, (), changed.before)
+    )
     try:
         originals.remember(model, swapped)
         originals.Moved(
@@ -325,7 +336,10 @@ def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -
         )
     except BaseException:
         changed.undo(model)
-        originals.forget(model)
+        if changed.before is None:
+            originals.forget(model)
+        else:
+            originals.remember(model, changed.before)
         raise
     return swapped
 
