@@ -202,7 +202,7 @@ def test_tokens_and_choices(kind):
     assert torch.equal(new(x, torch.full_like(index, E), weights), torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8_block"])
+@pytest.mark.parametrize("kind", ["int8", "fp8_block", "w8a16_fp8_group"])
 @pytest.mark.parametrize("name", ["Gpt", "Plain"])
 @torch.inference_mode()
 def test_kept_and_moved(name, kind):
@@ -230,7 +230,9 @@ def test_compiled():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="kind must be one of int8, fp8, fp8_block, w8a16, not 'int4'"):
+    with pytest.raises(
+        ValueError, match=r"kind must be one of int8, fp8, fp8_block, w8a16, w8a16_group, .*, not 'int4'"
+    ):
         fp.nn.Experts(E, H, I, kind="int4")
     with pytest.raises(ValueError, match="activation must be one of"):
         fp.nn.Experts(E, H, I, kind="int8", gated=False, activation="silu_mul")

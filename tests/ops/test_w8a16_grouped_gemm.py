@@ -37,7 +37,11 @@ def test_triton(case, arch, seed):
 
 def test_groups_of_columns_are_not_for_cuda():
     args = cases.Case((3, 0), 16, 200, groups=True).arguments()
-    with fp.interpret("sm_80"), fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match=r"one scale a row.*Triton"):
+    with (
+        fp.interpret("sm_80"),
+        fp.use_backend("cuda"),
+        pytest.raises(fp.Unsupported, match=r"a scale for each row.*Triton"),
+    ):
         OPERATION(*args)
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from command_line import NO_MINILM
 from small_models import build, outputs
-from stored_formats import layers_of, llama
+from stored_formats import layers_of, llama, mixture
 
 import forwardpass as fp
 from forwardpass.cli import embedding
@@ -91,6 +91,29 @@ def test_a_plan_of_minilm(tmp_path):
     for fqn, layer in stored.items():
         weight = reference.get_submodule(fqn).weight.double()
         torch.testing.assert_close(weight, layer._dequantized_weight(), rtol=2e-7, atol=0)
+
+
+@torch.inference_mode()
+def test_names_are_those_of_the_hub(tmp_path):
+    """Where transformers has others in a model."""
+    from safetensors.torch import load_file
+
+    model = mixture("MixtralForCausalLM")
+    fp.swap(model, {"**.q_proj": "int8", "**.self_attn.*": "w8a16"})
+    y = outputs(model, X)
+    fp.export_pretrained(model, tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    hub = "model.layers.1.block_sparse_moe"
+    assert {
+        f"{hub}.experts.gate_up_proj",
+        f"{hub}.gate.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+    } <= names
+    again = fp.load_pretrained(tmp_path)
+    assert len(layers_of(again)) == 8 and torch.equal(outputs(again, X), y)
+    pytest.importorskip("compressed_tensors")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (outputs(reference, X) - y).norm() < 0.05 * y.norm()
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from ..swap.precision import STORED
 
 
 def as_reported(model: nn.Module, before: nn.Module) -> dict[str, Any]:
-    """Of a model whose bytes were taken over, and the one that transformers has of the same folder: entries of a report's JSON."""
+    """Entries of a report's JSON, for a model whose bytes were taken over; before: what transformers has of the same folder."""
     layers, _ = originals.separate_layers(model)
     stays = [name for name, m in model.named_modules() if is_linear(m)]
     reason = {"code": "floats", "text": "the file holds no 8 bits of it", "fix": ""}

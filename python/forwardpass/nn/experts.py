@@ -181,7 +181,7 @@ class Experts(QuantizedModule):
 
     @property
     def scales(self) -> str:
-        """Of weights, as `quantize_weight` names them."""
+        """What of a weight has a scale, as `quantize_weight` names it."""
         return _KINDS[self.kind][2]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,9 +64,12 @@ def export_pretrained(
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
     folder = check_folder(folder, model_config.sources(model), overwrite)
     tensors = dict(_tensors(model, layers))
+    names = _as_on_the_hub(model, tensors)
+    tensors = {names[name]: t for name, t in tensors.items()}
+    layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(tensors, folder, max_shard_size)
-    config["quantization_config"] = _quantization_config(model, schemes)
+    config["quantization_config"] = _quantization_config(model, schemes, layer_names)
     if _is_untied(model, layers):
         config["tie_word_embeddings"] = False
     if generation is not None:
@@ -115,14 +118,35 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
     )
 
 
-def _quantization_config(model: nn.Module, schemes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _as_on_the_hub(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The names that tensors have in files on the hub, which other programs read, by the model's.
+
+    What a class of transformers has in stacks, and files one by one, stays in stacks: its reader of compressed-tensors takes
+    experts of floats in no other way (5.24).
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+    except ImportError:  # before transformers 5 models have those names
+        return {name: name for name in names}
+    transforms: Any = getattr(model, "_weight_conversions", None)
+    if transforms is None:  # not read from a file, whose prefix would be known
+        transforms = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+        transforms = [t for t in transforms if not isinstance(t, PrefixChange)]
+    renamings: Any = [t.reverse_transform() for t in reversed(transforms) if isinstance(t, WeightRenaming)]
+    return {name: apply_renamings(name, renamings) for name in names}
+
+
+def _quantization_config(
+    model: nn.Module, schemes: Mapping[str, dict[str, Any]], names_in_file: Mapping[str, str]
+) -> dict[str, Any]:
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for fqn, scheme in schemes.items():
         same = next((names for other, names in groups if other == scheme), None)
         if same is None:
-            groups.append((scheme, [fqn]))
+            groups.append((scheme, [names_in_file[fqn]]))
         else:
-            same.append(fqn)
+            same.append(names_in_file[fqn])
     formats = {scheme["format"] for scheme, _ in groups}
     linears = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Bf16Linear))
     return {
@@ -133,7 +157,7 @@ def _quantization_config(model: nn.Module, schemes: Mapping[str, dict[str, Any]]
             f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else names, **scheme}
             for i, (scheme, names) in enumerate(groups)
         },
-        "ignore": [name for name in linears if name not in schemes],
+        "ignore": [names_in_file.get(name, name) for name in linears if name not in schemes],
         "kv_cache_scheme": None,
     }
 

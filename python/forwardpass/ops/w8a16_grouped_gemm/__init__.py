@@ -75,7 +75,9 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | No
 
 def _why_not_cuda(x: Tensor, w: Tensor, w_scale: Tensor, *options: object) -> Reason | None:
     if w_scale.dim() == 3:
-        return Reason("scales", "this kernel has one scale a row, and w_scale has groups of columns", "use Triton's")
+        return Reason(
+            "scales", "this kernel has a scale for each row, and w_scale has them for groups of columns", "use Triton's"
+        )
     return why_not_gpu(x)
 
 

@@ -170,7 +170,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _headers(folder: pathlib.Path) -> tuple[dict[str, Header], dict[str, str]]:
-    """Of every tensor, and what the files say besides."""
+    """Those of every tensor, and what the files say besides."""
     safetensors = safetensors_module()
     headers: dict[str, Header] = {}
     metadata: dict[str, str] = {}

@@ -152,7 +152,7 @@ def _of_expert(module: nn.Module, stack: str, e: int, parts: int, recipe: Recipe
 
 
 def _kind(stored: EightBits) -> str:
-    """Of `fp.nn.Experts`."""
+    """The kind of `fp.nn.Experts` that computes with it."""
     in_groups = stored.kind in ("group", "block")
     if stored.multiplies_as_8_bits:
         if stored.weight.dtype == torch.int8:
@@ -162,7 +162,7 @@ def _kind(stored: EightBits) -> str:
 
 
 def stacked(headers: list[Header], experts: int) -> Header:
-    """Of a stack that these are put into: as many of each expert, one above the other."""
+    """What a stack of these is, as many of each expert, one above the other."""
     first, each = headers[0], len(headers) // experts
     if len(headers) % experts or any(h != first for h in headers):
         raise Refused(f"its {experts} experts have {len(headers)} tensors, or not all of one shape and dtype")
