@@ -266,7 +266,7 @@ def _finish(model: nn.Module) -> nn.Module:
             raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
     for leaf, recipe in stored_experts(model):
         try:
-            layers[leaf.fqn] = leaf, recipe.module(leaf.module)
+            layers[leaf.fqn] = leaf, recipe.module(leaf.module, in_place=True)
             leaf.module._parameters = dict.fromkeys(leaf.module._parameters)
         except Refused as e:
             raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None

@@ -39,8 +39,9 @@ class StoredExperts:
     parts: int  #: of the up projection: gate and up are two
     activation: str | None  #: that the module computes in between
 
-    def module(self, original: nn.Module) -> Experts:
-        """The experts that compute with copies of its tensors. Raises Refused."""
+    def module(self, original: nn.Module, in_place: bool = False) -> Experts:
+        """The experts that compute with copies of its tensors; in_place: with its own memory where that has the same form, and in
+        which rows are arranged anew. Raises Refused."""
         up_name, down_name = weight_names(original)
         experts, intermediate, hidden = self.sizes
         first = self.up.read(_of_expert(original, up_name, 0, self.parts, self.up)[0])
@@ -58,6 +59,14 @@ class StoredExperts:
             ("up", up_name, self.up, self.parts),
             ("down", down_name, self.down, 1),
         ):
+            stack, empty = original._parameters.get(original_name), getattr(new, f"{name}_weight")
+            same = stack is not None and (stack.shape, stack.dtype, stack.stride()) == (
+                empty.shape,
+                empty.dtype,
+                empty.stride(),
+            )
+            if in_place and stack is not None and same and stack.data_ptr() % 16 == 0:
+                setattr(new, f"{name}_weight", stack.detach())
             for e in range(experts):
                 tensors = _of_expert(original, original_name, e, parts, recipe)
                 stored = [recipe.read(of_part) for of_part in tensors]
