@@ -69,7 +69,7 @@ class Originals:
         swapped: Originals | None = self
         while swapped is not None:
             yield swapped
-            swapped = swapped.before
+            swapped = swapped.earlier
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -225,7 +225,7 @@ def undo_swaps(model: nn.Module, swaps: Sequence[Originals]) -> None:
             swapped.put(model)
         moved.undo()
         raise
-    if (earlier := swaps[-1].before) is None:
+    if (earlier := swaps[-1].earlier) is None:
         forget(model)
     else:
         remember(model, earlier)

@@ -226,7 +226,7 @@ def _carry_out(
         replacements.clear()
         layers, around = joined.build()
         changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
-        changed = originals.Originals(layers, True, change, changes, around, originals.find(model))
+        changed = originals.Originals(layers, True, change, changes, around, earlier=originals.find(model))
         report.attach(model, _install(model, changed, keep))
     return report
 
@@ -325,7 +325,7 @@ def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -
     """The only step that changes the model: all replacements, or none."""
     changed.put(model)
     swapped = (
-        changed if keep else originals.Originals((), False, changed.attention, changed.changes, (), changed.before)
+        changed if keep else originals.Originals((), False, changed.attention, changed.changes, earlier=changed.earlier)
     )
     try:
         originals.remember(model, swapped)
@@ -336,10 +336,10 @@ def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -
         )
     except BaseException:
         changed.undo(model)
-        if changed.before is None:
+        if changed.earlier is None:
             originals.forget(model)
         else:
-            originals.remember(model, changed.before)
+            originals.remember(model, changed.earlier)
         raise
     return swapped
 
