@@ -27,6 +27,7 @@ from .swap import (
     swap,
 )
 from .swap.auto_model import register_when_imported as _register_when_imported
+from .swap.late_adapters import register_when_imported as _check_adapters_when_imported
 from .version import __version__ as __version__
 
 __all__ = [
@@ -57,6 +58,7 @@ def __getattr__(name: str) -> _Any:
 
 
 _register_when_imported()
+_check_adapters_when_imported()
 
 if _os.environ.get("FORWARDPASS_INTERPRET"):
     from .interpreter.device import interpret_process as _interpret_process

@@ -219,7 +219,7 @@ SKIPS = {
     "parametrize": (lambda: sequential(nn.utils.parametrizations.orthogonal(nn.Linear(64, 64))), {"0": "parametrized"}),
     "weight_norm": (lambda: changed(lambda m: nn.utils.parametrizations.weight_norm(m)), {"0": "parametrized"}),
     "pruning": (lambda: changed(lambda m: prune.l1_unstructured(m, "weight", 0.5)), {"0": "parametrized"}),
-    "lora": (Lora, {"base_layer": "lora", "lora_A.default": "lora"}),
+    "lora": (Lora, {"base_layer": "adapter", "lora_A.default": "adapter"}),
     "meta": (lambda: sequential(nn.Linear(64, 64, device="meta")), {"0": "meta"}),
     "too_small": (lambda: sequential(nn.Linear(64, 63)), {"0": "too_small"}),
     "nan": (lambda: changed(lambda m: m.weight[3, 5].fill_(float("nan"))), {"0": "not_finite"}),

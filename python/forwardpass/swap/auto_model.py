@@ -8,15 +8,13 @@ fills, and then does what else the record says.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
-from importlib.machinery import ModuleSpec
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..common.imports import when_imported
 from ..nn import QuantizedLinear, QuantizedModule
 
 METHOD = "forwardpass"
@@ -33,30 +31,7 @@ def entry(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def register_when_imported() -> None:
     """Registers the quantizer as soon as transformers' quantizers are imported, or now."""
-    if _QUANTIZERS in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-class _Finder:
-    """Calls `_register` after that one module is run, and finds nothing itself."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _QUANTIZERS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            run: Callable[[Any], None] = loader.exec_module
-
-            def run_and_register(module: Any) -> None:
-                run(module)
-                _register()
-
-            loader.exec_module = run_and_register
-        return spec
+    when_imported(_QUANTIZERS, _register)
 
 
 @functools.cache

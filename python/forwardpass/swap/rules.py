@@ -26,6 +26,7 @@ from ..nn import Experts, Int8Linear
 from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
+from .adapters import BASE, reads_base
 from .patterns import Pattern
 from .precision import STORED, Precision
 from .walker import Leaf
@@ -144,10 +145,14 @@ def dotted(leaf: Leaf, context: Context, precision: Precision | None) -> Finding
 
 
 def lm_head(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
-    if leaf.name == "lm_head" or id(leaf.module) in context.output_layers:
+    if leaf.outermost.name == "lm_head" or _is_output_layer(leaf, context):
         return ("its outputs are the logits, where the error of 8 bits shows most",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None
+
+
+def _is_output_layer(leaf: Leaf, context: Context) -> bool:
+    return not context.output_layers.isdisjoint((id(leaf.module), id(leaf.outermost.module)))
 
 
 def moe_router(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
@@ -191,11 +196,22 @@ def shared(leaf: Leaf, context: Context, precision: Precision | None) -> Finding
     return None
 
 
-def lora(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
-    path = [name for name, _ in leaf.ancestors] + [leaf.name]
+def adapter(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
+    merge = "merge the adapter first (peft: model.merge_and_unload())"
+    names = [*(name for name, _ in leaf.ancestors[1:]), leaf.name]
+    below_adapters = False
+    for (_, holder), name in zip(leaf.ancestors, names):
+        kind = f"{type(holder).__module__}.{type(holder).__qualname__}"
+        if "original_module" in holder._modules and "modules_to_save" in holder._modules:
+            return f"the {kind} around it trains and stores a copy of it", "leave it, or unload the adapter"
+        if name == BASE and reads_base(holder):
+            return f"the adapter around it, a {kind}, does more than to call it: it may read its weight", merge
+        below_adapters = below_adapters or name == BASE
+        if name != BASE and (BASE in holder._modules or name.startswith("lora_")):
+            return f"it is part of an adapter, of a {kind}", merge
     beside = [*leaf.parent._modules, *leaf.parent._parameters]
-    if any(n == "base_layer" or n.startswith("lora_") for n in path) or any(n.startswith("lora_") for n in beside):
-        return "a LoRA adapter wraps it", "merge the adapter first (peft: model.merge_and_unload())"
+    if not below_adapters and any(name.startswith("lora_") for name in beside):
+        return "a LoRA adapter wraps it", merge
     return None
 
 
@@ -245,7 +261,7 @@ def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding 
 
 def tied(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     for name, other in ties(leaf, context):
-        if not (id(leaf.module) in context.output_layers and type(other.owner) is nn.Embedding):
+        if not (_is_output_layer(leaf, context) and type(other.owner) is nn.Embedding):
             return (f"its {name} is tied to {other.name}, which needs it as it is",
                     "untie them (give the layer its own copy of the weight)")  # fmt: skip
     return None  # a head gets a copy of its own, and the embedding looks its rows up as before
@@ -261,6 +277,7 @@ def ties(leaf: Leaf, context: Context) -> Iterator[tuple[str, Memory]]:
 
 
 def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    leaf = leaf.outermost  # an adapter has its layer's weight as its own
     source = _forward_source(type(leaf.parent).forward)
     if not re.search(rf"\bself\.{re.escape(leaf.name)}\.(weight|bias)\b", source):
         return None
@@ -321,7 +338,7 @@ _OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read)
 #: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
 _OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 #: The last one reads the weight.
-_MODEL = (shared, lora, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
+_MODEL = (shared, adapter, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
 _KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
 RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {
@@ -337,7 +354,8 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     """The first reason to leave a layer alone, or None. `defaults`: whether the default rules are asked; a plan
     decides itself.
     """
-    named = any(p.spells_out(leaf.fqn) for p in (*context.include, *context.by_hand))
+    names = {leaf.fqn, leaf.outermost.fqn}
+    named = any(p.spells_out(name) for name in names for p in (*context.include, *context.by_hand))
     for rule in RULES:
         if leaf.is_experts and rule.ask in _OF_LINEARS:
             continue

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..dispatch import Reason
 from ..nn.experts import experts_sizes, is_experts
 from ..nn.layer import is_conv1d, linear_weight
+from .adapters import BASE
 from .fusion import Activation, activation_behind, activation_within
 from .mlps import Block, block_of
 from .reach import Reach
@@ -31,6 +32,15 @@ class Leaf:
     block: Block | Reason | None = None  #: the MLP whose first layer it is, or why that is no module of its own
 
     is_experts: ClassVar[bool] = False
+
+    @property
+    def outermost(self) -> Leaf:
+        """What the model knows it as: the outermost of the adapters that hold it as `base_layer`, or itself."""
+        if self.name != BASE or len(self.ancestors) < 2:
+            return self
+        (name, adapter), parent = self.ancestors[-1], self.ancestors[-2][1]
+        fqn = self.fqn.removesuffix(f".{BASE}")
+        return Leaf(fqn, adapter, parent, name, self.ancestors[:-1], (fqn,)).outermost
 
     @property
     def weight(self) -> Tensor:
@@ -105,7 +115,7 @@ def experts_leaves(model: nn.Module) -> list[Leaf]:
 
 def linear_leaves(model: nn.Module) -> list[Leaf]:
     """The same without their activations, whose proof reads the model's code: for names and shapes."""
-    return leaves(model, lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
+    return leaves(model, lambda m: (isinstance(m, nn.Linear) or is_conv1d(m)) and BASE not in m._modules)  # no adapter
 
 
 def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool], kind: type[Leaf] = Leaf) -> list[Leaf]:

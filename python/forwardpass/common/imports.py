@@ -1,0 +1,47 @@
+"""What is to be done as soon as an optional package is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+
+def when_imported(name: str, action: Callable[[], None]) -> None:
+    """Calls `action` after the module of this name has run, or now where it has."""
+    if name in sys.modules:
+        action()
+        return
+    _finder.actions[name] = action
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+class _Finder:
+    """Calls each action after its module is run, and finds nothing itself; where none is left it goes."""
+
+    def __init__(self) -> None:
+        self.actions: dict[str, Callable[[], None]] = {}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        action = self.actions.pop(name, None)
+        if action is None:
+            return None
+        if not self.actions:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            run: Callable[[Any], None] = loader.exec_module
+
+            def run_and_act(module: Any) -> None:
+                run(module)
+                action()
+
+            loader.exec_module = run_and_act
+        return spec
+
+
+_finder = _Finder()
