@@ -332,3 +332,14 @@ def test_compiled():
     x = torch.randn(3, 136)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), layer(x))
+
+
+def test_below_hooks_of_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.dispatch_model(adapted(), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    before = logits(model)
+    report = fp.swap(model, "int8")
+    assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer" in swapped_names(report)
+    assert close(logits(model), before)
+    fp.restore(model)
+    assert torch.equal(logits(model), before)

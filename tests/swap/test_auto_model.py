@@ -13,8 +13,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import forwardpass as fp
 from forwardpass.nn import GatedMLP
-from forwardpass.nn.mlp import TwoProducts
-from forwardpass.swap import auto_model
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 
@@ -65,25 +63,6 @@ def test_other_dtypes_and_devices(tmp_path):
     assert (
         y.dtype == torch.bfloat16 and (y - expected).norm() < 0.02 * expected.norm()
     )  # rotary frequencies stay float32
-
-
-@torch.inference_mode()
-def test_layers_stay_apart_where_accelerate_has_hooks(tmp_path, monkeypatch):
-    """As with device_map over several devices; layers keep their activations."""
-    model, x = build("gpt2"), batch("gpt2")
-    fp.swap(model, "w8a16", include="**", exclude="lm_head")
-    fp.save_pretrained(model, tmp_path)
-    put = auto_model._Filled.__init__
-
-    def hooked(self, model, record):
-        put(self, model, record)
-        model.transformer.h[0]._hf_hook = object()
-
-    monkeypatch.setattr(auto_model._Filled, "__init__", hooked)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert not any(isinstance(m, TwoProducts) for m in loaded.modules())
-    assert loaded.transformer.h[1].mlp.c_fc.activation == "gelu_tanh"
-    torch.testing.assert_close(outputs(loaded, x), outputs(model, x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

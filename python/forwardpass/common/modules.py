@@ -48,6 +48,37 @@ def is_watched(m: nn.Module) -> bool:
     return has_hooks(m) or "forward" in vars(m)
 
 
+#: Where accelerate keeps its hook of a module, and the forward that it calls, which may be an attribute of the module too.
+HOOK, OLD_FORWARD = "_hf_hook", "_old_forward"
+
+
+def forward_replaced(m: nn.Module) -> bool:
+    """Whether its own forward is another one than its class's, below a hook of accelerate if there is one."""
+    forward = vars(m).get(OLD_FORWARD, vars(m).get("forward"))
+    return forward is not None and getattr(forward, "__func__", None) is not type(m).forward
+
+
+def accelerate_hooks(m: nn.Module) -> tuple[Any, ...]:
+    """The hooks of accelerate that are on a module, one after another."""
+    hook = vars(m).get(HOOK)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))  # a SequentialHook has several
+
+
+def moves_nothing_but_inputs(hook: Any) -> bool:
+    """Whether a hook of accelerate leaves the module that it is on as it is (an AlignDevicesHook that does not offload)."""
+    return (
+        f"{type(hook).__module__}.{type(hook).__qualname__}" == "accelerate.hooks.AlignDevicesHook" and not hook.offload
+    )
+
+
+def hook_alike(new: nn.Module, module: nn.Module) -> None:
+    """Puts the hook of accelerate that is on a module, if any, on the one that takes its place, too."""
+    if HOOK in vars(module):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, vars(module)[HOOK])
+
+
 @contextmanager
 def hooked(
     modules: Iterable[tuple[K, nn.Module]],

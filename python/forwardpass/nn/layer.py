@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.modules import HOOK, OLD_FORWARD, hook_alike
 from ..dispatch import Reason, operations
 from ..ops import quantize
 from ..ops.common.activations import GATED, PLAIN, activate, check_activation, is_gated, separate_gate_up
@@ -116,10 +117,12 @@ class QuantizedModule(nn.Module):
         return y
 
     def adopt(self, module: nn.Module) -> None:
-        """Takes over from the module that is replaced what was set on it besides: attributes that this one has not."""
+        """Takes over from the module that is replaced what was set on it besides: attributes that this one has not, and the hook
+        of accelerate that is on it."""
         for name, value in vars(module).items():
-            if not hasattr(type(self), name):  # as `config`
+            if not hasattr(type(self), name) and name not in (HOOK, OLD_FORWARD):  # as `config`
                 vars(self).setdefault(name, value)
+        hook_alike(self, module)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON takes them: `cls(**config)` is this module without its values."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.modules import hook_alike
 from ..dispatch import Reason
 from ..dispatch.calls import decline, take
 from ..ops.attention import ATTENTION
@@ -89,6 +90,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                   vdim=module.vdim, batch_first=module.batch_first, device="meta")  # fmt: skip
         new._parameters.update(module._parameters)
         new._modules.update(module._modules)
+        hook_alike(new, module)
         return new.train(module.training)
 
     def forward(

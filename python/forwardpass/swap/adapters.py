@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..common.modules import is_watched
+from ..common.modules import forward_replaced, has_hooks
 from ..nn import QuantizedModule
 from .reach import definition, is_attribute_of, self_of
 
@@ -39,7 +39,7 @@ def is_quantized_below(adapter: nn.Module) -> bool:
 
 def reads_base(adapter: nn.Module) -> bool:
     """Whether an adapter's forward may do something else with the layer below than to call it."""
-    if is_watched(adapter) or not _only_calls(type(adapter), True):  # type: ignore[arg-type]
+    if has_hooks(adapter) or forward_replaced(adapter) or not _only_calls(type(adapter), True):  # type: ignore[arg-type]
         return True
     values = (y for x in vars(adapter).values() if isinstance(x, dict) for y in x.values())
     helpers = {

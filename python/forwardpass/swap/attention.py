@@ -117,7 +117,8 @@ def _why_skip(
                           "run the model within `with fp.sdpa():`")  # fmt: skip
         return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
     if isinstance(module, nn.MultiheadAttention):
-        for rule in (rules.dotted, rules.shared, rules.adapter, rules.tensor_class, rules.meta, rules.hooks, rules.dtype):
+        for rule in (rules.dotted, rules.shared, rules.adapter, rules.tensor_class, rules.offloaded, rules.meta,
+                     rules.hooks, rules.dtype):  # fmt: skip
             if finding := rule(leaf, context, None):
                 return Reason(rule.__name__, *finding)
         return MultiheadAttention.why_not(module)

@@ -121,16 +121,11 @@ class _Filled:
         if eight_bits := [name for name, p in self.model.named_parameters() if p.itemsize == 1]:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
         layers, self.layers = self.layers, {}
-        if any("_hf_hook" in vars(m) for m in self.model.modules()):  # accelerate's, which a module made now has not
-            around = originals.identities([*layers.values()])
-            originals.put_in_place(self.model, around)
-            put_changes(self.model, self.changes)
-        else:
-            joined = JoinedSwap(layers)
-            in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]
-            originals.put_in_place(self.model, in_place)
-            put_changes(self.model, self.changes)
-            joined.put()
+        joined = JoinedSwap(layers)
+        in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]
+        originals.put_in_place(self.model, in_place)
+        put_changes(self.model, self.changes)
+        joined.put()
         saving.refuse(self.model)
 
 

@@ -15,7 +15,7 @@ from .kv_cache import CacheDecision, decide_kv_cache
 from .plan import UNPAD, Plan
 from .precision import STORED, LayerPrecision, Presets, find_precision
 from .report import Skipped
-from .rules import KINDS, Context, fused_experts, why_skip
+from .rules import KINDS, Context, fused_experts, offloaded, why_skip
 from .stored.loaded import is_stored
 from .unpadding import UnpaddingDecision, decide_unpadding
 from .walker import Leaf
@@ -136,6 +136,10 @@ def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
         raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
                          "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
     if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
+        if finding := offloaded(leaves[0], Context(model), None):
+            raise ValueError(
+                f"of every Linear layer of this model {finding[0].replace(' its weight ', ' the weight ')}: {finding[1]}"
+            )
         raise ValueError("every Linear layer of this model is on the meta device, without values: load its weights "
                          "first, or fill it from a checkpoint with fp.load_pretrained(folder, "
                          "model=model)")  # fmt: skip

@@ -128,11 +128,15 @@ def block_of(leaf: Leaf, activation: Activation | None, reach: Reach) -> Block |
     used = [m for name in formula.modules if (m := holder._modules[name]) is not None]
     alone = all(not is_watched(m) and reach.has_one_place(m) for m in (holder, *used))
     if not alone or not reach.only_named_by(holder, (*formula.layers, formula.activation)):  # dropouts keep their names
-        return Reason("reached", f"hooks or other code may get at the parts of its {name}", "remove them")
+        return _reached(holder)
     applied = formula_of(act)
     if applied is None:
         return None
     return Block(leaf.fqn.rpartition(".")[0], holder, formula, applied, norm_before(leaf, reach))
+
+
+def _reached(holder: nn.Module) -> Reason:
+    return Reason("reached", f"hooks or other code may get at the parts of its {type(holder).__name__}", "remove them")
 
 
 # ---- the code of the module
@@ -279,6 +283,10 @@ class MLPs:
             block = leaf.block
             if isinstance(block, Reason):
                 self.apart.append((fqn, block))
+            elif block is not None and any(
+                map(is_watched, block.module.modules())
+            ):  # accelerate came after the code was read
+                self.apart.append((fqn, _reached(block.module)))
             elif block is not None:
                 became = {name: layers[name][1] for name in block.names if name in layers}
                 if missing := [name for name in block.names if name not in became]:
@@ -318,7 +326,7 @@ class MLPs:
         return [
             block.norm
             for block, layers in self._blocks
-            if block.norm is not None and layers[0].row_quantization() is not None
+            if block.norm is not None and not is_watched(block.norm.module) and layers[0].row_quantization() is not None
         ]
 
     def build(self) -> tuple[tuple[originals.Replaced, ...], tuple[originals.Replaced, ...]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import device_of
-from ..common.modules import plain_module
+from ..common.modules import accelerate_hooks, plain_module
 from ..integrations.transformers_attention import PLACE
 from ..nn import MultiheadAttention, QuantizedModule
 from ..nn.mlp import TwoProducts
@@ -235,7 +235,12 @@ def undo_swaps(model: nn.Module, swaps: Sequence[Originals]) -> None:
         layer.original.train(layer.replacement.training)
         for module, flag in flags.items():  # a dropout is in both, with a flag of its own
             module.training = flag
-    hooked = [x.fqn for x in layers if any(m._forward_hooks or m._forward_pre_hooks for m in x.replacement.modules())]
+    hooked = [
+        x.fqn
+        for x in layers
+        if any(m._forward_hooks or m._forward_pre_hooks for m in x.replacement.modules())
+        or accelerate_hooks(x.replacement) != accelerate_hooks(x.original)
+    ]
     if hooked:
         warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
                       "register them again on the restored layers", stacklevel=3)  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..common.environment import cpu_tier, int8_instructions
-from ..common.modules import has_hooks
+from ..common.modules import accelerate_hooks, forward_replaced, has_hooks, moves_nothing_but_inputs
 from ..dispatch import Reason, gpu_takes, operations
 from ..nn import Experts, Int8Linear
 from ..nn.experts import experts_operation, is_experts
@@ -244,6 +244,16 @@ def meta(leaf: Leaf, context: Context, precision: Precision | None) -> Finding |
     return None
 
 
+def offloaded(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
+    hooks = [
+        hook for _, m in leaf.ancestors for hook in accelerate_hooks(m) if getattr(hook, "place_submodules", False)
+    ]
+    if any(getattr(hook, "offload", False) for hook in (*hooks, *accelerate_hooks(leaf.module))):
+        return ("accelerate keeps its weight on the CPU or on disk between calls, and copies it for each",
+                "load the model without offloading, swap it, and offload then what is still too large")  # fmt: skip
+    return None
+
+
 def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     m = leaf.module
     if has_hooks(m):
@@ -251,11 +261,14 @@ def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding 
             "hooks are registered on it, and would no longer be called",
             "remove them, and register them after the swap",
         )
-    if "forward" in vars(m):
-        return (
-            "its forward was replaced on the instance (accelerate, a patch)",
-            "remove that first (accelerate: remove_hook_from_module)",
-        )
+    if forward_replaced(m):
+        return "its forward was replaced on the instance", "remove that first"
+    for hook in accelerate_hooks(m):
+        if not moves_nothing_but_inputs(hook):
+            return (
+                f"a {type(hook).__name__} of accelerate is on it, which may do more than to move its inputs",
+                "remove it first (accelerate.hooks.remove_hook_from_module), and add it after the swap",
+            )
     return None
 
 
@@ -338,7 +351,8 @@ _OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read)
 #: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
 _OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 #: The last one reads the weight.
-_MODEL = (shared, adapter, parametrized, subclass, tensor_class, meta, hooks, tied, weight_read, dtype, not_finite)
+_MODEL = (shared, adapter, parametrized, subclass, tensor_class, offloaded, meta, hooks, tied,
+          weight_read, dtype, not_finite)  # fmt: skip
 _KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
 RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {
