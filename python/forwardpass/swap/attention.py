@@ -109,13 +109,17 @@ def _why_skip(
     if attention is False:
         return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
-    if attention == "auto" and not named and (reason := _why_no_kernel(module, context.model)):
-        return reason
     if not _swappable(module):
-        if "scaled_dot_product_attention" in huggingface.source_of(huggingface.class_of(module)):
+        classes = (
+            huggingface.class_of(module),
+            type(getattr(module, "processor", None)),
+        )  # which diffusers' modules call
+        if any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes):
             return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
                           "run the model within `with fp.sdpa():`")  # fmt: skip
         return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
+    if attention == "auto" and not named and (reason := _why_no_kernel(module, context.model)):
+        return reason
     if isinstance(module, nn.MultiheadAttention):
         for rule in (rules.dotted, rules.shared, rules.adapter, rules.tensor_class, rules.offloaded, rules.meta,
                      rules.hooks, rules.dtype):  # fmt: skip
@@ -124,6 +128,9 @@ def _why_skip(
         return MultiheadAttention.why_not(module)
     return why_not_named(module, units[id(module.config)])
 
+
+#: Torch's function, and that of diffusers which calls it where no other backend is set.
+_CALLS_SDPA = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
 #: Texts of fewer tokens do not take the time of a model's run.
 ENCODER_ROWS = 4

@@ -1,8 +1,8 @@
 """Methods of a swapped model, and of adapters in it, that would treat 8-bit values as float weights: they refuse.
 
-A model's own `save_pretrained` would write integers under the names of float weights, and an adapter that is merged would be added
-to them. The refusal is an attribute of each module that has such a method. It goes with the module into copies and pickles, and a
-restore takes it away.
+A model's own `save_pretrained` would write integers under the names of float weights, an adapter that is merged would be added to
+them, and diffusers would make a Linear of them. The refusal is an attribute of each module that has such a method. It goes with the
+module into copies and pickles, and a restore takes it away.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _MERGES = ("would add to the 8-bit weights of swapped layers, or take from them,
 _ADDS = ("would read the 8-bit weight of a swapped layer as if it were floats, and can add a plain LoRA alone (no DoRA or other "
          "variant, init_lora_weights True, False or \"gaussian\"): call fp.restore(model) first, and swap again when it is "
          "done")  # fmt: skip
-_TEXTS = {_SAVING: _WRITES, **dict.fromkeys((*MERGING, *MERGING_ALL), _MERGES), ADDING: _ADDS}
+#: Of attention in diffusers: q, k and v as one Linear.
+_FUSING = "fuse_projections"
+_FUSES = "would take the 8-bit weights of swapped layers for those of a Linear: fuse first, and swap then (fp.restore(model))"
+_TEXTS = {_SAVING: _WRITES, **dict.fromkeys((*MERGING, *MERGING_ALL), _MERGES), ADDING: _ADDS, _FUSING: _FUSES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,8 @@ def refuse(model: nn.Module) -> None:
 def _is_concerned(module: nn.Module, method: str) -> bool:
     if method in (*MERGING, ADDING):
         return is_quantized_below(module)
+    if method == _FUSING:
+        return any(isinstance(m, QuantizedModule) for m in module.children())
     if method in MERGING_ALL:
         return any(map(is_quantized_below, module.modules()))
     if (
