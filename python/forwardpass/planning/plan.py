@@ -19,7 +19,7 @@ from ..common.modules import plain_module, tensor_bytes
 from ..common.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
-from ..swap import originals
+from ..swap import keras_layers, originals
 from ..swap.attention import check_choice, decide_attention
 from ..swap.decision import refuse_model, refuse_swapped
 from ..swap.kv_cache import decide_kv_cache
@@ -131,7 +131,7 @@ def plan(
     Raises:
         TypeError: `model` is no nn.Module, or `batches` is one batch and no iterable of them.
         ValueError: not exactly one criterion is given; an unknown candidate, target or attention=; no batch; a file at `resume`
-            of another measurement.
+            of another measurement; the model is of keras.
         RuntimeError: the model is swapped already.
 
     Example:
@@ -146,6 +146,10 @@ def plan(
     model = plain_module("plan", model)
     check_choice(attention, False)
     check_unpad(unpad)
+    if keras_layers.roots(model):
+        raise ValueError(
+            "plan measures no layers of keras: choose a precision for them, as fp.swap(model, precision) takes it"
+        )
     leaves = linear_like(model)
     refuse_swapped(model)
     refuse_model(model, leaves)

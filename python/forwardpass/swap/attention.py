@@ -110,10 +110,10 @@ def _why_skip(
         return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
     if not _swappable(module):
-        classes = (
+        classes: list[Any] = [
             huggingface.class_of(module),
             type(getattr(module, "processor", None)),
-        )  # which diffusers' modules call
+        ]  # diffusers' have one
         if any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes):
             return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
                           "run the model within `with fp.sdpa():`")  # fmt: skip

@@ -24,7 +24,7 @@ from ..integrations.kv_scales import KV_CACHES
 from ..nn import Experts, QuantizedModule
 from ..nn.experts import experts_sizes
 from ..version import __version__
-from . import auto_model, model_config, originals, saving
+from . import auto_model, keras_layers, model_config, originals, saving
 from .attention import AttentionDecision, AttentionSwap, decide_attention, implementation_before
 from .folder import (
     RECORD,
@@ -130,6 +130,10 @@ def write(
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
                          "first, or use the model's own save method")  # fmt: skip
+    if keras_layers.roots(model):
+        raise ValueError(
+            "save_pretrained stores no layers of keras: its own model.save(…) stores the float model, to be swapped anew"
+        )
     folder = check_folder(folder, model_config.sources(model), overwrite)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

@@ -60,9 +60,9 @@ class Originals:
     changes: tuple[Change, ...]  #: others, made after attention's
     #: activations that layers compute now, with nn.Identity in their places, and norms that quantise for an MLP
     around: tuple[Replaced, ...] = ()
-    before: Originals | None = (
-        None  #: that of an earlier swap of the same model, which left alone what this one replaced
-    )
+    before: Change | None = None  #: what has to be there for the layers to be found
+    #: that of a swap before this one, which left alone what this one replaced
+    earlier: Originals | None = None
 
     def all(self) -> Iterator[Originals]:
         """This swap and those before it, the newest first."""
@@ -77,6 +77,8 @@ class Originals:
 
     def put(self, model: nn.Module) -> None:
         """Replacements into the places of originals, all or none."""
+        if self.before is not None:
+            self.before.put()
         put_in_place(model, self.replaced)
         for change in (self.attention, *self.changes):
             change.put()
@@ -86,6 +88,8 @@ class Originals:
         exchange(model, [(x.fqn, x.replacement, x.original) for x in self.replaced])
         for change in (*reversed(self.changes), self.attention):
             change.undo()
+        if self.before is not None:
+            self.before.undo()
         saving.allow(model)
         saving.refuse(model)  # what an earlier swap replaced is still there
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..version import __version__
 from . import originals
 from .attention import AttentionSwap, check_choice
 from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
+from .keras_layers import KerasLinears
 from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
@@ -126,42 +128,45 @@ def swap(
         clause = "neither was" if plan is None else "both were"
         raise ValueError(f'swap takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"')
     presets = None if precision is None else Presets(precision)
-    context = Context(
-        model, patterns("include", include), patterns("exclude", exclude), presets.patterns if presets else ()
-    )
-    leaves = linear_like(model)
-    refuse_model(model, leaves)
-    again = bool(originals.quantised_layers(model) or originals.swapped_attention(model))
-    if originals.swapped_attention(model):
-        if attention is True or kv_cache is not None:
-            refuse_swapped(model, ", with their attention, and attention=True and kv_cache= belong to that call")
-        attention, unpad = False, False
-    leaves += experts_leaves(model)
-    loaded = Plan.load(plan) if plan is not None else None
-    calibrated = calibrate is not None
-    decision = decide(
-        context, leaves, presets, loaded, attention=attention, unpad=unpad, kv_cache=kv_cache, calibrated=calibrated
-    )
-    if again and not (decision.swapped or decision.attention.swapped):
-        refuse_swapped(model, ", and nothing else that would be swapped")
-    if strict:
-        refuse_skips(decision.skipped)
-    notes = _warnings(decision)
-
-    arguments: dict[str, dict[str, Any]] = {}
-    fingerprint = Fingerprint()
-    if calibrate is not None and not dry_run:
-        from .calibrate import calibration_arguments
-
-        arguments, calibration_notes = calibration_arguments(
-            model, decision.calibrated, fingerprint.reading(calibrate), forward
+    with KerasLinears(model) as keras:
+        keep = keras.where_kept(keep)
+        context = Context(
+            model, patterns("include", include), patterns("exclude", exclude), presets.patterns if presets else ()
         )
-        notes += calibration_notes
-        if loaded and loaded.calibration not in (None, fingerprint.value):
-            raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
-                             "pass the same ones, or plan again")  # fmt: skip
-    calibration = fingerprint.value if arguments else None
-    return _carry_out(decision, notes, arguments, calibration, keep, dry_run)
+        leaves = linear_like(model)
+        refuse_model(model, leaves)
+        again = bool(originals.quantised_layers(model) or originals.swapped_attention(model))
+        if originals.swapped_attention(model):
+            if attention is True or kv_cache is not None:
+                refuse_swapped(model, ", with their attention, and attention=True and kv_cache= belong to that call")
+            attention, unpad = False, False
+        leaves += experts_leaves(model)
+        loaded = Plan.load(plan) if plan is not None else None
+        calibrated = calibrate is not None
+        decision = decide(
+            context, leaves, presets, loaded, attention=attention, unpad=unpad, kv_cache=kv_cache, calibrated=calibrated
+        )
+        if again and not (decision.swapped or decision.attention.swapped):
+            refuse_swapped(model, ", and nothing else that would be swapped")
+        decision = replace(decision, skipped=(*decision.skipped, *keras.skipped(context.exclude)))
+        if strict:
+            refuse_skips(decision.skipped)
+        notes = _warnings(decision, model.training and not keras.is_all)
+
+        arguments: dict[str, dict[str, Any]] = {}
+        fingerprint = Fingerprint()
+        if calibrate is not None and not dry_run:
+            from .calibrate import calibration_arguments
+
+            arguments, calibration_notes = calibration_arguments(
+                model, decision.calibrated, fingerprint.reading(calibrate), forward
+            )
+            notes += calibration_notes
+            if loaded and loaded.calibration not in (None, fingerprint.value):
+                raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
+                                 "pass the same ones, or plan again")  # fmt: skip
+        calibration = fingerprint.value if arguments else None
+        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, keras)
 
 
 def swap_planned(
@@ -183,6 +188,7 @@ def _carry_out(
     calibration: str | None,
     keep: str | bool,
     dry_run: bool,
+    keras: KerasLinears | None = None,
 ) -> Report:
     """Builds the replacements, gives the warnings, and puts the replacements in place."""
     model, swapped = decision.model, decision.swapped
@@ -226,12 +232,16 @@ def _carry_out(
         replacements.clear()
         layers, around = joined.build()
         changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
-        changed = originals.Originals(layers, True, change, changes, around, earlier=originals.find(model))
+        if keras is not None:
+            keras.narrow(leaf.module for leaf, _ in swapped)
+        changed = originals.Originals(layers, True, change, changes, around, keras, originals.find(model))
         report.attach(model, _install(model, changed, keep))
+        if keras is not None:
+            keras.stays = True
     return report
 
 
-def _warnings(decision: Decision) -> list[str]:
+def _warnings(decision: Decision, training: bool) -> list[str]:
     context, leaves, attention = decision.context, decision.layers, decision.attention
     names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.leaves)]
     notes = [
@@ -248,7 +258,7 @@ def _warnings(decision: Decision) -> list[str]:
         notes.append("the model has no Linear layer, so nothing is swapped")
     elif not decision.swapped and not attention.swapped:
         notes.append("no layer is swapped; the report has each one's reason")
-    if (decision.swapped or attention.swapped) and context.model.training:
+    if (decision.swapped or attention.swapped) and training:
         notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
     weights: set[tuple[Any, ...]] = {
         (p.precision.operation(leaf.is_experts), leaf.weight.device, leaf.weight.dtype) for leaf, p in decision.swapped
@@ -367,6 +377,7 @@ def _weight_bytes(
 #: What takes time whatever it weighs: (class, code, why it stays, what to do).
 _COMPUTING: tuple[tuple[Any, str, str, str], ...] = (
     (_ConvNd, "convolution", "convolutions have no kernel here", "write one of 1 x 1 as an nn.Linear to swap it"),
+    (nn.ParameterDict, "held", "it holds weights that code elsewhere computes with", "leave it"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent", "recurrent layers have no kernel here", "leave it"),
     ((nn.Embedding, nn.EmbeddingBag), "embedding", "rows are looked up in it, and nothing is multiplied", "leave it"),
 )  # fmt: skip
