@@ -252,6 +252,18 @@ def test_what_would_change_the_weights_is_refused(tmp_path):
     assert torch.equal(predict(model, x), before)
 
 
+def test_parts_refuse_too():
+    model, _ = subclassed()
+    was = state(model)
+    fp.swap(model, "int8", include="*/inner/*")
+    for part in (model, model.inner, model.inner.layers[0]):
+        with pytest.raises(RuntimeError, match="float weights"):
+            part.set_weights(part.get_weights())
+    model.first.set_weights(model.first.get_weights())  # it stays
+    fp.restore(model)
+    assert state(model) == was
+
+
 def test_keras_stores_the_float_model(tmp_path):
     model, x = encoder()
     before = predict(model, x)

@@ -32,8 +32,8 @@ def _qualified(cls: type) -> str:
 
 def roots(model: nn.Module) -> list[Any]:
     """The keras layers that a model is, or has among its modules, without those within them."""
-    keras = sys.modules.get("keras")
-    if keras is None or keras.config.backend() != "torch":
+    keras: Any = sys.modules.get("keras")
+    if not hasattr(keras, "config") or keras.config.backend() != "torch":  # Keras 2 has none
         return []
     layers = [m for m in model.modules() if isinstance(m, keras.Layer)]
     within = {
@@ -182,8 +182,15 @@ class KerasLinears:
         return [root for ref in self._roots if (root := ref()) is not None]
 
     def _owners(self) -> list[Any]:
-        """What has methods that would change the weights: the layers, and the models that they are in."""
-        return list(dict.fromkeys((*(call.layer for call, _ in self._calls), *self._tops())))
+        """What has methods that would change the weights: the layers, and all that they are in."""
+        ids = {id(call.layer) for call, _ in self._calls}
+        around = (
+            layer
+            for root in self._tops()
+            for layer in root._flatten_layers(include_self=True)
+            if any(id(x) in ids for x in layer._flatten_layers(include_self=False))
+        )
+        return list(dict.fromkeys((*(call.layer for call, _ in self._calls), *around)))
 
 
 def _shown(tops: Iterable[Any]) -> list[nn.ParameterDict]:
