@@ -97,7 +97,8 @@ def test_swapped_and_restored(make, precision, tmp_path):
     before = run(model, inputs)
     report = fp.swap(model, precision)
     assert len(report.swapped) == MODELS[make][0]
-    assert {s.reason.code for s in report.skipped} <= {"too_small", "calls_sdpa"}
+    attention = {s.reason.code: s.reason.fix for s in report.skipped if s.reason.code != "too_small"}
+    assert attention == {"attention_on_cpu": "run the model within `with fp.sdpa():`"}
     during = run(model, inputs)
     assert (during - before).norm() < 0.01 * before.norm() and not torch.equal(during, before)
     with pytest.raises(RuntimeError, match=r"fp\.save_pretrained"):
@@ -129,6 +130,9 @@ def test_in_bfloat16(make):
 def test_attention_runs_on_ours_within_sdpa(make):
     model, inputs = built(make)
     before = run(model, inputs)
+    assert {s.reason.code for s in fp.swap(model, attention=True, exclude="**.to_*", dry_run=True).skipped} >= {
+        "calls_sdpa"
+    }
     with fp.sdpa() as calls:
         within = run(model, inputs)
     assert str(calls) == f"{MODELS[make][1]} x scaled_dot_product_attention: forwardpass"

@@ -214,6 +214,62 @@ def test_other_tuners(name):
     assert torch.equal(logits(model), before)
 
 
+class Adapter(nn.Module):
+    """As peft's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.scale = nn.Linear(64, 64), nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        return self.scaled(self.base_layer(x))
+
+    def scaled(self, y):
+        return y * self.scale
+
+
+class Reads(Adapter):
+    def scaled(self, y):
+        return y * self.scale + self.base_layer.weight.mean()
+
+
+class Aliases(Adapter):
+    def forward(self, x):
+        layer = self.base_layer
+        return self.scaled(nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def outside(adapter, x):
+    return nn.functional.linear(x, adapter.base_layer.weight)
+
+
+class HandsOver(Adapter):
+    def forward(self, x):
+        return self.base_layer(x) + outside(self, x)
+
+
+class Inherits(Reads):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ByName(Adapter):
+    def forward(self, x):
+        return self.base_layer(x) + getattr(self, "base_layer").weight.mean()  # noqa: B009
+
+
+@pytest.mark.parametrize("kind", [Adapter, Reads, Aliases, HandsOver, Inherits, ByName])
+def test_what_the_code_of_an_adapter_shows(kind):
+    model, x = nn.Sequential(kind(), nn.Linear(64, 64)).eval(), torch.randn(3, 64)
+    with torch.no_grad():
+        before = model(x)
+        report = fp.swap(model, "int8")
+        assert {layer.fqn for layer in report.swapped} == ({"0.base_layer", "1"} if kind is Adapter else {"1"})
+        assert close(model(x), before)
+        fp.restore(model)
+        assert torch.equal(model(x), before)
+
+
 def test_gpt2_has_its_transposed_layers_below_adapters():
     torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(

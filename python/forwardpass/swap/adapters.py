@@ -1,7 +1,7 @@
 """Layers below adapters (peft): a module that holds a layer as `base_layer`, calls it, and adds what it computes itself.
 
 Such a layer can be swapped where all that its adapter does with it is to call it. That is read from the code of the adapter's
-class: some read the weight in their forward (DoRA, OFT, LoHa), and what adds to the weight, merging, is refused after a swap.
+class: some read the weight in their forward (DoRA, BOFT, LoHa), and what adds to the weight, merging, is refused after a swap.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..common.modules import forward_replaced, has_hooks
 from ..nn import QuantizedModule
-from .reach import definition, is_attribute_of, self_of
+from .reach import definition, hands_over, is_attribute_of, self_of
 
 BASE = "base_layer"
 #: Methods of an adapter, and of what holds all of a model's, that write into the weights below.
@@ -65,7 +65,11 @@ def _only_calls(cls: type, must: bool) -> bool:
         method = definition(function.__code__)
         if method is None:
             return False
-        called = {id(x.func) for x in ast.walk(method) if isinstance(x, ast.Call)}
+        calls_made = [x for x in ast.walk(method) if isinstance(x, ast.Call)]
+        called = {id(x.func) for x in calls_made}
+        to_helpers = (x.args for x in calls_made if isinstance(x.func, ast.Attribute) and x.func.attr == "forward")
+        if hands_over(method, {id(argument) for arguments in to_helpers for argument in arguments}):
+            return False
         for x in ast.walk(method):
             word = x.attr if isinstance(x, ast.Attribute) else x.id if isinstance(x, ast.Name) else None
             if word in _GIVES_BASE or (isinstance(x, ast.Constant) and x.value == BASE):

@@ -109,17 +109,14 @@ def _why_skip(
     if attention is False:
         return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
+    no_kernel = _why_no_kernel(module, context.model) if attention == "auto" and not named else None
     if not _swappable(module):
-        classes: list[Any] = [
-            huggingface.class_of(module),
-            type(getattr(module, "processor", None)),
-        ]  # diffusers' have one
-        if any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes):
-            return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
-                          "run the model within `with fp.sdpa():`")  # fmt: skip
-        return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
-    if attention == "auto" and not named and (reason := _why_no_kernel(module, context.model)):
-        return reason
+        own = _why_its_own(module)
+        if no_kernel is not None and no_kernel.code == "attention_on_cpu":
+            return Reason(no_kernel.code, no_kernel.text, own.fix)  # attention=True would not swap it
+        return no_kernel or own
+    if no_kernel is not None:
+        return no_kernel
     if isinstance(module, nn.MultiheadAttention):
         for rule in (rules.dotted, rules.shared, rules.adapter, rules.tensor_class, rules.offloaded, rules.meta,
                      rules.hooks, rules.dtype):  # fmt: skip
@@ -127,6 +124,15 @@ def _why_skip(
                 return Reason(rule.__name__, *finding)
         return MultiheadAttention.why_not(module)
     return why_not_named(module, units[id(module.config)])
+
+
+def _why_its_own(module: nn.Module) -> Reason:
+    """Why attention that neither torch nor transformers dispatches stays."""
+    classes: list[Any] = [huggingface.class_of(module), type(getattr(module, "processor", None))]  # diffusers' have one
+    if any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes):
+        return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
+                      "run the model within `with fp.sdpa():`")  # fmt: skip
+    return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
 
 
 #: Torch's function, and that of diffusers which calls it where no other backend is set.

@@ -149,12 +149,13 @@ def _methods(cls: type[nn.Module]) -> tuple[Function, ...] | None:
     if not any("super" in mentioned(f.__code__) for f in functions):
         functions = [f for methods_of_name in dict(reversed(members)).values() for f in methods_of_name]
     methods = [definition(f.__code__) for f in functions]
-    sound = tuple(m for m in methods if m is not None and names_modules(m) and not _hands_over(m))
+    sound = tuple(m for m in methods if m is not None and names_modules(m) and not hands_over(m))
     return sound if len(sound) == len(methods) else None
 
 
-def _hands_over(method: Function) -> bool:
-    """Whether its `self` goes anywhere but to what only asks for its type or for an attribute, or into a text."""
+def hands_over(method: Function, but: Collection[int] = ()) -> bool:
+    """Whether its `self` goes anywhere but to what only asks for its type or for an attribute, or into a text; but: nodes that are
+    not looked at, by id."""
     self_name = self_of(method)
     harmless = {
         id(argument)
@@ -163,7 +164,7 @@ def _hands_over(method: Function) -> bool:
         for argument in node.args
     } | {id(node.value) for node in ast.walk(method) if isinstance(node, ast.Attribute | ast.FormattedValue)}
     names = (node for node in ast.walk(method) if isinstance(node, ast.Name))
-    return any(node.id == (self_name or "self") and id(node) not in harmless for node in names)
+    return any(node.id == (self_name or "self") and id(node) not in harmless.union(but) for node in names)
 
 
 def _is_method(function: FunctionType, owner: type | None) -> bool:
