@@ -20,25 +20,28 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 class _Finder:
-    """Calls each action after its module is run, and finds nothing itself; where none is left it goes."""
+    """Calls each action after its module is run, and finds nothing itself."""
 
     def __init__(self) -> None:
         self.actions: dict[str, Callable[[], None]] = {}
+        self._asking: str | None = None
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        action = self.actions.pop(name, None)
-        if action is None:
+        if name not in self.actions or name == self._asking:
             return None
-        if not self.actions:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking = name
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = None
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             run: Callable[[Any], None] = loader.exec_module
 
             def run_and_act(module: Any) -> None:
                 run(module)
-                action()
+                if (action := self.actions.pop(name, None)) is not None:
+                    action()
 
             loader.exec_module = run_and_act
         return spec

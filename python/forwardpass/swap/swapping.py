@@ -93,7 +93,7 @@ def swap(
             uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
             lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
         keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: freed
-            once all is in place, and `fp.restore` cannot bring them back.
+            once all is in place, and `fp.restore` cannot bring them back. Layers of keras hold theirs, on the device.
         forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
 
     Returns:
