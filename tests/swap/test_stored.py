@@ -209,6 +209,16 @@ def test_broken(name, tmp_path):
         fp.load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("format", ["int8_packed", "gptq"])
+def test_packed_weights_of_another_size(format, tmp_path):
+    write(tmp_path, format)
+    edit(tmp_path, intermediate_size=256)
+    with pytest.raises(
+        ValueError, match=r"proj: its weight is \[\d+, \d+\] in the file, and \[\d+, \d+\] in the model"
+    ):
+        fp.load_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", 7, "gone.safetensors"]
 )

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from small_models import objects, outputs
-from stored_formats import FORMATS, MIXTURES, mixture, write
+from stored_formats import FORMATS, MIXTURES, edit, mixture, write
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.moe import use_experts_implementation
 
@@ -132,6 +132,15 @@ def test_broken(name, tmp_path):
     with pytest.raises(ValueError, match=words) as e:
         fp.load_pretrained(tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_packed_weights_of_another_size(tmp_path):
+    write(tmp_path, "int8_packed", mixture("Qwen3MoeForCausalLM"))
+    edit(tmp_path, moe_intermediate_size=96)
+    with pytest.raises(
+        ValueError, match=r"expert 0's gate_up_proj is \[192, 256\] in the file, and \[96, 256\] in the model"
+    ):
+        fp.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("format", [f for f in FORMATS if f not in KINDS and f != "int8_asymmetric"])

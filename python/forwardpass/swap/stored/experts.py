@@ -69,7 +69,10 @@ class StoredExperts:
                 setattr(new, f"{name}_weight", stack.detach())
             for e in range(experts):
                 tensors = _of_expert(original, original_name, e, parts, recipe)
-                stored = [recipe.read(of_part) for of_part in tensors]
+                stored = [recipe.read(t) for t in tensors]
+                size = empty.shape[1] // parts, empty.shape[2]
+                for of_part in stored:
+                    of_part.check_size(f"expert {e}'s {original_name}", *size)
                 if any(_kind(s) != kind or s.channel_scale is not None for s in stored):
                     raise Refused(
                         f"expert {e} is stored in another way than the first, or has a scale for each channel"

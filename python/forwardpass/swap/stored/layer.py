@@ -25,7 +25,9 @@ class StoredLinear(nn.Linear):
     def made(self, activation: str | None) -> QuantizedLinear:
         """The layer that takes its tensors over; this one has none any more."""
         tensors: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters.items() if p is not None}
-        new = self.recipe.layer(tensors, activation).train(self.training)
+        stored = self.recipe.read(tensors)
+        stored.check_size("its weight", self.out_features, self.in_features)
+        new = stored.layer(tensors.get("bias"), activation).train(self.training)
         self._parameters = dict.fromkeys(self._parameters)
         return new
 

@@ -50,6 +50,11 @@ class EightBits:
         device = self.weight.device
         return self.kind != "group" and gpu_takes(device) and not operations["fp8_linear"].too_old(device)
 
+    def check_size(self, name: str, n: int, k: int) -> None:
+        """Refused where it is no weight of that size; name: what it is called."""
+        if self.weight.shape != (n, k):
+            raise Refused(f"{name} is {list(self.weight.shape)} in the file, and [{n}, {k}] in the model")
+
     def scale_of(self, kind: str) -> Tensor:
         """The same scales as another kind has them, which has as many or more."""
         n, k = self.weight.shape
