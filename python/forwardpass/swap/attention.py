@@ -111,10 +111,10 @@ def _why_skip(
     named = any(p.spells_out(leaf.fqn) for p in context.include)
     no_kernel = _why_no_kernel(module, context.model) if attention == "auto" and not named else None
     if not _swappable(module):
-        why = _why_its_own(module)
+        reason = _why_its_own(module)
         if no_kernel is not None and no_kernel.code == "attention_on_cpu":
-            return Reason(no_kernel.code, no_kernel.text, why.fix)  # attention=True would not swap it
-        return no_kernel or why
+            return Reason(no_kernel.code, no_kernel.text, reason.fix)  # attention=True would not swap it
+        return no_kernel or reason
     if no_kernel is not None:
         return no_kernel
     if isinstance(module, nn.MultiheadAttention):
