@@ -6,18 +6,21 @@ import pytest
 import torch
 from stored_formats import llama
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import forwardpass as fp
 from forwardpass.nn import layer
 from forwardpass.swap import precision
 
 WITH_EXAMPLE = (
+    "Config",
     "export_pretrained",
     "load_pretrained",
     "parity",
     "plan",
     "register_linear",
     "register_precision",
+    "report",
     "restore",
     "save_pretrained",
     "swap",
@@ -48,10 +51,13 @@ def test_examples(name, tmp_path, monkeypatch):
         saved = build_model()
         fp.swap(saved, "int8")
         fp.save_pretrained(saved, "checkpoint")
+    if name == "Config":
+        llama().save_pretrained("floats")
     batches = [torch.randn(32, 256, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     names = {
         "fp": fp,
         "torch": torch,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
         "model": llama() if name == "export_pretrained" else build_model(),
         "build_model": build_model,
         "batches": batches,

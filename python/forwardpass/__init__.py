@@ -16,12 +16,14 @@ from .profiling.profile import Profile, profile
 from .serving.pipeline import ItemError, Pipeline
 from .serving.size_batch import BatchSizing, size_batch
 from .swap import (
+    Config,
     Plan,
     Precision,
     Report,
     export_pretrained,
     load_pretrained,
     register_precision,
+    report,
     restore,
     save_pretrained,
     swap,
@@ -31,11 +33,11 @@ from .swap.late_adapters import register_when_imported as _check_adapters_when_i
 from .version import __version__ as __version__
 
 __all__ = [
-    "BatchSizing", "Decoding", "InterpreterFinding", "ItemError", "KVCache", "ParityReport", "Pipeline", "Plan", "Precision",
-    "Profile",
+    "BatchSizing", "Config", "Decoding", "InterpreterFinding", "ItemError", "KVCache", "ParityReport", "Pipeline", "Plan",
+    "Precision", "Profile",
     "Reason", "Report", "Unsupported", "call_counts", "explain", "export_pretrained", "interpret", "load_pretrained", "nn", "ops",
     "parity", "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision",
-    "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
+    "report", "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from command_line import NO_MINILM, refused, run, small_bert
+from fake_hub import FakeHub
 from small_models import assert_same_objects, objects
 
 import forwardpass as fp
@@ -64,9 +65,10 @@ def test_a_sentence_transformer(tmp_path):
     assert 0.995 < torch.cosine_similarity(got, torch.from_numpy(expected)).min() < 1 - 1e-7
     # in batches of one there is no padding
     assert torch.allclose(got, torch.from_numpy(model.encode(TEXTS, batch_size=1)), atol=1e-3)
-    with pytest.raises(RuntimeError, match="use fp"):
-        model.save_pretrained(str(tmp_path / "other"))
+    model.save_pretrained(str(tmp_path / "other"))
+    assert (fp.load_pretrained(tmp_path / "other").encode(TEXTS) == model.encode(TEXTS)).all()
     fp.restore(model)
+    assert not {"save", "save_pretrained"} & vars(model).keys()
     assert_same_objects(model, before)
     assert (model.encode(TEXTS) == expected).all()
 
@@ -252,6 +254,22 @@ def test_a_cross_encoder_is_stored_whole(tmp_path):
         abs(loaded.predict(pairs) - expected).max() < 1e-6
     )  # its head is in fp32, whose sums go by where a weight lies
     assert readout.readout_of(embedding.find_model(str(tmp_path / "saved"))) == readout.Scores(24)
+
+
+def test_pushed_to_the_hub(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub", monkeypatch)
+    model = encoder(tmp_path / "bert")
+    fp.swap(model.eval(), precision="int8")
+    assert model.push_to_hub("someone/sentences") == "https://hub/someone/sentences"
+    assert (fp.load_pretrained(hub.folder).encode(TEXTS) == model.encode(TEXTS)).all()
+    model.push_to_hub("someone/sentences", exist_ok=True, replace_model_card=True)
+    assert "# SentenceTransformer in int8" in (hub.folder / "README.md").read_text()
+    with pytest.raises(
+        ValueError, match=r"SentenceTransformer\.save of a swapped model .* no train_datasets=.*: drop it"
+    ):
+        model.push_to_hub("someone/sentences", train_datasets=["mine"])
+    with pytest.raises(ValueError, match="no safe_serialization=False"):
+        model.save(str(tmp_path / "none"), safe_serialization=False)
 
 
 def test_what_would_not_come_back_is_refused_when_it_is_saved(tmp_path):

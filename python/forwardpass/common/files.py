@@ -63,11 +63,15 @@ def beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Whole or not at all: a reader never sees half a file, nor does one who comes after a loss of power."""
     path = pathlib.Path(path)
     with beside(path) as partial:
         with open(partial, "x", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

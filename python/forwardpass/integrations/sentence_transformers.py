@@ -165,12 +165,17 @@ def _activation(name: str) -> nn.Module:
         raise ValueError(f"the activation {name[:60]} takes arguments") from None
 
 
+def class_of(model: nn.Module) -> str | None:
+    """The name of its class, of a SentenceTransformer or CrossEncoder."""
+    library = sys.modules.get("sentence_transformers")
+    return next((name for name in CLASSES if library and type(model) is getattr(library, name, None)), None)
+
+
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """The description of a SentenceTransformer or CrossEncoder, None of any other model. ValueError, in one sentence, where it
     holds what is not known here, or would not come back.
     """
-    library = sys.modules.get("sentence_transformers")
-    kind = next((name for name in CLASSES if library and type(model) is getattr(library, name, None)), None)
+    kind = class_of(model)
     if kind is None:
         return None
     live: Any = model

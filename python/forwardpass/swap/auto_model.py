@@ -8,20 +8,23 @@ fills, and then does what else the record says.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.imports import when_imported
 from ..nn import QuantizedLinear, QuantizedModule
+from .tensor_files import TensorFiles
 
 METHOD = "forwardpass"
 _QUANTIZERS = "transformers.quantizers.auto"
 _ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "aliases")
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
+_NOT_FLOATS = "of a model that another library has quantised, load it with fp.load_pretrained"
 
 
 def entry(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +57,8 @@ def _register() -> None:
     from transformers.quantizers import auto
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+    from .config import Config
+
     if METHOD in auto.AUTO_QUANTIZER_MAPPING:
         return
 
@@ -70,54 +75,135 @@ def _register() -> None:
             return {"quant_method": METHOD, **self.entries}
 
     class ForwardpassQuantizer(reading_quantizer()):  # type: ignore[misc]
-        def update_attn_implementation(self, config: Any) -> Any:
-            from .checkpoint import checked
+        """Reads a folder of ours (pre_quantized), or swaps a model of floats after it is loaded."""
 
+        def update_attn_implementation(self, config: Any) -> Any:
+            from .checkpoint import checked, weights_of
+
+            self.config, self.config_class = config, type(config)
+            if not self.pre_quantized:
+                if not isinstance(self.quantization_config, Config):
+                    raise ValueError('quantization_config of a model of floats is an fp.Config, e.g. fp.Config("int8")')
+                return config
             self.record = checked({**self.quantization_config.entries, "model": _NO_MODEL}, "config.json")
-            config.transformers_weights = self.record["weights"]
+            config.transformers_weights, *others = weights_of(self.record)
+            if others:  # transformers asks the config's class for them; it has them for as long as files are looked for
+                extra = (*getattr(type(config), "extra_files", ()), *others)
+                config.__class__ = type(type(config).__name__, (type(config),), {"extra_files": extra})
             return config
 
-        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            self.filled = _Filled(model, self.record)
+        def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+            """transformers has found the files by now."""
+            self.config.__class__ = self.config_class
+            return dtype
+
+        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+            if self.pre_quantized:
+                self.filled = _Filled(model, self.record, _shapes(checkpoint_files or (), self.record))
+            else:
+                _check_files(checkpoint_files or ())
 
         def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
             self.remove_quantization_config(model)
-            self.filled.finish()
+            if "disk" in getattr(model, "hf_device_map", {}).values():
+                raise ValueError("this device_map leaves weights on a disk, and swapped layers hold theirs: load the model where "
+                                 "it fits, by another device_map or max_memory")  # fmt: skip
+            if self.pre_quantized:
+                self.filled.finish()
+            else:
+                _check_loaded(model)
+                self.quantization_config.swap(model)
             return model
 
     auto.register_quantization_config(METHOD)(ForwardpassConfig)
     auto.register_quantizer(METHOD)(ForwardpassQuantizer)
 
 
+def _check_files(paths: Iterable[str]) -> None:
+    """ValueError where weights have 8 bits, which transformers would make floats of without their scales."""
+    with TensorFiles([pathlib.Path(path) for path in paths if path.endswith(".safetensors")], _NOT_FLOATS) as tensors:
+        for name, dtype in tensors.dtypes().items():
+            if dtype.startswith("F8") or (dtype in ("I8", "U8") and name.endswith("weight")):
+                raise ValueError(
+                    f"{name[:80]} is {dtype} in the files, and fp.Config swaps models of floats: {_NOT_FLOATS}"
+                )
+
+
+def _check_loaded(model: Any) -> None:
+    """ValueError where the values that were loaded are not all there, or not on one device."""
+    from .walker import experts_leaves, linear_like
+
+    if any("_hf_hook" in vars(m) for m in model.modules()):
+        raise ValueError("fp.Config swaps a model on one device, and this device_map spreads it over several: load it on one, "
+                         'device_map="cpu" or "cuda", save it with fp.save_pretrained, and load that folder so')  # fmt: skip
+    whole = _is_as_saved(model)
+    for leaf in (*linear_like(model), *experts_leaves(model)):
+        if whole and not all(map(_is_loaded, leaf.module._parameters.values())):
+            raise ValueError(f"the weight of {leaf.fqn} is not in the files, and would be quantised as it happens to be "
+                             f"initialised: {_NOT_FLOATS}")  # fmt: skip
+
+
+def _is_loaded(tensor: Tensor | None) -> bool:
+    """Whether transformers has read it, and not initialised it."""
+    return tensor is None or getattr(tensor, "_is_hf_initialized", False)
+
+
+def _is_as_saved(model: Any) -> bool:
+    """Whether it is of the class that was saved: another one has parts that no file has."""
+    return type(model).__name__ in (model.config.architectures or ())
+
+
+def _shapes(paths: Iterable[str], record: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, by their names, in the files that transformers found. FileNotFoundError or ValueError where these
+    are not the files of the record.
+    """
+    from .checkpoint import weights_of
+
+    files = [*map(pathlib.Path, paths)]
+    if missing := sorted({*weights_of(record)} - {path.name for path in files}):
+        raise FileNotFoundError(f"there is no {missing[0]} in the folder, or this version of transformers reads models of one "
+                                f"file: {_FIX}")  # fmt: skip
+    with TensorFiles(files, _FIX) as tensors:
+        return tensors.shapes()
+
+
 class _Filled:
     """A model with empty layers, while transformers reads their values."""
 
-    def __init__(self, model: Any, record: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         from .checkpoint import decide_changes, empty_layers
 
         self.model = model
-        record = _below(model, record)
-        leaves, layers = empty_layers(model, record, {}, lambda t: torch.device("meta"), self._fail)
+        record, shapes = _below(model, record, shapes)
+        leaves, layers = empty_layers(model, record, shapes, lambda t: torch.device("meta"), self._fail)
         self.changes = decide_changes(model, leaves, record, self._fail)
         self.layers = {leaf.fqn: (leaf, layers[id(leaf.module)]) for leaf in leaves}
         for leaf, layer in self.layers.values():
             leaf.parent._modules[leaf.name] = layer
+        for name in shapes:
+            fqn, _, tensor = name.rpartition(".")
+            if fqn in self.layers and tensor not in self.layers[fqn][1].state_dict():
+                raise self._fail(f"{name[:80]!r} has no place in the layer that is recorded")
 
     def _fail(self, text: str) -> ValueError:
         return ValueError(f"config.json does not fit this {type(self.model).__name__}: {text}; {_FIX}")
 
     def finish(self) -> None:
-        from . import originals, saving
+        from . import methods, originals
         from .checkpoint import put_changes
         from .siblings import JoinedSwap
 
         for fqn, (_, layer) in self.layers.items():
             for name, t in layer.named_buffers():
-                if not getattr(t, "_is_hf_initialized", False):
+                if not _is_loaded(t):
                     raise self._fail(f"{fqn}.{name} is missing from the file")
             layer._apply(lambda t: t)  # rows of 16 bytes
             if isinstance(layer, QuantizedLinear):
                 layer.settle()
+        if _is_as_saved(self.model):
+            for name, t in self.model.named_parameters():
+                if not _is_loaded(t):
+                    raise self._fail(f"{name} is missing from the file")
         if eight_bits := [name for name, p in self.model.named_parameters() if p.itemsize == 1]:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
         layers, self.layers = self.layers, {}
@@ -126,23 +212,26 @@ class _Filled:
         originals.put_in_place(self.model, in_place)
         put_changes(self.model, self.changes)
         joined.put()
-        saving.refuse(self.model)
+        methods.put(self.model)
 
 
 def _is_there(model: nn.Module, fqn: str, module: nn.Module) -> bool:
     return isinstance(module, QuantizedModule) and model.get_submodule(fqn) is module
 
 
-def _below(model: Any, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record of a model with a head, as the model below it has it."""
+def _below(
+    model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]:
+    """A record and shapes of a model with a head, as the model below it has them."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = [layer["fqn"] for layer in record["layers"]]
     if prefix == "." or hasattr(model, prefix[:-1]) or not any(name.startswith(prefix) for name in names):
-        return record
+        return record, shapes
     layers = [
         {**layer, "fqn": layer["fqn"].removeprefix(prefix)}
         for layer in record["layers"]
         if layer["fqn"].startswith(prefix)
     ]
     attention = [name.removeprefix(prefix) for name in record["attention"] if name.startswith(prefix)]
-    return {**record, "layers": layers, "attention": attention}
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    return {**record, "layers": layers, "attention": attention}, shapes

@@ -1,4 +1,4 @@
-"""A swapped model on disk: a file of safetensors, and `forwardpass.json`, which names it and says all that is no tensor.
+"""A swapped model on disk: files of safetensors, and `forwardpass.json`, which names them and says all that is no tensor.
 
 The original weights are neither stored nor needed: a model is built without values (Hugging Face's on the meta device),
 its quantised layers are made empty from their stored configuration, and every tensor is read into its place.
@@ -7,6 +7,7 @@ Nothing in a checkpoint is executed: no pickle, no remote code, no kernel of a h
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import typing
@@ -24,7 +25,7 @@ from ..integrations.kv_scales import KV_CACHES
 from ..nn import Experts, QuantizedModule
 from ..nn.experts import experts_sizes
 from ..version import __version__
-from . import auto_model, keras_layers, model_config, originals, saving
+from . import auto_model, card, keras_layers, methods, model_config, originals
 from .attention import AttentionDecision, AttentionSwap, decide_attention, implementation_before
 from .folder import (
     RECORD,
@@ -33,7 +34,6 @@ from .folder import (
     local_folder,
     put_weights,
     remove_other_weights,
-    safetensors_module,
 )
 from .kv_cache import CacheDecision, CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
@@ -41,6 +41,7 @@ from .precision import modules
 from .rules import Context
 from .siblings import JoinedSwap
 from .stored import checkpoint as stored_checkpoint
+from .tensor_files import TensorFiles, safetensors_module, shard_bytes, split
 from .unpadding import UnpaddingDecision, UnpaddingSwap, decide_unpadding, unpads
 from .walker import Leaf, experts_leaves, linear_like
 
@@ -50,7 +51,7 @@ _RECORD = {
     "schema": str,
     "forwardpass": str,
     "model": dict,
-    "weights": str,
+    "weights": str | list,  # of several files, their names
     "layers": list,
     "attention": list,
     "unpad": str | None,
@@ -93,7 +94,14 @@ def _slots(model: nn.Module, instead: Mapping[int, nn.Module], prefix: str = "")
             yield from _slots(child, instead, f"{prefix}{name}.")
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    model_card: bool = True,
+) -> None:
     """Writes a swapped model to `folder` (made where it is missing); `load_pretrained` reads it without the originals.
 
     Tied tensors are stored once. Over an older checkpoint it is one step: whenever it is interrupted, the old one or the new one
@@ -106,10 +114,15 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
         folder: new, empty, or one that holds a checkpoint of forwardpass, which is replaced.
         overwrite: True: any other folder too. Its config.json and generation_config.json are replaced, its other files stay. The
             folder that the model was loaded from (config._name_or_path) is refused all the same.
+        max_shard_size: bytes, or a text such as "5GB", of a file of weights, of which there are several where that is not enough; a
+            larger tensor has a file of its own.
+        model_card: write README.md too, a model card with what the report of the swap says. One that is there, and was not written
+            so, stays as it is.
 
     Raises:
-        ValueError: the model is not swapped, or holds what safetensors cannot, or is of sentence-transformers and has other modules
-            than Transformer, Pooling, Normalize and Dense; the folder is not to be written to. ImportError: safetensors is missing.
+        ValueError: max_shard_size is no size; the model is not swapped, or holds what safetensors cannot, or is of
+            sentence-transformers and has other modules than Transformer, Pooling, Normalize and Dense; the folder is not to be
+            written to. ImportError: safetensors is missing.
 
     Example:
         >>> report = fp.swap(model, precision="int8")
@@ -117,13 +130,18 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, overwri
     """
     model = plain_module("save_pretrained", model)
     around = sentences.describe(model)
-    write(model, around, folder, overwrite)
+    write(model, around, folder, overwrite, max_shard_size, model_card)
     if around is not None:
         sentences.save_processor(model, pathlib.Path(folder))
 
 
 def write(
-    model: nn.Module, around: dict[str, Any] | None, folder: str | os.PathLike[str], overwrite: bool = False
+    model: nn.Module,
+    around: dict[str, Any] | None,
+    folder: str | os.PathLike[str],
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    model_card: bool = True,
 ) -> None:
     """`save_pretrained` of a model that is, or for its names stands for, what `around` describes; without its tokenizer."""
     layers, separate = originals.separate_layers(model)
@@ -135,6 +153,7 @@ def write(
             "save_pretrained stores no layers of keras: its own model.save(…) stores the float model, to be swapped anew"
         )
     folder = check_folder(folder, model_config.sources(model), overwrite)
+    shard_bytes(max_shard_size)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
@@ -164,13 +183,16 @@ def write(
                          "transformers: save that model with its own method")  # fmt: skip
     safetensors = safetensors_module()
     folder.mkdir(parents=True, exist_ok=True)
-    weights = put_weights(folder, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
+    weights = [
+        put_weights(folder, functools.partial(safetensors.torch.save_file, shard, metadata={"format": "pt"}))
+        for shard in split(tensors, max_shard_size)
+    ]
     record = {
         "schema": SCHEMA,
         "forwardpass": __version__,
         "model": {"class": type(transformer).__name__, "attention": implementation_before(transformer),
                   "config": config, "generation_config": generation},
-        "weights": weights,
+        "weights": weights[0] if len(weights) == 1 else weights,
         "layers": [
             {"fqn": fqn, "module": type(m).__name__, "precision": vars(m).get("precision"),
              "version": vars(m).get("precision_version"), "config": m.config()}
@@ -188,7 +210,32 @@ def write(
     for name, content in ((model_config.CONFIG, config), (model_config.GENERATION, generation)):
         if content is not None:
             write_json(folder / name, content)
+    if model_card:
+        stored_bytes = sum(t.nbytes for t in tensors.values())
+        card.write(folder, _card(model, layers, transformer if config is not None else None, around, stored_bytes))
     remove_other_weights(folder, weights)
+
+
+def _card(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedModule],
+    transformer: nn.Module | None,
+    around: dict[str, Any] | None,
+    stored_bytes: int,
+) -> str:
+    if around is not None:
+        library = "sentence-transformers"
+        loading = f"A {around['class']}. In this folder, or with its id on the hub in place of the dot:"
+        code = 'import forwardpass as fp\nmodel = fp.load_pretrained(".")'
+    elif transformer is not None:
+        library, name = "transformers", type(transformer).__name__
+        loading = "In this folder, or with its id on the hub in place of the dot:"
+        code = f'import forwardpass\nfrom transformers import {name}\nmodel = {name}.from_pretrained(".")'
+    else:
+        library = None
+        loading = f"In this folder, where `build()` gives a {type(model).__name__} of floats, which may be on the meta device:"
+        code = 'import forwardpass as fp\nmodel = fp.load_pretrained(".", model=build())'
+    return card.compose(model, layers, stored_bytes, loading, code, library=library)
 
 
 def load_pretrained(
@@ -244,23 +291,18 @@ def _load(
     build: Callable[[dict[str, Any], nn.Module, str], nn.Module],
 ) -> nn.Module:
     """`load_pretrained`; build(around, transformer, folder) gives the model to be filled where there is something around it."""
+    if torch.device(device).type == "meta":
+        raise ValueError(f"{folder} is read onto a device that holds values, and meta holds none: pass another device=")
     folder = local_folder(folder)
     if not (folder / RECORD).exists() and (other := stored_checkpoint.find(folder)):
         if model is not None:
             raise ValueError(f"{folder} is no checkpoint of forwardpass, and is loaded without model=")
         return stored_checkpoint.load(other, torch.device(device))
     record = _read_record(folder)
-    weights = folder / record["weights"]
-    if not weights.is_file():
-        raise FileNotFoundError(f"there is no {weights.name} in {folder}: {_FIX}")
-    safetensors = safetensors_module()
-    try:
-        file = safetensors.safe_open(weights, framework="pt")
-    except (safetensors.SafetensorError, OSError) as e:
-        raise ValueError(f"{weights} is damaged or no safetensors file ({e}): {_FIX}") from None
-    with file:
+    with TensorFiles([folder / name for name in weights_of(record)], _FIX) as files:
+        shapes = files.shapes()
         if model is None:
-            model = _build(folder, record["model"], len(file.keys()))
+            model = _build(folder, record["model"], len(shapes))
             if record["around"] is not None:
                 model = build(record["around"], model, str(folder))
         else:
@@ -269,11 +311,18 @@ def _load(
                 raise ValueError(
                     "load_pretrained fills a model that is not swapped: call fp.restore(model) first, or build it anew"
                 )
-        _fill(model, record, file, torch.device(device), str(folder))
+        _fill(model, record, shapes, files.read, torch.device(device), str(folder))
     return model
 
 
-def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.device, source: str) -> None:
+def _fill(
+    model: nn.Module,
+    record: dict[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    device: torch.device,
+    source: str,
+) -> None:
     """Checks everything, reads everything, and only then changes the model."""
 
     def fail(text: str) -> ValueError:
@@ -284,7 +333,6 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     def place(tensor: Tensor) -> torch.device:
         return device if tensor.is_meta else tensor.device
 
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no dict
     layers, replacements = empty_layers(model, record, shapes, place, fail)
     changes = decide_changes(model, layers, record, fail)
     slots = dict(_slots(model, replacements))
@@ -310,7 +358,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
     for name, slot in slots.items():
         is_quantized, key = isinstance(slot.module, QuantizedModule), (aliases.get(name, name), slot.is_parameter)
         if is_quantized or key not in values:
-            value, expected = file.get_tensor(key[0]), slot.tensor.dtype
+            value, expected = read(key[0]), slot.tensor.dtype
             if value.dtype != expected and (
                 is_quantized or not (value.is_floating_point() and expected.is_floating_point)
             ):
@@ -329,7 +377,7 @@ def _fill(model: nn.Module, record: dict[str, Any], file: Any, device: torch.dev
         holder[name] = value
     put_changes(model, changes)
     joined.put()
-    saving.refuse(model)
+    methods.put(model)
 
 
 Fail = Callable[[str], ValueError]
@@ -441,7 +489,12 @@ def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, A
             raise ValueError(f"{path} is damaged ({problem}): {_FIX}")
 
     require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
-    require(WEIGHTS.fullmatch(record["weights"]) is not None, "the name of its weights")
+    weights = weights_of(record)
+    require(
+        all(isinstance(name, str) and WEIGHTS.fullmatch(name) for name in weights)
+        and len({*weights}) == len(weights) > 0,
+        "the name of its weights",
+    )
     require(record["unpad"] in (None, *UNPAD), "what it says of padding")
     require(record["kv_cache"] in (None, *KV_CACHES), "what it says of caches")
     if record["around"] is not None:
@@ -458,6 +511,12 @@ def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, A
         require(layer["fqn"] not in fqns, f"layer {i} is there twice")
         fqns.add(layer["fqn"])
     return record
+
+
+def weights_of(record: Mapping[str, Any]) -> list[str]:
+    """The names of a record's files of weights."""
+    weights = record["weights"]
+    return weights if isinstance(weights, list) else [weights]
 
 
 def _is(value: Any, kind: Any) -> bool:

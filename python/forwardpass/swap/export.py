@@ -16,8 +16,9 @@ from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, Int8Linear, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
-from . import model_config, originals
-from .folder import check_folder, safetensors_module
+from . import card, model_config, originals
+from .folder import check_folder
+from .tensor_files import safetensors_module, shard_bytes, split
 
 FORMATS = ("compressed-tensors",)
 
@@ -34,7 +35,8 @@ def export_pretrained(
 
     compressed-tensors: a group of config_groups for each kind of layer; int8 and e4m3 weights by row, tensor or block, inputs by
     token or static, weights alone packed. Layers of bf16 and those that were not swapped are stored as floats. The model's classes
-    in transformers, and vLLM, read the folder; `load_pretrained` too. Its tokenizer is not in it.
+    in transformers, and vLLM, read the folder; `load_pretrained` too. Its tokenizer is not in it. README.md is a model card with
+    what the report of the swap says; one that is there, and was not written so, stays as it is.
 
     Args:
         folder: new or empty; overwrite: another, too, where files of these names are replaced.
@@ -63,6 +65,7 @@ def export_pretrained(
         )
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
     folder = check_folder(folder, model_config.sources(model), overwrite)
+    shard_bytes(max_shard_size)
     tensors = dict(_tensors(model, layers))
     names = _as_on_the_hub(model, tensors)
     tensors = {names[name]: t for name, t in tensors.items()}
@@ -75,6 +78,15 @@ def export_pretrained(
     if generation is not None:
         write_json(folder / model_config.GENERATION, generation)
     write_json(folder / model_config.CONFIG, config)
+    card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
+
+
+def _card(model: nn.Module, layers: Mapping[str, QuantizedModule], stored_bytes: int) -> str:
+    loading = ("Stored as compressed-tensors has it, which vLLM reads, and transformers where compressed-tensors is installed. By "
+               "forwardpass, in this folder, or with its id on the hub in place of the dot:")  # fmt: skip
+    code = 'import forwardpass as fp\nmodel = fp.load_pretrained(".")'
+    tags = ("compressed-tensors",)
+    return card.compose(model, layers, stored_bytes, loading, code, library="transformers", tags=tags)
 
 
 def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
@@ -208,20 +220,23 @@ def _is_untied(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> bool:
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: pathlib.Path, max_shard_size: int | str) -> None:
-    import huggingface_hub  # which transformers needs
-
     safetensors = safetensors_module()
-    plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
-        part = {name: tensors[name].cpu().clone(memory_format=torch.contiguous_format) for name in names}
+    shards = split(tensors, max_shard_size)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for file, shard in zip(names, shards):
+        part = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in shard.items()}
         with beside(folder / file) as partial:
             safetensors.torch.save_file(part, partial, metadata={"format": "pt"})
             partial.replace(folder / file)
     index = folder / "model.safetensors.index.json"
     for old in folder.glob("model*.safetensors"):
-        if old.name not in plan.filename_to_tensors:
+        if old.name not in names:
             old.unlink()
-    if plan.is_sharded:
-        write_json(index, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    if len(shards) > 1:
+        total = sum(t.nbytes for t in tensors.values())
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The folder of a checkpoint: whether it may be written to, what is in it, and the step from one checkpoint to the next.
 
-`forwardpass.json` names the file of the weights, whose name comes from its content: a new checkpoint is there from the moment
+`forwardpass.json` names the files of the weights, whose names come from their content: a new checkpoint is there from the moment
 that its forwardpass.json is renamed into place, and until then the old one is, untouched.
 """
 
@@ -11,8 +11,7 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 from ..common.files import beside
 
@@ -20,7 +19,7 @@ RECORD = "forwardpass.json"
 #: No name that other programs look for: they would take integers for weights.
 WEIGHTS = re.compile(r"forwardpass-[0-9a-f]{16}\.safetensors")
 #: What a save that was killed leaves.
-_UNFINISHED = re.compile(r"\.(forwardpass|config|generation_config)\.\w+\.[0-9a-f]{16}\.partial")
+_UNFINISHED = re.compile(r"\.(forwardpass|config|generation_config|README)\.\w+\.[0-9a-f]{16}\.partial")
 
 
 def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), overwrite: bool = False) -> pathlib.Path:
@@ -54,10 +53,15 @@ def check_folder(folder: str | os.PathLike[str], sources: Iterable[str] = (), ov
     return folder
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it can be one, and is no path of what is there."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not pathlib.Path(name).exists()
+
+
 def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     """A folder as it is, or that of a hub id, whose JSON and safetensors files are downloaded. FileNotFoundError in a sentence."""
     path = pathlib.Path(folder)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):
+    if not is_hub_id(str(folder)):
         return path
     if importlib.util.find_spec("huggingface_hub") is None:
         raise FileNotFoundError(
@@ -86,17 +90,8 @@ def put_weights(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -
     return name
 
 
-def remove_other_weights(folder: pathlib.Path, keep: str) -> None:
+def remove_other_weights(folder: pathlib.Path, keep: Collection[str]) -> None:
     """Weights of checkpoints before the one that is there now, and what saves that were killed left."""
     for path in folder.iterdir():
-        if path.name != keep and (WEIGHTS.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
+        if path.name not in keep and (WEIGHTS.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
             path.unlink(missing_ok=True)
-
-
-def safetensors_module() -> Any:
-    """With its functions for torch. ImportError, in a sentence, where it is missing."""
-    if importlib.util.find_spec("safetensors") is None:
-        raise ImportError("checkpoints need safetensors: pip install 'forwardpass[hf]'")
-    import safetensors.torch
-
-    return safetensors

@@ -96,7 +96,9 @@ def configs(model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any] | N
     """The config of a model of transformers, and its settings for generation, as JSON has them; None of another model."""
     if model_class(type(model).__name__) is not type(model):
         return None, None
-    config = dict(sorted({**stored(model.config), "architectures": [type(model).__name__]}.items()))
+    # transformers loads a model in the dtype that its config says, and a model may have another one since.
+    written = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    config = dict(sorted({**stored(model.config), **written}.items()))
     generation = getattr(model, "generation_config", None)
     return config, None if generation is None else stored(generation)
 

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ..common.modules import accelerate_hooks, plain_module
 from ..integrations.transformers_attention import PLACE
 from ..nn import MultiheadAttention, QuantizedModule
 from ..nn.mlp import TwoProducts
-from . import saving
+from . import methods
 from .walker import Leaf
 
 
@@ -63,6 +63,7 @@ class Originals:
     before: Change | None = None  #: what has to be there for the layers to be found
     #: that of a swap before this one, which left alone what this one replaced
     earlier: Originals | None = None
+    report: Any = None  #: the Report of the swap
 
     def all(self) -> Iterator[Originals]:
         """This swap and those before it, the newest first."""
@@ -82,7 +83,7 @@ class Originals:
         put_in_place(model, self.replaced)
         for change in (self.attention, *self.changes):
             change.put()
-        saving.refuse(model)
+        methods.put(model)
 
     def undo(self, model: nn.Module) -> None:
         exchange(model, [(x.fqn, x.replacement, x.original) for x in self.replaced])
@@ -90,8 +91,8 @@ class Originals:
             change.undo()
         if self.before is not None:
             self.before.undo()
-        saving.allow(model)
-        saving.refuse(model)  # what an earlier swap replaced is still there
+        methods.take_away(model)
+        methods.put(model)  # what an earlier swap replaced is still there
 
 
 _exchanging = threading.Lock()  #: two threads that swap one model: the second finds it changed

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.modules import plain_module
 from ..common.text import count, megabytes, table, together, wrapped
 from ..dispatch import Reason
 from . import originals
@@ -149,6 +150,7 @@ class Report:
     def attach(self, model: nn.Module, swapped: originals.Originals) -> None:
         """Ties the report to the swap that it describes. Weakly: a report keeps no model and no weights alive."""
         self._model, self._swap = weakref.ref(model), weakref.ref(swapped)
+        swapped.report = self
 
     def _current(self) -> tuple[nn.Module, originals.Originals] | None:
         """The model and its swap, while it is there: not restored since, perhaps swapped again."""
@@ -256,6 +258,25 @@ class Report:
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
         return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{originals}, peak {megabytes(b.peak)}"
+
+
+def report(model: nn.Module) -> Report:
+    """The report of the swap that a model is in: what `fp.swap` returned, or a load with `fp.Config` left behind.
+
+    Raises:
+        RuntimeError: the model is not swapped, or is a copy of a swapped one or loaded from a checkpoint, of which there is none.
+
+    Example:
+        >>> swapped = fp.swap(model, "int8")
+        >>> fp.report(model) is swapped
+        True
+    """
+    entry = originals.find(plain_module("report", model))
+    if entry is None:
+        raise RuntimeError("this model has no report: it is not swapped, or is a copy of a swapped model or loaded from a "
+                           "checkpoint; fp.swap(model, …) makes one")  # fmt: skip
+    swapped: Report = entry.report
+    return swapped
 
 
 def _last(fqn: str) -> str:

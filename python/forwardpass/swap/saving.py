@@ -1,76 +1,124 @@
-"""Methods of a swapped model, and of adapters in it, that would treat 8-bit values as float weights: they refuse.
+"""A swapped model's own `save_pretrained`, which would write integers under the names of float weights.
 
-A model's own `save_pretrained` would write integers under the names of float weights, an adapter that is merged would be added to
-them, and diffusers would make a Linear of them. The refusal is an attribute of each module that has such a method. It goes with the
-module into copies and pickles, and a restore takes it away.
+For models of transformers and sentence-transformers the method writes the folder of `fp.save_pretrained` instead, so that
+`push_to_hub`, which calls it, uploads that; for others (diffusers) it refuses. What is called is an attribute of each module
+that has such a method and holds quantised layers. It goes with the module into copies and pickles, and a restore takes it away.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import inspect
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from ..integrations import sentence_transformers as sentences
 from ..nn import QuantizedModule
-from .adapters import ADDING, MERGING, MERGING_ALL, is_plain, is_quantized_below
+from . import model_config
 
-_SAVING = "save_pretrained"
-_WRITES = ("would write the 8-bit values of swapped layers as if they were float weights: use fp.save_pretrained(model, folder), "
-           "or call fp.restore(model) first")  # fmt: skip
-_MERGES = ("would add to the 8-bit weights of swapped layers, or take from them, as if they were floats: call fp.restore(model) "
-           "first, and swap again when it is done")  # fmt: skip
-_ADDS = ("would read the 8-bit weight of a swapped layer as if it were floats, and can add a plain LoRA alone (no DoRA or other "
-         "variant, init_lora_weights True, False or \"gaussian\"): call fp.restore(model) first, and swap again when it is "
-         "done")  # fmt: skip
-#: Of attention in diffusers: q, k and v as one Linear.
-_FUSING = "fuse_projections"
-_FUSES = "would take the 8-bit weights of swapped layers for those of a Linear: fuse first, and swap then (fp.restore(model))"
-_TEXTS = {_SAVING: _WRITES, **dict.fromkeys((*MERGING, *MERGING_ALL), _MERGES), ADDING: _ADDS, _FUSING: _FUSES}
+#: Those of sentence-transformers save and upload through `save`.
+_METHODS = ("save_pretrained", "save")
+#: Arguments that are honoured, and those that change nothing here: the name is of the library's own card.
+_HONOURED = ("save_directory", "path", "max_shard_size", "is_main_process", "create_model_card")
+_WITHOUT_EFFECT = ("model_name",)
 
 
-@dataclass(frozen=True, eq=False)
-class Refusal:
-    """What is called in place of a module's method; `before` has what the module itself held under that name, if anything."""
+class SavesFolder:
+    """What is called in place of the method `name` of a module; `before` has what the module itself held under it, if anything."""
 
-    module: nn.Module
-    method: str
-    before: tuple[Any, ...]
+    def __init__(self, module: nn.Module | None, name: str, before: tuple[Any, ...]) -> None:
+        self._module = (
+            (lambda: None) if module is None else weakref.ref(module)
+        )  # a module that is dropped goes at once
+        self.name, self.before = name, before
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("config")
-        if self.method == ADDING and dataclasses.is_dataclass(config) and is_plain(config):
-            return getattr(type(self.module), ADDING)(self.module, *args, **kwargs)
-        raise RuntimeError(f"{type(self.module).__name__}.{self.method} {_TEXTS[self.method]}")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SavesFolder, (self._module(), self.name, self.before)
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        module = self._module()
+        if module is None:
+            raise RuntimeError(f"the model of this {self.name} is gone, as nothing held it: keep it in a variable, "
+                               f"model = …, and call model.{self.name}(folder)")  # fmt: skip
+        owner = f"{type(module).__name__}.{self.name}"
+        if not _is_known(module):
+            raise RuntimeError(f"{owner} would write the 8-bit values of swapped layers as if they were float weights: use "
+                               "fp.save_pretrained(model, folder), or call fp.restore(model) first")  # fmt: skip
+        overwrite = options.pop("overwrite", False)
+        asked = _arguments(getattr(type(module), self.name), module, args, options, owner)
+        if not asked.get("is_main_process", True):  # of several, one writes
+            return
+        from .checkpoint import save_pretrained
+
+        folder = asked["save_directory"] if "save_directory" in asked else asked["path"]
+        size = asked.get("max_shard_size")
+        size_of_files: dict[str, Any] = {} if size is None else {"max_shard_size": size}
+        save_pretrained(
+            module, folder, overwrite=overwrite, model_card=asked.get("create_model_card", True), **size_of_files
+        )
 
 
-def refuse(model: nn.Module) -> None:
+_FIXES = {
+    "push_to_hub": "call model.push_to_hub(repository) after it",
+    "state_dict": "the values are those of the model itself",
+    "safe_serialization": "nothing else than safetensors is written",
+}
+
+
+def _arguments(
+    method: Any, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], owner: str
+) -> dict[str, Any]:
+    """The arguments that are honoured, as the module's own method has them. ValueError where another one is asked for."""
+    signature = inspect.signature(method)
+    bound = signature.bind(module, *args, **options)
+    bound.apply_defaults()
+    honoured: dict[str, Any] = {}
+    for name, value in [*bound.arguments.items()][1:]:
+        parameter = signature.parameters[name]
+        others = value if parameter.kind is parameter.VAR_KEYWORD else {name: value}
+        for name, value in others.items():
+            is_default = type(value) is type(parameter.default) and value == parameter.default
+            if name in _HONOURED:
+                honoured[name] = value
+            elif not (is_default or name in _WITHOUT_EFFECT or (name == "safe_serialization" and value is True)):
+                raise ValueError(f"{owner} of a swapped model writes the folder of fp.save_pretrained, and takes no "
+                                 f"{name}={str(value)[:40]}: {_FIXES.get(name, 'drop it')}")  # fmt: skip
+    return honoured
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a folder of this model says which class it is of."""
+    return model_config.model_class(type(module).__name__) is type(module) or sentences.class_of(module) is not None
+
+
+def _methods(module: nn.Module) -> Iterator[str]:
+    known = sentences.class_of(module) is not None
+    yield from (name for name in _METHODS if hasattr(type(module), name) and (known or name == _METHODS[0]))
+
+
+def _writes_adapters_alone(module: nn.Module) -> bool:
+    """Whether it is peft's, which writes no more, but for a head that was resized."""
+    if getattr(type(module), _METHODS[0]).__module__.partition(".")[0] != "peft":
+        return False
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return not isinstance(head, QuantizedModule)
+
+
+def put(model: nn.Module) -> None:
     for module in model.modules():
-        for name in _TEXTS:
-            method = vars(module).get(name)
-            if hasattr(type(module), name) and not isinstance(method, Refusal) and _is_concerned(module, name):
-                vars(module)[name] = Refusal(module, name, () if method is None else (method,))
+        for name in _methods(module):
+            before = vars(module).get(name)
+            if isinstance(before, SavesFolder) or _writes_adapters_alone(module):
+                continue
+            if any(isinstance(m, QuantizedModule) for m in module.modules()):
+                vars(module)[name] = SavesFolder(module, name, () if before is None else (before,))
 
 
-def _is_concerned(module: nn.Module, method: str) -> bool:
-    if method in (*MERGING, ADDING):
-        return is_quantized_below(module)
-    if method == _FUSING:
-        return any(isinstance(m, QuantizedModule) for m in module.children())
-    if method in MERGING_ALL:
-        return any(map(is_quantized_below, module.modules()))
-    if (
-        getattr(type(module), _SAVING).__module__.partition(".")[0] == "peft"
-    ):  # writes adapters alone, and resized heads
-        head = getattr(module, "get_output_embeddings", lambda: None)()
-        return isinstance(head, QuantizedModule)
-    return any(isinstance(m, QuantizedModule) for m in module.modules())
-
-
-def allow(model: nn.Module) -> None:
+def take_away(model: nn.Module) -> None:
     for module in model.modules():
-        for name in _TEXTS:
-            if isinstance(refusal := vars(module).get(name), Refusal):
+        for name in _METHODS:
+            if isinstance(method := vars(module).get(name), SavesFolder):
                 del vars(module)[name]
-                vars(module).update(zip((name,), refusal.before))
+                vars(module).update(zip((name,), method.before))

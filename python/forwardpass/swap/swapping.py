@@ -117,16 +117,9 @@ def swap(
         >>> fp.restore(model)
     """
     model = plain_module("swap", model)
-    if keep not in KEEP or keep is True:
-        raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
-    check_choice(attention, plan is not None)
-    check_unpad(unpad)
-    check_kv_cache(kv_cache, attention)
     if precision is None and plan is None and any(map(is_stored, model.modules())):
         precision = STORED.name
-    if (precision is None) == (plan is None) and not (plan is None and (attention is True or kv_cache is not None)):
-        clause = "neither was" if plan is None else "both were"
-        raise ValueError(f'swap takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"')
+    check_options("swap", precision, plan, attention=attention, unpad=unpad, kv_cache=kv_cache, keep=keep)
     presets = None if precision is None else Presets(precision)
     with KerasLinears(model) as keras:
         keep = keras.where_kept(keep)
@@ -167,6 +160,29 @@ def swap(
                                  "pass the same ones, or plan again")  # fmt: skip
         calibration = fingerprint.value if arguments else None
         return _carry_out(decision, notes, arguments, calibration, keep, dry_run, keras)
+
+
+def check_options(
+    caller: str,
+    precision: ByHand | None,
+    plan: object,
+    *,
+    attention: str | bool,
+    unpad: bool,
+    kv_cache: str | None,
+    keep: str | bool,
+) -> None:
+    """ValueError or TypeError where these are not options of `swap`, or do not go together, whatever the model is."""
+    if keep not in KEEP or keep is True:
+        raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
+    check_choice(attention, plan is not None)
+    check_unpad(unpad)
+    check_kv_cache(kv_cache, attention)
+    if (precision is None) == (plan is None) and not (plan is None and (attention is True or kv_cache is not None)):
+        clause = "neither was" if plan is None else "both were"
+        raise ValueError(
+            f'{caller} takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"'
+        )
 
 
 def swap_planned(

@@ -22,12 +22,12 @@ from torch import nn
 from ...common.files import read_json
 from ...nn import QuantizedModule
 from ...nn.experts import experts_sizes, is_experts
-from .. import model_config, originals, saving
+from .. import methods, model_config, originals
 from ..attention import AttentionSwap, decide_attention
 from ..auto_model import reading_quantizer
-from ..folder import safetensors_module
 from ..rules import Context
 from ..siblings import JoinedSwap
+from ..tensor_files import safetensors_module
 from ..walker import Leaf, linear_like
 from . import FORMATS, NOTES, Format, Header, Refused
 from .experts import put_tensors, read_experts, stacked, stored_experts, with_scales
@@ -195,10 +195,6 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
         ValueError: a layer holds what there are no kernels for, or the folder does not fit its model. ImportError: transformers is
             missing.
     """
-    if device.type == "meta":
-        raise ValueError(
-            f"{stored.folder} is read onto a device that holds values, and meta holds none: pass another device="
-        )
     try:
         import transformers
         import transformers.core_model_loading
@@ -278,7 +274,7 @@ def _finish(model: nn.Module) -> nn.Module:
     originals.put_in_place(model, change.replaced)
     change.put()
     joined.put()
-    saving.refuse(model)
+    methods.put(model)
     return model
 
 

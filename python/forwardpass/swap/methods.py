@@ -1,0 +1,18 @@
+"""Methods of a swapped model that would take 8-bit values for float weights: what is called in their places."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import refusals, saving
+
+
+def put(model: nn.Module) -> None:
+    """On each module that holds swapped layers, once."""
+    saving.put(model)
+    refusals.put(model)
+
+
+def take_away(model: nn.Module) -> None:
+    saving.take_away(model)
+    refusals.take_away(model)
