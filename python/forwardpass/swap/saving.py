@@ -17,6 +17,7 @@ from torch import nn
 from ..integrations import sentence_transformers as sentences
 from ..nn import QuantizedModule
 from . import model_config
+from .adapters import BASE
 
 #: Those of sentence-transformers save and upload through `save`.
 _METHODS = ("save_pretrained", "save")
@@ -89,7 +90,9 @@ def _arguments(
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether a folder of this model says which class it is of."""
+    """Whether a folder of this model says which class it is of, which has all of its modules."""
+    if any(BASE in m._modules for m in module.modules()):  # adapters that peft has put into it
+        return False
     return model_config.model_class(type(module).__name__) is type(module) or sentences.class_of(module) is not None
 
 
