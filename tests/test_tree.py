@@ -134,7 +134,7 @@ GONE = ("one behind the other", "change places", "capped scores", r"\bslabs?\b",
 
 
 def test_words_that_must_not_come_back():
-    files = [p for d in ("csrc", "python", "benchmarks", "docs") if (ROOT / d).exists() for p in (ROOT / d).rglob("*")
+    files = [p for d in ("csrc", "python", "benchmarks", "examples", "docs") if (ROOT / d).exists() for p in (ROOT / d).rglob("*")
              if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".md")]  # fmt: skip
     files.append(ROOT / "README.md")
     assert len(files) > 300
@@ -188,7 +188,7 @@ def test_paths_in_the_documentation_exist():
     """A file by its path from the root, from csrc, from the document or within a folder named before it; a folder likewise."""
     sources = {
         str(p.relative_to(ROOT))
-        for d in ("csrc", "python", "tests", "benchmarks", "docs")
+        for d in ("csrc", "python", "tests", "benchmarks", "examples", "docs")
         for p in (ROOT / d).rglob("*")
     }
     documents = [ROOT / "README.md", CSRC / "README.md", CSRC / "interpreter/README.md", *(ROOT / "docs").glob("*.md")]
@@ -208,6 +208,6 @@ def test_paths_in_the_documentation_exist():
 
 
 def test_files_do_one_job():
-    sources = [p for d in ("csrc", "python", "tests", "benchmarks") for p in (ROOT / d).rglob("*") if p.suffix in
+    sources = [p for d in ("csrc", "python", "tests", "benchmarks", "examples") for p in (ROOT / d).rglob("*") if p.suffix in
                (".py", ".cpp", ".h", ".cu", ".cuh")]  # fmt: skip
     assert not [p for p in sources if len(p.read_text().splitlines()) > 600]

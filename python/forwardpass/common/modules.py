@@ -24,16 +24,23 @@ def plain_module(caller: str, model: nn.Module) -> nn.Module:
     return model if inner is None else inner
 
 
+@torch.no_grad()
+def local_tensor(t: Tensor) -> Tensor:
+    """What this process has of a DTensor; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
 def tensor_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the storages of parameters and buffers, each counted once."""
+    """Bytes of the storages of parameters and buffers in this process, each counted once."""
     sizes: dict[Any, int] = {}
     for module in modules:
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is None or is_lazy(t):
                 continue
-            if type(t) in (Tensor, nn.Parameter):
-                sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-            else:  # a wrapper, e.g. a DTensor, has no storage of its own
+            local = local_tensor(t)
+            if type(local) in (Tensor, nn.Parameter):
+                sizes[local.untyped_storage()._cdata] = local.untyped_storage().nbytes()
+            else:  # a wrapper has no storage of its own
                 sizes[id(t)] = t.numel() * t.element_size()
     return sum(sizes.values())
 

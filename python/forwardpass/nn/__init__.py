@@ -1,5 +1,7 @@
 """`fp.nn`: drop-in modules."""
 
+from typing import Any as _Any
+
 from .bf16_linear import Bf16Linear
 from .experts import Experts
 from .fp8_linear import Fp8Linear
@@ -13,6 +15,7 @@ from .w8a16_linear import W8A16Linear
 __all__ = [
     "MLP",
     "Bf16Linear",
+    "ColwiseParallel",
     "Experts",
     "Fp8Linear",
     "GatedMLP",
@@ -21,5 +24,15 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedModule",
     "QuantizingNorm",
+    "RowwiseParallel",
     "W8A16Linear",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """Styles derive from torch's, whose import takes half a second."""
+    if name in ("ColwiseParallel", "RowwiseParallel"):
+        from . import parallel
+
+        return getattr(parallel, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,16 +29,15 @@ class Joined:
 
     def __init__(self, members: Sequence[QuantizedLinear]) -> None:
         self.members = tuple(members)
-        self._sizes = [m.out_features for m in members]
-        self._columns = [*zip(accumulate(self._sizes, initial=0), self._sizes)]
         self._begun = False
         self._result: tuple[Tensor, list[Tensor]] | None = None  #: the input, and each layer's columns
         self._join()
 
     def _join(self) -> None:
         """Makes the weight of all, and the layers' buffers views of it, one at a time."""
-        first = self.members[0]
-        config = first.config() | {"out_features": sum(self._sizes)}
+        first, sizes = self.members[0], [m.out_features for m in self.members]
+        self._columns = [*zip(accumulate(sizes, initial=0), sizes)]
+        config = first.config() | {"out_features": sum(sizes)}
         with torch.inference_mode(False), torch.no_grad():  # for a later load_state_dict, which writes in place
             self.layer = type(first)(**config, device=first.weight.device).eval()
             for name, whole in self.layer._buffers.items():
@@ -47,7 +46,7 @@ class Joined:
                 if name not in first.output_buffers:
                     whole.copy_(first._buffers[name])  # type: ignore[arg-type]
                     continue
-                for member, part in zip(self.members, whole.split(self._sizes)):
+                for member, part in zip(self.members, whole.split(sizes)):
                     part.copy_(member._buffers[name])
                     member._buffers[name] = part
         self.layer.settle()
@@ -115,6 +114,8 @@ def why_apart(
             return f"{type(layer).__name__} has a forward of its own"
         if _form(layer) != _form(first) or not (but_activation or layer.activation == first.activation):
             return "their activations, biases, scales or dtypes differ"
+        if layer.sharding is not None and not layer.sharding.is_local:
+            return "processes add or exchange what is theirs"
         if layer.out_features % 8:
             return "rows of 16 bytes would be divided"
         for name, t in layer._buffers.items():

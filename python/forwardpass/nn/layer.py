@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
 from .joined import Joined
+
+if TYPE_CHECKING:
+    from .sharding import Sharding
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -208,6 +211,7 @@ class QuantizedLinear(QuantizedModule):
     weight_scale: Tensor  #: None where the weight has 16 bits: such a layer reads its weight itself
     bias: Tensor | None
     joined: Joined | None = None  #: with layers that are called with the same input
+    sharding: Sharding | None = None  #: where it is one process's part of a layer
     #: input_scale and channel_scale, and the one over the other
     _divided: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
@@ -303,7 +307,11 @@ class QuantizedLinear(QuantizedModule):
         """then: a layer for which `quantizes_for` holds, and which is called with the result and nothing else."""
         if then is not None:
             return self.quantized_product(x, then)
-        return self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
+        sharding = self.sharding
+        if sharding is not None:
+            x = sharding.input(x)
+        y = self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
+        return y if sharding is None else sharding.output(y)
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         """x W^T + b and the activation, of this layer alone."""
@@ -347,8 +355,10 @@ class QuantizedLinear(QuantizedModule):
         computes for this one."""
 
     def exact(self, x: Tensor | Quantized) -> Tensor:  # type: ignore[override]
-        y = self._quantized(x) @ self._dequantized_weight().t()
-        return self.activated(y if self.bias is None else y + self.bias.double())
+        sharding = self.sharding
+        y = self._quantized(x if sharding is None else sharding.input(x)) @ self._dequantized_weight().t()
+        y = self.activated(y if self.bias is None else y + self.bias.double())
+        return y if sharding is None else sharding.output(y)
 
     def activated(self, y: Tensor) -> Tensor:
         gate, up = separate_gate_up(y, -1) if is_gated(self.activation) else (y, None)

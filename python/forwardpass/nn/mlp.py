@@ -271,6 +271,7 @@ def _like(layer: L, outputs: int, activation: str | None, by_output: Mapping[str
     for name, t in layer._buffers.items():
         if t is not None:
             setattr(new, name, by_output[name].contiguous() if name in by_output else t.clone())
+    new.sharding = layer.sharding
     return new.train(layer.training)
 
 

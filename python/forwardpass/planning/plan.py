@@ -28,6 +28,7 @@ from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
 from ..swap.rules import Context
 from ..swap.swapping import planned
+from ..swap.tensor_parallel import refuse_divided
 from ..swap.unpadding import check_unpad, decide_unpadding
 from ..swap.walker import experts_leaves, linear_like
 from . import evidence
@@ -150,6 +151,7 @@ def plan(
         raise ValueError(
             "plan measures no layers of keras: choose a precision for them, as fp.swap(model, precision) takes it"
         )
+    refuse_divided("plan", model, "plan for the whole model, in one process")
     leaves = linear_like(model)
     refuse_swapped(model)
     refuse_model(model, leaves)

@@ -192,6 +192,7 @@ class _Filled:
         from . import methods, originals
         from .checkpoint import put_changes
         from .siblings import JoinedSwap
+        from .tensor_parallel import take_over
 
         for fqn, (_, layer) in self.layers.items():
             for name, t in layer.named_buffers():
@@ -206,6 +207,7 @@ class _Filled:
                     raise self._fail(f"{name} is missing from the file")
         if eight_bits := [name for name, p in self.model.named_parameters() if p.itemsize == 1]:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
+        take_over({fqn: layer for fqn, (_, layer) in self.layers.items()})
         layers, self.layers = self.layers, {}
         joined = JoinedSwap(layers)
         in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]

@@ -24,6 +24,7 @@ from . import originals
 from .fusion import Activation, called, formula_of
 from .norms import NormBefore, norm_before
 from .reach import Function, Reach, self_of
+from .tensor_parallel import sharding_of
 
 if TYPE_CHECKING:
     from .walker import Leaf
@@ -76,6 +77,9 @@ class Block:
 
     def why_not(self, layers: list[QuantizedLinear]) -> str | None:
         """None where these, that its layers became, make one module, else the reason."""
+        first, last = layers[0].sharding, layers[-1].sharding
+        if (first is not None and not first.is_local) or (last is not None and not last.takes_local):
+            return "processes add or exchange what is between its products"
         if self.formula.gated:
             if len(layers) == 2:
                 return GatedMLP.why_no_halves(layers[0], self.activation)
@@ -126,7 +130,7 @@ def block_of(leaf: Leaf, activation: Activation | None, reach: Reach) -> Block |
     act = holder._modules[formula.activation]
     assert act is not None
     used = [m for name in formula.modules if (m := holder._modules[name]) is not None]
-    alone = all(not is_watched(m) and reach.has_one_place(m) for m in (holder, *used))
+    alone = all((not is_watched(m) or sharding_of(m)) and reach.has_one_place(m) for m in (holder, *used))
     if not alone or not reach.only_named_by(holder, (*formula.layers, formula.activation)):  # dropouts keep their names
         return _reached(holder)
     applied = formula_of(act)

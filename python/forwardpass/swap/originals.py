@@ -23,6 +23,7 @@ from ..integrations.transformers_attention import PLACE
 from ..nn import MultiheadAttention, QuantizedModule
 from ..nn.mlp import TwoProducts
 from . import methods
+from .tensor_parallel import refuse_divided
 from .walker import Leaf
 
 
@@ -259,7 +260,9 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
 
 
 def separate_layers(model: nn.Module) -> tuple[dict[str, QuantizedModule], dict[int, nn.Module]]:
-    """(the same as a checkpoint has them, those of an MLP one by one; what stands for an MLP then, by the MLP's id)."""
+    """(the same as a checkpoint has them, those of an MLP one by one; what stands for an MLP then, by the MLP's id).
+    ValueError where they are parts."""
+    refuse_divided("a checkpoint", model, "store the model before it is divided")
     layers: dict[str, QuantizedModule] = {}
     instead: dict[int, nn.Module] = {}
     for fqn, module in quantised_layers(model).items():

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .tensor_parallel import sharding_of
+
 #: Methods that make a module and set its weights: what they leave behind is seen in the objects.
 SETUP = ("__init__", "_init_weights", "init_weights", "reset_parameters", "load_pretrained", "fix_init_weight")
 #: Ways to get at modules without their names.
@@ -104,8 +106,9 @@ class Reach:
         inside = {id(m) for m in self.model.modules()}
         todo: list[tuple[Any, type | None]] = []
         for m in self.model.modules():
-            # torchao has each layer print itself in another way
-            todo += ((value, None) for name, value in vars(m).items() if name not in ("_modules", "extra_repr"))
+            # torchao has each layer print itself in another way, and the forward that transformers divides refers to its module
+            apart = ("_modules", "extra_repr", *(("forward",) if sharding_of(m) else ()))
+            todo += ((value, None) for name, value in vars(m).items() if name not in apart)
             todo.append((type(m), None))
         visited: set[tuple[int, type | None]] = set()
         referred: set[int] = set()

@@ -29,6 +29,7 @@ from ..ops.common.quantized_rows import FLOATS
 from .adapters import BASE, reads_base
 from .patterns import Pattern
 from .precision import STORED, Precision
+from .tensor_parallel import sharding_of, whole
 from .walker import Leaf
 
 
@@ -231,6 +232,8 @@ def subclass(leaf: Leaf, context: Context, precision: Precision) -> Finding | No
 
 
 def tensor_class(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
+    if sharding_of(leaf.module):
+        return None
     for name, p in leaf.module._parameters.items():
         if p is not None and (type(p) is not nn.Parameter or type(p.data) is not Tensor):
             return (f"its {name} is a {type(p).__name__} of {type(p.data).__name__}, not a plain tensor",
@@ -256,6 +259,8 @@ def offloaded(leaf: Leaf, context: Context, precision: Precision | None) -> Find
 
 def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
     m = leaf.module
+    if sharding_of(m):
+        return None
     if has_hooks(m):
         return (
             "hooks are registered on it, and would no longer be called",
@@ -326,7 +331,8 @@ def dtype(leaf: Leaf, context: Context, precision: Precision | None) -> Finding 
 
 
 def not_finite(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
-    for name, p in leaf.module._parameters.items():
+    module = whole(leaf.module) if sharding_of(leaf.module) else leaf.module  # all processes decide the same
+    for name, p in module._parameters.items():
         if p is not None and p.numel() and not all(torch.isfinite(x) for x in torch.aminmax(p.detach())):
             return f"its {name} holds NaN or infinity", "repair the weights: such a row has no scale"
     return None

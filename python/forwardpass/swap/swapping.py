@@ -31,6 +31,7 @@ from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
 from .stored.loaded import is_stored, note_on
+from .tensor_parallel import refuse_divided, sharding_of, whole
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, experts_leaves, linear_leaves, linear_like
 
@@ -59,6 +60,9 @@ def swap(
 
     An activation that is applied to a layer's output, and to nothing else (see `fusion`), is computed by the swapped layer, and
     nn.Identity stands in its place: what calls such a layer by itself gets the activated output.
+
+    A model that transformers' tp_plan or torch's `parallelize_module` has divided between processes is swapped by all of them
+    together. Each layer is gathered, quantised as in one process, and divided again; what crosses processes is what it was.
 
     Args:
         precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
@@ -103,7 +107,8 @@ def swap(
         TypeError: `model` is no nn.Module, or is a TorchScript module.
         ValueError: not exactly one of precision and plan is given; there is no such precision; the plan is of another model, of
             other calibration batches or damaged; calibration does not go with the precision; the model is itself a Linear, or
-            has no values yet.
+            has no values yet; of a model that is divided between processes: calibrate=, keep="cpu", a call under
+            `torch.inference_mode()`.
         RuntimeError: the model is swapped already, and nothing is left to swap. A second call swaps what the first left alone,
             with a report and a plan of its own; `fp.restore` undoes both.
         FileNotFoundError: there is no plan file of this name.
@@ -121,6 +126,7 @@ def swap(
         precision = STORED.name
     check_options("swap", precision, plan, attention=attention, unpad=unpad, kv_cache=kv_cache, keep=keep)
     presets = None if precision is None else Presets(precision)
+    _refuse_divided(model, calibrate is not None, keep)
     with KerasLinears(model) as keras:
         keep = keras.where_kept(keep)
         context = Context(
@@ -160,6 +166,18 @@ def swap(
                                  "pass the same ones, or plan again")  # fmt: skip
         calibration = fingerprint.value if arguments else None
         return _carry_out(decision, notes, arguments, calibration, keep, dry_run, keras)
+
+
+def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> None:
+    """ValueError where these are nothing for a model that is divided between processes, and it is."""
+    if torch.is_inference_mode_enabled():  # where torch detaches no DTensor
+        refuse_divided("swap under torch.inference_mode()", model, "call it outside")
+    if calibrates:
+        refuse_divided(
+            "calibration", model, "swap and fp.save_pretrained it in one process, and divide what is loaded from there"
+        )
+    if keep == "cpu":
+        refuse_divided('keep="cpu"', model, 'pass keep="device", or keep=False')
 
 
 def check_options(
@@ -305,8 +323,12 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
     precision.
     """
     module: Any = Experts if leaf.is_experts and precision is not STORED else precision.module
+    sharding = sharding_of(leaf.module)
     try:
-        new: QuantizedModule = module.from_torch(leaf.module, **_options(leaf, precision), **arguments)
+        original = leaf.module if sharding is None else whole(leaf.module)
+        new: QuantizedModule = module.from_torch(original, **_options(leaf, precision), **arguments)
+        if sharding is not None:
+            sharding.divide(new)  # type: ignore[arg-type]
     except Exception as e:
         if hasattr(e, "add_note"):
             e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
@@ -342,9 +364,12 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
     if planned.calibrated:
         options["channel_scale"] = True
     dtype, bias = leaf.weight.dtype, leaf.has_bias
-    return planned.precision.module(
+    empty = planned.precision.module(
         leaf.in_features, leaf.out_features, bias=bias, dtype=dtype, device="meta", **options
     )
+    if sharding := sharding_of(leaf.module):
+        sharding.divide(empty)
+    return empty
 
 
 def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -> originals.Originals:
@@ -372,7 +397,8 @@ def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -
 
 def _originals_device(original: nn.Module, keep: str | bool) -> str | None:
     device = device_of(original).type
-    return None if keep is False else device if keep == "device" or (keep == "auto" and device == "cpu") else "cpu"
+    stays = keep == "device" or (keep == "auto" and (device == "cpu" or sharding_of(original) is not None))
+    return None if keep is False else device if stays else "cpu"
 
 
 def _weight_bytes(

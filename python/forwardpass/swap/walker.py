@@ -16,6 +16,7 @@ from .adapters import BASE
 from .fusion import Activation, activation_behind, activation_within
 from .mlps import Block, block_of
 from .reach import Reach
+from .tensor_parallel import is_row_wise
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def linear_like(model: nn.Module) -> list[Leaf]:
 
 def _proven(leaf: Leaf, reach: Reach) -> Leaf:
     """With what the model's code says of it."""
+    if is_row_wise(leaf.module):  # what it computes itself are parts of sums
+        return leaf
     activation = activation_behind(leaf, reach)
     block = block_of(leaf, activation, reach)
     if activation is None and isinstance(block, Block):

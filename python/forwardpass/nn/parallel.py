@@ -1,0 +1,77 @@
+"""Tensor parallelism of models that are swapped already: styles for torch's `parallelize_module`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import parallel
+
+from .layer import QuantizedLinear, QuantizedModule
+from .sharding import INPUTS, OUTPUTS, Sharding
+
+__all__ = ["ColwiseParallel", "RowwiseParallel"]
+
+
+class ColwiseParallel(parallel.ColwiseParallel):
+    """torch's ColwiseParallel, for quantised layers too: each process computes a part of the outputs.
+
+    Arguments, and what it does to other modules, are those of `torch.distributed.tensor.parallel.ColwiseParallel`.
+
+    Raises:
+        ValueError: a layer cannot be divided between so many processes, and why. TypeError: it is a quantised module of several
+            layers, each of which takes a style of its own.
+
+    Example:
+        >>> model = fp.load_pretrained(folder)
+        >>> plan = {"up": fp.nn.ColwiseParallel(), "down": fp.nn.RowwiseParallel()}
+        >>> parallelize_module(model, init_device_mesh("cuda", (2,)), plan)
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return module if _divided(self, OUTPUTS, module, device_mesh) else super()._apply(module, device_mesh)
+
+
+class RowwiseParallel(parallel.RowwiseParallel):
+    """torch's RowwiseParallel, for quantised layers too: each process takes a part of the inputs, and outputs are summed.
+
+    Arguments, and what it does to other modules, are those of `torch.distributed.tensor.parallel.RowwiseParallel`.
+
+    Raises:
+        ValueError: a layer cannot be divided between so many processes, and why. TypeError: it is a quantised module of several
+            layers, each of which takes a style of its own.
+
+    Example:
+        >>> parallelize_module(model, mesh, {"down": fp.nn.RowwiseParallel()})
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return module if _divided(self, INPUTS, module, device_mesh) else super()._apply(module, device_mesh)
+
+
+def _divided(style: Any, dim: int, module: nn.Module, mesh: DeviceMesh) -> bool:
+    """Whether it is a quantised layer, which is then divided."""
+    if not isinstance(module, QuantizedModule):
+        return False
+    if not isinstance(module, QuantizedLinear):
+        names = ", ".join(name for name, _ in module.named_children())
+        raise TypeError(f"{type(style).__name__} divides single layers and not a {type(module).__name__}: "
+                        + (f"name each of its layers, {names}" if names else "leave it whole in each process"))  # fmt: skip
+    if mesh.ndim != 1:
+        raise ValueError(
+            f'{type(style).__name__} takes a mesh of one dimension, not of {mesh.ndim}: pass a part, mesh["tp"]'
+        )
+    (inputs,), (outputs,) = style.input_layouts, style.output_layouts
+    sharding = Sharding(mesh, dim, inputs, outputs, style.use_local_output)
+    sharding.checked_size(module)
+    if style.src_data_rank is not None:
+        for t in module._buffers.values():
+            if t is not None:
+                values = t.contiguous()
+                dist.broadcast(values.view(torch.uint8), group=mesh.get_group(), group_src=style.src_data_rank)
+                t.copy_(values)
+    sharding.divide(module)
+    return True
