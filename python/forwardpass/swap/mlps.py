@@ -130,13 +130,18 @@ def block_of(leaf: Leaf, activation: Activation | None, reach: Reach) -> Block |
     act = holder._modules[formula.activation]
     assert act is not None
     used = [m for name in formula.modules if (m := holder._modules[name]) is not None]
-    alone = all((not is_watched(m) or sharding_of(m)) and reach.has_one_place(m) for m in (holder, *used))
+    alone = all(not _is_watched(m) and reach.has_one_place(m) for m in (holder, *used))
     if not alone or not reach.only_named_by(holder, (*formula.layers, formula.activation)):  # dropouts keep their names
         return _reached(holder)
     applied = formula_of(act)
     if applied is None:
         return None
     return Block(leaf.fqn.rpartition(".")[0], holder, formula, applied, norm_before(leaf, reach))
+
+
+def _is_watched(m: nn.Module) -> bool:
+    """But by what divides it between processes."""
+    return is_watched(m) and sharding_of(m) is None
 
 
 def _reached(holder: nn.Module) -> Reason:
@@ -287,9 +292,7 @@ class MLPs:
             block = leaf.block
             if isinstance(block, Reason):
                 self.apart.append((fqn, block))
-            elif block is not None and any(
-                map(is_watched, block.module.modules())
-            ):  # accelerate came after the code was read
+            elif block is not None and any(map(_is_watched, block.module.modules())):  # accelerate came meanwhile
                 self.apart.append((fqn, _reached(block.module)))
             elif block is not None:
                 became = {name: layers[name][1] for name in block.names if name in layers}
