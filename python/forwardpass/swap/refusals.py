@@ -56,11 +56,3 @@ def _is_concerned(module: nn.Module, method: str) -> bool:
     if method == _FUSING:
         return any(isinstance(m, QuantizedModule) for m in module.children())
     return any(map(is_quantized_below, module.modules()))
-
-
-def take_away(model: nn.Module) -> None:
-    for module in model.modules():
-        for name in _TEXTS:
-            if isinstance(refusal := vars(module).get(name), Refusal):
-                del vars(module)[name]
-                vars(module).update(zip((name,), refusal.before))

@@ -117,11 +117,3 @@ def put(model: nn.Module) -> None:
                 continue
             if any(isinstance(m, QuantizedModule) for m in module.modules()):
                 vars(module)[name] = SavesFolder(module, name, () if before is None else (before,))
-
-
-def take_away(model: nn.Module) -> None:
-    for module in model.modules():
-        for name in _METHODS:
-            if isinstance(method := vars(module).get(name), SavesFolder):
-                del vars(module)[name]
-                vars(module).update(zip((name,), method.before))
