@@ -41,6 +41,7 @@ from .precision import modules
 from .rules import Context
 from .siblings import JoinedSwap
 from .stored import checkpoint as stored_checkpoint
+from .stored import comfyui
 from .tensor_files import TensorFiles, safetensors_module, shard_bytes, split
 from .unpadding import UnpaddingDecision, UnpaddingSwap, decide_unpadding, unpads
 from .walker import Leaf, experts_leaves, linear_like
@@ -245,11 +246,12 @@ def load_pretrained(
 
     Or one that another library stored in 8 bits in transformers' form: compressed-tensors, DeepSeek's and Qwen's fp8, modelopt,
     bitsandbytes, GPTQ in 8 bits, fbgemm. Each layer takes over the bytes that are there, and the scales of inputs. Where the device
-    multiplies no fp8, such weights are read as they are, and inputs stay in 16 bits or more.
+    multiplies no fp8, such weights are read as they are, and inputs stay in 16 bits or more. Or a file of ComfyUI, int8 or e4m3,
+    into a model whose tensors have the file's names.
 
     Args:
         folder: what was given to save_pretrained, a folder of such a checkpoint, or the id of either on the hub, whose JSON and
-            safetensors files are downloaded.
+            safetensors files are downloaded; or the path of a file of ComfyUI, which takes a model.
         model: a model of the same structure, not swapped, to be filled in place; it may be on the meta device. Its
             parameters are replaced, not written to. None: Hugging Face's class is built from its stored config, in eval mode, and
             around it the SentenceTransformer or CrossEncoder that was saved.
@@ -294,6 +296,8 @@ def _load(
     if torch.device(device).type == "meta":
         raise ValueError(f"{folder} is read onto a device that holds values, and meta holds none: pass another device=")
     folder = local_folder(folder)
+    if folder.is_file():
+        return _load_file(folder, model, torch.device(device))
     if not (folder / RECORD).exists() and (other := stored_checkpoint.find(folder)):
         if model is not None:
             raise ValueError(f"{folder} is no checkpoint of forwardpass, and is loaded without model=")
@@ -306,12 +310,28 @@ def _load(
             if record["around"] is not None:
                 model = build(record["around"], model, str(folder))
         else:
-            model = plain_module("load_pretrained", model)
-            if originals.quantised_layers(model) or originals.swapped_attention(model):
-                raise ValueError(
-                    "load_pretrained fills a model that is not swapped: call fp.restore(model) first, or build it anew"
-                )
+            model = _to_be_filled(model)
         _fill(model, record, shapes, files.read, torch.device(device), str(folder))
+    return model
+
+
+def _load_file(path: pathlib.Path, model: nn.Module | None, device: torch.device) -> nn.Module:
+    """`load_pretrained` of a file of ComfyUI."""
+    if model is None:
+        raise ValueError(f"{path} is a file of weights, which does not say what its model is: pass the model as model=")
+    model = _to_be_filled(model)
+    with TensorFiles([path], "check the path") as files:
+        record, shapes, read = comfyui.contents(path, model, files)
+        _fill(model, record, shapes, read, device, str(path))
+    return model
+
+
+def _to_be_filled(model: nn.Module) -> nn.Module:
+    model = plain_module("load_pretrained", model)
+    if originals.quantised_layers(model) or originals.swapped_attention(model):
+        raise ValueError(
+            "load_pretrained fills a model that is not swapped: call fp.restore(model) first, or build it anew"
+        )
     return model
 
 

@@ -88,6 +88,15 @@ class TensorFiles:
         """As safetensors calls them."""
         return {name: file.get_slice(name).get_dtype() for name, file in self._file_of.items()}
 
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """The shape and the dtype of a tensor, as `shapes` and `dtypes` have them."""
+        about = self._file_of[name].get_slice(name)
+        return tuple(about.get_shape()), about.get_dtype()
+
+    def metadata(self) -> dict[str, str]:
+        """What the files say besides."""
+        return {name: text for file in {*self._file_of.values()} for name, text in (file.metadata() or {}).items()}
+
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor

@@ -27,22 +27,17 @@ from ..attention import AttentionSwap, decide_attention
 from ..auto_model import reading_quantizer
 from ..rules import Context
 from ..siblings import JoinedSwap
-from ..tensor_files import safetensors_module
+from ..tensor_files import TensorFiles
 from ..walker import Leaf, linear_like
 from . import FORMATS, NOTES, Format, Header, Refused
 from .experts import put_tensors, read_experts, stacked, stored_experts, with_scales
 from .layer import StoredLinear
+from .recipe import header_of
 
 _METHOD = "forwardpass-stored"
 _FIX = "load it with transformers instead"
 _INDEX = "model.safetensors.index.json"
 _MODELOPT = "hf_quant_config.json"  #: modelopt's, where config.json says nothing
-#: As safetensors call them.
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
 #: Scales of queries, keys and values, which belong to no layer.
 _OF_CACHES = re.compile(r".*\.[qkv](_proj\.)?_?(scale|zero_point|output_scale)")
 
@@ -171,21 +166,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _headers(folder: pathlib.Path) -> tuple[dict[str, Header], dict[str, str]]:
     """Those of every tensor, and what the files say besides."""
-    safetensors = safetensors_module()
-    headers: dict[str, Header] = {}
-    metadata: dict[str, str] = {}
-    for path in _files(folder):
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata |= file.metadata() or {}
-                for name in file.keys():  # noqa: SIM118, it is no dict
-                    about = file.get_slice(name)
-                    if name in headers or about.get_dtype() not in _DTYPES:
-                        raise ValueError(f"{name[:60]!r} is there twice, or is {about.get_dtype()}")
-                    headers[name] = Header(tuple(about.get_shape()), _DTYPES[about.get_dtype()])
-        except (safetensors.SafetensorError, OSError, ValueError) as e:
-            raise ValueError(f"{path} is damaged or no safetensors file ({e}): {_FIX}") from None
-    return headers, metadata
+    with TensorFiles(_files(folder), _FIX) as files:
+        return {name: header_of(files, name, _FIX) for name in files.shapes()}, files.metadata()
 
 
 def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:

@@ -13,6 +13,7 @@ from ...dispatch import gpu_takes, operations
 from ...nn import Fp8Linear, Int8Linear, QuantizedLinear, W8A16Linear
 from ...nn.layer import scales_shape
 from ...ops.fp8_gemm import BLOCK
+from ..tensor_files import TensorFiles
 
 
 class Refused(ValueError):
@@ -25,6 +26,22 @@ class Header:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+#: As safetensors call them.
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+
+def header_of(files: TensorFiles, name: str, fix: str) -> Header:
+    """That of a tensor. ValueError where there is no such dtype in torch."""
+    shape, dtype = files.header(name)
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name[:60]!r} is {dtype}, which torch has not: {fix}")
+    return Header(shape, _DTYPES[dtype])
 
 
 @dataclass(frozen=True)
