@@ -9,7 +9,8 @@ namespace forwardpass {
 void w8a16_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const float* block_scale,
                     const Epilogue& epilogue);
 
-// x [S, K] or [E, max_m, K] times each expert's b, the rows of one of p.groups'; p.blocks.b is null or [E, N, K blocks].
+// x [S, K] or [E, max_m, K] times each expert's b, the rows of one of p.groups'; p.blocks.b is null or [E, N, K
+// blocks].
 void w8a16_grouped_gemm_cpu(const Tensor& x, const GemmParams& p);
 
 // What they are made of: the columns from `first`, a multiple of 16, to `last`, and their epilogue.
