@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from small_models import objects, outputs
-from stored_formats import layers_of, llama
+from stored_formats import layers_of, llama, write_compressed
 from torch import nn
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -125,3 +126,33 @@ def test_what_has_no_kernels_stays_with_the_reason():
     report = fp.swap(model, exclude="model.layers.1.mlp.up_proj")
     (skipped,) = [s for s in report.skipped if s.fqn == "model.layers.0.mlp.up_proj"]
     assert skipped.reason.code == "stored" and "[3, 5]" in str(skipped.reason)
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+@torch.no_grad()
+def test_what_compressed_tensors_has_not_decompressed_yet(preset, tmp_path):
+    """It does at a model's first call: to layers that come back after it, then."""
+    pytest.importorskip("compressed_tensors")
+    write_compressed(tmp_path, preset)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    reference, model = load(tmp_path).eval(), load(tmp_path).eval()
+    expected, loaded = outputs(reference, X), fp.load_pretrained(tmp_path)
+    report = fp.swap(model)
+    assert {s.precision for s in report.swapped} == {"stored"} and len(report.swapped) == 14
+    for (fqn, layer), other in zip(layers_of(model).items(), layers_of(loaded).values(), strict=True):
+        assert torch.equal(layer._dequantized_weight(), other._dequantized_weight()), fqn
+    fp.restore(model)  # before the first call
+    fp.swap(model)
+    y = outputs(model, X)
+    assert (y - outputs(loaded, X)).norm() < 0.02 * y.norm() and (y - expected).norm() < 0.06 * y.norm()
+    fp.restore(model)
+    assert torch.equal(outputs(model, X), expected)
+
+
+def test_what_is_packed_says_how_it_is_read(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    write_compressed(tmp_path, "W8A16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no layer is swapped"):
+        report = fp.swap(model, "int8", attention=False)
+    assert "load the folder with fp.load_pretrained" in str(report.skipped[0].reason)

@@ -55,6 +55,11 @@ def is_watched(m: nn.Module) -> bool:
     return has_hooks(m) or "forward" in vars(m)
 
 
+def is_compressed(m: nn.Module) -> bool:
+    """Whether compressed-tensors holds its weight as a file does, until the model's first call. Its forward is that library's."""
+    return getattr(vars(m).get("quantization_status"), "value", None) == "compressed"
+
+
 #: Where accelerate keeps its hook of a module, and the forward that it calls, which may be an attribute of the module too.
 HOOK, OLD_FORWARD = "_hf_hook", "_old_forward"
 

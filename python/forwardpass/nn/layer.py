@@ -21,6 +21,8 @@ from .joined import Joined
 if TYPE_CHECKING:
     from .sharding import Sharding
 
+#: What other libraries do something by: accelerate, and compressed-tensors, which decompresses what has a scheme.
+_NOT_ADOPTED = (HOOK, OLD_FORWARD, "quantization_scheme", "quantization_status", "quantization_enabled")
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
@@ -123,7 +125,7 @@ class QuantizedModule(nn.Module):
         """Takes over from the module that is replaced what was set on it besides: attributes that this one has not, and the hook
         of accelerate that is on it."""
         for name, value in vars(module).items():
-            if not hasattr(type(self), name) and name not in (HOOK, OLD_FORWARD):  # as `config`
+            if not hasattr(type(self), name) and name not in _NOT_ADOPTED:  # as `config`
                 vars(self).setdefault(name, value)
         hook_alike(self, module)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..common.environment import cpu_tier, int8_instructions
-from ..common.modules import accelerate_hooks, forward_replaced, has_hooks, moves_nothing_but_inputs
+from ..common.modules import accelerate_hooks, forward_replaced, has_hooks, is_compressed, moves_nothing_but_inputs
 from ..dispatch import Reason, gpu_takes, operations
 from ..nn import Experts, Int8Linear
 from ..nn.experts import experts_operation, is_experts
@@ -217,6 +217,8 @@ def adapter(leaf: Leaf, context: Context, precision: Precision | None) -> Findin
 
 
 def parametrized(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    if "weight_packed" in leaf.module._parameters:
+        return "compressed-tensors holds its weight in packed integers", "load the folder with fp.load_pretrained"
     if hasattr(leaf.module, "parametrizations") or "weight" not in leaf.module._parameters:
         return ("its weight is computed on each call (a parametrisation, weight or spectral norm, pruning)",
                 "remove it, keeping the value (torch.nn.utils.parametrize.remove_parametrizations, …)")  # fmt: skip
@@ -266,7 +268,7 @@ def hooks(leaf: Leaf, context: Context, precision: Precision | None) -> Finding 
             "hooks are registered on it, and would no longer be called",
             "remove them, and register them after the swap",
         )
-    if forward_replaced(m):
+    if forward_replaced(m) and not is_compressed(m):
         return "its forward was replaced on the instance", "remove that first"
     for hook in accelerate_hooks(m):
         if not moves_nothing_but_inputs(hook):

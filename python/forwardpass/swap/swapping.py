@@ -30,7 +30,7 @@ from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
-from .stored.loaded import is_stored, note_on
+from .stored.loaded import Decompression, is_stored, note_on
 from .tensor_parallel import refuse_divided, sharding_of, whole
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, experts_leaves, linear_leaves, linear_like
@@ -265,7 +265,12 @@ def _carry_out(
     if not dry_run:
         replacements.clear()
         layers, around = joined.build()
-        changes = UnpaddingSwap(decision.unpadding), CacheSwap(decision.kv_cache), joined
+        changes = (
+            UnpaddingSwap(decision.unpadding),
+            CacheSwap(decision.kv_cache),
+            joined,
+            Decompression(model, [leaf.module for leaf, _ in swapped]),
+        )
         if keras is not None:
             keras.narrow(leaf.module for leaf, _ in swapped)
         changed = originals.Originals(layers, True, change, changes, around, keras, originals.find(model))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...common.modules import is_compressed
 from ...dispatch import Reason
 from ...nn import QuantizedLinear
 from ...nn.experts import is_experts
@@ -27,6 +29,22 @@ def _fine_grained(module: Any) -> _Written:
 def _compressed(module: Any) -> _Written:
     weights, inputs = ({"num_bits": 8, "dynamic": dynamic} for dynamic in (False, True))
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return "compressed-tensors", {"config_groups": {"all": group}}, module._parameters
+
+
+def _compressed_linear(module: Any) -> _Written:
+    def said(args: Any) -> dict[str, Any] | None:
+        if args is None:
+            return None
+        names = ("num_bits", "symmetric", "dynamic", "strategy")
+        return {name: getattr(value := getattr(args, name), "value", value) for name in names}
+
+    scheme = module.quantization_scheme
+    group = {
+        "targets": ["Linear"],
+        "weights": said(scheme.weights),
+        "input_activations": said(scheme.input_activations),
+    }
     return "compressed-tensors", {"config_groups": {"all": group}}, module._parameters
 
 
@@ -58,9 +76,9 @@ _READERS: dict[str, Callable[[Any], _Written]] = {
 
 def is_stored(module: nn.Module) -> bool:
     """Whether it is a layer of another library that holds 8 bits, or experts."""
-    weight = next((p for p in module._parameters.values() if p is not None), None)
     reader = _reader(module)
-    return reader is not None and weight is not None and (reader is _torchao or weight.element_size() == 1)
+    eight_bits = any(p is not None and p.element_size() == 1 for p in module._parameters.values())
+    return reader is not None and (reader is _torchao or eight_bits)
 
 
 def note_on(module: nn.Module) -> str | None:
@@ -70,6 +88,8 @@ def note_on(module: nn.Module) -> str | None:
 
 
 def _reader(module: nn.Module) -> Callable[[Any], _Written] | None:
+    if is_linear(module) and is_compressed(module):
+        return _compressed_linear
     classes = (type(module), type(module._parameters.get("weight")) if is_linear(module) else type(module))
     return next((r for cls in classes if (r := _READERS.get(f"{cls.__module__}.{cls.__qualname__}"))), None)
 
@@ -113,3 +133,23 @@ def _recipe(module: nn.Module) -> tuple[Recipe | StoredExperts, dict[str, Tensor
     if recipe is None:
         raise Refused("it holds no 8 bits")
     return recipe, tensors
+
+
+class Decompression:
+    """What is to be done for layers of compressed-tensors when they come back: it decompresses a model at its first call, once."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+        self._model, self._layers = weakref.ref(model), [m for m in layers if is_compressed(m)]
+
+    def put(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        model = self._model()
+        if not self._layers or model is None or any("ct_decompress_hook" in vars(m) for m in model.modules()):
+            return
+        from compressed_tensors.compressors import decompress_module
+
+        for layer in self._layers:
+            if is_compressed(layer):
+                decompress_module(layer)
