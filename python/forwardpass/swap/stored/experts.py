@@ -44,49 +44,44 @@ class StoredExperts:
         which rows are arranged anew. Raises Refused."""
         up_name, down_name = weight_names(original)
         experts, intermediate, hidden = self.sizes
-        first = self.up.read(_of_expert(original, up_name, 0, self.parts, self.up)[0])
-        kind = _kind(first)
-        device = first.weight.device
-        if (reason := operations[experts_operation(kind)].too_old(device)) is not None:
-            raise Refused(str(reason))
+        kind, device = self._kind_of(original)
         bias = original._parameters.get(f"{up_name}_bias")
         new = Experts(experts, hidden, intermediate, kind=kind, gated=bool(vars(original)["has_gate"]), activation=self.activation,
                       bias=bias is not None, dtype=torch.float32 if bias is None else bias.dtype, device=device)  # fmt: skip
-        if kind == "fp8_block" and self.parts == 2 and self.activation is None and intermediate % BLOCK:
-            raise Refused(f"blocks of its gate end within {intermediate} rows, and it applies an activation of its own")
         as_they_come = True
-        for name, original_name, recipe, parts in (
-            ("up", up_name, self.up, self.parts),
-            ("down", down_name, self.down, 1),
-        ):
-            stack, empty = original._parameters.get(original_name), getattr(new, f"{name}_weight")
-            same = stack is not None and (stack.shape, stack.dtype, stack.stride()) == (
-                empty.shape,
-                empty.dtype,
-                empty.stride(),
-            )
-            if in_place and stack is not None and same and stack.data_ptr() % 16 == 0:
-                setattr(new, f"{name}_weight", stack.detach())
+        projections = ("up", up_name, self.up, self.parts), ("down", down_name, self.down, 1)
+        for name, stack_name, recipe, parts in projections:
+            empty = getattr(new, f"{name}_weight")
+            if in_place and _is_alike(stack := original._parameters.get(stack_name), empty):
+                setattr(new, f"{name}_weight", stack.detach())  # type: ignore[union-attr]
             for e in range(experts):
-                tensors = _of_expert(original, original_name, e, parts, recipe)
+                tensors = _of_expert(original, stack_name, e, parts)
                 stored = [recipe.read(t) for t in tensors]
-                size = empty.shape[1] // parts, empty.shape[2]
                 for of_part in stored:
-                    of_part.check_size(f"expert {e}'s {original_name}", *size)
+                    of_part.check_size(f"expert {e}'s {stack_name}", empty.shape[1] // parts, empty.shape[2])
                 if any(_kind(s) != kind or s.channel_scale is not None for s in stored):
                     raise Refused(
                         f"expert {e} is stored in another way than the first, or has a scale for each channel"
                     )
                 as_they_come &= all(s.input_scale is None and s.symmetric for s in stored if s.multiplies_as_8_bits)
                 biases = [of_part["bias"] for of_part in tensors if "bias" in of_part]
-                new.fill(
-                    e, name, [(s.weight, s.scale_of(new.scales)) for s in stored], torch.cat(biases) if biases else None
-                )
+                weights = [(s.weight, s.scale_of(new.scales)) for s in stored]
+                new.fill(e, name, weights, torch.cat(biases) if biases else None)
         if not as_they_come:
             warnings.warn("inputs of experts are quantised row by row, symmetric, and not as the file says, which is finer",
                           stacklevel=5)  # fmt: skip
         new.adopt(original)
         return new.train(original.training)
+
+    def _kind_of(self, original: nn.Module) -> tuple[str, torch.device]:
+        """The kind of experts that these become, and where."""
+        first = self.up.read(_of_expert(original, weight_names(original)[0], 0, self.parts)[0])
+        kind, intermediate = _kind(first), self.sizes[1]
+        if (reason := operations[experts_operation(kind)].too_old(first.weight.device)) is not None:
+            raise Refused(str(reason))
+        if kind == "fp8_block" and self.parts == 2 and self.activation is None and intermediate % BLOCK:
+            raise Refused(f"blocks of its gate end within {intermediate} rows, and it applies an activation of its own")
+        return kind, first.weight.device
 
 
 def read_experts(
@@ -155,7 +150,13 @@ def _behind(stack: str, name: str) -> str:
     return beside if beside in _BESIDE else f"weight{name.removeprefix(stack)}"
 
 
-def _of_expert(module: nn.Module, stack: str, e: int, parts: int, recipe: Recipe) -> list[dict[str, Tensor]]:
+def _is_alike(stack: Tensor | None, empty: Tensor) -> bool:
+    """Whether the memory of a stack can be that of a weight of experts."""
+    form = (empty.shape, empty.dtype, empty.stride())
+    return stack is not None and (stack.shape, stack.dtype, stack.stride()) == form and stack.data_ptr() % 16 == 0
+
+
+def _of_expert(module: nn.Module, stack: str, e: int, parts: int) -> list[dict[str, Tensor]]:
     """One expert's tensors, by the names that a Linear's have; of gate and of up."""
     stacked = {_behind(stack, n): module._parameters[n] for n in names_of(stack, module._parameters)}
     tensors = {name: t.detach()[e] for name, t in stacked.items() if t is not None}
