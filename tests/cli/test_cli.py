@@ -25,7 +25,6 @@ needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not insta
 
 class Report:
     unpadding = "encoder.layer runs without it"
-    kv_cache = None
 
     def to_json(self):
         return {
@@ -34,6 +33,7 @@ class Report:
             "skipped": [{"fqn": "b", "code": "too_small", "text": "it is small", "fix": ""}],
             "other_layers": [],
             "unpadding": {"encoders": [], "reason": None},
+            "kv_cache": None,
             "warnings": ["mind the gap"],
             "weight_bytes": {"before": 4, "after": 1, "originals": 4},
         }
