@@ -77,7 +77,7 @@ _READERS: dict[str, Callable[[Any], _Written]] = {
 def is_stored(module: nn.Module) -> bool:
     """Whether it is a layer of another library that holds 8 bits, or experts."""
     reader = _reader(module)
-    eight_bits = any(p is not None and p.element_size() == 1 for p in module._parameters.values())
+    eight_bits = any(p is not None and p.dtype.itemsize == 1 for p in module._parameters.values())
     return reader is not None and (reader is _torchao or eight_bits)
 
 
