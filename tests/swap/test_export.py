@@ -94,6 +94,29 @@ def test_a_plan_of_minilm(tmp_path):
 
 
 @torch.inference_mode()
+def test_smoothing_of_a_gated_mlps_last_layer_is_folded(tmp_path):
+    """Into the scales of the layer before it; the model itself stays as it is."""
+    by_hand = {"**.down_proj": "int8", "**.mlp.*": "w8a16"}
+    model = llama(mlp_bias=True)
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.up_proj.bias.copy_(torch.linspace(-0.1, 0.1, 384))
+        layer.mlp.up_proj.weight[7 + i] *= 40  # an outlier, without which there is nothing to smooth
+    fp.swap(model, by_hand, calibrate=[X])
+    smoothed = layers_of(model)
+    downs = [fqn for fqn in smoothed if fqn.endswith("down_proj")]
+    assert len(smoothed) == 6 and all((smoothed[fqn].channel_scale != 1).any() for fqn in downs)
+    y = outputs(model, X)
+    fp.export_pretrained(model, tmp_path)
+    assert torch.equal(outputs(model, X), y) and all(layers_of(model)[fqn].channel_scale is not None for fqn in downs)
+    again = fp.load_pretrained(tmp_path)
+    assert all(layers_of(again)[fqn].channel_scale is None for fqn in downs)
+    assert (outputs(again, X) - y).norm() < 2e-3 * y.norm()  # a value between two steps may go to the other one
+    pytest.importorskip("compressed_tensors")
+    reference = outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), X)
+    assert (reference - y).norm() < 0.02 * y.norm()
+
+
+@torch.inference_mode()
 def test_names_are_those_of_the_hub(tmp_path):
     """Where transformers has others in a model."""
     from safetensors.torch import load_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..common.files import beside, write_json
 from ..common.modules import plain_module
 from ..dispatch import Unsupported
-from ..nn import Bf16Linear, Fp8Linear, Int8Linear, QuantizedModule, W8A16Linear
+from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
 from . import card, model_config, originals
@@ -45,7 +46,7 @@ def export_pretrained(
     Raises:
         ValueError: there is no such format, the model is not swapped or no class of transformers, or the folder is refused.
         Unsupported: the format cannot hold a layer, and why, before anything is written: smoothed inputs of calibrated layers,
-            experts.
+            but of a gated MLP's last one, which the one before takes; experts.
 
     Example:
         >>> report = fp.swap(model, precision="int8")
@@ -63,6 +64,7 @@ def export_pretrained(
         raise ValueError(
             "export_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap first"
         )
+    layers = _folded(model, layers)
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
     folder = check_folder(folder, model_config.sources(model), overwrite)
     shard_bytes(max_shard_size)
@@ -87,6 +89,31 @@ def _card(model: nn.Module, layers: Mapping[str, QuantizedModule], stored_bytes:
     code = 'import forwardpass as fp\nmodel = fp.load_pretrained(".")'
     tags = ("compressed-tensors",)
     return card.compose(model, layers, stored_bytes, loading, code, library="transformers", tags=tags)
+
+
+def _folded(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> dict[str, QuantizedModule]:
+    """The layers, without the smoothing of a gated MLP's last one: it multiplies what the up projection gives, whose scales of rows
+    and bias take it. That of layers behind a norm stays: each has its own, and the norm is one."""
+    folded = dict(layers)
+    for fqn, module in model.named_modules():
+        if not isinstance(module, GatedMLP) or len(module.members) != 3:
+            continue
+        names = [f"{fqn}.{name}" if fqn else name for name in module.members]
+        up, down = (copy.copy(folded[name]) for name in names[1:])
+        up._buffers, down._buffers = dict(up._buffers), dict(down._buffers)
+        smoothing, scale, bias = (
+            down._buffers.get("channel_scale"),
+            up._buffers.get("weight_scale"),
+            up._buffers["bias"],
+        )
+        if smoothing is None or scale is None or scale.shape[:1] != smoothing.shape:
+            continue  # a scale for a tensor or for blocks has no room for it
+        up._buffers["weight_scale"] = (scale.t() * smoothing).t().contiguous()
+        if bias is not None:
+            up._buffers["bias"] = (bias * smoothing).to(bias.dtype)
+        down._buffers["channel_scale"] = None
+        folded |= {names[1]: up, names[2]: down}
+    return folded
 
 
 def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
