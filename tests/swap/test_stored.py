@@ -79,6 +79,8 @@ def test_what_torchao_writes(name, tmp_path):
             fqn
         )
     assert (y.float() - expected).norm() < 0.05 * expected.norm()
+    with torch.inference_mode(), pytest.raises(ValueError, match="call it outside"):
+        fp.swap(reference)
     report = fp.swap(reference)
     assert len(report.swapped) == 14 and len(report.mlps) == 2
     assert torch.equal(outputs(reference, X), y)

@@ -30,7 +30,7 @@ from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
-from .stored.loaded import Decompression, is_stored, note_on
+from .stored.loaded import Decompression, is_stored, note_on, refuse_inference_mode
 from .tensor_parallel import refuse_divided, sharding_of, whole
 from .unpadding import UnpaddingSwap, check_unpad
 from .walker import Leaf, experts_leaves, linear_leaves, linear_like
@@ -127,6 +127,7 @@ def swap(
     check_options("swap", precision, plan, attention=attention, unpad=unpad, kv_cache=kv_cache, keep=keep)
     presets = None if precision is None else Presets(precision)
     _refuse_divided(model, calibrate is not None, keep)
+    refuse_inference_mode(model)
     with KerasLinears(model) as keras:
         keep = keras.where_kept(keep)
         context = Context(

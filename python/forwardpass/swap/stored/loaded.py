@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...common.modules import is_compressed
@@ -79,6 +80,14 @@ def is_stored(module: nn.Module) -> bool:
     reader = _reader(module)
     eight_bits = any(p is not None and p.dtype.itemsize == 1 for p in module._parameters.values())
     return reader is not None and (reader is _torchao or eight_bits)
+
+
+def refuse_inference_mode(model: nn.Module) -> None:
+    """ValueError where torch detaches no tensor of torchao, and the model has some."""
+    if torch.is_inference_mode_enabled() and any(_reader(m) is _torchao for m in model.modules()):
+        raise ValueError(
+            "swap reads no tensors of torchao under torch.inference_mode(): call it outside, or under no_grad()"
+        )
 
 
 def note_on(module: nn.Module) -> str | None:
