@@ -118,11 +118,19 @@ def _layer_name(names: Mapping[str, list[str]]) -> str:
 def is_there(folder: pathlib.Path) -> bool:
     """Whether config.json, or modelopt's own, names a format that is read."""
     try:
-        config = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
-        quantization = config.get("quantization_config") or read_json(folder / _MODELOPT, "config", _FIX)
+        _, quantization = _configs(folder)
     except (ValueError, OSError):
         return False
-    return isinstance(quantization, Mapping) and quantization.get("quant_method", "modelopt") in FORMATS
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") in FORMATS
+
+
+def _configs(folder: pathlib.Path) -> tuple[dict[str, Any], Any]:
+    """What config.json says, and what it or modelopt's own says of quantisation; None where neither says anything."""
+    config = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
+    quantization = config.get("quantization_config")
+    if quantization is None and (folder / _MODELOPT).is_file():
+        quantization = {"quant_method": "modelopt", **read_json(folder / _MODELOPT, "config of modelopt", _FIX)}
+    return config, quantization
 
 
 def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
@@ -133,10 +141,7 @@ def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
     folder = pathlib.Path(folder)
     if not (folder / model_config.CONFIG).is_file():
         return None
-    config = read_json(folder / model_config.CONFIG, "config of a model", _FIX)
-    quantization = config.get("quantization_config")
-    if quantization is None and (folder / _MODELOPT).is_file():
-        quantization = {"quant_method": "modelopt", **read_json(folder / _MODELOPT, "config of modelopt", _FIX)}
+    config, quantization = _configs(folder)
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -235,19 +240,15 @@ def _check_loaded(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
 def _finish(model: nn.Module) -> nn.Module:
     """Layers of forwardpass in the places of the stored ones."""
     layers: dict[str, tuple[Leaf, QuantizedModule]] = {}
-    leaves = [leaf for leaf in linear_like(model) if isinstance(leaf.module, StoredLinear)]
-    for leaf in leaves:
-        assert isinstance(leaf.module, StoredLinear)
+    stored = [(leaf, None) for leaf in linear_like(model) if isinstance(leaf.module, StoredLinear)]
+    for leaf, recipe in (*stored, *stored_experts(model)):
+        module: Any = leaf.module
         try:
-            layers[leaf.fqn] = leaf, leaf.module.made(leaf.formula)
+            new = module.made(leaf.formula) if recipe is None else recipe.module(module, in_place=True)
         except Refused as e:
             raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
-    for leaf, recipe in stored_experts(model):
-        try:
-            layers[leaf.fqn] = leaf, recipe.module(leaf.module, in_place=True)
-            leaf.module._parameters = dict.fromkeys(leaf.module._parameters)
-        except Refused as e:
-            raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
+        module._parameters = dict.fromkeys(module._parameters)
+        layers[leaf.fqn] = leaf, new
     joined = JoinedSwap(layers)
     layers.clear()
     in_place = [x for part in joined.build() for x in part]

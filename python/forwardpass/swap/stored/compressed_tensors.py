@@ -21,6 +21,7 @@ from .recipe import (
     Refused,
     as_scale,
     check_dtype,
+    check_int8_scales,
     check_shape,
     recipe,
     scales_kind,
@@ -81,8 +82,7 @@ def _int8(tensors: Mapping[str, Header], inputs: Any) -> Recipe:
     kind = scales_kind(n, k, tensors, "weight_scale")
     if inputs is None:
         return _weights_alone(tensors, kind)
-    if kind not in ("tensor", "row"):
-        raise Refused(f"its int8 weights have scales by {kind}, and its inputs 8 bits")
+    check_int8_scales(kind)
     names = ["weight", "weight_scale"]
     symmetric = bool(inputs.get("symmetric", True))
     if static := _static(tensors, inputs):

@@ -23,13 +23,11 @@ class StoredLinear(nn.Linear):
             self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
 
     def made(self, activation: str | None) -> QuantizedLinear:
-        """The layer that takes its tensors over; this one has none any more."""
+        """The layer that takes its tensors over."""
         tensors: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         stored = self.recipe.read(tensors)
         stored.check_size("its weight", self.out_features, self.in_features)
-        new = stored.layer(tensors.get("bias"), activation).train(self.training)
-        self._parameters = dict.fromkeys(self._parameters)
-        return new
+        return stored.layer(tensors.get("bias"), activation).train(self.training)
 
     def forward(self, x: Any) -> Any:
         raise NotImplementedError("this layer of a checkpoint is not made into one that computes")

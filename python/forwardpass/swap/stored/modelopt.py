@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.common.quantized_rows import E4M3
-from .recipe import EightBits, Header, Recipe, Refused, as_scale, check_shape, recipe, scales_kind
+from .recipe import EightBits, Header, Recipe, Refused, as_scale, check_int8_scales, check_shape, recipe, scales_kind
 
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
@@ -20,8 +20,8 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
     n, k = tensors["weight"].shape
     kind = scales_kind(n, k, tensors, "weight_scale")
     is_int8 = tensors["weight"].dtype == torch.int8
-    if is_int8 and kind not in ("tensor", "row"):
-        raise Refused(f"its int8 weights have scales by {kind}")
+    if is_int8:
+        check_int8_scales(kind)
     static, smoothed = "input_scale" in tensors, "pre_quant_scale" in tensors
     if static:
         check_shape(tensors, "input_scale", (), (1,))

@@ -164,6 +164,12 @@ def as_scale(name: str, values: Tensor) -> Tensor:
     return scale
 
 
+def check_int8_scales(kind: str) -> None:
+    """Refused where 8-bit inputs are multiplied by an int8 weight of such scales."""
+    if kind not in ("tensor", "row"):
+        raise Refused(f"its int8 weights have scales by {kind}, and its inputs 8 bits")
+
+
 def scales_kind(n: int, k: int, tensors: Mapping[str, Header], name: str) -> str:
     """The kind of scales, in the words of `scales_shape`, that a tensor has for a weight [N, K]."""
     shape = _there(tensors, name).shape

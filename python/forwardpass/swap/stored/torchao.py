@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from ...ops.common.quantized_rows import E4M3
-from .recipe import EightBits, Header, Recipe, Refused, as_scale, check_dtype, check_shape, recipe, scales_kind
+from .recipe import (
+    EightBits,
+    Header,
+    Recipe,
+    Refused,
+    as_scale,
+    check_dtype,
+    check_int8_scales,
+    check_shape,
+    recipe,
+    scales_kind,
+)
 
 _DTYPES = {"Int8Tensor": torch.int8, "Float8Tensor": E4M3}
 _STATIC, _ZERO, _CHANNELS = "_weight_act_quant_scale", "_weight_act_quant_zero_point", "_weight_act_pre_scale"
@@ -30,8 +41,8 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
     check_dtype(tensors, "_weight_qdata", dtype)
     n, k = tensors["_weight_qdata"].shape
     kind = scales_kind(n, k, tensors, "_weight_scale")
-    if inputs is not None and dtype == torch.int8 and kind not in ("tensor", "row"):
-        raise Refused(f"its int8 weights have scales by {kind}, and its inputs 8 bits")
+    if inputs is not None and dtype == torch.int8:
+        check_int8_scales(kind)
     for static in {_STATIC, _ZERO} & tensors.keys():
         check_shape(tensors, static, (), (1,), (1, 1))
     if _CHANNELS in tensors:
