@@ -245,12 +245,14 @@ const char* fpi_module_json(void* handle) {
   return guarded("", [&]() -> const char* {
     thread_local std::string json;
     const auto& m = *static_cast<Module*>(handle);
+    const Device* device = current_device();
     json = "{\"arch\":\"" + m.arch + "\",\"entries\":[";
     bool first = true;
     for (const auto& f : m.source.functions) {
       if (!f.entry) continue;
       json += std::string(first ? "" : ",") + "{\"name\":\"" + f.name +
-              "\",\"shared_bytes\":" + std::to_string(m.functions.at(f.name).shared_bytes) + ",\"parameters\":[";
+              "\",\"shared_bytes\":" + std::to_string(m.functions.at(f.name).shared_bytes) +
+              ",\"registers\":" + std::to_string(device ? assumed_registers(*device, f) : 0) + ",\"parameters\":[";
       first = false;
       int64_t end = 0;
       for (size_t k = 0; k < f.parameters.size(); ++k) {

@@ -1,4 +1,5 @@
 // Device memory: the host's, poisoned, and known to the bounds check.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -18,7 +19,7 @@ std::map<uintptr_t, Allocation>& allocations() {
   static auto* all = new std::map<uintptr_t, Allocation>;  // never destroyed: programs free memory in their destructors
   return *all;
 }
-int64_t used = 0;
+int64_t used = 0, peak = 0;
 
 // cudaMalloc aligns to 256 bytes at least. The poison is NaN in every floating type and -1 in integers.
 constexpr size_t kAlignment = 256;
@@ -38,6 +39,12 @@ int64_t fpi_memory_free() {
   });
 }
 
+int64_t fpi_memory_peak(int reset) {
+  const std::lock_guard lock(mutex);
+  if (reset) peak = used;
+  return peak;
+}
+
 void* fpi_allocate(int64_t bytes, int kind) {
   return guarded(static_cast<void*>(nullptr), [&]() -> void* {
     if (bytes > fpi_memory_free()) return nullptr;
@@ -47,6 +54,7 @@ void* fpi_allocate(int64_t bytes, int kind) {
     const std::lock_guard lock(mutex);
     allocations()[reinterpret_cast<uintptr_t>(p)] = {bytes, kind};
     used += bytes;
+    peak = std::max(peak, used);
     storage().add(p, bytes, kNames[kind]);
     return p;
   });

@@ -51,11 +51,17 @@ void* fpi_allocate(int64_t bytes, int kind);
 int fpi_release(void* begin);  // 0: it is none of these
 int64_t fpi_allocation(const void* pointer, void** begin, int* kind);
 int64_t fpi_memory_free(void);
+int64_t fpi_memory_peak(int reset);  // the most bytes in use so far, or since the last reset
+
+// Device memory as a DLManagedTensor of bytes on CUDA's device 0, and the whole of such memory again as the CPU's; its
+// deleter has to be called. Null: the device has no more; no memory of the first begins there.
+void* fpi_dlpack_allocate(int64_t bytes);
+void* fpi_dlpack_host_view(void* data, int64_t bytes);
 
 // PTX modules (Triton, tests). Null on failure. `kernel` null: the only entry.
 void* fpi_module_load(const char* ptx);
 void fpi_module_unload(void* module);
-const char* fpi_module_json(void* module);  // {arch, entries: [{name, shared_bytes, parameters: [{offset, size}]}]}
+const char* fpi_module_json(void* module);  // {arch, entries: [{name, shared_bytes, registers, parameters: [..]}]}
 int fpi_module_launch(void* module, const char* kernel, const unsigned grid[3], const unsigned block[3],
                       const unsigned cluster[3], int64_t dynamic_shared, const void* parameters,
                       int64_t parameter_bytes, int programmatic);

@@ -43,6 +43,18 @@ class LaunchRecord(ctypes.Structure):
     ]  # fmt: skip
 
 
+class DeviceProperties(ctypes.Structure):
+    _fields_ = [
+        ("arch", c_char_p), ("name", c_char_p), ("major", c_int32), ("minor", c_int32), ("multiprocessors", c_int32),
+        *((name, c_int64) for name in ("shared_per_block", "shared_per_block_optin", "shared_per_multiprocessor",
+                                       "shared_reserved_per_block")),
+        *((name, c_int32) for name in ("registers_per_block", "registers_per_multiprocessor", "threads_per_block",
+                                       "threads_per_multiprocessor", "blocks_per_multiprocessor", "clusters")),
+        *((name, c_int64) for name in ("memory", "l2_cache", "persisting_l2_cache")),
+        ("clock", c_int32), ("memory_clock", c_int32), ("memory_bus_bits", c_int32),
+    ]  # fmt: skip
+
+
 Recorder = ctypes.CFUNCTYPE(None, POINTER(LaunchRecord))
 COUNTERS = ("launches", "warp_instructions", "matrix_ns", "matrix_macs")
 
@@ -58,6 +70,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
     "fpi_storage_leave": (None, []),
     "fpi_storage_region": (c_int, [c_uint64, POINTER(c_uint64), POINTER(c_int64)]),
+    "fpi_device_get": (POINTER(DeviceProperties), []),
+    "fpi_memory_free": (c_int64, []),
+    "fpi_memory_peak": (c_int64, [c_int]),
+    "fpi_dlpack_allocate": (c_void_p, [c_int64]),
+    "fpi_dlpack_host_view": (c_void_p, [c_void_p, c_int64]),
     "fpi_capture_begin": (c_int, [c_void_p, c_int, c_int]),
     "fpi_capture_end": (c_int, [c_void_p, POINTER(c_void_p)]),
     "fpi_graph_launch": (c_int, [c_void_p]),
@@ -119,6 +136,14 @@ def load() -> ctypes.CDLL:
         function = getattr(core, name)
         function.restype, function.argtypes = result, arguments
     return core
+
+
+def device_properties() -> DeviceProperties:
+    """The installed device's; raises where there is none."""
+    properties = load().fpi_device_get()
+    if not properties:
+        raise RuntimeError("no GPU is interpreted")
+    return properties.contents
 
 
 def finding() -> InterpreterFinding | None:

@@ -54,6 +54,8 @@ class Device:
         self._options = options
         self._why_not = {"cuda": _why_not_cuda(), "triton": _why_not_triton()}
         self._registered: list[tuple[Tensor, str]] = []
+        #: of the tensors that kernels take: "cuda" once torch's cuda device is this one (cuda/__init__.py)
+        self.memory = "cpu"
         if options.counters:
             weakref.finalize(self, core.load().fpi_profile_forget, options.counters)
         if options.timeline:
@@ -79,7 +81,7 @@ class Device:
             before = core.counters()
             _install(self)
             api.fpi_storage_enter()
-            _scopes.append(scope := Scope(_scopes[-1] if _scopes else None))
+            _scopes.append(scope := Scope(_scopes[-1] if _scopes else None, self.memory))
             for tensor, name in self._registered:
                 scope.add_tensor(tensor, name)
             try:
@@ -327,6 +329,11 @@ def interpret_process() -> None:
         device = make(os.environ["FORWARDPASS_INTERPRET"], seed=int(seed))
     except ValueError as e:
         raise ValueError(f"FORWARDPASS_INTERPRET: {e}") from None
+    install_process(device)
+
+
+def install_process(device: Device) -> None:
+    """From now on this process's, in every thread."""
     _take_triton()
     with _lock:
         _install(device)

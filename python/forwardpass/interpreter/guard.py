@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .storage import Scope
+from .storage import Scope, on_host
 
 #: NaN in every floating dtype, -1 in every integer one
 POISON = 0xFF
@@ -43,7 +43,7 @@ class Guard:
                 groups.setdefault(t.untyped_storage().data_ptr(), []).append(name)
         rehomed = dict(tensors)
         for names in groups.values():
-            region = self._region(", ".join(names), [tensors[n].detach() for n in names])
+            region = self._region(", ".join(names), [on_host(tensors[n].detach()) for n in names])
             self._regions.append(region)
             rehomed.update(zip(names, region.copies))
         return rehomed

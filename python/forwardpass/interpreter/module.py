@@ -34,10 +34,12 @@ class Module:
             raise core.finding() or RuntimeError("the PTX module did not load, and no reason was given")
         weakref.finalize(self, api.fpi_module_unload, self.handle)
         #: kernel -> (offset, bytes) of each parameter
-        self.kernels: dict[str, list[tuple[int, int]]] = {
-            e["name"]: [(p["offset"], p["size"]) for p in e["parameters"]]
-            for e in json.loads(api.fpi_module_json(self.handle))["entries"]
-        }
+        self.kernels: dict[str, list[tuple[int, int]]] = {}
+        #: kernel -> registers of a thread, as they are assumed where ptxas has not said
+        self.registers: dict[str, int] = {}
+        for e in json.loads(api.fpi_module_json(self.handle))["entries"]:
+            self.kernels[e["name"]] = [(p["offset"], p["size"]) for p in e["parameters"]]
+            self.registers[e["name"]] = e["registers"]
 
     def __getitem__(self, name: str) -> Kernel:
         if name not in self.kernels:

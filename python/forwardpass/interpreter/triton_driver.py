@@ -91,10 +91,10 @@ class InterpretedDriver:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+        return torch.device("cuda", 0) if current().memory == "cuda" else torch.device("cpu")
 
-    def get_device_interface(self) -> type[Clock]:
-        return Clock
+    def get_device_interface(self) -> Any:
+        return torch.cuda if current().memory == "cuda" else Clock
 
     def get_benchmarker(self) -> Callable[..., Any]:
         return count
@@ -140,8 +140,9 @@ class Clock:
 
 
 class Utils:
-    def get_device_properties(self, device: str) -> dict[str, int]:
-        shared, multiprocessors = PROPERTIES[device]
+    def get_device_properties(self, device: str | int | None) -> dict[str, int]:
+        """Triton asks by what get_current_device returned, programs by torch's index, None included."""
+        shared, multiprocessors = PROPERTIES[device if isinstance(device, str) else current().arch]
         return {
             "max_shared_mem": shared,
             "max_num_regs": 65536,
@@ -150,12 +151,13 @@ class Utils:
         }
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: str) -> tuple[None, Kernel, int, int, int]:
-        """module, function, registers and spills (ptxas would know), and the most threads of a block
+        """module, function, registers as assumed and no spills (ptxas would know), and the most threads of a block
 
         No module: Triton 3.9 would ask the driver to unload it, and by then that may be another one. Without one, Triton
         comes here again at each launch.
         """
-        return None, _kernel(name, ptx), 0, 0, 1024
+        kernel = _kernel(name, ptx)
+        return None, kernel, kernel.module.registers[name], 0, 1024
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,45 @@
+"""The interpreted GPU as torch's `cuda` device, so that programs and tests that say device="cuda" run unchanged.
+
+It is asked for (`present`, `pytest --gpu=sm_90a`, `python -m forwardpass.interpreter run`), never there by itself, and then
+for the rest of the process: torch's functions and its table of devices are the process's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..device import Device, install_process
+from . import clock, tensors, torch_cuda
+
+_presented: Device | None = None
+
+
+def present(device: Device) -> None:
+    """From now on, `cuda` is this interpreted GPU: in every thread, for the rest of the process.
+
+    Raises:
+        RuntimeError: another one is already, or this process has a real GPU.
+    """
+    global _presented
+    if _presented is device:
+        return
+    if _presented is not None:
+        raise RuntimeError(f"cuda is {_presented!r} in this process already: set its seed, or start another process")
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            f"this machine has a GPU, {torch.cuda.get_device_name()}, and cuda means that one: hide it with "
+            "CUDA_VISIBLE_DEVICES= to have the interpreted one"
+        )
+    install_process(device)
+    clock.clock.start(device)
+    tensors.install()
+    torch_cuda.install(device)
+    device.memory = "cuda"
+    _presented = device
+
+
+def presented() -> Device | None:
+    """The interpreted GPU that `cuda` is, None where it is not."""
+    return _presented
+
+

@@ -1,0 +1,307 @@
+"""Tensors of torch's `cuda` device that lie in the interpreted GPU's memory, which is the host's.
+
+They are CUDA tensors to torch: device, dispatch key, autograd, autocast and printing are its own. Their memory comes from
+the core by DLPack, so that kernels may touch it and it is poisoned. What torch does with them itself (everything but
+kernels' launches) runs on the CPU: below autograd, each operation of the CUDA dispatch key is given views of the same bytes
+as the CPU's, and what comes out is put on the device. Nothing here is compiled against torch's C++, as one wheel serves
+every torch.
+
+A renamed PrivateUse1 device would be named otherwise (torch refuses the names of its own devices), and a function mode does
+not reach what C++ creates and what autograd runs in its threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import core
+
+aten = torch.ops.aten
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+#: read or set sizes, strides and storage alone: the CPU's kernels do that for any device
+METADATA = {
+    "aten::as_strided", "aten::view", "aten::_reshape_alias", "aten::unfold", "aten::set_.source_Storage",
+    "aten::set_.source_Storage_storage_offset", "aten::set_.source_Tensor", "aten::is_set_to",
+}  # fmt: skip
+#: what takes CPU tensors beside those of the device
+MIXED = {"aten::index", "aten::_index_put_impl_", "aten::index_put", "aten::index_put_", "aten::_copy_from"}
+
+
+def _from_dlpack(managed: int | None, nbytes: int) -> Tensor:
+    if not managed:
+        free = core.load().fpi_memory_free()
+        raise torch.cuda.OutOfMemoryError(
+            f"CUDA out of memory on the interpreted GPU: {nbytes} bytes are asked for, {free} of the GPU's are left"
+        )
+    return torch.from_dlpack(_capsule(managed, b"dltensor", None))
+
+
+def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """On the device, filled with 0xff bytes: NaN, and -1 of integers."""
+    span = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
+    nbytes = span * dtype.itemsize
+    row = _from_dlpack(core.load().fpi_dlpack_allocate(nbytes), nbytes)
+    # below autograd, which would take it for a view
+    return aten.as_strided.default.redispatch(_CPU, aten.view.dtype.redispatch(_CPU, row, dtype), size, stride, 0)
+
+
+def host_view(t: Tensor) -> Tensor:
+    """The same elements of the same memory as a CPU tensor."""
+    if not t.numel():  # an output that is to be resized, often: memory of DLPack's cannot be
+        return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
+    storage = t.untyped_storage()
+    data, nbytes = storage.data_ptr(), storage.nbytes()
+    row = _from_dlpack(core.load().fpi_dlpack_host_view(data, nbytes), nbytes)
+    like = torch.empty(0, dtype=t.dtype, device="cpu")
+    return aten.set_.source_Storage_storage_offset(
+        like, row.untyped_storage(), t.storage_offset(), t.size(), t.stride()
+    )
+
+
+def to_device(t: Tensor) -> Tensor:
+    """A copy of a CPU tensor on the device, with its strides."""
+    if t.layout != torch.strided:
+        raise NotImplementedError(f"the interpreted GPU has strided tensors alone, and this one is {t.layout}")
+    if any(s == 0 and n > 1 for n, s in zip(t.size(), t.stride())):
+        t = t.contiguous()
+    copy = empty_strided(t.size(), t.stride(), t.dtype)
+    host_view(copy).copy_(t)
+    return copy
+
+
+class _Operator:
+    """What is known of an operator from its schema."""
+
+    def __init__(self, op: torch._ops.OpOverload):
+        schema = op._schema
+        self.name = schema.name
+        qualified = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+        self.metadata = qualified in METADATA or (schema.name in METADATA and not schema.overload_name)
+        self.mixed = schema.name in MIXED
+
+
+@functools.cache
+def _operator(op: torch._ops.OpOverload) -> _Operator:
+    return _Operator(op)
+
+
+def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """An operation on the device's tensors, done by the CPU on the same memory."""
+    known = _operator(op)
+    if known.metadata:
+        return op.redispatch(_CPU, *args, **kwargs)
+    with torch._C.DisableTorchFunction():
+        call = _Call(op, known.mixed)
+        try:
+            result = op(*call.lower(list(args)), **{name: call.lower(value) for name, value in kwargs.items()})
+        except NotImplementedError as e:
+            raise NotImplementedError(f"the interpreted GPU has no {op}: torch has it for no CPU ({e})") from None
+        call.finish()
+        return call.lift(result)
+
+
+class _Call:
+    """The arguments of one operation on the CPU, and the way back of what it returns."""
+
+    def __init__(self, op: torch._ops.OpOverload, mixed: bool):
+        self.op, self.mixed = op, mixed
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # of the device, its host view
+
+    def lower(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.is_cuda:
+                self.pairs.append((value, view := host_view(value)))
+                return view
+            if value.dim() and not self.mixed:
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
+                    f"{value.device}! (when calling {self.op})"
+                )
+            return value
+        if isinstance(value, (list, tuple)):
+            return [self.lower(v) for v in value]
+        if isinstance(value, torch.device):
+            check_ordinal(value)
+            return torch.device("cpu") if value.type == "cuda" else value
+        return value
+
+    def finish(self) -> None:
+        """An output that the operation has resized has memory of its own: the device's gets as much."""
+        for tensor, view in self.pairs:
+            if view.size() != tensor.size() or (view.numel() and view.data_ptr() != tensor.data_ptr()):
+                resize(tensor, view.size())
+                host_view(tensor).copy_(view)
+
+    def lift(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            for tensor, view in self.pairs:
+                if value is view:
+                    return tensor
+            if not value.numel():
+                return to_device(value)
+            data = value.untyped_storage().data_ptr()
+            for tensor, view in self.pairs:
+                if view.untyped_storage().data_ptr() == data and value.dtype == tensor.dtype:
+                    return aten.as_strided.default.redispatch(
+                        _CPU, tensor, value.size(), value.stride(), value.storage_offset()
+                    )
+            return to_device(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.lift(v) for v in value)
+        return value
+
+
+def resize(t: Tensor, size: Sequence[int], memory_format: torch.memory_format | None = None) -> Tensor:
+    """aten::resize_; a storage that is too small is replaced by a larger one, which tensors that shared it do not see."""
+    like = torch.empty(tuple(size), dtype=t.dtype, device="meta", memory_format=memory_format or torch.contiguous_format)
+    needed = (t.storage_offset() + math.prod(size)) * t.element_size() if math.prod(size) else 0
+    storage = t.untyped_storage()
+    if needed > storage.nbytes():
+        larger = empty_strided((needed,), (1,), torch.uint8)
+        host_view(larger)[: storage.nbytes()].copy_(_bytes(t))
+        storage = larger.untyped_storage()
+    return aten.set_.source_Storage_storage_offset.redispatch(
+        _CPU, t, storage, t.storage_offset(), like.size(), like.stride()
+    )
+
+
+def _bytes(t: Tensor) -> Tensor:
+    storage = t.untyped_storage()
+    return _from_dlpack(core.load().fpi_dlpack_host_view(storage.data_ptr(), storage.nbytes()), storage.nbytes())
+
+
+# ---- what torch would do by code for CUDA that is not there, or that asks for the device's kind ----
+
+
+def check_ordinal(device: torch.device | None) -> None:
+    if device is not None and device.index not in (None, 0):
+        raise RuntimeError(f"CUDA error: invalid device ordinal: the interpreted GPU is cuda:0, not {device}")
+
+
+def _empty(size: Sequence[int], *, dtype: Any = None, device: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+    check_ordinal(device)
+    dtype = dtype or torch.get_default_dtype()
+    if memory_format is None:
+        memory_format = torch.contiguous_format
+    stride = torch.empty(tuple(size), dtype=dtype, device="meta", memory_format=memory_format).stride()
+    return empty_strided(size, stride, dtype)
+
+
+def _empty_strided(size: Sequence[int], stride: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    check_ordinal(device)
+    return empty_strided(size, stride, dtype or torch.get_default_dtype())
+
+
+def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        (host_view(to) if to.is_cuda else to).copy_(host_view(source) if source.is_cuda else source)
+    return to
+
+
+def _to_copy(t: Tensor, *, non_blocking: bool = False, **kwargs: Any) -> Tensor:
+    # a copy that does not block would go to pinned memory, which torch without CUDA does not have
+    return aten._to_copy.default.redispatch(_CPU, t, **kwargs)
+
+
+def _fused_sdp_choice(*_: Any, **__: Any) -> int:
+    return 0  # SDPBackend.MATH: the fused ones are CUDA's
+
+
+def _on_cpu(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """For those whose kernel chooses by the device: it shall see the CPU's."""
+    return lambda *args, **kwargs: fallback(op, *args, **kwargs)
+
+
+_libraries: list[torch.library.Library] = []
+
+
+def install() -> None:
+    """Gives the CUDA dispatch key to the interpreted GPU, for the rest of the process."""
+    if _libraries:
+        return
+    _set_device_guard()
+    _set_hooks()
+    implementations: dict[str, Callable[..., Any]] = {
+        "empty.memory_format": _empty,
+        "empty_strided": _empty_strided,
+        "copy_": _copy,
+        "_to_copy": _to_copy,
+        "resize_": lambda t, size, *, memory_format=None: resize(t, size, memory_format),
+        "record_stream": lambda t, stream: None,
+        "_fused_sdp_choice": _fused_sdp_choice,
+        "convolution": _on_cpu(aten.convolution.default),
+        "convolution_backward": _on_cpu(aten.convolution_backward.default),
+    }
+    every = torch.library.Library("_", "IMPL", "CUDA")
+    every.fallback(fallback)
+    some = torch.library.Library("aten", "IMPL", "CUDA")
+    for name, implementation in implementations.items():
+        some.impl(name, implementation)
+    _libraries.extend((every, some))
+
+
+_Answer = ctypes.CFUNCTYPE(ctypes.c_int64)
+_no, _yes = _Answer(lambda: 0), _Answer(lambda: 1)
+#: C++ objects and tables of virtual functions that torch points to from now on
+_tables: list[Any] = []
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _set_device_guard() -> None:
+    """torch's own guard for a CUDA device that does nothing, which autograd needs.
+
+    torch sets it, for fake tensors, in place of a guard that counts no devices (c10's ensureCUDADeviceGuardSet). torch
+    without CUDA has no guard at all: so one is put there first whose every virtual function returns 0.
+    """
+    registry = (ctypes.c_void_p * 2).in_dll(_library("c10"), "_ZN3c104impl26device_guard_impl_registryE")
+    if not registry[1]:  # by DeviceType, and CUDA's is 1
+        table = (ctypes.c_void_p * 64)(*[_address(_no)] * 64)
+        guard = (ctypes.c_void_p * 1)(ctypes.addressof(table))
+        _tables.extend((table, guard))
+        registry[1] = ctypes.addressof(guard)
+    torch._C._ensureCUDADeviceGuardSet()
+
+
+def _set_hooks() -> None:
+    """torch without CUDA shall know that CUDA is its accelerator, which autograd asks for the tensors' streams.
+
+    It asks at::getCUDAHooks().isBuilt(). That object gets a copy of its table of virtual functions in which this one
+    returns true; which one it is follows from what torch answers. hasPrimaryContext, two behind it in
+    AcceleratorHooksInterface, would raise an error.
+    """
+    if torch._C._accelerator_getAccelerator() is not None:
+        return
+    cpu = _library("torch_cpu")
+    hooks = cpu._ZN2at6detail12getCUDAHooksEv
+    hooks.restype = ctypes.POINTER(ctypes.c_void_p)
+    table = hooks()
+    count = 40
+    before = (ctypes.c_void_p * (count + 2)).from_address((table[0] or 0) - 16)  # type_info and offset come first
+    for slot in range(2, count):
+        copy = (ctypes.c_void_p * (count + 2))(*before)
+        copy[slot + 2] = _address(_yes)
+        table[0] = ctypes.addressof(copy) + 16
+        if torch._C._accelerator_getAccelerator() is not None:
+            copy[slot + 4] = _address(_no)
+            _tables.append(copy)
+            return
+    table[0] = ctypes.addressof(before) + 16
+    raise RuntimeError(f"torch {torch.__version__} does not let the interpreter stand in for a CUDA device")
+
+
+def _library(name: str) -> ctypes.CDLL:
+    return ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / f"lib{name}.so"))
