@@ -23,6 +23,7 @@ struct State {
   Launch::Counters counters;
   std::atomic<void (*)(const char*, int)> listener{nullptr};
   std::atomic<void (*)(const fpi_launch_record*)> recorder{nullptr};
+  std::atomic<Deadline::rep> deadline{Deadline::max().count()};
   std::mutex mutex;
 };
 State& state() {
@@ -138,6 +139,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.parameters = std::move(parameters);
   l.programmatic = config.programmatic;
   l.memory = &s.memory;
+  l.deadline = Deadline(s.deadline);
   l.counters = &s.counters;
   const int blocks =
       std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared));
@@ -145,7 +147,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.resident = size == 1 ? blocks * device->multiprocessors : resident_clusters(*device, blocks, size);
   if (!l.resident) return kLaunchOutOfResources;  // no GPC has room for one
   try {
-    l.run();
+    if (!l.run()) return kLaunchTimeout;
   } catch (Finding& f) {
     f.arch = device->arch;
     throw;
@@ -182,6 +184,12 @@ void fpi_get_options(fpi_options* o) {
     *o = {options.seed,    options.checks,     options.truncating, options.approximate,
           options.threads, options.step_limit, options.counters,   options.timeline};
   });
+}
+
+void fpi_set_time_limit(double seconds) {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  const auto limit = std::chrono::duration_cast<Deadline>(std::chrono::duration<double>(seconds));
+  state().deadline = (seconds > 0 ? std::chrono::duration_cast<Deadline>(now) + limit : Deadline::max()).count();
 }
 
 void fpi_storage_enter() {

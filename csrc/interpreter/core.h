@@ -13,7 +13,7 @@ namespace forwardpass::interpreter {
 namespace cuda {
 constexpr int kSuccess = 0, kInvalidValue = 1, kMemoryAllocation = 2, kInvalidConfiguration = 9, kInvalidSymbol = 13,
               kInvalidDeviceFunction = 98, kNoDevice = 100, kNoKernelImageForDevice = 209, kAssert = 710,
-              kLaunchFailure = 719, kLaunchOutOfResources = 701, kCooperativeLaunchTooLarge = 720, kNotSupported = 801,
+              kLaunchTimeout = 702, kLaunchFailure = 719, kLaunchOutOfResources = 701, kCooperativeLaunchTooLarge = 720, kNotSupported = 801,
               kInvalidClusterSize = 912, kUnknown = 999;
 }
 

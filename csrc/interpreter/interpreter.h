@@ -37,6 +37,9 @@ struct fpi_options {
 void fpi_set_options(const struct fpi_options*);
 void fpi_get_options(struct fpi_options*);
 
+// Launches may take so many seconds together from now on, and then end with cudaErrorLaunchTimeout. 0: no limit.
+void fpi_set_time_limit(double seconds);
+
 // Storage that kernels may touch. Scopes nest per process: leaving one forgets what was added inside it.
 void fpi_storage_enter(void);
 void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only);

@@ -32,6 +32,7 @@ struct Grid {
   std::optional<Finding> finding;  // of the lowest cluster that has one
   std::exception_ptr failure;      // what a thread has thrown besides
   std::atomic<bool> failed{false};
+  std::atomic<bool> expired{false};  // the deadline
   std::atomic<uint64_t> found_at{~uint64_t{0}};
 
   void report(uint64_t cluster, Finding f) {
@@ -95,7 +96,8 @@ void work(Grid& grid) {
   std::vector<std::unique_ptr<Cluster>> spare;  // their shared memory and shadow serve again
   const Launch& l = grid.launch;
   Sheet sheet;
-  for (bool more = true; (more || !residents.empty()) && !grid.failed;) {
+  for (bool more = true; (more || !residents.empty()) && !grid.failed && !grid.expired;) {
+    if (std::chrono::steady_clock::now().time_since_epoch() > l.deadline) grid.expired = true;
     if (more && grid.resident < l.resident) {
       ++grid.resident;
       const uint64_t n = grid.next++;
@@ -150,7 +152,7 @@ void Launch::index_of(uint64_t number, unsigned index[3]) const {
   }
 }
 
-void Launch::run() {
+bool Launch::run() {
   const GlobalShadow::Recording recording(global_shadow(), *this);
   Grid grid(*this);
   if (recorded(options)) trace = begin_trace(*this);
@@ -170,6 +172,7 @@ void Launch::run() {
   if (grid.counts) record(*this, grid.sheet);
   if (recorded(options) && !grid.finding) keep_trace(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;
+  return !grid.expired;
 }
 
 }  // namespace forwardpass::interpreter

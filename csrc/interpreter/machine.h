@@ -8,6 +8,7 @@
 // taken after a while, so that none starves (independent thread scheduling, ISA 3.1). A collective instruction waits
 // until its lanes have merged.
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -255,6 +256,9 @@ struct Cluster {
   uint32_t random();
 };
 
+// Of std::chrono::steady_clock, since its epoch.
+using Deadline = std::chrono::nanoseconds;
+
 struct Launch {
   const Module* module;
   const Code* code;
@@ -273,11 +277,12 @@ struct Launch {
   uint32_t first_serial = 0, concurrent_serial = 0;  // of its own CTAs, and of those that may still be running
   Releases releases;
   std::shared_ptr<LaunchTrace> trace;  // if it is recorded
+  Deadline deadline = Deadline::max();
   int resident = 1;                    // clusters that the device holds at once: they may wait for each other
 
   // Runs the grid on Options::threads threads, clusters in order, as many resident as the device holds where they wait
-  // for each other. Throws the finding of the lowest cluster.
-  void run();
+  // for each other. Throws the finding of the lowest cluster. False: the deadline has passed.
+  bool run();
   uint64_t grid_size() const { return static_cast<uint64_t>(grid[0]) * grid[1] * grid[2]; }
   uint64_t cluster_size() const { return static_cast<uint64_t>(cluster[0]) * cluster[1] * cluster[2]; }
   // Where a CTA lies in the grid, by its number: they count cluster by cluster, each by rank.

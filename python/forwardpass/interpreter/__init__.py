@@ -5,7 +5,7 @@ GPUs; operations reach it through the seam dispatch.Interpreter.
 """
 
 from .device import Device, interpret
-from .finding import InterpreterFinding
+from .finding import InterpreterFinding, InterpreterTimeout
 from .model import Modelled
 from .module import Kernel, Module
 from .profile import Counts, KernelProfile, LineProfile
@@ -13,6 +13,6 @@ from .tensor_map import TensorMap, tensor_map
 from .timeline import KernelTimeline, LineTime, Timeline
 
 __all__ = [
-    "Counts", "Device", "InterpreterFinding", "Kernel", "KernelProfile", "KernelTimeline", "LineProfile", "LineTime",
+    "Counts", "Device", "InterpreterFinding", "InterpreterTimeout", "Kernel", "KernelProfile", "KernelTimeline", "LineProfile", "LineTime",
     "Modelled", "Module", "TensorMap", "Timeline", "interpret", "tensor_map",
 ]  # fmt: skip

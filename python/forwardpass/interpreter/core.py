@@ -6,7 +6,7 @@ import ctypes
 import functools
 import json
 import pathlib
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 from ..dispatch import Reason, library
@@ -18,6 +18,9 @@ LIBRARY = library.FOLDER / "_interpreter.so"
 #: the objects of _kernels.so, linked against the interpreter's stand-in for cudart
 KERNELS = library.FOLDER / "_kernels_interpreted.so"
 STANDIN = library.FOLDER / "_standin.a"
+
+#: cudaErrorLaunchTimeout: fpi_set_time_limit's
+LAUNCH_TIMEOUT = 702
 
 Dim3 = c_uint32 * 3
 
@@ -66,6 +69,7 @@ class Counters(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_set_device": (c_int, [c_char_p]),
     "fpi_set_options": (None, [POINTER(Options)]),
+    "fpi_set_time_limit": (None, [c_double]),
     "fpi_storage_enter": (None, []),
     "fpi_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
     "fpi_storage_leave": (None, []),

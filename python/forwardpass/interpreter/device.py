@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Operation, Reason, Unsupported, library
 from . import core
-from .finding import InterpreterFinding
+from .finding import InterpreterFinding, InterpreterTimeout
 from .guard import Guard
 from .latencies import as_text, machine
 from .model import Modelled, modelled
@@ -129,12 +129,25 @@ class Device:
             raise core.finding() or RuntimeError("the timeline gave no answer, and no reason")
         return Timeline([KernelTimeline.read(k, every) for k in json.loads(answer.decode(errors="replace"))])
 
+    def reseed(self, seed: int) -> None:
+        """From the next launch on as if it were made with this seed."""
+        self.seed = self._options.seed = seed
+        with _lock:
+            if _installed is self:
+                core.load().fpi_set_options(ctypes.byref(self._options))
+
+    def time_limit(self, seconds: float) -> None:
+        """Launches of this process, together, may take so long from now on; 0: as long as they need."""
+        core.load().fpi_set_time_limit(seconds)
+
     def record(self, finding: InterpreterFinding) -> InterpreterFinding:
         self.findings.append(finding)
         return finding
 
     def check(self, error: int, action: str) -> None:
         """Raises the finding, or the CUDA error, with which a launch ended."""
+        if error == core.LAUNCH_TIMEOUT:
+            raise InterpreterTimeout(f"{action}: the time limit of the interpreted GPU is over")
         if error:
             finding = core.finding()
             raise self.record(finding) if finding else RuntimeError(f"{action}: CUDA error {error} on {self!r}")

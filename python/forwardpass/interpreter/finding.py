@@ -54,6 +54,11 @@ class InterpreterFinding(RuntimeError):
         return _restore, ({**self.__dict__, "text": str(self)},)
 
 
+class InterpreterTimeout(RuntimeError):
+    """Launches took longer than `Device.time_limit` allows."""
+
+
+InterpreterTimeout.__module__ = "forwardpass"
 InterpreterFinding.__module__ = "forwardpass"  # where users find it, and what a traceback shows
 
 

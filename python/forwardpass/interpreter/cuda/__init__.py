@@ -41,5 +41,3 @@ def present(device: Device) -> None:
 def presented() -> Device | None:
     """The interpreted GPU that `cuda` is, None where it is not."""
     return _presented
-
-

@@ -164,7 +164,9 @@ class _Call:
 
 def resize(t: Tensor, size: Sequence[int], memory_format: torch.memory_format | None = None) -> Tensor:
     """aten::resize_; a storage that is too small is replaced by a larger one, which tensors that shared it do not see."""
-    like = torch.empty(tuple(size), dtype=t.dtype, device="meta", memory_format=memory_format or torch.contiguous_format)
+    like = torch.empty(
+        tuple(size), dtype=t.dtype, device="meta", memory_format=memory_format or torch.contiguous_format
+    )
     needed = (t.storage_offset() + math.prod(size)) * t.element_size() if math.prod(size) else 0
     storage = t.untyped_storage()
     if needed > storage.nbytes():
@@ -189,7 +191,9 @@ def check_ordinal(device: torch.device | None) -> None:
         raise RuntimeError(f"CUDA error: invalid device ordinal: the interpreted GPU is cuda:0, not {device}")
 
 
-def _empty(size: Sequence[int], *, dtype: Any = None, device: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+def _empty(
+    size: Sequence[int], *, dtype: Any = None, device: Any = None, memory_format: Any = None, **_: Any
+) -> Tensor:
     check_ordinal(device)
     dtype = dtype or torch.get_default_dtype()
     if memory_format is None:
@@ -198,7 +202,9 @@ def _empty(size: Sequence[int], *, dtype: Any = None, device: Any = None, memory
     return empty_strided(size, stride, dtype)
 
 
-def _empty_strided(size: Sequence[int], stride: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+def _empty_strided(
+    size: Sequence[int], stride: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
     check_ordinal(device)
     return empty_strided(size, stride, dtype or torch.get_default_dtype())
 

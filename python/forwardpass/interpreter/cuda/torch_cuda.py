@@ -280,4 +280,3 @@ def install(device: Device) -> None:
     }  # fmt: skip
     for name, value in raw.items():
         setattr(torch._C, name, value)
-

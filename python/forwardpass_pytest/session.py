@@ -1,0 +1,159 @@
+"""One run of pytest with one interpreted GPU: what its tests' kernels did wrong fails them, and is summed up at the end."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from forwardpass.interpreter import InterpreterFinding, InterpreterTimeout, cuda, device
+
+FINDING, LAUNCHES = (
+    "gpu_finding",
+    "gpu_launches",
+)  # properties of reports, which JUnit shows and pytest-xdist carries over
+
+
+class Session:
+    def __init__(self, options: Any):
+        try:
+            self.device = device.make(options.gpu, seed=options.gpu_seed, guard=options.gpu_guard)
+            cuda.present(self.device)
+        except (ValueError, RuntimeError) as e:
+            raise pytest.UsageError(f"--gpu={options.gpu}: {e}") from None
+        self.seeds = range(options.gpu_seed, options.gpu_seed + max(1, options.gpu_seeds))
+        self.budget = options.gpu_budget
+        self.arch = options.gpu
+        self.idle: set[str] = set()  # tests, without their seed, that launched nothing
+        self.known: dict[str, list[str]] = {}  # finding -> tests, for the summary
+        self.launches = 0
+
+    # ---- seeds ----
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if len(self.seeds) > 1:
+            metafunc.fixturenames.append("gpu_seed")
+            metafunc.parametrize("gpu_seed", self.seeds, ids=[f"seed{s}" for s in self.seeds], indirect=True)
+
+    @pytest.fixture
+    def gpu_seed(self, request: pytest.FixtureRequest) -> int:
+        """The schedule's seed that the test runs with."""
+        return int(request.param) if hasattr(request, "param") else self.seeds[0]
+
+    # ---- a test ----
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        self.seed = parameters.get("gpu_seed", self.seeds[0])
+        self.device.reseed(self.seed)
+        self.device.time_limit(self.budget)
+        self.findings: list[InterpreterFinding] = []
+        self.launched = self.device.counters["launches"]
+        try:
+            return (yield)
+        finally:
+            self.device.time_limit(0)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        if self.seed != self.seeds[0] and self._without_seed(item) in self.idle:
+            pytest.skip("it launched no kernel with the first seed")
+        return (yield from self._phase())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        return (yield from self._phase())
+
+    def _phase(self) -> Iterator[None]:
+        try:
+            return (yield)
+        except InterpreterTimeout:
+            pytest.skip(f"its kernels take more than {self.budget:g} s on the interpreted GPU (--gpu-budget)")
+        finally:
+            self.findings += self.device.findings
+            self.device.findings.clear()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        report: Any = yield
+        if call.when != "call":
+            return report
+        launches = self.device.counters["launches"] - self.launched
+        if not launches:
+            self.idle.add(self._without_seed(item))
+        unexpected = self._unexpected(item)
+        properties: list[tuple[str, object]] = [(LAUNCHES, launches)]
+        properties += [(FINDING, json.dumps({"text": str(f), "where": _place(f)})) for f in unexpected]
+        report.user_properties += properties
+        item.user_properties += properties  # JUnit writes those of the teardown's report
+        missing = [m for m in item.iter_markers("gpu_expects") if not any(_matches(m, f) for f in self.findings)]
+        if missing and not report.skipped:
+            report.outcome = "failed"
+            report.longrepr = f"no such finding came: {missing[0]}"
+        elif report.passed and unexpected:
+            report.outcome = "failed"
+            report.longrepr = "\n\n".join(self._text(f) for f in unexpected)
+        elif report.failed and not unexpected and self.findings and call.excinfo and isinstance(
+            call.excinfo.value, InterpreterFinding
+        ):  # fmt: skip
+            report.outcome = "passed"  # expected or ignored, and raised to where the test did not catch it
+            report.longrepr = None
+        return report
+
+    def _unexpected(self, item: pytest.Item) -> list[InterpreterFinding]:
+        marks = [*item.iter_markers("gpu_expects"), *item.iter_markers("gpu_ignores")]
+        return [f for f in self.findings if not any(_matches(m, f) for m in marks)]
+
+    def _text(self, finding: InterpreterFinding) -> str:
+        """In full the first time."""
+        earlier = self.known.get(_place(finding))
+        return f"{_place(finding)}: as in {earlier[0]}" if earlier else str(finding)
+
+    def _without_seed(self, item: pytest.Item) -> str:
+        return item.nodeid.replace(f"seed{self.seed}", "")
+
+    # ---- the summary ----
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for name, value in report.user_properties:
+            if name == LAUNCHES:
+                self.launches += int(str(value))
+            elif name == FINDING:
+                where = json.loads(str(value))["where"]
+                self.known.setdefault(where, []).append(report.nodeid)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        write = terminalreporter
+        write.section(f"interpreted GPU {self.arch}")
+        write.line(f"{self.launches} launches, {len(self.known)} finding{'s' * (len(self.known) != 1)}")
+        for where, tests in self.known.items():
+            more = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
+            write.line(f"{where}")
+            write.line(f"  in {tests[0]}{more}")
+        if self.known:
+            write.line(
+                "A finding is an error in the kernel, or in the compiler's code for it; docs/interpreter.md of forwardpass"
+            )
+
+    def pytest_report_header(self) -> str:
+        seeds = f"seeds {self.seeds[0]} to {self.seeds[-1]}" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
+        return f"gpu: cuda is {self.device!r}, {seeds}"
+
+
+def _place(f: InterpreterFinding) -> str:
+    where = f"{f.file}:{f.line}" if f.file else f"PTX line {f.ptx_line}"
+    return f"{f.kind} in {f.kernel} at {where}"
+
+
+def _matches(mark: pytest.Mark, f: InterpreterFinding) -> bool:
+    kinds = mark.args[0] if mark.args else mark.kwargs.get("kind", "*")
+    kernel = mark.args[1] if len(mark.args) > 1 else mark.kwargs.get("kernel", "*")
+    if not mark.kwargs.get("reason"):
+        raise pytest.UsageError(f"{mark.name} needs a reason: @pytest.mark.{mark.name}({kinds!r}, reason='...')")
+    return fnmatch.fnmatch(f.kind, kinds) and fnmatch.fnmatch(f.kernel, kernel)
