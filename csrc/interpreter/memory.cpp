@@ -264,6 +264,16 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
   const bool checks = issuer.launch->options.checks;
   Actor actor = w.actor();
   actor.lanes = w.lanes(__builtin_ctz(bytes));
+  uint64_t last = 0;
+  for (int l = 0; l < kLanes; ++l) last = std::max(last, a[l]);
+  if (bytes == 16 && last < issuer.shared.size() && issuer.shared.size() - last >= 16) {  // granules of the CTA's own
+    if (checks) {
+      issuer.shadow.access_granules(actor, a, mask, on_behalf, use == Use::write ? Use::store : use);
+      if (use == Use::load && issuer.shadow.loaded_unwritten()) note_unwritten(w, a, bytes, mask);
+    }
+    for (int l = 0; l < kLanes; ++l) host[l] = issuer.shared.data() + a[l];
+    return;
+  }
   if (on_behalf) actor.lanes.part_shift = on_behalf->part_shift(actor.lanes.part_shift);  // the same for each row
   bool others = false, unwritten = false;
   each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int lane, const LaneSet& set) {

@@ -44,6 +44,7 @@ void Shadow::reset(const Cta& cta) {
   first_ = cta.first_agent;
   warps_ = static_cast<int>(cta.threads() + kLanes - 1) / kLanes;
   columns_ = (warps_ + 7) / 8 * 8;
+  cells_.shape(columns_);
   const int ctas = static_cast<int>(cta.launch->cluster_size());
   other_columns_ = kFirstWarp + (ctas > 1 ? (ctas * warps_ + 7) / 8 * 8 : 0);
   any_other_ = false;
@@ -56,15 +57,13 @@ void Shadow::reset(const Cta& cta) {
 // The former content of the vectors may end up in any cell: all its clocks are in the past and have no effect.
 void Shadow::make_room() {
   if (cells_.size() < used_) cells_.resize(used_ + (used_ - granules_.size()) / 2);
-  if (reads_.size() < cells_.size() * columns_) reads_.resize(cells_.size() * columns_);
   if (any_other_ && other_reads_.size() < cells_.size() * other_columns_) {
     other_reads_.resize(cells_.size() * other_columns_);
   }
 }
 
 void Shadow::forget() {
-  std::fill(cells_.begin(), cells_.end(), Cell());
-  std::fill(reads_.begin(), reads_.end(), 0);
+  cells_.forget();
   std::fill(other_reads_.begin(), other_reads_.end(), 0);
 }
 
@@ -79,15 +78,15 @@ void Shadow::split(uint32_t number, int shift) {
     used_ += count;
     make_room();
   }
-  const auto copy_row = [](std::vector<Clock>& rows, int columns, uint32_t source, uint32_t target) {
-    std::copy_n(&rows[static_cast<size_t>(source) * columns], columns, &rows[static_cast<size_t>(target) * columns]);
-  };
   for (int k = count - 1; k >= 0; --k) {  // backwards: from and split may be one place
     const uint32_t source = from + (k >> (g.shift - shift)), target = g.split + k;
     if (source == target) continue;
     cells_[target] = cells_[source];
-    copy_row(reads_, columns_, source, target);
-    if (any_other_) copy_row(other_reads_, other_columns_, source, target);
+    std::copy_n(cells_.reads(source), columns_, cells_.reads(target));
+    if (any_other_) {
+      std::copy_n(&other_reads_[static_cast<size_t>(source) * other_columns_], other_columns_,
+                  &other_reads_[static_cast<size_t>(target) * other_columns_]);
+    }
   }
   for (int k = 0; k < count; ++k) {  // of the lanes those that touched this part
     Cell& cell = cells_[g.split + k];
@@ -116,14 +115,17 @@ inline void Shadow::each_granule(uint32_t begin, uint32_t bytes, F f) {
   }
 }
 
+// What runs for every granule is inlined into the loops over them, whatever the compiler thinks of their size.
+#define EVERY_GRANULE [[gnu::always_inline]] inline
+
 // Eight clocks at a time, by hand: gcc 12 vectorises loops over blocks the wrong way round, at four times the cost.
-inline bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
+EVERY_GRANULE bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
   const auto late = [](const Clock* read, const Clock* known) {
     const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(read));
     const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(known));
     return _mm256_xor_si256(_mm256_max_epu32(r, k), k);
   };
-  const Clock *row = &reads_[static_cast<size_t>(cell) * columns_], *known = seen.clocks + first_;
+  const Clock *row = cells_.reads(cell), *known = seen.clocks + first_;
   __m256i any = late(row, known);
   for (int block = 8; block < columns_; block += 8) any = _mm256_or_si256(any, late(row + block, known + block));
   if (any_other_) {
@@ -139,7 +141,7 @@ inline uint32_t Shadow::address_of(uint32_t index, uint32_t number) const {
 }
 
 template <Use use>
-inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, LaneSet lanes) {
+EVERY_GRANULE void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, LaneSet lanes) {
   const Cell& cell = cells_[index];
   const Knowledge& k = *actor.knowledge;
   const bool write_seen = cell.clock <= k.seen.clocks[cell.writer] || (is_strong(use) && cell.strong);
@@ -157,17 +159,17 @@ inline void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, u
   }
 }
 
-inline bool Shadow::reads_again(const Actor& actor, const Cell& cell) {
+EVERY_GRANULE bool Shadow::reads_again(const Actor& actor, const Cell& cell) {
   return (cell.read_since > actor.lanes.floor) & (cell.reader == actor.agent);
 }
 
-inline bool Shadow::fits(const Cell& cell, LaneSet lanes) {
+EVERY_GRANULE bool Shadow::fits(const Cell& cell, LaneSet lanes) {
   return !(lanes.spread || cell.readers_spread) || cell.readers() == lanes;
 }
 
-inline void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lanes) {
+EVERY_GRANULE void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lanes) {
   if (is_local(actor.agent)) {
-    reads_[static_cast<size_t>(index) * columns_ + actor.agent - first_] = actor.now;
+    cells_.reads(index)[actor.agent - first_] = actor.now;
   } else {
     other_reads_[static_cast<size_t>(index) * other_columns_ + actor.agent] = actor.now;
   }
@@ -182,7 +184,7 @@ inline void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lane
   cell.set_readers(lanes);
 }
 
-inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong, LaneSet lanes) {
+EVERY_GRANULE void Shadow::record_write(const Actor& actor, uint32_t index, bool strong, LaneSet lanes) {
   if (const Cell& before = cells_[index]; __builtin_expect(before.clock == actor.now, 0)) {
     const bool one = before.writer == actor.agent && before.write_line == actor.line;  // instruction
     if (one && !lanes.spread && !before.writers_spread) lanes.lanes |= before.write_lanes;
@@ -198,7 +200,7 @@ inline void Shadow::record_write(const Actor& actor, uint32_t index, bool strong
   const auto clear = [](Clock* clocks) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(clocks), _mm256_setzero_si256());
   };
-  Clock* row = &reads_[static_cast<size_t>(index) * columns_];
+  Clock* row = cells_.reads(index);
   clear(row);
   for (int block = 8; block < columns_; block += 8) clear(row + block);
   if (any_other_) {
@@ -240,30 +242,57 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
   });
 }
 
-// Whole granules in one piece, with nothing out of the ordinary, are the rule and go first.
+// A whole granule in one piece, with nothing out of the ordinary: the rule, which goes first. False: it is none, and
+// nothing has been done.
+template <Use use>
+EVERY_GRANULE bool Shadow::touch_whole(const Actor& actor, uint32_t number, LaneSet lanes) {
+  Granule& g = granules_[number];
+  const bool unwritten = is_read(use) && g.written != 0xffff;
+  if (__builtin_expect(g.shift != 4 || unwritten || g.flying || g.mbarriers, 0)) return false;
+  const Cell& cell = cells_[number];
+  if (!is_write(use) && __builtin_expect(reads_again(actor, cell), 0) && !fits(cell, lanes)) return false;
+  check<use>(actor, number, number, 0xffff, lanes);
+  if constexpr (is_write(use)) {
+    g.written = 0xffff;
+    record_write(actor, number, is_strong(use), lanes);
+  } else if (use != Use::strong_read) {
+    record_read(actor, number, lanes);
+  }
+  return true;
+}
+
 template <Use use>
 void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
   if ((begin | bytes) % kGranule) return touch_parts<use>(actor, begin, bytes);
   const uint32_t end = (begin + bytes) / kGranule;
   for (uint32_t number = begin / kGranule; number < end; ++number) {
-    Granule& g = granules_[number];
-    const bool unwritten = is_read(use) && g.written != 0xffff;
-    if (__builtin_expect(g.shift != 4 || unwritten || g.flying || g.mbarriers, 0)) {
+    if (!touch_whole<use>(actor, number, actor.lanes.of(number * kGranule, 4)))
       touch_parts<use>(actor, number * kGranule, kGranule);
-      continue;
-    }
-    const LaneSet lanes = actor.lanes.of(number * kGranule, 4);
-    if (!is_write(use) && __builtin_expect(reads_again(actor, cells_[number]), 0) && !fits(cells_[number], lanes)) {
+  }
+}
+
+// The shadow of a CTA with much shared memory is larger than the first cache: what lanes will touch is fetched at once.
+inline void Shadow::prefetch(const uint64_t begin[kLanes], Mask mask) const {
+  for (; mask; mask &= mask - 1) {
+    const size_t number = begin[__builtin_ctz(mask)] / kGranule;
+    __builtin_prefetch(&cells_[number], 1);
+    if (any_other_) __builtin_prefetch(&other_reads_[number * other_columns_], 1);
+  }
+}
+
+// then(granule): after each.
+template <Use use, class F>
+void Shadow::touch_granules(Actor& actor, const uint64_t begin[kLanes], Mask mask, const LaneSet* on_behalf, F then) {
+  prefetch(begin, mask);
+  for (; mask; mask &= mask - 1) {
+    const int l = __builtin_ctz(mask);
+    const auto number = static_cast<uint32_t>(begin[l] / kGranule);
+    const LaneSet lanes = on_behalf ? on_behalf[l % 8] : LaneSet{Mask{1} << l, false};
+    if (__builtin_expect(!touch_whole<use>(actor, number, lanes), 0)) {
+      actor.lanes.place(number * kGranule, lanes);
       touch_parts<use>(actor, number * kGranule, kGranule);
-      continue;
     }
-    check<use>(actor, number, number, 0xffff, lanes);
-    if constexpr (is_write(use)) {
-      g.written = 0xffff;
-      record_write(actor, number, is_strong(use), lanes);
-    } else if (use != Use::strong_read) {
-      record_read(actor, number, lanes);
-    }
+    then(granules_[number]);
   }
 }
 
@@ -273,25 +302,41 @@ void Shadow::meet(const Actor& actor) {
   make_room();
 }
 
-void Shadow::access(const Actor& actor, uint32_t begin, uint32_t bytes, Use use) {
-  if (is_read(use)) meet(actor);
+namespace {
+
+// f(Use as a constant); to the shadow .nc is a read like any other.
+template <class F>
+inline void with_use(Use use, F f) {
   switch (use) {
     case Use::read:
     case Use::constant:
-      return touch<Use::read>(actor, begin, bytes);
+      return f(std::integral_constant<Use, Use::read>());
     case Use::write:
-      return touch<Use::write>(actor, begin, bytes);
+      return f(std::integral_constant<Use, Use::write>());
     case Use::store:
-      return touch<Use::store>(actor, begin, bytes);
+      return f(std::integral_constant<Use, Use::store>());
     case Use::atomic:
-      return touch<Use::atomic>(actor, begin, bytes);
+      return f(std::integral_constant<Use, Use::atomic>());
     case Use::strong_read:
-      return touch<Use::strong_read>(actor, begin, bytes);
+      return f(std::integral_constant<Use, Use::strong_read>());
     case Use::strong_write:
-      return touch<Use::strong_write>(actor, begin, bytes);
+      return f(std::integral_constant<Use, Use::strong_write>());
     case Use::load:
-      return touch<Use::load>(actor, begin, bytes);
+      return f(std::integral_constant<Use, Use::load>());
   }
+}
+
+}  // namespace
+
+void Shadow::access(const Actor& actor, uint32_t begin, uint32_t bytes, Use use) {
+  if (is_read(use)) meet(actor);
+  with_use(use, [&](auto u) { touch<u.value>(actor, begin, bytes); });
+}
+
+void Shadow::access_granules(Actor actor, const uint64_t begin[kLanes], Mask mask, const LaneSet* on_behalf, Use use) {
+  if (is_read(use)) meet(actor);
+  if (on_behalf) actor.lanes.part_shift = on_behalf->part_shift(actor.lanes.part_shift);  // the same for each row
+  with_use(use, [&](auto u) { touch_granules<u.value>(actor, begin, mask, on_behalf, [](Granule&) {}); });
 }
 
 void Shadow::take_off(const Actor& actor, uint32_t begin, uint32_t bytes) {
@@ -307,6 +352,28 @@ void Shadow::land(const Actor& actor, uint32_t begin, uint32_t bytes) {
       record_write(actor, c, false, actor.lanes.of(address_of(c, number), g.shift));
     }
   });
+}
+
+void Shadow::take_off_granules(Actor actor, const uint64_t begin[kLanes], Mask mask) {
+  touch_granules<Use::write>(actor, begin, mask, nullptr, [](Granule& g) { g.flying = 0xffff; });
+}
+
+void Shadow::land_granules(Actor actor, const uint64_t begin[kLanes], Mask mask) {
+  prefetch(begin, mask);
+  for (; mask; mask &= mask - 1) {
+    const int l = __builtin_ctz(mask);
+    const auto number = static_cast<uint32_t>(begin[l] / kGranule);
+    const LaneSet lanes{Mask{1} << l, false};
+    Granule& g = granules_[number];
+    if (__builtin_expect(g.shift != 4, 0)) {
+      actor.lanes.place(number * kGranule, lanes);
+      land(actor, number * kGranule, kGranule);
+      continue;
+    }
+    g.flying = 0;
+    g.written = 0xffff;
+    record_write(actor, number, false, lanes);
+  }
 }
 
 void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
@@ -460,7 +527,7 @@ void Shadow::settle_doubts() {
 }
 
 Clock Shadow::last_read(uint32_t index, int agent) const {
-  if (is_local(agent)) return reads_[static_cast<size_t>(index) * columns_ + agent - first_];
+  if (is_local(agent)) return cells_.reads(index)[agent - first_];
   return any_other_ && agent < other_columns_ ? other_reads_[static_cast<size_t>(index) * other_columns_ + agent] : 0;
 }
 

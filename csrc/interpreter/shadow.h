@@ -13,7 +13,9 @@
 //
 // Clocks only ever grow, from one cluster of a thread to the next: what a former CTA left behind lies below
 // Cluster::base and so in everybody's past, and nothing but the masks needs clearing.
+#include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -61,6 +63,8 @@ class Shadow {
   // Each throws a Finding (race, in_flight, uninitialised) that has kind, message and address; the caller's place is
   // filled in further up. The range lies within shared memory.
   void access(const Actor&, uint32_t begin, uint32_t bytes, Use);
+  // Accesses of 16 bytes, a granule, by each lane of the mask. `on_behalf`: lane l's by the lanes on_behalf[l % 8].
+  void access_granules(Actor, const uint64_t begin[kLanes], Mask, const LaneSet* on_behalf, Use);
   void settle() {
     if (__builtin_expect(!doubts_.empty(), 0)) settle_doubts();
   }
@@ -78,6 +82,9 @@ class Shadow {
   // write.
   void take_off(const Actor&, uint32_t begin, uint32_t bytes);
   void land(const Actor&, uint32_t begin, uint32_t bytes);
+  // The same of 16 bytes by each lane of the mask.
+  void take_off_granules(Actor, const uint64_t begin[kLanes], Mask);
+  void land_granules(Actor, const uint64_t begin[kLanes], Mask);
 
   // alive: an mbarrier object is there from now on, and only mbarrier instructions may touch its 8 bytes; else no
   // longer.
@@ -116,10 +123,38 @@ class Shadow {
     uint8_t room = 4;                  // the smallest shift that cells_ has room for at `split`
     uint32_t split = 0;
   };
+  // Cells, each followed by its row: the clock of every warp's last read, by the CTA's warps. So an access touches one
+  // line of the cache where the CTA has up to 8 warps.
+  class Cells {
+   public:
+    void shape(int columns) {  // of the rows; a multiple of 8
+      const size_t lines = (sizeof(Cell) + columns * sizeof(Clock) + sizeof(Line) - 1) / sizeof(Line);
+      if (std::exchange(lines_per_cell_, lines) != lines) lines_.clear();
+    }
+    size_t size() const { return lines_.size() / lines_per_cell_; }
+    void resize(size_t cells) { lines_.resize(cells * lines_per_cell_); }
+    void forget() { std::fill(lines_.begin(), lines_.end(), Line()); }
+    Cell& operator[](size_t k) { return *reinterpret_cast<Cell*>(&lines_[k * lines_per_cell_]); }
+    const Cell& operator[](size_t k) const { return *reinterpret_cast<const Cell*>(&lines_[k * lines_per_cell_]); }
+    Clock* reads(size_t k) { return reinterpret_cast<Clock*>(&(*this)[k] + 1); }
+    const Clock* reads(size_t k) const { return reinterpret_cast<const Clock*>(&(*this)[k] + 1); }
+
+   private:
+    struct alignas(64) Line {
+      std::byte bytes[64] = {};
+    };
+    size_t lines_per_cell_ = 1;
+    std::vector<Line> lines_;
+  };
   template <class F>
   void each_granule(uint32_t begin, uint32_t bytes, F f);
   template <Use>
+  bool touch_whole(const Actor&, uint32_t number, LaneSet);
+  template <Use>
   void touch(const Actor&, uint32_t begin, uint32_t bytes);
+  void prefetch(const uint64_t begin[kLanes], Mask) const;
+  template <Use, class F>
+  void touch_granules(Actor&, const uint64_t begin[kLanes], Mask, const LaneSet* on_behalf, F then);
   template <Use>
   void touch_parts(const Actor&, uint32_t begin, uint32_t bytes);
   template <Use>
@@ -151,14 +186,13 @@ class Shadow {
   const Cta* cta_ = nullptr;
 
   std::vector<Granule> granules_;
-  std::vector<Cell> cells_;  // one for every granule, then those of split ones
+  Cells cells_;  // one for every granule, then those of split ones
   bool loaded_unwritten_ = false;
   std::vector<Doubt> doubts_;
-  uint32_t used_ = 0;         // of cells_, which never shrinks
-  int first_ = kFirstWarp;    // agent of the CTA's first warp
-  int warps_ = 0;             // of the CTA
-  int columns_ = 8;           // the same rounded up to a multiple of 8
-  std::vector<Clock> reads_;  // [cell][columns_]
+  uint32_t used_ = 0;       // of cells_, which never shrinks
+  int first_ = kFirstWarp;  // agent of the CTA's first warp
+  int warps_ = 0;           // of the CTA
+  int columns_ = 8;         // the same rounded up to a multiple of 8
   // Those of other agents, which are asynchronous or of other CTAs, lie apart, as most kernels have none:
   // [cell][other_columns_], the column being the agent.
   int other_columns_ = kFirstWarp;

@@ -17,10 +17,10 @@ struct Copy final : Pending {
   uint64_t group = 0;  // of each of its lanes
   uint32_t bytes = 0;
   const uint8_t* from[kLanes];
-  uint32_t to[kLanes];
-  uint8_t read[kLanes];  // bytes; the rest is zeros
-  Mask in_flight = 0;    // lanes that have not waited
-  Knowledge landed;      // as what the others have been written
+  uint64_t to[kLanes];
+  uint8_t read[kLanes];                       // bytes; the rest is zeros
+  Mask in_flight = 0;                         // lanes that have not waited
+  std::vector<std::pair<int, Clock>> landed;  // as whose write what the others have copied counts, and when it was made
 
   void complete(Cta& cta) override {
     uint8_t* memory = cta.shared.data();
@@ -50,20 +50,21 @@ struct Copy final : Pending {
       for (lanes &= lanes - 1; lanes && __builtin_ctz(lanes) == l + 1 && to[l + 1] == to[l] + bytes; ++l) {
         lanes &= lanes - 1;
       }
-      f(to[first], (l - first + 1) * bytes, (kAllLanes >> (kLanes - 1 - l + first)) << first);
+      f(static_cast<uint32_t>(to[first]), (l - first + 1) * bytes, (kAllLanes >> (kLanes - 1 - l + first)) << first);
     }
   }
   // What lands becomes known to the thread that waits, and to no other of its warp (ISA 9.7.9.25.3.3).
   void land(Cta& cta, const Actor& actor, Mask lanes) {
     cta.cluster->complete(*this);
     in_flight &= ~lanes;
-    landed.join(learnt(actor.agent, actor.now));
+    landed.emplace_back(actor.agent, actor.now);
     if (!checked(cta)) return;
     // What has landed counts as written by the async proxy, which wgmma and TMA may read without another fence: ISA 8
     // is silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
     Actor a = acting(*this, actor);
     a.proxy = Proxy::async;
     a.lanes = cta.warps[warp].lanes(__builtin_ctz(bytes));
+    if (bytes == 16) return cta.shadow.land_granules(a, to, lanes);
     ranges(lanes, [&](uint32_t begin, uint32_t n, Mask lanes) {
       a.lanes.place(begin, {lanes, true});
       cta.shadow.land(a, begin, n);
@@ -78,6 +79,12 @@ struct CpAsync {
   std::vector<std::shared_ptr<Copy>> copies;  // in flight, in order
   Knowledge arrived;                          // of the copies whose mbarriers took them in
 
+  // Of the lanes those that have committed a group, and `keep` more.
+  Mask past(Mask lanes, uint64_t group, uint64_t keep) const {
+    Mask past = 0;
+    for (int l = 0; l < kLanes; ++l) past |= Mask{group + keep < committed[l]} << l;
+    return past & lanes;
+  }
   void forget() {
     copies.erase(std::remove_if(copies.begin(), copies.end(), [](const auto& c) { return !c->in_flight; }),
                  copies.end());
@@ -97,6 +104,23 @@ struct Form {
   enum class Limit : uint8_t { none, size, ignore } limit = Limit::none;
   Mask flip = 0;  // of the ignore-src predicate
 };
+
+// All at once where they are as they should be, else one after the other.
+void find_destinations(Warp& w, const Form& form, Mask mask, const uint64_t address[kLanes], uint64_t to[kLanes]) {
+  const uint64_t window = form.to.generic ? kSharedWindow : 0, first = address[__builtin_ctz(mask)] - window;
+  uint64_t highest = 0, ones = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    to[l] = mask >> l & 1 ? address[l] - window : first;
+    highest = std::max(highest, to[l]);
+    ones |= to[l];
+  }
+  const uint64_t size = w.cta->shared.size();
+  if (ones % form.bytes == 0 && highest < size && form.bytes <= size - highest) return;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    to[l] = shared_offset(w, form.to, address[l], form.bytes, form.bytes, l, "the destination of cp.async");
+  }
+}
 
 Step copy(Warp& w, const Instruction& i, Mask mask) {
   const auto& form = *static_cast<const Form*>(i.data);
@@ -134,31 +158,37 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
     if (from[l] % form.bytes) w.fail_at(Kind::misaligned, "the source must be aligned to cp-size", l, from[l]);
     source[l] = access_global(w, from[l], all.read[l], Use::read, l);
   }
+  find_destinations(w, form, mask, to, all.to);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     all.from[l] = source[l];
-    all.to[l] = shared_offset(w, form.to, to[l], form.bytes, form.bytes, l, "the destination of cp.async");
   }
   if ((w.count = count)) {
     Mask reading = 0;
-    uint64_t bytes = 0, offsets[kLanes];
+    uint64_t bytes = 0;
     for (Mask rest = mask; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
       if (all.read[l]) reading |= Mask{1} << l;
       bytes += all.read[l];
-      offsets[l] = all.to[l];
     }
     count_global(w, from, bytes, Use::read, reading);
-    count_shared(w, offsets, static_cast<int>(form.bytes), Use::write, mask);
+    count_shared(w, all.to, static_cast<int>(form.bytes), Use::write, mask);
   }
   if (checked(cta)) {
     Actor actor = w.actor();
     actor.lanes = w.lanes(__builtin_ctz(form.bytes));
-    all.ranges(mask, [&](uint32_t begin, uint32_t n, Mask lanes) {
-      actor.lanes.place(begin, {lanes, true});
-      cta.shadow.take_off(actor, begin, n);
-      std::memset(cta.shared.data() + begin, kPoison, n);
-    });
+    if (form.bytes == 16) {
+      cta.shadow.take_off_granules(actor, all.to, mask);
+      for (Mask rest = mask; rest; rest &= rest - 1) {
+        std::memset(cta.shared.data() + all.to[__builtin_ctz(rest)], kPoison, 16);
+      }
+    } else {
+      all.ranges(mask, [&](uint32_t begin, uint32_t n, Mask lanes) {
+        actor.lanes.place(begin, {lanes, true});
+        cta.shadow.take_off(actor, begin, n);
+        std::memset(cta.shared.data() + begin, kPoison, n);
+      });
+    }
   }
   CpAsync& state = state_of(w);
   all.instruction = &i;
@@ -167,10 +197,8 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
   for (Mask rest = mask; rest;) {
     const uint64_t group = state.committed[__builtin_ctz(rest)];
     Mask same = 0;
-    for (Mask m = rest; m; m &= m - 1) {
-      const int l = __builtin_ctz(m);
-      if (state.committed[l] == group) same |= Mask{1} << l;
-    }
+    for (int l = 0; l < kLanes; ++l) same |= Mask{state.committed[l] == group} << l;
+    same &= rest;
     rest &= ~same;
     auto one = std::make_shared<Copy>(all);
     one->issued = one->in_flight = same;
@@ -191,12 +219,7 @@ Step commit_group(Warp& w, const Instruction&, Mask mask) {
 void wait(Warp& w, Mask mask, uint64_t keep) {
   CpAsync& state = state_of(w);
   for (const auto& c : state.copies) {
-    Mask landed = 0;
-    for (Mask rest = c->in_flight & mask; rest; rest &= rest - 1) {
-      const int l = __builtin_ctz(rest);
-      if (c->group + keep < state.committed[l]) landed |= Mask{1} << l;
-    }
-    if (landed) c->land(*w.cta, w.actor(), landed);
+    if (const Mask landed = state.past(c->in_flight & mask, c->group, keep)) c->land(*w.cta, w.actor(), landed);
   }
   state.forget();
   w.acquire(mask, state.arrived);
@@ -228,7 +251,7 @@ struct Arrival final : Pending {
       if (const Mask landing = c->in_flight & lanes)
         c->land(cta, cta.cluster->async_actor(agent, Proxy::generic), landing);
       // a later arrival may have been there first (CUTLASS's blockwise scales, two stages ahead)
-      completion.join(c->landed);
+      for (const auto& [agent, now] : c->landed) completion.join(learnt(agent, now));
     }
     state.forget();
     state.arrived.join(completion);

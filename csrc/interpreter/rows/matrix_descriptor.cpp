@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "interpreter/rows/async.h"
 
@@ -10,39 +11,37 @@ namespace {
 
 constexpr uint32_t field(uint64_t bits, int shift) { return static_cast<uint32_t>(bits >> shift & 0x3fff) << 4; }
 
-// Shared memory as a sequence of reads, each checked; neighbours are checked together. A swizzle exchanges the two
-// halves of 32 bytes in every other row, hence both directions.
+// Shared memory as a sequence of reads of whole granules, checked many at a time.
 class Reader {
  public:
   Reader(Cta& cta, const Actor& actor) : cta_(cta), actor_(actor), checks_(checked(cta)) {}
   const uint8_t* operator()(uint32_t address, uint32_t bytes) {
     if (address + bytes > cta_.shared.size()) {
+      check();
       fault(Kind::out_of_bounds,
             "a matrix descriptor reaches beyond the block's " + std::to_string(cta_.shared.size()) +
                 " bytes of shared memory",
             address);
     }
-    if (address == end_) {
-      end_ += bytes;
-    } else if (address + bytes == begin_) {
-      begin_ = address;
-    } else {
-      check();
-      begin_ = address;
-      end_ = address + bytes;
+    for (uint32_t granule = address; granule < address + bytes; granule += 16) {
+      if (count_ == kLanes) check();
+      granules_[count_++] = granule;
     }
     return cta_.shared.data() + address;
   }
   void check() {
-    if (end_ > begin_ && checks_) cta_.shadow.read(actor_, begin_, end_ - begin_);
-    begin_ = end_ = ~0u;
+    constexpr LaneSet kNobody[8] = {};  // an operation of the async proxy is no lane's
+    const int count = std::exchange(count_, 0);
+    if (!count || !checks_) return;
+    cta_.shadow.access_granules(actor_, granules_, kAllLanes >> (kLanes - count), kNobody, Use::read);
   }
 
  private:
   Cta& cta_;
   const Actor& actor_;
   const bool checks_;
-  uint32_t begin_ = ~0u, end_ = ~0u;
+  uint64_t granules_[kLanes];
+  int count_ = 0;
 };
 
 }  // namespace

@@ -100,8 +100,7 @@ namespace {
 Step run_in_flight(Warp& w, const Instruction& i, Mask mask) {
   Wgmma& state = *w.wgmma;
   if (w.frame != state.frame) return i.run(w, i, mask);
-  const Statement& statement = *w.frame->code->statements[i.index];
-  if (statement.opcode.compare(0, 15, "wgmma.mma_async") == 0) return i.run(w, i, mask);  // has rules of its own
+  if (i.asynchronous) return i.run(w, i, mask);  // has rules of its own
   RegistersInFlight& flight = state.flight;
   const bool checks = checked(*w.cta);
   const RegistersInFlight::Entry* moved = nullptr;
