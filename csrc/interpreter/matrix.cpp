@@ -21,6 +21,7 @@ struct Kernels {
   void (*expand_b[kFloatElements])(Fragment const*, int halves, int tiles, PanelB&);
   void (*expand_integer_a)(Fragment const*, int halves, bool a_signed, bool b_signed, PanelA&);
   void (*expand_integer_b)(Fragment const*, int halves, int tiles, bool a_signed, bool b_signed, PanelB&);
+  void (*multiply_tile[kFloatElements])(Fragment const* a, const PanelB&, int halves, uint32_t*);
   void (*multiply_floats)(const PanelA&, const PanelB&, int steps, int tiles, uint32_t*);
   void (*multiply_integers)(const PanelA&, const PanelB&, int steps, int tiles, uint32_t*);
   void (*unpack_halves)(const uint32_t*, int registers, uint32_t*);
@@ -195,31 +196,53 @@ void expand_b(const Product& p, const Fragment* fragments, int tiles, PanelB& pa
   host_kernels.expand_integer_b(fragments, p.halves, tiles, p.a == Element::s8, p.b == Element::s8, panel);
 }
 
+namespace {
+
+// f(accumulators in fp32), which are kept so within an instruction.
+template <class F>
+void add_floats(const Product& p, int tiles, uint32_t* accumulators, F f) {
+  if (p.d == Accumulate::f32) return f(accumulators);
+  alignas(64) uint32_t wide[kMaxTiles * 128];
+  host_kernels.unpack_halves(accumulators, tiles * 2, wide);
+  f(wide);
+  host_kernels.pack_halves(wide, tiles * 2, accumulators);
+}
+
+}  // namespace
+
 void multiply(const Product& p, const PanelA& a, const PanelB& b, int tiles, uint32_t* accumulators) {
-  const auto floats = [&](uint32_t* sums) {
-    if (p.truncation.group) {
-      truncating_multiply(p, a, b, tiles, sums);
-    } else {
-      host_kernels.multiply_floats(a, b, steps_of(p), tiles, sums);
-    }
-  };
-  alignas(64) static thread_local uint32_t wide[kMaxTiles * 128];
-  if (p.d == Accumulate::f32) {
-    floats(accumulators);
-  } else if (p.d == Accumulate::f16) {
-    host_kernels.unpack_halves(accumulators, tiles * 2, wide);
-    floats(wide);
-    host_kernels.pack_halves(wide, tiles * 2, accumulators);
+  if (is_float(p.a)) {
+    add_floats(p, tiles, accumulators, [&](uint32_t* sums) {
+      if (p.truncation.group) {
+        truncating_multiply(p, a, b, tiles, sums);
+      } else {
+        host_kernels.multiply_floats(a, b, steps_of(p), tiles, sums);
+      }
+    });
   } else if (!p.saturate) {
     host_kernels.multiply_integers(a, b, steps_of(p), tiles, accumulators);
   } else {  // the products' sum fits, adding the accumulator need not
-    std::memset(wide, 0, tiles * 512);
-    host_kernels.multiply_integers(a, b, steps_of(p), tiles, wide);
+    alignas(64) uint32_t sums[kMaxTiles * 128];
+    std::memset(sums, 0, tiles * 512);
+    host_kernels.multiply_integers(a, b, steps_of(p), tiles, sums);
     for (int k = 0; k < tiles * 128; ++k) {
-      const int64_t sum = int64_t{static_cast<int32_t>(accumulators[k])} + static_cast<int32_t>(wide[k]);
+      const int64_t sum = int64_t{static_cast<int32_t>(accumulators[k])} + static_cast<int32_t>(sums[k]);
       accumulators[k] = static_cast<uint32_t>(std::min<int64_t>(std::max<int64_t>(sum, INT32_MIN), INT32_MAX));
     }
   }
+}
+
+void multiply_tile(const Product& p, const Fragment* a, const Fragment* b, uint32_t* accumulators) {
+  PanelB panel_b;
+  expand_b(p, b, 1, panel_b);
+  if (is_float(p.a) && !p.truncation.group && !p.negate) {
+    return add_floats(p, 1, accumulators, [&](uint32_t* sums) {
+      host_kernels.multiply_tile[static_cast<int>(p.a)](a, panel_b, p.halves, sums);
+    });
+  }
+  PanelA panel_a;
+  expand_a(p, a, panel_a);
+  multiply(p, panel_a, panel_b, 1, accumulators);
 }
 
 uint64_t nanoseconds(uint64_t ticks) {

@@ -59,6 +59,8 @@ void expand_a(const Product&, const Fragment* fragments, PanelA&);
 void expand_b(const Product&, const Fragment* fragments, int tiles, PanelB&);
 // Accumulators: the 32-bit registers of D one after the other, 32 lanes each.
 void multiply(const Product&, const PanelA&, const PanelB&, int tiles, uint32_t* accumulators);
+// All of it for one tile.
+void multiply_tile(const Product&, const Fragment* a, const Fragment* b, uint32_t* accumulators);
 
 // What the time stamp counter counts, in nanoseconds.
 uint64_t nanoseconds(uint64_t ticks);

@@ -194,6 +194,57 @@ void multiply(const PanelA& a, const PanelB& b, int steps, int tiles, uint32_t* 
   }
 }
 
+template <int c = 0, class F>
+inline void each_dword(F f) {
+  if constexpr (c < 4) {
+    f(std::integral_constant<int, c>{});
+    each_dword<c + 1>(f);
+  }
+}
+
+// One tile, A straight from its fragments: a panel is worth its making only where several tiles share it.
+template <Element E>
+void multiply_tile(Fragment const* fragments, const PanelB& b, int halves, uint32_t* acc) {
+  constexpr int P = planes_of(E), R = W == 16 ? 2 : 1, V = R * kVectors;
+  for (int row_block = 0; row_block < 2; row_block += R) {
+    Floats sum[2][V];
+    const auto accumulators = [&](int odd, int v) {
+      return acc + ((row_block + v / kVectors) * 2 + odd) * 32 + v % kVectors * W;
+    };
+#pragma GCC unroll 8
+    for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[odd][v] = (Floats)load(accumulators(odd, v));
+    }
+    const uint32_t* step = b.words;
+    for (int h = 0; h < halves; ++h) {
+      Integers planes[P][V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Integers x = load(fragments[h * 2 + row_block + v / kVectors] + v % kVectors * W);
+        each_plane<E>([&](auto p) { planes[p.value][v] = plane<E, p.value>(x); });
+      }
+      each_dword([&](auto c) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p, step += 8) {
+          const Floats even = (Floats)broadcast(step), odd = (Floats)broadcast(step + 4);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) {
+            const auto x = (Floats)splat<c.value>(planes[p][v]);
+            sum[0][v] = fma(x, even, sum[0][v]);
+            sum[1][v] = fma(x, odd, sum[1][v]);
+          }
+        }
+      });
+    }
+#pragma GCC unroll 8
+    for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(accumulators(odd, v), (Integers)sum[odd][v]);
+    }
+  }
+}
+
 // f16x2 registers [tile][rows 0-7, 8-15] to and from fp32 ones [tile][rows][even, odd columns].
 void unpack_halves(const uint32_t* packed, int registers, uint32_t* wide) {
   for (int r = 0; r < registers; ++r) {
@@ -221,6 +272,8 @@ constexpr Kernels kernels = {
      expand_b<Element::e5m2>},
     expand_integer_a,
     expand_integer_b,
+    {multiply_tile<Element::f16>, multiply_tile<Element::bf16>, multiply_tile<Element::tf32>,
+     multiply_tile<Element::e4m3>, multiply_tile<Element::e5m2>},
     multiply<FloatStep>,
     multiply<IntegerStep>,
     unpack_halves,

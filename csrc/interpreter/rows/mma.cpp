@@ -64,20 +64,15 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
   const Offset* const b = a + m.a_registers;
   const Offset* const c = b + m.b_registers;
 
-  static thread_local PanelA panel_a;
-  static thread_local PanelB panel_b;
   Fragment left[4], right[2];
   const int rows = m.a_registers / product.halves;  // 8 each
   for (int h = 0; h < product.halves; ++h) {
     for (int r = 0; r < 2; ++r) left[h * 2 + r] = r < rows ? w.at<uint32_t>(a[h * rows + r]) : kNoRows;
     right[h] = w.at<uint32_t>(b[h]);
   }
-  expand_a(product, left, panel_a);
-  expand_b(product, right, 1, panel_b);
-
   alignas(64) uint32_t sums[4][kLanes] = {};
   for (int r = 0; r < m.d_registers; ++r) std::memcpy(sums[r], w.at<uint32_t>(c[r]), sizeof sums[r]);
-  multiply(product, panel_a, panel_b, 1, sums[0]);
+  multiply_tile(product, left, right, sums[0]);
   for (int r = 0; r < m.d_registers; ++r) {
     if (i.operand[r] != kSink) std::memcpy(w.at<uint32_t>(i.operand[r]), sums[r], sizeof sums[r]);
   }
