@@ -1,8 +1,14 @@
 // A grid on several threads: clusters begin in order, one that does not end in its turn shares its thread with the
 // next.
+#include <pthread.h>
+
+#include <algorithm>
+#include <condition_variable>
 #include <deque>
 #include <exception>
+#include <functional>
 #include <optional>
+#include <system_error>
 #include <thread>
 
 #include "formats.h"
@@ -49,6 +55,67 @@ struct Grid {
     failed = true;
   }
 };
+
+// Threads that help launches, made when they are first wanted and then kept: to start one takes as long as a small
+// launch. They end with the process, so nothing of this is ever destroyed.
+class Helpers {
+ public:
+  // Runs the job, which does not throw, here and on up to so many other threads; returns once all have left it.
+  void run(uint64_t others, const std::function<void()>& work) {
+    if (!others) return work();
+    Job job{work, others};
+    {
+      const std::lock_guard lock(mutex_);
+      jobs_.push_back(&job);
+      uint64_t places = 0;
+      for (const Job* j : jobs_) places += j->places;
+      try {
+        for (; free_ < places; ++free_) std::thread([this] { help(); }).detach();
+      } catch (const std::system_error&) {  // no more threads: those that there are have to do
+      }
+    }
+    wanted_.notify_all();
+    work();
+    std::unique_lock lock(mutex_);
+    jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
+    left_.wait(lock, [&] { return !job.inside; });
+  }
+
+ private:
+  struct Job {
+    const std::function<void()>& work;
+    uint64_t places;  // for threads that may still join
+    uint64_t inside = 0;
+  };
+  void help() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wanted_.wait(lock, [&] { return !jobs_.empty(); });
+      Job& job = *jobs_.front();
+      if (!--job.places) jobs_.pop_front();
+      ++job.inside;
+      --free_;
+      lock.unlock();
+      job.work();
+      lock.lock();
+      ++free_;
+      if (!--job.inside) left_.notify_all();
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable wanted_, left_;
+  std::deque<Job*> jobs_;  // those with places
+  uint64_t free_ = 0;      // threads without a job
+};
+
+Helpers& helpers() {
+  static Helpers* current = [] {
+    // A fork leaves the child none of the threads, and maybe a locked mutex.
+    pthread_atfork(nullptr, nullptr, [] { current = new Helpers; });
+    return new Helpers;
+  }();
+  return *current;
+}
 
 struct Resident {
   std::unique_ptr<Cluster> cluster;
@@ -158,14 +225,7 @@ bool Launch::run() {
   if (recorded(options)) trace = begin_trace(*this);
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());
   const uint64_t threads = std::min<uint64_t>(options.threads > 0 ? options.threads : hardware, grid.total);
-  std::vector<std::thread> others;
-  try {
-    for (uint64_t k = 1; k < threads; ++k) others.emplace_back([&] { work_safely(grid); });
-  } catch (...) {  // no more threads
-    grid.fail();
-  }
-  work_safely(grid);
-  for (auto& t : others) t.join();
+  helpers().run(threads - 1, [&] { work_safely(grid); });
   if (grid.failure) std::rethrow_exception(grid.failure);
   if (counters) ++counters->launches;
   if (trace) trace->add_to(grid.sheet);
