@@ -140,11 +140,9 @@ void share_registers(Code& code) {
   // What follows the registers (immediates and presets) moves up behind them.
   uint32_t registers_end = 64;
   for (size_t id = 0; id < place.size(); ++id) registers_end += bytes_of(static_cast<int>(id));
-  std::unordered_map<Offset, Offset> moved;
-  for (size_t id = 0; id < place.size(); ++id) moved[code.offset_of[id]] = place[id];
   const auto relocate = [&](Offset& o) {
     if (o == kSink || o == kAlwaysTrue) return;
-    o = o >= registers_end ? o - registers_end + end : moved.at(o);
+    o = o >= registers_end ? o - registers_end + end : place[registers.id(o)];
   };
   for (auto& list : code.operand_lists)
     for (Offset& o : list) relocate(o);

@@ -1,4 +1,5 @@
 // From the operands of a statement to offsets into a frame.
+#include <algorithm>
 #include <cstring>
 
 #include "decode.h"
@@ -9,9 +10,11 @@
 namespace forwardpass::interpreter {
 
 Bind::Bind(Module& module, Code& code, const Statement& statement, Instruction& instruction,
-           std::vector<std::string_view> slots)
-    : module(module), code(code), statement(statement), instruction(instruction), slots_(std::move(slots)) {
-  code.operand_lists.emplace_back();
+           const std::vector<std::string_view>& slots)
+    : module(module), code(code), statement(statement), instruction(instruction), slots_(slots) {
+  size_t most = 0;
+  for (const Operand& o : statement.operands) most += std::max<size_t>(1, o.parts.size());
+  code.operand_lists.emplace_back().reserve(most);
 }
 
 void Bind::refuse(const std::string& why) const { interpreter::refuse(module, statement.line, code.name, why); }

@@ -1,7 +1,6 @@
 #pragma once
 // What dataflow over a function's registers needs: its basic blocks, and which PTX registers an instruction uses. All
 // of it before share_registers, while every register has a place of its own.
-#include <unordered_map>
 #include <vector>
 
 #include "program.h"
@@ -21,13 +20,12 @@ std::vector<uint32_t> converging_order(const Code&);
 class Registers {
  public:
   explicit Registers(const Code& code) {
-    for (size_t id = 0; id < code.offset_of.size(); ++id) ids_[code.offset_of[id]] = static_cast<int>(id);
+    if (!code.offset_of.empty())
+      ids_.assign(code.offset_of.back() / 64 + 1, -1);  // which lie in the order of their ids
+    for (size_t id = 0; id < code.offset_of.size(); ++id) ids_[code.offset_of[id] / 64] = static_cast<int>(id);
   }
   // The register at an offset, or -1: an immediate, a special register, a sink.
-  int id(Offset o) const {
-    const auto entry = ids_.find(o);
-    return entry == ids_.end() ? -1 : entry->second;
-  }
+  int id(Offset o) const { return o / 64 < ids_.size() ? ids_[o / 64] : -1; }
   // f(register, whether the instruction replaces its value in all the lanes that it runs for)
   template <class F>
   void visit(const Instruction& i, F f) const {
@@ -40,7 +38,7 @@ class Registers {
   }
 
  private:
-  std::unordered_map<Offset, int> ids_;
+  std::vector<int> ids_;  // by offset / 64
 };
 
 // By register: whether asynchronous operations read or write it after their instruction, or a mov makes it an alias of

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <unordered_map>
 
 #include "blocks.h"
 #include "finding.h"
@@ -96,11 +97,19 @@ void lay_out(Code& code) {
   }
 }
 
+// What follows from an opcode alone. A function has far fewer of them than instructions.
+struct Spelling {
+  const Row* row = nullptr;
+  std::vector<std::string_view> slots;
+  bool lanewise = false, aligned = false;
+};
+
 void decode(Module& m, Code& code) {
   lay_out(code);
   const auto& body = code.source->body;
   code.instructions.resize(body.size() + 1);
-  std::vector<std::string_view> slots;
+  code.statements.reserve(body.size() + 1);
+  std::unordered_map<std::string_view, Spelling> spellings;
   for (size_t k = 0; k <= body.size(); ++k) {
     static const Statement end = [] {
       Statement s;
@@ -110,15 +119,21 @@ void decode(Module& m, Code& code) {
     const Statement& s = k < body.size() ? body[k] : end;
     Instruction& i = code.instructions[k];
     i.index = static_cast<uint32_t>(k);
-    if (is_lanewise(s.opcode)) i.undefined = Undefined::lanewise;
-    i.aligned = s.opcode.find(".aligned") != std::string::npos;
+    auto [entry, fresh] = spellings.try_emplace(s.opcode);
+    Spelling& spelling = entry->second;
+    if (fresh) {
+      spelling.row = find_row(s.opcode, spelling.slots);
+      spelling.lanewise = is_lanewise(s.opcode);
+      spelling.aligned = s.opcode.find(".aligned") != std::string::npos;
+    }
+    if (spelling.lanewise) i.undefined = Undefined::lanewise;
+    i.aligned = spelling.aligned;
     code.statements.push_back(&s);
-    const Row* row = find_row(s.opcode, slots);
-    if (!row) {
+    if (!spelling.row) {
       refuse(m, s.line, code.name, "instruction " + s.opcode + " is not known to the interpreter");
     }
-    Bind b(m, code, s, i, slots);
-    row->bind(b);
+    Bind b(m, code, s, i, spelling.slots);
+    spelling.row->bind(b);
     if (!i.run) b.refuse("internal: the table has a row but no handler for " + s.opcode);
     if (s.guard >= 0) {
       i.guard = code.offset_of[s.guard];

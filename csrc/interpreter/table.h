@@ -46,7 +46,7 @@ bool match(const char* pattern, std::string_view opcode, std::vector<std::string
 class Bind {
  public:
   Bind(Module& module, Code& code, const Statement& statement, Instruction& instruction,
-       std::vector<std::string_view> slots);
+       const std::vector<std::string_view>& slots);
 
   // The matched opcode.
   std::string_view slot(int i) const { return slots_[i]; }
@@ -93,7 +93,7 @@ class Bind {
  private:
   Offset value(const Operand& o, Type type, bool relaxed, int* bytes);
   void add(Offset offset, bool destination);
-  std::vector<std::string_view> slots_;
+  const std::vector<std::string_view>& slots_;
 };
 
 // The row of an opcode with its slots, or null.
