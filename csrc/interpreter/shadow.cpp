@@ -275,6 +275,7 @@ void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
 inline void Shadow::prefetch(const uint64_t begin[kLanes], Mask mask) const {
   for (; mask; mask &= mask - 1) {
     const size_t number = begin[__builtin_ctz(mask)] / kGranule;
+    __builtin_prefetch(&granules_[number], 1);
     __builtin_prefetch(&cells_[number], 1);
     if (any_other_) __builtin_prefetch(&other_reads_[number * other_columns_], 1);
   }
