@@ -207,6 +207,21 @@ def test_cp_async_over_what_is_being_read(seed):
     )
 
 
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_lanes_that_copy_to_one_place(size):
+    """Within one instruction: what the first has sent on its way is in flight for the others."""
+    body = f"""
+    and.b32 %r1, %t, {{lanes}};
+    mad.lo.u32 %r0, %r1, {size}, %s;
+    cp.async.ca.shared.global [%r0], [%a0], {size};
+    cp.async.wait_all;
+    """
+    for seed in SEEDS:
+        run(body.format(lanes=31), integers(4), arch="sm_80", seed=seed)
+        f = finding(body.format(lanes=15), integers(4), arch="sm_80", seed=seed)
+        assert f.kind == "in_flight" and "shared 0x0..0x10, which warp 0" in f.message, f
+
+
 def test_cp_async_that_is_never_waited_for():
     for seed in SEEDS:
         body = "setp.eq.u32 %p0, %t, 0;\n@%p0 cp.async.ca.shared.global [%s], [%a0], 4;"
