@@ -74,7 +74,7 @@ class Helpers {
       } catch (const std::system_error&) {  // no more threads: those that there are have to do
       }
     }
-    wanted_.notify_all();
+    posted_.notify_all();
     work();
     std::unique_lock lock(mutex_);
     jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
@@ -90,7 +90,7 @@ class Helpers {
   void help() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      wanted_.wait(lock, [&] { return !jobs_.empty(); });
+      posted_.wait(lock, [&] { return !jobs_.empty(); });
       Job& job = *jobs_.front();
       if (!--job.places) jobs_.pop_front();
       ++job.inside;
@@ -103,7 +103,7 @@ class Helpers {
     }
   }
   std::mutex mutex_;
-  std::condition_variable wanted_, left_;
+  std::condition_variable posted_, left_;
   std::deque<Job*> jobs_;  // those with places
   uint64_t free_ = 0;      // threads without a job
 };

@@ -116,13 +116,13 @@ def test_launches_of_several_host_threads():
 
 
 def test_a_fork_makes_its_own():
-    script = """
+    script = f"""
     import os
     import torch
     import forwardpass as fp
     from ptx import interpreter, kernel
-    from test_launch_threads import EXCHANGE
 
+    EXCHANGE = {EXCHANGE!r}
     y = torch.zeros(8 * 64, dtype=torch.int32)
     with fp.interpret("sm_90a", threads=4):
         module = interpreter.Module(kernel(EXCHANGE, (y, 8), block=64))
