@@ -59,7 +59,7 @@ bench: .venv/dev
 
 clean:
 	rm -rf .venv .venv-cuda .venv-newest build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
-	rm -f python/forwardpass/_*.so python/forwardpass/_standin.a python/forwardpass/_build.json
+	rm -f python/forwardpass/_*.so python/forwardpass/_*.a python/forwardpass/_build.json
 	rm -f python/forwardpass/interpreter/_host*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -328,11 +328,13 @@ def rules(out, obj, home):
         standin = sorted(csrc.glob("interpreter/standin/*.cpp"))
         program = objects("cxx", [p for p in standin if p.stem == "program"], lambda s: cuda)
         cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
+        cublas = objects("cxx", sorted(csrc.glob("interpreter/standin/cublas/*.cpp")), lambda s: f"{cuda} -march=x86-64-v3")
         interpreter = path(out / "_interpreter.so")
         flags = f"{hide} -Wl,-rpath,'$$ORIGIN'"
         inputs = f"{kernels} {cudart} {interpreter} | csrc/exports.map"
         text.append(f"build {path(out / '_kernels_interpreted.so')}: link {inputs}\n flags = {flags}")
         text.append(f"build {path(out / '_standin.a')}: archive {cudart} {program}\n flags = build/ninja/standin.o")
+        text.append(f"build {path(out / '_cublas.a')}: archive {cublas}\n flags = build/ninja/cublas.o")
     return "\n".join(text) + "\n", sum(rule.startswith("build build/ninja/") for rule in text)
 
 
@@ -379,8 +381,8 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 
 class Build(build_ext):
     """Writes build.ninja and runs it: _ops.so always; on x86-64 _interpreter.so; where there is an nvcc the kernels
-    (_kernels.so), with both of them the kernels again (_kernels_interpreted.so) and the stand-in for programs (_standin.a).
-    _build.json says which, for `doctor`."""
+    (_kernels.so), with both of them the kernels again (_kernels_interpreted.so) and the stand-ins for programs (_standin.a,
+    _cublas.a). _build.json says which, for `doctor`."""
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
@@ -397,7 +399,7 @@ class Build(build_ext):
         # pip builds in the tree: what an earlier build has made would be shipped
         unmade = ["_kernels.so"] if no_cuda else []
         unmade += ["_interpreter.so"] if no_interpreter else []
-        unmade += ["_kernels_interpreted.so", "_standin.a"] if no_cuda or no_interpreter else []
+        unmade += ["_kernels_interpreted.so", "_standin.a", "_cublas.a"] if no_cuda or no_interpreter else []
         for name in unmade:
             out.joinpath(name).unlink(missing_ok=True)
         built, left_out = ([], []) if no_cuda else arches()

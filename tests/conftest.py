@@ -16,6 +16,8 @@ from forwardpass.testing import poisoned_outputs
 
 #: Of this checkout: what Triton compiled names the files it came from, and the mutants' reasons go by those names.
 os.environ.setdefault("TRITON_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "triton"))
+#: What is against the letter of the ISA alone is an error of our own kernels too.
+os.environ.setdefault("FORWARDPASS_INTERPRET_STRICT", "1")
 #: area -> core-seconds
 spent = collections.Counter()
 

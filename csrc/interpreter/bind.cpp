@@ -4,6 +4,7 @@
 
 #include "decode.h"
 #include "machine.h"
+#include "rows/matrix_rows.h"
 #include "special.h"
 #include "table.h"
 
@@ -59,6 +60,11 @@ uint64_t immediate_bits(const Operand& o, Type t) {
 }
 
 uint64_t dynamic_shared(const Warp& w, int) { return static_cast<uint64_t>(w.cta->launch->code->shared_bytes); }
+// The same from sm_100 on: see memory.h.
+uint64_t ranked_shared(const Warp& w, int) {
+  return w.cta->launch->cluster_size() > 1 ? cluster_address(w.cta->rank, 0) : 0;
+}
+uint64_t ranked_dynamic_shared(const Warp& w, int lane) { return ranked_shared(w, lane) | dynamic_shared(w, lane); }
 
 template <class T>
 void broadcast(uint8_t* lanes, uint64_t bits) {
@@ -70,11 +76,11 @@ void broadcast(uint8_t* lanes, uint64_t bits) {
 Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
   if (bytes) *bytes = type == Type::pred ? 4 : stored_bytes(type);
   if (o.kind != Operand::Kind::reg && stored_bytes(type) > 8) refuse("a 128-bit operand must be a register");
-  const auto preset = [&](uint64_t (*special)(const Warp&, int), uint64_t bits) {
+  const auto preset = [&](uint64_t (*special)(const Warp&, int), uint64_t bits, int shared = -1) {
     const int size = stored_bytes(type);
     const Offset offset = static_cast<Offset>(code.image.size());
     code.image.resize(offset + size * kLanes);
-    code.presets.push_back({offset, size, special, bits});
+    code.presets.push_back({offset, size, special, bits, shared});
     return offset;
   };
   const auto immediate = [&](uint64_t bits) {
@@ -109,9 +115,12 @@ Offset Bind::value(const Operand& o, Type type, bool relaxed, int* bytes) {
       const uint64_t more = static_cast<uint64_t>(o.offset);
       if (has(code.local_offset)) return preset(nullptr, code.local_offset.at(o.name) + more);
       if (has(code.param_offset)) return immediate(code.param_offset.at(o.name) + more);
-      if (has(code.shared_offset)) return immediate(code.shared_offset.at(o.name) + more);
-      if (module.extern_shared.count(o.name)) return preset(dynamic_shared, more);
-      if (has(module.shared_offset)) return immediate(module.shared_offset.at(o.name) + more);
+      const bool ranked = capability(module) >= 100;
+      if (module.extern_shared.count(o.name)) return preset(ranked ? ranked_dynamic_shared : dynamic_shared, more);
+      if (const int shared = shared_variable(module, code, o.name); shared >= 0) {
+        if (code.source->entry && !ranked) return immediate(static_cast<uint64_t>(code.shared_offset[shared]) + more);
+        return preset(ranked ? ranked_shared : nullptr, more, shared);
+      }
       if (has(module.globals)) return immediate(reinterpret_cast<uint64_t>(module.globals.at(o.name).address) + more);
       if (has(module.functions)) return immediate(reinterpret_cast<uint64_t>(&module.functions.at(o.name)));
       refuse("symbol " + o.name + " is not declared");

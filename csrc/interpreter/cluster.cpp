@@ -25,6 +25,7 @@ uint64_t Cluster::steps() const {
 void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   launch = &l;
   number = n;
+  successor = n + 1;
   random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.stream + 1) + mix(number * 2 + 1));
   completion_ = static_cast<Completion>(random() % 3);
   order_ = static_cast<Order>(random() % 3);
@@ -38,6 +39,7 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   fenced = VectorClock();
   releases = nullptr;
   barrier.reset();
+  findings.clear();
   warps.clear();
   const uint64_t size = l.cluster_size();
   while (ctas.size() < size) ctas.push_back(std::make_unique<Cta>());
@@ -84,17 +86,46 @@ int Cluster::async_agent(const Warp& issuer) {
   async_line[k] = issuer.line();
   return k;
 }
+
 void Cluster::complete(Pending& p) {
   if (p.done) return;
   p.done = true;
-  try {
-    p.complete(*p.cta);
-  } catch (Finding& f) {  // its place is the instruction that issued it
-    if (!f.ptx_line && p.code) p.cta->place(f, *p.code, p.instruction->index);
-    if (f.warp < 0) f.warp = p.warp;
-    throw;
-  }
+  completing_ = &p;
+  p.complete(*p.cta);
+  completing_ = nullptr;
   happened();
+}
+
+void Cluster::place(Finding& f) const {
+  if (completing_) {
+    const Pending& p = *completing_;
+    p.cta->place(f, *p.code, p.instruction->index);
+    if (f.warp < 0) f.warp = p.warp;
+    return;
+  }
+  const auto may_be = [&](const Warp* w) { return (running_ ? w == running_ : w->live != 0) && !w->strands.empty(); };
+  const auto warp = std::find_if(warps.begin(), warps.end(), may_be);
+  if (warp == warps.end()) return;
+  const Warp& w = **warp;
+  w.cta->place(f, w);
+  if (w.accessing && f.lane < 0 && f.has_address) f.lane = w.accessing->lane_of(f.address);
+}
+
+bool Cluster::again(Kind kind, uint32_t other_line, bool within_warp) {
+  if (findings.empty()) return false;
+  Finding f;
+  place(f);
+  return findings.again({launch->code->name, kind, f.ptx_line, static_cast<int>(other_line), within_warp});
+}
+
+void Cluster::report(Finding f) {
+  const FindingPolicy& policy = launch->options.policy;
+  if (f.breaks == Breaks::isa && policy.isa == FindingPolicy::Isa::ignore) return;
+  if (!f.ptx_line) place(f);
+  launch->describe(f);
+  f.cluster = number;
+  if (!policy.accepts(f)) throw f;
+  findings.add(std::move(f));
 }
 
 Warp* Cluster::pick() {
@@ -131,6 +162,7 @@ bool Cluster::run(uint64_t budget) {
   };
   static constexpr uint64_t slices[] = {1, 8, 32, 64, 128, 256};
   running_ = nullptr;
+  completing_ = nullptr;
   while (live_warps) {
     if (!pending.empty()) {
       sweep();

@@ -6,6 +6,7 @@
 
 #include "device.h"
 #include "global_shadow.h"
+#include "ignore_rules.h"
 #include "table.h"
 
 namespace forwardpass::interpreter {
@@ -21,7 +22,8 @@ struct State {
   uint64_t seeded = 0;            // launches since the options were set
   uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
   Launch::Counters counters;
-  std::atomic<void (*)(const char*, int)> listener{nullptr};
+  Findings recorded;  // until fpi_findings_json
+  std::atomic<void (*)(const fpi_finding_record*)> listener{nullptr};
   std::atomic<void (*)(const fpi_launch_record*)> recorder{nullptr};
   std::atomic<Deadline::rep> deadline{Deadline::max().count()};
   std::mutex mutex;
@@ -32,6 +34,20 @@ State& state() {
 }
 
 thread_local std::string finding_text, finding_json;
+
+void tell(const Finding& f, int error) {
+  const auto listener = state().listener.load();
+  if (!listener) return;
+  const std::string text = f.text(), summary = f.summary();
+  const fpi_finding_record record{text.c_str(), summary.c_str(), f.count, error, f.rule >= 0, f.breaks == Breaks::isa};
+  listener(&record);
+}
+
+void keep(Findings&& findings) {
+  for (const auto& [key, f] : findings) tell(f, kSuccess);
+  const std::lock_guard lock(state().mutex);
+  state().recorded.add(std::move(findings));
+}
 
 // The launch's cluster: as configured, else as compiled in. A cudaError_t.
 int set_cluster(const Device& device, const ptx::Function& source, const fpi_launch_config& config, int largest,
@@ -59,7 +75,7 @@ int report(const Finding& f) { return report(f, f.kind == Kind::assertion ? kAss
 int report(const Finding& f, int error) {
   finding_text = f.text();
   finding_json = f.json();
-  if (const auto listener = state().listener.load()) listener(finding_text.c_str(), error);
+  tell(f, error);
   return error;
 }
 
@@ -85,6 +101,8 @@ int report_caught() noexcept {
   }
 }
 
+namespace {
+
 int launch(const Module& module, const Code& code, const fpi_launch_config& config, std::vector<uint8_t> parameters,
            int largest_cluster) {
   const Device* device = current_device();
@@ -101,7 +119,6 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
     Finding f;  // CTAs are numbered in 32 bits
     f.kind = Kind::unsupported;
     f.message = "a grid of more than " + std::to_string(UINT32_MAX) + " CTAs";
-    f.kernel = code.name;
     throw f;
   }
   const uint64_t limit = source.max_threads[0]
@@ -133,6 +150,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   }
   l.module = &module;
   l.code = &code;
+  l.arch = device->arch;
   std::copy(config.grid, config.grid + 3, l.grid);
   std::copy(config.block, config.block + 3, l.block);
   l.dynamic_shared = config.dynamic_shared;
@@ -147,12 +165,41 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.resident = size == 1 ? blocks * device->multiprocessors : resident_clusters(*device, blocks, size);
   if (!l.resident) return kLaunchOutOfResources;  // no GPC has room for one
   try {
-    if (!l.run()) return kLaunchTimeout;
-  } catch (Finding& f) {
-    f.arch = device->arch;
+    if (!l.run()) {
+      keep(std::move(l.findings));
+      return kLaunchTimeout;
+    }
+  } catch (...) {
+    keep(std::move(l.findings));
     throw;
   }
+  keep(std::move(l.findings));
   return kSuccess;
+}
+
+}  // namespace
+
+int launch(Module& module, const std::string& kernel, const fpi_launch_config& config, const ArgumentBytes& arguments,
+           int largest_cluster) {
+  try {
+    const Code* const code = function(module, kernel);
+    if (!code || !code->source->entry) return kInvalidValue;
+    return launch(module, *code, config, arguments(*code), largest_cluster);
+  } catch (Finding& f) {
+    if (f.mangled.empty()) f.mangled = kernel;
+    f.kernel = demangled(f.mangled);
+    if (const Device* device = current_device()) f.arch = device->arch;
+    FindingPolicy policy;
+    {
+      const std::lock_guard lock(state().mutex);
+      policy = state().options.policy;
+    }
+    if (!policy.accepts(f)) throw;
+    Findings one;
+    one.add(std::move(f));
+    keep(std::move(one));
+    return kSuccess;
+  }
 }
 
 }  // namespace forwardpass::interpreter
@@ -173,7 +220,10 @@ void fpi_set_options(const fpi_options* o) {
     options.threads = o->threads;
     options.counters = o->counters;
     options.timeline = o->timeline != 0;
+    options.sample = o->sample;
     options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
+    options.policy.collect = o->findings == fpi_findings_collect;
+    options.policy.isa = static_cast<FindingPolicy::Isa>(o->isa);
   });
 }
 
@@ -181,9 +231,31 @@ void fpi_get_options(fpi_options* o) {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     const Options& options = state().options;
-    *o = {options.seed,    options.checks,     options.truncating, options.approximate,
-          options.threads, options.step_limit, options.counters,   options.timeline};
+    *o = {options.seed,
+          options.checks,
+          options.truncating,
+          options.approximate,
+          options.threads,
+          options.step_limit,
+          options.counters,
+          options.timeline,
+          options.sample,
+          options.policy.collect,
+          static_cast<int32_t>(options.policy.isa)};
   });
+}
+
+const char* fpi_ignore(const char* text) {
+  thread_local std::string complaint;
+  try {
+    auto rules = std::make_shared<const IgnoreRules>(text);
+    const std::lock_guard lock(state().mutex);
+    state().options.policy.rules = std::move(rules);
+    return nullptr;
+  } catch (const std::exception& e) {
+    complaint = e.what();
+    return complaint.c_str();
+  }
 }
 
 void fpi_set_time_limit(double seconds) {
@@ -287,8 +359,6 @@ int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], 
       for (const auto& f : m.source.functions)
         if (f.entry) name = name.empty() ? f.name : "";
     }
-    const Code* code = function(m, name);
-    if (!code || !code->source->entry) return kInvalidValue;
     fpi_launch_config c{};
     std::copy(grid, grid + 3, c.grid);
     std::copy(block, block + 3, c.block);
@@ -296,7 +366,8 @@ int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], 
     c.dynamic_shared = dynamic_shared;
     c.programmatic = programmatic;
     const auto* bytes = static_cast<const uint8_t*>(parameters);
-    return launch(m, *code, c, std::vector<uint8_t>(bytes, bytes + parameter_bytes), kLargestCluster);
+    const auto arguments = [&](const Code&) { return std::vector<uint8_t>(bytes, bytes + parameter_bytes); };
+    return launch(m, name, c, arguments, kLargestCluster);
   });
 }
 
@@ -309,7 +380,22 @@ void fpi_finding_clear() {
 
 void fpi_on_launch(void (*recorder)(const fpi_launch_record*)) { state().recorder = recorder; }
 
-void fpi_on_finding(void (*listener)(const char*, int)) { state().listener = listener; }
+void fpi_on_finding(void (*listener)(const fpi_finding_record*)) { state().listener = listener; }
+
+const char* fpi_findings_json() {
+  return guarded("[]", [&]() -> const char* {
+    thread_local std::string json;
+    Findings recorded;
+    {
+      const std::lock_guard lock(state().mutex);
+      std::swap(recorded, state().recorded);
+    }
+    json = "[";
+    for (const auto& [key, f] : recorded) json += (json.size() > 1 ? "," : "") + f.json();
+    json += "]";
+    return json.c_str();
+  });
+}
 
 void fpi_counters_read(fpi_counters* c) {
   const auto& k = state().counters;

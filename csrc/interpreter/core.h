@@ -1,5 +1,6 @@
 #pragma once
 // What is one per process: the device, the options, the storage that kernels may touch, the counters, the last finding.
+#include <functional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -12,14 +13,18 @@ namespace forwardpass::interpreter {
 // Values of cudaError_t, which are part of CUDA's ABI.
 namespace cuda {
 constexpr int kSuccess = 0, kInvalidValue = 1, kMemoryAllocation = 2, kInvalidConfiguration = 9, kInvalidSymbol = 13,
-              kInvalidDeviceFunction = 98, kNoDevice = 100, kNoKernelImageForDevice = 209, kAssert = 710,
-              kLaunchTimeout = 702, kLaunchFailure = 719, kLaunchOutOfResources = 701, kCooperativeLaunchTooLarge = 720, kNotSupported = 801,
+              kInvalidDeviceFunction = 98, kNoDevice = 100, kInvalidKernelImage = 200, kNoKernelImageForDevice = 209,
+              kInvalidPtx = 218, kSymbolNotFound = 500, kLaunchTimeout = 702, kAssert = 710, kLaunchFailure = 719,
+              kLaunchOutOfResources = 701, kCooperativeLaunchTooLarge = 720, kNotSupported = 801,
               kInvalidClusterSize = 912, kUnknown = 999;
 }
 
-// A cudaError_t. Checks the configuration against the device as a launch does, runs the grid, keeps a finding for
-// fpi_finding(). `parameters` is the kernel's .param area, `largest_cluster` what the kernel may be launched with.
-int launch(const Module&, const Code&, const fpi_launch_config&, std::vector<uint8_t> parameters, int largest_cluster);
+// The kernel's .param area.
+using ArgumentBytes = std::function<std::vector<uint8_t>(const Code&)>;
+
+// A cudaError_t. Checks the configuration against the device as a launch does and runs the grid. `largest_cluster` is
+// what the kernel may be launched with. Throws a finding that is an error of it; others are kept (fpi_findings_json).
+int launch(Module&, const std::string& kernel, const fpi_launch_config&, const ArgumentBytes&, int largest_cluster);
 
 // Keeps it for fpi_finding(), tells who wants to know (fpi_on_finding), and returns the error that a launch with it
 // returns: by default cudaErrorLaunchFailure, or cudaErrorAssert for an assertion of the kernel's own.

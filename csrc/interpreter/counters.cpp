@@ -16,8 +16,14 @@ namespace forwardpass::interpreter {
 
 // ---- Counting ----
 
-void Count::add(const Count& other) {
-#define FORWARDPASS_ADD(name) name += other.name;
+namespace {
+uint64_t scaled(uint64_t n, double times) {
+  return times == 1 ? n : static_cast<uint64_t>(static_cast<double>(n) * times);
+}
+}  // namespace
+
+void Count::add(const Count& other, double times) {
+#define FORWARDPASS_ADD(name) name += scaled(other.name, times);
   FORWARDPASS_COUNTS(FORWARDPASS_ADD)
 #undef FORWARDPASS_ADD
 }
@@ -254,7 +260,7 @@ const bool reported = report_path() != nullptr;
 
 bool counted(const Options& o) { return o.counters || reported || recorded(o); }
 
-void record(const Launch& l, const Sheet& sheet) {
+void record(const Launch& l, const Sheet& sheet, double times) {
   Record& r = the_record();
   const std::lock_guard lock(r.mutex);
   Entry& e = r.entries[LaunchKey(l)];
@@ -263,13 +269,13 @@ void record(const Launch& l, const Sheet& sheet) {
     e.resident = std::max(1, l.resident / e.device->multiprocessors);
   }
   ++e.launches;
-  e.sectors_read += sheet.footprint.sectors(false);
-  e.sectors_written += sheet.footprint.sectors(true);
+  e.sectors_read += scaled(sheet.footprint.sectors(false), times);
+  e.sectors_written += scaled(sheet.footprint.sectors(true), times);
   for (const auto& [code, counts] : sheet.counts) {
     auto& f = e.functions[code->name];
     if (f.lines.empty()) f.lines = describe(*l.module, *code);
     f.counts.resize(counts.size());
-    for (size_t k = 0; k < counts.size(); ++k) f.counts[k].add(counts[k]);
+    for (size_t k = 0; k < counts.size(); ++k) f.counts[k].add(counts[k], times);
   }
 }
 

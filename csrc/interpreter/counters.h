@@ -41,7 +41,7 @@ struct Count {
     active += mask != 0;
     lanes += static_cast<uint64_t>(__builtin_popcount(mask));
   }
-  void add(const Count&);
+  void add(const Count&, double times = 1);
 };
 
 // What a warp has executed, without the tests that failed: those are made again, and how often is up to the schedule.
@@ -143,7 +143,7 @@ struct LaunchKey {
 
 // Whether a launch is: Options::counters, or FORWARDPASS_INTERPRET_COUNTERS=FILE, which gets the record at exit.
 bool counted(const Options&);
-// Adds a launch that is over, or that a finding ended.
-void record(const Launch&, const Sheet&);
+// Adds a launch that is over, or that a finding ended. What was counted stands for `times` as much (Options::sample).
+void record(const Launch&, const Sheet&, double times = 1);
 
 }  // namespace forwardpass::interpreter

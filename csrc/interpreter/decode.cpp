@@ -21,7 +21,8 @@ void refuse(const Module& m, int line, const std::string& kernel, const std::str
   f.message = why;
   f.ptx_line = line;
   f.instruction = m.line(line);
-  f.kernel = kernel;
+  f.mangled = kernel;
+  f.kernel = demangled(kernel);
   throw f;
 }
 
@@ -35,13 +36,54 @@ int64_t place(int64_t& end, const ptx::Variable& v) {
   return offset;
 }
 
-void place_shared(Module& m, const ptx::Variable& v, std::map<std::string, int64_t>& offsets, int64_t& end) {
+void add_shared(Module& m, const ptx::Variable& v, std::map<std::string, int>& variables) {
   if (v.is_extern || v.bytes == 0) {
     m.extern_shared.insert(v.name);
     m.extern_alignment = std::max<int64_t>(m.extern_alignment, v.alignment);
   } else {
-    offsets[v.name] = place(end, v);
+    variables[v.name] = static_cast<int>(m.shared.size());
+    m.shared.push_back(&v);
   }
+}
+
+template <class F>
+void each_symbol(const std::vector<Operand>& operands, F f) {
+  for (const Operand& o : operands) {
+    if (o.kind == Operand::Kind::symbol) f(o.name);
+    each_symbol(o.parts, f);
+  }
+}
+
+bool calls_by_address(const Code& code) {
+  for (const Statement& s : code.source->body)
+    if (s.opcode.starts_with("call") && s.operands[1].kind == Operand::Kind::reg) return true;
+  return false;
+}
+
+// The static .shared variables of a kernel, as ptxas has them: those that it refers to, or a function that it may call.
+// By an address any may be called.
+void lay_out_shared(Module& m, Code& kernel) {
+  kernel.shared_offset.assign(m.shared.size(), -1);
+  std::set<const Code*> reached{&kernel};
+  std::vector<const Code*> open{&kernel};
+  const auto reach = [&](const Code& code) {
+    if (!code.source->entry && reached.insert(&code).second) open.push_back(&code);
+  };
+  while (!open.empty()) {
+    const Code& code = *open.back();
+    open.pop_back();
+    if (calls_by_address(code))
+      for (const auto& [name, other] : m.functions) reach(other);
+    for (const Statement& s : code.source->body) {
+      each_symbol(s.operands, [&](const std::string& name) {
+        if (const int shared = shared_variable(m, code, name); shared >= 0) kernel.shared_offset[shared] = 0;
+        if (const auto f = m.functions.find(name); f != m.functions.end()) reach(f->second);
+      });
+    }
+  }
+  for (size_t k = 0; k < m.shared.size(); ++k)
+    if (kernel.shared_offset[k] == 0) kernel.shared_offset[k] = place(kernel.shared_bytes, *m.shared[k]);
+  kernel.shared_bytes = round_up(kernel.shared_bytes, std::max<int64_t>(m.extern_alignment, 16));
 }
 
 void place_global(Module& m, const ptx::Variable& v) {
@@ -154,13 +196,11 @@ void decode(Module& m, Code& code) {
 
 // All or nothing: who asks again after a refusal gets the refusal again.
 void decode_whole(Module& m, Code& code) {
+  Code undecoded = code;
   try {
     decode(m, code);
   } catch (...) {
-    const ptx::Function* source = code.source;
-    code = Code();
-    code.name = source->name;
-    code.source = source;
+    code = std::move(undecoded);
     throw;
   }
 }
@@ -169,6 +209,12 @@ void decode_whole(Module& m, Code& code) {
 
 uint32_t frame_bytes(Type t) {
   return static_cast<uint32_t>(t == Type::pred ? 64 : std::max(2, ptx::size_of(t)) * kLanes);
+}
+
+int shared_variable(const Module& m, const Code& code, const std::string& name) {
+  for (const auto* variables : {&code.shared_variables, &m.shared_variables})
+    if (const auto v = variables->find(name); v != variables->end()) return v->second;
+  return -1;
 }
 
 std::vector<uint32_t> branch_targets(const Instruction& i) {
@@ -209,24 +255,17 @@ std::unique_ptr<Module> load(std::string text) {
   }
   for (const auto& v : m->source.variables) {
     if (v.space == ptx::Space::shared) {
-      place_shared(*m, v, m->shared_offset, m->shared_bytes);
+      add_shared(*m, v, m->shared_variables);
     } else if (!v.is_extern) {
       place_global(*m, v);
     }
   }
   for (const auto& v : m->source.variables) resolve_references(*m, v);
-  // Kernels overlay theirs, as only one of them runs; what a device function has must be there beside any of them.
-  for (const bool entries : {false, true}) {
-    for (auto& [name, code] : m->functions) {
-      if (code.source->entry != entries) continue;
-      int64_t end = m->shared_bytes;
-      for (const auto& v : code.source->variables)
-        if (v.space == ptx::Space::shared) place_shared(*m, v, code.shared_offset, entries ? end : m->shared_bytes);
-      code.shared_bytes = end;
-    }
-  }
   for (auto& [name, code] : m->functions)
-    code.shared_bytes = round_up(code.shared_bytes, std::max<int64_t>(m->extern_alignment, 16));
+    for (const auto& v : code.source->variables)
+      if (v.space == ptx::Space::shared) add_shared(*m, v, code.shared_variables);
+  for (auto& [name, code] : m->functions)
+    if (code.source->entry) lay_out_shared(*m, code);
   return m;
 }
 

@@ -8,6 +8,8 @@ namespace forwardpass::interpreter {
 [[noreturn]] void refuse(const Module&, int line, const std::string& kernel, const std::string& why);
 // Bytes of a register in a frame, padded to 64.
 uint32_t frame_bytes(Type);
+// A static .shared variable by the name that a function has for it, by Module::shared; -1: there is none.
+int shared_variable(const Module&, const Code&, const std::string& name);
 // Where a branch may go, other than to the next instruction.
 std::vector<uint32_t> branch_targets(const Instruction&);
 // Marks each wgmma.mma_async before which a wgmma.fence is missing. Must be called before share_registers.

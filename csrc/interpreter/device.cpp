@@ -15,11 +15,13 @@ namespace {
 
 constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20, kGiB = 1 << 30;
 
-// Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (8.0, 8.9, 9.0, 12.0).
+// Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (8.0, 8.9, 9.0, 10.0, 12.0).
 // Multiprocessors, caches, memory: NVIDIA A100 Tensor Core GPU Architecture (A100 80GB SXM: 2039 GB/s), NVIDIA L40S
 // datasheet (864 GB/s), NVIDIA H100 Tensor Core GPU Architecture (SXM5: 3352 GB/s), NVIDIA RTX PRO 6000 Blackwell
 // Workstation Edition datasheet (1792 GB/s). The bandwidths are 2 x memory_clock x memory_bus_bits / 8. Clocks are the
-// boost clocks. How much of its L2 the last one lets persist is assumed, as on the L40S.
+// boost clocks. How much of its L2 the last one lets persist is assumed, as on the L40S. The B200's multiprocessors,
+// clocks and bus are what cudaGetDeviceProperties says of one, as others quote it (7.7 TB/s, 180 GB: NVIDIA HGX B200
+// datasheet); its L2 is 126 MB there, and how much of it persists is assumed.
 constexpr Device devices[] = {
     {"sm_80",    "NVIDIA A100-SXM4-80GB (interpreted)",
      8,          0,
@@ -54,6 +56,17 @@ constexpr Device devices[] = {
      50 * kMiB,  32 * kMiB,
      1980000,    2619000,
      5120},
+    {"sm_100a",  "NVIDIA B200 (interpreted)",
+     10,         0,
+     148,        48 * kKiB,
+     227 * kKiB, 228 * kKiB,
+     1 * kKiB,   65536,
+     65536,      kThreadsPerBlock,
+     2048,       32,
+     1,          180 * kGiB,
+     126 * kMiB, 79 * kMiB,
+     1965000,    3996000,
+     7680},
     {"sm_120",   "NVIDIA RTX PRO 6000 Blackwell (interpreted)",
      12,         0,
      188,        48 * kKiB,
@@ -152,15 +165,16 @@ int resident_blocks(const Device& d, const Code& code, int threads, int64_t shar
 
 int resident_clusters(const Device& d, int blocks_per_multiprocessor, int size) {
   if (!d.clusters || size < 1) return 0;
-  // A cluster is within a GPC. 132 multiprocessors are left of the H100's 8 GPCs of 18, 188 of the PRO 6000's 12 of 16;
-  // which ones are missing differs from one GPU to the next: assumed are six of 16 and two of 18, eight of 16 and four
-  // of 15. A slice is of 16 and what remains.
+  // A cluster is within a GPC. 132 multiprocessors are left of the H100's 8 GPCs of 18, 148 of the B200's 8 of 20, 188
+  // of the PRO 6000's 12 of 16; which ones are missing differs from one GPU to the next: assumed are six of 16 and two
+  // of 18, six of 18 and two of 20, eight of 16 and four of 15. A slice is of 16 and what remains.
   const auto of_gpcs = [&](int count, int multiprocessors) {
     return count * (multiprocessors * blocks_per_multiprocessor / size);
   };
   if (d.multiprocessors != find_device(d.arch)->multiprocessors)
     return of_gpcs(d.multiprocessors / 16, 16) + of_gpcs(1, d.multiprocessors % 16);
-  return d.major == 9 ? of_gpcs(6, 16) + of_gpcs(2, 18) : of_gpcs(8, 16) + of_gpcs(4, 15);
+  if (d.major == 9) return of_gpcs(6, 16) + of_gpcs(2, 18);
+  return d.major == 10 ? of_gpcs(6, 18) + of_gpcs(2, 20) : of_gpcs(8, 16) + of_gpcs(4, 15);
 }
 
 }  // namespace forwardpass::interpreter

@@ -24,6 +24,8 @@ int64_t used = 0, peak = 0;
 // cudaMalloc aligns to 256 bytes at least. The poison is NaN in every floating type and -1 in integers.
 constexpr size_t kAlignment = 256;
 constexpr int kPoison = 0xff;
+// Behind each lies memory that is nobody's, so that what runs past an end does not get into the next: as much again.
+constexpr int64_t kLeastGap = 4096, kLargestGap = 1 << 20;
 constexpr const char* kNames[] = {"cudaMalloc", "cudaMallocHost", "cudaMallocManaged"};
 
 }  // namespace
@@ -49,7 +51,7 @@ void* fpi_allocate(int64_t bytes, int kind) {
   return guarded(static_cast<void*>(nullptr), [&]() -> void* {
     if (bytes > fpi_memory_free()) return nullptr;
     void* p = nullptr;
-    if (posix_memalign(&p, kAlignment, bytes)) return nullptr;
+    if (posix_memalign(&p, kAlignment, bytes + std::clamp<int64_t>(bytes, kLeastGap, kLargestGap))) return nullptr;
     std::memset(p, kPoison, bytes);
     const std::lock_guard lock(mutex);
     allocations()[reinterpret_cast<uintptr_t>(p)] = {bytes, kind};

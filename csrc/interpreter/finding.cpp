@@ -1,6 +1,11 @@
 #include "finding.h"
 
+#include <cxxabi.h>
+
 #include <cstdio>
+#include <cstdlib>
+
+#include "ignore_rules.h"
 
 namespace forwardpass::interpreter {
 
@@ -10,8 +15,22 @@ const char* name_of(Kind kind) {
   return names[static_cast<int>(kind)];
 }
 
+std::string demangled(const std::string& name) {
+  int status = 0;
+  const std::unique_ptr<char, decltype(&std::free)> text(abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status),
+                                                         &std::free);
+  return text && name.compare(0, 2, "_Z") == 0 ? text.get() : name;
+}
+
+std::string Finding::place() const {
+  return line ? file + ":" + std::to_string(line) : ptx_line ? "ptx:" + std::to_string(ptx_line) : "*";
+}
+
+std::string Finding::summary() const { return std::string(name_of(kind)) + " " + place() + " " + kernel; }
+
 std::string Finding::text() const {
   std::string s = std::string(name_of(kind)) + ": " + message;
+  if (breaks == Breaks::isa) s += "\n  against the letter of the PTX ISA; no GPU is known to mind";
   if (!kernel.empty()) s += "\n  kernel " + kernel;
   if (line) s += "\n  at " + file + ":" + std::to_string(line);
   if (ptx_line) s += std::string(line ? ", " : "\n  at ") + "PTX line " + std::to_string(ptx_line);
@@ -24,6 +43,7 @@ std::string Finding::text() const {
   if (has_address) {
     s += "\n  address " + hexadecimal(address);
   }
+  if (count > 1) s += "\n  " + std::to_string(count) + " times";
   if (!arch.empty()) s += "\n  repeat with arch " + arch + ", seed " + std::to_string(seed);
   return s;
 }
@@ -47,10 +67,17 @@ std::string quoted(const std::string& text) {
 
 std::string Finding::json() const {
   auto number = [](const char* name, int64_t n) { return std::string(",\"") + name + "\":" + std::to_string(n); };
-  return "{\"kind\":" + quoted(name_of(kind)) + ",\"message\":" + quoted(message) + ",\"kernel\":" + quoted(kernel) +
-         ",\"file\":" + quoted(file) + ",\"instruction\":" + quoted(instruction) + ",\"arch\":" + quoted(arch) +
-         number("line", line) + number("ptx_line", ptx_line) + ",\"block\":[" + std::to_string(block[0]) + "," +
-         std::to_string(block[1]) + "," + std::to_string(block[2]) + "]" + number("warp", warp) + number("lane", lane) +
+  auto text_field = [](const char* name, const std::string& t) {
+    return std::string(",\"") + name + "\":" + quoted(t);
+  };
+  return "{\"kind\":" + quoted(name_of(kind)) + text_field("breaks", breaks == Breaks::isa ? "isa" : "hardware") +
+         text_field("message", message) + text_field("kernel", kernel) + text_field("mangled", mangled) +
+         text_field("other_file", other_file) + number("other_line", other_line) +
+         number("other_ptx_line", other_ptx_line) + ",\"within_warp\":" + (within_warp ? "true" : "false") +
+         number("rule", rule) + ",\"count\":" + std::to_string(count) + ",\"file\":" + quoted(file) +
+         ",\"instruction\":" + quoted(instruction) + ",\"arch\":" + quoted(arch) + number("line", line) +
+         number("ptx_line", ptx_line) + ",\"block\":[" + std::to_string(block[0]) + "," + std::to_string(block[1]) +
+         "," + std::to_string(block[2]) + "]" + number("warp", warp) + number("lane", lane) +
          ",\"address\":" + (has_address ? std::to_string(address) : "null") + ",\"seed\":" + std::to_string(seed) +
          ",\"text\":" + quoted(text()) + "}";
 }
@@ -68,6 +95,33 @@ Finding finding_at(Kind kind, std::string message, uint64_t address) {
   f.address = address;
   f.has_address = true;
   return f;
+}
+
+bool Findings::again(const Key& key) {
+  const auto place = all_.find(key);
+  if (place == all_.end()) return false;
+  ++place->second.count;
+  return true;
+}
+
+void Findings::add(Finding f) {
+  const auto [place, is_new] = all_.try_emplace(key_of(f), std::move(f));
+  if (is_new) return;  // and f has been moved
+  Finding& before = place->second;
+  const uint64_t count = before.count + f.count;
+  if (f.cluster < before.cluster) before = std::move(f);
+  before.count = count;
+}
+
+void Findings::add(Findings&& others) {
+  for (auto& [key, finding] : others.all_) add(std::move(finding));
+  others.all_.clear();
+}
+
+bool FindingPolicy::accepts(Finding& f) const {
+  f.rule = rules ? rules->match(f) : -1;
+  if (f.rule >= 0 || collect) return true;
+  return f.breaks == Breaks::isa && isa != Isa::raise;
 }
 
 }  // namespace forwardpass::interpreter

@@ -24,6 +24,7 @@ void* zeros(size_t bytes) {
 // Both come from zeros(): no constructor runs, and pages that are never touched take no memory.
 struct GlobalShadow::Page {
   std::atomic<Cell> cells[kPageBytes / kWord];
+  std::atomic<uint32_t> lines[kPageBytes / kWord];
 };
 struct GlobalShadow::Leaf {
   std::atomic<Page*> pages[size_t{1} << kLeafBits];
@@ -71,17 +72,17 @@ GlobalShadow::Recording::~Recording() {
   --shadow_.running_;
 }
 
-GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use)
-    : shadow_(shadow), warp_(w), use_(use), write_(is_write(use)) {
+GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use, bool under_way)
+    : shadow_(shadow), warp_(w), use_(use), write_(is_write(use)), line_(write_ ? w.line() : 0) {
   const Cta& cta = *w.cta;
   const bool waited = w.knowledge.seen.clocks[kGridAgent] != 0;
   oldest_ = Cell{waited ? cta.launch->first_serial : cta.launch->concurrent_serial} << kSerial;
   const Cell me = Cell{cta.serial} << kSerial | static_cast<Cell>(w.id) << kWarp;
   // A warp's own writes are in order before it, but for .nc nobody may have written.
   exempt_ = use == Use::constant ? 0 : me;
-  const Cell clock = w.knowledge.seen.clocks[w.agent] - cta.cluster->base;
+  const Cell clock = w.knowledge.seen.clocks[w.agent] - cta.cluster->base, written = under_way ? kUnderWay : clock;
   // Beyond its field a clock cannot be compared: such a writer leaves no trace.
-  stamp_ = clock < kClockLimit ? me | Cell{is_strong(use)} << kStrong | clock << kClock : 0;
+  stamp_ = clock < kUnderWay ? me | Cell{is_strong(use)} << kStrong | written << kClock : 0;
 }
 
 template <bool kWrite>
@@ -95,12 +96,15 @@ void GlobalShadow::Access::scan(uint64_t begin, uint64_t bytes) const {
       continue;
     }
     std::atomic<Cell>* cell = &p->cells[address % kPageBytes / kWord];
+    std::atomic<uint32_t>* line = &p->lines[address % kPageBytes / kWord];
     const auto part = [&](Cell mask) {
       const Cell value = cell->load(std::memory_order_relaxed);
-      if (value >= oldest_ && (value & mask) && (value & kOwner) != exempt_) check(value, address, mask);
+      if (value >= oldest_ && (value & mask) && (value & kOwner) != exempt_) check(value, *line, address, mask);
       const bool same = (value ^ stamp_) >> kClock == 0;
       if (kWrite) cell->store(stamp_ ? stamp_ | mask | (same ? value & kAll : 0) : 0, std::memory_order_relaxed);
+      if (kWrite) line->store(line_, std::memory_order_relaxed);
       ++cell;
+      ++line;
     };
     if (const uint64_t into = address % kWord) {
       const uint64_t next = std::min(page_end, address - into + kWord);
@@ -108,10 +112,11 @@ void GlobalShadow::Access::scan(uint64_t begin, uint64_t bytes) const {
       address = next;
     }
     const Cell whole = stamp_ ? stamp_ | kAll : 0;
-    for (; address + kWord <= page_end; address += kWord, ++cell) {
+    for (; address + kWord <= page_end; address += kWord, ++cell, ++line) {
       const Cell value = cell->load(std::memory_order_relaxed);
-      if (value >= oldest_ && (value & kOwner) != exempt_) check(value, address, kAll);
+      if (value >= oldest_ && (value & kOwner) != exempt_) check(value, *line, address, kAll);
       if (kWrite) cell->store(whole, std::memory_order_relaxed);
+      if (kWrite) line->store(line_, std::memory_order_relaxed);
     }
     if (address < page_end) {
       part(kAll >> (kWord - (page_end - address)));
@@ -135,51 +140,78 @@ Clock GlobalShadow::Access::known(uint64_t cta, int warp) const {
   return issuer.launch->releases.known(cluster, of_cluster, clocks[kAcquireAgent]);
 }
 
-void GlobalShadow::Access::check(Cell cell, uint64_t address, Cell mask) const {
-  const Warp& w = warp_;
-  const Use use = use_;
-  const Cta& cta = *w.cta;
+void GlobalShadow::Access::check(Cell cell, uint32_t line, uint64_t address, Cell mask) const {
+  const Cta& cta = *warp_.cta;
   const Launch& l = *cta.launch;
   const auto serial = static_cast<uint32_t>(cell >> kSerial);
   const uint64_t number = serial - l.first_serial;  // of the block, if it is one of this launch
   const uint64_t byte = address / kWord * kWord + __builtin_ctzll(cell & mask);
-  const auto fail = [&](const std::string& why) {
-    const char* what = use == Use::atomic ? "atomic on " : is_write(use) ? "write to " : "read of ";
-    w.fail_at(Kind::race, what + describe(l, byte) + ", which " + why, -1, byte);
-  };
-  const auto block = [&] {
-    unsigned coordinates[3];
-    l.index_of(number, coordinates);
-    return "block (" + std::to_string(coordinates[0]) + ", " + std::to_string(coordinates[1]) + ", " +
-           std::to_string(coordinates[2]) + ") of this launch wrote: ";
-  };
-  if (serial < l.first_serial) {
-    std::string kernel = "an earlier kernel";
-    {
-      const std::lock_guard lock(shadow_.mutex_);
-      for (const Past& p : shadow_.past_)
-        if (p.first <= serial) kernel = "kernel " + p.name;
-    }
-    fail(kernel + " wrote, launched before this programmatic dependent launch: missing griddepcontrol.wait");
-  }
+  if (serial < l.first_serial) return report(cell, 0, byte, "missing griddepcontrol.wait");
   if (number >= l.grid_size()) return;  // another host thread launches at the same time
-  if (use == Use::constant) fail(block() + ".nc is for data that does not change while the kernel runs");
-  if (is_strong(use) && (cell >> kStrong & 1)) return;
+  if (use_ == Use::constant) {
+    return report(cell, line, byte, ".nc is for data that does not change while the kernel runs");
+  }
+  if (is_strong(use_) && (cell >> kStrong & 1)) return;
   // In place, a warp may load what its twin has stored already; it stores nothing and nobody sees the difference.
-  if (l.module->replicates && !is_write(use) && serial == cta.serial) return;
+  if (l.module->replicates && !is_write(use_) && serial == cta.serial) return;
   const int warp = static_cast<int>(cell >> kWarp & (kMaxWarps - 1));
   if ((cell & kOwner) != owner_) {
     owner_ = cell & kOwner;
     known_ = known(number, warp);
   }
-  if (static_cast<Clock>(cell >> kClock & (kClockLimit - 1)) < known_) return;
-  if (serial == cta.serial) fail("warp " + std::to_string(warp) + " of this block wrote: nothing orders the two");
-  bool released = false;  // by the block, to this one
-  for (size_t k = 0; k < cta.warps.size(); ++k) released |= known(number, static_cast<int>(k)) != 0;
-  if (!released) fail(block() + "nothing orders the two");
-  fail("warp " + std::to_string(warp) + " of " + block() +
-       "what this block knows of that one's releases does not cover it; before a relaxed one a fence is due, before "
-       "one by another warp a barrier");
+  const Cell clock = cell >> kClock & kUnderWay;
+  if (clock == kUnderWay) {
+    return report(cell, line, byte,
+                  "the first is a bulk store, and its thread has not waited until it is complete; "
+                  "cp.async.bulk.wait_group.read waits for its reads alone");
+  }
+  if (static_cast<Clock>(clock) < known_) return;
+  bool released = false;  // by another block, to this one
+  for (size_t k = 0; k < cta.warps.size() && serial != cta.serial; ++k) {
+    released |= known(number, static_cast<int>(k)) != 0;
+  }
+  report(cell, line, byte,
+         released ? "what this block knows of that one's releases does not cover the first; before a relaxed one a "
+                    "fence is due, before one by another warp a barrier"
+                  : "nothing orders the two");
+}
+
+void GlobalShadow::Access::report(Cell cell, uint32_t line, uint64_t byte, const std::string& why) const {
+  const Cta& cta = *warp_.cta;
+  const Launch& l = *cta.launch;
+  const auto serial = static_cast<uint32_t>(cell >> kSerial);
+  const Kind kind = (cell >> kClock & kUnderWay) == kUnderWay ? Kind::in_flight : Kind::race;
+  if (cta.cluster->again(kind, line)) return;
+  const auto place = [&](uint32_t ptx_line) { return " at " + source_place(*l.module, ptx_line); };
+  std::string who;
+  if (serial < l.first_serial) {
+    who = "an earlier kernel";
+    const std::lock_guard lock(shadow_.mutex_);
+    for (const Past& p : shadow_.past_)
+      if (p.first <= serial) who = "kernel " + demangled(p.name);
+    who += ", launched before this programmatic dependent launch";
+  } else {
+    unsigned index[3];
+    l.index_of(serial - l.first_serial, index);
+    const std::string block =
+        "block (" + std::to_string(index[0]) + ", " + std::to_string(index[1]) + ", " + std::to_string(index[2]) + ")";
+    who = "warp " + std::to_string(cell >> kWarp & (kMaxWarps - 1)) + " of " +
+          (serial == cta.serial ? "this block" : block) + place(line);
+  }
+  const char* verb = use_ == Use::atomic ? "atomic" : write_ ? "write" : "read";
+  Finding f = finding_at(kind,
+                         "write by " + who + ", then " + verb + " by warp " + std::to_string(warp_.id) +
+                             place(warp_.line()) + " of " + describe(l, byte) + ": " + why,
+                         byte);
+  if (use_ == Use::fresh && (cell >> kStrong & 1)) {
+    f.breaks = Breaks::isa;
+    f.message +=
+        ". The first is an atomic or a strong write, and GPUs read up to 8 bytes with .cg as with .relaxed, which "
+        "would "
+        "be right";
+  }
+  cta.place_other(f, line);
+  cta.cluster->report(std::move(f));
 }
 
 void GlobalShadow::forget(uint64_t begin, uint64_t bytes) {

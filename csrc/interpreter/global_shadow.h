@@ -3,11 +3,13 @@
 //
 // A cell per word of 4 bytes names the last writer and which of the bytes it wrote. Another writer of other bytes of
 // the word takes the cell over: what it forgets is never a false alarm. Cells are one atomic of 64 bits each, as CTAs
-// run on several threads, and lie in pages that the first write makes.
+// run on several threads, and lie in pages that the first write makes, beside the writes' lines of the PTX, for
+// messages.
 //
 // Found: what a CTA reads or writes after another warp or another CTA of the launch wrote it, with nothing in between
 // (RAW, WAW), and what a programmatic dependent launch touches before its griddepcontrol.wait. Between clusters strong
-// accesses order, as far as one has released and the other acquired (releases.h). Not found: writes after reads, as
+// accesses order, as far as one has released and the other acquired (releases.h). What a bulk store writes is known to
+// nobody until it has been waited for (under_way). Not found: writes after reads, as
 // reads leave no trace; reads after writes between the warps of a CTA in PTX of LLVM's (Module::replicates).
 #include <atomic>
 #include <cstdint>
@@ -42,25 +44,27 @@ class GlobalShadow {
   // Of a cell: serial of the CTA 32 | strong 1 | warp 5 | clock since the CTA began 22 | bytes written 4.
   using Cell = uint64_t;
   static constexpr int kSerial = 32, kStrong = 31, kWarp = 26, kClock = 4;
-  static constexpr Cell kClockLimit = Cell{1} << (kWarp - kClock), kAll = 15;
+  static constexpr Cell kUnderWay = (Cell{1} << (kWarp - kClock)) - 1, kAll = 15;  // kUnderWay: a clock, the last
   static constexpr Cell kOwner = ~Cell{0} << kSerial | Cell{kMaxWarps - 1} << kWarp;
 
  public:
-  // One instruction of a warp: every range that it touches. Throws a Finding.
+  // One instruction of a warp: every range that it touches. Reports what is wrong.
   class Access {
    public:
-    Access(GlobalShadow&, const Warp&, Use);
+    Access(GlobalShadow&, const Warp&, Use, bool under_way);
     void operator()(uint64_t begin, uint64_t bytes) const;
 
    private:
     template <bool kWrite>
     void scan(uint64_t begin, uint64_t bytes) const;
-    void check(Cell cell, uint64_t address, Cell mask) const;
+    void check(Cell cell, uint32_t line, uint64_t address, Cell mask) const;
+    void report(Cell cell, uint32_t line, uint64_t byte, const std::string& why) const;
     Clock known(uint64_t cta, int warp) const;
     GlobalShadow& shadow_;
     const Warp& warp_;
     const Use use_;
     const bool write_;
+    const uint32_t line_;
     Cell oldest_, exempt_, stamp_;  // cells below oldest_ and of exempt_'s owner are no conflict
     mutable Cell owner_ = 0;        // of the cell before, as neighbours often have one,
     mutable Clock known_ = 0;       // and how far it is known

@@ -1,8 +1,10 @@
 // Images: fat binaries as nvcc's host code registers them, their kernels and variables by host address, and launches.
 #include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <unordered_map>
 
 #include "core.h"
@@ -48,6 +50,8 @@ struct Image {
   std::string holds;  // for messages: "sm_80, sm_90a, compute_80 (compressed by LZ4)"
   bool linked = false;
   std::map<std::string, std::unique_ptr<Module>> modules;  // by the device's architecture, loaded at the first use
+  std::string loaded;                                      // what was loaded at run time, if it was
+  std::set<std::string> names;  // of kernels and variables that were asked for: their addresses stand for host's
 };
 
 struct Kernel {
@@ -72,16 +76,19 @@ Registry& registry() {
   return *r;
 }
 
-void read(Image& image, const Wrapper& wrapper) {
-  image.linked = wrapper.version != 1;
-  Header header;
-  if (wrapper.magic != kWrapperMagic) return;
-  std::memcpy(&header, wrapper.data, sizeof header);
+template <class T>
+T value_at(const void* bytes) {
+  T value;
+  std::memcpy(&value, bytes, sizeof value);
+  return value;
+}
+
+void read_fat_binary(Image& image, const uint8_t* data) {
+  const auto header = value_at<Header>(data);
   if (header.magic != kMagic) return;
-  const uint8_t *cursor = wrapper.data + header.header_bytes, *end = cursor + header.bytes;
+  const uint8_t *cursor = data + header.header_bytes, *end = cursor + header.bytes;
   while (cursor < end) {
-    Entry e;
-    std::memcpy(&e, cursor, sizeof e);
+    const auto e = value_at<Entry>(cursor);
     const Ptx p{static_cast<int>(e.arch),
                 (e.flags & kSpecific) != 0,
                 (e.flags & kLz4) != 0,
@@ -95,36 +102,65 @@ void read(Image& image, const Wrapper& wrapper) {
   }
 }
 
-// The PTX that the driver would compile for the device if there were no cubin: its own, else the highest portable one.
+void read(Image& image, const Wrapper& wrapper) {
+  image.linked = wrapper.version != 1;
+  if (wrapper.magic == kWrapperMagic) read_fat_binary(image, wrapper.data);
+}
+
+[[noreturn]] void refuse(const std::string& message) {
+  Finding f;
+  f.kind = Kind::unsupported;
+  f.message = message;
+  f.arch = current_device() ? current_device()->arch : "";
+  throw f;
+}
+
+void read_ptx(Image& image, const char* text) {
+  image.loaded = text;
+  const size_t target = image.loaded.find(".target sm_");
+  if (target == std::string::npos) refuse("what was loaded is no PTX: there is no .target sm_ in it");
+  int arch = 0;
+  const char* const digits = image.loaded.data() + target + std::strlen(".target sm_");
+  const auto end = std::from_chars(digits, image.loaded.data() + image.loaded.size(), arch).ptr;
+  image.ptx.push_back({arch, *end == 'a', false, false, image.loaded});
+  image.holds = "compute_" + image.ptx.back().name();
+}
+
+// Whatever cuModuleLoadData takes.
+void read_any(Image& image, const void* code) {
+  constexpr uint32_t kElf = 0x464c457f;
+  const auto magic = value_at<uint32_t>(code);  // of the shortest text, too: ".ver"
+  if (magic == kElf)
+    refuse("what was loaded is a cubin, and the interpreter runs PTX: load the PTX that it was made of");
+  if (magic == kWrapperMagic) return read(image, *static_cast<const Wrapper*>(code));
+  if (magic == kMagic) return read_fat_binary(image, static_cast<const uint8_t*>(code));
+  read_ptx(image, static_cast<const char*>(code));
+}
+
+// The PTX that the driver would compile for the device if there were no cubin: one for it alone (sm_90a, sm_120a), else
+// the highest portable one.
 const Ptx* choose(const Image& image, const Device& device) {
+  const int arch = device.major * 10 + device.minor;
   const Ptx* best = nullptr;
   for (const Ptx& p : image.ptx) {
-    if ("sm_" + p.name() == device.arch) return &p;
-    if (!p.specific && p.arch <= device.major * 10 + device.minor && (!best || p.arch > best->arch)) best = &p;
+    if (p.specific && p.arch == arch) return &p;
+    if (!p.specific && p.arch <= arch && (!best || p.arch > best->arch)) best = &p;
   }
   return best;
 }
 
 [[noreturn]] void refuse(const Image& image, const Device& device) {
   const std::string arch = device.arch + 3;
-  Finding f;
-  f.kind = Kind::unsupported;
-  f.message = "the program holds no PTX that the interpreter can run on " + std::string(device.arch) + ", only " +
-              (image.holds.empty() ? "nothing" : image.holds) + "; compile it with -gencode=arch=compute_" + arch +
-              ",code=compute_" + arch + " --compress-mode=none" + (image.linked ? " and without -rdc=true" : "");
-  f.arch = device.arch;
-  throw f;
+  refuse("the program holds no PTX that the interpreter can run on " + std::string(device.arch) + ", only " +
+         (image.holds.empty() ? "nothing" : image.holds) + "; compile it with -gencode=arch=compute_" + arch +
+         ",code=compute_" + arch + " --compress-mode=none" + (image.linked ? " and without -rdc=true" : ""));
 }
 
-std::string text_of(const Ptx& ptx, const Device& device) {
+std::string text_of(const Ptx& ptx) {
   if (!ptx.zstandard) return std::string(ptx.text);
   std::string problem;
   if (auto text = decompress_zstandard(ptx.text, &problem)) return *std::move(text);
-  Finding f;
-  f.kind = Kind::unsupported;
-  f.message = "the program's PTX is compressed, and " + problem + ", or compile with --compress-mode=none";
-  f.arch = device.arch;
-  throw f;
+  refuse("the program's PTX is compressed, and " + problem + ", or compile with --compress-mode=none");
 }
 
 // Called with the registry locked. Throws a Finding.
@@ -133,7 +169,7 @@ Module& module_for(Image& image, const Device& device) {
   if (!module) {
     const Ptx* ptx = choose(image, device);
     if (!ptx || ptx->lz4) refuse(image, device);
-    module = load(text_of(*ptx, device));
+    module = load(text_of(*ptx));
     for (const auto& [name, g] : module->globals) storage().add(g.address, g.bytes, name, g.constant);
   }
   return *module;
@@ -178,6 +214,18 @@ int64_t max_dynamic_shared(const DeviceKernel& f) {
 int blocks_of(const DeviceKernel& f, int threads, int64_t dynamic_shared) {
   if (threads > static_cast<int>(max_threads(*f.code->source)) || dynamic_shared > max_dynamic_shared(f)) return 0;
   return resident_blocks(*f.device, *f.code, threads, f.code->shared_bytes + dynamic_shared);
+}
+
+// A name's address in the image, for a kernel or variable that has it; null: there is none. Called with the registry
+// locked.
+const void* host_address(Image& image, const char* name, bool kernel) {
+  const Device* device = current_device();
+  if (!device) return nullptr;
+  const Module& module = module_for(image, *device);
+  const auto code = module.functions.find(name);
+  const bool is_kernel = code != module.functions.end() && code->second.source->entry;
+  if (kernel ? !is_kernel : !module.globals.count(name)) return nullptr;
+  return &*image.names.insert(name).first;
 }
 
 int threads_of(const fpi_launch_config& c) { return static_cast<int>(c.block[0] * c.block[1] * c.block[2]); }
@@ -230,6 +278,49 @@ void fpi_variable_register(void* image, const void* host, const char* name) {
   });
 }
 
+int fpi_image_load(const void* code, void** handle) {
+  return guarded([&]() -> int {
+    *handle = nullptr;
+    const Device* device = current_device();
+    if (!device) return cuda::kNoDevice;
+    auto image = std::make_unique<Image>();
+    try {
+      read_any(*image, code);
+    } catch (const Finding& f) {
+      return report(f, cuda::kInvalidKernelImage);
+    }
+    const std::lock_guard lock(registry().mutex);
+    try {
+      module_for(*image, *device);
+    } catch (const Finding& f) {
+      return report(f, choose(*image, *device) ? cuda::kInvalidPtx : cuda::kNoKernelImageForDevice);
+    }
+    *handle = image.get();
+    registry().images.push_back(std::move(image));
+    return cuda::kSuccess;
+  });
+}
+
+int fpi_image_kernel(void* image, const char* name, const void** host) {
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    *host = host_address(*static_cast<Image*>(image), name, true);
+    if (!*host) return cuda::kSymbolNotFound;
+    registry().kernels.try_emplace(*host, Kernel{static_cast<Image*>(image), name});
+    return cuda::kSuccess;
+  });
+}
+
+int fpi_image_variable(void* image, const char* name, const void** host) {
+  return guarded([&]() -> int {
+    const std::lock_guard lock(registry().mutex);
+    *host = host_address(*static_cast<Image*>(image), name, false);
+    if (!*host) return cuda::kSymbolNotFound;
+    registry().variables.try_emplace(*host, Variable{static_cast<Image*>(image), name});
+    return cuda::kSuccess;
+  });
+}
+
 int fpi_variable(const void* host, void** address, int64_t* bytes) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
@@ -271,14 +362,19 @@ int fpi_kernel(const void* host, fpi_kernel_properties* p) {
   });
 }
 
-int fpi_kernel_parameter(const void* host, int index, int64_t* bytes) {
+int fpi_kernel_parameter(const void* host, int index, int64_t* offset, int64_t* bytes) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
     if (const int error = find(host, f)) return error;
     const auto& parameters = f.code->source->parameters;
     if (index < 0 || index >= static_cast<int>(parameters.size())) return cuda::kInvalidValue;
-    *bytes = static_cast<int64_t>(parameters[static_cast<size_t>(index)].bytes);
+    for (int k = 0, end = 0; k <= index; ++k) {
+      const int alignment = std::max(parameters[k].alignment, 1);
+      *offset = (end + alignment - 1) / alignment * alignment;
+      *bytes = parameters[k].bytes;
+      end = static_cast<int>(*offset + *bytes);
+    }
     return cuda::kSuccess;
   });
 }
@@ -335,7 +431,6 @@ int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* lar
 int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
   return guarded([&]() -> int {
     if (drops_launch()) return cuda::kSuccess;
-    const Code* code = nullptr;
     DeviceKernel f{};
     {
       const std::lock_guard lock(registry().mutex);
@@ -347,16 +442,13 @@ int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
                                             blocks_of(f, threads_of(*config), config->dynamic_shared))
         return cuda::kCooperativeLaunchTooLarge;
     }
-    try {
-      code = function(*f.module, f.code->name);
-    } catch (Finding& finding) {
-      finding.arch = f.device->arch;
-      return report(finding);
-    }
-    std::vector<uint8_t> parameters(code->own_param_bytes);
-    for (size_t k = 0; k < code->parameters.size(); ++k)
-      std::memcpy(&parameters[code->parameters[k].offset], args[k], code->parameters[k].bytes);
-    return launch(*f.module, *code, *config, std::move(parameters),
+    const auto arguments = [args](const Code& code) {
+      std::vector<uint8_t> parameters(code.own_param_bytes);
+      for (size_t k = 0; k < code.parameters.size(); ++k)
+        std::memcpy(&parameters[code.parameters[k].offset], args[k], code.parameters[k].bytes);
+      return parameters;
+    };
+    return launch(*f.module, f.code->name, *config, arguments,
                   f.kernel->nonportable_clusters ? kLargestCluster : kPortableCluster);
   });
 }

@@ -66,6 +66,8 @@ constexpr Entry kTable[] = {
     {"9.7.13.13", "", "control"},  // griddepcontrol; elect, which costs as little
     {"9.7.13.15", "", "mbarrier"},
     {"9.7.13.16", "", "TMA"},
+    {"9.7.13.17", "", "control"},  // clusterlaunchcontrol
+    {"9.7.13.18", "", "control"},
     {"9.7.13", "", "shuffle and vote"},       // vote, match, activemask, redux
     {"9.7.14.5.17", "", "shuffle and vote"},  // movmatrix
     {"9.7.14.5.15", "", "ldmatrix"},
@@ -73,6 +75,9 @@ constexpr Entry kTable[] = {
     {"9.7.14", "", "mma"},
     {"9.7.15.7", "", "wgmma wait"},  // its fence and groups
     {"9.7.15", "", "wgmma"},
+    {"9.7.16.8", "", "tensor memory"},  // its loads, stores and their waits
+    {"9.7.16.10", "", "tcgen05.mma"},
+    {"9.7.16", "", "tcgen05"},
     {"9.7.19", "", "control"},
 };
 

@@ -9,8 +9,9 @@
 extern "C" {
 #endif
 
-// Which GPU there is: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100), "sm_120" (RTX PRO 6000); "sm_90a/16": so many of
-// its multiprocessors, as a MIG slice has. Null: none; launches then return cudaErrorNoDevice.
+// Which GPU there is: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100), "sm_100a" (B200), "sm_120" (RTX PRO
+// 6000); "sm_90a/16": so many of its multiprocessors, as a MIG slice has. Null: none; launches then return
+// cudaErrorNoDevice.
 int fpi_set_device(const char* arch);
 const char* fpi_device(void);
 
@@ -32,13 +33,22 @@ struct fpi_options {
   uint64_t step_limit;  // warp instructions of one CTA; 0: the default
   uint64_t counters;    // not 0: counts what launches do, under this name
   int32_t timeline;     // records besides what fpi_timeline_json spends time on
+  int32_t sample;       // not 0: only so many clusters of a launch run, and count for all of them
+  int32_t findings, isa;
 };
+// fpi_options::findings: the first is an error of its launch, or each is kept and the launch goes on where it can. isa:
+// what becomes of those that break the letter of the ISA and no hardware: kept, an error as others are, or forgotten.
+enum { fpi_findings_raise, fpi_findings_collect };
+enum { fpi_isa_report, fpi_isa_ignore, fpi_isa_raise };
 // Starts the seed's schedules anew: the first launch after it is scheduled as the first of any process is.
 void fpi_set_options(const struct fpi_options*);
 void fpi_get_options(struct fpi_options*);
 
 // Launches may take so many seconds together from now on, and then end with cudaErrorLaunchTimeout. 0: no limit.
 void fpi_set_time_limit(double seconds);
+// Rules of findings that are kept and no errors, a line each (ignore_rules.h), in place of those before. Null, or what
+// is wrong with them, and then nothing has changed.
+const char* fpi_ignore(const char* rules);
 
 // Storage that kernels may touch. Scopes nest per process: leaving one forgets what was added inside it.
 void fpi_storage_enter(void);
@@ -75,6 +85,12 @@ void fpi_image_unregister(void* image);
 void fpi_kernel_register(void* image, const void* host, const char* name);
 void fpi_variable_register(void* image, const void* host, const char* name);
 int fpi_variable(const void* host, void** address, int64_t* bytes);
+
+// Code that is loaded at run time: PTX text, or a fat binary, which may have a wrapper. Kernels and variables of any
+// image by their names become ones with a host address, which the functions above and below then take.
+int fpi_image_load(const void* code, void** image);
+int fpi_image_kernel(void* image, const char* name, const void** host);
+int fpi_image_variable(void* image, const char* name, const void** host);
 
 struct fpi_launch_config {
   unsigned grid[3], block[3], cluster[3];
@@ -124,7 +140,7 @@ struct fpi_kernel_properties {
   int32_t max_threads, registers, parameters, cluster[3], nonportable_clusters;  // registers: assumed, PTX has none
 };
 int fpi_kernel(const void* host, struct fpi_kernel_properties*);
-int fpi_kernel_parameter(const void* host, int index, int64_t* bytes);
+int fpi_kernel_parameter(const void* host, int index, int64_t* offset, int64_t* bytes);
 int fpi_kernel_allow_shared(const void* host, int64_t dynamic_bytes);
 int fpi_kernel_allow_nonportable_clusters(const void* host, int allow);
 int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks);  // of one multiprocessor
@@ -142,7 +158,16 @@ const char* fpi_tensor_map_error(void);
 const char* fpi_finding(void);
 const char* fpi_finding_json(void);
 void fpi_finding_clear(void);
-void fpi_on_finding(void (*)(const char* text, int error));  // called with each, and the cudaError_t that it becomes
+// Those behind which launches went on since it was asked last, or that ended one and were kept, each once, as a list.
+const char* fpi_findings_json(void);
+
+// Called with each finding, once a launch. `error`: the cudaError_t that it becomes; 0 where it is kept.
+struct fpi_finding_record {
+  const char *text, *summary;  // a paragraph; a line: kind, place and kernel
+  uint64_t count;
+  int error, ignored, isa;  // ignored: by a rule; isa: breaks no hardware
+};
+void fpi_on_finding(void (*)(const struct fpi_finding_record*));
 
 // Counters since the last reset: warp instructions, nanoseconds and multiply-accumulates within mma and wgmma,
 // launches.

@@ -8,6 +8,7 @@
 #include <exception>
 #include <functional>
 #include <optional>
+#include <string_view>
 #include <system_error>
 #include <thread>
 
@@ -26,10 +27,17 @@ constexpr uint64_t kTurn = 1 << 22;
 // counter that hands out tiles gives each CTA about as many as on a GPU, and not all of them to the first.
 constexpr uint64_t kRecordedTurn = 1 << 13;
 
+// What is enough of a launch that is sampled, in warp instructions.
+constexpr uint64_t kSampleSteps = 1 << 18;
+
 struct Grid {
-  explicit Grid(Launch& l) : launch(l), total(l.grid_size() / l.cluster_size()) {}
+  explicit Grid(Launch& l) : launch(l), all(l.grid_size() / l.cluster_size()), total(all) {
+    if (l.options.sample > 0) total = std::min<uint64_t>(all, l.options.sample);
+  }
   Launch& launch;
-  uint64_t total;
+  const uint64_t all;
+  std::atomic<uint64_t> total;  // that run
+  std::atomic<uint64_t> steps{0};
   std::atomic<uint64_t> next{0};
   std::atomic<int> resident{0};
   std::mutex mutex;
@@ -47,6 +55,11 @@ struct Grid {
       found_at = cluster;
       finding = std::move(f);
     }
+  }
+  void add(Findings&& findings) {
+    if (findings.empty()) return;
+    const std::lock_guard lock(mutex);
+    launch.findings.add(std::move(findings));
   }
   // Out of memory, most likely: the other threads give up.
   void fail() {
@@ -134,17 +147,14 @@ bool turn(Grid& grid, Resident& r) {
                                  " warp instructions; a loop waits for what never comes, or the limit is low");
     }
   } catch (Finding& f) {
-    if (!f.ptx_line) {
-      for (const Warp* w : cluster.warps) {
-        const bool culprit = cluster.running() ? w == cluster.running() : w->live != 0;
-        if (!culprit || w->strands.empty()) continue;
-        w->cta->place(f, *w);
-        break;
-      }
-    }
-    f.kernel = grid.launch.code->name;
-    f.seed = grid.launch.options.seed;
+    if (!f.ptx_line) cluster.place(f);
+    grid.launch.describe(f);
     grid.report(r.number, std::move(f));
+  }
+  grid.add(std::move(cluster.findings));
+  // a sample is large enough by clusters or by instructions; those that have begun end
+  if (grid.launch.options.sample > 0 && (grid.steps += cluster.steps()) > kSampleSteps) {
+    grid.total = std::min<uint64_t>(grid.total, grid.next);
   }
   if (grid.launch.trace) grid.launch.trace->end(cluster);
   if (auto* counters = grid.launch.counters) {
@@ -167,7 +177,8 @@ void work(Grid& grid) {
     if (std::chrono::steady_clock::now().time_since_epoch() > l.deadline) grid.expired = true;
     if (more && grid.resident < l.resident) {
       ++grid.resident;
-      const uint64_t n = grid.next++;
+      uint64_t n = grid.next++;
+      while (l.may_be_cancelled(n)) n = grid.next++;
       more = n < grid.total && n < grid.found_at;
       if (more) {
         auto cluster = spare.empty() ? std::make_unique<Cluster>() : std::move(spare.back());
@@ -187,6 +198,12 @@ void work(Grid& grid) {
     residents.pop_front();
     const bool hopeless = r.number > grid.found_at;
     if (hopeless || turn(grid, r)) {
+      const uint64_t left = r.cluster->successor;
+      if (!hopeless && l.may_be_cancelled(left) && left < grid.found_at) {  // nobody has cancelled it
+        r.cluster->begin(grid.launch, left, grid.counts ? &sheet : nullptr);
+        residents.push_back({std::move(r.cluster), left});
+        continue;
+      }
       --grid.resident;
       spare.push_back(std::move(r.cluster));
     } else {
@@ -209,6 +226,10 @@ void work_safely(Grid& grid) {
 
 }  // namespace
 
+bool Launch::may_be_cancelled(uint64_t number) const {
+  return cancels && number && number < grid_size() / cluster_size() && (mix(options.seed + mix(number + 1)) & 3);
+}
+
 void Launch::index_of(uint64_t number, unsigned index[3]) const {
   uint64_t of_cluster = number / cluster_size(), rank = number % cluster_size();
   for (int d = 0; d < 3; ++d) {
@@ -219,8 +240,18 @@ void Launch::index_of(uint64_t number, unsigned index[3]) const {
   }
 }
 
+void Launch::describe(Finding& f) const {
+  f.kernel = demangled(code->name);
+  f.mangled = code->name;
+  f.seed = options.seed;
+  f.arch = arch;
+}
+
 bool Launch::run() {
   const GlobalShadow::Recording recording(global_shadow(), *this);
+  constexpr std::string_view kCancels = "clusterlaunchcontrol.try_cancel";
+  cancels = std::any_of(code->statements.begin(), code->statements.end(),
+                        [&](const Statement* s) { return s->opcode.compare(0, kCancels.size(), kCancels) == 0; });
   Grid grid(*this);
   if (recorded(options)) trace = begin_trace(*this);
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());
@@ -229,7 +260,9 @@ bool Launch::run() {
   if (grid.failure) std::rethrow_exception(grid.failure);
   if (counters) ++counters->launches;
   if (trace) trace->add_to(grid.sheet);
-  if (grid.counts) record(*this, grid.sheet);
+  if (grid.counts)
+    record(*this, grid.sheet,
+           static_cast<double>(grid.all) / static_cast<double>(std::min(grid.all, grid.total.load())));
   if (recorded(options) && !grid.finding) keep_trace(*this, grid.sheet);
   if (grid.finding) throw *grid.finding;
   return !grid.expired;

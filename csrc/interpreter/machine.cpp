@@ -67,7 +67,9 @@ Frame* Warp::enter(const Code& code, Frame* caller, const Instruction* call, Mas
   std::memcpy(f->registers, code.image.data(), code.image.size());
   for (const Preset& p : code.presets) {
     for (int l = 0; l < kLanes; ++l) {
-      const uint64_t v = (p.special ? p.special(*this, l) : f->local_base) + p.bits;
+      const uint64_t base = p.special ? p.special(*this, l) : p.shared < 0 ? static_cast<uint64_t>(f->local_base) : 0;
+      const int64_t variable = p.shared < 0 ? 0 : cta->launch->code->shared_offset[p.shared];
+      const uint64_t v = base + static_cast<uint64_t>(variable) + p.bits;
       std::memcpy(f->registers + p.offset + l * p.bytes, &v, p.bytes);
     }
   }
@@ -99,7 +101,10 @@ void Warp::leave(Mask lanes, bool exit) {
     for (Frame* f = frame_left; f; f = f->caller) f->inside &= ~lanes;
     cta->cluster->happened();
     if (last) {
-      if (!--cta->live_warps) check_bulk_at_end(*cta);
+      if (!--cta->live_warps) {
+        check_bulk_at_end(*cta);
+        check_tensor_memory_at_end(*cta);
+      }
       --cta->cluster->live_warps;
     }
     cta->settle_barriers();
@@ -313,7 +318,8 @@ void Cta::begin(Cluster& c, int r, const unsigned coordinates[3]) {
   const unsigned n = threads(), count = (n + kLanes - 1) / kLanes;
   first_agent = kFirstWarp + rank * static_cast<int>(count);
   shared.assign(l.code->shared_bytes + l.dynamic_shared, 0xff);
-  shadow.reset(*this);
+  shadow.reset(*this, shared.size());
+  has_tensor_memory = false;
   mbarriers.clear();
   std::fill(std::begin(barriers), std::end(barriers), NamedBarrier());
   visitors = VectorClock();
@@ -348,7 +354,7 @@ void Cta::visited(const Actor& actor, bool remember) {
   f.kind = Kind::out_of_bounds;
   f.message = shadow.name_of(actor.agent) + " accesses shared memory of the CTA of rank " + std::to_string(rank) +
               ", which has exited: a barrier of the cluster must come between";
-  throw f;
+  cluster->report(std::move(f));
 }
 
 void Cta::exits(const Warp& last) {
@@ -356,9 +362,11 @@ void Cta::exits(const Warp& last) {
   if (live_warps > 1 || !launch->options.checks) return;
   for (int a = 0; a < visitors.width; ++a) {
     if (visitors.clocks[a] <= departed.seen.clocks[a]) continue;
-    last.fail(Kind::race,
-              "the CTA exits while its shared memory may still be in use: nothing orders this after an access by " +
-                  shadow.name_of(a) + "; a barrier of the cluster must come between");
+    Finding f;
+    f.kind = Kind::race;
+    f.message = "the CTA exits while its shared memory may still be in use: nothing orders this after an access by " +
+                shadow.name_of(a) + "; a barrier of the cluster must come between";
+    cluster->report(std::move(f));
   }
 }
 
@@ -393,6 +401,14 @@ void Cta::place(Finding& f, const Code& code, uint32_t pc) const {
   f.ptx_line = statement.line;
   std::copy(index, index + 3, f.block);
   f.instruction = launch->module->line(statement.line);
+}
+
+void Cta::place_other(Finding& f, uint32_t ptx_line) const {
+  f.other_ptx_line = static_cast<int>(ptx_line);
+  if (!ptx_line) return;
+  SourceLine source = source_line(*launch->module, ptx_line);
+  f.other_file = std::move(source.file);
+  f.other_line = source.line;
 }
 
 }  // namespace forwardpass::interpreter

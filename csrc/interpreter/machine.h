@@ -23,6 +23,7 @@
 #include "program.h"
 #include "releases.h"
 #include "shadow.h"
+#include "tensor_memory.h"
 
 namespace forwardpass::interpreter {
 
@@ -41,7 +42,9 @@ struct Options {
   int threads = 0;                      // 0: one per core
   uint64_t counters = 0;                // not 0: the name under which launches are counted
   bool timeline = false;                // records what timeline_replay.h spends time on; needs counters
+  int sample = 0;                       // not 0: clusters of a launch that run, the first ones
   uint64_t step_limit = 4'000'000'000;  // warp instructions of one CTA
+  FindingPolicy policy;
 };
 
 struct Frame {
@@ -85,6 +88,7 @@ struct Wgmma;              // rows/wgmma.cpp
 class UndefinedRegisters;  // undefined.h
 struct CpAsync;            // rows/cp_async.cpp
 struct Bulk;               // rows/bulk.cpp
+struct Tcgen05;            // rows/tcgen05.h
 struct MBarrier;           // mbarrier.h
 struct ClusterBarrier;     // rows/cluster_barrier.cpp
 
@@ -105,6 +109,7 @@ struct alignas(64) Warp {
   LaneOrder lane_order;
   std::unique_ptr<Knowledge> fenced;  // at its last fence: what a relaxed arrival at the cluster's barrier gives away
   RegionCache regions;
+  const LaneAddresses* accessing = nullptr;  // while access() checks them
   uint64_t random_state = 0;
   std::vector<std::unique_ptr<Frame>> frames;  // alive
   std::vector<uint8_t> local[kLanes];          // .local memory, grown by the frames that need it
@@ -122,6 +127,7 @@ struct alignas(64) Warp {
   std::shared_ptr<CpAsync> cp_async;
   std::shared_ptr<Bulk> bulk;
   std::shared_ptr<Wgmma> wgmma;
+  std::shared_ptr<Tcgen05> tcgen05;
   std::shared_ptr<UndefinedRegisters> undefined;
   bool acquires = false;        // a strong read of global memory is under way: access() to its handler
   Mask unwritten = 0;           // lanes whose bytes of the load under way nothing has written: access() to its handler
@@ -162,7 +168,8 @@ struct alignas(64) Warp {
   }
   uint32_t random();  // seeded, one stream per warp
 
-  // A finding at the instruction that runs: file, line, kernel, block, warp are filled in by whoever catches it.
+  // A finding at the instruction that runs, which cannot go on: file, line, kernel, block, warp are filled in by
+  // whoever catches it. One that it can go on behind is for Cluster::report.
   [[noreturn]] void fail(Kind, std::string message, int lane = -1) const;
   [[noreturn]] void fail_at(Kind, std::string message, int lane, uint64_t address) const;
 };
@@ -176,7 +183,9 @@ struct Cta {
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;  // static, then dynamic
   Shadow shadow;
-  uint32_t serial = 0;  // of all CTAs of all launches
+  std::unique_ptr<TensorMemory> tensor_memory;  // kept from one CTA to the next: it is large
+  bool has_tensor_memory = false;               // this one has allocated some
+  uint32_t serial = 0;                          // of all CTAs of all launches
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
   int live_warps = 0;
   Sheet* sheet = nullptr;  // if the launch is counted
@@ -208,6 +217,7 @@ struct Cta {
   // Fills in where a finding was made: the instruction that a warp is at, or one of a pending operation.
   void place(Finding&, const Warp&) const;
   void place(Finding&, const Code&, uint32_t pc) const;
+  void place_other(Finding&, uint32_t ptx_line) const;  // of the other end; line 0: not known
 };
 
 // CTAs that run together, as one unit of the scheduler, on one thread.
@@ -229,6 +239,7 @@ struct Cluster {
   VectorClock fenced;              // what its warps knew at their fences
   ReleaseLog* releases = nullptr;  // the launch's of it; null: none so far
   std::shared_ptr<ClusterBarrier> barrier;
+  uint64_t successor = 0;  // the next cluster of the grid that it may cancel, to do its work (rows/cluster_launch.cpp)
 
   // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
   int async_agent(const Warp& issuer);
@@ -239,10 +250,18 @@ struct Cluster {
   void complete(Pending&);  // at once; no-op when done
   void happened() { ++events; }
 
+  // Of the instruction that runs, or that issued what completes now, unless the finding has a place already. Throws it
+  // where the launch's policy has it end there.
+  void report(Finding);
+  // Whether the same has been reported before, with the same instruction at its other end. It is then counted, and need
+  // not be put into words again.
+  bool again(Kind, uint32_t other_line, bool within_warp = false);
+  void place(Finding&) const;
+  Findings findings;
+
   void begin(Launch&, uint64_t number, Sheet*);  // of the cluster within the grid
   // Runs until every warp has exited (true) or `budget` warp instructions are used up (false). Throws Finding.
   bool run(uint64_t budget);
-  const Warp* running() const { return running_; }
   uint64_t steps() const;
 
  private:
@@ -252,6 +271,7 @@ struct Cluster {
   enum class Order : uint8_t { fair, ahead, behind } order_ = Order::fair;
   int favourite_ = 0;
   Warp* running_ = nullptr;
+  Pending* completing_ = nullptr;
   uint64_t random_state_ = 0;
   uint32_t random();
 };
@@ -262,6 +282,7 @@ using Deadline = std::chrono::nanoseconds;
 struct Launch {
   const Module* module;
   const Code* code;
+  const char* arch = "";  // of the device
   unsigned grid[3], block[3], cluster[3] = {1, 1, 1};
   int64_t dynamic_shared = 0;
   std::vector<uint8_t> parameters;  // as the kernel's .param area
@@ -278,15 +299,23 @@ struct Launch {
   Releases releases;
   std::shared_ptr<LaunchTrace> trace;  // if it is recorded
   Deadline deadline = Deadline::max();
-  int resident = 1;                    // clusters that the device holds at once: they may wait for each other
+  Findings findings;     // behind which it went on
+  int resident = 1;      // clusters that the device holds at once: they may wait for each other
+  bool cancels = false;  // its clusters may cancel others that have not begun
+
+  // Whether a cluster waits for the one before it to cancel it, or to end: the seed decides, so that it does not depend
+  // on the threads which cluster gets whose work.
+  bool may_be_cancelled(uint64_t number) const;
 
   // Runs the grid on Options::threads threads, clusters in order, as many resident as the device holds where they wait
-  // for each other. Throws the finding of the lowest cluster. False: the deadline has passed.
+  // for each other. Throws the finding of the lowest cluster that one has stopped. False: the
+  // deadline has passed.
   bool run();
   uint64_t grid_size() const { return static_cast<uint64_t>(grid[0]) * grid[1] * grid[2]; }
   uint64_t cluster_size() const { return static_cast<uint64_t>(cluster[0]) * cluster[1] * cluster[2]; }
   // Where a CTA lies in the grid, by its number: they count cluster by cluster, each by rank.
   void index_of(uint64_t number, unsigned index[3]) const;
+  void describe(Finding&) const;  // whose it is
 };
 
 // The end of a load or an atomic: it might have been a strong read of global memory.

@@ -23,6 +23,9 @@ struct MBarrier {
   MBarrier(uint32_t address, uint32_t count, int initialiser)
       : address(address), initialiser(initialiser), expected(count), pending(count) {}
 
+  // As mbarrier.init has left it. Triton's compiler leaves such of barriers whose use it has optimised away.
+  bool untouched() const { return phase == 0 && pending == expected && !transactions; }
+
   // Each throws a Finding of kind mbarrier where the ISA's limits are passed, and ends the phase where it is complete.
   void arrive(Cta&, uint32_t count, bool drop = false);
   void expect_transactions(Cta&, int64_t bytes);
@@ -31,6 +34,9 @@ struct MBarrier {
  private:
   void settle(Cta&);
 };
+
+// Of what happens to such an object.
+constexpr const char* kNobodyCame = "; nothing has arrived or waited there since, so hardware does not mind";
 
 // The object at an offset of shared memory; a Finding where there is none.
 MBarrier& mbarrier_at(Cta&, uint32_t address);

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <array>
 #include <mutex>
 
 #include "global_shadow.h"
@@ -118,7 +119,8 @@ std::string describe(const Launch& l, uint64_t address) {
 
 namespace {
 
-const Memory::Region& global_region(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
+// Null: not all of it is there.
+const Memory::Region* global_region(Warp& w, uint64_t address, uint64_t bytes) {
   RegionCache& cache = w.regions;
   const Launch& l = *w.cta->launch;
   if (const uint64_t version = l.memory->version(); cache.version != version) {
@@ -126,31 +128,37 @@ const Memory::Region& global_region(Warp& w, uint64_t address, uint64_t bytes, U
     cache.version = version;
   }
   for (const auto& r : cache.regions)
-    if (r.covers(address, bytes)) return r;
+    if (r.covers(address, bytes)) return &r;
   Memory::Region& r = cache.regions[cache.next++ % RegionCache::kEntries];
-  if (l.memory->find(address, bytes, &r) || find_own(l, address, bytes, &r)) return r;
-  const uint64_t last = address + bytes - 1;
-  const bool inside = l.memory->find(address, 1, &r) || find_own(l, address, 1, &r);
+  if (l.memory->find(address, bytes, &r) || find_own(l, address, bytes, &r)) return &r;
   r = Memory::Region();
-  w.fail_at(Kind::out_of_bounds,
-            std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) + ": " +
-                describe(l, inside ? last : address),
-            lane, address);
+  return nullptr;
+}
+
+std::string bytes_at(Use use, uint64_t bytes, const std::string& where) {
+  return std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + where;
 }
 
 // The ranges that one instruction touches.
 class GlobalCheck {
  public:
-  GlobalCheck(Warp& w, Use use) : w_(w), use_(use), shadow_(global_shadow(), w, use) {}
-  void operator()(uint64_t address, uint64_t bytes, int lane) {
-    if (!region_.covers(address, bytes)) region_ = global_region(w_, address, bytes, use_, lane);
+  GlobalCheck(Warp& w, Use use, bool under_way = false)
+      : w_(w), use_(use), shadow_(global_shadow(), w, use, under_way) {}
+  // False: not all of it is there.
+  bool operator()(uint64_t address, uint64_t bytes, int lane) {
+    if (!region_.covers(address, bytes)) {
+      const Memory::Region* region = global_region(w_, address, bytes);
+      if (!region) return false;
+      region_ = *region;
+    }
     if (is_write(use_) && __builtin_expect(region_.read_only, 0)) {
-      w_.fail_at(Kind::illegal,
-                 std::string(name_of(use_)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address) +
-                     ", which is read-only: " + describe(*w_.cta->launch, address),
-                 lane, address);
+      w_.fail_at(
+          Kind::illegal,
+          bytes_at(use_, bytes, hexadecimal(address)) + ", which is read-only: " + describe(*w_.cta->launch, address),
+          lane, address);
     }
     if (w_.cta->launch->options.checks) shadow_(address, bytes);
+    return true;
   }
 
  private:
@@ -183,13 +191,11 @@ inline void each_range(const uint64_t a[kLanes], int bytes, F&& f) {
   f(begin, end - begin, first);
 }
 
-[[noreturn]] void fail_bounds(const Warp& w, const char* space, uint64_t size, uint64_t address, int bytes, Use use,
-                              int lane) {
-  w.fail_at(Kind::out_of_bounds,
-            std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + space + " " +
-                hexadecimal(address) + ", of which there are " + std::to_string(size) + " bytes",
-            lane, address);
-}
+bool within(uint64_t size, uint64_t begin, uint64_t bytes) { return begin <= size && bytes <= size - begin; }
+
+// An entry's own parameters are the launch's, the rest of the space is the frame's.
+uint64_t launched_bytes(const Warp& w) { return w.frame->caller ? 0 : w.frame->code->own_param_bytes; }
+uint64_t param_bytes(const Warp& w) { return std::max<uint64_t>(launched_bytes(w), w.frame->code->param_bytes); }
 
 }  // namespace
 
@@ -197,23 +203,57 @@ Cta* shared_cta(Cta& issuer, uint64_t address) {
   const uint64_t rank = address >> kRankShift;
   if (!rank) return &issuer;
   const auto& ctas = issuer.cluster->ctas;
-  return rank <= ctas.size() ? ctas[rank - 1].get() : nullptr;
+  return rank >= 2 && rank - 2 < ctas.size() ? ctas[rank - 2].get() : nullptr;
 }
 
-Cta& shared_range(Warp& w, uint64_t address, uint64_t bytes, bool cluster, Use use, int lane) {
+namespace {
+
+// Whose shared memory has the range, for .shared::cluster or without; null: nobody's.
+Cta* find_shared(Warp& w, uint64_t address, uint64_t bytes, bool cluster) {
   Cta* const cta = shared_cta(*w.cta, address);
-  if (cta && cta != w.cta && !cluster) {
-    w.fail_at(Kind::illegal,
-              "the address is of the shared memory of another CTA, rank " + std::to_string(cta->rank) +
-                  ": .shared and .shared::cta are the CTA's own, use .shared::cluster",
-              lane, address);
+  return cta && (cta == w.cta || cluster) && within(cta->shared.size(), shared_offset_of(address), bytes) ? cta
+                                                                                                          : nullptr;
+}
+
+// What there is to say of an access that is out of bounds.
+Finding outside(const Warp& w, ptx::Space space, uint64_t address, uint64_t bytes, Use use, int lane) {
+  using ptx::Space;
+  const Launch& l = *w.cta->launch;
+  Finding f;
+  if (space == Space::shared || space == Space::shared_cluster || space == Space::local || space == Space::param) {
+    const bool shared = space == Space::shared || space == Space::shared_cluster;
+    const Cta* const cta = shared ? shared_cta(*w.cta, address) : nullptr;
+    const uint64_t size = shared                  ? (cta ? cta : w.cta)->shared.size()
+                          : space == Space::local ? w.local[lane].size()
+                                                  : param_bytes(w);
+    const uint64_t offset = cta ? shared_offset_of(address) : address;
+    const char* name = shared ? "shared " : space == Space::local ? "local " : "param ";
+    f = finding_at(
+        Kind::out_of_bounds,
+        bytes_at(use, bytes, name + hexadecimal(offset)) + ", of which there are " + std::to_string(size) + " bytes",
+        offset);
+    if (cta && cta != w.cta && space == Space::shared) {
+      f.kind = Kind::illegal;
+      f.message = "the address is of the shared memory of another CTA, rank " + std::to_string(cta->rank) +
+                  ": .shared and .shared::cta are the CTA's own, use .shared::cluster";
+    }
+  } else {
+    Memory::Region r;
+    const bool begins_inside = l.memory->find(address, 1, &r) || find_own(l, address, 1, &r);
+    f = finding_at(
+        Kind::out_of_bounds,
+        bytes_at(use, bytes, hexadecimal(address)) + ": " + describe(l, begins_inside ? address + bytes - 1 : address),
+        address);
   }
-  const uint64_t offset = cta ? shared_offset_of(address) : address;
-  const uint64_t size = (cta ? cta : w.cta)->shared.size();
-  if (!cta || offset > size || bytes > size - offset) {
-    fail_bounds(w, "shared", size, offset, static_cast<int>(bytes), use, lane);
-  }
-  return *cta;
+  f.lane = lane;
+  return f;
+}
+
+}  // namespace
+
+Cta& shared_range(Warp& w, uint64_t address, uint64_t bytes, bool cluster, Use use, int lane) {
+  if (Cta* cta = find_shared(w, address, bytes, cluster)) return *cta;
+  throw outside(w, cluster ? ptx::Space::shared_cluster : ptx::Space::shared, address, bytes, use, lane);
 }
 
 namespace {
@@ -258,10 +298,27 @@ inline void each_lane_range(const uint64_t a[kLanes], int bytes, Mask mask, cons
   }
 }
 
-void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int bytes, Use use, Mask mask,
+// These return the lanes whose access is out of bounds.
+
+Mask access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int bytes, Use use, Mask mask,
                    uint8_t* host[kLanes], const LaneSet* on_behalf) {
   Cta& issuer = *w.cta;
-  const bool checks = issuer.launch->options.checks;
+  const bool checks = issuer.launch->options.checks, cluster = space == ptx::Space::shared_cluster;
+  uint64_t ones = 0;
+  for (int l = 0; l < kLanes; ++l) ones |= a[l];
+  const bool others = !within(issuer.shared.size(), ones, bytes);  // maybe
+  Mask outside = 0;
+  for (Mask rest = others ? mask : 0; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    if (!find_shared(w, a[l], bytes, cluster)) outside |= Mask{1} << l;
+  }
+  if (outside == mask) return outside;
+  uint64_t inside[kLanes];
+  if (outside) {  // these lanes repeat the first that is inside
+    mask &= ~outside;
+    for (int l = 0; l < kLanes; ++l) inside[l] = outside >> l & 1 ? a[__builtin_ctz(mask)] : a[l];
+    a = inside;
+  }
   Actor actor = w.actor();
   actor.lanes = w.lanes(__builtin_ctz(bytes));
   uint64_t last = 0;
@@ -272,66 +329,82 @@ void access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
       if (use == Use::load && issuer.shadow.loaded_unwritten()) note_unwritten(w, a, bytes, mask);
     }
     for (int l = 0; l < kLanes; ++l) host[l] = issuer.shared.data() + a[l];
-    return;
+    return outside;
   }
   if (on_behalf) actor.lanes.part_shift = on_behalf->part_shift(actor.lanes.part_shift);  // the same for each row
-  bool others = false, unwritten = false;
-  each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int lane, const LaneSet& set) {
-    Cta* cta = &issuer;
-    if (__builtin_expect(begin > issuer.shared.size() || size > issuer.shared.size() - begin, 0)) {
-      const bool cluster = space == ptx::Space::shared_cluster;
-      for (int l = lane; l < kLanes; ++l) shared_range(w, a[l], bytes, cluster, use, l);
-      cta = &shared_range(w, begin, size, cluster, use, lane);
-      if (cta != &issuer) cta->visited(actor);
-      others = true;
-    }
+  bool unwritten = false;
+  each_lane_range(a, bytes, mask, on_behalf, [&](uint64_t begin, uint64_t size, int, const LaneSet& set) {
+    Cta& cta = others ? *shared_cta(issuer, begin) : issuer;
+    if (&cta != &issuer) cta.visited(actor);
     if (checks) {
-      const Use here = cta == &issuer && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
+      const Use here = &cta == &issuer && use == Use::write ? Use::store : use;  // st and stmatrix settle this CTA's
       const auto offset = static_cast<uint32_t>(shared_offset_of(begin));
       actor.lanes.place(offset, set);
-      cta->shadow.access(actor, offset, static_cast<uint32_t>(size), here);
-      if (use == Use::load) unwritten |= cta->shadow.loaded_unwritten();
+      cta.shadow.access(actor, offset, static_cast<uint32_t>(size), here);
+      if (use == Use::load) unwritten |= cta.shadow.loaded_unwritten();
     }
   });
   if (unwritten) note_unwritten(w, a, bytes, mask);
-  if (!others) {
-    for (int l = 0; l < kLanes; ++l) host[l] = issuer.shared.data() + a[l];
-  } else {
-    for (int l = 0; l < kLanes; ++l) host[l] = shared_cta(issuer, a[l])->shared.data() + shared_offset_of(a[l]);
+  for (int l = 0; l < kLanes; ++l) {
+    Cta* const cta = others ? shared_cta(issuer, a[l]) : &issuer;
+    host[l] = cta ? cta->shared.data() + shared_offset_of(a[l]) : nullptr;
   }
+  return outside;
 }
 
-void access_local(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
+Mask access_local(Warp& w, const uint64_t a[kLanes], int bytes, Mask mask, uint8_t* host[kLanes]) {
+  Mask outside = 0;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    const uint64_t size = w.local[l].size();
-    if (a[l] > size || static_cast<uint64_t>(bytes) > size - a[l]) fail_bounds(w, "local", size, a[l], bytes, use, l);
+    if (!within(w.local[l].size(), a[l], bytes)) outside |= Mask{1} << l;
     host[l] = w.local[l].data() + a[l];
   }
+  return outside;
 }
 
-// An entry's own parameters are the launch's, the rest of the space is the frame's.
-void access_param(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
-  const Code& code = *w.frame->code;
-  const auto& launched = w.cta->launch->parameters;
-  const uint64_t kernel_bytes = w.frame->caller ? 0 : code.own_param_bytes,
-                 size = std::max<uint64_t>(kernel_bytes, code.param_bytes);
+Mask access_param(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
+  const uint64_t launched = launched_bytes(w), size = param_bytes(w);
+  Mask outside = 0;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    if (a[l] > size || static_cast<uint64_t>(bytes) > size - a[l]) fail_bounds(w, "param", size, a[l], bytes, use, l);
-    host[l] = a[l] < kernel_bytes ? const_cast<uint8_t*>(launched.data()) + a[l]
-                                  : w.frame->parameters.get() + l * code.param_bytes + a[l];
-    if (a[l] < kernel_bytes && is_write(use)) w.fail_at(Kind::illegal, "a kernel's parameters are read-only", l, a[l]);
+    if (!within(size, a[l], bytes)) outside |= Mask{1} << l;
+    host[l] = a[l] < launched ? const_cast<uint8_t*>(w.cta->launch->parameters.data()) + a[l]
+                              : w.frame->parameters.get() + l * w.frame->code->param_bytes + a[l];
+    if (a[l] < launched && is_write(use)) w.fail_at(Kind::illegal, "a kernel's parameters are read-only", l, a[l]);
   }
+  return outside;
 }
 
-void access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, uint8_t* host[kLanes]) {
-  each_range(a, bytes, GlobalCheck(w, use));
+Mask access_global(Warp& w, const uint64_t a[kLanes], int bytes, Use use, Mask mask, uint8_t* host[kLanes]) {
+  GlobalCheck check(w, use);
+  bool inside = true;
+  each_range(a, bytes, [&](uint64_t begin, uint64_t size, int lane) { inside = inside && check(begin, size, lane); });
+  Mask outside = 0;
+  for (Mask rest = inside ? 0 : mask; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    if (!check(a[l], bytes, l)) outside |= Mask{1} << l;
+  }
   for (int l = 0; l < kLanes; ++l) host[l] = reinterpret_cast<uint8_t*>(a[l]);
+  return outside;
+}
+
+constexpr int kMostBytes = 16;  // that a lane accesses
+
+// Where a lane's access goes that cannot be made.
+uint8_t* nowhere(Use use, int lane) {
+  static const std::array<uint8_t, kMostBytes> poison = [] {
+    std::array<uint8_t, kMostBytes> bytes;
+    bytes.fill(0xff);
+    return bytes;
+  }();
+  thread_local std::array<uint8_t, kMostBytes> dropped[kLanes];
+  if (!is_write(use)) return const_cast<uint8_t*>(poison.data());
+  dropped[lane] = poison;
+  return dropped[lane].data();
 }
 
 // What strong accesses to shared and global memory teach: before the access, as a release must not cover it.
-void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask mask, bool releases) {
+void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask mask, Ordering ordering) {
   uint64_t last = ~uint64_t{0};
   for (int l = 0; l < kLanes; ++l) {
     uint64_t line = a[l] >> 7;
@@ -340,15 +413,30 @@ void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask m
     last = line;
   }
   Launch& l = *w.cta->launch;
-  if (shared || !l.options.checks) return;
-  if (is_write(use)) l.releases.release(w, releases);
+  if (shared || ordering.narrow || !l.options.checks) return;
+  if (is_write(use)) l.releases.release(w, ordering.releases);
   w.acquires = is_read(use);
 }
 
 }  // namespace
 
+LaneAddresses::LaneAddresses(Warp& w, const uint64_t address[kLanes], int bytes, Mask mask, bool shared)
+    : warp_(w), address_(address), bytes_(bytes), mask_(mask), shared_(shared) {
+  w.accessing = this;
+}
+
+LaneAddresses::~LaneAddresses() { warp_.accessing = nullptr; }
+
+int LaneAddresses::lane_of(uint64_t byte) const {
+  for (Mask rest = mask_; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    if (byte - (shared_ ? shared_offset_of(address_[l]) : address_[l]) < static_cast<uint64_t>(bytes_)) return l;
+  }
+  return -1;
+}
+
 void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes, Use use, Mask mask,
-            uint8_t* host[kLanes], bool releases, const LaneSet* on_behalf) {
+            uint8_t* host[kLanes], Ordering ordering, const LaneSet* on_behalf) {
   using ptx::Space;
   // Lanes that do not take part repeat the first that does.
   uint64_t a[kLanes];
@@ -360,15 +448,27 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   }
   uint64_t ones = 0;
   for (int l = 0; l < kLanes; ++l) ones |= lanes[l];
+  // Some lanes apart: they are in another space, or nowhere.
+  const auto without = [&](Mask some, auto access_some) {
+    if (mask & ~some) access(w, space, address, bytes, use, mask & ~some, host, ordering, on_behalf);
+    uint8_t* others[kLanes];
+    access_some(others);
+    for (Mask rest = some; rest; rest &= rest - 1) host[__builtin_ctz(rest)] = others[__builtin_ctz(rest)];
+  };
   if (__builtin_expect(ones & (bytes - 1), 0)) {
-    for (Mask rest = mask; rest; rest &= rest - 1) {
-      const int l = __builtin_ctz(rest);
-      if (!(address[l] & (bytes - 1))) continue;
-      w.fail_at(Kind::misaligned,
-                std::string(name_of(use)) + " of " + std::to_string(bytes) + " bytes at " + hexadecimal(address[l]) +
-                    " must be aligned to " + std::to_string(bytes),
-                l, address[l]);
-    }
+    Mask misaligned = 0;
+    for (int l = 0; l < kLanes; ++l) misaligned |= Mask{(lanes[l] & (bytes - 1)) != 0} << l;
+    misaligned &= mask;
+    const int first = __builtin_ctz(misaligned);
+    Finding f =
+        finding_at(Kind::misaligned,
+                   bytes_at(use, bytes, hexadecimal(address[first])) + " must be aligned to " + std::to_string(bytes),
+                   address[first]);
+    f.lane = first;
+    w.cta->cluster->report(std::move(f));
+    return without(misaligned, [&](uint8_t** others) {
+      for (int l = 0; l < kLanes; ++l) others[l] = nowhere(use, l);
+    });
   }
   if (space == Space::none) {
     space = Space::global;
@@ -377,12 +477,9 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
       Mask here = 0;
       for (int l = 0; l < kLanes; ++l) here |= Mask{(lanes[l] & kWindowMask) == window} << l;
       if (here != kAllLanes) {  // lanes in different spaces
-        uint8_t* others[kLanes];
-        access(w, Space::none, address, bytes, use, mask & here, host, releases);
-        access(w, Space::none, address, bytes, use, mask & ~here, others, releases);
-        for (int l = 0; l < kLanes; ++l)
-          if (!(here >> l & 1)) host[l] = others[l];
-        return;
+        space = Space::none;
+        return without(mask & here,
+                       [&](uint8_t** others) { access(w, space, address, bytes, use, mask & here, others, ordering); });
       }
       if (window != kWindowMask) {
         space = window == kSharedWindow ? Space::shared_cluster : Space::local;
@@ -392,33 +489,29 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
     }
   }
   if (w.count) count_access(w, space, lanes, bytes, use, mask);
-  if (space == Space::local) return access_local(w, lanes, bytes, use, mask, host);
-  if (space == Space::param) return access_param(w, lanes, bytes, use, mask, host);
   const bool shared = space == Space::shared || space == Space::shared_cluster;
-  if (is_strong(use)) synchronise(w, shared, lanes, use, mask, releases);
-  try {
-    if (shared) {
-      access_shared(w, space, lanes, bytes, use, mask, host, on_behalf);
-    } else {
-      access_global(w, lanes, bytes, use, host);
+  const bool ordered = is_strong(use) && space != Space::local && space != Space::param;
+  if (ordered) synchronise(w, shared, lanes, use, mask, ordering);
+  const LaneAddresses accessing(w, lanes, bytes, mask, shared);
+  const Mask lost = shared                  ? access_shared(w, space, lanes, bytes, use, mask, host, on_behalf)
+                    : space == Space::local ? access_local(w, lanes, bytes, mask, host)
+                    : space == Space::param ? access_param(w, lanes, bytes, use, mask, host)
+                                            : access_global(w, lanes, bytes, use, mask, host);
+  if (__builtin_expect(lost, 0)) {
+    const int first = __builtin_ctz(lost);
+    Finding f = outside(w, space, lanes[first], bytes, use, first);
+    if (f.kind == Kind::illegal) throw f;
+    w.cta->cluster->report(std::move(f));
+    for (Mask rest = lost; rest; rest &= rest - 1) {
+      host[__builtin_ctz(rest)] = nowhere(use, __builtin_ctz(rest));
     }
-  } catch (Finding& f) {  // of a range: whose lane is it?
-    const auto shared_or = [&](uint64_t a) { return shared ? shared_offset_of(a) : a; };
-    const bool known = f.lane >= 0;
-    if (!shared && f.kind == Kind::out_of_bounds) {
-      for (int l = 0; l < kLanes; ++l)
-        if (mask >> l & 1) global_region(w, lanes[l], bytes, use, l);
-    }
-    for (int l = kLanes - 1; l >= 0 && !known; --l)
-      if ((mask >> l & 1) && f.has_address && f.address - shared_or(lanes[l]) < static_cast<uint64_t>(bytes))
-        f.lane = l;
-    throw;
   }
-  if (is_strong(use)) w.release();
+  if (ordered) w.release();
 }
 
-uint8_t* access_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane) {
-  GlobalCheck(w, use)(address, bytes, lane);
+uint8_t* access_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane, bool under_way) {
+  if (!GlobalCheck(w, use, under_way)(address, bytes, lane))
+    throw outside(w, ptx::Space::global, address, bytes, use, lane);
   return reinterpret_cast<uint8_t*>(address);
 }
 

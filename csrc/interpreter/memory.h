@@ -20,11 +20,13 @@ constexpr uint64_t kSharedWindow = uint64_t{1} << 56, kLocalWindow = uint64_t{1}
 constexpr uint64_t kWindowMask = kSharedWindow | kLocalWindow;
 
 // In the window of shared memory the low bits are an offset, and the bits above them name the CTA: 0 is the warp's own,
-// 1 + rank is one of the cluster (.shared::cluster). So only an address that mapa made can be in another CTA.
+// 2 + rank is one of the cluster (.shared::cluster). So only an address that mapa made can be in another CTA; or, from
+// sm_100 on, where one's own addresses in a cluster have the rank too, one whose lowest bit of the rank was cleared, as
+// CUTLASS does to reach the even CTA of a pair.
 constexpr int kRankShift = 24;
 constexpr uint64_t shared_offset_of(uint64_t address) { return address & ((uint64_t{1} << kRankShift) - 1); }
 constexpr uint64_t cluster_address(int rank, uint64_t offset) {
-  return static_cast<uint64_t>(rank + 1) << kRankShift | offset;
+  return static_cast<uint64_t>(rank + 2) << kRankShift | offset;
 }
 // Whose shared memory an address is of; null: no CTA of the cluster has it.
 Cta* shared_cta(Cta& issuer, uint64_t address);
@@ -69,6 +71,22 @@ struct RegionCache {
   int next = 0;
 };
 
+// What the lanes of an instruction access, for findings that know an address alone: Warp::accessing while it lives.
+class LaneAddresses {
+ public:
+  LaneAddresses(Warp&, const uint64_t address[kLanes], int bytes, Mask, bool shared);
+  ~LaneAddresses();
+  LaneAddresses(const LaneAddresses&) = delete;
+  int lane_of(uint64_t byte) const;  // the first lane; -1: none
+
+ private:
+  Warp& warp_;
+  const uint64_t* address_;
+  const int bytes_;
+  const Mask mask_;
+  const bool shared_;
+};
+
 // What strong accesses carry from warp to warp of a cluster. Each is taken to acquire and release whatever its
 // semantics, so that no order a program may rely on is missed; the price is that some races behind atomics go
 // unnoticed. Knowledge is kept by 128-byte line of the address; lines that share a slot hide a race more.
@@ -85,13 +103,20 @@ class SyncPoints {
 // Where an address of global memory lies, module variables and parameters included.
 std::string describe(const Launch&, uint64_t address);
 
+// What a strong access to global memory orders between clusters: what it writes is .release or .acq_rel; its scope is
+// .cta or .cluster, so that it orders nothing there.
+struct Ordering {
+  bool releases = false, narrow = false;
+};
+
 // Host pointers for the active lanes' accesses of `bytes` each (a power of two) at `address` in a state space (none:
-// generic), after bounds, alignment, race and initialisation checks. `releases`: a strong write is .release or
-// .acq_rel. `on_behalf`: where the lanes do not access memory each for itself, for whom lane l does, [l % 8].
+// generic), after bounds, alignment, race and initialisation checks. A lane whose access cannot be made loads poison,
+// and what it stores is dropped. `on_behalf`: where the lanes do
+// not access memory each for itself, for whom lane l does, [l % 8].
 void access(Warp&, ptx::Space, const uint64_t address[kLanes], int bytes, Use, Mask, uint8_t* host[kLanes],
-            bool releases = false, const LaneSet* on_behalf = nullptr);
-// One global range, for bulk copies.
-uint8_t* access_global(Warp&, uint64_t address, uint64_t bytes, Use, int lane);
+            Ordering = {}, const LaneSet* on_behalf = nullptr);
+// One global range, for bulk copies. `under_way`: of a store that is not complete, which is to be told again then.
+uint8_t* access_global(Warp&, uint64_t address, uint64_t bytes, Use, int lane, bool under_way = false);
 // The CTA whose shared memory has the range, its own or, for .shared::cluster, one of the cluster; the range begins at
 // shared_offset_of(address). Bounds only: races are the caller's (Shadow), and that the CTA lives (Cta::visited).
 Cta& shared_range(Warp&, uint64_t address, uint64_t bytes, bool cluster, Use, int lane);

@@ -71,8 +71,9 @@ struct Instruction {
 struct Preset {
   Offset offset;
   int bytes;                                   // 4 or 8
-  uint64_t (*special)(const Warp&, int lane);  // %tid.x and the like; null: the frame's local memory; plus bits
+  uint64_t (*special)(const Warp&, int lane);  // %tid.x and the like; null and no variable: local memory; plus bits
   uint64_t bits = 0;
+  int shared = -1;  // by Module::shared: a variable, which each kernel has at a place of its own and which is added
 };
 
 struct Code {
@@ -88,10 +89,11 @@ struct Code {
   std::map<std::pair<int, uint64_t>, Offset> immediates;  // by bytes and bits
   bool decoded = false;
   std::deque<std::vector<Offset>> operand_lists;
-  std::deque<std::shared_ptr<void>> data;        // what Instruction::data points to
-  int64_t local_bytes = 0;                       // depot of one thread
-  std::map<std::string, int64_t> shared_offset;  // .shared variables of its own
-  int64_t shared_bytes = 0;                      // of an entry, the module's included; the dynamic part begins there
+  std::deque<std::shared_ptr<void>> data;       // what Instruction::data points to
+  int64_t local_bytes = 0;                      // depot of one thread
+  std::map<std::string, int> shared_variables;  // the .shared ones of its own, by Module::shared
+  std::vector<int64_t> shared_offset;  // of an entry, by Module::shared; -1: neither it nor what it calls refers to it
+  int64_t shared_bytes = 0;            // of an entry: of those; the dynamic part begins there
   std::map<std::string, int64_t> local_offset, param_offset;  // .local variables; parameters, returns, call parameters
   int64_t param_bytes = 0;      // of the parameter space: own parameters, then returns, then call parameters
   int64_t own_param_bytes = 0;  // of its own parameters alone
@@ -107,10 +109,10 @@ struct Module {
   std::string arch;
   uint64_t serial = 0;  // of all modules of the process
   std::map<std::string, Code> functions;
-  std::map<std::string, int64_t> shared_offset;  // static .shared variables that several functions may use
-  std::set<std::string> extern_shared;           // names of the dynamic one
+  std::vector<const ptx::Variable*> shared;     // static .shared variables, the module's and all functions'
+  std::map<std::string, int> shared_variables;  // the module's, which several functions may use
+  std::set<std::string> extern_shared;          // names of the dynamic one
   int64_t extern_alignment = 0;
-  int64_t shared_bytes = 0;  // of those
   struct Global {
     std::string name;
     uint8_t* address;

@@ -5,6 +5,8 @@
 #include <algorithm>
 
 #include "machine.h"
+#include "mbarrier.h"
+#include "tensor_memory.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -15,32 +17,30 @@ uint16_t bytes_between(uint32_t low, uint32_t high) {
   return static_cast<uint16_t>((0xffffu << low) & (0xffffu >> (kGranule - high)));
 }
 
-[[noreturn]] void fail(Kind kind, uint64_t address, std::string message) {
-  throw finding_at(kind, std::move(message), address);
-}
-
-std::string range(uint32_t begin, uint32_t bytes) {
-  return "shared " + hexadecimal(begin) + ".." + hexadecimal(begin + bytes);
-}
+constexpr char kUnordered[] = ": nothing orders the two, such as a barrier, or a release and an acquire";
 
 const char* verb(Use use) { return use == Use::atomic ? "atomic" : is_write(use) ? "write" : "read"; }
 
 }  // namespace
 
-std::string source_place(const Module& module, uint32_t ptx_line) {
+SourceLine source_line(const Module& module, uint32_t ptx_line) {
   for (const auto& f : module.source.functions) {
     for (const Statement& s : f.body) {
       const ptx::Location& l = module.source.outermost(s.location);
-      if (s.line == static_cast<int>(ptx_line) && l.file) {
-        return module.source.files[l.file] + ":" + std::to_string(l.line);
-      }
+      if (s.line == static_cast<int>(ptx_line) && l.file) return {module.source.files[l.file], l.line};
     }
   }
-  return "PTX line " + std::to_string(ptx_line);
+  return {};
 }
 
-void Shadow::reset(const Cta& cta) {
+std::string source_place(const Module& module, uint32_t ptx_line) {
+  const SourceLine source = source_line(module, ptx_line);
+  return source.line ? source.file + ":" + std::to_string(source.line) : "PTX line " + std::to_string(ptx_line);
+}
+
+void Shadow::reset(const Cta& cta, size_t bytes, Space space) {
   cta_ = &cta;
+  space_ = space;
   first_ = cta.first_agent;
   warps_ = static_cast<int>(cta.threads() + kLanes - 1) / kLanes;
   columns_ = (warps_ + 7) / 8 * 8;
@@ -49,7 +49,7 @@ void Shadow::reset(const Cta& cta) {
   other_columns_ = kFirstWarp + (ctas > 1 ? (ctas * warps_ + 7) / 8 * 8 : 0);
   any_other_ = false;
   doubts_.clear();
-  granules_.assign((cta.shared.size() + kGranule - 1) / kGranule, Granule());
+  granules_.assign((bytes + kGranule - 1) / kGranule, Granule());
   used_ = static_cast<uint32_t>(granules_.size());
   make_room();
 }
@@ -146,9 +146,9 @@ EVERY_GRANULE void Shadow::check(const Actor& actor, uint32_t index, uint32_t nu
   const Knowledge& k = *actor.knowledge;
   const bool write_seen = cell.clock <= k.seen.clocks[cell.writer] || (is_strong(use) && cell.strong);
   const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.clocks[cell.writer];
-  if (__builtin_expect(!(write_seen && fenced), 0)) fail_write(actor, index, number, mask, use, write_seen);
+  if (__builtin_expect(!(write_seen && fenced), 0)) check_write(actor, index, number, mask, use, write_seen);
   if constexpr (is_write(use)) {
-    if (__builtin_expect(!reads_known(index, k.seen), 0)) fail_read(actor, index, number, mask, use);
+    if (__builtin_expect(!reads_known(index, k.seen), 0)) check_reads(actor, index, number, mask, use);
   }
   if (__builtin_expect((cell.clock > actor.lanes.floor) & (cell.writer == actor.lanes.agent), 0) &&
       !(is_strong(use) && cell.strong)) {
@@ -220,6 +220,7 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
     for (uint32_t c = first; c < first + count; ++c) check<use>(actor, c, number, mask, lanes(c));
     if constexpr (is_write(use)) {
       g.written |= mask;
+      if (g.mbarriers) end_mbarriers(g, number, mask);
       if (mask == 0xffff && g.shift != 4) {  // one writer of the whole: no need for parts any more
         g.shift = 4;
         first = number;
@@ -311,6 +312,7 @@ inline void with_use(Use use, F f) {
   switch (use) {
     case Use::read:
     case Use::constant:
+    case Use::fresh:
       return f(std::integral_constant<Use, Use::read>());
     case Use::write:
       return f(std::integral_constant<Use, Use::write>());
@@ -412,37 +414,73 @@ std::string Shadow::name_of(int agent) const {
   return "warp " + std::to_string(warp) + (alone ? "" : " of the CTA of rank " + std::to_string(rank));
 }
 
-std::string Shadow::agent_at(int agent, uint32_t line) const {
-  const std::string where = line ? " at " + source_place(*cta_->launch->module, line) : "";
-  return name_of(agent) + (is_async(agent) ? " issued" : "") + where;
+std::string Shadow::access_by(const char* verb, int agent, uint32_t line) const {
+  const std::string where = line ? source_place(*cta_->launch->module, line) : "";
+  const char* before = !line ? "" : is_async(agent) ? " issued at " : " at ";
+  return std::string(verb) + " by " + name_of(agent) + before + where;
+}
+
+void Shadow::report(Kind kind, uint32_t address, std::string message, uint32_t other_line, Breaks breaks) const {
+  Finding f = finding_at(kind, std::move(message), address);
+  f.breaks = breaks;
+  cta_->place_other(f, other_line);
+  cta_->cluster->report(std::move(f));
+}
+
+void Shadow::end_mbarriers(Granule& g, uint32_t number, uint16_t mask) {
+  for (int half = 0; half < 2; ++half) {
+    if (!(g.mbarriers >> half & 1) || !(mask >> 8 * half & 0xff)) continue;
+    g.mbarriers &= ~(1 << half);
+    cta_->cluster->ctas[cta_->rank]->mbarriers.erase(number * kGranule + 8 * half);
+  }
+}
+
+bool Shadow::idle_mbarrier(uint32_t address) const {
+  const auto object = cta_->mbarriers.find(address / 8 * 8);
+  return object != cta_->mbarriers.end() && object->second->untouched();
+}
+
+std::string Shadow::range(uint32_t begin, uint32_t bytes) const {
+  if (space_ == Space::shared) return "shared " + hexadecimal(begin) + ".." + hexadecimal(begin + bytes);
+  const uint32_t column = begin / kGranule % TensorMemory::kColumns;
+  const uint32_t lane = begin / kGranule / TensorMemory::kColumns * kGranule + begin % kGranule;
+  return "tensor memory, column " + std::to_string(column) + ", lanes " + std::to_string(lane) + ".." +
+         std::to_string(lane + bytes);
 }
 
 void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, uint16_t mask, Use use) const {
   const uint32_t start = number * kGranule;
   const uint16_t barriers = (g.mbarriers & 1 ? 0x00ff : 0) | (g.mbarriers & 2 ? 0xff00 : 0);
-  const std::string who = agent_at(actor.agent, 0);
-  if (const uint16_t bad = mask & barriers) {
+  if (const uint16_t bad = mask & barriers; bad && !cta_->cluster->again(Kind::mbarrier, 0)) {
     const uint32_t half = start + (bad & 0xff ? 0 : 8);
-    fail(Kind::mbarrier, half,
-         std::string(verb(use)) + " by " + who + " of the mbarrier object at " + hexadecimal(half) +
-             ", which mbarrier.inval has not ended");
+    const bool idle = is_write(use) && idle_mbarrier(half);
+    report(Kind::mbarrier, half,
+           access_by(verb(use), actor.agent, actor.line) + " of the mbarrier object at " + hexadecimal(half) +
+               ", which mbarrier.inval has not ended" + (idle ? kNobodyCame : ""),
+           0, idle ? Breaks::isa : Breaks::hardware);
   }
   if (const uint16_t bad = mask & g.flying) {
     const uint32_t byte = __builtin_ctz(bad);
     const Cell& cell = cells_[g.shift == 4 ? number : g.split + (byte >> g.shift)];
-    fail(Kind::in_flight, start + byte,
-         std::string(verb(use)) + " by " + who + " of " + range(start + byte, __builtin_popcount(bad)) + ", which " +
-             agent_at(cell.writer, cell.write_line) + " is still writing");
+    if (!cta_->cluster->again(Kind::in_flight, cell.write_line)) {
+      report(Kind::in_flight, start + byte,
+             access_by("write", cell.writer, cell.write_line) + ", then " +
+                 access_by(verb(use), actor.agent, actor.line) + " of " + range(start + byte, __builtin_popcount(bad)) +
+                 ", which the first is still writing",
+             cell.write_line);
+    }
   }
   const uint16_t bad = is_read(use) && use != Use::load ? mask & ~g.written : 0;
-  if (bad) throw unwritten_bytes(actor, number, bad, use);
+  if (bad && !cta_->cluster->again(Kind::uninitialised, 0)) {
+    cta_->cluster->report(unwritten_bytes(actor, number, bad, use));
+  }
 }
 
 Finding Shadow::unwritten_bytes(const Actor& actor, uint32_t number, uint16_t bad, Use use) const {
   const uint32_t address = number * kGranule + __builtin_ctz(bad);
   return finding_at(Kind::uninitialised,
-                    std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " +
-                        range(address, __builtin_popcount(bad)) + ", which nothing has written",
+                    access_by(verb(use), actor.agent, actor.line) + " of " + range(address, __builtin_popcount(bad)) +
+                        ", which nothing has written",
                     address);
 }
 
@@ -467,23 +505,28 @@ void Shadow::store_undefined(uint32_t begin, uint32_t bytes) {
   each_granule(begin, bytes, [](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { g.written &= ~mask; });
 }
 
-void Shadow::fail_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool write_seen) {
+void Shadow::check_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool write_seen) {
   const Cell& cell = cells_[index];
+  const Kind kind = !write_seen && is_async(cell.writer) ? Kind::in_flight : Kind::race;
+  if (use != Use::store && cta_->cluster->again(kind, cell.write_line)) return;
   const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
-  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(address, bytes);
-  const std::string other = agent_at(cell.writer, cell.write_line);
+  const std::string both = access_by("write", cell.writer, cell.write_line) + ", then " +
+                           access_by(verb(use), actor.agent, actor.line) + " of " + range(address, bytes);
   if (write_seen) {
-    fail(Kind::race, address, what + " through the async proxy: missing fence.proxy.async after the write by " + other);
+    return report(kind, address,
+                  both + " through the async proxy: between them a fence.proxy.async is missing, after the write",
+                  cell.write_line, is_write(use) && idle_mbarrier(address) ? Breaks::isa : Breaks::hardware);
   }
-  if (is_async(cell.writer)) {
-    fail(Kind::in_flight, address, what + ", which " + other + " writes: nothing has waited for it");
-  }
-  const std::string race = what + " is not ordered after the write by " + other;
-  if (use != Use::store) fail(Kind::race, address, race);
-  doubt(number, mask, finding_at(Kind::race, race, address));
+  if (kind == Kind::in_flight)
+    return report(kind, address, both + ": nothing has waited for the first", cell.write_line);
+  if (use != Use::store) return report(kind, address, both + kUnordered, cell.write_line);
+  Finding f = finding_at(kind, both + kUnordered, address);
+  cta_->place_other(f, cell.write_line);
+  doubt(number, mask, std::move(f));
 }
 
 void Shadow::doubt(uint32_t number, uint16_t mask, Finding finding) {
+  cta_->cluster->place(finding);  // while the lanes are known
   Doubt doubt{number, mask, {}, std::move(finding)};
   const auto& shared = cta_->shared;
   const size_t begin = number * kGranule;
@@ -500,22 +543,25 @@ void Shadow::check_lanes(const Actor& actor, uint32_t index, uint32_t number, Us
       actor.lanes.order->clash(write ? cell.writers() : cell.readers(), write ? cell.clock : cell.read_since, now,
                                granules_[number].shift, write);
   if (clash.lane < 0) return;
+  if (use != Use::store && cta_->cluster->again(Kind::race, line, true)) return;
   const uint32_t offset = address_of(index, number) - number * kGranule;
   const auto mask = static_cast<uint16_t>(clash.bytes << offset);
   const uint32_t address = number * kGranule + __builtin_ctz(mask);
   const Module& module = *cta_->launch->module;
-  const auto lane_at = [&](int lane, uint32_t l) {
-    return "lane " + std::to_string(lane) + " at " + source_place(module, l);
+  const auto by_lane = [&](const std::string& verb, int lane, uint32_t l) {
+    return verb + " by lane " + std::to_string(lane) + " at " + source_place(module, l);
   };
-  Finding f =
-      finding_at(Kind::race,
-                 std::string(verb(use)) + (is_async(actor.agent) ? " issued by " : " by ") +
-                     lane_at(clash.lane, actor.line) + " of " + range(address, __builtin_popcount(mask)) +
-                     ": no __syncwarp (bar.warp.sync) or barrier between it and the " + (write ? "write" : "read") +
-                     " by " + lane_at(clash.other, line) + " of the same warp, " + name_of(actor.lanes.agent),
-                 address);
+  const std::string access = verb(use) + std::string(is_async(actor.agent) ? " issued" : "");
+  Finding f = finding_at(
+      Kind::race,
+      by_lane(write ? "write" : "read", clash.other, line) + ", then " + by_lane(access, clash.lane, actor.line) +
+          " of " + range(address, __builtin_popcount(mask)) +
+          ": no __syncwarp (bar.warp.sync) or barrier orders these lanes of one warp, " + name_of(actor.lanes.agent),
+      address);
   f.lane = clash.lane;
-  if (use != Use::store || !write) throw f;
+  f.within_warp = true;
+  cta_->place_other(f, line);
+  if (use != Use::store || !write) return cta_->cluster->report(std::move(f));
   doubt(number, mask, std::move(f));
 }
 
@@ -523,7 +569,10 @@ void Shadow::settle_doubts() {
   for (const Doubt& doubt : std::exchange(doubts_, {})) {
     const uint8_t* now = cta_->shared.data() + doubt.number * kGranule;
     for (uint32_t byte = 0; byte < kGranule; ++byte)
-      if ((doubt.mask >> byte & 1) && now[byte] != doubt.before[byte]) throw doubt.finding;
+      if ((doubt.mask >> byte & 1) && now[byte] != doubt.before[byte]) {
+        cta_->cluster->report(doubt.finding);
+        break;
+      }
   }
 }
 
@@ -532,18 +581,18 @@ Clock Shadow::last_read(uint32_t index, int agent) const {
   return any_other_ && agent < other_columns_ ? other_reads_[static_cast<size_t>(index) * other_columns_ + agent] : 0;
 }
 
-void Shadow::fail_read(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use) const {
-  const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
+void Shadow::check_reads(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use) const {
   int agent = 0;
   while (last_read(index, agent) <= actor.knowledge->seen.clocks[agent]) ++agent;
   const Cell& cell = cells_[index];
   const uint32_t line = agent == cell.reader ? cell.read_line : 0;  // only the last reader's is known
-  const std::string other = agent_at(agent, line);
-  const std::string what = std::string(verb(use)) + " by " + agent_at(actor.agent, 0) + " of " + range(address, bytes);
-  if (is_async(agent)) {
-    fail(Kind::in_flight, address, what + ", which " + other + " reads: nothing has waited for it");
-  }
-  fail(Kind::race, address, what + " is not ordered after the read by " + other);
+  const Kind kind = is_async(agent) ? Kind::in_flight : Kind::race;
+  if (cta_->cluster->again(kind, line)) return;
+  const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
+  report(kind, address,
+         access_by("read", agent, line) + ", then " + access_by(verb(use), actor.agent, actor.line) + " of " +
+             range(address, bytes) + (kind == Kind::in_flight ? ": nothing has waited for the first" : kUnordered),
+         line);
 }
 
 }  // namespace forwardpass::interpreter

@@ -32,10 +32,11 @@ struct Module;
 
 // strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
 // constant: .nc, whose bytes must not change while the kernel runs. load: a read into registers, which may be of bytes
-// that nothing has written (undefined.h). store: a write by a warp to its CTA's shared memory. That another warp wrote
+// that nothing has written (undefined.h). fresh: a weak load of up to 8 bytes that no L1 serves (.cg, .cv), which GPUs
+// make as a relaxed one, in global memory. store: a write by a warp to its CTA's shared memory. That another warp wrote
 // there, unordered with it, is no race where the bytes stay as they are: Triton has each warp that holds a copy of a
 // value store it. Shadow::settle() has to follow, once the bytes are there.
-enum class Use : uint8_t { read, write, store, atomic, strong_read, strong_write, constant, load };
+enum class Use : uint8_t { read, write, store, atomic, strong_read, strong_write, constant, load, fresh };
 constexpr bool is_read(Use u) { return u != Use::write && u != Use::store && u != Use::strong_write; }
 constexpr bool is_write(Use u) { return !is_read(u) || u == Use::atomic; }
 constexpr bool is_strong(Use u) { return u == Use::atomic || u == Use::strong_read || u == Use::strong_write; }
@@ -51,17 +52,25 @@ struct Actor {
   LaneRange lanes;    // for which lanes of which warp: of `agent` itself, or of what issued it
 };
 
+// Where a line of the PTX comes from; line 0: no .loc says so.
+struct SourceLine {
+  std::string file;
+  int line = 0;
+};
+SourceLine source_line(const Module&, uint32_t ptx_line);
 // "file.cu:12" for a line of the PTX that .loc maps to a source, "PTX line 34" otherwise.
 std::string source_place(const Module&, uint32_t ptx_line);
 
 class Shadow {
  public:
   // For a CTA that begins: nothing is written. The clocks of its agents must have grown since the one before it.
-  void reset(const Cta&);
+  // `tensor`: a byte here is a cell of tensor memory (tensor_memory.h).
+  enum class Space : uint8_t { shared, tensor };
+  void reset(const Cta&, size_t bytes, Space = Space::shared);
   void forget();  // the clocks start again
 
-  // Each throws a Finding (race, in_flight, uninitialised) that has kind, message and address; the caller's place is
-  // filled in further up. The range lies within shared memory.
+  // Each reports what is wrong (race, in_flight, uninitialised) and does the access all the same. The range lies within
+  // shared memory.
   void access(const Actor&, uint32_t begin, uint32_t bytes, Use);
   // Accesses of 16 bytes, a granule, by each lane of the mask. `on_behalf`: lane l's by the lanes on_behalf[l % 8].
   void access_granules(Actor, const uint64_t begin[kLanes], Mask, const LaneSet* on_behalf, Use);
@@ -173,17 +182,22 @@ class Shadow {
   bool is_local(int agent) const { return static_cast<unsigned>(agent - first_) < static_cast<unsigned>(warps_); }
   Clock last_read(uint32_t cell, int agent) const;
 
-  // Of the bytes in `mask` of a granule; check_state throws only where one of them is at fault.
+  void end_mbarriers(Granule&, uint32_t number, uint16_t mask);  // that are written over
+  bool idle_mbarrier(uint32_t address) const;                    // one that nobody has used lies there
+  // Of the bytes in `mask` of a granule; check_state reports only where one of them is at fault, the others report.
   void check_state(const Actor&, const Granule&, uint32_t number, uint16_t mask, Use) const;
   Finding unwritten_bytes(const Actor&, uint32_t number, uint16_t bad, Use) const;
-  void fail_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool write_seen);  // or doubts
-  [[noreturn]] void fail_read(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
+  void check_write(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use, bool write_seen);  // or doubts
+  void check_reads(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, Use) const;
   void check_lanes(const Actor&, uint32_t cell, uint32_t number, Use, LaneSet, bool write);  // after a write, or reads
   void doubt(uint32_t number, uint16_t mask, Finding);
-  std::string agent_at(int agent, uint32_t line) const;
+  void report(Kind, uint32_t address, std::string message, uint32_t other_line, Breaks = Breaks::hardware) const;
+  std::string access_by(const char* verb, int agent, uint32_t line) const;  // "read by warp 3 at file.cu:12"
+  std::string range(uint32_t begin, uint32_t bytes) const;
   uint32_t address_of(uint32_t cell, uint32_t number) const;
 
   const Cta* cta_ = nullptr;
+  Space space_ = Space::shared;
 
   std::vector<Granule> granules_;
   Cells cells_;  // one for every granule, then those of split ones

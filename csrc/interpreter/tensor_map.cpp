@@ -10,7 +10,7 @@ namespace {
 // By CUtensorMapDataType.
 struct Element {
   const char* name;
-  uint8_t bytes;     // 0: packed
+  uint8_t bytes;     // 0: 4 or 6 bits
   uint32_t nan;      // the fill by NaN (the canonical one of PTX); 0: not a floating-point type
   bool flush, tf32;  // what a load does to it
 };
@@ -48,10 +48,6 @@ T saturated(int64_t value) {  // what does not fit is out of every limit
 
 // What exists and is not modelled here.
 std::string not_supported(const TensorMap& m) {
-  if (m.type < kTypes && !kElements[m.type].bytes) {
-    return std::string("CU_TENSOR_MAP_DATA_TYPE_") + kElements[m.type].name +
-           ": packed 4- and 6-bit types are not supported; use UINT8 and unpack in the kernel";
-  }
   if (m.interleave == 1 || m.interleave == 2) return "interleaved layouts are not supported; use INTERLEAVE_NONE";
   if (m.swizzle >= 4 && m.swizzle <= 6) return "128-byte swizzles of 32- and 64-byte atoms are not supported";
   return "";
@@ -59,7 +55,13 @@ std::string not_supported(const TensorMap& m) {
 
 }  // namespace
 
-uint32_t TensorMap::element_bytes() const { return kElements[type].bytes; }
+constexpr uint8_t k16U4Align8 = 13, k16U6Align16 = 15;
+
+uint32_t TensorMap::element_bits() const {
+  return kElements[type].bytes ? kElements[type].bytes * 8 : type == k16U6Align16 ? 6 : 4;
+}
+
+bool TensorMap::padded() const { return type > k16U4Align8; }
 
 std::string TensorMap::problem() const {
   if (type >= kTypes) return "tensorDataType " + number(type) + " is not a CUtensorMapDataType";
@@ -85,6 +87,18 @@ std::string TensorMap::problem() const {
       return of_dim("globalStrides", d) + " must be a multiple of 16 bytes below 2^40, not " + number(strides[d]);
     }
   }
+  if (padded()) {
+    const auto aligned = [](uint64_t n) { return n % 32 == 0; };
+    if (!aligned(address) || !std::all_of(strides, strides + rank - 1, aligned)) {
+      return "globalAddress and globalStrides must be multiples of 32 bytes for elements that are padded";
+    }
+    if (dims[0] % 128 || box[0] != 128) {
+      return "globalDim[0] must be a multiple of 128 and boxDim[0] 128 for elements that are padded, not " +
+             number(dims[0]) + " and " + number(box[0]);
+    }
+    if (swizzle && swizzle != 3) return "the swizzle must be none or of 128 bytes for elements that are padded";
+  }
+  if (element_bits() < 8 && dims[0] % 2) return "globalDim[0] must be even for elements of 4 bits";
   if (row_bytes() % 16) {
     return "boxDim[0] times the element's size must be a multiple of 16 bytes, not " + number(row_bytes());
   }
@@ -98,7 +112,7 @@ std::string TensorMap::problem() const {
 
 void TensorMap::finish_row(uint8_t* row, uint32_t begin, uint32_t end) const {
   const Element& element = kElements[type];
-  const uint32_t bytes = row_bytes();
+  const uint32_t bytes = in_global(box[0]);
   if (element.flush || element.tf32) {
     for (uint32_t byte = begin; byte < end; byte += 4) {
       uint32_t bits;
@@ -109,6 +123,16 @@ void TensorMap::finish_row(uint8_t* row, uint32_t begin, uint32_t end) const {
       if (element.tf32 && exponent != 0xff) bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
       std::memcpy(row + byte, &bits, 4);
     }
+  }
+  if (!element.bytes) {
+    std::fill(row, row + begin, 0);
+    std::fill(row + end, row + bytes, 0);
+    const uint32_t piece = in_global(16);
+    for (uint32_t n = padded() ? box[0] / 16 : 0; n--;) {
+      std::memmove(row + n * 16, row + n * piece, piece);
+      std::fill(row + n * 16 + piece, row + n * 16 + 16, 0);
+    }
+    return;
   }
   if (begin == 0 && end == bytes) return;
   uint64_t value = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "interpreter/rows/tcgen05.h"
 #include "interpreter/rows/wgmma.h"
 
 namespace forwardpass::interpreter {
@@ -51,9 +52,13 @@ uint32_t UndefinedRegisters::origin_of(const Warp& w, Offset o) const { return f
 
 void UndefinedRegisters::depends(const Warp& w, const Instruction& i, Offset o) const {
   Finding f = origins_[origin_of(w, o)].second;
+  f.other_ptx_line = static_cast<int>(w.line());
+  Cluster& cluster = *w.cta->cluster;
+  if (cluster.findings.again({w.cta->launch->code->name, f.kind, f.ptx_line, f.other_ptx_line, false})) return;
+  w.cta->place_other(f, w.line());
   f.message += ", and " + w.frame->code->statements[i.index]->opcode + " of " +
                source_place(*w.cta->launch->module, w.line()) + " depends on it";
-  throw f;
+  cluster.report(std::move(f));
 }
 
 void UndefinedRegisters::before(const Warp& w, const Instruction& i, Mask mask) {
@@ -120,13 +125,14 @@ void store_undefined(Warp& w, const Instruction& i, int n, Mask mask, uint8_t* c
       return static_cast<size_t>(target - c->shared.data()) < c->shared.size();
     };
     const auto cta = std::find_if(ctas.begin(), ctas.end(), holds);
-    if (cta == ctas.end()) w.undefined->depends(w, i, i.operand[n]);
+    if (cta == ctas.end()) return w.undefined->depends(w, i, i.operand[n]);
     (*cta)->shadow.store_undefined(static_cast<uint32_t>(target - (*cta)->shared.data()), bytes);
   }
 }
 
 void update_watched(Warp& w) {
-  w.watched = (w.wgmma && !w.wgmma->flight.empty()) || (w.undefined && !w.undefined->empty());
+  w.watched = (w.wgmma && !w.wgmma->flight.empty()) || (w.tcgen05 && !w.tcgen05->loads.empty()) ||
+              (w.undefined && !w.undefined->empty());
 }
 
 Step run_watched(Warp& w, const Instruction& i, Mask here, Mask mask) {
@@ -135,6 +141,7 @@ Step run_watched(Warp& w, const Instruction& i, Mask here, Mask mask) {
     w.undefined->before(w, i, mask);
   }
   if (!mask) return Step::next;
+  if (w.tcgen05 && !w.tcgen05->loads.empty()) w.tcgen05->loads.before(w, i);
   const bool in_flight = w.wgmma && !w.wgmma->flight.empty();
   const Step step = in_flight ? run_in_flight(w, i, mask) : i.run(w, i, mask);
   update_watched(w);

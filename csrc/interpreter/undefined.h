@@ -26,9 +26,10 @@ class UndefinedRegisters {  // of one warp
   // In the lanes of `mask`, the register is now undefined where `undefined` says so, for the reason that `origin` has.
   void set(const Warp&, Offset, Mask mask, Mask undefined, uint32_t origin);
   uint32_t origin_of(const Warp&, Offset) const;  // of one that is undefined in some lane
-  // Called before an instruction runs. Throws a finding, or sets which results are undefined, unless the handler does.
+  // Called before an instruction runs. Reports what must not depend on them, and sets which results are undefined,
+  // unless the handler does.
   void before(const Warp&, const Instruction&, Mask);
-  [[noreturn]] void depends(const Warp&, const Instruction&, Offset) const;
+  void depends(const Warp&, const Instruction&, Offset) const;  // reports it
 
   uint32_t loaded = 0;  // origin of the load under way
   uint32_t origin(const Warp&, const uint64_t address[kLanes], int bytes, int lane);

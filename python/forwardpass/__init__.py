@@ -33,8 +33,8 @@ from .swap.late_adapters import register_when_imported as _check_adapters_when_i
 from .version import __version__ as __version__
 
 __all__ = [
-    "BatchSizing", "Config", "Decoding", "InterpreterFinding", "ItemError", "KVCache", "ParityReport", "Pipeline", "Plan",
-    "Precision", "Profile",
+    "BatchSizing", "Config", "Decoding", "InterpreterFinding", "InterpreterWarning", "ItemError", "KVCache", "ParityReport",
+    "Pipeline", "Plan", "Precision", "Profile",
     "Reason", "Report", "Unsupported", "call_counts", "explain", "export_pretrained", "interpret", "load_pretrained", "nn", "ops",
     "parity", "plan", "profile", "register_flash_attention_impl", "register_linear", "register_precision",
     "report", "restore", "save_pretrained", "sdpa", "size_batch", "swap", "use_backend",
@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> _Any:
     """The interpreter, and what is made of transformers' classes, are imported by whoever asks for them."""
-    if name in ("InterpreterFinding", "interpret"):
+    if name in ("InterpreterFinding", "InterpreterWarning", "interpret"):
         from . import interpreter
 
         return getattr(interpreter, name)

@@ -32,12 +32,13 @@ def test_doctor_json():
 def test_doctor_knows_what_can_be_interpreted():
     found = json.loads(run("doctor", "--json").stdout)["interpreter"]
     assert found["problem"] is None
-    assert found["architectures"] == {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_120": "RTX PRO 6000"}
+    names = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120": "RTX PRO 6000"}
+    assert found["architectures"] == names
     rows = {(k["operation"], k["backend"]): k["code"] for k in found["kernels"]}
     assert set(rows) == {(o, b) for o in fp.dispatch.operations for b in ("cuda", "triton")}
     assert rows["quantize", "cuda"] in (None, "not_built")
     said = console.describe_interpreter(found)
-    assert said.startswith("A100 (sm_80), L40S (sm_89), H100 (sm_90a), RTX PRO 6000 (sm_120): ")
+    assert said.startswith("A100 (sm_80), L40S (sm_89), H100 (sm_90a), B200 (sm_100a), RTX PRO 6000 (sm_120): ")
     assert ("kernels of every operation" in said) == (set(rows.values()) == {None})
     quantize = [k for k in found["kernels"] if k["operation"] == "quantize"]
     others = [k | {"operation": "other", "code": "no_fp8", "text": "it is old"} for k in quantize]

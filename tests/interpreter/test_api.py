@@ -163,7 +163,10 @@ print(fp.dispatch.interpreter())
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"FORWARDPASS_INTERPRET": "sm_75"}, "FORWARDPASS_INTERPRET: .*sm_80, sm_89, sm_90a, sm_120, not 'sm_75'"),
+        (
+            {"FORWARDPASS_INTERPRET": "sm_75"},
+            "FORWARDPASS_INTERPRET: .*sm_80, sm_89, sm_90a, sm_100a, sm_120, not 'sm_75'",
+        ),
         ({"FORWARDPASS_INTERPRET": "sm_80", "FORWARDPASS_INTERPRET_SEED": "-1"}, "SEED is an integer.*not '-1'"),
     ],
 )
@@ -181,7 +184,8 @@ def test_importing_forwardpass_does_not_import_the_interpreter():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"arch": "sm_100a"}, "sm_80, sm_89, sm_90a, sm_120, not 'sm_100a'"),
+        ({"arch": "sm_100"}, "sm_80, sm_89, sm_90a, sm_100a, sm_120, not 'sm_100'"),
+        ({"arch": "sm_100a", "timeline": True}, "timeline=True knows no tcgen05"),
         ({"arch": "sm_90"}, "not 'sm_90'"),
         ({"seed": -1}, "seed is an integer"),
         ({"threads": -2}, "threads is a number"),

@@ -13,6 +13,7 @@ import pytest
 
 from forwardpass.interpreter import core
 from forwardpass.interpreter.__main__ import main
+from forwardpass.interpreter.build import command
 
 pytestmark = pytest.mark.interpreted
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -33,8 +34,8 @@ int main() {
 """
 
 
-def execute(program):
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": "sm_80"}
+def execute(program, architecture="sm_80"):
+    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture}
     done = subprocess.run([program], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout
 
@@ -63,11 +64,11 @@ def test_an_error_of_the_compiler_is_an_error(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["-arch=sm_90"], "-arch=sm_90 cannot be taken: .* FORWARDPASS_INTERPRET"),
-        (["-arch", "sm_90"], "-arch cannot be taken"),
-        (["-gencode=arch=compute_80,code=sm_80"], "cannot be taken"),
-        (["--cudart=shared"], "stand-in takes the place of cudart"),
-        (["-lcudart"], "stand-in"),
+        (["-arch=sm_100a"], "-arch=sm_100a cannot be taken: .* there are sm_80, sm_89, sm_90a, sm_120"),
+        (["-gencode", "arch=compute_130,code=sm_130"], "of compute_130 none is interpreted"),
+        (["-lcudnn"], "-lcudnn cannot be taken: of cudnn there is no stand-in"),
+        (["-l", "curand_static"], "of curand_static there is no stand-in"),
+        (["-cubin"], "-ptx makes it"),
         (["-rdc=true"], "include the files in one"),
         (["-dlto"], "leaves none"),
     ],
@@ -76,6 +77,86 @@ def test_flags_that_are_refused(flags, words, capsys):
     assert main(["build", "prog.cu", *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(words, line)
+
+
+ALL = ["80", "89", "90a", "120"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("flags", "architectures"),
+    [
+        ([], ALL),
+        (["-arch=native"], ALL),
+        (["-code=sm_90"], ALL),
+        (["-arch=sm_90"], ["90"]),
+        (["-arch", "sm_90a"], ["90a"]),
+        (["--gpu-architecture=compute_86", "-code=sm_86,sm_89"], ["86"]),
+        (["-arch=sm_120a"], ["120a"]),
+        (
+            ["-gencode=arch=compute_90a,code=sm_90a", "-gencode", "arch=compute_80,code=[sm_80,compute_80]"],
+            ["90a", "80"],
+        ),
+        (["--generate-code=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=compute_80"], ["80"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_architectures(flags, architectures):
+    flags = [f for f in command(["prog.cu", *flags, "-lineinfo"]) if "arch=" in f or "code=" in f or "sm_" in f]
+    assert flags == [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
+
+
+@needs_nvcc
+def test_libraries_whose_place_the_standin_takes():
+    flags = ["prog.cu", "-lcuda", "-l", "cudart", "--cudart=shared", "-cudart", "static", "--library=nvToolsExt", "-lm"]
+    libraries = [f for f in command(flags) if f.startswith(("-l", "-cudart", "--cudart", "--library"))]
+    assert libraries == ["-lm", "--cudart=none", "-lineinfo", "-ldl", "-lpthread"]
+    assert f"-Xlinker={core.CUBLAS}" in command(["prog.cu", "-lcublas", "-lcublasLt"])
+
+
+CLUSTER = """
+#include <cooperative_groups.h>
+#include <cstdio>
+__global__ void __cluster_dims__(2, 1, 1) ranks(int* y) {
+  y[blockIdx.x] = cooperative_groups::this_cluster().block_rank();
+}
+int main() {
+  int* y;
+  cudaMallocManaged(&y, 4 * sizeof(int));
+  ranks<<<4, 1>>>(y);
+  if (cudaDeviceSynchronize()) return 1;
+  std::printf("%d%d%d%d\\n", y[0], y[1], y[2], y[3]);
+}
+"""
+
+
+@needs_nvcc
+def test_a_program_for_one_gpu_alone(tmp_path, capfd):
+    source, program = tmp_path / "cluster.cu", tmp_path / "cluster"
+    source.write_text(CLUSTER)
+    assert main(["build", str(source), "-arch=sm_90a", "-o", str(program)]) == 0
+    assert execute(program, "sm_90a") == (0, "0101\n")
+    assert execute(program)[0] != 0
+    assert main(["build", str(source), "-arch=sm_90", "-o", str(program)]) == 0
+    assert execute(program, "sm_90a") == execute(program, "sm_120") == (0, "0101\n")
+    assert main(["build", str(source), "-arch=sm_120a", "-o", str(program)]) == 0
+    assert execute(program, "sm_120") == (0, "0101\n")
+    assert execute(program, "sm_90a")[0] != 0
+
+
+@needs_nvcc
+def test_a_shared_library(tmp_path):
+    """That Python loads, say, with no torch and no forwardpass."""
+    source, library = tmp_path / "fill.cpp", tmp_path / "libfill.so"
+    source.write_text(
+        KERNEL + 'extern "C" float filled() { float* y; cudaMallocManaged(&y, 128); launch(y); return y[31]; }'
+    )
+    flags = ["-x", "cu", "-shared", "-Xcompiler", "-fPIC", "-lcudart", "-o", str(library)]
+    assert main(["build", str(source), *flags]) == 0
+    code = f"import ctypes; f = ctypes.CDLL({str(library)!r}).filled; f.restype = ctypes.c_float; print(f())"
+    environment = {**os.environ, "FORWARDPASS_INTERPRET": "sm_80"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "2.0\n"), done.stderr
 
 
 def test_usage(capsys):

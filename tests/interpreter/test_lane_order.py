@@ -118,8 +118,8 @@ def test_not_ordered(pair, order):
     first, then, now, before = PAIRS[pair]
     f = race(body(first, ORDERLESS[order], then))
     assert re.search(
-        rf"{now} by lane \d+ at PTX line \d+ of shared .*: no __syncwarp \(bar.warp.sync\) or barrier between it and the "
-        rf"{before} by lane \d+ at PTX line \d+ of the same warp, warp 0",
+        rf"{before} by lane \d+ at PTX line \d+, then {now} by lane \d+ at PTX line \d+ of shared .*: "
+        r"no __syncwarp \(bar.warp.sync\) or barrier orders these lanes of one warp, warp 0",
         f.message,
     ), f.message
 
@@ -129,7 +129,7 @@ def test_the_finding_says_who_and_where():
     f = race(text)
     assert (f.warp, f.lane, f.address) == (0, 9, 18)
     lines = [int(n) for n in re.findall(r"PTX line (\d+)", f.message)]
-    assert lines == [f.ptx_line, f.ptx_line - 2]
+    assert lines == [f.ptx_line - 2, f.ptx_line] and f.other_ptx_line == lines[0] and f.within_warp
     assert (
         "read by lane 9 at" in f.message and "of shared 0x12..0x13" in f.message and "write by lane 0 at" in f.message
     )
@@ -176,7 +176,7 @@ DONE: ld.shared.u32 %r4, [{}];"""
 def test_halves_of_a_warp():
     quiet(PLACES + HALVES.format("%r3"))
     f = race(PLACES + "xor.b32 %r9, %r1, 16;\nmad.lo.u32 %r7, %r9, 4, %s;\n" + HALVES.format("%r7"))
-    lane, other = (int(n) for n in re.findall(r"lane (\d+)", f.message))
+    other, lane = (int(n) for n in re.findall(r"lane (\d+)", f.message))
     assert lane ^ other == 16
 
 

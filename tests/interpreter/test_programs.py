@@ -42,8 +42,10 @@ def programs(tmp_path_factory):
     return Programs(tmp_path_factory.mktemp("programs"))
 
 
-def execute(program, *arguments, architecture="sm_80"):
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture}
+def execute(program, *arguments, architecture="sm_80", **environment):
+    """Further variables without their FORWARDPASS_INTERPRET_."""
+    more = {f"FORWARDPASS_INTERPRET_{name}": str(value) for name, value in environment.items()}
+    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture, **more}
     return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -108,6 +110,29 @@ def test_a_finding_is_the_exit_code(programs, architecture):
     assert "// HAZARD" in source[int(found[1]) - 1]
     assert re.search("race|uninitialised", done.stderr)  # as the schedule has it
     assert "reverse" in done.stderr
+
+
+def test_findings_are_collected(programs):
+    """The program runs to its end, and fails for what is left."""
+    done = execute(programs["missing_syncthreads"], FINDINGS="collect", SEED=1)
+    assert done.returncode == 3 and done.stdout.strip().lstrip("-").isdigit()
+    assert re.search(r"race .*missing_syncthreads\.cu:\d+ reverse\(int\*\), \d+ times", done.stderr), done.stderr
+
+
+def test_findings_are_ignored(programs, tmp_path):
+    rules = tmp_path / "rules"
+    rules.write_text("# known\n\nrace missing_syncthreads.cu reverse  # right by luck\nuninitialised *.cu\n")
+    for findings in ("raise", "collect"):
+        done = execute(programs["missing_syncthreads"], FINDINGS=findings, IGNORE=rules)
+        assert done.returncode == 0 and done.stdout.strip().lstrip("-").isdigit()
+        assert "(ignored)" in done.stderr and "nothing orders" not in done.stderr
+    rules.write_text("race other.cu\n")
+    assert execute(programs["missing_syncthreads"], IGNORE=rules).returncode == 3
+    rules.write_text("race\n")
+    done = execute(programs["missing_syncthreads"], IGNORE=rules)
+    assert done.returncode == 2 and 'line 1 of the rules, "race"' in done.stderr
+    done = execute(programs["missing_syncthreads"], FINDINGS="keep")
+    assert done.returncode == 2 and "FINDINGS is raise or collect, not keep" in done.stderr
 
 
 @pytest.mark.parametrize(

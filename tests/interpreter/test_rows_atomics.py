@@ -1,19 +1,21 @@
 """atom and red against numpy and torch."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from memory_kernels import NUMPY, PLACES, REGISTER, SCOPE, STATE_SPACE, aligned, randoms, run_numpy, tensor
-from ptx import interpreter, kernel, run
+from ptx import assert_refused, interpreter, kernel, run
 from rows import row
 
 import forwardpass as fp
 
 pytestmark = pytest.mark.interpreted
 
-SEMANTICS = "relaxed|acquire|release|acq_rel"
-BEFORE = f"{SEMANTICS}?.{SCOPE}?.{STATE_SPACE}?.{SCOPE}?.{SEMANTICS}?"
-AFTER = f"{SEMANTICS}?.{SCOPE}?.{STATE_SPACE}?.L2::cache_hint?"
+MODIFIER = f"relaxed|acquire|release|acq_rel|{SCOPE}|{STATE_SPACE}?"
+BEFORE = ".".join([MODIFIER] * 3)
+AFTER = f"{BEFORE}.L2::cache_hint?"
 
 
 def atomic_row(op, kinds, head="atom|red"):
@@ -81,17 +83,34 @@ def test_integer_atomics(op, kind, space):
             np.testing.assert_array_equal(memory, wanted)
 
 
+# every order that ptxas takes, with the operation at every place: Triton 3.9 writes atom.global.acq_rel.gpu.cas
+OPCODES = [".".join(("atom", *words, "u32")) for words in itertools.permutations(["add", "global", "acq_rel", "gpu"])]
+
+
 @pytest.mark.parametrize(
-    "opcode",
-    ["atom.global.gpu.acq_rel.add.u32", "atom.add.acq_rel.gpu.global.u32", "atom.global.add.u32", "atom.add.release.gpu.u32",
-     "atom.global.add.L2::cache_hint.u32"],
-)  # fmt: skip
+    "opcode", [*OPCODES, "atom.global.add.u32", "atom.add.release.gpu.u32", "atom.global.add.L2::cache_hint.u32"]
+)
 def test_orders_of_the_modifiers(opcode):
     x, b = randoms(32, np.uint32, 1), randoms(32, np.uint32, 2)
     extra = ", %rd4" if "hint" in opcode else ""
     memory, result = run_numpy(atomic_body(opcode, 4, "r", "global", extra=extra), x, b)
     np.testing.assert_array_equal(memory, x + b)
     np.testing.assert_array_equal(result, x)
+
+
+def test_orders_of_red():
+    for words in itertools.permutations(["add", "global", "release", "gpu"]):
+        x, b = randoms(32, np.uint32, 1), randoms(32, np.uint32, 2)
+        opcode = ".".join(("red", *words, "u32"))
+        memory, _ = run_numpy(atomic_body(opcode, 4, "r", "global", returns=False), x, b)
+        np.testing.assert_array_equal(memory, x + b)
+
+
+@pytest.mark.parametrize(
+    "opcode", ["atom.gpu.global.cta.add.u32", "atom.acq_rel.add.relaxed.u32", "atom.global.add.global.u32"]
+)
+def test_a_modifier_twice_is_refused(opcode):
+    assert "twice" in assert_refused(f"{opcode} %r1, [%a0], %r2;", torch.zeros(1))
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])

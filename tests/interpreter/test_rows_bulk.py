@@ -203,8 +203,6 @@ OPERATIONS = "add|min|max|inc|dec|and|or|xor"
 @row(
     f"cp.reduce.async.bulk.tensor.{DIMENSIONS}.global.shared::cta.{OPERATIONS}.im2col_no_offs.bulk_group.L2::cache_hint?",
     f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster.global.{MODES}.{BYTES}.multicast::cluster.L2::cache_hint?",
-    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster|shared::cta.global.tile|{MODES}?.{BYTES}.multicast::cluster?"
-    ".cta_group::1|cta_group::2.L2::cache_hint?",
     f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster|shared::cta.global.{MODES}.{BYTES}.L2::cache_hint?",
     f"cp.async.bulk.tensor.{DIMENSIONS}.global.shared::cta.{MODES}.bulk_group.L2::cache_hint?",
     f"cp.async.bulk.prefetch.tensor.{DIMENSIONS}.L2.global.{MODES}.L2::cache_hint?",

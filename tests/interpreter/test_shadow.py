@@ -3,6 +3,8 @@
 A block of two warps and more. Whatever is unordered is so in every schedule, but the message depends on who came first.
 """
 
+import re
+
 import pytest
 import torch
 from ptx import integers, interpreter, kernel
@@ -21,7 +23,8 @@ INITIALISE = "shl.b32 %r9, %t, 2;\nadd.u32 %r9, %r9, %s;\nst.shared.u32 [%r9], 0
 
 def test_write_after_write():
     f = always("race", "mov.u32 %r2, %s;\nst.shared.u32 [%r2], %r0;")
-    assert "write by warp" in f.message and "not ordered after the write by warp" in f.message
+    assert re.match(r"write by warp [01] at PTX line \d+, then write by warp [01] at PTX line \d+ of shared", f.message)
+    assert "nothing orders the two" in f.message and f.other_ptx_line == f.ptx_line and not f.within_warp
     assert "PTX line" in f.message and f.warp in (0, 1)
 
 
@@ -37,13 +40,13 @@ def test_write_of_what_is_there():
 
 def test_read_after_write():
     f = always("race", INITIALISE + "@%p0 st.shared.u32 [%s], 1;\n@%p1 ld.shared.u32 %r2, [%s];")
-    assert "not ordered after the" in f.message
+    assert "nothing orders the two" in f.message and f.other_ptx_line
 
 
 def test_write_after_read():
     body = INITIALISE + "@%p1 ld.shared.u32 %r2, [%s];\n@%p0 st.shared.u32 [%s], 1;"
     messages = [f.message for f in launch(body)]
-    assert any("write by warp 0" in m and "after the read by warp 1" in m for m in messages), messages
+    assert any(re.match("read by warp 1 at .*, then write by warp 0 at", m) for m in messages), messages
     # either of the two may come first; which, the seed says alone, whatever was launched before
     assert len(set(messages)) == 2
     assert [f.message for f in launch(body)] == messages
@@ -204,7 +207,10 @@ def memory(n=1024):
 
 def test_two_warps_write_the_same_global_word():
     f = always("race", "st.global.u32 [%a0], %r0;", memory())
-    assert "of this block wrote" in f.message and "argument 0" in f.message
+    assert re.match(
+        r"write by warp [01] of this block at PTX line \d+, then write by warp [01] at PTX line \d+", f.message
+    )
+    assert "argument 0" in f.message and f.other_ptx_line == f.ptx_line
     silent("@%p0 st.global.u32 [%a0], %r0;\nbar.sync 0;\n@%p1 st.global.u32 [%a0], %r0;", memory())
 
 
@@ -247,7 +253,7 @@ def test_blocks_write_to_neighbouring_bytes(kind, size, r):
 
 def test_two_blocks_write_the_same_byte():
     f = always("race", "mov.b16 %h5, 1;\n@%p1 ret;\nst.global.u8 [%a0+7], %h5;", memory(), grid=8)
-    assert "of this launch wrote" in f.message and "byte 7 of argument 0" in f.message
+    assert re.match(r"write by warp 0 of block \([0-7], 0, 0\) at", f.message) and "byte 7 of argument 0" in f.message
 
 
 def test_a_block_reads_what_another_wrote():
@@ -413,7 +419,9 @@ def test_releases_since_the_one_that_was_acquired(before):
 def test_the_last_block_reads_what_was_not_released(parts, words):
     found = rows_are_read(*parts)
     assert len(found) == len(SEEDS) and {f.kind for f in found} == {"race"}
-    assert any(words in f.message and "of this launch wrote" in f.message for f in found), [f.message for f in found]
+    assert any(words in f.message and re.match(r"write by warp \d of block", f.message) for f in found), [
+        f.message for f in found
+    ]
 
 
 # ---- Global memory between launches ----

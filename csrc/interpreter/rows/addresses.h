@@ -61,9 +61,10 @@ struct AddressOperand {
   bool wide;
   int operand;  // of the instruction
   int64_t displacement;
-  bool releases = false;  // what it writes is .release or .acq_rel
+  Ordering ordering;
 
   void bind(Bind& b, const Operand& o) {
+    ordering = {order(b) >= Order::release, b.has("cta") || b.has("cluster")};
     space = space_of(b);
     operand = b.instruction.destinations + b.instruction.sources;
     displacement = b.address(o, &wide);
@@ -74,7 +75,7 @@ struct AddressOperand {
   void access(Warp& w, const Instruction& i, int bytes, Use use, Mask mask, uint8_t* host[kLanes]) const {
     uint64_t address[kLanes];
     addresses(w, i, address);
-    interpreter::access(w, space, address, bytes, use, mask, host, releases);
+    interpreter::access(w, space, address, bytes, use, mask, host, ordering);
   }
 };
 

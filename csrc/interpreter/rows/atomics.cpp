@@ -6,9 +6,10 @@
 #include "interpreter/rows/lanewise.h"
 #include "interpreter/rows/reductions.h"
 
-#define SEMANTICS "relaxed|acquire|release|acq_rel"
-#define BEFORE SEMANTICS "?." SCOPE "?." STATE_SPACE "?." SCOPE "?." SEMANTICS "?."
-#define AFTER "." SEMANTICS "?." SCOPE "?." STATE_SPACE "?.L2::cache_hint?."
+// Semantics, scope and state space in any order, as ptxas takes them, before the operation or after it.
+#define MODIFIER "relaxed|acquire|release|acq_rel|" SCOPE "|" STATE_SPACE "?."
+#define BEFORE MODIFIER MODIFIER MODIFIER
+#define AFTER "." MODIFIER MODIFIER MODIFIER "L2::cache_hint?."
 
 namespace forwardpass::interpreter {
 namespace {
@@ -100,7 +101,6 @@ void bind_operands(Bind& b, Type type, int sources) {
   if (a.count * ptx::size_of(type) > 16) b.refuse("vectors of more than 16 bytes do not exist");
   if (a.returns) each(b.operand(0), [&](const Operand& o) { b.destination(o, type); });
   a.bind(b, b.operand(first));
-  a.releases = semantics >= Order::release;
   if (a.count > 1 && a.space != ptx::Space::global && a.space != ptx::Space::none)
     b.refuse("vectors are for global memory");
   for (int s = 0; s < sources; ++s) each(b.operand(first + 1 + s), [&](const Operand& o) { b.source(o, type); });

@@ -1,6 +1,5 @@
-// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile mode (ISA 9.7.9.25.4, 9.7.9.25.5): transfers between
-// global and shared memory, and to that of other CTAs, in the async proxy. To the race check each is an agent of its
-// own.
+// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile mode (ISA 9.7.9.25.4, 9.7.9.25.5): transfers in the
+// async proxy, to and from global memory and to other CTAs. To the race check each is an agent of its own.
 #include <algorithm>
 
 #include "../mbarrier.h"
@@ -8,6 +7,7 @@
 #include "../tensor_map.h"
 #include "../timeline_trace.h"
 #include "async.h"
+#include "matrix_rows.h"
 #include "reductions.h"
 
 namespace forwardpass::interpreter {
@@ -26,7 +26,8 @@ struct Transfer : Pending {
   bool tensor = false;
   uint32_t shared = 0, bytes = 0;
   uint8_t* global = nullptr;  // of one that is not a tensor's
-  Cta* target = nullptr;      // load, distribute: whose shared memory and mbarrier
+  Cta* target = nullptr;      // load, distribute: whose shared memory
+  Cta* signalled = nullptr;   // and whose mbarrier: the target's, or that of its pair of CTAs
   uint32_t to = 0;            // distribute: where in it
   Reduce reduce = nullptr;    // store, distribute: in place of a copy
   TensorMap map;
@@ -47,6 +48,7 @@ struct Transfer : Pending {
     }
   }
   uint32_t row_bytes() const { return tensor ? map.row_bytes() : bytes; }
+  uint32_t transaction_bytes() const { return tensor ? map.transaction_bytes() : bytes; }
 
   // f(shared address, offset within the row, bytes) over a part of a row: whole where it is not swizzled, else by the
   // chunks of 16 bytes.
@@ -71,9 +73,9 @@ struct Transfer : Pending {
     write(target->shared.data());
     // A reduction has counted as an atomic since it was issued: others may reduce the same elements.
     if (checked(cta) && !reduce) target->shadow.land(actor, direction == Direction::load ? shared : to, bytes);
-    MBarrier& b = mbarrier_at(*target, mbarrier);
+    MBarrier& b = mbarrier_at(*signalled, mbarrier);
     b.gathering.join(learnt(agent, time));
-    b.complete_transactions(*target, bytes);
+    b.complete_transactions(*signalled, transaction_bytes());
   }
 
   void load(uint8_t* memory) const {
@@ -112,7 +114,9 @@ struct Transfer : Pending {
     each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t address) {
       put(reinterpret_cast<uint8_t*>(address), data.data() + offset + begin, end - begin);
     });
+    data = {};
   }
+  Use writes() const { return reduce ? Use::atomic : Use::write; }
   void put(uint8_t* memory, const uint8_t* from, uint32_t n) const {
     reduce ? reduce(memory, from, n) : static_cast<void>(std::memcpy(memory, from, n));
   }
@@ -146,6 +150,7 @@ struct Form {
   Place shared, global, mbarrier, to;  // global: the tensor map's, of a tensor; to: where it is distributed to
   int size = 0;                        // operand, of one that is not a tensor's
   int mask = -1;                       // operand: the CTAs of a multicast
+  bool pair = false;                   // .cta_group::2: the mbarrier may be that of the other CTA of the pair
   Reduce reduce = nullptr;
   std::string_view operation;  // of a tensor's reduction, whose type is the map's
 };
@@ -153,14 +158,14 @@ struct Form {
 constexpr uint32_t kBulkAlignment = 16, kTensorAlignment = 128;
 
 // The global memory that it touches must be there.
-void check_global(Warp& w, Transfer& t, Use use, int lane) {
+void check_global(Warp& w, Transfer& t, Use use, int lane, bool under_way = false) {
   if (!t.tensor) {
-    if (t.bytes) t.global = access_global(w, reinterpret_cast<uint64_t>(t.global), t.bytes, use, lane);
+    if (t.bytes) t.global = access_global(w, reinterpret_cast<uint64_t>(t.global), t.bytes, use, lane, under_way);
     return;
   }
   uint64_t first = 0, last = 0;  // rows that follow each other are one range
   const auto check = [&] {
-    if (first != last) access_global(w, first, last - first, use, lane);
+    if (first != last) access_global(w, first, last - first, use, lane, under_way);
   };
   t.each_row([&](uint32_t, uint32_t begin, uint32_t end, uint64_t address) {
     if (begin == end) return;
@@ -186,8 +191,8 @@ void send(Warp& w, Transfer& t, uint32_t to, int lane) {
   Cta& target = *t.target;
   // The copy itself signals the mbarrier, and whoever waits there learns of the copy; nobody needs to learn of the
   // thread that issued it. (With CUTLASS's multicasts a receiving CTA exits once its consumers have their data.)
-  const MBarrier& mbarrier = use_mbarrier(w, target, t.mbarrier, false);
-  if (w.trace) w.trace->signal(Signal::Kind::copy, target, mbarrier, 0, t.bytes);
+  const MBarrier& mbarrier = use_mbarrier(w, *t.signalled, t.mbarrier, false);
+  if (w.trace) w.trace->signal(Signal::Kind::copy, *t.signalled, mbarrier, 0, t.transaction_bytes());
   t.agent = w.cta->cluster->async_agent(w);
   const Actor actor = issued_by(w, t, lane);
   if (&target != w.cta) target.visited(actor);
@@ -250,6 +255,7 @@ Transfer described(Warp& w, const Instruction& i, const Form& form, uint64_t glo
     t.map = read_tensor_map(w, global, form.rank, l);
     for (int d = 0; d < form.rank; ++d) t.coordinates[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
     t.bytes = t.map.box_bytes();
+    check_narrow(w, t.map, t.coordinates[0], form.direction == Direction::store, l);
     if (!form.operation.empty()) t.reduce = tensor_reduction(w, form.operation, t.map, l);
     return t;
   }
@@ -323,7 +329,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
     if (!sends) {
       auto store = std::make_shared<Transfer>(std::move(t));
       store->agent = w.cta->cluster->async_agent(w);
-      check_global(w, *store, store->reduce ? Use::atomic : Use::write, l);
+      check_global(w, *store, store->writes(), l, true);
       take(w, *store, l);
       Bulk& bulk = state_of(w);
       bulk.entries.push_back({l, bulk.committed[l], store, false});
@@ -334,7 +340,8 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
                                                                 : shared_at(w, form.to, to[l], t.bytes, kBulkAlignment,
                                                                             l, "the destination of a bulk copy");
     const SharedRange barrier = shared_at(w, form.mbarrier, mbarrier[l], 8, 8, l, "an mbarrier");
-    if (form.mask < 0 && barrier.cta != there.cta) {
+    const int odd = barrier.cta->rank & 1;  // of a pair
+    if (!form.pair && form.mask < 0 && barrier.cta != there.cta) {
       w.fail_at(Kind::illegal, "the mbarrier must lie in the shared memory of the CTA that has the destination", l,
                 mbarrier[l]);
     }
@@ -343,6 +350,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
     for (Cta* target : targets(w, i, form, *there.cta, l)) {
       auto one = std::make_shared<Transfer>(t);
       one->target = target;
+      one->signalled = form.pair ? w.cta->cluster->ctas.at((target->rank & ~1) | odd).get() : target;
       if (form.direction == Direction::load) check_global(w, *one, Use::read, l);
       send(w, *one, there.offset, l);
       if (form.direction == Direction::distribute) take(w, *one, l);
@@ -365,14 +373,16 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   auto& entries = w.bulk->entries;
   const auto over = [&](Bulk::Entry& e) {
     if (!(mask >> e.lane & 1) || e.group + i.immediate >= w.bulk->committed[e.lane]) return false;
+    if (read && e.waited) return false;
     e.waited = true;
     if (read) {
       e.store->read(*w.cta);
     } else {
       w.cta->cluster->complete(*e.store);
+      check_global(w, *e.store, e.store->writes(), e.lane);
     }
     w.knowledge.join(learnt(e.store->agent, e.store->read_time));
-    return e.store->done;  // one that is only read may be waited for again
+    return !read;  // one that is only read may be waited for again
   };
   entries.erase(std::remove_if(entries.begin(), entries.end(), over), entries.end());
   return Step::next;
@@ -388,13 +398,14 @@ void check_bulk_at_end(const Cta& cta) {
       if (e.waited) continue;
       Finding f;
       f.kind = Kind::in_flight;
+      f.breaks = Breaks::isa;
       f.message =
           "the block ends while this bulk store may still read its shared memory: no wait_group of the thread covers "
-          "it";
+          "it; shared memory seems to live as long on today's GPUs";
       f.warp = w.id;
       f.lane = e.lane;
       cta.place(f, *e.store->code, e.store->instruction->index);
-      throw f;
+      cta.cluster->report(std::move(f));
     }
   }
 }
@@ -500,6 +511,8 @@ void bind_tensor_load(Bind& b) {
   const bool cluster = b.has("shared::cluster");
   bind_place(b, form.shared, b.operand(0), false, cluster);
   bind_map(b, form, b.operand(1));
+  form.pair = b.has("cta_group::2");
+  if (form.pair || b.has("cta_group::1")) require_capability(b, 100);
   bind_place(b, form.mbarrier, b.operand(2), false, cluster);
   bind_policy(b, bind_mask(b, form, 3),
               "[dst], [tensor map, {coordinates}], [mbarrier], with .multicast::cluster a mask of CTAs");
@@ -532,9 +545,9 @@ void bind_wait(Bind& b) {
 }
 
 void refuse_mode(Bind& b) { b.refuse("im2col, gather and scatter modes are not supported; use tile mode"); }
-void refuse_group(Bind& b) { b.refuse(".cta_group is for pairs of CTAs of sm_100, which is not supported"); }
 
 #define DIMENSIONS "1d|2d|3d|4d|5d"
+#define GROUP "cta_group::1|cta_group::2"
 #define MBARRIER "mbarrier::complete_tx::bytes"
 #define MODES "im2col|im2col::w|im2col::w::128|im2col_no_offs|tile::gather4|tile::scatter4"
 #define OPERATIONS "add|min|max|inc|dec|and|or|xor"
@@ -551,6 +564,12 @@ const Row rows[] = {
      bind_tensor_prefetch},
     {"cp.async.bulk.shared::cluster.global." MBARRIER ".multicast::cluster.L2::cache_hint?", "9.7.9.25.4.1", bind_load},
     {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global.tile?." MBARRIER ".multicast::cluster.L2::cache_hint?",
+     "9.7.9.25.5.2", bind_tensor_load},
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global.tile?." MBARRIER
+     ".multicast::cluster?." GROUP ".L2::cache_hint?",
+     "9.7.9.25.5.2", bind_tensor_load},
+    {"cp.async.bulk.tensor." DIMENSIONS "." GROUP ".shared::cluster.global.tile?." MBARRIER
+     ".multicast::cluster?.L2::cache_hint?",
      "9.7.9.25.5.2", bind_tensor_load},
     {"cp.async.bulk.shared::cluster.shared::cta." MBARRIER, "9.7.9.25.4.1", bind_distribute},
     {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".and|or|xor.b32", "9.7.9.25.4.2", bind_distribute},
@@ -570,9 +589,6 @@ const Row rows[] = {
     {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global." MODES "." MBARRIER
      ".multicast::cluster.L2::cache_hint?",
      "9.7.9.25.5.2", refuse_mode},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global.tile|" MODES "?." MBARRIER
-     ".multicast::cluster?.cta_group::1|cta_group::2.L2::cache_hint?",
-     "9.7.9.25.5.2", refuse_group},
     {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global." MODES "." MBARRIER ".L2::cache_hint?",
      "9.7.9.25.5.2", refuse_mode},
     {"cp.async.bulk.tensor." DIMENSIONS ".global.shared::cta." MODES ".bulk_group.L2::cache_hint?", "9.7.9.25.5.2",

@@ -43,7 +43,8 @@ Step wait_for_grids(Warp& w, const Instruction&, Mask) {
   return Step::next;
 }
 
-// "must be executed by all threads in a warpgroup": the n-th one of each of its warps is the same.
+// "must be executed by all threads in a warpgroup": the n-th one of each of its warps asks for the same. That they are
+// one instruction is not asked for: Triton's warp-specialised partitions have one each.
 Step set_max_registers(Warp& w, const Instruction& i, Mask mask) {
   if (mask != w.live) w.fail(Kind::barrier, "setmaxnreg needs every thread of the warp, and part of it is here");
   w.register_changes.push_back(&i);
@@ -51,10 +52,8 @@ Step set_max_registers(Warp& w, const Instruction& i, Mask mask) {
   const int first = w.id / 4 * 4, last = std::min<int>(first + 4, static_cast<int>(w.cta->warps.size()));
   for (int k = first; k < last; ++k) {
     const auto& other = w.cta->warps[k].register_changes;
-    if (other.size() >= n && other[n - 1] != &i) {
-      w.fail(Kind::barrier,
-             "setmaxnreg differs within a warpgroup: warp " + std::to_string(k) + " has executed another");
-    }
+    if (other.size() < n || (other[n - 1]->immediate == i.immediate && other[n - 1]->option == i.option)) continue;
+    w.fail(Kind::barrier, "setmaxnreg differs within a warpgroup: warp " + std::to_string(k) + " has executed another");
   }
   return Step::next;
 }
@@ -88,6 +87,8 @@ const Row rows[] = {
      [](Bind& b) {
        const int64_t n = b.operands() == 1 ? b.constant(b.operand(0)) : 0;
        if (n < 24 || n > 256 || n % 8) b.refuse("the number of registers must be a multiple of 8 from 24 to 256");
+       b.instruction.immediate = static_cast<uint64_t>(n);
+       b.instruction.option = b.has("inc");
        b.collective();
        b.run(&set_max_registers);
      }},

@@ -38,7 +38,7 @@ void find_rows(Warp& w, const Instruction& i, Use use, const LaneSet on_behalf[8
       address[l] -= kSharedWindow;
     });
   }
-  access(w, ptx::Space::shared, address, 16, use, lanes, host, false, on_behalf);
+  access(w, ptx::Space::shared, address, 16, use, lanes, host, {}, on_behalf);
 }
 
 // The lanes that hold something of these rows: four for each, or transposed one in four.

@@ -119,8 +119,14 @@ Step init(Warp& w, const Instruction& i, Mask mask) {
                 offset);
     }
     auto& slot = w.cta->mbarriers[offset];
-    if (slot && checked(*w.cta)) {
-      w.fail_at(Kind::mbarrier, "initialised again while it is in use: mbarrier.inval must come first", l, offset);
+    if (slot && checked(*w.cta) && !w.cta->cluster->again(Kind::mbarrier, 0)) {
+      Finding f = finding_at(Kind::mbarrier, "initialised again: mbarrier.inval must come first", offset);
+      if (slot->untouched()) {
+        f.breaks = Breaks::isa;
+        f.message += kNobodyCame;
+      }
+      f.lane = l;
+      w.cta->cluster->report(std::move(f));
     }
     slot = std::make_shared<MBarrier>(offset, count[l], w.agent);
     if (checked(*w.cta)) w.cta->shadow.set_mbarrier(w.actor(), offset, true);
@@ -196,8 +202,16 @@ Step transactions(Warp& w, const Instruction& i, Mask mask) {
 bool phase_over(const Warp& w, const Form& form, const Instruction& i, const MBarrier& b, int l) {
   if (form.parity) {
     const uint32_t parity = w.operand<uint32_t>(i, form.place.operand + 1)[l];
-    if (parity > 1) w.fail(Kind::illegal, "the phase parity is 0 or 1, not " + std::to_string(parity), l);
-    return (b.phase & 1) != parity;
+    if (parity > 1 && !w.cta->cluster->again(Kind::illegal, 0)) {
+      Finding f = finding_at(Kind::illegal,
+                             "the phase parity is 0 or 1, not " + std::to_string(static_cast<int32_t>(parity)) +
+                                 "; hardware takes its lowest bit",
+                             b.address);
+      f.breaks = Breaks::isa;
+      f.lane = l;
+      w.cta->cluster->report(std::move(f));
+    }
+    return (b.phase & 1) != (parity & 1);
   }
   const uint64_t state = w.operand<uint64_t>(i, form.place.operand + 1)[l];
   if ((state & ~(~uint64_t{0} >> 4)) != kStateTag || (state >> 20 & 0xfffff) != b.address / 8) {

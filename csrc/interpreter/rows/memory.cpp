@@ -145,6 +145,8 @@ void bind_load(Bind& b) {
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
   t.use = b.has("nc") ? Use::constant : order(b) == Order::weak ? Use::load : Use::strong_read;
+  const bool fresh = (b.has("cg") || b.has("cv")) && t.count * ptx::size_of(type) <= 8;
+  if (t.use == Use::load && fresh && space_of(b) == ptx::Space::global) t.use = Use::fresh;
   const int bytes =
       bind_values(b, b.operand(0), type, t.count, [&](const Operand& o) { return b.destination_relaxed(o, type); });
   t.bind(b, b.operand(1));
@@ -160,7 +162,6 @@ void bind_store(Bind& b) {
   auto& t = b.data<Transfer>();
   t.count = vector_count(b);
   t.use = order(b) == Order::weak ? Use::write : Use::strong_write;
-  t.releases = order(b) >= Order::release;
   t.bind(b, b.operand(0));
   const int bytes =
       bind_values(b, b.operand(1), type, t.count, [&](const Operand& o) { return b.source_relaxed(o, type); });

@@ -45,6 +45,17 @@ TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, int lane) {
   return map;
 }
 
+void check_narrow(Warp& w, const TensorMap& map, int32_t innermost, bool store, int lane) {
+  if (map.element_bits() >= 8) return;
+  if (innermost % 16) {
+    w.fail(Kind::illegal,
+           "the innermost coordinate of elements of 4 or 6 bits must be a multiple of 16, not " +
+               std::to_string(innermost),
+           lane);
+  }
+  if (store && map.padded()) w.fail(Kind::illegal, "a tensor map whose elements are padded is for loads alone", lane);
+}
+
 namespace {
 
 enum class Field : uint8_t {

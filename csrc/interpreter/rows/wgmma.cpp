@@ -177,14 +177,9 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   if (!w.wgmma || w.wgmma->groups.size() <= i.immediate) return Step::next;
   Wgmma& state = *w.wgmma;
-  Warpgroup& group = *state.group;
   const size_t done = state.groups.size() - i.immediate;
   const uint64_t last = state.groups[done - 1].last;
-  while (group.completed < last) {
-    WgmmaOperation& next = *group.pending.front();
-    if (next.issued != 15) return Step::blocked;
-    w.cta->cluster->complete(next);
-  }
+  if (!complete_until(w, last)) return Step::blocked;
   if (!state.flight.empty()) {
     if (state.frame != w.frame) {
       w.fail(Kind::unsupported, "wgmma operations in flight across a function call: wait for them within the function");
@@ -202,6 +197,16 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
 }
 
 }  // namespace
+
+bool complete_until(Warp& w, uint64_t operation) {
+  Warpgroup& group = *w.wgmma->group;
+  while (group.completed < operation) {
+    WgmmaOperation& next = *group.pending.front();
+    if (next.issued != 15) return false;
+    w.cta->cluster->complete(next);
+  }
+  return true;
+}
 
 bool is_wgmma_fence(const Instruction& i) { return i.run == &fence; }
 

@@ -30,6 +30,9 @@ bool is_wgmma_fence(const Instruction&);
 // A finding where find_missing_wgmma_fences found one missing.
 void require_wgmma_fence(const Warp&, const Instruction&);
 
+// Completes what the warpgroup has issued up to an operation; false: not all of its warps have issued it yet.
+bool complete_until(Warp&, uint64_t operation);
+
 std::string place_of(const Warp&, const WgmmaShape&);  // "wgmma.mma_async... of file.cu:12"
 
 // What the registers of D of one warp will hold. Later operations change it in place unless a moved register still
@@ -108,8 +111,8 @@ struct Warpgroup {
   Clock now = 0;
 };
 
-// One instruction while registers are in flight: a finding when it touches one, deferred when it is a plain mov of one,
-// else its handler's step.
+// One instruction while registers are in flight: deferred when it is a plain mov of one. To touch one otherwise is a
+// finding; where a read goes on behind it, it waits for the value, as it does on hardware.
 Step run_in_flight(Warp&, const Instruction&, Mask);
 
 struct Wgmma {  // of one warp

@@ -165,17 +165,26 @@ void require_wgmma_fence(const Warp& w, const Instruction& i) {
   const bool d = i.immediate < i.destinations;
   const std::string which =
       "register " + std::to_string(i.immediate - (d ? 0 : i.destinations)) + (d ? " of D" : " of A");
-  if (access == statements.size()) {
-    w.fail(Kind::race,
-           "no wgmma.fence stands before the first wgmma.mma_async, on one path at least: put "
-           "wgmma.fence.sync.aligned before it, which orders " +
-               which + " and all others");
+  const bool first = access == statements.size();
+  const int line = first ? 0 : statements[access]->line;
+  Cluster& cluster = *w.cta->cluster;
+  if (cluster.again(Kind::race, line)) return;
+  Finding f;
+  f.kind = Kind::race;
+  if (first) {
+    f.message =
+        "no wgmma.fence stands before the first wgmma.mma_async, on one path at least: put wgmma.fence.sync.aligned "
+        "before it, which orders " +
+        which + " and all others";
+  } else {
+    f.message = which + " is accessed by " + statements[access]->opcode + " of " +
+                source_place(*w.cta->launch->module, line) +
+                ", and no wgmma.fence stands between, on one path at least: put wgmma.fence.sync.aligned there. If the "
+                "source has one, the compiler has moved the access across it: keep it before by asm volatile(\"\" : "
+                "\"+f\"(register) :: \"memory\") in front of the fence";
+    w.cta->place_other(f, line);
   }
-  w.fail(Kind::race, which + " is accessed by " + statements[access]->opcode + " of " +
-                         source_place(*w.cta->launch->module, statements[access]->line) +
-                         ", and no wgmma.fence stands between, on one path at least: put wgmma.fence.sync.aligned "
-                         "there. If the source has one, the compiler has moved the access across it: keep it before by "
-                         "asm volatile(\"\" : \"+f\"(register) :: \"memory\") in front of the fence");
+  cluster.report(std::move(f));
 }
 
 }  // namespace forwardpass::interpreter

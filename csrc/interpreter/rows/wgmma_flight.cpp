@@ -85,14 +85,21 @@ std::string place_of(const Warp& w, const WgmmaShape& shape) {
 
 namespace {
 
-[[noreturn]] void touched(const Warp& w, const RegistersInFlight::Entry& e, bool writes) {
-  const char* verb = writes ? "writes" : "reads";
-  if (e.value) {
-    w.fail(Kind::in_flight, std::string(verb) + " an accumulator of " + place_of(w, *e.value->shape) +
-                                ", which is in flight until wgmma.wait_group has waited for it");
+void touched(const Warp& w, const RegistersInFlight::Entry& e, bool writes) {
+  const WgmmaShape& shape = e.value ? *e.value->shape : *e.reader;
+  Cluster& cluster = *w.cta->cluster;
+  if (cluster.again(Kind::in_flight, shape.statement->line)) return;
+  Finding f;
+  f.kind = Kind::in_flight;
+  f.message = std::string(writes ? "writes" : "reads") + (e.value ? " an accumulator of " : " a register of A of ") +
+              place_of(w, shape) + ", which is in flight until wgmma.wait_group has waited for it";
+  if (!writes) {
+    f.breaks = Breaks::isa;
+    f.message +=
+        e.value ? "; ptxas waits for it here (its C7517), which costs time" : "; the registers keep what they hold";
   }
-  w.fail(Kind::in_flight, std::string(verb) + " a register of A of " + place_of(w, *e.reader) +
-                              ", which is in flight until wgmma.wait_group has waited for it");
+  w.cta->place_other(f, shape.statement->line);
+  cluster.report(std::move(f));
 }
 
 }  // namespace
@@ -104,20 +111,23 @@ Step run_in_flight(Warp& w, const Instruction& i, Mask mask) {
   RegistersInFlight& flight = state.flight;
   const bool checks = checked(*w.cta);
   const RegistersInFlight::Entry* moved = nullptr;
+  Strand& strand = w.strand();
   for (int n = i.destinations; n < i.destinations + i.sources; ++n) {
     const auto* e = flight.find(i.operand[n]);
     if (!e) continue;
-    if (is_move(i)) {
+    if (is_move(i) && (mask == kAllLanes || !e->value)) {
       moved = e->value ? e : nullptr;  // A keeps its value: nothing to defer
-    } else if (checks) {
-      touched(w, *e, false);
+      continue;
     }
+    if (checks && !strand.ticket) touched(w, *e, false);
+    if (!e->value) continue;
+    const uint64_t last = e->value->last;
+    strand.ticket = 1;  // it has been told
+    if (!complete_until(w, last)) return Step::blocked;
+    strand.ticket = 0;
+    flight.land(last, w.frame->registers);
   }
   if (moved) {  // a copy of what is not there yet: it is in flight as well, and no error until somebody uses it
-    if (mask != kAllLanes) {
-      w.fail(Kind::in_flight, "moves an accumulator of " + place_of(w, *moved->value->shape) +
-                                  " that is in flight, and only in some lanes");
-    }
     if (i.operand[0] == kSink) return Step::next;
     const auto* to = flight.find(i.operand[0]);
     if (to && !to->value && checks) touched(w, *to, true);

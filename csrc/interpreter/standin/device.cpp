@@ -1,8 +1,5 @@
 // The device, its properties and limits, versions, and the driver's entry points.
-#include <cuda.h>
-
 #include <cstdio>
-#include <cstring>
 #include <map>
 #include <string>
 
@@ -143,24 +140,10 @@ const std::map<int, long long>& attributes() {
   return table;
 }
 
-// cuTensorMapEncodeTiled, the one function of the driver that kernels' hosts need.
-CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                      const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                      const cuuint32_t* element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                      CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  static_assert(sizeof(cuuint64_t) == sizeof(uint64_t));
-  const int result = fpi_tensor_map_encode_tiled(map, type, rank, address, reinterpret_cast<const uint64_t*>(sizes),
-                                                 reinterpret_cast<const uint64_t*>(strides), box, element_strides,
-                                                 interleave, swizzle, promotion, fill);
-  if (result) std::fprintf(stderr, "cuTensorMapEncodeTiled: %s\n", fpi_tensor_map_error());
-  return static_cast<CUresult>(result);
-}
-
 cudaError_t entry_point(const char* symbol, void** function, cudaDriverEntryPointQueryResult* status) {
-  const bool known = !std::strcmp(symbol, "cuTensorMapEncodeTiled");
-  *function = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
-  if (status) *status = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return known ? finish(cudaSuccess) : unsupported(symbol);
+  *function = driver_function(symbol);
+  if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return *function ? finish(cudaSuccess) : unsupported(symbol);
 }
 
 size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 128, 0};  // by cudaLimit: stack, printf FIFO, heap, ...

@@ -1,4 +1,6 @@
 // The last error of a thread, and what errors are called.
+#include <cuda.h>
+
 #include <atomic>
 #include <cstdio>
 
@@ -11,15 +13,18 @@ std::atomic<cudaError_t> context_error{cudaSuccess};
 
 struct Row {
   cudaError_t error;
-  const char *name, *text;
+  const char *name, *driver_name, *text;
 };
-#define ROW(name, text) {name, #name, text}
+// Most codes are the driver's too; what cudart alone has is told to its callers as another (driver.h).
+#define ROW(name, text) {name, #name, nullptr, text}
+#define DRIVER_ROW(name, driver_name, text) {name, #name, #driver_name, text}
+static_assert(int{CUDA_ERROR_INVALID_CLUSTER_SIZE} == int{cudaErrorInvalidClusterSize});
 // Those that this library or launches give, and a few that programs ask about; the texts are cudart's.
 constexpr Row kErrors[] = {
-    ROW(cudaSuccess, "no error"),
-    ROW(cudaErrorInvalidValue, "invalid argument"),
-    ROW(cudaErrorMemoryAllocation, "out of memory"),
-    ROW(cudaErrorInitializationError, "initialization error"),
+    DRIVER_ROW(cudaSuccess, CUDA_SUCCESS, "no error"),
+    DRIVER_ROW(cudaErrorInvalidValue, CUDA_ERROR_INVALID_VALUE, "invalid argument"),
+    DRIVER_ROW(cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY, "out of memory"),
+    DRIVER_ROW(cudaErrorInitializationError, CUDA_ERROR_NOT_INITIALIZED, "initialization error"),
     ROW(cudaErrorInvalidConfiguration, "invalid configuration argument"),
     ROW(cudaErrorInvalidPitchValue, "invalid pitch argument"),
     ROW(cudaErrorInvalidSymbol, "invalid device symbol"),
@@ -28,37 +33,48 @@ constexpr Row kErrors[] = {
     ROW(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version"),
     ROW(cudaErrorMissingConfiguration, "__global__ function call is not configured"),
     ROW(cudaErrorInvalidDeviceFunction, "invalid device function"),
-    ROW(cudaErrorNoDevice, "no CUDA-capable device is detected"),
-    ROW(cudaErrorInvalidDevice, "invalid device ordinal"),
-    ROW(cudaErrorInvalidKernelImage, "device kernel image is invalid"),
-    ROW(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device"),
-    ROW(cudaErrorUnsupportedLimit, "limit is not supported on this architecture"),
-    ROW(cudaErrorInvalidPtx, "a PTX JIT compilation failed"),
-    ROW(cudaErrorInvalidResourceHandle, "invalid resource handle"),
-    ROW(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
-    ROW(cudaErrorSymbolNotFound, "named symbol not found"),
-    ROW(cudaErrorNotReady, "device not ready"),
-    ROW(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
-    ROW(cudaErrorLaunchOutOfResources, "too many resources requested for launch"),
-    ROW(cudaErrorLaunchTimeout, "the launch timed out and was terminated"),
-    ROW(cudaErrorPeerAccessNotEnabled, "peer access has not been enabled"),
-    ROW(cudaErrorAssert, "device-side assert triggered"),
-    ROW(cudaErrorIllegalInstruction, "an illegal instruction was encountered"),
-    ROW(cudaErrorMisalignedAddress, "misaligned address"),
-    ROW(cudaErrorLaunchFailure, "unspecified launch failure"),
-    ROW(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch"),
-    ROW(cudaErrorNotPermitted, "operation not permitted"),
-    ROW(cudaErrorNotSupported, "operation not supported"),
-    ROW(cudaErrorInvalidClusterSize, "cluster misconfiguration"),
-    ROW(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
-    ROW(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
-    ROW(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"),
-    ROW(cudaErrorStreamCaptureImplicit, "operation would make the legacy stream depend on a capturing blocking stream"),
-    ROW(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
-    ROW(cudaErrorStreamCaptureWrongThread, "attempt to terminate a thread-local capture sequence from another thread"),
-    ROW(cudaErrorUnknown, "unknown error"),
+    DRIVER_ROW(cudaErrorNoDevice, CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected"),
+    DRIVER_ROW(cudaErrorInvalidDevice, CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal"),
+    DRIVER_ROW(cudaErrorInvalidKernelImage, CUDA_ERROR_INVALID_IMAGE, "device kernel image is invalid"),
+    DRIVER_ROW(cudaErrorNoKernelImageForDevice, CUDA_ERROR_NO_BINARY_FOR_GPU,
+               "no kernel image is available for execution on the device"),
+    DRIVER_ROW(cudaErrorUnsupportedLimit, CUDA_ERROR_UNSUPPORTED_LIMIT, "limit is not supported on this architecture"),
+    DRIVER_ROW(cudaErrorInvalidPtx, CUDA_ERROR_INVALID_PTX, "a PTX JIT compilation failed"),
+    DRIVER_ROW(cudaErrorInvalidResourceHandle, CUDA_ERROR_INVALID_HANDLE, "invalid resource handle"),
+    DRIVER_ROW(cudaErrorIllegalState, CUDA_ERROR_ILLEGAL_STATE,
+               "the operation cannot be performed in the present state"),
+    DRIVER_ROW(cudaErrorSymbolNotFound, CUDA_ERROR_NOT_FOUND, "named symbol not found"),
+    DRIVER_ROW(cudaErrorNotReady, CUDA_ERROR_NOT_READY, "device not ready"),
+    DRIVER_ROW(cudaErrorIllegalAddress, CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered"),
+    DRIVER_ROW(cudaErrorLaunchOutOfResources, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
+               "too many resources requested for launch"),
+    DRIVER_ROW(cudaErrorLaunchTimeout, CUDA_ERROR_LAUNCH_TIMEOUT, "the launch timed out and was terminated"),
+    DRIVER_ROW(cudaErrorPeerAccessNotEnabled, CUDA_ERROR_PEER_ACCESS_NOT_ENABLED, "peer access has not been enabled"),
+    DRIVER_ROW(cudaErrorAssert, CUDA_ERROR_ASSERT, "device-side assert triggered"),
+    DRIVER_ROW(cudaErrorIllegalInstruction, CUDA_ERROR_ILLEGAL_INSTRUCTION, "an illegal instruction was encountered"),
+    DRIVER_ROW(cudaErrorMisalignedAddress, CUDA_ERROR_MISALIGNED_ADDRESS, "misaligned address"),
+    DRIVER_ROW(cudaErrorLaunchFailure, CUDA_ERROR_LAUNCH_FAILED, "unspecified launch failure"),
+    DRIVER_ROW(cudaErrorCooperativeLaunchTooLarge, CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE,
+               "too many blocks in cooperative launch"),
+    DRIVER_ROW(cudaErrorNotPermitted, CUDA_ERROR_NOT_PERMITTED, "operation not permitted"),
+    DRIVER_ROW(cudaErrorNotSupported, CUDA_ERROR_NOT_SUPPORTED, "operation not supported"),
+    DRIVER_ROW(cudaErrorInvalidClusterSize, CUDA_ERROR_INVALID_CLUSTER_SIZE, "cluster misconfiguration"),
+    DRIVER_ROW(cudaErrorStreamCaptureUnsupported, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+               "operation not permitted when stream is capturing"),
+    DRIVER_ROW(cudaErrorStreamCaptureInvalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
+               "operation failed due to a previous error during capture"),
+    DRIVER_ROW(cudaErrorStreamCaptureIsolation, CUDA_ERROR_STREAM_CAPTURE_ISOLATION,
+               "dependency created on uncaptured work in another stream"),
+    DRIVER_ROW(cudaErrorStreamCaptureImplicit, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+               "operation would make the legacy stream depend on a capturing blocking stream"),
+    DRIVER_ROW(cudaErrorCapturedEvent, CUDA_ERROR_CAPTURED_EVENT,
+               "operation not permitted on an event last recorded in a capturing stream"),
+    DRIVER_ROW(cudaErrorStreamCaptureWrongThread, CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD,
+               "attempt to terminate a thread-local capture sequence from another thread"),
+    DRIVER_ROW(cudaErrorUnknown, CUDA_ERROR_UNKNOWN, "unknown error"),
 };
 #undef ROW
+#undef DRIVER_ROW
 
 const Row* find(cudaError_t error) {
   for (const Row& r : kErrors)
@@ -81,6 +97,9 @@ cudaError_t finish(int value) {
   if (error) last = error;
   return error;
 }
+
+SameLastError::SameLastError() : before(last) {}
+SameLastError::~SameLastError() { last = before; }
 
 cudaError_t unsupported(const char* what) {
   std::fprintf(stderr, "%s is not supported by the forwardpass interpreter\n", what);
@@ -109,6 +128,16 @@ const char* cudaGetErrorString(cudaError_t error) {
   if (of_launch && *fpi_finding()) return fpi_finding();
   const Row* r = find(error);
   return r ? r->text : "unrecognized error code";
+}
+CUresult cuGetErrorName(CUresult error, const char** name) {
+  const Row* r = find(static_cast<cudaError_t>(error));
+  *name = r ? r->driver_name : nullptr;
+  return *name ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult cuGetErrorString(CUresult error, const char** text) {
+  const Row* r = find(static_cast<cudaError_t>(error));
+  *text = r && r->driver_name ? cudaGetErrorString(r->error) : nullptr;
+  return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 }  // extern "C"

@@ -1,29 +1,95 @@
-// What a program has and a library in Python has not (_standin.a alone): FORWARDPASS_INTERPRET says which GPU there is,
-// a finding is printed when it is made and the program then exits non-zero, whatever it makes of the error itself.
+// What a program has and a library in Python has not (_standin.a alone): the environment says which GPU there is and
+// what becomes of findings. One is printed when it is made, all are summed up at exit, and the program then exits
+// non-zero, whatever it makes of the error itself.
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <initializer_list>
 #include <iomanip>
+#include <map>
+#include <mutex>
 #include <sstream>
+#include <string>
 
 #include "standin.h"
 
 namespace {
 
 constexpr int kFoundSomething = 3;
-bool has_finding = false;
 
-void print(const char* text, int error) {
+// By summary, as a program launches a kernel many times.
+struct Entry {
+  uint64_t count = 0;
+  bool ignored = false, isa = false, left = false;  // left: the program has failed
+};
+std::map<std::string, Entry>& entries() {
+  static auto* const all = new std::map<std::string, Entry>;  // outlives every destructor
+  return *all;
+}
+std::mutex mutex;
+bool isa_counts = false;
+
+void note(const fpi_finding_record* f) {
+  const std::lock_guard lock(mutex);
+  const bool asserted = f->error == cudaErrorAssert;  // a failed assertion is the program's own finding
+  const bool left = !asserted && !f->ignored && (!f->isa || isa_counts);
+  const auto [entry, is_new] = entries().try_emplace(f->summary, Entry{0, f->ignored != 0, f->isa != 0, left});
+  entry->second.count += f->count;
+  if (!is_new || f->ignored) return;
   std::fflush(stdout);
-  std::fprintf(stderr, "%s\n", text);
-  has_finding |= error != cudaErrorAssert;  // a failed assertion is the program's own finding
+  std::fprintf(stderr, "%s\n", f->text);
 }
 
 void leave(int status, void*) {
-  if (!has_finding || status) return;
+  const std::lock_guard lock(mutex);
+  size_t left = 0, ignored = 0;
+  for (const auto& [summary, e] : entries()) {
+    left += e.left;
+    ignored += e.ignored;
+  }
+  if (entries().size() > 1 || ignored) {
+    std::fflush(stdout);
+    std::fprintf(stderr, "forwardpass: %zu findings, %zu of them ignored\n", entries().size(), ignored);
+    for (const auto& [summary, e] : entries()) {
+      std::fprintf(stderr, "  %s%s, %llu times\n", summary.c_str(),
+                   e.ignored ? " (ignored)"
+                   : e.isa   ? " (isa)"
+                             : "",
+                   static_cast<unsigned long long>(e.count));
+    }
+  }
+  if (!left || status) return;
   std::fflush(nullptr);
   _exit(kFoundSomething);
+}
+
+[[noreturn]] void refuse(const std::string& why) {
+  std::fprintf(stderr, "forwardpass: %s\n", why.c_str());
+  _exit(2);
+}
+
+// The environment's choice of some words; the first is the default.
+int choice(const char* name, std::initializer_list<const char*> words) {
+  const char* const text = std::getenv(name);
+  if (!text || !*text) return 0;
+  std::string all;
+  int k = 0;
+  for (const char* const word : words) {
+    if (!std::strcmp(text, word)) return k;
+    all += (k++ ? " or " : "") + std::string(word);
+  }
+  refuse(std::string(name) + " is " + all + ", not " + text);
+}
+
+void ignore(const char* path) {
+  std::ifstream file(path);
+  std::stringstream rules;
+  rules << file.rdbuf();
+  if (!file) refuse(std::string("FORWARDPASS_INTERPRET_IGNORE: cannot read ") + path);
+  if (const char* why = fpi_ignore(rules.str().c_str())) refuse(std::string(path) + ": " + why);
 }
 
 // Before the constructors of the program, so that `leave` comes after its destructors.
@@ -32,7 +98,7 @@ __attribute__((constructor(101))) void begin() {
   if (!arch || fpi_set_device(arch)) {
     std::fprintf(stderr,
                  "This program runs on the forwardpass interpreter: FORWARDPASS_INTERPRET has to be sm_80 (A100), "
-                 "sm_89 (L40S), sm_90a (H100) or sm_120 (RTX PRO 6000), and is %s\n",
+                 "sm_89 (L40S), sm_90a (H100), sm_100a (B200) or sm_120 (RTX PRO 6000), and is %s\n",
                  arch ? arch : "not set");
     _exit(2);
   }
@@ -40,8 +106,12 @@ __attribute__((constructor(101))) void begin() {
   fpi_get_options(&options);
   if (const char* seed = std::getenv("FORWARDPASS_INTERPRET_SEED"))  // not strtoull: it binds programs to glibc 2.38
     std::istringstream(seed) >> std::setbase(0) >> options.seed;
+  options.findings = choice("FORWARDPASS_INTERPRET_FINDINGS", {"raise", "collect"});
+  isa_counts = choice("FORWARDPASS_INTERPRET_STRICT", {"0", "1"});
+  options.isa = isa_counts ? fpi_isa_raise : fpi_isa_report;
   fpi_set_options(&options);
-  fpi_on_finding(print);
+  if (const char* path = std::getenv("FORWARDPASS_INTERPRET_IGNORE"); path && *path) ignore(path);
+  fpi_on_finding(note);
   forwardpass::standin::errors_stick = true;
   on_exit(leave, nullptr);
 }

@@ -1,6 +1,6 @@
-// Functions of cudart that do nothing here because nothing depends on them, and those that are refused when called, as
-// a program may well link them and do without. Only the names are defined (with the compiler's asm labels): their
-// arguments do not matter.
+// Functions of cudart and of the driver that do nothing here because nothing depends on them, and those that are
+// refused when called, as a program may well link them and do without. Only the names are defined (with the compiler's
+// asm labels): their arguments do not matter, and 0 and 801 are success and "not supported" of both.
 #include "standin.h"
 
 using namespace forwardpass::standin;
@@ -26,6 +26,12 @@ ACCEPT(cudaProfilerStop)
 ACCEPT(cudaSetDeviceFlags)
 ACCEPT(cudaStreamAttachMemAsync)
 ACCEPT(cudaStreamSetAttribute)
+
+// Ranges and marks for profilers, of the nvToolsExt before nvtx3.
+ACCEPT(nvtxMarkA)
+ACCEPT(nvtxRangePushA)
+ACCEPT(nvtxRangePushEx)
+ACCEPT(nvtxRangePop)
 
 // Textures, surfaces and arrays; the description of a texel is a value.
 extern "C" cudaChannelFormatDesc cudaCreateChannelDesc(int x, int y, int z, int w, cudaChannelFormatKind kind) {
@@ -91,9 +97,62 @@ REFUSE(cudaMemPoolGetAttribute)
 REFUSE(cudaMemPoolTrimTo)
 REFUSE(cudaMallocFromPoolAsync)
 
-// Code that is loaded at run time.
+// Code that is loaded at run time: the driver's cuModuleLoadData is there.
 REFUSE(cudaLibraryLoadData)
 REFUSE(cudaLibraryLoadFromFile)
 REFUSE(cudaLibraryGetKernel)
 REFUSE(cudaLibraryGetGlobal)
 REFUSE(cudaLibraryUnload)
+
+// The driver's.
+ACCEPT(cuCtxResetPersistingL2Cache)
+ACCEPT(cuCtxSetCacheConfig)
+ACCEPT(cuCtxSetFlags)
+ACCEPT(cuDevicePrimaryCtxSetFlags_v2)
+ACCEPT(cuFuncSetCacheConfig)
+ACCEPT(cuMemAdvise_v2)
+ACCEPT(cuMemPrefetchAsync_v2)
+ACCEPT(cuProfilerStart)
+ACCEPT(cuProfilerStop)
+
+REFUSE(cuTensorMapEncodeIm2col)
+REFUSE(cuTensorMapEncodeIm2colWide)
+REFUSE(cuTensorMapReplaceAddress)
+REFUSE(cuLinkCreate_v2)
+REFUSE(cuLinkAddData_v2)
+REFUSE(cuLinkAddFile_v2)
+REFUSE(cuLinkComplete)
+REFUSE(cuLinkDestroy)
+REFUSE(cuArrayCreate_v2)
+REFUSE(cuArrayDestroy)
+REFUSE(cuTexObjectCreate)
+REFUSE(cuTexObjectDestroy)
+REFUSE(cuSurfObjectCreate)
+REFUSE(cuSurfObjectDestroy)
+REFUSE(cuMemcpy3D_v2)
+REFUSE(cuMemcpy3DAsync_v2)
+REFUSE(cuStreamWaitValue32_v2)
+REFUSE(cuStreamWaitValue64_v2)
+REFUSE(cuStreamWriteValue32_v2)
+REFUSE(cuStreamWriteValue64_v2)
+REFUSE(cuGraphAddKernelNode_v2)
+REFUSE(cuGraphCreate)
+REFUSE(cuCtxEnablePeerAccess)
+REFUSE(cuCtxDisablePeerAccess)
+REFUSE(cuMemcpyPeer)
+REFUSE(cuMemcpyPeerAsync)
+REFUSE(cuIpcGetMemHandle)
+REFUSE(cuIpcOpenMemHandle_v2)
+REFUSE(cuIpcCloseMemHandle)
+REFUSE(cuMulticastCreate)
+REFUSE(cuMemAddressReserve)
+REFUSE(cuMemAddressFree)
+REFUSE(cuMemCreate)
+REFUSE(cuMemRelease)
+REFUSE(cuMemMap)
+REFUSE(cuMemUnmap)
+REFUSE(cuMemSetAccess)
+REFUSE(cuMemGetAllocationGranularity)
+REFUSE(cuDeviceGetDefaultMemPool)
+REFUSE(cuMemPoolCreate)
+REFUSE(cuMemAllocFromPoolAsync)

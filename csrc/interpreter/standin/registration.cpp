@@ -26,6 +26,10 @@ std::vector<Managed>& managed() {
   return all;
 }
 
+}  // namespace
+
+namespace forwardpass::standin {
+
 fpi_launch_config config_of(dim3 grid, dim3 block, size_t shared) {
   fpi_launch_config c{};
   const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
@@ -34,18 +38,14 @@ fpi_launch_config config_of(dim3 grid, dim3 block, size_t shared) {
   return c;
 }
 
-}  // namespace
-
-namespace forwardpass::standin {
-
 cudaError_t launch(const void* host, const fpi_launch_config& config, void** args, cudaStream_t stream) {
   if (!fpi_capturing()) return finish(fpi_launch(host, &config, args));
   fpi_kernel_properties p;
   if (const int error = fpi_kernel(host, &p)) return finish(error);
   std::vector<std::vector<char>> values;  // the arguments' values of now
   for (int i = 0; i < p.parameters; ++i) {
-    int64_t bytes;
-    if (const int error = fpi_kernel_parameter(host, i, &bytes)) return finish(error);
+    int64_t offset, bytes;
+    if (const int error = fpi_kernel_parameter(host, i, &offset, &bytes)) return finish(error);
     values.emplace_back(static_cast<char*>(args[i]), static_cast<char*>(args[i]) + bytes);
   }
   return keep_or_do(stream, [=]() mutable {

@@ -20,6 +20,16 @@ extern bool errors_stick;
 // Says on stderr what is not supported; cudaErrorNotSupported.
 cudaError_t unsupported(const char* what);
 
+// Keeps cudaGetLastError() as it is, for what is called while this lives.
+struct SameLastError {
+  SameLastError();
+  ~SameLastError();
+  cudaError_t before;
+};
+
+// A function of the driver by its name without a version; null: it is none of those that are here.
+void* driver_function(const char* name);
+
 // What is put into a stream: done at once, or kept for a graph where the stream is captured.
 using Work = std::function<cudaError_t()>;
 cudaError_t keep_or_do(cudaStream_t, Work);
@@ -32,6 +42,7 @@ cudaError_t enqueue(cudaStream_t stream, F work) {
 cudaError_t refused_by_capture();
 cudaError_t legacy_refused_by_capture();
 
+fpi_launch_config config_of(dim3 grid, dim3 block, size_t shared);
 cudaError_t launch(const void* host, const fpi_launch_config&, void** args, cudaStream_t);
 // Grid, block, cluster and the rest of a cudaLaunchConfig_t.
 cudaError_t read_config(const cudaLaunchConfig_t&, fpi_launch_config&);

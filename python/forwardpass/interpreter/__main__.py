@@ -3,15 +3,26 @@ knows."""
 
 from __future__ import annotations
 
+import pathlib
 import sys
 
 from . import core
-from .build import build
+from .build import as_nvcc, build
 from .report import report
+from .run import run
+from .toolkit import toolkit
 
 USAGE = """\
 usage: python -m forwardpass.interpreter build PROG.cu [nvcc flags] -o PROG
-           then FORWARDPASS_INTERPRET=sm_90a ./PROG runs it; FORWARDPASS_INTERPRET_SEED=N chooses another schedule
+           then FORWARDPASS_INTERPRET=sm_90a ./PROG runs it; FORWARDPASS_INTERPRET_SEED=N chooses another schedule,
+           ..._FINDINGS=collect goes on behind findings, ..._IGNORE=FILE has rules of those that are known, and ..._STRICT=1
+           counts those against the letter of the ISA alone too; it exits with 3 if something is left
+       python -m forwardpass.interpreter run [--gpu ARCH] [--seed N] SCRIPT.py [arguments]
+           runs a Python script with torch's cuda device being the interpreted GPU
+       python -m forwardpass.interpreter nvcc ...
+           is nvcc for a build system, which builds for the interpreter
+       python -m forwardpass.interpreter toolkit FOLDER
+           makes a folder that build systems take for a CUDA toolkit: CMake by its toolchain.cmake, others as CUDA_HOME
        python -m forwardpass.interpreter report [--arch ARCH] [--kernel NAME] [--inlined] [--json FILE] [--timeline] [--trace FILE]
                                                 PROG|SCRIPT.py [arguments]
            runs it and prints its kernels by source line: instructions, conflicts, bytes, waits, and a modelled time; with
@@ -25,8 +36,14 @@ def main(arguments: list[str]) -> int:
     try:
         if command == "build":
             return build(options)
+        if command == "nvcc":
+            return as_nvcc(options)
+        if command == "toolkit" and len(options) == 1:
+            return toolkit(pathlib.Path(options[0]))
         if command == "report":
             return report(options)
+        if command == "run":
+            return run(options)
         if command == "rows" and not options:
             for r in core.rows():
                 print(f"{r['section']:<16}{r['pattern']}")

@@ -13,11 +13,12 @@ from ..dispatch import Reason, library
 from .finding import InterpreterFinding
 
 #: architecture -> the GPU that is modelled
-ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_120": "RTX PRO 6000"}
+ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120": "RTX PRO 6000"}
 LIBRARY = library.FOLDER / "_interpreter.so"
 #: the objects of _kernels.so, linked against the interpreter's stand-in for cudart
 KERNELS = library.FOLDER / "_kernels_interpreted.so"
 STANDIN = library.FOLDER / "_standin.a"
+CUBLAS = library.FOLDER / "_cublas.a"
 
 #: cudaErrorLaunchTimeout: fpi_set_time_limit's
 LAUNCH_TIMEOUT = 702
@@ -28,7 +29,8 @@ Dim3 = c_uint32 * 3
 class Options(ctypes.Structure):
     _fields_ = [
         ("seed", c_uint64), ("checks", c_int32), ("truncating", c_int32), ("approximate", c_int32), ("threads", c_int32),
-        ("step_limit", c_uint64), ("counters", c_uint64), ("timeline", c_int32),
+        ("step_limit", c_uint64), ("counters", c_uint64), ("timeline", c_int32), ("sample", c_int32), ("findings", c_int32),
+        ("isa", c_int32),
     ]  # fmt: skip
 
 
@@ -97,6 +99,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fpi_tensor_map_error": (c_char_p, []),
     "fpi_finding_json": (c_char_p, []),
     "fpi_finding_clear": (None, []),
+    "fpi_findings_json": (c_char_p, []),
+    "fpi_ignore": (c_char_p, [c_char_p]),
     "fpi_counters_read": (None, [POINTER(Counters)]),
     "fpi_profile_json": (c_char_p, [c_uint64]),
     "fpi_profile_forget": (None, [c_uint64]),
@@ -151,9 +155,14 @@ def device_properties() -> DeviceProperties:
 
 
 def finding() -> InterpreterFinding | None:
-    """The last of this thread."""
+    """The last of this thread that was an error."""
     text = load().fpi_finding_json()
     return InterpreterFinding(**json.loads(text.decode(errors="replace"))) if text else None
+
+
+def findings() -> list[InterpreterFinding]:
+    """Those behind which launches went on since this was asked last."""
+    return [InterpreterFinding(**fields) for fields in json.loads(load().fpi_findings_json().decode(errors="replace"))]
 
 
 def rows() -> list[dict[str, str]]:

@@ -9,9 +9,11 @@ import importlib.util
 import itertools
 import json
 import os
+import pathlib
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +22,12 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Operation, Reason, Unsupported, library
 from . import core
-from .finding import InterpreterFinding, InterpreterTimeout
+from .finding import InterpreterFinding, InterpreterTimeout, InterpreterWarning
 from .guard import Guard
 from .latencies import as_text, machine
 from .model import Modelled, modelled
 from .profile import KernelProfile, LineProfile, by_line
+from .rules import Ignore, Rule, collected, write_rules
 from .storage import Scope, add_function
 from .timeline import KernelTimeline, Timeline
 
@@ -32,6 +35,8 @@ from .timeline import KernelTimeline, Timeline
 _lock = threading.RLock()
 _scopes: list[Scope] = []
 _installed: Device | None = None
+#: fpi_options::findings and ::isa, as interpreter.h numbers them
+FINDINGS, ISA = ("raise", "collect"), ("report", "ignore", "raise")
 #: under which the core counts, one a device
 _names = itertools.count(1)
 
@@ -43,16 +48,23 @@ class Device:
         arch, seed: what `fp.interpret` was given.
         counters: of its launches so far: launches, warp_instructions, matrix_ns and matrix_macs (time and
             multiply-accumulates within mma and wgmma).
-        findings: every InterpreterFinding so far, in order.
+        findings: every InterpreterFinding so far, in order, but for those that are ignored; what launches went on behind is
+            there once, with a count.
+        ignored: those that a rule of `ignore=` matches.
     """
 
-    def __init__(self, arch: str, options: core.Options, guard: bool, multiprocessors: int = 0):
+    def __init__(
+        self, arch: str, options: core.Options, guard: bool, multiprocessors: int = 0, rules: Sequence[Rule] = ()
+    ):
         self.arch, self.seed, self.guard = arch, int(options.seed), guard
         self._name = f"{arch}/{multiprocessors}" if multiprocessors else arch
         self.counters = dict.fromkeys(core.COUNTERS, 0)
         self.findings: list[InterpreterFinding] = []
+        self.ignored: list[InterpreterFinding] = []
+        self._rules = list(rules)
+        self._collects = options.findings == FINDINGS.index("collect")
         self._options = options
-        self._why_not = {"cuda": _why_not_cuda(), "triton": _why_not_triton()}
+        self._why_not = {"cuda": _why_not_cuda(arch), "triton": _why_not_triton()}
         self._registered: list[tuple[Tensor, str]] = []
         #: of the tensors that kernels take: "cuda" once torch's cuda device is this one (cuda/__init__.py)
         self.memory = "cpu"
@@ -84,11 +96,14 @@ class Device:
             _scopes.append(scope := Scope(_scopes[-1] if _scopes else None, self.memory))
             for tensor, name in self._registered:
                 scope.add_tensor(tensor, name)
+            if outermost:
+                core.findings()  # of launches outside of any such block
             try:
                 yield scope
             finally:
                 _scopes.pop()
                 api.fpi_storage_leave()
+                self._keep()
                 if outermost:
                     for name, n in core.counters().items():
                         self.counters[name] += n - before[name]
@@ -136,16 +151,54 @@ class Device:
             if _installed is self:
                 core.load().fpi_set_options(ctypes.byref(self._options))
 
+    @contextlib.contextmanager
+    def sampled(self, clusters: int) -> Iterator[None]:
+        """Within the block launches are counted apart, for `kernels`, `profile` and `model`, and of each only so many clusters
+        run (0: all), which count for all of them. What a kernel writes is not whole then."""
+        options = core.Options.from_buffer_copy(self._options)
+        self._options.counters, self._options.timeline, self._options.sample = next(_names), 0, clusters
+        self.reseed(self.seed)
+        try:
+            yield
+        finally:
+            core.load().fpi_profile_forget(self._options.counters)
+            self._options = options
+            self.reseed(self.seed)
+
     def time_limit(self, seconds: float) -> None:
         """Launches of this process, together, may take so long from now on; 0: as long as they need."""
         core.load().fpi_set_time_limit(seconds)
+
+    @property
+    def unused_rules(self) -> list[Rule]:
+        """Those of `ignore=` that nothing has matched so far."""
+        used = {f.rule for f in self.ignored}
+        return [rule for n, rule in enumerate(self._rules) if n not in used]
+
+    def save_baseline(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file for `ignore=`: the rules that have been used, and one for each finding so far."""
+        used = {f.rule for f in self.ignored}
+        useful = [rule for n, rule in enumerate(self._rules) if n in used]
+        write_rules(path, [*useful, *map(Rule.of_finding, self.findings)])
 
     def record(self, finding: InterpreterFinding) -> InterpreterFinding:
         self.findings.append(finding)
         return finding
 
+    def _keep(self) -> None:
+        """Takes what launches went on behind."""
+        for finding in core.findings():
+            place = self.findings if finding.rule < 0 else self.ignored
+            if same := next(filter(finding.is_same, place), None):
+                same.count += finding.count
+                continue
+            place.append(finding)
+            if finding.breaks == "isa" and finding.rule < 0 and not self._collects:
+                warnings.warn(InterpreterWarning(str(finding)), stacklevel=2)
+
     def check(self, error: int, action: str) -> None:
         """Raises the finding, or the CUDA error, with which a launch ended."""
+        self._keep()
         if error == core.LAUNCH_TIMEOUT:
             raise InterpreterTimeout(f"{action}: the time limit of the interpreted GPU is over")
         if error:
@@ -155,9 +208,11 @@ class Device:
     def finish(self, guard: Guard, kernel: str) -> None:
         """Raises what guard mode finds after a launch."""
         if problem := guard.finish():
-            raise self.record(
+            finding = self.record(
                 InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed)
             )
+            if not self._collects:
+                raise finding
 
     @staticmethod
     def bind(operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,6 +243,7 @@ class Device:
             except InterpreterFinding:  # from Triton's driver
                 raise
             except RuntimeError:
+                self._keep()
                 if finding := core.finding():
                     raise self.record(finding) from None
                 raise
@@ -198,7 +254,11 @@ class Device:
             return result
 
 
-def _why_not_cuda() -> Reason | None:
+def _why_not_cuda(arch: str) -> Reason | None:
+    if arch == "sm_100a":  # the interpreter runs others' programs there
+        return Reason(
+            "arch", "forwardpass has no CUDA kernels for the B200 (sm_100a)", "use its Triton kernels, or another GPU"
+        )
     if core.KERNELS.exists():
         return None
     why = library.build_info.get("cuda_skipped") or f"there is no {core.KERNELS.name}"
@@ -222,7 +282,15 @@ def _install(device: Device | None) -> None:
         raise ValueError(f"an {core.ARCHITECTURES[device.arch]} has not as many multiprocessors as {device._name} says")
     if device:
         api.fpi_set_options(ctypes.byref(device._options))
+        if complaint := api.fpi_ignore("\n".join(map(str, device._rules)).encode()):
+            raise ValueError(complaint.decode())
     _installed = device
+
+
+def _choice(name: str, value: str, words: tuple[str, ...]) -> int:
+    if value not in words:
+        raise ValueError(f"{name} is {' or '.join(map(repr, words))}, not {value!r}")
+    return words.index(value)
 
 
 def current() -> Device:
@@ -245,16 +313,27 @@ def make(
     timeline: bool = False,
     threads: int = 0,
     multiprocessors: int = 0,
+    findings: str = "raise",
+    ignore: Ignore = (),
+    isa: str = "report",
+    strict: bool | None = None,
 ) -> Device:
     """A device, once everything that it needs is known to be there."""
     if arch not in core.ARCHITECTURES:
         raise ValueError(f"the interpreter knows {', '.join(core.ARCHITECTURES)}, not {arch!r}")
+    if timeline and arch == "sm_100a":
+        raise ValueError("timeline=True knows no tcgen05 and no tensor memory: take another GPU than sm_100a")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed is an integer from 0 to 2**64 - 1, not {seed!r}")
     if not isinstance(threads, int) or threads < 0:
         raise ValueError(f"threads is a number of threads, or 0 for one a core, not {threads!r}")
     if not isinstance(multiprocessors, int) or multiprocessors < 0:
         raise ValueError(f"multiprocessors is how many a slice of the GPU has, or 0 for all, not {multiprocessors!r}")
+    if strict is None:
+        strict = os.environ.get("FORWARDPASS_INTERPRET_STRICT", "0") not in ("", "0") and isa == "report"
+    if strict and isa == "ignore":
+        raise ValueError('strict=True raises what isa="ignore" forgets: choose one of them')
+    rules = collected(ignore)
     if reason := core.why_not() or (
         library.load_error and Reason("not_built", library.why_no_ops() or "", "reinstall")
     ):
@@ -262,10 +341,11 @@ def make(
     options = core.Options(
         seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0,
         counters=next(_names) if counters or timeline else 0, timeline=timeline,
+        findings=_choice("findings", findings, FINDINGS), isa=ISA.index("raise") if strict else _choice("isa", isa, ISA[:2]),
     )  # fmt: skip
     if core.KERNELS.exists():
         torch.ops.forwardpass._set_library(1, str(core.KERNELS))
-    return Device(arch, options, guard, multiprocessors)
+    return Device(arch, options, guard, multiprocessors, rules)
 
 
 @contextlib.contextmanager
@@ -281,6 +361,10 @@ def interpret(
     timeline: bool = False,
     threads: int = 0,
     multiprocessors: int = 0,
+    findings: str = "raise",
+    ignore: Ignore = (),
+    isa: str = "report",
+    strict: bool | None = None,
 ) -> Iterator[Device]:
     """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
 
@@ -289,7 +373,7 @@ def interpret(
     FORWARDPASS_INTERPRET_SEED.
 
     Args:
-        arch: the GPU: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100) or "sm_120" (RTX PRO 6000).
+        arch: the GPU: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100), "sm_100a" (B200) or "sm_120" (RTX PRO 6000).
         seed: of the schedule, of when asynchronous operations complete, and of what .approx instructions give.
         checks: races, data in flight, uninitialised shared memory; without them it is faster. Bounds and alignment are
             always checked.
@@ -301,6 +385,15 @@ def interpret(
         timeline: what the CTAs of one multiprocessor do is recorded (`Device.timeline`); it counts too.
         threads: of the interpreter, 0 for one a core.
         multiprocessors: of the GPU, as a MIG slice has; 0 for all.
+        findings: "raise": the first ends its launch, as an exception of it. "collect": each goes into `Device.findings`, once,
+            with a count, and the launch goes on; where it cannot (a deadlock, an unknown instruction, ...) it ends without an
+            exception. A load out of bounds then gives poison (all bits set), and what is stored there is dropped.
+        ignore: findings that are known: they go into `Device.ignored`, and launches go on. A rule, or several: a `Rule`, a line
+            of text ("race softmax.cu:120 softmax_forward4  # both write the same"), or the `pathlib.Path` of a file of such
+            lines (`Device.save_baseline`).
+        isa: what becomes of findings that break no hardware, only the letter of the PTX ISA (`InterpreterFinding.breaks`):
+            "report" warns, once, and goes on, "ignore" forgets them.
+        strict: they are raised as all others are. By default FORWARDPASS_INTERPRET_STRICT=1 says so.
 
     Yields:
         The `Device`: its counters, and its findings.
@@ -308,11 +401,12 @@ def interpret(
     Raises:
         InterpreterFinding: out of the block, by the call that launched the kernel.
         Unsupported: this installation or this CPU cannot interpret.
-        ValueError: an unknown architecture, seed, number of threads or of multiprocessors.
+        ValueError: an unknown architecture, seed, number of threads or of multiprocessors; a rule that is none.
     """
     device = make(
         arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard,
-        counters=counters, timeline=timeline, threads=threads, multiprocessors=multiprocessors,
+        counters=counters, timeline=timeline, threads=threads, multiprocessors=multiprocessors, findings=findings,
+        ignore=ignore, isa=isa, strict=strict,
     )  # fmt: skip
     before = dispatch.interpreter()
     _take_triton()
@@ -338,9 +432,16 @@ def interpret_process() -> None:
     seed = os.environ.get("FORWARDPASS_INTERPRET_SEED", "0")
     if not seed.isdecimal():
         raise ValueError(f"FORWARDPASS_INTERPRET_SEED is an integer from 0 to 2**64 - 1, not {seed!r}")
+    findings = os.environ.get("FORWARDPASS_INTERPRET_FINDINGS") or "raise"
+    path = os.environ.get("FORWARDPASS_INTERPRET_IGNORE")
     try:
-        device = make(os.environ["FORWARDPASS_INTERPRET"], seed=int(seed))
-    except ValueError as e:
+        device = make(
+            os.environ["FORWARDPASS_INTERPRET"],
+            seed=int(seed),
+            findings=findings,
+            ignore=pathlib.Path(path) if path else (),
+        )
+    except (ValueError, OSError) as e:
         raise ValueError(f"FORWARDPASS_INTERPRET: {e}") from None
     install_process(device)
 

@@ -8,7 +8,7 @@ from typing import Any
 #: what can be found, as csrc/interpreter/finding.h has it
 KINDS = (
     "race", "in_flight", "uninitialised", "out_of_bounds", "misaligned", "deadlock", "barrier", "mbarrier", "illegal",
-    "unsupported",
+    "assertion", "unsupported",
 )  # fmt: skip
 
 
@@ -17,11 +17,17 @@ class InterpreterFinding(RuntimeError):
 
     Attributes:
         kind: one of `KINDS`; "unsupported" is a limit of the interpreter, the others are faults of the kernel.
+        breaks: "hardware", or "isa": against the letter of the PTX ISA, where today's GPUs are known to do what was meant.
         message: one sentence.
-        kernel, file, line: of the source; file "" and line 0 where it was compiled without line information.
+        kernel, mangled: its name, and as the PTX has it.
+        file, line: of the source; "" and 0 where it was compiled without line information.
         instruction, ptx_line: the PTX instruction and its line within the module.
+        other_file, other_line, other_ptx_line: of the access before, that this one is in conflict with; "" and 0: not known.
+        within_warp: between lanes of one warp.
         block, warp, lane: who; warp and lane are -1 where it was no one of them.
         address: the address in question, or None.
+        count: how often it came, where launches went on.
+        rule: the number of the rule that ignores it, or -1.
         arch, seed: `fp.interpret(arch, seed=seed)` repeats it.
     """
 
@@ -30,25 +36,44 @@ class InterpreterFinding(RuntimeError):
         kind: str,
         message: str,
         *,
+        breaks: str = "hardware",
         kernel: str = "",
+        mangled: str = "",
         file: str = "",
         line: int = 0,
         instruction: str = "",
         ptx_line: int = 0,
+        other_file: str = "",
+        other_line: int = 0,
+        other_ptx_line: int = 0,
+        within_warp: bool = False,
         block: Sequence[int] = (0, 0, 0),
         warp: int = -1,
         lane: int = -1,
         address: int | None = None,
+        count: int = 1,
+        rule: int = -1,
         arch: str = "",
         seed: int = 0,
         text: str = "",
     ):
         super().__init__(text or f"{kind}: {message}\n  kernel {kernel}\n  repeat with arch {arch}, seed {seed}")
-        self.kind, self.message = kind, message
-        self.kernel, self.file, self.line = kernel, file, line
+        self.kind, self.breaks, self.message = kind, breaks, message
+        self.kernel, self.mangled, self.file, self.line = kernel, mangled, file, line
         self.instruction, self.ptx_line = instruction, ptx_line
+        self.other_file, self.other_line, self.other_ptx_line = other_file, other_line, other_ptx_line
+        self.within_warp = within_warp
         self.block, self.warp, self.lane, self.address = tuple(block), warp, lane, address
+        self.count, self.rule = count, rule
         self.arch, self.seed = arch, seed
+
+    def is_same(self, other: InterpreterFinding) -> bool:
+        """Whether both are of one kind, between the same instructions of one kernel, and both within a warp or both not."""
+
+        def key(f: InterpreterFinding) -> tuple[Any, ...]:
+            return f.kind, f.mangled, f.file, f.line, f.ptx_line, f.other_ptx_line, f.within_warp
+
+        return key(self) == key(other)
 
     def __reduce__(self) -> tuple[Any, ...]:  # to cross processes: exceptions are made anew from their text alone
         return _restore, ({**self.__dict__, "text": str(self)},)
@@ -58,8 +83,12 @@ class InterpreterTimeout(RuntimeError):
     """Launches took longer than `Device.time_limit` allows."""
 
 
-InterpreterTimeout.__module__ = "forwardpass"
-InterpreterFinding.__module__ = "forwardpass"  # where users find it, and what a traceback shows
+class InterpreterWarning(UserWarning):
+    """A finding that breaks no hardware, only the letter of the PTX ISA."""
+
+
+for _type in (InterpreterFinding, InterpreterTimeout, InterpreterWarning):
+    _type.__module__ = "forwardpass"  # where users find it, and what a traceback shows
 
 
 def _restore(fields: dict[str, Any]) -> InterpreterFinding:

@@ -33,6 +33,7 @@ PROPERTIES = {
     "sm_80": (163 << 10, 108),
     "sm_89": (99 << 10, 142),
     "sm_90a": (227 << 10, 132),
+    "sm_100a": (227 << 10, 148),
     "sm_120": (99 << 10, 188),
 }
 
@@ -97,6 +98,10 @@ class InterpretedDriver:
         return torch.cuda if current().memory == "cuda" else Clock
 
     def get_benchmarker(self) -> Callable[..., Any]:
+        if current().memory == "cuda":
+            from .cuda.benchmark import do_bench
+
+            return do_bench(current())
         return count
 
     def get_empty_cache_for_benchmark(self) -> None:

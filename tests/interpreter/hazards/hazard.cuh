@@ -159,6 +159,47 @@ INLINE void load_operand(uint16_t* shared, const uint16_t* global, int rows) {
   for (int i = threadIdx.x; i < rows * 16; i += blockDim.x) shared[core_matrix_index(i / 16, i % 16)] = global[i];
 }
 
+// 9.7.16 tcgen05: 32 columns of tensor memory, by a warp; products and their completion, by a thread
+INLINE void tensor_alloc(uint32_t* address) {
+  asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], 32;" ::"r"(shared_address(address))
+               : "memory");
+}
+INLINE void tensor_free(uint32_t address) {
+  asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, 32;" ::"r"(address));
+}
+// d = A·Bᵀ, or d += it; A [128, 16] and B [16, 16] of f16 in core matrices as above, d [128, 16]: lanes by columns
+INLINE void tensor_product(uint32_t d, const void* a, const void* b, bool accumulate) {
+  const uint64_t version = uint64_t{1} << 46;
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.u32 accumulate, %4, 0;\n"
+      "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, accumulate;\n"
+      "}" ::"r"(d),
+      "l"(descriptor(a) | version), "l"(descriptor(b) | version), "r"(1 << 4 | 16 / 8 << 17 | 128 / 16 << 24),
+      "r"(static_cast<uint32_t>(accumulate))
+      : "memory");
+}
+INLINE void tensor_commit(uint64_t* barrier) {
+  asm volatile(
+      "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(shared_address(barrier))
+      : "memory");
+}
+// A warp's 32 lanes by four columns, whose wait is apart.
+INLINE uint32_t tensor_lanes(uint32_t address) { return address + (threadIdx.x / 32 << 21); }
+INLINE void tensor_load(float (&d)[4], uint32_t address) {
+  asm volatile("tcgen05.ld.sync.aligned.32x32b.x4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(tensor_lanes(address))
+               : "memory");
+}
+INLINE void tensor_load_wait() { asm volatile("tcgen05.wait::ld.sync.aligned;" ::: "memory"); }
+INLINE void tensor_store(uint32_t address, float value) {
+  asm volatile("tcgen05.st.sync.aligned.32x32b.x4.b32 [%0], {%1, %1, %1, %1};" ::"r"(tensor_lanes(address)), "f"(value)
+               : "memory");
+}
+INLINE void tensor_store_wait() { asm volatile("tcgen05.wait::st.sync.aligned;" ::: "memory"); }
+
 // 9.7.13.13 griddepcontrol
 INLINE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 INLINE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
