@@ -15,8 +15,8 @@ if os.environ.get("FORWARDPASS_INTERPRET"):
     import forwardpass  # noqa: F401
 
 MARKS = (
-    "gpu_expects(kind, kernel='*', reason=...): the test's kernels must have such a finding of the interpreted GPU",
-    "gpu_ignores(kind, kernel='*', reason=...): such findings of the interpreted GPU do not fail the test",
+    "gpu_expects(kind, kernel='', reason=...): the test's kernels must have such a finding of the interpreted GPU",
+    "gpu_ignores(kind, kernel='', reason=...): such findings of the interpreted GPU do not fail the test",
 )
 
 
@@ -36,6 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="skip tests whose kernels take longer on the interpreted GPU",
     )  # fmt: skip
     group.addoption("--gpu-guard", action="store_true", help="give kernels padded, poisoned copies of their arguments")
+    group.addoption(
+        "--gpu-ignore", metavar="FILE", action="append", default=[],
+        help="rules of findings that are known, a line each: kind place kernel # reason",
+    )  # fmt: skip
+    group.addoption("--gpu-save-baseline", metavar="FILE", help="write such a file of all that is found")
+    group.addoption(
+        "--gpu-strict", action="store_true",
+        help="fail for what is against the letter of the PTX ISA alone and no GPU is known to mind, too",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,10 +6,12 @@ for the rest of the process: torch's functions and its table of devices are the 
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from ..device import Device, install_process
-from . import clock, tensors, torch_cuda
+from . import benchmark, clock, tensors, torch_cuda
 
 _presented: Device | None = None
 
@@ -34,6 +36,10 @@ def present(device: Device) -> None:
     clock.clock.start(device)
     tensors.install()
     torch_cuda.install(device)
+    if importlib.util.find_spec("triton"):
+        import triton.testing
+
+        triton.testing.do_bench = triton.testing.do_bench_cudagraph = benchmark.do_bench(device)
     device.memory = "cuda"
     _presented = device
 

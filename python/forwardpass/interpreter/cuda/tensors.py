@@ -16,13 +16,16 @@ import ctypes
 import functools
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .. import core
+from .benchmark import Benchmark
 
 aten = torch.ops.aten
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -63,10 +66,12 @@ def host_view(t: Tensor) -> Tensor:
     storage = t.untyped_storage()
     data, nbytes = storage.data_ptr(), storage.nbytes()
     row = _from_dlpack(core.load().fpi_dlpack_host_view(data, nbytes), nbytes)
-    like = torch.empty(0, dtype=t.dtype, device="cpu")
-    return aten.set_.source_Storage_storage_offset(
-        like, row.untyped_storage(), t.storage_offset(), t.size(), t.stride()
+    view = torch.empty(0, dtype=t.dtype, device="cpu")
+    view = aten.set_.source_Storage_storage_offset(
+        view, row.untyped_storage(), t.storage_offset(), t.size(), t.stride()
     )
+    view = view.conj() if t.is_conj() else view
+    return torch._neg_view(view) if t.is_neg() else view
 
 
 def to_device(t: Tensor) -> Tensor:
@@ -102,13 +107,47 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     if known.metadata:
         return op.redispatch(_CPU, *args, **kwargs)
     with torch._C.DisableTorchFunction():
+        if Benchmark.running:
+            timed = _timed(op, args, kwargs, Benchmark.running)
+            if timed is not NotImplemented:
+                return timed
         call = _Call(op, known.mixed)
         try:
             result = op(*call.lower(list(args)), **{name: call.lower(value) for name, value in kwargs.items()})
         except NotImplementedError as e:
-            raise NotImplementedError(f"the interpreted GPU has no {op}: torch has it for no CPU ({e})") from None
+            why = str(e).partition(". ")[0]
+            raise NotImplementedError(f"the interpreted GPU has no {op}, which torch lacks for CPUs: {why}") from None
         call.finish()
         return call.lift(result)
+
+
+def _timed(op: torch._ops.OpOverload, args: Any, kwargs: Any, benchmark: Benchmark) -> Any:
+    """The operation's shapes, in its place; NotImplemented where those depend on values."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def lower(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            pairs.append(
+                (value, meta := torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta"))
+            )
+            return meta
+        return torch.device("meta") if isinstance(value, torch.device) and value.type == "cuda" else value
+
+    def lift(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        for tensor, meta in pairs:
+            if value is meta:
+                return tensor
+        return empty_strided(value.size(), value.stride(), value.dtype)
+
+    args, kwargs = tree_map(lower, args), tree_map(lower, kwargs)
+    try:
+        result = op(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):
+        return NotImplemented
+    benchmark.operation(op, args, kwargs, result)
+    return tree_map(lift, result)
 
 
 class _Call:
@@ -170,7 +209,7 @@ def resize(t: Tensor, size: Sequence[int], memory_format: torch.memory_format | 
     needed = (t.storage_offset() + math.prod(size)) * t.element_size() if math.prod(size) else 0
     storage = t.untyped_storage()
     if needed > storage.nbytes():
-        larger = empty_strided((needed,), (1,), torch.uint8)
+        larger = empty_strided((int(needed),), (1,), torch.uint8)
         host_view(larger)[: storage.nbytes()].copy_(_bytes(t))
         storage = larger.untyped_storage()
     return aten.set_.source_Storage_storage_offset.redispatch(
@@ -251,9 +290,16 @@ def install() -> None:
     }
     every = torch.library.Library("_", "IMPL", "CUDA")
     every.fallback(fallback)
+    for qualified in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+        namespace, _, name = qualified.partition("::")
+        if namespace == "aten":  # torch with CUDA has kernels of its own there, and they go before a fallback
+            packet, _, overload = name.partition(".")
+            implementations.setdefault(name, _on_cpu(getattr(getattr(aten, packet), overload or "default")))
     some = torch.library.Library("aten", "IMPL", "CUDA")
-    for name, implementation in implementations.items():
-        some.impl(name, implementation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are overridden
+        for name, implementation in implementations.items():
+            some.impl(name, implementation)
     _libraries.extend((every, some))
 
 
@@ -283,29 +329,27 @@ def _set_device_guard() -> None:
 
 
 def _set_hooks() -> None:
-    """torch without CUDA shall know that CUDA is its accelerator, which autograd asks for the tensors' streams.
+    """torch shall have CUDA for its accelerator, which autograd asks for the tensors' streams, and one without a context.
 
-    It asks at::getCUDAHooks().isBuilt(). That object gets a copy of its table of virtual functions in which this one
-    returns true; which one it is follows from what torch answers. hasPrimaryContext, two behind it in
-    AcceleratorHooksInterface, would raise an error.
+    It asks at::getCUDAHooks(). That object gets a copy of its table of virtual functions in which isBuilt returns true and
+    hasPrimaryContext, two behind it in AcceleratorHooksInterface, false. Which one is isBuilt follows from what torch
+    answers when it returns the opposite.
     """
-    if torch._C._accelerator_getAccelerator() is not None:
-        return
-    cpu = _library("torch_cpu")
-    hooks = cpu._ZN2at6detail12getCUDAHooksEv
+    hooks = _library("torch_cpu")._ZN2at6detail12getCUDAHooksEv
     hooks.restype = ctypes.POINTER(ctypes.c_void_p)
     table = hooks()
-    count = 40
-    before = (ctypes.c_void_p * (count + 2)).from_address((table[0] or 0) - 16)  # type_info and offset come first
-    for slot in range(2, count):
-        copy = (ctypes.c_void_p * (count + 2))(*before)
-        copy[slot + 2] = _address(_yes)
-        table[0] = ctypes.addressof(copy) + 16
-        if torch._C._accelerator_getAccelerator() is not None:
-            copy[slot + 4] = _address(_no)
+    first, count = 2, 128  # behind the type and the offset; more than there are, which nothing calls
+    before = (ctypes.c_void_p * (first + count)).from_address((table[0] or 0) - 8 * first)
+    built = torch._C._accelerator_getAccelerator() is not None
+    for slot in range(2, 40):  # behind the destructors
+        copy = (ctypes.c_void_p * (first + count))(*before)
+        copy[first + slot] = _address(_no if built else _yes)
+        table[0] = ctypes.addressof(copy) + 8 * first
+        if (torch._C._accelerator_getAccelerator() is not None) != built:
+            copy[first + slot], copy[first + slot + 2] = _address(_yes), _address(_no)
             _tables.append(copy)
             return
-    table[0] = ctypes.addressof(before) + 16
+    table[0] = ctypes.addressof(before) + 8 * first
     raise RuntimeError(f"torch {torch.__version__} does not let the interpreter stand in for a CUDA device")
 
 

@@ -12,6 +12,7 @@ from .. import core
 from ..device import Device
 from .clock import clock
 from .refusal import refuses
+from .tensors import check_ordinal, empty_strided
 
 #: of torch.cuda: what needs a driver, other processes or code for CUDA that torch does not have here
 REFUSED = (
@@ -55,7 +56,7 @@ class Stream(torch.Stream):
     def wait_event(self, event: Any) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> Event:
+    def record_event(self, event: Any = None) -> Event:  # type: ignore[override]
         event = event or Event()
         event.record(self)
         return event
@@ -114,7 +115,7 @@ class Generator(torch.Generator):
         device = torch.device(device)
         if device.type == "cuda":
             _index(device)
-        generator = super().__new__(cls, "cpu" if device.type == "cuda" else device)
+        generator = super().__new__(cls, "cpu" if device.type == "cuda" else device)  # type: ignore[call-arg]
         generator._device = torch.device("cuda", 0) if device.type == "cuda" else device
         return generator
 
@@ -132,7 +133,7 @@ _current = _Current()
 
 
 def _index(device: Any) -> int:
-    """Of the device that was named, which can only be 0."""
+    """The index of the device that was named, which can only be 0."""
     index = device if isinstance(device, int) else None
     if isinstance(device, (str, torch.device)):
         named = torch.device(device)
@@ -209,6 +210,14 @@ def _seeds() -> dict[str, Callable[..., Any]]:
     }  # fmt: skip
 
 
+def _storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+    """torch.UntypedStorage(bytes, device="cuda"), by which tensors are copied deeply and loaded."""
+    if device is None or torch.device(device).type != "cuda":
+        return torch._C.StorageBase.__new__(cls, *args, device=device, **kwargs)  # type: ignore[call-arg]
+    check_ordinal(torch.device(device))
+    return empty_strided((int(args[0]),), (1,), torch.uint8).untyped_storage()
+
+
 def _named(name: str, value: Any) -> Any:
     """A function of its own: torch.compile has rules for each name, and takes one function under two names for an error."""
     if isinstance(value, type) or not callable(value):
@@ -270,9 +279,11 @@ def install(device: Device) -> None:
     for name, value in accelerator.items():
         setattr(torch.accelerator, name, _named(name, value))
     torch.backends.cuda.is_built = lambda: True
+    torch.backends.cudnn.enabled = False
     torch.version.cuda = "13.0"
+    torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[method-assign]
     torch.Generator = Generator  # type: ignore[misc]
-    torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[assignment,method-assign]
+    torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign]
     raw: dict[str, Any] = {
         "_cuda_getCurrentRawStream": lambda index: 0, "_cuda_isInBadFork": lambda: False,
         "_cuda_getDeviceCount": lambda: 1, "_cuda_getDevice": lambda: 0, "_cuda_setDevice": nothing,

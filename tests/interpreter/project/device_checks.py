@@ -1,0 +1,281 @@
+"""Tests of a project that says device="cuda" and never imports forwardpass: test_pytest_gpu.py runs them with --gpu."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+assert torch.cuda.is_available() and torch.cuda.device_count() == 1  # as projects ask when they are imported
+DEVICE = torch.device("cuda")
+generator = torch.Generator().manual_seed(0)
+A = torch.randn(6, 5, generator=generator)
+B = torch.randn(5, 4, generator=generator)
+IMAGE = torch.randn(2, 4, 9, 8, generator=generator)
+
+OPERATIONS = {
+    "add": lambda a, b, i: a + 1.5,
+    "matmul": lambda a, b, i: a @ b,
+    "einsum": lambda a, b, i: torch.einsum("ij,jk->ki", a, b),
+    "transposed": lambda a, b, i: a.t()[1:, ::2].contiguous(),
+    "view": lambda a, b, i: a.view(5, 6).flatten(),
+    "half": lambda a, b, i: a.half().float(),
+    "sort": lambda a, b, i: torch.cat([t.double() for t in a.sort(dim=1)]),
+    "topk": lambda a, b, i: a.topk(2).values,
+    "softmax": lambda a, b, i: F.softmax(a, dim=0),
+    "layer norm": lambda a, b, i: F.layer_norm(a, (5,)),
+    "rms norm": lambda a, b, i: F.rms_norm(a, (5,)),
+    "cross entropy": lambda a, b, i: F.cross_entropy(a, a.argmax(1)),
+    "convolution": lambda a, b, i: F.conv2d(i, i[:, :2, :3, :3].repeat(1, 2, 1, 1)),
+    "depthwise": lambda a, b, i: F.conv2d(i, i.new_ones(4, 1, 3, 3), groups=4),
+    "attention": lambda a, b, i: F.scaled_dot_product_attention(i, i, i, is_causal=True),
+    "cumsum": lambda a, b, i: a.cumsum(1),
+    "where": lambda a, b, i: torch.where(a > 0, a, -a),
+    "masked": lambda a, b, i: a[a > 0],
+    "indexed by the CPU": lambda a, b, i: a[torch.tensor([0, 2])],
+    "nonzero": lambda a, b, i: (a > 0).nonzero(),
+    "unique": lambda a, b, i: a.round().unique(),
+    "stack": lambda a, b, i: torch.stack([a, a]).sum(0),
+    "in place": lambda a, b, i: a.clone().mul_(2).add_(a),
+    "empty": lambda a, b, i: a[:0].sum() + a[:0].numel(),
+    "scalar of the CPU": lambda a, b, i: a * torch.tensor(2.0),
+    "expanded": lambda a, b, i: a[:1].expand(3, 5) + 1,
+    "vmap": lambda a, b, i: torch.vmap(lambda row: row @ b)(a),
+    "interpolate": lambda a, b, i: F.interpolate(i, scale_factor=2.0, mode="bilinear"),
+    "batch norm": lambda a, b, i: F.batch_norm(i, None, None, training=True),
+    "complex": lambda a, b, i: torch.view_as_real(torch.fft.fft(a)),
+    "conjugate": lambda a, b, i: torch.view_as_real(torch.complex(a, a).conj() * 2),
+    "linalg": lambda a, b, i: torch.linalg.inv(b[:4] + 3 * torch.eye(4, device=b.device)),
+    "out": lambda a, b, i: torch.add(a, 1, out=torch.empty(0, device=a.device)),
+    "fp8": lambda a, b, i: a.to(torch.float8_e4m3fn).float(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(name):
+    expected = OPERATIONS[name](A, B, IMAGE)
+    result = OPERATIONS[name](A.to(DEVICE), B.cuda(), IMAGE.to("cuda"))
+    assert result.is_cuda and result.device == torch.device("cuda", 0)
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_cpu():
+    def model(device):
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(
+            torch.nn.Conv2d(4, 8, 3),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.GELU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(336, 3),
+        )
+        return layers.to(device)
+
+    gradients = []
+    for device in ("cpu", "cuda"):
+        layers = model(device)
+        optimizer = torch.optim.AdamW(layers.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.mse_loss(layers(IMAGE.to(device)), torch.ones(2, 3, device=device)).backward()
+            optimizer.step()
+        gradients.append([p.detach().cpu() for p in layers.parameters()])
+    for cpu, cuda in zip(*gradients):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-5, atol=1e-6)
+
+
+def test_autograd_function_and_hooks():
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(gradient.device)
+            return 2 * gradient
+
+    x = A.cuda().requires_grad_()
+    x.register_hook(lambda g: seen.append(g.device))
+    Double.apply(x).sum().backward()
+    assert seen == [torch.device("cuda", 0)] * 2 and x.grad.is_cuda
+
+
+def test_autocast():
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert (A.cuda() @ B.cuda()).dtype == torch.bfloat16
+    assert (A.cuda() @ B.cuda()).dtype == torch.float32
+
+
+def test_views_share_memory():
+    x = torch.zeros(4, 3, device="cuda")
+    view = x[1:3].t()
+    view.fill_(1)
+    assert x.sum().item() == 6 and view._base is x
+    assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_unwritten_memory_is_nan():
+    assert torch.empty(3, device="cuda").isnan().all()
+
+
+def test_copies():
+    x = A.cuda()
+    assert copy.deepcopy(x).is_cuda and torch.equal(copy.deepcopy(x), x) and copy.deepcopy(x).data_ptr() != x.data_ptr()
+    file = io.BytesIO()
+    torch.save({"x": x}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, map_location="cpu")["x"], A)
+    file.seek(0)
+    assert torch.load(file)["x"].is_cuda
+    assert torch.equal(x.to("cpu", non_blocking=True), A)
+    assert torch.equal(A.pin_memory().to("cuda", non_blocking=True).cpu(), A)
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(RuntimeError, match="same device"):
+        A.cuda() + A
+    with pytest.raises(RuntimeError, match=r"invalid device ordinal.*cuda:1"):
+        torch.empty(1, device="cuda:1")
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        torch.cuda.set_device(1)
+    with pytest.raises(TypeError, match="convert cuda:0"):
+        A.cuda().numpy()
+    with pytest.raises(NotImplementedError, match=r"torch.cuda.CUDAGraph"):
+        torch.cuda.CUDAGraph()
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="left"):
+        torch.empty(1 << 40, device="cuda")
+
+
+def test_the_card():
+    properties = torch.cuda.get_device_properties(0)
+    assert (properties.major, properties.minor) == torch.cuda.get_device_capability() == (9, 0)
+    assert properties.multi_processor_count == 132 and "H100" in torch.cuda.get_device_name()
+    assert torch.accelerator.current_accelerator().type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def test_memory():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    x = torch.empty(1 << 20, device="cuda")
+    assert torch.cuda.memory_allocated() - before == 4 << 20
+    del x
+    assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() >= before + (4 << 20)
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == before
+
+
+def test_random_numbers():
+    torch.cuda.manual_seed(3)
+    first = torch.randn(5, device="cuda")
+    torch.cuda.manual_seed(3)
+    assert torch.equal(first, torch.randn(5, device="cuda"))
+    ours = torch.Generator(device="cuda").manual_seed(3)
+    assert torch.equal(first, torch.randn(5, device="cuda", generator=ours)) and ours.device.type == "cuda"
+
+
+@triton.jit
+def add_kernel(x, y, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n) + tl.load(y + i, mask=i < n), mask=i < n)
+
+
+def add(x, y):
+    out = torch.empty_like(x)
+    add_kernel[(triton.cdiv(x.numel(), 256),)](x, y, out, x.numel(), BLOCK=256)
+    return out
+
+
+def test_streams_and_events():
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert torch.cuda.current_stream() is stream
+        start.record()
+        x = add(A.cuda(), A.cuda())
+        end.record()
+        x.record_stream(stream)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    assert 0 < start.elapsed_time(end) < 1  # milliseconds, modelled: a few instructions
+
+
+@pytest.mark.parametrize("n", [1, 255, 1000])
+def test_triton(n):
+    x, y = torch.randn(2, n, device="cuda").unbind()
+    assert torch.equal(add(x, y), x + y)
+
+
+def test_triton_takes_no_cpu_tensor():
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        add(A.cuda(), A)
+
+
+def test_triton_driver():
+    driver = triton.runtime.driver.active
+    assert driver.get_active_torch_device() == torch.device("cuda", 0)
+    assert driver.utils.get_device_properties(None)["multiprocessor_count"] == 132
+    kernel = add_kernel.warmup(torch.float32, torch.float32, torch.float32, 1, BLOCK=64, grid=(1,))
+    kernel._init_handles()
+    assert kernel.n_regs > 0
+
+
+def test_benchmarks_have_modelled_times():
+    small, large = (torch.ones(n, device="cuda") for n in (1 << 12, 1 << 24))
+    times = [triton.testing.do_bench(lambda t=t: add(t, t + 1)) for t in (small, large)]
+    bound = 3 * 4 * (1 << 24) / 3.352e12 * 1e3  # bytes at the H100's bandwidth, in milliseconds
+    assert times[0] < times[1] and 1.66 * bound <= times[1] < 2 * bound  # three tensors, and two for t + 1
+    assert (
+        triton.testing.do_bench(lambda: large + small[0], quantiles=[0.5, 0.2])
+        == [pytest.approx(2 / 3 * bound, rel=0.01)] * 2
+    )
+    assert torch.equal(add(large, large), large + large)  # after it, launches are whole
+
+
+@triton.autotune([triton.Config({"BLOCK": b}) for b in (64, 256)], key=["n"])
+@triton.jit
+def tuned_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, 2 * tl.load(x + i, mask=i < n), mask=i < n)
+
+
+def test_autotuned():
+    x = torch.randn(10_000, device="cuda")
+    out = torch.empty_like(x)
+    tuned_kernel[lambda meta: (triton.cdiv(10_000, meta["BLOCK"]),)](x, out, 10_000)
+    assert torch.equal(out, 2 * x)
+
+
+@triton.jit
+def grouped_kernel(addresses, out, n, BLOCK: tl.constexpr):
+    x = tl.load(addresses + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    i = tl.arange(0, BLOCK)
+    tl.store(out + tl.program_id(0) * n + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+
+def test_addresses_kept_in_tensors():
+    group = [torch.randn(100, device="cuda") for _ in range(3)]
+    out = torch.empty(3, 100, device="cuda")
+    grouped_kernel[(3,)](torch.tensor([t.data_ptr() for t in group], device="cuda"), out, 100, BLOCK=128)
+    assert torch.equal(out, torch.stack(group))
+
+
+class Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        return add(x, y)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, add(gradient.contiguous(), gradient.contiguous())  # that of a sum has strides of 0
+
+
+def test_triton_in_autograd():
+    x, y = (torch.randn(300, device="cuda", requires_grad=True) for _ in range(2))
+    Added.apply(x, y).sum().backward()
+    assert x.grad.eq(1).all() and y.grad.eq(2).all()

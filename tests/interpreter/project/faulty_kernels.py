@@ -1,0 +1,79 @@
+"""Tests of a project whose kernels have faults that a GPU would not tell: test_pytest_gpu.py runs them with --gpu."""
+
+import contextlib
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unmasked_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i), mask=i < n)
+
+
+@triton.jit
+def shift_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i - 1, mask=(i > 0) & (i < n), other=0.0), mask=i < n)
+
+
+def unmasked(n):
+    x = torch.randn(n, device="cuda")
+    out = torch.empty_like(x)
+    unmasked_kernel[(triton.cdiv(n, 128),)](x, out, n, BLOCK=128)
+    assert torch.equal(out, x)
+
+
+def shift(in_place):
+    x = torch.ones(500, device="cuda")
+    out = x if in_place else torch.empty_like(x)
+    shift_kernel[(4,)](x, out, 500, BLOCK=128)
+    return out.sum().item()
+
+
+def test_whole_blocks():
+    unmasked(256)
+
+
+def test_unmasked():
+    unmasked(300)
+
+
+def test_caught():
+    with contextlib.suppress(Exception):  # the project's own mistake does not hide the finding
+        unmasked(300)
+
+
+@pytest.mark.gpu_expects("out_of_bounds", kernel="unmasked_", reason="reported upstream")
+def test_expected():
+    unmasked(300)
+
+
+@pytest.mark.gpu_ignores("out_of_bounds", reason="reported upstream")
+def test_ignored():
+    unmasked(300)
+
+
+@pytest.mark.gpu_expects("race", reason="gone since")
+def test_expected_in_vain():
+    unmasked(256)
+
+
+def test_race():
+    shift(in_place=True)
+
+
+def test_mended_race():
+    assert shift(in_place=False) == 499
+
+
+def test_without_the_gpu():
+    assert torch.ones(1).item() == 1
+
+
+def test_long():
+    x = torch.ones(1 << 26, device="cuda")
+    unmasked_kernel[(1 << 19,)](x, x, 1 << 26, BLOCK=128)

@@ -1,0 +1,117 @@
+"""`pytest --gpu`: a project's tests with device="cuda", unchanged, in a pytest of their own."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreted
+PROJECT = pathlib.Path(__file__).parent / "project"
+REPEATED = ["test_unmasked", "test_caught", "test_expected_in_vain", "test_race"]
+
+
+def run(file, *options, folder):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "/dev/null",
+        f"--rootdir={PROJECT}",
+        "-rA",
+    ]
+    done = subprocess.run([*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, timeout=600)
+    outcomes = {name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*?::(\S+)", done.stdout, re.M)}
+    return done, outcomes
+
+
+def test_device_is_cuda(tmp_path):
+    done, outcomes = run("device_checks.py", "--gpu=sm_90a", "-q", folder=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert len(outcomes) > 50 and set(outcomes.values()) == {"PASSED"}
+    assert "0 findings" in done.stdout
+
+
+def test_nothing_without_being_asked(tmp_path):
+    done, _ = run("device_checks.py", folder=tmp_path)
+    assert done.returncode and "torch.cuda.is_available()" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
+    junit = folder / "junit.xml"
+    options = ["--gpu=sm_90a", "--gpu-budget=4", f"--junitxml={junit}"]
+    return *run("faulty_kernels.py", *options, folder=folder), ElementTree.parse(junit)
+
+
+def test_findings_fail_their_tests(faulty):
+    done, outcomes, _ = faulty
+    assert done.returncode == 1
+    assert {name for name, outcome in outcomes.items() if outcome == "FAILED"} == set(REPEATED), done.stdout[-3000:]
+    assert {"test_expected", "test_ignored", "test_mended_race", "test_whole_blocks"} <= outcomes.keys()
+    assert re.search(r"SKIPPED.*more than 4 s on the interpreted GPU", done.stdout)
+
+
+def test_findings_say_where(faulty):
+    done, _, _ = faulty
+    line = 1 + (PROJECT / "faulty_kernels.py").read_text().splitlines().index(
+        "    tl.store(out + i, tl.load(x + i), mask=i < n)"
+    )
+    assert f"faulty_kernels.py:{line}" in done.stdout
+    assert re.search(r"block \(2, 0, 0\), warp \d, lane \d", done.stdout) and "seed 0" in done.stdout
+    assert "2 findings" in done.stdout  # each once, though three tests have the first
+    assert "no such finding came" in done.stdout
+
+
+def test_junit_has_findings(faulty):
+    _, _, tree = faulty
+    cases = {c.get("name"): c for c in tree.iter("testcase")}
+    properties = {name: [p.get("name") for p in c.iter("property")] for name, c in cases.items()}
+    assert "gpu_finding" in properties["test_race"] and "gpu_finding" in properties["test_caught"]
+    assert "gpu_finding" not in properties["test_ignored"] and "gpu_launches" in properties["test_ignored"]
+
+
+def test_seeds(tmp_path):
+    options = ["--gpu=sm_90a", "--gpu-seeds=3", "-k", "race or without"]
+    done, outcomes = run("faulty_kernels.py", *options, folder=tmp_path)
+    assert [outcomes[f"test_race[seed{s}]"] for s in range(3)] == ["FAILED"] * 3
+    assert [outcomes[f"test_mended_race[seed{s}]"] for s in range(3)] == ["PASSED"] * 3
+    assert done.stdout.count("launched no kernel with the first seed") and "seeds 0 to 2" in done.stdout
+    again, outcomes = run("faulty_kernels.py", "--gpu=sm_90a", "--gpu-seed=2", "-k", "test_race", folder=tmp_path)
+    assert outcomes == {"test_race": "FAILED"} and "seed 2" in again.stdout
+
+
+def test_several_gpus_and_workers(tmp_path):
+    options = ["--gpu=sm_80,sm_90a", "-n", "1", "--junitxml=j.xml", "-k", "unmasked or whole"]
+    done, outcomes = run("faulty_kernels.py", *options, folder=tmp_path)
+    assert done.returncode == 1 and outcomes == {"test_unmasked": "FAILED", "test_whole_blocks": "PASSED"}
+    assert done.stdout.count("1 finding\n") == 2, done.stdout[-3000:]
+    suites = [s.get("name") for s in ElementTree.parse(tmp_path / "j.xml").iter("testsuite")]
+    assert suites == ["pytest sm_80", "pytest sm_90a"]
+
+
+def test_baseline(tmp_path):
+    options = ["--gpu=sm_90a", "-k", "unmasked or race or whole"]
+    first, _ = run("faulty_kernels.py", *options, "--gpu-save-baseline=known.txt", folder=tmp_path)
+    assert first.returncode == 1 and "known.txt has 2 rules" in first.stdout
+    rules = (tmp_path / "known.txt").read_text()
+    assert re.search(r"^race faulty_kernels.py:\d+ shift_kernel", rules, re.M)
+    second, outcomes = run("faulty_kernels.py", *options, "--gpu-ignore=known.txt", folder=tmp_path)
+    assert second.returncode == 0 and set(outcomes.values()) == {"PASSED"} and "0 findings" in second.stdout
+    third, _ = run("faulty_kernels.py", "--gpu=sm_90a", "-k", "race", "--gpu-ignore=known.txt", folder=tmp_path)
+    assert "nothing was found that a rule ignores: out_of_bounds" in third.stdout
+    (tmp_path / "wrong.txt").write_text("race\n")
+    wrong, _ = run("faulty_kernels.py", "--gpu=sm_90a", "--gpu-ignore=wrong.txt", folder=tmp_path)
+    assert wrong.returncode == 4 and "wrong.txt:1" in wrong.stderr
+
+
+def test_unknown_gpu(tmp_path):
+    done, _ = run("faulty_kernels.py", "--gpu=sm_70", folder=tmp_path)
+    assert done.returncode == 4 and "sm_70" in done.stderr and "sm_90a" in done.stderr
