@@ -328,7 +328,9 @@ def rules(out, obj, home):
         standin = sorted(csrc.glob("interpreter/standin/*.cpp"))
         program = objects("cxx", [p for p in standin if p.stem == "program"], lambda s: cuda)
         cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
-        cublas = objects("cxx", sorted(csrc.glob("interpreter/standin/cublas/*.cpp")), lambda s: f"{cuda} -march=x86-64-v3")
+        cublas = objects(
+            "cxx", sorted(csrc.glob("interpreter/standin/cublas/*.cpp")), lambda s: f"{cuda} -march=x86-64-v3"
+        )
         interpreter = path(out / "_interpreter.so")
         flags = f"{hide} -Wl,-rpath,'$$ORIGIN'"
         inputs = f"{kernels} {cudart} {interpreter} | csrc/exports.map"
