@@ -68,14 +68,14 @@ std::string Memory::describe(uint64_t address) const {
   for (const auto& [begin, i] : intervals_) {
     const bool past = address >= i.end;
     const uint64_t distance = past ? address - i.end + 1 : address < begin ? begin - address : 0;
-    if (distance >= nearest) continue;
+    if (distance > nearest) continue;  // of several the last: an argument, where cudaMalloc gave its memory
     nearest = distance;
     const std::string interval = i.name + " (" + std::to_string(i.end - begin) + " bytes)";
     words = !distance ? "byte " + std::to_string(address - begin) + " of " + interval
             : past    ? std::to_string(address - i.end) + " bytes past the end of " + interval
                       : std::to_string(distance) + " bytes before " + interval;
   }
-  if (nearest > uint64_t{1} << 32) return hexadecimal(address) + ", far from everything registered";
+  if (nearest > uint64_t{1} << 32) return hexadecimal(address) + ", far from everything registered (Device.register takes what kernels know by addresses kept in memory)";
   return words;
 }
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .. import core
 from ..device import Device
 from .clock import clock
-from .refusal import refuses
 from .tensors import check_ordinal, empty_strided
 
 #: of torch.cuda: what needs a driver, other processes or code for CUDA that torch does not have here
@@ -22,6 +21,19 @@ REFUSED = (
     "list_gpu_processes", "utilization", "temperature", "power_draw", "clock_rate", "device_memory_used", "memory_usage",
 )  # fmt: skip
 NAME = "cuda:0"
+
+
+def refuse(name: str) -> NoReturn:
+    raise NotImplementedError(f"{name} is not there on forwardpass's interpreted GPU, which has no driver")
+
+
+def refused(name: str) -> type:
+    """In its place: a class, as some of what is refused is instantiated, subclassed or asked about by isinstance."""
+
+    def __new__(cls: type, *_: Any, **__: Any) -> NoReturn:
+        refuse(name)
+
+    return type(name.rpartition(".")[2], (), {"__new__": __new__})
 
 
 class Stream(torch.Stream):
@@ -69,7 +81,7 @@ class Event:
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **_: Any):
         if interprocess:
-            refuses("torch.cuda.Event(interprocess=True)")
+            refuse("torch.cuda.Event(interprocess=True)")
         self._timed = enable_timing
         self._seconds: float | None = None
 
@@ -259,7 +271,7 @@ def install(device: Device) -> None:
         "stream": StreamContext, "current_stream": stream_of, "default_stream": lambda d=None: Stream(),
         "set_stream": set_stream, "default_generators": (torch.default_generator,),
         "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": nothing,
-        **_memory(device), **_seeds(), **{name: refuses.function(f"torch.cuda.{name}") for name in REFUSED},
+        **_memory(device), **_seeds(), **{name: refused(f"torch.cuda.{name}") for name in REFUSED},
     }  # fmt: skip
     here = {name: _named(name, value) for name, value in here.items()}
     for module in (cuda, cuda.memory, cuda.random, cuda.streams):
