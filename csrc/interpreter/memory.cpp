@@ -75,7 +75,9 @@ std::string Memory::describe(uint64_t address) const {
             : past    ? std::to_string(address - i.end) + " bytes past the end of " + interval
                       : std::to_string(distance) + " bytes before " + interval;
   }
-  if (nearest > uint64_t{1} << 32) return hexadecimal(address) + ", far from everything registered (Device.register takes what kernels know by addresses kept in memory)";
+  if (nearest > uint64_t{1} << 32)
+    return hexadecimal(address) +
+           ", far from everything registered (Device.register takes what kernels know by addresses kept in memory)";
   return words;
 }
 

@@ -64,7 +64,7 @@ def test_an_error_of_the_compiler_is_an_error(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["-arch=sm_100a"], "-arch=sm_100a cannot be taken: .* there are sm_80, sm_89, sm_90a, sm_120"),
+        (["-arch=sm_103a"], "-arch=sm_103a cannot be taken: .* there are sm_80, sm_89, sm_90a, sm_100a, sm_120"),
         (["-gencode", "arch=compute_130,code=sm_130"], "of compute_130 none is interpreted"),
         (["-lcudnn"], "-lcudnn cannot be taken: of cudnn there is no stand-in"),
         (["-l", "curand_static"], "of curand_static there is no stand-in"),
@@ -79,7 +79,7 @@ def test_flags_that_are_refused(flags, words, capsys):
     assert re.search(words, line)
 
 
-ALL = ["80", "89", "90a", "120"]
+ALL = ["80", "89", "90a", "100a", "120"]
 
 
 @needs_nvcc

@@ -220,22 +220,8 @@ void count(Warp& w, const Transfer& t) {
       [&](uint32_t, uint32_t begin, uint32_t end, uint64_t address) { count_bulk(w, address, end - begin, load); });
 }
 
-// The types that a tensor's elements are reduced as, by CUtensorMapDataType.
-constexpr Type kReduced[] = {Type::u8,  Type::u16, Type::u32, Type::s32,  Type::u64, Type::s64,
-                             Type::f16, Type::f32, Type::f64, Type::bf16, Type::f32};
-
 Reduce tensor_reduction(Warp& w, std::string_view operation, const TensorMap& map, int lane) {
-  Reduce r = nullptr;
-  if (map.type < std::size(kReduced)) {
-    const bool bitwise = operation == "and" || operation == "or" || operation == "xor";
-    const Type type = kReduced[map.type];
-    const bool integer = type == Type::u32 || type == Type::s32 || type == Type::u64 || type == Type::s64;
-    if (!bitwise) {
-      r = reduction(operation, type);
-    } else if (integer) {
-      r = reduction(operation, ptx::size_of(type) == 8 ? Type::b64 : Type::b32);
-    }
-  }
+  const Reduce r = tensor_reduction(operation, map.type);
   if (!r) {
     w.fail(Kind::illegal, "there is no ." + std::string(operation) + " of the tensor map's element type", lane);
   }

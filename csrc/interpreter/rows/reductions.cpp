@@ -48,12 +48,23 @@ constexpr Entry entries[] = {
     {"xor", Type::b64, reduce<Xor, uint64_t>},
 };
 
+constexpr Type kReduced[] = {Type::u8,  Type::u16, Type::u32, Type::s32,  Type::u64, Type::s64,
+                             Type::f16, Type::f32, Type::f64, Type::bf16, Type::f32};  // by CUtensorMapDataType
+
 }  // namespace
 
 Reduce reduction(std::string_view operation, Type type) {
   for (const Entry& e : entries)
     if (e.operation == operation && e.type == type) return e.reduce;
   return nullptr;
+}
+
+Reduce tensor_reduction(std::string_view operation, unsigned data_type) {
+  if (data_type >= std::size(kReduced)) return nullptr;
+  const Type type = kReduced[data_type];
+  if (operation != "and" && operation != "or" && operation != "xor") return reduction(operation, type);
+  const bool integer = type == Type::u32 || type == Type::s32 || type == Type::u64 || type == Type::s64;
+  return integer ? reduction(operation, ptx::size_of(type) == 8 ? Type::b64 : Type::b32) : nullptr;
 }
 
 }  // namespace forwardpass::interpreter

@@ -9,7 +9,8 @@
 // constant as old as the kernel.
 //
 // ptxas 12.8 and 13.0 see most of these too, and put a fence in themselves (C7519) or let the operations wait for each
-// other (C7515). The rest they order without a word; nothing promises that.
+// other (C7515). The rest they order without a word; nothing promises that. So an access behind the fence is against
+// the letter of the ISA alone, and a missing fence in front of all is not.
 #include <algorithm>
 
 #include "interpreter/blocks.h"
@@ -182,6 +183,7 @@ void require_wgmma_fence(const Warp& w, const Instruction& i) {
                 ", and no wgmma.fence stands between, on one path at least: put wgmma.fence.sync.aligned there. If the "
                 "source has one, the compiler has moved the access across it: keep it before by asm volatile(\"\" : "
                 "\"+f\"(register) :: \"memory\") in front of the fence";
+    f.breaks = Breaks::isa;  // no case is known in which ptxas did not keep the order: above
     w.cta->place_other(f, line);
   }
   cluster.report(std::move(f));

@@ -23,6 +23,8 @@ class Scope:
 
     def add_tensor(self, tensor: Tensor, name: str, read_only: bool = False) -> None:
         """All of its storage: on a GPU, too, the kernel of a view can reach the rest of what it is a view of."""
+        if not tensor.numel() and tensor.device.type in ("cpu", self._memory):
+            return  # to Triton and CUDA a null pointer
         if tensor.device.type != self._memory:
             if self._memory == "cuda":  # Triton's own words, for which projects test
                 raise ValueError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {name}")

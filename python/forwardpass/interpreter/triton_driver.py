@@ -215,6 +215,10 @@ class Launcher:
 
     def _parameters(self, args: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
         """(type, name, value) of what the kernel takes at run time: tuples taken apart, constants left out."""
+        if len(args) != len(self.signature):
+            raise TypeError(
+                f"the kernel takes {len(self.signature)} arguments, constexprs included, and was launched with {len(args)}"
+            )
         for (name, type_), value in zip(self.signature, args):
             yield from _flat(type_, str(name), value)
 

@@ -50,6 +50,10 @@ OPERATIONS = {
     "conjugate": lambda a, b, i: torch.view_as_real(torch.complex(a, a).conj() * 2),
     "linalg": lambda a, b, i: torch.linalg.inv(b[:4] + 3 * torch.eye(4, device=b.device)),
     "out": lambda a, b, i: torch.add(a, 1, out=torch.empty(0, device=a.device)),
+    "number as a tensor": lambda a, b, i: (a * 8).int() & 3,
+    "remainder": lambda a, b, i: a % 2,
+    "half with a number": lambda a, b, i: torch.fmod(a.half(), 1.5).float(),
+    "copied number": lambda a, b, i: a.clone().copy_(torch.tensor(3)),
     "fp8": lambda a, b, i: a.to(torch.float8_e4m3fn).float(),
 }
 
@@ -209,6 +213,27 @@ def test_streams_and_events():
 def test_triton(n):
     x, y = torch.randn(2, n, device="cuda").unbind()
     assert torch.equal(add(x, y), x + y)
+
+
+def test_dynamo_can_be_reset():
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
+@triton.jit
+def optional_kernel(x, more, MORE: tl.constexpr):
+    tl.store(x, 2.0)
+    if MORE:
+        tl.store(more, 3.0)
+
+
+def test_an_empty_tensor_is_a_null_pointer():
+    x = torch.zeros(1, device="cuda")
+    compiled = optional_kernel[(1,)](x, torch.empty(0), MORE=False)
+    assert x.item() == 2
+    with pytest.raises(TypeError, match="3 arguments"):
+        compiled[(1, 1, 1)](x)
 
 
 def test_triton_takes_no_cpu_tensor():

@@ -94,11 +94,29 @@ class _Operator:
         qualified = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
         self.metadata = qualified in METADATA or (schema.name in METADATA and not schema.overload_name)
         self.mixed = schema.name in MIXED
+        #: torch hands a number on as one where the operator takes a tensor
+        self.tensors = [isinstance(a.type, torch.TensorType) for a in schema.arguments]
 
 
 @functools.cache
 def _operator(op: torch._ops.OpOverload) -> _Operator:
     return _Operator(op)
+
+
+def _as_tensor(value: Any) -> Any:
+    """A number as torch's functions take it: of no dimension, in the dtype of its kind, on the CPU."""
+    return (
+        value
+        if not isinstance(value, (bool, int, float, complex))
+        else torch.scalar_tensor(value, dtype=_dtype_of(value))
+    )
+
+
+def _dtype_of(value: complex) -> torch.dtype:
+    if isinstance(value, bool):
+        return torch.bool
+    default = torch.get_default_dtype()
+    return torch.int64 if isinstance(value, int) else default if isinstance(value, float) else default.to_complex()
 
 
 def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +130,7 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
             if timed is not NotImplemented:
                 return timed
         call = _Call(op, known.mixed)
+        args = tuple(_as_tensor(a) if tensor else a for a, tensor in zip(args, known.tensors))
         try:
             result = op(*call.lower(list(args)), **{name: call.lower(value) for name, value in kwargs.items()})
         except NotImplementedError as e:
@@ -250,6 +269,7 @@ def _empty_strided(
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     with torch._C.DisableTorchFunction():
+        source = _as_tensor(source)
         (host_view(to) if to.is_cuda else to).copy_(host_view(source) if source.is_cuda else source)
     return to
 

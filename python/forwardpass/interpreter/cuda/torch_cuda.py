@@ -296,6 +296,12 @@ def install(device: Device) -> None:
     torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[method-assign]
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign]
+    for name in (
+        "_cuda_CUDAAllocator_AllocatorState",
+        "_set_cached_tensors_enabled",
+    ):  # which torch._dynamo.reset imports
+        if not hasattr(torch._C, name):
+            setattr(torch._C, name, refused(f"torch._C.{name}"))
     raw: dict[str, Any] = {
         "_cuda_getCurrentRawStream": lambda index: 0, "_cuda_isInBadFork": lambda: False,
         "_cuda_getDeviceCount": lambda: 1, "_cuda_getDevice": lambda: 0, "_cuda_setDevice": nothing,
