@@ -221,7 +221,7 @@ void count(Warp& w, const Transfer& t) {
 }
 
 Reduce tensor_reduction(Warp& w, std::string_view operation, const TensorMap& map, int lane) {
-  const Reduce r = tensor_reduction(operation, map.type);
+  const Reduce r = reduction_of_elements(operation, map.type);
   if (!r) {
     w.fail(Kind::illegal, "there is no ." + std::string(operation) + " of the tensor map's element type", lane);
   }

@@ -59,7 +59,7 @@ Reduce reduction(std::string_view operation, Type type) {
   return nullptr;
 }
 
-Reduce tensor_reduction(std::string_view operation, unsigned data_type) {
+Reduce reduction_of_elements(std::string_view operation, unsigned data_type) {
   if (data_type >= std::size(kReduced)) return nullptr;
   const Type type = kReduced[data_type];
   if (operation != "and" && operation != "or" && operation != "xor") return reduction(operation, type);
