@@ -25,13 +25,33 @@ struct State {
   Findings recorded;  // until fpi_findings_json
   std::atomic<void (*)(const fpi_finding_record*)> listener{nullptr};
   std::atomic<void (*)(const fpi_launch_record*)> recorder{nullptr};
-  std::atomic<Deadline::rep> deadline{Deadline::max().count()};
+  std::atomic<Deadline::rep> allowance{Deadline::max().count()};  // what launches may still take together
   std::mutex mutex;
 };
 State& state() {
   static State s;
   return s;
 }
+
+Deadline now() { return std::chrono::duration_cast<Deadline>(std::chrono::steady_clock::now().time_since_epoch()); }
+
+// For as long as a launch runs: gives it its deadline, and takes what it took from what launches may take together.
+class TimeLimit {
+ public:
+  TimeLimit(std::atomic<Deadline::rep>& allowance, Deadline& deadline)
+      : allowance_(allowance), limited_(allowance != Deadline::max().count()), begin_(now()) {
+    if (limited_) deadline = begin_ + Deadline(allowance);
+  }
+  ~TimeLimit() {
+    if (limited_) allowance_ -= (now() - begin_).count();
+  }
+  TimeLimit(const TimeLimit&) = delete;
+
+ private:
+  std::atomic<Deadline::rep>& allowance_;
+  const bool limited_;
+  const Deadline begin_;
+};
 
 thread_local std::string finding_text, finding_json;
 
@@ -157,7 +177,6 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.parameters = std::move(parameters);
   l.programmatic = config.programmatic;
   l.memory = &s.memory;
-  l.deadline = Deadline(s.deadline);
   l.counters = &s.counters;
   const int blocks =
       std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared));
@@ -165,6 +184,7 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   l.resident = size == 1 ? blocks * device->multiprocessors : resident_clusters(*device, blocks, size);
   if (!l.resident) return kLaunchOutOfResources;  // no GPC has room for one
   try {
+    const TimeLimit limit(s.allowance, l.deadline);
     if (!l.run()) {
       keep(std::move(l.findings));
       return kLaunchTimeout;
@@ -259,9 +279,8 @@ const char* fpi_ignore(const char* text) {
 }
 
 void fpi_set_time_limit(double seconds) {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
   const auto limit = std::chrono::duration_cast<Deadline>(std::chrono::duration<double>(seconds));
-  state().deadline = (seconds > 0 ? std::chrono::duration_cast<Deadline>(now) + limit : Deadline::max()).count();
+  state().allowance = (seconds > 0 ? limit : Deadline::max()).count();
 }
 
 void fpi_storage_enter() {

@@ -47,7 +47,7 @@ def test_nothing_without_being_asked(tmp_path):
 def faulty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faulty")
     junit = folder / "junit.xml"
-    options = ["--gpu=sm_90a", "--gpu-budget=4", f"--junitxml={junit}"]
+    options = ["--gpu=sm_90a", "--gpu-budget=0.25", f"--junitxml={junit}"]
     return *run("faulty_kernels.py", *options, folder=folder), ElementTree.parse(junit)
 
 
@@ -56,7 +56,7 @@ def test_findings_fail_their_tests(faulty):
     assert done.returncode == 1
     assert {name for name, outcome in outcomes.items() if outcome == "FAILED"} == set(REPEATED), done.stdout[-3000:]
     assert {"test_expected", "test_ignored", "test_mended_race", "test_whole_blocks"} <= outcomes.keys()
-    assert re.search(r"SKIPPED.*more than 4 s on the interpreted GPU", done.stdout)
+    assert re.search(r"SKIPPED.*more than 0.25 s on the interpreted GPU", done.stdout)
 
 
 def test_findings_say_where(faulty):
