@@ -219,7 +219,7 @@ def test_lanes_that_copy_to_one_place(size):
     for seed in SEEDS:
         run(body.format(lanes=31), integers(4), arch="sm_80", seed=seed)
         f = finding(body.format(lanes=15), integers(4), arch="sm_80", seed=seed)
-        assert f.kind == "in_flight" and "shared 0x0..0x10, which warp 0" in f.message, f
+        assert f.kind == "in_flight" and "shared 0x0..0x10, which the first is still writing" in f.message, f
 
 
 def test_cp_async_that_is_never_waited_for():

@@ -442,4 +442,4 @@ def test_a_load_is_over_where_it_is_waited_for_or_read():
         run(body + load + right + FREE, arch="sm_100a", block=128)
     for wrong in ("", "mov.u32 %r3, 7;\n" + use.replace("%t", "7"), second + "add.u32 %r5, %r4, 1;\n"):
         f = finding(body + load + wrong + FREE + "setp.eq.u32 %p3, %r3, %t;", arch="sm_100a", block=128)
-        assert f.kind == "in_flight" and "nothing has waited for it" in f.message
+        assert f.kind == "in_flight" and "nothing has waited for the first" in f.message
