@@ -89,6 +89,7 @@ using Reduce = void (*)(uint8_t* memory, const uint8_t* values, uint32_t bytes);
 // By the operation's modifier and the elements' type; null: there is no such reduction of asynchronous copies. f32 is
 // added as in global memory, with subnormals flushed.
 Reduce reduction(std::string_view operation, Type);
-Reduce reduction_of_elements(std::string_view operation, unsigned type);  // of a tensor map's elements, CUtensorMapDataType
+Reduce reduction_of_elements(std::string_view operation,
+                             unsigned type);  // of a tensor map's elements, CUtensorMapDataType
 
 }  // namespace forwardpass::interpreter
