@@ -21,16 +21,20 @@ class Scope:
             self._ranges.add((begin, size))
             load().fpi_storage_add(begin, size, name.encode(), read_only)
 
+    def check(self, tensor: Tensor, name: str) -> None:
+        """Raises where it is on another device than the kernel."""
+        if tensor.device.type == self._memory or (tensor.device.type == "cpu" and not tensor.numel()):
+            return  # an empty one is a null pointer, to Triton too
+        if self._memory == "cuda":  # Triton's own words, for which projects test
+            raise ValueError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {name}")
+        raise ValueError(f"{name} is on {tensor.device}, and the interpreter takes CPU tensors: move it to the CPU")
+
     def add_tensor(self, tensor: Tensor, name: str, read_only: bool = False) -> None:
         """All of its storage: on a GPU, too, the kernel of a view can reach the rest of what it is a view of."""
-        if not tensor.numel() and tensor.device.type in ("cpu", self._memory):
-            return  # to Triton and CUDA a null pointer
-        if tensor.device.type != self._memory:
-            if self._memory == "cuda":  # Triton's own words, for which projects test
-                raise ValueError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {name}")
-            raise ValueError(f"{name} is on {tensor.device}, and the interpreter takes CPU tensors: move it to the CPU")
+        self.check(tensor, name)
         storage = tensor.untyped_storage()
-        self.add(storage.data_ptr(), storage.nbytes(), name, read_only)
+        if tensor.device.type == self._memory:
+            self.add(storage.data_ptr(), storage.nbytes(), name, read_only)
 
 
 def on_host(tensor: Tensor) -> Tensor:

@@ -190,6 +190,8 @@ class Launcher:
                 tensors = {name: t for _, name, v in parameters if isinstance(t := _tensor(v), Tensor)}
                 guard = Guard(scope, read_only=False)
                 if device.guard:
+                    for name, tensor in tensors.items():
+                        scope.check(tensor, f"argument {name} of {kernel.name}")
                     tensors = guard.rehome(tensors)
                 else:
                     for name, tensor in tensors.items():
