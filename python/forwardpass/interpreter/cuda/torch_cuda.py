@@ -138,7 +138,6 @@ class Generator(torch.Generator):
 
 class _Current:
     stream: Stream
-    peak = 0
 
 
 _current = _Current()
