@@ -37,6 +37,8 @@ _scopes: list[Scope] = []
 _installed: Device | None = None
 #: fpi_options::findings and ::isa, as interpreter.h numbers them
 FINDINGS, ISA = ("raise", "collect"), ("report", "ignore", "raise")
+#: warp instructions of a CTA where a launch is sampled
+_SAMPLED_STEPS = 1 << 24
 #: under which the core counts, one a device
 _names = itertools.count(1)
 
@@ -157,6 +159,8 @@ class Device:
         run (0: all), which count for all of them. What a kernel writes is not whole then."""
         options = core.Options.from_buffer_copy(self._options)
         self._options.counters, self._options.timeline, self._options.sample = next(_names), 0, clusters
+        if clusters:  # a CTA that waits for one that is left out is a deadlock soon
+            self._options.step_limit = _SAMPLED_STEPS
         self.reseed(self.seed)
         try:
             yield

@@ -262,6 +262,22 @@ def test_benchmarks_have_modelled_times():
     assert torch.equal(add(large, large), large + large)  # after it, launches are whole
 
 
+@triton.jit
+def last_first_kernel(flag, out):
+    if tl.program_id(0) == 31:
+        tl.atomic_xchg(flag, 1)
+    else:
+        while tl.atomic_add(flag, 0) == 0:
+            pass
+    tl.store(out + tl.program_id(0), 1)
+
+
+def test_a_benchmark_of_programs_that_wait_for_the_last():
+    flag, out = torch.zeros(33, device="cuda", dtype=torch.int32).split([1, 32])
+    assert triton.testing.do_bench(lambda: last_first_kernel[(32,)](flag, out)) > 0
+    assert out.sum().item() == 32  # a sample would have waited for ever: it ran whole, and without a finding
+
+
 @triton.autotune([triton.Config({"BLOCK": b}) for b in (64, 256)], key=["n"])
 @triton.jit
 def tuned_kernel(x, out, n, BLOCK: tl.constexpr):

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 
 from ..device import Device, install_process
-from . import benchmark, clock, tensors, torch_cuda
+from . import benchmark, tensors, torch_cuda
 
 _presented: Device | None = None
 
@@ -33,7 +33,6 @@ def present(device: Device) -> None:
             "CUDA_VISIBLE_DEVICES= to have the interpreted one"
         )
     install_process(device)
-    clock.clock.start(device)
     tensors.install()
     torch_cuda.install(device)
     if importlib.util.find_spec("triton"):
@@ -42,8 +41,3 @@ def present(device: Device) -> None:
         triton.testing.do_bench = triton.testing.do_bench_cudagraph = benchmark.do_bench(device)
     device.memory = "cuda"
     _presented = device
-
-
-def presented() -> Device | None:
-    """The interpreted GPU that `cuda` is, None where it is not."""
-    return _presented

@@ -7,24 +7,13 @@ known without counting anything else. `benchmark` counts, and has the time of mo
 from __future__ import annotations
 
 from .. import core
-from ..device import Device
 from ..rates import rates
 
 SCHEDULERS = 4  # of a multiprocessor
 
 
-class Clock:
-    def __init__(self) -> None:
-        self._device: Device | None = None
-
-    def start(self, device: Device) -> None:
-        self._device = device
-
-    @property
-    def seconds(self) -> float:
-        assert self._device
-        cycles = core.counters()["warp_instructions"] / (SCHEDULERS * core.device_properties().multiprocessors)
-        return cycles / (rates(self._device.arch)["clock"] * 1e6)
-
-
-clock = Clock()
+def seconds() -> float:
+    """What the launches of this process have taken on the installed device so far."""
+    p = core.device_properties()
+    cycles = core.counters()["warp_instructions"] / (SCHEDULERS * p.multiprocessors)
+    return cycles / (rates(p.arch.decode())["clock"] * 1e6)

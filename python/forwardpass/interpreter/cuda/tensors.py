@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import core
+from ..storage import on_host
 from .benchmark import Benchmark
 
 aten = torch.ops.aten
@@ -59,16 +60,19 @@ def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
     return aten.as_strided.default.redispatch(_CPU, aten.view.dtype.redispatch(_CPU, row, dtype), size, stride, 0)
 
 
+def _bytes(t: Tensor) -> Tensor:
+    """Its storage as a row of the CPU's."""
+    storage = t.untyped_storage()
+    return _from_dlpack(core.load().fpi_dlpack_host_view(storage.data_ptr(), storage.nbytes()), storage.nbytes())
+
+
 def host_view(t: Tensor) -> Tensor:
     """The same elements of the same memory as a CPU tensor."""
     if not t.numel():  # an output that is to be resized, often: memory of DLPack's cannot be
         return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
-    storage = t.untyped_storage()
-    data, nbytes = storage.data_ptr(), storage.nbytes()
-    row = _from_dlpack(core.load().fpi_dlpack_host_view(data, nbytes), nbytes)
     view = torch.empty(0, dtype=t.dtype, device="cpu")
     view = aten.set_.source_Storage_storage_offset(
-        view, row.untyped_storage(), t.storage_offset(), t.size(), t.stride()
+        view, _bytes(t).untyped_storage(), t.storage_offset(), t.size(), t.stride()
     )
     view = view.conj() if t.is_conj() else view
     return torch._neg_view(view) if t.is_neg() else view
@@ -105,11 +109,9 @@ def _operator(op: torch._ops.OpOverload) -> _Operator:
 
 def _as_tensor(value: Any) -> Any:
     """A number as torch's functions take it: of no dimension, in the dtype of its kind, on the CPU."""
-    return (
-        value
-        if not isinstance(value, (bool, int, float, complex))
-        else torch.scalar_tensor(value, dtype=_dtype_of(value))
-    )
+    if isinstance(value, (bool, int, float, complex)):
+        return torch.scalar_tensor(value, dtype=_dtype_of(value))
+    return value
 
 
 def _dtype_of(value: complex) -> torch.dtype:
@@ -236,11 +238,6 @@ def resize(t: Tensor, size: Sequence[int], memory_format: torch.memory_format | 
     )
 
 
-def _bytes(t: Tensor) -> Tensor:
-    storage = t.untyped_storage()
-    return _from_dlpack(core.load().fpi_dlpack_host_view(storage.data_ptr(), storage.nbytes()), storage.nbytes())
-
-
 # ---- what torch would do by code for CUDA that is not there, or that asks for the device's kind ----
 
 
@@ -270,7 +267,7 @@ def _empty_strided(
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     with torch._C.DisableTorchFunction():
         source = _as_tensor(source)
-        (host_view(to) if to.is_cuda else to).copy_(host_view(source) if source.is_cuda else source)
+        on_host(to).copy_(on_host(source))
     return to
 
 

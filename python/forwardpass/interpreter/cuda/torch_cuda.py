@@ -10,7 +10,7 @@ import torch
 
 from .. import core
 from ..device import Device
-from .clock import clock
+from . import clock
 from .tensors import check_ordinal, empty_strided
 
 #: of torch.cuda: what needs a driver, other processes or code for CUDA that torch does not have here
@@ -86,7 +86,7 @@ class Event:
         self._seconds: float | None = None
 
     def record(self, stream: Any = None) -> None:
-        self._seconds = clock.seconds
+        self._seconds = clock.seconds()
 
     def elapsed_time(self, end: Event) -> float:
         if not (self._timed and end._timed):
