@@ -1,5 +1,6 @@
 """`pytest --gpu`: a project's tests with device="cuda", unchanged, in a pytest of their own."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -26,7 +27,11 @@ def run(file, *options, folder):
         f"--rootdir={PROJECT}",
         "-rA",
     ]
-    done = subprocess.run([*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, timeout=600)
+    # memory that torch reads after it was freed shows, at exit too
+    scribbled = {**os.environ, "MALLOC_PERTURB_": "165"}
+    done = subprocess.run(
+        [*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, env=scribbled, timeout=600
+    )
     outcomes = {name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*?::(\S+)", done.stdout, re.M)}
     return done, outcomes
 

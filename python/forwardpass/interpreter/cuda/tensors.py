@@ -322,8 +322,13 @@ def install() -> None:
 
 _Answer = ctypes.CFUNCTYPE(ctypes.c_int64)
 _no, _yes = _Answer(lambda: 0), _Answer(lambda: 1)
-#: C++ objects and tables of virtual functions that torch points to from now on
-_tables: list[Any] = []
+
+
+def _keep(*tables: Any) -> None:
+    """C++ objects and tables of virtual functions that torch points to from now on, and reads last when it destroys its
+    hooks at the process's exit, behind Python's own end: so they are never freed."""
+    for table in tables:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(table))
 
 
 def _address(function: Any) -> int:
@@ -340,7 +345,7 @@ def _set_device_guard() -> None:
     if not registry[1]:  # by DeviceType, and CUDA's is 1
         table = (ctypes.c_void_p * 64)(*[_address(_no)] * 64)
         guard = (ctypes.c_void_p * 1)(ctypes.addressof(table))
-        _tables.extend((table, guard))
+        _keep(table, guard)
         registry[1] = ctypes.addressof(guard)
     torch._C._ensureCUDADeviceGuardSet()
 
@@ -364,7 +369,7 @@ def _set_hooks() -> None:
         table[0] = ctypes.addressof(copy) + 8 * first
         if (torch._C._accelerator_getAccelerator() is not None) != built:
             copy[first + slot], copy[first + slot + 2] = _address(_yes), _address(_no)
-            _tables.append(copy)
+            _keep(copy)
             return
     table[0] = ctypes.addressof(before) + 8 * first
     raise RuntimeError(f"torch {torch.__version__} does not let the interpreter stand in for a CUDA device")
