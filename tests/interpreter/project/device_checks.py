@@ -320,3 +320,49 @@ def test_triton_in_autograd():
     x, y = (torch.randn(300, device="cuda", requires_grad=True) for _ in range(2))
     Added.apply(x, y).sum().backward()
     assert x.grad.eq(1).all() and y.grad.eq(2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_triton_s_cublas(dtype):
+    from triton._C.libtriton import nvidia
+
+    blas = nvidia.cublas.CublasLt(torch.empty(1 << 20, device="cuda", dtype=torch.uint8))
+    a, b = (torch.randn(n, 64, device="cuda").to(dtype) for n in (48, 32))
+    c, d = (torch.full((48, 32), 4.0, device="cuda").to(dtype) for _ in range(2))
+    expected = a.double().cpu() @ b.double().cpu().T
+    blas.gemm(a, b, c, d, 2.0, -0.5)
+    assert torch.allclose(d.double().cpu(), (2 * expected - 2).to(dtype).double(), atol=1e-2, rtol=0.07)
+    blas.matmul(a, b, c)
+    assert torch.allclose(c.double().cpu(), expected.to(dtype).double(), atol=1e-2, rtol=0.07)
+    with pytest.raises(RuntimeError, match=r"needs \(m, k\), \(n, k\) and \(m, n\)"):
+        blas.matmul(a, b.T, c)
+
+
+@pytest.mark.parametrize(("form", "columns"), [("mxfp8", 32), ("nvfp4", 16)])
+def test_triton_s_cublas_of_block_scales(form, columns):
+    from triton._C.libtriton import nvidia
+
+    m, n, k = 256, 128, 8 * columns
+    blas = nvidia.cublas.CublasLt(torch.empty(1 << 20, device="cuda", dtype=torch.uint8))
+    two = "fp4" in form
+    packed = [torch.randint(0, 256 if two else 60, (rows, k // 2 if two else k), dtype=torch.uint8) for rows in (m, n)]
+    scales = [torch.randint(50, 60, (rows * k // columns,), dtype=torch.uint8) + (0 if two else 70) for rows in (m, n)]
+    c = torch.empty(m, n, device="cuda", dtype=torch.float16)
+    getattr(blas, f"block_scaled_matmul_{form}")(*(t.cuda() for t in packed), c, *(t.cuda() for t in scales))
+    e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    factors = []
+    for t, s in zip(packed, scales):
+        row, column = torch.meshgrid(torch.arange(len(t)), torch.arange(k), indexing="ij")
+        value = e2m1[(t[row, column // 2] >> 4 * (column % 2)) & 15] if two else t.view(torch.float8_e4m3fn).double()
+        group = column // columns  # cuBLAS's tiles of 128 rows and four groups, a row's four side by side
+        i = (row // 128 * (k // columns // 4) + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
+        factors.append(value * s.view(torch.float8_e4m3fn if two else torch.float8_e8m0fnu).double()[i])
+    expected = factors[0] @ factors[1].T
+    assert torch.allclose(c.double().cpu(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_proton_is_refused():
+    import triton.profiler
+
+    with pytest.raises(RuntimeError, match=r"CUPTI.*do_bench"):
+        triton.profiler.start("profile")

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 
 from ..device import Device, install_process
-from . import benchmark, tensors, torch_cuda
+from . import benchmark, cublas, tensors, torch_cuda
 
 _presented: Device | None = None
 
@@ -39,5 +39,7 @@ def present(device: Device) -> None:
         import triton.testing
 
         triton.testing.do_bench = triton.testing.do_bench_cudagraph = benchmark.do_bench(device)
+        benchmark.refuse_proton()
+        cublas.install()
     device.memory = "cuda"
     _presented = device

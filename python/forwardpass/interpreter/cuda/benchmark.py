@@ -85,3 +85,18 @@ def do_bench(device: Device) -> Callable[..., Any]:
         return [ms] if return_mode == "all" else ms
 
     return measure
+
+
+def refuse_proton() -> None:
+    """Triton's profiler counts by CUPTI, which watches a GPU's driver: its own words would be an error's number."""
+    try:
+        from triton._C.libproton import proton
+    except ImportError:  # a Triton built without it
+        return
+
+    def start(*_: Any) -> int:
+        raise RuntimeError(
+            "Proton profiles by CUPTI, which the interpreted GPU has not: measure with triton.testing.do_bench"
+        )
+
+    proton.start = start
