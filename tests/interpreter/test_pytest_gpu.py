@@ -1,5 +1,6 @@
 """`pytest --gpu`: a project's tests with device="cuda", unchanged, in a pytest of their own."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -26,7 +27,10 @@ def run(file, *options, folder):
         f"--rootdir={PROJECT}",
         "-rA",
     ]
-    done = subprocess.run([*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, timeout=600)
+    done = subprocess.run(
+        [*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, timeout=600,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},
+    )  # fmt: skip
     outcomes = {name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*?::(\S+)", done.stdout, re.M)}
     return done, outcomes
 
@@ -37,6 +41,12 @@ def test_device_is_cuda(guard, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert len(outcomes) > 50 and set(outcomes.values()) == {"PASSED"}
     assert "0 findings" in done.stdout
+
+
+def test_compiled(tmp_path):
+    done, outcomes = run("compiled_checks.py", "--gpu=sm_90a", "-q", folder=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert len(outcomes) > 10 and set(outcomes.values()) == {"PASSED"} and "0 findings" in done.stdout
 
 
 def test_nothing_without_being_asked(tmp_path):
@@ -56,7 +66,13 @@ def test_findings_fail_their_tests(faulty):
     done, outcomes, _ = faulty
     assert done.returncode == 1
     assert {name for name, outcome in outcomes.items() if outcome == "FAILED"} == set(REPEATED), done.stdout[-3000:]
-    assert {"test_expected", "test_ignored", "test_mended_race", "test_whole_blocks"} <= outcomes.keys()
+    assert {
+        "test_expected",
+        "test_expected_compiled",
+        "test_ignored",
+        "test_mended_race",
+        "test_whole_blocks",
+    } <= outcomes.keys()
     assert re.search(r"SKIPPED.*more than 0.25 s on the interpreted GPU", done.stdout)
 
 

@@ -122,6 +122,11 @@ def test_views_share_memory():
     view.fill_(1)
     assert x.sum().item() == 6 and view._base is x
     assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    c = torch.zeros(2, dtype=torch.complex64, device="cuda")
+    torch.view_as_real(c).fill_(1)
+    assert torch.equal(c.cpu(), torch.full((2,), 1 + 1j))
+    torch.view_as_complex(x.view(2, 6)[:, :2]).fill_(2j)
+    assert torch.equal(x.view(2, 6)[:, :2].cpu(), torch.tensor([[0.0, 2.0]] * 2))
 
 
 def test_unwritten_memory_is_nan():
@@ -139,6 +144,7 @@ def test_copies():
     assert torch.load(file)["x"].is_cuda
     assert torch.equal(x.to("cpu", non_blocking=True), A)
     assert torch.equal(A.pin_memory().to("cuda", non_blocking=True).cpu(), A)
+    assert torch.equal(torch.zeros(3, pin_memory=True).cuda().cpu(), torch.zeros(3))
 
 
 def test_mistakes_are_refused():
@@ -213,6 +219,22 @@ def test_streams_and_events():
 def test_triton(n):
     x, y = torch.randn(2, n, device="cuda").unbind()
     assert torch.equal(add(x, y), x + y)
+
+
+def test_within_modes():
+    """Where a dispatch mode is on the stack but off, torch finds no fallback: each operation has its own kernel."""
+    from torch.utils._mode_utils import no_dispatch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            return operation(*args, **kwargs or {})
+
+    with Mode(), Mode():
+        x = torch.randn(3, device="cuda").exp()
+        with no_dispatch():
+            y = torch.rand(3, device="cuda") + x
+    assert x.is_cuda and y.gt(x).all()
 
 
 def test_dynamo_can_be_reset():

@@ -36,7 +36,8 @@ _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes
 #: read or set sizes, strides and storage alone: the CPU's kernels do that for any device
 METADATA = {
     "aten::as_strided", "aten::view", "aten::_reshape_alias", "aten::unfold", "aten::set_.source_Storage",
-    "aten::set_.source_Storage_storage_offset", "aten::set_.source_Tensor", "aten::is_set_to",
+    "aten::set_.source_Storage_storage_offset", "aten::set_.source_Tensor", "aten::is_set_to", "aten::view_as_real",
+    "aten::view_as_complex",
 }  # fmt: skip
 #: what takes CPU tensors beside those of the device
 MIXED = {"aten::index", "aten::_index_put_impl_", "aten::index_put", "aten::index_put_", "aten::_copy_from"}
@@ -307,9 +308,11 @@ def install() -> None:
     }
     every = torch.library.Library("_", "IMPL", "CUDA")
     every.fallback(fallback)
-    for qualified in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+    # One by one, as torch with CUDA has kernels of its own there, which go before a fallback, and as none is found while
+    # a dispatch mode is on the stack, off or not.
+    for qualified in {n for key in ("CPU", "CUDA") for n in torch._C._dispatch_get_registrations_for_dispatch_key(key)}:
         namespace, _, name = qualified.partition("::")
-        if namespace == "aten":  # torch with CUDA has kernels of its own there, and they go before a fallback
+        if namespace == "aten":
             packet, _, overload = name.partition(".")
             implementations.setdefault(name, _on_cpu(getattr(getattr(aten, packet), overload or "default")))
     some = torch.library.Library("aten", "IMPL", "CUDA")
@@ -348,8 +351,9 @@ def _set_device_guard() -> None:
 def _set_hooks() -> None:
     """torch shall have CUDA for its accelerator, which autograd asks for the tensors' streams, and one without a context.
 
-    It asks at::getCUDAHooks(). That object gets a copy of its table of virtual functions in which isBuilt returns true and
-    hasPrimaryContext, two behind it in AcceleratorHooksInterface, false. Which one is isBuilt follows from what torch
+    It asks at::getCUDAHooks(). That object gets a copy of its table of virtual functions in which isBuilt returns true.
+    Behind it come, in AcceleratorHooksInterface, isAvailable; hasPrimaryContext, which returns false; init, which does
+    nothing; six others, and getPinnedMemoryAllocator, which returns the CPU's. Which one is isBuilt follows from what torch
     answers when it returns the opposite.
     """
     hooks = _library("torch_cpu")._ZN2at6detail12getCUDAHooksEv
@@ -363,7 +367,8 @@ def _set_hooks() -> None:
         copy[first + slot] = _address(_no if built else _yes)
         table[0] = ctypes.addressof(copy) + 8 * first
         if (torch._C._accelerator_getAccelerator() is not None) != built:
-            copy[first + slot], copy[first + slot + 2] = _address(_yes), _address(_no)
+            copy[first + slot], copy[first + slot + 2], copy[first + slot + 3] = map(_address, (_yes, _no, _no))
+            copy[first + slot + 10] = _address(_library("c10")._ZN3c1015GetCPUAllocatorEv)
             _tables.append(copy)
             return
     table[0] = ctypes.addressof(before) + 8 * first

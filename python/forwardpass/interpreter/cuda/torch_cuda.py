@@ -304,6 +304,7 @@ def install(device: Device) -> None:
     raw: dict[str, Any] = {
         "_cuda_getCurrentRawStream": lambda index: 0, "_cuda_isInBadFork": lambda: False,
         "_cuda_getDeviceCount": lambda: 1, "_cuda_getDevice": lambda: 0, "_cuda_setDevice": nothing,
+        "_cuda_cudaCachingAllocator_is_enabled": lambda: False,  # so Inductor says that it leaves CUDA graphs out
         "_cuda_synchronize": nothing, "_cuda_getArchFlags": lambda: f"sm_{major}{minor}",
     }  # fmt: skip
     for name, value in raw.items():
