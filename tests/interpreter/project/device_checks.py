@@ -147,6 +147,23 @@ def test_copies():
     assert torch.equal(torch.zeros(3, pin_memory=True).cuda().cpu(), torch.zeros(3))
 
 
+def test_printing():
+    for x in (A, torch.randn(1, 2000), torch.zeros(0), A[0].to(torch.complex64), A > 0, A[0].to(torch.float8_e4m3fn)):
+        words = ["".join(repr(t).split()) for t in (x, x.cuda())]
+        assert ",device='cuda:0'" in words[1] and words[1].replace(",device='cuda:0'", "") == words[0]
+    assert "device='cuda:0', requires_grad=True" in str(torch.ones(2, device="cuda", requires_grad=True))
+    assert "0.5000" in f"{torch.nn.Parameter(torch.full((2, 2), 0.5, device='cuda'))}"
+
+
+def test_a_project_replaces_torch_empty(monkeypatch):
+    for name in ("empty", "empty_strided"):
+        function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, f=function, **options: f(*args, **{**options, "device": "cuda"}))
+    assert (
+        torch.empty(3).is_cuda and torch.empty_strided((2,), (1,)).is_cuda and torch.ones(2, device="cuda").sum() == 2
+    )
+
+
 def test_mistakes_are_refused():
     with pytest.raises(RuntimeError, match="same device"):
         A.cuda() + A

@@ -29,6 +29,7 @@ from ..storage import on_host
 from .benchmark import Benchmark
 
 aten = torch.ops.aten
+_torch_empty, _torch_empty_strided = torch.empty, torch.empty_strided  # projects put functions of theirs in their place
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _capsule = ctypes.pythonapi.PyCapsule_New
 _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -70,8 +71,8 @@ def _bytes(t: Tensor) -> Tensor:
 def host_view(t: Tensor) -> Tensor:
     """The same elements of the same memory as a CPU tensor."""
     if not t.numel():  # an output that is to be resized, often: memory of DLPack's cannot be
-        return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
-    view = torch.empty(0, dtype=t.dtype, device="cpu")
+        return _torch_empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
+    view = _torch_empty(0, dtype=t.dtype, device="cpu")
     view = aten.set_.source_Storage_storage_offset(
         view, _bytes(t).untyped_storage(), t.storage_offset(), t.size(), t.stride()
     )
@@ -150,7 +151,7 @@ def _timed(op: torch._ops.OpOverload, args: Any, kwargs: Any, benchmark: Benchma
     def lower(value: Any) -> Any:
         if isinstance(value, Tensor):
             pairs.append(
-                (value, meta := torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta"))
+                (value, meta := _torch_empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta"))
             )
             return meta
         return torch.device("meta") if isinstance(value, torch.device) and value.type == "cuda" else value
@@ -225,7 +226,7 @@ class _Call:
 
 def resize(t: Tensor, size: Sequence[int], memory_format: torch.memory_format | None = None) -> Tensor:
     """aten::resize_; a storage that is too small is replaced by a larger one, which tensors that shared it do not see."""
-    like = torch.empty(
+    like = _torch_empty(
         tuple(size), dtype=t.dtype, device="meta", memory_format=memory_format or torch.contiguous_format
     )
     needed = (t.storage_offset() + math.prod(size)) * t.element_size() if math.prod(size) else 0
@@ -254,7 +255,7 @@ def _empty(
     dtype = dtype or torch.get_default_dtype()
     if memory_format is None:
         memory_format = torch.contiguous_format
-    stride = torch.empty(tuple(size), dtype=dtype, device="meta", memory_format=memory_format).stride()
+    stride = _torch_empty(tuple(size), dtype=dtype, device="meta", memory_format=memory_format).stride()
     return empty_strided(size, stride, dtype)
 
 
@@ -284,6 +285,14 @@ def _fused_sdp_choice(*_: Any, **__: Any) -> int:
 def _on_cpu(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """For those whose kernel chooses by the device: it shall see the CPU's."""
     return lambda *args, **kwargs: fallback(op, *args, **kwargs)
+
+
+_tensor_str = torch._tensor_str._tensor_str
+
+
+def _print(t: Tensor, indent: int) -> str:
+    """The elements, of the CPU's view: torch looks at each by some operations."""
+    return _tensor_str(host_view(t) if t.is_cuda and type(t) in (Tensor, torch.nn.Parameter) else t, indent)
 
 
 _libraries: list[torch.library.Library] = []
@@ -321,6 +330,7 @@ def install() -> None:
         for name, implementation in implementations.items():
             some.impl(name, implementation)
     _libraries.extend((every, some))
+    torch._tensor_str._tensor_str = _print
 
 
 _Answer = ctypes.CFUNCTYPE(ctypes.c_int64)
