@@ -23,6 +23,7 @@ from triton.runtime import _allocation
 from triton.runtime.driver import driver as active
 
 from .. import dispatch
+from .capture import Capture
 from .device import Device, current
 from .guard import Guard
 from .module import Kernel, Module
@@ -182,7 +183,13 @@ class Launcher:
         self.metadata = metadata
         self.signature = list(src.signature.items())
 
-    def __call__(
+    def __call__(self, *launch: Any) -> None:
+        if Capture.running:
+            Capture.running.steps.append(functools.partial(self._launch, *launch))
+        else:
+            self._launch(*launch)
+
+    def _launch(
         self, x: int, y: int, z: int, stream: int, kernel: Kernel, packed_metadata: Any, launch_metadata: Any,
         enter_hook: Any, exit_hook: Any, *args: Any,
     ) -> None:  # fmt: skip

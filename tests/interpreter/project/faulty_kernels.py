@@ -62,6 +62,14 @@ def test_expected_compiled():
     torch.compile(function, fullgraph=True)(torch.randn(300, device="cuda") + 1)
 
 
+@pytest.mark.gpu_expects("out_of_bounds", kernel="unmasked_", reason="reported upstream")
+def test_expected_replayed():
+    x, graph = torch.randn(300, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        unmasked_kernel[(triton.cdiv(300, 128),)](x, torch.empty_like(x), 300, BLOCK=128)
+    graph.replay()
+
+
 @pytest.mark.gpu_ignores("out_of_bounds", reason="reported upstream")
 def test_ignored():
     unmasked(300)

@@ -12,6 +12,7 @@ not reach what C++ creates and what autograd runs in its threads.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -22,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import core
+from ..capture import Capture
 from ..storage import on_host
 from .benchmark import Benchmark
 
@@ -129,10 +131,13 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     if known.metadata:
         return op.redispatch(_CPU, *args, **kwargs)
     with torch._C.DisableTorchFunction():
+        if Capture.running:
+            return _captured(op, args, kwargs, Capture.running)
         if Benchmark.running:
-            timed = _timed(op, args, kwargs, Benchmark.running)
-            if timed is not NotImplemented:
-                return timed
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # shapes that depend on values
+                shapes = _Shapes(op, args, kwargs)
+                Benchmark.running.operation(op, *shapes.meta)
+                return shapes.lifted
         call = _Call(op, known.mixed)
         args = tuple(_as_tensor(a) if tensor else a for a, tensor in zip(args, known.tensors))
         try:
@@ -144,33 +149,59 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         return call.lift(result)
 
 
-def _timed(op: torch._ops.OpOverload, args: Any, kwargs: Any, benchmark: Benchmark) -> Any:
-    """The operation's shapes, in its place; NotImplemented where those depend on values."""
-    pairs: list[tuple[Tensor, Tensor]] = []
+class _Shapes:
+    """An operation's results by their shapes alone, and its arguments and results as tensors without memory.
 
-    def lower(value: Any) -> Any:
+    Raises:
+        NotImplementedError, RuntimeError: as torch does for a meta tensor, where it needs values; else, what is wrong.
+    """
+
+    def __init__(self, op: torch._ops.OpOverload, args: Any, kwargs: Any):
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        args, kwargs = tree_map(self._lower, args), tree_map(self._lower, kwargs)
+        result = op(*args, **kwargs)
+        self.meta = args, kwargs, result
+        self.lifted = tree_map(self._lift, result)
+
+    def _lower(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            pairs.append(
-                (value, meta := _torch_empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta"))
-            )
+            meta = _torch_empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+            self._pairs.append((value, meta))
             return meta
         return torch.device("meta") if isinstance(value, torch.device) and value.type == "cuda" else value
 
-    def lift(value: Any) -> Any:
+    def _lift(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        for tensor, meta in pairs:
+        for tensor, meta in self._pairs:
             if value is meta:
-                return tensor
+                return tensor if tensor.size() == meta.size() else resize(tensor, meta.size())
         return empty_strided(value.size(), value.stride(), value.dtype)
 
-    args, kwargs = tree_map(lower, args), tree_map(lower, kwargs)
+
+def _captured(op: torch._ops.OpOverload, args: Any, kwargs: Any, capture: Capture) -> Any:
+    """Outputs of the operation's shapes, which a replay fills."""
+
+    def as_it_is(value: Any) -> Any:
+        if isinstance(value, Tensor) and not value.is_cuda:
+            if value.dim():
+                capture.prohibit(f"{op} copies a tensor from the CPU")
+            return value.clone()  # a number, to a kernel
+        return value
+
+    args, kwargs = tree_map(as_it_is, (args, kwargs))
     try:
-        result = op(*args, **kwargs)
-    except (NotImplementedError, RuntimeError):
-        return NotImplemented
-    benchmark.operation(op, args, kwargs, result)
-    return tree_map(lift, result)
+        shapes = _Shapes(op, args, kwargs)
+    except (NotImplementedError, RuntimeError) as e:
+        capture.prohibit(f"{op} without values: {e}")
+
+    def replay() -> None:
+        for output, result in zip(tree_leaves(shapes.lifted), tree_leaves(fallback(op, *args, **kwargs))):
+            if output is not result and not Benchmark.running:
+                host_view(output).copy_(host_view(result))
+
+    capture.steps.append(replay)
+    return shapes.lifted
 
 
 class _Call:
@@ -268,6 +299,11 @@ def _empty_strided(
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     with torch._C.DisableTorchFunction():
+        if capture := Capture.running:
+            if not (non_blocking or (to.is_cuda and source.is_cuda)):
+                capture.prohibit("a copy between the CPU and the GPU, which waits unless it is non_blocking")
+            capture.steps.append(lambda: _copy(to, source))
+            return to
         source = _as_tensor(source)
         on_host(to).copy_(on_host(source))
     return to
