@@ -129,6 +129,35 @@ def test_views_share_memory():
     assert torch.equal(x.view(2, 6)[:, :2].cpu(), torch.tensor([[0.0, 2.0]] * 2))
 
 
+def test_resized_storages():
+    """All tensors of a storage see it, as FSDP frees and brings back its parameters."""
+    x = torch.arange(6.0, device="cuda")
+    view, storage = x[2:], x.untyped_storage()
+    before, free = x.data_ptr(), torch.cuda.memory_allocated()
+    assert storage.resize_(0) is storage and storage.nbytes() == 0 and torch.cuda.memory_allocated() == free - 24
+    storage.resize_(24)
+    assert torch.cuda.memory_allocated() == free and x.isnan().all()
+    x.fill_(3)
+    assert view.eq(3).all() and view.data_ptr() == x.data_ptr() + 8 and x.device == torch.device("cuda", 0)
+    storage.resize_(40)
+    assert x.eq(3).all() and x.untyped_storage().nbytes() == 40 and before != x.data_ptr()
+    x.resize_(5, 4)
+    assert (
+        storage.nbytes() == 80
+        and x.flatten()[:6].eq(3).all()
+        and x[4].isnan().all()
+        and view.data_ptr() == x.data_ptr() + 8
+    )
+    x.set_(torch.zeros(3, device="cuda").untyped_storage(), 1, (2, 2))
+    assert x.stride() == (2, 1) and x.untyped_storage().nbytes() == 20 and x[0].eq(0).all() and x[1, 1].isnan()
+    assert add(x, x).shape == (2, 2) and add(view, view).eq(6).all()  # kernels may touch the new memory
+    typed = torch.zeros(4, dtype=torch.int16, device="cuda")
+    typed._typed_storage()._resize_(0)
+    assert typed.untyped_storage().nbytes() == 0 and typed.untyped_storage().new().device.type == "cuda"
+    host = torch.zeros(2)
+    assert host.untyped_storage().resize_(12).nbytes() == 12
+
+
 def test_unwritten_memory_is_nan():
     assert torch.empty(3, device="cuda").isnan().all()
 

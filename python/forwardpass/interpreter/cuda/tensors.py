@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import math
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,8 +38,7 @@ _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes
 #: read or set sizes, strides and storage alone: the CPU's kernels do that for any device
 METADATA = {
     "aten::as_strided", "aten::view", "aten::_reshape_alias", "aten::unfold", "aten::set_.source_Storage",
-    "aten::set_.source_Storage_storage_offset", "aten::set_.source_Tensor", "aten::is_set_to", "aten::view_as_real",
-    "aten::view_as_complex",
+    "aten::set_.source_Tensor", "aten::is_set_to", "aten::view_as_real", "aten::view_as_complex",
 }  # fmt: skip
 #: what takes CPU tensors beside those of the device
 MIXED = {"aten::index", "aten::_index_put_impl_", "aten::index_put", "aten::index_put_", "aten::_copy_from"}
@@ -55,10 +53,14 @@ def _from_dlpack(managed: int | None, nbytes: int) -> Tensor:
     return torch.from_dlpack(_capsule(managed, b"dltensor", None))
 
 
+def _span(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last, both included."""
+    return 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
+
+
 def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """On the device, filled with 0xff bytes: NaN, and -1 of integers."""
-    span = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
-    nbytes = span * dtype.itemsize
+    nbytes = _span(size, stride) * dtype.itemsize
     row = _from_dlpack(core.load().fpi_dlpack_allocate(nbytes), nbytes)
     # below autograd, which would take it for a view
     return aten.as_strided.default.redispatch(_CPU, aten.view.dtype.redispatch(_CPU, row, dtype), size, stride, 0)
@@ -256,19 +258,45 @@ class _Call:
 
 
 def resize(t: Tensor, size: Sequence[int], memory_format: torch.memory_format | None = None) -> Tensor:
-    """aten::resize_; a storage that is too small is replaced by a larger one, which tensors that shared it do not see."""
+    """aten::resize_"""
     like = _torch_empty(
         tuple(size), dtype=t.dtype, device="meta", memory_format=memory_format or torch.contiguous_format
     )
-    needed = (t.storage_offset() + math.prod(size)) * t.element_size() if math.prod(size) else 0
-    storage = t.untyped_storage()
+    return set_storage(t, t.untyped_storage(), int(t.storage_offset()), like.size(), like.stride())
+
+
+def set_storage(
+    t: Tensor, storage: torch.UntypedStorage, offset: int, size: Sequence[int], stride: Sequence[int] = ()
+) -> Tensor:
+    """aten::set_ of a storage, which grows where it is too small."""
+    stride = stride or _torch_empty(tuple(size), device="meta").stride()
+    needed = (offset + _span(size, stride)) * t.element_size() if 0 not in size else 0
     if needed > storage.nbytes():
-        larger = empty_strided((int(needed),), (1,), torch.uint8)
-        host_view(larger)[: storage.nbytes()].copy_(_bytes(t))
-        storage = larger.untyped_storage()
-    return aten.set_.source_Storage_storage_offset.redispatch(
-        _CPU, t, storage, t.storage_offset(), like.size(), like.stride()
-    )
+        resize_storage(storage, needed)
+    return aten.set_.source_Storage_storage_offset.redispatch(_CPU, t, storage, offset, size, stride)
+
+
+def resize_storage(storage: torch.UntypedStorage, nbytes: int) -> None:
+    """UntypedStorage.resize_, which all tensors of the storage see: it changes memory with a new one.
+
+    torch resizes what one of its own allocators has made, and this device has none.
+    """
+    other = empty_strided((nbytes,), (1,), torch.uint8).untyped_storage()
+    ctypes.memmove(other.data_ptr(), storage.data_ptr(), min(nbytes, storage.nbytes()))
+    here, there = ((ctypes.c_uint64 * 5).from_address(s._cdata + _data_offset()) for s in (storage, other))
+    here[:], there[:] = list(there), list(here)
+
+
+@functools.cache
+def _data_offset() -> int:
+    """Where c10::StorageImpl has its DataPtr of four words, with its number of bytes behind it."""
+    nbytes = 12345
+    storage = empty_strided((nbytes,), (1,), torch.uint8).untyped_storage()
+    words = (ctypes.c_uint64 * 12).from_address(storage._cdata)
+    for n in range(8):
+        if words[n] == storage.data_ptr() and words[n + 4] == nbytes:
+            return 8 * n
+    raise NotImplementedError(f"the interpreted GPU cannot resize the storages of torch {torch.__version__}")
 
 
 # ---- what torch would do by code for CUDA that is not there, or that asks for the device's kind ----
@@ -346,6 +374,7 @@ def install() -> None:
         "copy_": _copy,
         "_to_copy": _to_copy,
         "resize_": lambda t, size, *, memory_format=None: resize(t, size, memory_format),
+        "set_.source_Storage_storage_offset": set_storage,
         "record_stream": lambda t, stream: None,
         "_fused_sdp_choice": _fused_sdp_choice,
         "convolution": _on_cpu(aten.convolution.default),

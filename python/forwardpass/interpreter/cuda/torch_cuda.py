@@ -12,7 +12,7 @@ from .. import core
 from ..capture import prohibit_in_capture
 from ..device import Device
 from . import clock
-from .tensors import check_ordinal, empty_strided
+from .tensors import check_ordinal, empty_strided, resize_storage
 
 #: of torch.cuda: what needs a driver, other processes or code for CUDA that torch does not have here
 REFUSED = (
@@ -227,7 +227,14 @@ def _storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
     if device is None or torch.device(device).type != "cuda":
         return torch._C.StorageBase.__new__(cls, *args, device=device, **kwargs)  # type: ignore[call-arg]
     check_ordinal(torch.device(device))
-    return empty_strided((int(args[0]),), (1,), torch.uint8).untyped_storage()
+    return empty_strided((int(args[0]) if args else 0,), (1,), torch.uint8).untyped_storage()
+
+
+def _resize_storage(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+    if storage.device.type != "cuda":
+        return torch._C.StorageBase.resize_(storage, nbytes)  # type: ignore[attr-defined]
+    resize_storage(storage, nbytes)
+    return storage
 
 
 def _named(name: str, value: Any) -> Any:
@@ -298,6 +305,8 @@ def install(device: Device) -> None:
     torch.backends.cudnn.enabled = False
     torch.version.cuda = "13.0"
     torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.new = lambda self: torch.UntypedStorage(device=self.device)  # type: ignore[method-assign]
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign]
     state = "_cuda_CUDAAllocator_AllocatorState"  # which torch._dynamo.reset imports
