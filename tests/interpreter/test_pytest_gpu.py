@@ -28,9 +28,9 @@ def run(file, *options, folder):
         "-rA",
     ]
     # memory that torch reads after it was freed shows, at exit too
-    scribbled = {**os.environ, "MALLOC_PERTURB_": "165"}
+    environment = os.environ | {"MALLOC_PERTURB_": "165", "TORCHINDUCTOR_CACHE_DIR": str(folder)}
     done = subprocess.run(
-        [*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, env=scribbled, timeout=600
+        [*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, env=environment, timeout=600
     )
     outcomes = {name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*?::(\S+)", done.stdout, re.M)}
     return done, outcomes
@@ -42,6 +42,13 @@ def test_device_is_cuda(guard, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert len(outcomes) > 50 and set(outcomes.values()) == {"PASSED"}
     assert "0 findings" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["compiled_checks.py", "graph_checks.py"])
+def test_compiled_and_captured(file, tmp_path):
+    done, outcomes = run(file, "--gpu=sm_90a", "-q", folder=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert len(outcomes) > 10 and set(outcomes.values()) == {"PASSED"} and "0 findings" in done.stdout
 
 
 def test_nothing_without_being_asked(tmp_path):
@@ -61,7 +68,13 @@ def test_findings_fail_their_tests(faulty):
     done, outcomes, _ = faulty
     assert done.returncode == 1
     assert {name for name, outcome in outcomes.items() if outcome == "FAILED"} == set(REPEATED), done.stdout[-3000:]
-    assert {"test_expected", "test_ignored", "test_mended_race", "test_whole_blocks"} <= outcomes.keys()
+    assert {
+        "test_expected",
+        "test_expected_compiled",
+        "test_ignored",
+        "test_mended_race",
+        "test_whole_blocks",
+    } <= outcomes.keys()
     assert re.search(r"SKIPPED.*more than 0.25 s on the interpreted GPU", done.stdout)
 
 

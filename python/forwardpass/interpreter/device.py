@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Operation, Reason, Unsupported, library
 from . import core
+from .capture import prohibit_in_capture
 from .finding import InterpreterFinding, InterpreterTimeout, InterpreterWarning
 from .guard import Guard
 from .latencies import as_text, machine
@@ -89,6 +90,7 @@ class Device:
     @contextlib.contextmanager
     def running(self) -> Iterator[Scope]:
         """Within the block, what is launched runs on this device, and may touch what is added to the scope."""
+        prohibit_in_capture("a launch of compiled code, or of an autotuner's")
         with _lock:
             api = core.load()
             outermost = not _scopes

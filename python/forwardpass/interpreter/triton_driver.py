@@ -23,6 +23,7 @@ from triton.runtime import _allocation
 from triton.runtime.driver import driver as active
 
 from .. import dispatch
+from .capture import Capture
 from .device import Device, current
 from .guard import Guard
 from .module import Kernel, Module
@@ -66,6 +67,11 @@ class Driver:
 
     def __init__(self, before: Any):
         self._before = before
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """To `isinstance` NVIDIA's own, for which Inductor asks before it puts one in its place."""
+        return backends["nvidia"].driver if dispatch.interpreter() else Driver
 
     def __getattr__(self, name: str) -> Any:
         if dispatch.interpreter():
@@ -177,7 +183,13 @@ class Launcher:
         self.metadata = metadata
         self.signature = list(src.signature.items())
 
-    def __call__(
+    def __call__(self, *launch: Any) -> None:
+        if Capture.running:
+            Capture.running.steps.append(functools.partial(self._launch, *launch))
+        else:
+            self._launch(*launch)
+
+    def _launch(
         self, x: int, y: int, z: int, stream: int, kernel: Kernel, packed_metadata: Any, launch_metadata: Any,
         enter_hook: Any, exit_hook: Any, *args: Any,
     ) -> None:  # fmt: skip

@@ -122,6 +122,40 @@ def test_views_share_memory():
     view.fill_(1)
     assert x.sum().item() == 6 and view._base is x
     assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    c = torch.zeros(2, dtype=torch.complex64, device="cuda")
+    torch.view_as_real(c).fill_(1)
+    assert torch.equal(c.cpu(), torch.full((2,), 1 + 1j))
+    torch.view_as_complex(x.view(2, 6)[:, :2]).fill_(2j)
+    assert torch.equal(x.view(2, 6)[:, :2].cpu(), torch.tensor([[0.0, 2.0]] * 2))
+
+
+def test_resized_storages():
+    """All tensors of a storage see it, as FSDP frees and brings back its parameters."""
+    x = torch.arange(6.0, device="cuda")
+    view, storage = x[2:], x.untyped_storage()
+    before, free = x.data_ptr(), torch.cuda.memory_allocated()
+    assert storage.resize_(0) is storage and storage.nbytes() == 0 and torch.cuda.memory_allocated() == free - 24
+    storage.resize_(24)
+    assert torch.cuda.memory_allocated() == free and x.isnan().all()
+    x.fill_(3)
+    assert view.eq(3).all() and view.data_ptr() == x.data_ptr() + 8 and x.device == torch.device("cuda", 0)
+    storage.resize_(40)
+    assert x.eq(3).all() and x.untyped_storage().nbytes() == 40 and before != x.data_ptr()
+    x.resize_(5, 4)
+    assert (
+        storage.nbytes() == 80
+        and x.flatten()[:6].eq(3).all()
+        and x[4].isnan().all()
+        and view.data_ptr() == x.data_ptr() + 8
+    )
+    x.set_(torch.zeros(3, device="cuda").untyped_storage(), 1, (2, 2))
+    assert x.stride() == (2, 1) and x.untyped_storage().nbytes() == 20 and x[0].eq(0).all() and x[1, 1].isnan()
+    assert add(x, x).shape == (2, 2) and add(view, view).eq(6).all()  # kernels may touch the new memory
+    typed = torch.zeros(4, dtype=torch.int16, device="cuda")
+    typed._typed_storage()._resize_(0)
+    assert typed.untyped_storage().nbytes() == 0 and typed.untyped_storage().new().device.type == "cuda"
+    host = torch.zeros(2)
+    assert host.untyped_storage().resize_(12).nbytes() == 12
 
 
 def test_unwritten_memory_is_nan():
@@ -139,6 +173,24 @@ def test_copies():
     assert torch.load(file)["x"].is_cuda
     assert torch.equal(x.to("cpu", non_blocking=True), A)
     assert torch.equal(A.pin_memory().to("cuda", non_blocking=True).cpu(), A)
+    assert torch.equal(torch.zeros(3, pin_memory=True).cuda().cpu(), torch.zeros(3))
+
+
+def test_printing():
+    for x in (A, torch.randn(1, 2000), torch.zeros(0), A[0].to(torch.complex64), A > 0, A[0].to(torch.float8_e4m3fn)):
+        words = ["".join(repr(t).split()) for t in (x, x.cuda())]
+        assert ",device='cuda:0'" in words[1] and words[1].replace(",device='cuda:0'", "") == words[0]
+    assert "device='cuda:0', requires_grad=True" in str(torch.ones(2, device="cuda", requires_grad=True))
+    assert "0.5000" in f"{torch.nn.Parameter(torch.full((2, 2), 0.5, device='cuda'))}"
+
+
+def test_a_project_replaces_torch_empty(monkeypatch):
+    for name in ("empty", "empty_strided"):
+        function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, f=function, **options: f(*args, **{**options, "device": "cuda"}))
+    assert (
+        torch.empty(3).is_cuda and torch.empty_strided((2,), (1,)).is_cuda and torch.ones(2, device="cuda").sum() == 2
+    )
 
 
 def test_mistakes_are_refused():
@@ -150,8 +202,8 @@ def test_mistakes_are_refused():
         torch.cuda.set_device(1)
     with pytest.raises(TypeError, match="convert cuda:0"):
         A.cuda().numpy()
-    with pytest.raises(NotImplementedError, match=r"torch.cuda.CUDAGraph"):
-        torch.cuda.CUDAGraph()
+    with pytest.raises(NotImplementedError, match=r"torch.cuda.MemPool"):
+        torch.cuda.MemPool()
     with pytest.raises(torch.cuda.OutOfMemoryError, match="left"):
         torch.empty(1 << 40, device="cuda")
 
@@ -213,6 +265,22 @@ def test_streams_and_events():
 def test_triton(n):
     x, y = torch.randn(2, n, device="cuda").unbind()
     assert torch.equal(add(x, y), x + y)
+
+
+def test_within_modes():
+    """Where a dispatch mode is on the stack but off, torch finds no fallback: each operation has its own kernel."""
+    from torch.utils._mode_utils import no_dispatch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            return operation(*args, **kwargs or {})
+
+    with Mode(), Mode():
+        x = torch.randn(3, device="cuda").exp()
+        with no_dispatch():
+            y = torch.rand(3, device="cuda") + x
+    assert x.is_cuda and y.gt(x).all()
 
 
 def test_dynamo_can_be_reset():

@@ -52,6 +52,24 @@ def test_expected():
     unmasked(300)
 
 
+@pytest.mark.gpu_expects("out_of_bounds", kernel="unmasked_", reason="reported upstream")
+def test_expected_compiled():
+    def function(x):
+        out = torch.empty_like(x)
+        unmasked_kernel[(triton.cdiv(300, 128),)](x, out, 300, BLOCK=128)
+        return out
+
+    torch.compile(function, fullgraph=True)(torch.randn(300, device="cuda") + 1)
+
+
+@pytest.mark.gpu_expects("out_of_bounds", kernel="unmasked_", reason="reported upstream")
+def test_expected_replayed():
+    x, graph = torch.randn(300, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        unmasked_kernel[(triton.cdiv(300, 128),)](x, torch.empty_like(x), 300, BLOCK=128)
+    graph.replay()
+
+
 @pytest.mark.gpu_ignores("out_of_bounds", reason="reported upstream")
 def test_ignored():
     unmasked(300)

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 
 from ..device import Device, install_process
-from . import benchmark, cublas, tensors, torch_cuda
+from . import benchmark, cublas, graphs, inductor, tensors, torch_cuda
 
 _presented: Device | None = None
 
@@ -35,6 +35,8 @@ def present(device: Device) -> None:
     install_process(device)
     tensors.install()
     torch_cuda.install(device)
+    graphs.install()
+    inductor.install()
     if importlib.util.find_spec("triton"):
         import triton.testing
 

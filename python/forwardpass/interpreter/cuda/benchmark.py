@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .. import core
+from ..capture import prohibit_in_capture
 from ..device import Device
 from ..finding import InterpreterFinding
 from ..rates import rates
@@ -35,6 +36,7 @@ class Benchmark:
         self.torch_seconds = 0.0
 
     def seconds(self, call: Callable[[], Any]) -> float:
+        prohibit_in_capture("a benchmark")
         sampled = self._once(call, SAMPLE)
         if sampled is not None:
             return sampled

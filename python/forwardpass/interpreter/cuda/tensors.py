@@ -12,9 +12,9 @@ not reach what C++ creates and what autograd runs in its threads.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import math
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,13 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import core
+from ..capture import Capture
 from ..storage import on_host
 from .benchmark import Benchmark
 
 aten = torch.ops.aten
+_torch_empty, _torch_empty_strided = torch.empty, torch.empty_strided  # projects put functions of theirs in their place
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _capsule = ctypes.pythonapi.PyCapsule_New
 _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -36,7 +38,7 @@ _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes
 #: read or set sizes, strides and storage alone: the CPU's kernels do that for any device
 METADATA = {
     "aten::as_strided", "aten::view", "aten::_reshape_alias", "aten::unfold", "aten::set_.source_Storage",
-    "aten::set_.source_Storage_storage_offset", "aten::set_.source_Tensor", "aten::is_set_to",
+    "aten::set_.source_Tensor", "aten::is_set_to", "aten::view_as_real", "aten::view_as_complex",
 }  # fmt: skip
 #: what takes CPU tensors beside those of the device
 MIXED = {"aten::index", "aten::_index_put_impl_", "aten::index_put", "aten::index_put_", "aten::_copy_from"}
@@ -51,10 +53,14 @@ def _from_dlpack(managed: int | None, nbytes: int) -> Tensor:
     return torch.from_dlpack(_capsule(managed, b"dltensor", None))
 
 
+def _span(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last, both included."""
+    return 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
+
+
 def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """On the device, filled with 0xff bytes: NaN, and -1 of integers."""
-    span = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
-    nbytes = span * dtype.itemsize
+    nbytes = _span(size, stride) * dtype.itemsize
     row = _from_dlpack(core.load().fpi_dlpack_allocate(nbytes), nbytes)
     # below autograd, which would take it for a view
     return aten.as_strided.default.redispatch(_CPU, aten.view.dtype.redispatch(_CPU, row, dtype), size, stride, 0)
@@ -69,8 +75,8 @@ def _bytes(t: Tensor) -> Tensor:
 def host_view(t: Tensor) -> Tensor:
     """The same elements of the same memory as a CPU tensor."""
     if not t.numel():  # an output that is to be resized, often: memory of DLPack's cannot be
-        return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
-    view = torch.empty(0, dtype=t.dtype, device="cpu")
+        return _torch_empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
+    view = _torch_empty(0, dtype=t.dtype, device="cpu")
     view = aten.set_.source_Storage_storage_offset(
         view, _bytes(t).untyped_storage(), t.storage_offset(), t.size(), t.stride()
     )
@@ -127,10 +133,13 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     if known.metadata:
         return op.redispatch(_CPU, *args, **kwargs)
     with torch._C.DisableTorchFunction():
+        if Capture.running:
+            return _captured(op, args, kwargs, Capture.running)
         if Benchmark.running:
-            timed = _timed(op, args, kwargs, Benchmark.running)
-            if timed is not NotImplemented:
-                return timed
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # shapes that depend on values
+                shapes = _Shapes(op, args, kwargs)
+                Benchmark.running.operation(op, *shapes.meta)
+                return shapes.lifted
         call = _Call(op, known.mixed)
         args = tuple(_as_tensor(a) if tensor else a for a, tensor in zip(args, known.tensors))
         try:
@@ -142,33 +151,59 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         return call.lift(result)
 
 
-def _timed(op: torch._ops.OpOverload, args: Any, kwargs: Any, benchmark: Benchmark) -> Any:
-    """The operation's shapes, in its place; NotImplemented where those depend on values."""
-    pairs: list[tuple[Tensor, Tensor]] = []
+class _Shapes:
+    """An operation's results by their shapes alone, and its arguments and results as tensors without memory.
 
-    def lower(value: Any) -> Any:
+    Raises:
+        NotImplementedError, RuntimeError: as torch does for a meta tensor, where it needs values; else, what is wrong.
+    """
+
+    def __init__(self, op: torch._ops.OpOverload, args: Any, kwargs: Any):
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        args, kwargs = tree_map(self._lower, args), tree_map(self._lower, kwargs)
+        result = op(*args, **kwargs)
+        self.meta = args, kwargs, result
+        self.lifted = tree_map(self._lift, result)
+
+    def _lower(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            pairs.append(
-                (value, meta := torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta"))
-            )
+            meta = _torch_empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+            self._pairs.append((value, meta))
             return meta
         return torch.device("meta") if isinstance(value, torch.device) and value.type == "cuda" else value
 
-    def lift(value: Any) -> Any:
+    def _lift(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        for tensor, meta in pairs:
+        for tensor, meta in self._pairs:
             if value is meta:
-                return tensor
+                return tensor if tensor.size() == meta.size() else resize(tensor, meta.size())
         return empty_strided(value.size(), value.stride(), value.dtype)
 
-    args, kwargs = tree_map(lower, args), tree_map(lower, kwargs)
+
+def _captured(op: torch._ops.OpOverload, args: Any, kwargs: Any, capture: Capture) -> Any:
+    """Outputs of the operation's shapes, which a replay fills."""
+
+    def as_it_is(value: Any) -> Any:
+        if isinstance(value, Tensor) and not value.is_cuda:
+            if value.dim():
+                capture.prohibit(f"{op} copies a tensor from the CPU")
+            return value.clone()  # a number, to a kernel
+        return value
+
+    args, kwargs = tree_map(as_it_is, (args, kwargs))
     try:
-        result = op(*args, **kwargs)
-    except (NotImplementedError, RuntimeError):
-        return NotImplemented
-    benchmark.operation(op, args, kwargs, result)
-    return tree_map(lift, result)
+        shapes = _Shapes(op, args, kwargs)
+    except (NotImplementedError, RuntimeError) as e:
+        capture.prohibit(f"{op} without values: {e}")
+
+    def replay() -> None:
+        for output, result in zip(tree_leaves(shapes.lifted), tree_leaves(fallback(op, *args, **kwargs))):
+            if output is not result and not Benchmark.running:
+                host_view(output).copy_(host_view(result))
+
+    capture.steps.append(replay)
+    return shapes.lifted
 
 
 class _Call:
@@ -223,19 +258,45 @@ class _Call:
 
 
 def resize(t: Tensor, size: Sequence[int], memory_format: torch.memory_format | None = None) -> Tensor:
-    """aten::resize_; a storage that is too small is replaced by a larger one, which tensors that shared it do not see."""
-    like = torch.empty(
+    """aten::resize_"""
+    like = _torch_empty(
         tuple(size), dtype=t.dtype, device="meta", memory_format=memory_format or torch.contiguous_format
     )
-    needed = (t.storage_offset() + math.prod(size)) * t.element_size() if math.prod(size) else 0
-    storage = t.untyped_storage()
+    return set_storage(t, t.untyped_storage(), int(t.storage_offset()), like.size(), like.stride())
+
+
+def set_storage(
+    t: Tensor, storage: torch.UntypedStorage, offset: int, size: Sequence[int], stride: Sequence[int] = ()
+) -> Tensor:
+    """aten::set_ of a storage, which grows where it is too small."""
+    stride = stride or _torch_empty(tuple(size), device="meta").stride()
+    needed = (offset + _span(size, stride)) * t.element_size() if 0 not in size else 0
     if needed > storage.nbytes():
-        larger = empty_strided((int(needed),), (1,), torch.uint8)
-        host_view(larger)[: storage.nbytes()].copy_(_bytes(t))
-        storage = larger.untyped_storage()
-    return aten.set_.source_Storage_storage_offset.redispatch(
-        _CPU, t, storage, t.storage_offset(), like.size(), like.stride()
-    )
+        resize_storage(storage, needed)
+    return aten.set_.source_Storage_storage_offset.redispatch(_CPU, t, storage, offset, size, stride)
+
+
+def resize_storage(storage: torch.UntypedStorage, nbytes: int) -> None:
+    """UntypedStorage.resize_, which all tensors of the storage see: it changes memory with a new one.
+
+    torch resizes what one of its own allocators has made, and this device has none.
+    """
+    other = empty_strided((nbytes,), (1,), torch.uint8).untyped_storage()
+    ctypes.memmove(other.data_ptr(), storage.data_ptr(), min(nbytes, storage.nbytes()))
+    here, there = ((ctypes.c_uint64 * 5).from_address(s._cdata + _data_offset()) for s in (storage, other))
+    here[:], there[:] = list(there), list(here)
+
+
+@functools.cache
+def _data_offset() -> int:
+    """Where c10::StorageImpl has its DataPtr of four words, with its number of bytes behind it."""
+    nbytes = 12345
+    storage = empty_strided((nbytes,), (1,), torch.uint8).untyped_storage()
+    words = (ctypes.c_uint64 * 12).from_address(storage._cdata)
+    for n in range(8):
+        if words[n] == storage.data_ptr() and words[n + 4] == nbytes:
+            return 8 * n
+    raise NotImplementedError(f"the interpreted GPU cannot resize the storages of torch {torch.__version__}")
 
 
 # ---- what torch would do by code for CUDA that is not there, or that asks for the device's kind ----
@@ -253,7 +314,7 @@ def _empty(
     dtype = dtype or torch.get_default_dtype()
     if memory_format is None:
         memory_format = torch.contiguous_format
-    stride = torch.empty(tuple(size), dtype=dtype, device="meta", memory_format=memory_format).stride()
+    stride = _torch_empty(tuple(size), dtype=dtype, device="meta", memory_format=memory_format).stride()
     return empty_strided(size, stride, dtype)
 
 
@@ -266,6 +327,11 @@ def _empty_strided(
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     with torch._C.DisableTorchFunction():
+        if capture := Capture.running:
+            if not (non_blocking or (to.is_cuda and source.is_cuda)):
+                capture.prohibit("a copy between the CPU and the GPU, which waits unless it is non_blocking")
+            capture.steps.append(lambda: _copy(to, source))
+            return to
         source = _as_tensor(source)
         on_host(to).copy_(on_host(source))
     return to
@@ -285,6 +351,14 @@ def _on_cpu(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return lambda *args, **kwargs: fallback(op, *args, **kwargs)
 
 
+_tensor_str = torch._tensor_str._tensor_str
+
+
+def _print(t: Tensor, indent: int) -> str:
+    """The elements, of the CPU's view: torch looks at each by some operations."""
+    return _tensor_str(host_view(t) if t.is_cuda and type(t) in (Tensor, torch.nn.Parameter) else t, indent)
+
+
 _libraries: list[torch.library.Library] = []
 
 
@@ -300,6 +374,7 @@ def install() -> None:
         "copy_": _copy,
         "_to_copy": _to_copy,
         "resize_": lambda t, size, *, memory_format=None: resize(t, size, memory_format),
+        "set_.source_Storage_storage_offset": set_storage,
         "record_stream": lambda t, stream: None,
         "_fused_sdp_choice": _fused_sdp_choice,
         "convolution": _on_cpu(aten.convolution.default),
@@ -307,9 +382,11 @@ def install() -> None:
     }
     every = torch.library.Library("_", "IMPL", "CUDA")
     every.fallback(fallback)
-    for qualified in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+    # One by one, as torch with CUDA has kernels of its own there, which go before a fallback, and as none is found while
+    # a dispatch mode is on the stack, off or not.
+    for qualified in {n for key in ("CPU", "CUDA") for n in torch._C._dispatch_get_registrations_for_dispatch_key(key)}:
         namespace, _, name = qualified.partition("::")
-        if namespace == "aten":  # torch with CUDA has kernels of its own there, and they go before a fallback
+        if namespace == "aten":
             packet, _, overload = name.partition(".")
             implementations.setdefault(name, _on_cpu(getattr(getattr(aten, packet), overload or "default")))
     some = torch.library.Library("aten", "IMPL", "CUDA")
@@ -318,6 +395,7 @@ def install() -> None:
         for name, implementation in implementations.items():
             some.impl(name, implementation)
     _libraries.extend((every, some))
+    torch._tensor_str._tensor_str = _print
 
 
 _Answer = ctypes.CFUNCTYPE(ctypes.c_int64)
@@ -353,8 +431,9 @@ def _set_device_guard() -> None:
 def _set_hooks() -> None:
     """torch shall have CUDA for its accelerator, which autograd asks for the tensors' streams, and one without a context.
 
-    It asks at::getCUDAHooks(). That object gets a copy of its table of virtual functions in which isBuilt returns true and
-    hasPrimaryContext, two behind it in AcceleratorHooksInterface, false. Which one is isBuilt follows from what torch
+    It asks at::getCUDAHooks(). That object gets a copy of its table of virtual functions in which isBuilt returns true.
+    Behind it come, in AcceleratorHooksInterface, isAvailable; hasPrimaryContext, which returns false; init, which does
+    nothing; six others, and getPinnedMemoryAllocator, which returns the CPU's. Which one is isBuilt follows from what torch
     answers when it returns the opposite.
     """
     hooks = _library("torch_cpu")._ZN2at6detail12getCUDAHooksEv
@@ -368,7 +447,8 @@ def _set_hooks() -> None:
         copy[first + slot] = _address(_no if built else _yes)
         table[0] = ctypes.addressof(copy) + 8 * first
         if (torch._C._accelerator_getAccelerator() is not None) != built:
-            copy[first + slot], copy[first + slot + 2] = _address(_yes), _address(_no)
+            copy[first + slot], copy[first + slot + 2], copy[first + slot + 3] = map(_address, (_yes, _no, _no))
+            copy[first + slot + 10] = _address(_library("c10")._ZN3c1015GetCPUAllocatorEv)
             _keep(copy)
             return
     table[0] = ctypes.addressof(before) + 8 * first

@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 import torch
 
 from .. import core
+from ..capture import prohibit_in_capture
 from ..device import Device
 from . import clock
-from .tensors import check_ordinal, empty_strided
+from .tensors import check_ordinal, empty_strided, resize_storage
 
 #: of torch.cuda: what needs a driver, other processes or code for CUDA that torch does not have here
 REFUSED = (
-    "CUDAGraph", "graph", "make_graphed_callables", "graph_pool_handle", "GreenContext", "MemPool", "use_mem_pool",
+    "GreenContext", "MemPool", "use_mem_pool",
     "CUDAPluggableAllocator", "change_current_allocator", "caching_allocator_alloc", "caching_allocator_delete",
     "cudart", "current_blas_handle", "current_solver_handle", "get_stream_from_external", "memory_snapshot",
     "list_gpu_processes", "utilization", "temperature", "power_draw", "clock_rate", "device_memory_used", "memory_usage",
@@ -60,7 +61,7 @@ class Stream(torch.Stream):
         return True
 
     def synchronize(self) -> None:
-        pass
+        prohibit_in_capture("Stream.synchronize")
 
     def wait_stream(self, stream: Any) -> None:
         pass
@@ -102,7 +103,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        pass
+        prohibit_in_capture("Event.synchronize")
 
 
 class StreamContext:
@@ -226,7 +227,14 @@ def _storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
     if device is None or torch.device(device).type != "cuda":
         return torch._C.StorageBase.__new__(cls, *args, device=device, **kwargs)  # type: ignore[call-arg]
     check_ordinal(torch.device(device))
-    return empty_strided((int(args[0]),), (1,), torch.uint8).untyped_storage()
+    return empty_strided((int(args[0]) if args else 0,), (1,), torch.uint8).untyped_storage()
+
+
+def _resize_storage(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+    if storage.device.type != "cuda":
+        return torch._C.StorageBase.resize_(storage, nbytes)  # type: ignore[attr-defined]
+    resize_storage(storage, nbytes)
+    return storage
 
 
 def _named(name: str, value: Any) -> Any:
@@ -253,6 +261,10 @@ def install(device: Device) -> None:
     def stream_of(_: Any = None) -> Stream:
         return _current.stream
 
+    def synchronize(device: Any = None) -> None:
+        _index(device)
+        prohibit_in_capture("torch.cuda.synchronize")
+
     def set_stream(stream: Stream | None) -> None:
         _current.stream = stream or _current.stream
 
@@ -260,12 +272,12 @@ def install(device: Device) -> None:
         "is_available": lambda: True, "is_initialized": lambda: True, "init": nothing, "_lazy_init": nothing,
         "_lazy_call": lambda call, **_: call(), "device_count": lambda: 1, "current_device": lambda: 0,
         "set_device": lambda d: _index(d) and None, "_exchange_device": lambda d: 0, "_maybe_exchange_device": lambda d: 0,
-        "synchronize": lambda d=None: _index(d) and None, "get_device_name": lambda d=None: properties(device).name,
+        "synchronize": synchronize, "get_device_name": lambda d=None: properties(device).name,
         "get_device_capability": lambda d=None: (major, minor) if _index(d) == 0 else None,
         "get_device_properties": lambda d=None: properties(device) if _index(d) == 0 else None,
         "get_arch_list": lambda: [f"sm_{major}{minor}"], "get_gencode_flags": lambda: "",
         "is_bf16_supported": lambda including_emulation=True: True, "is_tf32_supported": lambda: True,
-        "can_device_access_peer": lambda d, peer: False, "is_current_stream_capturing": lambda: False,
+        "can_device_access_peer": lambda d, peer: False,
         "Stream": Stream, "ExternalStream": Stream, "Event": Event, "StreamContext": StreamContext,
         "stream": StreamContext, "current_stream": stream_of, "default_stream": lambda d=None: Stream(),
         "set_stream": set_stream, "default_generators": (torch.default_generator,),
@@ -283,7 +295,7 @@ def install(device: Device) -> None:
         "current_accelerator": lambda check_available=False: torch.device("cuda"), "is_available": lambda: True,
         "device_count": lambda: 1, "current_device_index": lambda: 0, "current_device_idx": lambda: 0,
         "set_device_index": lambda d: _index(d) and None, "set_device_idx": lambda d: _index(d) and None,
-        "synchronize": lambda d=None: _index(d) and None, "current_stream": stream_of, "set_stream": set_stream,
+        "synchronize": synchronize, "current_stream": stream_of, "set_stream": set_stream,
         "get_memory_info": here["mem_get_info"], "get_device_capability": here["get_device_capability"],
         **{n: f for n, f in _memory(device).items() if n in torch.accelerator.__all__},
     }  # fmt: skip
@@ -293,18 +305,18 @@ def install(device: Device) -> None:
     torch.backends.cudnn.enabled = False
     torch.version.cuda = "13.0"
     torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.new = lambda self: torch.UntypedStorage(device=self.device)  # type: ignore[method-assign]
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign]
-    for name in (
-        "_cuda_CUDAAllocator_AllocatorState",
-        "_set_cached_tensors_enabled",
-    ):  # which torch._dynamo.reset imports
-        if not hasattr(torch._C, name):
-            setattr(torch._C, name, refused(f"torch._C.{name}"))
+    state = "_cuda_CUDAAllocator_AllocatorState"  # which torch._dynamo.reset imports
+    if not hasattr(torch._C, state):
+        setattr(torch._C, state, refused(f"torch._C.{state}"))
     raw: dict[str, Any] = {
         "_cuda_getCurrentRawStream": lambda index: 0, "_cuda_isInBadFork": lambda: False,
         "_cuda_getDeviceCount": lambda: 1, "_cuda_getDevice": lambda: 0, "_cuda_setDevice": nothing,
-        "_cuda_synchronize": nothing, "_cuda_getArchFlags": lambda: f"sm_{major}{minor}",
+        "_cuda_cudaCachingAllocator_is_enabled": lambda: False,  # so Inductor says that it leaves CUDA graphs out
+        "_cuda_synchronize": synchronize, "_cuda_getArchFlags": lambda: f"sm_{major}{minor}",
     }  # fmt: skip
     for name, value in raw.items():
         setattr(torch._C, name, value)
