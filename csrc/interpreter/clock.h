@@ -1,5 +1,5 @@
 #pragma once
-// Happens-before. An agent is whoever touches memory on its own: a warp, or an asynchronous operation under way. Each
+// Happens-before. An agent is whoever touches memory on its own: a warp, or a series of asynchronous operations. Each
 // has a clock that advances when it releases something; a vector clock says how far one knows every agent.
 // Flanagan and Freund, FastTrack (PLDI 2009), with the async proxy of the PTX memory model (ISA 8) on top.
 #include <immintrin.h>
@@ -11,20 +11,19 @@
 namespace forwardpass::interpreter {
 
 using Clock = uint32_t;
-// Agents: asynchronous operations, the other clusters, the grids before, then the warps of all CTAs of the cluster, by
-// rank.
+// Agents: the other clusters, the grids before, then the warps of all CTAs of the cluster, by rank, then the series of
+// asynchronous operations, as they turn up (Cluster::new_series).
 constexpr int kMaxWarps = 32, kMaxCtas = 16;  // of a CTA, of a cluster
-constexpr int kAsyncAgents = 14, kAcquireAgent = kAsyncAgents, kGridAgent = kAcquireAgent + 1,
-              kFirstWarp = kGridAgent + 1;
-constexpr int kMaxAgents = kFirstWarp + kMaxCtas * kMaxWarps;
+constexpr int kAcquireAgent = 0, kGridAgent = 1, kFirstWarp = 8, kMaxAgents = 768;
 // The agent kGridAgent is the grids launched before this one, which a programmatic dependent launch may overtake: seen
 // is 1 once they are known to have ended (griddepcontrol.wait, or an ordinary launch), 0 before. kAcquireAgent is the
 // launch's other clusters: seen is when one has last acquired what they release (releases.h), 0: never.
 
-constexpr bool is_async(int agent) { return agent < kAsyncAgents; }
+// To the next multiple of the clocks that are handled at once.
+constexpr int round_up(int agents) { return (agents + 7) / 8 * 8; }
 
-// Its width covers the agents that it may know of: most often 16 asynchronous ones and a few warps, at worst 528. Of
-// agents beyond the width it knows nothing, and their elements are not initialised.
+// Its width covers the agents that it may know of: most often a few warps and series. Of agents beyond the width it
+// knows nothing, and their elements are not initialised.
 struct alignas(32) VectorClock {
   int width = 0;  // a multiple of 8; in front, as most clocks end long before the last agent
   alignas(32) Clock clocks[kMaxAgents];
@@ -36,9 +35,9 @@ struct alignas(32) VectorClock {
     std::memcpy(clocks, other.clocks, width * sizeof(Clock));
     return *this;
   }
-  void widen(int agents) {
-    for (const int end = (agents + 7) / 8 * 8; width < end; width += 8)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(clocks + width), _mm256_setzero_si256());
+  void widen(int agents, Clock clock = 0) {
+    for (const int end = round_up(agents); width < end; width += 8)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(clocks + width), _mm256_set1_epi32(static_cast<int>(clock)));
   }
   void set(int agent, Clock clock) {
     widen(agent + 1);

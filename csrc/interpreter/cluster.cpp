@@ -11,6 +11,7 @@ namespace {
 constexpr uint64_t kLongSlice = 4096;
 // Clocks start again from here on.
 constexpr Clock kHighestBase = 0x80000000;
+constexpr int kSpareAgents = 120;  // beyond what a cluster begins with
 
 }  // namespace
 
@@ -29,10 +30,6 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   random_state_ = mix(l.options.seed * 0x9e3779b97f4a7c15u + mix(l.stream + 1) + mix(number * 2 + 1));
   completion_ = static_cast<Completion>(random() % 3);
   order_ = static_cast<Order>(random() % 3);
-  if (base >= kHighestBase) {
-    base = 1;
-    for (auto& cta : ctas) cta->shadow.forget();
-  }
   pending.clear();
   idle_at = 0;
   sync_points.reset();
@@ -57,15 +54,18 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   favourite_ = static_cast<int>(random() % warps.size());
   Knowledge start;
   // The rows of a CTA's reads are compared eight columns at a time, past its last warp.
-  start.seen.widen(ctas[size - 1]->first_agent + (static_cast<int>(ctas[0]->warps.size()) + 7) / 8 * 8);
-  std::fill_n(start.seen.clocks, start.seen.width, base - 1);
-  start.proxied = start.seen;
+  first_series = round_up(ctas[size - 1]->first_agent + round_up(static_cast<int>(ctas[0]->warps.size())));
+  series_clocks.clear();
+  // Knowledge of many agents costs time: those of a former launch are not kept for ever.
+  if (base >= kHighestBase || agents_ > first_series + kSpareAgents) {
+    base = 1;
+    agents_ = 0;
+    for (auto& cta : ctas) cta->forget();
+  }
+  agents_ = std::max(agents_, first_series);
+  complement(start);
   start.seen.clocks[kAcquireAgent] = 0;
   start.seen.clocks[kGridAgent] = l.programmatic ? 0 : 1;
-  for (int a = 0; a < kAsyncAgents; ++a) {
-    async[a] = start;
-    async[a].seen.clocks[a] = base;
-  }
   for (Warp* w : warps) {
     w->knowledge = start;
     w->knowledge.seen.clocks[w->agent] = base;
@@ -76,15 +76,21 @@ void Cluster::begin(Launch& l, uint64_t n, Sheet* sheet) {
   }
 }
 
-int Cluster::async_agent(const Warp& issuer) {
-  const int k = next_async++ % kAsyncAgents;
-  Knowledge& knowledge = async[k];
-  const Clock now = knowledge.seen.clocks[k] + 1;
-  // Only what the issuer knows: an agent that is handed out again is another operation.
-  knowledge = issuer.knowledge;
-  knowledge.seen.clocks[k] = now;
-  async_line[k] = issuer.line();
-  return k;
+int Cluster::new_series() {
+  const int agent = first_series + static_cast<int>(series_clocks.size());
+  // More than there is room for share agents: to learn of one is then to learn of the other.
+  if (agent == kMaxAgents) return first_series + static_cast<int>(random() % series_clocks.size());
+  series_clocks.push_back(base);
+  if (agent >= agents_) {
+    agents_ = round_up(agent + 1);
+    for (Warp* w : warps) complement(w->knowledge);
+  }
+  return agent;
+}
+
+void Cluster::complement(Knowledge& k) const {
+  k.seen.widen(agents_, base - 1);
+  k.proxied.widen(agents_, base - 1);
 }
 
 void Cluster::complete(Pending& p) {
@@ -196,7 +202,7 @@ bool Cluster::run(uint64_t budget) {
   while (!pending.empty() && complete_one()) sweep();
   Clock highest = 0;
   for (const Warp* w : warps) highest = std::max(highest, w->knowledge.seen.clocks[w->agent]);
-  for (int a = 0; a < kAsyncAgents; ++a) highest = std::max(highest, async_now(a));
+  for (const Clock clock : series_clocks) highest = std::max(highest, clock);
   base = highest + 1;
   return true;
 }

@@ -321,6 +321,7 @@ void Cta::begin(Cluster& c, int r, const unsigned coordinates[3]) {
   shadow.reset(*this, shared.size());
   has_tensor_memory = false;
   mbarriers.clear();
+  arrivals.clear();
   std::fill(std::begin(barriers), std::end(barriers), NamedBarrier());
   visitors = VectorClock();
   departed = Knowledge();
@@ -340,9 +341,20 @@ void Cta::begin(Cluster& c, int r, const unsigned coordinates[3]) {
   }
 }
 
+void Cta::forget() {
+  shadow.forget();
+  if (tensor_memory) tensor_memory->forget();
+}
+
 void Cta::add(std::shared_ptr<Pending> p) {
   p->cta = this;
   cluster->pending.push_back(std::move(p));
+}
+
+int Cta::arrivals_at(uint32_t mbarrier) {
+  int& series = arrivals.try_emplace(mbarrier, -1).first->second;
+  cluster->begin_series(series);
+  return series;
 }
 
 void Cta::visited(const Actor& actor, bool remember) {

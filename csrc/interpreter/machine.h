@@ -187,6 +187,8 @@ struct Cta {
   bool has_tensor_memory = false;               // this one has allocated some
   uint32_t serial = 0;                          // of all CTAs of all launches
   std::unordered_map<uint32_t, std::shared_ptr<MBarrier>> mbarriers;
+  std::unordered_map<uint32_t, int> arrivals;  // by the mbarrier's address: the series of what arrives there
+  int arrivals_at(uint32_t mbarrier);
   int live_warps = 0;
   Sheet* sheet = nullptr;  // if the launch is counted
   VectorClock visitors;    // accesses of other CTAs' agents to its shared memory: it must not exit before them,
@@ -214,6 +216,7 @@ struct Cta {
   void exits(const Warp& last);
 
   void begin(Cluster&, int rank, const unsigned index[3]);
+  void forget();  // what its shadows have of former CTAs, as clocks or agents start again
   // Fills in where a finding was made: the instruction that a warp is at, or one of a pending operation.
   void place(Finding&, const Warp&) const;
   void place(Finding&, const Code&, uint32_t pc) const;
@@ -232,20 +235,29 @@ struct Cluster {
   // The value of `events` at which every warp was blocked and no operation pending: time limits then expire.
   uint64_t idle_at = 0;
   std::vector<std::shared_ptr<Pending>> pending;
-  int next_async = 0;
-  Knowledge async[kAsyncAgents];           // what the operations under way know
-  uint32_t async_line[kAsyncAgents] = {};  // where they were issued
+  int first_series = 0;              // its agent
+  std::vector<Clock> series_clocks;  // of each
   SyncPoints sync_points;
   VectorClock fenced;              // what its warps knew at their fences
   ReleaseLog* releases = nullptr;  // the launch's of it; null: none so far
   std::shared_ptr<ClusterBarrier> barrier;
   uint64_t successor = 0;  // the next cluster of the grid that it may cancel, to do its work (rows/cluster_launch.cpp)
 
-  // Hands out an agent for an operation that the warp issues now: it knows what the warp knows.
-  int async_agent(const Warp& issuer);
-  Clock async_now(int agent) const { return async[agent].seen.clocks[agent]; }
-  Actor async_actor(int agent, Proxy p = Proxy::async) const {
-    return {agent, async_now(agent), &async[agent], p, async_line[agent], {}};
+  // A series are asynchronous operations whose ends become known in order: who learns of one's end may count as knowing
+  // of all before it. So one agent does for all of them, and none is ever forgotten: the wgmma of a warpgroup, the bulk
+  // stores of a thread, what arrives at an mbarrier.
+  int new_series();
+  void begin_series(int& agent) {  // on first use; -1: not yet
+    if (agent < 0) agent = new_series();
+  }
+  bool is_series(int agent) const { return agent >= first_series; }
+  // Of agents that knowledge has not heard of it knows what lies before the cluster. So that it covers all that shadows
+  // name: those of this cluster, and of former ones on this thread.
+  void complement(Knowledge&) const;
+  Clock advance(int series) { return ++series_clocks[series - first_series]; }
+  // The next operation of a series as the warp issues it.
+  Actor issued(const Warp& issuer, int series, Proxy p) {
+    return {series, advance(series), &issuer.knowledge, p, issuer.line(), {}};
   }
   void complete(Pending&);  // at once; no-op when done
   void happened() { ++events; }
@@ -270,6 +282,7 @@ struct Cluster {
   enum class Completion : uint8_t { late, early, mixed } completion_ = Completion::mixed;
   enum class Order : uint8_t { fair, ahead, behind } order_ = Order::fair;
   int favourite_ = 0;
+  int agents_ = 0;  // that shadows may name
   Warp* running_ = nullptr;
   Pending* completing_ = nullptr;
   uint64_t random_state_ = 0;

@@ -43,11 +43,9 @@ void Shadow::reset(const Cta& cta, size_t bytes, Space space) {
   space_ = space;
   first_ = cta.first_agent;
   warps_ = static_cast<int>(cta.threads() + kLanes - 1) / kLanes;
-  columns_ = (warps_ + 7) / 8 * 8;
+  columns_ = round_up(warps_);
   cells_.shape(columns_);
-  const int ctas = static_cast<int>(cta.launch->cluster_size());
-  other_columns_ = kFirstWarp + (ctas > 1 ? (ctas * warps_ + 7) / 8 * 8 : 0);
-  any_other_ = false;
+  others_used_ = 0;
   doubts_.clear();
   granules_.assign((bytes + kGranule - 1) / kGranule, Granule());
   used_ = static_cast<uint32_t>(granules_.size());
@@ -57,14 +55,13 @@ void Shadow::reset(const Cta& cta, size_t bytes, Space space) {
 // The former content of the vectors may end up in any cell: all its clocks are in the past and have no effect.
 void Shadow::make_room() {
   if (cells_.size() < used_) cells_.resize(used_ + (used_ - granules_.size()) / 2);
-  if (any_other_ && other_reads_.size() < cells_.size() * other_columns_) {
-    other_reads_.resize(cells_.size() * other_columns_);
-  }
+  for (int k = 0; k < others_used_; ++k)
+    if (others_[k].reads.size() < cells_.size() * 8) others_[k].reads.resize(cells_.size() * 8);
 }
 
 void Shadow::forget() {
   cells_.forget();
-  std::fill(other_reads_.begin(), other_reads_.end(), 0);
+  others_.clear();
 }
 
 // Gives the granule cells of 1 << shift bytes in place of larger ones, each with what its larger one knew.
@@ -83,10 +80,7 @@ void Shadow::split(uint32_t number, int shift) {
     if (source == target) continue;
     cells_[target] = cells_[source];
     std::copy_n(cells_.reads(source), columns_, cells_.reads(target));
-    if (any_other_) {
-      std::copy_n(&other_reads_[static_cast<size_t>(source) * other_columns_], other_columns_,
-                  &other_reads_[static_cast<size_t>(target) * other_columns_]);
-    }
+    for (int n = 0; n < others_used_; ++n) std::copy_n(others_[n].row(source), 8, others_[n].row(target));
   }
   for (int k = 0; k < count; ++k) {  // of the lanes those that touched this part
     Cell& cell = cells_[g.split + k];
@@ -125,13 +119,11 @@ EVERY_GRANULE bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) c
     const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(known));
     return _mm256_xor_si256(_mm256_max_epu32(r, k), k);
   };
-  const Clock *row = cells_.reads(cell), *known = seen.clocks + first_;
-  __m256i any = late(row, known);
-  for (int block = 8; block < columns_; block += 8) any = _mm256_or_si256(any, late(row + block, known + block));
-  if (any_other_) {
-    row = &other_reads_[static_cast<size_t>(cell) * other_columns_];
-    for (int i = 0; i < other_columns_; i += 8) any = _mm256_or_si256(any, late(row + i, seen.clocks + i));
-  }
+  const Clock *row = cells_.reads(cell), *warps = seen.clocks + first_;
+  __m256i any = late(row, warps);
+  for (int block = 8; block < columns_; block += 8) any = _mm256_or_si256(any, late(row + block, warps + block));
+  for (int k = 0; k < others_used_; ++k)
+    any = _mm256_or_si256(any, late(others_[k].row(cell), seen.clocks + others_[k].first));
   return _mm256_testz_si256(any, any);
 }
 
@@ -171,7 +163,7 @@ EVERY_GRANULE void Shadow::record_read(const Actor& actor, uint32_t index, LaneS
   if (is_local(actor.agent)) {
     cells_.reads(index)[actor.agent - first_] = actor.now;
   } else {
-    other_reads_[static_cast<size_t>(index) * other_columns_ + actor.agent] = actor.now;
+    others_[reader_].row(index)[actor.agent % 8] = actor.now;
   }
   Cell& cell = cells_[index];
   cell.read_line = actor.line;
@@ -203,10 +195,7 @@ EVERY_GRANULE void Shadow::record_write(const Actor& actor, uint32_t index, bool
   Clock* row = cells_.reads(index);
   clear(row);
   for (int block = 8; block < columns_; block += 8) clear(row + block);
-  if (any_other_) {
-    row = &other_reads_[static_cast<size_t>(index) * other_columns_];
-    for (int i = 0; i < other_columns_; i += 8) clear(row + i);
-  }
+  for (int k = 0; k < others_used_; ++k) clear(others_[k].row(index));
 }
 
 template <Use use>
@@ -278,7 +267,7 @@ inline void Shadow::prefetch(const uint64_t begin[kLanes], Mask mask) const {
     const size_t number = begin[__builtin_ctz(mask)] / kGranule;
     __builtin_prefetch(&granules_[number], 1);
     __builtin_prefetch(&cells_[number], 1);
-    if (any_other_) __builtin_prefetch(&other_reads_[number * other_columns_], 1);
+    for (int k = 0; k < others_used_; ++k) __builtin_prefetch(others_[k].row(number), 1);
   }
 }
 
@@ -298,9 +287,16 @@ void Shadow::touch_granules(Actor& actor, const uint64_t begin[kLanes], Mask mas
   }
 }
 
+int Shadow::find(int agent) const {
+  int k = 0;
+  while (k < others_used_ && others_[k].first != agent / 8 * 8) ++k;
+  return k;
+}
+
 void Shadow::meet(const Actor& actor) {
-  if (is_local(actor.agent) || any_other_) return;
-  any_other_ = true;
+  if (is_local(actor.agent) || (reader_ = find(actor.agent)) < others_used_) return;
+  if (others_.size() == static_cast<size_t>(others_used_)) others_.emplace_back();
+  others_[others_used_++].first = actor.agent / 8 * 8;
   make_room();
 }
 
@@ -408,7 +404,7 @@ void Shadow::use_mbarrier(const Actor& actor, uint32_t begin, bool published) {
 // ---- What to say ----
 
 std::string Shadow::name_of(int agent) const {
-  if (is_async(agent)) return "an asynchronous operation";
+  if (cta_->cluster->is_series(agent)) return "an asynchronous operation";
   const int warp = (agent - kFirstWarp) % warps_, rank = (agent - kFirstWarp) / warps_;
   const bool alone = cta_->launch->cluster_size() == 1;
   return "warp " + std::to_string(warp) + (alone ? "" : " of the CTA of rank " + std::to_string(rank));
@@ -416,7 +412,7 @@ std::string Shadow::name_of(int agent) const {
 
 std::string Shadow::access_by(const char* verb, int agent, uint32_t line) const {
   const std::string where = line ? source_place(*cta_->launch->module, line) : "";
-  const char* before = !line ? "" : is_async(agent) ? " issued at " : " at ";
+  const char* before = !line ? "" : cta_->cluster->is_series(agent) ? " issued at " : " at ";
   return std::string(verb) + " by " + name_of(agent) + before + where;
 }
 
@@ -507,7 +503,7 @@ void Shadow::store_undefined(uint32_t begin, uint32_t bytes) {
 
 void Shadow::check_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool write_seen) {
   const Cell& cell = cells_[index];
-  const Kind kind = !write_seen && is_async(cell.writer) ? Kind::in_flight : Kind::race;
+  const Kind kind = !write_seen && cta_->cluster->is_series(cell.writer) ? Kind::in_flight : Kind::race;
   if (use != Use::store && cta_->cluster->again(kind, cell.write_line)) return;
   const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
   const std::string both = access_by("write", cell.writer, cell.write_line) + ", then " +
@@ -551,7 +547,7 @@ void Shadow::check_lanes(const Actor& actor, uint32_t index, uint32_t number, Us
   const auto by_lane = [&](const std::string& verb, int lane, uint32_t l) {
     return verb + " by lane " + std::to_string(lane) + " at " + source_place(module, l);
   };
-  const std::string access = verb(use) + std::string(is_async(actor.agent) ? " issued" : "");
+  const std::string access = verb(use) + std::string(cta_->cluster->is_series(actor.agent) ? " issued" : "");
   Finding f = finding_at(
       Kind::race,
       by_lane(write ? "write" : "read", clash.other, line) + ", then " + by_lane(access, clash.lane, actor.line) +
@@ -578,7 +574,8 @@ void Shadow::settle_doubts() {
 
 Clock Shadow::last_read(uint32_t index, int agent) const {
   if (is_local(agent)) return cells_.reads(index)[agent - first_];
-  return any_other_ && agent < other_columns_ ? other_reads_[static_cast<size_t>(index) * other_columns_ + agent] : 0;
+  const int k = find(agent);
+  return k < others_used_ ? others_[k].row(index)[agent % 8] : 0;
 }
 
 void Shadow::check_reads(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use) const {
@@ -586,7 +583,7 @@ void Shadow::check_reads(const Actor& actor, uint32_t index, uint32_t number, ui
   while (last_read(index, agent) <= actor.knowledge->seen.clocks[agent]) ++agent;
   const Cell& cell = cells_[index];
   const uint32_t line = agent == cell.reader ? cell.read_line : 0;  // only the last reader's is known
-  const Kind kind = is_async(agent) ? Kind::in_flight : Kind::race;
+  const Kind kind = cta_->cluster->is_series(agent) ? Kind::in_flight : Kind::race;
   if (cta_->cluster->again(kind, line)) return;
   const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
   report(kind, address,

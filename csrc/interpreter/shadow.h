@@ -12,7 +12,8 @@
 // another one has read after are forgotten.
 //
 // Clocks only ever grow, from one cluster of a thread to the next: what a former CTA left behind lies below
-// Cluster::base and so in everybody's past, and nothing but the masks needs clearing.
+// Cluster::base and so in everybody's past, and nothing but the masks needs clearing. Who acts knows of every agent
+// that a cell may name (Cluster::complement).
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -178,7 +179,7 @@ class Shadow {
   static bool fits(const Cell&, LaneSet);
   void split(uint32_t number, int shift);
   void make_room();
-  void meet(const Actor&);  // before it reads: it might be the first that is none of the CTA's warps
+  void meet(const Actor&);  // before it reads: it might be one more that is none of the CTA's warps
   bool is_local(int agent) const { return static_cast<unsigned>(agent - first_) < static_cast<unsigned>(warps_); }
   Clock last_read(uint32_t cell, int agent) const;
 
@@ -207,11 +208,18 @@ class Shadow {
   int first_ = kFirstWarp;  // agent of the CTA's first warp
   int warps_ = 0;           // of the CTA
   int columns_ = 8;         // the same rounded up to a multiple of 8
-  // Those of other agents, which are asynchronous or of other CTAs, lie apart, as most kernels have none:
-  // [cell][other_columns_], the column being the agent.
-  int other_columns_ = kFirstWarp;
-  std::vector<Clock> other_reads_;
-  bool any_other_ = false;  // in this CTA; otherwise other_reads_ is not looked at
+  // Reads of other agents, which are asynchronous or of other CTAs, lie apart, as most kernels have none: eight agents
+  // that follow each other together, where one of them has read in this CTA.
+  struct Others {
+    int first;                 // agent
+    std::vector<Clock> reads;  // [cell][agent]
+    Clock* row(size_t cell) { return &reads[cell * 8]; }
+    const Clock* row(size_t cell) const { return &reads[cell * 8]; }
+  };
+  std::vector<Others> others_;
+  int others_used_ = 0;       // those of this CTA; what lies beyond is kept for its memory
+  int find(int agent) const;  // of others_; others_used_: none of the eight has read here
+  int reader_ = 0;            // the same of what met last, if it is none of the CTA's warps
 };
 
 }  // namespace forwardpass::interpreter

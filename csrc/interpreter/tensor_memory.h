@@ -27,6 +27,7 @@ class TensorMemory {
 
   TensorMemory() : cells_(kRows * kColumns), blocks_(kColumns) {}
   void begin(const Cta&);  // for a CTA that has none yet
+  void forget() { shadow_.forget(); }
 
   uint32_t& cell(uint32_t lane, uint32_t column) { return cells_[index_of(lane, column)]; }
   // The accumulators of 16 lanes, from a column on that is a multiple of 8.

@@ -391,6 +391,26 @@ def tma_store_released_early(module):
 
 
 @run
+def cp_async_long_ago(module, later=40):
+    x = integers(32, 4)
+    return from_row(module["cp_async_long_ago"], x, poisoned(32, 4), later, block=64), x
+
+
+@run
+def tma_store_long_ago(module, later=40):
+    x, y = integers(8, 32), poisoned(8, 32)
+    module["tma_store_long_ago"].launch(grid=(1, 1, 1), block=(64, 1, 1), args=[tiles(x), tiles(y), later])
+    return y, torch.ones(8, 32)
+
+
+@run
+def wgmma_long_ago(module, later=40):
+    a, b, y = integers(64, 16, dtype=torch.float16), integers(8, 16, dtype=torch.float16), poisoned(64, 8)
+    module["wgmma_long_ago"].launch(grid=(1, 1, 1), block=(256, 1, 1), args=[a, b, y, later])
+    return y, a.float() @ b.float().T
+
+
+@run
 def release_of_cta_scope(module):
     x, flag = integers(64), torch.zeros(1, dtype=torch.int32)
     return from_row(module["release_of_cta_scope"], x, poisoned(64), poisoned(64), flag, grid=2), x
@@ -414,6 +434,20 @@ def test_broken(name, architecture):
         assert finding.kernel == name
         assert (finding.seed, finding.arch) == (seed, architecture)  # what repeats it
         assert f"{source.path.name}:{finding.line}" in str(finding)
+
+
+@pytest.mark.parametrize("later", [1, 14, 15, 16, 400])
+@pytest.mark.parametrize("name", [name for name in RUNS if name.endswith("long_ago")])
+def test_nothing_is_forgotten(name, later):
+    """However many operations have begun since, and been waited for."""
+    module = SOURCES[name].module(1, "sm_90a")
+    for seed in range(BROKEN_SEEDS):
+        with pytest.raises(fp.InterpreterFinding) as raised, fp.interpret("sm_90a", seed=seed):
+            RUNS[name](module, later)
+        assert raised.value.kind in SOURCES[name].kinds, f"seed {seed}: {raised.value}"
+    with fp.interpret("sm_90a"):
+        got, expected = RUNS[name](SOURCES[name].module(0, "sm_90a"), later)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", ["wgmma_weak_wait", "wgmma_uncommitted", "tma_store_unfinished"])

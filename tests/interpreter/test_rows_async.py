@@ -307,6 +307,42 @@ def test_cp_async_mbarrier_arrive(noinc, seed):
     assert wrong.kind in ("in_flight", "race", "uninitialised", "deadlock")
 
 
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cp_async_mbarrier_arrive_of_each_half_of_a_warp(other, seed):
+    # Odd lanes arrive at one mbarrier, even ones at another. Warp 1 waits for one of them and reads what came with it.
+    body = f"""
+    setp.eq.u32 %p0, %t, 0;
+    @%p0 mbarrier.init.shared::cta.b64 [%s], 16;
+    @%p0 mbarrier.init.shared::cta.b64 [%s+8], 16;
+    bar.sync 0;
+    and.b32 %r1, %t, 31;
+    and.b32 %r4, %r1, 1;
+    shl.b32 %r1, %r1, 2;
+    mad.lo.u32 %r4, %r4, 8, %s;
+    cvt.u64.u32 %rd1, %r1;
+    add.u64 %rd0, %a0, %rd1;
+    add.u64 %rd2, %a1, %rd1;
+    add.u32 %r0, %s, %r1;
+    setp.ge.u32 %p1, %t, 32;
+    @%p1 bra wait;
+    cp.async.ca.shared.global [%r0+64], [%rd0], 4;
+    cp.async.mbarrier.arrive.noinc.shared.b64 [%r4];
+    ret;
+    wait:
+    mbarrier.try_wait.parity.shared.b64 %p2, [%s], 0;
+    @!%p2 bra wait;
+    setp.{"ne" if other else "eq"}.u32 %p3, %r4, %s;
+    @%p3 ld.shared.b32 %r3, [%r0+64];
+    @%p3 st.global.b32 [%rd2], %r3;"""
+    x, y = integers(32), torch.zeros(32, dtype=torch.int32)
+    if other:
+        assert finding(body, x, y, block=64, seed=seed).kind in ("in_flight", "race", "uninitialised")
+    else:
+        run(body, x, y, block=64, seed=seed)
+        assert torch.equal(y[::2], x[::2]) and not y[1::2].any()
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_cp_async_waited_for_after_its_mbarrier_arrived(seed):
     # The mbarrier may have taken the copies in before the thread waits for them itself.

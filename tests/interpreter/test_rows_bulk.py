@@ -144,9 +144,8 @@ def test_mbarrier_of_a_bulk_load_must_be_initialised_before(seed):
     assert finding(body, integers(4), block=64, seed=seed).kind in ("race", "mbarrier")
 
 
-def test_bulk_loads_that_share_an_agent():
-    # Fifteen are under way, one more than there are agents. Warp 0 waits for the last, and reads the first once warp 1 has
-    # waited for it and said so in a way that orders nothing. That goes unnoticed only where the first came before the last.
+def test_bulk_loads_under_way_are_kept_apart():
+    # Warp 0 waits for the last, and reads the first once warp 1 has waited for it and said so in a way that orders nothing.
     bulk = "@%p0 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes"
     wait = "{label}:\nmbarrier.try_wait.parity{semantics}.shared::cta.b64 %p1, [%s+{at}], 0;\n@!%p1 bra {label};\n"
     body = "\n".join(
@@ -165,7 +164,55 @@ def test_bulk_loads_that_share_an_agent():
         ]
     )
     kinds = {outcome(body, integers(4), block=64, seed=seed) for seed in range(20)}
-    assert kinds == {"", "in_flight"}, kinds
+    assert kinds == {"in_flight"}, kinds
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("threads", [32, 1024])
+@pytest.mark.parametrize("seed", range(3))
+def test_bulk_stores_by_every_thread(threads, waits, seed):
+    # 1024 are more than are told apart. Each thread overwrites what it has stored.
+    body = f"""
+    shl.b32 %r0, %t, 4;
+    cvt.u64.u32 %rd0, %r0;
+    add.u64 %rd0, %rd0, %a0;
+    add.u32 %r0, %r0, %s;
+    st.shared.v4.b32 [%r0], {{%t, %t, %t, %t}};
+    fence.proxy.async;
+    cp.async.bulk.global.shared::cta.bulk_group [%rd0], [%r0], 16;
+    cp.async.bulk.commit_group;
+    {"cp.async.bulk.wait_group.read 0;" if waits else ""}
+    st.shared.b32 [%r0], 0;
+    cp.async.bulk.wait_group 0;"""
+    y = torch.zeros(threads, 4, dtype=torch.int32)
+    options = {"block": threads, "shared": threads * 16, "seed": seed}
+    if waits:
+        run(body, y, **options)
+        assert torch.equal(y, torch.arange(threads, dtype=torch.int32)[:, None].expand(threads, 4))
+    else:
+        assert finding(body, y, **options).kind == "in_flight"
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_thread_waits_for_its_own_bulk_stores_alone(both, seed):
+    body = f"""
+    setp.lt.u32 %p1, %t, 2;
+    setp.eq.u32 %p2, %t, 1;
+    shl.b32 %r0, %t, 4;
+    cvt.u64.u32 %rd0, %r0;
+    add.u64 %rd0, %rd0, %a0;
+    add.u32 %r0, %r0, %s;
+    @%p1 st.shared.v4.b32 [%r0], {{%t, %t, %t, %t}};
+    fence.proxy.async;
+    @%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd0], [%r0], 16;
+    cp.async.bulk.commit_group;
+    {"" if both else "@%p2 "}cp.async.bulk.wait_group.read 0;
+    bar.warp.sync 0xffffffff;
+    @%p2 st.shared.b32 [%s], 7;
+    cp.async.bulk.wait_group 0;"""
+    y = torch.zeros(2, 4, dtype=torch.int32)
+    assert outcome(body, y, seed=seed) == ("" if both else "in_flight")
 
 
 BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"

@@ -29,6 +29,14 @@ struct Place {
   }
 };
 
+// The lanes of a mask whose address is that of the first, most often all.
+inline Mask equal_lanes(const uint64_t address[kLanes], Mask mask) {
+  const uint64_t first = address[__builtin_ctz(mask)];
+  Mask equal = 0;
+  for (int l = 0; l < kLanes; ++l) equal |= Mask{address[l] == first} << l;
+  return equal & mask;
+}
+
 // A range of shared memory within bounds and aligned.
 struct SharedRange {
   Cta* cta;
@@ -56,14 +64,15 @@ inline uint32_t shared_offset(Warp& w, const Place& place, uint64_t address, uin
   return shared_at(w, place, address, bytes, alignment, lane, what).offset;
 }
 
-// Completion advances the agent's clock, so that operations which share an agent stay distinct: who has waited for one
-// does not know of those that complete after it.
-inline Clock completion_time(Cta& cta, int agent) { return ++cta.cluster->async[agent].seen.clocks[agent]; }
-
-// The operation itself as it accesses memory now; messages name the line that issued it.
+// The operation itself as it accesses memory; messages name the line that issued it.
 inline Actor acting(const Pending& p, Actor actor) {
   actor.line = static_cast<uint32_t>(p.code->statements[p.instruction->index]->line);
   return actor;
+}
+// One that completes, which advances the clock of its series: who has waited for one does not know of those that
+// complete after it. What the issuer knew was asked of it when it was issued.
+inline Actor completing(const Pending& p, int series, Proxy proxy = Proxy::async) {
+  return acting(p, {series, p.cta->cluster->advance(series), nullptr, proxy, 0, {}});
 }
 
 // What waiting for an operation teaches: its own accesses up to then, and nothing of what its issuer knew. Those of the

@@ -1,6 +1,6 @@
 // st.async and red.async (ISA 9.7.9.12, 9.7.13.7): stores and reductions in the shared memory of a CTA of the cluster,
-// each lane's told to an mbarrier there by its bytes. In the generic proxy; to the race check one instruction is an
-// agent.
+// each lane's told to an mbarrier there by its bytes. In the generic proxy; to the race check those that are told to
+// one mbarrier are a series.
 #include "../mbarrier.h"
 #include "../table.h"
 #include "../timeline_trace.h"
@@ -12,33 +12,32 @@ namespace {
 
 constexpr int kMaxBytes = 16;
 
+// The lanes of one instruction that name one mbarrier.
 struct Store final : Pending {
   Mask lanes = 0;
   uint32_t bytes = 0;
-  SharedRange to[kLanes];
-  uint32_t mbarrier[kLanes];
+  Cta* target = nullptr;
+  uint32_t mbarrier = 0, to[kLanes];
   uint8_t values[kLanes][kMaxBytes];
   Reduce reduce = nullptr;
-  int agent = 0;
+  int series = 0;
 
   void complete(Cta& cta) override {
-    const Clock time = completion_time(cta, agent);
-    const Actor actor = acting(*this, cta.cluster->async_actor(agent, Proxy::generic));
+    const Actor actor = completing(*this, series, Proxy::generic);
+    if (target != &cta) target->visited(actor);
     for (Mask rest = lanes; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
-      Cta& target = *to[l].cta;
-      if (&target != &cta) target.visited(actor);
-      uint8_t* const memory = target.shared.data() + to[l].offset;
+      uint8_t* const memory = target->shared.data() + to[l];
       // A reduction has counted as an atomic since it was issued: others may reduce the same elements.
       if (reduce) {
         reduce(memory, values[l], bytes);
       } else {
         std::memcpy(memory, values[l], bytes);
-        if (checked(cta)) target.shadow.land(actor, to[l].offset, bytes);
+        if (checked(cta)) target->shadow.land(actor, to[l], bytes);
       }
-      MBarrier& b = mbarrier_at(target, mbarrier[l]);
-      b.gathering.join(learnt(agent, time));
-      b.complete_transactions(target, bytes);
+      MBarrier& b = mbarrier_at(*target, mbarrier);
+      b.gathering.join(learnt(series, actor.now));
+      b.complete_transactions(*target, bytes);
     }
   }
 };
@@ -55,42 +54,47 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
   uint64_t to[kLanes], mbarrier[kLanes];
   form.to.read(w, i, to);
   form.mbarrier.read(w, i, mbarrier);
-  auto s = std::make_shared<Store>();
-  s->instruction = &i;
-  s->code = w.frame->code;
-  s->warp = w.id;
-  s->lanes = mask;
-  s->reduce = form.reduce;
-  s->bytes = form.element * static_cast<uint32_t>(form.count);
-  s->agent = w.cta->cluster->async_agent(w);
-  Actor actor = w.cta->cluster->async_actor(s->agent, Proxy::generic);
-  for (Mask rest = mask; rest; rest &= rest - 1) {
-    const int l = __builtin_ctz(rest);
-    s->to[l] = shared_at(w, form.to, to[l], s->bytes, s->bytes, l, "the destination");
-    const SharedRange barrier = shared_at(w, form.mbarrier, mbarrier[l], 8, 8, l, "an mbarrier");
-    Cta& target = *s->to[l].cta;
-    if (barrier.cta != &target) {
-      w.fail_at(Kind::illegal, "the mbarrier must lie in the shared memory of the CTA that has the destination", l,
-                mbarrier[l]);
-    }
-    s->mbarrier[l] = barrier.offset;
-    for (int k = 0; k < form.count; ++k) {
-      std::memcpy(s->values[l] + k * form.element,
-                  w.operand<uint8_t>(i, form.first + k) + static_cast<size_t>(l) * form.element, form.element);
-    }
-    const MBarrier& object = use_mbarrier(w, target, barrier.offset);
-    if (w.trace) w.trace->signal(Signal::Kind::copy, target, object, 0, s->bytes);
-    if (!checked(target)) continue;
+  for (Mask left = mask; left;) {
+    auto s = std::make_shared<Store>();
+    s->instruction = &i;
+    s->code = w.frame->code;
+    s->warp = w.id;
+    s->lanes = equal_lanes(mbarrier, left);
+    left &= ~s->lanes;
+    s->reduce = form.reduce;
+    s->bytes = form.element * static_cast<uint32_t>(form.count);
+    const int first = __builtin_ctz(s->lanes);
+    const SharedRange barrier = shared_at(w, form.mbarrier, mbarrier[first], 8, 8, first, "an mbarrier");
+    Cta& target = *(s->target = barrier.cta);
+    s->mbarrier = barrier.offset;
+    const MBarrier& object = use_mbarrier(w, target, s->mbarrier);
+    s->series = target.arrivals_at(s->mbarrier);
+    Actor actor = w.cta->cluster->issued(w, s->series, Proxy::generic);
     actor.lanes = w.lanes();
-    actor.lanes.set = {Mask{1} << l, false};
-    if (form.reduce) {
-      target.shadow.atomic(actor, s->to[l].offset, s->bytes);
-    } else {
-      target.shadow.take_off(actor, s->to[l].offset, s->bytes);
-      std::memset(target.shared.data() + s->to[l].offset, kPoison, s->bytes);
+    for (Mask rest = s->lanes; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      const SharedRange there = shared_at(w, form.to, to[l], s->bytes, s->bytes, l, "the destination");
+      if (there.cta != &target) {
+        w.fail_at(Kind::illegal, "the mbarrier must lie in the shared memory of the CTA that has the destination", l,
+                  mbarrier[l]);
+      }
+      s->to[l] = there.offset;
+      for (int k = 0; k < form.count; ++k) {
+        std::memcpy(s->values[l] + k * form.element,
+                    w.operand<uint8_t>(i, form.first + k) + static_cast<size_t>(l) * form.element, form.element);
+      }
+      if (w.trace) w.trace->signal(Signal::Kind::copy, target, object, 0, s->bytes);
+      if (!checked(target)) continue;
+      actor.lanes.set = {Mask{1} << l, false};
+      if (form.reduce) {
+        target.shadow.atomic(actor, there.offset, s->bytes);
+      } else {
+        target.shadow.take_off(actor, there.offset, s->bytes);
+        std::memset(target.shared.data() + there.offset, kPoison, s->bytes);
+      }
     }
+    w.cta->add(std::move(s));
   }
-  w.cta->add(std::move(s));
   return Step::next;
 }
 

@@ -1,5 +1,6 @@
 // cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile mode (ISA 9.7.9.25.4, 9.7.9.25.5): transfers in the
-// async proxy, to and from global memory and to other CTAs. To the race check each is an agent of its own.
+// async proxy, to and from global memory and to other CTAs. To the race check those that one mbarrier is told of are a
+// series, and the stores of a thread, whose groups it waits for in order.
 #include <algorithm>
 
 #include "../mbarrier.h"
@@ -32,9 +33,9 @@ struct Transfer : Pending {
   Reduce reduce = nullptr;    // store, distribute: in place of a copy
   TensorMap map;
   int32_t coordinates[TensorMap::kMaxRank];
-  int agent = 0;
+  int series = 0;
+  Clock issued = 0;       // its time: from when on it reads the shared memory of a store
   uint32_t mbarrier = 0;  // load, distribute
-  Clock read_time = 0;    // store: of the shared memory that it reads
   bool has_read = false;
   std::vector<uint8_t> data;  // store, distribute: what it has read, as rows of the box
 
@@ -67,14 +68,13 @@ struct Transfer : Pending {
   // The bytes have arrived at their CTA, which is told by its mbarrier.
   template <class F>
   void arrive(Cta& cta, F write) {
-    const Clock time = completion_time(cta, agent);
-    const Actor actor = acting(*this, cta.cluster->async_actor(agent));
+    const Actor actor = completing(*this, series);
     if (target != &cta) target->visited(actor);
     write(target->shared.data());
     // A reduction has counted as an atomic since it was issued: others may reduce the same elements.
     if (checked(cta) && !reduce) target->shadow.land(actor, direction == Direction::load ? shared : to, bytes);
     MBarrier& b = mbarrier_at(*signalled, mbarrier);
-    b.gathering.join(learnt(agent, time));
+    b.gathering.join(learnt(series, actor.now));
     b.complete_transactions(*signalled, transaction_bytes());
   }
 
@@ -134,6 +134,8 @@ struct Bulk {
   };
   uint64_t committed[kLanes] = {};
   std::vector<Entry> entries;
+  int series[kLanes];
+  Bulk() { std::fill(std::begin(series), std::end(series), -1); }
 };
 
 namespace {
@@ -179,22 +181,21 @@ void check_global(Warp& w, Transfer& t, Use use, int lane, bool under_way = fals
 }
 
 // The operation as it begins. Of what the lanes of its warp have done it knows what the issuing lane knows.
-Actor issued_by(Warp& w, const Transfer& t, int lane) {
-  Actor actor = w.cta->cluster->async_actor(t.agent);
+Actor issue(Warp& w, Transfer& t, int lane) {
+  Actor actor = w.cta->cluster->issued(w, t.series, Proxy::async);
+  t.issued = actor.now;
   actor.lanes = w.lanes();
   actor.lanes.set = {Mask{1} << lane, false};
   return actor;
 }
 
 // Its bytes are on their way to the target.
-void send(Warp& w, Transfer& t, uint32_t to, int lane) {
+void send(Warp& w, const Transfer& t, uint32_t to, const Actor& actor) {
   Cta& target = *t.target;
   // The copy itself signals the mbarrier, and whoever waits there learns of the copy; nobody needs to learn of the
   // thread that issued it. (With CUTLASS's multicasts a receiving CTA exits once its consumers have their data.)
   const MBarrier& mbarrier = use_mbarrier(w, *t.signalled, t.mbarrier, false);
   if (w.trace) w.trace->signal(Signal::Kind::copy, *t.signalled, mbarrier, 0, t.transaction_bytes());
-  t.agent = w.cta->cluster->async_agent(w);
-  const Actor actor = issued_by(w, t, lane);
   if (&target != w.cta) target.visited(actor);
   if (!checked(target)) return;
   if (t.reduce) return target.shadow.atomic(actor, to, t.bytes);
@@ -203,10 +204,8 @@ void send(Warp& w, Transfer& t, uint32_t to, int lane) {
 }
 
 // It reads the CTA's shared memory, until it is waited for.
-void take(Warp& w, Transfer& t, int lane) {
-  t.read_time = w.cta->cluster->async_now(t.agent);
+void take(Warp& w, const Transfer& t, const Actor& actor) {
   if (!checked(*w.cta)) return;
-  const Actor actor = issued_by(w, t, lane);
   t.each_row([&](uint32_t offset, uint32_t begin, uint32_t end, uint64_t) {
     t.pieces(offset, begin, end, [&](uint32_t from, uint32_t, uint32_t n) { w.cta->shadow.read(actor, from, n); });
   });
@@ -314,10 +313,12 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
     if (w.count && !again) count(w, t);
     if (!sends) {
       auto store = std::make_shared<Transfer>(std::move(t));
-      store->agent = w.cta->cluster->async_agent(w);
-      check_global(w, *store, store->writes(), l, true);
-      take(w, *store, l);
       Bulk& bulk = state_of(w);
+      int& series = bulk.series[again ? first : l];
+      w.cta->cluster->begin_series(series);
+      store->series = series;
+      check_global(w, *store, store->writes(), l, true);
+      take(w, *store, issue(w, *store, l));
       bulk.entries.push_back({l, bulk.committed[l], store, false});
       w.cta->add(std::move(store));
       continue;
@@ -338,8 +339,10 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
       one->target = target;
       one->signalled = form.pair ? w.cta->cluster->ctas.at((target->rank & ~1) | odd).get() : target;
       if (form.direction == Direction::load) check_global(w, *one, Use::read, l);
-      send(w, *one, there.offset, l);
-      if (form.direction == Direction::distribute) take(w, *one, l);
+      one->series = one->signalled->arrivals_at(one->mbarrier);
+      const Actor actor = issue(w, *one, l);
+      send(w, *one, there.offset, actor);
+      if (form.direction == Direction::distribute) take(w, *one, actor);
       w.cta->add(std::move(one));
     }
   }
@@ -367,7 +370,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
       w.cta->cluster->complete(*e.store);
       check_global(w, *e.store, e.store->writes(), e.lane);
     }
-    w.knowledge.join(learnt(e.store->agent, e.store->read_time));
+    w.knowledge.join(learnt(e.store->series, e.store->issued));
     return !read;  // one that is only read may be waited for again
   };
   entries.erase(std::remove_if(entries.begin(), entries.end(), over), entries.end());

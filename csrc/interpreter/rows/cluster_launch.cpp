@@ -24,17 +24,16 @@ struct Form {
 struct Request final : Pending {
   Cta* target = nullptr;
   uint32_t to = 0, mbarrier = 0;
-  int agent = 0;
+  int series = 0;
   Answer answer;
 
   void complete(Cta& cta) override {
-    const Clock time = completion_time(cta, agent);
-    const Actor actor = acting(*this, cta.cluster->async_actor(agent));
+    const Actor actor = completing(*this, series);
     if (target != &cta) target->visited(actor);
     std::memcpy(target->shared.data() + to, &answer, kBytes);
     if (checked(cta)) target->shadow.land(actor, to, kBytes);
     MBarrier& b = mbarrier_at(*target, mbarrier);
-    b.gathering.join(learnt(agent, time));
+    b.gathering.join(learnt(series, actor.now));
     b.complete_transactions(*target, kBytes);
   }
 };
@@ -69,8 +68,8 @@ Step try_cancel(Warp& w, const Instruction& i, Mask mask) {
       auto one = std::make_shared<Request>(request);
       one->target = &target;
       use_mbarrier(w, target, one->mbarrier, false);
-      one->agent = cluster.async_agent(w);
-      const Actor actor = cluster.async_actor(one->agent);
+      one->series = target.arrivals_at(one->mbarrier);
+      const Actor actor = cluster.issued(w, one->series, Proxy::async);
       if (&target != w.cta) target.visited(actor);
       if (checked(target)) target.shadow.take_off(actor, one->to, kBytes);
       std::memset(target.shared.data() + one->to, kPoison, kBytes);

@@ -18,9 +18,14 @@ struct Copy final : Pending {
   uint32_t bytes = 0;
   const uint8_t* from[kLanes];
   uint64_t to[kLanes];
-  uint8_t read[kLanes];                       // bytes; the rest is zeros
-  Mask in_flight = 0;                         // lanes that have not waited
-  std::vector<std::pair<int, Clock>> landed;  // as whose write what the others have copied counts, and when it was made
+  uint8_t read[kLanes];  // bytes; the rest is zeros
+  Mask in_flight = 0;    // lanes that have not waited
+  struct Landing {       // as whose write what some of the others have copied counts, and when it was made
+    Mask lanes;
+    int agent;
+    Clock now;
+  };
+  std::vector<Landing> landed;
 
   void complete(Cta& cta) override {
     uint8_t* memory = cta.shared.data();
@@ -57,7 +62,7 @@ struct Copy final : Pending {
   void land(Cta& cta, const Actor& actor, Mask lanes) {
     cta.cluster->complete(*this);
     in_flight &= ~lanes;
-    landed.emplace_back(actor.agent, actor.now);
+    landed.push_back({lanes, actor.agent, actor.now});
     if (!checked(cta)) return;
     // What has landed counts as written by the async proxy, which wgmma and TMA may read without another fence: ISA 8
     // is silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
@@ -237,26 +242,27 @@ Step wait_all(Warp& w, const Instruction& i, Mask mask) {
   return Step::next;
 }
 
-// An arrival once all that its lanes have issued so far is there.
+// An arrival at one mbarrier once all that its lanes have issued so far is there.
 struct Arrival final : Pending {
   std::vector<std::shared_ptr<Copy>> copies;
   Mask lanes = 0;
-  uint32_t mbarrier[kLanes];
-  int agent = 0;
+  uint32_t mbarrier = 0;
+  int series = 0;
 
   void complete(Cta& cta) override {
     CpAsync& state = *cta.warps[warp].cp_async;
-    Knowledge completion = learnt(agent, completion_time(cta, agent));
+    const Actor actor = completing(*this, series, Proxy::generic);
+    Knowledge completion = learnt(series, actor.now);
     for (const auto& c : copies) {
-      if (const Mask landing = c->in_flight & lanes)
-        c->land(cta, cta.cluster->async_actor(agent, Proxy::generic), landing);
+      if (const Mask landing = c->in_flight & lanes) c->land(cta, actor, landing);
       // a later arrival may have been there first (CUTLASS's blockwise scales, two stages ahead)
-      for (const auto& [agent, now] : c->landed) completion.join(learnt(agent, now));
+      for (const Copy::Landing& l : c->landed)
+        if (l.lanes & lanes) completion.join(learnt(l.agent, l.now));
     }
     state.forget();
     state.arrived.join(completion);
     for (Mask rest = lanes; rest; rest &= rest - 1) {
-      MBarrier& b = mbarrier_at(cta, mbarrier[__builtin_ctz(rest)]);
+      MBarrier& b = mbarrier_at(cta, mbarrier);
       b.gathering.join(completion);
       b.arrive(cta, 1);
     }
@@ -269,23 +275,25 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
   uint64_t address[kLanes];
   place.read(w, i, address);
   CpAsync& state = state_of(w);
-  auto a = std::make_shared<Arrival>();
-  a->instruction = &i;
-  a->code = w.frame->code;
-  a->warp = w.id;
-  a->lanes = mask;
-  a->copies = state.copies;
-  for (Mask rest = mask; rest; rest &= rest - 1) {
-    const int l = __builtin_ctz(rest);
-    a->mbarrier[l] = shared_offset(w, place, address[l], 8, 8, l, "an mbarrier");
-    MBarrier& b = use_mbarrier(w, *w.cta, a->mbarrier[l]);
-    if (w.trace) w.trace->signal(Signal::Kind::copies, *w.cta, b, 1, noinc ? 0 : 1);
-    if (!noinc && ++b.pending > MBarrier::kMaxCount) {
-      w.fail_at(Kind::mbarrier, "the pending count passes 2^20 - 1", l, b.address);
+  for (Mask left = mask; left;) {
+    auto a = std::make_shared<Arrival>();
+    a->instruction = &i;
+    a->code = w.frame->code;
+    a->warp = w.id;
+    a->copies = state.copies;
+    a->lanes = equal_lanes(address, left);
+    left &= ~a->lanes;
+    const int first = __builtin_ctz(a->lanes);
+    a->mbarrier = shared_offset(w, place, address[first], 8, 8, first, "an mbarrier");
+    MBarrier& b = use_mbarrier(w, *w.cta, a->mbarrier);
+    const int count = __builtin_popcount(a->lanes);
+    if (w.trace) w.trace->signal(Signal::Kind::copies, *w.cta, b, count, noinc ? 0 : count);
+    if (!noinc && (b.pending += count) > MBarrier::kMaxCount) {
+      w.fail_at(Kind::mbarrier, "the pending count passes 2^20 - 1", first, b.address);
     }
+    a->series = w.cta->arrivals_at(a->mbarrier);
+    w.cta->add(std::move(a));
   }
-  a->agent = w.cta->cluster->async_agent(w);
-  w.cta->add(std::move(a));
   return Step::next;
 }
 

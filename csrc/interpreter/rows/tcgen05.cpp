@@ -3,6 +3,7 @@
 #include "interpreter/rows/tcgen05.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "interpreter/mbarrier.h"
 #include "interpreter/rows/async.h"
@@ -17,21 +18,22 @@ Tcgen05& tcgen05_of(Warp& w) {
   return *w.tcgen05;
 }
 
-Actor TensorOperation::actor(Proxy proxy) const { return acting(*this, Actor{agent, now, &knowledge, proxy, 0, {}}); }
+Actor TensorOperation::actor(Proxy proxy) const {
+  return acting(*this, Actor{queue->series, now, &knowledge, proxy, 0, {}});
+}
 
 void issue(Warp& w, const Instruction& i, std::shared_ptr<TensorOperation> operation) {
   Tcgen05& state = tcgen05_of(w);
   Cluster& cluster = *w.cta->cluster;
-  if (state.agent < 0) state.agent = cluster.async_agent(w);
+  cluster.begin_series(state.series);
   operation->instruction = &i;
   operation->code = w.frame->code;
   operation->warp = w.id;
   operation->queue = w.tcgen05;
   operation->number = ++state.issued;
-  operation->agent = state.agent;
-  operation->now = cluster.async_now(state.agent);
+  operation->now = cluster.advance(state.series);
   state.history.join(w.knowledge);
-  state.history.seen.set(operation->agent, operation->now);
+  state.history.seen.set(state.series, operation->now);
   operation->knowledge = state.history;
   w.release();
   w.cta->add(std::move(operation));
@@ -60,31 +62,36 @@ void require_descriptor(const Warp& w, uint64_t bits, const char* what, int lane
 
 // ---- Loads ----
 
-void Loads::begin(const Warp& w, const Offset* registers, int count, int agent, Clock now) {
+Actor Loads::begin(const Warp& w, const Offset* registers, int count) {
   if (unknown_ && frame_ != w.frame) {
     w.fail(Kind::unsupported, "tcgen05.ld under way across a function call: wait for it within the function");
   }
   frame_ = w.frame;
-  loads_.push_back({agent, now, false});
+  const size_t n = std::find_if(loads_.begin(), loads_.end(), [](const Load& l) { return l.known; }) - loads_.begin();
+  if (n == loads_.size()) loads_.push_back({-1, 0, true});
+  w.cta->cluster->begin_series(loads_[n].series);
+  const Actor actor = w.cta->cluster->issued(w, loads_[n].series, Proxy::generic);
+  loads_[n].now = actor.now;
+  loads_[n].known = false;
   ++unknown_;
+  std::replace(by_register_.begin(), by_register_.end(), static_cast<uint16_t>(n + 1), uint16_t{0});
   for (int r = 0; r < count; ++r) {
     if (registers[r] == kSink) continue;
     if (registers[r] / 64 >= by_register_.size()) by_register_.resize(registers[r] / 64 + 1);
-    by_register_[registers[r] / 64] = static_cast<uint16_t>(loads_.size());
+    by_register_[registers[r] / 64] = static_cast<uint16_t>(n + 1);
   }
+  return actor;
 }
 
 void Loads::learn(Warp& w, Load& load) {
   if (load.known) return;
   load.known = true;
-  w.knowledge.join(learnt(load.agent, load.now));
-  if (--unknown_) return;
-  loads_.clear();
-  std::fill(by_register_.begin(), by_register_.end(), 0);
+  --unknown_;
+  w.knowledge.join(learnt(load.series, load.now));
 }
 
 void Loads::over(Warp& w) {
-  for (size_t k = 0; k < loads_.size(); ++k) learn(w, loads_[k]);
+  for (Load& load : loads_) learn(w, load);
 }
 
 void Loads::before(Warp& w, const Instruction& i) {
@@ -198,9 +205,8 @@ Step wait(Warp& w, const Instruction&, Mask mask) {
   if (loads) {
     state.loads.over(w);
     update_watched(w);
-  } else if (state.store_agent >= 0) {
-    w.knowledge.join(learnt(state.store_agent, state.stored));
-    state.store_agent = -1;
+  } else if (state.stored) {
+    w.knowledge.join(learnt(state.stores, std::exchange(state.stored, 0)));
   }
   return Step::next;
 }
@@ -247,7 +253,6 @@ Step commit(Warp& w, const Instruction& i, Mask mask) {
       use_mbarrier(w, *operation->target, place.offset, false);
       issue(w, i, std::move(operation));
     }
-    tcgen05_of(w).agent = -1;
   }
   return Step::next;
 }

@@ -1,11 +1,11 @@
 #pragma once
 // What a warp has under way of tcgen05, PTX ISA 9.7.16.
 //
-// Products, copies and commits go to the tensor cores in order: to the race check those between two commits are one
-// agent, which knows what their issuer knew and what was issued before. A commit's mbarrier gives all of that away.
-// tcgen05.ld and tcgen05.st take place at once here; the agent whose accesses they are is known to the warp from the
-// wait on, or from where it reads a register of the load: the ISA wants the wait even then, but ptxas has instructions
-// wait for the registers that they read, as for any load's, and CUTLASS's epilogues rely on it.
+// Products, copies and commits go to the tensor cores in order: to the race check they are a series, which knows what
+// their issuers knew and what was issued before. A commit's mbarrier gives all of that away.
+// tcgen05.ld and tcgen05.st take place at once here, as series of their own that are known to the warp from the wait
+// on, or from where it reads a register of the load: the ISA wants the wait even then, but ptxas has instructions wait
+// for the registers that they read, as for any load's, and CUTLASS's epilogues rely on it.
 #include <memory>
 #include <vector>
 
@@ -19,14 +19,15 @@ class Bind;
 class Loads {
  public:
   bool empty() const { return !unknown_; }
-  void begin(const Warp&, const Offset* registers, int count, int agent, Clock now);
+  // The next one, in a series that none under way has: they become known in any order.
+  Actor begin(const Warp&, const Offset* registers, int count);
   void over(Warp&);                          // all of them
   void before(Warp&, const Instruction& i);  // which reads some register, or makes another value of it
   const Frame* frame() const { return frame_; }
 
  private:
-  struct Load {
-    int agent;
+  struct Load {  // the last of a series
+    int series;
     Clock now;
     bool known;
   };
@@ -39,9 +40,9 @@ class Loads {
 
 struct Tcgen05 {  // of one warp
   Loads loads;
-  int store_agent = -1;  // of the stores since the last wait; -1: none
-  Clock stored = 0;
-  int agent = -1;     // of what was issued to the tensor cores since the last commit; -1: nothing
+  int stores = -1;    // their series
+  Clock stored = 0;   // the time of the last one; 0: the warp knows of all
+  int series = -1;    // of what was issued to the tensor cores
   Knowledge history;  // of all that was issued to them
   uint64_t issued = 0, completed = 0;
 };
@@ -52,12 +53,12 @@ Tcgen05& tcgen05_of(Warp&);
 struct TensorOperation : Pending {
   std::shared_ptr<Tcgen05> queue;
   uint64_t number = 0;
-  int agent = 0;
   Clock now = 0;
   Knowledge knowledge;
 
   bool ready(Cta&) const override { return queue->completed + 1 == number; }
   void complete(Cta& cta) override {
+    cta.cluster->complement(knowledge);
     perform(cta);
     ++queue->completed;
   }

@@ -55,8 +55,8 @@ void each_cell(const Transfer& form, TensorMemory& memory, TensorAddress first, 
   }
 }
 
-// The place in tensor memory, after all checks of an access by the agent.
-TensorAddress begin(Warp& w, const Instruction& i, const Transfer& form, Use use, int agent) {
+// The place in tensor memory, after all checks of the access.
+TensorAddress begin(Warp& w, const Instruction& i, const Transfer& form, Use use, const Actor& actor) {
   const char* const what = use == Use::read ? "tcgen05.ld" : "tcgen05.st";
   const uint32_t* addresses = w.operand<uint32_t>(i, form.address);
   for (int l = 1; l < kLanes; ++l) {
@@ -73,7 +73,6 @@ TensorAddress begin(Warp& w, const Instruction& i, const Transfer& form, Use use
                               " and must begin at a multiple of " + std::to_string(form.rows()));
   }
   TensorMemory& memory = tensor_memory(*w.cta);
-  const Actor actor{agent, w.cta->cluster->async_now(agent), &w.knowledge, Proxy::generic, w.line(), {}};
   const uint32_t columns = form.words() * (form.packed ? 2 : 1);
   for (int part = 0; part <= (form.shape == Lanes::x32bx2); ++part) {
     const uint32_t column = first.column + part * form.split;
@@ -86,14 +85,13 @@ TensorAddress begin(Warp& w, const Instruction& i, const Transfer& form, Use use
 Step load(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const auto& form = *static_cast<const Transfer*>(i.data);
-  const int agent = w.cta->cluster->async_agent(w);
-  const TensorAddress first = begin(w, i, form, Use::read, agent);
+  const Actor actor = tcgen05_of(w).loads.begin(w, i.operand, form.registers);
+  const TensorAddress first = begin(w, i, form, Use::read, actor);
   each_cell(form, *w.cta->tensor_memory, first, [&](uint32_t cell, int t, int r, int half) {
     if (i.operand[r] == kSink) return;
     uint32_t& d = w.operand<uint32_t>(i, r)[t];
     d = !form.packed ? cell : half ? d | cell << 16 : cell & 0xffff;
   });
-  tcgen05_of(w).loads.begin(w, i.operand, form.registers, agent, w.cta->cluster->async_now(agent));
   update_watched(w);
   return Step::next;
 }
@@ -102,11 +100,10 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const auto& form = *static_cast<const Transfer*>(i.data);
   Tcgen05& state = tcgen05_of(w);
-  if (state.store_agent < 0) {
-    state.store_agent = w.cta->cluster->async_agent(w);
-    state.stored = w.cta->cluster->async_now(state.store_agent);
-  }
-  const TensorAddress first = begin(w, i, form, Use::write, state.store_agent);
+  w.cta->cluster->begin_series(state.stores);
+  const Actor actor = w.cta->cluster->issued(w, state.stores, Proxy::generic);
+  state.stored = actor.now;
+  const TensorAddress first = begin(w, i, form, Use::write, actor);
   const int registers = form.address + 1;
   each_cell(form, *w.cta->tensor_memory, first, [&](uint32_t& cell, int t, int r, int half) {
     const uint32_t s = w.operand<uint32_t>(i, registers + r)[t];

@@ -48,10 +48,7 @@ WgmmaOperation& meet(Warp& w, Wgmma& state, const Instruction& i, const WgmmaSha
   const uint64_t number = state.issued + 1;
   const size_t index = number - group.completed - 1;
   if (index == group.pending.size()) {
-    if (state.issued == state.committed || !group.now) {
-      group.agent = w.cta->cluster->async_agent(w);  // one for a wgmma-group: its operations are waited for together
-      group.now = w.cta->cluster->async_now(group.agent);
-    }
+    w.cta->cluster->begin_series(group.series);
     const auto operation = std::make_shared<WgmmaOperation>();
     operation->instruction = &i;
     operation->code = w.frame->code;
@@ -59,8 +56,7 @@ WgmmaOperation& meet(Warp& w, Wgmma& state, const Instruction& i, const WgmmaSha
     operation->shape = &shape;
     operation->number = number;
     operation->group = &group;
-    operation->agent = group.agent;
-    operation->now = group.now;
+    operation->now = w.cta->cluster->advance(group.series);
     group.pending.push_back(operation);
     w.cta->add(operation);
     return *operation;
@@ -151,9 +147,7 @@ Step mma_async(Warp& w, const Instruction& i, Mask mask) {
   w.release();
   w.watched = true;
   ++state.issued;
-  if (state.agents.empty() || state.agents.back() != std::make_pair(op.agent, op.now)) {
-    state.agents.emplace_back(op.agent, op.now);
-  }
+  state.now = op.now;
   op.issued |= 1u << w.id % 4;
   if (op.issued == 15) w.cta->cluster->happened();
   return Step::next;
@@ -167,9 +161,7 @@ Step fence(Warp& w, const Instruction&, Mask mask) {
 Step commit_group(Warp& w, const Instruction&, Mask mask) {
   require_whole_warp(w, mask);
   Wgmma& state = state_of(w);
-  state.groups.push_back({state.issued, std::move(state.agents)});
-  state.agents.clear();
-  state.committed = state.issued;
+  state.groups.push_back({state.issued, state.now});
   return Step::next;
 }
 
@@ -178,7 +170,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   if (!w.wgmma || w.wgmma->groups.size() <= i.immediate) return Step::next;
   Wgmma& state = *w.wgmma;
   const size_t done = state.groups.size() - i.immediate;
-  const uint64_t last = state.groups[done - 1].last;
+  const auto [last, now] = state.groups[done - 1];
   if (!complete_until(w, last)) return Step::blocked;
   if (!state.flight.empty()) {
     if (state.frame != w.frame) {
@@ -187,11 +179,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
     state.flight.land(last, w.frame->registers);
     update_watched(w);
   }
-  for (size_t g = 0; g < done; ++g) {
-    for (const auto& [agent, now] : state.groups[g].agents) {
-      w.knowledge.join(learnt(agent, now));
-    }
-  }
+  if (now) w.knowledge.join(learnt(state.group->series, now));
   state.groups.erase(state.groups.begin(), state.groups.begin() + done);
   return Step::next;
 }
@@ -221,9 +209,10 @@ void WgmmaOperation::complete(Cta& cta) {
   static thread_local PanelB panel_b;
   alignas(64) static thread_local uint32_t fragments[kMaxTiles][2][kLanes];
   const auto actor = [&](const Knowledge& k) {
-    return Actor{agent, now, &k, Proxy::async, static_cast<uint32_t>(shape->statement->line), {}};
+    return Actor{group->series, now, &k, Proxy::async, static_cast<uint32_t>(shape->statement->line), {}};
   };
 
+  for (Part& p : part) cta.cluster->complement(p.knowledge);
   // Every warp reads B: what is written there must be known to all four. A warp's rows of A need be known to it alone.
   Knowledge common = part[0].knowledge;
   for (int q = 1; q < 4; ++q) common.meet(part[q].knowledge);

@@ -96,8 +96,7 @@ struct WgmmaOperation final : Pending {
   bool scale_d = false;
   unsigned issued = 0;  // warps, one bit each
   Warpgroup* group = nullptr;
-  int agent = 0;  // whose reads of shared memory these are
-  Clock now = 0;
+  Clock now = 0;  // of its reads of shared memory, in the warpgroup's series
 
   bool ready(Cta&) const override;
   void complete(Cta&) override;
@@ -107,8 +106,7 @@ struct Warpgroup {
   int first_warp;
   uint64_t completed = 0;                               // operations are numbered from 1
   std::deque<std::shared_ptr<WgmmaOperation>> pending;  // operation completed + 1 first
-  int agent = 0;                                        // of the group that the operations issued last belong to
-  Clock now = 0;
+  int series = -1;                                      // they complete in order
 };
 
 // One instruction while registers are in flight: deferred when it is a plain mov of one. To touch one otherwise is a
@@ -119,13 +117,13 @@ struct Wgmma {  // of one warp
   std::shared_ptr<Warpgroup> group;
   RegistersInFlight flight;
   Frame* frame = nullptr;  // whose registers are in flight
-  uint64_t issued = 0, committed = 0;
+  uint64_t issued = 0;
+  Clock now = 0;    // of the operation issued last
   struct Group {    // wgmma-group: committed and not waited for
     uint64_t last;  // operation
-    std::vector<std::pair<int, Clock>> agents;
+    Clock now;
   };
   std::deque<Group> groups;
-  std::vector<std::pair<int, Clock>> agents;  // of what is not committed
 };
 
 }  // namespace forwardpass::interpreter
