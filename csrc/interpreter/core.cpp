@@ -3,6 +3,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "device.h"
 #include "global_shadow.h"
@@ -53,7 +54,8 @@ class TimeLimit {
   const Deadline begin_;
 };
 
-thread_local std::string finding_text, finding_json;
+thread_local std::string finding_text, finding_json, refusal;
+thread_local int refusal_error = kSuccess;
 
 void tell(const Finding& f, int error) {
   const auto listener = state().listener.load();
@@ -69,6 +71,10 @@ void keep(Findings&& findings) {
   state().recorded.add(std::move(findings));
 }
 
+std::string three(const unsigned n[3]) {
+  return "(" + std::to_string(n[0]) + ", " + std::to_string(n[1]) + ", " + std::to_string(n[2]) + ")";
+}
+
 // The launch's cluster: as configured, else as compiled in. A cudaError_t.
 int set_cluster(const Device& device, const ptx::Function& source, const fpi_launch_config& config, int largest,
                 unsigned cluster[3]) {
@@ -76,19 +82,33 @@ int set_cluster(const Device& device, const ptx::Function& source, const fpi_lau
   const auto size = [&] { return static_cast<uint64_t>(cluster[0]) * cluster[1] * cluster[2]; };
   if (source.cluster[0]) {
     if (size() == 1) std::copy(source.cluster, source.cluster + 3, cluster);
-    if (!std::equal(cluster, cluster + 3, source.cluster)) return kInvalidClusterSize;
+    if (!std::equal(cluster, cluster + 3, source.cluster))
+      return refuse(kInvalidClusterSize, "a cluster of " + three(cluster) + " blocks, and the kernel is compiled for " +
+                                             three(source.cluster));
   }
-  if (size() < 1 || size() > static_cast<uint64_t>(largest)) return kInvalidClusterSize;
-  if (size() > 1 && !device.clusters) return kInvalidClusterSize;
-  if (source.max_cluster_rank && size() > source.max_cluster_rank) return kInvalidClusterSize;
+  const auto no = [&](const std::string& why) {
+    return refuse(kInvalidClusterSize, "a cluster of " + three(cluster) + " blocks: " + why);
+  };
+  if (size() < 1 || size() > static_cast<uint64_t>(largest))
+    return no("1 to " + std::to_string(largest) + " are allowed" +
+              (largest < kLargestCluster ? ", more by cudaFuncAttributeNonPortableClusterSizeAllowed" : ""));
+  if (size() > 1 && !device.clusters) return no(std::string(device.arch) + " has no clusters");
+  if (source.max_cluster_rank && size() > source.max_cluster_rank)
+    return no("the kernel is compiled for at most " + std::to_string(source.max_cluster_rank));
   for (int d = 0; d < 3; ++d)
-    if (config.grid[d] % cluster[d]) return kInvalidClusterSize;
+    if (config.grid[d] % cluster[d]) return no("a grid of " + three(config.grid) + " is no multiple");
   return kSuccess;
 }
 
 }  // namespace
 
 Memory& storage() { return state().memory; }
+
+int refuse(int error, std::string why) {
+  refusal_error = error;
+  refusal = std::move(why);
+  return error;
+}
 
 int report(const Finding& f) { return report(f, f.kind == Kind::assertion ? kAssert : kLaunchFailure); }
 
@@ -129,11 +149,17 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
   if (!device) return kNoDevice;
   const uint64_t threads = static_cast<uint64_t>(config.block[0]) * config.block[1] * config.block[2];
   const auto& source = *code.source;
+  const auto shape = [&] {
+    return "a grid of " + three(config.grid) + " blocks of " + three(config.block) + " threads";
+  };
   for (int d = 0; d < 3; ++d) {
-    if (!config.grid[d] || !config.block[d] || config.grid[d] > (d ? 65535u : 0x7fffffffu))
-      return kInvalidConfiguration;
-    if (config.block[d] > (d == 2 ? 64u : 1024u)) return kInvalidConfiguration;
-    if (source.required_threads[0] && config.block[d] != std::max(1u, source.required_threads[d])) return kInvalidValue;
+    if (!config.grid[d] || config.grid[d] > (d ? 65535u : 0x7fffffffu))
+      return refuse(kInvalidConfiguration, shape() + ": 1 to (2147483647, 65535, 65535) blocks are a grid");
+    if (!config.block[d] || config.block[d] > (d == 2 ? 64u : 1024u))
+      return refuse(kInvalidConfiguration, shape() + ": 1 to (1024, 1024, 64) threads are a block, and 1024 together");
+    if (source.required_threads[0] && config.block[d] != std::max(1u, source.required_threads[d]))
+      return refuse(kInvalidValue,
+                    shape() + ", and the kernel is compiled for blocks of " + three(source.required_threads));
   }
   if (static_cast<uint64_t>(config.grid[0]) * config.grid[1] * config.grid[2] > UINT32_MAX) {
     Finding f;  // CTAs are numbered in 32 bits
@@ -145,12 +171,15 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
                              ? static_cast<uint64_t>(source.max_threads[0]) * std::max(1u, source.max_threads[1]) *
                                    std::max(1u, source.max_threads[2])
                              : 1024;
-  if (threads > 1024) return kInvalidConfiguration;
-  if (threads > limit) return kInvalidValue;
-  if (config.dynamic_shared < 0 || code.shared_bytes + config.dynamic_shared > device->shared_per_block_optin) {
-    return kInvalidValue;
-  }
-  if (static_cast<int64_t>(parameters.size()) < code.own_param_bytes) return kInvalidValue;
+  if (threads > 1024) return refuse(kInvalidConfiguration, shape() + ": 1024 threads are the most of a block");
+  if (threads > limit)
+    return refuse(kInvalidValue, shape() + ", and the kernel is compiled for at most " + std::to_string(limit) +
+                                     " (__launch_bounds__)");
+  if (config.dynamic_shared < 0 || code.shared_bytes + config.dynamic_shared > device->shared_per_block_optin)
+    return refuse(kInvalidValue, shared_words(*device, code, config.dynamic_shared));
+  if (static_cast<int64_t>(parameters.size()) < code.own_param_bytes)
+    return refuse(kInvalidValue, std::to_string(parameters.size()) + " bytes of parameters, and the kernel takes " +
+                                     std::to_string(code.own_param_bytes));
   Launch l;
   if (const int error = set_cluster(*device, source, config, largest_cluster, l.cluster)) return error;
 
@@ -182,7 +211,11 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
       std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared));
   const int size = static_cast<int>(l.cluster_size());
   l.resident = size == 1 ? blocks * device->multiprocessors : resident_clusters(*device, blocks, size);
-  if (!l.resident) return kLaunchOutOfResources;  // no GPC has room for one
+  if (!l.resident)
+    return refuse(kLaunchOutOfResources, "a cluster of " + three(l.cluster) + " blocks of " + std::to_string(threads) +
+                                             " threads with " + std::to_string(code.shared_bytes + l.dynamic_shared) +
+                                             " bytes of shared memory each: no GPC of " + device->arch +
+                                             " has room for one");
   try {
     const TimeLimit limit(s.allowance, l.deadline);
     if (!l.run()) {
@@ -390,6 +423,16 @@ int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], 
   });
 }
 
+void fpi_refuse(int error, const char* why) {
+  guarded([&] { refuse(error, why); });
+}
+const char* fpi_take_refusal(int error) {
+  return guarded<const char*>("", [&] {
+    thread_local std::string words;
+    words = std::exchange(refusal_error, kSuccess) == error ? refusal : std::string();
+    return words.c_str();
+  });
+}
 const char* fpi_finding() { return finding_text.c_str(); }
 const char* fpi_finding_json() { return finding_json.c_str(); }
 void fpi_finding_clear() {

@@ -31,6 +31,9 @@ int launch(Module&, const std::string& kernel, const fpi_launch_config&, const A
 int report(const Finding&);
 int report(const Finding&, int error);
 
+// Keeps why a call is refused, which whoever tells of the error asks for (fpi_take_refusal), and returns the error.
+int refuse(int error, std::string why);
+
 // Called in a catch block of the C API: keeps the exception as report() does. An exception that is no Finding, such as
 // std::bad_alloc, becomes a finding of kind unsupported.
 int report_caught() noexcept;

@@ -163,6 +163,11 @@ int resident_blocks(const Device& d, const Code& code, int threads, int64_t shar
   return resident_blocks(d, assumed_registers(d, *code.source), threads, shared_bytes);
 }
 
+std::string shared_words(const Device& d, const Code& code, int64_t dynamic_shared) {
+  return std::to_string(dynamic_shared) + " bytes of dynamic shared memory and " + std::to_string(code.shared_bytes) +
+         " of the kernel's own: a block of " + d.arch + " has " + std::to_string(d.shared_per_block_optin);
+}
+
 int resident_clusters(const Device& d, int blocks_per_multiprocessor, int size) {
   if (!d.clusters || size < 1) return 0;
   // A cluster is within a GPC. 132 multiprocessors are left of the H100's 8 GPCs of 18, 148 of the B200's 8 of 20, 188

@@ -1,5 +1,7 @@
 #pragma once
 // The GPU that there is: its properties (interpreter.h), and what fits into one of its multiprocessors.
+#include <string>
+
 #include "interpreter.h"
 #include "program.h"
 
@@ -22,6 +24,9 @@ int assumed_registers(const Device&, const ptx::Function&);
 // CTAs of a kernel that one multiprocessor holds, by threads, registers and shared memory (the reserved part on top).
 int resident_blocks(const Device&, int registers, int threads, int64_t shared_bytes);
 int resident_blocks(const Device&, const Code&, int threads, int64_t shared_bytes);
+
+// What a refusal says where a kernel and its dynamic shared memory do not fit.
+std::string shared_words(const Device&, const Code&, int64_t dynamic_shared);
 
 // Clusters of `size` CTAs that run at once: all CTAs of a cluster are in one GPC.
 int resident_clusters(const Device&, int blocks_per_multiprocessor, int size);

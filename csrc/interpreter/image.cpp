@@ -384,7 +384,8 @@ int fpi_kernel_allow_shared(const void* host, int64_t bytes) {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
     if (const int error = find(host, f)) return error;
-    if (bytes < 0 || bytes + f.code->shared_bytes > f.device->shared_per_block_optin) return cuda::kInvalidValue;
+    if (bytes < 0 || bytes + f.code->shared_bytes > f.device->shared_per_block_optin)
+      return refuse(cuda::kInvalidValue, shared_words(*f.device, *f.code, bytes));
     f.kernel->max_dynamic_shared = bytes;
     return cuda::kSuccess;
   });
@@ -405,7 +406,9 @@ int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* bl
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
     if (const int error = find(host, f)) return error;
-    if (threads < 1 || dynamic_shared < 0) return cuda::kInvalidValue;
+    if (threads < 1 || dynamic_shared < 0)
+      return refuse(cuda::kInvalidValue, "blocks of " + std::to_string(threads) + " threads with " +
+                                             std::to_string(dynamic_shared) + " bytes of dynamic shared memory");
     *blocks = blocks_of(f, threads, dynamic_shared);
     return cuda::kSuccess;
   });
@@ -422,7 +425,9 @@ int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* lar
     *largest = 0;
     for (int n = 1; n <= limit; n *= 2)
       if (resident_clusters(*f.device, blocks, n)) *largest = n;
-    if (size > limit) return cuda::kInvalidClusterSize;
+    if (size > limit)
+      return refuse(cuda::kInvalidClusterSize,
+                    "a cluster of " + std::to_string(size) + " blocks: " + std::to_string(limit) + " are allowed");
     *clusters = resident_clusters(*f.device, blocks, size);
     return cuda::kSuccess;
   });
@@ -435,12 +440,21 @@ int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
     {
       const std::lock_guard lock(registry().mutex);
       if (const int error = find(host, f)) return error;
-      if (config->dynamic_shared > std::max<int64_t>(0, max_dynamic_shared(f))) return cuda::kInvalidValue;
-      if (config->programmatic && !f.device->clusters) return cuda::kNotSupported;
+      if (const int64_t most = std::max<int64_t>(0, max_dynamic_shared(f)); config->dynamic_shared > most)
+        return refuse(cuda::kInvalidValue, shared_words(*f.device, *f.code, config->dynamic_shared) + ", of them " +
+                                               std::to_string(most) +
+                                               " dynamic ones by default, or as "
+                                               "cudaFuncAttributeMaxDynamicSharedMemorySize was set");
+      if (config->programmatic && !f.device->clusters)
+        return refuse(cuda::kNotSupported, std::string("programmatic stream serialisation, which ") + f.device->arch +
+                                               " has not: from sm_90 on");
       const uint64_t grid = static_cast<uint64_t>(config->grid[0]) * config->grid[1] * config->grid[2];
-      if (config->cooperative && grid > static_cast<uint64_t>(f.device->multiprocessors) *
-                                            blocks_of(f, threads_of(*config), config->dynamic_shared))
-        return cuda::kCooperativeLaunchTooLarge;
+      const uint64_t at_once =
+          static_cast<uint64_t>(f.device->multiprocessors) * blocks_of(f, threads_of(*config), config->dynamic_shared);
+      if (config->cooperative && grid > at_once)
+        return refuse(cuda::kCooperativeLaunchTooLarge, "a cooperative launch of " + std::to_string(grid) +
+                                                            " blocks, and at most " + std::to_string(at_once) +
+                                                            " of this kernel run at once on " + f.device->arch);
     }
     const auto arguments = [args](const Code& code) {
       std::vector<uint8_t> parameters(code.own_param_bytes);

@@ -154,6 +154,11 @@ int fpi_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* a
                                 int interleave, int swizzle, int l2_promotion, int oob_fill);
 const char* fpi_tensor_map_error(void);
 
+// Why the last call of this thread that was refused with this cudaError_t was: what was asked for and what the limit
+// is. Empty where the code says it all, and once it was asked.
+const char* fpi_take_refusal(int error);
+void fpi_refuse(int error, const char* why);
+
 // The last finding of this thread as text and as JSON, empty if there was none since fpi_finding_clear().
 const char* fpi_finding(void);
 const char* fpi_finding_json(void);

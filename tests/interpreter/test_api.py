@@ -216,8 +216,10 @@ def test_what_launches_refuse(words):
                 kernel.launch(1, 32, args)
         with pytest.raises(ValueError, match="one to three numbers"):
             kernel.launch((1, 1, 1, 1), 32, [x, y, 0])
-        with pytest.raises(RuntimeError, match="CUDA error 9"):
+        with pytest.raises(RuntimeError, match=r"CUDA error 9 .*blocks of \(2048, 1, 1\) threads: .* 1024 together"):
             kernel.launch(1, 2048, [x, y, 0])
+        with pytest.raises(RuntimeError, match=r"CUDA error 1 .*200000 bytes of dynamic .* block of sm_80 has 166912"):
+            kernel.launch(1, 32, [x, y, 0], shared=200_000)
 
 
 @pytest.mark.parametrize(

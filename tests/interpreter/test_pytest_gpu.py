@@ -44,8 +44,8 @@ def test_device_is_cuda(guard, tmp_path):
     assert "0 findings" in done.stdout
 
 
-@pytest.mark.parametrize("file", ["compiled_checks.py", "graph_checks.py"])
-def test_compiled_and_captured(file, tmp_path):
+@pytest.mark.parametrize("file", ["compiled_checks.py", "graph_checks.py", "halves_checks.py"])
+def test_device_can(file, tmp_path):
     done, outcomes = run(file, "--gpu=sm_90a", "-q", folder=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert len(outcomes) > 10 and set(outcomes.values()) == {"PASSED"} and "0 findings" in done.stdout

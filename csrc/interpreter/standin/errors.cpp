@@ -1,15 +1,19 @@
 // The last error of a thread, and what errors are called.
-#include <cuda.h>
-
 #include <atomic>
 #include <cstdio>
+#include <mutex>
+#include <set>
+#include <string>
 
-#include "standin.h"
+#include "driver.h"
 
 namespace {
 
 thread_local cudaError_t last = cudaSuccess;
 std::atomic<cudaError_t> context_error{cudaSuccess};
+// The text of this thread's last error where it has more to say than its code; null.
+thread_local const char* last_words = nullptr;
+thread_local cudaError_t last_words_of = cudaSuccess;
 
 struct Row {
   cudaError_t error;
@@ -82,6 +86,14 @@ const Row* find(cudaError_t error) {
   return nullptr;
 }
 
+// Programs may keep what cudaGetErrorString returns.
+const char* forever(const std::string& text) {
+  static std::mutex mutex;
+  static auto* all = new std::set<std::string>;
+  const std::lock_guard lock(mutex);
+  return all->insert(text).first->c_str();
+}
+
 bool ends_context(cudaError_t error) { return error == cudaErrorLaunchFailure || error == cudaErrorAssert; }
 
 }  // namespace
@@ -94,8 +106,18 @@ cudaError_t finish(int value) {
   auto error = static_cast<cudaError_t>(value);
   if (context_error) error = context_error;
   if (errors_stick && ends_context(error)) context_error = error;
-  if (error) last = error;
+  if (error) {
+    last = last_words_of = error;
+    const std::string why = fpi_take_refusal(error);
+    const Row* r = find(error);
+    last_words = why.empty() || !r ? nullptr : forever(r->text + (": " + why));
+  }
   return error;
+}
+
+cudaError_t refuse(cudaError_t error, const std::string& why) {
+  fpi_refuse(error, why.c_str());
+  return finish(error);
 }
 
 SameLastError::SameLastError() : before(last) {}
@@ -123,6 +145,7 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 // A launch that failed has more to say than cudart has a text for: the finding.
 const char* cudaGetErrorString(cudaError_t error) {
+  if (last_words && last_words_of == error) return last_words;
   const bool of_launch =
       ends_context(error) || error == cudaErrorNoKernelImageForDevice || error == cudaErrorNotSupported;
   if (of_launch && *fpi_finding()) return fpi_finding();
@@ -137,6 +160,7 @@ CUresult cuGetErrorName(CUresult error, const char** name) {
 CUresult cuGetErrorString(CUresult error, const char** text) {
   const Row* r = find(static_cast<cudaError_t>(error));
   *text = r && r->driver_name ? cudaGetErrorString(r->error) : nullptr;
+  if (last_words && forwardpass::standin::driver_code(last_words_of) == error) *text = last_words;
   return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 

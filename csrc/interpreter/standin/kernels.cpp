@@ -14,7 +14,9 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
     case cudaFuncAttributeNonPortableClusterSizeAllowed:
       return finish(fpi_kernel_allow_nonportable_clusters(host, value));
     case cudaFuncAttributePreferredSharedMemoryCarveout:
-      return finish(value < -1 || value > 100 ? cudaErrorInvalidValue : cudaSuccess);
+      if (value < -1 || value > 100)
+        return refuse(cudaErrorInvalidValue, "a carve-out of " + std::to_string(value) + ": -1, or 0 to 100 per cent");
+      return finish(cudaSuccess);
     case cudaFuncAttributeClusterSchedulingPolicyPreference:
       return finish(cudaSuccess);
     default:
@@ -68,7 +70,10 @@ cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, const void*
   int resident = 0;
   if (const int error = fpi_kernel(host, &p)) return finish(error);
   if (const int error = fpi_occupancy(host, threads, 0, &resident)) return finish(error);
-  if (blocks < 1 || blocks > resident) return finish(cudaErrorInvalidValue);
+  if (blocks < 1 || blocks > resident)
+    return refuse(cudaErrorInvalidValue, std::to_string(blocks) + " blocks of a multiprocessor of " +
+                                             fpi_device_get()->arch + ", and 1 to " + std::to_string(resident) +
+                                             " of this kernel fit");
   const auto& device = *fpi_device_get();
   const int64_t each = device.shared_per_multiprocessor / blocks / 128 * 128 - device.shared_reserved_per_block;
   *bytes = static_cast<size_t>(std::min(each, device.shared_per_block_optin) - p.static_shared);

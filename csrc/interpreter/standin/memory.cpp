@@ -1,5 +1,6 @@
 // Allocation, copies, fills and symbols. All memory is the host's, and every copy is done when its call returns, unless
 // its stream is captured.
+#include <cstdio>
 #include <cstring>
 
 #include "standin.h"
@@ -8,20 +9,36 @@ using namespace forwardpass::standin;
 
 namespace {
 
+std::string address(const void* pointer) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%p", pointer);
+  return text;
+}
+
 cudaError_t allocate(void** pointer, size_t bytes, int kind) {
   *pointer = nullptr;
   if (const cudaError_t error = refused_by_capture()) return error;
   if (bytes == 0) return finish(cudaSuccess);
   *pointer = fpi_allocate(static_cast<int64_t>(bytes), kind);
-  return finish(*pointer ? cudaSuccess : cudaErrorMemoryAllocation);
+  if (!*pointer)
+    return refuse(cudaErrorMemoryAllocation, std::to_string(bytes) + " bytes are asked for, and " +
+                                                 std::to_string(fpi_memory_free()) + " of the GPU's are left");
+  return finish(cudaSuccess);
 }
 
 cudaError_t release(void* pointer) {
   if (const cudaError_t error = refused_by_capture()) return error;
-  return finish(!pointer || fpi_release(pointer) ? cudaSuccess : cudaErrorInvalidValue);
+  if (pointer && !fpi_release(pointer))
+    return refuse(cudaErrorInvalidValue,
+                  address(pointer) + " is freed, where no allocation begins that is not freed yet");
+  return finish(cudaSuccess);
 }
 
 bool on_device(const void* pointer, size_t bytes) { return fpi_storage_find(pointer, static_cast<int64_t>(bytes)); }
+cudaError_t refuse_outside(const void* pointer, size_t bytes) {
+  return refuse(cudaErrorInvalidValue, std::to_string(bytes) + " bytes at " + address(pointer) +
+                                           ", which are not all in one allocation of the GPU's memory");
+}
 
 // Rows of `width` bytes, in a stream; one row is a plain copy.
 cudaError_t copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows,
@@ -31,8 +48,9 @@ cudaError_t copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
   if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return finish(cudaErrorInvalidMemcpyDirection);
   const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
   const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-  if (to_device && !on_device(to, to_pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
-  if (from_device && !on_device(from, from_pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
+  const size_t to_bytes = to_pitch * (rows - 1) + width, from_bytes = from_pitch * (rows - 1) + width;
+  if (to_device && !on_device(to, to_bytes)) return refuse_outside(to, to_bytes);
+  if (from_device && !on_device(from, from_bytes)) return refuse_outside(from, from_bytes);
   return enqueue(stream, [=] {
     for (size_t r = 0; r < rows; ++r)
       std::memmove(static_cast<char*>(to) + r * to_pitch, static_cast<const char*>(from) + r * from_pitch, width);
@@ -43,7 +61,7 @@ cudaError_t copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
 cudaError_t fill(void* to, size_t pitch, int value, size_t width, size_t rows, cudaStream_t stream) {
   if (width == 0 || rows == 0) return finish(cudaSuccess);
   if (rows > 1 && width > pitch) return finish(cudaErrorInvalidPitchValue);
-  if (!on_device(to, pitch * (rows - 1) + width)) return finish(cudaErrorInvalidValue);
+  if (const size_t bytes = pitch * (rows - 1) + width; !on_device(to, bytes)) return refuse_outside(to, bytes);
   return enqueue(stream, [=] {
     for (size_t r = 0; r < rows; ++r) std::memset(static_cast<char*>(to) + r * pitch, value, width);
     return finish(cudaSuccess);
@@ -56,7 +74,9 @@ char* symbol(const void* host, size_t offset, size_t bytes, cudaError_t* error) 
   int64_t size = 0;
   *error = finish(fpi_variable(host, &address, &size));
   if (*error) return nullptr;
-  if (offset > static_cast<size_t>(size) || bytes > size - offset) *error = finish(cudaErrorInvalidValue);
+  if (offset > static_cast<size_t>(size) || bytes > size - offset)
+    *error = refuse(cudaErrorInvalidValue, std::to_string(bytes) + " bytes from " + std::to_string(offset) +
+                                               " on of a variable that has " + std::to_string(size));
   return *error ? nullptr : static_cast<char*>(address) + offset;
 }
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <functional>
+#include <string>
 
 #include "interpreter/interpreter.h"
 
@@ -16,6 +17,9 @@ namespace forwardpass::standin {
 // context, as on a GPU: every later call returns its error. Python raises instead and goes on.
 cudaError_t finish(int error);
 extern bool errors_stick;
+
+// The same with the words for cudaGetErrorString: what was asked for, and what the limit is.
+cudaError_t refuse(cudaError_t error, const std::string& why);
 
 // Says on stderr what is not supported; cudaErrorNotSupported.
 cudaError_t unsupported(const char* what);

@@ -97,6 +97,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
          c_int, c_int, c_int, c_int],
     ),
     "fpi_tensor_map_error": (c_char_p, []),
+    "fpi_take_refusal": (c_char_p, [c_int]),
     "fpi_finding_json": (c_char_p, []),
     "fpi_finding_clear": (None, []),
     "fpi_findings_json": (c_char_p, []),

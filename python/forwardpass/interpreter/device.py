@@ -209,7 +209,10 @@ class Device:
             raise InterpreterTimeout(f"{action}: the time limit of the interpreted GPU is over")
         if error:
             finding = core.finding()
-            raise self.record(finding) if finding else RuntimeError(f"{action}: CUDA error {error} on {self!r}")
+            why = core.load().fpi_take_refusal(error).decode()
+            raise self.record(finding) if finding else RuntimeError(
+                f"{action}: CUDA error {error} on {self!r}{': ' if why else ''}{why}"
+            )
 
     def finish(self, guard: Guard, kernel: str) -> None:
         """Raises what guard mode finds after a launch."""

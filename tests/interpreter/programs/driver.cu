@@ -149,6 +149,8 @@ void launches(const char* path) {
   EXPECT(cuFuncGetParamInfo(scale, 3, &offset, &size) == CUDA_ERROR_INVALID_VALUE);
 
   EXPECT(cuLaunchKernel(scale, 1, 1, 1, 2000, 1, 1, 0, stream, arguments, nullptr) == CUDA_ERROR_INVALID_VALUE);
+  const char* why;
+  EXPECT(!cuGetErrorString(CUDA_ERROR_INVALID_VALUE, &why) && std::strstr(why, "blocks of (2000, 1, 1) threads: "));
   constexpr int kDynamic = 80 << 10;
   int value, grid, block, blocks;
   CUdeviceptr sum;

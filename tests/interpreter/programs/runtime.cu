@@ -1,11 +1,13 @@
-// The corners of the runtime API: what a launch refuses and with which code, memory in all its kinds, copies with a
-// pitch, function attributes, managed variables, host functions, the driver's entry point for tensor maps.
+// The corners of the runtime API: what a launch refuses, with which code and words, memory in all its kinds, copies
+// with a pitch, function attributes, managed variables, host functions, the driver's entry point for tensor maps.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <string>
 
 #define CHECK(call)                                                                                           \
   do {                                                                                                        \
@@ -107,6 +109,43 @@ bool refused_launches() {
            cudaLaunchCooperativeKernel(write, blocks * multiprocessors + 1, 128, args) ==
                cudaErrorCooperativeLaunchTooLarge &&
            cudaGetLastError() == cudaErrorCooperativeLaunchTooLarge;
+  CHECK(cudaFree(out));
+  return right;
+}
+
+// What was asked for and what the limit is, behind cudart's text of the code; that alone for what comes without words.
+bool reasons() {
+  const auto says = [](cudaError_t error, std::initializer_list<std::string> words) {
+    const std::string text = cudaGetErrorString(error);
+    bool all = error != cudaSuccess;
+    for (const std::string& word : words) all &= text.find(word) != std::string::npos;
+    if (!all) std::printf("%d: %s\n", error, text.c_str());
+    return all;
+  };
+  int *out, optin;
+  CHECK(cudaMalloc(&out, 1000));
+  float* floats = reinterpret_cast<float*>(out);
+  CHECK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  const std::string arch = major_version() == 8 ? "sm_8" : major_version() == 9 ? "sm_90a" : "sm_1";
+  const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const char* early = cudaGetErrorString(cudaErrorInvalidValue);
+  bool right = says(cudaFuncSetAttribute(statically, most, optin),
+                    {"invalid argument: " + std::to_string(optin) + " bytes of dynamic", "4096 of the kernel's own",
+                     arch, "has " + std::to_string(optin)});
+  right &=
+      says(cudaFuncSetAttribute(dynamic, cudaFuncAttributePreferredSharedMemoryCarveout, 101), {"101", "per cent"});
+  right &= says(launch(statically, 1, 32, 48 << 10, floats), {"49152 bytes", "45056 dynamic ones by default"});
+  right &= says(launch(write, 1, 129, 0, out, 1), {"(129, 1, 1) threads", "at most 128 (__launch_bounds__)"});
+  right &= says(launch(write, dim3(1, 65536), 1, 0, out, 1), {"(1, 65536, 1) blocks", "(2147483647, 65535, 65535)"});
+  right &= says(launch(write, 1, dim3(1, 1, 65), 0, out, 1), {"(1, 1, 65) threads", "(1024, 1024, 64)"});
+  right &= says(cudaMemset(out, 0, 1001), {"invalid argument: 1001 bytes at 0x", "one allocation"});
+  right &= says(cudaFree(out + 1), {"is freed, where no allocation begins"});
+  void* huge;
+  right &= says(cudaMalloc(&huge, size_t{1} << 50), {"out of memory: 1125899906842624 bytes", "are left"});
+  right &= says(cudaGraphLaunch(nullptr, nullptr), {"invalid argument"});
+  right &= cudaGetErrorString(cudaErrorInvalidValue) == std::string("invalid argument") &&
+           early == std::string("invalid argument");
+  cudaGetLastError();
   CHECK(cudaFree(out));
   return right;
 }
@@ -258,6 +297,7 @@ int main() {
     const char* name;
     bool (*run)();
   } features[] = {
+      {"reasons", reasons},  // before kernels have got more shared memory
       {"refused launches", refused_launches},
       {"memory", memory},
       {"pitched copies", pitched_copies},

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import functools
 import pathlib
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,26 @@ METADATA = {
 }  # fmt: skip
 #: what takes CPU tensors beside those of the device
 MIXED = {"aten::index", "aten::_index_put_impl_", "aten::index_put", "aten::index_put_", "aten::_copy_from"}
+
+#: of halves and bfloat16s, what CUDA computes in float and rounds once, and the CPU rounds on its way: sums, statistics.
+#: Those in place have an underscore more
+IN_FLOAT = {
+    "aten::_fused_sgd", "aten::prod", "aten::logit", "aten::logit_backward", "aten::glu_backward",
+    "aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::native_batch_norm",
+    "aten::native_batch_norm_backward", "aten::_native_batch_norm_legit", "aten::nll_loss_forward",
+    "aten::nll_loss2d_forward", "aten::embedding_dense_backward", "aten::_embedding_bag", "aten::_embedding_bag_backward",
+    "aten::_embedding_bag_forward_only", "aten::index_put", "aten::_index_put_impl", "aten::convolution",
+    "aten::convolution_backward", "aten::col2im", "aten::avg_pool2d_backward", "aten::max_pool2d_with_indices_backward",
+    "aten::_adaptive_avg_pool3d", "aten::upsample_linear1d", "aten::upsample_bicubic2d", "aten::upsample_trilinear3d",
+    "aten::grid_sampler_2d",
+}  # fmt: skip
+#: the same where a number takes part, which the CPU rounds before it adds it
+NUMBERS_IN_FLOAT = {"aten::add", "aten::sub", "aten::_foreach_add", "aten::_foreach_sub"}
+#: of these, results but the first stay float, as do the arguments that take them
+STATISTICS = {"aten::native_layer_norm", "aten::native_batch_norm", "aten::_native_batch_norm_legit"}
+STATISTICS_TAKEN = {"mean", "rstd", "save_mean", "save_invstd"}
+HALVES = (torch.float16, torch.bfloat16)
+_LACKS_HALVES = re.compile("not implemented for '(Half|BFloat16)'")
 
 
 def _from_dlpack(managed: int | None, nbytes: int) -> Tensor:
@@ -104,6 +125,12 @@ class _Operator:
         qualified = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
         self.metadata = qualified in METADATA or (schema.name in METADATA and not schema.overload_name)
         self.mixed = schema.name in MIXED
+        self.in_float = schema.name.rstrip("_") in IN_FLOAT
+        self.numbers_in_float = schema.name.rstrip("_") in NUMBERS_IN_FLOAT
+        self.statistics = schema.name in STATISTICS
+        self.parameters = [a.name for a in schema.arguments]
+        #: those of running statistics are not marked
+        self.written = {a.name for a in schema.arguments if a.is_write or a.name.startswith("running_")}
         #: torch hands a number on as one where the operator takes a tensor
         self.tensors = [isinstance(a.type, torch.TensorType) for a in schema.arguments]
 
@@ -127,6 +154,10 @@ def _dtype_of(value: complex) -> torch.dtype:
     return torch.int64 if isinstance(value, int) else default if isinstance(value, float) else default.to_complex()
 
 
+def _has_number(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    return any(not (t.dim() if isinstance(t, Tensor) else t is None) for t in tree_leaves((args, kwargs)))
+
+
 def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """An operation on the device's tensors, done by the CPU on the same memory."""
     known = _operator(op)
@@ -139,16 +170,20 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
             with contextlib.suppress(NotImplementedError, RuntimeError):  # shapes that depend on values
                 shapes = _Shapes(op, args, kwargs)
                 Benchmark.running.operation(op, *shapes.meta)
-                return shapes.lifted
-        call = _Call(op, known.mixed)
+                return shapes.lift()
         args = tuple(_as_tensor(a) if tensor else a for a, tensor in zip(args, known.tensors))
         try:
-            result = op(*call.lower(list(args)), **{name: call.lower(value) for name, value in kwargs.items()})
+            try:
+                return _Call(op, known.in_float or (known.numbers_in_float and _has_number(args, kwargs))).run(
+                    args, kwargs
+                )
+            except NotImplementedError as e:
+                if not _LACKS_HALVES.search(str(e)):
+                    raise
+                return _Call(op, in_float=True).run(args, kwargs)
         except NotImplementedError as e:
             why = str(e).partition(". ")[0]
             raise NotImplementedError(f"the interpreted GPU has no {op}, which torch lacks for CPUs: {why}") from None
-        call.finish()
-        return call.lift(result)
 
 
 class _Shapes:
@@ -163,7 +198,10 @@ class _Shapes:
         args, kwargs = tree_map(self._lower, args), tree_map(self._lower, kwargs)
         result = op(*args, **kwargs)
         self.meta = args, kwargs, result
-        self.lifted = tree_map(self._lift, result)
+
+    def lift(self) -> Any:
+        """The results, with memory."""
+        return tree_map(self._lift, self.meta[2])
 
     def _lower(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -196,57 +234,98 @@ def _captured(op: torch._ops.OpOverload, args: Any, kwargs: Any, capture: Captur
         shapes = _Shapes(op, args, kwargs)
     except (NotImplementedError, RuntimeError) as e:
         capture.prohibit(f"{op} without values: {e}")
+    outputs = shapes.lift()
 
     def replay() -> None:
-        for output, result in zip(tree_leaves(shapes.lifted), tree_leaves(fallback(op, *args, **kwargs))):
+        for output, result in zip(tree_leaves(outputs), tree_leaves(fallback(op, *args, **kwargs))):
             if output is not result and not Benchmark.running:
                 host_view(output).copy_(host_view(result))
 
     capture.steps.append(replay)
-    return shapes.lifted
+    return outputs
 
 
 class _Call:
-    """The arguments of one operation on the CPU, and the way back of what it returns."""
+    """One operation on the CPU: its arguments there, and the way back of what it returns."""
 
-    def __init__(self, op: torch._ops.OpOverload, mixed: bool):
-        self.op, self.mixed = op, mixed
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # of the device, its host view
+    def __init__(self, op: torch._ops.OpOverload, in_float: bool):
+        self.op, self.known, self.in_float = op, _operator(op), in_float
+        self.half: torch.dtype | None = None  # what is computed in float, and rounded to this
+        self.pairs: list[
+            tuple[Tensor, Tensor, bool]
+        ] = []  # of the device, its host view or a copy of that, whether written
 
-    def lower(self, value: Any) -> Any:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        named = [*zip(self.known.parameters, args), *kwargs.items()]
+        self.half = self._half(named) if self.in_float else None
+        lowered = [self._lower(name, value) for name, value in named]
+        result = self.op(*lowered[: len(args)], **dict(zip(kwargs, lowered[len(args) :])))
+        if self.half:
+            result = self._round(result)
+        self._finish()
+        return self.lift(result)
+
+    def _half(self, named: list[tuple[str, Any]]) -> torch.dtype | None:
+        """The dtype of all tensors, if it is one of HALVES: where floats take part torch computes in float already."""
+        tensors = [
+            t
+            for name, value in named
+            for t in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(t, Tensor) and t.is_floating_point() and name not in STATISTICS_TAKEN
+        ]
+        dtypes = {t.dtype for t in tensors if t.dim()} or {t.dtype for t in tensors}
+        dtypes |= {value for _, value in named if isinstance(value, torch.dtype)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return dtype if dtype in HALVES else None
+
+    def _lower(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             if value.is_cuda:
-                self.pairs.append((value, view := host_view(value)))
+                view = host_view(value)
+                if view.dtype == self.half:
+                    view = view.float()
+                self.pairs.append((value, view, name in self.known.written))
                 return view
-            if value.dim() and not self.mixed:
+            if value.dim() and not self.known.mixed:
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
                     f"{value.device}! (when calling {self.op})"
                 )
             return value
         if isinstance(value, (list, tuple)):
-            return [self.lower(v) for v in value]
+            return [self._lower(name, v) for v in value]
         if isinstance(value, torch.device):
             check_ordinal(value)
             return torch.device("cpu") if value.type == "cuda" else value
-        return value
+        return torch.float32 if self.half and isinstance(value, torch.dtype) else value
 
-    def finish(self) -> None:
-        """An output that the operation has resized has memory of its own: the device's gets as much."""
-        for tensor, view in self.pairs:
-            if view.size() != tensor.size() or (view.numel() and view.data_ptr() != tensor.data_ptr()):
+    def _round(self, result: Any) -> Any:
+        arguments = [view for _, view, _ in self.pairs]
+
+        def rounded(value: Any) -> Any:
+            made_here = isinstance(value, Tensor) and not any(value is a for a in arguments)
+            return value.to(self.half) if made_here and value.dtype == torch.float32 else value
+
+        if self.known.statistics:
+            return (rounded(result[0]), *result[1:])
+        return tree_map(rounded, result)
+
+    def _finish(self) -> None:
+        """An output that the operation has resized, or has got a copy of, has memory of its own: the device's gets as much."""
+        for tensor, view, written in self.pairs:
+            if written and (view.size() != tensor.size() or (view.numel() and view.data_ptr() != tensor.data_ptr())):
                 resize(tensor, view.size())
                 host_view(tensor).copy_(view)
 
     def lift(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            for tensor, view in self.pairs:
+            for tensor, view, _ in self.pairs:
                 if value is view:
                     return tensor
             if not value.numel():
                 return to_device(value)
             data = value.untyped_storage().data_ptr()
-            for tensor, view in self.pairs:
+            for tensor, view, _ in self.pairs:
                 if view.untyped_storage().data_ptr() == data and value.dtype == tensor.dtype:
                     return aten.as_strided.default.redispatch(
                         _CPU, tensor, value.size(), value.stride(), value.storage_offset()
