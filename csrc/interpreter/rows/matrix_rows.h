@@ -63,6 +63,18 @@ inline void require_capability(const Bind& b, int least) {
            b.module.arch + ": compile it for another target");
 }
 
+// What only targets with an `a` have, or an `f`, for a family: the PTX for one of them runs on no other GPU.
+inline void require_targets(const Bind& b, std::initializer_list<int> numbers) {
+  const std::string& arch = b.module.arch;
+  const int number = capability(b.module);
+  std::string names;
+  for (const int n : numbers) {
+    if (number == n && (arch.back() == 'a' || arch.back() == 'f')) return;
+    names += (names.empty() ? "sm_" : " or sm_") + std::to_string(n) + "a";
+  }
+  b.refuse(b.statement.opcode + " needs " + names + ", and this PTX is for " + arch + ": compile it for " + names);
+}
+
 // The registers of {a, b, ...}; one alone may stand without braces.
 inline std::vector<Operand> registers_of(const Bind& b, int operand, size_t count) {
   const Operand& o = b.operand(operand);

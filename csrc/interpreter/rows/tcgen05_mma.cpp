@@ -60,6 +60,7 @@ struct MmaOperation final : TensorOperation {
 
  private:
   void multiply_rows(TensorMemory&, int block, const PanelA*, const PanelB*) const;
+  MatrixDescriptor operand(int x, uint64_t descriptor) const;
   void fetch_a(Cta&, int block, uint32_t (*fragments)[2][kLanes]) const;
   void read_scales(Cta&) const;
 };
@@ -122,10 +123,18 @@ void MmaOperation::multiply_rows(TensorMemory& memory, int block, const PanelA* 
   each([&](uint32_t& cell, uint32_t sum) { cell = narrowed(sum, shape.half); });
 }
 
+MatrixDescriptor MmaOperation::operand(int x, uint64_t descriptor) const {
+  MatrixDescriptor d(descriptor);
+  if (shape.packing == Packing::padded && shape.narrow[x] != Narrow::none) {
+    d.used = shape.narrow[x] == Narrow::e2m1 ? 8 : 12;
+  }
+  return d;
+}
+
 // 16 rows of A by 32 bytes of K: fragments [rows 0-7, 8-15][half].
 void MmaOperation::fetch_a(Cta& cta, int block, uint32_t (*fragments)[2][kLanes]) const {
   if (!a_in_tensor) {
-    return gather(cta, MatrixDescriptor(a_descriptor), shape.a_transposed, block * 2, 2, actor(Proxy::async), fragments,
+    return gather(cta, operand(0, a_descriptor), shape.a_transposed, block * 2, 2, actor(Proxy::async), fragments,
                   bytes_of(shape.product.a));
   }
   TensorMemory& memory = *cta.tensor_memory;
@@ -157,8 +166,8 @@ void MmaOperation::perform(Cta& issuer) {
   for (int p = 0; p < group.count; ++p) {  // each CTA of a pair has half of B's columns
     const int part = tiles / group.count;
     if (group.ctas[p] != &issuer) group.ctas[p]->visited(actor(Proxy::async));
-    gather(*group.ctas[p], MatrixDescriptor(b_descriptor), shape.b_transposed, 0, part, actor(Proxy::async),
-           raw + p * part, bytes_of(shape.product.b));
+    gather(*group.ctas[p], operand(1, b_descriptor), shape.b_transposed, 0, part, actor(Proxy::async), raw + p * part,
+           bytes_of(shape.product.b));
   }
   widen_all(1, tiles);
   {
@@ -379,7 +388,7 @@ int scale_block_of(const Bind& b, MmaKind kind) {
 
 // [d], a-desc or [a], b-desc, idesc {, disable-output-lane}, enable-input-d; with scales [scale-a], [scale-b] before it
 void bind_mma(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   auto& form = b.data<Form>();
   form.pair = b.has("cta_group::2");
   form.kind = b.has("kind::f16")        ? MmaKind::f16
