@@ -135,7 +135,8 @@ MatrixWork matrix_work(const Statement& s) {
     if (ptx::type_of(parts[k]) != ptx::Type::none) types.push_back(parts[k]);
   if (types.size() < 3) return work;
   work.type = types[1];
-  work.macs = shape[0] * shape[1] * shape[2] / (wgmma ? 4 : 1);
+  const bool sparse = parts[1].substr(0, 2) == "sp";  // half of A's elements are not there
+  work.macs = shape[0] * shape[1] * shape[2] / (wgmma ? 4 : sparse ? 2 : 1);
   if (!wgmma) return work;
   constexpr uint64_t kDepthBytes = 32;  // K of every type
   const bool a_in_registers = s.operands[1].kind == Operand::Kind::vector;

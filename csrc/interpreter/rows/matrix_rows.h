@@ -86,6 +86,16 @@ inline std::vector<Operand> registers_of(const Bind& b, int operand, size_t coun
   return parts;
 }
 
+// Registers of A, B and D of an mma or mma.sp. Those of A take turns in 8 rows each of so many; half: D is f16.
+struct MmaRegisters {
+  int a, rows, b, d;
+  bool half;
+};
+// An undefined element of A leaves its row of D undefined, one of B its column, and one of C what is at its place; and
+// those rows that are undefined for another reason, which came from `origin`.
+void multiply_undefined(Warp&, const Instruction&, const MmaRegisters&, uint32_t undefined_rows = 0,
+                        uint32_t origin = 0);
+
 inline void require_whole_warp(const Warp& w, Mask mask) {
   if (mask == kAllLanes) return;
   w.fail(Kind::barrier, "a .sync.aligned matrix instruction needs all 32 lanes of the warp, and " +
