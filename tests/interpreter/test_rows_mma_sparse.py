@@ -265,7 +265,7 @@ def test_half_of_the_products_are_counted():
     with fp.interpret("sm_80", counters=True) as device:
         text = TEXT.format(body=f"mov.u32 %r8, 0x44444444; {F16} {REGISTERS}, 0;")
         interpreter.Module(text)["k"].launch(1, 32, [torch.zeros(32)])
-    assert device.profile()[0].counts.macs == {"mma f16": 16 * 8 * 32 // 2}
+    assert device.kernels()[0].counts.macs == {"mma f16": 16 * 8 * 32 // 2}
 
 
 @row(REFUSED)

@@ -84,3 +84,24 @@ def test_product(arch, kind):
             product[grid](a, a_scales, b, b_scales, c, n, k, 2 if kind == "e2m1" else 1, kind, *tile, num_warps=4)
         assert device.findings == []
         assert (c.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "name", "rate"),
+    [("sm_100a", "bf16", "tcgen05.mma f16", 4096), ("sm_100a", "e4m3", "tcgen05.mma e4m3", 8192),
+     ("sm_100a", "e2m1", "tcgen05.mma e2m1", 16384), ("sm_120", "e2m1", "mma e2m1", 2048)],
+)  # fmt: skip
+def test_modelled_time(arch, kind, name, rate):
+    """Products of every kind are counted, so that the model has the time of tensor cores: of 128 x 128 x 256."""
+    a = torch.zeros(128, 256 if kind != "e2m1" else 128, dtype=torch.uint8)
+    a = a.view(torch.float8_e4m3fn) if kind == "e4m3" else a.to(torch.bfloat16) if kind == "bf16" else a
+    b, scales, c = (
+        torch.zeros(128, 128, dtype=torch.uint8),
+        torch.full((128, 8), 127).to(torch.uint8),
+        torch.zeros(128, 128),
+    )
+    with fp.interpret(arch, counters=True) as device:
+        product[(1, 1)](a, scales, b, scales, c, 128, 256, 2 if kind == "e2m1" else 1, kind, 128, 128, 128, num_warps=4)
+    assert device.kernels()[0].counts.macs == {name: 128 * 128 * 256}
+    clock = {"sm_100a": 1856e6, "sm_120": 2617e6}[arch]
+    assert device.model()[0].terms["tensor cores"] == pytest.approx(128 * 128 * 256 / rate / clock)

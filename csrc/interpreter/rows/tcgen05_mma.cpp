@@ -38,6 +38,7 @@ struct MmaShape {
   // 16 bytes along K once all elements are bytes (or more), and how many share a scale.
   int parts() const { return packing == Packing::close ? 4 : 2; }
   int blocks() const { return scale_block ? parts() * 16 / scale_block : 1; }
+  uint64_t macs() const { return static_cast<uint64_t>(m) * n * (parts() * 16 / bytes_of(product.a)); }
 };
 constexpr int kMostParts = 4;
 
@@ -171,8 +172,7 @@ void MmaOperation::perform(Cta& issuer) {
   }
   widen_all(1, tiles);
   {
-    const uint64_t depth = shape.parts() * 16 / bytes_of(shape.product.a);
-    const MatrixTimer timer(issuer, static_cast<uint64_t>(shape.m) * shape.n * depth);
+    const MatrixTimer timer(issuer, shape.macs());
     for (int k = 0; k < shape.blocks(); ++k) {
       Fragment b[kMaxTiles * 2];
       for (int t = 0; t < tiles * halves; ++t) b[t] = bytes[t / halves][k * halves + t % halves];
@@ -353,6 +353,11 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
         memory.require(operation->scales[x].column, (x ? operation->shape.n : operation->rows()) / 32,
                        "a scale of tcgen05.mma");
       }
+    }
+    if (w.count) {
+      const MmaShape& s = operation->shape;
+      w.count->macs += s.macs();
+      w.count->matrix_shared += static_cast<uint64_t>((form.a_in_tensor ? 0 : s.m) + s.n) * 32;  // bytes of K
     }
     issue(w, i, std::move(operation));
   }
