@@ -204,12 +204,11 @@ std::string LaunchKey::json() const {
 
 namespace {
 
-std::string json_of(const Line& l, const Count& c) {
+std::string json_of(const Line& l, Count c) {
   std::string s = "{" + l.json();
-  if (!l.work.type.empty()) {
-    s += ",\"matrix\":" + quoted(l.work.type) + ",\"macs\":" + std::to_string(l.work.macs * c.active) +
-         ",\"matrix_shared\":" + std::to_string(l.work.shared_bytes * c.active);
-  }
+  if (!l.work.type.empty()) s += ",\"matrix\":" + quoted(l.work.type);
+  c.macs += l.work.macs * c.active;
+  c.matrix_shared += l.work.shared_bytes * c.active;
 #define FORWARDPASS_WRITE(name) \
   if (c.name) s += ",\"" #name "\":" + std::to_string(c.name);
   FORWARDPASS_COUNTS(FORWARDPASS_WRITE)

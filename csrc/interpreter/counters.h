@@ -21,12 +21,13 @@ struct Options;
 
 // issued: times that a warp executed it; active: with a lane at least; lanes: in all. waits: times that a warp found
 // itself blocked there, or a test that failed. Bytes by level; those of `bulk` are of global memory, bulk_shared of the
-// shared memory at the other end. An atomic is a read and a write.
+// shared memory at the other end. An atomic is a read and a write. macs, matrix_shared: of what has its shape in a
+// register; else MatrixWork has them, for each time that the instruction is active.
 // clang-format off
 #define FORWARDPASS_COUNTS(X) \
   X(issued) X(active) X(lanes) X(waits) X(requests) X(sectors) X(global_read) X(global_written) X(wavefronts) \
   X(ideal_wavefronts) X(shared_read) X(shared_written) X(local_read) X(local_written) X(bulk_read) X(bulk_written) \
-  X(bulk_shared)
+  X(bulk_shared) X(macs) X(matrix_shared)
 // clang-format on
 
 struct Count {

@@ -17,20 +17,30 @@ namespace forwardpass::interpreter {
 // rna: nearest, ties away from zero. rm and rp: towards minus and plus infinity.
 enum class Rounding : uint8_t { rn, rna, rz, rm, rp };
 
-// Sign, E bits of exponent, M of mantissa. IEEE formats have infinities; the others give up one code for NaN (e4m3).
-template <int E, int M, bool Ieee>
+// What is no number: infinities and NaNs as in IEEE 754, one code for NaN (e4m3), or nothing: of the formats of 4 and 6
+// bits every code is a number, and what NaN becomes is the largest.
+enum class Special : uint8_t { ieee, nan, none };
+
+// Sign, E bits of exponent, M of mantissa.
+template <int E, int M, Special S>
 struct Layout {
   static constexpr int kExponent = E, kMantissa = M, kBias = (1 << (E - 1)) - 1;
-  static constexpr bool kIeee = Ieee;
-  static constexpr uint32_t kNan = (1u << (E + M)) - 1, kSign = 1u << (E + M);
-  static constexpr uint32_t kOverflow = Ieee ? ((1u << E) - 1) << M : kNan;  // infinity, if there is one
-  static constexpr uint32_t kLargest = kOverflow - 1;
+  static constexpr Special kSpecial = S;
+  static constexpr uint32_t kSign = 1u << (E + M);
+  // What is above the largest number: infinity, NaN, or no code, so that to convert must saturate.
+  static constexpr uint32_t kOverflow = S == Special::ieee  ? ((1u << E) - 1) << M
+                                        : S == Special::nan ? kSign - 1
+                                                            : kSign;
+  static constexpr uint32_t kLargest = kOverflow - 1, kNan = kSign - 1;
 };
-using F16 = Layout<5, 10, true>;
-using Bf16 = Layout<8, 7, true>;
-using Tf32 = Layout<8, 10, true>;  // in the upper 19 bits of a 32-bit register
-using E4m3 = Layout<4, 3, false>;
-using E5m2 = Layout<5, 2, true>;
+using F16 = Layout<5, 10, Special::ieee>;
+using Bf16 = Layout<8, 7, Special::ieee>;
+using Tf32 = Layout<8, 10, Special::ieee>;  // in the upper 19 bits of a 32-bit register
+using E4m3 = Layout<4, 3, Special::nan>;
+using E5m2 = Layout<5, 2, Special::ieee>;
+using E2m1 = Layout<2, 1, Special::none>;
+using E2m3 = Layout<2, 3, Special::none>;
+using E3m2 = Layout<3, 2, Special::none>;
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -91,10 +101,24 @@ inline float decode(uint32_t code) {
   uint32_t bits = magnitude << kDrop;
   if constexpr (F::kExponent < 8) {  // the multiplication moves the exponent and normalises subnormals
     bits = bit_cast<uint32_t>(bit_cast<float>(bits) * bit_cast<float>(static_cast<uint32_t>(254 - F::kBias) << 23));
-    if constexpr (F::kIeee) bits = magnitude >= F::kOverflow ? 0x7f800000 : bits;
+    if constexpr (F::kSpecial == Special::ieee) bits = magnitude >= F::kOverflow ? 0x7f800000 : bits;
   }
-  const bool nan = F::kIeee ? magnitude > F::kOverflow : magnitude == F::kNan;
+  // Of ieee the codes above infinity, of nan the overflow itself; of none there is no such code.
+  const bool nan = magnitude > F::kLargest + (F::kSpecial == Special::ieee);
   return bit_cast<float>(nan ? kNanF32 : bits | sign);
+}
+
+// ue8m0, powers of two without a sign, from 2^-127; 255 is NaN. Of a number its magnitude counts, towards zero or up
+// (rp); what is smaller than all becomes the smallest.
+inline uint32_t to_e8m0(float x, bool up, bool saturate) {
+  constexpr uint32_t kInfinity = 0x7f800000, kSmallest = 0x00400000;
+  const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffff;
+  const uint32_t code = (magnitude + (up && magnitude > kSmallest ? 0x7fffff : 0)) >> 23;
+  const uint32_t most = saturate && magnitude <= kInfinity ? 0xfe : 0xff;
+  return code < most ? code : most;
+}
+inline float from_e8m0(uint32_t code) {
+  return bit_cast<float>(code == 0xff ? kNanF32 : code ? code << 23 : 1u << 22);  // 2^-127 is subnormal
 }
 
 // tf32 as registers hold it: an fp32 number whose lower 13 bits are zero; NaN is kNanF32.

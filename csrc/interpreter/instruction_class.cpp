@@ -109,6 +109,12 @@ bool parse_shape(std::string_view text, uint64_t out[3]) {
   return position == text.size();
 }
 
+// What a product is multiplied as where its opcode says so.
+constexpr std::pair<std::string_view, const char*> kKinds[] = {
+    {"kind::f16", "f16"},       {"kind::tf32", "tf32"}, {"kind::i8", "s8"},         {"kind::f8f6f4", "e4m3"},
+    {"kind::mxf8f6f4", "e4m3"}, {"kind::mxf4", "e2m1"}, {"kind::mxf4nvf4", "e2m1"},
+};
+
 }  // namespace
 
 const char* class_of(std::string_view section, std::string_view opcode) {
@@ -126,6 +132,10 @@ MatrixWork matrix_work(const Statement& s) {
   MatrixWork work;
   const auto parts = split(s.opcode);
   const bool wgmma = s.opcode.rfind("wgmma.mma_async.", 0) == 0;
+  for (const auto part : parts) {
+    for (const auto& [kind, type] : kKinds)
+      if (part == kind) work.type = type;
+  }
   if (!wgmma && parts[0] != "mma") return work;
   uint64_t shape[3];
   size_t shape_part = 0;
@@ -133,9 +143,12 @@ MatrixWork matrix_work(const Statement& s) {
   std::vector<std::string_view> types;  // after the shape: D, A, B and of mma C
   for (size_t k = shape_part + 1; k < parts.size(); ++k)
     if (ptx::type_of(parts[k]) != ptx::Type::none) types.push_back(parts[k]);
-  if (types.size() < 3) return work;
-  work.type = types[1];
-  work.macs = shape[0] * shape[1] * shape[2] / (wgmma ? 4 : 1);
+  if (work.type.empty()) {
+    if (types.size() < 3) return work;
+    work.type = types[1];
+  }
+  const bool sparse = parts[1].substr(0, 2) == "sp";  // half of A's elements are not there
+  work.macs = shape[0] * shape[1] * shape[2] / (wgmma ? 4 : sparse ? 2 : 1);
   if (!wgmma) return work;
   constexpr uint64_t kDepthBytes = 32;  // K of every type
   const bool a_in_registers = s.operands[1].kind == Operand::Kind::vector;

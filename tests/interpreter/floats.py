@@ -13,6 +13,8 @@ class Format:
     mantissa: int
     nan: int
     infinities: bool = True
+    #: every code is a number
+    numbers: bool = False
 
     @property
     def bias(self):
@@ -21,6 +23,8 @@ class Format:
     @property
     def largest(self):
         top = (2**self.exponent - 1) << self.mantissa  # infinity, where there is one
+        if self.numbers:
+            return self.sign() - 1
         return top - 1 if self.infinities else top | (2**self.mantissa - 2)
 
     def sign(self):
@@ -30,7 +34,8 @@ class Format:
 FORMATS = {
     "f16": Format(5, 10, 0x7FFF), "bf16": Format(8, 7, 0x7FFF), "f32": Format(8, 23, 0x7FFFFFFF),
     "f64": Format(11, 52, 0x7FF8000000000000), "tf32": Format(8, 10, 0x3FFFF), "e4m3": Format(4, 3, 0x7F, infinities=False),
-    "e5m2": Format(5, 2, 0x7F),
+    "e5m2": Format(5, 2, 0x7F), "e2m1": Format(2, 1, 0x7, False, True), "e2m3": Format(2, 3, 0x1F, False, True),
+    "e3m2": Format(3, 2, 0x1F, False, True),
 }  # fmt: skip
 
 

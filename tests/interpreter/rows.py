@@ -67,6 +67,9 @@ class ByLane:
     values: Callable | None = None
     #: from an Opcode, results, expected and the sources' values to which results are good; without it, equal bits are
     compare: Callable | None = None
+    arch: str = "sm_90a"
+    #: the instruction within a kernel, where its operands are not plain registers
+    body: str = ""
 
 
 def by_lane(pattern, destination, sources, model, **more):
@@ -82,6 +85,7 @@ DTYPES = {
     "f32x2": np.uint64, "bf16x2": np.uint32, "u16x2": np.uint32, "s16x2": np.uint32, "b64": np.uint64, "u64": np.uint64,
     "s64": np.int64,
     "f64": np.float64, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "tf32": np.uint32, "pred": np.bool_,
+    "e2m1x2": np.uint16, "e2m3x2": np.uint16, "e3m2x2": np.uint16, "ue8m0x2": np.uint16,
 }  # fmt: skip
 F16_EDGES = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00,
              0x7FFF, 0xFE01]  # fmt: skip
@@ -214,6 +218,8 @@ NAMES = "abcefg"
 
 
 def body_of(spec, op):
+    if spec.body:
+        return spec.body.format(op=op)
     return f"{op} %d, {', '.join('%' + n for n in NAMES[: len(spec.sources)])};"
 
 
@@ -248,7 +254,7 @@ def check(spec, op):
     with np.errstate(all="ignore"):
         expected = spec.model(op, *values)
     inputs = dict(zip(NAMES, values))
-    result = run(body_of(spec, op), inputs, {"d": np.dtype(DTYPES[destination])})["d"]
+    result = run(body_of(spec, op), inputs, {"d": np.dtype(DTYPES[destination])}, arch=spec.arch)["d"]
     with np.errstate(all="ignore"):
         good = spec.compare(op, result, expected, *values) if spec.compare else same(result, expected, destination)
     if not np.all(good):

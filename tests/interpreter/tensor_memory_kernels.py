@@ -166,9 +166,14 @@ def scaled_descriptor(m, n, a, b, scale, a_byte=0, b_byte=0):
 # ---- where tensor memory holds what: ISA 9.7.16.10.5 ----
 
 
-def d_places(m, n, group=1):
+def d_places(m, n, group=1, stationary=False):
     """CTA, lane and column of each element of D."""
     row, column = np.broadcast_arrays(np.arange(m)[:, None], np.arange(n)[None, :])
+    if (
+        stationary
+    ):  # as CuTe's tmem_frg_ws: 32 rows have the quarters of their columns one below the other, 64 the halves
+        width = n * m // 128
+        return 0 * row, row + column // width * m, column % width
     cta, r = row // (m // group), row % (m // group)
     if m // group == 64 and group == 1:
         return cta, r // 16 * 32 + r % 16, column

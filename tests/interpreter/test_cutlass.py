@@ -134,6 +134,35 @@ def test_cutlass(sources, name, size):
         assert found == ["Passed"] * verdicts, f"seed {seed}: " + done.stdout
 
 
+#: type of A and B -> of sums and D, K of a tile and of mma.sp. Those of the example first
+SPARSE = {
+    "cutlass::int4b_t": ("int32_t", 256, 128), "int8_t": ("int32_t", 128, 64), "cutlass::half_t": ("float", 64, 32),
+    "cutlass::bfloat16_t": ("float", 64, 32), "cutlass::tfloat32_t": ("float", 32, 16),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("element", SPARSE)
+def test_sparse(sources, element):
+    """15: mma.sp, with the metadata that CUTLASS's host reorders for it; also with the example's types replaced."""
+    text = (sources / "examples/15_ampere_sparse_tensorop_gemm/ampere_sparse_tensorop_gemm.cu").read_text()
+    sums, tile, depth = SPARSE[element]
+    for old, new in (
+        ("InputA = cutlass::int4b_t", f"InputA = {element}"), ("InputB = cutlass::int4b_t", f"InputB = {element}"),
+        ("Output = int32_t", f"Output = {sums}"), ("Accumulator = int32_t", f"Accumulator = {sums}"),
+        ("<128, 128, 256>", f"<128, 128, {tile}>"), ("<64, 64, 256>", f"<64, 64, {tile}>"), ("<16, 8, 128>", f"<16, 8, {depth}>"),
+    ):  # fmt: skip
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = BUILD / "sparse" / f"sparse_{element.split(':')[-1]}.cu"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    program = build(sources, path, "sm_80")
+    for seed in SEEDS:
+        done = execute(program, [], "sm_80", seed)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "Passed\n", ""), f"seed {seed}: " + done.stderr
+
+
 #: where a pair of CTAs initialises the mbarrier by which it frees tensor memory, and what has to come before the others use it
 PAIRS = "cutlass/gemm/kernel/sm100_gemm_tma_warpspecialized.hpp"
 ARRIVAL = "    pipeline_init_arrive_relaxed(cluster_size);\n"

@@ -243,7 +243,7 @@ def test_bulk_misused(body, kind, why):
 
 BYTES = "mbarrier::complete_tx::bytes"
 DIMENSIONS = "1d|2d|3d|4d|5d"
-MODES = "im2col|im2col::w|im2col::w::128|im2col_no_offs|tile::gather4|tile::scatter4"
+MODES = "im2col|im2col::w|im2col::w::128|im2col_no_offs"
 OPERATIONS = "add|min|max|inc|dec|and|or|xor"
 
 
@@ -266,9 +266,6 @@ OPERATIONS = "add|min|max|inc|dec|and|or|xor"
         (f"cp.reduce.async.bulk.shared::cluster.shared::cta.{BYTES}.add.f32 [%s], [%s], 16, [%s];", "not known"),
         ("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.im2col_no_offs.bulk_group [%a0, {0, 0, 0}], [%s];", "im2col"),
         (f"cp.async.bulk.tensor.3d.shared::cluster.global.im2col.{BYTES} [%s], [%a0, {{0, 0, 0}}], [%s], {{0}};", "im2col"),
-        (f"cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4.{BYTES} [%s], [%a0, {{0, 0, 0, 0, 0}}], [%s];",
-         "gather"),
-        ("cp.async.bulk.tensor.2d.global.shared::cta.tile::scatter4.bulk_group [%a0, {0, 0, 0, 0, 0}], [%s];", "scatter"),
         ("cp.async.bulk.prefetch.tensor.3d.L2.global.im2col [%a0, {0, 0, 0}], {0};", "im2col"),
         (f"cp.async.bulk.tensor.2d.shared::cta.global.{BYTES} [%s], [%a0, {{0}}], [%s];", "2 coordinates"),
         (f"cp.async.bulk.tensor.2d.shared::cta.global.{BYTES} [%s], [%a0], [%s];", "coordinates"),

@@ -1,5 +1,6 @@
 """Conversions: every pair of types and every modifier; all codes of the narrow formats."""
 
+import bisect
 import math
 from fractions import Fraction
 
@@ -99,7 +100,7 @@ PATTERNS = [
     f"cvt.{TO_INTEGRAL}.{INTEGERS_16}.bf16", f"cvt.{ROUNDED}.ftz?.sat?.f32.{INTEGERS}",
     f"cvt.{ROUNDED}.sat?.f16|f64.{INTEGERS}", f"cvt.{ROUNDED}.bf16.{INTEGERS_16}", "cvt.rm|rp.ftz?.sat?.f16.f32",
     "cvt.rn|rz.ftz.sat?.f16.f32", "cvt.rn|rz.sat.f16.f32", "cvt.rm|rp.ftz?.bf16.f32", "cvt.rn|rz.ftz.bf16.f32",
-    f"cvt.{ROUNDED}.sat?.f16.f64", f"cvt.{ROUNDED}.bf16.f16|f64", f"cvt.{ROUNDED}.f16.bf16",
+    f"cvt.{ROUNDED}.sat?.f16.f64", f"cvt.{ROUNDED}.bf16.f64", f"cvt.{ROUNDED}?.bf16.f16", f"cvt.{ROUNDED}?.f16.bf16",
     f"cvt.{ROUNDED}.ftz?.sat?.f32.f64", "cvt.ftz?.sat?.f32.f16", "cvt.ftz?.sat?.f64.f32", "cvt.sat?.f64.f16",
     "cvt.ftz?.f32.bf16", "cvt.f64.bf16", f"cvt.{TO_INTEGRAL}?.ftz?.sat?.f32.f32", f"cvt.{TO_INTEGRAL}?.sat?.f64.f64",
     f"cvt.{TO_INTEGRAL}?.sat?.f16.f16", f"cvt.{TO_INTEGRAL}?.bf16.bf16",
@@ -143,7 +144,7 @@ def test_wider_registers():
         assert np.array_equal(result[name], e.astype(result[name].dtype)), name
 
 
-# ---- f16, bf16, tf32, e4m3, e5m2 ----
+# ---- f16, bf16, tf32, and the formats of 8 bits and fewer ----
 
 
 def narrow(op, name, column):
@@ -166,11 +167,16 @@ def interesting(name, rng, n=2048):
     return np.concatenate([near, sample(["f32"], rng, 640)[0]]).astype(np.float32)
 
 
+def width(name):
+    """Bits that one number of two takes."""
+    return 16 if name in ("f16", "bf16") else 4 if name == "e2m1" else 8
+
+
 def to_narrow(op, *columns):
     name = op.type(TO).removesuffix("x2")
     codes = [narrow(op, name, c) for c in columns]
     if len(codes) == 2:
-        return codes[0] << (8 if name in ("e4m3", "e5m2") else 16) | codes[1]
+        return codes[0] << width(name) | codes[1]
     if name == "tf32":
         nan = np.isnan(columns[0])
         return np.where(nan, np.uint32(0x7FFFFFFF), codes[0] << 13)
@@ -202,22 +208,92 @@ def half_values(op, rng):
 
 def from_halves(op, a):
     table = to_narrow(op, np.array([value(c, FORMATS["f16"]) for c in range(65536)]))
-    return table[a >> 16] << 8 | table[a & 0xFFFF]
+    return table[a >> 16] << width(op.type(TO).removesuffix("x2")) | table[a & 0xFFFF]
 
 
-def from_8(op, a):
+def from_narrow(op, a):
     name = op.type(FROM).removesuffix("x2")
-
-    made = [encode(value(c, FORMATS[name]), FORMATS["f16"], relu=op.has("relu")) for c in range(256)]
+    codes = 2 * FORMATS[name].sign()
+    made = [encode(value(c, FORMATS[name]), FORMATS["f16"], relu=op.has("relu")) for c in range(codes)]
     table = np.array(made, np.uint32)
-    return table[a >> 8] << 16 | table[a & 0xFF]
+    return table[a >> width(name)] << 16 | table[a & (2 ** width(name) - 1)]
 
 
 for name in ("e4m3x2", "e5m2x2"):
     by_lane(f"cvt.rn.satfinite.relu?.{name}.f32", TO, ["f32", "f32"], to_narrow, values=narrow_values(2))
     by_lane(f"cvt.rn.satfinite.relu?.{name}.f16x2", TO, [FROM], from_halves, values=half_values)
-    by_lane(f"cvt.rn.relu?.f16x2.{name}", TO, [FROM], from_8,
+    by_lane(f"cvt.rn.relu?.f16x2.{name}", TO, [FROM], from_narrow,
             values=lambda op, rng: [np.arange(65536, dtype=np.uint16)])  # fmt: skip
+
+
+# A pair of e2m1 has a register of 8 bits, which no kernel can store.
+TO_BYTE = "{{.reg .b8 %code; {op} %code, %a, %b; mov.b16 %d, {{%code, 0}};}}"
+FROM_BYTE = "{{.reg .b8 %code, %none; mov.b16 {{%code, %none}}, %a; {op} %d, %code;}}"
+by_lane("cvt.rn.satfinite.relu?.e2m1x2.f32", TO, ["f32", "f32"], to_narrow, values=narrow_values(2), arch="sm_100a",
+        body=TO_BYTE)  # fmt: skip
+by_lane("cvt.rn.satfinite.relu?.e2m1x2.f16x2", TO, [FROM], from_halves, values=half_values, arch="sm_100a",
+        body=TO_BYTE.replace(", %b", ""))  # fmt: skip
+by_lane("cvt.rn.relu?.f16x2.e2m1x2", TO, [FROM], from_narrow, values=lambda op, rng: [np.arange(256, dtype=np.uint16)],
+        arch="sm_100a", body=FROM_BYTE)  # fmt: skip
+for name in ("e2m3x2", "e3m2x2"):
+    by_lane(
+        f"cvt.rn.satfinite.relu?.{name}.f32", TO, ["f32", "f32"], to_narrow, values=narrow_values(2), arch="sm_100a"
+    )
+    by_lane(f"cvt.rn.relu?.f16x2.{name}", TO, [FROM], from_narrow, arch="sm_100a",
+            values=lambda op, rng: [np.add.outer(np.arange(64) << 8, np.arange(64)).ravel().astype(np.uint16)])  # fmt: skip
+
+
+POWERS = [2.0 ** (code - 127) for code in range(255)]
+
+
+def e8m0(op, x):
+    """The code of a number's magnitude: 2^(code - 127), of NaN and, unless it saturates, of what is too large 255."""
+    if math.isnan(x):
+        return 255
+    code = bisect.bisect_left(POWERS, abs(x)) if op.has("rp") else max(bisect.bisect_right(POWERS, abs(x)) - 1, 0)
+    return min(code, 254) if op.has("satfinite") else 255 if math.isinf(x) else code
+
+
+def to_e8m0(op, *columns):
+    made = [np.array([e8m0(op, x) for x in c.astype(np.float64).tolist()]) for c in columns]
+    return made[0] << 8 | made[1]
+
+
+def halves_to_e8m0(op, a):
+    table = np.array([e8m0(op, value(c, FORMATS["bf16"])) for c in range(65536)])
+    return table[a >> 16] << 8 | table[a & 0xFFFF]
+
+
+def near_powers(op, rng):
+    bits = (np.arange(256)[:, None] << 23) + np.array([-1, 0, 1, 0x3FFFFF, 0x400000, 0x400001])
+    a = (bits.astype(np.uint32) ^ (rng.integers(0, 2, bits.shape).astype(np.uint32) << 31)).view(np.float32).ravel()
+    return [a, a[rng.permutation(len(a))]]
+
+
+by_lane("cvt.rz|rp.satfinite?.ue8m0x2.f32", TO, ["f32", "f32"], to_e8m0, values=near_powers, arch="sm_100a")
+by_lane("cvt.rz|rp.satfinite?.ue8m0x2.bf16x2", TO, [FROM], halves_to_e8m0, values=half_values, arch="sm_100a")
+by_lane("cvt.rn.bf16x2.ue8m0x2", TO, [FROM],
+        lambda op, a: np.array([0x40, *range(0x80, 0x7F80, 0x80), 0x7FFF], np.uint32)[np.stack([a >> 8, a & 0xFF])].T @ [65536, 1],
+        values=lambda op, rng: [np.arange(65536, dtype=np.uint16)], arch="sm_100a")  # fmt: skip
+
+
+def test_narrow_spot_values():
+    """Known by heart, not by the model: every number of e2m1, ties between them to even, and what is beyond."""
+    numbers = {0.0: 0, 0.5: 1, 1.0: 2, 1.5: 3, 2.0: 4, 3.0: 5, 4.0: 6, 6.0: 7, 0.25: 0, 0.75: 2, 1.25: 2, 1.75: 4, 2.5: 4,
+               3.5: 6, 5.0: 6, 5.1: 7, 1e9: 7, -math.inf: 15, math.nan: 7, -0.25: 8, -6.0: 15}  # fmt: skip
+    a = np.array(list(numbers) + [0.0] * (32 - len(numbers)), np.float32)
+    body = TO_BYTE.format(op="cvt.rn.satfinite.e2m1x2.f32").replace("%b", "0f40C00000")
+    d = run(body, dict(a=a), dict(d=np.dtype(np.uint16)), arch="sm_100a")["d"]
+    assert d[: len(numbers)].tolist() == [code << 4 | 7 for code in numbers.values()]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120"])
+def test_narrow_targets(arch):
+    from forwardpass import interpreter
+
+    a = np.zeros(32, np.float32)
+    with pytest.raises(interpreter.InterpreterFinding, match=f"needs sm_100a or sm_120a, and this PTX is for {arch}:"):
+        run("cvt.rn.satfinite.e2m3x2.f32 %d, %a, %a;", dict(a=a), dict(d=np.dtype(np.uint16)), arch=arch)
 
 
 def test_e4m3_spot_values():

@@ -32,8 +32,6 @@ REFUSED = [
     "mma.sync.aligned.m8n8k4.row|col.row|col.f16|f32.f16.f16.f16|f32",
     "mma.sync.aligned.m8n8k32|m16n8k32|m16n8k64.row.col.satfinite?.s32.s4|u4.s4|u4.s32",
     "mma.sync.aligned.m8n8k128|m16n8k128|m16n8k256.row.col.s32.b1.b1.s32.xor|and.popc",
-    "mma.sp|sp::ordered_metadata.sync.aligned.m16n8k8|m16n8k16|m16n8k32|m16n8k64|m16n8k128.row.col.satfinite?."
-    "f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|f32|s32",
 ]
 WMMA_SHAPES = "m16n16k16|m32n8k16|m8n32k16|m16n16k8|m8n8k4|m8n8k32|m8n8k128"
 WMMA_TYPES = "f16|bf16|tf32|f32|f64|s32|s8|u8|s4|u4|b1"
@@ -150,7 +148,6 @@ def test_refused():
         ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32", "m16n8k16"),
         ("mma.sync.aligned.m8n8k32.row.col.s32.s4.u4.s32", "4-bit"),
         ("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.xor.popc", "1-bit"),
-        ("mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32", "sparse"),
         ("wmma.load.a.sync.aligned.row.m16n16k16.global.f16", "ldmatrix"),
         ("wmma.load.c.sync.aligned.col.m16n16k16.f32", "ldmatrix"),
         ("wmma.store.d.sync.aligned.row.m16n16k16.shared.f32", "ldmatrix"),

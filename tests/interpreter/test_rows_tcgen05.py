@@ -131,7 +131,7 @@ def images(group, *operands):
 
 
 def multiply(kind, types, m, n, layout, group=1, accumulate=True, d_type=None, a_in_tensor=False, seed=0, column=D_COLUMN,
-             negate=0, saturate=0, exact=True):  # fmt: skip
+             negate=0, saturate=0, exact=True, stationary="", more=""):  # fmt: skip
     rng = np.random.default_rng(seed_of(str((kind, types, m, n, layout, group))))
     d_type = d_type or ("s32" if kind == "i8" else "f32")
     k = 32 // tc.BYTES[types[0]]
@@ -148,7 +148,7 @@ def multiply(kind, types, m, n, layout, group=1, accumulate=True, d_type=None, a
         for o in pair:
             o.place(image[p])
     cells = rng.integers(0, 1 << 32, (group, column + n + 16, LANES), dtype=np.uint32)
-    cta, lane, at = d_places(m, n, group)
+    cta, lane, at = d_places(m, n, group, bool(stationary))
     cells[cta, column + at, lane] = c
     a_operand = f"{operands[0][0].descriptor}"
     if a_in_tensor:
@@ -163,7 +163,9 @@ def multiply(kind, types, m, n, layout, group=1, accumulate=True, d_type=None, a
         a_operand = "%d8"
     who = "%lead" if group == 2 else "%one"
     body += f"mov.b64 %d9, {operands[0][1].descriptor}; mov.b32 %r41, {descriptor};\n"
-    body += f"@{who} tcgen05.mma.cta_group::{group}.kind::{kind} [%r40], {a_operand}, %d9, %r41, %p2;\n"
+    body += (
+        f"@{who} tcgen05.mma{stationary}.cta_group::{group}.kind::{kind}{more} [%r40], {a_operand}, %d9, %r41, %p2;\n"
+    )
     got = launch(
         body + (COMMIT_PAIR if group == 2 else COMMIT),
         image.ravel(),
@@ -225,6 +227,22 @@ def test_products_of_a_pair(kind, m, n):
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_in_tensor_memory(kind, m):
     multiply(kind, (TYPES[kind][-1],) * 2, m, 48, K_MAJOR, a_in_tensor=True)
+
+
+COLLECTOR_B = "|".join(f"collector::b{n}::{how}" for n in range(4) for how in ("fill", "use", "lastuse", "discard"))
+
+
+@row(f"tcgen05.mma.ws.cta_group::1.{KIND}.{COLLECTOR_B}?")
+@pytest.mark.parametrize("n", [64, 128, 256])
+@pytest.mark.parametrize("m", [32, 64, 128])
+@pytest.mark.parametrize("kind", TYPES)
+def test_weight_stationary_products(kind, m, n):
+    multiply(kind, (TYPES[kind][-1],) * 2, m, n, K_MAJOR, stationary=".ws")
+    multiply(
+        kind, (TYPES[kind][0],) * 2, m, n, K_MAJOR, stationary=".ws", accumulate=False, more=".collector::b1::fill"
+    )
+    if m == 128:
+        multiply(kind, (TYPES[kind][0],) * 2, m, n, K_MAJOR, stationary=".ws", a_in_tensor=True)
 
 
 def test_products_otherwise():
@@ -399,6 +417,14 @@ FREE = "bar.sync 0;\n@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r1, 64;
      "@%p0 tcgen05.mma.cta_group::1.kind::f16 [%r1 + 32], %rd1, %rd2, %r3, %p0;", "out_of_bounds", "D of tcgen05.mma has columns"),
     (SETUP + "mov.b64 %rd1, 0x400000000000; mov.b64 %rd2, %rd1; mov.b32 %r3, 0x6100490;\n"
      "@%p0 tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r3, %p0;", "illegal", "M is 64 or 128, not 96"),
+    *((SETUP + f"mov.b64 %rd1, 0x400000000000; mov.b64 %rd2, %rd1; mov.b32 %r3, {bits}; mov.b64 %rd3, {zeros};\n"
+       f"@%p0 tcgen05.mma.ws.cta_group::1.kind::f16 [%r1], {a}, %rd2, %r3, %p0, %rd3;", kind, why)
+      for bits, zeros, a, kind, why in (
+          (0x6100490, 0, "%rd1", "illegal", "M is 32, 64 or 128 with .ws, not 96"),
+          (0x8040490, 0, "%rd1", "illegal", "N is 64, 128 or 256 with .ws, not 16"),
+          (0x48100490, 0, "%rd1", "unsupported", "a shift of B"),
+          (0x8100490, 1, "%rd1", "unsupported", "zero-column-mask-desc names columns"),
+          (0x2100490, 0, "[%r1]", "unsupported", "A in tensor memory with 32 rows"))),
     (SETUP + "mov.b64 %rd1, 0x400000000000; mov.b64 %rd2, %rd1; mov.b32 %r3, 0x8100494;\n"
      "@%p0 tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r3, %p0;", "unsupported", "sparse"),
     (SETUP + "mov.b64 %rd1, 0x400000000000; mov.b32 %r3, 0x8100490;\n"
@@ -409,13 +435,14 @@ def test_what_is_wrong(body, kind, words):
     assert f.kind == kind and re.search(words, f.message), f
 
 
-@row(f"tcgen05.mma.sp.{GROUP}.{KIND}|{SCALED}.block_scale?.{SCALES}?.{COLLECTOR}?", f"tcgen05.mma.ws.sp?.cta_group::1.{KIND}",
+@row(f"tcgen05.mma.sp.{GROUP}.{KIND}|{SCALED}.block_scale?.{SCALES}?.{COLLECTOR}?",
+     f"tcgen05.mma.ws.sp.cta_group::1.{KIND}.{COLLECTOR_B}?",
      f"tcgen05.cp.{GROUP}.4x256b", f"tcgen05.cp.{GROUP}.{COPIES}|4x256b.{MULTICAST}?.b8x16.b4x16_p64|b6x16_p32",
      f"tcgen05.shift.{GROUP}.down")  # fmt: skip
 def test_what_is_refused():
     for body, words in {
         "tcgen05.mma.sp.cta_group::1.kind::f16 [%r1], %rd1, %rd2, [%r2], %r3, %p0;": "sparse",
-        "tcgen05.mma.ws.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r3, %p0;": "ws",
+        "tcgen05.mma.ws.sp.cta_group::1.kind::f16 [%r1], %rd1, %rd2, [%r2], %r3, %p0;": "sparse",
         "tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r3, %p0, 3;": "scale-input-d",
         "tcgen05.mma.cta_group::1.kind::mxf4.block_scale.scale_vec::4X [%r1], %rd1, %rd2, %r3, [%r1], [%r1], %p0;": "2X",
         "tcgen05.cp.cta_group::1.4x256b [%r1], %rd1;": "4x256b",

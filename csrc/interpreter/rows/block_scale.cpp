@@ -1,6 +1,5 @@
 #include "interpreter/rows/block_scale.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "interpreter/formats.h"
@@ -8,23 +7,18 @@
 namespace forwardpass::interpreter {
 namespace {
 
-struct Bits {
-  int all, mantissa, bias;
-};
-constexpr Bits kBits[] = {{8, 3, 7}, {4, 1, 1}, {6, 3, 1}, {6, 2, 3}};  // by Narrow
-
 // The code of e4m3 for each code of a narrow type. None has infinities or NaN.
 struct Table {
   uint8_t codes[4][64];
   Table() {
-    for (int n = 1; n < 4; ++n) {
-      const auto [all, mantissa, bias] = kBits[n];
-      for (int code = 0; code < 1 << all; ++code) {
-        const int magnitude = code & ((1 << (all - 1)) - 1), exponent = magnitude >> mantissa;
-        const int fraction = (magnitude & ((1 << mantissa) - 1)) + (exponent ? 1 << mantissa : 0);
-        const float value = std::ldexp(static_cast<float>(fraction), (exponent ? exponent : 1) - bias - mantissa);
-        codes[n][code] = static_cast<uint8_t>(encode<E4m3>(code >> (all - 1) ? -value : value));
-      }
+    fill<E2m1>(Narrow::e2m1);
+    fill<E2m3>(Narrow::e2m3);
+    fill<E3m2>(Narrow::e3m2);
+  }
+  template <class F>
+  void fill(Narrow narrow) {
+    for (uint32_t code = 0; code < F::kSign * 2; ++code) {
+      codes[static_cast<int>(narrow)][code] = static_cast<uint8_t>(encode<E4m3>(decode<F>(code)));
     }
   }
 };
@@ -38,7 +32,7 @@ Narrow narrow_of(std::string_view name) {
 void widen(Narrow narrow, Packing packing, Fragment from, uint32_t (*to)[32]) {
   static const Table table;
   const uint8_t* const codes = table.codes[static_cast<int>(narrow)];
-  const int bits = kBits[static_cast<int>(narrow)].all;
+  const int bits = narrow == Narrow::e2m1 ? 4 : 6;
   const int elements = packing == Packing::close ? 32 : 16;
   for (int row = 0; row < 8; ++row) {
     uint8_t packed[17] = {};
@@ -52,9 +46,7 @@ void widen(Narrow narrow, Packing packing, Fragment from, uint32_t (*to)[32]) {
 }
 
 float scale_of(ScaleType type, uint32_t byte) {
-  byte &= 0xff;
-  if (type == ScaleType::ue4m3) return decode<E4m3>(byte & 0x7f);
-  return bit_cast<float>(byte == 0xff ? kNanF32 : byte ? byte << 23 : 1u << 22);  // 2^-127 is subnormal
+  return type == ScaleType::ue4m3 ? decode<E4m3>(byte & 0x7f) : from_e8m0(byte & 0xff);
 }
 
 void multiply_scaled(const Product& product, const PanelA& a, const PanelB& b, int tiles, const float rows[16],

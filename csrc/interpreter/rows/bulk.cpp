@@ -1,25 +1,16 @@
-// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile mode (ISA 9.7.9.25.4, 9.7.9.25.5): transfers in the
+// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile modes (ISA 9.7.9.25.4, 9.7.9.25.5): transfers in the
 // async proxy, to and from global memory and to other CTAs. To the race check those that one mbarrier is told of are a
 // series, and the stores of a thread, whose groups it waits for in order.
+#include "bulk.h"
+
 #include <algorithm>
 
 #include "../mbarrier.h"
-#include "../table.h"
 #include "../tensor_map.h"
 #include "../timeline_trace.h"
-#include "async.h"
-#include "matrix_rows.h"
-#include "reductions.h"
 
 namespace forwardpass::interpreter {
 namespace {
-
-enum class Direction : uint8_t {
-  load,        // global to shared memory, of one CTA or several
-  store,       // shared to global memory
-  distribute,  // shared memory to that of another CTA
-  prefetch,
-};
 
 // One transfer of one thread, to one CTA.
 struct Transfer : Pending {
@@ -33,6 +24,7 @@ struct Transfer : Pending {
   Reduce reduce = nullptr;    // store, distribute: in place of a copy
   TensorMap map;
   int32_t coordinates[TensorMap::kMaxRank];
+  int boxes = 1;  // gather4, scatter4: 4 of one row each, whose numbers are the coordinates from 1 on
   int series = 0;
   Clock issued = 0;       // its time: from when on it reads the shared memory of a store
   uint32_t mbarrier = 0;  // load, distribute
@@ -42,14 +34,17 @@ struct Transfer : Pending {
   // f(shared offset before swizzling, begin, end, global address), the range as one row where there is no tensor.
   template <class F>
   void each_row(F f) const {
-    if (tensor) {
-      map.each_row(coordinates, f);
-    } else {
-      f(0u, 0u, bytes, reinterpret_cast<uint64_t>(global));
+    if (!tensor) return f(0u, 0u, bytes, reinterpret_cast<uint64_t>(global));
+    if (boxes == 1) return map.each_row(coordinates, f);
+    for (int k = 0; k < boxes; ++k) {
+      const int32_t row[] = {coordinates[0], coordinates[1 + k]};
+      map.each_row(row, [&](uint32_t, uint32_t begin, uint32_t end, uint64_t address) {
+        f(k * row_bytes(), begin, end, address);
+      });
     }
   }
   uint32_t row_bytes() const { return tensor ? map.row_bytes() : bytes; }
-  uint32_t transaction_bytes() const { return tensor ? map.transaction_bytes() : bytes; }
+  uint32_t transaction_bytes() const { return tensor ? boxes * map.transaction_bytes() : bytes; }
 
   // f(shared address, offset within the row, bytes) over a part of a row: whole where it is not swizzled, else by the
   // chunks of 16 bytes.
@@ -145,18 +140,6 @@ Bulk& state_of(Warp& w) {
   return *w.bulk;
 }
 
-struct Form {
-  Direction direction = Direction::load;
-  bool tensor = false;
-  int rank = 0, coordinates = 0;       // coordinates: operand of the first
-  Place shared, global, mbarrier, to;  // global: the tensor map's, of a tensor; to: where it is distributed to
-  int size = 0;                        // operand, of one that is not a tensor's
-  int mask = -1;                       // operand: the CTAs of a multicast
-  bool pair = false;                   // .cta_group::2: the mbarrier may be that of the other CTA of the pair
-  Reduce reduce = nullptr;
-  std::string_view operation;  // of a tensor's reduction, whose type is the map's
-};
-
 constexpr uint32_t kBulkAlignment = 16, kTensorAlignment = 128;
 
 // The global memory that it touches must be there.
@@ -228,7 +211,7 @@ Reduce tensor_reduction(Warp& w, std::string_view operation, const TensorMap& ma
 }
 
 // What the lane's instruction transfers, but for where to.
-Transfer described(Warp& w, const Instruction& i, const Form& form, uint64_t global, int l) {
+Transfer described(Warp& w, const Instruction& i, const BulkForm& form, uint64_t global, int l) {
   Transfer t;
   t.instruction = &i;
   t.code = w.frame->code;
@@ -238,8 +221,15 @@ Transfer described(Warp& w, const Instruction& i, const Form& form, uint64_t glo
   if (form.tensor) {
     t.tensor = true;
     t.map = read_tensor_map(w, global, form.rank, l);
-    for (int d = 0; d < form.rank; ++d) t.coordinates[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
-    t.bytes = t.map.box_bytes();
+    for (int d = 0; d < coordinates_of(form); ++d) t.coordinates[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
+    t.boxes = form.boxes;
+    if (t.boxes > 1 && t.map.box[1] != 1) {
+      w.fail(Kind::illegal,
+             "gather4 and scatter4 take single rows: boxDim[1] of the tensor map must be 1, and it is " +
+                 std::to_string(t.map.box[1]),
+             l);
+    }
+    t.bytes = t.boxes * t.map.box_bytes();
     check_narrow(w, t.map, t.coordinates[0], form.direction == Direction::store, l);
     if (!form.operation.empty()) t.reduce = tensor_reduction(w, form.operation, t.map, l);
     return t;
@@ -257,7 +247,7 @@ Transfer described(Warp& w, const Instruction& i, const Form& form, uint64_t glo
 }
 
 // The CTAs that a load goes to: the one that has the destination, or those that a multicast names.
-std::vector<Cta*> targets(Warp& w, const Instruction& i, const Form& form, Cta& addressed, int lane) {
+std::vector<Cta*> targets(Warp& w, const Instruction& i, const BulkForm& form, Cta& addressed, int lane) {
   if (form.mask < 0) return {&addressed};
   const auto& ctas = w.cta->cluster->ctas;
   const unsigned mask = w.operand<uint16_t>(i, form.mask)[lane];
@@ -277,17 +267,19 @@ std::vector<Cta*> targets(Warp& w, const Instruction& i, const Form& form, Cta& 
 }
 
 // What a store names is the same in both lanes.
-bool same_store(const Warp& w, const Instruction& i, const Form& form, int a, int b) {
+bool same_store(const Warp& w, const Instruction& i, const BulkForm& form, int a, int b) {
   if (!form.tensor) return w.operand<uint32_t>(i, form.size)[a] == w.operand<uint32_t>(i, form.size)[b];
-  for (int d = 0; d < form.rank; ++d) {
+  for (int d = 0; d < coordinates_of(form); ++d) {
     const auto* coordinate = w.operand<int32_t>(i, form.coordinates + d);
     if (coordinate[a] != coordinate[b]) return false;
   }
   return true;
 }
 
-Step transfer(Warp& w, const Instruction& i, Mask mask) {
-  const auto& form = *static_cast<const Form*>(i.data);
+}  // namespace
+
+Step bulk_transfer(Warp& w, const Instruction& i, Mask mask) {
+  const auto& form = *static_cast<const BulkForm*>(i.data);
   uint64_t shared[kLanes], global[kLanes], mbarrier[kLanes], to[kLanes];
   const bool sends = form.direction == Direction::load || form.direction == Direction::distribute;
   if (form.direction != Direction::distribute) form.global.read(w, i, global);
@@ -349,7 +341,7 @@ Step transfer(Warp& w, const Instruction& i, Mask mask) {
   return Step::next;
 }
 
-Step commit_group(Warp& w, const Instruction&, Mask mask) {
+Step bulk_commit_group(Warp& w, const Instruction&, Mask mask) {
   Bulk& bulk = state_of(w);
   for (Mask rest = mask; rest; rest &= rest - 1) ++bulk.committed[__builtin_ctz(rest)];
   return Step::next;
@@ -357,7 +349,7 @@ Step commit_group(Warp& w, const Instruction&, Mask mask) {
 
 // Waits for all groups of each lane but the last few: for their reads alone, or until they are complete.
 template <bool read>
-Step wait_group(Warp& w, const Instruction& i, Mask mask) {
+Step bulk_wait_group(Warp& w, const Instruction& i, Mask mask) {
   if (!w.bulk) return Step::next;
   auto& entries = w.bulk->entries;
   const auto over = [&](Bulk::Entry& e) {
@@ -376,8 +368,8 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   entries.erase(std::remove_if(entries.begin(), entries.end(), over), entries.end());
   return Step::next;
 }
-
-}  // namespace
+template Step bulk_wait_group<false>(Warp&, const Instruction&, Mask);
+template Step bulk_wait_group<true>(Warp&, const Instruction&, Mask);
 
 void check_bulk_at_end(const Cta& cta) {
   if (!checked(cta)) return;
@@ -399,195 +391,4 @@ void check_bulk_at_end(const Cta& cta) {
   }
 }
 
-namespace {
-
-void bind_place(Bind& b, Place& place, const Operand& o, bool generic = false, bool cluster = false) {
-  place.operand = b.instruction.sources;
-  place.displacement = b.address(o, &place.wide);
-  place.generic = generic;
-  place.cluster = cluster;
-}
-
-// [map, {coordinates}]
-void bind_map(Bind& b, Form& form, const Operand& o) {
-  form.tensor = true;
-  for (const char* dim : {"1d", "2d", "3d", "4d", "5d"}) {
-    if (b.has(dim)) form.rank = dim[0] - '0';
-  }
-  if (o.kind != Operand::Kind::address || o.parts.size() != 2) b.refuse("expected [tensor map, {coordinates}]");
-  bind_place(b, form.global, o, true);
-  const Operand& coordinates = o.parts[1];
-  const bool list = coordinates.kind == Operand::Kind::vector;
-  if ((list ? static_cast<int>(coordinates.parts.size()) : 1) != form.rank) {
-    b.refuse("expected " + std::to_string(form.rank) + " coordinates");
-  }
-  form.coordinates = b.instruction.sources;
-  for (int d = 0; d < form.rank; ++d) b.source(list ? coordinates.parts[d] : coordinates, Type::b32);
-}
-
-// The cache policy comes last and has no effect on what is copied.
-void bind_policy(Bind& b, int operands, const char* expected) {
-  const int policy = b.has("L2::cache_hint") ? 1 : 0;
-  if (b.operands() != operands + policy) {
-    b.refuse(std::string("expected ") + expected + " and with .L2::cache_hint a cache-policy");
-  }
-  if (policy) b.source(operands, Type::b64);
-  b.run(&transfer);
-}
-
-// The mask of a multicast comes before the policy.
-int bind_mask(Bind& b, Form& form, int next) {
-  if (!b.has("multicast::cluster")) return next;
-  if (next < b.operands()) {
-    form.mask = b.instruction.sources;
-    b.source(next, Type::b16);
-  }
-  return next + 1;
-}
-
-void bind_load(Bind& b) {
-  auto& form = b.data<Form>();
-  const bool cluster = b.has("shared::cluster");
-  bind_place(b, form.shared, b.operand(0), false, cluster);
-  bind_place(b, form.global, b.operand(1));
-  form.size = b.instruction.sources;
-  b.source(2, Type::b32);
-  bind_place(b, form.mbarrier, b.operand(3), false, cluster);
-  bind_policy(b, bind_mask(b, form, 4), "[dst], [src], size, [mbarrier], with .multicast::cluster a mask of CTAs");
-}
-
-// By the operation and type that the opcode ends in.
-void bind_reduction(Bind& b, Form& form) {
-  for (const char* operation : {"add", "min", "max", "inc", "dec", "and", "or", "xor"}) {
-    if (b.has(operation)) form.reduce = reduction(operation, b.type(b.slots() - 1));
-  }
-}
-
-void bind_distribute(Bind& b) {
-  auto& form = b.data<Form>();
-  form.direction = Direction::distribute;
-  bind_reduction(b, form);
-  bind_place(b, form.to, b.operand(0), false, true);
-  bind_place(b, form.shared, b.operand(1));
-  form.size = b.instruction.sources;
-  b.source(2, Type::b32);
-  bind_place(b, form.mbarrier, b.operand(3), false, true);
-  bind_policy(b, 4, "[dst], [src], size, [mbarrier]");
-}
-
-void bind_store(Bind& b) {
-  auto& form = b.data<Form>();
-  form.direction = Direction::store;
-  bind_reduction(b, form);
-  bind_place(b, form.global, b.operand(0));
-  bind_place(b, form.shared, b.operand(1));
-  form.size = b.instruction.sources;
-  b.source(2, Type::b32);
-  bind_policy(b, 3, "[dst], [src], size");
-}
-
-void bind_prefetch(Bind& b) {
-  auto& form = b.data<Form>();
-  form.direction = Direction::prefetch;
-  bind_place(b, form.global, b.operand(0));
-  form.size = b.instruction.sources;
-  b.source(1, Type::b32);
-  bind_policy(b, 2, "[src], size");
-}
-
-void bind_tensor_load(Bind& b) {
-  auto& form = b.data<Form>();
-  const bool cluster = b.has("shared::cluster");
-  bind_place(b, form.shared, b.operand(0), false, cluster);
-  bind_map(b, form, b.operand(1));
-  form.pair = b.has("cta_group::2");
-  if (form.pair || b.has("cta_group::1")) require_capability(b, 100);
-  bind_place(b, form.mbarrier, b.operand(2), false, cluster);
-  bind_policy(b, bind_mask(b, form, 3),
-              "[dst], [tensor map, {coordinates}], [mbarrier], with .multicast::cluster a mask of CTAs");
-}
-
-void bind_tensor_store(Bind& b) {
-  auto& form = b.data<Form>();
-  form.direction = Direction::store;
-  for (const std::string_view operation : {"add", "min", "max", "inc", "dec", "and", "or", "xor"}) {
-    if (b.has(operation)) form.operation = operation;
-  }
-  bind_map(b, form, b.operand(0));
-  bind_place(b, form.shared, b.operand(1));
-  bind_policy(b, 2, "[tensor map, {coordinates}], [src]");
-}
-
-void bind_tensor_prefetch(Bind& b) {
-  auto& form = b.data<Form>();
-  form.direction = Direction::prefetch;
-  bind_map(b, form, b.operand(0));
-  bind_policy(b, 1, "[tensor map, {coordinates}]");
-}
-
-template <bool read>
-void bind_wait(Bind& b) {
-  const int64_t n = b.operands() == 1 ? b.constant(b.operand(0)) : -1;
-  if (n < 0) b.refuse("expected the number of groups that may stay under way");
-  b.instruction.immediate = static_cast<uint64_t>(n);
-  b.run(&wait_group<read>);
-}
-
-void refuse_mode(Bind& b) { b.refuse("im2col, gather and scatter modes are not supported; use tile mode"); }
-
-#define DIMENSIONS "1d|2d|3d|4d|5d"
-#define GROUP "cta_group::1|cta_group::2"
-#define MBARRIER "mbarrier::complete_tx::bytes"
-#define MODES "im2col|im2col::w|im2col::w::128|im2col_no_offs|tile::gather4|tile::scatter4"
-#define OPERATIONS "add|min|max|inc|dec|and|or|xor"
-#define REDUCE_GLOBAL "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint?."
-const Row rows[] = {
-    {"cp.async.bulk.shared::cluster|shared::cta.global." MBARRIER ".L2::cache_hint?", "9.7.9.25.4.1", bind_load},
-    {"cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint?", "9.7.9.25.4.1", bind_store},
-    {"cp.async.bulk.prefetch.L2.global.L2::cache_hint?", "9.7.9.25.4.3", bind_prefetch},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global.tile?." MBARRIER ".L2::cache_hint?",
-     "9.7.9.25.5.2", bind_tensor_load},
-    {"cp.async.bulk.tensor." DIMENSIONS ".global.shared::cta.tile?.bulk_group.L2::cache_hint?", "9.7.9.25.5.2",
-     bind_tensor_store},
-    {"cp.async.bulk.prefetch.tensor." DIMENSIONS ".L2.global.tile?.L2::cache_hint?", "9.7.9.25.5.4",
-     bind_tensor_prefetch},
-    {"cp.async.bulk.shared::cluster.global." MBARRIER ".multicast::cluster.L2::cache_hint?", "9.7.9.25.4.1", bind_load},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global.tile?." MBARRIER ".multicast::cluster.L2::cache_hint?",
-     "9.7.9.25.5.2", bind_tensor_load},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global.tile?." MBARRIER
-     ".multicast::cluster?." GROUP ".L2::cache_hint?",
-     "9.7.9.25.5.2", bind_tensor_load},
-    {"cp.async.bulk.tensor." DIMENSIONS "." GROUP ".shared::cluster.global.tile?." MBARRIER
-     ".multicast::cluster?.L2::cache_hint?",
-     "9.7.9.25.5.2", bind_tensor_load},
-    {"cp.async.bulk.shared::cluster.shared::cta." MBARRIER, "9.7.9.25.4.1", bind_distribute},
-    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".and|or|xor.b32", "9.7.9.25.4.2", bind_distribute},
-    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".add.u32|s32|u64", "9.7.9.25.4.2", bind_distribute},
-    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".min|max.u32|s32", "9.7.9.25.4.2", bind_distribute},
-    {"cp.reduce.async.bulk.shared::cluster.shared::cta." MBARRIER ".inc|dec.u32", "9.7.9.25.4.2", bind_distribute},
-    {REDUCE_GLOBAL "and|or|xor.b32|b64", "9.7.9.25.4.2", bind_store},
-    {REDUCE_GLOBAL "add.u32|s32|u64|f32|f64", "9.7.9.25.4.2", bind_store},
-    {REDUCE_GLOBAL "add.noftz.f16|bf16", "9.7.9.25.4.2", bind_store},
-    {REDUCE_GLOBAL "min|max.u32|s32|u64|s64|f16|bf16", "9.7.9.25.4.2", bind_store},
-    {REDUCE_GLOBAL "inc|dec.u32", "9.7.9.25.4.2", bind_store},
-    {"cp.reduce.async.bulk.tensor." DIMENSIONS ".global.shared::cta." OPERATIONS ".tile?.bulk_group.L2::cache_hint?",
-     "9.7.9.25.5.3", bind_tensor_store},
-    {"cp.reduce.async.bulk.tensor." DIMENSIONS ".global.shared::cta." OPERATIONS
-     ".im2col_no_offs.bulk_group.L2::cache_hint?",
-     "9.7.9.25.5.3", refuse_mode},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global." MODES "." MBARRIER
-     ".multicast::cluster.L2::cache_hint?",
-     "9.7.9.25.5.2", refuse_mode},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global." MODES "." MBARRIER ".L2::cache_hint?",
-     "9.7.9.25.5.2", refuse_mode},
-    {"cp.async.bulk.tensor." DIMENSIONS ".global.shared::cta." MODES ".bulk_group.L2::cache_hint?", "9.7.9.25.5.2",
-     refuse_mode},
-    {"cp.async.bulk.prefetch.tensor." DIMENSIONS ".L2.global." MODES ".L2::cache_hint?", "9.7.9.25.5.4", refuse_mode},
-    {"cp.async.bulk.commit_group", "9.7.9.25.6.1", [](Bind& b) { b.run(&commit_group); }},
-    {"cp.async.bulk.wait_group.read", "9.7.9.25.6.2", bind_wait<true>},
-    {"cp.async.bulk.wait_group", "9.7.9.25.6.2", bind_wait<false>},
-};
-const Register registered(rows);
-
-}  // namespace
 }  // namespace forwardpass::interpreter

@@ -233,8 +233,10 @@ const Row rows[] = {
     {"cvt.rm|rp.ftz?.bf16.f32", "9.7.9.21", bind_cvt},
     {"cvt.rn|rz.ftz.bf16.f32", "9.7.9.21", bind_cvt},
     {"cvt." ROUNDED ".sat?.f16.f64", "9.7.9.21", bind_cvt},
-    {"cvt." ROUNDED ".bf16.f16|f64", "9.7.9.21", bind_cvt},
-    {"cvt." ROUNDED ".f16.bf16", "9.7.9.21", bind_cvt},
+    {"cvt." ROUNDED ".bf16.f64", "9.7.9.21", bind_cvt},
+    // ptxas 13.0 makes the same of no rounding as of rn; Triton has it so.
+    {"cvt." ROUNDED "?.bf16.f16", "9.7.9.21", bind_cvt},
+    {"cvt." ROUNDED "?.f16.bf16", "9.7.9.21", bind_cvt},
     {"cvt." ROUNDED ".ftz?.sat?.f32.f64", "9.7.9.21", bind_cvt},
     // Wider.
     {"cvt.ftz?.sat?.f32.f16", "9.7.9.21", bind_cvt},

@@ -1,8 +1,9 @@
-// Conversions to and from f16, bf16, tf32, e4m3 and e5m2, one or two at a time (ISA 9.7.9.21), and cvt.pack (9.7.9.22).
+// Conversions to and from the formats of 19 bits and fewer, one or two at a time (ISA 9.7.9.21), and cvt.pack
+// (9.7.9.22).
 #include <algorithm>
 #include <charconv>
 
-#include "interpreter/rows/lanewise.h"
+#include "interpreter/rows/matrix_rows.h"
 
 namespace forwardpass::interpreter {
 namespace {
@@ -10,7 +11,8 @@ namespace {
 // One number in format F, as everything that follows wants it.
 template <class F, Rounding R, bool Saturate, bool Relu>
 struct Encode {
-  static constexpr int kBits = 1 + F::kExponent + F::kMantissa;
+  static constexpr int kBits = (1 + F::kExponent + F::kMantissa + 3) / 4 * 4;  // 6 bits take a byte
+  static_assert(F::kSpecial != Special::none || Saturate);
   uint32_t operator()(float x) const { return encode<F>(x, R, Saturate, Relu); }
 };
 template <Rounding R, bool Saturate, bool Relu>
@@ -22,16 +24,25 @@ template <class One>
 struct EncodeTwo {
   uint32_t operator()(float a, float b) const { return One{}(a) << One::kBits | One{}(b); }
 };
-template <class One>
-struct HalvesTo8 {
+template <class From, class One>
+struct EncodeHalves {
   uint16_t operator()(uint32_t a) const {
-    const uint32_t low = One{}(decode<F16>(a & 0xffff)), high = One{}(decode<F16>(a >> 16));
-    return static_cast<uint16_t>(high << 8 | low);
+    return static_cast<uint16_t>(EncodeTwo<One>{}(decode<From>(a >> 16), decode<From>(a & 0xffff)));
   }
 };
-template <class F, bool Relu>  // exact: f16 has every number of either format
-struct From8 {
+template <class F, bool Relu>  // exact: f16 has every number of these formats
+struct DecodeTwo {
+  static constexpr int kBits = Encode<F, Rounding::rn, true, false>::kBits;
   static uint32_t half(uint32_t code) { return encode<F16>(decode<F>(code), Rounding::rn, false, Relu); }
+  uint32_t operator()(uint16_t a) const { return half(a >> kBits) << 16 | half(a); }
+};
+template <bool Up, bool Saturate>
+struct EncodeE8m0 {
+  static constexpr int kBits = 8;
+  uint32_t operator()(float x) const { return to_e8m0(x, Up, Saturate); }
+};
+struct DecodeTwoE8m0 {
+  static uint32_t half(uint32_t code) { return encode<Bf16>(from_e8m0(code)); }
   uint32_t operator()(uint16_t a) const { return half(a >> 8) << 16 | half(a & 0xff); }
 };
 
@@ -39,12 +50,17 @@ struct From8 {
 template <class F, class G>
 void with_encode(Bind& b, G f) {
   choose(b.has("rz"), [&](auto rz) {
-    choose(b.has("satfinite"), [&](auto sat) {
+    const auto saturating = [&](auto sat) {
       choose(b.has("relu"), [&](auto relu) {
         constexpr Rounding kMode = decltype(rz)::value ? Rounding::rz : Rounding::rn;
         f(Encode<F, kMode, decltype(sat)::value, decltype(relu)::value>{});
       });
-    });
+    };
+    if constexpr (F::kSpecial == Special::none) {
+      saturating(std::true_type{});
+    } else {
+      choose(b.has("satfinite"), saturating);
+    }
   });
 }
 template <class F>
@@ -52,21 +68,47 @@ void bind_one(Bind& b) {
   bind_operands(b, Type::b16, Type::f32, 1);
   with_encode<F>(b, [&](auto one) { b.run(&lanewise<decltype(one), uint16_t, float>); });
 }
+// Formats of 4 and 6 bits and ue8m0 are for these targets alone.
+void require_narrow(const Bind& b) { require_targets(b, {100, 120}); }
 template <class F, Type Held>
 void bind_two(Bind& b) {
+  if (F::kSpecial == Special::none) require_narrow(b);
   bind_operands(b, Held, Type::f32, 2);
   using D = std::conditional_t<Held == Type::b32, uint32_t, uint16_t>;
   with_encode<F>(b, [&](auto one) { b.run(&lanewise<EncodeTwo<decltype(one)>, D, float, float>); });
 }
-template <class F>
-void bind_halves_to_8(Bind& b) {
-  bind_operands(b, Type::b16, Type::b32, 1);
-  with_encode<F>(b, [&](auto one) { b.run(&lanewise<HalvesTo8<decltype(one)>, uint16_t, uint32_t>); });
+template <class F, Type Held>
+void bind_from_halves(Bind& b) {
+  if (F::kSpecial == Special::none) require_narrow(b);
+  bind_operands(b, Held, Type::b32, 1);
+  with_encode<F>(b, [&](auto one) { b.run(&lanewise<EncodeHalves<F16, decltype(one)>, uint16_t, uint32_t>); });
+}
+template <class F, Type Held>
+void bind_to_halves(Bind& b) {
+  if (F::kSpecial == Special::none) require_narrow(b);
+  bind_operands(b, Type::b32, Held, 1);
+  choose(b.has("relu"), [&](auto relu) { b.run(&lanewise<DecodeTwo<F, decltype(relu)::value>, uint32_t, uint16_t>); });
 }
 template <class F>
-void bind_from_8(Bind& b) {
+void with_encode_e8m0(Bind& b, F f) {
+  choose(b.has("rp"), [&](auto up) {
+    choose(b.has("satfinite"), [&](auto sat) { f(EncodeE8m0<decltype(up)::value, decltype(sat)::value>{}); });
+  });
+}
+void bind_two_to_e8m0(Bind& b) {
+  require_narrow(b);
+  bind_operands(b, Type::b16, Type::f32, 2);
+  with_encode_e8m0(b, [&](auto one) { b.run(&lanewise<EncodeTwo<decltype(one)>, uint16_t, float, float>); });
+}
+void bind_halves_to_e8m0(Bind& b) {
+  require_narrow(b);
+  bind_operands(b, Type::b16, Type::b32, 1);
+  with_encode_e8m0(b, [&](auto one) { b.run(&lanewise<EncodeHalves<Bf16, decltype(one)>, uint16_t, uint32_t>); });
+}
+void bind_e8m0_to_halves(Bind& b) {
+  require_narrow(b);
   bind_operands(b, Type::b32, Type::b16, 1);
-  choose(b.has("relu"), [&](auto relu) { b.run(&lanewise<From8<F, decltype(relu)::value>, uint32_t, uint16_t>); });
+  b.run(&lanewise<DecodeTwoE8m0, uint32_t, uint16_t>);
 }
 template <Rounding R>
 void bind_tf32(Bind& b) {
@@ -121,10 +163,20 @@ const Row rows[] = {
     {"cvt.rz.relu?.tf32.f32", "9.7.9.21", bind_tf32<Rounding::rz>},
     {"cvt.rn.satfinite.relu?.e4m3x2.f32", "9.7.9.21", bind_two<E4m3, Type::b16>},
     {"cvt.rn.satfinite.relu?.e5m2x2.f32", "9.7.9.21", bind_two<E5m2, Type::b16>},
-    {"cvt.rn.satfinite.relu?.e4m3x2.f16x2", "9.7.9.21", bind_halves_to_8<E4m3>},
-    {"cvt.rn.satfinite.relu?.e5m2x2.f16x2", "9.7.9.21", bind_halves_to_8<E5m2>},
-    {"cvt.rn.relu?.f16x2.e4m3x2", "9.7.9.21", bind_from_8<E4m3>},
-    {"cvt.rn.relu?.f16x2.e5m2x2", "9.7.9.21", bind_from_8<E5m2>},
+    {"cvt.rn.satfinite.relu?.e4m3x2.f16x2", "9.7.9.21", bind_from_halves<E4m3, Type::b16>},
+    {"cvt.rn.satfinite.relu?.e5m2x2.f16x2", "9.7.9.21", bind_from_halves<E5m2, Type::b16>},
+    {"cvt.rn.relu?.f16x2.e4m3x2", "9.7.9.21", bind_to_halves<E4m3, Type::b16>},
+    {"cvt.rn.relu?.f16x2.e5m2x2", "9.7.9.21", bind_to_halves<E5m2, Type::b16>},
+    {"cvt.rn.satfinite.relu?.e2m1x2.f32", "9.7.9.21", bind_two<E2m1, Type::b8>},
+    {"cvt.rn.satfinite.relu?.e2m3x2.f32", "9.7.9.21", bind_two<E2m3, Type::b16>},
+    {"cvt.rn.satfinite.relu?.e3m2x2.f32", "9.7.9.21", bind_two<E3m2, Type::b16>},
+    {"cvt.rn.satfinite.relu?.e2m1x2.f16x2", "9.7.9.21", bind_from_halves<E2m1, Type::b8>},
+    {"cvt.rn.relu?.f16x2.e2m1x2", "9.7.9.21", bind_to_halves<E2m1, Type::b8>},
+    {"cvt.rn.relu?.f16x2.e2m3x2", "9.7.9.21", bind_to_halves<E2m3, Type::b16>},
+    {"cvt.rn.relu?.f16x2.e3m2x2", "9.7.9.21", bind_to_halves<E3m2, Type::b16>},
+    {"cvt.rz|rp.satfinite?.ue8m0x2.f32", "9.7.9.21", bind_two_to_e8m0},
+    {"cvt.rz|rp.satfinite?.ue8m0x2.bf16x2", "9.7.9.21", bind_halves_to_e8m0},
+    {"cvt.rn.bf16x2.ue8m0x2", "9.7.9.21", bind_e8m0_to_halves},
     {"cvt.pack.sat.u16|s16.s32", "9.7.9.22", bind_pack},
     {"cvt.pack.sat.u8|s8|u4|s4|u2|s2.s32.b32", "9.7.9.22", bind_pack},
 };

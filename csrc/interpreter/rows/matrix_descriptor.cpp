@@ -14,7 +14,7 @@ constexpr uint32_t field(uint64_t bits, int shift) { return static_cast<uint32_t
 // Shared memory as a sequence of reads of whole granules, checked many at a time.
 class Reader {
  public:
-  Reader(Cta& cta, const Actor& actor) : cta_(cta), actor_(actor), checks_(checked(cta)) {}
+  Reader(Cta& cta, const Actor& actor, uint32_t used) : cta_(cta), actor_(actor), checks_(checked(cta)), used_(used) {}
   const uint8_t* operator()(uint32_t address, uint32_t bytes) {
     if (address + bytes > cta_.shared.size()) {
       check();
@@ -24,6 +24,10 @@ class Reader {
             address);
     }
     for (uint32_t granule = address; granule < address + bytes; granule += 16) {
+      if (used_ < 16) {
+        if (checks_) cta_.shadow.read(actor_, granule, used_);
+        continue;
+      }
       if (count_ == kLanes) check();
       granules_[count_++] = granule;
     }
@@ -40,6 +44,7 @@ class Reader {
   Cta& cta_;
   const Actor& actor_;
   const bool checks_;
+  const uint32_t used_;
   uint64_t granules_[kLanes];
   int count_ = 0;
 };
@@ -74,7 +79,7 @@ const char* illegal_descriptor(uint64_t bits, bool tcgen05) {
 
 void gather(Cta& cta, const MatrixDescriptor& d, bool transposed, int first, int count, const Actor& actor,
             uint32_t (*fragments)[2][32], uint32_t element, uint32_t halves) {
-  Reader read(cta, actor);
+  Reader read(cta, actor, d.used);
   const uint32_t phases = d.pairs ? 3 : d.chunks - 1, row = d.chunks * 16, shift = d.pairs ? 5 : 4;
   const auto swizzled = [&](uint32_t address) {
     return address ^ ((((address >> 7) - d.base_offset) & phases) << shift);

@@ -13,6 +13,7 @@ struct MatrixDescriptor {
   uint32_t base_offset;             // in rows of 128 bytes
   int chunks;                       // of 16 bytes in a row of the swizzle: 1 (none), 2, 4, 8
   bool pairs = false;               // the swizzle of 128 bytes moves 32 at a time, of 4 rows (tcgen05)
+  uint32_t used = 16;               // of 16 bytes: what is behind elements of 4 and 6 bits nobody need have written
 
   explicit MatrixDescriptor(uint64_t bits);
 };

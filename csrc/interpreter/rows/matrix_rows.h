@@ -63,6 +63,18 @@ inline void require_capability(const Bind& b, int least) {
            b.module.arch + ": compile it for another target");
 }
 
+// What only targets with an `a` have, or an `f`, for a family: the PTX for one of them runs on no other GPU.
+inline void require_targets(const Bind& b, std::initializer_list<int> numbers) {
+  const std::string& arch = b.module.arch;
+  const int number = capability(b.module);
+  std::string names;
+  for (const int n : numbers) {
+    if (number == n && (arch.back() == 'a' || arch.back() == 'f')) return;
+    names += (names.empty() ? "sm_" : " or sm_") + std::to_string(n) + "a";
+  }
+  b.refuse(b.statement.opcode + " needs " + names + ", and this PTX is for " + arch + ": compile it for " + names);
+}
+
 // The registers of {a, b, ...}; one alone may stand without braces.
 inline std::vector<Operand> registers_of(const Bind& b, int operand, size_t count) {
   const Operand& o = b.operand(operand);
@@ -73,6 +85,16 @@ inline std::vector<Operand> registers_of(const Bind& b, int operand, size_t coun
   }
   return parts;
 }
+
+// Registers of A, B and D of an mma or mma.sp. Those of A take turns in 8 rows each of so many; half: D is f16.
+struct MmaRegisters {
+  int a, rows, b, d;
+  bool half;
+};
+// An undefined element of A leaves its row of D undefined, one of B its column, and one of C what is at its place; and
+// those rows that are undefined for another reason, which came from `origin`.
+void multiply_undefined(Warp&, const Instruction&, const MmaRegisters&, uint32_t undefined_rows = 0,
+                        uint32_t origin = 0);
 
 inline void require_whole_warp(const Warp& w, Mask mask) {
   if (mask == kAllLanes) return;

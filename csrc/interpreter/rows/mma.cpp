@@ -16,12 +16,14 @@ struct Mma {
 
 constexpr uint32_t kNoRows[kLanes] = {};  // the lower half of A where the shape has 8 rows
 
-// An undefined element of A leaves its row of D undefined, one of B its column, and one of C what is at its place.
-void multiply_undefined(Warp& w, const Instruction& i, const Mma& m) {
-  const Offset* const a = i.operand + m.d_registers;
-  const Offset* const b = a + m.a_registers;
-  const Offset* const c = b + m.b_registers;
-  const int halves = m.exact.halves, rows_of_a = m.a_registers / halves, pairs = m.exact.d == Accumulate::f16 ? 1 : 2;
+}  // namespace
+
+void multiply_undefined(Warp& w, const Instruction& i, const MmaRegisters& m, uint32_t undefined_rows,
+                        uint32_t origin) {
+  const Offset* const a = i.operand + m.d;
+  const Offset* const b = a + m.a;
+  const Offset* const c = b + m.b;
+  const int pairs = m.half ? 1 : 2;
   struct {
     uint32_t which = 0, origin = 0;
     void take(const Warp& w, Offset o, int shift) {
@@ -29,16 +31,14 @@ void multiply_undefined(Warp& w, const Instruction& i, const Mma& m) {
         which |= 1u << (shift + __builtin_ctz(rest) / 4);
       if (w.undefined->lanes(w, o)) origin = w.undefined->origin_of(w, o);
     }
-  } rows, columns;
-  for (int h = 0; h < halves; ++h) {
-    for (int r = 0; r < rows_of_a; ++r) rows.take(w, a[h * rows_of_a + r], r * 8);
-    columns.take(w, b[h], 0);
-  }
+  } rows{undefined_rows, origin}, columns;
+  for (int r = 0; r < m.a; ++r) rows.take(w, a[r], r % m.rows * 8);
+  for (int r = 0; r < m.b; ++r) columns.take(w, b[r], 0);
   struct {
     Mask lanes;
     uint32_t origin;
   } results[4];  // all of them before the first is set: D may be C
-  for (int r = 0; r < m.d_registers; ++r) {
+  for (int r = 0; r < m.d; ++r) {
     const Mask before = w.undefined->lanes(w, c[r]);
     Mask of_rows = 0, of_columns = 0;
     for (int l = 0; l < kLanes; ++l) {
@@ -50,10 +50,12 @@ void multiply_undefined(Warp& w, const Instruction& i, const Mma& m) {
                                                  : of_rows ? rows.origin
                                                            : columns.origin};
   }
-  for (int r = 0; r < m.d_registers; ++r) {
+  for (int r = 0; r < m.d; ++r) {
     w.undefined->set(w, i.operand[r], kAllLanes, results[r].lanes, results[r].origin);
   }
 }
+
+namespace {
 
 Step mma(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
@@ -76,7 +78,10 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
   for (int r = 0; r < m.d_registers; ++r) {
     if (i.operand[r] != kSink) std::memcpy(w.at<uint32_t>(i.operand[r]), sums[r], sizeof sums[r]);
   }
-  if (__builtin_expect(w.undefined && !w.undefined->empty(), 0)) multiply_undefined(w, i, m);
+  if (__builtin_expect(w.undefined && !w.undefined->empty(), 0)) {
+    const int of_rows = m.a_registers / m.exact.halves;
+    multiply_undefined(w, i, {m.a_registers, of_rows, m.b_registers, m.d_registers, m.exact.d == Accumulate::f16});
+  }
   return Step::next;
 }
 
@@ -160,7 +165,6 @@ void refuse(Bind& b) {
 }
 const char* const kVolta = "mma.m8n8k4 with f16 is for Volta and slow since; use m16n8k16";
 const char* const kSubByte = "products of 4-bit and 1-bit elements are not supported by the interpreter; use s8 or u8";
-const char* const kSparse = "sparse products are not supported by the interpreter; use mma.sync or wgmma.mma_async";
 const char* const kWmma = "wmma is not supported by the interpreter; use ldmatrix and mma.sync";
 
 #define FORWARDPASS_WMMA_SHAPES "m16n16k16|m32n8k16|m8n32k16|m16n16k8|m8n8k4|m8n8k32|m8n8k128"
@@ -181,9 +185,6 @@ const Row rows[] = {
     {"mma.sync.aligned.m8n8k4.row|col.row|col.f16|f32.f16.f16.f16|f32", kSection, refuse<kVolta>},
     {"mma.sync.aligned.m8n8k32|m16n8k32|m16n8k64.row.col.satfinite?.s32.s4|u4.s4|u4.s32", kSection, refuse<kSubByte>},
     {"mma.sync.aligned.m8n8k128|m16n8k128|m16n8k256.row.col.s32.b1.b1.s32.xor|and.popc", kSection, refuse<kSubByte>},
-    {"mma.sp|sp::ordered_metadata.sync.aligned.m16n8k8|m16n8k16|m16n8k32|m16n8k64|m16n8k128.row.col.satfinite?."
-     "f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4.f16|f32|s32",
-     "9.7.14.6.3", refuse<kSparse>},
     {"wmma.load.a|b|c.sync.aligned.row|col." FORWARDPASS_WMMA_SHAPES
      ".global|shared|shared::cta?." FORWARDPASS_WMMA_TYPES,
      "9.7.14.4.3", refuse<kWmma>},

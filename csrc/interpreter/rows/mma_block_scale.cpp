@@ -95,10 +95,7 @@ Step checked_mma(Warp& w, const Instruction& i, Mask mask) {
 }
 
 void bind(Bind& b) {
-  const std::string& arch = b.module.arch;
-  if (capability(b.module) < 120 || (arch.back() != 'a' && arch.back() != 'f')) {
-    b.refuse(b.statement.opcode + " needs sm_120a, and this PTX is for " + arch + ": compile it for sm_120a");
-  }
+  require_targets(b, {120});
   const bool scaled = b.has("block_scale"), close = !b.has("kind::f8f6f4") && !b.has("kind::mxf8f6f4");
   const bool sixteen = b.has("scale_vec::4X");
   expect_operands(b, scaled ? 8 : 4);

@@ -49,12 +49,6 @@ CtaGroup group_of(const Warp& w, bool pair) {
   return {{ctas[even].get(), ctas[even + 1].get()}, 2};
 }
 
-void require_sm_100a(const Bind& b) {
-  const std::string& arch = b.module.arch;
-  if (arch == "sm_100a" || arch == "sm_100f") return;
-  b.refuse(b.statement.opcode + " needs sm_100a, and this PTX is for " + arch + ": compile it for sm_100a");
-}
-
 void require_descriptor(const Warp& w, uint64_t bits, const char* what, int lane) {
   const char* const why = illegal_descriptor(bits, true);
   if (why) w.fail(Kind::illegal, std::string(what) + " " + hexadecimal(bits) + " is illegal: " + why, lane);
@@ -261,13 +255,13 @@ Step commit(Warp& w, const Instruction& i, Mask mask) {
 
 template <Handler handler>
 void bind_plain(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   if (b.operands()) b.refuse("expected no operands");
   b.run(handler);
 }
 
 void bind_alloc(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   if (b.operands() != 2) b.refuse("expected [dst], columns");
   auto& form = b.data<Allocation>();
   form.pair = b.has("cta_group::2");
@@ -279,7 +273,7 @@ void bind_alloc(Bind& b) {
 }
 
 void bind_dealloc(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   if (b.operands() != 2) b.refuse("expected taddr, columns");
   b.data<Allocation>().pair = b.has("cta_group::2");
   b.source(0, Type::b32);
@@ -289,7 +283,7 @@ void bind_dealloc(Bind& b) {
 }
 
 void bind_commit(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   auto& form = b.data<Commit>();
   const bool multicast = b.has("multicast::cluster");
   if (b.operands() != (multicast ? 2 : 1)) b.refuse("expected [mbarrier], with .multicast::cluster a mask of CTAs");

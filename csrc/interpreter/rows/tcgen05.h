@@ -74,7 +74,6 @@ struct CtaGroup {
 };
 CtaGroup group_of(const Warp&, bool pair);
 
-void require_sm_100a(const Bind&);
 // A finding where a descriptor of shared memory is illegal.
 void require_descriptor(const Warp&, uint64_t bits, const char* what, int lane);
 

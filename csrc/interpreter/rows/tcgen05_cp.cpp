@@ -63,7 +63,7 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
 }
 
 void bind(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   expect_operands(b, 2);
   auto& form = b.data<Form>();
   form.pair = b.has("cta_group::2");

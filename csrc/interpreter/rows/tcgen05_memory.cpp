@@ -114,7 +114,7 @@ Step store(Warp& w, const Instruction& i, Mask mask) {
 
 // {r}, [taddr] {, split}, or [taddr] {, split}, {r}
 void bind(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   const bool loads = b.has("ld");
   auto& form = b.data<Transfer>();
   constexpr std::pair<std::string_view, Lanes> kShapes[] = {{"32x32b", Lanes::x32b},

@@ -21,13 +21,16 @@ struct Form {
   int scales[2] = {};
   int scale_block = 0;           // elements of K that share one; 0: none
   int disabled = -1, masks = 0;  // the first of the lanes that are not written, and how many
+  bool stationary = false;       // .ws
+  int zero_columns = -1;         // operand, of .ws
 };
 
 // The instruction descriptor (ISA 9.7.16.4.2).
 struct MmaShape {
   int m, n;
   bool a_transposed, b_transposed;
-  bool half;  // D is of f16
+  bool half;                // D is of f16
+  bool stationary = false;  // .ws
   Product product;
   Narrow narrow[2] = {};  // A's and B's elements
   Packing packing = Packing::padded;
@@ -38,6 +41,7 @@ struct MmaShape {
   // 16 bytes along K once all elements are bytes (or more), and how many share a scale.
   int parts() const { return packing == Packing::close ? 4 : 2; }
   int blocks() const { return scale_block ? parts() * 16 / scale_block : 1; }
+  uint64_t macs() const { return static_cast<uint64_t>(m) * n * (parts() * 16 / bytes_of(product.a)); }
 };
 constexpr int kMostParts = 4;
 
@@ -50,16 +54,21 @@ struct MmaOperation final : TensorOperation {
   TensorAddress a{0}, d{0}, scales[2] = {TensorAddress(0), TensorAddress(0)};
 
   int rows() const { return shape.m / group.count; }  // in each CTA
-  bool folded() const { return group.count == 2 && shape.m == 128; }
-  uint32_t columns() const { return folded() ? shape.n / 2 : shape.n; }
-  // Where 16 rows of D begin, and which columns: ISA 9.7.16.10.5. Of 64 rows each 16 have 32 lanes for themselves;
-  // those of a pair's have the second half of the columns in the upper 64 lanes.
-  uint32_t lane_of(int block) const { return d.lane + block * (rows() == 64 && !folded() ? 32 : 16); }
+  // How many parts of D's columns lie one below the other in lanes: each has as many as a CTA has rows.
+  uint32_t parts() const {
+    return shape.stationary ? TensorMemory::kRows / shape.m : group.count == 2 && shape.m == 128 ? 2 : 1;
+  }
+  uint32_t columns() const { return shape.n / parts(); }
+  // Where 16 rows of D begin, and which columns: ISA 9.7.16.10.5. Of 64 rows each 16 have 32 lanes for themselves,
+  // unless there is another part of the columns below.
+  bool spread() const { return rows() == 64 && parts() == 1; }
+  uint32_t lane_of(int block) const { return d.lane + block * (spread() ? 32 : 16); }
 
   void perform(Cta&) override;
 
  private:
   void multiply_rows(TensorMemory&, int block, const PanelA*, const PanelB*) const;
+  MatrixDescriptor operand(int x, uint64_t descriptor) const;
   void fetch_a(Cta&, int block, uint32_t (*fragments)[2][kLanes]) const;
   void read_scales(Cta&) const;
 };
@@ -99,7 +108,7 @@ void MmaOperation::multiply_rows(TensorMemory& memory, int block, const PanelA* 
   const int tiles = shape.n / 8, in_a_row = static_cast<int>(columns()) / 8;
   const auto each = [&](auto f) {
     for (int t = 0; t < tiles; ++t) {
-      const uint32_t lane = lane_of(block) + t / in_a_row * 64, column = d.column + t % in_a_row * 8;
+      const uint32_t lane = lane_of(block) + t / in_a_row * rows(), column = d.column + t % in_a_row * 8;
       each_of_tile(memory, lane, column, [&](uint32_t& cell, int k) { f(cell, sums[t * 128 + k]); });
     }
   };
@@ -122,14 +131,22 @@ void MmaOperation::multiply_rows(TensorMemory& memory, int block, const PanelA* 
   each([&](uint32_t& cell, uint32_t sum) { cell = narrowed(sum, shape.half); });
 }
 
+MatrixDescriptor MmaOperation::operand(int x, uint64_t descriptor) const {
+  MatrixDescriptor d(descriptor);
+  if (shape.packing == Packing::padded && shape.narrow[x] != Narrow::none) {
+    d.used = shape.narrow[x] == Narrow::e2m1 ? 8 : 12;
+  }
+  return d;
+}
+
 // 16 rows of A by 32 bytes of K: fragments [rows 0-7, 8-15][half].
 void MmaOperation::fetch_a(Cta& cta, int block, uint32_t (*fragments)[2][kLanes]) const {
   if (!a_in_tensor) {
-    return gather(cta, MatrixDescriptor(a_descriptor), shape.a_transposed, block * 2, 2, actor(Proxy::async), fragments,
+    return gather(cta, operand(0, a_descriptor), shape.a_transposed, block * 2, 2, actor(Proxy::async), fragments,
                   bytes_of(shape.product.a));
   }
   TensorMemory& memory = *cta.tensor_memory;
-  const uint32_t lane = a.lane + block * (rows() == 64 && !folded() ? 32 : 16);
+  const uint32_t lane = a.lane + block * (spread() ? 32 : 16);
   if (checked(cta)) memory.access(actor(Proxy::generic), lane, 16, a.column, 8, Use::read);
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < 8; ++k) {
@@ -157,13 +174,12 @@ void MmaOperation::perform(Cta& issuer) {
   for (int p = 0; p < group.count; ++p) {  // each CTA of a pair has half of B's columns
     const int part = tiles / group.count;
     if (group.ctas[p] != &issuer) group.ctas[p]->visited(actor(Proxy::async));
-    gather(*group.ctas[p], MatrixDescriptor(b_descriptor), shape.b_transposed, 0, part, actor(Proxy::async),
-           raw + p * part, bytes_of(shape.product.b));
+    gather(*group.ctas[p], operand(1, b_descriptor), shape.b_transposed, 0, part, actor(Proxy::async), raw + p * part,
+           bytes_of(shape.product.b));
   }
   widen_all(1, tiles);
   {
-    const uint64_t depth = shape.parts() * 16 / bytes_of(shape.product.a);
-    const MatrixTimer timer(issuer, static_cast<uint64_t>(shape.m) * shape.n * depth);
+    const MatrixTimer timer(issuer, shape.macs());
     for (int k = 0; k < shape.blocks(); ++k) {
       Fragment b[kMaxTiles * 2];
       for (int t = 0; t < tiles * halves; ++t) b[t] = bytes[t / halves][k * halves + t % halves];
@@ -177,8 +193,8 @@ void MmaOperation::perform(Cta& issuer) {
       fetch_a(*group.ctas[p], block, raw);
       widen_all(0, 2);
       if (checked(issuer)) {
-        for (uint32_t fold = 0; fold <= folded(); ++fold) {
-          memory.write(actor(Proxy::generic), lane_of(block) + fold * 64, 16, d.column, columns(), accumulates);
+        for (uint32_t part = 0; part < parts(); ++part) {
+          memory.write(actor(Proxy::generic), lane_of(block) + part * rows(), 16, d.column, columns(), accumulates);
         }
       }
       const MatrixTimer timer(issuer, 0);
@@ -211,6 +227,7 @@ class Decoder {
     if ((s.a_transposed && s.narrow[0] != Narrow::none) || (s.b_transposed && s.narrow[1] != Narrow::none)) {
       illegal("elements of 4 and 6 bits cannot be transposed");
     }
+    s.stationary = form_.stationary;
     is_scaled(form_.kind) ? scales(s) : accumulator(s);
     s.product.halves = s.scale_block ? s.scale_block / 16 : 2;
     extents(s);
@@ -276,6 +293,12 @@ class Decoder {
   }
 
   void extents(const MmaShape& s) const {
+    if (s.stationary) {
+      if (bits_ >> 30) unsupported("a shift of B, which the interpreter does not know: bits 30 and 31");
+      if (s.m != 32 && s.m != 64 && s.m != 128) illegal("M is 32, 64 or 128 with .ws, not " + std::to_string(s.m));
+      if (s.n != 64 && s.n != 128 && s.n != 256) illegal("N is 64, 128 or 256 with .ws, not " + std::to_string(s.n));
+      return;
+    }
     const bool whole = s.m == (form_.pair ? 256 : 128);
     if (!whole && s.m != (form_.pair ? 128 : 64)) {
       illegal("M is " + std::string(form_.pair ? "128 or 256" : "64 or 128") + ", not " + std::to_string(s.m));
@@ -305,6 +328,9 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
         w.fail(Kind::unsupported, "disable-output-lane names lanes: the interpreter writes all of them", l);
       }
     }
+    if (form.zero_columns >= 0 && w.operand<uint64_t>(i, form.zero_columns)[l]) {
+      w.fail(Kind::unsupported, "zero-column-mask-desc names columns: the interpreter multiplies all of them", l);
+    }
     auto operation = std::make_shared<MmaOperation>();
     operation->group = group_of(w, form.pair);
     operation->shape = Decoder(w, form, w.operand<uint32_t>(i, form.descriptor)[l], l).shape();
@@ -320,15 +346,17 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
       if (s.packing == Packing::padded && s.narrow[0] != Narrow::none) {
         w.fail(Kind::unsupported, "A of 4 or 6 bits in tensor memory: the interpreter does not know it", l);
       }
-      if (operation->folded()) {
-        w.fail(Kind::unsupported, "A in tensor memory with M = 128 of a pair of CTAs: the interpreter does not know it",
+      if (operation->parts() > 1) {
+        w.fail(Kind::unsupported,
+               "A in tensor memory with " + std::to_string(operation->rows()) +
+                   " rows whose columns of D lie one part below the other: the interpreter does not know it",
                l);
       }
     } else {
       operation->a_descriptor = w.operand<uint64_t>(i, form.a)[l];
       require_descriptor(w, operation->a_descriptor, "a-desc", l);
     }
-    const int lanes = operation->rows() == 64 && !operation->folded() ? 16 : 0;
+    const int lanes = operation->spread() ? 16 : 0;
     if (operation->d.lane != 0 && operation->d.lane != static_cast<uint32_t>(lanes)) {
       w.fail(Kind::illegal, "D begins in lane " + std::to_string(operation->d.lane) + " of tensor memory, not in 0", l);
     }
@@ -344,6 +372,11 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
         memory.require(operation->scales[x].column, (x ? operation->shape.n : operation->rows()) / 32,
                        "a scale of tcgen05.mma");
       }
+    }
+    if (w.count) {
+      const MmaShape& s = operation->shape;
+      w.count->macs += s.macs();
+      w.count->matrix_shared += static_cast<uint64_t>((form.a_in_tensor ? 0 : s.m) + s.n) * 32;  // bytes of K
     }
     issue(w, i, std::move(operation));
   }
@@ -377,11 +410,13 @@ int scale_block_of(const Bind& b, MmaKind kind) {
   return sixteen ? 16 : 32;
 }
 
-// [d], a-desc or [a], b-desc, idesc {, disable-output-lane}, enable-input-d; with scales [scale-a], [scale-b] before it
+// [d], a-desc or [a], b-desc, idesc {, disable-output-lane}, enable-input-d; with scales [scale-a], [scale-b] before
+// it; with .ws {, zero-column-mask-desc} behind it. What a collector keeps is read again here.
 void bind_mma(Bind& b) {
-  require_sm_100a(b);
+  require_targets(b, {100});
   auto& form = b.data<Form>();
   form.pair = b.has("cta_group::2");
+  form.stationary = b.has("ws");
   form.kind = b.has("kind::f16")        ? MmaKind::f16
               : b.has("kind::tf32")     ? MmaKind::tf32
               : b.has("kind::i8")       ? MmaKind::i8
@@ -398,33 +433,39 @@ void bind_mma(Bind& b) {
   if (is_scaled(form.kind)) {
     form.scale_block = scale_block_of(b, form.kind);
     for (int x = 0; x < 2; ++x) form.scales[x] = tensor_address(b, next++, &form.scale_displacements[x]);
-  } else if (b.operand(next).kind == Operand::Kind::vector) {
+  } else if (!form.stationary && b.operand(next).kind == Operand::Kind::vector) {
     form.masks = form.pair ? 8 : 4;
     form.disabled = b.instruction.sources;
     for (const Operand& o : registers_of(b, next, form.masks)) b.source(o, Type::b32);
     ++next;
   }
   form.enable = b.instruction.sources;
-  form.enable_negated = b.predicate(b.operand(next));
-  if (b.operands() != next + 1) b.refuse("scale-input-d is not supported: leave it out");
+  form.enable_negated = b.predicate(b.operand(next++));
+  if (form.stationary && next < b.operands()) form.zero_columns = source(b, next++, Type::b64);
+  if (b.operands() != next) b.refuse("scale-input-d is not supported: leave it out");
   b.run(&mma);
 }
 
 void refuse_sparse(Bind& b) { b.refuse(b.statement.opcode + ": sparse products are not supported; use tcgen05.mma"); }
-void refuse_stationary(Bind& b) { b.refuse(b.statement.opcode + ": .ws is not supported; use tcgen05.mma without it"); }
 
 #define GROUP "cta_group::1|cta_group::2"
 #define KIND "kind::f16|kind::tf32|kind::f8f6f4|kind::i8"
 #define SCALED "kind::mxf8f6f4|kind::mxf4|kind::mxf4nvf4"
 #define SCALES "scale_vec::1X|scale_vec::2X|scale_vec::4X|block16|block32"
 #define COLLECTOR "collector::a::fill|collector::a::use|collector::a::lastuse|collector::a::discard"
+#define COLLECTOR_B                                                                       \
+  "collector::b0::fill|collector::b0::use|collector::b0::lastuse|collector::b0::discard|" \
+  "collector::b1::fill|collector::b1::use|collector::b1::lastuse|collector::b1::discard|" \
+  "collector::b2::fill|collector::b2::use|collector::b2::lastuse|collector::b2::discard|" \
+  "collector::b3::fill|collector::b3::use|collector::b3::lastuse|collector::b3::discard"
 const Row rows[] = {
     {"tcgen05.mma." GROUP "." KIND "." COLLECTOR "?", "9.7.16.10.9", bind_mma},
     {"tcgen05.mma." GROUP "." SCALED ".block_scale." SCALES "?." COLLECTOR "?", "9.7.16.10.9", bind_mma},
     {"tcgen05.mma.sp." GROUP "." KIND "|" SCALED ".block_scale?"
      "." SCALES "?." COLLECTOR "?",
      "9.7.16.10.9", refuse_sparse},
-    {"tcgen05.mma.ws.sp?.cta_group::1." KIND, "9.7.16.10.9", refuse_stationary},
+    {"tcgen05.mma.ws.cta_group::1." KIND "." COLLECTOR_B "?", "9.7.16.10.9", bind_mma},
+    {"tcgen05.mma.ws.sp.cta_group::1." KIND "." COLLECTOR_B "?", "9.7.16.10.9", refuse_sparse},
 };
 const Register registered(rows);
 

@@ -17,13 +17,14 @@ class Counts:
     Attributes:
         instructions: class -> times that a warp issued one, with whatever lanes.
         waits: class -> times that a warp found itself blocked, or a test that failed; these depend on the schedule.
-        macs: "mma f16", "wgmma e4m3"... -> multiply-accumulates of the tensor cores, by the type of A.
+        macs: "mma f16", "wgmma e4m3"... -> multiply-accumulates of the tensor cores, by the type of A; where the opcode has a
+            kind, "f16" is kind::f16, "e4m3" f8f6f4 and mxf8f6f4, "e2m1" mxf4 and mxf4nvf4.
         lanes: of all instructions; 32 for each where every lane takes part.
         requests, sectors: of global memory: warp instructions, and the distinct 32-byte sectors of each.
         wavefronts, ideal_wavefronts: of loads, stores, ldmatrix, stmatrix and cp.async in shared memory.
         global_read, global_written, shared_read, shared_written, local_read, local_written: bytes that lanes asked for.
         bulk_read, bulk_written, bulk_shared: bytes of bulk copies and TMA in global memory, and in shared memory.
-        matrix_shared: bytes of operands that wgmma reads from shared memory.
+        matrix_shared: bytes of operands that wgmma and tcgen05.mma read from shared memory.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)

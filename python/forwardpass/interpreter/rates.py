@@ -39,6 +39,8 @@ RATES: list[tuple[str, str, tuple[float, float, float, float, float], str]] = [
     ("mma e5m2", "MAC", (0, 1024, 4096, 8192, 1024), "as e4m3"),
     ("mma s8", "MAC", (2048, 1024, 4096, 8192, 1024), "twice f16, in all of them"),
     ("mma u8", "MAC", (2048, 1024, 4096, 8192, 1024), "as s8"),
+    ("mma e2m1", "MAC", (0, 0, 0, 16384, 2048),
+     f"{_B200}: 9000 TFLOPS of FP4; RTX PRO 6000 datasheet: 4000 TOPS, which are sparse; the others have none"),
     ("mma f64", "MAC", (64, 2, 128, 64, 2),
      f"{_A100}: 19.5 TFLOPS; {_ADA} and later RTX: no better than float64; {_H100}: 66.9 at 1980 MHz; {_B200}: 37 at 1965 MHz"),
     ("mma share", "of wgmma's rate", (1, 1, 0.629, 0.315, 1),
