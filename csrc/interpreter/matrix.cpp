@@ -227,9 +227,10 @@ void multiply(const Product& p, const PanelA& a, const PanelB& b, int tiles, uin
     alignas(64) uint32_t sums[kMaxTiles * 128];
     std::memset(sums, 0, tiles * 512);
     host_kernels.multiply_integers(a, b, steps_of(p), tiles, sums);
-    for (int k = 0; k < tiles * 128; ++k) {
-      const int64_t sum = int64_t{static_cast<int32_t>(accumulators[k])} + static_cast<int32_t>(sums[k]);
-      accumulators[k] = static_cast<uint32_t>(std::min<int64_t>(std::max<int64_t>(sum, INT32_MIN), INT32_MAX));
+    for (int k = 0; k < tiles * 128; ++k) {  // in 32 bits, of which eight fit a vector
+      const uint32_t before = accumulators[k], sum = before + sums[k], limit = INT32_MAX + (before >> 31);
+      const bool overflows = static_cast<int32_t>((before ^ sum) & (sums[k] ^ sum)) < 0;
+      accumulators[k] = overflows ? limit : sum;
     }
   }
 }
