@@ -326,7 +326,7 @@ void Cta::begin(Cluster& c, int r, const unsigned coordinates[3]) {
   visitors = VectorClock();
   departed = Knowledge();
   live_warps = static_cast<int>(count);
-  matrix_ticks = matrix_macs = 0;
+  matrix_ticks = matrix_macs = small_products = 0;
   for (Warp& w : warps)
     for (auto& f : w.frames) spare_frames.push_back(std::move(f));
   warps.clear();

@@ -194,6 +194,7 @@ struct Cta {
   VectorClock visitors;    // accesses of other CTAs' agents to its shared memory: it must not exit before them,
   Knowledge departed;      // as far as its warps that have exited knew
   uint64_t matrix_ticks = 0, matrix_macs = 0;        // MatrixTimer's, for Launch::counters
+  uint32_t small_products = 0;                       // the same
   std::vector<std::unique_ptr<Frame>> spare_frames;  // of warps and calls that are over; making one costs page faults
   std::unique_ptr<Frame> spare_frame(const Code&);
 

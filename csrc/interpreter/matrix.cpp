@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -21,7 +22,8 @@ struct Kernels {
   void (*expand_b[kFloatElements])(Fragment const*, int halves, int tiles, PanelB&);
   void (*expand_integer_a)(Fragment const*, int halves, bool a_signed, bool b_signed, PanelA&);
   void (*expand_integer_b)(Fragment const*, int halves, int tiles, bool a_signed, bool b_signed, PanelB&);
-  void (*multiply_tile[kFloatElements])(Fragment const* a, const PanelB&, int halves, uint32_t*);
+  void (*multiply_tile[kFloatElements])(Fragment const* a, const PanelB&, int halves, Fragment const* from,
+                                        uint32_t* const* to);
   void (*multiply_floats)(const PanelA&, const PanelB&, int steps, int tiles, uint32_t*);
   void (*multiply_integers)(const PanelA&, const PanelB&, int steps, int tiles, uint32_t*);
   void (*unpack_halves)(const uint32_t*, int registers, uint32_t*);
@@ -225,24 +227,34 @@ void multiply(const Product& p, const PanelA& a, const PanelB& b, int tiles, uin
     alignas(64) uint32_t sums[kMaxTiles * 128];
     std::memset(sums, 0, tiles * 512);
     host_kernels.multiply_integers(a, b, steps_of(p), tiles, sums);
-    for (int k = 0; k < tiles * 128; ++k) {
-      const int64_t sum = int64_t{static_cast<int32_t>(accumulators[k])} + static_cast<int32_t>(sums[k]);
-      accumulators[k] = static_cast<uint32_t>(std::min<int64_t>(std::max<int64_t>(sum, INT32_MIN), INT32_MAX));
+    for (int k = 0; k < tiles * 128; ++k) {  // in 32 bits, of which eight fit a vector
+      const uint32_t before = accumulators[k], sum = before + sums[k], limit = INT32_MAX + (before >> 31);
+      const bool overflows = static_cast<int32_t>((before ^ sum) & (sums[k] ^ sum)) < 0;
+      accumulators[k] = overflows ? limit : sum;
     }
   }
 }
 
-void multiply_tile(const Product& p, const Fragment* a, const Fragment* b, uint32_t* accumulators) {
+void multiply_tile(const Product& p, const Fragment* a, const Fragment* b, const Fragment* from, uint32_t* const* to) {
   PanelB panel_b;
   expand_b(p, b, 1, panel_b);
-  if (is_float(p.a) && !p.truncation.group && !p.negate) {
-    return add_floats(p, 1, accumulators, [&](uint32_t* sums) {
-      host_kernels.multiply_tile[static_cast<int>(p.a)](a, panel_b, p.halves, sums);
+  const bool direct = is_float(p.a) && !p.truncation.group && !p.negate;
+  const auto one_tile = host_kernels.multiply_tile[direct ? static_cast<int>(p.a) : 0];
+  if (direct && p.d == Accumulate::f32) return one_tile(a, panel_b, p.halves, from, to);
+  alignas(64) uint32_t sums[4][32];
+  const int registers = p.d == Accumulate::f16 ? 2 : 4;
+  for (int r = 0; r < registers; ++r) std::memcpy(sums[r], from[r], sizeof sums[r]);
+  if (direct) {
+    add_floats(p, 1, sums[0], [&](uint32_t* wide) {
+      uint32_t* const rows[] = {wide, wide + 32, wide + 64, wide + 96};
+      one_tile(a, panel_b, p.halves, rows, rows);
     });
+  } else {
+    PanelA panel_a;
+    expand_a(p, a, panel_a);
+    multiply(p, panel_a, panel_b, 1, sums[0]);
   }
-  PanelA panel_a;
-  expand_a(p, a, panel_a);
-  multiply(p, panel_a, panel_b, 1, accumulators);
+  for (int r = 0; r < registers; ++r) std::memcpy(to[r], sums[r], sizeof sums[r]);
 }
 
 uint64_t nanoseconds(uint64_t ticks) {
@@ -255,13 +267,31 @@ uint64_t nanoseconds(uint64_t ticks) {
   return static_cast<uint64_t>(static_cast<double>(ticks) * passed / (__builtin_ia32_rdtsc() - began_ticks));
 }
 
-MatrixTimer::MatrixTimer(Cta& cta, uint64_t macs) : cta_(cta) {
+namespace {
+
+// What the counter says of nothing: the time of reading it.
+const uint64_t ticks_of_nothing = [] {
+  uint64_t least = ~uint64_t{0};
+  for (int n = 0; n < 32; ++n) {
+    const uint64_t begin = __builtin_ia32_rdtsc();
+    least = std::min<uint64_t>(least, __builtin_ia32_rdtsc() - begin);
+  }
+  return least;
+}();
+
+}  // namespace
+
+MatrixTimer::MatrixTimer(Cta& cta, uint64_t macs, bool small) : cta_(cta) {
   if (!cta.launch->counters) return;
   cta.matrix_macs += macs;
+  if (small && (cta.serial + cta.small_products++) % kSample) return;
+  weight_ = small ? kSample : 1;
   begin_ = __builtin_ia32_rdtsc();
 }
 MatrixTimer::~MatrixTimer() {
-  if (begin_) cta_.matrix_ticks += __builtin_ia32_rdtsc() - begin_;
+  if (!begin_) return;
+  const uint64_t ticks = __builtin_ia32_rdtsc() - begin_;
+  cta_.matrix_ticks += (ticks - std::min(ticks, ticks_of_nothing)) * weight_;
 }
 
 }  // namespace forwardpass::interpreter

@@ -59,23 +59,26 @@ void expand_a(const Product&, const Fragment* fragments, PanelA&);
 void expand_b(const Product&, const Fragment* fragments, int tiles, PanelB&);
 // Accumulators: the 32-bit registers of D one after the other, 32 lanes each.
 void multiply(const Product&, const PanelA&, const PanelB&, int tiles, uint32_t* accumulators);
-// All of it for one tile.
-void multiply_tile(const Product&, const Fragment* a, const Fragment* b, uint32_t* accumulators);
+// All of it for one tile: D's registers `to`, of C's `from`, which they may be.
+void multiply_tile(const Product&, const Fragment* a, const Fragment* b, const Fragment* from, uint32_t* const* to);
 
 // What the time stamp counter counts, in nanoseconds.
 uint64_t nanoseconds(uint64_t ticks);
 
-// Counts the time of its scope and the multiply-accumulates done in it, if the launch is counted.
+// Counts the time of its scope and the multiply-accumulates done in it, if the launch is counted. Of `small` products
+// it times one in kSample, for all: to read the time takes as long as one of them.
 class MatrixTimer {
  public:
-  MatrixTimer(Cta& cta, uint64_t macs);
+  MatrixTimer(Cta& cta, uint64_t macs, bool small = false);
   ~MatrixTimer();
   MatrixTimer(const MatrixTimer&) = delete;
   MatrixTimer& operator=(const MatrixTimer&) = delete;
 
  private:
+  static constexpr uint32_t kSample = 61;  // a prime, as products come in loops
   Cta& cta_;
   uint64_t begin_ = 0;
+  uint32_t weight_ = 1;
 };
 
 }  // namespace forwardpass::interpreter

@@ -202,19 +202,22 @@ inline void each_dword(F f) {
   }
 }
 
-// One tile, A straight from its fragments: a panel is worth its making only where several tiles share it.
+// One tile, A straight from its fragments: a panel is worth its making only where several tiles share it. The registers
+// `to` may be any of the others, so that nothing is stored before everything has been read.
 template <Element E>
-void multiply_tile(Fragment const* fragments, const PanelB& b, int halves, uint32_t* acc) {
+void multiply_tile(Fragment const* fragments, const PanelB& b, int halves, Fragment const* from, uint32_t* const* to) {
   constexpr int P = planes_of(E), R = W == 16 ? 2 : 1, V = R * kVectors;
-  for (int row_block = 0; row_block < 2; row_block += R) {
-    Floats sum[2][V];
-    const auto accumulators = [&](int odd, int v) {
-      return acc + ((row_block + v / kVectors) * 2 + odd) * 32 + v % kVectors * W;
-    };
+  Floats sums[2 / R][2][V];
+#pragma GCC unroll 2
+  for (int block = 0; block < 2 / R; ++block) {
+    const int row_block = block * R;
+    Floats(&sum)[2][V] = sums[block];
 #pragma GCC unroll 8
     for (int odd = 0; odd < 2; ++odd) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[odd][v] = (Floats)load(accumulators(odd, v));
+      for (int v = 0; v < V; ++v) {
+        sum[odd][v] = (Floats)load(from[(row_block + v / kVectors) * 2 + odd] + v % kVectors * W);
+      }
     }
     const uint32_t* step = b.words;
     for (int h = 0; h < halves; ++h) {
@@ -237,10 +240,15 @@ void multiply_tile(Fragment const* fragments, const PanelB& b, int halves, uint3
         }
       });
     }
+  }
+#pragma GCC unroll 2
+  for (int block = 0; block < 2 / R; ++block) {
 #pragma GCC unroll 8
     for (int odd = 0; odd < 2; ++odd) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) store(accumulators(odd, v), (Integers)sum[odd][v]);
+      for (int v = 0; v < V; ++v) {
+        store(to[(block * R + v / kVectors) * 2 + odd] + v % kVectors * W, (Integers)sums[block][odd][v]);
+      }
     }
   }
 }

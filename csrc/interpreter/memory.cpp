@@ -323,9 +323,9 @@ Mask access_shared(Warp& w, ptx::Space space, const uint64_t a[kLanes], int byte
   }
   Actor actor = w.actor();
   actor.lanes = w.lanes(__builtin_ctz(bytes));
-  uint64_t last = 0;
-  for (int l = 0; l < kLanes; ++l) last = std::max(last, a[l]);
-  if (bytes == 16 && last < issuer.shared.size() && issuer.shared.size() - last >= 16) {  // granules of the CTA's own
+  uint64_t last = ones;
+  if (others) last = *std::max_element(a, a + kLanes);
+  if (bytes == 16 && within(issuer.shared.size(), last, 16)) {  // granules of the CTA's own
     if (checks) {
       issuer.shadow.access_granules(actor, a, mask, on_behalf, use == Use::write ? Use::store : use);
       if (use == Use::load && issuer.shadow.loaded_unwritten()) note_unwritten(w, a, bytes, mask);

@@ -11,32 +11,11 @@
 namespace forwardpass::interpreter {
 namespace {
 
-constexpr uint32_t kGranule = 16;
-
 uint16_t bytes_between(uint32_t low, uint32_t high) {
   return static_cast<uint16_t>((0xffffu << low) & (0xffffu >> (kGranule - high)));
 }
 
-constexpr char kUnordered[] = ": nothing orders the two, such as a barrier, or a release and an acquire";
-
-const char* verb(Use use) { return use == Use::atomic ? "atomic" : is_write(use) ? "write" : "read"; }
-
 }  // namespace
-
-SourceLine source_line(const Module& module, uint32_t ptx_line) {
-  for (const auto& f : module.source.functions) {
-    for (const Statement& s : f.body) {
-      const ptx::Location& l = module.source.outermost(s.location);
-      if (s.line == static_cast<int>(ptx_line) && l.file) return {module.source.files[l.file], l.line};
-    }
-  }
-  return {};
-}
-
-std::string source_place(const Module& module, uint32_t ptx_line) {
-  const SourceLine source = source_line(module, ptx_line);
-  return source.line ? source.file + ":" + std::to_string(source.line) : "PTX line " + std::to_string(ptx_line);
-}
 
 void Shadow::reset(const Cta& cta, size_t bytes, Space space) {
   cta_ = &cta;
@@ -80,7 +59,9 @@ void Shadow::split(uint32_t number, int shift) {
     if (source == target) continue;
     cells_[target] = cells_[source];
     std::copy_n(cells_.reads(source), columns_, cells_.reads(target));
-    for (int n = 0; n < others_used_; ++n) std::copy_n(others_[n].row(source), 8, others_[n].row(target));
+    for (int n = 0; n < others_used_ && cells_[source].others == Cell::Readers::rows; ++n) {
+      std::copy_n(others_[n].row(source), 8, others_[n].row(target));
+    }
   }
   for (int k = 0; k < count; ++k) {  // of the lanes those that touched this part
     Cell& cell = cells_[g.split + k];
@@ -113,100 +94,171 @@ inline void Shadow::each_granule(uint32_t begin, uint32_t bytes, F f) {
 #define EVERY_GRANULE [[gnu::always_inline]] inline
 
 // Eight clocks at a time, by hand: gcc 12 vectorises loops over blocks the wrong way round, at four times the cost.
-EVERY_GRANULE bool Shadow::reads_known(uint32_t cell, const VectorClock& seen) const {
+EVERY_GRANULE bool Shadow::reads_known(uint32_t index, const Clock* seen) const {
   const auto late = [](const Clock* read, const Clock* known) {
     const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(read));
     const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(known));
     return _mm256_xor_si256(_mm256_max_epu32(r, k), k);
   };
-  const Clock *row = cells_.reads(cell), *warps = seen.clocks + first_;
+  const Clock *row = cells_.reads(index), *warps = seen + first_;
   __m256i any = late(row, warps);
   for (int block = 8; block < columns_; block += 8) any = _mm256_or_si256(any, late(row + block, warps + block));
-  for (int k = 0; k < others_used_; ++k)
-    any = _mm256_or_si256(any, late(others_[k].row(cell), seen.clocks + others_[k].first));
+  const Cell& cell = cells_[index];
+  if (cell.others == Cell::Readers::one && cell.read_since > seen[cell.reader]) return false;
+  if (__builtin_expect(cell.others == Cell::Readers::rows, 0)) {
+    for (int k = 0; k < others_used_; ++k)
+      any = _mm256_or_si256(any, late(others_[k].row(index), seen + others_[k].first));
+  }
   return _mm256_testz_si256(any, any);
 }
 
-inline uint32_t Shadow::address_of(uint32_t index, uint32_t number) const {
-  const Granule& g = granules_[number];
-  return number * kGranule + (g.shift == 4 ? 0 : (index - g.split) << g.shift);
+int Shadow::find(int agent) const {
+  int k = 0;
+  while (k < others_used_ && others_[k].first != agent / 8 * 8) ++k;
+  return k;
+}
+
+int Shadow::find_or_add(int agent) {
+  const int k = find(agent);
+  if (k < others_used_) return k;
+  if (others_.size() == static_cast<size_t>(k)) others_.emplace_back();
+  others_[k].first = agent / 8 * 8;
+  ++others_used_;
+  make_room();
+  return k;
+}
+
+void Shadow::make_rows(uint32_t index) {
+  Cell& cell = cells_[index];
+  const bool one = cell.others == Cell::Readers::one;
+  const int k = one ? find_or_add(cell.reader) : 0;
+  for (int n = 0; n < others_used_; ++n) std::fill_n(others_[n].row(index), 8, 0);
+  if (one) others_[k].row(index)[cell.reader % 8] = cell.read_since;
+  cell.others = Cell::Readers::rows;
+}
+
+Clock& Shadow::other_read(uint32_t index, int agent) {
+  const int k = find_or_add(agent);
+  if (cells_[index].others != Cell::Readers::rows) make_rows(index);
+  return others_[k].row(index)[agent % 8];
+}
+
+inline Shadow::Access Shadow::access_of(const Actor& actor, bool strong) const {
+  Cell cell;
+  cell.clock = actor.now;
+  cell.writer = actor.agent;
+  cell.write_line = actor.line;
+  cell.manner = (strong ? Cell::kStrong : 0) | (actor.proxy == Proxy::async ? Cell::kAsync : 0);
+  static_assert(sizeof cell == sizeof(__m256i));
+  const int column = is_local(actor.agent) ? actor.agent - first_ : -1;
+  const Knowledge* const k = actor.knowledge;  // none of what completes: it does not ask
+  return {k ? k->seen.clocks : nullptr,
+          k ? k->proxied.clocks : nullptr,
+          actor.now,
+          actor.lanes.floor,
+          actor.line,
+          actor.agent,
+          column,
+          actor.lanes.agent,
+          actor.proxy,
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(&cell))};
 }
 
 template <Use use>
-EVERY_GRANULE void Shadow::check(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, LaneSet lanes) {
+EVERY_GRANULE bool Shadow::in_order(const Access& a, uint32_t index) const {
+  const Cell& cell = cells_[index];
+  const bool both_strong = is_strong(use) && cell.strong();
+  if (__builtin_expect(cell.clock > a.seen[cell.writer], 0) && !both_strong) return false;
+  if (a.proxy == Proxy::async && !cell.async() && cell.clock > a.proxied[cell.writer]) return false;
+  if (__builtin_expect(cell.clock > a.floor, 0) && cell.writer == a.warp && !both_strong) return false;
+  if constexpr (is_write(use)) {
+    if (__builtin_expect(cell.read_since > a.floor, 0) && cell.reader == a.warp) return false;
+    if (__builtin_expect(!reads_known(index, a.seen), 0)) return false;
+  }
+  return true;
+}
+
+template <Use use>
+EVERY_GRANULE void Shadow::check(const Access& a, const Actor& actor, uint32_t index, uint32_t number, uint16_t mask,
+                                 LaneSet lanes) {
+  if (__builtin_expect(!in_order<use>(a, index), 0)) look_closely<use>(actor, index, number, mask, lanes);
+}
+
+// Reports what is wrong, if anything is.
+template <Use use>
+[[gnu::noinline]] void Shadow::look_closely(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask,
+                                            LaneSet lanes) {
   const Cell& cell = cells_[index];
   const Knowledge& k = *actor.knowledge;
-  const bool write_seen = cell.clock <= k.seen.clocks[cell.writer] || (is_strong(use) && cell.strong);
-  const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.clocks[cell.writer];
-  if (__builtin_expect(!(write_seen && fenced), 0)) check_write(actor, index, number, mask, use, write_seen);
-  if constexpr (is_write(use)) {
-    if (__builtin_expect(!reads_known(index, k.seen), 0)) check_reads(actor, index, number, mask, use);
-  }
-  if (__builtin_expect((cell.clock > actor.lanes.floor) & (cell.writer == actor.lanes.agent), 0) &&
-      !(is_strong(use) && cell.strong)) {
+  const bool both_strong = is_strong(use) && cell.strong();
+  const bool write_seen = cell.clock <= k.seen.clocks[cell.writer] || both_strong;
+  const bool fenced = actor.proxy == Proxy::generic || cell.async() || cell.clock <= k.proxied.clocks[cell.writer];
+  if (!(write_seen && fenced)) check_write(actor, index, number, mask, use, write_seen);
+  if (is_write(use) && !reads_known(index, k.seen.clocks)) check_reads(actor, index, number, mask, use);
+  if (cell.clock > actor.lanes.floor && cell.writer == actor.lanes.agent && !both_strong) {
     check_lanes(actor, index, number, use, lanes, true);
   }
-  if (is_write(use) && __builtin_expect(cell.read_since > actor.lanes.floor, 0) && cell.reader == actor.lanes.agent) {
+  if (is_write(use) && cell.read_since > actor.lanes.floor && cell.reader == actor.lanes.agent) {
     check_lanes(actor, index, number, use, lanes, false);
   }
 }
 
-EVERY_GRANULE bool Shadow::reads_again(const Actor& actor, const Cell& cell) {
-  return (cell.read_since > actor.lanes.floor) & (cell.reader == actor.agent);
+EVERY_GRANULE bool Shadow::reads_again(const Access& a, const Cell& cell) {
+  return (cell.read_since > a.floor) & (cell.reader == a.agent);
 }
 
 EVERY_GRANULE bool Shadow::fits(const Cell& cell, LaneSet lanes) {
   return !(lanes.spread || cell.readers_spread) || cell.readers() == lanes;
 }
 
-EVERY_GRANULE void Shadow::record_read(const Actor& actor, uint32_t index, LaneSet lanes) {
-  if (is_local(actor.agent)) {
-    cells_.reads(index)[actor.agent - first_] = actor.now;
-  } else {
-    others_[reader_].row(index)[actor.agent % 8] = actor.now;
-  }
+EVERY_GRANULE void Shadow::record_read(const Access& a, uint32_t index, LaneSet lanes) {
+  using Readers = Cell::Readers;
   Cell& cell = cells_[index];
-  cell.read_line = actor.line;
-  if (__builtin_expect(reads_again(actor, cell), 0)) {
+  const bool again = reads_again(a, cell);
+  if (a.column >= 0) {
+    cells_.reads(index)[a.column] = a.now;
+    if (__builtin_expect(cell.others == Readers::one, 0)) make_rows(index);
+  } else if (cell.others == Readers::none) {
+    cell.others = Readers::one;
+  } else if (cell.others == Readers::rows || cell.reader != a.agent || (again && cell.read_since != a.now)) {
+    other_read(index, a.agent) = a.now;
+  }
+  cell.read_line = a.line;
+  if (__builtin_expect(again, 0)) {
     cell.read_lanes |= lanes.lanes;  // spread or not, both are: fits()
     return;
   }
-  cell.reader = actor.agent;
-  cell.read_since = actor.now;
+  cell.reader = a.agent;
+  cell.read_since = a.now;
   cell.set_readers(lanes);
 }
 
-EVERY_GRANULE void Shadow::record_write(const Actor& actor, uint32_t index, bool strong, LaneSet lanes) {
-  if (const Cell& before = cells_[index]; __builtin_expect(before.clock == actor.now, 0)) {
-    const bool one = before.writer == actor.agent && before.write_line == actor.line;  // instruction
-    if (one && !lanes.spread && !before.writers_spread) lanes.lanes |= before.write_lanes;
+EVERY_GRANULE void Shadow::record_write(const Access& a, uint32_t index, LaneSet lanes) {
+  Cell& cell = cells_[index];
+  if (__builtin_expect(cell.clock == a.now, 0)) {
+    const bool one = cell.writer == a.agent && cell.write_line == a.line;  // instruction
+    if (one && !lanes.spread && !cell.writers_spread) lanes.lanes |= cell.write_lanes;
   }
-  Cell cell;
+  _mm256_store_si256(reinterpret_cast<__m256i*>(&cell), a.written);
   cell.set_writers(lanes);
-  cell.clock = actor.now;
-  cell.writer = actor.agent;
-  cell.write_line = actor.line;
-  cell.strong = strong;
-  cell.async = actor.proxy == Proxy::async;
-  cells_[index] = cell;
   const auto clear = [](Clock* clocks) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(clocks), _mm256_setzero_si256());
   };
   Clock* row = cells_.reads(index);
   clear(row);
   for (int block = 8; block < columns_; block += 8) clear(row + block);
-  for (int k = 0; k < others_used_; ++k) clear(others_[k].row(index));
 }
 
 template <Use use>
 void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  const Access a = access_of(actor, is_strong(use));
   each_granule(begin, bytes, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     // An exchange and the like read what was there, so an atomic counts as a read here.
     const bool unwritten = is_read(use) && (mask & ~g.written);
     if (__builtin_expect(unwritten || (mask & g.flying) || g.mbarriers, 0)) check_state(actor, g, number, mask, use);
     if constexpr (use == Use::load) loaded_unwritten_ |= unwritten;
     const auto lanes = [&](uint32_t c) { return actor.lanes.of(address_of(c, number), g.shift); };
-    for (uint32_t c = first; c < first + count; ++c) check<use>(actor, c, number, mask, lanes(c));
+    for (uint32_t c = first; c < first + count; ++c) check<use>(a, actor, c, number, mask, lanes(c));
     if constexpr (is_write(use)) {
       g.written |= mask;
       if (g.mbarriers) end_mbarriers(g, number, mask);
@@ -215,11 +267,11 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
         first = number;
         count = 1;
       }
-      for (uint32_t c = first; c < first + count; ++c) record_write(actor, c, is_strong(use), lanes(c));
+      for (uint32_t c = first; c < first + count; ++c) record_write(a, c, lanes(c));
     } else if (use != Use::strong_read) {  // which no strong write need be ordered after
       int finest = g.shift;                // where each lane, or all that have read it, has a cell for itself
       for (uint32_t c = first; c < first + count; ++c) {
-        if (!reads_again(actor, cells_[c]) || fits(cells_[c], lanes(c))) continue;
+        if (!reads_again(a, cells_[c]) || fits(cells_[c], lanes(c))) continue;
         finest = std::min({finest, lanes(c).part_shift(g.shift), cells_[c].readers().part_shift(g.shift)});
       }
       if (finest < g.shift) {
@@ -227,7 +279,7 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
         first = g.split + (__builtin_ctz(mask) >> finest);
         count = __builtin_popcount(mask) >> finest;
       }
-      for (uint32_t c = first; c < first + count; ++c) record_read(actor, c, lanes(c));
+      for (uint32_t c = first; c < first + count; ++c) record_read(a, c, lanes(c));
     }
   });
 }
@@ -235,18 +287,17 @@ void Shadow::touch_parts(const Actor& actor, uint32_t begin, uint32_t bytes) {
 // A whole granule in one piece, with nothing out of the ordinary: the rule, which goes first. False: it is none, and
 // nothing has been done.
 template <Use use>
-EVERY_GRANULE bool Shadow::touch_whole(const Actor& actor, uint32_t number, LaneSet lanes) {
+EVERY_GRANULE bool Shadow::touch_whole(const Access& a, const Actor& actor, uint32_t number, LaneSet lanes) {
   Granule& g = granules_[number];
-  const bool unwritten = is_read(use) && g.written != 0xffff;
-  if (__builtin_expect(g.shift != 4 || unwritten || g.flying || g.mbarriers, 0)) return false;
+  if (__builtin_expect(!g.plain(is_read(use)), 0)) return false;
   const Cell& cell = cells_[number];
-  if (!is_write(use) && __builtin_expect(reads_again(actor, cell), 0) && !fits(cell, lanes)) return false;
-  check<use>(actor, number, number, 0xffff, lanes);
+  if (!is_write(use) && __builtin_expect(reads_again(a, cell), 0) && !fits(cell, lanes)) return false;
+  check<use>(a, actor, number, number, 0xffff, lanes);
   if constexpr (is_write(use)) {
     g.written = 0xffff;
-    record_write(actor, number, is_strong(use), lanes);
+    record_write(a, number, lanes);
   } else if (use != Use::strong_read) {
-    record_read(actor, number, lanes);
+    record_read(a, number, lanes);
   }
   return true;
 }
@@ -254,9 +305,10 @@ EVERY_GRANULE bool Shadow::touch_whole(const Actor& actor, uint32_t number, Lane
 template <Use use>
 void Shadow::touch(const Actor& actor, uint32_t begin, uint32_t bytes) {
   if ((begin | bytes) % kGranule) return touch_parts<use>(actor, begin, bytes);
+  const Access a = access_of(actor, is_strong(use));
   const uint32_t end = (begin + bytes) / kGranule;
   for (uint32_t number = begin / kGranule; number < end; ++number) {
-    if (!touch_whole<use>(actor, number, actor.lanes.of(number * kGranule, 4)))
+    if (!touch_whole<use>(a, actor, number, actor.lanes.of(number * kGranule, 4)))
       touch_parts<use>(actor, number * kGranule, kGranule);
   }
 }
@@ -267,7 +319,6 @@ inline void Shadow::prefetch(const uint64_t begin[kLanes], Mask mask) const {
     const size_t number = begin[__builtin_ctz(mask)] / kGranule;
     __builtin_prefetch(&granules_[number], 1);
     __builtin_prefetch(&cells_[number], 1);
-    for (int k = 0; k < others_used_; ++k) __builtin_prefetch(others_[k].row(number), 1);
   }
 }
 
@@ -275,29 +326,17 @@ inline void Shadow::prefetch(const uint64_t begin[kLanes], Mask mask) const {
 template <Use use, class F>
 void Shadow::touch_granules(Actor& actor, const uint64_t begin[kLanes], Mask mask, const LaneSet* on_behalf, F then) {
   prefetch(begin, mask);
+  const Access a = access_of(actor, is_strong(use));
   for (; mask; mask &= mask - 1) {
     const int l = __builtin_ctz(mask);
     const auto number = static_cast<uint32_t>(begin[l] / kGranule);
     const LaneSet lanes = on_behalf ? on_behalf[l % 8] : LaneSet{Mask{1} << l, false};
-    if (__builtin_expect(!touch_whole<use>(actor, number, lanes), 0)) {
+    if (__builtin_expect(!touch_whole<use>(a, actor, number, lanes), 0)) {
       actor.lanes.place(number * kGranule, lanes);
       touch_parts<use>(actor, number * kGranule, kGranule);
     }
     then(granules_[number]);
   }
-}
-
-int Shadow::find(int agent) const {
-  int k = 0;
-  while (k < others_used_ && others_[k].first != agent / 8 * 8) ++k;
-  return k;
-}
-
-void Shadow::meet(const Actor& actor) {
-  if (is_local(actor.agent) || (reader_ = find(actor.agent)) < others_used_) return;
-  if (others_.size() == static_cast<size_t>(others_used_)) others_.emplace_back();
-  others_[others_used_++].first = actor.agent / 8 * 8;
-  make_room();
 }
 
 namespace {
@@ -328,12 +367,10 @@ inline void with_use(Use use, F f) {
 }  // namespace
 
 void Shadow::access(const Actor& actor, uint32_t begin, uint32_t bytes, Use use) {
-  if (is_read(use)) meet(actor);
   with_use(use, [&](auto u) { touch<u.value>(actor, begin, bytes); });
 }
 
 void Shadow::access_granules(Actor actor, const uint64_t begin[kLanes], Mask mask, const LaneSet* on_behalf, Use use) {
-  if (is_read(use)) meet(actor);
   if (on_behalf) actor.lanes.part_shift = on_behalf->part_shift(actor.lanes.part_shift);  // the same for each row
   with_use(use, [&](auto u) { touch_granules<u.value>(actor, begin, mask, on_behalf, [](Granule&) {}); });
 }
@@ -344,11 +381,12 @@ void Shadow::take_off(const Actor& actor, uint32_t begin, uint32_t bytes) {
 }
 
 void Shadow::land(const Actor& actor, uint32_t begin, uint32_t bytes) {
+  const Access a = access_of(actor);
   each_granule(begin, bytes, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     g.flying &= ~mask;
     g.written |= mask;
     for (uint32_t c = first; c < first + count; ++c) {
-      record_write(actor, c, false, actor.lanes.of(address_of(c, number), g.shift));
+      record_write(a, c, actor.lanes.of(address_of(c, number), g.shift));
     }
   });
 }
@@ -359,6 +397,7 @@ void Shadow::take_off_granules(Actor actor, const uint64_t begin[kLanes], Mask m
 
 void Shadow::land_granules(Actor actor, const uint64_t begin[kLanes], Mask mask) {
   prefetch(begin, mask);
+  const Access a = access_of(actor);
   for (; mask; mask &= mask - 1) {
     const int l = __builtin_ctz(mask);
     const auto number = static_cast<uint32_t>(begin[l] / kGranule);
@@ -371,18 +410,19 @@ void Shadow::land_granules(Actor actor, const uint64_t begin[kLanes], Mask mask)
     }
     g.flying = 0;
     g.written = 0xffff;
-    record_write(actor, number, false, lanes);
+    record_write(a, number, lanes);
   }
 }
 
 void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
+  const Access a = access_of(actor);
   each_granule(begin, 8, [&](Granule& g, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     const uint8_t half = mask & 0xff ? 1 : 2;
     g.mbarriers &= ~half;
     if (mask & g.flying) check_state(actor, g, number, mask, Use::write);
     for (uint32_t c = first; c < first + count; ++c) {
-      check<Use::write>(actor, c, number, mask, {});
-      record_write(actor, c, false, {});
+      check<Use::write>(a, actor, c, number, mask, {});
+      record_write(a, c, {});
     }
     g.written |= mask;
     if (alive) g.mbarriers |= half;
@@ -390,37 +430,15 @@ void Shadow::set_mbarrier(const Actor& actor, uint32_t begin, bool alive) {
 }
 
 void Shadow::use_mbarrier(const Actor& actor, uint32_t begin, bool published) {
-  meet(actor);
   Actor generic = actor;
   generic.proxy = Proxy::generic;  // complete_tx needs no proxy fence after the init
+  const Access a = access_of(generic);
   each_granule(begin, 8, [&](Granule&, uint32_t number, uint16_t mask, uint32_t first, uint32_t count) {
     for (uint32_t c = first; c < first + count; ++c) {
-      if (!published) check<Use::read>(generic, c, number, mask, {});
-      record_read(actor, c, {});
+      if (!published) check<Use::read>(a, generic, c, number, mask, {});
+      record_read(a, c, {});
     }
   });
-}
-
-// ---- What to say ----
-
-std::string Shadow::name_of(int agent) const {
-  if (cta_->cluster->is_series(agent)) return "an asynchronous operation";
-  const int warp = (agent - kFirstWarp) % warps_, rank = (agent - kFirstWarp) / warps_;
-  const bool alone = cta_->launch->cluster_size() == 1;
-  return "warp " + std::to_string(warp) + (alone ? "" : " of the CTA of rank " + std::to_string(rank));
-}
-
-std::string Shadow::access_by(const char* verb, int agent, uint32_t line) const {
-  const std::string where = line ? source_place(*cta_->launch->module, line) : "";
-  const char* before = !line ? "" : cta_->cluster->is_series(agent) ? " issued at " : " at ";
-  return std::string(verb) + " by " + name_of(agent) + before + where;
-}
-
-void Shadow::report(Kind kind, uint32_t address, std::string message, uint32_t other_line, Breaks breaks) const {
-  Finding f = finding_at(kind, std::move(message), address);
-  f.breaks = breaks;
-  cta_->place_other(f, other_line);
-  cta_->cluster->report(std::move(f));
 }
 
 void Shadow::end_mbarriers(Granule& g, uint32_t number, uint16_t mask) {
@@ -429,55 +447,6 @@ void Shadow::end_mbarriers(Granule& g, uint32_t number, uint16_t mask) {
     g.mbarriers &= ~(1 << half);
     cta_->cluster->ctas[cta_->rank]->mbarriers.erase(number * kGranule + 8 * half);
   }
-}
-
-bool Shadow::idle_mbarrier(uint32_t address) const {
-  const auto object = cta_->mbarriers.find(address / 8 * 8);
-  return object != cta_->mbarriers.end() && object->second->untouched();
-}
-
-std::string Shadow::range(uint32_t begin, uint32_t bytes) const {
-  if (space_ == Space::shared) return "shared " + hexadecimal(begin) + ".." + hexadecimal(begin + bytes);
-  const uint32_t column = begin / kGranule % TensorMemory::kColumns;
-  const uint32_t lane = begin / kGranule / TensorMemory::kColumns * kGranule + begin % kGranule;
-  return "tensor memory, column " + std::to_string(column) + ", lanes " + std::to_string(lane) + ".." +
-         std::to_string(lane + bytes);
-}
-
-void Shadow::check_state(const Actor& actor, const Granule& g, uint32_t number, uint16_t mask, Use use) const {
-  const uint32_t start = number * kGranule;
-  const uint16_t barriers = (g.mbarriers & 1 ? 0x00ff : 0) | (g.mbarriers & 2 ? 0xff00 : 0);
-  if (const uint16_t bad = mask & barriers; bad && !cta_->cluster->again(Kind::mbarrier, 0)) {
-    const uint32_t half = start + (bad & 0xff ? 0 : 8);
-    const bool idle = is_write(use) && idle_mbarrier(half);
-    report(Kind::mbarrier, half,
-           access_by(verb(use), actor.agent, actor.line) + " of the mbarrier object at " + hexadecimal(half) +
-               ", which mbarrier.inval has not ended" + (idle ? kNobodyCame : ""),
-           0, idle ? Breaks::isa : Breaks::hardware);
-  }
-  if (const uint16_t bad = mask & g.flying) {
-    const uint32_t byte = __builtin_ctz(bad);
-    const Cell& cell = cells_[g.shift == 4 ? number : g.split + (byte >> g.shift)];
-    if (!cta_->cluster->again(Kind::in_flight, cell.write_line)) {
-      report(Kind::in_flight, start + byte,
-             access_by("write", cell.writer, cell.write_line) + ", then " +
-                 access_by(verb(use), actor.agent, actor.line) + " of " + range(start + byte, __builtin_popcount(bad)) +
-                 ", which the first is still writing",
-             cell.write_line);
-    }
-  }
-  const uint16_t bad = is_read(use) && use != Use::load ? mask & ~g.written : 0;
-  if (bad && !cta_->cluster->again(Kind::uninitialised, 0)) {
-    cta_->cluster->report(unwritten_bytes(actor, number, bad, use));
-  }
-}
-
-Finding Shadow::unwritten_bytes(const Actor& actor, uint32_t number, uint16_t bad, Use use) const {
-  const uint32_t address = number * kGranule + __builtin_ctz(bad);
-  return finding_at(Kind::uninitialised,
-                    access_by(verb(use), actor.agent, actor.line) + " of " + range(address, __builtin_popcount(bad)) +
-                        ", which nothing has written",
-                    address);
 }
 
 Finding Shadow::unwritten(const Actor& actor, uint32_t begin, uint32_t bytes) {
@@ -499,97 +468,6 @@ bool Shadow::written(uint32_t begin, uint32_t bytes) {
 
 void Shadow::store_undefined(uint32_t begin, uint32_t bytes) {
   each_granule(begin, bytes, [](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { g.written &= ~mask; });
-}
-
-void Shadow::check_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool write_seen) {
-  const Cell& cell = cells_[index];
-  const Kind kind = !write_seen && cta_->cluster->is_series(cell.writer) ? Kind::in_flight : Kind::race;
-  if (use != Use::store && cta_->cluster->again(kind, cell.write_line)) return;
-  const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
-  const std::string both = access_by("write", cell.writer, cell.write_line) + ", then " +
-                           access_by(verb(use), actor.agent, actor.line) + " of " + range(address, bytes);
-  if (write_seen) {
-    return report(kind, address,
-                  both + " through the async proxy: between them a fence.proxy.async is missing, after the write",
-                  cell.write_line, is_write(use) && idle_mbarrier(address) ? Breaks::isa : Breaks::hardware);
-  }
-  if (kind == Kind::in_flight)
-    return report(kind, address, both + ": nothing has waited for the first", cell.write_line);
-  if (use != Use::store) return report(kind, address, both + kUnordered, cell.write_line);
-  Finding f = finding_at(kind, both + kUnordered, address);
-  cta_->place_other(f, cell.write_line);
-  doubt(number, mask, std::move(f));
-}
-
-void Shadow::doubt(uint32_t number, uint16_t mask, Finding finding) {
-  cta_->cluster->place(finding);  // while the lanes are known
-  Doubt doubt{number, mask, {}, std::move(finding)};
-  const auto& shared = cta_->shared;
-  const size_t begin = number * kGranule;
-  std::copy_n(shared.data() + begin, std::min<size_t>(kGranule, shared.size() - begin), doubt.before.begin());
-  doubts_.push_back(std::move(doubt));
-}
-
-void Shadow::check_lanes(const Actor& actor, uint32_t index, uint32_t number, Use use, LaneSet now, bool write) {
-  const Cell& cell = cells_[index];
-  const uint32_t line = write ? cell.write_line : cell.read_line;
-  // Lanes that one instruction has write to one place are no race: one of the values stays, as with any one writer.
-  if (write && is_write(use) && cell.clock == actor.now && line == actor.line) return;
-  const LaneOrder::Clash clash =
-      actor.lanes.order->clash(write ? cell.writers() : cell.readers(), write ? cell.clock : cell.read_since, now,
-                               granules_[number].shift, write);
-  if (clash.lane < 0) return;
-  if (use != Use::store && cta_->cluster->again(Kind::race, line, true)) return;
-  const uint32_t offset = address_of(index, number) - number * kGranule;
-  const auto mask = static_cast<uint16_t>(clash.bytes << offset);
-  const uint32_t address = number * kGranule + __builtin_ctz(mask);
-  const Module& module = *cta_->launch->module;
-  const auto by_lane = [&](const std::string& verb, int lane, uint32_t l) {
-    return verb + " by lane " + std::to_string(lane) + " at " + source_place(module, l);
-  };
-  const std::string access = verb(use) + std::string(cta_->cluster->is_series(actor.agent) ? " issued" : "");
-  Finding f = finding_at(
-      Kind::race,
-      by_lane(write ? "write" : "read", clash.other, line) + ", then " + by_lane(access, clash.lane, actor.line) +
-          " of " + range(address, __builtin_popcount(mask)) +
-          ": no __syncwarp (bar.warp.sync) or barrier orders these lanes of one warp, " + name_of(actor.lanes.agent),
-      address);
-  f.lane = clash.lane;
-  f.within_warp = true;
-  cta_->place_other(f, line);
-  if (use != Use::store || !write) return cta_->cluster->report(std::move(f));
-  doubt(number, mask, std::move(f));
-}
-
-void Shadow::settle_doubts() {
-  for (const Doubt& doubt : std::exchange(doubts_, {})) {
-    const uint8_t* now = cta_->shared.data() + doubt.number * kGranule;
-    for (uint32_t byte = 0; byte < kGranule; ++byte)
-      if ((doubt.mask >> byte & 1) && now[byte] != doubt.before[byte]) {
-        cta_->cluster->report(doubt.finding);
-        break;
-      }
-  }
-}
-
-Clock Shadow::last_read(uint32_t index, int agent) const {
-  if (is_local(agent)) return cells_.reads(index)[agent - first_];
-  const int k = find(agent);
-  return k < others_used_ ? others_[k].row(index)[agent % 8] : 0;
-}
-
-void Shadow::check_reads(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use) const {
-  int agent = 0;
-  while (last_read(index, agent) <= actor.knowledge->seen.clocks[agent]) ++agent;
-  const Cell& cell = cells_[index];
-  const uint32_t line = agent == cell.reader ? cell.read_line : 0;  // only the last reader's is known
-  const Kind kind = cta_->cluster->is_series(agent) ? Kind::in_flight : Kind::race;
-  if (cta_->cluster->again(kind, line)) return;
-  const uint32_t address = number * kGranule + __builtin_ctz(mask), bytes = __builtin_popcount(mask);
-  report(kind, address,
-         access_by("read", agent, line) + ", then " + access_by(verb(use), actor.agent, actor.line) + " of " +
-             range(address, bytes) + (kind == Kind::in_flight ? ": nothing has waited for the first" : kUnordered),
-         line);
 }
 
 }  // namespace forwardpass::interpreter

@@ -4,8 +4,9 @@
 //
 // State is kept per granule of 16 bytes, whole accesses of which are the rule; one that is touched in parts splits into
 // smaller cells, down to bytes if need be, so that neighbours never raise a false alarm. A cell holds the epoch of its
-// last write and, in a row of its own, the clock of every agent's last read. A write is ordered after the reads before
-// it, so it starts the row anew.
+// last write and, in a row of its own, the clock of each warp's last read. A write is ordered after the reads before
+// it, so it starts the row anew. Agents that are none of the CTA's warps have a row apart, which only cells have that
+// several of them have read: most are read by one, which the cell holds itself.
 //
 // Of the last write and of the last reader's reads a cell also knows the lanes, to which the order of the warp matters
 // (lane_order.h): two lanes of a warp are as unordered as two warps until something orders them. Reads of a warp that
@@ -18,6 +19,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +32,8 @@ namespace forwardpass::interpreter {
 
 struct Cta;
 struct Module;
+
+constexpr uint32_t kGranule = 16;  // bytes
 
 // strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
 // constant: .nc, whose bytes must not change while the kernel runs. load: a read into registers, which may be of bytes
@@ -114,7 +118,13 @@ class Shadow {
     Mask write_lanes = 0, read_lanes = 0;
     Clock read_since = 0;
     bool writers_spread = false, readers_spread = false;
-    bool strong = false, async = false;  // of the write
+    uint8_t manner = 0;  // of the write: kStrong, kAsync
+    // Readers that are none of the CTA's warps: none; one, which is `reader` and has read at read_since last; or those
+    // in its rows of others_.
+    enum class Readers : uint8_t { none, one, rows } others = Readers::none;
+    static constexpr uint8_t kStrong = 1, kAsync = 2;
+    bool strong() const { return manner & kStrong; }
+    bool async() const { return manner & kAsync; }
     LaneSet writers() const { return {write_lanes, writers_spread}; }
     LaneSet readers() const { return {read_lanes, readers_spread}; }
     void set_writers(LaneSet s) { write_lanes = s.lanes, writers_spread = s.spread != 0; }
@@ -132,6 +142,13 @@ class Shadow {
     uint8_t shift = 4;                 // log2 of the bytes of a cell
     uint8_t room = 4;                  // the smallest shift that cells_ has room for at `split`
     uint32_t split = 0;
+    // In one piece, with nothing under way and no mbarrier; to be read, also with every byte written. In one comparison
+    // of all that comes before `room`, as every access asks for it.
+    bool plain(bool to_read) const {
+      uint64_t all;
+      std::memcpy(&all, this, sizeof all);
+      return to_read ? (all & 0xffff'ffff'ffff) == 0x0400'0000'ffff : (all & 0xffff'ffff'0000) == 0x0400'0000'0000;
+    }
   };
   // Cells, each followed by its row: the clock of every warp's last read, by the CTA's warps. So an access touches one
   // line of the cache where the CTA has up to 8 warps.
@@ -156,10 +173,21 @@ class Shadow {
     size_t lines_per_cell_ = 1;
     std::vector<Line> lines_;
   };
+  // What of an actor every granule needs, once for all of them and by value: an Actor is in memory, which to the
+  // compiler each store to a cell may change.
+  struct Access {
+    const Clock *seen, *proxied;
+    Clock now, floor;
+    uint32_t line;
+    int agent, column, warp;  // its column in a row of the CTA's warps, or -1; the warp whose lanes they are
+    Proxy proxy;
+    __m256i written;  // a Cell that it has written, but for the lanes
+  };
+  Access access_of(const Actor&, bool strong = false) const;
   template <class F>
   void each_granule(uint32_t begin, uint32_t bytes, F f);
   template <Use>
-  bool touch_whole(const Actor&, uint32_t number, LaneSet);
+  bool touch_whole(const Access&, const Actor&, uint32_t number, LaneSet);
   template <Use>
   void touch(const Actor&, uint32_t begin, uint32_t bytes);
   void prefetch(const uint64_t begin[kLanes], Mask) const;
@@ -168,18 +196,24 @@ class Shadow {
   template <Use>
   void touch_parts(const Actor&, uint32_t begin, uint32_t bytes);
   template <Use>
-  void check(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, LaneSet);
+  void check(const Access&, const Actor&, uint32_t cell, uint32_t number, uint16_t mask, LaneSet);
+  template <Use>
+  bool in_order(const Access&, uint32_t cell) const;  // false: maybe not
+  template <Use>
+  void look_closely(const Actor&, uint32_t cell, uint32_t number, uint16_t mask, LaneSet);
   void settle_doubts();
-  bool reads_known(uint32_t cell, const VectorClock& seen) const;
-  void record_read(const Actor&, uint32_t cell, LaneSet);
-  void record_write(const Actor&, uint32_t cell, bool strong, LaneSet);
+  bool reads_known(uint32_t cell, const Clock* seen) const;
+  void record_read(const Access&, uint32_t cell, LaneSet);
+  void record_write(const Access&, uint32_t cell, LaneSet);
   // Whether lanes of the same warp have read the cell so recently that they must be kept beside the new ones; and
   // whether one LaneSet can hold both.
-  static bool reads_again(const Actor&, const Cell&);
+  static bool reads_again(const Access&, const Cell&);
   static bool fits(const Cell&, LaneSet);
   void split(uint32_t number, int shift);
   void make_room();
-  void meet(const Actor&);  // before it reads: it might be one more that is none of the CTA's warps
+  // Its rows of others_, which begin with what the cell holds. The clock there of an agent that reads.
+  void make_rows(uint32_t cell);
+  Clock& other_read(uint32_t cell, int agent);
   bool is_local(int agent) const { return static_cast<unsigned>(agent - first_) < static_cast<unsigned>(warps_); }
   Clock last_read(uint32_t cell, int agent) const;
 
@@ -195,7 +229,10 @@ class Shadow {
   void report(Kind, uint32_t address, std::string message, uint32_t other_line, Breaks = Breaks::hardware) const;
   std::string access_by(const char* verb, int agent, uint32_t line) const;  // "read by warp 3 at file.cu:12"
   std::string range(uint32_t begin, uint32_t bytes) const;
-  uint32_t address_of(uint32_t cell, uint32_t number) const;
+  uint32_t address_of(uint32_t index, uint32_t number) const {
+    const Granule& g = granules_[number];
+    return number * kGranule + (g.shift == 4 ? 0 : (index - g.split) << g.shift);
+  }
 
   const Cta* cta_ = nullptr;
   Space space_ = Space::shared;
@@ -208,8 +245,8 @@ class Shadow {
   int first_ = kFirstWarp;  // agent of the CTA's first warp
   int warps_ = 0;           // of the CTA
   int columns_ = 8;         // the same rounded up to a multiple of 8
-  // Reads of other agents, which are asynchronous or of other CTAs, lie apart, as most kernels have none: eight agents
-  // that follow each other together, where one of them has read in this CTA.
+  // Reads of other agents, which are asynchronous or of other CTAs: eight agents that follow each other together, where
+  // one of them has read in this CTA. They hold anything but where Cell::others says `rows`.
   struct Others {
     int first;                 // agent
     std::vector<Clock> reads;  // [cell][agent]
@@ -219,7 +256,7 @@ class Shadow {
   std::vector<Others> others_;
   int others_used_ = 0;       // those of this CTA; what lies beyond is kept for its memory
   int find(int agent) const;  // of others_; others_used_: none of the eight has read here
-  int reader_ = 0;            // the same of what met last, if it is none of the CTA's warps
+  int find_or_add(int agent);
 };
 
 }  // namespace forwardpass::interpreter

@@ -1,5 +1,7 @@
 """Bulk copies against numpy, and what is reported when they are misused. Tensor copies: test_rows_tensor_map.py."""
 
+import itertools
+
 import pytest
 import torch
 from ptx import MBARRIER, WAIT, assert_refused, copied, finding, integers, outcome, run
@@ -115,6 +117,46 @@ def test_source_of_a_bulk_store_is_written_again(wait, enough, seed):
         assert torch.equal(x, y)
     else:
         assert finding(body, x, y, seed=seed).kind in ("race", "in_flight")
+
+
+BULK_STORE = "cp.async.bulk.global.shared::cta.bulk_group [%a{n}], [%s+{at}], {size};"
+READERS = {
+    "store of warp 0": f"@%p0 {BULK_STORE}\n@%p0 cp.async.bulk.commit_group;",
+    "store of warp 1": f"@%p1 {BULK_STORE}\n@%p1 cp.async.bulk.commit_group;",
+    "load of warp 2": "@%p2 ld.shared.u32 %r2, [%s+16];",
+    "byte of warp 2": "@%p2 ld.shared.u8 %h2, [%s+17];",
+}
+
+
+@pytest.mark.parametrize("unfinished", [None, 0, 1])
+@pytest.mark.parametrize("parts", [((0, 64), (16, 16)), ((16, 16), (0, 64))])
+@pytest.mark.parametrize("order", list(itertools.permutations(READERS, 3)))
+def test_whoever_reads_a_source_is_remembered(order, parts, unfinished):
+    """Asynchronous operations and a warp read the same bytes, in turns; then they are written again."""
+    reads = [READERS[r].format(n=r[-1], at=parts[int(r[-1]) % 2][0], size=parts[int(r[-1]) % 2][1]) for r in order]
+    waits = [f"@%p{n} cp.async.bulk.wait_group.read 0;" for n in range(2) if n != unfinished]
+    body = f"""
+    setp.eq.u32 %p0, %t, 0;
+    setp.eq.u32 %p1, %t, 32;
+    setp.eq.u32 %p2, %t, 64;
+    shl.b32 %r1, %t, 2;
+    add.u32 %r1, %r1, %s;
+    st.shared.u32 [%r1], %t;
+    fence.proxy.async;
+    bar.sync 0;
+    {"".join(f"{read}{chr(10)}bar.sync 0;{chr(10)}" for read in reads)}
+    {"".join(waits)}
+    bar.sync 0;
+    @%p2 st.shared.u32 [%s+16], 7;
+    bar.sync 0;
+    @%p0 cp.async.bulk.wait_group 0;
+    @%p1 cp.async.bulk.wait_group 0;"""
+    for seed in SEEDS:
+        x, y = (torch.zeros(32, dtype=torch.int32) for _ in range(2))
+        if unfinished is None or f"store of warp {unfinished}" not in order:
+            run(body, x, y, block=96, seed=seed)
+        else:
+            assert finding(body, x, y, block=96, seed=seed).kind in ("race", "in_flight")
 
 
 @pytest.mark.parametrize("seed", SEEDS)

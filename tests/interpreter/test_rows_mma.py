@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import numpy as np
+import ptx
 import pytest
 import tensor_cores as tc
+import torch
 from mma_rows import mma
 from rows import row, seed_of, spellings
 
@@ -125,6 +127,26 @@ def test_subnormal_elements_count():
             assert np.array_equal(tc.decode(got, "f32"), expected) and np.abs(expected).any()
 
 
+@pytest.mark.parametrize("types", ["f32.f16.f16.f32", "f16.f16.f16.f16"])
+def test_registers_that_are_two_operands(types):
+    """D may be any of the registers that are read, in any order."""
+    words = torch.tensor(np.random.default_rng(5).standard_normal((10, 64)), dtype=torch.float16).view(torch.int32)
+    load = "".join(f"ld.global.b32 %r{k}, [%rd1+{128 * k}];\n" for k in range(10))
+    a, b, c = "{%r0, %r1, %r2, %r3}", "{%r4, %r5}", [f"%r{k}" for k in range(6, 10 if types[:3] == "f32" else 8)]
+
+    def product(*d):
+        d, out = d[: len(c)], torch.zeros(len(c), 32, dtype=torch.int32)
+        store = "".join(f"st.global.b32 [%rd2+{128 * k}], {r};\n" for k, r in enumerate(d))
+        places = "mul.wide.u32 %rd0, %t, 4;\nadd.u64 %rd1, %a0, %rd0;\nadd.u64 %rd2, %a1, %rd0;\n"
+        multiply = f"mma.sync.aligned.m16n8k16.row.col.{types} {{{', '.join(d)}}}, {a}, {b}, {{{', '.join(c)}}};\n"
+        ptx.run(places + load + multiply + store, words, out)
+        return out
+
+    expected = product("%r10", "%r11", "%r12", "%r13")
+    for registers in [(6, 7, 8, 9), (7, 6, 9, 8), (9, 8, 7, 6), (2, 3, 0, 1), (4, 5, 3, 6), (8, 9, 4, 2)]:
+        assert torch.equal(product(*(f"%r{k}" for k in registers)), expected), registers
+
+
 def launch_error(body, arch="sm_90a", threads=32):
     text = f""".version 8.7
 .target {arch}
@@ -174,7 +196,7 @@ def test_part_of_a_warp():
 @pytest.mark.skipif("FORWARDPASS_INTERPRET_ISA" in os.environ, reason="is what that test runs")
 def test_the_kernels_for_avx2():
     """Processors with AVX-512 do not take them of themselves; the choice falls when the library loads."""
-    pick = "test_floats or test_integers or test_subnormal"
+    pick = "test_floats or test_integers or test_subnormal or test_registers"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", pick]
     made = subprocess.run(
         command, env={**os.environ, "FORWARDPASS_INTERPRET_ISA": "avx2"}, capture_output=True, text=True

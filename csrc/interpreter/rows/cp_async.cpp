@@ -1,6 +1,8 @@
 // cp.async, its groups, and the mbarriers that follow it (ISA 9.7.9.25.3, 9.7.13.15.15). In the generic proxy: to the
 // race check a copy is a write of the warp that issued it, made when the copy is waited for.
 #include <algorithm>
+#include <deque>
+#include <iterator>
 #include <utility>
 
 #include "../mbarrier.h"
@@ -16,7 +18,7 @@ struct Copy final : Pending {
   Mask issued = 0;
   uint64_t group = 0;  // of each of its lanes
   uint32_t bytes = 0;
-  const uint8_t* from[kLanes];
+  uint8_t* from[kLanes];
   uint64_t to[kLanes];
   uint8_t read[kLanes];  // bytes; the rest is zeros
   Mask in_flight = 0;    // lanes that have not waited
@@ -82,6 +84,7 @@ struct Copy final : Pending {
 struct CpAsync {
   uint64_t committed[kLanes] = {};            // groups of each lane
   std::vector<std::shared_ptr<Copy>> copies;  // in flight, in order
+  std::deque<std::shared_ptr<Copy>> spare;    // were in flight: they serve again
   Knowledge arrived;                          // of the copies whose mbarriers took them in
 
   // Of the lanes those that have committed a group, and `keep` more.
@@ -91,8 +94,18 @@ struct CpAsync {
     return past & lanes;
   }
   void forget() {
-    copies.erase(std::remove_if(copies.begin(), copies.end(), [](const auto& c) { return !c->in_flight; }),
-                 copies.end());
+    const auto over = std::stable_partition(copies.begin(), copies.end(), [](const auto& c) { return c->in_flight; });
+    spare.insert(spare.end(), std::make_move_iterator(over), std::make_move_iterator(copies.end()));
+    copies.erase(over, copies.end());
+  }
+  std::shared_ptr<Copy> make() {
+    if (spare.empty()) return std::make_shared_for_overwrite<Copy>();
+    auto c = std::move(spare.front());
+    spare.pop_front();
+    if (c.use_count() > 1) return std::make_shared_for_overwrite<Copy>();  // what follows an mbarrier may still have it
+    c->done = false;
+    c->landed.clear();
+    return c;
   }
 };
 
@@ -134,7 +147,9 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
   form.to.read(w, i, to);
   form.from.read(w, i, from);
 
-  Copy all;
+  CpAsync& state = state_of(w);
+  const auto issued = state.make();
+  Copy& all = *issued;
   all.bytes = form.bytes;
   Mask whole = mask;  // lanes that read all of their source
   std::fill(std::begin(all.read), std::end(all.read), static_cast<uint8_t>(form.bytes));
@@ -144,30 +159,30 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
     for (Mask rest = ignored; rest; rest &= rest - 1) all.read[__builtin_ctz(rest)] = 0;
   } else if (form.limit == Form::Limit::size) {
     const auto* size = w.operand<uint32_t>(i, 2);
-    for (Mask rest = mask; rest; rest &= rest - 1) {
+    Mask partial = 0;
+    for (int l = 0; l < kLanes; ++l) partial |= Mask{size[l] != form.bytes} << l;
+    partial &= mask;
+    whole &= ~partial;
+    for (Mask rest = partial; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
       if (size[l] > form.bytes) {
         w.fail(Kind::illegal,
                "src-size is " + std::to_string(size[l]) + ", more than cp-size, " + std::to_string(form.bytes), l);
       }
       all.read[l] = static_cast<uint8_t>(size[l]);
-      if (size[l] != form.bytes) whole &= ~(Mask{1} << l);
     }
   }
-  uint8_t* source[kLanes];
   Count* const count = std::exchange(w.count, nullptr);  // below, as all of its lanes make one request
-  if (whole) access(w, ptx::Space::global, from, static_cast<int>(form.bytes), Use::read, whole, source);
+  if (whole) access(w, ptx::Space::global, from, static_cast<int>(form.bytes), Use::read, whole, all.from);
   for (Mask rest = mask & ~whole; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
     if (!all.read[l]) continue;
     if (from[l] % form.bytes) w.fail_at(Kind::misaligned, "the source must be aligned to cp-size", l, from[l]);
-    source[l] = access_global(w, from[l], all.read[l], Use::read, l);
+    all.from[l] = access_global(w, from[l], all.read[l], Use::read, l);
   }
   find_destinations(w, form, mask, to, all.to);
-  for (Mask rest = mask; rest; rest &= rest - 1) {
-    const int l = __builtin_ctz(rest);
-    all.from[l] = source[l];
-  }
+  // The source is far away, for the host as well, and nobody needs it soon.
+  for (Mask rest = whole; rest; rest &= rest - 1) __builtin_prefetch(all.from[__builtin_ctz(rest)]);
   if ((w.count = count)) {
     Mask reading = 0;
     uint64_t bytes = 0;
@@ -195,7 +210,6 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
       });
     }
   }
-  CpAsync& state = state_of(w);
   all.instruction = &i;
   all.code = w.frame->code;
   all.warp = w.id;
@@ -205,7 +219,7 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
     for (int l = 0; l < kLanes; ++l) same |= Mask{state.committed[l] == group} << l;
     same &= rest;
     rest &= ~same;
-    auto one = std::make_shared<Copy>(all);
+    auto one = rest ? std::make_shared<Copy>(all) : issued;
     one->issued = one->in_flight = same;
     one->group = group;
     state.copies.push_back(one);
@@ -224,7 +238,11 @@ Step commit_group(Warp& w, const Instruction&, Mask mask) {
 void wait(Warp& w, Mask mask, uint64_t keep) {
   CpAsync& state = state_of(w);
   for (const auto& c : state.copies) {
-    if (const Mask landed = state.past(c->in_flight & mask, c->group, keep)) c->land(*w.cta, w.actor(), landed);
+    if (const Mask landed = state.past(c->in_flight & mask, c->group, keep)) {
+      c->land(*w.cta, w.actor(), landed);
+    } else if ((c->in_flight & mask) == mask) {
+      break;  // what its lanes have issued later is in no earlier group
+    }
   }
   state.forget();
   w.acquire(mask, state.arrived);

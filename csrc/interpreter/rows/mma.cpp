@@ -14,7 +14,7 @@ struct Mma {
   uint64_t macs;
 };
 
-constexpr uint32_t kNoRows[kLanes] = {};  // the lower half of A where the shape has 8 rows
+constexpr uint32_t kNoRows[kLanes] = {};  // the lower half of A and C where the shape has 8 rows
 
 }  // namespace
 
@@ -61,7 +61,7 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Mma& m = *static_cast<const Mma*>(i.data);
   const Product& product = w.cta->launch->options.truncating ? m.truncating : m.exact;
-  const MatrixTimer timer(*w.cta, m.macs);
+  const MatrixTimer timer(*w.cta, m.macs, true);
   const Offset* const a = i.operand + m.d_registers;
   const Offset* const b = a + m.a_registers;
   const Offset* const c = b + m.b_registers;
@@ -72,12 +72,14 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
     for (int r = 0; r < 2; ++r) left[h * 2 + r] = r < rows ? w.at<uint32_t>(a[h * rows + r]) : kNoRows;
     right[h] = w.at<uint32_t>(b[h]);
   }
-  alignas(64) uint32_t sums[4][kLanes] = {};
-  for (int r = 0; r < m.d_registers; ++r) std::memcpy(sums[r], w.at<uint32_t>(c[r]), sizeof sums[r]);
-  multiply_tile(product, left, right, sums[0]);
+  alignas(64) uint32_t unwanted[kLanes];
+  Fragment from[4] = {kNoRows, kNoRows, kNoRows, kNoRows};
+  uint32_t* to[4] = {unwanted, unwanted, unwanted, unwanted};
   for (int r = 0; r < m.d_registers; ++r) {
-    if (i.operand[r] != kSink) std::memcpy(w.at<uint32_t>(i.operand[r]), sums[r], sizeof sums[r]);
+    from[r] = w.at<uint32_t>(c[r]);
+    if (i.operand[r] != kSink) to[r] = w.at<uint32_t>(i.operand[r]);
   }
+  multiply_tile(product, left, right, from, to);
   if (__builtin_expect(w.undefined && !w.undefined->empty(), 0)) {
     const int of_rows = m.a_registers / m.exact.halves;
     multiply_undefined(w, i, {m.a_registers, of_rows, m.b_registers, m.d_registers, m.exact.d == Accumulate::f16});

@@ -31,7 +31,7 @@ void widen_register(const Mma& m, int x, Fragment from, uint32_t (*to)[kLanes]) 
 Step mma(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Mma& m = *static_cast<const Mma*>(i.data);
-  const MatrixTimer timer(*w.cta, m.macs);
+  const MatrixTimer timer(*w.cta, m.macs, true);
   static thread_local PanelA panel_a;
   static thread_local PanelB panel_b;
   const Offset *const a = i.operand + 4, *const b = a + 4, *const c = b + 2;

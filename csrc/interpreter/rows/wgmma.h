@@ -85,6 +85,7 @@ class RegistersInFlight {
 struct Warpgroup;
 
 struct WgmmaOperation final : Pending {
+  WgmmaOperation() {}                       // not the compiler's, before which make_shared would fill 17 KB with zeros
   struct Part {                             // of one warp: 16 rows of D
     std::shared_ptr<Accumulator> from, to;  // null from: zeros
     Knowledge knowledge;

@@ -163,7 +163,10 @@ def finding() -> InterpreterFinding | None:
 
 def findings() -> list[InterpreterFinding]:
     """Those behind which launches went on since this was asked last."""
-    return [InterpreterFinding(**fields) for fields in json.loads(load().fpi_findings_json().decode(errors="replace"))]
+    text = load().fpi_findings_json()
+    if text == b"[]":  # as after nearly every launch
+        return []
+    return [InterpreterFinding(**fields) for fields in json.loads(text.decode(errors="replace"))]
 
 
 def rows() -> list[dict[str, str]]:

@@ -216,7 +216,7 @@ class Device:
 
     def finish(self, guard: Guard, kernel: str) -> None:
         """Raises what guard mode finds after a launch."""
-        if problem := guard.finish():
+        if self.guard and (problem := guard.finish()):
             finding = self.record(
                 InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed)
             )
