@@ -210,8 +210,10 @@ class Device:
         if error:
             finding = core.finding()
             why = core.load().fpi_take_refusal(error).decode()
-            raise self.record(finding) if finding else RuntimeError(
-                f"{action}: CUDA error {error} on {self!r}{': ' if why else ''}{why}"
+            raise (
+                self.record(finding)
+                if finding
+                else RuntimeError(f"{action}: CUDA error {error} on {self!r}{': ' if why else ''}{why}")
             )
 
     def finish(self, guard: Guard, kernel: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from ..capture import Capture
 from .torch_cuda import refuse
 
+INDUCTORS = 'a CUDA graph of torch.compile\'s (its mode may be "max-autotune-no-cudagraphs", its backend "eager")'
 _pools = itertools.count(1)
 
 
@@ -91,7 +92,7 @@ def install() -> None:
     raw: dict[str, Callable[..., Any]] = {
         "_host_emptyCache": lambda: None,
         "_cuda_isCurrentStreamCapturing": is_current_stream_capturing,
-        "_set_cached_tensors_enabled": lambda on: on and refuse('a CUDA graph of Inductor\'s (mode="reduce-overhead")'),
+        "_set_cached_tensors_enabled": lambda on: on and refuse(INDUCTORS),
     }
     for name, value in raw.items():
         setattr(torch._C, name, value)

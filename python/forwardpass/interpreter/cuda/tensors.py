@@ -174,9 +174,8 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         args = tuple(_as_tensor(a) if tensor else a for a, tensor in zip(args, known.tensors))
         try:
             try:
-                return _Call(op, known.in_float or (known.numbers_in_float and _has_number(args, kwargs))).run(
-                    args, kwargs
-                )
+                in_float = known.in_float or (known.numbers_in_float and _has_number(args, kwargs))
+                return _Call(op, in_float).run(args, kwargs)
             except NotImplementedError as e:
                 if not _LACKS_HALVES.search(str(e)):
                     raise
@@ -251,9 +250,8 @@ class _Call:
     def __init__(self, op: torch._ops.OpOverload, in_float: bool):
         self.op, self.known, self.in_float = op, _operator(op), in_float
         self.half: torch.dtype | None = None  # what is computed in float, and rounded to this
-        self.pairs: list[
-            tuple[Tensor, Tensor, bool]
-        ] = []  # of the device, its host view or a copy of that, whether written
+        #: of the device, its host view or a copy of that in float, whether it is written
+        self.pairs: list[tuple[Tensor, Tensor, bool]] = []
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         named = [*zip(self.known.parameters, args), *kwargs.items()]
