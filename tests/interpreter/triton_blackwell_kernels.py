@@ -90,7 +90,7 @@ def scaled_product(
     a_scales += (m // 128 + tl.arange(0, BM // 128))[:, None] * (K // BLOCK * 128) + within[None, :]
     b_scales += (n // 128 + tl.arange(0, BN // 128))[:, None] * (K // BLOCK * 128) + within[None, :]
     sums = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(0, K, BK, num_stages=3):
+    for start in tl.range(0, b_desc.shape[1] * B_PER_BYTE, BK, num_stages=3):
         a, b = a_desc.load([m, start // A_PER_BYTE]), b_desc.load([n, start // B_PER_BYTE])
         of_a = tl.load(a_scales).reshape(BM // 128, FOURS, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(BM, BK // BLOCK)
         of_b = tl.load(b_scales).reshape(BN // 128, FOURS, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(BN, BK // BLOCK)

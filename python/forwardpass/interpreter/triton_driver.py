@@ -260,14 +260,16 @@ class Launcher:
         else:
             if meta.get("is_im2col"):
                 raise ValueError("the interpreter has no im2col tensor maps: use a tiled descriptor")
-            if meta["fp4_padded"]:
-                shape[-1] *= 2
+            # Numbers of 4 bits lie two in a byte: the map counts numbers, the kernel bytes (since Triton 3.7).
+            elements = [*shape[:-1], shape[-1] * (2 if meta["fp4_padded"] else 1)]
             # Triton's numbers are the device's: the FTZ float32 has 8 there, and 10 in CUtensorMapDataType.
             data_type = {8: 10, 9: 8, 10: 9}.get(meta["elem_type"], meta["elem_type"])
             yield encode(
-                base.data_ptr(), 11 if getattr(d, "round_f32_to_tf32", False) else data_type, shape,
+                base.data_ptr(), 11 if getattr(d, "round_f32_to_tf32", False) else data_type, elements,
                 [n * meta["elem_size"] for n in strides], meta["block_size"], meta["swizzle"], int(d.padding == "nan"),
             )  # fmt: skip
+            if not hasattr(d, "round_f32_to_tf32"):
+                shape = elements
         yield from (_scalar("i32", n) for n in shape)
         yield from (_scalar("i64", n) for n in strides)
 
