@@ -64,7 +64,7 @@ struct AddressOperand {
   Ordering ordering;
 
   void bind(Bind& b, const Operand& o) {
-    ordering = {order(b) >= Order::release, b.has("cta") || b.has("cluster")};
+    ordering = {order(b) >= Order::release, b.has("cta") ? Scope::cta : b.has("cluster") ? Scope::cluster : Scope::gpu};
     space = space_of(b);
     operand = b.instruction.destinations + b.instruction.sources;
     displacement = b.address(o, &wide);
