@@ -309,6 +309,7 @@ inline void with_use(Use use, F f) {
     case Use::read:
     case Use::constant:
     case Use::fresh:
+    case Use::compared:
       return f(std::integral_constant<Use, Use::read>());
     case Use::write:
       return f(std::integral_constant<Use, Use::write>());

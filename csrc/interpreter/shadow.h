@@ -34,10 +34,11 @@ struct Module;
 // strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
 // constant: .nc, whose bytes must not change while the kernel runs. load: a read into registers, which may be of bytes
 // that nothing has written (undefined.h). fresh: a weak load of up to 8 bytes that no L1 serves (.cg, .cv), which GPUs
-// make as a relaxed one, in global memory. store: a write by a warp to its CTA's shared memory. That another warp wrote
+// make as a relaxed one, in global memory. compared: a load of global memory whose value an atom.cas compares with what
+// is there. store: a write by a warp to its CTA's shared memory. That another warp wrote
 // there, unordered with it, is no race where the bytes stay as they are: Triton has each warp that holds a copy of a
 // value store it. Shadow::settle() has to follow, once the bytes are there.
-enum class Use : uint8_t { read, write, store, atomic, strong_read, strong_write, constant, load, fresh };
+enum class Use : uint8_t { read, write, store, atomic, strong_read, strong_write, constant, load, fresh, compared };
 constexpr bool is_read(Use u) { return u != Use::write && u != Use::store && u != Use::strong_write; }
 constexpr bool is_write(Use u) { return !is_read(u) || u == Use::atomic; }
 constexpr bool is_strong(Use u) { return u == Use::atomic || u == Use::strong_read || u == Use::strong_write; }

@@ -55,6 +55,10 @@ inline Order order(const Bind& b) {
   return order;
 }
 
+// Loads before an atom.cas of the same address, written the same way, that fill the register which it compares: how
+// programs begin a loop of them.
+void mark_compared_loads(const Bind&, const Operand& address, const Operand& value);
+
 // The address operand of a row.
 struct AddressOperand {
   ptx::Space space;
