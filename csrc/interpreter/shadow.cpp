@@ -137,7 +137,8 @@ EVERY_GRANULE void Shadow::check(const Actor& actor, uint32_t index, uint32_t nu
   const Cell& cell = cells_[index];
   const Knowledge& k = *actor.knowledge;
   const bool write_seen = cell.clock <= k.seen.clocks[cell.writer] || (is_strong(use) && cell.strong);
-  const bool fenced = actor.proxy == Proxy::generic || cell.async || cell.clock <= k.proxied.clocks[cell.writer];
+  const bool fenced =
+      actor.proxy == Proxy::generic || cell.proxy == Proxy::async || cell.clock <= k.proxied.clocks[cell.writer];
   if (__builtin_expect(!(write_seen && fenced), 0)) check_write(actor, index, number, mask, use, write_seen);
   if constexpr (is_write(use)) {
     if (__builtin_expect(!reads_known(index, k.seen), 0)) check_reads(actor, index, number, mask, use);
@@ -187,7 +188,7 @@ EVERY_GRANULE void Shadow::record_write(const Actor& actor, uint32_t index, bool
   cell.writer = actor.agent;
   cell.write_line = actor.line;
   cell.strong = strong;
-  cell.async = actor.proxy == Proxy::async;
+  cell.proxy = actor.proxy;
   cells_[index] = cell;
   const auto clear = [](Clock* clocks) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(clocks), _mm256_setzero_si256());
@@ -510,9 +511,11 @@ void Shadow::check_write(const Actor& actor, uint32_t index, uint32_t number, ui
   const std::string both = access_by("write", cell.writer, cell.write_line) + ", then " +
                            access_by(verb(use), actor.agent, actor.line) + " of " + range(address, bytes);
   if (write_seen) {
+    const bool copied = cell.proxy == Proxy::copy, idle = is_write(use) && idle_mbarrier(address);
+    const char* const after = copied ? "wait for that copy; CUTLASS has none, and GPUs seem not to mind" : "write";
     return report(kind, address,
-                  both + " through the async proxy: between them a fence.proxy.async is missing, after the write",
-                  cell.write_line, is_write(use) && idle_mbarrier(address) ? Breaks::isa : Breaks::hardware);
+                  both + " through the async proxy: between them a fence.proxy.async is missing, after the " + after,
+                  cell.write_line, copied || idle ? Breaks::isa : Breaks::hardware);
   }
   if (kind == Kind::in_flight)
     return report(kind, address, both + ": nothing has waited for the first", cell.write_line);

@@ -43,7 +43,8 @@ constexpr bool is_read(Use u) { return u != Use::write && u != Use::store && u !
 constexpr bool is_write(Use u) { return !is_read(u) || u == Use::atomic; }
 constexpr bool is_strong(Use u) { return u == Use::atomic || u == Use::strong_read || u == Use::strong_write; }
 
-enum class Proxy : uint8_t { generic, async };
+// copy: what cp.async writes, which is of the generic proxy.
+enum class Proxy : uint8_t { generic, copy, async };
 
 struct Actor {
   int agent;
@@ -115,7 +116,8 @@ class Shadow {
     Mask write_lanes = 0, read_lanes = 0;
     Clock read_since = 0;
     bool writers_spread = false, readers_spread = false;
-    bool strong = false, async = false;  // of the write
+    bool strong = false;  // of the write
+    Proxy proxy = Proxy::generic;
     LaneSet writers() const { return {write_lanes, writers_spread}; }
     LaneSet readers() const { return {read_lanes, readers_spread}; }
     void set_writers(LaneSet s) { write_lanes = s.lanes, writers_spread = s.spread != 0; }

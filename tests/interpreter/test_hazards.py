@@ -428,6 +428,12 @@ def cluster_arrival_of_cta_scope(module):
     return from_row(module["cluster_arrival_of_cta_scope"], x, poisoned(64), grid=2, cluster=2), x
 
 
+@run
+def wgmma_unfenced_copy(module):
+    y, expected = product(module, "wgmma_unfenced_copy", poisoned(64, 8), 1)
+    return y, expected.sum(0)
+
+
 def test_every_hazard_is_run():
     assert set(RUNS) == set(SOURCES)
     assert all(source.lines for source in SOURCES.values())
@@ -463,7 +469,7 @@ def test_nothing_is_forgotten(name, later):
 
 
 @pytest.mark.parametrize(
-    "name", ["wgmma_weak_wait", "wgmma_uncommitted", "tma_store_unfinished"]
+    "name", ["wgmma_weak_wait", "wgmma_uncommitted", "wgmma_unfenced_copy", "tma_store_unfinished"]
 )
 def test_what_gpus_forgive(name):
     """Where one is not strict the launch goes on, and computes what the right twin does."""
