@@ -203,12 +203,12 @@ void GlobalShadow::Access::report(Cell cell, uint32_t line, uint64_t byte, const
                          "write by " + who + ", then " + verb + " by warp " + std::to_string(warp_.id) +
                              place(warp_.line()) + " of " + describe(l, byte) + ": " + why,
                          byte);
-  if (use_ == Use::fresh && (cell >> kStrong & 1)) {
+  if ((use_ == Use::fresh || use_ == Use::compared) && (cell >> kStrong & 1)) {
     f.breaks = Breaks::isa;
-    f.message +=
-        ". The first is an atomic or a strong write, and GPUs read up to 8 bytes with .cg as with .relaxed, which "
-        "would "
-        "be right";
+    f.message += ". The first is an atomic or a strong write, and ";
+    f.message += use_ == Use::fresh ? "GPUs read up to 8 bytes with .cg as with .relaxed, which would be right"
+                                    : "an atom.cas compares the value with what is there, so that an old one does no "
+                                      "harm; .relaxed would be right";
   }
   cta.place_other(f, line);
   cta.cluster->report(std::move(f));

@@ -81,11 +81,17 @@ std::string Memory::describe(uint64_t address) const {
   return words;
 }
 
-void SyncPoints::meet(Warp& w, Mask lanes, uint64_t line) {
+void SyncPoints::meet(Warp& w, Mask lanes, uint64_t line, Scope scope) {
   if (slots_.empty()) slots_.resize(kSlots);
-  Knowledge& slot = slots_[(line * 0x9e3779b97f4a7c15u) >> 58];
-  w.acquire(lanes, slot);
-  slot = w.knowledge;
+  // In a cluster each CTA has a slot of its own beside the one of all.
+  const bool alone = w.cta->launch->cluster_size() == 1;
+  Knowledge* const slots[] = {
+      alone ? nullptr : &slot(line + (static_cast<uint64_t>(w.cta->rank) + 1) * 0x632be59bd9b4e019u),
+      scope == Scope::cta && !alone ? nullptr : &slot(line)};
+  for (const Knowledge* s : slots)
+    if (s) w.acquire(lanes, *s);
+  for (Knowledge* s : slots)
+    if (s) *s = w.knowledge;
 }
 
 namespace {
@@ -411,11 +417,11 @@ void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask m
   for (int l = 0; l < kLanes; ++l) {
     uint64_t line = a[l] >> 7;
     if (shared) line = (a[l] >> kRankShift ? a[l] : cluster_address(w.cta->rank, a[l])) >> 7 | uint64_t{1} << 60;
-    if (line != last) w.cta->cluster->sync_points.meet(w, mask, line);
+    if (line != last) w.cta->cluster->sync_points.meet(w, mask, line, ordering.scope);
     last = line;
   }
   Launch& l = *w.cta->launch;
-  if (shared || ordering.narrow || !l.options.checks) return;
+  if (shared || ordering.scope != Scope::gpu || !l.options.checks) return;
   if (is_write(use)) l.releases.release(w, ordering.releases);
   w.acquires = is_read(use);
 }

@@ -87,26 +87,30 @@ class LaneAddresses {
   const bool shared_;
 };
 
+enum class Scope : uint8_t { cta, cluster, gpu };
+
 // What strong accesses carry from warp to warp of a cluster. Each is taken to acquire and release whatever its
 // semantics, so that no order a program may rely on is missed; the price is that some races behind atomics go
-// unnoticed. Knowledge is kept by 128-byte line of the address; lines that share a slot hide a race more.
+// unnoticed. Those of scope .cta carry within their CTA alone. Knowledge is kept by 128-byte line of the address; lines
+// that share a slot hide a race more.
 class SyncPoints {
  public:
   void reset() { slots_.clear(); }
-  void meet(Warp&, Mask lanes, uint64_t line);
+  void meet(Warp&, Mask lanes, uint64_t line, Scope);
 
  private:
   static constexpr size_t kSlots = 64;
+  Knowledge& slot(uint64_t key) { return slots_[(key * 0x9e3779b97f4a7c15u) >> 58]; }
   std::vector<Knowledge> slots_;
 };
 
 // Where an address of global memory lies, module variables and parameters included.
 std::string describe(const Launch&, uint64_t address);
 
-// What a strong access to global memory orders between clusters: what it writes is .release or .acq_rel; its scope is
-// .cta or .cluster, so that it orders nothing there.
+// What a strong access orders: whether what it writes is .release or .acq_rel, and for whom.
 struct Ordering {
-  bool releases = false, narrow = false;
+  bool releases = false;
+  Scope scope = Scope::gpu;
 };
 
 // Host pointers for the active lanes' accesses of `bytes` each (a power of two) at `address` in a state space (none:

@@ -148,7 +148,8 @@ inline Shadow::Access Shadow::access_of(const Actor& actor, bool strong) const {
   cell.clock = actor.now;
   cell.writer = actor.agent;
   cell.write_line = actor.line;
-  cell.manner = (strong ? Cell::kStrong : 0) | (actor.proxy == Proxy::async ? Cell::kAsync : 0);
+  constexpr uint8_t kByProxy[] = {0, Cell::kCopied, Cell::kAsync};
+  cell.manner = (strong ? Cell::kStrong : 0) | kByProxy[static_cast<int>(actor.proxy)];
   static_assert(sizeof cell == sizeof(__m256i));
   const int column = is_local(actor.agent) ? actor.agent - first_ : -1;
   const Knowledge* const k = actor.knowledge;  // none of what completes: it does not ask
@@ -348,6 +349,7 @@ inline void with_use(Use use, F f) {
     case Use::read:
     case Use::constant:
     case Use::fresh:
+    case Use::compared:
       return f(std::integral_constant<Use, Use::read>());
     case Use::write:
       return f(std::integral_constant<Use, Use::write>());

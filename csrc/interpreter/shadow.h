@@ -38,15 +38,17 @@ constexpr uint32_t kGranule = 16;  // bytes
 // strong: .volatile, .relaxed and above, which may meet each other unordered; `atomic` reads and writes at once.
 // constant: .nc, whose bytes must not change while the kernel runs. load: a read into registers, which may be of bytes
 // that nothing has written (undefined.h). fresh: a weak load of up to 8 bytes that no L1 serves (.cg, .cv), which GPUs
-// make as a relaxed one, in global memory. store: a write by a warp to its CTA's shared memory. That another warp wrote
+// make as a relaxed one, in global memory. compared: a load of global memory whose value an atom.cas compares with what
+// is there. store: a write by a warp to its CTA's shared memory. That another warp wrote
 // there, unordered with it, is no race where the bytes stay as they are: Triton has each warp that holds a copy of a
 // value store it. Shadow::settle() has to follow, once the bytes are there.
-enum class Use : uint8_t { read, write, store, atomic, strong_read, strong_write, constant, load, fresh };
+enum class Use : uint8_t { read, write, store, atomic, strong_read, strong_write, constant, load, fresh, compared };
 constexpr bool is_read(Use u) { return u != Use::write && u != Use::store && u != Use::strong_write; }
 constexpr bool is_write(Use u) { return !is_read(u) || u == Use::atomic; }
 constexpr bool is_strong(Use u) { return u == Use::atomic || u == Use::strong_read || u == Use::strong_write; }
 
-enum class Proxy : uint8_t { generic, async };
+// copy: what cp.async writes, which is of the generic proxy.
+enum class Proxy : uint8_t { generic, copy, async };
 
 struct Actor {
   int agent;
@@ -118,13 +120,14 @@ class Shadow {
     Mask write_lanes = 0, read_lanes = 0;
     Clock read_since = 0;
     bool writers_spread = false, readers_spread = false;
-    uint8_t manner = 0;  // of the write: kStrong, kAsync
+    uint8_t manner = 0;  // of the write: kStrong, kAsync, kCopied
     // Readers that are none of the CTA's warps: none; one, which is `reader` and has read at read_since last; or those
     // in its rows of others_.
     enum class Readers : uint8_t { none, one, rows } others = Readers::none;
-    static constexpr uint8_t kStrong = 1, kAsync = 2;
+    static constexpr uint8_t kStrong = 1, kAsync = 2, kCopied = 4;
     bool strong() const { return manner & kStrong; }
     bool async() const { return manner & kAsync; }
+    bool copied() const { return manner & kCopied; }
     LaneSet writers() const { return {write_lanes, writers_spread}; }
     LaneSet readers() const { return {read_lanes, readers_spread}; }
     void set_writers(LaneSet s) { write_lanes = s.lanes, writers_spread = s.spread != 0; }

@@ -107,9 +107,12 @@ void Shadow::check_write(const Actor& actor, uint32_t index, uint32_t number, ui
   const std::string both = access_by("write", cell.writer, cell.write_line) + ", then " +
                            access_by(verb(use), actor.agent, actor.line) + " of " + range(address, bytes);
   if (write_seen) {
+    const bool idle = is_write(use) && idle_mbarrier(address);
+    const char* const after =
+        cell.copied() ? "wait for that copy; CUTLASS has none, and GPUs seem not to mind" : "write";
     return report(kind, address,
-                  both + " through the async proxy: between them a fence.proxy.async is missing, after the write",
-                  cell.write_line, is_write(use) && idle_mbarrier(address) ? Breaks::isa : Breaks::hardware);
+                  both + " through the async proxy: between them a fence.proxy.async is missing, after the " + after,
+                  cell.write_line, cell.copied() || idle ? Breaks::isa : Breaks::hardware);
   }
   if (kind == Kind::in_flight)
     return report(kind, address, both + ": nothing has waited for the first", cell.write_line);

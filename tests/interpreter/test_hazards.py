@@ -416,6 +416,24 @@ def release_of_cta_scope(module):
     return from_row(module["release_of_cta_scope"], x, poisoned(64), poisoned(64), flag, grid=2), x
 
 
+@run
+def cluster_release_of_cta_scope(module):
+    x, flag = integers(64), torch.zeros(1, dtype=torch.int32)
+    return from_row(module["cluster_release_of_cta_scope"], x, poisoned(64), flag, grid=2, cluster=2), x
+
+
+@run
+def cluster_arrival_of_cta_scope(module):
+    x = integers(64)
+    return from_row(module["cluster_arrival_of_cta_scope"], x, poisoned(64), grid=2, cluster=2), x
+
+
+@run
+def wgmma_unfenced_copy(module):
+    y, expected = product(module, "wgmma_unfenced_copy", poisoned(64, 8), 1)
+    return y, expected.sum(0)
+
+
 def test_every_hazard_is_run():
     assert set(RUNS) == set(SOURCES)
     assert all(source.lines for source in SOURCES.values())
@@ -450,7 +468,9 @@ def test_nothing_is_forgotten(name, later):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("name", ["wgmma_weak_wait", "wgmma_uncommitted", "tma_store_unfinished"])
+@pytest.mark.parametrize(
+    "name", ["wgmma_weak_wait", "wgmma_uncommitted", "wgmma_unfenced_copy", "tma_store_unfinished"]
+)
 def test_what_gpus_forgive(name):
     """Where one is not strict the launch goes on, and computes what the right twin does."""
     for seed in range(BROKEN_SEEDS):

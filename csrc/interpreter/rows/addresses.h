@@ -55,6 +55,10 @@ inline Order order(const Bind& b) {
   return order;
 }
 
+// Loads before an atom.cas of the same address, written the same way, that fill the register which it compares: how
+// programs begin a loop of them.
+void mark_compared_loads(const Bind&, const Operand& address, const Operand& value);
+
 // The address operand of a row.
 struct AddressOperand {
   ptx::Space space;
@@ -64,7 +68,7 @@ struct AddressOperand {
   Ordering ordering;
 
   void bind(Bind& b, const Operand& o) {
-    ordering = {order(b) >= Order::release, b.has("cta") || b.has("cluster")};
+    ordering = {order(b) >= Order::release, b.has("cta") ? Scope::cta : b.has("cluster") ? Scope::cluster : Scope::gpu};
     space = space_of(b);
     operand = b.instruction.destinations + b.instruction.sources;
     displacement = b.address(o, &wide);

@@ -118,6 +118,7 @@ void bind_bits(Bind& b) {
 
 void bind_cas(Bind& b) {
   bind_operands(b, value_type(b), 2);
+  mark_compared_loads(b, b.operand(1), b.operand(2));
   if (value_type(b) == Type::b128) return b.run(atomic<CompareAndSwap, unsigned __int128, 2>);
   with_integer(value_type(b), [&](auto t) { b.run(atomic<CompareAndSwap, decltype(t), 2>); });
 }

@@ -66,10 +66,11 @@ struct Copy final : Pending {
     in_flight &= ~lanes;
     landed.push_back({lanes, actor.agent, actor.now});
     if (!checked(cta)) return;
-    // What has landed counts as written by the async proxy, which wgmma and TMA may read without another fence: ISA 8
-    // is silent about cp.async, and Triton's compiler puts no fence.proxy.async between its wait and wgmma.
+    // The ISA has bulk copies alone in the async proxy, so that wgmma and TMA may read what has landed only behind a
+    // fence.proxy.async after the wait. Triton 3.7.1 emits one; CUTLASS 4.2 does not
+    // (sm90_mma_multistage_gmma_ss_warpspecialized.hpp), so it is a finding by the letter of the ISA.
     Actor a = acting(*this, actor);
-    a.proxy = Proxy::async;
+    a.proxy = Proxy::copy;
     a.lanes = cta.warps[warp].lanes(__builtin_ctz(bytes));
     if (bytes == 16) return cta.shadow.land_granules(a, to, lanes);
     ranges(lanes, [&](uint32_t begin, uint32_t n, Mask lanes) {

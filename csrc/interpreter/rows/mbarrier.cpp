@@ -64,6 +64,7 @@ namespace {
 struct Form {
   Place place;
   bool acquire_release = true;  // not .relaxed
+  bool within_cta = false;      // .cta; with no scope it counts for all of the cluster, as CUTLASS has it
   bool parity = false;
   bool counted = false;  // a count operand follows the address
 };
@@ -165,7 +166,8 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
       w.fail_at(Kind::illegal, "an arrival at an mbarrier of another CTA gives no state: the destination must be _", l,
                 b.address);
     }
-    if (form.acquire_release && (joined != &b || phase != b.phase)) {
+    const bool releases = form.acquire_release && !(form.within_cta && &cta != w.cta);
+    if (releases && (joined != &b || phase != b.phase)) {
       b.gathering.join(w.knowledge);
       joined = &b;
       phase = b.phase;
@@ -273,6 +275,7 @@ void address(Bind& b, Form& form, int operand) {
   form.place.generic = !b.has("shared") && !b.has("shared::cta") && !b.has("shared::cluster");
   form.place.cluster = form.place.generic || b.has("shared::cluster");
   form.acquire_release = !b.has("relaxed");
+  form.within_cta = b.has("cta");
   const bool semantics = b.has("acquire") || b.has("release") || b.has("relaxed");
   if (semantics != (b.has("cta") || b.has("cluster"))) b.refuse("semantics and scope come together, as .release.cta");
 }

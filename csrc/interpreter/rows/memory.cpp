@@ -366,4 +366,18 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
+
+void mark_compared_loads(const Bind& b, const Operand& address, const Operand& value) {
+  const auto& body = b.code.source->body;
+  const auto same_register = [](const Operand& x, const Operand& y) {
+    return x.kind == Operand::Kind::reg && y.kind == Operand::Kind::reg && x.id == y.id;
+  };
+  for (uint32_t k = 0; k < b.instruction.index; ++k) {
+    if (body[k].opcode.compare(0, 3, "ld.") != 0 || !same_register(body[k].operands[0], value)) continue;
+    const Operand& from = body[k].operands[1];
+    if (from.offset != address.offset || !same_register(from.parts[0], address.parts[0])) continue;
+    auto& t = *static_cast<Transfer*>(const_cast<void*>(b.code.instructions[k].data));
+    if (t.use == Use::load && t.space == ptx::Space::global) t.use = Use::compared;
+  }
+}
 }  // namespace forwardpass::interpreter
