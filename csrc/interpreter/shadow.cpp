@@ -193,7 +193,7 @@ template <Use use>
   const Knowledge& k = *actor.knowledge;
   const bool both_strong = is_strong(use) && cell.strong();
   const bool write_seen = cell.clock <= k.seen.clocks[cell.writer] || both_strong;
-  const bool fenced = actor.proxy == Proxy::generic || cell.async() || cell.clock <= k.proxied.clocks[cell.writer];
+  const bool fenced = actor.proxy != Proxy::async || cell.async() || cell.clock <= k.proxied.clocks[cell.writer];
   if (!(write_seen && fenced)) check_write(actor, index, number, mask, use, write_seen);
   if (is_write(use) && !reads_known(index, k.seen.clocks)) check_reads(actor, index, number, mask, use);
   if (cell.clock > actor.lanes.floor && cell.writer == actor.lanes.agent && !both_strong) {
