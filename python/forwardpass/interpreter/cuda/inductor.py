@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import warnings
 
 import torch
 
@@ -23,8 +24,11 @@ ENVIRONMENT = {
 
 def install() -> None:
     if "torch._inductor.config" in sys.modules:
-        raise RuntimeError(
-            "torch._inductor is imported already, and has been told what GPU there is: ask for the interpreted one before"
+        warnings.warn(
+            "torch._inductor is imported already and was told that there is no GPU: torch.compile for cuda will fail in "
+            "this process, unless the interpreted GPU is asked for before that import",
+            RuntimeWarning,
+            stacklevel=3,
         )
     os.environ.update(ENVIRONMENT)
     # what autotuning finds here is kept there, and is no measurement of the real GPU
