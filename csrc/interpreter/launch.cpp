@@ -34,6 +34,15 @@ struct Grid {
   explicit Grid(Launch& l) : launch(l), all(l.grid_size() / l.cluster_size()), total(all) {
     if (l.options.sample > 0) total = std::min<uint64_t>(all, l.options.sample);
   }
+  // Which cluster is begun as the n-th. Odd seeds turn those around that may be resident together, as GPUs promise no
+  // order among them: reads of global memory leave no trace, so that one which another cluster overwrites is only found
+  // where the write comes first.
+  uint64_t cluster_at(uint64_t n) const {
+    if (!(launch.options.seed & 1) || launch.cancels || launch.options.sample > 0 || recorded(launch.options)) return n;
+    const auto together = static_cast<uint64_t>(launch.resident);
+    const uint64_t first = n / together * together;
+    return first + std::min(first + together, all) - 1 - n;
+  }
   Launch& launch;
   const uint64_t all;
   std::atomic<uint64_t> total;  // that run
@@ -43,16 +52,16 @@ struct Grid {
   std::mutex mutex;
   const bool counts = counted(launch.options);
   Sheet sheet;
-  std::optional<Finding> finding;  // of the lowest cluster that has one
+  std::optional<Finding> finding;  // of the first cluster that has one, in the order in which they are begun
   std::exception_ptr failure;      // what a thread has thrown besides
   std::atomic<bool> failed{false};
-  std::atomic<bool> expired{false};  // the deadline
-  std::atomic<uint64_t> found_at{~uint64_t{0}};
+  std::atomic<bool> expired{false};              // the deadline
+  std::atomic<uint64_t> found_at{~uint64_t{0}};  // when that was begun
 
-  void report(uint64_t cluster, Finding f) {
+  void report(uint64_t begun, Finding f) {
     const std::lock_guard lock(mutex);
-    if (cluster < found_at) {
-      found_at = cluster;
+    if (begun < found_at) {
+      found_at = begun;
       finding = std::move(f);
     }
   }
@@ -132,7 +141,7 @@ Helpers& helpers() {
 
 struct Resident {
   std::unique_ptr<Cluster> cluster;
-  uint64_t number;
+  uint64_t begun;  // as the n-th
 };
 
 // One turn of a cluster. True: it is over, one way or another.
@@ -149,7 +158,7 @@ bool turn(Grid& grid, Resident& r) {
   } catch (Finding& f) {
     if (!f.ptx_line) cluster.place(f);
     grid.launch.describe(f);
-    grid.report(r.number, std::move(f));
+    grid.report(r.begun, std::move(f));
   }
   grid.add(std::move(cluster.findings));
   // a sample is large enough by clusters or by instructions; those that have begun end
@@ -183,7 +192,7 @@ void work(Grid& grid) {
       if (more) {
         auto cluster = spare.empty() ? std::make_unique<Cluster>() : std::move(spare.back());
         if (!spare.empty()) spare.pop_back();
-        cluster->begin(grid.launch, n, grid.counts ? &sheet : nullptr);
+        cluster->begin(grid.launch, grid.cluster_at(n), grid.counts ? &sheet : nullptr);
         residents.push_back({std::move(cluster), n});
         if (l.trace) continue;
       } else {
@@ -196,7 +205,7 @@ void work(Grid& grid) {
     }
     Resident r = std::move(residents.front());
     residents.pop_front();
-    const bool hopeless = r.number > grid.found_at;
+    const bool hopeless = r.begun > grid.found_at;
     if (hopeless || turn(grid, r)) {
       const uint64_t left = r.cluster->successor;
       if (!hopeless && l.may_be_cancelled(left) && left < grid.found_at) {  // nobody has cancelled it

@@ -321,9 +321,9 @@ struct Launch {
   // on the threads which cluster gets whose work.
   bool may_be_cancelled(uint64_t number) const;
 
-  // Runs the grid on Options::threads threads, clusters in order, as many resident as the device holds where they wait
-  // for each other. Throws the finding of the lowest cluster that one has stopped. False: the
-  // deadline has passed.
+  // Runs the grid on Options::threads threads, clusters in order, or with odd seeds the reverse among those that may be
+  // resident together; as many at once as the device holds where they wait for each other. Throws the finding of the
+  // first cluster that one has stopped. False: the deadline has passed.
   bool run();
   uint64_t grid_size() const { return static_cast<uint64_t>(grid[0]) * grid[1] * grid[2]; }
   uint64_t cluster_size() const { return static_cast<uint64_t>(cluster[0]) * cluster[1] * cluster[2]; }

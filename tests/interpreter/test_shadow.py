@@ -481,3 +481,21 @@ def test_intervals_that_nest_and_overlap():
     silent("ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%a0+48];\nld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%a1+112];", *args)
     found = launch("ld.global.u32 %r2, [%a1+256];", *args)
     assert len(found) == len(SEEDS) and {f.kind for f in found} == {"out_of_bounds"}
+
+
+def test_blocks_that_overwrite_what_others_read():
+    # Each moves its part of the memory down by a word, so it reads the next block's first one.
+    body = """
+    mad.lo.u32 %r2, %ctaid.x, 64, %t;
+    shl.b32 %r2, %r2, 2;
+    cvt.u64.u32 %rd0, %r2;
+    add.u64 %rd0, %rd0, %a0;
+    ld.global.u32 %r3, [%rd0+4];
+    bar.sync 0;
+    st.global.u32 [%rd0{other}], %r3;"""
+    x = torch.zeros(1024, dtype=torch.int32)
+    silent(body.format(other="+1024"), x, grid=3)
+    module = interpreter.Module(kernel(body.format(other=""), [x], block=64))
+    for seed in range(1, 8, 2):  # with even ones the blocks begin in their order
+        with fp.interpret("sm_90a", seed=seed, threads=1), pytest.raises(interpreter.InterpreterFinding, match="race"):
+            module["k"].launch(3, 64, [x])
