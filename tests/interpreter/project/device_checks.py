@@ -360,6 +360,16 @@ def test_autotuned():
     assert torch.equal(out, 2 * x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bool, torch.int8])
+def test_trace_of_any_dtype(dtype):
+    t = torch.arange(1, 21).reshape(4, 5)
+    expected = t.diagonal().to(dtype).sum()
+    trace = t.to("cuda", dtype).trace()
+    assert trace.dtype == expected.dtype and trace.cpu() == expected
+    with pytest.raises(RuntimeError, match="expected a matrix"):
+        torch.ones(2, 2, 2, device="cuda").to(dtype).trace()
+
+
 @triton.jit
 def grouped_kernel(addresses, out, n, BLOCK: tl.constexpr):
     x = tl.load(addresses + tl.program_id(0)).to(tl.pointer_type(tl.float32))

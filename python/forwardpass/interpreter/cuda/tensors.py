@@ -423,6 +423,13 @@ def _fused_sdp_choice(*_: Any, **__: Any) -> int:
     return 0  # SDPBackend.MATH: the fused ones are CUDA's
 
 
+def _trace(t: Tensor) -> Tensor:
+    """Of any dtype, as CUDA's: the CPU's has no halves and no booleans."""
+    if t.dim() != 2:
+        raise RuntimeError(f"trace: expected a matrix, but got a tensor of {t.dim()} dimensions")
+    return t.diagonal().sum()
+
+
 def _on_cpu(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """For those whose kernel chooses by the device: it shall see the CPU's."""
     return lambda *args, **kwargs: fallback(op, *args, **kwargs)
@@ -454,6 +461,7 @@ def install() -> None:
         "set_.source_Storage_storage_offset": set_storage,
         "record_stream": lambda t, stream: None,
         "_fused_sdp_choice": _fused_sdp_choice,
+        "trace": _trace,
         "convolution": _on_cpu(aten.convolution.default),
         "convolution_backward": _on_cpu(aten.convolution_backward.default),
     }
