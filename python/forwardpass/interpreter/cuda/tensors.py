@@ -424,7 +424,7 @@ def _fused_sdp_choice(*_: Any, **__: Any) -> int:
 
 
 def _trace(t: Tensor) -> Tensor:
-    """Of any dtype, as CUDA's: the CPU's has no halves and no booleans."""
+    """CUDA's takes any dtype, the CPU's neither halves nor booleans."""
     if t.dim() != 2:
         raise RuntimeError(f"trace: expected a matrix, but got a tensor of {t.dim()} dimensions")
     return t.diagonal().sum()
