@@ -26,7 +26,7 @@ class CublasLt:
 
     def gemm(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, alpha: float, beta: float) -> None:
         """d = alpha a b^T + beta c; of c nothing is read where beta is 0."""
-        _check(a, b, d, a.shape[1])
+        _check(a, b, d)
         if not a.dtype == b.dtype == c.dtype == d.dtype:
             raise RuntimeError(f"cuBLAS: the dtypes must be the same, not {a.dtype}, {b.dtype}, {c.dtype}, {d.dtype}")
         product = alpha * (a.float() @ b.float().T)
@@ -34,13 +34,13 @@ class CublasLt:
 
     def block_scaled_matmul_mxfp8(self, a: Tensor, b: Tensor, c: Tensor, a_scales: Tensor, b_scales: Tensor) -> None:
         """c (float16) of a (m, k) and b (n, k) in e4m3, with a scale in e8m0 for 32 columns, in tiles of 128 rows."""
-        _check(a, b, c, a.shape[1])
+        _check(a, b, c)
         values = [t.view(torch.float8_e4m3fn).float() for t in (a, b)]
         self._block_scaled(values, [t.view(torch.float8_e8m0fnu) for t in (a_scales, b_scales)], 32, c)
 
     def block_scaled_matmul_nvfp4(self, a: Tensor, b: Tensor, c: Tensor, a_scales: Tensor, b_scales: Tensor) -> None:
         """The same of e2m1, two in a byte (m, k / 2), the first in the low bits, with a scale in e4m3 for 16 columns."""
-        _check(a, b, c, a.shape[1])
+        _check(a, b, c)
         table = torch.tensor(_E2M1, device=a.device)
         values = [table[torch.stack([t & 15, t >> 4], -1).flatten(1).int()] for t in (a, b)]
         self._block_scaled(values, [t.view(torch.float8_e4m3fn) for t in (a_scales, b_scales)], 16, c)
@@ -61,8 +61,8 @@ class CublasLt:
         c.copy_(scaled[0] @ scaled[1].T)
 
 
-def _check(a: Tensor, b: Tensor, c: Tensor, k: int) -> None:
-    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != k or c.shape != (a.shape[0], b.shape[0]):
+def _check(a: Tensor, b: Tensor, c: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or c.shape != (a.shape[0], b.shape[0]):
         shapes = ", ".join(str(tuple(t.shape)) for t in (a, b, c))
         raise RuntimeError(f"cuBLAS: needs (m, k), (n, k) and (m, n), not {shapes}")
     if not all(t.is_cuda and t.is_contiguous() for t in (a, b, c)):
