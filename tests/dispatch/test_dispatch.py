@@ -160,3 +160,15 @@ def limits_of_first_arguments(op, args):
             assert reason in (None, whole), (op.name, backend, n)  # what is not known yet is no reason
             reason = op.why_not_on(backend, torch.device("cuda", 0), *meta[:n])
             assert reason is None or isinstance(reason, fp.Reason), (op.name, backend, n)
+
+
+def test_a_first_call_that_a_capture_forbids_says_what_to_do(monkeypatch):
+    def refused(*args):
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+    op = operations["quantize"]
+    monkeypatch.setattr(op, "_bound", {})
+    monkeypatch.setattr(op, "_bound_by_shape", {})
+    monkeypatch.setitem(op.runs, "reference", refused)
+    with fp.use_backend("reference"), pytest.raises(RuntimeError, match="^quantize: .*call it once before the capture"):
+        fp.ops.quantize(X, torch.int8)

@@ -23,6 +23,9 @@ from .reason import Reason, Unsupported
 
 GPU_BACKENDS = ("cuda", "triton")
 
+#: CUDA's text for error 900, cudaErrorStreamCaptureUnsupported
+IN_CAPTURE = "not permitted when stream is capturing"
+
 operations: dict[str, Operation] = {}
 
 _log = logging.getLogger("forwardpass.dispatch")
@@ -167,8 +170,11 @@ class Operation:
             run = self._bound[key] = self._bind_checked(args)
         try:
             return run(*args)
-        except RuntimeError:
+        except RuntimeError as e:
             self.check(*args)  # what an implementation refuses has a better sentence there
+            if IN_CAPTURE in str(e):
+                raise RuntimeError(f"{self.name}: kernels are loaded at their first call, which the capture of a graph forbids: "
+                                   "call it once before the capture with arguments of these shapes") from e  # fmt: skip
             raise
 
     def _unbound(self, *args: Any) -> Any:
