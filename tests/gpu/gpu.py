@@ -40,8 +40,8 @@ OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass/ops
 #: rows of the GEMMs' benchmark, in parts of some minutes
 GEMM_ROWS = {"decode": (1, 2, 4, 8), "batch": (16, 32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096, 8192)}
 IMPLEMENTATIONS = ("cuda", "triton")
-#: compute-sanitizer's exit code where it found something. Racecheck follows TMA and mbarriers in part only, so what it finds is to be
-#: read; memcheck's findings are failures.
+#: compute-sanitizer's exit code where it found something. Racecheck follows TMA and mbarriers in part only, so what it finds is
+#: to be read; memcheck's findings are failures.
 FINDINGS = 99
 STATUSES = ("passed", "failed", "findings", "skipped", "printed", "left")
 
@@ -234,9 +234,7 @@ class Run:
     def step(self, name):
         """Runs what is to be done of a step, as far as the time goes."""
         make, side_by_side = STEPS[name]
-        parts = [
-            p for p in make(self.out) if self.state(name, p.name)["status"] in ("failed", "left")
-        ]
+        parts = [p for p in make(self.out) if self.state(name, p.name)["status"] in ("failed", "left")]
         parts.sort(key=lambda p: self.state(name, p.name)["status"] == "failed")
         if self.dry:
             collected = [p for p in parts if p.selection]

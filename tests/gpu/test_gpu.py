@@ -9,7 +9,6 @@ import tarfile
 import gpu
 import pytest
 
-
 ROOT = gpu.ROOT
 
 

@@ -14,8 +14,8 @@ from .reference import BLOCK
 
 #: The least GPU whose tensor cores multiply e4m3.
 CAPABILITY = (8, 9)
-#: Majors of the GPUs (B200, B300, Thor) that multiply e4m3 by tcgen05 alone: ptxas emulates the mma.sync that PTX for compute_90 has,
-#: with spills (csrc/README.md).
+#: Majors of the GPUs (B200, B300, Thor) that multiply e4m3 by tcgen05 alone: ptxas emulates the mma.sync that PTX for
+#: compute_90 has, with spills (csrc/README.md).
 TCGEN05_ONLY = (10, 11)
 
 
