@@ -2,15 +2,17 @@
 
 Each in a process of its own, as kernels are loaded at their first call on each GPU::
 
-    python tests/gpu/test_first_calls.py capture cuda quantize
+    PYTHONPATH=tests/helpers python tests/gpu/test_first_calls.py capture cuda quantize
 """
 
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from matching import cases_of, check
 
 from forwardpass import dispatch
 
@@ -35,21 +37,20 @@ CALLS = {"capture": (in_capture, "cuda:0"), "second": (call, "cuda:1")}
 
 
 def run(how, backend, name):
-    from test_on_card import MODULES, check
-
     operation = dispatch.operations[name]
-    module = MODULES[operation.package.split(".")[-1]]
-    cases = [c for c in module.cases() if getattr(c, "op", name) == name]
+    cases = [c for c in cases_of(operation).cases() if getattr(c, "op", name) == name]
     calling, device = CALLS[how]
     with dispatch.use_backend(backend):
         supported = (args for c in cases if not operation.why_not(backend, *(args := c.arguments(device))))
         args = next(a for a in supported if a[0].numel())
-        check(operation, module, args, calling)
+        check(operation, args, calling, **({"truncating": True} if name.startswith("fp8") else {}))
 
 
 def first_call(how, backend, name):
+    helpers = str(pathlib.Path(__file__).parents[1] / "helpers")
+    path = os.pathsep.join(filter(None, (helpers, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, __file__, how, backend, name]
-    return subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", dispatch.operations)
