@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import time
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardpass as fp
 from forwardpass import dispatch
-from forwardpass.common.timing import interleave, untracked
+from forwardpass.common import timing
+from forwardpass.common.timing import interleave, sustained, untracked
 from forwardpass.testing import benchmark_cases, poisoned_outputs
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -72,15 +74,52 @@ def test_timing_tells_fast_from_slow():
     assert len(told) == 4
 
 
+def test_sustained_time_of_a_cpu():
+    result = sustained(lambda: time.sleep(0.002), seconds=0.1)
+    assert 2 <= result.milliseconds < 6 and result.sm_mhz is None
+
+
+def test_sustained_time_is_of_the_second_half_and_has_its_clock(monkeypatch):
+    """A GPU's clock falls until its power is within the limit."""
+    clocks = itertools.chain([1980, 1980, 1900], itertools.repeat(1590))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.environment, "sm_clock", lambda device: next(clocks))
+    monkeypatch.setattr(timing, "LEAST_CHUNK_MS", 2.0)
+    calls = []
+    result = sustained(lambda: calls.append(time.sleep(0.001)), "cuda", seconds=0.1)
+    assert result.sm_mhz == 1590 and 1 <= result.milliseconds < 5 and len(calls) > 10
+
+
+class Event:
+    """torch.cuda.Event where the host does the work."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return (end.seconds - self.seconds) * 1e3
+
+
+def test_clocks_of_what_has_none():
+    assert timing.environment.sm_clock("cpu") is None
+    assert bench.median_clock([None, None]) is None and bench.median_clock([1500, None, 1700, 1600]) == 1600
+
+
 def test_rounds_are_planned_from_the_last_untimed_one():
     planned, told = [], []
-    timing = interleave(
+    result = interleave(
         {"": lambda: time.sleep(0.01)},
         rounds=lambda seconds: planned.append(seconds) or 2,
         warmup=2,
         on_round=lambda: told.append(len(planned)),
     )[""]
-    assert timing.rounds == 2 and told == [0, 0, 1, 1]
+    assert result.rounds == 2 and told == [0, 0, 1, 1]
     assert 0.02 <= planned[0] < 0.2  # a sample is two calls, of which the first is untimed
 
 
@@ -225,7 +264,7 @@ def test_bars():
         assert on_gpu.achieved(bar, name, case, 2 * ms) == pytest.approx(bar.least / 2)
         if bar.unit != "TFLOP/s":
             assert on_gpu.achieved(bar, "another", case, ms) is None
-    timing = {
+    figures = {
         "median": 1.0,
         "low": 1.0,
         "high": 1.0,
@@ -233,13 +272,17 @@ def test_bars():
         "tflops": 1.0,
         "gb_per_s": 1.0,
         "times_as_fast_as": {},
+        "sustained": {"milliseconds": 1.2, "sm_mhz": 1590.0, "tflops": 0.8, "gb_per_s": 0.9},
     }
-    row = {"operation": "fp8_gemm", "variant": "rows", "shape": (1, 2, 3), "timings": {"cuda": timing}, "missing": {}}
+    row = {"operation": "fp8_gemm", "variant": "rows", "shape": (1, 2, 3), "timings": {"cuda": figures}, "missing": {}}
     said = [
-        on_gpu.lines({**row, "bars": [{"least": 10.0, "unit": "TFLOP/s", "source": "x", "achieved": a}]})
+        on_gpu.lines(
+            {**row, "bars": [{"least": 10.0, "unit": "TFLOP/s", "source": "x", "achieved": a, "sustained": 8}]}
+        )
         for a in (9, 11, None)
     ]
     assert "cuda 9: MISSED" in said[0] and "cuda 11: ok" in said[1] and "not known" in said[2]
+    assert "sustained 8: MISSED" in said[1] and "at 1590 MHz" in said[0]
 
 
 def test_attention_is_timed_beside_each_of_torchs_kernels(monkeypatch):

@@ -84,7 +84,9 @@ def test_toolchain_of_a_torch_for_cuda_12_says_what_to_install(tmp_path):
     (torch / "__init__.py").touch()
     (torch / "version.py").write_text("cuda = '12.8'\n")
     done = run("toolchain", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0 and done.stdout == ""  # an empty requirements file, and the build goes on without kernels
+    assert (
+        done.returncode == 0 and done.stdout == ""
+    )  # an empty requirements file, and the build goes on without kernels
     (said,) = done.stderr.splitlines()
     assert "torch was built for CUDA 12.8" in said and "set CUDA_HOME" in said and "CUDA 12 toolkit" in said
     assert run("toolchain", PYTHONPATH=str(tmp_path), FORWARDPASS_BUILD_CUDA="0").stderr == ""

@@ -170,5 +170,8 @@ def test_a_first_call_that_a_capture_forbids_says_what_to_do(monkeypatch):
     monkeypatch.setattr(op, "_bound", {})
     monkeypatch.setattr(op, "_bound_by_shape", {})
     monkeypatch.setitem(op.runs, "reference", refused)
-    with fp.use_backend("reference"), pytest.raises(RuntimeError, match=r"^quantize: .*call it once before the capture"):
+    with (
+        fp.use_backend("reference"),
+        pytest.raises(RuntimeError, match=r"^quantize: .*call it once before the capture"),
+    ):
         fp.ops.quantize(X, torch.int8)
