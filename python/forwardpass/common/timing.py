@@ -143,7 +143,7 @@ def sustained(call: Callable[[], object], device: torch.device | str = "cpu", se
     Short kernels show the host's time per call, as nothing hides it.
     """
     repeats = max(1, round(LEAST_CHUNK_MS / max(_chunk(call, 1, device)[0], 1e-3)))
-    chunks = []
+    chunks: list[tuple[float, int | None]] = []
     end = time.perf_counter() + seconds
     while not chunks or time.perf_counter() < end:
         chunks.append(_chunk(call, repeats, device))
