@@ -220,8 +220,6 @@ def decode_limits() -> Iterator[Limit]:
                 refused_by("cuda"))  # fmt: skip
     yield Limit(op, "tokens of a page, at least", 16, 15, lambda n: decode(page=n))
     yield Limit(op, "heads of q, a multiple of the cache's", 4, 3, decode_heads)
-    yield Limit(op, "sequences, more than a grid has in y", 2**16, None,
-                lambda n: decode(lengths=(1,) * n, heads=(1, 1), dim=8, page=None, awkward=False), slow=True)  # fmt: skip
 
 
 #: The second of three sequences, of [B, S, H].
