@@ -135,7 +135,7 @@ def median_clock(clocks: Sequence[int | None]) -> float | None:
 
 
 def sustained_figures(case: Any, call: Callable[[], Any], device: str) -> dict[str, Any] | None:
-    """Of a loop that keeps a GPU busy, with its clock; None on a CPU, whose samples are loops."""
+    """What a loop measures that keeps a GPU busy, with its clock; None on a CPU, whose samples are loops."""
     if device != "cuda":
         return None
     s = sustained(call, device)

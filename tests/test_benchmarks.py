@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib
-import itertools
 import json
 import multiprocessing
 import time
@@ -14,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardpass as fp
 from forwardpass import dispatch
-from forwardpass.common import timing
-from forwardpass.common.timing import interleave, sustained, untracked
+from forwardpass.common.timing import untracked
 from forwardpass.testing import benchmark_cases, poisoned_outputs
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -62,65 +60,8 @@ def test_a_row_has_every_figure():
     assert row["case"] in bench.table_row(row)
 
 
-def test_timing_tells_fast_from_slow():
-    told = []
-    timings = interleave(
-        {"slow": lambda: time.sleep(0.01), "fast": lambda: torch.ones(4).sum()},
-        rounds=3,
-        warmup=1,
-        on_round=lambda: told.append(1),
-    )
-    assert timings["fast"].median < 5 < 9 < timings["slow"].median
-    assert len(told) == 4
-
-
-def test_sustained_time_of_a_cpu():
-    result = sustained(lambda: time.sleep(0.002), seconds=0.1)
-    assert 2 <= result.milliseconds < 6 and result.sm_mhz is None
-
-
-def test_sustained_time_is_of_the_second_half_and_has_its_clock(monkeypatch):
-    """A GPU's clock falls until its power is within the limit."""
-    clocks = itertools.chain([1980, 1980, 1900], itertools.repeat(1590))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(timing.environment, "sm_clock", lambda device: next(clocks))
-    monkeypatch.setattr(timing, "LEAST_CHUNK_MS", 2.0)
-    calls = []
-    result = sustained(lambda: calls.append(time.sleep(0.001)), "cuda", seconds=0.1)
-    assert result.sm_mhz == 1590 and 1 <= result.milliseconds < 5 and len(calls) > 10
-
-
-class Event:
-    """torch.cuda.Event where the host does the work."""
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.seconds = time.perf_counter()
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return (end.seconds - self.seconds) * 1e3
-
-
-def test_clocks_of_what_has_none():
-    assert timing.environment.sm_clock("cpu") is None
+def test_the_clock_of_a_row_is_the_median_of_those_that_are_known():
     assert bench.median_clock([None, None]) is None and bench.median_clock([1500, None, 1700, 1600]) == 1600
-
-
-def test_rounds_are_planned_from_the_last_untimed_one():
-    planned, told = [], []
-    result = interleave(
-        {"": lambda: time.sleep(0.01)},
-        rounds=lambda seconds: planned.append(seconds) or 2,
-        warmup=2,
-        on_round=lambda: told.append(len(planned)),
-    )[""]
-    assert result.rounds == 2 and told == [0, 0, 1, 1]
-    assert 0.02 <= planned[0] < 0.2  # a sample is two calls, of which the first is untimed
 
 
 def needs_kernels(module):

@@ -40,6 +40,7 @@ OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass/ops
 #: rows of the GEMMs' benchmark, in parts of some minutes
 GEMM_ROWS = {"decode": (1, 2, 4, 8), "batch": (16, 32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096, 8192)}
 IMPLEMENTATIONS = ("cuda", "triton")
+ON_CARD = "tests/gpu/test_on_card.py"
 #: compute-sanitizer's exit code where it found something. Racecheck follows TMA and mbarriers in part only, so what it finds is
 #: to be read; memcheck's findings are failures.
 FINDINGS = 99
@@ -85,7 +86,7 @@ def build(out):
 
 def of_operation(marks, op, implementation):
     # "-quantize-" as "quantize" is in other names
-    return Selection(["tests/gpu/test_on_card.py"], marks, f"test_kernel and {implementation} and -{op}-")
+    return Selection([ON_CARD], marks, f"test_kernel and {implementation} and -{op}-")
 
 
 def parity(out):
@@ -125,14 +126,16 @@ def sanitizer(out):
     missing = None if tool else "compute-sanitizer is not installed"
     # torch asks CUDA for what may not be there, and looks at the error itself
     options = ("--error-exitcode", str(FINDINGS), "--report-api-errors", "no")
+    marks = "smoke and not slow"
     for check in ("memcheck", "racecheck"):
         for implementation in IMPLEMENTATIONS:
-            for op in OPERATIONS:
-                chosen = of_operation("smoke and not slow", op, implementation)
+            selections = {op: of_operation(marks, op, implementation) for op in OPERATIONS}
+            selections["streams"] = Selection([ON_CARD], marks, f"not test_kernel and {implementation}")
+            for name, chosen in selections.items():
                 command = [tool or "compute-sanitizer", "--tool", check, *options, *chosen.command()]
                 # an allocation of torch's holds many tensors: one each, so that what leaves a tensor is seen
                 yield Part(
-                    f"{check} {op} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing,
+                    f"{check} {name} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing,
                     selection=chosen, reports=check == "racecheck",
                 )  # fmt: skip
 

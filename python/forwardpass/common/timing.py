@@ -124,7 +124,7 @@ def interleave(
 
 @dataclass(frozen=True)
 class Sustained:
-    """Of a device that is kept busy: milliseconds per call, and a GPU's clock meanwhile in MHz (None where NVML does not say).
+    """Milliseconds per call of a device that is kept busy, and a GPU's clock meanwhile in MHz (None where NVML does not say).
 
     A GPU under load lowers its clock to stay within its power. Published figures are mostly of such loops; a single call after a
     pause runs at the highest clock, 10 to 20 % above.
