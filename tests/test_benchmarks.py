@@ -206,12 +206,7 @@ def test_bars():
         if bar.unit != "TFLOP/s":
             assert on_gpu.achieved(bar, "another", case, ms) is None
     figures = {
-        "median": 1.0,
-        "low": 1.0,
-        "high": 1.0,
-        "with_host": 1.0,
-        "tflops": 1.0,
-        "gb_per_s": 1.0,
+        **dict.fromkeys(("median", "low", "high", "with_host", "tflops", "gb_per_s"), 1.0),
         "times_as_fast_as": {},
         "sustained": {"milliseconds": 1.2, "sm_mhz": 1590.0, "tflops": 0.8, "gb_per_s": 0.9},
     }
