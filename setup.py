@@ -75,19 +75,25 @@ def torch_cuda_major():
     return int(cuda.split(".")[0]) if cuda else None
 
 
-# nvcc with everything that it calls, no more; the cu12 names are those of CUDA 12
-TOOLCHAINS = {
-    13: ["nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-cuda-runtime==13.0.96",
-         "nvidia-nvvm==13.0.88", "nvidia-cuda-cccl==13.0.85"],
-    12: ["nvidia-cuda-nvcc-cu12>=12.8,<13", "nvidia-cuda-runtime-cu12>=12.8,<13", "nvidia-cuda-cccl-cu12>=12.8,<13"],
-}  # fmt: skip
+# nvcc 13 with everything that it calls, no more
+TOOLCHAIN = ["nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-cuda-runtime==13.0.96",
+             "nvidia-nvvm==13.0.88", "nvidia-cuda-cccl==13.0.85"]  # fmt: skip
 
 
 def toolchain():
-    """The packages of PyPI that make an nvcc, none where there is one or where none is wanted."""
-    if WANT_CUDA == "0" or sys.platform != "linux" or cuda_home() is not None:
+    """The packages of PyPI that make an nvcc, none where there is one, where none is wanted or where PyPI has none."""
+    if WANT_CUDA == "0" or sys.platform != "linux" or cuda_home() is not None or why_no_toolchain():
         return []
-    return TOOLCHAINS.get(torch_cuda_major() or 13, TOOLCHAINS[13])
+    return TOOLCHAIN
+
+
+def why_no_toolchain():
+    """None, or the sentence that says why pip cannot install an nvcc for this torch."""
+    if torch_cuda_major() in (None, 13):
+        return None
+    # nvidia-cuda-nvcc-cu12 contains ptxas alone
+    return (f"torch was built for CUDA {torch_says('cuda')}, and PyPI has an nvcc for CUDA 13 only: install NVIDIA's CUDA "
+            f"{torch_cuda_major()} toolkit and set CUDA_HOME to it, or install a torch built for CUDA 13")  # fmt: skip
 
 
 @functools.cache
@@ -148,7 +154,8 @@ def why_no_cuda():
     if cxx()[1] != platform.machine():
         return f"compiled on {platform.machine()} for {cxx()[1]}: build on {cxx()[1]} to have them"
     if cuda_home() is None:
-        return f"there is no nvcc: set CUDA_HOME, or run {sys.executable} -m pip install {' '.join(toolchain())}"
+        install = f"set CUDA_HOME, or run {sys.executable} -m pip install {' '.join(toolchain())}"
+        return f"there is no nvcc: {why_no_toolchain() or install}"
     major, torch_major = int(nvcc_release(cuda_home()).split(".")[0]), torch_cuda_major()
     if torch_major and major != torch_major:
         return (f"nvcc in {cuda_home()} is CUDA {major}, torch was built for CUDA {torch_major}, and its driver may not run "
@@ -345,6 +352,8 @@ if sys.argv[1:] == ["toolchain"]:
     # of setuptools: those print "running toolchain" first, and pip would install a stranger's package.
     if packages := toolchain():
         print(*packages, sep="\n")
+    elif WANT_CUDA != "0" and cuda_home() is None and (why := why_no_toolchain()):
+        print(f"forwardpass: there is no nvcc: {why}", file=sys.stderr)
     sys.exit()
 
 # setuptools before 77 cannot read this pyproject.toml; for metadata and an sdist it is all that is needed

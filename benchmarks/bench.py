@@ -9,9 +9,10 @@ import argparse
 import functools
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from forwardpass.common import environment
 from forwardpass.common.compare import finite_relative_error
-from forwardpass.common.timing import interleave
+from forwardpass.common.timing import interleave, sustained
 from forwardpass.dispatch import BACKENDS, Operation, use_backend
 from forwardpass.testing import benchmark_cases
 
@@ -107,21 +108,47 @@ def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str
     for name, run in runs.items():
         check_same_work(f"{name} of {op.describe(call)}", op.results(run, call), expected)
     calls = {name: functools.partial(run, *call) for name, run in runs.items()}
-    timings = interleave(calls, device, rounds=rounds)
+    clocks: list[int | None] = []
+    timings = interleave(calls, device, rounds=rounds, on_round=lambda: clocks.append(environment.sm_clock(device)))
     peers = {p: timings[p].median for p in ("torch eager", "torch.compile")}
     return {
         "operation": op.name,
         "case": op.describe(call),
         "bytes": case.bytes(),
+        "sm_mhz": median_clock(clocks),
         "timings": {
             name: {
                 **t.to_json(),
+                "sustained": sustained_figures(case, calls[name], device),
                 "gb_per_s": case.bytes() / t.median / 1e6,
                 "times_as_fast_as": ratios(t.median, peers),
             }
             for name, t in timings.items()
         },
     }
+
+
+def median_clock(clocks: Sequence[int | None]) -> float | None:
+    """MHz, of single calls after pauses; None on a CPU."""
+    known = [mhz for mhz in clocks if mhz is not None]
+    return statistics.median(known) if known else None
+
+
+def sustained_figures(case: Any, call: Callable[[], Any], device: str) -> dict[str, Any] | None:
+    """What a loop measures that keeps a GPU busy, with its clock; None on a CPU, whose samples are loops."""
+    if device != "cuda":
+        return None
+    s = sustained(call, device)
+    return {**s.to_json(), "gb_per_s": case.bytes() / s.milliseconds / 1e6,
+            "tflops": case.flops() / s.milliseconds / 1e9 if hasattr(case, "flops") else None}  # fmt: skip
+
+
+def sustained_text(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return "no sustained figure on a CPU"
+    tflops = "" if figures["tflops"] is None else f"{figures['tflops']:8.1f} TFLOP/s "
+    clock = "an unknown clock" if figures["sm_mhz"] is None else f"{figures['sm_mhz']:.0f} MHz"
+    return f"sustained {figures['milliseconds'] * 1e3:9.1f} us {tflops}{figures['gb_per_s']:7.0f} GB/s at {clock}"
 
 
 def as_a_layer_has_them(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -160,4 +187,6 @@ def table_row(row: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<14}{t['median']:9.4f} ms [{t['low']:.4f}, {t['high']:.4f}]  {t['gb_per_s']:7.1f} GB/s  {beside}"
         )
+        if t["sustained"] is not None:
+            lines.append(f"  {'':<14}{sustained_text(t['sustained'])}")
     return "\n".join(lines)

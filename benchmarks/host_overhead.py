@@ -74,7 +74,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     position, weights = index.int(), torch.ones(M, 2)
     acc, out = torch.ones(M, N, dtype=torch.int32), torch.bfloat16
     experts, ends = torch.stack([b] * 4), torch.tensor([4, 4, 9, M], dtype=torch.int32)
-    experts_scale, experts_bias = b_scale.expand(4, N).contiguous(), bias.expand(4, N).contiguous()
+    experts8, experts_scale = experts.to(a8.dtype), b_scale.expand(4, N).contiguous()
+    experts_bias, one_q, one_kv = bias.expand(4, N).contiguous(), q[:, :1], kv[:, :1]
     return {
         "quantize": lambda: ops.quantize(x, torch.int8),
         "norm_quantize": lambda: ops.norm_quantize(x, weight, 1e-5, torch.int8),
@@ -87,7 +88,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         ),
         "fp8_gemm": lambda: ops.fp8_gemm(a8, b8, a_scale, b_scale, bias=bias, out_dtype=out),
         "fp8_grouped_gemm": lambda: ops.fp8_grouped_gemm(
-            a8, experts.to(a8.dtype), a_scale, experts_scale, ends, bias=experts_bias, out_dtype=out
+            a8, experts8, a_scale, experts_scale, ends, bias=experts_bias, out_dtype=out
         ),
         "fp8_gemm_quantize": lambda: ops.fp8_gemm_quantize(a8, b8, a_scale, b_scale, bias=bias),
         "int8_linear": lambda: ops.int8_linear(x, b, b_scale, bias=bias),
@@ -96,8 +97,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "w8a16_grouped_gemm": lambda: ops.w8a16_grouped_gemm(x, experts, experts_scale, ends, bias=experts_bias),
         "attention": lambda: ops.attention(q, kv, kv, causal=True),
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
-        "attention_decode": lambda: ops.attention_decode(q[:, :1], kv, kv, length),
-        "append_kv": lambda: ops.append_kv(kv[:, :1], kv[:, :1], cache, v_cache, length),
+        "attention_decode": lambda: ops.attention_decode(one_q, kv, kv, length),
+        "append_kv": lambda: ops.append_kv(one_kv, one_kv, cache, v_cache, length),
         "permute_quantize": lambda: ops.permute_quantize(x, index, 8, torch.int8),
         "unpermute": lambda: ops.unpermute(x, position, weights),
         **{name: module(name, x) for name in fp.nn.__all__ if getattr(getattr(fp.nn, name), "operation", None)},

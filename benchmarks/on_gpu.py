@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import bench
+from forwardpass.common import environment
 from forwardpass.common.timing import FLUSH_BYTES, interleave
 from forwardpass.dispatch import Operation
 
@@ -93,13 +94,18 @@ def measure(
                 bench.check_same_work(f"{name} of {op.name}", actual, op(*call))
         except (Exception, SystemExit) as e:  # whatever a peer raises, or is caught at, is said beside its name
             missing[name] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-    timings = interleave({n: c for n, c in candidates.items() if n not in missing}, device, rounds=rounds)
+    clocks: list[int | None] = []
+    timings = interleave(
+        {n: c for n, c in candidates.items() if n not in missing}, device, rounds=rounds,
+        on_round=lambda: clocks.append(environment.sm_clock(device)),
+    )  # fmt: skip
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     row: dict[str, Any] = {
         "operation": op.name,
         "variant": variant,
         "shape": shape,
         "missing": missing,
+        "sm_mhz": bench.median_clock(clocks),
         "timings": {},
         "bars": [],
     }
@@ -107,6 +113,7 @@ def measure(
         row["timings"][name] = {
             **t.to_json(),
             "with_host": host_inclusive(candidates[name], device, rounds),
+            "sustained": bench.sustained_figures(case, candidates[name], device),
             "tflops": case.flops() / t.median / 1e9,
             "gb_per_s": case.bytes() / t.median / 1e6,
             "times_as_fast_as": bench.ratios(
@@ -120,8 +127,15 @@ def measure(
             and "cuda" in timings
         ):
             reached = achieved(bar, gpu, case, timings["cuda"].median)
-            row["bars"].append({"least": bar.least, "unit": bar.unit, "source": bar.source, "achieved": reached})
+            busy = achieved(bar, gpu, case, row["timings"]["cuda"]["sustained"]["milliseconds"])
+            row["bars"].append(
+                {"least": bar.least, "unit": bar.unit, "source": bar.source, "achieved": reached, "sustained": busy}
+            )
     return row
+
+
+def verdict(least: float, reached: float | None) -> str:
+    return "not known of this GPU" if reached is None else f"{reached:.0f}: {'ok' if reached >= least else 'MISSED'}"
 
 
 def lines(row: dict[str, Any]) -> str:
@@ -130,13 +144,11 @@ def lines(row: dict[str, Any]) -> str:
         beside = ", ".join(f"{r:.2f} x {peer}" for peer, r in t["times_as_fast_as"].items() if peer != name)
         output.append(f"  {name:<18}{t['median'] * 1e3:9.1f} us [{t['low'] * 1e3:.1f}, {t['high'] * 1e3:.1f}], with host "
                     f"{t['with_host'] * 1e3:8.1f} us {t['tflops']:8.1f} TFLOP/s {t['gb_per_s']:7.0f} GB/s  {beside}")  # fmt: skip
+        output.append(f"  {'':<18}{bench.sustained_text(t['sustained'])}")
     output += [f"  {name:<18}not measured: {why}" for name, why in row["missing"].items()]
     for bar in row["bars"]:
-        reached = bar["achieved"]
-        verdict = (
-            "not known of this GPU"
-            if reached is None
-            else f"{reached:.0f}: {'ok' if reached >= bar['least'] else 'MISSED'}"
+        single, busy = (verdict(bar["least"], bar[name]) for name in ("achieved", "sustained"))
+        output.append(
+            f"  bar: at least {bar['least']:g} {bar['unit']} ({bar['source']}), cuda {single}, sustained {busy}"
         )
-        output.append(f"  bar: at least {bar['least']:g} {bar['unit']} ({bar['source']}), cuda {verdict}")
     return "\n".join(output)

@@ -77,6 +77,21 @@ def test_toolchain_needs_the_standard_library_alone():
     assert run("toolchain", FORWARDPASS_BUILD_CUDA="0").stdout == ""
 
 
+def test_toolchain_of_a_torch_for_cuda_12_says_what_to_install(tmp_path):
+    """nvidia-cuda-nvcc-cu12 contains no nvcc."""
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").touch()
+    (torch / "version.py").write_text("cuda = '12.8'\n")
+    done = run("toolchain", PYTHONPATH=str(tmp_path))
+    assert (
+        done.returncode == 0 and done.stdout == ""
+    )  # an empty requirements file, and the build goes on without kernels
+    (said,) = done.stderr.splitlines()
+    assert "torch was built for CUDA 12.8" in said and "set CUDA_HOME" in said and "CUDA 12 toolkit" in said
+    assert run("toolchain", PYTHONPATH=str(tmp_path), FORWARDPASS_BUILD_CUDA="0").stderr == ""
+
+
 @pytest.mark.parametrize("version", [None, "68.1.2"])
 def test_a_missing_or_old_setuptools_is_one_sentence(tmp_path, version):
     if version:

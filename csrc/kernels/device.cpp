@@ -7,6 +7,12 @@ KERNEL_LIBRARY const char* forwardpass_error_string(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
+KERNEL_LIBRARY int forwardpass_capture_mode(int mode) {
+  auto exchanged = static_cast<cudaStreamCaptureMode>(mode);
+  cudaThreadExchangeStreamCaptureMode(&exchanged);
+  return exchanged;
+}
+
 int forwardpass_device(forwardpass::Device* device) {
   int index = 0, major = 0, minor = 0, shared = 0, sms = 0;
   if (auto e = cudaGetDevice(&index)) return e;

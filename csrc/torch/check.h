@@ -198,6 +198,7 @@ void launch(Backend backend, const Params& p, const Tensor& x, void (*cpu)(const
   if (backend == Backend::cpu) return cpu(p);
   static LibraryFunction<int(const Params*, void*)> launcher(Params::kLauncher);
   const auto f = launcher.of(backend);
+  const RelaxedCapture relaxed(backend);
   if (backend == Backend::interpreted) return check_cuda(backend, Params::kLauncher, f(&p, kInterpretedStream));
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_cuda(backend, Params::kLauncher, f(&p, current_stream(x.get_device_index())));

@@ -92,6 +92,13 @@ Device device_of(Backend backend, const torch::stable::Tensor& x) {
   return device;
 }
 
+RelaxedCapture::RelaxedCapture(Backend backend) {
+  constexpr int kRelaxed = 2;  // cudaStreamCaptureModeRelaxed
+  static LibraryFunction<Exchange> exchange("forwardpass_capture_mode");
+  exchange_ = exchange.of(backend);
+  before_ = exchange_(kRelaxed);
+}
+
 void check_cuda(Backend backend, const char* name, int error) {
   if (error == 0) return;
   using Text = const char*(int);

@@ -56,6 +56,21 @@ Device device_of(Backend backend, const torch::stable::Tensor& x);
 // The current stream of a CUDA device, looked up in the libtorch_cuda that the process already has.
 void* current_stream(int32_t device);
 
+// While it lives, a capture of a CUDA graph does not forbid what a kernel's first launch does besides: CUDA loads its
+// module then, and allocates for it, which torch.cuda.graph's captures forbid as they forbid cudaMalloc. torch's own
+// allocator does the same.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(Backend backend);
+  ~RelaxedCapture() { exchange_(before_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+
+ private:
+  using Exchange = int(int mode);
+  Exchange* exchange_;
+  int before_;
+};
+
 // Throws "name: CUDA error N (text)" unless error, the cudaError_t that function `name` returned, is 0.
 void check_cuda(Backend backend, const char* name, int error);
 

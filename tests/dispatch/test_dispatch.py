@@ -1,5 +1,7 @@
 """Dispatch: who runs a call, who is asked for by name, and what is said about it."""
 
+import contextlib
+import importlib
 import logging
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardpass as fp
-from forwardpass.dispatch import operations
+from forwardpass.dispatch import BACKENDS, only_reference_on, operations
 
 X = torch.randn(3, 40)
 
@@ -131,3 +133,45 @@ def test_a_layer_is_one_operation(layer):
         with Calls():
             module(X)
     assert called == [f"forwardpass.{module.operation}_cpu.default"]
+
+
+def test_limits_are_asked_as_swap_and_plan_ask_them():
+    """Before there is a call: with its first arguments alone, on the meta device, and of any dtype of the first."""
+    calls = {op: first_case(op).arguments() for op in operations.values()}
+    for arch in (None, "sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120"):
+        with fp.interpret(arch) if arch else contextlib.nullcontext():
+            for op, args in calls.items():
+                limits_of_first_arguments(op, args)
+                for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+                    assert isinstance(only_reference_on(op.name, torch.device("cpu"), dtype), bool)
+
+
+def first_case(op):
+    cases = importlib.import_module(f"{op.package}.cases").cases()
+    return next(case for case in cases if getattr(case, "op", op.name) == op.name)
+
+
+def limits_of_first_arguments(op, args):
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    for backend in BACKENDS:
+        whole = op.why_not(backend, *args)
+        for n in range(len(args) + 1):
+            reason = op.why_not_on(backend, torch.device("cpu"), *meta[:n])
+            assert reason in (None, whole), (op.name, backend, n)  # what is not known yet is no reason
+            reason = op.why_not_on(backend, torch.device("cuda", 0), *meta[:n])
+            assert reason is None or isinstance(reason, fp.Reason), (op.name, backend, n)
+
+
+def test_a_first_call_that_a_capture_forbids_says_what_to_do(monkeypatch):
+    def refused(*args):
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+    op = operations["quantize"]
+    monkeypatch.setattr(op, "_bound", {})
+    monkeypatch.setattr(op, "_bound_by_shape", {})
+    monkeypatch.setitem(op.runs, "reference", refused)
+    with (
+        fp.use_backend("reference"),
+        pytest.raises(RuntimeError, match=r"^quantize: .*call it once before the capture"),
+    ):
+        fp.ops.quantize(X, torch.int8)

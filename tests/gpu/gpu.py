@@ -8,9 +8,11 @@ and replayed), benchmarks (each as JSON).
 
 Each step has parts. A call ends within --minutes: what it did not get to is left, and the same command goes on there; what
 passed for the same sources is not run again, what failed is, last. Exit code 0: all passed, 1: a part failed, 3: some are
-left. Results and summary.json go to --out (default benchmarks/results/<GPU>), logs and state to build/gpu.
+left. Without a build no other step runs. Results and summary.json go to --out (default benchmarks/results/<GPU>), logs and
+state to build/gpu.
 
---dry-run, where there is no GPU: what can runs on the CPU and in the interpreter, the rest is printed.
+--dry-run, where there is no GPU: what can runs on the CPU and in the interpreter. Tests that need a GPU are collected: a part
+that selects none has failed. The rest is printed.
 """
 
 from __future__ import annotations
@@ -30,12 +32,31 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
 OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass/ops").glob("*/cases.py"))
 #: rows of the GEMMs' benchmark, in parts of some minutes
 GEMM_ROWS = {"decode": (1, 2, 4, 8), "batch": (16, 32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096, 8192)}
 IMPLEMENTATIONS = ("cuda", "triton")
+ON_CARD = "tests/gpu/test_on_card.py"
+#: compute-sanitizer's exit code where it found something. Racecheck follows TMA and mbarriers in part only, so what it finds is
+#: to be read; memcheck's findings are failures.
+FINDINGS = 99
+STATUSES = ("passed", "failed", "findings", "skipped", "printed", "left")
+
+
+@dataclasses.dataclass
+class Selection:
+    """Tests, at least one of which has to run."""
+
+    files: list[str]
+    marks: str
+    keywords: str = ""
+
+    def command(self):
+        return pytest("-m", self.marks, *(["-k", self.keywords] if self.keywords else []), *self.files)
 
 
 @dataclasses.dataclass
@@ -45,7 +66,9 @@ class Part:
     trial: list[str] | None = None  # with --dry-run; None: it is only printed
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     missing: str | None = None  # why it cannot run here
-    must_test: bool = False  # tests that are all skipped are a failure
+    selection: Selection | None = None  # what the command runs, collected with --dry-run
+    resumes: bool = False  # cut off by the time, it goes on where it was
+    reports: bool = False  # exit code FINDINGS is no failure: the log is to be read
 
 
 def pytest(*arguments):
@@ -58,28 +81,42 @@ def python(*arguments):
 
 def build(out):
     command = python("setup.py", "-q", "build_ext", "--inplace")
-    yield Part("in place", command, command, {"FORWARDPASS_BUILD_CUDA": "1"})
+    yield Part("in place", command, command, {"FORWARDPASS_BUILD_CUDA": "1"}, resumes=True)
+
+
+def of_operation(marks, op, implementation):
+    # "-quantize-" as "quantize" is in other names
+    return Selection([ON_CARD], marks, f"test_kernel and {implementation} and -{op}-")
 
 
 def parity(out):
+    first = "tests/gpu/test_first_calls.py"
+    chosen = Selection([first], "gpu")  # first: what fails there fails everywhere
+    yield Part("first calls", chosen.command(), selection=chosen)
     for implementation in IMPLEMENTATIONS:
         for op in OPERATIONS:
-            # "-quantize-" as "quantize" is in other names
-            command = pytest(
-                "-m", "gpu and not slow", "-k", f"{implementation} and -{op}-", "tests/gpu/test_on_card.py"
-            )
-            yield Part(f"{op} {implementation}", command, command, must_test=True)
-    command = pytest("-m", "gpu and not slow", "-k", "not test_kernel", "tests")
-    yield Part("the rest", command, command, must_test=True)
+            chosen = of_operation("gpu and not slow", op, implementation)
+            yield Part(f"{op} {implementation}", chosen.command(), selection=chosen)
+    chosen = Selection([f for f in files_with_gpu_tests() if f != first], "gpu and not slow", "not test_kernel")
+    yield Part("the rest", chosen.command(), selection=chosen)
+
+
+def files_with_gpu_tests():
+    """Found by reading, because to collect all tests takes half a minute."""
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if re.search(r"\bmark\.gpu\b", path.read_text()):
+            yield str(path.relative_to(ROOT))
 
 
 def suite(out):
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name = str(path.relative_to(ROOT))
         halves = [f"{arch} and {i}" for arch in ("sm_80", "sm_89", "sm_90a") for i in IMPLEMENTATIONS]
-        for chosen in halves if path.name == "test_kernels.py" else [""]:
-            command = pytest("-m", "not slow and not gpu", *(["-k", chosen] if chosen else []), name)
-            yield Part(f"{path.stem} {chosen}".strip(), command, command)
+        for half in halves if path.name == "test_kernels.py" else [""]:
+            chosen = Selection([name], "not slow and not gpu", half)
+            # a file may have nothing but slow tests
+            must = chosen if half else None
+            yield Part(f"{path.stem} {half}".strip(), chosen.command(), chosen.command(), selection=must)
 
 
 def sanitizer(out):
@@ -87,23 +124,20 @@ def sanitizer(out):
         "compute-sanitizer", path=f"{os.environ.get('CUDA_HOME')}/bin"
     )
     missing = None if tool else "compute-sanitizer is not installed"
+    # torch asks CUDA for what may not be there, and looks at the error itself
+    options = ("--error-exitcode", str(FINDINGS), "--report-api-errors", "no")
+    marks = "smoke and not slow"
     for check in ("memcheck", "racecheck"):
         for implementation in IMPLEMENTATIONS:
-            # torch asks CUDA for what may not be there, and looks at the error itself
-            command = [
-                tool or "compute-sanitizer",
-                "--tool",
-                check,
-                "--error-exitcode",
-                "99",
-                "--report-api-errors",
-                "no",
-            ]
-            command += pytest("-m", "smoke", "-k", implementation, "tests/gpu/test_on_card.py")
-            # an allocation of torch's holds many tensors: one each, so that what leaves a tensor is seen
-            yield Part(
-                f"{check} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing, True
-            )
+            selections = {op: of_operation(marks, op, implementation) for op in OPERATIONS}
+            selections["streams"] = Selection([ON_CARD], marks, f"not test_kernel and {implementation}")
+            for name, chosen in selections.items():
+                command = [tool or "compute-sanitizer", "--tool", check, *options, *chosen.command()]
+                # an allocation of torch's holds many tensors: one each, so that what leaves a tensor is seen
+                yield Part(
+                    f"{check} {name} {implementation}", command, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing,
+                    selection=chosen, reports=check == "racecheck",
+                )  # fmt: skip
 
 
 def golden(out):
@@ -119,7 +153,8 @@ def benchmarks(out):
     for op in OPERATIONS:
         file = out / f"{op}.json"
         yield Part(op, python("-m", f"benchmarks.{op}", "--json", file), python("-m", f"benchmarks.{op}", *trial, file))
-    for op in (op for op in OPERATIONS if "gemm" in op or "linear" in op):
+    # benchmarks.gemm sweeps the rows of one product, not of experts
+    for op in (op for op in OPERATIONS if ("gemm" in op or "linear" in op) and "grouped" not in op):
         for name, rows in GEMM_ROWS.items():
             gemm = ("-m", "benchmarks.gemm", "--op", op, "--json", out / f"gemm-{op}-{name}.json")
             trial = python(*gemm, "--interpret", "sm_90a") if name == "decode" else None
@@ -187,7 +222,7 @@ class State:
 class Run:
     def __init__(self, args):
         self.dry = args.dry_run
-        self.folder = ROOT / "build" / ("gpu-dry" if self.dry else "gpu")
+        self.folder = BUILD / ("gpu-dry" if self.dry else "gpu")
         self.about = about()
         slug = re.sub(r"\W+", "-", (self.about["gpu"] or "none").lower()).strip("-")
         default = self.folder / "results" if self.dry else ROOT / "benchmarks/results" / slug
@@ -202,14 +237,21 @@ class Run:
     def step(self, name):
         """Runs what is to be done of a step, as far as the time goes."""
         make, side_by_side = STEPS[name]
-        parts = [
-            p for p in make(self.out) if self.state(name, p.name)["status"] not in ("passed", "skipped", "printed")
-        ]
+        parts = [p for p in make(self.out) if self.state(name, p.name)["status"] in ("failed", "left")]
         parts.sort(key=lambda p: self.state(name, p.name)["status"] == "failed")
+        if self.dry:
+            collected = [p for p in parts if p.selection]
+            parts = [p for p in parts if not p.selection]
+            for p, tests in zip(collected, selected([p.selection for p in collected])):
+                why = "" if tests else "it selects no test"
+                self.report(name, p, status="passed" if tests else "failed", tests=f"{tests} selected", why=why)
         cores = len(os.sched_getaffinity(0))
         jobs = max(1, min(8, cores // 2)) if side_by_side else 1
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda p: self.part(name, p, max(1, cores // jobs)), parts))
+
+    def has_passed(self, step):
+        return all(self.state(step, p.name)["status"] == "passed" for p in STEPS[step][0](self.out))
 
     def part(self, step, part, threads):
         command = part.trial if self.dry else part.command
@@ -236,16 +278,18 @@ class Run:
                 code = None
         seconds = round(time.monotonic() - begin, 1)
         text = pathlib.Path(f"{log}.log").read_text(errors="replace")
-        if code is None and allowed < 0.9 * self.budget:
+        if code is None and (part.resumes or allowed < 0.9 * self.budget):
             return print(f"{step}/{part.name}: left for the next call, after {seconds} s", flush=True)
         text = text.replace(f"{ROOT}/", "")
-        tests = re.findall(r"^(?=.*\d (?:passed|failed|skipped|error|deselected)).*$", text, re.M)[-1:]
-        idle = part.must_test and not self.dry and not re.search(r"\d passed", "".join(tests))
+        tests = "".join(re.findall(r"^(?=.*\d (?:passed|failed|skipped|error|deselected)).*$", text, re.M)[-1:])
+        idle = part.selection and not re.search(r"\d passed", tests)
         if code in (0, 5) and not idle:  # 5: pytest found nothing that is selected
-            return self.report(step, part, status="passed", seconds=seconds, tests="".join(tests))
+            return self.report(step, part, status="passed", seconds=seconds, tests=tests)
+        if code == FINDINGS and part.reports and not idle and "failed" not in tests:
+            return self.report(step, part, status="findings", seconds=seconds, why=f"read {log}.log", tests=tests)
         why = f"longer than {allowed:.0f} s" if code is None else f"exit code {code}" if code else "no test ran"
         print("\n".join(text.splitlines()[-25:]))
-        return self.report(step, part, status="failed", seconds=seconds, why=f"{why}, {log}.log", tests="".join(tests))
+        return self.report(step, part, status="failed", seconds=seconds, why=f"{why}, {log}.log", tests=tests)
 
     def report(self, step, part, **result):
         with self.lock:
@@ -258,7 +302,7 @@ class Run:
         counts = {}
         for step in steps:
             statuses = [p["status"] for p in parts[step].values()]
-            counts[step] = {s: statuses.count(s) for s in ("passed", "failed", "skipped", "printed", "left")}
+            counts[step] = {s: statuses.count(s) for s in STATUSES}
         result = {
             "schema": "forwardpass.gpu/1",
             **self.about,
@@ -268,6 +312,15 @@ class Run:
         }
         (self.out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
         return counts
+
+
+def selected(selections: Sequence[Selection]):
+    """How many tests each of them selects."""
+    text = json.dumps([dataclasses.asdict(s) for s in selections])
+    made = subprocess.run(python("tests/gpu/selected.py"), cwd=ROOT, input=text, capture_output=True, text=True)
+    if made.returncode:
+        sys.exit(f"tests/gpu/selected.py: {made.stderr}")
+    return json.loads(made.stdout)
 
 
 def about():
@@ -302,6 +355,9 @@ def main():
     steps = [s for s in STEPS if s in args.steps or not args.steps]
     for step in steps:
         run.step(step)
+        if step == "build" and not run.has_passed(step):
+            print("without a build no other step runs")
+            break
     counts = run.summary(steps)
     print(f"\n{run.about['gpu'] or 'no GPU'}, torch {run.about['torch']}; results in {run.out}")
     for step, count in counts.items():

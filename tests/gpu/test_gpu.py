@@ -1,17 +1,22 @@
 """gpu.py: parts are resumed, retried and cut off as it says; what the parts do is for a machine with a GPU."""
 
+import argparse
 import json
+import runpy
 import sys
 import tarfile
 
 import gpu
 import pytest
 
+ROOT = gpu.ROOT
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs gpu.py on steps of our own: step -> [Part]. Gives its exit code."""
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "BUILD", tmp_path / "build")
     monkeypatch.setattr(gpu, "about", lambda: {"gpu": "A Card 80GB", "torch": "2"})
     monkeypatch.setattr(gpu, "fingerprint", lambda: "same")
 
@@ -75,10 +80,66 @@ def test_time(run, tmp_path):
     assert not (tmp_path / "count").exists()
 
 
+SELECTION = gpu.Selection(["tests/gpu/test_on_card.py"], "gpu")
+
+
 def test_tests_that_all_skip_are_a_failure(run, tmp_path):
-    skipped = part("tests", "print('5 skipped in 1s')", must_test=True)
+    skipped = part("tests", "print('5 skipped in 1s')", selection=SELECTION)
     assert run({"one": [skipped]}) == 1
-    assert run({"one": [part("tests", "print('5 passed, 5 skipped in 1s')", must_test=True)]}) == 0
+    assert run({"one": [part("tests", "print('5 passed, 5 skipped in 1s')", selection=SELECTION)]}) == 0
+
+
+def test_a_build_goes_on_where_it_was_cut_off_and_nothing_runs_without_one(run, tmp_path, capsys):
+    """A build of more than nine minutes on few cores is no failure."""
+    count_down = f"""if True:
+        import pathlib, time
+        mark = pathlib.Path({str(tmp_path)!r}, "begun")
+        if not mark.exists():
+            mark.touch()
+            time.sleep(60)
+    """
+    steps = {"build": [part("in place", count_down, resumes=True)], "parity": [count(tmp_path)]}
+    assert run(steps, "--minutes", "0.1") == 3
+    assert status(tmp_path, "build", "in place") == status(tmp_path, "parity", "count") == "left"
+    assert run(steps) == 0
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_after_a_build_that_failed_no_step_runs(run, tmp_path, capsys):
+    steps = {"build": [part("in place", "exit(1)", resumes=True)], "parity": [count(tmp_path)]}
+    assert run(steps) == 1
+    assert not (tmp_path / "count").exists()
+    assert "without a build no other step runs" in capsys.readouterr().out
+    assert run(steps, "parity") == 0  # asked for by name
+
+
+def test_what_racecheck_finds_is_to_be_read(run, tmp_path, capsys):
+    """It follows TMA and mbarriers in part only; a test that fails is a failure beside it, and so is what memcheck finds."""
+    found = f"print('RACECHECK SUMMARY: 1 hazard'); print('5 passed in 1s'); exit({gpu.FINDINGS})"
+    assert run({"one": [part("racecheck", found, selection=SELECTION, reports=True)]}) == 0
+    assert status(tmp_path, "one", "racecheck") == "findings"
+    assert "one-racecheck.log" in capsys.readouterr().out
+    for code, reports in ((found, False), (found.replace("5 passed", "1 failed, 4 passed"), True)):
+        assert run({"one": [part("check", code, selection=SELECTION, reports=reports)]}, "--again") == 1
+
+
+def test_every_part_selects_a_test(monkeypatch, tmp_path, capsys):
+    """The dry run of what needs a GPU: each of its selections is collected."""
+    monkeypatch.setattr(gpu, "about", lambda: {"gpu": None, "torch": "2"})
+    monkeypatch.setattr(gpu, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "parity", "sanitizer", "--dry-run", "--out", str(tmp_path)])
+    gpu.main()
+    parts = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    for step in ("parity", "sanitizer"):
+        assert {p["status"] for p in parts[step].values()} == {"passed"}, capsys.readouterr().out
+    assert {f"{op} {i}" for op in gpu.OPERATIONS for i in gpu.IMPLEMENTATIONS} < set(parts["parity"])
+
+
+def test_a_part_that_selects_no_test_fails_a_dry_run(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "ROOT", ROOT)
+    nothing = gpu.Selection(["tests/gpu/test_gpu.py"], "gpu", "no_such_operation")
+    assert run({"one": [part("of none", "", selection=nothing)]}, "--dry-run", "--out", str(tmp_path)) == 1
+    assert "of none: failed, 0 selected, it selects no test" in capsys.readouterr().out
 
 
 def test_skips_and_unknown_steps(run, tmp_path, capsys):
@@ -109,3 +170,26 @@ def test_every_benchmark_and_operation_is_there(tmp_path):
 def test_the_gemms_benchmark_has_all_of_its_rows():
     on_gpu = pytest.importorskip("benchmarks.gemm_on_gpu", reason="benchmarks are in the checkout only")
     assert [m for rows in gpu.GEMM_ROWS.values() for m in rows] == list(on_gpu.ROWS)
+
+
+class Parsed(Exception):
+    """A command line that a benchmark took."""
+
+
+def test_every_benchmark_takes_its_arguments(tmp_path, monkeypatch):
+    """Both what a card gets and what a dry run does."""
+    pytest.importorskip("benchmarks", reason="benchmarks are in the checkout only")
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_alone(*arguments):
+        parse(*arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+    for part in gpu.benchmarks(tmp_path):
+        for command in filter(None, (part.command, part.trial)):
+            module = command[command.index("-m") + 1]
+            monkeypatch.setattr(sys, "argv", [module, *command[command.index("-m") + 2 :]])
+            if not part.missing:
+                with pytest.raises(Parsed):
+                    runpy.run_module(module, run_name="__main__")

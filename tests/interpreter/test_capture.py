@@ -4,6 +4,9 @@ arguments then hold. What a capture refuses is in programs/capture.cu."""
 import contextlib
 import ctypes
 import dataclasses
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +139,30 @@ def test_replay_is_a_call(name, case, arch):
 def test_every_operation_is_captured():
     with_kernels = {name for name, op in dispatch.operations.items() if "cuda" in op.compiled}
     assert {getattr(case, "op", name) for name, case in CASES} == with_kernels | {"attention", "attention_with_lse"}
+
+
+LIBRARY = """
+static int mode = 0, at_launch = -1;
+extern "C" int forwardpass_capture_mode(int to) { int before = mode; mode = to; return before; }
+extern "C" int forwardpass_quantize(const void*, void*) { at_launch = mode; return 0; }
+extern "C" int launched_in() { return at_launch; }
+"""
+
+
+def test_what_a_first_launch_does_besides_is_allowed_in_a_capture(tmp_path):
+    """A kernel is loaded at its first launch, which allocates: the thread's mode is cudaStreamCaptureModeRelaxed meanwhile."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    source, library = tmp_path / "library.cpp", tmp_path / "library.so"
+    source.write_text(LIBRARY)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", library, source], check=True)
+    script = f"""if True:
+        import ctypes, torch
+        from forwardpass.dispatch import operations
+        torch.ops.forwardpass._set_library(1, {str(library)!r})
+        operations["quantize"].runs["cuda"](torch.ones(2, 16), torch.int8, None, None, None, True, None)
+        library = ctypes.CDLL({str(library)!r})
+        print(library.launched_in(), library.forwardpass_capture_mode(0))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "0"], done.stderr

@@ -307,3 +307,17 @@ def test_needs_a_gpu_that_multiplies_fp8(arch, code):
         if code and "cuda" in gemm_cases.FP8_GEMM.compiled:
             with fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match=r'sm_89.*precision="int8"'):
                 fp.ops.fp8_gemm(A, W, ONE, ONE, **GEMM)
+
+
+def test_of_a_b200_it_is_tritons(monkeypatch):
+    """PTX for sm_90 runs there with FP8's mma.sync emulated; Triton compiles tcgen05."""
+    with fp.interpret("sm_100a") as device:
+        monkeypatch.setitem(device._why_not, "cuda", None)  # as on the card itself
+        table = fp.explain("fp8_gemm", A, W, ONE, ONE, **GEMM)
+        assert table["cuda"].code == "emulated_fp8" and "slower than bf16" in str(table["cuda"])
+        assert table.backend == "triton"
+        assert fp.nn.Fp8Linear.why_not(torch.nn.Linear(64, 64)) is None
+        for op in ("fp8_linear", "fp8_grouped_gemm", "fp8_gemm_quantize"):
+            assert dispatch.operations[op].why_not_on("cuda", A.device).code == "emulated_fp8"
+        got = fp.ops.fp8_gemm(A, W, ONE, ONE, **GEMM)
+    gemm_cases.assert_matches(got, (A, W, ONE, ONE, None, None, GEMM["out_dtype"], None))

@@ -62,3 +62,14 @@ def test_tokens_choose_each_expert_once():
         all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 4 for row in index.tolist())
         and len(index.unique()) == 4
     )
+
+
+def test_w8a16_of_experts_is_planned_on_a_gpu():
+    """Whether w8a16 has a kernel there is asked before there is a call."""
+    model = build("mixtral", {"mixtral": (*MODEL["mixtral"][:2], {**MODEL["mixtral"][2], "num_hidden_layers": 1})})
+    model = model.bfloat16()
+    (leaf,) = experts_leaves(model)
+    batch = {"input_ids": torch.tensor([[3, 4, 5]])}
+    with fp.interpret("sm_90a"):
+        plan = fp.plan(model, [batch], candidates=["w8a16"], max_error=0.1, target="memory", include=[leaf.fqn])
+    assert {layer.fqn: layer.precision for layer in plan.layers}[leaf.fqn] == "w8a16"

@@ -148,3 +148,16 @@ def test_compiled(name):
     after = logits(model)
     compiled = torch.compile(model, dynamic=False)
     torch.testing.assert_close(logits(compiled), after, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_experts_are_swapped_on_a_gpu(precision, arch):
+    model = build("mixtral", MODELS).bfloat16()
+    experts = experts_of(model)
+    with fp.interpret(arch):
+        report = fp.swap(model, precision, include=experts)
+    if precision.startswith("fp8") and arch == "sm_80":
+        assert codes(report).items() >= dict.fromkeys(experts, "no_fp8").items()
+    else:
+        assert set(experts) <= set(names(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -75,15 +76,31 @@ def int8_instructions() -> str | None:
 
 def driver() -> str | None:
     """The NVIDIA driver's version as its management library says it, None where there is no driver."""
+    text = ctypes.create_string_buffer(96)
+    if (nvml := _nvml()) is None or nvml.nvmlSystemGetDriverVersion(text, 96):
+        return None
+    return text.value.decode()
+
+
+@functools.cache
+def _nvml() -> ctypes.CDLL | None:
+    """NVIDIA's management library, open for the rest of the process; None where there is no driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    text = ctypes.create_string_buffer(96)
-    if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, 96):
+    return None if nvml.nvmlInit_v2() else nvml
+
+
+def sm_clock(where: torch.device | str = "cuda") -> int | None:
+    """MHz of a GPU's multiprocessors at this moment, None where NVML does not say."""
+    if (nvml := _nvml()) is None or torch.device(where).type != "cuda":
         return None
-    nvml.nvmlShutdown()
-    return text.value.decode()
+    handle, mhz, sm = ctypes.c_void_p(), ctypes.c_uint(), 1  # NVML_CLOCK_SM
+    uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"  # NVML's numbers are not those of CUDA_VISIBLE_DEVICES
+    if nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)):
+        return None
+    return None if nvml.nvmlDeviceGetClockInfo(handle, sm, ctypes.byref(mhz)) else mhz.value
 
 
 def nvcc() -> str | None:

@@ -18,8 +18,13 @@ from torch import Tensor
 
 from . import library
 from .choice import BACKENDS, selected
-from .devices import DEBUG, WHY_NOT, gpu_capability
+from .devices import DEBUG, WHY_NOT, gpu_capability, gpu_takes
 from .reason import Reason, Unsupported
+
+GPU_BACKENDS = ("cuda", "triton")
+
+#: CUDA's text for error 900, cudaErrorStreamCaptureUnsupported
+IN_CAPTURE = "not permitted when stream is capturing"
 
 operations: dict[str, Operation] = {}
 
@@ -41,9 +46,9 @@ class Operation:
             keyword alone.
         fake: shapes, dtypes and strides of what the compiled implementations return.
         backends: the compiled ones that exist; "triton" is registered by `<package>.triton_kernel`, imported on first use.
-        why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`,
-            which may be asked with the first argument alone.
-        why_not_arch: f((major, minor)) -> Reason | None, what its CUDA and Triton kernels ask of a GPU beyond (8, 0).
+        why_not: further limits of a backend, beyond its device and its library: `{"triton": f(*args) -> Reason | None}`. Who asks
+            before there is a call knows the first arguments alone, on any device: the others are then None.
+        why_not_arch: f("cuda" or "triton", (major, minor)) -> Reason | None, what those kernels ask of a GPU beyond (8, 0).
         notes: f(*args) -> sentences on what the op does besides its kernel (a copy of an unaligned operand, its bytes).
         writes: the names of the arguments that it changes, in place of returning anything.
     """
@@ -56,7 +61,7 @@ class Operation:
         fake: Callable[..., Any],
         backends: tuple[str, ...] = ("cuda", "triton", "cpu"),
         why_not: dict[str, Callable[..., Reason | None]] | None = None,
-        why_not_arch: Callable[[tuple[int, int]], Reason | None] | None = None,
+        why_not_arch: Callable[[str, tuple[int, int]], Reason | None] | None = None,
         notes: Callable[..., list[str]] | None = None,
         writes: tuple[str, ...] = (),
     ):
@@ -89,24 +94,35 @@ class Operation:
             raise RuntimeError(f"{self.name} takes tensors of one device, not of {', '.join(map(str, devices))}")
         return self.fake(*args)
 
-    def why_not_on(self, backend: str, device: torch.device) -> Reason | None:
-        """None where `backend` can run this operation on `device`, else the reason; a call's arguments may bring others."""
+    def why_not_on(self, backend: str, device: torch.device, *args: Any) -> Reason | None:
+        """None where `backend` can run this operation on `device`, else the reason.
+
+        args: a call's arguments, or the first of them, for the limits beyond the device; meta tensors serve.
+        """
         if backend != "reference" and backend not in self.compiled:
             return Reason("not_written", "it has no such implementation", "use another backend")
         if reason := WHY_NOT[backend](device):
             return reason
-        return self.too_old(device) if backend in ("cuda", "triton") else None
+        if backend in GPU_BACKENDS and (reason := self._why_not_arch(backend, device)):
+            return reason
+        if not args or backend not in self.limits:
+            return None
+        unknown = [None] * (len(self.parameters) - len(args))
+        return self.limits[backend](*args, *unknown)
 
     def too_old(self, device: torch.device) -> Reason | None:
         """Why the GPU that takes this device's tensors, where one does, runs no kernel of this operation, whatever is installed."""
-        if self.why_not_arch is None or not (device.type == "cuda" or (device.type == "cpu" and selected.arch)):
+        reasons = [self._why_not_arch(backend, device) for backend in GPU_BACKENDS]
+        return reasons[0] if all(reasons) else None
+
+    def _why_not_arch(self, backend: str, device: torch.device) -> Reason | None:
+        if self.why_not_arch is None or not gpu_takes(device):
             return None
-        return self.why_not_arch(gpu_capability(device))
+        return self.why_not_arch(backend, gpu_capability(device))
 
     def why_not(self, backend: str, *args: Any) -> Reason | None:
         """None where `backend` can run these arguments, else the reason."""
-        limit = self.limits.get(backend)
-        return self.why_not_on(backend, args[0].device) or (limit(*args) if limit else None)
+        return self.why_not_on(backend, args[0].device, *args)
 
     def choose(self, *args: Any) -> str:
         """The backend that runs these arguments; raises Unsupported with every reason where there is none."""
@@ -154,8 +170,11 @@ class Operation:
             run = self._bound[key] = self._bind_checked(args)
         try:
             return run(*args)
-        except RuntimeError:
+        except RuntimeError as e:
             self.check(*args)  # what an implementation refuses has a better sentence there
+            if IN_CAPTURE in str(e):
+                raise RuntimeError(f"{self.name}: kernels are loaded at their first call, which the capture of a graph forbids: "
+                                   "call it once before the capture with arguments of these shapes") from e  # fmt: skip
             raise
 
     def _unbound(self, *args: Any) -> Any:
@@ -241,7 +260,7 @@ def is_of_subclass(a: Any) -> bool:
 def only_reference_on(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a first argument of this dtype on this device finds nothing faster than the plain-torch reference."""
     op, x = operations[operation], torch.empty(0, dtype=dtype, device="meta")
-    return all(op.why_not_on(b, device) or (b in op.limits and op.limits[b](x)) for b in BACKENDS if b != "reference")
+    return all(op.why_not_on(b, device, x) for b in BACKENDS if b != "reference")
 
 
 class Explanation(dict[str, "Reason | None"]):

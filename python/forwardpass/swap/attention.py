@@ -161,10 +161,8 @@ def _why_no_kernel(module: nn.Module, model: nn.Module) -> Reason | None:
                       "dims for which ours is faster, with AVX2, and in float32 but for decoders",
                       "pass attention=True to swap it all the same")  # fmt: skip
     q = torch.empty((0, 0, 0, dim) if dim else 0, dtype=dtype, device="meta")
-    reasons = [
-        ATTENTION.why_not_on(backend, device) or ATTENTION.limits[backend](*((q,) if q.dim() == 1 else (q, q, q)))
-        for backend in ("cuda", "triton")
-    ]
+    known = (q,) if q.dim() == 1 else (q, q, q)
+    reasons = [ATTENTION.why_not_on(backend, device, *known) for backend in ("cuda", "triton")]
     return None if None in reasons else reasons[0]
 
 

@@ -100,8 +100,9 @@ def append_kernel(
     E4M3: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, ROTARY: tl.constexpr, Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr, NORM_SUMS: tl.constexpr,
 ):  # fmt: skip
-    batch, token = tl.program_id(0) // tokens, tl.program_id(0) % tokens
-    head = tl.program_id(1)
+    heads = kv_heads + q_heads  # all in the grid's x: in y it has 65535 at most
+    row_of_tokens, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    batch, token = row_of_tokens // tokens, row_of_tokens % tokens
     column = tl.arange(0, BLOCK_D)
     cos_ptr += batch.to(tl.int64) * cos_batch + token.to(tl.int64) * cos_row
     sin_ptr += batch.to(tl.int64) * sin_batch + token.to(tl.int64) * sin_row
@@ -156,7 +157,7 @@ def append_kv(
     table, table_step = (seq_lens, 0) if block_table is None else (block_table, block_table.stride(0))
     queries, q_heads = (k, 0) if q is None else (q, q.shape[2])
     with torch.cuda.device_of(k):
-        append_kernel[(batch * tokens, heads + q_heads)](
+        append_kernel[(batch * tokens * (heads + q_heads),)](
             k, *k.stride()[:3], v, *v.stride()[:3], caches[0], *k_cache.stride()[:3], caches[1], *v_cache.stride()[:3],
             *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, table, table_step, k_cache.shape[1], k_cache.shape[0],
             min(capacity(k_cache, block_table), 2**30), tokens, *rotation(cos, k), *rotation(sin, k),

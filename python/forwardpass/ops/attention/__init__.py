@@ -296,12 +296,12 @@ def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int, r
     return torch.ops.forwardpass._cpu_has_attention(dtype, head_dim, rows)
 
 
-def _why_not_gpu(q: Tensor, *options: Any) -> Reason | None:
+def _why_not_gpu(q: Tensor, k: Tensor | None, v: Tensor | None, *options: Any) -> Reason | None:
     if q.dtype == torch.float32:
         return Reason(
             "dtype", "tensor cores multiply 16-bit operands, and q is float32", "convert q, k and v to bfloat16"
         )
-    if options and bucket(dims := q.shape[-1], values := options[1].shape[-1]) is None:
+    if v is not None and bucket(dims := q.shape[-1], values := v.shape[-1]) is None:
         return Reason(
             "head_dim",
             f"the kernels take head dims that are multiples of 8 from 32 to 256, or 192 with 128 of v, not {dims} with {values}",
@@ -310,11 +310,11 @@ def _why_not_gpu(q: Tensor, *options: Any) -> Reason | None:
     return None
 
 
-def _why_not_cpu(q: Tensor, *options: Any) -> Reason | None:
+def _why_not_cpu(q: Tensor, k: Tensor | None, v: Tensor | None, *options: Any) -> Reason | None:
     """It takes what torch's scaled_dot_product_attention takes, which it hands most on to."""
-    if options and options[6] > 0:
+    if options[4]:
         return Reason("softcap", "torch's fused attention for CPUs has no softcap", "use the reference backend")
-    if options and q.shape[-1] != (values := options[1].shape[-1]):
+    if v is not None and q.shape[-1] != (values := v.shape[-1]):
         return Reason(
             "head_dim",
             f"torch's fused attention for CPUs takes one head dim for q, k and v, not {q.shape[-1]} and {values}",

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+#: More scores than these are computed a head at a time: several matrices of them are alive at once, and those of 32 heads of 8192
+#: rows and keys are 17 GB each in float64.
+MOST_SCORES = 2**27
+
 
 def attention(
     q: Tensor,
@@ -82,6 +86,11 @@ def boundaries(name: str, cu_seqlens: Tensor, x: Tensor) -> Iterator[slice]:
     return map(slice, offsets, offsets[1:])
 
 
+def of_head(head: int, head_of_keys: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    keys = slice(head_of_keys, head_of_keys + 1)
+    return q[:, :, head : head + 1], k[:, :, keys], v[:, :, keys]
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -95,7 +104,13 @@ def attend(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv] to o [B, Sq, H, Dv] of their dtype and lse [B, H, Sq]."""
-    group = q.shape[2] // k.shape[2]
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    if heads > 1 and q.shape[0] * heads * q.shape[1] * k.shape[1] > MOST_SCORES:
+        parts = [attend(*of_head(h, h // group, q, k, v), scale, left, right, softcap,
+                        mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., h : h + 1, :, :],
+                        None if alibi_slopes is None else alibi_slopes[..., h : h + 1],
+                        None if sinks is None else sinks[h : h + 1]) for h in range(heads)]  # fmt: skip
+        return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
     q = q.transpose(1, 2)
     k, v = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
     s = q @ k.transpose(-1, -2) * scale  # [B, H, Sq, Sk]

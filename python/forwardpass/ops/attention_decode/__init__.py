@@ -133,10 +133,12 @@ def _why_not_triton(q: Tensor, *options: Any) -> Reason | None:
     return None
 
 
-def _why_not_cuda(q: Tensor, *options: Any) -> Reason | None:
-    if (reason := _why_not_triton(q)) or not options:
+def _why_not_cuda(q: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, *options: Any) -> Reason | None:
+    if reason := _why_not_triton(q):
         return reason
-    for name, x in (("k_cache", options[0]), ("v_cache", options[1])):
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x is None:
+            continue
         size = x.element_size()
         strides = [s for n, s in zip(x.shape[:-1], x.stride()) if n > 1]
         if any(s * size % 16 for s in (x.shape[-1], *strides, x.storage_offset())):

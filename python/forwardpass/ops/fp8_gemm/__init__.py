@@ -14,6 +14,9 @@ from .reference import BLOCK
 
 #: The least GPU whose tensor cores multiply e4m3.
 CAPABILITY = (8, 9)
+#: Majors of the GPUs (B200, B300, Thor) that multiply e4m3 by tcgen05 alone: ptxas emulates the mma.sync that PTX for
+#: compute_90 has, with spills (csrc/README.md).
+TCGEN05_ONLY = (10, 11)
 
 
 def fp8_gemm(
@@ -179,13 +182,16 @@ def _fake_gemm_quantize(
     return q, scale
 
 
-def why_no_fp8(capability: tuple[int, int]) -> Reason | None:
-    """None where a GPU of this compute capability multiplies e4m3, else the reason."""
-    if capability >= CAPABILITY:
-        return None
+def why_no_fp8(backend: str, capability: tuple[int, int]) -> Reason | None:
+    """None where this backend's kernels multiply e4m3 on tensor cores of such a GPU, else the reason."""
     major, minor = capability
-    return Reason("no_fp8", f"this GPU is sm_{major}{minor}, and tensor cores multiply FP8 from sm_89 on (L40S, RTX 40, H100)",
-                  'use int8: precision="int8", fp.nn.Int8Linear, fp.ops.int8_gemm')  # fmt: skip
+    if capability < CAPABILITY:
+        return Reason("no_fp8", f"this GPU is sm_{major}{minor}, and tensor cores multiply FP8 from sm_89 on (L40S, RTX 40, H100)",
+                      'use int8: precision="int8", fp.nn.Int8Linear, fp.ops.int8_gemm')  # fmt: skip
+    if backend == "cuda" and major in TCGEN05_ONLY:
+        return Reason("emulated_fp8", f"this GPU is sm_{major}{minor}, where the FP8 mma.sync of the CUDA kernels is emulated and "
+                      "slower than bf16's", "use the Triton backend, which compiles tcgen05")  # fmt: skip
+    return None
 
 
 def _notes(a: Tensor, b: Tensor, *options: object) -> list[str]:

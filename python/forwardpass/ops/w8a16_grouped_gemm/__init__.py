@@ -73,8 +73,8 @@ def _fake(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | No
     return fake_output(x, (*x.shape[:-1], w.shape[1]), activation, x.dtype)
 
 
-def _why_not_cuda(x: Tensor, w: Tensor, w_scale: Tensor, *options: object) -> Reason | None:
-    if w_scale.dim() == 3:
+def _why_not_cuda(x: Tensor, w: Tensor | None, w_scale: Tensor | None, *options: object) -> Reason | None:
+    if w_scale is not None and w_scale.dim() == 3:
         return Reason(
             "scales", "this kernel has a scale for each row, and w_scale has them for groups of columns", "use Triton's"
         )
