@@ -104,6 +104,7 @@ def test_seeds(tmp_path):
     assert outcomes["test_race[seed0]"] == outcomes["test_race[seed2]"] == "FAILED"
     assert [outcomes[f"test_mended_race[seed{s}]"] for s in range(3)] == ["PASSED"] * 3
     assert done.stdout.count("launched no kernel with the first seed") and "seeds 0 to 2" in done.stdout
+    assert "ERROR" not in outcomes.values() and "StashKey" not in done.stdout
     again, outcomes = run("faulty_kernels.py", "--gpu=sm_90a", "--gpu-seed=2", "-k", "test_race", folder=tmp_path)
     assert outcomes == {"test_race": "FAILED"} and "seed 2" in again.stdout
 
