@@ -87,9 +87,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             return Reason(
                 "subclass", f"it is a {type(module).__name__}, not an nn.MultiheadAttention", "swap it by hand"
             )
-        dtype = module.out_proj.weight.dtype
-        if dtype not in FLOATS:
-            return Reason("dtype", f"its weights are {dtype}", "use float32, float16 or bfloat16")
+        if others := [p.dtype for p in module.parameters() if p.dtype not in FLOATS]:
+            return Reason("dtype", f"its weights are {others[0]}", "use float32, float16 or bfloat16")
         return _extra_keys(module.bias_k is not None, module.add_zero_attn)
 
     @classmethod

@@ -117,7 +117,7 @@ def _why_skip(
     if no_kernel is not None:
         return no_kernel
     if isinstance(module, nn.MultiheadAttention):
-        return why_not_replaced(leaf, context)
+        return None if isinstance(module, MultiheadAttention) else why_not_replaced(leaf, context)
     return why_not_named(module, units[id(module.config)])
 
 

@@ -358,7 +358,7 @@ def _fill(
     def place(tensor: Tensor) -> torch.device:
         return device if tensor.is_meta else tensor.device
 
-    with Projections(model) as projections:
+    with Projections(model, on_meta=True) as projections:
         _fill_layers(model, record, shapes, read, place, projections, fail)
         projections.stays = True
 

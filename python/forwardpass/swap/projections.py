@@ -26,10 +26,12 @@ _SEPARATE = Reason(
 )
 
 
-def why_not_replaced(leaf: Leaf, context: rules.Context) -> Reason | None:
-    """Why another module cannot take the place of this nn.MultiheadAttention."""
+def why_not_replaced(leaf: Leaf, context: rules.Context, on_meta: bool = False) -> Reason | None:
+    """Why another module cannot take the place of this nn.MultiheadAttention. on_meta: whether its values may come later."""
     for rule in (rules.dotted, rules.shared, rules.adapter, rules.tensor_class, rules.offloaded, rules.meta,
                  rules.hooks, rules.dtype):  # fmt: skip
+        if rule is rules.meta and on_meta:
+            continue
         if finding := rule(leaf, context, None):
             return Reason(rule.__name__, *finding)
     return MultiheadAttention.why_not(leaf.module)
@@ -76,9 +78,9 @@ class _Opened:
 
 class Projections:
     """Those of a model: `put` into it, and taken out by `undo`, all of them. As a context they are in it, and stay there where
-    `stays` was set."""
+    `stays` was set. on_meta: of modules without values, too."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, on_meta: bool = False) -> None:
         self._others: list[Skipped] = []
         self._modules: list[_Opened] = []
         self._nested: list[nn.TransformerEncoder] = []
@@ -89,7 +91,7 @@ class Projections:
         context = rules.Context(model) if found else None
         for leaf in found:
             assert context is not None
-            if (opened := why_not_replaced(leaf, context) or _opened(leaf)) is None:
+            if (opened := why_not_replaced(leaf, context, on_meta) or _opened(leaf)) is None:
                 continue
             if isinstance(opened, Reason):
                 self._others.append(Skipped(f"{leaf.fqn}.{IN_PROJ}", opened))
@@ -113,6 +115,13 @@ class Projections:
         self.undo()
         self._modules = [replace(x, in_proj=x.in_proj if id(x.in_proj) in ids else None) for x in stay]
         self.put()
+
+    def places(self) -> Iterator[nn.Module]:
+        """The modules that stand there, and those that hold them."""
+        for x in self._modules:
+            yield x.opened
+            if (parent := x.parent()) is not None:
+                yield parent
 
     def skipped(self, exclude: Iterable[Pattern]) -> list[Skipped]:
         """Projections that cannot be layers, but for those that are excluded."""
