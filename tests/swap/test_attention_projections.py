@@ -297,6 +297,9 @@ def test_plan_parity_and_calibration():
         0 < y.total.relative_error < 0.03 for y in parity.layers
     )
     assert all(y.kernel.relative_error < 1e-5 for y in parity.layers)
+    # At padding torch's encoder gives zeros, which do not count.
+    padded = {"src": x, "src_key_padding_mask": torch.arange(L) >= torch.tensor([[L], [L - 3]] * 4)}
+    assert fp.parity(model, [padded]).output.cosine_min > 0.999
     fp.restore(model)
     decoder = nn.TransformerDecoderLayer(E, H, 128, batch_first=True).eval().requires_grad_(False)
     memory = torch.randn(8, S, E, generator=torch.Generator().manual_seed(5))
@@ -323,7 +326,7 @@ def test_load_state_dict_is_refused_and_modes_stay():
     model = encoder()
     state = model.state_dict()
     fp.swap(model, "int8", include="self_attn.in_proj")
-    with pytest.raises(RuntimeError, match="in_proj is a Int8Linear here, and the state dict has .*in_proj_weight"):
+    with pytest.raises(RuntimeError, match=r"in_proj is a Int8Linear here, and the state dict has .*in_proj_weight"):
         model.load_state_dict(state, strict=False)
     model.train()
     fp.restore(model)

@@ -112,24 +112,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         hook_alike(new, module)
         return new.train(module.training)
 
-    def open(self, layer: nn.Linear | None = None) -> nn.Linear:
-        """Makes in_proj a layer, `layer` or a new one, that has in_proj_weight and in_proj_bias: the same parameters."""
-        weight, bias = self._parameters["in_proj_weight"], self._parameters["in_proj_bias"]
-        assert weight is not None
-        if layer is None:
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta").train(self.training)
-        layer._parameters.update(weight=weight, bias=bias)
-        self._parameters.update(in_proj_weight=None, in_proj_bias=None)
-        self._modules["in_proj"] = layer
-        return layer
-
-    def close(self) -> None:
-        """Undoes `open`, where in_proj is an nn.Linear."""
-        layer = self._modules["in_proj"]
-        assert type(layer) is nn.Linear
-        self._parameters.update(in_proj_weight=layer._parameters["weight"], in_proj_bias=layer._parameters["bias"])
-        self._modules["in_proj"] = None
-
     def forward(
         self,
         query: Tensor,

@@ -59,11 +59,11 @@ class _Opened:
     def put(self) -> None:
         self._stand(self.opened)
         if self.in_proj is not None:
-            self.opened.open(self.in_proj)
+            _open(self.opened, self.in_proj)
 
     def undo(self) -> None:
         if self.in_proj is not None:
-            self.opened.close()
+            _close(self.opened)
         original, opened = self.original, self.opened
         if original is not opened:
             original.training = opened.training
@@ -123,9 +123,17 @@ class Projections:
             if (parent := x.parent()) is not None:
                 yield parent
 
-    def skipped(self, exclude: Iterable[Pattern]) -> list[Skipped]:
-        """Projections that cannot be layers, but for those that are excluded."""
-        return [s for s in self._others if not any(p.matches(s.fqn) for p in exclude)]
+    def skipped(self, context: rules.Context) -> list[Skipped]:
+        """Projections that cannot be layers, of those that the user did not leave out."""
+
+        def named(patterns: Iterable[Pattern], fqn: str) -> bool:
+            return any(p.matches(fqn) for p in patterns)
+
+        return [
+            s
+            for s in self._others
+            if not named(context.exclude, s.fqn) and (not context.include or named(context.include, s.fqn))
+        ]
 
     def put(self) -> None:
         if self._is_put:
@@ -161,9 +169,24 @@ def _opened(leaf: Leaf) -> _Opened | None:
     module = leaf.module
     ours = module if isinstance(module, MultiheadAttention) else MultiheadAttention.from_torch(module, fused=False)
     in_proj = None
-    if ours._parameters["in_proj_weight"] is not None:
-        in_proj = ours.open()
-        ours.close()
+    weight, bias = ours._parameters["in_proj_weight"], ours._parameters["in_proj_bias"]
+    if weight is not None:
+        in_proj = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta").train(module.training)
     elif ours is module:
         return None
     return _Opened(leaf.fqn, leaf.name, weakref.ref(leaf.parent), module, ours, in_proj)
+
+
+def _open(attention: MultiheadAttention, in_proj: nn.Linear) -> None:
+    """in_proj_weight and in_proj_bias become the layer's: the same parameters."""
+    own = attention._parameters
+    in_proj._parameters.update(weight=own["in_proj_weight"], bias=own["in_proj_bias"])
+    own.update(in_proj_weight=None, in_proj_bias=None)
+    attention._modules[IN_PROJ] = in_proj
+
+
+def _close(attention: MultiheadAttention) -> None:
+    in_proj = attention._modules[IN_PROJ]
+    assert isinstance(in_proj, nn.Linear)
+    attention._parameters.update(in_proj_weight=in_proj._parameters["weight"], in_proj_bias=in_proj._parameters["bias"])
+    attention._modules[IN_PROJ] = None

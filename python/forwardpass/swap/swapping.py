@@ -76,10 +76,10 @@ def swap(
             calibrated takes the same batches again as calibrate=.
         attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's: with AVX2, in
             models of transformers with head dims that are multiples of 16, in float32 up to 128 and in encoders alone, in
-            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. `nn.MultiheadAttention`
-            is replaced by `fp.nn.MultiheadAttention`; models of transformers run theirs through the AttentionInterface,
-            where their configs name it; both keep their weights as they are. Attention that is called by name elsewhere
-            takes `with fp.sdpa():`. A plan decides itself.
+            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. In the place of
+            `nn.MultiheadAttention` stands `fp.nn.MultiheadAttention`, whose projections are layers like others, in_proj and
+            out_proj; models of transformers run theirs through the AttentionInterface, where their configs name it. Attention
+            that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
         unpad: text encoders of transformers (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ModernBERT, DeBERTa) run batches of
             texts that differ in length without the rows of padding, at which last_hidden_state is then zero; at tokens it is
             what it is with them, but for the order of sums. Compiled, exported and captured models, and calls that ask for
@@ -149,7 +149,7 @@ def swap(
         )
         if again and not (decision.swapped or decision.attention.swapped):
             refuse_swapped(model, ", and nothing else that would be swapped")
-        others = (*keras.skipped(context.exclude), *projections.skipped(context.exclude))
+        others = (*keras.skipped(context.exclude), *projections.skipped(context))
         decision = replace(decision, skipped=(*decision.skipped, *others))
         if strict:
             refuse_skips(decision.skipped)
