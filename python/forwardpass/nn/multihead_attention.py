@@ -43,10 +43,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         ValueError: embed_dim is not a multiple of num_heads, or an option is one that fused attention has not.
     """
 
-    in_proj: (
-        nn.Module | None
-    )  #: [*, embed_dim] to [*, 3 embed_dim]; None: in_proj_weight, or the three of kdim and vdim
-
     def __init__(
         self,
         embed_dim: int,
@@ -76,7 +72,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         # nn.TransformerEncoderLayer and nn.TransformerEncoder look here before they pass self_attn by and read its weights.
         self._qkv_same_embed_dim = False
-        self._modules = {"in_proj": None, **self._modules}
         self.fused = True
         self._parts: dict[tuple[int, int], tuple[list[Any], QuantizedLinear]] = {}
 
@@ -186,7 +181,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"MultiheadAttention: query, key and value must all be [N, L, E], [L, N, E] or [L, E], not {shapes}"
             )
         e = self.embed_dim
-        if self.in_proj is None and self.in_proj_weight is None:
+        if self.in_proj_weight is None and "in_proj" not in self._modules:
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             parts = zip((query, key, value), (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), biases)
             q, k, v = (F.linear(*part) for part in parts)
@@ -208,7 +203,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _rows(self, x: Tensor, start: int, size: int) -> Tensor:
         """x multiplied by these rows of the projection's weight, [*, size]."""
-        layer = self.in_proj
+        layer = self._modules.get("in_proj")
         if layer is None:
             bias = self.in_proj_bias
             rows = slice(start, start + size)
@@ -264,8 +259,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         """Refuses the weights of a module that is not swapped, which would leave those of the layer as they are."""
-        if self.in_proj is not None and f"{prefix}in_proj_weight" in state_dict:
-            raise RuntimeError(f"load_state_dict: {prefix}in_proj is a {type(self.in_proj).__name__} here, and the state dict has "
+        layer = self._modules.get("in_proj")
+        if layer is not None and f"{prefix}in_proj_weight" in state_dict:
+            raise RuntimeError(f"load_state_dict: {prefix}in_proj is a {type(layer).__name__} here, and the state dict has "
                                f"{prefix}in_proj_weight: load it into the original model (fp.restore(model) brings it back) and "
                                "swap that")  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, *others)

@@ -182,11 +182,10 @@ def _open(attention: MultiheadAttention, in_proj: nn.Linear) -> None:
     own = attention._parameters
     in_proj._parameters.update(weight=own["in_proj_weight"], bias=own["in_proj_bias"])
     own.update(in_proj_weight=None, in_proj_bias=None)
-    attention._modules[IN_PROJ] = in_proj
+    attention._modules = {IN_PROJ: in_proj, **attention._modules}  # in the order of calls
 
 
 def _close(attention: MultiheadAttention) -> None:
-    in_proj = attention._modules[IN_PROJ]
+    in_proj = attention._modules.pop(IN_PROJ)
     assert isinstance(in_proj, nn.Linear)
     attention._parameters.update(in_proj_weight=in_proj._parameters["weight"], in_proj_bias=in_proj._parameters["bias"])
-    attention._modules[IN_PROJ] = None
