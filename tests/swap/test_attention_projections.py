@@ -133,6 +133,20 @@ def test_the_causal_hint(fused):
 
 
 @torch.inference_mode()
+def test_dropout_in_training():
+    model, x = Holder(batch_first=True, dropout=0.5), inputs("self")
+    fp.swap(model, "int8", attention=False)
+    expected = model(*x)[0]
+    model.train()
+    for given in ({}, {"need_weights": False}):
+        assert error(model(*x, **given)[0], expected) > 0.05
+    fp.restore(model)
+    fp.swap(model.eval(), "int8", attention=True)
+    with pytest.raises(RuntimeError, match="has no dropout"):
+        model.train()(*x)
+
+
+@torch.inference_mode()
 def test_rows_of_the_projection():
     """Of a query and a memory each is multiplied by its rows alone, as if by all of them; a hook sees both."""
     model = Holder(batch_first=True)
