@@ -239,7 +239,9 @@ class Device:
             tensors = {n: a for n, a in zip(names, args) if isinstance(a, Tensor)}
             for name, tensor in tensors.items():
                 if tensor.numel() and tensor.device.type != self.memory:
-                    raise ValueError(f"{name} is on {tensor.device}, and not on {self.memory} as its kernel: move it there")
+                    raise ValueError(
+                        f"{name} is on {tensor.device}, and not on {self.memory} as its kernel: move it there"
+                    )
             written = {f"argument {n} of {operation.name}" for n in operation.writes}
             guards = {read_only: Guard(scope, read_only) for read_only in (False, True)}
             for read_only, guard in guards.items():

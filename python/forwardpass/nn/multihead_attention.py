@@ -219,8 +219,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not isinstance(layer, QuantizedLinear) or torch.compiler.is_exporting():
             return None
         buffers = list(layer._buffers.values())
-        kept, part = self._parts.get((start, size), ([], None))
-        if len(kept) == len(buffers) and all(a is b for a, b in zip(kept, buffers)):
+        buffers_then, part = self._parts.get((start, size), ([], None))
+        if len(buffers_then) == len(buffers) and all(a is b for a, b in zip(buffers_then, buffers)):
             return part
         if torch.compiler.is_compiling():
             return None

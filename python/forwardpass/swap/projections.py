@@ -87,9 +87,9 @@ class Projections:
         self._model = weakref.ref(model)
         self.stays = False
         self._is_put = False
-        found = leaves(model, lambda m: isinstance(m, nn.MultiheadAttention))
-        context = rules.Context(model) if found else None
-        for leaf in found:
+        attention_leaves = leaves(model, lambda m: isinstance(m, nn.MultiheadAttention))
+        context = rules.Context(model) if attention_leaves else None
+        for leaf in attention_leaves:
             assert context is not None
             if (opened := why_not_replaced(leaf, context, on_meta) or _opened(leaf)) is None:
                 continue
@@ -179,9 +179,9 @@ def _opened(leaf: Leaf) -> _Opened | None:
 
 def _open(attention: MultiheadAttention, in_proj: nn.Linear) -> None:
     """in_proj_weight and in_proj_bias become the layer's: the same parameters."""
-    own = attention._parameters
-    in_proj._parameters.update(weight=own["in_proj_weight"], bias=own["in_proj_bias"])
-    own.update(in_proj_weight=None, in_proj_bias=None)
+    parameters = attention._parameters
+    in_proj._parameters.update(weight=parameters["in_proj_weight"], bias=parameters["in_proj_bias"])
+    parameters.update(in_proj_weight=None, in_proj_bias=None)
     attention._modules = {IN_PROJ: in_proj, **attention._modules}  # in the order of calls
 
 

@@ -485,15 +485,15 @@ def install() -> None:
         if namespace == "aten":
             packet, _, overload = name.partition(".")
             implementations.setdefault(name, _on_cpu(getattr(getattr(aten, packet), overload or "default")))
-    some, own = (torch.library.Library(name, "IMPL", "CUDA") for name in ("aten", "forwardpass"))
+    aten_kernels, our_kernels = (torch.library.Library(name, "IMPL", "CUDA") for name in ("aten", "forwardpass"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are overridden
         for name, implementation in implementations.items():
-            some.impl(name, implementation)
+            aten_kernels.impl(name, implementation)
         for operation in dispatch.operations.values():
             if kernel := operation.runs.get("cuda"):
-                own.impl(f"{operation.name}_cuda", _on_cpu(kernel))  # type: ignore[arg-type]
-    _libraries.extend((every, some, own))
+                our_kernels.impl(f"{operation.name}_cuda", _on_cpu(kernel))  # type: ignore[arg-type]
+    _libraries.extend((every, aten_kernels, our_kernels))
     torch._tensor_str._tensor_str = _print
 
 
