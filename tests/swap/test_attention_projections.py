@@ -2,9 +2,11 @@
 what goes on with such a model."""
 
 import copy
+import gc
 import json
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -269,6 +271,16 @@ def test_a_second_swap():
     fp.restore(model)
     assert_same_objects(model, before)
     assert torch.equal(model(x), expected)
+
+
+def test_a_model_that_is_dropped_is_freed():
+    model = encoder()
+    attention = weakref.ref(model.layers[0].self_attn)
+    fp.swap(model, "int8")
+    dropped = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dropped() is None and attention() is None
 
 
 # ---- around it

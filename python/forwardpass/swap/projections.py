@@ -83,7 +83,7 @@ class Projections:
     def __init__(self, model: nn.Module, on_meta: bool = False) -> None:
         self._others: list[Skipped] = []
         self._modules: list[_Opened] = []
-        self._nested: list[nn.TransformerEncoder] = []
+        self._nested: list[weakref.ref[nn.TransformerEncoder]] = []
         self._model = weakref.ref(model)
         self.stays = False
         self._is_put = False
@@ -141,9 +141,9 @@ class Projections:
         self._is_put = True
         for x in self._modules:
             x.put()
-        self._nested = [*self._making_nested()]
-        for encoder in self._nested:
+        for encoder in [*self._making_nested()]:
             encoder.use_nested_tensor = False
+            self._nested.append(weakref.ref(encoder))
 
     def _making_nested(self) -> Iterator[nn.TransformerEncoder]:
         """Encoders that make nested tensors of padded ones for torch's fast paths, which ours do not take."""
@@ -159,7 +159,8 @@ class Projections:
             return
         self._is_put = False
         while self._nested:
-            self._nested.pop().use_nested_tensor = True
+            if (encoder := self._nested.pop()()) is not None:
+                encoder.use_nested_tensor = True
         for x in reversed(self._modules):
             x.undo()
 
