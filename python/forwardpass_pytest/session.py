@@ -65,7 +65,8 @@ class Session:
         finally:
             self.device.time_limit(0)
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    # Within pytest's own wrappers: their teardown takes away what their set-up has made.
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
         if self.seed != self.seeds[0] and self._without_seed(item) in self.idle:
             pytest.skip("it launched no kernel with the first seed")

@@ -29,7 +29,7 @@ def test_names_with_a_dot_stay_through_swap_plan_and_checkpoint(tmp_path):
     model, x = Dotted().eval(), torch.randn(3, 64)
     before, exact = objects(model), outputs(model, x)
     report = fp.swap(model, "int8", attention=True)
-    assert names(report) == ["plain.0"] and set(codes(report).values()) == {"dotted"} and len(codes(report)) == 3
+    assert names(report) == ["plain.0"] and set(codes(report).values()) == {"dotted"} and len(codes(report)) == 4
     after = outputs(model, x)
     assert 0 < (after - exact).norm() < 0.03 * exact.norm()
     fp.parity(model, [x])

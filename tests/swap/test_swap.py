@@ -110,11 +110,11 @@ def test_report_has_everything_in_words_and_in_json():
 
 def test_a_report_fits_and_gives_each_reason_once():
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
-    report = fp.swap(nn.TransformerEncoder(layer, 3).eval(), "int8", dry_run=True)
+    report = fp.swap(nn.TransformerEncoder(layer, 3).eval(), "int8", exclude="linear1", dry_run=True)
     text = str(report)
     assert max(map(len, text.splitlines())) <= 100
-    assert text.count("weight_read: ") == 1 and "  layers.{0-2}.linear1" in text
-    assert all("\n" not in str(s.reason) for s in report.skipped) and len(report.to_json()["skipped"]) == 12
+    assert text.count("excluded: ") == 1 and "  layers.{0-2}.linear1" in text
+    assert all("\n" not in str(s.reason) for s in report.skipped) and len(report.to_json()["skipped"]) == 6
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)), nn.Linear(256, 256)).eval()
     text = " ".join(str(fp.swap(model, "int8", dry_run=True)).split())
     assert "1 layer would be swapped" in text
@@ -208,6 +208,12 @@ class Wrapped(torch.Tensor):
     pass
 
 
+def hooked_encoder():
+    layer = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True)
+    layer.self_attn.register_forward_hook(lambda *_: None)
+    return layer
+
+
 SKIPS = {
     "subclass": (lambda: sequential(Special(64, 64)), {"0": "subclass"}),
     "shared": (shared, {"0": "shared"}),
@@ -233,11 +239,13 @@ SKIPS = {
     "moe_router": (Router, {"gate": "moe_router"}),
     "weight_read": (Reads, {"inner": "weight_read"}),
     "lazy": (lambda: sequential(nn.LazyLinear(64)), {"0": "uninitialized"}),
-    "encoder": (
-        lambda: nn.TransformerEncoderLayer(64, 4, 64),
+    "encoder": (lambda: nn.TransformerEncoderLayer(64, 4, 64), {"self_attn": "attention_on_cpu"}),
+    "encoder, whose attention has to stay": (
+        hooked_encoder,
         {
             "self_attn": "attention_on_cpu",
-            "self_attn.out_proj": "subclass",
+            "self_attn.in_proj": "hooks",
+            "self_attn.out_proj": "weight_read",
             "linear1": "weight_read",
             "linear2": "weight_read",
         },
@@ -258,7 +266,7 @@ def test_skips(case):
 
 
 def test_a_transformer_encoder_layer_runs_swapped_without_its_fast_path():
-    layer = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).eval()
+    layer = hooked_encoder().eval()
     x = torch.randn(2, 5, 64)
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -61,7 +61,8 @@ def test_an_encoder_with_padding(options):
     assert model.use_nested_tensor == nested
     assert_same_objects(model, before)
     quantised = fp.swap(model, "int8", attention=True)
-    assert names(quantised) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    layers = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+    assert names(quantised) == [f"layers.{i}.{layer}" for i in (0, 1) for layer in layers]
     got = model(x, src_key_padding_mask=padding)
     assert 0 < (got - expected[0])[~padding].norm() / expected[0][~padding].norm() < 0.03
 
@@ -204,7 +205,7 @@ def test_attention_alone_and_wrong_choices():
 def test_report_and_plan():
     model, (x, padding) = encoder(), padded()
     report = fp.swap(model, "int8", attention=True, exclude="layers.1")
-    assert "2 layers, 1 attention module swapped" in str(report)
+    assert "4 layers, 1 attention module swapped" in str(report)
     assert "layers.0.self_attn  MultiheadAttention  torch" in str(report)
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert content["attention"] == [{"fqn": "layers.0.self_attn", "module": "MultiheadAttention", "before": "torch"}]

@@ -102,9 +102,9 @@ def _driver() -> dict[str, Any]:
 
 def _kernel(op: Operation, name: str) -> dict[str, Any]:
     """One row: an implementation, the reason if it cannot run here, and how it compares with the reference."""
-    device = (
-        torch.device("cuda", 0) if name in ("cuda", "triton") and not dispatch.interpreter() else torch.device("cpu")
-    )
+    interpreter = dispatch.interpreter()
+    on_gpu = name in ("cuda", "triton") and (interpreter is None or interpreter.memory == "cuda")
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     reason = op.why_not_on(name, device)
     row: dict[str, Any] = {
         "operation": op.name,

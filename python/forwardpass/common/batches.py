@@ -140,8 +140,9 @@ class Fingerprint:
 def padding_mask(batch: Any, lead: Sequence[int], fqn: str = "") -> Tensor | None:
     """Which of the tokens of a tensor [*lead, n] are real: bool [*lead]; None where the batch does not say.
 
-    It says so by an attention_mask [B, S], for lead [B, S, ...] or flattened [B * S]. Inside a decoder that stands
-    beside an encoder (`fqn`), and for its output (no `fqn`), the decoder_attention_mask counts.
+    It says so by an attention_mask [B, S], for lead [B, S, ...] or flattened [B * S]; of torch's encoder by its
+    src_key_padding_mask of bool, True at padding. Inside a decoder that stands beside an encoder (`fqn`), and for its output
+    (no `fqn`), the decoder_attention_mask counts.
     """
     if not isinstance(batch, Mapping):
         return None
@@ -149,6 +150,9 @@ def padding_mask(batch: Any, lead: Sequence[int], fqn: str = "") -> Tensor | Non
         not fqn or "decoder" in fqn.split(".")
     )
     mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if mask is None and "tgt" not in batch:
+        padding = batch.get("src_key_padding_mask")
+        mask = ~padding if isinstance(padding, Tensor) and padding.dtype == torch.bool else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     if tuple(lead) == (mask.numel(),):

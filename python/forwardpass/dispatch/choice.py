@@ -16,12 +16,14 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
 class Interpreter(Protocol):
-    """What runs the CUDA and Triton kernels on CPU tensors: the seam between forwardpass.interpreter and the rest.
+    """What runs the CUDA and Triton kernels without a GPU: the seam between forwardpass.interpreter and the rest.
 
-    `bind` gives what a call on CPU tensors goes to, for all interpreters of this architecture, in all threads.
+    `memory` is the device type of the tensors that it takes: "cpu", or "cuda" where torch's cuda device is this one. `bind` gives
+    what a call on CPU tensors goes to, for all interpreters of this architecture, in all threads.
     """
 
     arch: str
+    memory: str
 
     def why_not(self, backend: str) -> Reason | None: ...
 
@@ -34,33 +36,37 @@ class Choice(threading.local):
 
     def __init__(self) -> None:
         self.backend: str | Explain = "auto"
-        self.interpreter: Interpreter | None = Choice.everywhere
-        self.arch = self.interpreter.arch if self.interpreter else None  # a string is all that torch.compile can guard
+        self.interpret(Choice.everywhere)
+
+    def interpret(self, interpreter: Interpreter | None) -> None:
+        self.interpreter = interpreter
+        #: of the GPU that CPU tensors are for; a string is all that torch.compile can guard
+        self.arch = interpreter.arch if interpreter is not None and interpreter.memory == "cpu" else None
 
 
 selected = Choice()
 
 
 def interpreter() -> Interpreter | None:
-    """This thread's, None where CUDA and Triton kernels take CUDA tensors alone."""
+    """This thread's, None where CUDA and Triton kernels run on a GPU alone."""
     return selected.interpreter
 
 
 def interpret_everywhere(default: Interpreter) -> None:
     """In this thread and in those that begin later, outside of blocks of `interpreted_by`."""
     Choice.everywhere = default
-    selected.interpreter, selected.arch = default, default.arch
+    selected.interpret(default)
 
 
 @contextlib.contextmanager
 def interpreted_by(instance: Interpreter) -> Iterator[None]:
     """Within the block and this thread, `instance` runs the CUDA and Triton kernels."""
-    before = selected.interpreter, selected.arch
-    selected.interpreter, selected.arch = instance, instance.arch
+    before = selected.interpreter
+    selected.interpret(instance)
     try:
         yield
     finally:
-        selected.interpreter, selected.arch = before
+        selected.interpret(before)
 
 
 @contextlib.contextmanager

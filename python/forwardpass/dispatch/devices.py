@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from . import library
-from .choice import selected
+from .choice import Interpreter, selected
 from .reason import Reason
 
 #: FORWARDPASS_DEBUG=1: what tensors on a GPU hold is checked too, before each call
@@ -48,6 +48,12 @@ def gpu_takes(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and selected.arch is not None)
 
 
+def _interpreter_of(device: torch.device) -> Interpreter | None:
+    """What runs CUDA and Triton kernels on tensors of this device, where no GPU does."""
+    interpreter = selected.interpreter
+    return interpreter if interpreter is not None and interpreter.memory == device.type else None
+
+
 def _why_not_gpu(device: torch.device, kernels: str) -> Reason | None:
     if gpu_takes(device):
         return None
@@ -68,8 +74,8 @@ def _why_no_gpu() -> Reason | None:
 def _why_not_cuda(device: torch.device) -> Reason | None:
     if reason := _why_not_gpu(device, "CUDA"):
         return reason
-    if device.type == "cpu":
-        return selected.interpreter.why_not("cuda") if selected.interpreter else None
+    if interpreter := _interpreter_of(device):
+        return interpreter.why_not("cuda")
     if problem := library.why_no_kernels():
         return Reason(
             "not_built", problem, "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error"
@@ -88,8 +94,8 @@ def _why_not_triton(device: torch.device) -> Reason | None:
         return reason
     if problem := why_no_triton():
         return Reason("not_installed", problem, "pip install 'forwardpass[triton]'")
-    if device.type == "cpu":
-        return selected.interpreter.why_not("triton") if selected.interpreter else None
+    if interpreter := _interpreter_of(device):
+        return interpreter.why_not("triton")
     if reason := _why_no_gpu():
         return reason
     if _capability(device.index) < (8, 0):

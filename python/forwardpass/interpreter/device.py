@@ -231,12 +231,17 @@ class Device:
         return functools.partial(_interpreted, operation, run)
 
     def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """An operation of forwardpass on CPU tensors."""
+        """An operation of forwardpass on tensors of the CPU, or of torch's cuda device where that is this one."""
         if any(map(dispatch.is_of_subclass, args)):
             return run(*args)  # a fake tensor has no data to interpret
         with self.running() as scope:
             names = [f"argument {n} of {operation.name}" for n in operation.parameters]
             tensors = {n: a for n, a in zip(names, args) if isinstance(a, Tensor)}
+            for name, tensor in tensors.items():
+                if tensor.numel() and tensor.device.type != self.memory:
+                    raise ValueError(
+                        f"{name} is on {tensor.device}, and not on {self.memory} as its kernel: move it there"
+                    )
             written = {f"argument {n} of {operation.name}" for n in operation.writes}
             guards = {read_only: Guard(scope, read_only) for read_only in (False, True)}
             for read_only, guard in guards.items():

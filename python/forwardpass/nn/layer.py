@@ -39,6 +39,7 @@ def is_conv1d(module: nn.Module) -> bool:
 #: Classes that compute x W^T + b and nothing else, as read from their code; what another subclass computes is not known.
 _LINEAR = {
     "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",  # out_proj of nn.MultiheadAttention
     CONV1D,
     "timm.layers.linear.Linear",
     "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
@@ -355,6 +356,20 @@ class QuantizedLinear(QuantizedModule):
     def settle(self, alone: bool = True) -> None:
         """Makes what the layer keeps beside its buffers, which now have their values; not alone: drops it, as another layer
         computes for this one."""
+
+    def outputs(self: L, start: int, size: int) -> L | None:
+        """A layer of `size` outputs of this one from `start` on, on views of its buffers; None where they cannot be views."""
+        if self.sharding is not None or is_gated(self.activation) or start % 8 or size % 8:
+            return None  # 8: biases of 16 bits then begin at 16 bytes
+        part = type(self)(**self.config() | {"out_features": size}, device="meta").train(self.training)
+        for name, t in self._buffers.items():
+            if t is not None and name in self.output_buffers and t.numel() > 1:
+                if t.shape[0] != self.out_features:  # a scale for each block
+                    return None
+                t = t.narrow(0, start, size)
+            part._buffers[name] = t
+        part.settle()
+        return part
 
     def exact(self, x: Tensor | Quantized) -> Tensor:  # type: ignore[override]
         sharding = self.sharding

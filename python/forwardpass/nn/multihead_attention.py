@@ -1,16 +1,19 @@
-"""MultiheadAttention on the fused attention operation."""
+"""MultiheadAttention on the fused attention operation, whose projections may be layers of 8 bits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.modules import hook_alike
+from ..common.modules import has_hooks, hook_alike
 from ..dispatch import Reason
 from ..dispatch.calls import decline, take
 from ..ops.attention import ATTENTION
 from ..ops.common.quantized_rows import FLOATS
+from .layer import QuantizedLinear
 
 _WEIGHTS = Reason(
     "need_weights",
@@ -22,13 +25,19 @@ _WEIGHTS = Reason(
 class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention whose scores never are in memory. Same arguments, same state_dict, inference only.
 
-    A call with need_weights=True, the default of torch, gets its weights from torch's own code, which is what ran before;
-    `fp.call_counts()` counts such calls. A row whose keys are all masked gives the bias of out_proj, where torch may give NaN.
+    A call with need_weights=True, the default of torch, computes its weights by plain matrix products; `fp.call_counts()` counts
+    such calls. A row whose keys are all masked gives the bias of out_proj, where torch may give NaN.
+
+    `fp.swap` replaces the projections too, by layers `in_proj` and `out_proj`: in_proj_weight and in_proj_bias are None then, and
+    state_dict has the buffers of `in_proj`. Query, key and value of different tensors are multiplied by their rows of it alone.
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as nn.MultiheadAttention has them. dropout
-            is for a training mode that this module has not.
+            is for a training mode that fused attention has not.
         add_bias_kv, add_zero_attn: refused, a key and value beside those of the input would take a copy of both.
+
+    Attributes:
+        fused: whether the fused operation computes softmax(q k) v; False: torch's scaled_dot_product_attention.
 
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or an option is one that fused attention has not.
@@ -63,22 +72,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         # nn.TransformerEncoderLayer and nn.TransformerEncoder look here before they pass self_attn by and read its weights.
         self._qkv_same_embed_dim = False
+        self.fused = True
+        self._parts: dict[tuple[int, int], tuple[list[Any], QuantizedLinear]] = {}
 
     @classmethod
     def why_not(cls, module: nn.Module) -> Reason | None:
         """None where `from_torch` takes this module, else the reason."""
-        if type(module) is not nn.MultiheadAttention:
+        if not isinstance(module, nn.MultiheadAttention) or type(module) not in (nn.MultiheadAttention, cls):
             return Reason(
                 "subclass", f"it is a {type(module).__name__}, not an nn.MultiheadAttention", "swap it by hand"
             )
-        dtype = module.out_proj.weight.dtype
-        if dtype not in FLOATS:
-            return Reason("dtype", f"its weights are {dtype}", "use float32, float16 or bfloat16")
+        if others := [p.dtype for p in module.parameters() if p.dtype not in FLOATS]:
+            return Reason("dtype", f"its weights are {others[0]}", "use float32, float16 or bfloat16")
         return _extra_keys(module.bias_k is not None, module.add_zero_attn)
 
     @classmethod
-    def from_torch(cls, module: nn.Module) -> MultiheadAttention:
+    def from_torch(cls, module: nn.Module, *, fused: bool = True) -> MultiheadAttention:
         """The same attention on the very parameters and out_proj of `module`, which are shared and not copied.
+
+        Args:
+            fused: the attribute of that name.
 
         Raises:
             ValueError: the module does not fit, and why.
@@ -90,6 +103,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                   vdim=module.vdim, batch_first=module.batch_first, device="meta")  # fmt: skip
         new._parameters.update(module._parameters)
         new._modules.update(module._modules)
+        new.fused = fused
         hook_alike(new, module)
         return new.train(module.training)
 
@@ -119,10 +133,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             the output, in the order of query; the weights or None.
 
         Raises:
-            ValueError, TypeError: a shape, or the dtype of a mask, does not fit the others. RuntimeError: in training with dropout,
-                and in grad mode where an input or a parameter requires grad.
+            ValueError, TypeError: a shape, or the dtype of a mask, does not fit the others. RuntimeError: in training with dropout
+                where it is fused, and in grad mode where an input or a parameter requires grad.
         """
-        if self.training and self.dropout:
+        dropout = self.dropout if self.training else 0.0
+        if dropout and self.fused:
             raise RuntimeError("fp.nn.MultiheadAttention is for inference and has no dropout: call eval() on the model")
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError("fp.nn.MultiheadAttention takes padded tensors with key_padding_mask, and was given nested ones: "
@@ -131,22 +146,32 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 "MultiheadAttention: is_causal=True is a hint about attn_mask, which is missing: pass the mask"
             )
-        if need_weights:
-            decline("MultiheadAttention", _WEIGHTS)
-            return self._with_weights(query, key, value, key_padding_mask, attn_mask, average_attn_weights, is_causal)
         batched = query.dim() == 3
         if not batched:
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         q, k, v = self._heads(query, key, value)
-        causal = is_causal and q.shape[1] == k.shape[1]
+        # torch's function takes a mask or the hint, ours both
+        causal = (
+            is_causal and not need_weights and q.shape[1] == k.shape[1] and (self.fused or key_padding_mask is None)
+        )
         mask = self._mask(q, k, key_padding_mask, None if causal else attn_mask)
-        take("MultiheadAttention")
-        o = ATTENTION(q, k, v, None, causal, None, None, 0.0, mask, None, None, None, None, False).flatten(2)
+        weights = None
+        if need_weights:
+            if self.fused:
+                decline("MultiheadAttention", _WEIGHTS)
+            o, weights = _with_weights(q, k, v, mask, dropout)
+            weights = weights.mean(1) if average_attn_weights else weights
+        elif self.fused:
+            take("MultiheadAttention")
+            o = ATTENTION(q, k, v, None, causal, None, None, 0.0, mask, None, None, None, None, False).flatten(2)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            o = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2).flatten(2)
         if not batched:
-            o = o.squeeze(0)
+            o, weights = o.squeeze(0), None if weights is None else weights.squeeze(0)
         elif not self.batch_first:
             o = o.transpose(0, 1).contiguous()  # as torch returns it
-        return self.out_proj(o), None
+        return self.out_proj(o), weights
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, [N, L or S, H, D]: views of one product where one input stands for several of them."""
@@ -155,21 +180,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 f"MultiheadAttention: query, key and value must all be [N, L, E], [L, N, E] or [L, E], not {shapes}"
             )
-        biases: tuple[Tensor | None, ...]
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        if self.in_proj_weight is None:
+        e = self.embed_dim
+        if self.in_proj_weight is None and "in_proj" not in self._modules:
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             parts = zip((query, key, value), (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), biases)
             q, k, v = (F.linear(*part) for part in parts)
         elif query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            q, k, v = self._rows(query, 0, 3 * e).chunk(3, -1)
         elif key is value:
-            e = self.embed_dim
-            kv_bias = None if self.in_proj_bias is None else self.in_proj_bias[e:]
-            q = F.linear(query, self.in_proj_weight[:e], biases[0])
-            k, v = F.linear(key, self.in_proj_weight[e:], kv_bias).chunk(2, -1)
+            q = self._rows(query, 0, e)
+            k, v = self._rows(key, e, 2 * e).chunk(2, -1)
         else:
-            weights = self.in_proj_weight.chunk(3)
-            q, k, v = (F.linear(*part) for part in zip((query, key, value), weights, biases))
+            q, k, v = (self._rows(x, i * e, e) for i, x in enumerate((query, key, value)))
 
         def heads(x: Tensor) -> Tensor:
             x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -178,6 +200,35 @@ class MultiheadAttention(nn.MultiheadAttention):
             return x if self.batch_first else x.transpose(0, 1)
 
         return heads(q), heads(k), heads(v)
+
+    def _rows(self, x: Tensor, start: int, size: int) -> Tensor:
+        """x multiplied by these rows of the projection's weight, [*, size]."""
+        layer = self._modules.get("in_proj")
+        if layer is None:
+            bias = self.in_proj_bias
+            rows = slice(start, start + size)
+            return F.linear(x, self.in_proj_weight[rows], None if bias is None else bias[rows])
+        if size == 3 * self.embed_dim:
+            return layer(x)
+        # A hook on the layer (calibration's, parity's) has to see each input, whatever that costs.
+        part = None if has_hooks(layer) else self._part(layer, start, size)
+        return layer(x).narrow(-1, start, size) if part is None else part(x)
+
+    def _part(self, layer: nn.Module, start: int, size: int) -> QuantizedLinear | None:
+        """A layer of these outputs alone, kept as long as the whole one's buffers are the same tensors."""
+        if not isinstance(layer, QuantizedLinear) or torch.compiler.is_exporting():
+            return None
+        buffers = list(layer._buffers.values())
+        buffers_then, part = self._parts.get((start, size), ([], None))
+        if len(buffers_then) == len(buffers) and all(a is b for a, b in zip(buffers_then, buffers)):
+            return part
+        if torch.compiler.is_compiling():
+            return None
+        part = layer.outputs(start, size)
+        if part is not None:
+            self._parts[start, size] = buffers, part
+            layer.settle(alone=False)  # what is kept beside the buffers is in the parts
+        return part
 
     def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """One mask of the operation, broadcastable to [N, H, L, S]: bool and True where a key is allowed, or added."""
@@ -206,31 +257,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         ]
         return added[0] + added[1] if len(added) == 2 else added[0]
 
-    def _with_weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What nn.MultiheadAttention does off its fast path."""
-        transposed = self.batch_first and query.dim() == 3
-        if transposed:
-            q = query.transpose(0, 1)
-            k = q if key is query else key.transpose(0, 1)  # one input for several is told by identity
-            query, key, value = q, k, k if value is key else value.transpose(0, 1)
-        o, weights = F.multi_head_attention_forward(
-            query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, None, None, False,
-            self.dropout, self.out_proj.weight, self.out_proj.bias, training=self.training,
-            key_padding_mask=key_padding_mask, need_weights=True, attn_mask=attn_mask,
-            use_separate_proj_weight=self.in_proj_weight is None, q_proj_weight=self.q_proj_weight,
-            k_proj_weight=self.k_proj_weight, v_proj_weight=self.v_proj_weight,
-            average_attn_weights=average_attn_weights, is_causal=is_causal,
-        )  # fmt: skip
-        return (o.transpose(0, 1) if transposed else o), weights
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Refuses the weights of a module that is not swapped, which would leave those of the layer as they are."""
+        layer = self._modules.get("in_proj")
+        if layer is not None and f"{prefix}in_proj_weight" in state_dict:
+            raise RuntimeError(f"load_state_dict: {prefix}in_proj is a {type(layer).__name__} here, and the state dict has "
+                               f"{prefix}in_proj_weight: load it into the original model (fp.restore(model) brings it back) and "
+                               "swap that")  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_parts": {}}
+
+
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+    """(the output [N, L, H * D], the weights [N, H, L, S]), by the products that torch makes where it is asked for weights."""
+    scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(F.softmax(scores, -1), dropout, training=dropout > 0)
+    return (weights @ v.transpose(1, 2)).transpose(1, 2).flatten(2), weights
 
 
 def _extra_keys(add_bias_kv: bool, add_zero_attn: bool) -> Reason | None:

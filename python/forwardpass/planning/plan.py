@@ -26,6 +26,7 @@ from ..swap.kv_cache import decide_kv_cache
 from ..swap.patterns import patterns
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
+from ..swap.projections import Projections
 from ..swap.rules import Context
 from ..swap.swapping import planned
 from ..swap.tensor_parallel import refuse_divided
@@ -152,85 +153,92 @@ def plan(
             "plan measures no layers of keras: choose a precision for them, as fp.swap(model, precision) takes it"
         )
     refuse_divided("plan", model, "plan for the whole model, in one process")
-    leaves = linear_like(model)
-    refuse_swapped(model)
-    refuse_model(model, leaves)
-    leaves += experts_leaves(model)
-    samples = _listed("batches", batches)
-    default = Decoding.default_of(model)
-    timed = _listed("shapes", shapes) if shapes is not None else [default] if default else samples[:1]
-    calibration = [] if calibrate is None else _listed("calibrate", calibrate)
-    tried = _candidates(candidates, calibrate is not None)
-    caches = kv_cache_candidates(kv_cache, criterion, any(isinstance(x, Decoding) for x in timed))
-    context = Context(model, patterns("include", include), patterns("exclude", exclude))
-    attending = decide_attention(context, attention)
-    cached: tuple[str, ...] = ()
-    if caches:
-        everywhere = decide_attention(Context(model, context.include, context.exclude), True)
-        decide_kv_cache(model, everywhere, caches[0])  # refuses
-        cached = tuple(leaf.fqn for leaf in everywhere.swapped)
-    unpads = decide_unpadding(context, leaves, attending, unpad).planned
+    with Projections(model):
+        leaves = linear_like(model)
+        refuse_swapped(model)
+        refuse_model(model, leaves)
+        leaves += experts_leaves(model)
+        samples = _listed("batches", batches)
+        default = Decoding.default_of(model)
+        timed = _listed("shapes", shapes) if shapes is not None else [default] if default else samples[:1]
+        calibration = [] if calibrate is None else _listed("calibrate", calibrate)
+        tried = _candidates(candidates, calibrate is not None)
+        caches = kv_cache_candidates(kv_cache, criterion, any(isinstance(x, Decoding) for x in timed))
+        context = Context(model, patterns("include", include), patterns("exclude", exclude))
+        attending = decide_attention(context, attention)
+        cached: tuple[str, ...] = ()
+        if caches:
+            everywhere = decide_attention(Context(model, context.include, context.exclude), True)
+            decide_kv_cache(model, everywhere, caches[0])  # refuses
+            cached = tuple(leaf.fqn for leaf in everywhere.swapped)
+        unpads = decide_unpadding(context, leaves, attending, unpad).planned
 
-    device = environment.device(device_of(model))
-    identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
-    measurements = Measurements(resume, identity_of_run)
+        device = environment.device(device_of(model))
+        identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
+        measurements = Measurements(resume, identity_of_run)
 
-    subject = Subject(model, criterion, forward, output)
-    workload = Workload(subject, timed)
-    references = subject.reference(samples, progress)
-    calls = workload.calls(leaves)
-    layers = [
-        Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
-            name: Candidate(eligible(leaf, context, p) if calls[leaf.fqn] else _NEVER_CALLED)
-            for name, p in tried.items()
-        })
-        for leaf in leaves
-    ]  # fmt: skip
-    arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
-    measurer = Measurer(subject, tried, arguments, measurements, workload)
-    measurer.time(layers, progress)
-    measurer.local_errors(layers, samples[0], progress)
-    pairs = pairs_of(layers) if target == "latency" else []
-    units = units_of(layers, pairs, time_pairs(pairs, measurer, progress))
-    for layer, saved in ((layer, saved) for unit, saved in units for layer in unit):
-        _refuse_costly(layer, target, saved, workload)
-        _refuse_dominated(layer, target)
-    by_fqn = {leaf.fqn: leaf for leaf in leaves}
+        subject = Subject(model, criterion, forward, output)
+        workload = Workload(subject, timed)
+        references = subject.reference(samples, progress)
+        calls = workload.calls(leaves)
+        layers = [
+            Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
+                name: Candidate(eligible(leaf, context, p) if calls[leaf.fqn] else _NEVER_CALLED)
+                for name, p in tried.items()
+            })
+            for leaf in leaves
+        ]  # fmt: skip
+        arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
+        measurer = Measurer(subject, tried, arguments, measurements, workload)
+        measurer.time(layers, progress)
+        measurer.local_errors(layers, samples[0], progress)
+        pairs = pairs_of(layers) if target == "latency" else []
+        units = units_of(layers, pairs, time_pairs(pairs, measurer, progress))
+        for layer, saved in ((layer, saved) for unit, saved in units for layer in unit):
+            _refuse_costly(layer, target, saved, workload)
+            _refuse_dominated(layer, target)
+        by_fqn = {leaf.fqn: leaf for leaf in leaves}
 
-    def plan_of(names: Mapping[str, str | None]) -> Plan:
-        pairs = [(by_fqn[fqn], tried[name]) for fqn, name in names.items() if name]
-        batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
-        attention_names = [leaf.fqn for leaf in attending.swapped] if pairs else []
-        return planned(model, pairs, attention_names, batches_fingerprint, unpads if pairs else None)
+        def plan_of(names: Mapping[str, str | None]) -> Plan:
+            pairs = [(by_fqn[fqn], tried[name]) for fqn, name in names.items() if name]
+            batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
+            attention_names = [leaf.fqn for leaf in attending.swapped] if pairs else []
+            return planned(model, pairs, attention_names, batches_fingerprint, unpads if pairs else None)
 
-    verifier = Verifier(subject, arguments, samples, references)
-    fastest = {x.leaf.fqn: min(x.open(), key=lambda n: _cost(x.candidates[n], target), default=None) for x in layers}
-    if any(fastest.values()):
-        verifier.run(plan_of(fastest), to_the_end=True)
-    indices, worst = verifier.binding()
-    surroundings = planned(model, [], [leaf.fqn for leaf in attending.swapped], None, unpads)
-    measurer.output_errors(layers, [samples[i] for i in indices], worst, surroundings, progress)
-    options = {
-        layer.leaf.fqn: [
-            (None, Option(_cost(layer, target), 0.0)),
-            *(
-                (name, Option(_cost(c, target), c.output_mean))
-                for name in layer.open()
-                for c in [layer.candidates[name]]
-            ),
+        verifier = Verifier(subject, arguments, samples, references)
+        fastest = {
+            x.leaf.fqn: min(x.open(), key=lambda n: _cost(x.candidates[n], target), default=None) for x in layers
+        }
+        if any(fastest.values()):
+            verifier.run(plan_of(fastest), to_the_end=True)
+        indices, worst = verifier.binding()
+        surroundings = planned(model, [], [leaf.fqn for leaf in attending.swapped], None, unpads)
+        measurer.output_errors(layers, [samples[i] for i in indices], worst, surroundings, progress)
+        options = {
+            layer.leaf.fqn: [
+                (None, Option(_cost(layer, target), 0.0)),
+                *(
+                    (name, Option(_cost(c, target), c.output_mean))
+                    for name in layer.open()
+                    for c in [layer.candidates[name]]
+                ),
+            ]
+            for layer in layers
+        }
+        together = [
+            options_of(unit, options, {n: workload.sum_of(p) for n, p in saved.items()}) for unit, saved in units
         ]
-        for layer in layers
-    }
-    together = [options_of(unit, options, {n: workload.sum_of(p) for n, p in saved.items()}) for unit, saved in units]
-    front = Frontier([[option for _, option in by_names] for by_names in together])
+        front = Frontier([[option for _, option in by_names] for by_names in together])
 
-    def names_of(choice: Choice) -> dict[str, str | None]:
-        names_of_units = (by_names[o][0] for by_names, o in zip(together, choice.options))
-        names = {x.leaf.fqn: name for (unit, _), names in zip(units, names_of_units) for x, name in zip(unit, names)}
-        return {layer.leaf.fqn: names[layer.leaf.fqn] for layer in layers}
+        def names_of(choice: Choice) -> dict[str, str | None]:
+            names_of_units = (by_names[o][0] for by_names, o in zip(together, choice.options))
+            names = {
+                x.leaf.fqn: name for (unit, _), names in zip(units, names_of_units) for x, name in zip(unit, names)
+            }
+            return {layer.leaf.fqn: names[layer.leaf.fqn] for layer in layers}
 
-    as_it_is = Choice((0,) * len(together), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
-    choice, attempts = _search(front, as_it_is, criterion, lambda c: verifier.run(plan_of(names_of(c))), progress)
+        as_it_is = Choice((0,) * len(together), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
+        choice, attempts = _search(front, as_it_is, criterion, lambda c: verifier.run(plan_of(names_of(c))), progress)
     latency, phases = _latency(subject, plan_of(names_of(choice)), arguments, workload, progress)
     slower = target == "latency" and _is_slower(latency, phases)
     if slower:

@@ -1,7 +1,7 @@
-"""Which attention modules of a model are swapped, and how: torch's are replaced, those of transformers are named anew.
+"""Which attention modules of a model are swapped, and how: torch's are told to be fused, those of transformers are named anew.
 
-Attention has no weights of its own in 8 bits: what changes is the code that computes softmax(q k) v. A module of torch gives
-its parameters to its replacement, which shares them; a module of transformers stays, and its config names `huggingface`'s
+Attention has no weights of its own in 8 bits: what changes is the code that computes softmax(q k) v. In the place of a module of
+torch stands one of ours by then (`projections`); a module of transformers stays, and its config names `huggingface`'s
 implementation.
 """
 
@@ -22,7 +22,8 @@ from ..nn import MultiheadAttention
 from ..ops.attention import ATTENTION, faster_than_torch
 from ..ops.common.quantized_rows import FLOATS
 from . import rules
-from .originals import Replaced, is_swapped_attention
+from .originals import is_swapped_attention
+from .projections import why_not_replaced
 from .report import Skipped, SwappedAttention
 from .walker import Leaf, leaves
 
@@ -75,8 +76,7 @@ class AttentionDecision:
 def decide_attention(
     context: rules.Context, attention: str | bool, planned: Collection[str] | None = None
 ) -> AttentionDecision:
-    """`attention` is that of `fp.swap`; `planned`: the names in a plan, which decides itself. `context` is told what is swapped,
-    as the Linear layers within are left to it."""
+    """`attention` is that of `fp.swap`; `planned`: the names in a plan, which decides itself."""
     leaves, swapped, skipped = attention_like(context.model), [], []
     units = holders_of_configs(context.model)
     for leaf in leaves:
@@ -95,7 +95,6 @@ def decide_attention(
     if missing:
         raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
                          f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
-    context.attention.update(id(leaf.module) for leaf in swapped)
     return AttentionDecision(tuple(leaves), tuple(swapped), tuple(skipped))
 
 
@@ -118,11 +117,7 @@ def _why_skip(
     if no_kernel is not None:
         return no_kernel
     if isinstance(module, nn.MultiheadAttention):
-        for rule in (rules.dotted, rules.shared, rules.adapter, rules.tensor_class, rules.offloaded, rules.meta,
-                     rules.hooks, rules.dtype):  # fmt: skip
-            if finding := rule(leaf, context, None):
-                return Reason(rule.__name__, *finding)
-        return MultiheadAttention.why_not(module)
+        return None if isinstance(module, MultiheadAttention) else why_not_replaced(leaf, context)
     return why_not_named(module, units[id(module.config)])
 
 
@@ -208,17 +203,16 @@ _ABSENT = object()
 
 
 class AttentionSwap:
-    """Everything that swapping attention changes in a model, besides the modules that take others' places."""
+    """What swapping attention changes in a model, where ours stand in the places of torch's modules."""
 
     def __init__(self, model: nn.Module, decision: AttentionDecision, named: Iterable[nn.Module] = ()):
         """Builds; changes nothing. named: attention that is not swapped, and whose config names us all the same."""
         leaves, swapped = decision.leaves, decision.swapped
-        self.replaced = tuple(
-            Replaced(x.fqn, x.module, MultiheadAttention.from_torch(x.module))
-            for x in swapped
-            if isinstance(x.module, nn.MultiheadAttention)
-        )
-        self.attributes = [*_names(model, leaves, swapped, named), *_nested_tensors(model, swapped)]
+        fused = [x.module for x in swapped if isinstance(x.module, MultiheadAttention)]
+        self.attributes = [
+            *_names(model, leaves, swapped, named),
+            *(_Attribute(m, "fused", False, True) for m in fused),
+        ]
         self.report = [_entry(x.fqn, x.module) for x in swapped]
 
     def put(self) -> None:
@@ -271,16 +265,6 @@ def _groups(dispatching: list[nn.Module], named: set[int]) -> list[tuple[Any, li
     for module in dispatching:
         groups.setdefault(id(module.config), (module.config, []))[1].append(module)
     return [(config, group) for config, group in groups.values() if any(id(m) in named for m in group)]
-
-
-def _nested_tensors(model: nn.Module, swapped: Iterable[Leaf]) -> Iterable[_Attribute]:
-    """An encoder makes nested tensors of padded ones for the fast path of its layers, which the swapped ones do not take."""
-    ids = {id(x.module) for x in swapped}
-    for module in model.modules():
-        if not (isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)):
-            continue
-        if any(id(getattr(layer, "self_attn", None)) in ids for layer in module.layers):
-            yield _Attribute(module, "use_nested_tensor", True, False)
 
 
 def implementation_before(model: nn.Module) -> str | None:

@@ -172,11 +172,17 @@ class _Filled:
 
     def __init__(self, model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         from .checkpoint import decide_changes, empty_layers
+        from .projections import Projections
 
         self.model = model
         record, shapes = _below(model, record, shapes)
+        projections = Projections(model, on_meta=True)
+        projections.put()
         leaves, layers = empty_layers(model, record, shapes, lambda t: torch.device("meta"), self._fail)
         self.changes = decide_changes(model, leaves, record, self._fail)
+        projections.narrow(leaf.module for leaf in (*leaves, *self.changes[0].swapped))
+        for module in projections.places():  # else transformers initialises in_proj_weight, which is not there
+            vars(module)["_is_hf_initialized"] = True
         self.layers = {leaf.fqn: (leaf, layers[id(leaf.module)]) for leaf in leaves}
         for leaf, layer in self.layers.values():
             leaf.parent._modules[leaf.name] = layer

@@ -38,6 +38,7 @@ from .folder import (
 from .kv_cache import CacheDecision, CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
 from .precision import modules
+from .projections import Projections
 from .rules import Context
 from .siblings import JoinedSwap
 from .stored import checkpoint as stored_checkpoint
@@ -62,6 +63,10 @@ _RECORD = {
 }
 _MODEL = {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None}
 _LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
+
+
+Fail = Callable[[str], ValueError]
+Changes = tuple[AttentionDecision, UnpaddingDecision, CacheDecision]
 
 
 @dataclass(frozen=True)
@@ -353,8 +358,23 @@ def _fill(
     def place(tensor: Tensor) -> torch.device:
         return device if tensor.is_meta else tensor.device
 
+    with Projections(model, on_meta=True) as projections:
+        _fill_layers(model, record, shapes, read, place, projections, fail)
+        projections.stays = True
+
+
+def _fill_layers(
+    model: nn.Module,
+    record: dict[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    place: Callable[[Tensor], torch.device],
+    projections: Projections,
+    fail: Fail,
+) -> None:
     layers, replacements = empty_layers(model, record, shapes, place, fail)
     changes = decide_changes(model, layers, record, fail)
+    projections.narrow(leaf.module for leaf in (*layers, *changes[0].swapped))
     slots = dict(_slots(model, replacements))
     aliases = record["aliases"]
     if unknown := [name for name in (*aliases, *aliases.values()) if name not in slots]:
@@ -400,10 +420,6 @@ def _fill(
     methods.put(model)
 
 
-Fail = Callable[[str], ValueError]
-Changes = tuple[AttentionDecision, UnpaddingDecision, CacheDecision]
-
-
 def empty_layers(
     model: nn.Module,
     record: Mapping[str, Any],
@@ -445,11 +461,9 @@ def decide_changes(model: nn.Module, layers: list[Leaf], record: Mapping[str, An
 
 
 def put_changes(model: nn.Module, changes: Changes) -> None:
-    """Attention, unpadding and caches, after layers: modules of torch share the parameters that are there now."""
+    """Attention, unpadding and caches, after layers."""
     attention, unpadding, caches = changes
-    change = AttentionSwap(model, attention, unpadding.named)
-    originals.put_in_place(model, change.replaced)
-    change.put()
+    AttentionSwap(model, attention, unpadding.named).put()
     UnpaddingSwap(unpadding).put()
     CacheSwap(caches).put()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..common.files import beside, write_json
 from ..common.modules import plain_module
 from ..dispatch import Unsupported
-from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, QuantizedModule, W8A16Linear
+from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, MultiheadAttention, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
 from . import card, model_config, originals
@@ -64,6 +64,7 @@ def export_pretrained(
         raise ValueError(
             "export_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap first"
         )
+    _refuse_projections(model, layers)
     layers = _folded(model, layers)
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
     folder = check_folder(folder, model_config.sources(model), overwrite)
@@ -89,6 +90,15 @@ def _card(model: nn.Module, layers: Mapping[str, QuantizedModule], stored_bytes:
     code = 'import forwardpass as fp\nmodel = fp.load_pretrained(".")'
     tags = ("compressed-tensors",)
     return card.compose(model, layers, stored_bytes, loading, code, library="transformers", tags=tags)
+
+
+def _refuse_projections(model: nn.Module, layers: Iterable[str]) -> None:
+    """Unsupported where others would look for in_proj_weight, and for an out_proj that is a float's."""
+    for fqn in layers:
+        parent = fqn.rpartition(".")[0]
+        if isinstance(model.get_submodule(parent), MultiheadAttention):
+            raise Unsupported(f"{fqn} is a projection of an nn.MultiheadAttention, which others hold in in_proj_weight and read "
+                              f"as floats: swap with exclude={parent!r}, or use fp.save_pretrained", {})  # fmt: skip
 
 
 def _folded(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> dict[str, QuantizedModule]:

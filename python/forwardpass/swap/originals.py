@@ -44,24 +44,16 @@ class Change(Protocol):
     def undo(self) -> None: ...
 
 
-class Attention(Change, Protocol):
-    """Modules whose attention was swapped, and what else that changed."""
-
-    @property
-    def replaced(self) -> tuple[Replaced, ...]: ...
-
-
 @dataclass(eq=False)
 class Originals:
     """What one swap replaced; `restorable` is False where the originals were freed (then `layers` is empty)."""
 
     layers: tuple[Replaced, ...]
     restorable: bool
-    attention: Attention
-    changes: tuple[Change, ...]  #: others, made after attention's
+    changes: tuple[Change, ...]
     #: activations that layers compute now, with nn.Identity in their places, and norms that quantise for an MLP
     around: tuple[Replaced, ...] = ()
-    before: Change | None = None  #: what has to be there for the layers to be found
+    before: tuple[Change, ...] = ()  #: what has to be there for the layers to be found
     #: that of a swap before this one, which left alone what this one replaced
     earlier: Originals | None = None
     report: Any = None  #: the Report of the swap
@@ -75,23 +67,21 @@ class Originals:
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
-        return (*self.layers, *self.around, *self.attention.replaced)
+        return (*self.layers, *self.around)
 
     def put(self, model: nn.Module) -> None:
         """Replacements into the places of originals, all or none."""
-        if self.before is not None:
-            self.before.put()
+        for change in self.before:
+            change.put()
         put_in_place(model, self.replaced)
-        for change in (self.attention, *self.changes):
+        for change in self.changes:
             change.put()
         methods.put(model)
 
     def undo(self, model: nn.Module) -> None:
         exchange(model, [(x.fqn, x.replacement, x.original) for x in self.replaced])
-        for change in (*reversed(self.changes), self.attention):
+        for change in (*reversed(self.changes), *reversed(self.before)):
             change.undo()
-        if self.before is not None:
-            self.before.undo()
         methods.take_away(model)
         methods.put(model)  # what an earlier swap replaced is still there
 
@@ -281,7 +271,9 @@ def swapped_attention(model: nn.Module) -> list[str]:
 
 
 def is_swapped_attention(module: nn.Module) -> bool:
-    return isinstance(module, MultiheadAttention) or getattr(vars(module).get(PLACE), "fused", False)
+    if isinstance(module, MultiheadAttention):
+        return module.fused
+    return getattr(vars(module).get(PLACE), "fused", False)
 
 
 def _why_nothing(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from ..common.files import read_json, write_json
 from ..common.text import count, table, together
 from ..integrations.kv_scales import KV_CACHES
+from ..nn import MultiheadAttention
 from .evidence import check, describe
 from .precision import find_precision
 from .walker import Leaf
@@ -171,8 +172,11 @@ class Plan:
 
 
 def layers_of(leaves: Iterable[Leaf]) -> str:
-    """Says of which Linear-like layers a model consists, planned or not: a plan may leave all of them as they are."""
-    shapes = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in leaves)
+    """Says of which Linear-like layers a model consists, planned or not: a plan may leave all of them as they are.
+
+    Without the in_proj of attention, which is a layer while the model is looked at alone: older plans do not know it."""
+    modules = (leaf for leaf in leaves if not isinstance(leaf.parent, MultiheadAttention) or leaf.name != "in_proj")
+    shapes = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in modules)
     return f"{len(shapes)} Linear layers, sha256:{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}"
 
 

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from ..common.environment import cpu_tier, int8_instructions
 from ..common.modules import accelerate_hooks, forward_replaced, has_hooks, is_compressed, moves_nothing_but_inputs
 from ..dispatch import Reason, gpu_takes, operations
-from ..nn import Experts, Int8Linear
+from ..nn import Experts, Int8Linear, MultiheadAttention
 from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
@@ -82,8 +82,6 @@ class Context:
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
     by_hand: tuple[Pattern, ...] = ()  #: that say which precision a layer gets
-    #: modules whose attention is swapped, by id
-    attention: set[int] = field(default_factory=set)
     memory: dict[int, list[Memory]] = field(init=False)
     output_layers: set[int] = field(init=False)
 
@@ -298,20 +296,23 @@ def ties(leaf: Leaf, context: Context) -> Iterator[tuple[str, Memory]]:
 
 def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     leaf = leaf.outermost  # an adapter has its layer's weight as its own
-    source = _forward_source(type(leaf.parent).forward)
-    if not re.search(rf"\bself\.{re.escape(leaf.name)}\.(weight|bias)\b", source):
+    parent = leaf.parent
+    if isinstance(parent, MultiheadAttention):  # which calls its projections
+        return None
+    source = _forward_source(type(parent).forward)
+    # A class that derives from torch's may call its forward, whatever its own reads.
+    of_torch = isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention)
+    if not (of_torch or re.search(rf"\bself\.{re.escape(leaf.name)}\.(weight|bias)\b", source)):
         return None
     makes_way = f"self.{leaf.name}.weight.dtype != torch.int8" in source  # T5 and its kin convert their input else
     if makes_way and precision.module.weight_dtype is torch.int8:
         return None
     fix = "have it call the layer instead"
-    if isinstance(leaf.parent, nn.TransformerEncoderLayer):  # in its fast path
-        if not torch.backends.mha.get_fastpath_enabled() or id(leaf.parent.self_attn) in context.attention:
+    if isinstance(parent, nn.TransformerEncoderLayer):  # in its fast path, which is off where its attention is ours
+        if not torch.backends.mha.get_fastpath_enabled() or isinstance(parent.self_attn, MultiheadAttention):
             return None
-        fix = (
-            "swap its attention too, with attention=True, or call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-    return f"the forward of {type(leaf.parent).__name__} reads its weight or bias itself", fix
+        fix = "make its self_attn a plain nn.MultiheadAttention, or call torch.backends.mha.set_fastpath_enabled(False) first"
+    return f"the forward of {type(parent).__name__} reads its weight or bias itself", fix
 
 
 @lru_cache(maxsize=256)

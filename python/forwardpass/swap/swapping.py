@@ -27,6 +27,7 @@ from .kv_cache import CacheSwap, check_kv_cache
 from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
+from .projections import Projections
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
@@ -75,10 +76,10 @@ def swap(
             calibrated takes the same batches again as calibrate=.
         attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's: with AVX2, in
             models of transformers with head dims that are multiples of 16, in float32 up to 128 and in encoders alone, in
-            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. `nn.MultiheadAttention`
-            is replaced by `fp.nn.MultiheadAttention`; models of transformers run theirs through the AttentionInterface,
-            where their configs name it; both keep their weights as they are. Attention that is called by name elsewhere
-            takes `with fp.sdpa():`. A plan decides itself.
+            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. In the place of
+            `nn.MultiheadAttention` stands `fp.nn.MultiheadAttention`, whose projections are layers like others, in_proj and
+            out_proj; models of transformers run theirs through the AttentionInterface, where their configs name it. Attention
+            that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
         unpad: text encoders of transformers (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ModernBERT, DeBERTa) run batches of
             texts that differ in length without the rows of padding, at which last_hidden_state is then zero; at tokens it is
             what it is with them, but for the order of sums. Compiled, exported and captured models, and calls that ask for
@@ -128,7 +129,7 @@ def swap(
     presets = None if precision is None else Presets(precision)
     _refuse_divided(model, calibrate is not None, keep)
     refuse_inference_mode(model)
-    with KerasLinears(model) as keras:
+    with KerasLinears(model) as keras, Projections(model) as projections:
         keep = keras.where_kept(keep)
         context = Context(
             model, patterns("include", include), patterns("exclude", exclude), presets.patterns if presets else ()
@@ -148,7 +149,8 @@ def swap(
         )
         if again and not (decision.swapped or decision.attention.swapped):
             refuse_swapped(model, ", and nothing else that would be swapped")
-        decision = replace(decision, skipped=(*decision.skipped, *keras.skipped(context.exclude)))
+        others = (*keras.skipped(context.exclude), *projections.skipped(context))
+        decision = replace(decision, skipped=(*decision.skipped, *others))
         if strict:
             refuse_skips(decision.skipped)
         notes = _warnings(decision, model.training and not keras.is_all)
@@ -166,7 +168,7 @@ def swap(
                 raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
                                  "pass the same ones, or plan again")  # fmt: skip
         calibration = fingerprint.value if arguments else None
-        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, keras)
+        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras)
 
 
 def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> None:
@@ -210,10 +212,11 @@ def swap_planned(
     """`swap(model, plan=plan)` where the calibration is done: `arguments` has, for each calibrated layer, those of its
     module's `from_torch`. Without the warnings.
     """
-    layers = [*linear_like(model), *experts_leaves(model)]
-    decision = decide(Context(model), layers, None, plan, calibrated=plan.calibrated)
-    arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf in decision.calibrated}
-    return _carry_out(decision, [], arguments, plan.calibration, keep, dry_run=False)
+    with Projections(model) as projections:
+        layers = [*linear_like(model), *experts_leaves(model)]
+        decision = decide(Context(model), layers, None, plan, calibrated=plan.calibrated)
+        arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf in decision.calibrated}
+        return _carry_out(decision, [], arguments, plan.calibration, keep, False, projections)
 
 
 def _carry_out(
@@ -223,6 +226,7 @@ def _carry_out(
     calibration: str | None,
     keep: str | bool,
     dry_run: bool,
+    projections: Projections,
     keras: KerasLinears | None = None,
 ) -> Report:
     """Builds the replacements, gives the warnings, and puts the replacements in place."""
@@ -267,6 +271,7 @@ def _carry_out(
         replacements.clear()
         layers, around = joined.build()
         changes = (
+            change,
             UnpaddingSwap(decision.unpadding),
             CacheSwap(decision.kv_cache),
             joined,
@@ -274,10 +279,12 @@ def _carry_out(
         )
         if keras is not None:
             keras.narrow(leaf.module for leaf, _ in swapped)
-        changed = originals.Originals(layers, True, change, changes, around, keras, originals.find(model))
+        projections.narrow(leaf.module for leaf in (*(leaf for leaf, _ in swapped), *decision.attention.swapped))
+        before = (projections,) if keras is None else (keras, projections)
+        changed = originals.Originals(layers, True, changes, around, before, originals.find(model))
         report.attach(model, _install(model, changed, keep))
-        if keras is not None:
-            keras.stays = True
+        for x in before:
+            x.stays = True
     return report
 
 
@@ -381,9 +388,7 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
 def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -> originals.Originals:
     """The only step that changes the model: all replacements, or none."""
     changed.put(model)
-    swapped = (
-        changed if keep else originals.Originals((), False, changed.attention, changed.changes, earlier=changed.earlier)
-    )
+    swapped = changed if keep else originals.Originals((), False, changed.changes, earlier=changed.earlier)
     try:
         originals.remember(model, swapped)
         originals.Moved(

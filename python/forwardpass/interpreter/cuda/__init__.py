@@ -32,6 +32,7 @@ def present(device: Device) -> None:
             f"this machine has a GPU, {torch.cuda.get_device_name()}, and cuda means that one: hide it with "
             "CUDA_VISIBLE_DEVICES= to have the interpreted one"
         )
+    device.memory = "cuda"
     install_process(device)
     tensors.install()
     torch_cuda.install(device)
@@ -43,5 +44,4 @@ def present(device: Device) -> None:
         triton.testing.do_bench = triton.testing.do_bench_cudagraph = benchmark.do_bench(device)
         benchmark.refuse_proton()
         cublas.install()
-    device.memory = "cuda"
     _presented = device

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ... import dispatch
 from .. import core
 from ..capture import Capture
+from ..device import Device
 from ..storage import on_host
 from .benchmark import Benchmark
 
@@ -121,10 +123,12 @@ class _Operator:
 
     def __init__(self, op: torch._ops.OpOverload):
         schema = op._schema
+        #: whose CUDA kernel it is, of this package: it is launched, and not done by the CPU
+        self.operation = next((o for o in dispatch.operations.values() if o.runs.get("cuda") is op), None)
         self.name = schema.name
         qualified = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
         self.metadata = qualified in METADATA or (schema.name in METADATA and not schema.overload_name)
-        self.mixed = schema.name in MIXED
+        self.mixed = schema.name in MIXED or self.operation is not None  # in guard mode copies come
         self.in_float = schema.name.rstrip("_") in IN_FLOAT
         self.numbers_in_float = schema.name.rstrip("_") in NUMBERS_IN_FLOAT
         self.statistics = schema.name in STATISTICS
@@ -166,6 +170,10 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunction():
         if Capture.running:
             return _captured(op, args, kwargs, Capture.running)
+        if known.operation is not None:
+            device = dispatch.interpreter()
+            assert isinstance(device, Device)
+            return device.call(known.operation, lambda *args: _Call(op, in_float=False).run(args, {}), args)
         if Benchmark.running:
             with contextlib.suppress(NotImplementedError, RuntimeError):  # shapes that depend on values
                 shapes = _Shapes(op, args, kwargs)
@@ -447,7 +455,10 @@ _libraries: list[torch.library.Library] = []
 
 
 def install() -> None:
-    """Gives the CUDA dispatch key to the interpreted GPU, for the rest of the process."""
+    """Gives the CUDA dispatch key to the interpreted GPU, for the rest of the process.
+
+    This package's CUDA kernels too: on the CPU's views of the device's memory their operators are those of `fp.interpret`.
+    """
     if _libraries:
         return
     _set_device_guard()
@@ -474,12 +485,15 @@ def install() -> None:
         if namespace == "aten":
             packet, _, overload = name.partition(".")
             implementations.setdefault(name, _on_cpu(getattr(getattr(aten, packet), overload or "default")))
-    some = torch.library.Library("aten", "IMPL", "CUDA")
+    aten_kernels, our_kernels = (torch.library.Library(name, "IMPL", "CUDA") for name in ("aten", "forwardpass"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are overridden
         for name, implementation in implementations.items():
-            some.impl(name, implementation)
-    _libraries.extend((every, some))
+            aten_kernels.impl(name, implementation)
+        for operation in dispatch.operations.values():
+            if kernel := operation.runs.get("cuda"):
+                our_kernels.impl(f"{operation.name}_cuda", _on_cpu(kernel))  # type: ignore[arg-type]
+    _libraries.extend((every, aten_kernels, our_kernels))
     torch._tensor_str._tensor_str = _print
 
 

@@ -25,6 +25,7 @@ from ...nn.experts import experts_sizes, is_experts
 from .. import methods, model_config, originals
 from ..attention import AttentionSwap, decide_attention
 from ..auto_model import reading_quantizer
+from ..projections import Projections
 from ..rules import Context
 from ..siblings import JoinedSwap
 from ..tensor_files import TensorFiles
@@ -253,9 +254,11 @@ def _finish(model: nn.Module) -> nn.Module:
     layers.clear()
     in_place = [x for part in joined.build() for x in part]
     originals.put_in_place(model, in_place)
-    change = AttentionSwap(model, decide_attention(Context(model), "auto"), ())
-    originals.put_in_place(model, change.replaced)
-    change.put()
+    projections = Projections(model)
+    projections.put()
+    attention = decide_attention(Context(model), "auto")
+    projections.narrow(leaf.module for leaf in attention.swapped)
+    AttentionSwap(model, attention, ()).put()
     joined.put()
     methods.put(model)
     return model
