@@ -1,5 +1,5 @@
-"""Lengths, paddings and pages that are out of range, which only the device knows: the rows that they touch are NaN on every backend,
-all others are what they would be without, and nothing outside of the cache is read or written."""
+"""Lengths, paddings and pages that are out of range, which only the device knows: on every backend the rows that they touch are
+NaN, all others are what they would be without, and nothing outside of the cache is read or written."""
 
 import contextlib
 import dataclasses

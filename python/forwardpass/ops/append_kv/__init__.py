@@ -57,7 +57,7 @@ def append_kv(
             k, before the rotation, as Qwen3 has it: x / sqrt(mean(x^2) + norm_eps) * weight, in float32. Gemma's is 1 + weight.
 
     Returns:
-        q, normed and rotated, of its dtype, contiguous [B, S, H, D], padding too, NaN for tokens that have no place; None without q.
+        q, normed and rotated, of its dtype, contiguous [B, S, H, D], padding too; NaN for tokens without a place. None without q.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.

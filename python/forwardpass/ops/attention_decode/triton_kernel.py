@@ -110,8 +110,8 @@ def decode_kernel(
     leftpad_ptr, is_padded, chunk, most, splits, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGED: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """rows: of a sequence; group: query heads of a head of the cache; room: keys that a sequence can have. A sequence has up to `most`
-    ranges, of at least `chunk` keys."""
+    """rows: of a sequence; group: query heads of a head of the cache; room: keys that a sequence can have. A sequence has up to
+    `most` ranges, of at least `chunk` keys."""
     dtype: tl.constexpr = q.dtype.element_ty
     head, tile, batch = (
         tl.program_id(0) % kv_heads,

@@ -142,8 +142,8 @@ def check_apart(op: str, name: str, k: Tensor | None, v: Tensor | None) -> None:
 def check_lengths(
     op: str, k_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, first: Tensor | None = None
 ) -> None:
-    """Under FORWARDPASS_DEBUG, whether lengths are within the cache and pages in use exist. Without it rows are NaN instead, on every
-    backend alike: on a GPU a look would wait for it.
+    """Under FORWARDPASS_DEBUG, whether lengths are within the cache and pages in use exist. Without it rows are NaN instead, on
+    every backend: to look would be to wait for a GPU.
 
     first [B]: of each sequence the first key that is read or written; without it 0.
     """
