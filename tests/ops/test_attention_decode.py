@@ -124,6 +124,20 @@ def test_cuda(case, arch, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.parametrize(
+    ("backend", "arch"), [("cuda", "sm_80"), ("cuda", "sm_90a"), ("triton", "sm_80"), ("triton", "sm_90a")], ids=str
+)
+def test_softcap_of_large_scores(backend, arch):
+    """Beyond a cap of 50 all keys weigh alike, but for what tanh is off by, whose exponential that is."""
+    args = list(cases.Case((300,), 2, 64, (4, 2), torch.float16, page=None, softcap=50.0).arguments())
+    g = torch.Generator().manual_seed(1)
+    args[0], args[1] = args[0].abs() * 8, (args[1].abs() + torch.rand(args[1].shape, generator=g)).to(torch.float16)
+    exact = reference.attention_decode(args[0].double(), *args[1:])
+    with fp.interpret(arch), fp.use_backend(backend):
+        error = (OPERATION(*args).double() - exact).abs().max()
+    assert error <= 2 * cases.ULP[torch.float16] * exact.abs().max()
+
+
 def test_bits_repeat(backend):
     case = cases.Case((1300, 0, 5), 2, 64, (6, 2), cache=torch.int8)
     args = case.arguments()

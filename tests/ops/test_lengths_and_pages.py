@@ -236,7 +236,11 @@ def test_whatever_the_seed(backend):
     wrong = Wrong("", SECOND, pages=((1, 7, -1),))
     args = wrong.case(0).arguments()
     for seed in range(4):
-        with fp.use_backend(backend), poisoned_outputs(), fp.interpret("sm_90a", seed=seed, guard=True, multiprocessors=4):
+        with (
+            fp.use_backend(backend),
+            poisoned_outputs(),
+            fp.interpret("sm_90a", seed=seed, guard=True, multiprocessors=4),
+        ):
             got = ATTENTION_DECODE(*wrong.apply(args))
         assert torch.equal(got.isnan().any((-1, -2)), lost_rows(wrong))
         assert torch.equal(got.isnan().all((-1, -2)), lost_rows(wrong))

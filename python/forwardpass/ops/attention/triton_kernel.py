@@ -134,7 +134,7 @@ def reciprocal(x):
 
 @triton.jit
 def capped(s, softcap, limit):
-    """limit * tanh(s / softcap); tanh(x) is 1 - 2 / (1 + exp(2 x)). tanh.approx.f32 takes half as many of the instructions that bound
+    """limit * tanh(s / softcap); tanh(x) is 1 - 2 / (1 + exp(2 x)). tanh.approx.f32 takes half of the instructions that bound
     softmax, but it is only within 2^-11: log-sum-exps of scores near a softcap of 50 were off by 1.8e-2."""
     return limit - 2 * limit * reciprocal(1 + tl.exp2(s * (2 * LOG2_E / softcap)))
 
