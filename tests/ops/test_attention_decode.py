@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -186,23 +187,60 @@ def test_a_batch_invariant_row_is_that_of_its_own(backend, page):
         assert_equal(run(alone(args, b), backend), together[b : b + 1])
 
 
-def test_a_batch_invariant_row_of_triton_is_that_of_its_own():
-    case = cases.Case((1100, 3), 1, 64, (4, 2), page=None, batch_invariant=True)
-    args = case.arguments()
-    with fp.interpret("sm_80", approximate=False), fp.use_backend("triton"):
-        together = OPERATION(*args)
-        for b in range(2):
-            assert_equal(OPERATION(*alone(args, b)), together[b : b + 1])
+ON_GPUS = [("cuda", "sm_80"), ("cuda", "sm_90a"), ("triton", "sm_80"), ("triton", "sm_90a")]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_a_batch_invariant_row_of_a_gpu_is_that_of_its_own(arch):
-    """Also where a batch has more rows than the second kernel gives a block each."""
-    args = cases.Case((4200, 3, 600), 2, 64, (4, 2), page=None, batch_invariant=True).arguments()
-    with fp.interpret(arch, approximate=False, multiprocessors=2), fp.use_backend("cuda"):
-        together = OPERATION(*args)
-        for b in range(3):
-            assert_equal(OPERATION(*alone(args, b)), together[b : b + 1])
+def widened(args, columns):
+    """With a table of so many columns more, none of which is read."""
+    table = torch.nn.functional.pad(args[4], (0, columns), value=-1)
+    return (*args[:4], table, *args[5:])
+
+
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize(("backend", "arch"), ON_GPUS, ids=str)
+def test_a_batch_invariant_row_of_a_gpu_is_that_of_its_own(backend, arch, page, monkeypatch):
+    """In a cache of any size: sequences of one part, of parts of the least size, and of larger ones. Also where a batch has more
+    rows than the second kernel gives a block each."""
+    triton_kernel = pytest.importorskip("forwardpass.ops.attention_decode.triton_kernel")
+    machine_of = triton_kernel.machine_of
+    for processors in (4, 12):
+        # which is the interpreter's, whatever it is told
+        machine = functools.partial(
+            lambda n, device: dataclasses.replace(machine_of(device), multiprocessors=n), processors
+        )
+        monkeypatch.setattr(triton_kernel, "machine_of", machine)
+        case = cases.Case((4300, 3, 2200, 600), 2, 64, (4, 2), torch.float16, page=page, batch_invariant=True)
+        args = case.arguments()
+        with fp.interpret(arch, approximate=False, multiprocessors=processors), fp.use_backend(backend):
+            together = OPERATION(*args)
+            for b, length in enumerate(case.lengths):
+                own = alone(args, b)
+                if page is None:
+                    own = (own[0], *(x[:, :length] for x in own[1:3]), *own[3:])
+                    assert_equal(OPERATION(*own), together[b : b + 1])
+                else:
+                    for columns in (0, 900):
+                        assert_equal(OPERATION(*widened(own, columns)), together[b : b + 1])
+        cases.assert_matches(together, args)
+
+
+def allocated(function):
+    """The bytes of the largest allocation that function() makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    results = profile.profiler.kineto_results  # events() sums up what is allocated and freed within an operation
+    return max(e.nbytes() for e in results.events() if e.name() == "[memory]")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_workspace_follows_from_the_machine(backend):
+    """Not from what a table has room for: parts of a fixed size took 273 MB for 64 sequences, 8 heads, 128k keys."""
+    args = cases.Case((300, 17), 1, 64, (4, 2), torch.float16, batch_invariant=True).arguments()
+    wide = [widened(args, columns) for columns in (2**8, 2**14, 2**17)]
+    with fp.interpret("sm_90a") as device, fp.use_backend(backend):
+        sizes = [allocated(lambda call=call: OPERATION(*call)) for call in wide]
+    results, floats = 2 * 4, 64 + 2  # of sequences and heads, and what a part of each leaves
+    assert sizes[0] <= sizes[1] == sizes[2] <= 4 * results * floats * 132, device
 
 
 @pytest.mark.parametrize("window", [None, 20])
