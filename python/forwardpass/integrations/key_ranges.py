@@ -57,8 +57,8 @@ def of_step(
         keys, offset: how many keys attention will get, and the place of the first of them.
         before: a number, or where the cache is static a tensor on the device.
         window: as `reach` gives it.
-        padding: bool [B, tokens], False at padding; tokens behind its end are padding too. It is looked at, for which a GPU is waited
-            for, as transformers does too.
+        padding: bool [B, tokens], False at padding; tokens behind its end are padding too. It is looked at: a GPU is waited for, as
+            transformers does too.
     """
     started = isinstance(before, Tensor) or before > 0
     if window is None or not started or rows > MOST_ROWS or (rows > 1 and window < keys):
