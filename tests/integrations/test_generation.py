@@ -124,7 +124,9 @@ def test_an_attention_mask_that_is_shorter_than_the_cache(tokens, cache, steps):
         if cache == "static":
             kept = static_cache(m, "llama", 16)
         else:
-            kept = m(input_ids=ids, cache=fp.KVCache(m.config, cache) if m is swapped and cache != "dynamic" else None).cache
+            kept = m(
+                input_ids=ids, cache=fp.KVCache(m.config, cache) if m is swapped and cache != "dynamic" else None
+            ).cache
         both.append(m(input_ids=ids[:, :1], attention_mask=mask, cache=kept).logits)
     bound = {"rtol": 0.05, "atol": 0.05} if cache == "int8" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(both[1], both[0], **bound)
@@ -514,7 +516,9 @@ def test_a_static_cache_that_is_full():
     for _ in range(2):
         model(input_ids=step, cache=cache)
     keys = cache.layers[0].keys.clone()
-    with pytest.raises(ValueError, match="room for 12 tokens, 12 are in it, and 1 more were given: make it with a larger max"):
+    with pytest.raises(
+        ValueError, match="room for 12 tokens, 12 are in it, and 1 more were given: make it with a larger max"
+    ):
         model(input_ids=step, cache=cache)
     assert torch.equal(cache.layers[0].keys, keys)
     assert cache.get_seq_length() == 12
