@@ -116,22 +116,19 @@ void append(const AppendKvParams& p, int64_t begin, int64_t end) {
                                  if (weight.data) norm<V>(weight, p.eps, c.head_dim, b);
                                  if (p.rotated) rotate<V>(p.rotated, b);
                                };
+      const AppendKvParams::Place to = p.place(static_cast<int32_t>(batch), static_cast<int32_t>(token));
       for (int64_t head = 0; head < p.q_heads; ++head) {
         prepare(p.q, head, p.q_norm);
+        if (to.is_lost) std::fill_n(b.row, c.head_dim, NAN);
         char* out = static_cast<char*>(p.q_out) + (i * p.q_heads + head) * c.head_dim * size_of(p.dtype);
         from_floats<V>(b.row, p.dtype, c.head_dim, out);
       }
-      int64_t position = c.seq_lens[batch] - p.tokens + token, first = batch;
-      if (position < 0) continue;
-      if (c.block_table) {
-        first = c.block_table[batch * c.table_stride + position / c.page];
-        position %= c.page;
-      }
+      if (to.first < 0) continue;
       for (int64_t head = 0; head < c.heads; ++head) {
         prepare(p.k, head, p.k_norm);
-        write<V>(p, b.row, c.k, c.k_scale, first, position, head);
+        write<V>(p, b.row, c.k, c.k_scale, to.first, to.row, head);
         to_floats<V>(element(p.v, batch, token, head, p.dtype), p.dtype, c.head_dim, b.row);
-        write<V>(p, b.row, c.v, c.v_scale, first, position, head);
+        write<V>(p, b.row, c.v, c.v_scale, to.first, to.row, head);
       }
     }
   });

@@ -39,9 +39,39 @@ constexpr int64_t kLeastWork = 1 << 16;  // of a thread, in products of q and k
 constexpr int64_t kTogether = 512;
 
 // Keys of one sequence, from the first that any of its rows sees; and what comes before them: parts, keys of all heads.
+// lost: a bit for each row that is NaN, whose keys are not read.
 struct Sequence {
   int64_t begin, end, splits, first_item, first_key;
+  uint32_t lost;
 };
+
+// Whether the table names a page for each key from begin to end.
+bool has_pages(const KvCache& c, int64_t batch, int64_t begin, int64_t end) {
+  if (!c.block_table) return true;
+  for (int64_t key = begin; key < end; key += c.page - key % c.page)
+    if (c.first_of(static_cast<int32_t>(batch), static_cast<int32_t>(key)) < 0) return false;
+  return true;
+}
+
+// Its begin, end and lost. A page is longer than rows are apart, so that no page is missing between those of rows that
+// are not lost.
+Sequence find_keys(const AttentionDecodeParams& p, int64_t batch) {
+  Sequence s{};
+  if (!p.in_range(batch)) return s.lost = ~0u, s;
+  const int64_t length = p.cache.seq_lens[batch], first = std::min<int64_t>(p.first_key(batch), length);
+  s.begin = first, s.end = length;
+  if (has_pages(p.cache, batch, first, length)) return s;
+  s.begin = s.end = first;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t end = length - p.rows + i + 1, begin = std::max(first, end - 1 - p.left);
+    if (begin >= end) continue;
+    if (!has_pages(p.cache, batch, begin, end))
+      s.lost |= 1u << i;
+    else
+      s.begin = s.begin == s.end ? begin : s.begin, s.end = end;
+  }
+  return s;
+}
 
 // n floats, n a multiple of the lanes, to elements of words; what these have to be multiplied by. Integers are at most
 // `most`; of an infinity or a NaN it is NaN.
@@ -141,10 +171,11 @@ class Worker {
     return together ? std::clamp<int64_t>(kTogether / c.head_dim, 1, c.heads) : 1;
   }
 
-  // Fills in the sums of the rows of `heads` heads, a head's after the other's from `sums` on, of keys of a sequence
-  // that is `length` long. What follows is prefetched.
-  void run(const Keys& keys, int64_t heads, int64_t length, float* sums, const Keys& following) {
+  // Fills in the sums of the rows of `heads` heads, a head's after the other's from `sums` on, of keys of a sequence.
+  // What follows is prefetched.
+  void run(const Keys& keys, int64_t heads, float* sums, const Keys& following) {
     const auto& [first_head, begin, end] = keys;
+    const int64_t length = p_.cache.seq_lens[first_head.batch];
     const int64_t stride = Sums::floats(rows_, p_.cache.head_dim);
     const int64_t size = size_of(p_.cache.dtype), k_bytes = p_.cache.k.head * size, v_bytes = p_.cache.v.head * size;
     for (int64_t h = 0; h < heads; ++h) {
@@ -270,8 +301,8 @@ float sink_of(const AttentionDecodeParams& p, int64_t h) {
   return sink * kLog2e;
 }
 
-// The head's rows of the output from `count` partial sums, `stride` floats apart, which it changes.
-void finish(const Head& head, float* partial, int64_t count, int64_t stride) {
+// The head's rows of the output from `count` partial sums, `stride` floats apart, which it changes. lost: as Sequence's.
+void finish(const Head& head, uint32_t lost, float* partial, int64_t count, int64_t stride) {
   const AttentionDecodeParams& p = head.p;
   const int64_t columns = p.cache.head_dim, group = head.rows() / p.rows, values = round_up(columns, kColumnStep);
   const auto sums = [&](int64_t s) { return Sums(partial + s * stride, head.rows(), columns); };
@@ -287,7 +318,7 @@ void finish(const Head& head, float* partial, int64_t count, int64_t stride) {
       factor = std::exp2(factor - subtrahend);
       total += factor * sums(s).totals[row];
     }
-    const float inverse = total == 0 ? 0 : 1 / total;  // a row without keys is 0
+    const float inverse = lost >> i & 1 ? NAN : total == 0 ? 0 : 1 / total;  // a row without keys is 0
     char* out = static_cast<char*>(p.out) + ((head.batch * p.rows + i) * p.heads + h) * columns * size_of(p.dtype);
     with_vectors(VECTOR_CODE {
       with_float_dtype(p.dtype, [&](auto dtype) __attribute__((always_inline)) {
@@ -313,11 +344,11 @@ struct Ranges {
 
   explicit Ranges(const AttentionDecodeParams& p) : p(p), heads(p.cache.heads), sequences(p.cache.batch) {
     for (int64_t b = 0; b < p.cache.batch; ++b) {
-      const int64_t end = p.cache.seq_lens[b], begin = std::min<int64_t>(p.first_key(b), end);
-      const int64_t splits = std::max<int64_t>((end - begin + kSplitKeys - 1) / kSplitKeys, 1);
-      sequences[b] = {begin, end, splits, items, keys};
-      items += splits * heads, keys += (end - begin) * heads;
-      most_splits = std::max(most_splits, splits);
+      Sequence& s = sequences[b] = find_keys(p, b);
+      s.splits = std::max<int64_t>((s.end - s.begin + kSplitKeys - 1) / kSplitKeys, 1);
+      s.first_item = items, s.first_key = keys;
+      items += s.splits * heads, keys += (s.end - s.begin) * heads;
+      most_splits = std::max(most_splits, s.splits);
     }
   }
 
@@ -362,9 +393,10 @@ void attention_decode_cpu(const AttentionDecodeParams& p) {
       const bool whole = sequence.splits == 1;
       float* const sums = whole ? worker.own_sums() : partials + item * stride;
       item += count;
-      worker.run(keys, count, sequence.end, sums, item < end ? ranges.keys_of(item) : keys);
+      worker.run(keys, count, sums, item < end ? ranges.keys_of(item) : keys);
       if (whole)
-        for (int64_t h = 0; h < count; ++h) finish({p, keys.head.batch, keys.head.head + h}, sums + h * stride, 1, 0);
+        for (int64_t h = 0; h < count; ++h)
+          finish({p, keys.head.batch, keys.head.head + h}, sequence.lost, sums + h * stride, 1, 0);
     }
   });
   if (ranges.most_splits == 1) return;
@@ -373,7 +405,8 @@ void attention_decode_cpu(const AttentionDecodeParams& p) {
       const int64_t head = i % ranges.heads;
       const Sequence& s = ranges.sequences[i / ranges.heads];
       if (s.splits > 1)
-        finish({p, i / ranges.heads, head}, partials + (s.first_item + head) * stride, s.splits, ranges.heads * stride);
+        finish({p, i / ranges.heads, head}, s.lost, partials + (s.first_item + head) * stride, s.splits,
+               ranges.heads * stride);
     }
   });
 }

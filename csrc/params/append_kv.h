@@ -6,8 +6,9 @@
 
 namespace forwardpass {
 
-// append_kv: token i of a sequence goes to position seq_len - tokens + i, if that is at least 0. Rows of k, and of q,
-// which goes to q_out, are normed, where there is a weight for it, and their first `rotated` columns rotated:
+// append_kv: token i of a sequence goes to position seq_len - tokens + i, if that is at least 0. If the cache has no room
+// for the sequence's length, or the table no page for the position, nothing is written and q_out's row is NaN. Rows of k,
+// and of q, which goes to q_out, are normed, where there is a weight for it, and their first `rotated` columns rotated:
 //
 //   k[c] = k[c] / sqrt(sum(k^2) / head_dim + eps) weight[c]
 //   k[c] = k[c] cos[c] + (c < rotated / 2 ? -k[c + rotated / 2] : k[c - rotated / 2]) sin[c]
@@ -28,6 +29,19 @@ struct AppendKvParams {
   int32_t q_heads, tokens, rotated;
   KvCache cache;
   Device device;  // that runs it; unused on a CPU
+
+  // The first two indices of a token's row; first -1: it is not written, as it is before its sequence, or is lost.
+  struct Place {
+    int64_t first, row;
+    bool is_lost;
+  };
+  HOST_DEVICE Place place(int32_t sequence, int32_t token) const {
+    if (!cache.has_room(sequence)) return {-1, 0, true};
+    const int32_t position = cache.seq_lens[sequence] - tokens + token;
+    if (position < 0) return {-1, 0, false};
+    const int32_t first = cache.first_of(sequence, position);
+    return {first, cache.block_table ? position % cache.page : position, first < 0};
+  }
 };
 
 void append_kv_cpu(const AppendKvParams& p);

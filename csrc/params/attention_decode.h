@@ -9,7 +9,8 @@ namespace forwardpass {
 //
 //   s = scale q k k_scale;  softcap: s = softcap tanh(s / softcap)
 //
-// and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0.
+// and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0. A row is NaN
+// if the table has no page for a key that it attends to, or if its sequence is not in_range().
 struct AttentionDecodeParams {
   static constexpr const char* kLauncher = "forwardpass_attention_decode";
   AttentionTensor q;  // [batch, row, head, dim]
@@ -22,15 +23,19 @@ struct AttentionDecodeParams {
   Dtype sinks_dtype;       // f32, or dtype
   const int32_t* leftpad;  // [batch], on the device; or null: 0
   KvCache cache;
-  bool batch_invariant;  // how a sequence's keys are divided depends on the cache's shape only
+  bool batch_invariant;  // how a sequence's keys are divided depends on nothing of other sequences
   float* workspace;      // on a GPU, of forwardpass_attention_decode_workspace bytes
   Device device;         // that runs it; unused on a CPU
 
-  // The first key that any row of a sequence may attend to; none before it is read.
+  // Whether the cache has room for a sequence's length, and its padding is at least 0.
+  HOST_DEVICE bool in_range(int64_t sequence) const {
+    return cache.has_room(sequence) && (!leftpad || leftpad[sequence] >= 0);
+  }
+  // The first key that any row of a sequence in range may attend to; none before it is read.
   HOST_DEVICE int32_t first_key(int64_t sequence) const {
     const int32_t length = cache.seq_lens[sequence], padding = leftpad ? leftpad[sequence] : 0;
     const int32_t first = left >= length ? 0 : length - rows - left;
-    return first > padding ? first : padding > 0 ? padding : 0;
+    return first > padding ? first : padding;
   }
 };
 

@@ -17,7 +17,8 @@ struct CacheScale {
   bool per_token;
 };
 
-// A cache of the keys and values of sequences. k and v may overlap.
+// A cache of the keys and values of sequences. k and v may overlap. Lengths and pages are on the device, where no host
+// checks them: a kernel reads and writes nothing outside of the cache, and rows that would need it are NaN.
 struct KvCache {
   CacheTensor k, v;
   CacheScale k_scale, v_scale;
@@ -29,6 +30,16 @@ struct KvCache {
   int32_t pages, page, blocks;  // contiguous: batch, L and 1
 
   HOST_DEVICE int64_t capacity() const { return int64_t{page} * blocks; }
+  // Whether a sequence has a length, and the cache has room for it.
+  HOST_DEVICE bool has_room(int64_t sequence) const {
+    return seq_lens[sequence] >= 0 && seq_lens[sequence] <= capacity();
+  }
+  // The first index of a token within the capacity: its sequence or its page. -1: the table names no page there.
+  HOST_DEVICE int32_t first_of(int32_t sequence, int32_t token) const {
+    if (!block_table) return sequence;
+    const int32_t first = block_table[sequence * table_stride + token / page];
+    return first >= 0 && first < pages ? first : -1;
+  }
 };
 
 }  // namespace forwardpass

@@ -4,14 +4,15 @@
 // All keys that count are one list of blocks of keys: those of a sequence's first head, of its next head, then of the
 // next sequence. A thread block takes an equal share of the list, which is at most a part of one head, some whole
 // heads, and a part of another. A head's parts are combined in the list's order by a second kernel. Batch invariant: a
-// thread block takes a fixed number of key blocks of one head, so that nothing depends on the other sequences.
+// thread block takes a part of one head whose size follows from the sequence's own length, so that nothing depends on the
+// other sequences, nor on how long the table is.
 #include "params/attention_decode.h"
 
 namespace forwardpass {
 
 constexpr int kDecodeRows = 16;       // of q that a block computes together: of all heads that share keys
 constexpr int kDecodeKeys = 64;       // a block of keys
-constexpr int kInvariantBlocks = 32;  // of keys that a thread block takes if batch invariant: 2048 keys
+constexpr int kInvariantBlocks = 32;  // of keys that a part has at least if batch invariant: 2048 keys
 
 // Rows of q that share keys, in groups of kDecodeRows.
 HOST_DEVICE inline int decode_rows(const AttentionDecodeParams& p) { return p.heads / p.cache.heads * p.rows; }
@@ -20,21 +21,34 @@ HOST_DEVICE inline int decode_groups(const AttentionDecodeParams& p) {
 }
 // The heads of a sequence's list: its kv heads, for each group of rows.
 HOST_DEVICE inline int decode_heads(const AttentionDecodeParams& p) { return p.cache.heads * decode_groups(p); }
-// Thread blocks that a head's keys may be divided among if batch invariant.
+// Parts of a head if batch invariant: at most so many that those of one sequence's heads are a thread block for each
+// multiprocessor, which keeps enough bytes in flight. Parts of 2048 keys without a limit took 273 MB of workspace for 64
+// sequences of 8 heads and a table of 128k keys, and 32768 thread blocks, whatever the lengths.
+HOST_DEVICE inline int most_invariant_parts(const AttentionDecodeParams& p) {
+  return (p.device.sms + decode_heads(p) - 1) / decode_heads(p);
+}
+// Thread blocks for the parts of a head, of whatever length it is.
 HOST_DEVICE inline int64_t invariant_parts(const AttentionDecodeParams& p) {
-  return (p.cache.capacity() + kDecodeKeys * kInvariantBlocks - 1) / (kDecodeKeys * kInvariantBlocks);
+  constexpr int kLeast = kDecodeKeys * kInvariantBlocks;
+  const int64_t parts = (p.cache.capacity() + kLeast - 1) / kLeast, most = most_invariant_parts(p);
+  return parts < most ? parts : most;
 }
 
-// The keys that rows of a sequence may attend to, [first, stored), and in how many blocks.
+// The keys that rows of a sequence may attend to, [first, length), and in how many blocks: none if it is not in range.
 struct DecodeKeys {
-  int length, stored;  // keys that there should be, and those that the cache has room for
-  int first, count;
+  bool in_range;
+  int length, first, count;
 
   __device__ DecodeKeys(const AttentionDecodeParams& p, int batch) {
-    length = max(p.cache.seq_lens[batch], 0);
-    stored = static_cast<int>(min(int64_t{length}, p.cache.capacity()));
-    first = min(p.first_key(batch), stored);
-    count = (stored - first + kDecodeKeys - 1) / kDecodeKeys;
+    in_range = p.in_range(batch);
+    length = in_range ? p.cache.seq_lens[batch] : 0;
+    first = in_range ? min(p.first_key(batch), length) : 0;
+    count = (length - first + kDecodeKeys - 1) / kDecodeKeys;
+  }
+  // Blocks of a part if batch invariant.
+  __device__ int invariant_blocks(const AttentionDecodeParams& p) const {
+    const int most = most_invariant_parts(p);
+    return max(kInvariantBlocks, (count + most - 1) / most);
   }
 };
 

@@ -83,11 +83,7 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
   p.q_norm = norm_weight(q_norm, k, "q_norm"), p.k_norm = norm_weight(k_norm, k, "k_norm");
   p.eps = static_cast<float>(norm_eps);
   STD_TORCH_CHECK(p.eps >= 0 && std::isfinite(p.eps), op, ": norm_eps must be at least 0");
-  if (backend == Backend::cpu) {
-    check_lengths(p.cache, [&](int64_t b) { return int64_t{p.cache.seq_lens[b]} - p.tokens; }, op);
-  } else {
-    p.device = device_of(backend, k);
-  }
+  if (backend != Backend::cpu) p.device = device_of(backend, k);
   if (k.numel()) launch(backend, p, k, append_kv_cpu);
 }
 

@@ -38,9 +38,6 @@ Tensor attention_decode(Backend backend, const Tensor& q, const Tensor& k_cache,
   Tensor out = contiguous_rows(sizes_of(q), q.scalar_type(), q);
   p.out = out.mutable_data_ptr();
   if (backend == Backend::cpu) {
-    for (int64_t b = 0; p.leftpad && b < p.cache.batch; ++b)
-      STD_TORCH_CHECK(p.leftpad[b] >= 0, op, ": leftpad must be at least 0, and of sequence ", b, " is ", p.leftpad[b]);
-    check_lengths(p.cache, [&](int64_t b) { return p.first_key(b); }, op);
     if (out.numel()) attention_decode_cpu(p);
     return out;
   }

@@ -108,6 +108,31 @@ def test_padding_behind_tokens_is_a_mask(steps):
     assert not steps()
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("cache", ["dynamic", "static", "auto", "int8"])
+@pytest.mark.parametrize("tokens", [4, 8, 10])
+def test_an_attention_mask_that_is_shorter_than_the_cache(tokens, cache, steps):
+    """Masks all keys behind its end, as with transformers' own attention: no range of keys says that."""
+    model = decoder("llama")
+    swapped = copy.deepcopy(model)
+    fp.swap(swapped, attention=True)
+    ids = batch("llama")["input_ids"]  # [2, 10]
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[1, :2] = 0
+    both = []
+    for m in (model, swapped):
+        if cache == "static":
+            kept = static_cache(m, "llama", 16)
+        else:
+            kept = m(
+                input_ids=ids, cache=fp.KVCache(m.config, cache) if m is swapped and cache != "dynamic" else None
+            ).cache
+        both.append(m(input_ids=ids[:, :1], attention_mask=mask, cache=kept).logits)
+    bound = {"rtol": 0.05, "atol": 0.05} if cache == "int8" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(both[1], both[0], **bound)
+    assert not steps()
+
+
 def test_what_a_mask_function_says():
     causal, reach = masking_utils.causal_mask_function, key_ranges.reach
     assert reach(masking_utils, None) == reach(masking_utils, causal) == float("inf")
@@ -491,9 +516,12 @@ def test_a_static_cache_that_is_full():
     for _ in range(2):
         model(input_ids=step, cache=cache)
     keys = cache.layers[0].keys.clone()
-    with pytest.raises(ValueError, match="seq_lens must be from 0 to 12"):
+    with pytest.raises(
+        ValueError, match="room for 12 tokens, 12 are in it, and 1 more were given: make it with a larger max"
+    ):
         model(input_ids=step, cache=cache)
     assert torch.equal(cache.layers[0].keys, keys)
+    assert cache.get_seq_length() == 12
 
 
 @torch.inference_mode()

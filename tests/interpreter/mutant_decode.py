@@ -13,6 +13,9 @@ from forwardpass.ops.common.quantized_rows import E4M3
 F16, BF16, I8 = torch.float16, torch.bfloat16, torch.int8
 #: more sequences than a warp has lanes, and where their keys begin
 LENGTHS, LEFTPADS = tuple(7 * i * i % 90 for i in range(70)), tuple(5 * i % 37 for i in range(70))
+#: three of them out of range
+GIVEN = (*LENGTHS[:10], -5, *LENGTHS[11:40], 10**6, *LENGTHS[41:])
+PADDED = (*LEFTPADS[:50], -1, *LEFTPADS[51:])
 
 
 def decode(dtype, **every):
@@ -29,20 +32,31 @@ def decode(dtype, **every):
         # several groups of rows, padding on the left of any kind
         case((300, 50, 64, 17), dim=48, heads=(8, 1), rows=5, leftpad=(70, 0, 64, 3), layout="apart", scales="tensor"),
         case((0, 1700), dim=128, heads=(1, 1), page=None),
+        # lengths out of range, one beyond the cache among them, paddings, and pages for some rows and for all
+        case(
+            (90, 300, 50, 64, 34, 200),
+            heads=(2, 1),
+            rows=4,
+            given=(90, 300, 337, -1, 34, 200),
+            leftpad=(3, -1, 0, 0, 1, 0),
+            pages=((1, 7, -1), (4, 2, 99)),
+        ),
     )
     return (
         *both,
         *(dataclasses.replace(c, batch_invariant=True) for c in both),
-        case((2100, 40), heads=(2, 1), batch_invariant=True, page=64),
+        # parts of more slices than there are stages, whose largest scores grow
+        case((2100, 40), heads=(2, 1), batch_invariant=True, page=64, scale=1.0),
+        case((1900,), heads=(1, 1), page=64, scale=1.0),
         case((4200, 1), heads=(40, 2), window=4150, batch_invariant=True, page=None, sinks="dtype"),
-        case(LENGTHS, dim=16, heads=(2, 1), page=23, leftpad=LEFTPADS),
+        case(LENGTHS, dim=16, heads=(2, 1), page=23, leftpad=PADDED, given=GIVEN),
         case(tuple(3 * n for n in LENGTHS), dim=16, heads=(16, 2), rows=3, window=30, leftpad=LEFTPADS),
         case(LENGTHS[:33], dim=16, heads=(24, 1), page=None, window=30),
     )
 
 
 #: Of int8: a case of fp16 rows, and sinks of theirs, in both ways that keys are divided.
-INT8 = (*decode(BF16, cache=I8), *decode(F16, cache=I8)[3:10:6])
+INT8 = (*decode(BF16, cache=I8), *decode(F16, cache=I8)[3:11:7])
 #: Of the kernel that combines, which has no types: each of these, heads with more parts than a round has, and two panels.
 COMBINE = (
     *decode(F16),

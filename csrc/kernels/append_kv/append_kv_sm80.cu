@@ -8,18 +8,6 @@ namespace forwardpass {
 
 constexpr int kAppendWarps = 4;
 
-// Where a token goes: false if it is before its sequence, or the cache has no such row.
-struct CacheRow {
-  int64_t first, row;
-  __device__ bool find(const KvCache& c, int batch, int64_t position) {
-    if (position < 0 || position >= c.capacity()) return false;
-    first = batch, row = position;
-    if (!c.block_table) return true;
-    first = c.block_table[batch * c.table_stride + position / c.page], row = position % c.page;
-    return first >= 0 && first < c.pages;
-  }
-};
-
 // 1 / the root of a row's mean square: kNormSums are the lanes'.
 __device__ float inverse_root(const AppendKvParams& p, const AttentionTensor& from, int64_t begin) {
   static_assert(kNormSums == 32);
@@ -76,13 +64,13 @@ __global__ void __launch_bounds__(kAppendWarps * 32) append_kv_kernel(const __gr
   const auto each = [&](auto f) {
     for (int column = lane; column < c.head_dim; column += 32) f(column, value(column));
   };
+  const AppendKvParams::Place to = p.place(static_cast<int>(batch), static_cast<int>(token));
   if (is_q) {
     const int64_t out = ((batch * p.tokens + token) * p.q_heads + head) * c.head_dim;
-    each([&](int column, float x) { store_float(x, p.q_out, p.dtype, out + column); });
+    each([&](int column, float x) { store_float(to.is_lost ? NAN : x, p.q_out, p.dtype, out + column); });
     return;
   }
-  CacheRow to;
-  if (!to.find(c, static_cast<int>(batch), int64_t{c.seq_lens[batch]} - p.tokens + token)) return;
+  if (to.first < 0) return;
 
   const CacheTensor& cache = is_v ? c.v : c.k;
   const CacheScale& scale = is_v ? c.v_scale : c.k_scale;

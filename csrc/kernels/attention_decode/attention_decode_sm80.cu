@@ -40,8 +40,7 @@ struct DecodeConfig {
   struct Stage {
     alignas(128) uint8_t k[kSliceBytes], v[kSliceBytes];
   };
-  // A part's result so far, of a warp or of a thread block: for each row the largest score in units of log2(e), the sum
-  // of 2^(score - largest), and the values times those.
+  // As PartialResult, of a warp.
   struct Partial {
     float max[kDecodeRows], sum[kDecodeRows], o[kDecodeRows][kHeadDim];
   };
@@ -52,7 +51,7 @@ struct DecodeConfig {
     };
     float k_scale[kWarps][kStages][kSlice], v_scale[kWarps][kStages][kSlice];  // per token
     float q_largest[kWarps][kDecodeRows];
-    uint32_t there[kWarps][kStages];  // a bit for each key that is
+    uint32_t there[kWarps][kStages];  // a bit for each key that the cache has
     uint4 q[kHeadDim / 16][32];       // as fragments, a lane's four registers
   };
   // Thread blocks of a multiprocessor.
@@ -86,18 +85,15 @@ struct SliceCopy {
   static constexpr int kElementBytes = size_of(Config::Cache), kElements = 16 / kElementBytes;  // of a chunk
   static constexpr int kAtOnce = 32 / Rows::kChunks;                                            // rows
   const AttentionDecodeParams& p;
-  const int batch, head, stored;  // keys of the sequence that there are
+  const int batch, head, length;  // keys of the sequence
   int64_t first;                  // page of this lane's key, -1: none
   int row;                        // and the row in it
 
   // key: the slice's first
   __device__ void find(int key) {
     key += threadIdx.x % Config::kSlice;
-    const KvCache& c = p.cache;
-    row = key, first = key < stored ? batch : -1;
-    if (!c.block_table || first < 0) return;
-    const int page = c.block_table[batch * c.table_stride + key / c.page];
-    row = key % c.page, first = page >= 0 && page < c.pages ? page : -1;  // nothing outside the cache is read
+    row = key, first = key < length ? batch : -1;
+    if (p.cache.block_table && first >= 0) first = p.cache.first_of(batch, key), row = key % p.cache.page;
   }
   // The slice that was found.
   __device__ void copy(typename Config::SharedStorage& s, int warp, int index) const {
@@ -171,7 +167,7 @@ struct DecodeWarp {
     constexpr int kSlices = kDecodeKeys / Config::kSlice;
     const int first = part.begin * kSlices + warp, end = part.end * kSlices;
     const auto key = [&](int slice) { return part.keys.first + slice * Config::kSlice; };
-    SliceCopy<Config> copy{p, part.batch, head, part.keys.stored};
+    SliceCopy<Config> copy{p, part.batch, head, part.keys.length};
     copy.find(key(first));
     const auto copy_next = [&](int slice, int index) {
       if (slice < end) copy.copy(s, warp, index);
@@ -276,7 +272,9 @@ struct DecodeWarp {
       for (int half = 0; half < 2; ++half) position[half] = first_position + (row + accumulator_row(half * 2)) % p.rows;
       each([&](float& v, int half, int column) {
         const int back = position[half] - key - column;
-        if (back < 0 || back > p.left || !(there >> column & 1)) v = -INFINITY;
+        // Without a page the score is NaN: it leaves the row's maximum alone, and its sum and its values are NaN to the end.
+        if (!(there >> column & 1)) v = NAN;
+        if (back < 0 || back > p.left) v = -INFINITY;
       });
     }
     RowValues<1> factor;
@@ -370,7 +368,7 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
   __syncthreads();
   const DecodeOutput output(p, part.batch, part.head);
   const int rows = min(decode_rows(p) - output.row, kDecodeRows);
-  auto& to = reinterpret_cast<Partial*>(p.workspace)[slot];
+  const PartialResult to(p, slot);
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * Config::kHeadDim / 2; i += Config::kThreads) {
     const int r = i / (Config::kHeadDim / 2), column = i % (Config::kHeadDim / 2) * 2;
@@ -390,7 +388,7 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
       output.store(r, column, low * f, high * f);
     } else if (column < p.cache.head_dim) {
       if (column == 0) to.max[r] = max, to.sum[r] = sum;
-      reinterpret_cast<float2&>(to.o[r][column]) = {low, high};
+      reinterpret_cast<float2&>(to.o[r * p.cache.head_dim + column]) = {low, high};
     }
   }
   __syncthreads();  // before stages are filled again
@@ -413,9 +411,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const int64_t parts = invariant_parts(p), of_head = blockIdx.x / parts;
     DecodePart part{.batch = static_cast<int>(of_head / heads),
                     .head = static_cast<int>(of_head % heads),
-                    .begin = static_cast<int>(blockIdx.x % parts) * kInvariantBlocks,
                     .keys = DecodeKeys(p, static_cast<int>(of_head / heads))};
-    part.end = min(part.begin + kInvariantBlocks, part.keys.count);
+    const int blocks = part.keys.invariant_blocks(p);
+    part.begin = static_cast<int>(blockIdx.x % parts) * blocks, part.end = min(part.begin + blocks, part.keys.count);
     if (part.begin < part.end) attend(part, blockIdx.x);
     return;
   }
@@ -459,14 +457,14 @@ template <class Config>
 cudaError_t launch_decode(const AttentionDecodeParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t grid = grid_of<Config>(p), heads = int64_t{p.cache.batch} * decode_heads(p);
-  const CombineShape shape(p, Config::kHeadDim);
+  const CombineShape shape(p);
   if (grid > INT32_MAX || heads * shape.per_head > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_decode_kernel<Config>>(kShared)) return e;
   const bool dependent = waits_for_earlier_kernels(p.device.arch);
   const Launch launch{.grid = grid, .block = Config::kThreads, .shared = kShared, .dependent = dependent};
   if (auto e = launch_kernel(attention_decode_kernel<Config>, launch, stream, p)) return e;
   const Launch combine{.grid = heads * shape.per_head, .block = 32 * shape.warps * shape.rows, .dependent = dependent};
-  return launch_kernel(combine_decode_kernel, combine, stream, p, static_cast<int>(grid), Config::kHeadDim);
+  return launch_kernel(combine_decode_kernel, combine, stream, p, static_cast<int>(grid));
 }
 
 }  // namespace
@@ -478,7 +476,7 @@ int64_t forwardpass_attention_decode_workspace(const AttentionDecodeParams* p) {
   int64_t bytes = 0;
   (void)with_config(*p, [&](auto config) {
     using Config = decltype(config);
-    bytes = grid_of<Config>(*p) * (p->batch_invariant ? 1 : 2) * sizeof(typename Config::Partial);
+    bytes = grid_of<Config>(*p) * (p->batch_invariant ? 1 : 2) * PartialResult::floats(*p) * sizeof(float);
     return cudaSuccess;
   });
   return bytes;

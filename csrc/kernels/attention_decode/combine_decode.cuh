@@ -8,6 +8,24 @@
 
 namespace forwardpass {
 
+// The result of a part of a head's keys, in the workspace: for each row the largest score in units of log2(e), the sum of
+// 2^(score - largest), and the values times those.
+struct PartialResult {
+  float *max, *sum, *o;  // [rows], [rows], [rows][head_dim]
+
+  __device__ PartialResult(const AttentionDecodeParams& p, int64_t slot)
+      : max(p.workspace + slot * floats(p)), sum(max + rows(p)), o(sum + rows(p)) {}
+  HOST_DEVICE static int64_t floats(const AttentionDecodeParams& p) {
+    return int64_t{rows(p)} * (2 + p.cache.head_dim);
+  }
+
+ private:
+  // An even number, so that o is at a multiple of 16 bytes.
+  HOST_DEVICE static int rows(const AttentionDecodeParams& p) {
+    return decode_rows(p) < kDecodeRows ? (decode_rows(p) + 1) / 2 * 2 : kDecodeRows;
+  }
+};
+
 // From a part's or a head's sums to out.
 struct DecodeOutput {
   const AttentionDecodeParams& p;
@@ -63,8 +81,8 @@ struct CombinedResult {
   }
 };
 
-// Combines the parts of each head, if there are several; a head without keys is 0. A row and 128 of its columns are of
-// one warp where heads are many and have few parts each, else of all warps of a block: those have parts in turn, and
+// Combines the parts of each head, if there are several; a head without keys is 0, or NaN if its sequence is not in range.
+// A row and 128 of its columns are of one warp where heads are many and have few parts each, else of all warps of a block: those have parts in turn, and
 // then are combined in order. A lane loads several parts at once.
 constexpr int kCombineWarps = 8, kCombineColumns = 128, kCombineAtOnce = 8;
 
@@ -74,9 +92,9 @@ struct CombineShape {
   int per_head;  // blocks for a head of the list
   int panels;    // of columns
 
-  HOST_DEVICE CombineShape(const AttentionDecodeParams& p, int columns) {
+  HOST_DEVICE explicit CombineShape(const AttentionDecodeParams& p) {
     const int of_head = decode_rows(p) < kDecodeRows ? decode_rows(p) : kDecodeRows;
-    panels = columns / kCombineColumns;
+    panels = (p.cache.head_dim + kCombineColumns - 1) / kCombineColumns;
     // the order of a sum is not for the batch to change where that is promised
     const bool many =
         !p.batch_invariant && int64_t{p.cache.batch} * decode_heads(p) * of_head * panels > 2 * p.device.sms;
@@ -87,12 +105,12 @@ struct CombineShape {
 };
 
 __global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks, int columns) {
+    combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks) {
   __shared__ float4 outputs[kCombineWarps][32];
   __shared__ float2 sums[kCombineWarps];  // the largest score, and the sum
   ptx::wait_for_earlier_kernels();
   ptx::launch_dependents();
-  const CombineShape shape(p, columns);
+  const CombineShape shape(p);
   const int of_list = blockIdx.x / shape.per_head, heads = decode_heads(p), batch = of_list / heads,
             head = of_list % heads;
   const DecodeKeys keys(p, batch);
@@ -100,8 +118,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   int64_t first = 0, next = 0, step = 1;
   int parts = 0;
   if (p.batch_invariant) {
+    const int part_blocks = keys.invariant_blocks(p);
     first = of_list * invariant_parts(p), next = first + 1;
-    parts = (keys.count + kInvariantBlocks - 1) / kInvariantBlocks;
+    parts = (keys.count + part_blocks - 1) / part_blocks;
   } else if (keys.count) {
     const DecodeList list(p);
     const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count;
@@ -114,6 +133,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
             column = in_head % shape.panels * kCombineColumns + lane * 4;
   if (parts == 1 || !output.has(r)) return;  // of a single part the result is in out already
   CombinedResult result;
+  if (!keys.in_range) result.sum = NAN;
 #pragma unroll 1
   for (int from = warp; from < parts; from += shape.warps * kCombineAtOnce) {
     CombinedResult more[kCombineAtOnce];
@@ -121,10 +141,10 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     for (int i = 0; i < kCombineAtOnce; ++i) {
       const int n = from + i * shape.warps;
       if (n >= parts) continue;
-      const float* partial = p.workspace + (n == 0 ? first : next + (n - 1) * step) * (kDecodeRows * (2 + columns));
-      more[i].max = partial[r], more[i].sum = partial[kDecodeRows + r];
+      const PartialResult partial(p, n == 0 ? first : next + (n - 1) * step);
+      more[i].max = partial.max[r], more[i].sum = partial.sum[r];
       if (column < p.cache.head_dim)
-        more[i].o = *reinterpret_cast<const float4*>(partial + kDecodeRows * 2 + r * columns + column);
+        more[i].o = reinterpret_cast<const float4&>(partial.o[r * p.cache.head_dim + column]);
     }
     result.add(more);
   }

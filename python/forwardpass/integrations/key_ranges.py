@@ -57,7 +57,8 @@ def of_step(
         keys, offset: how many keys attention will get, and the place of the first of them.
         before: a number, or where the cache is static a tensor on the device.
         window: as `reach` gives it.
-        padding: bool [B, tokens], False at padding. It is looked at, for which a GPU is waited for, as transformers does too.
+        padding: bool [B, tokens], False at padding; tokens behind its end are padding too. It is looked at: a GPU is waited for, as
+            transformers does too.
     """
     started = isinstance(before, Tensor) or before > 0
     if window is None or not started or rows > MOST_ROWS or (rows > 1 and window < keys):
@@ -69,6 +70,8 @@ def of_step(
     if padding is not None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or (padding[:, 1:] < padding[:, :-1]).any():
             return None  # padding behind tokens is no matter of a first key
+        if padding.shape[1] < before + rows:
+            return None  # keys behind its end are masked, as `prepare_padding_mask` of transformers has it
         first += (padding.shape[1] - padding.sum(1) - offset).clamp(min=0)
     if window != math.inf and (isinstance(end, Tensor) or end > window):
         torch.maximum(first, ends - int(window), out=first)

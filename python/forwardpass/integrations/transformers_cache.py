@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import cache_utils
 
 from ..ops.append_kv import OPERATION as APPEND_KV
+from ..ops.common.values import may_look
 from . import kv_scales, rotary
 from .transformers_attention import NAMES
 
@@ -214,11 +215,20 @@ class StaticLayer(cache_utils.StaticLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check_room(key_states.shape[2])
         first, self._fresh = self._fresh, False
         self.cumulative_length.add_(key_states.shape[2])
         lengths = self.cumulative_length.int().expand(key_states.shape[0]).contiguous()
         self._stored.append(key_states, value_states, lengths)
         return (key_states, value_states) if first else self._stored.between(0, self.max_cache_len)
+
+    def _check_room(self, tokens: int) -> None:
+        """As transformers' own layer, which raises on a CPU. On a GPU, which would have to be waited for, attention gives NaN."""
+        if may_look("StaticCache", self.cumulative_length):
+            there = int(self.cumulative_length)
+            if there + tokens > self.max_cache_len:
+                raise ValueError(f"the static cache has room for {self.max_cache_len} tokens, {there} are in it, and {tokens} more "
+                                 "were given: make it with a larger max_cache_len")  # fmt: skip
 
     def appends_in_place(self) -> bool:
         """Whether all that attention gets of the next update comes from the cache."""

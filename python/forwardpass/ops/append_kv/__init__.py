@@ -36,6 +36,8 @@ def append_kv(
 
     It is the one operation that changes its arguments: the caches and, where each token has scales of its own, k_scale and v_scale.
     A position before the first is not written: of a sequence whose seq_len is less than S, the tokens at the front are padding.
+    Nothing is written for a sequence whose length is out of range, nor for a token without a page. The row of q of such a token is
+    NaN, and so is what fp.ops.attention_decode gives of it by the same seq_lens and block_table.
     What a model does to the rows of q and k before, a norm of each head and rotary embedding, can be done in the same launch.
 
     Args:
@@ -43,7 +45,7 @@ def append_kv(
         k_cache: [B, L, Hk, D] or, with a block_table, pages [P, page, Hk, D] of at least 16 tokens; of k's dtype, int8 or
             float8_e4m3fn. Last stride 1, others free, but not 0.
         v_cache: as k_cache; the two may be views of one tensor that overlap, but in no row that is written.
-        seq_lens: int32 [B], the new tokens included.
+        seq_lens: int32 [B], the new tokens included; from 0 to the rows of the cache, or the tokens of the table's pages.
         block_table: int32 [B, n], as in fp.ops.attention_decode. No two sequences have new tokens in one page.
         k_scale: of an 8-bit cache, float32: [1] or [Hk], by which k is divided, or k_cache's shape without D, to which the scale of
             each token and head is written, its largest value divided by 127 or 448, as fp.ops.quantize does.
@@ -55,14 +57,13 @@ def append_kv(
             k, before the rotation, as Qwen3 has it: x / sqrt(mean(x^2) + norm_eps) * weight, in float32. Gemma's is 1 + weight.
 
     Returns:
-        q, normed and rotated, of its dtype, contiguous [B, S, H, D], padding too; None without q.
+        q, normed and rotated, of its dtype, contiguous [B, S, H, D], padding too; NaN for tokens without a place. None without q.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
-        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for lengths
-            beyond the cache or the table, and for entries in use that name no page. Nothing is then written. On a GPU no host looks
-            at them, as that would wait for it: kernels write of each sequence what has a place. FORWARDPASS_DEBUG=1 in the
-            environment makes it look, outside of graphs.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above. With FORWARDPASS_DEBUG=1
+            in the environment also for lengths and pages that are out of range: the host looks, outside of graphs. Nothing is then
+            written.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     cos, sin, q_out = None, None, None

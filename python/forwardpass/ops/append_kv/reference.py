@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.kv_cache import QUANTIZED, check_apart, check_lengths, is_per_token, locate
+from ..common.kv_cache import QUANTIZED, check_apart, check_lengths, has_room, is_per_token, locate
 from ..common.quantized_rows import quantize_values
 
 
@@ -30,7 +30,10 @@ def append_kv(
     tokens = k.shape[1]
     check_lengths("append_kv", k_cache, seq_lens, block_table, seq_lens - tokens)
     positions = seq_lens[:, None] - tokens + torch.arange(tokens, device=k.device)
-    first, row, live = locate(positions, k_cache, block_table)
+    first, row, has_row = locate(positions, k_cache, block_table)
+    in_range = has_room(seq_lens, k_cache, block_table)[:, None]
+    live = has_row & in_range
+    is_lost = ~live & ~((positions < 0) & in_range)  # and not padding at the front
     slots = first[live], row[live]
 
     def prepare(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -38,7 +41,7 @@ def append_kv(
         return x if cos is None or sin is None else rotate(x, cos.float(), sin.float())
 
     if q is not None and q_out is not None:
-        q_out.copy_(prepare(q, q_norm))
+        q_out.copy_(prepare(q, q_norm).masked_fill(is_lost[:, :, None, None], torch.nan))
     keys = prepare(k, k_norm)
     for x, cache, scale in ((keys, k_cache, k_scale), (v.float(), v_cache, v_scale)):
         if cache.dtype not in QUANTIZED:

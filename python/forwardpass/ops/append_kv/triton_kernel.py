@@ -106,22 +106,25 @@ def append_kernel(
     column = tl.arange(0, BLOCK_D)
     cos_ptr += batch.to(tl.int64) * cos_batch + token.to(tl.int64) * cos_row
     sin_ptr += batch.to(tl.int64) * sin_batch + token.to(tl.int64) * sin_row
+    length = tl.load(seq_lens_ptr + batch)
+    position = length - tokens + token
+    first, row = batch, position
+    is_lost = (length < 0) | (length > room)
+    if PAGED:
+        table_ptr += batch.to(tl.int64) * table_step + position // page
+        first = tl.load(table_ptr, mask=(position >= 0) & (length <= room), other=0)
+        row = position % page
+        is_lost = is_lost | (first < 0) | (first >= pages)
     if head >= kv_heads:
         head -= kv_heads
         q += batch.to(tl.int64) * q_batch + token.to(tl.int64) * q_row + head.to(tl.int64) * q_head
         x = prepare_row(q, column, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, Q_NORM, NORM_SUMS, ROTARY)
         q_out += ((batch.to(tl.int64) * tokens + token) * q_heads + head) * DIM
+        x = tl.where(is_lost, float("nan"), x)
         tl.store(q_out + column, x.to(q_out.dtype.element_ty), mask=column < DIM)
         return
-    position = tl.load(seq_lens_ptr + batch) - tokens + token
-    if position < 0 or position >= room:
+    if position < 0 or is_lost:
         return
-    first, row = batch, position
-    if PAGED:
-        first = tl.load(table_ptr + batch.to(tl.int64) * table_step + position // page)
-        row = position % page
-        if first < 0 or first >= pages:
-            return
     k += batch.to(tl.int64) * k_batch + token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
     v += batch.to(tl.int64) * v_batch + token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
     x = prepare_row(k, column, k_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, K_NORM, NORM_SUMS, ROTARY)

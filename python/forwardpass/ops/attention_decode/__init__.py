@@ -46,9 +46,10 @@ def attention_decode(
         k_cache: [B, L, Hk, D] or, with a block_table, pages [P, page, Hk, D] of at least 16 tokens; of q's dtype, int8 or
             float8_e4m3fn; H is a multiple of Hk. Last stride 1, others free; what is beyond a sequence's length is never read.
         v_cache: as k_cache; the two may be views of one tensor that overlap.
-        seq_lens: int32 [B]: keys that count. A row before the first key, as all are where it is 0, gives 0.
+        seq_lens: int32 [B]: keys that count. A row before the first key, as all are where it is 0, gives 0. Below 0 or beyond the
+            cache, all rows of the sequence are NaN.
         block_table: int32 [B, n]: sequence b's token j is row j % page of page block_table[b, j // page]. Entries of which no row
-            sees a key, such as -1, are never read as pages.
+            sees a key, such as -1, are never read as pages. A row that sees a key of an entry that names no page is NaN.
         k_scale: float32 [1], [Hk] or k_cache's shape without D: what the elements of an 8-bit cache are multiplied by.
         v_scale: as k_scale, of v_cache.
         scale: positive; None: 1 / sqrt(D).
@@ -57,17 +58,17 @@ def attention_decode(
         sinks: float32 or q's dtype [H]: a logit more in each row's softmax, whose value is 0.
         batch_invariant: a row's bits do not depend on what else is in the batch.
         leftpad: int32 [B]: a sequence's keys before this one are padding on the left, as prompts of different lengths have it;
-            seq_lens counts them, and they are never read. A row that stands before it, as all do from seq_len on, gives 0.
+            seq_lens counts them, and they are never read. A row that stands before it, as all do from seq_len on, gives 0. Below 0,
+            all rows of the sequence are NaN.
 
     Returns:
-        [B, Sq, H, D] of q's dtype, contiguous.
+        [B, Sq, H, D] of q's dtype, contiguous. On every backend rows are NaN whose length, leftpad or pages are out of range, and
+        other rows are what they would be without those. No host looks at these numbers, as it would have to wait for a GPU.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
-        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for lengths
-            beyond the cache or the table, a leftpad below 0, and entries in use that name no page. On a GPU no host looks at them,
-            as that would wait for it: kernels take of each sequence what is there. FORWARDPASS_DEBUG=1 in the environment
-            makes it look, outside of graphs.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above. With FORWARDPASS_DEBUG=1
+            in the environment also for lengths, paddings and pages that are out of range: the host looks, outside of graphs.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
     left, right = split_window("attention_decode", window)

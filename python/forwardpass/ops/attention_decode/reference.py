@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.reference import attend
-from ..common.kv_cache import capacity, check_leftpad, check_lengths, locate
+from ..common.kv_cache import capacity, check_leftpad, check_lengths, has_room, locate
 
 
 def attention_decode(
@@ -30,7 +30,8 @@ def attention_decode(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """In `dtype`, by default float32, or q's where that is wider. Row i stands at place seq_len - Sq + i and sees no key beyond,
-    whatever window_right is, and none before leftpad."""
+    whatever window_right is, and none before leftpad. It is NaN if it sees a key without a page, or if its sequence's length or
+    leftpad is out of range."""
     if leftpad is not None:
         check_leftpad("attention_decode", leftpad)
     check_lengths(
@@ -39,20 +40,26 @@ def attention_decode(
     dtype = dtype or torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     keys = torch.arange(capacity(k_cache, block_table), device=q.device).expand(q.shape[0], -1)
-    first, row, live = locate(keys, k_cache, block_table)
-    live = live & (keys < seq_lens[:, None])
+    first, row, has_row = locate(keys, k_cache, block_table)
+    counts = keys < seq_lens[:, None]
+    in_range = has_room(seq_lens, k_cache, block_table)
     if leftpad is not None:
-        live = live & (keys >= leftpad[:, None])
+        counts = counts & (keys >= leftpad[:, None])
+        in_range = in_range & (leftpad >= 0)
+    live = counts & has_row
     k, v = (read(cache, s, first, row, live, dtype) for cache, s in ((k_cache, k_scale), (v_cache, v_scale)))
     place = seq_lens[:, None, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)[:, None]  # [B, Sq, 1]
-    seen = live[:, None] & (keys[:, None] <= place)
+    seen = counts[:, None] & (keys[:, None] <= place)
     if window_left is not None:
         seen = seen & (keys[:, None] >= place - window_left)
+    is_lost = (seen & ~has_row[:, None]).any(-1) | ~in_range[:, None]  # [B, Sq]
+    seen = seen & has_row[:, None]
     shares = [slice(b, b + 1) for b in range(q.shape[0])] if batch_invariant else [slice(None)]
     parts = [
         attend(q[b].to(dtype), k[b], v[b], scale, None, None, softcap, seen[b][:, None], None, sinks)[0] for b in shares
     ]
-    return torch.cat(parts).to(q.dtype) if parts else q.new_empty(q.shape)
+    out = torch.cat(parts).to(q.dtype) if parts else q.new_empty(q.shape)
+    return out.masked_fill(is_lost[:, :, None, None], torch.nan)
 
 
 def first_key(seq_lens: Tensor, rows: int, window_left: int | None, leftpad: Tensor | None) -> Tensor | None:

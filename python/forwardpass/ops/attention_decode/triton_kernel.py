@@ -5,7 +5,8 @@ and one of the ranges into which its sequence's keys are split. What it leaves, 
 its sum, a second kernel merges in the order of the ranges; with one range the first kernel writes the output.
 
 How many ranges there are depends on shapes alone, so that a CUDA graph can be replayed; which keys they have, on lengths. With
-batch_invariant a range has CHUNK keys, whatever else is in the batch.
+batch_invariant a range has CHUNK keys, or more where a sequence is so long that it would have more than `most` ranges: its bits
+depend neither on the batch nor on the width of the table.
 
 It reads the cache once, and is bound by that: 8-bit elements become 16-bit ones in registers, scales multiply scores and
 probabilities. Nothing here has been timed on a GPU.
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from ..attention.triton_kernel import LOG2_E, load_logits, tanh
+from ..attention.triton_kernel import LOG2_E, capped, load_logits
 from ..common.kv_cache import QUANTIZED, capacity
 from ..common.triton_gemm import Machine, machine_of, upconvert
 from . import OPERATION
@@ -34,12 +35,14 @@ LEAST_KEYS = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """`block_m` rows and `block_n` keys a tile, `tiles` of the rows of a head of the cache; ranges of keys: `splits`."""
+    """`block_m` rows and `block_n` keys a tile, `tiles` of the rows of a head of the cache; `splits` ranges of keys, and the
+    `most` that a sequence of any length has."""
 
     block_m: int
     block_n: int
     tiles: int
     splits: int
+    most: int
     warps: int = 4
     stages: int = 3
 
@@ -47,17 +50,20 @@ class Plan:
 def plan(batch: int, heads: int, rows: int, keys: int, dim: int, batch_invariant: bool, machine: Machine) -> Plan:
     """A function of the shape and the machine: heads and rows of the cache's heads, keys that a sequence can have.
 
-    unmeasured: two programs a multiprocessor, so that one computes where the other ends.
+    unmeasured: two programs a multiprocessor, so that one computes where the other ends. Batch invariant: those of one sequence.
+    With a range for each 512 keys, 64 sequences of 32 heads and a table of 128k keys took 268 MB of workspace, now 35.
     """
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_m)
-    if batch_invariant:
-        splits = triton.cdiv(keys, CHUNK)
+    programs = (1 if batch_invariant else batch) * heads * tiles
+    most = triton.cdiv(2 * machine.multiprocessors, programs)
+    splits = min(most, triton.cdiv(keys, CHUNK if batch_invariant else LEAST_KEYS))
+    if batch_invariant and most > 1:
+        splits = max(splits, 2)  # a single one is rounded otherwise than the same beside empty ones
     else:
-        programs = batch * heads * tiles
-        splits = min(triton.cdiv(2 * machine.multiprocessors, programs), triton.cdiv(keys, LEAST_KEYS))
+        splits = most = max(splits, 1)
     # K and V of 32 keys of 128 16-bit columns, three stages: 48 KB, of which two blocks fit a card with 99 KB
-    return Plan(block_m, 64 if dim <= 64 else 32, tiles, max(1, splits))
+    return Plan(block_m, 64 if dim <= 64 else 32, tiles, splits, most)
 
 
 @triton.jit
@@ -91,7 +97,7 @@ def sink_of(sinks_ptr, head, kind, dtype: tl.constexpr):
 
 _RUN_TIME = [
     "k_scale_first", "k_scale_row", "k_scale_head", "v_scale_first", "v_scale_row", "v_scale_head", "table_step", "page", "pages",
-    "room", "heads", "kv_heads", "group", "rows", "tiles", "left", "sinks_kind", "is_padded", "chunk", "splits",
+    "room", "heads", "kv_heads", "group", "rows", "tiles", "left", "sinks_kind", "is_padded", "chunk", "most", "splits",
 ]  # fmt: skip
 _ANY_ALIGNMENT = ["k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr", "sinks_ptr", "leftpad_ptr"]
 
@@ -101,11 +107,11 @@ def decode_kernel(
     q, q_batch, q_row, q_head, k, k_first, k_row, k_head, v, v_first, v_row, v_head, k_scale_ptr, k_scale_first, k_scale_row,
     k_scale_head, v_scale_ptr, v_scale_first, v_scale_row, v_scale_head, seq_lens_ptr, table_ptr, table_step, page, pages,
     room, out, partial_ptr, lse_ptr, heads, kv_heads, group, rows, tiles, scale, softcap, left, sinks_ptr, sinks_kind,
-    leftpad_ptr, is_padded, chunk, splits, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    leftpad_ptr, is_padded, chunk, most, splits, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGED: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """rows: of a sequence; group: query heads of a head of the cache; room: keys that a sequence can have; chunk: keys of a range,
-    0 where ranges share what there is."""
+    """rows: of a sequence; group: query heads of a head of the cache; room: keys that a sequence can have. A sequence has up to
+    `most` ranges, of at least `chunk` keys."""
     dtype: tl.constexpr = q.dtype.element_ty
     head, tile, batch = (
         tl.program_id(0) % kv_heads,
@@ -113,13 +119,13 @@ def decode_kernel(
         tl.program_id(0) // kv_heads // tiles,
     )
     split = tl.program_id(1)
-    place = tl.load(seq_lens_ptr + batch) - rows  # of the first row
-    length = tl.minimum(tl.maximum(place + rows, 0), room)
+    length = tl.load(seq_lens_ptr + batch)
     leftpad = tl.load(leftpad_ptr + batch, mask=is_padded != 0, other=0)
+    in_range = (length >= 0) & (length <= room) & (leftpad >= 0)
+    length = tl.where(in_range, length, 0)
+    place = length - rows  # of the first row
     begin = tl.minimum(tl.maximum(place - left, tl.maximum(leftpad, 0)), length)
-    share = chunk
-    if chunk == 0:
-        share = tl.cdiv(tl.cdiv(length - begin, splits), N) * N
+    share = tl.maximum(chunk, tl.cdiv(tl.cdiv(length - begin, most), N) * N)
     first = tl.minimum(begin + split * share, length)
     last = tl.minimum(first + share, length)
 
@@ -135,13 +141,18 @@ def decode_kernel(
 
     acc = tl.zeros((M, BLOCK_D), tl.float32)
     maxima = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
+    # rows of a sequence that is not in range are NaN
+    total = tl.zeros((M,), tl.float32) + tl.where(in_range, 0.0, float("nan"))
     for key in tl.range(first, last, N):
         j = key + tl.arange(0, N)
         valid = j < last
+        seen = valid[None, :] & (j[None, :] <= high[:, None]) & (j[None, :] >= low[:, None])
+        unit = tl.full((N,), LOG2_E, tl.float32)
         if PAGED:
             index = tl.load(table_ptr + batch.to(tl.int64) * table_step + j // page, mask=valid, other=-1)
             valid = valid & (index >= 0) & (index < pages)
+            # a key without a page makes NaN of the sums, and of the values, of rows that see it
+            unit = tl.where(valid, unit, float("nan"))
             cache_row = j % page
         else:
             index = tl.zeros((N,), tl.int32) + batch
@@ -154,9 +165,8 @@ def decode_kernel(
                 None, :
             ]
         if softcap > 0:
-            s = tanh(s * (1 / softcap)) * softcap
-        seen = valid[None, :] & (j[None, :] <= high[:, None]) & (j[None, :] >= low[:, None])
-        s = tl.where(seen, s * LOG2_E, float("-inf"))
+            s = capped(s, softcap, softcap)
+        s = tl.where(seen, s * unit[None, :], float("-inf"))
         highest = tl.maximum(maxima, tl.max(s, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)  # no key yet
         p = tl.exp2(s - shift[:, None])
@@ -200,7 +210,7 @@ def merge_kernel(
     partial_ptr, lse_ptr, out, results, heads, rows, splits, sinks_ptr, sinks_kind, SPLITS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One of the results [B, H, Sq] from its ranges, in their order. SPLITS: splits, or the next power of two."""
+    """One of the results [B, H, Sq] from its ranges, in their order. SPLITS: a power of two, at least splits."""
     dtype: tl.constexpr = out.dtype.element_ty
     result = tl.program_id(0)
     row, head, batch = result % rows, result // rows % heads, result // rows // heads
@@ -268,14 +278,15 @@ def attention_decode(
             *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, seq_lens if block_table is None else block_table,
             0 if block_table is None else block_table.stride(0), k_cache.shape[1], k_cache.shape[0], room, out, partial, lse,
             heads, kv_heads, group, rows, p.tiles, dim**-0.5 if scale is None else scale, softcap, left, *sink,
-            seq_lens if leftpad is None else leftpad, leftpad is not None, CHUNK if batch_invariant else 0, p.splits,
+            seq_lens if leftpad is None else leftpad, leftpad is not None, CHUNK if batch_invariant else 0,
+            p.most, p.splits,
             M=p.block_m, N=p.block_n, DIM=dim, BLOCK_D=columns, PAGED=block_table is not None, QUANTIZED=quantized,
             num_warps=p.warps, num_stages=p.stages,
         )  # fmt: skip
         if p.splits > 1:
             merge_kernel[(results,)](
-                partial, lse, out, results, heads, rows, p.splits, *sink, SPLITS=triton.next_power_of_2(p.splits), DIM=dim,
-                BLOCK_D=columns, num_warps=1,
+                partial, lse, out, results, heads, rows, p.splits, *sink, DIM=dim, BLOCK_D=columns,
+                SPLITS=triton.next_power_of_2(p.most), num_warps=1,
             )  # fmt: skip
     return out
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import is_of_subclass
+from ...dispatch import DEBUG, is_of_subclass
 from .quantized_rows import E4M3, FLOATS
 from .values import may_look
 
@@ -123,8 +123,8 @@ def _check_table(op: str, name: str, x: Tensor, k_cache: Tensor, block_table: Te
 
 
 def check_leftpad(op: str, leftpad: Tensor) -> None:
-    """What the tensor says, on a CPU or under FORWARDPASS_DEBUG."""
-    if may_look(op, leftpad) and (leftpad < 0).any():
+    """Under FORWARDPASS_DEBUG, whether all are at least 0."""
+    if DEBUG and may_look(op, leftpad) and (leftpad < 0).any():
         b = int((leftpad < 0).nonzero()[0])
         raise ValueError(f"{op}: leftpad must be at least 0, and of sequence {b} is {int(leftpad[b])}")
 
@@ -142,11 +142,12 @@ def check_apart(op: str, name: str, k: Tensor | None, v: Tensor | None) -> None:
 def check_lengths(
     op: str, k_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, first: Tensor | None = None
 ) -> None:
-    """What the tensors say, on a CPU or under FORWARDPASS_DEBUG.
+    """Under FORWARDPASS_DEBUG, whether lengths are within the cache and pages in use exist. Without it rows are NaN instead, on
+    every backend: to look would be to wait for a GPU.
 
     first [B]: of each sequence the first key that is read or written; without it 0.
     """
-    if not may_look(op, seq_lens, block_table):
+    if not DEBUG or not may_look(op, seq_lens, block_table):
         return
     most = capacity(k_cache, block_table)
     wrong = (seq_lens < 0) | (seq_lens > most)
@@ -168,6 +169,11 @@ def check_lengths(
         b, n = wrong.nonzero()[0].tolist()
         raise ValueError(f"{op}: block_table must name pages below {k_cache.shape[0]} for what a sequence has, and entry {n} of "
                          f"sequence {b}, of {int(seq_lens[b])} tokens, is {int(block_table[b, n])}")  # fmt: skip
+
+
+def has_room(seq_lens: Tensor, k_cache: Tensor, block_table: Tensor | None) -> Tensor:
+    """Whether each sequence has a length, and the cache room for it: bool [B]."""
+    return (seq_lens >= 0) & (seq_lens <= capacity(k_cache, block_table))
 
 
 def locate(positions: Tensor, k_cache: Tensor, block_table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
