@@ -1,0 +1,124 @@
+"""The grouped GEMMs at their documented limits, and one beyond: every kernel of every table, with as many rows as there may be.
+
+K and N are the least, so that rows of tiles are many and cheap. Of a few small integers the products are exact in every type.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import forwardpass as fp
+from forwardpass import dispatch
+from forwardpass.ops.common.experts import MOST_EXPERTS, MOST_ROWS
+from forwardpass.ops.common.quantized_rows import E4M3
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
+
+K, N = 16, 8
+#: What 16 bits of a count of tiles held: 65,535 rows of tiles, of 16 rows each.
+BEYOND_16_BITS = 65536 * 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    op: str
+    arch: str
+    experts: int
+    rows: int
+    tile: str  # in the kernel's name; of a Triton kernel any
+    n: int = N
+    implementation: str = "cuda"
+    room: bool = False
+
+
+def arguments(op, experts, rows, n, room=False):
+    g = torch.Generator().manual_seed(experts)
+    a, b = (torch.randint(-4, 5, shape, generator=g, dtype=torch.int8) for shape in ((rows, K), (experts, n, K)))
+    ends = (torch.arange(1, experts + 1) * rows // experts).int()
+    if room:
+        assert rows % experts == 0
+        a, ends = a.view(experts, -1, K), torch.full((experts,), rows // experts, dtype=torch.int32)
+        ends[::3] -= 1
+    scale = torch.ones(experts, n)
+    if op == "int8_grouped_gemm":
+        return a, b, torch.ones(1), scale, ends, None, None, torch.bfloat16, None, None, None
+    if op == "fp8_grouped_gemm":
+        return a.to(E4M3), b.to(E4M3), torch.ones(1), scale, ends, None, None, torch.bfloat16, None
+    return a.to(torch.bfloat16), b, scale, ends, None, None
+
+
+def expected(args, ends):
+    """bfloat16 holds these sums: at most 16 times 16."""
+    a, b = args[0].float(), args[1].float()
+    if a.dim() == 2:
+        parts, begin = [], 0
+        for e, end in enumerate(ends.tolist()):
+            parts.append(a[begin:end] @ b[e].T)
+            begin = end
+        return torch.cat(parts)
+    out = a @ b.mT
+    out[torch.arange(a.shape[1]) >= ends[:, None]] = 0
+    return out
+
+
+INT8, FP8, W8A16 = "int8_grouped_gemm", "fp8_grouped_gemm", "w8a16_grouped_gemm"
+LIMITS = [
+    # more tiles than 16 bits count, of what computes them in 16 and in 64 rows
+    Limit(W8A16, "sm_80", MOST_EXPERTS, BEYOND_16_BITS + 512, "W8a16TileELi16E"),
+    Limit(W8A16, "sm_80", MOST_EXPERTS, BEYOND_16_BITS + 512, "W8a16TileELi16E", room=True),
+    Limit(FP8, "sm_89", 256, 1_049_600, "MmaTileELi64E"),
+    # as many rows as there may be, of every tile that they can have
+    *(
+        Limit(op, arch, experts, MOST_ROWS, tile, n)
+        for op, arch, experts, tile, n in (
+            (INT8, "sm_80", 144, "MmaTileELi128E", N),
+            (INT8, "sm_80", MOST_EXPERTS, "MmaTileELi64E", N),
+            (INT8, "sm_90a", MOST_EXPERTS, "WgmmaTileELi128ELi128E", N),
+            (INT8, "sm_90a", 384, "WgmmaTileELi128ELi256E", 240),
+            (FP8, "sm_89", 144, "MmaTileELi128E", N),
+            (FP8, "sm_89", MOST_EXPERTS, "MmaTileELi64E", N),
+            (FP8, "sm_120", MOST_EXPERTS, "MmaTileELi64E", N),
+            (FP8, "sm_90a", MOST_EXPERTS, "WgmmaTileELi128ELi128E", N),
+            (W8A16, "sm_80", 480, "W8a16TileELi64E", N),
+            (W8A16, "sm_80", MOST_EXPERTS, "W8a16TileELi16E", N),
+        )
+    ),
+    *(Limit(op, "sm_90a", MOST_EXPERTS, MOST_ROWS, "gemm_kernel", implementation="triton") for op in (INT8, FP8, W8A16)),
+]
+
+
+@pytest.mark.parametrize("limit", [pytest.param(x, marks=[pytest.mark.slow] * (i > 2)) for i, x in enumerate(LIMITS)], ids=str)
+def test_every_row_is_right(limit):
+    operation, args = dispatch.operations[limit.op], arguments(limit.op, limit.experts, limit.rows, limit.n, limit.room)
+    with fp.interpret(limit.arch, counters=True) as device, fp.use_backend(limit.implementation):
+        if reason := device.why_not(limit.implementation):
+            pytest.skip(str(reason))
+        got = operation(*args)
+    assert device.findings == []
+    assert [limit.tile in k.kernel for k in device.kernels()] == [True]
+    wrong = (got != expected(args, args[3 if limit.op == W8A16 else 4])).flatten(0, -2).any(1)
+    assert not wrong.any(), f"{int(wrong.sum())} of {limit.rows} rows are wrong, the first is {int(wrong.nonzero()[0])}"
+
+
+@pytest.mark.parametrize("op", [INT8, FP8, W8A16])
+@pytest.mark.parametrize("room", [False, True])
+def test_one_row_or_expert_more_is_refused(op, room):
+    """On every backend, in one sentence, in Python and in the library alike."""
+    operation = dispatch.operations[op]
+    experts = 5  # that divide 2^22 + 1
+    rows, many = arguments(op, experts, MOST_ROWS + 1, N, room), arguments(op, MOST_EXPERTS + 1, 4 * (MOST_EXPERTS + 1), N, room)
+    name = "x" if op == W8A16 else "a"
+    for backend in ("cuda", "triton", "cpu", "reference"):
+        if backend == "cpu" and op == FP8:
+            continue
+        with fp.interpret("sm_90a") as device, fp.use_backend(backend):
+            if device.why_not(backend):
+                continue
+            with pytest.raises(ValueError, match=rf"{name} must have at most {MOST_ROWS} rows.*split them"):
+                operation(*rows)
+            with pytest.raises(ValueError, match=f"1 to {MOST_EXPERTS} experts, and has {MOST_EXPERTS + 1}: split them"):
+                operation(*many)
+    for args, words in ((rows, f"at most {MOST_ROWS} rows"), (many, f"1 to {MOST_EXPERTS} experts")):
+        with fp.interpret("sm_90a"), pytest.raises(RuntimeError, match=words):
+            getattr(torch.ops.forwardpass, f"{op}_cuda")(*args)
