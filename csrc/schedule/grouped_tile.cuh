@@ -10,8 +10,6 @@
 
 namespace forwardpass {
 
-constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
-
 struct GroupTile : GemmTile {
   int expert;
   uint32_t index;  // of the schedule's tiles
@@ -47,14 +45,16 @@ int unused_bytes(int experts) {
 
 struct ExpertList {
   const Groups& groups;
-  const int height_bits;      // log2 of the rows of a row of tiles
+  const int tile_bits;         // log2 of a tile's rows
+  const uint32_t& share_bits;  // log2 of the tiles below each other in a row of tiles
   int32_t* const rows_up_to;  // that this expert and those before it have
   ExpertTiles* const tiles;
 
   template <class Storage>
-  __device__ ExpertList(const Groups& groups, int height_bits, Storage& storage)
+  __device__ ExpertList(const Groups& groups, int tile_bits, const uint32_t& share_bits, Storage& storage)
       : groups(groups),
-        height_bits(height_bits),
+        tile_bits(tile_bits),
+        share_bits(share_bits),
         rows_up_to(reinterpret_cast<int32_t*>(storage.bytes)),
         tiles(reinterpret_cast<ExpertTiles*>(rows_up_to + groups.experts)) {}
 
@@ -75,7 +75,7 @@ struct ExpertList {
     int count = 0;
     for (int e = first; e < last; ++e) count += tiles_of(e);
     count = of_lanes_before(count);
-    for (int e = first; e < last; ++e) tiles[e].extra = (count += tiles_of(e)) - (rows_up_to[e] >> height_bits);
+    for (int e = first; e < last; ++e) tiles[e].extra = (count += tiles_of(e)) - whole_tiles(rows_up_to[e]);
   }
 
   __device__ int rows_begin(int expert) const {
@@ -86,7 +86,7 @@ struct ExpertList {
     return groups.sorted ? rows_up_to[expert] : rows_begin(expert) + rows_of(expert);
   }
   __device__ int tile_begin(int expert) const { return expert == 0 ? 0 : tile_end(expert - 1); }
-  __device__ int tile_end(int expert) const { return (rows_up_to[expert] >> height_bits) + tiles[expert].extra; }
+  __device__ int tile_end(int expert) const { return whole_tiles(rows_up_to[expert]) + tiles[expert].extra; }
   __device__ int tile_rows() const { return tile_end(groups.experts - 1); }
   // The expert that has this row of tiles.
   __device__ int expert_of(int tile_row) const {
@@ -131,7 +131,11 @@ struct ExpertList {
   }
   __device__ int rows_before(int expert) const { return expert == 0 ? 0 : rows_up_to[expert - 1]; }
   __device__ int rows_of(int expert) const { return rows_up_to[expert] - rows_before(expert); }
-  __device__ int tiles_of(int expert) const { return (rows_of(expert) + ((1 << height_bits) - 1)) >> height_bits; }
+  __device__ int tiles_of(int expert) const {
+    return whole_tiles(rows_of(expert) + ((1 << tile_bits << share_bits) - 1));
+  }
+  // Rows of tiles. As one shift its operand would be in a register in all main loops, and spill.
+  __device__ int whole_tiles(int rows) const { return rows >> tile_bits >> share_bits; }
   __device__ int row_expert(int row) const { return row / static_cast<int>(groups.room); }
   // The sum of the v of the lanes before.
   __device__ static int of_lanes_before(int v) {
@@ -150,7 +154,6 @@ struct ExpertList {
 template <class Config>
 struct GroupedTiles {
   static constexpr uint32_t split = 0;
-  static constexpr int kHeightBits = log2_of(Config::kM);
   const uint32_t rank;  // of the blocks of a cluster, whose tiles lie below each other
   const TileMap& map;
   const int64_t& columns;  // of an expert
@@ -161,7 +164,7 @@ struct GroupedTiles {
       : rank(Config::rank()),
         map(p.map),
         columns(p.out.columns),
-        list(p.groups, kHeightBits + static_cast<int>(map.share_bits), s.experts) {}
+        list(p.groups, 31 - __clz(Config::kM), map.share_bits, s.experts) {}
   template <class F>
   __device__ void for_each(F f) const {
     for_each_tile(tiles(), blockIdx.x >> map.share_bits, gridDim.x >> map.share_bits,
