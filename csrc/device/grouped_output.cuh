@@ -1,6 +1,6 @@
 #pragma once
-// Where a grouped GEMM stores: each expert's rows with its own scales and bias, zeros in the rows that none has, and NaN
-// in those of which that is unknown.
+// Where a grouped GEMM stores: each expert's rows with its own scales and bias, zeros in the rows that none has, and
+// NaN in those of which that is unknown.
 #include "device/gemm_epilogue.cuh"
 #include "schedule/grouped_tile.cuh"
 

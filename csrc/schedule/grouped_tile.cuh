@@ -21,8 +21,8 @@ inline int64_t most_tile_rows(const Groups& g, int64_t rows, int height) {
   return g.sorted ? std::min(rows / height + g.experts, rows) : g.experts * ceil_div(g.room, height);
 }
 
-// What the list says of an expert beside its rows. All tiles up to it would need 32 bits to count: those beyond the whole
-// ones that the rows fill are at most one for each expert, whatever a tile's height.
+// What the list says of an expert beside its rows. All tiles up to it would need 32 bits to count: those beyond the
+// whole ones that the rows fill are at most one for each expert, whatever a tile's height.
 struct ExpertTiles {
   uint16_t extra : 15;  // tiles of this expert and those before it, minus their rows divided by a tile's
   uint16_t wrong : 1;   // its end or count is wrong: it has no rows, and those that it could have are not known
@@ -47,7 +47,7 @@ struct ExpertList {
   const Groups& groups;
   const int tile_bits;         // log2 of a tile's rows
   const uint32_t& share_bits;  // log2 of the tiles below each other in a row of tiles
-  int32_t* const rows_up_to;  // that this expert and those before it have
+  int32_t* const rows_up_to;   // that this expert and those before it have
   ExpertTiles* const tiles;
 
   template <class Storage>
@@ -58,8 +58,8 @@ struct ExpertList {
         rows_up_to(reinterpret_cast<int32_t*>(storage.bytes)),
         tiles(reinterpret_cast<ExpertTiles*>(rows_up_to + groups.experts)) {}
 
-  // By one warp, of whose lanes each has experts beside each other. rows: of a. ops/common/experts.py defines which ends
-  // and counts are wrong, and which rows are unknown then.
+  // By one warp, of whose lanes each has experts beside each other. rows: of a. ops/common/experts.py defines which
+  // ends and counts are wrong, and which rows are unknown then.
   __device__ void make(int rows) const {
     const int lane = threadIdx.x % 32, share = (groups.experts + 31) / 32, first = min(lane * share, groups.experts),
               last = min(first + share, groups.experts);

@@ -120,7 +120,6 @@ def test_refusals(refused, error, words):
     assert "\n" not in str(e.value)
 
 
-
 @pytest.mark.parametrize(("arch", "code"), [("sm_80", "no_fp8"), ("sm_89", None), ("sm_90a", None)])
 def test_needs_a_gpu_that_multiplies_fp8(arch, code):
     with fp.interpret(arch):

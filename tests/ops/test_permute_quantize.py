@@ -119,5 +119,7 @@ def test_counting_reads_no_more_than_in_proportion_to_the_choices():
             pytest.skip(str(reason))
         got = OPERATION(*args)
     cases.assert_matches(got, args)
-    read = sum(32 * i["sectors"] for k in device.kernels() for i in k.instructions if i["opcode"].startswith("ld.global"))
+    read = sum(
+        32 * i["sectors"] for k in device.kernels() for i in k.instructions if i["opcode"].startswith("ld.global")
+    )
     assert read < 80e6

@@ -69,7 +69,9 @@ def test_rows_that_they_concern_are_nan(op, backend, arch, seed):
         else:
             case_type = int8.Case if op == "int8_grouped_gemm" else fp8.Case
             activation = "silu_mul" if n % 16 == 0 and backend != "reference" else None
-            case = case_type(counts, n, 70, EpilogueCase(activation=activation, out_dtype=DTYPES[i % 5]), room=room, beyond=beyond)
+            case = case_type(
+                counts, n, 70, EpilogueCase(activation=activation, out_dtype=DTYPES[i % 5]), room=room, beyond=beyond
+            )
         args = case.arguments(seed=seed)
         got, expected = (product(op, with_ends(args, ends, at), backend, arch, seed) for ends in (given, meant))
         rows, others = got.flatten(0, -2), torch.ones(S, dtype=torch.bool)
@@ -81,11 +83,11 @@ def test_rows_that_they_concern_are_nan(op, backend, arch, seed):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("experts", [31, 33, 300, 512])
-def test_of_many_experts(experts, arch, seed):
+def test_of_many_experts(experts, arch):
     """The first wrong end is any lane's, its experts' first, last or another one; a lane has up to sixteen."""
     rows = 2 * experts
     case = int8.Case((2,) * experts, 16, 16, EpilogueCase(out_dtype=torch.bfloat16), beyond=0)
-    args = case.arguments(seed=seed)
+    args = case.arguments()
     for wrong in sorted({0, 1, 15, 16, 17, experts // 2, experts - 1}):
         if wrong >= experts:
             continue
@@ -93,18 +95,18 @@ def test_of_many_experts(experts, arch, seed):
         ends[wrong], ends[-1] = -5 if wrong % 2 else rows + 1, rows + 7 if wrong == experts - 1 else ends[-1]
         known = 0 if ends[wrong] < 0 else 2 * wrong
         bad = (*args[:4], ends, *args[5:])
-        got = interpreted(dispatch.operations["int8_grouped_gemm"], bad, "cuda", arch, seed)
+        got = interpreted(dispatch.operations["int8_grouped_gemm"], bad, "cuda", arch, 0)
         assert got[known:].isnan().all() and not got[:known].isnan().any()
         int8.assert_matches(got, bad)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_large_tiles(arch, seed):
+def test_large_tiles(arch):
     """Rows before a wrong end in several tiles, the last of which ends there; and of experts with room."""
     for room, ends in ((None, (300, 700, 650, 900)), (None, (300, 700, 1100, 1000)), (300, (300, 301, 129, -1))):
         case = int8.Case((250,) * 4, 130, 64, EpilogueCase(out_dtype=torch.bfloat16), room=room, beyond=0)
-        args = with_ends(case.arguments(seed=seed), ends, 4)
-        got = interpreted(dispatch.operations["int8_grouped_gemm"], args, "cuda", arch, seed)
+        args = with_ends(case.arguments(), ends, 4)
+        got = interpreted(dispatch.operations["int8_grouped_gemm"], args, "cuda", arch, 0)
         int8.assert_matches(got, args)
 
 

@@ -62,8 +62,7 @@ __device__ void find_positions(const PermuteQuantizeParams& p, bool counting, in
 
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
-    const int64_t first =
-        (int64_t{blockIdx.x} * rounds + round) * kCountedChoices + warp * (32 * kEach) + lane;
+    const int64_t first = (int64_t{blockIdx.x} * rounds + round) * kCountedChoices + warp * (32 * kEach) + lane;
     int chosen_experts[kEach];  // -1: none
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
