@@ -125,17 +125,19 @@ def write_list(tmp_path_factory):
 
 
 def ends_of(experts, rows, room):
-    """Right ones of which some are 0, and the same with a wrong one near the end."""
+    """The last tile of almost every expert has one row, and some have none; the same with a wrong one near the end."""
     if room:
-        right = torch.full((experts,), rows // experts, dtype=torch.int32)
-        right[::3] -= 1
+        right = torch.full((experts,), rows // experts - 255)
+        right[::50] = 0
         wrong = right.clone()
         wrong[-2], wrong[-1] = rows // experts + 1, -1
     else:
-        right = (torch.arange(1, experts + 1) * rows // experts).int()
-        right[1::5] = right[::5][: len(right[1::5])]
+        right = torch.randint(0, rows // 256 - 4, (experts,), generator=torch.Generator().manual_seed(0)).sort().values
+        right = right * 256 + torch.arange(1, experts + 1)
+        right[::50], right[-1] = right[1::50], rows - 5
         wrong = right.clone()
         wrong[-2] = rows + 1
+    right, wrong = right.int(), wrong.int()
     return right, wrong
 
 
@@ -157,6 +159,7 @@ def test_a_list_counts_any_number_of_tiles(write_list, height, share_bits, room)
         of_each = (end - begin + tall - 1) // tall
         expert = torch.arange(experts).repeat_interleave(of_each)
         assert count == len(expert)
+        assert count - (end - begin).sum() // tall > 256  # more than eight bits of the list would hold
         first = torch.arange(len(expert)) - (of_each.cumsum(0) - of_each)[expert]
         expected = torch.stack([expert, begin[expert] + first * tall, end[expert]], 1)
         assert torch.equal(tiles[: len(expected[::step])].long(), expected[::step])

@@ -46,7 +46,8 @@ def row_ranges(a: Tensor, ends: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
         if not begin <= end <= rows:
             known = max(min(begin, end), 0)
             break
-    ranges, begin = [], 0
+    ranges: list[tuple[int, int]] = []
+    begin = 0
     for end in given:
         ranges.append((begin, max(begin, min(end, known))))
         begin = ranges[-1][1]
