@@ -1,7 +1,4 @@
-#include <cstring>
-
-#include "cpu/row_chunks.h"
-#include "torch/experts.h"
+#include "cpu/expert_rows.h"
 #include "torch/int8_operands.h"
 #include "torch/torch_ops.h"
 
@@ -10,15 +7,8 @@ namespace forwardpass {
 // Expert by expert, each a product that all threads share.
 void int8_grouped_gemm_cpu(const Tensor& a, const GemmParams& p) {
   const Epilogue& all = p.epilogue;
-  const int64_t columns = p.columns(), outputs = is_gated(all.activation) ? columns / 2 : columns;
-  const auto clear = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) std::memset(rows_from(all, r).out, 0, outputs * size_of(all.out_dtype));
-  };
-  int64_t written = 0;
-  for_each_expert(p.groups, [&](int64_t expert, int64_t begin, int64_t end) {
-    clear(written, begin);
-    written = end;
-    if (begin == end) return;
+  const int64_t columns = p.columns();
+  for_each_expert(p, [&](int64_t expert, int64_t begin, int64_t end) {
     Matrix rows = p.a, b = p.b;
     rows.data = static_cast<const int8_t*>(p.a.data) + begin * p.a.stride, rows.rows = end - begin;
     b.data = static_cast<const int8_t*>(p.b.data) + expert * columns * p.b.stride, b.rows = columns;
@@ -26,7 +16,6 @@ void int8_grouped_gemm_cpu(const Tensor& a, const GemmParams& p) {
     take_expert(e, all, expert * columns);
     int8_gemm_cpu(reshaped(a, {rows.rows, rows.columns}, {rows.stride, 1}, begin * rows.stride), rows, b, e, nullptr);
   });
-  clear(written, p.a.rows);
 }
 
 }  // namespace forwardpass

@@ -3,12 +3,11 @@
 // busy.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <vector>
 
+#include "cpu/expert_rows.h"
 #include "cpu/few_rows.h"
 #include "cpu/w8a16_gemm.h"
-#include "torch/experts.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
@@ -22,18 +21,11 @@ struct ExpertProduct {
   int64_t first_row;
 };
 
-// Of the experts that have rows, which are `x` by then. The rows of none are cleared.
+// Of the experts that have rows, which are `x` by then. Fills the rows of none.
 std::vector<ExpertProduct> products_of(const GemmParams& p, const float* x, int64_t stride) {
-  const int64_t row_bytes = p.epilogue.out_stride * size_of(p.epilogue.out_dtype), columns = p.columns();
+  const int64_t columns = p.columns();
   std::vector<ExpertProduct> products;
-  int64_t written = 0;
-  const auto clear_until = [&](int64_t row) {
-    std::memset(static_cast<char*>(p.epilogue.out) + written * row_bytes, 0, (row - written) * row_bytes);
-  };
-  for_each_expert(p.groups, [&](int64_t expert, int64_t begin, int64_t end) {
-    clear_until(begin);
-    written = end;
-    if (begin == end) return;
+  for_each_expert(p, [&](int64_t expert, int64_t begin, int64_t end) {
     Matrix b = p.b;
     b.data = static_cast<const char*>(p.b.data) + expert * columns * p.b.stride, b.rows = columns;
     Epilogue e = rows_from(p.epilogue, begin);
@@ -42,7 +34,6 @@ std::vector<ExpertProduct> products_of(const GemmParams& p, const float* x, int6
         p.blocks.b ? p.blocks.b + expert * columns * ceil_div(p.b.columns, kScaleBlock) : nullptr;
     products.push_back({{x + begin * stride, end - begin, stride, b, block_scale, e}, begin});
   });
-  clear_until(p.a.rows);
   std::stable_sort(products.begin(), products.end(),
                    [](const ExpertProduct& a, const ExpertProduct& b) { return a.product.rows > b.product.rows; });
   return products;

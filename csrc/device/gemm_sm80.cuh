@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr bool kGrouped = kIsGrouped<typename Config::Element>;
   const typename Config::Schedule schedule(p, s);
   if constexpr (kGrouped) {
-    if (warp == 0) schedule.make_list(static_cast<int>(p.a.rows));
+    if (warp == 0) schedule.list.make(static_cast<int>(p.a.rows));
     __syncthreads();
   }
   const int warp_m = warp % Config::kWarpsM * Config::kWarpM, warp_n = warp / Config::kWarpsM * Config::kWarpN;
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   });
   if constexpr (kGrouped) {
     constexpr int kWarps = Config::kThreads / 32;
-    clear_unowned_rows(schedule.list, p.out, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
+    fill_unowned_rows(schedule.list, p.out, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
   }
 }
 

@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(Config::kBoundThreads, 1)
   if constexpr (kIsGrouped<typename Config::Element>)
     if (threadIdx.x < 32) {
       ptx::wait_for_earlier_kernels();
-      typename Config::Schedule(p, s).make_list(static_cast<int>(p.out.rows));
+      typename Config::Schedule(p, s).list.make(static_cast<int>(p.out.rows));
     }
   __syncwarp();
   ptx::cluster_sync();
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(Config::kBoundThreads, 1)
       if (p.cluster_sums) ClusterSums<Config>::add(s, p.out, p.map);  // in the loop its registers would spill
     if constexpr (kGrouped) {
       const int warp = uniform(threadIdx.x / 32);
-      clear_unowned_rows(schedule.list, p.out, blockIdx.x * Config::kWarps + warp, gridDim.x * Config::kWarps);
+      fill_unowned_rows(schedule.list, p.out, blockIdx.x * Config::kWarps + warp, gridDim.x * Config::kWarps);
     }
   }
   ptx::cluster_sync();  // other blocks of the cluster may still arrive at this block's barriers, and read its sums

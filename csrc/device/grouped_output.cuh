@@ -1,5 +1,6 @@
 #pragma once
-// Where a grouped GEMM stores: each expert's rows with its own scales and bias, and zeros in the rows that none has.
+// Where a grouped GEMM stores: each expert's rows with its own scales and bias, zeros in the rows that none has, and
+// NaN in those of which that is unknown.
 #include "device/gemm_epilogue.cuh"
 #include "schedule/grouped_tile.cuh"
 
@@ -11,13 +12,13 @@ struct GroupOutput : GemmOutput {
 
   __device__ explicit GroupOutput(const GemmOutput& all) : GemmOutput(all), all(all) {}
   __device__ void take(const GroupTile& tile, const ExpertList& list) {
-    rows = list.rows_end[tile.expert];
+    rows = list.rows_end(tile.expert);
     take_expert(epilogue, all.epilogue, tile.expert * columns);
   }
 };
 
 // By each of `warps` warps, of all blocks.
-__device__ inline void clear_unowned_rows(const ExpertList& list, const GemmOutput& o, int warp, int warps) {
+__device__ inline void fill_unowned_rows(const ExpertList& list, const GemmOutput& o, int warp, int warps) {
   const Epilogue& e = o.epilogue;
   const int size = e.out_dtype == Dtype::f32                                 ? 4
                    : e.out_dtype == Dtype::f16 || e.out_dtype == Dtype::bf16 ? 2
@@ -27,11 +28,12 @@ __device__ inline void clear_unowned_rows(const ExpertList& list, const GemmOutp
 #pragma unroll 1
   for (int row = list.first_unowned() + warp; row < rows; row += warps) {
     if (!list.unowned(row)) continue;
+    const uint32_t word = list.unknown(row) ? nan_word(e.out_dtype) : 0;
     auto* p = static_cast<uint8_t*>(e.out) + row * e.out_stride * size;
 #pragma unroll 1
-    for (int64_t i = lane; i < whole; i += 32) reinterpret_cast<uint4*>(p)[i] = {};
+    for (int64_t i = lane; i < whole; i += 32) reinterpret_cast<uint4*>(p)[i] = {word, word, word, word};
 #pragma unroll 1
-    for (int64_t i = whole * 16 + lane; i < bytes; i += 32) p[i] = 0;
+    for (int64_t i = whole * 16 + lane; i < bytes; i += 32) p[i] = static_cast<uint8_t>(word >> i % 4 * 8);
   }
 }
 

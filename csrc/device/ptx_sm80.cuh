@@ -45,13 +45,14 @@ __device__ inline uint64_t evict_first_policy() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// 9.7.9.9 ld.global.nc: 16 bytes of what no thread of the grid writes, and each byte of which is read once: not kept in
-// L1, in L2 by the policy
+// 9.7.9.8 ld.global: 16 bytes, each of which is read once: not kept in L1, in L2 by the policy. Not .nc, which is for
+// data that nobody writes while the grid runs: a dependent launch begins while the kernel before it may still write.
 __device__ inline uint4 ld_once(const void* p, uint64_t policy) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p), "l"(policy));
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(policy)
+               : "memory");
   return v;
 }
 

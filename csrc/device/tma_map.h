@@ -3,6 +3,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace forwardpass {
@@ -12,13 +13,15 @@ namespace forwardpass {
 template <int Rank>
 cudaError_t encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void* data, const int64_t (&sizes)[Rank],
                          const int64_t (&strides)[Rank - 1], const int (&box)[Rank], CUtensorMapSwizzle swizzle) {
-  static void* encode = nullptr;  // a race writes the same value twice
+  static std::atomic<void*> known{nullptr};
+  void* encode = known.load(std::memory_order_acquire);
   if (!encode) {
     cudaDriverEntryPointQueryResult status;
     // as of CUDA 12.0, where it appeared
     if (auto e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &status))
       return e;
     if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    known = encode;
   }
   cuuint64_t sizes64[Rank], strides64[Rank];
   cuuint32_t boxes[Rank], steps[Rank];

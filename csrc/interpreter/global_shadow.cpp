@@ -76,7 +76,10 @@ GlobalShadow::Access::Access(GlobalShadow& shadow, const Warp& w, Use use, bool 
     : shadow_(shadow), warp_(w), use_(use), write_(is_write(use)), line_(write_ ? w.line() : 0) {
   const Cta& cta = *w.cta;
   const bool waited = w.knowledge.seen.clocks[kGridAgent] != 0;
-  oldest_ = Cell{waited ? cta.launch->first_serial : cta.launch->concurrent_serial} << kSerial;
+  // griddepcontrol.wait orders what earlier launches wrote before a load, but .nc asks that nobody writes for as long
+  // as this launch runs, and it may have begun before they did.
+  const bool ordered = waited && use != Use::constant;
+  oldest_ = Cell{ordered ? cta.launch->first_serial : cta.launch->concurrent_serial} << kSerial;
   const Cell me = Cell{cta.serial} << kSerial | static_cast<Cell>(w.id) << kWarp;
   // A warp's own writes are in order before it, but for .nc nobody may have written.
   exempt_ = use == Use::constant ? 0 : me;
@@ -146,7 +149,12 @@ void GlobalShadow::Access::check(Cell cell, uint32_t line, uint64_t address, Cel
   const auto serial = static_cast<uint32_t>(cell >> kSerial);
   const uint64_t number = serial - l.first_serial;  // of the block, if it is one of this launch
   const uint64_t byte = address / kWord * kWord + __builtin_ctzll(cell & mask);
-  if (serial < l.first_serial) return report(cell, 0, byte, "missing griddepcontrol.wait");
+  if (serial < l.first_serial) {
+    return report(cell, 0, byte,
+                  use_ == Use::constant ? ".nc is for data that does not change while the kernel runs, which may have "
+                                          "begun before that one wrote: after griddepcontrol.wait, load without it"
+                                        : "missing griddepcontrol.wait");
+  }
   if (number >= l.grid_size()) return;  // another host thread launches at the same time
   if (use_ == Use::constant) {
     return report(cell, line, byte, ".nc is for data that does not change while the kernel runs");

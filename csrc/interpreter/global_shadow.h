@@ -7,7 +7,8 @@
 // messages.
 //
 // Found: what a CTA reads or writes after another warp or another CTA of the launch wrote it, with nothing in between
-// (RAW, WAW), and what a programmatic dependent launch touches before its griddepcontrol.wait. Between clusters strong
+// (RAW, WAW), and what a programmatic dependent launch touches before its griddepcontrol.wait, or reads by .nc at any
+// time. Between clusters strong
 // accesses order, as far as one has released and the other acquired (releases.h). What a bulk store writes is known to
 // nobody until it has been waited for (under_way). Not found: writes after reads, as reads leave no trace, but where
 // blocks of a launch begin in another order at other seeds and the write comes first; reads after writes between the

@@ -19,7 +19,8 @@ struct BlockScales {
 };
 
 // A grouped GEMM: each row of a is an expert's, and multiplied by that expert's rows of b, [experts, columns, k]. Rows
-// of a are sorted by expert, or there is room for as many of each. Rows of none are zeros in the output.
+// of a are sorted by expert, or there is room for as many of each. Rows of none are zeros in the output; where an end
+// or a count is wrong, rows of which it is unknown whose they are (ops/common/experts.py) are NaN.
 struct Groups {
   const int32_t*
       ends;  // [experts]: sorted, where each one's rows end; else how many of its rows count. null: one product
@@ -88,6 +89,14 @@ HOST_DEVICE inline void take_expert(Epilogue& e, const Epilogue& all, int64_t fi
   e.b_scale = all.b_scale + (all.b_scale ? first : 0);
   if (all.bias) e.bias = static_cast<const char*>(all.bias) + first * (all.bias_dtype == Dtype::f32 ? 4 : 2);
   if (all.b_sum) e.b_sum = all.b_sum + first;
+}
+
+// Four bytes of an output's NaN; of int8, which has none, of the -127 that the epilogue makes of a NaN.
+HOST_DEVICE constexpr uint32_t nan_word(Dtype output) {
+  return output == Dtype::f32    ? 0x7fffffff
+         : output == Dtype::i8   ? 0x81818181
+         : output == Dtype::e4m3 ? 0x7f7f7f7f
+                                 : 0x7fff7fff;
 }
 
 }  // namespace forwardpass

@@ -1,25 +1,24 @@
 #pragma once
 // Torch side of what the grouped GEMMs share: which rows are an expert's, and what each expert has.
-#include <algorithm>
-
 #include "params/gemm.h"
 #include "torch/check.h"
 
 namespace forwardpass {
 
-// Kernels keep a list of as many in shared memory.
-constexpr int64_t kMostExperts = 512;
-constexpr int64_t kMostGroupedRows = 1 << 22;  // whose tiles of 128 rows a uint16_t counts
+// As ops/common/experts.py has them: kernels keep a list of as many experts in shared memory; of all experts' rows.
+constexpr int64_t kMostExperts = 512, kMostGroupedRows = 1 << 22;
 
-// b's matrix, [E, N, K], for an a [S, columns] or [E, max_m, columns].
-inline Matrix expert_weight(const Tensor& b, Dtype type, int64_t columns, const Tensor& a, const char* op,
+// b's matrix, [E, N, K], for an a [S, K] or [E, max_m, K], whose matrix is `rows`.
+inline Matrix expert_weight(const Tensor& b, Dtype type, const Matrix& rows, const Tensor& a, const char* op,
                             const char* name) {
   const Matrix m = operand(b, type, a, op, name);
   STD_TORCH_CHECK(a.dim() == 2 || a.dim() == 3, op, ": the input must be [S, K] or [E, max_m, K]");
-  STD_TORCH_CHECK(b.dim() == 3 && m.columns == columns && (a.dim() == 2 || b.size(0) == a.size(0)), op, ": ", name,
-                  " must be [E, N, ", columns, "]");
+  STD_TORCH_CHECK(b.dim() == 3 && m.columns == rows.columns && (a.dim() == 2 || b.size(0) == a.size(0)), op, ": ", name,
+                  " must be [E, N, ", rows.columns, "]");
   STD_TORCH_CHECK(b.size(0) >= 1 && b.size(0) <= kMostExperts, op, ": ", name, " must have 1 to ", kMostExperts,
                   " experts, and has ", b.size(0));
+  STD_TORCH_CHECK(rows.rows <= kMostGroupedRows, op, ": the input must have at most ", kMostGroupedRows, " rows, not ",
+                  rows.rows);
   return m;
 }
 
@@ -39,27 +38,6 @@ inline void take_experts(Epilogue& e, int64_t rows, OptionalTensorRef b_scale, c
   e.bias_dtype = dtype_of(bias->scalar_type(), op, "bias");
   STD_TORCH_CHECK(is_float(e.bias_dtype), op, ": bias must be float32, float16 or bfloat16");
   e.bias = vector<void>(bias, rows, bias->scalar_type(), a, op, "bias");
-}
-
-// On a CPU: f(expert, its first row, the row behind its last) for each.
-template <class F>
-void for_each_expert(const Groups& g, F f) {
-  int64_t end = 0;
-  for (int64_t e = 0; e < g.experts; ++e) {
-    const int64_t begin = g.sorted ? end : e * g.room;
-    end = g.sorted ? g.ends[e] : begin + g.ends[e];
-    f(e, begin, end);
-  }
-}
-
-// On a CPU: whether the ends are those of rows that there are.
-inline void check_ends(const Groups& g, int64_t rows, const char* op) {
-  for_each_expert(g, [&](int64_t e, int64_t begin, int64_t end) {
-    const int64_t most = g.sorted ? rows : begin + g.room;
-    STD_TORCH_CHECK(begin <= end && end <= most, op, ": offs must be ",
-                    g.sorted ? "ends that never fall, from 0 to " : "from 0 to ", g.sorted ? rows : g.room,
-                    ", and of expert ", e, " is ", g.ends[e]);
-  });
 }
 
 }  // namespace forwardpass

@@ -16,7 +16,7 @@ void check_int8_depth(int64_t k, bool zero_point, const char* op);
 void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
                    const QuantizeParams* quantize, OptionalTensorRef packed = {});
 
-// The same of each expert's rows of a, which p.a is the matrix of; p.groups has been checked.
+// The same of each expert's rows of a, which p.a is the matrix of.
 void int8_grouped_gemm_cpu(const Tensor& a, const GemmParams& p);
 
 }  // namespace forwardpass

@@ -27,7 +27,11 @@ thread_local std::vector<torch::stable::Tensor> kept_tensors;
 
 }  // namespace
 
-void set_library(int64_t interpreted, std::string path) { libraries[interpreted != 0].path = std::move(path); }
+void set_library(int64_t interpreted, std::string path) {
+  Library& library = libraries[interpreted != 0];
+  std::lock_guard lock(library.mutex);
+  library.path = std::move(path);
+}
 
 void set_poison(bool on) { poisons_outputs = on; }
 bool poison() { return poisons_outputs.load(std::memory_order_relaxed); }

@@ -2,6 +2,7 @@
 // The kernel libraries: opened on first use, independent of each other, and never linked to the torch side.
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <string>
 
 #include "params/device.h"
@@ -40,14 +41,15 @@ class LibraryFunction {
  public:
   constexpr explicit LibraryFunction(const char* name) : name_(name) {}
   F* of(Backend backend) {
-    F*& f = functions_[static_cast<int>(backend)];  // a race writes the same value twice
-    if (!f) f = reinterpret_cast<F*>(library_function(backend, name_));
+    std::atomic<F*>& known = functions_[static_cast<int>(backend)];
+    F* f = known.load(std::memory_order_acquire);
+    if (!f) known = f = reinterpret_cast<F*>(library_function(backend, name_));
     return f;
   }
 
  private:
   const char* name_;
-  F* functions_[3] = {};
+  std::atomic<F*> functions_[3] = {nullptr, nullptr, nullptr};
 };
 
 // The GPU of x, or the interpreted one.

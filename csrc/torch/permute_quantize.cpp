@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute_quantize(Backend backend, con
   p.offs = static_cast<int32_t*>(offs.mutable_data_ptr());
   p.position = static_cast<int32_t*>(position.mutable_data_ptr());
   Workspace workspace;
-  if (backend != Backend::cpu && rows > kCountedChoices) {
-    const int64_t counts = workspace.reserve((rows + kCountedChoices - 1) / kCountedChoices * num_experts * 4);
+  if (const int64_t blocks = p.counting_blocks(); backend != Backend::cpu && blocks > 1) {
+    const int64_t counts = workspace.reserve(blocks * num_experts * 4);
     workspace.allocate(x);
     p.counts = workspace.at<int32_t>(counts);
   }

@@ -12,11 +12,11 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
   const char* op = "w8a16_gemm";
   GemmParams p{};
   p.a = matrix(x, op, "x");
-  p.b = matrix(w, op, "w");
   STD_TORCH_CHECK(is_float(p.a.dtype), op, ": x must be float16, bfloat16 or float32");
   STD_TORCH_CHECK(backend == Backend::cpu || p.a.dtype != Dtype::f32, op, ": on a GPU x must be float16 or bfloat16");
-  STD_TORCH_CHECK(w.dim() == 2 && (p.b.dtype == Dtype::i8 || p.b.dtype == Dtype::e4m3) && p.b.columns == p.a.columns,
-                  op, ": w must be int8 or float8_e4m3fn [N, ", p.a.columns, "]");
+  const Dtype w_dtype = dtype_of(w.scalar_type(), op, "w");
+  STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": w must be int8 or float8_e4m3fn");
+  p.b = b_operand(w, w_dtype, p.a.columns, x, op, "w");
   EpilogueOptions out_options{.bias = bias, .activation = activation_of(activation, op), .out_dtype = x.scalar_type()};
   if (w_scale.dim() == 2) {
     p.blocks.b = floats(w_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "w_scale");

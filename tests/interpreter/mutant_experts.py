@@ -103,17 +103,28 @@ FILES = (
 
 
 class Falling(Grouped):
-    """Of seven ends one is what it would be, the others are less; and of odd numbers of experts one is the last one's."""
+    """The end of an expert in the middle is below the one before it, and so is the last one's."""
 
     op = "int8_grouped_gemm"
 
     def arguments(self, device="cpu", seed=0):
         args = super().arguments(device, seed)
-        ends, at = args[4], torch.arange(len(self.counts))
-        last = ends[-1].clone()
-        ends[at % 7 != 3] //= 3
-        if len(ends) % 2:
-            ends[len(ends) // 4] = last
+        ends, middle = args[4], len(self.counts) // 2
+        ends[middle], ends[-1] = ends[middle - 1] - 3, 0
+        return args
+
+
+class Beyond(Grouped):
+    """The last end is behind all rows; of experts with room, one count is above it and others are below 0."""
+
+    op = "int8_grouped_gemm"
+
+    def arguments(self, device="cpu", seed=0):
+        args = super().arguments(device, seed)
+        ends = args[4]
+        ends[-1] = len(args[0]) + 1 if self.room is None else self.room + 1
+        if self.room is not None:
+            ends[1:-1:3] = -1
         return args
 
 
@@ -139,8 +150,8 @@ def grouped(m, *lists):
         Grouped((0, m, 0, m // 2, m - 1), 48, 700, GATED, room=m),
         Grouped((m, m - 1), 33, 70, EpilogueCase(out_dtype=torch.int8), room=m),
         Grouped((m // 2, m - 1, 0), 273, 70, EpilogueCase(), room=m),
-        *(case(many(experts), 16, 64, HALF, of) for experts in lists for of in (Grouped, Falling)),
-        *(Grouped(many(experts), 16, 64, HALF, room=mean) for experts in lists),
+        *(case(many(experts), 16, 64, HALF, of) for experts in lists for of in (Grouped, Falling, Beyond)),
+        *(of(many(experts), 16, 64, HALF, room=mean) for experts in lists for of in (Grouped, Beyond)),
     )
 
 

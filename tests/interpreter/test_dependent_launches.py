@@ -71,3 +71,22 @@ def test_attention():
             pytest.skip(str(reason))
         fp.ops.attention(q, k, v)
     assert programmatic(device) == {"attention": (1, 1)}
+
+
+@pytest.mark.parametrize("rows", [2, 16, 300])
+@pytest.mark.parametrize("op", ["int8_gemm", "fp8_gemm", "w8a16_gemm"])
+def test_a_weight_that_the_launch_before_writes(op, rows):
+    """The GEMM begins while that launch writes: it may not read the weight as data that does not change."""
+    x, w = torch.randn(rows, 512), torch.randn(256, 512)
+    dtype = torch.float8_e4m3fn if op == "fp8_gemm" else torch.int8
+    a, a_scale, _ = fp.ops.quantize(x, dtype)
+    with fp.interpret("sm_90a") as device, fp.use_backend("cuda"):
+        if reason := device.why_not("cuda"):
+            pytest.skip(str(reason))
+        b, b_scale, _ = fp.ops.quantize(w, dtype)
+        if op == "w8a16_gemm":
+            got = fp.ops.w8a16_gemm(x.bfloat16(), b, b_scale)
+        else:
+            got = getattr(fp.ops, op)(a, b, a_scale, b_scale, out_dtype=torch.bfloat16)
+    assert device.findings == []
+    assert (got.float() - x @ w.T).norm() < 0.05 * (x @ w.T).norm()

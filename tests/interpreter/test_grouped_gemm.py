@@ -115,29 +115,6 @@ def test_lists_that_a_large_tile_has_no_room_for(arch, experts, n, tile):
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(
-    ("room", "given", "meant"),
-    [
-        (None, (5, 3, 9, 100), (5, 5, 9, 40)),
-        (None, (-4, 7, -1, 20), (0, 7, 7, 20)),
-        (None, (2**31 - 1, 0, -(2**31), 3), (40, 40, 40, 40)),
-        (10, (11, -1, 2**31 - 1, 3), (10, 0, 10, 3)),
-    ],
-)
-def test_ends_are_clamped(room, given, meant, arch, implementation):
-    """An end is at least the one before, and at most what rows there are."""
-    case = cases.Case((10,) * 4, 33, 70, BF16, room=room, beyond=0)
-    a, b, a_scale, b_scale, _, *options = case.arguments()
-    got, expected = (
-        interpreted((a, b, a_scale, b_scale, torch.tensor(ends, dtype=torch.int32), *options), arch, implementation)[0]
-        for ends in (given, meant)
-    )
-    assert_equal(got, expected)
-    cases.assert_matches(got, (a, b, a_scale, b_scale, torch.tensor(meant, dtype=torch.int32), *options))
-
-
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_rows_of_no_expert_are_zero(out_dtype, arch):

@@ -145,27 +145,3 @@ def test_as_many_experts_as_there_may_be(arch, experts, seed):
         args = cases.Case(tuple(counts), 16, 64, BF16, blocks=True).arguments(seed=seed)
         got, _ = interpreted(args, arch, seed=seed)
         cases.assert_matches(got, args, truncating=True)
-
-
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
-@pytest.mark.parametrize(
-    ("room", "given", "meant"),
-    [
-        (None, (5, 3, 9, 100), (5, 5, 9, 40)),
-        (None, (-4, 7, -1, 20), (0, 7, 7, 20)),
-        (10, (11, -1, 2**31 - 1, 3), (10, 0, 10, 3)),
-    ],
-)
-def test_ends_are_clamped(room, given, meant, arch, implementation):
-    """An end is at least the one before, and at most what rows there are."""
-    case = cases.Case((10,) * 4, 33, 70, BF16, blocks=True, room=room, beyond=0)
-    a, b, a_scale, b_scale, _, *options = case.arguments()
-    got, expected = (
-        interpreted((a, b, a_scale, b_scale, torch.tensor(ends, dtype=torch.int32), *options), arch, implementation)[0]
-        for ends in (given, meant)
-    )
-    assert_equal(got, expected)
-    cases.assert_matches(
-        got, (a, b, a_scale, b_scale, torch.tensor(meant, dtype=torch.int32), *options), truncating=True
-    )

@@ -111,23 +111,6 @@ def test_what_no_expert_has_is_not_used(arch, seed):
         assert_equal(interpreted((x, w, w_scale, offs, bias, activation), arch, seed)[0], expected)
 
 
-@pytest.mark.parametrize(
-    ("room", "given", "meant"),
-    [
-        (None, (5, 3, 9, 100), (5, 5, 9, 40)),
-        (None, (2**31 - 1, 0, -(2**31), 3), (40, 40, 40, 40)),
-        (10, (11, -1, 2**31 - 1, 3), (10, 0, 10, 3)),
-    ],
-)
-def test_ends_are_clamped(room, given, meant):
-    x, w, w_scale, _, *options = cases.Case((10,) * 4, 33, 70, room=room, beyond=0).arguments()
-    got, expected = (
-        interpreted((x, w, w_scale, torch.tensor(ends, dtype=torch.int32), *options), "sm_80")[0]
-        for ends in (given, meant)
-    )
-    assert_equal(got, expected)
-
-
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_the_chosen_experts_weights_are_read_once(arch):
     """One token's eight of 64 experts: their bytes and hardly any other, and those of the weight from L2 once as well."""

@@ -360,12 +360,22 @@ def tcgen05_out_of_allocation(module):
     return tensor_product(module, "tcgen05_out_of_allocation")
 
 
-@run
-def missing_griddepcontrol_wait(module):
+def reversed_by_the_second(module, kernel):
+    """Of two launches, the second of which may begin before the first has ended."""
     x, y, z = integers(256), poisoned(256), poisoned(256)
     module["producer"].launch(grid=(2, 1, 1), block=(128, 1, 1), args=[x, y])
-    module["missing_griddepcontrol_wait"].launch(grid=(2, 1, 1), block=(128, 1, 1), args=[y, z], programmatic=True)
+    module[kernel].launch(grid=(2, 1, 1), block=(128, 1, 1), args=[y, z], programmatic=True)
     return z, 2 * x.flip(0)
+
+
+@run
+def missing_griddepcontrol_wait(module):
+    return reversed_by_the_second(module, "missing_griddepcontrol_wait")
+
+
+@run
+def read_only_load_of_earlier_kernel(module):
+    return reversed_by_the_second(module, "read_only_load_of_earlier_kernel")
 
 
 def sum_by_the_last(kernel):

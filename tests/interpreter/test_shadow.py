@@ -453,6 +453,17 @@ def test_a_programmatic_launch_waits_before_it_reads():
     pair(WRITE, READ, x, programmatic=False)
 
 
+def test_a_programmatic_launch_reads_by_nc_what_nobody_writes():
+    """Waiting is not enough: the launch may have begun before the one before it wrote."""
+    x, nc = memory(), READ.replace(".global", ".global.nc")
+    for body in (nc, "griddepcontrol.wait;\n" + nc):
+        with pytest.raises(interpreter.InterpreterFinding, match=r"\.nc is for data that does not change") as caught:
+            pair(WRITE, body, x)
+        assert caught.value.kind == "race" and caught.value.address == x.data_ptr()
+    pair(WRITE, "griddepcontrol.wait;\nld.global.nc.u32 %r2, [%a0+4];", x)
+    pair(WRITE, nc, x, programmatic=False)
+
+
 def test_a_barrier_passes_the_wait_on():
     x = memory()
     pair(WRITE, "@%p0 griddepcontrol.wait;\nbar.sync 0;\n" + READ, x)

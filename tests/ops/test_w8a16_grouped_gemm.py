@@ -140,18 +140,3 @@ def test_refusals(refused, error, words):
     with pytest.raises(error, match=words) as e:
         refused()
     assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"offs": ints(1, 0, 4)}, "ends that never fall, from 0 to 4, the rows of x, and of expert 1 is 0"),
-        ({"offs": ints(1, 2, 5)}, "of expert 2 is 5"),
-        ({"x": torch.ones(3, 2, 32), "offs": ints(0, 3, 1)}, "from 0 to 2, the rows that x has for each"),
-    ],
-)
-def test_ends_that_no_rows_have(arguments, words):
-    call()
-    for _ in range(2):  # the first call is checked in Python, the second is refused by the kernel
-        with pytest.raises(ValueError, match=words):
-            call(**arguments)

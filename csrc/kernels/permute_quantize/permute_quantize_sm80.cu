@@ -1,8 +1,6 @@
 // permute_quantize: a counting sort of the choices by expert, then a pass over the tokens that is bound by bytes: of
 // each element 2 or 4 are read and one is written for each choice. No atomics: a choice's place is its rank, which the
 // order of experts, tokens and choices alone decides.
-#include <algorithm>
-
 #include "device/quantize_rows.cuh"
 #include "device/shared_bytes.cuh"
 #include "params/permute_quantize.h"
@@ -32,75 +30,90 @@ __device__ int sum_before(int v, int* warp_sums) {
   return sum - v;
 }
 
-// A block has kCountedChoices choices, a warp consecutive ones of them, 32 at a time. `counting`: only counts them into
-// p.counts, for the blocks of the launch that follows.
-__device__ void find_positions(const PermuteQuantizeParams& p, bool counting) {
-  constexpr int kWarps = PositionsConfig::kWarps, kEach = PositionsConfig::kEach;
-  extern __shared__ int4 shared_memory[];
-  auto& ranks = reinterpret_cast<PositionsConfig::SharedStorage*>(shared_memory)->ranks;
-  __shared__ int warp_sums[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = threadIdx.x;
-  const int64_t rows = p.rows(), first = int64_t{blockIdx.x} * kCountedChoices + warp * (32 * kEach) + lane;
-
-  int chosen_experts[kEach];  // -1: none
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t choice = first + i * 32;
-    int64_t e = -1;
-    if (choice < rows)
-      e = p.wide_index ? static_cast<const int64_t*>(p.index)[choice] : static_cast<const int32_t*>(p.index)[choice];
-    chosen_experts[i] = e >= 0 && e < p.experts ? static_cast<int>(e) : -1;
-  }
-  // rank(i, how many choices of the same expert the warp has had before)
-  const auto count = [&](auto rank) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int e = chosen_experts[i];
-      const unsigned same = __match_any_sync(0xffffffff, e);
-      const int before = __popc(same & ((1u << lane) - 1));
-      int had = 0;
-      if (e >= 0) had = ranks[warp][e];
-      rank(i, had + before);
-      __syncwarp();
-      if (e >= 0 && before == 0) ranks[warp][e] = had + __popc(same);
-      __syncwarp();
-    }
-  };
-  for (int e = lane; e < p.experts; e += 32) ranks[warp][e] = 0;
-  __syncwarp();
-  count([](int, int) {});
-  __syncthreads();
-
-  const bool has_expert = expert < p.experts;
-  int block_total = 0;
-  if (has_expert)
-    for (int i = 0; i < kWarps; ++i) block_total += ranks[i][expert];
-  if (counting) {
-    if (has_expert) p.counts[int64_t{blockIdx.x} * p.experts + expert] = block_total;
-    return;
-  }
-  int earlier = 0, total = block_total;  // of the expert's choices: those of the blocks before this one, and all
-  if (p.counts && has_expert) {
+// Where the rows begin of this thread's expert and block: behind those of the experts before it, and of the blocks
+// before this one. chosen: how often this block has chosen the expert, where there is no other. By all threads.
+__device__ int first_row(const PermuteQuantizeParams& p, int chosen, int* warp_sums) {
+  const int expert = threadIdx.x;
+  int earlier = 0, total = chosen;  // of the expert's choices: those of the blocks before this one, and all
+  if (p.counts && expert < p.experts) {
     total = 0;
-    for (int64_t block = 0; block < gridDim.x; ++block) {
+#pragma unroll 8
+    for (int block = 0; block < gridDim.x; ++block) {
       if (block == blockIdx.x) earlier = total;
       total += p.counts[block * p.experts + expert];
     }
   }
   const int begin = sum_before(total, warp_sums);
-  if (has_expert) {
-    if (blockIdx.x == 0) p.offs[expert] = begin + total;
-    int row = begin + earlier;
-    for (int i = 0; i < kWarps; ++i) {
-      const int of_warp = ranks[i][expert];
-      ranks[i][expert] = row;
-      row += of_warp;
+  if (expert < p.experts && blockIdx.x == 0) p.offs[expert] = begin + total;
+  return begin + earlier;
+}
+
+// A block has consecutive choices, kCountedChoices in each of `rounds`, and of those a warp consecutive ones, 32 at a
+// time. `counting`: only counts them into p.counts, for the blocks of the launch that follows.
+__device__ void find_positions(const PermuteQuantizeParams& p, bool counting, int rounds) {
+  constexpr int kWarps = PositionsConfig::kWarps, kEach = PositionsConfig::kEach;
+  extern __shared__ int4 shared_memory[];
+  auto& ranks = reinterpret_cast<PositionsConfig::SharedStorage*>(shared_memory)->ranks;
+  __shared__ int warp_sums[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = threadIdx.x;
+  const int64_t rows = p.rows();
+  const bool has_expert = expert < p.experts;
+  int row = 0;  // of this thread's expert: where its next choice goes; counting: how many there were
+
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t first = (int64_t{blockIdx.x} * rounds + round) * kCountedChoices + warp * (32 * kEach) + lane;
+    int chosen_experts[kEach];  // -1: none
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t choice = first + i * 32;
+      int64_t e = -1;
+      if (choice < rows)
+        e = p.wide_index ? static_cast<const int64_t*>(p.index)[choice] : static_cast<const int32_t*>(p.index)[choice];
+      chosen_experts[i] = e >= 0 && e < p.experts ? static_cast<int>(e) : -1;
     }
+    // rank(i, how many choices of the same expert the warp has had before)
+    const auto count = [&](auto rank) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int e = chosen_experts[i];
+        const unsigned same = __match_any_sync(0xffffffff, e);
+        const int before = __popc(same & ((1u << lane) - 1));
+        int had = 0;
+        if (e >= 0) had = ranks[warp][e];
+        rank(i, had + before);
+        __syncwarp();
+        if (e >= 0 && before == 0) ranks[warp][e] = had + __popc(same);
+        __syncwarp();
+      }
+    };
+    for (int e = lane; e < p.experts; e += 32) ranks[warp][e] = 0;
+    __syncwarp();
+    count([](int, int) {});
+    __syncthreads();
+
+    int chosen = 0;
+    if (has_expert && (counting || round == 0))
+      for (int i = 0; i < kWarps; ++i) chosen += ranks[i][expert];
+    if (counting) {
+      row += chosen;
+      __syncthreads();
+      continue;
+    }
+    if (round == 0) row = first_row(p, chosen, warp_sums);
+    if (has_expert)
+      for (int i = 0; i < kWarps; ++i) {
+        const int of_warp = ranks[i][expert];
+        ranks[i][expert] = row;
+        row += of_warp;
+      }
+    __syncthreads();
+    count([&](int i, int place) {
+      if (const int64_t choice = first + i * 32; choice < rows)
+        p.position[choice] = chosen_experts[i] >= 0 ? place : -1;
+    });
   }
-  __syncthreads();
-  count([&](int i, int row) {
-    if (const int64_t choice = first + i * 32; choice < rows) p.position[choice] = chosen_experts[i] >= 0 ? row : -1;
-  });
+  if (counting && has_expert) p.counts[int64_t{blockIdx.x} * p.experts + expert] = row;
 }
 
 // A token's row, or a group of it, to the first of its places, by the threads that share it; each then copies what it
@@ -169,12 +182,12 @@ enum class Phase { count, place, quantize };
 // One kernel for what are three launches, as instances are counted, not what is in them.
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    permute_quantize_kernel(PermuteQuantizeParams p, Phase phase, RowsLaunch l, bool aligned) {
+    permute_quantize_kernel(PermuteQuantizeParams p, Phase phase, int rounds, RowsLaunch l, bool aligned) {
   if (phase == Phase::quantize) {
     ptx::launch_dependents();
     quantize_token(p, l, aligned);
   } else {
-    find_positions(p, phase == Phase::count);
+    find_positions(p, phase == Phase::count, rounds);
   }
 }
 
@@ -182,18 +195,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 int forwardpass_permute_quantize(const forwardpass::PermuteQuantizeParams* p, void* stream) {
   using namespace forwardpass;
-  // without choices too, as offs are written all the same
-  const int64_t blocks = std::max<int64_t>(1, (p->rows() + kCountedChoices - 1) / kCountedChoices);
+  const int rounds = static_cast<int>(p->counting_rounds());
   const RowsLaunch l = rows_launch(p->x.rows, p->out);
   const int64_t size = size_of(p->x.dtype);
   const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups);
   const auto launch = [&](Phase phase, int64_t grid, int block, size_t shared) {
     permute_quantize_kernel<PositionsConfig>
-        <<<static_cast<unsigned>(grid), block, shared, cudaStream_t(stream)>>>(*p, phase, l, aligned);
+        <<<static_cast<unsigned>(grid), block, shared, cudaStream_t(stream)>>>(*p, phase, rounds, l, aligned);
     return cudaGetLastError();
   };
   const auto over_choices = [&](Phase phase) {
-    return launch(phase, blocks, PositionsConfig::kThreads, sizeof(PositionsConfig::SharedStorage));
+    return launch(phase, p->counting_blocks(), PositionsConfig::kThreads, sizeof(PositionsConfig::SharedStorage));
   };
   if (p->counts)
     if (const cudaError_t error = over_choices(Phase::count)) return error;

@@ -1,6 +1,16 @@
 """What the grouped GEMMs share: which rows are an expert's, the checks of what experts have each, the rule in plain torch.
 
 Rows are sorted by expert, a [S, K] beside `offs`, or each expert has room for as many, a [E, max_m, K] beside its count.
+
+Only the device knows these numbers, and no backend waits for them. Where they are wrong, the rows that they concern are NaN::
+
+    sorted by expert   The first end is wrong that is below the one before it (the first expert's: below 0), or above S. It is
+                       unknown whose the rows are from that end on, or from the one before it if that is less: all of them are
+                       NaN, those beyond offs[-1] included.
+    room for each      A count is wrong that is below 0 or above max_m: all max_m rows of that expert are NaN.
+
+int8 has no NaN: such rows hold -127, what the epilogue gives for a NaN (`epilogue.py`). All other rows are right.
+FORWARDPASS_DEBUG=1 in the environment refuses such a call instead, naming the expert.
 """
 
 from __future__ import annotations
@@ -10,24 +20,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...dispatch import DEBUG
 from .activations import is_gated
 from .epilogue import fake_output
 from .quantized_rows import FLOATS, check_rows
 from .values import may_look
 
-#: Kernels have a list of as many in shared memory, and count as many there.
+#: Kernels have a list of as many in shared memory.
 MOST_EXPERTS = 512
+#: Rows of a, of all experts together: the most with which every kernel is tested.
 MOST_ROWS = 2**22
 
 
-def row_ranges(a: Tensor, ends: Tensor) -> list[tuple[int, int]]:
-    """The first row of each expert, and the one behind its last, in a's rows one after the other. Each end is at least the one
-    before, and at most what there are; a count from 0 to max_m."""
+def row_ranges(a: Tensor, ends: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+    """The first row of each expert and the one behind its last, in a's rows one after the other; and for each row whether it is
+    unknown whose it is, as an end or a count is wrong (bool [rows]). An expert whose rows are unknown has none."""
+    given: list[int] = ends.tolist()
     if a.dim() == 3:
-        most = a.shape[1]
-        return [(e * most, e * most + n) for e, n in enumerate(ends.clamp(0, most).tolist())]
-    clamped: list[int] = ends.clamp(0, a.shape[0]).cummax(0).values.tolist()
-    return list(zip([0, *clamped], clamped))
+        room = a.shape[1]
+        counts = [n if 0 <= n <= room else 0 for n in given]
+        wrong = torch.tensor([n != count for n, count in zip(given, counts)])
+        return [(e * room, e * room + n) for e, n in enumerate(counts)], wrong.repeat_interleave(room)
+    rows = known = a.shape[0]
+    for begin, end in zip([0, *given], given):
+        if not begin <= end <= rows:
+            known = max(min(begin, end), 0)
+            break
+    ranges: list[tuple[int, int]] = []
+    begin = 0
+    for end in given:
+        ranges.append((begin, max(begin, min(end, known))))
+        begin = ranges[-1][1]
+    return ranges, torch.arange(rows) >= known
+
+
+def fill_unknown(out: Tensor, unknown: Tensor) -> None:
+    """Writes NaN to those rows of out [..., N], of int8 what a NaN becomes."""
+    value = -127 if out.dtype == torch.int8 else float("nan")
+    row = torch.full((1, out.shape[-1]), value, device=out.device).to(out.dtype)
+    out.flatten(0, -2).view(torch.uint8)[unknown.to(out.device)] = row.view(torch.uint8)
 
 
 def rows_of_choices(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,11 +82,14 @@ def by_expert(
     a: Tensor, ends: Tensor, activation: str | None, out_dtype: torch.dtype, columns: int,
     product: Callable[[int, slice, Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """product(expert, its rows, a's rows), [rows, N], for each expert that has some; zeros in all other rows."""
+    """product(expert, its rows, a's rows), [rows, N], for each expert that has some; zeros in rows that none has, and NaN in
+    those of which that is unknown."""
     out = fake_output(a, (*a.shape[:-1], columns), activation, out_dtype)
     out.view(torch.uint8).zero_()
     rows, results = a.flatten(0, -2), out.flatten(0, -2)
-    for e, (begin, end) in enumerate(row_ranges(a, ends)):
+    ranges, unknown = row_ranges(a, ends)
+    fill_unknown(out, unknown)
+    for e, (begin, end) in enumerate(ranges):
         if begin < end:
             y = product(e, slice(begin, end), rows[begin:end])
             results[begin:end].view(torch.uint8).copy_(y.view(torch.uint8))
@@ -127,10 +161,10 @@ def check_experts_epilogue(
 
 
 def check_ends(op: str, ends: Tensor, experts: int, x_name: str, x: Tensor) -> None:
-    """offs or, where x has three dimensions, counts; what they say where it may be looked at."""
+    """offs or, where x has three dimensions, counts; what they say under FORWARDPASS_DEBUG alone."""
     name = "offs" if x.dim() == 2 else "offs, the counts of the experts,"
     check_of_experts(op, name, ends, (experts,), (torch.int32,), x)
-    if not may_look(op, ends):
+    if not DEBUG or not may_look(op, ends):
         return
     if x.dim() == 3:
         wrong = (ends < 0) | (ends > x.shape[1])

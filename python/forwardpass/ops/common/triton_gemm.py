@@ -117,27 +117,28 @@ def tile_of(program, tiles_m, tiles_n):
 
 @triton.jit
 def expert_of(tile, rows, ends_ptr, experts, room, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert that has this row of tiles, its first row of the output there, and the one behind its last; where none has it, no
-    row. room 0: rows are sorted by expert, as in csrc/schedule/grouped_tile.cuh."""
+    """The expert that has this row of tiles, its first row of the output there, the one behind its last (where none has it, no
+    row), and whether it is unknown whose rows these are (experts.py). room 0: rows are sorted by expert."""
     each = tl.arange(0, EXPERTS)
-    end = tl.maximum(tl.load(ends_ptr + each, mask=each < experts, other=0), 0)
+    given = tl.load(ends_ptr + each, mask=each < experts, other=0)
     if room == 0:
-        before = tl.maximum(tl.load(ends_ptr + each - 1, mask=(each > 0) & (each <= experts), other=0), 0)
-        begin = tl.associative_scan(tl.minimum(before, rows), 0, larger)
-        end = tl.where(each < experts, tl.associative_scan(tl.minimum(end, rows), 0, larger), begin)
+        before = tl.load(ends_ptr + each - 1, mask=(each > 0) & (each < experts), other=0)
+        wrong = (each < experts) & ((given < before) | (given > rows))
+        # The first expert whose end is wrong gets all rows whose expert is unknown; those after it get none.
+        first_wrong = tl.min(tl.where(wrong, each, EXPERTS), 0)
+        known = tl.min(tl.where(each == first_wrong, tl.maximum(tl.minimum(given, before), 0), rows), 0)
+        begin = tl.where(each <= first_wrong, tl.minimum(before, known), rows)
+        end = tl.where(each < first_wrong, tl.minimum(given, known), rows)
     else:
+        wrong = (given < 0) | (given > room)
         begin = each * room
-        end = begin + tl.minimum(end, room)
+        end = begin + tl.where(wrong, room, given)
     tiles = tl.cdiv(end - begin, BLOCK_M)
     tile_end = tl.cumsum(tiles, 0)
     expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
     first = tl.sum(tl.where(each == expert, begin + (tile - (tile_end - tiles)) * BLOCK_M, 0), 0)
-    return expert, first, tl.sum(tl.where(each == expert, end, 0), 0)
-
-
-@triton.jit
-def larger(a, b):
-    return tl.maximum(a, b)
+    unknown = tl.sum(((each == expert) & wrong).to(tl.int32), 0) > 0
+    return expert, first, tl.sum(tl.where(each == expert, end, 0), 0), unknown
 
 
 @triton.jit
@@ -259,7 +260,7 @@ def gemm_kernel(
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     first_b = first_n
     if EXPERTS:
-        expert, first_m, rows = expert_of(tile_m, rows, ends_ptr, experts, room, EXPERTS, BLOCK_M)
+        expert, first_m, rows, unknown = expert_of(tile_m, rows, ends_ptr, experts, room, EXPERTS, BLOCK_M)
         if first_m >= rows:
             return
         first_b += expert * columns
@@ -319,6 +320,8 @@ def gemm_kernel(
     else:
         y = activated(acc, up, row, rows, out_column, out_columns, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step,
                       zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, GATED)  # fmt: skip
+        if EXPERTS:
+            y = tl.where(unknown, float("nan"), y)
         if GROUPED:
             store_group(y, row, rows, tile_n, out_columns, out_ptr, out_stride, out_scale_ptr, out_scale_step)
         else:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import GEMM_KERNEL, LAYOUTS, compiled_for, laid_out, pairwise
+from ...testing import GEMM_KERNEL, LAYOUTS, assert_equal, compiled_for, laid_out, pairwise
 from ..common.activations import is_gated
-from ..common.experts import outputs, row_ranges
+from ..common.experts import fill_unknown, outputs, row_ranges
 from ..common.quantized_rows import E4M3, empty_scales
 from ..dequant_activation.cases import EpilogueCase, epilogue_factors
 from ..fp8_gemm import BLOCK
@@ -80,7 +80,7 @@ def expert_arguments(args: tuple[Any, ...]) -> Iterator[tuple[slice, tuple[Any, 
     """Which rows an expert has, and fp8_gemm's arguments for them: of each that has some."""
     a, b, a_scale, b_scale, ends, bias, *options = args
     blocks, rows = b_scale.dim() >= 3, a.flatten(0, -2)
-    for e, (begin, end) in enumerate(row_ranges(a, ends)):
+    for e, (begin, end) in enumerate(row_ranges(a, ends)[0]):
         if begin == end:
             continue
         where = slice(begin, end)
@@ -91,7 +91,8 @@ def expert_arguments(args: tuple[Any, ...]) -> Iterator[tuple[slice, tuple[Any, 
 
 
 def assert_matches(actual: Tensor, args: tuple[Any, ...], truncating: bool = False) -> None:
-    """actual is what a backend may return for args: expert by expert what fp8_gemm may return, and zeros in all other rows."""
+    """actual is what a backend may return for args: expert by expert what fp8_gemm may return, zeros in rows that none
+    has, and NaN in those of which that is unknown."""
     actual, args = actual.cpu(), tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     fake = OPERATION.fake(*args)
     if (actual.shape, actual.dtype) != (fake.shape, fake.dtype) or (
@@ -105,8 +106,9 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...], truncating: bool = Fal
     for where, of_expert in expert_arguments(args):
         of_none[where] = False
         fp8_gemm.assert_matches(rows[where], of_expert, truncating)
-    if rows[of_none].view(torch.uint8).any():
-        raise AssertionError("rows that no expert has are not 0")
+    expected = torch.zeros_like(actual.view(torch.uint8)).view(actual.dtype)
+    fill_unknown(expected, row_ranges(args[0], args[4])[1])
+    assert_equal(rows[of_none], expected.flatten(0, -2)[of_none], "rows that no expert has")
 
 
 def cases(few_kernels: bool = False) -> Iterator[Case]:

@@ -51,11 +51,13 @@ def int8_grouped_gemm(
         [S, N] or [E, max_m, N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes. Rows that no
         expert has are 0.
 
+        An end that is below the one before it, or above S, is wrong: on every backend all rows from that end on are NaN, or
+        from the end before it if that is less. A count below 0 or above max_m makes all max_m rows of its expert NaN. An int8
+        output, which has no NaN, holds -127 there.
+
     Raises:
         TypeError: an argument is of another type or dtype than above.
-        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for
-            ends that fall, or are beyond the rows. On a GPU no host looks at them: there an end is taken to be at least the
-            one before and at most S, a count from 0 to max_m.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     if a_zero_point is not None and b_sum is None:
         b_sum = b.sum(2, dtype=torch.int32)
