@@ -62,8 +62,18 @@ def beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
+def json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def flush(path: pathlib.Path) -> None:
+    """Waits until the disk has a file's content, so that a rename after it survives a loss of power."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.files import beside, write_json
+from ..common.files import beside, flush, json_text
 from ..common.modules import plain_module
 from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
 from . import card, model_config, originals
-from .folder import check_folder
+from .folder import RECORD, check_folder, remove_other_weights, saving
 from .tensor_files import safetensors_module, shard_bytes, split
 
 FORMATS = ("compressed-tensors",)
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def export_pretrained(
@@ -40,7 +44,9 @@ def export_pretrained(
     what the report of the swap says; one that is there, and was not written so, stays as it is.
 
     Args:
-        folder: new or empty; overwrite: another, too, where files of these names are replaced.
+        folder: new or empty; overwrite: another, too, where files of these names are replaced, and a checkpoint of forwardpass.
+            Killed at any time, it leaves the old export or the new one whole, or a folder without config.json. Another process
+            that saves there meanwhile is refused.
         max_shard_size: bytes, or "5GB", of a file.
 
     Raises:
@@ -66,21 +72,19 @@ def export_pretrained(
         )
     layers = _folded(model, layers)
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
-    folder = check_folder(folder, model_config.sources(model), overwrite)
+    sources = model_config.sources(model)
+    check_folder(folder, sources, overwrite, replaces=False)  # before tensors are gathered
     shard_bytes(max_shard_size)
     tensors = dict(_tensors(model, layers))
     names = _as_on_the_hub(model, tensors)
     tensors = {names[name]: t for name, t in tensors.items()}
     layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(tensors, folder, max_shard_size)
     config["quantization_config"] = _quantization_config(model, schemes, layer_names)
     if _is_untied(model, layers):
         config["tie_word_embeddings"] = False
-    if generation is not None:
-        write_json(folder / model_config.GENERATION, generation)
-    write_json(folder / model_config.CONFIG, config)
-    card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
+    with saving(folder, sources, overwrite, replaces=False) as folder:
+        _put(folder, tensors, max_shard_size, config, generation)
+        card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
 
 
 def _card(model: nn.Module, layers: Mapping[str, QuantizedModule], stored_bytes: int) -> str:
@@ -246,24 +250,41 @@ def _is_untied(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> bool:
     return head is not None and any(layer is head for layer in layers.values())
 
 
-def _write_weights(tensors: dict[str, Tensor], folder: pathlib.Path, max_shard_size: int | str) -> None:
+def _put(
+    folder: pathlib.Path,
+    tensors: dict[str, Tensor],
+    max_shard_size: int | str,
+    config: dict[str, Any],
+    generation: dict[str, Any] | None,
+) -> None:
+    """Everything is written beside what is there, then renamed in one go. config.json goes first and comes last: a folder in which
+    a process was killed meanwhile has the old export, the new one, or no config.json, and is then read by nobody."""
     safetensors = safetensors_module()
     shards = split(tensors, max_shard_size)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    for file, shard in zip(names, shards):
-        part = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in shard.items()}
-        with beside(folder / file) as partial:
-            safetensors.torch.save_file(part, partial, metadata={"format": "pt"})
-            partial.replace(folder / file)
-    index = folder / "model.safetensors.index.json"
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in names:
-            old.unlink()
+    index: dict[str, Any] | None = None
     if len(shards) > 1:
-        total = sum(t.nbytes for t in tensors.values())
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        index.unlink(missing_ok=True)
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    with contextlib.ExitStack() as stack:
+        written = {name: stack.enter_context(beside(folder / name)) for name in names}
+        for partial, shard in zip(written.values(), shards):
+            part = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in shard.items()}
+            safetensors.torch.save_file(part, partial, metadata={"format": "pt"})
+        contents = {INDEX: index, model_config.GENERATION: generation, model_config.CONFIG: config}
+        for name, content in contents.items():
+            if content is not None:
+                written[name] = stack.enter_context(beside(folder / name))
+                written[name].write_text(json_text(content), encoding="utf-8")
+        for partial in written.values():
+            flush(partial)
+        for name in (model_config.CONFIG, RECORD):
+            (folder / name).unlink(missing_ok=True)
+        for old in folder.iterdir():
+            if _WEIGHTS.fullmatch(old.name) or old.name == INDEX:
+                old.unlink()
+        for name, partial in written.items():
+            partial.replace(folder / name)
+    remove_other_weights(folder, ())
