@@ -19,7 +19,7 @@ from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
-from . import card, model_config, originals
+from . import card, model_config, originals, readback
 from .folder import RECORD, check_folder, remove_other_weights, saving
 from .tensor_files import safetensors_module, shard_bytes, split
 
@@ -71,7 +71,12 @@ def export_pretrained(
             "export_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap first"
         )
     layers = _folded(model, layers)
+    if _is_untied(model, layers):
+        config["tie_word_embeddings"] = False
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
+    built = readback.as_built(model, config, len(model.state_dict()))
+    for fqn in schemes:
+        readback.check_layer(fqn, built)
     sources = model_config.sources(model)
     check_folder(folder, sources, overwrite, replaces=False)  # before tensors are gathered
     shard_bytes(max_shard_size)
@@ -79,9 +84,8 @@ def export_pretrained(
     names = _as_on_the_hub(model, tensors)
     tensors = {names[name]: t for name, t in tensors.items()}
     layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
-    config["quantization_config"] = _quantization_config(model, schemes, layer_names)
-    if _is_untied(model, layers):
-        config["tie_word_embeddings"] = False
+    config["quantization_config"] = _quantization_config(built, schemes, layer_names)
+    readback.check(built, config, tensors, schemes)
     with saving(folder, sources, overwrite, replaces=False) as folder:
         _put(folder, tensors, max_shard_size, config, generation)
         card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
@@ -181,26 +185,32 @@ def _as_on_the_hub(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _quantization_config(
-    model: nn.Module, schemes: Mapping[str, dict[str, Any]], names_in_file: Mapping[str, str]
+    built: nn.Module, schemes: Mapping[str, dict[str, Any]], names_in_file: Mapping[str, str]
 ) -> dict[str, Any]:
+    """built: the model as readers build it. Layers go by both of their names: transformers compares those of its modules, and
+    vLLM those in the file."""
+
+    def both(fqns: Iterable[str]) -> list[str]:
+        return [*dict.fromkeys(name for fqn in fqns for name in (names_in_file.get(fqn, fqn), fqn))]
+
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for fqn, scheme in schemes.items():
         same = next((names for other, names in groups if other == scheme), None)
         if same is None:
-            groups.append((scheme, [names_in_file[fqn]]))
+            groups.append((scheme, [fqn]))
         else:
-            same.append(names_in_file[fqn])
+            same.append(fqn)
     formats = {scheme["format"] for scheme, _ in groups}
-    linears = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Bf16Linear))
+    linears = (n for n, m in built.named_modules() if isinstance(m, nn.Linear))
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": {
-            f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else names, **scheme}
+            f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else both(names), **scheme}
             for i, (scheme, names) in enumerate(groups)
         },
-        "ignore": [names_in_file.get(name, name) for name in linears if name not in schemes],
+        "ignore": both(name for name in linears if name not in schemes),
         "kv_cache_scheme": None,
     }
 
