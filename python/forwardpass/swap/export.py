@@ -24,6 +24,7 @@ from .folder import RECORD, check_folder, remove_other_weights, saving
 from .tensor_files import safetensors_module, shard_bytes, split
 
 FORMATS = ("compressed-tensors",)
+PACKED = "pack-quantized"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -77,10 +78,14 @@ def export_pretrained(
     built = readback.as_built(model, config, len(model.state_dict()))
     for fqn in schemes:
         readback.check_layer(fqn, built)
+    packed = [fqn for fqn, scheme in schemes.items() if scheme["format"] == PACKED]
+    if packed and not readback.takes_packed(built, packed):
+        for fqn in packed:
+            schemes[fqn]["format"] = "int-quantized"
     sources = model_config.sources(model)
     check_folder(folder, sources, overwrite, replaces=False)  # before tensors are gathered
     shard_bytes(max_shard_size)
-    tensors = dict(_tensors(model, layers))
+    tensors = dict(_tensors(model, layers, schemes))
     names = _as_on_the_hub(model, tensors)
     tensors = {names[name]: t for name, t in tensors.items()}
     layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
@@ -156,7 +161,7 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
             )
         weights = args("float" if is_e4m3 else "int", **grouped)
         return {
-            "format": "naive-quantized" if is_e4m3 else "pack-quantized",
+            "format": "naive-quantized" if is_e4m3 else PACKED,
             "weights": weights,
             "input_activations": None,
         }
@@ -215,10 +220,13 @@ def _quantization_config(
     }
 
 
-def _tensors(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    model: nn.Module, layers: Mapping[str, QuantizedModule], schemes: Mapping[str, dict[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
     """Everything that a file has, by name; what is tied once."""
     for fqn, layer in layers.items():
-        yield from ((f"{fqn}.{name}", t) for name, t in _layer_tensors(layer))
+        packs = schemes.get(fqn, {}).get("format") == PACKED
+        yield from ((f"{fqn}.{name}", t) for name, t in _layer_tensors(layer, packs))
     stored: set[Any] = set()
     for fqn, module in model.named_modules():
         if isinstance(module, QuantizedModule):
@@ -232,12 +240,12 @@ def _tensors(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> Iterato
                 yield (f"{fqn}.{name}" if fqn else name), t.detach()
 
 
-def _layer_tensors(layer: QuantizedModule) -> Iterator[tuple[str, Tensor]]:
-    """A layer's, by the format's names."""
+def _layer_tensors(layer: QuantizedModule, packs: bool) -> Iterator[tuple[str, Tensor]]:
+    """A layer's, by the format's names; packs: int8 in int32s."""
     b = layer._buffers
     weight, scale = b["weight"], b.get("weight_scale")
     assert weight is not None
-    if isinstance(layer, W8A16Linear) and weight.dtype == torch.int8:
+    if packs:
         n, k = weight.shape
         padded = nn.functional.pad(weight.to(torch.int16) + 128, (0, -k % 4), value=128).to(torch.uint8)
         yield "weight_packed", padded.contiguous().view(torch.int32)

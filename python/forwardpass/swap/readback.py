@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +39,24 @@ def check_layer(fqn: str, built: nn.Module) -> None:
                           f"{_FIX}", {})  # fmt: skip
 
 
+def takes_packed(built: nn.Module, fqns: Iterable[str]) -> bool:
+    """Whether transformers loads these layers without a `weight`, which packed ones have not: T5, Falcon and GPT-BigCode initialise
+    it by its name (5.24)."""
+    weights = [(built.get_submodule(fqn)._parameters, built.get_submodule(fqn).weight) for fqn in fqns]
+    for parameters, _ in weights:
+        del parameters["weight"]
+    for module in built.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    try:
+        built.initialize_weights()  # type: ignore[operator]
+    except AttributeError:
+        return False
+    finally:
+        for parameters, weight in weights:
+            parameters["weight"] = weight  # type: ignore[assignment]
+    return True
+
+
 def check(built: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
     """Reads the headers of an export into a model of `as_built`, which it changes. Unsupported where a tensor finds no place or has
     another shape there, or something gets no value.
@@ -52,25 +70,30 @@ def check(built: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Ten
                           "does not divide: use fp.save_pretrained", {})  # fmt: skip
     headers = {tensor: Header(tuple(t.shape), t.dtype) for tensor, t in tensors.items()}
     stored = StoredCheckpoint(pathlib.Path(), config, {**config["quantization_config"], "header": {}}, headers)
+    renamed = stored.renamed(built)
+
+    def check_places(tensors_of_layers: bool) -> dict[str, Tensor]:
+        places: dict[str, Tensor] = built.state_dict(keep_vars=True)
+        for in_file, in_model in renamed.items():
+            place, shape = places.get(in_model), headers[in_file].shape
+            if (place is None and tensors_of_layers) or (place is not None and tuple(place.shape) != shape):
+                has = "no such tensor" if place is None else f"one of {list(place.shape)}"
+                raise Unsupported(f"{in_model} is {list(shape)} here, and a {name} that transformers builds has {has}: {other}", {})
+        return places
+
+    other = "use fp.save_pretrained(model, folder) and load it with model="
+    check_places(False)
     try:
-        renamed = stored.renamed(built)
         stored.put_layers(built)
     except Refused as e:
-        raise Unsupported(f"forwardpass does not read it again: {e}", {}) from None
+        raise Unsupported(f"forwardpass does not read it again ({str(e).partition(';')[0]}): {_FIX}", {}) from None
     for fqn in layers:
         if not isinstance(built.get_submodule(fqn), StoredLinear):
             raise Unsupported(f"{fqn} would be read as floats: {_FIX}", {})
-    places = built.state_dict(keep_vars=True)
-    for in_file, in_model in renamed.items():
-        place, shape = places.get(in_model), headers[in_file].shape
-        if place is None or tuple(place.shape) != shape:
-            has = "no such tensor" if place is None else f"one of {list(place.shape)}"
-            raise Unsupported(f"{in_model} is {list(shape)} here, and a {name} that transformers builds has {has}: "
-                              "use fp.save_pretrained(model, folder) and load it with model=", {})  # fmt: skip
+    places = check_places(True)
     given = {id(places[in_model]) for in_model in renamed.values()}  # what is tied is one object
     if missing := [in_model for in_model, place in places.items() if id(place) not in given]:
-        raise Unsupported(f"a {name} that transformers builds has {missing[0]}, and this model has not: "
-                          "use fp.save_pretrained(model, folder) and load it with model=", {})  # fmt: skip
+        raise Unsupported(f"a {name} that transformers builds has {missing[0]}, and this model has not: {other}", {})
 
 
 def _halved(built: Any) -> Iterator[str]:
