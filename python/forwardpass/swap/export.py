@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import pathlib
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.files import beside, flush, json_text
+from ..common.files import flush, json_text, room_beside
 from ..common.modules import plain_module
 from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, QuantizedModule, W8A16Linear
@@ -286,15 +285,15 @@ def _put(
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    with contextlib.ExitStack() as stack:
-        written = {name: stack.enter_context(beside(folder / name)) for name in names}
+    with room_beside(folder / "model.safetensors") as room:
+        written = {name: room / name for name in names}
         for partial, shard in zip(written.values(), shards):
             part = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in shard.items()}
             safetensors.torch.save_file(part, partial, metadata={"format": "pt"})
         contents = {INDEX: index, model_config.GENERATION: generation, model_config.CONFIG: config}
         for name, content in contents.items():
             if content is not None:
-                written[name] = stack.enter_context(beside(folder / name))
+                written[name] = room / name
                 written[name].write_text(json_text(content), encoding="utf-8")
         for partial in written.values():
             flush(partial)

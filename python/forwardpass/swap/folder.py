@@ -13,16 +13,17 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from ..common.files import beside
+from ..common.files import room_beside
 
 RECORD = "forwardpass.json"
 #: No name that other programs look for: they would take integers for weights.
 WEIGHTS = re.compile(r"forwardpass-[0-9a-f]{16}\.safetensors")
 #: What a save that was killed leaves.
-_UNFINISHED = re.compile(r"\.(forwardpass|config|generation_config|README|model[\w.-]*)\.\w+\.[0-9a-f]{16}\.partial")
+_UNFINISHED = re.compile(r"\.(forwardpass|config|generation_config|README|model)\.\w+\.[0-9a-f]{16}\.partial")
 
 
 def check_folder(
@@ -32,11 +33,21 @@ def check_folder(
     checkpoint must not be saved to.
 
     One that holds a checkpoint of forwardpass (where the save `replaces` it), is empty or not yet there is always written to.
-    Another one takes `overwrite`:
-    files there of the names that a checkpoint has are replaced, the others stay. A folder of `sources` (names that are no
-    folder are passed over), the model's own original, is never written to, by whatever path it is given.
+    Another one takes `overwrite`: files there of the names that a checkpoint has are replaced, the others stay. A folder of
+    `sources` (names that are no folder are passed over), the model's own original, is never written to, by whatever path it is
+    given.
     """
-    folder = pathlib.Path(os.path.realpath(folder))
+    folder, origins = pathlib.Path(os.path.realpath(folder)), {*sources}
+    try:
+        return _checked(folder, origins, overwrite, replaces)
+    except ValueError:
+        if not (folder.is_dir() and os.access(folder, os.R_OK | os.W_OK)):
+            raise
+        with _locked(folder):  # names are read one by one, and another save may have renamed files meanwhile
+            return _checked(folder, origins, overwrite, replaces)
+
+
+def _checked(folder: pathlib.Path, sources: set[str], overwrite: bool, replaces: bool) -> pathlib.Path:
     if not folder.exists():
         parent = next(p for p in folder.parents if p.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
@@ -69,11 +80,11 @@ def saving(
     Raises ValueError where `check_folder` does, or where another process or thread saves there now: it removes what it takes for
     leftovers, which would be this one's files.
     """
-    sources = {*sources}
-    folder = check_folder(folder, sources, overwrite, replaces)
+    origins = {*sources}
+    folder = check_folder(folder, origins, overwrite, replaces)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        yield check_folder(folder, sources, overwrite, replaces)  # a save may have ended since the first look
+        yield _checked(folder, origins, overwrite, replaces)  # a save may have ended since the first look
 
 
 @contextlib.contextmanager
@@ -125,7 +136,8 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 def put_weights(folder: pathlib.Path, write: Callable[[pathlib.Path], object]) -> str:
     """Puts a file of weights into `folder`, beside the one that may be there, and returns its name."""
-    with beside(folder / "forwardpass.safetensors") as partial:
+    with room_beside(folder / "forwardpass.safetensors") as room:
+        partial = room / "weights"
         write(partial)
         digest = hashlib.sha256()
         with open(partial, "rb") as file:
@@ -141,4 +153,7 @@ def remove_other_weights(folder: pathlib.Path, keep: Collection[str]) -> None:
     """Weights of checkpoints before the one that is there now, and what saves that were killed left."""
     for path in folder.iterdir():
         if path.name not in keep and (WEIGHTS.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
