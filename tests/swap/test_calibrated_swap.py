@@ -79,10 +79,10 @@ def test_few_rows_are_no_evidence():
     exact, errors = outputs(model, x), {}
     for rows in (0, 1, LEAST_ROWS - 1, LEAST_ROWS, 64):
         calibrate = [correlated(rows, 2)] if rows else None
-        few = pytest.warns(UserWarning, match="saw fewer than 8 rows .* at the input of 2 of 2 layers") if rows in (1, 7) else None
+        few = pytest.warns(UserWarning, match="saw fewer than 32 rows .* at the input of 2 of 2 layers") if 0 < rows < LEAST_ROWS else None
         with few or contextlib.nullcontext(), fp.swap(model, "int8", calibrate=calibrate) as report:
             assert report.plan.calibrated == (rows >= LEAST_ROWS)
-            assert any("fewer than 8 rows" in note for note in report.warnings) == (few is not None)
+            assert any("fewer than 32 rows" in note for note in report.warnings) == (few is not None)
             errors[rows] = (outputs(model, x) - exact).norm()
     assert errors[1] == errors[LEAST_ROWS - 1] == errors[0] and errors[LEAST_ROWS] <= errors[0]
     assert errors[64] < 0.8 * errors[0]
