@@ -18,7 +18,7 @@ from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
-from . import card, model_config, originals, readback
+from . import card, model_config, originals, readback, smoothing
 from .folder import RECORD, check_folder, remove_other_weights, saving
 from .tensor_files import safetensors_module, shard_bytes, split
 
@@ -51,8 +51,9 @@ def export_pretrained(
 
     Raises:
         ValueError: there is no such format, the model is not swapped or no class of transformers, or the folder is refused.
-        Unsupported: the format cannot hold a layer, and why, before anything is written: smoothed inputs of calibrated layers,
-            but of a gated MLP's last one, which the one before takes; experts.
+        Unsupported: before anything is written, the layer and the reason: the format has no form for it (experts, e4m3 in
+            groups); it is no nn.Linear in transformers (Conv1D); the scales of a calibrated layer have no place in the norm or
+            the layer before it; the class that transformers builds has other tensors than this model.
 
     Example:
         >>> report = fp.swap(model, precision="int8")
@@ -70,7 +71,7 @@ def export_pretrained(
         raise ValueError(
             "export_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap first"
         )
-    layers = _folded(model, layers)
+    layers, norms = smoothing.fold(model, _folded(model, layers))
     if _is_untied(model, layers):
         config["tie_word_embeddings"] = False
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
@@ -84,7 +85,7 @@ def export_pretrained(
     sources = model_config.sources(model)
     check_folder(folder, sources, overwrite, replaces=False)  # before tensors are gathered
     shard_bytes(max_shard_size)
-    tensors = dict(_tensors(model, layers, schemes))
+    tensors = {**dict(_tensors(model, layers, schemes)), **norms}
     names = _as_on_the_hub(model, tensors)
     tensors = {names[name]: t for name, t in tensors.items()}
     layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
@@ -137,9 +138,6 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
     def inputs(kind: str, static: bool, symmetric: bool = True) -> dict[str, Any]:
         return args(kind, "tensor" if static else "token", not static, symmetric)
 
-    if getattr(layer, "channel_scale", None) is not None:
-        raise Unsupported(f"{fqn} multiplies its input by a scale for each channel (it is calibrated), for which "
-                          "compressed-tensors has no place: swap without calibrate=", {})  # fmt: skip
     if isinstance(layer, Int8Linear):
         of_inputs = inputs("int", layer.input_scale is not None, layer.symmetric)
         return {"format": "int-quantized", "weights": args("int", "channel"), "input_activations": of_inputs}
