@@ -1,4 +1,4 @@
-"""Exports of many families, read back by us and by compressed-tensors within transformers: right, or refused before a file is there."""
+"""Exports of families, read back by us and by compressed-tensors within transformers: right, or refused before there is a file."""
 
 import pytest
 import torch
@@ -19,7 +19,15 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 16}
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64}
 _OPT = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
         "max_position_embeddings": 64, "word_embed_proj_dim": 64}  # fmt: skip
-_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100, "decoder_start_token_id": 0}
+_T5 = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 100,
+    "decoder_start_token_id": 0,
+}
 _IMAGES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
 
@@ -85,7 +93,10 @@ def test_what_only_the_model_in_hand_has_is_refused(tmp_path):
     shorter.model.layers[1].mlp = torch.nn.Identity()
     more.model.layers[1].extra = torch.nn.Linear(64, 64)
     for model, words in (
-        (wider, r"lm_head\.weight is \[120, 64\] here, and a LlamaForCausalLM that transformers builds has one of \[100, 64\]"),
+        (
+            wider,
+            r"lm_head\.weight is \[120, 64\] here, and a LlamaForCausalLM that transformers builds has one of \[100, 64\]",
+        ),
         (shorter, r"transformers builds has model\.layers\.1\.mlp\.\w+\.weight, and this model has not"),
         (more, r"extra\.weight is \[64, 64\] here, .* has no such tensor"),
     ):

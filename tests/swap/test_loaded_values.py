@@ -1,4 +1,4 @@
-"""load_state_dict into a swapped model: what is refused is refused before anything changes, and restore says what it cannot bring."""
+"""load_state_dict into a swapped model: a refusal comes before any change, and restore says what it cannot bring."""
 
 import copy
 import warnings
@@ -70,10 +70,14 @@ def test_a_gated_mlp_alone_refuses_floats():
     floats = changed(model.state_dict())
     fp.swap(model, "int8", include="**")
     assert isinstance(model.mlp, fp.nn.GatedMLP)
-    with pytest.raises(RuntimeError, match=r"mlp holds down, gate_up, and the state dict has down, gate, up|holds torch.int8"):
+    with pytest.raises(
+        RuntimeError, match=r"mlp holds down, gate_up, and the state dict has down, gate, up|holds torch.int8"
+    ):
         model.mlp.load_state_dict({n.removeprefix("mlp."): t for n, t in floats.items() if "mlp" in n}, strict=False)
     names = {f"mlp.{n}_proj.weight": torch.ones(2, 2) for n in ("gate", "up")}
-    with pytest.raises(RuntimeError, match=r"mlp holds down, gate_up, and the state dict has gate_proj, up_proj in its place"):
+    with pytest.raises(
+        RuntimeError, match=r"mlp holds down, gate_up, and the state dict has gate_proj, up_proj in its place"
+    ):
         model.load_state_dict(names, strict=False)
     model.load_state_dict({"norm.weight": torch.ones(64)}, strict=False)  # a part without it
 
@@ -86,7 +90,9 @@ def test_restore_says_that_loaded_values_are_not_the_originals():
         fp.swap(model, "int8", include="**")
     ours.load_state_dict(theirs.state_dict())
     assert torch.equal(outputs(ours, x), outputs(theirs, x))
-    with pytest.warns(UserWarning, match=r"load_state_dict gave other values to 10 replaced layers .* load the float state"):
+    with pytest.warns(
+        UserWarning, match=r"load_state_dict gave other values to 10 replaced layers .* load the float state"
+    ):
         fp.restore(ours)
 
 

@@ -40,7 +40,7 @@ def test_one_wins_whole(how, tmp_path):
     expected = [outputs(model, inputs) for model in both]
     for round_ in range(ROUNDS):
         folder = tmp_path / str(round_)
-        ends = at_once([lambda model=model: SAVES[how](model, folder) for model in both])
+        ends = at_once([lambda model=model, folder=folder: SAVES[how](model, folder) for model in both])
         assert FAILED not in ends and SAVED in ends, ends
         got = outputs(fp.load_pretrained(folder), inputs)
         saved = [y for y, end in zip(expected, ends) if end == SAVED]

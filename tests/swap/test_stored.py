@@ -308,7 +308,9 @@ def test_damaged_files(name, tmp_path):
 
 
 _OUTPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-_ROTATION = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_input"}]}}}
+_ROTATION = {
+    "config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_input"}]}}
+}
 
 
 @pytest.mark.parametrize("name", ["output_activations", "transform_config"])
@@ -319,9 +321,7 @@ def test_what_compressed_tensors_would_compute_besides_is_refused(name, tmp_path
         harmless, config = {**config, name: {}, "sparsity_config": {}}, {**config, name: _ROTATION}
     else:
         group = config["config_groups"]["group_0"]
-        harmless, config = (
-            {**config, "config_groups": {"group_0": {**group, name: x}}} for x in (None, _OUTPUTS)
-        )
+        harmless, config = ({**config, "config_groups": {"group_0": {**group, name: x}}} for x in (None, _OUTPUTS))
     edit(tmp_path, quantization_config=harmless)
     fp.load_pretrained(tmp_path)
     edit(tmp_path, quantization_config=config)

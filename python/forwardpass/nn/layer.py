@@ -175,7 +175,9 @@ class QuantizedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         self.check_state_dict(state_dict, prefix)
-        given = [(t, state_dict[prefix + n]) for n, t in self._buffers.items() if t is not None and prefix + n in state_dict]
+        given = [
+            (t, state_dict[prefix + n]) for n, t in self._buffers.items() if t is not None and prefix + n in state_dict
+        ]
         if any(not t.is_meta and not torch.equal(new.to(t.device), t) for t, new in given):
             self.is_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *others)

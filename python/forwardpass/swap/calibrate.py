@@ -20,9 +20,9 @@ from ..nn.layer import linear_weight
 from .calibration import LayerStatistics, round_weight, smoothing_scale
 from .walker import Leaf
 
-#: Rows that a layer must have seen: fewer mislead. all-MiniLM-L6-v2 in int8, the relative error of token embeddings on 48 texts, the
-#: lowest and highest of three starts in others: not calibrated .049; on 1 token 1.27, 4 tokens .099 to .122, 8 tokens .054 to .106, 16
-#: tokens .047 to .050, 32 tokens .041 to .045, 64 tokens .039.
+#: Rows that a layer must have seen: fewer mislead. all-MiniLM-L6-v2 in int8, the relative error of token embeddings on 48 texts,
+#: the lowest and highest of three starts in other texts: not calibrated .049; on 1 token 1.27, 4 tokens .099 to .122, 8 tokens
+#: .054 to .106, 16 tokens .047 to .050, 32 tokens .041 to .045, 64 tokens .039.
 LEAST_ROWS = 32
 
 

@@ -76,12 +76,7 @@ def export_pretrained(
         config["tie_word_embeddings"] = False
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
     built = readback.as_built(model, config, len(model.state_dict()))
-    for fqn in schemes:
-        readback.check_layer(fqn, built)
-    packed = [fqn for fqn, scheme in schemes.items() if scheme["format"] == PACKED]
-    if packed and not readback.takes_packed(built, packed):
-        for fqn in packed:
-            schemes[fqn]["format"] = "int-quantized"
+    _check_layers(built, schemes)
     sources = model_config.sources(model)
     check_folder(folder, sources, overwrite, replaces=False)  # before tensors are gathered
     shard_bytes(max_shard_size)
@@ -94,6 +89,16 @@ def export_pretrained(
     with saving(folder, sources, overwrite, replaces=False) as folder:
         _put(folder, tensors, max_shard_size, config, generation)
         card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
+
+
+def _check_layers(built: nn.Module, schemes: Mapping[str, dict[str, Any]]) -> None:
+    """Unsupported where a layer is no Linear in transformers; changes the format of packed ones that it does not read so."""
+    for fqn in schemes:
+        readback.check_layer(fqn, built)
+    packed = [fqn for fqn, scheme in schemes.items() if scheme["format"] == PACKED]
+    if packed and not readback.takes_packed(built, packed):
+        for fqn in packed:
+            schemes[fqn]["format"] = "int-quantized"
 
 
 def _card(model: nn.Module, layers: Mapping[str, QuantizedModule], stored_bytes: int) -> str:

@@ -15,6 +15,7 @@ from .stored import Header, Refused
 from .stored.checkpoint import StoredCheckpoint
 from .stored.layer import StoredLinear
 
+_OTHER = "use fp.save_pretrained(model, folder) and load it with model="
 _FIX = "use fp.save_pretrained, or exclude it from the swap"
 
 
@@ -57,7 +58,9 @@ def takes_packed(built: nn.Module, fqns: Iterable[str]) -> bool:
     return True
 
 
-def check(built: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
+def check(
+    built: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], layers: Mapping[str, Any]
+) -> None:
     """Reads the headers of an export into a model of `as_built`, which it changes. Unsupported where a tensor finds no place or has
     another shape there, or something gets no value.
 
@@ -71,18 +74,7 @@ def check(built: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Ten
     headers = {tensor: Header(tuple(t.shape), t.dtype) for tensor, t in tensors.items()}
     stored = StoredCheckpoint(pathlib.Path(), config, {**config["quantization_config"], "header": {}}, headers)
     renamed = stored.renamed(built)
-
-    def check_places(tensors_of_layers: bool) -> dict[str, Tensor]:
-        places: dict[str, Tensor] = built.state_dict(keep_vars=True)
-        for in_file, in_model in renamed.items():
-            place, shape = places.get(in_model), headers[in_file].shape
-            if (place is None and tensors_of_layers) or (place is not None and tuple(place.shape) != shape):
-                has = "no such tensor" if place is None else f"one of {list(place.shape)}"
-                raise Unsupported(f"{in_model} is {list(shape)} here, and a {name} that transformers builds has {has}: {other}", {})
-        return places
-
-    other = "use fp.save_pretrained(model, folder) and load it with model="
-    check_places(False)
+    _check_places(built, renamed, headers, with_those_of_layers=False)
     try:
         stored.put_layers(built)
     except Refused as e:
@@ -90,10 +82,26 @@ def check(built: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Ten
     for fqn in layers:
         if not isinstance(built.get_submodule(fqn), StoredLinear):
             raise Unsupported(f"{fqn} would be read as floats: {_FIX}", {})
-    places = check_places(True)
+    places = _check_places(built, renamed, headers, with_those_of_layers=True)
     given = {id(places[in_model]) for in_model in renamed.values()}  # what is tied is one object
     if missing := [in_model for in_model, place in places.items() if id(place) not in given]:
-        raise Unsupported(f"a {name} that transformers builds has {missing[0]}, and this model has not: {other}", {})
+        raise Unsupported(f"a {name} that transformers builds has {missing[0]}, and this model has not: {_OTHER}", {})
+
+
+def _check_places(
+    built: nn.Module, renamed: Mapping[str, str], headers: Mapping[str, Header], with_those_of_layers: bool
+) -> dict[str, Tensor]:
+    """The tensors of the model by their names. Unsupported where the file has one in another shape, or one too many."""
+    places: dict[str, Tensor] = built.state_dict(keep_vars=True)
+    for in_file, in_model in renamed.items():
+        place, shape = places.get(in_model), headers[in_file].shape
+        if place is None and not with_those_of_layers:
+            continue
+        if place is None or tuple(place.shape) != shape:
+            has = "no such tensor" if place is None else f"one of {list(place.shape)}"
+            raise Unsupported(f"{in_model} is {list(shape)} here, and a {type(built).__name__} that transformers builds has {has}: "
+                              f"{_OTHER}", {})  # fmt: skip
+    return places
 
 
 def _halved(built: Any) -> Iterator[str]:

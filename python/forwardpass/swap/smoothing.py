@@ -1,15 +1,17 @@
-"""Calibrated layers without the scales of their input's channels, which go into what is before them: for formats that have no place
-for them.
+"""Calibrated layers without the scales of their input's channels, for formats that have no place for them.
 
-Behind a norm they go into its weight, where nothing but such layers reads it; q, k and v, or gate and up, then share one scale, for
-which their weights are rounded once more. Behind another layer (v, before the sum of attention; up, before the product with the gate)
-they go into its rows, exactly, but where several heads of queries share one of v. What is behind what is observed on one run of the
-model. A second run, of the folded model, proves that every layer gets its input times the scale, and that the outcome is the same.
+The scales go into what is before the layer. Behind a norm that is its weight, where nothing but such layers reads it. q, k and v, or
+gate and up, then share one scale, for which their weights are rounded once more. Behind another layer (v before the sum of attention,
+up before the product with the gate) it is that layer's rows: exactly, except where several heads of queries share one of v.
+
+One run of the model shows what is before each layer. A second run, of the folded model, proves that every layer gets its input times
+the scale, and that the outcome is the same.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -90,8 +92,12 @@ def _probe(model: Any) -> dict[str, Tensor]:
 
 def _observe(model: Any, alone: Mapping[str, nn.Module], first: str) -> _Observed:
     if getattr(model, "main_input_name", None) != "input_ids":
-        raise _refusal(first, f"where it could go is found by a run on tokens, which a {type(model).__name__} does not take")
-    norms = [(fqn, m) for fqn, m in model.named_modules() if norm_formula(m) and m._parameters.get("weight") is not None]
+        raise _refusal(
+            first, f"where it could go is found by a run on tokens, which a {type(model).__name__} does not take"
+        )
+    norms = [
+        (fqn, m) for fqn, m in model.named_modules() if norm_formula(m) and m._parameters.get("weight") is not None
+    ]
     given: list[tuple[str, Tensor]] = []
     observed = _Observed()
 
@@ -124,7 +130,9 @@ def _scales(
         source = _before(fqn, alone, observed)
         if source is None or source in scales.rows:
             raise _refusal(fqn, "no norm and no layer of its own module gives its input but for factors")
-        scales.rows[source], scales.inputs[fqn] = _of_rows(modules[fqn], modules[source], modules[fqn.rpartition(".")[0]])
+        scales.rows[source], scales.inputs[fqn] = _of_rows(
+            modules[fqn], modules[source], modules[fqn.rpartition(".")[0]]
+        )
     for norm, fqns in behind.items():
         scales.norms[norm] = common = _common([modules[fqn] for fqn in fqns])
         scales.inputs |= dict.fromkeys(fqns, common)
@@ -132,13 +140,13 @@ def _scales(
 
 
 def _before(fqn: str, alone: Mapping[str, nn.Module], observed: _Observed) -> str | None:
-    """The layer of the same module that is called last before this one: v before attention's, up before the gated one's. Whether its
-    rows are those channels is proven later."""
+    """The layer of the same module that is called last before this one: v before attention's, up before the gated one's. Whether
+    its rows are those channels is proven later."""
     names = [*observed.calls]
     earlier = [name for name in names[: names.index(fqn)] if name.rpartition(".")[0] == fqn.rpartition(".")[0]]
     source: Any = alone[earlier[-1]] if earlier else None
     is_one = isinstance(source, Int8Linear) and source.activation is None
-    return earlier[-1] if is_one and alone[fqn].in_features % source.out_features == 0 else None  # type: ignore[operator]
+    return earlier[-1] if is_one and alone[fqn].in_features % source.out_features == 0 else None
 
 
 def _of_rows(layer: Int8Linear, source: Int8Linear, holder: Any) -> tuple[Tensor, Tensor]:
@@ -154,14 +162,15 @@ def _of_rows(layer: Int8Linear, source: Int8Linear, holder: Any) -> tuple[Tensor
 
 def _common(layers: list[Int8Linear]) -> Tensor:
     """The scale that `smoothing_scale` gives these layers' weights in one, as near as it follows from what each one has."""
-    scales = [layer.channel_scale for layer in layers]
+    scales = [c for layer in layers if (c := layer.channel_scale) is not None]
     if len(layers) == 1:
-        return scales[0]  # type: ignore[return-value]
+        return scales[0]
     norms = torch.stack([(_dequantised(layer) * c).norm(dim=0) for layer, c in zip(layers, scales)])
     norms = norms.clamp_min(norms.amax().clamp_min(1e-30) * 1e-6)
-    rms = (norms.log() - 2 * torch.stack([c.log() for c in scales])).mean(0)  # type: ignore[union-attr]
+    rms = (norms.log() - 2 * torch.stack([c.log() for c in scales])).mean(0)
     log_scale = (norms.square().sum(0).log() / 2 - rms) / 2
-    return (log_scale - log_scale.mean()).clamp(-(limit := torch.tensor(SMOOTHING_LIMIT).log()), limit).exp()
+    limit = math.log(SMOOTHING_LIMIT)
+    return (log_scale - log_scale.mean()).clamp(-limit, limit).exp()
 
 
 # ---- the folded parts
@@ -214,7 +223,8 @@ def _prove(
     def check(what: str, x: Tensor, expected: Tensor) -> None:
         difference = (x.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)
         if not difference <= _TOLERANCE.get(x.dtype, 1e-4):
-            raise _refusal(next(iter(scales.inputs)), f"{what} would be another, as other code reads the norm or the layer before it")
+            reason = f"{what} would be another, as other code reads the norm or the layer before it"
+            raise _refusal(next(iter(scales.inputs)), reason)
 
     def override(fqn: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
