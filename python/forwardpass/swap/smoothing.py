@@ -1,11 +1,12 @@
 """Calibrated layers without the scales of their input's channels, for formats that have no place for them.
 
-The scales go into what is before the layer. Behind a norm that is its weight, where nothing but such layers reads it. q, k and v, or
-gate and up, then share one scale, for which their weights are rounded once more. Behind another layer (v before the sum of attention,
-up before the product with the gate) it is that layer's rows: exactly, except where several heads of queries share one of v.
+The scales go into what is before the layer. Behind a norm that is its weight, where nothing but such layers reads it. q, k and v,
+or gate and up, then share one scale, for which their weights are rounded once more. Behind another layer (v before the sum of
+attention, up before the product with the gate) it is that layer's rows: exactly, except where several heads of queries share one
+of v.
 
-One run of the model shows what is before each layer. A second run, of the folded model, proves that every layer gets its input times
-the scale, and that the outcome is the same.
+One run of the model shows what is before each layer. A second run, of the folded model, proves that every layer gets its input
+times the scale, and that the outcome is the same.
 """
 
 from __future__ import annotations
