@@ -1,11 +1,14 @@
 """calibrate=: what batches change, and that nothing of the calibration stays on the model."""
 
+import contextlib
+
 import pytest
 import torch
 from small_models import assert_same_objects, batch, block, build, inputs, objects, outputs
 from torch import nn
 
 import forwardpass as fp
+from forwardpass.swap.calibrate import LEAST_ROWS
 
 
 def test_calibration_lowers_the_error():
@@ -22,7 +25,7 @@ def test_calibration_leaves_padding_out():
     def run(filler):
         model, ids = build("bert"), batch("bert")
         ids["input_ids"][ids["attention_mask"] == 0] = filler
-        fp.swap(model, "int8", calibrate=[ids])
+        fp.swap(model, "int8", calibrate=[ids] * 3)
         return model.state_dict()
 
     a, b = run(5), run(77)
@@ -60,3 +63,58 @@ def test_calibration_says_what_it_could_not_calibrate(bad):
     assert len(found) == 2
     assert model.first.channel_scale is None
     assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+def correlated(rows, seed):
+    """Rows as layers meet them: few directions, some noise, channels of other loudness."""
+    g = torch.Generator().manual_seed(seed)
+    basis = torch.randn(8, 64, generator=torch.Generator().manual_seed(99))
+    loud = torch.randn(64, generator=torch.Generator().manual_seed(5)).mul(0.7).exp()
+    return (torch.randn(rows, 8, generator=g) @ basis + 0.1 * torch.randn(rows, 64, generator=g)) * loud
+
+
+def test_few_rows_are_no_evidence():
+    """One row makes an error of several times that of no calibration, where it is believed."""
+    x, model = correlated(256, 1), block()
+    exact, errors = outputs(model, x), {}
+    for rows in (0, 1, LEAST_ROWS - 1, LEAST_ROWS, 64):
+        calibrate = [correlated(rows, 2)] if rows else None
+        few = (
+            pytest.warns(UserWarning, match="saw fewer than 32 rows .* at the input of 2 of 2 layers")
+            if 0 < rows < LEAST_ROWS
+            else None
+        )
+        with few or contextlib.nullcontext(), fp.swap(model, "int8", calibrate=calibrate) as report:
+            assert report.plan.calibrated == (rows >= LEAST_ROWS)
+            assert any("fewer than 32 rows" in note for note in report.warnings) == (few is not None)
+            errors[rows] = (outputs(model, x) - exact).norm()
+    assert errors[1] == errors[LEAST_ROWS - 1] == errors[0] and errors[LEAST_ROWS] <= errors[0]
+    assert errors[64] < 0.8 * errors[0]
+
+
+def test_a_plan_says_which_layers_are_calibrated():
+    model, x = block(), inputs(64)
+    model.unused = nn.Linear(64, 64)
+    model.late = nn.Linear(64, 64)
+
+    def forward(model, batch):
+        model(batch)
+        model.late(batch[:3])
+
+    batches = [x]
+    with pytest.warns(UserWarning, match="never reached|fewer than"):
+        plan = fp.swap(model, "int8", calibrate=batches, forward=forward).plan
+    assert {layer.fqn: layer.calibrated for layer in plan.layers} == {
+        "first": True, "second": True, "unused": False, "late": False,
+    }  # fmt: skip
+    y = outputs(model, x)
+    fp.restore(model)
+    replayed = fp.swap(model, plan=plan.to_json(), calibrate=batches, forward=forward).plan
+    assert replayed == plan and torch.equal(outputs(model, x), y)
+    fp.restore(model)
+    x[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="NaN or infinity"):
+        plan = fp.swap(model, "int8", calibrate=[x]).plan
+    assert not plan.calibrated and plan.calibration is None
+    fp.restore(model)
+    fp.swap(model, plan=plan)

@@ -93,6 +93,65 @@ def test_a_plan_of_minilm(tmp_path):
         torch.testing.assert_close(weight, layer._dequantized_weight(), rtol=2e-7, atol=0)
 
 
+def rescaled_norms(model):
+    """Norms as trained models have them: channels of other loudness, which calibration smooths."""
+    g = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data.mul_(torch.randn(p.shape, generator=g).exp())
+    return model
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["shared", "own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_a_calibrated_model(heads, dtype, tmp_path):
+    """Scales of q, k and v go into the norm, o_proj's into the rows of v, down_proj's into those of up; within a rounding."""
+    model = rescaled_norms(llama(num_key_value_heads=heads)).to(dtype)
+    exact = outputs(model, X).float()
+    fp.swap(model, "int8", include="**", calibrate=[X])
+    before, y = layers_of(model), outputs(model, X).float()
+    smoothed = {fqn: layer.channel_scale.clone() for fqn, layer in before.items()}
+    fp.export_pretrained(model, tmp_path)
+    assert torch.equal(outputs(model, X).float(), y)
+    assert all(torch.equal(layer.channel_scale, smoothed[fqn]) for fqn, layer in layers_of(model).items())
+    again = fp.load_pretrained(tmp_path)
+    after = layers_of(again)
+    assert after.keys() == before.keys() and all(layer.channel_scale is None for layer in after.values())
+    down = "model.layers.1.mlp.down_proj"
+    assert torch.equal(after[down].weight, before[down].weight) and torch.equal(
+        after[down].weight_scale, before[down].weight_scale
+    )
+    if heads == 4:
+        o = "model.layers.1.self_attn.o_proj"
+        assert torch.equal(after[o].weight, before[o].weight)
+    error = (outputs(again, X).float() - exact).norm() / exact.norm()
+    assert error < 2 * (y - exact).norm() / exact.norm()
+    pytest.importorskip("compressed_tensors")
+    reference = outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), X).float()
+    assert (reference - outputs(again, X).float()).norm() < 0.05 * exact.norm()  # its weights are in the dtype
+
+
+@pytest.mark.parametrize(
+    ("include", "words"),
+    [
+        ("**", r"attention\.output\.dense multiplies its input by a scale .* no norm and no layer of its own module"),
+        (["**.query", "**.key", "**.value"], r"attention\.self\.query multiplies .* as other code reads the norm"),
+    ],
+    ids=["elsewhere", "residual"],
+)
+def test_a_scale_that_has_no_place_is_refused(include, words, tmp_path):
+    """Of BERT, whose norms the residual reads too."""
+    model = rescaled_norms(build("bert"))
+    excluded = () if include == "**" else ["**.dense"]
+    fp.swap(model, "int8", include=include, exclude=excluded, calibrate=[{"input_ids": torch.arange(64).view(2, 32)}])
+    y = outputs(model, {"input_ids": torch.arange(3, 23).reshape(2, 10)})
+    with pytest.raises(fp.Unsupported, match=words) as e:
+        fp.export_pretrained(model, tmp_path / "new")
+    assert "\n" not in str(e.value) and not (tmp_path / "new").exists()
+    assert torch.equal(outputs(model, {"input_ids": torch.arange(3, 23).reshape(2, 10)}), y)
+
+
 @torch.inference_mode()
 def test_smoothing_of_a_gated_mlps_last_layer_is_folded(tmp_path):
     """Into the scales of the layer before it; the model itself stays as it is."""
@@ -154,10 +213,6 @@ def test_a_head_of_its_own(tmp_path):
 
 def test_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "new"
-    calibrated = llama()
-    fp.swap(calibrated, "int8", include="**", calibrate=[X])
-    with pytest.raises(fp.Unsupported, match=r"layers.0.self_attn.q_proj multiplies its input .* without calibrate"):
-        fp.export_pretrained(calibrated, folder)
     with pytest.raises(ValueError, match="holds no quantised layer"):
         fp.export_pretrained(llama(), folder)
     with pytest.raises(ValueError, match="writes compressed-tensors, not 'gguf'"):

@@ -5,10 +5,10 @@ import json
 import os
 import pickle
 import shutil
-import sys
 
 import pytest
 import torch
+from saving_processes import killed_after
 from small_models import CONFIGS, batch, block, build, outputs, transformers
 from transformers.quantizers import auto
 
@@ -92,29 +92,6 @@ def test_a_loaded_model_is_saved_where_it_came_from(tmp_path):
     assert loaded.name_or_path == str(tmp_path / "saved")
     fp.save_pretrained(loaded, tmp_path / "saved")
     assert torch.equal(outputs(fp.load_pretrained(tmp_path / "saved"), batch("bert")), outputs(model, batch("bert")))
-
-
-def killed_after(events, save):
-    """Runs `save` in a process that ends, without any clean-up, at its n-th step on files; whether it came to its end."""
-    pid = os.fork()
-    if pid == 0:
-        left = [events]
-
-        def end(event, args):
-            if event in ("open", "os.rename", "os.remove", "os.mkdir"):
-                left[0] -= 1
-                if left[0] < 0:
-                    os._exit(9)
-
-        try:
-            sys.addaudithook(end)
-            save()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, 9)
-    return status == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -27,7 +27,7 @@ def weights(folder):
 def saved(tmp_path):
     """A folder with a swapped block, and its output."""
     model, x = block(), torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
-    fp.swap(model, "int8", calibrate=[x])
+    fp.swap(model, "int8", calibrate=[x] * 8)
     fp.save_pretrained(model, tmp_path)
     return tmp_path, x, outputs(model, x)
 
@@ -76,7 +76,7 @@ def test_sixteen_bits(tmp_path, dtype):
 
 def test_a_new_process_without_the_original_weights(tmp_path):
     model, inputs = build("bert"), batch("bert")
-    fp.swap(model, "int8", calibrate=[inputs])
+    fp.swap(model, "int8", calibrate=[inputs] * 3)
     fp.save_pretrained(model, tmp_path)
     torch.save((inputs, outputs(model, inputs)), tmp_path / "expected.pt")
     script = """

@@ -131,7 +131,7 @@ def test_a_dry_run_is_the_same(tmp_path):
 def test_calibration_leaves_experts_as_they_would_be():
     model = build("mixtral", MODELS)
     report = fp.swap(
-        model, "int8", include=["**", *experts_of(model)], exclude="lm_head", calibrate=[{"input_ids": ids()}]
+        model, "int8", include=["**", *experts_of(model)], exclude="lm_head", calibrate=[{"input_ids": ids(32)}]
     )
     planned = {layer.fqn: layer.calibrated for layer in report.plan.layers}
     assert [planned[fqn] for fqn in experts_of_report(report)] == [False, False] and any(planned.values())

@@ -157,7 +157,7 @@ def loaded(folder, floats):
 def test_a_checkpoint_is_divided_as_it_is_loaded(processes, folders, tmp_path, calibrated):
     model = one_process(folders / "llama")
     floats = logits(model)
-    fp.swap(model, "int8", calibrate=[IDS] if calibrated else None)
+    fp.swap(model, "int8", calibrate=[IDS] * 8 if calibrated else None)
     fp.save_pretrained(model, tmp_path / "int8")
     processes.run(loaded, tmp_path / "int8", floats)
 

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from typing import Any
@@ -55,15 +56,41 @@ def beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
     It cannot be guessed: no link that waits under it is followed.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    partial = _partial(path)
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def room_beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The same as a folder, for libraries that write temporary files of their own names beside what they write, as safetensors does
+    (0.8): where the process is killed, they are known by the folder's name."""
+    room = _partial(path)
+    room.mkdir()
+    try:
+        yield room
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
+def json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def flush(path: pathlib.Path) -> None:
+    """Waits until the disk has a file's content, so that a rename after it survives a loss of power."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -113,6 +113,8 @@ class QuantizedModule(nn.Module):
     """
 
     activation: str | None  #: that it applies besides
+    #: whether `load_state_dict` gave it other values than those that it was made with
+    is_loaded: bool = False
 
     def exact(self, *args: Tensor) -> Tensor:
         """What forward gives, but for the error of its kernels: in fp64 on the operands that its input is quantised to."""
@@ -149,13 +151,9 @@ class QuantizedModule(nn.Module):
                 setattr(self, name, pad_rows(new))
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        """Takes weights with the scales that they were quantised with, or raises: `copy_` would cut a float weight to integers,
-        and strict=False would leave them under scales of another.
-
-        Raises:
-            RuntimeError: the state dict is of a module that is not swapped, or swapped another way.
-        """
+    def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """RuntimeError where a state dict is of a module that is not swapped, or swapped another way: `copy_` would cut a float
+        weight to integers, strict=False would leave weights under scales of another, or pass over all of them."""
         fixed = self._fixed()
         stored = {n for n in self._buffers if not n.endswith("bias") and prefix + n in state_dict}
         cast = not any(t.itemsize == 1 for t in fixed.values())  # a weight of 16 bits
@@ -163,11 +161,26 @@ class QuantizedModule(nn.Module):
                    and not (cast and state_dict[prefix + n].is_floating_point())]  # fmt: skip
         if misfits or (stored and stored != fixed.keys()):
             name = misfits[0] if misfits else next(iter(fixed))
-            other = state_dict.get(prefix + name)
-            raise RuntimeError(f"load_state_dict: {prefix}{name} holds {fixed[name].dtype} with {', '.join(sorted(fixed))}, and "
-                               f"the state dict has {getattr(other, 'dtype', 'none')} with {', '.join(sorted(stored))}: load it "
-                               "into the original model (fp.restore(model) brings it back) and swap that, or swap as that "
-                               "model was")  # fmt: skip
+            other = getattr(state_dict.get(prefix + name), "dtype", "none")
+            holds = f"{prefix}{name} holds {fixed[name].dtype} with {', '.join(sorted(fixed))}"
+            has = f"{other} with {', '.join(sorted(stored))}"
+        elif any(prefix + n in state_dict for n, _ in self.named_buffers()):
+            return
+        elif given := {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}:
+            own = sorted({n.partition(".")[0] for n, _ in self.named_buffers()})
+            holds, has = f"{prefix[:-1]} holds {', '.join(own)}", f"{', '.join(sorted(given))} in its place"
+        else:
+            return  # a part of a model, without this layer
+        raise RuntimeError(f"load_state_dict: {holds}, and the state dict has {has}: load it into the original model "
+                           "(fp.restore(model) brings it back) and swap that, or swap as that model was")  # fmt: skip
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        self.check_state_dict(state_dict, prefix)
+        given = [
+            (t, state_dict[prefix + n]) for n, t in self._buffers.items() if t is not None and prefix + n in state_dict
+        ]
+        if any(not t.is_meta and not torch.equal(new.to(t.device), t) for t, new in given):
+            self.is_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, Any]:

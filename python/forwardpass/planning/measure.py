@@ -24,7 +24,7 @@ from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, beyond_caches, interleave
 from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear
-from ..swap.calibrate import calibration_arguments
+from ..swap.calibrate import LEAST_ROWS, calibration_arguments
 from ..swap.kv_cache import kv_cache_of
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision, find_precision
@@ -240,7 +240,7 @@ def calibrated_arguments(
         for name in names:
             if layer.candidates[name].refusal is None and layer.leaf.fqn not in arguments:
                 layer.candidates[name].refusal = Reason(
-                    "not_calibrated", "calibration does not reach it, or meets NaN", ""
+                    "not_calibrated", f"calibration sees fewer than {LEAST_ROWS} rows of it, or NaN", ""
                 )
     return arguments
 

@@ -20,22 +20,29 @@ from ..nn.layer import linear_weight
 from .calibration import LayerStatistics, round_weight, smoothing_scale
 from .walker import Leaf
 
+#: Rows that a layer must have seen: fewer mislead. all-MiniLM-L6-v2 in int8, the relative error of token embeddings on 48 texts,
+#: the lowest and highest of three starts in other texts: not calibrated .049; on 1 token 1.27, 4 tokens .099 to .122, 8 tokens
+#: .054 to .106, 16 tokens .047 to .050, 32 tokens .041 to .045, 64 tokens .039.
+LEAST_ROWS = 32
+
 
 def calibration_arguments(
     model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """For every leaf that was reached, arguments of `Int8Linear.from_torch`; and notes on those that were not.
+    """For every leaf of which enough was seen, arguments of `Int8Linear.from_torch`; and notes on the others.
 
     Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed
     and every module's training flag put back.
     """
     statistics = observe(model, leaves, batches, forward)
     arguments: dict[str, dict[str, Any]] = {}
-    unseen, broken = [], []
+    unseen, few, broken = [], [], []
     for leaf in leaves:
         layer_statistics = statistics.pop(leaf.fqn)  # gone as soon as it is used
         if layer_statistics.rows == 0:
             unseen.append(leaf.fqn)
+        elif layer_statistics.rows < LEAST_ROWS:
+            few.append(leaf.fqn)
         elif not (layer_statistics.absmax.isfinite().all() and layer_statistics.second_moment.isfinite().all()):
             broken.append(leaf.fqn)
         else:
@@ -43,7 +50,11 @@ def calibration_arguments(
     return arguments, [
         f"calibration {problem} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
         f"without it"
-        for problem, names in (("never reached", unseen), ("met NaN or infinity at the input of", broken))
+        for problem, names in (
+            ("never reached", unseen),
+            (f"saw fewer than {LEAST_ROWS} rows (give it more batches) at the input of", few),
+            ("met NaN or infinity at the input of", broken),
+        )
         if names
     ]
 

@@ -34,6 +34,7 @@ from .folder import (
     local_folder,
     put_weights,
     remove_other_weights,
+    saving,
 )
 from .kv_cache import CacheDecision, CacheSwap, decide_kv_cache, kv_cache_of
 from .plan import UNPAD
@@ -117,7 +118,8 @@ def save_pretrained(
     tokenizer, so that `load_pretrained` gives the same again.
 
     Args:
-        folder: new, empty, or one that holds a checkpoint of forwardpass, which is replaced.
+        folder: new, empty, or one that holds a checkpoint of forwardpass, which is replaced. While one process saves there,
+            another one is refused.
         overwrite: True: any other folder too. Its config.json and generation_config.json are replaced, its other files stay. The
             folder that the model was loaded from (config._name_or_path) is refused all the same.
         max_shard_size: bytes, or a text such as "5GB", of a file of weights, of which there are several where that is not enough; a
@@ -136,9 +138,8 @@ def save_pretrained(
     """
     model = plain_module("save_pretrained", model)
     around = sentences.describe(model)
-    write(model, around, folder, overwrite, max_shard_size, model_card)
-    if around is not None:
-        sentences.save_processor(model, pathlib.Path(folder))
+    processor = None if around is None else functools.partial(sentences.save_processor, model)
+    write(model, around, folder, overwrite, max_shard_size, model_card, processor)
 
 
 def write(
@@ -148,8 +149,10 @@ def write(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     model_card: bool = True,
+    processor: Callable[[pathlib.Path], object] | None = None,
 ) -> None:
-    """`save_pretrained` of a model that is, or for its names stands for, what `around` describes; without its tokenizer."""
+    """`save_pretrained` of a model that is, or for its names stands for, what `around` describes; `processor` writes its tokenizer
+    into the folder."""
     layers, separate = originals.separate_layers(model)
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
@@ -158,8 +161,10 @@ def write(
         raise ValueError(
             "save_pretrained stores no layers of keras: its own model.save(…) stores the float model, to be swapped anew"
         )
-    folder = check_folder(folder, model_config.sources(model), overwrite)
+    sources = model_config.sources(model)
+    check_folder(folder, sources, overwrite)  # before tensors are gathered
     shard_bytes(max_shard_size)
+    safetensors_module()
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
@@ -187,18 +192,11 @@ def write(
     if around is not None and config is None:
         raise ValueError(f"what this {around['class']} is around is a {type(transformer).__name__}, which is no class of "
                          "transformers: save that model with its own method")  # fmt: skip
-    safetensors = safetensors_module()
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = [
-        put_weights(folder, functools.partial(safetensors.torch.save_file, shard, metadata={"format": "pt"}))
-        for shard in split(tensors, max_shard_size)
-    ]
-    record = {
+    kept = {
         "schema": SCHEMA,
         "forwardpass": __version__,
         "model": {"class": type(transformer).__name__, "attention": implementation_before(transformer),
                   "config": config, "generation_config": generation},
-        "weights": weights[0] if len(weights) == 1 else weights,
         "layers": [
             {"fqn": fqn, "module": type(m).__name__, "precision": vars(m).get("precision"),
              "version": vars(m).get("precision_version"), "config": m.config()}
@@ -210,16 +208,27 @@ def write(
         "aliases": aliases,
         "around": around,
     }  # fmt: skip
-    write_json(folder / RECORD, record)
-    if config is not None:  # which transformers reads where forwardpass is imported: see auto_model.py
-        config = config | {"quantization_config": auto_model.entry(record)}
-    for name, content in ((model_config.CONFIG, config), (model_config.GENERATION, generation)):
-        if content is not None:
-            write_json(folder / name, content)
-    if model_card:
-        stored_bytes = sum(t.nbytes for t in tensors.values())
-        card.write(folder, _card(model, layers, transformer if config is not None else None, around, stored_bytes))
-    remove_other_weights(folder, weights)
+    with saving(folder, sources, overwrite) as folder:
+        record = {**kept, "weights": _put_shards(folder, tensors, max_shard_size)}
+        write_json(folder / RECORD, record)
+        if config is not None:  # which transformers reads where forwardpass is imported: see auto_model.py
+            config = config | {"quantization_config": auto_model.entry(record)}
+        for name, content in ((model_config.CONFIG, config), (model_config.GENERATION, generation)):
+            if content is not None:
+                write_json(folder / name, content)
+        if model_card:
+            stored_bytes = sum(t.nbytes for t in tensors.values())
+            card.write(folder, _card(model, layers, transformer if config is not None else None, around, stored_bytes))
+        remove_other_weights(folder, weights_of(record))
+        if processor is not None:
+            processor(folder)
+
+
+def _put_shards(folder: pathlib.Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> str | list[str]:
+    """The name of the file of weights, or of the files."""
+    save_file = functools.partial(safetensors_module().torch.save_file, metadata={"format": "pt"})
+    names = [put_weights(folder, functools.partial(save_file, shard)) for shard in split(tensors, max_shard_size)]
+    return names[0] if len(names) == 1 else names
 
 
 def _card(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -43,6 +44,11 @@ class Decision:
     @property
     def calibrated(self) -> list[Leaf]:
         return [leaf for leaf, p in self.swapped if p.calibrated]
+
+    def calibrated_as(self, fqns: Container[str]) -> Decision:
+        """The same where only these layers turned out to be calibrated: the others are rounded to nearest."""
+        swapped = tuple((leaf, replace(p, calibrated=p.calibrated and leaf.fqn in fqns)) for leaf, p in self.swapped)
+        return replace(self, swapped=swapped)
 
 
 def decide(

@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.files import beside, write_json
+from ..common.files import flush, json_text, room_beside
 from ..common.modules import plain_module
 from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, MultiheadAttention, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
-from . import card, model_config, originals
-from .folder import check_folder
+from . import card, model_config, originals, readback, smoothing
+from .folder import RECORD, check_folder, remove_other_weights, saving
 from .tensor_files import safetensors_module, shard_bytes, split
 
 FORMATS = ("compressed-tensors",)
+PACKED = "pack-quantized"
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def export_pretrained(
@@ -40,13 +44,16 @@ def export_pretrained(
     what the report of the swap says; one that is there, and was not written so, stays as it is.
 
     Args:
-        folder: new or empty; overwrite: another, too, where files of these names are replaced.
+        folder: new or empty; overwrite: another, too, where files of these names are replaced, and a checkpoint of forwardpass.
+            Killed at any time, it leaves the old export or the new one whole, or a folder without config.json. Another process
+            that saves there meanwhile is refused.
         max_shard_size: bytes, or "5GB", of a file.
 
     Raises:
         ValueError: there is no such format, the model is not swapped or no class of transformers, or the folder is refused.
-        Unsupported: the format cannot hold a layer, and why, before anything is written: smoothed inputs of calibrated layers,
-            but of a gated MLP's last one, which the one before takes; experts.
+        Unsupported: before anything is written, the layer and the reason: the format has no form for it (experts, e4m3 in
+            groups); it is no nn.Linear in transformers (Conv1D); the scales of a calibrated layer have no place in the norm or
+            the layer before it; the class that transformers builds has other tensors than this model.
 
     Example:
         >>> report = fp.swap(model, precision="int8")
@@ -65,23 +72,34 @@ def export_pretrained(
             "export_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap first"
         )
     _refuse_projections(model, layers)
-    layers = _folded(model, layers)
+    layers, norms = smoothing.fold(model, _folded(model, layers))
+    if _is_untied(model, layers):
+        config["tie_word_embeddings"] = False
     schemes = {fqn: _scheme(fqn, layer) for fqn, layer in layers.items() if not isinstance(layer, Bf16Linear)}
-    folder = check_folder(folder, model_config.sources(model), overwrite)
+    built = readback.as_built(model, config, len(model.state_dict()))
+    _check_layers(built, schemes)
+    sources = model_config.sources(model)
+    check_folder(folder, sources, overwrite, replaces=False)  # before tensors are gathered
     shard_bytes(max_shard_size)
-    tensors = dict(_tensors(model, layers))
+    tensors = {**dict(_tensors(model, layers, schemes)), **norms}
     names = _as_on_the_hub(model, tensors)
     tensors = {names[name]: t for name, t in tensors.items()}
     layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(tensors, folder, max_shard_size)
-    config["quantization_config"] = _quantization_config(model, schemes, layer_names)
-    if _is_untied(model, layers):
-        config["tie_word_embeddings"] = False
-    if generation is not None:
-        write_json(folder / model_config.GENERATION, generation)
-    write_json(folder / model_config.CONFIG, config)
-    card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
+    config["quantization_config"] = _quantization_config(built, schemes, layer_names)
+    readback.check(built, config, tensors, schemes)
+    with saving(folder, sources, overwrite, replaces=False) as folder:
+        _put(folder, tensors, max_shard_size, config, generation)
+        card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
+
+
+def _check_layers(built: nn.Module, schemes: Mapping[str, dict[str, Any]]) -> None:
+    """Unsupported where a layer is no Linear in transformers; changes the format of packed ones that it does not read so."""
+    for fqn in schemes:
+        readback.check_layer(fqn, built)
+    packed = [fqn for fqn, scheme in schemes.items() if scheme["format"] == PACKED]
+    if packed and not readback.takes_packed(built, packed):
+        for fqn in packed:
+            schemes[fqn]["format"] = "int-quantized"
 
 
 def _card(model: nn.Module, layers: Mapping[str, QuantizedModule], stored_bytes: int) -> str:
@@ -135,9 +153,6 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
     def inputs(kind: str, static: bool, symmetric: bool = True) -> dict[str, Any]:
         return args(kind, "tensor" if static else "token", not static, symmetric)
 
-    if getattr(layer, "channel_scale", None) is not None:
-        raise Unsupported(f"{fqn} multiplies its input by a scale for each channel (it is calibrated), for which "
-                          "compressed-tensors has no place: swap without calibrate=", {})  # fmt: skip
     if isinstance(layer, Int8Linear):
         of_inputs = inputs("int", layer.input_scale is not None, layer.symmetric)
         return {"format": "int-quantized", "weights": args("int", "channel"), "input_activations": of_inputs}
@@ -158,7 +173,7 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
             )
         weights = args("float" if is_e4m3 else "int", **grouped)
         return {
-            "format": "naive-quantized" if is_e4m3 else "pack-quantized",
+            "format": "naive-quantized" if is_e4m3 else PACKED,
             "weights": weights,
             "input_activations": None,
         }
@@ -187,34 +202,43 @@ def _as_on_the_hub(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _quantization_config(
-    model: nn.Module, schemes: Mapping[str, dict[str, Any]], names_in_file: Mapping[str, str]
+    built: nn.Module, schemes: Mapping[str, dict[str, Any]], names_in_file: Mapping[str, str]
 ) -> dict[str, Any]:
+    """built: the model as readers build it. Layers go by both of their names: transformers compares those of its modules, and
+    vLLM those in the file."""
+
+    def both(fqns: Iterable[str]) -> list[str]:
+        return [*dict.fromkeys(name for fqn in fqns for name in (names_in_file.get(fqn, fqn), fqn))]
+
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for fqn, scheme in schemes.items():
         same = next((names for other, names in groups if other == scheme), None)
         if same is None:
-            groups.append((scheme, [names_in_file[fqn]]))
+            groups.append((scheme, [fqn]))
         else:
-            same.append(names_in_file[fqn])
+            same.append(fqn)
     formats = {scheme["format"] for scheme, _ in groups}
-    linears = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Bf16Linear))
+    linears = (n for n, m in built.named_modules() if isinstance(m, nn.Linear))
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": {
-            f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else names, **scheme}
+            f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else both(names), **scheme}
             for i, (scheme, names) in enumerate(groups)
         },
-        "ignore": [names_in_file.get(name, name) for name in linears if name not in schemes],
+        "ignore": both(name for name in linears if name not in schemes),
         "kv_cache_scheme": None,
     }
 
 
-def _tensors(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    model: nn.Module, layers: Mapping[str, QuantizedModule], schemes: Mapping[str, dict[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
     """Everything that a file has, by name; what is tied once."""
     for fqn, layer in layers.items():
-        yield from ((f"{fqn}.{name}", t) for name, t in _layer_tensors(layer))
+        packs = schemes.get(fqn, {}).get("format") == PACKED
+        yield from ((f"{fqn}.{name}", t) for name, t in _layer_tensors(layer, packs))
     stored: set[Any] = set()
     for fqn, module in model.named_modules():
         if isinstance(module, QuantizedModule):
@@ -228,12 +252,12 @@ def _tensors(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> Iterato
                 yield (f"{fqn}.{name}" if fqn else name), t.detach()
 
 
-def _layer_tensors(layer: QuantizedModule) -> Iterator[tuple[str, Tensor]]:
-    """A layer's, by the format's names."""
+def _layer_tensors(layer: QuantizedModule, packs: bool) -> Iterator[tuple[str, Tensor]]:
+    """A layer's, by the format's names; packs: int8 in int32s."""
     b = layer._buffers
     weight, scale = b["weight"], b.get("weight_scale")
     assert weight is not None
-    if isinstance(layer, W8A16Linear) and weight.dtype == torch.int8:
+    if packs:
         n, k = weight.shape
         padded = nn.functional.pad(weight.to(torch.int16) + 128, (0, -k % 4), value=128).to(torch.uint8)
         yield "weight_packed", padded.contiguous().view(torch.int32)
@@ -256,24 +280,41 @@ def _is_untied(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> bool:
     return head is not None and any(layer is head for layer in layers.values())
 
 
-def _write_weights(tensors: dict[str, Tensor], folder: pathlib.Path, max_shard_size: int | str) -> None:
+def _put(
+    folder: pathlib.Path,
+    tensors: dict[str, Tensor],
+    max_shard_size: int | str,
+    config: dict[str, Any],
+    generation: dict[str, Any] | None,
+) -> None:
+    """Everything is written beside what is there, then renamed in one go. config.json goes first and comes last: a folder in which
+    a process was killed meanwhile has the old export, the new one, or no config.json, and is then read by nobody."""
     safetensors = safetensors_module()
     shards = split(tensors, max_shard_size)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    for file, shard in zip(names, shards):
-        part = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in shard.items()}
-        with beside(folder / file) as partial:
-            safetensors.torch.save_file(part, partial, metadata={"format": "pt"})
-            partial.replace(folder / file)
-    index = folder / "model.safetensors.index.json"
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in names:
-            old.unlink()
+    index: dict[str, Any] | None = None
     if len(shards) > 1:
-        total = sum(t.nbytes for t in tensors.values())
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        index.unlink(missing_ok=True)
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    with room_beside(folder / "model.safetensors") as room:
+        written = {name: room / name for name in names}
+        for partial, shard in zip(written.values(), shards):
+            part = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in shard.items()}
+            safetensors.torch.save_file(part, partial, metadata={"format": "pt"})
+        contents = {INDEX: index, model_config.GENERATION: generation, model_config.CONFIG: config}
+        for name, content in contents.items():
+            if content is not None:
+                written[name] = room / name
+                written[name].write_text(json_text(content), encoding="utf-8")
+        for partial in written.values():
+            flush(partial)
+        for name in (model_config.CONFIG, RECORD):
+            (folder / name).unlink(missing_ok=True)
+        for old in folder.iterdir():
+            if _WEIGHTS.fullmatch(old.name) or old.name == INDEX:
+                old.unlink()
+        for name, partial in written.items():
+            partial.replace(folder / name)
+    remove_other_weights(folder, ())

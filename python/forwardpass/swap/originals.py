@@ -180,7 +180,8 @@ def restore(model: nn.Module) -> None:
     for bit.
 
     They arrive on the device that the model is on now, with the training flags that it has now; requires_grad,
-    gradients and dtype are as they were. Hooks and attributes that were set on the replacements go with them.
+    gradients and dtype are as they were. Hooks and attributes that were set on the replacements go with them, and so do values
+    that `load_state_dict` gave them since the swap, while layers that were not swapped keep theirs: a warning says so.
 
     Raises:
         RuntimeError: the model is not swapped, is a copy of a swapped one, or was swapped with keep=False; or a layer
@@ -237,6 +238,11 @@ def undo_swaps(model: nn.Module, swaps: Sequence[Originals]) -> None:
         if any(m._forward_hooks or m._forward_pre_hooks for m in x.replacement.modules())
         or accelerate_hooks(x.replacement) != accelerate_hooks(x.original)
     ]
+    loaded = [x.fqn for x in layers if any(getattr(m, "is_loaded", False) for m in x.replacement.modules())]
+    if loaded:
+        warnings.warn(f"restore: load_state_dict gave other values to {len(loaded)} replaced layers ({loaded[0]}, …) since the "
+                      "swap, which went with them: these have those of before, and layers that were not swapped the loaded ones; "
+                      "load the float state dict of the model that you want", stacklevel=3)  # fmt: skip
     if hooked:
         warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
                       "register them again on the restored layers", stacklevel=3)  # fmt: skip

@@ -167,6 +167,7 @@ def swap(
             if loaded and loaded.calibration not in (None, fingerprint.value):
                 raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
                                  "pass the same ones, or plan again")  # fmt: skip
+            decision = decision.calibrated_as(arguments)
         calibration = fingerprint.value if arguments else None
         return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras)
 

@@ -123,8 +123,7 @@ def swap(
         with refusing(ValueError, OSError):
             around = subject.source.around()
             named = swapped if around is None else sentences.bare(around, swapped)
-            checkpoint.write(named, around, save, overwrite)
-            subject.tokenizer.save_pretrained(save)
+            checkpoint.write(named, around, save, overwrite, processor=subject.tokenizer.save_pretrained)
     if not (reported["swapped"] or reported["attention"]):  # what two timings of one model differ by is no speed-up
         compared |= {"speedup": None, "reasons": {**compared["reasons"], "speedup": "nothing was changed"}}
     if decoder:

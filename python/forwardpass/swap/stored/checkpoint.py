@@ -22,6 +22,7 @@ from torch import nn
 from ...common.files import read_json
 from ...nn import QuantizedModule
 from ...nn.experts import experts_sizes, is_experts
+from ...nn.layer import is_linear
 from .. import methods, model_config, originals
 from ..attention import AttentionSwap, decide_attention
 from ..auto_model import reading_quantizer
@@ -55,7 +56,7 @@ class StoredCheckpoint:
     def put_layers(self, model: Any) -> None:
         """StoredLinears into the places of the Linears of which the file holds 8 bits."""
         sources: dict[str, dict[str, list[str]]] = {}
-        for name, new_name in self._renamed(model).items():
+        for name, new_name in self.renamed(model).items():
             module, _, tensor = new_name.rpartition(".")
             sources.setdefault(module, {}).setdefault(tensor, []).append(name)
         for fqn, module in [*model.named_modules()]:
@@ -64,7 +65,7 @@ class StoredCheckpoint:
             try:
                 if is_experts(module):
                     self._put_experts(module, names)
-                elif type(module) is nn.Linear:
+                elif isinstance(module, nn.Linear) and is_linear(module):
                     self._put_linear(model, fqn, module, names)
             except Refused as e:
                 raise Refused(f"{fqn}: {e}; {_FIX}") from None
@@ -98,11 +99,13 @@ class StoredCheckpoint:
     def _format(self) -> Format:
         return FORMATS[self.quantization["quant_method"]]
 
-    def _renamed(self, model: Any) -> dict[str, str]:
+    def renamed(self, model: Any) -> dict[str, str]:
         """The model's names of the file's tensors, by the file's."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        except ImportError:  # before transformers 5 files have the model's names
+            return {name: name for name in self.headers}
         transforms = with_scales(get_model_conversion_mapping(model), self.headers)
         renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
         converters = [x for x in transforms if isinstance(x, WeightConverter)]

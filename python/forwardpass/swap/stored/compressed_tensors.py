@@ -31,11 +31,15 @@ _PACKED = 4  #: of 8 bits in an int32, the first in the lowest byte, each with 1
 
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
+    if _has_content(config.get("transform_config")):
+        raise Refused("transform_config rotates weights, and its inputs would have to be rotated too")
     plain = "weight" in tensors and tensors["weight"].dtype not in (torch.int8, E4M3)
     if "weight_packed" not in tensors and (plain or "weight" not in tensors):
         return None
     group = _group(config, name)
     weights, inputs = group.get("weights"), group.get("input_activations")
+    if group.get("output_activations") is not None:
+        raise Refused("output_activations quantises its outputs too, and layers here give 16 bits or more")
     if not isinstance(weights, Mapping):
         raise Refused("its group says nothing of weights")
     if weights.get("num_bits") != 8:
@@ -47,6 +51,11 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
     if tensors["weight"].dtype == torch.int8:
         return _int8(tensors, inputs)
     return _e4m3(tensors, inputs)
+
+
+def _has_content(transforms: Any) -> bool:
+    """Whether a transform_config has any: the library writes empty ones."""
+    return bool(transforms.get("config_groups", transforms) if isinstance(transforms, Mapping) else transforms)
 
 
 def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -21,6 +21,8 @@ class StoredLinear(nn.Linear):
         for name, header in {"bias": None, **tensors}.items():
             empty = None if header is None else torch.empty(header.shape, dtype=header.dtype, device="meta")
             self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
+        if "weight" not in tensors:  # T5 and GPT-BigCode initialise their layers' by name
+            vars(self)["weight"] = torch.empty(0)
 
     def made(self, activation: str | None) -> QuantizedLinear:
         """The layer that takes its tensors over."""

@@ -45,6 +45,7 @@ def _compressed_linear(module: Any) -> _Written:
         "targets": ["Linear"],
         "weights": said(scheme.weights),
         "input_activations": said(scheme.input_activations),
+        "output_activations": said(scheme.output_activations),
     }
     return "compressed-tensors", {"config_groups": {"all": group}}, module._parameters
 
