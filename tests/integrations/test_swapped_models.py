@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from small_models import ATTENTION, CONFIGS, MLPS, batch, build, codes
+from small_models import ATTENTION, CONFIGS, MLPS, assert_same_objects, batch, build, codes, objects
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
@@ -208,3 +208,40 @@ def test_weights_of_a_compiled_call(name):
     torch.testing.assert_close(got.logits, expected, rtol=1e-4, atol=1e-5)
     assert not compiled(**batch(name)).attentions
     torch._dynamo.reset()
+
+
+# ---- resized embeddings
+
+
+@pytest.mark.parametrize("precision", ["int8", "w8a16", "bf16"])
+def test_a_swapped_head_is_not_resized_nor_anything_else(precision):
+    model = build("llama", ATTENTION)
+    report = fp.swap(model, precision, include="lm_head")
+    assert [s.fqn for s in report.swapped] == ["lm_head"]
+    before = objects(model), copy.deepcopy(model.config)
+    other = copy.deepcopy(model)
+    for m in (model, other):
+        for resize in (dict(new_num_tokens=120), dict(pad_to_multiple_of=64)):
+            with pytest.raises(
+                RuntimeError, match=r"LlamaForCausalLM.resize_token_embeddings .* fp.restore\(model\) first"
+            ):
+                m.resize_token_embeddings(**resize)
+    assert_same_objects(model, before[0])
+    assert model.config.to_dict() == before[1].to_dict()
+    embeddings = model.model.embed_tokens
+    assert (
+        model.resize_token_embeddings(100) is model.resize_token_embeddings() is embeddings
+    )  # as scripts do, to be sure
+    fp.restore(model)
+    model.resize_token_embeddings(120)
+    assert model.lm_head.out_features == model.model.embed_tokens.num_embeddings == 120
+
+
+@torch.inference_mode()
+def test_embeddings_of_a_model_whose_head_stays_are_resized():
+    model = build("llama", ATTENTION)
+    fp.swap(model, "int8")
+    model.resize_token_embeddings(120)
+    assert model(**batch("llama")).logits.shape[-1] == 120
+    fp.restore(model)
+    assert model(**batch("llama")).logits.shape[-1] == 120
