@@ -14,7 +14,7 @@ from small_models import ATTENTION, assert_same_objects, batch, build, objects
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
-from forwardpass.integrations import heads_first, key_ranges, kv_scales
+from forwardpass.integrations import cache_readers, heads_first, key_ranges, kv_scales
 from forwardpass.integrations import transformers_attention as huggingface
 
 transformers = pytest.importorskip("transformers")
@@ -523,7 +523,7 @@ def test_a_cache_of_the_models_dtype_where_code_computes_with_it():
 @pytest.mark.parametrize("name", [*DECODERS, "t5", "whisper"])
 def test_what_models_do_between_a_cache_and_attention_is_nothing(name):
     attention = [m for m in build(name, ATTENTION).modules() if huggingface.dispatches(m)]
-    assert {kv_scales.why_not_read(m, torch.int8) for m in attention} == {None}
+    assert {cache_readers.why_not_read(m, torch.int8) for m in attention} == {None}
 
 
 @torch.inference_mode()

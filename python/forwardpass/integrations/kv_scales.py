@@ -1,19 +1,14 @@
 """The scales of keys and values in 8 bits, on their way from a cache through a model's code to attention.
 
-That code hands on two tensors and knows of no scales, so they are an attribute of each. Code that computes with the tensors would
-lose them, so it is read before it gets such a cache.
+That code hands on two tensors and knows of no scales, so they are an attribute of each.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from .class_source import named, owner_of_forward, tree_of_module
+from torch import Tensor
 
 #: What the caches of a decoder can become, and in what their elements are stored; None: the model's dtype.
 KV_CACHES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -35,62 +30,3 @@ def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In a dtype that all code takes."""
     scale = scale_of(x)
     return x if scale is None else (x.float() * scale.transpose(1, 2).unsqueeze(-1)).to(dtype)
-
-
-def why_not_read(attention: nn.Module, dtype: torch.dtype | None) -> str | None:
-    """Why the code of an attention module cannot read a cache of ours with elements of this dtype (None: the model's), else None.
-
-    transformers' DeepSeek keeps latents in its cache, of another width than each other, and computes keys and values from them. A
-    few others compute with what the cache returns (JetMoe repeats it), which 8 bits do not allow.
-    """
-    cls: Any = type(attention)  # mypy takes type[nn.Module] for unhashable
-    holds_others, computes = _reading(cls)
-    if holds_others:
-        return "it keeps something else than keys and values in its cache"
-    if computes and dtype is not None:
-        return "its code computes with what its cache returns"
-    return None
-
-
-@functools.lru_cache(maxsize=1024)
-def _reading(cls: Any) -> tuple[bool, bool]:
-    """(whether what a cache returns is neither the keys nor the values of attention, whether code comes between the two)"""
-    owner = owner_of_forward(cls)
-    forward = named(named(tree_of_module(owner), owner.__name__), "forward")
-    if forward is None:
-        return False, False
-    nodes = [*ast.walk(forward)]
-    updates = [x for x in nodes if isinstance(x, ast.Assign) and _updates_cache(x.value)]
-    returned = {name for x in updates for name in _targets(x)}
-    calls = [x for x in nodes if isinstance(x, ast.Call) and _is_attention(x)]
-    given = {ast.unparse(x) for call in calls for x in call.args[2:4]}
-    if not updates or not calls:
-        return False, bool(updates)
-    between = range(max(x.lineno for x in updates) + 1, min(x.lineno for x in calls))
-    computes = [
-        x
-        for x in nodes
-        if isinstance(x, ast.Assign) and x.lineno in between and returned & {*_targets(x)} and not _reads_layer(x.value)
-    ]
-    return returned.isdisjoint(given), returned != given or bool(computes)
-
-
-def _updates_cache(x: ast.expr) -> bool:
-    """Whether it is cache.update(key, value, layer, ...), or an element of what that returns."""
-    call = x.value if isinstance(x, ast.Subscript) else x
-    return isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "update" and len(call.args) >= 3
-
-
-def _is_attention(call: ast.Call) -> bool:
-    """Whether it is attention(self, query, key, value, ...), as the AttentionInterface has it."""
-    return len(call.args) >= 4 and ast.unparse(call.args[0]) == "self"
-
-
-def _reads_layer(x: ast.expr) -> bool:
-    """Whether it is cache.layers[i].keys or .values, which carry their scales."""
-    return all(getattr(y, "attr", "") in ("keys", "values") for y in (x.elts if isinstance(x, ast.Tuple) else (x,)))
-
-
-def _targets(x: ast.Assign) -> list[str]:
-    targets = [y for target in x.targets for y in (target.elts if isinstance(target, ast.Tuple) else (target,))]
-    return [ast.unparse(y) for y in targets]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..integrations import rotary
 from ..integrations import transformers_attention as huggingface
-from ..integrations.kv_scales import KV_CACHES, why_not_read
+from ..integrations.cache_readers import why_not_read
+from ..integrations.kv_scales import KV_CACHES
 from .attention import AttentionDecision
 from .unpadding import is_pretrained
 
