@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 from recorded_calls import recorded_calls
-from small_models import ATTENTION, batch, build
+from small_models import ATTENTION, assert_same_objects, batch, build, objects
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
-from forwardpass.integrations import heads_first, key_ranges, kv_scales
+from forwardpass.integrations import cache_readers, heads_first, key_ranges, kv_scales
 from forwardpass.integrations import transformers_attention as huggingface
 
 transformers = pytest.importorskip("transformers")
@@ -505,6 +505,50 @@ def test_refusals():
         fp.KVCache(model.config, "int4")
     with pytest.raises(RuntimeError, match=r"call fp\.swap"), torch.inference_mode():
         model(input_ids=torch.zeros(1, 4, dtype=torch.long), cache=fp.KVCache(model.config, "int8"))
+
+
+#: What they keep in a cache is not what attention gets.
+_OTHER_CACHES = {
+    "latents": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**ATTENTION["llama"][2], "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+         "v_head_dim": 32, "n_routed_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+         "moe_intermediate_size": 32},
+    ),
+    "halves": ("DiffLlamaForCausalLM", "DiffLlamaConfig", ATTENTION["llama"][2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kv_cache", "why"), [
+    ("latents", "auto", "something else than keys and values"),
+    ("latents", "int8", "something else than keys and values"),
+    ("halves", "fp8", "computes with what its cache returns"),
+])  # fmt: skip
+def test_a_cache_that_a_models_code_cannot_read_is_refused_by_the_swap(name, kv_cache, why):
+    model = build(name, _OTHER_CACHES)
+    before = objects(model)
+    with pytest.raises(
+        ValueError, match=rf"kv_cache='{kv_cache}' does not go with \w+Attention \(model\.layers\.0.*{why}"
+    ):
+        fp.swap(model, kv_cache=kv_cache)
+    assert_same_objects(model, before)
+    assert model.config._attn_implementation in ("sdpa", "eager") and not model._forward_pre_hooks
+
+
+@torch.inference_mode()
+def test_a_cache_of_the_models_dtype_where_code_computes_with_it():
+    model = build("halves", _OTHER_CACHES)
+    ids = batch("llama")["input_ids"]
+    expected = model.generate(ids, **OPTIONS).sequences
+    fp.swap(model, kv_cache="auto")
+    assert torch.equal(model.generate(ids, **OPTIONS).sequences, expected)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "t5", "whisper"])
+def test_what_models_do_between_a_cache_and_attention_is_nothing(name):
+    attention = [m for m in build(name, ATTENTION).modules() if huggingface.dispatches(m)]
+    assert {cache_readers.why_not_read(m, torch.int8) for m in attention} == {None}
 
 
 @torch.inference_mode()

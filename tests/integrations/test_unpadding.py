@@ -218,9 +218,10 @@ def test_settings_of_a_config_and_of_a_model():
     ours.config.output_hidden_states = True
     assert rows_of(ours, lambda: hidden(ours, batch)) == every
     ours.config.output_hidden_states = False
+    name = ours.config._attn_implementation
     ours.set_attn_implementation("sdpa")
     assert rows_of(ours, lambda: hidden(ours, batch)) == every
-    ours.set_attn_implementation("forwardpass")
+    ours.set_attn_implementation(name)
     assert rows_of(ours, lambda: hidden(ours, batch)) == tokens
     ours.train()
     assert rows_of(ours, lambda: hidden(ours, batch)) == every
@@ -333,10 +334,15 @@ def test_attention_that_is_left_alone(name):
 
     assert compare(model, attention=False).config._attn_implementation == "sdpa"
     compare(model, exclude="encoder.layer.0.attention.self" if name == "bert" else "layers.0.attn")
-    compare(second)
-    expected = hidden(second, batch)
-    fp.swap(second, precision="int8")
+    assert (
+        swapped(second, precision="int8")[1].unpadding.encoders[0].attention == "varlen"
+    )  # a copy's config is its own
+    expected, padded = hidden(second, batch), hidden(swapped(second, unpad=False, precision="int8")[0], batch)
+    report = fp.swap(second, precision="int8")
+    assert report.unpadding.encoders[0].attention == "padded"
+    assert rows_of(second, lambda: hidden(second, batch)) == [sum(LENGTHS)] * 3
     during = hidden(second, batch)
+    assert off(during, padded, batch["attention_mask"]) < 2e-3
     fp.restore(first)  # the config names what it named before
     assert off(hidden(second, batch), during, batch["attention_mask"]) < 2e-3
     fp.restore(second)

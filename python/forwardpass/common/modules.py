@@ -45,6 +45,16 @@ def tensor_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(sizes.values())
 
 
+def head_of(m: nn.Module) -> nn.Module | None:
+    """The output layer of a model of transformers; None of another module, and of a model without one."""
+    get = getattr(m, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except Exception:  # a model class may leave it unimplemented, each with its own exception
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
 def has_hooks(m: nn.Module) -> bool:
     """Around its forward or its backward."""
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)

@@ -1,5 +1,6 @@
-"""transformers' continuous batching reads and appends to its pages in place, its "decode fast path", only for implementations that
-it knows by name. Ours takes pages as well, on any device, so its check lets ours through.
+"""transformers' continuous batching runs implementations that it takes for flash attention by their names, and reads and appends to
+its pages in place, its "decode fast path", for flash-attention 2 and 3 alone. Ours takes packed sequences and pages as well, on any
+device, so both checks let ours through.
 """
 
 from __future__ import annotations
@@ -9,18 +10,42 @@ import importlib
 from collections.abc import Collection
 from typing import Any
 
+_PACKAGE = "transformers.generation.continuous_batching"
 
-def open_pages(names: Collection[str]) -> None:
-    """For these implementations, where all kinds of attention in a model keep their keys and values in pages.
 
-    A transformers that checks another way gathers the keys of each step first, as it does for every name that it does not know.
+def admit(names: Collection[str]) -> None:
+    """These implementations, as flash attention; in pages where all kinds of attention in a model keep keys and values there.
+
+    A transformers that checks another way refuses them, or gathers the keys of each step first, as it does for every name that it
+    does not know.
     """
     try:
-        module = importlib.import_module("transformers.generation.continuous_batching.initialization")
-        before, allocators = module.ensure_decode_fast_path_is_available, module.ATTN_TYPE_TO_ALLOCATOR
-        kinds_of = module.group_layers_by_attn_type
+        modules = [
+            importlib.import_module(f"{_PACKAGE}.{name}") for name in ("continuous_api", "initialization", "cache")
+        ]
+        for module in modules:
+            _admit_as_flash(module, names)
+        _open_pages(modules[1], names)
     except (ImportError, AttributeError):
         return
+
+
+def _admit_as_flash(module: Any, names: Collection[str]) -> None:
+    is_flash = module.is_flash_attention_requested
+
+    @functools.wraps(is_flash)
+    def check(config: Any = None, requested_attention_implementation: str | None = None, version: Any = None) -> bool:
+        name = requested_attention_implementation if config is None else config._attn_implementation
+        if name in names:
+            return version is None  # it is no version of flash-attention
+        return bool(is_flash(config, requested_attention_implementation, version))
+
+    module.is_flash_attention_requested = check
+
+
+def _open_pages(module: Any, names: Collection[str]) -> None:
+    before, allocators = module.ensure_decode_fast_path_is_available, module.ATTN_TYPE_TO_ALLOCATOR
+    kinds_of = module.group_layers_by_attn_type
 
     @functools.wraps(before)
     def check(config: Any, cb_config: Any, user_requested: bool) -> None:
@@ -28,4 +53,4 @@ def open_pages(names: Collection[str]) -> None:
         if not (in_pages and config._attn_implementation in names):
             before(config, cb_config, user_requested)
 
-    module.ensure_decode_fast_path_is_available = check  # type: ignore[attr-defined]
+    module.ensure_decode_fast_path_is_available = check

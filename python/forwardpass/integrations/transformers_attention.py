@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -28,11 +29,17 @@ from ..ops.attention import ATTENTION
 from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
 from . import continuous_batching, heads_first, key_ranges, kv_scales, unpadding
 
-#: Where masks hold the window, and where it comes as a number: with every module of the config that passes sliding_window=.
-NAME, WINDOWED = "forwardpass", "forwardpass_windowed"
-#: What is added to both for decoders: continuous batching takes an implementation by this word in its name.
-FLASH = "_flash"
-NAMES = frozenset((NAME, WINDOWED, NAME + FLASH, WINDOWED + FLASH))
+#: What the config of swapped attention names, and the words that follow it. transformers builds, copies and saves models by such
+#: a config, as by any other registered name. No word is "flash": transformers loads flash-attention for a name with that word.
+NAME = "forwardpass"
+#: The window comes to attention as a number: every module of the config passes sliding_window=. Else masks hold it.
+WINDOWED = "_windowed"
+#: Continuous batching may run it.
+PACKED = "_packed"
+#: The config named sdpa before, which runs for modules that are not swapped, such as those of a model built from the config.
+#: Without the word that is eager attention, which every model has.
+SDPA = "_sdpa"
+NAMES = frozenset(NAME + "".join(words) for words in itertools.product(("", WINDOWED), ("", PACKED), ("", SDPA)))
 #: The attribute of an attention module that holds its Place.
 PLACE = "forwardpass_attention"
 #: What models hand on that says nothing about attention, or what the mask says too.
@@ -48,6 +55,8 @@ _masks: ModuleType
 _sdpa_mask: Callable[..., Tensor | None]
 _bidirectional: Callable[..., Any]
 _interface: Any
+_collector: Any
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ def _place(fused: bool, before: str, eager: Callable[..., Any] | None) -> Place:
 
 @functools.cache
 def register() -> Reason | None:
-    """Makes both names known to transformers, with their masks: without these no padding would reach attention."""
-    global _masks, _sdpa_mask, _bidirectional, _interface
+    """Makes the names known to transformers, with their masks: without these no padding would reach attention."""
+    global _masks, _sdpa_mask, _bidirectional, _interface, _collector
     version = getattr(sys.modules.get("transformers"), "__version__", "")
     fix = "install transformers 5.24 or later"
     if importlib.util.find_spec("transformers") is None:
@@ -80,6 +89,7 @@ def register() -> Reason | None:
         masks = importlib.import_module("transformers.masking_utils")
         functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
         _masks, _sdpa_mask, _bidirectional = masks, masks.sdpa_mask, masks.bidirectional_mask_function
+        _collector = importlib.import_module(_CAPTURING)._active_collector
         interface = type(functions)
         parameters = inspect.signature(_sdpa_mask).parameters
         mask_interface = masks.AttentionMaskInterface
@@ -90,8 +100,8 @@ def register() -> Reason | None:
     _interface = functions
     for name in NAMES:
         interface.register(name, _attention)
-        mask_interface.register(name, _windowed_mask if name.startswith(WINDOWED) else _mask)
-    continuous_batching.open_pages(NAMES)
+        mask_interface.register(name, _windowed_mask if WINDOWED in name else _mask)
+    continuous_batching.admit({name for name in NAMES if PACKED in name})
     return None
 
 
@@ -136,10 +146,11 @@ def passes_window(module: nn.Module) -> bool:
     return dispatch is not None and "sliding_window=" in source_of(dispatch[0])
 
 
-def name_of(attention: Iterable[nn.Module], holders: Iterable[nn.Module]) -> str:
-    """What the config of these attention modules names; holders: all modules that hold the config.
+def name_of(attention: Iterable[nn.Module], holders: Iterable[nn.Module], before: str) -> str:
+    """What the config of these attention modules names; holders: all modules that hold the config, before: what it names now.
 
-    Decoders of which nothing does something else for an implementation called flash get that word, for generate_batch().
+    Continuous batching, generate_batch(), treats us as flash attention. So it may run decoders whose code does nothing else for
+    flash attention.
     """
     attention = tuple(attention)
     windows = all(passes_window(m) for m in attention)
@@ -147,7 +158,21 @@ def name_of(attention: Iterable[nn.Module], holders: Iterable[nn.Module]) -> str
     asks = any(_ASKS_FOR_FLASH in source_of_module(type(m).__module__) for m in holders)
     # transformers takes chunks for something that no flash attention does, where keys are more than one has
     chunks = any(getattr(getattr(m, "config", None), "attention_chunk_size", None) for m in attention)
-    return (WINDOWED if windows else NAME) + (FLASH if decodes and not asks and not chunks else "")
+    return name_in_place_of(
+        before, (WINDOWED if windows else "") + (PACKED if decodes and not asks and not chunks else "")
+    )
+
+
+def name_in_place_of(before: str, words: str = "") -> str:
+    """The name of us for a config that names `before`; `replaced_by` is the way back."""
+    return NAME + words + (SDPA if replaced_by(before) == "sdpa" else "")
+
+
+def replaced_by(name: str) -> str:
+    """What a config named before that names us, or eager where that was neither sdpa nor eager; another name is its own."""
+    if name not in NAMES:
+        return name
+    return "sdpa" if name.endswith(SDPA) else "eager"
 
 
 _ASKS_FOR_FLASH = "is_flash_attention_requested"
@@ -235,7 +260,8 @@ def _attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """query [B, H, Sq, D], key [B, Hk, Sk, D], value [B, Hk, Sk, Dv] to [B, Sq, H, Dv] and no weights.
+    """query [B, H, Sq, D], key [B, Hk, Sk, D], value [B, Hk, Sk, Dv] to [B, Sq, H, Dv] and no weights, or where the call collects
+    weights those of eager attention, [B, H, Sq, Sk].
 
     attention_mask: as `_mask` makes it. is_causal is top-left, as sdpa has it, and without effect beside a mask. Of a cache that is
     yet empty keys beyond the rows are not seen. Of an encoder that runs without padding S are the tokens of all sequences, B is 1,
@@ -250,7 +276,7 @@ def _attention(
         return _varlen(rows, module, (query, key, value), attention_mask, options)
     place = vars(module).get(PLACE)
     tensors = query, key, value, attention_mask, position_bias, s_aux
-    reason = _why_not(place, tensors, dropout, scaling, kwargs)
+    reason = _why_not(module, tensors, dropout, scaling, kwargs)
     call = type(module).__name__
     softcap, sinks = softcap or 0.0, s_aux if s_aux is None or s_aux.dtype == query.dtype else s_aux.float()
     is_range = attention_mask is not None and key_ranges.is_range(attention_mask)
@@ -266,7 +292,7 @@ def _attention(
         mask = key_ranges.as_mask(mask, query.shape[2], key.shape[2]) if is_range else mask[..., : key.shape[2]]
     causal = mask is None and query.shape[2] > 1 and bool(_is_causal(module, is_causal))
     config: Any = module.config
-    by_number = causal and sliding_window and config._attn_implementation.startswith(WINDOWED)
+    by_number = causal and sliding_window and WINDOWED in config._attn_implementation
     left = sliding_window - 1 if by_number and sliding_window else None
     if reason is not None:
         decline(call, reason)
@@ -298,7 +324,7 @@ def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict
         RuntimeError: the call is none that fused attention takes; what is packed has no other way to run.
     """
     others = {name: x for name, x in options.items() if name not in _PACKED}
-    reason = _why_not(vars(module).get(PLACE), qkv, options["dropout"], options["scaling"], others)
+    reason = _why_not(module, qkv, options["dropout"], options["scaling"], others)
     if reason is not None:
         raise RuntimeError(f"{type(module).__name__} was given packed sequences, and {reason}")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in qkv)  # [T, H, D]
@@ -342,7 +368,7 @@ def _varlen(
     window = options["sliding_window"]
     left = right = None if window is None else window - 1  # to both sides, and not itself
     others = {name: x for name, x in options.items() if name not in _VARLEN}
-    reason = _why_not_call(qkv, options["dropout"], options["scaling"], others)
+    reason = _why_not_call(module, qkv, options["dropout"], options["scaling"], others)
     place = vars(module).get(PLACE)
     if reason is None and asked_for_by_name() and not (place and place.fused):
         reason = Reason(
@@ -368,27 +394,40 @@ def _is_causal(module: nn.Module, argument: bool | None) -> Any:
 
 
 def _why_not(
-    place: Place | None, tensors: tuple[Tensor | None, ...], dropout: float, scaling: Any, others: dict[str, Any]
+    module: nn.Module, tensors: tuple[Tensor | None, ...], dropout: float, scaling: Any, others: dict[str, Any]
 ) -> Reason | None:
+    place = vars(module).get(PLACE)
     if place is None:
-        return Reason("shared_config", "a model that is not swapped holds the config object of one that is",
-                      "give each its own copy of the config")  # fmt: skip
+        return Reason("shared_config", "this model is not swapped, and its config is that of one that is",
+                      "swap it too, built from copy.deepcopy(config)")  # fmt: skip
     if not place.fused:
         return Reason("not_swapped", "the swap left this module as it was", "see the report of fp.swap")
-    return _why_not_call(tensors, dropout, scaling, others)
+    return _why_not_call(module, tensors, dropout, scaling, others)
 
 
 def _why_not_call(
-    tensors: tuple[Tensor | None, ...], dropout: float, scaling: Any, others: dict[str, Any]
+    module: nn.Module, tensors: tuple[Tensor | None, ...], dropout: float, scaling: Any, others: dict[str, Any]
 ) -> Reason | None:
     if reason := heads_first.why_training(tensors, dropout):
         return reason
+    if others.get("output_attentions") or _collects_weights(module):
+        return Reason("attention_weights", "fused attention has no weights to return, and the call collects them",
+                      "call the model without output_attentions")  # fmt: skip
     if scaling is not None and (isinstance(scaling, Tensor) or not scaling > 0):
         return Reason("scaling", "scaling is no positive number", "see the model's code")
     for name, x in others.items():
         if name not in _SILENT and x is not None and x is not False:
             return Reason("argument", f"{name}= is nothing that fused attention takes", "call the model without it")
     return None
+
+
+def _collects_weights(module: nn.Module) -> bool:
+    """Whether the call that this thread is in takes attention weights from what modules return, by hooks of transformers."""
+    if torch.compiler.is_compiling() and not _collector.compiling:
+        # A part of a model is compiled, and torch does not trace a context variable: the hooks are there once a call has asked.
+        return any(getattr(hook, "__module__", "") == _CAPTURING for hook in module._forward_hooks.values())
+    collected = _collector.get()
+    return collected is not None and any(name.endswith("attentions") for name in collected)
 
 
 def _as_before(
@@ -402,16 +441,20 @@ def _as_before(
     left: int | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """What the model ran before it was swapped, on the mask that it would have had."""
+    """What the model ran before it was swapped, on the mask that it would have had; eager attention where weights are collected,
+    as sdpa returns none."""
     if causal and key.shape[2] > query.shape[2]:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         if "position_bias" in options:
             options["position_bias"] = options["position_bias"][..., : query.shape[2]]
     if left is not None:
         mask = _causal(query, key, left)
-    if place is not None and place.before == "sdpa":
+    config: Any = module.config
+    before = replaced_by(config._attn_implementation) if place is None else place.before
+    eager = eager_function(module) if place is None else place.eager
+    collects = options.get("output_attentions") or _collects_weights(module)
+    if before == "sdpa" and not (collects and eager):
         return _interface["sdpa"](module, query, key, value, mask, **options)
-    eager = place.eager if place is not None else eager_function(module)
     if eager is None:
         raise RuntimeError(
             f"{type(module).__name__} has no eager attention to go back to: call fp.restore(model) first"

@@ -17,12 +17,12 @@ from torch import nn
 
 from ..dispatch import Reason, gpu_takes
 from ..integrations import transformers_attention as huggingface
-from ..integrations.transformers_attention import NAME, NAMES, PLACE, Place
+from ..integrations.transformers_attention import NAMES, PLACE, Place
 from ..nn import MultiheadAttention
 from ..ops.attention import ATTENTION, faster_than_torch
 from ..ops.common.quantized_rows import FLOATS
 from . import rules
-from .originals import is_swapped_attention
+from .originals import Replaced, is_swapped_attention, living
 from .projections import why_not_replaced
 from .report import Skipped, SwappedAttention
 from .walker import Leaf, leaves
@@ -175,10 +175,15 @@ def why_not_named(module: nn.Module, unit: list[nn.Module]) -> Reason | None:
     """Why the config of an attention module cannot name our implementation; unit: the modules that hold it."""
     if reason := huggingface.register():
         return reason
-    name = module.config._attn_implementation  # type: ignore[union-attr]
-    if name in NAMES:
+    config: Any = module.config
+    if _is_named(config):
         return Reason("shared_config", "another model that is swapped holds the same config object",
                       "give each its own, copy.deepcopy(config)")  # fmt: skip
+    if getattr(config, "output_attentions", False):
+        return Reason("output_attentions", "its config asks every call for attention weights, which fused attention does not have",
+                      "set config.output_attentions = False, and pass output_attentions=True to the calls that need "
+                      "them")  # fmt: skip
+    name = huggingface.replaced_by(config._attn_implementation)
     for other in unit:
         if line := huggingface.asks_for_a_name(type(other).__module__):
             return Reason("asks_for_a_name", f"the code of {type(other).__name__} asks for an implementation by name ({line})",
@@ -200,6 +205,8 @@ class _Attribute:
 
 
 _ABSENT = object()
+#: The attribute of a config that holds the name; its property would name all configs within as well.
+_INTERNAL = "_attn_implementation_internal"
 
 
 class AttentionSwap:
@@ -227,10 +234,17 @@ class AttentionSwap:
                 vars(a.owner)[a.name] = a.before
 
 
+def _is_named(config: Any) -> bool:
+    """Whether a swap that is not undone has named this config. Copies of it, and of its model, have the name as well."""
+    swaps = (swap.attention for swap in living())
+    return any(a.owner is config for swap in swaps if isinstance(swap, AttentionSwap) for a in swap.attributes)
+
+
 def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
     if isinstance(module, nn.MultiheadAttention):
         return SwappedAttention(fqn, type(module).__name__, "torch")
-    return SwappedAttention(fqn, type(module).__name__, str(module.config._attn_implementation))  # type: ignore[union-attr]
+    config: Any = module.config
+    return SwappedAttention(fqn, type(module).__name__, huggingface.replaced_by(config._attn_implementation))
 
 
 def _names(
@@ -242,10 +256,10 @@ def _names(
     configs: dict[int, Any] = {}
     holders = holders_of_configs(model)
     for config, group in _groups(dispatching, ids | {id(m) for m in named}):
-        before, after = config._attn_implementation, huggingface.name_of(group, holders[id(config)])
-        configs[id(config)] = (config, before, after)
+        before = config._attn_implementation
+        configs[id(config)] = (config, before, huggingface.name_of(group, holders[id(config)], before))
         for module in group:
-            place = Place(id(module) in ids, before, huggingface.eager_function(module))
+            place = Place(id(module) in ids, huggingface.replaced_by(before), huggingface.eager_function(module))
             yield _Attribute(module, PLACE, vars(module).get(PLACE, _ABSENT), place)
     if not configs:
         return
@@ -254,9 +268,10 @@ def _names(
         config = getattr(module, "config", None)
         below = [m for m in module.modules() if huggingface.dispatches(m)] if hasattr(config, "sub_configs") else []
         if below and id(config) not in configs and all(id(m.config) in configs for m in below):
-            configs[id(config)] = (config, config._attn_implementation, NAME)  # type: ignore[union-attr]
+            before = config._attn_implementation  # type: ignore[union-attr]
+            configs[id(config)] = (config, before, huggingface.name_in_place_of(before))
     for config, before, after in configs.values():
-        yield _Attribute(config, "_attn_implementation_internal", before, after)
+        yield _Attribute(config, _INTERNAL, before, after)
 
 
 def _groups(dispatching: list[nn.Module], named: set[int]) -> list[tuple[Any, list[nn.Module]]]:
@@ -271,4 +286,4 @@ def implementation_before(model: nn.Module) -> str | None:
     """What the config of a Hugging Face model names where it is not swapped."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
     places = [vars(m)[PLACE] for m in model.modules() if PLACE in vars(m)] if name in NAMES else []
-    return places[0].before if places else name
+    return places[0].before if places else name and huggingface.replaced_by(name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.files import flush, json_text, room_beside
-from ..common.modules import plain_module
+from ..common.modules import head_of, plain_module
 from ..dispatch import Unsupported
 from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, MultiheadAttention, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
@@ -276,7 +276,7 @@ def _layer_tensors(layer: QuantizedModule, packs: bool) -> Iterator[tuple[str, T
 
 def _is_untied(model: nn.Module, layers: Mapping[str, QuantizedModule]) -> bool:
     """Whether the head has a copy of its own where the config ties it to the embedding."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of(model)
     return head is not None and any(layer is head for layer in layers.values())
 
 

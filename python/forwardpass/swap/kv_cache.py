@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..integrations import rotary
 from ..integrations import transformers_attention as huggingface
+from ..integrations.cache_readers import why_not_read
 from ..integrations.kv_scales import KV_CACHES
 from .attention import AttentionDecision
 from .unpadding import is_pretrained
@@ -58,6 +59,9 @@ def decide_kv_cache(model: nn.Module, attention: AttentionDecision, kv_cache: st
             raise ValueError(
                 f"kv_cache={kv_cache!r} needs swapped attention, which reads it, and {leaf.fqn} is not: {reason}"
             )
+        if why := why_not_read(leaf.module, KV_CACHES[kv_cache]):
+            raise ValueError(f"kv_cache={kv_cache!r} does not go with {type(leaf.module).__name__} ({leaf.fqn}), as {why}: drop "
+                             "it")  # fmt: skip
     calibrated = readers if KV_CACHES[kv_cache] is not None else ()
     rotating = tuple(leaf.module for leaf in readers if rotary.why_apart(leaf.module) is None)
     return CacheDecision(

@@ -110,6 +110,12 @@ def find(model: nn.Module) -> Originals | None:
     return entry[1] if entry else None
 
 
+def living() -> Iterator[Originals]:
+    """Every swap that is not undone, of every model that is still there."""
+    for _, newest in [*_swapped.values()]:
+        yield from newest.all()
+
+
 def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
     """Puts `new` in the place of `old` for every (fqn, old, new); all of them, or none and an exception."""
     edges = []

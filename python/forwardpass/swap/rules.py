@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..common.environment import cpu_tier, int8_instructions
-from ..common.modules import accelerate_hooks, forward_replaced, has_hooks, is_compressed, moves_nothing_but_inputs
+from ..common.modules import (
+    accelerate_hooks,
+    forward_replaced,
+    has_hooks,
+    head_of,
+    is_compressed,
+    moves_nothing_but_inputs,
+)
 from ..dispatch import Reason, gpu_takes, operations
 from ..nn import Experts, Int8Linear, MultiheadAttention
 from ..nn.experts import experts_operation, is_experts
@@ -93,12 +100,7 @@ class Context:
                 storage, begin, end = _extent(tensor)
                 path = f"{fqn}.{name}" if fqn else name
                 self.memory.setdefault(storage, []).append(Memory(module, path, begin, end))
-            get = getattr(module, "get_output_embeddings", None)
-            try:
-                head = get() if callable(get) else None
-            except Exception:  # a model class may leave it unimplemented, each with its own exception
-                head = None
-            if head is not None:
+            if (head := head_of(module)) is not None:
                 self.output_layers.add(id(head))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..common.modules import head_of
 from ..integrations import sentence_transformers as sentences
 from ..nn import QuantizedModule
 from . import model_config
@@ -105,8 +106,7 @@ def _writes_adapters_alone(module: nn.Module) -> bool:
     """Whether it is peft's, which writes no more, but for a head that was resized."""
     if getattr(type(module), _METHODS[0]).__module__.partition(".")[0] != "peft":
         return False
-    head = getattr(module, "get_output_embeddings", lambda: None)()
-    return not isinstance(head, QuantizedModule)
+    return not isinstance(head_of(module), QuantizedModule)
 
 
 def put(model: nn.Module) -> None:
