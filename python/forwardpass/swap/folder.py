@@ -13,6 +13,7 @@ import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable
 
+from ..common.extras import pip_install
 from ..common.files import beside
 
 RECORD = "forwardpass.json"
@@ -65,7 +66,7 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
         return path
     if importlib.util.find_spec("huggingface_hub") is None:
         raise FileNotFoundError(
-            f"there is no folder {folder}, and a hub id needs huggingface_hub: pip install 'forwardpass[hf]'"
+            f"there is no folder {folder}, and a hub id needs huggingface_hub: {pip_install('hf')}"
         )
     import huggingface_hub
 
