@@ -65,9 +65,7 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     if not is_hub_id(str(folder)):
         return path
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise FileNotFoundError(
-            f"there is no folder {folder}, and a hub id needs huggingface_hub: {pip_install('hf')}"
-        )
+        raise FileNotFoundError(f"there is no folder {folder}, and a hub id needs huggingface_hub: {pip_install('hf')}")
     import huggingface_hub
 
     try:
