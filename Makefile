@@ -68,6 +68,8 @@ clean:
 # One pip call names torch, so that no later one replaces it; pip is asked again whenever a source changed: ninja then compiles
 # what has to be, and the rest is a few seconds.
 .venv/built: $(SOURCES) constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
+	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' ninja
 	$(BIN)/python setup.py toolchain > .venv/toolchain.txt
