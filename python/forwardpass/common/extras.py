@@ -1,5 +1,5 @@
-"""What the extras of pyproject.toml ask for. Errors name these packages, as no package index has forwardpass itself: `pip install
-forwardpass[hf]` finds nothing."""
+"""The packages of the extras in pyproject.toml. Errors name these packages and not the extra, because no package index has
+forwardpass itself."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ PACKAGES = {
 
 
 def pip_install(extra: str) -> str:
-    """The command that installs what an extra has beside other extras."""
+    """The command that installs an extra's own packages, without those of extras that it includes."""
     return shlex.join(["pip", "install", *PACKAGES[extra]])
