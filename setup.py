@@ -137,7 +137,7 @@ def cxx():
     version = re.search(rf"^#define {'__clang_major__' if name == 'clang++' else '__GNUC__'} (\d+)$", macros, re.M)
     if name == "clang++" or not version or int(version[1]) < 12:
         sys.exit(f"forwardpass: the CPU kernels and the interpreter need g++ 12 or later, and {shlex.join(command)} is {name} "
-                 f"{version[1] if version else 'of no version'}: set CXX to another (g++-12, say)")  # fmt: skip
+                 f"{version[1] if version else 'of no version'}: apt install g++-12, and set CXX=g++-12")  # fmt: skip
     return command, machine
 
 

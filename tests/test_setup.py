@@ -218,7 +218,7 @@ def test_the_host_compiler_of_nvcc(setup_py, tmp_path, variables, host):
     [
         ("case $1 in -dumpmachine) echo arm64-apple-darwin24.1.0;; esac", "for Linux only, .* for arm64-apple-darwin"),
         ("exit 1", "does not answer -dumpmachine"),
-        ("case $1 in -dumpmachine) echo x86_64-linux-gnu;; *) echo '#define __GNUC__ 11';; esac", r"is g\+\+ 11: set CXX"),
+        ("case $1 in -dumpmachine) echo x86_64-linux-gnu;; *) echo '#define __GNUC__ 11';; esac", r"is g\+\+ 11: apt .* CXX="),
         ("case $1 in -dumpmachine) echo x86_64-pc-linux-gnu;; *) printf '#define __GNUC__ 4\\n#define __clang__ 1\\n"
          "#define __clang_major__ 19\\n';; esac", r"need g\+\+ 12 or later, .* is clang\+\+ 19"),
         (None, r"there is no C\+\+ compiler"),
@@ -307,3 +307,19 @@ def test_the_libraries_export_their_c_functions_alone():
         ).stdout
         names = [line.split()[-1] for line in table.splitlines()]
         assert [n for n in names if not re.match("forwardpass_|fpi_", n)] == [], library.name
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_refuses_a_python_without_the_pinned_packages(tmp_path):
+    old = f"""case "$1" in
+-c) exec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 13, "final", 0); exec(sys.argv[1])' "$2";;
+*) exit 99;;
+esac"""
+    command = ["make", "-W", "constraints.txt", ".venv/built", f"PYTHON={script(tmp_path / 'python3', old)}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (said, stopped) = done.stderr.splitlines()
+    assert done.returncode == 2 and stopped.startswith("make: ***") and done.stdout == ""
+    assert said == (
+        "make: the versions in constraints.txt need Python 3.11 or later, and "
+        f"{tmp_path}/python3 is 3.10: name another, as in make demo PYTHON=python3.12"
+    )

@@ -10,7 +10,9 @@ def main() -> None:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError as e:
-        print(f"forwardpass: the command line needs {e.name}: pip install 'forwardpass[cli]'", file=sys.stderr)
+        from .common.extras import pip_install
+
+        print(f"forwardpass: the command line needs {e.name}: {pip_install('cli')}", file=sys.stderr)
         sys.exit(2)
     from .cli.commands import app
 

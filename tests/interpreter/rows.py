@@ -68,6 +68,7 @@ class ByLane:
     #: from an Opcode, results, expected and the sources' values to which results are good; without it, equal bits are
     compare: Callable | None = None
     arch: str = "sm_90a"
+    isa: str = "8.7"  #: the PTX ISA that has the instruction
     #: the instruction within a kernel, where its operands are not plain registers
     body: str = ""
 
@@ -190,8 +191,8 @@ def kernel(body, inputs, outputs, name="k"):
     return f".visible .entry {name}({parameters})\n{{\n  {text}\n  ret;\n}}\n"
 
 
-def module(*kernels, arch="sm_90a"):
-    return f".version 8.7\n.target {arch}\n.address_size 64\n" + "\n".join(kernels)
+def module(*kernels, arch="sm_90a", isa="8.7"):
+    return f".version {isa}\n.target {arch}\n.address_size 64\n" + "\n".join(kernels)
 
 
 def run(body, inputs, outputs, threads=128, arch="sm_90a", **options):

@@ -30,18 +30,20 @@ def test_every_row_has_a_test():
 
 
 @pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas")
-@pytest.mark.parametrize("arch", sorted({spec.arch for spec in rows.lanewise}))
-def test_ptxas_knows_every_spelling(tmp_path, arch):
+@pytest.mark.parametrize(("arch", "isa"), sorted({(spec.arch, spec.isa) for spec in rows.lanewise}))
+def test_ptxas_knows_every_spelling(tmp_path, arch, isa):
     """The table must not take what the assembler refuses."""
     kernels = []
-    for n, (spec, op) in enumerate(case for case in CASES if case[0].arch == arch):
+    for n, (spec, op) in enumerate(case for case in CASES if (case[0].arch, case[0].isa) == (arch, isa)):
         destination, sources = rows.types_of(spec, op)
         inputs = {name: rows.DTYPES[t] for name, t in zip(rows.NAMES, sources)}
         kernels.append(rows.kernel(rows.body_of(spec, op), inputs, {"d": rows.DTYPES[destination]}, f"k{n}"))
-    (tmp_path / "all.ptx").write_text(rows.module(*kernels, arch=arch))
+    (tmp_path / "all.ptx").write_text(rows.module(*kernels, arch=arch, isa=isa))
     made = subprocess.run(
         ["ptxas", "-O0", f"-arch={arch}", "-o", "/dev/null", tmp_path / "all.ptx"], capture_output=True, text=True
     )
+    if "Unsupported .version" in made.stderr:
+        pytest.skip(f"this ptxas has no PTX ISA {isa}")
     assert made.returncode == 0, made.stderr[-3000:]
 
 

@@ -214,16 +214,21 @@ def from_halves(op, a):
 def from_narrow(op, a):
     name = op.type(FROM).removesuffix("x2")
     codes = 2 * FORMATS[name].sign()
-    made = [encode(value(c, FORMATS[name]), FORMATS["f16"], relu=op.has("relu")) for c in range(codes)]
+    to = FORMATS[op.type(TO).removesuffix("x2")]
+    made = [encode(value(c, FORMATS[name]), to, "rn", op.has("satfinite"), op.has("relu")) for c in range(codes)]
     table = np.array(made, np.uint32)
     return table[a >> width(name)] << 16 | table[a & (2 ** width(name) - 1)]
 
 
+HALVES, BF16_HALVES = "relu?.f16x2", "relu?.satfinite?.bf16x2"
+NARROW = {"arch": "sm_100a"}
+NEW = {"arch": "sm_100a", "isa": "9.2"}
 for name in ("e4m3x2", "e5m2x2"):
     by_lane(f"cvt.rn.satfinite.relu?.{name}.f32", TO, ["f32", "f32"], to_narrow, values=narrow_values(2))
     by_lane(f"cvt.rn.satfinite.relu?.{name}.f16x2", TO, [FROM], from_halves, values=half_values)
-    by_lane(f"cvt.rn.relu?.f16x2.{name}", TO, [FROM], from_narrow,
-            values=lambda op, rng: [np.arange(65536, dtype=np.uint16)])  # fmt: skip
+    for form, target in ((HALVES, {}), (BF16_HALVES, NEW)):
+        by_lane(f"cvt.rn.{form}.{name}", TO, [FROM], from_narrow,
+                values=lambda op, rng: [np.arange(65536, dtype=np.uint16)], **target)  # fmt: skip
 
 
 # A pair of e2m1 has a register of 8 bits, which no kernel can store.
@@ -233,14 +238,16 @@ by_lane("cvt.rn.satfinite.relu?.e2m1x2.f32", TO, ["f32", "f32"], to_narrow, valu
         body=TO_BYTE)  # fmt: skip
 by_lane("cvt.rn.satfinite.relu?.e2m1x2.f16x2", TO, [FROM], from_halves, values=half_values, arch="sm_100a",
         body=TO_BYTE.replace(", %b", ""))  # fmt: skip
-by_lane("cvt.rn.relu?.f16x2.e2m1x2", TO, [FROM], from_narrow, values=lambda op, rng: [np.arange(256, dtype=np.uint16)],
-        arch="sm_100a", body=FROM_BYTE)  # fmt: skip
+for form, target in ((HALVES, NARROW), (BF16_HALVES, NEW)):
+    by_lane(f"cvt.rn.{form}.e2m1x2", TO, [FROM], from_narrow, values=lambda op, rng: [np.arange(256, dtype=np.uint16)],
+            body=FROM_BYTE, **target)  # fmt: skip
 for name in ("e2m3x2", "e3m2x2"):
     by_lane(
         f"cvt.rn.satfinite.relu?.{name}.f32", TO, ["f32", "f32"], to_narrow, values=narrow_values(2), arch="sm_100a"
     )
-    by_lane(f"cvt.rn.relu?.f16x2.{name}", TO, [FROM], from_narrow, arch="sm_100a",
-            values=lambda op, rng: [np.add.outer(np.arange(64) << 8, np.arange(64)).ravel().astype(np.uint16)])  # fmt: skip
+    for form, target in ((HALVES, NARROW), (BF16_HALVES, NEW)):
+        by_lane(f"cvt.rn.{form}.{name}", TO, [FROM], from_narrow, **target,
+                values=lambda op, rng: [np.add.outer(np.arange(64) << 8, np.arange(64)).ravel().astype(np.uint16)])  # fmt: skip
 
 
 POWERS = [2.0 ** (code - 127) for code in range(255)]

@@ -198,7 +198,10 @@ __attribute__((constructor)) void install() {
 
 }  // namespace
 
-// csrc/cpu/tier.cpp asks for it.
+// csrc/cpu/tier.cpp asks for it. What the CPU has is left to it, as not all of it traps: on a CPU with AMX, in a
+// process that has not asked for the tiles, ldtilecfg runs and the instructions on tiles trap, so that the handler
+// would know no shapes. forwardpass asks for the tiles then, as it does without this library.
 extern "C" bool forwardpass_emulates(const char* feature) {
-  return std::strcmp(feature, "avxvnni") == 0 || std::strcmp(feature, "amx-int8") == 0;
+  if (std::strcmp(feature, "avxvnni") == 0) return !__builtin_cpu_supports("avxvnni");
+  return std::strcmp(feature, "amx-int8") == 0 && !__builtin_cpu_supports("amx-int8");
 }

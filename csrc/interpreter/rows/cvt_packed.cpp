@@ -30,10 +30,10 @@ struct EncodeHalves {
     return static_cast<uint16_t>(EncodeTwo<One>{}(decode<From>(a >> 16), decode<From>(a & 0xffff)));
   }
 };
-template <class F, bool Relu>  // exact: f16 has every number of these formats
+template <class To, class F, bool Saturate, bool Relu>  // exact: f16 and bf16 have every number of these formats
 struct DecodeTwo {
   static constexpr int kBits = Encode<F, Rounding::rn, true, false>::kBits;
-  static uint32_t half(uint32_t code) { return encode<F16>(decode<F>(code), Rounding::rn, false, Relu); }
+  static uint32_t half(uint32_t code) { return encode<To>(decode<F>(code), Rounding::rn, Saturate, Relu); }
   uint32_t operator()(uint16_t a) const { return half(a >> kBits) << 16 | half(a); }
 };
 template <bool Up, bool Saturate>
@@ -68,7 +68,7 @@ void bind_one(Bind& b) {
   bind_operands(b, Type::b16, Type::f32, 1);
   with_encode<F>(b, [&](auto one) { b.run(&lanewise<decltype(one), uint16_t, float>); });
 }
-// Formats of 4 and 6 bits and ue8m0 are for these targets alone.
+// Formats of 4 and 6 bits and ue8m0 are for these targets alone, and so are conversions to bf16x2 (PTX ISA 9.2).
 void require_narrow(const Bind& b) { require_targets(b, {100, 120}); }
 template <class F, Type Held>
 void bind_two(Bind& b) {
@@ -83,11 +83,15 @@ void bind_from_halves(Bind& b) {
   bind_operands(b, Held, Type::b32, 1);
   with_encode<F>(b, [&](auto one) { b.run(&lanewise<EncodeHalves<F16, decltype(one)>, uint16_t, uint32_t>); });
 }
-template <class F, Type Held>
+template <class To, class F, Type Held>
 void bind_to_halves(Bind& b) {
-  if (F::kSpecial == Special::none) require_narrow(b);
+  if (F::kSpecial == Special::none || std::is_same_v<To, Bf16>) require_narrow(b);
   bind_operands(b, Type::b32, Held, 1);
-  choose(b.has("relu"), [&](auto relu) { b.run(&lanewise<DecodeTwo<F, decltype(relu)::value>, uint32_t, uint16_t>); });
+  choose(b.has("satfinite"), [&](auto sat) {
+    choose(b.has("relu"), [&](auto relu) {
+      b.run(&lanewise<DecodeTwo<To, F, decltype(sat)::value, decltype(relu)::value>, uint32_t, uint16_t>);
+    });
+  });
 }
 template <class F>
 void with_encode_e8m0(Bind& b, F f) {
@@ -165,15 +169,20 @@ const Row rows[] = {
     {"cvt.rn.satfinite.relu?.e5m2x2.f32", "9.7.9.21", bind_two<E5m2, Type::b16>},
     {"cvt.rn.satfinite.relu?.e4m3x2.f16x2", "9.7.9.21", bind_from_halves<E4m3, Type::b16>},
     {"cvt.rn.satfinite.relu?.e5m2x2.f16x2", "9.7.9.21", bind_from_halves<E5m2, Type::b16>},
-    {"cvt.rn.relu?.f16x2.e4m3x2", "9.7.9.21", bind_to_halves<E4m3, Type::b16>},
-    {"cvt.rn.relu?.f16x2.e5m2x2", "9.7.9.21", bind_to_halves<E5m2, Type::b16>},
+    {"cvt.rn.relu?.f16x2.e4m3x2", "9.7.9.21", bind_to_halves<F16, E4m3, Type::b16>},
+    {"cvt.rn.relu?.f16x2.e5m2x2", "9.7.9.21", bind_to_halves<F16, E5m2, Type::b16>},
     {"cvt.rn.satfinite.relu?.e2m1x2.f32", "9.7.9.21", bind_two<E2m1, Type::b8>},
     {"cvt.rn.satfinite.relu?.e2m3x2.f32", "9.7.9.21", bind_two<E2m3, Type::b16>},
     {"cvt.rn.satfinite.relu?.e3m2x2.f32", "9.7.9.21", bind_two<E3m2, Type::b16>},
     {"cvt.rn.satfinite.relu?.e2m1x2.f16x2", "9.7.9.21", bind_from_halves<E2m1, Type::b8>},
-    {"cvt.rn.relu?.f16x2.e2m1x2", "9.7.9.21", bind_to_halves<E2m1, Type::b8>},
-    {"cvt.rn.relu?.f16x2.e2m3x2", "9.7.9.21", bind_to_halves<E2m3, Type::b16>},
-    {"cvt.rn.relu?.f16x2.e3m2x2", "9.7.9.21", bind_to_halves<E3m2, Type::b16>},
+    {"cvt.rn.relu?.f16x2.e2m1x2", "9.7.9.21", bind_to_halves<F16, E2m1, Type::b8>},
+    {"cvt.rn.relu?.f16x2.e2m3x2", "9.7.9.21", bind_to_halves<F16, E2m3, Type::b16>},
+    {"cvt.rn.relu?.f16x2.e3m2x2", "9.7.9.21", bind_to_halves<F16, E3m2, Type::b16>},
+    {"cvt.rn.relu?.satfinite?.bf16x2.e4m3x2", "9.7.9.21", bind_to_halves<Bf16, E4m3, Type::b16>},
+    {"cvt.rn.relu?.satfinite?.bf16x2.e5m2x2", "9.7.9.21", bind_to_halves<Bf16, E5m2, Type::b16>},
+    {"cvt.rn.relu?.satfinite?.bf16x2.e2m1x2", "9.7.9.21", bind_to_halves<Bf16, E2m1, Type::b8>},
+    {"cvt.rn.relu?.satfinite?.bf16x2.e2m3x2", "9.7.9.21", bind_to_halves<Bf16, E2m3, Type::b16>},
+    {"cvt.rn.relu?.satfinite?.bf16x2.e3m2x2", "9.7.9.21", bind_to_halves<Bf16, E3m2, Type::b16>},
     {"cvt.rz|rp.satfinite?.ue8m0x2.f32", "9.7.9.21", bind_two_to_e8m0},
     {"cvt.rz|rp.satfinite?.ue8m0x2.bf16x2", "9.7.9.21", bind_halves_to_e8m0},
     {"cvt.rn.bf16x2.ue8m0x2", "9.7.9.21", bind_e8m0_to_halves},

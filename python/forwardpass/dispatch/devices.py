@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..common.extras import pip_install
 from . import library
 from .choice import Interpreter, selected
 from .reason import Reason
@@ -93,7 +94,7 @@ def _why_not_triton(device: torch.device) -> Reason | None:
     if reason := _why_not_gpu(device, "Triton"):
         return reason
     if problem := why_no_triton():
-        return Reason("not_installed", problem, "pip install 'forwardpass[triton]'")
+        return Reason("not_installed", problem, pip_install("triton"))
     if interpreter := _interpreter_of(device):
         return interpreter.why_not("triton")
     if reason := _why_no_gpu():

@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+from ..common.extras import pip_install
 from ..common.files import room_beside
 
 RECORD = "forwardpass.json"
@@ -122,9 +123,7 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     if not is_hub_id(str(folder)):
         return path
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise FileNotFoundError(
-            f"there is no folder {folder}, and a hub id needs huggingface_hub: pip install 'forwardpass[hf]'"
-        )
+        raise FileNotFoundError(f"there is no folder {folder}, and a hub id needs huggingface_hub: {pip_install('hf')}")
     import huggingface_hub
 
     try:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.extras import pip_install
 from ..common.files import write_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -124,7 +125,7 @@ def build(
         ValueError: the config names code, or transformers cannot build it. ImportError: transformers is missing.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise ImportError("this checkpoint needs transformers: pip install 'forwardpass[hf]'")
+        raise ImportError(f"this checkpoint needs transformers: {pip_install('hf')}")
     import transformers
 
     fix = "save it again with fp.save_pretrained(model, folder), or build the model and pass it as model="

@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ..common.extras import pip_install
+
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(i?)b", re.IGNORECASE)
 
 
 def safetensors_module() -> Any:
     """With its functions for torch. ImportError, in a sentence, where it is missing."""
     if importlib.util.find_spec("safetensors") is None:
-        raise ImportError("checkpoints need safetensors: pip install 'forwardpass[hf]'")
+        raise ImportError(f"checkpoints need safetensors: {pip_install('hf')}")
     import safetensors.torch
 
     return safetensors

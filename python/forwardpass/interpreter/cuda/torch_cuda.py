@@ -28,13 +28,16 @@ def refuse(name: str) -> NoReturn:
     raise NotImplementedError(f"{name} is not there on forwardpass's interpreted GPU, which has no driver")
 
 
-def refused(name: str) -> type:
-    """In its place: a class, as some of what is refused is instantiated, subclassed or asked about by isinstance."""
+def refused(name: str, original: Any = None) -> type:
+    """A class that stands for `original`, because some of what is refused is instantiated, subclassed or asked about by
+    isinstance. It has a `__wrapped__` if the original has one: torch 2.15 lists that of `use_mem_pool` when it imports dynamo.
+    """
 
     def __new__(cls: type, *_: Any, **__: Any) -> NoReturn:
         refuse(name)
 
-    return type(name.rpartition(".")[2], (), {"__new__": __new__})
+    wrapped = {"__wrapped__": lambda *_, **__: refuse(name)} if hasattr(original, "__wrapped__") else {}
+    return type(name.rpartition(".")[2], (), {"__new__": __new__, **wrapped})
 
 
 class Stream(torch.Stream):
@@ -282,7 +285,8 @@ def install(device: Device) -> None:
         "stream": StreamContext, "current_stream": stream_of, "default_stream": lambda d=None: Stream(),
         "set_stream": set_stream, "default_generators": (torch.default_generator,),
         "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": nothing,
-        **_memory(device), **_seeds(), **{name: refused(f"torch.cuda.{name}") for name in REFUSED},
+        **_memory(device), **_seeds(),
+        **{name: refused(f"torch.cuda.{name}", getattr(cuda, name, None)) for name in REFUSED},
     }  # fmt: skip
     here = {name: _named(name, value) for name, value in here.items()}
     for module in (cuda, cuda.memory, cuda.random, cuda.streams):

@@ -190,9 +190,7 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
         import transformers
         import transformers.core_model_loading
     except ImportError:
-        raise ImportError(
-            "this checkpoint needs transformers 5: pip install 'forwardpass[hf]' 'transformers>=5'"
-        ) from None
+        raise ImportError("this checkpoint needs transformers 5: pip install 'transformers>=5'") from None
 
     folder = stored.folder
     content = {k: v for k, v in stored.config.items() if k not in ("quantization_config", "auto_map")}
