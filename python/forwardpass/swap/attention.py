@@ -22,7 +22,7 @@ from ..nn import MultiheadAttention
 from ..ops.attention import ATTENTION, faster_than_torch
 from ..ops.common.quantized_rows import FLOATS
 from . import rules
-from .originals import Replaced, is_swapped_attention, living
+from .originals import is_swapped_attention, living
 from .projections import why_not_replaced
 from .report import Skipped, SwappedAttention
 from .walker import Leaf, leaves
@@ -236,8 +236,8 @@ class AttentionSwap:
 
 def _is_named(config: Any) -> bool:
     """Whether a swap that is not undone has named this config. Copies of it, and of its model, have the name as well."""
-    swaps = (swap.attention for swap in living())
-    return any(a.owner is config for swap in swaps if isinstance(swap, AttentionSwap) for a in swap.attributes)
+    changes = (change for swap in living() for change in swap.changes)
+    return any(a.owner is config for change in changes if isinstance(change, AttentionSwap) for a in change.attributes)
 
 
 def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
