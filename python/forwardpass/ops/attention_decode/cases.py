@@ -116,7 +116,7 @@ class Case:
     layout: str = "contiguous"
     batch_invariant: bool = False
     leftpad: tuple[int, ...] = ()  # of the first sequences, the others' being 0; none: not given
-    given: tuple[int, ...] = ()  # seq_lens in place of lengths, which the cache has
+    seq_lens: tuple[int, ...] = ()  # what is given in place of lengths, which the cache has
     pages: tuple[tuple[int, int, int], ...] = ()  # (sequence, column, what the table then says there)
     awkward: bool = True  # K with outliers and a bias of its channels; else normal data
 
@@ -142,7 +142,7 @@ class Case:
         return tuple(
             a.to(device) if isinstance(a, Tensor) else a
             for a in (
-                q.to(self.dtype), cache.k, cache.v, torch.tensor(self.given or self.lengths, dtype=torch.int32), cache.block_table,
+                q.to(self.dtype), cache.k, cache.v, torch.tensor(self.seq_lens or self.lengths, dtype=torch.int32), cache.block_table,
                 cache.k_scale, cache.v_scale, self.scale, self.window, None, self.softcap,
                 {None: None, "float32": sinks, "dtype": sinks.to(self.dtype)}[self.sinks], self.batch_invariant,
                 torch.tensor(leftpad, dtype=torch.int32) if self.leftpad else None,
