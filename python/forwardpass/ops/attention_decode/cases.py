@@ -139,10 +139,11 @@ class Case:
             assert cache.block_table is not None
             cache.block_table[b, column] = named
         sinks = 2 * torch.randn(h, generator=g) + 1
+        seq_lens = torch.tensor(self.seq_lens or self.lengths, dtype=torch.int32)
         return tuple(
             a.to(device) if isinstance(a, Tensor) else a
             for a in (
-                q.to(self.dtype), cache.k, cache.v, torch.tensor(self.seq_lens or self.lengths, dtype=torch.int32), cache.block_table,
+                q.to(self.dtype), cache.k, cache.v, seq_lens, cache.block_table,
                 cache.k_scale, cache.v_scale, self.scale, self.window, None, self.softcap,
                 {None: None, "float32": sinks, "dtype": sinks.to(self.dtype)}[self.sinks], self.batch_invariant,
                 torch.tensor(leftpad, dtype=torch.int32) if self.leftpad else None,
