@@ -301,7 +301,7 @@ float sink_of(const AttentionDecodeParams& p, int64_t h) {
   return sink * kLog2e;
 }
 
-// The head's rows of the output from `count` partial sums, `stride` floats apart, which it changes. lost: as Sequence's.
+// The head's rows of the output from `count` partial sums, `stride` floats apart, which it changes.
 void finish(const Head& head, uint32_t lost, float* partial, int64_t count, int64_t stride) {
   const AttentionDecodeParams& p = head.p;
   const int64_t columns = p.cache.head_dim, group = head.rows() / p.rows, values = round_up(columns, kColumnStep);

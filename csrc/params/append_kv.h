@@ -6,9 +6,10 @@
 
 namespace forwardpass {
 
-// append_kv: token i of a sequence goes to position seq_len - tokens + i, if that is at least 0. If the cache has no room
-// for the sequence's length, or the table no page for the position, nothing is written and q_out's row is NaN. Rows of k,
-// and of q, which goes to q_out, are normed, where there is a weight for it, and their first `rotated` columns rotated:
+// append_kv: token i of a sequence goes to position seq_len - tokens + i, if that is at least 0. If the cache has no
+// room for the sequence's length, or the table no page for the position, nothing is written and q_out's row is NaN.
+// Rows of k, and of q, which goes to q_out, are normed, where there is a weight for it, and their first `rotated`
+// columns rotated:
 //
 //   k[c] = k[c] / sqrt(sum(k^2) / head_dim + eps) weight[c]
 //   k[c] = k[c] cos[c] + (c < rotated / 2 ? -k[c + rotated / 2] : k[c - rotated / 2]) sin[c]

@@ -9,8 +9,8 @@ namespace forwardpass {
 //
 //   s = scale q k k_scale;  softcap: s = softcap tanh(s / softcap)
 //
-// and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0. A row is NaN
-// if the table has no page for a key that it attends to, or if its sequence is not in_range().
+// and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0. A row is
+// NaN if the table has no page for a key that it attends to, or if its sequence is not in_range().
 struct AttentionDecodeParams {
   static constexpr const char* kLauncher = "forwardpass_attention_decode";
   AttentionTensor q;  // [batch, row, head, dim]

@@ -4,8 +4,8 @@
 // All keys that count are one list of blocks of keys: those of a sequence's first head, of its next head, then of the
 // next sequence. A thread block takes an equal share of the list, which is at most a part of one head, some whole
 // heads, and a part of another. A head's parts are combined in the list's order by a second kernel. Batch invariant: a
-// thread block takes a part of one head whose size follows from the sequence's own length, so that nothing depends on the
-// other sequences, nor on how long the table is.
+// thread block takes a part of one head whose size follows from the sequence's own length, so that nothing depends on
+// the other sequences, nor on how long the table is.
 #include "params/attention_decode.h"
 
 namespace forwardpass {
@@ -22,8 +22,8 @@ HOST_DEVICE inline int decode_groups(const AttentionDecodeParams& p) {
 // The heads of a sequence's list: its kv heads, for each group of rows.
 HOST_DEVICE inline int decode_heads(const AttentionDecodeParams& p) { return p.cache.heads * decode_groups(p); }
 // Parts of a head if batch invariant: at most so many that those of one sequence's heads are a thread block for each
-// multiprocessor, which keeps enough bytes in flight. Parts of 2048 keys without a limit took 273 MB of workspace for 64
-// sequences of 8 heads and a table of 128k keys, and 32768 thread blocks, whatever the lengths.
+// multiprocessor, which keeps enough bytes in flight. Parts of 2048 keys without a limit took 273 MB of workspace for
+// 64 sequences of 8 heads and a table of 128k keys, and 32768 thread blocks, whatever the lengths.
 HOST_DEVICE inline int most_invariant_parts(const AttentionDecodeParams& p) {
   return (p.device.sms + decode_heads(p) - 1) / decode_heads(p);
 }

@@ -14,7 +14,7 @@ F16, BF16, I8 = torch.float16, torch.bfloat16, torch.int8
 #: more sequences than a warp has lanes, and where their keys begin
 LENGTHS, LEFTPADS = tuple(7 * i * i % 90 for i in range(70)), tuple(5 * i % 37 for i in range(70))
 #: three of them out of range
-GIVEN = (*LENGTHS[:10], -5, *LENGTHS[11:40], 10**6, *LENGTHS[41:])
+SEQ_LENS = (*LENGTHS[:10], -5, *LENGTHS[11:40], 10**6, *LENGTHS[41:])
 PADDED = (*LEFTPADS[:50], -1, *LEFTPADS[51:])
 
 
@@ -37,7 +37,7 @@ def decode(dtype, **every):
             (90, 300, 50, 64, 34, 200),
             heads=(2, 1),
             rows=4,
-            given=(90, 300, 337, -1, 34, 200),
+            seq_lens=(90, 300, 337, -1, 34, 200),
             leftpad=(3, -1, 0, 0, 1, 0),
             pages=((1, 7, -1), (4, 2, 99)),
         ),
@@ -49,7 +49,7 @@ def decode(dtype, **every):
         case((2100, 40), heads=(2, 1), batch_invariant=True, page=64, scale=1.0),
         case((1900,), heads=(1, 1), page=64, scale=1.0),
         case((4200, 1), heads=(40, 2), window=4150, batch_invariant=True, page=None, sinks="dtype"),
-        case(LENGTHS, dim=16, heads=(2, 1), page=23, leftpad=PADDED, given=GIVEN),
+        case(LENGTHS, dim=16, heads=(2, 1), page=23, leftpad=PADDED, seq_lens=SEQ_LENS),
         case(tuple(3 * n for n in LENGTHS), dim=16, heads=(16, 2), rows=3, window=30, leftpad=LEFTPADS),
         case(LENGTHS[:33], dim=16, heads=(24, 1), page=None, window=30),
     )

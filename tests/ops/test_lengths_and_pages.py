@@ -52,8 +52,8 @@ class Wrong:
         """What is out of range, and the same with all of it in range."""
         dtype, cache = TYPES[index % len(TYPES)]
         case = cases.Case(self.built, 4, 64, (4, 2), dtype, cache, self.page, window=self.window, batch_invariant=True,
-                          leftpad=self.leftpad, given=self.lengths, pages=self.pages, **dict(self.options))  # fmt: skip
-        right = dataclasses.replace(case, leftpad=tuple(max(n, 0) for n in self.leftpad), given=(), pages=())
+                          leftpad=self.leftpad, seq_lens=self.lengths, pages=self.pages, **dict(self.options))  # fmt: skip
+        right = dataclasses.replace(case, leftpad=tuple(max(n, 0) for n in self.leftpad), seq_lens=(), pages=())
         return case.arguments(), right.arguments()
 
 

@@ -272,7 +272,7 @@ struct DecodeWarp {
       for (int half = 0; half < 2; ++half) position[half] = first_position + (row + accumulator_row(half * 2)) % p.rows;
       each([&](float& v, int half, int column) {
         const int back = position[half] - key - column;
-        // Without a page the score is NaN: it leaves the row's maximum alone, and its sum and its values are NaN to the end.
+        // Without a page the score is NaN, which the row's maximum leaves out; its sum and values are NaN to the end.
         if (!(there >> column & 1)) v = NAN;
         if (back < 0 || back > p.left) v = -INFINITY;
       });

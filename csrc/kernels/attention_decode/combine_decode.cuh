@@ -8,8 +8,8 @@
 
 namespace forwardpass {
 
-// The result of a part of a head's keys, in the workspace: for each row the largest score in units of log2(e), the sum of
-// 2^(score - largest), and the values times those.
+// The result of a part of a head's keys, in the workspace: for each row the largest score in units of log2(e), the sum
+// of 2^(score - largest), and the values times those.
 struct PartialResult {
   float *max, *sum, *o;  // [rows], [rows], [rows][head_dim]
 
@@ -81,9 +81,9 @@ struct CombinedResult {
   }
 };
 
-// Combines the parts of each head, if there are several; a head without keys is 0, or NaN if its sequence is not in range.
-// A row and 128 of its columns are of one warp where heads are many and have few parts each, else of all warps of a block: those have parts in turn, and
-// then are combined in order. A lane loads several parts at once.
+// Combines the parts of each head, if there are several; a head without keys is 0, or NaN if its sequence is not in
+// range. A row and 128 of its columns are of one warp where heads are many and have few parts each, else of all warps
+// of a block: those have parts in turn, and then are combined in order. A lane loads several parts at once.
 constexpr int kCombineWarps = 8, kCombineColumns = 128, kCombineAtOnce = 8;
 
 struct CombineShape {

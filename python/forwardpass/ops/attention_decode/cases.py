@@ -116,7 +116,7 @@ class Case:
     layout: str = "contiguous"
     batch_invariant: bool = False
     leftpad: tuple[int, ...] = ()  # of the first sequences, the others' being 0; none: not given
-    given: tuple[int, ...] = ()  # seq_lens in place of lengths, which the cache has
+    seq_lens: tuple[int, ...] = ()  # what is given in place of lengths, which the cache has
     pages: tuple[tuple[int, int, int], ...] = ()  # (sequence, column, what the table then says there)
     awkward: bool = True  # K with outliers and a bias of its channels; else normal data
 
@@ -139,10 +139,11 @@ class Case:
             assert cache.block_table is not None
             cache.block_table[b, column] = named
         sinks = 2 * torch.randn(h, generator=g) + 1
+        seq_lens = torch.tensor(self.seq_lens or self.lengths, dtype=torch.int32)
         return tuple(
             a.to(device) if isinstance(a, Tensor) else a
             for a in (
-                q.to(self.dtype), cache.k, cache.v, torch.tensor(self.given or self.lengths, dtype=torch.int32), cache.block_table,
+                q.to(self.dtype), cache.k, cache.v, seq_lens, cache.block_table,
                 cache.k_scale, cache.v_scale, self.scale, self.window, None, self.softcap,
                 {None: None, "float32": sinks, "dtype": sinks.to(self.dtype)}[self.sinks], self.batch_invariant,
                 torch.tensor(leftpad, dtype=torch.int32) if self.leftpad else None,

@@ -9,7 +9,7 @@ from ...dispatch import DEBUG, gpu_takes, is_of_subclass
 
 
 def may_look(op: str, *tensors: Tensor | None) -> bool:
-    """Whether values are there, and a CPU's: a GPU's would have to be waited for, and its kernels leave out what is not there."""
+    """Whether values are at hand: those of a CPU, and under FORWARDPASS_DEBUG those of a GPU, which has to be waited for."""
     there = [x for x in tensors if x is not None]
     if torch.compiler.is_compiling() or any(x.device.type == "meta" or is_of_subclass(x) for x in there):
         return False
