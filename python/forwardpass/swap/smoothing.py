@@ -99,11 +99,11 @@ def _observe(model: Any, alone: Mapping[str, nn.Module], first: str) -> _Observe
     norms = [
         (fqn, m) for fqn, m in model.named_modules() if norm_formula(m) and m._parameters.get("weight") is not None
     ]
-    given: list[tuple[str, Tensor]] = []
+    outputs: list[tuple[str, Tensor]] = []
     observed = _Observed()
 
     def before(fqn: str, module: nn.Module, x: Any) -> None:
-        if (norm := next((name for name, y in given if y is x), None)) is not None:
+        if (norm := next((name for name, y in outputs if y is x), None)) is not None:
             observed.norms[fqn] = norm
 
     def after(fqn: str, module: nn.Module, x: Any, y: Any) -> None:
@@ -111,7 +111,7 @@ def _observe(model: Any, alone: Mapping[str, nn.Module], first: str) -> _Observe
 
     with (
         evaluating(model),
-        hooked(norms, after=lambda fqn, m, x, y: given.append((fqn, y))),
+        hooked(norms, after=lambda fqn, m, x, y: outputs.append((fqn, y))),
         hooked(alone.items(), before, after),
     ):
         observed.result = main_output(model(**_probe(model)))
@@ -183,14 +183,14 @@ def _dequantised(layer: Int8Linear) -> Tensor:
 
 def _rescaled(layer: Int8Linear, inputs: Tensor | None, rows: Tensor | None) -> Int8Linear:
     """The same for an input that is scaled already, and with scaled outputs."""
-    weight, scale, bias, own = layer.weight, layer.weight_scale, layer.bias, layer.channel_scale
-    if inputs is not None and own is not None and not torch.equal(inputs, own):
-        weight, scale = round_weight(_dequantised(layer) * (own / inputs))
+    weight, scale, bias, smoothing = layer.weight, layer.weight_scale, layer.bias, layer.channel_scale
+    if inputs is not None and smoothing is not None and not torch.equal(inputs, smoothing):
+        weight, scale = round_weight(_dequantised(layer) * (smoothing / inputs))
     if rows is not None:
         scale, bias = scale * rows, None if bias is None else (bias * rows).to(bias.dtype)
-    options = layer.config() | {"channel_scale": inputs is None and own is not None}
+    options = layer.config() | {"channel_scale": inputs is None and smoothing is not None}
     new = Int8Linear(**options, device="meta")
-    return new.filled(weight, scale, bias, channel_scale=own if inputs is None else None).train(layer.training)
+    return new.filled(weight, scale, bias, channel_scale=smoothing if inputs is None else None).train(layer.training)
 
 
 def _scaled_norm(norm: nn.Module, scale: Tensor) -> dict[str, Tensor]:
@@ -230,8 +230,8 @@ def _prove(
     def override(fqn: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
             x, y = left[fqn].pop(0)
-            given = (*args, *kwargs.values())[0]
-            check(f"the input of {fqn}", given, x.float() * scales.inputs[fqn] if fqn in scales.inputs else x)
+            argument = (*args, *kwargs.values())[0]
+            check(f"the input of {fqn}", argument, x.float() * scales.inputs[fqn] if fqn in scales.inputs else x)
             return (y.float() * scales.rows[fqn]).to(y.dtype) if fqn in scales.rows else y
 
         return hook
