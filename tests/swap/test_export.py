@@ -11,6 +11,7 @@ from stored_formats import layers_of, llama, mixture
 
 import forwardpass as fp
 from forwardpass.cli import embedding
+from forwardpass.swap import smoothing
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 
@@ -130,6 +131,15 @@ def test_a_calibrated_model(heads, dtype, tmp_path):
     pytest.importorskip("compressed_tensors")
     reference = outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), X).float()
     assert (reference - outputs(again, X).float()).norm() < 0.05 * exact.norm()  # its weights are in the dtype
+
+
+@torch.inference_mode()
+def test_a_rounding_that_changes_more_than_one_is_refused(tmp_path, monkeypatch):
+    model = rescaled_norms(llama())
+    fp.swap(model, "int8", include="**", calibrate=[X])
+    monkeypatch.setattr(smoothing, "ROUNDING", 1e-4)
+    with pytest.raises(fp.Unsupported, match=r"the output of model\.layers\.0\.\S+ would be another"):
+        fp.export_pretrained(model, tmp_path / "new")
 
 
 @pytest.mark.parametrize(

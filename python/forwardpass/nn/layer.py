@@ -166,9 +166,9 @@ class QuantizedModule(nn.Module):
             has = f"{other} with {', '.join(sorted(stored))}"
         elif any(prefix + n in state_dict for n, _ in self.named_buffers()):
             return
-        elif given := {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}:
-            own = sorted({n.partition(".")[0] for n, _ in self.named_buffers()})
-            holds, has = f"{prefix[:-1]} holds {', '.join(own)}", f"{', '.join(sorted(given))} in its place"
+        elif others := {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}:
+            names = sorted({n.partition(".")[0] for n, _ in self.named_buffers()})
+            holds, has = f"{prefix[:-1]} holds {', '.join(names)}", f"{', '.join(sorted(others))} in its place"
         else:
             return  # a part of a model, without this layer
         raise RuntimeError(f"load_state_dict: {holds}, and the state dict has {has}: load it into the original model "
@@ -176,10 +176,10 @@ class QuantizedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         self.check_state_dict(state_dict, prefix)
-        given = [
+        pairs = [
             (t, state_dict[prefix + n]) for n, t in self._buffers.items() if t is not None and prefix + n in state_dict
         ]
-        if any(not t.is_meta and not torch.equal(new.to(t.device), t) for t, new in given):
+        if any(not t.is_meta and not torch.equal(new.to(t.device), t) for t, new in pairs):
             self.is_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *others)
 

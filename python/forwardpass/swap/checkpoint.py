@@ -192,7 +192,7 @@ def write(
     if around is not None and config is None:
         raise ValueError(f"what this {around['class']} is around is a {type(transformer).__name__}, which is no class of "
                          "transformers: save that model with its own method")  # fmt: skip
-    kept = {
+    record_but_weights = {
         "schema": SCHEMA,
         "forwardpass": __version__,
         "model": {"class": type(transformer).__name__, "attention": implementation_before(transformer),
@@ -209,7 +209,7 @@ def write(
         "around": around,
     }  # fmt: skip
     with saving(folder, sources, overwrite) as folder:
-        record = {**kept, "weights": _put_shards(folder, tensors, max_shard_size)}
+        record = {**record_but_weights, "weights": _put_shards(folder, tensors, max_shard_size)}
         write_json(folder / RECORD, record)
         if config is not None:  # which transformers reads where forwardpass is imported: see auto_model.py
             config = config | {"quantization_config": auto_model.entry(record)}

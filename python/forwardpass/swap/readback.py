@@ -83,8 +83,8 @@ def check(
         if not isinstance(built.get_submodule(fqn), StoredLinear):
             raise Unsupported(f"{fqn} would be read as floats: {_FIX}", {})
     places = _check_places(built, renamed, headers, with_those_of_layers=True)
-    given = {id(places[in_model]) for in_model in renamed.values()}  # what is tied is one object
-    if missing := [in_model for in_model, place in places.items() if id(place) not in given]:
+    filled = {id(places[in_model]) for in_model in renamed.values()}  # what is tied is one object
+    if missing := [in_model for in_model, place in places.items() if id(place) not in filled]:
         raise Unsupported(f"a {name} that transformers builds has {missing[0]}, and this model has not: {_OTHER}", {})
 
 
