@@ -139,13 +139,14 @@ struct ExpertList {
   __device__ int row_expert(int row) const { return row / static_cast<int>(groups.room); }
   // The sum of the v of the lanes before.
   __device__ static int of_lanes_before(int v) {
-    const int lane = threadIdx.x % 32, own = v;
+    const int lane = threadIdx.x % 32;
+    int sum = v;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const int before = __shfl_up_sync(0xffffffff, v, d);
-      if (lane >= d) v += before;
+      const int before = __shfl_up_sync(0xffffffff, sum, d);
+      if (lane >= d) sum += before;
     }
-    return v - own;
+    return sum - v;
   }
 };
 

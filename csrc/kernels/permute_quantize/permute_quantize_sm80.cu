@@ -31,10 +31,10 @@ __device__ int sum_before(int v, int* warp_sums) {
 }
 
 // Where the rows begin of this thread's expert and block: behind those of the experts before it, and of the blocks
-// before this one. chosen: how often this block has chosen the expert, where there is no other. By all threads.
-__device__ int first_row(const PermuteQuantizeParams& p, int chosen, int* warp_sums) {
+// before this one. choices: of the expert in this block, where there is no other. By all threads.
+__device__ int first_row(const PermuteQuantizeParams& p, int choices, int* warp_sums) {
   const int expert = threadIdx.x;
-  int earlier = 0, total = chosen;  // of the expert's choices: those of the blocks before this one, and all
+  int earlier = 0, total = choices;  // of the expert's choices: those of the blocks before this one, and all
   if (p.counts && expert < p.experts) {
     total = 0;
 #pragma unroll 8
@@ -92,15 +92,15 @@ __device__ void find_positions(const PermuteQuantizeParams& p, bool counting, in
     count([](int, int) {});
     __syncthreads();
 
-    int chosen = 0;
+    int choices = 0;
     if (has_expert && (counting || round == 0))
-      for (int i = 0; i < kWarps; ++i) chosen += ranks[i][expert];
+      for (int i = 0; i < kWarps; ++i) choices += ranks[i][expert];
     if (counting) {
-      row += chosen;
+      row += choices;
       __syncthreads();
       continue;
     }
-    if (round == 0) row = first_row(p, chosen, warp_sums);
+    if (round == 0) row = first_row(p, choices, warp_sums);
     if (has_expert)
       for (int i = 0; i < kWarps; ++i) {
         const int of_warp = ranks[i][expert];

@@ -35,20 +35,20 @@ MOST_ROWS = 2**22
 def row_ranges(a: Tensor, ends: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
     """The first row of each expert and the one behind its last, in a's rows one after the other; and for each row whether it is
     unknown whose it is, as an end or a count is wrong (bool [rows]). An expert whose rows are unknown has none."""
-    given: list[int] = ends.tolist()
+    numbers: list[int] = ends.tolist()
     if a.dim() == 3:
         room = a.shape[1]
-        counts = [n if 0 <= n <= room else 0 for n in given]
-        wrong = torch.tensor([n != count for n, count in zip(given, counts)])
+        counts = [n if 0 <= n <= room else 0 for n in numbers]
+        wrong = torch.tensor([n != count for n, count in zip(numbers, counts)])
         return [(e * room, e * room + n) for e, n in enumerate(counts)], wrong.repeat_interleave(room)
     rows = known = a.shape[0]
-    for begin, end in zip([0, *given], given):
+    for begin, end in zip([0, *numbers], numbers):
         if not begin <= end <= rows:
             known = max(min(begin, end), 0)
             break
     ranges: list[tuple[int, int]] = []
     begin = 0
-    for end in given:
+    for end in numbers:
         ranges.append((begin, max(begin, min(end, known))))
         begin = ranges[-1][1]
     return ranges, torch.arange(rows) >= known

@@ -120,19 +120,19 @@ def expert_of(tile, rows, ends_ptr, experts, room, EXPERTS: tl.constexpr, BLOCK_
     """The expert that has this row of tiles, its first row of the output there, the one behind its last (where none has it, no
     row), and whether it is unknown whose rows these are (experts.py). room 0: rows are sorted by expert."""
     each = tl.arange(0, EXPERTS)
-    given = tl.load(ends_ptr + each, mask=each < experts, other=0)
+    number = tl.load(ends_ptr + each, mask=each < experts, other=0)
     if room == 0:
         before = tl.load(ends_ptr + each - 1, mask=(each > 0) & (each < experts), other=0)
-        wrong = (each < experts) & ((given < before) | (given > rows))
+        wrong = (each < experts) & ((number < before) | (number > rows))
         # The first expert whose end is wrong gets all rows whose expert is unknown; those after it get none.
         first_wrong = tl.min(tl.where(wrong, each, EXPERTS), 0)
-        known = tl.min(tl.where(each == first_wrong, tl.maximum(tl.minimum(given, before), 0), rows), 0)
+        known = tl.min(tl.where(each == first_wrong, tl.maximum(tl.minimum(number, before), 0), rows), 0)
         begin = tl.where(each <= first_wrong, tl.minimum(before, known), rows)
-        end = tl.where(each < first_wrong, tl.minimum(given, known), rows)
+        end = tl.where(each < first_wrong, tl.minimum(number, known), rows)
     else:
-        wrong = (given < 0) | (given > room)
+        wrong = (number < 0) | (number > room)
         begin = each * room
-        end = begin + tl.where(wrong, room, given)
+        end = begin + tl.where(wrong, room, number)
     tiles = tl.cdiv(end - begin, BLOCK_M)
     tile_end = tl.cumsum(tiles, 0)
     expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
