@@ -474,7 +474,7 @@ def test_plot(times, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"plan\.txt is none"):
         require("plan.txt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install .* 'matplotlib>="):
+    with pytest.raises(ValueError, match=r"pip install .* 'matplotlib>="):
         require("plan.png")
 
 

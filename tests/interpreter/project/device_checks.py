@@ -208,6 +208,13 @@ def test_mistakes_are_refused():
         torch.empty(1 << 40, device="cuda")
 
 
+def test_what_is_refused_is_still_a_context_manager_to_dynamo():
+    """torch 2.15 lists the function that `use_mem_pool` wraps when it imports dynamo."""
+    for pool in (torch.cuda.use_mem_pool, torch.cuda.use_mem_pool.__wrapped__):
+        with pytest.raises(NotImplementedError, match="use_mem_pool is not there"):
+            pool(None)
+
+
 def test_the_card():
     properties = torch.cuda.get_device_properties(0)
     assert (properties.major, properties.minor) == torch.cuda.get_device_capability() == (9, 0)
