@@ -235,8 +235,8 @@ class AttentionSwap:
 
 def _is_named(config: Any) -> bool:
     """Whether a swap that is not undone has named this config. Copies of it, and of its model, have the name as well."""
-    swaps = (swap.attention for swap in living())
-    return any(a.owner is config for swap in swaps if isinstance(swap, AttentionSwap) for a in swap.attributes)
+    changes = (change for swap in living() for change in swap.changes)
+    return any(a.owner is config for change in changes if isinstance(change, AttentionSwap) for a in change.attributes)
 
 
 def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
