@@ -18,6 +18,8 @@ from forwardpass.testing import poisoned_outputs
 os.environ.setdefault("TRITON_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "triton"))
 #: What is against the letter of the ISA alone is an error of our own kernels too.
 os.environ.setdefault("FORWARDPASS_INTERPRET_STRICT", "1")
+#: No test has a network, and the hub's client waits 30 s for one, call after call. It reads this as it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 #: area -> core-seconds
 spent = collections.Counter()
 

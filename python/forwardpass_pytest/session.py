@@ -138,7 +138,8 @@ class Session:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         write = terminalreporter.write_line
         terminalreporter.section(f"interpreted GPU {self.arch}")
-        write(f"{self.launches} launches, {len(self.known)} finding{'s' * (len(self.known) != 1)}")
+        plural = "es" * (self.launches != 1), "s" * (len(self.known) != 1)
+        write(f"{self.launches} launch{plural[0]}, {len(self.known)} finding{plural[1]}")
         for place, tests in self.known.items():
             write(place)
             write(f"  in {_several(tests)}")

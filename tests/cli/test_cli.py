@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from command_line import NO_MINILM, refused, run
 
 import forwardpass as fp
@@ -135,6 +136,39 @@ def test_save_does_not_touch_a_models_own_folder(folder, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
 
 
+def test_a_precision_without_a_kernel_here_is_asked_for(folder, stub_swap, tmp_path, monkeypatch):
+    refused(
+        run("swap", folder, "--precision", "fp8"),
+        "fp8 has no kernel for a CPU, and by plain torch it is many times slower",
+    )
+    refused(run("parity", folder, "--precision", "fp8"), "--yes to run it all the same")
+    refused(
+        run("size-batch", folder, "--slo-ms", 50, "--rate", 5, "--precision", "fp8"), "--yes to run it all the same"
+    )
+    done = run("swap", folder, "--precision", "FP8", "--yes", "--batch", 1, "--length", 8)
+    assert done.exit_code == 0 and stub_swap["precision"] == "fp8", done.output
+
+
+def test_a_precision_and_a_device_may_be_in_capitals(folder, stub_swap):
+    done = run("swap", folder, "--precision", "W8A16", "--device", "CPU", "--batch", 1, "--length", 8)
+    assert done.exit_code == 0 and stub_swap["precision"] == "w8a16", done.output
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_tables_fit_the_terminal_and_each_column_has_a_head(folder, stub_swap, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = run("swap", folder, "--batch", 1, "--length", 8, "--json", "-")
+    lines, written = done.stderr.splitlines(), json.loads(done.stdout)
+    table = [line for line in lines if not line.endswith(" …")]
+    assert max(map(len, table)) <= columns
+    head = next(i for i, line in enumerate(table) if line.startswith("1 x 8 tokens"))
+    assert table[head - 1].split() == ["times", "lowest"]
+    assert table[head].split()[3:] == ["tokens", "median", "quartiles", "as", "fast", "cosine"]
+    rival = next(line for line in table if line.startswith("torch's dynamic INT8"))  # not its speed without its quality
+    assert rival.split()[-1] == f"{written['torch_dynamic_int8']['cosine_min']:.5f}"
+    assert written["torch_dynamic_int8"]["cosine_min"] < 1 and "torch_dynamic_int8" in written["measured"]
+
+
 def test_save_over_other_files_is_asked_for(folder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     swap = ("swap", folder, "--precision", "w8a16", "--batch", 1, "--length", 8, "--min-cosine", 0.9)
@@ -161,7 +195,6 @@ def test_no_result_is_written_over_what_is_read(folder, tmp_path, monkeypatch):
 
 
 def test_a_config_that_names_a_kernel_is_not_loaded(folder, tmp_path, monkeypatch):
-    import transformers
 
     monkeypatch.setattr(
         transformers.modeling_utils, "lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched")
@@ -213,7 +246,7 @@ def test_swap_says_what_it_calibrated_on_and_how_steady_the_times_are(folder, st
     for name, shown in (("before", "before"), ("after", "after"), ("torch_dynamic_int8", "torch's dynamic INT8")):
         low, high = written["latency_quartiles_ms"][name]
         assert f"{shown} {written['latency_ms'][name]:.1f} ms {low:.1f} to {high:.1f}" in said
-    assert "1 layer to int8" in said and "of 1 module swapped" in said
+    assert "1 layer to int8" in said and "attention 1 module swapped" in said
     assert max(map(len, result.stderr.splitlines())) <= 100
     result = run("swap", folder, "--precision", "w8a16", "--batch", 1, "--length", 8)
     assert "calibrat" not in result.output
@@ -495,7 +528,7 @@ def test_size_batch_tries_what_it_simulated(folder, monkeypatch):
     monkeypatch.setattr(size_batch, "_choose", lambda *args: (three, Spread(20, 0.5, 1.5), [], None))
     holds, fails = (" ".join(run(*size, "--slo-ms", 100).stdout.split()) for _ in range(2))
     assert sent == [Arrivals(30.0).of_replica(3, 20, seed=1)] * 2
-    assert "3 replicas, which take turns" in holds and "of 95% of runs of 20 requests p99 is 0.5 to 1.5 ms" in holds
+    assert "3 replicas, which take turns" in holds and "in 95% of runs of 20 requests p99 is 0.5 to 1.5 ms" in holds
     assert "holds the objective" in holds and "not as simulated" not in holds
     assert "FAILS the objective p99 is not as simulated" in fails
 

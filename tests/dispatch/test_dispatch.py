@@ -46,6 +46,35 @@ def test_unknown_names_are_refused():
         fp.explain("quantise")
 
 
+def test_an_export_to_onnx_says_what_to_do(monkeypatch):
+    """As `torch.onnx.export` captures a model; its own message is of a missing ONNX function, and of pull requests to PyTorch."""
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512)).eval()
+    fp.swap(model, "int8")
+    torch.export.export(model, (torch.ones(2, 512),))
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(
+        RuntimeError, match=r"ONNX has none such: export the original model \(fp.restore\(model\) first\)"
+    ):
+        torch.export.export(model, (torch.ones(2, 512),))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "words"),
+    [
+        (
+            (),
+            {},
+            r"explain\('int8_linear', x, weight, w_scale, …\), and was called with others: missing a required argument: 'x'",
+        ),
+        ((X,), {}, "missing a required argument: 'weight'"),
+        ((X, X, X), {"sale": 1}, "got an unexpected keyword argument 'sale'"),
+    ],
+)
+def test_explain_wants_the_arguments_of_the_call(args, options, words):
+    with pytest.raises(TypeError, match="explain takes the arguments of the call that it explains, .*" + words):
+        fp.explain("int8_linear", *args, **options)
+
+
 def test_explain_runs_nothing_and_checks_everything():
     table = fp.explain("int8_linear", X, torch.zeros(8, 40, dtype=torch.int8), torch.ones(8))
     assert list(table) == ["cuda", "triton", "cpu", "reference"]

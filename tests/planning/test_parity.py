@@ -229,6 +229,31 @@ def test_the_report_in_words_and_in_json():
     assert str(report).startswith("output over 5 samples in 1 batch: lowest cosine 0.99")
 
 
+def test_worst_first_goes_by_a_wrong_row_and_by_a_wrong_scale():
+    found = {
+        "many small": (0.9995, 0.05),
+        "a wrong row": (0.82, 0.02),
+        "a wrong scale": (1.0, 0.3),
+        "the best": (0.9999, 0.01),
+    }
+    layers = [
+        LayerParity(name, "int8", Comparison(3000, *x, 1.0), Comparison(), Comparison()) for name, x in found.items()
+    ]
+    report = ParityReport(Comparison(3000, 0.99, 1e-2, 1.0), layers, 1, "cpu")
+    assert [x.fqn for x in report.worst_first()] == ["a wrong row", "a wrong scale", "many small", "the best"]
+    assert "worst first: by the relative error of a batch, or by that of a row" in " ".join(str(report).split())
+
+
+def test_a_batch_alone_is_no_iterable_of_batches():
+    model, x = block(), torch.randn(5, 64)
+    fp.swap(model, "int8")
+    for alone in (x, {"x": x}, "x", 3):
+        kind = type(alone).__name__
+        with pytest.raises(TypeError, match=rf"batches is an iterable of batches, not a {kind}: pass \[batch\]"):
+            fp.parity(model, alone)
+    assert fp.parity(model, iter([x])).batches == 1
+
+
 def test_the_report_fits_whatever_layers_are_called():
     names = [f"encoder.layer.{i}.{part}" for i in range(6) for part in ("attention.self.key", "attention.output.dense")]
     names.append(f"vision_model.{'backbone.' * 12}proj")

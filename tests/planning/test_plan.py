@@ -363,12 +363,13 @@ def generator():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"batches": []}, ValueError, "no batch in batches"),
+        ({"batches": []}, ValueError, "batches holds no batch"),
         ({"batches": generator()}, ValueError, "a generator that was read before is empty"),
         ({"batches": {"x": inputs()}}, TypeError, "batches is an iterable of batches, not a dict"),
+        ({"batches": inputs()}, TypeError, "not a Tensor: pass .batch. for one"),
         ({"batches": 3}, TypeError, "not a int"),
-        ({"calibrate": []}, ValueError, "no batch in calibrate"),
-        ({"shapes": []}, ValueError, "no batch in shapes"),
+        ({"calibrate": []}, ValueError, "calibrate holds no batch"),
+        ({"shapes": []}, ValueError, "shapes holds no batch"),
         ({"candidates": []}, ValueError, "candidates names at least one"),
         ({"candidates": ["int3"]}, ValueError, "no precision 'int3'"),
         ({"candidates": ["fp8+calibrated"]}, ValueError, "fp8 takes no calibration"),

@@ -213,7 +213,7 @@ def test_a_decoding_takes_a_decoder_and_no_more_tokens_than_it_does(times):
         planned(build("llama"), shapes=[fp.Decoding(prompt=60, steps=5)])
     with pytest.raises(ValueError, match="has no config with a vocab_size"):
         fp.plan(torch.nn.Sequential(torch.nn.Linear(8, 8)), [torch.ones(2, 8)], max_error=0.1, shapes=[DECODING])
-    with pytest.raises(TypeError, match="put a single batch in a list"):
+    with pytest.raises(TypeError, match=r"not a Decoding: pass \[batch\] for one"):
         planned(build("llama"), shapes=DECODING)
 
 

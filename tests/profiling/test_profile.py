@@ -320,9 +320,9 @@ def test_nan_is_said():
     ("arguments", "error", "words"),
     [
         ((3, []), TypeError, "profile takes a torch.nn.Module, not int"),
-        ((nn.Identity(), []), ValueError, "profile was given no batch"),
-        ((nn.Identity(), torch.ones(2)), TypeError, "an iterable of batches, not Tensor: pass \\[batch\\]"),
-        ((nn.Identity(), {"x": 1}), TypeError, "an iterable of batches, not dict"),
+        ((nn.Identity(), []), ValueError, "batches holds no batch"),
+        ((nn.Identity(), torch.ones(2)), TypeError, "an iterable of batches, not a Tensor: pass \\[batch\\]"),
+        ((nn.Identity(), {"x": 1}), TypeError, "an iterable of batches, not a dict"),
         ((nn.Linear(2, 2), [torch.ones(3), torch.ones(4)]), ValueError, "none of the 2 items runs; the first fails in forward"),
     ],
 )  # fmt: skip

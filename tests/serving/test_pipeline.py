@@ -255,6 +255,38 @@ def test_samples_of_other_shapes_want_a_collate():
     assert [g.sum().item() for g in got] == [4.0, 6.0, 2.0]
 
 
+@pytest.mark.parametrize("wrapped", [lambda x: x, lambda x: {"x": x}, lambda x: (x,)])
+def test_dtypes_are_not_mixed_in_silence(wrapped):
+    """torch.stack makes float32 of int64 beside float32: 2**24 + 1 would arrive as 2**24."""
+    numbers = [torch.tensor([2**24 + 1]), torch.tensor([0.5])]
+    held = Held()
+    with fp.Pipeline(nn.Identity(), wrapped, forward=lambda m, x: (held(m, x), x)[1], max_batch=2) as pipeline:
+        pipeline.submit(numbers[0])
+        assert held.begun.wait(TIMEOUT)
+        futures = [pipeline.submit(x) for x in numbers]
+        held.go.set()
+    with pytest.raises(
+        fp.ItemError, match=r"tensors of torch.int64 and torch.float32: pass collate= that makes them one dtype"
+    ):
+        futures[0].result()
+
+
+def test_a_name_that_another_sample_lacks_is_not_left_out():
+    samples = [{"x": torch.ones(1)}, {"x": torch.ones(1), "mask": torch.zeros(1)}]
+    held = Held()
+
+    def forward(model, batch):
+        held(model, None)
+        return batch["x"] * batch.get("mask", 1)
+
+    with fp.Pipeline(nn.Identity(), forward=forward, max_batch=2) as pipeline:
+        pipeline.submit(samples[0])
+        assert held.begun.wait(TIMEOUT)
+        futures = [pipeline.submit(x) for x in samples]
+        held.go.set()
+    assert [f.result().item() for f in futures] == [1.0, 0.0]
+
+
 def test_a_result_without_a_row_for_each_item_is_refused():
     with fp.Pipeline(Double(), number, output=torch.sum, max_batch=2) as pipeline:
         future = pipeline.submit(1)

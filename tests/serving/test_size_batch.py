@@ -227,7 +227,7 @@ def test_a_sleeping_model_is_sized():
     assert kept["policy"]["max_batch"] == found.policy.max_batch and kept["policy"]["max_wait_ms"] >= 0
     assert kept["schema"] == "forwardpass.size_batch/1" and kept["measured"] == ["points", "saturation_rate"]
     assert f"max_batch={found.policy.max_batch}" in str(found)
-    assert kept["spread"]["requests"] == 1000 and "of 95% of runs of 1000 requests p99 is" in str(found)
+    assert kept["spread"]["requests"] == 1000 and "in 95% of runs of 1000 requests p99 is" in str(found)
     load = try_policy(Sleeper(), make_batch, found.policy, poisson(100.0, 50))
     assert len(load.latencies) == len(load.lateness) == 50 and min(load.latencies) > 0.002
 

@@ -21,6 +21,19 @@ def test_calibration_lowers_the_error():
     assert errors[1] < 0.7 * errors[0]
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_batch_alone_is_refused_and_its_rows_are_no_batches(dry_run):
+    model, x = block(), inputs()
+    before = objects(model)
+    for batch_alone in (x, {"x": x}, "x"):
+        kind = type(batch_alone).__name__
+        with pytest.raises(
+            TypeError, match=rf"calibrate is an iterable of batches, not a {kind}: pass \[batch\] for one"
+        ):
+            fp.swap(model, "int8", calibrate=batch_alone, dry_run=dry_run)
+    assert_same_objects(model, before)
+
+
 def test_calibration_leaves_padding_out():
     def run(filler):
         model, ids = build("bert"), batch("bert")

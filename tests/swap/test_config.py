@@ -179,7 +179,7 @@ def test_several_devices_are_refused(floats, tmp_path, monkeypatch):
         ({"precision": "int8", "include": 3}, TypeError, "int"),
         ({"precision": "int8", "exclude": "re:("}, ValueError, "is not a regular expression"),
         ({"precision": "int8", "calibrate": 3}, TypeError, "calibrate is an iterable of batches"),
-        ({"precision": "int8", "calibrate": X}, TypeError, "not a dict: put one batch into a list"),
+        ({"precision": "int8", "calibrate": X}, TypeError, "not a dict: pass .batch. for one"),
         ({"precision": "w8a16", "calibrate": [X]}, ValueError, "w8a16 takes no calibration"),
         ({"precision": "int8", "forward": 3}, TypeError, "forward is a function"),
         ({"precision": "int8", "dry_run": True}, TypeError, "dry_run"),

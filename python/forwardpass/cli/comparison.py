@@ -16,6 +16,9 @@ from .embedding import Batch
 from .readout import Readout
 
 T = TypeVar("T")
+#: what is compared, in JSON and in words
+DYNAMIC_INT8 = "torch_dynamic_int8"
+NAMES = {"before": "before", "after": "after", DYNAMIC_INT8: "with torch's dynamic INT8"}
 
 
 def compare(
@@ -33,10 +36,10 @@ def compare(
         timed: one batch without padding, for latency; on a CPU torch's own dynamic INT8 takes part.
     """
     models = {"before": original, "after": swapped}
-    parity = compare_results(models, batches, readout, track)
     dynamic, reason = torch_dynamic_int8(original)
     if dynamic is not None:
-        models["torch_dynamic_int8"] = dynamic
+        models[DYNAMIC_INT8] = dynamic
+    parity = compare_results(models, batches, readout, track)
     calls = {name: _forward(model, timed) for name, model in models.items()}
     rounds, warmup = 11, 2
     device = timed["input_ids"].device
@@ -45,8 +48,9 @@ def compare(
         timings = interleave(calls, device, rounds=rounds, warmup=warmup, on_round=track("timing", rounds + warmup))
     medians = {name: t.median for name, t in timings.items()}
     return {
-        "parity": parity,
-        "latency_ms": {"torch_dynamic_int8": None, **medians},
+        "parity": parity["after"],
+        "torch_dynamic_int8": parity.get(DYNAMIC_INT8),
+        "latency_ms": {DYNAMIC_INT8: None, **medians},
         "latency_quartiles_ms": {name: [t.low, t.high] for name, t in timings.items()},
         "allocator": allocator,
         "speedup": medians["before"] / medians["after"],
@@ -56,13 +60,13 @@ def compare(
 
 def compare_results(
     models: Mapping[str, torch.nn.Module], batches: list[Batch], readout: Readout, track: Track
-) -> dict[str, Any]:
-    """What the readout says of the results on real texts, of the models "before" and "after"."""
-    before, after = (
-        readout.results(models[when], ticking(batches, track(f"running texts {when}", len(batches))))
-        for when in ("before", "after")
+) -> dict[str, dict[str, Any]]:
+    """What the readout says of the results on real texts of each model but "before", beside those of that one."""
+    before, *others = (
+        readout.results(model, ticking(batches, track(f"running texts {NAMES[name]}", len(batches))))
+        for name, model in models.items()
     )
-    return readout.parity(after, before)
+    return {name: readout.parity(results, before) for name, results in zip([*models][1:], others)}
 
 
 def compare_decoding(
@@ -76,7 +80,7 @@ def compare_decoding(
 ) -> dict[str, Any]:
     """The same of a decoder: tokens a second of prefill and of decode, from `prompts` on for so many steps."""
     models = {"before": original, "after": swapped}
-    parity = compare_results(models, batches, readout, track)
+    parity = compare_results(models, batches, readout, track)["after"]
     rounds, allocator = 7, keep_freed_memory()
     on_round = track("timing", rounds + 1)
     runs = {name: decoding.run_of(model) for name, model in models.items()}

@@ -16,7 +16,8 @@ from rich.progress import Progress
 from ..common.decoding import PHASES
 from ..common.text import count, megabytes, table, wrapped
 from ..common.timing import Track
-from ..swap.report import by_reason, tied
+from ..swap.report import by_reason, mostly, tied
+from .comparison import DYNAMIC_INT8
 
 #: Seconds between lines of progress where stderr is no terminal.
 EVERY = 15.0
@@ -174,13 +175,15 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     facts = [("swapped", summary if changed else "nothing was changed: the model is as it was")]
     facts += [("head", tied(x["fqn"], x["tied_to"])) for x in result["swapped"] if x.get("tied_to")]
     if result["attention"]:
-        facts.append(("attention", f"of {count(len(result['attention']), 'module')} swapped"))
+        facts.append(("attention", f"{count(len(result['attention']), 'module')} swapped"))
     if result["padding"]:
         facts.append(("padding", result["padding"]))
     reasons = by_reason(
         (s["fqn"], s["code"], "; ".join(filter(None, (s["text"], s["fix"])))) for s in result["skipped"]
     )
     facts += [("skipped", f"{', '.join(names)} ({reason})") for reason, names in reasons]
+    others = ((x["code"], x["module"], x["bytes"]) for x in result["other_layers"])
+    stays = mostly(others, weights["before"])
     facts += [
         ("other layers", f"{x['module']} ({x['first']}, {x['count']} in all, {megabytes(x['bytes'])}): {x['text']}")
         for x in result["other_layers"]
@@ -193,13 +196,14 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     facts += [
         ("read out", result["readout"]),
         ("parity", describe_parity(parity, f"{'passes' if check['ok'] else 'FAILS'} {bound}")),
-        ("weights", f"{megabytes(weights['before'])} before, {megabytes(weights['after'])} after; "
-                    f"{megabytes(weights['originals'])} of originals kept for restore"),
+        ("weights", "; ".join(filter(None, (
+            f"{megabytes(weights['before'])} before, {megabytes(weights['after'])} after", stays,
+            f"{megabytes(weights['originals'])} of originals kept for restore")))),
         ("device", describe_device(result["device"])),
     ]  # fmt: skip
     names = {"before": "before", "after": "after"} if changed else {"before": "as it is"}
     rows = rates(result, names) if "tokens_per_s" in result else latencies(result, names)
-    lines = [*table(facts, heading=False), "", *table(rows, right=(1, 2))]
+    lines = [*table(facts, heading=False), "", *table(rows, right=range(1, len(rows[0])))]
     if why := result["reasons"].get("latency_ms.torch_dynamic_int8"):
         lines += wrapped(f"torch's dynamic INT8: {why}")
     say(console, "\n".join(lines))
@@ -208,25 +212,29 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
 def rates(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]]:
     """A decoder's tokens a second."""
     prompts = f"{result['batch']} x {result['length']} tokens, then {result['steps']} more"
-    rows: list[tuple[str, ...]] = [(prompts, "tokens/s", "quartiles", "")]
+    rows: list[tuple[str, ...]] = [(prompts, "tokens/s", "quartiles", "times\nas fast")]
     for phase in PHASES:
         for key, name in names.items():
             low, high = result["tokens_per_s_quartiles"][key][phase]
-            gain = f"{result['speedup'][phase]:.2f} times as fast" if key == "after" else ""
+            gain = f"{result['speedup'][phase]:.2f}" if key == "after" else ""
             median = f"{result['tokens_per_s'][key][phase]:.1f}"
             rows.append((f"{phase}, {name}", median, f"{low:.1f} to {high:.1f}", gain))
     return rows if "after" in names else [row[:3] for row in rows]
 
 
 def latencies(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]]:
-    latency = result["latency_ms"]
-    rows: list[tuple[str, ...]] = [(f"{result['batch']} x {result['length']} tokens", "median", "quartiles", "")]
-    for key, name in (names | {"torch_dynamic_int8": "torch's dynamic INT8"}).items():
+    latency, parity = result["latency_ms"], {"after": result["parity"], DYNAMIC_INT8: result[DYNAMIC_INT8]}
+    rows: list[tuple[str, ...]] = [
+        (f"{result['batch']} x {result['length']} tokens", "median", "quartiles", "times\nas fast", "lowest\ncosine")
+    ]
+    for key, name in (names | {DYNAMIC_INT8: "torch's dynamic INT8"}).items():
         if latency[key] is None:
             continue
         low, high = result["latency_quartiles_ms"][key]
-        gain = "" if key == "before" else f"{latency['before'] / latency[key]:.2f} times as fast"
-        rows.append((name, f"{latency[key]:.1f} ms", f"{low:.1f} to {high:.1f}", gain))
+        gain = (
+            () if key == "before" else (f"{latency['before'] / latency[key]:.2f}", f"{parity[key]['cosine_min']:.5f}")
+        )
+        rows.append((name, f"{latency[key]:.1f} ms", f"{low:.1f} to {high:.1f}", *(gain or ("", ""))))
     return rows
 
 
@@ -256,7 +264,5 @@ def describe_parity(parity: dict[str, Any], verdict: str) -> str:
 
 
 def describe_calibration(texts: int) -> str:
-    return (
-        f"on {count(texts, 'text')}, as fp.swap(model, …, calibrate=batches) does in Python; without calibrate= nothing is, and "
-        "more is lost"
-    )
+    in_python = "as fp.swap(model, …, calibrate=batches) does in Python; without calibrate= the error is larger"
+    return f"on {count(texts, 'text')}, {in_python}"

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from ..common.compare import relative_error
 from ..common.extras import pip_install
+from ..common.quiet import quiet_libraries
+from ..common.text import count
 from ..swap import checkpoint, model_config
-from .source import Source
+from .source import Source, is_in_reach
 from .source import find_model as find_model
 
 Batch = dict[str, Tensor]
@@ -36,31 +39,27 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
     file = {"gguf_file": source.gguf} if source.gguf else {}
     if missing := [name for name in ("gguf", "accelerate") if file and importlib.util.find_spec(name) is None]:
         raise ValueError(f"reading {source.gguf} needs {' and '.join(missing)}: {pip_install('generate')}")
+    options = {"trust_remote_code": False, "local_files_only": not (source.hub and is_in_reach(source.path)), **file}
     try:
-        if source.swapped or source.stored:
-            model = checkpoint.load_transformer(source.path, device=device)
-            model = getattr(model, "base_model", model) if auto == "AutoModel" else model
-            config: Any = model.config
-        else:
-            config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False, **file)
-            model_config.check_attention(config)
-        if config.is_encoder_decoder:
-            raise ValueError(
-                "it is an encoder-decoder, and forwardpass swap embeds text with one stack: use fp.swap in Python"
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **file)
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up where there are no files of one
-            raise ValueError("there is no tokenizer beside the model: save it there with tokenizer.save_pretrained")
-        if not (source.swapped or source.stored):
-            # Q4_1 says nothing of the dtype that it was made from, which was bfloat16
-            dtype = torch.bfloat16 if file and torch.device(device).type == "cuda" else "auto"
-            # it draws a bar of its own as it reads GGUF
-            with contextlib.redirect_stderr(io.StringIO()) if file else contextlib.nullcontext():
-                model = getattr(transformers, auto).from_pretrained(
-                    source.path, torch_dtype=dtype, trust_remote_code=False, **file
+        with quiet_libraries():
+            model: Any = None
+            config: Any
+            if source.swapped or source.stored:
+                model = checkpoint.load_transformer(source.path, device=device)
+                model = getattr(model, "base_model", model) if auto == "AutoModel" else model
+                config = model.config
+            else:
+                config = transformers.AutoConfig.from_pretrained(source.path, **options)
+                model_config.check_attention(config)
+            if config.is_encoder_decoder:
+                raise ValueError(
+                    "it is an encoder-decoder, and forwardpass swap embeds text with one stack: use fp.swap in Python"
                 )
-            if file:
-                _forget_file(model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **options)
+            if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up where there are no files of one
+                raise ValueError("there is no tokenizer beside the model: save it there with tokenizer.save_pretrained")
+            if model is None:
+                model = _from_floats(getattr(transformers, auto), source, torch.device(device), options)
     except (
         Exception
     ) as e:  # whatever a stranger's folder or a hub out of reach raises: OSError, ValueError, SafetensorError, …
@@ -71,6 +70,30 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
     model = model.eval().requires_grad_(False).to(device)
     as_stored = source.stored or hasattr(model, "hf_quantizer")  # which transformers does not convert
     return (model.float() if torch.device(device).type == "cpu" and not as_stored else model), tokenizer
+
+
+def _from_floats(cls: Any, source: Source, device: torch.device, options: dict[str, Any]) -> torch.nn.Module:
+    """What a class of transformers loads. Weights that the file lacks are told on stderr; ValueError where shapes differ."""
+    # Q4_1 says nothing of the dtype that it was made from, which was bfloat16
+    dtype = torch.bfloat16 if source.gguf and device.type == "cuda" else "auto"
+    # it draws a bar of its own as it reads GGUF
+    with contextlib.redirect_stderr(io.StringIO()) if source.gguf else contextlib.nullcontext():
+        model, about = cls.from_pretrained(
+            source.path, torch_dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if other := sorted(about["mismatched_keys"]):
+        has = "has another shape" if len(other) == 1 else "have other shapes"
+        raise ValueError(f"{count(len(other), 'weight')} of its file ({other[0][0]}, …) {has} than its config says")
+    if missing := sorted(about["missing_keys"]):
+        print(f"forwardpass: the file has no {listed(missing)}: what reads them gets random numbers", file=sys.stderr)
+    if source.gguf:
+        _forget_file(model)
+    return model
+
+
+def listed(names: list[str]) -> str:
+    """One or two names, or the first and how many more there are."""
+    return " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} other weights"
 
 
 def _forget_file(model: Any) -> None:

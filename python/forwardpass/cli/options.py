@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
@@ -13,8 +12,10 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
+from ..common.files import why_not_writable
+from ..dispatch import only_reference_on
 from ..swap import Plan
-from ..swap.precision import PRECISIONS
+from ..swap.precision import PRECISIONS, find_precision
 
 #: name -> whether calibration texts change the result
 CALIBRATES = {p.name: p.takes_calibration for p in PRECISIONS}
@@ -58,7 +59,21 @@ ModelName = Annotated[
     str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, the decoder `smollm2`, or a hub id.")
 ]
 SwappedName = Annotated[str, typer.Argument(help="As for swap, or a folder that `forwardpass swap --save` wrote.")]
-PrecisionName = Annotated[str | None, typer.Option(help=f"One of {', '.join(CALIBRATES)}; default: int8.")]
+
+
+def precision_option(help: str) -> Any:
+    """An option that is the name of a precision, in capitals or not; another is refused in one sentence."""
+
+    def check(param: typer.CallbackParam, value: str | None) -> str | None:
+        name = value and value.lower()
+        if name is not None and name not in CALIBRATES:
+            refuse(f"{param.opts[0]} is one of {', '.join(CALIBRATES)}, not {value!r}")
+        return name
+
+    return typer.Option(help=help, callback=check)
+
+
+PrecisionName = Annotated[str | None, precision_option(f"One of {', '.join(CALIBRATES)}; default: int8.")]
 PlanFile = Annotated[str | None, typer.Option(help="A plan file, instead of a precision.")]
 Texts = Annotated[
     str | None,
@@ -73,6 +88,9 @@ Calibration = Annotated[
         help="Texts to calibrate with: a file, builtin or none; default: builtin for what is calibrated (int8, and plans "
         "with it). In Python nothing is calibrated without calibrate=batches."
     ),
+]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="Run a precision that has no kernel here too: slower than the model as it is.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")]
 Json = Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")]
@@ -110,22 +128,20 @@ def prepare(device: str | None, *files: str | None, read: tuple[str | None, ...]
     for i, file in enumerate(outputs):
         if not file.parent.is_dir():
             refuse(f"cannot write {file}: its folder does not exist")
-        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-            refuse(f"cannot write {file}: it is a folder, or may not be written")
+        if file.is_dir():
+            refuse(f"cannot write {file}: it is a folder")
+        if reason := why_not_writable(file):
+            refuse(f"cannot write {file}: {reason}")
         if any(file.resolve() == other.resolve() for other in outputs[:i]):
             refuse(f"cannot write two results to {file}: give each a file of its own")
         if file.exists() and any(x.samefile(file) or (x.is_dir() and x.samefile(file.parent)) for x in inputs):
             refuse(f"cannot write {file}: this command reads it")
-    if device not in (None, "cpu", "cuda"):
+    if device and device.lower() not in ("cpu", "cuda"):
         refuse(f"--device is cpu or cuda, not {device!r}")
+    device = device and device.lower()
     if device == "cuda" and not torch.cuda.is_available():
         refuse("torch finds no GPU here: drop --device cuda")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def refuse_precision(precision: str | None) -> None:
-    if precision is not None and precision not in CALIBRATES:
-        refuse(f"--precision is one of {', '.join(CALIBRATES)}, not {precision!r}")
 
 
 def precision_or_plan(precision: str | None, plan: str | None) -> tuple[str | None, Plan | None, bool]:
@@ -134,7 +150,16 @@ def precision_or_plan(precision: str | None, plan: str | None) -> tuple[str | No
         refuse("pass either --precision or --plan")
     if plan is None:
         precision = precision or "int8"
-    refuse_precision(precision)
     with refusing(ValueError, OSError):
         planned = Plan.load(plan) if plan else None
     return precision, planned, planned.calibrated if planned else CALIBRATES[precision or ""]
+
+
+def refuse_slow(precision: str | None, plan: Plan | None, device: str, yes: bool) -> None:
+    """Refuses a precision that a CPU runs by plain torch, unless the user knows: `yes`. A GPU without a kernel keeps its layers."""
+    names = {x.precision for x in plan.layers} if plan else {precision} if precision else set()
+    for name in sorted(names) if device == "cpu" and not yes else ():
+        operation = find_precision(name).operation()
+        if operation and only_reference_on(operation, torch.device(device), torch.float32):
+            refuse(f"{name} has no kernel for a CPU, and by plain torch it is many times slower than the model as it is: pass "
+                   "another precision, or --yes to run it all the same")  # fmt: skip

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import pathlib
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..swap import checkpoint
 from ..swap.folder import RECORD
 from ..swap.stored import checkpoint as stored_checkpoint
 
+#: Seconds to wait for the hub.
+TIMEOUT_S = 2.0
 #: how the classes of decoders end, as transformers names them
 DECODERS = ("ForCausalLM", "LMHeadModel")
 
@@ -69,6 +72,7 @@ class Source:
     swapped: bool = False
     stored: bool = False  #: whether another library stored it in 8 bits, which are taken over
     gguf: str | None = None  #: the file in that folder that has all of it
+    hub: bool = False  #: whether `path` is an id of the hub
 
     def around(self) -> dict[str, Any] | None:
         """What sentence-transformers has around the model in that folder, if anything. ValueError in one sentence."""
@@ -112,4 +116,47 @@ def find_model(name: str) -> Source:
         return Source(str(folder), f"the folder {folder.resolve()}")
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"{name} is neither a folder, nor a hub id, nor one of {', '.join(PACKAGED)}: check the path")
-    return Source(name, f"the hub's {name}, as there is no folder of that name")
+    return Source(name, f"the hub's {name}, as there is no folder of that name", hub=True)
+
+
+def is_in_reach(name: str) -> bool:
+    """Whether the hub answers for the model of this id; False where it does not, and the model is in its cache.
+
+    The hub's client tries for half a minute, and logs each try. One try is made here, in a thread: the timeout of a request is
+    none for the name of its server.
+
+    Raises:
+        ValueError: in one sentence, where there is no such model, or neither an answer nor a copy.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    problems: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"), timeout=TIMEOUT_S)
+        except Exception as e:
+            problems.append(e)
+        else:
+            problems.append(None)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    problem = problems[0] if problems else TimeoutError(f"no answer within {TIMEOUT_S:g} s")
+    if problem is None:
+        return True
+    if isinstance(problem, errors.GatedRepoError):
+        raise ValueError(f"the hub's {name} is gated: accept its terms on its page, and log in with `hf auth login`")
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        raise ValueError(
+            f"the hub has no model {name} that may be read here, and there is no such folder: check the name"
+        )
+    if isinstance(problem, errors.EntryNotFoundError):
+        raise ValueError(f"the hub's {name} has no config.json, so no model of transformers: pass another one")
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return False
+    why = " ".join(str(problem).split()) or type(problem).__name__
+    raise ValueError(f"there is no folder {name}, the hub is out of reach ({why[:120]}), and its cache has no {name}: pass a "
+                     "folder that save_pretrained wrote")  # fmt: skip

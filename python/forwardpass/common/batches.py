@@ -22,6 +22,34 @@ Forward = Callable[[nn.Module, Any], Any]
 Output = Callable[[Any], Tensor]
 
 
+def check_several(argument: str, batches: Iterable[Any]) -> None:
+    """TypeError where `batches` is one batch, whose rows or names would be taken for batches, or is no iterable."""
+    if isinstance(batches, Mapping | Tensor | str | bytes) or not isinstance(batches, Iterable):
+        raise TypeError(f"{argument} is an iterable of batches, not a {type(batches).__name__}: pass [batch] for one")
+
+
+def several(argument: str, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, one after the other.
+
+    Raises:
+        TypeError: as `check_several`.
+        ValueError: at the end, where there was none.
+    """
+    check_several(argument, batches)
+
+    def each() -> Iterator[Any]:
+        none = True
+        for batch in batches:
+            none = False
+            yield batch
+        if none:
+            raise ValueError(
+                f"{argument} holds no batch: pass a non-empty iterable (a generator that was read before is empty)"
+            )
+
+    return each()
+
+
 def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     """What the model returns for one batch."""
     if forward is not None:

@@ -9,6 +9,7 @@ import pathlib
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,6 +82,24 @@ def _partial(path: pathlib.Path) -> pathlib.Path:
 
 def json_text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def why_not_writable(path: pathlib.Path) -> str | None:
+    """Why nothing can be written to a file, or into a folder, None where it can. It is tried, and leaves nothing behind: what the
+    permissions say is not true in /proc, nor for a superuser.
+    """
+    try:
+        if path.is_file():
+            with path.open("ab"):
+                pass
+        elif path.exists() and not path.is_dir():  # a device, a pipe: opening it may wait
+            return None if os.access(path, os.W_OK) else "Permission denied"
+        else:
+            with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+                pass
+    except OSError as e:
+        return e.strerror or type(e).__name__
+    return None
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:

@@ -88,7 +88,11 @@ class Operation:
         operations[self.name] = self
 
     def _fake(self, *args: Any) -> Any:
-        """One meta tensor among others brings a call here, whose results nothing would fill."""
+        """One meta tensor among others brings a call here, whose results nothing would fill; so does an export to ONNX, which has
+        no such operation, and would say so after a minute on a large model, without saying what to do."""
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(f"{self.name} is an operation of forwardpass, and ONNX has none such: export the original model "
+                               "(fp.restore(model) first), and quantise it with the tools of its runtime")  # fmt: skip
         devices = {a.device for a in args if isinstance(a, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(f"{self.name} takes tensors of one device, not of {', '.join(map(str, devices))}")
@@ -287,11 +291,22 @@ class Explain(Exception):
 def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which implementation of `fp.ops.<name>(*args, **kwargs)` would run, and why each other one would not.
 
-    Raises what the call itself would raise on arguments that no implementation takes (TypeError, ValueError), and KeyError
-    for an unknown name. Nothing is run.
+    Nothing is run.
+
+    Raises:
+        KeyError: there is no operation of this name.
+        TypeError: the arguments are not those of the operation; or what the call itself raises, as ValueError, on arguments that
+            no implementation takes.
     """
     if name not in operations:
         raise KeyError(f"there is no operation {name!r}; there are {', '.join(sorted(operations))}")
+    signature = inspect.signature(operations[name].function)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as e:
+        required = [p.name for p in signature.parameters.values() if p.default is p.empty]
+        raise TypeError(f"explain takes the arguments of the call that it explains, explain({name!r}, {', '.join(required)}, …), "
+                        f"and was called with others: {e}") from None  # fmt: skip
     backend_name = selected.backend
     assert isinstance(backend_name, str)
     selected.backend = Explain(backend_name)

@@ -41,8 +41,8 @@ def run(arguments: list[str]) -> int:
             print(f"{fault}\n", file=sys.stderr)
         n, tolerated = gpu.counters, len(gpu.findings) - len(faults)
         print(
-            f"forwardpass: {n['launches']} launches on {gpu!r}, {n['warp_instructions'] / 1e6:.1f} million warp instructions, "
-            f"{len(faults)} findings"
+            f"forwardpass: {n['launches']} launch{'es' * (n['launches'] != 1)} on {gpu!r}, "
+            f"{n['warp_instructions'] / 1e6:.1f} million warp instructions, {len(faults)} finding{'s' * (len(faults) != 1)}"
             + (f", {tolerated} more against the letter of the ISA (--strict)" if tolerated else ""),
             file=sys.stderr,
         )

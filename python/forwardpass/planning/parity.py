@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run
+from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run, several
 from ..common.compare import relative_error
 from ..common.modules import hooked, plain_module
-from ..common.text import count, table, wrapped
+from ..common.printed import Block, Printed, Table
+from ..common.text import count
 from ..nn import QuantizedModule
 from ..swap import originals
 from ..version import __version__
@@ -45,6 +46,14 @@ class Comparison:
         self.cosine_min = -_largest(-self.cosine_min, -cosines(actual, expected).min().item())
         self.relative_error = _largest(self.relative_error, relative_error(actual, expected))
         self.max_abs_error = _largest(self.max_abs_error, (actual - expected).abs().max().item())
+
+    @property
+    def worst(self) -> float:
+        """The relative error of the worst batch, or of the worst sample where that is larger: a cosine c is one of sqrt(1 - c²) at
+        least. One wrong sample among many hardly shows in a batch's error, and a wrong scale in no cosine."""
+        cosine = self.cosine_min
+        of_a_sample = cosine if math.isnan(cosine) else math.sqrt(max(0.0, 1 - max(0.0, cosine) ** 2))
+        return _largest(self.relative_error, of_a_sample)
 
     def to_json(self) -> dict[str, float | int | None]:
         """NaN and infinity, which JSON has not, are null; so is everything where nothing was compared."""
@@ -86,9 +95,9 @@ class LayerParity:
         self.kernel.add(y, exact)
 
 
-@dataclass
-class ParityReport:
-    """What `fp.parity` found. `print` shows a table."""
+@dataclass(repr=False)
+class ParityReport(Printed):
+    """What `fp.parity` found. `print` shows a table, a notebook HTML."""
 
     output: Comparison
     layers: list[LayerParity]  #: in the model's order
@@ -117,34 +126,34 @@ class ParityReport:
         }  # fmt: skip
 
     def worst_first(self) -> list[LayerParity]:
-        """The layers by their error, the largest first, NaN before all; those that no batch reached at the end."""
+        """The layers by their `Comparison.worst`, the largest first, NaN before all; those that no batch reached at the end."""
 
         def key(layer: LayerParity) -> float:
-            error = layer.total.relative_error
-            return 1.0 if not layer.total.samples else -math.inf if math.isnan(error) else -error
+            return (
+                1.0 if not layer.total.samples else -math.inf if math.isnan(layer.total.worst) else -layer.total.worst
+            )
 
         return sorted(self.layers, key=key)
 
-    def __str__(self) -> str:
+    def _blocks(self) -> Iterator[Block]:
         over = f"{count(self.output.samples, 'sample')} in {count(self.batches, 'batch')}"
-        head = [f"output over {over}: {_sentence(self.output)}"]
+        yield f"output over {over}: {_sentence(self.output)}"
         if self.compiled is not None:
-            head.append(f"under torch.compile: {_sentence(self.compiled)}")
+            yield f"under torch.compile: {_sentence(self.compiled)}"
         if self.task is not None:
             figures = (f"{k.replace('_', ' ')} {v:.6g}" for k, v in self.agreement.items())
-            head.append(f"as {self.task.replace('_', ' ')}: {', '.join(figures)}")
+            yield f"as {self.task.replace('_', ' ')}: {', '.join(figures)}"
         rows = [(
             "layer, worst first", "precision", "lowest\ncosine", "relative\nerror", "largest\nerror",
             "quanti-\nsation", "kernel",
         )]  # fmt: skip
         for x in self.worst_first():
             rows.append((x.fqn, x.precision, *x.total.cells(), x.quantisation.cells()[1], x.kernel.cells()[1]))
-        means = "quantisation, kernel: the relative error that rounding alone brings, and the kernel's own"
+        yield from ("", Table(rows, right=range(2, 7)), "")
+        yield "worst first: by the relative error of a batch, or by that of a row, sqrt(1 - cosine²), where it is larger"
+        yield "quantisation, kernel: the relative error that rounding alone brings, and the kernel's own"
         if any(not x.total.samples for x in self.layers):
-            means += "; -: no batch reached it"
-        return "\n".join(
-            [*(line for part in head for line in wrapped(part)), "", *table(rows, right=range(2, 7)), "", means]
-        )
+            yield "-: no batch reached it"
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Error by depth, and a map of blocks by layers of a block, as an image; needs matplotlib (extra `cli`)."""
@@ -183,8 +192,8 @@ def parity(
         compiled: compares the output of `torch.compile(model)` too, with the same originals.
 
     Raises:
-        ValueError: there is no batch, nothing to compare with, or an output that is none of the task. TypeError: a batch or a
-            result is of a type that nothing is known about.
+        ValueError: there is no batch, nothing to compare with, or an output that is none of the task.
+        TypeError: `batches` is one batch and no iterable of them; a batch or a result is of a type that nothing is known about.
 
     Example:
         >>> report = fp.swap(model, precision="int8")
@@ -206,7 +215,7 @@ def parity(
     agreement = None if result.task is None else TASKS[result.task]()
     compiled_model: Any = torch.compile(model) if compiled else None
     result.compiled = Comparison() if compiled else None
-    for batch in batches:
+    for batch in several("batches", batches):
         with evaluating(model):
             with _compared(layers, pairs, parities, batch):
                 actual = select(run(model, batch, forward))
@@ -234,10 +243,6 @@ def parity(
                 actual = select(run(compiled_model, batch, forward))
             result.compiled.add(samples(actual, mask), samples(expected, mask))
         result.batches += 1
-    if not result.batches:
-        raise ValueError(
-            "parity was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
-        )
     if agreement is not None:
         result.agreement = agreement.values()
     return result

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..common import environment
-from ..common.batches import Fingerprint, Forward, Output, device_of, evaluating
+from ..common.batches import Fingerprint, Forward, Output, device_of, evaluating, several
 from ..common.decoding import Decoding
 from ..common.modules import plain_module, tensor_bytes
 from ..common.text import megabytes
@@ -158,10 +158,10 @@ def plan(
         refuse_swapped(model)
         refuse_model(model, leaves)
         leaves += experts_leaves(model)
-        samples = _listed("batches", batches)
+        samples = list(several("batches", batches))
         default = Decoding.default_of(model)
-        timed = _listed("shapes", shapes) if shapes is not None else [default] if default else samples[:1]
-        calibration = [] if calibrate is None else _listed("calibrate", calibrate)
+        timed = list(several("shapes", shapes)) if shapes is not None else [default] if default else samples[:1]
+        calibration = [] if calibrate is None else list(several("calibrate", calibrate))
         tried = _candidates(candidates, calibrate is not None)
         caches = kv_cache_candidates(kv_cache, criterion, any(isinstance(x, Decoding) for x in timed))
         context = Context(model, patterns("include", include), patterns("exclude", exclude))
@@ -273,19 +273,6 @@ def plan(
             "measured": ["layers", "pairs", "attempts", "latency_ms", "phases_ms", "seconds"],
         },
     )
-
-
-def _listed(name: str, batches: Iterable[Any]) -> list[Any]:
-    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{name} is an iterable of batches, not a {type(batches).__name__}: put a single batch in a list"
-        )
-    listed = list(batches)
-    if not listed:
-        raise ValueError(
-            f"plan was given no batch in {name}: pass a non-empty iterable (a generator that was read before is empty)"
-        )
-    return listed
 
 
 def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, LayerPrecision]:

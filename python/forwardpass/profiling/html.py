@@ -137,7 +137,7 @@ def _phase_table(p: Profile) -> str:
         for x in p.phases
     ]
     rows.append(["sum", f"{1 - p.unaccounted:.1%}", "", "", "", "", "of the loop's wall time"])
-    head = ["phase", "share", "median ms", "p99 ms", "CPU ms", "waiting", ""]
+    head = ["phase", "share", "median ms", "p99 ms", "CPU ms", "waiting", "note"]
     return _table(head, rows, range(1, 6))
 
 
@@ -194,7 +194,7 @@ def _rows(rows: Sequence[Row], limit: int = 15) -> str:
             _rate(row.flops / seconds), _rate(row.bytes / seconds), f"{row.roofline:.0%}" if row.roofline else "–", row.bound,
         ]  # fmt: skip
 
-    head = ["", "share of the forward", "ms", "calls", "GFLOP/s", "GB/s", "of limit", "bound by"]
+    head = ["name", "share of the forward", "ms", "calls", "GFLOP/s", "GB/s", "of limit", "bound by"]
     first = _table(head, map(cells, rows[:limit]), range(1, 7))
     if len(rows) <= limit:
         return first

@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..common import environment
-from ..common.batches import Forward, device_of, eval_mode, evaluating, tensors
+from ..common.batches import Forward, check_several, device_of, eval_mode, evaluating, several, tensors
 from ..common.modules import plain_module
-from ..common.text import count, table, together, wrapped
+from ..common.printed import Block, Printed, Table
+from ..common.text import count, together
 from ..common.timing import Track, untracked
 from ..serving.pipeline import Pipeline
 from .advice import Advice, advise
@@ -39,9 +40,9 @@ class Failed:
     error: str
 
 
-@dataclass
-class Profile:
-    """What `fp.profile` found; times are milliseconds. `print` shows tables, `save_html` writes a report with plots."""
+@dataclass(repr=False)
+class Profile(Printed):
+    """What `fp.profile` found; times are milliseconds. `print` shows tables, a notebook HTML; `save_html` writes plots too."""
 
     model: str
     items: int  #: that were measured
@@ -111,40 +112,45 @@ class Profile:
 
         pathlib.Path(path).write_text(render(self), encoding="utf-8")
 
-    def __str__(self) -> str:
+    def _blocks(self) -> Iterator[Block]:
         extent = f"{count(self.items, 'item')} x {count(self.rounds, 'round')} on {self.device['name']}"
-        lines = [f"{self.model}: {extent}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", ""]
+        yield from (f"{self.model}: {extent}, {self.wall_ms / self.items / self.rounds:.2f} ms an item", "")
         rows: list[tuple[str, ...]] = [("phase", "share", "median ms", "p99 ms", "CPU ms", "waiting")]
         rows += [(p.name, f"{p.share:.1%}", f"{p.median_ms:.2f}", f"{p.p99_ms:.2f}", f"{p.cpu_ms:.2f}", f"{p.waiting:.0%}")
                  for p in self.phases]  # fmt: skip
         rows.append(("sum", f"{1 - self.unaccounted:.1%}", "", "", "", ""))
-        lines += table(rows, right=range(1, 6))
+        yield Table(rows, right=range(1, 6))
         for p in self.phases:
             size = f"{p.details['bytes'] / 1e6:.2f} MB an item" if p.details.get("bytes") else ""
             if note := "; ".join(filter(None, (size, str(p.details.get("reason", ""))))):
-                lines += wrapped(f"{p.name}: {note}")
-        lines.append("sum: of the loop's wall time")
+                yield f"{p.name}: {note}"
+        yield "sum: of the loop's wall time"
         if self.inside:
-            for title, members in (
-                ("layers of class", self.inside.kinds),
-                ("layers", alike(self.inside.layers)),
-                ("operation", self.inside.operations),
-            ):
-                lines += ["", *table([_head(title), *(_cells(row) for row in members[:_SHOWN])], right=range(1, 6))]
-                if len(members) > _SHOWN:
-                    share = sum(row.share for row in members[_SHOWN:])
-                    lines.append(f"and {len(members) - _SHOWN} more, {share:.1%} of the forward")
-            limits = [f"{name.replace('_per_s', '')} {self._limit(name)}: {source}"
-                      for name, source in self.inside.limits.sources.items()]  # fmt: skip
-            lines += ["", *(line for limit in limits for line in wrapped(limit))]
-            if any(row.roofline > 1 for row in (*self.inside.layers, *self.inside.operations)):
-                lines += wrapped(BEYOND)
+            yield from self._inside_blocks(self.inside)
         o = self.overlap
-        sentences = [f"fp.Pipeline, modelled: {o.period_ms:.2f} ms an item after {o.plain_ms:.2f}, {o.speedup:.2f} times as fast; "
-                f"{o.reason}", *map(str, self.advice)]  # fmt: skip
-        sentences += [f"failed: item {f.index} in {f.phase}: {f.error}" for f in self.failed]
-        sentences += [f"warning: {w}" for w in self.warnings]
-        return "\n".join([*lines, "", *(line for text in sentences for line in wrapped(text))])
+        yield ""
+        yield (f"fp.Pipeline, modelled: {o.period_ms:.2f} ms an item after {o.plain_ms:.2f}, {o.speedup:.2f} times as fast; "
+               f"{o.reason}")  # fmt: skip
+        yield from map(str, self.advice)
+        yield from (f"failed: item {f.index} in {f.phase}: {f.error}" for f in self.failed)
+        yield from (f"warning: {w}" for w in self.warnings)
+
+    def _inside_blocks(self, inside: Inside) -> Iterator[Block]:
+        for title, members in (
+            ("layers of class", inside.kinds),
+            ("layers", alike(inside.layers)),
+            ("operation", inside.operations),
+        ):
+            yield from ("", Table([_head(title), *(_cells(row) for row in members[:_SHOWN])], right=range(1, 6)))
+            if len(members) > _SHOWN:
+                share = sum(row.share for row in members[_SHOWN:])
+                yield f"and {len(members) - _SHOWN} more, {share:.1%} of the forward"
+        yield ""
+        yield from (
+            f"{name.replace('_per_s', '')} {self._limit(name)}: {x}" for name, x in inside.limits.sources.items()
+        )
+        if any(row.roofline > 1 for row in (*inside.layers, *inside.operations)):
+            yield BEYOND
 
     def _limit(self, name: str) -> str:
         assert self.inside is not None
@@ -215,19 +221,14 @@ def profile(
         ValueError: there is no batch, a number is out of its bounds, or every item fails.
     """
     plain = plain_module("profile", model)
-    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | torch.Tensor | dict):
-        raise TypeError(f"profile takes an iterable of batches, not {type(batches).__name__}: pass [batch] for one")
+    check_several("batches", batches)
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds is a number of passes of 1 or more, not {rounds!r}")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ValueError(f"steps is a number of tokens of 1 or more, not {steps!r}")
     if steps is not None and (forward is not None or output is not None):
         raise ValueError("profile takes steps=, or forward= and output=: with steps the model's own forward is called")
-    items = list(batches)
-    if not items:
-        raise ValueError(
-            "profile was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
-        )
+    items = list(several("batches", batches))
     request = Request(model, device_of(plain), preprocess, postprocess, forward, output, steps)
     with eval_mode(plain), torch.inference_mode():
         good, failed, warnings = _first_pass(request, items, progress("first pass", len(items)))

@@ -82,7 +82,7 @@ class Pipeline:
         max_batch: None: an item is a batch. Else items are single: when the model is free it takes up to max_batch items,
             waiting for more until the first of them is max_wait_ms old. postprocess gets an item's own row.
         max_wait_ms: see max_batch; 0 takes what is there.
-        collate: [preprocess(item), …] -> batch, with max_batch; default: tensors of equal shape are stacked.
+        collate: [preprocess(item), …] -> batch, with max_batch; default: tensors of one shape and dtype are stacked.
         max_pending: items that may be between `submit` and their result; `submit` waits while there are as many.
 
     Raises:
@@ -560,13 +560,20 @@ class _Unlike(ValueError):
 
 
 def _stack(samples: list[Any]) -> Any:
-    """A batch of samples that are alike: tensors of one shape are stacked, mappings and sequences member by member."""
+    """A batch of samples that are alike: tensors of one shape and dtype are stacked, mappings and sequences member by member."""
     first = samples[0]
     if isinstance(first, Tensor):
         if any(not isinstance(s, Tensor) or s.shape != first.shape for s in samples):
             raise _Unlike("the samples of a batch have tensors of different shapes: pass collate= that pads them")
+        # torch.stack makes float32 of int64 beside float32, and 2**24 of 2**24 + 1
+        if len(dtypes := dict.fromkeys(str(s.dtype) for s in samples)) > 1:
+            raise _Unlike(
+                f"the samples of a batch have tensors of {' and '.join(dtypes)}: pass collate= that makes them one dtype"
+            )
         return torch.stack(samples)
     if isinstance(first, Mapping):
+        if any(s.keys() != first.keys() for s in samples):  # a name that the first lacks would be left out
+            raise ValueError("the samples of a batch are mappings of different names: pass collate= that takes them")
         return {name: _stack([s[name] for s in samples]) for name in first}
     if isinstance(first, tuple | list):
         return tuple(_stack(list(members)) for members in zip(*samples, strict=True))

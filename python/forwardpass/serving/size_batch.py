@@ -25,7 +25,8 @@ from ..common import environment
 from ..common.batches import Forward, device_of, evaluating, main_output, run
 from ..common.files import write_json
 from ..common.modules import plain_module
-from ..common.text import count, table, wrapped
+from ..common.printed import Block, Printed, Table
+from ..common.text import count
 from ..common.timing import Track, untracked
 from .load import Load, run_load
 from .pipeline import Pipeline
@@ -83,9 +84,9 @@ class Candidate:
     cost_per_million: float | None
 
 
-@dataclass
-class BatchSizing:
-    """What `fp.size_batch` found. `print` shows it; `policy` is None where no policy holds the objective, `reason` says why."""
+@dataclass(repr=False)
+class BatchSizing(Printed):
+    """What `fp.size_batch` found; `policy` is None where no policy holds the objective, and `reason` says why."""
 
     policy: Candidate | None
     spread: Spread | None  #: of the policy's percentile, simulated
@@ -125,7 +126,7 @@ class BatchSizing:
     def save(self, path: str | os.PathLike[str]) -> None:
         write_json(path, self.to_json())
 
-    def __str__(self) -> str:
+    def _blocks(self) -> Sequence[Block]:
         goal = f"p{self.percentile:g} within {self.latency_slo_ms:g} ms at {self.arrival_rate:g} requests a second"
         if self.policy is None or self.spread is None:
             sentences = [f"no policy holds {goal}: {self.reason}"]
@@ -136,7 +137,7 @@ class BatchSizing:
                 f"{goal}: max_batch={p.max_batch}, max_wait_ms={p.max_wait_ms:g}, {count(p.replicas, 'replica')}"
                 + ", which take turns with the requests" * (p.replicas > 1),
                 f"simulated: {simulated}; {p.busy:.0%} of the time computing, {p.mean_batch:.1f} requests a batch",
-                f"of 95% of runs of {count(spread.requests, 'request')} {_name(self.percentile)} is {spread.low_ms:.1f} to "
+                f"in 95% of runs of {count(spread.requests, 'request')} {_name(self.percentile)} is {spread.low_ms:.1f} to "
                 f"{spread.high_ms:.1f} ms",
             ]
             if p.cost_per_million is not None:
@@ -152,8 +153,7 @@ class BatchSizing:
             memory = "-" if x.memory_bytes is None else f"{x.memory_bytes / 1e6:.1f}"
             rows.append((str(x.batch), f"{x.first_ms:.2f}", f"{x.next_ms:.2f}", f"{x.rate:.1f}", memory))
         means = "medians; first: from a free server to the result, next: from one result to the next under load"
-        return "\n".join([*(line for text in sentences for line in wrapped(text)), "", *table(rows, right=range(5)), "",
-                          *wrapped(means)])  # fmt: skip
+        return [*sentences, "", Table(rows, right=range(5)), "", means]
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """The frontier and the measured points, as an image; needs matplotlib (extra `cli`)."""

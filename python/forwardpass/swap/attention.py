@@ -152,8 +152,7 @@ def _why_no_kernel(module: nn.Module, model: nn.Module) -> Reason | None:
         rows = 1 if getattr(module, "is_causal", True) else ENCODER_ROWS
         if dim and huggingface.dispatches(module) and faster_than_torch(device, dtype, dim, rows):
             return None
-        return Reason("attention_on_cpu", "on a CPU torch's own attention is left in place, but for models of transformers of head "
-                      "dims for which ours is faster, with AVX2, and in float32 but for decoders",
+        return Reason("attention_on_cpu", "on a CPU torch's attention stays where ours is not measured to be faster",
                       "pass attention=True to swap it all the same")  # fmt: skip
     q = torch.empty((0, 0, 0, dim) if dim else 0, dtype=dtype, device="meta")
     known = (q,) if q.dim() == 1 else (q, q, q)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..common.batches import Forward, evaluating, padding_mask, run
+from ..common.batches import Forward, evaluating, padding_mask, run, several
 from ..common.modules import hooked
 from ..nn.layer import linear_weight
 from .calibration import LayerStatistics, round_weight, smoothing_scale
@@ -71,15 +71,9 @@ def observe(
         on_device = LayerStatistics(leaf.in_features, x.device)
         statistics[leaf.fqn].merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
 
-    count = 0
     with hooked(((leaf, leaf.module) for leaf in leaves), before=watch), evaluating(model):
-        for batch in batches:
+        for batch in several("calibrate", batches):
             run(model, batch, forward)
-            count += 1
-    if not count:
-        raise ValueError(
-            "calibrate was given no batch: pass a non-empty iterable (a generator that was read before is empty)"
-        )
     return statistics
 
 

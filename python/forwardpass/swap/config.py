@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..common.batches import check_several
 from .auto_model import METHOD
 from .patterns import patterns
 from .plan import Plan
@@ -61,12 +62,8 @@ class Config:
             _check_precision(precision, calibrate is not None)
         if not isinstance(strict, bool):
             raise TypeError(f"strict is True or False, not {strict!r}")
-        if calibrate is not None and (
-            isinstance(calibrate, str | Mapping | Tensor) or not isinstance(calibrate, Iterable)
-        ):
-            raise TypeError(
-                f"calibrate is an iterable of batches, not a {type(calibrate).__name__}: put one batch into a list"
-            )
+        if calibrate is not None:
+            check_several("calibrate", calibrate)
         if forward is not None and not callable(forward):
             raise TypeError(f"forward is a function of a model and a batch, not {forward!r}")
         self._options: dict[str, Any] = {

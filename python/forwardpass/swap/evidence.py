@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..common.text import count, span, table, together, wrapped
+from ..common.printed import Block, Table
+from ..common.text import count, span, together
 
 #: how the reason of a layer begins for which no candidate is faster
 NO_GAIN = "left alone: no candidate is faster"
@@ -67,19 +68,17 @@ def _misfit(value: Any, form: Any, where: str) -> str | None:
     return next((problem for part in parts if (problem := _misfit(part[1], part[2], part[0]))), None)
 
 
-def describe(evidence: Mapping[str, Any]) -> str:
+def describe(evidence: Mapping[str, Any]) -> Iterator[Block]:
     """The plan in words, and as tables: what every candidate takes on each layer and the error that it brings at the output,
     layers that are alike in one row, by what was chosen or why nothing was; and the same by block.
     """
     predicted, target = evidence["predicted"], evidence["target"]
     unit, total = ("ms", "{:.4g} ms") if target == "latency" else ("MB", "{} bytes")
     before, after = (total.format(predicted[when]) for when in ("before", "after"))
-    lines = [
-        *(line for part in evidence["result"].split("; ") for line in wrapped(part)),
-        *wrapped(f"layers: {before} before, {after} planned, within {predicted['gap']:.2g} of the least for an error of "
-                 f"{predicted['error']:.2e}; {count(len(evidence['attempts']), 'plan')} verified; "
-                 f"{evidence['seconds']:.0f} s in all"),
-    ]  # fmt: skip
+    yield from evidence["result"].split("; ")
+    yield (f"layers: {before} before, {after} planned, within {predicted['gap']:.2g} of the least for an error of "
+           f"{predicted['error']:.2e}; {count(len(evidence['attempts']), 'plan')} verified; "
+           f"{evidence['seconds']:.0f} s in all")  # fmt: skip
     layers = evidence["layers"]
     tried = [n for n in evidence["candidates"] if any(_cost(x["candidates"][n], target) is not None for x in layers)]
     sections: dict[str, list[Mapping[str, Any]]] = {}
@@ -97,14 +96,15 @@ def describe(evidence: Mapping[str, Any]) -> str:
             errors = [_errors([x["candidates"][n] for x in group]) for n in tried]
             if set(errors) != {"-"}:
                 rows.append(("  error at the output", "", *errors))
-    lines += ["", *table(rows, right=range(1, 2 + len(tried)))]
-    lines += [line for text in _caches(evidence.get("kv_cache", {})) for line in ("", *wrapped(text))]
-    lines += ["", *wrapped(f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row; "
-                           "-: no gain, not measured")]  # fmt: skip
+    yield from ("", Table(rows, right=range(1, 2 + len(tried))))
+    yield from (block for text in _caches(evidence.get("kv_cache", {})) for block in ("", text))
+    yield ""
+    yield (f"{unit}: of one layer; error: {_MEANING[evidence['criterion']['kind']]}, the largest of a row; "
+           "-: no gain, not measured")  # fmt: skip
     for name in evidence["candidates"]:
         if name not in tried:
             reasons = dict.fromkeys(x["candidates"][name]["refused"]["text"] for x in layers)
-            lines += wrapped(f"{name}: {'; '.join(reasons)}")
+            yield f"{name}: {'; '.join(reasons)}"
     if evidence["blocks"]:
         rows = [("blocks", "as it is", "planned", "error", *(f"all in\n{_heading(name)}" for name in tried))]
         rows += [
@@ -112,8 +112,7 @@ def describe(evidence: Mapping[str, Any]) -> str:
              *("-" if (error := x["candidates"][name]) is None else f"{error:.1e}" for name in tried))
             for fqn, x in evidence["blocks"].items()
         ]  # fmt: skip
-        lines += ["", *table(rows, right=range(1, 4 + len(tried)))]
-    return "\n".join(lines)
+        yield from ("", Table(rows, right=range(1, 4 + len(tried))))
 
 
 def _caches(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

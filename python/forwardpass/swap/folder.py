@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from ..common.extras import pip_install
-from ..common.files import room_beside
+from ..common.files import room_beside, why_not_writable
 
 RECORD = "forwardpass.json"
 #: No name that other programs look for: they would take integers for weights.
@@ -42,7 +42,7 @@ def check_folder(
     try:
         return _checked(folder, origins, overwrite, replaces)
     except ValueError:
-        if not (folder.is_dir() and os.access(folder, os.R_OK | os.W_OK)):
+        if not (folder.is_dir() and os.access(folder, os.R_OK)) or why_not_writable(folder):
             raise
         with _locked(folder):  # names are read one by one, and another save may have renamed files meanwhile
             return _checked(folder, origins, overwrite, replaces)
@@ -51,10 +51,10 @@ def check_folder(
 def _checked(folder: pathlib.Path, sources: set[str], overwrite: bool, replaces: bool) -> pathlib.Path:
     if not folder.exists():
         parent = next(p for p in folder.parents if p.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        if not parent.is_dir() or why_not_writable(parent):
             raise ValueError(f"the folder {folder} cannot be made: give one that is in a folder that can be written to")
         return folder
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not folder.is_dir() or why_not_writable(folder):
         raise ValueError(f"{folder} is no folder that can be written to: give another one to save to")
     names = os.listdir(folder)
     unfinished = all(WEIGHTS.fullmatch(name) or _UNFINISHED.fullmatch(name) for name in names)  # or empty

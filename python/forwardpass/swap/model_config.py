@@ -21,6 +21,7 @@ from torch import nn
 
 from ..common.extras import pip_install
 from ..common.files import write_json
+from ..common.quiet import quiet_libraries
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 #: Attention that needs no download: transformers takes flash_attention_2 from its hub where flash-attn is not installed.
@@ -107,7 +108,12 @@ def configs(model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any] | N
 def model_class(name: Any) -> type[nn.Module] | None:
     """The model class of that name in transformers, where transformers is loaded."""
     transformers = sys.modules.get("transformers")
-    cls = getattr(transformers, name, None) if transformers and isinstance(name, str) and name.isidentifier() else None
+    with quiet_libraries():  # transformers imports torchao with its first model
+        cls = (
+            getattr(transformers, name, None)
+            if transformers and isinstance(name, str) and name.isidentifier()
+            else None
+        )
     return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None  # type: ignore[union-attr]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..common.files import read_json, write_json
-from ..common.text import count, table, together
+from ..common.printed import Block, Printed, Table
+from ..common.text import count, together
 from ..integrations.kv_scales import KV_CACHES
 from ..nn import MultiheadAttention
 from .evidence import check, describe
@@ -40,8 +41,8 @@ class PlannedLayer:
     calibrated: bool
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Printed):
     """Which layer runs at which precision; layers that it does not name stay as they are.
 
     The effect of calibration batches is not in the file (a checkpoint holds it), so replaying a plan with calibrated
@@ -66,15 +67,17 @@ class Plan:
     def calibrated(self) -> bool:
         return any(layer.calibrated for layer in self.layers)
 
-    def __str__(self) -> str:
+    def _blocks(self) -> Iterator[Block]:
         """The table that `fp.plan` chose from, or the layers alone."""
         if self.evidence is not None:
-            return describe(self.evidence)
+            yield from describe(self.evidence)
+            return
         rows: list[tuple[str, ...] | str] = [("layer", "precision", "calibrated")]
         alike = together(self.layers, lambda x: x.fqn, lambda x: (x.precision, x.version, x.calibrated))
         rows += [(name, f"{x.precision} v{x.version}", "yes" if x.calibrated else "no") for name, (x, *_) in alike]
-        listed = ["", *table(rows)] if self.layers else []
-        return "\n".join([f"{count(len(self.layers), 'layer')} of a {self.model}", *listed])
+        yield f"{count(len(self.layers), 'layer')} of a {self.model}"
+        if self.layers:
+            yield from ("", Table(rows))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from ..common.modules import plain_module
-from ..common.text import count, megabytes, table, together, wrapped
+from ..common.printed import Block, Printed, Table
+from ..common.text import count, megabytes, together, with_numbers, without_numbers
 from ..dispatch import Reason
 from . import originals
 from .plan import Plan
@@ -126,9 +128,9 @@ class WeightBytes:
         return dict(vars(self))
 
 
-@dataclass
-class Report:
-    """The result of `fp.swap`. As a context manager it restores the model on exit. `print(report)` shows a table."""
+@dataclass(repr=False)
+class Report(Printed):
+    """The result of `fp.swap`. As a context manager it restores the model on exit. `print` shows tables, a notebook HTML."""
 
     swapped: list[Swapped]
     joined: list[tuple[str, ...]]  #: swapped layers that are called with one input, and are one product
@@ -143,6 +145,7 @@ class Report:
     warnings: list[str]
     weight_bytes: WeightBytes
     plan: Plan
+    device: str  #: of the model, as "cpu" or "cuda"
     dry_run: bool = False
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
     _swap: weakref.ref[originals.Originals] | None = field(default=None, repr=False, compare=False)
@@ -169,6 +172,7 @@ class Report:
             "schema": SCHEMA,
             "versions": {"forwardpass": self.plan.forwardpass, "torch": torch.__version__},
             "dry_run": self.dry_run,
+            "device": self.device,
             "swapped": [dict(vars(s)) for s in self.swapped],
             "joined": [list(names) for names in self.joined],
             "mlps": [list(names) for names in self.mlps],
@@ -204,8 +208,8 @@ class Report:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": None, "_swap": None}
 
-    def __str__(self) -> str:
-        lines = wrapped(self._headline())
+    def _blocks(self) -> Iterator[Block]:
+        yield self._headline()
         if self.swapped:
             rows: list[tuple[str, ...] | str] = [("swapped", "precision", "in", "out", "bytes")]
             alike = together(self.swapped, lambda s: s.fqn, lambda s: (s.computes, s.in_features, s.out_features))
@@ -214,50 +218,54 @@ class Report:
                  f"{sum(x.bytes_before for x in group):,} -> {sum(x.bytes_after for x in group):,}")
                 for name, group in alike for s in group[:1]
             ]  # fmt: skip
-            lines += ["", *table(rows, right=(2, 3, 4))]
-            for s in self.swapped:
-                lines += wrapped(tied(s.fqn, s.tied_to)) if s.tied_to else []
+            yield from ("", Table(rows, right=(2, 3, 4)))
+            yield from (tied(s.fqn, s.tied_to) for s in self.swapped if s.tied_to)
         for title, groups in (("one product", self.joined), ("one MLP", self.mlps)):
             if groups:
                 runs = together(groups, lambda names: names[0], lambda names: tuple(_last(n) for n in names[1:]))
-                lines += ["", *table([(title, "with"), *((name, ", ".join(map(_last, x[0][1:]))) for name, x in runs)])]
+                yield from (
+                    "",
+                    Table([(title, "with"), *((name, ", ".join(map(_last, x[0][1:]))) for name, x in runs)]),
+                )
         if self.apart:
-            lines += ["", *_reasons("layers of MLPs that stay apart", self.apart)]
-        if self.norms:
+            yield from ("", _reasons("layers of MLPs that stay apart", self.apart))
+        if self.norms and self.device != "cpu":  # where they do what they did
             names = [name for name, _ in together(self.norms, lambda fqn: fqn)]
-            lines += ["", *table([("norms that quantise for an MLP, on a GPU",), *((name,) for name in names)])]
+            yield from ("", Table([("norms that quantise for an MLP",), *((name,) for name in names)]))
         if self.attention:
             modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
             rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]
-            lines += ["", *table(rows)]
+            yield from ("", Table(rows))
         if line := str(self.unpadding):
-            lines += ["", *wrapped(f"padding: {line}")]
+            yield from ("", f"padding: {line}")
         if self.kv_cache is not None:
             dtype = "the model's dtype" if self.kv_cache == "auto" else self.kv_cache
-            lines += ["", f"caches of keys and values: {dtype}, appended to in place"]
+            yield from ("", f"caches of keys and values: {dtype}, appended to in place")
         if self.skipped:
-            lines += ["", *_reasons("skipped", self.skipped)]
+            yield from ("", _reasons("skipped", self.skipped))
         if self.other_layers:
             rows = [("other layers", "first", "count", "bytes")]
             for why in dict.fromkeys(x.reason for x in self.other_layers):
                 rows += [str(why), *((x.module, x.first, str(x.count), f"{x.bytes:,}") for x in self.other_layers
                                         if x.reason == why)]  # fmt: skip
-            lines += ["", *table(rows, right=(2, 3))]
+            yield from ("", Table(rows, right=(2, 3)))
         if self.warnings:
-            lines += ["", *(line for w in self.warnings for line in wrapped(f"warning: {w}"))]
-        return "\n".join(lines)
+            yield from ("", *(f"warning: {w}" for w in self.warnings))
 
     def _headline(self) -> str:
         b = self.weight_bytes
         verb = "would be swapped" if self.dry_run else "swapped"
-        originals = (
-            f", originals {megabytes(b.originals)} on {b.originals_device}"
-            if b.originals_device
-            else ", originals not kept"
-        )
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
-        layers = f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"
-        return f"{layers}; weights {megabytes(b.before)} -> {megabytes(b.after)}{originals}, peak {megabytes(b.peak)}"
+        parts = [f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"]
+        if line := mostly(((x.reason.code, x.module, x.bytes) for x in self.other_layers), b.before):
+            parts.append(line)
+        originals = (
+            f"originals {megabytes(b.originals)} on {b.originals_device}"
+            if b.originals_device
+            else "originals not kept"
+        )
+        parts.append(f"weights {megabytes(b.before)} -> {megabytes(b.after)}, {originals}, peak {megabytes(b.peak)}")
+        return "; ".join(parts)
 
 
 def report(model: nn.Module) -> Report:
@@ -283,11 +291,28 @@ def _last(fqn: str) -> str:
     return fqn.rpartition(".")[2]
 
 
-def _reasons(title: str, layers: Iterable[Skipped]) -> list[str]:
+def _reasons(title: str, layers: Iterable[Skipped]) -> Table:
     rows: list[tuple[str, ...] | str] = [(title,)]
     for reason, names in by_reason((s.fqn, s.reason.code, str(s.reason)) for s in layers):
         rows += [reason, *((name,) for name in names)]
-    return table(rows)
+    return Table(rows)
+
+
+#: What layers are called that hold most of a model, by the code of the reason for which they stay; others by their class.
+_CALLED = {"convolution": "convolutions", "embedding": "embeddings", "recurrent": "recurrent layers"}
+
+
+def mostly(others: Iterable[tuple[str, str, int]], total: int) -> str:
+    """What a model is where half of its bytes or more, `total` in all, are in layers of one kind that stay; else nothing.
+
+    Args:
+        others: code of the reason, class and bytes of the layers that a swap has nothing for.
+    """
+    by_name: Counter[str] = Counter()
+    for code, module, size in others:
+        by_name[_CALLED.get(code, module)] += size
+    name, size = max(by_name.items(), key=lambda x: x[1], default=("", 0))
+    return f"{size / total:.0%} of the weights are {name} and stay" if 2 * size >= total > 0 else ""
 
 
 def tied(fqn: str, embedding: str) -> str:
@@ -296,15 +321,18 @@ def tied(fqn: str, embedding: str) -> str:
 
 
 def by_reason(skipped: Iterable[tuple[str, str, str]]) -> list[tuple[str, list[str]]]:
-    """(reason, the names that it is for), each reason once. One that names its layer, to include it, is the same for all.
+    """(reason, the names that it is for), each reason once. One that names its layer, to include it, is the same for all, and so
+    are those that differ in numbers alone.
 
     Args:
         skipped: names, codes and texts.
     """
-    reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    reasons: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
     for fqn, code, text in skipped:
-        reasons.setdefault((code, text.replace(repr(fqn), "its name")), []).append((fqn, text))
+        of_any = text.replace(repr(fqn), "its name")
+        reasons.setdefault((code, without_numbers(of_any)), []).append((fqn, text, of_any))
     return [
-        (f"{code}: {group[0][1] if len(group) == 1 else text}", [name for name, _ in together(group, lambda x: x[0])])
-        for (code, text), group in reasons.items()
-    ]
+        (f"{code}: {group[0][1] if len(group) == 1 else with_numbers(text for *_, text in group)}",
+         [name for name, _ in together(group, lambda x: x[0])])
+        for (code, _), group in reasons.items()
+    ]  # fmt: skip

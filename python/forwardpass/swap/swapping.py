@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..common.batches import Fingerprint, device_of
+from ..common.batches import Fingerprint, check_several, device_of
 from ..common.modules import plain_module, tensor_bytes
 from ..dispatch import Reason, only_reference_on
 from ..nn import Experts, QuantizedModule
@@ -105,7 +105,7 @@ def swap(
         the report; `with fp.swap(…) as report:` restores the model at the end of the block.
 
     Raises:
-        TypeError: `model` is no nn.Module, or is a TorchScript module.
+        TypeError: `model` is no nn.Module, or is a TorchScript module; calibrate= is one batch and no iterable of them.
         ValueError: not exactly one of precision and plan is given; there is no such precision; the plan is of another model, of
             other calibration batches or damaged; calibration does not go with the precision; the model is itself a Linear, or
             has no values yet; of a model that is divided between processes: calibrate=, keep="cpu", a call under
@@ -126,6 +126,8 @@ def swap(
     if precision is None and plan is None and any(map(is_stored, model.modules())):
         precision = STORED.name
     check_options("swap", precision, plan, attention=attention, unpad=unpad, kv_cache=kv_cache, keep=keep)
+    if calibrate is not None:
+        check_several("calibrate", calibrate)
     presets = None if precision is None else Presets(precision)
     _refuse_divided(model, calibrate is not None, keep)
     refuse_inference_mode(model)
@@ -264,6 +266,7 @@ def _carry_out(
             decision.unpadding.planned,
             decision.kv_cache.kv_cache,
         ),
+        device_of(model).type,
         dry_run,
     )
     for note in notes:  # before the model is touched: a filter may turn them into errors
@@ -449,11 +452,7 @@ def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
         size = tensor_bytes(module for _, module in members)
         reason = next((why for kind, *why in _COMPUTING if issubclass(cls, kind)), None)
         if reason or size >= least > 0:
-            why = reason or (
-                "own_weights",
-                f"{cls.__name__} computes with weights of its own in its own code",
-                "leave it",
-            )
+            why = reason or ("own_weights", "it computes with weights of its own, in code of its own", "leave it")
             groups.append(OtherLayers(cls.__name__, members[0][0], len(members), size, Reason(*why)))
     return sorted(groups, key=lambda x: -x.bytes)
 

@@ -12,6 +12,7 @@ import forwardpass as fp
 
 from ...common.plots import require as require_plot
 from ...common.text import wrapped
+from ...swap.report import by_reason
 from .. import comparison
 from ..console import describe_calibration, say, tracking
 from ..options import (
@@ -22,8 +23,10 @@ from ..options import (
     PlanFile,
     PrecisionName,
     Texts,
+    Yes,
     precision_or_plan,
     prepare,
+    refuse_slow,
     refusing,
     write_json,
 )
@@ -38,6 +41,7 @@ def parity(
     calibrate: Calibration = None,
     compiled: Annotated[bool, typer.Option(help="Compare the output under torch.compile too.")] = False,
     device: Device = None,
+    yes: Yes = False,
     json: Json = None,
     plot: Annotated[str | None, typer.Option(help="Draw the errors by depth: a .png, .svg or .pdf file.")] = None,
 ) -> None:  # fmt: skip
@@ -45,6 +49,7 @@ def parity(
     console = Console(stderr=json == "-")
     precision, planned, calibrates = precision_or_plan(precision, plan)
     where = prepare(device, json, plot, read=(model, plan, text, calibrate))
+    refuse_slow(precision, planned, where, yes)
     with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has them too
         if plot:
@@ -52,7 +57,12 @@ def parity(
         subject = load(model, where, text, calibrate, calibrates, console)
         with tracking() as track:
             track(subject.swapping(), None)
-            fp.swap(subject.model, precision=precision, plan=planned, calibrate=subject.calibration)
+            report = fp.swap(subject.model, precision=precision, plan=planned, calibrate=subject.calibration)
+            if not report.swapped:
+                reasons = [why for why, _ in by_reason((s.fqn, s.reason.code, s.reason.text) for s in report.skipped)]
+                raise ValueError(
+                    f"no layer of this model is swapped, so there is nothing to compare: {'; '.join(reasons)}"
+                )
             advance = track("comparing", len(subject.batches))
             parity_report = fp.parity(
                 subject.model,

@@ -25,10 +25,12 @@ from ..options import (
     Device,
     Json,
     SwappedName,
+    Yes,
     number,
+    precision_option,
     prepare,
     refuse,
-    refuse_precision,
+    refuse_slow,
     refusing,
     write_json,
 )
@@ -41,7 +43,7 @@ def size_batch(
     rate: Annotated[float | None, number("Requests a second, arriving independently of each other.", above=0)] = None,
     trace: Annotated[str | None, typer.Option(help="Instead: a file of arrival times in seconds, one a line.")] = None,
     percentile: Annotated[float, number("The percentile of the latencies that has to be within it.", above=0, below=100)] = 99,
-    precision: Annotated[str | None, typer.Option(help=f"Swap first, to one of {', '.join(CALIBRATES)}.")] = None,
+    precision: Annotated[str | None, precision_option(f"Swap first, to one of {', '.join(CALIBRATES)}.")] = None,
     length: Annotated[int, number("Tokens of each request.", least=1)] = 128,
     max_batch: Annotated[int, number("No larger batch is tried.", least=1)] = 64,
     memory_limit_mb: Annotated[int | None, number("Memory of a batch beyond the model, MB.", least=1)] = None,
@@ -49,13 +51,14 @@ def size_batch(
     seconds: Annotated[float, number("How long times are gathered.", above=0)] = 30,
     check: Annotated[float, number("Seconds of a real run with the policy; 0: none.", least=0)] = 20,
     device: Device = None,
+    yes: Yes = False,
     json: Json = None,
     plot: Annotated[str | None, typer.Option(help="Draw the measured points and the frontier to this image.")] = None,
 ) -> None:  # fmt: skip
     """Finds the batches of a text embedding model that hold a latency objective at the least cost, and tries them."""
     console = Console(stderr=json == "-")
     where = prepare(device, json, plot, read=(model, trace))
-    refuse_precision(precision)
+    refuse_slow(precision, None, where, yes)
     if (rate is None) == (trace is None):
         refuse(f"pass either --rate or --trace: {'neither was' if rate is None else 'both were'} given")
     with refusing(ValueError, OSError):

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import pathlib
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,10 +14,12 @@ from rich.console import Console
 import forwardpass as fp
 
 from ...common import environment
+from ...common.text import together
 from ...integrations import sentence_transformers as sentences
 from ...integrations.kv_scales import KV_CACHES
 from ...swap import checkpoint
 from ...swap.folder import check_folder
+from ...swap.patterns import patterns
 from ...swap.precision import STORED
 from .. import comparison, embedding
 from ..console import print_swap, tracking
@@ -32,9 +34,11 @@ from ..options import (
     PrecisionName,
     Steps,
     Texts,
+    Yes,
     number,
     precision_or_plan,
     prepare,
+    refuse_slow,
     refusing,
     share,
     share_of,
@@ -42,6 +46,19 @@ from ..options import (
 )
 from ..stored import as_reported
 from ..subject import load
+
+
+def refuse_unmatched(include: list[str], report: fp.Report) -> None:
+    """Refuses an --include that names no layer, before anything is run."""
+    entries: list[Any] = [*report.swapped, *report.attention, *report.skipped]
+    names = [x.fqn for x in entries]
+    for pattern in patterns("include", include):
+        if not any(pattern.matches(name) for name in names):
+            has = [name for name, _ in together(names, lambda name: name)]
+            more = f" and {len(has) - 6} more" if len(has) > 6 else ""
+            raise ValueError(
+                f"--include {pattern.text} names no layer of this model, which has {', '.join(has[:6])}{more}"
+            )
 
 
 def swap(
@@ -60,6 +77,7 @@ def swap(
     min_cosine: Annotated[float, number("The lowest cosine over the texts that passes.", above=0, most=1)] = 0.999,
     max_perplexity_increase: Annotated[str, share("Of a decoder: the most that its perplexity may rise.")] = "2%",
     device: Device = None,
+    yes: Yes = False,
     json: Json = None,
     save: Annotated[str | None, typer.Option(help="Store the swapped model and its tokenizer in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --save use a folder that holds other files, but "
@@ -80,6 +98,8 @@ def swap(
     precision, planned, calibrates = (STORED.name, None, False) if stored else precision_or_plan(precision, plan)
     limit_of_perplexity = share_of(max_perplexity_increase) or 0.0
     where = prepare(device, json, read=(model, plan, text, calibrate))
+    if not stored:
+        refuse_slow(precision, planned, where, yes)
     with refusing(ValueError, OSError):
         if save:
             if json and pathlib.Path(json).resolve() == pathlib.Path(save).resolve():
@@ -101,17 +121,14 @@ def swap(
             reported, padding = as_reported(swapped, original), ""
         else:
             original, swapped = subject.model, copy.deepcopy(subject.model)  # both at once: their timing takes turns
-            track(subject.swapping(), None)
+            options: dict[str, Any] = {"precision": precision, "plan": planned, "calibrate": subject.calibration,
+                                       "include": include or (), "kv_cache": kv_cache}  # fmt: skip
             with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the report has them too
-                report = fp.swap(
-                    swapped,
-                    precision=precision,
-                    plan=planned,
-                    calibrate=subject.calibration,
-                    include=include or (),
-                    kv_cache=kv_cache,
-                )
+                if include:
+                    refuse_unmatched(include, fp.swap(swapped, **options, dry_run=True))
+                track(subject.swapping(), None)
+                report = fp.swap(swapped, **options)
             reported, padding = report.to_json(), str(report.unpadding)
         if decoder:
             compared = comparison.compare_decoding(
@@ -154,7 +171,11 @@ def swap(
         "device": environment.device(where),
         "measured": [
             "parity",
-            *(x for x in compared if x.startswith(("latency_ms", "latency_quartiles", "tokens_per_s"))),
+            *(
+                x
+                for x in compared
+                if x.startswith(("torch_dynamic_int8", "latency_ms", "latency_quartiles", "tokens_per_s"))
+            ),
             "speedup",
             "weight_bytes",
         ],

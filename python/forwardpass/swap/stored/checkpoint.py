@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...common.files import read_json
+from ...common.quiet import quiet_libraries
 from ...nn import QuantizedModule
 from ...nn.experts import experts_sizes, is_experts
 from ...nn.layer import is_linear
@@ -205,10 +206,11 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
     try:
         config = model_config.read(transformers.AutoConfig, model_config.CONFIG, content, trust_remote_code=False)
         config.quantization_config = _quantizer()(stored)
-        model, about = cls.from_pretrained(
-            folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
-        )  # fmt: skip
+        with quiet_libraries():
+            model, about = cls.from_pretrained(
+                folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
+                local_files_only=True, output_loading_info=True,
+            )  # fmt: skip
     except Refused as e:
         raise ValueError(str(e)) from None
     except Exception as e:  # transformers raises many kinds
