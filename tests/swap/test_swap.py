@@ -555,7 +555,7 @@ assert torch.equal(outputs(model, x), swapped)
 def test_a_device_without_kernels_is_said(monkeypatch):
     reason = fp.Reason("device", "no kernel", "")
     monkeypatch.setattr(
-        fp.dispatch.operations["int8_linear"], "why_not_on", lambda b, d: None if b == "reference" else reason
+        fp.dispatch.operations["int8_linear"], "why_not_on", lambda b, *_: None if b == "reference" else reason
     )
     model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
     with pytest.warns(UserWarning, match="int8_linear has no kernel for float32 on cpu"):
