@@ -40,7 +40,9 @@ cudaError_t with_config(const Launch& l, cudaStream_t stream, F f) {
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  return f(config);
+  const cudaError_t error = f(config);
+  if (error) cudaGetLastError();  // which would else return it once more, to the next kernel's launch by <<<…>>>
+  return error;
 }
 
 template <class... Parameters, class... Arguments>

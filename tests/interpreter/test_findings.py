@@ -65,6 +65,18 @@ def test_the_next_launch_runs():
         assert kinds(device.findings) == [kind] and device.findings[0].kernel == "k"
 
 
+def test_the_next_operation_runs():
+    """append_kv is launched by cudaLaunchKernelEx, which returns its error, and quantize by <<<...>>>, which does not."""
+    keys, values = torch.randn(2, 1, 64, 2, 64, dtype=torch.float16)
+    with fp.interpret("sm_90a", seed=1) as device, fp.use_backend("cuda"):
+        if reason := device.why_not("cuda"):
+            pytest.skip(str(reason))
+        with pytest.raises(fp.InterpreterFinding, match="race"):  # the new keys lie where they are written
+            fp.ops.append_kv(keys[:, 8:12], values[:, 8:12].clone(), keys, values, torch.tensor([11], dtype=torch.int32))
+        q, _, _ = fp.ops.quantize(torch.ones(4, 64), torch.int8)
+    assert (q == 127).all()
+
+
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
 def test_out_of_bounds_in_global_memory(width):
     """Loads give poison, stores are dropped, and the other lanes do as they should."""
