@@ -72,7 +72,9 @@ def test_the_next_operation_runs():
         if reason := device.why_not("cuda"):
             pytest.skip(str(reason))
         with pytest.raises(fp.InterpreterFinding, match="race"):  # the new keys lie where they are written
-            fp.ops.append_kv(keys[:, 8:12], values[:, 8:12].clone(), keys, values, torch.tensor([11], dtype=torch.int32))
+            fp.ops.append_kv(
+                keys[:, 8:12], values[:, 8:12].clone(), keys, values, torch.tensor([11], dtype=torch.int32)
+            )
         q, _, _ = fp.ops.quantize(torch.ones(4, 64), torch.int8)
     assert (q == 127).all()
 
