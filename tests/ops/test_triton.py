@@ -79,6 +79,8 @@ def run(name, case, args):
 class Triton:
     """The seam's other end: CPU tensors get to the Triton kernels, and no more is done."""
 
+    memory = "cpu"
+
     def __init__(self, arch="sm_80"):
         self.arch = arch
 
