@@ -38,6 +38,8 @@ M, N, K = 16, 256, 256  # of no influence: nothing is computed
 class HostOnly:
     """In the interpreter's place: a call goes to what a CUDA tensor's call goes to."""
 
+    memory = "cpu"
+
     def __init__(self, arch: str):
         # Bound for an architecture: another one's name than the interpreter's, which must not find what is bound here.
         self.arch = arch.rstrip("a")

@@ -67,6 +67,14 @@ def int8_on_any_cpu():
         yield
 
 
+@pytest.fixture(autouse=True)
+def lines_of_a_log():
+    """What is printed is as wide as the terminal of who runs the tests, which may be narrow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "100")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of a model for the command line."""
