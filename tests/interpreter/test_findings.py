@@ -84,7 +84,10 @@ def test_out_of_bounds_in_global_memory(width):
     """Loads give poison, stores are dropped, and the other lanes do as they should."""
     bits = {1: "u8", 2: "u16", 4: "u32", 8: "u64", 16: "v2.u64"}[width]
     register = {1: "%h1", 2: "%h1", 4: "%r5", 8: "%rd5", 16: "{%rd5, %rd6}"}[width]
-    x, y = integers(32 * width // 2, dtype=torch.uint8, low=0, high=255), torch.zeros(64 * width, dtype=torch.uint8)
+    # x ends pages of its own: what is behind it is never in y
+    x = torch.zeros(1 << 26, dtype=torch.uint8)[-32 * width // 2 :]
+    x.copy_(integers(32 * width // 2, dtype=torch.uint8, low=0, high=255))
+    y = torch.zeros(64 * width, dtype=torch.uint8)
     body = f"""cvt.u64.u32 %rd1, %t;
 mul.lo.u64 %rd1, %rd1, {width};
 add.u64 %rd2, %rd1, %a0;
