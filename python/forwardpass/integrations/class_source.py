@@ -7,8 +7,13 @@ import functools
 import inspect
 import sys
 import textwrap
+import threading
 from types import ModuleType
 from typing import Any
+
+#: Held while code is parsed: Python 3.11 counts the depth of a tree for all threads together, and two that parse at the same time
+#: end in a SystemError (python/cpython#106905).
+PARSING = threading.RLock()
 
 
 def owner_of_forward(cls: Any) -> Any:
@@ -25,7 +30,8 @@ def tree_of_module(cls: Any) -> ast.Module | None:
 @functools.lru_cache(maxsize=1)  # questions about a model's classes are of one module, one after another
 def _parsed(module: ModuleType) -> ast.Module | None:
     try:
-        return ast.parse(inspect.getsource(module))
+        with PARSING:
+            return ast.parse(inspect.getsource(module))
     except (OSError, TypeError):
         return None
 
