@@ -7,13 +7,10 @@ import functools
 import inspect
 import sys
 import textwrap
-import threading
 from types import ModuleType
 from typing import Any
 
-#: Held while code is parsed: Python 3.11 counts the depth of a tree for all threads together, and two that parse at the same time
-#: end in a SystemError (python/cpython#106905).
-PARSING = threading.RLock()
+from ..common.syntax import tree_of
 
 
 def owner_of_forward(cls: Any) -> Any:
@@ -30,8 +27,7 @@ def tree_of_module(cls: Any) -> ast.Module | None:
 @functools.lru_cache(maxsize=1)  # questions about a model's classes are of one module, one after another
 def _parsed(module: ModuleType) -> ast.Module | None:
     try:
-        with PARSING:
-            return ast.parse(inspect.getsource(module))
+        return tree_of(inspect.getsource(module))
     except (OSError, TypeError):
         return None
 
@@ -51,4 +47,4 @@ def body_of(function: ast.AST | None) -> str:
 
 def dump(code: str) -> str:
     """What `body_of` gives for a function of these lines."""
-    return ast.dump(ast.parse(textwrap.dedent(code)))
+    return ast.dump(tree_of(textwrap.dedent(code)))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.syntax import source_of_class
 from ..dispatch import Reason, asked_for_by_name
 from ..dispatch.calls import decline, take
 from ..ops.append_kv import OPERATION as APPEND_KV
@@ -28,7 +29,6 @@ from ..ops.append_kv import PLAIN
 from ..ops.attention import ATTENTION
 from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
 from . import continuous_batching, heads_first, key_ranges, kv_scales, unpadding
-from .class_source import PARSING
 
 #: What the config of swapped attention names, and the words that follow it. transformers builds, copies and saves models by such
 #: a config, as by any other registered name. No word is "flash": transformers loads flash-attention for a name with that word.
@@ -115,8 +115,7 @@ def class_of(module: nn.Module) -> Any:
 def source_of(cls: Any) -> str:
     """The source of a class; empty where there is none at hand."""
     try:
-        with PARSING:  # which finding a class does
-            return inspect.getsource(cls)
+        return source_of_class(cls)
     except (OSError, TypeError):
         return ""
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.syntax import tree_of
 from .tensor_parallel import sharding_of
 
 #: Methods that make a module and set its weights: what they leave behind is seen in the objects.
@@ -275,7 +276,7 @@ def definition(code: CodeType) -> Function | None:
 @lru_cache(maxsize=64)
 def _definitions(source: str, filename: str) -> dict[CodeType, Function]:
     try:
-        tree, compiled = ast.parse(source), compile(source, filename, "exec", dont_inherit=True)
+        tree, compiled = tree_of(source), compile(source, filename, "exec", dont_inherit=True)
     except SyntaxError:
         return {}
     nodes: dict[tuple[int, str], list[Function]] = {}

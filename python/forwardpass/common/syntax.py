@@ -1,0 +1,24 @@
+"""Python source as syntax trees, by one thread at a time."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import threading
+from typing import Any
+
+#: Python 3.11 counts the depth of a tree for all threads together, and two that parse at the same time end in a SystemError
+#: (python/cpython#106905).
+_PARSING = threading.RLock()
+
+
+def tree_of(source: str) -> ast.Module:
+    """As ast.parse, and raises what it raises."""
+    with _PARSING:
+        return ast.parse(source)
+
+
+def source_of_class(cls: Any) -> str:
+    """As inspect.getsource, which parses the module of a class to find it; raises OSError and TypeError as it does."""
+    with _PARSING:
+        return inspect.getsource(cls)
